@@ -1,0 +1,28 @@
+"""Residual neural networks as evolution equations on a meshed label domain, trained as PDE-constrained optimisation."""
+
+from importlib import import_module
+
+# Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
+_MODULES = {
+    "activation": ["ACTIVATIONS", "Activation", "activation"],
+    "label_space": ["LabelSpace", "class_space"],
+    "basis": ["Basis", "cell_indicators", "given_basis", "laplace_basis"],
+    "kernel": ["LowRankKernel"],
+    "parameter": ["Parameter"],
+    "time_stepping": ["NonFiniteState"],
+    "network": ["ResidualNetwork", "Run"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

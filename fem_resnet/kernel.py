@@ -1,0 +1,70 @@
+"""Low-rank integral operators between label domains.
+
+A kernel b(y, z) = sum_ij phi_i(y) beta_ij psi_j(z) maps functions of z to functions of y. With the bases at the nodes
+and the measure M of the domain of z,
+
+    (B f)(y) = int b(y, z) f(z) dz            B f   = Phi beta (Psi^T M f),
+    (B^T r)(z) = int b(y, z) r(y) dy          B^T r = Psi beta^T (Phi^T M r),       (B f, r) = (f, B^T r),
+
+and the norm of b in L2(Y x Z), the Hilbert-Schmidt norm of B, is given by the Gram matrices G of both bases:
+
+    (b, c) = tr(beta^T G_Phi gamma G_Psi).
+
+It bounds the operator norm of B on L2 and equals it at rank 1 only (the proof of Theorem 3.1 says "equals").
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+
+from fem_resnet.basis import Basis
+
+__all__ = ["LowRankKernel"]
+
+
+class LowRankKernel:
+    """The pair of bases (phi, psi) in which kernels are expanded.
+
+    Parameters
+    ----------
+    phi
+        Basis in y, where the operator's values live.
+    psi
+        Basis in z, where its arguments live; both on the same communicator.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (rank of phi, rank of psi), the shape of beta.
+    """
+
+    def __init__(self, phi: Basis, psi: Basis):
+        for name, basis in (("phi", phi), ("psi", psi)):
+            if not isinstance(basis, Basis):
+                raise TypeError(f"{name}: a Basis is wanted, {type(basis).__name__} was given")
+        self.phi = phi
+        self.psi = psi
+        self.shape = (phi.rank, psi.rank)
+        self._factors = [scipy.linalg.cho_factor(basis.gram) for basis in (phi, psi)]
+
+    def apply(self, beta: np.ndarray, f: np.ndarray) -> np.ndarray:
+        """`B f` at the owned nodes, shape (nodes of y, samples), for f of shape (nodes of z, samples). Collective."""
+        return self.phi.values @ (beta @ self.psi.project(f))
+
+    def transpose(self, beta: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """`B^T r` at the owned nodes, shape (nodes of z, samples), for r of shape (nodes of y, samples). Collective."""
+        return self.psi.values @ (beta.T @ self.phi.project(r))
+
+    def dual(self, beta: np.ndarray) -> np.ndarray:
+        """`G_Phi beta G_Psi`, so that `(b, c) = sum_ij dual(beta)_ij gamma_ij`."""
+        return self.phi.gram @ beta @ self.psi.gram
+
+    def primal(self, dual: np.ndarray) -> np.ndarray:
+        """`G_Phi^-1 d G_Psi^-1`, the inverse of `dual`."""
+        phi, psi = self._factors
+        return scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, dual).T).T
+
+    def norm(self, beta: np.ndarray) -> float:
+        """Norm of b in L2(Y x Z), the Hilbert-Schmidt norm of B."""
+        return float(np.sqrt(np.sum(self.dual(beta) * beta)))

@@ -1,0 +1,300 @@
+"""The label domain Y as a discrete measure space.
+
+State, bias and basis live at the nodes y_i of a scalar Firedrake space V on the mesh of Y, and every integral over Y
+is the nodal quadrature of that space,
+
+    int_Y f dy = sum_i w_i f(y_i),        w_i = int_Y (basis function i) dy,        |Y| = sum_i w_i,
+
+so that the measure of Y is the diagonal matrix M = diag(w). All inner products, norms and Riesz maps of the package
+are those of M. The rule makes sense where the degrees of freedom are point values and all weights are positive; a
+space is asked for both, not judged by its name.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import FIAT
+import firedrake as fd
+import numpy as np
+from finat.element_factory import create_element
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+
+__all__ = ["BatchValues", "LabelSpace", "class_space"]
+
+# A weight of the reference cell below this part of the cell's measure is zero up to round-off.
+_SMALLEST_WEIGHT = 1e-6
+
+_WHAT_WORKS = (
+    "Spaces that work: DG of degree 0 or 1; CG of degree 1; CG of degree 3 on triangles; the default CG and DG "
+    "(Gauss-Lobatto) on intervals, quadrilaterals and hexahedra; KMV on triangles (degree 1 to 5) and "
+    "tetrahedra (degree 1 to 3)."
+)
+
+
+class LabelSpace:
+    """Nodes, weights and inner product of a label domain.
+
+    Collective over the communicator of the mesh. Arrays hold the nodes that this rank owns, in Firedrake's order.
+
+    Parameters
+    ----------
+    V
+        Scalar function space, nodal and with positive weights, on a mesh of any dimension, cell type or embedding.
+
+    Attributes
+    ----------
+    V : FunctionSpace
+        The space of one function on Y.
+    comm : mpi4py.MPI.Comm
+        The communicator of the mesh.
+    weights : numpy.ndarray
+        w, shape (nodes,), float64, in the unit of the mesh's measure; read-only.
+    measure : float
+        |Y|.
+
+    Raises
+    ------
+    TypeError
+        If V is not a scalar function space.
+    ValueError
+        If V is not nodal, or a weight is not clearly positive.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "DG", 0))
+    >>> round(Y.measure, 2)
+    3.06
+    """
+
+    def __init__(self, V: fd.functionspaceimpl.WithGeometry):
+        if not isinstance(V, fd.functionspaceimpl.WithGeometry):
+            raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
+        if V.value_shape != () or len(V) != 1:
+            raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
+        _check_element(V)
+        self.V = V
+        self.comm = V.mesh().comm
+        with stop_annotating():
+            self.weights = fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy()
+        self.weights.flags.writeable = False
+        smallest = self.comm.allreduce(self.weights.min(initial=np.inf), op=MPI.MIN)
+        if not smallest > 0:
+            raise ValueError(
+                f"V: a node of {V.ufl_element()} has the weight {smallest:.3g} on this mesh; all must be positive. "
+                f"{_WHAT_WORKS}"
+            )
+        self.measure = float(self.sum(self.weights.sum()))
+
+    def __repr__(self) -> str:
+        return f"LabelSpace({self.size} nodes, {self.V.ufl_element()}, |Y| = {self.measure:.6g})"
+
+    @property
+    def size(self) -> int:
+        """Number of nodes on all ranks."""
+        return self.V.dof_dset.layout_vec.getSize()
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes that this rank owns."""
+        return self.weights.size
+
+    @cached_property
+    def coordinates(self) -> np.ndarray:
+        """Coordinates of the owned nodes, shape (nodes, geometric dimension), float64; read-only. Collective."""
+        mesh = self.V.mesh()
+        space = fd.VectorFunctionSpace(mesh, self.V.ufl_element(), dim=mesh.geometric_dimension)
+        with stop_annotating():
+            x = fd.Function(space).interpolate(fd.SpatialCoordinate(mesh)).dat.data_ro
+        x = np.array(x).reshape(self.nodes, -1)
+        x.flags.writeable = False
+        return x
+
+    @cached_property
+    def coefficient_mesh(self) -> tuple[fd.MeshGeometry, int]:
+        """A mesh of one cell, for coefficients that are the same on every rank, and the rank that owns it."""
+        mesh = fd.UnitIntervalMesh(1, comm=self.comm, name="coefficients")
+        return mesh, self.comm.allgather(mesh.cell_set.size).index(1)
+
+    def sum(self, x: float | np.ndarray) -> np.ndarray:
+        """Sum an array over the ranks, in place where it is one. Collective; every rank gets the same bits."""
+        x = np.asarray(x, dtype=float, order="C")
+        if self.comm.size > 1:
+            self.comm.Allreduce(MPI.IN_PLACE, x)
+        return x
+
+    def batch_space(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
+        """Space of a batch: one function on Y a sample, as the components of a vector-valued Function.
+
+        Parameters
+        ----------
+        samples
+            Number of samples, at least 1.
+        """
+        if not isinstance(samples, (int, np.integer)) or samples < 1:
+            raise ValueError(f"samples: a positive integer is wanted, {samples!r} was given")
+        return self._batch_spaces.setdefault(
+            int(samples), fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=int(samples))
+        )
+
+    @cached_property
+    def _batch_spaces(self) -> dict:
+        return {}
+
+    def batch(self, values: np.ndarray, name: str = "values") -> fd.Function:
+        """A batch from the values at the owned nodes.
+
+        Parameters
+        ----------
+        values
+            Shape (nodes, samples) or (nodes,) for one sample; real and finite.
+        name
+            What messages call the array.
+
+        Raises
+        ------
+        ValueError
+            If the shape does not fit, there is no sample, or a value is not finite; on all ranks alike.
+        """
+        values = np.asarray(values, dtype=float)
+        if values.ndim == 1:
+            values = values[:, None]
+        self.agree(
+            values.ndim == 2 and values.shape[0] == self.nodes and values.shape[1] > 0,
+            f"{name}: shape (nodes, samples) = ({self.nodes}, at least 1) is wanted, {values.shape} was given",
+        )
+        bad = np.zeros(values.shape[1]) + ~np.isfinite(values).all(axis=0)
+        self._refuse_not_finite(bad, name)
+        function = fd.Function(self.batch_space(values.shape[1]), name=name)
+        function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
+        return function
+
+    def values(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
+        """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view."""
+        return function.dat.data_ro.reshape(self.nodes, -1)
+
+    def check_batch(self, function: fd.Function, name: str) -> None:
+        """Raise unless `function` is a finite batch on this label domain. Collective.
+
+        Raises
+        ------
+        TypeError
+            If it is no Function.
+        ValueError
+            If it lives on another mesh or element, or a value is not finite (the message names the sample).
+        """
+        if not isinstance(function, fd.Function):
+            raise TypeError(f"{name}: a Function is wanted, {type(function).__name__} was given")
+        space = function.function_space()
+        if space.mesh() is not self.V.mesh():
+            raise ValueError(f"{name}: it lives on {space.mesh()}, a Function on the mesh {self.V.mesh()} is wanted")
+        element = space.ufl_element()
+        scalar = element.sub_elements[0] if len(space.value_shape) == 1 else element
+        if scalar != self.V.ufl_element():
+            raise ValueError(
+                f"{name}: {element} was given; a Function of {self.V.ufl_element()} or a batch of it "
+                f"(LabelSpace.batch_space) is wanted"
+            )
+        self._refuse_not_finite(~np.isfinite(self.values(function)).all(axis=0) + 0.0, name)
+
+    def _refuse_not_finite(self, bad: np.ndarray, name: str) -> None:
+        bad = np.flatnonzero(self.sum(bad))
+        if bad.size:
+            raise ValueError(f"{name}: sample {bad[0]} has values that are not finite ({bad.size} samples have)")
+
+    def agree(self, holds: bool, message: str) -> None:
+        """Raise ValueError with the message of the first rank where `holds` is false, on all ranks alike."""
+        messages = self.comm.allgather(None if holds else message)
+        for text in messages:
+            if text is not None:
+                raise ValueError(text)
+
+    def inner(self, f: fd.Function, g: fd.Function) -> float:
+        """Inner product `(f, g) = sum_i w_i f_i g_i` in L2(Y), summed over the samples of batches. Collective."""
+        f, g = self.values(f), self.values(g)
+        return float(self.sum(np.einsum("i,is,is->", self.weights, f, g)))
+
+    def norm(self, f: fd.Function) -> float:
+        """Norm of L2(Y), of all samples together for a batch. Collective."""
+        return float(np.sqrt(self.inner(f, f)))
+
+    def riesz_map(self, dual: fd.Cofunction) -> fd.Function:
+        """Riesz representative M^-1 d of a functional d on functions or batches."""
+        primal = fd.Function(dual.function_space().dual())
+        primal.dat.data_wo[...] = (self.values(dual) / self.weights[:, None]).reshape(primal.dat.data_wo.shape)
+        return primal
+
+
+class BatchValues:
+    """Batches as arrays (nodes, samples): how a Function of `space` holds them.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    space
+        `Y.V`, for one sample, or `Y.batch_space(samples)`.
+    """
+
+    def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry):
+        self.Y = Y
+        self.space = space
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.space.value_size
+
+    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
+        """A read-only view."""
+        return self.Y.values(function)
+
+    def write(self, function: fd.Function | fd.Cofunction, array: np.ndarray) -> None:
+        """Make the Function hold the array."""
+        values = function.dat.data_wo
+        values[...] = array.reshape(values.shape)
+
+
+def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
+    """Label domain of K classes: K cells of length one, so that an integral over it is a sum over the classes.
+
+    Parameters
+    ----------
+    classes
+        K, at least 1.
+    comm
+        Communicator; collective over it.
+    """
+    if not isinstance(classes, (int, np.integer)) or classes < 1:
+        raise ValueError(f"classes: a positive integer is wanted, {classes!r} was given")
+    mesh = fd.IntervalMesh(int(classes), float(classes), comm=comm)
+    return LabelSpace(fd.FunctionSpace(mesh, "DG", 0))
+
+
+def _check_element(V) -> None:
+    for factor in _factors(create_element(V.ufl_element())):
+        element = factor.fiat_equivalent
+        if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):
+            raise ValueError(f"V: the degrees of freedom of {V.ufl_element()} are no point values. {_WHAT_WORKS}")
+        cell = element.get_reference_element()
+        rule = FIAT.create_quadrature(cell, element.degree())
+        table = element.tabulate(0, rule.get_points())[(0,) * cell.get_spatial_dimension()]
+        smallest = (table @ rule.get_weights()).min() / rule.get_weights().sum()
+        if smallest < _SMALLEST_WEIGHT:
+            raise ValueError(
+                f"V: {V.ufl_element()} has a node of weight {smallest:.2g} of its cell; all must be positive, since an "
+                f"integral over Y is the sum of node values with these weights. {_WHAT_WORKS}"
+            )
+
+
+def _factors(element):
+    """The elements on simplices of which a tensor-product element is made; weights multiply."""
+    if hasattr(element, "product"):
+        yield from _factors(element.product)
+    elif hasattr(element, "factors"):
+        for factor in element.factors:
+            yield from _factors(factor)
+    else:
+        yield element

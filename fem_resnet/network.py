@@ -1,0 +1,312 @@
+"""The residual network: (2.8) on a label domain, layer by layer.
+
+    f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y),    0 <= t <= T
+
+Layer l is the time interval (t_l, t_(l+1)) on which bias a and kernel b have coefficients of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+import petsctools
+from pyadjoint.tape import annotate_tape
+
+from fem_resnet.activation import Activation
+from fem_resnet.activation import activation as as_activation
+from fem_resnet.basis import Basis
+from fem_resnet.blocks import OperatorBlock, apply
+from fem_resnet.kernel import LowRankKernel
+from fem_resnet.label_space import BatchValues
+from fem_resnet.layer import Stage
+from fem_resnet.parameter import (
+    BasisCoefficients,
+    KernelCoefficients,
+    LayerCoefficients,
+    LayerIndicators,
+    NodalValues,
+    Parameter,
+)
+from fem_resnet.time_stepping import SOLVER_PARAMETERS, LayerStepper, Segment, Stages, advance
+
+__all__ = ["ResidualNetwork", "Run"]
+
+
+class ResidualNetwork:
+    """A network on a label domain; its parameters start at zero.
+
+    Everything here is collective over the communicator of the label domain.
+
+    Parameters
+    ----------
+    phi
+        Basis of the kernel in y.
+    psi
+        Basis of the kernel in z, on the same label domain; `phi` if left out.
+    bias
+        Basis of the bias; if left out, the bias has a value at every node.
+    layers, final_time
+        Number L >= 0 of layers of equal length, and T > 0.
+    times
+        Layer times 0 = t_0 < .. < t_L instead, shape (L + 1,); no unit.
+    activation
+        sigma, or its name.
+    steps
+        Number of equal time steps a layer.
+    layers_per_block
+        How many layers make one Block on the tape; all of them if left out.
+    solver_parameters, options_prefix
+        PETSc options of the TS, over `fem_resnet.time_stepping.SOLVER_PARAMETERS`: `rk` with fixed steps, any
+        `ts_rk_type`.
+
+    Attributes
+    ----------
+    Y : LabelSpace
+    bias, kernel : Parameter
+        a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients.
+    times : numpy.ndarray
+        Layer times.
+    activation : Activation
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what is said above; the message names it.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 6), layers=2, activation="identity")
+    >>> _ = net.bias.functions[0].assign(1.0)
+    >>> float(net(Y.batch(0 * Y.weights)).dat.data_ro.max())
+    0.5
+    """
+
+    def __init__(
+        self,
+        phi: Basis,
+        psi: Basis | None = None,
+        *,
+        bias: Basis | None = None,
+        layers: int = 8,
+        final_time: float = 1.0,
+        times: Sequence[float] | None = None,
+        activation: str | Activation = "tanh",
+        steps: int = 1,
+        layers_per_block: int | None = None,
+        solver_parameters: dict | None = None,
+        options_prefix: str | None = None,
+    ):
+        factors = LowRankKernel(phi, phi if psi is None else psi)
+        self.Y = phi.Y
+        if bias is not None and not isinstance(bias, Basis):
+            raise TypeError(f"bias: a Basis or None (a value at every node) is wanted, {type(bias).__name__} was given")
+        for name, basis in (("psi", psi), ("bias", bias)):
+            if basis is not None and basis.Y is not self.Y:
+                raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
+        self.times = _layer_times(layers, final_time) if times is None else _checked_times(times)
+        self.layers = len(self.times) - 1
+        self.activation = as_activation(activation)
+        self.steps = _positive_integer("steps", steps)
+        self.layers_per_block = (
+            max(self.layers, 1) if layers_per_block is None else _positive_integer("layers_per_block", layers_per_block)
+        )
+        indicators = LayerIndicators(self.times)
+        space_basis = NodalValues(self.Y) if bias is None else BasisCoefficients(bias)
+        self.bias = Parameter("bias", space_basis, indicators)
+        self.kernel = Parameter("kernel", KernelCoefficients(factors), indicators)
+        self._options = petsctools.OptionsManager(
+            SOLVER_PARAMETERS | (solver_parameters or {}), options_prefix=options_prefix, default_prefix="fem_resnet_"
+        )
+        self._stages: dict[int, Stage] = {}
+        self._scratch: dict[tuple[int, ...], list[Segment]] = {}
+        if self.layers:
+            self._stepper(self._stage(1), 0)  # refuse options now rather than at the first run
+
+    def __repr__(self) -> str:
+        return f"ResidualNetwork({self.layers} layers, T = {self.times[-1]:g}, {self.activation.name}, {self.Y!r})"
+
+    @property
+    def solver_parameters(self) -> dict:
+        """PETSc options in force, a copy."""
+        return dict(self._options.parameters)
+
+    @property
+    def options_prefix(self) -> str:
+        """Their prefix."""
+        return self._options.options_prefix
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Bias and kernel."""
+        return [self.bias, self.kernel]
+
+    def __call__(self, initial: fd.Function) -> fd.Function:
+        """f(T) for the initial state `initial`: `run(initial).final`."""
+        return self.run(initial).final
+
+    def run(self, initial: fd.Function) -> Run:
+        """Solve (2.8); while pyadjoint annotates, record it.
+
+        Parameters
+        ----------
+        initial
+            f_I, a Function of `Y.V` or a batch (`Y.batch`, `Y.batch_space`); finite.
+
+        Returns
+        -------
+        Run
+            With the final state, the states at all layer times and, after a derivative, the co-states.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `initial` does not fit; the message names the sample where a value is not finite.
+        NonFiniteState
+            If the state overflows.
+        """
+        self.Y.check_batch(initial, "initial")
+        f, pieces = initial, []
+        for segment in self._segments(initial.function_space()):
+            start = f
+            f, block = apply(segment, [start, *segment.functions])
+            pieces.append(_Piece(start, segment.stages(), block))
+        return Run(self, initial, f, pieces)
+
+    def _segments(self, space) -> list[Segment]:
+        """New ones where the tape will keep them, else those of earlier unrecorded runs."""
+        if annotate_tape():
+            return self._new_segments(space)
+        if space.value_shape not in self._scratch:
+            self._scratch[space.value_shape] = self._new_segments(space)
+        return self._scratch[space.value_shape]
+
+    def _new_segments(self, space) -> list[Segment]:
+        values = BatchValues(self.Y, space)
+        stage = self._stage(values.samples)
+        return [
+            Segment(
+                [self._stepper(stage, layer) for layer in layers],
+                LayerCoefficients(self.bias, self.kernel, layers),
+                values,
+            )
+            for layers in (
+                range(start, min(start + self.layers_per_block, self.layers))
+                for start in range(0, self.layers, self.layers_per_block)
+            )
+        ]
+
+    def _stage(self, samples: int) -> Stage:
+        if samples not in self._stages:
+            self._stages[samples] = Stage(self.kernel.space_basis.kernel, self.activation, samples)
+        return self._stages[samples]
+
+    def _stepper(self, stage: Stage, layer: int) -> LayerStepper:
+        start, end = self.times[layer : layer + 2]
+        return LayerStepper(stage, layer, start, end - start, self.steps, self._options)
+
+
+@dataclass
+class _Piece:
+    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the stages are ours."""
+
+    start: fd.Function
+    stages: list[Stages]
+    block: OperatorBlock | None
+
+    def state(self, layers: int) -> np.ndarray:
+        values, stages = self.start, self.stages
+        if self.block is not None:
+            values, stages = self.block.get_dependencies()[0].saved_output, self.block.operator.stages()
+        return advance(values.dat.data_ro.reshape(stages[0][0].kernel.psi.Y.nodes, -1), stages[:layers])
+
+
+class Run:
+    """One solution of (2.8).
+
+    On the tape, states and co-states are those of the tape's latest evaluation and derivative.
+
+    Attributes
+    ----------
+    initial, final : Function
+        f_I and f(T); differentiate functionals of `final`.
+    """
+
+    def __init__(self, net: ResidualNetwork, initial: fd.Function, final: fd.Function, pieces: list[_Piece]):
+        self.net = net
+        self.initial = initial
+        self.final = final
+        self._pieces = pieces
+
+    def state(self, layer: int) -> fd.Function:
+        """f(t_l), l = 0 .. L, rebuilt from the nearest segment's start by (3.3): a new Function."""
+        self._check(layer)
+        if not self._pieces:
+            return self._function(self.initial.dat.data_ro)
+        piece, inside = self._locate(layer)
+        return self._function(piece.state(inside))
+
+    def costate(self, layer: int) -> fd.Function:
+        """r(t_l), l = 0 .. L: the adjoint value of f(t_l) on the tape, as its representative in the label measure.
+
+        It is that of the functional last differentiated, in the sign of section 4.1 (J is minimised): for
+        J = 1/2 int (f(T) - ftilde)^2 it is the discrete network's r of (4.2), r(T) = f(T) - ftilde.
+
+        Raises
+        ------
+        RuntimeError
+            If the run was not recorded, or no derivative of its latest evaluation passed this layer.
+        """
+        self._check(layer)
+        if not self._pieces or self._pieces[0].block is None:
+            raise RuntimeError("costate: this run has no layer on a tape; record it (annotation was off)")
+        piece, inside = self._locate(layer)
+        r = piece.block.operator.costate(inside) if piece.block.adjoint_is_current else None
+        if r is None:
+            raise RuntimeError(
+                f"costate: no derivative has reached t_{layer} since the latest evaluation; call derivative() of a "
+                f"functional of this run, with controls in layer {layer} or below"
+            )
+        return self._function(r)
+
+    def _locate(self, layer: int) -> tuple[_Piece, int]:
+        # An interface belongs to the segment that it starts, where the state needs no rebuilding; T to the last one.
+        index = min(layer // self.net.layers_per_block, len(self._pieces) - 1)
+        return self._pieces[index], layer - index * self.net.layers_per_block
+
+    def _check(self, layer: int) -> None:
+        if not isinstance(layer, (int, np.integer)) or not 0 <= layer <= self.net.layers:
+            raise ValueError(f"layer: an integer from 0 to L = {self.net.layers} is wanted, {layer!r} was given")
+
+    def _function(self, values: np.ndarray) -> fd.Function:
+        function = fd.Function(self.final.function_space())
+        function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
+        return function
+
+
+def _positive_integer(name: str, value: int) -> int:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: a positive integer is wanted, {value!r} was given")
+    return int(value)
+
+
+def _layer_times(layers: int, final_time: float) -> np.ndarray:
+    if not isinstance(layers, (int, np.integer)) or isinstance(layers, bool) or layers < 0:
+        raise ValueError(f"layers: an integer >= 0 is wanted, {layers!r} was given")
+    if not (np.isfinite(final_time) and final_time > 0):
+        raise ValueError(f"final_time: a positive number is wanted, {final_time!r} was given")
+    return np.linspace(0.0, float(final_time), layers + 1) if layers else np.zeros(1)
+
+
+def _checked_times(times: Sequence[float]) -> np.ndarray:
+    times = np.array(times, dtype=float)
+    if times.ndim != 1 or times.size == 0 or times[0] != 0.0:
+        raise ValueError(f"times: layer times 0 = t_0 < .. < t_L are wanted, {times.tolist()} was given")
+    if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):
+        raise ValueError(f"times: they must be finite and increase, {times.tolist()} was given")
+    return times

@@ -1,0 +1,340 @@
+"""Parameters: a space basis times a time basis.
+
+The bias a(y, t) and the kernel b(y, z, t) are both of the form
+
+    p(t) = sum_k theta_k(t) E c_k,
+
+theta_k a time basis on the layer times, c_k coefficients in space, each held in a Firedrake Function that is a control,
+and E what a layer takes: the values at the nodes for a bias, the matrix beta for a kernel. With the measure of label
+domain and time, lumped in t, the inner product of coefficients is
+
+    (c_k, d_k) = tau_k <R c_k, d_k>,        tau_k = int_0^T theta_k dt,
+
+R the Riesz operator of the space basis (M; a Gram matrix; a pair of them). Every Control carries its inverse.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import firedrake as fd
+import numpy as np
+import scipy.linalg
+from pyadjoint import Control
+
+from fem_resnet.basis import Basis
+from fem_resnet.kernel import LowRankKernel
+from fem_resnet.label_space import LabelSpace
+
+__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerCoefficients", "LayerIndicators", "NodalValues", "Parameter"]
+
+
+class SpaceBasis(ABC):
+    """How coefficients in space are held, and what they stand for.
+
+    Laws: `expand` is linear and `pull_back` its transpose, `<d, expand(c)> = <pull_back(d), c>` with the plain sums
+    over what all ranks own; `primal(dual(c)) = c`.
+    """
+
+    #: Firedrake space of the Functions that hold coefficients.
+    space: fd.functionspaceimpl.WithGeometry
+    #: Shape of the coefficients on this rank.
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
+        """The coefficients held by a Function (or Cofunction) of `space`. Collective."""
+
+    @abstractmethod
+    def write(self, function: fd.Function | fd.Cofunction, coefficients: np.ndarray) -> None:
+        """Make a Function (or Cofunction) of `space` hold coefficients."""
+
+    @abstractmethod
+    def expand(self, coefficients: np.ndarray) -> np.ndarray:
+        """What a layer takes: `E c`."""
+
+    @abstractmethod
+    def pull_back(self, dual: np.ndarray) -> np.ndarray:
+        """`E^T d`. Collective."""
+
+    @abstractmethod
+    def dual(self, coefficients: np.ndarray) -> np.ndarray:
+        """`R c`."""
+
+    @abstractmethod
+    def primal(self, dual: np.ndarray) -> np.ndarray:
+        """`R^-1 d`."""
+
+    @abstractmethod
+    def pair(self, dual: np.ndarray, coefficients: np.ndarray) -> float:
+        """`<d, c>`, the sum over what all ranks own. Collective."""
+
+
+class NodalValues(SpaceBasis):
+    """Values at the nodes of a label domain: R = M."""
+
+    def __init__(self, Y: LabelSpace):
+        self.Y = Y
+        self.space = Y.V
+        self.shape = (Y.nodes,)
+
+    def read(self, function):
+        return function.dat.data_ro.copy()
+
+    def write(self, function, coefficients):
+        function.dat.data_wo[...] = coefficients
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        return self.Y.weights * coefficients
+
+    def primal(self, dual):
+        return dual / self.Y.weights
+
+    def pair(self, dual, coefficients):
+        return float(self.Y.sum(dual @ coefficients))
+
+
+class _Replicated(SpaceBasis):
+    """A few numbers, the same on every rank: one cell of a mesh of its own holds them, and its owner broadcasts."""
+
+    def __init__(self, Y: LabelSpace, shape: tuple[int, ...]):
+        mesh, self._owner = Y.coefficient_mesh
+        self._comm = Y.comm
+        self.shape = shape
+        self.space = fd.TensorFunctionSpace(mesh, "DG", 0, shape=shape)
+
+    def read(self, function):
+        coefficients = np.empty(self.shape)
+        if self._comm.rank == self._owner:
+            coefficients[...] = function.dat.data_ro.reshape(self.shape)
+        if self._comm.size > 1:
+            self._comm.Bcast(coefficients, root=self._owner)
+        return coefficients
+
+    def write(self, function, coefficients):
+        values = function.dat.data_wo
+        if self._comm.rank == self._owner:
+            values[...] = np.reshape(coefficients, values.shape)
+
+    def pair(self, dual, coefficients):
+        return float(np.sum(dual * coefficients))
+
+
+class BasisCoefficients(_Replicated):
+    """Coefficients alpha of `a = X alpha` in a basis: R = G."""
+
+    def __init__(self, basis: Basis):
+        super().__init__(basis.Y, (basis.rank,))
+        self.basis = basis
+        self._factor = scipy.linalg.cho_factor(basis.gram)
+
+    def expand(self, coefficients):
+        return self.basis.values @ coefficients
+
+    def pull_back(self, dual):
+        return self.basis.Y.sum(self.basis.values.T @ dual)
+
+    def dual(self, coefficients):
+        return self.basis.gram @ coefficients
+
+    def primal(self, dual):
+        return scipy.linalg.cho_solve(self._factor, dual)
+
+
+class KernelCoefficients(_Replicated):
+    """The matrix beta of a low-rank kernel: R = G_Phi x G_Psi."""
+
+    def __init__(self, kernel: LowRankKernel):
+        super().__init__(kernel.phi.Y, kernel.shape)
+        self.kernel = kernel
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        return self.kernel.dual(coefficients)
+
+    def primal(self, dual):
+        return self.kernel.primal(dual)
+
+
+class LayerIndicators:
+    """Time basis of the indicators of the layers: a value of its own on each.
+
+    Parameters
+    ----------
+    times
+        Layer times t_0 < .. < t_L, shape (L + 1,).
+
+    Attributes
+    ----------
+    measures : numpy.ndarray
+        tau_k = int theta_k dt, one a basis function.
+    """
+
+    def __init__(self, times: Sequence[float]):
+        self.measures = np.diff(times)
+
+    def active(self, layer: int) -> tuple[int, ...]:
+        """Which basis functions do not vanish on a layer."""
+        return (layer,)
+
+    def weights(self, layer: int, t: float) -> tuple[float, ...]:
+        """Their values at the time t in that layer."""
+        return (1.0,)
+
+
+class Once:
+    """Time basis of a parameter that acts once, at t = T, and not over a time: one function, of measure one."""
+
+    measures = np.ones(1)
+
+
+class Parameter:
+    """A bias or kernel that the network may learn: coefficients c_k in space, one set a time basis function.
+
+    Parameters
+    ----------
+    name
+        How messages, files and Functions call it.
+    space_basis, time_basis
+        Its two factors.
+
+    Attributes
+    ----------
+    functions : list of Function
+        The coefficients c_k, zero at first. Assign to them, or use `set`.
+    """
+
+    def __init__(self, name: str, space_basis: SpaceBasis, time_basis: LayerIndicators | Once):
+        self.name = name
+        self.space_basis = space_basis
+        self.time_basis = time_basis
+        self.functions = [
+            fd.Function(space_basis.space, name=f"{name}_{k}") for k in range(len(time_basis.measures))
+        ]
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name}, {type(self.space_basis).__name__}, {len(self.functions)} in time)"
+
+    def get(self, k: int) -> np.ndarray:
+        """Coefficients c_k: a copy; the owned nodes for nodal values, else all of them. Collective."""
+        return self.space_basis.read(self.functions[k])
+
+    def set(self, k: int, coefficients: np.ndarray) -> None:
+        """Assign coefficients c_k.
+
+        Raises
+        ------
+        ValueError
+            If their shape does not fit, or one is not finite.
+        """
+        coefficients = np.asarray(coefficients, dtype=float)
+        if coefficients.shape != self.space_basis.shape:
+            raise ValueError(
+                f"coefficients: shape {self.space_basis.shape} is wanted for {self.name}, {coefficients.shape} was given"
+            )
+        if not np.isfinite(coefficients).all():
+            raise ValueError(f"coefficients: the ones given for {self.name}_{k} are not all finite")
+        self.space_basis.write(self.functions[k], coefficients)
+
+    def controls(self) -> list[Control]:
+        """One pyadjoint Control a time basis function, with the Riesz map of label domain and time."""
+        return [Control(function, riesz_map=self.riesz_map(k)) for k, function in enumerate(self.functions)]
+
+    def riesz_map(self, k: int):
+        """The map from functionals of c_k (Cofunctions) to their representatives, `d -> R^-1 d / tau_k`."""
+        basis, measure = self.space_basis, self.time_basis.measures[k]
+
+        def riesz_map(dual: fd.Cofunction) -> fd.Function:
+            primal = fd.Function(basis.space)
+            basis.write(primal, basis.primal(basis.read(dual)) / measure)
+            return primal
+
+        return riesz_map
+
+    def inner(self, k: int, c: np.ndarray, d: np.ndarray) -> float:
+        """`tau_k <R c, d>`, the inner product of two sets of coefficients for basis function k. Collective."""
+        return self.time_basis.measures[k] * self.space_basis.pair(self.space_basis.dual(c), d)
+
+
+class OnLayer:
+    """What one layer sees of a parameter: its active coefficients, expanded once, as a function of time."""
+
+    def __init__(self, parameter: Parameter, layer: int, coefficients: Sequence[np.ndarray]):
+        self._basis = parameter.space_basis
+        self._weights = lambda t: parameter.time_basis.weights(layer, t)
+        self._values = [self._basis.expand(c) for c in coefficients]
+        #: Number of active coefficients on this rank.
+        self.size = sum(np.size(c) for c in coefficients)
+
+    def coefficients(self, t: float) -> np.ndarray:
+        """`p(t)`, what the layer takes at the time t."""
+        weights = self._weights(t)
+        if weights == (1.0,):
+            return self._values[0]
+        return sum(weight * value for weight, value in zip(weights, self._values))
+
+    def pull_back(self, t: float, dual: np.ndarray) -> np.ndarray:
+        """Transpose of `coefficients(t)`: functionals of all active coefficients, one after the other. Collective."""
+        pulled = self._basis.pull_back(dual).ravel()
+        return np.concatenate([weight * pulled for weight in self._weights(t)])
+
+
+class LayerCoefficients:
+    """Which coefficients of bias and kernel a run of layers sees, each once, though several layers may share it.
+
+    Parameters
+    ----------
+    bias, kernel
+        The parameters.
+    layers
+        Numbers of the layers, consecutive.
+
+    Attributes
+    ----------
+    slots : list of SpaceBasis
+        One a set of coefficients.
+    functions : list of Function
+        What holds them.
+    """
+
+    def __init__(self, bias: Parameter, kernel: Parameter, layers: range):
+        self._layers = [
+            (layer, [(p, [(p.name, k) for k in p.time_basis.active(layer)]) for p in (bias, kernel)])
+            for layer in layers
+        ]
+        keys = dict.fromkeys(key for _, uses in self._layers for _, active in uses for key in active)
+        parameters = {bias.name: bias, kernel.name: kernel}
+        self._position = {key: position for position, key in enumerate(keys)}
+        self.slots = [parameters[name].space_basis for name, _ in keys]
+        self.functions = [parameters[name].functions[k] for name, k in keys]
+
+    def on_layers(self, arrays: Sequence[np.ndarray]) -> list[tuple[OnLayer, OnLayer]]:
+        """Bias and kernel on each layer, for coefficients in the order of `slots`. Collective."""
+        return [
+            tuple(OnLayer(p, layer, [arrays[self._position[key]] for key in active]) for p, active in uses)
+            for layer, uses in self._layers
+        ]
+
+    def collect(self, functionals: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Transpose of `on_layers`: functionals in the order of `slots` from those of each layer."""
+        total = [np.zeros(slot.shape) for slot in self.slots]
+        for (_, uses), functional in zip(self._layers, functionals):
+            start = 0
+            for _, active in uses:
+                for key in active:
+                    target = total[self._position[key]]
+                    target += functional[start : start + target.size].reshape(target.shape)
+                    start += target.size
+        return total
