@@ -4,13 +4,16 @@ from importlib import import_module
 
 # Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
 _MODULES = {
-    "activation": ["ACTIVATIONS", "Activation", "activation"],
+    "activation": ["ACTIVATIONS", "Activation", "get_activation"],
     "label_space": ["LabelSpace", "class_space"],
     "basis": ["Basis", "cell_indicators", "given_basis", "laplace_basis"],
     "kernel": ["LowRankKernel"],
     "parameter": ["Parameter"],
     "time_stepping": ["NonFiniteState"],
     "network": ["ResidualNetwork", "Run"],
+    "objective": ["Batch", "Head", "LearningProblem", "cross_entropy", "least_squares", "tikhonov"],
+    "training.gradient": ["Result", "train"],
+    "io": ["load", "save"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

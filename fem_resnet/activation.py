@@ -33,7 +33,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["ACTIVATIONS", "Activation", "activation"]
+__all__ = ["ACTIVATIONS", "Activation", "get_activation"]
 
 Array = NDArray[np.float64]
 Kernel = Callable[..., object]
@@ -41,7 +41,7 @@ Kernel = Callable[..., object]
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation sigma, applied pointwise. Get one from `activation`; `(name, parameters)` tells it completely.
+    """An activation sigma, applied pointwise. Get one from `get_activation`; `(name, parameters)` tells it completely.
 
     Attributes
     ----------
@@ -51,13 +51,13 @@ class Activation:
         sigma, sigma' and sigma'', each called as ``kernel(s, out, **parameters)`` with float64 arrays of one shape. It
         fills `out`, which may be `s` itself: a kernel must not read `s` once it has written to `out`.
     parameters : tuple of (str, float)
-        The parameters by name, all of them; ``dict(parameters)`` is what `activation` takes.
+        The parameters by name, all of them; ``dict(parameters)`` is what `get_activation` takes.
     joints : tuple of float
         The points where two formulas meet, so that sigma' or sigma'' may jump. Both are given from the left there.
 
     Examples
     --------
-    >>> sigma = activation("elu", alpha=0.5)
+    >>> sigma = get_activation("elu", alpha=0.5)
     >>> sigma([-1.0, 0.0, 2.0]).round(3).tolist()
     [-0.316, 0.0, 2.0]
     >>> sigma.derivative([0.0, 2.0]).tolist()
@@ -127,7 +127,7 @@ class Activation:
         return out
 
 
-def activation(spec: str | Activation, **parameters: float) -> Activation:
+def get_activation(spec: str | Activation, **parameters: float) -> Activation:
     """The activation of that name.
 
     Parameters
@@ -150,10 +150,10 @@ def activation(spec: str | Activation, **parameters: float) -> Activation:
 
     Examples
     --------
-    >>> sigma = activation("elu", alpha=0.5)
+    >>> sigma = get_activation("elu", alpha=0.5)
     >>> sigma.name, sigma.parameters
     ('elu', (('alpha', 0.5),))
-    >>> activation(sigma.name, **dict(sigma.parameters)) == sigma
+    >>> get_activation(sigma.name, **dict(sigma.parameters)) == sigma
     True
     """
     if isinstance(spec, Activation):

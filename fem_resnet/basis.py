@@ -25,10 +25,9 @@ from slepc4py import SLEPc
 from ufl import H1
 
 from fem_resnet.label_space import LabelSpace
+from fem_resnet.log import log
 
 __all__ = ["Basis", "cell_indicators", "given_basis", "laplace_basis"]
-
-_log = logging.getLogger("fem_resnet")
 
 #: Shift-invert about a negative number: the Neumann Laplacian is singular at 0.
 EIGENSOLVER_PARAMETERS = {
@@ -231,7 +230,8 @@ def laplace_basis(
         modes[:, start:end] = _fix_rotation(modes[:, start:end], eigenvalues[start:end].mean(), C)
     if rank not in ends:
         below, above = max([end for end in ends if end < rank], default=0), min(end for end in ends if end > rank)
-        _log.warning(
+        log(
+            Y.comm, logging.WARNING,
             "rank %d cuts through the repeated eigenvalue %.6g: ranks %d and %d keep it whole",
             rank, eigenvalues[rank - 1], below, above,
         )  # fmt: skip

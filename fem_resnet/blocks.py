@@ -13,6 +13,7 @@ from typing import Protocol
 
 import firedrake as fd
 import numpy as np
+from mpi4py import MPI
 from pyadjoint import AdjFloat, Block
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
@@ -117,6 +118,15 @@ class OperatorBlock(Block):
         raise NotImplementedError(f"{type(self.operator).__name__}: Hessians are not implemented, only first adjoints")
 
 
+def _renew_if_changed(function: fd.Function) -> None:
+    """See that the tape takes the present values of an input that was assigned to while annotation was off."""
+    variable = function.block_variable
+    if variable.creation_timestep == -1 and isinstance(variable.checkpoint, fd.Function):
+        same = np.array_equal(variable.checkpoint.dat.data_ro, function.dat.data_ro)
+        if not function.function_space().mesh().comm.allreduce(same, op=MPI.LAND):
+            function.clear_block_variable()
+
+
 def _version(function: fd.Function | fd.Cofunction) -> tuple[weakref.ref, int]:
     """Equal for the same Function, unchanged; does not keep it alive."""
     return weakref.ref(function), function.dat.dat_version
@@ -146,6 +156,8 @@ def apply(operator: Operator, functions: Sequence[fd.Function]) -> tuple[fd.Func
     block = None
     with_tape = annotate_tape()
     if with_tape:
+        for function in functions:
+            _renew_if_changed(function)
         block = OperatorBlock(operator, functions)
         functions = [variable.saved_output for variable in block.get_dependencies()]
     with stop_annotating():

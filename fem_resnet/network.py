@@ -15,8 +15,7 @@ import numpy as np
 import petsctools
 from pyadjoint.tape import annotate_tape
 
-from fem_resnet.activation import Activation
-from fem_resnet.activation import activation as as_activation
+from fem_resnet.activation import Activation, get_activation
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.kernel import LowRankKernel
@@ -111,7 +110,7 @@ class ResidualNetwork:
                 raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
         self.times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self.times) - 1
-        self.activation = as_activation(activation)
+        self.activation = get_activation(activation)
         self.steps = _positive_integer("steps", steps)
         self.layers_per_block = (
             max(self.layers, 1) if layers_per_block is None else _positive_integer("layers_per_block", layers_per_block)

@@ -1,0 +1,179 @@
+"""Networks in files: one HDF5 file, written by Firedrake's CheckpointFile, read on any number of ranks.
+
+The file holds the mesh, the bases by their node values (cell indicators by name), all coefficients, and the settings of
+the network. A file is complete or not there: it is written under another name and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import firedrake as fd
+import numpy as np
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.activation import get_activation
+from fem_resnet.basis import Basis, cell_indicators
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.objective import Head
+from fem_resnet.parameter import NodalValues, Parameter
+
+__all__ = ["load", "save"]
+
+_GROUP = "fem_resnet"
+_FORMAT = 1
+
+
+def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> None:
+    """Write a network, and its head if there is one. Collective.
+
+    Parameters
+    ----------
+    path
+        The file; an old one is replaced at the very end, so that a complete file is there at any time.
+    net, head
+        What to write.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder does not exist; on all ranks alike.
+    """
+    path = Path(path)
+    comm = net.Y.comm
+    if not comm.bcast(path.parent.is_dir() if comm.rank == 0 else None):
+        raise FileNotFoundError(f"path: the folder {path.parent} does not exist")
+    bases, roles = _bases(net, head)
+    settings = {
+        "format": _FORMAT,
+        "roles": roles,
+        "kinds": [basis.kind for basis in bases],
+        "mesh": net.Y.V.mesh().name,
+        "times": net.times.tolist(),
+        "activation": [net.activation.name, dict(net.activation.parameters)],
+        "steps": net.steps,
+        "layers_per_block": net.layers_per_block,
+        "solver_parameters": net.solver_parameters,
+        "classes": None if head is None else head.classes,
+    }
+    part = path.with_name(path.name + ".part")
+    with stop_annotating(), fd.CheckpointFile(str(part), "w", comm=comm) as file:
+        file.save_mesh(net.Y.V.mesh())
+        file.save_function(fd.Function(net.Y.V, name="label_space"))
+        for index, basis in enumerate(bases):
+            if basis.kind != "cells":
+                file.save_function(net.Y.batch(basis.values), name=f"basis_{index}")
+        file.require_group(_GROUP)
+        file.set_attr(_GROUP, "settings", json.dumps(settings))
+        for index, basis in enumerate(bases):
+            if basis.eigenvalues is not None:
+                _write(file, f"eigenvalues_{index}", basis.eigenvalues)
+        for parameter in _parameters(net, head):
+            for k, function in enumerate(parameter.functions):
+                if isinstance(parameter.space_basis, NodalValues):
+                    file.save_function(function, name=f"{parameter.name}_{k}")
+                else:
+                    _write(file, f"{parameter.name}_{k}", parameter.get(k))
+    if comm.rank == 0:
+        os.replace(part, path)
+    comm.barrier()
+
+
+def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNetwork, Head | None]:
+    """Read what `save` wrote, on any number of ranks. Collective over `comm`.
+
+    Parameters
+    ----------
+    path
+        The file.
+    comm
+        Communicator of the mesh.
+
+    Returns
+    -------
+    net, head
+        The network on a label space of its own, and its head or None.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file; on all ranks alike.
+    ValueError
+        If it holds no network, or one of a later format.
+    """
+    path = Path(path)
+    if not comm.bcast(path.is_file() if comm.rank == 0 else None):
+        raise FileNotFoundError(f"path: there is no file {path}")
+    with stop_annotating(), fd.CheckpointFile(str(path), "r", comm=comm) as file:
+        if _GROUP not in file.h5pyfile:
+            raise ValueError(f"path: {path} holds no network; files of fem_resnet.save are wanted")
+        settings = json.loads(file.get_attr(_GROUP, "settings"))
+        if settings["format"] > _FORMAT:
+            raise ValueError(f"path: {path} has format {settings['format']}, this version reads up to {_FORMAT}")
+        mesh = file.load_mesh(settings["mesh"])
+        Y = LabelSpace(file.load_function(mesh, "label_space").function_space())
+        bases = [
+            cell_indicators(Y)
+            if kind == "cells"
+            else Basis(
+                Y,
+                Y.values(file.load_function(mesh, f"basis_{index}")),
+                kind,
+                _read(file, f"eigenvalues_{index}"),
+            )
+            for index, kind in enumerate(settings["kinds"])
+        ]
+        role = {name: None if index is None else bases[index] for name, index in settings["roles"].items()}
+        name, activation_parameters = settings["activation"]
+        net = ResidualNetwork(
+            role["phi"],
+            role["psi"],
+            bias=role["bias"],
+            times=settings["times"],
+            activation=get_activation(name, **activation_parameters),
+            steps=settings["steps"],
+            layers_per_block=settings["layers_per_block"],
+            solver_parameters=settings["solver_parameters"],
+        )
+        head = None if settings["classes"] is None else Head(role["head"], settings["classes"])
+        for parameter in _parameters(net, head):
+            for k, function in enumerate(parameter.functions):
+                if isinstance(parameter.space_basis, NodalValues):
+                    parameter.set(k, file.load_function(mesh, f"{parameter.name}_{k}").dat.data_ro)
+                else:
+                    parameter.set(k, _read(file, f"{parameter.name}_{k}"))
+    return net, head
+
+
+# HDF5 closes a file only when nothing in it is open: h5py's objects must not outlive these calls.
+
+
+def _write(file: fd.CheckpointFile, name: str, array: np.ndarray) -> None:
+    file.h5pyfile[_GROUP].create_dataset(name, data=array)
+
+
+def _read(file: fd.CheckpointFile, name: str) -> np.ndarray | None:
+    group = file.h5pyfile[_GROUP]
+    return group[name][...] if name in group else None
+
+
+def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[str, int | None]]:
+    """The bases, each once, and which of them plays which part."""
+    kernel = net.kernel.space_basis.kernel
+    parts = {
+        "phi": kernel.phi,
+        "psi": kernel.psi,
+        "bias": getattr(net.bias.space_basis, "basis", None),
+        "head": None if head is None else head.psi,
+    }
+    bases = list({id(basis): basis for basis in parts.values() if basis is not None}.values())
+    position = {id(basis): index for index, basis in enumerate(bases)}
+    return bases, {name: position.get(id(basis)) for name, basis in parts.items()}
+
+
+def _parameters(net: ResidualNetwork, head: Head | None) -> list[Parameter]:
+    return net.parameters + ([] if head is None else head.parameters)

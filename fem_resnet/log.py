@@ -1,0 +1,17 @@
+"""Messages of the package: the standard logger "fem_resnet", on rank 0 of a communicator only."""
+
+from __future__ import annotations
+
+import logging
+
+from mpi4py import MPI
+
+__all__ = ["log"]
+
+_logger = logging.getLogger("fem_resnet")
+
+
+def log(comm: MPI.Comm, level: int, message: str, *arguments) -> None:
+    """Log `message % arguments` on rank 0 of `comm`; levels as in `logging`."""
+    if comm.rank == 0:
+        _logger.log(level, message, *arguments)

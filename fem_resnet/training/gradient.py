@@ -1,0 +1,150 @@
+"""Training by TAO: gradients of pyadjoint, inner products of the label measure.
+
+TAO's gradient norm and the first matrix of its L-BFGS are the Riesz maps of the controls, so what is computed are
+gradients in L2(Y x (0,T)) and L2(Y x Y x (0,T)), (4.3), (4.4), (4.7), whatever the mesh or the lengths of the layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import petsctools
+from petsc4py import PETSc
+from pyadjoint import MinimizationProblem, TAOSolver
+from pyadjoint.optimization.tao_solver import PETScVecInterface
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.log import log
+from fem_resnet.objective import LearningProblem
+
+__all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "train"]
+
+SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200, "tao_gatol": 1e-8, "tao_grtol": 0.0, "tao_gttol": 0.0}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One iteration: its number of at most `iterations`, J, the norm of its gradient, and seconds since the start."""
+
+    iteration: int
+    iterations: int
+    value: float
+    gradient_norm: float
+    seconds: float
+
+    def __str__(self) -> str:
+        left = self.seconds / max(self.iteration, 1) * (self.iterations - self.iteration)
+        return (
+            f"iteration {self.iteration:4d} of {self.iterations}   J = {self.value:.8e}   "
+            f"|gradient| = {self.gradient_norm:.2e}   {left:4.0f} s left"
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a training ended.
+
+    Attributes
+    ----------
+    value, gradient_norm : float
+        J and the norm of its gradient (label measure) at the end.
+    iterations : int
+    converged : bool
+        Whether a tolerance was met; False where the iterations ran out.
+    reason : str
+        TAO's reason of stopping, by name.
+    values, gradient_norms : numpy.ndarray
+        History, one entry an iteration, the start included.
+    seconds : float
+        Wall time.
+    """
+
+    value: float
+    gradient_norm: float
+    iterations: int
+    converged: bool
+    reason: str
+    values: np.ndarray
+    gradient_norms: np.ndarray
+    seconds: float
+
+
+def train(
+    problem: LearningProblem,
+    solver_parameters: dict | None = None,
+    *,
+    options_prefix: str | None = None,
+    monitor: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Minimise J by TAO from the present parameters, and assign what it found to them.
+
+    Also where TAO stops at its limit of iterations or fails to go on: the parameters are then the best that it has,
+    and `reason` says so. Collective over the communicator of the network.
+
+    Parameters
+    ----------
+    problem
+        The learning problem.
+    solver_parameters, options_prefix
+        TAO's options over `SOLVER_PARAMETERS` (L-BFGS).
+    monitor
+        Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
+
+    Returns
+    -------
+    Result
+
+    Examples
+    --------
+    >>> result = train(problem, {"tao_max_it": 100})  # doctest: +SKIP
+    """
+    comm = problem.net.Y.comm
+    functional, _ = problem.record()
+    solver = TAOSolver(
+        MinimizationProblem(functional),
+        SOLVER_PARAMETERS | (solver_parameters or {}),
+        options_prefix=options_prefix,
+        comm=comm,
+    )
+    functions = problem.functions
+    interface = PETScVecInterface(functions, comm=comm)
+    limit = solver.tao.getMaximumIterations()
+    history: list[Progress] = []
+    start = time.perf_counter()
+
+    def watch(tao):
+        _, value, gradient_norm, *_ = tao.getSolutionStatus()
+        history.append(
+            Progress(tao.getIterationNumber(), limit, value, gradient_norm, time.perf_counter() - start)
+        )
+        if monitor is None:
+            log(comm, logging.INFO, "%s", history[-1])
+        else:
+            monitor(history[-1])
+
+    solver.tao.setMonitor(watch)
+    # pyadjoint's own solve() raises at the limit of iterations and drops what was found.
+    with stop_annotating(), petsctools.inserted_options(solver.tao):
+        interface.to_petsc(solver.x, functions)
+        solver.tao.solve()
+        interface.from_petsc(solver.x, functions)
+    reason = solver.tao.getConvergedReason()
+    return Result(
+        value=history[-1].value,
+        gradient_norm=history[-1].gradient_norm,
+        iterations=history[-1].iteration,
+        converged=reason > 0,
+        reason=_reasons().get(reason, str(reason)),
+        values=np.array([entry.value for entry in history]),
+        gradient_norms=np.array([entry.gradient_norm for entry in history]),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _reasons() -> dict[int, str]:
+    names = PETSc.TAO.ConvergedReason
+    return {getattr(names, name): name for name in dir(names) if name.isupper()}
