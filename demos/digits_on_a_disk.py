@@ -143,23 +143,21 @@ def draw(path, Y, run, pictures, result, read, labels):
     if Y.comm.rank:
         return
     x, y = np.concatenate(nodes).T
-    figure = plt.figure(figsize=(2 * columns + 4.5, 2.1 * pictures), layout="constrained")
-    grid = figure.add_gridspec(pictures, columns + 2, width_ratios=[1] * columns + [1.2, 1.2])
+    figure = plt.figure(figsize=(1.6 * columns + 5, 1.7 * pictures), layout="constrained")
+    flow, side = figure.subfigures(1, 2, width_ratios=[1.6 * columns, 5])
+    grid = flow.subplots(pictures, columns)
     for column, state in enumerate(states):
-        state = np.concatenate(state)
-        for k in range(pictures):
-            axes = figure.add_subplot(grid[k, column])
-            bound = np.abs(state[:, k]).max()
-            axes.tripcolor(x, y, state[:, k], shading="gouraud", cmap="RdBu_r", vmin=-bound, vmax=bound)
+        for axes, values in zip(grid[:, column], np.concatenate(state).T):
+            bound = np.abs(values).max()
+            axes.tripcolor(x, y, values, shading="gouraud", cmap="RdBu_r", vmin=-bound, vmax=bound)
             axes.set_aspect("equal")
             axes.axis("off")
-            axes.set_title(f"t = {run.net.times[column]:g}" if k == 0 else "")
-    curve = figure.add_subplot(grid[: (pictures + 1) // 2, columns:])
+        grid[0, column].set_title(f"t = {run.net.times[column]:g}")
+    matrix, curve = side.subplots(2, 1, height_ratios=[2, 1])
     curve.semilogy(result.values)
-    curve.set(xlabel="iteration", title="J")
+    curve.set(xlabel="iteration", ylabel="J")
     confusion = np.zeros((10, 10), dtype=int)
     np.add.at(confusion, (labels, read), 1)
-    matrix = figure.add_subplot(grid[(pictures + 1) // 2 :, columns:])
     matrix.imshow(np.log1p(confusion), cmap="Greys")
     for i, j in zip(*np.nonzero(confusion)):
         matrix.text(j, i, confusion[i, j], ha="center", va="center", fontsize=7, color="w" if i == j else "k")
@@ -200,7 +198,7 @@ def main(short=False):
     comm.barrier()
     save(output / "digits.h5", net, head)
     test_accuracy, read = accuracy(net, head, test_inputs, test_y)
-    draw(output / "digits_on_a_disk.png", Y, net.run(batch(test_x[:3])), 3, result, read, test_y)
+    draw(output / "digits_on_a_disk.png", Y, net.run(batch(test_x[:4])), 4, result, read, test_y)
 
     flat_net, flat_head, _ = learn(basis, inputs, labels, layers=0, **settings)
     parameters = sum(parameter.dim for parameter in [*net.parameters, *head.parameters])

@@ -96,10 +96,11 @@ class OperatorBlock(Block):
         return output
 
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
-        dual = adj_inputs[0]
-        if self.operator.output is not None:
-            self._adjoint_at = _version(dual)
-            dual = self.operator.output.read(dual)
+        if self.operator.output is None:
+            dual = float(adj_inputs[0])
+        else:
+            self._adjoint_at = _version(adj_inputs[0])
+            dual = self.operator.output.read(adj_inputs[0])
         if not (self.operator.ready and self._solved == [_version(function) for function in inputs]):
             self.solve(inputs)
         return self.operator.adjoint(_read(self.operator, inputs), dual)

@@ -66,7 +66,7 @@ class LabelSpace:
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "DG", 0))
     >>> round(Y.measure, 2)
-    3.06
+    3.12
     """
 
     def __init__(self, V: fd.functionspaceimpl.WithGeometry):
@@ -79,6 +79,7 @@ class LabelSpace:
         self.comm = V.mesh().comm
         with stop_annotating():
             self.weights = fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy()
+            volume = fd.assemble(fd.Constant(1.0) * fd.dx(domain=V.mesh()))
         self.weights.flags.writeable = False
         smallest = self.comm.allreduce(self.weights.min(initial=np.inf), op=MPI.MIN)
         if not smallest > 0:
@@ -87,6 +88,11 @@ class LabelSpace:
                 f"{_WHAT_WORKS}"
             )
         self.measure = float(self.sum(self.weights.sum()))
+        if abs(self.measure - volume) > 1e-10 * volume:
+            raise ValueError(
+                f"V: the weights of {V.ufl_element()} add up to {self.measure:.6g}, the measure of the mesh is "
+                f"{volume:.6g}: the space does not hold the constants. {_WHAT_WORKS}"
+            )
 
     def __repr__(self) -> str:
         return f"LabelSpace({self.size} nodes, {self.V.ufl_element()}, |Y| = {self.measure:.6g})"
@@ -165,8 +171,9 @@ class LabelSpace:
             values.ndim == 2 and values.shape[0] == self.nodes and values.shape[1] > 0,
             f"{name}: shape (nodes, samples) = ({self.nodes}, at least 1) is wanted, {values.shape} was given",
         )
-        bad = np.zeros(values.shape[1]) + ~np.isfinite(values).all(axis=0)
-        self._refuse_not_finite(bad, name)
+        samples = self.comm.allgather(values.shape[1])
+        self.agree(len(set(samples)) == 1, f"{name}: the ranks give different numbers of samples, {samples}")
+        self._refuse_not_finite(values, name)
         function = fd.Function(self.batch_space(values.shape[1]), name=name)
         function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
         return function
@@ -197,10 +204,10 @@ class LabelSpace:
                 f"{name}: {element} was given; a Function of {self.V.ufl_element()} or a batch of it "
                 f"(LabelSpace.batch_space) is wanted"
             )
-        self._refuse_not_finite(~np.isfinite(self.values(function)).all(axis=0) + 0.0, name)
+        self._refuse_not_finite(self.values(function), name)
 
-    def _refuse_not_finite(self, bad: np.ndarray, name: str) -> None:
-        bad = np.flatnonzero(self.sum(bad))
+    def _refuse_not_finite(self, values: np.ndarray, name: str) -> None:
+        bad = np.flatnonzero(self.sum((~np.isfinite(values)).any(axis=0)))
         if bad.size:
             raise ValueError(f"{name}: sample {bad[0]} has values that are not finite ({bad.size} samples have)")
 
@@ -274,6 +281,8 @@ def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
 
 
 def _check_element(V) -> None:
+    if V.ufl_element().family() in ("Real", "HDiv Trace"):
+        raise ValueError(f"V: {V.ufl_element()} has no nodes in the cells of the mesh. {_WHAT_WORKS}")
     for factor in _factors(create_element(V.ufl_element())):
         element = factor.fiat_equivalent
         if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):

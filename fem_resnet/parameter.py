@@ -227,6 +227,11 @@ class Parameter:
     def __repr__(self) -> str:
         return f"Parameter({self.name}, {type(self.space_basis).__name__}, {len(self.functions)} in time)"
 
+    @property
+    def dim(self) -> int:
+        """Number of coefficients in all, over all ranks."""
+        return sum(function.function_space().dim() for function in self.functions)
+
     def get(self, k: int) -> np.ndarray:
         """Coefficients c_k: a copy; the owned nodes for nodal values, else all of them. Collective."""
         return self.space_basis.read(self.functions[k])

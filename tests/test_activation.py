@@ -11,7 +11,7 @@ import pytest
 import sympy
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fem_resnet.activation import ACTIVATIONS, activation
+from fem_resnet.activation import ACTIVATIONS, get_activation
 
 S = sympy.Symbol("s", real=True)
 
@@ -33,7 +33,7 @@ def _formulas(sigma):
     }[sigma.name]
 
 
-SIGMAS = [*ACTIVATIONS.values(), activation("elu", alpha=0.3), activation("elu", alpha=1e20)]
+SIGMAS = [*ACTIVATIONS.values(), get_activation("elu", alpha=0.3), get_activation("elu", alpha=1e20)]
 each_sigma = pytest.mark.parametrize(
     "sigma", SIGMAS, ids=lambda sigma: "-".join([sigma.name, *(f"{key}={value:g}" for key, value in sigma.parameters)])
 )
@@ -101,7 +101,7 @@ def test_raises_no_floating_point_error_and_stays_finite(sigma, order):
     ],
 )
 def test_derivatives_at_a_joint_are_those_from_the_left(name, parameters, first, second):
-    sigma = activation(name, **parameters)
+    sigma = get_activation(name, **parameters)
     assert sigma.joints == (0.0,)
     assert (sigma.derivative(0.0), sigma.second_derivative(0.0)) == (first, second)
     assert (sigma.derivative(5e-324), sigma.second_derivative(5e-324)) == (1.0, 0.0)
@@ -109,9 +109,9 @@ def test_derivatives_at_a_joint_are_those_from_the_left(name, parameters, first,
 
 def test_kinks_are_where_the_derivative_jumps():
     assert {name for name, sigma in ACTIVATIONS.items() if sigma.kinks} == {"relu", "leaky_relu"}
-    assert all(activation(name).kinks == (0.0,) for name in ("relu", "leaky_relu"))
-    assert activation("elu", alpha=0.5).kinks == (0.0,)
-    assert activation("elu", alpha=1).kinks == ()
+    assert all(get_activation(name).kinks == (0.0,) for name in ("relu", "leaky_relu"))
+    assert get_activation("elu", alpha=0.5).kinks == (0.0,)
+    assert get_activation("elu", alpha=1).kinks == ()
 
 
 @each_order
@@ -167,7 +167,7 @@ def test_works_on_strided_views(sigma, order):
 
 @each_sigma
 def test_is_rebuilt_from_name_and_parameters(sigma):
-    rebuilt = activation(sigma.name, **dict(sigma.parameters))
+    rebuilt = get_activation(sigma.name, **dict(sigma.parameters))
     assert rebuilt == sigma
     assert hash(rebuilt) == hash(sigma)
     assert_array_equal(rebuilt(_grid()), sigma(_grid()))
@@ -180,16 +180,16 @@ def test_survives_pickle_and_deepcopy(sigma):
 
 
 def test_parameters_tell_activations_apart():
-    assert activation("elu") == activation("elu", alpha=1) != activation("elu", alpha=0.5)
+    assert get_activation("elu") == get_activation("elu", alpha=1) != get_activation("elu", alpha=0.5)
 
 
 def test_an_activation_is_returned_unchanged():
-    sigma = activation("elu", alpha=0.5)
-    assert activation(sigma) is sigma
+    sigma = get_activation("elu", alpha=0.5)
+    assert get_activation(sigma) is sigma
 
 
 def test_each_entry_is_under_its_name():
-    assert all(activation(name).name == name for name in ACTIVATIONS)
+    assert all(get_activation(name).name == name for name in ACTIVATIONS)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_each_entry_is_under_its_name():
         ("tahn", {}, ValueError, r"'tahn'.*give one of tanh, arctan, .*identity"),
         (None, {}, TypeError, r"spec is NoneType; give the name"),
         (np.tanh, {}, TypeError, r"spec is ufunc; give the name"),
-        (activation("tanh"), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh'"),
+        (get_activation("tanh"), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh'"),
         ("tanh", {"alpha": 1.0}, TypeError, r"alpha given to tanh, which accepts none"),
         ("elu", {"beta": 1.0, "alpha": 1.0}, TypeError, r"beta given to elu, which accepts alpha"),
         ("elu", {"alpha": "1"}, TypeError, r"alpha is '1'; give a real number"),
@@ -212,7 +212,7 @@ def test_each_entry_is_under_its_name():
 )
 def test_refuses_what_is_no_activation(spec, parameters, error, message):
     with pytest.raises(error, match=message):
-        activation(spec, **parameters)
+        get_activation(spec, **parameters)
 
 
 @each_order
@@ -230,4 +230,4 @@ def test_refuses_what_is_no_activation(spec, parameters, error, message):
 )
 def test_refuses_arguments_it_cannot_use(order, s, out, error, message):
     with pytest.raises(error, match=message):
-        _function(activation("tanh"), order)(s, out=out)
+        _function(get_activation("tanh"), order)(s, out=out)

@@ -1,0 +1,147 @@
+"""How the tests are run; `containers/run pytest` is the whole default run.
+
+Every test is written for any number of ranks. ``@pytest.mark.parallel([1, 2, 3])`` only says on which numbers of ranks
+the default run repeats it; without the marker a test runs on one. A session runs what is marked for the number of ranks
+that it has been started on: `test_on_ranks.py` starts one on two ranks and one on three, and by hand
+
+    containers/run mpiexec -n 2 pytest -m "parallel[2]" tests/test_network.py
+
+does the same. Tests marked `slow` run where -m names them: ``pytest -m slow``.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import zlib
+from collections import defaultdict
+from pathlib import Path
+
+# PETSc would take pytest's arguments for its own options, and complain about them at the end.
+arguments, sys.argv = sys.argv, sys.argv[:1]
+import firedrake as fd  # noqa: E402
+
+sys.argv = arguments
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from firedrake import COMM_WORLD  # noqa: E402
+from firedrake.adjoint import taylor_test  # noqa: E402
+from pyadjoint import Tape, annotate_tape, pause_annotation, set_working_tape  # noqa: E402
+
+#: Seconds after which a test on several ranks counts as hanging: its stacks are printed, then the ranks are killed.
+TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
+
+TAYLOR_RATES = pytest.StashKey[dict]()
+
+
+def pytest_configure(config):
+    config.stash[TAYLOR_RATES] = defaultdict(dict)
+    if COMM_WORLD.size > 1:
+        config.pluginmanager.register(OnRanks(os.dup(2)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Keep what is marked for this number of ranks, and of the slow tests what is asked for by name."""
+
+    def selected(item):
+        markers = {marker.name for marker in item.iter_markers()}
+        return f"parallel[{COMM_WORLD.size}]" in markers and ("slow" not in markers or "slow" in config.option.markexpr)
+
+    deselected = [item for item in items if not selected(item)]
+    items[:] = [item for item in items if selected(item)]
+    config.hook.pytest_deselected(items=deselected)
+
+
+class OnRanks:
+    """A session on several ranks: no hang lasts for ever, no failure goes unseen."""
+
+    def __init__(self, stderr):
+        self.stderr = stderr
+        self.watch()
+
+    def watch(self):
+        # The signal kills this rank even inside a blocking MPI call; mpiexec then ends the others.
+        faulthandler.dump_traceback_later(TIME_LIMIT, file=self.stderr)
+        signal.alarm(TIME_LIMIT + 5)
+
+    def pytest_runtest_logstart(self):
+        self.watch()
+
+    def pytest_sessionfinish(self):
+        self.watch()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_exception_interact(self):
+        self.watch()  # pytest has just called the watch off
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        # The other ranks may now wait for this one for ever: say why before that.
+        report = yield
+        if report.failed:
+            text = f"\n== rank {COMM_WORLD.rank}: {item.nodeid} failed in its {call.when}\n{report.longreprtext}\n"
+            os.write(self.stderr, text.encode())
+        return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The smallest Taylor rates of the session, as a table."""
+    rates = config.stash[TAYLOR_RATES]
+    if not rates:
+        return
+    terminalreporter.section("Taylor rates R0 / R1")
+    columns = list(dict.fromkeys(column for row in rates.values() for column in row))
+    terminalreporter.line(f"{'':30}" + "".join(f"{column:>16}" for column in columns))
+    for name, row in rates.items():
+        cells = (f"{row[column][0]:.3f} / {row[column][1]:.3f}" if column in row else "" for column in columns)
+        terminalreporter.line(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+# -- fixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def tape():
+    """A fresh tape, annotation off; a test that leaves it on fails."""
+    pause_annotation()
+    with set_working_tape(Tape()) as tape:
+        yield tape
+    left_on = annotate_tape()
+    pause_annotation()
+    assert not left_on, "the test left pyadjoint's annotation on; wrap what is taped in `with continue_annotation():`"
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers that depend on the test's name alone, and are the same on every rank and number of ranks."""
+    function = getattr(request.node, "originalname", request.node.name)
+    return np.random.default_rng(zlib.crc32(function.encode()))
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """The temporary folder of rank 0, on every rank."""
+    return Path(COMM_WORLD.bcast(str(tmp_path)))
+
+
+@pytest.fixture
+def taylor(request):
+    """``taylor(J, m, h, row, column)``: Taylor test of a ReducedFunctional in the direction h, noted in the summary.
+
+    The remainder without the derivative must fall at rate 1, the one with it at rate 2. Returns both rates.
+    """
+    rates = request.config.stash[TAYLOR_RATES]
+
+    def taylor(J, m, h, row, column):
+        zeroth = taylor_test(J, m, h, dJdm=0)
+        first = taylor_test(J, m, h)
+        known = rates[row].get(column, (zeroth, first))
+        rates[row][column] = (min(known[0], zeroth), min(known[1], first))
+        # The steps go from 1e-2 to 1e-3: higher terms move the rates by about that much at most.
+        assert abs(zeroth - 1) < 0.02, f"{row}, {column}: R0 falls at rate {zeroth:.3f}, 1.00 is wanted"
+        assert first > 1.98, f"{row}, {column}: R1 falls at rate {first:.3f}, more than 1.98 is wanted"
+        return zeroth, first
+
+    return taylor

@@ -1,0 +1,121 @@
+"""Domains, label spaces, bases and a functional that the tests share: a new kernel costs 0.3 s, so few exist."""
+
+from functools import cache
+
+import firedrake as fd
+import numpy as np
+from firedrake import COMM_SELF, COMM_WORLD
+
+from fem_resnet.basis import Basis, laplace_basis
+from fem_resnet.blocks import apply
+from fem_resnet.label_space import BatchValues, LabelSpace
+
+#: Number of samples of all batches, unless a test is about that number.
+SAMPLES = 3
+
+DOMAINS = {
+    "interval": lambda n, comm: fd.UnitIntervalMesh(8 * n, comm=comm),
+    "disk": lambda n, comm: fd.UnitDiskMesh(n, comm=comm),
+    "annulus": lambda n, comm: fd.AnnulusMesh(1, 0.4, 3 * n, 12 * n, comm=comm),
+    "sphere": lambda n, comm: fd.UnitIcosahedralSphereMesh(n, comm=comm),
+    "square": lambda n, comm: fd.UnitSquareMesh(3 * n, 3 * n, quadrilateral=True, comm=comm),
+    "cube": lambda n, comm: fd.UnitCubeMesh(2 * n, 2 * n, 2 * n, comm=comm),
+    "hexes": lambda n, comm: fd.UnitCubeMesh(2 * n, 2 * n, 2 * n, hexahedral=True, comm=comm),
+    "prisms": lambda n, comm: fd.ExtrudedMesh(fd.UnitSquareMesh(3 * n, 3 * n, comm=comm), 2 * n),
+}
+
+#: Label spaces of every kind that is allowed, and of every kind of mesh.
+SPACES = [
+    ("interval", "DG0"),
+    ("interval", "CG3"),
+    ("disk", "DG0"),
+    ("disk", "DG1"),
+    ("disk", "CG1"),
+    ("disk", "CG3"),
+    ("disk", "KMV2"),
+    ("annulus", "DG0"),
+    ("annulus", "CG2"),
+    ("sphere", "DG0"),
+    ("sphere", "CG1"),
+    ("square", "CG3"),
+    ("cube", "DG0"),
+    ("cube", "CG1"),
+    ("hexes", "CG2"),
+    ("prisms", "CG1"),
+]
+
+
+def name(space: tuple) -> str:
+    """Name of a test's parameter."""
+    return "-".join(map(str, space))
+
+
+@cache
+def mesh(domain: str, refinement: int = 1, alone: bool = False) -> fd.MeshGeometry:
+    """A mesh of `domain` on all ranks, or the whole of it on each rank alone."""
+    return DOMAINS[domain](refinement, COMM_SELF if alone else COMM_WORLD)
+
+
+@cache
+def label_space(domain: str, element: str, refinement: int = 1, alone: bool = False) -> LabelSpace:
+    """``label_space("disk", "DG0")``; CG2 and CG3 on quadrilaterals and hexahedra are the spectral elements."""
+    family, degree = element[:-1], int(element[-1])
+    return LabelSpace(fd.FunctionSpace(mesh(domain, refinement, alone), family, degree))
+
+
+@cache
+def laplace(domain: str, element: str, rank: int, alone: bool = False) -> Basis:
+    """Laplace eigenfunctions on ``label_space(domain, element)``."""
+    return laplace_basis(label_space(domain, element, alone=alone), rank)
+
+
+def smooth(Y: LabelSpace, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
+    """Values of smooth functions of the coordinates, shape (nodes, samples), of size one: no partition changes them."""
+    rng = np.random.default_rng(seed)
+    dimension = Y.coordinates.shape[1]
+    frequencies, phases = rng.normal(scale=2.0, size=(dimension, samples)), rng.uniform(0, 6, samples)
+    return np.cos(Y.coordinates @ frequencies + phases)
+
+
+def set_smooth(net, rng, size: float = 1.0) -> None:
+    """Give bias and kernel of all layers values of that size which do not depend on the partition."""
+    for layer in range(net.layers):
+        kernel, bias = net.kernel.space_basis, net.bias.space_basis
+        net.kernel.set(layer, size * rng.normal(size=kernel.shape) / kernel.shape[1] ** 0.5)
+        if bias.space is net.Y.V:
+            net.bias.set(layer, size * smooth(net.Y, 1, seed=layer)[:, 0])
+        else:
+            net.bias.set(layer, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
+
+
+def smooth_direction(net, rng, k: int, parameter):
+    """A Function of a parameter's space with values that do not depend on the partition."""
+    direction = fd.Function(parameter.space_basis.space)
+    if direction.function_space() == net.Y.V:
+        parameter.space_basis.write(direction, smooth(net.Y, 1, seed=100 + k)[:, 0])
+    else:
+        parameter.space_basis.write(direction, rng.normal(size=parameter.space_basis.shape))
+    return direction
+
+
+class HalfSquareDistance:
+    """The operator f -> 1/2 sum_s int (f_s - target_s)^2 dy in the label measure."""
+
+    output = None
+    ready = True
+
+    def __init__(self, Y: LabelSpace, target: fd.Function):
+        self.Y = Y
+        self.inputs = [BatchValues(Y, target.function_space())]
+        self.target = Y.values(target).copy()
+
+    def forward(self, arrays, save):
+        return float(self.Y.sum(np.einsum("i,is->", self.Y.weights, (arrays[0] - self.target) ** 2))) / 2
+
+    def adjoint(self, arrays, dual):
+        return [dual * self.Y.weights[:, None] * (arrays[0] - self.target)]
+
+
+def half_square_distance(f: fd.Function, target: fd.Function, Y: LabelSpace):
+    """J = 1/2 sum_s int (f_s - target_s)^2 dy as an AdjFloat, recorded if the tape is annotating."""
+    return apply(HalfSquareDistance(Y, target), [f])[0]

@@ -1,0 +1,107 @@
+"""Learning problems that the tests share, and what compares them on different partitions of one mesh."""
+
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+from mpi4py import MPI
+from pyadjoint.enlisting import Enlist
+from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
+
+from fem_resnet.basis import Basis
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.objective import Batch, Head, LearningProblem, cross_entropy, least_squares, tikhonov
+from helpers import laplace, set_smooth, smooth, smooth_direction
+
+CLASSES = 3
+#: Layers of unequal lengths, which do not add up to one.
+TIMES = (0.0, 0.2, 0.9, 1.3)
+#: How many Laplace eigenfunctions: no repeated eigenvalue is cut.
+RANK = {"annulus": 5}
+
+
+@contextmanager
+def taping():
+    """Annotation on, and as it was afterwards."""
+    was_on = annotate_tape()
+    continue_annotation()
+    try:
+        yield
+    finally:
+        if not was_on:
+            pause_annotation()
+
+
+@cache
+def polynomials(Y: LabelSpace) -> Basis:
+    """A basis of 3 functions that are not orthogonal: its Gram matrix matters."""
+    x, y = Y.coordinates[:, 0], Y.coordinates[:, 1]
+    return Basis(Y, np.column_stack([1 + 0 * x, x + 0.5, 0.7 * y + x**2]), "given")
+
+
+def network(domain, element, *, bias="nodes", alone=False, seed=0, size=1.0, **options) -> ResidualNetwork:
+    """A network with kernel factors of different rank, parameters of that size, the same on every partition."""
+    phi = laplace(domain, element, RANK.get(domain, 4), alone)
+    options = {"times": TIMES, "layers_per_block": 2} | options
+    net = ResidualNetwork(phi, polynomials(phi.Y), bias=phi if bias == "basis" else None, **options)
+    set_smooth(net, np.random.default_rng(seed), size)
+    return net
+
+
+def learning_problem(
+    net: ResidualNetwork, *, head=True, loss=None, weight: float | None = 0.05, samples=4, seed=0
+) -> LearningProblem:
+    """Classes by a head with cross entropy, or a field by least squares; both with Tikhonov's weight."""
+    rng = np.random.default_rng(1000 + seed)
+    inputs = net.Y.batch(smooth(net.Y, samples, seed=seed))
+    if head:
+        head = Head(net.kernel.space_basis.kernel.phi, CLASSES)
+        head.W.set(0, rng.normal(size=head.W.space_basis.shape))
+        head.mu.set(0, rng.normal(size=CLASSES))
+        targets = np.arange(samples) % CLASSES
+    else:
+        head, targets = None, net.Y.batch(smooth(net.Y, samples, seed=seed + 50))
+    loss = loss or (cross_entropy if head else least_squares)
+    regulariser = None if weight is None else tikhonov(weight)
+    return LearningProblem(net, head, loss, regulariser, Batch(inputs, targets))
+
+
+def directions(J, net: ResidualNetwork, parameters, seed=0) -> list:
+    """A direction for a Taylor test of J in all coefficients of these parameters, the same on every partition.
+
+    Half of it is random, half the gradient: a random one alone may happen to be orthogonal to the gradient or to hit
+    no curvature, and no rate can then be seen. It is small, so that along the steps of `taylor_test`, 1e-2 to 1e-3,
+    higher terms hide nothing.
+    """
+    rng = np.random.default_rng(2000 + seed)
+    random = [smooth_direction(net, rng, 10 * seed + k, p) for p in parameters for k in range(len(p.functions))]
+    return [towards(gradient, part) for gradient, part in zip(Enlist(J.derivative(apply_riesz=True)), random)]
+
+
+def towards(gradient, random):
+    """0.03 (random + gradient / max gradient), in place of `random`."""
+    comm = random.function_space().mesh().comm
+    largest = comm.allreduce(np.abs(gradient.dat.data_ro).max(initial=0.0), op=MPI.MAX)
+    random.dat.data_wo[...] = 0.03 * (random.dat.data_ro + gradient.dat.data_ro / largest)
+    return random
+
+
+def gathered(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
+    """Values at the nodes of all ranks, shape (size, ..), ordered by the nodes' coordinates. Collective."""
+    x = np.concatenate(Y.comm.allgather(Y.coordinates))
+    # Round-off in coordinates depends on how a cell's vertices are numbered; it must not decide an order.
+    return np.concatenate(Y.comm.allgather(np.asarray(values)))[np.lexsort(np.round(x, 9).T)]
+
+
+def coefficients(parameter, function) -> np.ndarray:
+    """All coefficients that a Function of a parameter's space holds, in an order that no partition changes."""
+    values = parameter.space_basis.read(function)
+    Y = getattr(parameter.space_basis, "Y", None)
+    return values if Y is None else gathered(Y, values)
+
+
+def gradients(problem: LearningProblem, derivative) -> list[np.ndarray]:
+    """What `derivative` of a reduced functional of all parameters returned, as `coefficients`."""
+    owners = [parameter for parameter in problem.parameters for _ in parameter.functions]
+    return [coefficients(parameter, function) for parameter, function in zip(owners, derivative)]

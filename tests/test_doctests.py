@@ -1,0 +1,27 @@
+"""The examples in the docstrings do what they say."""
+
+import doctest
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import fem_resnet
+
+PACKAGE = Path(fem_resnet.__file__).parent
+MODULES = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>>" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in(name, capsys):
+    results = doctest.testmod(import_module(name.removesuffix(".__init__")))
+    assert results.attempted > 0, f"{name} has examples that doctest does not find"
+    assert results.failed == 0, capsys.readouterr().out
+
+
+def test_some_modules_have_examples():
+    assert MODULES

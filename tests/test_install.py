@@ -1,0 +1,165 @@
+"""`containers/run`: steps, stamps, lock and trees. The real steps are replaced by stubs that take no time."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STUBS = """
+steps=(first second third)
+declare -A packages=([first]="a" [second]="b" [third]="c")
+pins() { cat "$tree/containers/pins/$1"; }
+install_first() { echo first >>"$home/ran"; mkdir -p "$env/bin"; }
+install_second() { echo second >>"$home/ran"; . "$tree/containers/second"; }
+install_third() { echo third >>"$home/ran"; }
+check_machine() { :; }
+title() { echo "step $1"; }
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone whose script has stubs for steps, with a home of its own."""
+    script = (ROOT / "containers" / "run").read_text()
+    call = script.index('\nmain "$@"')
+    pins = tmp_path / "containers" / "pins"
+    pins.mkdir(parents=True)
+    for name in ("first", "second", "third"):
+        (pins / name).write_text(f"{name}==1\n")
+    (tmp_path / "containers" / "second").write_text("true\n")
+    (tmp_path / "containers" / "run").write_text(script[:call] + STUBS + script[call:])
+    return tmp_path
+
+
+def start(clone, *command):
+    environment = os.environ | {"FEM_RESNET_HOME": str(clone / "home")}
+    return subprocess.Popen(
+        ["bash", str(clone / "containers" / "run"), *command],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def run(clone, *command):
+    process = start(clone, *command)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def steps_run(clone):
+    return (clone / "home" / "ran").read_text().split()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for 30 s"
+        time.sleep(0.02)
+
+
+def test_steps_run_once_in_order_and_say_how_long_they_took(clone):
+    code, out, err = run(clone, "echo", "hello")
+    assert (code, out) == (0, "hello\n"), err
+    assert re.fullmatch(r"(\[\d/3\] step \w+ \.\.\. \d+ s\n){3}", err)
+    code, out, err = run(clone, "echo", "again")
+    assert (code, out, err) == (0, "again\n", "")
+    assert steps_run(clone) == ["first", "second", "third"]
+
+
+def test_a_changed_pin_rebuilds_its_own_step_and_those_after_it(clone):
+    run(clone, "true")
+    (clone / "containers" / "pins" / "second").write_text("second==2\n")
+    run(clone, "true")
+    assert steps_run(clone) == ["first", "second", "third", "second", "third"]
+
+
+def test_going_back_to_old_pins_after_a_half_finished_build_builds_again(clone):
+    run(clone, "true")
+    pins, second = clone / "containers" / "pins" / "first", clone / "containers" / "second"
+    pins.write_text("first==2\n")
+    second.write_text("exit 1\n")
+    assert run(clone, "true")[0] == 1
+    pins.write_text("first==1\n")
+    second.write_text("true\n")
+    assert run(clone, "true")[0] == 0
+    assert steps_run(clone)[-3:] == ["first", "second", "third"]
+
+
+def test_a_failed_step_shows_its_log_and_what_to_try(clone):
+    (clone / "containers" / "second").write_text("echo the disk said: No space left on device; exit 3\n")
+    code, _, err = run(clone, "echo", "never")
+    assert code == 1
+    for part in ("the disk said", "2-second.log", "Make room on the disk"):
+        assert part in err
+    (clone / "containers" / "second").write_text("true\n")
+    assert run(clone, "true")[0] == 0
+    assert steps_run(clone) == ["first", "second", "second", "third"]
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_call_leaves_nothing_running_that_the_next_one_meets(clone, by):
+    (clone / "containers" / "second").write_text('echo $$ >"$home/pid"; sleep 60\n')
+    process = start(clone, "true")
+    wait_for((clone / "home" / "pid").exists)
+    process.send_signal(by)
+    process.communicate(timeout=30)
+    pid = int((clone / "home" / "pid").read_text())
+    (clone / "containers" / "second").write_text("true\n")
+    assert run(clone, "true")[0] == 0
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
+    assert steps_run(clone) == ["first", "second", "second", "third"]
+
+
+def test_of_two_calls_at_once_the_second_waits_and_says_so(clone):
+    (clone / "containers" / "second").write_text('touch "$home/there"; sleep 1\n')
+    first = start(clone, "echo", "one")
+    wait_for((clone / "home" / "there").exists)
+    code, out, err = run(clone, "echo", "two")
+    assert (code, out) == (0, "two\n")
+    assert "waiting" in err
+    assert first.communicate(timeout=30)[0] == "one\n"
+    assert steps_run(clone) == ["first", "second", "third"]
+
+
+def test_no_command_is_refused_with_the_usage(clone):
+    code, _, err = run(clone)
+    assert code == 1
+    assert "usage: containers/run CMD ARGS" in err
+
+
+def test_two_clones_share_what_was_built_and_never_see_each_others_code(tmp_path):
+    home = Path(sys.prefix).parent
+    if not (home / "stamps").is_dir():
+        pytest.skip("this Python was not installed by containers/run")
+    program = "import fem_resnet, sys; print(fem_resnet.__file__); print(sys.prefix)"
+    for name in ("one", "two"):
+        shutil.copytree(ROOT / "containers", tmp_path / name / "containers")
+        shutil.copy(ROOT / "pyproject.toml", tmp_path / name)
+        (tmp_path / name / "fem_resnet").mkdir()
+        (tmp_path / name / "fem_resnet" / "__init__.py").touch()
+        started = time.monotonic()
+        result = subprocess.run(
+            [tmp_path / name / "containers" / "run", "python", "-c", program],
+            env=os.environ | {"FEM_RESNET_HOME": str(home)}, cwd="/", capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        # "within half a second" is for the script alone; Python's start and a busy machine are granted the rest
+        assert time.monotonic() - started < 5
+        assert result.stdout.split() == [str(tmp_path / name / "fem_resnet" / "__init__.py"), sys.prefix]
+
+
+def test_every_pinned_package_is_pinned_once_and_every_dependency_is_pinned():
+    import tomllib
+
+    lines = (ROOT / "containers" / "constraints.txt").read_text().splitlines()
+    names = [line.split("==")[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")]
+    assert len(names) == len(set(names))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    missing = {re.split(r"[\[<>=]", name)[0].lower() for name in wanted} - set(names)
+    assert not missing

@@ -1,0 +1,81 @@
+"""The tests that are marked for two and three ranks, one launch of mpiexec a number of ranks.
+
+These two are tests like others: ``-k`` and file names leave them out unless they are named. File arguments are handed
+on, so that
+
+    containers/run pytest tests/test_basis.py tests/test_on_ranks.py
+
+runs the tests of one file on 1, 2 and 3 ranks, and ``containers/run pytest tests/test_on_ranks.py`` runs all tests on
+2 and 3.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__)
+#: Seconds for all tests on one number of ranks; a single test that hangs is stopped much earlier, by conftest.py.
+TIME_LIMIT = 1200
+KEPT = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"}
+
+
+def _environment(logs: Path) -> dict[str, str]:
+    """This one's without what MPI left in it when it was initialised here."""
+    leaked = re.compile("(OMPI|PMIX|OPAL|ORTE|PRTE|PMI)_")
+    clean = {name: value for name, value in os.environ.items() if name in KEPT or not leaked.match(name)}
+    return clean | {"FEM_RESNET_TEST_LOGS": str(logs)}
+
+
+def _selection(config) -> list[str]:
+    """File arguments but this one: none where it is the only one, so that all tests are meant."""
+    if config.args_source != config.ArgsSource.ARGS:
+        return []
+    files = [argument for argument in config.args if Path(argument.split("::")[0]).name != HERE.name]
+    return [str(config.invocation_params.dir / argument) for argument in files]
+
+
+def _launch(ranks: int, selection: list[str], logs: Path) -> int | None:
+    """Exit code of the job, None if it took too long; each rank writes a log of its own."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "-m", f"parallel[{ranks}]"]
+    to_log = 'exec "$@" >"$FEM_RESNET_TEST_LOGS/$OMPI_COMM_WORLD_RANK" 2>&1'
+    job = subprocess.Popen(
+        ["mpiexec", "-n", str(ranks), "sh", "-c", to_log, "sh", *command, *selection],
+        cwd=HERE.parent.parent, env=_environment(logs), stdin=subprocess.DEVNULL,
+        stdout=(logs / "mpiexec").open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        return job.wait(TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # mpiexec ends its ranks when it is asked to, not when it is killed.
+        if job.poll() is None:
+            job.send_signal(signal.SIGTERM)
+            try:
+                job.wait(20)
+            except subprocess.TimeoutExpired:
+                job.kill()
+
+
+def _report(logs: Path) -> str:
+    tails = [
+        f"---- {'' if log.name == 'mpiexec' else 'rank '}{log.name}\n" + "\n".join(log.read_text().splitlines()[-60:])
+        for log in sorted(logs.iterdir())
+    ]
+    return "\n".join(tails)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_same_tests_on_several_ranks(ranks, tmp_path, request, record_property):
+    code = _launch(ranks, _selection(request.config), tmp_path)
+    what = "took too long and was stopped" if code is None else f"ended with code {code}"
+    assert code == 0, f"the run on {ranks} ranks {what}\n{_report(tmp_path)}"
+    closing = (tmp_path / "0").read_text().splitlines()[-1]
+    passed = re.search(r"(\d+) passed", closing)
+    assert passed, f"no test ran on {ranks} ranks: {closing}"
+    record_property("closing line", closing)

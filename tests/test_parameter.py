@@ -1,0 +1,462 @@
+"""Parameters p(t) = sum_k theta_k(t) E c_k: the laws of space bases, and time bases of a user's own in a network."""
+
+import firedrake as fd
+import numpy as np
+import pytest
+from firedrake import COMM_WORLD
+from numpy.testing import assert_allclose, assert_array_equal
+from pyadjoint import Control, ReducedFunctional
+
+from fem_resnet.basis import cell_indicators
+from fem_resnet.kernel import LowRankKernel
+from fem_resnet.label_space import class_space
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.parameter import (
+    BasisCoefficients,
+    KernelCoefficients,
+    LayerCoefficients,
+    LayerIndicators,
+    NodalValues,
+    Once,
+    OnLayer,
+    Parameter,
+)
+from helpers import half_square_distance, label_space, laplace, smooth, smooth_direction
+from problems import coefficients, directions, network, polynomials, taping
+
+on_ranks = pytest.mark.parallel([1, 2, 3])
+
+# Sums of some hundred numbers of size one; Gram matrices of condition below 100 a factor.
+ROUND_OFF = 1e-12
+
+TIMES = np.array([0.0, 0.1, 0.5, 1.4, 2.0])
+
+
+def _kernel():
+    """Factors of different rank, one of them not orthonormal."""
+    phi = laplace("disk", "CG1", 4)
+    return LowRankKernel(phi, polynomials(phi.Y))
+
+
+#: Every way to hold coefficients in space.
+SPACE_BASES = {
+    "nodes": lambda: NodalValues(label_space("sphere", "CG1")),
+    "cells' nodes": lambda: NodalValues(label_space("disk", "DG0")),
+    "laplace": lambda: BasisCoefficients(laplace("disk", "DG0", 4)),
+    "polynomials": lambda: BasisCoefficients(polynomials(label_space("square", "CG3"))),
+    "kernel": lambda: KernelCoefficients(_kernel()),
+    "kernel onto classes": lambda: KernelCoefficients(
+        LowRankKernel(cell_indicators(class_space(5)), polynomials(label_space("disk", "CG1")))
+    ),
+    "kernel of rank one": lambda: KernelCoefficients(LowRankKernel(laplace("disk", "CG1", 1), laplace("disk", "CG1", 1))),
+}
+
+
+@pytest.fixture(params=SPACE_BASES)
+def basis(request):
+    return SPACE_BASES[request.param]()
+
+
+def _label_space(basis):
+    """Where a nodal array of what a layer takes lives; None for the matrix of a kernel."""
+    return None if isinstance(basis, KernelCoefficients) else getattr(basis, "Y", None) or basis.basis.Y
+
+
+def _coefficients(basis, seed):
+    """The same on every partition."""
+    if isinstance(basis, NodalValues):
+        return smooth(basis.Y, 1, seed=seed)[:, 0]
+    return np.random.default_rng(seed).normal(size=basis.shape)
+
+
+def _taken(basis, seed):
+    """Something of the form that a layer takes: node values, or the matrix of a kernel."""
+    Y = _label_space(basis)
+    return _coefficients(basis, seed) if Y is None else smooth(Y, 1, seed=seed)[:, 0]
+
+
+def _sum(basis, d, p):
+    """`<d, p>` over what all ranks own, for what a layer takes."""
+    Y = _label_space(basis)
+    return float(np.sum(d * p)) if Y is None else float(Y.sum(d @ p))
+
+
+# -- laws of space bases ---------------------------------------------------------------------------------------------
+
+
+@on_ranks
+@pytest.mark.parametrize("kind", ["Function", "Cofunction"])
+def test_reads_what_was_written(basis, kind):
+    function = fd.Function(basis.space) if kind == "Function" else fd.Cofunction(basis.space.dual())
+    c = _coefficients(basis, 0)
+    basis.write(function, c)
+    assert_array_equal(basis.read(function), c)
+    assert c.shape == basis.shape
+
+
+@on_ranks
+def test_reading_gives_a_copy(basis):
+    function = fd.Function(basis.space)
+    basis.read(function)[...] = 7.0
+    assert not basis.read(function).any()
+
+
+@on_ranks
+def test_pull_back_is_the_transpose_of_expand(basis):
+    c, d = _coefficients(basis, 1), _taken(basis, 2)
+    left, right = _sum(basis, d, basis.expand(c)), basis.pair(basis.pull_back(d), c)
+    assert abs(left - right) <= ROUND_OFF * abs(left), f"<d, E c> = {left}, <E^T d, c> = {right}"
+    assert left, "the test says nothing where both sides vanish"
+
+
+@on_ranks
+def test_expand_is_linear(basis):
+    c, d = _coefficients(basis, 1), _coefficients(basis, 2)
+    assert_allclose(basis.expand(c - 3 * d), basis.expand(c) - 3 * basis.expand(d), rtol=0, atol=ROUND_OFF * 10)
+
+
+@on_ranks
+def test_primal_inverts_dual(basis):
+    c = _coefficients(basis, 3)
+    assert_allclose(basis.primal(basis.dual(c)), c, rtol=0, atol=10 * ROUND_OFF)
+    assert_allclose(basis.dual(basis.primal(c)), c, rtol=0, atol=10 * ROUND_OFF)
+
+
+@on_ranks
+def test_pair_with_dual_is_the_inner_product_in_the_label_measure(basis):
+    """int p q dy for node values and bases, int b c dy dz for kernels."""
+    c, d = _coefficients(basis, 4), _coefficients(basis, 5)
+    if isinstance(basis, KernelCoefficients):
+        phi, psi = basis.kernel.phi, basis.kernel.psi
+        y, z = (np.concatenate(p.Y.comm.allgather(p.values)) for p in (phi, psi))
+        w_y, w_z = (np.concatenate(p.Y.comm.allgather(p.Y.weights)) for p in (phi, psi))
+        exact = np.einsum("y,yz,yz,z->", w_y, y @ c @ z.T, y @ d @ z.T, w_z)
+    else:
+        Y = _label_space(basis)
+        exact = float(Y.sum(Y.weights @ (basis.expand(c) * basis.expand(d))))
+    size = np.sqrt(basis.pair(basis.dual(c), c) * basis.pair(basis.dual(d), d))
+    assert abs(basis.pair(basis.dual(c), d) - exact) < ROUND_OFF * size
+    assert abs(basis.pair(basis.dual(d), c) - exact) < ROUND_OFF * size
+
+
+@on_ranks
+def test_coefficients_in_a_basis_are_the_same_bits_on_every_rank(basis):
+    if isinstance(basis, NodalValues):
+        pytest.skip("node values live where the nodes live")
+    function = fd.Function(basis.space)
+    # Only the owner's numbers count: what other ranks bring must not matter.
+    basis.write(function, _coefficients(basis, 6) + COMM_WORLD.rank)
+    all_ranks = COMM_WORLD.allgather(basis.read(function))
+    for other in all_ranks:
+        assert_array_equal(other, all_ranks[0])
+
+
+# -- time bases ------------------------------------------------------------------------------------------------------
+
+
+class Hats:
+    """Continuous and piecewise linear in t: what one layer sees are its two ends' coefficients."""
+
+    def __init__(self, times):
+        self.times = np.asarray(times)
+        lengths = np.diff(times)
+        self.measures = (np.append(lengths, 0) + np.append(0, lengths)) / 2
+
+    def active(self, layer):
+        return (layer, layer + 1)
+
+    def weights(self, layer, t):
+        start, end = self.times[layer : layer + 2]
+        return ((end - t) / (end - start), (t - start) / (end - start))
+
+
+class Pairs:
+    """One coefficient for layers 0 and 1, one for layers 2 and 3, and so on, times 1 + t: varying, not just constant."""
+
+    def __init__(self, times):
+        times = np.asarray(times)
+        integrals = np.diff(times + times**2 / 2)
+        self.measures = np.add.reduceat(integrals, np.arange(0, len(integrals), 2))
+
+    def active(self, layer):
+        return (layer // 2,)
+
+    def weights(self, layer, t):
+        return (1.0 + t,)
+
+
+TIME_BASES = {"indicators": LayerIndicators, "hats": Hats, "pairs of layers": Pairs}
+
+
+def test_layer_indicators_measure_the_lengths_of_the_layers():
+    indicators = LayerIndicators(TIMES)
+    assert_allclose(indicators.measures, [0.1, 0.4, 0.9, 0.6], rtol=1e-14)
+    assert [indicators.active(layer) for layer in range(4)] == [(0,), (1,), (2,), (3,)]
+    assert indicators.weights(2, 0.7) == (1.0,)
+    assert LayerIndicators([0.0]).measures.size == 0
+
+
+def test_once_has_one_function_of_measure_one():
+    assert_array_equal(Once.measures, [1.0])
+
+
+def _on_layer(basis, time_basis, layer):
+    parameter = Parameter("p", basis, time_basis)
+    cs = [_coefficients(basis, 10 + k) for k in time_basis.active(layer)]
+    return OnLayer(parameter, layer, cs), cs
+
+
+@on_ranks
+@pytest.mark.parametrize("time_basis", TIME_BASES)
+def test_on_a_layer_pull_back_is_the_transpose_of_coefficients(basis, time_basis):
+    on_layer, cs = _on_layer(basis, TIME_BASES[time_basis](TIMES), 2)
+    assert on_layer.size == sum(c.size for c in cs)
+    for t in (0.5, 0.8, 1.4):
+        d = _taken(basis, 20)
+        functional, parts, start = on_layer.pull_back(t, d), [], 0
+        assert functional.shape == (on_layer.size,)
+        for c in cs:
+            parts.append(functional[start : start + c.size].reshape(c.shape))
+            start += c.size
+        left = _sum(basis, d, on_layer.coefficients(t))
+        right = sum(basis.pair(part, c) for part, c in zip(parts, cs))
+        assert abs(left - right) < ROUND_OFF * max(abs(left), 1), f"<d, p({t})> = {left}, transposed {right}"
+
+
+@on_ranks
+def test_on_a_layer_coefficients_follow_the_weights_in_time(basis):
+    on_layer, (left, right) = _on_layer(basis, Hats(TIMES), 2)
+    for t in (0.5, 0.725, 1.4):
+        s = (t - 0.5) / 0.9
+        expected = basis.expand((1 - s) * left + s * right)
+        assert_allclose(on_layer.coefficients(t), expected, rtol=0, atol=10 * ROUND_OFF)
+
+
+@on_ranks
+@pytest.mark.parametrize("layers", [range(0, 4), range(1, 4), range(2, 3)], ids=str)
+@pytest.mark.parametrize("kernel_in_time", TIME_BASES)
+@pytest.mark.parametrize("bias_in_time", TIME_BASES)
+def test_collect_is_the_transpose_of_on_layers(bias_in_time, kernel_in_time, layers):
+    """sum_l <d_l, (bias, kernel) on layer l> = sum over slots, each set of coefficients once, of <collected, c>."""
+    kernel = _kernel()
+    bias = Parameter("bias", NodalValues(kernel.phi.Y), TIME_BASES[bias_in_time](TIMES))
+    kernel = Parameter("kernel", KernelCoefficients(kernel), TIME_BASES[kernel_in_time](TIMES))
+    used = LayerCoefficients(bias, kernel, layers)
+    assert len(used.functions) == len(set(used.functions)), "a set of coefficients occurs twice"
+    arrays = [_coefficients(slot, 30 + k) for k, slot in enumerate(used.slots)]
+    left, functionals = 0.0, []
+    for number, (layer, parts) in enumerate(zip(layers, used.on_layers(arrays))):
+        t = TIMES[layer] + 0.3 * (TIMES[layer + 1] - TIMES[layer])
+        pulled = []
+        for parameter, on_layer in zip((bias, kernel), parts):
+            d = _taken(parameter.space_basis, 40 + number)
+            left += _sum(parameter.space_basis, d, on_layer.coefficients(t))
+            pulled.append(on_layer.pull_back(t, d))
+        functionals.append(np.concatenate(pulled))
+    collected = used.collect(functionals)
+    right = sum(slot.pair(functional, c) for slot, functional, c in zip(used.slots, collected, arrays))
+    assert abs(left - right) < 10 * ROUND_OFF * max(abs(left), 1), f"{left} by layers, {right} by slots"
+
+
+def test_shared_coefficients_are_one_slot():
+    kernel = _kernel()
+    bias = Parameter("bias", NodalValues(kernel.phi.Y), Hats(TIMES))
+    kernel = Parameter("kernel", KernelCoefficients(kernel), Pairs(TIMES))
+    used = LayerCoefficients(bias, kernel, range(1, 4))
+    expected = [bias.functions[1], bias.functions[2], kernel.functions[0], bias.functions[3], kernel.functions[1],
+                bias.functions[4]]  # fmt: skip
+    assert len(used.functions) == len(expected) and set(used.functions) == set(expected)
+    assert [slot.space for slot in used.slots] == [function.function_space() for function in used.functions]
+
+
+# -- networks with time bases of a user's own ------------------------------------------------------------------------
+
+
+def _network_in_time(bias_in_time, kernel_in_time, bias="nodes", alone=False, **options):
+    net = network("disk", "CG1", bias=bias, times=TIMES, alone=alone, **options)
+    net.bias = Parameter("bias", net.bias.space_basis, TIME_BASES[bias_in_time](TIMES))
+    net.kernel = Parameter("kernel", net.kernel.space_basis, TIME_BASES[kernel_in_time](TIMES))
+    rng = np.random.default_rng(7)
+    for parameter in net.parameters:
+        for k in range(len(parameter.functions)):
+            values = smooth_direction(net, rng, k, parameter)
+            parameter.set(k, 0.5 * parameter.space_basis.read(values))
+    return net
+
+
+def _recorded(net):
+    """J = 1/2 sum_s int (f(T) - ftilde)^2 dy as a function of all coefficients."""
+    initial, target = (net.Y.batch(smooth(net.Y, seed=seed)) for seed in (3, 4))
+    with taping():
+        J = half_square_distance(net(initial), target, net.Y)
+    controls = [control for parameter in net.parameters for control in parameter.controls()]
+    return ReducedFunctional(J, controls)
+
+
+@on_ranks
+@pytest.mark.parametrize("bias", ["nodes", "basis"])
+@pytest.mark.parametrize("kernel_in_time", TIME_BASES)
+@pytest.mark.parametrize("bias_in_time", ["hats", "pairs of layers"])
+def test_gradient_with_shared_and_time_dependent_coefficients(bias_in_time, kernel_in_time, bias, taylor):
+    net = _network_in_time(bias_in_time, kernel_in_time, bias)
+    m = [function for parameter in net.parameters for function in parameter.functions]
+    column = ", ".join(name.split()[0] for name in (bias_in_time, kernel_in_time))
+    J = _recorded(net)
+    taylor(J, m, directions(J, net, net.parameters), f"bias, kernel in t; bias: {bias}", column)
+
+
+@on_ranks
+def test_shared_coefficients_do_not_mind_how_layers_are_cut_into_blocks():
+    """Within a Block the functionals of shared coefficients are added by `collect`, between Blocks by the tape."""
+    values, derivatives = [], []
+    for layers_per_block in (4, 3, 1):
+        net = _network_in_time("hats", "pairs of layers", layers_per_block=layers_per_block)
+        J = _recorded(net)
+        values.append(J([f for p in net.parameters for f in p.functions]))
+        owners = [parameter for parameter in net.parameters for _ in parameter.functions]
+        derivatives.append([coefficients(p, g) for p, g in zip(owners, J.derivative(apply_riesz=True))])
+    for value, derivative in zip(values[1:], derivatives[1:]):
+        assert abs(value / values[0] - 1) < ROUND_OFF
+        for found, expected in zip(derivative, derivatives[0]):
+            assert_allclose(found, expected, rtol=0, atol=100 * ROUND_OFF * np.abs(expected).max())
+
+
+@on_ranks
+def test_gradient_with_shared_coefficients_does_not_see_the_partition():
+    derivatives = []
+    for alone in (False, True):
+        net = _network_in_time("hats", "pairs of layers", alone=alone)
+        owners = [parameter for parameter in net.parameters for _ in parameter.functions]
+        gradient = _recorded(net).derivative(apply_riesz=True)
+        derivatives.append([coefficients(p, g) for p, g in zip(owners, gradient)])
+    for found, expected in zip(*derivatives):
+        assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+@on_ranks
+def test_stages_see_the_bias_at_their_own_times():
+    """f_t = a(t), linear in t on each layer: f(T) - f_I = sum_k tau_k c_k, exact for a method of second order."""
+    net = _network_in_time("hats", "indicators", activation="identity", solver_parameters={"ts_rk_type": "4"})
+    for k in range(net.layers):
+        net.kernel.set(k, np.zeros(net.kernel.space_basis.shape))
+    f = smooth(net.Y, 1, seed=5)[:, 0]
+    expected = f + sum(tau * net.bias.get(k) for k, tau in enumerate(net.bias.time_basis.measures))
+    assert_allclose(net.Y.values(net(net.Y.batch(f)))[:, 0], expected, rtol=0, atol=ROUND_OFF)
+
+
+@on_ranks
+def test_constant_hats_are_constant_indicators():
+    hats = _network_in_time("hats", "hats")
+    indicators = _network_in_time("indicators", "indicators")
+    for net in (hats, indicators):
+        for parameter in net.parameters:
+            for k in range(len(parameter.functions)):
+                parameter.set(k, 0.5 * _coefficients(parameter.space_basis, 50))
+    f = hats.Y.batch(smooth(hats.Y))
+    assert_allclose(hats.Y.values(hats(f)), hats.Y.values(indicators(f)), rtol=0, atol=ROUND_OFF)
+
+
+# -- inner products of label domain and time -------------------------------------------------------------------------
+
+
+@on_ranks
+@pytest.mark.parametrize("time_basis", TIME_BASES)
+def test_riesz_map_represents_functionals_in_label_domain_and_time(basis, time_basis):
+    """(riesz(d), c) = <d, c> in the inner product tau_k <R ., .>, for layers of unequal lengths."""
+    parameter = Parameter("p", basis, TIME_BASES[time_basis](TIMES))
+    for k, tau in enumerate(parameter.time_basis.measures):
+        d, c = _coefficients(basis, 60 + k), _coefficients(basis, 70 + k)
+        dual = fd.Cofunction(basis.space.dual())
+        basis.write(dual, d)
+        primal = parameter.riesz_map(k)(dual)
+        assert isinstance(primal, fd.Function) and primal.function_space() == basis.space
+        exact = basis.pair(d, c)
+        found = parameter.inner(k, basis.read(primal), c)
+        assert abs(found - exact) < 10 * ROUND_OFF * max(abs(exact), 1), f"coefficients {k}"
+        assert abs(parameter.inner(k, c, c) - tau * basis.pair(basis.dual(c), c)) <= ROUND_OFF * abs(exact)
+
+
+@on_ranks
+def test_controls_carry_the_functions_and_their_riesz_maps(basis):
+    parameter = Parameter("p", basis, LayerIndicators(TIMES))
+    controls = parameter.controls()
+    assert all(isinstance(control, Control) for control in controls)
+    assert [control.control for control in controls] == parameter.functions
+    dual = fd.Cofunction(basis.space.dual())
+    basis.write(dual, _coefficients(basis, 80))
+    lengths = np.diff(TIMES)
+    first, last = (basis.read(controls[k].riesz_map(dual)) for k in (0, 3))
+    assert_allclose(first * lengths[0], last * lengths[3], rtol=1e-13)
+
+
+@on_ranks
+@pytest.mark.parametrize("domain, element", [("disk", "DG0"), ("sphere", "CG1")])
+def test_gradient_in_the_bias_is_the_costate_whatever_the_length_of_a_layer(domain, element):
+    """f_t = a: every D_a J(., t) is r = f(T) - ftilde (4.3), a function, on layers of any length and cells of any size."""
+    phi = laplace(domain, element, 4)
+    net = ResidualNetwork(phi, times=TIMES, activation="identity")
+    for k in range(net.layers):
+        net.bias.set(k, smooth(net.Y, 1, seed=k)[:, 0])
+    initial, target = (net.Y.batch(smooth(net.Y, 1, seed=seed)) for seed in (8, 9))
+    with taping():
+        f = net(initial)
+        J = half_square_distance(f, target, net.Y)
+    r = (net.Y.values(f) - net.Y.values(target))[:, 0]
+    for g in ReducedFunctional(J, net.bias.controls()).derivative(apply_riesz=True):
+        assert_allclose(g.dat.data_ro, r, rtol=0, atol=ROUND_OFF * 10)
+
+
+# -- get and set -----------------------------------------------------------------------------------------------------
+
+
+@on_ranks
+def test_parameters_start_at_zero_and_keep_what_is_set(basis):
+    parameter = Parameter("p", basis, LayerIndicators(TIMES))
+    assert len(parameter.functions) == 4 and [f.name() for f in parameter.functions] == ["p_0", "p_1", "p_2", "p_3"]
+    assert not any(parameter.get(k).any() for k in range(4))
+    c = _coefficients(basis, 90)
+    parameter.set(2, c)
+    assert_array_equal(parameter.get(2), c)
+    assert not parameter.get(1).any() and not parameter.get(3).any()
+    parameter.get(2)[...] = 0.0
+    assert_array_equal(parameter.get(2), c)
+
+
+@on_ranks
+def test_set_takes_integers_and_lists():
+    parameter = Parameter("kernel", KernelCoefficients(_kernel()), Once())
+    parameter.set(0, np.arange(12).reshape(4, 3).tolist())
+    assert_array_equal(parameter.get(0), np.arange(12.0).reshape(4, 3))
+
+
+@on_ranks
+def test_set_refuses_a_wrong_shape(basis):
+    parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
+    wrong = np.zeros((*basis.shape, 2))
+    with pytest.raises(ValueError, match=r"coefficients: shape .* is wanted for gauss, .* was given"):
+        parameter.set(0, wrong)
+    if len(basis.shape) == 2 and basis.shape[0] != basis.shape[1]:
+        with pytest.raises(ValueError, match="is wanted for gauss"):
+            parameter.set(0, np.zeros(basis.shape).T)
+    assert not parameter.get(0).any()
+
+
+@on_ranks
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_set_refuses_numbers_that_are_not_finite(basis, number):
+    parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
+    c = np.full(basis.shape, number)
+    with pytest.raises(ValueError, match=r"coefficients: the ones given for gauss_1 are not all finite"):
+        parameter.set(1, c)
+    assert not parameter.get(1).any()
+
+
+@on_ranks
+@pytest.mark.parametrize("what", ["shape", "finite"])
+def test_set_refuses_node_values_on_all_ranks_where_one_rank_brings_wrong_ones(what):
+    parameter = Parameter("bias", NodalValues(label_space("disk", "DG0")), LayerIndicators(TIMES))
+    c = np.zeros(parameter.space_basis.shape)
+    if COMM_WORLD.rank == COMM_WORLD.size - 1:
+        c = np.zeros(c.size + 1) if what == "shape" else np.full(c.size, np.nan)
+    with pytest.raises(ValueError, match=what):
+        parameter.set(0, c)
