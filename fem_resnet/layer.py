@@ -14,41 +14,53 @@ sigma(u) and sigma'(u) never exist as whole arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from fem_resnet.activation import Activation
+from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
+from fem_resnet.label_space import LabelSpace
 
-__all__ = ["Stage"]
+__all__ = ["Stage", "StageValue"]
 
 #: Bytes of one block of u; two of them and the block's rows of Phi and Psi stay in a usual second-level cache.
 _BLOCK_BYTES = 131072
 _SMALLEST_BLOCK = 64
 
 
+@dataclass(frozen=True)
+class StageValue:
+    """A stage of a step as f sees it: the term `weight * sigma(a - Phi C)` of the quadrature (3.3)."""
+
+    weight: float
+    phi: Basis
+    a: np.ndarray
+    C: np.ndarray
+
+
 class Stage:
-    """Stage evaluations of all layers that share a kernel's bases, an activation and a number of samples.
+    """Stage evaluations of layers on one label domain, with one activation and one number of samples.
 
     Collective over the communicator of the label domain: one Allreduce of rank x samples numbers a call of `rate` or
-    `transpose`. Arrays of nodes are this rank's.
+    `transpose`. Arrays of nodes are this rank's. The kernel's factors Phi and Psi are inputs, as a and C are.
 
     Parameters
     ----------
-    kernel
-        The bases phi and psi, on the same label domain.
+    Y
+        The label domain.
     activation
         sigma.
     samples
         Number of samples in a batch.
     """
 
-    def __init__(self, kernel: LowRankKernel, activation: Activation, samples: int):
-        self.kernel = kernel
+    def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
         self.activation = activation
         self.samples = samples
-        self._Y = kernel.psi.Y
+        self._Y = Y
         self._block = max(_SMALLEST_BLOCK, _BLOCK_BYTES // (8 * samples))
         self._u = np.empty((min(self._block, self._Y.nodes), samples))
         self._v = np.empty_like(self._u)
@@ -57,36 +69,38 @@ class Stage:
         for start in range(0, self._Y.nodes, self._block):
             yield slice(start, min(start + self._block, self._Y.nodes))
 
-    def _argument(self, block: slice, a: np.ndarray, C: np.ndarray) -> np.ndarray:
+    def _argument(self, block: slice, phi: Basis, a: np.ndarray, C: np.ndarray) -> np.ndarray:
         u = self._u[: block.stop - block.start]
-        np.matmul(self.kernel.phi.values[block], C, out=u)
+        np.matmul(phi.values[block], C, out=u)
         return np.subtract(a[block, None], u, out=u)
 
-    def rate(self, a: np.ndarray, C: np.ndarray) -> np.ndarray:
+    def rate(self, factors: LowRankKernel, a: np.ndarray, C: np.ndarray) -> np.ndarray:
         """`Psi^T M sigma(a - Phi C)`, shape (rank of psi, samples), on every rank.
 
         Parameters
         ----------
+        factors
+            The bases phi and psi.
         a
             Bias at the nodes, shape (nodes,).
         C
             `beta g`, shape (rank of phi, samples).
         """
-        Q = np.zeros((self.kernel.psi.rank, self.samples))
+        Q = np.zeros((factors.psi.rank, self.samples))
         for block in self._blocks():
-            u = self._argument(block, a, C)
+            u = self._argument(block, factors.phi, a, C)
             self.activation(u, out=u)
-            Q += self.kernel.psi.weighted[block].T @ u
+            Q += factors.psi.weighted[block].T @ u
         return self._Y.sum(Q)
 
     def transpose(
-        self, a: np.ndarray, C: np.ndarray, x: np.ndarray, x_q: np.ndarray, adjoint: np.ndarray
+        self, factors: LowRankKernel, a: np.ndarray, C: np.ndarray, x: np.ndarray, x_q: np.ndarray, adjoint: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """`Phi^T v` on every rank, shape (rank of phi, samples), and `sum_s v` at the owned nodes, shape (nodes,).
 
         Parameters
         ----------
-        a, C
+        factors, a, C
             As for `rate`: the stage where the derivative is taken.
         x
             Adjoint of g, shape (rank of psi, samples).
@@ -95,33 +109,35 @@ class Stage:
         adjoint
             Adjoint value of f at the end of the segment, dual to the node values, shape (nodes, samples).
         """
-        D = np.zeros((self.kernel.phi.rank, self.samples))
+        D = np.zeros((factors.phi.rank, self.samples))
         bias = np.empty(self._Y.nodes)
         through_q = bool(x_q.any())
         for block in self._blocks():
-            u = self._argument(block, a, C)
+            u = self._argument(block, factors.phi, a, C)
             self.activation.derivative(u, out=u)
-            v = np.matmul(self.kernel.psi.weighted[block], x, out=self._v[: len(u)])
+            v = np.matmul(factors.psi.weighted[block], x, out=self._v[: len(u)])
             if through_q:
                 v += adjoint[block] * x_q
             v *= u
             np.sum(v, axis=1, out=bias[block])
-            D += self.kernel.phi.values[block].T @ v
+            D += factors.phi.values[block].T @ v
         return self._Y.sum(D), bias
 
-    def advance(self, f: np.ndarray, stages: list[tuple[float, np.ndarray, np.ndarray]]) -> None:
-        """`f += sum_k c_k sigma(a_k - Phi C_k)` in place.
+    def advance(self, f: np.ndarray, stages: Sequence[StageValue]) -> np.ndarray:
+        """`f + sum_k c_k sigma(a_k - Phi_k C_k)`, a new array, in one pass over the nodes.
 
         Parameters
         ----------
         f
             Shape (nodes, samples).
         stages
-            The triples (c_k, a_k, C_k).
+            The terms of the sum, of one layer or of many.
         """
+        f = f.copy()
         for block in self._blocks():
-            for weight, a, C in stages:
-                u = self._argument(block, a, C)
+            for stage in stages:
+                u = self._argument(block, stage.phi, stage.a, stage.C)
                 self.activation(u, out=u)
-                u *= weight
+                u *= stage.weight
                 f[block] += u
+        return f

@@ -20,7 +20,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues
-from fem_resnet.layer import Stage
+from fem_resnet.layer import Stage, StageValue
 from fem_resnet.parameter import (
     BasisCoefficients,
     KernelCoefficients,
@@ -29,7 +29,7 @@ from fem_resnet.parameter import (
     NodalValues,
     Parameter,
 )
-from fem_resnet.time_stepping import SOLVER_PARAMETERS, LayerStepper, Segment, Stages, advance
+from fem_resnet.time_stepping import SOLVER_PARAMETERS, LayerStepper, Segment
 
 __all__ = ["ResidualNetwork", "Run"]
 
@@ -174,7 +174,7 @@ class ResidualNetwork:
         for segment in self._segments(initial.function_space()):
             start = f
             f, block = apply(segment, [start, *segment.functions])
-            pieces.append(_Piece(start, segment.stages(), block))
+            pieces.append(_Piece(segment, start, segment.stages(), block))
         return Run(self, initial, f, pieces)
 
     def _segments(self, space) -> list[Segment]:
@@ -191,7 +191,7 @@ class ResidualNetwork:
         return [
             Segment(
                 [self._stepper(stage, layer) for layer in layers],
-                LayerCoefficients(self.bias, self.kernel, layers),
+                LayerCoefficients(self.bias, self.kernel, self.times, layers),
                 values,
             )
             for layers in (
@@ -202,27 +202,30 @@ class ResidualNetwork:
 
     def _stage(self, samples: int) -> Stage:
         if samples not in self._stages:
-            self._stages[samples] = Stage(self.kernel.space_basis.kernel, self.activation, samples)
+            self._stages[samples] = Stage(self.Y, self.activation, samples)
         return self._stages[samples]
 
     def _stepper(self, stage: Stage, layer: int) -> LayerStepper:
-        start, end = self.times[layer : layer + 2]
-        return LayerStepper(stage, layer, start, end - start, self.steps, self._options)
+        return LayerStepper(stage, layer, self.kernel.space_basis.kernel.psi.rank, self.steps, self._options)
 
 
 @dataclass
 class _Piece:
     """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the stages are ours."""
 
+    segment: Segment
     start: fd.Function
-    stages: list[Stages]
+    stages: list[list[StageValue]]
     block: OperatorBlock | None
 
     def state(self, layers: int) -> np.ndarray:
-        values, stages = self.start, self.stages
+        start, stages = self.start, self.stages
         if self.block is not None:
-            values, stages = self.block.get_dependencies()[0].saved_output, self.block.operator.stages()
-        return advance(values.dat.data_ro.reshape(stages[0][0].kernel.psi.Y.nodes, -1), stages[:layers])
+            start, stages = self.block.get_dependencies()[0].saved_output, self.segment.stages()
+        return self.segment.advance(self.segment.output.read(start), stages[:layers])
+
+    def costate(self, layers: int) -> np.ndarray | None:
+        return self.segment.costate(layers) if self.block.adjoint_is_current else None
 
 
 class Run:
@@ -265,7 +268,7 @@ class Run:
         if not self._pieces or self._pieces[0].block is None:
             raise RuntimeError("costate: this run has no layer on a tape; record it (annotation was off)")
         piece, inside = self._locate(layer)
-        r = piece.block.operator.costate(inside) if piece.block.adjoint_is_current else None
+        r = piece.costate(inside)
         if r is None:
             raise RuntimeError(
                 f"costate: no derivative has reached t_{layer} since the latest evaluation; call derivative() of a "

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
@@ -296,6 +297,17 @@ class OnLayer:
         return np.concatenate([weight * pulled for weight in self._weights(t)])
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """All that one solve of a layer takes besides its initial state: its times, the kernel's factors, a and beta."""
+
+    start: float
+    end: float
+    factors: LowRankKernel
+    bias: OnLayer
+    beta: OnLayer
+
+
 class LayerCoefficients:
     """Which coefficients of bias and kernel a run of layers sees, each once, though several layers may share it.
 
@@ -303,6 +315,8 @@ class LayerCoefficients:
     ----------
     bias, kernel
         The parameters.
+    times
+        All layer times.
     layers
         Numbers of the layers, consecutive.
 
@@ -314,7 +328,9 @@ class LayerCoefficients:
         What holds them.
     """
 
-    def __init__(self, bias: Parameter, kernel: Parameter, layers: range):
+    def __init__(self, bias: Parameter, kernel: Parameter, times: Sequence[float], layers: range):
+        self._times = times
+        self._factors = kernel.space_basis.kernel
         self._layers = [
             (layer, [(p, [(p.name, k) for k in p.time_basis.active(layer)]) for p in (bias, kernel)])
             for layer in layers
@@ -325,10 +341,15 @@ class LayerCoefficients:
         self.slots = [parameters[name].space_basis for name, _ in keys]
         self.functions = [parameters[name].functions[k] for name, k in keys]
 
-    def on_layers(self, arrays: Sequence[np.ndarray]) -> list[tuple[OnLayer, OnLayer]]:
-        """Bias and kernel on each layer, for coefficients in the order of `slots`. Collective."""
+    def on_layers(self, arrays: Sequence[np.ndarray]) -> list[LayerInputs]:
+        """What each layer takes, for coefficients in the order of `slots`. Collective."""
         return [
-            tuple(OnLayer(p, layer, [arrays[self._position[key]] for key in active]) for p, active in uses)
+            LayerInputs(
+                self._times[layer],
+                self._times[layer + 1],
+                self._factors,
+                *(OnLayer(p, layer, [arrays[self._position[key]] for key in active]) for p, active in uses),
+            )
             for layer, uses in self._layers
         ]
 

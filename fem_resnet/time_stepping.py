@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import chain
 
 import numpy as np
 import petsctools
@@ -28,9 +28,9 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.basis import Basis
-from fem_resnet.layer import Stage
+from fem_resnet.layer import Stage, StageValue
 from fem_resnet.label_space import BatchValues
-from fem_resnet.parameter import LayerCoefficients, OnLayer
+from fem_resnet.parameter import LayerCoefficients, LayerInputs
 
 __all__ = ["SOLVER_PARAMETERS", "LayerStepper", "NonFiniteState", "Segment"]
 
@@ -65,8 +65,12 @@ class LayerStepper:
     ----------
     stage
         Stage evaluations.
-    layer, start, length, steps
-        Number of the layer, t_l, t_(l+1) - t_l, and the number of equal steps in it.
+    layer
+        Number of the layer, for messages.
+    rank
+        Rank of psi on this layer.
+    steps
+        Number of equal steps.
     options
         PETSc options of the TS, with their prefix.
 
@@ -76,15 +80,14 @@ class LayerStepper:
         If the options ask for anything but Runge-Kutta steps of fixed size.
     """
 
-    def __init__(
-        self, stage: Stage, layer: int, start: float, length: float, steps: int, options: petsctools.OptionsManager
-    ):
+    def __init__(self, stage: Stage, layer: int, rank: int, steps: int, options: petsctools.OptionsManager):
         self.stage = stage
         self.layer = layer
-        self.start, self.length, self.steps = start, length, steps
-        #: Triples (h b_i, a, C) of the stages of the last forward solve, for `Stage.advance`.
-        self.stages: list[tuple[float, np.ndarray, np.ndarray]] = []
-        self._rank, self._samples = stage.kernel.psi.rank, stage.samples
+        self.steps = steps
+        #: The stages of the last forward solve, for `Stage.advance`.
+        self.stages: list[StageValue] = []
+        self._rank = rank
+        self._samples = stage.samples
         self._options = options
         self._create()
 
@@ -96,12 +99,12 @@ class LayerStepper:
         jacobian = _transposed(self._state_transpose, (size, size))
         ts.setRHSJacobian(lambda ts, t, y, J, P: self._set_stage(t, y), jacobian, jacobian)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
-        ts.setTimeStep(self.length / self.steps)
-        ts.setMaxTime(self.length)
+        ts.setTimeStep(1.0)
+        ts.setMaxTime(float(self.steps))
         ts.setPostStep(self._keep_stages)
         with self._options.inserted_options():
             ts.setFromOptions()
-        _check_options(ts, self._options.parameters, self.length / self.steps, self.length)
+        _check_options(ts, self._options.parameters, self.steps)
         self._weights, self._nodes = _rk_quadrature(ts)
         self._ts = ts
         self._y = PETSc.Vec().createSeq(size)
@@ -110,15 +113,15 @@ class LayerStepper:
         #: Whether the last forward solve was saved and no adjoint has used it up.
         self.has_trajectory = False
 
-    def forward(self, g: np.ndarray, bias: OnLayer, beta: OnLayer, save: bool) -> np.ndarray:
+    def forward(self, g: np.ndarray, inputs: LayerInputs, save: bool) -> np.ndarray:
         """Solve the layer from g, shape (rank, samples); returns g at its end and leaves its stages in `stages`.
 
         Parameters
         ----------
         g
             Coefficients at the start.
-        bias, beta
-            Parameters on this layer.
+        inputs
+            Times, factors and parameters of this layer.
         save
             Whether to keep the trajectory for `adjoint`.
 
@@ -127,7 +130,7 @@ class LayerStepper:
         NonFiniteState
             If the result is not finite.
         """
-        self._bias, self._beta = bias, beta
+        self._inputs = inputs
         self.stages = []
         self._state(self._y)[:, :-1] = g.T
         self._state(self._y)[:, -1] = 0.0
@@ -137,9 +140,11 @@ class LayerStepper:
         if save:
             ts.setSaveTrajectory()
             _keep_trajectory_in_memory(ts)
+        # TS counts the time from the start of the layer: round-off in t then does not grow with depth.
         ts.setTime(0.0)
+        ts.setMaxTime(inputs.end - inputs.start)
         ts.setStepNumber(0)
-        ts.setTimeStep(self.length / self.steps)
+        ts.setTimeStep((inputs.end - inputs.start) / self.steps)
         try:
             ts.solve(self._y)
         except PETSc.Error as error:
@@ -148,7 +153,7 @@ class LayerStepper:
         self.has_trajectory = save
         end = self._state(self._y)[:, :-1].T.copy()
         if not np.isfinite(end).all():
-            raise NonFiniteState(self.layer, self.start + self.length)
+            raise NonFiniteState(self.layer, inputs.end)
         return end
 
     def adjoint(self, gamma: np.ndarray, adjoint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,38 +195,41 @@ class LayerStepper:
             raise error.__cause__ or error
         return self._state(self._gamma)[:, :-1].T.copy(), self._mu.array_r.copy()
 
-    # -- callbacks: TS counts the time from the start of the layer ----------------------------------------------------
+    # -- callbacks ----------------------------------------------------------------------------------------------------
 
     def _state(self, vec: PETSc.Vec) -> np.ndarray:
         return vec.array.reshape(self._samples, self._rank + 1)
 
+    def _coefficients(self, t: float) -> tuple[np.ndarray, np.ndarray]:
+        return self._inputs.bias.coefficients(t), self._inputs.beta.coefficients(t)
+
     def _rate(self, ts, t, y, F):
         g = y.array_r.reshape(self._samples, -1)[:, :-1].T
-        a, beta = self._bias.coefficients(self.start + t), self._beta.coefficients(self.start + t)
+        a, beta = self._coefficients(self._inputs.start + t)
         rate = F.array_w.reshape(self._samples, -1)
-        rate[:, :-1] = self.stage.rate(a, beta @ g).T
+        rate[:, :-1] = self.stage.rate(self._inputs.factors, a, beta @ g).T
         rate[:, -1] = 0.0
 
     def _keep_stages(self, ts):
         h = ts.getTime() - ts.getPrevTime()
         for weight, node, y in zip(self._weights, self._nodes, _stage_values(ts, self._y.getSize())):
             if weight != 0.0:
-                t = self.start + ts.getPrevTime() + node * h
+                a, beta = self._coefficients(self._inputs.start + ts.getPrevTime() + node * h)
                 g = y.reshape(self._samples, -1)[:, :-1].T
-                self.stages.append((h * weight, self._bias.coefficients(t), self._beta.coefficients(t) @ g))
+                self.stages.append(StageValue(h * weight, self._inputs.factors.phi, a, beta @ g))
 
     def _set_stage(self, t, y):
-        self._t = self.start + t
+        self._t = self._inputs.start + t
         self._g = y.array_r.reshape(self._samples, -1)[:, :-1].T.copy()
         return True
 
     def _state_transpose(self, x, y):
         # PETSc asks for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
         x = x.array_r.reshape(self._samples, -1)
-        a, beta = self._bias.coefficients(self._t), self._beta.coefficients(self._t)
-        D, by_node = self.stage.transpose(a, beta @ self._g, x[:, :-1].T, x[:, -1], self._adjoint)
+        a, beta = self._coefficients(self._t)
+        D, by_node = self.stage.transpose(self._inputs.factors, a, beta @ self._g, x[:, :-1].T, x[:, -1], self._adjoint)
         self._functionals = np.concatenate(
-            [self._bias.pull_back(self._t, by_node), self._beta.pull_back(self._t, -D @ self._g.T)]
+            [self._inputs.bias.pull_back(self._t, by_node), self._inputs.beta.pull_back(self._t, -D @ self._g.T)]
         )
         result = y.array_w.reshape(self._samples, -1)
         result[:, :-1] = -(D.T @ beta)
@@ -232,7 +240,7 @@ class LayerStepper:
 
     def _attach_parameters(self) -> None:
         size = self._samples * (self._rank + 1)
-        parameters = self._bias.size + self._beta.size
+        parameters = self._inputs.bias.size + self._inputs.beta.size
         self._mu = PETSc.Vec().createSeq(parameters)
         self._ts.setRHSJacobianP(
             lambda ts, t, y, J: True, _transposed(self._parameter_transpose, (size, parameters))
@@ -254,6 +262,7 @@ class Segment:
 
     def __init__(self, steppers: Sequence[LayerStepper], coefficients: LayerCoefficients, values: BatchValues):
         self.steppers = list(steppers)
+        self._stage = self.steppers[0].stage
         self._Y = values.Y
         self._coefficients = coefficients
         self.output = values
@@ -281,11 +290,12 @@ class Segment:
         f, *coefficients = arrays
         psi = None
         self._costates = []
-        for l, (stepper, on_layer) in enumerate(zip(self.steppers, self._coefficients.on_layers(coefficients))):
-            if stepper.stage.kernel.psi is not psi:
-                psi = stepper.stage.kernel.psi
+        self._layers = self._coefficients.on_layers(coefficients)
+        for l, (stepper, layer) in enumerate(zip(self.steppers, self._layers)):
+            if layer.factors.psi is not psi:
+                psi = layer.factors.psi
                 g = psi.project(self.state(f, l))
-            g = stepper.forward(g, *on_layer, save)
+            g = stepper.forward(g, layer, save)
         self._check_ranks_agree(g)
         return self.state(f, len(self.steppers))
 
@@ -300,13 +310,17 @@ class Segment:
                 f"{probe[0] + probe[1]:.1e} in their sum: do all ranks run on the same kind of processor?"
             )
 
-    def stages(self) -> list[Stages]:
-        """What the last forward solve leaves of each layer: enough to rebuild f with `advance`."""
-        return [(stepper.stage, stepper.stages) for stepper in self.steppers]
+    def stages(self) -> list[list[StageValue]]:
+        """The stages of each layer in the last forward solve: what `Stage.advance` rebuilds f from."""
+        return [stepper.stages for stepper in self.steppers]
 
     def state(self, f: np.ndarray, layers: int) -> np.ndarray:
         """f after so many layers of the last forward solve, a new array of shape (nodes, samples)."""
-        return advance(f, self.stages()[:layers])
+        return self.advance(f, self.stages()[:layers])
+
+    def advance(self, f: np.ndarray, layers: Sequence[list[StageValue]]) -> np.ndarray:
+        """f after layers with these stages, by the quadrature (3.3)."""
+        return self._stage.advance(f, list(chain.from_iterable(layers)))
 
     def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
         """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
@@ -320,12 +334,12 @@ class Segment:
         """
         functionals, self._costates = [], []
         psi, gamma = None, None
-        for stepper in reversed(self.steppers):
-            if stepper.stage.kernel.psi is not psi:
+        for stepper, layer in zip(reversed(self.steppers), reversed(self._layers)):
+            if layer.factors.psi is not psi:
                 if psi is not None:
                     dual = dual + psi.weighted @ gamma
-                psi = stepper.stage.kernel.psi
-                gamma = np.zeros((psi.rank, stepper.stage.samples))
+                psi = layer.factors.psi
+                gamma = np.zeros((psi.rank, self._stage.samples))
             gamma, functional = stepper.adjoint(gamma, dual)
             functionals.append(functional)
             self._costates.append((dual, psi, gamma))
@@ -343,19 +357,6 @@ class Segment:
             return self._costates[-1][0] / self._Y.weights[:, None]
         dual, psi, gamma = self._costates[layer]
         return dual / self._Y.weights[:, None] + psi.values @ gamma
-
-
-#: Stage evaluations of a layer, and the triples (c_k, a_k, C_k) of its stages.
-Stages = tuple[Stage, list[tuple[float, np.ndarray, np.ndarray]]]
-
-
-def advance(f: np.ndarray, layers: Sequence[Stages]) -> np.ndarray:
-    """f after these layers by the quadrature (3.3), a new array: one pass over the nodes a run of one `Stage`."""
-    f = f.copy()
-    for _, run in groupby(layers, key=lambda layer: id(layer[0])):
-        run = list(run)
-        run[0][0].advance(f, [stage for _, stages in run for stage in stages])
-    return f
 
 
 # -- what petsc4py does not have ---------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def _transposed(multTranspose, sizes: tuple[int, int]) -> PETSc.Mat:
     return mat
 
 
-def _check_options(ts: PETSc.TS, parameters: dict, step: float, end: float) -> None:
+def _check_options(ts: PETSc.TS, parameters: dict, steps: int) -> None:
     if ts.getType() != PETSc.TS.Type.RK:
         raise ValueError(f"solver_parameters: 'ts_type' is {ts.getType()!r}; only 'rk' is supported")
     if "ts_rk_multirate" in parameters:
@@ -429,7 +430,7 @@ def _check_options(ts: PETSc.TS, parameters: dict, step: float, end: float) -> N
     adapt = _adapt_type(ts)
     if adapt != "none":
         raise ValueError(f"solver_parameters: 'ts_adapt_type' is {adapt!r}; only 'none' (fixed steps) is supported")
-    if ts.getTimeStep() != step or ts.getMaxTime() != end or ts.getMaxSteps() < end / step - 0.5:
+    if ts.getTimeStep() != 1.0 or ts.getMaxTime() != steps or ts.getMaxSteps() < steps:
         raise ValueError(
             "solver_parameters: 'ts_time_step', 'ts_max_time', 'ts_max_steps' follow from the layers; give the network "
             "layer times and a number of steps a layer instead"
