@@ -17,9 +17,7 @@ every rank (COMM_SELF).
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -31,6 +29,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.layer import Stage, StageValue
 from fem_resnet.label_space import BatchValues
 from fem_resnet.parameter import LayerCoefficients, LayerInputs
+from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, rk_quadrature, stage_values, transposed, weakly
 
 __all__ = ["SOLVER_PARAMETERS", "LayerStepper", "NonFiniteState", "Segment"]
 
@@ -95,17 +94,17 @@ class LayerStepper:
         size = self._samples * (self._rank + 1)
         ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
         ts.setOptionsPrefix(self._options.options_prefix)
-        ts.setRHSFunction(self._rate, PETSc.Vec().createSeq(size))
-        jacobian = _transposed(self._state_transpose, (size, size))
-        ts.setRHSJacobian(lambda ts, t, y, J, P: self._set_stage(t, y), jacobian, jacobian)
+        ts.setRHSFunction(weakly(self._rate), PETSc.Vec().createSeq(size))
+        jacobian = transposed(weakly(self._state_transpose), (size, size))
+        ts.setRHSJacobian(weakly(self._set_stage), jacobian, jacobian)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
         ts.setTimeStep(1.0)
         ts.setMaxTime(float(self.steps))
-        ts.setPostStep(self._keep_stages)
+        ts.setPostStep(weakly(self._keep_stages))
         with self._options.inserted_options():
             ts.setFromOptions()
         _check_options(ts, self._options.parameters, self.steps)
-        self._weights, self._nodes = _rk_quadrature(ts)
+        self._weights, self._nodes = rk_quadrature(ts)
         self._ts = ts
         self._y = PETSc.Vec().createSeq(size)
         self._gamma = PETSc.Vec().createSeq(size)
@@ -139,7 +138,7 @@ class LayerStepper:
         ts.removeTrajectory()
         if save:
             ts.setSaveTrajectory()
-            _keep_trajectory_in_memory(ts)
+            keep_trajectory_in_memory(ts)
         # TS counts the time from the start of the layer: round-off in t then does not grow with depth.
         ts.setTime(0.0)
         ts.setMaxTime(inputs.end - inputs.start)
@@ -212,13 +211,13 @@ class LayerStepper:
 
     def _keep_stages(self, ts):
         h = ts.getTime() - ts.getPrevTime()
-        for weight, node, y in zip(self._weights, self._nodes, _stage_values(ts, self._y.getSize())):
+        for weight, node, y in zip(self._weights, self._nodes, stage_values(ts, self._y.getSize())):
             if weight != 0.0:
                 a, beta = self._coefficients(self._inputs.start + ts.getPrevTime() + node * h)
                 g = y.reshape(self._samples, -1)[:, :-1].T
                 self.stages.append(StageValue(h * weight, self._inputs.factors.phi, a, beta @ g))
 
-    def _set_stage(self, t, y):
+    def _set_stage(self, ts, t, y, J, P):
         self._t = self._inputs.start + t
         self._g = y.array_r.reshape(self._samples, -1)[:, :-1].T.copy()
         return True
@@ -243,7 +242,7 @@ class LayerStepper:
         parameters = self._inputs.bias.size + self._inputs.beta.size
         self._mu = PETSc.Vec().createSeq(parameters)
         self._ts.setRHSJacobianP(
-            lambda ts, t, y, J: True, _transposed(self._parameter_transpose, (size, parameters))
+            lambda ts, t, y, J: True, transposed(weakly(self._parameter_transpose), (size, parameters))
         )
 
 
@@ -359,75 +358,12 @@ class Segment:
         return dual / self._Y.weights[:, None] + psi.values @ gamma
 
 
-# -- what petsc4py does not have ---------------------------------------------------------------------------------------
-
-
-@cache
-def _petsc() -> ctypes.CDLL:
-    # Symbols are looked up in the libraries that petsc4py's own is linked to.
-    return ctypes.CDLL(PETSc.__file__)
-
-
-def _call(name: str, *arguments) -> None:
-    code = getattr(_petsc(), name)(*arguments)
-    if code:
-        raise PETSc.Error(code)
-
-
-def _keep_trajectory_in_memory(ts: PETSc.TS) -> None:
-    # By its own options the trajectory goes to files, one a step; it does not inherit the prefix of the TS.
-    handle, trajectory = ctypes.c_void_p(ts.handle), ctypes.c_void_p()
-    _call("TSGetTrajectory", handle, ctypes.byref(trajectory))
-    _call("TSTrajectorySetType", trajectory, handle, b"memory")
-
-
-def _rk_quadrature(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
-    """Weights b_i and nodes c_i of the Runge-Kutta method."""
-    stages, order, fsal = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    A, b, c, embedded, dense = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
-    _call(
-        "TSRKGetTableau", ctypes.c_void_p(ts.handle),
-        *map(ctypes.byref, (stages, A, b, c, embedded, order, dense, fsal)),
-    )  # fmt: skip
-    return np.array(b[: stages.value]), np.array(c[: stages.value])
-
-
-def _adapt_type(ts: PETSc.TS) -> str:
-    adapt, name = ctypes.c_void_p(), ctypes.c_char_p()
-    _call("TSGetAdapt", ctypes.c_void_p(ts.handle), ctypes.byref(adapt))
-    _call("TSAdaptGetType", adapt, ctypes.byref(name))
-    return name.value.decode()
-
-
-def _stage_values(ts: PETSc.TS, size: int) -> Iterator[np.ndarray]:
-    """The stage values of the step that was just made, one after the other."""
-    count, vectors = ctypes.c_int(), ctypes.POINTER(ctypes.c_void_p)()
-    _call("TSGetStages", ctypes.c_void_p(ts.handle), ctypes.byref(count), ctypes.byref(vectors))
-    for vector in vectors[: count.value]:
-        values = ctypes.POINTER(ctypes.c_double)()
-        _call("VecGetArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
-        yield np.ctypeslib.as_array(values, (size,)).copy()
-        _call("VecRestoreArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
-
-
-def _transposed(multTranspose, sizes: tuple[int, int]) -> PETSc.Mat:
-    """A matrix that is known by its transposed product only."""
-
-    class Context:
-        def multTranspose(self, mat, x, y):
-            multTranspose(x, y)
-
-    mat = PETSc.Mat().createPython([(sizes[0],) * 2, (sizes[1],) * 2], Context(), comm=PETSc.COMM_SELF)
-    mat.setUp()
-    return mat
-
-
 def _check_options(ts: PETSc.TS, parameters: dict, steps: int) -> None:
     if ts.getType() != PETSc.TS.Type.RK:
         raise ValueError(f"solver_parameters: 'ts_type' is {ts.getType()!r}; only 'rk' is supported")
     if "ts_rk_multirate" in parameters:
         raise ValueError("solver_parameters: 'ts_rk_multirate' wants slow and fast unknowns, which a layer has not")
-    adapt = _adapt_type(ts)
+    adapt = adapt_type(ts)
     if adapt != "none":
         raise ValueError(f"solver_parameters: 'ts_adapt_type' is {adapt!r}; only 'none' (fixed steps) is supported")
     if ts.getTimeStep() != 1.0 or ts.getMaxTime() != steps or ts.getMaxSteps() < steps:

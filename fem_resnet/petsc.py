@@ -1,0 +1,88 @@
+"""What petsc4py does not have: a few functions of PETSc, called through ctypes, and a matrix known by its transpose."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+from petsc4py import PETSc
+
+__all__ = ["adapt_type", "keep_trajectory_in_memory", "rk_quadrature", "stage_values", "transposed", "weakly"]
+
+_Int = np.ctypeslib.as_ctypes_type(PETSc.IntType)
+
+
+@cache
+def _petsc() -> ctypes.CDLL:
+    # Symbols are looked up in the libraries that petsc4py's own is linked to.
+    return ctypes.CDLL(PETSc.__file__)
+
+
+def _call(name: str, *arguments) -> None:
+    code = getattr(_petsc(), name)(*arguments)
+    if code:
+        raise PETSc.Error(code)
+
+
+def keep_trajectory_in_memory(ts: PETSc.TS) -> None:
+    """Keep the trajectory of the next solve in memory.
+
+    By its own options it goes to files, one a step; it does not inherit the prefix of the TS.
+    """
+    handle, trajectory = ctypes.c_void_p(ts.handle), ctypes.c_void_p()
+    _call("TSGetTrajectory", handle, ctypes.byref(trajectory))
+    _call("TSTrajectorySetType", trajectory, handle, b"memory")
+
+
+def rk_quadrature(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
+    """Weights b_i and nodes c_i of the Runge-Kutta method."""
+    stages, order, fsal = _Int(), _Int(), ctypes.c_int()
+    A, b, c, embedded, dense = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
+    _call(
+        "TSRKGetTableau", ctypes.c_void_p(ts.handle),
+        *map(ctypes.byref, (stages, A, b, c, embedded, order, dense, fsal)),
+    )  # fmt: skip
+    return np.array(b[: stages.value]), np.array(c[: stages.value])
+
+
+def adapt_type(ts: PETSc.TS) -> str:
+    """Name of the rule that adapts the steps."""
+    adapt, name = ctypes.c_void_p(), ctypes.c_char_p()
+    _call("TSGetAdapt", ctypes.c_void_p(ts.handle), ctypes.byref(adapt))
+    _call("TSAdaptGetType", adapt, ctypes.byref(name))
+    return name.value.decode()
+
+
+def stage_values(ts: PETSc.TS, size: int) -> Iterator[np.ndarray]:
+    """The stage values of the step that was just made, one after the other."""
+    count, vectors = _Int(), ctypes.POINTER(ctypes.c_void_p)()
+    _call("TSGetStages", ctypes.c_void_p(ts.handle), ctypes.byref(count), ctypes.byref(vectors))
+    for vector in vectors[: count.value]:
+        values = ctypes.POINTER(ctypes.c_double)()
+        _call("VecGetArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
+        yield np.ctypeslib.as_array(values, (size,)).copy()
+        _call("VecRestoreArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
+
+
+def transposed(multiply: Callable[[PETSc.Vec, PETSc.Vec], None], sizes: tuple[int, int]) -> PETSc.Mat:
+    """A matrix of these sizes that is known by its transposed product only: `multiply(x, y)` sets y to A^T x."""
+
+    class Context:
+        def multTranspose(self, mat, x, y):
+            multiply(x, y)
+
+    mat = PETSc.Mat().createPython([(sizes[0],) * 2, (sizes[1],) * 2], Context(), comm=PETSc.COMM_SELF)
+    mat.setUp()
+    return mat
+
+
+def weakly(method: Callable) -> Callable:
+    """A bound method as a callback of a PETSc object that its own instance holds.
+
+    PETSc's references to callbacks are unknown to Python's collector: a strong one would keep both alive for ever.
+    """
+    reference = weakref.WeakMethod(method)
+    return lambda *arguments: reference()(*arguments)
