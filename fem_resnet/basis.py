@@ -175,6 +175,7 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     return Basis(Y, values, "cells")
 
 
+@PETSc.Log.EventDecorator("fem_resnet:laplace_basis")
 def laplace_basis(
     Y: LabelSpace, rank: int, *, solver_parameters: dict | None = None, options_prefix: str | None = None
 ) -> Basis:

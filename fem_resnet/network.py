@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 import petsctools
+from petsc4py import PETSc
 from pyadjoint.tape import annotate_tape
 
 from fem_resnet.activation import Activation, get_activation
@@ -149,6 +150,7 @@ class ResidualNetwork:
         """f(T) for the initial state `initial`: `run(initial).final`."""
         return self.run(initial).final
 
+    @PETSc.Log.EventDecorator("fem_resnet:run")
     def run(self, initial: fd.Function) -> Run:
         """Solve (2.8); while pyadjoint annotates, record it.
 

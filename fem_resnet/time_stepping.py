@@ -276,6 +276,7 @@ class Segment:
         """Whether every layer keeps the trajectory of the last forward solve."""
         return all(stepper.has_trajectory for stepper in self.steppers)
 
+    @PETSc.Log.EventDecorator("fem_resnet:forward")
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
         """f at the end, a new array of shape (nodes, samples); `state` then gives f at any layer. Collective.
 
@@ -321,6 +322,7 @@ class Segment:
         """f after layers with these stages, by the quadrature (3.3)."""
         return self._stage.advance(f, list(chain.from_iterable(layers)))
 
+    @PETSc.Log.EventDecorator("fem_resnet:adjoint")
     def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
         """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
 

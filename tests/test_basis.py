@@ -5,6 +5,7 @@ import logging
 import firedrake as fd
 import numpy as np
 import pytest
+from firedrake import COMM_WORLD
 from numpy.testing import assert_allclose
 from scipy.special import jnp_zeros
 
@@ -114,24 +115,25 @@ def test_the_basis_is_the_same_on_any_number_of_ranks(space, rank):
 
 
 @on_ranks
-def test_a_second_call_gives_the_same_bits():
-    Y = label_space("sphere", "CG1")
-    assert (laplace_basis(Y, 9).values == laplace_basis(Y, 9).values).all()
+def test_a_second_call_gives_the_same_functions():
+    Y = label_space("sphere", "CG1")  # eigenvalues of multiplicity 3 and 5, and SLEPc starts from a random vector
+    assert_allclose(laplace_basis(Y, 9).values, laplace_basis(Y, 9).values, rtol=0, atol=1e-10)
 
 
 @on_ranks
 def test_a_rank_that_cuts_a_repeated_eigenvalue_is_told(caplog):
     Y = label_space("sphere", "CG1")
     with caplog.at_level(logging.WARNING, "fem_resnet"):
-        laplace_basis(Y, 4)
+        whole = laplace_basis(Y, 9)
     assert not caplog.messages
     with caplog.at_level(logging.WARNING, "fem_resnet"):
         cut = laplace_basis(Y, 6)
-    (message,) = caplog.messages
-    assert "rank 6 cuts through the repeated eigenvalue 6." in message or "rank 6 cuts" in message
-    assert "ranks 4 and 9 keep it whole" in message
-    # Even then the functions are the first ones of the whole set.
-    assert_allclose(cut.values, laplace_basis(Y, 9).values[:, :6], rtol=0, atol=1e-9)
+    assert len(caplog.messages) == (COMM_WORLD.rank == 0), "it is said once, by rank 0"
+    for message in caplog.messages:
+        # On 80 cells the eigenvalue 6 of the sphere, five times, is 5.48.
+        assert "rank 6 cuts through the repeated eigenvalue 5.479" in message
+        assert "ranks 4 and 9 keep it whole" in message
+    assert_allclose(cut.values, whole.values[:, :6], rtol=0, atol=1e-10)
 
 
 @on_ranks
@@ -150,7 +152,7 @@ def test_a_rank_that_the_continuous_space_has_not_is_refused():
 @on_ranks
 def test_an_eigensolver_that_gives_up_is_told():
     with pytest.raises(RuntimeError, match=r"SLEPc found \d+ of \d+ eigenvalues in 1 iterations .* 'eps_max_it'"):
-        laplace_basis(label_space("disk", "CG1"), 8, solver_parameters={"eps_max_it": 1})
+        laplace_basis(label_space("disk", "CG1", 3), 8, solver_parameters={"eps_max_it": 1})
 
 
 # -- given functions -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STUBS = """
 steps=(first second third)
-declare -A packages=([first]="a" [second]="b" [third]="c")
+declare -A packages=([debian]="some-library" [first]="a" [second]="b" [third]="c")
 pins() { cat "$tree/containers/pins/$1"; }
 install_first() { echo first >>"$home/ran"; mkdir -p "$env/bin"; }
 install_second() { echo second >>"$home/ran"; . "$tree/containers/second"; }
@@ -163,3 +163,63 @@ def test_every_pinned_package_is_pinned_once_and_every_dependency_is_pinned():
     wanted = project["dependencies"] + project["optional-dependencies"]["test"]
     missing = {re.split(r"[\[<>=]", name)[0].lower() for name in wanted} - set(names)
     assert not missing
+
+
+@pytest.fixture
+def machine(clone):
+    """The clone, checking a machine of which single commands are made up: `machine(df="...")`."""
+    script = clone / "containers" / "run"
+    script.write_text(script.read_text().replace("check_machine() { :; }\n", ""))
+    commands = clone / "commands"
+    commands.mkdir()
+
+    def run_on(**programs):
+        for name, body in ({"dpkg-query": "echo installed"} | programs).items():
+            (commands / name.replace("_", "-")).write_text(f"#!/bin/sh\n{body}\n")
+            (commands / name.replace("_", "-")).chmod(0o755)
+        environment = {"PATH": f"{commands}:/usr/bin:/bin", "FEM_RESNET_HOME": str(clone / "home")}
+        return subprocess.run(["bash", script, "true"], env=environment, capture_output=True, text=True, timeout=60)
+
+    return run_on
+
+
+PYTHON = {"python3": "exit 0"}
+
+
+def test_a_machine_that_has_what_it_takes_is_installed_on(machine):
+    assert machine(**PYTHON).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "programs, message",
+    [
+        ({"df": "echo head; echo /dev/x 9 9 1048576 9% /"}, "1 GiB free in .*, 4 GiB wanted: make room or set FEM_RES"),
+        (
+            {name: "test $# = 1 && echo Python 3.9.2; exit 1" for name in ("python3", "python3.11", "python3.12", "python3.13")},
+            "Python 3.9.2 found, Python 3.11, 3.12 or 3.13 wanted",
+        ),
+    ],
+    ids=["too little disk", "wrong Python"],
+)  # fmt: skip
+def test_what_a_machine_lacks_is_said_before_any_step(machine, programs, message):
+    result = machine(**(PYTHON | programs))
+    assert result.returncode == 1
+    assert re.search(message, result.stderr), result.stderr
+    assert "[1/3]" not in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root can become somebody else")
+def test_missing_packages_are_named_to_a_user_who_may_not_install_them(machine, clone):
+    for folder in (clone, *clone.parents):
+        if folder.owner() == "root" and folder.is_relative_to("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    commands = clone / "commands"
+    machine(**PYTHON, sudo="exit 1")
+    (commands / "dpkg-query").write_text("#!/bin/sh\nexit 1\n")
+    result = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", "bash", clone / "containers" / "run", "true"],
+        env={"PATH": f"{commands}:/usr/bin:/bin", "FEM_RESNET_HOME": "/tmp/nobody-s-home"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "apt-get install --no-install-recommends some-library" in result.stderr

@@ -140,9 +140,8 @@ def test_pair_with_dual_is_the_inner_product_in_the_label_measure(basis):
 
 
 @on_ranks
+@pytest.mark.parametrize("basis", [name for name in SPACE_BASES if "nodes" not in name], indirect=True)
 def test_coefficients_in_a_basis_are_the_same_bits_on_every_rank(basis):
-    if isinstance(basis, NodalValues):
-        pytest.skip("node values live where the nodes live")
     function = fd.Function(basis.space)
     # Only the owner's numbers count: what other ranks bring must not matter.
     basis.write(function, _coefficients(basis, 6) + COMM_WORLD.rank)
@@ -241,14 +240,15 @@ def test_collect_is_the_transpose_of_on_layers(bias_in_time, kernel_in_time, lay
     kernel = _kernel()
     bias = Parameter("bias", NodalValues(kernel.phi.Y), TIME_BASES[bias_in_time](TIMES))
     kernel = Parameter("kernel", KernelCoefficients(kernel), TIME_BASES[kernel_in_time](TIMES))
-    used = LayerCoefficients(bias, kernel, layers)
+    used = LayerCoefficients(bias, kernel, TIMES, layers)
     assert len(used.functions) == len(set(used.functions)), "a set of coefficients occurs twice"
     arrays = [_coefficients(slot, 30 + k) for k, slot in enumerate(used.slots)]
     left, functionals = 0.0, []
-    for number, (layer, parts) in enumerate(zip(layers, used.on_layers(arrays))):
-        t = TIMES[layer] + 0.3 * (TIMES[layer + 1] - TIMES[layer])
+    for number, (layer, inputs) in enumerate(zip(layers, used.on_layers(arrays))):
+        assert (inputs.start, inputs.end) == tuple(TIMES[layer : layer + 2])
+        t = inputs.start + 0.3 * (inputs.end - inputs.start)
         pulled = []
-        for parameter, on_layer in zip((bias, kernel), parts):
+        for parameter, on_layer in ((bias, inputs.bias), (kernel, inputs.beta)):
             d = _taken(parameter.space_basis, 40 + number)
             left += _sum(parameter.space_basis, d, on_layer.coefficients(t))
             pulled.append(on_layer.pull_back(t, d))
@@ -262,7 +262,7 @@ def test_shared_coefficients_are_one_slot():
     kernel = _kernel()
     bias = Parameter("bias", NodalValues(kernel.phi.Y), Hats(TIMES))
     kernel = Parameter("kernel", KernelCoefficients(kernel), Pairs(TIMES))
-    used = LayerCoefficients(bias, kernel, range(1, 4))
+    used = LayerCoefficients(bias, kernel, TIMES, range(1, 4))
     expected = [bias.functions[1], bias.functions[2], kernel.functions[0], bias.functions[3], kernel.functions[1],
                 bias.functions[4]]  # fmt: skip
     assert len(used.functions) == len(expected) and set(used.functions) == set(expected)
@@ -420,6 +420,14 @@ def test_parameters_start_at_zero_and_keep_what_is_set(basis):
     assert not parameter.get(1).any() and not parameter.get(3).any()
     parameter.get(2)[...] = 0.0
     assert_array_equal(parameter.get(2), c)
+
+
+@on_ranks
+@pytest.mark.parametrize("time_basis", TIME_BASES)
+def test_dim_counts_coefficients_on_all_ranks(basis, time_basis):
+    parameter = Parameter("p", basis, TIME_BASES[time_basis](TIMES))
+    one = basis.Y.size if isinstance(basis, NodalValues) else np.prod(basis.shape)
+    assert parameter.dim == one * {"indicators": 4, "hats": 5, "pairs of layers": 2}[time_basis]
 
 
 @on_ranks

@@ -73,6 +73,7 @@ class Result:
     seconds: float
 
 
+@PETSc.Log.EventDecorator("fem_resnet:train")
 def train(
     problem: LearningProblem,
     solver_parameters: dict | None = None,
