@@ -38,6 +38,8 @@ class SpaceBasis(ABC):
     over what all ranks own; `primal(dual(c)) = c`.
     """
 
+    #: The label domain, whose communicator is that of everything collective here.
+    Y: LabelSpace
     #: Firedrake space of the Functions that hold coefficients.
     space: fd.functionspaceimpl.WithGeometry
     #: Shape of the coefficients on this rank.
@@ -107,21 +109,21 @@ class _Replicated(SpaceBasis):
 
     def __init__(self, Y: LabelSpace, shape: tuple[int, ...]):
         mesh, self._owner = Y.coefficient_mesh
-        self._comm = Y.comm
+        self.Y = Y
         self.shape = shape
         self.space = fd.TensorFunctionSpace(mesh, "DG", 0, shape=shape)
 
     def read(self, function):
         coefficients = np.empty(self.shape)
-        if self._comm.rank == self._owner:
+        if self.Y.comm.rank == self._owner:
             coefficients[...] = function.dat.data_ro.reshape(self.shape)
-        if self._comm.size > 1:
-            self._comm.Bcast(coefficients, root=self._owner)
+        if self.Y.comm.size > 1:
+            self.Y.comm.Bcast(coefficients, root=self._owner)
         return coefficients
 
     def write(self, function, coefficients):
         values = function.dat.data_wo
-        if self._comm.rank == self._owner:
+        if self.Y.comm.rank == self._owner:
             values[...] = np.reshape(coefficients, values.shape)
 
     def pair(self, dual, coefficients):
@@ -140,7 +142,7 @@ class BasisCoefficients(_Replicated):
         return self.basis.values @ coefficients
 
     def pull_back(self, dual):
-        return self.basis.Y.sum(self.basis.values.T @ dual)
+        return self.Y.sum(self.basis.values.T @ dual)
 
     def dual(self, coefficients):
         return self.basis.gram @ coefficients
@@ -238,20 +240,23 @@ class Parameter:
         return self.space_basis.read(self.functions[k])
 
     def set(self, k: int, coefficients: np.ndarray) -> None:
-        """Assign coefficients c_k.
+        """Assign coefficients c_k. Collective.
 
         Raises
         ------
         ValueError
-            If their shape does not fit, or one is not finite.
+            If their shape does not fit, or one is not finite; on all ranks alike.
         """
         coefficients = np.asarray(coefficients, dtype=float)
-        if coefficients.shape != self.space_basis.shape:
-            raise ValueError(
-                f"coefficients: shape {self.space_basis.shape} is wanted for {self.name}, {coefficients.shape} was given"
-            )
-        if not np.isfinite(coefficients).all():
-            raise ValueError(f"coefficients: the ones given for {self.name}_{k} are not all finite")
+        agree = self.space_basis.Y.agree
+        agree(
+            coefficients.shape == self.space_basis.shape,
+            f"coefficients: shape {self.space_basis.shape} is wanted for {self.name}, {coefficients.shape} was given",
+        )
+        agree(
+            bool(np.isfinite(coefficients).all()),
+            f"coefficients: the ones given for {self.name}_{k} are not all finite",
+        )
         self.space_basis.write(self.functions[k], coefficients)
 
     def controls(self) -> list[Control]:
