@@ -164,7 +164,8 @@ def cell_indicators(Y: LabelSpace) -> Basis:
         raise ValueError(f"Y: cell indicators span DG of degree 0, the space is {element}")
     midpoints = np.concatenate(Y.comm.allgather(Y.coordinates))
     # Round-off in a midpoint depends on how the cell's vertices are numbered; it must not decide an order.
-    keys = np.round((midpoints - midpoints.min(axis=0)) / np.ptp(midpoints, axis=0).max(), 9)
+    extent = np.ptp(midpoints, axis=0).max() or 1.0
+    keys = np.round((midpoints - midpoints.min(axis=0)) / extent, 9)
     order = np.lexsort(keys.T)
     if (keys[order[1:]] == keys[order[:-1]]).all(axis=1).any():
         raise ValueError("Y: two cells have the same midpoint, so they cannot be numbered the same on every partition")

@@ -114,7 +114,7 @@ class LabelSpace:
         space = fd.VectorFunctionSpace(mesh, self.V.ufl_element(), dim=mesh.geometric_dimension)
         with stop_annotating():
             x = fd.Function(space).interpolate(fd.SpatialCoordinate(mesh)).dat.data_ro
-        x = np.array(x).reshape(self.nodes, -1)
+        x = np.array(x).reshape(self.nodes, mesh.geometric_dimension)
         x.flags.writeable = False
         return x
 
@@ -180,7 +180,7 @@ class LabelSpace:
 
     def values(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
         """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view."""
-        return function.dat.data_ro.reshape(self.nodes, -1)
+        return function.dat.data_ro.reshape(self.nodes, function.function_space().value_size)
 
     def check_batch(self, function: fd.Function, name: str) -> None:
         """Raise unless `function` is a finite batch on this label domain. Collective.

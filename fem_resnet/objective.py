@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import firedrake as fd
 import numpy as np
@@ -254,7 +255,7 @@ def tikhonov(weight: float) -> Tikhonov:
     weight
         lambda >= 0.
     """
-    if not (np.isscalar(weight) and np.isfinite(weight) and weight >= 0):
+    if not (isinstance(weight, Real) and np.isfinite(weight) and weight >= 0):
         raise ValueError(f"weight: a number >= 0 is wanted, {weight!r} was given")
     return Tikhonov(float(weight))
 
@@ -307,9 +308,16 @@ class LearningProblem:
     def __init__(
         self, net: ResidualNetwork, head: Head | None, loss: Loss, regulariser: Tikhonov | None, batch: Batch
     ):
-        for name, value, kind in (("net", net, ResidualNetwork), ("loss", loss, Loss), ("batch", batch, Batch)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name}: a {kind.__name__} is wanted, {type(value).__name__} was given")
+        for name, value, kind, optional in (
+            ("net", net, ResidualNetwork, False),
+            ("head", head, Head, True),
+            ("loss", loss, Loss, False),
+            ("regulariser", regulariser, Tikhonov, True),
+            ("batch", batch, Batch, False),
+        ):
+            if not (isinstance(value, kind) or optional and value is None):
+                wanted = f"a {kind.__name__} or None" if optional else f"a {kind.__name__}"
+                raise TypeError(f"{name}: {wanted} is wanted, {type(value).__name__} was given")
         if head is not None and head.psi.Y is not net.Y:
             raise ValueError(f"head: it reads {head.psi.Y!r}, the network's label space {net.Y!r} is wanted")
         self.net, self.head, self.loss, self.regulariser, self.batch = net, head, loss, regulariser, batch

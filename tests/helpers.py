@@ -9,9 +9,13 @@ from firedrake import COMM_SELF, COMM_WORLD
 from fem_resnet.basis import Basis, laplace_basis
 from fem_resnet.blocks import apply
 from fem_resnet.label_space import BatchValues, LabelSpace
+from fem_resnet.network import ResidualNetwork
 
 #: Number of samples of all batches, unless a test is about that number.
 SAMPLES = 3
+
+#: Layers of unequal lengths, which do not add up to one.
+TIMES = (0.0, 0.2, 0.9, 1.3)
 
 DOMAINS = {
     "interval": lambda n, comm: fd.UnitIntervalMesh(8 * n, comm=comm),
@@ -86,6 +90,16 @@ def set_smooth(net, rng, size: float = 1.0) -> None:
             net.bias.set(layer, size * smooth(net.Y, 1, seed=layer)[:, 0])
         else:
             net.bias.set(layer, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
+
+
+def network(space: tuple = ("disk", "CG1"), *, alone=False, size=1.0, basis_for_bias=False, **options) -> ResidualNetwork:
+    """Three layers whose phi and psi differ in rank, psi not orthonormal, with parameters that no partition changes."""
+    phi, psi = laplace(*space, rank=6, alone=alone), laplace(*space, rank=4, alone=alone)
+    psi = Basis(psi.Y, psi.values @ np.diag([1.0, 2.0, 3.0, 4.0]) + psi.values[:, :1], "given")
+    bias = laplace(*space, rank=5, alone=alone) if basis_for_bias else None
+    net = ResidualNetwork(phi, psi, **{"times": TIMES, "activation": "tanh", "bias": bias} | options)
+    set_smooth(net, np.random.default_rng(0), size)
+    return net
 
 
 def smooth_direction(net, rng, k: int, parameter):

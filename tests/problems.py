@@ -12,6 +12,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Batch, Head, LearningProblem, cross_entropy, least_squares, tikhonov
+from fem_resnet.parameter import NodalValues
 from helpers import laplace, set_smooth, smooth, smooth_direction
 
 CLASSES = 3
@@ -97,8 +98,8 @@ def gathered(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
 def coefficients(parameter, function) -> np.ndarray:
     """All coefficients that a Function of a parameter's space holds, in an order that no partition changes."""
     values = parameter.space_basis.read(function)
-    Y = getattr(parameter.space_basis, "Y", None)
-    return values if Y is None else gathered(Y, values)
+    nodal = isinstance(parameter.space_basis, NodalValues)
+    return gathered(parameter.space_basis.Y, values) if nodal else values
 
 
 def gradients(problem: LearningProblem, derivative) -> list[np.ndarray]:

@@ -59,7 +59,9 @@ def basis(request):
 
 def _label_space(basis):
     """Where a nodal array of what a layer takes lives; None for the matrix of a kernel."""
-    return None if isinstance(basis, KernelCoefficients) else getattr(basis, "Y", None) or basis.basis.Y
+    if isinstance(basis, KernelCoefficients):
+        return None
+    return basis.Y if isinstance(basis, NodalValues) else basis.basis.Y
 
 
 def _coefficients(basis, seed):
