@@ -101,9 +101,7 @@ class LayerStepper:
         ts.setTimeStep(1.0)
         ts.setMaxTime(float(self.steps))
         ts.setPostStep(weakly(self._keep_stages))
-        with self._options.inserted_options():
-            ts.setFromOptions()
-        _check_options(ts, self._options.parameters, self.steps)
+        _set_options(ts, self._options, self.steps)
         self._weights, self._nodes = rk_quadrature(ts)
         self._ts = ts
         self._y = PETSc.Vec().createSeq(size)
@@ -145,7 +143,8 @@ class LayerStepper:
         ts.setStepNumber(0)
         ts.setTimeStep((inputs.end - inputs.start) / self.steps)
         try:
-            ts.solve(self._y)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported below
+                ts.solve(self._y)
         except PETSc.Error as error:
             self._create()  # a failed callback leaves vectors locked
             raise error.__cause__ or error
@@ -360,16 +359,30 @@ class Segment:
         return dual / self._Y.weights[:, None] + psi.values @ gamma
 
 
-def _check_options(ts: PETSc.TS, parameters: dict, steps: int) -> None:
+def _set_options(ts: PETSc.TS, options: petsctools.OptionsManager, steps: int) -> None:
+    """Let PETSc read the options, and refuse what no layer can do."""
+    with options.inserted_options():
+        try:
+            ts.setFromOptions()
+        except PETSc.Error as error:
+            raise ValueError(
+                f"solver_parameters: PETSc refuses {options.parameters}; {SOLVER_PARAMETERS} is the default, and "
+                f"'ts_rk_type' may name any of PETSc's tableaus"
+            ) from error
+        database = PETSc.Options()
+        unused = [name for name in options.parameters if not database.used(options.options_prefix + name)]
     if ts.getType() != PETSc.TS.Type.RK:
         raise ValueError(f"solver_parameters: 'ts_type' is {ts.getType()!r}; only 'rk' is supported")
-    if "ts_rk_multirate" in parameters:
+    if "ts_rk_multirate" in options.parameters:
         raise ValueError("solver_parameters: 'ts_rk_multirate' wants slow and fast unknowns, which a layer has not")
-    adapt = adapt_type(ts)
-    if adapt != "none":
-        raise ValueError(f"solver_parameters: 'ts_adapt_type' is {adapt!r}; only 'none' (fixed steps) is supported")
+    if adapt_type(ts) != "none":
+        raise ValueError(
+            f"solver_parameters: 'ts_adapt_type' is {adapt_type(ts)!r}; only 'none' (fixed steps) is supported"
+        )
     if ts.getTimeStep() != 1.0 or ts.getMaxTime() != steps or ts.getMaxSteps() < steps:
         raise ValueError(
             "solver_parameters: 'ts_time_step', 'ts_max_time', 'ts_max_steps' follow from the layers; give the network "
             "layer times and a number of steps a layer instead"
         )
+    if unused:
+        raise ValueError(f"solver_parameters: {', '.join(unused)}: no option of an explicit Runge-Kutta TS; drop it")
