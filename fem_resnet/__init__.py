@@ -6,7 +6,8 @@ from importlib import import_module
 _MODULES = {
     "activation": ["ACTIVATIONS", "Activation", "get_activation"],
     "label_space": ["LabelSpace", "class_space"],
-    "basis": ["Basis", "cell_indicators", "given_basis", "laplace_basis"],
+    "basis": ["Basis", "cell_indicators", "given_basis"],
+    "laplace": ["laplace_basis"],
     "kernel": ["LowRankKernel"],
     "parameter": ["Parameter"],
     "time_stepping": ["NonFiniteState"],

@@ -18,6 +18,7 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.activation import get_activation
 from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.label_space import LabelSpace
+from fem_resnet.laplace import move_laplace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Head
 from fem_resnet.parameter import NodalValues, Parameter
@@ -124,6 +125,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
                 Y.values(file.load_function(mesh, f"basis_{index}")),
                 kind,
                 _read(file, f"eigenvalues_{index}"),
+                move_laplace if kind == "laplace" else None,
             )
             for index, kind in enumerate(settings["kinds"])
         ]

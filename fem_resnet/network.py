@@ -20,7 +20,7 @@ from fem_resnet.activation import Activation, get_activation
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import BatchValues
+from fem_resnet.label_space import BatchValues, LabelSpace
 from fem_resnet.layer import Stage, StageValue
 from fem_resnet.parameter import (
     BasisCoefficients,
@@ -178,6 +178,40 @@ class ResidualNetwork:
             f, block = apply(segment, [start, *segment.functions])
             pieces.append(_Piece(segment, start, segment.stages(), block))
         return Run(self, initial, f, pieces)
+
+    def on(self, Y: LabelSpace) -> ResidualNetwork:
+        """The same network on another label space of the same Y: finer, coarser, of other cells or another space.
+
+        Its bases are moved there (`Basis.on`), its coefficients copied.
+
+        Parameters
+        ----------
+        Y
+            The other label space.
+
+        Raises
+        ------
+        ValueError
+            If the bias has a value at every node, or a basis is tied to its mesh.
+        """
+        if isinstance(self.bias.space_basis, NodalValues):
+            raise ValueError("on: the bias has a value at every node, so the network is tied to its mesh; give it a basis")
+        kernel, bias = self.kernel.space_basis.kernel, self.bias.space_basis.basis
+        moved = {id(basis): basis.on(Y) for basis in {kernel.phi, kernel.psi, bias}}
+        net = ResidualNetwork(
+            moved[id(kernel.phi)],
+            moved[id(kernel.psi)],
+            bias=moved[id(bias)],
+            times=self.times,
+            activation=self.activation,
+            steps=self.steps,
+            layers_per_block=self.layers_per_block,
+            solver_parameters=self.solver_parameters,
+        )
+        for ours, theirs in zip(self.parameters, net.parameters):
+            for k in range(len(ours.functions)):
+                theirs.set(k, ours.get(k))
+        return net
 
     def _segments(self, space) -> list[Segment]:
         """New ones where the tape will keep them, else those of earlier unrecorded runs."""

@@ -6,10 +6,9 @@ import firedrake as fd
 import numpy as np
 from firedrake import COMM_SELF, COMM_WORLD
 
-from fem_resnet.basis import Basis, laplace_basis
+from fem_resnet import Basis, LabelSpace, ResidualNetwork, laplace_basis
 from fem_resnet.blocks import apply
-from fem_resnet.label_space import BatchValues, LabelSpace
-from fem_resnet.network import ResidualNetwork
+from fem_resnet.label_space import BatchValues
 
 #: Number of samples of all batches, unless a test is about that number.
 SAMPLES = 3
@@ -54,22 +53,36 @@ def name(space: tuple) -> str:
     return "-".join(map(str, space))
 
 
-@cache
 def mesh(domain: str, refinement: int = 1, alone: bool = False) -> fd.MeshGeometry:
     """A mesh of `domain` on all ranks, or the whole of it on each rank alone."""
+    return _mesh(domain, refinement, alone)
+
+
+def label_space(domain: str, element: str, refinement: int = 1, alone: bool = False) -> LabelSpace:
+    """``label_space("disk", "DG0")``; CG2 and CG3 on quadrilaterals and hexahedra are the spectral elements."""
+    return _label_space(domain, element, refinement, alone)
+
+
+def laplace(domain: str, element: str, rank: int, alone: bool = False) -> Basis:
+    """Laplace eigenfunctions on ``label_space(domain, element)``."""
+    return _laplace(domain, element, rank, alone)
+
+
+# The cache would take laplace("disk", "CG1", 4) and laplace("disk", "CG1", rank=4) for different things.
+
+
+@cache
+def _mesh(domain, refinement, alone):
     return DOMAINS[domain](refinement, COMM_SELF if alone else COMM_WORLD)
 
 
 @cache
-def label_space(domain: str, element: str, refinement: int = 1, alone: bool = False) -> LabelSpace:
-    """``label_space("disk", "DG0")``; CG2 and CG3 on quadrilaterals and hexahedra are the spectral elements."""
-    family, degree = element[:-1], int(element[-1])
-    return LabelSpace(fd.FunctionSpace(mesh(domain, refinement, alone), family, degree))
+def _label_space(domain, element, refinement, alone):
+    return LabelSpace(fd.FunctionSpace(mesh(domain, refinement, alone), element[:-1], int(element[-1])))
 
 
 @cache
-def laplace(domain: str, element: str, rank: int, alone: bool = False) -> Basis:
-    """Laplace eigenfunctions on ``label_space(domain, element)``."""
+def _laplace(domain, element, rank, alone):
     return laplace_basis(label_space(domain, element, alone=alone), rank)
 
 

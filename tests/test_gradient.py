@@ -10,7 +10,7 @@ from firedrake.adjoint import Control, ReducedFunctional
 from numpy.testing import assert_allclose
 from scipy.integrate import solve_ivp
 
-from fem_resnet.network import ResidualNetwork, Run
+from fem_resnet import ResidualNetwork, Run
 from helpers import TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
 
 on_ranks = pytest.mark.parallel([1, 2, 3])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from fem_resnet.basis import Basis
-from fem_resnet.network import ResidualNetwork
+from fem_resnet import Basis, ResidualNetwork
 from helpers import label_space, laplace, set_smooth, smooth
 
 # -- order in t ------------------------------------------------------------------------------------------------------

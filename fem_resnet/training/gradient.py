@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,8 +84,8 @@ def train(
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign what it found to them.
 
-    Also where TAO stops at its limit of iterations or fails to go on: the parameters are then the best that it has,
-    and `reason` says so. Collective over the communicator of the network.
+    Also where TAO stops at its limit of iterations, fails to go on, or an evaluation raises: the parameters are then
+    those of its last iteration, and `reason` says why. Collective over the communicator of the network.
 
     Parameters
     ----------
@@ -98,6 +99,11 @@ def train(
     Returns
     -------
     Result
+
+    Raises
+    ------
+    NonFiniteState
+        If the state overflows in a trial step.
 
     Examples
     --------
@@ -115,13 +121,15 @@ def train(
     interface = PETScVecInterface(functions, comm=comm)
     limit = solver.tao.getMaximumIterations()
     history: list[Progress] = []
+    reached = solver.x.duplicate()
     start = time.perf_counter()
 
     def watch(tao):
+        if history and history[-1].iteration == tao.getIterationNumber():
+            return  # some types report their start twice
+        tao.getSolution().copy(reached)
         _, value, gradient_norm, *_ = tao.getSolutionStatus()
-        history.append(
-            Progress(tao.getIterationNumber(), limit, value, gradient_norm, time.perf_counter() - start)
-        )
+        history.append(Progress(tao.getIterationNumber(), limit, value, gradient_norm, time.perf_counter() - start))
         if monitor is None:
             log(comm, logging.INFO, "%s", history[-1])
         else:
@@ -131,9 +139,20 @@ def train(
     # pyadjoint's own solve() raises at the limit of iterations and drops what was found.
     with stop_annotating(), petsctools.inserted_options(solver.tao):
         interface.to_petsc(solver.x, functions)
-        solver.tao.solve()
-        interface.from_petsc(solver.x, functions)
-    reason = solver.tao.getConvergedReason()
+        try:
+            solver.tao.solve()
+            reason = solver.tao.getConvergedReason()
+        except PETSc.Error as error:
+            if error.__cause__ is not None:
+                raise error.__cause__
+            # Where the line search cannot go on, L-BFGS starts afresh, but pyadjoint's first matrix does not survive it.
+            # PETSc then finds work vectors still in use when it destroys that TAO, and says so once.
+            reason = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
+            with suppress(PETSc.Error):
+                solver.tao.destroy()
+        finally:
+            if history:
+                interface.from_petsc(reached, functions)
     return Result(
         value=history[-1].value,
         gradient_norm=history[-1].gradient_norm,

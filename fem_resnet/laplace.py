@@ -1,0 +1,297 @@
+"""Eigenfunctions of the Laplace-Beltrami operator with Neumann condition.
+
+    K x = lambda M x,      K_ij = int_Y grad(p_i) . grad(p_j) dy,     M = diag(w),
+
+so they are orthonormal in the label measure itself. They depend on Y and not on its mesh; but under refinement modes
+change their order, and in repeated eigenvalues any rotation is as good. On another mesh (Q, with M_2) they are turned
+onto the original (P, with M_1) by the polar factor of the cross Gram matrix. Both bases are seen through plane waves w,
+so that no function of one mesh need be evaluated on the other:
+
+    A = P^T M_1 w,   B = Q^T M_2 w,     (A B^+)^T = U S V^T,     P on the new mesh = Q U V^T.
+
+The singular values S are 1 up to what the new mesh does not resolve.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import firedrake as fd
+import numpy as np
+import petsctools
+import scipy.linalg
+from petsc4py import PETSc
+from pyadjoint.tape import stop_annotating
+from slepc4py import SLEPc
+from ufl import H1
+
+from fem_resnet.basis import Basis
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.log import log
+
+__all__ = ["laplace_basis", "move_laplace"]
+
+#: Shift-invert about a negative number: the Neumann Laplacian is singular at 0.
+EIGENSOLVER_PARAMETERS = {
+    "eps_gen_hermitian": None,
+    "eps_target": -1.0,
+    "eps_target_magnitude": None,
+    "eps_tol": 1e-13,
+    "eps_max_it": 500,
+    "st_type": "sinvert",
+    "st_ksp_type": "preonly",
+    "st_pc_type": "cholesky",
+    "st_pc_factor_mat_solver_type": "mumps",
+}
+
+#: Neighbours closer than this part of their value count as one repeated eigenvalue, which a mesh has split.
+CLUSTER_TOLERANCE = 1e-3
+
+
+
+@PETSc.Log.EventDecorator("fem_resnet:laplace_basis")
+def laplace_basis(
+    Y: LabelSpace, rank: int, *, solver_parameters: dict | None = None, options_prefix: str | None = None
+) -> Basis:
+    """Eigenfunctions of the Laplace-Beltrami operator (Neumann) to the `rank` smallest eigenvalues.
+
+    Orthonormal in the label measure. Signs, and rotations within a repeated eigenvalue, are fixed by a rule that does
+    not see the partition: among plane waves of the eigenvalue's frequency, fixed once and for all, the one with the
+    largest part in the eigenspace gives the first function, and so on. On a discontinuous space the eigenfunctions
+    of the continuous space of the same degree (at least 1) are taken: averaged over the cells for DG of degree 0,
+    else at the nodes; then made orthonormal by the closest orthonormal set. That no eigenvalue was missed is checked
+    by the inertia of `K - s M` (Sylvester).
+
+    Collective over the communicator of `Y`.
+
+    Parameters
+    ----------
+    Y
+        The label domain, of any cell type or embedding.
+    rank
+        How many functions, at least 1 and at most the number of nodes.
+    solver_parameters
+        Options of SLEPc's EPS, over `EIGENSOLVER_PARAMETERS`.
+    options_prefix
+        Prefix of these options.
+
+    Returns
+    -------
+    Basis
+        With `eigenvalues`, ascending, in 1 / (unit of length)^2.
+
+    Raises
+    ------
+    ValueError
+        If the rank is no integer in that range.
+    RuntimeError
+        If the eigensolver does not find them all.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitSquareMesh
+    >>> Y = LabelSpace(FunctionSpace(UnitSquareMesh(16, 16), "CG", 1))
+    >>> laplace_basis(Y, 4).eigenvalues.round(1) + 0.0
+    array([ 0. ,  9.8,  9.9, 19.7])
+    """
+    if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= Y.size:
+        raise ValueError(f"rank: an integer from 1 to the number of nodes, {Y.size}, is wanted; {rank!r} was given")
+    eigenvalues, modes, to_nodes = _eigenfunctions(Y, rank, solver_parameters or {}, options_prefix)
+    ends = _cluster_ends(eigenvalues)
+    if rank not in ends:
+        below, above = max([end for end in ends if end < rank], default=0), min(end for end in ends if end > rank)
+        log(
+            Y.comm, logging.WARNING,
+            "rank %d cuts through the repeated eigenvalue %.6g: ranks %d and %d keep it whole",
+            rank, eigenvalues[rank - 1], below, above,
+        )  # fmt: skip
+    return Basis(Y, to_nodes(modes[:, :rank]), "laplace", eigenvalues[:rank], move_laplace)
+
+
+def _eigenfunctions(
+    Y: LabelSpace, rank: int, parameters: dict, prefix: str | None
+) -> tuple[np.ndarray, np.ndarray, Callable]:
+    """At least `rank` eigenpairs, whole eigenspaces in a fixed rotation, and what turns them into functions on Y."""
+    C, to_nodes = _continuous(Y)
+    if rank > C.size:
+        raise ValueError(f"rank: {C.size} eigenfunctions exist on {C.V.ufl_element()}, {rank} were asked for")
+    eigenvalues, modes = _whole_clusters(C, rank, parameters, prefix)
+    ends = _cluster_ends(eigenvalues)
+    for start, end in zip([0, *ends], ends):
+        modes[:, start:end] = _fix_rotation(modes[:, start:end], eigenvalues[start:end].mean(), C)
+    return eigenvalues, modes, to_nodes
+
+
+def _continuous(Y: LabelSpace) -> tuple[LabelSpace, Callable]:
+    """A continuous space in which eigenfunctions are sought, and the map from its node values to those of Y."""
+    element = Y.V.ufl_element()
+    if element in H1:
+        return Y, lambda modes: modes
+    degree = max(element.embedded_superdegree, 1) if element.embedded_superdegree <= 1 else element.embedded_subdegree
+    C = LabelSpace(fd.FunctionSpace(Y.V.mesh(), "CG", degree))
+    with stop_annotating():
+        if element.embedded_superdegree == 0:
+            to_Y = fd.assemble(fd.inner(fd.TrialFunction(C.V), fd.TestFunction(Y.V)) * fd.dx).petscmat
+            scale = 1 / Y.weights
+        else:
+            to_Y = fd.assemble(fd.interpolate(fd.TrialFunction(C.V), Y.V)).petscmat
+            scale = np.ones(Y.nodes)
+
+    def to_nodes(modes: np.ndarray) -> np.ndarray:
+        x, y = to_Y.createVecs()
+        values = np.empty((Y.nodes, modes.shape[1]))
+        for k in range(modes.shape[1]):
+            x.array_w[:] = modes[:, k]
+            to_Y.mult(x, y)
+            values[:, k] = scale * y.array_r
+        # The closest orthonormal functions: G^(-1/2) turns with a rotation of the modes, a QR would not.
+        gram = Y.sum((values * Y.weights[:, None]).T @ values)
+        return values @ scipy.linalg.inv(scipy.linalg.sqrtm(gram)).real
+
+    return C, to_nodes
+
+
+def _whole_clusters(C: LabelSpace, rank: int, parameters: dict, prefix: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """At least `rank` smallest eigenpairs of (K, M), up to the end of a repeated eigenvalue."""
+    with stop_annotating():
+        u, v = fd.TrialFunction(C.V), fd.TestFunction(C.V)
+        K = fd.assemble(fd.inner(fd.grad(u), fd.grad(v)) * fd.dx).petscmat
+    w = K.createVecRight()
+    w.array_w[:] = C.weights
+    M = K.duplicate()
+    M.setDiagonal(w)
+    M.assemble()
+    wanted = rank + 4
+    for _ in range(6):
+        wanted = min(wanted, C.size)
+        eigenvalues, modes = _smallest_eigenpairs(K, M, wanted, parameters, prefix)
+        if wanted == C.size:
+            return eigenvalues, modes
+        # The last cluster may go on beyond what was found.
+        complete = _cluster_ends(eigenvalues)[-2:-1]
+        if complete and complete[0] >= rank:
+            end = complete[0]
+            if _count_below(K, M, (eigenvalues[end - 1] + eigenvalues[end]) / 2) == end:
+                return eigenvalues[:end], modes[:, :end]
+        wanted += max(4, wanted // 2)
+    raise RuntimeError(
+        f"laplace_basis: the eigensolver keeps missing eigenvalues below {eigenvalues[-1]:.6g}; "
+        f"a larger 'eps_ncv' or a smaller 'eps_tol' in solver_parameters may help"
+    )
+
+
+def _smallest_eigenpairs(K, M, count: int, parameters: dict, prefix: str | None) -> tuple[np.ndarray, np.ndarray]:
+    eps = SLEPc.EPS().create(comm=K.comm)
+    eps.setOperators(K, M)
+    eps.setDimensions(nev=count)
+    petsctools.set_from_options(
+        eps, parameters=EIGENSOLVER_PARAMETERS | parameters, options_prefix=prefix, default_prefix="fem_resnet_laplace"
+    )
+    with petsctools.inserted_options(eps):
+        eps.solve()
+    found = eps.getConverged()
+    if found < count:
+        raise RuntimeError(
+            f"laplace_basis: SLEPc found {found} of {count} eigenvalues in {eps.getIterationNumber()} iterations "
+            f"(reason {eps.getConvergedReason()}); try a larger 'eps_ncv' or 'eps_max_it' in solver_parameters"
+        )
+    x = K.createVecRight()
+    eigenvalues, modes = np.empty(count), np.empty((x.getLocalSize(), count))
+    for k in range(count):
+        eigenvalues[k] = eps.getEigenpair(k, x).real
+        modes[:, k] = x.array_r
+    eps.destroy()
+    order = np.argsort(eigenvalues, kind="stable")
+    return eigenvalues[order], modes[:, order]
+
+
+def _count_below(K, M, shift: float) -> int:
+    """How many eigenvalues lie below `shift`: the negative pivots of `K - shift M`."""
+    A = K.copy()
+    A.axpy(-shift, M)
+    pc = PETSc.PC().create(comm=K.comm)
+    pc.setOperators(A)
+    petsctools.set_from_options(
+        pc,
+        parameters={
+            "pc_type": "cholesky",
+            "pc_factor_mat_solver_type": "mumps",
+            "mat_mumps_icntl_13": 1,  # no ScaLAPACK at the root, which does not count pivots
+            "mat_mumps_icntl_24": 1,
+        },
+        default_prefix="fem_resnet_inertia",
+    )
+    with petsctools.inserted_options(pc):
+        pc.setUp()
+        negative, _, _ = pc.getFactorMatrix().getInertia()
+    pc.destroy()
+    A.destroy()
+    return negative
+
+
+def _cluster_ends(eigenvalues: np.ndarray) -> list[int]:
+    gaps = np.diff(eigenvalues) > CLUSTER_TOLERANCE * np.maximum(np.abs(eigenvalues[1:]), 1e-8)
+    return [*(np.flatnonzero(gaps) + 1).tolist(), len(eigenvalues)]
+
+
+def _fix_rotation(modes: np.ndarray, eigenvalue: float, C: LabelSpace) -> np.ndarray:
+    """The orthonormal basis of the span of `modes` that plane waves of this frequency single out."""
+    count = 2 * modes.shape[1] + 6
+    frequencies = np.full(count, np.sqrt(max(eigenvalue, 0.0)))
+    parts = _seen_through_waves(C, modes, frequencies, _centre(C))
+    Q, R, _ = scipy.linalg.qr(parts, mode="economic", pivoting=True)
+    return modes @ (Q * np.sign(np.diag(R)))
+
+
+def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
+    """A Laplace basis on another label space of the same Y. Collective over the communicators of both.
+
+    What the new space does not resolve, `1 - S`, is logged: its largest value at level INFO, from a tenth on as a warning.
+
+    Parameters
+    ----------
+    basis
+        The original.
+    Y
+        Another label space of the same label domain.
+
+    Raises
+    ------
+    ValueError
+        If Y has fewer nodes than the basis functions.
+    """
+    if Y.size < basis.rank:
+        raise ValueError(f"Y: at least {basis.rank} nodes are wanted, one a function; {Y!r} was given")
+    # A buffer, since modes that were among the first need not be so on the other mesh.
+    eigenvalues, modes, to_nodes = _eigenfunctions(
+        Y, min(basis.rank + max(4, basis.rank // 4), _continuous(Y)[0].size), {}, None
+    )
+    values = to_nodes(modes)
+    # Waves that depend on the original alone, so that all its copies have one limit.
+    frequencies = np.sqrt(basis.eigenvalues[-1]) * np.random.default_rng(2021).uniform(0, 1.2, 16 * basis.rank + 64)
+    centre = _centre(basis.Y)
+    A = _seen_through_waves(basis.Y, basis.values, frequencies, centre)
+    B = _seen_through_waves(Y, values, frequencies, centre)
+    U, S, V = np.linalg.svd(np.linalg.lstsq(B.T, A.T)[0], full_matrices=False)
+    turn = U @ V
+    lost = float(np.abs(1 - S).max())
+    log(
+        Y.comm, logging.WARNING if lost > 0.1 else logging.INFO,
+        "%d functions moved from %s to %s: a part of %.1e is lost", basis.rank, basis.Y, Y, lost,
+    )  # fmt: skip
+    return Basis(Y, values @ turn, "laplace", np.einsum("ij,i,ij->j", turn, eigenvalues, turn), move_laplace)
+
+
+def _centre(Y: LabelSpace) -> np.ndarray:
+    return Y.sum(Y.weights @ Y.coordinates) / Y.measure
+
+
+def _seen_through_waves(Y: LabelSpace, values: np.ndarray, frequencies: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Integrals of functions times plane waves of these frequencies, shape (functions, waves)."""
+    # Directions and phases without any symmetry, so that no two waves tie and none misses an eigenspace.
+    generator = np.random.default_rng(2020)
+    directions = generator.standard_normal((Y.coordinates.shape[1], len(frequencies)))
+    directions *= frequencies / np.linalg.norm(directions, axis=0)
+    waves = np.cos((Y.coordinates - centre) @ directions + generator.uniform(0, 2 * np.pi, len(frequencies)))
+    return Y.sum((values * Y.weights[:, None]).T @ waves)

@@ -1,0 +1,81 @@
+"""The rooms of docs/architecture.md: imports go down only, and what needs no PETSc does not load it."""
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import fem_resnet
+
+PACKAGE = Path(fem_resnet.__file__).parent
+SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+each_module = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+@cache
+def _rooms() -> list[str]:
+    """Modules and folders from the ground up: the first column of the table."""
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    table = text.split("## Rooms", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"^\| `(\w+)/?` \|", table, flags=re.MULTILINE)
+
+
+def _imports(path: Path) -> list[tuple[int, str]]:
+    """Line and module of every import, also those inside of functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            assert all(alias.name != "*" for alias in node.names), f"{path}:{node.lineno}: no star import in the package"
+            found.append((node.lineno, node.module))
+        elif isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+    return found
+
+
+def test_the_table_and_the_folder_are_the_same():
+    assert sorted(_rooms()) == sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES})
+
+
+@each_module
+def test_imports_go_down_only(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    below = _rooms()[: _rooms().index(room)]
+    for line, module in _imports(path):
+        if module.split(".")[0] == "fem_resnet":
+            used = module.split(".")[1]
+            assert used in below or (used == room and path.parent != PACKAGE), f"{path}:{line}: {room} imports {used}"
+
+
+@each_module
+def test_nothing_is_imported_inside_of_a_function(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inner = [part.lineno for part in ast.walk(node) if isinstance(part, (ast.Import, ast.ImportFrom))]
+            assert not inner, f"{path}: {node.name} imports at lines {inner}"
+
+
+def _loaded_by(code: str) -> set[str]:
+    run = f"import sys; {code}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize("code", ["import fem_resnet", "from fem_resnet import ACTIVATIONS", "import fem_resnet.activation"])
+def test_what_needs_no_petsc_does_not_load_it(code):
+    assert not _loaded_by(code) & {"firedrake", "petsc4py", "slepc4py", "mpi4py", "pyadjoint"}
+
+
+def test_every_public_name_is_there_and_shadows_none_of_firedrake():
+    import firedrake
+
+    for name in fem_resnet.__all__:
+        assert getattr(fem_resnet, name).__module__.startswith("fem_resnet") or isinstance(
+            getattr(fem_resnet, name), (dict, tuple, str)
+        ), name
+        assert not hasattr(firedrake, name), f"{name} is a name of firedrake's too"
+    with pytest.raises(AttributeError, match="module 'fem_resnet' has no attribute 'Nothing'"):
+        fem_resnet.Nothing
