@@ -12,7 +12,10 @@ _MODULES = {
     "parameter": ["Parameter"],
     "time_stepping": ["NonFiniteState"],
     "network": ["ResidualNetwork", "Run"],
-    "objective": ["Batch", "Head", "LearningProblem", "cross_entropy", "least_squares", "tikhonov"],
+    "head": ["Head"],
+    "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],
+    "regulariser": ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"],
+    "objective": ["Batch", "LearningProblem"],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
 }

@@ -1,4 +1,6 @@
-r"""Activations sigma of f_t = sigma(a - B f), with the two derivatives that tangents, adjoints and Hessians ask for.
+r"""Activations sigma of f_t = sigma(a - B f): what tangents, adjoints, Hessians and the theory ask of them.
+
+Tangents and adjoints ask for sigma', Hessians for sigma'', the energies of section 3 for the primitive Sigma:
 
 =============  ==========================  ===========================  ==================================
 name           sigma(s)                    sigma'(s)                    sigma''(s)
@@ -13,6 +15,21 @@ elu            alpha (e^s - 1) | s         alpha e^s | 1                alpha e^
 identity       s                           1                            0
 =============  ==========================  ===========================  ==================================
 
+=============  ================================  ======================================================
+name           Sigma(s) = int_0^s sigma          evaluated as
+=============  ================================  ======================================================
+tanh           log cosh s                        log(1 + sinh^2 s) / 2 up to |s| = 20, then |s| - log 2
+arctan         s arctan s - log(1 + s^2) / 2     this
+sigmoid        log((1 + e^s) / 2)                max(s, 0) + log(1 + (e^-|s| - 1) / 2)
+softplus       -Li2(-e^s) - pi^2 / 12            -G(-s) | s^2 / 2 + G(s),  G(t) = pi^2 / 12 + Li2(-e^-t)
+relu           0 | s^2 / 2                       s relu(s) / 2
+leaky_relu     0.05 s^2 | s^2 / 2                s leaky_relu(s) / 2
+elu            alpha (e^s - 1 - s) | s^2 / 2     this
+identity       s^2 / 2                           this
+=============  ================================  ======================================================
+
+Li2 is the dilogarithm. For |s| <= 1, where G and e^s - 1 - s would lose digits, they are integrated by Gauss's rule.
+
 Here `x | y` stands for x where s <= 0 and y where s > 0; elu has one parameter, alpha > 0 (1 unless given).
 
 At a joint, where two formulas meet, both derivatives are those *from the left*: relu'(0) = 0, leaky_relu'(0) = 0.1,
@@ -22,38 +39,91 @@ differentiable and has no kink, although elu'' still jumps from 1 to 0.
 Each formula is evaluated in a form free of cancellation and of overflow for every |s| <= 1e4: results are accurate to
 16 machine epsilons *relative* to their size, also in the far tails, down to the smallest normal number, 2.2e-308 (times
 alpha, if that is above 1). Results below it are right to that number absolutely.
+
+A user's own activation is one SymPy expression, `Activation.from_sympy`; `fem_resnet.sympy_activation` says how it is
+evaluated.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
+import sympy
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import spence
 
-__all__ = ["ACTIVATIONS", "Activation", "get_activation"]
+from fem_resnet import sympy_activation
+
+__all__ = ["ACTIVATIONS", "Activation", "Properties", "get_activation"]
 
 Array = NDArray[np.float64]
 Kernel = Callable[..., object]
 
 
 @dataclass(frozen=True)
+class Properties:
+    """What the statements of the paper suppose of sigma; (A1) of 3.2 is the first five together.
+
+    Attributes
+    ----------
+    lipschitz : float
+        sup |sigma'|, infinite if there is no bound.
+    zero_at_zero : bool
+        sigma(0) = 0.
+    sign_preserving : bool
+        s sigma(s) >= 0 for all s, (3.4).
+    positive_slope_at_zero : bool
+        sigma'(0) > 0, from the left.
+    non_decreasing, strictly_increasing : bool
+        sigma(s) <= sigma(t), or sigma(s) < sigma(t), for all s < t.
+    bounded : bool
+        sup |sigma| is finite.
+
+    Raises
+    ------
+    ValueError
+        If `lipschitz` is negative or NaN.
+    """
+
+    lipschitz: float
+    zero_at_zero: bool
+    sign_preserving: bool
+    positive_slope_at_zero: bool
+    non_decreasing: bool
+    strictly_increasing: bool
+    bounded: bool
+
+    def __post_init__(self) -> None:
+        if not self.lipschitz >= 0:
+            raise ValueError(f"lipschitz is {self.lipschitz!r}; give sup |sigma'|, a number >= 0 or infinity")
+
+
+@dataclass(frozen=True)
 class Activation:
-    """An activation sigma, applied pointwise. Get one from `get_activation`; `(name, parameters)` tells it completely.
+    """An activation sigma, applied pointwise. Get one from `get_activation` or `from_sympy`.
+
+    Two are equal if their names and parameters are, or their expressions; `description` tells one completely.
 
     Attributes
     ----------
     name : str
-        Its key in `ACTIVATIONS`.
-    kernels : tuple of three callables
-        sigma, sigma' and sigma'', each called as ``kernel(s, out, **parameters)`` with float64 arrays of one shape. It
-        fills `out`, which may be `s` itself: a kernel must not read `s` once it has written to `out`.
+        Its key in `ACTIVATIONS`, or its expression.
+    kernels : tuple of four callables
+        sigma, sigma', sigma'' and at last the primitive Sigma, so that `kernels[k]` is the k-th derivative for k = -1,
+        ..., 2. Each is called as ``kernel(s, out, **parameters)`` with float64 arrays of one shape. It fills `out`,
+        which may be `s` itself: a kernel must not read `s` once it has written to `out`.
+    declared : Properties, or callable
+        What holds for it; if that depends on the parameters, a function ``declared(**parameters)``.
     parameters : tuple of (str, float)
         The parameters by name, all of them; ``dict(parameters)`` is what `get_activation` takes.
     joints : tuple of float
         The points where two formulas meet, so that sigma' or sigma'' may jump. Both are given from the left there.
+    expression : sympy.Expr or None
+        The SymPy expression that it was made from.
 
     Examples
     --------
@@ -67,9 +137,107 @@ class Activation:
     """
 
     name: str
-    kernels: tuple[Kernel, Kernel, Kernel] = field(repr=False)
+    kernels: tuple[Kernel, Kernel, Kernel, Kernel] = field(repr=False)
+    declared: Properties | Callable[..., Properties] = field(repr=False, compare=False)
     parameters: tuple[tuple[str, float], ...] = ()
     joints: tuple[float, ...] = ()
+    expression: sympy.Expr | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_sympy(cls, expression: sympy.Expr, properties: Properties | None = None) -> Self:
+        """The activation sigma(s) = expression.
+
+        sigma' and sigma'' are its derivatives, from the left where formulas meet (`Piecewise`, `Max`, `Abs`). The
+        primitive is SymPy's if that is good to all digits, else it is integrated to 1e-14, for |s| <= 1e4.
+
+        Parameters
+        ----------
+        expression : sympy.Expr
+            In the one symbol ``s = sympy.Symbol("s")``. Text is not parsed.
+        properties : Properties, optional
+            What holds for it, if you know it; else what values up to |s| = 1e4 tell.
+
+        Returns
+        -------
+        Activation
+
+        Raises
+        ------
+        TypeError
+            If `expression` is no SymPy expression, or has other free symbols, or `properties` are none.
+        ValueError
+            If sigma jumps, or is complex, or sigma, sigma' or sigma'' is not finite for some |s| <= 1e4.
+
+        Examples
+        --------
+        >>> s = sympy.Symbol("s")
+        >>> swish = Activation.from_sympy(s / (1 + sympy.exp(-s)))
+        >>> swish([-1e4, 0.0, 1e4]).tolist(), swish.derivative([-1e4, 0.0, 1e4]).tolist()
+        ([-0.0, 0.0, 10000.0], [-0.0, 0.5, 1.0])
+        >>> round(swish.properties.lipschitz, 6), swish.properties.non_decreasing
+        (1.099839, False)
+        """
+        if not isinstance(properties, Properties | None):
+            raise TypeError(f"properties is {type(properties).__name__}; give Properties, or leave them out")
+        expression = sympy_activation.normal_form(expression)
+        sympy_activation.check(expression)
+        return cls(
+            str(expression),
+            tuple(sympy_activation.Kernel(expression, order) for order in (0, 1, 2, -1)),
+            properties or Properties(**sympy_activation.properties(expression)),
+            joints=sympy_activation.cuts(expression),
+            expression=expression,
+        )
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, object]) -> Self:
+        """The activation of that `description`, which may come from a file: no text is evaluated.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no description, or what it describes is refused by `get_activation` or `from_sympy`.
+        """
+        match description:
+            case {"name": str(name), "parameters": Mapping() as parameters}:
+                return get_activation(name, **parameters)
+            case {"expression": tree, "properties": Mapping() as properties}:
+                if properties.get("lipschitz") is None:
+                    properties = {**properties, "lipschitz": math.inf}
+                return cls.from_sympy(sympy_activation.from_tree(tree), Properties(**properties))
+        raise ValueError(
+            f"description is {description!r}; give what Activation.description gave: "
+            "name and parameters, or expression and properties"
+        )
+
+    @property
+    def description(self) -> dict[str, object]:
+        """dict : lists, texts and numbers that JSON can store, from which `from_description` makes it again.
+
+        Raises
+        ------
+        ValueError
+            If the expression has functions that are not on the list of `fem_resnet.sympy_activation`.
+
+        Examples
+        --------
+        >>> get_activation("elu").description
+        {'name': 'elu', 'parameters': {'alpha': 1.0}}
+        >>> Activation.from_sympy(sympy.sin(sympy.Symbol("s"))).description["expression"]
+        ['sin', 's']
+        """
+        if self.expression is None:
+            return {"name": self.name, "parameters": dict(self.parameters)}
+        properties = asdict(self.properties)
+        # JSON has no infinity.
+        if math.isinf(self.properties.lipschitz):
+            properties["lipschitz"] = None
+        return {"expression": sympy_activation.to_tree(self.expression), "properties": properties}
+
+    @property
+    def properties(self) -> Properties:
+        """Properties : what holds for it, as declared for the built-ins, as found by values for expressions."""
+        return self.declared if isinstance(self.declared, Properties) else self.declared(**dict(self.parameters))
 
     def __call__(self, s: ArrayLike, out: Array | None = None) -> Array:
         """sigma(s), pointwise.
@@ -103,11 +271,23 @@ class Activation:
         """sigma''(s), pointwise, from the left at joints; arguments, result and errors as for `__call__`."""
         return self._apply(2, s, out)
 
+    def primitive(self, s: ArrayLike, out: Array | None = None) -> Array:
+        """Sigma(s) = int_0^s sigma, pointwise; arguments, result and errors as for `__call__`.
+
+        That of an expression may be NaN for |s| > 1e4, and raises ValueError if sigma varies too fast to be integrated.
+        """
+        return self._apply(-1, s, out)
+
     @property
     def kinks(self) -> tuple[float, ...]:
         """tuple of float : the points where sigma' jumps."""
+        # Two formulas for one value differ by rounding.
         return tuple(
-            point for point in self.joints if self.derivative(point) != self.derivative(math.nextafter(point, math.inf))
+            point
+            for point in self.joints
+            if not np.isclose(
+                self.derivative(point), self.derivative(math.nextafter(point, math.inf)), rtol=1e-12, atol=1e-12
+            )
         )
 
     def _apply(self, order: int, s: ArrayLike, out: Array | None) -> Array:
@@ -127,13 +307,13 @@ class Activation:
         return out
 
 
-def get_activation(spec: str | Activation, **parameters: float) -> Activation:
-    """The activation of that name.
+def get_activation(spec: str | Activation | sympy.Expr, **parameters: float) -> Activation:
+    """The activation of that name, or of that expression.
 
     Parameters
     ----------
-    spec : str or Activation
-        A key of `ACTIVATIONS`; an `Activation` is returned as it is.
+    spec : str, Activation or sympy.Expr
+        A key of `ACTIVATIONS`; an `Activation` is returned as it is; an expression is given to `Activation.from_sympy`.
     **parameters : float
         Parameters of the activation, finite and positive; those not given keep their defaults.
 
@@ -144,9 +324,9 @@ def get_activation(spec: str | Activation, **parameters: float) -> Activation:
     Raises
     ------
     TypeError
-        If `spec` is neither, a parameter is not one of this activation, or is no real number.
+        If `spec` is none of these, a parameter is not one of this activation, or is no real number.
     ValueError
-        If the name is not known, or a parameter is not finite and positive.
+        If the name is not known, a parameter is not finite and positive, or `Activation.from_sympy` refuses it.
 
     Examples
     --------
@@ -156,6 +336,8 @@ def get_activation(spec: str | Activation, **parameters: float) -> Activation:
     >>> get_activation(sigma.name, **dict(sigma.parameters)) == sigma
     True
     """
+    if isinstance(spec, sympy.Expr):
+        spec = Activation.from_sympy(spec)
     if isinstance(spec, Activation):
         if parameters:
             raise TypeError(
@@ -164,7 +346,9 @@ def get_activation(spec: str | Activation, **parameters: float) -> Activation:
             )
         return spec
     if not isinstance(spec, str):
-        raise TypeError(f"spec is {type(spec).__name__}; give the name of an activation, or an Activation")
+        raise TypeError(
+            f"spec is {type(spec).__name__}; give the name of an activation, an Activation, or a SymPy expression in s"
+        )
     if spec not in ACTIVATIONS:
         raise ValueError(f"spec is {spec!r}, no known activation; give one of {', '.join(ACTIVATIONS)}")
     default = ACTIVATIONS[spec]
@@ -269,6 +453,55 @@ def _softplus(s: Array, out: Array) -> None:
     np.add(out, tail, out=out)
 
 
+# Primitives are asked for now and then only: they may take temporaries. All of `s` is read before `out` is written.
+
+
+def _log_cosh(s: Array, out: Array) -> None:
+    size = np.abs(s)
+    near = np.minimum(size, 20.0)
+    out[...] = (size - near) + 0.5 * np.log1p(np.sinh(near) ** 2)
+
+
+def _arctan_primitive(s: Array, out: Array) -> None:
+    out[...] = s * np.arctan(s) - 0.5 * np.log1p(s * s)
+
+
+def _sigmoid_primitive(s: Array, out: Array) -> None:
+    out[...] = np.maximum(s, 0.0) + np.log1p(0.5 * np.expm1(-np.abs(s)))
+
+
+def _softplus_primitive(s: Array, out: Array) -> None:
+    size = np.abs(s)
+    near = _integral_to(np.minimum(size, 1.0), lambda x: np.log1p(np.exp(-x)))
+    tail = np.where(size < 1.0, near, np.pi**2 / 12 + spence(1.0 + np.exp(-size)))
+    out[...] = np.where(s > 0.0, 0.5 * s * s + tail, -tail)
+
+
+def _elu_primitive(s: Array, out: Array, alpha: float) -> None:
+    left, right = np.minimum(s, 0.0), np.maximum(s, 0.0)
+    near = _integral_to(np.maximum(left, -1.0), np.expm1)
+    out[...] = alpha * np.where(left > -1.0, near, np.expm1(left) - left) + 0.5 * right * right
+
+
+def _integral_to(s: Array, function: Callable[[Array], Array]) -> Array:
+    """int_0^s function for |s| <= 1, to all digits if it has one sign, and no singularity within 3 of 0."""
+    # The error of n points is about rho^(-2 n), with rho > 12 here.
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    return 0.5 * s * sum(weight * function(0.5 * (1.0 + node) * s) for node, weight in zip(nodes, weights, strict=True))
+
+
+def _relu_primitive(s: Array, out: Array) -> None:
+    out[...] = 0.5 * s * np.maximum(s, 0.0)
+
+
+def _leaky_relu_primitive(s: Array, out: Array) -> None:
+    out[...] = 0.5 * s * np.maximum(_LEAK * s, s)
+
+
+def _identity_primitive(s: Array, out: Array) -> None:
+    out[...] = 0.5 * s * s
+
+
 def _relu(s: Array, out: Array) -> None:
     np.maximum(s, 0.0, out=out)
 
@@ -313,19 +546,56 @@ def _elu_2(s: Array, out: Array, alpha: float) -> None:
     np.multiply(out, alpha, out=out)
 
 
+_ALL_WITH_SLOPE_1 = Properties(
+    lipschitz=1.0,
+    zero_at_zero=True,
+    sign_preserving=True,
+    positive_slope_at_zero=True,
+    non_decreasing=True,
+    strictly_increasing=True,
+    bounded=True,
+)
+_UNBOUNDED = replace(_ALL_WITH_SLOPE_1, bounded=False)
+
+
+def _elu_properties(alpha: float) -> Properties:
+    return replace(_UNBOUNDED, lipschitz=max(1.0, alpha))
+
+
 # The built-in activations by name, with default parameters. A new one is an entry here, and its formulas in the test.
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         entry.name: entry
         for entry in (
-            Activation("tanh", (np.tanh, _sech2, _tanh_2)),
-            Activation("arctan", (np.arctan, _arctan_1, _arctan_2)),
-            Activation("sigmoid", (_sigmoid, _sigmoid_1, _sigmoid_2)),
-            Activation("softplus", (_softplus, _sigmoid, _sigmoid_1)),
-            Activation("relu", (_relu, _relu_1, _zero), joints=(0.0,)),
-            Activation("leaky_relu", (_leaky_relu, _leaky_relu_1, _zero), joints=(0.0,)),
-            Activation("elu", (_elu, _elu_1, _elu_2), parameters=(("alpha", 1.0),), joints=(0.0,)),
-            Activation("identity", (np.positive, _one, _zero)),
+            Activation("tanh", (np.tanh, _sech2, _tanh_2, _log_cosh), _ALL_WITH_SLOPE_1),
+            Activation("arctan", (np.arctan, _arctan_1, _arctan_2, _arctan_primitive), _ALL_WITH_SLOPE_1),
+            Activation(
+                "sigmoid",
+                (_sigmoid, _sigmoid_1, _sigmoid_2, _sigmoid_primitive),
+                replace(_ALL_WITH_SLOPE_1, lipschitz=0.25, zero_at_zero=False, sign_preserving=False),
+            ),
+            Activation(
+                "softplus",
+                (_softplus, _sigmoid, _sigmoid_1, _softplus_primitive),
+                replace(_UNBOUNDED, zero_at_zero=False, sign_preserving=False),
+            ),
+            Activation(
+                "relu",
+                (_relu, _relu_1, _zero, _relu_primitive),
+                replace(_UNBOUNDED, positive_slope_at_zero=False, strictly_increasing=False),
+                joints=(0.0,),
+            ),
+            Activation(
+                "leaky_relu", (_leaky_relu, _leaky_relu_1, _zero, _leaky_relu_primitive), _UNBOUNDED, joints=(0.0,)
+            ),
+            Activation(
+                "elu",
+                (_elu, _elu_1, _elu_2, _elu_primitive),
+                _elu_properties,
+                parameters=(("alpha", 1.0),),
+                joints=(0.0,),
+            ),
+            Activation("identity", (np.positive, _one, _zero, _identity_primitive), _UNBOUNDED),
         )
     }
 )

@@ -9,6 +9,7 @@ A basis whose functions are defined without the mesh can be had on another mesh 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import firedrake as fd
 import numpy as np
@@ -80,6 +81,19 @@ class Basis:
 
     def __repr__(self) -> str:
         return f"Basis({self.kind}, rank {self.rank}, {self.Y!r})"
+
+    @cached_property
+    def stiffness(self) -> np.ndarray:
+        """Gram matrix of the gradients, `P^T K P`, shape (rank, rank), on every rank; the eigenvalues of a Laplace basis.
+
+        Raises
+        ------
+        ValueError
+            If the functions have no gradient, being discontinuous, and are no eigenfunctions.
+        """
+        if self.eigenvalues is not None:
+            return np.diag(self.eigenvalues)
+        return self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values))
 
     def project(self, values: np.ndarray) -> np.ndarray:
         """`P^T M f`: inner products with all functions, shape (rank, samples), on every rank. Collective.

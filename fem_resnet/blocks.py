@@ -101,7 +101,12 @@ class OperatorBlock(Block):
         else:
             self._adjoint_at = _version(adj_inputs[0])
             dual = self.operator.output.read(adj_inputs[0])
-        if not (self.operator.ready and self._solved == [_version(function) for function in inputs]):
+        if self._solved != [_version(function) for function in inputs]:
+            raise RuntimeError(
+                f"{type(self.operator).__name__}: an input has changed since the tape was evaluated; evaluate the "
+                f"functional before its derivative"
+            )
+        if not self.operator.ready:
             self.solve(inputs)
         return self.operator.adjoint(_read(self.operator, inputs), dual)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import firedrake as fd
+import h5py
 import numpy as np
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
@@ -20,7 +22,7 @@ from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.laplace import move_laplace
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.objective import Head
+from fem_resnet.head import Head
 from fem_resnet.parameter import NodalValues, Parameter
 
 __all__ = ["load", "save"]
@@ -41,13 +43,21 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
 
     Raises
     ------
-    FileNotFoundError
-        If the folder does not exist; on all ranks alike.
+    FileNotFoundError, IsADirectoryError
+        If the folder does not exist, or `path` is one; on all ranks alike.
+    ValueError
+        If the head reads another label space, or its output is a function on another one.
     """
     path = Path(path)
     comm = net.Y.comm
-    if not comm.bcast(path.parent.is_dir() if comm.rank == 0 else None):
+    if not _on_rank_0(comm, path.parent.is_dir):
         raise FileNotFoundError(f"path: the folder {path.parent} does not exist")
+    if _on_rank_0(comm, path.is_dir):
+        raise IsADirectoryError(f"path: {path} is a folder, the name of a file is wanted")
+    if head is not None and head.psi.Y is not net.Y:
+        raise ValueError(f"head: it reads {head.psi.Y!r}, the network's label space {net.Y!r} is wanted")
+    if head is not None and head.classes is None and head.Y is not net.Y:
+        raise ValueError(f"head: its output is a function on {head.Y!r}; only classes and {net.Y!r} can be saved")
     bases, roles = _bases(net, head)
     settings = {
         "format": _FORMAT,
@@ -59,7 +69,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         "steps": net.steps,
         "layers_per_block": net.layers_per_block,
         "solver_parameters": net.solver_parameters,
-        "classes": None if head is None else head.classes,
+        "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
     }
     part = path.with_name(path.name + ".part")
     with stop_annotating(), fd.CheckpointFile(str(part), "w", comm=comm) as file:
@@ -107,11 +117,11 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
         If it holds no network, or one of a later format.
     """
     path = Path(path)
-    if not comm.bcast(path.is_file() if comm.rank == 0 else None):
+    if not _on_rank_0(comm, path.is_file):
         raise FileNotFoundError(f"path: there is no file {path}")
+    if not _on_rank_0(comm, lambda: _holds_a_network(path)):
+        raise ValueError(f"path: {path} holds no network; files of fem_resnet.save are wanted")
     with stop_annotating(), fd.CheckpointFile(str(path), "r", comm=comm) as file:
-        if _GROUP not in file.h5pyfile:
-            raise ValueError(f"path: {path} holds no network; files of fem_resnet.save are wanted")
         settings = json.loads(file.get_attr(_GROUP, "settings"))
         if settings["format"] > _FORMAT:
             raise ValueError(f"path: {path} has format {settings['format']}, this version reads up to {_FORMAT}")
@@ -141,7 +151,9 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
             layers_per_block=settings["layers_per_block"],
             solver_parameters=settings["solver_parameters"],
         )
-        head = None if settings["classes"] is None else Head(role["head"], settings["classes"])
+        head = None
+        if settings["head"] is not None:
+            head = Head(role["head"], settings["head"]["classes"] or role["onto"], settings["head"]["prediction"])
         for parameter in _parameters(net, head):
             for k, function in enumerate(parameter.functions):
                 if isinstance(parameter.space_basis, NodalValues):
@@ -171,10 +183,23 @@ def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[s
         "psi": kernel.psi,
         "bias": getattr(net.bias.space_basis, "basis", None),
         "head": None if head is None else head.psi,
+        "onto": None if head is None or head.classes else head.onto,
     }
     bases = list({id(basis): basis for basis in parts.values() if basis is not None}.values())
     position = {id(basis): index for index, basis in enumerate(bases)}
     return bases, {name: position.get(id(basis)) for name, basis in parts.items()}
+
+
+def _on_rank_0(comm: MPI.Comm, question: Callable[[], bool]) -> bool:
+    """The answer of rank 0, on all ranks: a file system may show others something else."""
+    return comm.bcast(question() if comm.rank == 0 else None)
+
+
+def _holds_a_network(path: Path) -> bool:
+    if not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path, "r") as file:
+        return _GROUP in file
 
 
 def _parameters(net: ResidualNetwork, head: Head | None) -> list[Parameter]:

@@ -65,6 +65,11 @@ class LowRankKernel:
         phi, psi = self._factors
         return scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, dual).T).T
 
+    def stiffness(self, beta: np.ndarray) -> np.ndarray:
+        """Dual of beta in `int |grad_y b|^2 + |grad_z b|^2 dy dz`: `K_Phi beta G_Psi + G_Phi beta K_Psi`."""
+        phi, psi = self.phi, self.psi
+        return phi.stiffness @ beta @ psi.gram + phi.gram @ beta @ psi.stiffness
+
     def norm(self, beta: np.ndarray) -> float:
         """Norm of b in L2(Y x Z), the Hilbert-Schmidt norm of B."""
         return float(np.sqrt(np.sum(self.dual(beta) * beta)))

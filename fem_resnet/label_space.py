@@ -19,7 +19,9 @@ import firedrake as fd
 import numpy as np
 from finat.element_factory import create_element
 from mpi4py import MPI
+from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
+from ufl import H1
 
 __all__ = ["BatchValues", "LabelSpace", "class_space"]
 
@@ -123,6 +125,31 @@ class LabelSpace:
         """A mesh of one cell, for coefficients that are the same on every rank, and the rank that owns it."""
         mesh = fd.UnitIntervalMesh(1, comm=self.comm, name="coefficients")
         return mesh, self.comm.allgather(mesh.cell_set.size).index(1)
+
+    @cached_property
+    def stiffness(self) -> PETSc.Mat:
+        """K_ij = int grad p_i . grad p_j dy, an assembled matrix. Collective.
+
+        Raises
+        ------
+        ValueError
+            If the functions of V have no gradient in L2(Y), being discontinuous.
+        """
+        if self.V.ufl_element() not in H1:
+            raise ValueError(f"Y: {self.V.ufl_element()} is discontinuous, so its functions have no gradient; use CG")
+        with stop_annotating():
+            u, v = fd.TrialFunction(self.V), fd.TestFunction(self.V)
+            return fd.assemble(fd.inner(fd.grad(u), fd.grad(v)) * fd.dx).petscmat
+
+    def apply_stiffness(self, values: np.ndarray) -> np.ndarray:
+        """`K x` at the owned nodes for x of shape (nodes, any). Collective."""
+        x, y = self.stiffness.createVecs()
+        result = np.empty_like(values)
+        for k in range(values.shape[1]):
+            x.array_w[:] = values[:, k]
+            self.stiffness.mult(x, y)
+            result[:, k] = y.array_r
+        return result
 
     def sum(self, x: float | np.ndarray) -> np.ndarray:
         """Sum an array over the ranks, in place where it is one. Collective; every rank gets the same bits."""

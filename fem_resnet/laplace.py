@@ -154,9 +154,7 @@ def _continuous(Y: LabelSpace) -> tuple[LabelSpace, Callable]:
 
 def _whole_clusters(C: LabelSpace, rank: int, parameters: dict, prefix: str | None) -> tuple[np.ndarray, np.ndarray]:
     """At least `rank` smallest eigenpairs of (K, M), up to the end of a repeated eigenvalue."""
-    with stop_annotating():
-        u, v = fd.TrialFunction(C.V), fd.TestFunction(C.V)
-        K = fd.assemble(fd.inner(fd.grad(u), fd.grad(v)) * fd.dx).petscmat
+    K = C.stiffness
     w = K.createVecRight()
     w.array_w[:] = C.weights
     M = K.duplicate()

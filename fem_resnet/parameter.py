@@ -70,6 +70,10 @@ class SpaceBasis(ABC):
         """`R^-1 d`."""
 
     @abstractmethod
+    def stiffness(self, coefficients: np.ndarray) -> np.ndarray:
+        """`S c`, so that `<S c, c>` is the integral of the squared gradients. Collective."""
+
+    @abstractmethod
     def pair(self, dual: np.ndarray, coefficients: np.ndarray) -> float:
         """`<d, c>`, the sum over what all ranks own. Collective."""
 
@@ -96,6 +100,9 @@ class NodalValues(SpaceBasis):
 
     def dual(self, coefficients):
         return self.Y.weights * coefficients
+
+    def stiffness(self, coefficients):
+        return self.Y.apply_stiffness(coefficients[:, None])[:, 0]
 
     def primal(self, dual):
         return dual / self.Y.weights
@@ -147,6 +154,9 @@ class BasisCoefficients(_Replicated):
     def dual(self, coefficients):
         return self.basis.gram @ coefficients
 
+    def stiffness(self, coefficients):
+        return self.basis.stiffness @ coefficients
+
     def primal(self, dual):
         return scipy.linalg.cho_solve(self._factor, dual)
 
@@ -166,6 +176,9 @@ class KernelCoefficients(_Replicated):
 
     def dual(self, coefficients):
         return self.kernel.dual(coefficients)
+
+    def stiffness(self, coefficients):
+        return self.kernel.stiffness(coefficients)
 
     def primal(self, dual):
         return self.kernel.primal(dual)

@@ -27,6 +27,10 @@ __all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "train"]
 SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200, "tao_gatol": 1e-8, "tao_grtol": 0.0, "tao_gttol": 0.0}
 
 
+#: PETSc's code for an operation that a matrix does not have.
+_UNSUPPORTED = 83
+
+
 @dataclass(frozen=True)
 class Progress:
     """One iteration: its number of at most `iterations`, J, the norm of its gradient, and seconds since the start."""
@@ -143,8 +147,8 @@ def train(
             solver.tao.solve()
             reason = solver.tao.getConvergedReason()
         except PETSc.Error as error:
-            if error.__cause__ is not None:
-                raise error.__cause__
+            if error.__cause__ is not None or error.ierr != _UNSUPPORTED or not history:
+                raise error.__cause__ or error
             # Where the line search cannot go on, L-BFGS starts afresh, but pyadjoint's first matrix does not survive it.
             # PETSc then finds work vectors still in use when it destroys that TAO, and says so once.
             reason = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE

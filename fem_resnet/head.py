@@ -1,0 +1,194 @@
+"""Outputs: what is read from the final state of a network.
+
+    O(y) = int W(y, z) f(z, T) dz + mu(y),     C_pre(y) = h(O(y))                                            (2.9)
+
+with low-rank W = sum X_i(y) W_ij psi_j(z) and mu in the same basis X of the output's label domain: K classes (cells of
+length one), the network's own label domain, or another one. The order of arguments in W is the same wherever it occurs,
+so that the terminal co-state of section 4.1 is r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+from mpi4py import MPI
+
+from fem_resnet.activation import get_activation
+from fem_resnet.basis import Basis, cell_indicators
+from fem_resnet.blocks import apply
+from fem_resnet.kernel import LowRankKernel
+from fem_resnet.label_space import BatchValues, LabelSpace, class_space
+from fem_resnet.parameter import BasisCoefficients, KernelCoefficients, Once, Parameter
+
+__all__ = ["PREDICTIONS", "Head", "Prediction", "log_density"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A prediction function h of (2.9), on node values of shape (nodes, samples).
+
+    Attributes
+    ----------
+    name : str
+    value : callable
+        ``value(Y, O)`` is h(O).
+    transpose : callable
+        ``transpose(Y, O, d)`` is h'(O)^T d for functionals d of h(O). Both collective.
+    """
+
+    name: str
+    value: Callable[[LabelSpace, np.ndarray], np.ndarray]
+    transpose: Callable[[LabelSpace, np.ndarray, np.ndarray], np.ndarray]
+
+
+def log_density(Y: LabelSpace, O: np.ndarray) -> np.ndarray:
+    """log p, p = e^O / int e^O, free of overflow; over classes p is the softmax. Collective."""
+    largest = O.max(axis=0, initial=-np.inf)
+    Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
+    shifted = O - largest
+    return shifted - np.log(Y.sum(Y.weights @ np.exp(shifted)))
+
+
+def _softmax_transpose(Y, O, d):
+    p = np.exp(log_density(Y, O))
+    return p * (d - Y.weights[:, None] * Y.sum((d * p).sum(axis=0)))
+
+
+_sigmoid = get_activation("sigmoid")
+
+PREDICTIONS = {
+    prediction.name: prediction
+    for prediction in (
+        Prediction("identity", lambda Y, O: O, lambda Y, O, d: d),
+        Prediction("logistic", lambda Y, O: _sigmoid(O), lambda Y, O, d: _sigmoid.derivative(O) * d),
+        Prediction("softmax", lambda Y, O: np.exp(log_density(Y, O)), _softmax_transpose),
+    )
+}
+
+
+class Head:
+    """The output (2.9): `O = X (W g + mu)`, g = Psi^T M f(T), X a basis of the output's label domain.
+
+    Parameters
+    ----------
+    psi
+        Basis in which the final state is seen.
+    onto
+        X: a Basis, on any label space over the same communicator; or K, for one number a class.
+    prediction
+        h, one of `PREDICTIONS`.
+
+    Attributes
+    ----------
+    Y : LabelSpace
+        Label domain of the output; of K cells of length one for K classes.
+    classes : int or None
+        K, if the output has classes.
+    W, mu : Parameter
+        Coefficients of shape (rank of X, rank of psi) and (rank of X,), zero at first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown.
+    """
+
+    def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax"):
+        if not isinstance(psi, Basis):
+            raise TypeError(f"psi: a Basis is wanted, {type(psi).__name__} was given")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is wanted, {prediction!r} was given")
+        self.psi = psi
+        self.classes = None if isinstance(onto, Basis) else onto
+        self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(onto, psi.Y.comm))
+        self.prediction = PREDICTIONS[prediction]
+        self.Y = self.onto.Y
+        self.W = Parameter("W", KernelCoefficients(LowRankKernel(self.onto, psi)), Once())
+        self.mu = Parameter("mu", BasisCoefficients(self.onto), Once())
+
+    def __repr__(self) -> str:
+        return f"Head({self.prediction.name}, from {self.psi!r} onto {self.onto!r})"
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """W and mu."""
+        return [self.W, self.mu]
+
+    def __call__(self, f: fd.Function) -> fd.Function:
+        """O, a batch on the head's own label domain, for a final state or batch of them; recorded while annotating.
+
+        Collective.
+        """
+        self.psi.Y.check_batch(f, "f")
+        return apply(_HeadOperator(self, f.function_space()), [f, self.W.functions[0], self.mu.functions[0]])[0]
+
+    def predict(self, f: fd.Function) -> fd.Function:
+        """C_pre = h(O), a batch on the head's own label domain. Collective; nothing is recorded."""
+        values = self.onto.values @ self._coefficients(f)
+        return self.Y.batch(self.prediction.value(self.Y, values))
+
+    def scores(self, f: fd.Function) -> np.ndarray:
+        """O by basis function of the output, which for K classes is by class: (samples, K), on every rank. Collective."""
+        return self._coefficients(f).T
+
+    def _coefficients(self, f: fd.Function) -> np.ndarray:
+        self.psi.Y.check_batch(f, "f")
+        return self.W.get(0) @ self.psi.project(self.psi.Y.values(f)) + self.mu.get(0)[:, None]
+
+    def on(self, Y: LabelSpace) -> Head:
+        """The same head for the network on another label space of the same Y (`ResidualNetwork.on`)."""
+        head = Head(self.psi.on(Y), self.classes or self.onto, self.prediction.name)
+        for ours, theirs in zip(self.parameters, head.parameters):
+            theirs.set(0, ours.get(0))
+        return head
+
+    def observations(self, labels: Sequence[int]) -> fd.Function:
+        """C for class labels: the batch of indicators of the classes.
+
+        Parameters
+        ----------
+        labels
+            Integers from 0 to K - 1, one a sample, the same on every rank.
+
+        Raises
+        ------
+        ValueError
+            If there is none, one is no class, or the output has no classes.
+        """
+        if self.classes is None:
+            raise ValueError(f"labels: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(
+                f"labels: a non-empty list of integers is wanted, {labels.dtype} of shape {labels.shape} was given"
+            )
+        if labels.min() < 0 or labels.max() >= self.classes:
+            bad = int(np.flatnonzero((labels < 0) | (labels >= self.classes))[0])
+            raise ValueError(f"labels: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")
+        return self.Y.batch(self.onto.values[:, labels], "observations")
+
+
+class _HeadOperator:
+    ready = True
+
+    def __init__(self, head: Head, space):
+        self._kernel = head.W.space_basis.kernel
+        values = BatchValues(head.psi.Y, space)
+        self.inputs = [values, head.W.space_basis, head.mu.space_basis]
+        self.output = BatchValues(head.Y, head.Y.batch_space(values.samples))
+
+    def forward(self, arrays, save):
+        f, W, mu = arrays
+        return self._kernel.phi.values @ (W @ self._kernel.psi.project(f) + mu[:, None])
+
+    def adjoint(self, arrays, dual):
+        f, W, _ = arrays
+        coefficients = self._kernel.phi.Y.sum(self._kernel.phi.values.T @ dual)
+        return [
+            self._kernel.psi.weighted @ (W.T @ coefficients),
+            coefficients @ self._kernel.psi.project(f).T,
+            coefficients.sum(axis=1),
+        ]

@@ -1,0 +1,140 @@
+"""Regularisers: quadratic functionals of the parameters, 1/2 <m, A m>.
+
+    Tikhonov         lambda/2 ( int |a|^2 dy dt + int |b|^2 dy dz dt + int |W|^2 dy dz + int |mu|^2 dy )     (2.11), (4.6)
+    smooth in y      lambda/2 ( int |grad_y a|^2 dy dt + int |grad_y b|^2 + |grad_z b|^2 dy dz dt )
+    smooth in t      lambda/2 sum_k ( ||a_(k+1) - a_k||^2 + ||b_(k+1) - b_k||^2 ) / d_k
+
+d_k the distance between the centres of neighbouring layers, so that the last is the integral of the squared derivative of
+the interpolant. The factor 1/2 makes (4.7) hold to the letter: the gradient of Tikhonov's in a is lambda a. (The paper
+prints Remark 4.2 without it.) Sums of regularisers are regularisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+from pyadjoint import AdjFloat
+
+from fem_resnet.blocks import apply
+from fem_resnet.parameter import Once, Parameter
+
+__all__ = ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
+
+#: `A c` for one parameter: functionals of all its sets of coefficients from all of them.
+Form = Callable[[Parameter, Sequence[np.ndarray]], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """A sum of weighted quadratic forms. Get one from `tikhonov`, `smooth_in_space`, `smooth_in_time`; add them.
+
+    Attributes
+    ----------
+    terms : tuple of (float, callable)
+        Weights and forms.
+    """
+
+    terms: tuple[tuple[float, Form], ...]
+
+    def __add__(self, other: Regulariser) -> Regulariser:
+        if not isinstance(other, Regulariser):
+            return NotImplemented
+        return Regulariser(self.terms + other.terms)
+
+    def __call__(self, parameters: Sequence[Parameter]) -> AdjFloat:
+        """The value at these parameters, recorded while annotating. Collective."""
+        functions = [function for parameter in parameters for function in parameter.functions]
+        return apply(_RegulariserOperator(self, parameters), functions)[0]
+
+
+class _RegulariserOperator:
+    ready = True
+    output = None
+
+    def __init__(self, regulariser: Regulariser, parameters: Sequence[Parameter]):
+        self._terms, self._parameters = regulariser.terms, parameters
+        self.inputs = [parameter.space_basis for parameter in parameters for _ in parameter.functions]
+
+    def forward(self, arrays, save):
+        functionals = self.adjoint(arrays, 1.0)
+        return 0.5 * sum(slot.pair(d, c) for slot, d, c in zip(self.inputs, functionals, arrays))
+
+    def adjoint(self, arrays, dual):
+        functionals, start = [], 0
+        for parameter in self._parameters:
+            coefficients = arrays[start : start + len(parameter.functions)]
+            start += len(coefficients)
+            total = [np.zeros(np.shape(c)) for c in coefficients]
+            for weight, form in self._terms:
+                for sum_so_far, functional in zip(total, form(parameter, coefficients)):
+                    sum_so_far += dual * weight * functional
+            functionals += total
+        return functionals
+
+
+def _mass(parameter, coefficients):
+    return [
+        tau * parameter.space_basis.dual(c) for tau, c in zip(parameter.time_basis.measures, coefficients)
+    ]
+
+
+def _stiffness(parameter, coefficients):
+    if isinstance(parameter.time_basis, Once):
+        return []  # of the head: an output over classes has no gradient
+    return [
+        tau * parameter.space_basis.stiffness(c) for tau, c in zip(parameter.time_basis.measures, coefficients)
+    ]
+
+
+def _variation(parameter, coefficients):
+    tau = parameter.time_basis.measures
+    functionals = [np.zeros(np.shape(c)) for c in coefficients]
+    for k in range(len(coefficients) - 1):
+        step = parameter.space_basis.dual(coefficients[k + 1] - coefficients[k]) * 2 / (tau[k] + tau[k + 1])
+        functionals[k + 1] += step
+        functionals[k] -= step
+    return functionals
+
+
+def tikhonov(weight: float) -> Regulariser:
+    """Tikhonov regularisation (2.11), (4.6) of all parameters, in the label measure, with the factor 1/2.
+
+    Parameters
+    ----------
+    weight
+        lambda >= 0.
+    """
+    return Regulariser(((_checked(weight), _mass),))
+
+
+def smooth_in_space(weight: float) -> Regulariser:
+    """Squared gradients of bias and kernel over the label domain (H1 seminorm), not of the head.
+
+    Wants continuous spaces or Laplace bases.
+
+    Parameters
+    ----------
+    weight
+        lambda >= 0.
+    """
+    return Regulariser(((_checked(weight), _stiffness),))
+
+
+def smooth_in_time(weight: float) -> Regulariser:
+    """Squared differences of bias and kernel between neighbouring layers, over their distance.
+
+    Parameters
+    ----------
+    weight
+        lambda >= 0.
+    """
+    return Regulariser(((_checked(weight), _variation),))
+
+
+def _checked(weight: float) -> float:
+    if not (isinstance(weight, Real) and np.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight: a number >= 0 is wanted, {weight!r} was given")
+    return float(weight)
