@@ -20,6 +20,9 @@ import firedrake as fd
 import numpy as np
 from pyadjoint import AdjFloat
 from pyadjoint.tape import stop_annotating
+from ufl.algorithms import estimate_total_polynomial_degree
+from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
+from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from fem_resnet.activation import get_activation
 from fem_resnet.blocks import OperatorBlock, apply
@@ -181,26 +184,27 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
         if id(Y) not in forms:
             p, C = fd.Function(Y.V), fd.Function(Y.V)
             form = functional(p, C)
-            forms[id(Y)] = (Y, p, C, form, fd.derivative(form, p))
+            # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
+            degree = estimate_total_polynomial_degree(apply_derivatives(apply_algebra_lowering(form)))
+            rule = {"quadrature_degree": degree}
+            forms[id(Y)] = (Y, p, C, form, fd.derivative(form, p), rule)
         return forms[id(Y)][1:]
 
-    def each(Y, O, C, prediction, evaluate):
-        p, c, form, derivative = prepared(Y)
+    def each(Y, O, C, prediction, differentiate):
+        p, c, form, derivative, rule = prepared(Y)
         predicted = prediction.value(Y, O)
         with stop_annotating():
             for s in range(O.shape[1]):
                 p.dat.data_wo[...] = predicted[:, s]
                 c.dat.data_wo[...] = C[:, s]
-                yield evaluate(form, derivative)
+                yield fd.assemble(derivative if differentiate else form, form_compiler_parameters=rule)
 
     def value(Y, O, C, prediction):
         # A sum over the ranks follows, assemble has made one already.
-        return np.fromiter(each(Y, O, C, prediction, lambda form, _: fd.assemble(form)), float) / Y.comm.size
+        return np.fromiter(each(Y, O, C, prediction, False), float) / Y.comm.size
 
     def gradient(Y, O, C, prediction):
-        duals = [
-            dual.copy() for dual in each(Y, O, C, prediction, lambda _, derivative: fd.assemble(derivative).dat.data_ro)
-        ]
+        duals = [dual.dat.data_ro.copy() for dual in each(Y, O, C, prediction, True)]
         return prediction.transpose(Y, O, np.column_stack(duals))
 
     return Loss(name, value, gradient)
