@@ -98,7 +98,7 @@ def label_space(refinement=3):
 def learn(basis, inputs, labels, *, layers, final_time, weight, iterations):
     """Train a network and its head on a batch; returns both and the result of TAO."""
     net = ResidualNetwork(basis, bias=basis, layers=layers, final_time=final_time, activation="tanh")
-    head = Head(basis, classes=10)
+    head = Head(basis, onto=10)
     problem = LearningProblem(net, head, cross_entropy, tikhonov(weight), Batch(inputs, labels))
     # Training minimises J = cross entropy + Tikhonov by L-BFGS. pyadjoint derives the gradient from what it taped, the
     # layers' own part by PETSc's adjoint of the time stepping; its inner products are those of L2(Y) and L2(Y x Y).

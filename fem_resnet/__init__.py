@@ -4,7 +4,7 @@ from importlib import import_module
 
 # Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
 _MODULES = {
-    "activation": ["ACTIVATIONS", "Activation", "get_activation"],
+    "activation": ["ACTIVATIONS", "Activation", "Properties", "get_activation"],
     "label_space": ["LabelSpace", "class_space"],
     "basis": ["Basis", "cell_indicators", "given_basis"],
     "laplace": ["laplace_basis"],

@@ -286,7 +286,7 @@ class Activation:
             point
             for point in self.joints
             if not np.isclose(
-                self.derivative(point), self.derivative(math.nextafter(point, math.inf)), rtol=1e-12, atol=1e-12
+                self.derivative(point), self.derivative(sympy_activation.right_of(point)), rtol=1e-12, atol=1e-12
             )
         )
 

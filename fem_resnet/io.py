@@ -17,7 +17,7 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.activation import get_activation
+from fem_resnet.activation import Activation
 from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.laplace import move_laplace
@@ -65,7 +65,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         "kinds": [basis.kind for basis in bases],
         "mesh": net.Y.V.mesh().name,
         "times": net.times.tolist(),
-        "activation": [net.activation.name, dict(net.activation.parameters)],
+        "activation": net.activation.description,
         "steps": net.steps,
         "layers_per_block": net.layers_per_block,
         "solver_parameters": net.solver_parameters,
@@ -140,13 +140,12 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
             for index, kind in enumerate(settings["kinds"])
         ]
         role = {name: None if index is None else bases[index] for name, index in settings["roles"].items()}
-        name, activation_parameters = settings["activation"]
         net = ResidualNetwork(
             role["phi"],
             role["psi"],
             bias=role["bias"],
             times=settings["times"],
-            activation=get_activation(name, **activation_parameters),
+            activation=Activation.from_description(settings["activation"]),
             steps=settings["steps"],
             layers_per_block=settings["layers_per_block"],
             solver_parameters=settings["solver_parameters"],

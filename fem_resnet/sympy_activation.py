@@ -20,10 +20,11 @@ no text is evaluated.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from itertools import combinations, pairwise
+from itertools import combinations, cycle, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ from sympy.functions.elementary.piecewise import ExprCondPair
 from sympy.integrals.manualintegrate import manualintegrate
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
-__all__ = ["REACH", "Kernel", "Tree", "check", "cuts", "from_tree", "normal_form", "properties", "to_tree"]
+__all__ = ["REACH", "Kernel", "Tree", "check", "cuts", "from_tree", "normal_form", "properties", "right_of", "to_tree"]
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]
@@ -97,6 +98,11 @@ def cuts(expression: sympy.Expr) -> tuple[float, ...]:
     return tuple(float(right) for right, _ in _pieces(expression)[:-1])
 
 
+def right_of(point: float) -> float:
+    """The next normal number: once a kernel linked with -ffast-math is loaded, 5e-324 is taken for 0."""
+    return max(math.nextafter(point, math.inf), point + sys.float_info.min)
+
+
 def check(expression: sympy.Expr) -> None:
     """Raise a ValueError unless sigma is continuous, real, and finite with sigma' and sigma'' for |s| <= 1e4."""
     s = _probes(expression)
@@ -117,7 +123,7 @@ def check(expression: sympy.Expr) -> None:
 
 def _refuse_jump(expression: sympy.Expr, cut: sympy.Expr) -> None:
     point = float(cut)
-    left, right = _values(expression, 0, np.array([point, math.nextafter(point, math.inf)]))
+    left, right = _values(expression, 0, np.array([point, right_of(point)]))
     given = sympy.N(expression.subs(_S, cut))
     for value in (right, float(given) if given.is_extended_real else math.nan):
         if not math.isclose(left, value, rel_tol=1e-9, abs_tol=1e-9):
@@ -133,7 +139,7 @@ def _probes(expression: sympy.Expr) -> Array:
     positive = np.concatenate(
         [np.geomspace(1e-6, 1e-2, 41), np.linspace(0.0, 20.0, 2001)[1:], np.geomspace(20.0, REACH, 2000)]
     )
-    beside = [math.nextafter(point, side) for point in cuts(expression) for side in (-math.inf, math.inf)]
+    beside = [sign * right_of(sign * point) for point in cuts(expression) for sign in (-1.0, 1.0)]
     return np.concatenate([rounded, cuts(expression), beside, -positive, positive])
 
 
@@ -366,7 +372,7 @@ def _gauss(function: Function, a: Array, b: Array) -> Array:
 
 
 class _Cells(NamedTuple):
-    """Cells (edges[i], edges[i+1]]; anchors[i] is the end next to 0, sums[i] is Sigma and sizes[i] int |sigma| there."""
+    """Cells (edges[i], edges[i+1]]; anchors[i] is the end next to 0, sums[i] Sigma and sizes[i] int |sigma| there."""
 
     edges: Array
     anchors: Array
@@ -527,6 +533,8 @@ _NAMES = (
     "Piecewise Lt Le Gt Ge Eq Ne And Or"
 )
 _NODES_BY_NAME = {**{name: getattr(sympy, name) for name in _NAMES.split()}, "case": ExprCondPair}
+# All others take expressions.
+_ARGUMENTS = {"Piecewise": [ExprCondPair], "case": [sympy.Expr, Boolean], "And": [Boolean], "Or": [Boolean]}
 _LEAF_NAMES = {leaf: name for name, leaf in _LEAVES.items()}
 _NODE_NAMES = {node: name for name, node in _NODES_BY_NAME.items()}
 
@@ -570,7 +578,7 @@ def from_tree(tree: Tree) -> sympy.Basic:
     ValueError
         If the tree has a name that is not on the list, or a function refuses its arguments.
     """
-    if isinstance(tree, bool | int | float) and math.isfinite(tree):
+    if isinstance(tree, bool | int) or isinstance(tree, float) and math.isfinite(tree):
         return sympy.sympify(tree)
     if isinstance(tree, str) and tree in _LEAVES:
         return _LEAVES[tree]
@@ -580,7 +588,10 @@ def from_tree(tree: Tree) -> sympy.Basic:
             f"one of {', '.join(_NODES_BY_NAME)}"
         )
     arguments = [from_tree(part) for part in tree[1:]]
+    wanted = _ARGUMENTS.get(tree[0], [sympy.Expr])
     try:
+        if any(not isinstance(part, kind) for part, kind in zip(arguments, cycle(wanted), strict=False)):
+            raise TypeError("wrong arguments")
         return _NODES_BY_NAME[tree[0]](*arguments)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{tree!r} is no part of an expression: {error}") from error
