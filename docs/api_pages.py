@@ -36,14 +36,15 @@ def _list(names: list[str]) -> str:
     lines = ["\n| module | what | names |\n|---|---|---|"]
     for module in names:
         what = (ast.get_docstring(modules()[module]) or "").split("\n")[0]
-        links = ", ".join(role(f"{module}.{name}", module, name) for name in exports().get(module) or public_names(modules()[module]))
+        public = exports().get(module) or public_names(modules()[module])
+        links = ", ".join(role(f"{module}.{name}", module, name) for name in public)
         plain = re.sub(r"([|*<$])", r"\\\1", what)
         lines.append(f"| {role(module, module)} | {plain} | {links} |")
     return "\n".join([*lines, "", "```{toctree}", ":hidden:", *(f"api/{module}" for module in names), "```", ""])
 
 
 def skip_foreign(app, what, name, obj, skip, options):
-    """Handler of autodoc-skip-member: a method that has its docstring from a class outside of the package is skipped."""
+    """Handler of autodoc-skip-member: methods with a docstring from outside of the package."""
     module = getattr(obj, "__module__", None) or ""
     if skip or what != "class" or getattr(obj, "__doc__", None) or not module.startswith(PACKAGE):
         return None

@@ -1,4 +1,7 @@
-"""Sphinx reads this. `containers/run python -m sphinx -W --keep-going -b html docs docs/_build/html` builds the pages."""
+"""Sphinx reads this; the pages are built by
+
+    containers/run python -m sphinx -W --keep-going -b html docs docs/_build/html
+"""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Demo pages: a literate script as Markdown.
 
-The module docstring is the beginning of the page. A line `# %% Title` starts a section; the comment lines right below it
-are its text. Other comments become text where they begin in the first column and stand between blank lines. The rest
-is code.
+The module docstring is the beginning of the page. A line `# %% Title` starts a section; the comment lines right below
+it are its text. Other comments become text where they begin in the first column and stand between blank lines. The
+rest is code.
 """
 
 import ast

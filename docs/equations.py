@@ -1,8 +1,8 @@
 """The mathematics next to the code: a table of numbered equations and statements, the code that names them, its tests.
 
-A docstring that names a number, as in "solve (2.8)", "(4.2a)", "(4.2) - (4.4)", "Theorem 3.2", "(A1) of 3.2", stands for
-what it belongs to. A test shows a number if its docstring or a comment in it names it, or the docstring or a comment of
-its file. Where no test names a number, the table has the files that import what does.
+A docstring that names a number, as in "solve (2.8)", "(4.2a)", "(4.2) - (4.4)", "Theorem 3.2", "(A1) of 3.2", stands
+for what it belongs to. A test shows a number if its docstring or a comment in it names it, or the docstring or a
+comment of its file. Where no test names a number, the table has the files that import what does.
 
     containers/run python docs/equations.py            prints the page
 """
@@ -46,7 +46,7 @@ STATEMENTS = {
 }
 # Equation (4.2) with its parts: {"(4.2)": "ab"}, in the paper's order.
 PARTS = {
-    f"({number.rstrip('ab')})": number[len(number.rstrip("ab")) :] for row in EQUATIONS.values() for number in row.split()
+    f"({name.rstrip('ab')})": name.lstrip("0123456789.") for row in EQUATIONS.values() for name in row.split()
 }
 _ORDER = list(PARTS)
 
@@ -74,7 +74,9 @@ def references(text: str) -> set[Reference]:
         ends = [_ORDER.index(f"({number})") for number in (first, last) if f"({number})" in PARTS]
         found |= {Reference(number) for number in _ORDER[min(ends, default=0) + 1 : max(ends, default=0)]}
     for numbers in _LIST.findall(text):
-        listed = {Reference(f"({number.rstrip('abcd')})", number.lstrip("0123456789.")) for number in re.split(r",\s+", numbers)}
+        listed = {
+            Reference(f"({name.rstrip('abcd')})", name.lstrip("0123456789.")) for name in re.split(r",\s+", numbers)
+        }
         found |= listed if all(reference.number in PARTS for reference in listed) else set()
     for kind, *numbers in _STATEMENT.findall(text):
         found |= {Reference(f"{kind} {number}") for number in numbers if number}
@@ -159,7 +161,8 @@ def tests_of(number: str) -> list[str]:
 
 def importers(number: str) -> list[str]:
     """Files of tests that import what names it: the object itself, or anything of a module that does as a whole."""
-    wanted = {(module, ".".join(name.split(".")[: module.count(".") + 2])) for module, name, _ in in_code().get(number, ())}
+    named = in_code().get(number, ())
+    wanted = {(module, ".".join(name.split(".")[: module.count(".") + 2])) for module, name, _ in named}
     return [
         file
         for file, test in test_files().items()
@@ -179,10 +182,10 @@ def pages() -> dict[str, str]:
     missing = [name for _, number in equations + statements for name in _printed(number) if not _is_named(number, name)]
     text = f"""# The mathematics next to the code
 
-The numbers are those of H. Liu and P. Markowich, *Selection dynamics for deep neural networks*. What stands under "code"
-names the number in its docstring; what stands under "tests" names it in a docstring or a comment, and files in parentheses
-name no number but import that code. The page is made from the sources. They name {len(everything) - len(missing)} of
-{len(everything)} numbers; not yet {", ".join(missing)}.
+The numbers are those of H. Liu and P. Markowich, *Selection dynamics for deep neural networks*. What stands under
+"code" names the number in its docstring; what stands under "tests" names it in a docstring or a comment, and files in
+parentheses name no number but import that code. The page is made from the sources. They name
+{len(everything) - len(missing)} of {len(everything)} numbers; not yet {", ".join(missing)}.
 
 ## Equations
 

@@ -12,7 +12,9 @@ from itertools import groupby
 from package import PACKAGE, documented, modules
 
 #: Sections of entries in the first column, with their descriptions indented.
-_OF_ENTRIES = {"Parameters", "Other Parameters", "Attributes", "Methods", "Returns", "Yields", "Receives", "Raises", "Warns"}
+_OF_ENTRIES = {
+    "Parameters", "Other Parameters", "Attributes", "Methods", "Returns", "Yields", "Receives", "Raises", "Warns",
+}  # fmt: skip
 #: Sections that are left to numpydoc.
 _LEFT = {"See Also", "References"}
 
@@ -100,10 +102,8 @@ def _table(lines):
     rows = [row if set("".join(row)) <= {"=", " "} else [_cell(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     margin = " " * starts[0]
-    return [
-        margin + "  ".join(width * "=" if cell[:1] == "=" else cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in rows
-    ]
+    wide = [[width * "=" if cell[:1] == "=" else cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    return [(margin + "  ".join(row)).rstrip() for row in wide]
 
 
 def _cell(text):
@@ -129,6 +129,7 @@ def _places():
     for name in documented():
         module = max((module for module in modules() if f"{name}.".startswith(f"{module}.")), key=len)
         inner = name.removeprefix(module).lstrip(".")
-        for short in {name, name.removeprefix(f"{PACKAGE}."), inner} - ({module.removeprefix(f"{PACKAGE}."), ""} - {name}):
+        shorts = {inner, name.removeprefix(f"{PACKAGE}.")} if inner else set()  # `head` may be anything, not the module
+        for short in {name, *shorts}:
             places.setdefault(short, set()).add(name)
     return {short: names.pop() for short, names in places.items() if len(names) == 1}

@@ -54,9 +54,9 @@ from typing import Self
 import numpy as np
 import sympy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import spence
 
-from fem_resnet import sympy_activation
+import fem_resnet.pointwise as pointwise
+import fem_resnet.sympy_activation as sympy_activation
 
 __all__ = ["ACTIVATIONS", "Activation", "Properties", "get_activation"]
 
@@ -280,7 +280,7 @@ class Activation:
 
     @property
     def kinks(self) -> tuple[float, ...]:
-        """tuple of float : the points where sigma' jumps."""
+        """The points where sigma' jumps."""
         # Two formulas for one value differ by rounding.
         return tuple(
             point
@@ -370,182 +370,6 @@ def _positive(key: str, value: float) -> float:
     return float(value)
 
 
-_LEAK = 0.1
-# e^709 is finite and e^-709 is below the smallest normal number.
-_EXP_END = 709.0
-# sech^2(400) rounds to 0, while cosh(400) and its reciprocal are ordinary numbers.
-_SECH_END = 400.0
-
-# The kernels work in `out` and at most one temporary: with a second one of 512 KiB, malloc returned the memory to the
-# operating system after each call, and the page faults took 240 us, longer than the arithmetic. They select by
-# arithmetic, as np.where and `where=` take 10 times as long as np.maximum on random signs.
-
-
-def _one(s: Array, out: Array) -> None:
-    out.fill(1.0)
-
-
-def _zero(s: Array, out: Array) -> None:
-    out.fill(0.0)
-
-
-def _sech2(s: Array, out: Array) -> None:
-    # On 64 x 1024 normal samples (one core, numpy 2.4, with / without AVX-512) this took 143 / 557 us, against
-    # 129 / 726 us for 1 - tanh^2, which loses all digits from |s| = 19 on, and 160 / 420 us for
-    # 4 e^-2|s| / (1 + e^-2|s|)^2, which takes a temporary.
-    np.clip(s, -_SECH_END, _SECH_END, out=out)
-    np.cosh(out, out=out)
-    np.divide(1.0, out, out=out)
-    np.multiply(out, out, out=out)
-
-
-def _tanh_2(s: Array, out: Array) -> None:
-    # 272 / 1290 us, against 171 / 793 us for -2 tanh (1 - tanh^2): worth it, as only Hessians ask for sigma''.
-    sech2 = np.empty_like(s)
-    _sech2(s, sech2)
-    np.tanh(s, out=out)
-    np.multiply(out, sech2, out=out)
-    np.multiply(out, -2.0, out=out)
-
-
-def _arctan_1(s: Array, out: Array) -> None:
-    np.multiply(s, s, out=out)
-    np.add(out, 1.0, out=out)
-    np.divide(1.0, out, out=out)
-
-
-def _arctan_2(s: Array, out: Array) -> None:
-    first = np.empty_like(s)
-    _arctan_1(s, first)
-    np.multiply(s, first, out=out)
-    np.multiply(out, first, out=out)
-    np.multiply(out, -2.0, out=out)
-
-
-def _sigmoid(s: Array, out: Array) -> None:
-    np.negative(s, out=out)
-    np.minimum(out, _EXP_END, out=out)
-    np.exp(out, out=out)
-    np.add(out, 1.0, out=out)
-    np.divide(1.0, out, out=out)
-
-
-def _sigmoid_1(s: Array, out: Array) -> None:
-    np.multiply(s, 0.5, out=out)
-    _sech2(out, out)
-    np.multiply(out, 0.25, out=out)
-
-
-def _sigmoid_2(s: Array, out: Array) -> None:
-    first = np.empty_like(s)
-    _sigmoid_1(s, first)
-    np.multiply(s, -0.5, out=out)
-    np.tanh(out, out=out)
-    np.multiply(out, first, out=out)
-
-
-def _softplus(s: Array, out: Array) -> None:
-    tail = np.abs(s, out=np.empty_like(s))
-    np.negative(tail, out=tail)
-    np.exp(tail, out=tail)
-    np.log1p(tail, out=tail)
-    np.maximum(s, 0.0, out=out)
-    np.add(out, tail, out=out)
-
-
-# Primitives are asked for now and then only: they may take temporaries. All of `s` is read before `out` is written.
-
-
-def _log_cosh(s: Array, out: Array) -> None:
-    size = np.abs(s)
-    near = np.minimum(size, 20.0)
-    out[...] = (size - near) + 0.5 * np.log1p(np.sinh(near) ** 2)
-
-
-def _arctan_primitive(s: Array, out: Array) -> None:
-    out[...] = s * np.arctan(s) - 0.5 * np.log1p(s * s)
-
-
-def _sigmoid_primitive(s: Array, out: Array) -> None:
-    out[...] = np.maximum(s, 0.0) + np.log1p(0.5 * np.expm1(-np.abs(s)))
-
-
-def _softplus_primitive(s: Array, out: Array) -> None:
-    size = np.abs(s)
-    near = _integral_to(np.minimum(size, 1.0), lambda x: np.log1p(np.exp(-x)))
-    tail = np.where(size < 1.0, near, np.pi**2 / 12 + spence(1.0 + np.exp(-size)))
-    out[...] = np.where(s > 0.0, 0.5 * s * s + tail, -tail)
-
-
-def _elu_primitive(s: Array, out: Array, alpha: float) -> None:
-    left, right = np.minimum(s, 0.0), np.maximum(s, 0.0)
-    near = _integral_to(np.maximum(left, -1.0), np.expm1)
-    out[...] = alpha * np.where(left > -1.0, near, np.expm1(left) - left) + 0.5 * right * right
-
-
-def _integral_to(s: Array, function: Callable[[Array], Array]) -> Array:
-    """int_0^s function for |s| <= 1, to all digits if it has one sign, and no singularity within 3 of 0."""
-    # The error of n points is about rho^(-2 n), with rho > 12 here.
-    nodes, weights = np.polynomial.legendre.leggauss(8)
-    return 0.5 * s * sum(weight * function(0.5 * (1.0 + node) * s) for node, weight in zip(nodes, weights, strict=True))
-
-
-def _relu_primitive(s: Array, out: Array) -> None:
-    out[...] = 0.5 * s * np.maximum(s, 0.0)
-
-
-def _leaky_relu_primitive(s: Array, out: Array) -> None:
-    out[...] = 0.5 * s * np.maximum(_LEAK * s, s)
-
-
-def _identity_primitive(s: Array, out: Array) -> None:
-    out[...] = 0.5 * s * s
-
-
-def _relu(s: Array, out: Array) -> None:
-    np.maximum(s, 0.0, out=out)
-
-
-def _relu_1(s: Array, out: Array) -> None:
-    np.greater(s, 0.0, out=out)
-
-
-def _leaky_relu(s: Array, out: Array) -> None:
-    leak = np.multiply(s, _LEAK, out=np.empty_like(s))
-    np.maximum(leak, s, out=out)
-
-
-def _leaky_relu_1(s: Array, out: Array) -> None:
-    np.greater(s, 0.0, out=out)
-    np.maximum(out, _LEAK, out=out)
-
-
-def _elu(s: Array, out: Array, alpha: float) -> None:
-    left = np.minimum(s, 0.0, out=np.empty_like(s))
-    np.expm1(left, out=left)
-    np.multiply(left, alpha, out=left)
-    np.maximum(s, 0.0, out=out)
-    np.add(out, left, out=out)
-
-
-def _elu_1(s: Array, out: Array, alpha: float) -> None:
-    right = np.greater(s, 0.0, out=np.empty_like(s))
-    np.minimum(s, 0.0, out=out)
-    np.exp(out, out=out)
-    # Exactly 1 - 1 on the right, so that alpha leaves no trace there.
-    np.subtract(out, right, out=out)
-    np.multiply(out, alpha, out=out)
-    np.add(out, right, out=out)
-
-
-def _elu_2(s: Array, out: Array, alpha: float) -> None:
-    left = np.less_equal(s, 0.0, out=np.empty_like(s))
-    np.minimum(s, 0.0, out=out)
-    np.exp(out, out=out)
-    np.multiply(out, left, out=out)
-    np.multiply(out, alpha, out=out)
-
-
 _ALL_WITH_SLOPE_1 = Properties(
     lipschitz=1.0,
     zero_at_zero=True,
@@ -562,40 +386,40 @@ def _elu_properties(alpha: float) -> Properties:
     return replace(_UNBOUNDED, lipschitz=max(1.0, alpha))
 
 
-# The built-in activations by name, with default parameters. A new one is an entry here, and its formulas in the test.
+#: The built-in activations by name, with default parameters. A new one is an entry here, and its formulas in the test.
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         entry.name: entry
         for entry in (
-            Activation("tanh", (np.tanh, _sech2, _tanh_2, _log_cosh), _ALL_WITH_SLOPE_1),
-            Activation("arctan", (np.arctan, _arctan_1, _arctan_2, _arctan_primitive), _ALL_WITH_SLOPE_1),
+            Activation("tanh", (np.tanh, pointwise.sech2, pointwise.tanh_2, pointwise.log_cosh), _ALL_WITH_SLOPE_1),
+            Activation("arctan", (np.arctan, pointwise.arctan_1, pointwise.arctan_2, pointwise.arctan_primitive), _ALL_WITH_SLOPE_1),
             Activation(
                 "sigmoid",
-                (_sigmoid, _sigmoid_1, _sigmoid_2, _sigmoid_primitive),
+                (pointwise.sigmoid, pointwise.sigmoid_1, pointwise.sigmoid_2, pointwise.sigmoid_primitive),
                 replace(_ALL_WITH_SLOPE_1, lipschitz=0.25, zero_at_zero=False, sign_preserving=False),
             ),
             Activation(
                 "softplus",
-                (_softplus, _sigmoid, _sigmoid_1, _softplus_primitive),
+                (pointwise.softplus, pointwise.sigmoid, pointwise.sigmoid_1, pointwise.softplus_primitive),
                 replace(_UNBOUNDED, zero_at_zero=False, sign_preserving=False),
             ),
             Activation(
                 "relu",
-                (_relu, _relu_1, _zero, _relu_primitive),
+                (pointwise.relu, pointwise.relu_1, pointwise.zero, pointwise.relu_primitive),
                 replace(_UNBOUNDED, positive_slope_at_zero=False, strictly_increasing=False),
                 joints=(0.0,),
             ),
             Activation(
-                "leaky_relu", (_leaky_relu, _leaky_relu_1, _zero, _leaky_relu_primitive), _UNBOUNDED, joints=(0.0,)
+                "leaky_relu", (pointwise.leaky_relu, pointwise.leaky_relu_1, pointwise.zero, pointwise.leaky_relu_primitive), _UNBOUNDED, joints=(0.0,)
             ),
             Activation(
                 "elu",
-                (_elu, _elu_1, _elu_2, _elu_primitive),
+                (pointwise.elu, pointwise.elu_1, pointwise.elu_2, pointwise.elu_primitive),
                 _elu_properties,
                 parameters=(("alpha", 1.0),),
                 joints=(0.0,),
             ),
-            Activation("identity", (np.positive, _one, _zero, _identity_primitive), _UNBOUNDED),
+            Activation("identity", (np.positive, pointwise.one, pointwise.zero, pointwise.identity_primitive), _UNBOUNDED),
         )
     }
 )

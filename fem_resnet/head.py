@@ -4,7 +4,7 @@
 
 with low-rank W = sum X_i(y) W_ij psi_j(z) and mu in the same basis X of the output's label domain: K classes (cells of
 length one), the network's own label domain, or another one. The order of arguments in W is the same wherever it occurs,
-so that the terminal co-state of section 4.1 is r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy.
+so that the terminal co-state of section 4.1 (Remark 4.3) is r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def _softmax_transpose(Y, O, d):
 
 _sigmoid = get_activation("sigmoid")
 
+#: The prediction functions by name.
 PREDICTIONS = {
     prediction.name: prediction
     for prediction in (

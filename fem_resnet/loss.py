@@ -2,7 +2,7 @@
 
 For one sample with output O, prediction C_pre = h(O) and observation C,
 
-    least squares           1/2 int |C_pre - C|^2 dy                                                         (2.4)
+    least squares           1/2 int |C_pre - C|^2 dy                                                  (section 2.4)
     cross entropy           - int C log p dy,                            p = e^O / int e^O   (softmax)
     binary cross entropy    - int C log p + (1 - C) log(1 - p) dy,       p = 1/(1 + e^-O)    (logistic)
     a functional in UFL     F(C_pre, C)
@@ -150,7 +150,7 @@ def _binary_cross_entropy_gradient(Y, O, C, prediction):
     return Y.weights[:, None] * (_sigmoid(O) - C)
 
 
-#: 1/2 int |h(O) - C|^2 dy, (2.4).
+#: 1/2 int |h(O) - C|^2 dy, the choice of section 2.4.
 least_squares = Loss("least_squares", _half_square, _half_square_gradient)
 #: - int C log p dy, p the softmax of O; stable for large O.
 cross_entropy = Loss("cross_entropy", _cross_entropy, _cross_entropy_gradient, "softmax")

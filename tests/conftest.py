@@ -66,7 +66,7 @@ class OnRanks:
     def watch(self):
         # The signal kills this rank even inside a blocking MPI call; mpiexec then ends the others.
         faulthandler.dump_traceback_later(TIME_LIMIT, file=self.stderr)
-        signal.alarm(TIME_LIMIT + 5)
+        signal.alarm(TIME_LIMIT + 3)
 
     def pytest_runtest_logstart(self):
         self.watch()

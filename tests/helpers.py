@@ -105,7 +105,7 @@ def set_smooth(net, rng, size: float = 1.0) -> None:
             net.bias.set(layer, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
 
 
-def network(space: tuple = ("disk", "CG1"), *, alone=False, size=1.0, basis_for_bias=False, **options) -> ResidualNetwork:
+def network(space=("disk", "CG1"), *, alone=False, size=1.0, basis_for_bias=False, **options) -> ResidualNetwork:
     """Three layers whose phi and psi differ in rank, psi not orthonormal, with parameters that no partition changes."""
     phi, psi = laplace(*space, rank=6, alone=alone), laplace(*space, rank=4, alone=alone)
     psi = Basis(psi.Y, psi.values @ np.diag([1.0, 2.0, 3.0, 4.0]) + psi.values[:, :1], "given")

@@ -11,7 +11,10 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.objective import Batch, Head, LearningProblem, cross_entropy, least_squares, tikhonov
+from fem_resnet.head import Head
+from fem_resnet.loss import cross_entropy, least_squares
+from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.regulariser import tikhonov
 from fem_resnet.parameter import NodalValues
 from helpers import laplace, set_smooth, smooth, smooth_direction
 
@@ -58,8 +61,9 @@ def learning_problem(
     inputs = net.Y.batch(smooth(net.Y, samples, seed=seed))
     if head:
         head = Head(net.kernel.space_basis.kernel.phi, CLASSES)
-        head.W.set(0, rng.normal(size=head.W.space_basis.shape))
-        head.mu.set(0, rng.normal(size=CLASSES))
+        # Small enough that the softmax is not flat: a gradient of size one.
+        head.W.set(0, 0.3 * rng.normal(size=head.W.space_basis.shape))
+        head.mu.set(0, 0.3 * rng.normal(size=CLASSES))
         targets = np.arange(samples) % CLASSES
     else:
         head, targets = None, net.Y.batch(smooth(net.Y, samples, seed=seed + 50))
@@ -71,9 +75,8 @@ def learning_problem(
 def directions(J, net: ResidualNetwork, parameters, seed=0) -> list:
     """A direction for a Taylor test of J in all coefficients of these parameters, the same on every partition.
 
-    Half of it is random, half the gradient: a random one alone may happen to be orthogonal to the gradient or to hit
-    no curvature, and no rate can then be seen. It is small, so that along the steps of `taylor_test`, 1e-2 to 1e-3,
-    higher terms hide nothing.
+    Half of it is random, half the gradient: a random one alone may happen to be orthogonal to the gradient, and no rate
+    can then be seen.
     """
     rng = np.random.default_rng(2000 + seed)
     random = [smooth_direction(net, rng, 10 * seed + k, p) for p in parameters for k in range(len(p.functions))]
@@ -81,10 +84,11 @@ def directions(J, net: ResidualNetwork, parameters, seed=0) -> list:
 
 
 def towards(gradient, random):
-    """0.03 (random + gradient / max gradient), in place of `random`."""
-    comm = random.function_space().mesh().comm
-    largest = comm.allreduce(np.abs(gradient.dat.data_ro).max(initial=0.0), op=MPI.MAX)
-    random.dat.data_wo[...] = 0.03 * (random.dat.data_ro + gradient.dat.data_ro / largest)
+    """gradient / max gradient + random, the latter turned so that J rises along both, in place of `random`."""
+    comm, g, r = random.function_space().mesh().comm, gradient.dat.data_ro, random.dat.data_ro
+    largest = comm.allreduce(np.abs(g).max(initial=0.0), op=MPI.MAX)
+    sign = 1 if comm.allreduce(np.sum(g * r)) >= 0 else -1
+    random.dat.data_wo[...] = g / largest + sign * r
     return random
 
 

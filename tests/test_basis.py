@@ -29,7 +29,7 @@ def test_eigenfunctions_are_orthonormal(space):
 
 
 @on_ranks
-@pytest.mark.parametrize("space, rank", [(("disk", "CG1"), 9), (("sphere", "CG1"), 9), (("square", "CG3"), 11)], ids=str)
+@pytest.mark.parametrize("space, rank", [(("disk", "CG1"), 9), (("sphere", "CG1"), 9), (("square", "CG3"), 8)], ids=str)
 def test_eigenfunctions_span_an_invariant_space_with_these_eigenvalues(space, rank):
     Y, basis = label_space(*space), laplace(*space, rank=rank)
     p = [basis.function(c) for c in np.eye(rank)]
@@ -138,7 +138,7 @@ def test_a_rank_that_cuts_a_repeated_eigenvalue_is_told(caplog):
 @on_ranks
 @pytest.mark.parametrize("rank", [0, -1, 26, 2.0, "4", None])
 def test_a_rank_out_of_range_is_refused(rank):
-    with pytest.raises(ValueError, match=r"rank: an integer from 1 to the number of nodes, 25, is wanted; .* was given"):
+    with pytest.raises(ValueError, match=r"rank: an integer from 1 to the number of nodes, 25, is wanted; .* given"):
         laplace_basis(label_space("disk", "CG1"), rank)
 
 

@@ -174,6 +174,12 @@ def test_a_network_of_zeros_moves_by_sigma_of_zero():
     assert_allclose(_run(net), smooth(net.Y) + 2.0 * 0.5, rtol=0, atol=1e-14)
 
 
+def test_activations_know_their_kinks_beside_compiled_kernels():
+    """PyOP2 links its kernels with -ffast-math: once one is loaded, this process takes numbers below 2e-308 for 0."""
+    assert label_space("disk", "CG1").measure > 0
+    assert [name for name, sigma in ACTIVATIONS.items() if sigma.kinks] == ["relu", "leaky_relu"]
+
+
 @on_ranks
 def test_an_unrecorded_run_leaves_the_tape_alone(tape):
     _run(network())

@@ -14,16 +14,10 @@ from fem_resnet.basis import cell_indicators
 from fem_resnet.blocks import apply
 from fem_resnet.label_space import class_space
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.objective import (
-    Batch,
-    Head,
-    LearningProblem,
-    Loss,
-    Tikhonov,
-    cross_entropy,
-    least_squares,
-    tikhonov,
-)
+from fem_resnet.head import Head
+from fem_resnet.loss import Loss, cross_entropy, least_squares
+from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.regulariser import tikhonov
 from helpers import SAMPLES, label_space, laplace, mesh, smooth
 from problems import CLASSES, TIMES, directions, gathered, gradients, learning_problem, network, polynomials, taping, towards
 
@@ -359,7 +353,7 @@ def test_printed_regulariser_has_twice_the_printed_gradient(parameter):
 def test_tikhonov_of_weight_zero_is_zero():
     net = network("disk", "DG0")
     assert tikhonov(0)(net.parameters) == 0.0
-    assert tikhonov(np.float64(0.5)) == Tikhonov(0.5)
+    assert tikhonov(np.float64(0.5)) == tikhonov(0.5)
 
 
 # -- gradients of learning problems ----------------------------------------------------------------------------------
@@ -483,11 +477,11 @@ def test_terminal_costate_of_least_squares_is_what_misses_the_target(domain, ele
 @on_ranks
 @pytest.mark.parametrize("loss", [least_squares, cross_entropy], ids=lambda loss: loss.name)
 def test_terminal_costate_of_a_head_is_the_residual_through_w(loss):
-    """Remark 4.3: r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy; for softmax and cross entropy h' cancels."""
+    """Remark 4.3: r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy; h' is 1, or cancels (softmax, cross entropy)."""
     net = network("sphere", "CG1")
     # As many classes as functions: with W in the wrong order of arguments all shapes would still fit.
     problem = learning_problem(net, loss=loss, weight=None)
-    head = Head(polynomials(net.Y), 3)
+    head = Head(polynomials(net.Y), 3, "identity" if loss is least_squares else "softmax")
     head.W.set(0, np.random.default_rng(4).normal(size=(3, 3)))
     problem = LearningProblem(net, head, loss, None, Batch(problem.batch.inputs, [0, 1, 2, 1]))
     J, run = problem.record()
@@ -531,7 +525,7 @@ def test_j_is_the_loss_of_the_output_and_the_regulariser(kind):
     targets = problem.batch.targets
     if head is not None:
         output, Y, targets = head(output), head.Y, head.observations(targets)
-    expected = problem.loss(Y, output, targets)
+    expected = problem.loss(Y, output, targets, prediction=None if head is None else head.prediction)
     if problem.regulariser is not None:
         expected = expected + problem.regulariser(problem.parameters)
     assert problem.evaluate()[0] == expected
@@ -835,13 +829,15 @@ def test_tikhonov_refuses_what_is_no_number_from_zero_up(weight):
 
 @on_ranks
 def test_a_users_own_loss_is_a_loss(taylor):
-    """1/2 |O - C|^2 with a Huber-like smooth square root: value and gradient by hand."""
-    huber = Loss(
-        "huber",
-        lambda Y, O, C: np.sum(Y.weights[:, None] * (np.sqrt(1 + (O - C) ** 2) - 1)),
-        lambda Y, O, C: Y.weights[:, None] * (O - C) / np.sqrt(1 + (O - C) ** 2),
+    """int sqrt(1 + |h(O) - C|^2) - 1 dy, by hand."""
+    smooth_absolute = Loss(
+        "smooth absolute value",
+        lambda Y, O, C, h: Y.weights @ (np.sqrt(1 + (h.value(Y, O) - C) ** 2) - 1),
+        lambda Y, O, C, h: h.transpose(
+            Y, O, Y.weights[:, None] * (h.value(Y, O) - C) / np.sqrt(1 + (h.value(Y, O) - C) ** 2)
+        ),
     )
-    problem = learning_problem(network("disk", "DG0"), head=False, loss=huber)
+    problem = learning_problem(network("disk", "DG0"), loss=smooth_absolute)
     J = problem.reduced_functional()
     h = directions(J, problem.net, problem.parameters)
     taylor(J, problem.functions, h, "disk DG0, a user's loss", "all")

@@ -1,7 +1,7 @@
 """The tests that are marked for two and three ranks, one launch of mpiexec a number of ranks.
 
-These two are tests like others: ``-k`` and file names leave them out unless they are named. File arguments are handed
-on, so that
+These are tests like others: ``-k`` and file names leave them out unless they are named. File arguments are handed on,
+so that
 
     containers/run pytest tests/test_basis.py tests/test_on_ranks.py
 
@@ -39,13 +39,13 @@ def _selection(config) -> list[str]:
     return [str(config.invocation_params.dir / argument) for argument in files]
 
 
-def _launch(ranks: int, selection: list[str], logs: Path) -> int | None:
+def _launch(ranks: int, selection: list[str], logs: Path, **environment: str) -> int | None:
     """Exit code of the job, None if it took too long; each rank writes a log of its own."""
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "-m", f"parallel[{ranks}]"]
     to_log = 'exec "$@" >"$FEM_RESNET_TEST_LOGS/$OMPI_COMM_WORLD_RANK" 2>&1'
     job = subprocess.Popen(
         ["mpiexec", "-n", str(ranks), "sh", "-c", to_log, "sh", *command, *selection],
-        cwd=HERE.parent.parent, env=_environment(logs), stdin=subprocess.DEVNULL,
+        cwd=HERE.parent.parent, env=_environment(logs) | environment, stdin=subprocess.DEVNULL,
         stdout=(logs / "mpiexec").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -73,11 +73,37 @@ def _report(logs: Path) -> str:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_same_tests_on_several_ranks(ranks, tmp_path, request, record_property):
+def test_same_tests_on_several_ranks(ranks, tmp_path, request, capsys):
     code = _launch(ranks, _selection(request.config), tmp_path)
     what = "took too long and was stopped" if code is None else f"ended with code {code}"
     assert code == 0, f"the run on {ranks} ranks {what}\n{_report(tmp_path)}"
     closing = (tmp_path / "0").read_text().splitlines()[-1]
     passed = re.search(r"(\d+) passed", closing)
     assert passed, f"no test ran on {ranks} ranks: {closing}"
-    record_property("closing line", closing)
+    with capsys.disabled():
+        print(f"\n{ranks} ranks: {closing.strip('= ')}")
+
+
+HANGS = """
+import pytest
+from firedrake import COMM_WORLD
+
+@pytest.mark.parallel(2)
+def test_that_fails_on_one_rank():
+    assert COMM_WORLD.rank == 0, "rank 1 goes another way"
+    COMM_WORLD.recv(source=1)
+"""
+
+
+def test_a_rank_that_fails_while_another_waits_ends_the_job(tmp_path):
+    """Every rank tells why it failed or where it waits; see `conftest.OnRanks`."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "test_hangs.py").write_text(HANGS)
+    selection = ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path / "test_hangs.py")]
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    code = _launch(2, selection, tmp_path / "logs", PYTHONPATH=path, FEM_RESNET_TEST_TIME_LIMIT="2")
+    assert code not in (0, None)
+    report = _report(tmp_path / "logs")
+    waits, fails = (tmp_path / "logs" / "0").read_text(), (tmp_path / "logs" / "1").read_text()
+    assert "rank 1 goes another way" in fails and "rank 1: " in fails, report
+    assert re.search(r"Timeout .*\n(.*\n)*.* in test_that_fails_on_one_rank", waits), report

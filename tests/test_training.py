@@ -15,6 +15,9 @@ from pyadjoint.tape import annotate_tape
 
 from fem_resnet.basis import Basis
 from fem_resnet.network import ResidualNetwork
+from fem_resnet.loss import Loss
+from fem_resnet.objective import LearningProblem
+from fem_resnet.time_stepping import NonFiniteState
 from fem_resnet.training.gradient import SOLVER_PARAMETERS, Progress, train
 from helpers import laplace
 from problems import coefficients, learning_problem, network, taping
@@ -118,6 +121,37 @@ def test_a_line_search_that_cannot_go_on_leaves_the_best_parameters_and_its_reas
         assert result.gradient_norm < 1e-7
     assert abs(problem.evaluate()[0] - result.value) <= ROUND_OFF
     assert result.value <= result.values.min() + ROUND_OFF
+
+
+@on_ranks
+def test_an_evaluation_that_raises_leaves_the_parameters_of_the_last_iteration():
+    """A state that overflows in a trial step: what is raised is what was raised, and nothing reached is lost."""
+    plain, evaluations, values = classes(), [], []
+
+    def value(Y, O, C, prediction):
+        evaluations.append(1)
+        if len(evaluations) == 12:
+            raise NonFiniteState(2, 1.3)
+        return plain.loss.value(Y, O, C, prediction)
+
+    loss = Loss("fails at its 12th evaluation", value, plain.loss.gradient, plain.loss.prediction)
+    problem = LearningProblem(plain.net, plain.head, loss, plain.regulariser, plain.batch)
+    with pytest.raises(NonFiniteState, match="the state is not finite at the end of layer 2, t = 1.3"):
+        train(problem, monitor=lambda progress: values.append(progress.value))
+    assert len(values) > 3 and not annotate_tape()
+    assert abs(plain.evaluate()[0] - values[-1]) <= ROUND_OFF
+
+
+@on_ranks
+def test_a_start_where_j_is_not_finite_is_refused():
+    problem = field()
+    problem.batch.targets.assign(1e200)
+    assert np.isinf(problem.evaluate()[0])
+    before = _all_coefficients(problem)
+    with pytest.raises((ArithmeticError, ValueError, fd.PETSc.Error)):
+        train(problem, {"tao_max_it": 3}, monitor=_silent)
+    for found, expected in zip(_all_coefficients(problem), before):
+        assert_array_equal(found, expected)
 
 
 @on_ranks
@@ -318,9 +352,8 @@ def test_an_error_in_the_monitor_leaves_tape_and_annotation_as_they_were(tape):
         if progress.iteration == 2:
             raise ZeroDivisionError("stop here")
 
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(ZeroDivisionError, match="^stop here$"):
         train(problem, {"tao_max_it": 5}, monitor=fail)
-    assert isinstance(caught.value, ZeroDivisionError) or isinstance(caught.value.__cause__, ZeroDivisionError)
     assert not annotate_tape() and not tape.get_blocks()
     start, _ = problem.evaluate()
     assert train(problem, {"tao_max_it": 5}, monitor=_silent).value < start

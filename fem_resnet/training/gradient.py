@@ -24,6 +24,7 @@ from fem_resnet.objective import LearningProblem
 
 __all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "train"]
 
+#: Options of TAO where the user gives none: L-BFGS, to a gradient norm of 1e-8.
 SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200, "tao_gatol": 1e-8, "tao_grtol": 0.0, "tao_gttol": 0.0}
 
 

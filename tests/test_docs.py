@@ -1,0 +1,124 @@
+"""The pages of docs/ are built without a warning, from plain docstrings and from the demos."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def docs(monkeypatch):
+    """The modules that make the pages can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+
+
+def test_docs_are_built_without_a_warning(tmp_path):
+    # What MPI left in this process's environment is not for another one that initialises it.
+    leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
+    environment = {name: value for name, value in os.environ.items() if not leaked.match(name)}
+    sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    result = subprocess.run(
+        [*sphinx, "-d", tmp_path / "doctrees", "docs", tmp_path / "html"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    pages = tmp_path / "html" / "generated"
+    assert "fem_resnet.network.ResidualNetwork" in (pages / "api" / "fem_resnet.network.html").read_text()
+    assert "The label domain, the network and the head" in (pages / "demos" / "digits_on_a_disk.html").read_text()
+    assert "api/fem_resnet.network.html" in (pages / "equations.html").read_text()
+
+
+def test_the_table_of_equations_finds_the_network(docs):
+    import equations
+
+    assert ("fem_resnet.network", "fem_resnet.network", "") in equations.in_code()["(2.8)"]
+    assert "test_order.py" in equations.tests_of("(2.8)")
+    (row,) = [line for line in equations.pages()["equations.md"].splitlines() if line.startswith("| (2.8) ")]
+    assert "<fem_resnet.network>" in row
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("solve (2.8) and f(3.3)", ["(2.8)"]),
+        ("(3.5a), that is (4.2b)", ["(3.5)a", "(4.2)b"]),
+        ("what (4.2) - (4.4) are made of", ["(4.2)", "(4.3)", "(4.4)"]),
+        ("Tikhonov (2.11, 4.6) of size (1.5, 2.1)", ["(2.11)", "(4.6)"]),
+        ("Theorem\n3.2, Theorems 2.1 and 2.2", ["Theorem 2.1", "Theorem 2.2", "Theorem 3.2"]),
+        ("(A1) of 3.2, Algorithm 2; Theorem 9.9 and (0.5)", ["(A1) of 3.2", "Algorithm 2"]),
+    ],
+)
+def test_numbers_are_found_in_a_text(docs, text, found):
+    import equations
+
+    assert sorted("".join(reference) for reference in equations.references(text)) == found
+
+
+PLAIN = r"""f(t) of (3.3)
+
+With |s|, **kwargs, a* b_ and \sigma, all of *this* and `Psi^T M <f, r>`s or ``x``:
+    f_t = sigma(a - |B| f*)
+where, for layers l,
+
+    x = *y,
+
+        z_
+
+    z = 2
+
+- one item of
+  two lines
+
+      formula_
+
+- another
+
+====  ======
+name  value
+====  ======
+a_    |s|
+b     - c*
+====  ======
+
+>>> 1 + 1
+2
+
+Parameters
+----------
+x_
+    Of *this* |kind|:
+
+        x_ = |y|
+"""
+
+
+def test_plain_text_becomes_restructuredtext_without_a_complaint(docs):
+    import plain_text
+    from docutils import nodes
+    from docutils.core import publish_doctree
+
+    lines = plain_text.to_rst(PLAIN.splitlines())
+    lines = lines[: lines.index("Parameters")] + lines[lines.index("Parameters") + 3 :]  # which numpydoc reads
+    tree = publish_doctree("\n".join(lines), settings_overrides={"report_level": 5})
+    assert [message.astext() for message in tree.findall(nodes.system_message)] == []
+    formulas = [node.astext() for node in tree.findall(nodes.literal_block)]
+    assert formulas == ["f_t = sigma(a - |B| f*)", "x = *y,\n\n    z_\n\nz = 2", "formula_", "x_ = |y|"]
+    assert [node.astext() for node in tree.findall(nodes.literal)] == ["Psi^T M <f, r>", "x"]
+    assert [node.astext() for node in tree.findall(nodes.emphasis)] == ["this", "this"]
+    text = tree.astext()
+    for part in (r"With |s|, **kwargs, a* b_ and \sigma, all", "a_", "|s|", "- c*"):
+        assert part in text
+
+
+def test_what_the_docs_need_is_pinned_and_installed():
+    lines = (ROOT / "containers" / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in lines}
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    assert wanted and set(wanted) <= pinned
+    assert re.search(r"\^\(.*\bdocs\b.*\) = ", (ROOT / "containers" / "run").read_text())
