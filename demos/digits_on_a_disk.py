@@ -121,7 +121,7 @@ def perceptron(pictures, labels, angles, shifts, test_x, test_y):
 
     pixel = (np.arange(8) - 3.5) / 4 * HALF_SIDE
     centres = np.array([(x, -y) for y in pixel for x in pixel])
-    mlp = MLPClassifier(random_state=0, max_iter=100)
+    mlp = MLPClassifier(random_state=0, max_iter=400)
     mlp.fit(look(pictures, centres, angles, shifts).T, labels)
     return mlp.score(look(test_x, centres).T, test_y)
 
