@@ -89,16 +89,18 @@ class OnRanks:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The smallest Taylor rates of the session, as a table."""
-    rates = config.stash[TAYLOR_RATES]
-    if not rates:
-        return
-    terminalreporter.section("Taylor rates R0 / R1")
-    columns = list(dict.fromkeys(column for row in rates.values() for column in row))
-    terminalreporter.line(f"{'':30}" + "".join(f"{column:>16}" for column in columns))
-    for name, row in rates.items():
-        cells = (f"{row[column][0]:.3f} / {row[column][1]:.3f}" if column in row else "" for column in columns)
-        terminalreporter.line(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
+    """The smallest Taylor rates of the session: rows with the same columns make a table."""
+    tables = defaultdict(dict)
+    for name, row in config.stash[TAYLOR_RATES].items():
+        tables[tuple(row)][name] = row
+    if tables:
+        terminalreporter.section("Taylor rates R0 / R1")
+    for columns, rows in tables.items():
+        wide = max(map(len, rows)) + 2
+        terminalreporter.line(f"{'':{wide}}" + "".join(f"{column:>15}" for column in columns))
+        for name, row in rows.items():
+            cells = (f"{zeroth:.3f} / {first:.3f}" for zeroth, first in row.values())
+            terminalreporter.line(f"{name:{wide}}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 # -- fixtures --------------------------------------------------------------------------------------------------------

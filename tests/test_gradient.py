@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from scipy.integrate import solve_ivp
 
 from fem_resnet import ResidualNetwork, Run
-from helpers import TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
+from helpers import SAMPLES, TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -144,6 +144,17 @@ def test_the_gradient_does_not_depend_on_the_layers_in_a_block(record):
     for other in gradients[:2]:
         # The same sums in another order; every Function has entries of size 0.01 to 1.
         assert _largest_difference(other, gradients[2]) < 1e-13
+
+
+@on_ranks
+def test_nothing_depends_on_the_blocks_of_nodes_that_fit_the_cache(record, monkeypatch):
+    found = []
+    for nodes in (1000, 7):
+        monkeypatch.setattr("fem_resnet.layer._BLOCK_BYTES", nodes * 8 * SAMPLES)
+        monkeypatch.setattr("fem_resnet.layer._SMALLEST_BLOCK", 1)
+        problem = record()
+        found.append([*_arrays(problem.reduced().derivative()), *_arrays([problem.run.final, problem.run.state(1)])])
+    assert _largest_difference(*found) < 1e-13
 
 
 @on_ranks

@@ -77,6 +77,8 @@ def _no_layers(alone=False):
 
 
 MAKERS = [_disk_dg0, _sphere_cg1, _square_cg3, _annulus_cg2, _cube_cg1, _no_layers]
+if COMM_WORLD.size > 1:
+    MAKERS = MAKERS[:4]
 each_network = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.strip("_"))
 
 
@@ -207,7 +209,6 @@ def test_a_network_that_was_read_goes_on_learning(folder):
         assert_allclose(one, other, rtol=0, atol=1e-10 * np.abs(other).max())
 
 
-@on_ranks
 @pytest.mark.parametrize("name", ["network.h5", "network", "a.b.c"])
 def test_the_file_has_the_name_that_was_given_and_is_alone(name, tmp_path):
     save(str(tmp_path / name), *_made(_cube_cg1))
@@ -215,13 +216,11 @@ def test_the_file_has_the_name_that_was_given_and_is_alone(name, tmp_path):
     load(str(tmp_path / name))
 
 
-@on_ranks
 def test_a_relative_path_is_one_of_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("network.h5", *_made(_cube_cg1))
     load(Path("network.h5"))
     assert (tmp_path / "network.h5").is_file()
-    COMM_WORLD.barrier()
 
 
 @on_ranks
@@ -234,7 +233,6 @@ def test_files_leave_tape_and_annotation_alone(tmp_path, tape):
     assert not tape.get_blocks()
 
 
-@on_ranks
 def test_several_networks_of_one_mesh_are_several_files(tmp_path):
     written = [_made(_sphere_cg1, seed=seed) for seed in (0, 1)]
     for number, parts in enumerate(written):
@@ -272,7 +270,7 @@ def interrupt(monkeypatch):
 
 
 @on_ranks
-@pytest.mark.parametrize("call", [1, 2, 4])
+@pytest.mark.parametrize("call", [1, 4])
 def test_a_save_that_is_interrupted_leaves_the_old_file_as_it_was(call, tmp_path, interrupt):
     path, old = tmp_path / "network.h5", _made(_square_cg3)
     save(path, *old)
@@ -281,7 +279,6 @@ def test_a_save_that_is_interrupted_leaves_the_old_file_as_it_was(call, tmp_path
     with pytest.raises(Interrupted):
         save(path, *_made(_square_cg3, seed=1))
     assert path.read_bytes() == before
-    COMM_WORLD.barrier()
 
 
 @on_ranks

@@ -25,10 +25,10 @@ KEPT = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rm
 
 
 def _environment(logs: Path) -> dict[str, str]:
-    """This one's without what MPI left in it when it was initialised here."""
+    """This one's without what MPI left in it when it was initialised here; ranks that wait let others work."""
     leaked = re.compile("(OMPI|PMIX|OPAL|ORTE|PRTE|PMI)_")
     clean = {name: value for name, value in os.environ.items() if name in KEPT or not leaked.match(name)}
-    return clean | {"FEM_RESNET_TEST_LOGS": str(logs)}
+    return clean | {"FEM_RESNET_TEST_LOGS": str(logs), "OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
 def _selection(config) -> list[str]:
@@ -42,7 +42,7 @@ def _selection(config) -> list[str]:
 def _launch(ranks: int, selection: list[str], logs: Path, **environment: str) -> int | None:
     """Exit code of the job, None if it took too long; each rank writes a log of its own."""
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "-m", f"parallel[{ranks}]"]
-    to_log = 'exec "$@" >"$FEM_RESNET_TEST_LOGS/$OMPI_COMM_WORLD_RANK" 2>&1'
+    to_log = 'log=$FEM_RESNET_TEST_LOGS/$OMPI_COMM_WORLD_RANK; exec "$@" --basetemp "$log.tmp" >"$log" 2>&1'
     job = subprocess.Popen(
         ["mpiexec", "-n", str(ranks), "sh", "-c", to_log, "sh", *command, *selection],
         cwd=HERE.parent.parent, env=_environment(logs) | environment, stdin=subprocess.DEVNULL,
@@ -66,7 +66,7 @@ def _report(logs: Path) -> str:
     """The end of what each rank and mpiexec said, without the tests that passed and pytest's own frames."""
     dull = re.compile(r".* PASSED +\[ *\d+%\]$|  File .*/site-packages/(_pytest|pluggy)/|  File .<frozen runpy>")
     ends = []
-    for log in sorted(logs.iterdir()):
+    for log in sorted(path for path in logs.iterdir() if path.is_file()):
         lines = [line for line in log.read_text().splitlines() if not dull.match(line)]
         ends += [f"---- {'' if log.name == 'mpiexec' else 'rank '}{log.name}", *lines[-60:]]
     return "\n".join(ends)

