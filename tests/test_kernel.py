@@ -11,6 +11,8 @@ from helpers import label_space, laplace, smooth
 from problems import polynomials
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+#: For what sees no partition, and for messages: once on several ranks is enough.
+on_two_ranks = pytest.mark.parallel([1, 2])
 
 # Sums of some hundred numbers of size one.
 ROUND_OFF = 1e-13
@@ -74,7 +76,7 @@ def test_transpose_is_the_adjoint_in_the_label_measure(kernel, rng):
     assert abs(left) > 1e-3 * bound, "the test says nothing where both sides vanish"
 
 
-@on_ranks
+@on_two_ranks
 def test_apply_and_transpose_are_linear_in_beta(kernel, rng):
     beta, gamma = rng.normal(size=(2, *kernel.shape))
     f, r = smooth(kernel.psi.Y), smooth(kernel.phi.Y)
@@ -91,7 +93,7 @@ def test_norm_is_that_of_the_dense_kernel_in_the_measure_of_y_and_z(kernel, rng)
     assert abs(kernel.norm(beta) / exact - 1) < 1e-12
 
 
-@on_ranks
+@on_two_ranks
 def test_norm_of_zero_is_zero(kernel):
     assert kernel.norm(np.zeros(kernel.shape)) == 0.0
 
@@ -125,7 +127,7 @@ def test_dual_represents_the_inner_product_of_dense_kernels(kernel, rng):
     assert abs(np.sum(kernel.dual(gamma) * beta) - exact) < 1e-12 * bound
 
 
-@on_ranks
+@on_two_ranks
 def test_primal_inverts_dual(kernel, rng):
     beta = rng.normal(size=kernel.shape)
     # The condition of both Gram matrices together is below 1e4.
@@ -139,7 +141,7 @@ def test_shape_is_rank_of_phi_by_rank_of_psi():
     assert kernel.shape == (5, 3) == (kernel.phi.rank, kernel.psi.rank)
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("name", ["phi", "psi"])
 @pytest.mark.parametrize("other", [np.ones((3, 2)), None, "laplace"], ids=["array", "None", "name"])
 def test_refuses_what_is_no_basis(name, other):

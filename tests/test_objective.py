@@ -23,6 +23,8 @@ from helpers import SAMPLES, label_space, laplace, mesh, smooth
 from problems import CLASSES, TIMES, directions, gathered, gradients, learning_problem, network, polynomials, taping, towards
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+#: For what sees no partition, and for messages: once on several ranks is enough.
+on_two_ranks = pytest.mark.parallel([1, 2])
 
 # Sums of some hundred numbers of size one.
 ROUND_OFF = 1e-13
@@ -188,7 +190,7 @@ EXTREME = np.array(
 )
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("label", range(3))
 @pytest.mark.parametrize("column", range(EXTREME.shape[1]))
 def test_cross_entropy_of_outputs_of_1e4_agrees_with_50_digits(column, label):
@@ -518,7 +520,7 @@ def test_costate_is_the_gradient_in_the_state_of_its_layer(layer):
 # -- LearningProblem -------------------------------------------------------------------------------------------------
 
 
-@on_ranks
+@on_two_ranks
 @each_kind
 def test_j_is_the_loss_of_the_output_and_the_regulariser(kind):
     problem = learning_problem(network("disk", "DG0"), **KINDS[kind])
@@ -577,7 +579,7 @@ def test_evaluating_without_annotation_records_nothing(tape):
     assert not tape.get_blocks()
 
 
-@on_ranks
+@on_two_ranks
 @each_kind
 def test_two_records_give_the_same_numbers(kind):
     problem = learning_problem(network("disk", "DG0"), **KINDS[kind])
@@ -588,7 +590,7 @@ def test_two_records_give_the_same_numbers(kind):
         assert_array_equal(one, other)
 
 
-@on_ranks
+@on_two_ranks
 @each_kind
 def test_record_sees_parameters_that_were_changed_in_between(kind):
     problem = learning_problem(network("disk", "DG0"), **KINDS[kind])
@@ -690,7 +692,7 @@ def test_every_rank_has_the_same_bits_of_j():
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize(
     "labels, message",
     [
@@ -720,7 +722,7 @@ def _parts():
     )
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -792,7 +794,7 @@ def test_takes_a_batch_of_targets_for_a_head():
     assert LearningProblem(**parts | dict(batch=observed)).evaluate()[0] == by_labels
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize(
     "psi, classes, error, message",
     [
@@ -809,7 +811,7 @@ def test_head_refuses(psi, classes, error, message):
         Head(psi, classes)
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("verb", ["__call__", "scores"])
 def test_head_refuses_states_that_do_not_fit(verb):
     head = _head()
@@ -825,7 +827,7 @@ def test_head_refuses_states_that_do_not_fit(verb):
             getattr(head, verb)(f)
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("weight", [-1e-3, np.nan, np.inf, "1e-3", None, [1e-3], 1j], ids=str)
 def test_tikhonov_refuses_what_is_no_number_from_zero_up(weight):
     with pytest.raises((ValueError, TypeError), match=r"^weight: a number >= 0 is wanted, .* was given$"):

@@ -25,6 +25,8 @@ from helpers import half_square_distance, label_space, laplace, smooth, smooth_d
 from problems import coefficients, directions, network, polynomials, taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+#: For what sees no partition, and for messages: once on several ranks is enough.
+on_two_ranks = pytest.mark.parallel([1, 2])
 
 # Sums of some hundred numbers of size one; Gram matrices of condition below 100 a factor.
 ROUND_OFF = 1e-12
@@ -86,7 +88,7 @@ def _sum(basis, d, p):
 # -- laws of space bases ---------------------------------------------------------------------------------------------
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("kind", ["Function", "Cofunction"])
 def test_reads_what_was_written(basis, kind):
     function = fd.Function(basis.space) if kind == "Function" else fd.Cofunction(basis.space.dual())
@@ -96,7 +98,7 @@ def test_reads_what_was_written(basis, kind):
     assert c.shape == basis.shape
 
 
-@on_ranks
+@on_two_ranks
 def test_reading_gives_a_copy(basis):
     function = fd.Function(basis.space)
     basis.read(function)[...] = 7.0
@@ -111,13 +113,13 @@ def test_pull_back_is_the_transpose_of_expand(basis):
     assert left, "the test says nothing where both sides vanish"
 
 
-@on_ranks
+@on_two_ranks
 def test_expand_is_linear(basis):
     c, d = _coefficients(basis, 1), _coefficients(basis, 2)
     assert_allclose(basis.expand(c - 3 * d), basis.expand(c) - 3 * basis.expand(d), rtol=0, atol=ROUND_OFF * 10)
 
 
-@on_ranks
+@on_two_ranks
 def test_primal_inverts_dual(basis):
     c = _coefficients(basis, 3)
     assert_allclose(basis.primal(basis.dual(c)), c, rtol=0, atol=10 * ROUND_OFF)
@@ -233,7 +235,7 @@ def test_on_a_layer_coefficients_follow_the_weights_in_time(basis):
         assert_allclose(on_layer.coefficients(t), expected, rtol=0, atol=10 * ROUND_OFF)
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("layers", [range(0, 4), range(1, 4), range(2, 3)], ids=str)
 @pytest.mark.parametrize("kernel_in_time", TIME_BASES)
 @pytest.mark.parametrize("bias_in_time", TIME_BASES)
@@ -411,7 +413,7 @@ def test_gradient_in_the_bias_is_the_costate_whatever_the_length_of_a_layer(doma
 # -- get and set -----------------------------------------------------------------------------------------------------
 
 
-@on_ranks
+@on_two_ranks
 def test_parameters_start_at_zero_and_keep_what_is_set(basis):
     parameter = Parameter("p", basis, LayerIndicators(TIMES))
     assert len(parameter.functions) == 4 and [f.name() for f in parameter.functions] == ["p_0", "p_1", "p_2", "p_3"]
@@ -424,7 +426,7 @@ def test_parameters_start_at_zero_and_keep_what_is_set(basis):
     assert_array_equal(parameter.get(2), c)
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("time_basis", TIME_BASES)
 def test_dim_counts_coefficients_on_all_ranks(basis, time_basis):
     parameter = Parameter("p", basis, TIME_BASES[time_basis](TIMES))
@@ -439,7 +441,7 @@ def test_set_takes_integers_and_lists():
     assert_array_equal(parameter.get(0), np.arange(12.0).reshape(4, 3))
 
 
-@on_ranks
+@on_two_ranks
 def test_set_refuses_a_wrong_shape(basis):
     parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
     wrong = np.zeros((*basis.shape, 2))
@@ -451,7 +453,7 @@ def test_set_refuses_a_wrong_shape(basis):
     assert not parameter.get(0).any()
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_set_refuses_numbers_that_are_not_finite(basis, number):
     parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
