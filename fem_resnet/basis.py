@@ -163,7 +163,8 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     """The indicators of the cells: the basis of full rank, with which a kernel is any matrix between neurons.
 
     Its rank is the number of cells N; coefficients of a kernel are then N x N and stand on every rank. The cells are
-    numbered by their midpoints (last coordinate slowest), so that the numbering does not see the partition.
+    numbered by their midpoints (last coordinate slowest), so that the numbering does not see the partition; points of
+    `point_space` by their own numbers.
 
     Raises
     ------
@@ -173,6 +174,13 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     element = Y.V.ufl_element()
     if element.embedded_superdegree != 0:
         raise ValueError(f"Y: cell indicators span DG of degree 0, the space is {element}")
+    number = _numbers_by_midpoint(Y) if Y.numbers is None else Y.numbers
+    values = np.zeros((Y.nodes, Y.size))
+    values[np.arange(Y.nodes), number] = 1.0
+    return Basis(Y, values, "cells")
+
+
+def _numbers_by_midpoint(Y: LabelSpace) -> np.ndarray:
     midpoints = np.concatenate(Y.comm.allgather(Y.coordinates))
     # Round-off in a midpoint depends on how the cell's vertices are numbered; it must not decide an order.
     extent = np.ptp(midpoints, axis=0).max() or 1.0
@@ -181,7 +189,4 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     if (keys[order[1:]] == keys[order[:-1]]).all(axis=1).any():
         raise ValueError("Y: two cells have the same midpoint, so they cannot be numbered the same on every partition")
     first = Y.comm.exscan(Y.nodes) or 0
-    number = np.argsort(order)[first : first + Y.nodes]
-    values = np.zeros((Y.nodes, Y.size))
-    values[np.arange(Y.nodes), number] = 1.0
-    return Basis(Y, values, "cells")
+    return np.argsort(order)[first : first + Y.nodes]

@@ -14,6 +14,7 @@ from pathlib import Path
 import firedrake as fd
 import h5py
 import numpy as np
+import scipy.sparse
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
@@ -73,19 +74,19 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
     }
     part = path.with_name(path.name + ".part")
     with stop_annotating(), fd.CheckpointFile(str(part), "w", comm=comm) as file:
+        file.require_group(_GROUP)
         file.save_mesh(net.Y.V.mesh())
-        file.save_function(fd.Function(net.Y.V, name="label_space"))
+        _save_label_space(file, net.Y)
         for index, basis in enumerate(bases):
             if basis.kind != "cells":
                 file.save_function(net.Y.batch(basis.values), name=f"basis_{index}")
-        file.require_group(_GROUP)
         file.set_attr(_GROUP, "settings", json.dumps(settings))
         for index, basis in enumerate(bases):
             if basis.eigenvalues is not None:
                 _write(file, f"eigenvalues_{index}", basis.eigenvalues)
         for parameter in _parameters(net, head):
             for k, function in enumerate(parameter.functions):
-                if isinstance(parameter.space_basis, NodalValues):
+                if isinstance(parameter.space_bases[k], NodalValues):
                     file.save_function(function, name=f"{parameter.name}_{k}")
                 else:
                     _write(file, f"{parameter.name}_{k}", parameter.get(k))
@@ -126,7 +127,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
         if settings["format"] > _FORMAT:
             raise ValueError(f"path: {path} has format {settings['format']}, this version reads up to {_FORMAT}")
         mesh = file.load_mesh(settings["mesh"])
-        Y = LabelSpace(file.load_function(mesh, "label_space").function_space())
+        Y = _load_label_space(file, mesh)
         bases = [
             cell_indicators(Y)
             if kind == "cells"
@@ -135,11 +136,15 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
                 Y.values(file.load_function(mesh, f"basis_{index}")),
                 kind,
                 _read(file, f"eigenvalues_{index}"),
-                move_laplace if kind == "laplace" else None,
+                move_laplace if kind == "laplace" and Y.graph is None else None,
             )
             for index, kind in enumerate(settings["kinds"])
         ]
-        role = {name: None if index is None else bases[index] for name, index in settings["roles"].items()}
+        # None stands for no basis: of a bias with a value at every node, of a head that is not there.
+        role = {
+            name: [None if index is None else bases[index] for index in indices]
+            for name, indices in settings["roles"].items()
+        }
         net = ResidualNetwork(
             role["phi"],
             role["psi"],
@@ -152,14 +157,36 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
         )
         head = None
         if settings["head"] is not None:
-            head = Head(role["head"], settings["head"]["classes"] or role["onto"], settings["head"]["prediction"])
+            head = Head(role["head"][0], settings["head"]["classes"] or role["onto"][0], settings["head"]["prediction"])
         for parameter in _parameters(net, head):
-            for k, function in enumerate(parameter.functions):
-                if isinstance(parameter.space_basis, NodalValues):
+            for k in range(len(parameter.functions)):
+                if isinstance(parameter.space_bases[k], NodalValues):
                     parameter.set(k, file.load_function(mesh, f"{parameter.name}_{k}").dat.data_ro)
                 else:
                     parameter.set(k, _read(file, f"{parameter.name}_{k}"))
     return net, head
+
+
+def _save_label_space(file: fd.CheckpointFile, Y: LabelSpace) -> None:
+    """Its space, as that of a Function, which holds the numbers of the points where there are any; and the graph."""
+    function = fd.Function(Y.V, name="label_space")
+    function.dat.data_wo[...] = -1.0 if Y.numbers is None else Y.numbers
+    file.save_function(function)
+    if Y.graph is not None:
+        for name in ("data", "indices", "indptr"):
+            _write(file, f"graph_{name}", getattr(Y.graph, name))
+
+
+def _load_label_space(file: fd.CheckpointFile, mesh: fd.MeshGeometry) -> LabelSpace:
+    function = file.load_function(mesh, "label_space")
+    V = function.function_space()
+    numbers = np.rint(function.dat.data_ro).astype(int)
+    if V.mesh().comm.allreduce(numbers.max(initial=-1), op=MPI.MAX) < 0:
+        return LabelSpace(V)
+    size = V.dof_dset.layout_vec.getSize()
+    parts = tuple(_read(file, f"graph_{name}") for name in ("data", "indices", "indptr"))
+    graph = None if parts[0] is None else scipy.sparse.csr_array(parts, shape=(size, size))
+    return LabelSpace(V, numbers=numbers, graph=graph)
 
 
 # HDF5 closes a file only when nothing in it is open: h5py's objects must not outlive these calls.
@@ -174,19 +201,15 @@ def _read(file: fd.CheckpointFile, name: str) -> np.ndarray | None:
     return group[name][...] if name in group else None
 
 
-def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[str, int | None]]:
-    """The bases, each once, and which of them plays which part."""
-    kernel = net.kernel.space_basis.kernel
-    parts = {
-        "phi": kernel.phi,
-        "psi": kernel.psi,
-        "bias": getattr(net.bias.space_basis, "basis", None),
-        "head": None if head is None else head.psi,
-        "onto": None if head is None or head.classes else head.onto,
+def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[str, list[int | None]]]:
+    """The bases, each once, and which of them play which part."""
+    parts = net.bases | {
+        "head": [None if head is None else head.psi],
+        "onto": [None if head is None or head.classes else head.onto],
     }
-    bases = list({id(basis): basis for basis in parts.values() if basis is not None}.values())
-    position = {id(basis): index for index, basis in enumerate(bases)}
-    return bases, {name: position.get(id(basis)) for name, basis in parts.items()}
+    bases = list(dict.fromkeys(basis for part in parts.values() for basis in part if basis is not None))
+    position = {basis: index for index, basis in enumerate(bases)}
+    return bases, {name: [position.get(basis) for basis in part] for name, part in parts.items()}
 
 
 def _on_rank_0(comm: MPI.Comm, question: Callable[[], bool]) -> bool:

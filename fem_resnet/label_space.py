@@ -17,13 +17,14 @@ from functools import cached_property
 import FIAT
 import firedrake as fd
 import numpy as np
+import scipy.sparse
 from finat.element_factory import create_element
 from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 from ufl import H1
 
-__all__ = ["BatchValues", "LabelSpace", "class_space"]
+__all__ = ["BatchValues", "LabelSpace"]
 
 # A weight of the reference cell below this part of the cell's measure is zero up to round-off.
 _SMALLEST_WEIGHT = 1e-6
@@ -44,6 +45,8 @@ class LabelSpace:
     ----------
     V
         Scalar function space, nodal and with positive weights, on a mesh of any dimension, cell type or embedding.
+    numbers, graph
+        What `point_space` knows of its points: the numbers of this rank's nodes, and the edge weights between all.
 
     Attributes
     ----------
@@ -55,6 +58,10 @@ class LabelSpace:
         w, shape (nodes,), float64, in the unit of the mesh's measure; read-only.
     measure : float
         |Y|.
+    numbers : numpy.ndarray or None
+        Of a set of points, the numbers of the owned ones, shape (nodes,).
+    graph : scipy.sparse.csr_array or None
+        Of a graph, its edge weights between all points.
 
     Raises
     ------
@@ -71,13 +78,21 @@ class LabelSpace:
     3.12
     """
 
-    def __init__(self, V: fd.functionspaceimpl.WithGeometry):
+    def __init__(
+        self,
+        V: fd.functionspaceimpl.WithGeometry,
+        *,
+        numbers: np.ndarray | None = None,
+        graph: scipy.sparse.csr_array | None = None,
+    ):
         if not isinstance(V, fd.functionspaceimpl.WithGeometry):
             raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
         if V.value_shape != () or len(V) != 1:
             raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
         _check_element(V)
         self.V = V
+        self.numbers = numbers
+        self.graph = graph
         self.comm = V.mesh().comm
         with stop_annotating():
             self.weights = fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy()
@@ -128,18 +143,39 @@ class LabelSpace:
 
     @cached_property
     def stiffness(self) -> PETSc.Mat:
-        """K_ij = int grad p_i . grad p_j dy, an assembled matrix. Collective.
+        """K_ij = int grad p_i . grad p_j dy, an assembled matrix; on a graph its Laplacian. Collective.
 
         Raises
         ------
         ValueError
             If the functions of V have no gradient in L2(Y), being discontinuous.
         """
+        if self.graph is not None:
+            return self._graph_laplacian()
         if self.V.ufl_element() not in H1:
             raise ValueError(f"Y: {self.V.ufl_element()} is discontinuous, so its functions have no gradient; use CG")
         with stop_annotating():
             u, v = fd.TrialFunction(self.V), fd.TestFunction(self.V)
             return fd.assemble(fd.inner(fd.grad(u), fd.grad(v)) * fd.dx).petscmat
+
+    def _graph_laplacian(self) -> PETSc.Mat:
+        # Rows and columns in the order of the nodes, by rank.
+        order = np.concatenate(self.comm.allgather(self.numbers))
+        position = np.argsort(order)
+        rows = self.graph[self.numbers].tocoo()
+        first = self.comm.exscan(self.nodes) or 0
+        diagonal = np.arange(self.nodes)
+        # In this form isolated points keep an entry on the diagonal, which solvers want.
+        K = scipy.sparse.csr_array(
+            (
+                np.concatenate([-rows.data, self.graph[self.numbers].sum(axis=1)]),
+                (np.concatenate([rows.row, diagonal]), np.concatenate([position[rows.col], first + diagonal])),
+            ),
+            shape=(self.nodes, self.size),
+        )
+        sizes = ((self.nodes, self.size),) * 2
+        indptr, indices = (index.astype(PETSc.IntType) for index in (K.indptr, K.indices))
+        return PETSc.Mat().createAIJ(sizes, csr=(indptr, indices, K.data), comm=self.comm)
 
     def apply_stiffness(self, values: np.ndarray) -> np.ndarray:
         """`K x` at the owned nodes for x of shape (nodes, any). Collective."""
@@ -289,22 +325,6 @@ class BatchValues:
         """Make the Function hold the array."""
         values = function.dat.data_wo
         values[...] = array.reshape(values.shape)
-
-
-def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
-    """Label domain of K classes: K cells of length one, so that an integral over it is a sum over the classes.
-
-    Parameters
-    ----------
-    classes
-        K, at least 1.
-    comm
-        Communicator; collective over it.
-    """
-    if not isinstance(classes, (int, np.integer)) or classes < 1:
-        raise ValueError(f"classes: a positive integer is wanted, {classes!r} was given")
-    mesh = fd.IntervalMesh(int(classes), float(classes), comm=comm)
-    return LabelSpace(fd.FunctionSpace(mesh, "DG", 0))
 
 
 def _check_element(V) -> None:

@@ -1,4 +1,4 @@
-"""Eigenfunctions of the Laplace-Beltrami operator with Neumann condition.
+"""Eigenfunctions of the Laplace-Beltrami operator with Neumann condition, or of the Laplacian of a graph.
 
     K x = lambda M x,      K_ij = int_Y grad(p_i) . grad(p_j) dy,     M = diag(w),
 
@@ -61,7 +61,8 @@ def laplace_basis(
     not see the partition: among plane waves of the eigenvalue's frequency, fixed once and for all, the one with the
     largest part in the eigenspace gives the first function, and so on. On a discontinuous space the eigenfunctions
     of the continuous space of the same degree (at least 1) are taken: averaged over the cells for DG of degree 0,
-    else at the nodes; then made orthonormal by the closest orthonormal set. That no eigenvalue was missed is checked
+    else at the nodes; then made orthonormal by the closest orthonormal set. On a graph (`point_space`) they are the
+    eigenvectors of its Laplacian. That no eigenvalue was missed is checked
     by the inertia of `K - s M` (Sylvester).
 
     Collective over the communicator of `Y`.
@@ -107,14 +108,16 @@ def laplace_basis(
             "rank %d cuts through the repeated eigenvalue %.6g: ranks %d and %d keep it whole",
             rank, eigenvalues[rank - 1], below, above,
         )  # fmt: skip
-    return Basis(Y, to_nodes(modes[:, :rank]), "laplace", eigenvalues[:rank], move_laplace)
+    return Basis(
+        Y, to_nodes(modes[:, :rank]), "laplace", eigenvalues[:rank], move_laplace if Y.graph is None else None
+    )
 
 
 def _eigenfunctions(
     Y: LabelSpace, rank: int, parameters: dict, prefix: str | None
 ) -> tuple[np.ndarray, np.ndarray, Callable]:
     """At least `rank` eigenpairs, whole eigenspaces in a fixed rotation, and what turns them into functions on Y."""
-    C, to_nodes = _continuous(Y)
+    C, to_nodes = _with_stiffness(Y)
     if rank > C.size:
         raise ValueError(f"rank: {C.size} eigenfunctions exist on {C.V.ufl_element()}, {rank} were asked for")
     eigenvalues, modes = _whole_clusters(C, rank, parameters, prefix)
@@ -124,10 +127,10 @@ def _eigenfunctions(
     return eigenvalues, modes, to_nodes
 
 
-def _continuous(Y: LabelSpace) -> tuple[LabelSpace, Callable]:
+def _with_stiffness(Y: LabelSpace) -> tuple[LabelSpace, Callable]:
     """A continuous space in which eigenfunctions are sought, and the map from its node values to those of Y."""
     element = Y.V.ufl_element()
-    if element in H1:
+    if element in H1 or Y.graph is not None:
         return Y, lambda modes: modes
     degree = max(element.embedded_superdegree, 1) if element.embedded_superdegree <= 1 else element.embedded_subdegree
     C = LabelSpace(fd.FunctionSpace(Y.V.mesh(), "CG", degree))
@@ -254,8 +257,11 @@ def _cluster_ends(eigenvalues: np.ndarray) -> list[int]:
 def _fix_rotation(modes: np.ndarray, eigenvalue: float, C: LabelSpace) -> np.ndarray:
     """The orthonormal basis of the span of `modes` that plane waves of this frequency single out."""
     count = 2 * modes.shape[1] + 6
-    frequencies = np.full(count, np.sqrt(max(eigenvalue, 0.0)))
-    parts = _seen_through_waves(C, modes, frequencies, _centre(C))
+    if C.graph is None:
+        parts = _seen_through_waves(C, modes, C.coordinates - _centre(C), np.full(count, np.sqrt(max(eigenvalue, 0.0))))
+    else:
+        # A graph may have a multiple eigenvalue 0: waves of any frequency, in the points' numbers.
+        parts = _seen_through_waves(C, modes, C.numbers[:, None], np.random.default_rng(2022).uniform(0, np.pi, count))
     Q, R, _ = scipy.linalg.qr(parts, mode="economic", pivoting=True)
     return modes @ (Q * np.sign(np.diag(R)))
 
@@ -281,14 +287,14 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
         raise ValueError(f"Y: at least {basis.rank} nodes are wanted, one a function; {Y!r} was given")
     # A buffer, since modes that were among the first need not be so on the other mesh.
     eigenvalues, modes, to_nodes = _eigenfunctions(
-        Y, min(basis.rank + max(4, basis.rank // 4), _continuous(Y)[0].size), {}, None
+        Y, min(basis.rank + max(4, basis.rank // 4), _with_stiffness(Y)[0].size), {}, None
     )
     values = to_nodes(modes)
     # Waves that depend on the original alone, so that all its copies have one limit.
     frequencies = np.sqrt(basis.eigenvalues[-1]) * np.random.default_rng(2021).uniform(0, 1.2, 16 * basis.rank + 64)
     centre = _centre(basis.Y)
-    A = _seen_through_waves(basis.Y, basis.values, frequencies, centre)
-    B = _seen_through_waves(Y, values, frequencies, centre)
+    A = _seen_through_waves(basis.Y, basis.values, basis.Y.coordinates - centre, frequencies)
+    B = _seen_through_waves(Y, values, Y.coordinates - centre, frequencies)
     U, S, V = np.linalg.svd(np.linalg.lstsq(B.T, A.T)[0], full_matrices=False)
     turn = U @ V
     lost = float(np.abs(1 - S).max())
@@ -303,11 +309,11 @@ def _centre(Y: LabelSpace) -> np.ndarray:
     return Y.sum(Y.weights @ Y.coordinates) / Y.measure
 
 
-def _seen_through_waves(Y: LabelSpace, values: np.ndarray, frequencies: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Integrals of functions times plane waves of these frequencies, shape (functions, waves)."""
+def _seen_through_waves(Y: LabelSpace, values: np.ndarray, x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """Integrals of functions times plane waves of these frequencies in x, shape (functions, waves)."""
     # Directions and phases without any symmetry, so that no two waves tie and none misses an eigenspace.
     generator = np.random.default_rng(2020)
-    directions = generator.standard_normal((Y.coordinates.shape[1], len(frequencies)))
+    directions = generator.standard_normal((x.shape[1], len(frequencies)))
     directions *= frequencies / np.linalg.norm(directions, axis=0)
-    waves = np.cos((Y.coordinates - centre) @ directions + generator.uniform(0, 2 * np.pi, len(frequencies)))
+    waves = np.cos(x @ directions + generator.uniform(0, 2 * np.pi, len(frequencies)))
     return Y.sum((values * Y.weights[:, None]).T @ waves)

@@ -7,8 +7,9 @@ Layer l is the time interval (t_l, t_(l+1)) on which bias a and kernel b have co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import firedrake as fd
 import numpy as np
@@ -29,6 +30,7 @@ from fem_resnet.parameter import (
     LayerIndicators,
     NodalValues,
     Parameter,
+    SpaceBasis,
 )
 from fem_resnet.time_stepping import SOLVER_PARAMETERS, LayerStepper, Segment
 
@@ -43,11 +45,11 @@ class ResidualNetwork:
     Parameters
     ----------
     phi
-        Basis of the kernel in y.
+        Basis of the kernel in y; or a list of bases, one a layer, whose ranks may differ.
     psi
-        Basis of the kernel in z, on the same label domain; `phi` if left out.
+        Basis of the kernel in z, on the same label domain, or one a layer; `phi` if left out.
     bias
-        Basis of the bias; if left out, the bias has a value at every node.
+        Basis of the bias, or one a layer; None for a bias with a value at every node.
     layers, final_time
         Number L >= 0 of layers of equal length, and T > 0.
     times
@@ -67,6 +69,8 @@ class ResidualNetwork:
     Y : LabelSpace
     bias, kernel : Parameter
         a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients.
+    bases : dict of str to tuple
+        What was given as "phi", "psi" and "bias": one for all layers, or one a layer.
     times : numpy.ndarray
         Layer times.
     activation : Activation
@@ -89,10 +93,10 @@ class ResidualNetwork:
 
     def __init__(
         self,
-        phi: Basis,
-        psi: Basis | None = None,
+        phi: Basis | Sequence[Basis],
+        psi: Basis | Sequence[Basis] | None = None,
         *,
-        bias: Basis | None = None,
+        bias: Basis | Sequence[Basis | None] | None = None,
         layers: int = 8,
         final_time: float = 1.0,
         times: Sequence[float] | None = None,
@@ -102,13 +106,6 @@ class ResidualNetwork:
         solver_parameters: dict | None = None,
         options_prefix: str | None = None,
     ):
-        factors = LowRankKernel(phi, phi if psi is None else psi)
-        self.Y = phi.Y
-        if bias is not None and not isinstance(bias, Basis):
-            raise TypeError(f"bias: a Basis or None (a value at every node) is wanted, {type(bias).__name__} was given")
-        for name, basis in (("psi", psi), ("bias", bias)):
-            if basis is not None and basis.Y is not self.Y:
-                raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
         self.times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self.times) - 1
         self.activation = get_activation(activation)
@@ -116,10 +113,18 @@ class ResidualNetwork:
         self.layers_per_block = (
             max(self.layers, 1) if layers_per_block is None else _positive_integer("layers_per_block", layers_per_block)
         )
+        given = {"phi": phi, "psi": phi if psi is None else psi, "bias": bias}
+        self.bases = {name: _one_or_one_a_layer(name, value, self.layers) for name, value in given.items()}
+        self.Y = self.bases["phi"][0].Y
+        for name, bases in self.bases.items():
+            for basis in bases:
+                if basis is not None and basis.Y is not self.Y:
+                    raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
         indicators = LayerIndicators(self.times)
-        space_basis = NodalValues(self.Y) if bias is None else BasisCoefficients(bias)
-        self.bias = Parameter("bias", space_basis, indicators)
-        self.kernel = Parameter("kernel", KernelCoefficients(factors), indicators)
+        self.bias = Parameter("bias", _shared(self._bias_basis, self.bases["bias"]), indicators)
+        self.kernel = Parameter(
+            "kernel", _shared(_kernel_basis, self.bases["phi"], self.bases["psi"]), indicators
+        )
         self._options = petsctools.OptionsManager(
             SOLVER_PARAMETERS | (solver_parameters or {}), options_prefix=options_prefix, default_prefix="fem_resnet_"
         )
@@ -127,6 +132,9 @@ class ResidualNetwork:
         self._scratch: dict[tuple[int, ...], list[Segment]] = {}
         if self.layers:
             self._stepper(self._stage(1), 0)  # refuse options now rather than at the first run
+
+    def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
+        return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
 
     def __repr__(self) -> str:
         return f"ResidualNetwork({self.layers} layers, T = {self.times[-1]:g}, {self.activation.name}, {self.Y!r})"
@@ -194,14 +202,11 @@ class ResidualNetwork:
         ValueError
             If the bias has a value at every node, or a basis is tied to its mesh.
         """
-        if isinstance(self.bias.space_basis, NodalValues):
+        if None in self.bases["bias"]:
             raise ValueError("on: the bias has a value at every node, so the network is tied to its mesh; give it a basis")
-        kernel, bias = self.kernel.space_basis.kernel, self.bias.space_basis.basis
-        moved = {id(basis): basis.on(Y) for basis in {kernel.phi, kernel.psi, bias}}
+        moved = {basis: basis.on(Y) for basis in dict.fromkeys(chain.from_iterable(self.bases.values()))}
         net = ResidualNetwork(
-            moved[id(kernel.phi)],
-            moved[id(kernel.psi)],
-            bias=moved[id(bias)],
+            **{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()},
             times=self.times,
             activation=self.activation,
             steps=self.steps,
@@ -242,7 +247,8 @@ class ResidualNetwork:
         return self._stages[samples]
 
     def _stepper(self, stage: Stage, layer: int) -> LayerStepper:
-        return LayerStepper(stage, layer, self.kernel.space_basis.kernel.psi.rank, self.steps, self._options)
+        rank = self.kernel.on_layer(layer).kernel.psi.rank
+        return LayerStepper(stage, layer, rank, self.steps, self._options)
 
 
 @dataclass
@@ -325,6 +331,29 @@ class Run:
         function = fd.Function(self.final.function_space())
         function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
         return function
+
+
+def _one_or_one_a_layer(name: str, bases: Basis | Sequence[Basis] | None, layers: int) -> tuple[Basis | None, ...]:
+    given = tuple(bases) if isinstance(bases, Sequence) and not isinstance(bases, str) else (bases,)
+    kind = "a Basis or None (a value at every node)" if name == "bias" else "a Basis"
+    for basis in given:
+        if not (isinstance(basis, Basis) or name == "bias" and basis is None):
+            raise TypeError(f"{name}: {kind}, or one a layer, is wanted, {type(basis).__name__} was given")
+    if len(given) not in (1, layers):
+        raise ValueError(f"{name}: one Basis, or {layers}, one a layer, is wanted; {len(given)} were given")
+    return given
+
+
+def _shared(make: Callable[..., SpaceBasis], *bases: Sequence[Basis | None]) -> SpaceBasis | list[SpaceBasis]:
+    """Space bases from bases that are one for all layers, or one a layer; the same object from the same bases."""
+    layers = max(map(len, bases))
+    columns = [given * layers if len(given) == 1 else given for given in bases]
+    made = {key: make(*key) for key in dict.fromkeys(zip(*columns))}
+    return [made[key] for key in zip(*columns)] if layers > 1 else next(iter(made.values()))
+
+
+def _kernel_basis(phi: Basis, psi: Basis) -> SpaceBasis:
+    return KernelCoefficients(LowRankKernel(phi, psi))
 
 
 def _positive_integer(name: str, value: int) -> int:

@@ -5,12 +5,13 @@ The bias a(y, t) and the kernel b(y, z, t) are both of the form
     p(t) = sum_k theta_k(t) E c_k,
 
 theta_k a time basis on the layer times, c_k coefficients in space, each held in a Firedrake Function that is a control,
-and E what a layer takes: the values at the nodes for a bias, the matrix beta for a kernel. With the measure of label
-domain and time, lumped in t, the inner product of coefficients is
+and E what a layer takes: the values at the nodes for a bias, the matrix beta for a kernel. Each c_k may have a space
+basis of its own, E = E_k, so that layers differ in their bases. With the measure of label domain and time, lumped in t,
+the inner product of coefficients is
 
-    (c_k, d_k) = tau_k <R c_k, d_k>,        tau_k = int_0^T theta_k dt,
+    (c_k, d_k) = tau_k <R_k c_k, d_k>,      tau_k = int_0^T theta_k dt,
 
-R the Riesz operator of the space basis (M; a Gram matrix; a pair of them). Every Control carries its inverse.
+R_k the Riesz operator of the space basis (M; a Gram matrix; a pair of them). Every Control carries its inverse.
 """
 
 from __future__ import annotations
@@ -223,25 +224,48 @@ class Parameter:
     ----------
     name
         How messages, files and Functions call it.
-    space_basis, time_basis
-        Its two factors.
+    space_basis
+        The basis in space: one for all time basis functions, or a list with one for each. Those of one layer are the
+        same.
+    time_basis
+        The basis in time.
 
     Attributes
     ----------
+    space_bases : list of SpaceBasis
+        The basis in space of each c_k.
     functions : list of Function
         The coefficients c_k, zero at first. Assign to them, or use `set`.
     """
 
-    def __init__(self, name: str, space_basis: SpaceBasis, time_basis: LayerIndicators | Once):
+    def __init__(
+        self, name: str, space_basis: SpaceBasis | Sequence[SpaceBasis], time_basis: LayerIndicators | Once
+    ):
         self.name = name
-        self.space_basis = space_basis
         self.time_basis = time_basis
+        self._space_basis = space_basis
+        count = len(time_basis.measures)
+        self.space_bases = [space_basis] * count if isinstance(space_basis, SpaceBasis) else list(space_basis)
         self.functions = [
-            fd.Function(space_basis.space, name=f"{name}_{k}") for k in range(len(time_basis.measures))
+            fd.Function(basis.space, name=f"{name}_{k}") for k, basis in zip(range(count), self.space_bases, strict=True)
         ]
 
     def __repr__(self) -> str:
-        return f"Parameter({self.name}, {type(self.space_basis).__name__}, {len(self.functions)} in time)"
+        kinds = ", ".join(sorted({type(basis).__name__ for basis in self.space_bases}))
+        return f"Parameter({self.name}, {kinds}, {len(self.functions)} in time)"
+
+    @property
+    def space_basis(self) -> SpaceBasis:
+        """The basis in space, where it is one for all times.
+
+        Raises
+        ------
+        ValueError
+            If layers have bases of their own; `space_bases` has them.
+        """
+        if not isinstance(self._space_basis, SpaceBasis):
+            raise ValueError(f"space_basis: {self.name} has bases of its own in each layer; space_bases lists them")
+        return self._space_basis
 
     @property
     def dim(self) -> int:
@@ -250,7 +274,7 @@ class Parameter:
 
     def get(self, k: int) -> np.ndarray:
         """Coefficients c_k: a copy; the owned nodes for nodal values, else all of them. Collective."""
-        return self.space_basis.read(self.functions[k])
+        return self.space_bases[k].read(self.functions[k])
 
     def set(self, k: int, coefficients: np.ndarray) -> None:
         """Assign coefficients c_k. Collective.
@@ -261,16 +285,16 @@ class Parameter:
             If their shape does not fit, or one is not finite; on all ranks alike.
         """
         coefficients = np.asarray(coefficients, dtype=float)
-        agree = self.space_basis.Y.agree
-        agree(
-            coefficients.shape == self.space_basis.shape,
-            f"coefficients: shape {self.space_basis.shape} is wanted for {self.name}, {coefficients.shape} was given",
+        basis = self.space_bases[k]
+        basis.Y.agree(
+            coefficients.shape == basis.shape,
+            f"coefficients: shape {basis.shape} is wanted for {self.name}, {coefficients.shape} was given",
         )
-        agree(
+        basis.Y.agree(
             bool(np.isfinite(coefficients).all()),
             f"coefficients: the ones given for {self.name}_{k} are not all finite",
         )
-        self.space_basis.write(self.functions[k], coefficients)
+        basis.write(self.functions[k], coefficients)
 
     def controls(self) -> list[Control]:
         """One pyadjoint Control a time basis function, with the Riesz map of label domain and time."""
@@ -278,7 +302,7 @@ class Parameter:
 
     def riesz_map(self, k: int):
         """The map from functionals of c_k (Cofunctions) to their representatives, `d -> R^-1 d / tau_k`."""
-        basis, measure = self.space_basis, self.time_basis.measures[k]
+        basis, measure = self.space_bases[k], self.time_basis.measures[k]
 
         def riesz_map(dual: fd.Cofunction) -> fd.Function:
             primal = fd.Function(basis.space)
@@ -289,14 +313,19 @@ class Parameter:
 
     def inner(self, k: int, c: np.ndarray, d: np.ndarray) -> float:
         """`tau_k <R c, d>`, the inner product of two sets of coefficients for basis function k. Collective."""
-        return self.time_basis.measures[k] * self.space_basis.pair(self.space_basis.dual(c), d)
+        basis = self.space_bases[k]
+        return self.time_basis.measures[k] * basis.pair(basis.dual(c), d)
+
+    def on_layer(self, layer: int) -> SpaceBasis:
+        """The basis in space of the coefficients that are active on a layer."""
+        return self.space_bases[self.time_basis.active(layer)[0]]
 
 
 class OnLayer:
     """What one layer sees of a parameter: its active coefficients, expanded once, as a function of time."""
 
     def __init__(self, parameter: Parameter, layer: int, coefficients: Sequence[np.ndarray]):
-        self._basis = parameter.space_basis
+        self._basis = parameter.on_layer(layer)
         self._weights = lambda t: parameter.time_basis.weights(layer, t)
         self._values = [self._basis.expand(c) for c in coefficients]
         #: Number of active coefficients on this rank.
@@ -348,7 +377,7 @@ class LayerCoefficients:
 
     def __init__(self, bias: Parameter, kernel: Parameter, times: Sequence[float], layers: range):
         self._times = times
-        self._factors = kernel.space_basis.kernel
+        self._kernel = kernel
         self._layers = [
             (layer, [(p, [(p.name, k) for k in p.time_basis.active(layer)]) for p in (bias, kernel)])
             for layer in layers
@@ -356,7 +385,7 @@ class LayerCoefficients:
         keys = dict.fromkeys(key for _, uses in self._layers for _, active in uses for key in active)
         parameters = {bias.name: bias, kernel.name: kernel}
         self._position = {key: position for position, key in enumerate(keys)}
-        self.slots = [parameters[name].space_basis for name, _ in keys]
+        self.slots = [parameters[name].space_bases[k] for name, k in keys]
         self.functions = [parameters[name].functions[k] for name, k in keys]
 
     def on_layers(self, arrays: Sequence[np.ndarray]) -> list[LayerInputs]:
@@ -365,7 +394,7 @@ class LayerCoefficients:
             LayerInputs(
                 self._times[layer],
                 self._times[layer + 1],
-                self._factors,
+                self._kernel.on_layer(layer).kernel,
                 *(OnLayer(p, layer, [arrays[self._position[key]] for key in active]) for p, active in uses),
             )
             for layer, uses in self._layers

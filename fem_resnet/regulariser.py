@@ -56,7 +56,7 @@ class _RegulariserOperator:
 
     def __init__(self, regulariser: Regulariser, parameters: Sequence[Parameter]):
         self._terms, self._parameters = regulariser.terms, parameters
-        self.inputs = [parameter.space_basis for parameter in parameters for _ in parameter.functions]
+        self.inputs = [basis for parameter in parameters for basis in parameter.space_bases]
 
     def forward(self, arrays, save):
         functionals = self.adjoint(arrays, 1.0)
@@ -77,7 +77,7 @@ class _RegulariserOperator:
 
 def _mass(parameter, coefficients):
     return [
-        tau * parameter.space_basis.dual(c) for tau, c in zip(parameter.time_basis.measures, coefficients)
+        tau * basis.dual(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
     ]
 
 
@@ -85,7 +85,8 @@ def _stiffness(parameter, coefficients):
     if isinstance(parameter.time_basis, Once):
         return []  # of the head: an output over classes has no gradient
     return [
-        tau * parameter.space_basis.stiffness(c) for tau, c in zip(parameter.time_basis.measures, coefficients)
+        tau * basis.stiffness(c)
+        for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
     ]
 
 
@@ -93,7 +94,13 @@ def _variation(parameter, coefficients):
     tau = parameter.time_basis.measures
     functionals = [np.zeros(np.shape(c)) for c in coefficients]
     for k in range(len(coefficients) - 1):
-        step = parameter.space_basis.dual(coefficients[k + 1] - coefficients[k]) * 2 / (tau[k] + tau[k + 1])
+        basis = parameter.space_bases[k]
+        if basis is not parameter.space_bases[k + 1]:
+            raise ValueError(
+                f"smooth_in_time: the layers {k} and {k + 1} have different bases of {parameter.name}, so their "
+                f"coefficients cannot be subtracted; give both one basis"
+            )
+        step = basis.dual(coefficients[k + 1] - coefficients[k]) * 2 / (tau[k] + tau[k + 1])
         functionals[k + 1] += step
         functionals[k] -= step
     return functionals

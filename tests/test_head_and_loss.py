@@ -11,7 +11,7 @@ from problems import network, taping
 from pyadjoint import Control, ReducedFunctional
 
 from fem_resnet.head import PREDICTIONS, Head
-from fem_resnet.label_space import class_space
+from fem_resnet.points import class_space
 from fem_resnet.loss import binary_cross_entropy, cross_entropy, functional_loss, least_squares
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.regulariser import tikhonov

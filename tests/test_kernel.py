@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose
 
 from fem_resnet.basis import cell_indicators
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import class_space
+from fem_resnet.points import class_space
 from helpers import label_space, laplace, smooth
 from problems import polynomials
 

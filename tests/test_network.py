@@ -268,7 +268,7 @@ def test_bases_of_another_label_space_are_refused():
     for which in ("psi", "bias"):
         with pytest.raises(ValueError, match=rf"{which}: it lives on .*, the label space of phi, .*, is wanted"):
             ResidualNetwork(phi, **{which: other})
-    with pytest.raises(TypeError, match="phi: a Basis is wanted, LabelSpace was given"):
+    with pytest.raises(TypeError, match="phi: a Basis, or one a layer, is wanted, LabelSpace was given"):
         ResidualNetwork(phi.Y)
     with pytest.raises(TypeError, match="psi: a Basis is wanted, ndarray was given"):
         ResidualNetwork(phi, phi.values)

@@ -13,7 +13,7 @@ from scipy.special import logsumexp, softmax
 
 from fem_resnet.basis import cell_indicators
 from fem_resnet.blocks import apply
-from fem_resnet.label_space import class_space
+from fem_resnet.points import class_space
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.head import Head
 from fem_resnet.loss import Loss, cross_entropy, least_squares

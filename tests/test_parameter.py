@@ -9,7 +9,7 @@ from pyadjoint import Control, ReducedFunctional
 
 from fem_resnet.basis import cell_indicators
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import class_space
+from fem_resnet.points import class_space
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.parameter import (
     BasisCoefficients,

@@ -1,0 +1,120 @@
+"""Label domains without geometry: classes, point clouds, graphs.
+
+A finite set of K points with weights w is a label domain like any other: DG of degree 0 on a mesh of K intervals of
+lengths w_i, so that `int f dy = sum_i w_i f_i` and every form in UFL means what it says. Where the points lie in space
+the intervals are short pieces of lines through them. Where they are the vertices of a graph with edge weights A_ij, the
+place of the squared gradients is taken by
+
+    <K f, f> = 1/2 sum_ij A_ij (f_i - f_j)^2,
+
+and the Laplace eigenfunctions are those of the graph Laplacian, `K x = lambda diag(w) x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import firedrake as fd
+import numpy as np
+import scipy.sparse
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.label_space import LabelSpace
+
+__all__ = ["class_space", "point_space"]
+
+
+def point_space(
+    weights: Sequence[float],
+    points: np.ndarray | None = None,
+    graph: scipy.sparse.sparray | np.ndarray | None = None,
+    comm: MPI.Comm = MPI.COMM_WORLD,
+) -> LabelSpace:
+    """Label domain of K points, given the same on every rank. Collective over `comm`.
+
+    Values f given for all points, shape (K, samples), make the batch ``Y.batch(f[Y.numbers])``.
+
+    Parameters
+    ----------
+    weights
+        w, shape (K,), positive: the measure of each point. They hold up to round-off in the coordinates.
+    points
+        Where the points lie, shape (K, d); side by side on a line if left out.
+    graph
+        Edge weights A >= 0, a symmetric matrix (K, K), sparse or dense; its diagonal does not matter.
+    comm
+        Communicator.
+
+    Returns
+    -------
+    LabelSpace
+        Its `numbers` are those of the points that this rank owns, in the order of the arguments.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not positive and finite, a point is not finite, a shape does not fit, or the graph is not symmetric
+        or has negative weights.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fem_resnet import laplace_basis
+    >>> ring = np.roll(np.eye(12), 1, axis=0)
+    >>> Y = point_space(np.ones(12), graph=ring + ring.T)
+    >>> laplace_basis(Y, 5).eigenvalues.round(3) + 0.0
+    array([0.   , 0.268, 0.268, 1.   , 1.   ])
+    """
+    weights = np.array(weights, dtype=float)
+    if weights.ndim != 1 or weights.size == 0 or not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError(
+            f"weights: positive numbers, one a point, are wanted; shape {weights.shape}, smallest "
+            f"{weights.min(initial=np.inf):.3g} was given"
+        )
+    size = weights.size
+    if points is None:
+        points = (np.cumsum(weights) - weights / 2)[:, None]
+    points = np.asarray(points, dtype=float)
+    if points.ndim != 2 or points.shape[0] != size or points.shape[1] == 0 or not np.isfinite(points).all():
+        raise ValueError(f"points: finite coordinates of shape ({size}, d) are wanted, shape {points.shape} was given")
+    with stop_annotating():
+        cells = fd.IntervalMesh(size, float(size), comm=comm)  # cell i is (i, i + 1)
+        middle = fd.Function(fd.FunctionSpace(cells, "DG", 0)).interpolate(fd.SpatialCoordinate(cells)[0])
+        at_ends = fd.FiniteElement("DG", fd.interval, 1, variant="equispaced")
+        ends = fd.Function(fd.VectorFunctionSpace(cells, at_ends, dim=points.shape[1]))
+    numbers = middle.dat.data_ro_with_halos.astype(int)
+    places = points[numbers][:, None].repeat(2, axis=1)
+    places[:, :, 0] += np.outer(weights[numbers], [-0.5, 0.5])
+    nodes = ends.cell_node_map().values_with_halo
+    ends.dat.data_wo_with_halos.reshape(-1, points.shape[1])[nodes] = places
+    V = fd.FunctionSpace(fd.Mesh(ends, comm=comm), "DG", 0)
+    return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=None if graph is None else _checked(graph, size))
+
+
+def _checked(graph, size: int) -> scipy.sparse.csr_array:
+    A = scipy.sparse.csr_array(graph, dtype=float)
+    if A.shape != (size, size):
+        raise ValueError(f"graph: a matrix of shape ({size}, {size}) is wanted, {A.shape} was given")
+    if not np.isfinite(A.data).all() or (A.data < 0).any():
+        raise ValueError("graph: edge weights >= 0 are wanted, one is negative or not finite")
+    if abs(A - A.T).max() > 0:
+        raise ValueError("graph: a symmetric matrix is wanted; (A + A.T) / 2 is one")
+    A.setdiag(0.0)
+    A.eliminate_zeros()
+    return A
+
+
+def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
+    """Label domain of K classes: K cells of length one, so that an integral over it is a sum over the classes.
+
+    Parameters
+    ----------
+    classes
+        K, at least 1.
+    comm
+        Communicator; collective over it.
+    """
+    if not isinstance(classes, (int, np.integer)) or classes < 1:
+        raise ValueError(f"classes: a positive integer is wanted, {classes!r} was given")
+    return point_space(np.ones(int(classes)), comm=comm)
