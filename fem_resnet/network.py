@@ -7,13 +7,14 @@ Layer l is the time interval (t_l, t_(l+1)) on which bias a and kernel b have co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import firedrake as fd
 import numpy as np
-import petsctools
 from petsc4py import PETSc
 from pyadjoint.tape import annotate_tape
 
@@ -22,7 +23,9 @@ from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
-from fem_resnet.layer import Stage, StageValue
+from fem_resnet.layer import Stage
+from fem_resnet.log import log
+from fem_resnet.methods import solver_options
 from fem_resnet.parameter import (
     BasisCoefficients,
     KernelCoefficients,
@@ -32,7 +35,8 @@ from fem_resnet.parameter import (
     Parameter,
     SpaceBasis,
 )
-from fem_resnet.time_stepping import SOLVER_PARAMETERS, LayerStepper, Segment
+from fem_resnet.segment import Segment
+from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
 __all__ = ["ResidualNetwork", "Run"]
 
@@ -61,8 +65,11 @@ class ResidualNetwork:
     layers_per_block
         How many layers make one Block on the tape; all of them if left out.
     solver_parameters, options_prefix
-        PETSc options of the TS, over `fem_resnet.time_stepping.SOLVER_PARAMETERS`: `rk` with fixed steps, any
-        `ts_rk_type`.
+        PETSc options of the TS and its SNES and KSP: Runge-Kutta of order 4 with fixed steps if left out. Types with a
+        gradient are rk, theta, beuler, cn, arkimex and dirk; `fem_resnet.methods` has all. For implicit ones "mat_type"
+        may be "matfree". With a "ts_adapt_type", steps are judged by the error of f in the label measure.
+    replay_steps
+        Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
 
     Attributes
     ----------
@@ -105,6 +112,7 @@ class ResidualNetwork:
         layers_per_block: int | None = None,
         solver_parameters: dict | None = None,
         options_prefix: str | None = None,
+        replay_steps: bool = True,
     ):
         self.times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self.times) - 1
@@ -125,13 +133,12 @@ class ResidualNetwork:
         self.kernel = Parameter(
             "kernel", _shared(_kernel_basis, self.bases["phi"], self.bases["psi"]), indicators
         )
-        self._options = petsctools.OptionsManager(
-            SOLVER_PARAMETERS | (solver_parameters or {}), options_prefix=options_prefix, default_prefix="fem_resnet_"
-        )
+        self.replay_steps = replay_steps
+        self._options = solver_options(solver_parameters, options_prefix)
         self._stages: dict[int, Stage] = {}
         self._scratch: dict[tuple[int, ...], list[Segment]] = {}
         if self.layers:
-            self._stepper(self._stage(1), 0)  # refuse options now rather than at the first run
+            self._stepper(self._stage(1), 0, 1)  # refuse options now rather than at the first run
 
     def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
         return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
@@ -176,15 +183,21 @@ class ResidualNetwork:
         ------
         TypeError, ValueError
             If `initial` does not fit; the message names the sample where a value is not finite.
-        NonFiniteState
-            If the state overflows.
+        StepFailure
+            If a layer cannot be stepped, as where the state overflows.
         """
         self.Y.check_batch(initial, "initial")
         f, pieces = initial, []
+        if annotate_tape() and not self.replay_steps and "none" != self.solver_parameters.get("ts_adapt_type"):
+            log(
+                self.Y.comm, logging.WARNING,
+                "adapted steps are not replayed: the gradient will be that of the network with the steps of the latest "
+                "evaluation, and J jumps where their number changes",
+            )  # fmt: skip
         for segment in self._segments(initial.function_space()):
             start = f
             f, block = apply(segment, [start, *segment.functions])
-            pieces.append(_Piece(segment, start, segment.stages(), block))
+            pieces.append(_Piece(segment, start, segment.traces(), block))
         return Run(self, initial, f, pieces)
 
     def on(self, Y: LabelSpace) -> ResidualNetwork:
@@ -212,6 +225,7 @@ class ResidualNetwork:
             steps=self.steps,
             layers_per_block=self.layers_per_block,
             solver_parameters=self.solver_parameters,
+            replay_steps=self.replay_steps,
         )
         for ours, theirs in zip(self.parameters, net.parameters):
             for k in range(len(ours.functions)):
@@ -231,9 +245,11 @@ class ResidualNetwork:
         stage = self._stage(values.samples)
         return [
             Segment(
-                [self._stepper(stage, layer) for layer in layers],
+                partial(self._steppers, stage, layers),
+                stage,
                 LayerCoefficients(self.bias, self.kernel, self.times, layers),
                 values,
+                annotate_tape() and self.replay_steps,
             )
             for layers in (
                 range(start, min(start + self.layers_per_block, self.layers))
@@ -246,25 +262,28 @@ class ResidualNetwork:
             self._stages[samples] = Stage(self.Y, self.activation, samples)
         return self._stages[samples]
 
-    def _stepper(self, stage: Stage, layer: int) -> LayerStepper:
+    def _steppers(self, stage: Stage, layers: range, orders: int) -> list[LayerStepper]:
+        return [self._stepper(stage, layer, orders) for layer in layers]
+
+    def _stepper(self, stage: Stage, layer: int, orders: int) -> LayerStepper:
         rank = self.kernel.on_layer(layer).kernel.psi.rank
-        return LayerStepper(stage, layer, rank, self.steps, self._options)
+        return LayerStepper(stage, layer, rank, self.steps, self._options, orders)
 
 
 @dataclass
 class _Piece:
-    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the stages are ours."""
+    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the traces are ours."""
 
     segment: Segment
     start: fd.Function
-    stages: list[list[StageValue]]
+    traces: list[LayerTrace]
     block: OperatorBlock | None
 
     def state(self, layers: int) -> np.ndarray:
-        start, stages = self.start, self.stages
+        start, traces = self.start, self.traces
         if self.block is not None:
-            start, stages = self.block.get_dependencies()[0].saved_output, self.segment.stages()
-        return self.segment.advance(self.segment.output.read(start), stages[:layers])
+            start, traces = self.block.get_dependencies()[0].saved_output, self.segment.traces()
+        return self.segment.advance(self.segment.output.read(start), traces[:layers])
 
     def costate(self, layers: int) -> np.ndarray | None:
         return self.segment.costate(layers) if self.block.adjoint_is_current else None

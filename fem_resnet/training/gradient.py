@@ -107,7 +107,7 @@ def train(
 
     Raises
     ------
-    NonFiniteState
+    StepFailure
         If the state overflows in a trial step.
 
     Examples
