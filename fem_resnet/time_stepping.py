@@ -198,12 +198,15 @@ class LayerStepper:
     def _state(self, vec: PETSc.Vec) -> np.ndarray:
         return vec.array.reshape(self._samples, self._rank + 1)
 
-    def _coefficients(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        return self._inputs.bias.coefficients(t), self._inputs.beta.coefficients(t)
+    def _fraction(self, t: float) -> float:
+        return t / (self._inputs.end - self._inputs.start)
+
+    def _coefficients(self, s: float) -> tuple[np.ndarray, np.ndarray]:
+        return self._inputs.bias.coefficients(s), self._inputs.beta.coefficients(s)
 
     def _rate(self, ts, t, y, F):
         g = y.array_r.reshape(self._samples, -1)[:, :-1].T
-        a, beta = self._coefficients(self._inputs.start + t)
+        a, beta = self._coefficients(self._fraction(t))
         rate = F.array_w.reshape(self._samples, -1)
         rate[:, :-1] = self.stage.rate(self._inputs.factors, a, beta @ g).T
         rate[:, -1] = 0.0
@@ -212,22 +215,22 @@ class LayerStepper:
         h = ts.getTime() - ts.getPrevTime()
         for weight, node, y in zip(self._weights, self._nodes, stage_values(ts, self._y.getSize())):
             if weight != 0.0:
-                a, beta = self._coefficients(self._inputs.start + ts.getPrevTime() + node * h)
+                a, beta = self._coefficients(self._fraction(ts.getPrevTime() + node * h))
                 g = y.reshape(self._samples, -1)[:, :-1].T
                 self.stages.append(StageValue(h * weight, self._inputs.factors.phi, a, beta @ g))
 
     def _set_stage(self, ts, t, y, J, P):
-        self._t = self._inputs.start + t
+        self._s = self._fraction(t)
         self._g = y.array_r.reshape(self._samples, -1)[:, :-1].T.copy()
         return True
 
     def _state_transpose(self, x, y):
         # PETSc asks for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
         x = x.array_r.reshape(self._samples, -1)
-        a, beta = self._coefficients(self._t)
+        a, beta = self._coefficients(self._s)
         D, by_node = self.stage.transpose(self._inputs.factors, a, beta @ self._g, x[:, :-1].T, x[:, -1], self._adjoint)
         self._functionals = np.concatenate(
-            [self._inputs.bias.pull_back(self._t, by_node), self._inputs.beta.pull_back(self._t, -D @ self._g.T)]
+            [self._inputs.bias.pull_back(self._s, by_node), self._inputs.beta.pull_back(self._s, -D @ self._g.T)]
         )
         result = y.array_w.reshape(self._samples, -1)
         result[:, :-1] = -(D.T @ beta)
