@@ -2,8 +2,8 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y),    0 <= t <= T
 
-Layer l is the time interval (t_l, t_(l+1)). Bias a and kernel b have coefficients of their own on each, or values at the
-layer times with a line between them (the interpolants a^tau, B^tau of section 2.1), or values that layers share.
+Layer l is the time interval (t_l, t_(l+1)). Bias a and kernel b have coefficients of their own on each, or values at
+the layer times with a line between them (the interpolants a^tau, B^tau of section 2.1), or values that layers share.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class ResidualNetwork:
         Layer times 0 = t_0 < .. < t_L instead, shape (L + 1,); no unit.
     bias_in_time, kernel_in_time
         How a and b depend on t. "layers": a value on each layer; "linear": continuous, linear between the layer times,
-        L + 1 values; "shared": one value for all layers, the autonomous case; or a group number a layer, shape (L,), from
-        0: one value a group. With bases of each layer, layers that share a value have the same basis.
+        L + 1 values; "shared": one value for all layers, the autonomous case; or a group number a layer, shape (L,),
+        from 0: one value a group. With bases of each layer, layers that share a value have the same basis.
     activation
         sigma, or its name.
     steps

@@ -3,8 +3,8 @@
     min  J = sum_s omega_s loss(h(O_s), C_s) + R(m),        m = (a, b, W, mu),   sum_s omega_s = 1            (2.11)
 
 What each part is says its module: `network`, `head`, `loss`, `regulariser`. What is minimised over may also be the
-initial state f_I, alone (data assimilation: f_I from what is known of f(T)) or with m; its gradient is the co-state r(0)
-of (4.2), and R takes it as one more parameter, with the sum over samples of int |f_I|^2 dy for its squared norm.
+initial state f_I, alone (data assimilation: f_I from what is known of f(T)) or with m; its gradient is the co-state
+r(0) of (4.2), and R takes it as one more parameter, with the sum over samples of int |f_I|^2 dy for its squared norm.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class LearningProblem:
     batch
         The data; `exchange` puts another in its place.
     learn
-        What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of the
-        batch on, which are overwritten; or "both". The regulariser takes what is learned.
+        What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of
+        the batch on, which training overwrites; or "both". The regulariser takes what is learned.
 
     Raises
     ------

@@ -348,8 +348,8 @@ def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeB
             other = first.setdefault(k, layer)
             if bases[other] is not basis:
                 raise ValueError(
-                    f"{name}_in_time: layers {other} and {layer} share coefficients of {name}, but have different bases "
-                    f'in space; give both one basis, or coefficients of their own ("layers")'
+                    f"{name}_in_time: layers {other} and {layer} share coefficients of {name}, but have different "
+                    f'bases in space; give both one basis, or coefficients of their own ("layers")'
                 )
     return [bases[first[k]] for k in range(len(time_basis.measures))]
 

@@ -4,11 +4,11 @@
     smooth in y      lambda/2 ( int |grad_y a|^2 dy dt + int |grad_y b|^2 + |grad_z b|^2 dy dz dt )
     smooth in t      lambda/2 sum_k ( ||a_(k+1) - a_k||^2 + ||b_(k+1) - b_k||^2 ) / d_k
 
-d_k the distance in t of what follows each other (centres of layers, or of groups of layers, with a value of their own; layer
-times for controls that are linear in t), so that the last is the integral of the squared derivative of the interpolant.
-Integrals over t are lumped, as the Riesz maps are. The initial state f_I, where it is learned, has the first two without
-the integral over t, added up over the samples. The factor 1/2 makes (4.7) hold to the letter: the gradient of Tikhonov's in a is lambda a. (The paper
-prints Remark 4.2 without it.) Sums of regularisers are regularisers.
+d_k the distance in t of what follows each other (centres of layers, or of groups of layers, with a value of their own;
+layer times for controls that are linear in t), so that the last is the integral of the squared derivative of the
+interpolant. Integrals over t are lumped, as the Riesz maps are. The initial state f_I, where it is learned, has the
+first two without the integral over t, added up over the samples. The factor 1/2 makes (4.7) hold to the letter: the
+gradient of Tikhonov's in a is lambda a. (The paper prints Remark 4.2 without it.) Sums of regularisers are regularisers.
 """
 
 from __future__ import annotations

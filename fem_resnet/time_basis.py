@@ -1,9 +1,9 @@
 """Time bases: how the coefficients of layers hang together.
 
-A parameter is p(t) = sum_k theta_k(t) c_k (see `parameter`). Section 2.1 of the paper has a^tau and B^tau that interpolate
-linearly between the layer times t_0 < .. < t_L (`Hats`); residual networks (2.1) have a value of their own on each
-layer (`LayerIndicators`); autonomous ones, f_t = sigma(a - B f), one value for all layers, and in between groups of
-layers share one (`Groups`). A layer sees its time as the fraction s = (t - t_l) / (t_(l+1) - t_l), in [0, 1].
+A parameter is p(t) = sum_k theta_k(t) c_k (see `parameter`). Section 2.1 of the paper has a^tau and B^tau that
+interpolate linearly between the layer times t_0 < .. < t_L (`Hats`); residual networks (2.1) have a value of their own
+on each layer (`LayerIndicators`); autonomous ones, f_t = sigma(a - B f), one value for all layers (`Shared`), and in
+between groups of layers share one (`Groups`). A layer sees its time as the fraction s = (t - t_l) / (t_(l+1) - t_l).
 """
 
 from __future__ import annotations

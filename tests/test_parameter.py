@@ -154,7 +154,7 @@ def test_pair_with_dual_is_the_inner_product_in_the_label_measure(basis):
 
 
 @on_ranks
-@pytest.mark.parametrize("basis", [name for name in SPACE_BASES if "nodes" not in name and name != "states"], indirect=True)
+@pytest.mark.parametrize("basis", [n for n in SPACE_BASES if "nodes" not in n and n != "states"], indirect=True)
 def test_coefficients_in_a_basis_are_the_same_bits_on_every_rank(basis):
     function = fd.Function(basis.space)
     # Only the owner's numbers count: what other ranks bring must not matter.
@@ -417,7 +417,8 @@ def test_parameters_start_at_zero_and_keep_what_is_set(basis):
 def test_dim_counts_coefficients_on_all_ranks(basis, time_basis):
     parameter = Parameter("p", basis, TIME_BASES[time_basis](TIMES))
     one = basis.Y.size * basis.space.value_size if isinstance(basis, NODAL) else np.prod(basis.shape)
-    assert parameter.dim == one * {"indicators": 4, "hats": 5, "shared": 1, "groups": 2, "pairs of layers": 2}[time_basis]
+    functions = {"indicators": 4, "hats": 5, "shared": 1, "groups": 2, "pairs of layers": 2}[time_basis]
+    assert parameter.dim == one * functions
 
 
 @on_ranks
