@@ -21,8 +21,9 @@ from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.blocks import apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
-from fem_resnet.parameter import BasisCoefficients, KernelCoefficients, Once, Parameter
+from fem_resnet.parameter import BasisCoefficients, KernelCoefficients, Parameter
 from fem_resnet.points import class_space
+from fem_resnet.time_basis import Once
 
 __all__ = ["PREDICTIONS", "Head", "Prediction", "log_density"]
 

@@ -2,7 +2,8 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y),    0 <= t <= T
 
-Layer l is the time interval (t_l, t_(l+1)) on which bias a and kernel b have coefficients of their own.
+Layer l is the time interval (t_l, t_(l+1)). Bias a and kernel b have coefficients of their own on each, or values at
+the layer times with a line between them (the interpolants a^tau, B^tau of section 2.1), or values that layers share.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from fem_resnet.parameter import (
     BasisCoefficients,
     KernelCoefficients,
     LayerCoefficients,
-    LayerIndicators,
     NodalValues,
     Parameter,
     SpaceBasis,
 )
 from fem_resnet.segment import Segment
+from fem_resnet.time_basis import get_time_basis
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
 __all__ = ["ResidualNetwork", "Run"]
@@ -58,6 +59,10 @@ class ResidualNetwork:
         Number L >= 0 of layers of equal length, and T > 0.
     times
         Layer times 0 = t_0 < .. < t_L instead, shape (L + 1,); no unit.
+    bias_in_time, kernel_in_time
+        How a and b depend on t. "layers": a value on each layer; "linear": continuous, linear between the layer times,
+        L + 1 values; "shared": one value for all layers, the autonomous case; or a group number a layer, shape (L,),
+        from 0: one value a group. With bases of each layer, layers that share a value have the same basis.
     activation
         sigma, or its name.
     steps
@@ -75,7 +80,7 @@ class ResidualNetwork:
     ----------
     Y : LabelSpace
     bias, kernel : Parameter
-        a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients.
+        a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients, or the layer time t_l, or group l.
     bases : dict of str to tuple
         What was given as "phi", "psi" and "bias": one for all layers, or one a layer.
     times : numpy.ndarray
@@ -107,6 +112,8 @@ class ResidualNetwork:
         layers: int = 8,
         final_time: float = 1.0,
         times: Sequence[float] | None = None,
+        bias_in_time: str | Sequence[int] = "layers",
+        kernel_in_time: str | Sequence[int] = "layers",
         activation: str | Activation = "tanh",
         steps: int = 1,
         layers_per_block: int | None = None,
@@ -128,10 +135,15 @@ class ResidualNetwork:
             for basis in bases:
                 if basis is not None and basis.Y is not self.Y:
                     raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
-        indicators = LayerIndicators(self.times)
-        self.bias = Parameter("bias", _shared(self._bias_basis, self.bases["bias"]), indicators)
+        self.bias = Parameter(
+            "bias",
+            _shared(self._bias_basis, self.bases["bias"]),
+            get_time_basis(bias_in_time, self.times, "bias_in_time"),
+        )
         self.kernel = Parameter(
-            "kernel", _shared(_kernel_basis, self.bases["phi"], self.bases["psi"]), indicators
+            "kernel",
+            _shared(_kernel_basis, self.bases["phi"], self.bases["psi"]),
+            get_time_basis(kernel_in_time, self.times, "kernel_in_time"),
         )
         self.replay_steps = replay_steps
         self._options = solver_options(solver_parameters, options_prefix)
@@ -221,6 +233,8 @@ class ResidualNetwork:
         net = ResidualNetwork(
             **{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()},
             times=self.times,
+            bias_in_time=self.bias.time_basis.description,
+            kernel_in_time=self.kernel.time_basis.description,
             activation=self.activation,
             steps=self.steps,
             layers_per_block=self.layers_per_block,
