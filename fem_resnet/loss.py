@@ -248,10 +248,10 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
         return np.array(on(Y).assemble("value", p, C), dtype=float) / Y.comm.size
 
     def dual(Y, p, C):
-        return _columns(on(Y).assemble("derivative", p, C))
+        return on(Y).columns("derivative", p, C)
 
     def curvature(Y, p, C, v):
-        return _columns(on(Y).assemble("second", p, C, v))
+        return on(Y).columns("second", p, C, v)
 
     return _of_prediction(name, value, dual, curvature)
 
@@ -269,6 +269,8 @@ class _SampleForms:
         # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
         degree = estimate_total_polynomial_degree(apply_derivatives(apply_algebra_lowering(form)))
         self._rule = {"quadrature_degree": degree}
+        # Where a derivative is zero, there is nothing to assemble.
+        self._vanishing = [which for which, f in self._forms.items() if apply_derivatives(apply_algebra_lowering(f)).empty()]
 
     def assemble(self, which: str, *batches: np.ndarray) -> list:
         """The form for each sample of these batches of node values: of p, C and v."""
@@ -280,6 +282,8 @@ class _SampleForms:
                 assembled.append(fd.assemble(self._forms[which], form_compiler_parameters=self._rule))
         return assembled
 
-
-def _columns(cofunctions: Sequence[fd.Cofunction]) -> np.ndarray:
-    return np.column_stack([cofunction.dat.data_ro for cofunction in cofunctions])
+    def columns(self, which: str, *batches: np.ndarray) -> np.ndarray:
+        """The same of a form with a test function: functionals of the node values, shape (nodes, samples)."""
+        if which in self._vanishing:
+            return np.zeros_like(batches[0])
+        return np.column_stack([functional.dat.data_ro for functional in self.assemble(which, *batches)])
