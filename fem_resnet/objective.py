@@ -18,7 +18,7 @@ from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_ta
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
-from fem_resnet.blocks import OperatorBlock
+from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.loss import Loss, sample_weights
 from fem_resnet.network import ResidualNetwork, Run
@@ -181,10 +181,16 @@ class LearningProblem:
         """One Control a set of coefficients, each with its Riesz map."""
         return [control for parameter in self.parameters for control in parameter.controls()]
 
-    def record(self) -> tuple[ReducedFunctional, Run]:
+    def record(self, *, gauss_newton: bool = False) -> tuple[ReducedFunctional, Run]:
         """J as a function of all that is learned, on a tape of its own, and the run recorded there.
 
         The working tape and whether annotation is on are left as they were.
+
+        Parameters
+        ----------
+        gauss_newton
+            Whether `hessian` of the functional is to be the action of Gauss and Newton, which is positive semidefinite
+            for convex losses: see `blocks.gauss_newton`.
         """
         # Variables of its own too: what another recording does to the same Functions must not be seen here.
         for function in (self.batch.inputs, *self.functions):
@@ -198,7 +204,8 @@ class LearningProblem:
                 if not was_annotating:
                     pause_annotation()
             self._recorded = self.batch.inputs.block_variable, block
-            return ReducedFunctional(J, self.controls(), tape=tape), run
+            functional = _GaussNewtonFunctional if gauss_newton else ReducedFunctional
+            return functional(J, self.controls(), tape=tape), run
 
     def exchange(self, batch: Batch) -> None:
         """Put another batch of as many samples in the place of the present one, without recording again.
@@ -258,6 +265,12 @@ class LearningProblem:
             )
         return batches
 
-    def reduced_functional(self) -> ReducedFunctional:
+    def reduced_functional(self, *, gauss_newton: bool = False) -> ReducedFunctional:
         """J as a function of all that is learned: for `taylor_test`, TAO, SciPy. See `record`."""
-        return self.record()[0]
+        return self.record(gauss_newton=gauss_newton)[0]
+
+
+class _GaussNewtonFunctional(ReducedFunctional):
+    def hessian(self, m_dot, **options):
+        with gauss_newton(self.tape):
+            return super().hessian(m_dot, **options)

@@ -77,6 +77,12 @@ class _RegulariserOperator:
             functionals += total
         return functionals
 
+    def tangent(self, arrays, directions):
+        return sum(slot.pair(d, v) for slot, d, v in zip(self.inputs, self.adjoint(arrays, 1.0), directions))
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        return [a + b for a, b in zip(self.adjoint(arrays, dual_dot), self.adjoint(directions, dual))]
+
 
 def _mass(parameter, coefficients):
     return [

@@ -95,17 +95,26 @@ class Segment:
         f, *coefficients = arrays
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
-        self._run(self.steppers, [f], self._layers, save)
+        self._run(self.steppers, [f], self._layers, save, self._steps)
         if self._replay:
-            self._steps = [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
+            self._steps = self._adapted()
         return self.state(f, len(self.steppers))
 
+    def _adapted(self) -> list[list[float] | None]:
+        """The steps of the last forward solve, where they were adapted."""
+        return [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
+
     def _run(
-        self, steppers: Sequence[LayerStepper], f: list[np.ndarray], layers: Sequence[tuple[LayerInputs, ...]], save: bool
+        self,
+        steppers: Sequence[LayerStepper],
+        f: list[np.ndarray],
+        layers: Sequence[tuple[LayerInputs, ...]],
+        save: bool,
+        taken: Sequence[list[float] | None],
     ) -> None:
         """Step all layers from f, with its tangent if there is one."""
         psi = None
-        for l, (stepper, inputs, steps) in enumerate(zip(steppers, layers, self._steps)):
+        for l, (stepper, inputs, steps) in enumerate(zip(steppers, layers, taken)):
             new_psi = inputs[0].factors.psi is not psi
             at_start = f
             if new_psi or stepper.carries_f:
@@ -202,7 +211,7 @@ class Segment:
             self._tangent_steppers = self._make(2)
         layers = list(zip(*(self._coefficients.on_layers(group[1:]) for group in (arrays, directions))))
         f = [arrays[0], directions[0]]
-        self._run(self._tangent_steppers, f, layers, save)
+        self._run(self._tangent_steppers, f, layers, save, self._adapted())
         return f, layers
 
     @PETSc.Log.EventDecorator("fem_resnet:second_adjoint")
