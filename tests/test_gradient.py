@@ -372,17 +372,6 @@ def test_an_unrecorded_run_has_no_costate():
 
 
 @on_ranks
-def test_tangent_and_hessian_are_refused(record, rng):
-    problem = record()
-    J, direction = problem.reduced(), problem.direction("all", rng)
-    with pytest.raises(NotImplementedError, match="tangents are not implemented, only first adjoints"):
-        J.tlm(direction)
-    J.derivative()
-    with pytest.raises(NotImplementedError, match="are not implemented, only first adjoints"):
-        J.hessian(direction)
-
-
-@on_ranks
 @pytest.mark.parametrize("layers_per_block", [1, 3])
 def test_evaluations_create_no_functions_and_no_blocks(layers_per_block, record, tape, monkeypatch):
     problem = record(layers_per_block=layers_per_block)
