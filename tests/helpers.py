@@ -96,13 +96,16 @@ def smooth(Y: LabelSpace, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
 
 def set_smooth(net, rng, size: float = 1.0) -> None:
     """Give bias and kernel of all layers values of that size which do not depend on the partition."""
-    for layer in range(net.layers):
-        kernel, bias = net.kernel.space_basis, net.bias.space_basis
-        net.kernel.set(layer, size * rng.normal(size=kernel.shape) / kernel.shape[1] ** 0.5)
-        if bias.space is net.Y.V:
-            net.bias.set(layer, size * smooth(net.Y, 1, seed=layer)[:, 0])
-        else:
-            net.bias.set(layer, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
+    for k in range(max(len(net.kernel.functions), len(net.bias.functions))):
+        if k < len(net.kernel.functions):
+            shape = net.kernel.space_bases[k].shape
+            net.kernel.set(k, size * rng.normal(size=shape) / shape[1] ** 0.5)
+        if k < len(net.bias.functions):
+            bias = net.bias.space_bases[k]
+            if bias.space is net.Y.V:
+                net.bias.set(k, size * smooth(net.Y, 1, seed=k)[:, 0])
+            else:
+                net.bias.set(k, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
 
 
 def network(space=("disk", "CG1"), *, alone=False, size=1.0, basis_for_bias=False, **options) -> ResidualNetwork:

@@ -108,7 +108,8 @@ def test_tangent_is_the_adjoint_of_the_adjoint_and_a_difference(name, annotation
     m, v = point(J), direction(net, np.random.default_rng(3))
     J(m)
     by_adjoint, by_tangent = pair(J.derivative(), v), float(J.tlm(v))
-    assert abs(by_adjoint - by_tangent) < 1e-11 * abs(by_adjoint)
+    # Matrix-free linear solves go down by 1e-10.
+    assert abs(by_adjoint - by_tangent) < (1e-8 if "matfree" in name else 1e-11) * abs(by_adjoint)
     eps = 1e-5
     plus, minus = (J([x._ad_add(d._ad_mul(sign * eps)) for x, d in zip(m, v)]) for sign in (1, -1))
     assert abs((plus - minus) / (2 * eps) - by_tangent) < 1e-7 * abs(by_tangent)
@@ -119,17 +120,18 @@ def test_hessian_agrees_with_dense_differences_of_the_gradient(method):
     basis = laplace("annulus", "DG0", 3)
     net = ResidualNetwork(basis, bias=basis, times=TIMES[:3], activation="tanh", solver_parameters=method)
     batch = Batch(net.Y.batch(smooth(net.Y, 2)), net.Y.batch(smooth(net.Y, 2, seed=9)))
-    J = ReducedFunctionalNumPy(LearningProblem(net, None, least_squares, tikhonov(0.1), batch).reduced_functional())
+    J = LearningProblem(net, None, least_squares, tikhonov(0.1), batch).reduced_functional()
+    array = ReducedFunctionalNumPy(J)
     x = np.random.default_rng(0).normal(size=2 * (3 + 9))
 
     def gradient(x):
-        J(x)
-        return J.derivative()
+        array(x)
+        return array.get_global(J.derivative())
 
     eps = 1e-5
     differences = [(gradient(x + eps * e) - gradient(x - eps * e)) / (2 * eps) for e in np.eye(len(x))]
     gradient(x)
-    dense = [J.hessian(x, e) for e in np.eye(len(x))]
+    dense = [array.get_global(J.hessian(array.set_local(point(J), e))) for e in np.eye(len(x))]
     # truncation eps^2 and round-off 1e-16/eps of numbers of size one
     assert_allclose(dense, differences, rtol=0, atol=1e-8)
 
@@ -152,7 +154,7 @@ def test_hessian_actions_leave_gradient_states_and_costates_alone(annotation):
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def small_problem(regularisation=1e-2):
+def small_problem(regularisation=0.1):
     basis = laplace("disk", "CG1", 4)
     net = ResidualNetwork(basis, bias=basis, layers=2, activation="tanh")
     batch = Batch(net.Y.batch(smooth(net.Y, 6)), net.Y.batch(smooth(net.Y, 6, seed=9)))
@@ -173,26 +175,26 @@ def test_newton_trains_layers_and_is_quadratic_at_the_end(tao_type):
     assert ratios and max(ratios) < 1e3, f"gradient norms {norms}"
 
 
-def test_scipy_trust_ncg_trains_layers():
+@pytest.mark.parametrize("method, tolerance", [("trust-ncg", {"gtol": 1e-10}), ("Newton-CG", {"xtol": 1e-12})])
+def test_scipy_trains_layers_by_newton_steps(method, tolerance):
     problem = small_problem()
-    J = ReducedFunctionalNumPy(problem.reduced_functional())
-    x = np.zeros(sum(p.dim for p in problem.parameters))
+    J = problem.reduced_functional()
+    array = ReducedFunctionalNumPy(J)
 
-    def value(x):
-        return float(J(x))
-
+    # SciPy takes Euclidean products: it gets derivatives as they are, not their representatives.
     def gradient(x):
-        J(x)
-        return J.derivative()
+        array(x)
+        return array.get_global(J.derivative())
 
     def action(x, v):
         gradient(x)
-        return J.hessian(x, v)
+        return array.get_global(J.hessian(array.set_local(problem.functions, v)))
 
-    for method in ("trust-ncg", "Newton-CG"):
-        more = {"gtol": 1e-10} if method == "trust-ncg" else {"xtol": 1e-14}
-        result = minimize(value, x, jac=gradient, hessp=action, method=method, options=more | {"maxiter": 100})
-        assert np.linalg.norm(gradient(result.x)) < 1e-10, (method, result.message)
+    x = np.zeros(sum(parameter.dim for parameter in problem.parameters))
+    result = minimize(
+        lambda x: float(array(x)), x, jac=gradient, hessp=action, method=method, options=tolerance | {"maxiter": 100}
+    )
+    assert np.linalg.norm(gradient(result.x)) < 1e-10, result.message
 
 
 def test_gauss_newton_trains_layers():
