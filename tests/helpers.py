@@ -142,6 +142,12 @@ class HalfSquareDistance:
     def adjoint(self, arrays, dual):
         return [dual * self.Y.weights[:, None] * (arrays[0] - self.target)]
 
+    def tangent(self, arrays, directions):
+        return float(self.Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        return [self.adjoint(arrays, dual_dot)[0] + dual * self.Y.weights[:, None] * directions[0]]
+
 
 def half_square_distance(f: fd.Function, target: fd.Function, Y: LabelSpace):
     """J = 1/2 sum_s int (f_s - target_s)^2 dy as an AdjFloat, recorded if the tape is annotating."""
