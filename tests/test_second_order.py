@@ -360,6 +360,59 @@ def test_tangents_and_hessians_after_an_input_has_changed_are_refused():
         J.hessian(v)
 
 
+class _Sine:
+    """f -> sin f. As a layer does, an adjoint or second adjoint uses up what a forward solve has saved."""
+
+    ready = False
+
+    def __init__(self, Y, space):
+        self.output, self.solves = BatchValues(Y, space), 0
+        self.inputs = [self.output]
+
+    def forward(self, arrays, save):
+        self.ready, self.solves = save, self.solves + 1
+        return np.sin(arrays[0])
+
+    def adjoint(self, arrays, dual):
+        assert self.ready, "an adjoint without a forward solve"
+        self.ready = False
+        return [np.cos(arrays[0]) * dual]
+
+    def tangent(self, arrays, directions):
+        return np.cos(arrays[0]) * directions[0]
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        self.ready = False
+        return [np.cos(arrays[0]) * dual_dot - np.sin(arrays[0]) * directions[0] * dual]
+
+
+@on_ranks
+def test_an_operator_whose_adjoint_uses_up_its_forward_solve_is_solved_again():
+    Y = label_space("disk", "DG0")
+    f, target, v = (Y.batch(smooth(Y, seed=k)) for k in range(3))
+    operator = _Sine(Y, f.function_space())
+    with taping():
+        output, block = apply(operator, [f])
+        J = half_square_distance(output, target, Y)
+    J = ReducedFunctional(J, Control(f, riesz_map=Y.riesz_map))
+    s, c, misfit = np.sin(Y.values(f)), np.cos(Y.values(f)), np.sin(Y.values(f)) - Y.values(target)
+    approximate = Y.weights[:, None] * c**2 * Y.values(v)
+    exact = approximate - Y.weights[:, None] * s * misfit * Y.values(v)
+    for _ in range(2):
+        derivative = J.derivative()
+        assert_allclose(Y.values(derivative), Y.weights[:, None] * c * misfit, rtol=1e-13)
+        for _ in range(2):
+            assert_allclose(Y.values(J.hessian(v)), exact, rtol=1e-12, atol=1e-14)
+        assert operator.solves == 1 and block.adjoint_is_current  # the first of recording, the other anew
+        operator.solves = 0
+    for solves in (1, 2):
+        with gauss_newton(J.tape):
+            assert_allclose(Y.values(J.hessian(v)), approximate, rtol=1e-13)
+        assert operator.solves == solves
+        assert not block.adjoint_is_current, "what the operator keeps is no longer the adjoint of J"
+    assert_allclose(Y.values(J.hessian(v)), exact, rtol=1e-12, atol=1e-14)
+
+
 class _FirstOrder:
     """The integral of f: no tangent, no second adjoint."""
 
