@@ -152,9 +152,9 @@ def taylor(request):
     """``taylor(J, m, h, row, column)``: Taylor test of a ReducedFunctional in the direction h, noted in the summary.
 
     The remainder without the derivative must fall at rate 1, the one with it at rate 2; with ``second_order=True`` that
-    with the Hessian too at rate 3. Returns these rates. For m and h of size one the steps are 1e-4 h to 1.25e-5 h: short
-    enough for a direction in which one derivative happens to be small beside the next one, and long enough for round-off
-    to be 1e-5 of the remainders or less. For the third remainder they are ten times as long for the same reason.
+    with the Hessian too at rate 3. Returns these rates. For m and h of size one the steps are 1e-4 h to 1.25e-5 h:
+    short enough for a direction in which one derivative happens to be small beside the next one, and long enough for
+    round-off to be 1e-5 of the remainders or less. For the third remainder they are ten times as long for that reason.
     """
     rates = request.config.stash[TAYLOR_RATES]
 

@@ -146,10 +146,10 @@ class HalfSquareDistance:
         return [dual * self.Y.weights[:, None] * (arrays[0] - self.target)]
 
     def tangent(self, arrays, directions):
-        return float(self.Y.sum(np.einsum("i,is,is->", self.Y.weights, arrays[0] - self.target, directions[0])))
+        return float(self.Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))
 
     def second_adjoint(self, arrays, directions, dual, dual_dot):
-        return [self.Y.weights[:, None] * (dual_dot * (arrays[0] - self.target) + dual * directions[0])]
+        return [self.adjoint(arrays, dual_dot)[0] + dual * self.Y.weights[:, None] * directions[0]]
 
 
 def half_square_distance(f: fd.Function, target: fd.Function, Y: LabelSpace):

@@ -2,8 +2,8 @@
 
 TAO's gradient norm and the first matrix of its L-BFGS are the Riesz maps of the controls, so what is computed are
 gradients in L2(Y x (0,T)) and L2(Y x Y x (0,T)), (4.3), (4.4), (4.7), whatever the mesh or the lengths of the layers.
-The same holds of TAO's Newton methods, with Hessian actions of pyadjoint: the Riesz maps precondition their linear solves
-and measure the radius of their trust regions.
+The same holds of TAO's Newton methods, with Hessian actions of pyadjoint: the Riesz maps precondition their linear
+solves and measure the radius of their trust regions.
 """
 
 from __future__ import annotations
