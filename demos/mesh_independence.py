@@ -45,7 +45,7 @@ def label_space(refinement):
 SAMPLES = 5
 RANK = 8
 FINAL_TIME = 1.0
-TIKHONOV = 1e-2
+TIKHONOV = 0.1
 
 
 def waves(Y, seed):
@@ -75,16 +75,19 @@ class PlainNumbers(LearningProblem):
 
 
 # %% Counting iterations
-# TAO's L-BFGS, from zero until the norm of the gradient - in the problem's own inner product - has fallen by 1e-6.
+# TAO's L-BFGS, from zero until the norm of the gradient - in the problem's own inner product - has fallen by 1e-6. In
+# plain numbers we do not wait for more than 1,000.
 
-TOLERANCES = {"tao_gatol": 0.0, "tao_gttol": 1e-6, "tao_max_it": 2000}
+FALL = 1e-6
+LIMIT = 1000
 
 
-def iterations(problem):
-    """How many iterations it takes."""
-    result = train(problem, TOLERANCES, monitor=lambda progress: None)
-    assert result.converged, result.reason
-    return result.iterations
+def iterations(problem, fall):
+    """How many iterations it takes; more than `LIMIT` where they did not suffice."""
+    options = {"tao_gatol": 0.0, "tao_gttol": fall, "tao_max_it": LIMIT}
+    result = train(problem, options, monitor=lambda progress: None)
+    assert result.reason in ("CONVERGED_GTTOL", "DIVERGED_MAXITS"), result.reason
+    return result.iterations if result.converged else LIMIT + 1
 
 
 # %% Layers of any lengths
@@ -97,7 +100,8 @@ def equal(layers):
 
 def unequal(layers, ratio):
     """Layer times of layers each of which is `ratio` times as long as the one before."""
-    return np.concatenate([[0], np.cumsum(ratio ** np.arange(layers))]) / np.sum(ratio ** np.arange(layers)) * FINAL_TIME
+    lengths = ratio ** np.arange(layers)
+    return np.concatenate([[0], np.cumsum(lengths)]) / lengths.sum() * FINAL_TIME
 
 
 # %% All together
@@ -106,28 +110,31 @@ def unequal(layers, ratio):
 def main(short=False):
     """Returns the iterations of all cases, in function space and in plain numbers."""
     start = time.perf_counter()
-    cases = [(refinement, 4, 1.0) for refinement in range(2 if short else 4)]
-    cases += [(1, layers, 1.0) for layers in ([8] if short else [8, 16])]
-    cases += [(1, layers, ratio) for layers, ratio in ([(4, 2.0)] if short else [(4, 2.0), (8, 2.0), (16, 1.3)])]
+    # Refinements of the mesh, layers, and how much longer each is than the one before.
+    cases = [(0, 4, 1.0), (1, 4, 1.0), (1, 8, 1.0), (1, 4, 2.0)]
+    if not short:
+        cases[2:] = [(2, 4, 1.0), (3, 4, 1.0), (1, 8, 1.0), (1, 16, 1.0), (1, 4, 2.0), (1, 8, 2.0), (1, 16, 1.3)]
+    fall = 1e-3 if short else FALL
 
     def say(text):
         if fd.COMM_WORLD.rank == 0:
             print(text, flush=True)
 
-    say("                                              iterations in")
-    say("  nodes  layers  longest/shortest    function space    plain numbers")
+    say(f"{'':32s}iterations in")
+    say(f"{'nodes':>7s}{'layers':>8s}{'longest/shortest':>18s}{'function space':>16s}{'plain numbers':>15s}")
     counts = []
     for refinement, layers, ratio in cases:
         Y = label_space(refinement)
         times = equal(layers) if ratio == 1 else unequal(layers, ratio)
-        counts.append([iterations(learning_problem(Y, times, kind)) for kind in (LearningProblem, PlainNumbers)])
-        say(f"{Y.size:7d}{layers:8d}{ratio ** (layers - 1):18.0f}{counts[-1][0]:18d}{counts[-1][1]:17d}")
+        counts.append([iterations(learning_problem(Y, times, kind), fall) for kind in (LearningProblem, PlainNumbers)])
+        in_function_space, plain = (f"> {LIMIT}" if count > LIMIT else str(count) for count in counts[-1])
+        say(f"{Y.size:7d}{layers:8d}{ratio ** (layers - 1):18.0f}{in_function_space:>16s}{plain:>15s}")
     say(f"time: {time.perf_counter() - start:.0f} s")
 
-    # What this page claims.
+    # What this page claims: within 20 per cent, and more than twice as many.
     in_function_space, plain = np.array(counts).T
-    assert in_function_space.max() <= 1.2 * in_function_space.min()
-    assert plain.max() >= 2 * plain.min()
+    assert in_function_space.max() <= min(1.2 * in_function_space.min(), LIMIT)
+    assert plain.max() > 2 * plain.min()
     return in_function_space, plain
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +97,8 @@ def train(
     problem
         The learning problem.
     solver_parameters, options_prefix
-        TAO's options over `SOLVER_PARAMETERS` (L-BFGS).
+        TAO's options over `SOLVER_PARAMETERS` (L-BFGS). It keeps 5 pairs unless `tao_lmvm_mat_lmvm_hist_size` says
+        otherwise.
     monitor
         Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
 
@@ -116,12 +117,8 @@ def train(
     """
     comm = problem.net.Y.comm
     functional, _ = problem.record()
-    solver = TAOSolver(
-        MinimizationProblem(functional),
-        SOLVER_PARAMETERS | (solver_parameters or {}),
-        options_prefix=options_prefix,
-        comm=comm,
-    )
+    with _options_of_the_matrix(SOLVER_PARAMETERS | (solver_parameters or {})) as parameters:
+        solver = TAOSolver(MinimizationProblem(functional), parameters, options_prefix=options_prefix, comm=comm)
     functions = problem.functions
     interface = PETScVecInterface(functions, comm=comm)
     limit = solver.tao.getMaximumIterations()
@@ -168,6 +165,24 @@ def train(
         gradient_norms=np.array([entry.gradient_norm for entry in history]),
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def _options_of_the_matrix(parameters: dict):
+    """Set those of L-BFGS's matrix, such as `tao_lmvm_mat_lmvm_hist_size`, and give the others.
+
+    Whatever the prefix of a TAO, PETSc 3.26 looks for its matrix's options without it. The command line goes first.
+    """
+    options = PETSc.Options()
+    of_matrix = {name: value for name, value in parameters.items() if name.startswith(("tao_lmvm_mat", "tao_blmvm_mat"))}
+    added = {name: value for name, value in of_matrix.items() if not options.hasName(name)}
+    for name, value in added.items():
+        options[name] = value
+    try:
+        yield {name: value for name, value in parameters.items() if name not in of_matrix}
+    finally:
+        for name in added:
+            options.delValue(name)
 
 
 def _reasons() -> dict[int, str]:
