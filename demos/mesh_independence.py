@@ -10,7 +10,7 @@ so that its iterates are approximations of one sequence of functions, and their 
 method with the inner product of plain numbers, as deep learning has it, knows neither the size of a cell nor the length
 of a layer: the same problem gets harder with each refinement. Run
 
-    containers/run python demos/mesh_independence.py           (about DURATION; --short for some seconds)
+    containers/run python demos/mesh_independence.py           (about four minutes; --short for 10 s)
     containers/run mpiexec -n 2 python demos/mesh_independence.py
 """
 
@@ -111,7 +111,7 @@ def main(short=False):
     """Returns the iterations of all cases, in function space and in plain numbers."""
     start = time.perf_counter()
     # Refinements of the mesh, layers, and how much longer each is than the one before.
-    cases = [(0, 4, 1.0), (1, 4, 1.0), (1, 8, 1.0), (1, 4, 2.0)]
+    cases = [(0, 4, 1.0), (1, 4, 1.0), (1, 4, 2.0)]
     if not short:
         cases[2:] = [(2, 4, 1.0), (3, 4, 1.0), (1, 8, 1.0), (1, 16, 1.0), (1, 4, 2.0), (1, 8, 2.0), (1, 16, 1.3)]
     fall = 1e-3 if short else FALL

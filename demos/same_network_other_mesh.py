@@ -5,7 +5,7 @@ A network whose bias and kernel are expanded in Laplace eigenfunctions of its la
 Here one network is made on one mesh, moved to coarser and finer ones, to other cells and to other spaces by `net.on`, and
 run there on the same functions: its outputs f(., T) are approximations of one function, and their errors fall as h^2. Run
 
-    containers/run python demos/same_network_other_mesh.py     (about DURATION; --short for some seconds)
+    containers/run python demos/same_network_other_mesh.py     (about half a minute; --short for 10 s)
     containers/run mpiexec -n 2 python demos/same_network_other_mesh.py
 
 It prints the errors on the disk and on the sphere, and draws one state on four meshes to demos/output/.

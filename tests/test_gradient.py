@@ -253,7 +253,11 @@ def test_values_assigned_after_recording_are_not_those_of_the_tape(record):
 
 
 @pytest.mark.parallel([2, 3])
-@pytest.mark.parametrize("space", [("disk", "CG1"), ("sphere", "DG0"), ("annulus", "CG2"), ("cube", "CG1")], ids=name)
+@pytest.mark.parametrize(
+    "space",
+    [("disk", "CG1"), ("sphere", "DG0"), ("annulus", "CG2"), ("cube", "CG1"), ("polygon", "KMV3"), ("block", "CG1")],
+    ids=name,
+)
 @pytest.mark.parametrize("basis_for_bias", [False, True], ids=["bias at nodes", "bias in basis"])
 def test_any_number_of_ranks_gives_the_same_gradient(space, basis_for_bias, record):
     """Coefficients as they are, functions by inner products: the mesh on this rank alone against its parts."""
