@@ -11,6 +11,7 @@ run there on the same functions: its outputs f(., T) are approximations of one f
 It prints the errors on the disk and on the sphere, and draws one state on four meshes to demos/output/.
 """
 
+import gc
 import logging
 import sys
 import time
@@ -129,28 +130,34 @@ def table(domain, net, compared, finest, short, say):
 # %% The figure
 
 
+def panels(net):
+    """A title, the nodes and the state's values there for each of four label spaces of the disk, on rank 0."""
+    found = []
+    for family, degree, refinement in [("CG", 1, 2), ("DG", 0, 3), ("KMV", 2, 2), ("CG", 1, 5)]:
+        Y = label_space(fd.UnitDiskMesh, family, degree, refinement)
+        values = np.array(Y.values(net.on(Y)(inputs(Y)))[:, 0])
+        parts = Y.comm.gather((Y.coordinates, values))
+        if Y.comm.rank == 0:
+            found.append((f"{family}{degree}, {Y.size} nodes", *(np.concatenate(part) for part in zip(*parts))))
+    return found
+
+
 def draw(path, net):
     """The same state on four label spaces of the disk."""
+    found = panels(net)
+    # Rank 0 alone draws. Meshes that Python throws away meanwhile would be freed there and not on the other ranks, which
+    # PETSc does not survive: they go now, on all ranks.
+    gc.collect()
+    if fd.COMM_WORLD.rank:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    choices = [("CG", 1, 2), ("DG", 0, 3), ("KMV", 2, 2), ("CG", 1, 5)]
-    panels = []
-    for family, degree, refinement in choices:
-        Y = label_space(fd.UnitDiskMesh, family, degree, refinement)
-        values = np.array(Y.values(net.on(Y)(inputs(Y)))[:, 0])
-        # A figure is drawn by one rank.
-        parts = Y.comm.gather((Y.coordinates, values))
-        title = f"{family}{degree}, {Y.size} nodes"
-        if Y.comm.rank == 0:
-            panels.append((title, *(np.concatenate(part) for part in zip(*parts))))
-    if fd.COMM_WORLD.rank:
-        return
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.5), layout="constrained")
-    low, high = panels[-1][2].min(), panels[-1][2].max()
-    for panel, (title, points, values) in zip(axes, panels):
+    low, high = found[-1][2].min(), found[-1][2].max()
+    for panel, (title, points, values) in zip(axes, found):
         panel.tripcolor(*points.T, values, shading="gouraud", cmap="RdBu_r", vmin=low, vmax=high)
         panel.plot(*points.T, "k.", markersize=1 if len(points) < 1000 else 0.1)
         panel.set(title=title, aspect="equal")
