@@ -36,6 +36,9 @@ class Method:
         Whether its stages are known only as the last arguments of the implicit function.
     overruns : bool
         Whether it goes on, with a step of length 0, when a step happens to end at the end.
+    solves_for_first_slope : bool
+        Whether it solves for the slope at its start before the first stage; PETSc then hands over the time of the stage
+        that was solved for last, be it another solve's.
     """
 
     implicit: bool
@@ -44,6 +47,7 @@ class Method:
     partitioned: bool = False
     stages_by_call: bool = False
     overruns: bool = False
+    solves_for_first_slope: bool = False
 
 
 def _runge_kutta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +75,7 @@ METHODS = {
     "beuler": Method(True, _theta),
     "cn": Method(True, _theta),
     "arkimex": Method(True, partitioned=True),
-    "dirk": Method(True),
+    "dirk": Method(True, solves_for_first_slope=True),
     "irk": Method(True, _gauss, instead="'theta', the implicit midpoint rule, or 'dirk'", stages_by_call=True),
     "euler": Method(False, instead="'rk' with 'ts_rk_type': '1fe'"),
     "ssp": Method(False, instead="'rk' with 'ts_rk_type': '3'"),

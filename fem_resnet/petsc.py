@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from petsc4py import PETSc
 
-__all__ = ["adapt_type", "keep_trajectory_in_memory", "never_adapt", "rk_tableau", "shell", "stage_values", "weakly"]
+__all__ = ["adapt_type", "keep_trajectory_in_memory", "never_adapt", "on_pre_stage", "rk_tableau", "shell", "stage_values", "weakly"]
 
 _Int = np.ctypeslib.as_ctypes_type(PETSc.IntType)
 
@@ -65,6 +65,21 @@ def adapt_type(ts: PETSc.TS) -> str:
 def never_adapt(ts: PETSc.TS) -> None:
     """Accept every step from now on, and leave the step sizes alone."""
     _call("TSAdaptSetType", _adapt(ts), b"none")
+
+
+_PreStage = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_double)
+
+
+def on_pre_stage(ts: PETSc.TS, callback: Callable[[], None]) -> object:
+    """Call back before every stage of a step; what is returned must live as long as the TS."""
+
+    def call(handle, time):
+        callback()
+        return 0
+
+    function = _PreStage(call)
+    _call("TSSetPreStage", ctypes.c_void_p(ts.handle), function)
+    return function
 
 
 def stage_values(ts: PETSc.TS, size: int) -> Iterator[np.ndarray]:

@@ -30,7 +30,7 @@ from fem_resnet.layer import Argument, Cotangent, Stage, StageValue
 from fem_resnet.layer_state import CarriedState, CoefficientState
 from fem_resnet.methods import METHODS, configure, last_words, set_from_options
 from fem_resnet.layer_inputs import LayerInputs
-from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, never_adapt, shell, stage_values, weakly
+from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, never_adapt, on_pre_stage, shell, stage_values, weakly
 
 __all__ = ["LayerStepper", "LayerTrace", "StepFailure"]
 
@@ -161,6 +161,8 @@ class LayerStepper:
         ts.setMaxTime(float(self.steps))
         ts.setPreStep(weakly(self._set_step))
         ts.setPostStep(weakly(self._keep_step))
+        if self.method.solves_for_first_slope:
+            self._pre_stage = on_pre_stage(ts, weakly(self._enter_stages))
         configure(ts, self._options, ("mat_type",))
         self._max_steps = ts.getMaxSteps()
         if self.adaptive:
@@ -256,6 +258,8 @@ class LayerStepper:
         ts.setMaxSteps(self._max_steps if steps is None else len(steps))
         ts.setStepNumber(0)
         ts.setTimeStep(1.0 / self.steps)
+        self._in_stages = not self.method.solves_for_first_slope
+        ts.restartStep()  # slopes of an earlier solve are not those of this one: DIRK would take them
         self._solve(lambda: ts.solve(self._y))
         end, _ = self.state.read(self._y)
         self.trace.end = self.state.end(self._y)
@@ -374,8 +378,11 @@ class LayerStepper:
         Q = self.stage.rate(self._argument(t, g), s)
         self.state.write(F, Q, self.state.rates(s))
 
+    def _enter_stages(self):
+        self._in_stages = True
+
     def _residual(self, ts, t, y, y_t, F):
-        self._rate(ts, t, y, F)
+        self._rate(ts, t if self._in_stages else ts.getTime(), y, F)
         F.aypx(-1.0, y_t)
         if self.method.stages_by_call:
             self._calls = [*self._calls[-len(self._weights) :], self.state.read(y)[0]]
@@ -386,7 +393,7 @@ class LayerStepper:
         return True
 
     def _set_jacobian(self, ts, t, y, y_t, shift, J, P):
-        self._set_point(ts, t, y, J, P)
+        self._set_point(ts, t if self._in_stages else ts.getTime(), y, J, P)
         self.shift, self.scale, self._blocks = shift, 1.0, None
         if not self._matrix_free:
             rows, columns = self._pattern

@@ -117,6 +117,20 @@ def test_states_inside_and_after_a_segment_are_those_of_shorter_networks(name):
     assert_allclose(net.Y.values(run.state(2)), states(part), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("in_time", ["layers", "linear"])
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_second_solve_knows_nothing_of_the_first(name, in_time):
+    """Slopes, times, guesses and step sizes of an earlier solve are gone."""
+    more = {"steps": 2, "solver_parameters": options(name), "bias_in_time": in_time, "kernel_in_time": in_time}
+    net = network(**more)
+    first, other = states(net), states(network(size=2.0, **more))
+    set_smooth(net, np.random.default_rng(0), 2.0)
+    # dirk and irk start Newton's method where an earlier solve ended: the same up to its last step squared.
+    assert_allclose(states(net), other, rtol=0, atol=1e-13)
+    set_smooth(net, np.random.default_rng(0))
+    assert_allclose(states(net), first, rtol=0, atol=1e-13)
+
+
 @on_ranks
 @pytest.mark.parametrize("name", ["rk", "cn", "theta", "theta 0.7 endpoint", "beuler"])
 @pytest.mark.parametrize("bias", ["nodes", "basis"])
