@@ -17,6 +17,9 @@ _MODULES = {
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],
     "regulariser": ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"],
     "objective": ["Batch", "LearningProblem"],
+    "costate": [
+        "Costate", "CostateCheck", "Trajectory", "costate_check", "solve_costate", "solve_trajectory", "terminal_costate",
+    ],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
 }

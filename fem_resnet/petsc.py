@@ -10,7 +10,16 @@ from functools import cache
 import numpy as np
 from petsc4py import PETSc
 
-__all__ = ["adapt_type", "keep_trajectory_in_memory", "rk_quadrature", "stage_values", "transposed", "weakly"]
+__all__ = [
+    "adapt_type",
+    "keep_trajectory_in_memory",
+    "register_rk",
+    "rk_quadrature",
+    "rk_tableau",
+    "stage_values",
+    "transposed",
+    "weakly",
+]
 
 _Int = np.ctypeslib.as_ctypes_type(PETSc.IntType)
 
@@ -39,13 +48,32 @@ def keep_trajectory_in_memory(ts: PETSc.TS) -> None:
 
 def rk_quadrature(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
     """Weights b_i and nodes c_i of the Runge-Kutta method."""
+    return rk_tableau(ts)[1:]
+
+
+def rk_tableau(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A_ij, b_i and c_i of the Runge-Kutta method."""
     stages, order, fsal = _Int(), _Int(), ctypes.c_int()
     A, b, c, embedded, dense = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
     _call(
         "TSRKGetTableau", ctypes.c_void_p(ts.handle),
         *map(ctypes.byref, (stages, A, b, c, embedded, order, dense, fsal)),
     )  # fmt: skip
-    return np.array(b[: stages.value]), np.array(c[: stages.value])
+    n = stages.value
+    return np.array(A[: n * n]).reshape(n, n), np.array(b[:n]), np.array(c[:n])
+
+
+@cache
+def register_rk(name: str, A: tuple[tuple[float, ...], ...], b: tuple[float, ...], c: tuple[float, ...]) -> str:
+    """Make an explicit Runge-Kutta method known to PETSc under the name, as a `ts_rk_type`; returns the name."""
+
+    def reals(values):
+        values = np.ravel(values).astype(float)
+        return (ctypes.c_double * values.size)(*values)
+
+    # Neither embedded method nor interpolant; PETSc copies all it is given.
+    _call("TSRKRegister", name.encode(), _Int(1), _Int(len(b)), reals(A), reals(b), reals(c), None, _Int(0), None)
+    return name
 
 
 def adapt_type(ts: PETSc.TS) -> str:
