@@ -9,9 +9,9 @@ r* = -r, for maximising),
     D_a J(y, t) = sigma'(u) r                                                                             (4.3)
     D_b J(y, z, t) = - f(z, t) sigma'(u) r(y, t)             of rank one a sample                         (4.4)
 
-L_f is the gradient of a running cost int L(f) dt, if there is one; (4.7) adds lambda a and lambda b. Steps 5.1 and
-Algorithm 2 print (4.3), (4.4) with sigma for sigma', and (4.2a) without r: neither holds. All of it in the label measure,
-summed over the samples, whose weights are in r(T).
+L_f is the gradient of a running cost int L(f) dt, if there is one; (4.7) adds lambda a and lambda b. (Section 5.1 prints
+(4.3), (4.4) with sigma for sigma', Algorithm 2 prints (4.2a) without r: neither holds.) All of it is meant in the label
+measure; J is the sum over the samples, whose weights are in r(T).
 
 Here (4.2a) is stepped backwards as it stands, in the nodal values, along an interpolated solution of (2.8) that is stepped
 in the nodal values as well. Nothing is shared with the layers' own stepping and its adjoint, by which pyadjoint gets its
@@ -30,135 +30,21 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.evolution import FieldStepper, Moment, Path, Scheme, Step
+from fem_resnet.evolution import SOLVER_PARAMETERS, TYPES, FieldStepper, Moment, Path, Step
 from fem_resnet.head import PREDICTIONS, Prediction
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares, sample_weights
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
-from fem_resnet.parameter import LayerCoefficients, LayerInputs, Parameter
+from fem_resnet.parameter import LayerCoefficients, Parameter
 from fem_resnet.regulariser import Regulariser
-from fem_resnet.time_stepping import NonFiniteState
+from fem_resnet.trajectory import LayerTrajectory, Trajectory, like, solve_trajectory
 
-__all__ = [
-    "SOLVER_PARAMETERS", "Costate", "CostateCheck", "Trajectory", "costate_check", "refined", "solve_costate",
-    "solve_trajectory", "terminal_costate",
-]  # fmt: skip
-
-#: A scheme of order 6, that of the interpolation.
-SOLVER_PARAMETERS = {"ts_type": "rk", "ts_rk_type": "6vr"}
+__all__ = ["Costate", "CostateCheck", "costate_check", "refined", "solve_costate", "terminal_costate"]
 
 #: ``L_f(t, f)``: the gradient in L2(Y) of a running cost, arrays of shape (nodes, samples).
 RunningGradient = Callable[[float, np.ndarray], np.ndarray]
-
-
-# -- the state -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """The solution of (2.8) on one layer: what the layer takes, f between the steps, and the stages of the steps."""
-
-    inputs: LayerInputs
-    path: Path
-    stages: list[Step]
-
-    def argument(self, t: float, f: np.ndarray) -> np.ndarray:
-        """u = a - B f at the time t."""
-        return self.inputs.bias.coefficients(t)[:, None] - self.inputs.factors.apply(self.inputs.beta.coefficients(t), f)
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A solution of (2.8), of which f(t) is known at all times. Get one from `solve_trajectory`.
-
-    Attributes
-    ----------
-    net : ResidualNetwork
-    final : Function
-        f(T).
-    scheme : Scheme
-        How it was stepped.
-    steps : int
-        Steps a layer.
-    """
-
-    net: ResidualNetwork
-    final: fd.Function
-    scheme: Scheme
-    steps: int
-    _layers: list[_Layer]
-
-    def __call__(self, t: float) -> fd.Function:
-        """f(t), between the steps by interpolation."""
-        layer = _layer_at(self.net.times, t)
-        return self.net.Y.batch(self._layers[layer].path(t)) if self._layers else self.final
-
-
-def solve_trajectory(
-    net: ResidualNetwork,
-    initial: fd.Function,
-    *,
-    steps: int | None = None,
-    keep_stages: bool = False,
-    solver_parameters: dict | None = None,
-    options_prefix: str | None = None,
-) -> Trajectory:
-    """Solve (2.8) in the nodal values, layer by layer, and keep f at the ends of all steps. Collective.
-
-    Parameters
-    ----------
-    net
-        The network, at its present coefficients.
-    initial
-        f_I, as for ``net.run``.
-    steps
-        Steps a layer; 8 times those of the network if left out. If they are even, f between them is O(h^6), else O(h^4).
-    keep_stages
-        Keep the stages of all steps as well, for `solve_costate` with `partner`.
-    solver_parameters, options_prefix
-        PETSc options of the TS, over `SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with fixed steps.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument does not fit.
-    NonFiniteState
-        If f overflows.
-    """
-    Y, sigma = net.Y, net.activation
-    Y.check_batch(initial, "initial")
-    steps = 8 * net.steps if steps is None else _checked_steps(steps)
-    coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
-    inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
-    f = np.array(Y.values(initial))
-    layer: _Layer
-
-    def rate(moment: Moment, f: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return sigma(layer.argument(layer.inputs.start + moment.t, f))
-
-    def linearised(moment: Moment, f: np.ndarray, w: np.ndarray) -> np.ndarray:
-        t = layer.inputs.start + moment.t
-        Bw = layer.inputs.factors.apply(layer.inputs.beta.coefficients(t), w)
-        return -sigma.derivative(layer.argument(t, f)) * Bw
-
-    layers = []
-    parameters = SOLVER_PARAMETERS | (solver_parameters or {})
-    with FieldStepper(Y, f.shape[1], rate, linearised, parameters, options_prefix) as stepper:
-        for number, part in enumerate(inputs):
-            layer, stages = _Layer(part, None, []), []
-            keep = stages.append if keep_stages else lambda step: None
-            values = stepper.solve(f, part.end - part.start, steps, keep)
-            f = values[-1]
-            if Y.sum(not np.isfinite(f).all()):
-                raise NonFiniteState(number, part.end)
-            times = np.linspace(0.0, part.end - part.start, steps + 1)
-            slopes = np.array([rate(Moment(t, n, 0), values[n]) for n, t in enumerate(times)])
-            layers.append(_Layer(part, Path(part.start, part.end, values, slopes), stages))
-        scheme = stepper.scheme
-    return Trajectory(net, _like(initial, f), scheme, steps, layers)
 
 
 # -- the co-state ----------------------------------------------------------------------------------------------------
@@ -182,24 +68,23 @@ class Costate:
         """r(t_l), l = 0 .. L."""
         if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self._interfaces):
             raise ValueError(f"layer: an integer from 0 to L = {len(self._interfaces) - 1} is wanted, {layer!r} was given")
-        return self.trajectory.net.Y.batch(self._interfaces[layer])
+        return like(self.trajectory.final, self._interfaces[layer])
 
     def __call__(self, t: float) -> fd.Function:
-        """r(t), between the steps by interpolation."""
-        _, _, r, _ = self._at(t)
-        return self.trajectory.net.Y.batch(r)
+        """r(t), 0 <= t <= T, between the steps by interpolation."""
+        return like(self.trajectory.final, self._at(t)[1])
 
     def bias_gradient(self, t: float) -> fd.Function:
         """D_a J(., t) of (4.3), summed over the samples: a Function of V. At t_l that of the layer which starts there."""
-        _, _, _, v = self._at(t)
+        v = self._at(t)[2]
         gradient = fd.Function(self.trajectory.net.Y.V)
         gradient.dat.data_wo[...] = v.sum(axis=1)
         return gradient
 
     def kernel_gradient(self, t: float) -> tuple[fd.Function, fd.Function]:
         """D_b J(., ., t) of (4.4) as pieces of rank one: batches p, q with D_b J(y, z) = sum_s p_s(y) q_s(z)."""
-        _, f, _, v = self._at(t)
-        return self.trajectory.net.Y.batch(-v), self.trajectory.net.Y.batch(f)
+        f, _, v = self._at(t)
+        return like(self.trajectory.final, -v), like(self.trajectory.final, f)
 
     def gradient(self, regulariser: Regulariser | None = None) -> list[fd.Function]:
         """The gradient in the coefficients of bias and kernel: (4.3) and (4.4) projected onto them; (4.7).
@@ -225,14 +110,12 @@ class Costate:
                 gradients.append(parameter.riesz_map(k)(dual))
         return gradients
 
-    def _at(self, t: float) -> tuple[_Layer, np.ndarray, np.ndarray, np.ndarray]:
-        """The layer, f, r and sigma'(u) r at the time t."""
-        if not self._paths:
-            raise ValueError("t: a network without layers has no times")
-        number = _layer_at(self.trajectory.net.times, t)
-        layer = self.trajectory._layers[number]
+    def _at(self, t: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """f, r and sigma'(u) r at the time t."""
+        number = self.trajectory.layer_at(t)
+        layer = self.trajectory.layers[number]
         f, r = layer.path(t), self._paths[number](t)
-        return layer, f, r, self.trajectory.net.activation.derivative(layer.argument(t, f)) * r
+        return f, r, self.trajectory.net.activation.derivative(layer.argument(t, f)) * r
 
 
 def solve_costate(
@@ -264,6 +147,19 @@ def solve_costate(
     ------
     TypeError, ValueError
         If `terminal` does not fit, a scheme has no partner, or the stages have not been kept.
+
+    Examples
+    --------
+    With the activation s and b = 1 on a domain of measure one, r_t = int r dy:
+
+    >>> from firedrake import FunctionSpace, UnitSquareMesh
+    >>> from fem_resnet import LabelSpace, ResidualNetwork, given_basis, solve_trajectory
+    >>> Y = LabelSpace(FunctionSpace(UnitSquareMesh(2, 2), "CG", 1))
+    >>> net = ResidualNetwork(given_basis(Y, [1.0]), layers=1, activation="identity")
+    >>> net.kernel.set(0, [[1.0]])
+    >>> r = solve_costate(solve_trajectory(net, Y.batch(0 * Y.weights)), Y.batch(1 + 0 * Y.weights))
+    >>> [round(float(r(t).dat.data_ro.max()), 4) for t in (0.0, 0.5, 1.0)]
+    [0.3679, 0.6065, 1.0]
     """
     net = trajectory.net
     Y = net.Y
@@ -284,7 +180,7 @@ def solve_costate(
 
     interfaces, paths, functionals = [r], [], []
     with FieldStepper(Y, r.shape[1], rate, linear_part, parameters, options_prefix) as stepper:
-        for layer in reversed(trajectory._layers):
+        for layer in reversed(trajectory.layers):
             equation = _Backward(layer, net, running, used)
             values = stepper.solve(r, layer.inputs.end - layer.inputs.start, trajectory.steps, equation.integrate)
             r = values[-1]
@@ -302,7 +198,7 @@ class _Backward:
     """
 
     def __init__(
-        self, layer: _Layer, net: ResidualNetwork, running: RunningGradient | None, used: np.ndarray | None
+        self, layer: LayerTrajectory, net: ResidualNetwork, running: RunningGradient | None, used: np.ndarray | None
     ):
         self._layer, self._inputs, self._running, self._used = layer, layer.inputs, running, used
         self._derivative, self._weights = net.activation.derivative, net.Y.weights
@@ -363,7 +259,7 @@ def _partner_parameters(trajectory: Trajectory) -> dict:
             f"partner: the scheme of the trajectory, {trajectory.scheme.name}, has none: all its b_i must be different "
             f"from 0, and an implicit one must have one stage, as the implicit midpoint rule"
         )
-    if trajectory._layers and not trajectory._layers[0].stages:
+    if trajectory.layers and not trajectory.layers[0].stages:
         raise ValueError("partner: solve the trajectory with keep_stages=True")
     return parameters
 
@@ -394,7 +290,7 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
     if head is not None:
         # int .. W(y, z) dy: the first argument of W is that of the output, here as in (2.9).
         r = LowRankKernel(head.onto, head.psi).transpose(head.W.get(0), r)
-    return _like(final, r)
+    return like(final, r)
 
 
 def _output_costate(Y: LabelSpace, loss: Loss, h: Prediction, O: np.ndarray, C: np.ndarray) -> np.ndarray:
@@ -493,7 +389,12 @@ def costate_check(
     steps
         Steps a layer for (4.2); twice the finest of the network's if left out.
     solver_parameters, options_prefix
-        PETSc options of the TS that solves (2.8) and (4.2), over `SOLVER_PARAMETERS`.
+        PETSc options of the TS that solves (2.8) and (4.2), over `fem_resnet.evolution.SOLVER_PARAMETERS`.
+
+    Raises
+    ------
+    ValueError
+        If the network has no layers, or an option does not fit.
 
     Examples
     --------
@@ -512,12 +413,13 @@ def costate_check(
     True
     """
     net = problem.net
-    steps = 2 * max(refinements) * net.steps if steps is None else _checked_steps(steps)
+    if not net.layers:
+        raise ValueError("problem: its network has no layers, so there is nothing to compare")
+    steps = 2 * max(refinements) * net.steps if steps is None else steps
     options = {"solver_parameters": solver_parameters, "options_prefix": options_prefix}
     trajectory = solve_trajectory(net, problem.batch.inputs, steps=steps, **options)
     exact = solve_costate(trajectory, terminal_costate(problem, trajectory.final), **options)
     exact_gradient = exact.gradient(problem.regulariser)
-    own = {name: value for name, value in net.solver_parameters.items() if name.startswith("ts_")}
     sizes, costates, gradients, by_partner = [], [], [], []
     for refinement in refinements:
         finer = refined(net, refinement * net.steps)
@@ -526,21 +428,30 @@ def costate_check(
         sizes.append(float(np.diff(net.times).max()) / finer.steps)
         costates.append(_costate_difference(run, exact))
         gradients.append(_gradient_difference(net, gradient, exact_gradient))
-        trajectory = solve_trajectory(
-            net, problem.batch.inputs, steps=finer.steps, keep_stages=True, solver_parameters=own
-        )
-        if trajectory.scheme.partner() is not None:
-            partner = solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True)
+        partner = _by_partner(problem, finer)
+        if partner is not None:
             difference = _gradient_difference(net, gradient, partner.gradient(problem.regulariser))
             by_partner.append((_costate_difference(run, partner), difference))
     of_partner = tuple(zip(*by_partner)) or ((), ())
     return CostateCheck(tuple(sizes), tuple(costates), tuple(gradients), *of_partner)
 
 
+def _by_partner(problem: LearningProblem, net: ResidualNetwork) -> Costate | None:
+    """(4.2) by the partner of the network's scheme, with its steps; None if it has none."""
+    own = {name: value for name, value in net.solver_parameters.items() if name.startswith("ts_")}
+    if own["ts_type"] not in TYPES:
+        return None
+    initial = problem.batch.inputs
+    trajectory = solve_trajectory(net, initial, steps=net.steps, keep_stages=True, solver_parameters=own)
+    if trajectory.scheme.partner() is None:
+        return None
+    return solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True)
+
+
 def refined(net: ResidualNetwork, steps: int) -> ResidualNetwork:
     """The same network, with the very same parameters, and another number of steps a layer."""
     finer = copy.copy(net)
-    finer.steps = _checked_steps(steps)
+    finer.steps = steps
     finer._scratch = {}
     return finer
 
@@ -552,7 +463,7 @@ def _costate_difference(run, costate: Costate) -> float:
     if size == 0.0:
         return max(Y.norm(run.costate(layer)) for layer in range(run.net.layers + 1))
     return max(
-        Y.norm(_like(r, Y.values(run.costate(layer)) - Y.values(r))) for layer, r in enumerate(exact)
+        Y.norm(like(r, Y.values(run.costate(layer)) - Y.values(r))) for layer, r in enumerate(exact)
     ) / size
 
 
@@ -560,7 +471,7 @@ def _gradient_difference(net: ResidualNetwork, these: Sequence[fd.Function], tho
     owners = [(parameter, k) for parameter in net.parameters for k in range(len(parameter.functions))]
     squares = np.zeros(2)
     for (parameter, k), this, that in zip(owners, these, those, strict=True):
-        this, that = parameter.space_basis.read(this), parameter.space_basis.read(that)
+        this, that = (parameter.space_bases[k].read(function) for function in (this, that))
         squares += [parameter.inner(k, this - that, this - that), parameter.inner(k, that, that)]
     difference, size = np.sqrt(squares)
     return float(difference / size if size else difference)
@@ -584,21 +495,3 @@ def _regulariser_functionals(regulariser: Regulariser | None, parameter: Paramet
         for weight, form in regulariser.terms:
             total = [sum_so_far + weight * d for sum_so_far, d in zip(total, form(parameter, coefficients))]
     return total
-
-
-def _layer_at(times: np.ndarray, t: float) -> int:
-    if not times[0] <= t <= times[-1]:
-        raise ValueError(f"t: a time from 0 to T = {times[-1]:g} is wanted, {t!r} was given")
-    return min(int(np.searchsorted(times, t, side="right")) - 1, len(times) - 2)
-
-
-def _like(function: fd.Function, values: np.ndarray) -> fd.Function:
-    other = fd.Function(function.function_space())
-    other.dat.data_wo[...] = values.reshape(other.dat.data_wo.shape)
-    return other
-
-
-def _checked_steps(steps: int) -> int:
-    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps: a positive integer is wanted, {steps!r} was given")
-    return int(steps)

@@ -25,7 +25,13 @@ from scipy.interpolate import KroghInterpolator
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.petsc import adapt_type, register_rk, rk_tableau, stage_values, weakly
 
-__all__ = ["FieldStepper", "Moment", "Path", "Scheme", "Step"]
+__all__ = ["SOLVER_PARAMETERS", "TYPES", "FieldStepper", "Moment", "Path", "Scheme", "Step"]
+
+#: A scheme of order 6, the order of `Path`.
+SOLVER_PARAMETERS = {"ts_type": "rk", "ts_rk_type": "6vr"}
+_THETA_TYPES = ("theta", "beuler", "cn")
+#: The types of TS that step fields.
+TYPES = ("rk", *_THETA_TYPES)
 
 #: What the linear systems of implicit types are solved with: to round-off, by their products alone.
 _IMPLICIT = {
@@ -38,7 +44,6 @@ _IMPLICIT = {
     "ksp_atol": 1e-50,
     "pc_type": "none",
 }
-_THETA_TYPES = ("theta", "beuler", "cn")
 
 
 class Moment(NamedTuple):
@@ -159,10 +164,10 @@ class FieldStepper:
                 ts.setFromOptions()
             except PETSc.Error as error:
                 raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}") from error
-        if ts.getType() not in ("rk", *_THETA_TYPES) or adapt_type(ts) != "none":
+        if ts.getType() not in TYPES or adapt_type(ts) != "none":
             raise ValueError(
                 f"solver_parameters: 'ts_type' is {ts.getType()!r} and 'ts_adapt_type' {adapt_type(ts)!r}; fields are "
-                f"stepped by 'rk', {', '.join(map(repr, _THETA_TYPES))} with fixed steps ('none')"
+                f"stepped by {', '.join(map(repr, TYPES))} with fixed steps ('none')"
             )
         self.scheme = _scheme(ts)
         if self.scheme.kind == "rk":
@@ -201,6 +206,8 @@ class FieldStepper:
         numpy.ndarray
             y at the ends of all steps, shape (steps + 1, nodes, samples); the first is the initial value.
         """
+        if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps: a positive integer is wanted, {steps!r} was given")
         self._after_step, self._values, self._stage = after_step, [np.array(y)], 0
         self._y.array_w[:] = np.ravel(y)
         ts = self._ts
