@@ -11,7 +11,7 @@ _MODULES = {
     "laplace": ["laplace_basis"],
     "kernel": ["LowRankKernel"],
     "parameter": ["Parameter"],
-    "time_stepping": ["NonFiniteState"],
+    "time_stepping": ["StepFailure"],
     "network": ["ResidualNetwork", "Run"],
     "head": ["Head"],
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],

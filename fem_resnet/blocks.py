@@ -1,23 +1,29 @@
 """The pyadjoint Block of the package: an operator on arrays, as a step on the tape.
 
-Segments of layers, heads, losses and regularisers are operators with the two verbs of `Operator`; the Block reads
+Segments of layers, heads, losses and regularisers are operators with the four verbs of `Operator`; the Block reads
 Functions into arrays for them and writes their results into Functions. It creates none again and again: outputs go into
-the checkpoints that the tape has, adjoint values into Cofunctions made once (pyadjoint copies what it hands to a user).
+the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once (pyadjoint copies
+what it hands to a user).
+
+Hessian actions are forward over reverse: one sweep of tangents up the tape, one of second adjoints down. Inside of
+`gauss_newton(tape)` the latter leaves out the curvature of all operators between arrays, so that with J = l(F(m)) the
+action is F'^T l'' F' in place of F'^T l'' F' + l' F''.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import firedrake as fd
 import numpy as np
 from mpi4py import MPI
-from pyadjoint import AdjFloat, Block
+from pyadjoint import AdjFloat, Block, Tape
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
-__all__ = ["Operator", "OperatorBlock", "Slot", "apply"]
+__all__ = ["Operator", "OperatorBlock", "Slot", "apply", "gauss_newton"]
 
 
 class Slot(Protocol):
@@ -31,9 +37,16 @@ class Slot(Protocol):
 
 
 class Operator(Protocol):
-    """A differentiable map between arrays, or from arrays to a number.
+    """A differentiable map F between arrays, or from arrays to a number.
 
-    Law: with d the derivative of `forward` at the arrays, `<dual, d v> = sum_i <adjoint(arrays, dual)_i, v_i>`.
+    Laws, with m the arrays, v directions (one array an input, zeros where there is none) and <., .> the sum over inputs:
+
+        tangent(m, v) = d/de F(m + e v),                                        e = 0
+        <adjoint(m, dual), v> = <dual, tangent(m, v)>
+        second_adjoint(m, v, dual, dual_dot) = d/de adjoint(m + e v, dual + e dual_dot),    e = 0
+
+    so that the last is F'(m)^T dual_dot + (F''(m) v)^T dual. Operators without the two later verbs have first adjoints
+    alone; the Block says so where more is asked for.
     """
 
     #: One slot an input.
@@ -48,6 +61,26 @@ class Operator(Protocol):
 
     def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray | float) -> Sequence[np.ndarray]:
         """Functionals of the inputs, one an input, in arrays of its own."""
+
+    def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray | float:
+        """Derivative of `forward` in these directions, in an array of its own; the arrays are those of the latest `forward`.
+
+        What `forward` has kept for an adjoint must survive, or `ready` turn False; what `adjoint` has kept must survive.
+        """
+
+    def second_adjoint(
+        self,
+        arrays: Sequence[np.ndarray],
+        directions: Sequence[np.ndarray],
+        dual: np.ndarray | float,
+        dual_dot: np.ndarray | float,
+    ) -> Sequence[np.ndarray]:
+        """Derivative of `adjoint` along `directions` and `dual_dot`, one functional an input, in arrays of its own.
+
+        A `tangent` in these directions went before, but others may have come in between: whoever uses what a tangent
+        kept must look whether it is of these directions, and make it again if not. Of what `forward` and `adjoint` keep
+        the same holds as in `tangent`.
+        """
 
 
 class OperatorBlock(Block):
@@ -67,8 +100,13 @@ class OperatorBlock(Block):
         for function in functions:
             self.add_dependency(function)
         self._duals: list[fd.Cofunction | None] = [None] * len(functions)
+        self._second_duals: list[fd.Cofunction | None] = [None] * len(functions)
+        self._tangent: fd.Function | None = None
         self._solved: list[tuple[weakref.ref, int]] | None = None
         self._adjoint_at: tuple[weakref.ref, int] | None = None
+        self._derived: list[tuple[weakref.ref, int]] | None = None
+        #: Whether Hessian actions are those of `gauss_newton`.
+        self.gauss_newton = False
 
     def solve(self, inputs: Sequence[fd.Function]) -> np.ndarray | float:
         """The operator's value at these inputs, ready for its adjoint."""
@@ -96,32 +134,118 @@ class OperatorBlock(Block):
         return output
 
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
-        if self.operator.output is None:
-            dual = float(adj_inputs[0])
-        else:
+        self._refuse_changed(inputs)
+        if self.operator.output is not None:
             self._adjoint_at = _version(adj_inputs[0])
-            dual = self.operator.output.read(adj_inputs[0])
+        prepared = self._adjoint(inputs, self._read_dual(adj_inputs[0]))
+        self._derived = self._solved
+        return prepared
+
+    def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
+        return self._write_dual(self._duals, idx, prepared[idx])
+
+    def prepare_evaluate_tlm(self, inputs, tlm_inputs, relevant_outputs):
+        tangent = self._verb("tangent", "tangents")
+        self._refuse_changed(inputs)
+        arrays = _read(self.operator, inputs)
+        return tangent(arrays, self._directions(arrays, tlm_inputs))
+
+    def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
+        slot = self.operator.output
+        if slot is None:
+            return AdjFloat(prepared)
+        if self._tangent is None:
+            self._tangent = fd.Function(slot.space)
+        slot.write(self._tangent, prepared)
+        return self._tangent
+
+    def prepare_evaluate_hessian(self, inputs, hessian_inputs, adj_inputs, relevant_dependencies):
+        second_adjoint = self._verb("second_adjoint", "Hessians")
+        self._refuse_changed(inputs)
+        dual_dot = self._read_dual(hessian_inputs[0])
+        if self.gauss_newton and self.operator.output is not None:
+            self._adjoint_at = None  # what the operator keeps is then no longer the adjoint of the functional
+            return self._adjoint(inputs, dual_dot)
+        # A Hessian sweep reads the adjoint values that an earlier derivative left on the tape.
+        if adj_inputs[0] is None or self._derived != self._solved:
+            raise RuntimeError(
+                f"{type(self.operator).__name__}: the Hessian wants the derivative at the same point first; call "
+                f"derivative() after each evaluation of the functional and before hessian()"
+            )
+        if self.gauss_newton:
+            second_adjoint = getattr(self.operator, "gauss_newton", second_adjoint)
+        arrays = _read(self.operator, inputs)
+        directions = self._directions(arrays, [dependency.tlm_value for dependency in self.get_dependencies()])
+        return second_adjoint(arrays, directions, self._read_dual(adj_inputs[0]), dual_dot)
+
+    def evaluate_hessian_component(
+        self, inputs, hessian_inputs, adj_inputs, block_variable, idx, relevant_dependencies, prepared=None
+    ):
+        return self._write_dual(self._second_duals, idx, prepared[idx])
+
+    def _verb(self, name: str, what: str):
+        verb = getattr(self.operator, name, None)
+        if verb is None:
+            raise NotImplementedError(
+                f"{type(self.operator).__name__}: {what} are not implemented, only first adjoints"
+            )
+        return verb
+
+    def _refuse_changed(self, inputs: Sequence[fd.Function]) -> None:
         if self._solved != [_version(function) for function in inputs]:
             raise RuntimeError(
                 f"{type(self.operator).__name__}: an input has changed since the tape was evaluated; evaluate the "
                 f"functional before its derivative"
             )
+
+    def _adjoint(self, inputs: Sequence[fd.Function], dual: np.ndarray | float) -> Sequence[np.ndarray]:
         if not self.operator.ready:
             self.solve(inputs)
         return self.operator.adjoint(_read(self.operator, inputs), dual)
 
-    def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
+    def _read_dual(self, dual: fd.Cofunction | float) -> np.ndarray | float:
+        return float(dual) if self.operator.output is None else self.operator.output.read(dual)
+
+    def _write_dual(self, cofunctions: list[fd.Cofunction | None], idx: int, array: np.ndarray) -> fd.Cofunction:
         slot = self.operator.inputs[idx]
-        if self._duals[idx] is None:
-            self._duals[idx] = fd.Cofunction(slot.space.dual())
-        slot.write(self._duals[idx], prepared[idx])
-        return self._duals[idx]
+        if cofunctions[idx] is None:
+            cofunctions[idx] = fd.Cofunction(slot.space.dual())
+        slot.write(cofunctions[idx], array)
+        return cofunctions[idx]
 
-    def prepare_evaluate_tlm(self, inputs, tlm_inputs, relevant_outputs):
-        raise NotImplementedError(f"{type(self.operator).__name__}: tangents are not implemented, only first adjoints")
+    def _directions(self, arrays: Sequence[np.ndarray], tangents: Sequence[fd.Function | None]) -> list[np.ndarray]:
+        return [
+            np.zeros_like(array) if tangent is None else slot.read(tangent)
+            for slot, array, tangent in zip(self.operator.inputs, arrays, tangents)
+        ]
 
-    def prepare_evaluate_hessian(self, inputs, hessian_inputs, adj_inputs, relevant_dependencies):
-        raise NotImplementedError(f"{type(self.operator).__name__}: Hessians are not implemented, only first adjoints")
+
+@contextmanager
+def gauss_newton(tape: Tape) -> Iterator[None]:
+    """Hessian actions on this tape become those of Gauss and Newton; values and derivatives stay what they are.
+
+    The curvature of operators between arrays is left out, and of a number's that which it has in front of a convex
+    function (`Operator.gauss_newton`, where there is one): what is left is F'^T l'' F', symmetric, and positive
+    semidefinite for convex l. It takes tangents and first adjoints alone.
+
+    Parameters
+    ----------
+    tape
+        Where the functional is recorded.
+
+    Examples
+    --------
+    >>> with gauss_newton(J.tape):  # doctest: +SKIP
+    ...     action = J.hessian(direction)
+    """
+    blocks = [block for block in tape.get_blocks() if isinstance(block, OperatorBlock)]
+    for block in blocks:
+        block.gauss_newton = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.gauss_newton = False
 
 
 def _renew_if_changed(function: fd.Function) -> None:

@@ -223,7 +223,7 @@ class _Backward:
 
     def linear_part(self, t: float, f: np.ndarray, r: np.ndarray) -> np.ndarray:
         """- B^T(sigma'(u) r)."""
-        return -self._inputs.factors.transpose(self._inputs.beta.coefficients(t), self._slope_times(t, f, r))
+        return -self._inputs.factors.transpose(self._layer.beta(t), self._slope_times(t, f, r))
 
     def rate(self, moment: Moment, r: np.ndarray) -> np.ndarray:
         """r_s: (4.2a) with the other sign."""
@@ -239,8 +239,9 @@ class _Backward:
         for stage, i in enumerate(np.flatnonzero(step.weights)):
             t, f = self.state(Moment(step.times[i], self._step, stage))
             v = self._slope_times(t, f, step.values[i])
-            in_bias = self._inputs.bias.pull_back(t, self._weights * v.sum(axis=1))
-            in_kernel = self._inputs.beta.pull_back(t, -phi.project(v) @ psi.project(f).T)
+            fraction = self._layer.fraction(t)
+            in_bias = self._inputs.bias.pull_back(fraction, self._weights * v.sum(axis=1))
+            in_kernel = self._inputs.beta.pull_back(fraction, -phi.project(v) @ psi.project(f).T)
             self.functional = self.functional + step.length * step.weights[i] * np.concatenate([in_bias, in_kernel])
         self._step += 1
 
@@ -439,7 +440,7 @@ def costate_check(
 def _by_partner(problem: LearningProblem, net: ResidualNetwork) -> Costate | None:
     """(4.2) by the partner of the network's scheme, with its steps; None if it has none."""
     own = {name: value for name, value in net.solver_parameters.items() if name.startswith("ts_")}
-    if own["ts_type"] not in TYPES:
+    if own["ts_type"] not in TYPES or own["ts_adapt_type"] != "none":
         return None
     initial = problem.batch.inputs
     trajectory = solve_trajectory(net, initial, steps=net.steps, keep_stages=True, solver_parameters=own)

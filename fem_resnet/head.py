@@ -21,8 +21,9 @@ from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.blocks import apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
-from fem_resnet.parameter import BasisCoefficients, KernelCoefficients, Once, Parameter
+from fem_resnet.parameter import BasisCoefficients, KernelCoefficients, Parameter
 from fem_resnet.points import class_space
+from fem_resnet.time_basis import Once
 
 __all__ = ["PREDICTIONS", "Head", "Prediction", "log_density"]
 
@@ -37,12 +38,19 @@ class Prediction:
     value : callable
         ``value(Y, O)`` is h(O).
     transpose : callable
-        ``transpose(Y, O, d)`` is h'(O)^T d for functionals d of h(O). Both collective.
+        ``transpose(Y, O, d)`` is h'(O)^T d for functionals d of h(O).
+    derivative : callable
+        ``derivative(Y, O, v)`` is h'(O) v for directions v of O.
+    second_transpose : callable
+        ``second_transpose(Y, O, v, d)`` is (h''(O) v)^T d, the derivative of ``transpose(Y, O, d)`` in the direction v of
+        O. All collective.
     """
 
     name: str
     value: Callable[[LabelSpace, np.ndarray], np.ndarray]
     transpose: Callable[[LabelSpace, np.ndarray, np.ndarray], np.ndarray]
+    derivative: Callable[[LabelSpace, np.ndarray, np.ndarray], np.ndarray]
+    second_transpose: Callable[[LabelSpace, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def log_density(Y: LabelSpace, O: np.ndarray) -> np.ndarray:
@@ -53,9 +61,28 @@ def log_density(Y: LabelSpace, O: np.ndarray) -> np.ndarray:
     return shifted - np.log(Y.sum(Y.weights @ np.exp(shifted)))
 
 
+def _softmax(Y, O):
+    return np.exp(log_density(Y, O))
+
+
+def _centred(Y, p, d):
+    """d minus its mean in the density p, for functionals d: what softmax' sees of them."""
+    return d - Y.weights[:, None] * Y.sum((d * p).sum(axis=0))
+
+
 def _softmax_transpose(Y, O, d):
-    p = np.exp(log_density(Y, O))
-    return p * (d - Y.weights[:, None] * Y.sum((d * p).sum(axis=0)))
+    p = _softmax(Y, O)
+    return p * _centred(Y, p, d)
+
+
+def _softmax_derivative(Y, O, v):
+    p = _softmax(Y, O)
+    return p * (v - Y.sum(Y.weights @ (p * v)))
+
+
+def _softmax_second_transpose(Y, O, v, d):
+    p, p_dot = _softmax(Y, O), _softmax_derivative(Y, O, v)
+    return p_dot * _centred(Y, p, d) - p * Y.weights[:, None] * Y.sum((d * p_dot).sum(axis=0))
 
 
 _sigmoid = get_activation("sigmoid")
@@ -64,9 +91,17 @@ _sigmoid = get_activation("sigmoid")
 PREDICTIONS = {
     prediction.name: prediction
     for prediction in (
-        Prediction("identity", lambda Y, O: O, lambda Y, O, d: d),
-        Prediction("logistic", lambda Y, O: _sigmoid(O), lambda Y, O, d: _sigmoid.derivative(O) * d),
-        Prediction("softmax", lambda Y, O: np.exp(log_density(Y, O)), _softmax_transpose),
+        Prediction(
+            "identity", lambda Y, O: O, lambda Y, O, d: d, lambda Y, O, v: v, lambda Y, O, v, d: np.zeros_like(O)
+        ),
+        Prediction(
+            "logistic",
+            lambda Y, O: _sigmoid(O),
+            lambda Y, O, d: _sigmoid.derivative(O) * d,
+            lambda Y, O, v: _sigmoid.derivative(O) * v,
+            lambda Y, O, v, d: _sigmoid.second_derivative(O) * v * d,
+        ),
+        Prediction("softmax", _softmax, _softmax_transpose, _softmax_derivative, _softmax_second_transpose),
     )
 }
 
@@ -177,20 +212,36 @@ class _HeadOperator:
     ready = True
 
     def __init__(self, head: Head, space):
-        self._kernel = head.W.space_basis.kernel
+        self._phi, self._psi = head.onto, head.psi
         values = BatchValues(head.psi.Y, space)
         self.inputs = [values, head.W.space_basis, head.mu.space_basis]
         self.output = BatchValues(head.Y, head.Y.batch_space(values.samples))
 
     def forward(self, arrays, save):
         f, W, mu = arrays
-        return self._kernel.phi.values @ (W @ self._kernel.psi.project(f) + mu[:, None])
+        return self._phi.values @ (W @ self._psi.project(f) + mu[:, None])
 
     def adjoint(self, arrays, dual):
         f, W, _ = arrays
-        coefficients = self._kernel.phi.Y.sum(self._kernel.phi.values.T @ dual)
+        coefficients = self._pull_back(dual)
         return [
-            self._kernel.psi.weighted @ (W.T @ coefficients),
-            coefficients @ self._kernel.psi.project(f).T,
+            self._psi.weighted @ (W.T @ coefficients),
+            coefficients @ self._psi.project(f).T,
             coefficients.sum(axis=1),
         ]
+
+    def tangent(self, arrays, directions):
+        (f, W, _), (f_dot, W_dot, mu_dot) = arrays, directions
+        coefficients = W_dot @ self._psi.project(f) + W @ self._psi.project(f_dot) + mu_dot[:, None]
+        return self._phi.values @ coefficients
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        f, W, mu = self.adjoint(arrays, dual_dot)
+        f_dot, W_dot, _ = directions
+        coefficients = self._pull_back(dual)  # what follows is all the curvature of a map bilinear in f and W
+        f += self._psi.weighted @ (W_dot.T @ coefficients)
+        W += coefficients @ self._psi.project(f_dot).T
+        return [f, W, mu]
+
+    def _pull_back(self, dual):
+        return self._phi.Y.sum(self._phi.values.T @ dual)

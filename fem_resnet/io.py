@@ -66,6 +66,8 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         "kinds": [basis.kind for basis in bases],
         "mesh": net.Y.V.mesh().name,
         "times": net.times.tolist(),
+        "bias_in_time": net.bias.time_basis.description,
+        "kernel_in_time": net.kernel.time_basis.description,
         "activation": net.activation.description,
         "steps": net.steps,
         "layers_per_block": net.layers_per_block,
@@ -150,6 +152,9 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
             role["psi"],
             bias=role["bias"],
             times=settings["times"],
+            # the first files do not say
+            bias_in_time=settings.get("bias_in_time", "layers"),
+            kernel_in_time=settings.get("kernel_in_time", "layers"),
             activation=Activation.from_description(settings["activation"]),
             steps=settings["steps"],
             layers_per_block=settings["layers_per_block"],

@@ -1,12 +1,19 @@
-"""The stage of a layer: f_t = sigma(a - Phi C), seen through a basis P.
+"""The stage of a layer: f_t = tau sigma(a - Phi C), seen through a basis, with its tangent and both transposes.
 
-With u = a - Phi C, nodes x samples, C = beta g and g = Psi^T M f the coefficients that the layer sees of f:
+TS runs through a layer in a time from 0 to 1, so the length tau of the layer is a factor. With u = a - Phi C, nodes x
+samples, C = beta g and g = Psi^T M f the coefficients that the layer sees of f:
 
-    rate        Q = P^T M sigma(u)                                    P = Psi: g_t of (3.5a), for any low-rank kernel
-    transpose   v = sigma'(u) * (M P x + lambda x_q)                  what (4.2) - (4.4) are made of:
-                -> Phi^T v,  sum_s v                                  d/dg = -beta^T Phi^T v,  d/dbeta = -Phi^T v g^T,
-                                                                      d/da = sum_s v
-    advance     f += sum_k c_k sigma(a_k - Phi C_k)                   the quadrature (3.3)
+    value       s_0 = tau sigma(u)                                    Q_0 = Psi^T M s_0: g_t of (3.5a), for any low-rank kernel
+    tangent     s_1 = tau sigma'(u) u_1 + tau_1 sigma(u)              Q_1 = Psi^T M s_1,       u_1 = a_1 - Phi C_1
+    transpose   v_0 = tau sigma'(u) w_0                               what (4.2) - (4.4) are made of:
+                -> Phi^T v_0,  sum_s v_0                              d/dg = -beta^T Phi^T v_0,  d/dbeta = -Phi^T v_0 g^T
+                                                                      d/da = sum_s v_0
+    of both     v_1 = tau sigma'(u) w_1
+                v_0 = sigma'(u) (tau w_0 + tau_1 w_1) + tau sigma''(u) u_1 w_1
+    Jacobian    K   = Psi^T M diag(c) Phi, one block a sample         dQ_0/dg = -K beta for c = tau sigma'(u)
+
+w_k, dual to s_k, is M Psi x_k + x_q lambda_k. An index 1 marks directions and what they bring. Values alone are the case
+of one order, values with a tangent that of two: tuples have one or two entries throughout.
 
 Only arrays, weights and a sum over the ranks occur here. Nodes are passed in blocks that fit the cache, so that u,
 sigma(u) and sigma'(u) never exist as whole arrays.
@@ -24,7 +31,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 
-__all__ = ["Stage", "StageValue"]
+__all__ = ["Argument", "Cotangent", "Stage", "StageValue"]
 
 #: Bytes of one block of u; two of them and the block's rows of Phi and Psi stay in a usual second-level cache.
 _BLOCK_BYTES = 131072
@@ -32,20 +39,59 @@ _SMALLEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
+class Argument:
+    """What a stage is evaluated at, with one entry an order.
+
+    Attributes
+    ----------
+    factors : LowRankKernel
+        The bases phi and psi.
+    length : tuple of float
+        tau.
+    a : tuple of numpy.ndarray
+        Bias at the nodes, shape (nodes,).
+    C : tuple of numpy.ndarray
+        beta g, shape (rank of phi, samples).
+    """
+
+    factors: LowRankKernel
+    length: tuple[float, ...]
+    a: tuple[np.ndarray, ...]
+    C: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Cotangent:
+    """Functionals of a stage's s_k, `M Psi x_k + x_q lambda_k`, with one entry an order.
+
+    Attributes
+    ----------
+    x : tuple of numpy.ndarray
+        Adjoints of g, shape (rank of psi, samples).
+    x_q : numpy.ndarray or None
+        One number a sample; None for 0.
+    adjoint : tuple of numpy.ndarray
+        lambda_k, dual to node values, shape (nodes, samples).
+    """
+
+    x: tuple[np.ndarray, ...]
+    x_q: np.ndarray | None
+    adjoint: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class StageValue:
-    """A stage of a step as f sees it: the term `weight * sigma(a - Phi C)` of the quadrature (3.3)."""
+    """A stage of a step as f sees it: the term `weight * s_k` of the quadrature (3.3)."""
 
     weight: float
-    phi: Basis
-    a: np.ndarray
-    C: np.ndarray
+    argument: Argument
 
 
 class Stage:
     """Stage evaluations of layers on one label domain, with one activation and one number of samples.
 
-    Collective over the communicator of the label domain: one Allreduce of rank x samples numbers a call of `rate` or
-    `transpose`. Arrays of nodes are this rank's. The kernel's factors Phi and Psi are inputs, as a and C are.
+    Collective over the communicator of the label domain: one Allreduce a call of `rate`, `transpose` or `blocks`.
+    Arrays of nodes are this rank's. The kernel's factors Phi and Psi are inputs, as a and C are.
 
     Parameters
     ----------
@@ -58,86 +104,175 @@ class Stage:
     """
 
     def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
+        self.Y = Y
         self.activation = activation
         self.samples = samples
-        self._Y = Y
         self._block = max(_SMALLEST_BLOCK, _BLOCK_BYTES // (8 * samples))
-        self._u = np.empty((min(self._block, self._Y.nodes), samples))
-        self._v = np.empty_like(self._u)
+        self._work = [np.empty((min(self._block, Y.nodes), samples)) for _ in range(2)]
 
     def _blocks(self) -> Iterator[slice]:
-        for start in range(0, self._Y.nodes, self._block):
-            yield slice(start, min(start + self._block, self._Y.nodes))
+        for start in range(0, self.Y.nodes, self._block):
+            yield slice(start, min(start + self._block, self.Y.nodes))
 
-    def _argument(self, block: slice, phi: Basis, a: np.ndarray, C: np.ndarray) -> np.ndarray:
-        u = self._u[: block.stop - block.start]
-        np.matmul(phi.values[block], C, out=u)
-        return np.subtract(a[block, None], u, out=u)
+    def _affine(self, block: slice, at: Argument, order: int = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """u (order 0) or u_1 on a block of nodes."""
+        u = self._work[0][: block.stop - block.start] if out is None else out
+        np.matmul(at.factors.phi.values[block], at.C[order], out=u)
+        return np.subtract(at.a[order][block, None], u, out=u)
 
-    def rate(self, factors: LowRankKernel, a: np.ndarray, C: np.ndarray) -> np.ndarray:
-        """`Psi^T M sigma(a - Phi C)`, shape (rank of psi, samples), on every rank.
+    def _values(self, block: slice, at: Argument) -> Iterator[np.ndarray]:
+        """s_0, then s_1, on a block of nodes; each is good until the next."""
+        u = self._affine(block, at)
+        if len(at.a) == 1:
+            self.activation(u, out=u)
+            u *= at.length[0]
+            yield u
+            return
+        sigma, slope = self.activation(u), self.activation.derivative(u)
+        yield at.length[0] * sigma
+        slope *= self._affine(block, at, 1)
+        slope *= at.length[0]
+        slope += at.length[1] * sigma
+        yield slope
+
+    def rate(self, at: Argument, out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """`Q_k = Psi^T M s_k`, shape (rank of psi, samples), on every rank.
 
         Parameters
         ----------
-        factors
-            The bases phi and psi.
-        a
-            Bias at the nodes, shape (nodes,).
-        C
-            `beta g`, shape (rank of phi, samples).
+        at
+            Where.
+        out
+            Arrays of shape (nodes, samples) that take the s_k themselves.
         """
-        Q = np.zeros((factors.psi.rank, self.samples))
+        psi = at.factors.psi
+        Q = np.zeros((len(at.a), psi.rank, self.samples))
         for block in self._blocks():
-            u = self._argument(block, factors.phi, a, C)
-            self.activation(u, out=u)
-            Q += factors.psi.weighted[block].T @ u
-        return self._Y.sum(Q)
+            for k, s in enumerate(self._values(block, at)):
+                Q[k] += psi.weighted[block].T @ s
+                if out is not None:
+                    out[k][block] = s
+        return list(self.Y.sum(Q))
 
     def transpose(
-        self, factors: LowRankKernel, a: np.ndarray, C: np.ndarray, x: np.ndarray, x_q: np.ndarray, adjoint: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`Phi^T v` on every rank, shape (rank of phi, samples), and `sum_s v` at the owned nodes, shape (nodes,).
+        self, at: Argument, dual: Cotangent, with_length: bool = False
+    ) -> tuple[list[np.ndarray], np.ndarray, float]:
+        """Transpose of the derivative in a, C and tau, and of that of the tangent.
 
         Parameters
         ----------
-        factors, a, C
-            As for `rate`: the stage where the derivative is taken.
-        x
-            Adjoint of g, shape (rank of psi, samples).
-        x_q
-            Adjoint of q_t = <adjoint, sigma(u)>, one number a sample.
-        adjoint
-            Adjoint value of f at the end of the segment, dual to the node values, shape (nodes, samples).
-        """
-        D = np.zeros((factors.phi.rank, self.samples))
-        bias = np.empty(self._Y.nodes)
-        through_q = bool(x_q.any())
-        for block in self._blocks():
-            u = self._argument(block, factors.phi, a, C)
-            self.activation.derivative(u, out=u)
-            v = np.matmul(factors.psi.weighted[block], x, out=self._v[: len(u)])
-            if through_q:
-                v += adjoint[block] * x_q
-            v *= u
-            np.sum(v, axis=1, out=bias[block])
-            D += factors.phi.values[block].T @ v
-        return self._Y.sum(D), bias
+        at
+            The stage where the derivative is taken.
+        dual
+            Functionals of its s_k.
+        with_length
+            Whether the third result is wanted.
 
-    def advance(self, f: np.ndarray, stages: Sequence[StageValue]) -> np.ndarray:
-        """`f + sum_k c_k sigma(a_k - Phi_k C_k)`, a new array, in one pass over the nodes.
+        Returns
+        -------
+        D : list of numpy.ndarray
+            `Phi^T v_k`, shape (rank of phi, samples), on every rank.
+        bias : numpy.ndarray
+            `sum_s v_0` at the owned nodes, shape (nodes,).
+        length : float
+            Functional of tau; 0 where it is not wanted.
+        """
+        orders = len(at.a)
+        D = np.zeros((orders, at.factors.phi.rank, self.samples))
+        bias, length = np.empty(self.Y.nodes), 0.0
+        for block in self._blocks():
+            w = [self._cotangent(block, at, dual, k) for k in range(orders)]
+            if with_length:
+                length += self._pair_rates(block, at, w)
+            v = self._transposed(block, at, w)
+            np.sum(v[0], axis=1, out=bias[block])
+            for k in range(orders):
+                D[k] += at.factors.phi.values[block].T @ v[k]
+        if with_length:
+            length = float(self.Y.sum(length))
+        return list(self.Y.sum(D)), bias, length
+
+    def _cotangent(self, block: slice, at: Argument, dual: Cotangent, order: int) -> np.ndarray:
+        first = self._work[1][: block.stop - block.start] if order == 0 else None
+        w = np.matmul(at.factors.psi.weighted[block], dual.x[order], out=first)
+        if dual.x_q is not None:
+            w += dual.adjoint[order][block] * dual.x_q
+        return w
+
+    def _transposed(self, block: slice, at: Argument, w: list[np.ndarray]) -> list[np.ndarray]:
+        u = self._affine(block, at)
+        if len(w) == 1:
+            self.activation.derivative(u, out=u)
+            u *= at.length[0]
+            w[0] *= u
+            return w
+        slope, bend = self.activation.derivative(u), self.activation.second_derivative(u)
+        bend *= self._affine(block, at, 1)
+        v_0 = slope * (at.length[0] * w[0] + at.length[1] * w[1]) + at.length[0] * bend * w[1]
+        return [v_0, at.length[0] * slope * w[1]]
+
+    def _pair_rates(self, block: slice, at: Argument, w: list[np.ndarray]) -> float:
+        """The functional of tau: `<w_0, sigma(u)> + <w_1, sigma'(u) u_1>`, on this rank."""
+        u = self._affine(block, at)
+        paired = np.sum(w[0] * self.activation(u))
+        if len(w) == 2:
+            slope = self.activation.derivative(u)
+            paired += np.sum(w[1] * slope * self._affine(block, at, 1))
+        return float(paired)
+
+    def blocks(self, at: Argument) -> list[np.ndarray]:
+        """`Psi^T M diag(c_k) Phi` of each sample, shape (samples, rank of psi, rank of phi), on every rank.
+
+        c_0 = tau sigma'(u) and c_1 = tau sigma''(u) u_1 + tau_1 sigma'(u), so that dQ_0/dg = -K_0 beta and
+        dQ_1/dg = -(K_1 beta + K_0 beta_1).
+        """
+        phi, psi = at.factors.phi, at.factors.psi
+        K = np.zeros((len(at.a), psi.rank * phi.rank, self.samples))
+        for block in self._blocks():
+            products = np.einsum("ni,nj->ijn", psi.weighted[block], phi.values[block], optimize=True)
+            products = products.reshape(-1, block.stop - block.start)
+            u = self._affine(block, at)
+            slope = self.activation.derivative(u)
+            K[0] += products @ (at.length[0] * slope)
+            if len(at.a) == 2:
+                bend = self.activation.second_derivative(u) * self._affine(block, at, 1)
+                K[1] += products @ (at.length[0] * bend + at.length[1] * slope)
+        self.Y.sum(K)
+        return [np.moveaxis(k.reshape(psi.rank, phi.rank, self.samples), 2, 0) for k in K]
+
+    def advance(self, f: Sequence[np.ndarray], stages: Sequence[StageValue]) -> list[np.ndarray]:
+        """`f_k + sum c s_k`, new arrays of shape (nodes, samples), in one pass over the nodes.
 
         Parameters
         ----------
         f
-            Shape (nodes, samples).
+            Value, or value and tangent.
         stages
-            The terms of the sum, of one layer or of many.
+            The terms of the sum, of one layer or of many; with as many orders at least.
         """
-        f = f.copy()
+        f = [part.copy() for part in f]
         for block in self._blocks():
             for stage in stages:
-                u = self._argument(block, stage.phi, stage.a, stage.C)
-                self.activation(u, out=u)
-                u *= stage.weight
-                f[block] += u
+                for part, s in zip(f, self._values(block, stage.argument)):
+                    s *= stage.weight
+                    part[block] += s
         return f
+
+    def derivative(self, at: Argument, dC: Sequence[np.ndarray], out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Derivative of `rate` in the directions dC of C_k, in one pass over the nodes."""
+        phi, psi = at.factors.phi, at.factors.psi
+        dQ = np.zeros((len(at.a), psi.rank, self.samples))
+        for block in self._blocks():
+            u = self._affine(block, at)
+            slope = at.length[0] * self.activation.derivative(u)
+            du = -(phi.values[block] @ dC[0])
+            ds = [slope * du]
+            if len(at.a) == 2:
+                bend = at.length[1] * self.activation.derivative(u)
+                bend += at.length[0] * self.activation.second_derivative(u) * self._affine(block, at, 1)
+                ds.append(bend * du - slope * (phi.values[block] @ dC[1]))
+            for k, part in enumerate(ds):
+                dQ[k] += psi.weighted[block].T @ part
+                if out is not None:
+                    out[k][block] = part
+        return list(self.Y.sum(dQ))

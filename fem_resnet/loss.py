@@ -42,15 +42,23 @@ class Loss:
     value : callable
         ``value(Y, O, C, prediction)``: this rank's part of each sample's loss, shape (samples,).
     gradient : callable
-        ``gradient(Y, O, C, prediction)``: its derivative in O, dual to the node values. Both collective.
+        ``gradient(Y, O, C, prediction)``: its derivative in O, dual to the node values.
     prediction : str or None
         The only prediction that it goes with, or None for any.
+    hessian : callable or None
+        ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O; wanted for Hessian
+        actions.
+    gauss_newton : callable or None
+        The same without the curvature of the prediction, for the actions of Gauss and Newton (`blocks.gauss_newton`):
+        h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out. All collective.
     """
 
     name: str
     value: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction], np.ndarray]
     gradient: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction], np.ndarray]
     prediction: str | None = None
+    hessian: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
+    gauss_newton: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
 
     def __call__(
         self,
@@ -105,6 +113,22 @@ class _LossOperator:
     def adjoint(self, arrays, dual):
         return [(dual * self._weights) * self._loss.gradient(self._Y, arrays[0], self._observation, self._prediction)]
 
+    def tangent(self, arrays, directions):
+        return float(self._Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        return self._second_adjoint(self._loss.hessian, arrays, directions, dual, dual_dot)
+
+    def gauss_newton(self, arrays, directions, dual, dual_dot):
+        action = self._loss.gauss_newton or self._loss.hessian
+        return self._second_adjoint(action, arrays, directions, dual, dual_dot)
+
+    def _second_adjoint(self, action, arrays, directions, dual, dual_dot):
+        if action is None:
+            raise NotImplementedError(f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one")
+        change = action(self._Y, arrays[0], self._observation, self._prediction, directions[0])
+        return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
+
 
 def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
     """Weights of the samples, divided by their sum.
@@ -123,12 +147,34 @@ def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _half_square(Y, O, C, prediction):
-    return 0.5 * (Y.weights @ (prediction.value(Y, O) - C) ** 2)
+def _of_prediction(name: str, value: Callable, dual: Callable, curvature: Callable) -> Loss:
+    """The loss l(h(O), C) by ``value(Y, p, C)``, its derivative ``dual(Y, p, C)`` in p and ``curvature(Y, p, C, v)``."""
+
+    def of_output(Y, O, C, h):
+        return value(Y, h.value(Y, O), C)
+
+    def gradient(Y, O, C, h):
+        return h.transpose(Y, O, dual(Y, h.value(Y, O), C))
+
+    def gauss_newton(Y, O, C, h, v):
+        return h.transpose(Y, O, curvature(Y, h.value(Y, O), C, h.derivative(Y, O, v)))
+
+    def hessian(Y, O, C, h, v):
+        return gauss_newton(Y, O, C, h, v) + h.second_transpose(Y, O, v, dual(Y, h.value(Y, O), C))
+
+    return Loss(name, of_output, gradient, hessian=hessian, gauss_newton=gauss_newton)
 
 
-def _half_square_gradient(Y, O, C, prediction):
-    return prediction.transpose(Y, O, Y.weights[:, None] * (prediction.value(Y, O) - C))
+def _half_square(Y, p, C):
+    return 0.5 * (Y.weights @ (p - C) ** 2)
+
+
+def _half_square_dual(Y, p, C):
+    return Y.weights[:, None] * (p - C)
+
+
+def _half_square_curvature(Y, p, C, v):
+    return Y.weights[:, None] * v
 
 
 def _cross_entropy(Y, O, C, prediction):
@@ -137,6 +183,10 @@ def _cross_entropy(Y, O, C, prediction):
 
 def _cross_entropy_gradient(Y, O, C, prediction):
     return Y.weights[:, None] * (np.exp(log_density(Y, O)) * Y.sum(Y.weights @ C) - C)
+
+
+def _cross_entropy_hessian(Y, O, C, prediction, v):
+    return Y.weights[:, None] * prediction.derivative(Y, O, v) * Y.sum(Y.weights @ C)
 
 
 _softplus, _sigmoid = get_activation("softplus"), get_activation("sigmoid")
@@ -150,13 +200,21 @@ def _binary_cross_entropy_gradient(Y, O, C, prediction):
     return Y.weights[:, None] * (_sigmoid(O) - C)
 
 
+def _binary_cross_entropy_hessian(Y, O, C, prediction, v):
+    return Y.weights[:, None] * prediction.derivative(Y, O, v)
+
+
 #: 1/2 int |h(O) - C|^2 dy, the choice of section 2.4.
-least_squares = Loss("least_squares", _half_square, _half_square_gradient)
-#: - int C log p dy, p the softmax of O; stable for large O.
-cross_entropy = Loss("cross_entropy", _cross_entropy, _cross_entropy_gradient, "softmax")
-#: - int C log p + (1 - C) log(1 - p) dy, p = 1/(1 + e^-O); stable for large O.
+least_squares = _of_prediction("least_squares", _half_square, _half_square_dual, _half_square_curvature)
+#: - int C log p dy, p the softmax of O; stable for large O. Convex in O.
+cross_entropy = Loss("cross_entropy", _cross_entropy, _cross_entropy_gradient, "softmax", _cross_entropy_hessian)
+#: - int C log p + (1 - C) log(1 - p) dy, p = 1/(1 + e^-O); stable for large O. Convex in O.
 binary_cross_entropy = Loss(
-    "binary_cross_entropy", _binary_cross_entropy, _binary_cross_entropy_gradient, "logistic"
+    "binary_cross_entropy",
+    _binary_cross_entropy,
+    _binary_cross_entropy_gradient,
+    "logistic",
+    _binary_cross_entropy_hessian,
 )
 
 
@@ -178,33 +236,54 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
     >>> loss.name
     'functional'
     """
-    forms: dict[int, tuple] = {}
+    forms: dict[int, _SampleForms] = {}
 
-    def prepared(Y):
+    def on(Y):
         if id(Y) not in forms:
-            p, C = fd.Function(Y.V), fd.Function(Y.V)
-            form = functional(p, C)
-            # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
-            degree = estimate_total_polynomial_degree(apply_derivatives(apply_algebra_lowering(form)))
-            rule = {"quadrature_degree": degree}
-            forms[id(Y)] = (Y, p, C, form, fd.derivative(form, p), rule)
-        return forms[id(Y)][1:]
+            forms[id(Y)] = _SampleForms(Y, functional)
+        return forms[id(Y)]
 
-    def each(Y, O, C, prediction, differentiate):
-        p, c, form, derivative, rule = prepared(Y)
-        predicted = prediction.value(Y, O)
-        with stop_annotating():
-            for s in range(O.shape[1]):
-                p.dat.data_wo[...] = predicted[:, s]
-                c.dat.data_wo[...] = C[:, s]
-                yield fd.assemble(derivative if differentiate else form, form_compiler_parameters=rule)
-
-    def value(Y, O, C, prediction):
+    def value(Y, p, C):
         # A sum over the ranks follows, assemble has made one already.
-        return np.fromiter(each(Y, O, C, prediction, False), float) / Y.comm.size
+        return np.array(on(Y).assemble("value", p, C), dtype=float) / Y.comm.size
 
-    def gradient(Y, O, C, prediction):
-        duals = [dual.dat.data_ro.copy() for dual in each(Y, O, C, prediction, True)]
-        return prediction.transpose(Y, O, np.column_stack(duals))
+    def dual(Y, p, C):
+        return on(Y).columns("derivative", p, C)
 
-    return Loss(name, value, gradient)
+    def curvature(Y, p, C, v):
+        return on(Y).columns("second", p, C, v)
+
+    return _of_prediction(name, value, dual, curvature)
+
+
+class _SampleForms:
+    """A functional F(p, C) in UFL of one sample, its first derivative in p, and its second in a direction v."""
+
+    def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
+        self._Y = Y  # kept alive: forms are found by its id
+        self._slots = [fd.Function(Y.V) for _ in range(3)]
+        p, C, v = self._slots
+        form = functional(p, C)
+        derivative = fd.derivative(form, p)
+        self._forms = {"value": form, "derivative": derivative, "second": fd.derivative(derivative, p, v)}
+        # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
+        degree = estimate_total_polynomial_degree(apply_derivatives(apply_algebra_lowering(form)))
+        self._rule = {"quadrature_degree": degree}
+        # Where a derivative is zero, there is nothing to assemble.
+        self._vanishing = [which for which, f in self._forms.items() if apply_derivatives(apply_algebra_lowering(f)).empty()]
+
+    def assemble(self, which: str, *batches: np.ndarray) -> list:
+        """The form for each sample of these batches of node values: of p, C and v."""
+        assembled = []
+        with stop_annotating():
+            for s in range(batches[0].shape[1]):
+                for slot, values in zip(self._slots, batches):
+                    slot.dat.data_wo[...] = values[:, s]
+                assembled.append(fd.assemble(self._forms[which], form_compiler_parameters=self._rule))
+        return assembled
+
+    def columns(self, which: str, *batches: np.ndarray) -> np.ndarray:
+        """The same of a form with a test function: functionals of the node values, shape (nodes, samples)."""
+        if which in self._vanishing:
+            return np.zeros_like(batches[0])
+        return np.column_stack([functional.dat.data_ro for functional in self.assemble(which, *batches)])

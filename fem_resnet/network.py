@@ -2,18 +2,20 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y),    0 <= t <= T
 
-Layer l is the time interval (t_l, t_(l+1)) on which bias a and kernel b have coefficients of their own.
+Layer l is the time interval (t_l, t_(l+1)). Bias a and kernel b have coefficients of their own on each, or values at
+the layer times with a line between them (the interpolants a^tau, B^tau of section 2.1), or values that layers share.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import firedrake as fd
 import numpy as np
-import petsctools
 from petsc4py import PETSc
 from pyadjoint.tape import annotate_tape
 
@@ -22,17 +24,20 @@ from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
-from fem_resnet.layer import Stage, StageValue
+from fem_resnet.layer import Stage
+from fem_resnet.log import log
+from fem_resnet.methods import solver_options
 from fem_resnet.parameter import (
     BasisCoefficients,
     KernelCoefficients,
     LayerCoefficients,
-    LayerIndicators,
     NodalValues,
     Parameter,
     SpaceBasis,
 )
-from fem_resnet.time_stepping import SOLVER_PARAMETERS, LayerStepper, Segment
+from fem_resnet.segment import Segment
+from fem_resnet.time_basis import get_time_basis
+from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
 __all__ = ["ResidualNetwork", "Run"]
 
@@ -54,6 +59,10 @@ class ResidualNetwork:
         Number L >= 0 of layers of equal length, and T > 0.
     times
         Layer times 0 = t_0 < .. < t_L instead, shape (L + 1,); no unit.
+    bias_in_time, kernel_in_time
+        How a and b depend on t. "layers": a value on each layer; "linear": continuous, linear between the layer times,
+        L + 1 values; "shared": one value for all layers, the autonomous case; or a group number a layer, shape (L,),
+        from 0: one value a group. With bases of each layer, layers that share a value have the same basis.
     activation
         sigma, or its name.
     steps
@@ -61,14 +70,17 @@ class ResidualNetwork:
     layers_per_block
         How many layers make one Block on the tape; all of them if left out.
     solver_parameters, options_prefix
-        PETSc options of the TS, over `fem_resnet.time_stepping.SOLVER_PARAMETERS`: `rk` with fixed steps, any
-        `ts_rk_type`.
+        PETSc options of the TS and its SNES and KSP: Runge-Kutta of order 4 with fixed steps if left out. Types with a
+        gradient are rk, theta, beuler, cn, arkimex and dirk; `fem_resnet.methods` has all. For implicit ones "mat_type"
+        may be "matfree". With a "ts_adapt_type", steps are judged by the error of f in the label measure.
+    replay_steps
+        Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
 
     Attributes
     ----------
     Y : LabelSpace
     bias, kernel : Parameter
-        a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients.
+        a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients, or the layer time t_l, or group l.
     bases : dict of str to tuple
         What was given as "phi", "psi" and "bias": one for all layers, or one a layer.
     times : numpy.ndarray
@@ -100,11 +112,14 @@ class ResidualNetwork:
         layers: int = 8,
         final_time: float = 1.0,
         times: Sequence[float] | None = None,
+        bias_in_time: str | Sequence[int] = "layers",
+        kernel_in_time: str | Sequence[int] = "layers",
         activation: str | Activation = "tanh",
         steps: int = 1,
         layers_per_block: int | None = None,
         solver_parameters: dict | None = None,
         options_prefix: str | None = None,
+        replay_steps: bool = True,
     ):
         self.times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self.times) - 1
@@ -120,18 +135,22 @@ class ResidualNetwork:
             for basis in bases:
                 if basis is not None and basis.Y is not self.Y:
                     raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
-        indicators = LayerIndicators(self.times)
-        self.bias = Parameter("bias", _shared(self._bias_basis, self.bases["bias"]), indicators)
+        self.bias = Parameter(
+            "bias",
+            _shared(self._bias_basis, self.bases["bias"]),
+            get_time_basis(bias_in_time, self.times, "bias_in_time"),
+        )
         self.kernel = Parameter(
-            "kernel", _shared(_kernel_basis, self.bases["phi"], self.bases["psi"]), indicators
+            "kernel",
+            _shared(_kernel_basis, self.bases["phi"], self.bases["psi"]),
+            get_time_basis(kernel_in_time, self.times, "kernel_in_time"),
         )
-        self._options = petsctools.OptionsManager(
-            SOLVER_PARAMETERS | (solver_parameters or {}), options_prefix=options_prefix, default_prefix="fem_resnet_"
-        )
+        self.replay_steps = replay_steps
+        self._options = solver_options(solver_parameters, options_prefix)
         self._stages: dict[int, Stage] = {}
         self._scratch: dict[tuple[int, ...], list[Segment]] = {}
         if self.layers:
-            self._stepper(self._stage(1), 0)  # refuse options now rather than at the first run
+            self._stepper(self._stage(1), 0, 1)  # refuse options now rather than at the first run
 
     def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
         return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
@@ -176,15 +195,21 @@ class ResidualNetwork:
         ------
         TypeError, ValueError
             If `initial` does not fit; the message names the sample where a value is not finite.
-        NonFiniteState
-            If the state overflows.
+        StepFailure
+            If a layer cannot be stepped, as where the state overflows.
         """
         self.Y.check_batch(initial, "initial")
         f, pieces = initial, []
+        if annotate_tape() and not self.replay_steps and "none" != self.solver_parameters.get("ts_adapt_type"):
+            log(
+                self.Y.comm, logging.WARNING,
+                "adapted steps are not replayed: the gradient will be that of the network with the steps of the latest "
+                "evaluation, and J jumps where their number changes",
+            )  # fmt: skip
         for segment in self._segments(initial.function_space()):
             start = f
             f, block = apply(segment, [start, *segment.functions])
-            pieces.append(_Piece(segment, start, segment.stages(), block))
+            pieces.append(_Piece(segment, start, segment.traces(), block))
         return Run(self, initial, f, pieces)
 
     def on(self, Y: LabelSpace) -> ResidualNetwork:
@@ -208,10 +233,13 @@ class ResidualNetwork:
         net = ResidualNetwork(
             **{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()},
             times=self.times,
+            bias_in_time=self.bias.time_basis.description,
+            kernel_in_time=self.kernel.time_basis.description,
             activation=self.activation,
             steps=self.steps,
             layers_per_block=self.layers_per_block,
             solver_parameters=self.solver_parameters,
+            replay_steps=self.replay_steps,
         )
         for ours, theirs in zip(self.parameters, net.parameters):
             for k in range(len(ours.functions)):
@@ -231,9 +259,11 @@ class ResidualNetwork:
         stage = self._stage(values.samples)
         return [
             Segment(
-                [self._stepper(stage, layer) for layer in layers],
+                partial(self._steppers, stage, layers),
+                stage,
                 LayerCoefficients(self.bias, self.kernel, self.times, layers),
                 values,
+                annotate_tape() and self.replay_steps,
             )
             for layers in (
                 range(start, min(start + self.layers_per_block, self.layers))
@@ -246,25 +276,28 @@ class ResidualNetwork:
             self._stages[samples] = Stage(self.Y, self.activation, samples)
         return self._stages[samples]
 
-    def _stepper(self, stage: Stage, layer: int) -> LayerStepper:
+    def _steppers(self, stage: Stage, layers: range, orders: int) -> list[LayerStepper]:
+        return [self._stepper(stage, layer, orders) for layer in layers]
+
+    def _stepper(self, stage: Stage, layer: int, orders: int) -> LayerStepper:
         rank = self.kernel.on_layer(layer).kernel.psi.rank
-        return LayerStepper(stage, layer, rank, self.steps, self._options)
+        return LayerStepper(stage, layer, rank, self.steps, self._options, orders)
 
 
 @dataclass
 class _Piece:
-    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the stages are ours."""
+    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the traces are ours."""
 
     segment: Segment
     start: fd.Function
-    stages: list[list[StageValue]]
+    traces: list[LayerTrace]
     block: OperatorBlock | None
 
     def state(self, layers: int) -> np.ndarray:
-        start, stages = self.start, self.stages
+        start, traces = self.start, self.traces
         if self.block is not None:
-            start, stages = self.block.get_dependencies()[0].saved_output, self.segment.stages()
-        return self.segment.advance(self.segment.output.read(start), stages[:layers])
+            start, traces = self.block.get_dependencies()[0].saved_output, self.segment.traces()
+        return self.segment.advance(self.segment.output.read(start), traces[:layers])
 
     def costate(self, layers: int) -> np.ndarray | None:
         return self.segment.costate(layers) if self.block.adjoint_is_current else None

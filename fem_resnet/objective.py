@@ -2,7 +2,9 @@
 
     min  J = sum_s omega_s loss(h(O_s), C_s) + R(m),        m = (a, b, W, mu),   sum_s omega_s = 1            (2.11)
 
-What each part is says its module: `network`, `head`, `loss`, `regulariser`.
+What each part is says its module: `network`, `head`, `loss`, `regulariser`. What is minimised over may also be the
+initial state f_I, alone (data assimilation: f_I from what is known of f(T)) or with m; its gradient is the co-state
+r(0) of (4.2), and R takes it as one more parameter, with the sum over samples of int |f_I|^2 dy for its squared norm.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_ta
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
-from fem_resnet.blocks import OperatorBlock
+from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.loss import Loss, sample_weights
 from fem_resnet.network import ResidualNetwork, Run
-from fem_resnet.parameter import Parameter
+from fem_resnet.parameter import Parameter, StateValues
 from fem_resnet.regulariser import Regulariser
+from fem_resnet.time_basis import AtStart
 
 __all__ = ["Batch", "LearningProblem"]
+
+_LEARN = ("parameters", "initial", "both")
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,39 @@ class LearningProblem:
         For example ``tikhonov(1e-4)``; None for none.
     batch
         The data; `exchange` puts another in its place.
+    learn
+        What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of
+        the batch on, which training overwrites; or "both". The regulariser takes what is learned.
 
     Raises
     ------
     TypeError, ValueError
         If an argument does not fit another; the message names it.
+
+    Examples
+    --------
+    Which state becomes f(T) = 2, if f_t = 1 for 0 < t < 1?
+
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis, least_squares, train
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(1), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 1), layers=1, activation="identity")
+    >>> _ = net.bias.functions[0].assign(1.0)
+    >>> batch = Batch(Y.batch(0 * Y.weights), Y.batch(2 + 0 * Y.weights))
+    >>> _ = train(LearningProblem(net, None, least_squares, None, batch, learn="initial"))
+    >>> round(float(batch.inputs.dat.data_ro.max()), 6)
+    1.0
     """
 
     def __init__(
-        self, net: ResidualNetwork, head: Head | None, loss: Loss, regulariser: Regulariser | None, batch: Batch
+        self,
+        net: ResidualNetwork,
+        head: Head | None,
+        loss: Loss,
+        regulariser: Regulariser | None,
+        batch: Batch,
+        *,
+        learn: str = "parameters",
     ):
         for name, value, kind, optional in (
             ("net", net, ResidualNetwork, False),
@@ -96,8 +125,15 @@ class LearningProblem:
                 f"loss: {loss.name} goes with a head of prediction {loss.prediction!r}, the head has "
                 f"{self._prediction.name!r}"
             )
+        if learn not in _LEARN:
+            raise ValueError(f"learn: one of {', '.join(map(repr, _LEARN))} is wanted, {learn!r} was given")
+        self.learn = learn
         self._recorded: tuple[BlockVariable, OperatorBlock] | None = None
         self.batch, self._observation = batch, self._observed(batch)
+        self._initial: list[Parameter] = []
+        if learn != "parameters":
+            states = StateValues(net.Y, batch.inputs.function_space())
+            self._initial = [Parameter("initial", states, AtStart(), [batch.inputs])]
 
     def _observed(self, batch: Batch) -> fd.Function:
         """The observations of a batch, which is checked."""
@@ -118,8 +154,10 @@ class LearningProblem:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """Those of the network, then those of the head."""
-        return self.net.parameters + ([] if self.head is None else self.head.parameters)
+        """Those that are learned: of the network, of the head, then the initial state, called "initial"."""
+        if self.learn == "initial":
+            return self._initial
+        return self.net.parameters + ([] if self.head is None else self.head.parameters) + self._initial
 
     @property
     def functions(self) -> list[fd.Function]:
@@ -143,10 +181,16 @@ class LearningProblem:
         """One Control a set of coefficients, each with its Riesz map."""
         return [control for parameter in self.parameters for control in parameter.controls()]
 
-    def record(self) -> tuple[ReducedFunctional, Run]:
-        """J as a function of all parameters, on a tape of its own, and the run recorded there.
+    def record(self, *, gauss_newton: bool = False) -> tuple[ReducedFunctional, Run]:
+        """J as a function of all that is learned, on a tape of its own, and the run recorded there.
 
         The working tape and whether annotation is on are left as they were.
+
+        Parameters
+        ----------
+        gauss_newton
+            Whether `hessian` of the functional is to be the action of Gauss and Newton, which is positive semidefinite
+            for convex losses: see `blocks.gauss_newton`.
         """
         # Variables of its own too: what another recording does to the same Functions must not be seen here.
         for function in (self.batch.inputs, *self.functions):
@@ -160,7 +204,8 @@ class LearningProblem:
                 if not was_annotating:
                     pause_annotation()
             self._recorded = self.batch.inputs.block_variable, block
-            return ReducedFunctional(J, self.controls(), tape=tape), run
+            functional = _GaussNewtonFunctional if gauss_newton else ReducedFunctional
+            return functional(J, self.controls(), tape=tape), run
 
     def exchange(self, batch: Batch) -> None:
         """Put another batch of as many samples in the place of the present one, without recording again.
@@ -175,8 +220,13 @@ class LearningProblem:
         Raises
         ------
         TypeError, ValueError
-            If it does not fit, or has another number of samples.
+            If it does not fit, has another number of samples, or the inputs are learned.
         """
+        if self._initial:
+            raise ValueError(
+                f"batch: with learn={self.learn!r} the inputs are learned, so no others can take their place; make a "
+                f"LearningProblem for each batch"
+            )
         observation = self._observed(batch)
         if batch.inputs.function_space() != self.batch.inputs.function_space():
             raise ValueError(
@@ -215,6 +265,12 @@ class LearningProblem:
             )
         return batches
 
-    def reduced_functional(self) -> ReducedFunctional:
-        """J as a function of all parameters: for `taylor_test`, TAO, SciPy. See `record`."""
-        return self.record()[0]
+    def reduced_functional(self, *, gauss_newton: bool = False) -> ReducedFunctional:
+        """J as a function of all that is learned: for `taylor_test`, TAO, SciPy. See `record`."""
+        return self.record(gauss_newton=gauss_newton)[0]
+
+
+class _GaussNewtonFunctional(ReducedFunctional):
+    def hessian(self, m_dot, **options):
+        with gauss_newton(self.tape):
+            return super().hessian(m_dot, **options)

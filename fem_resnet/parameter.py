@@ -4,7 +4,7 @@ The bias a(y, t) and the kernel b(y, z, t) are both of the form
 
     p(t) = sum_k theta_k(t) E c_k,
 
-theta_k a time basis on the layer times, c_k coefficients in space, each held in a Firedrake Function that is a control,
+theta_k a time basis (`time_basis`), c_k coefficients in space, each held in a Firedrake Function that is a control,
 and E what a layer takes: the values at the nodes for a bias, the matrix beta for a kernel. Each c_k may have a space
 basis of its own, E = E_k, so that layers differ in their bases. With the measure of label domain and time, lumped in t,
 the inner product of coefficients is
@@ -27,9 +27,10 @@ from pyadjoint import Control
 
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import LabelSpace
+from fem_resnet.label_space import BatchValues, LabelSpace
+from fem_resnet.time_basis import AtStart, Once, TimeBasis
 
-__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerCoefficients", "LayerIndicators", "NodalValues", "Parameter"]
+__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerCoefficients", "NodalValues", "Parameter", "StateValues"]
 
 
 class SpaceBasis(ABC):
@@ -112,6 +113,40 @@ class NodalValues(SpaceBasis):
         return float(self.Y.sum(dual @ coefficients))
 
 
+class StateValues(SpaceBasis):
+    """Values of a batch at the nodes of a label domain, shape (nodes, samples): R = M for each sample."""
+
+    def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry):
+        self._values = BatchValues(Y, space)
+        self.Y = Y
+        self.space = space
+        self.shape = (Y.nodes, self._values.samples)
+
+    def read(self, function):
+        return self._values.read(function).copy()
+
+    def write(self, function, coefficients):
+        self._values.write(function, coefficients)
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        return self.Y.weights[:, None] * coefficients
+
+    def stiffness(self, coefficients):
+        return self.Y.apply_stiffness(coefficients)
+
+    def primal(self, dual):
+        return dual / self.Y.weights[:, None]
+
+    def pair(self, dual, coefficients):
+        return float(self.Y.sum(np.einsum("is,is->", dual, coefficients)))
+
+
 class _Replicated(SpaceBasis):
     """A few numbers, the same on every rank: one cell of a mesh of its own holds them, and its owner broadcasts."""
 
@@ -185,38 +220,6 @@ class KernelCoefficients(_Replicated):
         return self.kernel.primal(dual)
 
 
-class LayerIndicators:
-    """Time basis of the indicators of the layers: a value of its own on each.
-
-    Parameters
-    ----------
-    times
-        Layer times t_0 < .. < t_L, shape (L + 1,).
-
-    Attributes
-    ----------
-    measures : numpy.ndarray
-        tau_k = int theta_k dt, one a basis function.
-    """
-
-    def __init__(self, times: Sequence[float]):
-        self.measures = np.diff(times)
-
-    def active(self, layer: int) -> tuple[int, ...]:
-        """Which basis functions do not vanish on a layer."""
-        return (layer,)
-
-    def weights(self, layer: int, t: float) -> tuple[float, ...]:
-        """Their values at the time t in that layer."""
-        return (1.0,)
-
-
-class Once:
-    """Time basis of a parameter that acts once, at t = T, and not over a time: one function, of measure one."""
-
-    measures = np.ones(1)
-
-
 class Parameter:
     """A bias or kernel that the network may learn: coefficients c_k in space, one set a time basis function.
 
@@ -225,10 +228,11 @@ class Parameter:
     name
         How messages, files and Functions call it.
     space_basis
-        The basis in space: one for all time basis functions, or a list with one for each. Those of one layer are the
-        same.
+        The basis in space: one for all layers, or a list with one a layer.
     time_basis
-        The basis in time.
+        The basis in time. Layers on which one of its functions is active have the same basis in space.
+    functions
+        What holds the coefficients; new Functions if left out.
 
     Attributes
     ----------
@@ -236,19 +240,32 @@ class Parameter:
         The basis in space of each c_k.
     functions : list of Function
         The coefficients c_k, zero at first. Assign to them, or use `set`.
+
+    Raises
+    ------
+    ValueError
+        If layers of different bases in space share coefficients.
     """
 
     def __init__(
-        self, name: str, space_basis: SpaceBasis | Sequence[SpaceBasis], time_basis: LayerIndicators | Once
+        self,
+        name: str,
+        space_basis: SpaceBasis | Sequence[SpaceBasis],
+        time_basis: TimeBasis | Once | AtStart,
+        functions: Sequence[fd.Function] | None = None,
     ):
         self.name = name
         self.time_basis = time_basis
         self._space_basis = space_basis
-        count = len(time_basis.measures)
-        self.space_bases = [space_basis] * count if isinstance(space_basis, SpaceBasis) else list(space_basis)
-        self.functions = [
-            fd.Function(basis.space, name=f"{name}_{k}") for k, basis in zip(range(count), self.space_bases, strict=True)
-        ]
+        if isinstance(space_basis, SpaceBasis):
+            self.space_bases = [space_basis] * len(time_basis.measures)
+        else:
+            self.space_bases = _of_time_functions(name, space_basis, time_basis)
+        self.functions = (
+            [fd.Function(basis.space, name=f"{name}_{k}") for k, basis in enumerate(self.space_bases)]
+            if functions is None
+            else list(functions)
+        )
 
     def __repr__(self) -> str:
         kinds = ", ".join(sorted({type(basis).__name__ for basis in self.space_bases}))
@@ -263,9 +280,11 @@ class Parameter:
         ValueError
             If layers have bases of their own; `space_bases` has them.
         """
-        if not isinstance(self._space_basis, SpaceBasis):
+        if isinstance(self._space_basis, SpaceBasis):
+            return self._space_basis
+        if any(basis is not self.space_bases[0] for basis in self.space_bases):
             raise ValueError(f"space_basis: {self.name} has bases of its own in each layer; space_bases lists them")
-        return self._space_basis
+        return self.space_bases[0]
 
     @property
     def dim(self) -> int:
@@ -321,27 +340,44 @@ class Parameter:
         return self.space_bases[self.time_basis.active(layer)[0]]
 
 
+def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeBasis) -> list[SpaceBasis]:
+    """The basis in space of each function in time, from those of the layers where it is active."""
+    first: dict[int, int] = {}
+    for layer, basis in enumerate(bases):
+        for k in time_basis.active(layer):
+            other = first.setdefault(k, layer)
+            if bases[other] is not basis:
+                raise ValueError(
+                    f"{name}_in_time: layers {other} and {layer} share coefficients of {name}, but have different "
+                    f'bases in space; give both one basis, or coefficients of their own ("layers")'
+                )
+    return [bases[first[k]] for k in range(len(time_basis.measures))]
+
+
 class OnLayer:
-    """What one layer sees of a parameter: its active coefficients, expanded once, as a function of time."""
+    """What one layer sees of a parameter: its active coefficients, expanded once, as a function of time.
+
+    The time is the fraction s in [0, 1] of the layer.
+    """
 
     def __init__(self, parameter: Parameter, layer: int, coefficients: Sequence[np.ndarray]):
         self._basis = parameter.on_layer(layer)
-        self._weights = lambda t: parameter.time_basis.weights(layer, t)
+        self._weights = lambda s: parameter.time_basis.weights(layer, s)
         self._values = [self._basis.expand(c) for c in coefficients]
         #: Number of active coefficients on this rank.
         self.size = sum(np.size(c) for c in coefficients)
 
-    def coefficients(self, t: float) -> np.ndarray:
-        """`p(t)`, what the layer takes at the time t."""
-        weights = self._weights(t)
+    def coefficients(self, s: float) -> np.ndarray:
+        """`p`, what the layer takes at the fraction s of its time."""
+        weights = self._weights(s)
         if weights == (1.0,):
             return self._values[0]
         return sum(weight * value for weight, value in zip(weights, self._values))
 
-    def pull_back(self, t: float, dual: np.ndarray) -> np.ndarray:
-        """Transpose of `coefficients(t)`: functionals of all active coefficients, one after the other. Collective."""
+    def pull_back(self, s: float, dual: np.ndarray) -> np.ndarray:
+        """Transpose of `coefficients(s)`: functionals of all active coefficients, one after the other. Collective."""
         pulled = self._basis.pull_back(dual).ravel()
-        return np.concatenate([weight * pulled for weight in self._weights(t)])
+        return np.concatenate([weight * pulled for weight in self._weights(s)])
 
 
 @dataclass(frozen=True)

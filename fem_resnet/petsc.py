@@ -11,15 +11,8 @@ import numpy as np
 from petsc4py import PETSc
 
 __all__ = [
-    "adapt_type",
-    "keep_trajectory_in_memory",
-    "register_rk",
-    "rk_quadrature",
-    "rk_tableau",
-    "stage_values",
-    "transposed",
-    "weakly",
-]
+    "adapt_type", "keep_trajectory_in_memory", "never_adapt", "register_rk", "rk_tableau", "shell", "stage_values", "weakly",
+]  # fmt: skip
 
 _Int = np.ctypeslib.as_ctypes_type(PETSc.IntType)
 
@@ -46,21 +39,16 @@ def keep_trajectory_in_memory(ts: PETSc.TS) -> None:
     _call("TSTrajectorySetType", trajectory, handle, b"memory")
 
 
-def rk_quadrature(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
-    """Weights b_i and nodes c_i of the Runge-Kutta method."""
-    return rk_tableau(ts)[1:]
-
-
 def rk_tableau(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A_ij, b_i and c_i of the Runge-Kutta method."""
+    """Matrix A_ij, weights b_i and nodes c_i of the Runge-Kutta method."""
     stages, order, fsal = _Int(), _Int(), ctypes.c_int()
     A, b, c, embedded, dense = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
     _call(
         "TSRKGetTableau", ctypes.c_void_p(ts.handle),
         *map(ctypes.byref, (stages, A, b, c, embedded, order, dense, fsal)),
     )  # fmt: skip
-    n = stages.value
-    return np.array(A[: n * n]).reshape(n, n), np.array(b[:n]), np.array(c[:n])
+    s = stages.value
+    return np.array(A[: s * s]).reshape(s, s), np.array(b[:s]), np.array(c[:s])
 
 
 @cache
@@ -76,12 +64,22 @@ def register_rk(name: str, A: tuple[tuple[float, ...], ...], b: tuple[float, ...
     return name
 
 
+def _adapt(ts: PETSc.TS) -> ctypes.c_void_p:
+    adapt = ctypes.c_void_p()
+    _call("TSGetAdapt", ctypes.c_void_p(ts.handle), ctypes.byref(adapt))
+    return adapt
+
+
 def adapt_type(ts: PETSc.TS) -> str:
     """Name of the rule that adapts the steps."""
-    adapt, name = ctypes.c_void_p(), ctypes.c_char_p()
-    _call("TSGetAdapt", ctypes.c_void_p(ts.handle), ctypes.byref(adapt))
-    _call("TSAdaptGetType", adapt, ctypes.byref(name))
+    name = ctypes.c_char_p()
+    _call("TSAdaptGetType", _adapt(ts), ctypes.byref(name))
     return name.value.decode()
+
+
+def never_adapt(ts: PETSc.TS) -> None:
+    """Accept every step from now on, and leave the step sizes alone."""
+    _call("TSAdaptSetType", _adapt(ts), b"none")
 
 
 def stage_values(ts: PETSc.TS, size: int) -> Iterator[np.ndarray]:
@@ -95,14 +93,10 @@ def stage_values(ts: PETSc.TS, size: int) -> Iterator[np.ndarray]:
         _call("VecRestoreArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
 
 
-def transposed(multiply: Callable[[PETSc.Vec, PETSc.Vec], None], sizes: tuple[int, int]) -> PETSc.Mat:
-    """A matrix of these sizes that is known by its transposed product only: `multiply(x, y)` sets y to A^T x."""
-
-    class Context:
-        def multTranspose(self, mat, x, y):
-            multiply(x, y)
-
-    mat = PETSc.Mat().createPython([(sizes[0],) * 2, (sizes[1],) * 2], Context(), comm=PETSc.COMM_SELF)
+def shell(context: object, sizes: tuple[int, int], comm: PETSc.Comm | None = None) -> PETSc.Mat:
+    """A matrix with these sizes on this rank that does what its context does: `mult`, `multTranspose` and so on."""
+    comm = PETSc.COMM_SELF if comm is None else comm
+    mat = PETSc.Mat().createPython([(size, PETSc.DETERMINE) for size in sizes], context, comm=comm)
     mat.setUp()
     return mat
 

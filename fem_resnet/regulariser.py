@@ -4,9 +4,11 @@
     smooth in y      lambda/2 ( int |grad_y a|^2 dy dt + int |grad_y b|^2 + |grad_z b|^2 dy dz dt )
     smooth in t      lambda/2 sum_k ( ||a_(k+1) - a_k||^2 + ||b_(k+1) - b_k||^2 ) / d_k
 
-d_k the distance between the centres of neighbouring layers, so that the last is the integral of the squared derivative of
-the interpolant. The factor 1/2 makes (4.7) hold to the letter: the gradient of Tikhonov's in a is lambda a. (The paper
-prints Remark 4.2 without it.) Sums of regularisers are regularisers.
+d_k the distance in t of what follows each other (centres of layers, or of groups of layers, with a value of their own;
+layer times for controls that are linear in t), so that the last is the integral of the squared derivative of the
+interpolant. Integrals over t are lumped, as the Riesz maps are. The initial state f_I, where it is learned, has the
+first two without the integral over t, added up over the samples. The factor 1/2 makes (4.7) hold to the letter: the
+gradient of Tikhonov's in a is lambda a. (The paper prints Remark 4.2 without it.) Sums of regularisers are regularisers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 from pyadjoint import AdjFloat
 
 from fem_resnet.blocks import apply
-from fem_resnet.parameter import Once, Parameter
+from fem_resnet.parameter import Parameter
+from fem_resnet.time_basis import Once
 
 __all__ = ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
 
@@ -74,6 +77,12 @@ class _RegulariserOperator:
             functionals += total
         return functionals
 
+    def tangent(self, arrays, directions):
+        return sum(slot.pair(d, v) for slot, d, v in zip(self.inputs, self.adjoint(arrays, 1.0), directions))
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        return [a + b for a, b in zip(self.adjoint(arrays, dual_dot), self.adjoint(directions, dual))]
+
 
 def _mass(parameter, coefficients):
     return [
@@ -91,17 +100,16 @@ def _stiffness(parameter, coefficients):
 
 
 def _variation(parameter, coefficients):
-    tau = parameter.time_basis.measures
     functionals = [np.zeros(np.shape(c)) for c in coefficients]
-    for k in range(len(coefficients) - 1):
+    for k, m, distance in parameter.time_basis.neighbours:
         basis = parameter.space_bases[k]
-        if basis is not parameter.space_bases[k + 1]:
+        if basis is not parameter.space_bases[m]:
             raise ValueError(
-                f"smooth_in_time: the layers {k} and {k + 1} have different bases of {parameter.name}, so their "
-                f"coefficients cannot be subtracted; give both one basis"
+                f"smooth_in_time: {parameter.name}_{k} and {parameter.name}_{m}, which follow each other in time, have "
+                f"different bases, so their coefficients cannot be subtracted; give both one basis"
             )
-        step = basis.dual(coefficients[k + 1] - coefficients[k]) * 2 / (tau[k] + tau[k + 1])
-        functionals[k + 1] += step
+        step = basis.dual(coefficients[m] - coefficients[k]) / distance
+        functionals[m] += step
         functionals[k] -= step
     return functionals
 
@@ -118,7 +126,7 @@ def tikhonov(weight: float) -> Regulariser:
 
 
 def smooth_in_space(weight: float) -> Regulariser:
-    """Squared gradients of bias and kernel over the label domain (H1 seminorm), not of the head.
+    """Squared gradients of bias, kernel and initial state over the label domain (H1 seminorm), not of the head.
 
     Wants continuous spaces or Laplace bases.
 
@@ -131,7 +139,7 @@ def smooth_in_space(weight: float) -> Regulariser:
 
 
 def smooth_in_time(weight: float) -> Regulariser:
-    """Squared differences of bias and kernel between neighbouring layers, over their distance.
+    """Squared differences of bias and kernel between neighbours in time, over their distance; zero where shared by all.
 
     Parameters
     ----------

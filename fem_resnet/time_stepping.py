@@ -1,60 +1,85 @@
-"""Layers driven by PETSc TS.
+"""One layer, driven by PETSc TS and its TSAdjoint.
 
 A layer sees f only through g = Psi^T M f, so TS steps (3.5a) for a general low-rank kernel, and f follows by (3.3):
 
     g_t = Psi^T M sigma(a - Phi beta g),        f(t_1) = f(t_0) + int sigma(a - Phi beta g) dt,
 
-with the quadrature of the method itself, f(t_1) = f(t_0) + sum_n h_n sum_i b_i sigma(u_ni). Runge-Kutta methods commute
-with the projection f -> g, so these are the numbers that stepping f would give. The state carries one more scalar a
-sample, q_t = <lambda, sigma(u)>, lambda the adjoint value of f at the segment's end; in the forward solve q_t is 0, in
-the adjoint its adjoint is the constant 1 and brings lambda to every stage. Backwards
+with the quadrature of the method itself, f(t_1) = f(t_0) + sum_n h_n sum_i b_i sigma(u_ni), or, where that is not to be
+had, with f in the state (`layer_state`). Runge-Kutta methods commute with the projection f -> g, so these are the numbers
+that stepping f would give; and they commute with linearisation, so that stepping g and its tangent g_1 gives the
+derivative of the discrete layer, and the adjoint of both its second derivative. Backwards
 
     lambda(t_0) = lambda(t_1) + M Psi gamma,      gamma the adjoint of g,
 
-so that layers with the same psi hand on gamma alone. TS vectors are samples x (rank + 1), sample-major, and the same on
-every rank (COMM_SELF).
+so that layers with the same psi hand on gamma alone. TS counts the time of a layer from 0 to 1; the layer's length is a
+factor of its right-hand side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import petsctools
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from fem_resnet.basis import Basis
-from fem_resnet.layer import Stage, StageValue
-from fem_resnet.label_space import BatchValues
-from fem_resnet.parameter import LayerCoefficients, LayerInputs
-from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, rk_quadrature, stage_values, transposed, weakly
+from fem_resnet.layer import Argument, Cotangent, Stage, StageValue
+from fem_resnet.layer_state import CarriedState, CoefficientState
+from fem_resnet.methods import METHODS, configure, last_words, set_from_options
+from fem_resnet.parameter import LayerInputs
+from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, never_adapt, shell, stage_values, weakly
 
-__all__ = ["SOLVER_PARAMETERS", "LayerStepper", "NonFiniteState", "Segment"]
-
-#: A network has a fixed depth: no adaptivity.
-SOLVER_PARAMETERS = {"ts_type": "rk", "ts_rk_type": "4", "ts_adapt_type": "none"}
+__all__ = ["LayerStepper", "LayerTrace", "StepFailure"]
 
 
-class NonFiniteState(ArithmeticError):
-    """The state of a layer is not finite after its last step.
+class StepFailure(ArithmeticError):
+    """A layer cannot be stepped, forward or in its adjoint: TS gave up, or the state is not finite.
+
+    Network and tape are as usable as before.
 
     Attributes
     ----------
     layer : int
         Number of the layer.
     time : float
-        Its end.
+        Where it happened.
+    reason : str
+        PETSc's name for what happened, or "NOT_FINITE".
     """
 
-    def __init__(self, layer: int, time: float):
+    def __init__(self, layer: int, time: float, reason: str):
+        what = "the state is not finite" if reason == "NOT_FINITE" else f"the time stepping ended with {reason}"
         super().__init__(
-            f"the state is not finite at the end of layer {layer}, t = {time:.6g}: smaller parameters or more steps a "
-            f"layer may help"
+            f"{what} in layer {layer}, t = {time:.6g}: smaller parameters or more steps a layer may help"
         )
         self.layer = layer
         self.time = time
+        self.reason = reason
+
+    def __reduce__(self):
+        return type(self), (self.layer, self.time, self.reason)
+
+
+@dataclass
+class LayerTrace:
+    """What a forward solve leaves, from which f at the end of the layer follows from f at its start.
+
+    Attributes
+    ----------
+    stages : list of StageValue
+        The terms of the quadrature (3.3); none where the state carried f.
+    end : list of numpy.ndarray or None
+        f at the end, and its tangent, where the state carried them.
+    steps : list of float
+        The accepted steps, in parts of the layer.
+    """
+
+    stages: list[StageValue] = field(default_factory=list)
+    end: list[np.ndarray] | None = None
+    steps: list[float] = field(default_factory=list)
 
 
 class LayerStepper:
@@ -69,104 +94,191 @@ class LayerStepper:
     rank
         Rank of psi on this layer.
     steps
-        Number of equal steps.
+        Number of equal steps; with adaptivity the first is of that size.
     options
-        PETSc options of the TS, with their prefix.
+        PETSc options of the TS, from `methods.solver_options`.
+    orders
+        1; or 2, to step the tangent too.
+    carry
+        Whether the state has f; if left out, where it must.
 
     Raises
     ------
     ValueError
-        If the options ask for anything but Runge-Kutta steps of fixed size.
+        If PETSc does not know an option, or a layer cannot be stepped so.
     """
 
-    def __init__(self, stage: Stage, layer: int, rank: int, steps: int, options: petsctools.OptionsManager):
+    def __init__(
+        self, stage: Stage, layer: int, rank: int, steps: int, options: petsctools.OptionsManager,
+        orders: int = 1, carry: bool | None = None,
+    ):  # fmt: skip
         self.stage = stage
         self.layer = layer
         self.steps = steps
-        #: The stages of the last forward solve, for `Stage.advance`.
-        self.stages: list[StageValue] = []
+        self.orders = orders
+        #: What the last forward solve left.
+        self.trace = LayerTrace()
         self._rank = rank
-        self._samples = stage.samples
         self._options = options
+        self._carry = carry
         self._create()
 
+    # -- the TS -------------------------------------------------------------------------------------------------------
+
     def _create(self) -> None:
-        size = self._samples * (self._rank + 1)
-        ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
-        ts.setOptionsPrefix(self._options.options_prefix)
-        ts.setRHSFunction(weakly(self._rate), PETSc.Vec().createSeq(size))
-        jacobian = transposed(weakly(self._state_transpose), (size, size))
-        ts.setRHSJacobian(weakly(self._set_stage), jacobian, jacobian)
-        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
-        ts.setTimeStep(1.0)
-        ts.setMaxTime(float(self.steps))
-        ts.setPostStep(weakly(self._keep_stages))
-        _set_options(ts, self._options, self.steps)
-        self._weights, self._nodes = rk_quadrature(ts)
-        self._ts = ts
-        self._y = PETSc.Vec().createSeq(size)
-        self._gamma = PETSc.Vec().createSeq(size)
+        # A TS that only reads its options tells the type, on which the communicator of the true one depends.
+        probe = PETSc.TS().create(comm=PETSc.COMM_SELF)
+        set_from_options(probe, self._options)
+        #: PETSc's name of the method, and what it gives a layer.
+        self.ts_type = probe.getType()
+        self.method = METHODS[self.ts_type]
+        self.adaptive = adapt_type(probe) != "none"
+        probe.destroy()
+        must_carry = self.adaptive or self.method.quadrature is None
+        self.carries_f = must_carry if self._carry is None else self._carry
+        self.state = (CarriedState if self.carries_f else CoefficientState)(self.stage, self._rank, self.orders)
+        self._y, self._adjoint_y, self._work = (self.state.vector() for _ in range(3))
         self._mu: PETSc.Vec | None = None
         #: Whether the last forward solve was saved and no adjoint has used it up.
         self.has_trajectory = False
+        self.costate: Sequence[np.ndarray] | None = None
+        self._replayed: list[float] | None = None
+        self._calls: list[list[np.ndarray]] = []
+        self._ts = self._new_ts()
 
-    def forward(self, g: np.ndarray, inputs: LayerInputs, save: bool) -> np.ndarray:
-        """Solve the layer from g, shape (rank, samples); returns g at its end and leaves its stages in `stages`.
+    def _new_ts(self) -> PETSc.TS:
+        ts = PETSc.TS().create(comm=self.state.comm)
+        ts.setOptionsPrefix(self._options.options_prefix)  # before its SNES is made
+        if self.method.implicit:
+            self._set_implicit(ts)
+        else:
+            ts.setRHSFunction(weakly(self._rate), self.state.vector())
+            self._jacobian = shell(_Transposed(weakly(self._state_transpose)), (self.state.size,) * 2, self.state.comm)
+            ts.setRHSJacobian(weakly(self._set_point), self._jacobian, self._jacobian)
+        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+        ts.setErrorIfStepFails(False)
+        ts.setTimeStep(1.0)
+        ts.setMaxTime(float(self.steps))
+        ts.setPreStep(weakly(self._set_step))
+        ts.setPostStep(weakly(self._keep_step))
+        configure(ts, self._options, ("mat_type",))
+        self._max_steps = ts.getMaxSteps()
+        if self.adaptive:
+            rtol, atol = ts.getTolerances()
+            pointwise = self._options.parameters.get("ts_adapt_wnormtype", "2").lower() == "infinity"
+            ts.setTolerances(*self.state.tolerances(rtol, atol, pointwise))
+        if self.method.quadrature is not None:
+            with self._options.inserted_options():
+                self._weights, self._nodes = self.method.quadrature(ts)
+        return ts
+
+    def _set_implicit(self, ts: PETSc.TS) -> None:
+        state = self.state
+        self._matrix_free = self.carries_f or self._options.parameters.get("mat_type") == "matfree"
+        ts.setIFunction(weakly(self._residual), state.vector())
+        if self._matrix_free:
+            self._jacobian = shell(_Jacobian(self), (state.size,) * 2, state.comm)
+        else:
+            block, samples = state.block, self.stage.samples
+            columns = np.arange(state.size, dtype=PETSc.IntType).reshape(samples, 1, block)
+            columns = np.broadcast_to(columns, (samples, block, block)).ravel()
+            rows = np.arange(0, samples * block**2 + 1, block, dtype=PETSc.IntType)
+            self._pattern = rows, columns
+            self._jacobian = PETSc.Mat().createAIJ(
+                ((state.size,) * 2,) * 2, bsize=block, csr=(rows, columns, np.ones(len(columns))), comm=state.comm
+            )
+        ts.setIJacobian(weakly(self._set_jacobian), self._jacobian, self._jacobian)
+        if self.method.partitioned:
+            # With an explicit part, zero, PETSc takes its partitioned path, which wants no solve for a first slope.
+            ts.setRHSFunction(lambda ts, t, y, F: F.set(0.0), state.vector())
+            zero = shell(_Zero(), (state.size,) * 2, state.comm)
+            ts.setRHSJacobian(lambda ts, t, y, J, P: True, zero, zero)
+        ksp = ts.getSNES().getKSP()
+        # pbjacobi inverts the blocks of one stage: for stages that are coupled it is a preconditioner only.
+        exact = self.carries_f or not (self._matrix_free or self.method.stages_by_call)
+        ksp.setType("preonly" if exact else "gmres")
+        ksp.setTolerances(rtol=1e-10)
+        if self.carries_f:
+            ksp.getPC().setType("python")
+            ksp.getPC().setPythonContext(_Elimination(self))
+        elif self._matrix_free:
+            ksp.getPC().setType("none")
+        else:
+            ksp.getPC().setType("pbjacobi")
+
+    # -- forward and adjoint ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        g: Sequence[np.ndarray],
+        f: Sequence[np.ndarray] | None,
+        inputs: Sequence[LayerInputs],
+        save: bool,
+        steps: Sequence[float] | None = None,
+    ) -> list[np.ndarray]:
+        """Solve the layer from g; returns g at its end and leaves a `trace`.
 
         Parameters
         ----------
         g
-            Coefficients at the start.
+            Coefficients at the start, and their tangent if there is one, shape (rank, samples).
+        f
+            State and tangent at the start, shape (nodes, samples); may be None where the state does not carry them.
         inputs
-            Times, factors and parameters of this layer.
+            Times, factors and parameters of this layer, and the directions of all that.
         save
             Whether to keep the trajectory for `adjoint`.
+        steps
+            Steps to take, in parts of the layer, as a trace has them; if left out they are adapted, or equal.
 
         Raises
         ------
-        NonFiniteState
-            If the result is not finite.
+        StepFailure
+            If TS gives up, or the result is not finite.
         """
         self._inputs = inputs
-        self.stages = []
-        self._state(self._y)[:, :-1] = g.T
-        self._state(self._y)[:, -1] = 0.0
+        self.costate = None
+        self._replayed = list(steps) if steps is not None else None
+        self.trace = LayerTrace()
         self.has_trajectory = False
+        self.state.write(self._y, g, self.state.start(f))
         ts = self._ts
         ts.removeTrajectory()
         if save:
             ts.setSaveTrajectory()
             keep_trajectory_in_memory(ts)
-        # TS counts the time from the start of the layer: round-off in t then does not grow with depth.
+        if steps is not None:
+            never_adapt(ts)
         ts.setTime(0.0)
-        ts.setMaxTime(inputs.end - inputs.start)
+        ts.setMaxTime(1.0)
+        ts.setMaxSteps(self._max_steps if steps is None else len(steps))
         ts.setStepNumber(0)
-        ts.setTimeStep((inputs.end - inputs.start) / self.steps)
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported below
-                ts.solve(self._y)
-        except PETSc.Error as error:
-            self._create()  # a failed callback leaves vectors locked
-            raise error.__cause__ or error
+        ts.setTimeStep(1.0 / self.steps)
+        self._solve(lambda: ts.solve(self._y))
+        end, _ = self.state.read(self._y)
+        self.trace.end = self.state.end(self._y)
+        self._check_finite([*end, *(self.trace.end or [])], self._inputs[0].end)
         self.has_trajectory = save
-        end = self._state(self._y)[:, :-1].T.copy()
-        if not np.isfinite(end).all():
-            raise NonFiniteState(self.layer, inputs.end)
         return end
 
-    def adjoint(self, gamma: np.ndarray, adjoint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def adjoint(
+        self, gamma: Sequence[np.ndarray], adjoint: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
         """Adjoint of the last forward solve: gamma at the start, and functionals of the layer's coefficients.
+
+        With a tangent, of the second order: the functionals and gamma of the value are those that depend on it, directly
+        and through the tangent.
 
         Parameters
         ----------
         gamma
-            Adjoint of g at the end of the layer, shape (rank, samples).
+            Adjoints of g, and of its tangent, at the end of the layer, shape (rank, samples).
         adjoint
-            Adjoint value lambda of f at the end of the segment, shape (nodes, samples).
+            Adjoint values of f, and of its tangent, at the end of the segment, shape (nodes, samples).
 
         Returns
         -------
-        gamma : numpy.ndarray
+        gamma : list of numpy.ndarray
             At the start of the layer.
         functionals : numpy.ndarray
             Of the active coefficients of the bias, then of the kernel, one after the other.
@@ -175,214 +287,275 @@ class LayerStepper:
         ------
         RuntimeError
             If there was no forward solve that kept its trajectory since the last adjoint.
+        StepFailure
+            If a linear solve fails, or the result is not finite.
         """
         if not self.has_trajectory:
             raise RuntimeError(f"layer {self.layer}: the adjoint wants a forward solve that saves, just before it")
         self.has_trajectory = False
-        self._adjoint = adjoint
-        self._state(self._gamma)[:, :-1] = gamma.T
-        self._state(self._gamma)[:, -1] = 1.0
+        self.costate = tuple(adjoint)
+        self.state.write(self._adjoint_y, gamma, self.state.adjoint_start(self.costate))
         if self._mu is None:
             self._attach_parameters()
         self._mu.set(0.0)
-        self._ts.setCostGradients([self._gamma], [self._mu])
+        self._ts.setCostGradients([self._adjoint_y], [self._mu])
+        self._solve(self._ts.adjointSolve)
+        start, _ = self.state.read(self._adjoint_y)
+        functionals = self._mu.array_r.copy()
+        self._check_finite([*start, functionals], self._inputs[0].start)
+        return start, functionals
+
+    def _solve(self, solve) -> None:
         try:
-            self._ts.adjointSolve()
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported afterwards
+                solve()
         except PETSc.Error as error:
+            time = self._time(self._ts.getTime())
+            self._create()  # a failed callback leaves vectors locked
+            if error.__cause__ is not None:
+                raise error.__cause__
+            raise StepFailure(self.layer, time, f"PETSc's error {error.ierr}, {last_words(error)}") from error
+        reason = self._ts.getConvergedReason()
+        if reason < 0:
+            time = self._time(self._ts.getTime())
             self._create()
-            raise error.__cause__ or error
-        return self._state(self._gamma)[:, :-1].T.copy(), self._mu.array_r.copy()
+            raise StepFailure(self.layer, time, _REASONS.get(reason, f"PETSc's reason {reason}"))
 
-    # -- callbacks ----------------------------------------------------------------------------------------------------
+    def _check_finite(self, arrays: Sequence[np.ndarray], time: float) -> None:
+        finite = all(np.isfinite(array).all() for array in arrays)
+        if not self.stage.Y.comm.allreduce(finite, op=MPI.LAND):
+            self.has_trajectory = False
+            raise StepFailure(self.layer, time, "NOT_FINITE")
 
-    def _state(self, vec: PETSc.Vec) -> np.ndarray:
-        return vec.array.reshape(self._samples, self._rank + 1)
+    def _time(self, t: float) -> float:
+        return self._inputs[0].start + t * (self._inputs[0].end - self._inputs[0].start)
 
-    def _coefficients(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        return self._inputs.bias.coefficients(t), self._inputs.beta.coefficients(t)
+    # -- callbacks of TS ----------------------------------------------------------------------------------------------
+
+    def _argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
+        beta = [inputs.beta.coefficients(t) for inputs in self._inputs]
+        C = [beta[0] @ g[0]] if self.orders == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
+        return Argument(
+            self._inputs[0].factors,
+            tuple(inputs.end - inputs.start for inputs in self._inputs),
+            tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
+            tuple(C),
+        )
+
+    def _set_step(self, ts):
+        if self._replayed is not None:
+            ts.setTimeStep(self._replayed[ts.getStepNumber()])
+
+    def _keep_step(self, ts):
+        h = ts.getTime() - ts.getPrevTime()
+        self.trace.steps.append(h)
+        if self.method.overruns and ts.getTime() > 1.0 - 1e-12:
+            ts.setMaxTime(0.0)
+        if self.carries_f:
+            return
+        if self.method.stages_by_call:
+            stages = self._calls[-len(self._weights) :]
+        else:
+            stages = []
+            for values in stage_values(ts, self.state.size):
+                self._work.array_w[:] = values
+                stages.append(self.state.read(self._work)[0])
+        for weight, node, g in zip(self._weights, self._nodes, stages, strict=True):
+            if weight != 0.0:
+                self.trace.stages.append(StageValue(h * weight, self._argument(ts.getPrevTime() + node * h, g)))
 
     def _rate(self, ts, t, y, F):
-        g = y.array_r.reshape(self._samples, -1)[:, :-1].T
-        a, beta = self._coefficients(self._inputs.start + t)
-        rate = F.array_w.reshape(self._samples, -1)
-        rate[:, :-1] = self.stage.rate(self._inputs.factors, a, beta @ g).T
-        rate[:, -1] = 0.0
+        g, _ = self.state.read(y)
+        s = self.state.new_rest()
+        Q = self.stage.rate(self._argument(t, g), s)
+        self.state.write(F, Q, self.state.rates(s))
 
-    def _keep_stages(self, ts):
-        h = ts.getTime() - ts.getPrevTime()
-        for weight, node, y in zip(self._weights, self._nodes, stage_values(ts, self._y.getSize())):
-            if weight != 0.0:
-                a, beta = self._coefficients(self._inputs.start + ts.getPrevTime() + node * h)
-                g = y.reshape(self._samples, -1)[:, :-1].T
-                self.stages.append(StageValue(h * weight, self._inputs.factors.phi, a, beta @ g))
+    def _residual(self, ts, t, y, y_t, F):
+        self._rate(ts, t, y, F)
+        F.aypx(-1.0, y_t)
+        if self.method.stages_by_call:
+            self._calls = [*self._calls[-len(self._weights) :], self.state.read(y)[0]]
 
-    def _set_stage(self, ts, t, y, J, P):
-        self._t = self._inputs.start + t
-        self._g = y.array_r.reshape(self._samples, -1)[:, :-1].T.copy()
+    def _set_point(self, ts, t, y, J, P):
+        g, _ = self.state.read(y)
+        self._point = t, g, self._argument(t, g)
         return True
 
+    def _set_jacobian(self, ts, t, y, y_t, shift, J, P):
+        self._set_point(ts, t, y, J, P)
+        self.shift, self.scale, self._blocks = shift, 1.0, None
+        if not self._matrix_free:
+            rows, columns = self._pattern
+            P.setValuesCSR(rows, columns, self._assembled().ravel())
+            P.assemble()
+        return True
+
+    def _set_parameter_point(self, ts, t, y, *others):
+        self._set_point(ts, t, y, None, None)
+        return True
+
+    # -- products with Jacobians --------------------------------------------------------------------------------------
+
+    def _beta(self) -> list[np.ndarray]:
+        return [inputs.beta.coefficients(self._point[0]) for inputs in self._inputs]
+
+    def derivative(self, g: Sequence[np.ndarray], out: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+        """Derivative of the rate of g in a direction, at the present point; `out` takes that of the s_k."""
+        beta = self._beta()
+        dC = [beta[0] @ g[0]] if self.orders == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
+        return self.stage.derivative(self._point[2], dC, out)
+
+    def transposed(self, dual: Cotangent) -> tuple[list[np.ndarray], np.ndarray]:
+        """Its transpose, in g, and in the coefficients of bias and kernel."""
+        t, g, at = self._point
+        D, bias, _ = self.stage.transpose(at, dual)
+        beta = self._beta()
+        if self.orders == 1:
+            by_g, by_beta = [-(beta[0].T @ D[0])], -(D[0] @ g[0].T)
+        else:
+            by_g = [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
+            by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
+        inputs = self._inputs[0]
+        return by_g, np.concatenate([inputs.bias.pull_back(t, bias), inputs.beta.pull_back(t, by_beta)])
+
     def _state_transpose(self, x, y):
-        # PETSc asks for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
-        x = x.array_r.reshape(self._samples, -1)
-        a, beta = self._coefficients(self._t)
-        D, by_node = self.stage.transpose(self._inputs.factors, a, beta @ self._g, x[:, :-1].T, x[:, -1], self._adjoint)
-        self._functionals = np.concatenate(
-            [self._inputs.bias.pull_back(self._t, by_node), self._inputs.beta.pull_back(self._t, -D @ self._g.T)]
-        )
-        result = y.array_w.reshape(self._samples, -1)
-        result[:, :-1] = -(D.T @ beta)
-        result[:, -1] = 0.0
+        # PETSc asks an explicit method for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
+        by_g, self._functionals = self.transposed(self.state.cotangent(x, self.costate))
+        self.state.write(y, by_g, 0.0)
 
     def _parameter_transpose(self, x, y):
-        y.array_w[:] = self._functionals
+        if self.method.implicit:
+            # of the residual y_t - rate
+            y.array_w[:] = -self.transposed(self.state.cotangent(x, self.costate))[1]
+        else:
+            y.array_w[:] = self._functionals
 
     def _attach_parameters(self) -> None:
-        size = self._samples * (self._rank + 1)
-        parameters = self._inputs.bias.size + self._inputs.beta.size
-        self._mu = PETSc.Vec().createSeq(parameters)
-        self._ts.setRHSJacobianP(
-            lambda ts, t, y, J: True, transposed(weakly(self._parameter_transpose), (size, parameters))
-        )
+        # Functionals of nodal values stand on the ranks that own the nodes, those of replicated numbers on every rank.
+        parameters = self._inputs[0].bias.size + self._inputs[0].beta.size
+        self._mu = PETSc.Vec().create(self.state.comm)
+        self._mu.setSizes((parameters, PETSc.DETERMINE))
+        self._mu.setUp()
+        sizes = (self.state.size, parameters)
+        matrix = shell(_Transposed(weakly(self._parameter_transpose)), sizes, self.state.comm)
+        if self.method.implicit:
+            self._ts.setIJacobianP(weakly(self._set_parameter_point), matrix)
+        else:
+            self._ts.setRHSJacobianP(lambda ts, t, y, J: True, matrix)
+
+    def diagonal_blocks(self) -> np.ndarray:
+        """The Jacobian's block in g, `shift I - dQ/dg`, one a sample: (samples, orders x rank, orders x rank)."""
+        if self._blocks is None:
+            K, beta, r = self.stage.blocks(self._point[2]), self._beta(), self._rank
+            A = np.zeros((self.stage.samples, self.orders * r, self.orders * r))
+            for k in range(self.orders):
+                A[:, k * r : (k + 1) * r, k * r : (k + 1) * r] = K[0] @ beta[0]
+            if self.orders == 2:
+                A[:, r:, :r] = K[1] @ beta[0] + K[0] @ beta[1]
+            A[:, np.arange(self.orders * r), np.arange(self.orders * r)] += self.shift
+            self._blocks = self.scale * A
+        return self._blocks
+
+    def _assembled(self) -> np.ndarray:
+        """All blocks of the Jacobian of (g, q)."""
+        size = self.orders * self._rank
+        A = np.zeros((self.stage.samples, size + 1, size + 1))
+        A[:, :size, :size] = self.diagonal_blocks()
+        A[:, size, size] = self.shift
+        if self.costate is not None:
+            nothing = (np.zeros((self._rank, self.stage.samples)),) * self.orders
+            by_g, _ = self.transposed(Cotangent(nothing, np.ones(self.stage.samples), self.costate))
+            A[:, size, :size] = -np.concatenate(by_g).T
+        return A
 
 
-class Segment:
-    """Consecutive layers: an operator from f at the start and coefficients to f at the end (see `blocks.Operator`).
+class _Transposed:
+    """Of a matrix, the transposed product."""
 
-    Parameters
-    ----------
-    steppers
-        The layers in order, at least one.
-    coefficients
-        What these layers see of bias and kernel.
-    values
-        How Functions hold the state.
+    def __init__(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]):
+        self._multiply = multiply
+
+    def multTranspose(self, mat, x, y):
+        self._multiply(x, y)
+
+
+class _Jacobian:
+    """`scale (shift I - dR/dy)` by products, R the right-hand side, at the stepper's present point."""
+
+    def __init__(self, stepper: LayerStepper):
+        self._stepper = weakref.proxy(stepper)  # PETSc's references are unknown to Python's collector
+
+    def mult(self, mat, x, y):
+        stepper, state = self._stepper, self._stepper.state
+        g, rest = state.read(x)
+        ds = state.new_rest()
+        if ds is None and stepper.costate is not None:
+            ds = [np.empty_like(dual) for dual in stepper.costate]
+        dQ = stepper.derivative(g, ds)
+        rest = stepper.shift * rest
+        if stepper.carries_f:
+            rest -= ds
+        elif stepper.costate is not None:  # q_t = <lambda, s>
+            rest -= state.stage.Y.sum(sum(np.einsum("is,is->s", dual, d) for dual, d in zip(stepper.costate, ds)))
+        state.write(y, [stepper.shift * part - d for part, d in zip(g, dQ)], rest)
+        y.scale(stepper.scale)
+
+    def multTranspose(self, mat, x, y):
+        stepper, state = self._stepper, self._stepper.state
+        g, rest = state.read(x)
+        by_g, _ = stepper.transposed(state.cotangent(x, stepper.costate))
+        state.write(y, [stepper.shift * part - d for part, d in zip(g, by_g)], stepper.shift * rest)
+        y.scale(stepper.scale)
+
+    def scale(self, mat, factor):
+        self._stepper.scale *= factor
+
+    def duplicate(self, mat, option):
+        """What PETSc takes for the Jacobian of an explicit part, where there is none: 0."""
+        state = self._stepper.state
+        return shell(_Zero(), (state.size,) * 2, state.comm)
+
+
+class _Zero:
+    def zeroEntries(self, mat):
+        pass
+
+    def multTranspose(self, mat, x, y):
+        y.set(0.0)
+
+
+class _Elimination:
+    """The exact inverse of `_Jacobian` where f is carried, as a preconditioner: f does not act on g.
+
+    Of  scale [[shift - G, 0], [-F, shift]],  G made of one dense block a sample, first g is solved for, then f.
     """
 
-    def __init__(self, steppers: Sequence[LayerStepper], coefficients: LayerCoefficients, values: BatchValues):
-        self.steppers = list(steppers)
-        self._stage = self.steppers[0].stage
-        self._Y = values.Y
-        self._coefficients = coefficients
-        self.output = values
-        self.inputs = [self.output, *coefficients.slots]
-        #: The Functions that hold the coefficients.
-        self.functions = coefficients.functions
-        # For each layer: lambda at the end of its run of layers with one psi, that psi, and gamma at its own start.
-        self._costates: list[tuple[np.ndarray, Basis, np.ndarray]] = []
+    def __init__(self, stepper: LayerStepper):
+        self._stepper = weakref.proxy(stepper)
 
-    @property
-    def ready(self) -> bool:
-        """Whether every layer keeps the trajectory of the last forward solve."""
-        return all(stepper.has_trajectory for stepper in self.steppers)
+    def apply(self, pc, x, y):
+        stepper, state = self._stepper, self._stepper.state
+        g, f = state.read(x)
+        g = self._solve(stepper.diagonal_blocks(), g)
+        ds = state.new_rest()
+        stepper.derivative(g, ds)
+        state.write(y, g, (f / stepper.scale + ds) / stepper.shift)
 
-    @PETSc.Log.EventDecorator("fem_resnet:forward")
-    def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
-        """f at the end, a new array of shape (nodes, samples); `state` then gives f at any layer. Collective.
+    def applyTranspose(self, pc, x, y):
+        stepper, state = self._stepper, self._stepper.state
+        g, f = state.read(x)
+        f = f / (stepper.scale * stepper.shift)
+        nothing = tuple(np.zeros_like(part) for part in g)
+        by_g, _ = stepper.transposed(Cotangent(nothing, np.ones(state.stage.samples), tuple(f)))
+        g = [part + stepper.scale * d for part, d in zip(g, by_g)]
+        state.write(y, self._solve(np.swapaxes(stepper.diagonal_blocks(), 1, 2), g), f)
 
-        Parameters
-        ----------
-        arrays
-            f at the start, then the coefficients.
-        save
-            Whether an adjoint may follow.
-        """
-        f, *coefficients = arrays
-        psi = None
-        self._costates = []
-        self._layers = self._coefficients.on_layers(coefficients)
-        for l, (stepper, layer) in enumerate(zip(self.steppers, self._layers)):
-            if layer.factors.psi is not psi:
-                psi = layer.factors.psi
-                g = psi.project(self.state(f, l))
-            g = stepper.forward(g, layer, save)
-        self._check_ranks_agree(g)
-        return self.state(f, len(self.steppers))
-
-    def _check_ranks_agree(self, g: np.ndarray) -> None:
-        # Every rank steps its own copy of g. If they ever differ, all that follows is wrong without a word.
-        probe = np.array([g.sum(), -g.sum()])
-        if self._Y.comm.size > 1:
-            self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)
-        if probe[0] != -probe[1]:
-            raise RuntimeError(
-                f"the ranks' copies of the coefficients differ after layer {self.steppers[-1].layer}, by "
-                f"{probe[0] + probe[1]:.1e} in their sum: do all ranks run on the same kind of processor?"
-            )
-
-    def stages(self) -> list[list[StageValue]]:
-        """The stages of each layer in the last forward solve: what `Stage.advance` rebuilds f from."""
-        return [stepper.stages for stepper in self.steppers]
-
-    def state(self, f: np.ndarray, layers: int) -> np.ndarray:
-        """f after so many layers of the last forward solve, a new array of shape (nodes, samples)."""
-        return self.advance(f, self.stages()[:layers])
-
-    def advance(self, f: np.ndarray, layers: Sequence[list[StageValue]]) -> np.ndarray:
-        """f after layers with these stages, by the quadrature (3.3)."""
-        return self._stage.advance(f, list(chain.from_iterable(layers)))
-
-    @PETSc.Log.EventDecorator("fem_resnet:adjoint")
-    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
-        """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
-
-        Parameters
-        ----------
-        arrays
-            Those of the last forward solve.
-        dual
-            lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`.
-        """
-        functionals, self._costates = [], []
-        psi, gamma = None, None
-        for stepper, layer in zip(reversed(self.steppers), reversed(self._layers)):
-            if layer.factors.psi is not psi:
-                if psi is not None:
-                    dual = dual + psi.weighted @ gamma
-                psi = layer.factors.psi
-                gamma = np.zeros((psi.rank, self._stage.samples))
-            gamma, functional = stepper.adjoint(gamma, dual)
-            functionals.append(functional)
-            self._costates.append((dual, psi, gamma))
-        self._costates.reverse()
-        return [dual + psi.weighted @ gamma, *self._coefficients.collect(functionals[::-1])]
-
-    def costate(self, layer: int) -> np.ndarray | None:
-        """r = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
-
-        None if there was no adjoint since the last forward solve.
-        """
-        if not self._costates:
-            return None
-        if layer == len(self.steppers):
-            return self._costates[-1][0] / self._Y.weights[:, None]
-        dual, psi, gamma = self._costates[layer]
-        return dual / self._Y.weights[:, None] + psi.values @ gamma
+    def _solve(self, blocks, g):
+        solution = np.linalg.solve(blocks, np.concatenate(g).T[:, :, None])[:, :, 0]
+        return np.split(solution.T, len(g))
 
 
-def _set_options(ts: PETSc.TS, options: petsctools.OptionsManager, steps: int) -> None:
-    """Let PETSc read the options, and refuse what no layer can do."""
-    with options.inserted_options():
-        try:
-            ts.setFromOptions()
-        except PETSc.Error as error:
-            raise ValueError(
-                f"solver_parameters: PETSc refuses {options.parameters}; {SOLVER_PARAMETERS} is the default, and "
-                f"'ts_rk_type' may name any of PETSc's tableaus"
-            ) from error
-        database = PETSc.Options()
-        unused = [name for name in options.parameters if not database.used(options.options_prefix + name)]
-    if ts.getType() != PETSc.TS.Type.RK:
-        raise ValueError(f"solver_parameters: 'ts_type' is {ts.getType()!r}; only 'rk' is supported")
-    if "ts_rk_multirate" in options.parameters:
-        raise ValueError("solver_parameters: 'ts_rk_multirate' wants slow and fast unknowns, which a layer has not")
-    if adapt_type(ts) != "none":
-        raise ValueError(
-            f"solver_parameters: 'ts_adapt_type' is {adapt_type(ts)!r}; only 'none' (fixed steps) is supported"
-        )
-    if ts.getTimeStep() != 1.0 or ts.getMaxTime() != steps or ts.getMaxSteps() < steps:
-        raise ValueError(
-            "solver_parameters: 'ts_time_step', 'ts_max_time', 'ts_max_steps' follow from the layers; give the network "
-            "layer times and a number of steps a layer instead"
-        )
-    if unused:
-        raise ValueError(f"solver_parameters: {', '.join(unused)}: no option of an explicit Runge-Kutta TS; drop it")
+#: PETSc's names; that of an adjoint is missing in petsc4py.
+_REASONS = {-4: "ADJOINT_DIVERGED_LINEAR_SOLVE"} | {
+    getattr(PETSc.TS.ConvergedReason, name): name for name in dir(PETSc.TS.ConvergedReason) if name.isupper()
+}

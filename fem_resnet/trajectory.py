@@ -17,7 +17,7 @@ import numpy as np
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.parameter import LayerCoefficients, LayerInputs
-from fem_resnet.time_stepping import NonFiniteState
+from fem_resnet.time_stepping import StepFailure
 
 __all__ = ["LayerTrajectory", "Trajectory", "like", "solve_trajectory"]
 
@@ -41,8 +41,16 @@ class LayerTrajectory:
     stages: list[Step]
 
     def argument(self, t: float, f: np.ndarray) -> np.ndarray:
-        """u = a - B f at the time t."""
-        return self.inputs.bias.coefficients(t)[:, None] - self.inputs.factors.apply(self.inputs.beta.coefficients(t), f)
+        """u = a - B f at the time t, shape (nodes, samples)."""
+        return self.inputs.bias.coefficients(self.fraction(t))[:, None] - self.inputs.factors.apply(self.beta(t), f)
+
+    def fraction(self, t: float) -> float:
+        """The time t as a fraction of the layer, in [0, 1]."""
+        return (t - self.inputs.start) / (self.inputs.end - self.inputs.start)
+
+    def beta(self, t: float) -> np.ndarray:
+        """The kernel's coefficients at the time t."""
+        return self.inputs.beta.coefficients(self.fraction(t))
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def solve_trajectory(
     ------
     TypeError, ValueError
         If an argument does not fit.
-    NonFiniteState
+    StepFailure
         If f overflows.
 
     Examples
@@ -142,7 +150,7 @@ def solve_trajectory(
 
     def linearised(moment: Moment, f: np.ndarray, w: np.ndarray) -> np.ndarray:
         t = layer.inputs.start + moment.t
-        Bw = layer.inputs.factors.apply(layer.inputs.beta.coefficients(t), w)
+        Bw = layer.inputs.factors.apply(layer.beta(t), w)
         return -sigma.derivative(layer.argument(t, f)) * Bw
 
     layers = []
@@ -154,7 +162,7 @@ def solve_trajectory(
             values = stepper.solve(f, part.end - part.start, steps, keep)
             f = values[-1]
             if Y.sum(not np.isfinite(f).all()):
-                raise NonFiniteState(number, part.end)
+                raise StepFailure(number, part.end, "NOT_FINITE")
             times = np.linspace(0.0, part.end - part.start, steps + 1)
             slopes = np.array([rate(Moment(t, n, 0), values[n]) for n, t in enumerate(times)])
             layers.append(LayerTrajectory(part, Path(part.start, part.end, values, slopes), stages))

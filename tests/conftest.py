@@ -27,7 +27,7 @@ sys.argv = arguments
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from firedrake import COMM_WORLD  # noqa: E402
-from firedrake.adjoint import taylor_test  # noqa: E402
+from firedrake.adjoint import taylor_test, taylor_to_dict  # noqa: E402
 from pyadjoint import Tape, annotate_tape, continue_annotation, pause_annotation, set_working_tape  # noqa: E402
 from pyadjoint.enlisting import Enlist  # noqa: E402
 
@@ -94,13 +94,14 @@ def pytest_terminal_summary(terminalreporter, config):
     for name, row in config.stash[TAYLOR_RATES].items():
         tables[tuple(row)][name] = row
     if tables:
-        terminalreporter.section("Taylor rates R0 / R1")
+        terminalreporter.section("Taylor rates R0 / R1 / R2, the last where Hessians are tested")
     for columns, rows in tables.items():
         wide = max(map(len, rows)) + 2
-        terminalreporter.line(f"{'':{wide}}" + "".join(f"{column:>15}" for column in columns))
+        width = max(21, *map(len, columns)) + 2
+        terminalreporter.line(f"{'':{wide}}" + "".join(f"{column:>{width}}" for column in columns))
         for name, row in rows.items():
-            cells = (f"{zeroth:.3f} / {first:.3f}" for zeroth, first in row.values())
-            terminalreporter.line(f"{name:{wide}}" + "".join(f"{cell:>15}" for cell in cells))
+            cells = (" / ".join(f"{rate:.3f}" for rate in found) for found in row.values())
+            terminalreporter.line(f"{name:{wide}}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
 # -- fixtures --------------------------------------------------------------------------------------------------------
@@ -150,20 +151,25 @@ def tmp_path(tmp_path):
 def taylor(request):
     """``taylor(J, m, h, row, column)``: Taylor test of a ReducedFunctional in the direction h, noted in the summary.
 
-    The remainder without the derivative must fall at rate 1, the one with it at rate 2. Returns both rates. For m and h
-    of size one the steps are 1e-4 h to 1.25e-5 h: short enough for a direction in which one derivative happens to be
-    small beside the next one, and long enough for round-off to be 1e-5 of the remainders or less.
+    The remainder without the derivative must fall at rate 1, the one with it at rate 2; with ``second_order=True`` that
+    with the Hessian too at rate 3. Returns these rates. For m and h of size one the steps are 1e-4 h to 1.25e-5 h: short
+    enough for a direction in which one derivative happens to be small beside the next one, and long enough for round-off
+    to be 1e-5 of the remainders or less. For the third remainder they are ten times as long for the same reason.
     """
     rates = request.config.stash[TAYLOR_RATES]
 
-    def taylor(J, m, h, row, column):
-        h = [direction._ad_mul(0.01) for direction in Enlist(h)]
-        zeroth = taylor_test(J, m, h, dJdm=0)
-        first = taylor_test(J, m, h)
-        known = rates[row].get(column, (zeroth, first))
-        rates[row][column] = (min(known[0], zeroth), min(known[1], first))
-        assert abs(zeroth - 1) < 0.02, f"{row}, {column}: R0 falls at rate {zeroth:.3f}, 1.00 is wanted"
-        assert first > 1.98, f"{row}, {column}: R1 falls at rate {first:.3f}, more than 1.98 is wanted"
-        return zeroth, first
+    def taylor(J, m, h, row, column, second_order=False):
+        h = [direction._ad_mul(0.1 if second_order else 0.01) for direction in Enlist(h)]
+        if second_order:
+            found = taylor_to_dict(J, m, h)
+            found = tuple(min(found[f"R{order}"]["Rate"]) for order in range(3))
+        else:
+            found = taylor_test(J, m, h, dJdm=0), taylor_test(J, m, h)
+        rates[row][column] = tuple(map(min, found, rates[row].get(column, found)))
+        assert abs(found[0] - 1) < 0.02, f"{row}, {column}: R0 falls at rate {found[0]:.3f}, 1.00 is wanted"
+        for order, rate in enumerate(found[1:], start=1):
+            wanted = (1.98, 2.95)[order - 1]
+            assert rate > wanted, f"{row}, {column}: R{order} falls at rate {rate:.3f}, more than {wanted} is wanted"
+        return found
 
     return taylor

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from functools import cache
 
+import firedrake as fd
 import numpy as np
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
@@ -12,7 +13,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.head import Head
-from fem_resnet.loss import cross_entropy, least_squares
+from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.regulariser import tikhonov
 from fem_resnet.parameter import NodalValues
@@ -23,6 +24,21 @@ CLASSES = 3
 TIMES = (0.0, 0.2, 0.9, 1.3)
 #: How many Laplace eigenfunctions: no repeated eigenvalue is cut.
 RANK = {"annulus": 5}
+
+#: Where f lives, and where the output: on classes, on the same label domain, on another one.
+OUTPUTS = {
+    "disk to 3 classes": (("disk", "CG1"), None),
+    "disk to disk": (("disk", "CG1"), ("disk", "CG1")),
+    "disk to sphere": (("disk", "CG1"), ("sphere", "DG0")),
+    "sphere to disk": (("sphere", "CG1"), ("disk", "CG1")),
+}
+LOSSES = {
+    "least squares of O": (least_squares, "identity"),
+    "least squares of a logistic prediction": (least_squares, "logistic"),
+    "least squares of a softmax": (least_squares, "softmax"),
+    "cross entropy": (cross_entropy, "softmax"),
+    "binary cross entropy": (binary_cross_entropy, "logistic"),
+}
 
 
 @contextmanager
@@ -110,3 +126,22 @@ def gradients(problem: LearningProblem, derivative) -> list[np.ndarray]:
     """What `derivative` of a reduced functional of all parameters returned, as `coefficients`."""
     owners = [parameter for parameter in problem.parameters for _ in parameter.functions]
     return [coefficients(parameter, function) for parameter, function in zip(owners, derivative)]
+
+
+def head_onto(source, target, prediction="softmax") -> Head:
+    """From a label space onto 3 classes or another label space, with weights that no partition changes."""
+    onto = 3 if target is None else laplace(*target, 4)
+    head = Head(laplace(*source, 4), onto, prediction)
+    rng = np.random.default_rng(3)
+    head.W.set(0, 0.5 * rng.normal(size=head.W.space_basis.shape))
+    head.mu.set(0, 0.5 * rng.normal(size=head.mu.space_basis.shape))
+    return head
+
+
+def observations(head: Head, prediction: str, samples: int) -> fd.Function:
+    """Values in (0, 1), with integral one for the softmax."""
+    x = head.Y.coordinates
+    C = 0.5 + 0.4 * np.cos(x[:, :1] * np.arange(1, samples + 1) + x[:, -1:])
+    if prediction == "softmax":
+        C = C / head.Y.sum(head.Y.weights @ C)
+    return head.Y.batch(C)

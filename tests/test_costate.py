@@ -16,8 +16,6 @@ from fem_resnet import (
 )  # fmt: skip
 from fem_resnet.costate import refined
 from fem_resnet.evolution import Path
-from fem_resnet.loss import sample_weights
-from fem_resnet.parameter import LayerIndicators, Parameter
 from helpers import label_space, laplace, name, set_smooth, smooth, smooth_direction
 from problems import TIMES, learning_problem, network, polynomials
 
@@ -133,7 +131,7 @@ def test_nothing_is_shared_with_the_adjoint_of_the_layers(monkeypatch):
     def forbidden(*args):
         raise AssertionError("the layers' own adjoint was called")
 
-    for owner in ("layer.Stage.transpose", "time_stepping.LayerStepper.adjoint", "time_stepping.Segment.adjoint", "head._HeadOperator.adjoint", "loss._LossOperator.adjoint"):
+    for owner in ("layer.Stage.transpose", "time_stepping.LayerStepper.adjoint", "segment.Segment.adjoint", "head._HeadOperator.adjoint", "loss._LossOperator.adjoint"):
         monkeypatch.setattr(f"fem_resnet.{owner}", forbidden)
     trajectory = solve_trajectory(problem.net, problem.batch.inputs)
     costate = solve_costate(trajectory, terminal_costate(problem, trajectory.final))
@@ -401,27 +399,10 @@ def test_what_is_printed_elsewhere_is_not_the_gradient():
     assert abs(printed / derivative - 1) > 0.1
 
 
-class Hats:
-    """Hat functions in t: bias and kernel vary inside of the layers."""
-
-    def __init__(self, times):
-        self.times = np.asarray(times)
-        lengths = np.diff(times)
-        self.measures = (np.append(lengths, 0) + np.append(0, lengths)) / 2
-
-    def active(self, layer):
-        return (layer, layer + 1)
-
-    def weights(self, layer, t):
-        start, end = self.times[layer : layer + 2]
-        return ((end - t) / (end - start), (t - start) / (end - start))
-
-
 def test_controls_that_vary_inside_of_the_layers():
     for bias in ("nodes", "basis"):
-        net = network("disk", "CG1", bias=bias, steps=4, solver_parameters={"ts_rk_type": "3"})
-        net.bias = Parameter("bias", net.bias.space_basis, Hats(net.times))
-        net.kernel = Parameter("kernel", net.kernel.space_basis, Hats(net.times))
+        in_time = {"bias_in_time": "linear", "kernel_in_time": "linear"}
+        net = network("disk", "CG1", bias=bias, steps=4, solver_parameters={"ts_rk_type": "3"}, **in_time)
         rng = np.random.default_rng(1)
         for parameter in net.parameters:
             for k in range(len(parameter.functions)):

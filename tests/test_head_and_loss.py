@@ -5,51 +5,19 @@ import numpy as np
 import pytest
 import scipy.special
 from firedrake import dx, grad, inner
-from helpers import label_space, laplace, smooth
+from helpers import label_space, smooth
 from mpi4py import MPI
-from problems import network, taping
+from problems import LOSSES, OUTPUTS, head_onto, network, observations, taping
 from pyadjoint import Control, ReducedFunctional
 
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.points import class_space
-from fem_resnet.loss import binary_cross_entropy, cross_entropy, functional_loss, least_squares
+from fem_resnet.loss import binary_cross_entropy, functional_loss, least_squares
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.regulariser import tikhonov
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 SAMPLES = 4
-#: Where f lives, and where the output: on classes, on the same label domain, on another one.
-OUTPUTS = {
-    "disk to 3 classes": (("disk", "CG1"), None),
-    "disk to disk": (("disk", "CG1"), ("disk", "CG1")),
-    "disk to sphere": (("disk", "CG1"), ("sphere", "DG0")),
-    "sphere to disk": (("sphere", "CG1"), ("disk", "CG1")),
-}
-LOSSES = {
-    "least squares of O": (least_squares, "identity"),
-    "least squares of a logistic prediction": (least_squares, "logistic"),
-    "least squares of a softmax": (least_squares, "softmax"),
-    "cross entropy": (cross_entropy, "softmax"),
-    "binary cross entropy": (binary_cross_entropy, "logistic"),
-}
-
-
-def head_onto(source, target, prediction="softmax"):
-    onto = 3 if target is None else laplace(*target, 4)
-    head = Head(laplace(*source, 4), onto, prediction)
-    rng = np.random.default_rng(3)
-    head.W.set(0, 0.5 * rng.normal(size=head.W.space_basis.shape))
-    head.mu.set(0, 0.5 * rng.normal(size=head.mu.space_basis.shape))
-    return head
-
-
-def observations(head, prediction):
-    """Values in (0, 1), with integral one for the softmax."""
-    x = head.Y.coordinates
-    C = 0.5 + 0.4 * np.cos(x[:, :1] * np.arange(1, SAMPLES + 1) + x[:, -1:])
-    if prediction == "softmax":
-        C = C / head.Y.sum(head.Y.weights @ C)
-    return head.Y.batch(C)
 
 
 @pytest.fixture(params=OUTPUTS)
@@ -75,7 +43,7 @@ def test_gradients_through_output_prediction_and_loss(output, name, taylor):
     head = head_onto(*output, prediction)
     f = head.psi.Y.batch(smooth(head.psi.Y, SAMPLES))
     with taping():
-        J = loss(head.Y, head(f), observations(head, prediction), [1.0, 2.0, 0.0, 0.5], head.prediction)
+        J = loss(head.Y, head(f), observations(head, prediction, SAMPLES), [1.0, 2.0, 0.0, 0.5], head.prediction)
     controls = [Control(f, riesz_map=head.psi.Y.riesz_map), *head.W.controls(), *head.mu.controls()]
     rf = ReducedFunctional(J, controls)
     h = rf.derivative(apply_riesz=True)

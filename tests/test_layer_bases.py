@@ -128,5 +128,5 @@ def test_refuses(change, error, message):
 
 
 def test_smoothness_in_time_wants_one_basis():
-    with pytest.raises(ValueError, match="^smooth_in_time: the layers 0 and 1 have different bases of bias"):
+    with pytest.raises(ValueError, match="^smooth_in_time: bias_0 and bias_1, .* have different bases"):
         problem(network(), smooth_in_time(0.1)).evaluate()

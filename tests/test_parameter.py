@@ -15,12 +15,12 @@ from fem_resnet.parameter import (
     BasisCoefficients,
     KernelCoefficients,
     LayerCoefficients,
-    LayerIndicators,
     NodalValues,
-    Once,
     OnLayer,
     Parameter,
+    StateValues,
 )
+from fem_resnet.time_basis import Groups, Hats, LayerIndicators, Once, Shared
 from helpers import half_square_distance, label_space, laplace, smooth, smooth_direction
 from problems import coefficients, directions, network, polynomials, taping
 
@@ -40,9 +40,15 @@ def _kernel():
     return LowRankKernel(phi, polynomials(phi.Y))
 
 
+def _states(Y):
+    return StateValues(Y, Y.batch_space(3))
+
+
 #: Every way to hold coefficients in space.
 SPACE_BASES = {
     "nodes": lambda: NodalValues(label_space("sphere", "CG1")),
+    "states": lambda: _states(label_space("disk", "CG1")),
+    "state of nodes": lambda: StateValues(label_space("annulus", "DG0"), label_space("annulus", "DG0").V),
     "cells' nodes": lambda: NodalValues(label_space("disk", "DG0")),
     "laplace": lambda: BasisCoefficients(laplace("disk", "DG0", 4)),
     "polynomials": lambda: BasisCoefficients(polynomials(label_space("square", "CG3"))),
@@ -54,6 +60,10 @@ SPACE_BASES = {
 }
 
 
+#: A value at every node, for one function or a batch.
+NODAL = (NodalValues, StateValues)
+
+
 @pytest.fixture(params=SPACE_BASES)
 def basis(request):
     return SPACE_BASES[request.param]()
@@ -63,26 +73,26 @@ def _label_space(basis):
     """Where a nodal array of what a layer takes lives; None for the matrix of a kernel."""
     if isinstance(basis, KernelCoefficients):
         return None
-    return basis.Y if isinstance(basis, NodalValues) else basis.basis.Y
+    return basis.Y if isinstance(basis, NODAL) else basis.basis.Y
 
 
 def _coefficients(basis, seed):
     """The same on every partition."""
-    if isinstance(basis, NodalValues):
-        return smooth(basis.Y, 1, seed=seed)[:, 0]
+    if isinstance(basis, NODAL):
+        return smooth(basis.Y, basis.space.value_size, seed=seed).reshape(basis.shape)
     return np.random.default_rng(seed).normal(size=basis.shape)
 
 
 def _taken(basis, seed):
     """Something of the form that a layer takes: node values, or the matrix of a kernel."""
     Y = _label_space(basis)
-    return _coefficients(basis, seed) if Y is None else smooth(Y, 1, seed=seed)[:, 0]
+    return _coefficients(basis, seed) if Y is None or isinstance(basis, NODAL) else smooth(Y, 1, seed=seed)[:, 0]
 
 
 def _sum(basis, d, p):
     """`<d, p>` over what all ranks own, for what a layer takes."""
     Y = _label_space(basis)
-    return float(np.sum(d * p)) if Y is None else float(Y.sum(d @ p))
+    return float(np.sum(d * p)) if Y is None else float(Y.sum(np.vdot(d, p)))
 
 
 # -- laws of space bases ---------------------------------------------------------------------------------------------
@@ -137,14 +147,14 @@ def test_pair_with_dual_is_the_inner_product_in_the_label_measure(basis):
         exact = np.einsum("y,yz,yz,z->", w_y, y @ c @ z.T, y @ d @ z.T, w_z)
     else:
         Y = _label_space(basis)
-        exact = float(Y.sum(Y.weights @ (basis.expand(c) * basis.expand(d))))
+        exact = float(Y.sum(np.sum(Y.weights @ (basis.expand(c) * basis.expand(d)))))
     size = np.sqrt(basis.pair(basis.dual(c), c) * basis.pair(basis.dual(d), d))
     assert abs(basis.pair(basis.dual(c), d) - exact) < ROUND_OFF * size
     assert abs(basis.pair(basis.dual(d), c) - exact) < ROUND_OFF * size
 
 
 @on_ranks
-@pytest.mark.parametrize("basis", [name for name in SPACE_BASES if "nodes" not in name], indirect=True)
+@pytest.mark.parametrize("basis", [n for n in SPACE_BASES if "nodes" not in n and n != "states"], indirect=True)
 def test_coefficients_in_a_basis_are_the_same_bits_on_every_rank(basis):
     function = fd.Function(basis.space)
     # Only the owner's numbers count: what other ranks bring must not matter.
@@ -157,50 +167,28 @@ def test_coefficients_in_a_basis_are_the_same_bits_on_every_rank(basis):
 # -- time bases ------------------------------------------------------------------------------------------------------
 
 
-class Hats:
-    """Continuous and piecewise linear in t: what one layer sees are its two ends' coefficients."""
-
-    def __init__(self, times):
-        self.times = np.asarray(times)
-        lengths = np.diff(times)
-        self.measures = (np.append(lengths, 0) + np.append(0, lengths)) / 2
-
-    def active(self, layer):
-        return (layer, layer + 1)
-
-    def weights(self, layer, t):
-        start, end = self.times[layer : layer + 2]
-        return ((end - t) / (end - start), (t - start) / (end - start))
-
-
 class Pairs:
     """One coefficient for layers 0 and 1, one for layers 2 and 3, and so on, times 1 + t: varying, not just constant."""
 
     def __init__(self, times):
-        times = np.asarray(times)
+        self.times = times = np.asarray(times)
         integrals = np.diff(times + times**2 / 2)
         self.measures = np.add.reduceat(integrals, np.arange(0, len(integrals), 2))
 
     def active(self, layer):
         return (layer // 2,)
 
-    def weights(self, layer, t):
-        return (1.0 + t,)
+    def weights(self, layer, s):
+        return (1.0 + (1 - s) * self.times[layer] + s * self.times[layer + 1],)
 
 
-TIME_BASES = {"indicators": LayerIndicators, "hats": Hats, "pairs of layers": Pairs}
-
-
-def test_layer_indicators_measure_the_lengths_of_the_layers():
-    indicators = LayerIndicators(TIMES)
-    assert_allclose(indicators.measures, [0.1, 0.4, 0.9, 0.6], rtol=1e-14)
-    assert [indicators.active(layer) for layer in range(4)] == [(0,), (1,), (2,), (3,)]
-    assert indicators.weights(2, 0.7) == (1.0,)
-    assert LayerIndicators([0.0]).measures.size == 0
-
-
-def test_once_has_one_function_of_measure_one():
-    assert_array_equal(Once.measures, [1.0])
+TIME_BASES = {
+    "indicators": LayerIndicators,
+    "hats": Hats,
+    "shared": Shared,
+    "groups": lambda times: Groups(times, [0, 1, 1, 0]),
+    "pairs of layers": Pairs,
+}
 
 
 def _on_layer(basis, time_basis, layer):
@@ -210,35 +198,34 @@ def _on_layer(basis, time_basis, layer):
 
 
 @on_ranks
-@pytest.mark.parametrize("time_basis", TIME_BASES)
+@pytest.mark.parametrize("time_basis", TIME_BASES if COMM_WORLD.size == 1 else ["hats", "groups"])
 def test_on_a_layer_pull_back_is_the_transpose_of_coefficients(basis, time_basis):
     on_layer, cs = _on_layer(basis, TIME_BASES[time_basis](TIMES), 2)
     assert on_layer.size == sum(c.size for c in cs)
-    for t in (0.5, 0.8, 1.4):
+    for fraction in (0.0, 0.3, 1.0):
         d = _taken(basis, 20)
-        functional, parts, start = on_layer.pull_back(t, d), [], 0
+        functional, parts, start = on_layer.pull_back(fraction, d), [], 0
         assert functional.shape == (on_layer.size,)
         for c in cs:
             parts.append(functional[start : start + c.size].reshape(c.shape))
             start += c.size
-        left = _sum(basis, d, on_layer.coefficients(t))
+        left = _sum(basis, d, on_layer.coefficients(fraction))
         right = sum(basis.pair(part, c) for part, c in zip(parts, cs))
-        assert abs(left - right) < ROUND_OFF * max(abs(left), 1), f"<d, p({t})> = {left}, transposed {right}"
+        assert abs(left - right) < ROUND_OFF * max(abs(left), 1), f"<d, p({fraction})> = {left}, transposed {right}"
 
 
 @on_ranks
 def test_on_a_layer_coefficients_follow_the_weights_in_time(basis):
     on_layer, (left, right) = _on_layer(basis, Hats(TIMES), 2)
-    for t in (0.5, 0.725, 1.4):
-        s = (t - 0.5) / 0.9
-        expected = basis.expand((1 - s) * left + s * right)
-        assert_allclose(on_layer.coefficients(t), expected, rtol=0, atol=10 * ROUND_OFF)
+    for fraction in (0.0, 0.25, 1.0):
+        expected = basis.expand((1 - fraction) * left + fraction * right)
+        assert_allclose(on_layer.coefficients(fraction), expected, rtol=0, atol=10 * ROUND_OFF)
 
 
 @on_two_ranks
 @pytest.mark.parametrize("layers", [range(0, 4), range(1, 4), range(2, 3)], ids=str)
-@pytest.mark.parametrize("kernel_in_time", TIME_BASES)
-@pytest.mark.parametrize("bias_in_time", TIME_BASES)
+@pytest.mark.parametrize("kernel_in_time", TIME_BASES if COMM_WORLD.size == 1 else ["groups", "pairs of layers"])
+@pytest.mark.parametrize("bias_in_time", TIME_BASES if COMM_WORLD.size == 1 else ["hats", "indicators"])
 def test_collect_is_the_transpose_of_on_layers(bias_in_time, kernel_in_time, layers):
     """sum_l <d_l, (bias, kernel) on layer l> = sum over slots, each set of coefficients once, of <collected, c>."""
     kernel = _kernel()
@@ -250,12 +237,11 @@ def test_collect_is_the_transpose_of_on_layers(bias_in_time, kernel_in_time, lay
     left, functionals = 0.0, []
     for number, (layer, inputs) in enumerate(zip(layers, used.on_layers(arrays))):
         assert (inputs.start, inputs.end) == tuple(TIMES[layer : layer + 2])
-        t = inputs.start + 0.3 * (inputs.end - inputs.start)
         pulled = []
         for parameter, on_layer in ((bias, inputs.bias), (kernel, inputs.beta)):
             d = _taken(parameter.space_basis, 40 + number)
-            left += _sum(parameter.space_basis, d, on_layer.coefficients(t))
-            pulled.append(on_layer.pull_back(t, d))
+            left += _sum(parameter.space_basis, d, on_layer.coefficients(0.3))
+            pulled.append(on_layer.pull_back(0.3, d))
         functionals.append(np.concatenate(pulled))
     collected = used.collect(functionals)
     right = sum(slot.pair(functional, c) for slot, functional, c in zip(used.slots, collected, arrays))
@@ -364,7 +350,7 @@ def test_constant_hats_are_constant_indicators():
 
 
 @on_ranks
-@pytest.mark.parametrize("time_basis", TIME_BASES)
+@pytest.mark.parametrize("time_basis", TIME_BASES if COMM_WORLD.size == 1 else ["hats", "groups"])
 def test_riesz_map_represents_functionals_in_label_domain_and_time(basis, time_basis):
     """(riesz(d), c) = <d, c> in the inner product tau_k <R ., .>, for layers of unequal lengths."""
     parameter = Parameter("p", basis, TIME_BASES[time_basis](TIMES))
@@ -427,11 +413,12 @@ def test_parameters_start_at_zero_and_keep_what_is_set(basis):
 
 
 @on_two_ranks
-@pytest.mark.parametrize("time_basis", TIME_BASES)
+@pytest.mark.parametrize("time_basis", TIME_BASES if COMM_WORLD.size == 1 else ["hats", "groups"])
 def test_dim_counts_coefficients_on_all_ranks(basis, time_basis):
     parameter = Parameter("p", basis, TIME_BASES[time_basis](TIMES))
-    one = basis.Y.size if isinstance(basis, NodalValues) else np.prod(basis.shape)
-    assert parameter.dim == one * {"indicators": 4, "hats": 5, "pairs of layers": 2}[time_basis]
+    one = basis.Y.size * basis.space.value_size if isinstance(basis, NODAL) else np.prod(basis.shape)
+    functions = {"indicators": 4, "hats": 5, "shared": 1, "groups": 2, "pairs of layers": 2}[time_basis]
+    assert parameter.dim == one * functions
 
 
 @on_ranks

@@ -18,7 +18,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.loss import Loss
 from fem_resnet.objective import LearningProblem
-from fem_resnet.time_stepping import NonFiniteState
+from fem_resnet.time_stepping import StepFailure
 from fem_resnet.training.gradient import SOLVER_PARAMETERS, Progress, train
 from helpers import laplace
 from problems import coefficients, learning_problem, network, taping
@@ -132,12 +132,12 @@ def test_an_evaluation_that_raises_leaves_the_parameters_of_the_last_iteration()
     def value(Y, O, C, prediction):
         evaluations.append(1)
         if len(evaluations) == 12:
-            raise NonFiniteState(2, 1.3)
+            raise StepFailure(2, 1.3, "NOT_FINITE")
         return plain.loss.value(Y, O, C, prediction)
 
     loss = Loss("fails at its 12th evaluation", value, plain.loss.gradient, plain.loss.prediction)
     problem = LearningProblem(plain.net, plain.head, loss, plain.regulariser, plain.batch)
-    with pytest.raises(NonFiniteState, match="the state is not finite at the end of layer 2, t = 1.3"):
+    with pytest.raises(StepFailure, match="the state is not finite in layer 2, t = 1.3"):
         train(problem, monitor=lambda progress: values.append(progress.value))
     assert len(values) > 3 and not annotate_tape()
     assert abs(plain.evaluate()[0] - values[-1]) <= ROUND_OFF

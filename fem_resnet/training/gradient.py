@@ -2,6 +2,8 @@
 
 TAO's gradient norm and the first matrix of its L-BFGS are the Riesz maps of the controls, so what is computed are
 gradients in L2(Y x (0,T)) and L2(Y x Y x (0,T)), (4.3), (4.4), (4.7), whatever the mesh or the lengths of the layers.
+The same holds of TAO's Newton methods, with Hessian actions of pyadjoint: the Riesz maps precondition their linear solves
+and measure the radius of their trust regions.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 import petsctools
 from petsc4py import PETSc
 from pyadjoint import MinimizationProblem, TAOSolver
-from pyadjoint.optimization.tao_solver import PETScVecInterface
+from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.log import log
@@ -27,6 +29,8 @@ __all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "train"]
 #: Options of TAO where the user gives none: L-BFGS, to a gradient norm of 1e-8.
 SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200, "tao_gatol": 1e-8, "tao_grtol": 0.0, "tao_gttol": 0.0}
 
+#: The types of TAO that take Hessian actions, with the prefix of their linear solver.
+_NEWTON_TYPES = {"nls": "nls", "ntr": "ntr", "ntl": "ntl", "bnls": "bnk", "bntr": "bnk", "bntl": "bnk"}
 
 #: PETSc's code for an operation that a matrix does not have.
 _UNSUPPORTED = 83
@@ -86,6 +90,7 @@ def train(
     *,
     options_prefix: str | None = None,
     monitor: Callable[[Progress], None] | None = None,
+    gauss_newton: bool = False,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign what it found to them.
 
@@ -97,9 +102,12 @@ def train(
     problem
         The learning problem.
     solver_parameters, options_prefix
-        TAO's options over `SOLVER_PARAMETERS` (L-BFGS).
+        TAO's options over `SOLVER_PARAMETERS` (L-BFGS). Newton methods are "tao_type" "nls" (line search) and "ntr"
+        (trust region); how far they solve for a step says for example "tao_nls_ksp_rtol".
     monitor
         Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
+    gauss_newton
+        Whether Newton methods get the actions of Gauss and Newton in place of the Hessian's (`blocks.gauss_newton`).
 
     Returns
     -------
@@ -107,21 +115,25 @@ def train(
 
     Raises
     ------
-    NonFiniteState
+    StepFailure
         If the state overflows in a trial step.
 
     Examples
     --------
     >>> result = train(problem, {"tao_max_it": 100})  # doctest: +SKIP
+    >>> result = train(problem, {"tao_type": "nls", "tao_gatol": 1e-10})  # doctest: +SKIP
     """
     comm = problem.net.Y.comm
-    functional, _ = problem.record()
+    functional, _ = problem.record(gauss_newton=gauss_newton)
+    parameters = SOLVER_PARAMETERS | (solver_parameters or {})
     solver = TAOSolver(
         MinimizationProblem(functional),
-        SOLVER_PARAMETERS | (solver_parameters or {}),
+        _riesz_preconditioner(parameters["tao_type"]) | parameters,
         options_prefix=options_prefix,
         comm=comm,
     )
+    hessian, *_ = solver.tao.getHessian()
+    hessian.setPythonContext(_HessianAtItsPoint(functional, comm=comm))
     functions = problem.functions
     interface = PETScVecInterface(functions, comm=comm)
     limit = solver.tao.getMaximumIterations()
@@ -168,6 +180,30 @@ def train(
         gradient_norms=np.array([entry.gradient_norm for entry in history]),
         seconds=time.perf_counter() - start,
     )
+
+
+class _HessianAtItsPoint(ReducedFunctionalHessianMat):
+    """The Hessian at the point where TAO asked for it.
+
+    Trust regions, also that in which a line search starts, evaluate J elsewhere between two actions; pyadjoint's own
+    matrix then acts where the tape happens to stand.
+    """
+
+    def update_tape_values(self, *, update_adjoint: bool = True):
+        super().update_tape_values(update_adjoint=update_adjoint)
+        self._evaluation = self.rf.tape.recompute_count
+
+    def mult_impl(self, A, x):
+        if self.rf.tape.recompute_count != self._evaluation:
+            self.update_tape_values()
+        return super().mult_impl(A, x)
+
+
+def _riesz_preconditioner(tao_type: str) -> dict:
+    if tao_type not in _NEWTON_TYPES:
+        return {}
+    prefix, kind = f"tao_{_NEWTON_TYPES[tao_type]}_pc_", f"{RieszMapPC.__module__}.{RieszMapPC.__name__}"
+    return {f"{prefix}type": "python", f"{prefix}python_type": kind}
 
 
 def _reasons() -> dict[int, str]:

@@ -1,0 +1,172 @@
+"""What PETSc's time stepping methods give a layer: an adjoint, and the weights by which f follows from the stages.
+
+With fixed steps a method whose weights b_i and stage values are to be had steps the coefficients g alone, and f follows by
+its own quadrature (3.3). Any other carries f in its state: `layer_state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import petsctools
+from petsc4py import PETSc
+
+from fem_resnet.petsc import adapt_type, rk_tableau
+
+__all__ = ["DEFAULTS", "METHODS", "Method", "configure", "last_words", "set_from_options", "solver_options"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A type of PETSc's TS.
+
+    Attributes
+    ----------
+    implicit : bool
+        Whether it solves with the Jacobian.
+    quadrature : callable or None
+        ``quadrature(ts)`` returns the weights b_i and nodes c_i of its stages; None where PETSc does not give them away.
+    instead : str or None
+        For a type that PETSc cannot adjoin, the nearest that it can; None for one that has an adjoint.
+    partitioned : bool
+        Whether it splits the right-hand side, so that the explicit part, which is zero here, must be there.
+    stages_by_call : bool
+        Whether its stages are known only as the last arguments of the implicit function.
+    overruns : bool
+        Whether it goes on, with a step of length 0, when a step happens to end at the end.
+    """
+
+    implicit: bool
+    quadrature: Callable[[PETSc.TS], tuple[np.ndarray, np.ndarray]] | None = None
+    instead: str | None = None
+    partitioned: bool = False
+    stages_by_call: bool = False
+    overruns: bool = False
+
+
+def _runge_kutta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
+    _, b, c = rk_tableau(ts)
+    return b, c
+
+
+def _theta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
+    theta = ts.getTheta()
+    # PETSc takes theta = 1, backward Euler, for a method of two stages, start and end of the step, too.
+    if ts.getThetaEndpoint() or theta == 1.0:
+        return np.array([1 - theta, theta]), np.array([0.0, 1.0])
+    return np.ones(1), np.array([theta])
+
+
+def _gauss(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
+    nodes, weights = np.polynomial.legendre.leggauss(PETSc.Options(ts.getOptionsPrefix()).getInt("ts_irk_nstages", 3))
+    return weights / 2, (nodes + 1) / 2
+
+
+#: By the name that `ts_type` has.
+METHODS = {
+    "rk": Method(False, _runge_kutta),
+    "theta": Method(True, _theta),
+    "beuler": Method(True, _theta),
+    "cn": Method(True, _theta),
+    "arkimex": Method(True, partitioned=True),
+    "dirk": Method(True),
+    "irk": Method(True, _gauss, instead="'theta', the implicit midpoint rule, or 'dirk'", stages_by_call=True),
+    "euler": Method(False, instead="'rk' with 'ts_rk_type': '1fe'"),
+    "ssp": Method(False, instead="'rk' with 'ts_rk_type': '3'"),
+    "rosw": Method(True, instead="'arkimex'"),
+    "bdf": Method(True, instead="'cn'"),
+    "alpha": Method(True, instead="'theta'"),
+    "glle": Method(True, instead="'dirk'", overruns=True),
+}
+
+#: Options where the user gives none. A network has a fixed depth: no adaptivity.
+DEFAULTS = {"ts_type": "rk", "ts_adapt_type": "none"}
+#: The stages are solved to round-off: Newton's last step is below 1e-8 of the state, and what is left its square. That
+#: is what the adjoint, and the quadrature by which f follows, take for granted.
+_NEWTON = {"snes_rtol": 1e-50, "snes_atol": 1e-15, "snes_stol": 1e-8}
+_BY_TYPE = {"rk": {"ts_rk_type": "4"}} | {name: _NEWTON for name, method in METHODS.items() if method.implicit}
+_BY_TYPE["rosw"] = {}  # solves linear systems only
+
+
+def solver_options(parameters: dict | None, prefix: str | None) -> petsctools.OptionsManager:
+    """Options of a layer's TS: the user's over the defaults of the type that they name.
+
+    Parameters
+    ----------
+    parameters
+        PETSc options; {} for Runge-Kutta of order 4 with fixed steps.
+    prefix
+        Prefix of these options, by which they come from the command line too; one of its own if left out.
+
+    Raises
+    ------
+    ValueError
+        If the type is none of `METHODS`.
+    """
+    given = dict(parameters or {})
+    name = given.get("ts_type", DEFAULTS["ts_type"])
+    if prefix is not None:
+        name = PETSc.Options(prefix if prefix.endswith("_") else f"{prefix}_").getString("ts_type", name)
+    if name == "mprk":
+        raise ValueError("solver_parameters: 'ts_type' 'mprk' wants slow and fast unknowns, which a layer has not; take 'rk'")
+    if name not in METHODS:
+        raise ValueError(f"solver_parameters: 'ts_type' is {name!r}; a layer is stepped by {', '.join(METHODS)}")
+    defaults = DEFAULTS | _BY_TYPE.get(name, {})
+    if name == "rk" and given.get("ts_adapt_type", "none") != "none":
+        defaults["ts_rk_type"] = "5dp"  # the classical method has no estimate of its error
+    return petsctools.OptionsManager(defaults | given, options_prefix=prefix, default_prefix="fem_resnet_")
+
+
+def set_from_options(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str, ...] = ()) -> list[str]:
+    """Let PETSc read the options of a layer's TS; returns those that it did not ask for, but for those in `read`.
+
+    Raises
+    ------
+    ValueError
+        If PETSc does not know a name that an option has.
+    """
+    ts.setOptionsPrefix(options.options_prefix)
+    with options.inserted_options():
+        try:
+            ts.setFromOptions()
+        except PETSc.Error as error:
+            raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}: {last_words(error)}") from error
+        used = PETSc.Options().used
+        return [name for name in options.parameters if name not in read and not used(options.options_prefix + name)]
+
+
+def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str, ...]) -> None:
+    """Let PETSc read the options of a layer's TS, and refuse those that no layer can have.
+
+    Parameters
+    ----------
+    ts
+        With a time step of 1, which the options must not change.
+    options
+        See `solver_options`.
+    read
+        Options that the layer itself has read.
+    """
+    steps = ts.getMaxTime()
+    unused = set_from_options(ts, options, read)
+    if "ts_rk_multirate" in options.parameters:
+        raise ValueError("solver_parameters: 'ts_rk_multirate' wants slow and fast unknowns, which a layer has not")
+    if adapt_type(ts) == "history":
+        raise ValueError("solver_parameters: 'ts_adapt_type' 'history' wants a history; recorded runs replay their own")
+    if ts.getTimeStep() != 1.0 or ts.getMaxTime() != steps or ts.getMaxSteps() < steps:
+        raise ValueError(
+            "solver_parameters: 'ts_time_step', 'ts_max_time', 'ts_max_steps' follow from the layers; give the network "
+            "layer times and a number of steps a layer instead"
+        )
+    if unused:
+        raise ValueError(
+            f"solver_parameters: {', '.join(unused)}: no option of a TS of type {ts.getType()!r} with adaptivity "
+            f"{adapt_type(ts)!r}; drop it"
+        )
+
+
+def last_words(error: PETSc.Error) -> str:
+    """The line of PETSc's message that says what is wrong."""
+    return str(error).splitlines()[-1].partition("] ")[2]

@@ -1,0 +1,236 @@
+"""Segments: consecutive layers as one operator on the tape (see `blocks.Operator`).
+
+Forward, f at the end follows from f at the start and the stages of all layers in one pass (3.3). Backward, layers with the
+same psi hand on gamma, the adjoint of g, alone, so that inside a segment nothing of size nodes x samples is touched but
+what the stages read; states and co-states at inner interfaces are rebuilt when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import numpy as np
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from fem_resnet.basis import Basis
+from fem_resnet.label_space import BatchValues
+from fem_resnet.layer import Stage
+from fem_resnet.parameter import LayerCoefficients, LayerInputs
+from fem_resnet.time_stepping import LayerStepper, LayerTrace
+
+__all__ = ["Segment"]
+
+
+class Segment:
+    """Consecutive layers: an operator from f at the start and coefficients to f at the end.
+
+    Parameters
+    ----------
+    steppers
+        ``steppers(orders)`` makes the layers' steppers, in order, at least one; with a tangent for 2 orders.
+    stage
+        Their stage evaluations.
+    coefficients
+        What these layers see of bias and kernel.
+    values
+        How Functions hold the state.
+    replay
+        Whether adapted steps are kept from the first solve on.
+    """
+
+    def __init__(
+        self,
+        steppers: Callable[[int], list[LayerStepper]],
+        stage: Stage,
+        coefficients: LayerCoefficients,
+        values: BatchValues,
+        replay: bool,
+    ):
+        self.steppers = steppers(1)
+        self._make = steppers
+        self._tangent_steppers: list[LayerStepper] | None = None
+        self._stage = stage
+        self._Y = values.Y
+        self._coefficients = coefficients
+        self._replay = replay
+        self._steps: list[list[float] | None] = [None] * len(self.steppers)
+        self.output = values
+        self.inputs = [self.output, *coefficients.slots]
+        #: The Functions that hold the coefficients.
+        self.functions = coefficients.functions
+        # For each layer: lambda at the end of its run of layers with one psi, that psi, and gamma at its own start.
+        self._costates: list[tuple[np.ndarray, Basis, np.ndarray]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether every layer keeps the trajectory of the last forward solve."""
+        return all(stepper.has_trajectory for stepper in self.steppers)
+
+    @PETSc.Log.EventDecorator("fem_resnet:forward")
+    def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
+        """f at the end, a new array of shape (nodes, samples); `state` then gives f at any layer. Collective.
+
+        Parameters
+        ----------
+        arrays
+            f at the start, then the coefficients.
+        save
+            Whether an adjoint may follow.
+
+        Raises
+        ------
+        ValueError
+            If an adjoint may follow, and PETSc has none for this method.
+        StepFailure
+            If a layer cannot be stepped.
+        """
+        method = self.steppers[0].method
+        if save and method.instead is not None:
+            raise ValueError(
+                f"solver_parameters: PETSc has no adjoint of its method {self.steppers[0].ts_type!r}, so it cannot be "
+                f"recorded; 'ts_type': {method.instead} has one. Without a gradient: run it while annotation is off"
+            )
+        f, *coefficients = arrays
+        self._costates = []
+        self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
+        self._run(self.steppers, [f], self._layers, save, self._steps)
+        if self._replay:
+            self._steps = self._adapted()
+        return self.state(f, len(self.steppers))
+
+    def _adapted(self) -> list[list[float] | None]:
+        """The steps of the last forward solve, where they were adapted."""
+        return [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
+
+    def _run(
+        self,
+        steppers: Sequence[LayerStepper],
+        f: list[np.ndarray],
+        layers: Sequence[tuple[LayerInputs, ...]],
+        save: bool,
+        taken: Sequence[list[float] | None],
+    ) -> None:
+        """Step all layers from f, with its tangent if there is one."""
+        psi = None
+        for l, (stepper, inputs, steps) in enumerate(zip(steppers, layers, taken)):
+            new_psi = inputs[0].factors.psi is not psi
+            at_start = f
+            if new_psi or stepper.carries_f:
+                at_start = self._advance(f, [stepper.trace for stepper in steppers[:l]])
+            if new_psi:
+                psi = inputs[0].factors.psi
+                g = [psi.project(part) for part in at_start]
+            g = stepper.forward(g, at_start, inputs, save, steps)
+        self._check_ranks_agree(g)
+
+    def _check_ranks_agree(self, g: Sequence[np.ndarray]) -> None:
+        # Every rank steps its own copy of g. If they ever differ, all that follows is wrong without a word.
+        total = sum(part.sum() for part in g)
+        probe = np.array([total, -total])
+        if self._Y.comm.size > 1:
+            self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)
+        if probe[0] != -probe[1]:
+            raise RuntimeError(
+                f"the ranks' copies of the coefficients differ after layer {self.steppers[-1].layer}, by "
+                f"{probe[0] + probe[1]:.1e} in their sum: do all ranks run on the same kind of processor?"
+            )
+
+    def traces(self) -> list[LayerTrace]:
+        """What each layer left in the last forward solve: what f is rebuilt from."""
+        return [stepper.trace for stepper in self.steppers]
+
+    def state(self, f: np.ndarray, layers: int) -> np.ndarray:
+        """f after so many layers of the last forward solve, a new array of shape (nodes, samples)."""
+        return self.advance(f, self.traces()[:layers])
+
+    def advance(self, f: np.ndarray, traces: Sequence[LayerTrace]) -> np.ndarray:
+        """f after layers that left these traces, by the quadrature (3.3)."""
+        return self._advance([f], traces)[0]
+
+    def _advance(self, f: list[np.ndarray], traces: Sequence[LayerTrace]) -> list[np.ndarray]:
+        for l in reversed(range(len(traces))):
+            if traces[l].end is not None:
+                f, traces = traces[l].end, traces[l + 1 :]
+                break
+        return self._stage.advance(f, list(chain.from_iterable(trace.stages for trace in traces)))
+
+    @PETSc.Log.EventDecorator("fem_resnet:adjoint")
+    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
+        """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
+
+        Parameters
+        ----------
+        arrays
+            Those of the last forward solve.
+        dual
+            lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`.
+        """
+        (start,), functionals, costates = self._adjoint(self.steppers, [dual], self._layers)
+        self._costates = [(duals[0], psi, gamma[0]) for duals, psi, gamma in costates]
+        return [start, *functionals]
+
+    def _adjoint(self, steppers, duals: list[np.ndarray], layers):
+        functionals, costates = [], []
+        psi, gamma = None, []
+        for stepper, inputs in zip(reversed(steppers), reversed(layers)):
+            if inputs[0].factors.psi is not psi:
+                if psi is not None:
+                    duals = [dual + psi.weighted @ part for dual, part in zip(duals, gamma)]
+                psi = inputs[0].factors.psi
+                gamma = [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
+            gamma, functional = stepper.adjoint(gamma, duals)
+            functionals.append(functional)
+            costates.append((duals, psi, gamma))
+        start = [dual + psi.weighted @ part for dual, part in zip(duals, gamma)]
+        return start, self._coefficients.collect(functionals[::-1]), costates[::-1]
+
+    def costate(self, layer: int) -> np.ndarray | None:
+        """r = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
+
+        None if there was no adjoint since the last forward solve.
+        """
+        if not self._costates:
+            return None
+        if layer == len(self.steppers):
+            return self._costates[-1][0] / self._Y.weights[:, None]
+        dual, psi, gamma = self._costates[layer]
+        return dual / self._Y.weights[:, None] + psi.values @ gamma
+
+    # -- second order -------------------------------------------------------------------------------------------------
+
+    @PETSc.Log.EventDecorator("fem_resnet:tangent")
+    def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray:
+        """Derivative of `forward` at these arrays, in these directions: that of the discrete network. Collective."""
+        f, _ = self._run_with_tangent(arrays, directions, save=False)
+        return self._advance(f, [stepper.trace for stepper in self._tangent_steppers])[1]
+
+    def _run_with_tangent(self, arrays, directions, save):
+        if self._tangent_steppers is None:
+            self._tangent_steppers = self._make(2)
+        layers = list(zip(*(self._coefficients.on_layers(group[1:]) for group in (arrays, directions))))
+        f = [arrays[0], directions[0]]
+        self._run(self._tangent_steppers, f, layers, save, self._adapted())
+        return f, layers
+
+    @PETSc.Log.EventDecorator("fem_resnet:second_adjoint")
+    def second_adjoint(
+        self,
+        arrays: Sequence[np.ndarray],
+        directions: Sequence[np.ndarray],
+        dual: np.ndarray,
+        dual_dot: np.ndarray,
+    ) -> list[np.ndarray]:
+        """`F'(m)^T dual_dot + d/de F'(m + e m_dot)^T dual` at e = 0, by the adjoint of the tangent. Collective.
+
+        Parameters
+        ----------
+        arrays, directions
+            m and m_dot.
+        dual, dual_dot
+            Adjoint value of f at the end, and its own derivative.
+        """
+        _, layers = self._run_with_tangent(arrays, directions, save=True)
+        start, functionals, _ = self._adjoint(self._tangent_steppers, [dual_dot, dual], layers)
+        return [start[0], *functionals]
