@@ -1,9 +1,9 @@
 """The pyadjoint Block of the package: an operator on arrays, as a step on the tape.
 
 Segments of layers, heads, losses and regularisers are operators with the four verbs of `Operator`; the Block reads
-Functions into arrays for them and writes their results into Functions. It creates none again and again: outputs go into
-the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once (pyadjoint copies
-what it hands to a user).
+Functions into arrays for them and writes their results into Functions. It creates none again and again: outputs go
+into the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once (pyadjoint
+copies what it hands to a user).
 
 Hessian actions are forward over reverse: one sweep of tangents up the tape, one of second adjoints down. Inside of
 `gauss_newton(tape)` the latter leaves out the curvature of all operators between arrays, so that with J = l(F(m)) the
@@ -39,7 +39,7 @@ class Slot(Protocol):
 class Operator(Protocol):
     """A differentiable map F between arrays, or from arrays to a number.
 
-    Laws, with m the arrays, v directions (one array an input, zeros where there is none) and <., .> the sum over inputs:
+    Laws, with m the arrays, v directions (one array an input, zeros where there is none), <., .> the sum over inputs:
 
         tangent(m, v) = d/de F(m + e v),                                        e = 0
         <adjoint(m, dual), v> = <dual, tangent(m, v)>
@@ -63,9 +63,10 @@ class Operator(Protocol):
         """Functionals of the inputs, one an input, in arrays of its own."""
 
     def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray | float:
-        """Derivative of `forward` in these directions, in an array of its own; the arrays are those of the latest `forward`.
+        """Derivative of `forward` in these directions, in an array of its own.
 
-        What `forward` has kept for an adjoint must survive, or `ready` turn False; what `adjoint` has kept must survive.
+        The arrays are those of the latest `forward`. What that has kept for an adjoint must survive, or `ready` turn
+        False; what `adjoint` has kept must survive.
         """
 
     def second_adjoint(

@@ -125,7 +125,9 @@ class _LossOperator:
 
     def _second_adjoint(self, action, arrays, directions, dual, dual_dot):
         if action is None:
-            raise NotImplementedError(f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one")
+            raise NotImplementedError(
+                f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one"
+            )
         change = action(self._Y, arrays[0], self._observation, self._prediction, directions[0])
         return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
 
@@ -148,7 +150,7 @@ def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
 
 
 def _of_prediction(name: str, value: Callable, dual: Callable, curvature: Callable) -> Loss:
-    """The loss l(h(O), C) by ``value(Y, p, C)``, its derivative ``dual(Y, p, C)`` in p and ``curvature(Y, p, C, v)``."""
+    """The loss l(h(O), C) by ``value(Y, p, C)``, its derivative ``dual(Y, p, C)`` in p, and that of it along v."""
 
     def of_output(Y, O, C, h):
         return value(Y, h.value(Y, O), C)
@@ -186,7 +188,7 @@ def _cross_entropy_gradient(Y, O, C, prediction):
 
 
 def _cross_entropy_hessian(Y, O, C, prediction, v):
-    return Y.weights[:, None] * prediction.derivative(Y, O, v) * Y.sum(Y.weights @ C)
+    return Y.weights[:, None] * PREDICTIONS["softmax"].derivative(Y, O, v) * Y.sum(Y.weights @ C)
 
 
 _softplus, _sigmoid = get_activation("softplus"), get_activation("sigmoid")
@@ -201,7 +203,7 @@ def _binary_cross_entropy_gradient(Y, O, C, prediction):
 
 
 def _binary_cross_entropy_hessian(Y, O, C, prediction, v):
-    return Y.weights[:, None] * prediction.derivative(Y, O, v)
+    return Y.weights[:, None] * _sigmoid.derivative(O) * v
 
 
 #: 1/2 int |h(O) - C|^2 dy, the choice of section 2.4.
@@ -267,10 +269,10 @@ class _SampleForms:
         derivative = fd.derivative(form, p)
         self._forms = {"value": form, "derivative": derivative, "second": fd.derivative(derivative, p, v)}
         # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
-        degree = estimate_total_polynomial_degree(apply_derivatives(apply_algebra_lowering(form)))
+        degree = estimate_total_polynomial_degree(_expanded(form))
         self._rule = {"quadrature_degree": degree}
         # Where a derivative is zero, there is nothing to assemble.
-        self._vanishing = [which for which, f in self._forms.items() if apply_derivatives(apply_algebra_lowering(f)).empty()]
+        self._vanishing = [which for which, form in self._forms.items() if _expanded(form).empty()]
 
     def assemble(self, which: str, *batches: np.ndarray) -> list:
         """The form for each sample of these batches of node values: of p, C and v."""
@@ -287,3 +289,7 @@ class _SampleForms:
         if which in self._vanishing:
             return np.zeros_like(batches[0])
         return np.column_stack([functional.dat.data_ro for functional in self.assemble(which, *batches)])
+
+
+def _expanded(form):
+    return apply_derivatives(apply_algebra_lowering(form))

@@ -337,7 +337,7 @@ class LayerStepper:
         C = [beta[0] @ g[0]] if self.orders == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
         return Argument(
             self._inputs[0].factors,
-            tuple(inputs.end - inputs.start for inputs in self._inputs),
+            (self._inputs[0].end - self._inputs[0].start, 0.0)[: self.orders],
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
             tuple(C),
         )

@@ -152,9 +152,9 @@ def taylor(request):
     """``taylor(J, m, h, row, column)``: Taylor test of a ReducedFunctional in the direction h, noted in the summary.
 
     The remainder without the derivative must fall at rate 1, the one with it at rate 2; with ``second_order=True`` that
-    with the Hessian too at rate 3. Returns these rates. For m and h of size one the steps are 1e-4 h to 1.25e-5 h: short
-    enough for a direction in which one derivative happens to be small beside the next one, and long enough for round-off
-    to be 1e-5 of the remainders or less. For the third remainder they are ten times as long for the same reason.
+    with the Hessian too at rate 3. Returns these rates. For m and h of size one the steps are 1e-4 h to 1.25e-5 h:
+    short enough for a direction in which one derivative happens to be small beside the next one, and long enough for
+    round-off to be 1e-5 of the remainders or less. For the third remainder they are ten times as long for that reason.
     """
     rates = request.config.stash[TAYLOR_RATES]
 
@@ -162,11 +162,12 @@ def taylor(request):
         h = [direction._ad_mul(0.1 if second_order else 0.01) for direction in Enlist(h)]
         if second_order:
             found = taylor_to_dict(J, m, h)
-            found = tuple(min(found[f"R{order}"]["Rate"]) for order in range(3))
+            # Over the longer steps curvature shows in the first rates of R0: the last one counts.
+            found = (found["R0"]["Rate"][-1], *(min(found[f"R{order}"]["Rate"]) for order in (1, 2)))
         else:
             found = taylor_test(J, m, h, dJdm=0), taylor_test(J, m, h)
         rates[row][column] = tuple(map(min, found, rates[row].get(column, found)))
-        assert abs(found[0] - 1) < 0.02, f"{row}, {column}: R0 falls at rate {found[0]:.3f}, 1.00 is wanted"
+        assert abs(found[0] - 1) < (0.05 if second_order else 0.02), f"{row}, {column}: R0 falls at rate {found[0]:.3f}, 1.00 is wanted"
         for order, rate in enumerate(found[1:], start=1):
             wanted = (1.98, 2.95)[order - 1]
             assert rate > wanted, f"{row}, {column}: R{order} falls at rate {rate:.3f}, more than {wanted} is wanted"

@@ -1,6 +1,7 @@
 """Domains, label spaces, bases and a functional that the tests share: a new kernel costs 0.3 s, so few exist."""
 
 from functools import cache
+from pathlib import Path
 
 import firedrake as fd
 import numpy as np
@@ -16,6 +17,42 @@ SAMPLES = 3
 #: Layers of unequal lengths, which do not add up to one.
 TIMES = (0.0, 0.2, 0.9, 1.3)
 
+class Polygon:
+    """A polygon by its rings of vertices: the outer one counterclockwise, holes clockwise."""
+
+    def __init__(self, *rings):
+        self.rings = [np.array(ring, dtype=float) for ring in rings]
+
+    def integral(self, antiderivative) -> float:
+        """int F_x dx dy = closed line integral of F dy (Green), for an antiderivative in x, ``F(x, y)``.
+
+        Analytic F to round-off: 20 Gauss points an edge.
+        """
+        nodes, weights = np.polynomial.legendre.leggauss(20)
+        total = 0.0
+        for ring in self.rings:
+            for start, end in zip(ring, np.roll(ring, -1, axis=0)):
+                x, y = ((start + end) / 2)[:, None] + ((end - start) / 2)[:, None] * nodes
+                total += antiderivative(x, y) @ weights * (end - start)[1] / 2
+        return float(total)
+
+
+#: What the files' meshes fill: meshes/polygon.geo, and the ground of meshes/block.geo (height 1/2).
+POLYGON = Polygon(
+    [(0, 0), (2, 0.2), (1.8, 1.1), (1, 0.9), (0.9, 1.7), (-0.2, 1.5)], [(0.3, 0.6), (0.4, 1.0), (0.7, 0.5)]
+)
+BLOCK = Polygon([(0, 0), (1.5, 0), (1.4, 0.6), (0.7, 0.5), (0.6, 1.2), (-0.1, 1.1)])
+UNIT_SQUARE = Polygon([(0, 0), (1, 0), (1, 1), (0, 1)])
+
+#: Gmsh meshes, with their sources.
+MESHES = Path(__file__).parents[1] / "meshes"
+
+
+def from_file(name: str, refinement: int, comm) -> fd.MeshGeometry:
+    """The mesh of a file, refined uniformly: `refinement` counts from 1, the mesh as it is."""
+    return fd.MeshHierarchy(fd.Mesh(str(MESHES / name), comm=comm), refinement - 1)[-1]
+
+
 DOMAINS = {
     "interval": lambda n, comm: fd.UnitIntervalMesh(8 * n, comm=comm),
     "disk": lambda n, comm: fd.UnitDiskMesh(n, comm=comm),
@@ -25,6 +62,9 @@ DOMAINS = {
     "cube": lambda n, comm: fd.UnitCubeMesh(2 * n, 2 * n, 2 * n, comm=comm),
     "hexes": lambda n, comm: fd.UnitCubeMesh(2 * n, 2 * n, 2 * n, hexahedral=True, comm=comm),
     "prisms": lambda n, comm: fd.ExtrudedMesh(fd.UnitSquareMesh(3 * n, 3 * n, comm=comm), 2 * n),
+    "polygon": lambda n, comm: from_file("polygon.msh", n, comm),
+    "block": lambda n, comm: from_file("block.msh", n, comm),
+    "prisms on the polygon": lambda n, comm: fd.ExtrudedMesh(from_file("polygon.msh", n, comm), 2 * n, 0.5 / n),
 }
 
 #: Label spaces of every kind that is allowed, and of every kind of mesh.
@@ -45,6 +85,9 @@ SPACES = [
     ("cube", "CG1"),
     ("hexes", "CG2"),
     ("prisms", "CG1"),
+    ("polygon", "CG1"),
+    ("polygon", "KMV3"),
+    ("block", "CG1"),
 ]
 
 
@@ -96,13 +139,16 @@ def smooth(Y: LabelSpace, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
 
 def set_smooth(net, rng, size: float = 1.0) -> None:
     """Give bias and kernel of all layers values of that size which do not depend on the partition."""
-    for layer in range(net.layers):
-        kernel, bias = net.kernel.space_basis, net.bias.space_basis
-        net.kernel.set(layer, size * rng.normal(size=kernel.shape) / kernel.shape[1] ** 0.5)
-        if bias.space is net.Y.V:
-            net.bias.set(layer, size * smooth(net.Y, 1, seed=layer)[:, 0])
-        else:
-            net.bias.set(layer, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
+    for k in range(max(len(net.kernel.functions), len(net.bias.functions))):
+        if k < len(net.kernel.functions):
+            shape = net.kernel.space_bases[k].shape
+            net.kernel.set(k, size * rng.normal(size=shape) / shape[1] ** 0.5)
+        if k < len(net.bias.functions):
+            bias = net.bias.space_bases[k]
+            if bias.space is net.Y.V:
+                net.bias.set(k, size * smooth(net.Y, 1, seed=k)[:, 0])
+            else:
+                net.bias.set(k, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
 
 
 def network(space=("disk", "CG1"), *, alone=False, size=1.0, basis_for_bias=False, **options) -> ResidualNetwork:
@@ -141,6 +187,12 @@ class HalfSquareDistance:
 
     def adjoint(self, arrays, dual):
         return [dual * self.Y.weights[:, None] * (arrays[0] - self.target)]
+
+    def tangent(self, arrays, directions):
+        return float(self.Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        return [self.adjoint(arrays, dual_dot)[0] + dual * self.Y.weights[:, None] * directions[0]]
 
 
 def half_square_distance(f: fd.Function, target: fd.Function, Y: LabelSpace):

@@ -103,6 +103,8 @@ def test_a_basis_of_full_rank_represents_every_function():
         (("annulus", "CG2"), 7),
         (("hexes", "CG2"), 8),
         (("disk", "DG1"), 9),
+        (("polygon", "KMV3"), 9),
+        (("block", "CG1"), 9),
     ],
     ids=str,
 )

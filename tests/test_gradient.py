@@ -16,7 +16,7 @@ from helpers import SAMPLES, TIMES, half_square_distance, laplace, name, network
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
 RK_TYPES = ["1fe", "2a", "2b", "3", "3bs", "4", "5f", "5dp", "5bs", "6vr", "7vr", "8vr"]
-#: Disk, annulus, sphere and solids; DG0, CG1, spectral elements.
+#: Disk, annulus, sphere, solids and meshes from files; DG0, CG1, mass-lumped and spectral elements.
 SPACES = [
     ("disk", "DG0"),
     ("disk", "CG1"),
@@ -27,6 +27,10 @@ SPACES = [
     ("square", "CG3"),
     ("cube", "CG1"),
     ("hexes", "CG2"),
+    ("prisms", "CG1"),
+    ("polygon", "CG1"),
+    ("polygon", "KMV3"),
+    ("block", "CG1"),
 ]
 
 
@@ -249,7 +253,11 @@ def test_values_assigned_after_recording_are_not_those_of_the_tape(record):
 
 
 @pytest.mark.parallel([2, 3])
-@pytest.mark.parametrize("space", [("disk", "CG1"), ("sphere", "DG0"), ("annulus", "CG2"), ("cube", "CG1")], ids=name)
+@pytest.mark.parametrize(
+    "space",
+    [("disk", "CG1"), ("sphere", "DG0"), ("annulus", "CG2"), ("cube", "CG1"), ("polygon", "KMV3"), ("block", "CG1")],
+    ids=name,
+)
 @pytest.mark.parametrize("basis_for_bias", [False, True], ids=["bias at nodes", "bias in basis"])
 def test_any_number_of_ranks_gives_the_same_gradient(space, basis_for_bias, record):
     """Coefficients as they are, functions by inner products: the mesh on this rank alone against its parts."""
@@ -369,17 +377,6 @@ def test_an_unrecorded_run_has_no_costate():
 
 
 # -- Blocks ----------------------------------------------------------------------------------------------------------
-
-
-@on_ranks
-def test_tangent_and_hessian_are_refused(record, rng):
-    problem = record()
-    J, direction = problem.reduced(), problem.direction("all", rng)
-    with pytest.raises(NotImplementedError, match="tangents are not implemented, only first adjoints"):
-        J.tlm(direction)
-    J.derivative()
-    with pytest.raises(NotImplementedError, match="are not implemented, only first adjoints"):
-        J.hessian(direction)
 
 
 @on_ranks

@@ -7,7 +7,7 @@ from firedrake import COMM_WORLD
 from numpy.testing import assert_allclose
 
 from fem_resnet import LabelSpace, class_space
-from helpers import SAMPLES, SPACES, label_space, mesh, name, smooth
+from helpers import BLOCK, POLYGON, SAMPLES, SPACES, label_space, mesh, name, smooth
 
 each_space = pytest.mark.parametrize("space", SPACES, ids=name)
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -30,6 +30,8 @@ AREAS = {
     "cube": 1.0,
     "hexes": 1.0,
     "prisms": 1.0,
+    "polygon": POLYGON.integral(lambda x, y: x),
+    "block": BLOCK.integral(lambda x, y: x) / 2,
 }
 
 

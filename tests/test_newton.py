@@ -46,7 +46,7 @@ def _silent(progress):
 
 
 def order(norms) -> float:
-    """p of |g_(k+1)| ~ |g_k|^p, from the last three gradient norms above round-off (a method may end without a move)."""
+    """p of |g_(k+1)| ~ |g_k|^p, from the last three different gradient norms above round-off."""
     a, b, c = np.log([norm for norm in dict.fromkeys(norms) if norm > ROUND_OFF])[-3:]
     return (c - b) / (b - a)
 

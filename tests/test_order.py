@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from fem_resnet import Basis, ResidualNetwork
-from helpers import label_space, laplace, set_smooth, smooth
+from helpers import BLOCK, POLYGON, UNIT_SQUARE, label_space, laplace, set_smooth, smooth
 
 # -- order in t ------------------------------------------------------------------------------------------------------
 
@@ -84,16 +84,19 @@ class _Round:
     phi, a = psi, f
 
 
-class _Square:
-    """Unit square: psi = phi = e^x, f_I = cos y, a = sin y."""
+class _Exponential:
+    """A polygon, or a cylinder over it of this height: psi = phi = e^(x + z/2), f_I = cos y, a = sin y."""
 
-    psi_integral = np.e - 1
-    kappa = (np.e**2 - 1) / 2
-    psi_f = (np.e - 1) * np.sin(1)
-    psi_a = (np.e - 1) * (1 - np.cos(1))
+    def __init__(self, ground, height=None):
+        # What an integral over z of e^z and of e^(z/2) contributes.
+        whole, half = (1.0, 1.0) if height is None else (np.expm1(height), 2 * np.expm1(height / 2))
+        self.psi_integral = half * ground.integral(lambda x, y: np.exp(x))
+        self.kappa = whole * ground.integral(lambda x, y: np.exp(2 * x) / 2)
+        self.psi_f = half * ground.integral(lambda x, y: np.exp(x) * np.cos(y))
+        self.psi_a = half * ground.integral(lambda x, y: np.exp(x) * np.sin(y))
 
     def psi(self, X):
-        return np.exp(X[:, 0])
+        return np.exp(X[:, 0] + (X[:, 2] / 2 if X.shape[1] == 3 else 0))
 
     phi = psi
 
@@ -120,17 +123,25 @@ def _nonlinear(problem, Y):
     return "tanh", np.ones(Y.nodes), np.zeros(Y.nodes), problem.f(X) + (g - problem.psi_f) / m
 
 
+#: (domain, element, problem, refinements, order): every refinement halves the mesh size.
+IN_SPACE = [
+    ("disk", "CG1", _Round(np.pi, np.pi / 4), [2, 3, 4], 2),
+    ("disk", "DG0", _Round(np.pi, np.pi / 4), [2, 3, 4], 2),
+    ("sphere", "CG1", _Round(4 * np.pi, 4 * np.pi / 3), [1, 2, 3], 2),
+    # Gauss-Lobatto of k + 1 points integrates to order 2k, KMV of degree 3 on triangles to order 6.
+    ("square", "CG3", _Exponential(UNIT_SQUARE), [1, 2], 6),
+    ("hexes", "CG2", _Exponential(UNIT_SQUARE, 1), [1, 2], 4),
+    ("polygon", "KMV3", _Exponential(POLYGON), [1, 2], 6),
+    ("polygon", "CG1", _Exponential(POLYGON), [1, 2, 3], 2),
+    ("prisms on the polygon", "CG1", _Exponential(POLYGON, 1), [1, 2], 2),
+    ("block", "CG1", _Exponential(BLOCK, 0.5), [1, 2, 3], 2),
+    ("cube", "CG1", _Exponential(UNIT_SQUARE, 1), [1, 2, 4], 2),
+]
+
+
 @pytest.mark.parametrize("solution", [_linear, _nonlinear], ids=["linear", "tanh"])
 @pytest.mark.parametrize(
-    "domain, element, problem, refinements, order",
-    [
-        ("disk", "CG1", _Round(np.pi, np.pi / 4), [2, 3, 4], 2),
-        ("disk", "DG0", _Round(np.pi, np.pi / 4), [2, 3, 4], 2),
-        ("sphere", "CG1", _Round(4 * np.pi, 4 * np.pi / 3), [1, 2, 3], 2),
-        # Gauss-Lobatto of k + 1 points integrates to order 2k.
-        ("square", "CG3", _Square(), [1, 2], 6),
-    ],
-    ids=["disk-CG1", "disk-DG0", "sphere-CG1", "square-CG3"],
+    "domain, element, problem, refinements, order", IN_SPACE, ids=[f"{case[0]}-{case[1]}" for case in IN_SPACE]
 )
 def test_order_in_space_at_the_nodes(domain, element, problem, refinements, order, solution):
     errors = []
@@ -139,12 +150,11 @@ def test_order_in_space_at_the_nodes(domain, element, problem, refinements, orde
         activation, phi, a, exact = solution(problem, Y)
         phi, psi = (Basis(Y, values[:, None], "given") for values in (phi, problem.psi(Y.coordinates)))
         net = ResidualNetwork(
-            phi, psi, times=[0.0, T], activation=activation, steps=8, solver_parameters={"ts_rk_type": "8vr"}
+            phi, psi, times=[0.0, T], activation=activation, steps=32, solver_parameters={"ts_rk_type": "8vr"}
         )
         net.kernel.set(0, [[BETA]])
         net.bias.set(0, a)
         difference = Y.values(net(Y.batch(problem.f(Y.coordinates))))[:, 0] - exact
         errors.append(float(Y.sum(Y.weights @ difference**2)) ** 0.5)
-    # Every refinement halves the mesh size.
     observed = np.log2(np.divide(errors[:-1], errors[1:]))
     assert observed[-1] > order - 0.15, f"errors {errors} fall at orders {observed}, {order} is wanted"

@@ -13,8 +13,9 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
-from fem_resnet.blocks import gauss_newton
+from fem_resnet.blocks import apply, gauss_newton
 from fem_resnet.head import PREDICTIONS
+from fem_resnet.label_space import BatchValues
 from fem_resnet.loss import Loss, functional_loss, least_squares
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Batch, LearningProblem
@@ -195,6 +196,19 @@ def test_hessians_are_the_same_on_every_number_of_ranks():
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
+@on_ranks
+def test_hessian_of_the_distance_in_the_label_measure_is_that_measure():
+    """The functional with which the other tests look at networks."""
+    Y = label_space("disk", "CG1")
+    f, v = Y.batch(smooth(Y)), Y.batch(smooth(Y, seed=1))
+    with taping():
+        J = half_square_distance(f, Y.batch(smooth(Y, seed=2)), Y)
+    J = ReducedFunctional(J, Control(f, riesz_map=Y.riesz_map))
+    dual = J.derivative()
+    assert_allclose(J.hessian(v, apply_riesz=True).dat.data_ro, v.dat.data_ro, rtol=1e-14)
+    assert J.tlm(v) == pytest.approx(pair(dual, v), rel=1e-12)
+
+
 # -- tangents --------------------------------------------------------------------------------------------------------
 
 
@@ -321,12 +335,12 @@ def test_a_hessian_without_a_derivative_at_the_same_point_is_refused():
     problem = without_layers(OUTPUTS["disk to 3 classes"], *LOSSES["cross entropy"], regulariser=None)
     J = functional(problem)
     v, m = random(problem), point(J)
-    with pytest.raises(RuntimeError, match="the Hessian wants the derivative at the same point first; call derivative"):
+    with pytest.raises(RuntimeError, match="the Hessian wants the derivative at the same point first; call deriv"):
         J.hessian(v)
     J.derivative()
     expected = values(J.hessian(v))
     J(shifted(m, 0.1, v))
-    with pytest.raises(RuntimeError, match="the Hessian wants the derivative at the same point first; call derivative"):
+    with pytest.raises(RuntimeError, match="the Hessian wants the derivative at the same point first; call deriv"):
         J.hessian(v)
     J(m)
     J.derivative()
@@ -340,20 +354,96 @@ def test_tangents_and_hessians_after_an_input_has_changed_are_refused():
     v = random(problem)
     J.derivative()
     J.controls[0].update(v[0])
-    with pytest.raises(RuntimeError, match="an input has changed since the tape was evaluated; evaluate the functional"):
+    with pytest.raises(RuntimeError, match="an input has changed since the tape was evaluated; evaluate the"):
         J.tlm(v)
-    with pytest.raises(RuntimeError, match="an input has changed since the tape was evaluated; evaluate the functional"):
+    with pytest.raises(RuntimeError, match="an input has changed since the tape was evaluated; evaluate the"):
         J.hessian(v)
 
 
-def test_operators_without_tangents_or_hessians_name_themselves():
+class _Sine:
+    """f -> sin f. As a layer does, an adjoint or second adjoint uses up what a forward solve has saved."""
+
+    ready = False
+
+    def __init__(self, Y, space):
+        self.output, self.solves = BatchValues(Y, space), 0
+        self.inputs = [self.output]
+
+    def forward(self, arrays, save):
+        self.ready, self.solves = save, self.solves + 1
+        return np.sin(arrays[0])
+
+    def adjoint(self, arrays, dual):
+        assert self.ready, "an adjoint without a forward solve"
+        self.ready = False
+        return [np.cos(arrays[0]) * dual]
+
+    def tangent(self, arrays, directions):
+        return np.cos(arrays[0]) * directions[0]
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        self.ready = False
+        return [np.cos(arrays[0]) * dual_dot - np.sin(arrays[0]) * directions[0] * dual]
+
+
+@on_ranks
+def test_an_operator_whose_adjoint_uses_up_its_forward_solve_is_solved_again():
     Y = label_space("disk", "DG0")
-    f, g = Y.batch(smooth(Y)), Y.batch(smooth(Y, seed=1))
+    f, target, v = (Y.batch(smooth(Y, seed=k)) for k in range(3))
+    operator = _Sine(Y, f.function_space())
     with taping():
-        J = half_square_distance(f, g, Y)
+        output, block = apply(operator, [f])
+        J = half_square_distance(output, target, Y)
     J = ReducedFunctional(J, Control(f, riesz_map=Y.riesz_map))
-    with pytest.raises(NotImplementedError, match="HalfSquareDistance: tangents are not implemented, only first adj"):
-        J.tlm(g)
+    s, c, misfit = np.sin(Y.values(f)), np.cos(Y.values(f)), np.sin(Y.values(f)) - Y.values(target)
+    approximate = Y.weights[:, None] * c**2 * Y.values(v)
+    exact = approximate - Y.weights[:, None] * s * misfit * Y.values(v)
+    for _ in range(2):
+        derivative = J.derivative()
+        assert_allclose(Y.values(derivative), Y.weights[:, None] * c * misfit, rtol=1e-13)
+        for _ in range(2):
+            assert_allclose(Y.values(J.hessian(v)), exact, rtol=1e-12, atol=1e-14)
+        assert operator.solves == 1 and block.adjoint_is_current  # the first of recording, the other anew
+        operator.solves = 0
+    for solves in (1, 2):
+        with gauss_newton(J.tape):
+            assert_allclose(Y.values(J.hessian(v)), approximate, rtol=1e-13)
+        assert operator.solves == solves
+        assert not block.adjoint_is_current, "what the operator keeps is no longer the adjoint of J"
+    assert_allclose(Y.values(J.hessian(v)), exact, rtol=1e-12, atol=1e-14)
+
+
+class _FirstOrder:
+    """The integral of f: no tangent, no second adjoint."""
+
+    output, ready = None, True
+
+    def __init__(self, Y, space):
+        self.Y, self.inputs = Y, [BatchValues(Y, space)]
+
+    def forward(self, arrays, save):
+        return float(self.Y.sum(np.sum(self.Y.weights @ arrays[0])))
+
+    def adjoint(self, arrays, dual):
+        return [dual * self.Y.weights[:, None] + 0 * arrays[0]]
+
+
+class _NoHessian(_FirstOrder):
+    def tangent(self, arrays, directions):
+        return self.forward(directions, save=False)
+
+
+@on_ranks
+@pytest.mark.parametrize("kind, missing", [(_FirstOrder, "tangents"), (_NoHessian, "Hessians")])
+def test_an_operator_without_second_order_says_so(kind, missing):
+    Y = label_space("disk", "DG0")
+    f, v = Y.batch(smooth(Y)), Y.batch(smooth(Y, seed=1))
+    with taping():
+        J, _ = apply(kind(Y, f.function_space()), [f])
+    J = ReducedFunctional(J, Control(f, riesz_map=Y.riesz_map))
+    J.derivative()
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__}: {missing} are not implemented, only first adj"):
+        J.hessian(v)
 
 
 def test_a_loss_without_second_derivatives_names_itself():
@@ -361,7 +451,7 @@ def test_a_loss_without_second_derivatives_names_itself():
     problem = without_layers(OUTPUTS["disk to 3 classes"], loss, "logistic")
     J = functional(problem)
     J.derivative()
-    with pytest.raises(NotImplementedError, match="loss: no second derivatives has no `hessian`, which Hessian actions"):
+    with pytest.raises(NotImplementedError, match="loss: no second derivatives has no `hessian`, which Hessian act"):
         J.hessian(random(problem))
 
 

@@ -2,8 +2,8 @@
 
 TAO's gradient norm and the first matrix of its L-BFGS are the Riesz maps of the controls, so what is computed are
 gradients in L2(Y x (0,T)) and L2(Y x Y x (0,T)), (4.3), (4.4), (4.7), whatever the mesh or the lengths of the layers.
-The same holds of TAO's Newton methods, with Hessian actions of pyadjoint: the Riesz maps precondition their linear solves
-and measure the radius of their trust regions.
+The same holds of TAO's Newton methods, with Hessian actions of pyadjoint: the Riesz maps precondition their linear
+solves and measure the radius of their trust regions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,8 +102,9 @@ def train(
     problem
         The learning problem.
     solver_parameters, options_prefix
-        TAO's options over `SOLVER_PARAMETERS` (L-BFGS). Newton methods are "tao_type" "nls" (line search) and "ntr"
-        (trust region); how far they solve for a step says for example "tao_nls_ksp_rtol".
+        TAO's options over `SOLVER_PARAMETERS` (L-BFGS, which keeps 5 pairs unless `tao_lmvm_mat_lmvm_hist_size` says
+        otherwise). Newton methods are "tao_type" "nls" (line search) and "ntr" (trust region); how far they solve for a
+        step says for example "tao_nls_ksp_rtol".
     monitor
         Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
     gauss_newton
@@ -125,13 +126,9 @@ def train(
     """
     comm = problem.net.Y.comm
     functional, _ = problem.record(gauss_newton=gauss_newton)
-    parameters = SOLVER_PARAMETERS | (solver_parameters or {})
-    solver = TAOSolver(
-        MinimizationProblem(functional),
-        _riesz_preconditioner(parameters["tao_type"]) | parameters,
-        options_prefix=options_prefix,
-        comm=comm,
-    )
+    given = SOLVER_PARAMETERS | (solver_parameters or {})
+    with _options_of_the_matrix(_riesz_preconditioner(given["tao_type"]) | given) as parameters:
+        solver = TAOSolver(MinimizationProblem(functional), parameters, options_prefix=options_prefix, comm=comm)
     hessian, *_ = solver.tao.getHessian()
     hessian.setPythonContext(_HessianAtItsPoint(functional, comm=comm))
     functions = problem.functions
@@ -204,6 +201,24 @@ def _riesz_preconditioner(tao_type: str) -> dict:
         return {}
     prefix, kind = f"tao_{_NEWTON_TYPES[tao_type]}_pc_", f"{RieszMapPC.__module__}.{RieszMapPC.__name__}"
     return {f"{prefix}type": "python", f"{prefix}python_type": kind}
+
+
+@contextmanager
+def _options_of_the_matrix(parameters: dict):
+    """Set those of L-BFGS's matrix, such as `tao_lmvm_mat_lmvm_hist_size`, and give the others.
+
+    Whatever the prefix of a TAO, PETSc 3.26 looks for its matrix's options without it. The command line goes first.
+    """
+    options = PETSc.Options()
+    of_matrix = {name: value for name, value in parameters.items() if name.startswith(("tao_lmvm_mat", "tao_blmvm_mat"))}
+    added = {name: value for name, value in of_matrix.items() if not options.hasName(name)}
+    for name, value in added.items():
+        options[name] = value
+    try:
+        yield {name: value for name, value in parameters.items() if name not in of_matrix}
+    finally:
+        for name in added:
+            options.delValue(name)
 
 
 def _reasons() -> dict[int, str]:

@@ -1,0 +1,24 @@
+// A polygon with a re-entrant corner and a triangular hole, no two edges parallel.
+h = 0.35;
+Point(1) = {0.0, 0.0, 0, h};
+Point(2) = {2.0, 0.2, 0, h};
+Point(3) = {1.8, 1.1, 0, h};
+Point(4) = {1.0, 0.9, 0, h};
+Point(5) = {0.9, 1.7, 0, h};
+Point(6) = {-0.2, 1.5, 0, h};
+Point(7) = {0.3, 0.6, 0, h};
+Point(8) = {0.7, 0.5, 0, h};
+Point(9) = {0.4, 1.0, 0, h};
+Line(1) = {1, 2};
+Line(2) = {2, 3};
+Line(3) = {3, 4};
+Line(4) = {4, 5};
+Line(5) = {5, 6};
+Line(6) = {6, 1};
+Line(7) = {7, 8};
+Line(8) = {8, 9};
+Line(9) = {9, 7};
+Curve Loop(1) = {1, 2, 3, 4, 5, 6};
+Curve Loop(2) = {7, 8, 9};
+Plane Surface(1) = {1, 2};
+Physical Surface("Y", 1) = {1};
