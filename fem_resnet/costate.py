@@ -1,7 +1,7 @@
 """The co-state r of section 4.1, solved on its own and held against the discrete network's.
 
-With u = a - B_b f along a solution f of (2.8), in the sign of section 4.1 (J is minimised; Remark 4.3 and section 4.2 have
-r* = -r, for maximising),
+With u = a - B_b f along a solution f of (2.8), in the sign of section 4.1 (J is minimised; Remark 4.3 and section 4.2
+have r* = -r, for maximising),
 
     r_t = B_bT( sigma'(u) r ) - L_f                                                                       (4.2a)
     r(T) = f(T) - ftilde                                                                                  (4.2b)
@@ -9,15 +9,15 @@ r* = -r, for maximising),
     D_a J(y, t) = sigma'(u) r                                                                             (4.3)
     D_b J(y, z, t) = - f(z, t) sigma'(u) r(y, t)             of rank one a sample                         (4.4)
 
-L_f is the gradient of a running cost int L(f) dt, if there is one; (4.7) adds lambda a and lambda b. (Section 5.1 prints
-(4.3), (4.4) with sigma for sigma', Algorithm 2 prints (4.2a) without r: neither holds.) All of it is meant in the label
-measure; J is the sum over the samples, whose weights are in r(T).
+L_f is the gradient of a running cost int L(f) dt, if there is one; (4.7) adds lambda a and lambda b. (Section 5.1
+prints (4.3), (4.4) with sigma for sigma', Algorithm 2 prints (4.2a) without r: neither holds.) All of it is meant in
+the label measure; J is the sum over the samples, whose weights are in r(T).
 
-Here (4.2a) is stepped backwards as it stands, in the nodal values, along an interpolated solution of (2.8) that is stepped
-in the nodal values as well. Nothing is shared with the layers' own stepping and its adjoint, by which pyadjoint gets its
-gradients, but the kernel's transpose and the way that coefficients make a parameter. `costate_check` compares the two:
-they agree to the order of the network's scheme, and to round-off where (4.2) is stepped by that scheme's partner
-(`evolution`).
+Here (4.2a) is stepped backwards as it stands, in the nodal values, along an interpolated solution of (2.8) that is
+stepped in the nodal values as well. Nothing is shared with the layers' own stepping and its adjoint, by which
+pyadjoint gets its gradients, but the kernel's transpose and the way that coefficients make a parameter.
+`costate_check` compares the two: they agree to the order of the network's scheme, and to round-off where (4.2) is
+stepped by that scheme's partner (`evolution`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Costate:
     def at_layer(self, layer: int) -> fd.Function:
         """r(t_l), l = 0 .. L."""
         if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self._interfaces):
-            raise ValueError(f"layer: an integer from 0 to L = {len(self._interfaces) - 1} is wanted, {layer!r} was given")
+            last = len(self._interfaces) - 1
+            raise ValueError(f"layer: an integer from 0 to L = {last} is wanted, {layer!r} was given")
         return like(self.trajectory.final, self._interfaces[layer])
 
     def __call__(self, t: float) -> fd.Function:
@@ -75,7 +76,7 @@ class Costate:
         return like(self.trajectory.final, self._at(t)[1])
 
     def bias_gradient(self, t: float) -> fd.Function:
-        """D_a J(., t) of (4.3), summed over the samples: a Function of V. At t_l that of the layer which starts there."""
+        """D_a J(., t) of (4.3), summed over the samples: a Function of V. At t_l that of the layer that starts there."""
         v = self._at(t)[2]
         gradient = fd.Function(self.trajectory.net.Y.V)
         gradient.dat.data_wo[...] = v.sum(axis=1)
@@ -136,10 +137,11 @@ def solve_costate(
     terminal
         r(T), a batch as f: `terminal_costate`.
     running
-        L_f, the gradient of a running cost: ``running(t, f)``, arrays of shape (nodes, samples), the nodes of this rank.
+        L_f, the gradient of a running cost: ``running(t, f)``, arrays of shape (nodes, samples), the nodes of this
+        rank.
     partner
-        Step it by the partner of the scheme that stepped the trajectory, on its stages, which have been kept: this is the
-        discrete adjoint of that scheme (without a running cost). `solver_parameters` then choose no scheme.
+        Step it by the partner of the scheme that stepped the trajectory, on its stages, which have been kept: this is
+        the discrete adjoint of that scheme (without a running cost). `solver_parameters` then choose no scheme.
     solver_parameters, options_prefix
         PETSc options of the TS, over `SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with fixed steps.
 
@@ -287,7 +289,8 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
     targets = batch.targets if isinstance(batch.targets, fd.Function) else head.observations(batch.targets)
     with stop_annotating():
         O = Y.values(final if head is None else head(final))
-    r = _output_costate(Y, problem.loss, prediction, O, Y.values(targets)) * sample_weights(batch.weights, batch.samples)
+    omega = sample_weights(batch.weights, batch.samples)
+    r = omega * _output_costate(Y, problem.loss, prediction, O, Y.values(targets))
     if head is not None:
         # int .. W(y, z) dy: the first argument of W is that of the output, here as in (2.9).
         r = LowRankKernel(head.onto, head.psi).transpose(head.W.get(0), r)
@@ -325,8 +328,8 @@ def _prediction_derivative(Y: LabelSpace, h: Prediction, p: np.ndarray, d: np.nd
 class CostateCheck:
     """Differences between a network's co-state and gradient, by pyadjoint and TSAdjoint, and those of (4.2).
 
-    All relative: of co-states the largest over the layer interfaces in the norm of L2(Y), of gradients in the norm of all
-    controls.
+    All relative: of co-states the largest over the layer interfaces in the norm of L2(Y), of gradients in the norm of
+    all controls.
 
     Attributes
     ----------
@@ -395,7 +398,7 @@ def costate_check(
     Raises
     ------
     ValueError
-        If the network has no layers, or an option does not fit.
+        If the network has no layers or adapts its steps, or an option does not fit.
 
     Examples
     --------
@@ -416,6 +419,8 @@ def costate_check(
     net = problem.net
     if not net.layers:
         raise ValueError("problem: its network has no layers, so there is nothing to compare")
+    if net.solver_parameters["ts_adapt_type"] != "none":
+        raise ValueError("problem: its network adapts its steps, so they cannot be refined; give it fixed ones")
     steps = 2 * max(refinements) * net.steps if steps is None else steps
     options = {"solver_parameters": solver_parameters, "options_prefix": options_prefix}
     trajectory = solve_trajectory(net, problem.batch.inputs, steps=steps, **options)
@@ -440,7 +445,7 @@ def costate_check(
 def _by_partner(problem: LearningProblem, net: ResidualNetwork) -> Costate | None:
     """(4.2) by the partner of the network's scheme, with its steps; None if it has none."""
     own = {name: value for name, value in net.solver_parameters.items() if name.startswith("ts_")}
-    if own["ts_type"] not in TYPES or own["ts_adapt_type"] != "none":
+    if own["ts_type"] not in TYPES:
         return None
     initial = problem.batch.inputs
     trajectory = solve_trajectory(net, initial, steps=net.steps, keep_stages=True, solver_parameters=own)

@@ -1,14 +1,16 @@
 """Evolution equations for whole fields: y_t = rate(t, y), y of shape (nodes, samples), on a PETSc TS.
 
-Layers step the coefficients that they see (`time_stepping`). What is to be had independently of them, state and co-state
-of (2.8) and (4.2), is stepped here as it is written, on the communicator of the mesh, each rank with the nodes it owns.
+Layers step the coefficients that they see (`time_stepping`). What is to be had independently of them, state and
+co-state of (2.8) and (4.2), is stepped here as it is written, on the communicator of the mesh, each rank with the
+nodes it owns.
 
 A scheme with weights b_i and coefficients A_ij in t has one *partner* for the adjoint equation, with which the discrete
 adjoint of the scheme is the scheme of the adjoint: with the same b_i, on the forward stages,
 
     A^_ij = b_j - b_j A_ji / b_i,        b_i not 0;
 
-in the time s = T - t that runs backwards this is b_j A_ji / b_i, and explicit in the reversed order of the stages if A is.
+in the time s = T - t that runs backwards this is b_j A_ji / b_i, and explicit in the reversed order of the stages if A
+is.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ class Scheme:
         """PETSc options of the TS that steps the adjoint equation backwards as the discrete adjoint does.
 
         None where there is none: some stage with b_i = 0 is used by another, or the partner is no type of TS (that of
-        Crank-Nicolson is not Crank-Nicolson). It wants the forward stages in reversed order, those with b_i = 0 left out.
+        Crank-Nicolson is not Crank-Nicolson). It wants the forward stages in reversed order, those with b_i = 0 left
+        out.
         """
         if self.kind == "theta":
             return {"ts_type": "theta", "ts_theta_theta": float(self.c[-1])}

@@ -2,8 +2,8 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y)                               (2.8)
 
-A network's run knows f at the layer times, by steps in the coefficients that a layer sees (`time_stepping`). Here f itself
-is stepped, with no more than the kernel's product, and known between the steps too: what (4.2) is solved along
+A network's run knows f at the layer times, by steps in the coefficients that a layer sees (`time_stepping`). Here f
+itself is stepped, with no more than the kernel's product, and known between the steps too: what (4.2) is solved along
 (`costate`).
 """
 
@@ -111,12 +111,13 @@ def solve_trajectory(
     initial
         f_I, as for ``net.run``.
     steps
-        Steps a layer; 8 times those of the network if left out. If they are even, f between them is right to O(h^6), else
-        to O(h^4). All are kept: steps x layers fields and their slopes.
+        Steps a layer; 8 times those of the network if left out. If they are even, f between them is right to O(h^6),
+        else to O(h^4). All are kept: steps x layers fields and their slopes.
     keep_stages
         Keep the stages of all steps as well, for `solve_costate` with `partner`.
     solver_parameters, options_prefix
-        PETSc options of the TS, over `fem_resnet.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with fixed steps.
+        PETSc options of the TS, over `fem_resnet.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
+        fixed steps.
 
     Raises
     ------

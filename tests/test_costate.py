@@ -114,7 +114,8 @@ def test_the_same_scheme_for_both_equations_differs_at_its_order():
     for scheme, order in (("1fe", 1), ("2a", 2), ("4", 4)):
         problem, own, found = _problem(scheme=scheme), {"ts_rk_type": scheme}, []
         for steps in (8, 16, 32):
-            trajectory = solve_trajectory(problem.net, problem.batch.inputs, steps=steps, keep_stages=True, solver_parameters=own)
+            options = {"steps": steps, "keep_stages": True, "solver_parameters": own}
+            trajectory = solve_trajectory(problem.net, problem.batch.inputs, **options)
             terminal = terminal_costate(problem, trajectory.final)
             same = solve_costate(trajectory, terminal, solver_parameters=own)
             partner = solve_costate(trajectory, terminal, partner=True)
@@ -131,7 +132,10 @@ def test_nothing_is_shared_with_the_adjoint_of_the_layers(monkeypatch):
     def forbidden(*args):
         raise AssertionError("the layers' own adjoint was called")
 
-    for owner in ("layer.Stage.transpose", "time_stepping.LayerStepper.adjoint", "segment.Segment.adjoint", "head._HeadOperator.adjoint", "loss._LossOperator.adjoint"):
+    for owner in (
+        "layer.Stage.transpose", "time_stepping.LayerStepper.adjoint", "segment.Segment.adjoint",
+        "head._HeadOperator.adjoint", "loss._LossOperator.adjoint",
+    ):  # fmt: skip
         monkeypatch.setattr(f"fem_resnet.{owner}", forbidden)
     trajectory = solve_trajectory(problem.net, problem.batch.inputs)
     costate = solve_costate(trajectory, terminal_costate(problem, trajectory.final))
@@ -169,7 +173,8 @@ def test_a_refined_network_has_the_same_parameters():
 def test_the_table_of_a_check():
     check = costate_check(_problem(), refinements=[1, 2])
     head, first, second = str(check).splitlines()
-    assert head.split() == ["step", "co-state", "order", "gradient", "order", "co-state", "gradient", "(by", "the", "partner)"]
+    columns = ["step", "co-state", "order", "gradient", "order", "co-state", "gradient", "(by", "the", "partner)"]
+    assert head.split() == columns
     assert len(first.split()) == 5 and len(second.split()) == 7
     assert_allclose(float(second.split()[0]), 0.7 / 8, rtol=1e-4)
     assert second.split()[2] == f"{check.costate_orders[0]:.2f}"
@@ -210,7 +215,7 @@ def _density(Y, samples):
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_terminal_values_of(prediction, loss):
-    """(4.2b), Remark 4.3 and cross entropy, which are C_pre - C before h' and W; samples of unequal weight, one of 0."""
+    """(4.2b), Remark 4.3 and cross entropy, C_pre - C before h' and W; samples of unequal weight, one of 0."""
     net = network("disk", "CG1")
     head = None if prediction is None else _field_head(net, prediction)
     inputs, targets = net.Y.batch(smooth(net.Y, 4)), net.Y.batch(_density(net.Y, 4))
@@ -329,7 +334,7 @@ def test_running_costs(weight):
 @on_ranks
 @pytest.mark.parametrize("bias", ["nodes", "basis"])
 def test_coefficients_of_the_gradient_are_projections_of_its_values(bias):
-    """The coefficients of (4.3), (4.4) from their values at Gauss points in t; those of (4.4) are of rank one a sample."""
+    """Those of (4.3), (4.4) from values at Gauss points in t; those of (4.4) are of rank one a sample."""
     net = network("annulus", "CG2", bias=bias)
     problem = learning_problem(net, head=False, weight=None)
     trajectory = solve_trajectory(net, problem.batch.inputs, steps=8)
@@ -393,8 +398,8 @@ def test_what_is_printed_elsewhere_is_not_the_gradient():
         t = (TIMES[1] + TIMES[2] + (TIMES[2] - TIMES[1]) * x) / 2
         f, r = net.Y.values(trajectory(t)), net.Y.values(costate(t))
         u = trajectory.layers[1].argument(t, f)
-        holds += weight * w @ ((1 - np.tanh(u) ** 2) * r)[:, 0].__mul__(delta)
-        printed += weight * w @ (np.tanh(u) * r)[:, 0].__mul__(delta)
+        holds += weight * (w * delta) @ ((1 - np.tanh(u) ** 2) * r)[:, 0]
+        printed += weight * (w * delta) @ (np.tanh(u) * r)[:, 0]
     assert_allclose(holds, derivative, rtol=1e-6)
     assert abs(printed / derivative - 1) > 0.1
 
@@ -476,7 +481,7 @@ def _discrete_costate(net, f, C, steps, scheme):
     return r
 
 
-def _by_hand(scheme, steps, partner, **options):
+def _by_hand(scheme, steps, partner):
     """The discrete network's co-state r(0) without any adjoint, and (4.2)'s stepped by that scheme or its partner."""
     net = network("disk", "CG1", size=0.5)
     f, C = smooth(net.Y, 2), smooth(net.Y, 2, seed=4)
@@ -504,6 +509,22 @@ def test_crank_nicolson_is_not_its_own_partner():
     trajectory = solve_trajectory(net, net.Y.batch(smooth(net.Y)), keep_stages=True, solver_parameters=CRANK_NICOLSON)
     with pytest.raises(ValueError, match="partner: the scheme of the trajectory, theta 0.5, endpoint, has none"):
         solve_costate(trajectory, trajectory.final, partner=True)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize(
+    "scheme, order, equal",
+    [(MIDPOINT, 2, True), (BACKWARD_EULER, 1, True), (CRANK_NICOLSON, 2, False), ({"ts_type": "dirk"}, 2, False)],
+    ids=["midpoint", "backward Euler", "Crank-Nicolson", "dirk"],
+)
+def test_implicit_networks(scheme, order, equal):
+    """The adjoint of TSAdjoint is (4.2) at the scheme's order; to round-off by the partner of those that have one."""
+    net = network("disk", "CG1", steps=8, solver_parameters=scheme)
+    check = costate_check(learning_problem(net), refinements=[1, 2])
+    _assert_order(check, order)
+    assert bool(check.partner_costate) == equal
+    if equal:
+        _assert_round_off(check)
 
 
 @on_ranks
@@ -671,6 +692,9 @@ def test_arguments_that_do_not_fit_are_refused():
         costate.at_layer(4)
     with pytest.raises(ValueError, match="t: a time in a layer, from 0 to T = 1.3, is wanted, 1.5 was given"):
         costate(1.5)
+    adapted = network("disk", "CG1", solver_parameters={"ts_adapt_type": "basic"})
+    with pytest.raises(ValueError, match="problem: its network adapts its steps, so they cannot be refined"):
+        costate_check(LearningProblem(adapted, None, least_squares, None, Batch(inputs, inputs)))
     flat = ResidualNetwork(net.bases["phi"][0], layers=0)
     with pytest.raises(ValueError, match="problem: its network has no layers"):
         costate_check(LearningProblem(flat, None, least_squares, None, Batch(inputs, inputs)))
