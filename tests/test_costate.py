@@ -45,8 +45,8 @@ def _problem(space=("disk", "CG1"), scheme="4", steps=4, alone=False, **options)
 
 
 def _assert_order(check, order):
-    # Leading terms rule at the finest steps; what is compared with is far more accurate.
-    assert min(check.costate + check.gradient) > 1e-10, f"round-off has no order:\n{check}"
+    # Leading terms rule at the finest steps. Round-off is 1e-14 at most: above 1e-12 it moves an order by 0.02 or less.
+    assert min(check.costate + check.gradient) > 1e-12, f"round-off has no order:\n{check}"
     assert abs(check.costate_orders[-1] - order) < 0.2, f"\n{check}"
     assert abs(check.gradient_orders[-1] - order) < 0.2, f"\n{check}"
 
