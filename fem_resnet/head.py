@@ -21,7 +21,8 @@ from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.blocks import apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
-from fem_resnet.parameter import BasisCoefficients, KernelCoefficients, Parameter
+from fem_resnet.parameter import Parameter
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients
 from fem_resnet.points import class_space
 from fem_resnet.time_basis import Once
 

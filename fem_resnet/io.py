@@ -24,7 +24,8 @@ from fem_resnet.label_space import LabelSpace
 from fem_resnet.laplace import move_laplace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.head import Head
-from fem_resnet.parameter import NodalValues, Parameter
+from fem_resnet.parameter import Parameter
+from fem_resnet.space_basis import NodalValues, StateValues
 
 __all__ = ["load", "save"]
 
@@ -65,13 +66,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         "roles": roles,
         "kinds": [basis.kind for basis in bases],
         "mesh": net.Y.V.mesh().name,
-        "times": net.times.tolist(),
-        "bias_in_time": net.bias.time_basis.description,
-        "kernel_in_time": net.kernel.time_basis.description,
-        "activation": net.activation.description,
-        "steps": net.steps,
-        "layers_per_block": net.layers_per_block,
-        "solver_parameters": net.solver_parameters,
+        "network": net.settings | {"times": net.times.tolist(), "activation": net.activation.description},
         "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
     }
     part = path.with_name(path.name + ".part")
@@ -88,7 +83,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
                 _write(file, f"eigenvalues_{index}", basis.eigenvalues)
         for parameter in _parameters(net, head):
             for k, function in enumerate(parameter.functions):
-                if isinstance(parameter.space_bases[k], NodalValues):
+                if isinstance(parameter.space_bases[k], (NodalValues, StateValues)):
                     file.save_function(function, name=f"{parameter.name}_{k}")
                 else:
                     _write(file, f"{parameter.name}_{k}", parameter.get(k))
@@ -151,21 +146,14 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
             role["phi"],
             role["psi"],
             bias=role["bias"],
-            times=settings["times"],
-            # the first files do not say
-            bias_in_time=settings.get("bias_in_time", "layers"),
-            kernel_in_time=settings.get("kernel_in_time", "layers"),
-            activation=Activation.from_description(settings["activation"]),
-            steps=settings["steps"],
-            layers_per_block=settings["layers_per_block"],
-            solver_parameters=settings["solver_parameters"],
+            **settings["network"] | {"activation": Activation.from_description(settings["network"]["activation"])},
         )
         head = None
         if settings["head"] is not None:
             head = Head(role["head"][0], settings["head"]["classes"] or role["onto"][0], settings["head"]["prediction"])
         for parameter in _parameters(net, head):
             for k in range(len(parameter.functions)):
-                if isinstance(parameter.space_bases[k], NodalValues):
+                if isinstance(parameter.space_bases[k], (NodalValues, StateValues)):
                     parameter.set(k, file.load_function(mesh, f"{parameter.name}_{k}").dat.data_ro)
                 else:
                     parameter.set(k, _read(file, f"{parameter.name}_{k}"))

@@ -12,7 +12,12 @@ samples, C = beta g and g = Psi^T M f the coefficients that the layer sees of f:
                 v_0 = sigma'(u) (tau w_0 + tau_1 w_1) + tau sigma''(u) u_1 w_1
     Jacobian    K   = Psi^T M diag(c) Phi, one block a sample         dQ_0/dg = -K beta for c = tau sigma'(u)
 
-w_k, dual to s_k, is M Psi x_k + x_q lambda_k. An index 1 marks directions and what they bring. Values alone are the case
+w_k, dual to s_k, is M Psi x_k + x_q lambda_k. Where the factors are learned, and have directions Phi_1 and Psi_1,
+
+    u_1 = a_1 - Phi C_1 - Phi_1 C_0,       Q_1 = Psi^T M s_1 + Psi_1^T M s_0,       w_0 = .. + M Psi_1 x_1,
+    d/dPhi = -(v_0 C_0^T + v_1 C_1^T),     d/dPsi = M (s_0 x_0^T + s_1 x_1^T).
+
+An index 1 marks directions and what they bring. Values alone are the case
 of one order, values with a tangent that of two: tuples have one or two entries throughout.
 
 Only arrays, weights and a sum over the ranks occur here. Nodes are passed in blocks that fit the cache, so that u,
@@ -30,8 +35,9 @@ from fem_resnet.activation import Activation
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
+from fem_resnet.layer_inputs import FactorDirections
 
-__all__ = ["Argument", "Cotangent", "Stage", "StageValue"]
+__all__ = ["Argument", "Cotangent", "Functionals", "Stage", "StageValue"]
 
 #: Bytes of one block of u; two of them and the block's rows of Phi and Psi stay in a usual second-level cache.
 _BLOCK_BYTES = 131072
@@ -52,12 +58,15 @@ class Argument:
         Bias at the nodes, shape (nodes,).
     C : tuple of numpy.ndarray
         beta g, shape (rank of phi, samples).
+    turning : FactorDirections or None
+        Phi_1 and Psi_1, where there is a tangent and the factors have directions.
     """
 
     factors: LowRankKernel
     length: tuple[float, ...]
     a: tuple[np.ndarray, ...]
     C: tuple[np.ndarray, ...]
+    turning: FactorDirections | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,29 @@ class Cotangent:
     x: tuple[np.ndarray, ...]
     x_q: np.ndarray | None
     adjoint: tuple[np.ndarray, ...]
+
+
+@dataclass
+class Functionals:
+    """Transpose of the derivative of a stage, and of that of its tangent.
+
+    Attributes
+    ----------
+    D : list of numpy.ndarray
+        Minus those of C_k, shape (rank of phi, samples), on every rank.
+    bias : numpy.ndarray
+        Of the bias at the owned nodes, `sum_s v_0`, shape (nodes,).
+    length : float
+        Of tau, where it is wanted.
+    phi, psi : numpy.ndarray or None
+        Of the factors' values at the owned nodes, shape (nodes, rank), where they are wanted.
+    """
+
+    D: list[np.ndarray]
+    bias: np.ndarray
+    length: float = 0.0
+    phi: np.ndarray | None = None
+    psi: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +150,8 @@ class Stage:
         """u (order 0) or u_1 on a block of nodes."""
         u = self._work[0][: block.stop - block.start] if out is None else out
         np.matmul(at.factors.phi.values[block], at.C[order], out=u)
+        if order == 1 and at.turning is not None:
+            u += at.turning.phi[block] @ at.C[0]
         return np.subtract(at.a[order][block, None], u, out=u)
 
     def _values(self, block: slice, at: Argument) -> Iterator[np.ndarray]:
@@ -150,14 +184,16 @@ class Stage:
         for block in self._blocks():
             for k, s in enumerate(self._values(block, at)):
                 Q[k] += psi.weighted[block].T @ s
+                if k == 0 and at.turning is not None:
+                    Q[1] += at.turning.weighted[block].T @ s
                 if out is not None:
                     out[k][block] = s
         return list(self.Y.sum(Q))
 
     def transpose(
-        self, at: Argument, dual: Cotangent, with_length: bool = False
-    ) -> tuple[list[np.ndarray], np.ndarray, float]:
-        """Transpose of the derivative in a, C and tau, and of that of the tangent.
+        self, at: Argument, dual: Cotangent, with_length: bool = False, with_factors: bool = False
+    ) -> Functionals:
+        """Transpose of the derivative in a, C, tau and the factors, and of that of the tangent.
 
         Parameters
         ----------
@@ -165,36 +201,39 @@ class Stage:
             The stage where the derivative is taken.
         dual
             Functionals of its s_k.
-        with_length
-            Whether the third result is wanted.
-
-        Returns
-        -------
-        D : list of numpy.ndarray
-            `Phi^T v_k`, shape (rank of phi, samples), on every rank.
-        bias : numpy.ndarray
-            `sum_s v_0` at the owned nodes, shape (nodes,).
-        length : float
-            Functional of tau; 0 where it is not wanted.
+        with_length, with_factors
+            Whether those of tau, and of the factors, are wanted.
         """
-        orders = len(at.a)
-        D = np.zeros((orders, at.factors.phi.rank, self.samples))
-        bias, length = np.empty(self.Y.nodes), 0.0
+        orders, phi, psi = len(at.a), at.factors.phi, at.factors.psi
+        D = np.zeros((orders, phi.rank, self.samples))
+        result = Functionals([], np.empty(self.Y.nodes))
+        if with_factors:
+            result.phi, result.psi = np.empty_like(phi.values), np.empty_like(psi.values)
         for block in self._blocks():
             w = [self._cotangent(block, at, dual, k) for k in range(orders)]
             if with_length:
-                length += self._pair_rates(block, at, w)
+                result.length += self._pair_rates(block, at, w)
+            if with_factors:
+                s = self._values(block, at)
+                result.psi[block] = sum(part @ x.T for part, x in zip(s, dual.x)) * self.Y.weights[block, None]
             v = self._transposed(block, at, w)
-            np.sum(v[0], axis=1, out=bias[block])
+            np.sum(v[0], axis=1, out=result.bias[block])
             for k in range(orders):
-                D[k] += at.factors.phi.values[block].T @ v[k]
+                D[k] += phi.values[block].T @ v[k]
+            if at.turning is not None:
+                D[0] += at.turning.phi[block].T @ v[1]
+            if with_factors:
+                result.phi[block] = -sum(part @ C.T for part, C in zip(v, at.C))
         if with_length:
-            length = float(self.Y.sum(length))
-        return list(self.Y.sum(D)), bias, length
+            result.length = float(self.Y.sum(result.length))
+        result.D = list(self.Y.sum(D))
+        return result
 
     def _cotangent(self, block: slice, at: Argument, dual: Cotangent, order: int) -> np.ndarray:
         first = self._work[1][: block.stop - block.start] if order == 0 else None
         w = np.matmul(at.factors.psi.weighted[block], dual.x[order], out=first)
+        if order == 0 and at.turning is not None:
+            w += at.turning.weighted[block] @ dual.x[1]
         if dual.x_q is not None:
             w += dual.adjoint[order][block] * dual.x_q
         return w
@@ -224,19 +263,25 @@ class Stage:
         """`Psi^T M diag(c_k) Phi` of each sample, shape (samples, rank of psi, rank of phi), on every rank.
 
         c_0 = tau sigma'(u) and c_1 = tau sigma''(u) u_1 + tau_1 sigma'(u), so that dQ_0/dg = -K_0 beta and
-        dQ_1/dg = -(K_1 beta + K_0 beta_1).
+        dQ_1/dg = -(K_1 beta + K_0 beta_1). Directions of the factors add theirs to K_1.
         """
         phi, psi = at.factors.phi, at.factors.psi
         K = np.zeros((len(at.a), psi.rank * phi.rank, self.samples))
+
+        def products(left, right):
+            return np.einsum("ni,nj->ijn", left[block], right[block], optimize=True).reshape(K.shape[1], -1)
+
         for block in self._blocks():
-            products = np.einsum("ni,nj->ijn", psi.weighted[block], phi.values[block], optimize=True)
-            products = products.reshape(-1, block.stop - block.start)
             u = self._affine(block, at)
             slope = self.activation.derivative(u)
-            K[0] += products @ (at.length[0] * slope)
+            both = products(psi.weighted, phi.values)
+            K[0] += both @ (at.length[0] * slope)
             if len(at.a) == 2:
                 bend = self.activation.second_derivative(u) * self._affine(block, at, 1)
-                K[1] += products @ (at.length[0] * bend + at.length[1] * slope)
+                K[1] += both @ (at.length[0] * bend + at.length[1] * slope)
+            if at.turning is not None:
+                turned = products(at.turning.weighted, phi.values) + products(psi.weighted, at.turning.phi)
+                K[1] += turned @ (at.length[0] * slope)
         self.Y.sum(K)
         return [np.moveaxis(k.reshape(psi.rank, phi.rank, self.samples), 2, 0) for k in K]
 
@@ -271,6 +316,9 @@ class Stage:
                 bend = at.length[1] * self.activation.derivative(u)
                 bend += at.length[0] * self.activation.second_derivative(u) * self._affine(block, at, 1)
                 ds.append(bend * du - slope * (phi.values[block] @ dC[1]))
+            if at.turning is not None:
+                ds[1] -= slope * (at.turning.phi[block] @ dC[0])
+                dQ[1] += at.turning.weighted[block].T @ ds[0]
             for k, part in enumerate(ds):
                 dQ[k] += psi.weighted[block].T @ part
                 if out is not None:

@@ -25,18 +25,14 @@ from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 from fem_resnet.layer import Stage
+from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.log import log
 from fem_resnet.methods import solver_options
-from fem_resnet.parameter import (
-    BasisCoefficients,
-    KernelCoefficients,
-    LayerCoefficients,
-    NodalValues,
-    Parameter,
-    SpaceBasis,
-)
+from fem_resnet.parameter import Parameter
+from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.segment import Segment
-from fem_resnet.time_basis import get_time_basis
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
+from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
 __all__ = ["ResidualNetwork", "Run"]
@@ -73,6 +69,13 @@ class ResidualNetwork:
         PETSc options of the TS and its SNES and KSP: Runge-Kutta of order 4 with fixed steps if left out. Types with a
         gradient are rk, theta, beuler, cn, arkimex and dirk; `fem_resnet.methods` has all. For implicit ones "mat_type"
         may be "matfree". With a "ts_adapt_type", steps are judged by the error of f in the label measure.
+    learn_factors
+        Whether Phi and Psi are learned too: parameters "phi" and "psi" move them away from the given ones, which are made
+        orthonormal first, by a QR retraction (`retraction`), so that b is any kernel of that rank. For all layers one
+        phi and one psi.
+    learn_times
+        Whether the layer times t_1 .. t_L, and so T, are learned: parameter "layer_times". Inner products, and what
+        regularisers take for the lengths of layers, stay those of the given times.
     replay_steps
         Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
 
@@ -83,8 +86,10 @@ class ResidualNetwork:
         a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients, or the layer time t_l, or group l.
     bases : dict of str to tuple
         What was given as "phi", "psi" and "bias": one for all layers, or one a layer.
-    times : numpy.ndarray
-        Layer times.
+    layer_times : Parameter or None
+        t_1 .. t_L, where they are learned.
+    factors : list of Parameter
+        "phi" and "psi", where they are learned.
     activation : Activation
 
     Raises
@@ -119,10 +124,12 @@ class ResidualNetwork:
         layers_per_block: int | None = None,
         solver_parameters: dict | None = None,
         options_prefix: str | None = None,
+        learn_factors: bool = False,
+        learn_times: bool = False,
         replay_steps: bool = True,
     ):
-        self.times = _layer_times(layers, final_time) if times is None else _checked_times(times)
-        self.layers = len(self.times) - 1
+        self._given_times = _layer_times(layers, final_time) if times is None else _checked_times(times)
+        self.layers = len(self._given_times) - 1
         self.activation = get_activation(activation)
         self.steps = _positive_integer("steps", steps)
         self.layers_per_block = (
@@ -135,15 +142,27 @@ class ResidualNetwork:
             for basis in bases:
                 if basis is not None and basis.Y is not self.Y:
                     raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
+        if learn_factors:
+            if len(self.bases["phi"]) > 1 or len(self.bases["psi"]) > 1:
+                raise ValueError("learn_factors: one phi and one psi for all layers are wanted, lists were given")
+            self.bases |= {name: (orthonormal(self.bases[name][0]),) for name in ("phi", "psi")}
+        self.factors = [
+            Parameter(name, Retraction(self.bases[name][0]).inputs[0], Once(), penalised=False)
+            for name in (("phi", "psi") if learn_factors else ())
+        ]
+        self.layer_times: Parameter | None = None
+        if learn_times:
+            self.layer_times = Parameter("layer_times", LayerTimes(self.Y, self.layers), Once(), penalised=False)
+            self.layer_times.set(0, self._given_times[1:])
         self.bias = Parameter(
             "bias",
             _shared(self._bias_basis, self.bases["bias"]),
-            get_time_basis(bias_in_time, self.times, "bias_in_time"),
+            get_time_basis(bias_in_time, self._given_times, "bias_in_time"),
         )
         self.kernel = Parameter(
             "kernel",
-            _shared(_kernel_basis, self.bases["phi"], self.bases["psi"]),
-            get_time_basis(kernel_in_time, self.times, "kernel_in_time"),
+            _shared(partial(_kernel_basis, learn_factors), self.bases["phi"], self.bases["psi"]),
+            get_time_basis(kernel_in_time, self._given_times, "kernel_in_time"),
         )
         self.replay_steps = replay_steps
         self._options = solver_options(solver_parameters, options_prefix)
@@ -154,6 +173,11 @@ class ResidualNetwork:
 
     def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
         return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
+
+    @property
+    def times(self) -> np.ndarray:
+        """Layer times t_0 .. t_L, shape (L + 1,), float64; no unit. Collective where they are learned."""
+        return self._given_times if self.layer_times is None else np.append(0.0, self.layer_times.get(0))
 
     def __repr__(self) -> str:
         return f"ResidualNetwork({self.layers} layers, T = {self.times[-1]:g}, {self.activation.name}, {self.Y!r})"
@@ -169,9 +193,25 @@ class ResidualNetwork:
         return self._options.options_prefix
 
     @property
+    def settings(self) -> dict:
+        """What the network was made with, but for its bases: keyword arguments of the constructor."""
+        return {
+            "times": self.times,
+            "bias_in_time": self.bias.time_basis.description,
+            "kernel_in_time": self.kernel.time_basis.description,
+            "activation": self.activation,
+            "steps": self.steps,
+            "layers_per_block": self.layers_per_block,
+            "solver_parameters": self.solver_parameters,
+            "learn_factors": bool(self.factors),
+            "learn_times": self.layer_times is not None,
+            "replay_steps": self.replay_steps,
+        }
+
+    @property
     def parameters(self) -> list[Parameter]:
-        """Bias and kernel."""
-        return [self.bias, self.kernel]
+        """Bias and kernel; layer times and factors, where they are learned."""
+        return [self.bias, self.kernel, *([] if self.layer_times is None else [self.layer_times]), *self.factors]
 
     def __call__(self, initial: fd.Function) -> fd.Function:
         """f(T) for the initial state `initial`: `run(initial).final`."""
@@ -200,6 +240,8 @@ class ResidualNetwork:
         """
         self.Y.check_batch(initial, "initial")
         f, pieces = initial, []
+        # An operator on the tape belongs to its Block alone.
+        factors = [apply(Retraction(self.bases[p.name][0]), p.functions)[0] for p in self.factors]
         if annotate_tape() and not self.replay_steps and "none" != self.solver_parameters.get("ts_adapt_type"):
             log(
                 self.Y.comm, logging.WARNING,
@@ -208,7 +250,7 @@ class ResidualNetwork:
             )  # fmt: skip
         for segment in self._segments(initial.function_space()):
             start = f
-            f, block = apply(segment, [start, *segment.functions])
+            f, block = apply(segment, [start, *segment.functions, *factors])
             pieces.append(_Piece(segment, start, segment.traces(), block))
         return Run(self, initial, f, pieces)
 
@@ -227,23 +269,64 @@ class ResidualNetwork:
         ValueError
             If the bias has a value at every node, or a basis is tied to its mesh.
         """
+        if self.factors:
+            raise ValueError("on: learned factors have values at every node, so the network is tied to its mesh")
         if None in self.bases["bias"]:
             raise ValueError("on: the bias has a value at every node, so the network is tied to its mesh; give it a basis")
         moved = {basis: basis.on(Y) for basis in dict.fromkeys(chain.from_iterable(self.bases.values()))}
         net = ResidualNetwork(
-            **{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()},
-            times=self.times,
-            bias_in_time=self.bias.time_basis.description,
-            kernel_in_time=self.kernel.time_basis.description,
-            activation=self.activation,
-            steps=self.steps,
-            layers_per_block=self.layers_per_block,
-            solver_parameters=self.solver_parameters,
-            replay_steps=self.replay_steps,
+            **{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()}, **self.settings
         )
         for ours, theirs in zip(self.parameters, net.parameters):
             for k in range(len(ours.functions)):
                 theirs.set(k, ours.get(k))
+        return net
+
+    def learned_factors(self) -> LowRankKernel:
+        """The factors as they are: the given ones, or where learned training has moved them. Collective."""
+        if not self.factors:
+            return self.kernel.space_basis.kernel
+        return LowRankKernel(
+            *(Basis(self.Y, Retraction(self.bases[p.name][0]).forward([p.get(0)], False), "given") for p in self.factors)
+        )
+
+    def truncated(self, tolerance: float) -> ResidualNetwork:
+        """The network with kernels of lower rank: singular values below a part `tolerance` of the largest are cut.
+
+        All layers keep one phi and one psi, the singular functions of all kernels together in the measure of label domain
+        and time; what is cut is at most the root of the sum of squares of the singular values that are. Collective.
+
+        Parameters
+        ----------
+        tolerance
+            From 0 to 1; no unit.
+
+        Raises
+        ------
+        ValueError
+            If the tolerance is not in that range, or layers have factors of their own.
+        """
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"tolerance: a number from 0 to 1 is wanted, {tolerance!r} was given")
+        factors = self.learned_factors()
+        measures = self.kernel.time_basis.measures
+        R = [np.linalg.cholesky(basis.gram).T for basis in (factors.phi, factors.psi)]
+        betas = [R[0] @ self.kernel.get(k) @ R[1].T for k in range(len(measures))]
+        weighted = [np.sqrt(tau) * beta for tau, beta in zip(measures, betas)]
+        bases, turns = [], []
+        for basis, root, stacked in zip(
+            (factors.phi, factors.psi), R, (np.hstack(weighted), np.vstack(weighted).T)
+        ):
+            U, S, _ = np.linalg.svd(stacked, full_matrices=False)
+            turns.append(U[:, : max(1, np.count_nonzero(S > tolerance * S[0]))])
+            bases.append(Basis(self.Y, basis.values @ np.linalg.solve(root, turns[-1]), "given"))
+        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings)
+        for parameter, other in zip(self.parameters, net.parameters):
+            for k in range(len(parameter.functions)):
+                if parameter is self.kernel:
+                    other.set(k, turns[0].T @ betas[k] @ turns[1])
+                elif parameter not in self.factors:
+                    other.set(k, parameter.get(k))
         return net
 
     def _segments(self, space) -> list[Segment]:
@@ -261,7 +344,12 @@ class ResidualNetwork:
             Segment(
                 partial(self._steppers, stage, layers),
                 stage,
-                LayerCoefficients(self.bias, self.kernel, self.times, layers),
+                LayerCoefficients(
+                    self.bias, self.kernel,
+                    self._given_times if self.layer_times is None else self.layer_times,
+                    layers,
+                    [parameter.space_basis for parameter in self.factors],
+                ),
                 values,
                 annotate_tape() and self.replay_steps,
             )
@@ -385,8 +473,8 @@ def _shared(make: Callable[..., SpaceBasis], *bases: Sequence[Basis | None]) -> 
     return [made[key] for key in zip(*columns)] if layers > 1 else next(iter(made.values()))
 
 
-def _kernel_basis(phi: Basis, psi: Basis) -> SpaceBasis:
-    return KernelCoefficients(LowRankKernel(phi, psi))
+def _kernel_basis(learned: bool, phi: Basis, psi: Basis) -> SpaceBasis:
+    return KernelCoefficients(LowRankKernel(phi, psi), learned)
 
 
 def _positive_integer(name: str, value: int) -> int:

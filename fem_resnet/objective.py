@@ -22,7 +22,8 @@ from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.loss import Loss, sample_weights
 from fem_resnet.network import ResidualNetwork, Run
-from fem_resnet.parameter import Parameter, StateValues
+from fem_resnet.parameter import Parameter
+from fem_resnet.space_basis import StateValues
 from fem_resnet.regulariser import Regulariser
 from fem_resnet.time_basis import AtStart
 
@@ -174,7 +175,7 @@ class LearningProblem:
         output = run.final if self.head is None else self.head(run.final)
         J, block = self.loss.record(self._output, output, self._observation, self.batch.weights, self._prediction)
         if self.regulariser is not None:
-            J = J + self.regulariser(self.parameters)
+            J = J + self.regulariser([parameter for parameter in self.parameters if parameter.penalised])
         return J, run, block
 
     def controls(self) -> list[Control]:

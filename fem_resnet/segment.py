@@ -17,7 +17,7 @@ from petsc4py import PETSc
 from fem_resnet.basis import Basis
 from fem_resnet.label_space import BatchValues
 from fem_resnet.layer import Stage
-from fem_resnet.parameter import LayerCoefficients, LayerInputs
+from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
 __all__ = ["Segment"]
@@ -58,7 +58,7 @@ class Segment:
         self._steps: list[list[float] | None] = [None] * len(self.steppers)
         self.output = values
         self.inputs = [self.output, *coefficients.slots]
-        #: The Functions that hold the coefficients.
+        #: The Functions that hold the coefficients, but for learned factors, which `forward` gets last.
         self.functions = coefficients.functions
         # For each layer: lambda at the end of its run of layers with one psi, that psi, and gamma at its own start.
         self._costates: list[tuple[np.ndarray, Basis, np.ndarray]] = []
@@ -122,6 +122,8 @@ class Segment:
             if new_psi:
                 psi = inputs[0].factors.psi
                 g = [psi.project(part) for part in at_start]
+                if len(inputs) == 2 and inputs[1].factors is not None:
+                    g[1] += self._Y.sum(inputs[1].factors.weighted.T @ at_start[0])
             g = stepper.forward(g, at_start, inputs, save, steps)
         self._check_ranks_agree(g)
 
@@ -167,11 +169,12 @@ class Segment:
         dual
             lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`.
         """
-        (start,), functionals, costates = self._adjoint(self.steppers, [dual], self._layers)
+        (start,), functionals, costates = self._adjoint(self.steppers, [dual], self._layers, arrays[:1])
         self._costates = [(duals[0], psi, gamma[0]) for duals, psi, gamma in costates]
         return [start, *functionals]
 
-    def _adjoint(self, steppers, duals: list[np.ndarray], layers):
+    def _adjoint(self, steppers, duals: list[np.ndarray], layers, f: Sequence[np.ndarray]):
+        """Adjoint values of f at the start and of its tangent, functionals, and what co-states are made of."""
         functionals, costates = [], []
         psi, gamma = None, []
         for stepper, inputs in zip(reversed(steppers), reversed(layers)):
@@ -184,7 +187,12 @@ class Segment:
             functionals.append(functional)
             costates.append((duals, psi, gamma))
         start = [dual + psi.weighted @ part for dual, part in zip(duals, gamma)]
-        return start, self._coefficients.collect(functionals[::-1]), costates[::-1]
+        collected = self._coefficients.collect(functionals[::-1])
+        if layers[0][0].learns_factors:  # the start is seen through Psi too
+            collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(f, gamma))
+            if len(duals) == 2 and layers[0][1].factors is not None:
+                start[0] += layers[0][1].factors.weighted @ gamma[1]
+        return start, collected, costates[::-1]
 
     def costate(self, layer: int) -> np.ndarray | None:
         """r = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
@@ -209,7 +217,8 @@ class Segment:
     def _run_with_tangent(self, arrays, directions, save):
         if self._tangent_steppers is None:
             self._tangent_steppers = self._make(2)
-        layers = list(zip(*(self._coefficients.on_layers(group[1:]) for group in (arrays, directions))))
+        values = self._coefficients.on_layers(arrays[1:])
+        layers = list(zip(values, self._coefficients.on_layers(directions[1:], directions=True)))
         f = [arrays[0], directions[0]]
         self._run(self._tangent_steppers, f, layers, save, self._adapted())
         return f, layers
@@ -231,6 +240,6 @@ class Segment:
         dual, dual_dot
             Adjoint value of f at the end, and its own derivative.
         """
-        _, layers = self._run_with_tangent(arrays, directions, save=True)
-        start, functionals, _ = self._adjoint(self._tangent_steppers, [dual_dot, dual], layers)
+        f, layers = self._run_with_tangent(arrays, directions, save=True)
+        start, functionals, _ = self._adjoint(self._tangent_steppers, [dual_dot, dual], layers, f)
         return [start[0], *functionals]

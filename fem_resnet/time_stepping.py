@@ -29,7 +29,7 @@ from petsc4py import PETSc
 from fem_resnet.layer import Argument, Cotangent, Stage, StageValue
 from fem_resnet.layer_state import CarriedState, CoefficientState
 from fem_resnet.methods import METHODS, configure, last_words, set_from_options
-from fem_resnet.parameter import LayerInputs
+from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, never_adapt, shell, stage_values, weakly
 
 __all__ = ["LayerStepper", "LayerTrace", "StepFailure"]
@@ -237,6 +237,8 @@ class LayerStepper:
             If TS gives up, or the result is not finite.
         """
         self._inputs = inputs
+        if not inputs[0].length > 0:
+            raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
         self.costate = None
         self._replayed = list(steps) if steps is not None else None
         self.trace = LayerTrace()
@@ -257,7 +259,7 @@ class LayerStepper:
         self._solve(lambda: ts.solve(self._y))
         end, _ = self.state.read(self._y)
         self.trace.end = self.state.end(self._y)
-        self._check_finite([*end, *(self.trace.end or [])], self._inputs[0].end)
+        self._check_finite([*end, *(self.trace.end or [])], self._time(1.0))
         self.has_trajectory = save
         return end
 
@@ -281,7 +283,8 @@ class LayerStepper:
         gamma : list of numpy.ndarray
             At the start of the layer.
         functionals : numpy.ndarray
-            Of the active coefficients of the bias, then of the kernel, one after the other.
+            Of the active coefficients of the bias, then of the kernel, of the length and of the factors' values where
+            they are learned, one after the other.
 
         Raises
         ------
@@ -302,7 +305,7 @@ class LayerStepper:
         self._solve(self._ts.adjointSolve)
         start, _ = self.state.read(self._adjoint_y)
         functionals = self._mu.array_r.copy()
-        self._check_finite([*start, functionals], self._inputs[0].start)
+        self._check_finite([*start, functionals], self._time(0.0))
         return start, functionals
 
     def _solve(self, solve) -> None:
@@ -328,7 +331,7 @@ class LayerStepper:
             raise StepFailure(self.layer, time, "NOT_FINITE")
 
     def _time(self, t: float) -> float:
-        return self._inputs[0].start + t * (self._inputs[0].end - self._inputs[0].start)
+        return self._inputs[0].start + t * self._inputs[0].length
 
     # -- callbacks of TS ----------------------------------------------------------------------------------------------
 
@@ -337,9 +340,10 @@ class LayerStepper:
         C = [beta[0] @ g[0]] if self.orders == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
         return Argument(
             self._inputs[0].factors,
-            (self._inputs[0].end - self._inputs[0].start, 0.0)[: self.orders],
+            tuple(inputs.length for inputs in self._inputs),
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
             tuple(C),
+            self._inputs[1].factors if self.orders == 2 else None,
         )
 
     def _set_step(self, ts):
@@ -406,17 +410,22 @@ class LayerStepper:
         return self.stage.derivative(self._point[2], dC, out)
 
     def transposed(self, dual: Cotangent) -> tuple[list[np.ndarray], np.ndarray]:
-        """Its transpose, in g, and in the coefficients of bias and kernel."""
+        """Its transpose, in g, and in all that the layer takes, one after the other."""
         t, g, at = self._point
-        D, bias, _ = self.stage.transpose(at, dual)
-        beta = self._beta()
+        inputs = self._inputs[0]
+        result = self.stage.transpose(at, dual, inputs.learns_length, inputs.learns_factors)
+        beta, D = self._beta(), result.D
         if self.orders == 1:
             by_g, by_beta = [-(beta[0].T @ D[0])], -(D[0] @ g[0].T)
         else:
             by_g = [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
             by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
-        inputs = self._inputs[0]
-        return by_g, np.concatenate([inputs.bias.pull_back(t, bias), inputs.beta.pull_back(t, by_beta)])
+        functionals = [inputs.bias.pull_back(t, result.bias), inputs.beta.pull_back(t, by_beta)]
+        if inputs.learns_length:
+            functionals.append([result.length])
+        if inputs.learns_factors:
+            functionals += [result.phi.ravel(), result.psi.ravel()]
+        return by_g, np.concatenate(functionals)
 
     def _state_transpose(self, x, y):
         # PETSc asks an explicit method for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
@@ -432,7 +441,10 @@ class LayerStepper:
 
     def _attach_parameters(self) -> None:
         # Functionals of nodal values stand on the ranks that own the nodes, those of replicated numbers on every rank.
-        parameters = self._inputs[0].bias.size + self._inputs[0].beta.size
+        inputs = self._inputs[0]
+        parameters = inputs.bias.size + inputs.beta.size + inputs.learns_length
+        if inputs.learns_factors:
+            parameters += inputs.factors.phi.values.size + inputs.factors.psi.values.size
         self._mu = PETSc.Vec().create(self.state.comm)
         self._mu.setSizes((parameters, PETSc.DETERMINE))
         self._mu.setUp()

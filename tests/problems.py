@@ -16,7 +16,7 @@ from fem_resnet.head import Head
 from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.regulariser import tikhonov
-from fem_resnet.parameter import NodalValues
+from fem_resnet.space_basis import NodalValues
 from helpers import laplace, set_smooth, smooth, smooth_direction
 
 CLASSES = 3

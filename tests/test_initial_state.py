@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import directions, gathered, learning_problem, network
 
 from fem_resnet import Batch, Head, LearningProblem, least_squares, smooth_in_space, smooth_in_time, tikhonov, train
-from fem_resnet.parameter import StateValues
+from fem_resnet.space_basis import StateValues
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])

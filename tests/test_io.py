@@ -17,7 +17,7 @@ from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.io import load, save
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.head import Head
-from fem_resnet.parameter import NodalValues
+from fem_resnet.space_basis import NodalValues
 from helpers import label_space, laplace, set_smooth, smooth
 from problems import TIMES, coefficients, gathered, gradients, learning_problem, polynomials, taping
 

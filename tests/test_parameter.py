@@ -11,15 +11,9 @@ from fem_resnet.basis import cell_indicators
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.points import class_space
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.parameter import (
-    BasisCoefficients,
-    KernelCoefficients,
-    LayerCoefficients,
-    NodalValues,
-    OnLayer,
-    Parameter,
-    StateValues,
-)
+from fem_resnet.layer_inputs import LayerCoefficients, OnLayer
+from fem_resnet.parameter import Parameter
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
 from fem_resnet.time_basis import Groups, Hats, LayerIndicators, Once, Shared
 from helpers import half_square_distance, label_space, laplace, smooth, smooth_direction
 from problems import coefficients, directions, network, polynomials, taping

@@ -404,22 +404,6 @@ def test_files_keep_the_choice(bias, kernel, tmp_path):
     assert_allclose(*final, rtol=0, atol=ROUND_OFF)
 
 
-@on_two_ranks
-def test_files_that_do_not_say_have_layers_of_their_own(tmp_path):
-    net = network("layers", "layers")
-    save(tmp_path / "net.h5", net)
-    if net.Y.comm.rank == 0:
-        with h5py.File(tmp_path / "net.h5", "r+") as file:
-            settings = json.loads(file["fem_resnet"].attrs["settings"])
-            assert settings.pop("bias_in_time") == settings.pop("kernel_in_time") == "layers"
-            file["fem_resnet"].attrs["settings"] = json.dumps(settings)
-    net.Y.comm.barrier()
-    loaded, _ = load(tmp_path / "net.h5")
-    assert [type(parameter.time_basis) for parameter in loaded.parameters] == [LayerIndicators] * 2
-    final = [gathered(n.Y, n.Y.values(n(n.Y.batch(smooth(n.Y))))) for n in (net, loaded)]
-    assert_allclose(*final, rtol=0, atol=ROUND_OFF)
-
-
 @on_ranks
 def test_a_network_on_another_mesh_keeps_the_choice():
     phi = laplace("disk", "CG1", 4)

@@ -1,0 +1,180 @@
+"""What layers take of the parameters: coefficients in time, times, kernel factors, and the transpose of all that.
+
+A segment of layers sees its coefficients as a list of arrays; each layer takes from it what is active there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fem_resnet.basis import Basis
+from fem_resnet.kernel import LowRankKernel
+from fem_resnet.parameter import Parameter
+from fem_resnet.space_basis import StateValues
+
+__all__ = ["FactorDirections", "LayerCoefficients", "LayerInputs", "OnLayer"]
+
+
+class OnLayer:
+    """What one layer sees of a parameter: its active coefficients, expanded once, as a function of time.
+
+    The time is the fraction s in [0, 1] of the layer.
+    """
+
+    def __init__(self, parameter: Parameter, layer: int, coefficients: Sequence[np.ndarray]):
+        self._basis = parameter.on_layer(layer)
+        self._weights = lambda s: parameter.time_basis.weights(layer, s)
+        self._values = [self._basis.expand(c) for c in coefficients]
+        #: Number of active coefficients on this rank.
+        self.size = sum(np.size(c) for c in coefficients)
+
+    def coefficients(self, s: float) -> np.ndarray:
+        """`p`, what the layer takes at the fraction s of its time."""
+        weights = self._weights(s)
+        if weights == (1.0,):
+            return self._values[0]
+        return sum(weight * value for weight, value in zip(weights, self._values))
+
+    def pull_back(self, s: float, dual: np.ndarray) -> np.ndarray:
+        """Transpose of `coefficients(s)`: functionals of all active coefficients, one after the other. Collective."""
+        pulled = self._basis.pull_back(dual).ravel()
+        return np.concatenate([weight * pulled for weight in self._weights(s)])
+
+
+@dataclass(frozen=True)
+class FactorDirections:
+    """Directions of the values of Phi and Psi at the nodes, shape (nodes, rank), and of M Psi."""
+
+    phi: np.ndarray
+    psi: np.ndarray
+    weighted: np.ndarray
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """All that one solve of a layer takes besides its initial state; or the directions of all that.
+
+    Attributes
+    ----------
+    start, length : float
+        When the layer begins, and its length in t.
+    factors : LowRankKernel or FactorDirections or None
+        The kernel's factors; of directions None where the factors are fixed.
+    bias, beta : OnLayer
+        a and beta.
+    learns_length, learns_factors : bool
+        Whether functionals of the length, and of the factors' values, are wanted.
+    """
+
+    start: float
+    length: float
+    factors: LowRankKernel | FactorDirections | None
+    bias: OnLayer
+    beta: OnLayer
+    learns_length: bool = False
+    learns_factors: bool = False
+
+
+class LayerCoefficients:
+    """Which coefficients a run of layers sees, each once, though several layers may share it.
+
+    Parameters
+    ----------
+    bias, kernel
+        The parameters.
+    times
+        All layer times, shape (L + 1,), where they are fixed; or the parameter that holds t_1 .. t_L.
+    factors
+        How values of Phi and Psi are held, where they are learned.
+    layers
+        Numbers of the layers, consecutive.
+
+    Attributes
+    ----------
+    slots : list of SpaceBasis
+        One a set of coefficients; those of the factors come last.
+    functions : list of Function
+        What holds them, but for the factors.
+    """
+
+    def __init__(
+        self,
+        bias: Parameter,
+        kernel: Parameter,
+        times: Sequence[float] | Parameter,
+        layers: range,
+        factors: Sequence[StateValues] = (),
+    ):
+        self._times = times
+        self._learns_times = isinstance(times, Parameter)
+        self._kernel = kernel
+        self._factors = list(factors)
+        self._layers = [
+            (layer, [(p, [(p.name, k) for k in p.time_basis.active(layer)]) for p in (bias, kernel)])
+            for layer in layers
+        ]
+        keys = list(dict.fromkeys(key for _, uses in self._layers for _, active in uses for key in active))
+        parameters = {bias.name: bias, kernel.name: kernel}
+        if self._learns_times:
+            keys.append((times.name, 0))
+            parameters[times.name] = times
+        self._position = {key: position for position, key in enumerate(keys)}
+        self.slots = [parameters[name].space_bases[k] for name, k in keys] + self._factors
+        self.functions = [parameters[name].functions[k] for name, k in keys]
+
+    def on_layers(self, arrays: Sequence[np.ndarray], directions: bool = False) -> list[LayerInputs]:
+        """What each layer takes, for coefficients in the order of `slots`; or the directions of that. Collective."""
+        factors = self._factors_from(arrays, directions)
+        times = self._all_times(arrays, directions)
+        return [
+            LayerInputs(
+                times[layer],
+                times[layer + 1] - times[layer],
+                factors or (None if directions else self._kernel.on_layer(layer).kernel),
+                *(OnLayer(p, layer, [arrays[self._position[key]] for key in active]) for p, active in uses),
+                learns_length=self._learns_times,
+                learns_factors=bool(self._factors),
+            )
+            for layer, uses in self._layers
+        ]
+
+    def _all_times(self, arrays, directions) -> np.ndarray:
+        if self._learns_times:
+            return np.concatenate([[0.0], arrays[self._position[self._times.name, 0]]])
+        return np.zeros(len(self._times)) if directions else self._times
+
+    def _factors_from(self, arrays, directions) -> LowRankKernel | FactorDirections | None:
+        if not self._factors:
+            return None
+        Y = self._factors[0].Y
+        phi, psi = arrays[-2:]
+        if directions:
+            return FactorDirections(phi, psi, Y.weights[:, None] * psi)
+        return LowRankKernel(Basis(Y, phi, "learned"), Basis(Y, psi, "learned"))
+
+    def collect(self, functionals: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Transpose of `on_layers`: functionals in the order of `slots` from those of each layer."""
+        total = [np.zeros(slot.shape) for slot in self.slots]
+        for (layer, uses), functional in zip(self._layers, functionals):
+            start = 0
+
+            def add(target):
+                nonlocal start
+                target += functional[start : start + target.size].reshape(target.shape)
+                start += target.size
+
+            for _, active in uses:
+                for key in active:
+                    add(total[self._position[key]])
+            if self._learns_times:
+                times = total[self._position[self._times.name, 0]]
+                times[layer] += functional[start]  # t_(layer + 1), the end of this layer
+                if layer > 0:
+                    times[layer - 1] -= functional[start]
+                start += 1
+            for target in total[len(total) - len(self._factors) :]:
+                add(target)
+        return total

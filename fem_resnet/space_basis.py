@@ -1,0 +1,240 @@
+"""Space bases: how the coefficients in space of a parameter are held, and what they stand for.
+
+Coefficients c stand for E c: the values at the nodes for a bias (`NodalValues`, `BasisCoefficients`), a batch (`StateValues`)
+or the values of kernel factors, the matrix beta for a kernel (`KernelCoefficients`), the layer times (`LayerTimes`). Each
+knows the Riesz operator R of its inner product in the label measure (M; a Gram matrix; a pair of them).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import firedrake as fd
+import numpy as np
+import scipy.linalg
+
+from fem_resnet.basis import Basis
+from fem_resnet.kernel import LowRankKernel
+from fem_resnet.label_space import BatchValues, LabelSpace
+
+__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerTimes", "NodalValues", "SpaceBasis", "StateValues"]
+
+
+class SpaceBasis(ABC):
+    """How coefficients in space are held, and what they stand for.
+
+    Laws: `expand` is linear and `pull_back` its transpose, `<d, expand(c)> = <pull_back(d), c>` with the plain sums
+    over what all ranks own; `primal(dual(c)) = c`.
+    """
+
+    #: The label domain, whose communicator is that of everything collective here.
+    Y: LabelSpace
+    #: Firedrake space of the Functions that hold coefficients.
+    space: fd.functionspaceimpl.WithGeometry
+    #: Shape of the coefficients on this rank.
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
+        """The coefficients held by a Function (or Cofunction) of `space`. Collective."""
+
+    @abstractmethod
+    def write(self, function: fd.Function | fd.Cofunction, coefficients: np.ndarray) -> None:
+        """Make a Function (or Cofunction) of `space` hold coefficients."""
+
+    @abstractmethod
+    def expand(self, coefficients: np.ndarray) -> np.ndarray:
+        """What a layer takes: `E c`."""
+
+    @abstractmethod
+    def pull_back(self, dual: np.ndarray) -> np.ndarray:
+        """`E^T d`. Collective."""
+
+    @abstractmethod
+    def dual(self, coefficients: np.ndarray) -> np.ndarray:
+        """`R c`."""
+
+    @abstractmethod
+    def primal(self, dual: np.ndarray) -> np.ndarray:
+        """`R^-1 d`."""
+
+    @abstractmethod
+    def stiffness(self, coefficients: np.ndarray) -> np.ndarray:
+        """`S c`, so that `<S c, c>` is the integral of the squared gradients. Collective."""
+
+    @abstractmethod
+    def pair(self, dual: np.ndarray, coefficients: np.ndarray) -> float:
+        """`<d, c>`, the sum over what all ranks own. Collective."""
+
+
+class NodalValues(SpaceBasis):
+    """Values at the nodes of a label domain: R = M."""
+
+    def __init__(self, Y: LabelSpace):
+        self.Y = Y
+        self.space = Y.V
+        self.shape = (Y.nodes,)
+
+    def read(self, function):
+        return function.dat.data_ro.copy()
+
+    def write(self, function, coefficients):
+        function.dat.data_wo[...] = coefficients
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        return self.Y.weights * coefficients
+
+    def stiffness(self, coefficients):
+        return self.Y.apply_stiffness(coefficients[:, None])[:, 0]
+
+    def primal(self, dual):
+        return dual / self.Y.weights
+
+    def pair(self, dual, coefficients):
+        return float(self.Y.sum(dual @ coefficients))
+
+
+class StateValues(SpaceBasis):
+    """Values of a batch at the nodes of a label domain, shape (nodes, samples): R = M for each sample."""
+
+    def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry):
+        self._values = BatchValues(Y, space)
+        self.Y = Y
+        self.space = space
+        self.shape = (Y.nodes, self._values.samples)
+
+    def read(self, function):
+        return self._values.read(function).copy()
+
+    def write(self, function, coefficients):
+        self._values.write(function, coefficients)
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        return self.Y.weights[:, None] * coefficients
+
+    def stiffness(self, coefficients):
+        return self.Y.apply_stiffness(coefficients)
+
+    def primal(self, dual):
+        return dual / self.Y.weights[:, None]
+
+    def pair(self, dual, coefficients):
+        return float(self.Y.sum(np.einsum("is,is->", dual, coefficients)))
+
+
+class _Replicated(SpaceBasis):
+    """A few numbers, the same on every rank: one cell of a mesh of its own holds them, and its owner broadcasts."""
+
+    def __init__(self, Y: LabelSpace, shape: tuple[int, ...]):
+        mesh, self._owner = Y.coefficient_mesh
+        self.Y = Y
+        self.shape = shape
+        self.space = fd.TensorFunctionSpace(mesh, "DG", 0, shape=shape)
+
+    def read(self, function):
+        coefficients = np.empty(self.shape)
+        if self.Y.comm.rank == self._owner:
+            coefficients[...] = function.dat.data_ro.reshape(self.shape)
+        if self.Y.comm.size > 1:
+            self.Y.comm.Bcast(coefficients, root=self._owner)
+        return coefficients
+
+    def write(self, function, coefficients):
+        values = function.dat.data_wo
+        if self.Y.comm.rank == self._owner:
+            values[...] = np.reshape(coefficients, values.shape)
+
+    def pair(self, dual, coefficients):
+        return float(np.sum(dual * coefficients))
+
+
+class BasisCoefficients(_Replicated):
+    """Coefficients alpha of `a = X alpha` in a basis: R = G."""
+
+    def __init__(self, basis: Basis):
+        super().__init__(basis.Y, (basis.rank,))
+        self.basis = basis
+        self._factor = scipy.linalg.cho_factor(basis.gram)
+
+    def expand(self, coefficients):
+        return self.basis.values @ coefficients
+
+    def pull_back(self, dual):
+        return self.Y.sum(self.basis.values.T @ dual)
+
+    def dual(self, coefficients):
+        return self.basis.gram @ coefficients
+
+    def stiffness(self, coefficients):
+        return self.basis.stiffness @ coefficients
+
+    def primal(self, dual):
+        return scipy.linalg.cho_solve(self._factor, dual)
+
+
+class KernelCoefficients(_Replicated):
+    """The matrix beta of a low-rank kernel: R = G_Phi x G_Psi.
+
+    Parameters
+    ----------
+    kernel
+        The factors; where they are learned, and orthonormal, those at the start.
+    learned
+        Whether they are.
+    """
+
+    def __init__(self, kernel: LowRankKernel, learned: bool = False):
+        super().__init__(kernel.phi.Y, kernel.shape)
+        self.kernel = kernel
+        self._learned = learned
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        return self.kernel.dual(coefficients)
+
+    def stiffness(self, coefficients):
+        if self._learned:
+            raise ValueError("smooth_in_space: gradients of a kernel whose factors are learned are not offered; fix them")
+        return self.kernel.stiffness(coefficients)
+
+    def primal(self, dual):
+        return self.kernel.primal(dual)
+
+
+class LayerTimes(_Replicated):
+    """The layer times t_1 .. t_L, t_0 being 0, shape (L,): R = 1."""
+
+    def __init__(self, Y: LabelSpace, layers: int):
+        super().__init__(Y, (layers,))
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        return coefficients.copy()
+
+    def stiffness(self, coefficients):
+        return np.zeros(self.shape)
+
+    def primal(self, dual):
+        return dual.copy()
