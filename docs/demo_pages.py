@@ -2,7 +2,7 @@
 
 The module docstring is the beginning of the page. A line `# %% Title` starts a section; the comment lines right below
 it are its text. Other comments become text where they begin in the first column and stand between blank lines. The
-rest is code.
+rest is code. What the demo prints in full stands at the end, where a file of its name with `.txt` is beside it.
 """
 
 import ast
@@ -31,6 +31,9 @@ def page(source: str, name: str) -> str:
     parts = [f"# {title}", _markdown(text), link]
     for kind, block in _blocks(lines):
         parts.append(f"```python\n{block}\n```" if kind == "code" else block)
+    printed = ROOT / "demos" / f"{name}.txt"
+    if printed.exists():
+        parts.append(f"## What it prints\n\n```text\n{printed.read_text().rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -17,6 +17,8 @@ _MODULES = {
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],
     "regulariser": ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"],
     "objective": ["Batch", "LearningProblem"],
+    "trajectory": ["Trajectory", "solve_trajectory"],
+    "costate": ["Costate", "CostateCheck", "costate_check", "solve_costate", "terminal_costate"],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
 }

@@ -10,7 +10,10 @@ from functools import cache
 import numpy as np
 from petsc4py import PETSc
 
-__all__ = ["adapt_type", "keep_trajectory_in_memory", "never_adapt", "on_pre_stage", "rk_tableau", "shell", "stage_values", "weakly"]
+__all__ = [
+    "adapt_type", "keep_trajectory_in_memory", "never_adapt", "on_pre_stage", "register_rk", "rk_tableau", "shell",
+    "stage_values", "weakly",
+]  # fmt: skip
 
 _Int = np.ctypeslib.as_ctypes_type(PETSc.IntType)
 
@@ -47,6 +50,19 @@ def rk_tableau(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )  # fmt: skip
     s = stages.value
     return np.array(A[: s * s]).reshape(s, s), np.array(b[:s]), np.array(c[:s])
+
+
+@cache
+def register_rk(name: str, A: tuple[tuple[float, ...], ...], b: tuple[float, ...], c: tuple[float, ...]) -> str:
+    """Make an explicit Runge-Kutta method known to PETSc under the name, as a `ts_rk_type`; returns the name."""
+
+    def reals(values):
+        values = np.ravel(values).astype(float)
+        return (ctypes.c_double * values.size)(*values)
+
+    # Neither embedded method nor interpolant; PETSc copies all it is given.
+    _call("TSRKRegister", name.encode(), _Int(1), _Int(len(b)), reals(A), reals(b), reals(c), None, _Int(0), None)
+    return name
 
 
 def _adapt(ts: PETSc.TS) -> ctypes.c_void_p:

@@ -31,6 +31,7 @@ def test_docs_are_built_without_a_warning(tmp_path):
     pages = tmp_path / "html" / "generated"
     assert "fem_resnet.network.ResidualNetwork" in (pages / "api" / "fem_resnet.network.html").read_text()
     assert "The label domain, the network and the head" in (pages / "demos" / "digits_on_a_disk.html").read_text()
+    assert "gradient at dt/8" in (pages / "demos" / "costate_twice.html").read_text()
     assert "api/fem_resnet.network.html" in (pages / "equations.html").read_text()
 
 
