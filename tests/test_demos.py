@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Every demo: each runs here in its short form, and in full under `slow`.
 DEMOS = ["digits_on_a_disk.py"]
-#: Scripts beside the demos that choose their settings; too long to run here.
-OTHERS = ["digits_cross_validation.py"]
+#: Scripts beside the demos that choose their settings and tabulate them; too long to run here.
+OTHERS = ["digits_cross_validation.py", "digits_table.py"]
 
 
 def run(*command, timeout):
