@@ -46,6 +46,17 @@ def test_the_example_of_the_readme_runs_as_printed(tmp_path):
     assert any("read right: 100%" in line for line in lines)
 
 
+def test_the_readme_has_the_table_of_digits_that_its_script_wrote():
+    table = (ROOT / "demos" / "digits_table.txt").read_text()
+    assert table in (ROOT / "README.md").read_text()
+    short = run(sys.executable, "demos/digits_table.py", "--short", timeout=300)
+
+    def rows(lines):
+        return [re.sub(r" \(.*", "", line.split(" | ")[0]) for line in lines if line.startswith("| ")]
+
+    assert rows(short) == rows(table.splitlines()) and len(rows(short)) == 8
+
+
 @pytest.mark.slow
 def test_digits_are_read_as_well_in_parallel():
     """L-BFGS amplifies round-off: J agrees for 50 iterations, later only what is read does."""
