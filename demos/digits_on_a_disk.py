@@ -215,7 +215,7 @@ def main(short=False):
     say(f"time: {time.perf_counter() - start:.0f} s, of it {result.seconds:.0f} s of training")
     say(f"test accuracy: {test_accuracy:.4f}")
     # What this page claims: 0.6 % is the standard error of 540 pictures.
-    assert test_accuracy >= (0.8 if short else 0.965)
+    assert test_accuracy >= (0.8 if short else 0.975)
     return test_accuracy
 
 
