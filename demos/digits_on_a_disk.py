@@ -27,6 +27,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
 
 from fem_resnet import (
     Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, laplace_basis, save, tikhonov, train,
@@ -34,11 +35,12 @@ from fem_resnet import (
 
 # %% What was chosen
 # The settings below were chosen by cross-validation on the training part alone (digits_cross_validation.py; its table
-# stands beside it).
+# stands beside it). f_t is at most 1 in size under tanh, so FINAL_TIME says how far the layers can move a picture, whose
+# grey values reach SCALE: after T = 1 the head still sees little but the picture, T = 4 reads better.
 
 RANK = 78
 LAYERS = 4
-FINAL_TIME = 1.0
+FINAL_TIME = 4.0
 TIKHONOV = 3e-4
 SCALE = 8.0
 COPIES = 3
@@ -53,11 +55,11 @@ HALF_SIDE = np.sqrt(0.5)
 TURN, SHIFT = 0.15, 0.05  # standard deviations, in radians and in radii of the disk
 
 
-def digits():
-    """Training pictures and labels, then test pictures and labels; grey values in [0, 1]."""
+def digits(random_state=0):
+    """Training pictures and labels, then test pictures and labels, of one split; grey values in [0, 1]."""
     data = load_digits()
     train_x, test_x, train_y, test_y = train_test_split(
-        data.images / 16, data.target, test_size=540, stratify=data.target, random_state=0
+        data.images / 16, data.target, test_size=540, stratify=data.target, random_state=random_state
     )
     return train_x, train_y, test_x, test_y
 
@@ -114,16 +116,15 @@ def accuracy(net, head, inputs, labels):
 
 # %% Comparison: a multilayer perceptron and a network without layers, on the same pictures
 
+PERCEPTRON = dict(random_state=0, max_iter=400)  # scikit-learn's: one hidden layer of 100 relu neurons
 
-def perceptron(pictures, labels, angles, shifts, test_x, test_y):
-    """Test accuracy of scikit-learn's MLP of one hidden layer."""
-    from sklearn.neural_network import MLPClassifier
 
+def on_pixels(classifier, pictures, labels, angles, shifts, test_x, test_y):
+    """Test accuracy of a classifier of scikit-learn, which sees the pictures at the 64 centres of their pixels."""
     pixel = (np.arange(8) - 3.5) / 4 * HALF_SIDE
     centres = np.array([(x, -y) for y in pixel for x in pixel])
-    mlp = MLPClassifier(random_state=0, max_iter=400)
-    mlp.fit(look(pictures, centres, angles, shifts).T, labels)
-    return mlp.score(look(test_x, centres).T, test_y)
+    classifier.fit(look(pictures, centres, angles, shifts).T, labels)
+    return classifier.score(look(test_x, centres).T, test_y)
 
 
 # %% The figure
@@ -203,7 +204,9 @@ def main(short=False):
 
     flat_net, flat_head, _ = learn(basis, inputs, labels, layers=0, **settings)
     parameters = sum(parameter.dim for parameter in [*net.parameters, *head.parameters])
-    mlp = comm.bcast(perceptron(*augmented, test_x, test_y) if comm.rank == 0 else None)
+    mlp = None
+    if comm.rank == 0:
+        mlp = on_pixels(MLPClassifier(**PERCEPTRON), *augmented, test_x, test_y)
     say(f"{Y!r}, {parameters} parameters, {result.reason} after {result.iterations} iterations")
     say(f"J after 50 iterations: {result.values[min(50, result.iterations)]:.12f}, at the end: {result.value:.12f}")
     say(f"train accuracy: {accuracy(net, head, train_inputs, train_y)[0]:.4f}")
@@ -212,7 +215,7 @@ def main(short=False):
     say(f"time: {time.perf_counter() - start:.0f} s, of it {result.seconds:.0f} s of training")
     say(f"test accuracy: {test_accuracy:.4f}")
     # What this page claims: 0.6 % is the standard error of 540 pictures.
-    assert test_accuracy >= (0.8 if short else 0.965)
+    assert test_accuracy >= (0.8 if short else 0.975)
     return test_accuracy
 
 

@@ -18,7 +18,8 @@ _MODULES = {
     "regulariser": ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"],
     "objective": ["Batch", "LearningProblem"],
     "trajectory": ["Trajectory", "solve_trajectory"],
-    "costate": ["Costate", "CostateCheck", "costate_check", "solve_costate", "terminal_costate"],
+    "costate": ["Costate", "solve_costate", "terminal_costate"],
+    "costate_check": ["CostateCheck", "costate_check"],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
 }
