@@ -19,7 +19,7 @@ _MODULES = {
     "objective": ["Batch", "LearningProblem"],
     "trajectory": ["Trajectory", "solve_trajectory"],
     "costate": ["Costate", "solve_costate", "terminal_costate"],
-    "costate_check": ["CostateCheck", "costate_check"],
+    "costate_comparison": ["CostateCheck", "costate_check"],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
 }

@@ -16,7 +16,7 @@ the label measure; J is the sum over the samples, whose weights are in r(T).
 Here (4.2a) is stepped backwards as it stands, in the nodal values, along an interpolated solution of (2.8) that is
 stepped in the nodal values as well. Nothing is shared with the layers' own stepping and its adjoint, by which
 pyadjoint gets its gradients, but the kernel's transpose and the way that coefficients make a parameter.
-`costate_check.costate_check` compares the two: they agree to the order of the network's scheme, and to round-off where (4.2) is
+`costate_comparison` compares the two: they agree to the order of the network's scheme, and to round-off where (4.2) is
 stepped by that scheme's partner (`evolution`).
 """
 

@@ -14,7 +14,7 @@ from fem_resnet import (
     Batch, Head, LearningProblem, ResidualNetwork, binary_cross_entropy, costate_check, cross_entropy, functional_loss,
     least_squares, smooth_in_space, smooth_in_time, solve_costate, solve_trajectory, terminal_costate, tikhonov,
 )  # fmt: skip
-from fem_resnet.costate_check import refined
+from fem_resnet.costate_comparison import refined
 from fem_resnet.evolution import Path
 from helpers import label_space, laplace, name, set_smooth, smooth, smooth_direction
 from problems import TIMES, learning_problem, network, polynomials
