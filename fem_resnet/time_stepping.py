@@ -17,8 +17,7 @@ factor of its right-hand side.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +25,8 @@ import petsctools
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from fem_resnet.layer import Argument, Cotangent, Stage, StageValue
+from fem_resnet.layer import Stage, StageValue
+from fem_resnet.layer_jacobian import Elimination, LinearLayer, ShiftedJacobian, Transposed, Zero
 from fem_resnet.layer_state import CarriedState, CoefficientState
 from fem_resnet.methods import METHODS, configure, last_words, set_from_options
 from fem_resnet.layer_inputs import LayerInputs
@@ -137,11 +137,11 @@ class LayerStepper:
         must_carry = self.adaptive or self.method.quadrature is None
         self.carries_f = must_carry if self._carry is None else self._carry
         self.state = (CarriedState if self.carries_f else CoefficientState)(self.stage, self._rank, self.orders)
+        self._linear = LinearLayer(self.stage, self.state)
         self._y, self._adjoint_y, self._work = (self.state.vector() for _ in range(3))
         self._mu: PETSc.Vec | None = None
         #: Whether the last forward solve was saved and no adjoint has used it up.
         self.has_trajectory = False
-        self.costate: Sequence[np.ndarray] | None = None
         self._replayed: list[float] | None = None
         self._calls: list[list[np.ndarray]] = []
         self._ts = self._new_ts()
@@ -153,7 +153,7 @@ class LayerStepper:
             self._set_implicit(ts)
         else:
             ts.setRHSFunction(weakly(self._rate), self.state.vector())
-            self._jacobian = shell(_Transposed(weakly(self._state_transpose)), (self.state.size,) * 2, self.state.comm)
+            self._jacobian = shell(Transposed(weakly(self._state_transpose)), (self.state.size,) * 2, self.state.comm)
             ts.setRHSJacobian(weakly(self._set_point), self._jacobian, self._jacobian)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
         ts.setErrorIfStepFails(False)
@@ -179,7 +179,7 @@ class LayerStepper:
         self._matrix_free = self.carries_f or self._options.parameters.get("mat_type") == "matfree"
         ts.setIFunction(weakly(self._residual), state.vector())
         if self._matrix_free:
-            self._jacobian = shell(_Jacobian(self), (state.size,) * 2, state.comm)
+            self._jacobian = shell(ShiftedJacobian(self._linear), (state.size,) * 2, state.comm)
         else:
             block, samples = state.block, self.stage.samples
             columns = np.arange(state.size, dtype=PETSc.IntType).reshape(samples, 1, block)
@@ -193,7 +193,7 @@ class LayerStepper:
         if self.method.partitioned:
             # With an explicit part, zero, PETSc takes its partitioned path, which wants no solve for a first slope.
             ts.setRHSFunction(lambda ts, t, y, F: F.set(0.0), state.vector())
-            zero = shell(_Zero(), (state.size,) * 2, state.comm)
+            zero = shell(Zero(), (state.size,) * 2, state.comm)
             ts.setRHSJacobian(lambda ts, t, y, J, P: True, zero, zero)
         ksp = ts.getSNES().getKSP()
         # pbjacobi inverts the blocks of one stage: for stages that are coupled it is a preconditioner only.
@@ -202,7 +202,7 @@ class LayerStepper:
         ksp.setTolerances(rtol=1e-10)
         if self.carries_f:
             ksp.getPC().setType("python")
-            ksp.getPC().setPythonContext(_Elimination(self))
+            ksp.getPC().setPythonContext(Elimination(self._linear))
         elif self._matrix_free:
             ksp.getPC().setType("none")
         else:
@@ -241,7 +241,7 @@ class LayerStepper:
         self._inputs = inputs
         if not inputs[0].length > 0:
             raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
-        self.costate = None
+        self._linear.start(inputs)
         self._replayed = list(steps) if steps is not None else None
         self.trace = LayerTrace()
         self.has_trajectory = False
@@ -300,8 +300,8 @@ class LayerStepper:
         if not self.has_trajectory:
             raise RuntimeError(f"layer {self.layer}: the adjoint wants a forward solve that saves, just before it")
         self.has_trajectory = False
-        self.costate = tuple(adjoint)
-        self.state.write(self._adjoint_y, gamma, self.state.adjoint_start(self.costate))
+        self._linear.costate = tuple(adjoint)
+        self.state.write(self._adjoint_y, gamma, self.state.adjoint_start(self._linear.costate))
         if self._mu is None:
             self._attach_parameters()
         self._mu.set(0.0)
@@ -339,17 +339,6 @@ class LayerStepper:
 
     # -- callbacks of TS ----------------------------------------------------------------------------------------------
 
-    def _argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
-        beta = [inputs.beta.coefficients(t) for inputs in self._inputs]
-        C = [beta[0] @ g[0]] if self.orders == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
-        return Argument(
-            self._inputs[0].factors,
-            tuple(inputs.length for inputs in self._inputs),
-            tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
-            tuple(C),
-            self._inputs[1].factors if self.orders == 2 else None,
-        )
-
     def _set_step(self, ts):
         if self._replayed is not None:
             ts.setTimeStep(self._replayed[ts.getStepNumber()])
@@ -370,12 +359,12 @@ class LayerStepper:
                 stages.append(self.state.read(self._work)[0])
         for weight, node, g in zip(self._weights, self._nodes, stages, strict=True):
             if weight != 0.0:
-                self.trace.stages.append(StageValue(h * weight, self._argument(ts.getPrevTime() + node * h, g)))
+                self.trace.stages.append(StageValue(h * weight, self._linear.argument(ts.getPrevTime() + node * h, g)))
 
     def _rate(self, ts, t, y, F):
         g, _ = self.state.read(y)
         s = self.state.new_rest()
-        Q = self.stage.rate(self._argument(t, g), s)
+        Q = self.stage.rate(self._linear.argument(t, g), s)
         self.state.write(F, Q, self.state.rates(s))
 
     def _enter_stages(self):
@@ -388,16 +377,15 @@ class LayerStepper:
             self._calls = [*self._calls[-len(self._weights) :], self.state.read(y)[0]]
 
     def _set_point(self, ts, t, y, J, P):
-        g, _ = self.state.read(y)
-        self._point = t, g, self._argument(t, g)
+        self._linear.set_point(t, self.state.read(y)[0])
         return True
 
     def _set_jacobian(self, ts, t, y, y_t, shift, J, P):
         self._set_point(ts, t if self._in_stages else ts.getTime(), y, J, P)
-        self.shift, self.scale, self._blocks = shift, 1.0, None
+        self._linear.set_shift(shift)
         if not self._matrix_free:
             rows, columns = self._pattern
-            P.setValuesCSR(rows, columns, self._assembled().ravel())
+            P.setValuesCSR(rows, columns, self._linear.assembled().ravel())
             P.assemble()
         return True
 
@@ -407,42 +395,15 @@ class LayerStepper:
 
     # -- products with Jacobians --------------------------------------------------------------------------------------
 
-    def _beta(self) -> list[np.ndarray]:
-        return [inputs.beta.coefficients(self._point[0]) for inputs in self._inputs]
-
-    def derivative(self, g: Sequence[np.ndarray], out: Sequence[np.ndarray] | None) -> list[np.ndarray]:
-        """Derivative of the rate of g in a direction, at the present point; `out` takes that of the s_k."""
-        beta = self._beta()
-        dC = [beta[0] @ g[0]] if self.orders == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
-        return self.stage.derivative(self._point[2], dC, out)
-
-    def transposed(self, dual: Cotangent) -> tuple[list[np.ndarray], np.ndarray]:
-        """Its transpose, in g, and in all that the layer takes, one after the other."""
-        t, g, at = self._point
-        inputs = self._inputs[0]
-        result = self.stage.transpose(at, dual, inputs.learns_length, inputs.learns_factors)
-        beta, D = self._beta(), result.D
-        if self.orders == 1:
-            by_g, by_beta = [-(beta[0].T @ D[0])], -(D[0] @ g[0].T)
-        else:
-            by_g = [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
-            by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
-        functionals = [inputs.bias.pull_back(t, result.bias), inputs.beta.pull_back(t, by_beta)]
-        if inputs.learns_length:
-            functionals.append([result.length])
-        if inputs.learns_factors:
-            functionals += [result.phi.ravel(), result.psi.ravel()]
-        return by_g, np.concatenate(functionals)
-
     def _state_transpose(self, x, y):
         # PETSc asks an explicit method for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
-        by_g, self._functionals = self.transposed(self.state.cotangent(x, self.costate))
+        by_g, self._functionals = self._linear.transpose(self.state.cotangent(x, self._linear.costate))
         self.state.write(y, by_g, 0.0)
 
     def _parameter_transpose(self, x, y):
         if self.method.implicit:
             # of the residual y_t - rate
-            y.array_w[:] = -self.transposed(self.state.cotangent(x, self.costate))[1]
+            y.array_w[:] = -self._linear.transpose(self.state.cotangent(x, self._linear.costate))[1]
         else:
             y.array_w[:] = self._functionals
 
@@ -456,122 +417,11 @@ class LayerStepper:
         self._mu.setSizes((parameters, PETSc.DETERMINE))
         self._mu.setUp()
         sizes = (self.state.size, parameters)
-        matrix = shell(_Transposed(weakly(self._parameter_transpose)), sizes, self.state.comm)
+        matrix = shell(Transposed(weakly(self._parameter_transpose)), sizes, self.state.comm)
         if self.method.implicit:
             self._ts.setIJacobianP(weakly(self._set_parameter_point), matrix)
         else:
             self._ts.setRHSJacobianP(lambda ts, t, y, J: True, matrix)
-
-    def diagonal_blocks(self) -> np.ndarray:
-        """The Jacobian's block in g, `shift I - dQ/dg`, one a sample: (samples, orders x rank, orders x rank)."""
-        if self._blocks is None:
-            K, beta, r = self.stage.blocks(self._point[2]), self._beta(), self._rank
-            A = np.zeros((self.stage.samples, self.orders * r, self.orders * r))
-            for k in range(self.orders):
-                A[:, k * r : (k + 1) * r, k * r : (k + 1) * r] = K[0] @ beta[0]
-            if self.orders == 2:
-                A[:, r:, :r] = K[1] @ beta[0] + K[0] @ beta[1]
-            A[:, np.arange(self.orders * r), np.arange(self.orders * r)] += self.shift
-            self._blocks = self.scale * A
-        return self._blocks
-
-    def _assembled(self) -> np.ndarray:
-        """All blocks of the Jacobian of (g, q)."""
-        size = self.orders * self._rank
-        A = np.zeros((self.stage.samples, size + 1, size + 1))
-        A[:, :size, :size] = self.diagonal_blocks()
-        A[:, size, size] = self.shift
-        if self.costate is not None:
-            nothing = (np.zeros((self._rank, self.stage.samples)),) * self.orders
-            by_g, _ = self.transposed(Cotangent(nothing, np.ones(self.stage.samples), self.costate))
-            A[:, size, :size] = -np.concatenate(by_g).T
-        return A
-
-
-class _Transposed:
-    """Of a matrix, the transposed product."""
-
-    def __init__(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]):
-        self._multiply = multiply
-
-    def multTranspose(self, mat, x, y):
-        self._multiply(x, y)
-
-
-class _Jacobian:
-    """`scale (shift I - dR/dy)` by products, R the right-hand side, at the stepper's present point."""
-
-    def __init__(self, stepper: LayerStepper):
-        self._stepper = weakref.proxy(stepper)  # PETSc's references are unknown to Python's collector
-
-    def mult(self, mat, x, y):
-        stepper, state = self._stepper, self._stepper.state
-        g, rest = state.read(x)
-        ds = state.new_rest()
-        if ds is None and stepper.costate is not None:
-            ds = [np.empty_like(dual) for dual in stepper.costate]
-        dQ = stepper.derivative(g, ds)
-        rest = stepper.shift * rest
-        if stepper.carries_f:
-            rest -= ds
-        elif stepper.costate is not None:  # q_t = <lambda, s>
-            rest -= state.stage.Y.sum(sum(np.einsum("is,is->s", dual, d) for dual, d in zip(stepper.costate, ds)))
-        state.write(y, [stepper.shift * part - d for part, d in zip(g, dQ)], rest)
-        y.scale(stepper.scale)
-
-    def multTranspose(self, mat, x, y):
-        stepper, state = self._stepper, self._stepper.state
-        g, rest = state.read(x)
-        by_g, _ = stepper.transposed(state.cotangent(x, stepper.costate))
-        state.write(y, [stepper.shift * part - d for part, d in zip(g, by_g)], stepper.shift * rest)
-        y.scale(stepper.scale)
-
-    def scale(self, mat, factor):
-        self._stepper.scale *= factor
-
-    def duplicate(self, mat, option):
-        """What PETSc takes for the Jacobian of an explicit part, where there is none: 0."""
-        state = self._stepper.state
-        return shell(_Zero(), (state.size,) * 2, state.comm)
-
-
-class _Zero:
-    def zeroEntries(self, mat):
-        pass
-
-    def multTranspose(self, mat, x, y):
-        y.set(0.0)
-
-
-class _Elimination:
-    """The exact inverse of `_Jacobian` where f is carried, as a preconditioner: f does not act on g.
-
-    Of  scale [[shift - G, 0], [-F, shift]],  G made of one dense block a sample, first g is solved for, then f.
-    """
-
-    def __init__(self, stepper: LayerStepper):
-        self._stepper = weakref.proxy(stepper)
-
-    def apply(self, pc, x, y):
-        stepper, state = self._stepper, self._stepper.state
-        g, f = state.read(x)
-        g = self._solve(stepper.diagonal_blocks(), g)
-        ds = state.new_rest()
-        stepper.derivative(g, ds)
-        state.write(y, g, (f / stepper.scale + ds) / stepper.shift)
-
-    def applyTranspose(self, pc, x, y):
-        stepper, state = self._stepper, self._stepper.state
-        g, f = state.read(x)
-        f = f / (stepper.scale * stepper.shift)
-        nothing = tuple(np.zeros_like(part) for part in g)
-        by_g, _ = stepper.transposed(Cotangent(nothing, np.ones(state.stage.samples), tuple(f)))
-        g = [part + stepper.scale * d for part, d in zip(g, by_g)]
-        state.write(y, self._solve(np.swapaxes(stepper.diagonal_blocks(), 1, 2), g), f)
-
-    def _solve(self, blocks, g):
-        solution = np.linalg.solve(blocks, np.concatenate(g).T[:, :, None])[:, :, 0]
-        return np.split(solution.T, len(g))
 
 
 #: PETSc's names; that of an adjoint is missing in petsc4py.

@@ -1,0 +1,218 @@
+"""The right-hand side of a layer made linear at a stage, and the matrices that PETSc is given for it.
+
+Of the state (g, q) or (g, f), with s the rates of f (see `layer`),
+
+    R(g, .) = (Psi^T M s(beta g), <lambda, s>)    or    (Psi^T M s(beta g), s),
+
+so that g acts on all and nothing acts on g but g itself, one dense block a sample. Implicit methods solve with
+`scale (shift I - R')`, either assembled, where the state is (g, q), or by products, with the exact inverse by elimination
+as a preconditioner where it is (g, f).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from petsc4py import PETSc
+
+from fem_resnet.layer import Argument, Cotangent, Stage
+from fem_resnet.layer_inputs import LayerInputs
+from fem_resnet.layer_state import LayerState
+from fem_resnet.petsc import shell
+
+__all__ = ["Elimination", "LinearLayer", "ShiftedJacobian", "Transposed", "Zero"]
+
+
+class LinearLayer:
+    """Derivative of a layer's right-hand side at a point, with its transpose in all that the layer takes.
+
+    Collective over the communicator of the label domain.
+
+    Parameters
+    ----------
+    stage
+        Stage evaluations.
+    state
+        What TS steps.
+
+    Attributes
+    ----------
+    costate : tuple of numpy.ndarray or None
+        lambda, and that of the tangent, in an adjoint solve; None in a forward one.
+    shift, scale : float
+        Those of the matrix `scale (shift I - R')`.
+    """
+
+    def __init__(self, stage: Stage, state: LayerState):
+        self.stage = stage
+        self.state = state
+        self.orders = state.orders
+        self.costate: tuple[np.ndarray, ...] | None = None
+        self.set_shift(0.0)
+
+    def start(self, inputs: Sequence[LayerInputs]) -> None:
+        """Begin a forward solve with these inputs, and their directions if there is a tangent."""
+        self._inputs = inputs
+        self.costate = None
+
+    def _beta(self, t: float) -> list[np.ndarray]:
+        return [inputs.beta.coefficients(t) for inputs in self._inputs]
+
+    def argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
+        """What the stage at t is evaluated at, for coefficients g of shape (rank, samples) an order."""
+        return Argument(
+            self._inputs[0].factors,
+            tuple(inputs.length for inputs in self._inputs),
+            tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
+            tuple(_acting(self._beta(t), g)),
+            self._inputs[1].factors if self.orders == 2 else None,
+        )
+
+    def set_point(self, t: float, g: Sequence[np.ndarray]) -> None:
+        """Where derivatives are taken from now on."""
+        self._point = t, g, self.argument(t, g)
+
+    def set_shift(self, shift: float) -> None:
+        """The shift of the matrix at the present point, its scale being one again."""
+        self.shift, self.scale, self._blocks = shift, 1.0, None
+
+    def derivative(self, g: Sequence[np.ndarray], out: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+        """Derivative of the rate of g in a direction of g; `out` takes that of the s_k."""
+        t, _, at = self._point
+        return self.stage.derivative(at, _acting(self._beta(t), g), out)
+
+    def transpose(self, dual: Cotangent) -> tuple[list[np.ndarray], np.ndarray]:
+        """Its transpose, in g, and in all that the layer takes, one after the other."""
+        t, g, at = self._point
+        inputs = self._inputs[0]
+        result = self.stage.transpose(at, dual, inputs.learns_length, inputs.learns_factors)
+        beta, D = self._beta(t), result.D
+        if self.orders == 1:
+            by_g, by_beta = [-(beta[0].T @ D[0])], -(D[0] @ g[0].T)
+        else:
+            by_g = [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
+            by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
+        functionals = [inputs.bias.pull_back(t, result.bias), inputs.beta.pull_back(t, by_beta)]
+        if inputs.learns_length:
+            functionals.append([result.length])
+        if inputs.learns_factors:
+            functionals += [result.phi.ravel(), result.psi.ravel()]
+        return by_g, np.concatenate(functionals)
+
+    def blocks(self) -> np.ndarray:
+        """`scale (shift I - dQ/dg)`, one block a sample: shape (samples, orders x rank, orders x rank)."""
+        if self._blocks is None:
+            t, _, at = self._point
+            K, beta, r = self.stage.blocks(at), self._beta(t), self.state.rank
+            A = np.zeros((self.stage.samples, self.orders * r, self.orders * r))
+            for k in range(self.orders):
+                A[:, k * r : (k + 1) * r, k * r : (k + 1) * r] = K[0] @ beta[0]
+            if self.orders == 2:
+                A[:, r:, :r] = K[1] @ beta[0] + K[0] @ beta[1]
+            A[:, np.arange(self.orders * r), np.arange(self.orders * r)] += self.shift
+            self._blocks = self.scale * A
+        return self._blocks
+
+    def assembled(self) -> np.ndarray:
+        """Those of (g, q), shape (samples, orders x rank + 1, orders x rank + 1)."""
+        samples, size = self.stage.samples, self.orders * self.state.rank
+        A = np.zeros((samples, size + 1, size + 1))
+        A[:, :size, :size] = self.blocks()
+        A[:, size, size] = self.shift
+        if self.costate is not None:
+            nothing = (np.zeros((self.state.rank, samples)),) * self.orders
+            by_g, _ = self.transpose(Cotangent(nothing, np.ones(samples), self.costate))
+            A[:, size, :size] = -np.concatenate(by_g).T
+        return A
+
+
+def _acting(beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """C_k: beta g, and its tangent beta_1 g + beta g_1."""
+    return [beta[0] @ g[0]] if len(g) == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
+
+
+class Transposed:
+    """Of a matrix, the transposed product: `multiply(x, y)` sets y."""
+
+    def __init__(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]):
+        self._multiply = multiply
+
+    def multTranspose(self, mat, x, y):
+        self._multiply(x, y)
+
+
+class Zero:
+    """The matrix 0."""
+
+    def zeroEntries(self, mat):
+        pass
+
+    def multTranspose(self, mat, x, y):
+        y.set(0.0)
+
+
+class ShiftedJacobian:
+    """`scale (shift I - R')` by products, at the present point of a layer."""
+
+    def __init__(self, layer: LinearLayer):
+        self._layer = layer
+
+    def mult(self, mat, x, y):
+        layer, state = self._layer, self._layer.state
+        g, rest = state.read(x)
+        ds = state.new_rest()
+        carries_f = ds is not None
+        if not carries_f and layer.costate is not None:
+            ds = [np.empty_like(dual) for dual in layer.costate]
+        dQ = layer.derivative(g, ds)
+        rest = layer.shift * rest
+        if carries_f:
+            rest -= ds
+        elif layer.costate is not None:  # q_t = <lambda, s>
+            rest -= state.stage.Y.sum(sum(np.einsum("is,is->s", dual, d) for dual, d in zip(layer.costate, ds)))
+        state.write(y, [layer.shift * part - d for part, d in zip(g, dQ)], rest)
+        y.scale(layer.scale)
+
+    def multTranspose(self, mat, x, y):
+        layer, state = self._layer, self._layer.state
+        g, rest = state.read(x)
+        by_g, _ = layer.transpose(state.cotangent(x, layer.costate))
+        state.write(y, [layer.shift * part - d for part, d in zip(g, by_g)], layer.shift * rest)
+        y.scale(layer.scale)
+
+    def scale(self, mat, factor):
+        self._layer.scale *= factor
+
+    def duplicate(self, mat, option):
+        """What PETSc takes for the Jacobian of an explicit part, where there is none: 0."""
+        state = self._layer.state
+        return shell(Zero(), (state.size,) * 2, state.comm)
+
+
+class Elimination:
+    """The exact inverse of `ShiftedJacobian` where f is carried, as a preconditioner: first g is solved for, then f."""
+
+    def __init__(self, layer: LinearLayer):
+        self._layer = layer
+
+    def apply(self, pc, x, y):
+        layer, state = self._layer, self._layer.state
+        g, f = state.read(x)
+        g = self._solve(layer.blocks(), g)
+        ds = state.new_rest()
+        layer.derivative(g, ds)
+        state.write(y, g, (f / layer.scale + ds) / layer.shift)
+
+    def applyTranspose(self, pc, x, y):
+        layer, state = self._layer, self._layer.state
+        g, f = state.read(x)
+        f = f / (layer.scale * layer.shift)
+        nothing = tuple(np.zeros_like(part) for part in g)
+        by_g, _ = layer.transpose(Cotangent(nothing, np.ones(state.stage.samples), tuple(f)))
+        g = [part + layer.scale * d for part, d in zip(g, by_g)]
+        state.write(y, self._solve(np.swapaxes(layer.blocks(), 1, 2), g), f)
+
+    def _solve(self, blocks, g):
+        solution = np.linalg.solve(blocks, np.concatenate(g).T[:, :, None])[:, :, 0]
+        return np.split(solution.T, len(g))
