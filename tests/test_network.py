@@ -313,7 +313,7 @@ def test_an_overflow_names_layer_and_time_and_leaves_the_network_usable(taped, a
     net.kernel.set(1, 1e200 * kernel)
     with annotation(taped), pytest.raises(StepFailure, match="the state is not finite in layer 1, t = 0.9") as caught:
         net.run(initial)
-    assert (caught.value.layer, caught.value.time, caught.value.reason) == (1, 0.9, "NOT_FINITE")
+    assert (caught.value.layer, caught.value.reason) == (1, "NOT_FINITE") and caught.value.time == pytest.approx(0.9)
     net.kernel.set(1, kernel)
     with annotation(taped):
         final = net(initial)

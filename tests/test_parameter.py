@@ -230,7 +230,7 @@ def test_collect_is_the_transpose_of_on_layers(bias_in_time, kernel_in_time, lay
     arrays = [_coefficients(slot, 30 + k) for k, slot in enumerate(used.slots)]
     left, functionals = 0.0, []
     for number, (layer, inputs) in enumerate(zip(layers, used.on_layers(arrays))):
-        assert (inputs.start, inputs.end) == tuple(TIMES[layer : layer + 2])
+        assert (inputs.start, inputs.start + inputs.length) == pytest.approx(TIMES[layer : layer + 2], rel=1e-15)
         pulled = []
         for parameter, on_layer in ((bias, inputs.bias), (kernel, inputs.beta)):
             d = _taken(parameter.space_basis, 40 + number)
