@@ -35,8 +35,8 @@ from fem_resnet import (
 
 # %% What was chosen
 # The settings below were chosen by cross-validation on the training part alone (digits_cross_validation.py; its table
-# stands beside it). f_t is at most 1 in size under tanh, so FINAL_TIME says how far the layers can move a picture, whose
-# grey values reach SCALE: after T = 1 the head still sees little but the picture, T = 4 reads better.
+# stands beside it). f_t is at most 1 in size under tanh, so FINAL_TIME says how far the layers can move a picture,
+# whose grey values reach SCALE: after T = 1 the head still sees little but the picture, T = 4 reads better.
 
 RANK = 78
 LAYERS = 4
