@@ -163,6 +163,12 @@ class Head:
         self.psi.Y.check_batch(f, "f")
         return apply(_HeadOperator(self, f.function_space()), [f, self.W.functions[0], self.mu.functions[0]])[0]
 
+    def linear(self, f: fd.Function) -> fd.Function:
+        """`X W psi^T M f`: O without mu, its derivative in a direction of the final state; recorded while annotating."""
+        self.psi.Y.check_batch(f, "f")
+        nothing = fd.Function(self.mu.functions[0].function_space())
+        return apply(_HeadOperator(self, f.function_space()), [f, self.W.functions[0], nothing])[0]
+
     def predict(self, f: fd.Function) -> fd.Function:
         """C_pre = h(O), a batch on the head's own label domain. Collective; nothing is recorded."""
         values = self.onto.values @ self._coefficients(f)

@@ -30,7 +30,7 @@ from fem_resnet.log import log
 from fem_resnet.methods import solver_options
 from fem_resnet.parameter import Parameter
 from fem_resnet.retraction import Retraction, orthonormal
-from fem_resnet.segment import Segment
+from fem_resnet.segment import Segment, TangentSegment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
 from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
@@ -250,8 +250,9 @@ class ResidualNetwork:
             )  # fmt: skip
         for segment in self._segments(initial.function_space()):
             start = f
-            f, block = apply(segment, [start, *segment.functions, *factors])
-            pieces.append(_Piece(segment, start, segment.traces(), block))
+            coefficients = [*segment.functions, *factors]
+            f, block = apply(segment, [start, *coefficients])
+            pieces.append(_Piece(segment, start, coefficients, segment.traces(), block))
         return Run(self, initial, f, pieces)
 
     def on(self, Y: LabelSpace) -> ResidualNetwork:
@@ -378,6 +379,7 @@ class _Piece:
 
     segment: Segment
     start: fd.Function
+    coefficients: list[fd.Function]
     traces: list[LayerTrace]
     block: OperatorBlock | None
 
@@ -438,6 +440,30 @@ class Run:
                 f"functional of this run, with controls in layer {layer} or below"
             )
         return self._function(r)
+
+    def tangent(self, direction: fd.Function) -> fd.Function:
+        """F'(f_I) v: the derivative of the final state in a direction v of the initial one; recorded while annotating.
+
+        Exact for the discrete network, and differentiable itself, once: a loss may have it (`objective.Derivatives`). Of a
+        recorded run it is that at the tape's values.
+
+        Parameters
+        ----------
+        direction
+            v, a Function of the space of `initial`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `direction` does not fit.
+        """
+        self.net.Y.check_batch(direction, "direction")
+        space = self.initial.function_space()
+        if direction.function_space() != space:
+            raise ValueError(f"direction: a Function of {space} is wanted, {direction.function_space()} was given")
+        for piece, segment in zip(self._pieces, self.net._new_segments(space)):
+            direction = apply(TangentSegment(segment), [piece.start, direction, *piece.coefficients])[0]
+        return direction
 
     def _locate(self, layer: int) -> tuple[_Piece, int]:
         # An interface belongs to the segment that it starts, where the state needs no rebuilding; T to the last one.

@@ -2,6 +2,9 @@
 
     min  J = sum_s omega_s loss(h(O_s), C_s) + R(m),        m = (a, b, W, mu),   sum_s omega_s = 1            (2.11)
 
+With `Derivatives` of the target map, J has the term weight sum_s omega_s 1/2 |O'(f_I,s) v_s - C'_s|^2 too, O' v the derivative of
+the output, before its prediction, in a direction v of the initial state.
+
 What each part is says its module: `network`, `head`, `loss`, `regulariser`. What is minimised over may also be the
 initial state f_I, alone (data assimilation: f_I from what is known of f(T)) or with m; its gradient is the co-state
 r(0) of (4.2), and R takes it as one more parameter, with the sum over samples of int |f_I|^2 dy for its squared norm.
@@ -20,14 +23,14 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.head import PREDICTIONS, Head
-from fem_resnet.loss import Loss, sample_weights
+from fem_resnet.loss import Loss, least_squares, sample_weights
 from fem_resnet.network import ResidualNetwork, Run
 from fem_resnet.parameter import Parameter
 from fem_resnet.space_basis import StateValues
 from fem_resnet.regulariser import Regulariser
 from fem_resnet.time_basis import AtStart
 
-__all__ = ["Batch", "LearningProblem"]
+__all__ = ["Batch", "Derivatives", "LearningProblem"]
 
 _LEARN = ("parameters", "initial", "both")
 
@@ -56,6 +59,25 @@ class Batch:
         return self.inputs.function_space().value_size
 
 
+@dataclass(frozen=True)
+class Derivatives:
+    """Directional derivatives of the target map, for derivative-informed training.
+
+    Parameters
+    ----------
+    directions
+        v, a batch on the network's label domain, as many samples as the batch has.
+    targets
+        C' = derivative of the target in v, a batch on the output's label domain.
+    weight
+        What the half squared difference counts, >= 0; no unit.
+    """
+
+    directions: fd.Function
+    targets: fd.Function
+    weight: float = 1.0
+
+
 class LearningProblem:
     """Network, output, loss, regulariser and data: what every training algorithm takes.
 
@@ -76,6 +98,8 @@ class LearningProblem:
     learn
         What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
+    derivatives
+        Directional derivatives that the output is to match too; J then has first derivatives only.
 
     Raises
     ------
@@ -106,6 +130,7 @@ class LearningProblem:
         batch: Batch,
         *,
         learn: str = "parameters",
+        derivatives: Derivatives | None = None,
     ):
         for name, value, kind, optional in (
             ("net", net, ResidualNetwork, False),
@@ -131,6 +156,8 @@ class LearningProblem:
         self.learn = learn
         self._recorded: tuple[BlockVariable, OperatorBlock] | None = None
         self.batch, self._observation = batch, self._observed(batch)
+        self.derivatives = derivatives
+        self._check_derivatives()
         self._initial: list[Parameter] = []
         if learn != "parameters":
             states = StateValues(net.Y, batch.inputs.function_space())
@@ -174,9 +201,35 @@ class LearningProblem:
         run = self.net.run(self.batch.inputs)
         output = run.final if self.head is None else self.head(run.final)
         J, block = self.loss.record(self._output, output, self._observation, self.batch.weights, self._prediction)
+        if self.derivatives is not None:
+            J = J + self.derivatives.weight * self._mismatch_of_derivatives(run)
         if self.regulariser is not None:
             J = J + self.regulariser([parameter for parameter in self.parameters if parameter.penalised])
         return J, run, block
+
+    def _check_derivatives(self) -> None:
+        if self.derivatives is None:
+            return
+        if not isinstance(self.derivatives, Derivatives):
+            raise TypeError(f"derivatives: Derivatives or None are wanted, {type(self.derivatives).__name__} was given")
+        if not (np.isfinite(self.derivatives.weight) and self.derivatives.weight >= 0):
+            raise ValueError(f"derivatives.weight: a number >= 0 is wanted, {self.derivatives.weight!r} was given")
+        for name, Y, function in (
+            ("directions", self.net.Y, self.derivatives.directions),
+            ("targets", self._output, self.derivatives.targets),
+        ):
+            Y.check_batch(function, f"derivatives.{name}")
+            if function.function_space().value_size != self.batch.samples:
+                raise ValueError(
+                    f"derivatives.{name}: {self.batch.samples} samples are wanted, as many as inputs, "
+                    f"{function.function_space().value_size} were given"
+                )
+
+    def _mismatch_of_derivatives(self, run: Run) -> AdjFloat:
+        derivative = run.tangent(self.derivatives.directions)
+        if self.head is not None:
+            derivative = self.head.linear(derivative)
+        return least_squares(self._output, derivative, self.derivatives.targets, self.batch.weights)
 
     def controls(self) -> list[Control]:
         """One Control a set of coefficients, each with its Riesz map."""
@@ -228,6 +281,8 @@ class LearningProblem:
                 f"batch: with learn={self.learn!r} the inputs are learned, so no others can take their place; make a "
                 f"LearningProblem for each batch"
             )
+        if self.derivatives is not None:
+            raise ValueError("batch: the derivatives belong to the present batch; make a LearningProblem for another")
         observation = self._observed(batch)
         if batch.inputs.function_space() != self.batch.inputs.function_space():
             raise ValueError(

@@ -20,7 +20,7 @@ from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
-__all__ = ["Segment"]
+__all__ = ["Segment", "TangentSegment"]
 
 
 class Segment:
@@ -86,12 +86,8 @@ class Segment:
         StepFailure
             If a layer cannot be stepped.
         """
-        method = self.steppers[0].method
-        if save and method.instead is not None:
-            raise ValueError(
-                f"solver_parameters: PETSc has no adjoint of its method {self.steppers[0].ts_type!r}, so it cannot be "
-                f"recorded; 'ts_type': {method.instead} has one. Without a gradient: run it while annotation is off"
-            )
+        if save:
+            self.refuse_without_adjoint()
         f, *coefficients = arrays
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
@@ -99,6 +95,15 @@ class Segment:
         if self._replay:
             self._steps = self._adapted()
         return self.state(f, len(self.steppers))
+
+    def refuse_without_adjoint(self) -> None:
+        """Raise ValueError if PETSc cannot adjoin the method."""
+        method = self.steppers[0].method
+        if method.instead is not None:
+            raise ValueError(
+                f"solver_parameters: PETSc has no adjoint of its method {self.steppers[0].ts_type!r}, so it cannot be "
+                f"recorded; 'ts_type': {method.instead} has one. Without a gradient: run it while annotation is off"
+            )
 
     def _adapted(self) -> list[list[float] | None]:
         """The steps of the last forward solve, where they were adapted."""
@@ -240,6 +245,51 @@ class Segment:
         dual, dual_dot
             Adjoint value of f at the end, and its own derivative.
         """
-        f, layers = self._run_with_tangent(arrays, directions, save=True)
-        start, functionals, _ = self._adjoint(self._tangent_steppers, [dual_dot, dual], layers, f)
+        start, functionals = self.adjoint_of_pair(arrays, directions, dual_dot, dual)
         return [start[0], *functionals]
+
+    def adjoint_of_pair(
+        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual: np.ndarray, dual_of_tangent: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Adjoint of (value, tangent): functionals of f and of its tangent at the start, and of the coefficients."""
+        f, layers = self._run_with_tangent(arrays, directions, save=True)
+        start, functionals, _ = self._adjoint(self._tangent_steppers, [dual, dual_of_tangent], layers, f)
+        return start, functionals
+
+
+class TangentSegment:
+    """The tangent of a segment in f as an operator of its own: (f, f_1, coefficients) -> f_1 at the end.
+
+    Its adjoint is that of the pair (f, f_1); coefficients have no directions here.
+
+    Parameters
+    ----------
+    segment
+        The layers; this operator's alone.
+    """
+
+    #: The adjoint solves by itself.
+    ready = True
+
+    def __init__(self, segment: Segment):
+        self._segment = segment
+        self.inputs = [segment.inputs[0], *segment.inputs]
+        self.output = segment.output
+
+    def _split(self, arrays):
+        f, f_1, *coefficients = arrays
+        return [f, *coefficients], [f_1, *(np.zeros_like(part) for part in coefficients)]
+
+    def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
+        """f_1 at the end. Collective."""
+        if save:
+            self._segment.refuse_without_adjoint()
+        values, directions = self._split(arrays)
+        self._segment.forward(values, False)  # where steps are adapted, it is the value that adapts them
+        return self._segment.tangent(values, directions)
+
+    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
+        """Functionals of f, f_1 and the coefficients. Collective."""
+        values, directions = self._split(arrays)
+        (f, f_1), functionals = self._segment.adjoint_of_pair(values, directions, np.zeros_like(dual), dual)
+        return [f, f_1, *functionals]
