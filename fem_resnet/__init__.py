@@ -20,6 +20,7 @@ _MODULES = {
     "trajectory": ["Trajectory", "solve_trajectory"],
     "costate": ["Costate", "solve_costate", "terminal_costate"],
     "costate_comparison": ["CostateCheck", "costate_check"],
+    "curvature": ["Spectrum", "hessian_spectrum"],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
 }
