@@ -123,3 +123,14 @@ def test_what_the_docs_need_is_pinned_and_installed():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
     assert wanted and set(wanted) <= pinned
     assert re.search(r"\^\(.*\bdocs\b.*\) = ", (ROOT / "containers" / "run").read_text())
+
+
+def test_every_slip_of_the_list_has_its_test_and_every_test_its_row():
+    rows = [line for line in (ROOT / "docs" / "slips.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| where |")]
+    named = [re.search(r"`(test_\w+)` \|$", row) for row in rows]
+    assert rows and all(named), [row for row, name in zip(rows, named) if not name]
+    written = []
+    for path in ("test_slips.py", "test_slips_in_learning.py"):
+        written += re.findall(r"^def (test_\w+)", (ROOT / "tests" / path).read_text(), re.M)
+    assert sorted(name[1] for name in named) == sorted(written)
