@@ -19,6 +19,7 @@ from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.blocks import OperatorBlock, gauss_newton
+from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.loss import Loss, sample_weights
 from fem_resnet.network import ResidualNetwork, Run
@@ -75,6 +76,11 @@ class LearningProblem:
     learn
         What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
+    checkpoints
+        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network): all
+        are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
+        `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are first
+        derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.
 
     Raises
     ------
@@ -105,6 +111,7 @@ class LearningProblem:
         batch: Batch,
         *,
         learn: str = "parameters",
+        checkpoints: Checkpoints | None = None,
     ):
         for name, value, kind, optional in (
             ("net", net, ResidualNetwork, False),
@@ -128,6 +135,9 @@ class LearningProblem:
         if learn not in _LEARN:
             raise ValueError(f"learn: one of {', '.join(map(repr, _LEARN))} is wanted, {learn!r} was given")
         self.learn = learn
+        self.checkpoints = checkpoints
+        if checkpoints is not None:
+            schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
         self._recorded: tuple[BlockVariable, OperatorBlock] | None = None
         self.batch, self._observation = batch, self._observed(batch)
         self._initial: list[Parameter] = []
@@ -197,6 +207,8 @@ class LearningProblem:
             function.clear_block_variable()
         was_annotating = annotate_tape()
         with set_working_tape(Tape()) as tape:
+            if self.checkpoints is not None:
+                enable_checkpointing(tape, self.checkpoints, max(self.net.blocks, 1))
             continue_annotation()
             try:
                 J, run, block = self._evaluate()

@@ -409,9 +409,12 @@ class LayerCoefficients:
         One a set of coefficients.
     functions : list of Function
         What holds them.
+    layers : range
+        The numbers of the layers.
     """
 
     def __init__(self, bias: Parameter, kernel: Parameter, times: Sequence[float], layers: range):
+        self.layers = layers
         self._times = times
         self._kernel = kernel
         self._layers = [
