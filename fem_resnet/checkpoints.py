@@ -52,7 +52,6 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
     if isinstance(checkpoints, (int, np.integer)) and not isinstance(checkpoints, bool):
         if checkpoints < 1:
             raise ValueError(f"checkpoints: at least 1 state is wanted in memory, {checkpoints} was given")
-        # With one step there is nothing to choose, and no snapshot to be had of this schedule.
         return MultistageCheckpointSchedule(steps, int(checkpoints), 0)
     schedule = checkpoints
     if not isinstance(schedule, CheckpointSchedule) and callable(schedule):
@@ -69,6 +68,13 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
             f"checkpoints: {type(schedule).__name__} is for {schedule.max_n} steps, one for {steps} is wanted: the number "
             f"of Blocks, which is that of layers / layers_per_block"
         )
+    try:
+        schedule.uses_storage_type(StorageType.DISK)
+    except TypeError as error:  # (Periodic)DiskRevolve of checkpoint_schedules 1.0.4
+        raise ValueError(
+            f"checkpoints: {type(schedule).__name__} cannot say whether it uses the disk; HRevolve, "
+            f"MultistageCheckpointSchedule and SingleDiskStorageSchedule can"
+        ) from error
     return copy.deepcopy(schedule)
 
 
