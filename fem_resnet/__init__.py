@@ -12,6 +12,7 @@ _MODULES = {
     "kernel": ["LowRankKernel"],
     "parameter": ["Parameter"],
     "time_stepping": ["StepFailure"],
+    "checkpoints": ["enable_checkpointing"],
     "network": ["ResidualNetwork", "Run"],
     "head": ["Head"],
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],

@@ -8,6 +8,9 @@ copies what it hands to a user).
 Hessian actions are forward over reverse: one sweep of tangents up the tape, one of second adjoints down. Inside of
 `gauss_newton(tape)` the latter leaves out the curvature of all operators between arrays, so that with J = l(F(m)) the
 action is F'^T l'' F' in place of F'^T l'' F' + l' F''.
+
+On a tape under a schedule of checkpoints (`checkpoints`) a `ScheduledBlock` takes the place of the Block: it keeps what its
+adjoint wants from the computation that the schedule makes for it, and nothing afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from mpi4py import MPI
 from pyadjoint import AdjFloat, Block, Tape
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
-__all__ = ["Operator", "OperatorBlock", "Slot", "apply", "gauss_newton"]
+from fem_resnet.checkpoints import Manager, add_leaf, is_leaf, manager_of
+
+__all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "Slot", "apply", "gauss_newton"]
 
 
 class Slot(Protocol):
@@ -98,8 +103,7 @@ class OperatorBlock(Block):
     def __init__(self, operator: Operator, functions: Sequence[fd.Function]):
         super().__init__()
         self.operator = operator
-        for function in functions:
-            self.add_dependency(function)
+        self._add_dependencies(functions)
         self._duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._second_duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._tangent: fd.Function | None = None
@@ -108,6 +112,10 @@ class OperatorBlock(Block):
         self._derived: list[tuple[weakref.ref, int]] | None = None
         #: Whether Hessian actions are those of `gauss_newton`.
         self.gauss_newton = False
+
+    def _add_dependencies(self, functions: Sequence[fd.Function]) -> None:
+        for function in functions:
+            self.add_dependency(function)
 
     def solve(self, inputs: Sequence[fd.Function]) -> np.ndarray | float:
         """The operator's value at these inputs, ready for its adjoint."""
@@ -129,10 +137,13 @@ class OperatorBlock(Block):
         slot = self.operator.output
         if slot is None:
             return AdjFloat(value)
-        checkpoint = block_variable.checkpoint
-        output = checkpoint if isinstance(checkpoint, fd.Function) else fd.Function(slot.space)
+        output = self._output_function(block_variable.checkpoint)
         slot.write(output, value)
         return output
+
+    def _output_function(self, checkpoint: object) -> fd.Function:
+        """What takes the output: what the tape has of it, if it has a Function."""
+        return checkpoint if isinstance(checkpoint, fd.Function) else fd.Function(self.operator.output.space)
 
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
         self._refuse_changed(inputs)
@@ -221,6 +232,111 @@ class OperatorBlock(Block):
         ]
 
 
+class ScheduledBlock(OperatorBlock):
+    """An operator on a tape under a schedule of checkpoints.
+
+    The schedule clears interfaces and computes them again, so that the Functions at which the operator was solved are not
+    those that the adjoint is given, or are gone by then: the Block keeps the arrays itself where an adjoint follows at
+    once, and drops them, and what the operator keeps, after it. What has changed without an evaluation is seen at the
+    leaves, which no schedule touches.
+
+    Parameters
+    ----------
+    operator, functions
+        As for `OperatorBlock`.
+    tape
+        The tape, whose manager is a `checkpoints.Manager`.
+    """
+
+    def __init__(self, operator: Operator, functions: Sequence[fd.Function], tape: Tape):
+        self._tape = tape
+        super().__init__(operator, functions)
+        #: The arrays of the latest solve, while its adjoint is to come.
+        self._kept: list[np.ndarray] | None = None
+
+    @property
+    def _manager(self) -> Manager:
+        return self._tape._checkpoint_manager
+
+    def _add_dependencies(self, functions):
+        for function in functions:
+            if is_leaf(function.block_variable):
+                add_leaf(self, function, self._tape)
+            else:
+                self.add_dependency(function)
+
+    def solve(self, inputs):
+        if self._manager.going_back:
+            self._refuse_changed(inputs)
+        else:
+            self._solved = None
+        value = self._forward(_read(self.operator, inputs), self._manager.adjoint_follows)
+        self._solved = self._leaf_versions(inputs)
+        return value
+
+    def _forward(self, arrays: list[np.ndarray], save: bool) -> np.ndarray | float:
+        value = self.operator.forward(arrays, save=save)
+        if save:
+            # While it is being recorded, one Function is the state at all interfaces.
+            self._kept = [array.copy() for array in arrays] if self._manager.recording else arrays
+        else:
+            self._release()
+        return value
+
+    def _release(self) -> None:
+        self._kept = None
+        if hasattr(self.operator, "release"):
+            self.operator.release()
+
+    def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
+        self._refuse_changed(inputs)
+        try:
+            return self._adjoint(inputs, self._read_dual(adj_inputs[0]))
+        finally:
+            self._release()
+
+    def _adjoint(self, inputs, dual):
+        if self._kept is None:
+            cleared = [variable for variable in self.get_dependencies() if variable.checkpoint is None]
+            if cleared:
+                raise RuntimeError(
+                    f"{type(self.operator).__name__}: the schedule has cleared its inputs; evaluate the functional before "
+                    f"each derivative"
+                )
+            self._kept = _read(self.operator, inputs)
+            self.operator.forward(self._kept, save=True)
+        elif not self.operator.ready:
+            self.operator.forward(self._kept, save=True)
+        return self.operator.adjoint(self._kept, dual)
+
+    def _write_dual(self, cofunctions, idx, array):
+        # One a dependency, kept, would be a field at every interface.
+        slot = self.operator.inputs[idx]
+        cofunction = fd.Cofunction(slot.space.dual())
+        slot.write(cofunction, array)
+        return cofunction
+
+    def _output_function(self, checkpoint):
+        return fd.Function(self.operator.output.space)  # the one that the tape has may be a checkpoint by now
+
+    def _leaf_versions(self, inputs: Sequence[fd.Function]) -> list[tuple[weakref.ref, int]]:
+        leaves = map(is_leaf, self.get_dependencies())
+        return [_version(function) for function, leaf in zip(inputs, leaves) if leaf]
+
+    def _refuse_changed(self, inputs):
+        if self._solved != self._leaf_versions(inputs):
+            raise RuntimeError(
+                f"{type(self.operator).__name__}: an input has changed since the tape was evaluated; evaluate the "
+                f"functional before its derivative"
+            )
+
+    def _verb(self, name, what):
+        raise NotImplementedError(
+            f"{what} are not implemented under a schedule of checkpoints, only first derivatives: record without "
+            f"checkpoints. With all layers in one Block (layers_per_block left out) no field is kept inside of the network"
+        )
+
+
 @contextmanager
 def gauss_newton(tape: Tape) -> Iterator[None]:
     """Hessian actions on this tape become those of Gauss and Newton; values and derivatives stay what they are.
@@ -267,7 +383,9 @@ def _read(operator: Operator, functions: Sequence[fd.Function]) -> list[np.ndarr
     return [slot.read(function) for slot, function in zip(operator.inputs, functions)]
 
 
-def apply(operator: Operator, functions: Sequence[fd.Function]) -> tuple[fd.Function | AdjFloat, OperatorBlock | None]:
+def apply(
+    operator: Operator, functions: Sequence[fd.Function], into: fd.Function | None = None
+) -> tuple[fd.Function | AdjFloat, OperatorBlock | None]:
     """The operator's output at these Functions, recorded if the tape is annotating.
 
     Parameters
@@ -276,11 +394,13 @@ def apply(operator: Operator, functions: Sequence[fd.Function]) -> tuple[fd.Func
         The operator; when recorded it is the Block's from now on.
     functions
         Its inputs.
+    into
+        The Function that takes the output, which may be an input that is wanted no more; a new one if left out.
 
     Returns
     -------
     output
-        A new Function, or an AdjFloat.
+        A Function, or an AdjFloat.
     block
         The Block, or None where nothing was recorded.
     """
@@ -289,14 +409,16 @@ def apply(operator: Operator, functions: Sequence[fd.Function]) -> tuple[fd.Func
     if with_tape:
         for function in functions:
             _renew_if_changed(function)
-        block = OperatorBlock(operator, functions)
+        tape = get_working_tape()
+        scheduled = manager_of(tape) is not None
+        block = ScheduledBlock(operator, functions, tape) if scheduled else OperatorBlock(operator, functions)
         functions = [variable.saved_output for variable in block.get_dependencies()]
     with stop_annotating():
         value = block.solve(functions) if with_tape else operator.forward(_read(operator, functions), save=False)
         if operator.output is None:
             output = AdjFloat(value)
         else:
-            output = fd.Function(operator.output.space)
+            output = fd.Function(operator.output.space) if into is None else into
             operator.output.write(output, value)
     if with_tape:
         get_working_tape().add_block(block)

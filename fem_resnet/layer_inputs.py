@@ -98,6 +98,8 @@ class LayerCoefficients:
         One a set of coefficients; those of the factors come last.
     functions : list of Function
         What holds them, but for the factors.
+    layers : range
+        The numbers of the layers.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class LayerCoefficients:
         layers: range,
         factors: Sequence[StateValues] = (),
     ):
+        self.layers = layers
         self._times = times
         self._learns_times = isinstance(times, Parameter)
         self._kernel = kernel

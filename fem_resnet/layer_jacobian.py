@@ -56,6 +56,12 @@ class LinearLayer:
         self._inputs = inputs
         self.costate = None
 
+    def release(self) -> None:
+        """Forget inputs and point, and the fields that hang on them."""
+        self.start(())
+        self._point = None
+        self.set_shift(0.0)
+
     def _beta(self, t: float) -> list[np.ndarray]:
         return [inputs.beta.coefficients(t) for inputs in self._inputs]
 

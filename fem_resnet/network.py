@@ -17,11 +17,12 @@ from itertools import chain
 import firedrake as fd
 import numpy as np
 from petsc4py import PETSc
-from pyadjoint.tape import annotate_tape
+from pyadjoint.tape import annotate_tape, get_working_tape
 
 from fem_resnet.activation import Activation, get_activation
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, apply
+from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 from fem_resnet.layer import Stage
@@ -239,6 +240,9 @@ class ResidualNetwork:
             If a layer cannot be stepped, as where the state overflows.
         """
         self.Y.check_batch(initial, "initial")
+        manager = manager_of(get_working_tape()) if annotate_tape() else None
+        if manager is not None and self.factors:
+            raise ValueError("checkpoints: learned factors and schedules of checkpoints do not go together; fix one")
         f, pieces = initial, []
         # An operator on the tape belongs to its Block alone.
         factors = [apply(Retraction(self.bases[p.name][0]), p.functions)[0] for p in self.factors]
@@ -248,12 +252,38 @@ class ResidualNetwork:
                 "adapted steps are not replayed: the gradient will be that of the network with the steps of the latest "
                 "evaluation, and J jumps where their number changes",
             )  # fmt: skip
+        if manager is not None:
+            return Run(self, initial, self._record_steps(initial, manager), None)
         for segment in self._segments(initial.function_space()):
             start = f
             coefficients = [*segment.functions, *factors]
             f, block = apply(segment, [start, *coefficients])
             pieces.append(_Piece(segment, start, coefficients, segment.traces(), block))
         return Run(self, initial, f, pieces)
+
+    @property
+    def blocks(self) -> int:
+        """How many Blocks the layers make on a tape."""
+        return -(-self.layers // self.layers_per_block)
+
+    def _record_steps(self, initial: fd.Function, manager: Manager) -> fd.Function:
+        """f(T), recorded as one time step a segment; the last one stays open for what follows.
+
+        One Function is the state at all interfaces, and segments of a kind share steppers: the tape keeps no field but
+        those of its schedule.
+        """
+        tape = get_working_tape()
+        if tape.get_blocks() or manager.steps not in (None, max(self.blocks, 1)):
+            raise ValueError(
+                f"checkpoints: a tape with nothing on it and a schedule for {max(self.blocks, 1)} steps is wanted, one with "
+                f"{len(tape.get_blocks())} Blocks and for {manager.steps} steps was given"
+            )
+        f = initial
+        for k, segment in enumerate(self._new_segments(initial.function_space(), share=True)):
+            if k > 0:
+                tape.end_timestep()
+            f, _ = apply(segment, [f, *segment.functions], into=None if k == 0 else f)
+        return f
 
     def on(self, Y: LabelSpace) -> ResidualNetwork:
         """The same network on another label space of the same Y: finer, coarser, of other cells or another space.
@@ -338,12 +368,22 @@ class ResidualNetwork:
             self._scratch[space.value_shape] = self._new_segments(space)
         return self._scratch[space.value_shape]
 
-    def _new_segments(self, space) -> list[Segment]:
+    def _new_segments(self, space, share: bool = False) -> list[Segment]:
         values = BatchValues(self.Y, space)
         stage = self._stage(values.samples)
+        steppers = self._steppers
+        if share:
+            made: dict[tuple, list[LayerStepper]] = {}
+
+            def steppers(stage, layers, orders):
+                kind = tuple(map(self._kind, layers))
+                if (kind, orders) not in made:
+                    made[kind, orders] = self._steppers(stage, layers, orders)
+                return made[kind, orders]
+
         return [
             Segment(
-                partial(self._steppers, stage, layers),
+                partial(steppers, stage, layers),
                 stage,
                 LayerCoefficients(
                     self.bias, self.kernel,
@@ -367,6 +407,13 @@ class ResidualNetwork:
 
     def _steppers(self, stage: Stage, layers: range, orders: int) -> list[LayerStepper]:
         return [self._stepper(stage, layer, orders) for layer in layers]
+
+    def _kind(self, layer: int) -> tuple[int, ...]:
+        """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
+        rank = self.kernel.on_layer(layer).kernel.psi.rank
+        return rank, *(
+            sum(int(np.prod(p.space_bases[k].shape)) for k in p.time_basis.active(layer)) for p in (self.bias, self.kernel)
+        )
 
     def _stepper(self, stage: Stage, layer: int, orders: int) -> LayerStepper:
         rank = self.kernel.on_layer(layer).kernel.psi.rank
@@ -404,15 +451,24 @@ class Run:
         f_I and f(T); differentiate functionals of `final`.
     """
 
-    def __init__(self, net: ResidualNetwork, initial: fd.Function, final: fd.Function, pieces: list[_Piece]):
+    def __init__(
+        self, net: ResidualNetwork, initial: fd.Function, final: fd.Function, pieces: list[_Piece] | None
+    ):
         self.net = net
         self.initial = initial
         self.final = final
         self._pieces = pieces
 
     def state(self, layer: int) -> fd.Function:
-        """f(t_l), l = 0 .. L, rebuilt from the nearest segment's start by (3.3): a new Function."""
+        """f(t_l), l = 0 .. L, rebuilt from the nearest segment's start by (3.3): a new Function.
+
+        Raises
+        ------
+        RuntimeError
+            If the run was recorded under a schedule of checkpoints.
+        """
         self._check(layer)
+        self._refuse_schedule("state", "run the network with annotation off, and ask that Run")
         if not self._pieces:
             return self._function(self.initial.dat.data_ro)
         piece, inside = self._locate(layer)
@@ -427,9 +483,11 @@ class Run:
         Raises
         ------
         RuntimeError
-            If the run was not recorded, or no derivative of its latest evaluation passed this layer.
+            If the run was not recorded, or no derivative of its latest evaluation passed this layer; or if it was recorded
+            under a schedule of checkpoints.
         """
         self._check(layer)
+        self._refuse_schedule("costate", "record without checkpoints; r(0) is the gradient in f_I (learn='both')")
         if not self._pieces or self._pieces[0].block is None:
             raise RuntimeError("costate: this run has no layer on a tape; record it (annotation was off)")
         piece, inside = self._locate(layer)
@@ -457,6 +515,7 @@ class Run:
         TypeError, ValueError
             If `direction` does not fit.
         """
+        self._refuse_schedule("tangent", "record it without one")
         self.net.Y.check_batch(direction, "direction")
         space = self.initial.function_space()
         if direction.function_space() != space:
@@ -464,6 +523,13 @@ class Run:
         for piece, segment in zip(self._pieces, self.net._new_segments(space)):
             direction = apply(TangentSegment(segment), [piece.start, direction, *piece.coefficients])[0]
         return direction
+
+    def _refuse_schedule(self, what: str, instead: str) -> None:
+        if self._pieces is None:
+            raise RuntimeError(
+                f"{what}: this run was recorded under a schedule of checkpoints, which keeps no fields inside of the network; "
+                f"{instead}"
+            )
 
     def _locate(self, layer: int) -> tuple[_Piece, int]:
         # An interface belongs to the segment that it starts, where the state needs no rebuilding; T to the last one.

@@ -22,12 +22,13 @@ from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.blocks import OperatorBlock, gauss_newton
+from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.loss import Loss, least_squares, sample_weights
 from fem_resnet.network import ResidualNetwork, Run
 from fem_resnet.parameter import Parameter
-from fem_resnet.space_basis import StateValues
 from fem_resnet.regulariser import Regulariser
+from fem_resnet.space_basis import StateValues
 from fem_resnet.time_basis import AtStart
 
 __all__ = ["Batch", "Derivatives", "LearningProblem"]
@@ -100,6 +101,11 @@ class LearningProblem:
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
     derivatives
         Directional derivatives that the output is to match too; J then has first derivatives only.
+    checkpoints
+        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network): all
+        are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
+        `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are first
+        derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.
 
     Raises
     ------
@@ -131,6 +137,7 @@ class LearningProblem:
         *,
         learn: str = "parameters",
         derivatives: Derivatives | None = None,
+        checkpoints: Checkpoints | None = None,
     ):
         for name, value, kind, optional in (
             ("net", net, ResidualNetwork, False),
@@ -154,6 +161,9 @@ class LearningProblem:
         if learn not in _LEARN:
             raise ValueError(f"learn: one of {', '.join(map(repr, _LEARN))} is wanted, {learn!r} was given")
         self.learn = learn
+        self.checkpoints = checkpoints
+        if checkpoints is not None:
+            schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
         self._recorded: tuple[BlockVariable, OperatorBlock] | None = None
         self.batch, self._observation = batch, self._observed(batch)
         self.derivatives = derivatives
@@ -251,6 +261,8 @@ class LearningProblem:
             function.clear_block_variable()
         was_annotating = annotate_tape()
         with set_working_tape(Tape()) as tape:
+            if self.checkpoints is not None:
+                enable_checkpointing(tape, self.checkpoints, max(self.net.blocks, 1))
             continue_annotation()
             try:
                 J, run, block = self._evaluate()

@@ -49,6 +49,7 @@ class Segment:
         replay: bool,
     ):
         self.steppers = steppers(1)
+        self._numbers = coefficients.layers
         self._make = steppers
         self._tangent_steppers: list[LayerStepper] | None = None
         self._stage = stage
@@ -62,11 +63,18 @@ class Segment:
         self.functions = coefficients.functions
         # For each layer: lambda at the end of its run of layers with one psi, that psi, and gamma at its own start.
         self._costates: list[tuple[np.ndarray, Basis, np.ndarray]] = []
+        self._mark = object()  # on the steppers, says who used them last
 
     @property
     def ready(self) -> bool:
-        """Whether every layer keeps the trajectory of the last forward solve."""
-        return all(stepper.has_trajectory for stepper in self.steppers)
+        """Whether every layer keeps the trajectory of the last forward solve, and no other segment took its stepper."""
+        return all(stepper.has_trajectory and stepper.user is self._mark for stepper in self.steppers)
+
+    def release(self) -> None:
+        """Forget what the last solves left: steppers may be shared, states and co-states are of no use then."""
+        self._layers, self._costates, self._tangent_steppers = [], [], None
+        for stepper in self.steppers:
+            stepper.release()
 
     @PETSc.Log.EventDecorator("fem_resnet:forward")
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
@@ -89,6 +97,8 @@ class Segment:
         if save:
             self.refuse_without_adjoint()
         f, *coefficients = arrays
+        for stepper, number in zip(self.steppers, self._numbers):
+            stepper.layer, stepper.user = number, self._mark
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
         self._run(self.steppers, [f], self._layers, save, self._steps)

@@ -116,6 +116,8 @@ class LayerStepper:
         self.layer = layer
         self.steps = steps
         self.orders = orders
+        #: Marks whose solve the last one was, where several share a stepper.
+        self.user: object = None
         #: What the last forward solve left.
         self.trace = LayerTrace()
         self._rank = rank
@@ -311,6 +313,13 @@ class LayerStepper:
         functionals = self._mu.array_r.copy()
         self._check_finite([*start, functionals], self._time(0.0))
         return start, functionals
+
+    def release(self) -> None:
+        """Forget what the last solve left, fields first of all; another may follow."""
+        self.has_trajectory = False
+        self.trace, self._inputs, self._calls = LayerTrace(), (), []
+        self._linear.release()
+        self._ts.removeTrajectory()
 
     def _solve(self, solve) -> None:
         try:
