@@ -34,10 +34,11 @@ from fem_resnet.evolution import SOLVER_PARAMETERS, TYPES, FieldStepper, Moment,
 from fem_resnet.head import PREDICTIONS, Prediction
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
+from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares, sample_weights
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
-from fem_resnet.parameter import LayerCoefficients, Parameter
+from fem_resnet.parameter import Parameter
 from fem_resnet.regulariser import Regulariser
 from fem_resnet.trajectory import LayerTrajectory, Trajectory, like, solve_trajectory
 
@@ -90,7 +91,8 @@ class Costate:
     def gradient(self, regulariser: Regulariser | None = None) -> list[fd.Function]:
         """The gradient in the coefficients of bias and kernel: (4.3) and (4.4) projected onto them; (4.7).
 
-        The representatives of ``J.derivative(apply_riesz=True)``, in the order of the network's controls. The integrals
+        The representatives of ``J.derivative(apply_riesz=True)``, in the order of the controls of bias and kernel. Where
+        factors or layer times are learned too, they are as they stand. The integrals
         over t are those of the scheme that stepped r. Collective.
 
         Parameters
@@ -103,7 +105,7 @@ class Costate:
         of = {id(p): d for p, d in zip(coefficients.functions, coefficients.collect(self._functionals))}
         slots = {id(p): slot for p, slot in zip(coefficients.functions, coefficients.slots)}
         gradients = []
-        for parameter in net.parameters:
+        for parameter in (net.bias, net.kernel):
             added = _regulariser_functionals(regulariser, parameter)
             for k, function in enumerate(parameter.functions):
                 dual = fd.Cofunction(function.function_space().dual())
@@ -184,7 +186,7 @@ def solve_costate(
     with FieldStepper(Y, r.shape[1], rate, linear_part, parameters, options_prefix) as stepper:
         for layer in reversed(trajectory.layers):
             equation = _Backward(layer, net, running, used)
-            values = stepper.solve(r, layer.inputs.end - layer.inputs.start, trajectory.steps, equation.integrate)
+            values = stepper.solve(r, layer.inputs.length, trajectory.steps, equation.integrate)
             r = values[-1]
             interfaces.append(r)
             functionals.append(equation.functional)
@@ -216,7 +218,7 @@ class _Backward:
         return self._inputs.start + step.times[stage], step.values[stage]
 
     def _between_steps(self, s: float) -> tuple[float, np.ndarray]:
-        t = self._inputs.end - s
+        t = self._layer.end - s
         return t, self._layer.path(t)
 
     def _slope_times(self, t: float, f: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -249,10 +251,9 @@ class _Backward:
 
     def path(self, values: np.ndarray) -> Path:
         """r between the steps, from its values in the order of s."""
-        length = self._inputs.end - self._inputs.start
-        times = np.linspace(0.0, length, len(values))
+        times = np.linspace(0.0, self._inputs.length, len(values))
         slopes = np.array([-self._rate(*self._between_steps(s), r) for s, r in zip(times, values)])
-        return Path(self._inputs.start, self._inputs.end, values[::-1], slopes[::-1])
+        return Path(self._inputs.start, self._layer.end, values[::-1], slopes[::-1])
 
 
 def _partner_parameters(trajectory: Trajectory) -> dict:
@@ -474,7 +475,7 @@ def _costate_difference(run, costate: Costate) -> float:
 
 
 def _gradient_difference(net: ResidualNetwork, these: Sequence[fd.Function], those: Sequence[fd.Function]) -> float:
-    owners = [(parameter, k) for parameter in net.parameters for k in range(len(parameter.functions))]
+    owners = [(parameter, k) for parameter in (net.bias, net.kernel) for k in range(len(parameter.functions))]
     squares = np.zeros(2)
     for (parameter, k), this, that in zip(owners, these, those, strict=True):
         this, that = (parameter.space_bases[k].read(function) for function in (this, that))

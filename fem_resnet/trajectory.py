@@ -9,14 +9,14 @@ itself is stepped, with no more than the kernel's product, and known between the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import firedrake as fd
 import numpy as np
 
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
+from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.parameter import LayerCoefficients, LayerInputs
 from fem_resnet.time_stepping import StepFailure
 
 __all__ = ["LayerTrajectory", "Trajectory", "like", "solve_trajectory"]
@@ -44,9 +44,14 @@ class LayerTrajectory:
         """u = a - B f at the time t, shape (nodes, samples)."""
         return self.inputs.bias.coefficients(self.fraction(t))[:, None] - self.inputs.factors.apply(self.beta(t), f)
 
+    @property
+    def end(self) -> float:
+        """When the layer ends."""
+        return self.inputs.start + self.inputs.length
+
     def fraction(self, t: float) -> float:
         """The time t as a fraction of the layer, in [0, 1]."""
-        return (t - self.inputs.start) / (self.inputs.end - self.inputs.start)
+        return (t - self.inputs.start) / self.inputs.length
 
     def beta(self, t: float) -> np.ndarray:
         """The kernel's coefficients at the time t."""
@@ -142,6 +147,9 @@ def solve_trajectory(
     steps = 8 * net.steps if steps is None else steps
     coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
     inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
+    if net.factors:
+        learned = net.learned_factors()
+        inputs = [replace(part, factors=learned) for part in inputs]
     f = np.array(Y.values(initial))
     layer: LayerTrajectory
 
@@ -160,13 +168,13 @@ def solve_trajectory(
         for number, part in enumerate(inputs):
             layer, stages = LayerTrajectory(part, None, []), []
             keep = stages.append if keep_stages else lambda step: None
-            values = stepper.solve(f, part.end - part.start, steps, keep)
+            values = stepper.solve(f, part.length, steps, keep)
             f = values[-1]
             if Y.sum(not np.isfinite(f).all()):
-                raise StepFailure(number, part.end, "NOT_FINITE")
-            times = np.linspace(0.0, part.end - part.start, steps + 1)
+                raise StepFailure(number, part.start + part.length, "NOT_FINITE")
+            times = np.linspace(0.0, part.length, steps + 1)
             slopes = np.array([rate(Moment(t, n, 0), values[n]) for n, t in enumerate(times)])
-            layers.append(LayerTrajectory(part, Path(part.start, part.end, values, slopes), stages))
+            layers.append(LayerTrajectory(part, Path(part.start, part.start + part.length, values, slopes), stages))
         scheme = stepper.scheme
     return Trajectory(net, like(initial, f), scheme, steps, layers)
 

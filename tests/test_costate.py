@@ -434,6 +434,18 @@ def test_layers_with_bases_of_their_own():
     _assert_round_off(check)
 
 
+def test_learned_factors_and_layer_times_are_taken_as_they_stand():
+    """(4.3), (4.4) at a network whose factors and times have moved away from the given ones."""
+    net = network("disk", "CG1", steps=4, learn_factors=True, learn_times=True)
+    net.layer_times.set(0, [0.3, 0.8, 1.4])
+    rng = np.random.default_rng(7)
+    for parameter in net.factors:
+        parameter.set(0, parameter.get(0) + 0.1 * rng.normal(size=parameter.get(0).shape))
+    check = costate_check(learning_problem(net, weight=None))
+    _assert_order(check, 4)
+    _assert_round_off(check)
+
+
 def test_one_sample_may_be_a_function_of_the_space_itself():
     net = network("disk", "CG1")
     f, target = fd.Function(net.Y.V), fd.Function(net.Y.V)
