@@ -36,6 +36,9 @@ class Method:
         Whether its stages are known only as the last arguments of the implicit function.
     overruns : bool
         Whether it goes on, with a step of length 0, when a step happens to end at the end.
+    keeps_time : bool
+        Whether a second solve takes its first slope at the time of the last stage of the first one, as PETSc's dirk does
+        (`SNESTSFormFunction_ARKIMEX` reads a stage time that is set after it only): it wants a new TS.
     """
 
     implicit: bool
@@ -44,6 +47,7 @@ class Method:
     partitioned: bool = False
     stages_by_call: bool = False
     overruns: bool = False
+    keeps_time: bool = False
 
 
 def _runge_kutta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +75,7 @@ METHODS = {
     "beuler": Method(True, _theta),
     "cn": Method(True, _theta),
     "arkimex": Method(True, partitioned=True),
-    "dirk": Method(True),
+    "dirk": Method(True, keeps_time=True),
     "irk": Method(True, _gauss, instead="'theta', the implicit midpoint rule, or 'dirk'", stages_by_call=True),
     "euler": Method(False, instead="'rk' with 'ts_rk_type': '1fe'"),
     "ssp": Method(False, instead="'rk' with 'ts_rk_type': '3'"),

@@ -144,6 +144,7 @@ class LayerStepper:
         self.costate: Sequence[np.ndarray] | None = None
         self._replayed: list[float] | None = None
         self._calls: list[list[np.ndarray]] = []
+        self._used = False
         self._ts = self._new_ts()
 
     def _new_ts(self) -> PETSc.TS:
@@ -236,6 +237,10 @@ class LayerStepper:
         StepFailure
             If TS gives up, or the result is not finite.
         """
+        if self.method.keeps_time and self._used:
+            self._ts.destroy()
+            self._create()
+        self._used = True
         self._inputs = inputs
         if not inputs[0].length > 0:
             raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
