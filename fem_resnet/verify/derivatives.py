@@ -13,16 +13,17 @@ decide, the best of several, since a crossing inside a short step is rare.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from mpi4py import MPI
+from pyadjoint.enlisting import Enlist
 
 from fem_resnet.verify.point import Point, close, names, random_like
 from fem_resnet.verify.reference import Reference
 from fem_resnet.verify.report import Check, Line
 
-__all__ = ["adjoint_identities", "costates", "extrapolated", "jacobians", "second_order", "taylor"]
+__all__ = ["adjoint_identities", "costates", "extrapolated", "gauss_newton", "jacobians", "second_order", "taylor"]
 
 #: Steps in parts of the direction, longest first.
 _STEPS = 0.02 * 0.4 ** np.arange(8)
@@ -193,6 +194,47 @@ def _gradient_at(point: Point, h, step):
     return point.derivative()
 
 
+def gauss_newton(point: Point) -> Iterator[Check]:
+    """Actions of Gauss and Newton: <h, A h> against the loss's own curvature along the difference of outputs; symmetry."""
+    problem = point.problem
+    loss, joints = problem.loss.name, problem.net.activation.joints
+    if loss not in ("least_squares", "cross_entropy", "binary_cross_entropy"):
+        yield Check.left_out("Gauss-Newton", "all controls", f"the loss {loss!r} is the user's own")
+        return
+    h = [point.direction(k) for k in range(len(point.functions))]
+    other = [point.random(function) for function in point.functions]
+    J, run = problem.record(gauss_newton=True)
+    actions = []
+    for direction in (h, other):
+        J.derivative()
+        actions.append([np.array(d.dat.data_ro) for d in Enlist(J.hessian(direction))])
+    adapted = problem.net.solver_parameters.get("ts_adapt_type", "none") != "none"
+    taken = [trace.steps for piece in run._pieces for trace in piece.segment.traces()] if adapted else None
+
+    def seen(step):
+        for function, values, direction in zip(point.functions, point.base, h):
+            function.dat.data_wo[...] = values + step * direction.dat.data_ro
+        O = reference.output(reference.states(reference.initial, taken)[-1])
+        return (reference.prediction(O) if loss == "least_squares" else O), reference.regulariser()
+
+    with Reference(problem) as reference:
+        steps = [1e-6] if joints else [4e-3, 1e-3]
+        found = [[seen(step), seen(-step)] for step in steps]
+        X, R = seen(0.0)
+        changes = [(ahead[0] - behind[0]) / (2 * step) for step, (ahead, behind) in zip(steps, found)]
+        change = changes[0] if joints else (16 * changes[1] - changes[0]) / 15
+        far = [seen(step)[1] for step in (1.0, -1.0)] if problem.regulariser is not None else [0.0, 0.0]
+        seen(0.0)
+        expected = float(reference.omega @ reference.curvature(X, change)) + sum(far) - 2 * R
+    value, size = point.pair(actions[0], h), abs(expected) + 1e-9 * abs(R)
+    bound = max(1e-5 if joints else 1e-6, 10 * close(problem))
+    yield Check.of("Gauss-Newton", "<h, A h>", abs(value - expected) / size, bound)
+    forth, back = point.pair(actions[0], other), point.pair(actions[1], h)
+    size = max(abs(forth), abs(back), 1e-6 * size)
+    yield Check.of("Gauss-Newton", "symmetric", abs(forth - back) / size, max(1e-8, close(problem)))
+    point.value()
+
+
 # -- layer by layer --------------------------------------------------------------------------------------------------
 
 
@@ -221,10 +263,9 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
 
 
 def _single_layers(net):
-    import_free = type(net).__new__(type(net))
-    import_free.__dict__.update(net.__dict__)
-    import_free.layers_per_block, import_free._scratch = 1, {}
-    return import_free
+    net = copy.copy(net)
+    net.layers_per_block, net._scratch = 1, {}
+    return net
 
 
 def _factor(net, k):
@@ -333,7 +374,7 @@ def costates(point: Point, taken) -> Iterator[Check]:
 
             def central(step, layer=layer, v=v):
                 tails = [reference.states(states[layer] + e * v, taken, layer)[-1] for e in (step, -step)]
-                return (reference.of_state(tails[0]) - reference.of_state(tails[1])) / (2 * step)
+                return (reference.loss(tails[0]) - reference.loss(tails[1])) / (2 * step)
 
             found = reference.measure.inner(r, v)
             size = abs(found) + 1e-9
@@ -342,9 +383,4 @@ def costates(point: Point, taken) -> Iterator[Check]:
             else:
                 a, b = central(4e-3), central(1e-3)
                 defect = abs((16 * b - a) / 15 - found)
-            yield Check.of("co-state", f"r(t_{layer})", defect / size, bound + 1e-11 * abs(reference.of_state(states[-1])) / size)
-
-
-def largest(comm, values: np.ndarray) -> float:
-    """Largest size over all ranks."""
-    return float(comm.allreduce(float(np.abs(values).max(initial=0.0)), op=MPI.MAX))
+            yield Check.of("co-state", f"r(t_{layer})", defect / size, bound + 1e-11 * abs(reference.loss(states[-1])) / size)

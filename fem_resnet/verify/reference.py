@@ -286,6 +286,8 @@ class Reference:
 
     def step(self, f: np.ndarray, layer: int, taken: Sequence[float] | None = None) -> np.ndarray:
         """f at the end of a layer from f at its start; `taken` are steps, in parts of the layer, other than equal ones."""
+        if self._steppers and self.net.solver_parameters["ts_type"] == "dirk":
+            self.close()  # PETSc's would take its first slope at the time of the last stage before
         if not self._steppers:
             self._steppers.append(_FieldTS(self.net.solver_parameters, self.Y, f.shape[1]))
         steps = [1 / self.net.steps] * self.net.steps if taken is None else taken
@@ -355,6 +357,17 @@ class Reference:
         # The user's own: its value is what it says.
         return measure.total(loss.value(measure.Y, O, C, self.problem._prediction))
 
+    def curvature(self, X: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Second derivative of each sample's loss along v: in C_pre = X for least squares, else in O = X."""
+        measure = self.measure if self.head is None else self.measure_of(self.head.Y)
+        w = measure.weights
+        if self.problem.loss.name == "least_squares":
+            return measure.total(w @ v**2)
+        p = self.prediction(X)
+        if self.problem.loss.name == "binary_cross_entropy":
+            return measure.total(w @ (p * (1 - p) * v**2))
+        return measure.total(w @ self.observed) * (measure.total(w @ (p * v**2)) - measure.total(w @ (p * v)) ** 2)
+
     def regulariser(self) -> float:
         """R."""
         regulariser = self.problem.regulariser
@@ -381,9 +394,13 @@ class Reference:
                 total += weight * squares / 2
         return float(total)
 
+    def loss(self, f: np.ndarray) -> float:
+        """The part of J that depends on f(T)."""
+        return float(self.omega @ self.losses(self.output(f)))
+
     def of_state(self, f: np.ndarray) -> float:
         """J for f(T)."""
-        return float(self.omega @ self.losses(self.output(f))) + self.regulariser()
+        return self.loss(f) + self.regulariser()
 
     def value(self, taken: Sequence | None = None) -> float:
         """J."""
