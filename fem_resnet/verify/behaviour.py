@@ -45,7 +45,10 @@ def reproducibility(point: Point) -> Iterator[Check]:
     point.value(h, -0.5)
     yield Check.of("same bits", "after a value elsewhere", _difference(comm, _answer(point), first), 0.0)
     value = point.value()
-    problem.net.run(problem.net.Y.batch(0.5 * problem.net.Y.values(problem.batch.inputs)))
+    states = [np.array(point.run.state(layer).dat.data_ro) for layer in range(problem.net.layers + 1)]
+    problem.net.run(_half(problem))
+    now = [np.array(point.run.state(layer).dat.data_ro) for layer in range(problem.net.layers + 1)]
+    yield Check.of("same bits", "states after an unrecorded run", _difference(comm, now, states), 0.0)
     derivative = point.derivative()
     yield Check.of("same bits", "after an unrecorded run", _difference(comm, [np.array([value]), *derivative], first), 0.0)
     derivative = point.derivative()
@@ -58,6 +61,13 @@ def reproducibility(point: Point) -> Iterator[Check]:
     yield Check.of("same bits", "recorded again", _difference(comm, again, first), 1e-12)
     unchanged = [np.array(function.dat.data_ro) for function in point.functions]
     yield Check.of("parameters", "left as they were", _difference(comm, unchanged, point.base), 0.0)
+
+
+def _half(problem: LearningProblem):
+    """Other inputs, of the same shape."""
+    inputs = problem.batch.inputs.copy(deepcopy=True)
+    inputs.dat.data_wo[...] *= 0.5
+    return inputs
 
 
 def blocks(point: Point) -> Iterator[Check]:

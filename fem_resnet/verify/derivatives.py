@@ -211,21 +211,29 @@ def gauss_newton(point: Point) -> Iterator[Check]:
     adapted = problem.net.solver_parameters.get("ts_adapt_type", "none") != "none"
     taken = [trace.steps for piece in run._pieces for trace in piece.segment.traces()] if adapted else None
 
-    def seen(step):
+    def move(step):
         for function, values, direction in zip(point.functions, point.base, h):
             function.dat.data_wo[...] = values + step * direction.dat.data_ro
+
+    def seen(step):
+        """What the loss is convex in: C_pre, or O."""
+        move(step)
         O = reference.output(reference.states(reference.initial, taken)[-1])
-        return (reference.prediction(O) if loss == "least_squares" else O), reference.regulariser()
+        return reference.prediction(O) if loss == "least_squares" else O
+
+    def penalty(step):
+        move(step)
+        return reference.regulariser()
 
     with Reference(problem) as reference:
-        steps = [1e-6] if joints else [4e-3, 1e-3]
-        found = [[seen(step), seen(-step)] for step in steps]
-        X, R = seen(0.0)
-        changes = [(ahead[0] - behind[0]) / (2 * step) for step, (ahead, behind) in zip(steps, found)]
-        change = changes[0] if joints else (16 * changes[1] - changes[0]) / 15
-        far = [seen(step)[1] for step in (1.0, -1.0)] if problem.regulariser is not None else [0.0, 0.0]
-        seen(0.0)
-        expected = float(reference.omega @ reference.curvature(X, change)) + sum(far) - 2 * R
+        try:
+            steps = [1e-6] if joints else [4e-3, 1e-3]
+            changes = [(seen(step) - seen(-step)) / (2 * step) for step in steps]
+            change = changes[0] if joints else (16 * changes[1] - changes[0]) / 15
+            R = penalty(0.0)
+            expected = penalty(1.0) + penalty(-1.0) - 2 * R + float(reference.omega @ reference.curvature(seen(0.0), change))
+        finally:
+            move(0.0)
     value, size = point.pair(actions[0], h), abs(expected) + 1e-9 * abs(R)
     bound = max(1e-5 if joints else 1e-6, 10 * close(problem))
     yield Check.of("Gauss-Newton", "<h, A h>", abs(value - expected) / size, bound)
@@ -322,12 +330,13 @@ def jacobians(point: Point) -> Iterator[Check]:
         vec.array_w[:] = rng.normal(size=vec.getLocalSize())
     zero.set(0.0)
     shift, t, step = 2.0, 0.4, 1e-6
-    ts.computeIJacobian(t, u, zero, shift, J, J)
+    imex = stepper.method.partitioned
+    ts.computeIJacobian(t, u, zero, shift, J, J, imex)
     for sign, F in ((1, a), (-1, b)):
         at, rate = u.copy(), zero.copy()
         at.axpy(sign * step, x)
         rate.axpy(sign * step * shift, x)
-        ts.computeIFunction(t, at, rate, F)
+        ts.computeIFunction(t, at, rate, F, imex)
     a.axpy(-1.0, b)
     a.scale(1 / (2 * step))
     J.mult(x, b)

@@ -11,7 +11,7 @@ from pyadjoint.enlisting import Enlist
 
 from fem_resnet.methods import METHODS
 from fem_resnet.objective import LearningProblem
-from fem_resnet.parameter import Parameter
+from fem_resnet.space_basis import LayerTimes
 
 __all__ = ["Point", "close", "names", "own"]
 
@@ -62,17 +62,19 @@ class Point:
         self._rng = np.random.default_rng([2026, seed])
         self.functions = problem.functions
         self._given = [np.array(function.dat.data_ro) for function in self.functions]
-        self.sizes = [max(self._rms(function), 0.3) for function in self.functions]
+        self.sizes = [
+            _size_of_times(parameter.get(k)) if isinstance(basis, LayerTimes) else max(self._rms(function), 0.3)
+            for parameter in problem.parameters
+            for k, (basis, function) in enumerate(zip(parameter.space_bases, parameter.functions))
+        ]
         self._move()
         self.J, self.run = problem.record()
         self.base = [np.array(function.dat.data_ro) for function in self.functions]
         self.gradient = self.derivative()
 
     def _move(self) -> None:
-        factors = {id(f) for parameter in self.problem.parameters if parameter.name in ("layer_times",) for f in parameter.functions}
         for function, size in zip(self.functions, self.sizes):
-            if id(function) not in factors:  # times must stay in order
-                function.dat.data_wo[...] += _MOVE * size * self.random(function).dat.data_ro
+            function.dat.data_wo[...] += _MOVE * size * self.random(function).dat.data_ro
 
     def restore(self) -> None:
         """Give the problem's Functions the values that they had."""
@@ -140,6 +142,11 @@ class Point:
     def lengths(self, functionals: Sequence[np.ndarray]) -> np.ndarray:
         """Root of the sum of squares of each."""
         return np.array([self._sum(np.sum(d**2)) ** 0.5 for d in functionals])
+
+
+def _size_of_times(times: np.ndarray) -> float:
+    """Of a direction of t_1 .. t_L along which they stay in order."""
+    return 0.05 * float(np.diff(times, prepend=0.0).min(initial=1.0))
 
 
 def random_like(like: fd.Function, rng: np.random.Generator, Y) -> fd.Function:

@@ -121,8 +121,7 @@ def other_data(problem: LearningProblem, point: Point) -> Iterator[Check]:
             again = [np.array(d.dat.data_ro) for d in _listed(fresh.derivative())]
             difference = max(_relative(a, b, net.Y.comm) for a, b in zip(gradient, again))
             yield Check.of("exchange", "gradient of other data", difference, bound)
-        if samples > 1 and problem.regulariser is None or samples > 1:
-            yield from _pieces(problem, bound)
+        yield from _pieces(problem, bound)
     finally:
         problem.exchange(batch)
 
@@ -131,7 +130,8 @@ def _pieces(problem: LearningProblem, bound: float) -> Iterator[Check]:
     """Minibatches: the mean of their losses, weighted, is the loss of the batch."""
     whole = problem.batch
     omega = np.asarray(whole.weights) / np.sum(whole.weights)
-    pieces = problem.minibatches(max(1, (whole.samples + 1) // 2), seed=1)
+    # A size that leaves the last piece to be padded.
+    pieces = problem.minibatches(whole.samples - 1 if whole.samples > 2 else whole.samples + 1, seed=1)
     total, weight = 0.0, 0.0
     try:
         with Reference(problem) as reference:

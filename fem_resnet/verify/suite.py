@@ -67,7 +67,7 @@ def verify(
     if not isinstance(made, LearningProblem):
         if not callable(made):
             raise TypeError(f"problem: a LearningProblem, or a function that makes one, is wanted, {type(made).__name__} was given")
-        takes_comm = bool(inspect.signature(made).parameters)
+        takes_comm = _takes_communicator(made)
         make = made if takes_comm else None
         made = made(MPI.COMM_WORLD) if takes_comm else made()
     if not isinstance(made, LearningProblem):
@@ -83,6 +83,14 @@ def verify(
             continue_annotation()
     report.seconds = made.net.Y.comm.allreduce(time.perf_counter() - start, op=MPI.MAX)
     return report
+
+
+def _takes_communicator(make: Callable) -> bool:
+    """Whether the first argument is `comm`, or one that must be given."""
+    for name, parameter in inspect.signature(make).parameters.items():
+        wanted = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        return wanted and (name == "comm" or parameter.default is parameter.empty)
+    return False
 
 
 def _title(problem: LearningProblem) -> str:
