@@ -293,7 +293,7 @@ FAULTS = [
     Fault("the head's mu is left out of its gradient", CLASSES, line(HeadOperator, "adjoint", "coefficients.sum(axis=1)", "0 * coefficients.sum(axis=1)")),
     Fault("the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "f += self._psi.weighted @ (W_dot.T @ coefficients)", "pass")),
     Fault("predictions without mu", CLASSES, line(fem_resnet.head.Head, "_coefficients", " + self.mu.get(0)[:, None]", "")),
-    Fault("softmax normalised over samples", FIELD, lambda patch: (patch.setattr(fem_resnet.head, "log_density", _over_samples), patch.setattr(fem_resnet.loss, "log_density", _over_samples))),
+    Fault("softmax normalised over samples", CLASSES, lambda patch: (patch.setattr(fem_resnet.head, "log_density", _over_samples), patch.setattr(fem_resnet.loss, "log_density", _over_samples))),
     Fault("h' is left out", FIELD, _prediction("logistic", transpose=lambda old: lambda Y, O, d: d)),
     Fault("h'' is left out", FIELD, _prediction("logistic", second_transpose=lambda old: lambda Y, O, v, d: 0 * d)),
     Fault("h is not applied", FIELD, _prediction("logistic", value=lambda old: lambda Y, O: O, transpose=lambda old: lambda Y, O, d: d, derivative=lambda old: lambda Y, O, v: v, second_transpose=lambda old: lambda Y, O, v, d: 0 * d)),

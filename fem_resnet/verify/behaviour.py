@@ -78,7 +78,8 @@ def blocks(point: Point) -> Iterator[Check]:
         return
     h = [point.direction(k) for k in range(len(point.functions))]
     answers = []
-    for size in (1, 2, net.layers):
+    sizes = sorted({1, 2, net.layers})
+    for size in sizes:
         other = copy.copy(problem)
         other.net = copy.copy(net)
         other.net.layers_per_block, other.net._scratch = size, {}
@@ -95,7 +96,7 @@ def blocks(point: Point) -> Iterator[Check]:
     bound = max(1e-10, 10 * close(problem))
     if problem.net.solver_parameters.get("ts_adapt_type", "none") != "none":
         bound = max(bound, 1e-9)
-    for size, answer in zip((2, net.layers), answers[1:]):
+    for size, answer in zip(sizes[1:], answers[1:]):
         for name, these, those in zip(("J", "gradient", "states", "co-states", "Hessian"), answer, answers[0]):
             if these:
                 lengths = [np.linalg.norm(part) for part in those]

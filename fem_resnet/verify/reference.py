@@ -476,8 +476,8 @@ class _FieldTS:
         self._equation, self._steps = equation, [length * step for step in steps]
         self._y.array_w[:] = f.ravel()
         ts = self.ts
-        ts.setTime(equation.start)
-        ts.setMaxTime(equation.end)
+        ts.setTime(0.0)  # of the layer: a new dirk takes its first slope at time 0, wherever it starts
+        ts.setMaxTime(length)
         ts.setMaxSteps(len(steps))
         ts.setStepNumber(0)
         ts.setTimeStep(self._steps[0])
@@ -491,13 +491,14 @@ class _FieldTS:
         return vec.array_r.reshape(self._shape)
 
     def _rate(self, ts, t, y, F):
-        F.array_w[:] = self._equation.rate(t, self._field(y)).ravel()
+        F.array_w[:] = self._equation.rate(self._equation.start + t, self._field(y)).ravel()
 
     def _residual(self, ts, t, y, y_t, F):
-        F.array_w[:] = y_t.array_r - self._equation.rate(t, self._field(y)).ravel()
+        F.array_w[:] = y_t.array_r - self._equation.rate(self._equation.start + t, self._field(y)).ravel()
 
     def _set_jacobian(self, ts, t, y, y_t, shift, J, P):
-        self._shift, self._t, self._slope = shift, t, self._equation.slope(t, self._field(y))
+        self._shift, self._t = shift, self._equation.start + t
+        self._slope = self._equation.slope(self._t, self._field(y))
         self._scale = 1.0
         return True
 
