@@ -21,6 +21,7 @@ _MODULES = {
     "costate": ["Costate", "CostateCheck", "costate_check", "solve_costate", "terminal_costate"],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
+    "verify.suite": ["verify"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

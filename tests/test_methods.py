@@ -96,6 +96,13 @@ def exact():
 
 
 @pytest.mark.parametrize("name", FORWARD)
+def test_a_second_solve_gives_the_same_numbers(name):
+    """With coefficients that depend on t: nothing of the time of the first solve is left."""
+    net = network(solver_parameters=options(name), bias_in_time="linear", kernel_in_time="linear")
+    assert_array_equal(states(net), states(net))
+
+
+@pytest.mark.parametrize("name", FORWARD)
 def test_every_type_steps_forward_with_its_order(name):
     order = FORWARD[name][1]
     steps = 8 if order > 2 else 16

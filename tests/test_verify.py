@@ -219,7 +219,7 @@ def test_folder_and_function_have_one_name():
 # -- on ranks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel([2])
 def test_on_ranks_the_problem_is_held_against_one_rank_alone():
     report = verify(built_in, quick=True)
     assert report.passed, "\n" + str(report)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import firedrake as fd
 import numpy as np
+from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.methods import METHODS
@@ -155,7 +156,8 @@ def random_like(like: fd.Function, rng: np.random.Generator, Y) -> fd.Function:
     space, values = function.function_space(), function.dat.data_wo
     if space.mesh() is Y.V.mesh():
         x = Y.coordinates
-        extent = max(Y.comm.allreduce(float(np.abs(x - Y.coordinates.mean(axis=0)).max(initial=0.0))), 1e-300)
+        ends = [Y.comm.allreduce(float(sign * (sign * x).max(initial=-np.inf)), op=op) for sign, op in ((1, MPI.MAX), (-1, MPI.MIN))]
+        extent = (ends[0] - ends[1]) / 2 or 1.0
         columns = space.value_size
         # Two waves a column, so that none is in the span of a few.
         waves = sum(
