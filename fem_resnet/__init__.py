@@ -24,6 +24,7 @@ _MODULES = {
     "curvature": ["Spectrum", "hessian_spectrum"],
     "training.gradient": ["Result", "train"],
     "io": ["load", "save"],
+    "verify.suite": ["verify"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

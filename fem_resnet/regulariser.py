@@ -38,14 +38,20 @@ class Regulariser:
     ----------
     terms : tuple of (float, callable)
         Weights and forms.
+    names : tuple of str
+        What each form is called, as far as it has a name: what a verification holds it against.
     """
 
     terms: tuple[tuple[float, Form], ...]
+    names: tuple[str, ...] = ()
 
     def __add__(self, other: Regulariser) -> Regulariser:
         if not isinstance(other, Regulariser):
             return NotImplemented
-        return Regulariser(self.terms + other.terms)
+        return Regulariser(self.terms + other.terms, self._all_names() + other._all_names())
+
+    def _all_names(self) -> tuple[str, ...]:
+        return (*self.names, *[""] * (len(self.terms) - len(self.names)))
 
     def __call__(self, parameters: Sequence[Parameter]) -> AdjFloat:
         """The value at these parameters, recorded while annotating. Collective."""
@@ -122,7 +128,7 @@ def tikhonov(weight: float) -> Regulariser:
     weight
         lambda >= 0.
     """
-    return Regulariser(((_checked(weight), _mass),))
+    return Regulariser(((_checked(weight), _mass),), ("tikhonov",))
 
 
 def smooth_in_space(weight: float) -> Regulariser:
@@ -135,7 +141,7 @@ def smooth_in_space(weight: float) -> Regulariser:
     weight
         lambda >= 0.
     """
-    return Regulariser(((_checked(weight), _stiffness),))
+    return Regulariser(((_checked(weight), _stiffness),), ("smooth_in_space",))
 
 
 def smooth_in_time(weight: float) -> Regulariser:
@@ -146,7 +152,7 @@ def smooth_in_time(weight: float) -> Regulariser:
     weight
         lambda >= 0.
     """
-    return Regulariser(((_checked(weight), _variation),))
+    return Regulariser(((_checked(weight), _variation),), ("smooth_in_time",))
 
 
 def _checked(weight: float) -> float:

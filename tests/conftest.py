@@ -35,10 +35,12 @@ from pyadjoint.enlisting import Enlist  # noqa: E402
 TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 
 TAYLOR_RATES = pytest.StashKey[dict]()
+VERIFIED = pytest.StashKey[dict]()
 
 
 def pytest_configure(config):
     config.stash[TAYLOR_RATES] = defaultdict(dict)
+    config.stash[VERIFIED] = {"faults": [], "sound": []}
     if COMM_WORLD.size > 1:
         config.pluginmanager.register(OnRanks(os.dup(2)))
 
@@ -89,7 +91,12 @@ class OnRanks:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The smallest Taylor rates of the session: rows with the same columns make a table."""
+    """What `verify` caught, and the smallest Taylor rates of the session: rows with the same columns make a table."""
+    faults, sound = config.stash[VERIFIED].values()
+    if faults or sound:
+        terminalreporter.section("verify")
+        terminalreporter.line(f"faults: {sum(faults)} caught of {len(faults)} planted")
+        terminalreporter.line(f"false alarms: {len(sound) - sum(sound)} in {len(sound)} random sound networks")
     tables = defaultdict(dict)
     for name, row in config.stash[TAYLOR_RATES].items():
         tables[tuple(row)][name] = row
@@ -116,6 +123,12 @@ def tape():
     left_on = annotate_tape()
     pause_annotation()
     assert not left_on, "the test left pyadjoint's annotation on; wrap what is to be taped in `with annotation():`"
+
+
+@pytest.fixture
+def found(request):
+    """Lists of what `verify` did: ``found["faults"].append(caught)``, ``found["sound"].append(silent)``."""
+    return request.config.stash[VERIFIED]
 
 
 @pytest.fixture

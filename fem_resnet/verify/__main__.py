@@ -1,0 +1,90 @@
+"""`python -m fem_resnet.verify [FILE.h5 | MODULE] [--json FILE] [--png FILE] [--quick]`.
+
+What is verified: a saved network (`fem_resnet.save`), with smooth inputs and targets; a Python module, by name or path,
+with a function `problem()` or `problem(comm)` that returns a LearningProblem; or a built-in problem. The table goes to
+standard output on rank 0. Exit code 0 if all checks passed, 1 if one failed, 2 if there was nothing to verify.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpi4py import MPI
+
+from fem_resnet.io import load
+from fem_resnet.verify.report import Report
+from fem_resnet.verify.suite import problem_of, verify
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, the same on all ranks."""
+    parser = argparse.ArgumentParser(prog="python -m fem_resnet.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", help="a saved network, or a module with problem(); a built-in one if left out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the convergence lines there")
+    parser.add_argument("--quick", action="store_true", help="fewer directions, no convergence of co-states")
+    given = parser.parse_args(arguments)
+    comm = MPI.COMM_WORLD
+    try:
+        what = None if given.what is None else _what(given.what)
+        for name, path in (("--json", given.json), ("--png", given.png)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"{name}: the folder {path.absolute().parent} does not exist")
+        if not (what is None or callable(what)):
+            what = problem_of(*what)
+    except (OSError, ImportError, ValueError, AttributeError) as error:
+        if comm.rank == 0:
+            sys.stderr.write(f"fem_resnet.verify: {error}\n")
+        return 2
+    try:
+        report = verify(what, quick=given.quick)
+    except TypeError as error:
+        if comm.rank == 0:
+            sys.stderr.write(f"fem_resnet.verify: {error}\n")
+        return 2
+    if comm.rank == 0:
+        _write(report, given.json, given.png)
+    comm.barrier()
+    return 0 if report.passed else 1
+
+
+def _write(report: Report, as_json: Path | None, png: Path | None) -> None:
+    sys.stdout.write(f"{report}\n")
+    sys.stdout.flush()
+    if as_json is not None:
+        as_json.write_text(report.to_json() + "\n")
+    if png is not None:
+        report.draw(png)
+
+
+def _what(name: str):
+    """What a file holds, or the function of a module."""
+    path = Path(name)
+    if path.suffix in (".h5", ".hdf5"):
+        return load(path)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    elif path.is_file():
+        return load(path)
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+        module = importlib.import_module(name)
+    if not callable(getattr(module, "problem", None)):
+        raise AttributeError(f"the module {name} has no function problem(), which returns the LearningProblem to verify")
+    return module.problem
+
+
+if __name__ == "__main__":
+    sys.exit(main())

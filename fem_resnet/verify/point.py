@@ -1,0 +1,171 @@
+"""A learning problem at a point where nothing vanishes by accident: its values, derivatives and directions there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import firedrake as fd
+import numpy as np
+from mpi4py import MPI
+from pyadjoint.enlisting import Enlist
+
+from fem_resnet.methods import METHODS
+from fem_resnet.objective import LearningProblem
+from fem_resnet.space_basis import LayerTimes
+
+__all__ = ["Point", "close", "names", "own"]
+
+#: A part of their size by which parameters are moved.
+_MOVE = 0.1
+
+
+def own(problem: LearningProblem) -> LearningProblem:
+    """The same problem, on the same Functions, with recordings of its own; adapted steps are replayed."""
+    problem = copy.copy(problem)
+    problem.net = copy.copy(problem.net)
+    problem.net.replay_steps = True
+    problem.net._scratch = {}
+    problem._recorded = None
+    return problem
+
+
+def names(problem: LearningProblem) -> list[str]:
+    """One a control."""
+    return [f"{parameter.name}_{k}" for parameter in problem.parameters for k in range(len(parameter.functions))]
+
+
+def close(problem: LearningProblem) -> float:
+    """Relative accuracy of what a network computes: round-off, or that of the solves of an implicit type."""
+    parameters = problem.net.solver_parameters
+    if not METHODS[parameters["ts_type"]].implicit:
+        return 1e-11
+    theirs = [float(parameters.get(name, 0.0)) for name in ("snes_rtol", "ksp_rtol")]
+    return max(1e-8, 1e2 * max(theirs), 1e2 * float(parameters.get("snes_stol", 0.0)) ** 2)
+
+
+class Point:
+    """J, its derivatives and directions at the problem's parameters, moved by a tenth of their size.
+
+    Where all parameters are zero, or at a minimum, gradients vanish and derivatives say nothing. Collective; `restore`
+    puts the parameters back.
+
+    Parameters
+    ----------
+    problem
+        See `own`.
+    seed
+        Of the move, the same on every rank.
+    """
+
+    def __init__(self, problem: LearningProblem, seed: int = 0):
+        self.problem, self.Y, self.comm = problem, problem.net.Y, problem.net.Y.comm
+        self._rng = np.random.default_rng([2026, seed])
+        self.functions = problem.functions
+        self._given = [np.array(function.dat.data_ro) for function in self.functions]
+        self.sizes = [
+            _size_of_times(parameter.get(k)) if isinstance(basis, LayerTimes) else max(self._rms(function), 0.3)
+            for parameter in problem.parameters
+            for k, (basis, function) in enumerate(zip(parameter.space_bases, parameter.functions))
+        ]
+        self._move()
+        self.J, self.run = problem.record()
+        self.base = [np.array(function.dat.data_ro) for function in self.functions]
+        self.gradient = self.derivative()
+
+    def _move(self) -> None:
+        for function, size in zip(self.functions, self.sizes):
+            function.dat.data_wo[...] += _MOVE * size * self.random(function).dat.data_ro
+
+    def restore(self) -> None:
+        """Give the problem's Functions the values that they had."""
+        for function, values in zip(self.functions, self._given):
+            function.dat.data_wo[...] = values
+
+    # -- directions ---------------------------------------------------------------------------------------------------
+
+    def _sum(self, value: float) -> float:
+        return float(self.comm.allreduce(float(value)))
+
+    def _rms(self, function: fd.Function) -> float:
+        values = function.dat.data_ro
+        return (self._sum(np.sum(values**2)) / max(self._sum(values.size), 1)) ** 0.5
+
+    def random(self, like: fd.Function) -> fd.Function:
+        """A Function of size one that no partition changes: smooth over the label domain, else random numbers."""
+        return random_like(like, self._rng, self.Y)
+
+    def direction(self, k: int) -> fd.Function:
+        """A direction for control k, of its size, along which J rises: half random, half the gradient."""
+        random = self.random(self.functions[k])
+        g = self.gradient[k]
+        length = self._sum(np.sum(g**2)) ** 0.5
+        values = random.dat.data_ro.copy()
+        if length > 0:
+            sign = 1.0 if self._sum(np.sum(g * values)) >= 0 else -1.0
+            values = sign * values + g / length * self._sum(values.size) ** 0.5
+        random.dat.data_wo[...] = self.sizes[k] * values
+        return random
+
+    def alone(self, k: int, direction: fd.Function) -> list[fd.Function]:
+        """The direction in control k, zero in all others."""
+        return [direction if i == k else fd.Function(f.function_space()) for i, f in enumerate(self.functions)]
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def at(self, h: Sequence[fd.Function] | None = None, step: float = 0.0) -> list[fd.Function]:
+        """m + step h."""
+        result = []
+        for k, values in enumerate(self.base):
+            function = fd.Function(self.functions[k].function_space())
+            function.dat.data_wo[...] = values if h is None else values + step * h[k].dat.data_ro
+            result.append(function)
+        return result
+
+    def value(self, h: Sequence[fd.Function] | None = None, step: float = 0.0) -> float:
+        """J(m + step h); the tape then stands there."""
+        return float(self.J(self.at(h, step)))
+
+    def derivative(self) -> list[np.ndarray]:
+        """J' where the tape stands: functionals as they lie in their Cofunctions, on this rank."""
+        return [np.array(d.dat.data_ro) for d in Enlist(self.J.derivative())]
+
+    def hessian(self, h: Sequence[fd.Function]) -> list[np.ndarray]:
+        """J''(m) h."""
+        self.value()
+        self.J.derivative()
+        return [np.array(d.dat.data_ro) for d in Enlist(self.J.hessian(h))]
+
+    def pair(self, functionals: Sequence[np.ndarray], h: Sequence[fd.Function]) -> float:
+        """<d, h>: plain sums over what all ranks own."""
+        return self._sum(sum(np.sum(d * v.dat.data_ro) for d, v in zip(functionals, h, strict=True)))
+
+    def lengths(self, functionals: Sequence[np.ndarray]) -> np.ndarray:
+        """Root of the sum of squares of each."""
+        return np.array([self._sum(np.sum(d**2)) ** 0.5 for d in functionals])
+
+
+def _size_of_times(times: np.ndarray) -> float:
+    """Of a direction of t_1 .. t_L along which they stay in order."""
+    return 0.05 * float(np.diff(times, prepend=0.0).min(initial=1.0))
+
+
+def random_like(like: fd.Function, rng: np.random.Generator, Y) -> fd.Function:
+    """See `Point.random`."""
+    function = fd.Function(like.function_space())
+    space, values = function.function_space(), function.dat.data_wo
+    if space.mesh() is Y.V.mesh():
+        x = Y.coordinates
+        ends = [Y.comm.allreduce(float(sign * (sign * x).max(initial=-np.inf)), op=op) for sign, op in ((1, MPI.MAX), (-1, MPI.MIN))]
+        extent = (ends[0] - ends[1]) / 2 or 1.0
+        columns = space.value_size
+        # Two waves a column, so that none is in the span of a few.
+        waves = sum(
+            np.cos(x @ rng.normal(scale=3 / extent, size=(x.shape[1], columns)) + rng.uniform(0, 6, columns)) for _ in range(3)
+        )
+        values[...] = (waves + rng.normal(size=columns)).reshape(values.shape) / 1.6
+        return function
+    numbers = rng.normal(size=(space.dim(),))
+    if values.size:
+        values[...] = numbers.reshape(values.shape)
+    return function

@@ -1,0 +1,511 @@
+"""A learning problem written out a second time, for comparison: plain formulas, stepped in f itself.
+
+Nothing here asks the package for a number that it computes. Weights are assembled again, coefficients are read from the
+Functions that hold them, integrals are sums over nodes added up by MPI, sigma, losses, predictions and regularisers stand
+here a second time, and (2.8) is stepped by a PETSc TS of the same type as it is written,
+
+    f_t = sigma(a - Phi beta int Psi f),      f of shape (nodes, samples), t in [t_l, t_(l+1)],
+
+not in coefficients; implicit types are solved by products with the Jacobian alone. No matrix of size nodes x nodes occurs.
+Taken as given are the nodes, the values of basis functions, and PETSc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import firedrake as fd
+import numpy as np
+import petsctools
+import scipy.special
+import sympy
+from mpi4py import MPI
+from petsc4py import PETSc
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.activation import Activation
+from fem_resnet.basis import Basis
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.parameter import Parameter
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
+
+__all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "sigma"]
+
+
+class NotWrittenOut(NotImplementedError):
+    """Something that has no second form here; the message says what."""
+
+
+_SIGMA = {
+    "tanh": lambda s: 1 - 2 / (1 + np.exp(2 * np.clip(s, -350, 350))),
+    "arctan": lambda s: np.sign(s) * (np.pi / 2 - np.arctan2(1.0, np.abs(s))),
+    "sigmoid": scipy.special.expit,
+    "softplus": lambda s: np.logaddexp(0.0, s),
+    "relu": lambda s: np.where(s > 0, s, 0.0),
+    "leaky_relu": lambda s: np.where(s > 0, s, 0.1 * s),
+    "elu": lambda s, alpha: np.where(s > 0, s, alpha * (np.exp(np.minimum(s, 0)) - 1)),
+    "identity": lambda s: 1.0 * s,
+}
+
+
+def sigma(activation: Activation) -> Callable[[np.ndarray], np.ndarray]:
+    """sigma by another formula than the package's."""
+    if activation.expression is not None:
+        symbols = sorted(activation.expression.free_symbols, key=str) or [sympy.Symbol("s")]
+        formula = sympy.lambdify(symbols, activation.expression, modules=["scipy", "numpy"])
+        return lambda s: np.broadcast_to(formula(s), np.shape(s)) + 0.0
+    if activation.name not in _SIGMA:
+        raise NotWrittenOut(f"the activation {activation.name!r} has no second formula")
+    parameters = dict(activation.parameters)
+    return lambda s: _SIGMA[activation.name](s, **parameters)
+
+
+def raw(function: fd.Function | fd.Cofunction, Y: LabelSpace, shape: tuple[int, ...]) -> np.ndarray:
+    """Coefficients as they lie in a Function: (nodes, ...) of Y on its ranks, anything else whole on every rank. Collective."""
+    values = np.array(function.dat.data_ro)
+    if function.function_space().mesh() is Y.V.mesh():
+        return values.reshape((values.shape[0], *shape[1:]))
+    return np.concatenate([part.ravel() for part in Y.comm.allgather(values)]).reshape(shape)
+
+
+class Measure:
+    """The measure of a label domain, assembled anew: w as row sums of the mass matrix."""
+
+    def __init__(self, Y: LabelSpace):
+        self.Y, self.comm = Y, Y.comm
+        with stop_annotating():
+            one = fd.Function(Y.V).assign(1.0)
+            form = fd.inner(one, fd.TestFunction(Y.V)) * fd.dx
+            self.weights = fd.assemble(form).dat.data_ro.copy()
+
+    def total(self, values: np.ndarray | float) -> np.ndarray:
+        """Sum over the ranks."""
+        values = np.array(values, dtype=float)
+        result = np.empty_like(values)
+        self.comm.Allreduce(values, result, op=MPI.SUM)
+        return result
+
+    def integrals(self, test: np.ndarray, f: np.ndarray) -> np.ndarray:
+        """int test_i f_s dy, shape (columns of test, columns of f)."""
+        return self.total(test.T @ (self.weights[:, None] * f))
+
+    def gram(self, basis: Basis) -> np.ndarray:
+        """Inner products of basis functions."""
+        return self.integrals(basis.values, basis.values)
+
+    def inner(self, f: np.ndarray, g: np.ndarray) -> float:
+        """Inner product of node values, (nodes,) or (nodes, samples), the samples added up."""
+        return float(self.total(np.sum((self.weights * (f * g).T))))
+
+    def norm(self, f: np.ndarray) -> float:
+        """Its norm."""
+        return self.inner(f, f) ** 0.5
+
+    def stiffness(self, values: np.ndarray) -> np.ndarray:
+        """K x: functionals of int grad . grad, or of a graph's half sum of squared differences; x of shape (nodes, any)."""
+        Y = self.Y
+        if Y.graph is not None:
+            A = Y.graph.toarray()
+            whole = np.zeros((Y.size, values.shape[1]))
+            whole[Y.numbers] = values
+            whole = self.total(whole)
+            return (A.sum(axis=1)[:, None] * whole - A @ whole)[Y.numbers]
+        result = np.empty_like(values)
+        with stop_annotating():
+            u = fd.Function(Y.V)
+            for k in range(values.shape[1]):
+                u.dat.data_wo[...] = values[:, k]
+                result[:, k] = fd.assemble(fd.inner(fd.grad(u), fd.grad(fd.TestFunction(Y.V))) * fd.dx).dat.data_ro
+        return result
+
+    def basis_stiffness(self, basis: Basis) -> np.ndarray:
+        """Inner products of gradients; of eigenfunctions on a discontinuous space the eigenvalues that they came with."""
+        if self.Y.V.ufl_element() not in fd.H1 and self.Y.graph is None:
+            return np.diag(basis.eigenvalues)
+        return self.total(basis.values.T @ self.stiffness(basis.values))
+
+
+class Reference:
+    """J of a learning problem at the present values of all Functions, from formulas.
+
+    Collective. Use as a context, or `close` it: PETSc's objects are destroyed on all ranks together.
+
+    Parameters
+    ----------
+    problem
+        The problem.
+    batch
+        Data in place of the problem's own.
+    """
+
+    def __init__(self, problem: LearningProblem, batch: Batch | None = None):
+        self.problem, self.net, self.head = problem, problem.net, problem.head
+        self.batch = problem.batch if batch is None else batch
+        self.Y = self.net.Y
+        self.measure = Measure(self.Y)
+        self._sigma = sigma(self.net.activation)
+        self._grams: dict[Basis, np.ndarray] = {}
+        self._steppers: list[_FieldTS] = []
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Destroy PETSc's objects. Collective."""
+        for stepper in self._steppers:
+            stepper.ts.destroy()
+        self._steppers = []
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def coefficients(self, parameter: Parameter, k: int) -> np.ndarray:
+        """c_k."""
+        return raw(parameter.functions[k], self.Y, parameter.space_bases[k].shape)
+
+    @property
+    def times(self) -> np.ndarray:
+        """t_0 .. t_L."""
+        if self.net.layer_times is not None:
+            return np.append(0.0, self.coefficients(self.net.layer_times, 0))
+        return np.array(self.net.times)
+
+    def hats(self, parameter: Parameter, layer: int, s: float) -> list[tuple[int, float]]:
+        """Numbers and values of what acts at the fraction s of a layer."""
+        how = parameter.time_basis.description
+        if how == "linear":
+            return [(layer, 1.0 - s), (layer + 1, s)]
+        return [({"layers": layer, "shared": 0}[how] if isinstance(how, str) else how[layer], 1.0)]
+
+    def lengths(self, parameter: Parameter) -> np.ndarray:
+        """tau_k of each function in time: what it has of [0, T], in the times that the network was given."""
+        if parameter not in (self.net.bias, self.net.kernel):
+            return np.ones(len(parameter.functions))
+        tau, times = np.zeros(len(parameter.functions)), self._given_times
+        for layer in range(self.net.layers):
+            # Simpson's rule is exact for what is linear.
+            for s, weight in ((0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6)):
+                for k, theta in self.hats(parameter, layer, s):
+                    tau[k] += weight * theta * (times[layer + 1] - times[layer])
+        return tau
+
+    @property
+    def _given_times(self) -> np.ndarray:
+        return np.array(self.net._given_times)
+
+    def steps_in_time(self, parameter: Parameter) -> list[tuple[int, int, float]]:
+        """Functions that follow each other in t, and the distance of their centres."""
+        if parameter not in (self.net.bias, self.net.kernel) or not self.net.layers:
+            return []
+        times = self._given_times
+        if parameter.time_basis.description == "linear":
+            return [(l, l + 1, times[l + 1] - times[l]) for l in range(self.net.layers)]
+        pieces: list[list] = []
+        for layer in range(self.net.layers):
+            (k, _), = self.hats(parameter, layer, 0.0)
+            if pieces and pieces[-1][0] == k:
+                pieces[-1][2] = times[layer + 1]
+            else:
+                pieces.append([k, times[layer], times[layer + 1]])
+        return [(a[0], b[0], (b[1] + b[2] - a[1] - a[2]) / 2) for a, b in zip(pieces, pieces[1:])]
+
+    def gram(self, basis: Basis) -> np.ndarray:
+        """As of `Measure`, made once."""
+        if basis not in self._grams:
+            self._grams[basis] = self.measure_of(basis.Y).gram(basis)
+        return self._grams[basis]
+
+    def measure_of(self, Y: LabelSpace) -> Measure:
+        """That of the network's label domain, or of the head's."""
+        return self.measure if Y is self.Y else self._head_measure
+
+    @cached_property
+    def _head_measure(self) -> Measure:
+        return Measure(self.head.Y)
+
+    def product(self, parameter: Parameter, k: int, c: np.ndarray, d: np.ndarray) -> float:
+        """Inner product of what c and d stand for, in L2 of the label domain, or of the pair of them, without tau_k."""
+        basis = parameter.space_bases[k]
+        if isinstance(basis, (NodalValues, StateValues)):
+            return self.measure_of(basis.Y).inner(c, d)
+        if isinstance(basis, BasisCoefficients):
+            values = basis.basis.values
+            return self.measure_of(basis.Y).inner(values @ c, values @ d)
+        if isinstance(basis, KernelCoefficients):
+            return float(np.trace(c.T @ self.gram(basis.kernel.phi) @ d @ self.gram(basis.kernel.psi)))
+        return float(np.sum(c * d))
+
+    def _gradients(self, parameter: Parameter, k: int, c: np.ndarray) -> float:
+        """Integral of squared gradients of what c stands for."""
+        basis = parameter.space_bases[k]
+        if isinstance(basis, (NodalValues, StateValues)):
+            columns = c.reshape(c.shape[0], -1)
+            return float(self.measure.total(np.sum(columns * self.measure.stiffness(columns))))
+        if isinstance(basis, BasisCoefficients):
+            return float(c @ self.measure.basis_stiffness(basis.basis) @ c)
+        if isinstance(basis, KernelCoefficients):
+            (G, H), (K, L) = (
+                [what(factor) for factor in (basis.kernel.phi, basis.kernel.psi)]
+                for what in (self.gram, self.measure.basis_stiffness)
+            )
+            return float(np.trace(c.T @ K @ c @ H) + np.trace(c.T @ G @ c @ L))
+        return 0.0
+
+    def _factor(self, basis: Basis, X: np.ndarray | None) -> np.ndarray:
+        """Values of Phi or Psi: as given, or moved from there by X and made orthonormal, Gram and Schmidt."""
+        if X is None:
+            return basis.values
+        w = self.measure.weights[:, None]
+        moved = basis.values + X - basis.values @ self.measure.total(basis.values.T @ (w * X))
+        R = np.linalg.cholesky(self.measure.total(moved.T @ (w * moved))).T
+        return np.linalg.solve(R.T, moved.T).T
+
+    # -- (2.8) --------------------------------------------------------------------------------------------------------
+
+    def layer(self, layer: int) -> _LayerEquation:
+        """The equation of a layer, at the present coefficients."""
+        at = [k for k, _ in self.hats(self.net.kernel, layer, 0.5)]
+        kernel = self.net.kernel.space_bases[at[0]].kernel
+        moved = {p.name: self.coefficients(p, 0) for p in self.net.factors}
+        phi, psi = (self._factor(basis, moved.get(name)) for name, basis in (("phi", kernel.phi), ("psi", kernel.psi)))
+        return _LayerEquation(
+            self._sigma, self.measure, phi, psi, self.times[layer : layer + 2],
+            self._in_time(self.net.bias, layer), self._in_time(self.net.kernel, layer),
+        )  # fmt: skip
+
+    def _in_time(self, parameter: Parameter, layer: int) -> Callable[[float], np.ndarray]:
+        expanded = {}
+        for k, _ in self.hats(parameter, layer, 0.5):
+            c, basis = self.coefficients(parameter, k), parameter.space_bases[k]
+            expanded[k] = basis.basis.values @ c if isinstance(basis, BasisCoefficients) else c
+        return lambda s: sum(theta * expanded[k] for k, theta in self.hats(parameter, layer, s))
+
+    def step(self, f: np.ndarray, layer: int, taken: Sequence[float] | None = None) -> np.ndarray:
+        """f at the end of a layer from f at its start; `taken` are steps, in parts of the layer, other than equal ones."""
+        if self._steppers and self.net.solver_parameters["ts_type"] == "dirk":
+            self.close()  # PETSc's would take its first slope at the time of the last stage before
+        if not self._steppers:
+            self._steppers.append(_FieldTS(self.net.solver_parameters, self.Y, f.shape[1]))
+        steps = [1 / self.net.steps] * self.net.steps if taken is None else taken
+        return self._steppers[0].solve(self.layer(layer), f, steps)
+
+    def states(self, f: np.ndarray, taken: Sequence | None = None, start: int = 0) -> list[np.ndarray]:
+        """f at the layer times from t_start on, from f at t_start."""
+        result = [f]
+        for layer in range(start, self.net.layers):
+            result.append(self.step(result[-1], layer, None if taken is None else taken[layer]))
+        return result
+
+    # -- J ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def initial(self) -> np.ndarray:
+        """f_I."""
+        inputs = self.batch.inputs
+        return raw(inputs, self.Y, (self.Y.nodes, inputs.function_space().value_size))
+
+    @cached_property
+    def omega(self) -> np.ndarray:
+        """Weights of the samples."""
+        omega = np.ones(self.batch.samples) if self.batch.weights is None else np.array(self.batch.weights, dtype=float)
+        return omega / omega.sum()
+
+    @cached_property
+    def observed(self) -> np.ndarray:
+        """C at the nodes of the output."""
+        Y, targets = (self.Y if self.head is None else self.head.Y), self.batch.targets
+        if isinstance(targets, fd.Function):
+            return raw(targets, Y, (Y.nodes, targets.function_space().value_size))
+        return (Y.numbers[:, None] == np.asarray(targets)[None, :]).astype(float)
+
+    def output(self, f: np.ndarray) -> np.ndarray:
+        """O: (2.9)."""
+        if self.head is None:
+            return f
+        W, mu = (self.coefficients(parameter, 0) for parameter in (self.head.W, self.head.mu))
+        return self.head.onto.values @ (W @ self.measure.integrals(self.head.psi.values, f) + mu[:, None])
+
+    def prediction(self, O: np.ndarray) -> np.ndarray:
+        """h(O)."""
+        name = self.problem.loss.prediction or "identity" if self.head is None else self.head.prediction.name
+        if name == "identity":
+            return O
+        if name == "logistic":
+            return scipy.special.expit(O)
+        if name == "softmax":
+            measure = self.measure if self.head is None else self.measure_of(self.head.Y)
+            largest = measure.comm.allreduce(O.max(initial=-np.inf), op=MPI.MAX)
+            p = np.exp(O - largest)
+            return p / measure.total(measure.weights @ p)
+        raise NotWrittenOut(f"the prediction {name!r} has no second formula")
+
+    def losses(self, O: np.ndarray) -> np.ndarray:
+        """Loss of each sample."""
+        loss, C = self.problem.loss, self.observed
+        measure = self.measure if self.head is None else self.measure_of(self.head.Y)
+        p = self.prediction(O)
+        if loss.name == "least_squares":
+            return measure.total(measure.weights @ (0.5 * np.abs(p - C) ** 2))
+        if loss.name == "cross_entropy":
+            return -measure.total(measure.weights @ (C * np.log(p)))
+        if loss.name == "binary_cross_entropy":
+            return -measure.total(measure.weights @ (C * np.log(p) + (1 - C) * np.log(scipy.special.expit(-O))))
+        # The user's own: its value is what it says.
+        return measure.total(loss.value(measure.Y, O, C, self.problem._prediction))
+
+    def curvature(self, X: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Second derivative of each sample's loss along v: in C_pre = X for least squares, else in O = X."""
+        measure = self.measure if self.head is None else self.measure_of(self.head.Y)
+        w = measure.weights
+        if self.problem.loss.name == "least_squares":
+            return measure.total(w @ v**2)
+        p = self.prediction(X)
+        if self.problem.loss.name == "binary_cross_entropy":
+            return measure.total(w @ (p * (1 - p) * v**2))
+        return measure.total(w @ self.observed) * (measure.total(w @ (p * v**2)) - measure.total(w @ (p * v)) ** 2)
+
+    def regulariser(self) -> float:
+        """R."""
+        regulariser = self.problem.regulariser
+        if regulariser is None:
+            return 0.0
+        total, penalised = 0.0, [p for p in self.problem.parameters if p.penalised]
+        of_head = [] if self.head is None else self.head.parameters
+        for (weight, form), name in zip(regulariser.terms, [*regulariser.names, *[""] * len(regulariser.terms)]):
+            for parameter in penalised:
+                c = [self.coefficients(parameter, k) for k in range(len(parameter.functions))]
+                tau = self.lengths(parameter)
+                if name == "tikhonov":
+                    squares = sum(tau[k] * self.product(parameter, k, c[k], c[k]) for k in range(len(c)))
+                elif name == "smooth_in_space":
+                    smooth = parameter not in of_head
+                    squares = sum(tau[k] * self._gradients(parameter, k, c[k]) for k in range(len(c))) if smooth else 0.0
+                elif name == "smooth_in_time":
+                    squares = sum(
+                        self.product(parameter, k, c[m] - c[k], c[m] - c[k]) / distance
+                        for k, m, distance in self.steps_in_time(parameter)
+                    )
+                else:
+                    squares = sum(basis.pair(d, v) for basis, d, v in zip(parameter.space_bases, form(parameter, c), c))
+                total += weight * squares / 2
+        return float(total)
+
+    def loss(self, f: np.ndarray) -> float:
+        """The part of J that depends on f(T)."""
+        return float(self.omega @ self.losses(self.output(f)))
+
+    def of_state(self, f: np.ndarray) -> float:
+        """J for f(T)."""
+        return self.loss(f) + self.regulariser()
+
+    def value(self, taken: Sequence | None = None) -> float:
+        """J."""
+        return self.of_state(self.states(self.initial, taken)[-1])
+
+
+class _LayerEquation:
+    """f_t = sigma(a - B f) on one layer, and the product with its Jacobian."""
+
+    def __init__(self, sigma, measure: Measure, phi, psi, times, bias, beta):
+        self._sigma, self._measure, self._phi, self._psi = sigma, measure, phi, psi
+        self.start, self.end = map(float, times)
+        self._bias, self._beta = bias, beta
+
+    def _at(self, t):
+        return (t - self.start) / (self.end - self.start)
+
+    def _operator(self, t, f):
+        return self._phi @ (self._beta(self._at(t)) @ self._measure.integrals(self._psi, f))
+
+    def _argument(self, t, f):
+        return self._bias(self._at(t))[:, None] - self._operator(t, f)
+
+    def rate(self, t, f):
+        return self._sigma(self._argument(t, f))
+
+    def slope(self, t, f):
+        """sigma'(u), by a difference: Newton's method does not ask for more."""
+        u = self._argument(t, f)
+        return (self._sigma(u + 1e-6) - self._sigma(u - 1e-6)) / 2e-6
+
+    def product(self, t, slope, v):
+        return -slope * self._operator(t, v)
+
+
+class _FieldTS:
+    """f stepped by a TS of the network's type, on the mesh's communicator, with given steps."""
+
+    def __init__(self, parameters: dict, Y: LabelSpace, samples: int):
+        self._shape = Y.nodes, samples
+        options = {name: value for name, value in parameters.items() if name.startswith("ts_") and "adapt" not in name}
+        for name in ("ts_rtol", "ts_atol"):
+            options.pop(name, None)
+        options |= {
+            "ts_adapt_type": "none", "snes_rtol": 1e-50, "snes_atol": 1e-15, "snes_stol": 1e-9, "ksp_type": "gmres",
+            "ksp_gmres_restart": 100, "ksp_rtol": 1e-11, "ksp_atol": 1e-50, "pc_type": "none",
+        }  # fmt: skip
+        kind = options["ts_type"]
+        if kind in ("irk", "glle"):
+            raise NotWrittenOut(f"the steps of {kind!r} are not made a second time")
+        self.ts = ts = PETSc.TS().create(comm=Y.comm)
+        self._y = PETSc.Vec().createMPI((Y.nodes * samples, PETSc.DETERMINE), comm=Y.comm)
+        size = (self._y.getSizes(),) * 2
+        if kind in ("rk", "euler", "ssp"):
+            ts.setRHSFunction(self._rate, self._y.duplicate())
+        else:
+            ts.setIFunction(self._residual, self._y.duplicate())
+            jacobian = PETSc.Mat().createPython(size, self, comm=Y.comm)
+            jacobian.setUp()
+            ts.setIJacobian(self._set_jacobian, jacobian, jacobian)
+            if kind == "arkimex":
+                ts.setRHSFunction(lambda ts, t, y, F: F.set(0.0), self._y.duplicate())
+        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+        ts.setPreStep(self._set_step)
+        manager = petsctools.OptionsManager(options, options_prefix=None, default_prefix="fem_resnet_verify_")
+        ts.setOptionsPrefix(manager.options_prefix)
+        with manager.inserted_options():
+            ts.setFromOptions()
+        self._manager = manager
+
+    def solve(self, equation: _LayerEquation, f: np.ndarray, steps: Sequence[float]) -> np.ndarray:
+        length = equation.end - equation.start
+        self._equation, self._steps = equation, [length * step for step in steps]
+        self._y.array_w[:] = f.ravel()
+        ts = self.ts
+        ts.setTime(0.0)  # of the layer: a new dirk takes its first slope at time 0, wherever it starts
+        ts.setMaxTime(length)
+        ts.setMaxSteps(len(steps))
+        ts.setStepNumber(0)
+        ts.setTimeStep(self._steps[0])
+        ts.solve(self._y)
+        return self._y.array_r.reshape(self._shape).copy()
+
+    def _set_step(self, ts):
+        ts.setTimeStep(self._steps[min(ts.getStepNumber(), len(self._steps) - 1)])
+
+    def _field(self, vec):
+        return vec.array_r.reshape(self._shape)
+
+    def _rate(self, ts, t, y, F):
+        F.array_w[:] = self._equation.rate(self._equation.start + t, self._field(y)).ravel()
+
+    def _residual(self, ts, t, y, y_t, F):
+        F.array_w[:] = y_t.array_r - self._equation.rate(self._equation.start + t, self._field(y)).ravel()
+
+    def _set_jacobian(self, ts, t, y, y_t, shift, J, P):
+        self._shift, self._t = shift, self._equation.start + t
+        self._slope = self._equation.slope(self._t, self._field(y))
+        self._scale = 1.0
+        return True
+
+    def mult(self, mat, x, y):
+        """The Jacobian of the residual."""
+        product = self._equation.product(self._t, self._slope, self._field(x))
+        y.array_w[:] = self._scale * (self._shift * x.array_r - product.ravel())
+
+    def scale(self, mat, factor):
+        self._scale *= factor

@@ -1,0 +1,185 @@
+"""What a verification found: one line a check, a table, JSON, and a picture of the convergence lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["Check", "Line", "Report"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number that was held against a bound.
+
+    Attributes
+    ----------
+    group : str
+        What kind of check it is.
+    name : str
+        Of what.
+    value : float or None
+        What was found, mostly a relative difference; None where nothing could be, or need be, measured.
+    bound : float or None
+        The largest value that passes.
+    passed : bool
+        A check that was left out has passed; `note` says why it was.
+    note : str
+        More numbers, such as observed rates; or a reason.
+    """
+
+    group: str
+    name: str
+    value: float | None
+    bound: float | None
+    passed: bool
+    note: str = ""
+
+    @classmethod
+    def of(cls, group: str, name: str, value: float, bound: float, note: str = "") -> Check:
+        """A value that must not exceed its bound; NaN does."""
+        return cls(group, name, float(value), float(bound), bool(value <= bound), note)
+
+    @classmethod
+    def left_out(cls, group: str, name: str, reason: str) -> Check:
+        """A check that does not apply."""
+        return cls(group, name, None, None, True, f"left out: {reason}")
+
+    @classmethod
+    def broken(cls, group: str, name: str, error: Exception) -> Check:
+        """A check that ended with an error."""
+        return cls(group, name, None, None, False, f"{type(error).__name__}: {error}")
+
+    @property
+    def verdict(self) -> str:
+        """ "ok", "FAIL" or "-" for what was left out."""
+        if not self.passed:
+            return "FAIL"
+        return "-" if self.value is None else "ok"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A remainder that falls with a step: what a convergence line is drawn from.
+
+    Attributes
+    ----------
+    name : str
+    order : int
+        At which rate it falls where all is well.
+    steps, values : tuple of float
+    """
+
+    name: str
+    order: int
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @property
+    def rate(self) -> float | None:
+        """Observed rate: the median between neighbouring steps, of values above round-off; None if there are too few."""
+        values, steps = np.array(self.values), np.array(self.steps)
+        keep = values > 0
+        if keep.sum() < 2:
+            return None
+        return float(np.median(np.diff(np.log(values[keep])) / np.diff(np.log(steps[keep]))))
+
+
+@dataclass
+class Report:
+    """All checks of one verification.
+
+    Attributes
+    ----------
+    title : str
+        What was verified.
+    checks : list of Check
+    lines : list of Line
+        Remainders of the Taylor tests, and differences of co-states.
+    seconds : float
+        Wall time.
+    """
+
+    title: str
+    checks: list[Check] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks have."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> list[Check]:
+        """Those that have not."""
+        return [check for check in self.checks if not check.passed]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                check.group,
+                check.name,
+                "" if check.value is None else f"{check.value:.1e}",
+                "" if check.bound is None else f"{check.bound:.0e}",
+                check.verdict,
+                check.note,
+            )
+            for check in self.checks
+        ]
+        header = ("check", "of", "found", "bound", "", "")
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip() for row in [header, *rows]]
+        failed = len(self.failures)
+        verdict = "all passed" if self.passed else f"{failed} FAILED"
+        return "\n".join([self.title, *lines, f"{len(rows)} checks in {self.seconds:.1f} s: {verdict}"])
+
+    def to_json(self) -> str:
+        """The same as JSON: `title`, `passed`, `seconds`, `checks` and `lines` with their fields."""
+        return json.dumps(
+            {
+                "title": self.title,
+                "passed": self.passed,
+                "seconds": self.seconds,
+                "checks": [_finite(asdict(check)) for check in self.checks],
+                "lines": [_finite(asdict(line) | {"rate": line.rate}) for line in self.lines],
+            },
+            indent=1,
+        )
+
+    def draw(self, path: str | Path) -> None:
+        """Draw the convergence lines, a PNG. Call it on one rank."""
+        lines = [line for line in self.lines if any(value > 0 for value in line.values)]
+        figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        colours = {order: f"C{n}" for n, order in enumerate(sorted({line.order for line in lines}))}
+        for order, colour in colours.items():
+            of_order = [line for line in lines if line.order == order]
+            for n, line in enumerate(of_order):
+                steps, values = np.array(line.steps), np.array(line.values)
+                label = f"falls at rate {order}: {len(of_order)}" if n == 0 else None
+                axes.loglog(steps[values > 0], values[values > 0], "o-", ms=3, lw=1, color=colour, alpha=0.6, label=label)
+        axes.set_xlabel("step")
+        axes.set_ylabel("remainder")
+        axes.set_title(self.title, fontsize="medium")
+        if lines:
+            axes.legend()
+        figure.savefig(str(path), dpi=120)
+
+
+def _finite(values: dict) -> dict:
+    """JSON has neither NaN nor infinity."""
+
+    def plain(value):
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return {name: plain(value) for name, value in values.items()}

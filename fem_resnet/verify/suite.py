@@ -1,0 +1,195 @@
+"""The whole battery of checks on a learning problem, and the problem that is built in."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+
+import firedrake as fd
+import numpy as np
+from mpi4py import MPI
+from pyadjoint import Tape, set_working_tape
+from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
+
+from fem_resnet.basis import Basis, given_basis
+from fem_resnet.head import Head
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.laplace import laplace_basis
+from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.methods import METHODS
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.regulariser import smooth_in_space, smooth_in_time, tikhonov
+from fem_resnet.verify import behaviour, derivatives, quantities
+from fem_resnet.verify.point import Point, own, random_like
+from fem_resnet.verify.reference import NotWrittenOut
+from fem_resnet.verify.report import Check, Report
+
+__all__ = ["built_in", "problem_of", "verify"]
+
+
+def verify(
+    problem: LearningProblem | Callable[..., LearningProblem] | None = None, *, quick: bool = False
+) -> Report:
+    """Hold a learning problem against what it says it is. Collective; parameters are put back at the end.
+
+    Derivatives are taken at the problem's parameters, moved by a tenth of their size, since at zero or at a minimum they
+    say nothing. Each check is a number with a bound; `report` says which. What J and its gradient share, and no Taylor
+    test sees, is held against the problem written out a second time.
+
+    Parameters
+    ----------
+    problem
+        The problem; or a function that makes it, called as ``problem(comm)`` if it takes an argument, which on several
+        ranks is also made on one rank alone; the built-in one if left out.
+    quick
+        Whether to test fewer directions, and no convergence of co-states.
+
+    Returns
+    -------
+    Report
+        With `passed`, `failures`, a table as its text, `to_json` and `draw`.
+
+    Raises
+    ------
+    TypeError
+        If `problem` is, or makes, no LearningProblem.
+
+    Examples
+    --------
+    >>> from fem_resnet.verify import verify
+    >>> verify(quick=True).passed
+    True
+    """
+    made = built_in if problem is None else problem
+    make = None
+    if not isinstance(made, LearningProblem):
+        if not callable(made):
+            raise TypeError(f"problem: a LearningProblem, or a function that makes one, is wanted, {type(made).__name__} was given")
+        takes_comm = _takes_communicator(made)
+        make = made if takes_comm else None
+        made = made(MPI.COMM_WORLD) if takes_comm else made()
+    if not isinstance(made, LearningProblem):
+        raise TypeError(f"problem: a LearningProblem is wanted, {type(made).__name__} was made")
+    start, was_annotating = time.perf_counter(), annotate_tape()
+    report = Report(_title(made))
+    pause_annotation()
+    try:
+        with set_working_tape(Tape()):
+            _all_checks(own(made), make, quick, report)
+    finally:
+        if was_annotating:
+            continue_annotation()
+    report.seconds = made.net.Y.comm.allreduce(time.perf_counter() - start, op=MPI.MAX)
+    return report
+
+
+def _takes_communicator(make: Callable) -> bool:
+    """Whether the first argument is `comm`, or one that must be given."""
+    for name, parameter in inspect.signature(make).parameters.items():
+        wanted = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        return wanted and (name == "comm" or parameter.default is parameter.empty)
+    return False
+
+
+def _title(problem: LearningProblem) -> str:
+    head = "no head" if problem.head is None else repr(problem.head)
+    kind = problem.net.solver_parameters["ts_type"]
+    return f"{problem.net!r}, {kind}, {head}, {problem.loss.name}, {problem.batch.samples} samples, learns {problem.learn}"
+
+
+def _all_checks(problem: LearningProblem, make, quick: bool, report: Report) -> None:
+    def run(group: str, checks: Callable[[], Iterator[Check]]) -> None:
+        try:
+            for check in checks():
+                report.checks.append(check)
+        except NotWrittenOut as error:
+            report.checks.append(Check.left_out(group, "all", str(error)))
+        except Exception as error:  # whatever a fault raises is a finding
+            report.checks.append(Check.broken(group, "all", error))
+
+    run("measures", lambda: quantities.measures(problem))
+    run("activation", lambda: quantities.activation(problem))
+    run("forward", lambda: quantities.forward(problem))
+    instead = METHODS[problem.net.solver_parameters["ts_type"]].instead
+    if problem.net.layers and instead is not None:
+        report.checks.append(Check.left_out("derivatives", "all", f"PETSc has no adjoint of this method; {instead} has"))
+        return
+    points: list[Point] = []
+
+    def record() -> Iterator[Check]:
+        points.append(Point(problem))
+        yield from ()
+
+    run("recording", record)
+    if not points:
+        return
+    point = points[0]
+    taken = quantities.taken_steps(problem, point.run)
+    try:
+        run("same bits", lambda: behaviour.reproducibility(point))
+        run("forward", lambda: quantities.forward(problem, point))
+        run("Taylor", lambda: derivatives.taylor(point, quick, report.lines))
+        run("Hessian", lambda: derivatives.second_order(point, quick))
+        run("Gauss-Newton", lambda: derivatives.gauss_newton(point))
+        run("adjoint identity", lambda: derivatives.adjoint_identities(point))
+        run("Jacobian", lambda: derivatives.jacobians(point))
+        run("Riesz map", lambda: quantities.riesz_maps(point))
+        run("co-state", lambda: derivatives.costates(point, taken))
+        run("layers a Block", lambda: behaviour.blocks(point))
+        run("checkpoints", lambda: behaviour.replay(point))
+        run("exchange", lambda: quantities.other_data(problem, point))
+        run("co-state orders", lambda: behaviour.convergence(problem, quick, report.lines))
+        run("ranks", lambda: behaviour.ranks(point, make))
+    finally:
+        point.restore()
+
+
+# -- problems --------------------------------------------------------------------------------------------------------
+
+
+def built_in(comm: MPI.Comm = MPI.COMM_WORLD) -> LearningProblem:
+    """A disk, bases that are not orthonormal and of different ranks, controls linear in t, classes, all regularisers."""
+    Y = LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(2, comm=comm), "CG", 1))
+    x, y = fd.SpatialCoordinate(Y.V.mesh())
+    phi = laplace_basis(Y, 4)
+    psi = given_basis(Y, [fd.Constant(1.0) + 0 * x, x + 0.5, 0.7 * y + x**2])
+    net = ResidualNetwork(
+        phi, psi, times=[0.0, 0.3, 0.7, 1.2], bias_in_time="linear", kernel_in_time="layers", activation="tanh",
+        layers_per_block=2,
+    )  # fmt: skip
+    head = Head(phi, 3)
+    _fill([*net.parameters, *head.parameters], Y, 1)
+    inputs = random_like(fd.Function(Y.batch_space(4)), np.random.default_rng(2), Y)
+    regulariser = tikhonov(0.03) + smooth_in_space(0.01) + smooth_in_time(0.02)
+    return LearningProblem(net, head, cross_entropy, regulariser, Batch(inputs, [0, 2, 1, 2], [1.0, 2.0, 0.5, 1.0]))
+
+
+def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> LearningProblem:
+    """A learning problem for a network without data: smooth inputs, and targets that the head's prediction can have."""
+    rng = np.random.default_rng(4)
+    inputs = random_like(fd.Function(net.Y.batch_space(samples)), rng, net.Y)
+    if head is None:
+        targets = random_like(fd.Function(net.Y.batch_space(samples)), rng, net.Y)
+        return LearningProblem(net, None, least_squares, tikhonov(1e-2), Batch(inputs, targets, [1.0, 2.0, 0.5][:samples]))
+    loss = {"softmax": cross_entropy, "logistic": binary_cross_entropy}.get(head.prediction.name, least_squares)
+    if head.classes is not None and head.prediction.name != "identity":
+        targets = np.arange(samples) % head.classes
+    else:
+        values = random_like(fd.Function(head.Y.batch_space(samples)), rng, head.Y).dat.data_ro.reshape(head.Y.nodes, samples)
+        if head.prediction.name != "identity":
+            values = 0.5 + 0.4 * np.tanh(values)
+        if head.prediction.name == "softmax":
+            values = values / head.Y.sum(head.Y.weights @ values)
+        targets = head.Y.batch(values)
+    return LearningProblem(net, head, loss, tikhonov(1e-2), Batch(inputs, targets, [1.0, 2.0, 0.5][:samples]))
+
+
+def _fill(parameters, Y, seed: int) -> None:
+    """Parameters of size one that no partition changes."""
+    rng = np.random.default_rng(seed)
+    for parameter in parameters:
+        for function in parameter.functions:
+            values = random_like(function, rng, Y).dat.data_ro
+            function.dat.data_wo[...] += 0.5 * values

@@ -1,0 +1,333 @@
+"""Mistakes that can be planted in the package, one by one, and the problem on which each shows.
+
+A fault is a name, the problem, and ``plant(patch)`` with pytest's monkeypatch; it is planted before the problem is made. Most
+are one line of the package with one thing wrong: `Line` changes the text of a function's source and compiles it again, so
+that a fault reads as the slip would.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import fem_resnet.basis
+import fem_resnet.head
+import fem_resnet.kernel
+import fem_resnet.label_space
+import fem_resnet.layer
+import fem_resnet.layer_inputs
+import fem_resnet.layer_jacobian
+import fem_resnet.layer_state
+import fem_resnet.loss
+import fem_resnet.network
+import fem_resnet.objective
+import fem_resnet.parameter
+import fem_resnet.regulariser
+import fem_resnet.retraction
+import fem_resnet.segment
+import fem_resnet.space_basis
+import fem_resnet.time_basis
+import fem_resnet.time_stepping
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake: its name, the name of a problem in `test_verify.PROBLEMS`, and what plants it."""
+
+    name: str
+    problem: str
+    plant: Callable
+
+
+def line(owner, function: str, right: str, wrong: str) -> Callable:
+    """Plants `wrong` in the place of `right`, which must occur, in the source of a function or method of `owner`."""
+
+    def plant(patch):
+        original = inspect.unwrap(vars(owner)[function])
+        original = getattr(original, "fget", original)
+        source = textwrap.dedent(inspect.getsource(original))
+        assert right in source, f"{function} has no longer the line {right!r}"
+        source = "\n".join(text for text in source.replace(right, wrong).split("\n") if not text.startswith("@"))
+        module = inspect.getmodule(original)
+        names = {}
+        exec(compile("from __future__ import annotations\n" + source, f"<fault in {function}>", "exec"), vars(module), names)
+        patched = names[function]
+        if isinstance(vars(owner)[function], property):
+            patched = property(patched)
+        patch.setattr(owner, function, patched)
+
+    return plant
+
+
+Stage = fem_resnet.layer.Stage
+Stepper = fem_resnet.time_stepping.LayerStepper
+Linear = fem_resnet.layer_jacobian.LinearLayer
+Segment = fem_resnet.segment.Segment
+space, time_basis, inputs = fem_resnet.space_basis, fem_resnet.time_basis, fem_resnet.layer_inputs
+Loss = fem_resnet.loss._LossOperator
+HeadOperator = fem_resnet.head._HeadOperator
+Kernel, Basis, LabelSpace = fem_resnet.kernel.LowRankKernel, fem_resnet.basis.Basis, fem_resnet.label_space.LabelSpace
+regulariser = fem_resnet.regulariser
+CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, KINKS = "classes", "field", "carried", "adapted", "implicit", "learned", "kinks"
+
+
+# -- faults that are no single line ----------------------------------------------------------------------------------
+
+
+def _after_weights(change):
+    def plant(patch):
+        made = LabelSpace.__init__
+
+        def init(self, *arguments, **options):
+            made(self, *arguments, **options)
+            weights = change(np.array(self.weights))
+            weights.flags.writeable = False
+            self.weights = weights
+
+        patch.setattr(LabelSpace, "__init__", init)
+
+    return plant
+
+
+def _missing(weights):
+    if weights.size > 3:
+        weights[3] = 1e-9
+    return weights
+
+
+def _swapped(weights):
+    weights[[0, -1]] = weights[[-1, 0]] + np.array([1e-3, -1e-3])
+    return weights
+
+
+def _basis_gram(change):
+    def plant(patch):
+        made = Basis.__init__
+
+        def init(self, *arguments, **options):
+            made(self, *arguments, **options)
+            self.gram = change(self)
+
+        patch.setattr(Basis, "__init__", init)
+
+    return plant
+
+
+def _permuted_weights(patch):
+    made = Stepper._new_ts
+
+    def new_ts(self):
+        ts = made(self)
+        self._weights = np.roll(self._weights, 1)
+        return ts
+
+    patch.setattr(Stepper, "_new_ts", new_ts)
+
+
+def _ignored_nodes(patch):
+    made = Stepper._new_ts
+
+    def new_ts(self):
+        ts = made(self)
+        self._nodes = 0 * self._nodes
+        return ts
+
+    patch.setattr(Stepper, "_new_ts", new_ts)
+
+
+def _stale_stage(patch):
+    """The argument of the stage before, now and then."""
+    argument = Linear.argument
+
+    def stale(self, t, g):
+        now = argument(self, t, g)
+        before, self._before = getattr(self, "_before", now), now
+        return replace(now, C=before.C) if before.C[0].shape == now.C[0].shape and len(before.C) == len(now.C) else now
+
+    patch.setattr(Linear, "argument", stale)
+
+
+def _unreset_step(patch):
+    """The first step of a solve is what the last solve ended with."""
+    forward = Stepper.forward
+
+    def stale(self, g, f, given, save, steps=None):
+        self._solves = getattr(self, "_solves", 0) + 1
+        first, self.steps = self.steps, self.steps + self._solves % 2
+        try:
+            return forward(self, g, f, given, save, steps)
+        finally:
+            self.steps = first
+
+    patch.setattr(Stepper, "forward", stale)
+
+
+def _counted_up(owner, function, factor=1.000001):
+    """A result that drifts with the number of calls."""
+
+    def plant(patch):
+        original = getattr(owner, function)
+        calls = [0]
+
+        def drifting(self, *arguments, **options):
+            calls[0] += 1
+            return original(self, *arguments, **options) * factor ** calls[0]
+
+        patch.setattr(owner, function, drifting)
+
+    return plant
+
+
+def _loss(name, **changes):
+    """A loss with a wrong part; problems take it from the module."""
+
+    def plant(patch):
+        loss = getattr(fem_resnet.loss, name)
+        patch.setattr(fem_resnet.loss, name, replace(loss, **{key: change(getattr(loss, key)) for key, change in changes.items()}))
+
+    return plant
+
+
+def _prediction(name, **changes):
+    def plant(patch):
+        table = fem_resnet.head.PREDICTIONS
+        old = table[name]
+        patch.setitem(table, name, replace(old, **{key: change(getattr(old, key)) for key, change in changes.items()}))
+
+    return plant
+
+
+def _mixed_columns(patch):
+    read = fem_resnet.label_space.BatchValues.write
+    patch.setattr(fem_resnet.label_space.BatchValues, "write", lambda self, function, array: read(self, function, array[:, ::-1]))
+
+
+# -- the catalogue ---------------------------------------------------------------------------------------------------
+
+FAULTS = [
+    # the stage of a layer
+    Fault("sigma' is dropped in the transpose", CLASSES, line(Stage, "_transposed", "self.activation.derivative(u, out=u)\n        u *= at.length[0]", "u[...] = at.length[0]")),
+    Fault("the transpose forgets the layer's length", CLASSES, line(Stage, "_transposed", "u *= at.length[0]\n        w[0]", "w[0]")),
+    Fault("sign of b", CLASSES, line(Stage, "_affine", "np.subtract(at.a[order][block, None], u, out=u)", "np.add(at.a[order][block, None], u, out=u)")),
+    Fault("the bias's functional is of the first sample", CLASSES, line(Stage, "transpose", "np.sum(v[0], axis=1, out=result.bias[block])", "result.bias[block] = v[0][:, 0]")),
+    Fault("mean of the samples in place of their sum", CLASSES, line(Stage, "transpose", "np.sum(v[0], axis=1,", "np.mean(v[0], axis=1,")),
+    Fault("the rate has no weights", CLASSES, line(Stage, "rate", "psi.weighted[block].T @ s", "psi.values[block].T @ s")),
+    Fault("phi projects where psi should", FIELD, line(Stage, "rate", "psi = at.factors.psi", "psi = at.factors.phi")),
+    Fault("the adjoint of q is dropped", CLASSES, line(Stage, "_cotangent", "w += dual.adjoint[order][block] * dual.x_q", "pass")),
+    Fault("the cotangent has no weights", CLASSES, line(Stage, "_cotangent", "psi.weighted[block], dual.x[order]", "psi.values[block], dual.x[order]")),
+    Fault("the last block of nodes is left out of the rate", CLASSES, line(Stage, "rate", "Q[k] += psi.weighted[block].T @ s", "Q[k] += psi.weighted[block][:-1].T @ s[:-1]")),
+    Fault("f is advanced without the weights of stages", CLASSES, line(Stage, "advance", "s *= stage.weight", "s *= stages[0].weight")),
+    Fault("sigma'' is dropped in the second adjoint", CLASSES, line(Stage, "_transposed", "+ at.length[0] * bend * w[1]", "")),
+    Fault("the tangent's bias is dropped", CLASSES, line(Stage, "_values", "slope *= self._affine(block, at, 1)", "slope *= self._affine(block, at, 1) - at.a[1][block, None]")),
+    Fault("the Jacobian of implicit steps has no sigma'", IMPLICIT, line(Stage, "blocks", "K[0] += both @ (at.length[0] * slope)", "K[0] += both @ (at.length[0] + 0 * slope)")),
+    Fault("sigma'' with the wrong sign in K_1", IMPLICIT, line(Stage, "blocks", "at.length[0] * bend + at.length[1]", "-at.length[0] * bend + at.length[1]")),
+    Fault("the tangent forgets that a length moves", LEARNED, line(Stage, "_values", "slope += at.length[1] * sigma", "pass")),
+    Fault("the functional of a length forgets the second order", LEARNED, line(Stage, "_pair_rates", "if len(w) == 2:", "if False:")),
+    Fault("functionals of phi forget the second order", LEARNED, line(Stage, "transpose", "-sum(part @ C.T for part, C in zip(v, at.C))", "-(v[0] @ at.C[0].T)")),
+    Fault("functionals of psi have no weights", LEARNED, line(Stage, "transpose", " * self.Y.weights[block, None]", "")),
+    # steps
+    Fault("b in place of b^T", CLASSES, line(Linear, "transpose", "by_g, by_beta = [-(beta[0].T @ D[0])]", "by_g, by_beta = [-(beta[0].T[::-1, ::-1] @ D[0])]")),
+    Fault("beta's functional has the other sign", CLASSES, line(Linear, "transpose", ", -(D[0] @ g[0].T)\n", ", D[0] @ g[0].T\n")),
+    Fault("the kernel is symmetrised", FIELD, line(inputs.OnLayer, "__init__", "self._basis.expand(c) for c in coefficients", "(lambda m: (m + m.T) / 2 if m.ndim == 2 and m.shape[0] == m.shape[1] else m)(self._basis.expand(c)) for c in coefficients")),
+    Fault("t at the start of the step for all stages", CLASSES, line(Stepper, "_keep_step", "ts.getPrevTime() + node * h", "ts.getPrevTime()")),
+    Fault("t of the end of the step in the right-hand side", CLASSES, line(Stepper, "_rate", "self._linear.argument(t, g)", "self._linear.argument(ts.getTime() + ts.getTimeStep(), g)")),
+    Fault("quadrature weights permuted", CLASSES, _permuted_weights),
+    Fault("stage nodes ignored", CLASSES, _ignored_nodes),
+    Fault("a stale stage", CLASSES, _stale_stage),
+    Fault("a stale step size", CLASSES, _unreset_step),
+    Fault("the layer's length is forgotten", CLASSES, line(Linear, "argument", "tuple(inputs.length for inputs in self._inputs)", "tuple(inputs.length ** 0 for inputs in self._inputs)")),
+    Fault("stages of weight below 0.2 are left out", CLASSES, line(Stepper, "_keep_step", "if weight != 0.0", "if weight > 0.2")),
+    Fault("the Hessian forgets beta_1 g", CLASSES, line(fem_resnet.layer_jacobian, "_acting", "beta[1] @ g[0] + beta[0] @ g[1]", "beta[0] @ g[1]")),
+    Fault("the second adjoint forgets beta_1", CLASSES, line(Linear, "transpose", "beta[0].T @ D[0] + beta[1].T @ D[1]", "beta[0].T @ D[0]")),
+    Fault("the second adjoint forgets g_1", CLASSES, line(Linear, "transpose", "D[0] @ g[0].T + D[1] @ g[1].T", "D[0] @ g[0].T")),
+    Fault("mu is not set to zero", CLASSES, line(Stepper, "adjoint", "self._mu.set(0.0)", "pass")),
+    Fault("implicit: the parameter transpose has the other sign", IMPLICIT, line(Stepper, "_parameter_transpose", "= -self._linear.transpose", "= self._linear.transpose")),
+    Fault("implicit: the row of q is dropped", IMPLICIT, line(Linear, "assembled", "-np.concatenate(by_g).T", "0 * np.concatenate(by_g).T")),
+    Fault("implicit: Newton stops at one iteration", IMPLICIT, line(Stepper, "_create", "self._ts = self._new_ts()", "self._ts = self._new_ts()\n    if self.method.implicit:\n        self._ts.getSNES().setTolerances(rtol=1e-1, max_it=50)")),
+    Fault("carried: the Jacobian forgets the shift in its transpose", CARRIED, line(fem_resnet.layer_jacobian.ShiftedJacobian, "multTranspose", "layer.shift * rest", "rest")),
+    Fault("carried: a product with a Jacobian without sigma'", CARRIED, line(Stage, "derivative", "ds = [slope * du]", "ds = [at.length[0] * du]")),
+    Fault("carried: the exact preconditioner is that of the transpose", CARRIED, line(fem_resnet.layer_jacobian.Elimination, "apply", "self._solve(layer.blocks(), g)", "self._solve(np.swapaxes(layer.blocks(), 1, 2), g)")),
+    Fault("carried: f is not stepped", CARRIED, line(fem_resnet.layer_state.CarriedState, "rates", "return s", "return [0.5 * part for part in s]")),
+    Fault("adapted: the replayed steps are equal ones", ADAPTED, line(Stepper, "_set_step", "self._replayed[ts.getStepNumber()]", "1.0 / len(self._replayed)")),
+    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "_adapted", "stepper.trace.steps if stepper.adaptive else None", "None")),
+    # segments
+    Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "if inputs[0].factors.psi is not psi:", "if True:\n            psi = None")),
+    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "start = [dual + psi.weighted @ part for dual, part in zip(duals, gamma)]", "start = list(duals)")),
+    Fault("gamma comes without the measure", CLASSES, line(Segment, "_adjoint", "start = [dual + psi.weighted @ part", "start = [dual + psi.values @ part")),
+    Fault("co-states without gamma", CLASSES, line(Segment, "costate", "+ psi.values @ gamma", "")),
+    Fault("sign of r", CLASSES, line(Segment, "costate", "return dual / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual / self._Y.weights[:, None] + psi.values @ gamma)")),
+    Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._costates[-1][0] / self._Y.weights[:, None]", "self._costates[-1][0]")),
+    Fault("states of a layer too early", CLASSES, line(Segment, "state", "self.traces()[:layers]", "self.traces()[: max(layers - 1, 0)]")),
+    Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "arrays, directions, dual_dot, dual)", "arrays, directions, dual, dual_dot)")),
+    # coefficients in time and space
+    Fault("hats at the wrong fraction", CLASSES, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)")),
+    Fault("hats' transposed weights", CLASSES, line(inputs.OnLayer, "pull_back", "for weight in self._weights(s)", "for weight in self._weights(s)[::-1]")),
+    Fault("hats' lengths forget the last layer", CLASSES, line(time_basis.Hats, "__init__", "(np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2", "np.append(lengths, lengths[-1]) / 2")),
+    Fault("distances in time of the ends of layers", FIELD, line(time_basis.Groups, "__init__", "(times[a] + times[b]) / 2 for", "times[b] for")),
+    Fault("lengths of groups count layers", FIELD, line(time_basis.Groups, "__init__", "weights=np.diff(times)", "weights=np.ones(len(times) - 1)")),
+    Fault("functionals of shared coefficients are not added up", FIELD, line(inputs.LayerCoefficients, "collect", "target += functional", "target[...] = functional")),
+    Fault("a layer takes the coefficients of the next", CLASSES, line(inputs.LayerCoefficients, "on_layers", "arrays[self._position[key]] for key in active", "arrays[self._position[key]] for key in active[::-1]")),
+    Fault("a layer starts at the end", LEARNED, line(inputs.LayerCoefficients, "collect", "times[layer - 1] -= functional[start]", "pass")),
+    Fault("read transposes", FIELD, line(space.KernelCoefficients, "expand", "return coefficients", "return coefficients.T.copy() if coefficients.shape[0] == coefficients.shape[1] else coefficients")),
+    Fault("the bias's basis is pulled back with weights", FIELD, line(space.BasisCoefficients, "pull_back", "self.basis.values.T @ dual", "self.basis.weighted.T @ dual")),
+    Fault("the Riesz map without tau", CLASSES, line(fem_resnet.parameter.Parameter, "riesz_map", " / measure", "")),
+    Fault("the Riesz map of nodal values without weights", CLASSES, line(space.NodalValues, "primal", "dual / self.Y.weights", "dual")),
+    Fault("the Riesz map of a kernel without Gram matrices", FIELD, line(Kernel, "primal", "scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, dual).T).T", "dual.copy()")),
+    Fault("the Riesz map of a kernel with one Gram matrix only", FIELD, line(Kernel, "primal", "scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, dual).T).T", "scipy.linalg.cho_solve(phi, dual)")),
+    Fault("a wrong Gram matrix", FIELD, _basis_gram(lambda basis: basis.values.T @ basis.values * basis.Y.measure / basis.Y.size)),
+    Fault("the Gram matrix is taken for the identity", FIELD, _basis_gram(lambda basis: np.eye(basis.rank))),
+    Fault("the norm of a kernel is that of its matrix", FIELD, line(Kernel, "norm", "self.dual(beta) * beta", "beta * beta")),
+    Fault("B^T with beta for beta^T", FIELD, line(Kernel, "transpose", "beta.T @", "beta @")),
+    # measures
+    Fault("a missing weight", CLASSES, _after_weights(_missing)),
+    Fault("equal weights", CLASSES, _after_weights(lambda w: np.full_like(w, w.mean()))),
+    Fault("weights of two nodes swapped", CLASSES, _after_weights(_swapped)),
+    Fault("weights of the unit domain", CLASSES, _after_weights(lambda w: w / w.sum())),
+    Fault("inner products without weights", CLASSES, line(LabelSpace, "inner", '"i,is,is->", self.weights', '"i,is,is->", 0 * self.weights + 1')),
+    Fault("the norm is squared", CLASSES, line(LabelSpace, "norm", "float(np.sqrt(self.inner(f, f)))", "float(self.inner(f, f))")),
+    Fault("projections without weights", CLASSES, line(Basis, "project", "self.weighted.T @ values", "self.values.T @ values")),
+    Fault("columns of a batch mixed", CLASSES, _mixed_columns),
+    # head, loss, regulariser, problem
+    Fault("the head has W transposed", FIELD, line(HeadOperator, "forward", "W @ self._psi.project(f)", "W.T @ self._psi.project(f)")),
+    Fault("the head's adjoint has W for W^T", FIELD, line(HeadOperator, "adjoint", "W.T @ coefficients", "W @ coefficients")),
+    Fault("the head's mu is left out of its gradient", CLASSES, line(HeadOperator, "adjoint", "coefficients.sum(axis=1)", "0 * coefficients.sum(axis=1)")),
+    Fault("the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "f += self._psi.weighted @ (W_dot.T @ coefficients)", "pass")),
+    Fault("predictions without mu", CLASSES, line(fem_resnet.head.Head, "_coefficients", " + self.mu.get(0)[:, None]", "")),
+    Fault("softmax normalised over samples", CLASSES, lambda patch: (patch.setattr(fem_resnet.head, "log_density", _over_samples), patch.setattr(fem_resnet.loss, "log_density", _over_samples))),
+    Fault("h' is left out", FIELD, _prediction("logistic", transpose=lambda old: lambda Y, O, d: d)),
+    Fault("h'' is left out", FIELD, _prediction("logistic", second_transpose=lambda old: lambda Y, O, v, d: 0 * d)),
+    Fault("h is not applied", FIELD, _prediction("logistic", value=lambda old: lambda Y, O: O, transpose=lambda old: lambda Y, O, d: d, derivative=lambda old: lambda Y, O, v: v, second_transpose=lambda old: lambda Y, O, v, d: 0 * d)),
+    Fault("least squares without the 1/2", FIELD, _loss("least_squares", value=lambda old: lambda *a: 2 * old(*a), gradient=lambda old: lambda *a: 2 * old(*a), hessian=lambda old: lambda *a: 2 * old(*a), gauss_newton=lambda old: lambda *a: 2 * old(*a))),
+    Fault("the loss's gradient without its half", FIELD, _loss("least_squares", gradient=lambda old: lambda *a: 2 * old(*a))),
+    Fault("the cross entropy's Hessian is diagonal", CLASSES, _loss("cross_entropy", hessian=lambda old: lambda Y, O, C, h, v: Y.weights[:, None] * np.exp(fem_resnet.head.log_density(Y, O)) * v)),
+    Fault("Gauss and Newton keep the prediction's curvature", FIELD, _loss("least_squares", gauss_newton=lambda old: None)),
+    Fault("weights of samples ignored in J", CLASSES, line(Loss, "forward", "self._weights @ ", "np.full(len(self._weights), 1 / len(self._weights)) @ ")),
+    Fault("weights of samples ignored in J and its gradient", CLASSES, lambda patch: patch.setattr(fem_resnet.loss, "sample_weights", lambda weights, samples: np.full(samples, 1 / samples))),
+    Fault("weights of samples not normalised", CLASSES, lambda patch: patch.setattr(fem_resnet.loss, "sample_weights", lambda weights, samples: np.ones(samples) if weights is None else np.asarray(weights, dtype=float))),
+    Fault("stale observations after an exchange", CLASSES, line(fem_resnet.objective.LearningProblem, "exchange", "block.operator.observe(observation, batch.weights)", "pass")),
+    Fault("stale inputs after an exchange", CLASSES, line(fem_resnet.objective.LearningProblem, "exchange", "variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro", "pass")),
+    Fault("padded samples of minibatches count", CLASSES, line(fem_resnet.objective.LearningProblem, "minibatches", "np.where(np.arange(size) < len(chosen), weights[padded], 0.0)", "weights[padded]")),
+    Fault("a factor 2 in the regulariser", CLASSES, line(fem_resnet.regulariser._RegulariserOperator, "forward", "0.5 * sum", "1.0 * sum")),
+    Fault("a factor 2 in the regulariser and its gradient", CLASSES, line(fem_resnet.regulariser._RegulariserOperator, "adjoint", "dual * weight * functional", "2 * dual * weight * functional")),
+    Fault("Tikhonov without tau", CLASSES, line(regulariser, "_mass", "tau * basis.dual(c) for", "basis.dual(c) for")),
+    Fault("Tikhonov without Gram matrices", FIELD, line(regulariser, "_mass", "tau * basis.dual(c) for", "tau * c for")),
+    Fault("smoothness without a gradient in z", CLASSES, line(Kernel, "stiffness", " + phi.gram @ beta @ psi.stiffness", "")),
+    Fault("smoothness in time without distances", CLASSES, line(regulariser, "_variation", " / distance", "")),
+    Fault("regularisers forget the head", CLASSES, line(fem_resnet.objective.LearningProblem, "_evaluate", "for parameter in self.parameters if", "for parameter in self.net.parameters if")),
+    # what is learned besides
+    Fault("the retraction's adjoint without its projection", LEARNED, line(fem_resnet.retraction.Retraction, "adjoint", "self._project_transposed(", "(lambda d: d)(")),
+    # reproducibility
+    Fault("J drifts with each evaluation", CLASSES, _counted_up(Loss, "forward")),
+    Fault("an evaluation changes the coefficients", CLASSES, line(space.NodalValues, "expand", "return coefficients", "coefficients *= 1.0000001\n    return coefficients")),
+    Fault("an unrecorded run spoils a trajectory", CLASSES, line(fem_resnet.network.ResidualNetwork, "_segments", "if annotate_tape():", "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape] = self._new_segments(space)\n    if False:")),
+    Fault("kinks: sigma' from a smooth neighbour", KINKS, line(Stage, "_transposed", "self.activation.derivative(u, out=u)", "np.clip(0.5 + u, 0, 1, out=u)")),
+    Fault("kinks: sign of b", KINKS, line(Stage, "_affine", "np.subtract(at.a[order][block, None], u, out=u)", "np.add(at.a[order][block, None], u, out=u)")),
+]
+
+
+def _over_samples(Y, O):
+    largest = O.max(axis=1, initial=-np.inf)[:, None]
+    shifted = O - largest
+    return shifted - np.log(np.exp(shifted).sum(axis=1))[:, None]
