@@ -77,10 +77,10 @@ class LearningProblem:
         What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
     checkpoints
-        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network): all
-        are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
-        `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are first
-        derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.
+        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network):
+        all are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
+        `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are
+        first derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.
 
     Raises
     ------
