@@ -9,8 +9,8 @@ Hessian actions are forward over reverse: one sweep of tangents up the tape, one
 `gauss_newton(tape)` the latter leaves out the curvature of all operators between arrays, so that with J = l(F(m)) the
 action is F'^T l'' F' in place of F'^T l'' F' + l' F''.
 
-On a tape under a schedule of checkpoints (`checkpoints`) a `ScheduledBlock` takes the place of the Block: it keeps what its
-adjoint wants from the computation that the schedule makes for it, and nothing afterwards.
+On a tape under a schedule of checkpoints (`checkpoints`) a `ScheduledBlock` takes the place of the Block: it keeps what
+its adjoint wants from the computation that the schedule makes for it, and nothing afterwards.
 """
 
 from __future__ import annotations
@@ -235,10 +235,10 @@ class OperatorBlock(Block):
 class ScheduledBlock(OperatorBlock):
     """An operator on a tape under a schedule of checkpoints.
 
-    The schedule clears interfaces and computes them again, so that the Functions at which the operator was solved are not
-    those that the adjoint is given, or are gone by then: the Block keeps the arrays itself where an adjoint follows at
-    once, and drops them, and what the operator keeps, after it. What has changed without an evaluation is seen at the
-    leaves, which no schedule touches.
+    The schedule clears interfaces and computes them again, so that the Functions at which the operator was solved are
+    not those that the adjoint is given, or are gone by then: the Block keeps the arrays itself where an adjoint follows
+    at once, and drops them, and what the operator keeps, after it. What has changed without an evaluation is seen at
+    the leaves, which no schedule touches.
 
     Parameters
     ----------
@@ -300,8 +300,8 @@ class ScheduledBlock(OperatorBlock):
             cleared = [variable for variable in self.get_dependencies() if variable.checkpoint is None]
             if cleared:
                 raise RuntimeError(
-                    f"{type(self.operator).__name__}: the schedule has cleared its inputs; evaluate the functional before "
-                    f"each derivative"
+                    f"{type(self.operator).__name__}: the schedule has cleared its inputs; evaluate the functional "
+                    f"before each derivative"
                 )
             self._kept = _read(self.operator, inputs)
             self.operator.forward(self._kept, save=True)
@@ -333,7 +333,7 @@ class ScheduledBlock(OperatorBlock):
     def _verb(self, name, what):
         raise NotImplementedError(
             f"{what} are not implemented under a schedule of checkpoints, only first derivatives: record without "
-            f"checkpoints. With all layers in one Block (layers_per_block left out) no field is kept inside of the network"
+            "checkpoints. With all layers in one Block (layers_per_block left out) no field is kept inside of a network"
         )
 
 

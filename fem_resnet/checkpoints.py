@@ -1,11 +1,11 @@
 """Checkpoint schedules over the tape's time steps, one a segment of layers.
 
 A tape keeps f at every interface between Blocks. Under a schedule of the package `checkpoint_schedules` it keeps a few,
-in memory or on disk, and computes the others again on its way back. The schedule and pyadjoint's manager do that; here is
-what they lack for this package:
+in memory or on disk, and computes the others again on its way back. The schedule and pyadjoint's manager do that; here
+is what they lack for this package:
 
-- leaves, the Functions that no Block made (parameters, f_I), are never cleared, so no step stores them. pyadjoint stores
-  a leaf in every step up to its first use: own controls in each layer would make the tape quadratic;
+- leaves, the Functions that no Block made (parameters, f_I), are never cleared, so no step stores them. pyadjoint
+  stores a leaf in every step up to its first use: own controls in each layer would make the tape quadratic;
 - Blocks may ask whether an adjoint follows what they compute now (`Manager.adjoint_follows`);
 - what goes to disk goes to a file without a name, one a rank, in the folder of temporary files (TMPDIR). The operating
   system frees it when the process ends, however that happens.
@@ -58,15 +58,15 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
         schedule = schedule(steps)
     if not isinstance(schedule, CheckpointSchedule):
         raise TypeError(
-            f"checkpoints: a number, a schedule of checkpoint_schedules, or a function from a number of steps to one is "
-            f"wanted, {type(checkpoints).__name__} was given"
+            f"checkpoints: a number, a schedule of checkpoint_schedules, or a function from a number of steps to one "
+            f"is wanted, {type(checkpoints).__name__} was given"
         )
     if hasattr(schedule, "iter"):
         raise ValueError(f"checkpoints: this {type(schedule).__name__} is in use; give a new one")
     if schedule.max_n not in (None, steps):
         raise ValueError(
-            f"checkpoints: {type(schedule).__name__} is for {schedule.max_n} steps, one for {steps} is wanted: the number "
-            f"of Blocks, which is that of layers / layers_per_block"
+            f"checkpoints: {type(schedule).__name__} is for {schedule.max_n} steps, one for {steps} is wanted: the "
+            f"number of Blocks, which is that of layers / layers_per_block"
         )
     try:
         schedule.uses_storage_type(StorageType.DISK)
@@ -97,7 +97,9 @@ def enable_checkpointing(tape: Tape, checkpoints: Checkpoints, steps: int) -> No
         If the checkpoints do not fit, or the tape has Blocks.
     """
     if tape.get_blocks():
-        raise ValueError("tape: checkpointing is wanted before anything is recorded, but this tape has Blocks; make a new one")
+        raise ValueError(
+            "tape: checkpointing is wanted before anything is recorded, but this tape has Blocks; make a new one"
+        )
     schedule = schedule_of(checkpoints, steps)
     if schedule.uses_storage_type(StorageType.DISK):
         tape._package_data["fem_resnet"] = _Disk()
@@ -115,8 +117,8 @@ def manager_of(tape: Tape) -> Manager | None:
     manager = tape._checkpoint_manager
     if not (manager is None or isinstance(manager, Manager)):
         raise RuntimeError(
-            "tape: tape.enable_checkpointing does not know what a layer keeps; call fem_resnet.enable_checkpointing(tape, "
-            "schedule, steps) in its place, or give LearningProblem(checkpoints=schedule)"
+            "tape: tape.enable_checkpointing does not know what a layer keeps; call fem_resnet.enable_checkpointing("
+            "tape, schedule, steps) in its place, or give LearningProblem(checkpoints=schedule)"
         )
     return manager
 

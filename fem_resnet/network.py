@@ -275,8 +275,8 @@ class ResidualNetwork:
         tape = get_working_tape()
         if tape.get_blocks() or manager.steps not in (None, max(self.blocks, 1)):
             raise ValueError(
-                f"checkpoints: a tape with nothing on it and a schedule for {max(self.blocks, 1)} steps is wanted, one with "
-                f"{len(tape.get_blocks())} Blocks and for {manager.steps} steps was given"
+                f"checkpoints: a tape with nothing on it and a schedule for {max(self.blocks, 1)} steps is wanted, "
+                f"one with {len(tape.get_blocks())} Blocks and for {manager.steps} steps was given"
             )
         f = initial
         for k, segment in enumerate(self._new_segments(initial.function_space(), share=True)):
@@ -412,7 +412,8 @@ class ResidualNetwork:
         """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
         rank = self.kernel.on_layer(layer).kernel.psi.rank
         return rank, *(
-            sum(int(np.prod(p.space_bases[k].shape)) for k in p.time_basis.active(layer)) for p in (self.bias, self.kernel)
+            sum(int(np.prod(p.space_bases[k].shape)) for k in p.time_basis.active(layer))
+            for p in (self.bias, self.kernel)
         )
 
     def _stepper(self, stage: Stage, layer: int, orders: int) -> LayerStepper:
@@ -483,8 +484,8 @@ class Run:
         Raises
         ------
         RuntimeError
-            If the run was not recorded, or no derivative of its latest evaluation passed this layer; or if it was recorded
-            under a schedule of checkpoints.
+            If the run was not recorded, or no derivative of its latest evaluation passed this layer; or if it was
+            recorded under a schedule of checkpoints.
         """
         self._check(layer)
         self._refuse_schedule("costate", "record without checkpoints; r(0) is the gradient in f_I (learn='both')")
@@ -527,8 +528,8 @@ class Run:
     def _refuse_schedule(self, what: str, instead: str) -> None:
         if self._pieces is None:
             raise RuntimeError(
-                f"{what}: this run was recorded under a schedule of checkpoints, which keeps no fields inside of the network; "
-                f"{instead}"
+                f"{what}: this run was recorded under a schedule of checkpoints, which keeps no fields inside of the "
+                f"network; {instead}"
             )
 
     def _locate(self, layer: int) -> tuple[_Piece, int]:

@@ -102,10 +102,10 @@ class LearningProblem:
     derivatives
         Directional derivatives that the output is to match too; J then has first derivatives only.
     checkpoints
-        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network): all
-        are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
-        `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are first
-        derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.
+        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network):
+        all are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
+        `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are
+        first derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.
 
     Raises
     ------
