@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpi4py import MPI
+from petsc4py import PETSc
 
 from fem_resnet.io import load
 from fem_resnet.verify.report import Report
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the convergence lines there")
     parser.add_argument("--quick", action="store_true", help="fewer directions, no convergence of co-states")
     given = parser.parse_args(arguments)
+    PETSc.Options().setValue("options_left", "no")  # PETSc has seen these arguments too, and would complain about them
     comm = MPI.COMM_WORLD
     try:
         what = None if given.what is None else _what(given.what)
