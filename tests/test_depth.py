@@ -4,8 +4,10 @@ import gc
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -239,12 +241,10 @@ def open_files() -> list[int]:
     """Sizes of files without a name that this process has open."""
     sizes = []
     for entry in Path("/proc/self/fd").iterdir():
-        try:
+        with suppress(FileNotFoundError):
             status = entry.stat()
-        except FileNotFoundError:
-            continue
-        if status.st_nlink == 0 and os.path.isfile(entry):
-            sizes.append(status.st_size)
+            if status.st_nlink == 0 and stat.S_ISREG(status.st_mode):
+                sizes.append(status.st_size)
     return sorted(sizes)
 
 
@@ -268,6 +268,13 @@ def test_disk_files_go_with_their_tape_and_do_not_grow(schedule, tmp_path, monke
     assert open_files() == before
 
 
+def links(pid: int):
+    """What the open files of a process point to; some close meanwhile."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            yield os.readlink(entry)
+
+
 def test_a_killed_process_leaves_no_file(tmp_path):
     script = Path(__file__).with_name("deep_network.py")
     options = {"layers": 20, "cells": 8, "schedule": ["SingleDiskStorageSchedule"], "wait": True}
@@ -277,7 +284,7 @@ def test_a_killed_process_leaves_no_file(tmp_path):
     )  # fmt: skip
     try:
         assert any("recorded" in line for line in process.stdout), "it ended before it had recorded"
-        files = [os.readlink(entry) for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
+        files = list(links(process.pid))
         assert any(file.startswith(f"{tmp_path}/") and file.endswith("(deleted)") for file in files), files
     finally:
         process.send_signal(signal.SIGKILL)
