@@ -7,7 +7,7 @@ from firedrake import COMM_WORLD
 from numpy.testing import assert_allclose
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
-from fem_resnet import Basis, Batch, LearningProblem, ResidualNetwork, hessian_spectrum, least_squares, tikhonov
+from fem_resnet import Basis, Batch, LearningProblem, ResidualNetwork, hessian_spectrum, least_squares, tikhonov, train
 from helpers import laplace, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -71,3 +71,23 @@ def test_what_does_not_fit_is_refused():
             hessian_spectrum(p, count)
     with pytest.raises(RuntimeError, match="SLEPc found . of 6 eigenvalues"):
         hessian_spectrum(p, 6, solver_parameters={"eps_max_it": 1, "eps_ncv": 8, "eps_tol": 1e-15})
+
+
+def test_variances_at_a_minimum_are_those_of_the_inverse_of_the_whole_hessian():
+    """(H + lambda R)^-1 = (lambda R)^-1 - sum_i (1 / lambda - 1 / (lambda + mu_i)) v_i v_i^T, with all eigenpairs."""
+    p, weight = problem(), 0.1
+    assert train(p, {"tao_type": "nls", "tao_gatol": 1e-10}, monitor=lambda progress: None).converged
+    J = p.reduced_functional()
+    J.derivative()
+    array = ReducedFunctionalNumPy(J)
+    at = [f.copy(deepcopy=True) for f in p.functions]
+    columns = np.eye(array.get_global(p.functions).size)
+    as_functions = [[f.copy(deepcopy=True) for f in array.set_local(at, e)] for e in columns]
+    R = np.array([[inner(p, u, v) for v in as_functions] for u in as_functions])
+    exact = np.linalg.inv([array.get_global(J.hessian(v)) for v in as_functions])
+    spectrum = hessian_spectrum(p, len(columns))
+    V = np.array([array.get_global(v) for v in spectrum.directions])
+    posterior = np.linalg.inv(weight * R) - V.T @ np.diag((1 - spectrum.variance(weight)) / weight) @ V
+    # the eigensolver's tolerance, over the smallest curvature
+    assert_allclose(posterior, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+    assert spectrum.values.min() > -weight and spectrum.variance(weight).min() < 0.5  # a minimum, and the data speak
