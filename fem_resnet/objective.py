@@ -25,7 +25,8 @@ from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.loss import Loss, least_squares, sample_weights
-from fem_resnet.network import ResidualNetwork, Run
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.run import Run
 from fem_resnet.parameter import Parameter
 from fem_resnet.regulariser import Regulariser
 from fem_resnet.space_basis import StateValues
