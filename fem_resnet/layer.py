@@ -32,7 +32,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.activation import Activation
-from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import FactorDirections
