@@ -47,9 +47,7 @@ class Run:
         f_I and f(T); differentiate functionals of `final`.
     """
 
-    def __init__(
-        self, net, initial: fd.Function, final: fd.Function, pieces: list[Piece] | None
-    ):
+    def __init__(self, net, initial: fd.Function, final: fd.Function, pieces: list[Piece] | None):
         self.net = net
         self.initial = initial
         self.final = final

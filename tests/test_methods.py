@@ -9,14 +9,14 @@ from firedrake import COMM_WORLD
 from firedrake.adjoint import Control, ReducedFunctional
 from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import gathered, learning_problem, network as classifier
+from problems import learning_problem, network as classifier
 from pyadjoint.tape import annotate_tape
 
 import fem_resnet.network
 from fem_resnet import Basis, ResidualNetwork, StepFailure, train
 from fem_resnet.methods import METHODS
 from fem_resnet.time_stepping import LayerStepper
-from helpers import half_square_distance, laplace, label_space, network, set_smooth, smooth, smooth_direction
+from helpers import half_square_distance, label_space, network, set_smooth, smooth, smooth_direction
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from firedrake.adjoint import Control, ReducedFunctional
 from numpy.testing import assert_allclose
 from problems import learning_problem, network as classifier
 from pyadjoint.enlisting import Enlist
@@ -13,7 +12,7 @@ from test_layer_bases import network as with_layer_bases
 from test_methods import ADAPTIVE, GRADIENT, adaptive, direction, options, point, recorded
 
 from fem_resnet import Batch, LearningProblem, ResidualNetwork, least_squares, tikhonov, train
-from helpers import SPACES, TIMES, half_square_distance, laplace, name as space_name, network, smooth
+from helpers import SPACES, TIMES, laplace, name as space_name, network, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])

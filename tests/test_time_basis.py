@@ -4,7 +4,6 @@ import json
 from functools import cache
 
 import firedrake as fd
-import h5py
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
-from fem_resnet.basis import Basis, given_basis
+from fem_resnet.basis import given_basis
 from fem_resnet.head import Head
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.laplace import laplace_basis
