@@ -61,13 +61,12 @@ class Basis:
     ):
         self.Y = Y
         self.kind = kind
-        self.values = np.ascontiguousarray(values, dtype=float)
+        #: One function after the other in memory: loops over nodes read each in one stream.
+        self.values = np.asfortranarray(values, dtype=float)
         self.eigenvalues = eigenvalues
         self._move = move
         self.rank = self.values.shape[1]
-        #: M P, which projects: g = P^T M f.
-        self.weighted = self.values * Y.weights[:, None]
-        self.gram = Y.sum(self.weighted.T @ self.values)
+        self.gram = Y.sum(self.values.T @ (self.values * Y.weights[:, None]))
         if not np.isfinite(self.gram).all():
             column = int(np.flatnonzero(~np.isfinite(np.diag(self.gram)))[0])
             raise ValueError(f"functions: number {column} of the basis has values that are not finite")
@@ -81,6 +80,11 @@ class Basis:
 
     def __repr__(self) -> str:
         return f"Basis({self.kind}, rank {self.rank}, {self.Y!r})"
+
+    @cached_property
+    def weighted(self) -> np.ndarray:
+        """M P, shape (nodes, rank)."""
+        return self.values * self.Y.weights[:, None]
 
     @cached_property
     def stiffness(self) -> np.ndarray:
@@ -103,7 +107,13 @@ class Basis:
         values
             f at the owned nodes, shape (nodes, samples).
         """
-        return self.Y.sum(self.weighted.T @ values)
+        return self.Y.sum(self.values.T @ (self.Y.weights[:, None] * values))
+
+    def dual(self, coefficients: np.ndarray) -> np.ndarray:
+        """`M P c`: the transpose of `project`, dual to node values, shape (nodes, samples)."""
+        values = self.values @ coefficients
+        values *= self.Y.weights[:, None]
+        return values
 
     def on(self, Y: LabelSpace) -> Basis:
         """The same functions on another label space of the same Y: finer, coarser, of other cells. Collective.

@@ -24,6 +24,7 @@ from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
+from fem_resnet.compiled_stage import new_stage
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.log import log
@@ -402,7 +403,7 @@ class ResidualNetwork:
 
     def _stage(self, samples: int) -> Stage:
         if samples not in self._stages:
-            self._stages[samples] = Stage(self.Y, self.activation, samples)
+            self._stages[samples] = new_stage(self.Y, self.activation, samples)
         return self._stages[samples]
 
     def _steppers(self, stage: Stage, layers: range, orders: int) -> list[LayerStepper]:

@@ -192,16 +192,17 @@ class Segment:
         """Adjoint values of f at the start and of its tangent, functionals, and what co-states are made of."""
         functionals, costates = [], []
         psi, gamma = None, []
+        duals = [np.asfortranarray(dual) for dual in duals]  # every stage reads them, sample by sample
         for stepper, inputs in zip(reversed(steppers), reversed(layers)):
             if inputs[0].factors.psi is not psi:
                 if psi is not None:
-                    duals = [dual + psi.weighted @ part for dual, part in zip(duals, gamma)]
+                    duals = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]
                 psi = inputs[0].factors.psi
                 gamma = [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
             gamma, functional = stepper.adjoint(gamma, duals)
             functionals.append(functional)
             costates.append((duals, psi, gamma))
-        start = [dual + psi.weighted @ part for dual, part in zip(duals, gamma)]
+        start = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]
         collected = self._coefficients.collect(functionals[::-1])
         if layers[0][0].learns_factors:  # the start is seen through Psi too
             collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(f, gamma))

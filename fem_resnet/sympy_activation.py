@@ -21,10 +21,10 @@ no text is evaluated.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from itertools import combinations, cycle, pairwise
+from itertools import chain, combinations, cycle, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ from sympy.functions.elementary.piecewise import ExprCondPair
 from sympy.integrals.manualintegrate import manualintegrate
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
-__all__ = ["REACH", "Kernel", "Tree", "check", "cuts", "from_tree", "normal_form", "properties", "right_of", "to_tree"]
+__all__ = ["REACH", "Kernel", "Tree", "check", "cuts", "from_tree", "normal_form", "parts", "properties", "right_of", "to_tree"]
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]
@@ -255,11 +255,12 @@ def _singular_where_zero(formula: sympy.Expr) -> list[sympy.Expr]:
 # ---- evaluating them ----------------------------------------------------------------------------------------------
 
 
-class _Part(NamedTuple):
-    """A function that is good on (left, right]."""
+class Part(NamedTuple):
+    """A formula that is good on (left, right], and the function of arrays that evaluates it."""
 
     left: float
     right: float
+    formula: sympy.Expr
     function: Function
 
 
@@ -278,39 +279,52 @@ def _values(expression: sympy.Expr, order: int, s: Array) -> Array:
 def _function(expression: sympy.Expr, order: int) -> Function:
     if order == -1:
         return _primitive(expression)
-    parts = []
-    for left, right, formula in _formulas(expression):
-        parts += _parts(sympy.diff(formula, _S, order), left, right, _probes(expression))
-    return lambda s: _select(parts, s)
+    found = parts(expression, order)
+    return lambda s: _select(found, s)
 
 
-def _select(parts: list[_Part], s: Array) -> Array:
+@lru_cache(maxsize=256)
+def parts(expression: sympy.Expr, order: int) -> tuple[Part, ...]:
+    """sigma, sigma' or sigma'' (`order` 0, 1, 2) as formulas in the real symbol s that do not overflow, from left to right."""
+    return tuple(
+        chain.from_iterable(
+            _parts(sympy.diff(formula, _S, order), left, right, _probes(expression))
+            for left, right, formula in _formulas(expression)
+        )
+    )
+
+
+def _select(parts: Sequence[Part], s: Array) -> Array:
     values = parts[-1].function(np.maximum(s, parts[-1].left))
-    for left, right, function in reversed(parts[:-1]):
+    for left, right, _, function in reversed(parts[:-1]):
         # Where another part is meant this one sees its own end, as beyond it may overflow.
         values = np.where(s <= right, function(np.clip(s, left, right)), values)
     return values
 
 
-def _parts(formula: sympy.Expr, left: float, right: float, probes: Array) -> list[_Part]:
+def _parts(formula: sympy.Expr, left: float, right: float, probes: Array) -> Sequence[Part]:
     """The formula as it is if it is finite at the probes; else by halves if they are; else as it is."""
 
-    def is_finite(part: _Part) -> bool:
+    def is_finite(part: Part) -> bool:
         with np.errstate(all="ignore"):
             return bool(np.isfinite(part.function(probes[(probes > part.left) & (probes <= part.right)])).all())
 
-    plain = _Part(left, right, _compile(formula))
+    plain = _part(left, right, formula)
     try:
         if is_finite(plain):
             return [plain]
         halves = [
-            _Part(start, end, _compile(_in_decaying_powers(formula, sign)))
+            _part(start, end, _in_decaying_powers(formula, sign))
             for sign, start, end in ((-1, left, min(right, 0.0)), (1, max(left, 0.0), right))
             if start < end
         ]
         return halves if all(map(is_finite, halves)) else [plain]
     except (NameError, TypeError, AttributeError, sympy.PolynomialError):
         return [plain]
+
+
+def _part(left: float, right: float, formula: sympy.Expr) -> Part:
+    return Part(left, right, formula, _compile(formula))
 
 
 def _compile(formula: sympy.Expr) -> Function:
@@ -442,7 +456,7 @@ def _from_zero(edges: Array, integrals: Array) -> Array:
     return np.concatenate([left, right]).astype(np.float64)
 
 
-def _antiderivatives(expression: sympy.Expr, cells: _Cells, by_quadrature: Function) -> list[_Part] | None:
+def _antiderivatives(expression: sympy.Expr, cells: _Cells, by_quadrature: Function) -> Sequence[Part] | None:
     """SymPy's antiderivatives, with the constants that join them; None where there is none as good as the quadrature.
 
     Only by rules: other methods of SymPy may take minutes, and a time limit would make ranks differ.
@@ -452,7 +466,7 @@ def _antiderivatives(expression: sympy.Expr, cells: _Cells, by_quadrature: Funct
         antiderivative = manualintegrate(formula, _S)
         if antiderivative.has(sympy.Integral):
             return None
-        parts.append(_Part(left, right, _shifted(_compile(antiderivative), min(max(0.0, left), right), by_quadrature)))
+        parts.append(Part(left, right, antiderivative, _shifted(_compile(antiderivative), min(max(0.0, left), right), by_quadrature)))
     s = np.sort(_probes(expression))
     cell = cells.containing(s)
     error = np.abs(_select(parts, s) - by_quadrature(s))

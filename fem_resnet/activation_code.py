@@ -1,0 +1,74 @@
+"""sigma and sigma' as C, from what an activation is made of: the built-ins by name, expressions as SymPy prints them.
+
+Functions of the C library are called through its vector variants where it has them (glibc's libmvec, 4 ulp).
+"""
+
+from __future__ import annotations
+
+from ctypes.util import find_library
+from importlib.resources import files
+
+import sympy
+from sympy.codegen.rewriting import create_expand_pow_optimization
+
+import fem_resnet.sympy_activation as sympy_activation
+from fem_resnet.activation import Activation
+
+__all__ = ["LIBRARIES", "activation_code"]
+
+_VECTORISED = ("atan", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "sin", "sinh", "tanh")
+#: Linker flags of the code.
+LIBRARIES = ("-lmvec", "-lm") if find_library("mvec") else ("-lm",)
+
+
+def activation_code(activation: Activation) -> str:
+    """C code that defines ``VALUE(s)`` and ``SLOPE(s)``, sigma and sigma' of a double.
+
+    Parameters
+    ----------
+    activation
+        The activation.
+
+    Raises
+    ------
+    ValueError
+        If its expression has functions that C has not.
+
+    Examples
+    --------
+    >>> print(activation_code(get_activation("relu")).splitlines()[-1])  # doctest: +SKIP
+    #define SLOPE(s) slope_relu(s)
+    """
+    lines = ["#include <math.h>"]
+    if find_library("mvec"):
+        lines += [f'__attribute__((simd("notinbranch"))) double {name}(double);' for name in _VECTORISED]
+        lines.append('__attribute__((simd("notinbranch"))) double pow(double, double);')
+    if activation.expression is None:
+        names = [f"{kind}_{activation.name}" for kind in ("value", "slope")]
+        lines += [f"#define {name.upper()} {value!r}" for name, value in activation.parameters]
+        lines.append((files("fem_resnet") / "pointwise.h").read_text())
+    else:
+        names = ["value", "slope"]
+        lines += [_function(name, activation.expression, order) for order, name in enumerate(names)]
+    return "\n".join([*lines, *(f"#define {name}(s) {call}(s)" for name, call in zip(("VALUE", "SLOPE"), names))])
+
+
+def _function(name: str, expression: sympy.Expr, order: int) -> str:
+    parts = sympy_activation.parts(expression, order)
+    expand = create_expand_pow_optimization(16)
+    shared, formulas = sympy.cse([expand(part.formula) for part in parts], symbols=sympy.numbered_symbols("x"))
+    # All formulas are evaluated, outside of their intervals too: a loop without branches is one that compilers vectorise.
+    values = [*shared, *((f"part_{k}", formula) for k, formula in enumerate(formulas))]
+    body = [f"    const double {symbol} = {_print(value)};" for symbol, value in values]
+    # In this order a NaN takes the last formula, and is one there too.
+    choice = "".join(f"s <= {part.right!r} ? part_{k} : " for k, part in enumerate(parts[:-1]))
+    return "\n".join(
+        [f"static inline double {name}(double s) {{", *body, f"    return {choice}part_{len(parts) - 1};", "}"]
+    )
+
+
+def _print(formula: sympy.Basic) -> str:
+    try:
+        return sympy.ccode(formula, standard="C99", strict=True)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f"expression: {formula} cannot be written in C ({error})") from error

@@ -1,0 +1,129 @@
+"""The stage of a layer as compiled loops: `stage.c` with an activation's formulas, in the place of `Stage`'s NumPy.
+
+Values of a stage, its transpose and the quadrature (3.3) are compiled; tangents, Hessians, blocks of the Jacobian and learned
+factors are `Stage`'s own. Both give the same numbers to round-off. The environment variable FEM_RESNET_COMPILED=0 is the
+switch to NumPy alone; without a C compiler, or with an activation that C cannot evaluate, one warning says that NumPy it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+from importlib.resources import files
+
+import numpy as np
+from pyop2.compilation import load
+from pyop2.exceptions import CompilationError
+
+from fem_resnet.activation import Activation
+from fem_resnet.activation_code import LIBRARIES, activation_code
+from fem_resnet.basis import Basis
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.layer import Functionals, Stage
+from fem_resnet.log import log
+
+__all__ = ["CompiledStage", "new_stage"]
+
+# PyOP2's own flags have -ffast-math, which takes NaN for a number.
+_FLAGS = ("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+_BY_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
+
+
+class _Basis(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("rank", ctypes.c_long)]
+
+
+class _LabelSpace(ctypes.Structure):
+    _fields_ = [("nodes", ctypes.c_long), ("samples", ctypes.c_long), ("weights", ctypes.c_void_p)]
+
+
+_warned: set[str] = set()
+
+
+def new_stage(Y: LabelSpace, activation: Activation, samples: int) -> Stage:
+    """Stage evaluations, compiled where that is possible and not switched off; arguments as for `Stage`. Collective."""
+    if os.environ.get("FEM_RESNET_COMPILED", "1") != "0":
+        try:
+            return CompiledStage(Y, activation, samples)
+        except (CompilationError, OSError, ValueError) as error:
+            if str(error) not in _warned:
+                _warned.add(str(error))
+                log(Y.comm, logging.WARNING, "layers are not compiled, and run by NumPy, which is slower: %s", error)
+    return Stage(Y, activation, samples)
+
+
+class CompiledStage(Stage):
+    """See above; arguments as for `Stage`. Collective over the communicator of the label domain.
+
+    Raises
+    ------
+    pyop2.exceptions.CompilationError, OSError
+        If there is no compiler, or it fails; on all ranks alike.
+    ValueError
+        If C cannot evaluate the activation.
+    """
+
+    def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
+        super().__init__(Y, activation, samples)
+        self._code = load(
+            "\n".join([activation_code(activation), (files("fem_resnet") / "stage.c").read_text()]),
+            "c", _FLAGS + _BY_MACHINE.get(platform.machine(), ()), LIBRARIES, comm=Y.comm,
+        )  # fmt: skip
+        self._space = _LabelSpace(Y.nodes, samples, Y.weights.ctypes.data)
+        self._bases: dict[int, tuple[Basis, _Basis]] = {}
+
+    def _basis(self, basis: Basis) -> ctypes.c_void_p:
+        # That of learned factors is another at every evaluation: none but the present ones are kept.
+        if id(basis) not in self._bases or self._bases[id(basis)][0] is not basis:
+            if len(self._bases) > 64:
+                self._bases.clear()
+            self._bases[id(basis)] = basis, _Basis(basis.values.ctypes.data, basis.rank)
+        return ctypes.byref(self._bases[id(basis)][1])
+
+    def _call(self, name: str, *arguments) -> None:
+        if getattr(self._code, name)(ctypes.byref(self._space), *arguments):
+            raise MemoryError(f"{name} of a stage: no memory for its sums")
+
+    def rate(self, at, out=None):
+        if len(at.a) > 1 or out is not None and not out[0].flags.c_contiguous:
+            return super().rate(at, out)
+        Q = np.empty((at.factors.psi.rank, self.samples))
+        self._call(
+            "rate", self._basis(at.factors.phi), self._basis(at.factors.psi), _pointer(at.a[0]), _pointer(at.C[0]),
+            ctypes.c_double(at.length[0]), _pointer(Q), None if out is None else _pointer(out[0]),
+        )  # fmt: skip
+        return [self.Y.sum(Q)]
+
+    def transpose(self, at, dual, with_length=False, with_factors=False):
+        if len(at.a) > 1 or with_factors:
+            return super().transpose(at, dual, with_length, with_factors)
+        D, bias, length = np.empty((at.factors.phi.rank, self.samples)), np.empty(self.Y.nodes), np.zeros(1)
+        adjoint = None if dual.x_q is None else np.asfortranarray(dual.adjoint[0])
+        self._call(
+            "transpose", self._basis(at.factors.phi), self._basis(at.factors.psi), _pointer(at.a[0]),
+            _pointer(at.C[0]), ctypes.c_double(at.length[0]), _pointer(dual.x[0]), _pointer(dual.x_q),
+            None if adjoint is None else adjoint.ctypes.data_as(ctypes.c_void_p), _pointer(D), _pointer(bias),
+            _pointer(length) if with_length else None,
+        )  # fmt: skip
+        return Functionals([self.Y.sum(D)], bias, float(self.Y.sum(length)[0]) if with_length else 0.0)
+
+    def advance(self, f, stages):
+        if len(f) > 1:
+            return super().advance(f, stages)
+        result = np.array(f[0], order="C")
+        arguments = [stage.argument for stage in stages]
+        weights = np.array([stage.weight * stage.argument.length[0] for stage in stages])
+        bases = [ctypes.cast(self._basis(at.factors.phi), ctypes.c_void_p) for at in arguments]
+        pointers = ctypes.c_void_p * len(stages)
+        self._call(
+            "advance", ctypes.c_long(len(stages)), pointers(*bases),
+            pointers(*(at.a[0].ctypes.data for at in arguments)), pointers(*(at.C[0].ctypes.data for at in arguments)),
+            _pointer(weights), _pointer(result),
+        )  # fmt: skip
+        return [result]
+
+
+def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:
+    return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
