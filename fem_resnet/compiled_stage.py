@@ -68,8 +68,7 @@ class CompiledStage(Stage):
     def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
         super().__init__(Y, activation, samples)
         self._code = load(
-            "\n".join([activation_code(activation), (files("fem_resnet") / "stage.c").read_text()]),
-            "c", _FLAGS + _BY_MACHINE.get(platform.machine(), ()), LIBRARIES, comm=Y.comm,
+            "\n".join([activation_code(activation), _source()]), "c", _FLAGS + _BY_MACHINE.get(platform.machine(), ()), LIBRARIES, comm=Y.comm,
         )  # fmt: skip
         self._space = _LabelSpace(Y.nodes, samples, Y.weights.ctypes.data)
         self._bases: dict[int, tuple[Basis, _Basis]] = {}
@@ -123,6 +122,10 @@ class CompiledStage(Stage):
             _pointer(weights), _pointer(result),
         )  # fmt: skip
         return [result]
+
+
+def _source() -> str:
+    return (files("fem_resnet") / "stage.c").read_text()
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import fem_resnet.basis
+import fem_resnet.compiled_stage
 import fem_resnet.head
 import fem_resnet.kernel
 import fem_resnet.label_space
@@ -41,6 +42,17 @@ class Fault:
     plant: Callable
 
 
+def compiled(right: str, wrong: str) -> Callable:
+    """Plants `wrong` in the place of `right`, which must occur, in the code of compiled stages."""
+
+    def plant(patch):
+        source = fem_resnet.compiled_stage._source()
+        assert right in source, f"stage.c has no longer the line {right!r}"
+        patch.setattr(fem_resnet.compiled_stage, "_source", lambda: source.replace(right, wrong))
+
+    return plant
+
+
 def line(owner, function: str, right: str, wrong: str) -> Callable:
     """Plants `wrong` in the place of `right`, which must occur, in the source of a function or method of `owner`."""
 
@@ -57,6 +69,8 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
         if isinstance(vars(owner)[function], property):
             patched = property(patched)
         patch.setattr(owner, function, patched)
+        if owner is fem_resnet.layer.Stage:
+            patch.setenv("FEM_RESNET_COMPILED", "0")
 
     return plant
 
@@ -70,7 +84,9 @@ Loss = fem_resnet.loss._LossOperator
 HeadOperator = fem_resnet.head._HeadOperator
 Kernel, Basis, LabelSpace = fem_resnet.kernel.LowRankKernel, fem_resnet.basis.Basis, fem_resnet.label_space.LabelSpace
 regulariser = fem_resnet.regulariser
-CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, KINKS = "classes", "field", "carried", "adapted", "implicit", "learned", "kinks"
+CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, TIMES, KINKS = (
+    "classes", "field", "carried", "adapted", "implicit", "learned", "times", "kinks"
+)  # fmt: skip
 
 
 # -- faults that are no single line ----------------------------------------------------------------------------------
@@ -227,6 +243,17 @@ FAULTS = [
     Fault("the functional of a length forgets the second order", LEARNED, line(Stage, "_pair_rates", "if len(w) == 2:", "if False:")),
     Fault("functionals of phi forget the second order", LEARNED, line(Stage, "transpose", "-sum(part @ C.T for part, C in zip(v, at.C))", "-(v[0] @ at.C[0].T)")),
     Fault("functionals of psi have no weights", LEARNED, line(Stage, "transpose", " * self.Y.weights[block, None]", "")),
+    # the same stage, compiled
+    Fault("compiled: sigma' is dropped in the transpose", CLASSES, compiled("tau * SLOPE(row[n]) * dual[n]", "tau * dual[n]")),
+    Fault("compiled: sign of b", CLASSES, compiled("sum[s][v] -= c * p[v]", "sum[s][v] += c * p[v]")),
+    Fault("compiled: the rate has no weights", CLASSES, compiled("row[n] *= b.weights[n]", "row[n] *= 1.0")),
+    Fault("compiled: the bias's functional is of the last sample", CLASSES, compiled("sum[n] += v", "sum[n] = v")),
+    Fault("compiled: a block that is not full is left out", CLASSES, compiled("start < Y->nodes; start += BLOCK) {", "start + BLOCK <= Y->nodes; start += BLOCK) {")),
+    Fault("compiled: lambda of the first sample for all", CLASSES, compiled("lambda + (first + s) * Y->nodes", "lambda + first * Y->nodes")),
+    Fault("compiled: one lane is not added up", CLASSES, compiled("lane = 0; lane < LANES", "lane = 1; lane < LANES")),
+    Fault("compiled: the sums of an earlier chunk stay", CLASSES, compiled("memset(scratch.sums, 0, phi->rank", "if (!first) memset(scratch.sums, 0, 0 * phi->rank")),
+    Fault("compiled: the last sample is not advanced", CLASSES, compiled("s < samples; s++) f[", "s < samples - 1; s++) f[")),
+    Fault("compiled: lengths pair with sigma'", TIMES, compiled("dual[n] * VALUE(row[n])", "dual[n] * SLOPE(row[n])")),
     # steps
     Fault("b in place of b^T", CLASSES, line(Linear, "transpose", "by_g, by_beta = [-(beta[0].T @ D[0])]", "by_g, by_beta = [-(beta[0].T[::-1, ::-1] @ D[0])]")),
     Fault("beta's functional has the other sign", CLASSES, line(Linear, "transpose", ", -(D[0] @ g[0].T)\n", ", D[0] @ g[0].T\n")),
@@ -254,8 +281,8 @@ FAULTS = [
     Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "_adapted", "stepper.trace.steps if stepper.adaptive else None", "None")),
     # segments
     Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "if inputs[0].factors.psi is not psi:", "if True:\n            psi = None")),
-    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "start = [dual + psi.weighted @ part for dual, part in zip(duals, gamma)]", "start = list(duals)")),
-    Fault("gamma comes without the measure", CLASSES, line(Segment, "_adjoint", "start = [dual + psi.weighted @ part", "start = [dual + psi.values @ part")),
+    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "start = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]", "start = list(duals)")),
+    Fault("gamma comes without the measure", CLASSES, line(Segment, "_adjoint", "start = [psi.dual(part) + dual", "start = [psi.values @ part + dual")),
     Fault("co-states without gamma", CLASSES, line(Segment, "costate", "+ psi.values @ gamma", "")),
     Fault("sign of r", CLASSES, line(Segment, "costate", "return dual / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual / self._Y.weights[:, None] + psi.values @ gamma)")),
     Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._costates[-1][0] / self._Y.weights[:, None]", "self._costates[-1][0]")),
@@ -287,7 +314,7 @@ FAULTS = [
     Fault("weights of the unit domain", CLASSES, _after_weights(lambda w: w / w.sum())),
     Fault("inner products without weights", CLASSES, line(LabelSpace, "inner", '"i,is,is->", self.weights', '"i,is,is->", 0 * self.weights + 1')),
     Fault("the norm is squared", CLASSES, line(LabelSpace, "norm", "float(np.sqrt(self.inner(f, f)))", "float(self.inner(f, f))")),
-    Fault("projections without weights", CLASSES, line(Basis, "project", "self.weighted.T @ values", "self.values.T @ values")),
+    Fault("projections without weights", CLASSES, line(Basis, "project", "self.Y.weights[:, None] * values", "values")),
     Fault("columns of a batch mixed", CLASSES, _mixed_columns),
     # head, loss, regulariser, problem
     Fault("the head has W transposed", FIELD, line(HeadOperator, "forward", "W @ self._psi.project(f)", "W.T @ self._psi.project(f)")),
