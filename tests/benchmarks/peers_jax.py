@@ -78,7 +78,7 @@ class ClassicalRK4(diffrax.AbstractERK):
         b_error=np.zeros(4),
         c=np.array([0.5, 0.5, 1.0 - 1e-6]),
     )
-    interpolation_cls = diffrax.LocalLinearInterpolation
+    interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
 
     def order(self, terms):
         return 4

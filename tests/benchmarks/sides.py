@@ -58,6 +58,8 @@ class Side:
         leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
         env = {key: value for key, value in os.environ.items() if not leaked.match(key)}
         env |= _ONE_THREAD if ours or name == "ufl" else _TWO_THREADS
+        if ours:
+            env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # a rank that waits for one that was put aside lets others work
         if is_peer(name):
             for key in ("PYTHONPATH", "VIRTUAL_ENV"):
                 env.pop(key, None)
