@@ -1,0 +1,147 @@
+"""J and its whole gradient: this package against what a user would pick instead.
+
+    containers/run python tests/benchmarks/gradient.py [--quick] [--json FILE] [--sizes N,r,S,L ...] [--only SIDE,SIDE ..]
+
+README.md beside this file says what is measured and how to read the table.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import data
+import environment
+import roofline
+import table
+from sides import INEXACT, LARGEST, OURS, Side, SideFailed, is_peer
+from worker import SIDES
+
+#: (N nodes, rank, samples, layers).
+SIZES = [
+    (1024, 16, 1, 16), (65536, 16, 1, 16), (4096, 16, 256, 16), (65536, 16, 32, 16), (512, 32, 1257, 8),
+    (1048576, 32, 4, 8),
+]  # fmt: skip
+#: What all are held against; run and timed always.
+REFERENCE = "numpy"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the three sizes of least work")
+    parser.add_argument("--sizes", nargs="+", metavar="N,r,S,L", help="these sizes instead")
+    parser.add_argument("--only", metavar="SIDE,..", help=f"of {', '.join(SIDES)}; fem_resnet for 1 and 2 ranks")
+    parser.add_argument("--repetitions", type=int, default=7, help="turns of each side (7), fewer where they take long")
+    parser.add_argument("--budget", type=float, default=60, help="seconds a size that all turns together may take (60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    given = parser.parse_args()
+    given.sizes = [tuple(map(int, size.split(","))) for size in given.sizes] if given.sizes else SIZES
+    if given.quick:
+        given.sizes = sorted(given.sizes, key=lambda size: roofline.work(*size)["flops"])[:3]
+    names = [name for name in given.only.split(",")] if given.only else list(SIDES)
+    if "fem_resnet" in names:
+        names[names.index("fem_resnet") : names.index("fem_resnet") + 1] = OURS
+    if unknown := set(names) - set(SIDES):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is no side; there are fem_resnet, {', '.join(SIDES)}")
+    given.sides = [REFERENCE, *(name for name in SIDES if name in names and name != REFERENCE)]
+    return given
+
+
+def take_turns(sides: list[Side], repetitions: int, budget: float) -> None:
+    """Evaluate each side once a turn, at other parameters each time; then ask for its memory."""
+    expected = sum(side.ask("evaluate")["seconds"] for side in sides)
+    for turn in range(max(3, min(repetitions, int(budget / max(expected, 1e-3))))):
+        for side in sides:
+            side.ask(f"scale {0.5 if turn % 2 == 0 else 2.0}")
+            side.seconds.append(side.ask("evaluate")["seconds"])
+    for side in sides:
+        side.peak_bytes = side.ask("memory")["bytes"]
+
+
+def measure(size: tuple[int, int, int, int], names: list[str], given: argparse.Namespace, rates: dict) -> dict:
+    """One size: start the sides, hold them against the reference, time those that agree."""
+    nodes, _, samples, layers = size
+    failed: dict[str, str] = {}
+    ready: list[Side] = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        data.write(folder, *size)
+        try:
+            for name in names:
+                if nodes * samples * layers > LARGEST.get(name, float("inf")):
+                    failed[name] = "left out: too large for it"
+                    continue
+                side = Side.start(name, folder)
+                ready.append(side)
+                try:
+                    side.first = side.ask("prepare")
+                    if name == REFERENCE:
+                        J, gradient = side.first["J"], side.gradient(folder)
+                    side.compare(J, gradient, folder)
+                    if side.agrees:
+                        continue
+                    failed[name] = f"disagrees: {', '.join(f'{k} by {e:.1e}' for k, e in side.errors.items())}"
+                except SideFailed as error:
+                    failed[name] = str(error)
+                ready.remove(side)
+                side.end()
+            take_turns(ready, given.repetitions, given.budget)
+        finally:
+            for side in ready:
+                side.end()
+    return record(size, ready, failed, rates)
+
+
+def record(size, sides: list[Side], failed: dict[str, str], rates: dict) -> dict:
+    """What --json writes of one size."""
+    found = {
+        "size": list(size),
+        "seconds": {side.name: min(side.seconds) for side in sides},
+        "median_seconds": {side.name: median(side.seconds) for side in sides},
+        "turns": {side.name: len(side.seconds) for side in sides},
+        "first_call_seconds": {side.name: side.first["seconds"] for side in sides},
+        "setup_seconds": {side.name: side.first["setup_seconds"] for side in sides},
+        "peak_bytes": {side.name: side.peak_bytes for side in sides},
+        "errors": {side.name: side.errors for side in sides},
+        "failed": failed,
+        "inexact": sorted(INEXACT & {side.name for side in sides}),
+    }
+    ours = [name for name in OURS if name in found["seconds"]]
+    if ours:
+        best = min(ours, key=found["seconds"].get)
+        for values in (found["seconds"], found["median_seconds"], found["first_call_seconds"], found["peak_bytes"]):
+            values["fem_resnet"] = values[best]
+        found["fem_resnet_is"] = best
+    asked = roofline.work(*size)
+    found["roofline"] = {
+        "work": asked,
+        "rates": rates,
+        "bound_seconds": {cores: roofline.bound(asked, of)["seconds"] for cores, of in rates.items()},
+        "parts": {cores: roofline.bound(asked, of) for cores, of in rates.items()},
+    }
+    found["roofline"]["fraction"] = {
+        name: found["roofline"]["bound_seconds"][name.rpartition("_")[2]] / found["seconds"][name] for name in ours
+    }
+    return found
+
+
+def main() -> None:
+    given = arguments()
+    # Two cores for each side, also where there are more.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    if any(is_peer(name) for name in given.sides):
+        environment.install()
+    rates = roofline.machine()
+    table.print_machine(rates)
+    results = []
+    for size in given.sizes:
+        results.append(measure(size, given.sides, given, rates))
+        table.print_size(results[-1])
+        if given.json:
+            given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

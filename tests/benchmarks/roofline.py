@@ -1,0 +1,82 @@
+"""What this machine can do, measured, and what the algorithm asks of it.
+
+`python roofline.py` prints the rates of one core as JSON; the benchmark runs it once alone and twice at the same time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+#: Classical Runge-Kutta, a step a layer.
+STAGES = 4
+
+
+def _best(work, seconds: float) -> float:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def rates(seconds: float = 0.4) -> dict[str, float]:
+    """Of one thread of NumPy: dgemm in flop/s, tanh in elements/s from the cache, copy in bytes/s read and written."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    n = 1024
+    A, B, C = rng.normal(size=(n, n)), rng.normal(size=(n, n)), np.empty((n, n))
+    x, y = rng.normal(size=8192), np.empty(8192)
+    source, copy = np.zeros(2**24), np.ones(2**24)
+    return {
+        "dgemm": 2 * n**3 / _best(lambda: np.dot(A, B, out=C), seconds),
+        "tanh": x.size / _best(lambda: np.tanh(x, out=y), seconds),
+        "copy": 2 * source.nbytes / _best(lambda: np.copyto(copy, source), seconds),
+    }
+
+
+def machine() -> dict[str, dict[str, float]]:
+    """Rates of one core, and of two together: the best of three, since others may be using the machine."""
+
+    def at_once(processes: int) -> dict[str, float]:
+        env = os.environ | {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        running = [
+            subprocess.Popen([sys.executable, __file__], env=env, stdout=subprocess.PIPE) for _ in range(processes)
+        ]
+        found = [json.loads(process.communicate()[0]) for process in running]
+        return {name: sum(each[name] for each in found) for name in found[0]}
+
+    def best(processes: int, rounds: int = 3) -> dict[str, float]:
+        found = [at_once(processes) for _ in range(rounds)]
+        return {name: max(each[name] for each in found) for name in found[0]}
+
+    return {"1": best(1), "2": best(2)}
+
+
+def work(nodes: int, rank: int, samples: int, layers: int) -> dict[str, float]:
+    """Flops, sigmas and bytes of one J and its gradient.
+
+    A stage: two products nodes x rank x samples forward and three backward, a sigma each; and one product and a sigma more
+    where f itself is wanted, as it is at the end. Bytes: Phi and Psi are read in each pass over the nodes and the bias
+    with them; f is read and written once a layer; the adjoint of f is read by each stage on the way back.
+    """
+    stages, field, factors = STAGES * layers, 8.0 * nodes * samples, 2 * 8.0 * nodes * rank
+    return {
+        "flops": 6 * 2.0 * nodes * rank * samples * stages,
+        "sigmas": 3.0 * nodes * samples * stages,
+        "bytes": stages * (2.5 * factors + 4 * 8.0 * nodes + field) + 2 * layers * field,
+    }
+
+
+def bound(asked: dict[str, float], rates: dict[str, float]) -> dict[str, float]:
+    """Seconds below which these rates do not allow it: arithmetic and traffic overlap, products and sigmas do not."""
+    arithmetic = asked["flops"] / rates["dgemm"] + asked["sigmas"] / rates["tanh"]
+    traffic = asked["bytes"] / rates["copy"]
+    return {"arithmetic": arithmetic, "traffic": traffic, "seconds": max(arithmetic, traffic)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(rates()))

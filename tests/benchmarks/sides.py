@@ -1,0 +1,122 @@
+"""Sides as the benchmark holds them: processes that are started, asked, checked and ended."""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import environment
+import numpy as np
+from worker import SIDES
+
+HERE = Path(__file__).parent
+#: The gradient of these is right to the order of the step only: timed all the same, and marked.
+INEXACT = {"torchdiffeq_adjoint"}
+#: J relative, gradient relative in the norm of each kind of parameter.
+BOUND_J, BOUND_GRADIENT = 1e-12, 1e-10
+#: Above so many nodes x samples x layers a side would take minutes an evaluation.
+LARGEST = {"ufl": 2**15}
+OURS = ("fem_resnet_1", "fem_resnet_2")
+_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_TWO_THREADS = {
+    **{name: "2" for name in _ONE_THREAD},
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads=2",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+class SideFailed(Exception):
+    """A side ended, or did not answer in time."""
+
+
+def is_peer(side: str) -> bool:
+    return SIDES[side][0].startswith("peers")
+
+
+@dataclass
+class Side:
+    """A worker's process, and what was measured of it."""
+
+    name: str
+    process: subprocess.Popen
+    log: Path
+    first: dict = field(default_factory=dict)
+    errors: dict = field(default_factory=dict)
+    seconds: list = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @classmethod
+    def start(cls, name: str, folder: Path) -> "Side":
+        ours = name in OURS
+        interpreter = str(environment.python()) if is_peer(name) else sys.executable
+        # What MPI left in this environment must not reach another mpiexec.
+        leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
+        env = {key: value for key, value in os.environ.items() if not leaked.match(key)}
+        env |= _ONE_THREAD if ours or name == "ufl" else _TWO_THREADS
+        if ours:
+            env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # a rank that waits for one that was put aside lets others work
+        if is_peer(name):
+            for key in ("PYTHONPATH", "VIRTUAL_ENV"):
+                env.pop(key, None)
+        command = [interpreter, str(HERE / "worker.py"), name, str(folder)]
+        if ours and (ranks := name.rpartition("_")[2]) != "1":
+            command = ["mpiexec", "-n", ranks, "--bind-to", "none", *command]
+        log = folder / f"{name}.log"
+        with open(log, "w") as stderr:
+            process = subprocess.Popen(
+                command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
+            )
+        return cls(name, process, log)
+
+    def ask(self, command: str, limit: float = 900) -> dict:
+        try:
+            self.process.stdin.write(f"{command}\n".encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise SideFailed(self._why("ended")) from None
+        if not select.select([self.process.stdout], [], [], limit)[0]:
+            raise SideFailed(self._why(f"no answer to '{command}' in {limit:.0f} s"))
+        line = self.process.stdout.readline()
+        if not line:
+            raise SideFailed(self._why("ended"))
+        return json.loads(line)
+
+    def _why(self, what: str) -> str:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if re.match(r"\w[\w.]*(Error|Exception)", line)]
+        return f"{what}: {lines[-1][:200]}" if lines else what
+
+    def gradient(self, folder: Path) -> dict[str, np.ndarray]:
+        """Its last gradient: that in a, shape (layers, nodes), and that in beta."""
+        self.ask(f"gradient {folder / self.name}")
+        files = sorted(folder.glob(f"{self.name}.*.npz"))
+        parts = [dict(np.load(file)) for file in files]
+        for file in files:
+            file.unlink()
+        order = np.argsort(np.concatenate([part["nodes"] for part in parts]))
+        return {"a": np.concatenate([part["a"] for part in parts], axis=1)[:, order], "beta": parts[0]["beta"]}
+
+    def compare(self, J: float, gradient: dict[str, np.ndarray], folder: Path) -> None:
+        """Note by how much J and the gradient differ from these."""
+        own = self.gradient(folder)
+        self.errors = {"J": abs(self.first["J"] - J) / abs(J)}
+        for name, wanted in gradient.items():
+            self.errors[name] = float(np.linalg.norm(own[name] - wanted) / np.linalg.norm(wanted))
+
+    @property
+    def agrees(self) -> bool:
+        return self.errors["J"] <= BOUND_J and (
+            self.name in INEXACT or max(self.errors["a"], self.errors["beta"]) <= BOUND_GRADIENT
+        )
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            try:
+                self.process.communicate(b"quit\n", timeout=20)
+            except (subprocess.TimeoutExpired, BrokenPipeError, ValueError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()

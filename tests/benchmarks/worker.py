@@ -1,0 +1,136 @@
+"""A side in a process of its own: `python worker.py SIDE FOLDER`, or on k ranks below mpiexec.
+
+Reads commands from stdin, one a line, and answers each with a line of JSON on stdout:
+
+    prepare         recording or compiling, with a first evaluation: seconds, and those of setting up before
+    scale FACTOR    multiplies all parameters; a power of two is exact
+    evaluate        J and its gradient at these parameters: seconds, J
+    gradient PREFIX writes the last gradient to PREFIX.<rank>.npz
+    memory          bytes of the largest resident memory above that after the imports, summed over the ranks
+    quit
+
+A side that waits sleeps. The resident memory is VmHWM: ru_maxrss is inherited from what started the process.
+"""
+
+import json
+import os
+import sys
+import time
+from importlib import import_module
+
+from data import Data
+
+#: Side -> its module and class.
+SIDES = {
+    "fem_resnet_1": ("ours", "FemResnet"),
+    "fem_resnet_2": ("ours", "FemResnet"),
+    "numpy": ("blocked", "Blocked"),
+    "jax": ("peers_jax", "Jax"),
+    "jax_checkpoint": ("peers_jax", "JaxCheckpoint"),
+    "diffrax": ("peers_jax", "Diffrax"),
+    "torch": ("peers_torch", "Torch"),
+    "torch_compile": ("peers_torch", "TorchCompile"),
+    "torchdiffeq": ("peers_torch", "Torchdiffeq"),
+    "torchdiffeq_adjoint": ("peers_torch", "TorchdiffeqAdjoint"),
+    "ufl": ("taped_ufl", "TapedUFL"),
+}
+
+
+def largest_memory() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+
+    def next_command(self) -> str:
+        return sys.stdin.readline()
+
+    def start(self) -> None:
+        pass
+
+    def total(self, number):
+        return number
+
+
+class Ranks:
+    """Ranks of MPI, the first of which reads the commands; the others sleep rather than wait in a broadcast."""
+
+    def __init__(self, comm):
+        self._comm, self.rank = comm, comm.rank
+
+    def next_command(self) -> str:
+        line = bytearray(sys.stdin.readline().encode().ljust(4096) if self.rank == 0 else 4096)
+        request = self._comm.Ibcast(line)
+        while not request.Test():
+            time.sleep(0.001)
+        return line.decode().strip()
+
+    def start(self) -> None:
+        self._comm.Barrier()
+
+    def total(self, number):
+        return self._comm.allreduce(number)
+
+
+class Worker:
+    def __init__(self, make, data: Data, processes):
+        self._make, self._data, self._processes = make, data, processes
+        self._bare = largest_memory()
+
+    def _timed(self, work) -> tuple[float, object]:
+        self._processes.start()
+        start = time.perf_counter()
+        result = work()
+        self._processes.start()
+        return time.perf_counter() - start, result
+
+    def prepare(self) -> dict:
+        setup, self._side = self._timed(lambda: self._make(self._data))
+        prepared, _ = self._timed(self._side.prepare)
+        evaluated, J = self._timed(self._side.evaluate)
+        return {"setup_seconds": setup, "seconds": prepared + evaluated, "J": J}
+
+    def scale(self, factor: str) -> dict:
+        self._side.scale(float(factor))
+        return {}
+
+    def evaluate(self) -> dict:
+        seconds, J = self._timed(self._side.evaluate)
+        return {"seconds": seconds, "J": J}
+
+    def gradient(self, prefix: str) -> dict:
+        import numpy as np
+
+        nodes, a, beta = self._side.gradient()
+        np.savez(f"{prefix}.{self._processes.rank}.npz", nodes=nodes, a=a, beta=beta)
+        self._processes.start()
+        return {}
+
+    def memory(self) -> dict:
+        return {"bytes": self._processes.total(largest_memory() - self._bare)}
+
+
+def main() -> None:
+    side, folder = sys.argv[1:]
+    del sys.argv[1:]  # PETSc would take them for options
+    # Answers go where stdout went; what libraries print goes to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    module, name = SIDES[side]
+    module = import_module(module)
+    processes = Ranks(module.COMM) if getattr(module, "COMM", None) and module.COMM.size > 1 else Alone()
+    worker = Worker(getattr(module, name), Data(folder), processes)
+    while words := processes.next_command().split():
+        if words[0] == "quit":
+            break
+        answer = getattr(worker, words[0])(*words[1:])
+        if processes.rank == 0:
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
