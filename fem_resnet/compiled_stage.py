@@ -70,19 +70,21 @@ class CompiledStage(Stage):
         self._code = load(
             "\n".join([activation_code(activation), _source()]), "c", _FLAGS + _BY_MACHINE.get(platform.machine(), ()), LIBRARIES, comm=Y.comm,
         )  # fmt: skip
+        _declare(self._code)
         self._space = _LabelSpace(Y.nodes, samples, Y.weights.ctypes.data)
-        self._bases: dict[int, tuple[Basis, _Basis]] = {}
+        self._bases: dict[int, tuple[Basis, _Basis, int]] = {}
 
-    def _basis(self, basis: Basis) -> ctypes.c_void_p:
+    def _basis(self, basis: Basis) -> int:
         # That of learned factors is another at every evaluation: none but the present ones are kept.
         if id(basis) not in self._bases or self._bases[id(basis)][0] is not basis:
             if len(self._bases) > 64:
                 self._bases.clear()
-            self._bases[id(basis)] = basis, _Basis(basis.values.ctypes.data, basis.rank)
-        return ctypes.byref(self._bases[id(basis)][1])
+            struct = _Basis(basis.values.ctypes.data, basis.rank)
+            self._bases[id(basis)] = basis, struct, ctypes.addressof(struct)
+        return self._bases[id(basis)][2]
 
     def _call(self, name: str, *arguments) -> None:
-        if getattr(self._code, name)(ctypes.byref(self._space), *arguments):
+        if getattr(self._code, name)(ctypes.addressof(self._space), *arguments):
             raise MemoryError(f"{name} of a stage: no memory for its sums")
 
     def rate(self, at, out=None):
@@ -91,7 +93,7 @@ class CompiledStage(Stage):
         Q = np.empty((at.factors.psi.rank, self.samples))
         self._call(
             "rate", self._basis(at.factors.phi), self._basis(at.factors.psi), _pointer(at.a[0]), _pointer(at.C[0]),
-            ctypes.c_double(at.length[0]), _pointer(Q), None if out is None else _pointer(out[0]),
+            at.length[0], _pointer(Q), None if out is None else _pointer(out[0]),
         )  # fmt: skip
         return [self.Y.sum(Q)]
 
@@ -102,8 +104,8 @@ class CompiledStage(Stage):
         adjoint = None if dual.x_q is None else np.asfortranarray(dual.adjoint[0])
         self._call(
             "transpose", self._basis(at.factors.phi), self._basis(at.factors.psi), _pointer(at.a[0]),
-            _pointer(at.C[0]), ctypes.c_double(at.length[0]), _pointer(dual.x[0]), _pointer(dual.x_q),
-            None if adjoint is None else adjoint.ctypes.data_as(ctypes.c_void_p), _pointer(D), _pointer(bias),
+            _pointer(at.C[0]), at.length[0], _pointer(dual.x[0]), _pointer(dual.x_q),
+            _pointer(adjoint), _pointer(D), _pointer(bias),
             _pointer(length) if with_length else None,
         )  # fmt: skip
         return Functionals([self.Y.sum(D)], bias, float(self.Y.sum(length)[0]) if with_length else 0.0)
@@ -114,19 +116,26 @@ class CompiledStage(Stage):
         result = np.array(f[0], order="C")
         arguments = [stage.argument for stage in stages]
         weights = np.array([stage.weight * stage.argument.length[0] for stage in stages])
-        bases = [ctypes.cast(self._basis(at.factors.phi), ctypes.c_void_p) for at in arguments]
+        bases = [self._basis(at.factors.phi) for at in arguments]
         pointers = ctypes.c_void_p * len(stages)
         self._call(
-            "advance", ctypes.c_long(len(stages)), pointers(*bases),
+            "advance", len(stages), pointers(*bases),
             pointers(*(at.a[0].ctypes.data for at in arguments)), pointers(*(at.C[0].ctypes.data for at in arguments)),
             _pointer(weights), _pointer(result),
         )  # fmt: skip
         return [result]
 
 
+def _declare(code: ctypes.CDLL) -> None:
+    pointer, number, count = ctypes.c_void_p, ctypes.c_double, ctypes.c_long
+    code.rate.argtypes = [pointer] * 5 + [number] + [pointer] * 2
+    code.transpose.argtypes = [pointer] * 5 + [number] + [pointer] * 6
+    code.advance.argtypes = [pointer, count] + [pointer] * 5
+
+
 def _source() -> str:
     return (files("fem_resnet") / "stage.c").read_text()
 
 
-def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:
-    return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
+def _pointer(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data

@@ -40,8 +40,8 @@ class OnLayer:
 
     def pull_back(self, s: float, dual: np.ndarray) -> np.ndarray:
         """Transpose of `coefficients(s)`: functionals of all active coefficients, one after the other. Collective."""
-        pulled = self._basis.pull_back(dual).ravel()
-        return np.concatenate([weight * pulled for weight in self._weights(s)])
+        pulled, weights = self._basis.pull_back(dual).ravel(), self._weights(s)
+        return pulled if weights == (1.0,) else np.concatenate([weight * pulled for weight in weights])
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ class LinearLayer:
         t, _, at = self._point
         return self.stage.derivative(at, _acting(self._beta(t), g), out)
 
-    def transpose(self, dual: Cotangent) -> tuple[list[np.ndarray], np.ndarray]:
-        """Its transpose, in g, and in all that the layer takes, one after the other."""
+    def transpose(self, dual: Cotangent) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Its transpose, in g, and in what the layer takes: bias, kernel, length, factors."""
         t, g, at = self._point
         inputs = self._inputs[0]
         result = self.stage.transpose(at, dual, inputs.learns_length, inputs.learns_factors)
@@ -101,10 +101,10 @@ class LinearLayer:
             by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
         functionals = [inputs.bias.pull_back(t, result.bias), inputs.beta.pull_back(t, by_beta)]
         if inputs.learns_length:
-            functionals.append([result.length])
+            functionals.append(np.array([result.length]))
         if inputs.learns_factors:
             functionals += [result.phi.ravel(), result.psi.ravel()]
-        return by_g, np.concatenate(functionals)
+        return by_g, functionals
 
     def blocks(self) -> np.ndarray:
         """`scale (shift I - dQ/dg)`, one block a sample: shape (samples, orders x rank, orders x rank)."""

@@ -265,7 +265,7 @@ class LayerStepper:
         self._solve(lambda: ts.solve(self._y))
         end, _ = self.state.read(self._y)
         self.trace.end = self.state.end(self._y)
-        self._check_finite([*end, *(self.trace.end or [])], self._time(1.0))
+        self._check_finite(end, self.trace.end or [], self._time(1.0))
         self.has_trajectory = save
         return end
 
@@ -311,7 +311,7 @@ class LayerStepper:
         self._solve(self._ts.adjointSolve)
         start, _ = self.state.read(self._adjoint_y)
         functionals = self._mu.array_r.copy()
-        self._check_finite([*start, functionals], self._time(0.0))
+        self._check_finite(start, [functionals], self._time(0.0))
         return start, functionals
 
     def release(self) -> None:
@@ -337,9 +337,13 @@ class LayerStepper:
             self._create()
             raise StepFailure(self.layer, time, _REASONS.get(reason, f"PETSc's reason {reason}"))
 
-    def _check_finite(self, arrays: Sequence[np.ndarray], time: float) -> None:
-        finite = all(np.isfinite(array).all() for array in arrays)
-        if not self.stage.Y.comm.allreduce(finite, op=MPI.LAND):
+    def _check_finite(self, g: Sequence[np.ndarray], others: Sequence[np.ndarray], time: float) -> None:
+        finite = all(np.isfinite(array).all() for array in g)
+        if self.carries_f:
+            finite &= all(np.isfinite(array).all() for array in others)
+            finite = self.stage.Y.comm.allreduce(finite, op=MPI.LAND)
+        # Else all ranks have the same g, which sums over the nodes: what is not finite at one of them is seen there.
+        if not finite:
             self.has_trajectory = False
             raise StepFailure(self.layer, time, "NOT_FINITE")
 
@@ -410,11 +414,12 @@ class LayerStepper:
         self.state.write(y, by_g, 0.0)
 
     def _parameter_transpose(self, x, y):
-        if self.method.implicit:
-            # of the residual y_t - rate
-            y.array_w[:] = -self._linear.transpose(self.state.cotangent(x, self._linear.costate))[1]
-        else:
-            y.array_w[:] = self._functionals
+        values = y.array_w
+        if not self.method.implicit:
+            np.concatenate(self._functionals, out=values)
+        else:  # of the residual y_t - rate
+            np.concatenate(self._linear.transpose(self.state.cotangent(x, self._linear.costate))[1], out=values)
+            np.negative(values, out=values)
 
     def _attach_parameters(self) -> None:
         # Functionals of nodal values stand on the ranks that own the nodes, those of replicated numbers on every rank.
