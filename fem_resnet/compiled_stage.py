@@ -14,6 +14,8 @@ import platform
 from importlib.resources import files
 
 import numpy as np
+from petsc4py import PETSc
+from petsctools import get_petsc_dirs
 from pyop2.compilation import load
 from pyop2.exceptions import CompilationError
 
@@ -67,14 +69,17 @@ class CompiledStage(Stage):
 
     def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
         super().__init__(Y, activation, samples)
-        self._code = load(
-            "\n".join([activation_code(activation), _source()]), "c", _FLAGS + _BY_MACHINE.get(platform.machine(), ()), LIBRARIES, comm=Y.comm,
-        )  # fmt: skip
+        flags = _FLAGS + _BY_MACHINE.get(platform.machine(), ()) + get_petsc_dirs(prefix="-I", subdir="include")
+        libraries = (*LIBRARIES, *get_petsc_dirs(prefix="-L", subdir="lib"), "-lpetsc")
+        rpath = get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib")
+        code = "\n".join([activation_code(activation), _source()])
+        self._code = load(code, "c", flags, libraries + rpath, comm=Y.comm)
         _declare(self._code)
-        self._space = _LabelSpace(Y.nodes, samples, Y.weights.ctypes.data)
+        self._space_struct = _LabelSpace(Y.nodes, samples, Y.weights.ctypes.data)
         self._bases: dict[int, tuple[Basis, _Basis, int]] = {}
 
-    def _basis(self, basis: Basis) -> int:
+    def basis(self, basis: Basis) -> int:
+        """Address of what C sees of a basis; good as long as the basis is in use."""
         # That of learned factors is another at every evaluation: none but the present ones are kept.
         if id(basis) not in self._bases or self._bases[id(basis)][0] is not basis:
             if len(self._bases) > 64:
@@ -83,8 +88,18 @@ class CompiledStage(Stage):
             self._bases[id(basis)] = basis, struct, ctypes.addressof(struct)
         return self._bases[id(basis)][2]
 
+    @property
+    def space(self) -> int:
+        """Address of what C sees of the label domain."""
+        return ctypes.addressof(self._space_struct)
+
+    def call(self, name: str, *arguments) -> None:
+        """Call a function of `layer.c`, which returns an error code of PETSc."""
+        if code := getattr(self._code, name)(*arguments):
+            raise PETSc.Error(code)
+
     def _call(self, name: str, *arguments) -> None:
-        if getattr(self._code, name)(ctypes.addressof(self._space), *arguments):
+        if getattr(self._code, name)(self.space, *arguments):
             raise MemoryError(f"{name} of a stage: no memory for its sums")
 
     def rate(self, at, out=None):
@@ -92,7 +107,7 @@ class CompiledStage(Stage):
             return super().rate(at, out)
         Q = np.empty((at.factors.psi.rank, self.samples))
         self._call(
-            "rate", self._basis(at.factors.phi), self._basis(at.factors.psi), _pointer(at.a[0]), _pointer(at.C[0]),
+            "rate", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(at.a[0]), _pointer(at.C[0]),
             at.length[0], _pointer(Q), None if out is None else _pointer(out[0]),
         )  # fmt: skip
         return [self.Y.sum(Q)]
@@ -103,7 +118,7 @@ class CompiledStage(Stage):
         D, bias, length = np.empty((at.factors.phi.rank, self.samples)), np.empty(self.Y.nodes), np.zeros(1)
         adjoint = None if dual.x_q is None else np.asfortranarray(dual.adjoint[0])
         self._call(
-            "transpose", self._basis(at.factors.phi), self._basis(at.factors.psi), _pointer(at.a[0]),
+            "transpose", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(at.a[0]),
             _pointer(at.C[0]), at.length[0], _pointer(dual.x[0]), _pointer(dual.x_q),
             _pointer(adjoint), _pointer(D), _pointer(bias),
             _pointer(length) if with_length else None,
@@ -116,7 +131,7 @@ class CompiledStage(Stage):
         result = np.array(f[0], order="C")
         arguments = [stage.argument for stage in stages]
         weights = np.array([stage.weight * stage.argument.length[0] for stage in stages])
-        bases = [self._basis(at.factors.phi) for at in arguments]
+        bases = [self.basis(at.factors.phi) for at in arguments]
         pointers = ctypes.c_void_p * len(stages)
         self._call(
             "advance", len(stages), pointers(*bases),
@@ -134,7 +149,7 @@ def _declare(code: ctypes.CDLL) -> None:
 
 
 def _source() -> str:
-    return (files("fem_resnet") / "stage.c").read_text()
+    return "\n".join((files("fem_resnet") / name).read_text() for name in ("stage.c", "layer.c"))
 
 
 def _pointer(array: np.ndarray | None) -> int | None:

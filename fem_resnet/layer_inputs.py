@@ -13,7 +13,7 @@ import numpy as np
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.parameter import Parameter
-from fem_resnet.space_basis import StateValues
+from fem_resnet.space_basis import NodalValues, StateValues
 
 __all__ = ["FactorDirections", "LayerCoefficients", "LayerInputs", "OnLayer"]
 
@@ -30,6 +30,9 @@ class OnLayer:
         self._values = [self._basis.expand(c) for c in coefficients]
         #: Number of active coefficients on this rank.
         self.size = sum(np.size(c) for c in coefficients)
+        #: Whether it is the same at all times of the layer, and whether what is expanded are the coefficients themselves.
+        self.is_constant = self._weights(0.0) == self._weights(1.0) == (1.0,)
+        self.is_nodal = isinstance(self._basis, NodalValues)
 
     def coefficients(self, s: float) -> np.ndarray:
         """`p`, what the layer takes at the fraction s of its time."""

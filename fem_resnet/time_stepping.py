@@ -25,6 +25,7 @@ import petsctools
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from fem_resnet.compiled_layer import CompiledLayer
 from fem_resnet.layer import Stage, StageValue
 from fem_resnet.layer_jacobian import Elimination, LinearLayer, ShiftedJacobian, Transposed, Zero
 from fem_resnet.layer_state import CarriedState, CoefficientState
@@ -147,6 +148,8 @@ class LayerStepper:
         self._replayed: list[float] | None = None
         self._calls: list[list[np.ndarray]] = []
         self._ts = self._new_ts()
+        self._compiled: CompiledLayer | None = None
+        self._undecided = True
 
     def _new_ts(self) -> PETSc.TS:
         ts = PETSc.TS().create(comm=self.state.comm)
@@ -244,6 +247,7 @@ class LayerStepper:
         if not inputs[0].length > 0:
             raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
         self._linear.start(inputs)
+        self._start_compiled(inputs, self.steps if steps is None else len(steps))
         self._replayed = list(steps) if steps is not None else None
         self.trace = LayerTrace()
         self.has_trajectory = False
@@ -265,6 +269,8 @@ class LayerStepper:
         self._solve(lambda: ts.solve(self._y))
         end, _ = self.state.read(self._y)
         self.trace.end = self.state.end(self._y)
+        if self._compiled is not None:
+            self.trace.stages, self.trace.steps = self._compiled.stages(), self._compiled.steps()
         self._check_finite(end, self.trace.end or [], self._time(1.0))
         self.has_trajectory = save
         return end
@@ -306,6 +312,8 @@ class LayerStepper:
         self.state.write(self._adjoint_y, gamma, self.state.adjoint_start(self._linear.costate))
         if self._mu is None:
             self._attach_parameters()
+        if self._compiled is not None:
+            self._compiled.start_adjoint(self._linear.costate[0])
         self._mu.set(0.0)
         self._ts.setCostGradients([self._adjoint_y], [self._mu])
         self._solve(self._ts.adjointSolve)
@@ -319,7 +327,19 @@ class LayerStepper:
         self.has_trajectory = False
         self.trace, self._inputs, self._calls = LayerTrace(), (), []
         self._linear.release()
+        if self._compiled is not None:
+            self._compiled.release()
         self._ts.removeTrajectory()
+
+    def _start_compiled(self, inputs: Sequence[LayerInputs], steps: int) -> None:
+        """Let TS call C where that is possible; what a layer takes is of one kind for good."""
+        if self._undecided:
+            self._undecided = False
+            known = not (self.method.implicit or self.carries_f or self.adaptive) and self.method.quadrature is not None
+            if known and CompiledLayer.fits(self.stage, inputs):
+                self._compiled = CompiledLayer(self.stage, self._ts, inputs[0], self._weights)
+        if self._compiled is not None:
+            self._compiled.start(inputs[0], steps)
 
     def _solve(self, solve) -> None:
         try:
@@ -431,6 +451,9 @@ class LayerStepper:
         self._mu.setSizes((parameters, PETSc.DETERMINE))
         self._mu.setUp()
         sizes = (self.state.size, parameters)
+        if self._compiled is not None:
+            self._compiled.attach_parameters(*sizes)
+            return
         matrix = shell(Transposed(weakly(self._parameter_transpose)), sizes, self.state.comm)
         if self.method.implicit:
             self._ts.setIJacobianP(weakly(self._set_parameter_point), matrix)

@@ -17,6 +17,7 @@ from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer import Argument, Cotangent, Stage, StageValue
 from helpers import label_space
+from problems import learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 S = sympy.Symbol("s")
@@ -151,3 +152,40 @@ def test_numpy_takes_over_with_one_warning_where_c_cannot_be(monkeypatch, caplog
         monkeypatch.setenv("FEM_RESNET_COMPILED", "0")
         assert type(new_stage(Y, get_activation("arctan"), 1)) is Stage
         assert len(caplog.records) == 2 * (Y.comm.rank == 0)
+
+
+# -- layers whose callbacks of TS are compiled ------------------------------------------------------------------------
+
+
+@on_ranks
+@pytest.mark.parametrize("domain, element", [("annulus", "DG0"), ("sphere", "CG1")])
+@pytest.mark.parametrize("method", ["1fe", "3bs", "4", "5dp"])
+@pytest.mark.parametrize("options", [{}, {"kernel_in_time": "shared", "steps": 3}, {"layers_per_block": 1}], ids=["layers", "shared", "blocks"])
+def test_compiled_layers_are_numpys(domain, element, method, options, monkeypatch):
+    """J, all gradients, states and co-states, with the Python callbacks and NumPy, and with those in C."""
+    found = []
+    for switch in ("0", "1"):
+        monkeypatch.setenv("FEM_RESNET_COMPILED", switch)
+        net = network(domain, element, solver_parameters={"ts_rk_type": method}, **options)
+        J, run = learning_problem(net).record()
+        derivative = J.derivative()
+        segment = run._pieces[0].segment
+        assert (segment.steppers[0]._compiled is not None) == (switch == "1")
+        found.append(
+            [np.array(float(J.functional))]
+            + [part.dat.data_ro.copy() for part in derivative]
+            + [run.state(1).dat.data_ro.copy(), run.costate(1).dat.data_ro.copy()]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+@on_ranks
+def test_a_compiled_layer_sums_over_the_ranks_once_a_stage_and_not_on_one_rank():
+    net = network("disk", "CG1", solver_parameters={"ts_rk_type": "4"}, steps=3)
+    J, run = learning_problem(net).record()
+    J.derivative()
+    stages = 4 * 3
+    for stepper in run._pieces[0].segment.steppers:
+        # As many in the adjoint as forward: one Allreduce of rank x samples numbers each.
+        assert stepper._compiled._layer.reductions == (2 * stages if net.Y.comm.size > 1 else 0)

@@ -132,6 +132,7 @@ def test_faults_have_names_of_their_own_and_are_many():
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_caught(fault, monkeypatch, found):
+    monkeypatch.setenv("FEM_RESNET_COMPILED", str(int(fault.compiled)))
     fault.plant(monkeypatch)
     report = verify(PROBLEMS[fault.problem], quick=True)
     found["faults"].append(not report.passed)
