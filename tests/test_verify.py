@@ -111,6 +111,7 @@ PROBLEMS = {
     "carried": lambda: _plain(("DG", 0), solver_parameters={"ts_type": "dirk"}, kernel_in_time="linear", learn="parameters"),
     "adapted": lambda: _plain(solver_parameters={"ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-5, "ts_atol": 1e-5}),
     "learned": lambda: _plain(learn_factors=True, learn_times=True, learn="parameters"),
+    "layers": _plain,
     "times": lambda: _plain(learn_times=True, learn="parameters"),
     "kinks": lambda: _plain(activation="relu"),
 }
