@@ -5,6 +5,7 @@ from importlib import import_module
 # Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
 _MODULES = {
     "activation": ["ACTIVATIONS", "Activation", "Properties", "get_activation"],
+    "control_set": ["Box", "ControlSet", "Ellipse", "Points", "Polygon", "Sections"],
     "label_space": ["LabelSpace"],
     "points": ["class_space", "point_space"],
     "basis": ["Basis", "cell_indicators", "given_basis"],
