@@ -24,7 +24,12 @@ _MODULES = {
     "costate": ["Costate", "solve_costate", "terminal_costate"],
     "costate_comparison": ["CostateCheck", "costate_check"],
     "curvature": ["Spectrum", "hessian_spectrum"],
+    "maximum_principle": [
+        "Controls", "Extremal", "Hamiltonian", "Pair", "Residual", "extremal_controls", "hamiltonian_along",
+        "middle_pairs", "pmp_residual",
+    ],
     "training.gradient": ["Result", "train"],
+    "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }
