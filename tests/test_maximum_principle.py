@@ -2,20 +2,28 @@
 
 from itertools import product
 
+import matplotlib.figure
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from scipy.optimize import minimize
 
 from fem_resnet import (
     Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, Polygon, ResidualNetwork, cell_indicators,
-    extremal_controls, get_activation, hamiltonian_along, least_squares, middle_pairs, pmp_residual,
+    extremal_controls, get_activation, given_basis, hamiltonian_along, least_squares, pmp_residual,
 )  # fmt: skip
+from fem_resnet.maximum_principle import _best_of_pool, _upper
 from helpers import label_space, smooth
-from problems import gathered, learning_problem, network, taping
+from problems import gathered, learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-0.5, 0.8), (-1.0, 0.7))
-SETS = {"box": BOX, "disk": Ellipse((0.1, 0.2), 0.8), "triangle": Polygon([(0, 0), (1, -1), (1.5, 2)]), "points": Points([(0, 1), (0, -1), (1, 0.5)])}
+SETS = {
+    "box": BOX,
+    "disk": Ellipse((0.1, 0.2), 0.8),
+    "triangle": Polygon([(0, 0), (1, -1), (1.5, 2)]),
+    "points": Points([(0, 1), (0, -1), (1, 0.5)]),
+}
 TANH = get_activation("tanh")
 ROUND_OFF = 1e-12
 
@@ -118,8 +126,6 @@ def test_all_corner_choices_on_four_cells(samples):
     if samples == 1:
         assert_allclose(H.density(p, extremal_controls(Y, BOX, p).controls), brute, rtol=0, atol=ROUND_OFF)
         return
-    from fem_resnet.maximum_principle import _best_of_pool, _upper
-
     low, high = _best_of_pool(H, BOX, p, 4), _upper(H, BOX, p)
     assert (brute <= high + ROUND_OFF).all() and (low <= high + ROUND_OFF).all()
     # The pool is not all: 3 % of H are what it misses here.
@@ -179,18 +185,16 @@ def test_the_hamiltonian_is_constant_to_1e_10_with_a_fine_step():
     assert along(4, 4) > 0.01  # other controls in each layer
 
 
-def bounded(layers, target=3.0, steps=4, start=0.0, **options):
+def bounded(layers, target=3.0, **options):
     """One sample whose target lies out of reach of a box, by full-rank controls on cells; started in the box."""
     Y = label_space("disk", "DG0")
-    net = ResidualNetwork(cell_indicators(Y), layers=layers, steps=steps, activation="tanh", **options)
+    net = ResidualNetwork(cell_indicators(Y), layers=layers, activation="tanh", **options)
     inputs, targets = Y.batch(smooth(Y, 1)), Y.batch(target * smooth(Y, 1, seed=50))
     return LearningProblem(net, None, least_squares, None, Batch(inputs, targets))
 
 
 def solved(layers, target=3.0):
     """The same, solved by L-BFGS-B; and all coefficients' bounds as arrays."""
-    from scipy.optimize import minimize
-
     problem = bounded(layers, target)
     J, _ = problem.record()
     sizes = [function.dat.data_ro.size for function in problem.functions]
@@ -210,12 +214,22 @@ def solved(layers, target=3.0):
         value = float(J(problem.functions))
         return value, np.concatenate([d.dat.data_ro.ravel() for d in J.derivative()])
 
+    # In coefficients of orthonormal functions, as the Riesz maps of the controls are; the indicators are orthogonal.
+    net, tau = problem.net, 1 / layers
+    gram = np.diag(net.kernel.space_basis.kernel.phi.gram)
+    scale = np.sqrt(tau * np.concatenate([np.tile(net.Y.weights, layers), np.tile(np.outer(gram, gram).ravel(), layers)]))
+
+    def scaled(x):
+        value, gradient = evaluate(x / scale)
+        return value, gradient / scale
+
     found = minimize(
-        evaluate, 0.5 * (low + high), jac=True, method="L-BFGS-B", bounds=np.stack([low, high], axis=1),
-        options={"maxiter": 500, "ftol": 1e-15, "gtol": 1e-11},
+        scaled, scale * 0.5 * (low + high), jac=True, method="L-BFGS-B",
+        bounds=np.stack([scale * low, scale * high], axis=1),
+        options={"maxiter": 1000, "maxfun": 1000, "ftol": 0.0, "gtol": 1e-9},
     )  # fmt: skip
-    put(found.x)
-    return problem, evaluate(found.x)[1], found.x, low, high
+    x = np.clip(found.x / scale, low, high)
+    return problem, evaluate(x)[1], x, low, high
 
 
 def first_order(gradient, x, low, high):
@@ -259,8 +273,6 @@ def test_the_residual_is_zero_where_the_maximum_principle_holds():
     """b = 0 and a target out of reach: a = a+ is optimal, and r* > 0 always."""
     Y = label_space("sphere", "CG1")
     one = 1 + 0 * Y.weights
-    from fem_resnet import given_basis
-
     net = ResidualNetwork(given_basis(Y, [1.0]), layers=3)
     problem = LearningProblem(net, None, least_squares, None, Batch(Y.batch(0 * one), Y.batch(9 * one)))
     A = Box((-1, 0.5), (0, 0))
@@ -294,8 +306,6 @@ def test_bracket_for_many_samples():
 
 
 def test_the_violation_is_drawn_over_y_and_t():
-    import matplotlib.figure
-
     problem = bounded(2)
     figure = matplotlib.figure.Figure()
     found = pmp_residual(problem, BOX)

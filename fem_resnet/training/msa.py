@@ -18,6 +18,9 @@ r_t = B^T(sigma'(u) r).) With theta = (a, b) and e the extremal controls of (4.1
 No step needs another layer's, so they can be made in parallel; here the ranks share the nodes of each. f and r are taken at
 a layer's middle, to second order in its length: near a stationary point of J no rho makes J fall, and the method ends there.
 
+For many samples (4.10) does not hold; A is then a box or ball of rows (`row_controls`), and e(y) the row found by ascent
+from the present one.
+
 New controls leave any fixed span, so each iteration has a new network, whose layers have bases of their own, of least rank:
 2 for basic MSA, for the others 2 more an iteration at most. Head and data stay as they are.
 """
@@ -37,6 +40,7 @@ from fem_resnet.log import log
 from fem_resnet.maximum_principle import Controls, Hamiltonian, Pair, extremal_controls, middle_pairs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
+from fem_resnet.row_controls import RowBall, RowBox, raise_rows
 
 __all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]
 
@@ -105,7 +109,7 @@ class MSAResult:
 @PETSc.Log.EventDecorator("fem_resnet:msa")
 def msa(
     problem: LearningProblem,
-    A: ControlSet,
+    A: ControlSet | RowBox | RowBall,
     *,
     variant: str = "extended",
     iterations: int = 50,
@@ -118,10 +122,10 @@ def msa(
     Parameters
     ----------
     problem
-        One sample, bias and kernel with a value on each layer, no regulariser; any head and loss, which stay. It is not
-        changed: the result has a problem of its own.
+        Bias and kernel with a value on each layer, no regulariser; any head and loss, which stay. It is not changed: the
+        result has a problem of its own.
     A
-        Where (a, b) lies pointwise.
+        Where (a, b) lies pointwise, for one sample; `RowBox` or `RowBall` for any number.
     variant
         "basic", "damped" or "extended".
     iterations
@@ -160,7 +164,7 @@ def msa(
     for iteration in range(1, iterations + 1):
         J.derivative()
         pairs = middle_pairs(run, "maximise")
-        extremal = [extremal_controls(net.Y, A, pair).controls for pair in pairs]
+        extremal = [_best(H, A, pair, c) for pair, c in zip(pairs, controls)]
         step = rho if variant == "extended" else 1.0
         while True:
             if variant == "extended":
@@ -196,14 +200,27 @@ def msa(
     )  # fmt: skip
 
 
-def _check(problem: LearningProblem, A: ControlSet, variant: str) -> None:
-    net = problem.net
+def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall, pair: Pair, present: Controls) -> Controls:
+    if isinstance(A, ControlSet):
+        return extremal_controls(H.Y, A, pair).controls
+    return raise_rows(H, A, pair, present)[0]
+
+
+def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall, variant: str) -> None:
+    net, pointwise = problem.net, isinstance(A, ControlSet)
+    if not (pointwise or isinstance(A, (RowBox, RowBall))):
+        raise TypeError(f"A: a ControlSet, a RowBox or a RowBall is wanted, {type(A).__name__} was given")
+    if not (pointwise or A.psi.Y is net.Y):
+        raise ValueError(f"A: its rows live on {A.psi.Y!r}, the network's label space {net.Y!r} is wanted")
     if variant not in _VARIANTS:
         raise ValueError(f"variant: one of {', '.join(map(repr, _VARIANTS))} is wanted, {variant!r} was given")
-    if variant != "basic" and not A.convex:
+    if pointwise and variant != "basic" and not A.convex:
         raise ValueError(f"A: variant {variant!r} mixes controls, so a convex set is wanted; this one takes 'basic' only")
-    if problem.batch.samples != 1:
-        raise ValueError(f"problem: one sample is wanted, for which (4.10) is explicit; it has {problem.batch.samples}")
+    if pointwise and problem.batch.samples != 1:
+        raise ValueError(
+            f"problem: one sample is wanted, for which (4.10) is explicit; for its {problem.batch.samples} samples give A "
+            f"as a RowBox or RowBall"
+        )
     if problem.regulariser is not None or problem.derivatives is not None:
         raise ValueError("problem: one without regulariser and derivatives is wanted; (4.10) does not hold with them")
     if net.factors or net.layer_times is not None or problem.learn != "parameters" or problem.checkpoints is not None:
