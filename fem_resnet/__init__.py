@@ -5,6 +5,7 @@ from importlib import import_module
 # Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
 _MODULES = {
     "activation": ["ACTIVATIONS", "Activation", "Properties", "get_activation"],
+    "control_set": ["Box", "ControlSet", "Ellipse", "Points", "Polygon", "Sections"],
     "label_space": ["LabelSpace"],
     "points": ["class_space", "point_space"],
     "basis": ["Basis", "cell_indicators", "given_basis"],
@@ -23,7 +24,13 @@ _MODULES = {
     "costate": ["Costate", "solve_costate", "terminal_costate"],
     "costate_comparison": ["CostateCheck", "costate_check"],
     "curvature": ["Spectrum", "hessian_spectrum"],
+    "maximum_principle": [
+        "Controls", "Extremal", "Hamiltonian", "Pair", "Residual", "extremal_controls", "hamiltonian_along",
+        "middle_pairs", "pmp_residual",
+    ],
+    "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "training.gradient": ["Result", "train"],
+    "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }

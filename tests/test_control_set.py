@@ -1,0 +1,124 @@
+"""Control sets: sections, supports and extremes of T_f against brute force over points and corner choices."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from fem_resnet import Box, Ellipse, Points, Polygon, Sections
+
+ARROW = [(-1, -1), (1, 0.2), (-0.5, 1.5), (0.1, 0.1)]  # not convex
+SETS = {
+    "box": Box((-1, 2), (-0.5, 1.5)),
+    "box of no width": Box((0, 0), (-1, 1)),
+    "triangle": Polygon([(0, 0), (1, -1), (2, 3)]),
+    "arrow": Polygon(ARROW),
+    "disk": Ellipse((0.3, -0.2), 0.7),
+    "ellipse": Ellipse((0.1, 0.2), [[1.0, 0.3], [-0.5, 0.4]]),
+    "points": Points([(0, 1), (0, -1), (1, 0.5), (-1, 2), (1, 0.4)]),
+    "lens": Sections((-1, 1), lambda a: a**2 - 1, lambda a: 1 - a**2, convex=True),
+    "two humps": Sections((-1, 1), lambda a: 0 * a - 2, lambda a: np.cos(7 * a) - 0.2 * a),
+}
+each_set = pytest.mark.parametrize("A", SETS.values(), ids=SETS.keys())
+
+#: Weights and values of f on five cells.
+W = np.array([0.3, 0.1, 0.5, 0.2, 0.4])
+F = np.array([1.0, -2.0, 0.5, -0.3, 0.0])
+
+
+def cloud(A, n=201):
+    a, b = A.sample(n)
+    assert A.contains(a, b).all()
+    return a, b
+
+
+@each_set
+def test_sections_are_the_ends_of_what_is_in_the_set(A):
+    a, b = cloud(A)
+    for value in np.unique(a)[::20]:
+        m, M = A.sections(value)
+        inside = b[a == value]
+        assert m <= inside.min() + 1e-12 and inside.max() <= M + 1e-12
+        assert A.contains(value, m) and A.contains(value, M)
+        assert not A.contains(value, m - 1e-6) and not A.contains(value, M + 1e-6)
+    low, high = A.bias_range
+    assert not A.contains(low - 1e-6, A.sections(low)[0]) and A.sections(high + 1.0)[0] == np.inf
+
+
+@each_set
+def test_the_support_is_the_maximum_over_the_set_and_is_attained_in_it(A):
+    alpha, beta = np.cos(np.arange(20)), np.sin(np.arange(20))
+    a, b = cloud(A)
+    values = np.multiply.outer(alpha, a) + np.multiply.outer(beta, b)
+    assert A.contains(*A.maximise(alpha, beta), 1e-10).all()
+    support = A.support(alpha, beta)
+    # The cloud's spacing in a is 1/100; where the boundary is upright its sections grow as a square root.
+    assert (support >= values.max(axis=1) - 1e-12).all() and (support <= values.max(axis=1) + 0.05).all()
+
+
+@each_set
+def test_extremes_of_T_are_those_over_all_controls(A):
+    """(4.9): brute force over a on a grid and all choices of an end of the section on each cell."""
+    positive, negative = W @ np.maximum(F, 0), W @ np.maximum(-F, 0)
+    a, _ = cloud(A, 801)
+    a = np.unique(a)
+    m, M = A.sections(a)
+    best = [-np.inf, np.inf]
+    for choice in product([0, 1], repeat=5):
+        b = np.where(np.array(choice)[:, None], M, m)
+        T = a - (W * F) @ b
+        best = [max(best[0], T.max()), min(best[1], T.min())]
+    for extreme, sign, brute in ((A.largest, 1, best[0]), (A.smallest, -1, best[1])):
+        found = extreme(positive, negative)
+        b = np.where(F > 0, found.where_positive, found.where_negative)
+        assert A.contains(found.a, b, 1e-10).all()
+        assert_allclose(found.a - (W * F) @ b, found.value, atol=1e-12)
+        assert -1e-12 <= sign * (found.value - brute) < 2e-2  # the grid's spacing, where m has an upright end
+
+
+@each_set
+def test_extremes_of_many_times_are_found_at_once(A):
+    positive, negative = np.abs(np.cos(np.arange(6.0))).reshape(2, 3), np.abs(np.sin(np.arange(3.0)))
+    for extreme in (A.largest, A.smallest):
+        together = extreme(positive, negative)
+        assert together.value.shape == (2, 3)
+        for i, j in np.ndindex(2, 3):
+            alone = extreme(positive[i, j], negative[j])
+            assert_allclose(alone.value, together.value[i, j], rtol=0, atol=1e-13)
+
+
+def test_the_box_formula_of_the_paper():
+    found = SETS["box"].largest(2.0, 1.0), SETS["box"].smallest(2.0, 1.0)
+    assert [(e.a, e.where_positive, e.where_negative) for e in found] == [(2, -0.5, 1.5), (-1, 1.5, -0.5)]
+
+
+def test_disk_in_closed_form_and_by_search():
+    """T^+ of the unit disk is sqrt(1 + (F+ + F-)^2)."""
+    searched = Sections((-1, 1), lambda a: -np.sqrt(1 - a**2), lambda a: np.sqrt(1 - a**2), convex=True)
+    for A in (Ellipse(), searched):
+        assert_allclose(A.largest(1.3, 0.9).value, np.hypot(1, 2.2), rtol=1e-12)
+        assert_allclose(A.smallest(1.3, 0.9).value, -np.hypot(1, 2.2), rtol=1e-12)
+
+
+def test_what_is_convex():
+    assert {name for name, A in SETS.items() if not A.convex} == {"arrow", "points", "two humps"}
+    assert SETS["box"].kernel_range == (-0.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Box((1, 0), (0, 1)), r"^bias: \(low, high\)"),
+        (lambda: Box((0, np.inf), (0, 1)), "^bias: finite"),
+        (lambda: Polygon([(0, 0), (1, 1), (2, 2)]), "^corners: a polygon with an area"),
+        (lambda: Points([]), "^points: finite"),
+        (lambda: Ellipse((0, 0), 0.0), "^axes: a disk or ellipse with an area"),
+        (lambda: Sections((0, 1), lambda a: 1 + 0 * a, lambda a: 0 * a), "^lower, upper"),
+        (lambda: Sections((0, 1), lambda a: -(a**2), lambda a: 0 * a, convex=True), "^convex: m is not convex"),
+        (lambda: Ellipse().largest(-1.0, 0.0), "^positive, negative"),
+    ],
+)
+def test_what_is_no_control_set_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

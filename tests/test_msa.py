@@ -1,0 +1,237 @@
+"""Algorithm 2: basic, damped and extended, and the relaxed control that bang-bang layers approach."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from scipy.optimize import minimize
+
+from fem_resnet import (
+    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, ResidualNetwork, RowBall, RowBox,
+    extremal_controls, given_basis, least_squares, middle_pairs, msa, raise_rows, tikhonov,
+)  # fmt: skip
+from fem_resnet.training.msa import augmented_step, problem_of
+from helpers import label_space, laplace, smooth
+from problems import gathered, learning_problem
+
+on_ranks = pytest.mark.parallel([1, 2, 3])
+BOX = Box((-1.0, 1.0), (-1.0, 1.0))
+
+
+def problem(space=("annulus", "CG1"), layers=6, target=1.0, alone=False, **options):
+    """One sample, whose target is within reach of BOX or nearly so; controls start at zero."""
+    Y = label_space(*space, alone=alone)
+    net = ResidualNetwork(given_basis(Y, [1.0]), layers=layers, final_time=2.0, **options)
+    batch = Batch(Y.batch(smooth(Y, 1)), Y.batch(target * smooth(Y, 1, seed=50)))
+    return LearningProblem(net, None, least_squares, None, batch)
+
+
+def inside(result, A):
+    Y = result.problem.net.Y
+    return all(
+        A.contains(gathered(Y, c.a)[:, None], gathered(Y, c.phi) @ gathered(Y, c.psi).T, 1e-10).all()
+        for c in result.controls
+    )
+
+
+@on_ranks
+@pytest.mark.parametrize("space", [("annulus", "CG1"), ("sphere", "DG0")])
+def test_basic_msa_rises_where_extended_msa_falls_at_every_iteration(space):
+    basic = msa(problem(space), BOX, variant="basic", iterations=12)
+    extended = msa(problem(space), BOX, iterations=12)
+    damped = msa(problem(space), BOX, variant="damped", iterations=12)
+    print(f"\nbasic    {basic.values}\ndamped   {damped.values}\nextended {extended.values}\nrho {extended.steps}")
+    assert np.max(basic.changes) > 0.1 * basic.values[0] and basic.values[-1] > 2 * extended.values[-1]
+    for found in (extended, damped):
+        assert (found.changes < 0).all() and found.values[-1] < 0.1 * found.values[0]
+        assert found.value == found.values[-1] and inside(found, BOX)
+
+
+@on_ranks
+def test_basic_msa_is_the_algorithm_as_printed():
+    """One iteration: (4.10) at the middle of each layer, r* of the sign of section 4.2."""
+    start = problem(layers=3)
+    J, run = start.record()
+    J.derivative()
+    found = msa(start, BOX, variant="basic", iterations=1)
+    Y = start.net.Y
+    for pair, controls in zip(middle_pairs(run, "maximise"), found.controls):
+        expected = extremal_controls(Y, BOX, pair).controls
+        assert_allclose(controls.a, expected.a, rtol=0, atol=1e-13)
+        assert_allclose(*(gathered(Y, c.phi) @ gathered(Y, c.psi).T for c in (controls, expected)), rtol=0, atol=1e-12)
+    assert max(basis.rank for basis in found.problem.net.bases["phi"]) <= 2
+    assert (start.net.bias.get(0) == 0).all()  # the given problem stays
+
+
+@on_ranks
+def test_the_wrong_sign_of_the_costate_raises_J():
+    """Algorithm 2's r(T) = ftilde - f(T) is right for maximising H: controls extremal for the other one do worse."""
+    start = problem(layers=3, target=5.0)
+    value = float(start.evaluate()[0])
+    better = msa(start, BOX, variant="basic", iterations=1)
+    away = problem(layers=3, target=5.0)
+    J, run = start.record()
+    J.derivative()
+    wrong = [
+        extremal_controls(away.net.Y, BOX, Pair(p.f, -p.r, "maximise")).controls for p in middle_pairs(run, "maximise")
+    ]
+    assert better.value < value < float(problem_of(away, wrong).evaluate()[0])
+
+
+@on_ranks
+@pytest.mark.parametrize("rho", [0.0, 0.3, 30.0])
+def test_the_augmented_hamiltonian_never_falls(rho):
+    """At its start it is H; its maximum over the shares is no less; without the augmentation it is max H."""
+    start = msa(problem(layers=3), BOX, variant="damped", iterations=2).problem
+    net = start.net
+    J, run = start.record()
+    J.derivative()
+    H = Hamiltonian(net.Y, net.activation, "maximise")
+    for l, pair in enumerate(middle_pairs(run, "maximise")):
+        controls, extremal = Controls.of_layer(net, l), extremal_controls(net.Y, BOX, pair).controls
+        new, history = augmented_step(H, pair, controls, extremal, rho)
+        assert (np.diff(history) >= 0).all() and len(history) > 1
+        assert_allclose(history[0], H(pair, controls), rtol=0, atol=1e-13)
+        penalty = sum(
+            net.Y.sum(net.Y.weights @ (of(pair, new) - of(pair, controls)) ** 2)[0] for of in (H.in_r, H.in_f)
+        )
+        assert_allclose(history[-1], H(pair, new) - rho / 2 * penalty, rtol=0, atol=1e-12)
+        if rho == 0:
+            assert_allclose(H(pair, new), H(pair, extremal), rtol=0, atol=1e-13)
+
+
+def test_the_gradient_of_the_augmented_hamiltonian():
+    """Steps so short that backtracking is not needed gain what the gradient says: s is stationary at the end."""
+    start = problem(("disk", "DG0"), layers=2)
+    net = start.net
+    J, run = start.record()
+    J.derivative()
+    H, pair = Hamiltonian(net.Y, net.activation, "maximise"), middle_pairs(run, "maximise")[0]
+    controls, extremal = Controls.of_layer(net, 0), extremal_controls(net.Y, BOX, pair).controls
+    rho = 1.0
+
+    def value(s):
+        new = controls.towards(extremal, s)
+        gaps = [(of(pair, new) - of(pair, controls)) ** 2 for of in (H.in_r, H.in_f)]
+        return H(pair, new) - rho / 2 * float(net.Y.weights @ sum(gaps)[:, 0])
+
+    _, history = augmented_step(H, pair, controls, extremal, rho, iterations=2000)
+    n = net.Y.nodes
+    best = minimize(lambda s: -value(s), np.full(n, 0.5), bounds=[(0, 1)] * n, method="L-BFGS-B", options={"maxfun": 10**5})
+    # SciPy's own gradient is of finite differences: good to 1e-7 or so in the value.
+    assert_allclose(history[-1], -best.fun, rtol=1e-6)
+
+
+def test_the_change_of_J_is_that_of_the_hamiltonian_to_first_order():
+    """Li et al.'s estimate: relative error falls with the step, i.e. with 1/rho, up to the layer length squared."""
+    errors = []
+    for rho in (1.0, 10.0, 100.0):
+        found = msa(problem(layers=24), BOX, iterations=1, rho=rho)
+        errors.append(abs(found.predicted[0] / found.changes[0] - 1))
+    print("\nrelative error of the predicted change", errors)
+    assert errors[2] < errors[1] < errors[0] and errors[2] < 0.05
+
+
+@on_ranks
+def test_with_a_head_it_can_be_stopped_and_continued():
+    Y = label_space("disk", "CG1")
+    net = ResidualNetwork(given_basis(Y, [1.0]), layers=3)
+    start = learning_problem(net, head=True, weight=None, samples=1)
+    seen = []
+    stopped = msa(start, Ellipse(), iterations=4, monitor=lambda p: seen.append(str(p)) or p.iteration == 2)
+    assert stopped.reason == "STOPPED" and stopped.iterations == len(seen) == 2 and "J = " in seen[0]
+    whole = msa(start, Ellipse(), iterations=4, monitor=lambda p: None)
+    rest = msa(stopped.problem, Ellipse(), iterations=2, rho=stopped.steps[-1] / 2, monitor=lambda p: None)
+    assert_allclose(rest.values, whole.values[2:], rtol=1e-9)
+    assert whole.reason == "ITERATIONS" and inside(whole, Ellipse())
+
+
+@pytest.mark.parallel([2, 3])
+def test_extended_msa_takes_the_same_steps_on_any_number_of_ranks():
+    """Against the whole mesh on each rank alone."""
+    together, alone = (msa(problem(alone=alone), BOX, iterations=4).values for alone in (False, True))
+    assert_allclose(together, alone, rtol=1e-9)
+
+
+def test_bang_bang_layers_approach_a_relaxed_control():
+    """f_t = sigma(u_1)/2 + sigma(u_2)/2 mixes two extremal controls; layers that alternate come to it as 1 / layers.
+
+    A control of the box alone does not: sigma of the mean of u_1, u_2 is another velocity.
+    """
+    Y = label_space("annulus", "CG1")
+    mixed = [
+        extremal_controls(Y, BOX, Pair(smooth(Y, 1, k), smooth(Y, 1, k + 7), "maximise")).controls for k in (1, 2)
+    ]
+    f, h = smooth(Y, 1), 1 / 200
+
+    def relaxed(f):
+        return sum(np.tanh(c.argument(Y, f)) for c in mixed) / 2
+
+    for _ in range(200):
+        k1 = relaxed(f)
+        k2 = relaxed(f + h / 2 * k1)
+        k3 = relaxed(f + h / 2 * k2)
+        f = f + h / 6 * (k1 + 2 * k2 + 2 * k3 + relaxed(f + h * k3))
+    target = Y.batch(f)
+
+    def J(controls):
+        net = ResidualNetwork(given_basis(Y, [1.0]), layers=len(controls), final_time=1.0)
+        start = LearningProblem(net, None, least_squares, None, Batch(Y.batch(smooth(Y, 1)), target))
+        return float(problem_of(start, controls).evaluate()[0])
+
+    distance = [np.sqrt(2 * J(mixed * (layers // 2))) for layers in (4, 8, 16, 32)]
+    rates = np.log2(np.array(distance[:-1]) / distance[1:])
+    plain = np.sqrt(2 * J([mixed[0].towards(mixed[1], 0.5)] * 32))
+    print("\nrelaxed control: distance of f(T) by bang-bang layers", distance, "by the mean control", plain)
+    assert np.all(np.abs(rates - 1) < 0.15) and plain > 2 * distance[-1]
+
+
+@on_ranks
+@pytest.mark.parametrize("kind", ["box", "ball"])
+def test_rows_for_many_samples(kind):
+    """H rises at each y; at the end it is that of the best of many rows; MSA makes J fall at every iteration."""
+    Y = label_space("annulus", "CG1")
+    psi = laplace("annulus", "CG1", 3)
+    A = RowBox(psi, (-1, 1), (-2, 2)) if kind == "box" else RowBall(psi, 1.5)
+    net = ResidualNetwork(psi, layers=4)
+    start = learning_problem(net, head=True, weight=None, samples=4)
+    J, run = start.record()
+    J.derivative()
+    H, pair = Hamiltonian(Y, net.activation, "maximise"), middle_pairs(run, "maximise")[1]
+    before = Controls.of_layer(net, 1)
+    after, values = raise_rows(H, A, pair, before, 400)
+    assert (np.diff(values) >= 0).all() and values[-1] > values[0]
+    assert (H.density(pair, after) >= H.density(pair, before)).all()
+    rows = np.column_stack([after.a, after.phi])
+    assert_allclose(A.project(rows), rows, rtol=0, atol=1e-14)
+    # No random row of the set is better by more than a local maximum may miss here.
+    tried = A.project(np.random.default_rng(0).uniform(-2, 2, (3000, 4)))
+    T = tried @ np.column_stack([np.ones(4), -psi.project(pair.f).T]).T
+    best = np.max(pair.r @ np.tanh(T).T, axis=1)
+    assert float(Y.sum(Y.weights @ np.maximum(0, best - H.density(pair, after)))) < 0.02 * values[-1]
+    found = msa(start, A, iterations=6)
+    assert (found.changes < 0).all() and found.value < 0.9 * found.values[0] and found.iterations == 6
+    with pytest.raises(ValueError, match="^A: its rows live on"):
+        msa(problem(("sphere", "DG0")), A)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(variant="fast"), "^variant: one of"),
+        (dict(A=Points([(0, 1), (0, -1)])), "^A: variant 'extended' mixes controls"),
+    ],
+)
+def test_what_msa_does_not_do_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        msa(problem(), **{"A": BOX} | change)
+
+
+def test_problems_that_msa_does_not_solve_are_refused():
+    start = problem()
+    for other, message in (
+        (LearningProblem(start.net, None, least_squares, tikhonov(0.1), start.batch), "regulariser"),
+        (learning_problem(start.net, head=False, weight=None), "one sample is wanted"),
+        (problem(bias_in_time="linear"), "a value on each"),
+    ):
+        with pytest.raises(ValueError, match=f"^problem: .*{message}"):
+            msa(other, BOX)
