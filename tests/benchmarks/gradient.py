@@ -49,15 +49,35 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def take_turns(sides: list[Side], repetitions: int, budget: float) -> None:
-    """Evaluate each side once a turn, at other parameters each time; then ask for its memory."""
-    expected = sum(side.ask("evaluate")["seconds"] for side in sides)
-    for turn in range(max(3, min(repetitions, int(budget / max(expected, 1e-3))))):
-        for side in sides:
-            side.ask(f"scale {0.5 if turn % 2 == 0 else 2.0}")
-            side.seconds.append(side.ask("evaluate")["seconds"])
-    for side in sides:
-        side.peak_bytes = side.ask("memory")["bytes"]
+def take_turns(sides: list[Side], repetitions: int, budget: float) -> dict[str, str]:
+    """Evaluate each side once a turn, at other parameters each time; then ask for its memory.
+
+    Returns why sides ended before their time, as they do where memory does not last for all; they are not among `sides`
+    afterwards.
+    """
+    failed = {}
+
+    def of_each(question) -> list:
+        answers = []
+        for side in list(sides):
+            try:
+                answers.append(question(side))
+            except SideFailed as error:
+                failed[side.name] = f"failed among the others (is there memory for all?): {error}"
+                sides.remove(side)
+                side.end()
+        return answers
+
+    def turn(side: Side, factor: float) -> None:
+        side.ask(f"scale {factor}")
+        side.seconds.append(side.ask("evaluate")["seconds"])
+
+    expected = sum(of_each(lambda side: side.ask("evaluate")["seconds"]))
+    for number in range(max(3, min(repetitions, int(budget / max(expected, 1e-3))))):
+        of_each(lambda side: turn(side, 0.5 if number % 2 == 0 else 2.0))
+    for side, answer in zip(sides, of_each(lambda side: side.ask("memory"))):
+        side.peak_bytes = answer["bytes"]
+    return failed
 
 
 def measure(size: tuple[int, int, int, int], names: list[str], given: argparse.Namespace, rates: dict) -> dict:
@@ -87,7 +107,7 @@ def measure(size: tuple[int, int, int, int], names: list[str], given: argparse.N
                     failed[name] = str(error)
                 ready.remove(side)
                 side.end()
-            take_turns(ready, given.repetitions, given.budget)
+            failed |= take_turns(ready, given.repetitions, given.budget)
         finally:
             for side in ready:
                 side.end()
