@@ -121,7 +121,7 @@ def _best(side, turns=7):
 
 
 #: Size, and how many times faster than NumPy in blocks it was on one rank (Xeon with AVX-512).
-REACHED = [((8192, 16, 4, 8), 1.6), ((8192, 16, 32, 4), 1.9)]
+REACHED = [((8192, 16, 4, 8), 1.9), ((8192, 16, 32, 4), 1.7)]
 
 
 @pytest.mark.parametrize("size, reached", REACHED, ids=str)
@@ -139,5 +139,4 @@ def test_the_package_is_faster_than_numpy_in_blocks(size, reached, tmp_path, mod
     for _ in range(3):  # taking turns
         package, numpy = map(_best, sides)
         ratios.append(numpy / package)
-    print("RATIO", size, ratios)
     assert max(ratios) > reached / 2, f"{max(ratios):.2f} times as fast; {reached} were reached"

@@ -223,13 +223,17 @@ def solved(layers, target=3.0):
         value, gradient = evaluate(x / scale)
         return value, gradient / scale
 
-    found = minimize(
-        scaled, scale * 0.5 * (low + high), jac=True, method="L-BFGS-B",
-        bounds=np.stack([scale * low, scale * high], axis=1),
-        options={"maxiter": 1000, "maxfun": 1000, "ftol": 0.0, "gtol": 1e-9},
-    )  # fmt: skip
-    x = np.clip(found.x / scale, low, high)
-    return problem, evaluate(x)[1], x, low, high
+    x = 0.5 * (low + high)
+    for _ in range(10):  # L-BFGS-B gives up where its line search sees round-off; with its memory cleared it goes on
+        found = minimize(
+            scaled, scale * x, jac=True, method="L-BFGS-B", bounds=np.stack([scale * low, scale * high], axis=1),
+            options={"maxiter": 1000, "maxfun": 1000, "ftol": 0.0, "gtol": 1e-9},
+        )  # fmt: skip
+        x = np.clip(found.x / scale, low, high)
+        gradient = evaluate(x)[1]
+        if first_order(gradient, x, low, high) < 1e-7:
+            break
+    return problem, gradient, x, low, high
 
 
 def first_order(gradient, x, low, high):
@@ -256,17 +260,52 @@ def pointwise(problem):
     return total
 
 
+def spread_of_maximum(problem):
+    """How far max_A H is from constant along the pair, relative."""
+    net = problem.net
+    J, run = problem.record()
+    J.derivative()
+    H = Hamiltonian(net.Y, net.activation, "maximise")
+    values = []
+    for l in range(net.layers + 1):
+        p = Pair(np.array(net.Y.values(run.state(l))), -net.Y.values(run.costate(l)), "maximise")
+        values.append(H(p, extremal_controls(net.Y, BOX, p).controls))
+    return np.ptp(values) / max(values)
+
+
+@on_ranks
+def test_max_H_is_constant_to_the_order_of_the_scheme_where_no_switch_is_inside_a_layer():
+    """f > 0, and a target far above: a+ and b- at all times are optimal; rk4, four steps or eight."""
+    Y = label_space("disk", "CG1")
+    drift = []
+    for layers in (4, 8, 16):
+        net = ResidualNetwork(given_basis(Y, [1.0]), layers=layers, activation="tanh")
+        for l in range(layers):
+            net.bias.set(l, BOX.bias[1] + 0 * Y.weights)
+            net.kernel.set(l, [[BOX.kernel[0]]])
+        batch = Batch(Y.batch(0.2 + 0.1 * smooth(Y, 1)), Y.batch(9 + 0 * Y.weights))
+        problem = LearningProblem(net, None, least_squares, None, batch)
+        assert abs(pmp_residual(problem, BOX).upper) < ROUND_OFF
+        drift.append(spread_of_maximum(problem))
+    assert drift[2] < 1e-5 and np.log2(drift[1] / drift[2]) > 3.7, drift
+
+
 def test_first_order_residuals_at_the_solution_in_a_box():
     """The layer-averaged one is 0; the pointwise one tends to 0 with the layer length. H itself as well."""
-    averaged, points, residual = [], [], []
+    averaged, points, residual, spread = [], [], [], []
     for layers in (3, 6, 12, 24):
         problem, gradient, x, low, high = solved(layers)
         averaged.append(first_order(gradient, x, low, high))
         points.append(pointwise(problem))
         residual.append(pmp_residual(problem, BOX).upper)
-        print(f"{layers:3d} layers   averaged {averaged[-1]:.2e}   pointwise {points[-1]:.2e}   PMP {residual[-1]:.2e}")
-    # L-BFGS-B ends where round-off hides that J falls: at some 100 times sqrt(eps), which is far below the pointwise ones.
-    assert max(averaged) < 5e-6 and points[-1] < 0.3 * points[0] and residual[-1] < 0.3 * residual[0]
+        spread.append(spread_of_maximum(problem))
+        print(
+            f"{layers:3d} layers   averaged {averaged[-1]:.2e}   pointwise {points[-1]:.2e}   PMP {residual[-1]:.2e}   "
+            f"max H varies by {spread[-1]:.2e}"
+        )
+    assert max(averaged) < 1e-6  # what the solver leaves; at the start of the iterations it is of size one
+    for falls in (points, residual, spread):
+        assert falls[-1] < 0.3 * falls[0]
 
 
 @on_ranks
