@@ -374,10 +374,10 @@ def test_evaluations_and_derivatives_add_no_blocks():
 
 
 def _kept(call, rounds=7, calls=10):
-    """Bytes of Python objects that stay of a call of ``call``: the median of several rounds, after two that do not count.
+    """Bytes of Python objects that stay of each call of ``call``: the median of rounds, after two that do not count.
 
-    What is replaced for once counts as kept, if it is older than the trace: a dictionary of the process that is made
-    anew as it fills up is up to 100 kB. It is in one round, and what stays of each call is in all.
+    What is older than the trace and replaced during it counts as kept, though nothing grows; a dictionary of the
+    process that is made anew would be an example. That is in one round or two, what stays of each call is in all.
     """
     traced = []
     tracemalloc.start()
@@ -409,7 +409,7 @@ def test_evaluations_and_derivatives_keep_no_memory():
     kept = _kept(evaluate)
     gc.collect()
     assert functions() <= counted
-    # One gradient of this problem is 10 kB, one tape of states 20 kB. Caches of NumPy and petsc4py make up to 600 bytes.
+    # One gradient of this problem is 10 kB, one tape of states 20 kB. Small objects replaced make up to 200 bytes.
     assert kept < 1_000, f"{kept:.0f} bytes of Python objects are kept by each evaluation"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 10_000, "more than 10 MB were kept"
 

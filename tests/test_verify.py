@@ -33,7 +33,7 @@ from fem_resnet import (
 from fem_resnet.verify import Check, Line, Report, built_in, problem_of
 from fem_resnet.verify.__main__ import main
 
-on_two_ranks = pytest.mark.parallel([1, 2])
+on_ranks = pytest.mark.parallel([1, 2, 3])
 
 
 @cache
@@ -222,7 +222,7 @@ def test_folder_and_function_have_one_name():
 # -- on ranks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parallel([2])
+@pytest.mark.parallel([2, 3])
 def test_on_ranks_the_problem_is_held_against_one_rank_alone():
     report = verify(built_in, quick=True)
     assert report.passed, "\n" + str(report)
@@ -253,7 +253,7 @@ RANK_FAULTS = {
 }
 
 
-@pytest.mark.parallel([2])
+@pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("name", RANK_FAULTS)
 def test_caught_on_ranks(name, monkeypatch, found):
     problem, plant = RANK_FAULTS[name]
@@ -283,7 +283,7 @@ fem_resnet.regulariser._RegulariserOperator.forward = lambda self, arrays, save:
 '''
 
 
-@on_two_ranks
+@on_ranks
 def test_command_on_a_saved_network(tmp_path, capsys):
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
     net = ResidualNetwork(*_bases(Y), layers=2)
