@@ -86,7 +86,7 @@ class CompiledLayer:
     def start(self, inputs: LayerInputs, steps: int) -> None:
         """Before a forward solve with these inputs and so many steps."""
         self._inputs = inputs
-        a, beta = inputs.bias.coefficients(0.0), np.ascontiguousarray(inputs.beta.coefficients(0.0))
+        a, beta = (np.ascontiguousarray(part.coefficients(0.0)) for part in (inputs.bias, inputs.beta))
         # New ones: the quadrature (3.3) keeps them.
         self._h = np.empty(steps)
         self._C = np.empty((steps, len(self._weights), inputs.factors.phi.rank, self._stage.samples))

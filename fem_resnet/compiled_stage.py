@@ -11,7 +11,9 @@ import ctypes
 import logging
 import os
 import platform
+from dataclasses import replace
 from importlib.resources import files
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from petsc4py import PETSc
@@ -23,7 +25,7 @@ from fem_resnet.activation import Activation
 from fem_resnet.activation_code import LIBRARIES, activation_code
 from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace
-from fem_resnet.layer import Functionals, Stage
+from fem_resnet.layer import Argument, Functionals, Stage
 from fem_resnet.log import log
 
 __all__ = ["CompiledStage", "new_stage"]
@@ -76,17 +78,13 @@ class CompiledStage(Stage):
         self._code = load(code, "c", flags, libraries + rpath, comm=Y.comm)
         _declare(self._code)
         self._space_struct = _LabelSpace(Y.nodes, samples, Y.weights.ctypes.data)
-        self._bases: dict[int, tuple[Basis, _Basis, int]] = {}
+        self._bases: WeakKeyDictionary[Basis, _Basis] = WeakKeyDictionary()
 
     def basis(self, basis: Basis) -> int:
-        """Address of what C sees of a basis; good as long as the basis is in use."""
-        # That of learned factors is another at every evaluation: none but the present ones are kept.
-        if id(basis) not in self._bases or self._bases[id(basis)][0] is not basis:
-            if len(self._bases) > 64:
-                self._bases.clear()
-            struct = _Basis(basis.values.ctypes.data, basis.rank)
-            self._bases[id(basis)] = basis, struct, ctypes.addressof(struct)
-        return self._bases[id(basis)][2]
+        """Address of what C sees of a basis; good as long as the basis lives."""
+        if basis not in self._bases:
+            self._bases[basis] = _Basis(basis.values.ctypes.data, basis.rank)
+        return ctypes.addressof(self._bases[basis])
 
     @property
     def space(self) -> int:
@@ -105,6 +103,7 @@ class CompiledStage(Stage):
     def rate(self, at, out=None):
         if len(at.a) > 1 or out is not None and not out[0].flags.c_contiguous:
             return super().rate(at, out)
+        at = _contiguous(at)
         Q = np.empty((at.factors.psi.rank, self.samples))
         self._call(
             "rate", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(at.a[0]), _pointer(at.C[0]),
@@ -115,11 +114,12 @@ class CompiledStage(Stage):
     def transpose(self, at, dual, with_length=False, with_factors=False):
         if len(at.a) > 1 or with_factors:
             return super().transpose(at, dual, with_length, with_factors)
+        at, x = _contiguous(at), np.ascontiguousarray(dual.x[0])
         D, bias, length = np.empty((at.factors.phi.rank, self.samples)), np.empty(self.Y.nodes), np.zeros(1)
         adjoint = None if dual.x_q is None else np.asfortranarray(dual.adjoint[0])
         self._call(
             "transpose", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(at.a[0]),
-            _pointer(at.C[0]), at.length[0], _pointer(dual.x[0]), _pointer(dual.x_q),
+            _pointer(at.C[0]), at.length[0], _pointer(x), _pointer(dual.x_q),
             _pointer(adjoint), _pointer(D), _pointer(bias),
             _pointer(length) if with_length else None,
         )  # fmt: skip
@@ -129,7 +129,7 @@ class CompiledStage(Stage):
         if len(f) > 1:
             return super().advance(f, stages)
         result = np.array(f[0], order="C")
-        arguments = [stage.argument for stage in stages]
+        arguments = [_contiguous(stage.argument) for stage in stages]
         weights = np.array([stage.weight * stage.argument.length[0] for stage in stages])
         bases = [self.basis(at.factors.phi) for at in arguments]
         pointers = ctypes.c_void_p * len(stages)
@@ -150,6 +150,12 @@ def _declare(code: ctypes.CDLL) -> None:
 
 def _source() -> str:
     return "\n".join((files("fem_resnet") / name).read_text() for name in ("stage.c", "layer.c"))
+
+
+def _contiguous(at: Argument) -> Argument:
+    if at.a[0].flags.c_contiguous and at.C[0].flags.c_contiguous:
+        return at
+    return replace(at, a=(np.ascontiguousarray(at.a[0]), *at.a[1:]), C=(np.ascontiguousarray(at.C[0]), *at.C[1:]))
 
 
 def _pointer(array: np.ndarray | None) -> int | None:

@@ -154,6 +154,27 @@ def test_numpy_takes_over_with_one_warning_where_c_cannot_be(monkeypatch, caplog
         assert len(caplog.records) == 2 * (Y.comm.rank == 0)
 
 
+def test_bases_that_come_and_go_are_not_mixed_up():
+    """Learned factors are new bases at every evaluation; all stages of the quadrature (3.3) may have bases of their own."""
+    Y = label_space("disk", "DG0")
+    stage = new_stage(Y, get_activation("tanh"), 2)
+    assert isinstance(stage, CompiledStage)
+    x, C = Y.coordinates[:, 0], np.ones((1, 2))
+    for number in range(5):
+        kernels = [
+            LowRankKernel(*(Basis(Y, (1 + j + number) * np.cos(k * x)[:, None], "given") for k in (1, 2)))
+            for j in range(100)
+        ]
+        arguments = [Argument(kernel, (1.0,), (x,), (C,)) for kernel in kernels]
+        stages = [StageValue(1.0, at) for at in arguments]
+        start = np.zeros((Y.nodes, 2))
+        assert_allclose(stage.advance([start], stages), Stage.advance(stage, [start], stages), **ROUND_OFF)
+        for at in arguments:
+            assert_allclose(stage.rate(at), Stage.rate(stage, at), **ROUND_OFF)
+    del kernels, arguments, stages, at
+    assert len(stage._bases) == 0
+
+
 # -- layers whose callbacks of TS are compiled ------------------------------------------------------------------------
 
 
