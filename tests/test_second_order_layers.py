@@ -176,9 +176,11 @@ def test_newton_trains_layers_and_is_quadratic_at_the_end(tao_type):
     assert ratios and max(ratios) < 1e3, f"gradient norms {norms}"
 
 
-# Newton-CG takes curvatures below an absolute threshold for zero: it gets J in larger units.
+# Newton-CG takes curvatures below an absolute threshold for zero: it gets J in larger units. trust-ncg solves for a step to
+# the root of the gradient's size, and believes in no step by which J falls less than round-off: in smaller units its last
+# steps are good enough to be few.
 @pytest.mark.parametrize(
-    "method, tolerance, unit", [("trust-ncg", {"gtol": 1e-10}, 1.0), ("Newton-CG", {"xtol": 1e-12}, 1e3)]
+    "method, tolerance, unit", [("trust-ncg", {"gtol": 1e-17}, 1e-6), ("Newton-CG", {"xtol": 1e-12}, 1e3)]
 )
 def test_scipy_trains_layers_by_newton_steps(method, tolerance, unit):
     problem = small_problem()
@@ -198,7 +200,8 @@ def test_scipy_trains_layers_by_newton_steps(method, tolerance, unit):
     result = minimize(
         lambda x: unit * float(array(x)), x, jac=gradient, hessp=action, method=method, options=tolerance | {"maxiter": 100}
     )
-    assert np.linalg.norm(gradient(result.x)) < 1e-10 * unit, result.message
+    norm = np.linalg.norm(gradient(result.x)) / unit
+    assert norm < 1e-10, f"{norm:.1e}, {result.message}"
 
 
 def test_gauss_newton_trains_layers():
