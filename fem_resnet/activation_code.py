@@ -36,8 +36,9 @@ def activation_code(activation: Activation) -> str:
 
     Examples
     --------
-    >>> print(activation_code(get_activation("relu")).splitlines()[-1])  # doctest: +SKIP
-    #define SLOPE(s) slope_relu(s)
+    >>> from fem_resnet.activation import get_activation
+    >>> activation_code(get_activation("relu")).splitlines()[-1]
+    '#define SLOPE(s) slope_relu(s)'
     """
     lines = ["#include <math.h>"]
     if find_library("mvec"):

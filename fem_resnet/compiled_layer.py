@@ -58,7 +58,7 @@ class CompiledLayer:
         self._layer = _Layer(
             space=stage.space, comm=stage.Y.comm.py2f(), **{name: array.ctypes.data for name, array in self._work.items()}
         )
-        self._jacobian = self._attach("layer_attach", ts, [(psi + 1) * samples] * 2)
+        self._jacobian = self._attach("layer_attach", [(psi + 1) * samples] * 2)
         self._parameters: PETSc.Mat | None = None
 
     @staticmethod
@@ -75,12 +75,12 @@ class CompiledLayer:
             and max(values.factors.shape) * stage.samples <= _LARGEST
         )
 
-    def _attach(self, name: str, ts: PETSc.TS, sizes: Sequence[int]) -> PETSc.Mat:
+    def _attach(self, name: str, sizes: Sequence[int]) -> PETSc.Mat:
         mat = PETSc.Mat().create(PETSc.COMM_SELF)
         mat.setSizes(sizes)
         mat.setType("shell")
         mat.setUp()
-        self._stage.call(name, *map(ctypes.c_void_p, (ts.handle, mat.handle, ctypes.addressof(self._layer))))
+        self._stage.call(name, *map(ctypes.c_void_p, (self._ts.handle, mat.handle, ctypes.addressof(self._layer))))
         return mat
 
     def start(self, inputs: LayerInputs, steps: int) -> None:
@@ -118,7 +118,7 @@ class CompiledLayer:
 
     def attach_parameters(self, state: int, parameters: int) -> None:
         """Hand the transposed Jacobian in the parameters to TS."""
-        self._parameters = self._attach("layer_attach_parameters", self._ts, [state, parameters])
+        self._parameters = self._attach("layer_attach_parameters", [state, parameters])
 
     def release(self) -> None:
         """Forget fields."""
