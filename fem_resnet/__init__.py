@@ -11,6 +11,7 @@ _MODULES = {
     "basis": ["Basis", "cell_indicators", "given_basis"],
     "laplace": ["laplace_basis"],
     "kernel": ["LowRankKernel"],
+    "running_cost": ["Density", "RunningCost"],
     "parameter": ["Parameter"],
     "time_stepping": ["StepFailure"],
     "checkpoints": ["enable_checkpointing"],

@@ -32,9 +32,9 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Step
 from fem_resnet.head import PREDICTIONS, Prediction
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import LabelSpace
+from fem_resnet.label_space import LabelSpace, sample_weights
 from fem_resnet.layer_inputs import LayerCoefficients
-from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares, sample_weights
+from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.parameter import Parameter

@@ -80,11 +80,14 @@ class Cotangent:
         One number a sample; None for 0.
     adjoint : tuple of numpy.ndarray
         lambda_k, dual to node values, shape (nodes, samples).
+    cost : numpy.ndarray or None
+        Adjoints of the samples' running costs, shape (orders, samples), where there are such; no affair of the stage.
     """
 
     x: tuple[np.ndarray, ...]
     x_q: np.ndarray | None
     adjoint: tuple[np.ndarray, ...]
+    cost: np.ndarray | None = None
 
 
 @dataclass

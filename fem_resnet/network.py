@@ -12,10 +12,12 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from types import NoneType
 
 import firedrake as fd
 import numpy as np
 from petsc4py import PETSc
+from pyadjoint import AdjFloat
 from pyadjoint.tape import annotate_tape, get_working_tape
 
 from fem_resnet.activation import Activation, get_activation
@@ -23,7 +25,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import BatchValues, LabelSpace
+from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
 from fem_resnet.compiled_stage import new_stage
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients
@@ -32,6 +34,7 @@ from fem_resnet.methods import solver_options
 from fem_resnet.parameter import Parameter
 from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
+from fem_resnet.running_cost import RunningCost
 from fem_resnet.segment import Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
 from fem_resnet.time_basis import Once, get_time_basis
@@ -169,9 +172,9 @@ class ResidualNetwork:
         self.replay_steps = replay_steps
         self._options = solver_options(solver_parameters, options_prefix)
         self._stages: dict[int, Stage] = {}
-        self._scratch: dict[tuple[int, ...], list[Segment]] = {}
+        self._scratch: dict[tuple, list[Segment]] = {}
         if self.layers:
-            self._stepper(self._stage(1), 0, 1)  # refuse options now rather than at the first run
+            self._stepper(self._stage(1), 0)  # refuse options now rather than at the first run
 
     def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
         return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
@@ -220,13 +223,21 @@ class ResidualNetwork:
         return self.run(initial).final
 
     @PETSc.Log.EventDecorator("fem_resnet:run")
-    def run(self, initial: fd.Function) -> Run:
+    def run(
+        self, initial: fd.Function, running: RunningCost | None = None, weights: Sequence[float] | None = None
+    ) -> Run:
         """Solve (2.8); while pyadjoint annotates, record it.
 
         Parameters
         ----------
         initial
             f_I, a Function of `Y.V` or a batch (`Y.batch`, `Y.batch_space`); finite.
+        running
+            A running cost, to be integrated on the way: `cost` of the Run. The TS then steps f, not its coefficients
+            alone.
+        weights
+            Weights of the samples in that cost, one number >= 0 a sample, of which only the proportions matter; equal
+            ones if left out.
 
         Returns
         -------
@@ -241,6 +252,9 @@ class ResidualNetwork:
             If a layer cannot be stepped, as where the state overflows.
         """
         self.Y.check_batch(initial, "initial")
+        if not isinstance(running, (RunningCost, NoneType)):
+            raise TypeError(f"running: a RunningCost or None is wanted, {type(running).__name__} was given")
+        omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
         manager = manager_of(get_working_tape()) if annotate_tape() else None
         if manager is not None and self.factors:
             raise ValueError("checkpoints: learned factors and schedules of checkpoints do not go together; fix one")
@@ -254,21 +268,25 @@ class ResidualNetwork:
                 "evaluation, and J jumps where their number changes",
             )  # fmt: skip
         if manager is not None:
-            return Run(self, initial, self._record_steps(initial, manager), None)
-        for segment in self._segments(initial.function_space()):
+            return Run(self, initial, *self._record_steps(initial, manager, running, omega), omega)
+        cost = 0.0
+        for segment in self._segments(initial.function_space(), running, omega):
             start = f
             coefficients = [*segment.functions, *factors]
-            f, block = apply(segment, [start, *coefficients])
+            output, block = apply(segment, [start, *coefficients])
+            f, cost = (output, cost) if running is None else (output[0], cost + output[1])
             pieces.append(Piece(segment, start, coefficients, segment.traces(), block))
-        return Run(self, initial, f, pieces)
+        return Run(self, initial, f, pieces, cost, omega)
 
     @property
     def blocks(self) -> int:
         """How many Blocks the layers make on a tape."""
         return -(-self.layers // self.layers_per_block)
 
-    def _record_steps(self, initial: fd.Function, manager: Manager) -> fd.Function:
-        """f(T), recorded as one time step a segment; the last one stays open for what follows.
+    def _record_steps(
+        self, initial: fd.Function, manager: Manager, running: RunningCost | None, omega: np.ndarray | None
+    ) -> tuple[fd.Function, None, AdjFloat | float]:
+        """f(T), no pieces, and the cost, recorded as one time step a segment; the last stays open for what follows.
 
         One Function is the state at all interfaces, and segments of a kind share steppers: the tape keeps no field but
         those of its schedule.
@@ -279,12 +297,13 @@ class ResidualNetwork:
                 f"checkpoints: a tape with nothing on it and a schedule for {max(self.blocks, 1)} steps is wanted, "
                 f"one with {len(tape.get_blocks())} Blocks and for {manager.steps} steps was given"
             )
-        f = initial
-        for k, segment in enumerate(self._new_segments(initial.function_space(), share=True)):
+        f, cost = initial, 0.0
+        for k, segment in enumerate(self._new_segments(initial.function_space(), running, omega, share=True)):
             if k > 0:
                 tape.end_timestep()
-            f, _ = apply(segment, [f, *segment.functions], into=None if k == 0 else f)
-        return f
+            output, _ = apply(segment, [f, *segment.functions], into=None if k == 0 else f)
+            f, cost = (output, cost) if running is None else (output[0], cost + output[1])
+        return f, None, cost
 
     def on(self, Y: LabelSpace) -> ResidualNetwork:
         """The same network on another label space of the same Y: finer, coarser, of other cells or another space.
@@ -361,30 +380,36 @@ class ResidualNetwork:
                     other.set(k, parameter.get(k))
         return net
 
-    def _segments(self, space) -> list[Segment]:
+    def _segments(self, space, running: RunningCost | None, omega: np.ndarray | None) -> list[Segment]:
         """New ones where the tape will keep them, else those of earlier unrecorded runs."""
         if annotate_tape():
-            return self._new_segments(space)
-        if space.value_shape not in self._scratch:
-            self._scratch[space.value_shape] = self._new_segments(space)
-        return self._scratch[space.value_shape]
+            return self._new_segments(space, running, omega)
+        key = space.value_shape, running
+        if key not in self._scratch:
+            self._scratch[key] = self._new_segments(space, running, omega)
+        for segment in self._scratch[key]:
+            segment.omega = omega
+        return self._scratch[key]
 
-    def _new_segments(self, space, share: bool = False) -> list[Segment]:
+    def _new_segments(
+        self, space, running: RunningCost | None = None, omega: np.ndarray | None = None, share: bool = False
+    ) -> list[Segment]:
         values = BatchValues(self.Y, space)
         stage = self._stage(values.samples)
-        steppers = self._steppers
-        if share:
-            made: dict[tuple, list[LayerStepper]] = {}
+        made: dict[tuple, list[LayerStepper]] = {}
 
-            def steppers(stage, layers, orders):
-                kind = tuple(map(self._kind, layers))
-                if (kind, orders) not in made:
-                    made[kind, orders] = self._steppers(stage, layers, orders)
-                return made[kind, orders]
+        def steppers(layers: range, orders: int) -> list[LayerStepper]:
+            kind = (tuple(map(self._kind, layers)), orders)
+            if not share or kind not in made:
+                new = [self._stepper(stage, layer, orders, running) for layer in layers]
+                if not share:
+                    return new
+                made[kind] = new
+            return made[kind]
 
         return [
             Segment(
-                partial(steppers, stage, layers),
+                partial(steppers, layers),
                 stage,
                 LayerCoefficients(
                     self.bias, self.kernel,
@@ -394,6 +419,7 @@ class ResidualNetwork:
                 ),
                 values,
                 annotate_tape() and self.replay_steps,
+                omega,
             )
             for layers in (
                 range(start, min(start + self.layers_per_block, self.layers))
@@ -406,9 +432,6 @@ class ResidualNetwork:
             self._stages[samples] = new_stage(self.Y, self.activation, samples)
         return self._stages[samples]
 
-    def _steppers(self, stage: Stage, layers: range, orders: int) -> list[LayerStepper]:
-        return [self._stepper(stage, layer, orders) for layer in layers]
-
     def _kind(self, layer: int) -> tuple[int, ...]:
         """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
         rank = self.kernel.on_layer(layer).kernel.psi.rank
@@ -417,9 +440,11 @@ class ResidualNetwork:
             for p in (self.bias, self.kernel)
         )
 
-    def _stepper(self, stage: Stage, layer: int, orders: int) -> LayerStepper:
+    def _stepper(
+        self, stage: Stage, layer: int, orders: int = 1, running: RunningCost | None = None
+    ) -> LayerStepper:
         rank = self.kernel.on_layer(layer).kernel.psi.rank
-        return LayerStepper(stage, layer, rank, self.steps, self._options, orders)
+        return LayerStepper(stage, layer, rank, self.steps, self._options, orders, cost=running)
 
 
 def _one_or_one_a_layer(name: str, bases: Basis | Sequence[Basis] | None, layers: int) -> tuple[Basis | None, ...]:

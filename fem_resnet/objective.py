@@ -2,6 +2,8 @@
 
     min  J = sum_s omega_s loss(h(O_s), C_s) + R(m),        m = (a, b, W, mu),   sum_s omega_s = 1            (2.11)
 
+With a running cost L of section 4.3, J has the term sum_s omega_s int_0^T L(f_s, a, b) dt too.
+
 With `Derivatives` of the target map, J has the term weight sum_s omega_s 1/2 |O'(f_I,s) v_s - C'_s|^2 too, O' v the derivative of
 the output, before its prediction, in a direction v of the initial state.
 
@@ -24,11 +26,13 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
 from fem_resnet.head import PREDICTIONS, Head
-from fem_resnet.loss import Loss, least_squares, sample_weights
+from fem_resnet.label_space import sample_weights
+from fem_resnet.loss import Loss, least_squares
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.parameter import Parameter
 from fem_resnet.regulariser import Regulariser
+from fem_resnet.running_cost import RunningCost
 from fem_resnet.space_basis import StateValues
 from fem_resnet.time_basis import AtStart
 
@@ -102,6 +106,8 @@ class LearningProblem:
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
     derivatives
         Directional derivatives that the output is to match too; J then has first derivatives only.
+    running
+        A running cost, integrated by the network's own TS.
     checkpoints
         How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network):
         all are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
@@ -138,6 +144,7 @@ class LearningProblem:
         *,
         learn: str = "parameters",
         derivatives: Derivatives | None = None,
+        running: RunningCost | None = None,
         checkpoints: Checkpoints | None = None,
     ):
         for name, value, kind, optional in (
@@ -145,6 +152,7 @@ class LearningProblem:
             ("head", head, Head, True),
             ("loss", loss, Loss, False),
             ("regulariser", regulariser, Regulariser, True),
+            ("running", running, RunningCost, True),
         ):
             if not (isinstance(value, kind) or optional and value is None):
                 wanted = f"a {kind.__name__} or None" if optional else f"a {kind.__name__}"
@@ -165,7 +173,8 @@ class LearningProblem:
         self.checkpoints = checkpoints
         if checkpoints is not None:
             schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
-        self._recorded: tuple[BlockVariable, OperatorBlock] | None = None
+        self.running = running
+        self._recorded: tuple[BlockVariable, OperatorBlock, Run] | None = None
         self.batch, self._observation = batch, self._observed(batch)
         self.derivatives = derivatives
         self._check_derivatives()
@@ -209,9 +218,11 @@ class LearningProblem:
         return J, run
 
     def _evaluate(self) -> tuple[AdjFloat, Run, OperatorBlock | None]:
-        run = self.net.run(self.batch.inputs)
+        run = self.net.run(self.batch.inputs, self.running, self.batch.weights)
         output = run.final if self.head is None else self.head(run.final)
         J, block = self.loss.record(self._output, output, self._observation, self.batch.weights, self._prediction)
+        if self.running is not None:
+            J = J + run.cost
         if self.derivatives is not None:
             J = J + self.derivatives.weight * self._mismatch_of_derivatives(run)
         if self.regulariser is not None:
@@ -256,7 +267,14 @@ class LearningProblem:
         gauss_newton
             Whether `hessian` of the functional is to be the action of Gauss and Newton, which is positive semidefinite
             for convex losses: see `blocks.gauss_newton`.
+
+        Raises
+        ------
+        ValueError
+            If Gauss-Newton is asked for with a running cost.
         """
+        if gauss_newton and self.running is not None:
+            raise ValueError("gauss_newton: a running cost has no residual whose curvature could be left out; take the Hessian")
         # Variables of its own too: what another recording does to the same Functions must not be seen here.
         for function in (self.batch.inputs, *self.functions):
             function.clear_block_variable()
@@ -270,7 +288,7 @@ class LearningProblem:
             finally:
                 if not was_annotating:
                     pause_annotation()
-            self._recorded = self.batch.inputs.block_variable, block
+            self._recorded = self.batch.inputs.block_variable, block, run
             functional = _GaussNewtonFunctional if gauss_newton else ReducedFunctional
             return functional(J, self.controls(), tape=tape), run
 
@@ -304,9 +322,11 @@ class LearningProblem:
             )
         self.batch, self._observation = batch, observation
         if self._recorded is not None:
-            variable, block = self._recorded
+            variable, block, run = self._recorded
             variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
             block.operator.observe(observation, batch.weights)
+            if run.omega is not None:
+                run.omega[...] = sample_weights(batch.weights, batch.samples)
 
     def minibatches(self, size: int, seed: int | None = None) -> list[Batch]:
         """The present batch in pieces of `size` samples, the last padded with samples of weight 0.

@@ -264,7 +264,7 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
     f = problem.batch.inputs
     for layer, segment in enumerate(layers._new_segments(f.function_space())):
         factors = [np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
-        state = np.array(segment.output.read(f)) if layer == 0 else state  # noqa: F821
+        state = np.array(segment.inputs[0].read(f)) if layer == 0 else state  # noqa: F821
         arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions)), *factors]
         new = segment.forward(arrays, save=True)
         yield _identity(f"layer {layer}", segment, arrays, point, rng, shared, bound)
@@ -329,7 +329,7 @@ def jacobians(point: Point) -> Iterator[Check]:
         return
     segment = segments[0]
     factors = [np.array(slot.read(_factor(net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
-    f = np.array(segment.output.read(point.problem.batch.inputs))
+    f = np.array(segment.inputs[0].read(point.problem.batch.inputs))
     segment.forward([f, *(s.read(fn) for s, fn in zip(segment.inputs[1:], segment.functions)), *factors], save=False)
     ts, J, u = stepper._ts, stepper._jacobian, stepper._y.copy()
     rng = np.random.default_rng([3, 0 if stepper.state.comm.size == 1 else point.comm.rank])
