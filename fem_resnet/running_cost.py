@@ -87,6 +87,11 @@ class RunningCost:
     def __repr__(self) -> str:
         return f"RunningCost({self.density!r}, kernel={self.kernel:g})"
 
+    @property
+    def of_state_alone(self) -> bool:
+        """Whether L does not depend on (a, b), as (4.10) asks; a density of the user's says so by `of_state_alone`."""
+        return self.kernel == 0.0 and getattr(self.density, "of_state_alone", False)
+
     def integrand(self, f: np.ndarray, a: np.ndarray) -> np.ndarray:
         """l at the nodes, shape (nodes, samples), for f of that shape and a of shape (nodes,)."""
         return np.broadcast_to(self.density.value(f, a[:, None]), f.shape)
@@ -114,6 +119,7 @@ class _Formula:
         if others:
             raise ValueError(f"density: an expression in the symbols f and a alone is wanted; it has {', '.join(others)} too")
         self._expression = expression
+        self.of_state_alone = symbols[1] not in expression.free_symbols
         first = [expression.diff(symbol) for symbol in symbols]
         second = [first[0].diff(symbols[0]), first[0].diff(symbols[1]), first[1].diff(symbols[1])]
         made = (sympy.lambdify(symbols, part, modules=["scipy", "numpy"], cse=True) for part in (expression, first, second))

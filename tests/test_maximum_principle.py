@@ -5,11 +5,12 @@ from itertools import product
 import matplotlib.figure
 import numpy as np
 import pytest
+import sympy
 from numpy.testing import assert_allclose
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, Polygon, ResidualNetwork, cell_indicators,
+    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, Polygon, ResidualNetwork, RunningCost, cell_indicators,
     extremal_controls, get_activation, given_basis, hamiltonian_along, least_squares, pmp_residual,
 )  # fmt: skip
 from fem_resnet.maximum_principle import _best_of_pool, _upper
@@ -45,13 +46,16 @@ def some_controls(Y):
 @pytest.mark.parametrize("space", [("disk", "CG1"), ("sphere", "DG0")])
 def test_hamiltonian_and_its_derivatives(space):
     Y = label_space(*space)
-    H, p, c = Hamiltonian(Y, TANH, "maximise", lambda f: f**4 / 4, lambda f: f**3), pair(Y, 3), some_controls(Y)
+    symbols = sympy.symbols("f a")
+    cost = RunningCost(symbols[0] ** 4 / 4 + symbols[0] * symbols[1], kernel=0.3)
+    H, p, c = Hamiltonian(Y, TANH, "maximise", cost, [1, 2, 1]), pair(Y, 3), some_controls(Y)
     a, b = rows(Y, c)
     f, r, w = (gathered(Y, x) for x in (p.f, p.r, Y.weights))
     u = a[:, None] - b @ (w[:, None] * f)
-    assert_allclose(H(p, c), np.sum(w[:, None] * (np.tanh(u) * r - f**4 / 4)), rtol=ROUND_OFF)
+    L = (w @ (f**4 / 4 + f * a[:, None])) @ [0.25, 0.5, 0.25] + 0.15 * np.einsum("i,ij,j", w, b**2, w)
+    assert_allclose(H(p, c), np.sum(w[:, None] * np.tanh(u) * r) - L, rtol=ROUND_OFF)
     assert_allclose(gathered(Y, H.in_r(p, c)), np.tanh(u), rtol=0, atol=ROUND_OFF)
-    v, e = H.slope_times_costate(p, c), 1e-6
+    in_b, e = H.in_b(p, c), 1e-6
 
     def central(change):
         return (H(*change(e)) - H(*change(-e))) / (2 * e)
@@ -59,8 +63,8 @@ def test_hamiltonian_and_its_derivatives(space):
     df, dr, da, db = smooth(Y, 3, 20), smooth(Y, 3, 21), smooth(Y, 1, 22)[:, 0], smooth(Y, 2, 23)
     pairing = lambda x, y: float(Y.sum(np.sum(Y.weights[:, None] * x * y)))  # noqa: E731
     exact = [
-        pairing(H.in_f(p, c), df), pairing(H.in_r(p, c), dr), pairing(v, da[:, None]),
-        -pairing(v, db @ Y.sum((Y.weights[:, None] * c.psi).T @ p.f)),
+        pairing(H.in_f(p, c), df), pairing(H.in_r(p, c), dr), pairing(H.in_a(p, c)[:, None], da[:, None]),
+        pairing(in_b[0], db @ Y.sum((Y.weights[:, None] * c.psi).T @ in_b[1])),
     ]  # fmt: skip
     differences = [
         central(lambda s: (Pair(p.f + s * df, p.r, "maximise"), c)),
@@ -341,7 +345,7 @@ def test_bracket_for_many_samples():
     longer = pmp_residual(problem, BOX, rounds=8)
     assert 0 <= found.lower <= longer.lower <= longer.upper == found.upper
     problem = learning_problem(problem.net, weight=0.1)
-    with pytest.raises(ValueError, match="^problem: a regulariser"):
+    with pytest.raises(ValueError, match="^problem: one without regulariser"):
         pmp_residual(problem, BOX)
 
 

@@ -37,7 +37,9 @@ from petsc4py import PETSc
 
 from fem_resnet.control_set import ControlSet
 from fem_resnet.log import log
-from fem_resnet.maximum_principle import Controls, Hamiltonian, Pair, extremal_controls, middle_pairs
+from fem_resnet.maximum_principle import (
+    Controls, Hamiltonian, Pair, extremal_controls, middle_pairs, refuse_costs_of_controls,
+)  # fmt: skip
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.row_controls import RowBall, RowBox, raise_rows
@@ -147,7 +149,7 @@ def msa(
     _check(problem, A, variant)
     start = time.perf_counter()
     net = problem.net
-    H = Hamiltonian(net.Y, net.activation, "maximise")
+    H = Hamiltonian.of(problem, "maximise")
     lengths = np.diff(net.times)
     controls = [Controls.of_layer(net, l) for l in range(net.layers)]
     evaluations = 0
@@ -221,8 +223,7 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall, variant: 
             f"problem: one sample is wanted, for which (4.10) is explicit; for its {problem.batch.samples} samples give A "
             f"as a RowBox or RowBall"
         )
-    if problem.regulariser is not None or problem.derivatives is not None:
-        raise ValueError("problem: one without regulariser and derivatives is wanted; (4.10) does not hold with them")
+    refuse_costs_of_controls(problem)
     if net.factors or net.layer_times is not None or problem.learn != "parameters" or problem.checkpoints is not None:
         raise ValueError("problem: one that learns bias and kernel, without checkpoints, is wanted")
     if not net.layers or any(p.time_basis.description != "layers" for p in (net.bias, net.kernel)):
@@ -237,7 +238,7 @@ def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningPr
     for l, (c, beta) in enumerate(zip(controls, betas)):
         new.bias.set(l, c.a)
         new.kernel.set(l, beta)
-    return LearningProblem(new, problem.head, problem.loss, None, problem.batch)
+    return LearningProblem(new, problem.head, problem.loss, None, problem.batch, running=problem.running)
 
 
 def augmented_step(
@@ -245,12 +246,13 @@ def augmented_step(
 ) -> tuple[Controls, np.ndarray]:
     """Controls of a larger augmented Hamiltonian, and its values, which never fall, the start included. Collective.
 
-    Over controls + s(y) (extremal - controls), 0 <= s <= 1, by projected ascent with backtracking, from s = 0.
+    The values are those without a running cost, which is of f alone and the same for all controls. Over controls + s(y) (extremal - controls), 0 <= s <= 1, by projected ascent with backtracking, from s = 0.
     """
     Y, sigma = H.Y, H.activation
     f, r, weights = pair.f, pair.r, Y.weights[:, None]
     u, e = controls.argument(Y, f), extremal.argument(Y, f)
-    difference, rate, slope = e - u, sigma(u), H.in_f(pair, controls)
+    difference, rate = e - u, sigma(u)
+    slope = -controls.transpose(Y, H.slope_times_costate(pair, controls))  # a running cost of f alone drops out
 
     def evaluate(s):
         """The augmented Hamiltonian, and its gradient in s in L2(Y)."""

@@ -20,6 +20,7 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
+from fem_resnet.label_space import sample_weights
 from fem_resnet.verify.point import Point, close, names, random_like
 from fem_resnet.verify.reference import Reference
 from fem_resnet.verify.report import Check, Line
@@ -210,6 +211,9 @@ def gauss_newton(point: Point) -> Iterator[Check]:
     if loss not in ("least_squares", "cross_entropy", "binary_cross_entropy"):
         yield Check.left_out("Gauss-Newton", "all controls", f"the loss {loss!r} is the user's own")
         return
+    if problem.running is not None:
+        yield Check.left_out("Gauss-Newton", "all controls", "a running cost has no residual")
+        return
     h = [point.direction(k) for k in range(len(point.functions))]
     other = [point.random(function) for function in point.functions]
     J, run = problem.record(gauss_newton=True)
@@ -262,13 +266,13 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
     bound = max(1e-10, close(problem))
     layers = _single_layers(problem.net)
     f = problem.batch.inputs
-    for layer, segment in enumerate(layers._new_segments(f.function_space())):
+    for layer, segment in enumerate(_segments(layers, problem)):
         factors = [np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
         state = np.array(segment.inputs[0].read(f)) if layer == 0 else state  # noqa: F821
         arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions)), *factors]
         new = segment.forward(arrays, save=True)
         yield _identity(f"layer {layer}", segment, arrays, point, rng, shared, bound)
-        state = new
+        state = new if problem.running is None else new[0]
     for block in point.J.tape.get_blocks():
         operator = getattr(block, "operator", None)
         if operator is None or hasattr(operator, "steppers"):
@@ -276,6 +280,12 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
         arrays = [np.array(slot.read(v.saved_output)) for slot, v in zip(operator.inputs, block.get_dependencies())]
         name = type(operator).__name__.strip("_").removesuffix("Operator").lower()
         yield _identity(name, operator, arrays, point, rng, shared, 1e-10)
+
+
+def _segments(net, problem):
+    space = problem.batch.inputs.function_space()
+    omega = None if problem.running is None else sample_weights(problem.batch.weights, problem.batch.samples)
+    return net._new_segments(space, problem.running, omega)
 
 
 def _single_layers(net):
@@ -308,13 +318,19 @@ def _identity(name, operator, arrays, point: Point, rng, shared, bound) -> Check
     v = [random(slot, np.shape(array)) for slot, array in zip(operator.inputs, arrays)]
     value = operator.forward(arrays, save=True)
     moved = operator.tangent(arrays, v)
-    if operator.output is None:
-        w, forth = 1.7, 1.7 * float(moved)
-        size = abs(forth)
-    else:
-        w = random(operator.output, np.shape(value))
-        forth = paired(operator.output, w, moved)
-        size = (paired(operator.output, w, w) * paired(operator.output, moved, moved)) ** 0.5
+    several = isinstance(operator.output, tuple)
+    outputs = zip(*((operator.output, value, moved) if several else ((operator.output,), (value,), (moved,))))
+    duals, forth, size = [], 0.0, 0.0
+    for slot, part, change in outputs:
+        if slot is None:
+            duals.append(1.7)
+            forth += 1.7 * float(change)
+            size += abs(1.7 * float(change))
+        else:
+            duals.append(random(slot, np.shape(part)))
+            forth += paired(slot, duals[-1], change)
+            size += (paired(slot, duals[-1], duals[-1]) * paired(slot, change, change)) ** 0.5
+    w = duals if several else duals[0]
     back_parts = [paired(slot, d, x) for slot, d, x in zip(operator.inputs, operator.adjoint(arrays, w), v)]
     size = max(size * 1e-2, abs(forth), *map(abs, back_parts), 1e-300)
     return Check.of("<dF v, w> = <v, dF* w>", name, abs(forth - sum(back_parts)) / size, bound)
@@ -323,7 +339,7 @@ def _identity(name, operator, arrays, point: Point, rng, shared, bound) -> Check
 def jacobians(point: Point) -> Iterator[Check]:
     """Of implicit types: Jacobian of the residual against a difference, its transpose, and its linear solver."""
     net = point.problem.net
-    segments = _single_layers(net)._new_segments(point.problem.batch.inputs.function_space())
+    segments = _segments(_single_layers(net), point.problem)
     stepper = segments[0].steppers[0] if segments else None
     if stepper is None or not stepper.method.implicit:
         return
@@ -390,7 +406,10 @@ def costates(point: Point, taken) -> Iterator[Check]:
             v += r / max(reference.measure.norm(r), 1e-300) * reference.measure.norm(v)
 
             def central(step, layer=layer, v=v):
-                tails = [reference.states(states[layer] + e * v, taken, layer)[-1] for e in (step, -step)]
+                moved = [states[layer].copy() for _ in range(2)]
+                for f, e in zip(moved, (step, -step)):
+                    f[: net.Y.nodes] += e * v
+                tails = [reference.states(f, taken, layer)[-1] for f in moved]
                 return (reference.loss(tails[0]) - reference.loss(tails[1])) / (2 * step)
 
             found = reference.measure.inner(r, v)
