@@ -89,7 +89,7 @@ class Segment:
 
     @PETSc.Log.EventDecorator("fem_resnet:forward")
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray | tuple[np.ndarray, float]:
-        """f at the end, a new array of shape (nodes, samples); `state` then gives f at any layer. Collective.
+        """f at the end, a new array of shape (nodes, samples); `advance` then gives f at any layer. Collective.
 
         With a running cost, that and the cost.
 
@@ -182,10 +182,6 @@ class Segment:
     def traces(self) -> list[LayerTrace]:
         """What each layer left in the last forward solve: what f is rebuilt from."""
         return [stepper.trace for stepper in self.steppers]
-
-    def state(self, f: np.ndarray, layers: int) -> np.ndarray:
-        """f after so many layers of the last forward solve, a new array of shape (nodes, samples)."""
-        return self.advance(f, self.traces()[:layers])
 
     def advance(self, f: np.ndarray, traces: Sequence[LayerTrace]) -> np.ndarray:
         """f after layers that left these traces, by the quadrature (3.3)."""

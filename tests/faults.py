@@ -27,6 +27,7 @@ import fem_resnet.objective
 import fem_resnet.parameter
 import fem_resnet.regulariser
 import fem_resnet.retraction
+import fem_resnet.run
 import fem_resnet.running_cost
 import fem_resnet.segment
 import fem_resnet.space_basis
@@ -295,8 +296,8 @@ FAULTS = [
     Fault("co-states without gamma", CLASSES, line(Segment, "costate", "+ psi.values @ gamma", "")),
     Fault("sign of r", CLASSES, line(Segment, "costate", "return dual / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual / self._Y.weights[:, None] + psi.values @ gamma)")),
     Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._costates[-1][0] / self._Y.weights[:, None]", "self._costates[-1][0]")),
-    Fault("states of a layer too early", CLASSES, line(Segment, "state", "self.traces()[:layers]", "self.traces()[: max(layers - 1, 0)]")),
-    Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "arrays, directions, dual_dot, dual)", "arrays, directions, dual, dual_dot)")),
+    Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "traces[:layers]", "traces[: max(layers - 1, 0)]")),
+    Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "self._functional(dual_dot), self._functional(dual)", "self._functional(dual), self._functional(dual_dot)")),
     # coefficients in time and space
     Fault("hats at the wrong fraction", CLASSES, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)")),
     Fault("hats' transposed weights", CLASSES, line(inputs.OnLayer, "pull_back", "for weight in weights]", "for weight in weights[::-1]]")),

