@@ -29,7 +29,7 @@ _MODULES = {
         "Controls", "Extremal", "Hamiltonian", "Pair", "Residual", "extremal_controls", "hamiltonian_along",
         "middle_pairs", "pmp_residual",
     ],
-    "row_controls": ["RowBall", "RowBox", "raise_rows"],
+    "row_controls": ["RowBall", "RowBox", "SpanBox", "raise_controls", "raise_rows", "raise_span"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "io": ["load", "save"],

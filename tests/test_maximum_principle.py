@@ -294,6 +294,43 @@ def test_max_H_is_constant_to_the_order_of_the_scheme_where_no_switch_is_inside_
     assert drift[2] < 1e-5 and np.log2(drift[1] / drift[2]) > 3.7, drift
 
 
+def switching(times):
+    """f_t = a, L = f^2/2, |a| <= 1, from f = 1/2: a = -1 up to t = 1/2, then a = 0; solved in these layers."""
+    Y = label_space("annulus", "CG1")
+    net = ResidualNetwork(given_basis(Y, [1.0]), bias=given_basis(Y, [1.0]), times=times, activation="identity")
+    batch = Batch(Y.batch(0.5 + 0 * Y.weights), Y.batch(0 * Y.weights))
+    cost = RunningCost(sympy.Symbol("f") ** 2 / 2)
+    problem = LearningProblem(net, None, least_squares, None, batch, running=cost)
+    J, _ = problem.record()
+
+    def evaluate(x):
+        for l, value in enumerate(x):
+            net.bias.set(l, [value])
+        return float(J(problem.functions)), np.array([net.bias.space_bases[0].read(d)[0] for d in J.derivative()[: len(x)]])
+
+    found = minimize(
+        evaluate, np.zeros(net.layers), jac=True, bounds=[(-1, 1)] * net.layers, options={"ftol": 0.0, "gtol": 1e-12}
+    )
+    evaluate(found.x)
+    J, run = problem.record()
+    J.derivative()
+    H, A, values = Hamiltonian.of(problem, "maximise"), Box((-1, 1), (0, 0)), []
+    for l in range(net.layers + 1):
+        p = Pair(np.array(Y.values(run.state(l))), -Y.values(run.costate(l)), "maximise")
+        values.append(H(p, extremal_controls(Y, A, p).controls))
+    return found.x, np.ptp(values)
+
+
+@on_ranks
+def test_max_H_is_constant_where_the_switch_is_at_an_interface_and_up_to_the_layer_length_where_not():
+    """With a running cost; f is linear and L quadratic on a layer, which Runge-Kutta of order 4 does exactly."""
+    a, spread = switching([0, 0.25, 0.5, 0.75, 1.0])
+    assert_allclose(a, [-1, -1, 0, 0], rtol=0, atol=1e-6)
+    assert spread < 1e-6  # what the minimisation leaves
+    inside = [switching(np.linspace(0, 1, layers + 1))[1] for layers in (3, 9, 27)]
+    assert inside[0] > 1e3 * spread and np.log(inside[0] / inside[2]) / np.log(9) > 0.9, inside
+
+
 def test_first_order_residuals_at_the_solution_in_a_box():
     """The layer-averaged one is 0; the pointwise one tends to 0 with the layer length. H itself as well."""
     averaged, points, residual, spread = [], [], [], []

@@ -42,7 +42,7 @@ from fem_resnet.maximum_principle import (
 )  # fmt: skip
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
-from fem_resnet.row_controls import RowBall, RowBox, raise_rows
+from fem_resnet.row_controls import RowBall, RowBox, SpanBox, raise_controls
 
 __all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]
 
@@ -111,12 +111,13 @@ class MSAResult:
 @PETSc.Log.EventDecorator("fem_resnet:msa")
 def msa(
     problem: LearningProblem,
-    A: ControlSet | RowBox | RowBall,
+    A: ControlSet | RowBox | RowBall | SpanBox,
     *,
     variant: str = "extended",
     iterations: int = 50,
     rho: float = 1.0,
     largest_rho: float = 1e8,
+    restarts: int = 0,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
 ) -> MSAResult:
     """Train by Algorithm 2 from the present controls, which are to lie in A. Collective.
@@ -127,13 +128,16 @@ def msa(
         Bias and kernel with a value on each layer, no regulariser; any head and loss, which stay. It is not changed: the
         result has a problem of its own.
     A
-        Where (a, b) lies pointwise, for one sample; `RowBox` or `RowBall` for any number.
+        Where (a, b) lies pointwise, for one sample; `RowBox`, `RowBall` or `SpanBox` for any number.
     variant
         "basic", "damped" or "extended".
     iterations
         At most so many.
     rho, largest_rho
         Where "extended" starts, and above which it gives up.
+    restarts
+        How often, where no step lowers J, it goes on from the extremal controls all the same, a step of basic MSA; J rises
+        there, and the result has the controls of least J.
     monitor
         Called after each iteration on every rank; returning True stops. If left out, a line is logged on rank 0.
 
@@ -162,6 +166,7 @@ def msa(
         return changed, J, run, float(J.functional)
 
     changed, J, run, value = evaluate(controls)
+    best, restarted = (value, changed, controls), 0
     values, predicted, steps, reason = [value], [], [], "ITERATIONS"
     for iteration in range(1, iterations + 1):
         J.derivative()
@@ -180,13 +185,19 @@ def msa(
             if step > largest_rho or step < 2.0**-40:
                 break
         if variant != "basic" and not trial[-1] < value:
-            reason = "NO_STEP_LOWERS_J"
-            break
+            if restarted == restarts:
+                reason = "NO_STEP_LOWERS_J"
+                break
+            restarted += 1
+            new, step = extremal, rho
+            trial = evaluate(new)
         predicted.append(-sum(tau * (H(p, n) - H(p, c)) for tau, p, n, c in zip(lengths, pairs, new, controls)))
         steps.append(step)
         changed, J, run, value = trial
         controls = [Controls.of_layer(changed.net, l) for l in range(net.layers)]
         values.append(value)
+        if value <= best[0] or variant == "basic":
+            best = value, changed, controls
         rho = step / 2 if variant == "extended" else rho
         progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start)
         if monitor is None:
@@ -195,6 +206,7 @@ def msa(
             reason = "STOPPED"
             break
     values = np.array(values)
+    value, changed, controls = best
     return MSAResult(
         problem=changed, controls=controls, value=value, iterations=len(steps), converged=reason == "NO_STEP_LOWERS_J",
         reason=reason, values=values, changes=np.diff(values), predicted=np.array(predicted), steps=np.array(steps),
@@ -202,16 +214,16 @@ def msa(
     )  # fmt: skip
 
 
-def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall, pair: Pair, present: Controls) -> Controls:
+def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall | SpanBox, pair: Pair, present: Controls) -> Controls:
     if isinstance(A, ControlSet):
         return extremal_controls(H.Y, A, pair).controls
-    return raise_rows(H, A, pair, present)[0]
+    return raise_controls(H, A, pair, present)[0]
 
 
-def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall, variant: str) -> None:
+def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox, variant: str) -> None:
     net, pointwise = problem.net, isinstance(A, ControlSet)
-    if not (pointwise or isinstance(A, (RowBox, RowBall))):
-        raise TypeError(f"A: a ControlSet, a RowBox or a RowBall is wanted, {type(A).__name__} was given")
+    if not (pointwise or isinstance(A, (RowBox, RowBall, SpanBox))):
+        raise TypeError(f"A: a ControlSet, a RowBox, a RowBall or a SpanBox is wanted, {type(A).__name__} was given")
     if not (pointwise or A.psi.Y is net.Y):
         raise ValueError(f"A: its rows live on {A.psi.Y!r}, the network's label space {net.Y!r} is wanted")
     if variant not in _VARIANTS:
@@ -221,7 +233,7 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall, variant: 
     if pointwise and problem.batch.samples != 1:
         raise ValueError(
             f"problem: one sample is wanted, for which (4.10) is explicit; for its {problem.batch.samples} samples give A "
-            f"as a RowBox or RowBall"
+            f"as a RowBox, RowBall or SpanBox"
         )
     refuse_costs_of_controls(problem)
     if net.factors or net.layer_times is not None or problem.learn != "parameters" or problem.checkpoints is not None:
