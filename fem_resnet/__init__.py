@@ -30,6 +30,7 @@ _MODULES = {
     ],
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "training.gradient": ["Result", "train"],
+    "training.pam": ["PAMProgress", "PAMResult", "train_pam"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],

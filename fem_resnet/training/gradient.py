@@ -144,9 +144,9 @@ def train(
     )
 
 
-def tell(comm: MPI.Comm, progress: Progress, monitor: Callable[[Progress], None] | None) -> None:
-    """Hand an iteration to the user's monitor, or log its line where there is none."""
-    if monitor is None:
-        log(comm, logging.INFO, "%s", progress)
-    else:
-        monitor(progress)
+def tell(comm: MPI.Comm, progress: Progress, monitor: Callable[[Progress], bool | None] | None) -> bool | None:
+    """Hand an iteration to the user's monitor, or log its line where there is none; what the monitor returned."""
+    if monitor is not None:
+        return monitor(progress)
+    log(comm, logging.INFO, "%s", progress)
+    return None

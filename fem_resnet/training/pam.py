@@ -4,51 +4,51 @@ With x_1, x_2, .. the blocks of what is learned, the bias a, the kernel b, then 
 
     x_i <- argmin_x  J(.., x, ..) + 1/(2 tau) |x - x_i|^2                                                  (5.1)
 
-one after the other, in the norms of label domain and time (`Parameter.inner`). J has the regulariser, so that with Tikhonov's
-it is J_mod of (4.6), with the gradients (4.7). Each block's proximal functional is minimised by TAO from where the block is.
-What TAO found is taken only if it is no higher there than the start, evaluated, not estimated; so for any tau > 0, however
-inexact TAO was,
+one after the other, in the norms of label domain and time. J has the regulariser, so that with Tikhonov's it is J_mod of
+(4.6), with the gradients (4.7). (Section 5.1 prints sigma for sigma' in the gradients of J; those here are (4.3), (4.4).)
 
-    J(a^(k+1), b^(k+1)) <= J(a^k, b^k) - 1/(2 tau) ( |a^(k+1) - a^k|^2 + |b^(k+1) - b^k|^2 ),      the inequality below (5.1).
+What TAO finds for a block (`proximal`) is taken only if the proximal functional is no higher there than where TAO started,
+evaluated, not estimated. So for any tau > 0, and however inexact TAO was,
 
-Its slack, the right-hand side minus the left, is in the result. (5.1 prints sigma for sigma' in the gradients of J; those here
-are (4.3), (4.4).)
+    J(a^(k+1), b^(k+1)) <= J(a^k, b^k) - 1/(2 tau) ( |a^(k+1) - a^k|^2 + |b^(k+1) - b^k|^2 ),
+
+the inequality below (5.1), with a square for each block. Its slack, the right-hand side minus the left, is in the result.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import firedrake as fd
 import numpy as np
+from mpi4py import MPI
 from petsc4py import PETSc
-from pyadjoint import AdjFloat, ReducedFunctional
+from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
-from pyadjoint.reduced_functional import AbstractReducedFunctional
 
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.parameter import Parameter
 from fem_resnet.training.gradient import SOLVER_PARAMETERS, Progress, Result, tell
-from fem_resnet.training.tao import Minimiser
+from fem_resnet.training.proximal import ProximalBlock
 
-__all__ = ["INNER_PARAMETERS", "PamProgress", "PamResult", "ProximalFunctional", "train_pam"]
+__all__ = ["INNER_PARAMETERS", "PAMProgress", "PAMResult", "train_pam"]
 
-#: Options of TAO for the inner problems, over `SOLVER_PARAMETERS`, where the user gives none.
+#: TAO's options for the inner problems, over `SOLVER_PARAMETERS`, where the user gives none.
 INNER_PARAMETERS = {"tao_max_it": 30}
 
-#: An inner problem is solved until its gradient is this part of |x - x_i| / tau, which at its minimum is |D_i J|.
-_ACCURACY = 0.1
 #: tau grows where every block takes at most so many inner iterations.
 _FEW = 5
 #: Round-off of J and the squares in the inequality below (5.1), in parts of J.
 _ROUND_OFF = 32 * np.finfo(float).eps
 
+_Coefficients = list[np.ndarray]
+
 
 @dataclass(frozen=True)
-class PamProgress(Progress):
-    """One iteration: what `Progress` says, with tau, the slack of the inequality, and the inner iterations of all blocks."""
+class PAMProgress(Progress):
+    """One iteration: what `Progress` says, tau, the slack of the inequality, and TAO's iterations in all blocks together."""
 
     tau: float
     slack: float
@@ -59,11 +59,11 @@ class PamProgress(Progress):
 
 
 @dataclass(frozen=True)
-class PamResult(Result):
+class PAMResult(Result):
     """How a proximal alternating minimisation ended, and all that is needed to go on.
 
     What `Result` has; `values` and `gradient_norms` are of J itself, its gradient that in all blocks. The reason is
-    "GRADIENT_TOLERANCE", "ITERATIONS", or "NO_PROGRESS", where no block could be moved.
+    "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS", where no block could be moved.
 
     Attributes
     ----------
@@ -77,9 +77,9 @@ class PamResult(Result):
         Those of TAO, shape (iterations, blocks).
     taus : numpy.ndarray
         tau, one an iteration.
-    controls : list of numpy.ndarray
-        What was reached: the coefficients of all that is learned, as `Parameter.get` gives them on this rank.
-    previous : list of numpy.ndarray
+    controls : list of list of numpy.ndarray
+        What was reached: for each block its coefficients, as `Parameter.get` gives them on this rank.
+    previous : list of list of numpy.ndarray
         The same an iteration before.
     tau, momentum : float
         Of the next iteration; the momentum is Nesterov's t_k, 1 after a restart.
@@ -90,141 +90,10 @@ class PamResult(Result):
     step_norms: np.ndarray
     inner_iterations: np.ndarray
     taus: np.ndarray
-    controls: list[np.ndarray]
-    previous: list[np.ndarray]
+    controls: list[_Coefficients]
+    previous: list[_Coefficients]
     tau: float
     momentum: float
-
-
-class ProximalFunctional(AbstractReducedFunctional):
-    """J + 1/(2 tau) |x - centre|^2 as a function of the coefficients x of one block; the others are as the tape has them.
-
-    Parameters
-    ----------
-    J
-        The functional of all that is learned, recorded.
-    controls
-        Those of the block, among the controls of J.
-    parameters
-        The block.
-
-    Attributes
-    ----------
-    tau : float
-    centre : list of numpy.ndarray
-    value, square : float
-        J and |x - centre|^2 at the latest evaluation.
-    """
-
-    def __init__(self, J: ReducedFunctional, controls: Sequence, parameters: Sequence[Parameter]):
-        self._J = ReducedFunctional(J.functional, list(controls), tape=J.tape)
-        self._sets = [(parameter, k) for parameter in parameters for k in range(len(parameter.functions))]
-        self.tau, self.centre = 1.0, [parameter.get(k) for parameter, k in self._sets]
-
-    @property
-    def controls(self):
-        return self._J.controls
-
-    @property
-    def tape(self):
-        """Where J is recorded."""
-        return self._J.tape
-
-    def read(self, functions: Sequence[fd.Function]) -> list[np.ndarray]:
-        """Their coefficients. Collective."""
-        return [p.space_bases[k].read(function) for (p, k), function in zip(self._sets, functions)]
-
-    def square_of(self, coefficients: Sequence[np.ndarray]) -> float:
-        """|x|^2 in the norm of label domain and time. Collective."""
-        return sum(p.inner(k, c, c) for (p, k), c in zip(self._sets, coefficients))
-
-    def __call__(self, values) -> AdjFloat:
-        values = Enlist(values)
-        self.value = float(self._J(values))
-        self._offset = [c - d for c, d in zip(self.read(values), self.centre)]
-        self.square = self.square_of(self._offset)
-        return AdjFloat(self.value + self.square / (2 * self.tau))
-
-    def derivative(self, adj_input=1.0, apply_riesz=False):
-        derivatives = Enlist(self._J.derivative(adj_input))
-        return self._finished(derivatives, self._offset, adj_input, apply_riesz)
-
-    def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
-        actions = Enlist(self._J.hessian(m_dot, hessian_input, evaluate_tlm))
-        return self._finished(actions, self.read(Enlist(m_dot)), 1.0, apply_riesz)
-
-    def _finished(self, duals, coefficients, scale, apply_riesz):
-        """Functionals of J with those of the proximal term added, the latter's gradient being coefficients / tau."""
-        for (p, k), dual, c in zip(self._sets, duals, coefficients):
-            basis = p.space_bases[k]
-            basis.write(dual, basis.read(dual) + float(scale) * p.time_basis.measures[k] / self.tau * basis.dual(c))
-        if apply_riesz:
-            duals = [control.riesz_map(dual) for control, dual in zip(self.controls, duals)]
-        return self.controls.delist(duals)
-
-    def tlm(self, m_dot):
-        along = self.read(Enlist(m_dot))
-        pairs = zip(self._sets, self._offset, along)
-        return self._J.tlm(m_dot) + sum(p.inner(k, c, d) for (p, k), c, d in pairs) / self.tau
-
-
-class _Block:
-    """Parameters that are minimised over together, with the TAO that does it."""
-
-    def __init__(self, name: str, parameters: Sequence[Parameter], J, controls, options: dict, prefix: str | None):
-        self.name = name
-        self.functions = [function for parameter in parameters for function in parameter.functions]
-        self.functional = ProximalFunctional(J, controls, parameters)
-        self._sets = [(parameter, k) for parameter in parameters for k in range(len(parameter.functions))]
-        comm = parameters[0].space_bases[0].Y.comm
-        self._minimiser = Minimiser(self.functional, self.functions, options, comm=comm, options_prefix=prefix)
-
-    def get(self) -> list[np.ndarray]:
-        return [parameter.get(k) for parameter, k in self._sets]
-
-    def set(self, coefficients: Sequence[np.ndarray]) -> None:
-        for (parameter, k), c in zip(self._sets, coefficients):
-            parameter.set(k, c)
-
-    def put_back(self, coefficients: Sequence[np.ndarray]) -> None:
-        """Set Functions and tape."""
-        self.set(coefficients)
-        self.functional(self.functions)
-
-    def square_from(self, coefficients: Sequence[np.ndarray]) -> float:
-        """|x - coefficients|^2."""
-        return self.functional.square_of([c - d for c, d in zip(self.get(), coefficients)])
-
-    def minimise(self, tau: float, centre: Sequence[np.ndarray]) -> tuple[int, bool]:
-        """Minimise from the centre; Functions and tape are then at what was found. Inner iterations, whether it converged."""
-        functional, count = self.functional, 0
-        functional.tau, functional.centre = tau, centre
-        self.set(centre)
-
-        def watch(iteration, value, gradient_norm):
-            nonlocal count
-            count = iteration
-
-        converged, _ = self._minimiser.solve(
-            watch, lambda norm: norm <= _ACCURACY * np.sqrt(self.square_from(centre)) / tau
-        )
-        functional(self.functions)
-        return count, converged
-
-
-def _blocks(problem: LearningProblem, J: ReducedFunctional, options: dict, prefix: str | None) -> list[_Block]:
-    """Bias, kernel, head, then one for each other parameter: those that are learned."""
-    head = [] if problem.head is None else problem.head.parameters
-    groups: dict[str, list[Parameter]] = {}
-    for parameter in problem.parameters:
-        groups.setdefault("head" if parameter in head else parameter.name, []).append(parameter)
-    controls = {id(function): control for function, control in zip(problem.functions, J.controls)}
-    order = [name for name in ("bias", "kernel", "head") if name in groups]
-    order += [name for name in groups if name not in order]
-    return [
-        _Block(name, groups[name], J, [controls[id(f)] for p in groups[name] for f in p.functions], options, prefix)
-        for name in order
-    ]
 
 
 @PETSc.Log.EventDecorator("fem_resnet:train_pam")
@@ -235,17 +104,18 @@ def train_pam(
     tau: float = 1.0,
     iterations: int = 100,
     gradient_tolerance: float = 1e-6,
+    accuracy: float = 0.1,
     adapt: bool = False,
     inertial: bool = False,
     batches: Sequence[Batch] | None = None,
     options_prefix: str | None = None,
-    monitor: Callable[[PamProgress], None] | None = None,
-    start: PamResult | None = None,
-) -> PamResult:
+    monitor: Callable[[PAMProgress], bool | None] | None = None,
+    start: PAMResult | None = None,
+) -> PAMResult:
     """Minimise J by Algorithm 1, proximal alternating minimisation (5.1), from the present parameters.
 
-    What is learned holds what was reached; where an evaluation or the monitor raises, or the user interrupts, what the last
-    complete iteration reached, and the error goes on. Collective over the communicator of the network.
+    The parameters then hold what was reached; where an evaluation or the monitor raises, or the user interrupts, what the
+    last complete iteration reached, and the error goes on. Collective over the communicator of the network.
 
     Parameters
     ----------
@@ -253,33 +123,38 @@ def train_pam(
         The learning problem.
     solver_parameters, options_prefix
         TAO's options for the inner problems, over `SOLVER_PARAMETERS` and `INNER_PARAMETERS`: L-BFGS, or Newton-CG by
-        "tao_type" "nls". Besides their own tolerances they stop where the gradient is a tenth of |x - x_i| / tau.
+        "tao_type" "nls". How far they are solved says `accuracy`, besides TAO's own tests.
     tau
-        The step size, positive: how far a block may go, 1/tau being the weight of half the squared distance.
+        The step size, positive: 1/tau is the weight of half the squared distance that a block moves.
     iterations
         At most so many, in this call.
     gradient_tolerance
         Stops where the norm of the gradient of J (label measure) is no larger. Not with `batches`.
+    accuracy
+        An inner problem is solved until its gradient is no larger than this times |x - x_i| / tau, which at its minimum is
+        |D_i J|; no unit, 0 for as far as TAO's own tests ask for.
     adapt
-        Whether tau is doubled after an iteration whose inner problems all took 5 iterations of TAO at most, and halved after one
-        in which an inner problem was not solved or its result not taken. The inequality holds with the tau of each iteration.
+        Whether tau is doubled after an iteration in which each inner problem took TAO 5 iterations at most, and halved after
+        one in which an inner problem was not solved or its result not taken. The inequality holds with each iteration's tau.
     inertial
         Whether blocks move from x^k + (t_k - 1)/t_(k+1) (x^k - x^(k-1)), t_k Nesterov's, which is also the centre of the
         proximal term then. A block for which J rose so is minimised again from x^k, and the next iteration starts afresh
-        with t = 1: J never rises, but the inequality below (5.1) does *not* hold in this form, and its slack may be negative.
+        with t = 1. So J never rises, but the inequality below (5.1) does *not* hold in this form; its slack may be negative.
     batches
-        `problem.minibatches(..)`: iteration k sees the k-th of them, over and over, and everything is said of J of that
-        batch: the inequality holds for it within the iteration. For J of all samples *nothing* of that is guaranteed, neither
-        that it falls nor that it converges while tau is fixed. The problem has its own batch again afterwards.
+        For example ``problem.minibatches(32, seed=1)``: iteration k sees the k-th of them in place of the problem's own,
+        over and over, and value, gradient and slack are those of J of that batch, for which the inequality holds within
+        the iteration. For J of all samples *nothing* is guaranteed then: it may rise, and with a fixed tau the parameters
+        need not converge. Not for a problem that learns its inputs or has `derivatives`.
     monitor
-        Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
+        Called at every iteration on every rank; returning True (on one rank at least) stops. If left out, a line an
+        iteration is logged at level INFO on rank 0.
     start
-        The result of an earlier call, which is continued: controls, momentum and tau are taken from it, and the outcome
-        is that of one call. Other options should be as before.
+        The result of an earlier call on as many ranks, which is continued: parameters, momentum, tau and history are taken
+        from it, and what comes out is that of one call. Other arguments should be as before.
 
     Returns
     -------
-    PamResult
+    PAMResult
 
     Raises
     ------
@@ -288,8 +163,8 @@ def train_pam(
     StepFailure
         If the state overflows in a trial step.
     ArithmeticError
-        If the inequality below (5.1) is violated by more than round-off, which only an evaluation of J that gives different
-        numbers for the same parameters can do.
+        If the inequality is violated by more than round-off, which only a J that gives different numbers for the same
+        parameters can do.
 
     Examples
     --------
@@ -298,174 +173,179 @@ def train_pam(
     >>> bool((result.slacks > -1e-14).all())  # doctest: +SKIP
     True
     """
-    _check(tau, iterations, gradient_tolerance, batches)
-    options = SOLVER_PARAMETERS | INNER_PARAMETERS | {"tao_gatol": 0.1 * gradient_tolerance} | (solver_parameters or {})
-    own_batch = problem.batch
+    _check(problem, tau, iterations, gradient_tolerance, accuracy, batches)
+    comm, clock = problem.net.Y.comm, time.perf_counter()
+    if batches is not None:
+        problem = LearningProblem(
+            problem.net, problem.head, problem.loss, problem.regulariser, batches[0], checkpoints=problem.checkpoints
+        )
     J, _ = problem.record()
+    options = SOLVER_PARAMETERS | INNER_PARAMETERS | {"tao_gatol": 0.1 * gradient_tolerance} | (solver_parameters or {})
     blocks = _blocks(problem, J, options, options_prefix)
-    if start is not None and start.blocks != tuple(block.name for block in blocks):
-        raise ValueError(f"start: its blocks are {start.blocks}, the problem's {tuple(block.name for block in blocks)}")
-    run = _Iterations(problem, J, blocks, tau, adapt, inertial, batches, monitor, iterations)
+    first = _initial(problem, J, blocks, tau) if start is None else start
+    if first.blocks != tuple(block.name for block in blocks):
+        raise ValueError(f"start: its blocks are {first.blocks}, the problem's {tuple(block.name for block in blocks)}")
+    at, before, tau, momentum = first.controls, first.previous, first.tau, first.momentum
+    for block, coefficients in zip(blocks, at):
+        block.set(coefficients)
+    value, norm, history = J(problem.functions), first.gradient_norm, []
+    most = first.iterations + iterations
+
+    def report(number: int, step: _Step | None) -> bool:
+        """Whether the monitor stops."""
+        seconds = first.seconds + time.perf_counter() - clock
+        slack, inner = (0.0, 0) if step is None else (step.slack, int(sum(step.inner_iterations)))
+        progress = PAMProgress(number, most, float(value), norm, seconds, tau, slack, inner)
+        return comm.allreduce(bool(tell(comm, progress, monitor)), op=MPI.LOR)
+
+    reason = "STOPPED" if start is None and report(0, None) else None
     try:
-        return run(gradient_tolerance, start)
+        while reason is None:
+            if batches is None and norm <= gradient_tolerance:
+                reason = "GRADIENT_TOLERANCE"
+                break
+            if len(history) == iterations:
+                reason = "ITERATIONS"
+                break
+            number = first.iterations + len(history) + 1
+            if batches is not None:
+                problem.exchange(batches[(number - 1) % len(batches)])
+                value = J(problem.functions)
+            following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+            weight = (momentum - 1) / following if inertial else 0.0
+            step = _iterate(blocks, at, before, tau, weight, accuracy, float(value))
+            if not inertial and step.slack < -_ROUND_OFF * max(abs(value), abs(step.value)):
+                raise ArithmeticError(f"the inequality below (5.1) is violated by {-step.slack:.1e} in iteration {number}")
+            value, norm = step.value, _gradient_norm(problem, J)
+            history.append((step, tau, norm))
+            at, before, momentum = step.reached, at, 1.0 if step.restart else following
+            stops = report(number, step)
+            if adapt and not step.solved:
+                tau /= 2
+            elif adapt and max(step.inner_iterations) <= _FEW:
+                tau *= 2
+            if stops:
+                reason = "STOPPED"
+            elif batches is None and not any(step.step_norms):
+                reason = "NO_PROGRESS"
     finally:
-        if batches is not None:
-            problem.exchange(own_batch)
+        for block, coefficients in zip(blocks, at):
+            block.set(coefficients)
+    return _continued(
+        first, history, reason=reason, seconds=first.seconds + time.perf_counter() - clock, controls=at, previous=before,
+        tau=tau, momentum=momentum,
+    )  # fmt: skip
 
 
-def _check(tau, iterations, gradient_tolerance, batches) -> None:
+def _check(problem, tau, iterations, gradient_tolerance, accuracy, batches) -> None:
     if not (np.isfinite(tau) and tau > 0):
         raise ValueError(f"tau: a positive number is wanted, {tau!r} was given")
     if not isinstance(iterations, (int, np.integer)) or iterations < 0:
         raise ValueError(f"iterations: an integer >= 0 is wanted, {iterations!r} was given")
-    if not (np.isfinite(gradient_tolerance) and gradient_tolerance >= 0):
-        raise ValueError(f"gradient_tolerance: a number >= 0 is wanted, {gradient_tolerance!r} was given")
+    for name, number in (("gradient_tolerance", gradient_tolerance), ("accuracy", accuracy)):
+        if not (np.isfinite(number) and number >= 0):
+            raise ValueError(f"{name}: a number >= 0 is wanted, {number!r} was given")
     if batches is not None and not len(batches):
         raise ValueError("batches: at least one is wanted, none was given; minibatches() makes them")
+    if batches is not None and (problem.learn != "parameters" or problem.derivatives is not None):
+        raise ValueError("batches: with learned inputs or derivatives, which belong to one batch, none can be taken")
 
 
-class _Iterations:
-    """The outer iterations, with their history."""
+def _blocks(problem: LearningProblem, J: ReducedFunctional, options: dict, prefix: str | None) -> list[ProximalBlock]:
+    """Bias, kernel, head, then one for each other parameter: those that are learned."""
+    head = [] if problem.head is None else problem.head.parameters
+    groups: dict[str, list[Parameter]] = {"bias": [], "kernel": [], "head": []}
+    for parameter in problem.parameters:
+        groups.setdefault("head" if parameter in head else parameter.name, []).append(parameter)
+    controls = {id(function): control for function, control in zip(problem.functions, J.controls)}
+    return [
+        ProximalBlock(name, group, J, [controls[id(f)] for p in group for f in p.functions], options, prefix)
+        for name, group in groups.items()
+        if group
+    ]
 
-    def __init__(self, problem, J, blocks, tau, adapt, inertial, batches, monitor, iterations):
-        self._problem, self._J, self._blocks = problem, J, blocks
-        self._tau, self._momentum = float(tau), 1.0
-        self._adapt, self._inertial, self._batches = adapt, inertial, batches
-        self._monitor, self._most = monitor, iterations
 
-    def __call__(self, tolerance: float, start: PamResult | None) -> PamResult:
-        self._clock, self._done = time.perf_counter(), 0
-        self._values, self._norms, self._slacks, self._taus, self._steps, self._inner = [], [], [], [], [], []
-        if start is None:
-            self._at = self._before = [block.get() for block in self._blocks]
-            self._exchange()
-            self._note_point(self._evaluate())
-            self._tell(0.0, 0)
+class _Step(NamedTuple):
+    """One iteration over all blocks."""
+
+    value: float
+    slack: float
+    reached: list[_Coefficients]
+    step_norms: list[float]
+    inner_iterations: list[int]
+    solved: bool
+    restart: bool
+
+
+def _iterate(
+    blocks: Sequence[ProximalBlock],
+    at: Sequence[_Coefficients],
+    before: Sequence[_Coefficients],
+    tau: float,
+    weight: float,
+    accuracy: float,
+    first: float,
+) -> _Step:
+    """Each block in turn, where J is `first`: from x^k, or from x^k + weight (x^k - x^(k-1))."""
+    value, solved, restart = first, True, False
+    squares, inner, reached = [], [], []
+    for block, x, x_before in zip(blocks, at, before):
+        functional, count, taken = block.functional, 0, False
+        if weight > 0:
+            count, converged = block.minimise(tau, [c + weight * (c - d) for c, d in zip(x, x_before)], accuracy)
+            taken = functional.value <= value
+            restart |= not taken
+        if not taken:
+            more, converged = block.minimise(tau, x, accuracy)
+            count += more
+            taken = functional.value + functional.square / (2 * tau) <= value
+        if taken:
+            value = functional.value
         else:
-            self._take_up(start)
-            self._exchange()
-            self._evaluate()
-        self._most += self._done
-        reason = "ITERATIONS"
-        try:
-            while self._done < self._most:
-                if self._batches is None and self._norms[-1] <= tolerance:
-                    reason = "GRADIENT_TOLERANCE"
-                    break
-                if not self._iterate() and self._batches is None:
-                    reason = "NO_PROGRESS"
-                    break
-            else:
-                if self._batches is None and self._norms[-1] <= tolerance:
-                    reason = "GRADIENT_TOLERANCE"
-        finally:
-            for block, coefficients in zip(self._blocks, self._at):
-                block.set(coefficients)
-        return self._result(reason)
+            block.put_back(x)
+        solved &= converged and taken
+        squares.append(block.square_from(x))
+        inner.append(count)
+        reached.append(block.get())
+    slack = first - value - sum(squares) / (2 * tau)
+    return _Step(value, slack, reached, [float(np.sqrt(square)) for square in squares], inner, solved, restart)
 
-    def _take_up(self, start: PamResult) -> None:
-        self._at, self._before = self._grouped(start.controls), self._grouped(start.previous)
-        for block, coefficients in zip(self._blocks, self._at):
-            block.set(coefficients)
-        self._tau, self._momentum, self._done = start.tau, start.momentum, start.iterations
-        self._clock -= start.seconds
-        self._values, self._norms = list(start.values), list(start.gradient_norms)
-        self._slacks, self._taus = list(start.slacks), list(start.taus)
-        self._steps, self._inner = list(start.step_norms), list(start.inner_iterations)
 
-    def _grouped(self, coefficients: list[np.ndarray]) -> list[list[np.ndarray]]:
-        rest = iter(coefficients)
-        return [[next(rest) for _ in block.functions] for block in self._blocks]
+def _gradient_norm(problem: LearningProblem, J: ReducedFunctional) -> float:
+    """Of J in all that is learned, where the tape is."""
+    gradient = iter(Enlist(J.derivative(apply_riesz=True)))
+    parts = [(p, k, p.space_bases[k].read(next(gradient))) for p in problem.parameters for k in range(len(p.functions))]
+    return float(np.sqrt(sum(p.inner(k, g, g) for p, k, g in parts)))
 
-    def _exchange(self) -> None:
-        if self._batches is not None:
-            self._problem.exchange(self._batches[self._done % len(self._batches)])
 
-    def _evaluate(self) -> float:
-        return float(self._J(self._problem.functions))
+def _initial(problem: LearningProblem, J: ReducedFunctional, blocks: Sequence[ProximalBlock], tau: float) -> PAMResult:
+    """The result of no iteration."""
+    at = [block.get() for block in blocks]
+    value = float(J(problem.functions))
+    norm = _gradient_norm(problem, J)
+    none = np.zeros(0)
+    return PAMResult(
+        value=value, gradient_norm=norm, iterations=0, converged=False, reason="", values=np.array([value]),
+        gradient_norms=np.array([norm]), seconds=0.0, blocks=tuple(block.name for block in blocks), slacks=none,
+        step_norms=np.zeros((0, len(blocks))), inner_iterations=np.zeros((0, len(blocks)), dtype=int), taus=none,
+        controls=at, previous=at, tau=float(tau), momentum=1.0,
+    )  # fmt: skip
 
-    def _iterate(self) -> bool:
-        """One iteration; whether a block was moved."""
-        if self._batches is None:
-            value = self._values[-1]
-        else:
-            self._exchange()
-            value = self._evaluate()
-        first, restart, solved = value, False, True
-        next_momentum = (1 + np.sqrt(1 + 4 * self._momentum**2)) / 2
-        weight = (self._momentum - 1) / next_momentum if self._inertial else 0.0
-        inner, squares, reached = [], [], []
-        for block, at, before in zip(self._blocks, self._at, self._before):
-            count, taken = 0, False
-            if weight > 0:
-                count, converged = block.minimise(self._tau, [c + weight * (c - d) for c, d in zip(at, before)])
-                taken = block.functional.value <= value
-                restart = restart or not taken
-            if not taken:
-                more, converged = block.minimise(self._tau, at)
-                count += more
-                taken = block.functional.value + block.functional.square / (2 * self._tau) <= value
-            if taken:
-                value = block.functional.value
-            else:
-                block.put_back(at)
-            solved = solved and converged and taken
-            inner.append(count)
-            squares.append(block.square_from(at))
-            reached.append(block.get())
-        slack = first - value - sum(squares) / (2 * self._tau)
-        if not self._inertial and slack < -_ROUND_OFF * max(abs(first), abs(value)):
-            raise ArithmeticError(f"the inequality below (5.1) is violated by {-slack:.1e} in iteration {self._done + 1}")
-        self._before, self._at = self._at, reached
-        self._momentum = 1.0 if restart else next_momentum
-        self._done += 1
-        self._slacks.append(slack)
-        self._taus.append(self._tau)
-        self._steps.append(np.sqrt(squares))
-        self._inner.append(np.array(inner))
-        if self._adapt and not solved:
-            self._tau /= 2
-        elif self._adapt and max(inner) <= _FEW:
-            self._tau *= 2
-        self._note_point(value)
-        self._tell(slack, sum(inner))
-        return any(square > 0 for square in squares)
 
-    def _note_point(self, value: float) -> None:
-        """J and the norm of its gradient where the tape is."""
-        square, duals = 0.0, iter(Enlist(self._J.derivative()))
-        for parameter in self._problem.parameters:
-            for basis, measure in zip(parameter.space_bases, parameter.time_basis.measures):
-                dual = basis.read(next(duals))
-                square += basis.pair(dual, basis.primal(dual)) / measure
-        self._values.append(value)
-        self._norms.append(float(np.sqrt(square)))
+def _continued(first: PAMResult, history: Sequence[tuple[_Step, float, float]], **changed) -> PAMResult:
+    """`first` with iterations added: each with its tau, and the norm of the gradient after it."""
 
-    def _tell(self, slack: float, inner: int) -> None:
-        progress = PamProgress(
-            self._done, max(self._most, self._done), self._values[-1], self._norms[-1], time.perf_counter() - self._clock,
-            self._taus[-1] if self._taus else self._tau, slack, inner,
-        )  # fmt: skip
-        tell(self._problem.net.Y.comm, progress, self._monitor)
+    def joined(before: np.ndarray, new: list) -> np.ndarray:
+        return np.concatenate([before, np.reshape(new, (len(new), *before.shape[1:])).astype(before.dtype)])
 
-    def _result(self, reason: str) -> PamResult:
-        blocks = len(self._blocks)
-        return PamResult(
-            value=self._values[-1],
-            gradient_norm=self._norms[-1],
-            iterations=self._done,
-            converged=reason == "GRADIENT_TOLERANCE",
-            reason=reason,
-            values=np.array(self._values),
-            gradient_norms=np.array(self._norms),
-            seconds=time.perf_counter() - self._clock,
-            blocks=tuple(block.name for block in self._blocks),
-            slacks=np.array(self._slacks),
-            step_norms=np.array(self._steps).reshape(-1, blocks),
-            inner_iterations=np.array(self._inner, dtype=int).reshape(-1, blocks),
-            taus=np.array(self._taus),
-            controls=[c for group in self._at for c in group],
-            previous=[c for group in self._before for c in group],
-            tau=self._tau,
-            momentum=self._momentum,
-        )
+    steps = [step for step, _, _ in history]
+    values = joined(first.values, [step.value for step in steps])
+    norms = joined(first.gradient_norms, [norm for _, _, norm in history])
+    return replace(
+        first, value=float(values[-1]), gradient_norm=float(norms[-1]), iterations=len(values) - 1,
+        converged=changed["reason"] == "GRADIENT_TOLERANCE", values=values, gradient_norms=norms,
+        slacks=joined(first.slacks, [step.slack for step in steps]),
+        step_norms=joined(first.step_norms, [step.step_norms for step in steps]),
+        inner_iterations=joined(first.inner_iterations, [step.inner_iterations for step in steps]),
+        taus=joined(first.taus, [tau for _, tau, _ in history]), **changed,
+    )  # fmt: skip
