@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import firedrake as fd
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
 from fem_resnet.log import log
 from fem_resnet.objective import LearningProblem
+from fem_resnet.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
 __all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "tell", "train"]
@@ -82,6 +85,7 @@ def train(
     options_prefix: str | None = None,
     monitor: Callable[[Progress], None] | None = None,
     gauss_newton: bool = False,
+    bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign what it found to them.
 
@@ -100,6 +104,13 @@ def train(
         Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
     gauss_newton
         Whether Newton methods get the actions of Gauss and Newton in place of the Hessian's (`blocks.gauss_newton`).
+    bounds
+        Least and largest coefficients by the name of the learned parameter, such as ``{"bias": (-1.0, 1.0), "kernel":
+        (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end; the same at all times. TAO's
+        type is then "blmvm", L-BFGS with projections, if none is given; "bnls" is Newton's method with a line search. It
+        starts from the nearest coefficients within, and `gradient_norm` leaves out what points out of the bounds. A
+        box on the coefficients of a *bias at the nodes*, or in `cell_indicators`, is one on a(y, t); a box on beta is one on
+        b(y, z, t) *only where phi and psi are indicators*. Else `LowRankKernel.bound` says how large abs(b) may be.
 
     Returns
     -------
@@ -107,6 +118,8 @@ def train(
 
     Raises
     ------
+    ValueError
+        If bounds do not fit, or TAO's type does not know any.
     StepFailure
         If the state overflows in a trial step.
 
@@ -114,15 +127,18 @@ def train(
     --------
     >>> result = train(problem, {"tao_max_it": 100})  # doctest: +SKIP
     >>> result = train(problem, {"tao_type": "nls", "tao_gatol": 1e-10})  # doctest: +SKIP
+    >>> result = train(problem, bounds={"bias": (-1, 1), "kernel": (-1, 1)})  # doctest: +SKIP
     """
     comm = problem.net.Y.comm
+    pairs = None if bounds is None else _bounds_of_controls(problem, bounds)
     functional, _ = problem.record(gauss_newton=gauss_newton)
     minimiser = Minimiser(
         functional,
         problem.functions,
-        SOLVER_PARAMETERS | (solver_parameters or {}),
+        SOLVER_PARAMETERS | ({} if bounds is None else {"tao_type": "blmvm"}) | (solver_parameters or {}),
         comm=comm,
         options_prefix=options_prefix,
+        bounds=pairs,
     )
     history: list[Progress] = []
     start = time.perf_counter()
@@ -142,6 +158,37 @@ def train(
         gradient_norms=np.array([entry.gradient_norm for entry in history]),
         seconds=time.perf_counter() - start,
     )
+
+
+def _bounds_of_controls(problem: LearningProblem, bounds: Mapping) -> list[tuple[fd.Function, fd.Function]]:
+    """A pair a control."""
+    names = [parameter.name for parameter in problem.parameters]
+    for name in bounds:
+        if name not in names:
+            raise ValueError(f"bounds: {name!r} is not learned; what is: {', '.join(names)}")
+    return [
+        pair
+        for parameter in problem.parameters
+        for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))
+    ]
+
+
+def _bounds_of(parameter: Parameter, low: ArrayLike | None, high: ArrayLike | None) -> list[tuple[fd.Function, fd.Function]]:
+    pairs = []
+    for basis in parameter.space_bases:
+        # What PETSc takes for no bound.
+        ends = [np.asarray(sign * np.finfo(float).max if end is None else end) for end, sign in ((low, -1), (high, 1))]
+        shapes = [end.shape in ((), basis.shape) for end in ends]
+        basis.Y.agree(
+            all(shapes) and bool(np.all(ends[0] <= ends[1])),
+            f"bounds: {parameter.name} wants (low, high) with low <= high, numbers, None or arrays of shape {basis.shape}; "
+            f"({low!r}, {high!r}) was given",
+        )
+        pair = fd.Function(basis.space), fd.Function(basis.space)
+        for function, end in zip(pair, ends):
+            basis.write(function, np.broadcast_to(end, basis.shape))
+        pairs.append(pair)
+    return pairs
 
 
 def tell(comm: MPI.Comm, progress: Progress, monitor: Callable[[Progress], bool | None] | None) -> bool | None:

@@ -1,7 +1,8 @@
 """TAO as the algorithms of this package use it: over pyadjoint's solver, in inner products of the label measure.
 
 TAO's gradient norm and the first matrix of its L-BFGS are the Riesz maps of the controls; they precondition the linear
-solves of its Newton methods and measure the radius of their trust regions.
+solves of its Newton methods and measure the radius of their trust regions. Under bounds, Newton methods solve for the
+coefficients that are free: with the rows and columns of Hessian and Riesz map that belong to them.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 
 import firedrake as fd
+import numpy as np
 import petsctools
 from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint import MinimizationProblem, TAOSolver
-from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
+from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
-__all__ = ["Minimiser"]
+__all__ = ["BOUNDED_TYPES", "Minimiser"]
 
 #: The types of TAO that take Hessian actions, with the prefix of their linear solver.
 _NEWTON_TYPES = {"nls": "nls", "ntr": "ntr", "ntl": "ntl", "bnls": "bnk", "bntr": "bnk", "bntl": "bnk"}
+
+#: The types of TAO that keep to bounds.
+BOUNDED_TYPES = ("blmvm", "bncg", "bqnls", "bnls", "bntr", "bntl")
 
 #: PETSc's code for an operation that a matrix does not have.
 _UNSUPPORTED = 83
@@ -40,6 +45,13 @@ class Minimiser:
         TAO's options; "tao_type" is among them.
     comm
         Communicator of the TAO.
+    bounds
+        A pair of Functions a control, or none at all.
+
+    Raises
+    ------
+    ValueError
+        If there are bounds, and the type of TAO does not keep to them.
     """
 
     def __init__(
@@ -50,8 +62,9 @@ class Minimiser:
         *,
         comm: MPI.Comm,
         options_prefix: str | None = None,
+        bounds: Sequence[tuple[fd.Function, fd.Function]] | None = None,
     ):
-        self._functional, self._functions, self._comm = functional, functions, comm
+        self._functional, self._functions, self._comm, self._bounds = functional, functions, comm, bounds
         self._parameters, self._prefix = parameters, options_prefix
         self._interface = PETScVecInterface(functions, comm=comm)
         self._create()
@@ -61,7 +74,14 @@ class Minimiser:
     def _create(self) -> None:
         with _options_of_the_matrix(_riesz_preconditioner(self._parameters["tao_type"]) | self._parameters) as parameters:
             self._solver = TAOSolver(
-                MinimizationProblem(self._functional), parameters, options_prefix=self._prefix, comm=self._comm
+                MinimizationProblem(self._functional, bounds=self._bounds), parameters, options_prefix=self._prefix,
+                comm=self._comm,
+            )  # fmt: skip
+        tao_type = self._solver.tao.getType()
+        if self._bounds is not None and tao_type not in BOUNDED_TYPES:
+            raise ValueError(
+                f"solver_parameters: TAO's {tao_type!r} does not know bounds; 'tao_type' one of "
+                f"{', '.join(map(repr, BOUNDED_TYPES))} is wanted"
             )
         hessian, *_ = self._solver.tao.getHessian()
         hessian.setPythonContext(_HessianAtItsPoint(self._functional, comm=self._comm))
@@ -77,7 +97,8 @@ class Minimiser:
         Parameters
         ----------
         watch
-            Called once an iteration with its number, the value and the norm of the gradient.
+            Called once an iteration with its number, the value and the norm of the gradient: in the label measure, also
+            for those types of TAO that test another one, and under bounds of what does not point out of them.
         stop
             Called once an iteration with the norm of the gradient, the Functions holding what was reached: whether that
             is good enough, besides TAO's own tests.
@@ -104,12 +125,11 @@ class Minimiser:
                 return  # some types report their start twice
             iteration = tao.getIterationNumber()
             tao.getSolution().copy(self._reached)
-            _, value, gradient_norm, *_ = tao.getSolutionStatus()
-            watch(iteration, value, gradient_norm)
+            watch(iteration, tao.getSolutionStatus()[1], _gradient_norm(tao))
 
         def test(tao):
             self._interface.from_petsc(tao.getSolution(), self._functions)
-            return True if stop(tao.getSolutionStatus()[2]) else None
+            return True if stop(_gradient_norm(tao)) else None
 
         tao.cancelMonitor()
         tao.setMonitor(monitor)
@@ -152,12 +172,71 @@ class _HessianAtItsPoint(ReducedFunctionalHessianMat):
             self.update_tape_values()
         return super().mult_impl(A, x)
 
+    def createSubMatrix(self, A, rows, columns, reused):
+        return _on_subset(A, rows)
+
+    def riesz(self, dual, primal):
+        """`primal = R^-1 dual`, Vecs of all coefficients."""
+        interface, controls = self.control_interface, self.rf.controls
+        functionals = [control._ad_init_zero(dual=True) for control in controls]
+        interface.from_petsc(dual, functionals)
+        interface.to_petsc(primal, [control.riesz_map(f) for control, f in zip(controls, functionals)])
+
+
+class _OnSubset:
+    """Rows and columns of a Hessian and of its Riesz map."""
+
+    def __init__(self, A: PETSc.Mat, rows: PETSc.IS):
+        self._A, self._rows, self._shift = A, rows, 0.0
+        self._in, self._out = A.createVecs()
+
+    def _apply(self, action, x, y):
+        self._in.set(0.0)
+        self._in.isaxpy(self._rows, 1.0, x)
+        action(self._in, self._out)
+        part = self._out.getSubVector(self._rows)
+        part.copy(y)
+        self._out.restoreSubVector(self._rows, part)
+
+    def mult(self, A, x, y):
+        self._apply(self._A.mult, x, y)
+        y.axpy(self._shift, x)
+
+    def shift(self, A, alpha):
+        self._shift += alpha
+
+    def riesz(self, dual, primal):
+        self._apply(self._A.getPythonContext().riesz, dual, primal)
+
+
+def _on_subset(A: PETSc.Mat, rows: PETSc.IS) -> PETSc.Mat:
+    sizes = rows.getLocalSize(), rows.getSize()
+    part = PETSc.Mat().createPython((sizes, sizes), _OnSubset(A, rows), comm=A.comm)
+    part.setOption(PETSc.Mat.Option.SYMMETRIC, True)
+    part.setUp()
+    part.assemble()
+    return part
+
+
+class RieszPreconditioner:
+    """PETSc's PC of the Riesz map of a Hessian, or of a part of it; pyadjoint's own does not take parts."""
+
+    def apply(self, pc, x, y):
+        pc.getOperators()[1].getPythonContext().riesz(x, y)
+
 
 def _riesz_preconditioner(tao_type: str) -> dict:
     if tao_type not in _NEWTON_TYPES:
         return {}
-    prefix, kind = f"tao_{_NEWTON_TYPES[tao_type]}_pc_", f"{RieszMapPC.__module__}.{RieszMapPC.__name__}"
+    prefix, kind = f"tao_{_NEWTON_TYPES[tao_type]}_pc_", f"{__name__}.{RieszPreconditioner.__name__}"
     return {f"{prefix}type": "python", f"{prefix}python_type": kind}
+
+
+def _gradient_norm(tao: PETSc.TAO) -> float:
+    gradient, _ = tao.getGradient()
+    representative = gradient.duplicate()
+    tao.getGradientNorm().mult(gradient, representative)
+    return float(np.sqrt(max(0.0, gradient.dot(representative))))
 
 
 @contextmanager
