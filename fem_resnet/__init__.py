@@ -31,6 +31,7 @@ _MODULES = {
     ],
     "row_controls": ["RowBall", "RowBox", "SpanBox", "raise_controls", "raise_rows", "raise_span"],
     "training.gradient": ["Result", "train"],
+    "training.pam": ["PAMProgress", "PAMResult", "train_pam"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.linalg
+from mpi4py import MPI
+from numpy.typing import ArrayLike
 
 from fem_resnet.basis import Basis
 
@@ -70,6 +72,46 @@ class LowRankKernel:
         phi, psi = self.phi, self.psi
         return phi.stiffness @ beta @ psi.gram + phi.gram @ beta @ psi.stiffness
 
+    def bound(self, coefficients: ArrayLike) -> float:
+        """How large abs(b) may be at the nodes if abs(beta_ij) <= C_ij: no larger than
+
+            max_y sum_i |phi_i(y)| max_z sum_j C_ij |psi_j(z)|.
+
+        With elements of degree 0 and 1 that holds between the nodes too. For indicators of cells it is the largest C_ij, and
+        attained; for other bases a box on beta is not one on b. Collective.
+
+        Parameters
+        ----------
+        coefficients
+            C >= 0, a number or shape (rank of phi, rank of psi); for a box (low, high) max(|low|, |high|).
+
+        Raises
+        ------
+        ValueError
+            If that is not so.
+
+        Examples
+        --------
+        >>> import firedrake as fd
+        >>> from fem_resnet import LabelSpace, cell_indicators
+        >>> cells = cell_indicators(LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(0), "DG", 0)))
+        >>> LowRankKernel(cells, cells).bound(0.5)
+        0.5
+        """
+        C = np.asarray(coefficients, dtype=float)
+        if C.shape not in ((), self.shape) or not (np.isfinite(C).all() and (C >= 0).all()):
+            raise ValueError(f"coefficients: numbers >= 0 of shape () or {self.shape} are wanted, {coefficients!r} was given")
+        C = np.broadcast_to(C, self.shape)
+        of_rows = _largest(self.psi, np.abs(self.psi.values) @ C.T)
+        return float(_largest(self.phi, np.abs(self.phi.values) @ of_rows))
+
     def norm(self, beta: np.ndarray) -> float:
         """Norm of b in L2(Y x Z), the Hilbert-Schmidt norm of B."""
         return float(np.sqrt(np.sum(self.dual(beta) * beta)))
+
+
+def _largest(basis: Basis, values: np.ndarray) -> np.ndarray:
+    """Over all nodes of the basis's domain, of values >= 0. Collective."""
+    largest = np.asarray(values.max(axis=0, initial=0.0))
+    basis.Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
+    return largest
