@@ -58,6 +58,7 @@ class MSAProgress:
     value: float
     step: float
     seconds: float
+    evaluations: int
 
     def __str__(self) -> str:
         return (
@@ -199,7 +200,7 @@ def msa(
         if value <= best[0] or variant == "basic":
             best = value, changed, controls
         rho = step / 2 if variant == "extended" else rho
-        progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start)
+        progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start, evaluations)
         if monitor is None:
             log(net.Y.comm, logging.INFO, "%s", progress)
         elif monitor(progress):
