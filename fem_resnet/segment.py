@@ -83,7 +83,7 @@ class Segment:
 
     def release(self) -> None:
         """Forget what the last solves left: steppers may be shared, states and co-states are of no use then."""
-        self._layers, self._costates, self._tangent_steppers = [], [], None
+        self._layers, self._costates, self._last_dual, self._tangent_steppers = [], [], None, None
         for stepper in self.steppers:
             stepper.release()
 
