@@ -125,7 +125,6 @@ class Equilibria:
         system = problem.system
         bias = problem.bias[:, None]
         apart = bias - system.left_values(system.left_coefficients(bias))
-        size = max(float(problem.norms(bias)[0]), 1e-300)
 
         def u_of(c):
             return apart + system.left_values(c[:, None])
@@ -139,10 +138,11 @@ class Equilibria:
             if not start.size:
                 break
             result = scipy.optimize.root(equations, start, jac=True, options={"xtol": 1e-13})
-            c, speed = result.x, float(problem.norms(problem.activation(u_of(result.x)))[0])
-            small = self.tolerance * max(speed, min(1.0, np.linalg.norm(c) + size))
-            new = all(np.linalg.norm(c - other) > 1e-6 * (1 + np.linalg.norm(c)) for other in found)
-            if np.linalg.norm(result.fun) <= small and new:
+            c = result.x
+            # How far Newton's method would still go: a small (psi, sigma(u)) says nothing where sigma decays.
+            left = np.linalg.norm(np.linalg.lstsq(equations(c)[1], result.fun, rcond=1e-12)[0])
+            known = any(np.linalg.norm(c - other) <= 1e-6 * (1 + np.linalg.norm(c)) for other in found)
+            if left <= self.tolerance * (1 + np.linalg.norm(c)) and not known:
                 found.append(c)
         return self.describe(problem.Y.batch(np.column_stack([u_of(c) for c in found]))) if found else []
 
