@@ -35,6 +35,10 @@ _MODULES = {
     "theory.autonomous": ["AutonomousProblem", "autonomous_problem"],
     "theory.steady_states": ["SteadyStates", "find_steady_states", "zero_set"],
     "theory.equilibria": ["Equilibria", "Equilibrium", "find_equilibria"],
+    "theory.stability": [
+        "Decay", "EigenExpansion", "Stability", "eigen_expansion", "observed_decay", "stability_verdict",
+    ],
+    "theory.frozen_spectra": ["FrozenSpectra", "frozen_spectra"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }
