@@ -23,6 +23,8 @@ from helpers import laplace, set_smooth, smooth, smooth_direction
 CLASSES = 3
 #: Layers of unequal lengths, which do not add up to one.
 TIMES = (0.0, 0.2, 0.9, 1.3)
+#: None is a cube, and |Y| is 3, 2.6 and 12 or so. On more ranks one is enough: what differs there is the partition.
+ROUND_DOMAINS = {2: ("annulus",), 3: ("sphere",)}.get(MPI.COMM_WORLD.size, ("disk", "annulus", "sphere"))
 #: How many Laplace eigenfunctions: no repeated eigenvalue is cut.
 RANK = {"annulus": 5}
 

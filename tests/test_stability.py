@@ -14,13 +14,11 @@ from fem_resnet import (
 from fem_resnet.points import class_space
 from fem_resnet.theory.frozen_spectra import CAVEAT
 from helpers import label_space, laplace, network, smooth
-from problems import autonomous_network, gathered, polynomials
+from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
-#: None has the measure one: 3, 2.6 and 12 or so.
-DOMAINS = ("disk", "annulus", "sphere")
-each_domain = pytest.mark.parametrize("domain", DOMAINS)
+each_domain = pytest.mark.parametrize("domain", ROUND_DOMAINS)
 
 
 def dense(kernel, beta):

@@ -12,11 +12,11 @@ from fem_resnet import (
 )  # fmt: skip
 from fem_resnet.points import class_space
 from helpers import label_space, laplace, smooth
-from problems import autonomous_network, gathered, polynomials
+from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
-each_domain = pytest.mark.parametrize("domain", ["disk", "annulus", "sphere"])
+each_domain = pytest.mark.parametrize("domain", ROUND_DOMAINS)
 
 s = sympy.Symbol("s")
 
