@@ -21,7 +21,7 @@ from scipy.special import factorial
 
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory.well_posedness import lipschitz_constant, mean_norm
+from fem_resnet.theory.well_posedness import LayerNorms, lipschitz_constant
 from fem_resnet.trajectory import like, present_inputs
 
 __all__ = ["Picard", "PicardPiece", "picard"]
@@ -162,20 +162,12 @@ def picard(
 
 
 def _substeps(net: ResidualNetwork) -> list[_Substep]:
-    lipschitz, Y, found = lipschitz_constant(net), net.Y, []
-
-    def size(a):
-        return float(np.sqrt(Y.sum(Y.weights @ a**2)))
-
+    lipschitz, found = lipschitz_constant(net), []
     for layer in present_inputs(net):
-        scale = lipschitz * layer.length
-        count = max(1, int(np.ceil(scale * mean_norm(layer.beta, layer.factors.norm) / _SUBSTEP)))
-        for s, t in pairwise(np.linspace(0.0, 1.0, count + 1)):
-            found.append(
-                _Substep(
-                    layer, s, t, scale * mean_norm(layer.bias, size, s, t), scale * mean_norm(layer.beta, layer.factors.norm, s, t)
-                )
-            )
+        norms = LayerNorms(net.Y, layer)
+        count = max(1, int(np.ceil(lipschitz * norms.integral("hs") / _SUBSTEP)))
+        for part in pairwise(np.linspace(0.0, 1.0, count + 1)):
+            found.append(_Substep(layer, *part, *(lipschitz * norms.integral(norm, *part) for norm in ("bias", "hs"))))
     return found
 
 
@@ -205,53 +197,65 @@ def _gauss() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 _C, _A, _B = _gauss()
 
 
+def _rates(net: ResidualNetwork, substep: _Substep, g: np.ndarray) -> np.ndarray:
+    """sigma(a - B f) at Gauss's points, shape (points, nodes, samples), for g = (psi, f) there."""
+    layer, fractions = substep.layer, substep.start + (substep.end - substep.start) * _C
+    u = [
+        layer.bias.coefficients(s)[:, None] - layer.factors.phi.values @ (layer.beta.coefficients(s) @ part)
+        for s, part in zip(fractions, g)
+    ]
+    return net.activation(np.array(u))
+
+
+def _apply(
+    net: ResidualNetwork, substeps: list[_Substep], start: np.ndarray, g: list[np.ndarray], before: list[np.ndarray] | None
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """One iteration: (psi, f^(n+1)) at all points, f^(n+1) at the end, |f^(n+1) - f^n| and |f^(n+1)| in Q.
+
+    `g` has (psi, f^n), `before` (psi, f^(n-1)), None for the first iteration, which is seen from f^0 = f_I. One Allreduce.
+    """
+    Y, samples = net.Y, start.shape[1]
+    f, change, shapes, local = start, np.zeros_like(start), [], []
+    for k, substep in enumerate(substeps):
+        h, psi = substep.length, substep.layer.factors.psi
+        now = _rates(net, substep, g[k])
+        difference = now if before is None else now - _rates(net, substep, before[k])
+        inside = f + h * np.tensordot(_A, now, 1)
+        moved = change + h * np.tensordot(np.vstack([_A, _B]), difference, 1)
+        f, change = f + h * np.tensordot(_B, now, 1), moved[-1]
+        projected = np.matmul(psi.values.T, Y.weights[:, None] * inside)
+        squares = [Y.weights @ part**2 for part in (*moved, *inside, f)]
+        shapes.append(projected.shape)
+        local += [projected.ravel(), np.ravel(squares)]
+    summed, position, new, sizes = Y.sum(np.concatenate(local)), 0, [], []
+    for shape in shapes:
+        new.append(summed[position : position + np.prod(shape)].reshape(shape))
+        position += np.prod(shape)
+        sizes.append(summed[position : position + (2 * _POINTS + 2) * samples].reshape(-1, samples))
+        position += sizes[-1].size
+    largest = np.sqrt(np.array(sizes)).max(axis=0)
+    return new, f, largest[: _POINTS + 1].max(axis=0), largest[_POINTS + 1 :].max(axis=0)
+
+
 def _iterate(
     net: ResidualNetwork, substeps: list[_Substep], start: np.ndarray, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, PicardPiece, bool]:
     """Picard's iteration on a piece: f at its end, and how it went."""
-    Y, sigma = net.Y, net.activation
-
-    def norms(f):
-        return np.sqrt(Y.sum(Y.weights @ f**2))
-
-    def rates(substep, g):
-        """sigma(a - B f) at Gauss's points, for g = (psi, f) there."""
-        fractions = substep.start + (substep.end - substep.start) * _C
-        layer = substep.layer
-        return [
-            sigma(layer.bias.coefficients(s)[:, None] - layer.factors.phi.values @ (layer.beta.coefficients(s) @ part))
-            for s, part in zip(fractions, g)
-        ]
-
-    initial = norms(start)
-    # f^0 does not depend on t; its predecessor is not there, so the first increment is that from f_I.
-    old: list[list[np.ndarray]] | None = None
-    new = [[substep.layer.factors.psi.project(start)] * _POINTS for substep in substeps]
-    increments, largest, end, done = [], initial, start, False
+    Y = net.Y
+    initial = np.sqrt(Y.sum(Y.weights @ start**2))
+    seen = {psi: psi.project(start) for psi in dict.fromkeys(substep.layer.factors.psi for substep in substeps)}
+    g = [np.array([seen[substep.layer.factors.psi]] * _POINTS) for substep in substeps]
+    before, end, largest, increments, done = None, start, initial, [], False
     while not done and len(increments) < max_iterations:
-        older, old, new = old, new, []
-        f, difference = start.copy(), np.zeros_like(start)
-        increment = np.zeros(start.shape[1])
-        for k, substep in enumerate(substeps):
-            h, psi = substep.length, substep.layer.factors.psi
-            now = rates(substep, old[k])
-            before = rates(substep, older[k]) if older is not None else None
-            change = now if before is None else [x - y for x, y in zip(now, before)]
-            inside = [f + h * sum(w * x for w, x in zip(row, now)) for row in _A]
-            new.append([psi.project(part) for part in inside])
-            moved = [difference + h * sum(w * x for w, x in zip(row, change)) for row in (*_A, _B)]
-            f = f + h * sum(w * x for w, x in zip(_B, now))
-            difference = moved[-1]
-            sizes = norms(np.column_stack([*moved, *inside, f])).reshape(2 * _POINTS + 2, -1)
-            increment = np.maximum(increment, sizes[: _POINTS + 1].max(axis=0))
-            largest = np.maximum(largest, sizes[_POINTS + 1 :].max(axis=0))
+        new, end, increment, size = _apply(net, substeps, start, g, before)
+        before, g = g, new
         increments.append(increment)
-        end = f
+        largest = np.maximum(largest, size)
         done = bool(np.all(increment <= tolerance * np.maximum(initial, increments[0])))
     piece = PicardPiece(
         substeps[0].time(substeps[0].start),
         substeps[-1].time(substeps[-1].end),
-        float(abs(sigma(0.0)) * Y.measure**0.5 * sum(substep.length for substep in substeps)),
+        float(abs(net.activation(0.0)) * Y.measure**0.5 * sum(substep.length for substep in substeps)),
         sum(substep.C_1 for substep in substeps),
         sum(substep.C_2 for substep in substeps),
         np.array(increments),

@@ -16,19 +16,19 @@ where the paper has e^(Lt): b is no more than L1 in t, and b ~ t^(-1/2) parts so
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
 import scipy.integrate
 
-from fem_resnet.layer_inputs import LayerInputs, OnLayer
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.trajectory import present_inputs
 
 __all__ = [
-    "StabilityEstimate", "WellPosedness", "lipschitz_constant", "mean_norm", "stability_estimate", "well_posedness_constants",
+    "LayerNorms", "StabilityEstimate", "WellPosedness", "lipschitz_constant", "stability_estimate", "well_posedness_constants",
 ]  # fmt: skip
 
 
@@ -94,24 +94,14 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     >>> constants.C_2.round(12).tolist(), constants.operator.round(12).tolist()
     ([0.0, 5.0, 10.0], [0.0, 4.0, 8.0])
     """
-    sigma, Y = net.activation, net.Y
     lipschitz = lipschitz_constant(net)
+    layers = [LayerNorms(net.Y, layer) for layer in present_inputs(net)]
 
-    def cumulative(on_layer: str, norm: Callable[[LayerInputs, np.ndarray], float]) -> np.ndarray:
-        inputs = present_inputs(net)
-        layers = [
-            layer.length * mean_norm(getattr(layer, on_layer), lambda c, layer=layer: norm(layer, c)) for layer in inputs
-        ]
-        return lipschitz * np.concatenate([[0.0], np.cumsum(layers)])
+    def cumulative(norm: str) -> np.ndarray:
+        return lipschitz * np.concatenate([[0.0], np.cumsum([layer.integral(norm) for layer in layers])])
 
-    return WellPosedness(
-        net.times,
-        lipschitz,
-        float(abs(sigma(0.0)) * Y.measure**0.5),
-        cumulative("bias", lambda layer, a: float(np.sqrt(Y.sum(Y.weights @ a**2)))),
-        cumulative("beta", lambda layer, beta: layer.factors.norm(beta)),
-        cumulative("beta", lambda layer, beta: layer.factors.norm(beta, "operator")),
-    )
+    drift = float(abs(net.activation(0.0)) * net.Y.measure**0.5)
+    return WellPosedness(net.times, lipschitz, drift, *map(cumulative, ("bias", "hs", "operator")))
 
 
 def lipschitz_constant(net: ResidualNetwork) -> float:
@@ -122,11 +112,38 @@ def lipschitz_constant(net: ResidualNetwork) -> float:
     return lipschitz
 
 
-def mean_norm(coefficient: OnLayer, norm: Callable[[np.ndarray], float], start: float = 0.0, end: float = 1.0) -> float:
-    """Integral of the norm of a coefficient over a part of the layer, by its fraction."""
-    if coefficient.is_constant:
-        return (end - start) * norm(coefficient.coefficients(start))
-    return scipy.integrate.quad(lambda s: norm(coefficient.coefficients(s)), start, end, epsabs=0, epsrel=1e-9)[0]
+class LayerNorms:
+    """Norms of a layer's bias, "bias", and kernel, "hs" and "operator", integrated over parts of its time.
+
+    Collective when it is made: all that sees the nodes is done then.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    layer
+        What the layer takes; bias and kernel are affine in its time.
+    """
+
+    def __init__(self, Y: LabelSpace, layer: LayerInputs):
+        self._layer = layer
+        ends = np.column_stack([layer.bias.coefficients(0.0), layer.bias.coefficients(1.0)])
+        self._gram = Y.sum(ends.T @ (Y.weights[:, None] * ends))
+
+    def _bias(self, s: float) -> float:
+        v = np.array([1 - s, s])
+        return float(np.sqrt(max(v @ self._gram @ v, 0.0)))
+
+    def integral(self, norm: str, start: float = 0.0, end: float = 1.0) -> float:
+        """int norm dt between two fractions of the layer."""
+        layer = self._layer
+        if norm == "bias":
+            constant, value = layer.bias.is_constant, self._bias
+        else:
+            constant, value = layer.beta.is_constant, lambda s: layer.factors.norm(layer.beta.coefficients(s), norm)
+        if constant:
+            return layer.length * (end - start) * value(start)
+        return layer.length * scipy.integrate.quad(value, start, end, epsabs=0, epsrel=1e-9)[0]
 
 
 # -- (3.1) -----------------------------------------------------------------------------------------------------------
