@@ -219,7 +219,7 @@ def test_simulations_do_what_the_verdict_says(name, domain):
 @each_domain
 @pytest.mark.parametrize("name", ["symmetric and positive", "Theorem 3.4", "D T not definite"])
 def test_the_rate_is_the_least_real_part_of_the_spectrum_of_D_T(name, domain):
-    """Theorem 3.4: exponential; the smallest eigenvalue of the symmetric part of D T is a bound, and not the rate."""
+    """Theorem 3.4, along (3.5a), (3.5b): exponential; the smallest eigenvalue of the symmetric part of D T is a bound, and not the rate."""
     net = about_zero(name, domain, layers=150, final_time=100.0)
     decay = observed_decay(net, start(net, 1e-2 * np.array([[1.0, 0.2], [0.3, -1.0]])))
     stability = stability_verdict(net)

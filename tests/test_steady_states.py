@@ -104,11 +104,12 @@ def test_outside_of_the_range_there_is_no_steady_state(domain):
     kernel = LowRankKernel(phi, phi)
     net = autonomous_network(kernel, beta, phi.values @ np.array([3.0, 0.0, 4.0] + [0.0] * (phi.rank - 3)))
     steady = find_steady_states(net)
-    assert not steady.exist and steady.least_norm is None
+    assert not steady.exist
     assert_allclose(steady.residual, 4 / 5)
     assert "a is not in R(B): 0.8 of |a|" in steady.reason
-    with pytest.raises(ValueError, match=r"^nearest: there is no steady state, a is not in R\(B\)"):
-        steady.nearest(net.Y.batch(smooth(net.Y, 1)))
+    for verb in (lambda: steady.nearest(net.Y.batch(smooth(net.Y, 1))), lambda: steady.least_norm):
+        with pytest.raises(ValueError, match=r"^nearest: there is no steady state, a is not in R\(B\)"):
+            verb()
     assert find_steady_states(net, tolerance=0.81).exist
 
 
@@ -239,7 +240,7 @@ def drifting(domain, activation="tanh", alpha=1.7):
 @each_domain
 @pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
 def test_f_drifts_for_ever_where_u_stands_still(domain, activation):
-    """3.3, the example of rank one: f(t) = f_I + t sigma(phi) where int f_I psi = alpha - 1."""
+    """3.3, the example of rank one: f(t) = f_I + t sigma(phi), (3.3) with u at rest, where int f_I psi = alpha - 1."""
     net = drifting(domain, activation)
     Y, kernel = net.Y, net.kernel.space_basis.kernel
     f = smooth(Y, 1, seed=2)
@@ -346,6 +347,24 @@ def test_the_nearest_equilibrium_is_that_of_a_general_solver():
     )  # fmt: skip
     found = find_equilibria(net).nearest(Y.batch(u[numbers][:, None]))
     assert_allclose(Y.values(found)[:, 0], result.x[numbers], atol=1e-6)
+
+
+@on_ranks
+@each_domain
+@pytest.mark.parametrize("activation", ["tanh", "leaky_relu", "relu", "arctan"])
+def test_an_equilibrium_is_found_from_anywhere(domain, activation):
+    """Where Newton's method does not find the nearest one, at kinks and far from the set, there are others."""
+    phi = eigenfunctions(domain)
+    beta = np.eye(phi.rank) + 0.3 * np.cos(np.arange(phi.rank**2.0)).reshape(phi.rank, -1)
+    net = autonomous_network(LowRankKernel(phi, phi), beta, 0.1, activation=activation)
+    set_of_u, Y = find_equilibria(net), net.Y
+    u = Y.batch(smooth(Y, 3) * [0.1, 1.0, 30.0])
+    near = set_of_u.nearest(u)
+    assert set_of_u.contain(near).all()
+    assert (set_of_u.distance(u) <= autonomous_problem(net).norms(Y.values(u)) * (1 + 1e-12)).all()
+    if activation == "relu":
+        # (1, relu(v)) = 0 leaves v <= 0, and the nearest of these is u cut to them.
+        assert_allclose(Y.values(near), np.minimum(Y.values(u), 0), atol=1e-9)
 
 
 @on_two_ranks

@@ -107,6 +107,22 @@ def test_an_activation_that_is_not_lipschitz_is_refused():
             verb(net)
 
 
+@on_ranks
+def test_constants_are_those_of_functions_and_not_of_a_mesh():
+    """(A2) of 3.2 and Assumption 1: a in L2(Y), b in L2(Y x Y); norms converge as the mesh is refined, all three of b."""
+    found = []
+    for refinement in (1, 2, 3):
+        Y = label_space("annulus", "DG0", refinement)
+        x, y = Y.coordinates.T
+        basis = Basis(Y, np.column_stack([x + 1, y**2, x * y]), "given")
+        kernel, beta = LowRankKernel(basis, basis), np.array([[1.0, 0.3, 0.0], [-0.5, 2.0, 0.1], [0.2, 0.0, 1.0]])
+        constants = well_posedness_constants(autonomous_network(kernel, beta, np.cos(x), layers=1))
+        found.append([constants.C_1[-1], constants.C_2[-1], constants.operator[-1], kernel.norm(beta, "linf")])
+    changes = np.abs(np.diff(found, axis=0)) / found[-1]
+    # Midpoints approach the boundary at first order, where |b| is largest; integrals are of second.
+    assert (changes[1] < 0.5 * changes[0]).all() and (changes[1] < [0.02, 0.02, 0.02, 0.1]).all(), changes
+
+
 # -- (3.1) -----------------------------------------------------------------------------------------------------------
 
 

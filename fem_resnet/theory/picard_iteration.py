@@ -118,8 +118,8 @@ def picard(
     """Solve (2.8) by the iteration of the proof of Theorem 3.1, and measure how fast it converges. Collective.
 
     Integrals in t are those of Gauss's rule with 4 points on substeps of C_2 about 1/16, of its interpolant up to the points
-    between: the limit is Gauss's method of order 8. An iterate is kept by its coefficients (psi, f^n) at these times; no
-    more than a few fields of nodes x samples exist. The network's own steps do not matter.
+    between: the limit is Gauss's method of order 8. An iterate is kept by its coefficients (psi, f^n) at these times; some
+    thirty fields of nodes x samples exist at a time, however long the piece. The network's own steps do not matter.
 
     Parameters
     ----------

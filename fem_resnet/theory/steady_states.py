@@ -100,8 +100,6 @@ class SteadyStates:
         or |high|); infinite if sigma vanishes nowhere.
     tolerance : float
         Up to which residual steady states exist, and f is one.
-    least_norm : Function or None
-        The steady state f_inf of least norm.
     """
 
     problem: AutonomousProblem
@@ -110,7 +108,11 @@ class SteadyStates:
     reason: str
     residual: float
     tolerance: float
-    least_norm: fd.Function | None
+
+    @cached_property
+    def least_norm(self) -> fd.Function:
+        """The steady state f_inf of least norm. Collective when first asked for; errors as for `nearest`."""
+        return self.nearest(self.problem.Y.batch(np.zeros((self.problem.Y.nodes, 1))))
 
     @property
     def null_space_dimension(self) -> int:
@@ -190,7 +192,7 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     zeros = zero_set(problem.activation)
     if zeros is None:
         reason = f"{problem.activation.name} vanishes nowhere"
-        return SteadyStates(problem, None, False, reason, np.inf, tolerance, None)
+        return SteadyStates(problem, None, False, reason, np.inf, tolerance)
     c = _closest(problem, zeros, np.zeros(problem.system.rank))
     outside = problem.norms(_excess(_argument(problem, c), zeros))[0]
     residual = float(outside / _scale(problem, zeros))
@@ -201,11 +203,7 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     if not one and not exist:
         what = "no " + what.removeprefix("a ")
     reason = f"{what}{' not' if one and not exist else ''} in {where}: {residual:.3g} of |a| is outside, tolerance {tolerance:g}"
-    least = None
-    if exist:
-        c = _nearest(problem, zeros, np.zeros(problem.system.rank), tolerance)
-        least = problem.Y.batch(problem.system.right_values(c[:, None]), "f_inf")
-    return SteadyStates(problem, zeros, exist, reason, residual, tolerance, least)
+    return SteadyStates(problem, zeros, exist, reason, residual, tolerance)
 
 
 def _scale(problem: AutonomousProblem, zeros: tuple[float, float]) -> float:
@@ -242,7 +240,7 @@ def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarr
         u = _argument(problem, c)
         multipliers = _excess(u + multipliers, zeros)
         outside, size = problem.norms(_excess(u, zeros))[0], np.linalg.norm(c)
-        if outside <= allowed and np.linalg.norm(c - last) <= 1e-10 * (1 + size):
+        if outside <= allowed and np.linalg.norm(c - last) <= 1e-9 * (1 + size):
             return c
         if weight * problem.system.values[0] ** 2 < 1e8:
             weight, multipliers = 4 * weight, multipliers / 4
