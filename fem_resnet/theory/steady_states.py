@@ -293,9 +293,10 @@ class _NearestOfInterval:
 
     def _longest(self, *pairs: tuple[np.ndarray, np.ndarray]) -> list[float]:
         """The longest steps up to 1 with which values stay positive."""
-        with np.errstate(divide="ignore"):
-            own = [np.where(change < 0, -value / change, np.inf).min(initial=np.inf) for value, change in pairs]
-        return np.minimum(1.0, self._problem.Y.comm.allreduce(np.array(own), op=MPI.MIN)).tolist()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = np.array([np.where(x < 0, -value / x, np.inf).min(initial=1.0) for value, x in pairs])
+        self._problem.Y.comm.Allreduce(MPI.IN_PLACE, own, op=MPI.MIN)
+        return own.tolist()
 
     def solve(self) -> bool:
         """Whether it has converged: c is good to 1e-7 or so of its size."""
@@ -332,7 +333,7 @@ class _NearestOfInterval:
         measure = self._problem.Y.measure * len(self._signs)
         centre = (self._sum((s + forth * ds) * (z + back * dz)) / gap) ** 3 * gap / measure
         dc, ds, dz = direction(s * z + ds * dz - centre)
-        forth, back = (min(1.0, 0.995 * length) for length in self._longest((s, ds), (z, dz)))
+        forth, back = (0.995 * length if length < 1 else 1.0 for length in self._longest((s, ds), (z, dz)))
         self.c, self._s, self._z = self.c + forth * dc, s + forth * ds, z + back * dz
         return max(forth, back) > 1e-10
 
