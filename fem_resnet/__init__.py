@@ -33,6 +33,16 @@ _MODULES = {
     "training.gradient": ["Result", "train"],
     "training.pam": ["PAMProgress", "PAMResult", "train_pam"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
+    "theory.well_posedness": ["StabilityEstimate", "WellPosedness", "stability_estimate", "well_posedness_constants"],
+    "theory.picard_iteration": ["Picard", "PicardPiece", "picard"],
+    "theory.singular_values": ["SingularSystem", "singular_system"],
+    "theory.autonomous": ["AutonomousProblem", "autonomous_problem"],
+    "theory.steady_states": ["SteadyStates", "find_steady_states", "zero_set"],
+    "theory.equilibria": ["Equilibria", "Equilibrium", "find_equilibria"],
+    "theory.stability": [
+        "Decay", "EigenExpansion", "Stability", "eigen_expansion", "observed_decay", "stability_verdict",
+    ],
+    "theory.frozen_spectra": ["FrozenSpectra", "frozen_spectra"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }
