@@ -31,6 +31,7 @@ _MODULES = {
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
+    "theory.compression": ["Compression", "KernelError", "compress"],
     "theory.residual_network": ["NetworkArrays", "from_network", "state_array", "to_network"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
