@@ -32,6 +32,7 @@ _MODULES = {
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "theory.compression": ["Compression", "KernelError", "compress"],
+    "theory.limits": ["Convergence", "depth_limit", "width_limit"],
     "theory.residual_network": ["NetworkArrays", "from_network", "state_array", "to_network"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],

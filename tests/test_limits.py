@@ -10,12 +10,15 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake.adjoint import Control
-from helpers import label_space
+from helpers import label_space, set_smooth, smooth
+from helpers import network as own_network
 from problems import taping
 from pyadjoint import ReducedFunctional
+from scipy.integrate import solve_ivp
 from scipy.sparse.linalg import svds
 
-from fem_resnet import Basis, LabelSpace, ResidualNetwork, compress, from_network, point_space, state_array
+from fem_resnet import Basis, LabelSpace, ResidualNetwork, compress, depth_limit, from_network, laplace_basis, point_space
+from fem_resnet import state_array, to_network, width_limit
 
 #: One on which the ranks differ from each other in what they own.
 on_ranks = pytest.mark.parallel([1, 2])
@@ -73,7 +76,7 @@ class InDepth:
         B = (1 + values[:, None, None] / 2) * self.B_0
         return from_network(a, B, self.z_0, self.Y, tau=np.diff(times), activation=self.sigma_name, **options)
 
-    def exact(self, times, jumps, steps=400):
+    def exact(self, times, jumps, steps=200):
         """z at these times, from Runge-Kutta steps that end at the jumps."""
         return runge_kutta(self.rate, self.z_0, times, jumps, steps)
 
@@ -92,7 +95,7 @@ def distance(Y, z, x):
     return float(state_array(Y, Y.batch(Y.weights))[:, 0] @ (z - x) ** 2) ** 0.5
 
 
-def runge_kutta(rate, z, times, jumps=(), steps=400):
+def runge_kutta(rate, z, times, jumps=(), steps=200):
     """z at these times by classical Runge-Kutta; at a jump of the rate a step ends, and sees either side as it is."""
     values = [z]
     for start, end in zip(times[:-1], times[1:]):
@@ -110,7 +113,6 @@ def runge_kutta(rate, z, times, jumps=(), steps=400):
     return np.array(values)
 
 
-@on_ranks
 @pytest.mark.parametrize("kind", IN_TIME)
 def test_depth_converges_at_order_one(kind):
     """Theorem 2.1, with its order: (2.1) tends to (2.3), also over jumps and kinks of the coefficients."""
@@ -218,7 +220,6 @@ def alternating(L, sign=lambda l, L: (-1.0) ** l, a_0=0.0):
     return state_array(problem.Y, net(initial))[:, 0], problem
 
 
-@on_ranks
 def test_alternating_coefficients_tend_to_the_averaged_ode_not_to_that_of_the_weak_limit():
     """a_l = (-1)^l a has no pointwise limit, as Theorem 2.1 asks for; its weak limit is 0.
 
@@ -671,3 +672,88 @@ def cells_of_the_sphere(refinement):
 def drawn(y, seed):
     """A graph: an edge from i to j with the probability b(y_i, y_j)."""
     return (np.random.default_rng([seed, len(y)]).random((len(y), len(y))) < graphon(y[:, None], y[None])).astype(float)
+
+
+# -- the limits of a network that one has --------------------------------------------------------------------------------
+
+LAPLACE_RANK = {"disk": 6, "annulus": 5, "sphere": 9}
+
+
+@pytest.mark.parametrize("method, order", [("1fe", 1), ("2a", 2), ("4", 4)])
+@pytest.mark.parametrize("in_time", ["layers", "linear"])
+def test_the_depth_limit_of_a_network_is_reached_at_the_order_of_its_scheme(method, order, in_time):
+    """(2.3) with coefficients of layers, which jump at interfaces, and with the interpolants a^tau, B^tau of 2.1."""
+    net = own_network(
+        bias_in_time=in_time, kernel_in_time=in_time, basis_for_bias=True, size=0.5, steps=4,
+        solver_parameters={"ts_rk_type": method},
+    )  # fmt: skip
+    found = depth_limit(net, net.Y.batch(smooth(net.Y)), halvings=2)
+    np.testing.assert_allclose(found.sizes, [0.7 / n for n in (4, 8, 16)])
+    assert abs(found.orders[-1] - order) < 0.2, str(found)
+
+
+@on_ranks
+def test_the_first_error_in_depth_is_that_of_the_network_itself():
+    """Against SciPy's solution at T, the last layer time; learned factors and times are taken as they are."""
+    net = own_network(learn_factors=True, learn_times=True, steps=2, solver_parameters=EULER)
+    for factor in net.factors:
+        factor.set(0, 0.3 * smooth(net.Y, factor.space_basis.shape[1], seed=8))
+    net.layer_times.set(0, [0.3, 0.6, 1.1])
+    initial = net.Y.batch(smooth(net.Y))
+    found = depth_limit(net, initial, halvings=0)
+    arrays, z = to_network(net), state_array(net.Y, initial)
+    ends, f = [0.0, 0.3, 0.6, 1.1], z
+    w, worst = state_array(net.Y, net.Y.batch(net.Y.weights)), 0.0
+    run = net.run(initial)
+    for l in range(3):
+        solution = solve_ivp(
+            lambda t, y: np.tanh(arrays.a[2 * l][:, None] - arrays.B[2 * l] @ y.reshape(f.shape)).ravel(),
+            ends[l : l + 2], f.ravel(), rtol=1e-10, atol=1e-12,
+        )  # fmt: skip
+        f = solution.y[:, -1].reshape(f.shape)
+        worst = max(worst, np.sum(w * (state_array(net.Y, run.state(l + 1)) - f) ** 2) ** 0.5)
+    np.testing.assert_allclose(found.errors, [worst], rtol=1e-6)
+
+
+@pytest.mark.parametrize("domain", LAPLACE_RANK)
+def test_the_width_limit_of_a_network_is_reached_at_order_two(domain):
+    """In distributions, on DG0; the finest space stands in for the limit, so it is left out of the last order."""
+    spaces = [label_space(domain, "DG0", n) for n in ((2, 3, 5) if domain == "annulus" else (1, 2, 3))]
+    rank = LAPLACE_RANK[domain]
+    phi = laplace_basis(spaces[-1], rank)
+    net = ResidualNetwork(phi, bias=phi, layers=2)
+    set_smooth(net, np.random.default_rng(0))
+    found = width_limit(net, start, spaces)
+    *h, finest = (mesh_size(Y) ** 2 for Y in spaces)
+    expected = (h[0] - finest) / (h[1] - finest)
+    assert 0.75 < found.errors[0] / found.errors[1] / expected < 1.33, f"{found}, ratio {expected:.2f}"
+
+
+@pytest.mark.parallel([2])
+def test_limits_are_the_same_on_ranks():
+    for alone in (False, True):
+        spaces = [label_space("disk", "DG0", n, alone=alone) for n in (1, 2, 3)]
+        phi = laplace_basis(spaces[-1], 6)
+        net = ResidualNetwork(phi, bias=phi, layers=2, solver_parameters=EULER)
+        set_smooth(net, np.random.default_rng(0))
+        depth = depth_limit(net, net.Y.batch(start(net.Y.coordinates)), halvings=1)
+        both = [*depth.errors, *width_limit(net, start, spaces).errors]
+        if not alone:
+            on_all = both
+    # Eigenfunctions are found to 1e-13 or so.
+    np.testing.assert_allclose(on_all, both, rtol=1e-8)
+
+
+def test_what_has_no_limit_here_is_refused():
+    net = own_network(solver_parameters={"ts_type": "rk", "ts_adapt_type": "basic"})
+    with pytest.raises(ValueError, match="net: a network of at least one layer and fixed steps"):
+        depth_limit(net, net.Y.batch(smooth(net.Y)))
+    with pytest.raises(ValueError, match="halvings: an integer >= 0 is wanted"):
+        depth_limit(own_network(), net.Y.batch(smooth(net.Y)), halvings=-1)
+    spaces = [label_space("disk", "CG1", n) for n in (1, 2)]
+    with pytest.raises(TypeError, match="spaces: at least two LabelSpaces"):
+        width_limit(own_network(), start, spaces[:1])
+    with pytest.raises(ValueError, match="spaces: they are to become finer"):
+        width_limit(own_network(), start, spaces[::-1])
+    with pytest.raises(ValueError, match="the bias has a value at every node"):
+        width_limit(own_network(), start, spaces)

@@ -180,7 +180,7 @@ def compress(
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(3), "DG", 0))
     >>> found = compress(lambda y, z: np.exp(-((y - z) ** 2).sum(axis=-1)), 1e-3, Y)
     >>> found.rank, found.hilbert_schmidt.value < 1e-3 * found.norm
-    (10, True)
+    (15, True)
     """
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance: a number between 0 and 1 is wanted, {tolerance!r} was given")
