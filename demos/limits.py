@@ -435,7 +435,8 @@ def draw(path, panels):
             panel.loglog(x, errors, marker=marker, linewidth=1, markersize=4, label=name)
         panel.set(title=title, xlabel="h" if "h" in title.split() else "1 / L", ylabel="error")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.xaxis.set_minor_formatter("")
+        panel.legend(fontsize=7 if len(curves) < 9 else 4.5)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 

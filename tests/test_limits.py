@@ -249,6 +249,22 @@ def test_a_sign_by_the_parity_of_the_depth_leaves_no_limit():
     assert distance(problem.Y, limits[True], limits[False]) > 0.5
 
 
+@on_ranks
+def test_coefficients_without_a_bound_have_another_limit_than_their_pointwise_one():
+    """(A2) of 2.1: a_l = L in one layer tends to 0 almost everywhere, but moves z by tau relu(L) = 1.
+
+    Where sigma is bounded, which (A1) of 2.1 does not ask for, it would do no harm.
+    """
+    Y = label_space("disk", "DG0", 1)
+    z_0 = np.random.default_rng(0).normal(size=Y.size)
+    for activation, moved in (("relu", 1.0), ("tanh", 0.0)):
+        for L in (64, 256):
+            a = np.zeros((L, Y.size))
+            a[L // 2] = L
+            net, initial = from_network(a, np.zeros((Y.size, Y.size)), z_0, Y, tau=1 / L, activation=activation)
+            np.testing.assert_allclose(state_array(Y, net(initial))[:, 0] - z_0, moved, atol=1.01 / L)
+
+
 # -- Theorem 2.2: width ----------------------------------------------------------------------------------------------
 # Smooth data, as functions of the coordinates, of points in the plane or in space; x is the first, v the last of them.
 
@@ -579,6 +595,8 @@ def moments(Y, f):
 def test_a_kernel_that_oscillates_in_y_has_another_limit_than_its_weak_one():
     """b_h tends to 0 weakly, not pointwise as Theorem 2.2 asks for: f_h does not tend to the solution of b = 0.
 
+    It is bounded, as (A3) of 2.1 asks for.
+
     It has no strong limit at all; its weak one is the mean of two, f_+ with the kernel b and f_- with -b, whose mean both see.
     """
     points, weights = QUADRATURE["annulus"]()
@@ -612,6 +630,26 @@ def test_a_kernel_that_oscillates_in_z_does_no_harm():
         no_kernel = start(Y.coordinates) + T * np.tanh(bias(Y.coordinates))
         errors.append(float(Y.sum(Y.weights @ (f_h - no_kernel) ** 2)) ** 0.5)
     assert orders([1, 1 / 2, 1 / 4], errors)[-1] > 0.85, f"errors {errors}"
+
+
+def test_kernels_without_a_bound_have_another_limit_than_their_pointwise_one():
+    """(A3) of 2.1: b_h(y, z) = 1 / |Y_k| for z in the cell Y_k tends to 0 almost everywhere, but B_h f is f at a point."""
+    errors, to_zero, sizes = [], [], []
+    for n in (1, 2, 4):
+        Y = label_space("annulus", "DG0", n)
+        y = state_array(Y, Y.batch(Y.coordinates))
+        k = int(np.argmin(np.linalg.norm(y - [0.7, 0], axis=1)))
+        B = np.zeros((Y.size, Y.size))
+        B[:, k] = 1.0
+        net, initial = from_network(bias(y), B, start(y), Y, steps=4, solver_parameters=RK8)
+        f = state_array(Y, net(initial))[:, 0]
+        # The neurons see the one at the point, which sees itself.
+        point = np.array([[0.7, 0.0], *y])
+        exact = runge_kutta(lambda t, f: np.tanh(bias(point) - f[0]), start(point), np.array([0, T]), steps=40)[-1]
+        errors.append(distance(Y, f, exact[1:]))
+        to_zero.append(distance(Y, f, start(y) + T * np.tanh(bias(y))))
+        sizes.append(mesh_size(Y))
+    assert errors[-1] < 0.5 * errors[0] and min(to_zero) > 5 * errors[-1] and min(to_zero) > 0.5, f"{errors}, {to_zero}"
 
 
 def graphon(y, z):

@@ -40,7 +40,7 @@ def partitions():
     "which, activation", enumerate(["tanh", "relu", "sigmoid", "tanh"]), ids=["disk", "annulus", "sphere", "points"]
 )
 def test_a_network_of_arrays_is_one_on_any_partition(which, activation):
-    """(2.4): the weights |Y_j| in the kernel and in the integral cancel, whatever the partition."""
+    """(2.4), (2.5): the weights |Y_j| in the kernel and in the integral cancel, whatever the partition."""
     Y = list(partitions())[which]
     a, B, z_0 = random_arrays(Y.size)
     net, initial = from_network(a, B, z_0, Y, tau=TAU, activation=activation)

@@ -5,9 +5,14 @@ coefficients a(y, t), b(y, z, t) and f_I(y) are kept and the mesh of Y becomes f
 distributions, by the theorem as it is printed; strongly in L2(Y) where sigma is Lipschitz, since u = a - B f then converges
 strongly with a_h and b_h.
 
-Both theorems want the coefficients of all networks of a sequence to converge almost everywhere. Where they do not, there may
-be another limit than one would think, or none (`demos/limits.py`); trained networks of several sizes, each trained on its own,
-are no such sequence.
+Both theorems want the coefficients of all networks of a sequence to converge almost everywhere and to have one bound, (A2) of
+2.1 and (A3) of 2.1, and sigma to be continuous and to grow no faster than a line, (A1) of 2.1 with abs(s): all built-in
+activations do, with C1 = abs(sigma(0)) and C2 = `Activation.properties.lipschitz`. Where coefficients do not converge, there may
+be another limit than one would think, or none (`demos/limits.py`); networks of several sizes, each trained on its own, are no
+such sequence.
+
+Between the layer times z^tau goes on by starts between them, with interpolated coefficients (2.2); at the layer times, where
+distances are taken here, it is z_l.
 """
 
 from __future__ import annotations
