@@ -1,14 +1,14 @@
 r"""Infinite depth, infinite width
 ==============================
 
-A residual network z_(l+1) = z_l + tau sigma(a_l - B_l z_l) (2.1) with ever more and shorter layers tends to an ODE, and with
-ever more neurons, which are the cells of a partition of a domain Y, to
+A residual network z_(l+1) = z_l + tau sigma(a_l - B_l z_l) (2.1) with ever more and shorter layers tends to an ODE, and
+with ever more neurons, which are the cells of a partition of a domain Y, to
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),                                                   (2.8)
 
-if its coefficients converge almost everywhere: Theorems 2.1 and 2.2 of the paper. Here both limits are taken on partitions of
-a disk, an annulus, a sphere and an irregular one, with the orders at which they are reached, in the state and in the co-state;
-and so are limits that the theorems do not speak of, because the coefficients do not converge. Run
+if its coefficients converge almost everywhere: Theorems 2.1 and 2.2 of the paper. Here both limits are taken on
+partitions of a disk, an annulus, a sphere and an irregular one, with the orders at which they are reached, in the state
+and in the co-state; and so are limits that the theorems do not speak of, because the coefficients do not converge. Run
 
     containers/run python demos/limits.py                      (about a minute; --short for a quarter of one)
     containers/run mpiexec -n 2 python demos/limits.py
@@ -36,7 +36,7 @@ EULER, RK4, RK8 = ({"ts_rk_type": name} for name in ("1fe", "4", "8vr"))
 
 
 def runge_kutta(rate, z, times, steps=400):
-    """Classical Runge-Kutta: z at the last of these times, between which `rate(t, z)` is smooth; it may jump at them."""
+    """Classical Runge-Kutta: z at the last of these times, between which `rate(t, z)` is smooth."""
     for left, right in zip(times[:-1], times[1:]):
         n = max(1, int(np.ceil(steps * (right - left))))
         h, inside = (right - left) / n, 1e-6 * (right - left)
@@ -49,10 +49,11 @@ def runge_kutta(rate, z, times, steps=400):
 
 
 # %% Depth
-# The neurons are 32 cells of a disk. The coefficients are a(t) = a_0 + c(t) a_1 and B(t) = (1 + c(t) / 2) B_0, and a network of
-# L layers has their values at the starts of its layers. c is smooth; or jumps once, at 1/3; or infinitely often, of unbounded
-# variation: it is continuous almost everywhere, as Theorem 2.1 wants, but about tau^(-2/3) of its jumps are so far apart that
-# layers see them one by one, each an error tau of a random sign, and tau^(2/3) is the order, not tau.
+# The neurons are 32 cells of a disk. The coefficients are a(t) = a_0 + c(t) a_1 and B(t) = (1 + c(t) / 2) B_0, and a
+# network of L layers has their values at the starts of its layers. c is smooth; or jumps once, at 1/3; or infinitely
+# often, of unbounded variation: it is continuous almost everywhere, as Theorem 2.1 wants, but about tau^(-2/3) of its
+# jumps are so far apart that layers see them one by one, each an error tau of a random sign, and tau^(2/3) is the
+# order, not tau.
 
 THIRD = 1 / 3
 
@@ -117,7 +118,8 @@ def depth(depths):
         def error(times, **options):
             return neurons.distance(neurons.network(times, c(times[:-1] + 1e-13), **options), exact)
 
-        # Where it jumps as often as there are layers the error is a matter of luck: the mean of squares over some depths.
+        # Where it jumps as often as there are layers the error is a matter of luck: the mean of squares over some
+        # depths.
         near = {L: primes(L)[:4] if c is swarm else [L] for L in depths}
         errors[f"Euler, {name}"] = [
             np.mean([error(np.linspace(0, T, M + 1)) ** 2 for M in near[L]]) ** 0.5 for L in depths
@@ -132,9 +134,9 @@ def depth(depths):
 
 
 # %% Coefficients that do not converge
-# With a_l = (-1)^l a the coefficients have a weak limit, 0, but no limit almost everywhere. The states converge all the same:
-# not to z' = sigma(-B z), but to the mean z' = (sigma(a - B z) + sigma(-a - B z)) / 2. And if the sign is that of (-1)^L, the
-# same in all layers of one network, then even and odd depths have limits of their own.
+# With a_l = (-1)^l a the coefficients have a weak limit, 0, but no limit almost everywhere. The states converge all the
+# same: not to z' = sigma(-B z), but to the mean z' = (sigma(a - B z) + sigma(-a - B z)) / 2. And if the sign is that of
+# (-1)^L, the same in all layers of one network, then even and odd depths have limits of their own.
 
 
 def alternating(neurons, depths):
@@ -157,10 +159,10 @@ def alternating(neurons, depths):
 
 
 # %% Width
-# a, b and f_I are smooth functions of the coordinates, and a network has their values at the midpoints of its cells, the kernel
-# as one of low rank (`compress`). The exact f is that of Gauss points on the domain itself, to which (2.8) is applied there
-# and at any other points. A cell has one value, so that f_h is away from f by O(h) in L2(Y); from its means over the cells,
-# by O(h^2). The same holds for the co-state r of (4.2), whose terminal value is given.
+# a, b and f_I are smooth functions of the coordinates, and a network has their values at the midpoints of its cells,
+# the kernel as one of low rank (`compress`). The exact f is that of Gauss points on the domain itself, to which (2.8)
+# is applied there and at any other points. A cell has one value, so that f_h is away from f by O(h) in L2(Y); from its
+# means over the cells, by O(h^2). The same holds for the co-state r of (4.2), whose terminal value is given.
 
 
 def bias(y):
@@ -327,7 +329,8 @@ def width(domain, count):
 
 
 # %% The co-state in depth
-# On one mesh, the discrete network's r(0) from the tape against that of many steps of high order: at the order of the scheme.
+# On one mesh, the discrete network's r(0) from the tape against that of many steps of high order: at the order of the
+# scheme.
 
 
 def costate_in_depth(depths):
@@ -345,13 +348,14 @@ def costate_in_depth(depths):
 
 
 # %% Kernels that do not converge
-# b_h(y, z) = s b(y, z) with the sign of a checkerboard in y: it tends to 0 weakly. But f_h tends to the mean of two functions,
-# f_+ with the kernel b and f_- with -b, and not to the solution of b = 0. In z a checkerboard does no harm, for what it is
-# integrated against does not oscillate.
+# b_h(y, z) = s b(y, z) with the sign of a checkerboard in y: it tends to 0 weakly. But f_h tends to the mean of two
+# functions, f_+ with the kernel b and f_- with -b, and not to the solution of b = 0. In z a checkerboard does no harm,
+# for what it is integrated against does not oscillate.
 #
-# A random graph, b_h = 0 or 1 with the probability b, does not converge almost everywhere either, nor in L2(Y x Y). But its
-# operator does, at N^(-1/2), as its cut norm does, and that is enough for f_h. For graphs that are not random, weighted by a
-# smooth graphon or of a graphon with values 0 and 1, there are rates for networks on graphs in arXiv 2510.03923.
+# A random graph, b_h = 0 or 1 with the probability b, does not converge almost everywhere either, nor in L2(Y x Y). But
+# its operator does, at N^(-1/2), as its cut norm does, and that is enough for f_h. For graphs that are not random,
+# weighted by a smooth graphon or of a graphon with values 0 and 1, there are rates for networks on graphs in arXiv
+# 2510.03923.
 
 
 def checkerboard(counts):
@@ -375,7 +379,8 @@ def checkerboard(counts):
         net = network(Y)
         moments = []
         for signs in ((s, 1 + 0 * s), (1 + 0 * s, s)):
-            bases = [Basis(Y, x[:, None] * net.bases[name][0].values, "given") for name, x in zip(("phi", "psi"), signs)]
+            given = [net.bases[name][0].values for name in ("phi", "psi")]
+            bases = [Basis(Y, x[:, None] * values, "given") for x, values in zip(signs, given)]
             other = ResidualNetwork(*bases, layers=1, final_time=T, steps=3, solver_parameters=RK8)
             other.kernel.set(0, net.kernel.get(0))
             other.bias.set(0, bias(Y.coordinates))

@@ -191,8 +191,8 @@ def cell_indicators(Y: LabelSpace) -> Basis:
 def node_numbers(Y: LabelSpace) -> np.ndarray:
     """Numbers from 0 of the owned nodes, shape (nodes,): by coordinates, last one slowest, whatever the partition.
 
-    Nodes of DG of degree 0 are the midpoints of cells. Points of `point_space` have their own numbers. Collective; every rank
-    sees the coordinates of all nodes.
+    Nodes of DG of degree 0 are the midpoints of cells. Points of `point_space` have their own numbers. Collective;
+    every rank sees the coordinates of all nodes.
 
     Raises
     ------
@@ -208,8 +208,8 @@ def node_numbers(Y: LabelSpace) -> np.ndarray:
     order = np.lexsort(keys.T)
     if (keys[order[1:]] == keys[order[:-1]]).all(axis=1).any():
         raise ValueError(
-            "Y: two cells have the same midpoint, or nodes the same coordinates, so they cannot be numbered the same on "
-            "every partition"
+            "Y: two cells have the same midpoint, or nodes the same coordinates, so they cannot be numbered the same "
+            "on every partition"
         )
     first = Y.comm.exscan(Y.nodes) or 0
     return np.argsort(order)[first : first + Y.nodes]

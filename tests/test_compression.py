@@ -1,5 +1,6 @@
-"""Full kernels in low rank: the best one by SVD in the label measure, cross approximation, and what is known of errors."""
+"""Full kernels in low rank: the best one by SVD in the label measure, cross approximation, what is known of errors."""
 
+import resource
 from functools import cache
 
 import firedrake as fd
@@ -9,7 +10,8 @@ from helpers import label_space, laplace
 from problems import gathered, polynomials
 
 from fem_resnet.basis import node_numbers
-from fem_resnet import Compression, LowRankKernel, ResidualNetwork, cell_indicators, compress, from_network, point_space
+from fem_resnet import Compression, LabelSpace, LowRankKernel, ResidualNetwork, cell_indicators, compress
+from fem_resnet import from_network, point_space
 from fem_resnet.theory.cross_approximation import upper_limit
 from fem_resnet.theory.kernel_values import KernelValues, draw_pairs
 
@@ -177,7 +179,7 @@ def test_pairs_have_the_probability_of_the_label_measure():
 
 
 def test_the_limit_of_a_mean_holds_as_often_as_it_says():
-    """Of squares of normal residuals, 2,000 samples of 200: a confidence of 0.9 fails in a tenth, to four deviations."""
+    """Of squares of normal residuals, 2,000 samples of 200: a confidence of 0.9 fails in a tenth."""
     squares = np.random.default_rng(0).normal(size=(2000, 200)) ** 2
     held = np.mean([upper_limit(sample, 0.9) >= 1 for sample in squares])
     # Squares of normal numbers are skew: Student's limit is a little short, by a percent or two at 200.
@@ -205,6 +207,21 @@ def test_the_kernel_does_not_depend_on_the_partition(way):
         np.testing.assert_allclose(*map(approximation, found), atol=1e-9)
         errors = [(x.hilbert_schmidt.value, x.operator.value, x.norm, *x.singular_values, x.evaluations) for x in found]
         np.testing.assert_allclose(*errors, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parallel([1, 2])
+def test_memory_and_evaluations_are_linear_in_the_number_of_nodes():
+    """180,000 cells: all values would be 260 GB; it takes rows and columns of the rank, and at most twice as many."""
+    Y = LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(300, 300), "DG", 0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = compress(gauss, 1e-4, Y)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert found.method == "cross" and found.rank < 25
+    assert found.hilbert_schmidt.value <= 1e-4 * found.norm
+    assert found.evaluations < 4 * found.rank * 2 * Y.size
+    # Both factors with room for twice as many, and copies for QR and SVD; and what a block of values takes.
+    assert grown < 16 * 8 * 2 * 32 * Y.nodes + 1e8
 
 
 # -- what a kernel may be ----------------------------------------------------------------------------------------------
@@ -240,7 +257,8 @@ def test_a_layer_in_factors_is_cut_without_its_values():
     assert (found.method, found.evaluations, found.rank) == ("factors", 0, 1)
     np.testing.assert_allclose(found.singular_values, s[:1], rtol=1e-12)
     np.testing.assert_allclose(found.hilbert_schmidt.value, np.linalg.norm(left), rtol=1e-10)
-    np.testing.assert_allclose([found.operator.value, found.operator.optimal], [np.linalg.norm(left, 2), s[1]], rtol=1e-10)
+    operator = found.operator.value, found.operator.optimal
+    np.testing.assert_allclose(operator, [np.linalg.norm(left, 2), s[1]], rtol=1e-10)
     np.testing.assert_allclose(found.norm, kernel.norm(beta), rtol=1e-12)
 
 
@@ -307,5 +325,6 @@ def test_what_is_no_kernel_is_refused_by_name():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_kernel_of_too_large_a_rank_is_refused_with_what_was_reached(way):
+    Y = label_space("disk", "DG0", 2)
     with pytest.raises(RuntimeError, match="larger 'largest_rank'"):
-        compress(lambda y, z: gauss(20 * y, 20 * z), 1e-6, label_space("disk", "DG0", 2), affordable=WAYS[way], largest_rank=9)
+        compress(lambda y, z: gauss(20 * y, 20 * z), 1e-6, Y, affordable=WAYS[way], largest_rank=9)

@@ -1,7 +1,8 @@
 """Limits of residual networks (2.1): in depth, Theorem 2.1, and in width, Theorem 2.2, with what lies outside of them.
 
-The exact solutions are those of Nystroem's method on the curved domain itself: Gauss quadrature in the polar coordinates, in
-which smooth data have spectral accuracy, and Runge-Kutta steps between the jumps. Nothing of the package is in them.
+The exact solutions are those of Nystroem's method on the curved domain itself: Gauss quadrature in the polar
+coordinates, in which smooth data have spectral accuracy, and Runge-Kutta steps between the jumps. Nothing of the
+package is in them.
 """
 
 from functools import cache
@@ -17,8 +18,8 @@ from pyadjoint import ReducedFunctional
 from scipy.integrate import solve_ivp
 from scipy.sparse.linalg import svds
 
-from fem_resnet import Basis, LabelSpace, ResidualNetwork, compress, depth_limit, from_network, laplace_basis, point_space
-from fem_resnet import state_array, to_network, width_limit
+from fem_resnet import Basis, LabelSpace, ResidualNetwork, compress, depth_limit, from_network, laplace_basis
+from fem_resnet import point_space, state_array, to_network, width_limit
 
 #: One on which the ranks differ from each other in what they own.
 on_ranks = pytest.mark.parallel([1, 2])
@@ -162,8 +163,8 @@ def test_piecewise_linear_interpolants_of_the_coefficients_have_the_same_limit()
 def test_coefficients_of_unbounded_variation_converge_more_slowly():
     """sign sin(2 pi / t^2) is continuous almost everywhere, so Theorem 2.1 holds; its order is below one.
 
-    As far down as t = tau^(1/3) jumps are further apart than tau: there are tau^(-2/3) of them, each an error tau of a random
-    sign, and as many values below are of a random sign: tau^(2/3) both.
+    As far down as t = tau^(1/3) jumps are further apart than tau: there are tau^(-2/3) of them, each an error tau of a
+    random sign, and as many values below are of a random sign: tau^(2/3) both.
     """
 
     def c(t):
@@ -336,7 +337,8 @@ class Continuum:
         """f(T) at points y, shape (m, d)."""
         n, everywhere = len(self.weights), np.concatenate([self.points, y])
         a, B = self.a(everywhere), self._matrix(everywhere)
-        return runge_kutta(lambda t, f: self.sigma(a - B @ f[:n]), self.f_I(everywhere), np.array([0, T]), steps=20)[-1][n:]
+        f = runge_kutta(lambda t, f: self.sigma(a - B @ f[:n]), self.f_I(everywhere), np.array([0, T]), steps=20)
+        return f[-1][n:]
 
     def costate(self, y):
         """r(0) at points y, for r(T) = `end`: steps backwards from each state of twice as many steps forwards."""
@@ -531,7 +533,7 @@ def test_a_kernel_that_jumps_in_y_converges_at_order_one_half():
 
 
 def test_a_kernel_that_jumps_along_the_diagonal_loses_order_in_its_means():
-    """b = 1 for z_1 < y_1: its integral is smooth in y, but a cell that z_1 = y_1 crosses counts whole or not at all."""
+    """b = 1 for z_1 < y_1: its integral is smooth in y, but cells that z_1 = y_1 crosses count whole or not."""
 
     def volterra(y, z):
         return 2.0 * (z[..., 0] < y[..., 0]) * (1 + z[..., 1])
@@ -557,10 +559,8 @@ def _volterra_weights(y, weights, points, n=10):
     x, w = _gauss(n, 0, 1)
     # Legendre polynomials through the points, and their integrals from 0.
     series = np.linalg.inv(np.polynomial.legendre.legvander(2 * x - 1, n - 1))
-    integrals = np.stack(
-        [np.polynomial.legendre.legval(2 * y[:, 0] - 1, np.polynomial.legendre.legint(c, lbnd=-1)) / 2 for c in series.T],
-        axis=1,
-    )
+    antiderivatives = np.polynomial.legendre.legint(series, lbnd=-1) / 2
+    integrals = np.polynomial.legendre.legval(2 * y[:, 0] - 1, antiderivatives).T
     return 2 * (integrals[:, :, None] * (w * (1 + x))[None, None, :]).reshape(len(y), -1)
 
 
@@ -578,7 +578,8 @@ def oscillating(n, in_y):
     net = network(Y)
     phi, psi = net.kernel.space_basis.kernel.phi, net.kernel.space_basis.kernel.psi
     factors = [
-        Basis(Y, (s[:, None] if signed else 1) * basis.values, "given") for basis, signed in ((phi, in_y), (psi, not in_y))
+        Basis(Y, (s[:, None] if signed else 1) * basis.values, "given")
+        for basis, signed in ((phi, in_y), (psi, not in_y))
     ]
     other = ResidualNetwork(*factors, layers=1, final_time=T, steps=3, solver_parameters=RK8)
     other.kernel.set(0, net.kernel.get(0))
@@ -597,7 +598,8 @@ def test_a_kernel_that_oscillates_in_y_has_another_limit_than_its_weak_one():
 
     It is bounded, as (A3) of 2.1 asks for.
 
-    It has no strong limit at all; its weak one is the mean of two, f_+ with the kernel b and f_- with -b, whose mean both see.
+    It has no strong limit at all; its weak one is the mean of two, f_+ with the kernel b and f_- with -b, whose mean
+    both see.
     """
     points, weights = QUADRATURE["annulus"]()
     a, B, n = bias(points), kernel(points[:, None], points[None]) * weights, len(weights)
@@ -623,7 +625,7 @@ def test_a_kernel_that_oscillates_in_y_has_another_limit_than_its_weak_one():
 
 
 def test_a_kernel_that_oscillates_in_z_does_no_harm():
-    """Outside of Theorem 2.2 too, but f is what it is integrated against, and that does not oscillate: b_h f tends to 0."""
+    """Outside of Theorem 2.2 too, but f, which it is integrated against, does not oscillate: B_h f tends to 0."""
     errors = []
     for refinement in (1, 2, 4):
         Y, f_h = oscillating(refinement, in_y=False)
@@ -633,7 +635,7 @@ def test_a_kernel_that_oscillates_in_z_does_no_harm():
 
 
 def test_kernels_without_a_bound_have_another_limit_than_their_pointwise_one():
-    """(A3) of 2.1: b_h(y, z) = 1 / |Y_k| for z in the cell Y_k tends to 0 almost everywhere, but B_h f is f at a point."""
+    """(A3) of 2.1: b_h(y, z) = 1 / |Y_k| for z in the cell Y_k tends to 0 almost everywhere, B_h f is f at a point."""
     errors, to_zero, sizes = [], [], []
     for n in (1, 2, 4):
         Y = label_space("annulus", "DG0", n)
@@ -664,17 +666,17 @@ GAIN = 0.2
 def test_a_graph_drawn_from_a_graphon_converges_in_the_operator_norm_alone():
     """b_h in {0, 1} with the probabilities b: outside of the hypotheses of Theorem 2.2, yet f_h tends to f.
 
-    norm(b_h - b) in L1 and L2 stays, so there is no pointwise limit, of no subsequence; the operator, like the cut norm, goes
-    with N^(-1/2), and takes f_h along. For weighted graphs of smooth graphons, and for {0, 1}-valued ones, which are
-    deterministic, rates are proved in arXiv 2510.03923 (Yan, Kulick, Tang); they are those of the tests above.
+    norm(b_h - b) in L1 and L2 stays, so there is no pointwise limit, of no subsequence; the operator, like the cut
+    norm, goes with N^(-1/2), and takes f_h along. For weighted graphs of smooth graphons, and for {0, 1}-valued ones,
+    which are deterministic, rates are proved in arXiv 2510.03923 (Yan, Kulick, Tang); they are those of the tests
+    above.
     """
     exact = Continuum(QUADRATURE["sphere"](), lambda y, z: GAIN * graphon(y, z))
     sizes, states, apart = [], [], []
     for refinement in (0, 1, 2):
         Y, y, w = cells_of_the_sphere(refinement)
-        net, initial = from_network(
-            bias(y), GAIN * graphon(y[:, None], y[None]) * w, start(y), Y, steps=8, solver_parameters={"ts_rk_type": "4"}
-        )
+        b, rk4 = graphon(y[:, None], y[None]), {"ts_rk_type": "4"}
+        net, initial = from_network(bias(y), GAIN * b * w, start(y), Y, steps=8, solver_parameters=rk4)
         weighted, limit = state_array(Y, net(initial))[:, 0], exact.state(y)
         squares = []
         for seed in range(8):
@@ -712,7 +714,7 @@ def drawn(y, seed):
     return (np.random.default_rng([seed, len(y)]).random((len(y), len(y))) < graphon(y[:, None], y[None])).astype(float)
 
 
-# -- the limits of a network that one has --------------------------------------------------------------------------------
+# -- the limits of a network that one has ----------------------------------------------------------------------------
 
 LAPLACE_RANK = {"disk": 6, "annulus": 5, "sphere": 9}
 

@@ -37,7 +37,7 @@ def partitions():
 
 @on_ranks
 @pytest.mark.parametrize(
-    "which, activation", enumerate(["tanh", "relu", "sigmoid", "tanh"]), ids=["disk", "annulus", "sphere", "points"]
+    "which, activation", list(enumerate(["tanh", "relu", "sigmoid", "tanh"])), ids=["disk", "annulus", "sphere", "points"]
 )
 def test_a_network_of_arrays_is_one_on_any_partition(which, activation):
     """(2.4), (2.5): the weights |Y_j| in the kernel and in the integral cancel, whatever the partition."""
@@ -156,7 +156,8 @@ def test_layers_of_own_bases_have_own_matrices():
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"ts_rk_type": "4"}, {"ts_rk_type": "2a"}, {"ts_type": "beuler"}, {"ts_type": "cn"}, {"ts_type": "ssp"}]
+    "parameters",
+    [{"ts_rk_type": "4"}, {"ts_rk_type": "2a"}, {"ts_type": "beuler"}, {"ts_type": "cn"}, {"ts_type": "ssp"}],
 )
 def test_other_schemes_are_refused_with_the_reason(parameters):
     net = network(solver_parameters=parameters)

@@ -1,15 +1,15 @@
 """Kernels of low rank in the label measure, from full ones.
 
-The best approximation of b in L2(Y x Z) of rank r, and of its operator from L2(Z) to L2(Y), is the truncated singular value
-decomposition in the label measures M, N (Eckart, Young; Mirsky),
+The best approximation of b in L2(Y x Z) of rank r, and of its operator from L2(Z) to L2(Y), is the truncated singular
+value decomposition in the label measures M, N (Eckart, Young; Mirsky),
 
     M^(1/2) b N^(1/2) = U S V^T,     b_r = Phi S_r Psi^T,     Phi = M^(-1/2) U_r,     Psi = N^(-1/2) V_r,
 
     norm(b - b_r)^2 = sum_(k > r) s_k^2  (Hilbert-Schmidt),          norm(B - B_r) = s_(r+1)  (operator).
 
-While the N_y N_z values are affordable it is computed by SLEPc, with random vectors as start; a kernel that has factors is
-decomposed in these; and above that adaptive cross approximation finds factors (`cross_approximation`), whose singular values
-are then truncated. There the error is seen at pairs (y, z) drawn at random alone.
+While the N_y N_z values are affordable it is computed by SLEPc, with random vectors as start; a kernel that has factors
+is decomposed in these; and above that adaptive cross approximation finds factors (`cross_approximation`), whose
+singular values are then truncated. There the error is seen at pairs (y, z) drawn at random alone.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Compression:
     confidence : float or None
         With which the errors hold, where they come from a sample.
     exceeded : tuple of float or None
-        Of a sample (size, part): with the same confidence abs(b - b_r) is above `size` on at most that part of the measure
-        of Y x Z, whatever the distribution; the errors take that of means for a normal one.
+        Of a sample (size, part): with the same confidence abs(b - b_r) is above `size` on at most that part of the
+        measure of Y x Z, whatever the distribution; the errors take that of means for a normal one.
     evaluations : int
         How often b was evaluated, over all ranks.
     """
@@ -138,12 +138,12 @@ def compress(
     kernel
         b as one of
 
-        - a callback ``b(y, z)`` of coordinates, NumPy arrays of shape (.., d), which broadcasts over the axes before the
-          last: ``lambda y, z: np.exp(-((y - z) ** 2).sum(axis=-1))``;
+        - a callback ``b(y, z)`` of coordinates, NumPy arrays of shape (.., d), which broadcasts over the axes before
+          the last: ``lambda y, z: np.exp(-((y - z) ** 2).sum(axis=-1))``;
         - a UFL expression with the symbols that are its arguments, ``(exp(-dot(y - z, y - z)), y, z)``, where y is the
           mesh's SpatialCoordinate and z a Constant of the shape of coordinates, or the other mesh's;
-        - a matrix of the values b(y_i, z_j), shape (N_y, N_z), the same on every rank, in the order of `node_numbers`; a
-          matrix B between neurons has b = B / w_j (2.4b);
+        - a matrix of the values b(y_i, z_j), shape (N_y, N_z), the same on every rank, in the order of `node_numbers`;
+          a matrix B between neurons has b = B / w_j (2.4b);
         - a `LowRankKernel`, with `beta`: a layer of a trained network, of a dense one too (``net.learned_factors()``,
           ``net.kernel.get(l)``).
     tolerance
@@ -207,8 +207,8 @@ def _of_factors(kernel: LowRankKernel, beta, tolerance: float, largest_rank: int
     beta = np.asarray(beta, dtype=float)
     if beta.shape != kernel.shape or not np.isfinite(beta).all():
         raise ValueError(
-            f"beta: finite coefficients of shape {kernel.shape} are wanted with this LowRankKernel, shape {beta.shape} was "
-            f"given"
+            f"beta: finite coefficients of shape {kernel.shape} are wanted with this LowRankKernel, shape {beta.shape} "
+            f"was given"
         )
     spaces = kernel.phi.Y, kernel.psi.Y
     Q, s, tail = _decomposed(spaces, [kernel.phi.values, kernel.psi.values], beta)
@@ -231,7 +231,7 @@ def _decomposed(
 
 
 def _orthonormal(Y: LabelSpace, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Q and R with Q R = values, Q orthonormal in the label measure: QR on each rank, and of what the ranks find. Collective.
+    """Q and R with Q R = values, Q orthonormal in the label measure: QR on each rank, then of their R. Collective.
 
     Unlike a Cholesky factor of the Gram matrix it loses nothing where the functions are nearly dependent.
     """
@@ -250,14 +250,15 @@ def _rank(tail: np.ndarray, tolerance: float, largest_rank: int) -> int:
     rank = int(np.argmax(tail <= tolerance * tail[0]))
     if rank > largest_rank:
         raise RuntimeError(
-            f"compress: rank {rank} is needed for a part {tolerance:.2g} of the norm, {largest_rank} is the largest; at it "
-            f"{tail[largest_rank] / tail[0]:.2g} is left. Take a larger tolerance, or a larger 'largest_rank'"
+            f"compress: rank {rank} is needed for a part {tolerance:.2g} of the norm, {largest_rank} is the largest; "
+            f"at it {tail[largest_rank] / tail[0]:.2g} is left. Take a larger tolerance, or a larger 'largest_rank'"
         )
     return rank
 
 
 def _compression(
-    method, spaces, factors, singular_values, norm, hilbert_schmidt, operator, evaluations, confidence=None, exceeded=None
+    method, spaces, factors, singular_values, norm, hilbert_schmidt, operator, evaluations, confidence=None,
+    exceeded=None,
 ) -> Compression:
     kernel = LowRankKernel(*(Basis(Y, values, "given") for Y, values in zip(spaces, factors)))
     return Compression(
@@ -337,8 +338,9 @@ def _singular_triplets(
     found = svd.getConverged()
     if found < count:
         raise RuntimeError(
-            f"compress: SLEPc found {found} of {count} singular values in {svd.getIterationNumber()} iterations (reason "
-            f"{svd.getConvergedReason()}); try 'svd_type': 'trlanczos' or a larger 'svd_max_it' in solver_parameters"
+            f"compress: SLEPc found {found} of {count} singular values in {svd.getIterationNumber()} iterations "
+            f"(reason {svd.getConvergedReason()}); try 'svd_type': 'trlanczos' or a larger 'svd_max_it' in "
+            f"solver_parameters"
         )
     v, u = A.createVecs()
     s, left, right = np.empty(count), np.empty((u.getLocalSize(), count)), np.empty((v.getLocalSize(), count))
@@ -381,5 +383,6 @@ def _of_crosses(b: KernelValues, tolerance, largest_rank, confidence, seed) -> C
         )  # fmt: skip
     exceeded = float(np.abs(residual).max()), float(-np.log1p(-each) / residual.size)
     return _compression(
-        "cross", spaces, factors, s[:r], norm, error, error, spaces[0].comm.allreduce(b.evaluations), confidence, exceeded
+        "cross", spaces, factors, s[:r], norm, error, error, spaces[0].comm.allreduce(b.evaluations), confidence,
+        exceeded,
     )

@@ -1,13 +1,13 @@
 """Adaptive cross approximation of a kernel: from some of its rows and columns, without a matrix of all values.
 
-A step takes the row of the residual R_k = b - b_k through a node y* and the column through the node z* where that row is
-largest in the label measure,
+A step takes the row of the residual R_k = b - b_k through a node y* and the column through the node z* where that row
+is largest in the label measure,
 
     b_(k+1)(y, z) = b_k(y, z) + R_k(y, z*) R_k(y*, z) / R_k(y*, z*),
 
-then goes on with the row where that column is largest (partial pivoting). That alone may miss a part of Y x Z: rows that it
-never sees. So pairs (y, z) are drawn at random, and it ends when their mean says so, with a confidence, not before; else it
-goes on where the residual of the pairs is largest. Ranks hold the columns and rows at their own nodes.
+then goes on with the row where that column is largest (partial pivoting). That alone may miss a part of Y x Z: rows
+that it never sees. So pairs (y, z) are drawn at random, and it ends when their mean says so, with a confidence, not
+before; else it goes on where the residual of the pairs is largest. Ranks hold the columns and rows at their own nodes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class CrossApproximation:
         return node if free else None
 
     def _add(self, row: tuple[int, int]) -> tuple[np.ndarray | None, float]:
-        """Take the cross through a node y*: the new column of U in the label measure, and the norm of what was added."""
+        """Take the cross through a node y*: the new column of U in the label measure, and the norm of what is added."""
         b, (U, V) = self._b, self.factors
         root_y, root_z = (np.sqrt(nodes.Y.weights) for nodes in self._sides)
         place, u = b.y.from_owner(row, b.y.places, U)

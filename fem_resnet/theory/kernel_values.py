@@ -1,7 +1,7 @@
 """Values b(y_i, z_j) of a kernel between the nodes of two label domains, and pairs of nodes drawn at random.
 
-What draws and breaks ties is a hash of a node's place, not its number on a rank: pairs, and what is made of them, are the
-same on every partition.
+What draws and breaks ties is a hash of a node's place, not its number on a rank: pairs, and what is made of them, are
+the same on every partition.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Nodes:
         self.Y = Y
         self.places = places
         low, minus_high = (
-            np.min(Y.comm.allgather((sign * places.astype(float)).min(axis=0, initial=np.inf)), axis=0) for sign in (1, -1)
+            np.min(Y.comm.allgather((sign * places.astype(float)).min(axis=0, initial=np.inf)), axis=0)
+            for sign in (1, -1)
         )
         # As in `node_numbers`: round-off in coordinates must decide nothing.
         extent = (-minus_high - low).max() or 1.0
@@ -52,7 +53,7 @@ class Nodes:
         return (state >> np.uint64(11)) * 2.0**-53
 
     def largest(self, size: np.ndarray) -> tuple[int, int] | None:
-        """Rank and index of the node with the largest `size`, shape (nodes,); None if no size is positive. Collective."""
+        """Rank and index of the node with the largest `size`, shape (nodes,); None if none is positive. Collective."""
         comm = self.Y.comm
         greatest = comm.allreduce(size.max(initial=0.0), op=MPI.MAX)
         if not greatest > 0:
@@ -101,8 +102,8 @@ class Sample:
 def draw_pairs(Y: Nodes, Z: Nodes, count: int, seed: int) -> tuple[Sample, Sample]:
     """About `count` pairs (y, z) of nodes, each with the probability w_i w_j / (|Y| |Z|). Collective.
 
-    In a round each node is drawn with a probability in proportion to its weight, at most once, and what was drawn in Y is
-    paired in random order with what was drawn in Z.
+    In a round each node is drawn with a probability in proportion to its weight, at most once, and what was drawn in Y
+    is paired in random order with what was drawn in Z.
     """
     drawn = []
     for round_ in range(_ROUNDS):
@@ -194,8 +195,8 @@ class KernelValues:
         # One of length 1, as of a kernel that does not depend on y, stands for all.
         if values.ndim > len(shape) or any(n not in (1, m) for n, m in zip(values.shape[::-1], shape[::-1])):
             raise ValueError(
-                f"kernel: for y of shape {y.shape} and z of shape {z.shape} values of shape {shape} are wanted, as sums "
-                f"over the last axis give them; {values.shape} was returned"
+                f"kernel: for y of shape {y.shape} and z of shape {z.shape} values of shape {shape} are wanted, as "
+                f"sums over the last axis give them; {values.shape} was returned"
             )
         return np.broadcast_to(values, shape)
 
@@ -214,8 +215,8 @@ def _checked(kernel: tuple, Y: LabelSpace, Z: LabelSpace) -> tuple:
         wanted = (X.V.mesh().geometric_dimension,)
         if getattr(argument, "ufl_shape", None) != wanted:
             raise ValueError(
-                f"kernel: its argument {name} is to be a SpatialCoordinate or a Constant of shape {wanted}, {argument!r} was "
-                f"given"
+                f"kernel: its argument {name} is to be a SpatialCoordinate or a Constant of shape {wanted}, "
+                f"{argument!r} was given"
             )
     if kernel[1] == kernel[2]:
         raise ValueError("kernel: y and z are one symbol; make z a Constant of the same shape")

@@ -1,18 +1,18 @@
 """How far a network is from its limits: infinite depth, Theorem 2.1, and infinite width, Theorem 2.2.
 
 In depth, coefficients a(t), b(t) are kept and steps become short: (2.1), or any other scheme, tends to (2.3). In width,
-coefficients a(y, t), b(y, z, t) and f_I(y) are kept and the mesh of Y becomes fine: (2.7) tends to (2.8), in the sense of
-distributions, by the theorem as it is printed; strongly in L2(Y) where sigma is Lipschitz, since u = a - B f then converges
-strongly with a_h and b_h.
+coefficients a(y, t), b(y, z, t) and f_I(y) are kept and the mesh of Y becomes fine: (2.7) tends to (2.8), in the sense
+of distributions, by the theorem as it is printed; strongly in L2(Y) where sigma is Lipschitz, since u = a - B f then
+converges strongly with a_h and b_h.
 
-Both theorems want the coefficients of all networks of a sequence to converge almost everywhere and to have one bound, (A2) of
-2.1 and (A3) of 2.1, and sigma to be continuous and to grow no faster than a line, (A1) of 2.1 with abs(s): all built-in
-activations do, with C1 = abs(sigma(0)) and C2 = `Activation.properties.lipschitz`. Where coefficients do not converge, there may
-be another limit than one would think, or none (`demos/limits.py`); networks of several sizes, each trained on its own, are no
-such sequence.
+Both theorems want the coefficients of all networks of a sequence to converge almost everywhere and to have one bound,
+(A2) of 2.1 and (A3) of 2.1, and sigma to be continuous and to grow no faster than a line, (A1) of 2.1 with abs(s): all
+built-in activations do, with C1 = abs(sigma(0)) and C2 = `Activation.properties.lipschitz`. Where coefficients do not
+converge, there may be another limit than one would think, or none (`demos/limits.py`); networks of several sizes, each
+trained on its own, are no such sequence.
 
-Between the layer times z^tau goes on by starts between them, with interpolated coefficients (2.2); at the layer times, where
-distances are taken here, it is z_l.
+Between the layer times z^tau goes on by starts between them, with interpolated coefficients (2.2); at the layer times,
+where distances are taken here, it is z_l.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def depth_limit(
 ) -> Convergence:
     """The network against (2.3) with its own coefficients as functions of t, with its steps and with shorter ones.
 
-    The first error is the network's own: how far it is from the ODE that its layers are steps of. The others show at which
-    order that falls: at that of the scheme, if no coefficient jumps inside of a layer, which those of a network do not.
-    Collective.
+    The first error is the network's own: how far it is from the ODE that its layers are steps of. The others show at
+    which order that falls: at that of the scheme, if no coefficient jumps inside of a layer, which those of a network
+    do not. Collective.
 
     Parameters
     ----------
@@ -145,8 +145,9 @@ def width_limit(
     Returns
     -------
     Convergence
-        Of what f(T) is as a distribution: the distance of its inner products with the functions phi, which for orthonormal
-        ones is that in L2(Y) of its parts in their span; of all samples together. One error less than spaces.
+        Of what f(T) is as a distribution: the distance of its inner products with the functions phi, which for
+        orthonormal ones is that in L2(Y) of its parts in their span; of all samples together. One error less than
+        spaces.
 
     Raises
     ------

@@ -8,9 +8,10 @@ Its neurons become the cells of a partition Y_1 .. Y_N of Y, its states piecewis
 
     a(y) = a^i,      b(y, z) = B^ij / |Y_j|,      f(y) = z^i      for y in Y_i, z in Y_j,                         (2.4)
 
-so that `int_Y b(y, z) f(z) dz = sum_j B^ij z^j`: (2.1) is one Euler step a layer of (2.5), and the network's own ODE (2.3),
-stepped by any other scheme, is (2.5) too. On M^d cubes of width h a matrix that is scaled as in (2.6), `h^d B_h`, has the
-kernel (2.7), with values b_h = B_h that stay of one size as h -> 0; on other partitions |Y_j| takes the place of h^d.
+so that `int_Y b(y, z) f(z) dz = sum_j B^ij z^j`: (2.1) is one Euler step a layer of (2.5), and the network's own ODE
+(2.3), stepped by any other scheme, is (2.5) too. On M^d cubes of width h a matrix that is scaled as in (2.6), `h^d
+B_h`, has the kernel (2.7), with values b_h = B_h that stay of one size as h -> 0; on other partitions |Y_j| takes the
+place of h^d.
 
 The way back asks for the Euler scheme: no other one is a residual network (2.1).
 """
@@ -76,8 +77,8 @@ def from_network(
     tau
         tau > 0, or one a layer, shape (L,); no unit.
     options
-        What `ResidualNetwork` takes else, as `activation`. With "solver_parameters" of another scheme, and "steps", it is
-        the ODE (2.3) that is solved, in place of (2.1).
+        What `ResidualNetwork` takes else, as `activation`. With "solver_parameters" of another scheme, and "steps", it
+        is the ODE (2.3) that is solved, in place of (2.1).
 
     Returns
     -------
@@ -139,8 +140,8 @@ def _layers(Y: LabelSpace, given: dict[str, tuple[np.ndarray, tuple[int, ...]]])
             found[name] = len(array)
         elif array.shape != shape:
             raise ValueError(
-                f"{name}: shape {shape}, or (L, {', '.join(map(str, shape))}) for L >= 1 layers, is wanted with {Y.size} "
-                f"cells; {array.shape} was given"
+                f"{name}: shape {shape}, or (L, {', '.join(map(str, shape))}) for L >= 1 layers, is wanted with "
+                f"{Y.size} cells; {array.shape} was given"
             )
     if len(set(found.values())) > 1:
         raise ValueError(f"{', '.join(found)}: one number of layers is wanted, {list(found.values())} were given")
@@ -175,9 +176,9 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
 def to_network(net: ResidualNetwork) -> NetworkArrays:
     """The residual network (2.1) that a network stepped by Euler's method is: the inverse of `from_network`.
 
-    On any label space, with the weights of its nodes: `B^ij = b(y_i, z_j) w_j`. Several steps a layer are as many layers,
-    in which a parameter that varies in t has its value at the step's start. Collective; the arrays, of L N^2 numbers, are
-    the same on every rank. States go along by `state_array`.
+    On any label space, with the weights of its nodes: `B^ij = b(y_i, z_j) w_j`. Several steps a layer are as many
+    layers, in which a parameter that varies in t has its value at the step's start. Collective; the arrays, of L N^2
+    numbers, are the same on every rank. States go along by `state_array`.
 
     Parameters
     ----------
@@ -225,9 +226,9 @@ def _check_scheme(parameters: dict) -> None:
     if kind not in ("rk", "euler") or (kind == "rk" and method != "1fe"):
         name = f"'rk' with 'ts_rk_type' {method!r}" if kind == "rk" else repr(kind)
         raise ValueError(
-            f"net: it is stepped by {name}; z + tau sigma(a - B z) has one sigma, of the state at the layer's start, which "
-            f"is Euler's method alone: other explicit schemes nest several sigma in a layer, implicit ones solve an "
-            f"equation. Give the network {{'ts_rk_type': '1fe'}}, with 'steps' enough that it is as exact"
+            f"net: it is stepped by {name}; z + tau sigma(a - B z) has one sigma, of the state at the layer's start, "
+            f"which is Euler's method alone: other explicit schemes nest several sigma in a layer, implicit ones solve "
+            f"an equation. Give the network {{'ts_rk_type': '1fe'}}, with 'steps' enough that it is as exact"
         )
     if parameters.get("ts_adapt_type", "none") != "none":
         raise ValueError(
