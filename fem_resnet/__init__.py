@@ -43,6 +43,9 @@ _MODULES = {
         "Decay", "EigenExpansion", "Stability", "eigen_expansion", "observed_decay", "stability_verdict",
     ],
     "theory.frozen_spectra": ["FrozenSpectra", "frozen_spectra"],
+    "theory.compression": ["Compression", "KernelError", "compress"],
+    "theory.limits": ["Convergence", "depth_limit", "width_limit"],
+    "theory.residual_network": ["NetworkArrays", "from_network", "state_array", "to_network"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }
