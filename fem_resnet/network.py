@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
 import firedrake as fd
 import numpy as np
 from petsc4py import PETSc
-from pyadjoint.tape import annotate_tape, get_working_tape
+from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.activation import Activation, get_activation
 from fem_resnet.basis import Basis
@@ -26,7 +27,7 @@ from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 from fem_resnet.compiled_stage import new_stage
 from fem_resnet.layer import Stage
-from fem_resnet.layer_inputs import LayerCoefficients
+from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.log import log
 from fem_resnet.methods import solver_options
 from fem_resnet.parameter import Parameter
@@ -314,6 +315,32 @@ class ResidualNetwork:
                 theirs.set(k, ours.get(k))
         return net
 
+    def layer_segments(self, space: fd.functionspaceimpl.WithGeometry) -> list[Segment]:
+        """Each layer as an operator of its own between arrays, that of no tape.
+
+        They share steppers: what one has kept of its last solve is good until the next one is used.
+
+        Parameters
+        ----------
+        space
+            Of the state: `Y.V`, or `Y.batch_space(samples)`.
+        """
+        with stop_annotating():
+            return self._new_segments(space, share=True, layers_per_block=1)
+
+    def coefficients(self) -> LayerCoefficients:
+        """Which coefficients of bias and kernel each layer takes."""
+        return LayerCoefficients(self.bias, self.kernel, self.times, range(self.layers))
+
+    def layer_inputs(self) -> list[LayerInputs]:
+        """What each layer takes at the present parameters: times, factors, a and beta as functions of time. Collective."""
+        coefficients = self.coefficients()
+        inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
+        if not self.factors:
+            return inputs
+        learned = self.learned_factors()
+        return [replace(part, factors=learned) for part in inputs]
+
     def learned_factors(self) -> LowRankKernel:
         """The factors as they are: the given ones, or where learned training has moved them. Collective."""
         if not self.factors:
@@ -369,8 +396,8 @@ class ResidualNetwork:
             self._scratch[space.value_shape] = self._new_segments(space)
         return self._scratch[space.value_shape]
 
-    def _new_segments(self, space, share: bool = False) -> list[Segment]:
-        values = BatchValues(self.Y, space)
+    def _new_segments(self, space, share: bool = False, layers_per_block: int | None = None) -> list[Segment]:
+        values, each = BatchValues(self.Y, space), layers_per_block or self.layers_per_block
         stage = self._stage(values.samples)
         steppers = self._steppers
         if share:
@@ -396,8 +423,8 @@ class ResidualNetwork:
                 annotate_tape() and self.replay_steps,
             )
             for layers in (
-                range(start, min(start + self.layers_per_block, self.layers))
-                for start in range(0, self.layers, self.layers_per_block)
+                range(start, min(start + each, self.layers))
+                for start in range(0, self.layers, each)
             )
         ]
 

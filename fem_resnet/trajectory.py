@@ -9,13 +9,13 @@ itself is stepped, with no more than the kernel's product, and known between the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
 
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
-from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
+from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.time_stepping import StepFailure
 
@@ -145,11 +145,6 @@ def solve_trajectory(
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps
-    coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
-    inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
-    if net.factors:
-        learned = net.learned_factors()
-        inputs = [replace(part, factors=learned) for part in inputs]
     f = np.array(Y.values(initial))
     layer: LayerTrajectory
 
@@ -165,7 +160,7 @@ def solve_trajectory(
     layers = []
     parameters = SOLVER_PARAMETERS | (solver_parameters or {})
     with FieldStepper(Y, f.shape[1], rate, linearised, parameters, options_prefix) as stepper:
-        for number, part in enumerate(inputs):
+        for number, part in enumerate(net.layer_inputs()):
             layer, stages = LayerTrajectory(part, None, []), []
             keep = stages.append if keep_stages else lambda step: None
             values = stepper.solve(f, part.length, steps, keep)

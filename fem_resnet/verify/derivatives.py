@@ -13,7 +13,6 @@ decide, the best of several, since a crossing inside a short step is rare.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -260,9 +259,8 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
     rng = np.random.default_rng([7, point.comm.rank])
     shared = np.random.default_rng(8)
     bound = max(1e-10, close(problem))
-    layers = _single_layers(problem.net)
     f = problem.batch.inputs
-    for layer, segment in enumerate(layers._new_segments(f.function_space())):
+    for layer, segment in enumerate(problem.net.layer_segments(f.function_space())):
         factors = [np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
         state = np.array(segment.output.read(f)) if layer == 0 else state  # noqa: F821
         arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions)), *factors]
@@ -276,12 +274,6 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
         arrays = [np.array(slot.read(v.saved_output)) for slot, v in zip(operator.inputs, block.get_dependencies())]
         name = type(operator).__name__.strip("_").removesuffix("Operator").lower()
         yield _identity(name, operator, arrays, point, rng, shared, 1e-10)
-
-
-def _single_layers(net):
-    net = copy.copy(net)
-    net.layers_per_block, net._scratch = 1, {}
-    return net
 
 
 def _factor(net, k):
@@ -323,7 +315,7 @@ def _identity(name, operator, arrays, point: Point, rng, shared, bound) -> Check
 def jacobians(point: Point) -> Iterator[Check]:
     """Of implicit types: Jacobian of the residual against a difference, its transpose, and its linear solver."""
     net = point.problem.net
-    segments = _single_layers(net)._new_segments(point.problem.batch.inputs.function_space())
+    segments = net.layer_segments(point.problem.batch.inputs.function_space())
     stepper = segments[0].steppers[0] if segments else None
     if stepper is None or not stepper.method.implicit:
         return
