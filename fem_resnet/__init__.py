@@ -31,6 +31,9 @@ _MODULES = {
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
+    "theory.propagator": ["Propagator"],
+    "theory.conditioning": ["LinearisedFlow"],
+    "theory.perturbation": ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }
