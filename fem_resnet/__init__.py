@@ -34,6 +34,8 @@ _MODULES = {
     "theory.propagator": ["Propagator"],
     "theory.conditioning": ["LinearisedFlow"],
     "theory.perturbation": ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"],
+    "theory.layer_stability": ["LayerStability"],
+    "theory.report": ["StabilityReport", "Suggestion", "stability_report"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }

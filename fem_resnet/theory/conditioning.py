@@ -190,7 +190,13 @@ class LinearisedFlow:
         """`exp(int sup |sigma'| norm(b) dt)`, above the norm of M(t_end, t_start) for the solution of (3.6). Collective.
 
         That of an explicit Runge-Kutta method whose stages enter with positive weights, as those of order 4 and of Euler do,
-        is below it too. The integral of a kernel that is linear in t is taken from above.
+        is below it too. Arguments as for `exponent`.
+        """
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.exponent(start, end, operator_norm=operator_norm)))
+
+    def exponent(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
+        """`int sup |sigma'| norm(b) dt` from t_start to t_end; that of a kernel that is linear in t from above. Collective.
 
         Parameters
         ----------
@@ -198,16 +204,20 @@ class LinearisedFlow:
             Numbers of layer times, 0 .. L; L if left out.
         operator_norm
             Whether norm(b) is that of the operator B on L2(Y), which is smaller, in place of that of b in L2(Y x Y).
+
+        Raises
+        ------
+        ValueError
+            If `start` and `end` do not fit.
         """
         start, end = self._interval(start, end)
-        exponent = 0.0
+        total = 0.0
         for inputs in self._layers[start:end]:
             # A norm is convex in t here, so that the trapezoidal rule is not below the integral.
             parts = 1 if inputs.beta.is_constant else 16
             norms = [_norm(inputs.factors, inputs.beta.coefficients(s), operator_norm) for s in np.linspace(0, 1, parts + 1)]
-            exponent += inputs.length * np.trapezoid(norms, dx=1 / parts)
-        slope = self.net.activation.properties.lipschitz
-        return float(np.exp(slope * exponent)) if exponent > 0 else 1.0
+            total += inputs.length * np.trapezoid(norms, dx=1 / parts)
+        return float(total * self.net.activation.properties.lipschitz) if total > 0 else 0.0
 
     def slope(self, layer: int) -> np.ndarray:
         """sigma'(u) at the start of a layer, u = a - B f, at the owned nodes, shape (nodes, samples). Collective."""

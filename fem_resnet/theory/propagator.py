@@ -157,8 +157,7 @@ class Propagator:
         # The second row of M^T M v = value^2 v gives the part of v outside of Z.
         v = self.basis.values @ x + self._outside()[0] @ (x / (value**2 - 1))
         function = fd.Function(self.basis.Y.V)
-        function.dat.data_wo[...] = v
-        function.assign(function / self.basis.Y.norm(function))
+        function.dat.data_wo[...] = v / np.sqrt(self.basis.Y.sum(self.basis.Y.weights @ v**2))
         return function
 
 
