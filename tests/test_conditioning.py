@@ -302,6 +302,7 @@ def order(found):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @on_spaces
 def test_the_discrete_flow_is_that_of_3_6_to_the_order_of_the_scheme(space, scheme):
+    """The discrete M(T, 0) w against the solution of (3.6) itself, stepped in the nodal values with order 6."""
     exact = solve_linearised(path(space), batch(path(space).net, 3))
     found = errors(space, scheme, lambda net: LinearisedFlow(net, batch(net)).tangent(batch(net, 3)), exact)
     assert abs(order(found) - SCHEMES[scheme][0]) < 0.2, found

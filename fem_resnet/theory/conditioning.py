@@ -75,11 +75,11 @@ class LinearisedFlow:
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import LabelSpace, LinearisedFlow, ResidualNetwork, laplace_basis
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
-    >>> net = ResidualNetwork(laplace_basis(Y, 2), layers=4, activation="identity", kernel_in_time="shared")
-    >>> net.kernel.set(0, np.diag([1.0, -2.0]))
+    >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=4, activation="identity", kernel_in_time="shared")
+    >>> net.kernel.set(0, np.diag([1.0, -2.0, 0.0]))
     >>> M = LinearisedFlow(net, Y.batch(0 * Y.weights)).propagator()
-    >>> M.lyapunov_exponents.round(2).tolist(), M.ones == Y.size - 4
-    ([2.0, 0.0, 0.0, -1.0], True)
+    >>> M.lyapunov_exponents[[0, -1]].round(2).tolist(), len(M.singular_values), M.ones == Y.size - 6
+    ([2.0, -1.0], 6, True)
     """
 
     def __init__(self, net: ResidualNetwork, initial: fd.Function):
@@ -155,7 +155,7 @@ class LinearisedFlow:
     def propagator(self, start: int = 0, end: int | None = None, *, sample: int = 0) -> Propagator:
         """M(t_end, t_start) along the solution of one sample, with its singular values. Collective.
 
-        It takes as many tangents as `basis` has functions, and memory for two fields a function.
+        It takes as many tangents as `basis` has functions, and memory for some seven fields a function at its peak.
 
         Parameters
         ----------
@@ -229,7 +229,15 @@ class LinearisedFlow:
         """Eigenvalues of -sigma'(u) B, frozen at the start of a layer, but for zeros: of a matrix of the kernel's rank.
 
         They are those of `-(Psi^T M sigma'(u) Phi) beta`, in 1 / t. Frozen eigenvalues do not decide about (3.6), whose
-        coefficients depend on t; they tell what one step of the scheme meets. Collective.
+        coefficients depend on t; they tell what one step of the scheme meets. (Section 3.5 prints sigma'((y, t_0)), b
+        replaced by sigma(u) b, and the operator -sigma'(w) B: it is sigma'(u) in all three.) Collective.
+
+        Parameters
+        ----------
+        layer
+            Number of the layer.
+        sample
+            Which sample.
         """
         inputs = self._layers[layer]
         phi, psi = inputs.factors.phi, inputs.factors.psi

@@ -94,7 +94,7 @@ def duhamel(trajectory: Trajectory, directions: Sequence[fd.Function]) -> fd.Fun
     >>> from firedrake import Function, FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis, solve_trajectory
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
-    >>> net = ResidualNetwork(laplace_basis(Y, 2), layers=2, activation="identity")
+    >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=2, activation="identity")
     >>> alpha = [Function(Y.V).assign(1.0), Function(Y.V).assign(3.0)]
     >>> beta = [Function(p.function_space()) for p in net.kernel.functions]
     >>> g = duhamel(solve_trajectory(net, Y.batch(0 * Y.weights)), alpha + beta)
