@@ -191,6 +191,14 @@ def test_inputs_that_become_alike_are_found():
     assert any("come" in s.text and "times closer" in s.text for s in report.suggestions if s.kind == "constraint")
 
 
+def test_a_condition_beyond_double_precision_is_infinite():
+    """e^20 over e^(-20); up to T / 2 it is e^20, and known."""
+    net = linear(("sphere", "CG1"), [10.0, -10.0], steps=8)
+    layers = stability_report(net, initial(net)).layers
+    assert layers[-1].condition == np.inf and layers[-1].kept < 1e-6
+    assert_allclose(layers[3].condition, np.exp(20.0), rtol=1e-2)  # rk4 with h mu = 0.3
+
+
 def test_a_sound_network_gets_no_suggestion():
     net = linear(("sphere", "CG1"), [0.3, 0.2], activation="tanh")
     report = stability_report(net, initial(net, size=0.3))

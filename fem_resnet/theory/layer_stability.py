@@ -39,7 +39,7 @@ class LayerStability:
     grown, kept : float
         Largest and smallest singular value of M(t_(l+1), 0).
     condition : float
-        Condition number of M(t_(l+1), 0).
+        Condition number of M(t_(l+1), 0); infinite, and `kept` only a bound, where that is beyond double precision.
     exponents : tuple of float
         Largest and smallest finite-time Lyapunov exponent, `log(grown) / t_(l+1)` and `log(kept) / t_(l+1)`.
     gradient_grows, gradient_keeps : float
@@ -96,7 +96,7 @@ def layer_stability(flow: LinearisedFlow, terminal: np.ndarray) -> list[LayerSta
     net, Y = flow.net, flow.net.Y
     shape = (net.layers, terminal.shape[1])
     forward, depth, backward = (np.empty((*shape, 2)) for _ in range(3))
-    costate, gradient = np.empty(shape), np.empty(shape)
+    condition, costate, gradient = (np.empty(shape) for _ in range(3))
     # Two sweeps over the layers rather than one that keeps a field a function of the basis and layer.
     for sample in range(shape[1]):
         so_far = None
@@ -104,6 +104,7 @@ def layer_stability(flow: LinearisedFlow, terminal: np.ndarray) -> list[LayerSta
             M = flow.propagator(l, l + 1, sample=sample)
             so_far = M if so_far is None else M @ so_far
             forward[l, sample], depth[l, sample] = (M.norm, M.smallest), (so_far.norm, so_far.smallest)
+            condition[l, sample] = so_far.condition
         so_far, r = None, Y.batch(terminal[:, sample])
         for l in reversed(range(net.layers)):
             M = flow.propagator(l, l + 1, sample=sample)
@@ -123,10 +124,10 @@ def layer_stability(flow: LinearisedFlow, terminal: np.ndarray) -> list[LayerSta
         grows, keeps = forward[l, :, 0].max(), forward[l, :, 1].min()
         with np.errstate(divide="ignore"):
             exponents = tuple(float(np.log(value) / end) for value in (grown, kept))
-            condition = float(np.max(depth[l, :, 0] / depth[l, :, 1]))
         result.append(
             LayerStability(
-                l, start, end, float(grows), float(keeps), flow.bound(l, l + 1), float(grown), float(kept), condition,
+                l, start, end, float(grows), float(keeps), flow.bound(l, l + 1), float(grown), float(kept),
+                float(condition[l].max()),
                 exponents, float(backward[l, :, 0].max()), float(backward[l, :, 1].min()),
                 float(np.sqrt(costate[l].sum()) / size), float(np.sqrt(gradient[l].sum()) / size),
                 _mean(Y, slope), _mean(Y, slope <= _FLAT), float(eigenvalues.real.max()),

@@ -45,7 +45,7 @@ class Propagator:
     ----------
     singular_values : numpy.ndarray
         Those that belong to the span of Z and A, falling, at most twice the rank; no unit. Below 1e-16 of the largest they
-        are round-off.
+        are round-off, as any from double precision are.
     ones : int
         How many further singular values there are, all of them 1: M is the identity on as many directions.
     """
@@ -127,8 +127,12 @@ class Propagator:
 
     @property
     def condition(self) -> float:
-        """Condition number, largest over smallest singular value; infinite where the smallest is 0. Collective at first."""
-        return self.norm / self.smallest if self.smallest > 0 else np.inf
+        """Condition number, largest over smallest singular value; infinite where the smallest is round-off of the largest.
+
+        Collective at first.
+        """
+        lost = len(self.singular_values) * np.finfo(float).eps * self.norm
+        return self.norm / self.smallest if self.smallest > lost else np.inf
 
     @property
     def lyapunov_exponents(self) -> np.ndarray:

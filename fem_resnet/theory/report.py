@@ -233,7 +233,8 @@ def _on_steps(net: ResidualNetwork, layers: Sequence[LayerStability]) -> list[st
     )
     wanted = [l.wanted_steps for l in coarse]
     if None in wanted:
-        return [f"{where}, and so it is with {MORE_STEPS} times as many: make the kernel smaller, or take an implicit method"]
+        return [f"{where}, and so it is with {MORE_STEPS} times as many: make the kernel smaller, or take a method of "
+            f"higher order or an implicit one"]
     return [f"{where}: take steps={max(wanted)}"]
 
 
