@@ -46,6 +46,11 @@ _MODULES = {
     "theory.compression": ["Compression", "KernelError", "compress"],
     "theory.limits": ["Convergence", "depth_limit", "width_limit"],
     "theory.residual_network": ["NetworkArrays", "from_network", "state_array", "to_network"],
+    "theory.propagator": ["Propagator"],
+    "theory.conditioning": ["LinearisedFlow"],
+    "theory.perturbation": ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"],
+    "theory.layer_stability": ["LayerStability"],
+    "theory.report": ["StabilityReport", "Suggestion", "stability_report"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }

@@ -33,7 +33,6 @@ from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, 
 from fem_resnet.head import PREDICTIONS, Prediction
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace, sample_weights
-from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
@@ -101,7 +100,7 @@ class Costate:
             R in J + R, if its gradient is to be added: lambda a and lambda b for Tikhonov's.
         """
         net = self.trajectory.net
-        coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
+        coefficients = net.coefficients()
         of = {id(p): d for p, d in zip(coefficients.functions, coefficients.collect(self._functionals))}
         slots = {id(p): slot for p, slot in zip(coefficients.functions, coefficients.slots)}
         gradients = []

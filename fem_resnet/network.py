@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from types import NoneType
@@ -18,7 +19,7 @@ import firedrake as fd
 import numpy as np
 from petsc4py import PETSc
 from pyadjoint import AdjFloat
-from pyadjoint.tape import annotate_tape, get_working_tape
+from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.activation import Activation, get_activation
 from fem_resnet.basis import Basis
@@ -28,7 +29,7 @@ from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
 from fem_resnet.compiled_stage import new_stage
 from fem_resnet.layer import Stage
-from fem_resnet.layer_inputs import LayerCoefficients
+from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.log import log
 from fem_resnet.methods import solver_options
 from fem_resnet.parameter import Parameter
@@ -333,6 +334,39 @@ class ResidualNetwork:
                 theirs.set(k, ours.get(k))
         return net
 
+    def layer_segments(
+        self,
+        space: fd.functionspaceimpl.WithGeometry,
+        running: RunningCost | None = None,
+        omega: np.ndarray | None = None,
+    ) -> list[Segment]:
+        """Each layer as an operator of its own between arrays, that of no tape.
+
+        They share steppers: what one has kept of its last solve is good until the next one is used.
+
+        Parameters
+        ----------
+        space
+            Of the state: `Y.V`, or `Y.batch_space(samples)`.
+        running, omega
+            A running cost, and the weights of the samples in it, which add up to 1.
+        """
+        with stop_annotating():
+            return self._new_segments(space, running, omega, share=True, layers_per_block=1)
+
+    def coefficients(self) -> LayerCoefficients:
+        """Which coefficients of bias and kernel each layer takes."""
+        return LayerCoefficients(self.bias, self.kernel, self.times, range(self.layers))
+
+    def layer_inputs(self) -> list[LayerInputs]:
+        """What each layer takes at the present parameters: times, factors, a and beta as functions of time. Collective."""
+        coefficients = self.coefficients()
+        inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
+        if not self.factors:
+            return inputs
+        learned = self.learned_factors()
+        return [replace(part, factors=learned) for part in inputs]
+
     def learned_factors(self) -> LowRankKernel:
         """The factors as they are: the given ones, or where learned training has moved them. Collective."""
         if not self.factors:
@@ -392,9 +426,14 @@ class ResidualNetwork:
         return self._scratch[key]
 
     def _new_segments(
-        self, space, running: RunningCost | None = None, omega: np.ndarray | None = None, share: bool = False
+        self,
+        space,
+        running: RunningCost | None = None,
+        omega: np.ndarray | None = None,
+        share: bool = False,
+        layers_per_block: int | None = None,
     ) -> list[Segment]:
-        values = BatchValues(self.Y, space)
+        values, each = BatchValues(self.Y, space), layers_per_block or self.layers_per_block
         stage = self._stage(values.samples)
         made: dict[tuple, list[LayerStepper]] = {}
 
@@ -422,8 +461,8 @@ class ResidualNetwork:
                 omega,
             )
             for layers in (
-                range(start, min(start + self.layers_per_block, self.layers))
-                for start in range(0, self.layers, self.layers_per_block)
+                range(start, min(start + each, self.layers))
+                for start in range(0, self.layers, each)
             )
         ]
 

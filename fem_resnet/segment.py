@@ -116,7 +116,7 @@ class Segment:
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
         self._run(self.steppers, [self._with_row(f)], self._layers, save, self._steps)
         if self._replay:
-            self._steps = self._adapted()
+            self.replay(self.taken_steps())
         return self._value(self._advance([f], self.traces())[0])
 
     def _with_row(self, f: np.ndarray, c: np.ndarray | float = 0.0) -> np.ndarray:
@@ -130,6 +130,14 @@ class Segment:
         """Adjoint values of f and c in one array."""
         return dual if self.omega is None else self._with_row(dual[0], self.omega * dual[1])
 
+    def replay(self, steps: Sequence[list[float] | None]) -> None:
+        """Take these steps from now on: for each layer those of a trace, or None for equal ones."""
+        self._steps = list(steps)
+
+    def taken_steps(self) -> list[list[float] | None]:
+        """The steps of the last forward solve, in parts of each layer, where they were adapted; else None."""
+        return [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
+
     def refuse_without_adjoint(self) -> None:
         """Raise ValueError if PETSc cannot adjoin the method."""
         method = self.steppers[0].method
@@ -138,10 +146,6 @@ class Segment:
                 f"solver_parameters: PETSc has no adjoint of its method {self.steppers[0].ts_type!r}, so it cannot be "
                 f"recorded; 'ts_type': {method.instead} has one. Without a gradient: run it while annotation is off"
             )
-
-    def _adapted(self) -> list[list[float] | None]:
-        """The steps of the last forward solve, where they were adapted."""
-        return [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
 
     def _run(
         self,
@@ -270,7 +274,7 @@ class Segment:
         values = self._coefficients.on_layers(arrays[1:])
         layers = list(zip(values, self._coefficients.on_layers(directions[1:], directions=True)))
         f = [self._with_row(part[0]) for part in (arrays, directions)]
-        self._run(self._tangent_steppers, f, layers, save, self._adapted())
+        self._run(self._tangent_steppers, f, layers, save, self.taken_steps())
         return f, layers
 
     @PETSc.Log.EventDecorator("fem_resnet:second_adjoint")

@@ -9,17 +9,17 @@ itself is stepped, with no more than the kernel's product, and known between the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
 
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
-from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
+from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.time_stepping import StepFailure
 
-__all__ = ["LayerTrajectory", "Trajectory", "like", "present_inputs", "solve_trajectory"]
+__all__ = ["LayerTrajectory", "Trajectory", "like", "solve_trajectory"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,6 @@ def solve_trajectory(
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps
-    inputs = present_inputs(net)
     f = np.array(Y.values(initial))
     layer: LayerTrajectory
 
@@ -161,7 +160,7 @@ def solve_trajectory(
     layers = []
     parameters = SOLVER_PARAMETERS | (solver_parameters or {})
     with FieldStepper(Y, f.shape[1], rate, linearised, parameters, options_prefix) as stepper:
-        for number, part in enumerate(inputs):
+        for number, part in enumerate(net.layer_inputs()):
             layer, stages = LayerTrajectory(part, None, []), []
             keep = stages.append if keep_stages else lambda step: None
             values = stepper.solve(f, part.length, steps, keep)
@@ -174,15 +173,6 @@ def solve_trajectory(
         scheme = stepper.scheme
     return Trajectory(net, like(initial, f), scheme, steps, layers)
 
-
-def present_inputs(net: ResidualNetwork) -> list[LayerInputs]:
-    """What each layer takes at the network's present coefficients. Collective."""
-    coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
-    inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
-    if net.factors:
-        learned = net.learned_factors()
-        inputs = [replace(part, factors=learned) for part in inputs]
-    return inputs
 
 
 def like(function: fd.Function, values: np.ndarray) -> fd.Function:

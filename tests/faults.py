@@ -288,7 +288,7 @@ FAULTS = [
     Fault("carried: the exact preconditioner is that of the transpose", CARRIED, line(fem_resnet.layer_jacobian.Elimination, "apply", "self._solve(layer.blocks(), g)", "self._solve(np.swapaxes(layer.blocks(), 1, 2), g)")),
     Fault("carried: f is not stepped", CARRIED, line(fem_resnet.layer_state.CarriedState, "rates", "return s", "return [0.5 * part for part in s]")),
     Fault("adapted: the replayed steps are equal ones", ADAPTED, line(Stepper, "_set_step", "self._replayed[ts.getStepNumber()]", "1.0 / len(self._replayed)")),
-    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "_adapted", "stepper.trace.steps if stepper.adaptive else None", "None")),
+    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive else None", "None")),
     # segments
     Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "if inputs[0].factors.psi is not psi:", "if True:\n            psi = None")),
     Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "start = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]", "start = list(duals)")),

@@ -21,7 +21,6 @@ from matplotlib.axes import Axes
 
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.singular_values import weighted_gram
-from fem_resnet.trajectory import present_inputs
 
 __all__ = ["FrozenSpectra", "frozen_spectra"]
 
@@ -97,7 +96,7 @@ def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     """
     if not net.layers:
         raise ValueError("net: a network with layers is wanted, one without was given")
-    inputs = present_inputs(net)
+    inputs = net.layer_inputs()
     found = []
     for layer, state in enumerate(net.run(initial).states()):
         at = inputs[min(layer, net.layers - 1)]

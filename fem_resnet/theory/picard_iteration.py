@@ -22,7 +22,7 @@ from scipy.special import factorial
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.well_posedness import LayerNorms, lipschitz_constant
-from fem_resnet.trajectory import like, present_inputs
+from fem_resnet.trajectory import like
 
 __all__ = ["Picard", "PicardPiece", "picard"]
 
@@ -163,7 +163,7 @@ def picard(
 
 def _substeps(net: ResidualNetwork) -> list[_Substep]:
     lipschitz, found = lipschitz_constant(net), []
-    for layer in present_inputs(net):
+    for layer in net.layer_inputs():
         norms = LayerNorms(net.Y, layer)
         count = max(1, int(np.ceil(lipschitz * norms.integral("hs") / _SUBSTEP)))
         for part in pairwise(np.linspace(0.0, 1.0, count + 1)):

@@ -25,7 +25,6 @@ import scipy.integrate
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.trajectory import present_inputs
 
 __all__ = [
     "LayerNorms", "StabilityEstimate", "WellPosedness", "lipschitz_constant", "stability_estimate", "well_posedness_constants",
@@ -95,7 +94,7 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     ([0.0, 5.0, 10.0], [0.0, 4.0, 8.0])
     """
     lipschitz = lipschitz_constant(net)
-    layers = [LayerNorms(net.Y, layer) for layer in present_inputs(net)]
+    layers = [LayerNorms(net.Y, layer) for layer in net.layer_inputs()]
 
     def cumulative(norm: str) -> np.ndarray:
         return lipschitz * np.concatenate([[0.0], np.cumsum([layer.integral(norm) for layer in layers])])

@@ -13,7 +13,6 @@ decide, the best of several, since a crossing inside a short step is rare.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -264,9 +263,8 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
     rng = np.random.default_rng([7, point.comm.rank])
     shared = np.random.default_rng(8)
     bound = max(1e-10, close(problem))
-    layers = _single_layers(problem.net)
     f = problem.batch.inputs
-    for layer, segment in enumerate(_segments(layers, problem)):
+    for layer, segment in enumerate(_layer_segments(problem)):
         factors = [np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
         state = np.array(segment.inputs[0].read(f)) if layer == 0 else state  # noqa: F821
         arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions)), *factors]
@@ -282,16 +280,9 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
         yield _identity(name, operator, arrays, point, rng, shared, 1e-10)
 
 
-def _segments(net, problem):
-    space = problem.batch.inputs.function_space()
+def _layer_segments(problem):
     omega = None if problem.running is None else sample_weights(problem.batch.weights, problem.batch.samples)
-    return net._new_segments(space, problem.running, omega)
-
-
-def _single_layers(net):
-    net = copy.copy(net)
-    net.layers_per_block, net._scratch = 1, {}
-    return net
+    return problem.net.layer_segments(problem.batch.inputs.function_space(), problem.running, omega)
 
 
 def _factor(net, k):
@@ -339,7 +330,7 @@ def _identity(name, operator, arrays, point: Point, rng, shared, bound) -> Check
 def jacobians(point: Point) -> Iterator[Check]:
     """Of implicit types: Jacobian of the residual against a difference, its transpose, and its linear solver."""
     net = point.problem.net
-    segments = _segments(_single_layers(net), point.problem)
+    segments = _layer_segments(point.problem)
     stepper = segments[0].steppers[0] if segments else None
     if stepper is None or not stepper.method.implicit:
         return
