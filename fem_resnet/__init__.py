@@ -31,6 +31,10 @@ _MODULES = {
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
+    "theory.singular_values": ["SingularSystem", "singular_system"],
+    "theory.autonomous": ["AutonomousProblem", "autonomous_problem"],
+    "theory.steady_states": ["SteadyStates", "find_steady_states", "zero_set"],
+    "theory.equilibria": ["Equilibria", "Equilibrium", "find_equilibria"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }

@@ -10,17 +10,27 @@ and the norm of b in L2(Y x Z), the Hilbert-Schmidt norm of B, is given by the G
 
     (b, c) = tr(beta^T G_Phi gamma G_Psi).
 
-It bounds the operator norm of B on L2 and equals it at rank 1 only (the proof of Theorem 3.1 says "equals").
+It bounds the operator norm of B on L2 and equals it at rank 1 only (the proof of Theorem 3.1 says "equals"). With
+Cholesky's G = R^T R of both bases, B has the singular values of the small matrix R_Phi beta R_Psi^T.
 """
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import scipy.linalg
+from mpi4py import MPI
 
 from fem_resnet.basis import Basis
+from fem_resnet.log import log
 
-__all__ = ["LowRankKernel"]
+__all__ = ["EXACT_SUPREMUM", "LowRankKernel"]
+
+#: Up to how many pairs of nodes (y, z) sup |b| is found by looking at all of them: 20,000 nodes of y and of z.
+EXACT_SUPREMUM = 20_000**2
+#: Nodes a block: of pairs, so that a block of b stays in the cache, and of one basis.
+_PAIRED, _BLOCK = 512, 16_384
 
 
 class LowRankKernel:
@@ -70,6 +80,97 @@ class LowRankKernel:
         phi, psi = self.phi, self.psi
         return phi.stiffness @ beta @ psi.gram + phi.gram @ beta @ psi.stiffness
 
-    def norm(self, beta: np.ndarray) -> float:
-        """Norm of b in L2(Y x Z), the Hilbert-Schmidt norm of B."""
-        return float(np.sqrt(np.sum(self.dual(beta) * beta)))
+    def norm(self, beta: np.ndarray, kind: str = "hs") -> float:
+        """A norm of b, or of B. Collective; no array of nodes x nodes occurs.
+
+        Parameters
+        ----------
+        beta
+            Coefficients, shape (rank of phi, rank of psi).
+        kind
+            "hs": that of b in L2(Y x Z), the Hilbert-Schmidt norm of B; the root of tr(beta^T G_Phi beta G_Psi).
+            "operator": that of B from L2(Z) to L2(Y), its largest singular value; at most "hs", and equal to it at rank
+            one only.
+            "linf": the largest |b(y, z)| over the nodes, where `supremum_is_exact`; above that an upper bound by Cauchy
+            and Schwarz, with a warning in the log.
+
+        Raises
+        ------
+        ValueError
+            If `kind` is none of these.
+
+        Examples
+        --------
+        >>> from firedrake import FunctionSpace, UnitDiskMesh
+        >>> from fem_resnet import LabelSpace, laplace_basis
+        >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
+        >>> kernel, beta = LowRankKernel(phi, phi), np.diag([4.0, 3.0, 0.0, 0.0])
+        >>> round(kernel.norm(beta), 12), round(kernel.norm(beta, "operator"), 12)
+        (5.0, 4.0)
+        """
+        if kind == "hs":
+            return float(np.sqrt(max(np.sum(self.dual(beta) * beta), 0.0)))
+        if kind == "operator":
+            R_phi, R_psi = self._roots()
+            return float(scipy.linalg.svdvals(R_phi @ beta @ R_psi.T)[0])
+        if kind == "linf":
+            if self.supremum_is_exact:
+                return self._supremum(beta)
+            log(
+                self.phi.Y.comm, logging.WARNING, "norm: sup |b| is given by an upper bound: b has values at %d x %d nodes",
+                self.phi.Y.size, self.psi.Y.size,
+            )  # fmt: skip
+            return self._supremum_bound(beta)
+        raise ValueError(f"kind: 'hs', 'operator' or 'linf' is wanted, {kind!r} was given")
+
+    @property
+    def supremum_is_exact(self) -> bool:
+        """Whether ``norm(beta, "linf")`` looks at all pairs of nodes, or is an upper bound."""
+        return self.phi.Y.size * self.psi.Y.size <= EXACT_SUPREMUM
+
+    def svd(self, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Singular value decomposition of B in the label measure, `B f = sum_k mu_k (psi_k, f) phi_k` of 3.3.
+
+        Returns
+        -------
+        left : numpy.ndarray
+            Coefficients of the orthonormal phi_k in the basis phi, shape (rank of phi, count), count the smaller rank.
+        values : numpy.ndarray
+            mu_k >= 0, falling, shape (count,).
+        right : numpy.ndarray
+            Coefficients of the orthonormal psi_k in the basis psi, shape (rank of psi, count).
+        """
+        R_phi, R_psi = self._roots()
+        U, values, Vt = np.linalg.svd(R_phi @ beta @ R_psi.T, full_matrices=False)
+        return scipy.linalg.solve_triangular(R_phi, U), values, scipy.linalg.solve_triangular(R_psi, Vt.T)
+
+    def _roots(self) -> list[np.ndarray]:
+        """R of both bases: what `cho_factor` leaves below the diagonal is no part of it."""
+        return [np.triu(factor) for factor, _ in self._factors]
+
+    def _supremum(self, beta: np.ndarray) -> float:
+        """All pairs of nodes: each rank's nodes of z come to all ranks in turn."""
+        comm = self.phi.Y.comm
+        rows = self.phi.values @ beta
+        largest = 0.0
+        for rank, nodes in enumerate(comm.allgather(self.psi.Y.nodes)):
+            columns = np.ascontiguousarray(self.psi.values) if rank == comm.rank else np.empty((nodes, self.psi.rank))
+            comm.Bcast(columns, root=rank)
+            for z in range(0, nodes, _PAIRED):
+                for y in range(0, len(rows), _PAIRED):
+                    b = rows[y : y + _PAIRED] @ columns[z : z + _PAIRED].T
+                    largest = max(largest, b.max(), -b.min())
+        return float(comm.allreduce(largest, op=MPI.MAX))
+
+    def _supremum_bound(self, beta: np.ndarray) -> float:
+        """`|b(y, z)|^2 <= sum_k mu_k phi_k(y)^2 sum_k mu_k psi_k(z)^2`."""
+        left, values, right = self.svd(beta)
+        return float(np.sqrt(_largest_row(self.phi, left, values) * _largest_row(self.psi, right, values)))
+
+
+def _largest_row(basis: Basis, coefficients: np.ndarray, values: np.ndarray) -> float:
+    """The largest `sum_k mu_k p_k(y)^2` over the nodes."""
+    largest = 0.0
+    for start in range(0, basis.Y.nodes, _BLOCK):
+        largest = max(largest, ((basis.values[start : start + _BLOCK] @ coefficients) ** 2 @ values).max())
+    return basis.Y.comm.allreduce(largest, op=MPI.MAX)

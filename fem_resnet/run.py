@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import firedrake as fd
@@ -25,10 +26,21 @@ class Piece:
     block: OperatorBlock | None
 
     def state(self, layers: int) -> np.ndarray:
+        start, traces = self._solved()
+        return self.segment.advance(start, traces[:layers])
+
+    def states(self) -> Iterator[np.ndarray]:
+        """f at the ends of all layers, each from that before."""
+        f, traces = self._solved()
+        for trace in traces:
+            f = self.segment.advance(f, [trace])
+            yield f
+
+    def _solved(self) -> tuple[np.ndarray, list[LayerTrace]]:
         start, traces = self.start, self.traces
         if self.block is not None:
             start, traces = self.block.get_dependencies()[0].saved_output, self.segment.traces()
-        return self.segment.advance(self.segment.output.read(start), traces[:layers])
+        return self.segment.output.read(start), traces
 
     def costate(self, layers: int) -> np.ndarray | None:
         return self.segment.costate(layers) if self.block.adjoint_is_current else None
@@ -67,6 +79,20 @@ class Run:
             return self._function(self.initial.dat.data_ro)
         piece, inside = self._locate(layer)
         return self._function(piece.state(inside))
+
+    def states(self) -> Iterator[fd.Function]:
+        """f(t_0), .., f(t_L), one after the other: each layer is gone through once, where `state` starts anew each time.
+
+        Raises
+        ------
+        RuntimeError
+            If the run was recorded under a schedule of checkpoints.
+        """
+        self._refuse_schedule("states", "run the network with annotation off, and ask that Run")
+        yield self.state(0)
+        for piece in self._pieces:
+            for f in piece.states():
+                yield self._function(f)
 
     def costate(self, layer: int) -> fd.Function:
         """r(t_l), l = 0 .. L: the adjoint value of f(t_l) on the tape, as its representative in the label measure.

@@ -19,7 +19,7 @@ from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.time_stepping import StepFailure
 
-__all__ = ["LayerTrajectory", "Trajectory", "like", "solve_trajectory"]
+__all__ = ["LayerTrajectory", "Trajectory", "like", "present_inputs", "solve_trajectory"]
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,7 @@ def solve_trajectory(
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps
-    coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
-    inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
-    if net.factors:
-        learned = net.learned_factors()
-        inputs = [replace(part, factors=learned) for part in inputs]
+    inputs = present_inputs(net)
     f = np.array(Y.values(initial))
     layer: LayerTrajectory
 
@@ -177,6 +173,16 @@ def solve_trajectory(
             layers.append(LayerTrajectory(part, Path(part.start, part.start + part.length, values, slopes), stages))
         scheme = stepper.scheme
     return Trajectory(net, like(initial, f), scheme, steps, layers)
+
+
+def present_inputs(net: ResidualNetwork) -> list[LayerInputs]:
+    """What each layer takes at the network's present coefficients. Collective."""
+    coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
+    inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
+    if net.factors:
+        learned = net.learned_factors()
+        inputs = [replace(part, factors=learned) for part in inputs]
+    return inputs
 
 
 def like(function: fd.Function, values: np.ndarray) -> fd.Function:

@@ -118,6 +118,60 @@ def test_operator_norm_is_bounded_by_the_norm_of_b_and_equals_it_at_rank_one_onl
 
 
 @on_ranks
+def test_operator_norm_is_the_largest_singular_value(kernel, rng):
+    """Proof of Theorem 3.1: at most the Hilbert-Schmidt norm, which is what the paper's proof uses for it."""
+    beta = rng.normal(size=kernel.shape)
+    singular_values = _singular_values(kernel, beta)
+    assert abs(kernel.norm(beta, "operator") / singular_values[0] - 1) < 1e-12
+    rank_one = np.outer(rng.normal(size=kernel.shape[0]), rng.normal(size=kernel.shape[1]))
+    assert abs(kernel.norm(rank_one, "operator") / kernel.norm(rank_one, "hs") - 1) < 1e-12
+    if min(kernel.shape) > 1:
+        assert kernel.norm(beta, "operator") < (1 - 1e-6) * kernel.norm(beta, "hs")
+
+
+@on_ranks
+def test_svd_is_that_of_the_dense_kernel(kernel, rng):
+    beta = rng.normal(size=kernel.shape)
+    left, values, right = kernel.svd(beta)
+    count = min(kernel.shape)
+    assert_allclose(values, _singular_values(kernel, beta)[:count], rtol=1e-12, atol=1e-12)
+    assert_allclose(left @ np.diag(values) @ right.T, beta, rtol=0, atol=1e-11)
+    for basis, coefficients in ((kernel.phi, left), (kernel.psi, right)):
+        assert_allclose(coefficients.T @ basis.gram @ coefficients, np.eye(count), rtol=0, atol=1e-11)
+
+
+@on_ranks
+def test_supremum_of_b_is_found_in_blocks_of_nodes(kernel, rng, monkeypatch):
+    monkeypatch.setattr("fem_resnet.kernel._PAIRED", 7)
+    beta = rng.normal(size=kernel.shape)
+    exact = np.abs(_dense(kernel, beta)[0]).max()
+    assert kernel.supremum_is_exact and abs(kernel.norm(beta, "linf") / exact - 1) < 1e-13
+    assert kernel.norm(-beta, "linf") == kernel.norm(beta, "linf")
+
+
+@on_ranks
+def test_on_many_nodes_the_supremum_is_an_upper_bound_which_says_so(kernel, rng, monkeypatch, caplog):
+    """By Cauchy and Schwarz; equal at rank one."""
+    monkeypatch.setattr("fem_resnet.kernel._BLOCK", 5)
+    beta = rng.normal(size=kernel.shape)
+    rank_one = np.outer(rng.normal(size=kernel.shape[0]), rng.normal(size=kernel.shape[1]))
+    exact, exact_one = kernel.norm(beta, "linf"), kernel.norm(rank_one, "linf")
+    monkeypatch.setattr("fem_resnet.kernel.EXACT_SUPREMUM", 1)
+    bound = kernel.norm(beta, "linf")
+    assert not kernel.supremum_is_exact
+    assert exact * (1 - 1e-12) <= bound
+    assert abs(kernel.norm(rank_one, "linf") / exact_one - 1) < 1e-12
+    if kernel.phi.Y.comm.rank == 0:
+        assert "upper bound" in caplog.text
+
+
+@on_two_ranks
+def test_refuses_norms_that_it_does_not_know(kernel):
+    with pytest.raises(ValueError, match=r"^kind: 'hs', 'operator' or 'linf' is wanted, 'l1' was given$"):
+        kernel.norm(np.zeros(kernel.shape), "l1")
+
+
+@on_ranks
 def test_dual_represents_the_inner_product_of_dense_kernels(kernel, rng):
     beta, gamma = rng.normal(size=(2, *kernel.shape))
     (b, w_y, w_z), (c, _, _) = _dense(kernel, beta), _dense(kernel, gamma)

@@ -139,6 +139,10 @@ def test_state_is_what_a_network_of_the_first_layers_gives(taped, layers_per_blo
         assert state.function_space() == run.final.function_space()
         assert_allclose(net.Y.values(state), _run(part), rtol=0, atol=1e-13, err_msg=f"t_{layers}")
     assert (net.Y.values(run.state(0)) == smooth(net.Y)).all()
+    # One after the other they are summed in another order.
+    for layer, state in enumerate(run.states()):
+        assert_allclose(net.Y.values(state), net.Y.values(run.state(layer)), rtol=0, atol=1e-14)
+    assert layer == 3
 
 
 @on_ranks

@@ -1,0 +1,214 @@
+"""Equilibria of u_t = -B sigma(u), 3.3: where u = a - B f stands still, while f may drift.
+
+The equation for u alone, u_t = -B sigma(u), stands still at every u with sigma(u) in N(B): r equations (psi_l, sigma(u)) = 0,
+thus a set of all dimensions but r. Where u = a - B f is such an equilibrium and sigma(u) is not 0,
+
+    f(t) = f_I + t sigma(u)
+
+grows for ever, in N(B), unseen by the time-uniform estimates of Theorem 3.2. Only u in a + R(B) belong to an f. Lemma 3.3:
+for B = B^T and s sigma(s) >= 0, (3.4), an equilibrium in R(B) has u sigma(u) = 0; if B is not symmetric there may be others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+import scipy.optimize
+
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
+from fem_resnet.theory.singular_values import weighted_gram
+
+__all__ = ["Equilibria", "Equilibrium", "find_equilibria"]
+
+_NEWTON_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """A u with sigma(u) in N(B).
+
+    Attributes
+    ----------
+    u : Function
+    speed : float
+        |sigma(u)| in L2(Y): how fast f drifts; 0 if f is steady.
+    pairing : float
+        int u sigma(u) dy: 0 by Lemma 3.3 for u in R(B), B symmetric and s sigma(s) >= 0.
+    outside : float
+        |u - its part in R(B)|.
+    eigenvalues : numpy.ndarray
+        Of -B sigma'(u) on R(B), complex: u_t = -B sigma(u) linearised at this equilibrium.
+    """
+
+    u: fd.Function
+    speed: float
+    pairing: float
+    outside: float
+    eigenvalues: np.ndarray
+
+
+@dataclass(frozen=True)
+class Equilibria:
+    """The set of u with sigma(u) in N(B), where u_t = -B sigma(u) stands still. Get one from `find_equilibria`.
+
+    Attributes
+    ----------
+    problem : AutonomousProblem
+    tolerance : float
+        Up to which residual u is an equilibrium.
+    """
+
+    problem: AutonomousProblem
+    tolerance: float
+
+    @property
+    def codimension(self) -> int:
+        """r: how many equations (psi_l, sigma(u)) = 0 there are."""
+        return self.problem.system.rank
+
+    def residuals(self, u: fd.Function) -> np.ndarray:
+        """|part of sigma(u) in R(B^T)| / |sigma(u)|, from 0 to 1, shape (samples,); 0 where sigma(u) = 0. Collective."""
+        sigma = self.problem.activation(self.problem.Y.values(u))
+        part = np.linalg.norm(self.problem.system.right_coefficients(sigma), axis=0)
+        whole = self.problem.norms(sigma)
+        return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+    def contain(self, u: fd.Function) -> np.ndarray:
+        """Whether these u are equilibria, up to the tolerance: shape (samples,), bool. Collective."""
+        return self.residuals(u) <= self.tolerance
+
+    def nearest(self, u: fd.Function) -> fd.Function:
+        """Equilibria near these u: points of least distance to u, at least locally, a new Function. Collective.
+
+        Newton's method for: least |v - u|^2 / 2 under (psi_l, sigma(v)) = 0, of which every step is a system of size r.
+
+        Raises
+        ------
+        RuntimeError
+            If it does not converge.
+        """
+        values = self.problem.Y.values(u)
+        return self.problem.Y.batch(np.column_stack([self._nearest(v) for v in values.T]))
+
+    def distance(self, u: fd.Function) -> np.ndarray:
+        """Distance of these u from `nearest(u)` in L2(Y), shape (samples,): not below that from the set. Collective."""
+        Y = self.problem.Y
+        return self.problem.norms(Y.values(self.nearest(u)) - Y.values(u))
+
+    def velocity(self, f: fd.Function) -> fd.Function:
+        """sigma(a - B f): where u = a - B f is an equilibrium, f(t) = f + t sigma(u) for all t. Collective."""
+        Y = self.problem.Y
+        return Y.batch(self.problem.activation(self.problem.argument(Y.values(f))))
+
+    def describe(self, u: fd.Function) -> list[Equilibrium]:
+        """What is to be said of these equilibria, one a sample. Collective."""
+        problem = self.problem
+        Y, system, values = problem.Y, problem.system, problem.Y.values(u)
+        sigma = problem.activation(values)
+        outside = problem.norms(values - system.left_values(system.left_coefficients(values)))
+        pairing = Y.sum(Y.weights @ (values * sigma))
+        return [
+            Equilibrium(Y.batch(values[:, s]), float(speed), float(pairing[s]), float(outside[s]), self._spectrum(values[:, s]))
+            for s, speed in enumerate(problem.norms(sigma))
+        ]
+
+    def found_from(self, f: fd.Function) -> list[Equilibrium]:
+        """Equilibria in a + R(B), which trajectories of f can reach, found from u = a - B f by Powell's hybrid method.
+
+        Each is named once, in the order of the samples of f that led to it first; samples that lead nowhere are left out.
+        Collective.
+        """
+        problem = self.problem
+        system = problem.system
+        bias = problem.bias[:, None]
+        apart = bias - system.left_values(system.left_coefficients(bias))
+        size = max(float(problem.norms(bias)[0]), 1e-300)
+
+        def u_of(c):
+            return apart + system.left_values(c[:, None])
+
+        def equations(c):
+            u = u_of(c)
+            return system.right_coefficients(problem.activation(u))[:, 0], self._jacobian(u[:, 0])
+
+        found: list[np.ndarray] = []
+        for start in system.left_coefficients(problem.argument(problem.Y.values(f))).T:
+            if not start.size:
+                break
+            result = scipy.optimize.root(equations, start, jac=True, options={"xtol": 1e-13})
+            c, speed = result.x, float(problem.norms(problem.activation(u_of(result.x)))[0])
+            small = self.tolerance * max(speed, min(1.0, np.linalg.norm(c) + size))
+            new = all(np.linalg.norm(c - other) > 1e-6 * (1 + np.linalg.norm(c)) for other in found)
+            if np.linalg.norm(result.fun) <= small and new:
+                found.append(c)
+        return self.describe(problem.Y.batch(np.column_stack([u_of(c) for c in found]))) if found else []
+
+    def _jacobian(self, u: np.ndarray) -> np.ndarray:
+        """((psi_l, sigma'(u) phi_k)), shape (r, r)."""
+        system, kernel = self.problem.system, self.problem.kernel
+        return system.right.T @ weighted_gram(kernel.psi, self.problem.activation.derivative(u), kernel.phi) @ system.left
+
+    def _spectrum(self, u: np.ndarray) -> np.ndarray:
+        found = np.linalg.eigvals(-self.problem.system.values[:, None] * self._jacobian(u)).astype(complex)
+        return found[np.lexsort((found.imag, -found.real))]
+
+    def _nearest(self, u: np.ndarray) -> np.ndarray:
+        problem, system, psi = self.problem, self.problem.system, self.problem.kernel.psi
+        sigma = problem.activation
+        v, multipliers, penalty = u.copy(), np.zeros(system.rank), 0.0
+
+        def in_range(x):
+            return system.right_coefficients(x[:, None])[:, 0]
+
+        def merit(v):
+            return problem.norms((v - u)[:, None])[0] ** 2 / 2 + penalty * np.linalg.norm(in_range(sigma(v)))
+
+        for _ in range(_NEWTON_STEPS):
+            slope, F = sigma.derivative(v), in_range(sigma(v))
+            pulled = system.right_values(multipliers[:, None])[:, 0]
+            # Curvature of the Lagrangian, diagonal; kept positive, so that steps go down.
+            H = np.maximum(1 + sigma.second_derivative(v) * pulled, 0.2)
+            A = system.right.T @ weighted_gram(psi, slope**2 / H, psi) @ system.right
+            multipliers = np.linalg.lstsq(A, F - in_range(slope * (v - u) / H), rcond=1e-14)[0]
+            step = -(v - u + slope * system.right_values(multipliers[:, None])[:, 0]) / H
+            if problem.norms(step[:, None])[0] <= 1e-11 * (1 + problem.norms(v[:, None])[0]):
+                return v + step
+            penalty = max(penalty, 2 * np.linalg.norm(multipliers))
+            length, before = 1.0, merit(v)
+            while length > 1e-4 and merit(v + length * step) > before:
+                length /= 2
+            v = v + length * step
+        raise RuntimeError(
+            f"nearest: no equilibrium near u was found in {_NEWTON_STEPS} steps; start nearer to one, `found_from` has some"
+        )
+
+
+def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> Equilibria:
+    """The equilibria of u_t = -B sigma(u) of 3.3. Collective.
+
+    Parameters
+    ----------
+    net, at
+        As for `find_steady_states`.
+    tolerance
+        Up to which part of sigma(u) in R(B^T) u is an equilibrium; no unit.
+
+    Raises
+    ------
+    ValueError
+        If the network depends on t and no time is given.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
+    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared")
+    >>> net.kernel.set(0, np.diag([0.0, 1.0, 0.0, 0.0]))
+    >>> find_equilibria(net).contain(phi.function(np.eye(4)[:, :2])).tolist()
+    [True, False]
+    """
+    return Equilibria(autonomous_problem(net, at), tolerance)

@@ -1,0 +1,282 @@
+"""Steady states of (3.2a): where f stands still.
+
+f is steady if sigma(u) = 0, u = a - B f. What that means depends on where sigma vanishes, an interval [low, high] for a
+non-decreasing sigma:
+
+    tanh, arctan, elu, leaky_relu, identity    {0}           B f = a: a in R(B), f in f_inf + N(B)
+    relu                                       s <= 0        B f >= a, a convex set
+    sigmoid, softplus                          nowhere       no steady state
+
+Where a - B f keeps out of that interval whatever f is, its least distance from it says by how much. Everything happens in the
+r numbers (psi_l, f): the rest of f, in N(B), is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import firedrake as fd
+import numpy as np
+import scipy.optimize
+
+from fem_resnet.activation import Activation
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
+from fem_resnet.theory.singular_values import weighted_gram
+
+__all__ = ["SteadyStates", "find_steady_states", "zero_set"]
+
+#: A smooth positive sigma underflows beyond this, exp(-s^2) for one; where sigma is 0 up to here, it is 0.
+_FLAT = 10.0
+_NEWTON_STEPS = 100
+
+
+def zero_set(activation: Activation) -> tuple[float, float] | None:
+    """The interval [low, high] where sigma vanishes; None if it does nowhere.
+
+    Raises
+    ------
+    ValueError
+        If sigma vanishes at several places that are no interval.
+
+    Examples
+    --------
+    >>> from fem_resnet import get_activation
+    >>> [zero_set(get_activation(name)) for name in ("tanh", "relu", "sigmoid")]
+    [(0.0, 0.0), (-inf, 0.0), None]
+    """
+    far = np.geomspace(_FLAT, 1e4, 1001)[1:]
+    s = np.concatenate([-far[::-1], np.linspace(-_FLAT, _FLAT, 2001), far])
+    sign = np.sign(activation(s))
+    sign[(np.abs(s) > _FLAT) & (sign == 0)] = np.nan
+    runs = _runs(sign == 0)
+    crossings = [k for k in range(len(s) - 1) if sign[k] * sign[k + 1] < 0]
+    if len(runs) + len(crossings) > 1:
+        raise ValueError(
+            f"activation: {activation.name} vanishes at several places; steady states are those of an activation that "
+            f"vanishes on one interval, as non-decreasing ones do"
+        )
+    if crossings:
+        zero = scipy.optimize.brentq(activation, s[crossings[0]], s[crossings[0] + 1], xtol=1e-15)
+        return float(zero), float(zero)
+    if not runs:
+        return None
+    first, last = runs[0]
+    low = -np.inf if s[first] == -_FLAT else _edge(activation, s[first], s[first - 1])
+    high = np.inf if s[last] == _FLAT else _edge(activation, s[last], s[last + 1])
+    return float(low), float(high)
+
+
+def _runs(holds: np.ndarray) -> list[tuple[int, int]]:
+    """First and last index of each run of True."""
+    changes = np.flatnonzero(np.diff(np.concatenate([[False], holds, [False]]).astype(int)))
+    return [(int(a), int(b) - 1) for a, b in changes.reshape(-1, 2)]
+
+
+def _edge(activation: Activation, inside: float, outside: float) -> float:
+    """Where sigma stops being 0 between two points."""
+    while abs(outside - inside) > 1e-15:
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if activation(middle) == 0 else (inside, middle)
+    return inside
+
+
+@dataclass(frozen=True)
+class SteadyStates:
+    """The set of f with sigma(a - B f) = 0. Get one from `find_steady_states`.
+
+    Attributes
+    ----------
+    problem : AutonomousProblem
+    zeros : tuple of float or None
+        The interval [low, high] where sigma vanishes.
+    exist : bool
+        Whether there is a steady state, up to the tolerance.
+    reason : str
+        Why, with the numbers.
+    residual : float
+        The least distance of a - B f from the functions with values in [low, high], in L2(Y), over max(|a|, |Y|^(1/2) |low|
+        or |high|); infinite if sigma vanishes nowhere.
+    tolerance : float
+        Up to which residual steady states exist, and f is one.
+    least_norm : Function or None
+        The steady state f_inf of least norm.
+    """
+
+    problem: AutonomousProblem
+    zeros: tuple[float, float] | None
+    exist: bool
+    reason: str
+    residual: float
+    tolerance: float
+    least_norm: fd.Function | None
+
+    @property
+    def null_space_dimension(self) -> int:
+        """Dimension of N(B): f_inf + N(B) are all of them where sigma vanishes at one point; they are unique if it is 0."""
+        return self.problem.Y.size - self.problem.system.rank
+
+    def residuals(self, f: fd.Function) -> np.ndarray:
+        """What `residual` is, for these f instead of the best: shape (samples,). Collective."""
+        if self.zeros is None:
+            return np.full(f.function_space().value_size, np.inf)
+        u = self.problem.argument(self.problem.Y.values(f))
+        return self.problem.norms(_excess(u, self.zeros)) / _scale(self.problem, self.zeros)
+
+    def contain(self, f: fd.Function) -> np.ndarray:
+        """Whether these f are steady, up to the tolerance: shape (samples,), bool. Collective."""
+        return self.residuals(f) <= self.tolerance
+
+    def nearest(self, f: fd.Function) -> fd.Function:
+        """The steady states nearest to these f in L2(Y), a new Function. Collective.
+
+        f changes in R(B^T) alone: what is in N(B) is free. Where sigma vanishes at one point this is f_inf plus the part of f
+        in N(B).
+
+        Raises
+        ------
+        ValueError
+            If there is no steady state.
+        RuntimeError
+            If the iteration for an interval does not converge.
+        """
+        if not self.exist:
+            raise ValueError(f"nearest: there is no steady state, {self.reason}")
+        problem, values = self.problem, self.problem.Y.values(f)
+        c = problem.system.right_coefficients(values)
+        moved = np.column_stack([_nearest(problem, self.zeros, c[:, s], self.tolerance) for s in range(c.shape[1])])
+        return problem.Y.batch(values + problem.system.right_values(moved - c))
+
+    def distance(self, f: fd.Function) -> np.ndarray:
+        """Distance of these f from the set in L2(Y), shape (samples,). Collective; errors as for `nearest`."""
+        Y = self.problem.Y
+        return self.problem.norms(Y.values(self.nearest(f)) - Y.values(f))
+
+
+def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> SteadyStates:
+    """Steady states of (3.2a). Collective.
+
+    Parameters
+    ----------
+    net
+        The network, autonomous if `at` is left out.
+    at
+        A time: the problem frozen there; T for the limits of Remark 3.1.
+    tolerance
+        Up to which residual, in parts of |a|, a is in R(B); no unit.
+
+    Raises
+    ------
+    ValueError
+        If the network depends on t and no time is given, or sigma vanishes at several places.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
+    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared")
+    >>> net.kernel.set(0, np.diag([2.0, 1.0, 1.0, 0.0]))
+    >>> net.bias.set(0, 3 * phi.values[:, 0])
+    >>> steady = find_steady_states(net)
+    >>> steady.exist, round(net.Y.norm(steady.least_norm), 12), steady.null_space_dimension
+    (True, 1.5, 78)
+    >>> net.bias.set(0, phi.values[:, 3])
+    >>> print(find_steady_states(net).reason)
+    a is not in R(B): 1 of |a| is outside, tolerance 1e-08
+    """
+    problem = autonomous_problem(net, at)
+    zeros = zero_set(problem.activation)
+    if zeros is None:
+        reason = f"{problem.activation.name} vanishes nowhere"
+        return SteadyStates(problem, None, False, reason, np.inf, tolerance, None)
+    c = _closest(problem, zeros, np.zeros(problem.system.rank))
+    outside = problem.norms(_excess(_argument(problem, c), zeros))[0]
+    residual = float(outside / _scale(problem, zeros))
+    exist = residual <= tolerance
+    one = zeros[0] == zeros[1]
+    what = "a is" if one and zeros[0] == 0 else f"a - {zeros[0]:g} is" if one else "a function of a - R(B) has all its values"
+    where = "R(B)" if one else f"[{zeros[0]:g}, {zeros[1]:g}]"
+    if not one and not exist:
+        what = "no " + what.removeprefix("a ")
+    reason = f"{what}{' not' if one and not exist else ''} in {where}: {residual:.3g} of |a| is outside, tolerance {tolerance:g}"
+    least = None
+    if exist:
+        c = _nearest(problem, zeros, np.zeros(problem.system.rank), tolerance)
+        least = problem.Y.batch(problem.system.right_values(c[:, None]), "f_inf")
+    return SteadyStates(problem, zeros, exist, reason, residual, tolerance, least)
+
+
+def _scale(problem: AutonomousProblem, zeros: tuple[float, float]) -> float:
+    ends = max(abs(end) for end in zeros if np.isfinite(end)) if np.isfinite(zeros).any() else 0.0
+    return max(float(problem.norms(problem.bias[:, None])[0]), problem.Y.measure**0.5 * ends) or 1.0
+
+
+def _excess(u: np.ndarray, zeros: tuple[float, float]) -> np.ndarray:
+    """u minus the nearest number in [low, high]."""
+    return u - np.clip(u, *zeros)
+
+
+def _argument(problem: AutonomousProblem, c: np.ndarray) -> np.ndarray:
+    """u = a - B f, shape (nodes, 1), for the f with (psi_l, f) = c_l."""
+    system = problem.system
+    return problem.bias[:, None] - system.left_values((system.values * c)[:, None])
+
+
+def _closest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarray) -> np.ndarray:
+    """(psi_l, f) of an f for which |excess of a - B f| is least: at once for one point, else by Newton's method."""
+    if zeros[0] == zeros[1]:
+        return problem.system.left_coefficients(problem.bias[:, None] - zeros[0])[:, 0] / problem.system.values
+    return _newton(problem, zeros, c, 0.0, c, 0.0)
+
+
+def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarray, tolerance: float) -> np.ndarray:
+    """(psi_l, f) of the steady state nearest to an f that has c: augmented Lagrangians, multipliers at the nodes."""
+    if zeros[0] == zeros[1] or not c.size:
+        return _closest(problem, zeros, c)
+    start, multipliers, weight = c, 0.0, 1.0 / problem.system.values[-1] ** 2
+    allowed = 1e-3 * tolerance * _scale(problem, zeros)
+    for _ in range(_NEWTON_STEPS):
+        last, c = c, _newton(problem, zeros, c, 1.0 / weight, start, multipliers)
+        u = _argument(problem, c)
+        multipliers = _excess(u + multipliers, zeros)
+        outside, size = problem.norms(_excess(u, zeros))[0], np.linalg.norm(c)
+        if outside <= allowed and np.linalg.norm(c - last) <= 1e-10 * (1 + size):
+            return c
+        if weight * problem.system.values[0] ** 2 < 1e8:
+            weight, multipliers = 4 * weight, multipliers / 4
+    raise RuntimeError(
+        f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; a - B f is still {outside:.1e} "
+        f"outside; a larger tolerance may help"
+    )
+
+
+def _newton(problem, zeros, c, stay: float, start, multipliers) -> np.ndarray:
+    """Least `stay |c - start|^2 / 2 + |excess of u + multipliers|^2 / 2`, convex and piecewise quadratic in c."""
+    system = problem.system
+    D = system.values
+
+    def parts(c):
+        excess = _excess(_argument(problem, c) + multipliers, zeros)
+        return stay * np.sum((c - start) ** 2) / 2 + problem.norms(excess)[0] ** 2 / 2, excess
+
+    value, excess = parts(c)
+    for _ in range(_NEWTON_STEPS):
+        slope = stay * (c - start) - D * system.left_coefficients(excess)[:, 0]
+        inner = weighted_gram(problem.kernel.phi, (excess[:, 0] != 0).astype(float), problem.kernel.phi)
+        H = stay * np.eye(D.size) + D[:, None] * (system.left.T @ inner @ system.left) * D
+        step = -np.linalg.lstsq(H, slope, rcond=1e-14)[0]
+        length = 1.0
+        while length > 1e-8:
+            new, new_excess = parts(c + length * step)
+            if new <= value + 1e-4 * length * (slope @ step):
+                break
+            length /= 2
+        else:
+            return c
+        c, excess = c + length * step, new_excess
+        fallen, value = value - new, new
+        if fallen <= 1e-15 * value or np.linalg.norm(length * step) <= 1e-13 * (1 + np.linalg.norm(c)):
+            return c
+    return c
