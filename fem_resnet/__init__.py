@@ -20,7 +20,7 @@ _MODULES = {
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],
     "regulariser": ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"],
     "objective": ["Batch", "Derivatives", "LearningProblem"],
-    "trajectory": ["Trajectory", "solve_trajectory"],
+    "trajectory": ["Trajectory", "follow_trajectory", "solve_trajectory"],
     "costate": ["Costate", "solve_costate", "terminal_costate"],
     "costate_comparison": ["CostateCheck", "costate_check"],
     "curvature": ["Spectrum", "hessian_spectrum"],
