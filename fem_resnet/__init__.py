@@ -29,6 +29,8 @@ _MODULES = {
         "middle_pairs", "pmp_residual",
     ],
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
+    "theory.energy": ["EnergyCondition", "EnergyMonitor", "EnergyStatement", "energy_conditions"],
+    "theory.energy_steps": ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "theory.singular_values": ["SingularSystem", "singular_system"],
