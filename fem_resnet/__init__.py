@@ -31,6 +31,7 @@ _MODULES = {
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "theory.energy": ["EnergyCondition", "EnergyMonitor", "EnergyStatement", "energy_conditions"],
     "theory.energy_steps": ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"],
+    "theory.growth": ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "theory.singular_values": ["SingularSystem", "singular_system"],

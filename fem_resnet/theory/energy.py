@@ -90,9 +90,9 @@ def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import LabelSpace, laplace_basis
-    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 2)
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
     >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", activation="relu")
-    >>> net.kernel.set(0, [[1.0, 0.0], [0.0, -2.0]])
+    >>> net.kernel.set(0, np.diag([1.0, 1.0, -2.0]))
     >>> conditions = energy_conditions(net)
     >>> conditions["B = B^T"].holds, conditions["B_s >= 0"].reason
     (True, 'the smallest eigenvalue of B_s is -2')
@@ -207,9 +207,9 @@ class EnergyMonitor:
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import LabelSpace, follow_trajectory, laplace_basis
-    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 2)
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
     >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared")
-    >>> net.kernel.set(0, [[1.0, 0.0], [0.0, 0.5]])
+    >>> net.kernel.set(0, np.diag([1.0, 0.5, 0.5]))
     >>> monitor = EnergyMonitor(net)
     >>> _ = follow_trajectory(net, net.Y.batch(phi.values[:, 1]), monitor)
     >>> [statement.name for statement in monitor.statements() if statement.applies and statement.holds][:3]

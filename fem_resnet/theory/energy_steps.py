@@ -98,10 +98,10 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import LabelSpace, laplace_basis
-    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 2)
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
     >>> euler = {"ts_type": "rk", "ts_rk_type": "1fe"}
     >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", solver_parameters=euler)
-    >>> net.kernel.set(0, [[1.0, 0.0], [0.0, 4.0]])
+    >>> net.kernel.set(0, np.diag([1.0, 2.0, 4.0]))
     >>> limit = energy_step_limit(net)
     >>> round(limit.primitive, 12), round(limit.potential, 12)
     (0.5, 0.5)
@@ -110,7 +110,7 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     conditions = energy_conditions(net)
     met = {what for what in (NON_NEGATIVE, SYMMETRIC, SIGN) if conditions[what].holds}
     properties, kappa = net.activation.properties, dissipation_ratio(system)
-    scale = properties.lipschitz * system.values.max(initial=0.0)
+    scale = float(properties.lipschitz * system.values.max(initial=0.0))
     (primitive, why), (potential, why_potential) = _limits(net.solver_parameters, met, properties, kappa, scale)
     longest = float(np.diff(net.times).max())
     adapted = net.solver_parameters.get("ts_adapt_type", "none") != "none"
