@@ -58,13 +58,15 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was made: its start, its length and the stages (time, value) with their weights b_i."""
+    """A step that was made: its start, its length, the stages (time, value) with their weights b_i, and both ends."""
 
     start: float
     length: float
     times: np.ndarray
     weights: np.ndarray
     values: list[np.ndarray]
+    first: np.ndarray
+    last: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,20 @@ class FieldStepper:
         numpy.ndarray
             y at the ends of all steps, shape (steps + 1, nodes, samples); the first is the initial value.
         """
+        values = [np.array(y)]
+
+        def keep(step: Step) -> None:
+            values.append(step.last)
+            after_step(step)
+
+        self.run(y, length, steps, keep)
+        return np.array(values)
+
+    def run(self, y: np.ndarray, length: float, steps: int, after_step: Callable[[Step], None]) -> np.ndarray:
+        """As `solve`, but keeps no more than a step: y at the end."""
         if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"steps: a positive integer is wanted, {steps!r} was given")
-        self._after_step, self._values, self._stage = after_step, [np.array(y)], 0
+        self._after_step, self._last, self._made, self._stage = after_step, np.array(y), 0, 0
         self._y.array_w[:] = np.ravel(y)
         ts = self._ts
         ts.setTime(0.0)
@@ -230,9 +243,9 @@ class FieldStepper:
             ts.solve(self._y)
         except PETSc.Error as error:
             raise error.__cause__ or error
-        if len(self._values) != steps + 1:
-            raise RuntimeError(f"the TS made {len(self._values) - 1} steps, {steps} were wanted")
-        return np.array(self._values)
+        if self._made != steps:
+            raise RuntimeError(f"the TS made {self._made} steps, {steps} were wanted")
+        return self._last
 
     # -- callbacks ----------------------------------------------------------------------------------------------------
 
@@ -240,7 +253,7 @@ class FieldStepper:
         return vec.array_r.reshape(self._shape)
 
     def _moment(self, t: float) -> Moment:
-        return Moment(t, len(self._values) - 1, self._stage)
+        return Moment(t, self._made, self._stage)
 
     def _begin(self, ts):
         self._stage = 0
@@ -260,8 +273,9 @@ class FieldStepper:
     def _end(self, ts):
         start, h = ts.getPrevTime(), ts.getTime() - ts.getPrevTime()
         stages = [values.reshape(self._shape) for values in stage_values(ts, self._y.getLocalSize())]
-        self._values.append(self._array(self._y).copy())
-        self._after_step(Step(start, h, start + self.scheme.c * h, self.scheme.b, stages))
+        first, self._last = self._last, self._array(self._y).copy()
+        self._made += 1
+        self._after_step(Step(start, h, start + self.scheme.c * h, self.scheme.b, stages, first, self._last))
 
 
 class _Shifted:

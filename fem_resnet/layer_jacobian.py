@@ -23,7 +23,7 @@ from fem_resnet.layer_state import LayerState
 from fem_resnet.petsc import shell
 from fem_resnet.running_cost import CostRate, RunningCost
 
-__all__ = ["Elimination", "LinearLayer", "ShiftedJacobian", "Transposed", "Zero"]
+__all__ = ["Elimination", "LinearLayer", "ShiftedJacobian", "Transposed", "Zero", "acting"]
 
 
 class LinearLayer:
@@ -76,7 +76,7 @@ class LinearLayer:
             self._inputs[0].factors,
             tuple(inputs.length for inputs in self._inputs),
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
-            tuple(_acting(self._beta(t), g)),
+            tuple(acting(self._beta(t), g)),
             self._inputs[1].factors if self.orders == 2 else None,
         )
 
@@ -114,7 +114,7 @@ class LinearLayer:
     def derivative(self, g: Sequence[np.ndarray], out: list[np.ndarray] | None) -> list[np.ndarray]:
         """Derivative of the rate of g in a direction of g; `out` takes that of the s_k, in the rows of the nodes."""
         t, _, at, _ = self._point
-        return self.stage.derivative(at, _acting(self._beta(t), g), self._fields(out))
+        return self.stage.derivative(at, acting(self._beta(t), g), self._fields(out))
 
     def add_cost(self, f: Sequence[np.ndarray], factor: float, out: Sequence[np.ndarray]) -> None:
         """Add `factor` times the derivative of the rate of c, in a direction of f, to the row of c."""
@@ -183,7 +183,7 @@ class LinearLayer:
         return A
 
 
-def _acting(beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> list[np.ndarray]:
+def acting(beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> list[np.ndarray]:
     """C_k: beta g, and its tangent beta_1 g + beta g_1."""
     return [beta[0] @ g[0]] if len(g) == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
 

@@ -1,7 +1,8 @@
-"""What PETSc's time stepping methods give a layer: an adjoint, and the weights by which f follows from the stages.
+"""What time stepping methods give a layer: an adjoint, and the weights by which f follows from the stages.
 
 With fixed steps a method whose weights b_i and stage values are to be had steps the coefficients g alone, and f follows by
-its own quadrature (3.3). Any other carries f in its state: `layer_state`.
+its own quadrature (3.3). Any other carries f in its state: `layer_state`. One type is not PETSc's but the package's own:
+"discrete_gradient" (`discrete_gradient`), energy-stable at any step size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["DEFAULTS", "METHODS", "Method", "configure", "last_words", "set_from
 
 @dataclass(frozen=True)
 class Method:
-    """A type of PETSc's TS.
+    """A type of PETSc's TS, or the package's own.
 
     Attributes
     ----------
@@ -83,6 +84,7 @@ METHODS = {
     "bdf": Method(True, instead="'cn'"),
     "alpha": Method(True, instead="'theta'"),
     "glle": Method(True, instead="'dirk'", overruns=True),
+    "discrete_gradient": Method(True),
 }
 
 #: Options where the user gives none. A network has a fixed depth: no adaptivity.
@@ -123,8 +125,8 @@ def solver_options(parameters: dict | None, prefix: str | None) -> petsctools.Op
     return petsctools.OptionsManager(defaults | given, options_prefix=prefix, default_prefix="fem_resnet_")
 
 
-def set_from_options(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str, ...] = ()) -> list[str]:
-    """Let PETSc read the options of a layer's TS; returns those that it did not ask for, but for those in `read`.
+def set_from_options(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManager, read: tuple[str, ...] = ()) -> list[str]:
+    """Let PETSc read the options of a layer's TS, or of a SNES; returns those that it did not ask for, but for those in `read`.
 
     Raises
     ------

@@ -28,6 +28,7 @@ from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
 from fem_resnet.compiled_stage import new_stage
+from fem_resnet.discrete_gradient import DiscreteGradientStage, DiscreteGradientStepper
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.log import log
@@ -73,8 +74,8 @@ class ResidualNetwork:
         How many layers make one Block on the tape; all of them if left out.
     solver_parameters, options_prefix
         PETSc options of the TS and its SNES and KSP: Runge-Kutta of order 4 with fixed steps if left out. Types with a
-        gradient are rk, theta, beuler, cn, arkimex and dirk; `fem_resnet.methods` has all. For implicit ones "mat_type"
-        may be "matfree". With a "ts_adapt_type", steps are judged by the error of f in the label measure.
+        gradient are rk, theta, beuler, cn, arkimex and dirk, and the package's own discrete_gradient, which is
+        energy-stable at any step size; `fem_resnet.methods` has all. For PETSc's implicit ones "mat_type" may be "matfree". With a "ts_adapt_type", steps are judged by the error of f in the label measure.
     learn_factors
         Whether Phi and Psi are learned too: parameters "phi" and "psi" move them away from the given ones, which are made
         orthonormal first, by a QR retraction (`retraction`), so that b is any kernel of that rank. For all layers one
@@ -255,6 +256,8 @@ class ResidualNetwork:
         self.Y.check_batch(initial, "initial")
         if not isinstance(running, (RunningCost, NoneType)):
             raise TypeError(f"running: a RunningCost or None is wanted, {type(running).__name__} was given")
+        if running is not None and self._by_discrete_gradient:
+            raise ValueError("running: the discrete gradient steps coefficients alone and integrates no running cost; give None")
         omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
         manager = manager_of(get_working_tape()) if annotate_tape() else None
         if manager is not None and self.factors:
@@ -468,7 +471,8 @@ class ResidualNetwork:
 
     def _stage(self, samples: int) -> Stage:
         if samples not in self._stages:
-            self._stages[samples] = new_stage(self.Y, self.activation, samples)
+            make = DiscreteGradientStage if self._by_discrete_gradient else new_stage
+            self._stages[samples] = make(self.Y, self.activation, samples)
         return self._stages[samples]
 
     def _kind(self, layer: int) -> tuple[int, ...]:
@@ -483,7 +487,13 @@ class ResidualNetwork:
         self, stage: Stage, layer: int, orders: int = 1, running: RunningCost | None = None
     ) -> LayerStepper:
         rank = self.kernel.on_layer(layer).kernel.psi.rank
+        if self._by_discrete_gradient:
+            return DiscreteGradientStepper(stage, layer, rank, self.steps, self._options, orders)
         return LayerStepper(stage, layer, rank, self.steps, self._options, orders, cost=running)
+
+    @property
+    def _by_discrete_gradient(self) -> bool:
+        return self._options.parameters["ts_type"] == "discrete_gradient"
 
 
 def _one_or_one_a_layer(name: str, bases: Basis | Sequence[Basis] | None, layers: int) -> tuple[Basis | None, ...]:

@@ -9,7 +9,9 @@ itself is stepped, with no more than the kernel's product, and known between the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import firedrake as fd
 import numpy as np
@@ -19,7 +21,7 @@ from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.time_stepping import StepFailure
 
-__all__ = ["LayerTrajectory", "Trajectory", "like", "solve_trajectory"]
+__all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "like", "solve_trajectory"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class LayerTrajectory:
     ----------
     inputs : LayerInputs
         What the layer takes.
-    path : Path
-        f, shape (nodes, samples), at all times of the layer.
+    path : Path or None
+        f, shape (nodes, samples), at all times of the layer; None in the hands of a monitor (`follow_trajectory`).
     stages : list of Step
         The steps with their stages, if they have been kept.
     """
 
     inputs: LayerInputs
-    path: Path
+    path: Path | None
     stages: list[Step]
 
     def argument(self, t: float, f: np.ndarray) -> np.ndarray:
@@ -142,6 +144,87 @@ def solve_trajectory(
     >>> [round(float(f(t).dat.data_ro.max()), 12) for t in (0.1, 0.5, 1.0)]
     [0.1, 0.5, 0.5]
     """
+    layers = []
+
+    def keep(stepper: FieldStepper, layer: LayerTrajectory, f: np.ndarray, steps: int) -> np.ndarray:
+        start, length = layer.inputs.start, layer.inputs.length
+        values = stepper.solve(f, length, steps, layer.stages.append if keep_stages else lambda step: None)
+        times = np.linspace(0.0, length, steps + 1)
+        slopes = np.array([stepper.rate(Moment(t, n, 0), values[n]) for n, t in enumerate(times)])
+        layers.append(replace(layer, path=Path(start, start + length, values, slopes)))
+        return values[-1]
+
+    final, scheme, steps = _layer_by_layer(net, initial, steps, solver_parameters, options_prefix, keep)
+    return Trajectory(net, final, scheme, steps, layers)
+
+
+def follow_trajectory(
+    net: ResidualNetwork,
+    initial: fd.Function,
+    monitor: Callable[[LayerTrajectory, Step], None],
+    *,
+    steps: int | None = None,
+    solver_parameters: dict | None = None,
+    options_prefix: str | None = None,
+) -> fd.Function:
+    """Solve (2.8) as `solve_trajectory` does, but keep nothing: what is wanted of f, a monitor takes from each step.
+
+    With the solver parameters and steps of a network that is stepped by rk, theta, beuler or cn, f is that of the network
+    to round-off, for such methods commute with the projection onto coefficients. Collective.
+
+    Parameters
+    ----------
+    net, initial
+        As for `solve_trajectory`.
+    monitor
+        ``monitor(layer, step)``, called after each step: its times count from the start of the layer, ``step.first`` and
+        ``step.last`` are f at its ends, ``step.values`` its stages. It must not change them.
+    steps
+        Steps a layer; those of the network if left out.
+    solver_parameters, options_prefix
+        As for `solve_trajectory`.
+
+    Returns
+    -------
+    Function
+        f(T).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+    StepFailure
+        If f overflows.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 6), layers=2, activation="identity")
+    >>> _ = net.bias.functions[0].assign(1.0)
+    >>> largest = []
+    >>> _ = follow_trajectory(net, Y.batch(0 * Y.weights), lambda layer, step: largest.append(step.last.max()))
+    >>> [round(float(f), 12) for f in largest]
+    [0.5, 0.5]
+    """
+
+    def show(stepper: FieldStepper, layer: LayerTrajectory, f: np.ndarray, steps: int) -> np.ndarray:
+        return stepper.run(f, layer.inputs.length, steps, partial(monitor, layer))
+
+    steps = net.steps if steps is None else steps
+    return _layer_by_layer(net, initial, steps, solver_parameters, options_prefix, show)[0]
+
+
+def _layer_by_layer(
+    net: ResidualNetwork,
+    initial: fd.Function,
+    steps: int | None,
+    solver_parameters: dict | None,
+    options_prefix: str | None,
+    one_layer: Callable[[FieldStepper, LayerTrajectory, np.ndarray, int], np.ndarray],
+) -> tuple[fd.Function, Scheme, int]:
+    """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes the steps of one and returns f at its end."""
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps
@@ -157,21 +240,15 @@ def solve_trajectory(
         Bw = layer.inputs.factors.apply(layer.beta(t), w)
         return -sigma.derivative(layer.argument(t, f)) * Bw
 
-    layers = []
     parameters = SOLVER_PARAMETERS | (solver_parameters or {})
     with FieldStepper(Y, f.shape[1], rate, linearised, parameters, options_prefix) as stepper:
         for number, part in enumerate(net.layer_inputs()):
-            layer, stages = LayerTrajectory(part, None, []), []
-            keep = stages.append if keep_stages else lambda step: None
-            values = stepper.solve(f, part.length, steps, keep)
-            f = values[-1]
+            layer = LayerTrajectory(part, None, [])
+            f = one_layer(stepper, layer, f, steps)
             if Y.sum(not np.isfinite(f).all()):
                 raise StepFailure(number, part.start + part.length, "NOT_FINITE")
-            times = np.linspace(0.0, part.length, steps + 1)
-            slopes = np.array([rate(Moment(t, n, 0), values[n]) for n, t in enumerate(times)])
-            layers.append(LayerTrajectory(part, Path(part.start, part.start + part.length, values, slopes), stages))
         scheme = stepper.scheme
-    return Trajectory(net, like(initial, f), scheme, steps, layers)
+    return like(initial, f), scheme, steps
 
 
 

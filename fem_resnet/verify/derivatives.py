@@ -20,6 +20,7 @@ from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.label_space import sample_weights
+from fem_resnet.time_stepping import LayerStepper
 from fem_resnet.verify.point import Point, close, names, random_like
 from fem_resnet.verify.reference import Reference
 from fem_resnet.verify.report import Check, Line
@@ -328,11 +329,11 @@ def _identity(name, operator, arrays, point: Point, rng, shared, bound) -> Check
 
 
 def jacobians(point: Point) -> Iterator[Check]:
-    """Of implicit types: Jacobian of the residual against a difference, its transpose, and its linear solver."""
+    """Of PETSc's implicit types: Jacobian of the residual against a difference, its transpose, and its linear solver."""
     net = point.problem.net
     segments = _layer_segments(point.problem)
     stepper = segments[0].steppers[0] if segments else None
-    if stepper is None or not stepper.method.implicit:
+    if not isinstance(stepper, LayerStepper) or not stepper.method.implicit:
         return
     segment = segments[0]
     factors = [np.array(slot.read(_factor(net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]

@@ -474,7 +474,7 @@ class _FieldTS:
             "ksp_gmres_restart": 100, "ksp_rtol": 1e-11, "ksp_atol": 1e-50, "pc_type": "none",
         }  # fmt: skip
         kind = options["ts_type"]
-        if kind in ("irk", "glle"):
+        if kind in ("irk", "glle", "discrete_gradient"):
             raise NotWrittenOut(f"the steps of {kind!r} are not made a second time")
         self.ts = ts = PETSc.TS().create(comm=Y.comm)
         self._y = PETSc.Vec().createMPI((int(np.prod(shape)), PETSc.DETERMINE), comm=Y.comm)

@@ -1,0 +1,341 @@
+r"""How fast f may grow: section 3.4.
+
+Bounded sigma, whatever B is: in L2(Y)
+
+    |f(t)| <= |f_I| + sup |sigma| |Y|^(1/2) t.
+
+B_s >= 0, a and b constant in t, sigma non-decreasing with s sigma(s) >= 0, and L = sup |sigma'|. As int Sigma(u) falls and
+sigma^2 <= 2 L Sigma, |f_t|^2 <= 2 L int Sigma(u_I) dy, so that
+
+    |f(t)| <= C_1 + C_2 t,        C_1 = |f_I|,        C_2 = (2 L int Sigma(u_I) dy)^(1/2).
+
+For relu C_2 is |u_I^+|: Proposition 3.5. The same holds for leaky relu, elu and the identity.
+
+Any Lipschitz sigma, by integration against sign(f) and Gronwall's inequality, in L1(Y) with C_0 = |sigma(0)|,
+
+    int |f(y, t)| dy <= (int |f_I| dy + L |a|_L1((0,t); L1) + C_0 |Y| t) exp(L |Y| |b|_L1((0,t); Linf)).
+
+The exponent has the factor |Y| (3.4 prints it without, which holds for |Y| = 1 only): the bound of the kernel is integrated
+over y. It is sharp: for relu, a = 0, b = -c with a constant c > 0 and f_I = 1, f = exp(c |Y| t).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from fem_resnet.activation import Activation
+from fem_resnet.evolution import Step
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.run import Run
+from fem_resnet.theory.energy import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
+from fem_resnet.trajectory import LayerTrajectory
+
+__all__ = ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth", "supremum"]
+
+#: Up to here a bounded activation that is not monotone is looked at, and how closely.
+_RANGE, _SPACING = 1e3, 1e-2
+#: Gauss's rule on [0, 1] for norms of a and b in time, where they vary within a layer.
+_NODES, _WEIGHTS = (x / 2 + shift for x, shift in zip(np.polynomial.legendre.leggauss(4), (0.5, 0.0)))
+
+#: Times closer than this part of a layer are one, added up in other orders.
+_SAME_TIME = 1e-9
+
+
+@dataclass(frozen=True)
+class GrowthBound:
+    """A bound of section 3.4 for one solution, at the times when it was measured.
+
+    Attributes
+    ----------
+    name : str
+        "bounded", "Proposition 3.5" or "Gronwall".
+    norm : str
+        "L2" or "L1": the norm of f that it bounds.
+    unmet : tuple of str
+        Conditions that fail, with the reason; the bound applies where there is none.
+    values : numpy.ndarray or None
+        The bound, shape (times, samples); None where a condition fails without which there is no number.
+    observed : numpy.ndarray
+        The norm of f, shape (times, samples).
+    """
+
+    name: str
+    norm: str
+    unmet: tuple[str, ...]
+    values: np.ndarray | None
+    observed: np.ndarray
+
+    @property
+    def applies(self) -> bool:
+        """Whether all conditions hold."""
+        return not self.unmet
+
+    @property
+    def ratio(self) -> float | None:
+        """The largest part of the bound that f takes, over times and samples: at most 1 for the solution if it applies."""
+        if self.values is None:
+            return None
+        return float(np.max(np.divide(self.observed, self.values, out=np.zeros_like(self.values), where=self.values > 0)))
+
+    def __str__(self) -> str:
+        if self.unmet:
+            return f"{self.name}, {self.norm}: does not apply: {'; '.join(self.unmet)}"
+        return f"{self.name}, {self.norm}: f takes up to {self.ratio:.4g} of the bound"
+
+
+class GrowthMonitor:
+    """The norms of f after each step of a solution, and the bounds of section 3.4.
+
+    A monitor for `follow_trajectory`, which rides on the TS and measures at the ends of all steps; or of a run of any
+    method, at the layer times (`watch`).
+
+    Parameters
+    ----------
+    net
+        The network, at its present coefficients. Collective.
+
+    Attributes
+    ----------
+    times : list of float
+        When it was measured.
+
+    Examples
+    --------
+    The rank-one kernel for which the exponential bound is sharp; |Y| is 2.83 on this mesh:
+
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, follow_trajectory, given_basis
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(1), "CG", 1))
+    >>> net = ResidualNetwork(
+    ...     given_basis(Y, [1.0]), layers=1, bias_in_time="shared", kernel_in_time="shared", activation="relu"
+    ... )
+    >>> net.kernel.set(0, [[-0.5]])
+    >>> monitor = GrowthMonitor(net)
+    >>> _ = follow_trajectory(net, Y.batch(1 + 0 * Y.weights), monitor, steps=16)
+    >>> {bound.name: round(bound.ratio, 6) for bound in monitor.bounds() if bound.applies}
+    {'Gronwall': 1.0}
+    """
+
+    def __init__(self, net: ResidualNetwork):
+        self._net, self._Y, self._sigma = net, net.Y, net.activation
+        self.times: list[float] = []
+        self._norms: list[np.ndarray] = []
+        self._initial: np.ndarray | None = None
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, layer: LayerTrajectory, step: Step) -> None:
+        """Measure after a step. Collective."""
+        start = layer.inputs.start
+        if not self.times:
+            self._begin(layer, step.first)
+        self._keep(start + step.start + step.length, step.last)
+
+    def watch(self, run: Run) -> GrowthMonitor:
+        """Measure a run at its layer times, and return the monitor. Collective.
+
+        Parameters
+        ----------
+        run
+            A run of this network.
+        """
+        states = (self._Y.values(f) for f in run.states())
+        first = next(states)
+        for part, f in zip(self._net.layer_inputs(), states, strict=True):
+            if not self.times:
+                self._begin(LayerTrajectory(part, None, []), first)
+            self._keep(part.start + part.length, f)
+        return self
+
+    def _begin(self, layer: LayerTrajectory, f: np.ndarray) -> None:
+        self._initial = self._Y.sum(self._Y.weights @ self._sigma.primitive(layer.argument(layer.inputs.start, f)))
+        self._keep(layer.inputs.start, f)
+
+    def _keep(self, t: float, f: np.ndarray) -> None:
+        self.times.append(t)
+        self._norms.append(self._Y.sum(np.array([self._Y.weights @ np.abs(f), self._Y.weights @ f**2])))
+
+    def norms(self, name: str = "L2") -> np.ndarray:
+        """Norms of f in L1(Y) or L2(Y), shape (times, samples).
+
+        Raises
+        ------
+        ValueError
+            If nothing was measured, or the name is neither "L1" nor "L2".
+        """
+        if name not in ("L1", "L2"):
+            raise ValueError(f"name: 'L1' or 'L2' is wanted, {name!r} was given")
+        if not self.times:
+            raise ValueError("norms: nothing was measured yet: let follow_trajectory call the monitor, or watch a run")
+        measured = np.array(self._norms)
+        return measured[:, 0] if name == "L1" else np.sqrt(measured[:, 1])
+
+    # -- what 3.4 says ------------------------------------------------------------------------------------------------
+
+    def bounds(self) -> list[GrowthBound]:
+        """The bounds of section 3.4 at all times when it was measured: collective, and no array of nodes x nodes.
+
+        sup |b| is that of ``kernel.norm(beta, "linf")``: above some number of nodes an upper bound, so that the
+        exponential bound is larger than need be.
+
+        Raises
+        ------
+        ValueError
+            If nothing was measured.
+        """
+        return [self._bounded(), self._proposition(), self._gronwall()]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.bounds()))
+
+    @property
+    def _elapsed(self) -> np.ndarray:
+        return np.array(self.times)[:, None]
+
+    def _bounded(self) -> GrowthBound:
+        norms, values, unmet = self.norms("L2"), None, (f"sup |sigma| is infinite for {self._sigma.name}",)
+        if self._sigma.properties.bounded:
+            values, unmet = norms[0] + supremum(self._sigma) * self._Y.measure**0.5 * self._elapsed, ()
+        return GrowthBound("bounded", "L2", unmet, values, norms)
+
+    def _proposition(self) -> GrowthBound:
+        norms, properties = self.norms("L2"), self._sigma.properties
+        conditions = energy_conditions(self._net)
+        unmet = [
+            f"{what} fails: {conditions[what].reason}"
+            for what in (AUTONOMOUS, NON_NEGATIVE, SIGN)
+            if not conditions[what].holds
+        ]
+        if not properties.non_decreasing:
+            unmet.append(f"{self._sigma.name} is not non-decreasing")
+        if not np.isfinite(properties.lipschitz):
+            unmet.append(f"sup |sigma'| is infinite for {self._sigma.name}")
+        values = None
+        if conditions[SIGN].holds and np.isfinite(properties.lipschitz):
+            values = norms[0] + np.sqrt(2 * properties.lipschitz * np.maximum(self._initial, 0.0)) * self._elapsed
+        return GrowthBound("Proposition 3.5", "L2", tuple(unmet), values, norms)
+
+    def _gronwall(self) -> GrowthBound:
+        norms, L = self.norms("L1"), self._sigma.properties.lipschitz
+        if not np.isfinite(L):
+            return GrowthBound("Gronwall", "L1", (f"sup |sigma'| is infinite for {self._sigma.name}",), None, norms)
+        of_a, of_b = self._integrated_norms()
+        drift = abs(float(self._sigma(0.0))) * self._Y.measure
+        with np.errstate(over="ignore"):
+            growth = np.exp(L * self._Y.measure * of_b)[:, None]
+        return GrowthBound("Gronwall", "L1", (), (norms[0] + L * of_a[:, None] + drift * self._elapsed) * growth, norms)
+
+    def _integrated_norms(self) -> tuple[np.ndarray, np.ndarray]:
+        """int_0^t |a|_L1 and int_0^t sup |b| at the measured times, by Gauss's rule where they vary within a layer."""
+        of_a, of_b = np.zeros(len(self.times)), np.zeros(len(self.times))
+        known: dict[bytes, float] = {}
+        for part in self._net.layer_inputs():
+            start, end, same = part.start, part.start + part.length, _SAME_TIME * part.length
+            cuts = [start, *(t for t in self.times if start + same < t < end - same), end]
+            for left, right in itertools.pairwise(cuts):
+                later = np.array(self.times) >= right - same
+                a, b = self._norms_between(part, left, right, known)
+                of_a[later] += a
+                of_b[later] += b
+        return of_a, of_b
+
+    def _norms_between(self, part, left: float, right: float, known: dict) -> tuple[float, float]:
+        constant = part.bias.is_constant and part.beta.is_constant
+        nodes, weights = ([0.5], [1.0]) if constant else (_NODES, _WEIGHTS)
+        total = np.zeros(2)
+        for node, weight in zip(nodes, weights):
+            s = (left + node * (right - left) - part.start) / part.length
+            beta = part.beta.coefficients(s)
+            key = beta.tobytes()
+            if key not in known:
+                known[key] = part.factors.norm(beta, "linf")
+            of_a = float(self._Y.sum(self._Y.weights @ np.abs(part.bias.coefficients(s))))
+            total += weight * (right - left) * np.array([of_a, known[key]])
+        return tuple(total)
+
+
+def supremum(activation: Activation) -> float:
+    """sup |sigma| of a bounded activation: its limits where it is non-decreasing, else from values, from above.
+
+    Raises
+    ------
+    ValueError
+        If the activation is not bounded.
+    """
+    properties = activation.properties
+    if not properties.bounded:
+        raise ValueError(f"activation: a bounded one is wanted, {activation.name} was given")
+    if properties.non_decreasing:
+        return float(np.abs(activation(np.array([-1e16, 1e16]))).max())
+    s = np.arange(-_RANGE, _RANGE, _SPACING)
+    return float(np.abs(activation(s)).max() + properties.lipschitz * _SPACING / 2)
+
+
+# -- fitted growth -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GrowthFit:
+    """How norms grow, from the later half of the times: as a power of t, and exponentially.
+
+    Attributes
+    ----------
+    power : numpy.ndarray
+        p of norm ~ t^p, shape (samples,); no unit.
+    rate : numpy.ndarray
+        r of norm ~ exp(r t), shape (samples,), in the unit of 1/t.
+    power_residual, rate_residual : numpy.ndarray
+        The largest |log(norm) - fit|: which of both it is that fits.
+    """
+
+    power: np.ndarray
+    rate: np.ndarray
+    power_residual: np.ndarray
+    rate_residual: np.ndarray
+
+    @property
+    def is_exponential(self) -> np.ndarray:
+        """Whether the exponential fits better, shape (samples,)."""
+        return self.rate_residual < self.power_residual
+
+
+def fit_growth(times: np.ndarray, norms: np.ndarray) -> GrowthFit:
+    """Fit a power and an exponential to norms, by least squares of their logarithms over the later half of the times.
+
+    Parameters
+    ----------
+    times
+        Rising, shape (n,); at least four, the later half positive.
+    norms
+        Positive, shape (n, samples).
+
+    Raises
+    ------
+    ValueError
+        If there are too few times, or a norm is not positive and finite.
+
+    Examples
+    --------
+    >>> t = np.linspace(0.0, 8.0, 17)
+    >>> fit = fit_growth(t, np.column_stack([3 * t + 1e-9, np.exp(0.5 * t)]))
+    >>> [round(float(fit.power[0]), 6), round(float(fit.rate[1]), 6)], fit.is_exponential.tolist()
+    ([1.0, 0.5], [False, True])
+    """
+    times, norms = np.asarray(times, dtype=float), np.asarray(norms, dtype=float)
+    if norms.ndim != 2 or times.shape != norms.shape[:1] or len(times) < 4:
+        raise ValueError(f"norms: shape (times, samples), at least 4 times, is wanted, {norms.shape} was given")
+    late = times >= (times[0] + times[-1]) / 2
+    if not (np.isfinite(norms[late]).all() and (norms[late] > 0).all() and times[late][0] > 0):
+        raise ValueError("norms: positive and finite ones at positive times are wanted in the later half")
+    fits = [_line(x, np.log(norms[late])) for x in (np.log(times[late]), times[late])]
+    (power, power_residual), (rate, rate_residual) = fits
+    return GrowthFit(power, rate, power_residual, rate_residual)
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes, and largest residuals, of lines through (x, y), one a column of y."""
+    slope, height = np.polyfit(x, y, 1)
+    return slope, np.abs(y - slope * x[:, None] - height).max(axis=0)
