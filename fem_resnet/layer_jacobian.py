@@ -67,12 +67,14 @@ class LinearLayer:
 
     def argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
         """What the stage at t is evaluated at, for coefficients g of shape (rank, samples) an order."""
+        beta = self._beta(t)
         return Argument(
             self._inputs[0].factors,
             tuple(inputs.length for inputs in self._inputs),
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
-            tuple(_acting(self._beta(t), g)),
+            tuple(_acting(beta, g)),
             self._inputs[1].factors if self.orders == 2 else None,
+            tuple(beta),
         )
 
     def set_point(self, t: float, g: Sequence[np.ndarray]) -> None:
@@ -99,6 +101,8 @@ class LinearLayer:
         else:
             by_g = [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
             by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
+        if result.beta is not None:
+            by_beta = by_beta + result.beta
         functionals = [inputs.bias.pull_back(t, result.bias), inputs.beta.pull_back(t, by_beta)]
         if inputs.learns_length:
             functionals.append(np.array([result.length]))

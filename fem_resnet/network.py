@@ -2,6 +2,7 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y),    0 <= t <= T
 
+or, at the end of section 3.5, the gradient flow f_t = B^T sigma(a - B f), in which solutions never part if sigma' >= 0.
 Layer l is the time interval (t_l, t_(l+1)). Bias a and kernel b have coefficients of their own on each, or values at
 the layer times with a line between them (the interpolants a^tau, B^tau of section 2.1), or values that layers share.
 """
@@ -36,6 +37,7 @@ from fem_resnet.segment import Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
 from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper
+from fem_resnet.transposed_stage import TransposedStage
 
 __all__ = ["ResidualNetwork"]
 
@@ -80,6 +82,10 @@ class ResidualNetwork:
         regularisers take for the lengths of layers, stay those of the given times.
     replay_steps
         Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
+    gradient_flow
+        Whether the network is `f_t = B^T sigma(a - B f)` (end of 3.5) in place of (2.8): down the gradient of
+        int Sigma(a - B f), which is convex if sigma' >= 0. Then no two solutions part in L2, nor those of the discrete
+        network if its steps are short enough: see `theory.contraction`. (The paper prints sigma' <= 0.)
 
     Attributes
     ----------
@@ -129,6 +135,7 @@ class ResidualNetwork:
         learn_factors: bool = False,
         learn_times: bool = False,
         replay_steps: bool = True,
+        gradient_flow: bool = False,
     ):
         self._given_times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self._given_times) - 1
@@ -167,6 +174,7 @@ class ResidualNetwork:
             get_time_basis(kernel_in_time, self._given_times, "kernel_in_time"),
         )
         self.replay_steps = replay_steps
+        self.gradient_flow = gradient_flow
         self._options = solver_options(solver_parameters, options_prefix)
         self._stages: dict[int, Stage] = {}
         self._scratch: dict[tuple[int, ...], list[Segment]] = {}
@@ -208,6 +216,7 @@ class ResidualNetwork:
             "learn_factors": bool(self.factors),
             "learn_times": self.layer_times is not None,
             "replay_steps": self.replay_steps,
+            "gradient_flow": self.gradient_flow,
         }
 
     @property
@@ -403,7 +412,8 @@ class ResidualNetwork:
 
     def _stage(self, samples: int) -> Stage:
         if samples not in self._stages:
-            self._stages[samples] = new_stage(self.Y, self.activation, samples)
+            stage = new_stage(self.Y, self.activation, samples)
+            self._stages[samples] = TransposedStage(stage) if self.gradient_flow else stage
         return self._stages[samples]
 
     def _steppers(self, stage: Stage, layers: range, orders: int) -> list[LayerStepper]:
