@@ -31,6 +31,7 @@ _MODULES = {
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
+    "theory.contraction": ["LipschitzBound", "circle_radius", "lipschitz_bound"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }

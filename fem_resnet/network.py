@@ -29,7 +29,7 @@ from fem_resnet.compiled_stage import new_stage
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.log import log
-from fem_resnet.methods import solver_options
+from fem_resnet.methods import solver_options, tableau
 from fem_resnet.parameter import Parameter
 from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
@@ -203,6 +203,11 @@ class ResidualNetwork:
         return self._options.options_prefix
 
     @property
+    def tableau(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Matrix a_ij and weights b_i of the Runge-Kutta method that steps it; None where PETSc does not give them away."""
+        return tableau(self._options)
+
+    @property
     def settings(self) -> dict:
         """What the network was made with, but for its bases: keyword arguments of the constructor."""
         return {
@@ -270,6 +275,14 @@ class ResidualNetwork:
             f, block = apply(segment, [start, *coefficients])
             pieces.append(Piece(segment, start, coefficients, segment.traces(), block))
         return Run(self, initial, f, pieces)
+
+    def refuse_gradient_flow(self, what: str) -> None:
+        """Raise ValueError if the network is a gradient flow, where `what` is about (2.8)."""
+        if self.gradient_flow:
+            raise ValueError(
+                f"{what}: it is about f_t = sigma(a - B f), (2.8); the network given is the gradient flow "
+                f"f_t = B^T sigma(a - B f); make it without gradient_flow"
+            )
 
     @property
     def blocks(self) -> int:

@@ -142,6 +142,7 @@ def solve_trajectory(
     >>> [round(float(f(t).dat.data_ro.max()), 12) for t in (0.1, 0.5, 1.0)]
     [0.1, 0.5, 0.5]
     """
+    net.refuse_gradient_flow("solve_trajectory")
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps

@@ -274,7 +274,7 @@ class Reference:
         phi, psi = (self._factor(basis, moved.get(name)) for name, basis in (("phi", kernel.phi), ("psi", kernel.psi)))
         return _LayerEquation(
             self._sigma, self.measure, phi, psi, self.times[layer : layer + 2],
-            self._in_time(self.net.bias, layer), self._in_time(self.net.kernel, layer),
+            self._in_time(self.net.bias, layer), self._in_time(self.net.kernel, layer), self.net.gradient_flow,
         )  # fmt: skip
 
     def _in_time(self, parameter: Parameter, layer: int) -> Callable[[float], np.ndarray]:
@@ -408,12 +408,13 @@ class Reference:
 
 
 class _LayerEquation:
-    """f_t = sigma(a - B f) on one layer, and the product with its Jacobian."""
+    """f_t = sigma(a - B f), or B^T of that, on one layer, and the product with its Jacobian."""
 
-    def __init__(self, sigma, measure: Measure, phi, psi, times, bias, beta):
+    def __init__(self, sigma, measure: Measure, phi, psi, times, bias, beta, gradient_flow):
         self._sigma, self._measure, self._phi, self._psi = sigma, measure, phi, psi
         self.start, self.end = map(float, times)
         self._bias, self._beta = bias, beta
+        self._gradient_flow = gradient_flow
 
     def _at(self, t):
         return (t - self.start) / (self.end - self.start)
@@ -424,8 +425,13 @@ class _LayerEquation:
     def _argument(self, t, f):
         return self._bias(self._at(t))[:, None] - self._operator(t, f)
 
+    def _behind(self, t, v):
+        if not self._gradient_flow:
+            return v
+        return self._psi @ (self._beta(self._at(t)).T @ self._measure.integrals(self._phi, v))
+
     def rate(self, t, f):
-        return self._sigma(self._argument(t, f))
+        return self._behind(t, self._sigma(self._argument(t, f)))
 
     def slope(self, t, f):
         """sigma'(u), by a difference: Newton's method does not ask for more."""
@@ -433,7 +439,7 @@ class _LayerEquation:
         return (self._sigma(u + 1e-6) - self._sigma(u - 1e-6)) / 2e-6
 
     def product(self, t, slope, v):
-        return -slope * self._operator(t, v)
+        return self._behind(t, -slope * self._operator(t, v))
 
 
 class _FieldTS:
