@@ -15,6 +15,7 @@ _MODULES = {
     "time_stepping": ["StepFailure"],
     "checkpoints": ["enable_checkpointing"],
     "run": ["Run"],
+    "stable_kernels": ["DampedAntisymmetric", "NormBounded", "PositiveSemidefinite"],
     "network": ["ResidualNetwork"],
     "head": ["Head"],
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],

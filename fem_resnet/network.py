@@ -35,6 +35,7 @@ from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
 from fem_resnet.segment import Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
+from fem_resnet.stable_kernels import StableKernel, StableKernelParameter
 from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper
 from fem_resnet.transposed_stage import TransposedStage
@@ -86,6 +87,10 @@ class ResidualNetwork:
         Whether the network is `f_t = B^T sigma(a - B f)` (end of 3.5) in place of (2.8): down the gradient of
         int Sigma(a - B f), which is convex if sigma' >= 0. Then no two solutions part in L2, nor those of the discrete
         network if its steps are short enough: see `theory.contraction`. (The paper prints sigma' <= 0.)
+    stable_kernel
+        A set in which the kernel is to stay, `PositiveSemidefinite`, `DampedAntisymmetric` or `NormBounded`: its
+        coefficients beta are made of free controls, and these are learned in their place (`stable_kernels`). Regularisers
+        take the kernel itself.
 
     Attributes
     ----------
@@ -136,6 +141,7 @@ class ResidualNetwork:
         learn_times: bool = False,
         replay_steps: bool = True,
         gradient_flow: bool = False,
+        stable_kernel: StableKernel | None = None,
     ):
         self._given_times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self._given_times) - 1
@@ -168,10 +174,19 @@ class ResidualNetwork:
             _shared(self._bias_basis, self.bases["bias"]),
             get_time_basis(bias_in_time, self._given_times, "bias_in_time"),
         )
-        self.kernel = Parameter(
-            "kernel",
+        if not isinstance(stable_kernel, StableKernel | None):
+            raise TypeError(f"stable_kernel: a set of kernels or None is wanted, {type(stable_kernel).__name__} was given")
+        if learn_factors and stable_kernel is not None and stable_kernel.symmetric:
+            raise ValueError(
+                f"stable_kernel: {type(stable_kernel).__name__} wants phi = psi, and learned factors part; fix them"
+            )
+        self.stable_kernel = stable_kernel
+        of_kernel = (
             _shared(partial(_kernel_basis, learn_factors), self.bases["phi"], self.bases["psi"]),
             get_time_basis(kernel_in_time, self._given_times, "kernel_in_time"),
+        )
+        self.kernel = (
+            Parameter("kernel", *of_kernel) if stable_kernel is None else StableKernelParameter(stable_kernel, *of_kernel)
         )
         self.replay_steps = replay_steps
         self.gradient_flow = gradient_flow
@@ -222,12 +237,13 @@ class ResidualNetwork:
             "learn_times": self.layer_times is not None,
             "replay_steps": self.replay_steps,
             "gradient_flow": self.gradient_flow,
+            "stable_kernel": self.stable_kernel,
         }
 
     @property
     def parameters(self) -> list[Parameter]:
-        """Bias and kernel; layer times and factors, where they are learned."""
-        return [self.bias, self.kernel, *([] if self.layer_times is None else [self.layer_times]), *self.factors]
+        """Bias and kernel, or what it is made of; layer times and factors, where they are learned."""
+        return [self.bias, self.kernel.learned, *([] if self.layer_times is None else [self.layer_times]), *self.factors]
 
     def __call__(self, initial: fd.Function) -> fd.Function:
         """f(T) for the initial state `initial`: `run(initial).final`."""
@@ -256,8 +272,9 @@ class ResidualNetwork:
         """
         self.Y.check_batch(initial, "initial")
         manager = manager_of(get_working_tape()) if annotate_tape() else None
-        if manager is not None and self.factors:
-            raise ValueError("checkpoints: learned factors and schedules of checkpoints do not go together; fix one")
+        if manager is not None and (self.factors or self.stable_kernel is not None):
+            what = "learned factors" if self.factors else "kernels made of other controls"
+            raise ValueError(f"checkpoints: {what} and schedules of checkpoints do not go together; leave one out")
         f, pieces = initial, []
         # An operator on the tape belongs to its Block alone.
         factors = [apply(Retraction(self.bases[p.name][0]), p.functions)[0] for p in self.factors]
@@ -269,9 +286,10 @@ class ResidualNetwork:
             )  # fmt: skip
         if manager is not None:
             return Run(self, initial, self._record_steps(initial, manager), None)
+        acting = dict(zip(map(id, self.kernel.functions), self.kernel.learned.acting().functions))
         for segment in self._segments(initial.function_space()):
             start = f
-            coefficients = [*segment.functions, *factors]
+            coefficients = [*(acting.get(id(function), function) for function in segment.functions), *factors]
             f, block = apply(segment, [start, *coefficients])
             pieces.append(Piece(segment, start, coefficients, segment.traces(), block))
         return Run(self, initial, f, pieces)
@@ -353,7 +371,7 @@ class ResidualNetwork:
         Parameters
         ----------
         tolerance
-            From 0 to 1; no unit.
+            From 0 to 1; no unit. The kernel of the new network is free, whatever it is made of here.
 
         Raises
         ------
@@ -374,10 +392,10 @@ class ResidualNetwork:
             U, S, _ = np.linalg.svd(stacked, full_matrices=False)
             turns.append(U[:, : max(1, np.count_nonzero(S > tolerance * S[0]))])
             bases.append(Basis(self.Y, basis.values @ np.linalg.solve(root, turns[-1]), "given"))
-        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings)
+        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings | {"stable_kernel": None})
         for parameter, other in zip(self.parameters, net.parameters):
             for k in range(len(parameter.functions)):
-                if parameter is self.kernel:
+                if parameter is self.kernel.learned:
                     other.set(k, turns[0].T @ betas[k] @ turns[1])
                 elif parameter not in self.factors:
                     other.set(k, parameter.get(k))

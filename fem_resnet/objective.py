@@ -215,8 +215,12 @@ class LearningProblem:
         if self.derivatives is not None:
             J = J + self.derivatives.weight * self._mismatch_of_derivatives(run)
         if self.regulariser is not None:
-            J = J + self.regulariser([parameter for parameter in self.parameters if parameter.penalised])
+            J = J + self.regulariser(self.penalised())
         return J, run, block
+
+    def penalised(self) -> list[Parameter]:
+        """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
+        return [parameter.acting() for parameter in self.parameters if parameter.penalised]
 
     def _check_derivatives(self) -> None:
         if self.derivatives is None:

@@ -223,7 +223,7 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall, variant: 
         )
     if problem.regulariser is not None or problem.derivatives is not None:
         raise ValueError("problem: one without regulariser and derivatives is wanted; (4.10) does not hold with them")
-    if net.factors or net.layer_times is not None or problem.learn != "parameters" or problem.checkpoints is not None:
+    if net.factors or net.layer_times is not None or net.stable_kernel is not None or problem.learn != "parameters" or problem.checkpoints is not None:
         raise ValueError("problem: one that learns bias and kernel, without checkpoints, is wanted")
     if not net.layers or any(p.time_basis.description != "layers" for p in (net.bias, net.kernel)):
         raise ValueError("problem: a network of layers whose bias and kernel have a value on each is wanted")

@@ -130,6 +130,7 @@ def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Ite
     reasons = {
         "the network has no layers": not net.layers,
         "(4.2) belongs to (2.8), and the network is a gradient flow": net.gradient_flow,
+        "the kernel is made of other controls": net.stable_kernel is not None,
         f"(4.2) is not stepped on its own by {kind!r}": kind not in TYPES,
         "steps are adapted": net.solver_parameters.get("ts_adapt_type", "none") != "none",
         "sigma' or sigma'' jumps": bool(net.activation.joints),

@@ -29,7 +29,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.parameter import Parameter
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, MatrixControls, NodalValues, StateValues
 
 __all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "sigma"]
 
@@ -183,7 +183,7 @@ class Reference:
 
     def lengths(self, parameter: Parameter) -> np.ndarray:
         """tau_k of each function in time: what it has of [0, T], in the times that the network was given."""
-        if parameter not in (self.net.bias, self.net.kernel):
+        if parameter not in (self.net.bias, self.net.kernel, self.net.kernel.learned):
             return np.ones(len(parameter.functions))
         tau, times = np.zeros(len(parameter.functions)), self._given_times
         for layer in range(self.net.layers):
@@ -237,6 +237,8 @@ class Reference:
             return self.measure_of(basis.Y).inner(values @ c, values @ d)
         if isinstance(basis, KernelCoefficients):
             return float(np.trace(c.T @ self.gram(basis.kernel.phi) @ d @ self.gram(basis.kernel.psi)))
+        if isinstance(basis, MatrixControls):
+            return float(np.trace(c.T @ basis.grams[0] @ d @ basis.grams[1]))
         return float(np.sum(c * d))
 
     def _gradients(self, parameter: Parameter, k: int, c: np.ndarray) -> float:
@@ -374,6 +376,7 @@ class Reference:
         if regulariser is None:
             return 0.0
         total, penalised = 0.0, [p for p in self.problem.parameters if p.penalised]
+        penalised = [self.net.kernel if p is self.net.kernel.learned else p for p in penalised]
         of_head = [] if self.head is None else self.head.parameters
         for (weight, form), name in zip(regulariser.terms, [*regulariser.names, *[""] * len(regulariser.terms)]):
             for parameter in penalised:
