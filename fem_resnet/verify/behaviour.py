@@ -111,7 +111,7 @@ def blocks(point: Point) -> Iterator[Check]:
 def replay(point: Point) -> Iterator[Check]:
     """Replay of checkpoints: J and gradient where one state in memory has to do for all layers."""
     problem, net = point.problem, point.problem.net
-    if net.layers < 2 or net.factors or problem.derivatives is not None or problem.checkpoints is not None:
+    if net.layers < 2 or net.factors or net.stable_kernel is not None or problem.derivatives is not None or problem.checkpoints is not None:
         yield Check.left_out("checkpoints", "replay", "one layer, or what goes with no schedule")
         return
     other = copy.copy(problem)
