@@ -16,6 +16,7 @@ _MODULES = {
     "time_stepping": ["StepFailure"],
     "checkpoints": ["enable_checkpointing"],
     "run": ["Run"],
+    "stable_kernels": ["DampedAntisymmetric", "NormBounded", "PositiveSemidefinite"],
     "network": ["ResidualNetwork"],
     "head": ["Head"],
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],
@@ -55,6 +56,7 @@ _MODULES = {
     "theory.perturbation": ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"],
     "theory.layer_stability": ["LayerStability"],
     "theory.report": ["StabilityReport", "Suggestion", "stability_report"],
+    "theory.contraction": ["LipschitzBound", "circle_radius", "lipschitz_bound"],
     "io": ["load", "save"],
     "verify.suite": ["verify"],
 }

@@ -117,6 +117,8 @@ def costate_check(
     net = problem.net
     if not net.layers:
         raise ValueError("problem: its network has no layers, so there is nothing to compare")
+    if net.stable_kernel is not None:
+        raise ValueError("problem: its kernel is made of other controls, and (4.4) is the gradient in the kernel; make it free")
     if net.solver_parameters["ts_adapt_type"] != "none":
         raise ValueError("problem: its network adapts its steps, so they cannot be refined; give it fixed ones")
     steps = 2 * max(refinements) * net.steps if steps is None else steps

@@ -72,12 +72,14 @@ class LinearLayer:
 
     def argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
         """What the stage at t is evaluated at, for coefficients g of shape (rank, samples) an order."""
+        beta = self._beta(t)
         return Argument(
             self._inputs[0].factors,
             tuple(inputs.length for inputs in self._inputs),
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
-            tuple(acting(self._beta(t), g)),
+            tuple(acting(beta, g)),
             self._inputs[1].factors if self.orders == 2 else None,
+            tuple(beta),
         )
 
     def cost_rate(self, t: float, at: Argument, rest: object) -> CostRate | None:
@@ -142,6 +144,8 @@ class LinearLayer:
         else:
             by_g = [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
             by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
+        if result.beta is not None:
+            by_beta = by_beta + result.beta
         by_rest = 0.0
         if cost is not None:
             in_f, in_a, in_beta = cost.transpose(dual.cost)

@@ -247,6 +247,7 @@ def middle_pairs(run: Run, convention: str) -> list[Pair]:
 
 
 def _end_pairs(run: Run, convention: str) -> list[Pair]:
+    run.net.refuse_gradient_flow("maximum principle")
     values = run.net.Y.values
     return [
         Pair(np.array(values(run.state(l))), np.array(values(run.costate(l))), "minimise").to(convention)

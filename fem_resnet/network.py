@@ -2,6 +2,7 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y),    0 <= t <= T
 
+or, at the end of section 3.5, the gradient flow f_t = B^T sigma(a - B f), in which solutions never part if sigma' >= 0.
 Layer l is the time interval (t_l, t_(l+1)). Bias a and kernel b have coefficients of their own on each, or values at
 the layer times with a line between them (the interpolants a^tau, B^tau of section 2.1), or values that layers share.
 """
@@ -32,15 +33,17 @@ from fem_resnet.discrete_gradient import DiscreteGradientStage, DiscreteGradient
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.log import log
-from fem_resnet.methods import solver_options
+from fem_resnet.methods import solver_options, tableau
 from fem_resnet.parameter import Parameter
 from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
 from fem_resnet.running_cost import RunningCost
 from fem_resnet.segment import Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
+from fem_resnet.stable_kernels import StableKernel, StableKernelParameter
 from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper
+from fem_resnet.transposed_stage import TransposedStage
 
 __all__ = ["ResidualNetwork"]
 
@@ -85,6 +88,14 @@ class ResidualNetwork:
         regularisers take for the lengths of layers, stay those of the given times.
     replay_steps
         Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
+    gradient_flow
+        Whether the network is `f_t = B^T sigma(a - B f)` (end of 3.5) in place of (2.8): down the gradient of
+        int Sigma(a - B f), which is convex if sigma' >= 0. Then no two solutions part in L2, nor those of the discrete
+        network if its steps are short enough: see `theory.contraction`. (The paper prints sigma' <= 0.)
+    stable_kernel
+        A set in which the kernel is to stay, `PositiveSemidefinite`, `DampedAntisymmetric` or `NormBounded`: its
+        coefficients beta are made of free controls, and these are learned in their place (`stable_kernels`). Regularisers
+        take the kernel itself.
 
     Attributes
     ----------
@@ -134,6 +145,8 @@ class ResidualNetwork:
         learn_factors: bool = False,
         learn_times: bool = False,
         replay_steps: bool = True,
+        gradient_flow: bool = False,
+        stable_kernel: StableKernel | None = None,
     ):
         self._given_times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self._given_times) - 1
@@ -166,12 +179,22 @@ class ResidualNetwork:
             _shared(self._bias_basis, self.bases["bias"]),
             get_time_basis(bias_in_time, self._given_times, "bias_in_time"),
         )
-        self.kernel = Parameter(
-            "kernel",
+        if not isinstance(stable_kernel, StableKernel | None):
+            raise TypeError(f"stable_kernel: a set of kernels or None is wanted, {type(stable_kernel).__name__} was given")
+        if learn_factors and stable_kernel is not None and stable_kernel.symmetric:
+            raise ValueError(
+                f"stable_kernel: {type(stable_kernel).__name__} wants phi = psi, and learned factors part; fix them"
+            )
+        self.stable_kernel = stable_kernel
+        of_kernel = (
             _shared(partial(_kernel_basis, learn_factors), self.bases["phi"], self.bases["psi"]),
             get_time_basis(kernel_in_time, self._given_times, "kernel_in_time"),
         )
+        self.kernel = (
+            Parameter("kernel", *of_kernel) if stable_kernel is None else StableKernelParameter(stable_kernel, *of_kernel)
+        )
         self.replay_steps = replay_steps
+        self.gradient_flow = gradient_flow
         self._options = solver_options(solver_parameters, options_prefix)
         self._stages: dict[int, Stage] = {}
         self._scratch: dict[tuple, list[Segment]] = {}
@@ -200,6 +223,11 @@ class ResidualNetwork:
         return self._options.options_prefix
 
     @property
+    def tableau(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Matrix a_ij and weights b_i of the Runge-Kutta method that steps it; None where PETSc does not give them away."""
+        return tableau(self._options)
+
+    @property
     def settings(self) -> dict:
         """What the network was made with, but for its bases: keyword arguments of the constructor."""
         return {
@@ -213,12 +241,14 @@ class ResidualNetwork:
             "learn_factors": bool(self.factors),
             "learn_times": self.layer_times is not None,
             "replay_steps": self.replay_steps,
+            "gradient_flow": self.gradient_flow,
+            "stable_kernel": self.stable_kernel,
         }
 
     @property
     def parameters(self) -> list[Parameter]:
-        """Bias and kernel; layer times and factors, where they are learned."""
-        return [self.bias, self.kernel, *([] if self.layer_times is None else [self.layer_times]), *self.factors]
+        """Bias and kernel, or what it is made of; layer times and factors, where they are learned."""
+        return [self.bias, self.kernel.learned, *([] if self.layer_times is None else [self.layer_times]), *self.factors]
 
     def __call__(self, initial: fd.Function) -> fd.Function:
         """f(T) for the initial state `initial`: `run(initial).final`."""
@@ -260,8 +290,9 @@ class ResidualNetwork:
             raise ValueError("running: the discrete gradient steps coefficients alone and integrates no running cost; give None")
         omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
         manager = manager_of(get_working_tape()) if annotate_tape() else None
-        if manager is not None and self.factors:
-            raise ValueError("checkpoints: learned factors and schedules of checkpoints do not go together; fix one")
+        if manager is not None and (self.factors or self.stable_kernel is not None):
+            what = "learned factors" if self.factors else "kernels made of other controls"
+            raise ValueError(f"checkpoints: {what} and schedules of checkpoints do not go together; leave one out")
         f, pieces = initial, []
         # An operator on the tape belongs to its Block alone.
         factors = [apply(Retraction(self.bases[p.name][0]), p.functions)[0] for p in self.factors]
@@ -273,14 +304,23 @@ class ResidualNetwork:
             )  # fmt: skip
         if manager is not None:
             return Run(self, initial, *self._record_steps(initial, manager, running, omega), omega)
+        acting = dict(zip(map(id, self.kernel.functions), self.kernel.learned.acting().functions))
         cost = 0.0
         for segment in self._segments(initial.function_space(), running, omega):
             start = f
-            coefficients = [*segment.functions, *factors]
+            coefficients = [*(acting.get(id(function), function) for function in segment.functions), *factors]
             output, block = apply(segment, [start, *coefficients])
             f, cost = (output, cost) if running is None else (output[0], cost + output[1])
             pieces.append(Piece(segment, start, coefficients, segment.traces(), block))
         return Run(self, initial, f, pieces, cost, omega)
+
+    def refuse_gradient_flow(self, what: str) -> None:
+        """Raise ValueError if the network is a gradient flow, where `what` is about (2.8)."""
+        if self.gradient_flow:
+            raise ValueError(
+                f"{what}: it is about f_t = sigma(a - B f), (2.8); the network given is the gradient flow "
+                f"f_t = B^T sigma(a - B f); make it without gradient_flow"
+            )
 
     @property
     def blocks(self) -> int:
@@ -387,7 +427,7 @@ class ResidualNetwork:
         Parameters
         ----------
         tolerance
-            From 0 to 1; no unit.
+            From 0 to 1; no unit. The kernel of the new network is free, whatever it is made of here.
 
         Raises
         ------
@@ -408,10 +448,10 @@ class ResidualNetwork:
             U, S, _ = np.linalg.svd(stacked, full_matrices=False)
             turns.append(U[:, : max(1, np.count_nonzero(S > tolerance * S[0]))])
             bases.append(Basis(self.Y, basis.values @ np.linalg.solve(root, turns[-1]), "given"))
-        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings)
+        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings | {"stable_kernel": None})
         for parameter, other in zip(self.parameters, net.parameters):
             for k in range(len(parameter.functions)):
-                if parameter is self.kernel:
+                if parameter is self.kernel.learned:
                     other.set(k, turns[0].T @ betas[k] @ turns[1])
                 elif parameter not in self.factors:
                     other.set(k, parameter.get(k))
@@ -472,7 +512,8 @@ class ResidualNetwork:
     def _stage(self, samples: int) -> Stage:
         if samples not in self._stages:
             make = DiscreteGradientStage if self._by_discrete_gradient else new_stage
-            self._stages[samples] = make(self.Y, self.activation, samples)
+            stage = make(self.Y, self.activation, samples)
+            self._stages[samples] = TransposedStage(stage) if self.gradient_flow else stage
         return self._stages[samples]
 
     def _kind(self, layer: int) -> tuple[int, ...]:

@@ -234,7 +234,7 @@ class LearningProblem:
         if self.ensemble is not None:
             J = J * self._share
         if self.regulariser is not None:
-            R = self.regulariser([parameter for parameter in self.parameters if parameter.penalised])
+            R = self.regulariser(self.penalised())
             J = J + (R if self.ensemble is None else R / self.ensemble.ensemble_comm.size)
         return J, run, block
 
@@ -244,6 +244,10 @@ class LearningProblem:
         weights = self.batch.weights
         own = float(self.batch.samples if weights is None else np.sum(weights))
         return own / self.ensemble.ensemble_comm.allreduce(own)
+
+    def penalised(self) -> list[Parameter]:
+        """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
+        return [parameter.acting() for parameter in self.parameters if parameter.penalised]
 
     def _check_derivatives(self) -> None:
         if self.derivatives is None:

@@ -225,6 +225,7 @@ def _layer_by_layer(
     one_layer: Callable[[FieldStepper, LayerTrajectory, np.ndarray, int], np.ndarray],
 ) -> tuple[fd.Function, Scheme, int]:
     """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes the steps of one and returns f at its end."""
+    net.refuse_gradient_flow("solve_trajectory")
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps
@@ -249,7 +250,6 @@ def _layer_by_layer(
                 raise StepFailure(number, part.start + part.length, "NOT_FINITE")
         scheme = stepper.scheme
     return like(initial, f), scheme, steps
-
 
 
 def like(function: fd.Function, values: np.ndarray) -> fd.Function:

@@ -237,7 +237,8 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox,
             f"as a RowBox, RowBall or SpanBox"
         )
     refuse_costs_of_controls(problem)
-    if net.factors or net.layer_times is not None or problem.learn != "parameters" or problem.checkpoints is not None:
+    learned = net.factors or net.layer_times is not None or net.stable_kernel is not None or problem.learn != "parameters"
+    if learned or problem.checkpoints is not None:
         raise ValueError("problem: one that learns bias and kernel, without checkpoints, is wanted")
     if not net.layers or any(p.time_basis.description != "layers" for p in (net.bias, net.kernel)):
         raise ValueError("problem: a network of layers whose bias and kernel have a value on each is wanted")

@@ -247,8 +247,12 @@ def gauss_newton(point: Point) -> Iterator[Check]:
         finally:
             move(0.0)
     value, size = point.pair(actions[0], h), abs(expected) + 1e-9 * abs(R)
-    bound = max(1e-5 if joints else 1e-6, 10 * close(problem))
-    yield Check.of("Gauss-Newton", "<h, A h>", abs(value - expected) / size, bound)
+    if problem.net.stable_kernel is not None and problem.regulariser is not None:
+        why = "the kernel is made of other controls, in which the regulariser is not quadratic"
+        yield Check.left_out("Gauss-Newton", "<h, A h>", why)
+    else:
+        bound = max(1e-5 if joints else 1e-6, 10 * close(problem))
+        yield Check.of("Gauss-Newton", "<h, A h>", abs(value - expected) / size, bound)
     forth, back = point.pair(actions[0], other), point.pair(actions[1], h)
     size = max(abs(forth), abs(back), 1e-6 * size)
     yield Check.of("Gauss-Newton", "symmetric", abs(forth - back) / size, max(1e-8, close(problem)))

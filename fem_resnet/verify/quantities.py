@@ -74,7 +74,7 @@ def forward(problem: LearningProblem, point: Point | None = None) -> Iterator[Ch
         yield Check.of("J", where, abs(float(J) - value) / max(size, 1e-300), bound)
         if problem.regulariser is not None:
             with stop_annotating():
-                R = float(problem.regulariser([p for p in problem.parameters if p.penalised]))
+                R = float(problem.regulariser(problem.penalised()))
             yield Check.of("regulariser", where, _relative(R, reference.regulariser()), bound)
         if problem.head is not None:
             O, head = reference.output(f), problem.head

@@ -30,7 +30,7 @@ from fem_resnet.label_space import LabelSpace
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.parameter import Parameter
 from fem_resnet.running_cost import RunningCost
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, MatrixControls, NodalValues, StateValues
 
 __all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "sigma"]
 
@@ -184,7 +184,7 @@ class Reference:
 
     def lengths(self, parameter: Parameter) -> np.ndarray:
         """tau_k of each function in time: what it has of [0, T], in the times that the network was given."""
-        if parameter not in (self.net.bias, self.net.kernel):
+        if parameter not in (self.net.bias, self.net.kernel, self.net.kernel.learned):
             return np.ones(len(parameter.functions))
         tau, times = np.zeros(len(parameter.functions)), self._given_times
         for layer in range(self.net.layers):
@@ -238,6 +238,8 @@ class Reference:
             return self.measure_of(basis.Y).inner(values @ c, values @ d)
         if isinstance(basis, KernelCoefficients):
             return float(np.trace(c.T @ self.gram(basis.kernel.phi) @ d @ self.gram(basis.kernel.psi)))
+        if isinstance(basis, MatrixControls):
+            return float(np.trace(c.T @ basis.grams[0] @ d @ basis.grams[1]))
         return float(np.sum(c * d))
 
     def _gradients(self, parameter: Parameter, k: int, c: np.ndarray) -> float:
@@ -275,7 +277,8 @@ class Reference:
         phi, psi = (self._factor(basis, moved.get(name)) for name, basis in (("phi", kernel.phi), ("psi", kernel.psi)))
         return _LayerEquation(
             self._sigma, self.measure, phi, psi, self.times[layer : layer + 2],
-            self._in_time(self.net.bias, layer), self._in_time(self.net.kernel, layer), self.problem.running,
+            self._in_time(self.net.bias, layer), self._in_time(self.net.kernel, layer), self.net.gradient_flow,
+            self.problem.running,
         )  # fmt: skip
 
     def _in_time(self, parameter: Parameter, layer: int) -> Callable[[float], np.ndarray]:
@@ -377,6 +380,7 @@ class Reference:
         if regulariser is None:
             return 0.0
         total, penalised = 0.0, [p for p in self.problem.parameters if p.penalised]
+        penalised = [self.net.kernel if p is self.net.kernel.learned else p for p in penalised]
         of_head = [] if self.head is None else self.head.parameters
         for (weight, form), name in zip(regulariser.terms, [*regulariser.names, *[""] * len(regulariser.terms)]):
             for parameter in penalised:
@@ -412,12 +416,16 @@ class Reference:
 
 
 class _LayerEquation:
-    """f_t = sigma(a - B f) on one layer, and the product with its Jacobian; with a running cost a row more, c_t = L."""
+    """f_t = sigma(a - B f), or B^T of that, on one layer, and the product with its Jacobian.
 
-    def __init__(self, sigma, measure: Measure, phi, psi, times, bias, beta, cost: RunningCost | None):
+    With a running cost there is a row more, c_t = L.
+    """
+
+    def __init__(self, sigma, measure: Measure, phi, psi, times, bias, beta, gradient_flow, cost: RunningCost | None):
         self._sigma, self._measure, self._phi, self._psi = sigma, measure, phi, psi
         self.start, self.end = map(float, times)
         self._bias, self._beta, self._cost = bias, beta, cost
+        self._gradient_flow = gradient_flow
 
     def _at(self, t):
         return (t - self.start) / (self.end - self.start)
@@ -431,12 +439,17 @@ class _LayerEquation:
     def _argument(self, t, f):
         return self._bias(self._at(t))[:, None] - self._operator(t, f)
 
+    def _behind(self, t, v):
+        if not self._gradient_flow:
+            return v
+        return self._psi @ (self._beta(self._at(t)).T @ self._measure.integrals(self._phi, v))
+
     def _density(self, t, f):
         return np.broadcast_to(self._cost.density.value(f, self._bias(self._at(t))[:, None]), f.shape)
 
     def rate(self, t, f):
         f = self._fields(f)
-        s = self._sigma(self._argument(t, f))
+        s = self._behind(t, self._sigma(self._argument(t, f)))
         if self._cost is None:
             return s
         # b at this rank's y, and all z: its square by the sum over z of psi_i psi_j.
@@ -457,7 +470,7 @@ class _LayerEquation:
     def product(self, t, slope, v):
         slope, l_f = slope
         v = self._fields(v)
-        ds = -slope * self._operator(t, v)
+        ds = self._behind(t, -slope * self._operator(t, v))
         return ds if l_f is None else np.vstack([ds, (self._measure.weights @ (l_f * v))[None]])
 
 
