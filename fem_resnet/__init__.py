@@ -31,7 +31,6 @@ _MODULES = {
         "middle_pairs", "pmp_residual",
     ],
     "row_controls": ["RowBall", "RowBox", "SpanBox", "raise_controls", "raise_rows", "raise_span"],
-    "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "theory.energy": ["EnergyCondition", "EnergyMonitor", "EnergyStatement", "energy_conditions"],
     "theory.energy_steps": ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"],
     "theory.growth": ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth"],
