@@ -12,6 +12,7 @@ space is asked for both, not judged by its name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import FIAT

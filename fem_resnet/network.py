@@ -196,6 +196,8 @@ class ResidualNetwork:
         self.replay_steps = replay_steps
         self.gradient_flow = gradient_flow
         self._options = solver_options(solver_parameters, options_prefix)
+        if gradient_flow and self._by_discrete_gradient:
+            raise ValueError("gradient_flow: the discrete gradient is one of int Sigma(u) along (2.8); take another ts_type")
         self._stages: dict[int, Stage] = {}
         self._scratch: dict[tuple, list[Segment]] = {}
         if self.layers:

@@ -16,7 +16,7 @@ Where a layer has a tangent, f_1 and so on, c has one too:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Protocol

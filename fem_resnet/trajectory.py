@@ -10,7 +10,7 @@ itself is stepped, with no more than the kernel's product, and known between the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import firedrake as fd

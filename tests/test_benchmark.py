@@ -1,7 +1,6 @@
 """The benchmark runs, its sides agree, and its JSON says what was measured."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path

@@ -367,7 +367,6 @@ def test_the_residual_is_zero_where_the_maximum_principle_holds():
 
 @on_ranks
 def test_a_reached_target_is_noticed_and_said():
-    Y = label_space("disk", "DG0")
     problem = bounded(2)
     final = problem.net(problem.batch.inputs)
     problem = LearningProblem(problem.net, None, least_squares, None, Batch(problem.batch.inputs, final))

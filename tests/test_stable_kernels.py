@@ -54,7 +54,6 @@ def in_orthonormal_coordinates(net, beta):
 @on_ranks
 @pytest.mark.parametrize("space", SPACES, ids=space_name)
 def test_kernels_are_in_their_sets_whatever_the_controls(space):
-    rng = np.random.default_rng(1)
     for choice in SETS:
         net = network(choice, space, basis=skewed(space), size=3.0)
         f, g = smooth(net.Y), smooth(net.Y, seed=8)
@@ -344,7 +343,7 @@ def test_the_network_moves_to_another_mesh_and_is_truncated(choice):
     assert_allclose(states(cut), states(net), rtol=0, atol=ROUND_OFF)
 
 
-@pytest.mark.parametrize("choice, weight", zip([SETS[0], SETS[2], SETS[3]], (0.05, None, 0.05)), ids=str)
+@pytest.mark.parametrize("choice, weight", list(zip([SETS[0], SETS[2], SETS[3]], (0.05, None, 0.05))), ids=str)
 def test_networks_of_stable_kernels_pass_the_verification(choice, weight):
     regulariser = None if weight is None else tikhonov(weight) + smooth_in_time(weight)
     report = verify(problem(network(choice, basis=skewed(("disk", "CG1"))), regulariser), quick=True)

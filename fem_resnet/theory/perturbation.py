@@ -170,7 +170,7 @@ def weighted_identity(trajectory: Trajectory, direction: fd.Function) -> Weighte
     TypeError, ValueError
         If the direction does not fit; or if sigma' is not positive or jumps, or sigma'(u) is 0 up to underflow.
     """
-    net, Y, sigma = trajectory.net, trajectory.net.Y, trajectory.net.activation
+    Y, sigma = trajectory.net.Y, trajectory.net.activation
     if not sigma.properties.strictly_increasing or sigma.kinks:
         raise ValueError(f"trajectory: an activation with sigma' > 0 that does not jump is wanted, {sigma.name} has none such")
     w = _read(trajectory, direction)
