@@ -234,6 +234,19 @@ def test_memory_and_evaluations_are_linear_in_the_number_of_nodes():
     assert grown < 16 * 8 * 2 * 32 * Y.nodes + 1e8
 
 
+@on_ranks
+def test_round_off_does_not_choose_a_pivot():
+    """Of nodes that are equal up to 1e-13 always the same one is taken, on any partition that of the whole mesh."""
+    places = set()
+    for alone in (False, True):
+        Y = label_space("sphere", "DG0", alone=alone)
+        nodes = KernelValues(gauss, Y, Y).y
+        for seed in range(5):
+            size = 1 + 1e-13 * np.random.default_rng([seed, Y.comm.rank]).normal(size=Y.nodes)
+            places.add(tuple(np.round(nodes.from_owner(nodes.largest(size), nodes.places)[0], 9)))
+    assert len(places) == 1
+
+
 # -- what a kernel may be ----------------------------------------------------------------------------------------------
 
 
