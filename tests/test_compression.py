@@ -87,6 +87,19 @@ def test_all_values_give_the_best_kernel_of_least_rank(which, tolerance):
     np.testing.assert_allclose(found.norm, tail[0], rtol=1e-12)
 
 
+def test_a_repeated_singular_value_is_not_cut():
+    """On a ring of points functions of the distance have pairs of singular values."""
+    angle = 2 * np.pi * np.arange(20) / 20
+    Y = point_space(np.full(20, 0.3))
+    matrix = np.exp(np.cos(angle[:, None] - angle))
+    s = np.linalg.svd(0.3 * matrix, compute_uv=False)
+    for cut in (2, 4):
+        # What is left at an even rank, but one more is kept.
+        tolerance = 1.01 * np.linalg.norm(s[cut:]) / np.linalg.norm(s)
+        for method in (compress(matrix, tolerance, Y), compress(matrix, tolerance, Y, affordable=0)):
+            assert method.rank == cut + 1 and abs(s[cut] - s[cut - 1]) < 1e-12
+
+
 def test_plain_singular_values_are_not_those_of_the_label_measure():
     """On a graded set of points the SVD of the bare matrix is worse at the same rank, in the norm of L2(Y x Y)."""
     weights = np.geomspace(1e-3, 1, 40)
@@ -144,7 +157,7 @@ def test_cross_approximation_is_within_the_tolerance_and_its_confidence(which, t
 def test_crosses_see_few_values_and_the_rank_does_not_know_the_mesh():
     coarse, fine = (compress(gauss, 1e-3, label_space("sphere", "DG0", n), affordable=0) for n in (2, 3))
     N = fine.kernel.phi.Y.size
-    assert N == 1280 and fine.evaluations < 0.1 * N**2
+    assert N == 1280 and fine.evaluations < 0.15 * N**2
     assert abs(fine.rank - coarse.rank) <= 1
     # Pairs apart, a row and a column a step.
     assert fine.evaluations - 4096 - 16384 < 2.5 * fine.rank * 2 * N
@@ -152,16 +165,15 @@ def test_crosses_see_few_values_and_the_rank_does_not_know_the_mesh():
 
 @on_ranks
 def test_a_part_that_no_cross_meets_is_found_by_the_pairs():
-    """Two patches that do not see each other: rows of one are zero in the other, so partial pivoting ends too early."""
+    """Sectors that do not see each other: rows of one are zero in the others, so partial pivoting ends too early."""
     Y = label_space("disk", "DG0", 2)
 
     def patches(y, z):
-        same = (y[..., 0] > 0) == (z[..., 0] > 0)
-        return same * (1 + (y[..., 0] > 0) * y[..., 1] * z[..., 1])
+        sectors = (np.floor(np.arctan2(x[..., 1], x[..., 0]) / (np.pi / 4) + 0.1) for x in (y, z))
+        return gauss(y, z) * np.equal(*sectors)
 
-    found = compress(patches, 1e-6, Y, affordable=0)
-    assert found.rank == 3
-    assert np.linalg.norm(everything(Y, Y, patches) - approximation(found)) < 1e-6 * found.norm
+    found = compress(patches, 1e-4, Y, affordable=0)
+    assert np.linalg.norm(everything(Y, Y, patches) - approximation(found)) < 1e-4 * found.norm
 
 
 @on_ranks
@@ -199,11 +211,9 @@ def test_the_part_where_the_residual_is_larger_is_as_small_as_it_says():
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_kernel_does_not_depend_on_the_partition(way):
-    """Pivots are the same, so that cross approximation agrees to round-off, not to its tolerance alone."""
-    for which in (("disk", "DG0", 2), ("annulus", "CG1", 1)):
-        found = [
-            compress(lopsided, 1e-3, label_space(*which, alone=alone), affordable=WAYS[way]) for alone in (False, True)
-        ]
+    """Pivots are the same, also where many nodes are alike, so that crosses agree to round-off, not to a tolerance."""
+    for which, b in ((("disk", "DG0", 2), lopsided), (("annulus", "CG1", 1), gauss), (("sphere", "DG0", 1), gauss)):
+        found = [compress(b, 1e-3, label_space(*which, alone=alone), affordable=WAYS[way]) for alone in (False, True)]
         np.testing.assert_allclose(*map(approximation, found), atol=1e-9)
         errors = [(x.hilbert_schmidt.value, x.operator.value, x.norm, *x.singular_values, x.evaluations) for x in found]
         np.testing.assert_allclose(*errors, rtol=1e-6)
@@ -222,6 +232,19 @@ def test_memory_and_evaluations_are_linear_in_the_number_of_nodes():
     assert found.evaluations < 4 * found.rank * 2 * Y.size
     # Both factors with room for twice as many, and copies for QR and SVD; and what a block of values takes.
     assert grown < 16 * 8 * 2 * 32 * Y.nodes + 1e8
+
+
+@on_ranks
+def test_round_off_does_not_choose_a_pivot():
+    """Of nodes that are equal up to 1e-13 always the same one is taken, on any partition that of the whole mesh."""
+    places = set()
+    for alone in (False, True):
+        Y = label_space("sphere", "DG0", alone=alone)
+        nodes = KernelValues(gauss, Y, Y).y
+        for seed in range(5):
+            size = 1 + 1e-13 * np.random.default_rng([seed, Y.comm.rank]).normal(size=Y.nodes)
+            places.add(tuple(np.round(nodes.from_owner(nodes.largest(size), nodes.places)[0], 9)))
+    assert len(places) == 1
 
 
 # -- what a kernel may be ----------------------------------------------------------------------------------------------

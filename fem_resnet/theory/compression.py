@@ -35,6 +35,8 @@ __all__ = ["SVD_PARAMETERS", "Compression", "KernelError", "compress"]
 
 #: The randomised method of Halko, Martinsson and Tropp, to 1e-10 of the largest singular value.
 SVD_PARAMETERS = {"svd_type": "randomized", "svd_conv_norm": None, "svd_tol": 1e-10, "svd_max_it": 1000}
+#: Neighbours closer than this part of their value are one repeated singular value, whose vectors chance alone fixes.
+CLUSTER_TOLERANCE = 1e-6
 #: Pairs that watch over a cross approximation, and those, others, by which its error is judged.
 _WATCHING, _JUDGING = 4096, 16384
 #: Parts of the tolerance that the cross approximation is given, one after the other.
@@ -129,9 +131,10 @@ def compress(
 ) -> Compression:
     """A kernel of low rank with `norm(b - b_r) <= tolerance norm(b)` in L2(Y x Z), the Hilbert-Schmidt norm.
 
-    The operator norm of the error is at most that. Collective; the result is the same on any number of ranks, up to the
-    tolerance of the singular value decomposition. No rank holds N_y x N_z values but its own rows while they are
-    affordable, or a matrix that was given.
+    The operator norm of the error is at most that. The rank is the least one that cuts no repeated singular value in
+    two. Collective; the result is the same on any number of ranks, up to the tolerance of the singular value
+    decomposition. No rank holds N_y x N_z values but its own rows while they are affordable, or a matrix that was
+    given.
 
     Parameters
     ----------
@@ -212,7 +215,7 @@ def _of_factors(kernel: LowRankKernel, beta, tolerance: float, largest_rank: int
         )
     spaces = kernel.phi.Y, kernel.psi.Y
     Q, s, tail = _decomposed(spaces, [kernel.phi.values, kernel.psi.values], beta)
-    r = _rank(tail, tolerance, largest_rank)
+    r = _rank(s, tail, tolerance, largest_rank)
     rest = KernelError(tail[r], tail[r])
     operator = s[r] if r < s.size else 0.0
     return _compression(
@@ -243,17 +246,24 @@ def _orthonormal(Y: LabelSpace, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return mine @ Q[start : start + mine.shape[1]] / root, R
 
 
-def _rank(tail: np.ndarray, tolerance: float, largest_rank: int) -> int:
-    """The least rank at which what is left is within the tolerance."""
+def _rank(s: np.ndarray, tail: np.ndarray, tolerance: float, largest_rank: int, complete: bool = True) -> int | None:
+    """The least rank at which what is left is within the tolerance and no repeated singular value is cut.
+
+    None where s is not `complete` and more of it has to be known.
+    """
     if not tail[0] > 0:
         raise ValueError("kernel: it is zero, which no kernel of a positive rank is")
-    rank = int(np.argmax(tail <= tolerance * tail[0]))
+    enough = np.flatnonzero(tail <= tolerance * tail[0])
+    rank = int(enough[0]) if enough.size else s.size
+    while rank < s.size and s[rank] > (1 - CLUSTER_TOLERANCE) * s[rank - 1]:
+        rank += 1
     if rank > largest_rank:
         raise RuntimeError(
-            f"compress: rank {rank} is needed for a part {tolerance:.2g} of the norm, {largest_rank} is the largest; "
-            f"at it {tail[largest_rank] / tail[0]:.2g} is left. Take a larger tolerance, or a larger 'largest_rank'"
+            f"compress: rank {rank} or more is needed for a part {tolerance:.2g} of the norm, {largest_rank} is the "
+            f"largest; at it {tail[largest_rank] / tail[0]:.2g} is left. Take a larger tolerance, or a larger "
+            f"'largest_rank'"
         )
-    return rank
+    return rank if complete or rank < s.size else None
 
 
 def _compression(
@@ -281,26 +291,20 @@ def _of_all_values(b: KernelValues, tolerance, largest_rank, parameters: dict, p
     norm = A.norm()
     if not norm > 0:
         raise ValueError("kernel: it is zero, which no kernel of a positive rank is")
-    # One singular value more than are needed: the operator norm of what is left.
-    wanted, found = min(16, Y.size, Z.size), None
-    while True:
-        found = _singular_triplets(A, wanted, parameters, prefix)
+    # The first that is left out is known too: it is the operator norm of what is left.
+    wanted, all_of_them, r = 16, min(Y.size, Z.size), None
+    while r is None:
+        wanted = min(wanted, all_of_them)
+        s, *vectors = _singular_triplets(A, wanted, parameters, prefix)
         rest = A.duplicate(copy=True)
-        _subtract(rest, *found)
-        beyond = rest.norm()
-        s = found[0]
-        tail = np.sqrt(np.append(np.cumsum(s[::-1] ** 2)[::-1], 0.0) + beyond**2)
-        if (tail[:-1] <= tolerance * norm).any() or wanted == min(Y.size, Z.size):
-            break
+        _subtract(rest, s, *vectors)
+        # Round-off where all of them were found.
+        beyond = 0.0 if wanted == all_of_them else rest.norm()
         rest.destroy()
-        if wanted > 2 * largest_rank:
-            _rank(tail, tolerance, largest_rank)
-        wanted = min(2 * wanted, Y.size, Z.size)
-    # The last entry is round-off where all singular values were found.
-    tail[-1] = 0.0 if wanted == min(Y.size, Z.size) else tail[-1]
-    r = _rank(tail, tolerance, largest_rank)
-    left, right = found[1][:, :r], found[2][:, :r]
-    rest.destroy()
+        tail = np.sqrt(np.append(np.cumsum(s[::-1] ** 2)[::-1], 0.0) + beyond**2)
+        r = _rank(s, tail, tolerance, largest_rank, complete=wanted == all_of_them)
+        wanted *= 2
+    left, right = (part[:, :r] for part in vectors)
     rest = A.duplicate(copy=True)
     _subtract(rest, s[:r], left, right)
     hilbert_schmidt = KernelError(rest.norm(), float(tail[r]))
@@ -368,7 +372,7 @@ def _of_crosses(b: KernelValues, tolerance, largest_rank, confidence, seed) -> C
     for part in _PARTS:
         cross.extend(part * tolerance)
         Q, s, tail = _decomposed(spaces, cross.factors, np.eye(cross.rank))
-        r = _rank(tail, (1 - part) * tolerance, largest_rank)
+        r = _rank(s, tail, (1 - part) * tolerance, largest_rank)
         factors = [q[:, :r] for q in Q]
         residual = values - np.einsum("ik,k,ik->i", judging[0].rows(factors[0]), s[:r], judging[1].rows(factors[1]))
         error = KernelError((measure * upper_limit(residual**2, each)) ** 0.5)
