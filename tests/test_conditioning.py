@@ -24,6 +24,8 @@ from helpers import TIMES, label_space, laplace, network, set_smooth, smooth, sm
 from problems import taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+#: No repeated eigenvalue is cut.
+RANK = {"disk": 3, "annulus": 3, "sphere": 4}
 SPACES = [("disk", "CG1"), ("annulus", "DG0"), ("sphere", "CG1")]
 on_spaces = pytest.mark.parametrize("space", SPACES, ids="-".join)
 #: Sums of some hundred numbers of size one.
@@ -75,6 +77,11 @@ def jacobian(net, f):
     matrix = Y.values(net.run(copies).tangent(Y.batch(np.eye(Y.size))))
     root = np.sqrt(Y.weights)
     return root[:, None] * matrix / root
+
+
+def rk4_step(z):
+    """What a step of Runge-Kutta 4 makes of e^z."""
+    return 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24
 
 
 def all_singular_values(M):
@@ -255,11 +262,7 @@ def test_small_singular_values_keep_their_digits():
     net = ResidualNetwork(P, activation="identity", layers=40, final_time=20.0, kernel_in_time="shared")
     net.kernel.set(0, np.diag([1.0, 0.5, 0.0, -0.25]))
     M = LinearisedFlow(net, batch(net)).propagator()
-
-    def step(z):
-        return 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24
-
-    expected = step(-0.5 * np.array([1.0, 0.5, 0.0, -0.25])) ** 40
+    expected = rk4_step(-0.5 * np.array([1.0, 0.5, 0.0, -0.25])) ** 40
     found = np.sort(M.singular_values)[[0, 1, -1]]
     # 1e-16 of the largest, 150; a Gram matrix would know the smallest, 2e-9, to some 1e-6 of it only
     assert_allclose(found, np.sort(expected)[[0, 1, -1]], rtol=0, atol=1e-13)
@@ -472,6 +475,21 @@ def test_the_generator_is_bounded_and_frozen_eigenvalues_are_those_of_the_whole_
         found = flow.frozen_eigenvalues(layer)
         assert_allclose(np.sort_complex(found), np.sort_complex(expected), rtol=0, atol=1e-10)
         assert_allclose(flow.slope(layer), net.activation.derivative(u), rtol=0, atol=1e-14)
+
+
+@on_spaces
+def test_near_the_stationary_state_the_flow_is_that_of_the_linearised_autonomous_problem(space):
+    """Section 3.5: for large t, u near 0 and M(T, t) near e^(-sigma'(0) B (T - t)); before, the flow is another one."""
+    P = laplace(*space, RANK[space[0]])
+    mu = 1.0 + 0.5 * np.arange(P.rank)
+    net = ResidualNetwork(P, layers=40, final_time=20.0, kernel_in_time="shared", bias_in_time="shared", bias=P)
+    net.kernel.set(0, np.diag(mu))
+    net.bias.set(0, mu * np.cos(np.arange(P.rank)))  # a in R(B)
+    flow = LinearisedFlow(net, net.Y.batch(2 * P.values @ np.ones(P.rank)))
+    exact = np.sort(rk4_step(-mu / 2) ** 2)  # over two layers, T - t = 1
+    late, early = (np.sort(flow.propagator(*interval).singular_values)[: P.rank] for interval in ((38, 40), (0, 2)))
+    assert_allclose(late, exact, rtol=1e-6)  # |u| is some e^(-19) by then
+    assert np.abs(early / exact - 1).max() > 0.2
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

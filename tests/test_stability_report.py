@@ -107,6 +107,10 @@ def test_layers_that_amplify_and_that_damp_are_told_apart(space):
     report = stability_report(net := linear(space, rows), initial(net))
     assert [l.verdict for l in report.layers] == ["amplifies"] * 3 + ["damps"] * 2 + ["both"] + ["neutral"] * 2
     assert "layers that amplify: 0-2, 5; that damp: 3-5" in str(report)
+    # One mode is amplified by four layers and damped by two, and a little by the last: what lined up would be 2.05 is 0.95.
+    assert_allclose(report.layers[-1].grown, np.exp(0.95), rtol=1e-2)
+    (line,) = [line for line in report.findings if "lined up" in line]
+    assert_allclose(float(line.split()[-1]), np.exp(2.05), rtol=1e-2)
     assert_allclose([report.layers[n].grows for n in (0, 3, 5)], [np.exp(0.5), 1.0, np.exp(0.5)], rtol=1e-3)
 
 

@@ -138,6 +138,8 @@ def stability_report(
     ------
     TypeError, ValueError
         If an argument does not fit, or the network has no layer.
+    StepFailure
+        If a solution, or a perturbation of it, overflows: it names the layer.
     OSError
         If a file cannot be written.
 
@@ -200,11 +202,14 @@ def _findings(net: ResidualNetwork, layers: Sequence[LayerStability], gradients:
         return _ranges([l.layer for l in layers if l.verdict in verdicts])
 
     last, first = layers[-1], layers[0]
+    with np.errstate(over="ignore", under="ignore"):
+        apart = np.prod([l.keeps for l in layers]), np.prod([l.grows for l in layers])
     sizes = [l.bias_gradient for l in layers]
     return [
         f"layers that amplify: {of('amplifies', 'both')}; that damp: {of('damps', 'both')}",
         f"perturbations of f_I are multiplied by {_short(last.kept)} to {_short(last.grown)} over T = {last.end:g}, condition "
-        f"{_short(last.condition)}, Lyapunov exponents {last.exponents[1]:.3g} to {last.exponents[0]:.3g}",
+        f"{_short(last.condition)}, Lyapunov exponents {last.exponents[1]:.3g} to {last.exponents[0]:.3g}; if the layers' "
+        f"directions lined up, by {_short(apart[0])} to {_short(apart[1])}",
         f"gradients: {gradients}; norm(r(0)) is {_short(first.costate)} times norm(r(T)), in any loss from "
         f"{_short(first.gradient_keeps)} to {_short(first.gradient_grows)}; the bias's gradient goes from "
         f"{_short(min(sizes))} in layer {int(np.argmin(sizes))} to {_short(max(sizes))} in layer {int(np.argmax(sizes))}",
