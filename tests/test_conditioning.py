@@ -1,4 +1,4 @@
-"""The linearised flow (3.6): its transpose, singular values, bounds; Duhamel's formulas; the identity of section 3.5."""
+"""The linearised flow (3.6): its transpose, singular values, bounds; Duhamel's formulas; the identity of 3.5."""
 
 from functools import cache
 
@@ -54,7 +54,7 @@ def flow_of(space=("disk", "CG1"), kind="rk4", samples=1, size=1.0, alone=False)
 
 
 def psi_changes(space=("disk", "CG1")):
-    """A network whose layers have two, then one, then three functions psi, with parameters that no partition changes."""
+    """A network whose layers have two, then one, then three functions psi."""
     P = laplace(*space, 6)
     psi = [Basis(P.Y, P.values[:, columns], "given") for columns in ([0, 1], [2], [3, 4, 5])]
     net = ResidualNetwork(P, psi, times=TIMES)
@@ -227,7 +227,7 @@ def test_singular_values_and_bounds_see_no_partition():
     assert_allclose(M.singular_values, M_alone.singular_values, rtol=1e-11)
     assert M.ones == M_alone.ones and (M.basis.Y.comm.bcast(M.singular_values) == M.singular_values).all()
     for operator_norm in (False, True):
-        assert_allclose(flow.exponent(operator_norm=operator_norm), alone.exponent(operator_norm=operator_norm), rtol=1e-11)
+        assert_allclose(*(f.exponent(operator_norm=operator_norm) for f in (flow, alone)), rtol=1e-11)
     for layer in range(flow.net.layers):
         assert_allclose(*(np.sort(np.abs(f.frozen_eigenvalues(layer))) for f in (flow, alone)), rtol=0, atol=1e-10)
 
@@ -351,7 +351,7 @@ def parameter_tangent(net, which):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @on_spaces
 def test_duhamels_formulas_hold_to_the_order_of_the_scheme(space, scheme, which):
-    """Section 4.1: D_a f(alpha) and D_b f(beta) at T as integrals of M(T, s) sigma'(u) .., from the derivative of the network."""
+    """Section 4.1: D_a f(alpha), D_b f(beta) as integrals of M(T, s) sigma'(u) .., against those of the network."""
     net = path(space).net
     exact = duhamel(path(space), directions(net, which))
     found = errors(space, scheme, lambda net: parameter_tangent(net, which), exact)
@@ -415,9 +415,8 @@ def test_the_weighted_identity_holds_with_u_t_and_fails_with_u(space, choice):
 
 def test_the_defect_of_the_identity_falls_with_the_steps():
     net = network(size=0.5)
-    defects = [
-        np.abs(weighted_identity(solve_trajectory(net, batch(net), steps=n), batch(net, 3)).defect).max() for n in (2, 4, 8)
-    ]
+    paths = [solve_trajectory(net, batch(net), steps=n) for n in (2, 4, 8)]
+    defects = [np.abs(weighted_identity(path, batch(net, 3)).defect).max() for path in paths]
     assert (np.log2(np.array(defects[:-1]) / defects[1:]) > 5).all(), defects
 
 
@@ -508,7 +507,7 @@ def test_arguments_that_do_not_fit_are_refused():
         flow.tangent(batch(net, samples=2))
     with pytest.raises(ValueError, match="^earlier: a propagator to t = 0.2 with the same basis is wanted"):
         _ = flow.propagator(1, 2) @ flow.propagator(0, 2)
-    with pytest.raises(ValueError, match="^k: singular value 0 is .*; one that is not 1 is wanted"):
+    with pytest.raises(ValueError, match="^k: singular value 0 is .*; one that is not 1, which has a function,"):
         flow.propagator(1, 1).singular_function()
     with pytest.raises(ValueError, match="PETSc has no adjoint of its method 'bdf'"):
         flow_of(kind="no adjoint", samples=2).adjoint(batch(net, samples=2))
@@ -518,7 +517,7 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="^directions: 6 Functions of the spaces of .* are wanted, 1 were given"):
         duhamel(trajectory, [w])
     relu = network(activation="relu")
-    with pytest.raises(ValueError, match="^trajectory: an activation with sigma' > 0 that does not jump is wanted, relu"):
+    with pytest.raises(ValueError, match="^trajectory: sigma' > 0 that does not jump is wanted, that of relu"):
         weighted_identity(solve_trajectory(relu, w, steps=2), w)
 
 
