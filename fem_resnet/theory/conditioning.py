@@ -190,8 +190,8 @@ class LinearisedFlow:
     def bound(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
         """`exp(int sup |sigma'| norm(b) dt)`, a bound of the norm of M(t_end, t_start). Collective.
 
-        It holds for the solution of (3.6), and for explicit Runge-Kutta methods whose coefficients are not negative, as
-        those of the classical one and of Euler's are. Arguments as for `exponent`.
+        It holds for the solution of (3.6); where b is constant in each layer, for the steps of Euler's and of the classical
+        Runge-Kutta method too, whose 1 + x + .. is below e^x. Arguments as for `exponent`.
         """
         with np.errstate(over="ignore"):
             return float(np.exp(self.exponent(start, end, operator_norm=operator_norm)))

@@ -112,7 +112,7 @@ def duhamel(trajectory: Trajectory, directions: Sequence[fd.Function]) -> fd.Fun
             f" {len(directions)} were given" + (", of other spaces" if len(directions) == len(own) else "")
         )
     if net.factors:
-        raise ValueError("directions: the formulas have none of learned factors; a network with given factors is wanted")
+        raise ValueError("directions: the formulas have none of learned factors; a network with given ones is wanted")
     coefficients, of = net.coefficients(), {id(function): d for function, d in zip(own, directions)}
     moved = coefficients.on_layers(
         [slot.read(of[id(p)]) for slot, p in zip(coefficients.slots, coefficients.functions)], directions=True
