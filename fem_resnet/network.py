@@ -404,7 +404,7 @@ class ResidualNetwork:
         return LayerCoefficients(self.bias, self.kernel, self.times, range(self.layers))
 
     def layer_inputs(self) -> list[LayerInputs]:
-        """What each layer takes at the present parameters: times, factors, a and beta as functions of time. Collective."""
+        """What each layer takes at the present parameters: times, factors, a and beta over time. Collective."""
         coefficients = self.coefficients()
         inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
         if not self.factors:

@@ -1,4 +1,4 @@
-"""The linearised flow (3.6): its transpose, singular values, bounds; Duhamel's formulas; the identity of section 3.5."""
+"""The linearised flow (3.6): its transpose, singular values, bounds; Duhamel's formulas; the identity of 3.5."""
 
 from functools import cache
 
@@ -24,6 +24,8 @@ from helpers import TIMES, label_space, laplace, network, set_smooth, smooth, sm
 from problems import taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+#: No repeated eigenvalue is cut.
+RANK = {"disk": 3, "annulus": 3, "sphere": 4}
 SPACES = [("disk", "CG1"), ("annulus", "DG0"), ("sphere", "CG1")]
 on_spaces = pytest.mark.parametrize("space", SPACES, ids="-".join)
 #: Sums of some hundred numbers of size one.
@@ -52,7 +54,7 @@ def flow_of(space=("disk", "CG1"), kind="rk4", samples=1, size=1.0, alone=False)
 
 
 def psi_changes(space=("disk", "CG1")):
-    """A network whose layers have two, then one, then three functions psi, with parameters that no partition changes."""
+    """A network whose layers have two, then one, then three functions psi."""
     P = laplace(*space, 6)
     psi = [Basis(P.Y, P.values[:, columns], "given") for columns in ([0, 1], [2], [3, 4, 5])]
     net = ResidualNetwork(P, psi, times=TIMES)
@@ -75,6 +77,11 @@ def jacobian(net, f):
     matrix = Y.values(net.run(copies).tangent(Y.batch(np.eye(Y.size))))
     root = np.sqrt(Y.weights)
     return root[:, None] * matrix / root
+
+
+def rk4_step(z):
+    """What a step of Runge-Kutta 4 makes of e^z."""
+    return 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24
 
 
 def all_singular_values(M):
@@ -220,7 +227,7 @@ def test_singular_values_and_bounds_see_no_partition():
     assert_allclose(M.singular_values, M_alone.singular_values, rtol=1e-11)
     assert M.ones == M_alone.ones and (M.basis.Y.comm.bcast(M.singular_values) == M.singular_values).all()
     for operator_norm in (False, True):
-        assert_allclose(flow.exponent(operator_norm=operator_norm), alone.exponent(operator_norm=operator_norm), rtol=1e-11)
+        assert_allclose(*(f.exponent(operator_norm=operator_norm) for f in (flow, alone)), rtol=1e-11)
     for layer in range(flow.net.layers):
         assert_allclose(*(np.sort(np.abs(f.frozen_eigenvalues(layer))) for f in (flow, alone)), rtol=0, atol=1e-10)
 
@@ -255,11 +262,7 @@ def test_small_singular_values_keep_their_digits():
     net = ResidualNetwork(P, activation="identity", layers=40, final_time=20.0, kernel_in_time="shared")
     net.kernel.set(0, np.diag([1.0, 0.5, 0.0, -0.25]))
     M = LinearisedFlow(net, batch(net)).propagator()
-
-    def step(z):
-        return 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24
-
-    expected = step(-0.5 * np.array([1.0, 0.5, 0.0, -0.25])) ** 40
+    expected = rk4_step(-0.5 * np.array([1.0, 0.5, 0.0, -0.25])) ** 40
     found = np.sort(M.singular_values)[[0, 1, -1]]
     # 1e-16 of the largest, 150; a Gram matrix would know the smallest, 2e-9, to some 1e-6 of it only
     assert_allclose(found, np.sort(expected)[[0, 1, -1]], rtol=0, atol=1e-13)
@@ -348,7 +351,7 @@ def parameter_tangent(net, which):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @on_spaces
 def test_duhamels_formulas_hold_to_the_order_of_the_scheme(space, scheme, which):
-    """Section 4.1: D_a f(alpha) and D_b f(beta) at T as integrals of M(T, s) sigma'(u) .., from the derivative of the network."""
+    """Section 4.1: D_a f(alpha), D_b f(beta) as integrals of M(T, s) sigma'(u) .., against those of the network."""
     net = path(space).net
     exact = duhamel(path(space), directions(net, which))
     found = errors(space, scheme, lambda net: parameter_tangent(net, which), exact)
@@ -412,9 +415,8 @@ def test_the_weighted_identity_holds_with_u_t_and_fails_with_u(space, choice):
 
 def test_the_defect_of_the_identity_falls_with_the_steps():
     net = network(size=0.5)
-    defects = [
-        np.abs(weighted_identity(solve_trajectory(net, batch(net), steps=n), batch(net, 3)).defect).max() for n in (2, 4, 8)
-    ]
+    paths = [solve_trajectory(net, batch(net), steps=n) for n in (2, 4, 8)]
+    defects = [np.abs(weighted_identity(path, batch(net, 3)).defect).max() for path in paths]
     assert (np.log2(np.array(defects[:-1]) / defects[1:]) > 5).all(), defects
 
 
@@ -474,6 +476,21 @@ def test_the_generator_is_bounded_and_frozen_eigenvalues_are_those_of_the_whole_
         assert_allclose(flow.slope(layer), net.activation.derivative(u), rtol=0, atol=1e-14)
 
 
+@on_spaces
+def test_near_the_stationary_state_the_flow_is_that_of_the_linearised_autonomous_problem(space):
+    """Section 3.5: for large t, u near 0 and M(T, t) near e^(-sigma'(0) B (T - t)); before, the flow is another one."""
+    P = laplace(*space, RANK[space[0]])
+    mu = 1.0 + 0.5 * np.arange(P.rank)
+    net = ResidualNetwork(P, layers=40, final_time=20.0, kernel_in_time="shared", bias_in_time="shared", bias=P)
+    net.kernel.set(0, np.diag(mu))
+    net.bias.set(0, mu * np.cos(np.arange(P.rank)))  # a in R(B)
+    flow = LinearisedFlow(net, net.Y.batch(2 * P.values @ np.ones(P.rank)))
+    exact = np.sort(rk4_step(-mu / 2) ** 2)  # over two layers, T - t = 1
+    late, early = (np.sort(flow.propagator(*interval).singular_values)[: P.rank] for interval in ((38, 40), (0, 2)))
+    assert_allclose(late, exact, rtol=1e-6)  # |u| is some e^(-19) by then
+    assert np.abs(early / exact - 1).max() > 0.2
+
+
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +507,7 @@ def test_arguments_that_do_not_fit_are_refused():
         flow.tangent(batch(net, samples=2))
     with pytest.raises(ValueError, match="^earlier: a propagator to t = 0.2 with the same basis is wanted"):
         _ = flow.propagator(1, 2) @ flow.propagator(0, 2)
-    with pytest.raises(ValueError, match="^k: singular value 0 is .*; one that is not 1 is wanted"):
+    with pytest.raises(ValueError, match="^k: singular value 0 is .*; one that is not 1, which has a function,"):
         flow.propagator(1, 1).singular_function()
     with pytest.raises(ValueError, match="PETSc has no adjoint of its method 'bdf'"):
         flow_of(kind="no adjoint", samples=2).adjoint(batch(net, samples=2))
@@ -500,7 +517,7 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="^directions: 6 Functions of the spaces of .* are wanted, 1 were given"):
         duhamel(trajectory, [w])
     relu = network(activation="relu")
-    with pytest.raises(ValueError, match="^trajectory: an activation with sigma' > 0 that does not jump is wanted, relu"):
+    with pytest.raises(ValueError, match="^trajectory: sigma' > 0 that does not jump is wanted, that of relu"):
         weighted_identity(solve_trajectory(relu, w, steps=2), w)
 
 

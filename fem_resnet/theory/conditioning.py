@@ -11,10 +11,10 @@ with one psi adds to f. With Z orthonormal functions of the span of psi,
     M(t, s) = I + A Z^T M,      A = M(t, s) Z - Z,
 
 from as many tangents as psi has functions. Where psi changes between the layers, each layer sees f through its own psi,
-M(t, s) is the identity plus a sum of such terms, and Z spans the functions of all psi: the rank is the sum of theirs, if
-they are independent. M(t, s) maps the span of Z and A to itself and is the identity on its complement, so that all its
-singular values in L2(Y) are those of a matrix of at most twice the rank, and ones. The transpose takes co-states back,
-r(s) = M(t, s)^T r(t), as (4.2a) does: forward and backward problem have the same singular values (section 5.1).
+M(t, s) is the identity plus a sum of such terms, and Z spans the functions of all psi: the rank is the sum of theirs,
+if they are independent. M(t, s) maps the span of Z and A to itself and is the identity on its complement, so that all
+its singular values in L2(Y) are those of a matrix of at most twice the rank, and ones. The transpose takes co-states
+back, r(s) = M(t, s)^T r(t), as (4.2a) does: forward and backward problem have the same singular values (section 5.1).
 `propagator` has M(t, s) in that form.
 
 The generator -sigma'(u) B is bounded on L2(Y) by sup |sigma'| norm(b, L2(Y x Y)), so that
@@ -171,7 +171,8 @@ class LinearisedFlow:
         """
         start, end = self._interval(start, end)
         if not isinstance(sample, (int, np.integer)) or not 0 <= sample < self.states[0].shape[1]:
-            raise ValueError(f"sample: an integer from 0 to {self.states[0].shape[1] - 1} is wanted, {sample!r} was given")
+            last = self.states[0].shape[1] - 1
+            raise ValueError(f"sample: an integer from 0 to {last} is wanted, {sample!r} was given")
         Z = self.basis.values
         runs = -(-Z.shape[1] // _TOGETHER)
         together = -(-Z.shape[1] // runs)
@@ -187,16 +188,16 @@ class LinearisedFlow:
         return Propagator(self.basis, added, (self.net.times[start], self.net.times[end]))
 
     def bound(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
-        """`exp(int sup |sigma'| norm(b) dt)`, above the norm of M(t_end, t_start) for the solution of (3.6). Collective.
+        """`exp(int sup |sigma'| norm(b) dt)`, a bound of the norm of M(t_end, t_start). Collective.
 
-        That of an explicit Runge-Kutta method whose stages enter with positive weights, as those of order 4 and of Euler do,
-        is below it too. Arguments as for `exponent`.
+        It holds for the solution of (3.6); where b is constant in each layer, for the steps of Euler's and of the classical
+        Runge-Kutta method too, whose 1 + x + .. is below e^x. Arguments as for `exponent`.
         """
         with np.errstate(over="ignore"):
             return float(np.exp(self.exponent(start, end, operator_norm=operator_norm)))
 
     def exponent(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
-        """`int sup |sigma'| norm(b) dt` from t_start to t_end; that of a kernel that is linear in t from above. Collective.
+        """`int sup |sigma'| norm(b) dt` from t_start to t_end; where b is linear in t, from above. Collective.
 
         Parameters
         ----------
@@ -215,7 +216,8 @@ class LinearisedFlow:
         for inputs in self._layers[start:end]:
             # A norm is convex in t here, so that the trapezoidal rule is not below the integral.
             parts = 1 if inputs.beta.is_constant else 16
-            norms = [_norm(inputs.factors, inputs.beta.coefficients(s), operator_norm) for s in np.linspace(0, 1, parts + 1)]
+            fractions = np.linspace(0, 1, parts + 1)
+            norms = [_norm(inputs.factors, inputs.beta.coefficients(s), operator_norm) for s in fractions]
             total += inputs.length * np.trapezoid(norms, dx=1 / parts)
         return float(total * self.net.activation.properties.lipschitz) if total > 0 else 0.0
 
@@ -263,7 +265,9 @@ class LinearisedFlow:
         last = self.net.layers
         end = last if end is None else end
         if not all(isinstance(n, (int, np.integer)) for n in (start, end)) or not 0 <= start <= end <= last:
-            raise ValueError(f"start, end: integers 0 <= start <= end <= L = {last} are wanted, {start!r}, {end!r} were given")
+            raise ValueError(
+                f"start, end: integers 0 <= start <= end <= L = {last} are wanted, {start!r}, {end!r} were given"
+            )
         return int(start), int(end)
 
     def _read(self, function: fd.Function, name: str) -> np.ndarray:

@@ -55,9 +55,9 @@ class LayerStability:
     frozen : float
         Largest real part of the eigenvalues of -sigma'(u) B at t_l, in 1 / t.
     wanted_steps : int or None
-        Steps a layer with which the scheme's factor for each of these eigenvalues is right to a tenth: the present number,
-        or the first above it. None if 64 times as many are too few, or the steps are adapted, or of no Runge-Kutta method
-        that is known.
+        Steps a layer with which the scheme's factor for each of these eigenvalues is right to a tenth: the present
+        number, or the first above it. None if 64 times as many are too few, or the steps are adapted, or of no
+        Runge-Kutta method that is known.
     verdict : str
         "amplifies", "damps", "both" or "neutral".
     """
@@ -147,7 +147,7 @@ def _verdict(grows: float, keeps: float, layers: int) -> str:
 
 
 def scheme_of(net: ResidualNetwork) -> Scheme | None:
-    """The Runge-Kutta method by which layers are stepped; None where it has no known coefficients, or adapts its steps."""
+    """The Runge-Kutta method that steps layers; None where its coefficients are unknown, or its steps adapted."""
     parameters = net.solver_parameters
     if parameters["ts_type"] not in TYPES or parameters["ts_adapt_type"] != "none":
         return None

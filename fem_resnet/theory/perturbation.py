@@ -4,8 +4,8 @@ Along a solution f of (2.8), u = a - B_b f, with the flow M(t, s) of
 
     w_t = - sigma'(u) B_b w                                                                               (3.6)
 
-the derivatives of f(T) in directions alpha of a and beta of b, g = D_a f(alpha) and h = D_b f(beta), solve (3.6) with the
-sources sigma'(u) alpha and - sigma'(u) B_beta f, so that (Duhamel, section 4.1)
+the derivatives of f(T) in directions alpha of a and beta of b, g = D_a f(alpha) and h = D_b f(beta), solve (3.6) with
+the sources sigma'(u) alpha and - sigma'(u) B_beta f, so that (Duhamel, section 4.1)
 
     g(T) =   int_0^T M(T, s) ( sigma'(u(s)) alpha(s) ) ds,
     h(T) = - int_0^T M(T, s) ( sigma'(u(s)) B_beta f(s) ) ds.
@@ -62,7 +62,9 @@ def solve_linearised(
     times = trajectory.net.times
     end = times[-1] if end is None else end
     if not times[0] <= start <= end <= times[-1]:
-        raise ValueError(f"start, end: times 0 <= start <= end <= T = {times[-1]:g} are wanted, {start!r}, {end!r} were given")
+        raise ValueError(
+            f"start, end: times 0 <= start <= end <= T = {times[-1]:g} are wanted, {start!r}, {end!r} were given"
+        )
     w = _read(trajectory, direction)
     with _Linearised(trajectory) as linearised:
         for layer in trajectory.layers:
@@ -74,15 +76,15 @@ def solve_linearised(
 
 
 def duhamel(trajectory: Trajectory, directions: Sequence[fd.Function]) -> fd.Function:
-    """D_a f(alpha) + D_b f(beta) at T by Duhamel's integrals of section 4.1, whose adjoint gives (4.3), (4.4). Collective.
+    """D_a f(alpha) + D_b f(beta) at T by Duhamel's integrals of 4.1, whose adjoint is (4.3), (4.4). Collective.
 
     Parameters
     ----------
     trajectory
         f, from `solve_trajectory`.
     directions
-        Coefficients of alpha, then of beta: one Function each of ``net.bias.functions`` and ``net.kernel.functions``, of
-        the same spaces.
+        Coefficients of alpha, then of beta: one Function each of ``net.bias.functions`` and ``net.kernel.functions``,
+        of the same spaces.
 
     Raises
     ------
@@ -106,11 +108,11 @@ def duhamel(trajectory: Trajectory, directions: Sequence[fd.Function]) -> fd.Fun
     spaces = [function.function_space() for function in own]
     if [d.function_space() for d in directions] != spaces:
         raise ValueError(
-            f"directions: {len(own)} Functions of the spaces of net.bias.functions and net.kernel.functions are wanted, "
-            f"{len(directions)} were given" + (", of other spaces" if len(directions) == len(own) else "")
+            f"directions: {len(own)} Functions of the spaces of net.bias.functions and net.kernel.functions are wanted,"
+            f" {len(directions)} were given" + (", of other spaces" if len(directions) == len(own) else "")
         )
     if net.factors:
-        raise ValueError("directions: of learned factors the formulas have none; truncate the network, which fixes them")
+        raise ValueError("directions: the formulas have none of learned factors; a network with given ones is wanted")
     coefficients, of = net.coefficients(), {id(function): d for function, d in zip(own, directions)}
     moved = coefficients.on_layers(
         [slot.read(of[id(p)]) for slot, p in zip(coefficients.slots, coefficients.functions)], directions=True
@@ -172,7 +174,7 @@ def weighted_identity(trajectory: Trajectory, direction: fd.Function) -> Weighte
     """
     Y, sigma = trajectory.net.Y, trajectory.net.activation
     if not sigma.properties.strictly_increasing or sigma.kinks:
-        raise ValueError(f"trajectory: an activation with sigma' > 0 that does not jump is wanted, {sigma.name} has none such")
+        raise ValueError(f"trajectory: sigma' > 0 that does not jump is wanted, that of {sigma.name} is not so")
     w = _read(trajectory, direction)
 
     def integral(values: np.ndarray) -> float:
@@ -180,7 +182,7 @@ def weighted_identity(trajectory: Trajectory, direction: fd.Function) -> Weighte
 
     def energy(layer: LayerTrajectory, t: float, w: np.ndarray) -> float:
         slope = sigma.derivative(layer.argument(t, layer.path(t)))
-        Y.agree(bool((slope > 0).all()), f"trajectory: sigma'(u) is 0 in double precision at t = {t:g}; the weight is infinite")
+        Y.agree(bool((slope > 0).all()), f"trajectory: sigma'(u) is 0 in double precision at t = {t:g}")
         return integral(w**2 / slope) / 2
 
     rows = []
@@ -234,7 +236,7 @@ class _Linearised:
         return self._stepper.solve(w, end - start, steps)[-1]
 
     def through(self, layer: LayerTrajectory, w: np.ndarray) -> Iterator[tuple[float, float, np.ndarray]]:
-        """Times and weights of a quadrature over the layer, with w there, which may be added to; then `end` is w at its end."""
+        """Times and weights of a quadrature over the layer, with w, which may be added to; `end` has w afterwards."""
         start, h = layer.inputs.start, layer.inputs.length / self._trajectory.steps
         nodes = start + h * np.add.outer(np.arange(self._trajectory.steps), _POINTS).ravel()
         for t, weight in zip(nodes, np.tile(h * _WEIGHTS, self._trajectory.steps)):

@@ -1,13 +1,14 @@
 """Linear maps of L2(Y) that differ from the identity on few functions: M(t, s) = I + A Z^T M.
 
-The linearised flow of (3.6) is one (`conditioning`); M without arguments is the label measure. On the orthogonal complement
-of the span of Z and A such a map is the identity, and in an orthonormal basis of that span, which starts with Z,
+The linearised flow of (3.6) is one (`conditioning`); M without arguments is the label measure. On the orthogonal
+complement of the span of Z and A such a map is the identity, and in an orthonormal basis of that span, which starts
+with Z,
 
     I + (Z^T M A)        0
     R                    I          R^T R the Gram matrix of what of A is orthogonal to Z,
 
-has all other singular values. R comes from a QR on each rank and one of their factors, so that small singular values keep
-the digits that a Gram matrix would lose.
+has all other singular values. R comes from a QR on each rank and one of their factors, so that small singular values
+keep the digits that a Gram matrix would lose.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Propagator:
     Attributes
     ----------
     singular_values : numpy.ndarray
-        Those that belong to the span of Z and A, falling, at most twice the rank; no unit. Below 1e-16 of the largest they
-        are round-off, as any from double precision are.
+        Those that belong to the span of Z and A, falling, at most twice the rank; no unit. Below 1e-16 of the largest
+        they are round-off, as any from double precision are.
     ones : int
         How many further singular values there are, all of them 1: M is the identity on as many directions.
     """
@@ -80,7 +81,9 @@ class Propagator:
             If the second does not end where the first starts, or has another basis.
         """
         if earlier.basis is not self.basis or earlier.times[1] != self.times[0]:
-            raise ValueError(f"earlier: a propagator to t = {self.times[0]:g} with the same basis is wanted, {earlier!r} was given")
+            raise ValueError(
+                f"earlier: a propagator to t = {self.times[0]:g} with the same basis is wanted, {earlier!r} was given"
+            )
         added = self.added @ self.basis.project(earlier.added)
         added += self.added
         added += earlier.added
@@ -127,10 +130,7 @@ class Propagator:
 
     @property
     def condition(self) -> float:
-        """Condition number, largest over smallest singular value; infinite where the smallest is round-off of the largest.
-
-        Collective at first.
-        """
+        """Largest over smallest singular value; infinite where the smallest is round-off. Collective at first."""
         lost = len(self.singular_values) * np.finfo(float).eps * self.norm
         return self.norm / self.smallest if self.smallest > lost else np.inf
 
@@ -141,7 +141,9 @@ class Propagator:
             return np.log(self.singular_values) / (self.times[1] - self.times[0])
 
     def singular_function(self, k: int = 0) -> fd.Function:
-        """The perturbation of f(s) of norm 1 that grows by the k-th singular value: the right singular function. Collective.
+        """The perturbation of f(s), of norm 1, that grows by the k-th singular value. Collective.
+
+        It is the right singular function; M(t, s) times it has the norm of the singular value.
 
         Parameters
         ----------
@@ -155,7 +157,7 @@ class Propagator:
         """
         value = self.singular_values[k]
         if abs(value - 1) < _CLEAR_OF_ONE:
-            raise ValueError(f"k: singular value {k} is {value!r}; one that is not 1 is wanted, whose function is determined")
+            raise ValueError(f"k: singular value {k} is {value!r}; one that is not 1, which has a function, is wanted")
         x = np.linalg.svd(self._restricted)[2][k, : self.basis.rank]
         x = x * np.sign(x[np.argmax(np.abs(x))])
         # The second row of M^T M v = value^2 v gives the part of v outside of Z.

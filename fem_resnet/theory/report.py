@@ -2,8 +2,8 @@
 
 Forward, M(t_(l+1), t_l) says what layer l does to a perturbation of f, M(t_(l+1), 0) what the layers up to it do.
 Backward, r(t_l) = M(T, t_l)^T r(T) is the gradient in f, whatever the loss is: between the smallest and the largest
-singular value of M(T, t_l) times r(T). On the orthogonal complement of few functions M is the identity, so that gradients
-in f do not vanish altogether; those in the bias, sigma'(u) r of (4.3), do where sigma is saturated.
+singular value of M(T, t_l) times r(T). On the orthogonal complement of few functions M is the identity, so that
+gradients in f do not vanish altogether; those in the bias, sigma'(u) r of (4.3), do where sigma is saturated.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ class StabilityReport:
 
     def __str__(self) -> str:
         header = (
-            "layer", "t", "grows", "keeps", "bound", "grown", "kept", "condition", "exponents", "M(T,t)", "", "|r|", "|D_a J|",
-            "slope", "flat", "",
+            "layer", "t", "grows", "keeps", "bound", "grown", "kept", "condition", "exponents", "M(T,t)", "", "|r|",
+            "|D_a J|", "slope", "flat", "",
         )  # fmt: skip
         rows = [
             (
                 str(l.layer), f"{l.start:.3g}", *map(_short, (l.grows, l.keeps, l.bound, l.grown, l.kept, l.condition)),
                 f"{l.exponents[0]:.2f} {l.exponents[1]:.2f}",
-                *map(_short, (l.gradient_grows, l.gradient_keeps, l.costate, l.bias_gradient, l.slope, l.flat)), l.verdict,
+                *map(_short, (l.gradient_grows, l.gradient_keeps, l.costate, l.bias_gradient, l.slope, l.flat)),
+                l.verdict,
             )
             for l in self.layers
         ]  # fmt: skip
@@ -93,7 +94,8 @@ class StabilityReport:
         with picture(path, 8.0, 10.5) as figure:
             panels = figure.subplots(4, 1, height_ratios=[1, 1, 1, 0.8])
             panels[0].fill_between(number, of("keeps"), of("grows"), alpha=0.3, step="mid", label="M($t_{l+1}$, $t_l$)")
-            panels[0].step(number, np.minimum(of("bound"), 1e3 * max(of("grows"))), "k:", where="mid", label="bound of 3.5")
+            bound = np.minimum(of("bound"), 1e3 * max(of("grows")))
+            panels[0].step(number, bound, "k:", where="mid", label="bound of 3.5")
             panels[0].set_title(textwrap.fill(self.title, 100), fontsize="small")
             panels[1].fill_between(number, of("kept"), of("grown"), alpha=0.3, label="M($t_{l+1}$, 0)")
             panels[1].plot(number, of("condition"), "C1.-", label="condition")
@@ -126,11 +128,11 @@ def stability_report(
     net
         The network, at its present coefficients.
     initial
-        f_I, as for ``net.run``. Each sample costs twice as many tangents a layer as psi has functions, and is looked at on
-        its own; a few samples are enough.
+        f_I, as for ``net.run``. Each sample costs twice as many tangents a layer as psi has functions, and is looked at
+        on its own; a few samples are enough.
     terminal
-        r(T), a Function of the space of `initial`: the gradient of a loss in f(T), as of `terminal_costate`; if left out
-        f(T), that of 1/2 norm(f(T))^2.
+        r(T), a Function of the space of `initial`: the gradient of a loss in f(T), as of `terminal_costate`; if left
+        out f(T), that of 1/2 norm(f(T))^2.
     json, png
         Where rank 0 writes numbers and page, if anywhere.
 
@@ -138,6 +140,8 @@ def stability_report(
     ------
     TypeError, ValueError
         If an argument does not fit, or the network has no layer.
+    StepFailure
+        If a solution, or a perturbation of it, overflows: it names the layer.
     OSError
         If a file cannot be written.
 
@@ -161,7 +165,7 @@ def stability_report(
     terminal = _terminal(flow, initial, terminal)
     layers = layer_stability(flow, terminal)
     gradients = _gradients(layers)
-    findings = _findings(net, layers, gradients)
+    findings = _findings(layers, gradients)
     seconds = net.Y.comm.allreduce(time.perf_counter() - began, op=MPI.MAX)
     title = f"{net!r}, {net.solver_parameters['ts_type']}, steps a layer: {net.steps}, samples: {terminal.shape[1]}"
     report = StabilityReport(title, layers, gradients, findings, _suggestions(net, flow, layers), seconds)
@@ -192,22 +196,27 @@ def _terminal(flow: LinearisedFlow, initial: fd.Function, terminal: fd.Function 
 def _gradients(layers: Sequence[LayerStability]) -> str:
     exploding = max(max(l.costate, l.bias_gradient) for l in layers) > _GRADIENTS
     vanishing = min(l.bias_gradient for l in layers) < 1 / _GRADIENTS
-    return {(True, True): "both", (True, False): "exploding", (False, True): "vanishing"}.get((exploding, vanishing), "even")
+    if exploding and vanishing:
+        return "both"
+    return "exploding" if exploding else "vanishing" if vanishing else "even"
 
 
-def _findings(net: ResidualNetwork, layers: Sequence[LayerStability], gradients: str) -> list[str]:
+def _findings(layers: Sequence[LayerStability], gradients: str) -> list[str]:
     def of(*verdicts):
         return _ranges([l.layer for l in layers if l.verdict in verdicts])
 
     last, first = layers[-1], layers[0]
+    with np.errstate(over="ignore", under="ignore"):
+        apart = np.prod([l.keeps for l in layers]), np.prod([l.grows for l in layers])
     sizes = [l.bias_gradient for l in layers]
     return [
         f"layers that amplify: {of('amplifies', 'both')}; that damp: {of('damps', 'both')}",
-        f"perturbations of f_I are multiplied by {_short(last.kept)} to {_short(last.grown)} over T = {last.end:g}, condition "
-        f"{_short(last.condition)}, Lyapunov exponents {last.exponents[1]:.3g} to {last.exponents[0]:.3g}",
+        f"perturbations of f_I are multiplied by {_short(last.kept)} to {_short(last.grown)} over T = {last.end:g}, "
+        f"condition {_short(last.condition)}, Lyapunov exponents {last.exponents[1]:.3g} to {last.exponents[0]:.3g}; "
+        f"if the layers' directions lined up, by {_short(apart[0])} to {_short(apart[1])}",
         f"gradients: {gradients}; norm(r(0)) is {_short(first.costate)} times norm(r(T)), in any loss from "
-        f"{_short(first.gradient_keeps)} to {_short(first.gradient_grows)}; the bias's gradient goes from "
-        f"{_short(min(sizes))} in layer {int(np.argmin(sizes))} to {_short(max(sizes))} in layer {int(np.argmax(sizes))}",
+        f"{_short(first.gradient_keeps)} to {_short(first.gradient_grows)}; the bias's gradient goes "
+        f"from {_short(min(sizes))} in layer {np.argmin(sizes)} to {_short(max(sizes))} in layer {np.argmax(sizes)}",
     ]
 
 
@@ -233,8 +242,8 @@ def _on_steps(net: ResidualNetwork, layers: Sequence[LayerStability]) -> list[st
     )
     wanted = [l.wanted_steps for l in coarse]
     if None in wanted:
-        return [f"{where}, and so it is with {MORE_STEPS} times as many: make the kernel smaller, or take a method of "
-            f"higher order or an implicit one"]
+        instead = "make the kernel smaller, or take a method of higher order or an implicit one"
+        return [f"{where}, and so it is with {MORE_STEPS} times as many: {instead}"]
     return [f"{where}: take steps={max(wanted)}"]
 
 
@@ -247,8 +256,8 @@ def _on_activation(net: ResidualNetwork, layers: Sequence[LayerStability]) -> li
         cure = "penalise bias and kernel, so that u stays smaller" if properties.bounded else "move the bias"
         other = "" if name in ("leaky_relu", "identity") else ", or take 'leaky_relu', whose slope is never 0"
         texts.append(
-            f"{name} is saturated in layers {_ranges([l.layer for l in saturated])}, its slope below a tenth of the largest on "
-            f"average, and gradients (4.3) are as small: {cure}{other}"
+            f"{name} is saturated in layers {_ranges([l.layer for l in saturated])}, its slope below a tenth of the "
+            f"largest on average, and gradients (4.3) are as small: {cure}{other}"
         )
     if flat:
         texts.append(
@@ -256,7 +265,10 @@ def _on_activation(net: ResidualNetwork, layers: Sequence[LayerStability]) -> li
             f"{_ranges([l.layer for l in flat])}, which learn nothing there: take 'leaky_relu', or move the bias"
         )
     if not properties.bounded and layers[-1].grown > _GRADIENTS:
-        texts.append(f"{name} is not bounded, and f may grow exponentially (3.4); with 'tanh' or 'arctan' at most linearly")
+        texts.append(
+            f"{name} is not bounded, so that f may grow exponentially; with 'tanh' or 'arctan' it grows linearly at "
+            f"most (section 3.4)"
+        )
     return texts
 
 
@@ -267,13 +279,13 @@ def _on_constraints(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence
         if 0 < lipschitz < np.inf:
             mean = flow.exponent() / (lipschitz * T)
             texts.append(
-                f"norm(b) <= {np.log(BY_DEPTH) / (lipschitz * T):.3g} in L2(Y x Y), now {mean:.3g} on average over t, keeps "
-                f"M(T, 0) below {BY_DEPTH:g} whatever f_I is (3.5); Tikhonov's regulariser draws it there"
+                f"norm(b) <= {np.log(BY_DEPTH) / (lipschitz * T):.3g} in L2(Y x Y), now {mean:.3g} on average over t, "
+                f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5); Tikhonov's regulariser draws it there"
             )
     if layers[-1].kept < 1 / _GRADIENTS:
         texts.append(
-            f"inputs that differ by one function come {_short(1 / layers[-1].kept)} times closer: a smaller T or norm(b) keeps "
-            f"them apart"
+            f"inputs that differ by one function come {_short(1 / layers[-1].kept)} times closer: a smaller T or "
+            f"norm(b) keeps them apart"
         )
     return texts
 

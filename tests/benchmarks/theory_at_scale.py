@@ -1,11 +1,12 @@
 """The tools of `fem_resnet.theory` on large label domains: seconds and memory over the number of cells.
 
-    containers/run python tests/benchmarks/theory_at_scale.py [--ranks K] [--cells N ...] [--only NAME ...] [--json FILE]
+    containers/run python tests/benchmarks/theory_at_scale.py [--ranks K] [--cells N ...] [--only NAME ..] [--json FILE]
 
-An annulus of N quadrilaterals, DG0, a kernel of rank 32, 4 layers of classical Runge-Kutta, tanh, one sample. Each tool at
-each size is measured on k ranks in processes of its own: its wall time, the processors' time of all ranks, in which a rank that
-waits for another is included but what else the machine does is not, and the largest resident memory of all ranks above what
-mesh, bases and network take. An exponent of N, from the last two sizes, says how they grow; 1 is linear.
+An annulus of N quadrilaterals, DG0, a kernel of rank 32, 4 layers of classical Runge-Kutta, tanh, one sample. Each tool
+at each size is measured on k ranks in processes of its own: its wall time, the processors' time of all ranks, in which
+a rank that waits for another is included but what else the machine does is not, and the largest resident memory of all
+ranks above what mesh, bases and network take. An exponent of N, from the last two sizes, says how they grow; 1 is
+linear.
 
 A tool is a function of (net, initial) in TOOLS: what it does is measured, what it returns is printed with the figures.
 """
@@ -139,7 +140,8 @@ def main() -> int:
         measure(next(tool for tool in TOOLS if tool.__name__ == name), int(cells))
         return 0
     results = []
-    print(f"{'tool':20} {'cells':>9} {'seconds':>8} {'CPU s':>8} {'MB':>7} {'MB before':>9}   found, on {given.ranks} ranks")
+    columns = f"{'tool':20} {'cells':>9} {'seconds':>8} {'CPU s':>8} {'MB':>7} {'MB before':>9}"
+    print(f"{columns}   found, on {given.ranks} ranks")
     for tool in TOOLS:
         if given.only and tool.__name__ not in given.only:
             continue
@@ -157,7 +159,8 @@ def main() -> int:
                 f"{row['bytes'] / 1e6:7.0f} {row['setup_bytes'] / 1e6:9.0f}   {found}", flush=True,
             )  # fmt: skip
         if len(rows) > 1:
-            print(f"{'':20} grows like N^{exponent('cpu_seconds', rows):.2f} in CPU time, N^{exponent('bytes', rows):.2f} in memory", flush=True)
+            in_time, in_memory = (exponent(name, rows) for name in ("cpu_seconds", "bytes"))
+            print(f"{'':20} grows like N^{in_time:.2f} in CPU time, N^{in_memory:.2f} in memory", flush=True)
         results += rows
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
