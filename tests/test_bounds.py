@@ -10,7 +10,7 @@ from petsc4py import PETSc
 
 from fem_resnet import (
     Batch, Box, Controls, Hamiltonian, LearningProblem, LowRankKernel, Pair, ResidualNetwork, cell_indicators,
-    extremal_controls, least_squares, pmp_residual, train,
+    extremal_controls, least_squares, pmp_residual, tikhonov, train,
 )  # fmt: skip
 from fem_resnet.space_basis import NodalValues
 from fem_resnet.training.tao import BOUNDED_TYPES, RieszPreconditioner, _HessianAtItsPoint
@@ -31,13 +31,17 @@ def _cells(space, alone=False):
     return cell_indicators(label_space(*space, alone=alone))
 
 
-def problem(layers=3, space=("annulus", "DG0"), alone=False):
-    """One sample, whose target is nowhere in reach, so that no r vanishes; controls start at zero. tanh' > 0."""
+def problem(layers=3, space=("annulus", "DG0"), weight=None, alone=False):
+    """One sample, whose target is nowhere in reach, so that no r vanishes; controls start at zero. tanh' > 0.
+
+    Without Tikhonov's weight all controls end at bounds, or nearly all.
+    """
     cells = _cells(space, alone)
     Y = cells.Y
     net = ResidualNetwork(cells, layers=layers, final_time=1.0)
     f = smooth(Y, 1)
-    return LearningProblem(net, None, least_squares, None, Batch(Y.batch(f), Y.batch(f + 4 * np.sign(smooth(Y, 1, 50)))))
+    batch = Batch(Y.batch(f), Y.batch(f + 4 * np.sign(smooth(Y, 1, 50))))
+    return LearningProblem(net, None, least_squares, None if weight is None else tikhonov(weight), batch)
 
 
 def within(problem, bounds):
@@ -89,22 +93,23 @@ def pointwise_residual(problem, A):
 @cache
 def _reference():
     """J where no direction within the bounds goes down."""
-    return train(problem(), {"tao_gatol": 1e-7}, bounds=BOUNDS, monitor=_silent).value
+    return train(problem(weight=0.1), {"tao_gatol": 1e-7}, bounds=BOUNDS, monitor=_silent).value
 
 
 @on_ranks
-@pytest.mark.parametrize("tao_type", BOUNDED_TYPES if COMM_WORLD.size == 1 else ["bnls"])
+@pytest.mark.parametrize("tao_type", BOUNDED_TYPES if COMM_WORLD.size == 1 else ["bntr"])
 def test_every_type_that_knows_bounds_comes_to_the_same_stationary_point_within(tao_type):
-    P = problem()
+    P = problem(weight=0.1)
     result = train(P, {"tao_type": tao_type, "tao_gatol": 1e-5}, bounds=BOUNDS, monitor=_silent)
     residual = averaged_residual(P, BOUNDS)
-    print(f"\n{tao_type}: J {result.value:.10f}, {result.iterations} iterations, averaged residual {residual:.1e}")
-    assert result.converged and within(P, BOUNDS) and residual < 1e-5
+    share = np.mean([np.isin(P.net.kernel.get(k), BOX.kernel) for k in range(3)])
+    print(f"\n{tao_type}: J {result.value:.10f}, {result.iterations} iterations, residual {residual:.1e}, {share:.0%} at bounds")
+    # The gradient may be 1e-5 where D J is 0.1, but TAO's tests are of another norm for most types.
+    assert result.converged and within(P, BOUNDS) and residual < 1e-3
     assert abs(P.evaluate()[0] - result.value) < 1e-12 * result.value
-    bias = np.concatenate(P.net.Y.comm.allgather(P.net.bias.get(0)))
-    assert 0.2 < np.mean(np.isin(bias, BOX.bias)), "bounds are active"
-    # To first order J exceeds its least value by the relative residual times a number of the size of J.
-    assert_allclose(result.value, _reference(), rtol=1e-6)
+    assert 0.1 < share < 0.9
+    # J exceeds its least value by |gradient|^2 over twice the smallest curvature, the weight 0.1, at most.
+    assert abs(result.value - _reference()) <= 5 * result.gradient_norm**2 + 1e-12
 
 
 @on_ranks
@@ -186,9 +191,9 @@ def test_a_part_of_the_hessian_and_of_its_riesz_map_is_that_part():
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("tao_type", ["blmvm", "bnls"])
 def test_iterations_do_not_see_the_partition(tao_type):
-    """Against the whole mesh on each rank alone; six iterations, in which round-off does not grow much."""
-    options = {"tao_type": tao_type, "tao_max_it": 6}
-    together, alone = (train(problem(alone=a), options, bounds=BOUNDS, monitor=_silent).values for a in (False, True))
+    """Against the whole mesh on each rank alone; few iterations, in which round-off does not grow much."""
+    options = {"tao_type": tao_type, "tao_max_it": 3}
+    together, alone = (train(problem(weight=0.1, alone=a), options, bounds=BOUNDS, monitor=_silent).values for a in (False, True))
     assert_allclose(together, alone, rtol=1e-9)
 
 
@@ -212,13 +217,19 @@ def test_bounds_that_do_not_fit_are_refused(bounds, options, message):
 
 
 @on_ranks
-@pytest.mark.parametrize("space, kernel", [(("annulus", "DG0"), (-0.5, 1.0)), (("sphere", "DG0"), (-0.1, 0.15))])
-def test_the_averaged_first_order_residual_is_zero_and_the_pointwise_one_falls_with_the_layer_length(space, kernel):
+@pytest.mark.parametrize(
+    "depths", [(3, 6, 12) if COMM_WORLD.size == 1 else (3, 6), pytest.param((3, 6, 12, 24), marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize(
+    "space, kernel",
+    [(("annulus", "DG0"), (-0.5, 1.0)), (("sphere", "DG0"), (-0.1, 0.15))][: None if COMM_WORLD.size == 1 else 1],
+)
+def test_the_averaged_first_order_residual_is_zero_and_the_pointwise_one_falls_with_the_layer_length(space, kernel, depths):
     """Indicators, one sample, sigma' > 0. Where controls switch within a layer, H misses its maximum by the order of the
     layer's length over that length: the integral falls by 4 where the layers are halved."""
     A, rows = Box((-1.0, 1.0), kernel), []
     bounds = {"bias": A.bias, "kernel": A.kernel}
-    for layers in (3, 6, 12, 24) if COMM_WORLD.size == 1 else (3, 6):
+    for layers in depths:
         P = problem(layers, space)
         result = train(P, {"tao_gatol": 1e-7}, bounds=bounds, monitor=_silent)
         rows.append((layers, averaged_residual(P, bounds), pointwise_residual(P, A), pmp_residual(P, A).upper, result.value))

@@ -36,6 +36,9 @@ def convex_like():
     return learning_problem(network("annulus", "CG1"), head=False, weight=0.5)
 
 
+#: What takes long on many ranks is shown on one.
+alone = COMM_WORLD.size == 1
+
 each_problem = pytest.mark.parametrize("make", [classes, field], ids=lambda make: make.__name__)
 
 
@@ -82,14 +85,15 @@ class Watch:
 
 @on_ranks
 @each_problem
-@pytest.mark.parametrize("tau", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("tau", [1e-3, 1.0, 1e3] if alone else [1e-3, 1e3])
 def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau):
     problem = make()
     watch = Watch(problem)
-    result = train_pam(problem, tau=tau, iterations=4, monitor=watch)
+    iterations = 4 if alone else 1
+    result = train_pam(problem, tau=tau, iterations=iterations, monitor=watch)
     print(f"\n{make.__name__}, tau = {tau}: slack {result.slacks}, J {result.values}")
     assert result.reason == "ITERATIONS" and (result.taus == tau).all()
-    assert min(watch.slacks) > -ROUND_OFF and len(watch.slacks) == 4
+    assert min(watch.slacks) > -ROUND_OFF and len(watch.slacks) == iterations
     # J falls by the step's square over tau at least, half of which is slack to first order in small steps.
     assert (result.slacks > 0.3 * np.sum(result.step_norms**2, axis=1) / (2 * tau)).all()
     assert (np.diff(result.values) < 0).all() and result.step_norms.min() > 0
@@ -97,11 +101,11 @@ def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau
 
 
 @on_ranks
-@pytest.mark.parametrize("options", [{"tao_max_it": 1}, {"tao_type": "nls", "tao_max_it": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"tao_max_it": 1}, {"tao_type": "nls", "tao_max_it": 1}][: 1 + alone], ids=str)
 def test_the_inequality_holds_however_inexact_the_inner_solves_are(options):
     problem = classes()
     watch = Watch(problem)
-    result = train_pam(problem, options, tau=1e3, iterations=4, monitor=watch)
+    result = train_pam(problem, options, tau=1e3, iterations=3 if alone else 1, monitor=watch)
     assert (result.inner_iterations == 1).all() and min(watch.slacks) > -ROUND_OFF and result.value < result.values[0]
 
 
@@ -131,7 +135,7 @@ def test_an_inner_result_that_does_not_lower_the_proximal_objective_is_not_taken
 @each_problem
 def test_each_block_solves_its_proximal_problem_in_its_turn(make):
     """x_i^(k+1) = x_i^k - tau D_i J_mod there, in the order a, b, head; the gradient (4.7) by the representatives."""
-    for accuracy, bound in ((0.1, 0.1), (0.0, 1e-5)):
+    for accuracy, bound in ((0.1, 0.1), (0.0, 1e-5)) if alone else ((0.1, 0.1),):
         problem, tau = make(), 3.0
         start = _coefficients(problem.parameters)
         result = train_pam(problem, {"tao_max_it": 200}, tau=tau, iterations=1, accuracy=accuracy, monitor=_silent)
@@ -158,7 +162,7 @@ def test_each_block_solves_its_proximal_problem_in_its_turn(make):
 
 
 @on_ranks
-@pytest.mark.parametrize("block", ["bias", "kernel", "head"])
+@pytest.mark.parametrize("block", ["bias", "kernel", "head"] if alone else ["kernel"])
 def test_taylor_of_the_proximal_functional(block, taylor):
     problem = classes()
     J, _ = problem.record()
@@ -176,25 +180,23 @@ def test_taylor_of_the_proximal_functional(block, taylor):
 # -- where it goes ---------------------------------------------------------------------------------------------------
 
 
-@on_ranks
 @pytest.mark.parametrize("tao_type", ["lmvm", "nls"])
 def test_it_comes_to_the_minimum_of_l_bfgs_on_all_parameters(tao_type):
     problem = convex_like()
-    result = train_pam(problem, {"tao_type": tao_type}, tau=10.0, gradient_tolerance=1e-5, monitor=_silent)
-    assert result.converged and result.reason == "GRADIENT_TOLERANCE" and result.gradient_norm <= 1e-5
+    result = train_pam(problem, {"tao_type": tao_type}, tau=10.0, gradient_tolerance=1e-4, monitor=_silent)
+    assert result.converged and result.reason == "GRADIENT_TOLERANCE" and result.gradient_norm <= 1e-4
     again = convex_like()
     best = train(again, {"tao_gatol": 1e-6}, monitor=_silent)
     # Both miss the minimum by |gradient|^2 over twice the smallest curvature, the weight 0.5, at most.
-    assert abs(result.value - best.value) < 2e-10
-    assert train(problem, {"tao_gatol": 1e-5}, monitor=_silent).iterations == 0, "TAO has another gradient"
+    assert abs(result.value - best.value) < 1.1e-8
+    assert train(problem, {"tao_gatol": 1e-4}, monitor=_silent).iterations == 0, "TAO has another gradient"
 
 
-@on_ranks
 def test_an_adapted_tau_grows_while_inner_problems_are_easy_and_falls_where_they_are_not():
     problem = classes()
     watch = Watch(problem)
-    result = train_pam(problem, tau=0.1, adapt=True, iterations=12, monitor=watch)
-    fixed = train_pam(classes(), tau=0.1, iterations=12, monitor=_silent)
+    result = train_pam(problem, tau=0.1, adapt=True, iterations=8, monitor=watch)
+    fixed = train_pam(classes(), tau=0.1, iterations=8, monitor=_silent)
     print(f"\ntau {result.taus}, J {result.value:.4f}, with tau fixed {fixed.value:.4f}")
     assert result.taus[0] == 0.1 and set(result.taus[1:] / result.taus[:-1]) <= {2.0, 1.0, 0.5}
     assert result.taus[5] == 0.1 * 2**5 and min(watch.slacks) > -ROUND_OFF and result.value < 0.9 * fixed.value
@@ -202,7 +204,6 @@ def test_an_adapted_tau_grows_while_inner_problems_are_easy_and_falls_where_they
     assert_array_equal(hard.taus, [1e3, 500, 250])
 
 
-@on_ranks
 def test_inertial_steps_are_faster_and_j_never_rises_but_the_inequality_does_not_hold():
     options = {"tau": 0.3, "gradient_tolerance": 0.0}
     plain = train_pam(convex_like(), iterations=25, monitor=_silent, **options)
@@ -217,24 +218,23 @@ def test_inertial_steps_are_faster_and_j_never_rises_but_the_inequality_does_not
     assert result.values[12] - best < 0.5 * (plain.values[12] - best)
 
 
-@on_ranks
 def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
     problem = classes()
     own, batches = problem.batch, problem.minibatches(1)
     whole = [float(problem.evaluate()[0])]
     result = train_pam(
-        problem, tau=100.0, iterations=6, batches=batches,
+        problem, tau=100.0, iterations=4, batches=batches,
         monitor=lambda p: whole.append(float(problem.evaluate()[0])) if p.iteration else None,
     )  # fmt: skip
     print(f"\nJ of all samples {np.array(whole)}; slacks {result.slacks}")
     assert (result.slacks > 0).all() and np.max(np.diff(whole)) > 0.1
     assert problem.batch is own and problem.evaluate()[0] == whole[-1]
-    last = LearningProblem(problem.net, problem.head, problem.loss, problem.regulariser, batches[5 % 4])
+    last = LearningProblem(problem.net, problem.head, problem.loss, problem.regulariser, batches[3])
     assert abs(last.evaluate()[0] - result.value) <= ROUND_OFF
     again = classes()
     batches = again.minibatches(1)
     part = train_pam(again, tau=100.0, iterations=3, batches=batches, monitor=_silent)
-    rest = train_pam(again, tau=100.0, iterations=3, batches=batches, start=part, monitor=_silent)
+    rest = train_pam(again, tau=100.0, iterations=1, batches=batches, start=part, monitor=_silent)
     assert_allclose(rest.values, result.values, rtol=1e-8)  # many iterations of L-BFGS, which amplify round-off
 
 
@@ -271,13 +271,13 @@ def _implicit_in_time():
         (_initial_state, ("bias", "kernel", "initial")),
         (_checkpoints, ("bias", "kernel", "head")),
         (_implicit_in_time, ("bias", "kernel", "head")),
-    ],
+    ][: None if alone else 1],
     ids=lambda part: part.__name__.strip("_") if callable(part) else "",
 )
 def test_all_that_a_problem_learns_is_a_block(make, blocks):
     problem = make()
     watch = Watch(problem)
-    result = train_pam(problem, tau=1.0, iterations=2, monitor=watch)
+    result = train_pam(problem, tau=1.0, iterations=1, monitor=watch)
     assert set(result.blocks) == set(blocks) and result.blocks[:2] == ("bias", "kernel")
     assert result.step_norms.min() > 0 and min(watch.slacks) > -ROUND_OFF and result.value < result.values[0]
 
@@ -286,20 +286,20 @@ def test_all_that_a_problem_learns_is_a_block(make, blocks):
 
 
 @on_ranks
-@pytest.mark.parametrize("options", [{}, {"adapt": True, "inertial": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"adapt": True, "inertial": True}][: 1 + alone], ids=str)
 def test_it_can_be_stopped_and_continued_as_if_it_had_not_been(options):
-    whole = train_pam(classes(), iterations=6, monitor=_silent, **options)
+    whole = train_pam(classes(), iterations=4, monitor=_silent, **options)
     problem = classes()
     # One rank alone asks for the stop.
     stopped = train_pam(
-        problem, iterations=6, monitor=lambda p: p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1, **options
+        problem, iterations=4, monitor=lambda p: p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1, **options
     )
     assert (stopped.reason, stopped.iterations, stopped.converged) == ("STOPPED", 2, False)
     problem.net.kernel.set(0, 0 * problem.net.kernel.get(0))  # what is continued are the result's parameters
     seen = []
-    rest = train_pam(problem, iterations=4, start=stopped, monitor=seen.append, **options)
-    assert [p.iteration for p in seen] == [3, 4, 5, 6] and {p.iterations for p in seen} == {6}
-    assert (rest.iterations, rest.reason) == (6, "ITERATIONS") and rest.seconds > stopped.seconds
+    rest = train_pam(problem, iterations=2, start=stopped, monitor=seen.append, **options)
+    assert [p.iteration for p in seen] == [3, 4] and {p.iterations for p in seen} == {4}
+    assert (rest.iterations, rest.reason) == (4, "ITERATIONS") and rest.seconds > stopped.seconds
     for name in ("values", "gradient_norms", "slacks", "step_norms", "inner_iterations", "taus"):
         # Nothing differs but where arrays lie in memory, by which NumPy's sums are rounded.
         assert_allclose(getattr(rest, name), getattr(whole, name), rtol=1e-11, atol=1e-14, err_msg=name)
@@ -307,7 +307,6 @@ def test_it_can_be_stopped_and_continued_as_if_it_had_not_been(options):
         assert_allclose(mine, theirs, rtol=0, atol=1e-12)
 
 
-@on_ranks
 def test_the_result_has_the_history_and_the_controls():
     problem = classes()
     result = train_pam(problem, iterations=3, monitor=_silent)
@@ -328,7 +327,7 @@ def test_the_result_has_the_history_and_the_controls():
 def test_without_a_monitor_a_line_an_iteration_is_logged_on_rank_0(caplog):
     problem = classes()
     with caplog.at_level(logging.INFO, logger="fem_resnet"):
-        result = train_pam(problem, iterations=2)
+        result = train_pam(problem, {"tao_max_it": 1}, iterations=2)
     lines = [record.getMessage() for record in caplog.records if record.name == "fem_resnet"]
     assert len(lines) == (3 if problem.net.Y.comm.rank == 0 else 0)
     for number, line in enumerate(lines):
@@ -348,15 +347,15 @@ def test_an_evaluation_that_raises_leaves_the_parameters_of_the_last_iteration()
     loss = Loss("fails at its 40th evaluation", value, plain.loss.gradient, plain.loss.prediction)
     problem = LearningProblem(plain.net, plain.head, loss, plain.regulariser, plain.batch)
     with pytest.raises(StepFailure, match="the state is not finite in layer 2, t = 1.3"):
-        train_pam(problem, monitor=lambda progress: values.append(progress.value))
+        train_pam(problem, {"tao_max_it": 1}, monitor=lambda progress: values.append(progress.value))
     assert len(values) > 2 and abs(plain.evaluate()[0] - values[-1]) <= ROUND_OFF
 
 
-@on_ranks
+@pytest.mark.parallel([2, 3])
 @each_problem
 def test_iterations_do_not_see_the_partition(make):
     """The mesh on all ranks against the whole mesh on each."""
-    results = [train_pam(make(alone=alone), tau=3.0, iterations=3, monitor=_silent) for alone in (False, True)]
+    results = [train_pam(make(alone=whole), tau=3.0, iterations=2, monitor=_silent) for whole in (False, True)]
     for name in ("values", "gradient_norms", "slacks", "step_norms"):
         # L-BFGS amplifies round-off, the more so over its iterations: less than ten a block here.
         assert_allclose(getattr(results[0], name), getattr(results[1], name), rtol=1e-8, err_msg=name)
