@@ -5,10 +5,10 @@ By the dynamic programming principle the rest of an optimal trajectory is optima
     F(v, t_l) = min over the controls of layers l, l + 1, ..  of their cost from f(t_l) = v on,
 
 so that `local_feedback` holds there with the remaining layers, around f(t_l) of the one trajectory that was trained:
-D_v F(., t_l) = r(t_l). Closed loop means that each layer takes the controls that the feedback gives for the state at which it
-begins, and not, as Step 2 (ii) of the paper has it printed, for the state at which all began. For a perturbed input alone both
-are optimal to the same order. What disturbs the state on its way is answered by the closed loop only, by the controls of the
-layers that are left.
+D_v F(., t_l) = r(t_l). Closed loop means that each layer takes the controls that the feedback gives for the state at
+which it begins, and not, as Step 2 (ii) of the paper has it printed, for the state at which all began. For a
+perturbed input alone both are optimal to the same order. What disturbs the state on its way is answered by the closed
+loop only, by the controls of the layers that are left.
 """
 
 from __future__ import annotations
@@ -126,11 +126,13 @@ def _refuse_what_hangs_together(problem: LearningProblem) -> None:
     for parameter in (net.bias, net.kernel):
         if parameter.time_basis.description != "layers":
             raise ValueError(
-                f'problem: {parameter.name}_in_time="layers" is wanted, so that the layers left at t_l have controls of their '
-                f"own, {parameter.time_basis.description!r} was given; LocalFeedback takes it, at t = 0"
+                f'problem: {parameter.name}_in_time="layers" is wanted, so that the layers left at t_l have controls '
+                f"of their own, {parameter.time_basis.description!r} was given; LocalFeedback takes it, at t = 0"
             )
     if net.layer_times is not None or net.factors:
-        raise ValueError("problem: layer times or factors are learned, which all layers share; LocalFeedback takes it, at t = 0")
+        raise ValueError(
+            "problem: layer times or factors are learned, which all layers share; LocalFeedback takes it, at t = 0"
+        )
     if regulariser is not None:
         names = (*regulariser.names, *["one without a name"] * (len(regulariser.terms) - len(regulariser.names)))
         for name in names:

@@ -4,22 +4,23 @@ The value function of section 4.3, from t = 0 and for J_mod (2.11), (4.6),
 
     F(v) = min_u J(u, v),       u = (a, b), and a learned head,       v = f_I,
 
-solves the Hamilton-Jacobi-Bellman equation (4.11) in the space of all inputs. The paper asks, at the end of section 4.3,
-for a local, Lagrangian way to it. That is this one: where u is optimal for v and J_uu > 0 there, F is smooth near v, and
+solves the Hamilton-Jacobi-Bellman equation (4.11) in the space of all inputs. The paper asks, at the end of section
+4.3, for a local, Lagrangian way to it. That is this one: where u is optimal for v and J_uu > 0 there, F is smooth
+near v, and
 
     D_v F = J_v = r(0)                                          the co-state of (4.2), in the sign of section 4.1
     D^2 F = J_vv - J_vu J_uu^-1 J_uv
     u(v + w) = u - J_uu^-1 J_uv w + O(|w|^2)                    the feedback
     F(v + w) = F + (r, w) + 1/2 (w, D^2 F w) + O(|w|^3)
 
-so all that is wanted are Hessian actions of the discrete network along this one trajectory, on a mesh of any size. What the
-feedback costs above F(v + w) is O(|w|^4), what the controls of v cost above it is O(|w|^2). Gradients and D^2 F are those of
-the inner product of the label measure. F is a local minimum's value: another minimum may be lower, and controls must be free
-(with active bounds F is not smooth).
+so all that is wanted are Hessian actions of the discrete network along this one trajectory, on a mesh of any size.
+What the feedback costs above F(v + w) is O(|w|^4), what the controls of v cost above it is O(|w|^2). Gradients and
+D^2 F are those of the inner product of the label measure. F is a local minimum's value: another minimum may be lower,
+and controls must be free (with active bounds F is not smooth).
 
-The paper has one sample. For a batch all samples share u, so v stands for all of them together: the formulas hold, with one
-co-state a sample times its weight, and the feedback wants all new inputs at once and answers with one u. To answer each
-input with controls of its own, as the feedback of section 4.3 does, take a problem with one sample.
+The paper has one sample. For a batch all samples share u, so v stands for all of them together: the formulas hold,
+with one co-state a sample times its weight, and the feedback wants all new inputs at once and answers with one u. To
+answer each input with controls of its own, as the feedback of section 4.3 does, take a problem with one sample.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ SOLVER_PARAMETERS = {
 class LocalFeedback:
     """F, D_v F, D^2 F and the feedback at the optimum of a learning problem, without any matrix.
 
-    It keeps the optimum that it was made at: what later happens to the parameters is not seen. Everything is collective over
-    the communicator of the network.
+    It keeps the optimum that it was made at: what later happens to the parameters is not seen. Everything is
+    collective over the communicator of the network.
 
     Parameters
     ----------
@@ -63,11 +64,19 @@ class LocalFeedback:
     gradient_tolerance
         Up to which norm (label measure) the gradient in the parameters counts as zero; in the unit of J.
     solver_parameters, options_prefix
-        Options over `SOLVER_PARAMETERS` of the KSP that solves with J_uu: conjugate gradients with the Riesz maps of the
-        controls as preconditioner. "minres" also solves where J_uu is indefinite, which is no minimum.
+        Options over `SOLVER_PARAMETERS` of the KSP that solves with J_uu: conjugate gradients with the Riesz maps of
+        the controls as preconditioner. "minres" also solves where J_uu is indefinite, which is no minimum.
 
     Attributes
     ----------
+    problem : LearningProblem
+        The one that was given.
+    batch : Batch
+        Its batch then.
+    controls : list of Function
+        u, in the order of ``problem.functions``.
+    inputs, final : Function
+        v and f(T).
     value : float
         F(v) = J.
     gradient : Function
@@ -102,20 +111,21 @@ class LocalFeedback:
             raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
         if problem.learn != "parameters":
             raise ValueError(
-                f"problem: one that learns 'parameters' is wanted, since F depends on the inputs; learn={problem.learn!r} was given"
+                f"problem: one that learns 'parameters' is wanted, since F depends on the inputs; "
+                f"learn={problem.learn!r} was given"
             )
-        # One of its own, which nobody gives another batch.
-        self.problem = LearningProblem(
-            problem.net, problem.head, problem.loss, problem.regulariser, problem.batch, derivatives=problem.derivatives,
+        self.problem, self.batch = problem, problem.batch
+        self.Y = problem.net.Y
+        # One of its own: nobody gives it another batch.
+        own = LearningProblem(
+            problem.net, problem.head, problem.loss, problem.regulariser, self.batch, derivatives=problem.derivatives,
             checkpoints=problem.checkpoints,
         )  # fmt: skip
-        self.Y = problem.net.Y
-        inputs = problem.batch.inputs
         with stop_annotating():
-            functional, run = self.problem.record()
-            self.controls = [function.copy(deepcopy=True) for function in problem.functions]
-            self.inputs = inputs.copy(deepcopy=True)
-            start = Control(inputs, riesz_map=self.Y.riesz_map)
+            functional, run = own.record()
+            self.controls = [function.copy(deepcopy=True) for function in own.functions]
+            self.inputs = self.batch.inputs.copy(deepcopy=True)
+            start = Control(self.batch.inputs, riesz_map=self.Y.riesz_map)
             self._joint = ReducedFunctional(functional.functional, [*functional.controls, start], tape=functional.tape)
             self.value = float(self._joint([*self.controls, self.inputs]))
             *gradient, self.gradient = self._joint.derivative(apply_riesz=True)
@@ -124,8 +134,8 @@ class LocalFeedback:
         if not self.gradient_norm <= gradient_tolerance:
             raise ValueError(
                 f"problem: its parameters are not optimal, |gradient| = {self.gradient_norm:.1e} where at most "
-                f"gradient_tolerance = {gradient_tolerance:g} is wanted; train further, as with 'tao_type': 'nls' and a "
-                f"smaller 'tao_gatol'"
+                f"gradient_tolerance = {gradient_tolerance:g} is wanted; train further, as with 'tao_type': 'nls' and "
+                f"a smaller 'tao_gatol'"
             )
         comm = self.Y.comm
         context = ReducedFunctionalHessianMat(functional, comm=comm)

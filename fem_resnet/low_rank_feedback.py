@@ -1,14 +1,15 @@
 """The local feedback of a problem with one sample for many inputs at once: D^2 F and J_uv as a few columns.
 
-`local_feedback` has the formulas. Two facts make its second derivatives a few numbers, whatever the mesh. J_uv has at most as
-many independent rows as there are controls: with controls in bases J_uu is a small dense matrix, the same on every rank,
-factored once (Cholesky), and J_vu its columns, one Hessian action each. And layers and head see f_I through psi alone,
-f(T) = v + D(Psi^T M v), so that J_vv is l'', the loss's own second derivative in f(T), and a part of rank at most 2 rank(Psi):
+`local_feedback` has the formulas. Two facts make its second derivatives a few numbers, whatever the mesh. J_uv has at
+most as many independent rows as there are controls: with controls in bases J_uu is a small dense matrix, the same on
+every rank, factored once (Cholesky), and J_vu its columns, one Hessian action each. And layers and head see f_I
+through psi alone, f(T) = v + D(Psi^T M v), so that J_vv is l'', the loss's own second derivative in f(T), and a part
+of rank at most 2 rank(Psi):
 
     D^2 F = l'' + X Psi^T M + Psi (M X)^T - J_vu J_uu^-1 J_uv,
 
-where X follows from one Hessian action a function of Psi (an orthonormal basis of what psi of all layers and the head span).
-With a head l'' is in the second part, and 0 here. Nothing is cut off.
+where X follows from one Hessian action a function of Psi (an orthonormal basis of what psi of all layers and the head
+span). With a head l'' is in the second part, and 0 here. Nothing is cut off.
 """
 
 from __future__ import annotations
@@ -62,13 +63,15 @@ class LowRankFeedback:
         problem, Y = feedback.problem, feedback.Y
         self._feedback, self.Y = feedback, Y
         self._bases = [basis for parameter in problem.parameters for basis in parameter.space_bases]
-        if problem.batch.samples != 1:
-            raise ValueError(f"problem: one sample is wanted, it has {problem.batch.samples}, which share their controls")
+        if feedback.batch.samples != 1:
+            raise ValueError(
+                f"problem: one sample is wanted, it has {feedback.batch.samples}, which share their controls"
+            )
         for parameter in problem.parameters:
             if any(isinstance(basis, (NodalValues, StateValues)) for basis in parameter.space_bases):
                 raise ValueError(
-                    f"problem: {parameter.name} has values at every node, so that J_uv is of no low rank; give it a basis, or "
-                    f"use LocalFeedback for one input after the other"
+                    f"problem: {parameter.name} has values at every node, so that J_uv is of no low rank; give it a "
+                    f"basis, or use LocalFeedback for one input after the other"
                 )
         self._controls = np.concatenate([b.read(c).ravel() for b, c in zip(self._bases, feedback.controls)])
         self._v, self._r = Y.values(feedback.inputs).copy(), Y.values(feedback.gradient).copy()
@@ -102,7 +105,8 @@ class LowRankFeedback:
             w = fd.Function(feedback.inputs.function_space())
             w.dat.data_wo[...] = self._psi[:, k].reshape(w.dat.data_wo.shape)
             S[:, k] += Y.values(feedback.action(None, w)[-1])[:, 0]
-        # For C = X Psi^T M + Psi (M X)^T, with functions of Psi orthonormal, S = M C Psi gives M X up to what drops out of C.
+        # For C = X Psi^T M + Psi (M X)^T, with functions of Psi orthonormal, S = M C Psi gives M X up to what drops
+        # out of C.
         symmetric = Y.sum(self._psi.T @ S)
         self._X = S - 0.5 * Y.weights[:, None] * (self._psi @ symmetric)
 
@@ -112,16 +116,18 @@ class LowRankFeedback:
         if problem.head is not None:
             return np.zeros_like(W)
         O, C = (
-            np.repeat(self.Y.values(batch), W.shape[1], axis=1) for batch in (self._feedback.final, problem.batch.targets)
+            np.repeat(self.Y.values(batch), W.shape[1], axis=1) for batch in (self._feedback.final,
+            self._feedback.batch.targets)
         )
         return problem.loss.hessian(self.Y, O, C, PREDICTIONS[problem.loss.prediction or "identity"], W)
 
     @property
     def rank_bound(self) -> int:
+        """What the rank of D^2 F - l'' is at most."""
         return 2 * self._psi.shape[1] + self._controls.size
 
     def __call__(self, inputs: fd.Function) -> list[np.ndarray]:
-        """Controls for each input: one array a Function of ``problem.functions``, shape (inputs, shape of coefficients).
+        """Controls for each input: one array a Function of ``problem.functions``, shape (inputs, of its coefficients).
 
         ``parameter.set(k, array[s])`` gives a parameter its coefficients for the input s.
 
@@ -130,7 +136,8 @@ class LowRankFeedback:
         inputs
             A batch with one sample an input.
         """
-        columns = self._controls[:, None] - scipy.linalg.cho_solve(self._factor, self._mixed_in(self._differences(inputs)))
+        changes = scipy.linalg.cho_solve(self._factor, self._mixed_in(self._differences(inputs)))
+        columns = self._controls[:, None] - changes
         return [part.T.reshape(-1, *basis.shape) for part, basis in zip(self._split(columns), self._bases)]
 
     def predicted_values(self, inputs: fd.Function) -> np.ndarray:
@@ -145,7 +152,7 @@ class LowRankFeedback:
         return self.Y.batch(self._second(self.Y.values(w)) / self.Y.weights[:, None])
 
     def eigenvalues(self) -> np.ndarray:
-        """Those of D^2 F - l'', the largest in absolute value first, shape (`rank_bound`,): how many matter is its rank."""
+        """Those of D^2 F - l'' that may not be 0, the largest in absolute value first, shape (rank_bound,)."""
         Y, root = self.Y, np.sqrt(self.Y.weights)[:, None]
         rank, size = self._psi.shape[1], self._controls.size
         R = np.linalg.qr(np.hstack([root * self._psi, self._X / root, self._mixed / root]), mode="r")

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Every demo: each runs here in its short form, and asserts at its end what it claims.
 DEMOS = [
-    "costate_twice.py", "digits_on_a_disk.py", "mesh_independence.py", "same_network_other_mesh.py",
+    "costate_twice.py", "digits_on_a_disk.py", "mesh_independence.py", "nearby_inputs.py", "same_network_other_mesh.py",
     "what_the_data_determine.py",
 ]  # fmt: skip
 #: Scripts beside the demos that choose their settings and tabulate them; too long to run here.
