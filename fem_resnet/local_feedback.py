@@ -93,9 +93,23 @@ class LocalFeedback:
 
     Examples
     --------
-    >>> result = train(problem, {"tao_type": "nls", "tao_gatol": 1e-9})  # doctest: +SKIP
-    >>> feedback = LocalFeedback(problem)  # doctest: +SKIP
-    >>> for function, control in zip(problem.functions, feedback(new_input)):  # doctest: +SKIP
+    Where the input is its own target the best controls are 0. What does it cost to bring 1 + w to 1?
+
+    >>> from firedrake import FunctionSpace, UnitIntervalMesh
+    >>> from fem_resnet import Batch, LabelSpace, ResidualNetwork, laplace_basis, least_squares, tikhonov
+    >>> Y = LabelSpace(FunctionSpace(UnitIntervalMesh(4), "DG", 0))
+    >>> constants = laplace_basis(Y, 1)
+    >>> net = ResidualNetwork(constants, bias=constants, layers=1, activation="identity")
+    >>> one = Y.batch(1 + 0 * Y.weights)
+    >>> problem = LearningProblem(net, None, least_squares, tikhonov(2.0), Batch(one, one))
+    >>> feedback = LocalFeedback(problem)
+    >>> round(float(feedback.hessian(one).dat.data_ro.max()), 9)
+    0.5
+
+    Controls for another input, which must be near the trained one:
+
+    >>> new_input = Y.batch(1.1 + 0 * Y.weights)
+    >>> for function, control in zip(problem.functions, feedback(new_input)):
     ...     _ = function.assign(control)
     """
 

@@ -223,6 +223,32 @@ def test_controls_for_nearby_inputs_see_no_partition():
 
 
 @on_two_ranks
+def test_a_value_function_in_closed_form():
+    """f_t = a - B f, a and b constant in y, v its own target: u = 0, and with g^2 = |v|^2, mu = lambda / (1 + g^2),
+
+    F(v + w) = 1/2 mu / (1 + mu) |w|^2 for constant w, u = - (1, -g) / (1 + g^2) |w| / (1 + mu), and F = 1/2 |w|^2 for w
+    without mean, up to third order.
+    """
+    constants = laplace("annulus", "DG0", 1)
+    Y = constants.Y
+    net = ResidualNetwork(constants, bias=constants, layers=1, activation="identity")
+    v = Y.batch(0.7 + 0 * Y.weights)
+    p = LearningProblem(net, None, least_squares, tikhonov(0.3), Batch(v, v))
+    many = LowRankFeedback(LocalFeedback(p))
+    g = Y.norm(v)
+    mu = 0.3 / (1 + g**2)
+    W = np.column_stack([np.ones(Y.nodes), Y.coordinates[:, 0] - Y.sum(Y.weights @ Y.coordinates[:, 0]) / Y.measure])
+    D2F = Y.values(many.hessian(Y.batch(W)))
+    assert_allclose(D2F, W * [mu / (1 + mu), 1.0], rtol=0, atol=1e-13)
+    assert_allclose(many.eigenvalues(), [-1 / (1 + mu), 0, 0, 0], rtol=0, atol=1e-13)
+    bias, kernel = many(Y.batch(0.7 + 0.01 * W))
+    # The basis function is +- 1 / sqrt |Y|: of either sign in the bias, squared in the kernel.
+    expected = np.sqrt(Y.measure) * 0.01 / (1 + g**2) / (1 + mu)
+    assert_allclose(np.abs(bias), [[expected], [0]], rtol=0, atol=1e-14)
+    assert_allclose(kernel, [[[expected * g]], [[0]]], rtol=0, atol=1e-14)
+
+
+@on_two_ranks
 def test_it_keeps_the_optimum_that_it_was_made_at():
     p = trained("sphere")
     Y, feedback = p.net.Y, LocalFeedback(p)
