@@ -7,10 +7,11 @@ from test_local_feedback import assign, direction, distance, minimise, moved, op
 
 from fem_resnet import Batch, ClosedLoop, LearningProblem, LocalFeedback, least_squares, smooth_in_time, tikhonov
 
+on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
 
 
-@on_two_ranks
+@on_ranks
 def test_the_rest_of_the_trajectory_is_optimal_and_its_gradient_is_the_costate():
     """D_v F(., t_l) = r(t_l); r(0) of the rest without its start, F(v, 0) = F(f(t_1), t_1) + what layer 0 costs."""
     p = optimal("sphere", onto=3)
@@ -25,7 +26,6 @@ def test_the_rest_of_the_trajectory_is_optimal_and_its_gradient_is_the_costate()
     assert loop.feedbacks[0].value - loop.feedbacks[1].value == pytest.approx(cost, rel=1e-10)
 
 
-@on_two_ranks
 def test_without_disturbance_the_closed_loop_is_optimal_to_the_order_of_the_feedback():
     """Excess cost O(|w|^4); the controls differ from those of t = 0 by O(|w|^2)."""
     p = trained("sphere")
@@ -67,6 +67,18 @@ def test_a_disturbance_on_the_way_is_answered_to_fourth_order_by_the_closed_loop
     kept, answered, best = np.transpose([costs_after_a_disturbance(p, w, size) for size in (0.1, 0.05)])
     assert order(kept - best) == pytest.approx(2, abs=0.2)
     assert order(answered - best) == pytest.approx(4, abs=0.5)
+
+
+@on_ranks
+def test_the_closed_loop_sees_no_partition():
+    by = []
+    for alone in (False, True):
+        p = optimal("sphere", alone=alone)
+        loop = ClosedLoop(p)
+        controls = loop(moved(p.net.Y, p.batch.inputs, direction(p.net.Y), 0.1))
+        by.append([p.parameters[0].space_basis.read(control) for control in controls[:2]])
+    assert_allclose(*by, rtol=0, atol=1e-8)  # the solver's tolerance
+    assert np.abs(np.array(by[0]) - [p.net.bias.get(k) for k in range(2)]).max() > 1e-3
 
 
 @on_two_ranks
