@@ -26,6 +26,9 @@ _MODULES = {
     "costate": ["Costate", "solve_costate", "terminal_costate"],
     "costate_comparison": ["CostateCheck", "costate_check"],
     "curvature": ["Spectrum", "hessian_spectrum"],
+    "local_feedback": ["LocalFeedback"],
+    "low_rank_feedback": ["LowRankFeedback"],
+    "closed_loop": ["ClosedLoop"],
     "maximum_principle": [
         "Controls", "Extremal", "Hamiltonian", "Pair", "Residual", "extremal_controls", "hamiltonian_along",
         "middle_pairs", "pmp_residual",
