@@ -29,6 +29,8 @@ _MODULES = {
         "middle_pairs", "pmp_residual",
     ],
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
+    "value_function": ["ValueFunction", "solve_value_function"],
+    "feedback": ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "io": ["load", "save"],

@@ -184,13 +184,16 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     element = Y.V.ufl_element()
     if element.embedded_superdegree != 0:
         raise ValueError(f"Y: cell indicators span DG of degree 0, the space is {element}")
-    number = _numbers_by_midpoint(Y) if Y.numbers is None else Y.numbers
+    number = numbers_of_cells(Y)
     values = np.zeros((Y.nodes, Y.size))
     values[np.arange(Y.nodes), number] = 1.0
     return Basis(Y, values, "cells")
 
 
-def _numbers_by_midpoint(Y: LabelSpace) -> np.ndarray:
+def numbers_of_cells(Y: LabelSpace) -> np.ndarray:
+    """Numbers of the owned nodes that no partition changes: by coordinates, the last one slowest; of points their own."""
+    if Y.numbers is not None:
+        return Y.numbers
     midpoints = np.concatenate(Y.comm.allgather(Y.coordinates))
     # Round-off in a midpoint depends on how the cell's vertices are numbered; it must not decide an order.
     extent = np.ptp(midpoints, axis=0).max() or 1.0

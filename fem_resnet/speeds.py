@@ -24,6 +24,7 @@ from itertools import product
 import numpy as np
 
 from fem_resnet.activation import Activation
+from fem_resnet.basis import numbers_of_cells
 from fem_resnet.control_set import ControlSet, Extreme
 from fem_resnet.label_space import LabelSpace
 
@@ -39,7 +40,7 @@ _BLOCK = 2**13
 class Cells:
     """The nodes of a small label domain, in an order that no partition changes; their values are held by every rank.
 
-    The order is that of `LabelSpace.numbers` for sets of points, else that of the coordinates, the first one first.
+    The order is that of `cell_indicators`: by coordinates, the last one slowest; points have their own.
 
     Attributes
     ----------
@@ -52,14 +53,7 @@ class Cells:
 
     def __init__(self, Y: LabelSpace):
         self.Y = Y
-        if Y.numbers is not None:
-            self.own = np.asarray(Y.numbers)
-        else:
-            x = np.concatenate(Y.comm.allgather(Y.coordinates))
-            # Round-off in coordinates depends on the partition; it must not decide an order.
-            place = np.argsort(np.lexsort(np.round(x, 9).T[::-1]))
-            first = Y.comm.exscan(Y.nodes) or 0
-            self.own = place[first : first + Y.nodes]
+        self.own = numbers_of_cells(Y)
         self._all = np.concatenate(Y.comm.allgather(self.own))
         self.weights = self.gather(Y.weights)
 

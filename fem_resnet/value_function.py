@@ -240,20 +240,22 @@ def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, sample
 
 
 def _tube(speeds: Speeds, low: np.ndarray, high: np.ndarray, final_time: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Times to boxes, shape (times, 2, n): all cells' lower ends move with the least speed in the box, the upper with the largest."""
+    """Times to boxes, shape (times, 2, n): each face moves with the extreme speed of states on it, so that none gets out."""
+    n = len(low)
 
-    def rate(t, shift):
-        return speeds.range_over(low + shift[0], high + shift[1])
+    def rate(t, ends):
+        speed = np.empty((2, n))
+        for side in (0, 1):
+            for i in range(n):
+                face = ends.reshape(2, n).copy()
+                face[1 - side, i] = face[side, i]
+                speed[side, i] = speeds.range_over(*face)[side]
+        return speed.ravel()
 
-    found = solve_ivp(rate, (0.0, final_time), [0.0, 0.0], rtol=1e-8, atol=1e-10, dense_output=True)
+    found = solve_ivp(rate, (0.0, final_time), np.concatenate([low, high]), rtol=1e-8, atol=1e-10, dense_output=True)
     if not found.success:
         raise ValueError(f"activation, A: the reachable states could not be bounded until {final_time:g}: {found.message}")
-
-    def boxes(times):
-        down, up = found.sol(times)
-        return np.stack([low + down[:, None], high + up[:, None]], axis=1)
-
-    return boxes
+    return lambda times: found.sol(times).T.reshape(-1, 2, n)
 
 
 def _check_memory(Y: LabelSpace, shape: tuple[int, ...], steps: int, memory: float) -> None:

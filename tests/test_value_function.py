@@ -1,0 +1,615 @@
+"""Section 4.3: the value function against exact solutions, direct optimisation and the maximum principle, and its feedback."""
+
+import logging
+from functools import cache
+
+import firedrake as fd
+import numpy as np
+import pytest
+import sympy
+from firedrake import COMM_SELF, COMM_WORLD
+from numpy.testing import assert_allclose
+from scipy.integrate import solve_ivp
+from scipy.optimize import minimize
+
+from fem_resnet import (
+    Batch, Box, Ellipse, Hamiltonian, LabelSpace, LearningProblem, Pair, Points, Polygon, ResidualNetwork, Sections,
+    cell_indicators, class_space, closed_loop, extremal_controls, feedback_controls, feedback_speeds, get_activation,
+    least_squares, point_space, solve_value_function,
+)  # fmt: skip
+from fem_resnet.training.msa import problem_of
+from problems import gathered
+
+on_ranks = pytest.mark.parallel([1, 2, 3])
+
+
+@cache
+def sectors(number: int, inner: float, alone: bool = True) -> LabelSpace:
+    """A disk or annulus of outer radius 1 in so many sectors, each one cell with curved sides, and piecewise constants."""
+    comm = COMM_SELF if alone else COMM_WORLD
+    flat = fd.RectangleMesh(1, number, 1.0, 1.0, quadrilateral=True, comm=comm)
+    radius, angle = (x for x in fd.SpatialCoordinate(flat))
+    radius, angle = inner + (1 - inner) * radius, 2 * fd.pi * angle
+    x = fd.Function(fd.VectorFunctionSpace(flat, "DQ", 8))
+    x.interpolate(fd.as_vector([radius * fd.cos(angle), radius * fd.sin(angle)]))
+    return LabelSpace(fd.FunctionSpace(fd.Mesh(x, comm=comm), "DG", 0))
+
+
+DISK, HALVES, ANNULUS = (1, 0.0), (2, 0.0), (3, 0.4)
+#: What a first-order scheme shows on such grids: halving the spacing halves the error, up to what is not asymptotic yet.
+FIRST_ORDER = 0.85
+
+
+def order(errors) -> float:
+    """The least over the columns of a table of errors, one row a spacing, each half of the one before: observed over all rows."""
+    return float(np.min(np.log2(np.divide(errors[0], errors[-1])) / (len(errors) - 1)))
+
+
+def some_states(low, high, number=40, n=1, seed=0):
+    return np.random.default_rng(seed).uniform(low, high, (n, number))
+
+
+# -- one cell: the reachable interval --------------------------------------------------------------------------------
+
+
+def flow(g, inverse, v, t, a, below, above):
+    """The solution of v' = sigma(a - b v) at the time t with b = `below` for v < 0, `above` for v > 0, closed form.
+
+    g = sinh for sigma = tanh and g(u) = u for the identity: u = a - b v has g(u) = g(u_0) e^(-b t). A sign of v changes at most
+    once, when u = a.
+    """
+    b = above if v > 0 or (v == 0 and a > 0) else below
+    if b == 0:
+        return v + inverse.sigma(a) * t
+    u = a - b * v
+    if a != 0 and g(u) / g(a) > 0:
+        crossing = np.log(g(u) / g(a)) / b
+        if 0 < crossing < t:
+            rest = a if crossing == t else flow(g, inverse, 1e-300 * np.sign(a), t - crossing, a, below, above)
+            return rest
+    return (a - inverse(g(u) * np.exp(-b * t))) / b
+
+
+class Inverse:
+    def __init__(self, inverse, sigma):
+        self.inverse, self.sigma = inverse, sigma
+
+    def __call__(self, x):
+        return self.inverse(x)
+
+
+FLOWS = {
+    "tanh": (np.sinh, Inverse(np.arcsinh, np.tanh)),
+    "identity": (lambda u: u, Inverse(lambda u: u, lambda u: u)),
+}
+
+
+def reachable(name, box: Box, w, v, t):
+    """[v-, v+]: from T^+ with b- where v > 0 and b+ where v < 0, from T^- the other way round."""
+    (a0, a1), (b0, b1) = box.bias, box.kernel
+    g, inverse = FLOWS[name]
+    return flow(g, inverse, v, t, a0, w * b0, w * b1), flow(g, inverse, v, t, a1, w * b1, w * b0)
+
+
+def one_cell_value(name, box, w, target, v, t):
+    low, high = reachable(name, box, w, v, t)
+    return w / 2 * max(low - target, target - high, 0.0) ** 2
+
+
+CROSSING = Box((-0.4, 0.6), (-0.3, 0.5))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_closed_form_is_that_of_the_differential_equation(name):
+    sigma = get_activation(name)
+    for v in (-0.7, -0.1, 0.0, 0.3):
+        P, N = (lambda x: 3 * max(x, 0)), (lambda x: 3 * max(-x, 0))
+        for extreme, end in zip((CROSSING.smallest, CROSSING.largest), reachable(name, CROSSING, 3.0, v, 0.8)):
+            found = solve_ivp(lambda t, x: sigma(extreme(P(x[0]), N(x[0])).value), (0, 0.8), [v], rtol=1e-10, atol=1e-12)
+            assert_allclose(end, found.y[0, -1], atol=1e-8)
+
+
+@pytest.mark.parametrize("target", [1.1, 0.2, -0.9])
+@pytest.mark.parametrize("name", FLOWS)
+def test_on_one_cell_it_is_the_distance_of_the_target_from_the_reachable_interval(name, target):
+    Y = sectors(*DISK)
+    v, errors, slopes = some_states(-0.6, 0.6), [], []
+    for spacing in (0.01, 0.005, 0.0025):
+        F = solve_value_function(Y, CROSSING, name, [target], [[-0.6, 0.6]], final_time=0.8, spacing=spacing)
+        exact = [one_cell_value(name, CROSSING, Y.measure, target, x, 0.8) for x in v[0]]
+        errors.append(np.abs(F(v, 0.0) - exact).max())
+        # C1 also at v = 0: the slopes from both sides meet.
+        states = np.zeros((1, 1))
+        slopes.append(abs(float(np.subtract(*F.slopes(states, 0.0))[0, 0])))
+        later = F.times[len(F.times) // 3]
+        exact = [one_cell_value(name, CROSSING, Y.measure, target, x, 0.8 - later) for x in v[0]]
+        assert np.abs(F(v, later) - exact).max() <= 1.1 * errors[-1]
+    assert order(errors) > FIRST_ORDER, errors
+    assert order(slopes) > FIRST_ORDER or max(slopes) < 1e-12
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_on_one_cell_it_has_a_kink_where_no_bias_pushes_the_state_through_zero(name):
+    Y, box, T, target = sectors(*DISK), Box((0, 0), (-1, 1)), 0.5, 1.0
+    w, v, errors = Y.measure, np.append(some_states(-0.3, 0.3), 0.0)[None], []
+    # v+ = v e^(+-w T) to first order at 0, for v > 0 and for v < 0, under both activations.
+    kink = -w * target * np.exp([w * T, -w * T])
+    jumps = []
+    for spacing in (0.02, 0.01, 0.005):
+        F = solve_value_function(Y, box, name, [target], [[-0.3, 0.3]], final_time=T, spacing=spacing)
+        errors.append(np.abs(F(v, 0.0) - [one_cell_value(name, box, w, target, x, T) for x in v[0]]).max())
+        slopes = F.slopes(np.zeros((1, 1)), 0.0)
+        jumps.append(np.abs(np.ravel(slopes) - kink).max())
+        assert_allclose(F([0.0], 0.0), w / 2 * target**2, rtol=1e-12)  # 0 is a point of the grid, and does not move
+        assert_allclose(closed_loop(F, [0.0]).cost, w / 2 * target**2, rtol=1e-12)
+    assert order(errors) > 0.8 and order(jumps) > 0.8, (errors, jumps)
+    assert kink[1] - kink[0] > 10 and jumps[-1] < 1
+
+
+SETS = {
+    "disk": Ellipse((0.1, 0.2), 0.5),
+    "triangle": Polygon([(-0.5, 0), (1, -0.5), (0.5, 1)]),
+    "points": Points([(-0.5, 0.3), (0.2, -0.5), (0.6, 0.4)]),
+    "arrow": Polygon([(-0.5, -0.5), (0.5, 0), (-0.5, 0.5), (-0.1, 0)]),
+    "lens": Sections((-0.5, 0.5), lambda a: a**2 - 0.25, lambda a: 0.25 - a**2, convex=True, grid=33),
+}
+
+
+@pytest.mark.parametrize("A", SETS)
+def test_any_control_set_gives_the_distance_from_what_its_extremes_reach(A):
+    Y, A, T, target = sectors(*DISK), SETS[A], 0.6, 0.9
+    w, v, errors = Y.measure, some_states(-0.4, 0.4, 12), []
+
+    def end(extreme, x):
+        def rate(t, x):
+            return np.arctan(extreme(w * np.maximum(x, 0), w * np.maximum(-x, 0)).value)
+
+        return solve_ivp(rate, (0, T), [x], rtol=1e-8, atol=1e-10).y[0, -1]
+
+    low, high = (np.array([end(e, x) for x in v[0]]) for e in (A.smallest, A.largest))
+    exact = w / 2 * np.maximum(np.maximum(low - target, target - high), 0) ** 2
+    for spacing in (0.04, 0.02, 0.01):
+        F = solve_value_function(Y, A, "arctan", [target], [[-0.4, 0.4]], final_time=T, spacing=spacing)
+        errors.append(np.abs(F(v, 0.0) - exact).max())
+        # Where A is not convex the infimum is not attained, and the closed loop goes to and fro by the length of a step.
+        assert np.abs(closed_loop(F, v).cost - exact).max() < 3 * spacing
+    assert order(errors) > FIRST_ORDER, errors
+
+
+# -- several cells: exact where b = 0 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "space, name, spacing",
+    [(HALVES, "sigmoid", 0.02), (ANNULUS, "tanh", 0.04), ((0.5, 1.0, 0.25, 2.0), "relu", 0.1)], ids=str,
+)  # fmt: skip
+def test_without_a_kernel_the_cells_do_not_see_each_other(space, name, spacing):
+    """F is the sum of the cells' own, on halves of a disk, sectors of an annulus, and four points of different weights."""
+    Y = point_space(space, comm=COMM_SELF) if len(space) == 4 else sectors(*space)
+    n, A, sigma, T = Y.size, Box((-0.5, 0.7), (0, 0)), get_activation(name), 0.7
+    target = np.array([0.9, -0.6, 0.1, 0.5])[:n]
+    start = np.array([[-0.2, 0.2]] * n)
+    v, errors = some_states(-0.2, 0.2, n=n), []
+    low, high = v + T * sigma(-0.5), v + T * sigma(0.7)
+    exact = Y.weights @ np.maximum(np.maximum(low - target[:, None], target[:, None] - high), 0) ** 2 / 2
+    for size in (2 * spacing, spacing):
+        F = solve_value_function(Y, A, name, target, start, final_time=T, spacing=size)
+        errors.append(np.abs(F(v, 0.0) - exact).max())
+    assert errors[-1] < 3 * spacing**2 or order(errors) > FIRST_ORDER, errors
+
+
+def test_an_activation_that_falls_again_has_its_speeds_sampled():
+    """sigma = sin and a in [-1, 2.5]: speeds from -sin 1 to 1, although T goes on."""
+    Y, T, target = sectors(*DISK), 0.5, 0.8
+    sine, v, errors = get_activation(sympy.sin(sympy.Symbol("s"))), some_states(-0.2, 0.2), []
+    high = v[0] + T
+    for spacing in (0.04, 0.02, 0.01):
+        F = solve_value_function(
+            Y, Box((-1, 2.5), (0, 0)), sine, [target], [[-0.2, 0.2]], final_time=T, spacing=spacing, samples=65
+        )
+        errors.append(np.abs(F(v, 0.0) - Y.measure / 2 * np.maximum(target - high, 0) ** 2).max())
+    # The best of 65 values of a is short of pi/2 by at most 0.027, and the speed of 1 by 4e-4.
+    assert errors[-1] < 1e-3 or order(errors) > FIRST_ORDER, errors
+
+
+# -- running costs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_quadratic_cost_of_the_bias_gives_a_riccati_equation():
+    """v' = a - beta int v, L = lambda a^2 / 2: F = 1/2 (v - c)^T P (v - c) + .., by integrating the Riccati equation."""
+    Y, weight, beta, T = sectors(*HALVES), 0.5, 0.2, 0.5
+    w, target, v = Y.weights, np.array([0.3, -0.2]), some_states(-0.3, 0.3, n=2)
+    M, B = np.diag(w), beta * np.outer(np.ones(2), w)
+
+    def rate(t, x):  # of P, q, c in F = v^T P v / 2 + q^T v + c, backwards: a_i = -(P v + q)_i / (lambda w_i)
+        P, q = x[:4].reshape(2, 2), x[4:6]
+        inverse = np.diag(1 / (weight * w))
+        return [
+            *(-P @ inverse @ P - P @ B - B.T @ P).ravel(), *(-P @ inverse @ q - B.T @ q), -q @ inverse @ q / 2
+        ]  # fmt: skip
+
+    found = solve_ivp(rate, (0, T), [*M.ravel(), *(-M @ target), target @ M @ target / 2], rtol=1e-10, atol=1e-12).y[:, -1]
+    P, q, c = found[:4].reshape(2, 2), found[4:6], found[6]
+    exact, gradient = np.einsum("is,ij,js->s", v, P, v) / 2 + q @ v + c, (P @ v + q[:, None]) / w[:, None]
+    errors = []
+    for spacing in (0.08, 0.04, 0.02):
+        F = solve_value_function(
+            Y, Box((-1.5, 1.5), (beta, beta)), "identity", target, [[-0.3, 0.3]] * 2, final_time=T, spacing=spacing,
+            running=lambda f, a, b, w: weight * a**2 / 2 + 0 * f, samples=61,
+        )  # fmt: skip
+        loop = closed_loop(F, v[:, :5])
+        errors.append([np.abs(F(v, 0.0) - exact).max(), np.abs(F.gradient(v, 0.0) - gradient).max()])
+        # 61 values of a miss the best one by at most 0.025, and L by 1.6e-4, in each of two cells of measure pi / 2.
+        assert np.abs(loop.cost - exact[:5]).max() < 0.02 * spacing + 3e-4
+    assert order(errors) > FIRST_ORDER, errors
+
+
+def test_a_cost_of_the_state_is_the_same_whether_the_minimum_is_explicit_or_sampled():
+    Y, A, v = sectors(*HALVES), Box((-0.5, 0.5), (-0.4, 0.6)), some_states(-0.3, 0.3, n=2)
+    for spacing in (0.08, 0.04):
+        F, G = (
+            solve_value_function(
+                Y, A, "tanh", [0.4, -0.2], [[-0.3, 0.3]] * 2, final_time=0.6, spacing=spacing, running=L, samples=3
+            )
+            for L in (lambda f: 2 * f**2, lambda f, a, b, w: 2 * f**2)
+        )
+        # Rows with a and b at the ends of A are among the sampled ones; the speed 0 in between is not exactly.
+        assert_allclose(F(v, 0.0), G(v, 0.0), atol=spacing / 4)
+        assert_allclose(closed_loop(F, v).cost, closed_loop(G, v).cost, atol=spacing / 4)
+
+
+# -- against direct optimisation -------------------------------------------------------------------------------------
+
+
+def direct(w, box, sigma, target, v, T, running=None, layers=5, starts=8):
+    """The least J over a and b in the box, constant on layers, by L-BFGS-B from many starts; gradients by complex steps."""
+    n = len(w)
+    size, h = layers * n * (n + 1), T / layers / 4
+
+    def cost(x):  # for a column of parameters each
+        rows = x.reshape(layers, n, n + 1, -1)
+        f, J = np.repeat(v[:, None], x.shape[1], axis=1).astype(complex), 0.0
+        for layer in rows:
+            a, b = layer[:, 0], layer[:, 1:]
+
+            def rate(f):
+                speed = sigma(a - np.einsum("ijk,j,jk->ik", b, w, f))
+                L = 0.0 if running is None else w @ np.array([running(f[i], a[i], b[i], w) for i in range(n)])
+                return speed, L
+
+            for _ in range(4):  # Runge-Kutta 4
+                k1, l1 = rate(f)
+                k2, l2 = rate(f + h / 2 * k1)
+                k3, l3 = rate(f + h / 2 * k2)
+                k4, l4 = rate(f + h * k3)
+                f, J = f + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), J + h / 6 * (l1 + 2 * l2 + 2 * l3 + l4)
+        return J + w @ (f - target[:, None]) ** 2 / 2
+
+    def with_gradient(x):
+        J = cost(x[:, None] + 1e-30j * np.eye(size, size + 1, 1))
+        return J[0].real, J[1:].imag / 1e-30
+
+    bounds = np.array([[box.bias, *[box.kernel] * n]] * (n * layers)).reshape(size, 2)
+    rng = np.random.default_rng(0)
+    found = [
+        minimize(with_gradient, rng.uniform(*bounds.T), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
+        for _ in range(starts)
+    ]
+    return min(result.fun for result in found)
+
+
+def control_cost(f, a, b, w):
+    return f**2 / 2 + 0.1 * a**2 + 0.1 * np.tensordot(w, b**2, 1)
+
+
+DIRECT = {
+    "L = 0": (HALVES, None, 0.02, 7),
+    "L of f": (HALVES, lambda f, *_: f**2, 0.02, 7),
+    "L of f, a and b": (HALVES, control_cost, 0.04, 7),
+    "L = 0, three cells": (ANNULUS, None, 0.04, 7),
+}
+
+
+@pytest.mark.parametrize("problem", DIRECT)
+def test_no_controls_are_better_and_the_feedback_is_as_good(problem):
+    space, L, spacing, samples = DIRECT[problem]
+    Y, box, T = sectors(*space), Box((-0.4, 0.6), (-0.5, 0.4)), 0.8
+    n = Y.size
+    target, v = np.array([1.0, -0.7, 0.3])[:n], some_states(-0.4, 0.4, 3, n, seed=2)
+    running = (lambda f: f**2) if problem == "L of f" else L
+    F = solve_value_function(
+        Y, box, "tanh", target, [[-0.4, 0.4]] * n, final_time=T, spacing=spacing, running=running, samples=samples
+    )
+    best = [direct(Y.weights, box, np.tanh, target, x, T, L) for x in v.T]
+    # First order in the spacing; the widths of what the table below shows.
+    assert_allclose(F(v, 0.0), best, atol=0.5 * spacing)
+    loop = closed_loop(F, v).cost
+    assert_allclose(loop, best, atol=0.5 * spacing)
+    assert (loop > np.array(best) - 0.25 * spacing).all()
+
+
+# -- dynamic programming ---------------------------------------------------------------------------------------------
+
+#: Two points of unequal weights, a target out of reach: F is smooth but for jumps of its second derivatives where a component of
+#: v is 0, or will be when another is.
+FAR = {
+    "Y": point_space((1.0, 0.6), comm=COMM_SELF), "A": Box((-0.3, 0.4), (-0.6, 0.5)), "target": np.array([1.8, -1.6]),
+    "start": np.array([[-0.5, 0.5]] * 2), "T": 1.0,
+}  # fmt: skip
+SPACINGS = (0.08, 0.04, 0.02)
+
+
+@cache
+def far(spacing, within=False):
+    """The value function with the target out of reach, or within, so that F has a flat part."""
+    target = np.array([0.5, -0.3]) if within else FAR["target"]
+    return solve_value_function(
+        FAR["Y"], FAR["A"], "tanh", target, FAR["start"], final_time=FAR["T"], spacing=spacing
+    )
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["out of reach", "within reach"])
+def test_the_dynamic_programming_identity(within):
+    """F(v, t) = min [F(f(t + delta), t + delta)]: never above for any controls, and equal for the feedback."""
+    Y, A, v, errors = FAR["Y"], FAR["A"], some_states(-0.5, 0.5, 30, 2), []
+    rng = np.random.default_rng(1)
+    for spacing in SPACINGS:
+        F = far(spacing, within)
+        loop, worst = closed_loop(F, v), []
+        for k, l in ((0, 0.5), (0.25, 0.5), (0.5, 1.0)):
+            k, l = (round(s * (len(F.times) - 1)) for s in (k, l))
+            gone = F(loop.states[l], loop.times[l]) - F(loop.states[k], loop.times[k])
+            worst.append(np.abs(gone).max())
+            f = loop.states[k]
+            shares = rng.uniform(size=f.shape)
+            for now in range(k, l):
+                least, largest = F.speeds.extremes(list(f))
+                f = f + F.step * np.tanh(least.value + shares * (largest.value - least.value))
+            worst.append(np.maximum(F(loop.states[k], loop.times[k]) - F(f, loop.times[l]), 0).max())
+        errors.append(max(worst))
+    assert order(errors) > 0.7, errors
+    assert errors[-1] < SPACINGS[-1] / 2
+
+
+def test_the_closed_loop_costs_what_the_value_function_says():
+    v, errors = some_states(-0.5, 0.5, 30, 2), []
+    for spacing in (0.04, 0.02, 0.01):
+        F = far(spacing)
+        errors.append([np.abs(closed_loop(F, v).cost - F(v, 0.0)).max(), np.abs(closed_loop(F, v, 0.4).cost - F(v, 0.4)).max()])
+        # A start between two times and a length of steps of its own.
+        other = closed_loop(F, v, 0.37, steps=17)
+        assert other.times[0] == 0.37 and len(other.states) == 18
+        assert np.abs(other.cost - F(v, 0.37)).max() < (spacing + 0.63 / 17) / 4
+    assert order(errors) > FIRST_ORDER, errors
+
+
+def test_the_closed_loop_converges_across_a_kink():
+    """A = {0} x [-1, 1] on two cells: nothing moves from 0, and F has a kink there: order 1/2 at least."""
+    Y, v, errors = sectors(*HALVES), np.hstack([some_states(-0.2, 0.2, 20, 2), [[0.0, 0.0, 0.1], [0.0, 0.1, 0.0]]]), []
+    for spacing in (0.08, 0.04, 0.02):
+        F = solve_value_function(Y, Box((0, 0), (-1, 1)), "tanh", [0.6, -0.4], [[-0.2, 0.2]] * 2, final_time=0.6, spacing=spacing)
+        errors.append(np.abs(closed_loop(F, v).cost - F(v, 0.0)).max())
+    assert order(errors) > 0.5, errors
+
+
+def test_controls_frozen_at_the_first_state_do_not_attain_it():
+    """Step 2 (ii), (iii) as printed."""
+    F, Y, v = far(0.02, within=True), FAR["Y"], np.array([0.2, 0.1])
+    frozen, f = feedback_controls(F, v, 0.0), v[:, None]
+    for _ in F.times[1:]:
+        f = f + F.step * np.tanh(frozen.argument(Y, f))
+    printed = float(Y.weights @ (f[:, 0] - F.target) ** 2) / 2
+    # The target is within reach.
+    assert max(closed_loop(F, v).cost[0], F(v, 0.0)[0]) < 1e-3 and printed > 0.03
+
+
+# -- the maximum principle -------------------------------------------------------------------------------------------
+
+
+def network_of(loop, sample):
+    """A network of the closed loop's controls, a layer each of its Euler steps, on a tape, J differentiated."""
+    F, Y = loop.F, loop.F.cells.Y
+    phi = cell_indicators(Y)
+    euler = {"ts_type": "rk", "ts_rk_type": "1fe"}
+    net = ResidualNetwork(phi, times=loop.times, activation="tanh", solver_parameters=euler)
+    batch = Batch(Y.batch(loop.states[0][:, sample]), Y.batch(F.target[F.cells.own]))
+    problem = LearningProblem(net, None, least_squares, None, batch)
+    problem = problem_of(problem, [loop.controls(k, sample) for k in range(len(loop.times) - 1)])
+    J, run = problem.record()
+    J.derivative()
+    return float(J.functional), run
+
+
+def test_the_gradient_is_the_costate_along_the_closed_loop():
+    """D_v F = r of 4.1, r(T) = f - ftilde, on cells (dF/dv_i) / w_i: a network of the feedback controls has J = F and r = D_v F."""
+    # Trajectories along which no component changes its sign: F is smooth there.
+    v, errors = np.array([[0.1, 0.4], [-0.2, -0.1]]), []
+    for spacing in SPACINGS:
+        F = far(spacing)
+        loop, apart = closed_loop(F, v), []
+        values = F.cells.Y.values
+        for sample in range(2):
+            J, run = network_of(loop, sample)
+            assert_allclose(J, loop.cost[sample], rtol=1e-10)  # the same steps, but for the root that mixed rows need
+            for k in range(0, len(loop.times), 2):
+                f, r = values(run.state(k)), values(run.costate(k))
+                assert_allclose(f[:, 0], loop.states[k][:, sample], atol=1e-10)
+                apart.append(np.abs(F.gradient(f, loop.times[k]) - r).max())
+        errors.append(max(apart))
+    print(errors)
+    assert order(errors) > FIRST_ORDER, errors
+    # The sign: it is not r* = -r, and not dF/dv_i.
+    assert np.abs(F.gradient(f, loop.times[k]) + r).max() > 0.5
+    assert np.abs(F.gradient(f, loop.times[k]) * F.cells.weights[:, None] - r).max() > 0.2
+
+
+def test_the_characteristics_are_the_system_of_the_maximum_principle():
+    """For L = 0, v_t = H_r and r_t = -H_v of (4.11) are (2.8) and (4.2) with the controls of (4.10)."""
+    F = far(SPACINGS[-1])
+    Y, A, w, target = FAR["Y"], FAR["A"], FAR["Y"].weights, FAR["target"]
+    H = Hamiltonian(Y, get_activation("tanh"), "minimise")
+
+    def least(v, r):  # by (4.9), with no controls
+        T = [e.value for e in F.speeds.extremes(list(v))]
+        return w @ np.minimum(*(np.tanh(t) * r for t in T))
+
+    def characteristic(t, x, e=1e-5):
+        v, r = x[:2], x[2:]
+        in_v, in_r = (
+            np.array([least(v + i * u, r + j * u) - least(v - i * u, r - j * u) for u in e * np.eye(2)]) / (2 * e * w)
+            for i, j in ((1, 0), (0, 1))
+        )
+        return np.concatenate([in_r, -in_v])
+
+    for v, r in zip(some_states(0.1, 0.5, 10, 2).T * [1, -1], some_states(-1, 1, 10, 2, seed=3).T):
+        pair = Pair(v[:, None], r[:, None], "minimise")
+        controls = extremal_controls(Y, A, pair).controls
+        principle = np.concatenate([H.in_r(pair, controls)[:, 0], -H.in_f(pair, controls)[:, 0]])
+        assert_allclose(characteristic(0.0, np.concatenate([v, r])), principle, atol=1e-8)  # central differences of 1e-5
+    # From D_v F at the start the characteristic arrives at r(T) = f(T) - ftilde, and the cost there is F.
+    v = np.array([0.1, -0.2])
+    x = solve_ivp(characteristic, (0, FAR["T"]), [*v, *F.gradient(v, 0.0)[:, 0]], rtol=1e-8, max_step=0.05).y[:, -1]
+    print(x[2:]-( x[:2] - target))
+    assert_allclose(x[2:], x[:2] - target, atol=2 * SPACINGS[-1])
+    assert_allclose(w @ (x[:2] - target) ** 2 / 2, F(v, 0.0), atol=SPACINGS[-1])
+
+
+def test_the_feedback_is_the_control_of_the_maximum_principle():
+    """Of rank 2, in A pointwise, and that of (4.10) for r = D_v F; the speeds are those of the feedback map."""
+    F, Y, A, t = far(0.04), FAR["Y"], FAR["A"], 0.3
+    for v in some_states(-0.5, 0.5, 20, 2).T:
+        controls = feedback_controls(F, v, t)
+        pair = Pair(v[:, None], F.gradient(v, t), "minimise")
+        expected = extremal_controls(Y, A, pair).controls
+        assert controls.phi.shape == (2, 2)
+        assert A.contains(controls.a[:, None], controls.phi @ controls.psi.T).all()
+        assert np.abs(pair.r).min() > 0.1
+        assert_allclose(controls.a, expected.a)
+        assert_allclose(controls.phi @ controls.psi.T, expected.phi @ expected.psi.T)
+        speeds = np.tanh(controls.argument(Y, v[:, None]))
+        assert_allclose(feedback_speeds(F, v, t), speeds, atol=1e-12)
+
+
+def test_where_staying_is_best_the_feedback_stays_by_mixed_rows():
+    """Next to a target within reach, convex A: sigma(T) = 0 for controls in A; without convexity an end of the box is taken."""
+    Y, target = FAR["Y"], np.array([0.4, -0.2])
+    for A, convex in ((FAR["A"], True), (Points([(-0.3, 0.2), (0.4, -0.3)]), False)):
+        F = solve_value_function(Y, A, "tanh", target, FAR["start"], final_time=0.5, spacing=0.02)
+        controls = feedback_controls(F, target, 0.48)
+        b = controls.phi @ controls.psi.T
+        assert A.contains(controls.a[:, None], b).all()
+        speed = np.abs(feedback_speeds(F, target, 0.48)).max()
+        assert speed < 1e-12 if convex else speed > 0.1
+        assert closed_loop(F, target).cost[0] < 1e-3
+
+
+def test_feedback_where_the_cost_depends_on_the_controls_is_in_A_and_of_a_row_a_cell():
+    Y, A = sectors(*HALVES), Ellipse((0, 0), 0.6)
+    F = solve_value_function(
+        Y, A, "tanh", [0.5, -0.5], [[-0.2, 0.2]] * 2, final_time=0.4, spacing=0.05, running=control_cost, samples=5
+    )
+    v = np.array([0.1, -0.2])
+    controls = feedback_controls(F, v, 0.1)
+    assert A.contains(controls.a[:, None], controls.phi @ controls.psi.T).all()
+    assert_allclose(np.tanh(controls.argument(Y, v[:, None])), feedback_speeds(F, v, 0.1), atol=1e-12)
+
+
+# -- the grid --------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_holds_all_that_controls_reach():
+    """Trajectories of random controls in A, from corners of the start, stay in the tube; one cell's tube is what is reached."""
+    rng = np.random.default_rng(0)
+    for A in (FAR["A"], *SETS.values()):
+        Y, start = sectors(*HALVES), np.array([[-0.3, 0.1], [0.0, 0.4]])
+        F = solve_value_function(Y, A, "arctan", [0.0, 0.0], start, final_time=0.5, spacing=0.1)
+        f = start[np.arange(2)[:, None], rng.integers(0, 2, (2, 500))]
+        h = F.step / 10
+        a, b = A.sample(9)
+        a_values = np.unique(a)
+        for k in range(len(F.times) - 1):
+            lower, upper = F.tube[k][..., None]
+            # Euler's steps may leave by O(h), here of a field whose slope is below 2.
+            assert (f > lower - 2 * h).all() and (f < upper + 2 * h).all()
+            choice = rng.integers(a_values.size, size=(2, 500))
+            for _ in range(10):
+                u = a_values[choice].astype(float)
+                for j in range(2):
+                    ends = np.array([np.random.default_rng(k).choice(b[a == x]) for x in a_values])
+                    u = u - Y.weights[j] * ends[choice] * f[j]
+                f = f + h * np.arctan(u)
+        for axis, low, high in zip(F.axes, F.tube[:, 0].min(axis=0), F.tube[:, 1].max(axis=0)):
+            assert axis[0] <= low and high <= axis[-1] and np.abs(axis).min() < 1e-12
+    F = solve_value_function(sectors(*DISK), CROSSING, "tanh", [0.0], [[-0.2, 0.3]], final_time=0.5, spacing=0.1)
+    w = F.cells.weights[0]
+    ends = reachable("tanh", CROSSING, w, -0.2, 0.5)[0], reachable("tanh", CROSSING, w, 0.3, 0.5)[1]
+    assert_allclose(F.tube[-1, :, 0], ends, atol=1e-6)  # on one cell it is exact, up to the tolerance of its integration
+
+
+def test_too_large_a_grid_is_refused_with_its_memory_and_progress_is_logged(caplog):
+    Y = class_space(4, comm=COMM_SELF)
+    arguments = (Y, Box((-1, 1), (-1, 1)), "tanh", np.zeros(4), np.array([[-1.0, 1.0]] * 4))
+    with pytest.raises(ValueError, match=r"^spacing: 403 x 403 x 403 x 403 states and 100 steps need \d\d,\d\d\d,\d\d\d MB"):
+        solve_value_function(*arguments, final_time=1.0, spacing=0.01)
+    with caplog.at_level(logging.INFO, "fem_resnet"):
+        F = solve_value_function(*arguments, final_time=1.0, spacing=0.5)
+        with pytest.raises(ValueError, match="memory allows 1;"):
+            solve_value_function(*arguments, final_time=1.0, spacing=0.5, memory=1e6)
+    first, *steps = caplog.messages
+    assert first.startswith("value function: 11 x 11 x 11 x 11 states, 2 steps, about 2 MB")
+    assert steps == ["value function: t = 0.5, step 1 of 2", "value function: t = 0, step 2 of 2"]
+    assert F.values.nbytes < 2e6
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("Y", {"Y": class_space(5, comm=COMM_SELF)}),
+        ("target", {"target": [[0.0, 1.0]]}),
+        ("target", {"target": [np.nan]}),
+        ("start", {"start": [[0.0], [1.0]]}),
+        ("final_time", {"final_time": 0.0}),
+        ("spacing", {"spacing": -0.1}),
+        ("memory", {"memory": 0.0}),
+        ("running", {"running": lambda f, a: f}),
+        ("samples", {"running": lambda f, a, b, w: f, "samples": 1}),
+    ],
+)
+def test_what_is_refused(name, change):
+    good = {
+        "Y": class_space(1, comm=COMM_SELF), "A": CROSSING, "activation": "tanh", "target": [0.0], "start": [[0.0]],
+        "final_time": 0.1, "spacing": 0.1,
+    }  # fmt: skip
+    F = solve_value_function(**good)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        solve_value_function(**good | change)
+    for call, name in (
+        (lambda: F([3.0], 0.0), "v"), (lambda: F([0.0, 0.0], 0.0), "v"), (lambda: F([0.0], 0.2), "t"),
+        (lambda: closed_loop(F, [0.0], 0.1), "t"), (lambda: closed_loop(F, [0.0], steps=0), "steps"),
+        (lambda: feedback_controls(F, [[0.0, 0.1]], 0.0), "v"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call()
+
+
+@on_ranks
+def test_no_partition_changes_the_result():
+    found = []
+    for alone in (False, True):
+        Y = sectors(*ANNULUS, alone)
+        x, y = Y.coordinates.T
+        target = 0.5 * x - 0.3 * y + 0.2
+        start = np.stack([-0.2 + 0.1 * x, 0.2 + 0.1 * y], axis=1)
+        v = np.stack([0.1 * x, 0.1 * y, -0.1 * x], axis=1)
+        F = solve_value_function(Y, FAR["A"], "tanh", target, start, final_time=0.5, spacing=0.1)
+        loop = closed_loop(F, v)
+        controls = loop.controls(1, 2)
+        found.append([
+            F.values, F(v, 0.2), loop.cost, gathered(Y, F.gradient(v, 0.1)), gathered(Y, loop.states[-1]),
+            gathered(Y, controls.a), gathered(Y, controls.phi) @ gathered(Y, controls.psi).T,
+        ])  # fmt: skip
+    for here, alone in zip(*found):
+        assert_allclose(here, alone, atol=1e-12)
+    Y = class_space(2)
+    F = solve_value_function(Y, CROSSING, "tanh", 1.0 * Y.numbers, np.zeros((Y.nodes, 1)), final_time=0.5, spacing=0.1)
+    assert_allclose(F.target, [0, 1])
