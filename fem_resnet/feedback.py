@@ -24,8 +24,8 @@ __all__ = ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"]
 
 
 def _choose(F: ValueFunction, states: np.ndarray, t: float) -> Choice:
-    # A step of the scheme goes to F at its end.
-    slopes = F.slopes(states, min(t + F.step, F.times[-1]))
+    # A step of the scheme goes to F at its end, which is known a cell further on each side.
+    slopes = F.slopes(states, F.times[F.level(t) + 1])
     return F.speeds.choose(list(states), *slopes)
 
 
@@ -46,7 +46,7 @@ def feedback_speeds(F: ValueFunction, v: np.ndarray, t: float) -> np.ndarray:
     ValueError
         If v is not in the grid, or t not in [0, T].
     """
-    return _choose(F, F.states(v), t).speeds[F.cells.own]
+    return _choose(F, F.states(v, t), t).speeds[F.cells.own]
 
 
 def feedback_controls(F: ValueFunction, v: np.ndarray, t: float) -> Controls:
@@ -55,7 +55,7 @@ def feedback_controls(F: ValueFunction, v: np.ndarray, t: float) -> Controls:
     b~ has rank 2 at most where L does not depend on (a, b), as in (4.10), else one row a cell. Parameters and errors are those
     of `feedback_speeds`; v has the shape (nodes,).
     """
-    states = F.states(v)
+    states = F.states(v, t)
     if states.shape[1] != 1:
         raise ValueError(f"v: one state is wanted, {states.shape[1]} were given")
     choice = _choose(F, states, t)
@@ -100,7 +100,7 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
     t
         In [0, T).
     steps
-        How many; of the length of the value function's if left out.
+        How many, of equal length; those of the value function if left out.
 
     Raises
     ------
@@ -117,14 +117,12 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
     (array([[1.]]), array([0.5]))
     """
     final = F.times[-1]
-    if not F.times[0] <= t < final:
-        raise ValueError(f"t: a time in [{F.times[0]:g}, {final:g}) is wanted, {t!r} was given")
-    if steps is None:
-        steps = int(np.ceil((final - t) / F.step - 1e-9))
-    if steps < 1:
+    if not 0 <= t < final:
+        raise ValueError(f"t: a time in [0, {final:g}) is wanted, {t!r} was given")
+    if steps is not None and steps < 1:
         raise ValueError(f"steps: a positive number is wanted, {steps!r} was given")
-    times = np.linspace(t, final, steps + 1)
-    states = [F.states(v)]
+    times = np.append(t, F.times[F.times > t]) if steps is None else np.linspace(t, final, steps + 1)
+    states = [F.states(v, t)]
     cost = 0.0
     for now, length in zip(times, np.diff(times)):
         choice = _choose(F, states[-1], now)

@@ -165,7 +165,8 @@ class ExtremalSpeeds(Speeds):
     def at(self, states: States) -> _ExtremalAt:
         """What is needed to minimise at these states many times."""
         least, largest = self.extremes(states)
-        costs = [0.0 if self._running is None else w * self._running(v) for w, v in zip(self.weights, states)]
+        running = np.zeros_like if self._running is None else self._running
+        costs = [w * np.asarray(running(v)) for w, v in zip(self.weights, states)]
         return _ExtremalAt(self.activation(least.value), self.activation(largest.value), costs)
 
     def choose(self, states: States, forward: Sequence[_Array], backward: Sequence[_Array]) -> Choice:
@@ -188,7 +189,7 @@ class ExtremalSpeeds(Speeds):
         T = least.value + shares * (largest.value - least.value)
         b = [np.where(np.array(states) >= 0, e.where_positive, e.where_negative) for e in (largest, least)]
         return Choice(
-            self.activation(T), np.broadcast_to(sum(here.costs), shares.shape[1:]),
+            self.activation(T), sum(here.costs),
             shares * largest.a + (1 - shares) * least.a, np.stack([shares, 1 - shares], axis=1), np.stack(b, axis=1),
         )  # fmt: skip
 
@@ -208,11 +209,21 @@ class _ExtremalAt:
     high: _Array
     costs: list
 
+    def within(self, box: tuple[slice, ...]) -> _ExtremalAt:
+        """Of the states of an open grid those in a box of it."""
+        costs = [_part(cost, box, i) for i, cost in enumerate(self.costs)]
+        return _ExtremalAt(self.low[box], self.high[box], costs)
+
     def least(self, i: int, forward: _Array, backward: _Array) -> _Array:
         """Cell i's part of the Hamiltonian: the least over its speeds, L included."""
         # Linear in the speed on both sides of 0: least at an end, or at 0 if that is inside.
         rate = np.minimum(_upwind(self.low, forward, backward), _upwind(self.high, forward, backward))
         return np.where((self.low <= 0) & (self.high >= 0), np.minimum(rate, 0.0), rate) + self.costs[i]
+
+
+def _part(values: _Array, box: tuple[slice, ...], i: int) -> _Array:
+    """The part in a box of what depends on the i-th axis of an open grid."""
+    return values[tuple(part if j == i else slice(None) for j, part in enumerate(box))]
 
 
 def _upwind(speed: _Array, forward: _Array, backward: _Array) -> _Array:
@@ -286,6 +297,11 @@ class _SampledAt:
     rows: SampledSpeeds
     states: States
     costs: list[list[_Array]]
+
+    def within(self, box: tuple[slice, ...]) -> _SampledAt:
+        """Of the states of an open grid those in a box of it."""
+        costs = [[_part(cost, box, i) for cost in costs] for i, costs in enumerate(self.costs)]
+        return _SampledAt(self.rows, [_part(v, box, i) for i, v in enumerate(self.states)], costs)
 
     def least(self, i: int, forward: _Array, backward: _Array) -> _Array:
         """Cell i's part of the Hamiltonian: the least over the rows, L included."""

@@ -15,6 +15,9 @@ with one-sided differences D+-, and `h max abs(s) <= spacing`. It is monotone, s
 the viscosity solution, which is the value function wherever F is not differentiable too; to first order in the spacing where F
 is smooth, in general to order 1/2. (Each part interpolates F linearly at v + h s e_i: it is a semi-Lagrangian step as well.)
 
+No values at the edge of a grid are made up: F(., t) is had on a box that grows with t, from the given one at t = 0, by a cell on
+each side in each step where a state can go, which is what a step needs, and no less than states can move.
+
 Work and memory grow as (width / spacing)^n: four cells are the limit. Each rank computes the whole grid.
 """
 
@@ -26,7 +29,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.integrate import solve_ivp
 from scipy.ndimage import map_coordinates
 
 from fem_resnet.activation import Activation, get_activation
@@ -38,16 +40,18 @@ from fem_resnet.speeds import Cells, ExtremalSpeeds, SampledSpeeds, Speeds
 __all__ = ["ValueFunction", "solve_value_function"]
 
 _LARGEST = 4
-#: Arrays of the grid's size that a step needs beside the kept ones.
+#: Arrays of the largest grid's size that a step needs beside the kept ones.
 _WORKING = 12
+#: So many steps are counted where memory does not suffice, before giving up.
+_COUNTED = 10**4
 
 
 @dataclass(frozen=True)
 class ValueFunction:
-    """F on a grid of v and t. Get one from `solve_value_function`.
+    """F on grids of v, one a time. Get one from `solve_value_function`.
 
     States v are given by their values at the nodes that a rank owns, shape (nodes,) or (nodes, samples), as all over the
-    package; the grid has the cells in the order of `cells`.
+    package; the grids have the cells in the order of `cells`.
 
     Attributes
     ----------
@@ -57,34 +61,39 @@ class ValueFunction:
         What speeds controls allow.
     target : numpy.ndarray
         ftilde on all cells, shape (n,).
+    spacing : float
+        Of the grids, in the unit of f; their points are multiples of it.
     times : numpy.ndarray
         Shape (K + 1,), from 0 to T.
-    axes : list of numpy.ndarray
-        The grid: n arrays, with 0 among the numbers if it is within.
-    values : numpy.ndarray
-        F, shape (K + 1, N_1, .., N_n).
-    tube : numpy.ndarray
-        The box in which states are that start in the given one, at each time: shape (K + 1, 2, n), lower and upper corners.
-        Outside of it F is that of states which are held at the grid's edge.
+    boxes : numpy.ndarray
+        The first and the last multiple in each cell, at each time: integers of shape (K + 1, 2, n).
+    values : list of numpy.ndarray
+        F on the grid of each time.
     """
 
     cells: Cells
     speeds: ExtremalSpeeds | SampledSpeeds
     target: np.ndarray
+    spacing: float
     times: np.ndarray
-    axes: list[np.ndarray]
-    values: np.ndarray
-    tube: np.ndarray
+    boxes: np.ndarray
+    values: list[np.ndarray]
 
-    @property
-    def spacing(self) -> float:
-        """Of the grid, in the unit of f."""
-        return float(self.axes[0][1] - self.axes[0][0])
+    def axes(self, level: int) -> list[np.ndarray]:
+        """The grid at `times[level]`: n arrays."""
+        return _axes(self.boxes[level], self.spacing)
 
-    @property
-    def step(self) -> float:
-        """h, the length of a time step."""
-        return float(self.times[1] - self.times[0])
+    def level(self, t: float) -> int:
+        """The last one that is not after t, and not the last of all.
+
+        Raises
+        ------
+        ValueError
+            If t is not in [0, T].
+        """
+        if not 0 <= t <= self.times[-1]:
+            raise ValueError(f"t: a time in [0, {self.times[-1]:g}] is wanted, {t!r} was given")
+        return min(int(np.searchsorted(self.times, t, side="right")) - 1, len(self.times) - 2)
 
     def __call__(self, v: np.ndarray, t: float) -> np.ndarray:
         """F(v, t), shape (samples,); linear between the grid's points and times. Collective.
@@ -92,42 +101,53 @@ class ValueFunction:
         Raises
         ------
         ValueError
-            If v is not in the grid, or t not in [0, T].
+            If v is not in the grid of the time t, or t not in [0, T].
         """
-        return self.at(self.states(v), t)
+        return self.at(self.states(v, t), t)
 
     def gradient(self, v: np.ndarray, t: float) -> np.ndarray:
         """D_v F(v, t) in L2(Y), the r of section 4.1, shape (nodes, samples): central differences. Collective.
 
-        Where F has a kink it is the mean over twice the spacing. Raises as calling does.
+        Right to first order where F is smooth, to order 1/2 where its second derivatives jump, as where a component of v
+        changes its sign; at a kink it is a mean over both sides.
+
+        Raises
+        ------
+        ValueError
+            If v is not in the grid of the time t, with a cell to spare, or t not in [0, T].
         """
-        forward, backward = self.slopes(self.states(v), t)
+        forward, backward = self.slopes(self.states(v, t, spare=1), t)
         return ((forward + backward) / 2 / self.cells.weights[:, None])[self.cells.own]
 
-    def states(self, v: np.ndarray) -> np.ndarray:
-        """States at the owned nodes as states on all cells, shape (n, samples), which the grid holds. Collective."""
+    def states(self, v: np.ndarray, t: float, spare: int = 0) -> np.ndarray:
+        """States at the owned nodes as states on all cells, shape (n, samples), in the grid but for so many cells. Collective.
+
+        Raises
+        ------
+        ValueError
+            If one is not.
+        """
         states = self.cells.gather_batch(v, "v")
-        low, high = (np.array([axis[end] for axis in self.axes])[:, None] for end in (0, -1))
+        low, high = self.spacing * (self.boxes[self.level(t)] + [[spare], [-spare]])[:, :, None]
         beyond = np.maximum(low - states, states - high)
         if beyond.max() > 1e-9 * self.spacing:
             i, k = np.unravel_index(np.argmax(beyond), beyond.shape)
             raise ValueError(
-                f"v: {states[i, k]:.6g} on cell {i} of sample {k} is outside of the grid, [{low[i, 0]:.6g}, {high[i, 0]:.6g}]; "
-                f"solve with a `start` that covers it"
+                f"v: {states[i, k]:.6g} on cell {i} of sample {k} is outside of [{low[i, 0]:.6g}, {high[i, 0]:.6g}], where F is "
+                f"known at t = {t:.6g}; solve with a `start` that covers it"
             )
         return states
 
     def at(self, states: np.ndarray, t: float) -> np.ndarray:
         """F at states on all cells, shape (n, m); at the nearest point of the grid for those outside of it."""
-        place = (t - self.times[0]) / self.step
-        last = len(self.times) - 1
-        if not -1e-9 <= place <= last + 1e-9:
-            raise ValueError(f"t: a time in [{self.times[0]:g}, {self.times[-1]:g}] is wanted, {t!r} was given")
-        k = min(max(int(place), 0), last - 1)
-        share = min(max(place - k, 0.0), 1.0)
-        where = (states - np.array([axis[0] for axis in self.axes])[:, None]) / self.spacing
-        levels = [(1 - share, k), (share, k + 1)]
-        return sum(s * map_coordinates(self.values[l], where, order=1, mode="nearest") for s, l in levels if s > 0)
+        k = self.level(t)
+        share = (t - self.times[k]) / (self.times[k + 1] - self.times[k])
+
+        def on(level):
+            where = states / self.spacing - self.boxes[level, 0][:, None]
+            return map_coordinates(self.values[level], where, order=1, mode="nearest")
+
+        return sum(part * on(level) for part, level in ((1 - share, k), (share, k + 1)) if part > 0)
 
     def slopes(self, states: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
         """One-sided differences dF/dv_i over one spacing, forward and backward, each of shape (n, m)."""
@@ -136,6 +156,10 @@ class ValueFunction:
             np.array([self.at(states + sign * size * unit[:, None], t) for unit in np.eye(len(states))]) for sign in (1, -1)
         ]
         return (beside[0] - here) / size, (here - beside[1]) / size
+
+
+def _axes(box: np.ndarray, spacing: float) -> list[np.ndarray]:
+    return [spacing * np.arange(first, last + 1) for first, last in box.T]
 
 
 def solve_value_function(
@@ -164,12 +188,12 @@ def solve_value_function(
     target
         ftilde at the owned nodes, shape (nodes,).
     start
-        States at t = 0, shape (nodes, samples): F is wanted for those in the smallest box around them. The grid covers what
-        can be reached from there until T, the tube, which is bounded by the largest speeds.
+        States at t = 0, shape (nodes, samples): F is wanted for those in the smallest box around them. The grids cover what
+        can be reached from there.
     final_time
         T > 0.
     spacing
-        Of the grid, the same in each cell, in the unit of f. The time step follows from it: no state moves further.
+        Of the grid, the same in each cell, in the unit of f. The time steps follow from it: no state moves further in one.
     running
         L: a function of one argument, L(f), or of four, L(f, a, b, w), where b are the values b(y, z) for all z and w the
         weights of the cells, so that `b**2 @ w` is int b(y, z)^2 dz; f is an array, a a number. 0 if left out.
@@ -182,7 +206,7 @@ def solve_value_function(
     Raises
     ------
     ValueError
-        If an argument is not what is said above, or the grid needs more memory: the message says how much. On all ranks alike.
+        If an argument is not what is said above, or the grids need more memory: the message says how much. On all ranks alike.
 
     Examples
     --------
@@ -205,23 +229,19 @@ def solve_value_function(
     start = cells.gather_batch(start, "start")
     speeds = _speeds(cells, A, activation, running, samples)
 
-    path = _tube(speeds, start.min(axis=1), start.max(axis=1), final_time)
-    box = path(np.linspace(0, final_time, 201))
-    # A cell more on each side, for differences at the tube's edge; multiples of the spacing, since speeds have a kink at 0.
-    first = np.floor(box[:, 0].min(axis=0) / spacing - 1e-9).astype(int) - 1
-    last = np.ceil(box[:, 1].max(axis=0) / spacing + 1e-9).astype(int) + 1
-    fastest = np.abs(speeds.range_over(first * spacing, last * spacing)).max()
-    steps = max(1, int(np.ceil(final_time * fastest / spacing - 1e-9)))
-    shape = tuple((last - first + 1).tolist())
-    _check_memory(Y, shape, steps, memory)
-
-    axes = [spacing * np.arange(l, h + 1) for l, h in zip(first, last)]
-    times = np.linspace(0, final_time, steps + 1)
-    states = np.meshgrid(*axes, indexing="ij", sparse=True)
-    values = np.empty((steps + 1, *shape))
-    values[-1] = sum(w * (v - f) ** 2 for w, v, f in zip(cells.weights, states, target[:, 0])) / 2
-    _solve(Y, speeds.at(states), values, final_time / steps, spacing)
-    return ValueFunction(cells, speeds, target[:, 0], times, axes, values, path(times))
+    # A cell more on each side, for differences at the start.
+    first = np.floor(start.min(axis=1) / spacing + 1e-9).astype(int) - 1
+    last = np.ceil(start.max(axis=1) / spacing - 1e-9).astype(int) + 1
+    boxes, times = _levels(Y, speeds, np.stack([first, last]), spacing, final_time, memory)
+    states = np.meshgrid(*_axes(boxes[-1], spacing), indexing="ij", sparse=True)
+    values = [sum(w * (v - f) ** 2 for w, v, f in zip(cells.weights, states, target[:, 0])) / 2]
+    here, order, steps = speeds.at(states), list(range(Y.size)), len(times) - 1
+    for done, k in enumerate(reversed(range(steps)), start=1):
+        values.append(_step(here, values[-1], boxes[[k, k + 1, -1]], times[k + 1] - times[k], spacing, order))
+        order.reverse()
+        if done * 10 // steps > (done - 1) * 10 // steps:
+            log(Y.comm, logging.INFO, "value function: t = %.3g, step %d of %d", times[k], done, steps)
+    return ValueFunction(cells, speeds, target[:, 0], float(spacing), times, boxes, values[::-1])
 
 
 def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:
@@ -232,55 +252,53 @@ def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, sample
         return ExtremalSpeeds(cells.weights, A, activation, running)
     if samples < 2:
         raise ValueError(f"samples: at least 2 are wanted, {samples!r} was given")
-    if running is None:
-        general = lambda f, a, b, w: np.zeros_like(f)  # noqa: E731
-    else:
-        general = running if arguments == 4 else lambda f, a, b, w: running(f)
+    of_state = np.zeros_like if running is None else running
+    general = running if arguments == 4 else lambda f, a, b, w: of_state(f)
     return SampledSpeeds(cells.weights, A, activation, general, samples)
 
 
-def _tube(speeds: Speeds, low: np.ndarray, high: np.ndarray, final_time: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Times to boxes, shape (times, 2, n): each face moves with the extreme speed of states on it, so that none gets out."""
-    n = len(low)
+def _levels(
+    Y: LabelSpace, speeds: Speeds, box: np.ndarray, spacing: float, final_time: float, memory: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and times, from t = 0 on: each box has what a step from it needs, whose length is that of the fastest state."""
 
-    def rate(t, ends):
-        speed = np.empty((2, n))
-        for side in (0, 1):
-            for i in range(n):
-                face = ends.reshape(2, n).copy()
-                face[1 - side, i] = face[side, i]
-                speed[side, i] = speeds.range_over(*face)[side]
-        return speed.ravel()
+    def points(box):
+        return float(np.prod(box[1] - box[0] + 1.0))
 
-    found = solve_ivp(rate, (0.0, final_time), np.concatenate([low, high]), rtol=1e-8, atol=1e-10, dense_output=True)
-    if not found.success:
-        raise ValueError(f"activation, A: the reachable states could not be bounded until {final_time:g}: {found.message}")
-    return lambda times: found.sol(times).T.reshape(-1, 2, n)
-
-
-def _check_memory(Y: LabelSpace, shape: tuple[int, ...], steps: int, memory: float) -> None:
-    size = 8.0 * np.prod([float(n) for n in shape]) * (steps + 1 + _WORKING)
-    grid = " x ".join(map(str, shape))
-    if size > memory:
-        raise ValueError(
-            f"spacing: {grid} states and {steps} steps need {size / 1e6:,.0f} MB, memory allows {memory / 1e6:,.0f}; take a "
-            f"larger spacing, a smaller start, or more memory"
-        )
-    log(Y.comm, logging.INFO, "value function: %s states, %d steps, about %.0f MB on each rank", grid, steps, size / 1e6)
+    boxes, times, kept = [box], [0.0], points(box)
+    while times[-1] < final_time:
+        larger = boxes[-1] + [[-1], [1]]
+        least, largest = speeds.range_over(*spacing * larger)
+        fastest = max(-least, largest)
+        boxes.append(boxes[-1] + [[-1 if least < 0 else 0], [1 if largest > 0 else 0]])
+        times.append(times[-1] + spacing / fastest if fastest * final_time > spacing else times[-1] + final_time)
+        kept += points(boxes[-1])
+        size = 8 * (kept + _WORKING * points(boxes[-1]))
+        if size > memory and (len(times) > _COUNTED or times[-1] >= final_time):
+            raise ValueError(
+                f"spacing: {_shape(boxes[-1])} states after {len(times) - 1} steps to t = {min(times[-1], final_time):.3g} need "
+                f"{size / 1e6:,.0f} MB, memory allows {memory / 1e6:,.0f}; take a larger spacing, a smaller start, or more memory"
+            )
+    log(
+        Y.comm, logging.INFO, "value function: up to %s states, %d steps, about %.0f MB on each rank",
+        _shape(boxes[-1]), len(times) - 1, size / 1e6,
+    )  # fmt: skip
+    return np.array(boxes), np.array(times) / times[-1] * final_time
 
 
-def _solve(Y: LabelSpace, here, values: np.ndarray, h: float, spacing: float) -> None:
-    """Fill in `values`, backwards from the last."""
-    steps, order = len(values) - 1, list(range(values.ndim - 1))
-    for done, k in enumerate(reversed(range(steps)), start=1):
-        F = values[k + 1]
-        for i in order:
-            slope = np.diff(F, axis=i) / spacing
-            # At the edge a state that would leave stays.
-            ends = [[(0, 0)] * F.ndim for _ in range(2)]
-            ends[0][i], ends[1][i] = (0, 1), (1, 0)
-            F = F + h * here.least(i, *(np.pad(slope, end) for end in ends))
-        values[k] = F
-        order.reverse()
-        if done * 10 // steps > (done - 1) * 10 // steps:
-            log(Y.comm, logging.INFO, "value function: t = %.3g, step %d of %d", k * h, done, steps)
+def _shape(box: np.ndarray) -> str:
+    return " x ".join(str(n) for n in box[1] - box[0] + 1)
+
+
+def _step(here, F: np.ndarray, boxes: np.ndarray, h: float, spacing: float, order: list[int]) -> np.ndarray:
+    """F on the first box from F on the second, in which it lies; `here` has the speeds on the third."""
+    to, box, (origin, _) = boxes[0], boxes[1].copy(), boxes[2]
+    for i in order:
+        cut = to[0, i] - box[0, i], to[1, i] - box[0, i] + 1
+        # Differences across the edge, where it is not cut, are those of speeds that do not occur.
+        slope = np.diff(F, axis=i, prepend=np.take(F, [0], axis=i), append=np.take(F, [-1], axis=i)) / spacing
+        at, ahead = (tuple(slice(*part) if j == i else slice(None) for j in range(F.ndim)) for part in (cut, np.add(cut, 1)))
+        box[:, i] = to[:, i]
+        inner = here.within(tuple(slice(a, b + 1) for a, b in (box - origin).T))
+        F = F[at] + h * inner.least(i, slope[ahead], slope[at])
+    return F
