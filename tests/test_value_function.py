@@ -4,6 +4,8 @@ import logging
 import re
 import tracemalloc
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import firedrake as fd
 import numpy as np
@@ -514,6 +516,23 @@ def test_feedback_where_the_cost_depends_on_the_controls_is_in_A_and_of_a_row_a_
     controls = feedback_controls(F, v, 0.1)
     assert A.contains(controls.a[:, None], controls.phi @ controls.psi.T).all()
     assert_allclose(np.tanh(controls.argument(Y, v[:, None])), feedback_speeds(F, v, 0.1), atol=1e-12)
+
+
+# -- against another package -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_hj_reachability_agrees_where_it_is_installed(monkeypatch):
+    """F and its gradient on one and two cells, to the grid's order."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    benchmark = import_module("value_function")
+    if not benchmark.environment.is_installed():
+        pytest.skip("the peers' environment is not there; tests/benchmarks/value_function.py makes it")
+    table = benchmark.compare(benchmark.CASES, (0.05, 0.025))
+    for coarse, fine in (table[:2], table[2:]):
+        assert coarse[0] == fine[0] and coarse[1] == 2 * fine[1]
+        assert order([coarse[-1], fine[-1]]) > FIRST_ORDER
+        assert max(fine[-1]) < 0.75 * fine[1]
 
 
 # -- the grid --------------------------------------------------------------------------------------------------------

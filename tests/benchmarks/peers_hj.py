@@ -1,7 +1,7 @@
-"""The value function by hj-reachability, in a process of the peers' environment: `python peers_hj.py PROBLEM.npz FOUND.npz`.
+"""The value function by hj-reachability, in a process of the peers' environment: `python peers_hj.py PROBLEM.npz FOUND.npz ..`.
 
-PROBLEM has the cells' `weights`, the `bias` and `kernel` ranges of a box A, the `target`, T and the grid's `axes`; sigma is tanh
-and L = 0. FOUND gets F(., 0) and dF/dv_i on the grid. WENO differences of order 5, Runge-Kutta steps of order 3.
+Each PROBLEM has the cells' `weights`, the `bias` and `kernel` ranges of a box A, the `target`, T and the grid's `axes`; sigma is tanh
+and L = 0. its FOUND gets F(., 0) and dF/dv_i on the grid. WENO differences of order 5, Runge-Kutta steps of order 3.
 """
 
 import sys
@@ -39,8 +39,7 @@ class Cells(hj.Dynamics):
         return jnp.full(state.shape, jnp.maximum(jnp.abs(low), jnp.abs(high)))
 
 
-def main() -> None:
-    problem, found = sys.argv[1:]
+def solve(problem: str, found: str) -> None:
     given = np.load(problem)
     weights, target, T = given["weights"], given["target"], float(given["T"])
     axes = [given[f"axis{i}"] for i in range(len(weights))]
@@ -56,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for pair in zip(sys.argv[1::2], sys.argv[2::2]):
+        solve(*pair)
