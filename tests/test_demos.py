@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 #: Every demo: each runs here in its short form, and asserts at its end what it claims.
 DEMOS = [
     "costate_twice.py", "digits_on_a_disk.py", "mesh_independence.py", "same_network_other_mesh.py",
-    "what_the_data_determine.py",
+    "value_function.py", "what_the_data_determine.py",
 ]  # fmt: skip
 #: Scripts beside the demos that choose their settings and tabulate them; too long to run here.
 OTHERS = ["digits_cross_validation.py", "digits_table.py"]
