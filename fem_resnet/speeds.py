@@ -166,7 +166,7 @@ class ExtremalSpeeds(Speeds):
         """What is needed to minimise at these states many times."""
         least, largest = self.extremes(states)
         running = np.zeros_like if self._running is None else self._running
-        costs = [w * np.asarray(running(v)) for w, v in zip(self.weights, states)]
+        costs = [w * np.broadcast_to(running(v), v.shape) for w, v in zip(self.weights, states)]
         return _ExtremalAt(self.activation(least.value), self.activation(largest.value), costs)
 
     def choose(self, states: States, forward: Sequence[_Array], backward: Sequence[_Array]) -> Choice:
@@ -240,7 +240,7 @@ class SampledSpeeds(Speeds):
     ----------
     running
         L(f, a, b, w): f an array, a a number, b the row's values on the cells, shape (n,), and w their weights; to an array
-        of f's shape.
+        of f's shape, or a number.
     samples
         How many values of a, and of b in each section of A, are tried; of a finite set all are.
     """
@@ -265,7 +265,7 @@ class SampledSpeeds(Speeds):
     def at(self, states: States) -> _SampledAt:
         """What is needed to minimise at these states many times."""
         costs = [
-            [w * np.asarray(self._running(v, float(a), b, self.weights)) for a, b in zip(self.a, self.b)]
+            [w * np.broadcast_to(self._running(v, float(a), b, self.weights), v.shape) for a, b in zip(self.a, self.b)]
             for w, v in zip(self.weights, states)
         ]
         return _SampledAt(self, states, costs)
@@ -280,7 +280,7 @@ class SampledSpeeds(Speeds):
         speeds = np.array([self.row_speeds(row, states) for row in range(self.a.size)])
         rows, cost = [], 0.0
         for i, (p, q) in enumerate(zip(forward, backward)):
-            own = np.array([np.broadcast_to(c, speeds.shape[1:]) for c in here.costs[i]])
+            own = np.array(here.costs[i])
             best = np.argmin(_upwind(speeds, p, q) + own, axis=0)
             rows.append(best)
             cost = cost + np.take_along_axis(own, best[None], axis=0)[0]

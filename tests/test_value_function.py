@@ -22,6 +22,7 @@ from fem_resnet import (
     least_squares, point_space, solve_value_function,
 )  # fmt: skip
 from fem_resnet.training.msa import problem_of
+from fem_resnet.value_function import _step
 from problems import gathered
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -183,13 +184,25 @@ def test_any_control_set_gives_the_distance_from_what_its_extremes_reach(A):
 # -- several cells: exact where b = 0 --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "space, name, spacing",
-    [(HALVES, "sigmoid", 0.02), (ANNULUS, "tanh", 0.04), ((0.5, 1.0, 0.25, 2.0), "relu", 0.1)], ids=str,
-)  # fmt: skip
-def test_without_a_kernel_the_cells_do_not_see_each_other(space, name, spacing):
-    """F is the sum of the cells' own, on halves of a disk, sectors of an annulus, and four points of different weights."""
-    Y = point_space(space, comm=COMM_SELF) if len(space) == 4 else sectors(*space)
+@cache
+def vertices() -> LabelSpace:
+    """A triangle with continuous functions: three nodes, one cell."""
+    return LabelSpace(fd.FunctionSpace(fd.UnitTriangleMesh(comm=COMM_SELF), "CG", 1))
+
+
+SPACES = {
+    "halves of a disk": (lambda: sectors(*HALVES), "sigmoid", 0.02),
+    "sectors of an annulus": (lambda: sectors(*ANNULUS), "tanh", 0.04),
+    "vertices of a triangle": (vertices, "leaky_relu", 0.04),
+    "points of different weights": (lambda: point_space((0.5, 1.0, 0.25, 2.0), comm=COMM_SELF), "relu", 0.05),
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_without_a_kernel_the_cells_do_not_see_each_other(space):
+    """F is the sum of the cells' own."""
+    space, name, spacing = SPACES[space]
+    Y = space()
     n, A, sigma, T = Y.size, Box((-0.5, 0.7), (0, 0)), get_activation(name), 0.7
     target = np.array([0.9, -0.6, 0.1, 0.5])[:n]
     start = np.array([[-0.2, 0.2]] * n)
@@ -199,7 +212,8 @@ def test_without_a_kernel_the_cells_do_not_see_each_other(space, name, spacing):
     for size in (2 * spacing, spacing):
         F = solve_value_function(Y, A, name, target, start, final_time=T, spacing=size)
         errors.append(np.abs(F(v, 0.0) - exact).max())
-    assert errors[-1] < 3 * spacing**2 or order(errors) > FIRST_ORDER, errors
+    # To round-off, where all speeds go to points of the grid.
+    assert order(errors) > FIRST_ORDER or errors[-1] < 1e-12, errors
 
 
 def test_an_activation_that_falls_again_has_its_speeds_sampled():
@@ -239,7 +253,7 @@ def test_a_quadratic_cost_of_the_bias_gives_a_riccati_equation():
     for spacing in (0.08, 0.04, 0.02):
         F = solve_value_function(
             Y, Box((-1.5, 1.5), (beta, beta)), "identity", target, [[-0.3, 0.3]] * 2, final_time=T, spacing=spacing,
-            running=lambda f, a, b, w: weight * a**2 / 2 + 0 * f, samples=61,
+            running=lambda f, a, b, w: weight * a**2 / 2, samples=61,
         )  # fmt: skip
         loop = closed_loop(F, v[:, :5])
         errors.append([np.abs(F(v, 0.0) - exact).max(), np.abs(F.gradient(v, 0.0) - gradient).max()])
@@ -306,26 +320,25 @@ def control_cost(f, a, b, w):
     return f**2 / 2 + 0.1 * a**2 + 0.1 * np.tensordot(w, b**2, 1)
 
 
-DIRECT = {
-    "L = 0": (HALVES, None, 0.02, 7),
-    "L of f": (HALVES, lambda f, *_: f**2, 0.02, 7),
-    "L of f, a and b": (HALVES, control_cost, 0.04, 7),
-    "L = 0, three cells": (ANNULUS, None, 0.04, 7),
-}
+#: Number of sectors and inner radius, L, and the spacing.
+DIRECT = [
+    pytest.param((2, 0.0), None, 0.02, id="L = 0"),
+    pytest.param((2, 0.0), lambda f: f**2, 0.02, id="L of f"),
+    pytest.param((2, 0.0), control_cost, 0.04, id="L of f, a and b"),
+    pytest.param((3, 0.4), None, 0.04, id="three cells"),
+    pytest.param((4, 0.4), None, 0.07, id="four cells"),
+]
 
 
-@pytest.mark.parametrize("problem", DIRECT)
-def test_no_controls_are_better_and_the_feedback_is_as_good(problem):
-    space, L, spacing, samples = DIRECT[problem]
+@pytest.mark.parametrize("space, L, spacing", DIRECT)
+def test_no_controls_are_better_and_the_feedback_is_as_good(space, L, spacing):
     Y, box, T = sectors(*space), Box((-0.4, 0.6), (-0.5, 0.4)), 0.8
     n = Y.size
-    target, v = np.array([1.0, -0.7, 0.3])[:n], some_states(-0.4, 0.4, 3, n, seed=2)
-    running = (lambda f: f**2) if problem == "L of f" else L
-    F = solve_value_function(
-        Y, box, "tanh", target, [[-0.4, 0.4]] * n, final_time=T, spacing=spacing, running=running, samples=samples
-    )
-    best = [direct(Y.weights, box, np.tanh, target, x, T, L) for x in v.T]
-    # First order in the spacing; the widths of what the table below shows.
+    target, v = np.array([1.0, -0.7, 0.3, 0.8])[:n], some_states(-0.4, 0.4, 3, n, seed=2)
+    F = solve_value_function(Y, box, "tanh", target, [[-0.4, 0.4]] * n, final_time=T, spacing=spacing, running=L)
+    general = L if L in (None, control_cost) else lambda f, *_: L(f)
+    best = [direct(Y.weights, box, np.tanh, target, x, T, general, starts=6) for x in v.T]
+    # First order in the spacing.
     assert_allclose(F(v, 0.0), best, atol=0.5 * spacing)
     loop = closed_loop(F, v).cost
     assert_allclose(loop, best, atol=0.5 * spacing)
@@ -440,7 +453,6 @@ def test_the_gradient_is_the_costate_along_the_closed_loop():
                 assert_allclose(f[:, 0], loop.states[k][:, sample], atol=1e-10)
                 apart.append(np.abs(F.gradient(f, loop.times[k]) - r).max())
         errors.append(max(apart))
-    print(errors)
     assert order(errors) > FIRST_ORDER, errors
     # The sign: it is not r* = -r, and not dF/dv_i.
     assert np.abs(F.gradient(f, loop.times[k]) + r).max() > 0.5
@@ -473,7 +485,6 @@ def test_the_characteristics_are_the_system_of_the_maximum_principle():
     # From D_v F at the start the characteristic arrives at r(T) = f(T) - ftilde, and the cost there is F.
     v = np.array([0.1, -0.2])
     x = solve_ivp(characteristic, (0, FAR["T"]), [*v, *F.gradient(v, 0.0)[:, 0]], rtol=1e-8, max_step=0.05).y[:, -1]
-    print(x[2:]-( x[:2] - target))
     assert_allclose(x[2:], x[:2] - target, atol=2 * SPACINGS[-1])
     assert_allclose(w @ (x[:2] - target) ** 2 / 2, F(v, 0.0), atol=SPACINGS[-1])
 
@@ -572,6 +583,29 @@ def test_speeds_of_one_sign_make_grids_that_grow_to_one_side():
     assert (F.boxes[:, 0, 0] == -1).all() and (np.diff(F.boxes[:, 1, 0]) == 1).all()
 
 
+@pytest.mark.parametrize("running", [None, control_cost], ids=["explicit", "sampled"])
+def test_a_step_is_monotone(running):
+    """F <= G before a step gives F <= G after it, and constants pass: with consistency, convergence in the viscosity sense."""
+    Y, rng = sectors(*ANNULUS), np.random.default_rng(0)
+    found = solve_value_function(
+        Y, FAR["A"], "tanh", [0.0] * 3, [[-0.2, 0.2]] * 3, final_time=0.3, spacing=0.1, running=running, samples=2
+    )
+    here = found.speeds.at(np.meshgrid(*found.axes(-1), indexing="ij", sparse=True))
+    h = np.diff(found.times)
+
+    def step(F):
+        return _step(here, F, found.boxes[[-2, -1, -1]], h[-1], found.spacing, [0, 1, 2])
+
+    for _ in range(20):
+        F = rng.normal(size=found.values[-1].shape)
+        G = F + rng.uniform(size=F.shape) * (rng.uniform(size=F.shape) < 0.3)
+        assert (step(F) <= step(G) + 1e-12).all() and (step(F) < step(G) - 1e-3).any()
+        if running is None:
+            assert step(F).min() >= F.min() - 1e-12
+        assert_allclose(step(F + 3.0), step(F) + 3.0, atol=1e-12)
+    assert (h * np.abs([found.speeds.range_over(*box * found.spacing) for box in found.boxes[1:]]).max(axis=1) < 0.1 + 1e-12).all()
+
+
 def test_too_large_a_grid_is_refused_with_its_memory_and_progress_is_logged(caplog):
     Y = class_space(4, comm=COMM_SELF)
     arguments = (Y, Box((-1, 1), (-1, 1)), "tanh", np.zeros(4), np.array([[-1.0, 1.0]] * 4))
@@ -632,7 +666,8 @@ def test_what_is_refused(name, change):
 
 
 @on_ranks
-def test_no_partition_changes_the_result():
+@pytest.mark.parametrize("running", [None, control_cost], ids=["explicit", "sampled"])
+def test_no_partition_changes_the_result(running):
     found = []
     for alone in (False, True):
         Y = sectors(*ANNULUS, alone)
@@ -640,7 +675,7 @@ def test_no_partition_changes_the_result():
         target = 0.5 * x - 0.3 * y + 0.2
         start = np.stack([-0.2 + 0.1 * x, 0.2 + 0.1 * y], axis=1)
         v = np.stack([0.1 * x, 0.1 * y, -0.1 * x], axis=1)
-        F = solve_value_function(Y, FAR["A"], "tanh", target, start, final_time=0.5, spacing=0.1)
+        F = solve_value_function(Y, FAR["A"], "tanh", target, start, final_time=0.5, spacing=0.1, running=running, samples=2)
         loop = closed_loop(F, v)
         controls = loop.controls(1, 2)
         found.append([
