@@ -164,7 +164,9 @@ class ExtremalSpeeds(Speeds):
 
     def at(self, states: States) -> _ExtremalAt:
         """What is needed to minimise at these states many times."""
-        least, largest = self.extremes(states)
+        return self._at(states, *self.extremes(states))
+
+    def _at(self, states: States, least: Extreme, largest: Extreme) -> _ExtremalAt:
         running = np.zeros_like if self._running is None else self._running
         costs = [w * np.broadcast_to(running(v), v.shape) for w, v in zip(self.weights, states)]
         return _ExtremalAt(self.activation(least.value), self.activation(largest.value), costs)
@@ -176,7 +178,7 @@ class ExtremalSpeeds(Speeds):
         which lies in K_A for convex A. For other A the better end is taken: controls then switch from step to step.
         """
         least, largest = self.extremes(states)
-        here = self.at(states)
+        here = self._at(states, least, largest)
         shares = []
         for p, q in zip(forward, backward):
             up, down = _upwind(here.high, p, q), _upwind(here.low, p, q)

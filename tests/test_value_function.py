@@ -11,89 +11,53 @@ import firedrake as fd
 import numpy as np
 import pytest
 import sympy
-from firedrake import COMM_SELF, COMM_WORLD
+from firedrake import COMM_SELF
 from numpy.testing import assert_allclose
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Batch, Box, Ellipse, Hamiltonian, LabelSpace, LearningProblem, Pair, Points, Polygon, ResidualNetwork, Sections,
-    cell_indicators, class_space, closed_loop, extremal_controls, feedback_controls, feedback_speeds, get_activation,
-    least_squares, point_space, solve_value_function,
+    Box, Ellipse, LabelSpace, Points, Polygon, Sections, class_space, closed_loop, feedback_controls, get_activation,
+    point_space, solve_value_function,
 )  # fmt: skip
-from fem_resnet.training.msa import problem_of
 from fem_resnet.value_function import _step
+from few_cells import ANNULUS, BOX, DISK, FIRST_ORDER, HALVES, control_cost, order, sectors, some_states
 from problems import gathered
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
 
-@cache
-def sectors(number: int, inner: float, alone: bool = True) -> LabelSpace:
-    """A disk or annulus of outer radius 1 in so many sectors, each one cell with curved sides, and piecewise constants."""
-    comm = COMM_SELF if alone else COMM_WORLD
-    flat = fd.RectangleMesh(1, number, 1.0, 1.0, quadrilateral=True, comm=comm)
-    radius, angle = (x for x in fd.SpatialCoordinate(flat))
-    radius, angle = inner + (1 - inner) * radius, 2 * fd.pi * angle
-    x = fd.Function(fd.VectorFunctionSpace(flat, "DQ", 8))
-    x.interpolate(fd.as_vector([radius * fd.cos(angle), radius * fd.sin(angle)]))
-    return LabelSpace(fd.FunctionSpace(fd.Mesh(x, comm=comm), "DG", 0))
-
-
-DISK, HALVES, ANNULUS = (1, 0.0), (2, 0.0), (3, 0.4)
-#: What a first-order scheme shows on such grids: halving the spacing halves the error, up to what is not asymptotic yet.
-FIRST_ORDER = 0.85
-
-
-def order(errors) -> float:
-    """The least over the columns of a table of errors, one row a spacing, each half of the one before: observed over all rows."""
-    return float(np.min(np.log2(np.divide(errors[0], errors[-1])) / (len(errors) - 1)))
-
-
-def some_states(low, high, number=40, n=1, seed=0):
-    return np.random.default_rng(seed).uniform(low, high, (n, number))
-
-
 # -- one cell: the reachable interval --------------------------------------------------------------------------------
 
 
-def flow(g, inverse, v, t, a, below, above):
-    """The solution of v' = sigma(a - b v) at the time t with b = `below` for v < 0, `above` for v > 0, closed form.
+#: sigma, and g with which u = a - b v has g(u) = g(u_0) e^(-b t) along v' = sigma(u), and g's inverse.
+FLOWS = {
+    "tanh": (np.tanh, np.sinh, np.arcsinh),
+    "identity": (lambda u: u, lambda u: u, lambda u: u),
+}
 
-    g = sinh for sigma = tanh and g(u) = u for the identity: u = a - b v has g(u) = g(u_0) e^(-b t). A sign of v changes at most
-    once, when u = a.
+
+def flow(name, v, t, a, below, above):
+    """The solution of v' = sigma(a - b v) at the time t in closed form, with b = `below` for v < 0 and `above` for v > 0.
+
+    A sign of v changes at most once, where u = a.
     """
+    sigma, g, inverse = FLOWS[name]
     b = above if v > 0 or (v == 0 and a > 0) else below
     if b == 0:
-        return v + inverse.sigma(a) * t
+        return v + sigma(a) * t
     u = a - b * v
     if a != 0 and g(u) / g(a) > 0:
         crossing = np.log(g(u) / g(a)) / b
         if 0 < crossing < t:
-            rest = a if crossing == t else flow(g, inverse, 1e-300 * np.sign(a), t - crossing, a, below, above)
-            return rest
+            return flow(name, 1e-300 * np.sign(a), t - crossing, a, below, above)
     return (a - inverse(g(u) * np.exp(-b * t))) / b
-
-
-class Inverse:
-    def __init__(self, inverse, sigma):
-        self.inverse, self.sigma = inverse, sigma
-
-    def __call__(self, x):
-        return self.inverse(x)
-
-
-FLOWS = {
-    "tanh": (np.sinh, Inverse(np.arcsinh, np.tanh)),
-    "identity": (lambda u: u, Inverse(lambda u: u, lambda u: u)),
-}
 
 
 def reachable(name, box: Box, w, v, t):
     """[v-, v+]: from T^+ with b- where v > 0 and b+ where v < 0, from T^- the other way round."""
     (a0, a1), (b0, b1) = box.bias, box.kernel
-    g, inverse = FLOWS[name]
-    return flow(g, inverse, v, t, a0, w * b0, w * b1), flow(g, inverse, v, t, a1, w * b1, w * b0)
+    return flow(name, v, t, a0, w * b0, w * b1), flow(name, v, t, a1, w * b1, w * b0)
 
 
 def one_cell_value(name, box, w, target, v, t):
@@ -316,10 +280,6 @@ def direct(w, box, sigma, target, v, T, running=None, layers=5, starts=8):
     return min(result.fun for result in found)
 
 
-def control_cost(f, a, b, w):
-    return f**2 / 2 + 0.1 * a**2 + 0.1 * np.tensordot(w, b**2, 1)
-
-
 #: Number of sectors and inner radius, L, and the spacing.
 DIRECT = [
     pytest.param((2, 0.0), None, 0.02, id="L = 0"),
@@ -343,190 +303,6 @@ def test_no_controls_are_better_and_the_feedback_is_as_good(space, L, spacing):
     loop = closed_loop(F, v).cost
     assert_allclose(loop, best, atol=0.5 * spacing)
     assert (loop > np.array(best) - 0.25 * spacing).all()
-
-
-# -- dynamic programming ---------------------------------------------------------------------------------------------
-
-#: Two points of unequal weights, a target out of reach: F is smooth but for jumps of its second derivatives where a component of
-#: v is 0, or will be when another is.
-FAR = {
-    "Y": point_space((1.0, 0.6), comm=COMM_SELF), "A": Box((-0.3, 0.4), (-0.6, 0.5)), "target": np.array([1.8, -1.6]),
-    "start": np.array([[-0.5, 0.5]] * 2), "T": 1.0,
-}  # fmt: skip
-SPACINGS = (0.08, 0.04, 0.02)
-
-
-@cache
-def far(spacing, within=False):
-    """The value function with the target out of reach, or within, so that F has a flat part."""
-    target = np.array([0.5, -0.3]) if within else FAR["target"]
-    return solve_value_function(
-        FAR["Y"], FAR["A"], "tanh", target, FAR["start"], final_time=FAR["T"], spacing=spacing
-    )
-
-
-@pytest.mark.parametrize("within", [False, True], ids=["out of reach", "within reach"])
-def test_the_dynamic_programming_identity(within):
-    """F(v, t) = min [F(f(t + delta), t + delta)]: never above for any controls, and equal for the feedback."""
-    Y, A, v, errors = FAR["Y"], FAR["A"], some_states(-0.5, 0.5, 30, 2), []
-    rng = np.random.default_rng(1)
-    for spacing in SPACINGS:
-        F = far(spacing, within)
-        loop, worst = closed_loop(F, v), []
-        for k, l in ((0, 0.5), (0.25, 0.5), (0.5, 1.0)):
-            k, l = (round(s * (len(F.times) - 1)) for s in (k, l))
-            gone = F(loop.states[l], loop.times[l]) - F(loop.states[k], loop.times[k])
-            worst.append(np.abs(gone).max())
-            f = loop.states[k]
-            shares = rng.uniform(size=f.shape)
-            for now in range(k, l):
-                least, largest = F.speeds.extremes(list(f))
-                f = f + np.diff(F.times)[now] * np.tanh(least.value + shares * (largest.value - least.value))
-            worst.append(np.maximum(F(loop.states[k], loop.times[k]) - F(f, loop.times[l]), 0).max())
-        errors.append(max(worst))
-    assert order(errors) > 0.7, errors
-    assert errors[-1] < SPACINGS[-1] / 2
-
-
-def test_the_closed_loop_costs_what_the_value_function_says():
-    v, errors = some_states(-0.5, 0.5, 30, 2), []
-    for spacing in (0.04, 0.02, 0.01):
-        F = far(spacing)
-        errors.append([np.abs(closed_loop(F, v).cost - F(v, 0.0)).max(), np.abs(closed_loop(F, v, 0.4).cost - F(v, 0.4)).max()])
-        # A start between two times and a length of steps of its own.
-        other = closed_loop(F, v, 0.37, steps=17)
-        assert other.times[0] == 0.37 and len(other.states) == 18
-        assert np.abs(other.cost - F(v, 0.37)).max() < (spacing + 0.63 / 17) / 4
-    assert order(errors) > FIRST_ORDER, errors
-
-
-def test_the_closed_loop_converges_across_a_kink():
-    """A = {0} x [-1, 1] on two cells: nothing moves from 0, and F has a kink there: order 1/2 at least."""
-    Y, v, errors = sectors(*HALVES), np.hstack([some_states(-0.2, 0.2, 20, 2), [[0.0, 0.0, 0.1], [0.0, 0.1, 0.0]]]), []
-    for spacing in (0.08, 0.04, 0.02):
-        F = solve_value_function(Y, Box((0, 0), (-1, 1)), "tanh", [0.6, -0.4], [[-0.2, 0.2]] * 2, final_time=0.6, spacing=spacing)
-        errors.append(np.abs(closed_loop(F, v).cost - F(v, 0.0)).max())
-    assert order(errors) > 0.5, errors
-
-
-def test_controls_frozen_at_the_first_state_do_not_attain_it():
-    """Step 2 (ii), (iii) as printed."""
-    F, Y, v = far(0.02, within=True), FAR["Y"], np.array([0.2, 0.1])
-    frozen, f = feedback_controls(F, v, 0.0), v[:, None]
-    for h in np.diff(F.times):
-        f = f + h * np.tanh(frozen.argument(Y, f))
-    printed = float(Y.weights @ (f[:, 0] - F.target) ** 2) / 2
-    # The target is within reach.
-    assert max(closed_loop(F, v).cost[0], F(v, 0.0)[0]) < 1e-3 and printed > 0.03
-
-
-# -- the maximum principle -------------------------------------------------------------------------------------------
-
-
-def network_of(loop, sample):
-    """A network of the closed loop's controls, a layer each of its Euler steps, on a tape, J differentiated."""
-    F, Y = loop.F, loop.F.cells.Y
-    phi = cell_indicators(Y)
-    euler = {"ts_type": "rk", "ts_rk_type": "1fe"}
-    net = ResidualNetwork(phi, times=loop.times, activation="tanh", solver_parameters=euler)
-    batch = Batch(Y.batch(loop.states[0][:, sample]), Y.batch(F.target[F.cells.own]))
-    problem = LearningProblem(net, None, least_squares, None, batch)
-    problem = problem_of(problem, [loop.controls(k, sample) for k in range(len(loop.times) - 1)])
-    J, run = problem.record()
-    J.derivative()
-    return float(J.functional), run
-
-
-def test_the_gradient_is_the_costate_along_the_closed_loop():
-    """D_v F = r of 4.1, r(T) = f - ftilde, on cells (dF/dv_i) / w_i: a network of the feedback controls has J = F and r = D_v F."""
-    # Trajectories along which no component changes its sign: F is smooth there.
-    v, errors = np.array([[0.1, 0.4], [-0.2, -0.1]]), []
-    for spacing in SPACINGS:
-        F = far(spacing)
-        loop, apart = closed_loop(F, v), []
-        values = F.cells.Y.values
-        for sample in range(2):
-            J, run = network_of(loop, sample)
-            assert_allclose(J, loop.cost[sample], rtol=1e-10)  # the same steps, but for the root that mixed rows need
-            for k in range(0, len(loop.times), 2):
-                f, r = values(run.state(k)), values(run.costate(k))
-                assert_allclose(f[:, 0], loop.states[k][:, sample], atol=1e-10)
-                apart.append(np.abs(F.gradient(f, loop.times[k]) - r).max())
-        errors.append(max(apart))
-    assert order(errors) > FIRST_ORDER, errors
-    # The sign: it is not r* = -r, and not dF/dv_i.
-    assert np.abs(F.gradient(f, loop.times[k]) + r).max() > 0.5
-    assert np.abs(F.gradient(f, loop.times[k]) * F.cells.weights[:, None] - r).max() > 0.2
-
-
-def test_the_characteristics_are_the_system_of_the_maximum_principle():
-    """For L = 0, v_t = H_r and r_t = -H_v of (4.11) are (2.8) and (4.2) with the controls of (4.10)."""
-    F = far(SPACINGS[-1])
-    Y, A, w, target = FAR["Y"], FAR["A"], FAR["Y"].weights, FAR["target"]
-    H = Hamiltonian(Y, get_activation("tanh"), "minimise")
-
-    def least(v, r):  # by (4.9), with no controls
-        T = [e.value for e in F.speeds.extremes(list(v))]
-        return w @ np.minimum(*(np.tanh(t) * r for t in T))
-
-    def characteristic(t, x, e=1e-5):
-        v, r = x[:2], x[2:]
-        in_v, in_r = (
-            np.array([least(v + i * u, r + j * u) - least(v - i * u, r - j * u) for u in e * np.eye(2)]) / (2 * e * w)
-            for i, j in ((1, 0), (0, 1))
-        )
-        return np.concatenate([in_r, -in_v])
-
-    for v, r in zip(some_states(0.1, 0.5, 10, 2).T * [1, -1], some_states(-1, 1, 10, 2, seed=3).T):
-        pair = Pair(v[:, None], r[:, None], "minimise")
-        controls = extremal_controls(Y, A, pair).controls
-        principle = np.concatenate([H.in_r(pair, controls)[:, 0], -H.in_f(pair, controls)[:, 0]])
-        assert_allclose(characteristic(0.0, np.concatenate([v, r])), principle, atol=1e-8)  # central differences of 1e-5
-    # From D_v F at the start the characteristic arrives at r(T) = f(T) - ftilde, and the cost there is F.
-    v = np.array([0.1, -0.2])
-    x = solve_ivp(characteristic, (0, FAR["T"]), [*v, *F.gradient(v, 0.0)[:, 0]], rtol=1e-8, max_step=0.05).y[:, -1]
-    assert_allclose(x[2:], x[:2] - target, atol=2 * SPACINGS[-1])
-    assert_allclose(w @ (x[:2] - target) ** 2 / 2, F(v, 0.0), atol=SPACINGS[-1])
-
-
-def test_the_feedback_is_the_control_of_the_maximum_principle():
-    """Of rank 2, in A pointwise, and that of (4.10) for r = D_v F; the speeds are those of the feedback map."""
-    F, Y, A, t = far(0.04), FAR["Y"], FAR["A"], 0.3
-    for v in some_states(-0.5, 0.5, 20, 2).T:
-        controls = feedback_controls(F, v, t)
-        pair = Pair(v[:, None], F.gradient(v, t), "minimise")
-        expected = extremal_controls(Y, A, pair).controls
-        assert controls.phi.shape == (2, 2)
-        assert A.contains(controls.a[:, None], controls.phi @ controls.psi.T).all()
-        assert np.abs(pair.r).min() > 0.1
-        assert_allclose(controls.a, expected.a)
-        assert_allclose(controls.phi @ controls.psi.T, expected.phi @ expected.psi.T)
-        speeds = np.tanh(controls.argument(Y, v[:, None]))
-        assert_allclose(feedback_speeds(F, v, t), speeds, atol=1e-12)
-
-
-def test_where_staying_is_best_the_feedback_stays_by_mixed_rows():
-    """Next to a target within reach, convex A: sigma(T) = 0 for controls in A; without convexity an end of the box is taken."""
-    Y, target = FAR["Y"], np.array([0.4, -0.2])
-    for A, convex in ((FAR["A"], True), (Points([(-0.3, 0.2), (0.4, -0.3)]), False)):
-        F = solve_value_function(Y, A, "tanh", target, FAR["start"], final_time=0.5, spacing=0.02)
-        controls = feedback_controls(F, target, 0.48)
-        b = controls.phi @ controls.psi.T
-        assert A.contains(controls.a[:, None], b).all()
-        speed = np.abs(feedback_speeds(F, target, 0.48)).max()
-        assert speed < 1e-12 if convex else speed > 0.1
-        assert closed_loop(F, target).cost[0] < 1e-3
-
-
-def test_feedback_where_the_cost_depends_on_the_controls_is_in_A_and_of_a_row_a_cell():
-    Y, A = sectors(*HALVES), Ellipse((0, 0), 0.6)
-    F = solve_value_function(
-        Y, A, "tanh", [0.5, -0.5], [[-0.2, 0.2]] * 2, final_time=0.4, spacing=0.05, running=control_cost, samples=5
-    )
-    v = np.array([0.1, -0.2])
-    controls = feedback_controls(F, v, 0.1)
-    assert A.contains(controls.a[:, None], controls.phi @ controls.psi.T).all()
-    assert_allclose(np.tanh(controls.argument(Y, v[:, None])), feedback_speeds(F, v, 0.1), atol=1e-12)
 
 
 # -- against another package -----------------------------------------------------------------------------------------
@@ -553,7 +329,7 @@ def test_hj_reachability_agrees_where_it_is_installed(monkeypatch):
 def test_the_grids_hold_all_that_controls_reach(A):
     """Trajectories from the corners of the start, under random controls that are constant on each step, stay within."""
     rng, Y, start = np.random.default_rng(0), sectors(*HALVES), np.array([[-0.3, 0.1], [0.0, 0.4]])
-    A = SETS.get(A, FAR["A"])
+    A = SETS.get(A, BOX)
     F = solve_value_function(Y, A, "arctan", [0.0, 0.0], start, final_time=0.5, spacing=0.1)
     f = start[np.arange(2)[:, None], rng.integers(0, 2, (2, 500))]
     points = np.stack(A.sample(9), axis=1)
@@ -588,7 +364,7 @@ def test_a_step_is_monotone(running):
     """F <= G before a step gives F <= G after it, and constants pass: with consistency, convergence in the viscosity sense."""
     Y, rng = sectors(*ANNULUS), np.random.default_rng(0)
     found = solve_value_function(
-        Y, FAR["A"], "tanh", [0.0] * 3, [[-0.2, 0.2]] * 3, final_time=0.3, spacing=0.1, running=running, samples=2
+        Y, BOX, "tanh", [0.0] * 3, [[-0.2, 0.2]] * 3, final_time=0.3, spacing=0.1, running=running, samples=2
     )
     here = found.speeds.at(np.meshgrid(*found.axes(-1), indexing="ij", sparse=True))
     h = np.diff(found.times)
@@ -603,13 +379,14 @@ def test_a_step_is_monotone(running):
         if running is None:
             assert step(F).min() >= F.min() - 1e-12
         assert_allclose(step(F + 3.0), step(F) + 3.0, atol=1e-12)
-    assert (h * np.abs([found.speeds.range_over(*box * found.spacing) for box in found.boxes[1:]]).max(axis=1) < 0.1 + 1e-12).all()
+    fastest = np.abs([found.speeds.range_over(*box * found.spacing) for box in found.boxes[1:]]).max(axis=1)
+    assert (h * fastest < found.spacing + 1e-12).all()
 
 
 def test_too_large_a_grid_is_refused_with_its_memory_and_progress_is_logged(caplog):
     Y = class_space(4, comm=COMM_SELF)
     arguments = (Y, Box((-1, 1), (-1, 1)), "tanh", np.zeros(4), np.array([[-1.0, 1.0]] * 4))
-    with pytest.raises(ValueError, match=r"^spacing: 403 x 403 x 403 x 403 states after 100 steps to t = 1 need \d\d,\d{3},\d{3} MB"):
+    with pytest.raises(ValueError, match=r"^spacing: 403 x 403 x 403 x 403 states after 100 .* need \d\d,\d{3},\d{3} MB"):
         solve_value_function(*arguments, final_time=1.0, spacing=0.01)
     with pytest.raises(ValueError, match=r" need \d MB, memory allows 1;"):
         solve_value_function(*arguments, final_time=1.0, spacing=0.5, memory=1e6)
@@ -626,7 +403,7 @@ def test_the_estimate_of_memory_is_an_upper_bound_and_not_far_off(running, caplo
     tracemalloc.start()
     with caplog.at_level(logging.INFO, "fem_resnet"):
         solve_value_function(
-            Y, FAR["A"], "tanh", np.zeros(3), [[-1.0, 1.0]] * 3, final_time=0.2, spacing=0.04, running=running, samples=2
+            Y, BOX, "tanh", np.zeros(3), [[-1.0, 1.0]] * 3, final_time=0.2, spacing=0.04, running=running, samples=2
         )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -675,7 +452,7 @@ def test_no_partition_changes_the_result(running):
         target = 0.5 * x - 0.3 * y + 0.2
         start = np.stack([-0.2 + 0.1 * x, 0.2 + 0.1 * y], axis=1)
         v = np.stack([0.1 * x, 0.1 * y, -0.1 * x], axis=1)
-        F = solve_value_function(Y, FAR["A"], "tanh", target, start, final_time=0.5, spacing=0.1, running=running, samples=2)
+        F = solve_value_function(Y, BOX, "tanh", target, start, final_time=0.5, spacing=0.1, running=running, samples=2)
         loop = closed_loop(F, v)
         controls = loop.controls(1, 2)
         found.append([
