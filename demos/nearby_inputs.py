@@ -30,7 +30,7 @@ from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Batch, ClosedLoop, LabelSpace, LearningProblem, LocalFeedback, LowRankFeedback, ResidualNetwork, laplace_basis,
+    Batch, LocalClosedLoop, LabelSpace, LearningProblem, LocalFeedback, LowRankFeedback, ResidualNetwork, laplace_basis,
     least_squares, tikhonov, train,
 )  # fmt: skip
 
@@ -149,7 +149,7 @@ def main(short=False):
         say(f"   {np.count_nonzero(np.abs(spectra[-1]) > 0.01)} of {len(spectra[-1])} are above 0.01")
     say(f"\n{count} perturbed inputs, at t = 0:")
     at_start = compare(feedback, sizes, count, say)
-    later = ClosedLoop(learning).feedbacks[1]
+    later = LocalClosedLoop(learning).feedbacks[1]
     say(f"\n{count // 5} perturbed states, after the first layer:")
     on_the_way = compare(later, sizes, count // 5, say)
     if comm.rank == 0:

@@ -28,7 +28,7 @@ _MODULES = {
     "curvature": ["Spectrum", "hessian_spectrum"],
     "local_feedback": ["LocalFeedback"],
     "low_rank_feedback": ["LowRankFeedback"],
-    "closed_loop": ["ClosedLoop"],
+    "local_closed_loop": ["LocalClosedLoop"],
     "maximum_principle": [
         "Controls", "Extremal", "Hamiltonian", "Pair", "Residual", "extremal_controls", "hamiltonian_along",
         "middle_pairs", "pmp_residual",
@@ -37,6 +37,9 @@ _MODULES = {
     "theory.energy": ["EnergyCondition", "EnergyMonitor", "EnergyStatement", "energy_conditions"],
     "theory.energy_steps": ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"],
     "theory.growth": ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth"],
+    "row_controls": ["RowBall", "RowBox", "raise_rows"],
+    "value_function": ["ValueFunction", "solve_value_function"],
+    "feedback": ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"],
     "training.gradient": ["Result", "train"],
     "training.pam": ["PAMProgress", "PAMResult", "train_pam"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],

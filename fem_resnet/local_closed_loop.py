@@ -20,13 +20,13 @@ from fem_resnet.local_feedback import LocalFeedback
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Batch, LearningProblem
 
-__all__ = ["ClosedLoop"]
+__all__ = ["LocalClosedLoop"]
 
 #: Regularisers that are sums over the layers.
 _OF_LAYERS = {"tikhonov", "smooth_in_space"}
 
 
-class ClosedLoop:
+class LocalClosedLoop:
     """The local feedback at t_0, .., t_(L-1) along one optimal trajectory. Collective over the network's communicator.
 
     Parameters
@@ -49,7 +49,7 @@ class ClosedLoop:
 
     Examples
     --------
-    >>> loop = ClosedLoop(problem)  # doctest: +SKIP
+    >>> loop = LocalClosedLoop(problem)  # doctest: +SKIP
     >>> state = new_input  # doctest: +SKIP
     >>> for layer in range(problem.net.layers):  # doctest: +SKIP
     ...     controls, state = loop.step(layer, state)  # and what disturbs the state
