@@ -37,7 +37,6 @@ _MODULES = {
     "theory.energy": ["EnergyCondition", "EnergyMonitor", "EnergyStatement", "energy_conditions"],
     "theory.energy_steps": ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"],
     "theory.growth": ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth"],
-    "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "value_function": ["ValueFunction", "solve_value_function"],
     "feedback": ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"],
     "training.gradient": ["Result", "train"],
