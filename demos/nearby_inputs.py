@@ -11,7 +11,7 @@ With u the controls that are optimal for v,
 and all of it comes from Hessian actions along one trajectory. Here 1,000 perturbed inputs get their controls so, and
 what they cost is set against training anew for each, and against keeping u. Run
 
-    containers/run python demos/nearby_inputs.py               (some minutes; --short for a few seconds)
+    containers/run python demos/nearby_inputs.py               (five minutes; --short for a few seconds)
     containers/run mpiexec -n 2 python demos/nearby_inputs.py
 
 It writes its tables to demos/output/; those of the full run are demos/nearby_inputs.txt, at the end of this page.
