@@ -11,7 +11,7 @@ With u the controls that are optimal for v,
 and all of it comes from Hessian actions along one trajectory. Here 1,000 perturbed inputs get their controls so, and
 what they cost is set against training anew for each, and against keeping u. Run
 
-    containers/run python demos/nearby_inputs.py               (some minutes; --short for a few seconds)
+    containers/run python demos/nearby_inputs.py               (five minutes; --short for a few seconds)
     containers/run mpiexec -n 2 python demos/nearby_inputs.py
 
 It writes its tables to demos/output/; those of the full run are demos/nearby_inputs.txt, at the end of this page.
@@ -89,9 +89,13 @@ def costs(feedback, many, W, size):
     inverse = np.linalg.inv(many.control_hessian)
     table, gradients, count = [], 0, len(chosen)
 
+    controls = [control.copy(deepcopy=True) for control in feedback.controls]
+
+    def value(u):
+        return float(J.rf(J.set_local(controls, u)))
+
     def value_and_gradient(u):
-        value = J(u)
-        return float(value), J.get_global(J.rf.derivative())
+        return value(u), J.get_global(J.rf.derivative())
 
     for s, start in enumerate(chosen):
         learning.exchange(Batch(Y.batch(inputs[:, s]), batch.targets))
@@ -99,7 +103,7 @@ def costs(feedback, many, W, size):
         best = minimize(value_and_gradient, start, jac=True, method="BFGS", options=options)
         # Round-off in J may end a line search before the tolerance. J is off by about the square of this.
         assert np.abs(best.jac).max() < 1e-5, best.message
-        table.append([float(J(kept)), float(J(start)), best.fun])
+        table.append([value(kept), value(start), best.fun])
         gradients += best.njev
     return *np.transpose(table), many.predicted_values(Y.batch(inputs)), gradients / count
 

@@ -132,6 +132,10 @@ def test_orders_with_a_bias_at_every_node():
     check_orders(trained("annulus", bias="nodes"))
 
 
+def test_orders_with_a_bias_that_is_linear_in_time():
+    check_orders(trained("sphere", bias_in_time="linear"))
+
+
 def test_orders_with_a_head_that_is_learned_too():
     check_orders(trained("annulus", onto=3))
 
