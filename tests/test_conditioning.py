@@ -323,6 +323,21 @@ def test_3_6_between_any_two_times():
     assert_allclose(net.Y.values(solve_linearised(trajectory, w, 0.3, 0.3)), net.Y.values(w), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("parameters, expected", [({"ts_type": "cn"}, 2), ({"ts_rk_type": "1fe"}, 1)], ids=str)
+def test_3_6_is_stepped_by_the_method_that_is_asked_for(parameters, expected):
+    net = in_time(("disk", "CG1"))
+    Y, w = net.Y, batch(net, 3)
+    found = []
+    for steps in (8, 16):
+        trajectory = solve_trajectory(net, batch(net), steps=steps)
+        exact = solve_linearised(trajectory, w)
+        other = solve_linearised(trajectory, w, solver_parameters=parameters)
+        found.append(Y.norm(Y.batch(Y.values(other) - Y.values(exact))))
+    assert abs(order(found) - expected) < 0.2, found
+    with pytest.raises(ValueError, match="'ts_type' is 'ssp'.*fields are stepped by 'rk', 'theta', 'beuler', 'cn'"):
+        duhamel(trajectory, directions(net, "a"), solver_parameters={"ts_type": "ssp"})
+
+
 # -- Duhamel's formulas ----------------------------------------------------------------------------------------------
 
 

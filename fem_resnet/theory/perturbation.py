@@ -41,7 +41,13 @@ _WEIGHTS = np.array([5.0, 8.0, 5.0]) / 18
 
 
 def solve_linearised(
-    trajectory: Trajectory, direction: fd.Function, start: float = 0.0, end: float | None = None
+    trajectory: Trajectory,
+    direction: fd.Function,
+    start: float = 0.0,
+    end: float | None = None,
+    *,
+    solver_parameters: dict | None = None,
+    options_prefix: str | None = None,
 ) -> fd.Function:
     """`M(t, s) w` of (3.6) along a trajectory, in continuous time: w at the time `end`. Collective.
 
@@ -53,6 +59,9 @@ def solve_linearised(
         w at the time `start`, a batch as f.
     start, end
         s and t, 0 <= s <= t <= T; T if left out.
+    solver_parameters, options_prefix
+        PETSc options of the TS of (3.6), over `fem_resnet.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
+        fixed steps.
 
     Raises
     ------
@@ -66,7 +75,7 @@ def solve_linearised(
             f"start, end: times 0 <= start <= end <= T = {times[-1]:g} are wanted, {start!r}, {end!r} were given"
         )
     w = _read(trajectory, direction)
-    with _Linearised(trajectory) as linearised:
+    with _Linearised(trajectory, solver_parameters, options_prefix) as linearised:
         for layer in trajectory.layers:
             begin, stop = max(start, layer.inputs.start), min(end, layer.end)
             if begin < stop:
@@ -75,7 +84,13 @@ def solve_linearised(
     return like(direction, w)
 
 
-def duhamel(trajectory: Trajectory, directions: Sequence[fd.Function]) -> fd.Function:
+def duhamel(
+    trajectory: Trajectory,
+    directions: Sequence[fd.Function],
+    *,
+    solver_parameters: dict | None = None,
+    options_prefix: str | None = None,
+) -> fd.Function:
     """D_a f(alpha) + D_b f(beta) at T by Duhamel's integrals of 4.1, whose adjoint is (4.3), (4.4). Collective.
 
     Parameters
@@ -85,11 +100,14 @@ def duhamel(trajectory: Trajectory, directions: Sequence[fd.Function]) -> fd.Fun
     directions
         Coefficients of alpha, then of beta: one Function each of ``net.bias.functions`` and ``net.kernel.functions``,
         of the same spaces.
+    solver_parameters, options_prefix
+        PETSc options of the TS of (3.6), over `fem_resnet.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
+        fixed steps.
 
     Raises
     ------
     ValueError
-        If their number or spaces do not fit, or the factors of the kernel are learned.
+        If their number or spaces do not fit, the factors of the kernel are learned, or PETSc refuses the options.
 
     Examples
     --------
@@ -118,7 +136,7 @@ def duhamel(trajectory: Trajectory, directions: Sequence[fd.Function]) -> fd.Fun
         [slot.read(of[id(p)]) for slot, p in zip(coefficients.slots, coefficients.functions)], directions=True
     )
     w = np.zeros_like(net.Y.values(trajectory.final))
-    with _Linearised(trajectory) as linearised:
+    with _Linearised(trajectory, solver_parameters, options_prefix) as linearised:
         for layer, direction in zip(trajectory.layers, moved):
             for t, weight, w in linearised.through(layer, w):
                 f, s = layer.path(t), layer.fraction(t)
@@ -157,7 +175,13 @@ class WeightedIdentity:
         return self.change - self.kernel - self.non_autonomous
 
 
-def weighted_identity(trajectory: Trajectory, direction: fd.Function) -> WeightedIdentity:
+def weighted_identity(
+    trajectory: Trajectory,
+    direction: fd.Function,
+    *,
+    solver_parameters: dict | None = None,
+    options_prefix: str | None = None,
+) -> WeightedIdentity:
     """Both sides of the identity of section 3.5 for the solution w of (3.6) with w(0) = direction. Collective.
 
     Parameters
@@ -166,6 +190,9 @@ def weighted_identity(trajectory: Trajectory, direction: fd.Function) -> Weighte
         f, from `solve_trajectory`.
     direction
         w(0), a batch as f.
+    solver_parameters, options_prefix
+        PETSc options of the TS of (3.6), over `fem_resnet.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
+        fixed steps.
 
     Raises
     ------
@@ -186,7 +213,7 @@ def weighted_identity(trajectory: Trajectory, direction: fd.Function) -> Weighte
         return integral(w**2 / slope) / 2
 
     rows = []
-    with _Linearised(trajectory) as linearised:
+    with _Linearised(trajectory, solver_parameters, options_prefix) as linearised:
         for layer in trajectory.layers:
             kernel = non_autonomous = as_printed = 0.0
             before = energy(layer, layer.inputs.start, w)
@@ -214,10 +241,13 @@ def _argument_rate(layer: LayerTrajectory, t: float, f: np.ndarray, f_t: np.ndar
 class _Linearised:
     """(3.6) along a trajectory, stepped in the nodal values; a context, collective."""
 
-    def __init__(self, trajectory: Trajectory):
+    def __init__(self, trajectory: Trajectory, solver_parameters: dict | None, options_prefix: str | None):
         self._trajectory = trajectory
-        samples = trajectory.net.Y.values(trajectory.final).shape[1]
-        self._stepper = FieldStepper(trajectory.net.Y, samples, self._rate, None, SOLVER_PARAMETERS, None)
+        Y, parameters = trajectory.net.Y, SOLVER_PARAMETERS | (solver_parameters or {})
+        samples = Y.values(trajectory.final).shape[1]
+        self._stepper = FieldStepper(
+            Y, samples, self._rate, lambda moment, w, x: self._rate(moment, x), parameters, options_prefix
+        )
 
     def __enter__(self) -> _Linearised:
         return self
