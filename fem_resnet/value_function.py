@@ -35,6 +35,7 @@ from fem_resnet.activation import Activation, get_activation
 from fem_resnet.control_set import ControlSet
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.log import log
+from fem_resnet.running_cost import RunningCost
 from fem_resnet.speeds import Cells, ExtremalSpeeds, SampledSpeeds, Speeds
 
 __all__ = ["ValueFunction", "solve_value_function"]
@@ -171,7 +172,7 @@ def solve_value_function(
     *,
     final_time: float,
     spacing: float,
-    running: Callable | None = None,
+    running: RunningCost | Callable | None = None,
     samples: int = 7,
     memory: float = 2e9,
 ) -> ValueFunction:
@@ -195,7 +196,7 @@ def solve_value_function(
     spacing
         Of the grid, the same in each cell, in the unit of f. The time steps follow from it: no state moves further in one.
     running
-        L: a function of one argument, L(f), or of four, L(f, a, b, w), where b are the values b(y, z) for all z and w the
+        L: a `RunningCost`; or its density at y, a function of one argument, L(f), or of four, L(f, a, b, w), where b are the values b(y, z) for all z and w the
         weights of the cells, so that `b**2 @ w` is int b(y, z)^2 dz; f is an array, a a number. 0 if left out.
     samples
         How many values of a, and of b in each section of A, are tried where the minimum is not explicit: their combinations
@@ -245,6 +246,8 @@ def solve_value_function(
 
 
 def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:
+    if isinstance(running, RunningCost):
+        running = _density(running)
     arguments = 1 if running is None else len(inspect.signature(running).parameters)
     if arguments not in (1, 4):
         raise ValueError(f"running: a function L(f) or L(f, a, b, w) is wanted, one of {arguments} arguments was given")
@@ -255,6 +258,14 @@ def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, sample
     of_state = np.zeros_like if running is None else running
     general = running if arguments == 4 else lambda f, a, b, w: of_state(f)
     return SampledSpeeds(cells.weights, A, activation, general, samples)
+
+
+def _density(cost: RunningCost) -> Callable:
+    """What L is the integral of over y, as a function of f, or of f, a, b(y, .) and the weights."""
+    l = cost.density.value
+    if cost.of_state_alone:
+        return lambda f: l(f, np.zeros(1))
+    return lambda f, a, b, w: l(f, a) + cost.kernel / 2 * (b**2 @ w)
 
 
 def _levels(

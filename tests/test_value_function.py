@@ -17,8 +17,8 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Box, Ellipse, LabelSpace, Points, Polygon, Sections, class_space, closed_loop, feedback_controls, get_activation,
-    point_space, solve_value_function,
+    Box, Ellipse, LabelSpace, Points, Polygon, RunningCost, Sections, class_space, closed_loop, feedback_controls,
+    get_activation, point_space, solve_value_function,
 )  # fmt: skip
 from fem_resnet.value_function import _step
 from few_cells import ANNULUS, BOX, DISK, FIRST_ORDER, HALVES, control_cost, order, sectors, some_states
@@ -217,7 +217,7 @@ def test_a_quadratic_cost_of_the_bias_gives_a_riccati_equation():
     for spacing in (0.08, 0.04, 0.02):
         F = solve_value_function(
             Y, Box((-1.5, 1.5), (beta, beta)), "identity", target, [[-0.3, 0.3]] * 2, final_time=T, spacing=spacing,
-            running=lambda f, a, b, w: weight * a**2 / 2, samples=61,
+            running=RunningCost(weight * sympy.Symbol("a") ** 2 / 2), samples=61,
         )  # fmt: skip
         loop = closed_loop(F, v[:, :5])
         errors.append([np.abs(F(v, 0.0) - exact).max(), np.abs(F.gradient(v, 0.0) - gradient).max()])
@@ -233,7 +233,7 @@ def test_a_cost_of_the_state_is_the_same_whether_the_minimum_is_explicit_or_samp
             solve_value_function(
                 Y, A, "tanh", [0.4, -0.2], [[-0.3, 0.3]] * 2, final_time=0.6, spacing=spacing, running=L, samples=3
             )
-            for L in (lambda f: 2 * f**2, lambda f, a, b, w: 2 * f**2)
+            for L in (RunningCost(2 * sympy.Symbol("f") ** 2), lambda f, a, b, w: 2 * f**2)
         )
         # Rows with a and b at the ends of A are among the sampled ones; the speed 0 in between is not exactly.
         assert_allclose(F(v, 0.0), G(v, 0.0), atol=spacing / 4)
