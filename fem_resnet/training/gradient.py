@@ -111,7 +111,8 @@ def train(
         search and a trust region, which may need far fewer iterations. It starts from the nearest coefficients within, and
         `gradient_norm` leaves out what points out of the bounds. (Bounded types other than "blmvm" hold "tao_gatol"
         against an l2 norm of PETSc's, so that `gradient_norm` may end above it.) A box on the coefficients of a bias, at
-        the nodes or of `cell_indicators`, is one on a(y, t) there; one on beta is one on b(y, z, t) *only where phi and psi are indicators*. Else `LowRankKernel.bound` says how large abs(b) may be.
+        the nodes or of `cell_indicators`, is one on a(y, t) there; one on beta is one on b(y, z, t)
+        *only where phi and psi are indicators*. Else `LowRankKernel.bound` says how large abs(b) may be.
 
     Returns
     -------
