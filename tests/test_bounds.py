@@ -93,19 +93,19 @@ def pointwise_residual(problem, A):
 @cache
 def _reference():
     """J where no direction within the bounds goes down."""
-    return train(problem(weight=0.1), {"tao_gatol": 1e-7}, bounds=BOUNDS, monitor=_silent).value
+    return train(problem(weight=0.1), {"tao_type": "bntr", "tao_gatol": 1e-7}, bounds=BOUNDS, monitor=_silent).value
 
 
 @on_ranks
-@pytest.mark.parametrize("tao_type", BOUNDED_TYPES if COMM_WORLD.size == 1 else ["bntr"])
+@pytest.mark.parametrize("tao_type", BOUNDED_TYPES if COMM_WORLD.size == 1 else ["bncg"])
 def test_every_type_that_knows_bounds_comes_to_the_same_stationary_point_within(tao_type):
     P = problem(weight=0.1)
-    result = train(P, {"tao_type": tao_type, "tao_gatol": 1e-5}, bounds=BOUNDS, monitor=_silent)
+    result = train(P, {"tao_type": tao_type, "tao_gatol": 1e-4}, bounds=BOUNDS, monitor=_silent)
     residual = averaged_residual(P, BOUNDS)
     share = np.mean([np.isin(P.net.kernel.get(k), BOX.kernel) for k in range(3)])
     print(f"\n{tao_type}: J {result.value:.10f}, {result.iterations} iterations, residual {residual:.1e}, {share:.0%} at bounds")
-    # The gradient may be 1e-5 where D J is 0.1, but TAO's tests are of another norm for most types.
-    assert result.converged and within(P, BOUNDS) and residual < 1e-3
+    # The gradient may be 1e-4 where D J is 0.1, but TAO's tests are of another norm for most types.
+    assert result.converged and within(P, BOUNDS) and residual < 5e-3
     assert abs(P.evaluate()[0] - result.value) < 1e-12 * result.value
     assert 0.1 < share < 0.9
     # J exceeds its least value by |gradient|^2 over twice the smallest curvature, the weight 0.1, at most.

@@ -90,7 +90,7 @@ def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau
     problem = make()
     watch = Watch(problem)
     iterations = 4 if alone else 1
-    result = train_pam(problem, tau=tau, iterations=iterations, monitor=watch)
+    result = train_pam(problem, {} if alone else {"tao_max_it": 5}, tau=tau, iterations=iterations, monitor=watch)
     print(f"\n{make.__name__}, tau = {tau}: slack {result.slacks}, J {result.values}")
     assert result.reason == "ITERATIONS" and (result.taus == tau).all()
     assert min(watch.slacks) > -ROUND_OFF and len(watch.slacks) == iterations

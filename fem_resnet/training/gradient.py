@@ -107,11 +107,12 @@ def train(
     bounds
         Least and largest coefficients by the name of the learned parameter, such as ``{"bias": (-1.0, 1.0), "kernel":
         (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end; the same at all times. TAO's
-        type is then "blmvm", L-BFGS with projections, if none is given; "bnls" is Newton's method with a line search. It
-        starts from the nearest coefficients within, and `gradient_norm` leaves out what points out of the bounds. (Bounded
-        types other than "blmvm" hold "tao_gatol" against an l2 norm of PETSc's, so that `gradient_norm` may end above it.) A
-        box on the coefficients of a bias, at the nodes or of `cell_indicators`, is one on a(y, t) there; one on beta is one on
-        b(y, z, t) *only where phi and psi are indicators*. Else `LowRankKernel.bound` says how large abs(b) may be.
+        type is then "blmvm", L-BFGS with projections, if none is given; "bnls" and "bntr" are Newton's method with a line
+        search and a trust region, which may need far fewer iterations. It starts from the nearest coefficients within, and
+        `gradient_norm` leaves out what points out of the bounds. (Bounded types other than "blmvm" hold "tao_gatol"
+        against an l2 norm of PETSc's, so that `gradient_norm` may end above it.) A box on the coefficients of a bias, at
+        the nodes or of `cell_indicators`, is one on a(y, t) there; one on beta is one on b(y, z, t)
+        *only where phi and psi are indicators*. Else `LowRankKernel.bound` says how large abs(b) may be.
 
     Returns
     -------
