@@ -755,15 +755,17 @@ def test_the_first_error_in_depth_is_that_of_the_network_itself():
     np.testing.assert_allclose(found.errors, [worst], rtol=1e-6)
 
 
+@pytest.mark.parametrize("terminal", [None, end], ids=["state", "co-state"])
 @pytest.mark.parametrize("domain", LAPLACE_RANK)
-def test_the_width_limit_of_a_network_is_reached_at_order_two(domain):
+def test_the_width_limit_of_a_network_is_reached_at_order_two(domain, terminal):
     """In distributions, on DG0; the finest space stands in for the limit, so it is left out of the last order."""
-    spaces = [label_space(domain, "DG0", n) for n in ((2, 3, 5) if domain == "annulus" else (1, 2, 3))]
+    refinements = {"disk": (2, 3, 4), "annulus": (2, 3, 5), "sphere": (1, 2, 3)}
+    spaces = [label_space(domain, "DG0", n) for n in refinements[domain]]
     rank = LAPLACE_RANK[domain]
     phi = laplace_basis(spaces[-1], rank)
     net = ResidualNetwork(phi, bias=phi, layers=2)
     set_smooth(net, np.random.default_rng(0))
-    found = width_limit(net, start, spaces)
+    found = width_limit(net, start, spaces, terminal=terminal)
     *h, finest = (mesh_size(Y) ** 2 for Y in spaces)
     expected = (h[0] - finest) / (h[1] - finest)
     assert 0.75 < found.errors[0] / found.errors[1] / expected < 1.33, f"{found}, ratio {expected:.2f}"
@@ -777,7 +779,7 @@ def test_limits_are_the_same_on_ranks():
         net = ResidualNetwork(phi, bias=phi, layers=2, solver_parameters=EULER)
         set_smooth(net, np.random.default_rng(0))
         depth = depth_limit(net, net.Y.batch(start(net.Y.coordinates)), halvings=1)
-        both = [*depth.errors, *width_limit(net, start, spaces).errors]
+        both = [*depth.errors, *(x for r in (None, end) for x in width_limit(net, start, spaces, terminal=r).errors)]
         if not alone:
             on_all = both
     # Eigenfunctions are found to 1e-13 or so.

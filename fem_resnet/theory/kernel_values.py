@@ -171,6 +171,9 @@ class KernelValues:
             self.y, self.z = (Nodes(X, node_numbers(X)[:, None]) for X in (Y, Z))
             return
         self.y, self.z = (Nodes(X, X.coordinates) for X in (Y, Z))
+        # Once on all ranks alike, also those without nodes, so that what is wrong with b is raised on all.
+        y, z = (nodes.from_owner(nodes.largest(nodes.Y.weights), nodes.places)[0] for nodes in (self.y, self.z))
+        self._evaluated(np.tile(y, (2, 1, 1)), np.tile(z, (1, 3, 1)))
 
     def block(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """b at all pairs of places, (m, d) and (n, d) to (m, n). Collective."""

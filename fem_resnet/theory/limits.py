@@ -25,6 +25,8 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
+from fem_resnet.costate import solve_costate
+from fem_resnet.costate_comparison import refined
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.trajectory import solve_trajectory
@@ -64,9 +66,9 @@ def depth_limit(
 ) -> Convergence:
     """The network against (2.3) with its own coefficients as functions of t, with its steps and with shorter ones.
 
-    The first error is the network's own: how far it is from the ODE that its layers are steps of. The others show at
-    which order that falls: at that of the scheme, if no coefficient jumps inside of a layer, which those of a network
-    do not. Collective.
+    The first error is the network's own: how far it is from the ODE that its layers are steps of. `costate_check` has
+    the same for co-states and gradients of a learning problem. The others show at which order that falls: at that of
+    the scheme, if no coefficient jumps inside of a layer, which those of a network do not. Collective.
 
     Parameters
     ----------
@@ -109,25 +111,19 @@ def depth_limit(
         at_layers = [exact(t) for t in net.times]
         errors = []
         for steps in counts:
-            run = _with_steps(net, int(steps)).run(initial)
+            run = refined(net, int(steps)).run(initial)
             errors.append(
                 max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers))
             )
     return Convergence(np.diff(net.times).max() / counts, np.array(errors))
 
 
-def _with_steps(net: ResidualNetwork, steps: int) -> ResidualNetwork:
-    other = ResidualNetwork(
-        **{name: list(bases) for name, bases in net.bases.items()}, **net.settings | {"steps": steps}
-    )
-    for ours, theirs in zip(net.parameters, other.parameters):
-        for k in range(len(ours.functions)):
-            theirs.set(k, ours.get(k))
-    return other
-
-
 def width_limit(
-    net: ResidualNetwork, initial: Callable[[np.ndarray], np.ndarray], spaces: Sequence[LabelSpace]
+    net: ResidualNetwork,
+    initial: Callable[[np.ndarray], np.ndarray],
+    spaces: Sequence[LabelSpace],
+    *,
+    terminal: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Convergence:
     """The network on finer and finer label spaces of the same Y, against that on the finest of them.
 
@@ -141,12 +137,14 @@ def width_limit(
         f_I of coordinates: arrays of shape (nodes, geometric dimension) to (nodes,) or (nodes, samples).
     spaces
         Label spaces, at least two, the finest one last; on meshes whose largest cells become small.
+    terminal
+        r(T) of coordinates, as many samples as f_I: then it is r(0) of (4.2) that is compared, in place of f(T).
 
     Returns
     -------
     Convergence
-        Of what f(T) is as a distribution: the distance of its inner products with the functions phi, which for
-        orthonormal ones is that in L2(Y) of its parts in their span; of all samples together. One error less than
+        Of what f(T), or r(0), is as a distribution: the distance of its inner products with the functions phi, which
+        for orthonormal ones is that in L2(Y) of its parts in their span; of all samples together. One error less than
         spaces.
 
     Raises
@@ -176,7 +174,13 @@ def width_limit(
         moments = []
         for Y in spaces:
             moved = net.on(Y)
+            f = Y.batch(initial(Y.coordinates), "initial")
+            if terminal is None:
+                compared = moved(f)
+            else:
+                r = Y.batch(terminal(Y.coordinates), "terminal")
+                compared = solve_costate(solve_trajectory(moved, f), r).at_layer(0)
             phi: Basis = moved.bases["phi"][-1]
-            moments.append(phi.project(Y.values(moved(Y.batch(initial(Y.coordinates), "initial")))))
+            moments.append(phi.project(Y.values(compared)))
     errors = [float(np.linalg.norm(moment - moments[-1])) for moment in moments[:-1]]
     return Convergence(sizes[:-1], np.array(errors))
