@@ -195,7 +195,7 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     if zeros is None:
         reason = f"{problem.activation.name} vanishes nowhere"
         return SteadyStates(problem, None, False, reason, np.inf, tolerance)
-    c = _closest(problem, zeros, np.zeros(problem.system.rank))
+    c = _closest(problem, zeros)
     outside = problem.norms(_excess(_argument(problem, c), zeros))[0]
     residual = float(outside / _scale(problem, zeros))
     exist = residual <= tolerance
@@ -224,36 +224,39 @@ def _argument(problem: AutonomousProblem, c: np.ndarray) -> np.ndarray:
     return problem.bias[:, None] - system.left_values((system.values * c)[:, None])
 
 
-def _closest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarray) -> np.ndarray:
+def _closest(problem: AutonomousProblem, zeros: tuple[float, float]) -> np.ndarray:
     """(psi_l, f) of an f for which |excess of a - B f| is least: at once for one point, else by Newton's method.
 
-    The square of that norm is convex and piecewise quadratic in c.
+    The square of that norm is convex and piecewise quadratic in B f, by whose coordinates x = D c it is minimised: that
+    small singular values do not spoil.
     """
-    system = problem.system
-    D = system.values
+    system, phi = problem.system, problem.kernel.phi
+    x = system.left_coefficients(problem.bias[:, None] - min(zeros, key=abs))[:, 0]
     if zeros[0] == zeros[1]:
-        return system.left_coefficients(problem.bias[:, None] - zeros[0])[:, 0] / D
+        return x / system.values
 
-    def parts(c):
-        excess = _excess(_argument(problem, c), zeros)
+    def parts(x):
+        excess = _excess(problem.bias[:, None] - system.left_values(x[:, None]), zeros)
         return problem.norms(excess)[0] ** 2 / 2, excess
 
-    value, excess = parts(c)
+    x = min(x, np.zeros_like(x), key=lambda x: parts(x)[0])
+    value, excess = parts(x)
     for _ in range(_NEWTON_STEPS):
-        slope = -D * system.left_coefficients(excess)[:, 0]
-        step = -np.linalg.lstsq(_product(problem, (excess[:, 0] != 0).astype(float)), slope, rcond=1e-14)[0]
+        slope = -system.left_coefficients(excess)[:, 0]
+        H = system.left.T @ weighted_gram(phi, (excess[:, 0] != 0).astype(float), phi) @ system.left
+        step = -np.linalg.lstsq(H, slope, rcond=1e-14)[0]
         length = 1.0
         while length > 1e-8:
-            new, new_excess = parts(c + length * step)
+            new, new_excess = parts(x + length * step)
             if new <= value + 1e-4 * length * (slope @ step):
                 break
             length /= 2
         else:
-            return c
-        c, excess, fallen, value = c + length * step, new_excess, value - new, new
-        if fallen <= 1e-15 * value or np.linalg.norm(length * step) <= 1e-13 * (1 + np.linalg.norm(c)):
-            return c
-    return c
+            break
+        x, excess, fallen, value = x + length * step, new_excess, value - new, new
+        if fallen <= 1e-15 * value:
+            break
+    return x / system.values
 
 
 def _product(problem: AutonomousProblem, weights: np.ndarray) -> np.ndarray:
@@ -292,9 +295,9 @@ class _NearestOfInterval:
         return float(self._problem.Y.sum((x @ self._problem.Y.weights).sum()))
 
     def _longest(self, *pairs: tuple[np.ndarray, np.ndarray]) -> list[float]:
-        """The longest steps up to 1 with which values stay positive."""
+        """The longest steps with which values do not become negative."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            own = np.array([np.where(x < 0, -value / x, np.inf).min(initial=1.0) for value, x in pairs])
+            own = np.array([np.where(x < 0, -value / x, np.inf).min(initial=np.inf) for value, x in pairs])
         self._problem.Y.comm.Allreduce(MPI.IN_PLACE, own, op=MPI.MIN)
         return own.tolist()
 
@@ -329,11 +332,11 @@ class _NearestOfInterval:
             return dc, ds, (-complementarity - z * ds) / s
 
         _, ds, dz = direction(s * z)
-        forth, back = self._longest((s, ds), (z, dz))
+        forth, back = np.minimum(self._longest((s, ds), (z, dz)), 1.0)
         measure = self._problem.Y.measure * len(self._signs)
         centre = (self._sum((s + forth * ds) * (z + back * dz)) / gap) ** 3 * gap / measure
         dc, ds, dz = direction(s * z + ds * dz - centre)
-        forth, back = (0.995 * length if length < 1 else 1.0 for length in self._longest((s, ds), (z, dz)))
+        forth, back = (min(1.0, 0.995 * length) for length in self._longest((s, ds), (z, dz)))
         self.c, self._s, self._z = self.c + forth * dc, s + forth * ds, z + back * dz
         return max(forth, back) > 1e-10
 
@@ -342,7 +345,7 @@ def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarr
     """(psi_l, f) of the steady state nearest to an f that has c."""
     inside = problem.norms(_excess(_argument(problem, c), zeros))[0] == 0
     if inside or zeros[0] == zeros[1] or not c.size:
-        return c if inside else _closest(problem, zeros, c)
+        return c if inside else _closest(problem, zeros)
     solver = _NearestOfInterval(problem, zeros, c)
     if solver.solve():
         return solver.c
