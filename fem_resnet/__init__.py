@@ -31,7 +31,9 @@ _MODULES = {
     "row_controls": ["RowBall", "RowBox", "raise_rows"],
     "training.gradient": ["Result", "train"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
-    "theory.well_posedness": ["StabilityEstimate", "WellPosedness", "stability_estimate", "well_posedness_constants"],
+    "theory.well_posedness": [
+        "StabilityEstimate", "WellPosedness", "integrated_norms", "stability_estimate", "well_posedness_constants",
+    ],
     "theory.picard_iteration": ["Picard", "PicardPiece", "picard"],
     "theory.singular_values": ["SingularSystem", "singular_system"],
     "theory.autonomous": ["AutonomousProblem", "autonomous_problem"],

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation import Activation
@@ -58,6 +59,11 @@ class AutonomousProblem:
     def system(self) -> SingularSystem:
         """The singular system of B. Collective when first asked for."""
         return singular_system(self.kernel, self.beta)
+
+    def read(self, function: fd.Function, name: str) -> np.ndarray:
+        """Values at the owned nodes, shape (nodes, samples), of a Function that users give; refused if it does not fit."""
+        self.Y.check_batch(function, name)
+        return self.Y.values(function)
 
     def argument(self, f: np.ndarray) -> np.ndarray:
         """u = a - B f at the owned nodes, shape (nodes, samples). Collective."""

@@ -73,9 +73,14 @@ class Equilibria:
         """r: how many equations (psi_l, sigma(u)) = 0 there are."""
         return self.problem.system.rank
 
+    @property
+    def lemma_applies(self) -> bool:
+        """Whether Lemma 3.3 does: B = B^T, and s sigma(s) >= 0 as in (3.4). Then `pairing` is 0 where `outside` is."""
+        return self.problem.system.is_symmetric and self.problem.activation.properties.sign_preserving
+
     def residuals(self, u: fd.Function) -> np.ndarray:
         """|part of sigma(u) in R(B^T)| / |sigma(u)|, from 0 to 1, shape (samples,); 0 where sigma(u) = 0. Collective."""
-        return self._residuals(self.problem.Y.values(u))
+        return self._residuals(self.problem.read(u, "u"))
 
     def _residuals(self, u: np.ndarray) -> np.ndarray:
         sigma = self.problem.activation(u)
@@ -100,7 +105,7 @@ class Equilibria:
         RuntimeError
             If there is none of these.
         """
-        values = self.problem.Y.values(u)
+        values = self.problem.read(u, "u")
         return self.problem.Y.batch(np.column_stack([self._nearest(v) for v in values.T]))
 
     def distance(self, u: fd.Function) -> np.ndarray:
@@ -110,13 +115,13 @@ class Equilibria:
 
     def velocity(self, f: fd.Function) -> fd.Function:
         """sigma(a - B f): where u = a - B f is an equilibrium, f(t) = f + t sigma(u) for all t. Collective."""
-        Y = self.problem.Y
-        return Y.batch(self.problem.activation(self.problem.argument(Y.values(f))))
+        u = self.problem.argument(self.problem.read(f, "f"))
+        return self.problem.Y.batch(self.problem.activation(u))
 
     def describe(self, u: fd.Function) -> list[Equilibrium]:
         """What is to be said of these equilibria, one a sample. Collective."""
         problem = self.problem
-        Y, system, values = problem.Y, problem.system, problem.Y.values(u)
+        Y, system, values = problem.Y, problem.system, problem.read(u, "u")
         sigma = problem.activation(values)
         outside = problem.norms(values - system.left_values(system.left_coefficients(values)))
         pairing = Y.sum(Y.weights @ (values * sigma))
@@ -144,7 +149,7 @@ class Equilibria:
             return system.right_coefficients(problem.activation(u))[:, 0], self._jacobian(u[:, 0])
 
         found: list[np.ndarray] = []
-        for start in system.left_coefficients(problem.argument(problem.Y.values(f))).T:
+        for start in system.left_coefficients(problem.argument(problem.read(f, "f"))).T:
             if not start.size:
                 break
             result = scipy.optimize.root(equations, start, jac=True, options={"xtol": 1e-13})

@@ -127,6 +127,10 @@ class SingularSystem:
         """`sum_l c_l psi_l` at the owned nodes."""
         return self.kernel.psi.values @ (self.right @ c)
 
+    def null_part(self, f: np.ndarray) -> np.ndarray:
+        """The part of f in N(B), `f - sum_l (psi_l, f) psi_l`, shape (nodes, samples). Collective."""
+        return f - self.right_values(self.right_coefficients(f))
+
     def apply(self, f: np.ndarray) -> np.ndarray:
         """`B f` at the owned nodes. Collective."""
         return self.left_values(self.values[:, None] * self.right_coefficients(f))

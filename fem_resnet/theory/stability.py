@@ -254,12 +254,12 @@ def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float |
 
     Raises
     ------
-    ValueError
-        If sigma has no slope where it vanishes, or B has no basis of eigenfunctions: T is singular, or eigenvectors of D T
+    TypeError, ValueError
+        If `perturbation` does not fit; if sigma has no slope where it vanishes, or B has no basis of eigenfunctions: T is singular, or eigenvectors of D T
         are dependent (of a condition above 1e8).
     """
     problem = autonomous_problem(net, at)
-    Y, system = problem.Y, problem.system
+    system = problem.system
     slope = _slope(find_steady_states(net, at))
     if not np.isfinite(slope):
         raise ValueError(f"net: {problem.activation.name} has no slope where it vanishes, so there is no linearisation")
@@ -269,10 +269,10 @@ def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float |
         raise ValueError(
             f"net: B has no basis of eigenfunctions to compute with; smallest singular value of T {system.gram_minimum:.1e}"
         )
-    values = Y.values(perturbation)
+    values = problem.read(perturbation, "perturbation")
     # (psi, w) = T^T X c for the part of w in R(B), sum_l c_l v_l; the rest has (psi, w_0) = 0.
     c = np.linalg.solve(onto, system.right_coefficients(values).astype(complex))
-    at_rest = Y.batch(values - system.left_values((vectors @ c).real))
+    at_rest = problem.Y.batch(values - system.left_values((vectors @ c).real))
     return EigenExpansion(problem, slope, omega, vectors, c, at_rest)
 
 

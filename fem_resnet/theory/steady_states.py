@@ -123,9 +123,10 @@ class SteadyStates:
 
     def residuals(self, f: fd.Function) -> np.ndarray:
         """What `residual` is, for these f instead of the best: shape (samples,). Collective."""
+        values = self.problem.read(f, "f")
         if self.zeros is None:
-            return np.full(f.function_space().value_size, np.inf)
-        u = self.problem.argument(self.problem.Y.values(f))
+            return np.full(values.shape[1], np.inf)
+        u = self.problem.argument(values)
         return self.problem.norms(_excess(u, self.zeros)) / _scale(self.problem, self.zeros)
 
     def contain(self, f: fd.Function) -> np.ndarray:
@@ -147,7 +148,7 @@ class SteadyStates:
         """
         if not self.exist:
             raise ValueError(f"nearest: there is no steady state, {self.reason}")
-        problem, values = self.problem, self.problem.Y.values(f)
+        problem, values = self.problem, self.problem.read(f, "f")
         c = problem.system.right_coefficients(values)
         moved = np.column_stack([_nearest(problem, self.zeros, c[:, s], self.tolerance) for s in range(c.shape[1])])
         return problem.Y.batch(values + problem.system.right_values(moved - c))

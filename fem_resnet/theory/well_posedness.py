@@ -28,7 +28,8 @@ from fem_resnet.network import ResidualNetwork
 from fem_resnet.trajectory import present_inputs
 
 __all__ = [
-    "LayerNorms", "StabilityEstimate", "WellPosedness", "lipschitz_constant", "stability_estimate", "well_posedness_constants",
+    "LayerNorms", "StabilityEstimate", "WellPosedness", "integrated_norms", "lipschitz_constant", "stability_estimate",
+    "well_posedness_constants",
 ]  # fmt: skip
 
 
@@ -95,13 +96,38 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     ([0.0, 5.0, 10.0], [0.0, 4.0, 8.0])
     """
     lipschitz = lipschitz_constant(net)
-    layers = [LayerNorms(net.Y, layer) for layer in present_inputs(net)]
-
-    def cumulative(norm: str) -> np.ndarray:
-        return lipschitz * np.concatenate([[0.0], np.cumsum([layer.integral(norm) for layer in layers])])
-
     drift = float(abs(net.activation(0.0)) * net.Y.measure**0.5)
-    return WellPosedness(net.times, lipschitz, drift, *map(cumulative, ("bias", "hs", "operator")))
+    integrals = (lipschitz * integrated_norms(net, norm) for norm in ("bias", "hs", "operator"))
+    return WellPosedness(net.times, lipschitz, drift, *integrals)
+
+
+def integrated_norms(net: ResidualNetwork, norm: str) -> np.ndarray:
+    """int_0^t_l |b| ds in a norm of `LowRankKernel.norm`, or int |a| ds in L2(Y), at the layer times. Collective.
+
+    Parameters
+    ----------
+    net
+        The network, at its present coefficients.
+    norm
+        "hs", "operator" or "linf" of b; or "bias".
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (L + 1,), the first 0.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
+    >>> net = ResidualNetwork(phi, layers=2, final_time=2.0, kernel_in_time="linear")
+    >>> net.kernel.set(1, np.eye(4))
+    >>> integrated_norms(net, "hs").round(9).tolist(), integrated_norms(net, "operator").round(9).tolist()
+    ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0])
+    """
+    layers = [LayerNorms(net.Y, layer).integral(norm) for layer in present_inputs(net)]
+    return np.concatenate([[0.0], np.cumsum(layers)])
 
 
 def lipschitz_constant(net: ResidualNetwork) -> float:
@@ -113,9 +139,9 @@ def lipschitz_constant(net: ResidualNetwork) -> float:
 
 
 class LayerNorms:
-    """Norms of a layer's bias, "bias", and kernel, "hs" and "operator", integrated over parts of its time.
+    """Norms of a layer's bias, "bias", and kernel, "hs", "operator" or "linf", integrated over parts of its time.
 
-    Collective when it is made: all that sees the nodes is done then.
+    Collective when it is made, and for "linf"; what else sees the nodes is done when it is made.
 
     Parameters
     ----------
