@@ -8,8 +8,8 @@ from numpy.testing import assert_allclose
 from scipy.special import factorial
 
 from fem_resnet import (
-    Activation, Basis, LabelSpace, LowRankKernel, Properties, ResidualNetwork, cell_indicators, integrated_norms, picard, solve_trajectory,
-    stability_estimate, well_posedness_constants,
+    Activation, Basis, LabelSpace, LowRankKernel, Properties, ResidualNetwork, cell_indicators, integrated_norms, picard,
+    solve_trajectory, stability_estimate, well_posedness_constants,
 )  # fmt: skip
 from helpers import label_space, laplace, network, smooth
 from problems import ROUND_DOMAINS, autonomous_network
@@ -70,7 +70,11 @@ def test_constants_are_integrals_of_norms_over_time(domain, in_time):
     linf = integrated_norms(net, "linf")
     # |b| <= |Y| sup |b|, at each time.
     assert (found.C_2[1:] <= Y.measure * linf[1:]).all() and (linf <= largest * net.times * (1 + 1e-9)).all()
-    if in_time == "shared":
+    if in_time == "linear":
+        fine = [kernel.norm(at(net.kernel, 0, s), "linf") for s in np.linspace(0, 1, 201)]
+        exact = np.mean([fine[:-1], fine[1:]]) * net.times[1]
+        assert exact * (1 - 1e-12) <= linf[1] <= 1.01 * exact
+    elif in_time == "shared":
         assert_allclose(linf, largest * net.times)
 
 

@@ -7,8 +7,8 @@ non-decreasing sigma:
     relu                                       s <= 0        B f >= a, a convex set
     sigmoid, softplus                          nowhere       no steady state
 
-Where a - B f keeps out of that interval whatever f is, its least distance from it says by how much. Everything happens in the
-r numbers (psi_l, f): the rest of f, in N(B), is free.
+Where a - B f keeps out of that interval whatever f is, its least distance from it says by how much. Everything happens
+in the r numbers (psi_l, f): the rest of f, in N(B), is free.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class SteadyStates:
     reason : str
         Why, with the numbers.
     residual : float
-        The least distance of a - B f from the functions with values in [low, high], in L2(Y), over max(|a|, |Y|^(1/2) |low|
-        or |high|); infinite if sigma vanishes nowhere.
+        The least distance of a - B f from the functions with values in [low, high], in L2(Y), over max(|a|, |Y|^(1/2)
+        |low| or |high|); infinite if sigma vanishes nowhere.
     tolerance : float
         Up to which residual steady states exist, and f is one.
     """
@@ -118,7 +118,7 @@ class SteadyStates:
 
     @property
     def null_space_dimension(self) -> int:
-        """Dimension of N(B): f_inf + N(B) are all of them where sigma vanishes at one point; they are unique if it is 0."""
+        """Dimension of N(B): where sigma vanishes at one point, steady states are f_inf + N(B)."""
         return self.problem.Y.size - self.problem.system.rank
 
     def residuals(self, f: fd.Function) -> np.ndarray:
@@ -136,8 +136,8 @@ class SteadyStates:
     def nearest(self, f: fd.Function) -> fd.Function:
         """The steady states nearest to these f in L2(Y), a new Function. Collective.
 
-        f changes in R(B^T) alone: what is in N(B) is free. Where sigma vanishes at one point this is f_inf plus the part of f
-        in N(B).
+        f changes in R(B^T) alone: what is in N(B) is free. Where sigma vanishes at one point this is f_inf plus the
+        part of f in N(B).
 
         Raises
         ------
@@ -200,12 +200,12 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     outside = problem.norms(_excess(_argument(problem, c), zeros))[0]
     residual = float(outside / _scale(problem, zeros))
     exist = residual <= tolerance
-    one = zeros[0] == zeros[1]
-    what = "a is" if one and zeros[0] == 0 else f"a - {zeros[0]:g} is" if one else "a function of a - R(B) has all its values"
-    where = "R(B)" if one else f"[{zeros[0]:g}, {zeros[1]:g}]"
-    if not one and not exist:
-        what = "no " + what.removeprefix("a ")
-    reason = f"{what}{' not' if one and not exist else ''} in {where}: {residual:.3g} of |a| is outside, tolerance {tolerance:g}"
+    numbers = f"{residual:.3g} of |a| is outside, tolerance {tolerance:g}"
+    if zeros[0] == zeros[1]:
+        what = "a" if zeros[0] == 0 else f"a - {zeros[0]:g}"
+        reason = f"{what} is{'' if exist else ' not'} in R(B): {numbers}"
+    else:
+        reason = f"{'some' if exist else 'no'} a - B f has all its values in [{zeros[0]:g}, {zeros[1]:g}]: {numbers}"
     return SteadyStates(problem, zeros, exist, reason, residual, tolerance)
 
 
@@ -309,7 +309,8 @@ class _NearestOfInterval:
             primal = self._slack(self.c) - self._s
             dual = self.c - self._start - self._transposed(self._z)
             outside = np.sqrt(self._sum(primal**2))
-            if gap <= 1e-15 * self._size**2 and outside <= 1e-12 * self._scale and np.linalg.norm(dual) <= 1e-9 * self._size:
+            feasible = outside <= 1e-12 * self._scale and np.linalg.norm(dual) <= 1e-9 * self._size
+            if feasible and gap <= 1e-15 * self._size**2:
                 return True
             if not self._step(gap, primal, dual):
                 break
@@ -352,6 +353,6 @@ def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarr
         return solver.c
     outside = problem.norms(_excess(_argument(problem, solver.c), zeros))[0] / _scale(problem, zeros)
     raise RuntimeError(
-        f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; {outside:.1e} of a - B f is still "
-        f"outside of [{zeros[0]:g}, {zeros[1]:g}]; it may be that steady states leave no room there"
+        f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; {outside:.1e} of a - B f is "
+        f"still outside of [{zeros[0]:g}, {zeros[1]:g}]; it may be that steady states leave no room there"
     )
