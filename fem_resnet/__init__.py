@@ -42,7 +42,9 @@ _MODULES = {
     "training.gradient": ["Result", "train"],
     "training.pam": ["PAMProgress", "PAMResult", "train_pam"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
-    "theory.well_posedness": ["StabilityEstimate", "WellPosedness", "stability_estimate", "well_posedness_constants"],
+    "theory.well_posedness": [
+        "StabilityEstimate", "WellPosedness", "integrated_norms", "stability_estimate", "well_posedness_constants",
+    ],
     "theory.picard_iteration": ["Picard", "PicardPiece", "picard"],
     "theory.singular_values": ["SingularSystem", "singular_system"],
     "theory.autonomous": ["AutonomousProblem", "autonomous_problem"],

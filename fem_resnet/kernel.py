@@ -151,8 +151,8 @@ class LowRankKernel:
             if self.supremum_is_exact:
                 return self._supremum(beta)
             log(
-                self.phi.Y.comm, logging.WARNING, "norm: sup |b| is given by an upper bound: b has values at %d x %d nodes",
-                self.phi.Y.size, self.psi.Y.size,
+                self.phi.Y.comm, logging.WARNING, "norm: sup |b| is given by an upper bound: b has values at %d x %d "
+                "nodes", self.phi.Y.size, self.psi.Y.size,
             )  # fmt: skip
             return self._supremum_bound(beta)
         raise ValueError(f"kind: 'hs', 'operator' or 'linf' is wanted, {kind!r} was given")

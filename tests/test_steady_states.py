@@ -7,8 +7,8 @@ import sympy
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    ACTIVATIONS, Activation, Basis, LowRankKernel, ResidualNetwork, autonomous_problem, find_equilibria,
-    find_steady_states, zero_set,
+    ACTIVATIONS, Activation, Basis, LowRankKernel, ResidualNetwork, autonomous_problem, eigen_expansion,
+    find_equilibria, find_steady_states, zero_set,
 )  # fmt: skip
 from fem_resnet.points import class_space
 from helpers import label_space, laplace, smooth
@@ -54,6 +54,16 @@ def test_where_activations_vanish():
     assert_allclose(zero_set(soft), (-2.0, 1.0), rtol=1e-12)
     with pytest.raises(ValueError, match=r"^activation: sin\(s\) vanishes at several places"):
         zero_set(Activation.from_sympy(sympy.sin(s)))
+
+
+@on_two_ranks
+def test_what_of_the_assumptions_on_sigma_does_not_hold_is_named():
+    """(A1) of 3.2, and (A2) of 3.2 by what a network is: finite values at finitely many nodes."""
+    kernel = kernel_on("disk")
+    unmet = {name: autonomous_problem(autonomous_network(kernel, np.ones((4, 3)), activation=name)).unmet for name in ACTIVATIONS}
+    assert {name for name, what in unmet.items() if not what} == {"tanh", "arctan", "elu", "identity"}
+    assert unmet["relu"] == unmet["leaky_relu"] == ("sigma'(0) > 0",)
+    assert unmet["sigmoid"] == unmet["softplus"] == ("s sigma(s) >= 0", "sigma(0) = 0")
 
 
 # -- steady states ---------------------------------------------------------------------------------------------------
@@ -111,6 +121,19 @@ def test_outside_of_the_range_there_is_no_steady_state(domain):
         with pytest.raises(ValueError, match=r"^nearest: there is no steady state, a is not in R\(B\)"):
             verb()
     assert find_steady_states(net, tolerance=0.81).exist
+
+
+@on_two_ranks
+def test_what_is_no_batch_of_the_label_domain_is_refused():
+    net = autonomous_network(kernel_on("disk"), np.ones((4, 3)))
+    steady, set_of_u, other = find_steady_states(net), find_equilibria(net), label_space("sphere", "CG1")
+    for verb, name in (
+        (steady.residuals, "f"), (steady.nearest, "f"), (set_of_u.residuals, "u"), (set_of_u.nearest, "u"),
+        (set_of_u.describe, "u"), (set_of_u.found_from, "f"), (set_of_u.velocity, "f"),
+        (lambda w: eigen_expansion(net, w), "perturbation"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name}: it lives on "):
+            verb(other.batch(smooth(other, 1)))
 
 
 @on_ranks
@@ -280,10 +303,11 @@ def test_equilibria_of_a_symmetric_operator_vanish_where_sigma_does_not(domain, 
     # As (phi_1, sigma(1)) = 0, constants are equilibria too, outside R(B): the lemma says nothing of them.
     (constant,) = find_equilibria(net).describe(phi.Y.batch(np.ones((phi.Y.nodes, 1))))
     assert find_equilibria(net).contain(constant.u).all() and constant.outside > 1 and constant.pairing > 1
+    assert find_equilibria(net).lemma_applies
     # B not symmetric: in R(B), s sigma(s) >= 0, and yet u sigma(u) is not 0.
     example = drifting(domain)
     (broken,) = find_equilibria(example).describe(example.Y.batch(example.kernel.space_basis.kernel.phi.values))
-    assert broken.outside < 1e-12 and broken.pairing > 0.1
+    assert broken.outside < 1e-12 and broken.pairing > 0.1 and not find_equilibria(example).lemma_applies
 
 
 @on_ranks

@@ -8,13 +8,14 @@ from numpy.testing import assert_allclose
 from scipy.special import factorial
 
 from fem_resnet import (
-    Activation, Basis, LabelSpace, LowRankKernel, Properties, ResidualNetwork, cell_indicators, picard, solve_trajectory,
-    stability_estimate, well_posedness_constants,
+    Activation, Basis, LabelSpace, LowRankKernel, Properties, ResidualNetwork, cell_indicators, integrated_norms, picard,
+    solve_trajectory, stability_estimate, well_posedness_constants,
 )  # fmt: skip
 from helpers import label_space, laplace, network, smooth
 from problems import ROUND_DOMAINS, autonomous_network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+on_two_ranks = pytest.mark.parallel([1, 2])
 each_domain = pytest.mark.parametrize("domain", ROUND_DOMAINS)
 
 
@@ -64,6 +65,17 @@ def test_constants_are_integrals_of_norms_over_time(domain, in_time):
     assert_allclose(found.C_2, C_2, rtol=1e-8)
     assert_allclose(found.operator, operator, rtol=1e-4)
     assert (found.operator[1:] < found.C_2[1:] * (1 - 1e-6)).all()
+    assert_allclose(integrated_norms(net, "hs"), found.C_2)
+    largest = max(kernel.norm(net.kernel.get(k), "linf") for k in range(len(net.kernel.functions)))
+    linf = integrated_norms(net, "linf")
+    # |b| <= |Y| sup |b|, at each time.
+    assert (found.C_2[1:] <= Y.measure * linf[1:]).all() and (linf <= largest * net.times * (1 + 1e-9)).all()
+    if in_time == "linear":
+        fine = [kernel.norm(at(net.kernel, 0, s), "linf") for s in np.linspace(0, 1, 201)]
+        exact = np.mean([fine[:-1], fine[1:]]) * net.times[1]
+        assert exact * (1 - 1e-12) <= linf[1] <= 1.01 * exact
+    elif in_time == "shared":
+        assert_allclose(linf, largest * net.times)
 
 
 @on_ranks
@@ -183,7 +195,6 @@ def test_the_iteration_ends_at_the_solution(domain, in_time):
         assert solution.pieces[0].start == 0 and solution.pieces[-1].end == net.times[-1]
 
 
-@on_ranks
 def test_its_limit_is_of_order_eight_in_the_substeps(monkeypatch):
     """That of Gauss's method with four points."""
     net = network(kernel_in_time="linear", bias_in_time="linear")
@@ -197,7 +208,7 @@ def test_its_limit_is_of_order_eight_in_the_substeps(monkeypatch):
     assert np.log(errors[0] / errors[-1]) / np.log(3) > 7, errors
 
 
-@on_ranks
+@on_two_ranks
 @each_domain
 @pytest.mark.parametrize("activation", ["tanh", "relu", "softplus"])
 def test_increments_fall_as_the_factorial_says(domain, activation):
@@ -226,7 +237,7 @@ def test_the_factorial_is_attained(domain):
     assert_allclose(piece.C_2, 3.0)
 
 
-@on_ranks
+@on_two_ranks
 @each_domain
 def test_on_pieces_C_2_is_below_one_and_bounds_hold(domain):
     """The proof of Theorem 3.1: |f^n| <= (|f_I| + C_0 T + C_1) / (1 - C_2) on each piece, and increments fall by C_2."""

@@ -4,12 +4,12 @@
     u = a - B f,    u_t = -B sigma(u),    f(t) = f_I + int_0^t sigma(u) ds                                     (3.3)
 
 What is supposed of sigma is (A1) of 3.2: Lipschitz, non-decreasing, s sigma(s) >= 0 as in (3.4), sigma(0) = 0 and
-sigma'(0) > 0. That leaves out sigmoid and softplus, where sigma(0) is not 0, and relu, which has no sigma'(0). (A2) of 3.2,
-a in L2(Y) and b in L2(Y x Y), holds for what a network has: finite values at finitely many nodes.
+sigma'(0) > 0. That leaves out sigmoid and softplus, where sigma(0) is not 0, and relu, which has no sigma'(0). (A2) of
+3.2, a in L2(Y) and b in L2(Y x Y), holds for what a network has: finite values at finitely many nodes.
 
 Remark 3.1: where a(t) and b(t) have limits as t -> infinity, statements about the autonomous problem are read with the
-limits in place of a and b. Of a network these are bias and kernel at its last time, ``at=net.times[-1]``; at other times
-the problem is the one frozen there.
+limits in place of a and b. Of a network these are bias and kernel at its last time, ``at=net.times[-1]``; at other
+times the problem is the one frozen there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation import Activation
@@ -58,6 +59,11 @@ class AutonomousProblem:
         """The singular system of B. Collective when first asked for."""
         return singular_system(self.kernel, self.beta)
 
+    def read(self, function: fd.Function, name: str) -> np.ndarray:
+        """Values at the owned nodes, shape (nodes, samples), of a user's Function; refused if it does not fit."""
+        self.Y.check_batch(function, name)
+        return self.Y.values(function)
+
     def argument(self, f: np.ndarray) -> np.ndarray:
         """u = a - B f at the owned nodes, shape (nodes, samples). Collective."""
         return self.bias[:, None] - self.kernel.apply(self.beta, f)
@@ -88,8 +94,8 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
     net
         The network, at its present coefficients.
     at
-        The time, from 0 to T, whose bias and kernel are taken: at a layer time those of the layer that starts there, at T
-        those of the last. None for a network whose bias and kernel do not depend on t.
+        The time, from 0 to T, whose bias and kernel are taken: at a layer time those of the layer that starts there, at
+        T those of the last. None for a network whose bias and kernel do not depend on t.
 
     Raises
     ------

@@ -1,12 +1,13 @@
 """Equilibria of u_t = -B sigma(u), 3.3: where u = a - B f stands still, while f may drift.
 
-The equation for u alone, u_t = -B sigma(u), stands still at every u with sigma(u) in N(B): r equations (psi_l, sigma(u)) = 0,
-thus a set of all dimensions but r. Where u = a - B f is such an equilibrium and sigma(u) is not 0,
+The equation for u alone, u_t = -B sigma(u), stands still at every u with sigma(u) in N(B): r equations (psi_l,
+sigma(u)) = 0, thus a set of all dimensions but r. Where u = a - B f is such an equilibrium and sigma(u) is not 0,
 
     f(t) = f_I + t sigma(u)
 
-grows for ever, in N(B), unseen by the time-uniform estimates of Theorem 3.2. Only u in a + R(B) belong to an f. Lemma 3.3:
-for B = B^T and s sigma(s) >= 0, (3.4), an equilibrium in R(B) has u sigma(u) = 0; if B is not symmetric there may be others.
+grows for ever, in N(B), unseen by the time-uniform estimates of Theorem 3.2. Only u in a + R(B) belong to an f. Lemma
+3.3: for B = B^T and s sigma(s) >= 0, (3.4), an equilibrium in R(B) has u sigma(u) = 0; if B is not symmetric there may
+be others.
 """
 
 from __future__ import annotations
@@ -73,9 +74,14 @@ class Equilibria:
         """r: how many equations (psi_l, sigma(u)) = 0 there are."""
         return self.problem.system.rank
 
+    @property
+    def lemma_applies(self) -> bool:
+        """Whether Lemma 3.3 does: B = B^T, and s sigma(s) >= 0 as in (3.4). Then `pairing` is 0 where `outside` is."""
+        return self.problem.system.is_symmetric and self.problem.activation.properties.sign_preserving
+
     def residuals(self, u: fd.Function) -> np.ndarray:
-        """|part of sigma(u) in R(B^T)| / |sigma(u)|, from 0 to 1, shape (samples,); 0 where sigma(u) = 0. Collective."""
-        return self._residuals(self.problem.Y.values(u))
+        """|part of sigma(u) in R(B^T)| / |sigma(u)|, shape (samples,); 0 where sigma(u) = 0. Collective."""
+        return self._residuals(self.problem.read(u, "u"))
 
     def _residuals(self, u: np.ndarray) -> np.ndarray:
         sigma = self.problem.activation(u)
@@ -88,19 +94,19 @@ class Equilibria:
         return self.residuals(u) <= self.tolerance
 
     def nearest(self, u: fd.Function) -> fd.Function:
-        """Equilibria near these u, a new Function: points of least distance to u, at least locally, where sigma is smooth.
+        """Equilibria near these u, a new Function; where sigma is smooth those of least distance, at least locally.
 
-        Newton's method for: least |v - u|^2 / 2 under (psi_l, sigma(v)) = 0, of which every step is a system of size r. Where
-        it does not converge, as at kinks of sigma or far from the set, the nearer one is taken of two equilibria that need no
-        search: v with sigma(v) = c (sigma(u) - its part in R(B^T)), the largest c <= 1 that sigma attains, for an increasing
-        sigma with sigma(0) = 0; and u cut to where sigma vanishes. Collective.
+        Newton's method for: least |v - u|^2 / 2 under (psi_l, sigma(v)) = 0, of which every step is a system of size r.
+        Where it does not converge, as at kinks of sigma or far from the set, the nearer one is taken of two equilibria
+        that need no search: v with sigma(v) = c (sigma(u) - its part in R(B^T)), the largest c <= 1 that sigma attains,
+        for an increasing sigma with sigma(0) = 0; and u cut to where sigma vanishes. Collective.
 
         Raises
         ------
         RuntimeError
             If there is none of these.
         """
-        values = self.problem.Y.values(u)
+        values = self.problem.read(u, "u")
         return self.problem.Y.batch(np.column_stack([self._nearest(v) for v in values.T]))
 
     def distance(self, u: fd.Function) -> np.ndarray:
@@ -110,26 +116,26 @@ class Equilibria:
 
     def velocity(self, f: fd.Function) -> fd.Function:
         """sigma(a - B f): where u = a - B f is an equilibrium, f(t) = f + t sigma(u) for all t. Collective."""
-        Y = self.problem.Y
-        return Y.batch(self.problem.activation(self.problem.argument(Y.values(f))))
+        u = self.problem.argument(self.problem.read(f, "f"))
+        return self.problem.Y.batch(self.problem.activation(u))
 
     def describe(self, u: fd.Function) -> list[Equilibrium]:
         """What is to be said of these equilibria, one a sample. Collective."""
         problem = self.problem
-        Y, system, values = problem.Y, problem.system, problem.Y.values(u)
+        Y, system, values = problem.Y, problem.system, problem.read(u, "u")
         sigma = problem.activation(values)
         outside = problem.norms(values - system.left_values(system.left_coefficients(values)))
         pairing = Y.sum(Y.weights @ (values * sigma))
         return [
-            Equilibrium(Y.batch(values[:, s]), float(speed), float(pairing[s]), float(outside[s]), self._spectrum(values[:, s]))
-            for s, speed in enumerate(problem.norms(sigma))
+            Equilibrium(Y.batch(v), float(speed), float(inner), float(apart), self._spectrum(v))
+            for v, speed, inner, apart in zip(values.T, problem.norms(sigma), pairing, outside)
         ]
 
     def found_from(self, f: fd.Function) -> list[Equilibrium]:
         """Equilibria in a + R(B), which trajectories of f can reach, found from u = a - B f by Powell's hybrid method.
 
-        Each is named once, in the order of the samples of f that led to it first; samples that lead nowhere are left out.
-        Collective.
+        Each is named once, in the order of the samples of f that led to it first; samples that lead nowhere are left
+        out. Collective.
         """
         problem = self.problem
         system = problem.system
@@ -144,7 +150,7 @@ class Equilibria:
             return system.right_coefficients(problem.activation(u))[:, 0], self._jacobian(u[:, 0])
 
         found: list[np.ndarray] = []
-        for start in system.left_coefficients(problem.argument(problem.Y.values(f))).T:
+        for start in system.left_coefficients(problem.argument(problem.read(f, "f"))).T:
             if not start.size:
                 break
             result = scipy.optimize.root(equations, start, jac=True, options={"xtol": 1e-13})
@@ -159,7 +165,8 @@ class Equilibria:
     def _jacobian(self, u: np.ndarray) -> np.ndarray:
         """((psi_l, sigma'(u) phi_k)), shape (r, r)."""
         system, kernel = self.problem.system, self.problem.kernel
-        return system.right.T @ weighted_gram(kernel.psi, self.problem.activation.derivative(u), kernel.phi) @ system.left
+        slope = self.problem.activation.derivative(u)
+        return system.right.T @ weighted_gram(kernel.psi, slope, kernel.phi) @ system.left
 
     def _spectrum(self, u: np.ndarray) -> np.ndarray:
         found = np.linalg.eigvals(-self.problem.system.values[:, None] * self._jacobian(u)).astype(complex)
@@ -170,8 +177,8 @@ class Equilibria:
         others = [v] if v is not None else self._without_search(u)
         if not others:
             raise RuntimeError(
-                f"nearest: no equilibrium near u was found in {_NEWTON_STEPS} steps, and {self.problem.activation.name} offers "
-                f"none; start nearer to one, `found_from` may have some"
+                f"nearest: no equilibrium near u was found in {_NEWTON_STEPS} steps, and "
+                f"{self.problem.activation.name} offers none; start nearer to one, `found_from` may have some"
             )
         distances = [self.problem.norms((v - u)[:, None])[0] for v in others]
         return others[int(np.argmin(distances))]
@@ -226,7 +233,7 @@ class Equilibria:
 
 
 def _inverse(problem: AutonomousProblem, values: np.ndarray) -> np.ndarray:
-    """v with sigma(v) = c values, the largest c <= 1 for which |v| <= 100, for an increasing sigma with sigma(0) = 0."""
+    """v with sigma(v) = c values, the largest c <= 1 for which |v| <= 100; sigma increases, sigma(0) = 0."""
     sigma, comm = problem.activation, problem.Y.comm
     far = np.where(values < 0, -_FAR, _FAR)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -4,11 +4,12 @@ Frozen at t_0, perturbations of a solution f obey
 
     w_t = -sigma'(u(y, t_0)) int_Y b(y, z, t_0) w(z) dz,        u = a - B f
 
-(the paper prints sigma(u) b, and leaves u out of the argument; it is the linearisation (3.6), so sigma'(u) b). Its operator
-has the rank of b, and but for 0 the spectrum of -beta Psi^T M diag(sigma'(u)) Phi, a matrix of that size.
+(the paper prints sigma(u) b, and leaves u out of the argument; it is the linearisation (3.6), so sigma'(u) b). Its
+operator has the rank of b, and but for 0 the spectrum of -beta Psi^T M diag(sigma'(u)) Phi, a matrix of that size.
 
-Frozen spectra do not decide stability of (3.6), where the coefficients go on changing: solutions may grow though at each
-time all eigenvalues have negative real parts, as with rotating coefficients, and decay though some have positive ones.
+Frozen spectra do not decide stability of (3.6), where the coefficients go on changing: solutions may grow though at
+each time all eigenvalues have negative real parts, as with rotating coefficients, and decay though some have positive
+ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class FrozenSpectra:
     times : numpy.ndarray
         t_0 .. t_L, shape (L + 1,); at a layer time bias and kernel are those of the layer that starts there.
     eigenvalues : list of numpy.ndarray
-        One a time: complex, shape (samples, rank), real parts falling; all others are 0. The smaller rank of phi and psi.
+        One a time: complex, shape (samples, rank), real parts falling; all others are 0. The smaller rank of phi and
+        psi.
     """
 
     times: np.ndarray
@@ -45,7 +47,7 @@ class FrozenSpectra:
 
     @property
     def growth(self) -> np.ndarray:
-        """Largest real part at each time, shape (L + 1, samples): the rate of the fastest frozen mode, 0 if all others decay."""
+        """Largest real part at each time, shape (L + 1, samples): that of the fastest frozen mode, 0 if all decay."""
         return np.array([np.maximum(values.real.max(axis=1, initial=-np.inf), 0.0) for values in self.eigenvalues])
 
     def plot(self, axes: Axes, sample: int = 0) -> None:

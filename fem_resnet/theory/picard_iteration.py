@@ -64,7 +64,7 @@ class PicardPiece:
 
     @property
     def rates(self) -> np.ndarray:
-        """|f^(n+1) - f^n| / |f^n - f^(n-1)|, n = 1, 2, .., shape (iterations - 1, samples): C_2 / n or less on the whole."""
+        """|f^(n+1) - f^n| / |f^n - f^(n-1)|, n = 1, 2, .., shape (iterations - 1, samples): C_2 / n on the whole."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.increments[1:] / self.increments[:-1]
 
@@ -113,13 +113,19 @@ class _Substep:
 
 
 def picard(
-    net: ResidualNetwork, initial: fd.Function, *, split: bool = True, tolerance: float = 1e-12, max_iterations: int = 100
+    net: ResidualNetwork,
+    initial: fd.Function,
+    *,
+    split: bool = True,
+    tolerance: float = 1e-12,
+    max_iterations: int = 100,
 ) -> Picard:
     """Solve (2.8) by the iteration of the proof of Theorem 3.1, and measure how fast it converges. Collective.
 
-    Integrals in t are those of Gauss's rule with 4 points on substeps of C_2 about 1/16, of its interpolant up to the points
-    between: the limit is Gauss's method of order 8. An iterate is kept by its coefficients (psi, f^n) at these times; some
-    thirty fields of nodes x samples exist at a time, however long the piece. The network's own steps do not matter.
+    Integrals in t are those of Gauss's rule with 4 points on substeps of C_2 about 1/16, of its interpolant up to the
+    points between: the limit is Gauss's method of order 8. An iterate is kept by its coefficients (psi, f^n) at these
+    times; some thirty fields of nodes x samples exist at a time, however long the piece. The network's own steps do not
+    matter.
 
     Parameters
     ----------
@@ -210,11 +216,16 @@ def _rates(net: ResidualNetwork, substep: _Substep, iterates: list[np.ndarray]) 
 
 
 def _apply(
-    net: ResidualNetwork, substeps: list[_Substep], start: np.ndarray, g: list[np.ndarray], before: list[np.ndarray] | None
+    net: ResidualNetwork,
+    substeps: list[_Substep],
+    start: np.ndarray,
+    g: list[np.ndarray],
+    before: list[np.ndarray] | None,
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
     """One iteration: (psi, f^(n+1)) at all points, f^(n+1) at the end, |f^(n+1) - f^n| and |f^(n+1)| in Q.
 
-    `g` has (psi, f^n), `before` (psi, f^(n-1)), None for the first iteration, which is seen from f^0 = f_I. One Allreduce.
+    `g` has (psi, f^n), `before` (psi, f^(n-1)), None for the first iteration, which is seen from f^0 = f_I. One
+    Allreduce.
     """
     Y, samples = net.Y, start.shape[1]
     f, change, shapes, local = start, np.zeros_like(start), [], []

@@ -4,16 +4,18 @@ With orthonormal phi_l and psi_l in L2(Y), Phi and Psi their values at the nodes
 
     B f = sum_l mu_l (psi_l, f) phi_l,        T = ((phi_k, psi_l)),        B = Phi D Psi^T M.
 
-On R(B), in the coordinates u_k = (phi_k, u), B is the matrix D T^T. So the spectrum of B but for 0 is that of D T^T; it is
-that of D T too, since (T D)^T = D T^T and D (T D) D^-1 = D T. The 0 belongs to N(B), which has all dimensions of L2(Y) but r.
+On R(B), in the coordinates u_k = (phi_k, u), B is the matrix D T^T. So the spectrum of B but for 0 is that of D T^T; it
+is that of D T too, since (T D)^T = D T^T and D (T D) D^-1 = D T. The 0 belongs to N(B), which has all dimensions of
+L2(Y) but r.
 
-On the span of all phi_k and psi_l, with K = [[I, T], [T^T, I]] their Gram matrix and P its root, P^T P = K, P = [P_Phi, P_Psi],
+On the span of all phi_k and psi_l, with K = [[I, T], [T^T, I]] their Gram matrix and P its root, P^T P = K, P = [P_Phi,
+P_Psi],
 
     B = P_Phi D P_Psi^T,        B_s = (B + B^T) / 2,
 
-matrices of size 2r at most in an orthonormal basis; on the rest both are 0. (B f, f) >= 0 for all f is a statement about
-that matrix. The paper has D T there, which is B on f in the span of the psi_l alone: that D T >= 0 is not enough, since
-B_s >= 0 forces N(B) = N(B^T), thus R(B) = R(B^T), and T to be orthogonal.
+matrices of size 2r at most in an orthonormal basis; on the rest both are 0. (B f, f) >= 0 for all f is a statement
+about that matrix. The paper has D T there, which is B on f in the span of the psi_l alone: that D T >= 0 is not enough,
+since B_s >= 0 forces N(B) = N(B^T), thus R(B) = R(B^T), and T to be orthogonal.
 
 Nor is phi_l = psi_l for a symmetric B, unless B >= 0: for a negative eigenvalue they differ in sign, and T has a -1.
 """
@@ -95,12 +97,12 @@ class SingularSystem:
 
     @cached_property
     def gram_minimum(self) -> float:
-        """Smallest singular value of T: the cosine of the largest angle between R(B) and R(B^T); T is invertible if > 0."""
+        """Smallest singular value of T, the cosine of the largest angle between R(B) and R(B^T)."""
         return float(np.linalg.svd(self.gram, compute_uv=False).min(initial=1.0))
 
     @cached_property
     def product_minimum(self) -> float:
-        """Smallest eigenvalue of the symmetric part of D T: positive if D T is positive definite, (b) of Theorem 3.4."""
+        """Smallest eigenvalue of the symmetric part of D T: (b) of Theorem 3.4 asks that it is positive."""
         DT = self.values[:, None] * self.gram
         return float(np.linalg.eigvalsh((DT + DT.T) / 2).min(initial=np.inf))
 
@@ -126,6 +128,10 @@ class SingularSystem:
     def right_values(self, c: np.ndarray) -> np.ndarray:
         """`sum_l c_l psi_l` at the owned nodes."""
         return self.kernel.psi.values @ (self.right @ c)
+
+    def null_part(self, f: np.ndarray) -> np.ndarray:
+        """The part of f in N(B), `f - sum_l (psi_l, f) psi_l`, shape (nodes, samples). Collective."""
+        return f - self.right_values(self.right_coefficients(f))
 
     def apply(self, f: np.ndarray) -> np.ndarray:
         """`B f` at the owned nodes. Collective."""

@@ -9,19 +9,19 @@ the coordinates u_l = (phi_l, u) of (3.5b)
 
     sigma'(0) min Re eig(D T),
 
-for which the smallest eigenvalue of the symmetric part of D T, times sigma'(0), is no more than a lower bound. In the order
-in which things decide:
+for which the smallest eigenvalue of the symmetric part of D T, times sigma'(0), is no more than a lower bound. In the
+order in which things decide:
 
-    min Re eig(D T) > 0      u -> 0 exponentially, f -> a point of f_inf + N(B): asymptotically stable. It is so under the
-                             hypotheses of Theorem 3.4, T invertible and D T positive definite, but not only there.
+    min Re eig(D T) > 0      u -> 0 exponentially, f -> a point of f_inf + N(B): asymptotically stable. So it is under
+                             the hypotheses of Theorem 3.4, T invertible and D T positive definite, and not only there.
     min Re eig(D T) < 0      unstable.
-    B_s >= 0                 L(u) = int Sigma(u) dy falls, as dL/dt = -(B_s sigma(u), sigma(u)): stable; if B_s > 0 on R(B)
-                             asymptotically so, also where sigma has no slope at 0, or none that is positive.
+    B_s >= 0                 L(u) = int Sigma(u) dy falls, as dL/dt = -(B_s sigma(u), sigma(u)): stable; if B_s > 0 on
+                             R(B) asymptotically so, also where sigma has no slope at 0, or none that is positive.
     else                     not decided.
 
-The paper says that L falls where D T is positive definite. Stability stands, by the linearisation; but L may rise, unless
-B_s >= 0. If T is invertible, u = 0 is the only equilibrium near 0; if not, the linearisation does not say: with T = 0 and
-sigma = tanh it may be isolated, with sigma(s) = s it is not.
+The paper says that L falls where D T is positive definite. Stability stands, by the linearisation; but L may rise,
+unless B_s >= 0. If T is invertible, u = 0 is the only equilibrium near 0; if not, the linearisation does not say: with
+T = 0 and sigma = tanh it may be isolated, with sigma(s) = s it is not.
 
 What is said of a finite rank does not carry over to infinite rank without change: the rate is at most sigma'(0) mu_r.
 """
@@ -77,7 +77,7 @@ class Stability:
 
     @property
     def rate(self) -> float:
-        """sigma'(0) min Re eig(D T): u decays as exp(-rate t), or grows if negative; NaN without a slope, inf if B = 0."""
+        """sigma'(0) min Re eig(D T): u decays as exp(-rate t), or grows if it is negative; NaN without a slope."""
         return float(self.slope * self.system.eigenvalues.real.min(initial=np.inf))
 
     @property
@@ -106,7 +106,7 @@ class Stability:
 
     @property
     def isolated(self) -> bool | None:
-        """Whether u = 0 is the only equilibrium near 0 in R(B): True if T is invertible, None if that does not decide."""
+        """Whether u = 0 is the only equilibrium near 0 in R(B): True if T is invertible, None if that is open."""
         return True if self.gram_is_invertible and self.slope > 0 else None
 
     def __str__(self) -> str:
@@ -125,7 +125,8 @@ class Stability:
             "u = 0 is isolated": "yes" if self.isolated else "not decided",
         }
         wide = max(map(len, rows)) + 2
-        return "\n".join([f"{self.verdict}: {self.reason}", *(f"  {name:{wide}}{value}" for name, value in rows.items())])
+        lines = (f"  {name:{wide}}{value}" for name, value in rows.items())
+        return "\n".join([f"{self.verdict}: {self.reason}", *lines])
 
 
 def stability_verdict(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-10) -> Stability:
@@ -169,20 +170,23 @@ def stability_verdict(net: ResidualNetwork, at: float | None = None, tolerance: 
     if not steady.exist:
         return result("not decided", f"there is no steady state: {steady.reason}")
     if steady.zeros[0] != steady.zeros[1]:
-        return result("not decided", f"{problem.activation.name} vanishes on an interval, so that u = 0 is not isolated")
+        name = problem.activation.name
+        return result("not decided", f"{name} vanishes on an interval, so that u = 0 is not isolated")
     if not system.rank:
         return result("stable", "B = 0, so that every f is a steady state")
     zero = tolerance * system.values[0]
     least, symmetric = system.eigenvalues.real.min(), system.symmetric_minimum
+    numbers = f"min Re eig(D T) = {least:.3g}, sigma' = {slope:.3g}"
     if slope * least > zero:
-        return result("asymptotically stable", f"min Re eig(D T) = {least:.3g} > 0, sigma' = {slope:.3g}: exponentially")
+        return result("asymptotically stable", f"{numbers}: exponentially, their product being positive")
     if slope * least < -zero:
-        return result("unstable", f"min Re eig(D T) = {least:.3g} < 0, sigma' = {slope:.3g}: perturbations grow")
+        return result("unstable", f"{numbers}: perturbations grow, their product being negative")
     why = "sigma has no positive slope there" if not slope > 0 else f"min Re eig(D T) = {least:.1g} is zero"
     if symmetric < -zero or not _climbs(steady):
         return result("not decided", f"{why}, and inf (B v, v) = {symmetric:.3g}, so that int Sigma(u) may rise")
-    if system.symmetric_eigenvalues[0] > zero:
-        return result("asymptotically stable", f"{why}, but (B v, v) >= {system.symmetric_eigenvalues[0]:.3g} |v|^2 on R(B)")
+    on_range = system.symmetric_eigenvalues[0]
+    if on_range > zero:
+        return result("asymptotically stable", f"{why}, but (B v, v) >= {on_range:.3g} |v|^2 on R(B)")
     return result("stable", f"{why}, but B_s >= 0, so that int Sigma(u) falls or stays")
 
 
@@ -254,12 +258,12 @@ def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float |
 
     Raises
     ------
-    ValueError
-        If sigma has no slope where it vanishes, or B has no basis of eigenfunctions: T is singular, or eigenvectors of D T
-        are dependent (of a condition above 1e8).
+    TypeError, ValueError
+        If `perturbation` does not fit; if sigma has no slope where it vanishes, or B has no basis of eigenfunctions: T
+        is singular, or eigenvectors of D T are dependent (of a condition above 1e8).
     """
     problem = autonomous_problem(net, at)
-    Y, system = problem.Y, problem.system
+    system = problem.system
     slope = _slope(find_steady_states(net, at))
     if not np.isfinite(slope):
         raise ValueError(f"net: {problem.activation.name} has no slope where it vanishes, so there is no linearisation")
@@ -267,12 +271,13 @@ def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float |
     onto = system.gram.T @ vectors
     if system.rank and not (np.linalg.cond(onto) < _WORST_BASIS and np.linalg.cond(vectors) < _WORST_BASIS):
         raise ValueError(
-            f"net: B has no basis of eigenfunctions to compute with; smallest singular value of T {system.gram_minimum:.1e}"
+            f"net: B has no basis of eigenfunctions to compute with; smallest singular value of T "
+            f"{system.gram_minimum:.1e}"
         )
-    values = Y.values(perturbation)
+    values = problem.read(perturbation, "perturbation")
     # (psi, w) = T^T X c for the part of w in R(B), sum_l c_l v_l; the rest has (psi, w_0) = 0.
     c = np.linalg.solve(onto, system.right_coefficients(values).astype(complex))
-    at_rest = Y.batch(values - system.left_values((vectors @ c).real))
+    at_rest = problem.Y.batch(values - system.left_values((vectors @ c).real))
     return EigenExpansion(problem, slope, omega, vectors, c, at_rest)
 
 
@@ -315,9 +320,9 @@ class Decay:
 def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
     """Run an autonomous network, and fit the exponential rate at which u decays in the end. Collective.
 
-    The fit takes the second half of the time up to which u is above round-off. Its rate is that of Theorem 3.4 if by then u
-    is small, so that sigma is linear there, and the fastest of what is left has gone; and if the steps are short: a method's
-    own rate is that of its stability function.
+    The fit takes the second half of the time up to which u is above round-off. Its rate is that of Theorem 3.4 if by
+    then u is small, so that sigma is linear there, and the fastest of what is left has gone; and if the steps are
+    short: a method's own rate is that of its stability function.
 
     Parameters
     ----------
@@ -337,9 +342,8 @@ def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
     if not np.linalg.cond(vectors) < _WORST_BASIS:
         vectors = np.eye(system.rank)
     bias = system.left_coefficients(problem.bias[:, None])
-    coordinates = (
-        bias - system.values[:, None] * system.right_coefficients(net.Y.values(state)) for state in net.run(initial).states()
-    )
+    states = net.run(initial).states()
+    coordinates = (bias - system.values[:, None] * system.right_coefficients(net.Y.values(f)) for f in states)
     sizes = np.array([np.linalg.norm(np.linalg.solve(vectors, u), axis=0) for u in coordinates])
     times = net.times
     # Below this u = a - B f is what round-off leaves of a and B f.

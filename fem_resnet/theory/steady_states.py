@@ -7,8 +7,8 @@ non-decreasing sigma:
     relu                                       s <= 0        B f >= a, a convex set
     sigmoid, softplus                          nowhere       no steady state
 
-Where a - B f keeps out of that interval whatever f is, its least distance from it says by how much. Everything happens in the
-r numbers (psi_l, f): the rest of f, in N(B), is free.
+Where a - B f keeps out of that interval whatever f is, its least distance from it says by how much. Everything happens
+in the r numbers (psi_l, f): the rest of f, in N(B), is free.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class SteadyStates:
     reason : str
         Why, with the numbers.
     residual : float
-        The least distance of a - B f from the functions with values in [low, high], in L2(Y), over max(|a|, |Y|^(1/2) |low|
-        or |high|); infinite if sigma vanishes nowhere.
+        The least distance of a - B f from the functions with values in [low, high], in L2(Y), over max(|a|, |Y|^(1/2)
+        |low| or |high|); infinite if sigma vanishes nowhere.
     tolerance : float
         Up to which residual steady states exist, and f is one.
     """
@@ -118,14 +118,15 @@ class SteadyStates:
 
     @property
     def null_space_dimension(self) -> int:
-        """Dimension of N(B): f_inf + N(B) are all of them where sigma vanishes at one point; they are unique if it is 0."""
+        """Dimension of N(B): where sigma vanishes at one point, steady states are f_inf + N(B)."""
         return self.problem.Y.size - self.problem.system.rank
 
     def residuals(self, f: fd.Function) -> np.ndarray:
         """What `residual` is, for these f instead of the best: shape (samples,). Collective."""
+        values = self.problem.read(f, "f")
         if self.zeros is None:
-            return np.full(f.function_space().value_size, np.inf)
-        u = self.problem.argument(self.problem.Y.values(f))
+            return np.full(values.shape[1], np.inf)
+        u = self.problem.argument(values)
         return self.problem.norms(_excess(u, self.zeros)) / _scale(self.problem, self.zeros)
 
     def contain(self, f: fd.Function) -> np.ndarray:
@@ -135,8 +136,8 @@ class SteadyStates:
     def nearest(self, f: fd.Function) -> fd.Function:
         """The steady states nearest to these f in L2(Y), a new Function. Collective.
 
-        f changes in R(B^T) alone: what is in N(B) is free. Where sigma vanishes at one point this is f_inf plus the part of f
-        in N(B).
+        f changes in R(B^T) alone: what is in N(B) is free. Where sigma vanishes at one point this is f_inf plus the
+        part of f in N(B).
 
         Raises
         ------
@@ -147,7 +148,7 @@ class SteadyStates:
         """
         if not self.exist:
             raise ValueError(f"nearest: there is no steady state, {self.reason}")
-        problem, values = self.problem, self.problem.Y.values(f)
+        problem, values = self.problem, self.problem.read(f, "f")
         c = problem.system.right_coefficients(values)
         moved = np.column_stack([_nearest(problem, self.zeros, c[:, s], self.tolerance) for s in range(c.shape[1])])
         return problem.Y.batch(values + problem.system.right_values(moved - c))
@@ -195,16 +196,16 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     if zeros is None:
         reason = f"{problem.activation.name} vanishes nowhere"
         return SteadyStates(problem, None, False, reason, np.inf, tolerance)
-    c = _closest(problem, zeros, np.zeros(problem.system.rank))
+    c = _closest(problem, zeros)
     outside = problem.norms(_excess(_argument(problem, c), zeros))[0]
     residual = float(outside / _scale(problem, zeros))
     exist = residual <= tolerance
-    one = zeros[0] == zeros[1]
-    what = "a is" if one and zeros[0] == 0 else f"a - {zeros[0]:g} is" if one else "a function of a - R(B) has all its values"
-    where = "R(B)" if one else f"[{zeros[0]:g}, {zeros[1]:g}]"
-    if not one and not exist:
-        what = "no " + what.removeprefix("a ")
-    reason = f"{what}{' not' if one and not exist else ''} in {where}: {residual:.3g} of |a| is outside, tolerance {tolerance:g}"
+    numbers = f"{residual:.3g} of |a| is outside, tolerance {tolerance:g}"
+    if zeros[0] == zeros[1]:
+        what = "a" if zeros[0] == 0 else f"a - {zeros[0]:g}"
+        reason = f"{what} is{'' if exist else ' not'} in R(B): {numbers}"
+    else:
+        reason = f"{'some' if exist else 'no'} a - B f has all its values in [{zeros[0]:g}, {zeros[1]:g}]: {numbers}"
     return SteadyStates(problem, zeros, exist, reason, residual, tolerance)
 
 
@@ -224,36 +225,39 @@ def _argument(problem: AutonomousProblem, c: np.ndarray) -> np.ndarray:
     return problem.bias[:, None] - system.left_values((system.values * c)[:, None])
 
 
-def _closest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarray) -> np.ndarray:
+def _closest(problem: AutonomousProblem, zeros: tuple[float, float]) -> np.ndarray:
     """(psi_l, f) of an f for which |excess of a - B f| is least: at once for one point, else by Newton's method.
 
-    The square of that norm is convex and piecewise quadratic in c.
+    The square of that norm is convex and piecewise quadratic in B f, by whose coordinates x = D c it is minimised: that
+    small singular values do not spoil.
     """
-    system = problem.system
-    D = system.values
+    system, phi = problem.system, problem.kernel.phi
+    x = system.left_coefficients(problem.bias[:, None] - min(zeros, key=abs))[:, 0]
     if zeros[0] == zeros[1]:
-        return system.left_coefficients(problem.bias[:, None] - zeros[0])[:, 0] / D
+        return x / system.values
 
-    def parts(c):
-        excess = _excess(_argument(problem, c), zeros)
+    def parts(x):
+        excess = _excess(problem.bias[:, None] - system.left_values(x[:, None]), zeros)
         return problem.norms(excess)[0] ** 2 / 2, excess
 
-    value, excess = parts(c)
+    x = min(x, np.zeros_like(x), key=lambda x: parts(x)[0])
+    value, excess = parts(x)
     for _ in range(_NEWTON_STEPS):
-        slope = -D * system.left_coefficients(excess)[:, 0]
-        step = -np.linalg.lstsq(_product(problem, (excess[:, 0] != 0).astype(float)), slope, rcond=1e-14)[0]
+        slope = -system.left_coefficients(excess)[:, 0]
+        H = system.left.T @ weighted_gram(phi, (excess[:, 0] != 0).astype(float), phi) @ system.left
+        step = -np.linalg.lstsq(H, slope, rcond=1e-14)[0]
         length = 1.0
         while length > 1e-8:
-            new, new_excess = parts(c + length * step)
+            new, new_excess = parts(x + length * step)
             if new <= value + 1e-4 * length * (slope @ step):
                 break
             length /= 2
         else:
-            return c
-        c, excess, fallen, value = c + length * step, new_excess, value - new, new
-        if fallen <= 1e-15 * value or np.linalg.norm(length * step) <= 1e-13 * (1 + np.linalg.norm(c)):
-            return c
-    return c
+            break
+        x, excess, fallen, value = x + length * step, new_excess, value - new, new
+        if fallen <= 1e-15 * value:
+            break
+    return x / system.values
 
 
 def _product(problem: AutonomousProblem, weights: np.ndarray) -> np.ndarray:
@@ -292,9 +296,9 @@ class _NearestOfInterval:
         return float(self._problem.Y.sum((x @ self._problem.Y.weights).sum()))
 
     def _longest(self, *pairs: tuple[np.ndarray, np.ndarray]) -> list[float]:
-        """The longest steps up to 1 with which values stay positive."""
+        """The longest steps with which values do not become negative."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            own = np.array([np.where(x < 0, -value / x, np.inf).min(initial=1.0) for value, x in pairs])
+            own = np.array([np.where(x < 0, -value / x, np.inf).min(initial=np.inf) for value, x in pairs])
         self._problem.Y.comm.Allreduce(MPI.IN_PLACE, own, op=MPI.MIN)
         return own.tolist()
 
@@ -305,7 +309,8 @@ class _NearestOfInterval:
             primal = self._slack(self.c) - self._s
             dual = self.c - self._start - self._transposed(self._z)
             outside = np.sqrt(self._sum(primal**2))
-            if gap <= 1e-15 * self._size**2 and outside <= 1e-12 * self._scale and np.linalg.norm(dual) <= 1e-9 * self._size:
+            feasible = outside <= 1e-12 * self._scale and np.linalg.norm(dual) <= 1e-9 * self._size
+            if feasible and gap <= 1e-15 * self._size**2:
                 return True
             if not self._step(gap, primal, dual):
                 break
@@ -329,11 +334,11 @@ class _NearestOfInterval:
             return dc, ds, (-complementarity - z * ds) / s
 
         _, ds, dz = direction(s * z)
-        forth, back = self._longest((s, ds), (z, dz))
+        forth, back = np.minimum(self._longest((s, ds), (z, dz)), 1.0)
         measure = self._problem.Y.measure * len(self._signs)
         centre = (self._sum((s + forth * ds) * (z + back * dz)) / gap) ** 3 * gap / measure
         dc, ds, dz = direction(s * z + ds * dz - centre)
-        forth, back = (0.995 * length if length < 1 else 1.0 for length in self._longest((s, ds), (z, dz)))
+        forth, back = (min(1.0, 0.995 * length) for length in self._longest((s, ds), (z, dz)))
         self.c, self._s, self._z = self.c + forth * dc, s + forth * ds, z + back * dz
         return max(forth, back) > 1e-10
 
@@ -342,12 +347,12 @@ def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarr
     """(psi_l, f) of the steady state nearest to an f that has c."""
     inside = problem.norms(_excess(_argument(problem, c), zeros))[0] == 0
     if inside or zeros[0] == zeros[1] or not c.size:
-        return c if inside else _closest(problem, zeros, c)
+        return c if inside else _closest(problem, zeros)
     solver = _NearestOfInterval(problem, zeros, c)
     if solver.solve():
         return solver.c
     outside = problem.norms(_excess(_argument(problem, solver.c), zeros))[0] / _scale(problem, zeros)
     raise RuntimeError(
-        f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; {outside:.1e} of a - B f is still "
-        f"outside of [{zeros[0]:g}, {zeros[1]:g}]; it may be that steady states leave no room there"
+        f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; {outside:.1e} of a - B f is "
+        f"still outside of [{zeros[0]:g}, {zeros[1]:g}]; it may be that steady states leave no room there"
     )

@@ -27,8 +27,11 @@ from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 
 __all__ = [
-    "LayerNorms", "StabilityEstimate", "WellPosedness", "lipschitz_constant", "stability_estimate", "well_posedness_constants",
+    "LayerNorms", "StabilityEstimate", "WellPosedness", "integrated_norms", "lipschitz_constant", "stability_estimate",
+    "well_posedness_constants",
 ]  # fmt: skip
+
+_TRAPEZOIDS = 16
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,38 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     ([0.0, 5.0, 10.0], [0.0, 4.0, 8.0])
     """
     lipschitz = lipschitz_constant(net)
-    layers = [LayerNorms(net.Y, layer) for layer in net.layer_inputs()]
-
-    def cumulative(norm: str) -> np.ndarray:
-        return lipschitz * np.concatenate([[0.0], np.cumsum([layer.integral(norm) for layer in layers])])
-
     drift = float(abs(net.activation(0.0)) * net.Y.measure**0.5)
-    return WellPosedness(net.times, lipschitz, drift, *map(cumulative, ("bias", "hs", "operator")))
+    integrals = (lipschitz * integrated_norms(net, norm) for norm in ("bias", "hs", "operator"))
+    return WellPosedness(net.times, lipschitz, drift, *integrals)
+
+
+def integrated_norms(net: ResidualNetwork, norm: str) -> np.ndarray:
+    """int_0^t_l |b| ds in a norm of `LowRankKernel.norm`, or int |a| ds in L2(Y), at the layer times. Collective.
+
+    Parameters
+    ----------
+    net
+        The network, at its present coefficients.
+    norm
+        "hs", "operator" or "linf" of b, the last by an upper bound in layers where b varies; or "bias".
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (L + 1,), the first 0.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
+    >>> net = ResidualNetwork(phi, layers=2, final_time=2.0, kernel_in_time="linear")
+    >>> net.kernel.set(1, np.eye(4))
+    >>> integrated_norms(net, "hs").round(9).tolist(), integrated_norms(net, "operator").round(9).tolist()
+    ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0])
+    """
+    layers = [LayerNorms(net.Y, layer).integral(norm) for layer in net.layer_inputs()]
+    return np.concatenate([[0.0], np.cumsum(layers)])
 
 
 def lipschitz_constant(net: ResidualNetwork) -> float:
@@ -112,9 +140,9 @@ def lipschitz_constant(net: ResidualNetwork) -> float:
 
 
 class LayerNorms:
-    """Norms of a layer's bias, "bias", and kernel, "hs" and "operator", integrated over parts of its time.
+    """Norms of a layer's bias, "bias", and kernel, "hs", "operator" or "linf", integrated over parts of its time.
 
-    Collective when it is made: all that sees the nodes is done then.
+    Collective when it is made, and for "linf"; what else sees the nodes is done when it is made.
 
     Parameters
     ----------
@@ -134,7 +162,7 @@ class LayerNorms:
         return float(np.sqrt(max(v @ self._gram @ v, 0.0)))
 
     def integral(self, norm: str, start: float = 0.0, end: float = 1.0) -> float:
-        """int norm dt between two fractions of the layer."""
+        """int norm dt between two fractions of the layer; for "linf", where b varies, an upper bound by trapezoids."""
         layer = self._layer
         if norm == "bias":
             constant, value = layer.bias.is_constant, self._bias
@@ -142,6 +170,10 @@ class LayerNorms:
             constant, value = layer.beta.is_constant, lambda s: layer.factors.norm(layer.beta.coefficients(s), norm)
         if constant:
             return layer.length * (end - start) * value(start)
+        if norm == "linf":
+            # Dear, and full of kinks, but convex along a line.
+            points = np.linspace(start, end, _TRAPEZOIDS + 1)
+            return layer.length * float(np.trapezoid([value(s) for s in points], points))
         return layer.length * scipy.integrate.quad(value, start, end, epsabs=0, epsrel=1e-9)[0]
 
 
@@ -194,7 +226,8 @@ def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Func
     """
     Y = net.Y
     if first.function_space() != second.function_space():
-        raise ValueError(f"second: a Function of {first.function_space()} is wanted, {second.function_space()} was given")
+        spaces = first.function_space(), second.function_space()
+        raise ValueError(f"second: a Function of {spaces[0]} is wanted, {spaces[1]} was given")
     pairs = zip(net.run(first).states(), net.run(second).states())
     apart = [np.sqrt(Y.sum(Y.weights @ (Y.values(f) - Y.values(g)) ** 2)) for f, g in pairs]
     return StabilityEstimate(well_posedness_constants(net), np.array(apart))
