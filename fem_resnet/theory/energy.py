@@ -8,7 +8,7 @@ With u = a - B f, so that u_t = -B sigma(u), and Sigma the primitive of sigma, t
 Theorem 3.2 takes from the first, where B_s >= 0,
 
     (i)    int Sigma(u(t)) dy <= int Sigma(u_I) dy,
-    (ii)   int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I) dy                     if s sigma(s) >= 0, (3.4), so Sigma >= 0,
+    (ii)   int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I) dy           if s sigma(s) >= 0, (3.4), so Sigma >= 0,
 
 and from the second, where B = B^T >= 0, s sigma(s) >= 0 and a is in R(B^(1/2)), with alpha = |B^(-1/2) a| and F_I the
 functional at f_I, which is at least -alpha^2 / 2,
@@ -16,7 +16,8 @@ functional at f_I, which is at least -alpha^2 / 2,
     (iii)  |B^(1/2) f(t)| + |(a, f(t))| <= (1 + alpha) (alpha + (alpha^2 + 2 F_I)^(1/2)),
     (iv)   int_0^t (sigma(u), u) ds <= F_I + alpha^2 / 2.
 
-Before it, also where B_s >= 0 and (3.4) holds, two bounds of B f: if |sigma| grows linearly, Sigma(s) >= C_3 s^2 for |s| >= C_4,
+Before it, also where B_s >= 0 and (3.4) holds, two bounds of B f: if |sigma| grows linearly, so that
+Sigma(s) >= C_3 s^2 for |s| >= C_4,
 
     int |B f|^2 dy <= 2 int a^2 dy + 2 (C_4^2 |Y| + int Sigma(u_I) dy / C_3),
 
@@ -186,10 +187,10 @@ class EnergyStatement:
 class EnergyMonitor:
     """The energies of 3.2 after each step of a solution.
 
-    A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in time
-    by the method's own stages. Or of a run of any method (`watch`), measured at the layer times, with time integrals by the
-    rules that make the energy identities exact for the discrete gradient and for the implicit midpoint rule at one step
-    a layer: (B_s d, d) / tau and ((u_0 + u_1) / 2, d) for d = f_1 - f_0. Memory: numbers a step, and no fields but one.
+    A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in
+    time by the method's own stages. Or of a run of any method (`watch`), measured at the layer times, with time
+    integrals by the rules that make the energy identities exact for the discrete gradient and for the implicit midpoint
+    rule at one step a layer: (B_s d, d) / tau and ((u_0 + u_1) / 2, d) for d = f_1 - f_0. Numbers are kept, no fields.
 
     Parameters
     ----------
@@ -304,14 +305,14 @@ class EnergyMonitor:
             If nothing was measured, or there is no such name.
         """
         if not self._rows or name not in self._rows[0]:
-            names = ", ".join(self._rows[0]) if self._rows else "nothing yet: let follow_trajectory call it, or watch a run"
-            raise ValueError(f"name: {name!r} was given, there is {names}")
+            nothing = "nothing yet: let follow_trajectory call it, or watch a run"
+            raise ValueError(f"name: {name!r} was given, there is {', '.join(self._rows[0]) if self._rows else nothing}")
         return np.array([row[name] for row in self._rows])
 
     # -- what 3.2 says ------------------------------------------------------------------------------------------------
 
     def statements(self) -> list[EnergyStatement]:
-        """What 3.2 says of the solution up to the last time: Theorem 3.2, what it is taken from, and the bounds before it.
+        """What 3.2 says of the solution up to the last time: Theorem 3.2, what it comes from, the bounds before it.
 
         Raises
         ------
@@ -324,7 +325,8 @@ class EnergyMonitor:
         return "\n".join(map(str, self.statements()))
 
     def _statement(self, name, says, conditions, observed, bound, slack) -> EnergyStatement:
-        unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in conditions if not self.conditions[what].holds)
+        failing = [what for what in conditions if not self.conditions[what].holds]
+        unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in failing)
         holds = None if bound is None else bool((observed <= bound + slack).all())
         return EnergyStatement(name, says, unmet, observed, bound, holds)
 
@@ -333,8 +335,9 @@ class EnergyMonitor:
         slack = _ROUND_OFF * np.abs(E).max(axis=0)
         falls = [AUTONOMOUS, NON_NEGATIVE]
         yield self._statement(
-            "int Sigma(u) falls", "its largest rise over a step is 0", falls, _largest_rise(E), np.zeros_like(E[0]), slack
-        )
+            "int Sigma(u) falls", "its largest rise over a step is 0", falls,
+            _largest_rise(E), np.zeros_like(E[0]), slack,
+        )  # fmt: skip
         yield self._statement("(i)", "int Sigma(u(t)) <= int Sigma(u_I)", falls, E.max(axis=0), E[0], slack)
         defect = np.abs(E + dissipated - E[0]).max(axis=0)
         yield self._statement(
@@ -382,8 +385,8 @@ class EnergyMonitor:
             least = 2 * second + 2 * np.min(C_4**2 * measure + E[:, None] / C_3, axis=1)
         observed = self.values("Bf_2").max(axis=0)
         yield self._statement(
-            "int |B f|^2", "<= 2 int a^2 + 2 (C_4^2 |Y| + int Sigma(u_I) / C_3)", [*conditions, LINEAR], observed, least,
-            _ROUND_OFF * observed,
+            "int |B f|^2", "<= 2 int a^2 + 2 (C_4^2 |Y| + int Sigma(u_I) / C_3)", [*conditions, LINEAR],
+            observed, least, _ROUND_OFF * observed,
         )  # fmt: skip
         least = None
         if self.conditions[BELOW].holds:
@@ -392,8 +395,8 @@ class EnergyMonitor:
             least = first + np.min(C_2 * measure + E[:, None] / C_1, axis=1)
         observed = self.values("Bf_1").max(axis=0)
         yield self._statement(
-            "int |B f|", "<= int |a| + C_2 |Y| + int Sigma(u_I) / C_1", [*conditions, BELOW], observed, least,
-            _ROUND_OFF * observed,
+            "int |B f|", "<= int |a| + C_2 |Y| + int Sigma(u_I) / C_1", [*conditions, BELOW],
+            observed, least, _ROUND_OFF * observed,
         )  # fmt: skip
 
 
