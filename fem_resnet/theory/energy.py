@@ -39,107 +39,17 @@ from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
-from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
+from fem_resnet.theory.assumptions import (
+    AUTONOMOUS, BELOW, IN_RANGE, LINEAR, NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions, problem_at_start,
+)  # fmt: skip
 from fem_resnet.trajectory import LayerTrajectory, present_inputs
 
-__all__ = ["EnergyCondition", "EnergyMonitor", "EnergyStatement", "energy_conditions"]
+__all__ = ["EnergyMonitor", "EnergyStatement"]
 
-#: Round-off in what is computed from matrices of the rank, and in sums over nodes, relative to their size.
+#: Round-off in sums over nodes, relative to their size.
 _ROUND_OFF = 1e-12
-#: A part of a outside of R(B) below this is round-off of the projection.
-_OUTSIDE = 1e-10
 #: |s| at which activations are looked at; neighbours differ by less than 1 %.
 _SIZES = np.geomspace(1e-6, 1e4, 4001)
-
-AUTONOMOUS, NON_NEGATIVE, SYMMETRIC, SIGN, IN_RANGE, LINEAR, BELOW = (
-    "a and B do not depend on t", "B_s >= 0", "B = B^T", "s sigma(s) >= 0", "a in R(B^(1/2))",
-    "|sigma(s)| >= C |s| for large |s|", "|sigma(s)| >= C > 0 for large |s|",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EnergyCondition:
-    """A condition of a statement of 3.2, for one network.
-
-    Attributes
-    ----------
-    holds : bool
-    reason : str
-        What was found, with the numbers.
-    """
-
-    holds: bool
-    reason: str
-
-
-def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
-    """What the statements of 3.2 suppose of a network, and whether it holds. Collective.
-
-    Spectra are those of matrices of twice the rank at most. Where a or B depends on t, they are those at t = 0.
-
-    Parameters
-    ----------
-    net
-        The network, at its present coefficients.
-
-    Returns
-    -------
-    dict of str to EnergyCondition
-        By what is supposed: "B_s >= 0", "B = B^T", "a in R(B^(1/2))", and so on.
-
-    Examples
-    --------
-    >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
-    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", activation="relu")
-    >>> net.kernel.set(0, np.diag([1.0, 1.0, -2.0]))
-    >>> conditions = energy_conditions(net)
-    >>> conditions["B = B^T"].holds, conditions["B_s >= 0"].reason
-    (True, 'the smallest eigenvalue of B_s is -2')
-    """
-    problem, autonomous = _frozen(net)
-    return {AUTONOMOUS: autonomous} | _of_operator(problem) | _of_activation(net.activation)
-
-
-def _frozen(net: ResidualNetwork) -> tuple[AutonomousProblem, EnergyCondition]:
-    try:
-        return autonomous_problem(net), EnergyCondition(True, "the network has one bias and one kernel")
-    except ValueError as error:
-        return autonomous_problem(net, at=0.0), EnergyCondition(False, str(error).partition("; ")[0])
-
-
-def _of_operator(problem: AutonomousProblem) -> dict[str, EnergyCondition]:
-    B = problem.system
-    size = B.values.max(initial=0.0)
-    smallest = float(B.symmetric_eigenvalues.min(initial=0.0))
-    non_negative = smallest >= -_ROUND_OFF * size
-    conditions = {
-        NON_NEGATIVE: EnergyCondition(non_negative, f"the smallest eigenvalue of B_s is {smallest:.3g}"),
-        SYMMETRIC: EnergyCondition(B.is_symmetric, f"B is {'' if B.is_symmetric else 'not '}its own transpose"),
-    }
-    a = problem.bias[:, None]
-    outside, whole = (float(problem.norms(part)[0]) for part in (a - B.left_values(B.left_coefficients(a)), a))
-    if not (B.is_symmetric and non_negative):
-        conditions[IN_RANGE] = EnergyCondition(False, "B has no root B^(1/2): it is not symmetric and non-negative")
-    else:
-        text = f"the part of a outside of R(B) has the norm {outside:.3g}, a has {whole:.3g}"
-        conditions[IN_RANGE] = EnergyCondition(outside <= _OUTSIDE * whole, text)
-    return conditions
-
-
-def _of_activation(sigma: Activation) -> dict[str, EnergyCondition]:
-    name, keeps_sign = sigma.name, sigma.properties.sign_preserving
-    sign = EnergyCondition(keeps_sign, f"{name} {'has' if keeps_sign else 'has not'} the sign of its argument")
-    if not keeps_sign:
-        return {SIGN: sign, LINEAR: sign, BELOW: sign}
-    ends = {end: abs(float(sigma(end))) for end in (-1e4, 1e4)}
-    # Of a power s^p the ratio is 2^p.
-    linear = all(value > 0 and value / abs(float(sigma(end / 2))) > 2**0.99 for end, value in ends.items())
-    says = ", ".join(f"|{name}({end:g})| = {value:.4g}" for end, value in ends.items())
-    below = sigma.properties.non_decreasing and min(ends.values()) > 0
-    why = says if sigma.properties.non_decreasing else f"{name} is not non-decreasing"
-    return {SIGN: sign, LINEAR: EnergyCondition(linear, says), BELOW: EnergyCondition(below, why)}
 
 
 @dataclass(frozen=True)
@@ -219,7 +129,7 @@ class EnergyMonitor:
 
     def __init__(self, net: ResidualNetwork):
         self._net, self._Y, self._sigma = net, net.Y, net.activation
-        self._problem, _ = _frozen(net)
+        self._problem, _ = problem_at_start(net)
         self.conditions = energy_conditions(net)
         self.times: list[float] = []
         self._rows: list[dict[str, np.ndarray]] = []
@@ -305,8 +215,8 @@ class EnergyMonitor:
             If nothing was measured, or there is no such name.
         """
         if not self._rows or name not in self._rows[0]:
-            nothing = "nothing yet: let follow_trajectory call it, or watch a run"
-            raise ValueError(f"name: {name!r} was given, there is {', '.join(self._rows[0]) if self._rows else nothing}")
+            there = ", ".join(self._rows[0]) if self._rows else "nothing yet: let follow_trajectory call it, or watch a run"
+            raise ValueError(f"name: {name!r} was given, there is {there}")
         return np.array([row[name] for row in self._rows])
 
     # -- what 3.2 says ------------------------------------------------------------------------------------------------

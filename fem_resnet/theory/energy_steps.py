@@ -42,8 +42,8 @@ from scipy.optimize import linprog
 from fem_resnet.activation import Properties
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.petsc import rk_tableau
+from fem_resnet.theory.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.autonomous import autonomous_problem
-from fem_resnet.theory.energy import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.singular_values import SingularSystem
 
 __all__ = ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"]
@@ -192,8 +192,8 @@ def convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...])
     """The constant of an explicit Runge-Kutta method by which convex energies fall over a step of a gradient flow.
 
     w_t = -grad G(w), G convex, grad G Lipschitz with the constant K: G(w_1) <= G(w_0) for h K up to this number, for
-    every such G. It is found to three digits, from below; for the usual methods it is as large as the linear G, for which it
-    is the interval of stability, lets it be: 2 for Euler, 2.78 for the classical method.
+    every such G. It is found to three digits, from below; for the usual methods it is as large as the linear G, for
+    which it is the interval of stability, lets it be: 2 for Euler, 2.78 for the classical method.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
-from fem_resnet.theory.energy import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
+from fem_resnet.theory.assumptions import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
 from fem_resnet.trajectory import LayerTrajectory, present_inputs
 
 __all__ = ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth", "supremum"]
