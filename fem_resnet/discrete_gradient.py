@@ -91,12 +91,12 @@ class DiscreteGradientStage(Stage):
     def blocks(self, at: Ends) -> list[np.ndarray]:
         """`Psi^T M diag(tau D_1) Phi` of each sample, shape (samples, rank of psi, rank of phi), on every rank."""
         phi, psi = at.factors.phi, at.factors.psi
-        K = np.zeros((psi.rank * phi.rank, self.samples))
+        K = np.zeros((self.samples, psi.rank, phi.rank))
         for block in self._blocks():
             slope = at.length[0] * self._secant(*self._arguments(block, at, 0), order=1)[2]
-            both = np.einsum("ni,nj->ijn", psi.weighted[block], phi.values[block], optimize=True)
-            K += both.reshape(len(K), -1) @ slope
-        return [np.moveaxis(self.Y.sum(K).reshape(psi.rank, phi.rank, self.samples), 2, 0)]
+            for total, c in zip(K, slope.T):
+                total += (psi.weighted[block] * c[:, None]).T @ phi.values[block]
+        return [self.Y.sum(K)]
 
     def transpose(
         self, at: Ends, dual: Cotangent, with_length: bool = False, with_factors: bool = False

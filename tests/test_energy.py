@@ -186,7 +186,7 @@ def test_what_was_not_measured_is_refused():
     with pytest.raises(ValueError, match="there is nothing yet: let follow_trajectory call it"):
         monitor.statements()
     follow_trajectory(monitor._net, start(monitor._net), monitor)
-    with pytest.raises(ValueError, match="name: 'energy' was given, there is primitive, "):
+    with pytest.raises(ValueError, match="name: 'energy' was given, there is size, primitive, "):
         monitor.values("energy")
 
 
@@ -336,3 +336,9 @@ def test_no_limit_is_given_where_none_is_known_and_the_reason_is_said():
     limit = energy_step_limit(network(-square(), solver_parameters=DISCRETE_GRADIENT))
     assert limit.primitive == 0
     assert limit.why["primitive"] == "the discrete gradient takes any step, but it wants B_s >= 0"
+
+
+def test_a_run_of_another_network_is_refused():
+    net, other = (network(square(seed=seed)) for seed in (0, 1))
+    with pytest.raises(ValueError, match="run: one of ResidualNetwork.* is wanted"):
+        EnergyMonitor(net).watch(other.run(start(other)))

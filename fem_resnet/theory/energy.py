@@ -157,7 +157,14 @@ class EnergyMonitor:
         ----------
         run
             A run of this network.
+
+        Raises
+        ------
+        ValueError
+            If it is another network's.
         """
+        if run.net is not self._net:
+            raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         before = next(states)
         for part, f in zip(present_inputs(self._net), states, strict=True):
@@ -185,9 +192,13 @@ class EnergyMonitor:
         Bf = kernel.apply(beta, f)
         u = a - Bf
         s = self._sigma(u)
-        fields = (self._sigma.primitive(u), u * s, Bf * f, a * f, np.abs(Bf), Bf**2)
-        primitive, power, square, coupling, first, second = self._Y.sum(np.array([self._Y.weights @ v for v in fields]))
+        Sigma = self._sigma.primitive(u)
+        size = np.abs(Sigma) + np.abs(s) * (np.abs(a) + np.abs(Bf))
+        fields = (Sigma, size, u * s, Bf * f, a * f, np.abs(Bf), Bf**2)
+        integrals = self._Y.sum(np.array([self._Y.weights @ values for values in fields]))
+        primitive, size, power, square, coupling, first, second = integrals
         return {
+            "size": size,
             "primitive": primitive,
             "dissipation": np.sum(kernel.phi.project(s) * (beta @ kernel.psi.project(s)), axis=0),
             "potential": square / 2 - coupling,
@@ -207,7 +218,8 @@ class EnergyMonitor:
             "primitive": int Sigma(u). "dissipation": (B_s sigma(u), sigma(u)); "dissipated": its time integral, (ii).
             "potential": (B f, f) / 2 - (a, f), which is 1/2 |B^(1/2) f|^2 - (a, f) where there is a root. "power":
             (sigma(u), u); "spent": its time integral, (iv). "root": |B^(1/2) f|. "coupling": (a, f). "Bf_1", "Bf_2":
-            int |B f| and int |B f|^2.
+            int |B f| and int |B f|^2. "size": int |Sigma(u)| + |sigma(u)| (|a| + |B f|), relative to which int Sigma(u)
+            has round-off.
 
         Raises
         ------
@@ -215,7 +227,8 @@ class EnergyMonitor:
             If nothing was measured, or there is no such name.
         """
         if not self._rows or name not in self._rows[0]:
-            there = ", ".join(self._rows[0]) if self._rows else "nothing yet: let follow_trajectory call it, or watch a run"
+            nothing = "nothing yet: let follow_trajectory call it, or watch a run"
+            there = ", ".join(self._rows[0]) if self._rows else nothing
             raise ValueError(f"name: {name!r} was given, there is {there}")
         return np.array([row[name] for row in self._rows])
 
@@ -242,7 +255,7 @@ class EnergyMonitor:
 
     def _of_primitive(self) -> Iterator[EnergyStatement]:
         E, dissipated = self.values("primitive"), self.values("dissipated")
-        slack = _ROUND_OFF * np.abs(E).max(axis=0)
+        slack = _ROUND_OFF * self.values("size").max(axis=0)
         falls = [AUTONOMOUS, NON_NEGATIVE]
         yield self._statement(
             "int Sigma(u) falls", "its largest rise over a step is 0", falls,

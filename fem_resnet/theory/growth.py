@@ -142,7 +142,14 @@ class GrowthMonitor:
         ----------
         run
             A run of this network.
+
+        Raises
+        ------
+        ValueError
+            If it is another network's.
         """
+        if run.net is not self._net:
+            raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         first = next(states)
         for part, f in zip(present_inputs(self._net), states, strict=True):
