@@ -17,7 +17,7 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.label_space import LabelSpace
 
-__all__ = ["Basis", "cell_indicators", "given_basis"]
+__all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers"]
 
 
 class Basis:
@@ -173,8 +173,7 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     """The indicators of the cells: the basis of full rank, with which a kernel is any matrix between neurons.
 
     Its rank is the number of cells N; coefficients of a kernel are then N x N and stand on every rank. The cells are
-    numbered by their midpoints (last coordinate slowest), so that the numbering does not see the partition; points of
-    `point_space` by their own numbers.
+    numbered as `node_numbers` says.
 
     Raises
     ------
@@ -184,19 +183,33 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     element = Y.V.ufl_element()
     if element.embedded_superdegree != 0:
         raise ValueError(f"Y: cell indicators span DG of degree 0, the space is {element}")
-    number = _numbers_by_midpoint(Y) if Y.numbers is None else Y.numbers
     values = np.zeros((Y.nodes, Y.size))
-    values[np.arange(Y.nodes), number] = 1.0
+    values[np.arange(Y.nodes), node_numbers(Y)] = 1.0
     return Basis(Y, values, "cells")
 
 
-def _numbers_by_midpoint(Y: LabelSpace) -> np.ndarray:
-    midpoints = np.concatenate(Y.comm.allgather(Y.coordinates))
+def node_numbers(Y: LabelSpace) -> np.ndarray:
+    """Numbers from 0 of the owned nodes, shape (nodes,): by coordinates, last one slowest, whatever the partition.
+
+    Nodes of DG of degree 0 are the midpoints of cells. Points of `point_space` have their own numbers. Collective;
+    every rank sees the coordinates of all nodes.
+
+    Raises
+    ------
+    ValueError
+        If two nodes have the same coordinates.
+    """
+    if Y.numbers is not None:
+        return Y.numbers
+    places = np.concatenate(Y.comm.allgather(Y.coordinates))
     # Round-off in a midpoint depends on how the cell's vertices are numbered; it must not decide an order.
-    extent = np.ptp(midpoints, axis=0).max() or 1.0
-    keys = np.round((midpoints - midpoints.min(axis=0)) / extent, 9)
+    extent = np.ptp(places, axis=0).max() or 1.0
+    keys = np.round((places - places.min(axis=0)) / extent, 9)
     order = np.lexsort(keys.T)
     if (keys[order[1:]] == keys[order[:-1]]).all(axis=1).any():
-        raise ValueError("Y: two cells have the same midpoint, so they cannot be numbered the same on every partition")
+        raise ValueError(
+            "Y: two cells have the same midpoint, or nodes the same coordinates, so they cannot be numbered the same "
+            "on every partition"
+        )
     first = Y.comm.exscan(Y.nodes) or 0
     return np.argsort(order)[first : first + Y.nodes]

@@ -56,8 +56,9 @@ class Operator(Protocol):
 
     #: One slot an input.
     inputs: Sequence[Slot]
-    #: The slot of the output, or None where the output is a number.
-    output: Slot | None
+    #: The slot of the output, or None where the output is a number; a tuple of these where there are several outputs. Then
+    #: values, their tangents and dual values are sequences of as many.
+    output: Slot | None | tuple[Slot | None, ...]
     #: Whether `adjoint` may be called without a `forward(save=True)` at the same arrays just before it.
     ready: bool
 
@@ -104,6 +105,7 @@ class OperatorBlock(Block):
         super().__init__()
         self.operator = operator
         self._add_dependencies(functions)
+        self._output_slots = _parts(operator, operator.output)
         self._duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._second_duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._tangent: fd.Function | None = None
@@ -132,24 +134,26 @@ class OperatorBlock(Block):
         dual = self._adjoint_at[0]()
         return dual is not None and self._adjoint_at == _version(dual)
 
+    def prepare_recompute_component(self, inputs, relevant_outputs):
+        return _parts(self.operator, self.solve(inputs))
+
     def recompute_component(self, inputs, block_variable, idx, prepared):
-        value = self.solve(inputs)
-        slot = self.operator.output
+        slot = self._output_slots[idx]
         if slot is None:
-            return AdjFloat(value)
-        output = self._output_function(block_variable.checkpoint)
-        slot.write(output, value)
+            return AdjFloat(prepared[idx])
+        output = self._output_function(slot, block_variable.checkpoint)
+        slot.write(output, prepared[idx])
         return output
 
-    def _output_function(self, checkpoint: object) -> fd.Function:
-        """What takes the output: what the tape has of it, if it has a Function."""
-        return checkpoint if isinstance(checkpoint, fd.Function) else fd.Function(self.operator.output.space)
+    def _output_function(self, slot: Slot, checkpoint: object) -> fd.Function:
+        """What takes an output: what the tape has of it, if it has a Function."""
+        return checkpoint if isinstance(checkpoint, fd.Function) else fd.Function(slot.space)
 
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
         self._refuse_changed(inputs)
-        if self.operator.output is not None:
-            self._adjoint_at = _version(adj_inputs[0])
-        prepared = self._adjoint(inputs, self._read_dual(adj_inputs[0]))
+        if self._output_slots[0] is not None:
+            self._adjoint_at = None if adj_inputs[0] is None else _version(adj_inputs[0])
+        prepared = self._adjoint(inputs, self._read_duals(adj_inputs))
         self._derived = self._solved
         return prepared
 
@@ -163,23 +167,23 @@ class OperatorBlock(Block):
         return tangent(arrays, self._directions(arrays, tlm_inputs))
 
     def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
-        slot = self.operator.output
+        slot, value = self._output_slots[idx], _parts(self.operator, prepared)[idx]
         if slot is None:
-            return AdjFloat(prepared)
+            return AdjFloat(value)
         if self._tangent is None:
             self._tangent = fd.Function(slot.space)
-        slot.write(self._tangent, prepared)
+        slot.write(self._tangent, value)
         return self._tangent
 
     def prepare_evaluate_hessian(self, inputs, hessian_inputs, adj_inputs, relevant_dependencies):
         second_adjoint = self._verb("second_adjoint", "Hessians")
         self._refuse_changed(inputs)
-        dual_dot = self._read_dual(hessian_inputs[0])
-        if self.gauss_newton and self.operator.output is not None:
+        dual_dot = self._read_duals(hessian_inputs)
+        if self.gauss_newton and self._output_slots[0] is not None:
             self._adjoint_at = None  # what the operator keeps is then no longer the adjoint of the functional
             return self._adjoint(inputs, dual_dot)
         # A Hessian sweep reads the adjoint values that an earlier derivative left on the tape.
-        if adj_inputs[0] is None or self._derived != self._solved:
+        if all(dual is None for dual in adj_inputs) or self._derived != self._solved:
             raise RuntimeError(
                 f"{type(self.operator).__name__}: the Hessian wants the derivative at the same point first; call "
                 f"derivative() after each evaluation of the functional and before hessian()"
@@ -188,7 +192,7 @@ class OperatorBlock(Block):
             second_adjoint = getattr(self.operator, "gauss_newton", second_adjoint)
         arrays = _read(self.operator, inputs)
         directions = self._directions(arrays, [dependency.tlm_value for dependency in self.get_dependencies()])
-        return second_adjoint(arrays, directions, self._read_dual(adj_inputs[0]), dual_dot)
+        return second_adjoint(arrays, directions, self._read_duals(adj_inputs), dual_dot)
 
     def evaluate_hessian_component(
         self, inputs, hessian_inputs, adj_inputs, block_variable, idx, relevant_dependencies, prepared=None
@@ -215,8 +219,15 @@ class OperatorBlock(Block):
             self.solve(inputs)
         return self.operator.adjoint(_read(self.operator, inputs), dual)
 
-    def _read_dual(self, dual: fd.Cofunction | float) -> np.ndarray | float:
-        return float(dual) if self.operator.output is None else self.operator.output.read(dual)
+    def _read_duals(self, duals: Sequence[fd.Cofunction | float | None]):
+        """Dual values of the outputs as the operator wants them, 0 for an output on which nothing depends."""
+        arrays = []
+        for variable, slot, dual in zip(self.get_outputs(), self._output_slots, duals):
+            if slot is None:
+                arrays.append(0.0 if dual is None else float(dual))
+            else:
+                arrays.append(np.zeros_like(slot.read(variable.saved_output)) if dual is None else slot.read(dual))
+        return arrays if isinstance(self.operator.output, tuple) else arrays[0]
 
     def _write_dual(self, cofunctions: list[fd.Cofunction | None], idx: int, array: np.ndarray) -> fd.Cofunction:
         slot = self.operator.inputs[idx]
@@ -291,7 +302,7 @@ class ScheduledBlock(OperatorBlock):
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
         self._refuse_changed(inputs)
         try:
-            return self._adjoint(inputs, self._read_dual(adj_inputs[0]))
+            return self._adjoint(inputs, self._read_duals(adj_inputs))
         finally:
             self._release()
 
@@ -316,8 +327,8 @@ class ScheduledBlock(OperatorBlock):
         slot.write(cofunction, array)
         return cofunction
 
-    def _output_function(self, checkpoint):
-        return fd.Function(self.operator.output.space)  # the one that the tape has may be a checkpoint by now
+    def _output_function(self, slot, checkpoint):
+        return fd.Function(slot.space)  # the one that the tape has may be a checkpoint by now
 
     def _leaf_versions(self, inputs: Sequence[fd.Function]) -> list[tuple[weakref.ref, int]]:
         leaves = map(is_leaf, self.get_dependencies())
@@ -383,9 +394,14 @@ def _read(operator: Operator, functions: Sequence[fd.Function]) -> list[np.ndarr
     return [slot.read(function) for slot, function in zip(operator.inputs, functions)]
 
 
+def _parts(operator: Operator, value: object) -> Sequence:
+    """Values of the outputs, one by one."""
+    return value if isinstance(operator.output, tuple) else (value,)
+
+
 def apply(
     operator: Operator, functions: Sequence[fd.Function], into: fd.Function | None = None
-) -> tuple[fd.Function | AdjFloat, OperatorBlock | None]:
+) -> tuple[fd.Function | AdjFloat | list[fd.Function | AdjFloat], OperatorBlock | None]:
     """The operator's output at these Functions, recorded if the tape is annotating.
 
     Parameters
@@ -395,12 +411,12 @@ def apply(
     functions
         Its inputs.
     into
-        The Function that takes the output, which may be an input that is wanted no more; a new one if left out.
+        The Function that takes the (first) output, which may be an input that is wanted no more; a new one if left out.
 
     Returns
     -------
     output
-        A Function, or an AdjFloat.
+        A Function, or an AdjFloat; a list of these where there are several.
     block
         The Block, or None where nothing was recorded.
     """
@@ -415,12 +431,15 @@ def apply(
         functions = [variable.saved_output for variable in block.get_dependencies()]
     with stop_annotating():
         value = block.solve(functions) if with_tape else operator.forward(_read(operator, functions), save=False)
-        if operator.output is None:
-            output = AdjFloat(value)
-        else:
-            output = fd.Function(operator.output.space) if into is None else into
-            operator.output.write(output, value)
+        outputs = []
+        for slot, part in zip(_parts(operator, operator.output), _parts(operator, value)):
+            if slot is None:
+                outputs.append(AdjFloat(part))
+            else:
+                outputs.append(fd.Function(slot.space) if into is None else into)
+                slot.write(outputs[-1], part)
     if with_tape:
         get_working_tape().add_block(block)
-        block.add_output(output.create_block_variable())
-    return output, block
+        for output in outputs:
+            block.add_output(output.create_block_variable())
+    return outputs if isinstance(operator.output, tuple) else outputs[0], block

@@ -22,7 +22,7 @@ stepped by that scheme's partner (`evolution`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import firedrake as fd
@@ -32,13 +32,13 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Step
 from fem_resnet.head import PREDICTIONS, Prediction
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.layer_inputs import LayerCoefficients
-from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares, sample_weights
+from fem_resnet.label_space import LabelSpace, sample_weights
+from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.parameter import Parameter
 from fem_resnet.regulariser import Regulariser
+from fem_resnet.running_cost import RunningCost
 from fem_resnet.trajectory import LayerTrajectory, Trajectory, like
 
 __all__ = ["Costate", "solve_costate", "terminal_costate"]
@@ -100,7 +100,7 @@ class Costate:
             R in J + R, if its gradient is to be added: lambda a and lambda b for Tikhonov's.
         """
         net = self.trajectory.net
-        coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
+        coefficients = net.coefficients()
         of = {id(p): d for p, d in zip(coefficients.functions, coefficients.collect(self._functionals))}
         slots = {id(p): slot for p, slot in zip(coefficients.functions, coefficients.slots)}
         gradients = []
@@ -124,7 +124,8 @@ def solve_costate(
     trajectory: Trajectory,
     terminal: fd.Function,
     *,
-    running: RunningGradient | None = None,
+    running: RunningCost | RunningGradient | None = None,
+    weights: Sequence[float] | None = None,
     partner: bool = False,
     solver_parameters: dict | None = None,
     options_prefix: str | None = None,
@@ -138,11 +139,13 @@ def solve_costate(
     terminal
         r(T), a batch as f: `terminal_costate`.
     running
-        L_f, the gradient of a running cost: ``running(t, f)``, arrays of shape (nodes, samples), the nodes of this
-        rank.
+        A running cost; or L_f alone, its gradient: ``running(t, f)``, arrays of shape (nodes, samples), the nodes of this
+        rank, with the weights of the samples in it.
+    weights
+        Weights of the samples in a `RunningCost`, of which only the proportions matter; equal ones if left out.
     partner
         Step it by the partner of the scheme that stepped the trajectory, on its stages, which have been kept: this is
-        the discrete adjoint of that scheme (without a running cost). `solver_parameters` then choose no scheme.
+        the discrete adjoint of that scheme. `solver_parameters` then choose no scheme.
     solver_parameters, options_prefix
         PETSc options of the TS, over `SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with fixed steps.
 
@@ -184,7 +187,7 @@ def solve_costate(
     interfaces, paths, functionals = [r], [], []
     with FieldStepper(Y, r.shape[1], rate, linear_part, parameters, options_prefix) as stepper:
         for layer in reversed(trajectory.layers):
-            equation = _Backward(layer, net, running, used)
+            equation = _Backward(layer, net, running, sample_weights(weights, r.shape[1]), used)
             values = stepper.solve(r, layer.inputs.length, trajectory.steps, equation.integrate)
             r = values[-1]
             interfaces.append(r)
@@ -201,9 +204,15 @@ class _Backward:
     """
 
     def __init__(
-        self, layer: LayerTrajectory, net: ResidualNetwork, running: RunningGradient | None, used: np.ndarray | None
+        self,
+        layer: LayerTrajectory,
+        net: ResidualNetwork,
+        running: RunningCost | RunningGradient | None,
+        omega: np.ndarray,
+        used: np.ndarray | None,
     ):
         self._layer, self._inputs, self._running, self._used = layer, layer.inputs, running, used
+        self._omega = omega
         self._derivative, self._weights = net.activation.derivative, net.Y.weights
         self._step = 0
         #: Of the layer's active coefficients of the bias, then of the kernel.
@@ -234,7 +243,14 @@ class _Backward:
 
     def _rate(self, t: float, f: np.ndarray, r: np.ndarray) -> np.ndarray:
         r_s = self.linear_part(t, f, r)
+        if isinstance(self._running, RunningCost):
+            return r_s + self._cost_slopes(t, f)[0]
         return r_s if self._running is None else r_s + self._running(t, f)
+
+    def _cost_slopes(self, t: float, f: np.ndarray) -> list[np.ndarray]:
+        """L_f and L_a, each sample with its weight."""
+        a = self._inputs.bias.coefficients(self._layer.fraction(t))
+        return [self._omega * part for part in self._running.slopes(f, a)]
 
     def integrate(self, step: Step) -> None:
         """Add what a step contributes, by the scheme's own quadrature."""
@@ -243,8 +259,12 @@ class _Backward:
             t, f = self.state(Moment(step.times[i], self._step, stage))
             v = self._slope_times(t, f, step.values[i])
             fraction = self._layer.fraction(t)
-            in_bias = self._inputs.bias.pull_back(fraction, self._weights * v.sum(axis=1))
-            in_kernel = self._inputs.beta.pull_back(fraction, -phi.project(v) @ psi.project(f).T)
+            in_a, in_b = v.sum(axis=1), -phi.project(v) @ psi.project(f).T
+            if isinstance(self._running, RunningCost):
+                in_a = in_a + self._cost_slopes(t, f)[1].sum(axis=1)
+                in_b += self._running.kernel * self._inputs.factors.dual(self._layer.beta(t))
+            in_bias = self._inputs.bias.pull_back(fraction, self._weights * in_a)
+            in_kernel = self._inputs.beta.pull_back(fraction, in_b)
             self.functional = self.functional + step.length * step.weights[i] * np.concatenate([in_bias, in_kernel])
         self._step += 1
 

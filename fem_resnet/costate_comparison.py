@@ -117,22 +117,27 @@ def costate_check(
     net = problem.net
     if not net.layers:
         raise ValueError("problem: its network has no layers, so there is nothing to compare")
+    if net.stable_kernel is not None:
+        raise ValueError("problem: its kernel is made of other controls, and (4.4) is the gradient in the kernel; make it free")
     if net.solver_parameters["ts_adapt_type"] != "none":
         raise ValueError("problem: its network adapts its steps, so they cannot be refined; give it fixed ones")
     steps = 2 * max(refinements) * net.steps if steps is None else steps
     options = {"solver_parameters": solver_parameters, "options_prefix": options_prefix}
     trajectory = solve_trajectory(net, problem.batch.inputs, steps=steps, **options)
-    exact = solve_costate(trajectory, terminal_costate(problem, trajectory.final), **options)
+    cost = {"running": problem.running, "weights": problem.batch.weights}
+    exact = solve_costate(trajectory, terminal_costate(problem, trajectory.final), **cost, **options)
     exact_gradient = exact.gradient(problem.regulariser)
     sizes, costates, gradients, by_partner = [], [], [], []
     for refinement in refinements:
         finer = refined(net, refinement * net.steps)
-        J, run = LearningProblem(finer, problem.head, problem.loss, problem.regulariser, problem.batch).record()
+        J, run = LearningProblem(
+            finer, problem.head, problem.loss, problem.regulariser, problem.batch, running=problem.running
+        ).record()
         gradient = J.derivative(apply_riesz=True)[: len(exact_gradient)]
         sizes.append(float(np.diff(net.times).max()) / finer.steps)
         costates.append(_costate_difference(run, exact))
         gradients.append(_gradient_difference(net, gradient, exact_gradient))
-        partner = _by_partner(problem, finer)
+        partner = _by_partner(problem, finer, cost)
         if partner is not None:
             difference = _gradient_difference(net, gradient, partner.gradient(problem.regulariser))
             by_partner.append((_costate_difference(run, partner), difference))
@@ -140,7 +145,7 @@ def costate_check(
     return CostateCheck(tuple(sizes), tuple(costates), tuple(gradients), *of_partner)
 
 
-def _by_partner(problem: LearningProblem, net: ResidualNetwork) -> Costate | None:
+def _by_partner(problem: LearningProblem, net: ResidualNetwork, cost: dict) -> Costate | None:
     """(4.2) by the partner of the network's scheme, with its steps; None if it has none."""
     own = {name: value for name, value in net.solver_parameters.items() if name.startswith("ts_")}
     if own["ts_type"] not in TYPES:
@@ -149,7 +154,7 @@ def _by_partner(problem: LearningProblem, net: ResidualNetwork) -> Costate | Non
     trajectory = solve_trajectory(net, initial, steps=net.steps, keep_stages=True, solver_parameters=own)
     if trajectory.scheme.partner() is None:
         return None
-    return solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True)
+    return solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True, **cost)
 
 
 def refined(net: ResidualNetwork, steps: int) -> ResidualNetwork:

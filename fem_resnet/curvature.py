@@ -90,7 +90,8 @@ def hessian_spectrum(
     if not isinstance(count, (int, np.integer)) or not 1 <= count <= size:
         raise ValueError(f"count: an integer from 1 to {size}, the number of coefficients, is wanted; {count!r} was given")
     loss = LearningProblem(
-        problem.net, problem.head, problem.loss, None, problem.batch, learn=problem.learn, derivatives=problem.derivatives
+        problem.net, problem.head, problem.loss, None, problem.batch, learn=problem.learn, derivatives=problem.derivatives,
+        running=problem.running,
     )
     functional = loss.reduced_functional(gauss_newton=gauss_newton)
     comm, functions = problem.net.Y.comm, problem.functions

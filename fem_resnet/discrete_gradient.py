@@ -36,6 +36,7 @@ from fem_resnet.activation import Activation
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer import Argument, Cotangent, Functionals, Stage, StageValue
 from fem_resnet.layer_inputs import LayerInputs
+from fem_resnet.layer_jacobian import acting
 from fem_resnet.methods import METHODS, last_words, set_from_options
 from fem_resnet.petsc import weakly
 from fem_resnet.secant import Secant
@@ -277,7 +278,7 @@ class DiscreteGradientStepper:
     def _step(self, start: float, length: float, g: list[np.ndarray]) -> _Step:
         middle = start + length / 2
         beta = self._beta(middle)
-        C = _acting(beta, g)
+        C = acting(beta, g)
         lengths = tuple(inputs.length for inputs in self._inputs)
         a = tuple(inputs.bias.coefficients(middle) for inputs in self._inputs)
         factors = self._inputs[0].factors
@@ -289,10 +290,10 @@ class DiscreteGradientStepper:
         ends = _standing(factors, lengths, a, C, turning)
         if self.orders == 2:
             # The equation of the tangent is linear: from the start's, one step of Newton's method.
-            ends = ends.with_end(_acting(beta, [end[0], g[1]]))
+            ends = ends.with_end(acting(beta, [end[0], g[1]]))
             excess = length * self.stage.rate(ends)[1]
             end.append(g[1] + self._solved(self._matrix(length, beta[0], ends), excess))
-        ends = ends.with_end(_acting(beta, end))
+        ends = ends.with_end(acting(beta, end))
         return _Step(middle, length, ends, (g, end))
 
     def _solve(self, start: float) -> None:
@@ -338,7 +339,7 @@ class DiscreteGradientStepper:
 
     def adjoint(
         self, gamma: Sequence[np.ndarray], adjoint: Sequence[np.ndarray]
-    ) -> tuple[list[np.ndarray], np.ndarray]:
+    ) -> tuple[list[np.ndarray], Sequence[np.ndarray], np.ndarray]:
         """Adjoint of the last forward solve; arguments, result and errors as in `LayerStepper.adjoint`."""
         if not self.has_trajectory:
             raise RuntimeError(f"layer {self.layer}: the adjoint wants a forward solve that saves, just before it")
@@ -348,7 +349,7 @@ class DiscreteGradientStepper:
             functionals = functionals + of_step
         if not (np.isfinite(functionals).all() and all(np.isfinite(part).all() for part in gamma)):
             raise StepFailure(self.layer, self._time(0.0), "NOT_FINITE")
-        return gamma, functionals
+        return gamma, adjoint, functionals
 
     def _step_back(self, step: _Step, gamma: list[np.ndarray], adjoint) -> tuple[list[np.ndarray], np.ndarray]:
         inputs, beta, h = self._inputs[0], self._beta(step.middle), step.length
@@ -381,13 +382,8 @@ def _standing(*argument) -> Ends:
     return Ends(*argument, start=Argument(*argument))
 
 
-def _acting(beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """C_k: beta g, and its tangent beta_1 g + beta g_1."""
-    return (beta[0] @ g[0],) if len(g) == 1 else (beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1])
-
-
 def _pulled(beta: Sequence[np.ndarray], D: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Functionals of g_k from minus those of C_k, the transpose of `_acting`."""
+    """Functionals of g_k from minus those of C_k, the transpose of `acting`."""
     if len(D) == 1:
         return [-(beta[0].T @ D[0])]
     return [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]

@@ -93,6 +93,12 @@ class Scheme:
         """Numbers of the stages with b_i not 0."""
         return np.flatnonzero(self.b)
 
+    def factor(self, z: np.ndarray) -> np.ndarray:
+        """The stability function `R(z) = 1 + z b^T (I - z A)^-1 1`: what one step of y_t = c y makes of y, for z = h c."""
+        z = np.asarray(z, dtype=complex)[..., None, None]
+        stages = np.linalg.solve(np.eye(len(self.b)) - z * self.A, np.ones((*z.shape[:-2], len(self.b), 1)))
+        return 1 + (z * (self.b @ stages)[..., None])[..., 0, 0]
+
     def partner(self) -> dict | None:
         """PETSc options of the TS that steps the adjoint equation backwards as the discrete adjoint does.
 

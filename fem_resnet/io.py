@@ -26,6 +26,7 @@ from fem_resnet.network import ResidualNetwork
 from fem_resnet.head import Head
 from fem_resnet.parameter import Parameter
 from fem_resnet.space_basis import NodalValues, StateValues
+from fem_resnet.stable_kernels import stable_kernel_from
 
 __all__ = ["load", "save"]
 
@@ -66,7 +67,8 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         "roles": roles,
         "kinds": [basis.kind for basis in bases],
         "mesh": net.Y.V.mesh().name,
-        "network": net.settings | {"times": net.times.tolist(), "activation": net.activation.description},
+        "network": net.settings | {"times": net.times.tolist(), "activation": net.activation.description}
+        | {"stable_kernel": None if net.stable_kernel is None else net.stable_kernel.description},
         "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
     }
     part = path.with_name(path.name + ".part")
@@ -146,7 +148,9 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
             role["phi"],
             role["psi"],
             bias=role["bias"],
-            **settings["network"] | {"activation": Activation.from_description(settings["network"]["activation"])},
+            **settings["network"]
+            | {"activation": Activation.from_description(settings["network"]["activation"])}
+            | {"stable_kernel": stable_kernel_from(settings["network"].get("stable_kernel"))},
         )
         head = None
         if settings["head"] is not None:

@@ -21,6 +21,7 @@ import logging
 import numpy as np
 import scipy.linalg
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 
 from fem_resnet.basis import Basis
 from fem_resnet.log import log
@@ -79,6 +80,39 @@ class LowRankKernel:
         """Dual of beta in `int |grad_y b|^2 + |grad_z b|^2 dy dz`: `K_Phi beta G_Psi + G_Phi beta K_Psi`."""
         phi, psi = self.phi, self.psi
         return phi.stiffness @ beta @ psi.gram + phi.gram @ beta @ psi.stiffness
+
+    def bound(self, coefficients: ArrayLike) -> float:
+        """How large abs(b) may be at the nodes if abs(beta_ij) <= C_ij: no larger than
+
+            max_y sum_i |phi_i(y)| max_z sum_j C_ij |psi_j(z)|.
+
+        With elements of degree 0 and 1 that holds between the nodes too. For indicators of cells it is the largest C_ij, and
+        attained; for other bases a box on beta is not one on b. Collective.
+
+        Parameters
+        ----------
+        coefficients
+            C >= 0, a number or shape (rank of phi, rank of psi); for a box (low, high) max(|low|, |high|).
+
+        Raises
+        ------
+        ValueError
+            If that is not so.
+
+        Examples
+        --------
+        >>> import firedrake as fd
+        >>> from fem_resnet import LabelSpace, cell_indicators
+        >>> cells = cell_indicators(LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(0), "DG", 0)))
+        >>> LowRankKernel(cells, cells).bound(0.5)
+        0.5
+        """
+        C = np.asarray(coefficients, dtype=float)
+        if C.shape not in ((), self.shape) or not (np.isfinite(C).all() and (C >= 0).all()):
+            raise ValueError(f"coefficients: numbers >= 0 of shape () or {self.shape} are wanted, {coefficients!r} was given")
+        C = np.broadcast_to(C, self.shape)
+        of_rows = _largest(self.psi, np.abs(self.psi.values) @ C.T)
+        return float(_largest(self.phi, np.abs(self.phi.values) @ of_rows))
 
     def norm(self, beta: np.ndarray, kind: str = "hs") -> float:
         """A norm of b, or of B. Collective; no array of nodes x nodes occurs.
@@ -174,3 +208,10 @@ def _largest_row(basis: Basis, coefficients: np.ndarray, values: np.ndarray) -> 
     for start in range(0, basis.Y.nodes, _BLOCK):
         largest = max(largest, ((basis.values[start : start + _BLOCK] @ coefficients) ** 2 @ values).max())
     return basis.Y.comm.allreduce(largest, op=MPI.MAX)
+
+
+def _largest(basis: Basis, values: np.ndarray) -> np.ndarray:
+    """Over all nodes of the basis's domain, of values >= 0. Collective."""
+    largest = np.asarray(values.max(axis=0, initial=0.0))
+    basis.Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
+    return largest

@@ -12,6 +12,7 @@ space is asked for both, not judged by its name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import FIAT
@@ -325,6 +326,23 @@ class BatchValues:
         """Make the Function hold the array."""
         values = function.dat.data_wo
         values[...] = array.reshape(values.shape)
+
+
+def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
+    """Weights of the samples, divided by their sum.
+
+    Raises
+    ------
+    ValueError
+        If their number is not that of the samples, one is negative or not finite, or all are 0.
+    """
+    weights = np.ones(samples) if weights is None else np.asarray(weights, dtype=float)
+    if weights.shape != (samples,) or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
+        raise ValueError(
+            f"weights: {samples} finite numbers >= 0, not all 0, are wanted; shape {weights.shape}, smallest "
+            f"{weights.min(initial=np.inf):.3g}, sum {weights.sum():.3g} was given"
+        )
+    return weights / weights.sum()
 
 
 def _check_element(V) -> None:

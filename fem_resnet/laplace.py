@@ -14,13 +14,18 @@ The singular values S are 1 up to what the new mesh does not resolve.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import firedrake as fd
 import numpy as np
 import petsctools
 import scipy.linalg
+from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
@@ -53,7 +58,12 @@ CLUSTER_TOLERANCE = 1e-3
 
 @PETSc.Log.EventDecorator("fem_resnet:laplace_basis")
 def laplace_basis(
-    Y: LabelSpace, rank: int, *, solver_parameters: dict | None = None, options_prefix: str | None = None
+    Y: LabelSpace,
+    rank: int,
+    *,
+    solver_parameters: dict | None = None,
+    options_prefix: str | None = None,
+    cache: str | Path | None = None,
 ) -> Basis:
     """Eigenfunctions of the Laplace-Beltrami operator (Neumann) to the `rank` smallest eigenvalues.
 
@@ -77,6 +87,9 @@ def laplace_basis(
         Options of SLEPc's EPS, over `EIGENSOLVER_PARAMETERS`.
     options_prefix
         Prefix of these options.
+    cache
+        A directory where what was computed is kept, and looked for first: files of each rank, by a key made of the mesh's
+        nodes and cells on all ranks, the space, the rank and `solver_parameters` (not of options on the command line).
 
     Returns
     -------
@@ -99,7 +112,11 @@ def laplace_basis(
     """
     if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= Y.size:
         raise ValueError(f"rank: an integer from 1 to the number of nodes, {Y.size}, is wanted; {rank!r} was given")
-    eigenvalues, modes, to_nodes = _eigenfunctions(Y, rank, solver_parameters or {}, options_prefix)
+    def find() -> tuple[np.ndarray, np.ndarray]:
+        eigenvalues, modes, to_nodes = _eigenfunctions(Y, rank, solver_parameters or {}, options_prefix)
+        return eigenvalues, to_nodes(modes[:, :rank])
+
+    eigenvalues, values = find() if cache is None else _kept(Path(cache), _key(Y, rank, solver_parameters), Y, find)
     ends = _cluster_ends(eigenvalues)
     if rank not in ends:
         below, above = max([end for end in ends if end < rank], default=0), min(end for end in ends if end > rank)
@@ -109,8 +126,34 @@ def laplace_basis(
             rank, eigenvalues[rank - 1], below, above,
         )  # fmt: skip
     return Basis(
-        Y, to_nodes(modes[:, :rank]), "laplace", eigenvalues[:rank], move_laplace if Y.graph is None else None
+        Y, values, "laplace", eigenvalues[:rank], move_laplace if Y.graph is None else None
     )
+
+
+def _key(Y: LabelSpace, rank: int, parameters: dict | None) -> str:
+    """What tells apart all that the eigenfunctions, and how the ranks hold them, depend on. Collective."""
+    mine = hashlib.sha256(repr((Y.V.ufl_element(), rank, sorted((parameters or {}).items()))).encode())
+    graph = Y.graph
+    hangs = [Y.V.cell_node_map().values_with_halo] if graph is None else [graph.data, graph.indices, graph.indptr, Y.numbers]
+    for array in (Y.coordinates, Y.weights, *hangs):
+        mine.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return hashlib.sha256("".join(Y.comm.allgather(mine.hexdigest())).encode()).hexdigest()
+
+
+def _kept(
+    directory: Path, key: str, Y: LabelSpace, find: Callable[[], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and values at the nodes, from the files of an earlier call; else from `find`, kept for later calls."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{key}-{Y.comm.rank}.npz"
+    if Y.comm.allreduce(file.exists(), op=MPI.LAND):
+        with np.load(file) as arrays:
+            return arrays["eigenvalues"], arrays["values"]
+    eigenvalues, values = find()
+    with tempfile.NamedTemporaryFile(dir=directory, suffix=".part", delete=False) as part:
+        np.savez(part, eigenvalues=eigenvalues, values=values)
+    os.replace(part.name, file)  # no reader ever sees half of a file
+    return eigenvalues, values
 
 
 def _eigenfunctions(

@@ -59,6 +59,8 @@ class Argument:
         beta g, shape (rank of phi, samples).
     turning : FactorDirections or None
         Phi_1 and Psi_1, where there is a tangent and the factors have directions.
+    beta : tuple of numpy.ndarray
+        The kernel's coefficients themselves, which a layer with B^T in front wants (`transposed_stage`).
     """
 
     factors: LowRankKernel
@@ -66,6 +68,7 @@ class Argument:
     a: tuple[np.ndarray, ...]
     C: tuple[np.ndarray, ...]
     turning: FactorDirections | None = None
+    beta: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,14 @@ class Cotangent:
         One number a sample; None for 0.
     adjoint : tuple of numpy.ndarray
         lambda_k, dual to node values, shape (nodes, samples).
+    cost : numpy.ndarray or None
+        Adjoints of the samples' running costs, shape (orders, samples), where there are such; no affair of the stage.
     """
 
     x: tuple[np.ndarray, ...]
     x_q: np.ndarray | None
     adjoint: tuple[np.ndarray, ...]
+    cost: np.ndarray | None = None
 
 
 @dataclass
@@ -101,6 +107,8 @@ class Functionals:
         Of tau, where it is wanted.
     phi, psi : numpy.ndarray or None
         Of the factors' values at the owned nodes, shape (nodes, rank), where they are wanted.
+    beta : numpy.ndarray or None
+        Of beta where it acts other than through C_k, on every rank.
     """
 
     D: list[np.ndarray]
@@ -108,6 +116,7 @@ class Functionals:
     length: float = 0.0
     phi: np.ndarray | None = None
     psi: np.ndarray | None = None
+    beta: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Of the state (g, q) or (g, f), with s the rates of f (see `layer`),
 
     R(g, .) = (Psi^T M s(beta g), <lambda, s>)    or    (Psi^T M s(beta g), s),
 
-so that g acts on all and nothing acts on g but g itself, one dense block a sample. Implicit methods solve with
+so that g acts on all and nothing acts on g but g itself, one dense block a sample. With a running cost the state has c too,
+on which f acts (`running_cost`). Implicit methods solve with
 `scale (shift I - R')`, either assembled, where the state is (g, q), or by products, with the exact inverse by elimination
 as a preconditioner where it is (g, f).
 """
@@ -20,8 +21,9 @@ from fem_resnet.layer import Argument, Cotangent, Stage
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.layer_state import LayerState
 from fem_resnet.petsc import shell
+from fem_resnet.running_cost import CostRate, RunningCost
 
-__all__ = ["Elimination", "LinearLayer", "ShiftedJacobian", "Transposed", "Zero"]
+__all__ = ["Elimination", "LinearLayer", "ShiftedJacobian", "Transposed", "Zero", "acting"]
 
 
 class LinearLayer:
@@ -35,6 +37,8 @@ class LinearLayer:
         Stage evaluations.
     state
         What TS steps.
+    cost
+        The running cost, if there is one.
 
     Attributes
     ----------
@@ -44,9 +48,10 @@ class LinearLayer:
         Those of the matrix `scale (shift I - R')`.
     """
 
-    def __init__(self, stage: Stage, state: LayerState):
+    def __init__(self, stage: Stage, state: LayerState, cost: RunningCost | None = None):
         self.stage = stage
         self.state = state
+        self._cost = cost
         self.orders = state.orders
         self.costate: tuple[np.ndarray, ...] | None = None
         self.set_shift(0.0)
@@ -67,30 +72,70 @@ class LinearLayer:
 
     def argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
         """What the stage at t is evaluated at, for coefficients g of shape (rank, samples) an order."""
+        beta = self._beta(t)
         return Argument(
             self._inputs[0].factors,
             tuple(inputs.length for inputs in self._inputs),
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
-            tuple(_acting(self._beta(t), g)),
+            tuple(acting(beta, g)),
             self._inputs[1].factors if self.orders == 2 else None,
+            tuple(beta),
         )
 
-    def set_point(self, t: float, g: Sequence[np.ndarray]) -> None:
+    def cost_rate(self, t: float, at: Argument, rest: object) -> CostRate | None:
+        """The rate of c at a stage, if there is a running cost."""
+        if self._cost is None:
+            return None
+        f, _ = self.state.split(rest)
+        kernel = None if self._inputs[0].learns_factors else at.factors
+        return CostRate(self._cost, self.stage.Y, kernel, at.length, f, at.a, self._beta(t))
+
+    def rates(self, t: float, g: Sequence[np.ndarray], rest: object) -> tuple[list[np.ndarray], object]:
+        """The right-hand side: rates of g, and of the rest."""
+        at, s = self.argument(t, g), self.state.new_rest()
+        Q = self.stage.rate(at, self._fields(s))
+        cost = self.cost_rate(t, at, rest)
+        if cost is not None:
+            for part, c in zip(s, cost.value()):
+                part[-1] = c
+        return Q, self.state.rates(s)
+
+    def _fields(self, rest: list[np.ndarray] | None) -> list[np.ndarray] | None:
+        """The rows of the nodes."""
+        return None if rest is None else [part[: self.stage.Y.nodes] for part in rest]
+
+    def set_point(self, t: float, g: Sequence[np.ndarray], rest: object) -> None:
         """Where derivatives are taken from now on."""
-        self._point = t, g, self.argument(t, g)
+        at = self.argument(t, g)
+        self._point = t, g, at, self.cost_rate(t, at, rest)
 
     def set_shift(self, shift: float) -> None:
         """The shift of the matrix at the present point, its scale being one again."""
         self.shift, self.scale, self._blocks = shift, 1.0, None
 
-    def derivative(self, g: Sequence[np.ndarray], out: Sequence[np.ndarray] | None) -> list[np.ndarray]:
-        """Derivative of the rate of g in a direction of g; `out` takes that of the s_k."""
-        t, _, at = self._point
-        return self.stage.derivative(at, _acting(self._beta(t), g), out)
+    def derivative(self, g: Sequence[np.ndarray], out: list[np.ndarray] | None) -> list[np.ndarray]:
+        """Derivative of the rate of g in a direction of g; `out` takes that of the s_k, in the rows of the nodes."""
+        t, _, at, _ = self._point
+        return self.stage.derivative(at, acting(self._beta(t), g), self._fields(out))
 
-    def transpose(self, dual: Cotangent) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Its transpose, in g, and in what the layer takes: bias, kernel, length, factors."""
-        t, g, at = self._point
+    def add_cost(self, f: Sequence[np.ndarray], factor: float, out: Sequence[np.ndarray]) -> None:
+        """Add `factor` times the derivative of the rate of c, in a direction of f, to the row of c."""
+        *_, cost = self._point
+        if cost is not None:
+            for part, c in zip(out, cost.derivative(self._fields(list(f)))):
+                part[-1] += factor * c
+
+    def cost_transpose(self, c: np.ndarray) -> np.ndarray | float:
+        """Transpose of the derivative of the rate of c, in f: the rest of a vector; 0 without a running cost."""
+        *_, cost = self._point
+        return 0.0 if cost is None else self._in_f(cost.transpose(c)[0])
+
+    def _in_f(self, fields: Sequence[np.ndarray]) -> np.ndarray:
+        return np.pad(fields, ((0, 0), (0, 1), (0, 0)))
+
+    def transpose(self, dual: Cotangent) -> tuple[list[np.ndarray], np.ndarray | float, list[np.ndarray]]:
+        """Its transpose, in g, in the rest, and in what the layer takes: bias, kernel, length, factors."""
+        t, g, at, cost = self._point
         inputs = self._inputs[0]
         result = self.stage.transpose(at, dual, inputs.learns_length, inputs.learns_factors)
         beta, D = self._beta(t), result.D
@@ -99,17 +144,26 @@ class LinearLayer:
         else:
             by_g = [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
             by_beta = -(D[0] @ g[0].T + D[1] @ g[1].T)
+        if result.beta is not None:
+            by_beta = by_beta + result.beta
+        by_rest = 0.0
+        if cost is not None:
+            in_f, in_a, in_beta = cost.transpose(dual.cost)
+            by_rest, by_beta = self._in_f(in_f), by_beta + in_beta
+            result.bias += in_a
+            if inputs.learns_length:
+                result.length += cost.by_length(dual.cost)
         functionals = [inputs.bias.pull_back(t, result.bias), inputs.beta.pull_back(t, by_beta)]
         if inputs.learns_length:
             functionals.append(np.array([result.length]))
         if inputs.learns_factors:
             functionals += [result.phi.ravel(), result.psi.ravel()]
-        return by_g, functionals
+        return by_g, by_rest, functionals
 
     def blocks(self) -> np.ndarray:
         """`scale (shift I - dQ/dg)`, one block a sample: shape (samples, orders x rank, orders x rank)."""
         if self._blocks is None:
-            t, _, at = self._point
+            t, _, at, _ = self._point
             K, beta, r = self.stage.blocks(at), self._beta(t), self.state.rank
             A = np.zeros((self.stage.samples, self.orders * r, self.orders * r))
             for k in range(self.orders):
@@ -128,12 +182,12 @@ class LinearLayer:
         A[:, size, size] = self.shift
         if self.costate is not None:
             nothing = (np.zeros((self.state.rank, samples)),) * self.orders
-            by_g, _ = self.transpose(Cotangent(nothing, np.ones(samples), self.costate))
+            by_g, *_ = self.transpose(Cotangent(nothing, np.ones(samples), self.costate))
             A[:, size, :size] = -np.concatenate(by_g).T
         return A
 
 
-def _acting(beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> list[np.ndarray]:
+def acting(beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> list[np.ndarray]:
     """C_k: beta g, and its tangent beta_1 g + beta g_1."""
     return [beta[0] @ g[0]] if len(g) == 1 else [beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1]]
 
@@ -172,9 +226,10 @@ class ShiftedJacobian:
         if not carries_f and layer.costate is not None:
             ds = [np.empty_like(dual) for dual in layer.costate]
         dQ = layer.derivative(g, ds)
-        rest = layer.shift * rest
+        f, rest = rest, layer.shift * rest
         if carries_f:
-            rest -= ds
+            rest[:, : state.stage.Y.nodes] -= [part[: state.stage.Y.nodes] for part in ds]
+            layer.add_cost(f, -1.0, rest)
         elif layer.costate is not None:  # q_t = <lambda, s>
             rest -= state.stage.Y.sum(sum(np.einsum("is,is->s", dual, d) for dual, d in zip(layer.costate, ds)))
         state.write(y, [layer.shift * part - d for part, d in zip(g, dQ)], rest)
@@ -183,8 +238,8 @@ class ShiftedJacobian:
     def multTranspose(self, mat, x, y):
         layer, state = self._layer, self._layer.state
         g, rest = state.read(x)
-        by_g, _ = layer.transpose(state.cotangent(x, layer.costate))
-        state.write(y, [layer.shift * part - d for part, d in zip(g, by_g)], layer.shift * rest)
+        by_g, by_rest, _ = layer.transpose(state.cotangent(x, layer.costate))
+        state.write(y, [layer.shift * part - d for part, d in zip(g, by_g)], layer.shift * rest - by_rest)
         y.scale(layer.scale)
 
     def scale(self, mat, factor):
@@ -197,27 +252,38 @@ class ShiftedJacobian:
 
 
 class Elimination:
-    """The exact inverse of `ShiftedJacobian` where f is carried, as a preconditioner: first g is solved for, then f."""
+    """The exact inverse of `ShiftedJacobian` where f is carried, as a preconditioner: first g is solved for, then f, then c."""
 
     def __init__(self, layer: LinearLayer):
         self._layer = layer
 
     def apply(self, pc, x, y):
         layer, state = self._layer, self._layer.state
-        g, f = state.read(x)
+        g, rest = state.read(x)
         g = self._solve(layer.blocks(), g)
         ds = state.new_rest()
         layer.derivative(g, ds)
-        state.write(y, g, (f / layer.scale + ds) / layer.shift)
+        rest /= layer.scale
+        nodes = state.stage.Y.nodes
+        rest[:, :nodes] = (rest[:, :nodes] + [part[:nodes] for part in ds]) / layer.shift
+        layer.add_cost(rest, 1.0, rest)
+        rest[:, nodes:] /= layer.shift
+        state.write(y, g, rest)
 
     def applyTranspose(self, pc, x, y):
         layer, state = self._layer, self._layer.state
-        g, f = state.read(x)
-        f = f / (layer.scale * layer.shift)
+        g, rest = state.read(x)
+        rest /= layer.scale * layer.shift
+        parts = state.split(rest)
+        c = None
+        if parts is not None:
+            c = parts[1].copy()
+            rest += layer.cost_transpose(c) / layer.shift
         nothing = tuple(np.zeros_like(part) for part in g)
-        by_g, _ = layer.transpose(Cotangent(nothing, np.ones(state.stage.samples), tuple(f)))
+        dual = Cotangent(nothing, np.ones(state.stage.samples), tuple(rest[:, : state.stage.Y.nodes]), c)
+        by_g, *_ = layer.transpose(dual)
         g = [part + layer.scale * d for part, d in zip(g, by_g)]
-        state.write(y, self._solve(np.swapaxes(layer.blocks(), 1, 2), g), f)
+        state.write(y, self._solve(np.swapaxes(layer.blocks(), 1, 2), g), rest)
 
     def _solve(self, blocks, g):
         solution = np.linalg.solve(blocks, np.concatenate(g).T[:, :, None])[:, :, 0]

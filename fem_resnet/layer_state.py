@@ -9,7 +9,7 @@ constant 1 and brings lambda to every stage. Where the weights are unknown, or t
 
     CarriedState        (g, f)                            g on rank 0, then f at each rank's nodes,
 
-on the communicator of the label domain: norms must see all of f, or ranks take different steps. With a tangent (two
+or, with a running cost, (g, f, c), c one number a sample beside g, on the communicator of the label domain: norms must see all of f, or ranks take different steps. With a tangent (two
 orders) g is (g, g_1) and f is (f, f_1). Vectors are sample-major in g, so that Jacobians have one dense block a sample.
 """
 
@@ -63,7 +63,7 @@ class LayerState(ABC):
 
     @abstractmethod
     def new_rest(self) -> list[np.ndarray] | None:
-        """Arrays that take the s_k of a stage, where the state has f."""
+        """Arrays of a row a node, and of one for c, that take the s_k of a stage, where the state has f."""
 
     @abstractmethod
     def rates(self, s: list[np.ndarray] | None) -> object:
@@ -84,6 +84,10 @@ class LayerState(ABC):
     @abstractmethod
     def cotangent(self, vec: PETSc.Vec, adjoint: Sequence[np.ndarray] | None) -> Cotangent:
         """The functionals of a stage that an adjoint vector stands for; `adjoint` is None in a forward solve."""
+
+    def split(self, rest: object) -> tuple[np.ndarray, np.ndarray] | None:
+        """Of the rest, f and c, shapes (orders, nodes, samples) and (orders, samples); None without a running cost."""
+        return None
 
 
 class CoefficientState(LayerState):
@@ -136,13 +140,20 @@ class CoefficientState(LayerState):
 
 
 class CarriedState(LayerState):
-    """(g, f) on the communicator of the label domain; see above."""
+    """(g, f), or (g, f, c), on the communicator of the label domain; see above.
 
-    def __init__(self, stage: Stage, rank: int, orders: int):
+    The rest has the shape (orders, nodes, samples); with a running cost it has one row more, c, the same on every rank.
+    """
+
+    def __init__(self, stage: Stage, rank: int, orders: int, with_cost: bool = False):
         super().__init__(stage, rank, orders)
         self.comm = stage.Y.comm
         self._shape = (orders, stage.Y.nodes, stage.samples)
-        self._coefficients = stage.samples * orders * rank if self.comm.rank == 0 else 0
+        self._rest_shape = (orders, stage.Y.nodes + with_cost, stage.samples)
+        # Of each sample and order: what stands on rank 0, g and c.
+        self._columns = rank + with_cost
+        self._with_cost = with_cost
+        self._coefficients = stage.samples * orders * self._columns if self.comm.rank == 0 else 0
         self.size = self._coefficients + int(np.prod(self._shape))
 
     def vector(self):
@@ -152,27 +163,34 @@ class CarriedState(LayerState):
         return vec
 
     def read(self, vec):
-        g = np.empty((self.stage.samples, self.orders, self.rank))
+        g = np.empty((self.stage.samples, self.orders, self._columns))
         values = vec.array_r
         if self.comm.rank == 0:
             g[...] = values[: self._coefficients].reshape(g.shape)
         if self.comm.size > 1:
             self.comm.Bcast(g)
-        return [g[:, k].T.copy() for k in range(self.orders)], self._f(values).copy()
+        rest = np.empty(self._rest_shape)
+        rest[:, : self.stage.Y.nodes] = self._f(values)
+        if self._with_cost:
+            rest[:, -1] = g[:, :, -1].T
+        return [g[:, k, : self.rank].T.copy() for k in range(self.orders)], rest
 
     def write(self, vec, g, rest):
         values = vec.array_w
+        rest = np.broadcast_to(rest, self._rest_shape)
         if self.comm.rank == 0:
-            coefficients = values[: self._coefficients].reshape(self.stage.samples, self.orders, self.rank)
+            coefficients = values[: self._coefficients].reshape(self.stage.samples, self.orders, self._columns)
             for k, part in enumerate(g):
-                coefficients[:, k] = part.T
-        self._f(values)[...] = rest
+                coefficients[:, k, : self.rank] = part.T
+                if self._with_cost:
+                    coefficients[:, k, -1] = rest[k, -1]
+        self._f(values)[...] = rest[:, : self.stage.Y.nodes]
 
     def _f(self, values: np.ndarray) -> np.ndarray:
         return values[self._coefficients :].reshape(self._shape)
 
     def new_rest(self):
-        return list(np.empty(self._shape))
+        return list(np.empty(self._rest_shape))
 
     def rates(self, s):
         return s
@@ -181,14 +199,22 @@ class CarriedState(LayerState):
         return f
 
     def end(self, vec):
-        return list(self._f(vec.array_r).copy())
+        return list(self.read(vec)[1])
 
     def adjoint_start(self, adjoint):
         return adjoint
 
+    def split(self, rest):
+        if not self._with_cost:
+            return None
+        rest = np.asarray(rest)
+        return rest[:, :-1], rest[:, -1]
+
     def cotangent(self, vec, adjoint):
-        x, f = self.read(vec)
-        return Cotangent(tuple(x), np.ones(self.stage.samples), tuple(f))
+        x, rest = self.read(vec)
+        parts = self.split(rest)
+        f, c = (rest, None) if parts is None else parts
+        return Cotangent(tuple(x), np.ones(self.stage.samples), tuple(f), c)
 
     def tolerances(self, rtol: float, atol: float, pointwise: bool) -> tuple[PETSc.Vec, PETSc.Vec]:
         """Vectors of tolerances by which TS judges a step by the error of f alone.

@@ -27,7 +27,7 @@ from ufl.algorithms.apply_derivatives import apply_derivatives
 from fem_resnet.activation import get_activation
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.head import PREDICTIONS, Prediction, log_density
-from fem_resnet.label_space import BatchValues, LabelSpace
+from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
 
 __all__ = ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"]
 
@@ -130,23 +130,6 @@ class _LossOperator:
             )
         change = action(self._Y, arrays[0], self._observation, self._prediction, directions[0])
         return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
-
-
-def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
-    """Weights of the samples, divided by their sum.
-
-    Raises
-    ------
-    ValueError
-        If their number is not that of the samples, one is negative or not finite, or all are 0.
-    """
-    weights = np.ones(samples) if weights is None else np.asarray(weights, dtype=float)
-    if weights.shape != (samples,) or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
-        raise ValueError(
-            f"weights: {samples} finite numbers >= 0, not all 0, are wanted; shape {weights.shape}, smallest "
-            f"{weights.min(initial=np.inf):.3g}, sum {weights.sum():.3g} was given"
-        )
-    return weights / weights.sum()
 
 
 def _of_prediction(name: str, value: Callable, dual: Callable, curvature: Callable) -> Loss:

@@ -21,7 +21,7 @@ second order in the layer's length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib.tri
@@ -30,15 +30,16 @@ import numpy as np
 from fem_resnet.activation import Activation
 from fem_resnet.basis import Basis
 from fem_resnet.control_set import ControlSet
-from fem_resnet.label_space import LabelSpace
+from fem_resnet.label_space import LabelSpace, sample_weights
 from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.run import Run
+from fem_resnet.running_cost import RunningCost
 
 __all__ = [
     "Controls", "Extremal", "Hamiltonian", "Pair", "Residual", "extremal_controls", "hamiltonian_along",
-    "middle_pairs", "pmp_residual",
+    "middle_pairs", "pmp_residual", "refuse_costs_of_controls",
 ]  # fmt: skip
 
 _CONVENTIONS = ("minimise", "maximise")
@@ -150,8 +151,10 @@ class Hamiltonian:
         sigma.
     convention
         "minimise" (4.1) or "maximise" (4.2).
-    running, running_gradient
-        L(f) and L_f at the nodes, arrays (nodes, samples) to the same, if there is a running cost.
+    running
+        L, if there is a running cost.
+    weights
+        Weights of the samples in L, of which only the proportions matter; equal ones if left out.
 
     Examples
     --------
@@ -164,14 +167,22 @@ class Hamiltonian:
         Y: LabelSpace,
         activation: Activation,
         convention: str,
-        running: Callable[[np.ndarray], np.ndarray] | None = None,
-        running_gradient: Callable[[np.ndarray], np.ndarray] | None = None,
+        running: RunningCost | None = None,
+        weights: Sequence[float] | None = None,
     ):
-        if (running is None) != (running_gradient is None):
-            raise ValueError("running, running_gradient: both are wanted, or none")
         self.Y, self.activation, self.convention = Y, activation, _checked(convention)
-        self._running, self._running_gradient = running, running_gradient
+        self._running, self._weights = running, weights
         self._sign = 1.0 if convention == "minimise" else -1.0
+
+    @classmethod
+    def of(cls, problem: LearningProblem, convention: str) -> Hamiltonian:
+        """That of a learning problem."""
+        net = problem.net
+        return cls(net.Y, net.activation, convention, problem.running, problem.batch.weights)
+
+    def _omega(self, f: np.ndarray) -> np.ndarray:
+        """Weights of the samples in L, with its sign in H."""
+        return self._sign * sample_weights(self._weights, f.shape[1])
 
     def _own(self, pair: Pair) -> Pair:
         if pair.convention != self.convention:
@@ -185,7 +196,12 @@ class Hamiltonian:
         """What is integrated over y, shape (nodes,)."""
         self._own(pair)
         h = np.sum(self.activation(controls.argument(self.Y, pair.f)) * pair.r, axis=1)
-        return h if self._running is None else h + self._sign * np.sum(self._running(pair.f), axis=1)
+        if self._running is None:
+            return h
+        gram = self.Y.sum((self.Y.weights[:, None] * controls.psi).T @ controls.psi)
+        rows = np.einsum("ni,ij,nj->n", controls.phi, gram, controls.phi)  # int b(y, z)^2 dz
+        l = self._running.integrand(pair.f, controls.a)
+        return h + l @ self._omega(pair.f) + self._sign * self._running.kernel / 2 * rows
 
     def __call__(self, pair: Pair, controls: Controls) -> float:
         """H."""
@@ -198,10 +214,26 @@ class Hamiltonian:
     def in_f(self, pair: Pair, controls: Controls) -> np.ndarray:
         """H_f = -B^T(sigma'(u) r) + L_f, or - L_f to maximise: -r_t, shape (nodes, samples)."""
         gradient = -controls.transpose(self.Y, self.slope_times_costate(pair, controls))
-        return gradient if self._running is None else gradient + self._sign * self._running_gradient(pair.f)
+        if self._running is None:
+            return gradient
+        return gradient + self._omega(pair.f) * self._running.slopes(pair.f, controls.a)[0]
+
+    def in_a(self, pair: Pair, controls: Controls) -> np.ndarray:
+        """H_a: the sum of sigma'(u) r over the samples, +- L_a; shape (nodes,)."""
+        gradient = np.sum(self.slope_times_costate(pair, controls), axis=1)
+        if self._running is None:
+            return gradient
+        return gradient + self._running.slopes(pair.f, controls.a)[1] @ self._omega(pair.f)
+
+    def in_b(self, pair: Pair, controls: Controls) -> tuple[np.ndarray, np.ndarray]:
+        """H_b(y, z) = - sum_s sigma'(u_s(y)) r_s(y) f_s(z) +- kappa b(y, z), by its factors in y and z."""
+        p, q = -self.slope_times_costate(pair, controls), pair.f
+        if self._running is None or self._running.kernel == 0.0:
+            return p, q
+        return np.hstack([p, self._sign * self._running.kernel * controls.phi]), np.hstack([q, controls.psi])
 
     def slope_times_costate(self, pair: Pair, controls: Controls) -> np.ndarray:
-        """v = sigma'(u) r: H_a is its sum over the samples, H_b(y, z) that of -v(y) f(z); shape (nodes, samples)."""
+        """v = sigma'(u) r, shape (nodes, samples)."""
         return self.activation.derivative(controls.argument(self.Y, self._own(pair).f)) * pair.r
 
 
@@ -215,6 +247,7 @@ def middle_pairs(run: Run, convention: str) -> list[Pair]:
 
 
 def _end_pairs(run: Run, convention: str) -> list[Pair]:
+    run.net.refuse_gradient_flow("maximum principle")
     values = run.net.Y.values
     return [
         Pair(np.array(values(run.state(l))), np.array(values(run.costate(l))), "minimise").to(convention)
@@ -365,20 +398,20 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     Raises
     ------
     ValueError
-        If there is a regulariser, which depends on (a, b), or sigma does not increase.
+        If there is a regulariser or a running cost that depends on (a, b), or sigma does not increase.
     """
     net = problem.net
-    _without_regulariser(problem)
+    refuse_costs_of_controls(problem)
     if not net.activation.properties.non_decreasing:
         raise ValueError(f"activation: one that does not decrease is wanted, {net.activation.name} does")
     J, run = problem.record()
     J.derivative()
-    Y, H = net.Y, Hamiltonian(net.Y, net.activation, "maximise")
+    Y, H = net.Y, Hamiltonian.of(problem, "maximise")
     low = high = size = largest = 0.0
     columns = []
     for l, pair in enumerate(middle_pairs(run, "maximise")):
         controls, tau = Controls.of_layer(net, l), net.times[l + 1] - net.times[l]
-        h = H.density(pair, controls)
+        h = np.sum(H.in_r(pair, controls) * pair.r, axis=1)  # a running cost of f alone is in both, and drops out
         at_most = _upper(H, A, pair)
         at_least = at_most if pair.f.shape[1] == 1 else np.maximum(h, _best_of_pool(H, A, pair, rounds))
         sums = Y.sum(
@@ -393,9 +426,12 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached)
 
 
-def _without_regulariser(problem: LearningProblem) -> None:
-    if problem.regulariser is not None:
-        raise ValueError("problem: a regulariser depends on (a, b), and (4.10) then does not hold; one without is wanted")
+def refuse_costs_of_controls(problem: LearningProblem) -> None:
+    """Raise ValueError where J depends on (a, b) by more than f, so that (4.10) does not hold."""
+    if problem.regulariser is not None or problem.derivatives is not None:
+        raise ValueError("problem: one without regulariser and derivatives is wanted; (4.10) does not hold with them")
+    if problem.running is not None and not problem.running.of_state_alone:
+        raise ValueError("problem: its running cost depends on (a, b), and (4.10) then does not hold; one of f alone is wanted")
 
 
 def _extremes(A: ControlSet, parts) -> np.ndarray:
@@ -404,6 +440,7 @@ def _extremes(A: ControlSet, parts) -> np.ndarray:
 
 
 def _upper(H: Hamiltonian, A: ControlSet, pair: Pair) -> np.ndarray:
+    """What max h is at most, but for the running cost."""
     T = _extremes(A, _parts(H.Y, pair.f))
     return np.sum(np.maximum(*(H.activation(t) * pair.r for t in T)), axis=1)
 

@@ -16,7 +16,7 @@ from petsc4py import PETSc
 
 from fem_resnet.petsc import adapt_type, rk_tableau
 
-__all__ = ["DEFAULTS", "METHODS", "Method", "configure", "last_words", "set_from_options", "solver_options"]
+__all__ = ["DEFAULTS", "METHODS", "Method", "configure", "last_words", "set_from_options", "solver_options", "tableau"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Method:
         Whether it solves with the Jacobian.
     quadrature : callable or None
         ``quadrature(ts)`` returns the weights b_i and nodes c_i of its stages; None where PETSc does not give them away.
+    matrix : callable or None
+        ``matrix(ts)`` returns a_ij, with which and the weights it is a Runge-Kutta method; None as above.
     instead : str or None
         For a type that PETSc cannot adjoin, the nearest that it can; None for one that has an adjoint.
     partitioned : bool
@@ -44,6 +46,7 @@ class Method:
 
     implicit: bool
     quadrature: Callable[[PETSc.TS], tuple[np.ndarray, np.ndarray]] | None = None
+    matrix: Callable[[PETSc.TS], np.ndarray] | None = None
     instead: str | None = None
     partitioned: bool = False
     stages_by_call: bool = False
@@ -56,6 +59,10 @@ def _runge_kutta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
     return b, c
 
 
+def _runge_kutta_matrix(ts: PETSc.TS) -> np.ndarray:
+    return rk_tableau(ts)[0]
+
+
 def _theta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
     theta = ts.getTheta()
     # PETSc takes theta = 1, backward Euler, for a method of two stages, start and end of the step, too.
@@ -64,20 +71,32 @@ def _theta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
     return np.ones(1), np.array([theta])
 
 
+def _theta_matrix(ts: PETSc.TS) -> np.ndarray:
+    b, _ = _theta(ts)
+    return np.array([[0.0, 0.0], b]) if len(b) == 2 else np.array([[ts.getTheta()]])
+
+
 def _gauss(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
     nodes, weights = np.polynomial.legendre.leggauss(PETSc.Options(ts.getOptionsPrefix()).getInt("ts_irk_nstages", 3))
     return weights / 2, (nodes + 1) / 2
 
 
+def _gauss_matrix(ts: PETSc.TS) -> np.ndarray:
+    """Collocation: a_ij integrates what is 1 at node j and 0 at the others from 0 to node i."""
+    _, c = _gauss(ts)
+    powers = np.arange(len(c))
+    return np.linalg.solve((c[:, None] ** powers).T, (c[:, None] ** (powers + 1) / (powers + 1)).T).T
+
+
 #: By the name that `ts_type` has.
 METHODS = {
-    "rk": Method(False, _runge_kutta),
-    "theta": Method(True, _theta),
-    "beuler": Method(True, _theta),
-    "cn": Method(True, _theta),
+    "rk": Method(False, _runge_kutta, _runge_kutta_matrix),
+    "theta": Method(True, _theta, _theta_matrix),
+    "beuler": Method(True, _theta, _theta_matrix),
+    "cn": Method(True, _theta, _theta_matrix),
     "arkimex": Method(True, partitioned=True),
     "dirk": Method(True, solves_for_first_slope=True),
-    "irk": Method(True, _gauss, instead="'theta', the implicit midpoint rule, or 'dirk'", stages_by_call=True),
+    "irk": Method(True, _gauss, _gauss_matrix, instead="'theta', the implicit midpoint rule, or 'dirk'", stages_by_call=True),
     "euler": Method(False, instead="'rk' with 'ts_rk_type': '1fe'"),
     "ssp": Method(False, instead="'rk' with 'ts_rk_type': '3'"),
     "rosw": Method(True, instead="'arkimex'"),
@@ -141,6 +160,22 @@ def set_from_options(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManag
             raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}: {last_words(error)}") from error
         used = PETSc.Options().used
         return [name for name in options.parameters if name not in read and not used(options.options_prefix + name)]
+
+
+def tableau(options: petsctools.OptionsManager) -> tuple[np.ndarray, np.ndarray] | None:
+    """Matrix a_ij and weights b_i of the Runge-Kutta method that the options name.
+
+    None if it is none, or PETSc does not give its coefficients away.
+    """
+    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
+    set_from_options(ts, options)
+    method = METHODS[ts.getType()]
+    found = None
+    if method.matrix is not None:
+        with options.inserted_options():
+            found = method.matrix(ts), method.quadrature(ts)[0]
+    ts.destroy()
+    return found
 
 
 def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y),    0 <= t <= T
 
+or, at the end of section 3.5, the gradient flow f_t = B^T sigma(a - B f), in which solutions never part if sigma' >= 0.
 Layer l is the time interval (t_l, t_(l+1)). Bias a and kernel b have coefficients of their own on each, or values at
 the layer times with a line between them (the interpolants a^tau, B^tau of section 2.1), or values that layers share.
 """
@@ -10,33 +11,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
+from types import NoneType
 
 import firedrake as fd
 import numpy as np
 from petsc4py import PETSc
-from pyadjoint.tape import annotate_tape, get_working_tape
+from pyadjoint import AdjFloat
+from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.activation import Activation, get_activation
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import BatchValues, LabelSpace
+from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
 from fem_resnet.compiled_stage import new_stage
 from fem_resnet.discrete_gradient import DiscreteGradientStage, DiscreteGradientStepper
 from fem_resnet.layer import Stage
-from fem_resnet.layer_inputs import LayerCoefficients
+from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.log import log
-from fem_resnet.methods import solver_options
+from fem_resnet.methods import solver_options, tableau
 from fem_resnet.parameter import Parameter
 from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
+from fem_resnet.running_cost import RunningCost
 from fem_resnet.segment import Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
+from fem_resnet.stable_kernels import StableKernel, StableKernelParameter
 from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper
+from fem_resnet.transposed_stage import TransposedStage
 
 __all__ = ["ResidualNetwork"]
 
@@ -82,6 +89,14 @@ class ResidualNetwork:
         regularisers take for the lengths of layers, stay those of the given times.
     replay_steps
         Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
+    gradient_flow
+        Whether the network is `f_t = B^T sigma(a - B f)` (end of 3.5) in place of (2.8): down the gradient of
+        int Sigma(a - B f), which is convex if sigma' >= 0. Then no two solutions part in L2, nor those of the discrete
+        network if its steps are short enough: see `theory.contraction`. (The paper prints sigma' <= 0.)
+    stable_kernel
+        A set in which the kernel is to stay, `PositiveSemidefinite`, `DampedAntisymmetric` or `NormBounded`: its
+        coefficients beta are made of free controls, and these are learned in their place (`stable_kernels`). Regularisers
+        take the kernel itself.
 
     Attributes
     ----------
@@ -131,6 +146,8 @@ class ResidualNetwork:
         learn_factors: bool = False,
         learn_times: bool = False,
         replay_steps: bool = True,
+        gradient_flow: bool = False,
+        stable_kernel: StableKernel | None = None,
     ):
         self._given_times = _layer_times(layers, final_time) if times is None else _checked_times(times)
         self.layers = len(self._given_times) - 1
@@ -163,17 +180,29 @@ class ResidualNetwork:
             _shared(self._bias_basis, self.bases["bias"]),
             get_time_basis(bias_in_time, self._given_times, "bias_in_time"),
         )
-        self.kernel = Parameter(
-            "kernel",
+        if not isinstance(stable_kernel, StableKernel | None):
+            raise TypeError(f"stable_kernel: a set of kernels or None is wanted, {type(stable_kernel).__name__} was given")
+        if learn_factors and stable_kernel is not None and stable_kernel.symmetric:
+            raise ValueError(
+                f"stable_kernel: {type(stable_kernel).__name__} wants phi = psi, and learned factors part; fix them"
+            )
+        self.stable_kernel = stable_kernel
+        of_kernel = (
             _shared(partial(_kernel_basis, learn_factors), self.bases["phi"], self.bases["psi"]),
             get_time_basis(kernel_in_time, self._given_times, "kernel_in_time"),
         )
+        self.kernel = (
+            Parameter("kernel", *of_kernel) if stable_kernel is None else StableKernelParameter(stable_kernel, *of_kernel)
+        )
         self.replay_steps = replay_steps
+        self.gradient_flow = gradient_flow
         self._options = solver_options(solver_parameters, options_prefix)
+        if gradient_flow and self._by_discrete_gradient:
+            raise ValueError("gradient_flow: the discrete gradient is one of int Sigma(u) along (2.8); take another ts_type")
         self._stages: dict[int, Stage] = {}
-        self._scratch: dict[tuple[int, ...], list[Segment]] = {}
+        self._scratch: dict[tuple, list[Segment]] = {}
         if self.layers:
-            self._stepper(self._stage(1), 0, 1)  # refuse options now rather than at the first run
+            self._stepper(self._stage(1), 0)  # refuse options now rather than at the first run
 
     def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
         return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
@@ -197,6 +226,11 @@ class ResidualNetwork:
         return self._options.options_prefix
 
     @property
+    def tableau(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Matrix a_ij and weights b_i of the Runge-Kutta method that steps it; None where PETSc does not give them away."""
+        return tableau(self._options)
+
+    @property
     def settings(self) -> dict:
         """What the network was made with, but for its bases: keyword arguments of the constructor."""
         return {
@@ -210,25 +244,35 @@ class ResidualNetwork:
             "learn_factors": bool(self.factors),
             "learn_times": self.layer_times is not None,
             "replay_steps": self.replay_steps,
+            "gradient_flow": self.gradient_flow,
+            "stable_kernel": self.stable_kernel,
         }
 
     @property
     def parameters(self) -> list[Parameter]:
-        """Bias and kernel; layer times and factors, where they are learned."""
-        return [self.bias, self.kernel, *([] if self.layer_times is None else [self.layer_times]), *self.factors]
+        """Bias and kernel, or what it is made of; layer times and factors, where they are learned."""
+        return [self.bias, self.kernel.learned, *([] if self.layer_times is None else [self.layer_times]), *self.factors]
 
     def __call__(self, initial: fd.Function) -> fd.Function:
         """f(T) for the initial state `initial`: `run(initial).final`."""
         return self.run(initial).final
 
     @PETSc.Log.EventDecorator("fem_resnet:run")
-    def run(self, initial: fd.Function) -> Run:
+    def run(
+        self, initial: fd.Function, running: RunningCost | None = None, weights: Sequence[float] | None = None
+    ) -> Run:
         """Solve (2.8); while pyadjoint annotates, record it.
 
         Parameters
         ----------
         initial
             f_I, a Function of `Y.V` or a batch (`Y.batch`, `Y.batch_space`); finite.
+        running
+            A running cost, to be integrated on the way: `cost` of the Run. The TS then steps f, not its coefficients
+            alone.
+        weights
+            Weights of the samples in that cost, one number >= 0 a sample, of which only the proportions matter; equal
+            ones if left out.
 
         Returns
         -------
@@ -243,9 +287,15 @@ class ResidualNetwork:
             If a layer cannot be stepped, as where the state overflows.
         """
         self.Y.check_batch(initial, "initial")
+        if not isinstance(running, (RunningCost, NoneType)):
+            raise TypeError(f"running: a RunningCost or None is wanted, {type(running).__name__} was given")
+        if running is not None and self._by_discrete_gradient:
+            raise ValueError("running: the discrete gradient steps coefficients alone and integrates no running cost; give None")
+        omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
         manager = manager_of(get_working_tape()) if annotate_tape() else None
-        if manager is not None and self.factors:
-            raise ValueError("checkpoints: learned factors and schedules of checkpoints do not go together; fix one")
+        if manager is not None and (self.factors or self.stable_kernel is not None):
+            what = "learned factors" if self.factors else "kernels made of other controls"
+            raise ValueError(f"checkpoints: {what} and schedules of checkpoints do not go together; leave one out")
         f, pieces = initial, []
         # An operator on the tape belongs to its Block alone.
         factors = [apply(Retraction(self.bases[p.name][0]), p.functions)[0] for p in self.factors]
@@ -256,21 +306,34 @@ class ResidualNetwork:
                 "evaluation, and J jumps where their number changes",
             )  # fmt: skip
         if manager is not None:
-            return Run(self, initial, self._record_steps(initial, manager), None)
-        for segment in self._segments(initial.function_space()):
+            return Run(self, initial, *self._record_steps(initial, manager, running, omega), omega)
+        acting = dict(zip(map(id, self.kernel.functions), self.kernel.learned.acting().functions))
+        cost = 0.0
+        for segment in self._segments(initial.function_space(), running, omega):
             start = f
-            coefficients = [*segment.functions, *factors]
-            f, block = apply(segment, [start, *coefficients])
+            coefficients = [*(acting.get(id(function), function) for function in segment.functions), *factors]
+            output, block = apply(segment, [start, *coefficients])
+            f, cost = (output, cost) if running is None else (output[0], cost + output[1])
             pieces.append(Piece(segment, start, coefficients, segment.traces(), block))
-        return Run(self, initial, f, pieces)
+        return Run(self, initial, f, pieces, cost, omega)
+
+    def refuse_gradient_flow(self, what: str) -> None:
+        """Raise ValueError if the network is a gradient flow, where `what` is about (2.8)."""
+        if self.gradient_flow:
+            raise ValueError(
+                f"{what}: it is about f_t = sigma(a - B f), (2.8); the network given is the gradient flow "
+                f"f_t = B^T sigma(a - B f); make it without gradient_flow"
+            )
 
     @property
     def blocks(self) -> int:
         """How many Blocks the layers make on a tape."""
         return -(-self.layers // self.layers_per_block)
 
-    def _record_steps(self, initial: fd.Function, manager: Manager) -> fd.Function:
-        """f(T), recorded as one time step a segment; the last one stays open for what follows.
+    def _record_steps(
+        self, initial: fd.Function, manager: Manager, running: RunningCost | None, omega: np.ndarray | None
+    ) -> tuple[fd.Function, None, AdjFloat | float]:
+        """f(T), no pieces, and the cost, recorded as one time step a segment; the last stays open for what follows.
 
         One Function is the state at all interfaces, and segments of a kind share steppers: the tape keeps no field but
         those of its schedule.
@@ -281,12 +344,13 @@ class ResidualNetwork:
                 f"checkpoints: a tape with nothing on it and a schedule for {max(self.blocks, 1)} steps is wanted, "
                 f"one with {len(tape.get_blocks())} Blocks and for {manager.steps} steps was given"
             )
-        f = initial
-        for k, segment in enumerate(self._new_segments(initial.function_space(), share=True)):
+        f, cost = initial, 0.0
+        for k, segment in enumerate(self._new_segments(initial.function_space(), running, omega, share=True)):
             if k > 0:
                 tape.end_timestep()
-            f, _ = apply(segment, [f, *segment.functions], into=None if k == 0 else f)
-        return f
+            output, _ = apply(segment, [f, *segment.functions], into=None if k == 0 else f)
+            f, cost = (output, cost) if running is None else (output[0], cost + output[1])
+        return f, None, cost
 
     def on(self, Y: LabelSpace) -> ResidualNetwork:
         """The same network on another label space of the same Y: finer, coarser, of other cells or another space.
@@ -316,6 +380,39 @@ class ResidualNetwork:
                 theirs.set(k, ours.get(k))
         return net
 
+    def layer_segments(
+        self,
+        space: fd.functionspaceimpl.WithGeometry,
+        running: RunningCost | None = None,
+        omega: np.ndarray | None = None,
+    ) -> list[Segment]:
+        """Each layer as an operator of its own between arrays, that of no tape.
+
+        They share steppers: what one has kept of its last solve is good until the next one is used.
+
+        Parameters
+        ----------
+        space
+            Of the state: `Y.V`, or `Y.batch_space(samples)`.
+        running, omega
+            A running cost, and the weights of the samples in it, which add up to 1.
+        """
+        with stop_annotating():
+            return self._new_segments(space, running, omega, share=True, layers_per_block=1)
+
+    def coefficients(self) -> LayerCoefficients:
+        """Which coefficients of bias and kernel each layer takes."""
+        return LayerCoefficients(self.bias, self.kernel, self.times, range(self.layers))
+
+    def layer_inputs(self) -> list[LayerInputs]:
+        """What each layer takes at the present parameters: times, factors, a and beta over time. Collective."""
+        coefficients = self.coefficients()
+        inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
+        if not self.factors:
+            return inputs
+        learned = self.learned_factors()
+        return [replace(part, factors=learned) for part in inputs]
+
     def learned_factors(self) -> LowRankKernel:
         """The factors as they are: the given ones, or where learned training has moved them. Collective."""
         if not self.factors:
@@ -333,7 +430,7 @@ class ResidualNetwork:
         Parameters
         ----------
         tolerance
-            From 0 to 1; no unit.
+            From 0 to 1; no unit. The kernel of the new network is free, whatever it is made of here.
 
         Raises
         ------
@@ -354,39 +451,50 @@ class ResidualNetwork:
             U, S, _ = np.linalg.svd(stacked, full_matrices=False)
             turns.append(U[:, : max(1, np.count_nonzero(S > tolerance * S[0]))])
             bases.append(Basis(self.Y, basis.values @ np.linalg.solve(root, turns[-1]), "given"))
-        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings)
+        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings | {"stable_kernel": None})
         for parameter, other in zip(self.parameters, net.parameters):
             for k in range(len(parameter.functions)):
-                if parameter is self.kernel:
+                if parameter is self.kernel.learned:
                     other.set(k, turns[0].T @ betas[k] @ turns[1])
                 elif parameter not in self.factors:
                     other.set(k, parameter.get(k))
         return net
 
-    def _segments(self, space) -> list[Segment]:
+    def _segments(self, space, running: RunningCost | None, omega: np.ndarray | None) -> list[Segment]:
         """New ones where the tape will keep them, else those of earlier unrecorded runs."""
         if annotate_tape():
-            return self._new_segments(space)
-        if space.value_shape not in self._scratch:
-            self._scratch[space.value_shape] = self._new_segments(space)
-        return self._scratch[space.value_shape]
+            return self._new_segments(space, running, omega)
+        key = space.value_shape, running
+        if key not in self._scratch:
+            self._scratch[key] = self._new_segments(space, running, omega)
+        for segment in self._scratch[key]:
+            segment.omega = omega
+        return self._scratch[key]
 
-    def _new_segments(self, space, share: bool = False) -> list[Segment]:
-        values = BatchValues(self.Y, space)
+    def _new_segments(
+        self,
+        space,
+        running: RunningCost | None = None,
+        omega: np.ndarray | None = None,
+        share: bool = False,
+        layers_per_block: int | None = None,
+    ) -> list[Segment]:
+        values, each = BatchValues(self.Y, space), layers_per_block or self.layers_per_block
         stage = self._stage(values.samples)
-        steppers = self._steppers
-        if share:
-            made: dict[tuple, list[LayerStepper]] = {}
+        made: dict[tuple, list[LayerStepper]] = {}
 
-            def steppers(stage, layers, orders):
-                kind = tuple(map(self._kind, layers))
-                if (kind, orders) not in made:
-                    made[kind, orders] = self._steppers(stage, layers, orders)
-                return made[kind, orders]
+        def steppers(layers: range, orders: int) -> list[LayerStepper]:
+            kind = (tuple(map(self._kind, layers)), orders)
+            if not share or kind not in made:
+                new = [self._stepper(stage, layer, orders, running) for layer in layers]
+                if not share:
+                    return new
+                made[kind] = new
+            return made[kind]
 
         return [
             Segment(
-                partial(steppers, stage, layers),
+                partial(steppers, layers),
                 stage,
                 LayerCoefficients(
                     self.bias, self.kernel,
@@ -396,21 +504,20 @@ class ResidualNetwork:
                 ),
                 values,
                 annotate_tape() and self.replay_steps,
+                omega,
             )
             for layers in (
-                range(start, min(start + self.layers_per_block, self.layers))
-                for start in range(0, self.layers, self.layers_per_block)
+                range(start, min(start + each, self.layers))
+                for start in range(0, self.layers, each)
             )
         ]
 
     def _stage(self, samples: int) -> Stage:
         if samples not in self._stages:
             make = DiscreteGradientStage if self._by_discrete_gradient else new_stage
-            self._stages[samples] = make(self.Y, self.activation, samples)
+            stage = make(self.Y, self.activation, samples)
+            self._stages[samples] = TransposedStage(stage) if self.gradient_flow else stage
         return self._stages[samples]
-
-    def _steppers(self, stage: Stage, layers: range, orders: int) -> list[LayerStepper]:
-        return [self._stepper(stage, layer, orders) for layer in layers]
 
     def _kind(self, layer: int) -> tuple[int, ...]:
         """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
@@ -420,10 +527,13 @@ class ResidualNetwork:
             for p in (self.bias, self.kernel)
         )
 
-    def _stepper(self, stage: Stage, layer: int, orders: int) -> LayerStepper:
+    def _stepper(
+        self, stage: Stage, layer: int, orders: int = 1, running: RunningCost | None = None
+    ) -> LayerStepper:
         rank = self.kernel.on_layer(layer).kernel.psi.rank
-        make = DiscreteGradientStepper if self._by_discrete_gradient else LayerStepper
-        return make(stage, layer, rank, self.steps, self._options, orders)
+        if self._by_discrete_gradient:
+            return DiscreteGradientStepper(stage, layer, rank, self.steps, self._options, orders)
+        return LayerStepper(stage, layer, rank, self.steps, self._options, orders, cost=running)
 
     @property
     def _by_discrete_gradient(self) -> bool:

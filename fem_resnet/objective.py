@@ -2,6 +2,8 @@
 
     min  J = sum_s omega_s loss(h(O_s), C_s) + R(m),        m = (a, b, W, mu),   sum_s omega_s = 1            (2.11)
 
+With a running cost L of section 4.3, J has the term sum_s omega_s int_0^T L(f_s, a, b) dt too.
+
 With `Derivatives` of the target map, J has the term weight sum_s omega_s 1/2 |O'(f_I,s) v_s - C'_s|^2 too, O' v the derivative of
 the output, before its prediction, in a direction v of the initial state.
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
+from firedrake.adjoint import EnsembleReducedFunctional
 from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_tape
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
@@ -24,11 +27,13 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
 from fem_resnet.head import PREDICTIONS, Head
-from fem_resnet.loss import Loss, least_squares, sample_weights
+from fem_resnet.label_space import sample_weights
+from fem_resnet.loss import Loss, least_squares
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.parameter import Parameter
 from fem_resnet.regulariser import Regulariser
+from fem_resnet.running_cost import RunningCost
 from fem_resnet.space_basis import StateValues
 from fem_resnet.time_basis import AtStart
 
@@ -102,6 +107,11 @@ class LearningProblem:
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
     derivatives
         Directional derivatives that the output is to match too; J then has first derivatives only.
+    running
+        A running cost, integrated by the network's own TS.
+    ensemble
+        Of several members, each with the whole label domain on its own communicator and a batch of its own samples: J is
+        that of all samples together, its gradient the same on every member. Then no Hessian actions.
     checkpoints
         How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network):
         all are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
@@ -138,6 +148,8 @@ class LearningProblem:
         *,
         learn: str = "parameters",
         derivatives: Derivatives | None = None,
+        running: RunningCost | None = None,
+        ensemble: fd.Ensemble | None = None,
         checkpoints: Checkpoints | None = None,
     ):
         for name, value, kind, optional in (
@@ -145,6 +157,8 @@ class LearningProblem:
             ("head", head, Head, True),
             ("loss", loss, Loss, False),
             ("regulariser", regulariser, Regulariser, True),
+            ("running", running, RunningCost, True),
+            ("ensemble", ensemble, fd.Ensemble, True),
         ):
             if not (isinstance(value, kind) or optional and value is None):
                 wanted = f"a {kind.__name__} or None" if optional else f"a {kind.__name__}"
@@ -165,7 +179,8 @@ class LearningProblem:
         self.checkpoints = checkpoints
         if checkpoints is not None:
             schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
-        self._recorded: tuple[BlockVariable, OperatorBlock] | None = None
+        self.running, self.ensemble = running, ensemble
+        self._recorded: tuple[BlockVariable, OperatorBlock, Run] | None = None
         self.batch, self._observation = batch, self._observed(batch)
         self.derivatives = derivatives
         self._check_derivatives()
@@ -204,19 +219,35 @@ class LearningProblem:
         return [function for parameter in self.parameters for function in parameter.functions]
 
     def evaluate(self) -> tuple[AdjFloat, Run]:
-        """J at the current parameters, and the run behind it; recorded while annotating."""
+        """J at the current parameters, and the run behind it; recorded while annotating, but for the sum over an ensemble."""
         J, run, _ = self._evaluate()
-        return J, run
+        return J if self.ensemble is None else AdjFloat(self.ensemble.ensemble_comm.allreduce(float(J))), run
 
     def _evaluate(self) -> tuple[AdjFloat, Run, OperatorBlock | None]:
-        run = self.net.run(self.batch.inputs)
+        run = self.net.run(self.batch.inputs, self.running, self.batch.weights)
         output = run.final if self.head is None else self.head(run.final)
         J, block = self.loss.record(self._output, output, self._observation, self.batch.weights, self._prediction)
+        if self.running is not None:
+            J = J + run.cost
         if self.derivatives is not None:
             J = J + self.derivatives.weight * self._mismatch_of_derivatives(run)
+        if self.ensemble is not None:
+            J = J * self._share
         if self.regulariser is not None:
-            J = J + self.regulariser([parameter for parameter in self.parameters if parameter.penalised])
+            R = self.regulariser(self.penalised())
+            J = J + (R if self.ensemble is None else R / self.ensemble.ensemble_comm.size)
         return J, run, block
+
+    @property
+    def _share(self) -> float:
+        """The part of all weights that this member's samples have."""
+        weights = self.batch.weights
+        own = float(self.batch.samples if weights is None else np.sum(weights))
+        return own / self.ensemble.ensemble_comm.allreduce(own)
+
+    def penalised(self) -> list[Parameter]:
+        """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
+        return [parameter.acting() for parameter in self.parameters if parameter.penalised]
 
     def _check_derivatives(self) -> None:
         if self.derivatives is None:
@@ -246,7 +277,9 @@ class LearningProblem:
         """One Control a set of coefficients, each with its Riesz map."""
         return [control for parameter in self.parameters for control in parameter.controls()]
 
-    def record(self, *, gauss_newton: bool = False) -> tuple[ReducedFunctional, Run]:
+    def record(
+        self, *, gauss_newton: bool = False
+    ) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
         """J as a function of all that is learned, on a tape of its own, and the run recorded there.
 
         The working tape and whether annotation is on are left as they were.
@@ -256,7 +289,16 @@ class LearningProblem:
         gauss_newton
             Whether `hessian` of the functional is to be the action of Gauss and Newton, which is positive semidefinite
             for convex losses: see `blocks.gauss_newton`.
+
+        Raises
+        ------
+        ValueError
+            If Gauss-Newton is asked for with a running cost or an ensemble.
         """
+        if gauss_newton and self.ensemble is not None:
+            raise ValueError("gauss_newton: an ensemble has no Hessian actions; put all samples on one communicator")
+        if gauss_newton and self.running is not None:
+            raise ValueError("gauss_newton: a running cost has no residual whose curvature could be left out; take the Hessian")
         # Variables of its own too: what another recording does to the same Functions must not be seen here.
         for function in (self.batch.inputs, *self.functions):
             function.clear_block_variable()
@@ -270,7 +312,9 @@ class LearningProblem:
             finally:
                 if not was_annotating:
                     pause_annotation()
-            self._recorded = self.batch.inputs.block_variable, block
+            self._recorded = self.batch.inputs.block_variable, block, run
+            if self.ensemble is not None:
+                return EnsembleReducedFunctional(J, self.controls(), self.ensemble, tape=tape), run
             functional = _GaussNewtonFunctional if gauss_newton else ReducedFunctional
             return functional(J, self.controls(), tape=tape), run
 
@@ -294,6 +338,8 @@ class LearningProblem:
                 f"batch: with learn={self.learn!r} the inputs are learned, so no others can take their place; make a "
                 f"LearningProblem for each batch"
             )
+        if self.ensemble is not None:
+            raise ValueError("batch: an ensemble's members would not know of it; make a LearningProblem for another")
         if self.derivatives is not None:
             raise ValueError("batch: the derivatives belong to the present batch; make a LearningProblem for another")
         observation = self._observed(batch)
@@ -304,9 +350,11 @@ class LearningProblem:
             )
         self.batch, self._observation = batch, observation
         if self._recorded is not None:
-            variable, block = self._recorded
+            variable, block, run = self._recorded
             variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
             block.operator.observe(observation, batch.weights)
+            if run.omega is not None:
+                run.omega[...] = sample_weights(batch.weights, batch.samples)
 
     def minibatches(self, size: int, seed: int | None = None) -> list[Batch]:
         """The present batch in pieces of `size` samples, the last padded with samples of weight 0.

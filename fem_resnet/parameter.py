@@ -99,6 +99,15 @@ class Parameter:
         return self.space_bases[0]
 
     @property
+    def learned(self) -> Parameter:
+        """What is learned of it: itself, unless it is made of other controls (`stable_kernels`)."""
+        return self
+
+    def acting(self) -> Parameter:
+        """What layers and regularisers see of it: itself, unless it is what a kernel is made of. Collective."""
+        return self
+
+    @property
     def dim(self) -> int:
         """Number of coefficients in all, over all ranks."""
         return sum(function.function_space().dim() for function in self.functions)

@@ -7,6 +7,12 @@ rows are free in y, and H is the integral over y of one function of 1 + rank unk
 
 which is not concave. It is raised by projected ascent, all y at once, each y with a step length of its own: h never falls
 at any y. A set is a box or a ball in (a(y), X(y)).
+
+With phi a fixed basis of low rank, X = Phi beta, all y are coupled: one problem a layer in (a, beta), on a `SpanBox`,
+
+    H(a, beta) = sum_s int r*_s sigma(a - Phi beta g_s) dy,        H_beta = - sum_s Phi^T M (r*_s sigma'(u_s)) g_s^T,
+
+raised by projected ascent with one step length, so that H itself does not fall.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.maximum_principle import Controls, Hamiltonian, Pair
 from fem_resnet.retraction import orthonormal
 
-__all__ = ["RowBall", "RowBox", "raise_rows"]
+__all__ = ["RowBall", "RowBox", "SpanBox", "raise_controls", "raise_rows", "raise_span"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,7 @@ class RowBox:
     kernel: Sequence[float]
 
     def __post_init__(self):
-        for name, (low, high) in (("bias", self.bias), ("kernel", self.kernel)):
-            if not (np.isfinite([low, high]).all() and low <= high):
-                raise ValueError(f"{name}: finite (low, high) with low <= high is wanted, {(low, high)} was given")
+        _check_ends(self)
 
     def project(self, rows: np.ndarray) -> np.ndarray:
         """The nearest rows (a, X) of the box; shape (nodes, 1 + rank) to the same."""
@@ -70,6 +74,91 @@ class RowBall:
         return rows / np.maximum(1.0, np.linalg.norm(rows, axis=1) / self.radius)[:, None]
 
 
+@dataclass(frozen=True)
+class SpanBox:
+    """a- <= a(y) <= a+ and beta- <= beta_ij <= beta+ with b = sum phi_i beta_ij psi_j: both bases fixed.
+
+    A box in the coefficients: of b itself only where both bases are indicators of cells.
+
+    Parameters
+    ----------
+    phi, psi
+        The bases, on one label space.
+    bias, kernel
+        (a-, a+) and (beta-, beta+).
+    """
+
+    phi: Basis
+    psi: Basis
+    bias: Sequence[float]
+    kernel: Sequence[float]
+
+    def __post_init__(self):
+        _check_ends(self)
+        if self.phi.Y is not self.psi.Y:
+            raise ValueError(f"phi, psi: one label space is wanted, {self.phi.Y!r} and {self.psi.Y!r} were given")
+
+    def project(self, a: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest bias and coefficients of the box."""
+        return np.clip(a, *self.bias), np.clip(beta, *self.kernel)
+
+
+def raise_controls(
+    H: Hamiltonian, A: RowBox | RowBall | SpanBox, pair: Pair, controls: Controls, iterations: int = 100
+) -> tuple[Controls, np.ndarray]:
+    """Controls in A whose Hamiltonian to maximise is no less, and H after each step: `raise_rows`, or `raise_span`."""
+    return (raise_span if isinstance(A, SpanBox) else raise_rows)(H, A, pair, controls, iterations)
+
+
+def raise_span(
+    H: Hamiltonian, A: SpanBox, pair: Pair, controls: Controls, iterations: int = 100
+) -> tuple[Controls, np.ndarray]:
+    """Controls in A whose Hamiltonian to maximise is no less, and H after each step. Collective.
+
+    From the present controls, projected onto the span of both bases and A.
+
+    Parameters
+    ----------
+    pair
+        f and r*, of any number of samples; convention "maximise".
+    controls
+        Where to start.
+
+    Returns
+    -------
+    controls, values : Controls, numpy.ndarray
+        H of the start (in A) and of each step, which does not fall.
+    """
+    _check_convention(H)
+    Y, phi, psi = H.Y, A.phi, A.psi
+    g = psi.project(pair.f)
+    seen = [
+        np.linalg.solve(basis.gram, Y.sum(basis.weighted.T @ part))
+        for basis, part in ((phi, controls.phi), (psi, controls.psi))
+    ]
+
+    def controls_of(a, beta):
+        return Controls(a, phi.values @ beta, psi.values)
+
+    a, beta = A.project(controls.a, seen[0] @ seen[1].T)
+    values, length = [H(pair, controls_of(a, beta))], 1.0
+    for _ in range(iterations):
+        v = H.slope_times_costate(pair, controls_of(a, beta))
+        in_a, in_beta = np.sum(v, axis=1), -phi.project(v) @ g.T
+        while True:
+            new_a, new_beta = A.project(a + length * in_a, beta + length * in_beta)
+            moved = float(Y.sum(Y.weights @ (new_a - a) ** 2)) + float(np.sum((new_beta - beta) ** 2))
+            value = H(pair, controls_of(new_a, new_beta))
+            if value >= values[-1] + 1e-4 * moved / length or length < 1e-12:
+                break
+            length /= 2
+        if value <= values[-1]:
+            break
+        a, beta, length = new_a, new_beta, 2 * length
+        values.append(value)
+    return controls_of(a, beta), np.array(values)
+
+
 def raise_rows(
     H: Hamiltonian, A: RowBox | RowBall, pair: Pair, controls: Controls, iterations: int = 100
 ) -> tuple[Controls, np.ndarray]:
@@ -89,8 +178,7 @@ def raise_rows(
     controls, values : Controls, numpy.ndarray
         H of the start (in A) and of each step, which does not fall.
     """
-    if H.convention != "maximise":
-        raise ValueError('H: one to "maximise" is wanted')
+    _check_convention(H)
     Y, sigma, psi, r = H.Y, H.activation, A.psi, pair.r
     features = np.column_stack([np.ones(r.shape[1]), -psi.project(pair.f).T])
     seen = np.linalg.solve(psi.gram, Y.sum(psi.weighted.T @ controls.psi))
@@ -116,6 +204,17 @@ def raise_rows(
     if np.any(np.diff(values) < -1e-12 * (1 + np.abs(values[0]))):
         raise AssertionError("H fell: this cannot be, please report it")
     return _controls(A, rows), np.array(values)
+
+
+def _check_convention(H: Hamiltonian) -> None:
+    if H.convention != "maximise":
+        raise ValueError('H: one to "maximise" is wanted')
+
+
+def _check_ends(A: RowBox | SpanBox) -> None:
+    for name, (low, high) in (("bias", A.bias), ("kernel", A.kernel)):
+        if not (np.isfinite([low, high]).all() and low <= high):
+            raise ValueError(f"{name}: finite (low, high) with low <= high is wanted, {(low, high)} was given")
 
 
 def _controls(A: RowBox | RowBall, rows: np.ndarray) -> Controls:

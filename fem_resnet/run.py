@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
+from pyadjoint import AdjFloat
 
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.segment import Segment, TangentSegment
@@ -40,7 +41,7 @@ class Piece:
         start, traces = self.start, self.traces
         if self.block is not None:
             start, traces = self.block.get_dependencies()[0].saved_output, self.segment.traces()
-        return self.segment.output.read(start), traces
+        return self.segment.inputs[0].read(start), traces
 
     def costate(self, layers: int) -> np.ndarray | None:
         return self.segment.costate(layers) if self.block.adjoint_is_current else None
@@ -57,12 +58,26 @@ class Run:
         The network that was run.
     initial, final : Function
         f_I and f(T); differentiate functionals of `final`.
+    cost : AdjFloat
+        The running cost, weighted over the samples, where the run was given one; else 0.
+    omega : numpy.ndarray or None
+        These weights; the next evaluation on the tape takes what they are then.
     """
 
-    def __init__(self, net, initial: fd.Function, final: fd.Function, pieces: list[Piece] | None):
+    def __init__(
+        self,
+        net,
+        initial: fd.Function,
+        final: fd.Function,
+        pieces: list[Piece] | None,
+        cost: AdjFloat | float = 0.0,
+        omega: np.ndarray | None = None,
+    ):
         self.net = net
         self.initial = initial
         self.final = final
+        self.cost = cost
+        self.omega = omega
         self._pieces = pieces
 
     def state(self, layer: int) -> fd.Function:

@@ -3,6 +3,9 @@
 Forward, f at the end follows from f at the start and the stages of all layers in one pass (3.3). Backward, layers with the
 same psi hand on gamma, the adjoint of g, alone, so that inside a segment nothing of size nodes x samples is touched but
 what the stages read; states and co-states at inner interfaces are rebuilt when asked for.
+
+With a running cost the layers carry f and c (`running_cost`), in arrays with a row more, and lambda changes from layer to
+layer; the segment then has a second output, the cost of its time, summed over the samples with their weights.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ class Segment:
         How Functions hold the state.
     replay
         Whether adapted steps are kept from the first solve on.
+    omega
+        Weights of the samples, where the steppers have a running cost; else None.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Segment:
         coefficients: LayerCoefficients,
         values: BatchValues,
         replay: bool,
+        omega: np.ndarray | None = None,
     ):
         self.steppers = steppers(1)
         self._numbers = coefficients.layers
@@ -57,12 +63,17 @@ class Segment:
         self._coefficients = coefficients
         self._replay = replay
         self._steps: list[list[float] | None] = [None] * len(self.steppers)
-        self.output = values
-        self.inputs = [self.output, *coefficients.slots]
+        self._nodes = values.Y.nodes
+        #: Weights of the samples in the running cost.
+        self.omega = omega
+        self.output = values if omega is None else (values, None)
+        self.inputs = [values, *coefficients.slots]
         #: The Functions that hold the coefficients, but for learned factors, which `forward` gets last.
         self.functions = coefficients.functions
-        # For each layer: lambda at the end of its run of layers with one psi, that psi, and gamma at its own start.
+        # For each layer: lambda at the end of its run of layers with one psi (with a running cost: at its start), that psi,
+        # and gamma at its own start.
         self._costates: list[tuple[np.ndarray, Basis, np.ndarray]] = []
+        self._last_dual: np.ndarray | None = None
         self._mark = object()  # on the steppers, says who used them last
 
     @property
@@ -72,13 +83,15 @@ class Segment:
 
     def release(self) -> None:
         """Forget what the last solves left: steppers may be shared, states and co-states are of no use then."""
-        self._layers, self._costates, self._tangent_steppers = [], [], None
+        self._layers, self._costates, self._last_dual, self._tangent_steppers = [], [], None, None
         for stepper in self.steppers:
             stepper.release()
 
     @PETSc.Log.EventDecorator("fem_resnet:forward")
-    def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
-        """f at the end, a new array of shape (nodes, samples); `state` then gives f at any layer. Collective.
+    def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray | tuple[np.ndarray, float]:
+        """f at the end, a new array of shape (nodes, samples); `advance` then gives f at any layer. Collective.
+
+        With a running cost, that and the cost.
 
         Parameters
         ----------
@@ -101,10 +114,29 @@ class Segment:
             stepper.layer, stepper.user = number, self._mark
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
-        self._run(self.steppers, [f], self._layers, save, self._steps)
+        self._run(self.steppers, [self._with_row(f)], self._layers, save, self._steps)
         if self._replay:
-            self._steps = self._adapted()
-        return self.state(f, len(self.steppers))
+            self.replay(self.taken_steps())
+        return self._value(self._advance([f], self.traces())[0])
+
+    def _with_row(self, f: np.ndarray, c: np.ndarray | float = 0.0) -> np.ndarray:
+        """f, with a row for c where there is a running cost."""
+        return f if self.omega is None else np.vstack([f, np.broadcast_to(c, (1, f.shape[1]))])
+
+    def _value(self, f: np.ndarray) -> np.ndarray | tuple[np.ndarray, float]:
+        return f if self.omega is None else (f[: self._nodes], float(self.omega @ f[-1]))
+
+    def _functional(self, dual) -> np.ndarray:
+        """Adjoint values of f and c in one array."""
+        return dual if self.omega is None else self._with_row(dual[0], self.omega * dual[1])
+
+    def replay(self, steps: Sequence[list[float] | None]) -> None:
+        """Take these steps from now on: for each layer those of a trace, or None for equal ones."""
+        self._steps = list(steps)
+
+    def taken_steps(self) -> list[list[float] | None]:
+        """The steps of the last forward solve, in parts of each layer, where they were adapted; else None."""
+        return [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
 
     def refuse_without_adjoint(self) -> None:
         """Raise ValueError if PETSc cannot adjoin the method."""
@@ -114,10 +146,6 @@ class Segment:
                 f"solver_parameters: PETSc has no adjoint of its method {self.steppers[0].ts_type!r}, so it cannot be "
                 f"recorded; 'ts_type': {method.instead} has one. Without a gradient: run it while annotation is off"
             )
-
-    def _adapted(self) -> list[list[float] | None]:
-        """The steps of the last forward solve, where they were adapted."""
-        return [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
 
     def _run(
         self,
@@ -136,9 +164,10 @@ class Segment:
                 at_start = self._advance(f, [stepper.trace for stepper in steppers[:l]])
             if new_psi:
                 psi = inputs[0].factors.psi
-                g = [psi.project(part) for part in at_start]
+                fields = [part[: self._nodes] for part in at_start]
+                g = [psi.project(part) for part in fields]
                 if len(inputs) == 2 and inputs[1].factors is not None:
-                    g[1] += self._Y.sum(inputs[1].factors.weighted.T @ at_start[0])
+                    g[1] += self._Y.sum(inputs[1].factors.weighted.T @ fields[0])
             g = stepper.forward(g, at_start, inputs, save, steps)
         self._check_ranks_agree(g)
 
@@ -158,13 +187,9 @@ class Segment:
         """What each layer left in the last forward solve: what f is rebuilt from."""
         return [stepper.trace for stepper in self.steppers]
 
-    def state(self, f: np.ndarray, layers: int) -> np.ndarray:
-        """f after so many layers of the last forward solve, a new array of shape (nodes, samples)."""
-        return self.advance(f, self.traces()[:layers])
-
     def advance(self, f: np.ndarray, traces: Sequence[LayerTrace]) -> np.ndarray:
         """f after layers that left these traces, by the quadrature (3.3)."""
-        return self._advance([f], traces)[0]
+        return self._advance([f], traces)[0][: self._nodes]
 
     def _advance(self, f: list[np.ndarray], traces: Sequence[LayerTrace]) -> list[np.ndarray]:
         for l in reversed(range(len(traces))):
@@ -174,7 +199,7 @@ class Segment:
         return self._stage.advance(f, list(chain.from_iterable(trace.stages for trace in traces)))
 
     @PETSc.Log.EventDecorator("fem_resnet:adjoint")
-    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
+    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence) -> list[np.ndarray]:
         """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
 
         Parameters
@@ -182,9 +207,13 @@ class Segment:
         arrays
             Those of the last forward solve.
         dual
-            lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`.
+            lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`. With a running cost,
+            that and the dual value of the cost.
         """
-        (start,), functionals, costates = self._adjoint(self.steppers, [dual], self._layers, arrays[:1])
+        self._last_dual = self._functional(dual)[: self._nodes]
+        (start,), functionals, costates = self._adjoint(
+            self.steppers, [self._functional(dual)], self._layers, arrays[:1]
+        )
         self._costates = [(duals[0], psi, gamma[0]) for duals, psi, gamma in costates]
         return [start, *functionals]
 
@@ -196,19 +225,26 @@ class Segment:
         for stepper, inputs in zip(reversed(steppers), reversed(layers)):
             if inputs[0].factors.psi is not psi:
                 if psi is not None:
-                    duals = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]
+                    duals = self._unfold(psi, gamma, duals)
                 psi = inputs[0].factors.psi
                 gamma = [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
-            gamma, functional = stepper.adjoint(gamma, duals)
+            gamma, duals, functional = stepper.adjoint(gamma, duals)
             functionals.append(functional)
             costates.append((duals, psi, gamma))
-        start = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]
+        start = [part[: self._nodes] for part in self._unfold(psi, gamma, duals)]
         collected = self._coefficients.collect(functionals[::-1])
         if layers[0][0].learns_factors:  # the start is seen through Psi too
-            collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(f, gamma))
+            fields = (part[: self._nodes] for part in f)
+            collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(fields, gamma))
             if len(duals) == 2 and layers[0][1].factors is not None:
                 start[0] += layers[0][1].factors.weighted @ gamma[1]
         return start, collected, costates[::-1]
+
+    def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
+        if self.omega is None:
+            return [psi.dual(part) + dual for part, dual in zip(gamma, duals)]
+        return [self._with_row(psi.dual(part) + dual[:-1], dual[-1]) for part, dual in zip(gamma, duals)]
 
     def costate(self, layer: int) -> np.ndarray | None:
         """r = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
@@ -218,25 +254,27 @@ class Segment:
         if not self._costates:
             return None
         if layer == len(self.steppers):
-            return self._costates[-1][0] / self._Y.weights[:, None]
+            return self._last_dual / self._Y.weights[:, None]
         dual, psi, gamma = self._costates[layer]
-        return dual / self._Y.weights[:, None] + psi.values @ gamma
+        return dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma
 
     # -- second order -------------------------------------------------------------------------------------------------
 
     @PETSc.Log.EventDecorator("fem_resnet:tangent")
-    def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray:
+    def tangent(
+        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]
+    ) -> np.ndarray | tuple[np.ndarray, float]:
         """Derivative of `forward` at these arrays, in these directions: that of the discrete network. Collective."""
         f, _ = self._run_with_tangent(arrays, directions, save=False)
-        return self._advance(f, [stepper.trace for stepper in self._tangent_steppers])[1]
+        return self._value(self._advance(f, [stepper.trace for stepper in self._tangent_steppers])[1])
 
     def _run_with_tangent(self, arrays, directions, save):
         if self._tangent_steppers is None:
             self._tangent_steppers = self._make(2)
         values = self._coefficients.on_layers(arrays[1:])
         layers = list(zip(values, self._coefficients.on_layers(directions[1:], directions=True)))
-        f = [arrays[0], directions[0]]
-        self._run(self._tangent_steppers, f, layers, save, self._adapted())
+        f = [self._with_row(part[0]) for part in (arrays, directions)]
+        self._run(self._tangent_steppers, f, layers, save, self.taken_steps())
         return f, layers
 
     @PETSc.Log.EventDecorator("fem_resnet:second_adjoint")
@@ -244,8 +282,8 @@ class Segment:
         self,
         arrays: Sequence[np.ndarray],
         directions: Sequence[np.ndarray],
-        dual: np.ndarray,
-        dual_dot: np.ndarray,
+        dual: np.ndarray | Sequence,
+        dual_dot: np.ndarray | Sequence,
     ) -> list[np.ndarray]:
         """`F'(m)^T dual_dot + d/de F'(m + e m_dot)^T dual` at e = 0, by the adjoint of the tangent. Collective.
 
@@ -254,9 +292,11 @@ class Segment:
         arrays, directions
             m and m_dot.
         dual, dual_dot
-            Adjoint value of f at the end, and its own derivative.
+            Adjoint value of f at the end (and of the cost), and its own derivative.
         """
-        start, functionals = self.adjoint_of_pair(arrays, directions, dual_dot, dual)
+        start, functionals = self.adjoint_of_pair(
+            arrays, directions, self._functional(dual_dot), self._functional(dual)
+        )
         return [start[0], *functionals]
 
     def adjoint_of_pair(
@@ -285,7 +325,7 @@ class TangentSegment:
     def __init__(self, segment: Segment):
         self._segment = segment
         self.inputs = [segment.inputs[0], *segment.inputs]
-        self.output = segment.output
+        self.output = segment.inputs[0]
 
     def _split(self, arrays):
         f, f_1, *coefficients = arrays

@@ -17,7 +17,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 
-__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerTimes", "NodalValues", "SpaceBasis", "StateValues"]
+__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues"]
 
 
 class SpaceBasis(ABC):
@@ -216,6 +216,43 @@ class KernelCoefficients(_Replicated):
 
     def primal(self, dual):
         return self.kernel.primal(dual)
+
+
+class MatrixControls(_Replicated):
+    """A matrix X of controls of which a kernel is made (`stable_kernels`): R = G x H for Gram matrices, or 1 for either.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    shape
+        That of X.
+    left, right
+        G and H; the identity if left out.
+    """
+
+    def __init__(
+        self, Y: LabelSpace, shape: tuple[int, int], left: np.ndarray | None = None, right: np.ndarray | None = None
+    ):
+        super().__init__(Y, shape)
+        self.grams = [np.eye(size) if gram is None else gram for size, gram in zip(shape, (left, right))]
+
+    def expand(self, coefficients):
+        return coefficients
+
+    def pull_back(self, dual):
+        return dual
+
+    def dual(self, coefficients):
+        left, right = self.grams
+        return left @ coefficients @ right
+
+    def primal(self, dual):
+        left, right = self.grams
+        return np.linalg.solve(right, np.linalg.solve(left, dual).T).T
+
+    def stiffness(self, coefficients):
+        return np.zeros(self.shape)
 
 
 class LayerTimes(_Replicated):

@@ -31,6 +31,7 @@ from fem_resnet.layer_jacobian import Elimination, LinearLayer, ShiftedJacobian,
 from fem_resnet.layer_state import CarriedState, CoefficientState
 from fem_resnet.methods import METHODS, configure, last_words, set_from_options
 from fem_resnet.layer_inputs import LayerInputs
+from fem_resnet.running_cost import RunningCost
 from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, never_adapt, on_pre_stage, shell, stage_values, weakly
 
 __all__ = ["LayerStepper", "LayerTrace", "StepFailure"]
@@ -73,7 +74,7 @@ class LayerTrace:
     stages : list of StageValue
         The terms of the quadrature (3.3); none where the state carried f.
     end : list of numpy.ndarray or None
-        f at the end, and its tangent, where the state carried them.
+        f at the end, and its tangent, where the state carried them; with a running cost a row more, for c.
     steps : list of float
         The accepted steps, in parts of the layer.
     """
@@ -102,6 +103,8 @@ class LayerStepper:
         1; or 2, to step the tangent too.
     carry
         Whether the state has f; if left out, where it must.
+    cost
+        A running cost, if c is to be stepped too; the state then has f.
 
     Raises
     ------
@@ -111,7 +114,7 @@ class LayerStepper:
 
     def __init__(
         self, stage: Stage, layer: int, rank: int, steps: int, options: petsctools.OptionsManager,
-        orders: int = 1, carry: bool | None = None,
+        orders: int = 1, carry: bool | None = None, cost: RunningCost | None = None,
     ):  # fmt: skip
         self.stage = stage
         self.layer = layer
@@ -124,6 +127,7 @@ class LayerStepper:
         self._rank = rank
         self._options = options
         self._carry = carry
+        self._cost = cost
         self._create()
 
     # -- the TS -------------------------------------------------------------------------------------------------------
@@ -137,10 +141,14 @@ class LayerStepper:
         self.method = METHODS[self.ts_type]
         self.adaptive = adapt_type(probe) != "none"
         probe.destroy()
-        must_carry = self.adaptive or self.method.quadrature is None
+        with_cost = self._cost is not None
+        must_carry = self.adaptive or self.method.quadrature is None or with_cost
         self.carries_f = must_carry if self._carry is None else self._carry
-        self.state = (CarriedState if self.carries_f else CoefficientState)(self.stage, self._rank, self.orders)
-        self._linear = LinearLayer(self.stage, self.state)
+        if self.carries_f:
+            self.state = CarriedState(self.stage, self._rank, self.orders, with_cost)
+        else:
+            self.state = CoefficientState(self.stage, self._rank, self.orders)
+        self._linear = LinearLayer(self.stage, self.state, self._cost)
         self._y, self._adjoint_y, self._work = (self.state.vector() for _ in range(3))
         self._mu: PETSc.Vec | None = None
         #: Whether the last forward solve was saved and no adjoint has used it up.
@@ -230,7 +238,8 @@ class LayerStepper:
         g
             Coefficients at the start, and their tangent if there is one, shape (rank, samples).
         f
-            State and tangent at the start, shape (nodes, samples); may be None where the state does not carry them.
+            State and tangent at the start, shape (nodes, samples), with c as a row more where there is a running cost; may
+            be None where the state does not carry them.
         inputs
             Times, factors and parameters of this layer, and the directions of all that.
         save
@@ -277,8 +286,8 @@ class LayerStepper:
 
     def adjoint(
         self, gamma: Sequence[np.ndarray], adjoint: Sequence[np.ndarray]
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Adjoint of the last forward solve: gamma at the start, and functionals of the layer's coefficients.
+    ) -> tuple[list[np.ndarray], Sequence[np.ndarray], np.ndarray]:
+        """Adjoint of the last forward solve: gamma at the start, lambda there, functionals of the layer's coefficients.
 
         With a tangent, of the second order: the functionals and gamma of the value are those that depend on it, directly
         and through the tangent.
@@ -288,12 +297,15 @@ class LayerStepper:
         gamma
             Adjoints of g, and of its tangent, at the end of the layer, shape (rank, samples).
         adjoint
-            Adjoint values of f, and of its tangent, at the end of the segment, shape (nodes, samples).
+            Adjoint values of f, and of its tangent, at the end of the layer but for what gamma stands for: shape
+            (nodes, samples), with that of c as a row more where there is a running cost.
 
         Returns
         -------
         gamma : list of numpy.ndarray
             At the start of the layer.
+        adjoint : list of numpy.ndarray
+            The same at its start: changed by a running cost alone.
         functionals : numpy.ndarray
             Of the active coefficients of the bias, then of the kernel, of the length and of the factors' values where
             they are learned, one after the other.
@@ -317,10 +329,10 @@ class LayerStepper:
         self._mu.set(0.0)
         self._ts.setCostGradients([self._adjoint_y], [self._mu])
         self._solve(self._ts.adjointSolve)
-        start, _ = self.state.read(self._adjoint_y)
+        start, rest = self.state.read(self._adjoint_y)
         functionals = self._mu.array_r.copy()
         self._check_finite(start, [functionals], self._time(0.0))
-        return start, functionals
+        return start, adjoint if self._cost is None else list(rest), functionals
 
     def release(self) -> None:
         """Forget what the last solve left, fields first of all; another may follow."""
@@ -395,10 +407,7 @@ class LayerStepper:
                 self.trace.stages.append(StageValue(h * weight, self._linear.argument(ts.getPrevTime() + node * h, g)))
 
     def _rate(self, ts, t, y, F):
-        g, _ = self.state.read(y)
-        s = self.state.new_rest()
-        Q = self.stage.rate(self._linear.argument(t, g), s)
-        self.state.write(F, Q, self.state.rates(s))
+        self.state.write(F, *self._linear.rates(t, *self.state.read(y)))
 
     def _enter_stages(self):
         self._in_stages = True
@@ -410,7 +419,7 @@ class LayerStepper:
             self._calls = [*self._calls[-len(self._weights) :], self.state.read(y)[0]]
 
     def _set_point(self, ts, t, y, J, P):
-        self._linear.set_point(t, self.state.read(y)[0])
+        self._linear.set_point(t, *self.state.read(y))
         return True
 
     def _set_jacobian(self, ts, t, y, y_t, shift, J, P):
@@ -430,15 +439,15 @@ class LayerStepper:
 
     def _state_transpose(self, x, y):
         # PETSc asks an explicit method for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
-        by_g, self._functionals = self._linear.transpose(self.state.cotangent(x, self._linear.costate))
-        self.state.write(y, by_g, 0.0)
+        by_g, by_rest, self._functionals = self._linear.transpose(self.state.cotangent(x, self._linear.costate))
+        self.state.write(y, by_g, by_rest)
 
     def _parameter_transpose(self, x, y):
         values = y.array_w
         if not self.method.implicit:
             np.concatenate(self._functionals, out=values)
         else:  # of the residual y_t - rate
-            np.concatenate(self._linear.transpose(self.state.cotangent(x, self._linear.costate))[1], out=values)
+            np.concatenate(self._linear.transpose(self.state.cotangent(x, self._linear.costate))[2], out=values)
             np.negative(values, out=values)
 
     def _attach_parameters(self) -> None:

@@ -17,11 +17,11 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
-from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
+from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.time_stepping import StepFailure
 
-__all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "like", "present_inputs", "solve_trajectory"]
+__all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "like", "solve_trajectory"]
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,7 @@ def _layer_by_layer(
     one_layer: Callable[[FieldStepper, LayerTrajectory, np.ndarray, int], np.ndarray],
 ) -> tuple[fd.Function, Scheme, int]:
     """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes those of one and returns f at its end."""
+    net.refuse_gradient_flow("solve_trajectory")
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps
@@ -242,23 +243,13 @@ def _layer_by_layer(
 
     parameters = SOLVER_PARAMETERS | (solver_parameters or {})
     with FieldStepper(Y, f.shape[1], rate, linearised, parameters, options_prefix) as stepper:
-        for number, part in enumerate(present_inputs(net)):
+        for number, part in enumerate(net.layer_inputs()):
             layer = LayerTrajectory(part, None, [])
             f = one_layer(stepper, layer, f, steps)
             if Y.sum(not np.isfinite(f).all()):
                 raise StepFailure(number, part.start + part.length, "NOT_FINITE")
         scheme = stepper.scheme
     return like(initial, f), scheme, steps
-
-
-def present_inputs(net: ResidualNetwork) -> list[LayerInputs]:
-    """What each layer takes at the network's present coefficients. Collective."""
-    coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
-    inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
-    if net.factors:
-        learned = net.learned_factors()
-        inputs = [replace(part, factors=learned) for part in inputs]
-    return inputs
 
 
 def like(function: fd.Function, values: np.ndarray) -> fd.Function:

@@ -27,6 +27,8 @@ import fem_resnet.objective
 import fem_resnet.parameter
 import fem_resnet.regulariser
 import fem_resnet.retraction
+import fem_resnet.run
+import fem_resnet.running_cost
 import fem_resnet.segment
 import fem_resnet.space_basis
 import fem_resnet.time_basis
@@ -80,13 +82,14 @@ Stage = fem_resnet.layer.Stage
 Stepper = fem_resnet.time_stepping.LayerStepper
 Linear = fem_resnet.layer_jacobian.LinearLayer
 Segment = fem_resnet.segment.Segment
+CostRate = fem_resnet.running_cost.CostRate
 space, time_basis, inputs = fem_resnet.space_basis, fem_resnet.time_basis, fem_resnet.layer_inputs
 Loss = fem_resnet.loss._LossOperator
 HeadOperator = fem_resnet.head._HeadOperator
 Kernel, Basis, LabelSpace = fem_resnet.kernel.LowRankKernel, fem_resnet.basis.Basis, fem_resnet.label_space.LabelSpace
 regulariser = fem_resnet.regulariser
-CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, TIMES, LAYERS, KINKS = (
-    "classes", "field", "carried", "adapted", "implicit", "learned", "times", "layers", "kinks"
+CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, TIMES, LAYERS, KINKS, COSTS = (
+    "classes", "field", "carried", "adapted", "implicit", "learned", "times", "layers", "kinks", "costs"
 )  # fmt: skip
 
 
@@ -266,7 +269,7 @@ FAULTS = [
     Fault("beta's functional has the other sign", CLASSES, line(Linear, "transpose", ", -(D[0] @ g[0].T)\n", ", D[0] @ g[0].T\n")),
     Fault("the kernel is symmetrised", FIELD, line(inputs.OnLayer, "__init__", "self._basis.expand(c) for c in coefficients", "(lambda m: (m + m.T) / 2 if m.ndim == 2 and m.shape[0] == m.shape[1] else m)(self._basis.expand(c)) for c in coefficients")),
     Fault("t at the start of the step for all stages", CLASSES, line(Stepper, "_keep_step", "ts.getPrevTime() + node * h", "ts.getPrevTime()")),
-    Fault("t of the end of the step in the right-hand side", CLASSES, line(Stepper, "_rate", "self._linear.argument(t, g)", "self._linear.argument(ts.getTime() + ts.getTimeStep(), g)")),
+    Fault("t of the end of the step in the right-hand side", CLASSES, line(Stepper, "_rate", "rates(t, ", "rates(ts.getTime() + ts.getTimeStep(), ")),
     Fault("quadrature weights permuted", CLASSES, _permuted_weights),
     Fault("stage nodes ignored", CLASSES, _ignored_nodes),
     Fault("a stale stage", CLASSES, _stale_stage),
@@ -285,7 +288,7 @@ FAULTS = [
     Fault("carried: the exact preconditioner is that of the transpose", CARRIED, line(fem_resnet.layer_jacobian.Elimination, "apply", "self._solve(layer.blocks(), g)", "self._solve(np.swapaxes(layer.blocks(), 1, 2), g)")),
     Fault("carried: f is not stepped", CARRIED, line(fem_resnet.layer_state.CarriedState, "rates", "return s", "return [0.5 * part for part in s]")),
     Fault("adapted: the replayed steps are equal ones", ADAPTED, line(Stepper, "_set_step", "self._replayed[ts.getStepNumber()]", "1.0 / len(self._replayed)")),
-    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "_adapted", "stepper.trace.steps if stepper.adaptive else None", "None")),
+    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive else None", "None")),
     # segments
     Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "if inputs[0].factors.psi is not psi:", "if True:\n            psi = None")),
     Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "start = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]", "start = list(duals)")),
@@ -293,8 +296,8 @@ FAULTS = [
     Fault("co-states without gamma", CLASSES, line(Segment, "costate", "+ psi.values @ gamma", "")),
     Fault("sign of r", CLASSES, line(Segment, "costate", "return dual / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual / self._Y.weights[:, None] + psi.values @ gamma)")),
     Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._costates[-1][0] / self._Y.weights[:, None]", "self._costates[-1][0]")),
-    Fault("states of a layer too early", CLASSES, line(Segment, "state", "self.traces()[:layers]", "self.traces()[: max(layers - 1, 0)]")),
-    Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "arrays, directions, dual_dot, dual)", "arrays, directions, dual, dual_dot)")),
+    Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "traces[:layers]", "traces[: max(layers - 1, 0)]")),
+    Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "self._functional(dual_dot), self._functional(dual)", "self._functional(dual), self._functional(dual_dot)")),
     # coefficients in time and space
     Fault("hats at the wrong fraction", CLASSES, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)")),
     Fault("hats' transposed weights", CLASSES, line(inputs.OnLayer, "pull_back", "for weight in weights]", "for weight in weights[::-1]]")),
@@ -352,10 +355,19 @@ FAULTS = [
     Fault("regularisers forget the head", CLASSES, line(fem_resnet.objective.LearningProblem, "_evaluate", "for parameter in self.parameters if", "for parameter in self.net.parameters if")),
     # what is learned besides
     Fault("the retraction's adjoint without its projection", LEARNED, line(fem_resnet.retraction.Retraction, "adjoint", "self._project_transposed(", "(lambda d: d)(")),
+    # running costs
+    Fault("a running cost without weights of the nodes", COSTS, line(CostRate, "_rates", "self._Y.weights @ part", "part.sum(axis=0)")),
+    Fault("a running cost without tau", COSTS, line(CostRate, "value", "self._length[0] * L[0]", "L[0]")),
+    Fault("a running cost's l_f is left out of the adjoint", COSTS, line(Linear, "transpose", "by_rest, by_beta = self._in_f(in_f)", "by_rest, by_beta = 0 * self._in_f(in_f)")),
+    Fault("a running cost's l_a is left out", COSTS, line(Linear, "transpose", "result.bias += in_a", "pass")),
+    Fault("a running cost's kappa b without Gram matrices", COSTS, line(CostRate, "_dual", "self._kernel is None", "True")),
+    Fault("a running cost's adjoint stops at a layer", COSTS, line(Stepper, "adjoint", "adjoint if self._cost is None else list(rest)", "adjoint")),
+    Fault("a running cost's Hessian without l_fa", COSTS, line(CostRate, "_moved_slopes", "fa * f_1 + aa", "aa")),
+    Fault("a running cost ignores the weights of samples", COSTS, line(Segment, "_functional", "self.omega * dual[1]", "np.full(len(self.omega), dual[1] / len(self.omega))")),
     # reproducibility
     Fault("J drifts with each evaluation", CLASSES, _counted_up(Loss, "forward")),
     Fault("an evaluation changes the coefficients", CLASSES, line(space.NodalValues, "expand", "return coefficients", "coefficients *= 1.0000001\n    return coefficients")),
-    Fault("an unrecorded run spoils a trajectory", CLASSES, line(fem_resnet.network.ResidualNetwork, "_segments", "if annotate_tape():", "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape] = self._new_segments(space)\n    if False:")),
+    Fault("an unrecorded run spoils a trajectory", CLASSES, line(fem_resnet.network.ResidualNetwork, "_segments", "if annotate_tape():", "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape, running] = self._new_segments(space, running, omega)\n    if False:")),
     Fault("kinks: sigma' from a smooth neighbour", KINKS, line(Stage, "_transposed", "self.activation.derivative(u, out=u)", "np.clip(0.5 + u, 0, 1, out=u)")),
     Fault("kinks: sign of b", KINKS, line(Stage, "_affine", "np.subtract(at.a[order][block, None], u, out=u)", "np.add(at.a[order][block, None], u, out=u)")),
 ]

@@ -10,6 +10,7 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.basis import Basis
+from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.head import Head
@@ -22,6 +23,8 @@ from helpers import laplace, set_smooth, smooth, smooth_direction
 CLASSES = 3
 #: Layers of unequal lengths, which do not add up to one.
 TIMES = (0.0, 0.2, 0.9, 1.3)
+#: None is a cube, and |Y| is 3, 2.6 and 12 or so. On more ranks one is enough: what differs there is the partition.
+ROUND_DOMAINS = {2: ("annulus",), 3: ("sphere",)}.get(MPI.COMM_WORLD.size, ("disk", "annulus", "sphere"))
 #: How many Laplace eigenfunctions: no repeated eigenvalue is cut.
 RANK = {"annulus": 5}
 
@@ -66,6 +69,14 @@ def network(domain, element, *, bias="nodes", alone=False, seed=0, size=1.0, **o
     options = {"times": TIMES, "layers_per_block": 2} | options
     net = ResidualNetwork(phi, polynomials(phi.Y), bias=phi if bias == "basis" else None, **options)
     set_smooth(net, np.random.default_rng(seed), size)
+    return net
+
+
+def autonomous_network(kernel: LowRankKernel, beta, bias=0.0, **options) -> ResidualNetwork:
+    """A network with this kernel and bias at all times; `bias` is a number or values at the nodes."""
+    net = ResidualNetwork(kernel.phi, kernel.psi, kernel_in_time="shared", bias_in_time="shared", **options)
+    net.kernel.set(0, beta)
+    net.bias.set(0, np.zeros(net.Y.nodes) + bias)
     return net
 
 

@@ -9,14 +9,47 @@ from firedrake import COMM_WORLD
 from numpy.testing import assert_allclose
 from scipy.special import jnp_zeros
 
-from fem_resnet import Basis, LabelSpace, cell_indicators, given_basis, laplace_basis
+import fem_resnet.laplace
+from fem_resnet import Basis, LabelSpace, cell_indicators, given_basis, laplace_basis, point_space
 from helpers import SPACES, label_space, laplace, name, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 each_space = pytest.mark.parametrize("space", SPACES, ids=name)
 
 
+@pytest.fixture
+def directory(tmp_path):
+    """One for all ranks."""
+    return COMM_WORLD.bcast(tmp_path)
+
+
 # -- Laplace eigenfunctions ------------------------------------------------------------------------------------------
+
+
+@on_ranks
+def test_a_cache_gives_the_same_bits_to_the_same_question_only(directory, monkeypatch):
+    Y = label_space("annulus", "DG0")
+    first = laplace_basis(Y, 5, cache=directory)
+    COMM_WORLD.barrier()
+    assert len(list(directory.iterdir())) == COMM_WORLD.size, "one file a rank, and nothing half written"
+
+    def refuse(*arguments):
+        raise AssertionError("solved for")
+
+    monkeypatch.setattr(fem_resnet.laplace, "_eigenfunctions", refuse)
+    again = laplace_basis(Y, 5, cache=directory)
+    assert np.array_equal(again.values, first.values) and np.array_equal(again.eigenvalues, first.eigenvalues)
+    ring = np.roll(np.eye(12), 1, axis=0)
+    graph = point_space(np.ones(12), graph=ring + ring.T)
+    for other in (
+        lambda: laplace_basis(Y, 4, cache=directory),
+        lambda: laplace_basis(Y, 5, cache=directory, solver_parameters={"eps_tol": 1e-12}),
+        lambda: laplace_basis(label_space("annulus", "CG2"), 5, cache=directory),
+        lambda: laplace_basis(label_space("annulus", "DG0", 2), 5, cache=directory),
+        lambda: laplace_basis(graph, 5, cache=directory),
+    ):
+        with pytest.raises(AssertionError, match="solved for"):
+            other()
 
 
 @on_ranks

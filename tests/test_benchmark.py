@@ -1,7 +1,6 @@
 """The benchmark runs, its sides agree, and its JSON says what was measured."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -140,3 +139,17 @@ def test_the_package_is_faster_than_numpy_in_blocks(size, reached, tmp_path, mod
         package, numpy = map(_best, sides)
         ratios.append(numpy / package)
     assert max(ratios) > reached / 2, f"{max(ratios):.2f} times as fast; {reached} were reached"
+
+
+def test_the_tools_of_theory_are_measured_at_any_size(tmp_path):
+    file = tmp_path / "found.json"
+    lines = run(
+        sys.executable, str(BENCHMARKS / "theory_at_scale.py"), "--cells", "900", "3600", "--only", "propagator",
+        "--json", str(file), timeout=240,
+    )  # fmt: skip
+    small, large = json.loads(file.read_text())
+    assert small["cells"] < large["cells"] and min(small["cpu_seconds"], large["bytes"]) > 0
+    # The same network on a finer mesh: twice the rank singular values, converging.
+    assert large["found"]["singular values"] == small["found"]["singular values"] == 64
+    assert abs(large["found"]["norm"] - small["found"]["norm"]) < 1e-2
+    assert any("grows like N^" in line for line in lines)

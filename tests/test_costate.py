@@ -16,7 +16,7 @@ from fem_resnet import (
 )  # fmt: skip
 from fem_resnet.costate_comparison import refined
 from fem_resnet.evolution import Path
-from helpers import label_space, laplace, name, set_smooth, smooth, smooth_direction
+from helpers import label_space, laplace, name, smooth, smooth_direction
 from problems import TIMES, learning_problem, network, polynomials
 
 on_ranks = pytest.mark.parallel([1, 2, 3])

@@ -269,3 +269,10 @@ def test_options_reach_the_solver_and_a_failure_leaves_network_and_tape_usable()
     with taping():
         assert_allclose(reduced(point), float(J), rtol=1e-12)
         reduced.derivative()
+
+
+def test_a_gradient_flow_is_refused():
+    with pytest.raises(ValueError, match="^gradient_flow: the discrete gradient"):
+        ResidualNetwork(
+            laplace("disk", "CG1", 4), layers=1, gradient_flow=True, solver_parameters={"ts_type": "discrete_gradient"}
+        )

@@ -5,11 +5,12 @@ from itertools import product
 import matplotlib.figure
 import numpy as np
 import pytest
+import sympy
 from numpy.testing import assert_allclose
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, Polygon, ResidualNetwork, cell_indicators,
+    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, Polygon, ResidualNetwork, RunningCost, cell_indicators,
     extremal_controls, get_activation, given_basis, hamiltonian_along, least_squares, pmp_residual,
 )  # fmt: skip
 from fem_resnet.maximum_principle import _best_of_pool, _upper
@@ -45,13 +46,16 @@ def some_controls(Y):
 @pytest.mark.parametrize("space", [("disk", "CG1"), ("sphere", "DG0")])
 def test_hamiltonian_and_its_derivatives(space):
     Y = label_space(*space)
-    H, p, c = Hamiltonian(Y, TANH, "maximise", lambda f: f**4 / 4, lambda f: f**3), pair(Y, 3), some_controls(Y)
+    symbols = sympy.symbols("f a")
+    cost = RunningCost(symbols[0] ** 4 / 4 + symbols[0] * symbols[1], kernel=0.3)
+    H, p, c = Hamiltonian(Y, TANH, "maximise", cost, [1, 2, 1]), pair(Y, 3), some_controls(Y)
     a, b = rows(Y, c)
     f, r, w = (gathered(Y, x) for x in (p.f, p.r, Y.weights))
     u = a[:, None] - b @ (w[:, None] * f)
-    assert_allclose(H(p, c), np.sum(w[:, None] * (np.tanh(u) * r - f**4 / 4)), rtol=ROUND_OFF)
+    L = (w @ (f**4 / 4 + f * a[:, None])) @ [0.25, 0.5, 0.25] + 0.15 * np.einsum("i,ij,j", w, b**2, w)
+    assert_allclose(H(p, c), np.sum(w[:, None] * np.tanh(u) * r) - L, rtol=ROUND_OFF)
     assert_allclose(gathered(Y, H.in_r(p, c)), np.tanh(u), rtol=0, atol=ROUND_OFF)
-    v, e = H.slope_times_costate(p, c), 1e-6
+    in_b, e = H.in_b(p, c), 1e-6
 
     def central(change):
         return (H(*change(e)) - H(*change(-e))) / (2 * e)
@@ -59,8 +63,8 @@ def test_hamiltonian_and_its_derivatives(space):
     df, dr, da, db = smooth(Y, 3, 20), smooth(Y, 3, 21), smooth(Y, 1, 22)[:, 0], smooth(Y, 2, 23)
     pairing = lambda x, y: float(Y.sum(np.sum(Y.weights[:, None] * x * y)))  # noqa: E731
     exact = [
-        pairing(H.in_f(p, c), df), pairing(H.in_r(p, c), dr), pairing(v, da[:, None]),
-        -pairing(v, db @ Y.sum((Y.weights[:, None] * c.psi).T @ p.f)),
+        pairing(H.in_f(p, c), df), pairing(H.in_r(p, c), dr), pairing(H.in_a(p, c)[:, None], da[:, None]),
+        pairing(in_b[0], db @ Y.sum((Y.weights[:, None] * c.psi).T @ in_b[1])),
     ]  # fmt: skip
     differences = [
         central(lambda s: (Pair(p.f + s * df, p.r, "maximise"), c)),
@@ -290,6 +294,43 @@ def test_max_H_is_constant_to_the_order_of_the_scheme_where_no_switch_is_inside_
     assert drift[2] < 1e-5 and np.log2(drift[1] / drift[2]) > 3.7, drift
 
 
+def switching(times):
+    """f_t = a, L = f^2/2, |a| <= 1, from f = 1/2: a = -1 up to t = 1/2, then a = 0; solved in these layers."""
+    Y = label_space("annulus", "CG1")
+    net = ResidualNetwork(given_basis(Y, [1.0]), bias=given_basis(Y, [1.0]), times=times, activation="identity")
+    batch = Batch(Y.batch(0.5 + 0 * Y.weights), Y.batch(0 * Y.weights))
+    cost = RunningCost(sympy.Symbol("f") ** 2 / 2)
+    problem = LearningProblem(net, None, least_squares, None, batch, running=cost)
+    J, _ = problem.record()
+
+    def evaluate(x):
+        for l, value in enumerate(x):
+            net.bias.set(l, [value])
+        return float(J(problem.functions)), np.array([net.bias.space_bases[0].read(d)[0] for d in J.derivative()[: len(x)]])
+
+    found = minimize(
+        evaluate, np.zeros(net.layers), jac=True, bounds=[(-1, 1)] * net.layers, options={"ftol": 0.0, "gtol": 1e-12}
+    )
+    evaluate(found.x)
+    J, run = problem.record()
+    J.derivative()
+    H, A, values = Hamiltonian.of(problem, "maximise"), Box((-1, 1), (0, 0)), []
+    for l in range(net.layers + 1):
+        p = Pair(np.array(Y.values(run.state(l))), -Y.values(run.costate(l)), "maximise")
+        values.append(H(p, extremal_controls(Y, A, p).controls))
+    return found.x, np.ptp(values)
+
+
+@on_ranks
+def test_max_H_is_constant_where_the_switch_is_at_an_interface_and_up_to_the_layer_length_where_not():
+    """With a running cost; f is linear and L quadratic on a layer, which Runge-Kutta of order 4 does exactly."""
+    a, spread = switching([0, 0.25, 0.5, 0.75, 1.0])
+    assert_allclose(a, [-1, -1, 0, 0], rtol=0, atol=1e-6)
+    assert spread < 1e-6  # what the minimisation leaves
+    inside = [switching(np.linspace(0, 1, layers + 1))[1] for layers in (3, 9, 27)]
+    assert inside[0] > 1e3 * spread and np.log(inside[0] / inside[2]) / np.log(9) > 0.9, inside
+
+
 def test_first_order_residuals_at_the_solution_in_a_box():
     """The layer-averaged one is 0; the pointwise one tends to 0 with the layer length. H itself as well."""
     averaged, points, residual, spread = [], [], [], []
@@ -326,7 +367,6 @@ def test_the_residual_is_zero_where_the_maximum_principle_holds():
 
 @on_ranks
 def test_a_reached_target_is_noticed_and_said():
-    Y = label_space("disk", "DG0")
     problem = bounded(2)
     final = problem.net(problem.batch.inputs)
     problem = LearningProblem(problem.net, None, least_squares, None, Batch(problem.batch.inputs, final))
@@ -341,7 +381,7 @@ def test_bracket_for_many_samples():
     longer = pmp_residual(problem, BOX, rounds=8)
     assert 0 <= found.lower <= longer.lower <= longer.upper == found.upper
     problem = learning_problem(problem.net, weight=0.1)
-    with pytest.raises(ValueError, match="^problem: a regulariser"):
+    with pytest.raises(ValueError, match="^problem: one without regulariser"):
         pmp_residual(problem, BOX)
 
 

@@ -137,7 +137,7 @@ def test_a_second_solve_knows_nothing_of_the_first(name, in_time):
 def test_carrying_f_gives_the_same_numbers(name, bias, annotation, monkeypatch):
     results = []
     for carry in (False, True):
-        stepper = lambda *args, carry=carry: LayerStepper(*args, carry=carry)  # noqa: E731
+        stepper = lambda *args, carry=carry, **more: LayerStepper(*args, carry=carry, **more)  # noqa: E731
         monkeypatch.setattr(fem_resnet.network, "LayerStepper", stepper)
         net = network(steps=2, solver_parameters=options(name), basis_for_bias=bias == "basis")
         J, run = recorded(net, annotation)

@@ -6,8 +6,8 @@ from numpy.testing import assert_allclose
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, ResidualNetwork, RowBall, RowBox,
-    extremal_controls, given_basis, least_squares, middle_pairs, msa, raise_rows, tikhonov,
+    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, ResidualNetwork, RowBall, RowBox, SpanBox,
+    extremal_controls, given_basis, least_squares, middle_pairs, msa, raise_rows, raise_span, tikhonov,
 )  # fmt: skip
 from fem_resnet.training.msa import augmented_step, problem_of
 from helpers import label_space, laplace, smooth
@@ -215,6 +215,49 @@ def test_rows_for_many_samples(kind):
     assert (found.changes < 0).all() and found.value < 0.9 * found.values[0] and found.iterations == 6
     with pytest.raises(ValueError, match="^A: its rows live on"):
         msa(problem(("sphere", "DG0")), A)
+
+
+@on_ranks
+def test_a_fixed_span_is_one_problem_a_layer():
+    """H of the layer rises to its maximum over the box of (a, beta), found by L-BFGS-B too; MSA makes J fall."""
+    Y = label_space("annulus", "CG1")
+    phi, psi = laplace("annulus", "CG1", 2), laplace("annulus", "CG1", 3)
+    A = SpanBox(phi, psi, (-0.7, 0.8), (-1, 1.5))
+    net = ResidualNetwork(phi, psi, layers=4)
+    start = learning_problem(net, head=True, weight=None, samples=4)
+    J, run = start.record()
+    J.derivative()
+    H, pair = Hamiltonian(Y, net.activation, "maximise"), middle_pairs(run, "maximise")[1]
+    found, values = raise_span(H, A, pair, Controls.of_layer(net, 1), 2000)
+    assert (np.diff(values) > 0).all() and len(values) > 2
+    f, r, w, P, Q = (gathered(Y, part) for part in (pair.f, pair.r, Y.weights, phi.values, psi.values))
+    g = Q.T @ (w[:, None] * f)
+
+    def minus_H(x):
+        a, beta = x[: len(w)], x[len(w) :].reshape(2, 3)
+        u = a[:, None] - P @ beta @ g
+        v = w[:, None] * r * (1 - np.tanh(u) ** 2)
+        return -np.sum(w[:, None] * r * np.tanh(u)), np.concatenate([-v.sum(axis=1), ((P.T @ v) @ g.T).ravel()])
+
+    ends = [(-0.7, 0.8)] * len(w) + [(-1, 1.5)] * 6
+    best = minimize(minus_H, np.zeros(len(ends)), jac=True, bounds=ends, options={"ftol": 1e-14, "maxiter": 5000})
+    assert_allclose(values[-1], -best.fun, rtol=1e-5)  # H is flat where its maximum is
+    assert (np.abs(found.a - 0.05) <= 0.75 + 1e-14).all()
+    trained = msa(start, A, iterations=4)
+    assert (trained.changes < 0).all() and trained.value < 0.98 * trained.values[0]
+    with pytest.raises(ValueError, match="^kernel: finite"):
+        SpanBox(phi, psi, (-1, 1), (1, -1))
+
+
+@on_ranks
+def test_restarts_go_on_where_no_step_lowers_J_and_the_best_is_kept():
+    start, little = problem(layers=2), {"rho": 0.1, "largest_rho": 0.1}  # so little that it does not go on for long
+    stuck = msa(start, BOX, iterations=60, **little)
+    assert stuck.converged and stuck.iterations < 60
+    again = msa(start, BOX, iterations=stuck.iterations + 4, restarts=1, **little)
+    assert (again.values[: stuck.iterations + 1] == stuck.values).all() and again.changes[stuck.iterations] > 0
+    assert again.value == again.values.min() <= stuck.value
+    assert_allclose(float(again.problem.evaluate()[0]), again.value, rtol=1e-13)
 
 
 @pytest.mark.parametrize(

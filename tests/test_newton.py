@@ -15,7 +15,8 @@ from fem_resnet.loss import least_squares
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.regulariser import tikhonov
-from fem_resnet.training.gradient import _HessianAtItsPoint, train
+from fem_resnet.training.gradient import train
+from fem_resnet.training.tao import _HessianAtItsPoint
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: |gradient| at which a method has arrived.

@@ -19,7 +19,7 @@ from fem_resnet.head import Head
 from fem_resnet.loss import Loss, cross_entropy, least_squares
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.regulariser import tikhonov
-from helpers import SAMPLES, label_space, laplace, mesh, smooth
+from helpers import SAMPLES, label_space, laplace, smooth
 from problems import CLASSES, TIMES, directions, gathered, gradients, learning_problem, network, polynomials, taping, towards
 
 on_ranks = pytest.mark.parallel([1, 2, 3])

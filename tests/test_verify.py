@@ -9,6 +9,7 @@ from functools import cache
 import firedrake as fd
 import numpy as np
 import pytest
+import sympy
 from faults import FAULTS
 from firedrake import COMM_WORLD
 from sound import sound_problem
@@ -24,6 +25,7 @@ from fem_resnet import (
     LabelSpace,
     LearningProblem,
     ResidualNetwork,
+    RunningCost,
     save,
     smooth_in_space,
     smooth_in_time,
@@ -98,9 +100,15 @@ def field():
     return LearningProblem(net, head, fem_resnet.loss.least_squares, regulariser, _batch(net, 3, targets))
 
 
-def _plain(element=("CG", 1), mesh="disk", learn="both", **options):
+def _plain(element=("CG", 1), mesh="disk", learn="both", running=None, **options):
     net = _network(mesh, element, **options)
-    return LearningProblem(net, None, fem_resnet.loss.least_squares, tikhonov(0.05), _batch(net, 2), learn=learn)
+    loss, batch = fem_resnet.loss.least_squares, _batch(net, 2)
+    return LearningProblem(net, None, loss, tikhonov(0.05), batch, learn=learn, running=running)
+
+
+def _costs():
+    f, a = sympy.symbols("f a")
+    return _plain(running=RunningCost(sympy.cos(f) * a + f**2 / 2, kernel=0.4))
 
 
 #: Small, and rich enough that what is planted acts.
@@ -114,6 +122,7 @@ PROBLEMS = {
     "layers": _plain,
     "times": lambda: _plain(learn_times=True, learn="parameters"),
     "kinks": lambda: _plain(activation="relu"),
+    "costs": _costs,
 }
 
 

@@ -72,6 +72,7 @@ def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
 
 def problem_at_start(net: ResidualNetwork) -> tuple[AutonomousProblem, EnergyCondition]:
     """The autonomous problem of a network, or that at t = 0, and whether the network is autonomous. Collective."""
+    net.refuse_gradient_flow("energies of 3.2")
     try:
         return autonomous_problem(net), EnergyCondition(True, "the network has one bias and one kernel")
     except ValueError as error:

@@ -24,7 +24,6 @@ from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.singular_values import SingularSystem, singular_system
-from fem_resnet.trajectory import present_inputs
 
 __all__ = ["AutonomousProblem", "autonomous_problem"]
 
@@ -108,7 +107,7 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
     """
     if not net.layers:
         raise ValueError("net: a network with layers is wanted, one without was given")
-    times, inputs = net.times, present_inputs(net)
+    times, inputs = net.times, net.layer_inputs()
     if at is None:
         _refuse_dependence_on_time(net)
         layer, fraction = inputs[0], 0.0

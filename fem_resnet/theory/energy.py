@@ -42,7 +42,7 @@ from fem_resnet.run import Run
 from fem_resnet.theory.assumptions import (
     AUTONOMOUS, BELOW, IN_RANGE, LINEAR, NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions, problem_at_start,
 )  # fmt: skip
-from fem_resnet.trajectory import LayerTrajectory, present_inputs
+from fem_resnet.trajectory import LayerTrajectory
 
 __all__ = ["EnergyMonitor", "EnergyStatement"]
 
@@ -167,7 +167,7 @@ class EnergyMonitor:
             raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         before = next(states)
-        for part, f in zip(present_inputs(self._net), states, strict=True):
+        for part, f in zip(self._net.layer_inputs(), states, strict=True):
             layer, tau = LayerTrajectory(part, None, []), part.length
             if not self._rows:
                 self._keep(part.start, self._measured(layer, part.start, before), 0.0, 0.0)

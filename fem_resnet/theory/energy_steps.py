@@ -106,8 +106,8 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     >>> round(limit.primitive, 12), round(limit.potential, 12)
     (0.5, 0.5)
     """
-    system = autonomous_problem(net).system
     conditions = energy_conditions(net)
+    system = autonomous_problem(net).system
     met = {what for what in (NON_NEGATIVE, SYMMETRIC, SIGN) if conditions[what].holds}
     properties, kappa = net.activation.properties, dissipation_ratio(system)
     scale = float(properties.lipschitz * system.values.max(initial=0.0))

@@ -16,14 +16,18 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 import scipy.optimize
+from mpi4py import MPI
 
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import weighted_gram
+from fem_resnet.theory.steady_states import zero_set
 
 __all__ = ["Equilibria", "Equilibrium", "find_equilibria"]
 
 _NEWTON_STEPS = 100
+#: Arguments of sigma are looked for up to here, to all digits.
+_FAR, _BISECTIONS = 100.0, 70
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class Equilibria:
 
     def residuals(self, u: fd.Function) -> np.ndarray:
         """|part of sigma(u) in R(B^T)| / |sigma(u)|, from 0 to 1, shape (samples,); 0 where sigma(u) = 0. Collective."""
-        sigma = self.problem.activation(self.problem.Y.values(u))
+        return self._residuals(self.problem.Y.values(u))
+
+    def _residuals(self, u: np.ndarray) -> np.ndarray:
+        sigma = self.problem.activation(u)
         part = np.linalg.norm(self.problem.system.right_coefficients(sigma), axis=0)
         whole = self.problem.norms(sigma)
         return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
@@ -81,20 +88,23 @@ class Equilibria:
         return self.residuals(u) <= self.tolerance
 
     def nearest(self, u: fd.Function) -> fd.Function:
-        """Equilibria near these u: points of least distance to u, at least locally, a new Function. Collective.
+        """Equilibria near these u, a new Function: points of least distance to u, at least locally, where sigma is smooth.
 
-        Newton's method for: least |v - u|^2 / 2 under (psi_l, sigma(v)) = 0, of which every step is a system of size r.
+        Newton's method for: least |v - u|^2 / 2 under (psi_l, sigma(v)) = 0, of which every step is a system of size r. Where
+        it does not converge, as at kinks of sigma or far from the set, the nearer one is taken of two equilibria that need no
+        search: v with sigma(v) = c (sigma(u) - its part in R(B^T)), the largest c <= 1 that sigma attains, for an increasing
+        sigma with sigma(0) = 0; and u cut to where sigma vanishes. Collective.
 
         Raises
         ------
         RuntimeError
-            If it does not converge.
+            If there is none of these.
         """
         values = self.problem.Y.values(u)
         return self.problem.Y.batch(np.column_stack([self._nearest(v) for v in values.T]))
 
     def distance(self, u: fd.Function) -> np.ndarray:
-        """Distance of these u from `nearest(u)` in L2(Y), shape (samples,): not below that from the set. Collective."""
+        """Distance of these u from `nearest(u)` in L2(Y), shape (samples,): at least that from the set. Collective."""
         Y = self.problem.Y
         return self.problem.norms(Y.values(self.nearest(u)) - Y.values(u))
 
@@ -125,7 +135,6 @@ class Equilibria:
         system = problem.system
         bias = problem.bias[:, None]
         apart = bias - system.left_values(system.left_coefficients(bias))
-        size = max(float(problem.norms(bias)[0]), 1e-300)
 
         def u_of(c):
             return apart + system.left_values(c[:, None])
@@ -139,10 +148,11 @@ class Equilibria:
             if not start.size:
                 break
             result = scipy.optimize.root(equations, start, jac=True, options={"xtol": 1e-13})
-            c, speed = result.x, float(problem.norms(problem.activation(u_of(result.x)))[0])
-            small = self.tolerance * max(speed, min(1.0, np.linalg.norm(c) + size))
-            new = all(np.linalg.norm(c - other) > 1e-6 * (1 + np.linalg.norm(c)) for other in found)
-            if np.linalg.norm(result.fun) <= small and new:
+            c = result.x
+            # How far Newton's method would still go: a small (psi, sigma(u)) says nothing where sigma decays.
+            left = np.linalg.norm(np.linalg.lstsq(equations(c)[1], result.fun, rcond=1e-12)[0])
+            known = any(np.linalg.norm(c - other) <= 1e-6 * (1 + np.linalg.norm(c)) for other in found)
+            if left <= self.tolerance * (1 + np.linalg.norm(c)) and not known:
                 found.append(c)
         return self.describe(problem.Y.batch(np.column_stack([u_of(c) for c in found]))) if found else []
 
@@ -156,6 +166,18 @@ class Equilibria:
         return found[np.lexsort((found.imag, -found.real))]
 
     def _nearest(self, u: np.ndarray) -> np.ndarray:
+        v = self._newton(u)
+        others = [v] if v is not None else self._without_search(u)
+        if not others:
+            raise RuntimeError(
+                f"nearest: no equilibrium near u was found in {_NEWTON_STEPS} steps, and {self.problem.activation.name} offers "
+                f"none; start nearer to one, `found_from` may have some"
+            )
+        distances = [self.problem.norms((v - u)[:, None])[0] for v in others]
+        return others[int(np.argmin(distances))]
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def _newton(self, u: np.ndarray) -> np.ndarray | None:
         problem, system, psi = self.problem, self.problem.system, self.problem.kernel.psi
         sigma = problem.activation
         v, multipliers, penalty = u.copy(), np.zeros(system.rank), 0.0
@@ -174,16 +196,48 @@ class Equilibria:
             A = system.right.T @ weighted_gram(psi, slope**2 / H, psi) @ system.right
             multipliers = np.linalg.lstsq(A, F - in_range(slope * (v - u) / H), rcond=1e-14)[0]
             step = -(v - u + slope * system.right_values(multipliers[:, None])[:, 0]) / H
-            if problem.norms(step[:, None])[0] <= 1e-11 * (1 + problem.norms(v[:, None])[0]):
-                return v + step
+            size = problem.norms(np.column_stack([step, v]))
+            if not np.isfinite(size).all():
+                return None
+            if size[0] <= 1e-11 * (1 + size[1]):
+                v = v + step
+                # At a singular A the step may be short though v is no equilibrium.
+                return v if self._residuals(v[:, None])[0] <= self.tolerance else None
             penalty = max(penalty, 2 * np.linalg.norm(multipliers))
             length, before = 1.0, merit(v)
-            while length > 1e-4 and merit(v + length * step) > before:
+            while length > 1e-4 and not merit(v + length * step) <= before:
                 length /= 2
             v = v + length * step
-        raise RuntimeError(
-            f"nearest: no equilibrium near u was found in {_NEWTON_STEPS} steps; start nearer to one, `found_from` has some"
-        )
+        return None
+
+    def _without_search(self, u: np.ndarray) -> list[np.ndarray]:
+        problem, system, sigma = self.problem, self.problem.system, self.problem.activation
+        found = []
+        if sigma.properties.strictly_increasing and sigma.properties.zero_at_zero:
+            values = sigma(u)[:, None]
+            found.append(_inverse(problem, (values - system.right_values(system.right_coefficients(values)))[:, 0]))
+        try:
+            zeros = zero_set(sigma)
+        except ValueError:
+            zeros = None
+        if zeros is not None:
+            found.append(np.clip(u, *zeros))
+        return found
+
+
+def _inverse(problem: AutonomousProblem, values: np.ndarray) -> np.ndarray:
+    """v with sigma(v) = c values, the largest c <= 1 for which |v| <= 100, for an increasing sigma with sigma(0) = 0."""
+    sigma, comm = problem.activation, problem.Y.comm
+    far = np.where(values < 0, -_FAR, _FAR)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        within = np.where(values == 0, np.inf, sigma(far) / values).min(initial=np.inf)
+    values = min(1.0, (1 - 1e-12) * comm.allreduce(within, op=MPI.MIN)) * values
+    near = np.zeros_like(values)
+    for _ in range(_BISECTIONS):
+        middle = (near + far) / 2
+        below = np.abs(sigma(middle)) < np.abs(values)
+        near, far = np.where(below, middle, near), np.where(below, far, middle)
+    return (near + far) / 2
 
 
 def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> Equilibria:

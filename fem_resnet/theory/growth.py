@@ -31,7 +31,7 @@ from fem_resnet.evolution import Step
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.theory.assumptions import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
-from fem_resnet.trajectory import LayerTrajectory, present_inputs
+from fem_resnet.trajectory import LayerTrajectory
 
 __all__ = ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth", "supremum"]
 
@@ -121,6 +121,7 @@ class GrowthMonitor:
     """
 
     def __init__(self, net: ResidualNetwork):
+        net.refuse_gradient_flow("growth of 3.4")
         self._net, self._Y, self._sigma = net, net.Y, net.activation
         self.times: list[float] = []
         self._norms: list[np.ndarray] = []
@@ -152,7 +153,7 @@ class GrowthMonitor:
             raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         first = next(states)
-        for part, f in zip(present_inputs(self._net), states, strict=True):
+        for part, f in zip(self._net.layer_inputs(), states, strict=True):
             if not self.times:
                 self._begin(LayerTrajectory(part, None, []), first)
             self._keep(part.start + part.length, f)
@@ -240,7 +241,7 @@ class GrowthMonitor:
         """int_0^t |a|_L1 and int_0^t sup |b| at the measured times, by Gauss's rule where they vary within a layer."""
         of_a, of_b = np.zeros(len(self.times)), np.zeros(len(self.times))
         known: dict[bytes, float] = {}
-        for part in present_inputs(self._net):
+        for part in self._net.layer_inputs():
             start, end, same = part.start, part.start + part.length, _SAME_TIME * part.length
             cuts = [start, *(t for t in self.times if start + same < t < end - same), end]
             for left, right in itertools.pairwise(cuts):

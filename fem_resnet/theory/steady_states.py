@@ -18,7 +18,9 @@ from functools import cached_property
 
 import firedrake as fd
 import numpy as np
+import scipy.linalg
 import scipy.optimize
+from mpi4py import MPI
 
 from fem_resnet.activation import Activation
 from fem_resnet.network import ResidualNetwork
@@ -100,8 +102,6 @@ class SteadyStates:
         or |high|); infinite if sigma vanishes nowhere.
     tolerance : float
         Up to which residual steady states exist, and f is one.
-    least_norm : Function or None
-        The steady state f_inf of least norm.
     """
 
     problem: AutonomousProblem
@@ -110,7 +110,11 @@ class SteadyStates:
     reason: str
     residual: float
     tolerance: float
-    least_norm: fd.Function | None
+
+    @cached_property
+    def least_norm(self) -> fd.Function:
+        """The steady state f_inf of least norm. Collective when first asked for; errors as for `nearest`."""
+        return self.nearest(self.problem.Y.batch(np.zeros((self.problem.Y.nodes, 1))))
 
     @property
     def null_space_dimension(self) -> int:
@@ -190,7 +194,7 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     zeros = zero_set(problem.activation)
     if zeros is None:
         reason = f"{problem.activation.name} vanishes nowhere"
-        return SteadyStates(problem, None, False, reason, np.inf, tolerance, None)
+        return SteadyStates(problem, None, False, reason, np.inf, tolerance)
     c = _closest(problem, zeros, np.zeros(problem.system.rank))
     outside = problem.norms(_excess(_argument(problem, c), zeros))[0]
     residual = float(outside / _scale(problem, zeros))
@@ -201,11 +205,7 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     if not one and not exist:
         what = "no " + what.removeprefix("a ")
     reason = f"{what}{' not' if one and not exist else ''} in {where}: {residual:.3g} of |a| is outside, tolerance {tolerance:g}"
-    least = None
-    if exist:
-        c = _nearest(problem, zeros, np.zeros(problem.system.rank), tolerance)
-        least = problem.Y.batch(problem.system.right_values(c[:, None]), "f_inf")
-    return SteadyStates(problem, zeros, exist, reason, residual, tolerance, least)
+    return SteadyStates(problem, zeros, exist, reason, residual, tolerance)
 
 
 def _scale(problem: AutonomousProblem, zeros: tuple[float, float]) -> float:
@@ -225,48 +225,23 @@ def _argument(problem: AutonomousProblem, c: np.ndarray) -> np.ndarray:
 
 
 def _closest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarray) -> np.ndarray:
-    """(psi_l, f) of an f for which |excess of a - B f| is least: at once for one point, else by Newton's method."""
-    if zeros[0] == zeros[1]:
-        return problem.system.left_coefficients(problem.bias[:, None] - zeros[0])[:, 0] / problem.system.values
-    return _newton(problem, zeros, c, 0.0, c, 0.0)
+    """(psi_l, f) of an f for which |excess of a - B f| is least: at once for one point, else by Newton's method.
 
-
-def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarray, tolerance: float) -> np.ndarray:
-    """(psi_l, f) of the steady state nearest to an f that has c: augmented Lagrangians, multipliers at the nodes."""
-    if zeros[0] == zeros[1] or not c.size:
-        return _closest(problem, zeros, c)
-    start, multipliers, weight = c, 0.0, 1.0 / problem.system.values[-1] ** 2
-    allowed = 1e-3 * tolerance * _scale(problem, zeros)
-    for _ in range(_NEWTON_STEPS):
-        last, c = c, _newton(problem, zeros, c, 1.0 / weight, start, multipliers)
-        u = _argument(problem, c)
-        multipliers = _excess(u + multipliers, zeros)
-        outside, size = problem.norms(_excess(u, zeros))[0], np.linalg.norm(c)
-        if outside <= allowed and np.linalg.norm(c - last) <= 1e-10 * (1 + size):
-            return c
-        if weight * problem.system.values[0] ** 2 < 1e8:
-            weight, multipliers = 4 * weight, multipliers / 4
-    raise RuntimeError(
-        f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; a - B f is still {outside:.1e} "
-        f"outside; a larger tolerance may help"
-    )
-
-
-def _newton(problem, zeros, c, stay: float, start, multipliers) -> np.ndarray:
-    """Least `stay |c - start|^2 / 2 + |excess of u + multipliers|^2 / 2`, convex and piecewise quadratic in c."""
+    The square of that norm is convex and piecewise quadratic in c.
+    """
     system = problem.system
     D = system.values
+    if zeros[0] == zeros[1]:
+        return system.left_coefficients(problem.bias[:, None] - zeros[0])[:, 0] / D
 
     def parts(c):
-        excess = _excess(_argument(problem, c) + multipliers, zeros)
-        return stay * np.sum((c - start) ** 2) / 2 + problem.norms(excess)[0] ** 2 / 2, excess
+        excess = _excess(_argument(problem, c), zeros)
+        return problem.norms(excess)[0] ** 2 / 2, excess
 
     value, excess = parts(c)
     for _ in range(_NEWTON_STEPS):
-        slope = stay * (c - start) - D * system.left_coefficients(excess)[:, 0]
-        inner = weighted_gram(problem.kernel.phi, (excess[:, 0] != 0).astype(float), problem.kernel.phi)
-        H = stay * np.eye(D.size) + D[:, None] * (system.left.T @ inner @ system.left) * D
-        step = -np.linalg.lstsq(H, slope, rcond=1e-14)[0]
+        slope = -D * system.left_coefficients(excess)[:, 0]
+        step = -np.linalg.lstsq(_product(problem, (excess[:, 0] != 0).astype(float)), slope, rcond=1e-14)[0]
         length = 1.0
         while length > 1e-8:
             new, new_excess = parts(c + length * step)
@@ -275,8 +250,104 @@ def _newton(problem, zeros, c, stay: float, start, multipliers) -> np.ndarray:
             length /= 2
         else:
             return c
-        c, excess = c + length * step, new_excess
-        fallen, value = value - new, new
+        c, excess, fallen, value = c + length * step, new_excess, value - new, new
         if fallen <= 1e-15 * value or np.linalg.norm(length * step) <= 1e-13 * (1 + np.linalg.norm(c)):
             return c
     return c
+
+
+def _product(problem: AutonomousProblem, weights: np.ndarray) -> np.ndarray:
+    """A^T M diag(weights) A, shape (r, r), for A c = sum_l mu_l c_l phi_l, so that u = a - A c."""
+    system, phi = problem.system, problem.kernel.phi
+    return system.values[:, None] * (system.left.T @ weighted_gram(phi, weights, phi) @ system.left) * system.values
+
+
+class _NearestOfInterval:
+    """Least |c - start|^2 / 2 under low <= a - A c <= high at all nodes, by Mehrotra's interior-point method.
+
+    Slacks s and multipliers z at the nodes, a row a finite end of the interval; systems of size r.
+    """
+
+    def __init__(self, problem: AutonomousProblem, zeros: tuple[float, float], start: np.ndarray):
+        self._problem, self._start = problem, start
+        # sign * (end - u) >= 0
+        ends = [(sign, end) for sign, end in ((-1.0, zeros[0]), (1.0, zeros[1])) if np.isfinite(end)]
+        self._signs, self._ends = np.array(ends).T[:, :, None]
+        self._scale = _scale(problem, zeros)
+        self._size = max(np.linalg.norm(start), self._scale / problem.system.values[0])
+        self.c = start
+        g = self._slack(start)
+        self._s = np.maximum(np.abs(g), 0.1 * self._scale / problem.Y.measure**0.5)
+        self._z = np.full_like(g, self._size / (problem.system.values[0] * problem.Y.measure**0.5))
+
+    def _slack(self, c: np.ndarray) -> np.ndarray:
+        return self._signs * (self._ends - _argument(self._problem, c)[:, 0])
+
+    def _transposed(self, x: np.ndarray) -> np.ndarray:
+        """sum over rows of sign A^T M x, shape (r,)."""
+        system = self._problem.system
+        return system.values * system.left_coefficients((self._signs * x).sum(axis=0)[:, None])[:, 0]
+
+    def _sum(self, x: np.ndarray) -> float:
+        return float(self._problem.Y.sum((x @ self._problem.Y.weights).sum()))
+
+    def _longest(self, *pairs: tuple[np.ndarray, np.ndarray]) -> list[float]:
+        """The longest steps up to 1 with which values stay positive."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = np.array([np.where(x < 0, -value / x, np.inf).min(initial=1.0) for value, x in pairs])
+        self._problem.Y.comm.Allreduce(MPI.IN_PLACE, own, op=MPI.MIN)
+        return own.tolist()
+
+    def solve(self) -> bool:
+        """Whether it has converged: c is good to 1e-7 or so of its size."""
+        for _ in range(_NEWTON_STEPS):
+            gap = self._sum(self._s * self._z)
+            primal = self._slack(self.c) - self._s
+            dual = self.c - self._start - self._transposed(self._z)
+            outside = np.sqrt(self._sum(primal**2))
+            if gap <= 1e-15 * self._size**2 and outside <= 1e-12 * self._scale and np.linalg.norm(dual) <= 1e-9 * self._size:
+                return True
+            if not self._step(gap, primal, dual):
+                break
+        return gap <= 1e-9 * self._size**2 and outside <= 1e-9 * self._scale
+
+    def _step(self, gap: float, primal: np.ndarray, dual: np.ndarray) -> bool:
+        s, z = self._s, self._z
+        matrix = np.eye(self.c.size) + _product(self._problem, (z / s).sum(axis=0))
+        # Near the end some z / s are huge: equilibrated, the matrix can be factorised for some more steps.
+        size = np.sqrt(np.diag(matrix))
+        try:
+            factor = scipy.linalg.cho_factor(matrix / np.outer(size, size))
+        except (scipy.linalg.LinAlgError, ValueError):
+            return False
+
+        def direction(complementarity):
+            right = self._transposed((-complementarity - z * primal) / s) - dual
+            dc = scipy.linalg.cho_solve(factor, right / size) / size
+            system = self._problem.system
+            ds = self._signs * system.left_values((system.values * dc)[:, None])[:, 0] + primal
+            return dc, ds, (-complementarity - z * ds) / s
+
+        _, ds, dz = direction(s * z)
+        forth, back = self._longest((s, ds), (z, dz))
+        measure = self._problem.Y.measure * len(self._signs)
+        centre = (self._sum((s + forth * ds) * (z + back * dz)) / gap) ** 3 * gap / measure
+        dc, ds, dz = direction(s * z + ds * dz - centre)
+        forth, back = (0.995 * length if length < 1 else 1.0 for length in self._longest((s, ds), (z, dz)))
+        self.c, self._s, self._z = self.c + forth * dc, s + forth * ds, z + back * dz
+        return max(forth, back) > 1e-10
+
+
+def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarray, tolerance: float) -> np.ndarray:
+    """(psi_l, f) of the steady state nearest to an f that has c."""
+    inside = problem.norms(_excess(_argument(problem, c), zeros))[0] == 0
+    if inside or zeros[0] == zeros[1] or not c.size:
+        return c if inside else _closest(problem, zeros, c)
+    solver = _NearestOfInterval(problem, zeros, c)
+    if solver.solve():
+        return solver.c
+    outside = problem.norms(_excess(_argument(problem, solver.c), zeros))[0] / _scale(problem, zeros)
+    raise RuntimeError(
+        f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; {outside:.1e} of a - B f is still "
+        f"outside of [{zeros[0]:g}, {zeros[1]:g}]; it may be that steady states leave no room there"
+    )

@@ -10,30 +10,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import firedrake as fd
 import numpy as np
-import petsctools
+from mpi4py import MPI
+from numpy.typing import ArrayLike
 from petsc4py import PETSc
-from pyadjoint import MinimizationProblem, TAOSolver
-from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
-from pyadjoint.tape import stop_annotating
 
 from fem_resnet.log import log
 from fem_resnet.objective import LearningProblem
+from fem_resnet.parameter import Parameter
+from fem_resnet.training.tao import Minimiser
 
-__all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "train"]
+__all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "tell", "train"]
 
 #: Options of TAO where the user gives none: L-BFGS, to a gradient norm of 1e-8.
 SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200, "tao_gatol": 1e-8, "tao_grtol": 0.0, "tao_gttol": 0.0}
-
-#: The types of TAO that take Hessian actions, with the prefix of their linear solver.
-_NEWTON_TYPES = {"nls": "nls", "ntr": "ntr", "ntl": "ntl", "bnls": "bnk", "bntr": "bnk", "bntl": "bnk"}
-
-#: PETSc's code for an operation that a matrix does not have.
-_UNSUPPORTED = 83
 
 
 @dataclass(frozen=True)
@@ -91,6 +85,7 @@ def train(
     options_prefix: str | None = None,
     monitor: Callable[[Progress], None] | None = None,
     gauss_newton: bool = False,
+    bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign what it found to them.
 
@@ -109,6 +104,14 @@ def train(
         Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
     gauss_newton
         Whether Newton methods get the actions of Gauss and Newton in place of the Hessian's (`blocks.gauss_newton`).
+    bounds
+        Least and largest coefficients by the name of the learned parameter, such as ``{"bias": (-1.0, 1.0), "kernel":
+        (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end; the same at all times. TAO's
+        type is then "blmvm", L-BFGS with projections, if none is given; "bnls" is Newton's method with a line search. It
+        starts from the nearest coefficients within, and `gradient_norm` leaves out what points out of the bounds. (Bounded
+        types other than "blmvm" hold "tao_gatol" against an l2 norm of PETSc's, so that `gradient_norm` may end above it.) A
+        box on the coefficients of a bias, at the nodes or of `cell_indicators`, is one on a(y, t) there; one on beta is one on
+        b(y, z, t) *only where phi and psi are indicators*. Else `LowRankKernel.bound` says how large abs(b) may be.
 
     Returns
     -------
@@ -116,6 +119,8 @@ def train(
 
     Raises
     ------
+    ValueError
+        If bounds do not fit, or TAO's type does not know any.
     StepFailure
         If the state overflows in a trial step.
 
@@ -123,104 +128,73 @@ def train(
     --------
     >>> result = train(problem, {"tao_max_it": 100})  # doctest: +SKIP
     >>> result = train(problem, {"tao_type": "nls", "tao_gatol": 1e-10})  # doctest: +SKIP
+    >>> result = train(problem, bounds={"bias": (-1, 1), "kernel": (-1, 1)})  # doctest: +SKIP
     """
     comm = problem.net.Y.comm
+    pairs = None if bounds is None else _bounds_of_controls(problem, bounds)
     functional, _ = problem.record(gauss_newton=gauss_newton)
-    given = SOLVER_PARAMETERS | (solver_parameters or {})
-    with _options_of_the_matrix(_riesz_preconditioner(given["tao_type"]) | given) as parameters:
-        solver = TAOSolver(MinimizationProblem(functional), parameters, options_prefix=options_prefix, comm=comm)
-    hessian, *_ = solver.tao.getHessian()
-    hessian.setPythonContext(_HessianAtItsPoint(functional, comm=comm))
-    functions = problem.functions
-    interface = PETScVecInterface(functions, comm=comm)
-    limit = solver.tao.getMaximumIterations()
+    minimiser = Minimiser(
+        functional,
+        problem.functions,
+        SOLVER_PARAMETERS | ({} if bounds is None else {"tao_type": "blmvm"}) | (solver_parameters or {}),
+        comm=comm,
+        options_prefix=options_prefix,
+        bounds=pairs,
+    )
     history: list[Progress] = []
-    reached = solver.x.duplicate()
     start = time.perf_counter()
 
-    def watch(tao):
-        if history and history[-1].iteration == tao.getIterationNumber():
-            return  # some types report their start twice
-        tao.getSolution().copy(reached)
-        _, value, gradient_norm, *_ = tao.getSolutionStatus()
-        history.append(Progress(tao.getIterationNumber(), limit, value, gradient_norm, time.perf_counter() - start))
-        if monitor is None:
-            log(comm, logging.INFO, "%s", history[-1])
-        else:
-            monitor(history[-1])
+    def watch(iteration, value, gradient_norm):
+        history.append(Progress(iteration, minimiser.limit, value, gradient_norm, time.perf_counter() - start))
+        tell(comm, history[-1], monitor)
 
-    solver.tao.setMonitor(watch)
-    # pyadjoint's own solve() raises at the limit of iterations and drops what was found.
-    with stop_annotating(), petsctools.inserted_options(solver.tao):
-        interface.to_petsc(solver.x, functions)
-        try:
-            solver.tao.solve()
-            reason = solver.tao.getConvergedReason()
-        except PETSc.Error as error:
-            if error.__cause__ is not None or error.ierr != _UNSUPPORTED or not history:
-                raise error.__cause__ or error
-            # Where the line search cannot go on, L-BFGS starts afresh, but pyadjoint's first matrix does not survive it.
-            # PETSc then finds work vectors still in use when it destroys that TAO, and says so once.
-            reason = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
-            with suppress(PETSc.Error):
-                solver.tao.destroy()
-        finally:
-            if history:
-                interface.from_petsc(reached, functions)
+    converged, reason = minimiser.solve(watch)
     return Result(
         value=history[-1].value,
         gradient_norm=history[-1].gradient_norm,
         iterations=history[-1].iteration,
-        converged=reason > 0,
-        reason=_reasons().get(reason, str(reason)),
+        converged=converged,
+        reason=reason,
         values=np.array([entry.value for entry in history]),
         gradient_norms=np.array([entry.gradient_norm for entry in history]),
         seconds=time.perf_counter() - start,
     )
 
 
-class _HessianAtItsPoint(ReducedFunctionalHessianMat):
-    """The Hessian at the point where TAO asked for it.
-
-    Trust regions, also that in which a line search starts, evaluate J elsewhere between two actions; pyadjoint's own
-    matrix then acts where the tape happens to stand.
-    """
-
-    def update_tape_values(self, *, update_adjoint: bool = True):
-        super().update_tape_values(update_adjoint=update_adjoint)
-        self._evaluation = self.rf.tape.recompute_count
-
-    def mult_impl(self, A, x):
-        if self.rf.tape.recompute_count != self._evaluation:
-            self.update_tape_values()
-        return super().mult_impl(A, x)
+def _bounds_of_controls(problem: LearningProblem, bounds: Mapping) -> list[tuple[fd.Function, fd.Function]]:
+    """A pair a control."""
+    names = [parameter.name for parameter in problem.parameters]
+    for name in bounds:
+        if name not in names:
+            raise ValueError(f"bounds: {name!r} is not learned; what is: {', '.join(names)}")
+    return [
+        pair
+        for parameter in problem.parameters
+        for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))
+    ]
 
 
-def _riesz_preconditioner(tao_type: str) -> dict:
-    if tao_type not in _NEWTON_TYPES:
-        return {}
-    prefix, kind = f"tao_{_NEWTON_TYPES[tao_type]}_pc_", f"{RieszMapPC.__module__}.{RieszMapPC.__name__}"
-    return {f"{prefix}type": "python", f"{prefix}python_type": kind}
+def _bounds_of(parameter: Parameter, low: ArrayLike | None, high: ArrayLike | None) -> list[tuple[fd.Function, fd.Function]]:
+    pairs = []
+    for basis in parameter.space_bases:
+        # What PETSc takes for no bound.
+        ends = [np.asarray(sign * np.finfo(float).max if end is None else end) for end, sign in ((low, -1), (high, 1))]
+        shapes = [end.shape in ((), basis.shape) for end in ends]
+        basis.Y.agree(
+            all(shapes) and bool(np.all(ends[0] <= ends[1])),
+            f"bounds: {parameter.name} wants (low, high) with low <= high, numbers, None or arrays of shape {basis.shape}; "
+            f"({low!r}, {high!r}) was given",
+        )
+        pair = fd.Function(basis.space), fd.Function(basis.space)
+        for function, end in zip(pair, ends):
+            basis.write(function, np.broadcast_to(end, basis.shape))
+        pairs.append(pair)
+    return pairs
 
 
-@contextmanager
-def _options_of_the_matrix(parameters: dict):
-    """Set those of L-BFGS's matrix, such as `tao_lmvm_mat_lmvm_hist_size`, and give the others.
-
-    Whatever the prefix of a TAO, PETSc 3.26 looks for its matrix's options without it. The command line goes first.
-    """
-    options = PETSc.Options()
-    of_matrix = {name: value for name, value in parameters.items() if name.startswith(("tao_lmvm_mat", "tao_blmvm_mat"))}
-    added = {name: value for name, value in of_matrix.items() if not options.hasName(name)}
-    for name, value in added.items():
-        options[name] = value
-    try:
-        yield {name: value for name, value in parameters.items() if name not in of_matrix}
-    finally:
-        for name in added:
-            options.delValue(name)
-
-
-def _reasons() -> dict[int, str]:
-    names = PETSc.TAO.ConvergedReason
-    return {getattr(names, name): name for name in dir(names) if name.isupper()}
+def tell(comm: MPI.Comm, progress: Progress, monitor: Callable[[Progress], bool | None] | None) -> bool | None:
+    """Hand an iteration to the user's monitor, or log its line where there is none; what the monitor returned."""
+    if monitor is not None:
+        return monitor(progress)
+    log(comm, logging.INFO, "%s", progress)
+    return None

@@ -37,10 +37,12 @@ from petsc4py import PETSc
 
 from fem_resnet.control_set import ControlSet
 from fem_resnet.log import log
-from fem_resnet.maximum_principle import Controls, Hamiltonian, Pair, extremal_controls, middle_pairs
+from fem_resnet.maximum_principle import (
+    Controls, Hamiltonian, Pair, extremal_controls, middle_pairs, refuse_costs_of_controls,
+)  # fmt: skip
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
-from fem_resnet.row_controls import RowBall, RowBox, raise_rows
+from fem_resnet.row_controls import RowBall, RowBox, SpanBox, raise_controls
 
 __all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]
 
@@ -56,6 +58,7 @@ class MSAProgress:
     value: float
     step: float
     seconds: float
+    evaluations: int
 
     def __str__(self) -> str:
         return (
@@ -109,12 +112,13 @@ class MSAResult:
 @PETSc.Log.EventDecorator("fem_resnet:msa")
 def msa(
     problem: LearningProblem,
-    A: ControlSet | RowBox | RowBall,
+    A: ControlSet | RowBox | RowBall | SpanBox,
     *,
     variant: str = "extended",
     iterations: int = 50,
     rho: float = 1.0,
     largest_rho: float = 1e8,
+    restarts: int = 0,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
 ) -> MSAResult:
     """Train by Algorithm 2 from the present controls, which are to lie in A. Collective.
@@ -125,13 +129,16 @@ def msa(
         Bias and kernel with a value on each layer, no regulariser; any head and loss, which stay. It is not changed: the
         result has a problem of its own.
     A
-        Where (a, b) lies pointwise, for one sample; `RowBox` or `RowBall` for any number.
+        Where (a, b) lies pointwise, for one sample; `RowBox`, `RowBall` or `SpanBox` for any number.
     variant
         "basic", "damped" or "extended".
     iterations
         At most so many.
     rho, largest_rho
         Where "extended" starts, and above which it gives up.
+    restarts
+        How often, where no step lowers J, it goes on from the extremal controls all the same, a step of basic MSA; J rises
+        there, and the result has the controls of least J.
     monitor
         Called after each iteration on every rank; returning True stops. If left out, a line is logged on rank 0.
 
@@ -147,7 +154,7 @@ def msa(
     _check(problem, A, variant)
     start = time.perf_counter()
     net = problem.net
-    H = Hamiltonian(net.Y, net.activation, "maximise")
+    H = Hamiltonian.of(problem, "maximise")
     lengths = np.diff(net.times)
     controls = [Controls.of_layer(net, l) for l in range(net.layers)]
     evaluations = 0
@@ -160,6 +167,7 @@ def msa(
         return changed, J, run, float(J.functional)
 
     changed, J, run, value = evaluate(controls)
+    best, restarted = (value, changed, controls), 0
     values, predicted, steps, reason = [value], [], [], "ITERATIONS"
     for iteration in range(1, iterations + 1):
         J.derivative()
@@ -178,21 +186,28 @@ def msa(
             if step > largest_rho or step < 2.0**-40:
                 break
         if variant != "basic" and not trial[-1] < value:
-            reason = "NO_STEP_LOWERS_J"
-            break
+            if restarted == restarts:
+                reason = "NO_STEP_LOWERS_J"
+                break
+            restarted += 1
+            new, step = extremal, rho
+            trial = evaluate(new)
         predicted.append(-sum(tau * (H(p, n) - H(p, c)) for tau, p, n, c in zip(lengths, pairs, new, controls)))
         steps.append(step)
         changed, J, run, value = trial
         controls = [Controls.of_layer(changed.net, l) for l in range(net.layers)]
         values.append(value)
+        if value <= best[0] or variant == "basic":
+            best = value, changed, controls
         rho = step / 2 if variant == "extended" else rho
-        progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start)
+        progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start, evaluations)
         if monitor is None:
             log(net.Y.comm, logging.INFO, "%s", progress)
         elif monitor(progress):
             reason = "STOPPED"
             break
     values = np.array(values)
+    value, changed, controls = best
     return MSAResult(
         problem=changed, controls=controls, value=value, iterations=len(steps), converged=reason == "NO_STEP_LOWERS_J",
         reason=reason, values=values, changes=np.diff(values), predicted=np.array(predicted), steps=np.array(steps),
@@ -200,16 +215,16 @@ def msa(
     )  # fmt: skip
 
 
-def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall, pair: Pair, present: Controls) -> Controls:
+def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall | SpanBox, pair: Pair, present: Controls) -> Controls:
     if isinstance(A, ControlSet):
         return extremal_controls(H.Y, A, pair).controls
-    return raise_rows(H, A, pair, present)[0]
+    return raise_controls(H, A, pair, present)[0]
 
 
-def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall, variant: str) -> None:
+def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox, variant: str) -> None:
     net, pointwise = problem.net, isinstance(A, ControlSet)
-    if not (pointwise or isinstance(A, (RowBox, RowBall))):
-        raise TypeError(f"A: a ControlSet, a RowBox or a RowBall is wanted, {type(A).__name__} was given")
+    if not (pointwise or isinstance(A, (RowBox, RowBall, SpanBox))):
+        raise TypeError(f"A: a ControlSet, a RowBox, a RowBall or a SpanBox is wanted, {type(A).__name__} was given")
     if not (pointwise or A.psi.Y is net.Y):
         raise ValueError(f"A: its rows live on {A.psi.Y!r}, the network's label space {net.Y!r} is wanted")
     if variant not in _VARIANTS:
@@ -219,11 +234,11 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall, variant: 
     if pointwise and problem.batch.samples != 1:
         raise ValueError(
             f"problem: one sample is wanted, for which (4.10) is explicit; for its {problem.batch.samples} samples give A "
-            f"as a RowBox or RowBall"
+            f"as a RowBox, RowBall or SpanBox"
         )
-    if problem.regulariser is not None or problem.derivatives is not None:
-        raise ValueError("problem: one without regulariser and derivatives is wanted; (4.10) does not hold with them")
-    if net.factors or net.layer_times is not None or problem.learn != "parameters" or problem.checkpoints is not None:
+    refuse_costs_of_controls(problem)
+    learned = net.factors or net.layer_times is not None or net.stable_kernel is not None or problem.learn != "parameters"
+    if learned or problem.checkpoints is not None:
         raise ValueError("problem: one that learns bias and kernel, without checkpoints, is wanted")
     if not net.layers or any(p.time_basis.description != "layers" for p in (net.bias, net.kernel)):
         raise ValueError("problem: a network of layers whose bias and kernel have a value on each is wanted")
@@ -237,7 +252,7 @@ def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningPr
     for l, (c, beta) in enumerate(zip(controls, betas)):
         new.bias.set(l, c.a)
         new.kernel.set(l, beta)
-    return LearningProblem(new, problem.head, problem.loss, None, problem.batch)
+    return LearningProblem(new, problem.head, problem.loss, None, problem.batch, running=problem.running)
 
 
 def augmented_step(
@@ -245,12 +260,13 @@ def augmented_step(
 ) -> tuple[Controls, np.ndarray]:
     """Controls of a larger augmented Hamiltonian, and its values, which never fall, the start included. Collective.
 
-    Over controls + s(y) (extremal - controls), 0 <= s <= 1, by projected ascent with backtracking, from s = 0.
+    The values are those without a running cost, which is of f alone and the same for all controls. Over controls + s(y) (extremal - controls), 0 <= s <= 1, by projected ascent with backtracking, from s = 0.
     """
     Y, sigma = H.Y, H.activation
     f, r, weights = pair.f, pair.r, Y.weights[:, None]
     u, e = controls.argument(Y, f), extremal.argument(Y, f)
-    difference, rate, slope = e - u, sigma(u), H.in_f(pair, controls)
+    difference, rate = e - u, sigma(u)
+    slope = -controls.transpose(Y, H.slope_times_costate(pair, controls))  # a running cost of f alone drops out
 
     def evaluate(s):
         """The augmented Hamiltonian, and its gradient in s in L2(Y)."""

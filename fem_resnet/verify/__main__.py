@@ -18,7 +18,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.io import load
-from fem_resnet.verify.report import Report
+from fem_resnet.reporting import write
 from fem_resnet.verify.suite import problem_of, verify
 
 __all__ = ["main"]
@@ -51,19 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if comm.rank == 0:
             sys.stderr.write(f"fem_resnet.verify: {error}\n")
         return 2
-    if comm.rank == 0:
-        _write(report, given.json, given.png)
-    comm.barrier()
+    write(report, comm, json=given.json, png=given.png)
     return 0 if report.passed else 1
-
-
-def _write(report: Report, as_json: Path | None, png: Path | None) -> None:
-    sys.stdout.write(f"{report}\n")
-    sys.stdout.flush()
-    if as_json is not None:
-        as_json.write_text(report.to_json() + "\n")
-    if png is not None:
-        report.draw(png)
 
 
 def _what(name: str):

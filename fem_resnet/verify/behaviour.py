@@ -111,7 +111,7 @@ def blocks(point: Point) -> Iterator[Check]:
 def replay(point: Point) -> Iterator[Check]:
     """Replay of checkpoints: J and gradient where one state in memory has to do for all layers."""
     problem, net = point.problem, point.problem.net
-    if net.layers < 2 or net.factors or problem.derivatives is not None or problem.checkpoints is not None:
+    if net.layers < 2 or net.factors or net.stable_kernel is not None or problem.derivatives is not None or problem.checkpoints is not None:
         yield Check.left_out("checkpoints", "replay", "one layer, or what goes with no schedule")
         return
     other = copy.copy(problem)
@@ -129,6 +129,8 @@ def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Ite
     kind, what = net.solver_parameters["ts_type"], "co-state orders"
     reasons = {
         "the network has no layers": not net.layers,
+        "(4.2) belongs to (2.8), and the network is a gradient flow": net.gradient_flow,
+        "the kernel is made of other controls": net.stable_kernel is not None,
         f"(4.2) is not stepped on its own by {kind!r}": kind not in TYPES,
         "steps are adapted": net.solver_parameters.get("ts_adapt_type", "none") != "none",
         "sigma' or sigma'' jumps": bool(net.activation.joints),

@@ -65,7 +65,8 @@ def forward(problem: LearningProblem, point: Point | None = None) -> Iterator[Ch
             yield Check.left_out("J", where, str(error))
             return
         for layer, state in enumerate(states):
-            yield Check.of("state", f"f(t_{layer}), {where}", _relative(net.Y.values(run.state(layer)), state, comm), bound)
+            difference = _relative(net.Y.values(run.state(layer)), state[: net.Y.nodes], comm)
+            yield Check.of("state", f"f(t_{layer}), {where}", difference, bound)
         if taken is not None:
             gap = max((abs(sum(steps) - 1) for steps in taken), default=0.0)
             yield Check.of("adapted steps", "add up to a layer", gap, 1e-10)
@@ -73,7 +74,7 @@ def forward(problem: LearningProblem, point: Point | None = None) -> Iterator[Ch
         yield Check.of("J", where, abs(float(J) - value) / max(size, 1e-300), bound)
         if problem.regulariser is not None:
             with stop_annotating():
-                R = float(problem.regulariser([p for p in problem.parameters if p.penalised]))
+                R = float(problem.regulariser(problem.penalised()))
             yield Check.of("regulariser", where, _relative(R, reference.regulariser()), bound)
         if problem.head is not None:
             O, head = reference.output(f), problem.head

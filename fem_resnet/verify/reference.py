@@ -6,7 +6,7 @@ here a second time, and (2.8) is stepped by a PETSc TS of the same type as it is
 
     f_t = sigma(a - Phi beta int Psi f),      f of shape (nodes, samples), t in [t_l, t_(l+1)],
 
-not in coefficients; implicit types are solved by products with the Jacobian alone. No matrix of size nodes x nodes occurs.
+with a running cost in a row more: this rank's part of each sample's L; not in coefficients; implicit types are solved by products with the Jacobian alone. No matrix of size nodes x nodes occurs.
 Taken as given are the nodes, the values of basis functions, and PETSc.
 """
 
@@ -29,7 +29,8 @@ from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.parameter import Parameter
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
+from fem_resnet.running_cost import RunningCost
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, MatrixControls, NodalValues, StateValues
 
 __all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "sigma"]
 
@@ -183,7 +184,7 @@ class Reference:
 
     def lengths(self, parameter: Parameter) -> np.ndarray:
         """tau_k of each function in time: what it has of [0, T], in the times that the network was given."""
-        if parameter not in (self.net.bias, self.net.kernel):
+        if parameter not in (self.net.bias, self.net.kernel, self.net.kernel.learned):
             return np.ones(len(parameter.functions))
         tau, times = np.zeros(len(parameter.functions)), self._given_times
         for layer in range(self.net.layers):
@@ -237,6 +238,8 @@ class Reference:
             return self.measure_of(basis.Y).inner(values @ c, values @ d)
         if isinstance(basis, KernelCoefficients):
             return float(np.trace(c.T @ self.gram(basis.kernel.phi) @ d @ self.gram(basis.kernel.psi)))
+        if isinstance(basis, MatrixControls):
+            return float(np.trace(c.T @ basis.grams[0] @ d @ basis.grams[1]))
         return float(np.sum(c * d))
 
     def _gradients(self, parameter: Parameter, k: int, c: np.ndarray) -> float:
@@ -274,7 +277,8 @@ class Reference:
         phi, psi = (self._factor(basis, moved.get(name)) for name, basis in (("phi", kernel.phi), ("psi", kernel.psi)))
         return _LayerEquation(
             self._sigma, self.measure, phi, psi, self.times[layer : layer + 2],
-            self._in_time(self.net.bias, layer), self._in_time(self.net.kernel, layer),
+            self._in_time(self.net.bias, layer), self._in_time(self.net.kernel, layer), self.net.gradient_flow,
+            self.problem.running,
         )  # fmt: skip
 
     def _in_time(self, parameter: Parameter, layer: int) -> Callable[[float], np.ndarray]:
@@ -289,7 +293,7 @@ class Reference:
         if self._steppers and self.net.solver_parameters["ts_type"] == "dirk":
             self.close()  # PETSc's would take its first slope at the time of the last stage before
         if not self._steppers:
-            self._steppers.append(_FieldTS(self.net.solver_parameters, self.Y, f.shape[1]))
+            self._steppers.append(_FieldTS(self.net.solver_parameters, self.Y, f.shape))
         steps = [1 / self.net.steps] * self.net.steps if taken is None else taken
         return self._steppers[0].solve(self.layer(layer), f, steps)
 
@@ -304,9 +308,10 @@ class Reference:
 
     @property
     def initial(self) -> np.ndarray:
-        """f_I."""
+        """f_I; with a running cost a row of zeros below it, as in all states here."""
         inputs = self.batch.inputs
-        return raw(inputs, self.Y, (self.Y.nodes, inputs.function_space().value_size))
+        f = raw(inputs, self.Y, (self.Y.nodes, inputs.function_space().value_size))
+        return f if self.problem.running is None else np.pad(f, ((0, 1), (0, 0)))
 
     @cached_property
     def omega(self) -> np.ndarray:
@@ -324,6 +329,7 @@ class Reference:
 
     def output(self, f: np.ndarray) -> np.ndarray:
         """O: (2.9)."""
+        f = f[: self.Y.nodes]
         if self.head is None:
             return f
         W, mu = (self.coefficients(parameter, 0) for parameter in (self.head.W, self.head.mu))
@@ -374,6 +380,7 @@ class Reference:
         if regulariser is None:
             return 0.0
         total, penalised = 0.0, [p for p in self.problem.parameters if p.penalised]
+        penalised = [self.net.kernel if p is self.net.kernel.learned else p for p in penalised]
         of_head = [] if self.head is None else self.head.parameters
         for (weight, form), name in zip(regulariser.terms, [*regulariser.names, *[""] * len(regulariser.terms)]):
             for parameter in penalised:
@@ -395,8 +402,9 @@ class Reference:
         return float(total)
 
     def loss(self, f: np.ndarray) -> float:
-        """The part of J that depends on f(T)."""
-        return float(self.omega @ self.losses(self.output(f)))
+        """The part of J that depends on the states."""
+        running = 0.0 if self.problem.running is None else self.measure.total(f[-1])
+        return float(self.omega @ (self.losses(self.output(f)) + running))
 
     def of_state(self, f: np.ndarray) -> float:
         """J for f(T)."""
@@ -408,15 +416,22 @@ class Reference:
 
 
 class _LayerEquation:
-    """f_t = sigma(a - B f) on one layer, and the product with its Jacobian."""
+    """f_t = sigma(a - B f), or B^T of that, on one layer, and the product with its Jacobian.
 
-    def __init__(self, sigma, measure: Measure, phi, psi, times, bias, beta):
+    With a running cost there is a row more, c_t = L.
+    """
+
+    def __init__(self, sigma, measure: Measure, phi, psi, times, bias, beta, gradient_flow, cost: RunningCost | None):
         self._sigma, self._measure, self._phi, self._psi = sigma, measure, phi, psi
         self.start, self.end = map(float, times)
-        self._bias, self._beta = bias, beta
+        self._bias, self._beta, self._cost = bias, beta, cost
+        self._gradient_flow = gradient_flow
 
     def _at(self, t):
         return (t - self.start) / (self.end - self.start)
+
+    def _fields(self, f):
+        return f if self._cost is None else f[:-1]
 
     def _operator(self, t, f):
         return self._phi @ (self._beta(self._at(t)) @ self._measure.integrals(self._psi, f))
@@ -424,23 +439,46 @@ class _LayerEquation:
     def _argument(self, t, f):
         return self._bias(self._at(t))[:, None] - self._operator(t, f)
 
+    def _behind(self, t, v):
+        if not self._gradient_flow:
+            return v
+        return self._psi @ (self._beta(self._at(t)).T @ self._measure.integrals(self._phi, v))
+
+    def _density(self, t, f):
+        return np.broadcast_to(self._cost.density.value(f, self._bias(self._at(t))[:, None]), f.shape)
+
     def rate(self, t, f):
-        return self._sigma(self._argument(t, f))
+        f = self._fields(f)
+        s = self._behind(t, self._sigma(self._argument(t, f)))
+        if self._cost is None:
+            return s
+        # b at this rank's y, and all z: its square by the sum over z of psi_i psi_j.
+        rows, measure = self._phi @ self._beta(self._at(t)), self._measure
+        squares = np.sum((rows @ measure.integrals(self._psi, self._psi)) * rows, axis=1)
+        L = measure.weights @ (self._density(t, f) + self._cost.kernel / 2 * squares[:, None])
+        return np.vstack([s, L[None]])
 
     def slope(self, t, f):
-        """sigma'(u), by a difference: Newton's method does not ask for more."""
+        """sigma'(u), by a difference: Newton's method does not ask for more; and l_f."""
+        f = self._fields(f)
         u = self._argument(t, f)
-        return (self._sigma(u + 1e-6) - self._sigma(u - 1e-6)) / 2e-6
+        slope = (self._sigma(u + 1e-6) - self._sigma(u - 1e-6)) / 2e-6
+        if self._cost is None:
+            return slope, None
+        return slope, (self._density(t, f + 1e-6) - self._density(t, f - 1e-6)) / 2e-6
 
     def product(self, t, slope, v):
-        return -slope * self._operator(t, v)
+        slope, l_f = slope
+        v = self._fields(v)
+        ds = self._behind(t, -slope * self._operator(t, v))
+        return ds if l_f is None else np.vstack([ds, (self._measure.weights @ (l_f * v))[None]])
 
 
 class _FieldTS:
     """f stepped by a TS of the network's type, on the mesh's communicator, with given steps."""
 
-    def __init__(self, parameters: dict, Y: LabelSpace, samples: int):
-        self._shape = Y.nodes, samples
+    def __init__(self, parameters: dict, Y: LabelSpace, shape: tuple[int, int]):
+        self._shape = shape
         options = {name: value for name, value in parameters.items() if name.startswith("ts_") and "adapt" not in name}
         for name in ("ts_rtol", "ts_atol"):
             options.pop(name, None)
@@ -452,7 +490,7 @@ class _FieldTS:
         if kind in ("irk", "glle", "discrete_gradient"):
             raise NotWrittenOut(f"the steps of {kind!r} are not made a second time")
         self.ts = ts = PETSc.TS().create(comm=Y.comm)
-        self._y = PETSc.Vec().createMPI((Y.nodes * samples, PETSc.DETERMINE), comm=Y.comm)
+        self._y = PETSc.Vec().createMPI((int(np.prod(shape)), PETSc.DETERMINE), comm=Y.comm)
         size = (self._y.getSizes(),) * 2
         if kind in ("rk", "euler", "ssp"):
             ts.setRHSFunction(self._rate, self._y.duplicate())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from fem_resnet.reporting import as_json, picture, table
 
 __all__ = ["Check", "Line", "Report"]
 
@@ -133,53 +131,39 @@ class Report:
             )
             for check in self.checks
         ]
-        header = ("check", "of", "found", "bound", "", "")
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip() for row in [header, *rows]]
+        lines = table(("check", "of", "found", "bound", "", ""), rows)
         failed = len(self.failures)
         verdict = "all passed" if self.passed else f"{failed} FAILED"
         return "\n".join([self.title, *lines, f"{len(rows)} checks in {self.seconds:.1f} s: {verdict}"])
 
     def to_json(self) -> str:
         """The same as JSON: `title`, `passed`, `seconds`, `checks` and `lines` with their fields."""
-        return json.dumps(
+        return as_json(
             {
                 "title": self.title,
                 "passed": self.passed,
                 "seconds": self.seconds,
-                "checks": [_finite(asdict(check)) for check in self.checks],
-                "lines": [_finite(asdict(line) | {"rate": line.rate}) for line in self.lines],
-            },
-            indent=1,
+                "checks": [asdict(check) for check in self.checks],
+                "lines": [asdict(line) | {"rate": line.rate} for line in self.lines],
+            }
         )
 
     def draw(self, path: str | Path) -> None:
         """Draw the convergence lines, a PNG. Call it on one rank."""
         lines = [line for line in self.lines if any(value > 0 for value in line.values)]
-        figure = Figure(figsize=(7.5, 5.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
         colours = {order: f"C{n}" for n, order in enumerate(sorted({line.order for line in lines}))}
-        for order, colour in colours.items():
-            of_order = [line for line in lines if line.order == order]
-            for n, line in enumerate(of_order):
-                steps, values = np.array(line.steps), np.array(line.values)
-                label = f"falls at rate {order}: {len(of_order)}" if n == 0 else None
-                axes.loglog(steps[values > 0], values[values > 0], "o-", ms=3, lw=1, color=colour, alpha=0.6, label=label)
-        axes.set_xlabel("step")
-        axes.set_ylabel("remainder")
-        axes.set_title(self.title, fontsize="medium")
-        if lines:
-            axes.legend()
-        figure.savefig(str(path), dpi=120)
-
-
-def _finite(values: dict) -> dict:
-    """JSON has neither NaN nor infinity."""
-
-    def plain(value):
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return [plain(part) for part in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    return {name: plain(value) for name, value in values.items()}
+        with picture(path, 7.5, 5.5) as figure:
+            axes = figure.add_subplot()
+            for order, colour in colours.items():
+                of_order = [line for line in lines if line.order == order]
+                for n, line in enumerate(of_order):
+                    steps, values = np.array(line.steps), np.array(line.values)
+                    label = f"falls at rate {order}: {len(of_order)}" if n == 0 else None
+                    axes.loglog(
+                        steps[values > 0], values[values > 0], "o-", ms=3, lw=1, color=colour, alpha=0.6, label=label
+                    )
+            axes.set_xlabel("step")
+            axes.set_ylabel("remainder")
+            axes.set_title(self.title, fontsize="medium")
+            if lines:
+                axes.legend()

@@ -34,6 +34,23 @@ class SideFailed(Exception):
     """A side ended, or did not answer in time."""
 
 
+def _without_mpi() -> dict:
+    """This environment without what MPI left in it, which must not reach another mpiexec."""
+    leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
+    return {key: value for key, value in os.environ.items() if not leaked.match(key)}
+
+
+def ranks_environment() -> dict:
+    """An environment for processes of MPI, of one thread each."""
+    # A rank that waits for one that was put aside lets others work.
+    return _without_mpi() | _ONE_THREAD | {"OMPI_MCA_mpi_yield_when_idle": "1"}
+
+
+def on_ranks(ranks: int, command: list[str]) -> list[str]:
+    """The command on so many ranks."""
+    return ["mpiexec", "-n", str(ranks), "--bind-to", "none", *command]
+
+
 def is_peer(side: str) -> bool:
     return SIDES[side][0].startswith("peers")
 
@@ -54,18 +71,14 @@ class Side:
     def start(cls, name: str, folder: Path) -> "Side":
         ours = name in OURS
         interpreter = str(environment.python()) if is_peer(name) else sys.executable
-        # What MPI left in this environment must not reach another mpiexec.
-        leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
-        env = {key: value for key, value in os.environ.items() if not leaked.match(key)}
+        env = ranks_environment() if ours else _without_mpi()
         env |= _ONE_THREAD if ours or name == "ufl" else _TWO_THREADS
-        if ours:
-            env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # a rank that waits for one that was put aside lets others work
         if is_peer(name):
             for key in ("PYTHONPATH", "VIRTUAL_ENV"):
                 env.pop(key, None)
         command = [interpreter, str(HERE / "worker.py"), name, str(folder)]
         if ours and (ranks := name.rpartition("_")[2]) != "1":
-            command = ["mpiexec", "-n", ranks, "--bind-to", "none", *command]
+            command = on_ranks(int(ranks), command)
         log = folder / f"{name}.log"
         with open(log, "w") as stderr:
             process = subprocess.Popen(

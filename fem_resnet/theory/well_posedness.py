@@ -1,0 +1,200 @@
+"""Well-posedness of the forward problem, 3.1: Assumption 1, the constants of Theorem 3.1, and its stability estimate.
+
+Assumption 1 asks that sigma is Lipschitz, and sigma(0) = 0 or |Y| finite, which it is on a mesh; that a is in
+L1(0, T; L2(Y)) and b in L1(0, T; L2(Y x Y)), as are coefficients that are piecewise constant or linear in t. With
+
+    C_0 = |sigma(0)| |Y|^(1/2)                        (the paper prints |Y|, which is no bound where |Y| < 1)
+    C_1(t) = sup |sigma'| int_0^t |a| ds              norm of L2(Y)
+    C_2(t) = sup |sigma'| int_0^t |b| ds              norm of L2(Y x Y), or the smaller one of B as an operator
+
+solutions are bounded, |f(t)| <= (|f_I| + C_0 t + C_1(t)) exp(C_2(t)) by Gronwall, and two of them part by no more than
+
+    |f_1(t) - f_2(t)| <= exp(C_2(t)) |f_1(0) - f_2(0)|,                                                           (3.1)
+
+where the paper has e^(Lt): b is no more than L1 in t, and b ~ t^(-1/2) parts solutions by e^(2 sqrt t).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+import scipy.integrate
+
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.layer_inputs import LayerInputs
+from fem_resnet.network import ResidualNetwork
+
+__all__ = [
+    "LayerNorms", "StabilityEstimate", "WellPosedness", "lipschitz_constant", "stability_estimate", "well_posedness_constants",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WellPosedness:
+    """The constants of Theorem 3.1 along the layer times. Get them from `well_posedness_constants`.
+
+    Attributes
+    ----------
+    times : numpy.ndarray
+        t_0 .. t_L, shape (L + 1,).
+    lipschitz : float
+        sup |sigma'|.
+    C_0 : float
+        |sigma(0)| |Y|^(1/2).
+    C_1, C_2 : numpy.ndarray
+        C_1(t_l) and, with the norm of L2(Y x Y), C_2(t_l), shape (L + 1,).
+    operator : numpy.ndarray
+        sup |sigma'| int |B| ds with the operator norm: at most C_2.
+    """
+
+    times: np.ndarray
+    lipschitz: float
+    C_0: float
+    C_1: np.ndarray
+    C_2: np.ndarray
+    operator: np.ndarray
+
+    @property
+    def growth(self) -> np.ndarray:
+        """exp(C_2(t_l)): by how much solutions part at most, (3.1), shape (L + 1,)."""
+        return np.exp(self.C_2)
+
+    @property
+    def sharper_growth(self) -> np.ndarray:
+        """The same with the operator norm of B."""
+        return np.exp(self.operator)
+
+    def solution_bound(self, initial: float | np.ndarray) -> np.ndarray:
+        """(|f_I| + C_0 t + C_1(t)) exp(C_2(t)), shape (L + 1,) or (L + 1, samples), for |f_I| in L2(Y)."""
+        drift = self.C_0 * self.times + self.C_1
+        return np.squeeze((np.atleast_1d(initial) + drift[:, None]) * self.growth[:, None])
+
+
+def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
+    """Check Assumption 1, and compute C_0, C_1 and C_2 of Theorem 3.1. Collective.
+
+    Integrals over a layer where a coefficient varies are taken by adaptive quadrature.
+
+    Raises
+    ------
+    ValueError
+        If sigma is not Lipschitz.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
+    >>> net = ResidualNetwork(phi, layers=2, final_time=2.0, kernel_in_time="shared")
+    >>> net.kernel.set(0, np.diag([4.0, 3.0, 0.0, 0.0]))
+    >>> constants = well_posedness_constants(net)
+    >>> constants.C_2.round(12).tolist(), constants.operator.round(12).tolist()
+    ([0.0, 5.0, 10.0], [0.0, 4.0, 8.0])
+    """
+    lipschitz = lipschitz_constant(net)
+    layers = [LayerNorms(net.Y, layer) for layer in net.layer_inputs()]
+
+    def cumulative(norm: str) -> np.ndarray:
+        return lipschitz * np.concatenate([[0.0], np.cumsum([layer.integral(norm) for layer in layers])])
+
+    drift = float(abs(net.activation(0.0)) * net.Y.measure**0.5)
+    return WellPosedness(net.times, lipschitz, drift, *map(cumulative, ("bias", "hs", "operator")))
+
+
+def lipschitz_constant(net: ResidualNetwork) -> float:
+    """sup |sigma'|; ValueError where there is none."""
+    lipschitz = net.activation.properties.lipschitz
+    if not np.isfinite(lipschitz):
+        raise ValueError(f"net: {net.activation.name} is not Lipschitz, so that Assumption 1 does not hold")
+    return lipschitz
+
+
+class LayerNorms:
+    """Norms of a layer's bias, "bias", and kernel, "hs" and "operator", integrated over parts of its time.
+
+    Collective when it is made: all that sees the nodes is done then.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    layer
+        What the layer takes; bias and kernel are affine in its time.
+    """
+
+    def __init__(self, Y: LabelSpace, layer: LayerInputs):
+        self._layer = layer
+        ends = np.column_stack([layer.bias.coefficients(0.0), layer.bias.coefficients(1.0)])
+        self._gram = Y.sum(ends.T @ (Y.weights[:, None] * ends))
+
+    def _bias(self, s: float) -> float:
+        v = np.array([1 - s, s])
+        return float(np.sqrt(max(v @ self._gram @ v, 0.0)))
+
+    def integral(self, norm: str, start: float = 0.0, end: float = 1.0) -> float:
+        """int norm dt between two fractions of the layer."""
+        layer = self._layer
+        if norm == "bias":
+            constant, value = layer.bias.is_constant, self._bias
+        else:
+            constant, value = layer.beta.is_constant, lambda s: layer.factors.norm(layer.beta.coefficients(s), norm)
+        if constant:
+            return layer.length * (end - start) * value(start)
+        return layer.length * scipy.integrate.quad(value, start, end, epsabs=0, epsrel=1e-9)[0]
+
+
+# -- (3.1) -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StabilityEstimate:
+    """How far two solutions part, beside (3.1). Get one from `stability_estimate`.
+
+    Attributes
+    ----------
+    constants : WellPosedness
+    distances : numpy.ndarray
+        |f_1(t_l) - f_2(t_l)| in L2(Y), shape (L + 1, samples).
+    """
+
+    constants: WellPosedness
+    distances: np.ndarray
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """exp(C_2(t_l)) |f_1(0) - f_2(0)|, shape (L + 1, samples)."""
+        return self.constants.growth[:, None] * self.distances[0]
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """|f_1(t_l) - f_2(t_l)| / (exp(C_2) |f_1(0) - f_2(0)|), at most 1, with the operator norm in C_2."""
+        return self.distances / (self.constants.sharper_growth[:, None] * self.distances[0])
+
+
+def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Function) -> StabilityEstimate:
+    """Run pairs of solutions and hold their distance against (3.1), corrected. Collective.
+
+    (3.1) holds for the discrete network too, if the weights and coefficients of its explicit Runge-Kutta method are not
+    negative, as those of 1fe and 4: then |f_1 - f_2| grows by at most R(tau L) <= e^(tau L) in a step, R the method's
+    stability function.
+
+    Parameters
+    ----------
+    net
+        The network.
+    first, second
+        Initial states, batches of as many samples. They are run without being recorded unless annotation is on.
+
+    Raises
+    ------
+    ValueError
+        If sigma is not Lipschitz, or the batches do not fit each other.
+    """
+    Y = net.Y
+    if first.function_space() != second.function_space():
+        raise ValueError(f"second: a Function of {first.function_space()} is wanted, {second.function_space()} was given")
+    pairs = zip(net.run(first).states(), net.run(second).states())
+    apart = [np.sqrt(Y.sum(Y.weights @ (Y.values(f) - Y.values(g)) ** 2)) for f, g in pairs]
+    return StabilityEstimate(well_posedness_constants(net), np.array(apart))
