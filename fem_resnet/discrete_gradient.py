@@ -8,14 +8,14 @@ of order 2 and symmetric. Since int D (u_1 - u_0) dy is the difference of int Si
 
     int Sigma(u_1) dy = int Sigma(u_0) dy - h (B_s D, D),
 
-(i) and (ii) of Theorem 3.2 hold for any h > 0 where B_s >= 0 and a, B do not depend on t. With low rank the unknowns are
-g_1 = Psi^T M f_1, rank x samples numbers:
+(i) and (ii) of Theorem 3.2 hold for any h > 0 where B_s >= 0 and a, B do not depend on t. With low rank the unknowns
+are g_1 = Psi^T M f_1, rank x samples numbers:
 
     g_1 = g_0 + Psi^T M s,      s = h D(a - Phi beta g_0, a - Phi beta g_1),      f_1 = f_0 + s,
 
 solved by PETSc's SNES, Newton's method with one rank x rank block a sample. Its matrix I + h Psi^T M diag(D_1) Phi beta
-is invertible where B_s >= 0 and sigma' >= 0. The adjoint, with lambda the adjoint value of f at the end of the segment and
-gamma that of g, is one transposed solve a step:
+is invertible where B_s >= 0 and sigma' >= 0. The adjoint, with lambda the adjoint value of f at the end of the segment
+and gamma that of g, is one transposed solve a step:
 
     (I + h Psi^T M diag(D_1) Phi beta)^T x = gamma_1 - beta^T Phi^T h D_1 lambda,
     w = M Psi x + lambda,      gamma_0 = x - beta^T Phi^T h D_0 w,      d/da = h (D_0 + D_1) w,  and so on.
@@ -92,12 +92,12 @@ class DiscreteGradientStage(Stage):
     def blocks(self, at: Ends) -> list[np.ndarray]:
         """`Psi^T M diag(tau D_1) Phi` of each sample, shape (samples, rank of psi, rank of phi), on every rank."""
         phi, psi = at.factors.phi, at.factors.psi
-        K = np.zeros((psi.rank * phi.rank, self.samples))
+        K = np.zeros((self.samples, psi.rank, phi.rank))
         for block in self._blocks():
             slope = at.length[0] * self._secant(*self._arguments(block, at, 0), order=1)[2]
-            both = np.einsum("ni,nj->ijn", psi.weighted[block], phi.values[block], optimize=True)
-            K += both.reshape(len(K), -1) @ slope
-        return [np.moveaxis(self.Y.sum(K).reshape(psi.rank, phi.rank, self.samples), 2, 0)]
+            for total, c in zip(K, slope.T):
+                total += (psi.weighted[block] * c[:, None]).T @ phi.values[block]
+        return [self.Y.sum(K)]
 
     def transpose(
         self, at: Ends, dual: Cotangent, with_length: bool = False, with_factors: bool = False
@@ -132,7 +132,7 @@ class DiscreteGradientStage(Stage):
         return result
 
     def _pair_with_length(self, at: Ends, w: list[np.ndarray], s: list[np.ndarray]) -> float:
-        """The functional of tau on a block of nodes: s_0 = tau D and s_1 = tau D' + tau_1 D are all but divided by it."""
+        """The functional of tau on a block of nodes, from s_0 = tau D and s_1 = tau D' + tau_1 D."""
         paired = np.sum(w[0] * s[0])
         if len(w) == 2:
             paired += np.sum(w[1] * (s[1] - at.length[1] / at.length[0] * s[0]))
@@ -234,8 +234,8 @@ class DiscreteGradientStepper:
         unused = set_from_options(snes, self._options, ("ts_type", "ts_adapt_type"))
         if unused or self._options.parameters.get("ts_adapt_type", "none") != "none":
             raise ValueError(
-                f"solver_parameters: {', '.join(unused) or 'ts_adapt_type'}: 'ts_type' 'discrete_gradient' takes options "
-                "of a SNES and its KSP, and fixed steps; drop it"
+                f"solver_parameters: {', '.join(unused) or 'ts_adapt_type'}: 'ts_type' 'discrete_gradient' takes "
+                "options of a SNES and its KSP, and fixed steps; drop it"
             )
 
     # -- forward ------------------------------------------------------------------------------------------------------
@@ -303,7 +303,8 @@ class DiscreteGradientStepper:
             self._create()  # a failed callback leaves vectors locked
             if error.__cause__ is not None:
                 raise error.__cause__
-            raise StepFailure(self.layer, self._time(start), f"PETSc's error {error.ierr}, {last_words(error)}") from error
+            reason = f"PETSc's error {error.ierr}, {last_words(error)}"
+            raise StepFailure(self.layer, self._time(start), reason) from error
         reason = self._snes.getConvergedReason()
         if reason < 0:
             raise StepFailure(self.layer, self._time(start), f"SNES's {_REASONS.get(reason, reason)}")

@@ -169,16 +169,16 @@ def follow_trajectory(
 ) -> fd.Function:
     """Solve (2.8) as `solve_trajectory` does, but keep nothing: what is wanted of f, a monitor takes from each step.
 
-    With the solver parameters and steps of a network that is stepped by rk, theta, beuler or cn, f is that of the network
-    to round-off, for such methods commute with the projection onto coefficients. Collective.
+    With the solver parameters and steps of a network that is stepped by rk, theta, beuler or cn, f is that of the
+    network to round-off, for such methods commute with the projection onto coefficients. Collective.
 
     Parameters
     ----------
     net, initial
         As for `solve_trajectory`.
     monitor
-        ``monitor(layer, step)``, called after each step: its times count from the start of the layer, ``step.first`` and
-        ``step.last`` are f at its ends, ``step.values`` its stages. It must not change them.
+        ``monitor(layer, step)``, called after each step: its times count from the start of the layer, ``step.first``
+        and ``step.last`` are f at its ends, ``step.values`` its stages. It must not change them.
     steps
         Steps a layer; those of the network if left out.
     solver_parameters, options_prefix
@@ -224,7 +224,7 @@ def _layer_by_layer(
     options_prefix: str | None,
     one_layer: Callable[[FieldStepper, LayerTrajectory, np.ndarray, int], np.ndarray],
 ) -> tuple[fd.Function, Scheme, int]:
-    """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes the steps of one and returns f at its end."""
+    """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes those of one and returns f at its end."""
     net.refuse_gradient_flow("solve_trajectory")
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")

@@ -247,7 +247,8 @@ def test_a_learning_problem_is_verified():
 
 def test_what_is_no_option_is_refused():
     for option in ({"ts_rk_type": "4"}, {"ts_adapt_type": "basic"}, {"nonsense": 1}):
-        with pytest.raises(ValueError, match=f"{next(iter(option))}: 'ts_type' 'discrete_gradient' takes options of a SNES"):
+        says = f"{next(iter(option))}: 'ts_type' 'discrete_gradient' takes options of a SNES"
+        with pytest.raises(ValueError, match=says):
             network(solver_parameters=OPTIONS | option)
     with pytest.raises(ValueError, match="PETSc refuses"):
         network(solver_parameters=OPTIONS | {"snes_type": "nonsense"})

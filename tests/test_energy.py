@@ -1,4 +1,4 @@
-"""The energies of 3.2: Theorem 3.2 and the bounds before it along solutions, and what time steps make of them.
+"""The energies of 3.2 for (3.2a), (3.2b): Theorem 3.2 and the bounds before it along solutions, and in discrete ones.
 
 The domains are a disk, an annulus and a sphere; none has the measure 1.
 """
@@ -26,7 +26,8 @@ DISCRETE_GRADIENT = {"ts_type": "discrete_gradient"}
 
 #: What of 3.2 applies to B = B^T >= 0 and a in R(B): all, but for one bound or both that want more of sigma.
 ALL = [
-    "int Sigma(u) falls", "(i)", "(ii)", "1/2 |B^(1/2) f|^2 - (a, f) falls", "(iii)", "(iv)", "int |B f|^2", "int |B f|",
+    "int Sigma(u) falls", "(i)", "(ii)", "1/2 |B^(1/2) f|^2 - (a, f) falls", "(iii)", "(iv)",
+    "int |B f|^2", "int |B f|",
 ]  # fmt: skip
 APPLY = {"leaky_relu": ALL, "identity": ALL, "tanh": ALL[:6] + ALL[7:], "elu": ALL[:6] + ALL[7:], "relu": ALL[:6]}
 
@@ -93,7 +94,7 @@ def test_the_primitive_falls_for_a_nonnegative_symmetric_part_and_the_root_is_no
     """Theorem 3.2, 1): B_s >= 0 is enough for (i) and (ii), and 2) does not apply."""
     net = network(square() + 3 * skew(), space=space)
     statements = by_name(followed(net, start(net, 3.0), steps=4))
-    assert [name for name in statements if statements[name].applies] == ["int Sigma(u) falls", "(i)", "(ii)", "int |B f|"]
+    assert [name for name in statements if statements[name].applies] == [*ALL[:3], "int |B f|"]
     assert all(statement.holds for statement in statements.values() if statement.applies)
     assert statements["(iii)"].bound is None and "not its own transpose" in statements["(iii)"].unmet[0]
 
@@ -106,7 +107,7 @@ def test_the_primitive_rises_where_the_symmetric_part_is_negative_somewhere():
 
 
 def test_each_condition_is_flagged_with_its_reason():
-    """What Theorem 3.2 supposes, one after the other taken away."""
+    """What Theorem 3.2 supposes, (3.4) among it, one after the other taken away."""
     beta = np.diag([2.0, 1.0, 0.0])
     inside, outside = np.array([1.0, 1.0, 0.0]), np.ones(3)
     fails = {
@@ -117,7 +118,8 @@ def test_each_condition_is_flagged_with_its_reason():
         "|sigma(s)| >= C |s| for large |s|": network(beta, inside, activation="tanh"),
         "|sigma(s)| >= C > 0 for large |s|": network(beta, inside, activation="relu"),
     }
-    assert all(condition.holds for condition in energy_conditions(network(beta, inside, activation="identity")).values())
+    conditions = energy_conditions(network(beta, inside, activation="identity"))
+    assert all(condition.holds for condition in conditions.values())
     for what, net in fails.items():
         assert not energy_conditions(net)[what].holds
     reasons = {what: energy_conditions(net)[what].reason for what, net in fails.items()}
@@ -184,7 +186,7 @@ def test_what_was_not_measured_is_refused():
     with pytest.raises(ValueError, match="there is nothing yet: let follow_trajectory call it"):
         monitor.statements()
     follow_trajectory(monitor._net, start(monitor._net), monitor)
-    with pytest.raises(ValueError, match="name: 'energy' was given, there is primitive, "):
+    with pytest.raises(ValueError, match="name: 'energy' was given, there is size, primitive, "):
         monitor.values("energy")
 
 
@@ -305,7 +307,7 @@ def test_the_implicit_midpoint_rule_keeps_the_law_of_the_potential_at_any_step_s
     ids=["discrete gradient", "midpoint"],
 )
 def test_each_energy_stable_rule_breaks_the_law_of_the_other(method, sign, keeps, breaks):
-    """B = 1 on constants, leaky relu, h large: Sigma(u_1) = Sigma(u_0) makes u_1 = -10^(1/2) u_0, midpoint u_1 = -u_0."""
+    """B = 1 on constants, leaky relu, h large: Sigma(u_1) = Sigma(u_0) makes u_1 = -10^(1/2) u_0; midpoint -u_0."""
     net = network(np.eye(1), np.zeros(1), ("disk", "CG1"), activation="leaky_relu", solver_parameters=method)
     monitor = stepped(net, 1e4, net.Y.batch(-sign + 0 * net.Y.weights))
     assert rises(monitor, keeps) < 0
@@ -332,4 +334,11 @@ def test_no_limit_is_given_where_none_is_known_and_the_reason_is_said():
         limit = energy_step_limit(network(square(), activation=activation, solver_parameters=options))
         assert (limit.primitive == 0) == bool(says) and says in limit.why["primitive"]
     limit = energy_step_limit(network(-square(), solver_parameters=DISCRETE_GRADIENT))
-    assert limit.primitive == 0 and limit.why["primitive"] == "the discrete gradient takes any step, but it wants B_s >= 0"
+    assert limit.primitive == 0
+    assert limit.why["primitive"] == "the discrete gradient takes any step, but it wants B_s >= 0"
+
+
+def test_a_run_of_another_network_is_refused():
+    net, other = (network(square(seed=seed)) for seed in (0, 1))
+    with pytest.raises(ValueError, match="run: one of ResidualNetwork.* is wanted"):
+        EnergyMonitor(net).watch(other.run(start(other)))

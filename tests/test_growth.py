@@ -169,7 +169,8 @@ def test_a_run_has_the_norms_of_the_nodal_values_stepped_by_the_same_method():
 
 @on_ranks
 def test_the_partition_does_not_change_bounds():
-    there, here = (by_name(followed(network(non_negative(), "relu", alone=alone, bias=1.0), steps=1)) for alone in (False, True))
+    nets = (network(non_negative(), "relu", alone=alone, bias=1.0) for alone in (False, True))
+    there, here = (by_name(followed(net, steps=1)) for net in nets)
     for name in there:
         assert there[name].unmet == here[name].unmet
         if there[name].values is not None:
@@ -194,7 +195,7 @@ def test_conditions_that_fail_are_flagged():
 @pytest.mark.parametrize("space", SPACES, ids="-".join)
 @pytest.mark.parametrize("name", ["relu", "leaky_relu"])
 def test_where_the_symmetric_part_is_nonnegative_the_fitted_power_is_one(name, space):
-    """Proposition 3.5: an antisymmetric B turns u for ever, and what sigma(u) has in N(B) on the average adds up in f."""
+    """Proposition 3.5: an antisymmetric B turns u for ever; what sigma(u) has in N(B) on the average adds up in f."""
     beta = random(rank=3) - random(rank=3).T
     fit = fit_growth(*times_and_norms(network(beta, name, space, bias=1.0, final_time=64.0), steps=2))
     assert_allclose(fit.power, 1.0, atol=0.1)

@@ -8,7 +8,7 @@ With u = a - B f, so that u_t = -B sigma(u), and Sigma the primitive of sigma, t
 Theorem 3.2 takes from the first, where B_s >= 0,
 
     (i)    int Sigma(u(t)) dy <= int Sigma(u_I) dy,
-    (ii)   int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I) dy                     if s sigma(s) >= 0, (3.4), so Sigma >= 0,
+    (ii)   int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I) dy           if s sigma(s) >= 0, (3.4), so Sigma >= 0,
 
 and from the second, where B = B^T >= 0, s sigma(s) >= 0 and a is in R(B^(1/2)), with alpha = |B^(-1/2) a| and F_I the
 functional at f_I, which is at least -alpha^2 / 2,
@@ -16,7 +16,8 @@ functional at f_I, which is at least -alpha^2 / 2,
     (iii)  |B^(1/2) f(t)| + |(a, f(t))| <= (1 + alpha) (alpha + (alpha^2 + 2 F_I)^(1/2)),
     (iv)   int_0^t (sigma(u), u) ds <= F_I + alpha^2 / 2.
 
-Before it, also where B_s >= 0 and (3.4) holds, two bounds of B f: if |sigma| grows linearly, Sigma(s) >= C_3 s^2 for |s| >= C_4,
+Before it, also where B_s >= 0 and (3.4) holds, two bounds of B f: if |sigma| grows linearly, so that
+Sigma(s) >= C_3 s^2 for |s| >= C_4,
 
     int |B f|^2 dy <= 2 int a^2 dy + 2 (C_4^2 |Y| + int Sigma(u_I) dy / C_3),
 
@@ -38,107 +39,17 @@ from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
-from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
+from fem_resnet.theory.assumptions import (
+    AUTONOMOUS, BELOW, IN_RANGE, LINEAR, NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions, problem_at_start,
+)  # fmt: skip
 from fem_resnet.trajectory import LayerTrajectory
 
-__all__ = ["EnergyCondition", "EnergyMonitor", "EnergyStatement", "energy_conditions"]
+__all__ = ["EnergyMonitor", "EnergyStatement"]
 
-#: Round-off in what is computed from matrices of the rank, and in sums over nodes, relative to their size.
+#: Round-off in sums over nodes, relative to their size.
 _ROUND_OFF = 1e-12
-#: A part of a outside of R(B) below this is round-off of the projection.
-_OUTSIDE = 1e-10
 #: |s| at which activations are looked at; neighbours differ by less than 1 %.
 _SIZES = np.geomspace(1e-6, 1e4, 4001)
-
-AUTONOMOUS, NON_NEGATIVE, SYMMETRIC, SIGN, IN_RANGE, LINEAR, BELOW = (
-    "a and B do not depend on t", "B_s >= 0", "B = B^T", "s sigma(s) >= 0", "a in R(B^(1/2))",
-    "|sigma(s)| >= C |s| for large |s|", "|sigma(s)| >= C > 0 for large |s|",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EnergyCondition:
-    """A condition of a statement of 3.2, for one network.
-
-    Attributes
-    ----------
-    holds : bool
-    reason : str
-        What was found, with the numbers.
-    """
-
-    holds: bool
-    reason: str
-
-
-def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
-    """What the statements of 3.2 suppose of a network, and whether it holds. Collective.
-
-    Spectra are those of matrices of twice the rank at most. Where a or B depends on t, they are those at t = 0.
-
-    Parameters
-    ----------
-    net
-        The network, at its present coefficients.
-
-    Returns
-    -------
-    dict of str to EnergyCondition
-        By what is supposed: "B_s >= 0", "B = B^T", "a in R(B^(1/2))", and so on.
-
-    Examples
-    --------
-    >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
-    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", activation="relu")
-    >>> net.kernel.set(0, np.diag([1.0, 1.0, -2.0]))
-    >>> conditions = energy_conditions(net)
-    >>> conditions["B = B^T"].holds, conditions["B_s >= 0"].reason
-    (True, 'the smallest eigenvalue of B_s is -2')
-    """
-    problem, autonomous = _frozen(net)
-    return {AUTONOMOUS: autonomous} | _of_operator(problem) | _of_activation(net.activation)
-
-
-def _frozen(net: ResidualNetwork) -> tuple[AutonomousProblem, EnergyCondition]:
-    try:
-        return autonomous_problem(net), EnergyCondition(True, "the network has one bias and one kernel")
-    except ValueError as error:
-        return autonomous_problem(net, at=0.0), EnergyCondition(False, str(error).partition("; ")[0])
-
-
-def _of_operator(problem: AutonomousProblem) -> dict[str, EnergyCondition]:
-    B = problem.system
-    size = B.values.max(initial=0.0)
-    smallest = float(B.symmetric_eigenvalues.min(initial=0.0))
-    non_negative = smallest >= -_ROUND_OFF * size
-    conditions = {
-        NON_NEGATIVE: EnergyCondition(non_negative, f"the smallest eigenvalue of B_s is {smallest:.3g}"),
-        SYMMETRIC: EnergyCondition(B.is_symmetric, f"B is {'' if B.is_symmetric else 'not '}its own transpose"),
-    }
-    a = problem.bias[:, None]
-    outside, whole = (float(problem.norms(part)[0]) for part in (a - B.left_values(B.left_coefficients(a)), a))
-    if not (B.is_symmetric and non_negative):
-        conditions[IN_RANGE] = EnergyCondition(False, "B has no root B^(1/2): it is not symmetric and non-negative")
-    else:
-        text = f"the part of a outside of R(B) has the norm {outside:.3g}, a has {whole:.3g}"
-        conditions[IN_RANGE] = EnergyCondition(outside <= _OUTSIDE * whole, text)
-    return conditions
-
-
-def _of_activation(sigma: Activation) -> dict[str, EnergyCondition]:
-    name, keeps_sign = sigma.name, sigma.properties.sign_preserving
-    sign = EnergyCondition(keeps_sign, f"{name} {'has' if keeps_sign else 'has not'} the sign of its argument")
-    if not keeps_sign:
-        return {SIGN: sign, LINEAR: sign, BELOW: sign}
-    ends = {end: abs(float(sigma(end))) for end in (-1e4, 1e4)}
-    # Of a power s^p the ratio is 2^p.
-    linear = all(value > 0 and value / abs(float(sigma(end / 2))) > 2**0.99 for end, value in ends.items())
-    says = ", ".join(f"|{name}({end:g})| = {value:.4g}" for end, value in ends.items())
-    below = sigma.properties.non_decreasing and min(ends.values()) > 0
-    why = says if sigma.properties.non_decreasing else f"{name} is not non-decreasing"
-    return {SIGN: sign, LINEAR: EnergyCondition(linear, says), BELOW: EnergyCondition(below, why)}
 
 
 @dataclass(frozen=True)
@@ -186,10 +97,10 @@ class EnergyStatement:
 class EnergyMonitor:
     """The energies of 3.2 after each step of a solution.
 
-    A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in time
-    by the method's own stages. Or of a run of any method (`watch`), measured at the layer times, with time integrals by the
-    rules that make the energy identities exact for the discrete gradient and for the implicit midpoint rule at one step
-    a layer: (B_s d, d) / tau and ((u_0 + u_1) / 2, d) for d = f_1 - f_0. Memory: numbers a step, and no fields but one.
+    A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in
+    time by the method's own stages. Or of a run of any method (`watch`), measured at the layer times, with time
+    integrals by the rules that make the energy identities exact for the discrete gradient and for the implicit midpoint
+    rule at one step a layer: (B_s d, d) / tau and ((u_0 + u_1) / 2, d) for d = f_1 - f_0. Numbers are kept, no fields.
 
     Parameters
     ----------
@@ -218,7 +129,7 @@ class EnergyMonitor:
 
     def __init__(self, net: ResidualNetwork):
         self._net, self._Y, self._sigma = net, net.Y, net.activation
-        self._problem, _ = _frozen(net)
+        self._problem, _ = problem_at_start(net)
         self.conditions = energy_conditions(net)
         self.times: list[float] = []
         self._rows: list[dict[str, np.ndarray]] = []
@@ -246,7 +157,14 @@ class EnergyMonitor:
         ----------
         run
             A run of this network.
+
+        Raises
+        ------
+        ValueError
+            If it is another network's.
         """
+        if run.net is not self._net:
+            raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         before = next(states)
         for part, f in zip(self._net.layer_inputs(), states, strict=True):
@@ -274,9 +192,13 @@ class EnergyMonitor:
         Bf = kernel.apply(beta, f)
         u = a - Bf
         s = self._sigma(u)
-        fields = (self._sigma.primitive(u), u * s, Bf * f, a * f, np.abs(Bf), Bf**2)
-        primitive, power, square, coupling, first, second = self._Y.sum(np.array([self._Y.weights @ v for v in fields]))
+        Sigma = self._sigma.primitive(u)
+        size = np.abs(Sigma) + np.abs(s) * (np.abs(a) + np.abs(Bf))
+        fields = (Sigma, size, u * s, Bf * f, a * f, np.abs(Bf), Bf**2)
+        integrals = self._Y.sum(np.array([self._Y.weights @ values for values in fields]))
+        primitive, size, power, square, coupling, first, second = integrals
         return {
+            "size": size,
             "primitive": primitive,
             "dissipation": np.sum(kernel.phi.project(s) * (beta @ kernel.psi.project(s)), axis=0),
             "potential": square / 2 - coupling,
@@ -296,7 +218,8 @@ class EnergyMonitor:
             "primitive": int Sigma(u). "dissipation": (B_s sigma(u), sigma(u)); "dissipated": its time integral, (ii).
             "potential": (B f, f) / 2 - (a, f), which is 1/2 |B^(1/2) f|^2 - (a, f) where there is a root. "power":
             (sigma(u), u); "spent": its time integral, (iv). "root": |B^(1/2) f|. "coupling": (a, f). "Bf_1", "Bf_2":
-            int |B f| and int |B f|^2.
+            int |B f| and int |B f|^2. "size": int |Sigma(u)| + |sigma(u)| (|a| + |B f|), relative to which int Sigma(u)
+            has round-off.
 
         Raises
         ------
@@ -304,14 +227,15 @@ class EnergyMonitor:
             If nothing was measured, or there is no such name.
         """
         if not self._rows or name not in self._rows[0]:
-            names = ", ".join(self._rows[0]) if self._rows else "nothing yet: let follow_trajectory call it, or watch a run"
-            raise ValueError(f"name: {name!r} was given, there is {names}")
+            nothing = "nothing yet: let follow_trajectory call it, or watch a run"
+            there = ", ".join(self._rows[0]) if self._rows else nothing
+            raise ValueError(f"name: {name!r} was given, there is {there}")
         return np.array([row[name] for row in self._rows])
 
     # -- what 3.2 says ------------------------------------------------------------------------------------------------
 
     def statements(self) -> list[EnergyStatement]:
-        """What 3.2 says of the solution up to the last time: Theorem 3.2, what it is taken from, and the bounds before it.
+        """What 3.2 says of the solution up to the last time: Theorem 3.2, what it comes from, the bounds before it.
 
         Raises
         ------
@@ -324,17 +248,19 @@ class EnergyMonitor:
         return "\n".join(map(str, self.statements()))
 
     def _statement(self, name, says, conditions, observed, bound, slack) -> EnergyStatement:
-        unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in conditions if not self.conditions[what].holds)
+        failing = [what for what in conditions if not self.conditions[what].holds]
+        unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in failing)
         holds = None if bound is None else bool((observed <= bound + slack).all())
         return EnergyStatement(name, says, unmet, observed, bound, holds)
 
     def _of_primitive(self) -> Iterator[EnergyStatement]:
         E, dissipated = self.values("primitive"), self.values("dissipated")
-        slack = _ROUND_OFF * np.abs(E).max(axis=0)
+        slack = _ROUND_OFF * self.values("size").max(axis=0)
         falls = [AUTONOMOUS, NON_NEGATIVE]
         yield self._statement(
-            "int Sigma(u) falls", "its largest rise over a step is 0", falls, _largest_rise(E), np.zeros_like(E[0]), slack
-        )
+            "int Sigma(u) falls", "its largest rise over a step is 0", falls,
+            _largest_rise(E), np.zeros_like(E[0]), slack,
+        )  # fmt: skip
         yield self._statement("(i)", "int Sigma(u(t)) <= int Sigma(u_I)", falls, E.max(axis=0), E[0], slack)
         defect = np.abs(E + dissipated - E[0]).max(axis=0)
         yield self._statement(
@@ -382,8 +308,8 @@ class EnergyMonitor:
             least = 2 * second + 2 * np.min(C_4**2 * measure + E[:, None] / C_3, axis=1)
         observed = self.values("Bf_2").max(axis=0)
         yield self._statement(
-            "int |B f|^2", "<= 2 int a^2 + 2 (C_4^2 |Y| + int Sigma(u_I) / C_3)", [*conditions, LINEAR], observed, least,
-            _ROUND_OFF * observed,
+            "int |B f|^2", "<= 2 int a^2 + 2 (C_4^2 |Y| + int Sigma(u_I) / C_3)", [*conditions, LINEAR],
+            observed, least, _ROUND_OFF * observed,
         )  # fmt: skip
         least = None
         if self.conditions[BELOW].holds:
@@ -392,8 +318,8 @@ class EnergyMonitor:
             least = first + np.min(C_2 * measure + E[:, None] / C_1, axis=1)
         observed = self.values("Bf_1").max(axis=0)
         yield self._statement(
-            "int |B f|", "<= int |a| + C_2 |Y| + int Sigma(u_I) / C_1", [*conditions, BELOW], observed, least,
-            _ROUND_OFF * observed,
+            "int |B f|", "<= int |a| + C_2 |Y| + int Sigma(u_I) / C_1", [*conditions, BELOW],
+            observed, least, _ROUND_OFF * observed,
         )  # fmt: skip
 
 

@@ -4,11 +4,11 @@ Euler's method, u_1 = u_0 - h B sigma(u_0). With L = sup |sigma'|,
 
     int Sigma(u_1) dy <= int Sigma(u_0) dy - h (B_s sigma, sigma) + (L / 2) h^2 |B sigma|^2,
 
-so int Sigma(u) falls for h <= 2 kappa / L, kappa = inf (B_s v, v) / |B v|^2. If B = B^T >= 0, kappa is 1 / |B|; and if also
-s sigma(s) >= 0, so that sigma(0) = 0 and s sigma(s) >= sigma(s)^2 / L, the same steps let 1/2 |B^(1/2) f|^2 - (a, f) of
-(iii) in Theorem 3.2 fall. Both are sharp. On v = v_1 + v_2, v_2 in N(B), (B_s v, v) is linear in v_2: kappa is -infinity unless
-R(B) = R(B^T), and else the smallest eigenvalue of the symmetric part of the inverse of B there: for an antisymmetric B it
-is 0, and no step works.
+so int Sigma(u) falls for h <= 2 kappa / L, kappa = inf (B_s v, v) / |B v|^2. If B = B^T >= 0, kappa is 1 / |B|; and if
+also s sigma(s) >= 0, so that sigma(0) = 0 and s sigma(s) >= sigma(s)^2 / L, the same steps let
+1/2 |B^(1/2) f|^2 - (a, f) of (iii) in Theorem 3.2 fall. Both are sharp. On v = v_1 + v_2, v_2 in N(B), (B_s v, v) is
+linear in v_2: kappa is -infinity unless R(B) = R(B^T), and else the smallest eigenvalue of the symmetric part of the
+inverse of B there: for an antisymmetric B it is 0, and no step works.
 
 Another Runge-Kutta method, B = B^T >= 0, sigma non-decreasing. With u = u_I + B^(1/2) w,
 
@@ -20,13 +20,13 @@ stages and the end, p_i = grad G(w_i)) convexity says
     Q_ij = G_j - G_i + (p_j, w_i - w_j) + |p_i - p_j|^2 / (2 L |B|) <= 0.
 
 G falls over a step if there are numbers lambda_ij >= 0 with sum lambda_ij (G_j - G_i) = G_end - G_start for which the
-quadratic form that is left of sum lambda_ij Q_ij is non-negative: a small semidefinite problem, which depends on the method
-and on h L |B| alone. `convex_energy_radius` is the largest h L |B| for which it has been solved.
+quadratic form that is left of sum lambda_ij Q_ij is non-negative: a small semidefinite problem, which depends on the
+method and on h L |B| alone. `convex_energy_radius` is the largest h L |B| for which it has been solved.
 
 Implicit methods, any h: the discrete gradient lets int Sigma(u) fall if B_s >= 0; the implicit midpoint rule lets
-1/2 (B f, f) - (a, f) fall if B = B^T and s sigma(s) >= 0; neither does what the other does. Backward Euler, of order 1, lets
-int Sigma(u) fall if B_s >= 0, and the other functional if B = B^T >= 0 and s sigma(s) >= 0, both for a non-decreasing
-sigma, for it makes them convex.
+1/2 (B f, f) - (a, f) fall if B = B^T and s sigma(s) >= 0; neither does what the other does. Backward Euler, of order 1,
+lets int Sigma(u) fall if B_s >= 0, and the other functional if B = B^T >= 0 and s sigma(s) >= 0, both for a
+non-decreasing sigma, for it makes them convex.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from scipy.optimize import linprog
 from fem_resnet.activation import Properties
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.petsc import rk_tableau
+from fem_resnet.theory.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.autonomous import autonomous_problem
-from fem_resnet.theory.energy import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.singular_values import SingularSystem
 
 __all__ = ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"]
@@ -106,8 +106,8 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     >>> round(limit.primitive, 12), round(limit.potential, 12)
     (0.5, 0.5)
     """
-    system = autonomous_problem(net).system
     conditions = energy_conditions(net)
+    system = autonomous_problem(net).system
     met = {what for what in (NON_NEGATIVE, SYMMETRIC, SIGN) if conditions[what].holds}
     properties, kappa = net.activation.properties, dissipation_ratio(system)
     scale = float(properties.lipschitz * system.values.max(initial=0.0))
@@ -191,9 +191,9 @@ def _tableau(name: str) -> tuple[np.ndarray, np.ndarray]:
 def convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...]) -> float:
     """The constant of an explicit Runge-Kutta method by which convex energies fall over a step of a gradient flow.
 
-    w_t = -grad G(w), G convex, grad G Lipschitz with the constant K: G(w_1) <= G(w_0) for h K up to this number, for every
-    such G. It is found to three digits, from below; for the usual methods it is as large as the linear G, for which it
-    is the interval of stability, lets it be: 2 for Euler, 2.78 for the classical method.
+    w_t = -grad G(w), G convex, grad G Lipschitz with the constant K: G(w_1) <= G(w_0) for h K up to this number, for
+    every such G. It is found to three digits, from below; for the usual methods it is as large as the linear G, for
+    which it is the interval of stability, lets it be: 2 for Euler, 2.78 for the classical method.
 
     Parameters
     ----------

@@ -4,8 +4,8 @@ Bounded sigma, whatever B is: in L2(Y)
 
     |f(t)| <= |f_I| + sup |sigma| |Y|^(1/2) t.
 
-B_s >= 0, a and b constant in t, sigma non-decreasing with s sigma(s) >= 0, and L = sup |sigma'|. As int Sigma(u) falls and
-sigma^2 <= 2 L Sigma, |f_t|^2 <= 2 L int Sigma(u_I) dy, so that
+B_s >= 0, a and b constant in t, sigma non-decreasing with s sigma(s) >= 0, and L = sup |sigma'|. As int Sigma(u) falls
+and sigma^2 <= 2 L Sigma, |f_t|^2 <= 2 L int Sigma(u_I) dy, so that
 
     |f(t)| <= C_1 + C_2 t,        C_1 = |f_I|,        C_2 = (2 L int Sigma(u_I) dy)^(1/2).
 
@@ -15,8 +15,8 @@ Any Lipschitz sigma, by integration against sign(f) and Gronwall's inequality, i
 
     int |f(y, t)| dy <= (int |f_I| dy + L |a|_L1((0,t); L1) + C_0 |Y| t) exp(L |Y| |b|_L1((0,t); Linf)).
 
-The exponent has the factor |Y| (3.4 prints it without, which holds for |Y| = 1 only): the bound of the kernel is integrated
-over y. It is sharp: for relu, a = 0, b = -c with a constant c > 0 and f_I = 1, f = exp(c |Y| t).
+The exponent has the factor |Y| (3.4 prints it without, which holds for |Y| = 1 only): the bound of the kernel is
+integrated over y. It is sharp: for relu, a = 0, b = -c with a constant c > 0 and f_I = 1, f = exp(c |Y| t).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
-from fem_resnet.theory.energy import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
+from fem_resnet.theory.assumptions import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
 from fem_resnet.trajectory import LayerTrajectory
 
 __all__ = ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth", "supremum"]
@@ -75,10 +75,11 @@ class GrowthBound:
 
     @property
     def ratio(self) -> float | None:
-        """The largest part of the bound that f takes, over times and samples: at most 1 for the solution if it applies."""
+        """The largest part of the bound that f takes, over times and samples: at most 1 if the bound applies."""
         if self.values is None:
             return None
-        return float(np.max(np.divide(self.observed, self.values, out=np.zeros_like(self.values), where=self.values > 0)))
+        nothing = np.zeros_like(self.values)
+        return float(np.divide(self.observed, self.values, out=nothing, where=self.values > 0).max())
 
     def __str__(self) -> str:
         if self.unmet:
@@ -120,6 +121,7 @@ class GrowthMonitor:
     """
 
     def __init__(self, net: ResidualNetwork):
+        net.refuse_gradient_flow("growth of 3.4")
         self._net, self._Y, self._sigma = net, net.Y, net.activation
         self.times: list[float] = []
         self._norms: list[np.ndarray] = []
@@ -141,7 +143,14 @@ class GrowthMonitor:
         ----------
         run
             A run of this network.
+
+        Raises
+        ------
+        ValueError
+            If it is another network's.
         """
+        if run.net is not self._net:
+            raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         first = next(states)
         for part, f in zip(self._net.layer_inputs(), states, strict=True):
@@ -274,7 +283,7 @@ def supremum(activation: Activation) -> float:
     return float(np.abs(activation(s)).max() + properties.lipschitz * _SPACING / 2)
 
 
-# -- fitted growth -------------------------------------------------------------------------------------------------------
+# -- fitted growth -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
