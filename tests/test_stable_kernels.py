@@ -294,7 +294,6 @@ def test_damping_is_the_rate_at_which_linear_antisymmetric_networks_fall():
 # -- training, files, the other tools --------------------------------------------------------------------------------
 
 
-@on_two_ranks
 @each_set
 def test_training_stays_in_the_set(choice):
     net = network(choice, size=0.5)
