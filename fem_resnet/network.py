@@ -27,6 +27,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.kernel import LowRankKernel
+from fem_resnet.kernel_controls import StableKernelParameter
 from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
 from fem_resnet.compiled_stage import new_stage
 from fem_resnet.discrete_gradient import DiscreteGradientStage, DiscreteGradientStepper
@@ -40,7 +41,7 @@ from fem_resnet.run import Piece, Run
 from fem_resnet.running_cost import RunningCost
 from fem_resnet.segment import Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
-from fem_resnet.stable_kernels import StableKernel, StableKernelParameter
+from fem_resnet.stable_kernels import StableKernel
 from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper
 from fem_resnet.transposed_stage import TransposedStage
