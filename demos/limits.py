@@ -353,9 +353,9 @@ def costate_in_depth(depths):
 # for what it is integrated against does not oscillate.
 #
 # A random graph, b_h = 0 or 1 with the probability b, does not converge almost everywhere either, nor in L2(Y x Y). But
-# its operator does, at N^(-1/2), as its cut norm does, and that is enough for f_h. For graphs that are not random,
-# weighted by a smooth graphon or of a graphon with values 0 and 1, there are rates for networks on graphs in arXiv
-# 2510.03923.
+# its operator does, at N^(-1/2), as its cut norm does, and that is enough for f_h. For networks on graphs that are not random,
+# weighted by a smooth graphon or of a graphon with values 0 and 1, rates are proved in arXiv 2510.03923; for random ones the
+# rate is the one seen here.
 
 
 def checkerboard(counts):

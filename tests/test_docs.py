@@ -25,7 +25,7 @@ def test_docs_are_built_without_a_warning(tmp_path):
     sphinx = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     result = subprocess.run(
         [*sphinx, "-d", tmp_path / "doctrees", "docs", tmp_path / "html"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     pages = tmp_path / "html" / "generated"

@@ -667,9 +667,9 @@ def test_a_graph_drawn_from_a_graphon_converges_in_the_operator_norm_alone():
     """b_h in {0, 1} with the probabilities b: outside of the hypotheses of Theorem 2.2, yet f_h tends to f.
 
     norm(b_h - b) in L1 and L2 stays, so there is no pointwise limit, of no subsequence; the operator, like the cut
-    norm, goes with N^(-1/2), and takes f_h along. For weighted graphs of smooth graphons, and for {0, 1}-valued ones,
-    which are deterministic, rates are proved in arXiv 2510.03923 (Yan, Kulick, Tang); they are those of the tests
-    above.
+    norm, goes with N^(-1/2), and takes f_h along. For networks on graphs, rates are proved in arXiv 2510.03923 (Yan,
+    Kulick, Tang) where graphs are not random: weighted by a smooth graphon, or of a {0, 1}-valued one. For random ones the
+    rate is (alpha N)^(-1/2), alpha the density of edges ("Zero-shot size transfer for neural ODEs on sparse random graphs").
     """
     exact = Continuum(QUADRATURE["sphere"](), lambda y, z: GAIN * graphon(y, z))
     sizes, states, apart = [], [], []
