@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import fem_resnet
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -134,3 +136,19 @@ def test_every_slip_of_the_list_has_its_test_and_every_test_its_row():
     for path in ("test_slips.py", "test_slips_in_learning.py"):
         written += re.findall(r"^def (test_\w+)", (ROOT / "tests" / path).read_text(), re.M)
     assert sorted(name[1] for name in named) == sorted(written)
+
+
+def test_the_page_of_sections_2_and_3_lacks_none_of_their_numbers(docs):
+    import equations
+
+    page = (ROOT / "docs" / "theory.md").read_text()
+    wanted = [f"({name.rstrip('ab')}{part})" for section in ("2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3", "3.5")
+              for name in equations.EQUATIONS[section].split()
+              for part in (name[len(name.rstrip("ab")) :] or [""])]  # fmt: skip
+    wanted += [name for section in ("2.1", "3.1", "3.2", "3.3", "3.4") for name in equations.STATEMENTS[section]]
+    assert not [name for name in wanted if name not in page]
+    for row in re.findall(r"^\| .* \|$", page, re.M):
+        _, code, tests, _ = (cell.strip() for cell in row[1:-1].split("|"))
+        assert all((ROOT / "tests" / test).exists() for test in re.findall(r"`(test_\w+\.py)`", tests)), row
+        for name in re.findall(r"`(\w+)[`.(]", code):
+            assert hasattr(fem_resnet, name) or name == "gradient_flow", row
