@@ -62,7 +62,46 @@ def weighted_identity(net, initial) -> dict:
     return {"change": identity.change.sum(), "defect": abs(identity.defect).max()}
 
 
-TOOLS = [propagator, stability_report, duhamel, weighted_identity]
+def spectra(net, initial) -> dict:
+    """Constants of 3.1, norms of b but for the exact supremum, and the verdict of Theorem 3.4 at the end."""
+    from fem_resnet import stability_verdict, well_posedness_constants
+
+    constants = well_posedness_constants(net)
+    verdict = stability_verdict(net, at=net.times[-1])
+    kernel, beta = net.kernel.space_basis.kernel, net.kernel.get(0)
+    norms = {f"norm {kind}": kernel.norm(beta, kind) for kind in ("hs", "operator", "linf")}
+    return {"C_2": constants.C_2[-1], "rate": verdict.rate} | norms
+
+
+def picard(net, initial) -> dict:
+    """Picard's iteration of Theorem 3.1."""
+    from fem_resnet import picard
+
+    return {"pieces": len(picard(net, initial).pieces)}
+
+
+def steady_states(net, initial) -> dict:
+    """Whether the problem at the end has steady states, and which."""
+    from fem_resnet import find_steady_states
+
+    return {"exist": find_steady_states(net, at=net.times[-1]).exist}
+
+
+def monitors(net, initial) -> dict:
+    """Energies and growth after each step."""
+    from fem_resnet import EnergyMonitor, GrowthMonitor, follow_trajectory
+
+    energy, growth = EnergyMonitor(net), GrowthMonitor(net)
+
+    def both(layer, step):
+        energy(layer, step)
+        growth(layer, step)
+
+    follow_trajectory(net, initial, both)
+    return {"statements": len(energy.statements()), "bounds": len(growth.bounds())}
+
+
+TOOLS = [propagator, stability_report, duhamel, weighted_identity, spectra, picard, steady_states, monitors]
 
 
 # -- one measurement, on all ranks -----------------------------------------------------------------------------------
