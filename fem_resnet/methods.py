@@ -167,13 +167,13 @@ def tableau(options: petsctools.OptionsManager) -> tuple[np.ndarray, np.ndarray]
 
     None if it is none, or PETSc does not give its coefficients away.
     """
+    method = METHODS[options.parameters["ts_type"]]
+    if method.matrix is None:
+        return None
     ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
     set_from_options(ts, options)
-    method = METHODS[ts.getType()]
-    found = None
-    if method.matrix is not None:
-        with options.inserted_options():
-            found = method.matrix(ts), method.quadrature(ts)[0]
+    with options.inserted_options():
+        found = method.matrix(ts), method.quadrature(ts)[0]
     ts.destroy()
     return found
 

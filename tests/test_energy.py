@@ -328,13 +328,15 @@ def test_backward_euler_lets_both_energies_fall_at_any_step_size(h):
 def test_no_limit_is_given_where_none_is_known_and_the_reason_is_said():
     for options, activation, says in [
         ({"ts_type": "dirk"}, "tanh", "no statement about this method"),
+        ({"ts_type": "cn"}, "tanh", "no statement about this method"),
         ({"ts_rk_type": "8vr"}, "tanh", "the constant of a method of 12 stages is not looked for"),
         ({}, get_activation("tanh"), ""),
     ]:
         limit = energy_step_limit(network(square(), activation=activation, solver_parameters=options))
         assert (limit.primitive == 0) == bool(says) and says in limit.why["primitive"]
-    limit = energy_step_limit(network(-square(), solver_parameters=DISCRETE_GRADIENT))
-    assert limit.primitive == 0
+    net = network(-square(), solver_parameters=DISCRETE_GRADIENT)
+    limit = energy_step_limit(net)
+    assert net.tableau is None and limit.primitive == 0
     assert limit.why["primitive"] == "the discrete gradient takes any step, but it wants B_s >= 0"
 
 

@@ -10,7 +10,8 @@ import sympy
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    Activation, GrowthMonitor, LabelSpace, ResidualNetwork, fit_growth, follow_trajectory, get_activation, given_basis,
+    Activation, Basis, GrowthMonitor, LabelSpace, ResidualNetwork, fit_growth, follow_trajectory, get_activation,
+    given_basis,
 )  # fmt: skip
 from fem_resnet.theory.growth import supremum
 from helpers import laplace, smooth
@@ -134,7 +135,7 @@ def test_a_kernel_of_rank_one_makes_the_exponential_bound_sharp(domain):
 
 
 def test_norms_of_coefficients_that_depend_on_time_are_integrated():
-    """a and b linear within layers, against the integrals by hand; the sphere has one constant function."""
+    """a and b linear within layers, against the integrals by hand; from above where |b| has a kink."""
     phi = laplace("sphere", "CG1", 1)
     measure = phi.Y.measure
     net = ResidualNetwork(
@@ -149,8 +150,23 @@ def test_norms_of_coefficients_that_depend_on_time_are_integrated():
     of_b = np.array([0.0, 0.25 * 0.3, 0.5 * 0.4, 0.2 + 0.75 * 0.55, 0.2 + 1.5 * 0.5]) / measure
     wanted = (bound.observed[0] + of_a[:, None]) * np.exp(measure * of_b)[:, None]
     assert_allclose(bound.values, wanted, rtol=1e-12)
+    for k, beta in enumerate([0.5, -0.5, 0.5]):  # |b| has a kink, and trapezoids are above its integral
+        net.kernel.set(k, [[beta]])
+    above = by_name(followed(net, steps=1))["Gronwall"]
+    assert np.log(above.values[-1] / (above.observed[0] + of_a[-1])).min() > 0.25 + 0.5 * 1.5 / 2
     assert not by_name(monitor)["Proposition 3.5"].applies
     assert "bias depends on t" in by_name(monitor)["Proposition 3.5"].unmet[0]
+
+
+def test_layers_of_different_bases_have_different_norms():
+    """The same coefficients, with factors of twice the size in the second layer: sup |b| is twice as large there."""
+    phi = laplace("sphere", "CG1", 1)
+    twice = Basis(phi.Y, 2 * phi.values, "given")
+    net = ResidualNetwork([phi, twice], phi, layers=2, final_time=2.0, activation="relu")
+    for k in range(2):
+        net.kernel.set(k, [[0.1]])
+    bound = by_name(followed(net, steps=1))["Gronwall"]
+    assert_allclose(np.log(bound.values[1:] / bound.observed[0]), np.array([[0.1], [0.3]]) + 0 * bound.values[1:])
 
 
 def test_a_run_has_the_norms_of_the_nodal_values_stepped_by_the_same_method():

@@ -36,12 +36,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from petsc4py import PETSc
 from scipy.optimize import linprog
 
-from fem_resnet.activation import Properties
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.petsc import rk_tableau
 from fem_resnet.theory.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.autonomous import autonomous_problem
 from fem_resnet.theory.singular_values import SingularSystem
@@ -109,9 +106,9 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     conditions = energy_conditions(net)
     system = autonomous_problem(net).system
     met = {what for what in (NON_NEGATIVE, SYMMETRIC, SIGN) if conditions[what].holds}
-    properties, kappa = net.activation.properties, dissipation_ratio(system)
-    scale = float(properties.lipschitz * system.values.max(initial=0.0))
-    (primitive, why), (potential, why_potential) = _limits(net.solver_parameters, met, properties, kappa, scale)
+    kappa = dissipation_ratio(system)
+    scale = float(net.activation.properties.lipschitz * system.values.max(initial=0.0))
+    (primitive, why), (potential, why_potential) = _limits(net, met, kappa, scale)
     longest = float(np.diff(net.times).max())
     adapted = net.solver_parameters.get("ts_adapt_type", "none") != "none"
     return EnergyStepLimit(
@@ -131,8 +128,9 @@ def dissipation_ratio(system: SingularSystem) -> float:
     return kappa if abs(kappa) > _ROUND_OFF * np.linalg.norm(inverse, 2) else 0.0
 
 
-def _limits(parameters: dict, met: set[str], properties: Properties, kappa: float, scale: float):
+def _limits(net: ResidualNetwork, met: set[str], kappa: float, scale: float) -> list[tuple[float, str]]:
     """For both functionals, the limit and what it rests on."""
+    properties = net.activation.properties
 
     def given(limit: float, text: str, *conditions: str, rising: bool = False):
         missing = [what for what in conditions if what not in met]
@@ -143,42 +141,37 @@ def _limits(parameters: dict, met: set[str], properties: Properties, kappa: floa
         return limit, text
 
     none = 0.0, "no statement about this method"
-    name = parameters["ts_type"]
-    theta = {"beuler": 1.0, "theta": float(parameters.get("ts_theta_theta", 0.5))}.get(name)
-    if name == "discrete_gradient":
-        return given(math.inf, "the discrete gradient takes any step", NON_NEGATIVE), none
-    if theta == 1.0:
+    if net.solver_parameters["ts_type"] == "discrete_gradient":
+        return [given(math.inf, "the discrete gradient takes any step", NON_NEGATIVE), none]
+    if net.tableau is None:
+        return [none, none]
+    A, b = _used_stages(*net.tableau)
+    if len(b) == 1 and A[0, 0] == 1.0:
         any_step = "backward Euler takes any step"
-        return (
+        return [
             given(math.inf, any_step, NON_NEGATIVE, rising=True),
             given(math.inf, any_step, NON_NEGATIVE, SYMMETRIC, SIGN, rising=True),
-        )
-    if theta == 0.5 and "ts_theta_endpoint" not in parameters:
-        return none, given(math.inf, "the implicit midpoint rule takes any step", SYMMETRIC, SIGN)
-    if name != "rk":
-        return none, none
-    A, b = _tableau(parameters["ts_rk_type"])
+        ]
+    if len(b) == 1 and A[0, 0] == 0.5:
+        return [none, given(math.inf, "the implicit midpoint rule takes any step", SYMMETRIC, SIGN)]
+    if np.triu(A).any():
+        return [none, none]
     if len(b) == 1:
         limit = 2 * kappa / properties.lipschitz if kappa > 0 else 0.0
-        euler = "2 / (sup |sigma'| |B|)"
-        return (
+        of_norm = 2 / scale if scale else math.inf
+        return [
             given(limit, "2 kappa / sup |sigma'|", NON_NEGATIVE),
-            given(2 / scale if scale else math.inf, euler, NON_NEGATIVE, SYMMETRIC, SIGN),
-        )
+            given(of_norm, "2 / (sup |sigma'| |B|)", NON_NEGATIVE, SYMMETRIC, SIGN),
+        ]
     if len(b) > _MOST_STAGES:
-        return (0.0, f"the constant of a method of {len(b)} stages is not looked for"), none
+        return [(0.0, f"the constant of a method of {len(b)} stages is not looked for"), none]
     radius = convex_energy_radius(tuple(map(tuple, A.tolist())), tuple(b.tolist()))
-    text = f"{radius:.3f} / (sup |sigma'| |B|)"
-    return given(radius / scale if scale else math.inf, text, NON_NEGATIVE, SYMMETRIC, rising=True), none
+    of_norm = radius / scale if scale else math.inf
+    return [given(of_norm, f"{radius:.3f} / (sup |sigma'| |B|)", NON_NEGATIVE, SYMMETRIC, rising=True), none]
 
 
-def _tableau(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A and b of a method of PETSc's, without stages that it makes for other purposes (FSAL)."""
-    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
-    ts.setType("rk")
-    ts.setRKType(name)
-    A, b, _ = rk_tableau(ts)
-    ts.destroy()
+def _used_stages(A: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The method without stages that are made for other purposes (FSAL) or weigh nothing."""
     used = b != 0
     while True:
         more = used | A[used].any(axis=0)

@@ -28,6 +28,7 @@ import numpy as np
 
 from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
+from fem_resnet.kernel import LowRankKernel
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.theory.assumptions import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
@@ -37,9 +38,6 @@ __all__ = ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth", "supremum"
 
 #: Up to here a bounded activation that is not monotone is looked at, and how closely.
 _RANGE, _SPACING = 1e3, 1e-2
-#: Gauss's rule on [0, 1] for norms of a and b in time, where they vary within a layer.
-_NODES, _WEIGHTS = (x / 2 + shift for x, shift in zip(np.polynomial.legendre.leggauss(4), (0.5, 0.0)))
-
 #: Times closer than this part of a layer are one, added up in other orders.
 _SAME_TIME = 1e-9
 
@@ -238,9 +236,12 @@ class GrowthMonitor:
         return GrowthBound("Gronwall", "L1", (), (norms[0] + L * of_a[:, None] + drift * self._elapsed) * growth, norms)
 
     def _integrated_norms(self) -> tuple[np.ndarray, np.ndarray]:
-        """int_0^t |a|_L1 and int_0^t sup |b| at the measured times, by Gauss's rule where they vary within a layer."""
+        """int_0^t |a|_L1 and int_0^t sup |b| at the measured times; where they vary within a layer, by trapezoids.
+
+        Both norms are convex there, a and b being affine in t: what trapezoids give is an upper bound.
+        """
         of_a, of_b = np.zeros(len(self.times)), np.zeros(len(self.times))
-        known: dict[bytes, float] = {}
+        known: dict[tuple[LowRankKernel, bytes], float] = {}
         for part in self._net.layer_inputs():
             start, end, same = part.start, part.start + part.length, _SAME_TIME * part.length
             cuts = [start, *(t for t in self.times if start + same < t < end - same), end]
@@ -253,16 +254,16 @@ class GrowthMonitor:
 
     def _norms_between(self, part, left: float, right: float, known: dict) -> tuple[float, float]:
         constant = part.bias.is_constant and part.beta.is_constant
-        nodes, weights = ([0.5], [1.0]) if constant else (_NODES, _WEIGHTS)
+        times = [(left + right) / 2] if constant else [left, right]
         total = np.zeros(2)
-        for node, weight in zip(nodes, weights):
-            s = (left + node * (right - left) - part.start) / part.length
+        for t in times:
+            s = (t - part.start) / part.length
             beta = part.beta.coefficients(s)
-            key = beta.tobytes()
+            key = part.factors, beta.tobytes()
             if key not in known:
                 known[key] = part.factors.norm(beta, "linf")
             of_a = float(self._Y.sum(self._Y.weights @ np.abs(part.bias.coefficients(s))))
-            total += weight * (right - left) * np.array([of_a, known[key]])
+            total += (right - left) / len(times) * np.array([of_a, known[key]])
         return tuple(total)
 
 
