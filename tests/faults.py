@@ -352,7 +352,7 @@ FAULTS = [
     Fault("Tikhonov without Gram matrices", FIELD, line(regulariser, "_mass", "tau * basis.dual(c) for", "tau * c for")),
     Fault("smoothness without a gradient in z", CLASSES, line(Kernel, "stiffness", " + phi.gram @ beta @ psi.stiffness", "")),
     Fault("smoothness in time without distances", CLASSES, line(regulariser, "_variation", " / distance", "")),
-    Fault("regularisers forget the head", CLASSES, line(fem_resnet.objective.LearningProblem, "_evaluate", "for parameter in self.parameters if", "for parameter in self.net.parameters if")),
+    Fault("regularisers forget the head", CLASSES, line(fem_resnet.objective.LearningProblem, "penalised", "for parameter in self.parameters if", "for parameter in self.net.parameters if")),
     # what is learned besides
     Fault("the retraction's adjoint without its projection", LEARNED, line(fem_resnet.retraction.Retraction, "adjoint", "self._project_transposed(", "(lambda d: d)(")),
     # running costs
