@@ -96,3 +96,8 @@ def test_digits_are_read_as_well_in_parallel():
         float(re.search(r"J after 50 iterations: ([\d.]+)", "\n".join(lines))[1]) for lines in (one, two)
     ]
     np.testing.assert_allclose(*after_50, rtol=1e-9)
+
+
+def test_the_readme_has_the_table_of_ways_that_the_demo_printed():
+    table = (ROOT / "demos" / "four_ways_to_train.txt").read_text().split("\n\n")[0]
+    assert table in (ROOT / "README.md").read_text()
