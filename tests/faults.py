@@ -276,7 +276,7 @@ FAULTS = [
     Fault("a stale step size", CLASSES, _unreset_step),
     Fault("the layer's length is forgotten", CLASSES, line(Linear, "argument", "tuple(inputs.length for inputs in self._inputs)", "tuple(inputs.length ** 0 for inputs in self._inputs)")),
     Fault("stages of weight below 0.2 are left out", CLASSES, line(Stepper, "_keep_step", "if weight != 0.0", "if weight > 0.2")),
-    Fault("the Hessian forgets beta_1 g", CLASSES, line(fem_resnet.layer_jacobian, "_acting", "beta[1] @ g[0] + beta[0] @ g[1]", "beta[0] @ g[1]")),
+    Fault("the Hessian forgets beta_1 g", CLASSES, line(fem_resnet.layer_jacobian, "acting", "beta[1] @ g[0] + beta[0] @ g[1]", "beta[0] @ g[1]")),
     Fault("the second adjoint forgets beta_1", CLASSES, line(Linear, "transpose", "beta[0].T @ D[0] + beta[1].T @ D[1]", "beta[0].T @ D[0]")),
     Fault("the second adjoint forgets g_1", CLASSES, line(Linear, "transpose", "D[0] @ g[0].T + D[1] @ g[1].T", "D[0] @ g[0].T")),
     Fault("mu is not set to zero", CLASSES, line(Stepper, "adjoint", "self._mu.set(0.0)", "pass")),
