@@ -9,6 +9,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
 
     def plant(patch):
         original = inspect.unwrap(vars(owner)[function])
-        original = getattr(original, "fget", original)
+        original = getattr(original, "fget", getattr(original, "func", original))
         source = textwrap.dedent(inspect.getsource(original))
         assert right in source, f"{function} has no longer the line {right!r}"
         source = "\n".join(text for text in source.replace(right, wrong).split("\n") if not text.startswith("@"))
@@ -72,7 +73,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
         names = {}
         exec(compile("from __future__ import annotations\n" + source, f"<fault in {function}>", "exec"), vars(module), names)
         patched = names[function]
-        if isinstance(vars(owner)[function], property):
+        if isinstance(vars(owner)[function], (property, cached_property)):
             patched = property(patched)
         patch.setattr(owner, function, patched)
     return plant
@@ -291,11 +292,11 @@ FAULTS = [
     Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive else None", "None")),
     # segments
     Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "if inputs[0].factors.psi is not psi:", "if True:\n            psi = None")),
-    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "start = [psi.dual(part) + dual for dual, part in zip(duals, gamma)]", "start = list(duals)")),
-    Fault("gamma comes without the measure", CLASSES, line(Segment, "_adjoint", "start = [psi.dual(part) + dual", "start = [psi.values @ part + dual")),
+    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "for part in self._unfold(psi, gamma, duals)]", "for part in duals]")),
+    Fault("gamma comes without the measure", CLASSES, line(Segment, "_unfold", "return [psi.dual(part) + dual for", "return [psi.values @ part + dual for")),
     Fault("co-states without gamma", CLASSES, line(Segment, "costate", "+ psi.values @ gamma", "")),
-    Fault("sign of r", CLASSES, line(Segment, "costate", "return dual / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual / self._Y.weights[:, None] + psi.values @ gamma)")),
-    Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._costates[-1][0] / self._Y.weights[:, None]", "self._costates[-1][0]")),
+    Fault("sign of r", CLASSES, line(Segment, "costate", "return dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma)")),
+    Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._last_dual / self._Y.weights[:, None]", "self._last_dual")),
     Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "traces[:layers]", "traces[: max(layers - 1, 0)]")),
     Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "self._functional(dual_dot), self._functional(dual)", "self._functional(dual), self._functional(dual_dot)")),
     # coefficients in time and space
