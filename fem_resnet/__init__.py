@@ -29,10 +29,8 @@ _MODULES = {
     "local_feedback": ["LocalFeedback"],
     "low_rank_feedback": ["LowRankFeedback"],
     "local_closed_loop": ["LocalClosedLoop"],
-    "maximum_principle": [
-        "Controls", "Extremal", "Hamiltonian", "Pair", "Residual", "extremal_controls", "hamiltonian_along",
-        "middle_pairs", "pmp_residual",
-    ],
+    "hamiltonian": ["Controls", "Hamiltonian", "Pair", "hamiltonian_along", "middle_pairs"],
+    "maximum_principle": ["Extremal", "Residual", "extremal_controls", "pmp_residual"],
     "row_controls": ["RowBall", "RowBox", "SpanBox", "raise_controls", "raise_rows", "raise_span"],
     "theory.assumptions": ["EnergyCondition", "energy_conditions"],
     "theory.energy": ["EnergyMonitor", "EnergyStatement"],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fem_resnet.maximum_principle import Controls
+from fem_resnet.hamiltonian import Controls
 from fem_resnet.speeds import Choice
 from fem_resnet.value_function import ValueFunction
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.basis import Basis
-from fem_resnet.maximum_principle import Controls, Hamiltonian, Pair
+from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair
 from fem_resnet.retraction import orthonormal
 
 __all__ = ["RowBall", "RowBox", "SpanBox", "raise_controls", "raise_rows", "raise_span"]

@@ -37,9 +37,8 @@ from petsc4py import PETSc
 
 from fem_resnet.control_set import ControlSet
 from fem_resnet.log import log
-from fem_resnet.maximum_principle import (
-    Controls, Hamiltonian, Pair, extremal_controls, middle_pairs, refuse_costs_of_controls,
-)  # fmt: skip
+from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
+from fem_resnet.maximum_principle import extremal_controls, refuse_costs_of_controls
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.row_controls import RowBall, RowBox, SpanBox, raise_controls
