@@ -4,6 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from pyadjoint import Control
 
 from fem_resnet.laplace import laplace_basis
@@ -85,6 +86,9 @@ def test_the_length_of_the_memory_can_be_set():
             function.assign(0.0)
         options = {} if pairs is None else {"tao_lmvm_mat_lmvm_hist_size": pairs}
         ends[pairs] = train(problem, options | {"tao_max_it": 15}, monitor=lambda progress: None).values
-    assert (ends[5] == ends[None]).all(), "PETSc keeps 5 pairs; what was set once is not set for good"
-    assert ends[1][2] == ends[20][2] and ends[1][3] != ends[20][3] and ends[5][6] == ends[20][6]
-    assert ends[5][-1] != ends[20][-1]
+    # Sums may differ in their last bits with where arrays lie in memory; 15 iterations magnify that little.
+    same = {"rtol": 1e-11}
+    assert_allclose(ends[5], ends[None], **same, err_msg="PETSc keeps 5 pairs; what was set once is not set for good")
+    assert_allclose(ends[1][2], ends[20][2], **same)
+    assert_allclose(ends[5][6], ends[20][6], **same)
+    assert abs(ends[1][3] / ends[20][3] - 1) > 1e-6 and abs(ends[5][-1] / ends[20][-1] - 1) > 1e-8
