@@ -31,7 +31,6 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
-from fem_resnet.kernel import LowRankKernel
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.segment import Segment
 from fem_resnet.theory.propagator import Propagator, joint_span
@@ -217,7 +216,8 @@ class LinearisedFlow:
             # A norm is convex in t here, so that the trapezoidal rule is not below the integral.
             parts = 1 if inputs.beta.is_constant else 16
             fractions = np.linspace(0, 1, parts + 1)
-            norms = [_norm(inputs.factors, inputs.beta.coefficients(s), operator_norm) for s in fractions]
+            kind = "operator" if operator_norm else "hs"
+            norms = [inputs.factors.norm(inputs.beta.coefficients(s), kind) for s in fractions]
             total += inputs.length * np.trapezoid(norms, dx=1 / parts)
         return float(total * self.net.activation.properties.lipschitz) if total > 0 else 0.0
 
@@ -275,10 +275,3 @@ class LinearisedFlow:
         if function.function_space() != self._space:
             raise ValueError(f"{name}: a Function of {self._space} is wanted, {function.function_space()} was given")
         return np.array(self.net.Y.values(function))
-
-
-def _norm(kernel: LowRankKernel, beta: np.ndarray, operator_norm: bool) -> float:
-    if not operator_norm:
-        return kernel.norm(beta)
-    R = [np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi)]
-    return float(np.linalg.norm(R[0] @ beta @ R[1].T, 2))

@@ -144,7 +144,7 @@ def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
     """
     A, b = _tableau(net)
     sigma, R, layers = net.activation.properties, circle_radius(A, b), _layers(net)
-    ends = np.array([[_operator_norm(part.factors, part.beta.coefficients(s)) for s in _ENDS] for part in layers])
+    ends = np.array([[part.factors.norm(part.beta.coefficients(s), "operator") for s in _ENDS] for part in layers])
     ends = ends.reshape(-1, 2)
     lengths, norms = np.diff(net.times), ends.max(axis=1, initial=0.0)
     h = lengths / net.steps
@@ -203,11 +203,6 @@ def _layers(net: ResidualNetwork) -> list[LayerInputs]:
 
 def _roots(kernel: LowRankKernel) -> list[np.ndarray]:
     return [np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi)]
-
-
-def _operator_norm(kernel: LowRankKernel, beta: np.ndarray) -> float:
-    phi, psi = _roots(kernel)
-    return float(np.linalg.norm(phi @ beta @ psi.T, 2))
 
 
 def _growth(A: np.ndarray, b: np.ndarray, z: float) -> float:
