@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.network import ResidualNetwork
@@ -201,10 +200,6 @@ def _layers(net: ResidualNetwork) -> list[LayerInputs]:
     return [replace(part, factors=learned or part.factors) for part in layers]
 
 
-def _roots(kernel: LowRankKernel) -> list[np.ndarray]:
-    return [np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi)]
-
-
 def _growth(A: np.ndarray, b: np.ndarray, z: float) -> float:
     """By what a step parts solutions at most; infinite where the stages of an implicit method are not bounded so."""
     inner = z * np.abs(A)
@@ -231,7 +226,7 @@ def _is_symmetric_and_constant(Y: LabelSpace, layers: Sequence[LayerInputs]) -> 
     ]
     if Y.sum(float(sum(changes))):
         return False
-    root = _roots(first.factors)[0]
+    root = np.linalg.cholesky(first.factors.phi.gram).T
     B = root @ beta @ root.T
     size = np.linalg.norm(B, 2)
     return bool(np.abs(B - B.T).max() <= _ROUND_OFF * size and np.linalg.eigvalsh(B)[0] >= -_ROUND_OFF * size)
