@@ -40,7 +40,7 @@ def activation_code(activation: Activation) -> str:
     >>> activation_code(get_activation("relu")).splitlines()[-1]
     '#define SLOPE(s) slope_relu(s)'
     """
-    lines = ["#include <math.h>"]
+    lines = ["#include <math.h>", "#define REAL double"]
     if find_library("mvec"):
         lines += [f'__attribute__((simd("notinbranch"))) double {name}(double);' for name in _VECTORISED]
         lines.append('__attribute__((simd("notinbranch"))) double pow(double, double);')
@@ -60,11 +60,11 @@ def _function(name: str, expression: sympy.Expr, order: int) -> str:
     shared, formulas = sympy.cse([expand(part.formula) for part in parts], symbols=sympy.numbered_symbols("x"))
     # All formulas are evaluated, outside of their intervals too: a loop without branches is one that compilers vectorise.
     values = [*shared, *((f"part_{k}", formula) for k, formula in enumerate(formulas))]
-    body = [f"    const double {symbol} = {_print(value)};" for symbol, value in values]
+    body = [f"    const REAL {symbol} = {_print(value)};" for symbol, value in values]
     # In this order a NaN takes the last formula, and is one there too.
     choice = "".join(f"s <= {part.right!r} ? part_{k} : " for k, part in enumerate(parts[:-1]))
     return "\n".join(
-        [f"static inline double {name}(double s) {{", *body, f"    return {choice}part_{len(parts) - 1};", "}"]
+        [f"static inline REAL {name}(REAL s) {{", *body, f"    return {choice}part_{len(parts) - 1};", "}"]
     )
 
 

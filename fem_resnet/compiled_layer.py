@@ -1,7 +1,7 @@
 """A layer's callbacks of TS in C (`layer.c`), where a call of Python would cost more than the stage.
 
-For explicit methods that step the coefficients, with fixed steps, and parameters that a layer sees as constants: nodal
-bias, kernel, fixed factors and times. Others, and large batches, for which the call does not show, go through Python.
+For Runge-Kutta methods that step the coefficients, with fixed steps, and parameters that a layer sees as constants: bias,
+kernel, fixed factors and times. Others go through Python.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from petsc4py import PETSc
 from fem_resnet.compiled_stage import CompiledStage
 from fem_resnet.layer import Argument, StageValue
 from fem_resnet.layer_inputs import LayerInputs
+from fem_resnet.petsc import rk_tableau
 
 __all__ = ["CompiledLayer"]
 
-#: rank x samples up to which the products of g with beta, which are plain loops, do not show.
-_LARGEST = 4096
-_POINTERS = (
-    "space", "phi", "psi", "a", "beta", "adjoint", "length", "g", "C", "Q", "x", "x_q", "D", "bias", "by_beta", "stages",
-    "lengths",
-)  # fmt: skip
+_FIELDS = {
+    "space": ctypes.c_void_p, "phi": ctypes.c_void_p, "psi": ctypes.c_void_p, "a": ctypes.c_void_p, "beta": ctypes.c_void_p,
+    "adjoint": ctypes.c_void_p, "f": ctypes.c_void_p, "weights": ctypes.c_void_p, "C": ctypes.c_void_p, "D": ctypes.c_void_p,
+    "bias": ctypes.c_void_p, "by_beta": ctypes.c_void_p, "stages": ctypes.c_void_p, "lengths": ctypes.c_void_p,
+    "length": ctypes.c_double, "point": ctypes.c_void_p, "method_stages": ctypes.c_long, "reuses": ctypes.c_long,
+    "step": ctypes.c_long, "steps": ctypes.c_long, "asked": ctypes.c_long, "reductions": ctypes.c_long, "comm": ctypes.c_int,
+}  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_double if name == "length" else ctypes.c_void_p) for name in _POINTERS] + [
-        *((name, ctypes.c_long) for name in ("step", "steps", "reductions")), ("comm", ctypes.c_int)
-    ]  # fmt: skip
+    _fields_ = list(_FIELDS.items())
 
 
 class CompiledLayer:
@@ -43,21 +43,21 @@ class CompiledLayer:
         The TS, explicit.
     inputs
         What the layer takes, of which shapes count here.
-    weights
-        b_i of the method.
     """
 
-    def __init__(self, stage: CompiledStage, ts: PETSc.TS, inputs: LayerInputs, weights: np.ndarray):
+    def __init__(self, stage: CompiledStage, ts: PETSc.TS, inputs: LayerInputs):
         samples, phi, psi = stage.samples, inputs.factors.phi.rank, inputs.factors.psi.rank
-        self._stage, self._ts, self._weights = stage, ts, weights
-        shapes = {
-            "g": (psi, samples), "C": (phi, samples), "Q": (psi, samples), "x": (psi, samples), "x_q": (samples,),
-            "D": (phi, samples), "bias": (stage.Y.nodes,), "by_beta": (phi, psi),
-        }  # fmt: skip
-        self._work = {name: np.empty(shape) for name, shape in shapes.items()}
+        self._stage, self._ts = stage, ts
+        matrix, self._weights, _ = rk_tableau(ts)
+        reuses = bool((matrix[-1] == self._weights).all())  # PETSc's test too: the last slope is then the next step's first
+        #: Whether f can be added up on the way.
+        self.adds_up = not reuses
+        shapes = {"C": (samples, phi), "D": (samples, phi), "bias": (stage.Y.nodes,), "by_beta": (phi, psi)}
+        self._work = {name: np.empty(shape) for name, shape in shapes.items()} | {"weights": self._weights}
         self._layer = _Layer(
-            space=stage.space, comm=stage.Y.comm.py2f(), **{name: array.ctypes.data for name, array in self._work.items()}
-        )
+            space=stage.space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses,
+            **{name: array.ctypes.data for name, array in self._work.items()},
+        )  # fmt: skip
         self._jacobian = self._attach("layer_attach", [(psi + 1) * samples] * 2)
         self._parameters: PETSc.Mat | None = None
 
@@ -69,10 +69,8 @@ class CompiledLayer:
             isinstance(stage, CompiledStage)
             and len(inputs) == 1
             and not (values.learns_length or values.learns_factors)
-            and values.bias.is_nodal
             and values.bias.is_constant
             and values.beta.is_constant
-            and max(values.factors.shape) * stage.samples <= _LARGEST
         )
 
     def _attach(self, name: str, sizes: Sequence[int]) -> PETSc.Mat:
@@ -83,19 +81,19 @@ class CompiledLayer:
         self._stage.call(name, *map(ctypes.c_void_p, (self._ts.handle, mat.handle, ctypes.addressof(self._layer))))
         return mat
 
-    def start(self, inputs: LayerInputs, steps: int) -> None:
-        """Before a forward solve with these inputs and so many steps."""
+    def start(self, inputs: LayerInputs, steps: int, f: np.ndarray | None) -> None:
+        """Before a forward solve with these inputs and so many steps; the integral of f_t is added to `f`, if it is given."""
         self._inputs = inputs
         a, beta = (np.ascontiguousarray(part.coefficients(0.0)) for part in (inputs.bias, inputs.beta))
         # New ones: the quadrature (3.3) keeps them.
         self._h = np.empty(steps)
-        self._C = np.empty((steps, len(self._weights), inputs.factors.phi.rank, self._stage.samples))
+        self._C = np.empty((steps, len(self._weights), self._stage.samples, inputs.factors.phi.rank))
         self._arrays = a, beta
         layer = self._layer
         layer.phi, layer.psi = (self._stage.basis(basis) for basis in (inputs.factors.phi, inputs.factors.psi))
         layer.a, layer.beta, layer.stages = a.ctypes.data, beta.ctypes.data, self._C.ctypes.data
-        layer.lengths = self._h.ctypes.data
-        layer.length, layer.step, layer.steps, layer.adjoint = inputs.length, 0, steps, None
+        layer.lengths, layer.f = self._h.ctypes.data, None if f is None else f.ctypes.data
+        layer.length, layer.step, layer.steps, layer.asked = inputs.length, 0, steps, 0
 
     def steps(self) -> list[float]:
         """The steps of the last forward solve, in parts of the layer."""
@@ -105,20 +103,45 @@ class CompiledLayer:
         """The terms of the quadrature (3.3) of the last forward solve."""
         inputs, a = self._inputs, (self._arrays[0],)
         return [
-            StageValue(h * weight, Argument(inputs.factors, (inputs.length,), a, (C,)))
+            StageValue(h * weight, Argument(inputs.factors, (inputs.length,), a, (C.T,)))
             for h, step in zip(self._h, self._C)
             for weight, C in zip(self._weights, step)
             if weight != 0.0
         ]
 
     def start_adjoint(self, adjoint: np.ndarray) -> None:
-        """Before an adjoint solve, with the adjoint value of f at the segment's end, its nodes innermost."""
-        self._adjoint = np.asfortranarray(adjoint)
-        self._layer.adjoint = self._adjoint.ctypes.data
+        """Before an adjoint solve, with the adjoint value of f at the segment's end."""
+        self._adjoint = self._stage.arranged(adjoint)
+        self._work["bias"].fill(0.0)
+        self._layer.adjoint, self._layer.asked = self._adjoint.ctypes.data, 0
 
-    def attach_parameters(self, state: int, parameters: int) -> None:
+    @property
+    def parameters(self) -> int:
+        """How many parameters TS is to know: beta, and one of derivative 1."""
+        return self._work["by_beta"].size + 1
+
+    def attach_parameters(self, state: int) -> None:
         """Hand the transposed Jacobian in the parameters to TS."""
-        self._parameters = self._attach("layer_attach_parameters", [state, parameters])
+        self._parameters = self._attach("layer_attach_parameters", [state, self.parameters])
+
+    def functionals(self, by_parameters: np.ndarray) -> np.ndarray:
+        """Those of the coefficients of bias and kernel after an adjoint solve, from what TS has of its parameters. Collective.
+
+        Raises
+        ------
+        RuntimeError
+            If TS has weighted the stages otherwise than was taken for granted.
+        """
+        *by_beta, total = by_parameters
+        b = np.where(self._weights == 0.0, 1.0, self._weights)[: len(self._weights) - self._layer.reuses]
+        if abs(total - self._h.sum() * b.sum()) > 1e-10 * max(1.0, np.abs(b).sum()):
+            raise RuntimeError(
+                f"the adjoint of {self._ts.getRKType()!r} weighs the stages by {total:g} in all, {self._h.sum() * b.sum():g} is "
+                f"wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
+            )
+        by_beta = np.reshape(by_beta, self._work["by_beta"].shape)
+        bias, beta = self._inputs.bias, self._inputs.beta
+        return np.concatenate([bias.pull_back(0.0, self._work["bias"]), beta.pull_back(0.0, by_beta)], axis=None)
 
     def release(self) -> None:
         """Forget fields."""

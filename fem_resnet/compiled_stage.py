@@ -11,7 +11,6 @@ import ctypes
 import logging
 import os
 import platform
-from dataclasses import replace
 from importlib.resources import files
 from weakref import WeakKeyDictionary
 
@@ -100,28 +99,35 @@ class CompiledStage(Stage):
         if getattr(self._code, name)(self.space, *arguments):
             raise MemoryError(f"{name} of a stage: no memory for its sums")
 
+    def arranged(self, adjoint):
+        return np.asarray(adjoint, order="F" if self._code.nodes_are_innermost(self.space) else "C")
+
     def rate(self, at, out=None):
         if len(at.a) > 1 or out is not None and not out[0].flags.c_contiguous:
             return super().rate(at, out)
-        at = _contiguous(at)
-        Q = np.empty((at.factors.psi.rank, self.samples))
-        self._call(
-            "rate", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(at.a[0]), _pointer(at.C[0]),
-            at.length[0], _pointer(Q), None if out is None else _pointer(out[0]),
-        )  # fmt: skip
+        Q = np.empty((at.factors.psi.rank, self.samples), order="F")
+        self._rate(at, Q, None if out is None else out[0], None, 0.0)
         return [self.Y.sum(Q)]
+
+    def _rate(self, at: Argument, Q: np.ndarray | None, s: np.ndarray | None, f: np.ndarray | None, weight: float) -> None:
+        a, C = np.ascontiguousarray(at.a[0]), np.asfortranarray(at.C[0])
+        self._call(
+            "rate", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(a), _pointer(C), len(C),
+            at.length[0], _pointer(Q), at.factors.psi.rank, _pointer(s), _pointer(f), weight,
+        )  # fmt: skip
 
     def transpose(self, at, dual, with_length=False, with_factors=False):
         if len(at.a) > 1 or with_factors:
             return super().transpose(at, dual, with_length, with_factors)
-        at, x = _contiguous(at), np.ascontiguousarray(dual.x[0])
-        D, bias, length = np.empty((at.factors.phi.rank, self.samples)), np.empty(self.Y.nodes), np.zeros(1)
-        adjoint = None if dual.x_q is None else np.asfortranarray(dual.adjoint[0])
+        phi, psi = at.factors.phi, at.factors.psi
+        a, C = np.ascontiguousarray(at.a[0]), np.asfortranarray(at.C[0])
+        x = np.empty((psi.rank + 1, self.samples), order="F")
+        x[:-1], x[-1] = dual.x[0], 0.0 if dual.x_q is None else dual.x_q
+        adjoint = None if dual.x_q is None else self.arranged(dual.adjoint[0])
+        D, bias, length = np.empty((phi.rank, self.samples), order="F"), np.zeros(self.Y.nodes), np.zeros(1)
         self._call(
-            "transpose", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(at.a[0]),
-            _pointer(at.C[0]), at.length[0], _pointer(x), _pointer(dual.x_q),
-            _pointer(adjoint), _pointer(D), _pointer(bias),
-            _pointer(length) if with_length else None,
+            "transpose", self.basis(phi), self.basis(psi), _pointer(a), _pointer(C), len(C), at.length[0],
+            _pointer(x), len(x), _pointer(adjoint), _pointer(D), _pointer(bias), 1.0, _pointer(length) if with_length else None,
         )  # fmt: skip
         return Functionals([self.Y.sum(D)], bias, float(self.Y.sum(length)[0]) if with_length else 0.0)
 
@@ -129,33 +135,20 @@ class CompiledStage(Stage):
         if len(f) > 1:
             return super().advance(f, stages)
         result = np.array(f[0], order="C")
-        arguments = [_contiguous(stage.argument) for stage in stages]
-        weights = np.array([stage.weight * stage.argument.length[0] for stage in stages])
-        bases = [self.basis(at.factors.phi) for at in arguments]
-        pointers = ctypes.c_void_p * len(stages)
-        self._call(
-            "advance", len(stages), pointers(*bases),
-            pointers(*(at.a[0].ctypes.data for at in arguments)), pointers(*(at.C[0].ctypes.data for at in arguments)),
-            _pointer(weights), _pointer(result),
-        )  # fmt: skip
+        for stage in stages:
+            self._rate(stage.argument, None, None, result, stage.weight)
         return [result]
 
 
 def _declare(code: ctypes.CDLL) -> None:
     pointer, number, count = ctypes.c_void_p, ctypes.c_double, ctypes.c_long
-    code.rate.argtypes = [pointer] * 5 + [number] + [pointer] * 2
-    code.transpose.argtypes = [pointer] * 5 + [number] + [pointer] * 6
-    code.advance.argtypes = [pointer, count] + [pointer] * 5
+    code.nodes_are_innermost.argtypes = [pointer]
+    code.rate.argtypes = [pointer] * 5 + [count, number, pointer, count, pointer, pointer, number]
+    code.transpose.argtypes = [pointer] * 5 + [count, number, pointer, count] + [pointer] * 3 + [number, pointer]
 
 
 def _source() -> str:
     return "\n".join((files("fem_resnet") / name).read_text() for name in ("stage.c", "layer.c"))
-
-
-def _contiguous(at: Argument) -> Argument:
-    if at.a[0].flags.c_contiguous and at.C[0].flags.c_contiguous:
-        return at
-    return replace(at, a=(np.ascontiguousarray(at.a[0]), *at.a[1:]), C=(np.ascontiguousarray(at.C[0]), *at.C[1:]))
 
 
 def _pointer(array: np.ndarray | None) -> int | None:

@@ -1,58 +1,65 @@
 /* A layer as PETSc TS steps it, compiled: (3.5a) for the coefficients g, its transposed Jacobian, and that in the parameters.
 
-   Behind stage.c. For one explicit layer whose bias, nodal, and kernel do not vary in it: what layer_state, layer_jacobian
-   and time_stepping do in Python, to the same numbers. A state vector is samples x (rank of psi + 1), g and q. */
+   Behind stage.c. For one explicit layer whose bias and kernel do not vary in it: what layer_state, layer_jacobian and
+   time_stepping do in Python, to the same numbers. A state vector is samples x (rank of psi + 1), g and q.
 
+   TS knows each stage by what it asks for, in the tableau's order: forward from the first stage on, backwards from the last.
+   So f is added up with the method's weights on the way, and in the adjoint so is the functional of the bias, which has the
+   size of the mesh: TS would go over it five times a stage. That TS has weighted the stages as is taken for granted here is
+   seen from a parameter of derivative one, which it adds up itself. */
+
+#include <petscblaslapack.h>
 #include <petscts.h>
 
 struct layer {
     const struct label_space *Y;
     const struct basis *phi, *psi;
-    const double *a, *beta;     /* beta: rank of phi x rank of psi */
-    const double *lambda;       /* NULL in the forward solve */
-    double length;
-    double *g, *C, *Q;          /* the stage where derivatives are taken, and a rate: rank x samples */
-    double *x, *x_q, *D;        /* an adjoint, and what comes of it */
-    double *bias, *by_beta;     /* functionals of the parameters */
+    const REAL *a;
+    const double *beta;         /* rank of phi x rank of psi */
+    const REAL *lambda;         /* of the adjoint; NULL for 0 */
+    double *f;                  /* takes the integral of f_t in the forward solve; may be NULL */
+    const double *weights;      /* b_i of the method */
+    double *C, *D;              /* at the stage where derivatives are taken: samples x rank of phi */
+    double *bias, *by_beta;     /* functionals of the parameters: at a, of all stages; at beta, of one */
     double *stages, *lengths;   /* of all steps: C of all stages, one after the other; their lengths */
+    double length;
+    Vec point;                  /* where derivatives are taken */
+    long method_stages;
+    long reuses;                /* whether the last slope of a step is the next one's first: 1 or 0 */
     long step, steps;
+    long asked;                 /* stages evaluated in this solve, or adjoined */
     long reductions;            /* how many sums over the ranks there were */
     MPI_Fint comm;
 };
 
-static PetscErrorCode read_state(const struct layer *layer, Vec y, double *g, double *q) {
-    const long rank = layer->psi->rank, samples = layer->Y->samples;
-    const double *values;
-    PetscFunctionBeginUser;
-    PetscCall(VecGetArrayRead(y, &values));
-    for (long s = 0; s < samples; s++) {
-        for (long k = 0; k < rank; k++) g[k * samples + s] = values[s * (rank + 1) + k];
-        if (q) q[s] = values[s * (rank + 1) + rank];
-    }
-    PetscCall(VecRestoreArrayRead(y, &values));
-    PetscFunctionReturn(PETSC_SUCCESS);
-}
+#define RANK(layer) ((layer)->psi->rank)
+#define LD(layer) ((layer)->psi->rank + 1)
 
-static PetscErrorCode write_state(const struct layer *layer, Vec y, const double *g) {
-    const long rank = layer->psi->rank, samples = layer->Y->samples;
-    double *values;
+/* C := alpha op(A) op(B), columns one after the other. */
+static PetscErrorCode multiply(const char *op_A, const char *op_B, long m, long n, long k, double alpha, const double *A,
+                               long lda, const double *B, long ldb, double *C, long ldc) {
+    const double zero = 0.0;
+    PetscBLASInt size[6];
     PetscFunctionBeginUser;
-    PetscCall(VecGetArrayWrite(y, &values));
-    for (long s = 0; s < samples; s++) {
-        for (long k = 0; k < rank; k++) values[s * (rank + 1) + k] = g[k * samples + s];
-        values[s * (rank + 1) + rank] = 0.0;
-    }
-    PetscCall(VecRestoreArrayWrite(y, &values));
+    PetscCall(PetscBLASIntCast(m, size));
+    PetscCall(PetscBLASIntCast(n, size + 1));
+    PetscCall(PetscBLASIntCast(k, size + 2));
+    PetscCall(PetscBLASIntCast(lda, size + 3));
+    PetscCall(PetscBLASIntCast(ldb, size + 4));
+    PetscCall(PetscBLASIntCast(ldc, size + 5));
+    PetscCallBLAS("BLASgemm", BLASgemm_(op_A, op_B, size, size + 1, size + 2, &alpha, A, size + 3, B, size + 4, &zero, C, size + 5));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
 /* C = beta g */
-static void act(const struct layer *layer, const double *g, double *C) {
-    const long phi = layer->phi->rank, psi = layer->psi->rank, samples = layer->Y->samples;
-    memset(C, 0, phi * samples * sizeof(double));
-    for (long i = 0; i < phi; i++)
-        for (long j = 0; j < psi; j++)
-            for (long s = 0; s < samples; s++) C[i * samples + s] += layer->beta[i * psi + j] * g[j * samples + s];
+static PetscErrorCode act(const struct layer *layer, Vec y, double *C) {
+    const long phi = layer->phi->rank;
+    const double *g;
+    PetscFunctionBeginUser;
+    PetscCall(VecGetArrayRead(y, &g));
+    PetscCall(multiply("T", "N", phi, layer->Y->samples, RANK(layer), 1.0, layer->beta, RANK(layer), g, LD(layer), C, phi));
+    PetscCall(VecRestoreArrayRead(y, &g));
+    PetscFunctionReturn(PETSC_SUCCESS);
 }
 
 static PetscErrorCode sum_over_ranks(struct layer *layer, double *values, long count) {
@@ -67,50 +74,70 @@ static PetscErrorCode sum_over_ranks(struct layer *layer, double *values, long c
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
+static void clear_q(const struct layer *layer, double *state) {
+    for (long s = 0; s < layer->Y->samples; s++) state[s * LD(layer) + RANK(layer)] = 0.0;
+}
+
 PetscErrorCode layer_rate(TS ts, PetscReal t, Vec y, Vec F, void *context) {
     struct layer *layer = context;
+    PetscReal h;
+    double *rates;
     PetscFunctionBeginUser;
-    PetscCall(read_state(layer, y, layer->g, NULL));
-    act(layer, layer->g, layer->C);
-    PetscCheck(!rate(layer->Y, layer->phi, layer->psi, layer->a, layer->C, layer->length, layer->Q, NULL), PETSC_COMM_SELF,
-               PETSC_ERR_MEM, "no memory for the sums of a stage");
-    PetscCall(sum_over_ranks(layer, layer->Q, layer->psi->rank * layer->Y->samples));
-    PetscCall(write_state(layer, F, layer->Q));
+    PetscCall(TSGetTimeStep(ts, &h));
+    PetscCall(act(layer, y, layer->C));
+    PetscCall(VecGetArrayWrite(F, &rates));
+    clear_q(layer, rates);
+    const double weight = h * layer->weights[layer->asked++ % layer->method_stages];
+    PetscCheck(!rate(layer->Y, layer->phi, layer->psi, layer->a, layer->C, layer->phi->rank, layer->length, rates, LD(layer),
+                     NULL, weight != 0.0 ? layer->f : NULL, weight),
+               PETSC_COMM_SELF, PETSC_ERR_MEM, "no memory for the sums of a stage");
+    PetscCall(sum_over_ranks(layer, rates, layer->Y->samples * LD(layer)));
+    PetscCall(VecRestoreArrayWrite(F, &rates));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
 PetscErrorCode layer_point(TS ts, PetscReal t, Vec y, Mat J, Mat P, void *context) {
     struct layer *layer = context;
     PetscFunctionBeginUser;
-    PetscCall(read_state(layer, y, layer->g, NULL));
-    act(layer, layer->g, layer->C);
+    layer->point = y;
+    PetscCall(act(layer, y, layer->C));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
 PetscErrorCode layer_nothing(TS ts, PetscReal t, Vec y, Mat J, void *context) { return PETSC_SUCCESS; }
 
+/* What TS weighs the stage by that it asks for next in the adjoint, or 1 where b_i = 0. */
+static double adjoint_weight(struct layer *layer) {
+    const long asked = layer->method_stages - layer->reuses;
+    const double h = layer->lengths[layer->steps - 1 - layer->asked / asked];
+    const double b = layer->weights[asked - 1 - layer->asked % asked];
+    layer->asked++;
+    return b != 0.0 ? h * b : h;
+}
+
 /* The transposed Jacobian; PETSc asks for the parameters' at the same stage next, and what that needs is kept. */
 PetscErrorCode layer_transpose(Mat J, Vec x, Vec y) {
     struct layer *layer;
+    const double *adjoint, *g;
+    double *by_g;
     PetscFunctionBeginUser;
     PetscCall(MatShellGetContext(J, &layer));
-    const long phi = layer->phi->rank, psi = layer->psi->rank, samples = layer->Y->samples;
-    PetscCall(read_state(layer, x, layer->x, layer->x_q));
-    PetscCheck(!transpose(layer->Y, layer->phi, layer->psi, layer->a, layer->C, layer->length, layer->x,
-                          layer->lambda ? layer->x_q : NULL, layer->lambda, layer->D, layer->bias, NULL),
+    const long phi = layer->phi->rank, psi = RANK(layer), samples = layer->Y->samples;
+    PetscCheck(layer->asked < layer->steps * (layer->method_stages - layer->reuses), PETSC_COMM_SELF, PETSC_ERR_PLIB,
+               "more stages than the method has");
+    PetscCall(VecGetArrayRead(x, &adjoint));
+    PetscCheck(!transpose(layer->Y, layer->phi, layer->psi, layer->a, layer->C, phi, layer->length, adjoint, LD(layer),
+                          layer->lambda, layer->D, layer->bias, adjoint_weight(layer), NULL),
                PETSC_COMM_SELF, PETSC_ERR_MEM, "no memory for the sums of a stage");
+    PetscCall(VecRestoreArrayRead(x, &adjoint));
     PetscCall(sum_over_ranks(layer, layer->D, phi * samples));
-    memset(layer->Q, 0, psi * samples * sizeof(double));
-    for (long i = 0; i < phi; i++)
-        for (long j = 0; j < psi; j++) {
-            double paired = 0.0;
-            for (long s = 0; s < samples; s++) {
-                layer->Q[j * samples + s] -= layer->beta[i * psi + j] * layer->D[i * samples + s];
-                paired -= layer->D[i * samples + s] * layer->g[j * samples + s];
-            }
-            layer->by_beta[i * psi + j] = paired;
-        }
-    PetscCall(write_state(layer, y, layer->Q));
+    PetscCall(VecGetArrayWrite(y, &by_g));
+    clear_q(layer, by_g);
+    PetscCall(multiply("N", "N", psi, samples, phi, -1.0, layer->beta, psi, layer->D, phi, by_g, LD(layer)));
+    PetscCall(VecRestoreArrayWrite(y, &by_g));
+    PetscCall(VecGetArrayRead(layer->point, &g));
+    PetscCall(multiply("N", "T", psi, phi, samples, -1.0, g, LD(layer), layer->D, phi, layer->by_beta, psi));
+    PetscCall(VecRestoreArrayRead(layer->point, &g));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
@@ -119,9 +146,10 @@ PetscErrorCode layer_parameters(Mat J, Vec x, Vec y) {
     double *values;
     PetscFunctionBeginUser;
     PetscCall(MatShellGetContext(J, &layer));
+    const long size = layer->phi->rank * RANK(layer);
     PetscCall(VecGetArrayWrite(y, &values));
-    memcpy(values, layer->bias, layer->Y->nodes * sizeof(double));
-    memcpy(values + layer->Y->nodes, layer->by_beta, layer->phi->rank * layer->psi->rank * sizeof(double));
+    memcpy(values, layer->by_beta, size * sizeof(double));
+    values[size] = 1.0;
     PetscCall(VecRestoreArrayWrite(y, &values));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
@@ -139,11 +167,10 @@ PetscErrorCode layer_keep_step(TS ts) {
     PetscCall(TSGetPrevTime(ts, &before));
     layer->lengths[layer->step] = now - before;
     PetscCall(TSGetStages(ts, &count, &stages));
-    for (PetscInt i = 0; i < count; i++) {
-        PetscCall(read_state(layer, stages[i], layer->g, NULL));
-        act(layer, layer->g, layer->stages + (layer->step * count + i) * size);
-    }
+    for (PetscInt i = 0; i < count; i++) PetscCall(act(layer, stages[i], layer->stages + (layer->step * count + i) * size));
     layer->step++;
+    PetscCheck(!layer->f || layer->asked == layer->step * layer->method_stages, PETSC_COMM_SELF, PETSC_ERR_PLIB,
+               "another number of stages than the method has");
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 

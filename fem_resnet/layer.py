@@ -154,6 +154,10 @@ class Stage:
         for start in range(0, self.Y.nodes, self._block):
             yield slice(start, min(start + self._block, self.Y.nodes))
 
+    def arranged(self, adjoint: np.ndarray) -> np.ndarray:
+        """An array (nodes, samples) as `transpose` reads it fastest: itself, or a copy."""
+        return adjoint
+
     def _affine(self, block: slice, at: Argument, order: int = 0, out: np.ndarray | None = None) -> np.ndarray:
         """u (order 0) or u_1 on a block of nodes."""
         u = self._work[0][: block.stop - block.start] if out is None else out

@@ -114,10 +114,11 @@ class Segment:
             stepper.layer, stepper.user = number, self._mark
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
-        self._run(self.steppers, [self._with_row(f)], self._layers, save, self._steps)
+        start, total = self._with_row(f), f.copy() if self.omega is None else None
+        self._run(self.steppers, [start], self._layers, save, self._steps, total)
         if self._replay:
             self.replay(self.taken_steps())
-        return self._value(self._advance([f], self.traces())[0])
+        return self._value(self._reached([start], total, self.traces())[0])
 
     def _with_row(self, f: np.ndarray, c: np.ndarray | float = 0.0) -> np.ndarray:
         """f, with a row for c where there is a running cost."""
@@ -154,21 +155,22 @@ class Segment:
         layers: Sequence[tuple[LayerInputs, ...]],
         save: bool,
         taken: Sequence[list[float] | None],
+        total: np.ndarray | None = None,
     ) -> None:
-        """Step all layers from f, with its tangent if there is one."""
+        """Step all layers from f, with its tangent if there is one; `total`, f too, has added what layers add on the way."""
         psi = None
         for l, (stepper, inputs, steps) in enumerate(zip(steppers, layers, taken)):
             new_psi = inputs[0].factors.psi is not psi
             at_start = f
             if new_psi or stepper.carries_f:
-                at_start = self._advance(f, [stepper.trace for stepper in steppers[:l]])
+                at_start = self._reached(f, total, [stepper.trace for stepper in steppers[:l]])
             if new_psi:
                 psi = inputs[0].factors.psi
                 fields = [part[: self._nodes] for part in at_start]
                 g = [psi.project(part) for part in fields]
                 if len(inputs) == 2 and inputs[1].factors is not None:
                     g[1] += self._Y.sum(inputs[1].factors.weighted.T @ fields[0])
-            g = stepper.forward(g, at_start, inputs, save, steps)
+            g = stepper.forward(g, at_start, inputs, save, steps, total)
         self._check_ranks_agree(g)
 
     def _check_ranks_agree(self, g: Sequence[np.ndarray]) -> None:
@@ -198,6 +200,13 @@ class Segment:
                 break
         return self._stage.advance(f, list(chain.from_iterable(trace.stages for trace in traces)))
 
+    def _reached(self, f: list[np.ndarray], total: np.ndarray | None, traces: Sequence[LayerTrace]) -> list[np.ndarray]:
+        """f after layers that left these traces, from f at the start, or from `total`, which has what was added on the way."""
+        missing = [trace for trace in traces if not trace.added]
+        if total is None:
+            return self._advance(f, missing)
+        return self._advance([total], missing) if missing else [total]
+
     @PETSc.Log.EventDecorator("fem_resnet:adjoint")
     def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence) -> list[np.ndarray]:
         """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
@@ -221,7 +230,7 @@ class Segment:
         """Adjoint values of f at the start and of its tangent, functionals, and what co-states are made of."""
         functionals, costates = [], []
         psi, gamma = None, []
-        duals = [np.asfortranarray(dual) for dual in duals]  # every stage reads them, sample by sample
+        duals = [self._stage.arranged(dual) for dual in duals]  # every stage reads them
         for stepper, inputs in zip(reversed(steppers), reversed(layers)):
             if inputs[0].factors.psi is not psi:
                 if psi is not None:

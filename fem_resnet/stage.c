@@ -1,86 +1,108 @@
 /* Stage of a layer, compiled: what layer.Stage does for values, in the same notation, and to the same numbers.
 
-   Put in front: the vectorised functions of the C library, VALUE(s) and SLOPE(s), which are sigma and sigma'.
+   Put in front: REAL, the type of what is evaluated at the nodes; the vectorised functions of the C library; VALUE(s) and
+   SLOPE(s), which are sigma and sigma'. Coefficients, sums over nodes and f are doubles whatever REAL is.
 
-   Nodes are innermost. A block of nodes goes through all of a stage while u, sigma and the block's rows of Phi and Psi are
-   in the first-level cache: Phi and Psi are read from memory once a stage, and nothing of size nodes x samples is but f and
-   lambda, where they are wanted. Products are tiles of 4 x 4 vectors in registers; sums over nodes are kept one a lane,
-   and added up at the end. */
+   A block of nodes goes through all of a stage while u, sigma and the block's rows of Phi and Psi are in the first-level
+   cache: nothing of size nodes x samples is but f and lambda, where they are wanted. With few samples lanes of a vector
+   are nodes, and sums over nodes are kept one a lane; with many they are samples. In both orders products are tiles in
+   registers of 4 x 4 vectors.
+
+   Coefficients have one sample after the other: those of sample s begin at `C + s * ld`, ld at least the rank. */
 
 #include <stdlib.h>
 #include <string.h>
 
 #if defined __AVX512F__
-#define LANES 8
+#define VECTOR 64
 #elif defined __AVX__
-#define LANES 4
+#define VECTOR 32
 #else
-#define LANES 2
+#define VECTOR 16
 #endif
 
+#define LANES ((int)(VECTOR / sizeof(REAL)))
 #define BLOCK 64  /* nodes */
-#define CHUNK 16  /* samples */
 #define TILE (4 * LANES)
+#define CHUNK (4 * LANES)  /* samples, where they are many */
 #define UNROLL _Pragma("GCC unroll 4")
 #define ALWAYS static inline __attribute__((always_inline))
 
-typedef double vec __attribute__((vector_size(8 * LANES)));
-typedef double loose __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
+typedef REAL vec __attribute__((vector_size(VECTOR)));
+typedef REAL loose __attribute__((vector_size(VECTOR), aligned(sizeof(REAL)), may_alias));
+typedef double sums __attribute__((vector_size(VECTOR / sizeof(REAL) * sizeof(double)), aligned(64)));
+typedef double loose_sums __attribute__((vector_size(VECTOR / sizeof(REAL) * sizeof(double)), aligned(8), may_alias));
 
-ALWAYS vec get(const double *x) { return *(const loose *)x; }
-ALWAYS void put(double *x, vec v) { *(loose *)x = v; }
+ALWAYS vec get(const REAL *x) { return *(const loose *)x; }
+ALWAYS void put(REAL *x, vec v) { *(loose *)x = v; }
 
 /* A basis at the nodes: column k begins at values + k * nodes. */
 struct basis {
-    const double *values;
+    const REAL *values;
     long rank;
 };
 
 struct label_space {
     long nodes;
     long samples;
-    const double *weights;
+    const REAL *weights;
 };
+
+struct scratch {
+    REAL *coefficients[2]; /* of a chunk: rank x CHUNK */
+    sums *sums;            /* rank x samples of few, or rank x CHUNK doubles */
+    REAL *phi, *psi;       /* of the last block, filled up by zeros */
+    REAL a[BLOCK], weights[BLOCK];
+};
+
+static int new_scratch(struct scratch *scratch, long phi, long psi) {
+    const long rank = phi > psi ? phi : psi;
+    char *memory = aligned_alloc(64, 2 * rank * CHUNK * sizeof(REAL) + rank * LANES * sizeof(sums)
+                                     + (phi + psi + 2) * BLOCK * sizeof(REAL) + 64);
+    scratch->sums = (sums *)memory;
+    if (!memory) return 0;
+    memory += rank * LANES * sizeof(sums);
+    for (int i = 0; i < 2; i++, memory += rank * CHUNK * sizeof(REAL)) scratch->coefficients[i] = (REAL *)memory;
+    scratch->phi = (REAL *)memory;
+    scratch->psi = scratch->phi + phi * BLOCK;
+    return 1;
+}
+
+static void free_scratch(struct scratch *scratch) { free(scratch->sums); }
+
+/* -- few samples: lanes are nodes; u, here, is samples x BLOCK ---------------------------------------------------------- */
 
 /* What a block of nodes reads; the last block, if it is not full, from copies that zeros fill up. */
 struct block {
     long start, nodes;
-    const double *phi, *psi, *a, *weights;
+    const REAL *phi, *psi, *a, *weights;
     long phi_stride, psi_stride;
 };
 
-struct scratch {
-    vec *sums; /* rank x CHUNK */
-    double *phi, *psi;
-    double a[BLOCK], weights[BLOCK];
-};
-
-static void fill_up(double *copy, const double *values, long columns, long stride, long nodes) {
+static void fill_up(REAL *copy, const REAL *values, long columns, long stride, long nodes) {
     for (long k = 0; k < columns; k++) {
-        memset(copy + k * BLOCK, 0, BLOCK * sizeof(double));
-        memcpy(copy + k * BLOCK, values + k * stride, nodes * sizeof(double));
+        memset(copy + k * BLOCK, 0, BLOCK * sizeof(REAL));
+        memcpy(copy + k * BLOCK, values + k * stride, nodes * sizeof(REAL));
     }
 }
 
-static int new_scratch(struct scratch *scratch, long phi, long psi) {
-    long rank = phi > psi ? phi : psi;
-    scratch->sums = aligned_alloc(sizeof(vec), rank * CHUNK * sizeof(vec));
-    scratch->phi = malloc((phi + psi) * BLOCK * sizeof(double));
-    scratch->psi = scratch->phi + phi * BLOCK;
-    return scratch->sums && scratch->phi;
-}
-
-static void free_scratch(struct scratch *scratch) {
-    free(scratch->sums);
-    free(scratch->phi);
+/* Ask for the rows of the next block, which no hardware foresees: columns are far apart. */
+ALWAYS void fetch_ahead(const struct label_space *Y, const struct basis *basis, long start) {
+    if (start + 2 * BLOCK > Y->nodes) return;
+    for (long k = 0; k < basis->rank; k++)
+        for (long n = 0; n < BLOCK; n += 64 / sizeof(REAL))
+            __builtin_prefetch(basis->values + k * Y->nodes + start + BLOCK + n);
 }
 
 static struct block block_at(long start, const struct label_space *Y, const struct basis *phi, const struct basis *psi,
-                             const double *a, struct scratch *scratch) {
+                             const REAL *a, struct scratch *scratch) {
     long nodes = Y->nodes - start;
-    if (nodes >= BLOCK)
+    if (nodes >= BLOCK) {
+        fetch_ahead(Y, phi, start);
+        if (psi->values != phi->values) fetch_ahead(Y, psi, start);
         return (struct block){start, BLOCK, phi->values + start, psi->values + start, a + start, Y->weights + start,
                               Y->nodes, Y->nodes};
+    }
     fill_up(scratch->phi, phi->values + start, phi->rank, Y->nodes, nodes);
     fill_up(scratch->psi, psi->values + start, psi->rank, Y->nodes, nodes);
     fill_up(scratch->a, a + start, 1, 0, nodes);
@@ -88,9 +110,9 @@ static struct block block_at(long start, const struct label_space *Y, const stru
     return (struct block){start, nodes, scratch->phi, scratch->psi, scratch->a, scratch->weights, BLOCK, BLOCK};
 }
 
-/* u = a - Phi C on a tile of nodes and of `samples` <= 4 samples; u, here and below, is samples x BLOCK. */
-ALWAYS void affine_tile(int samples, const double *restrict phi, long stride, long rank, const double *restrict a,
-                        const double *restrict C, long ldc, double *restrict u) {
+/* u = a - Phi C on a tile of nodes and of `samples` <= 4 samples. */
+ALWAYS void affine_tile(int samples, const REAL *restrict phi, long stride, long rank, const REAL *restrict a,
+                        const double *restrict C, long ldc, REAL *restrict u) {
     vec sum[4][4];
     UNROLL
     for (int s = 0; s < samples; s++)
@@ -102,7 +124,7 @@ ALWAYS void affine_tile(int samples, const double *restrict phi, long stride, lo
         for (int v = 0; v < 4; v++) p[v] = get(phi + k * stride + v * LANES);
         UNROLL
         for (int s = 0; s < samples; s++) {
-            double c = C[k * ldc + s];
+            REAL c = C[s * ldc + k];
             UNROLL
             for (int v = 0; v < 4; v++) sum[s][v] -= c * p[v];
         }
@@ -113,9 +135,8 @@ ALWAYS void affine_tile(int samples, const double *restrict phi, long stride, lo
         for (int v = 0; v < 4; v++) put(u + s * BLOCK + v * LANES, sum[s][v]);
 }
 
-static void affine(long samples, const double *phi, long stride, long rank, const double *a, const double *C, long ldc,
-                   double *u) {
-#define AFFINE(count) affine_tile(count, phi + n, stride, rank, a + n, C + s, ldc, u + s * BLOCK + n)
+static void affine(long samples, const REAL *phi, long stride, long rank, const REAL *a, const double *C, long ldc, REAL *u) {
+#define AFFINE(count) affine_tile(count, phi + n, stride, rank, a + n, C + s * ldc, ldc, u + s * BLOCK + n)
     for (long n = 0; n < BLOCK; n += TILE) {
         long s = 0;
         for (; s + 4 <= samples; s += 4) AFFINE(4);
@@ -127,14 +148,10 @@ static void affine(long samples, const double *phi, long stride, long rank, cons
     }
 }
 
-/* sums += Psi^T v for `ranks` <= 4 functions and `samples` <= 4 samples, over a block of nodes. */
-ALWAYS void project_tile(int ranks, int samples, const double *restrict psi, long stride, const double *restrict v,
-                         vec *restrict sums) {
-    vec sum[4][4];
-    UNROLL
-    for (int k = 0; k < ranks; k++)
-        UNROLL
-        for (int s = 0; s < samples; s++) sum[k][s] = sums[k * CHUNK + s];
+/* total += Psi^T v for `ranks` <= 4 functions and `samples` <= 4 samples, over a block of nodes. */
+ALWAYS void project_tile(int ranks, int samples, const REAL *restrict psi, long stride, const REAL *restrict v,
+                         sums *restrict total) {
+    vec sum[4][4] = {{{0}}};
     for (int n = 0; n < BLOCK; n += LANES) {
         vec q[4];
         UNROLL
@@ -149,140 +166,302 @@ ALWAYS void project_tile(int ranks, int samples, const double *restrict psi, lon
     UNROLL
     for (int k = 0; k < ranks; k++)
         UNROLL
-        for (int s = 0; s < samples; s++) sums[k * CHUNK + s] = sum[k][s];
+        for (int s = 0; s < samples; s++) total[k * LANES + s] += __builtin_convertvector(sum[k][s], sums);
 }
 
-ALWAYS void project_rows(int ranks, long samples, const double *psi, long stride, const double *v, vec *sums) {
+ALWAYS void project_rows(int ranks, long samples, const REAL *psi, long stride, const REAL *v, sums *total) {
     long s = 0;
-    for (; s + 4 <= samples; s += 4) project_tile(ranks, 4, psi, stride, v + s * BLOCK, sums + s);
+    for (; s + 4 <= samples; s += 4) project_tile(ranks, 4, psi, stride, v + s * BLOCK, total + s);
     switch (samples - s) {
-    case 3: project_tile(ranks, 3, psi, stride, v + s * BLOCK, sums + s); break;
-    case 2: project_tile(ranks, 2, psi, stride, v + s * BLOCK, sums + s); break;
-    case 1: project_tile(ranks, 1, psi, stride, v + s * BLOCK, sums + s); break;
+    case 3: project_tile(ranks, 3, psi, stride, v + s * BLOCK, total + s); break;
+    case 2: project_tile(ranks, 2, psi, stride, v + s * BLOCK, total + s); break;
+    case 1: project_tile(ranks, 1, psi, stride, v + s * BLOCK, total + s); break;
     }
 }
 
-static void project(long samples, const double *psi, long stride, long rank, const double *v, vec *sums) {
+static void project(long samples, const REAL *psi, long stride, long rank, const REAL *v, sums *total) {
     long k = 0;
-    for (; k + 4 <= rank; k += 4) project_rows(4, samples, psi + k * stride, stride, v, sums + k * CHUNK);
+    for (; k + 4 <= rank; k += 4) project_rows(4, samples, psi + k * stride, stride, v, total + k * LANES);
     switch (rank - k) {
-    case 3: project_rows(3, samples, psi + k * stride, stride, v, sums + k * CHUNK); break;
-    case 2: project_rows(2, samples, psi + k * stride, stride, v, sums + k * CHUNK); break;
-    case 1: project_rows(1, samples, psi + k * stride, stride, v, sums + k * CHUNK); break;
+    case 3: project_rows(3, samples, psi + k * stride, stride, v, total + k * LANES); break;
+    case 2: project_rows(2, samples, psi + k * stride, stride, v, total + k * LANES); break;
+    case 1: project_rows(1, samples, psi + k * stride, stride, v, total + k * LANES); break;
     }
 }
 
-static void add_up(long samples, long rank, const vec *sums, double *Q, long ldq) {
-    for (long k = 0; k < rank; k++)
+static void add_up(long samples, long rank, const sums *total, double *Q, long ldq) {
+    for (long s = 0; s < samples; s++)
+        for (long k = 0; k < rank; k++) {
+            double sum = 0.0;
+            for (int lane = 0; lane < LANES; lane++) sum += total[k * LANES + s][lane];
+            Q[s * ldq + k] = sum;
+        }
+}
+
+static void rate_of_few(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
+                        const double *C, long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight,
+                        struct scratch *scratch) {
+    const long samples = Y->samples;
+    const REAL length = tau;
+    REAL u[LANES * BLOCK];
+    memset(scratch->sums, 0, psi->rank * LANES * sizeof(sums));
+    for (long start = 0; start < Y->nodes; start += BLOCK) {
+        struct block b = block_at(start, Y, phi, psi, a, scratch);
+        affine(samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
         for (long s = 0; s < samples; s++) {
-            double total = 0.0;
-            for (int lane = 0; lane < LANES; lane++) total += sums[k * CHUNK + s][lane];
-            Q[k * ldq + s] = total;
-        }
-}
-
-#define CHUNKS(Y) for (long first = 0, samples; samples = Y->samples - first < CHUNK ? Y->samples - first : CHUNK, \
-                       first < Y->samples; first += CHUNK)
-
-/* Q = Psi^T M tau sigma(u), this rank's part, rank of psi x samples. `s`, or NULL, takes tau sigma(u), nodes x samples. */
-int rate(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const double *a, const double *C,
-         double tau, double *Q, double *s_out) {
-    struct scratch scratch;
-    double u[CHUNK * BLOCK];
-    if (!new_scratch(&scratch, phi->rank, psi->rank)) return 1;
-    CHUNKS(Y) {
-        memset(scratch.sums, 0, psi->rank * CHUNK * sizeof(vec));
-        for (long start = 0; start < Y->nodes; start += BLOCK) {
-            struct block b = block_at(start, Y, phi, psi, a, &scratch);
-            affine(samples, b.phi, b.phi_stride, phi->rank, b.a, C + first, Y->samples, u);
-            for (long s = 0; s < samples; s++) {
-                double *row = u + s * BLOCK;
+            REAL *row = u + s * BLOCK;
 #pragma omp simd
-                for (int n = 0; n < BLOCK; n++) row[n] = tau * VALUE(row[n]);
-                if (s_out)
-                    for (long n = 0; n < b.nodes; n++) s_out[(start + n) * Y->samples + first + s] = row[n];
+            for (int n = 0; n < BLOCK; n++) row[n] = length * VALUE(row[n]);
+            if (s_out)
+                for (long n = 0; n < b.nodes; n++) s_out[(start + n) * samples + s] = row[n];
+            if (f)
+                for (long n = 0; n < b.nodes; n++) f[(start + n) * samples + s] += weight * row[n];
 #pragma omp simd
-                for (int n = 0; n < BLOCK; n++) row[n] *= b.weights[n];
-            }
-            project(samples, b.psi, b.psi_stride, psi->rank, u, scratch.sums);
+            for (int n = 0; n < BLOCK; n++) row[n] *= b.weights[n];
         }
-        add_up(samples, psi->rank, scratch.sums, Q + first, Y->samples);
+        if (Q) project(samples, b.psi, b.psi_stride, psi->rank, u, scratch->sums);
     }
-    free_scratch(&scratch);
-    return 0;
+    if (Q) add_up(samples, psi->rank, scratch->sums, Q, ldq);
 }
 
-/* For w = M Psi x + x_q lambda and v = tau sigma'(u) w: D = Phi^T v, this rank's part, and bias = sum over samples of v;
-   `length`, or NULL, takes <w, sigma(u)>, this rank's part. x_q may be NULL for 0; lambda has its nodes innermost. */
-int transpose(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const double *a,
-              const double *C, double tau, const double *x, const double *x_q, const double *lambda, double *D,
-              double *bias, double *length) {
-    static const double zero[BLOCK];
-    struct scratch scratch;
-    double u[CHUNK * BLOCK], w[CHUNK * BLOCK];
+static void transpose_of_few(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
+                             const double *C, long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D,
+                             double *bias, double weight, double *length, struct scratch *scratch) {
+    static const REAL zero[BLOCK];
+    const long samples = Y->samples;
+    const REAL tau_ = tau;
+    REAL u[LANES * BLOCK], w[LANES * BLOCK];
     double paired = 0.0;
-    if (!new_scratch(&scratch, phi->rank, psi->rank)) return 1;
-    memset(bias, 0, Y->nodes * sizeof(double));
+    memset(scratch->sums, 0, phi->rank * LANES * sizeof(sums));
+    for (long start = 0; start < Y->nodes; start += BLOCK) {
+        struct block b = block_at(start, Y, phi, psi, a, scratch);
+        REAL sum[BLOCK] = {0};
+        affine(samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
+        affine(samples, b.psi, b.psi_stride, psi->rank, zero, x, ldx, w); /* -Psi x */
+        for (long s = 0; s < samples; s++) {
+            REAL *row = u + s * BLOCK, *dual = w + s * BLOCK;
+#pragma omp simd
+            for (int n = 0; n < BLOCK; n++) dual[n] *= -b.weights[n];
+            if (lambda) {
+                const REAL *column = lambda + s * Y->nodes + start;
+                const REAL factor = x[s * ldx + psi->rank];
+#pragma omp simd
+                for (int n = 0; n < b.nodes; n++) dual[n] += factor * column[n];
+            }
+            if (length) {
+#pragma omp simd reduction(+ : paired)
+                for (int n = 0; n < BLOCK; n++) paired += dual[n] * VALUE(row[n]);
+            }
+#pragma omp simd
+            for (int n = 0; n < BLOCK; n++) {
+                REAL v = tau_ * SLOPE(row[n]) * dual[n];
+                dual[n] = v;
+                sum[n] += v;
+            }
+        }
+        for (long n = 0; n < b.nodes; n++) bias[start + n] += weight * sum[n];
+        project(samples, b.phi, b.phi_stride, phi->rank, w, scratch->sums);
+    }
+    add_up(samples, phi->rank, scratch->sums, D, phi->rank);
+    if (length) *length = paired;
+}
+
+/* -- many samples: lanes are samples; u, here, is nodes x CHUNK --------------------------------------------------------- */
+
+
+/* sum_i = sum over l of x[l * by_l + i * by_i] y_l for `rows` <= 4 rows, each of `vectors` <= 4 vectors of samples. */
+ALWAYS void product_tile(int rows, int vectors, const REAL *restrict x, long by_l, long by_i, const REAL *restrict y,
+                         long length, vec sum[4][4]) {
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        UNROLL
+        for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
+    for (long l = 0; l < length; l++) {
+        vec q[4];
+        UNROLL
+        for (int j = 0; j < vectors; j++) q[j] = get(y + l * CHUNK + j * LANES);
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            REAL c = x[l * by_l + i * by_i];
+            UNROLL
+            for (int j = 0; j < vectors; j++) sum[i][j] += c * q[j];
+        }
+    }
+}
+
+/* u = a + Phi c on a tile of nodes. */
+ALWAYS void affine_rows(int nodes, int vectors, const REAL *phi, long stride, long rank, const REAL *a, const REAL *c, REAL *u) {
+    vec sum[4][4];
+    product_tile(nodes, vectors, phi, stride, 1, c, rank, sum);
+    UNROLL
+    for (int i = 0; i < nodes; i++)
+        UNROLL
+        for (int j = 0; j < vectors; j++) put(u + i * CHUNK + j * LANES, a[i] + sum[i][j]);
+}
+
+/* total += Psi^T v for `ranks` <= 4 functions, over a block of nodes. */
+ALWAYS void project_columns(int ranks, int vectors, const REAL *psi, long stride, long nodes, const REAL *v, double *total) {
+    vec sum[4][4];
+    product_tile(ranks, vectors, psi, 1, stride, v, nodes, sum);
+    UNROLL
+    for (int i = 0; i < ranks; i++)
+        UNROLL
+        for (int j = 0; j < vectors; j++)
+            *(loose_sums *)(total + i * CHUNK + j * LANES) += __builtin_convertvector(sum[i][j], sums);
+}
+
+#define TILES(tile, count, vectors)                                                                                       \
+    do {                                                                                                                   \
+        long i = 0;                                                                                                        \
+        for (; i + 4 <= count; i += 4) tile(4, vectors);                                                                   \
+        switch (count - i) {                                                                                               \
+        case 3: tile(3, vectors); break;                                                                                   \
+        case 2: tile(2, vectors); break;                                                                                   \
+        case 1: tile(1, vectors); break;                                                                                   \
+        }                                                                                                                  \
+    } while (0)
+#define ALL_TILES(tile, count)                                                                                            \
+    switch (vectors) {                                                                                                     \
+    case 4: TILES(tile, count, 4); break;                                                                                  \
+    case 3: TILES(tile, count, 3); break;                                                                                  \
+    case 2: TILES(tile, count, 2); break;                                                                                  \
+    case 1: TILES(tile, count, 1); break;                                                                                  \
+    }
+
+static void affine_of_many(int vectors, const REAL *phi, long stride, long rank, long nodes, const REAL *a, const REAL *c,
+                           REAL *u) {
+#define AFFINE_ROWS(rows, vectors) affine_rows(rows, vectors, phi + i, stride, rank, a + i, c, u + i * CHUNK)
+    ALL_TILES(AFFINE_ROWS, nodes)
+}
+
+static void project_many(int vectors, const REAL *psi, long stride, long rank, long nodes, const REAL *v, double *total) {
+#define PROJECT_COLUMNS(ranks, vectors) \
+    project_columns(ranks, vectors, psi + i * stride, stride, nodes, v, total + i * CHUNK)
+    ALL_TILES(PROJECT_COLUMNS, rank)
+}
+
+/* A chunk of samples, the last filled up by zeros to whole vectors. */
+#define CHUNKS(Y)                                                                                                         \
+    for (long first = 0, samples, vectors; samples = Y->samples - first < CHUNK ? Y->samples - first : CHUNK,               \
+              vectors = (samples + LANES - 1) / LANES, first < Y->samples; first += CHUNK)
+
+#define BLOCKS(Y) \
+    for (long start = 0, nodes; nodes = Y->nodes - start < BLOCK ? Y->nodes - start : BLOCK, start < Y->nodes; start += BLOCK)
+
+static void turn(long samples, long rank, const double *C, long ldc, double factor, REAL *c) {
+    memset(c, 0, rank * CHUNK * sizeof(REAL));
+    for (long s = 0; s < samples; s++)
+        for (long k = 0; k < rank; k++) c[k * CHUNK + s] = factor * C[s * ldc + k];
+}
+
+static void turn_back(long samples, long rank, const double *total, double *Q, long ldq) {
+    for (long s = 0; s < samples; s++)
+        for (long k = 0; k < rank; k++) Q[s * ldq + k] = total[k * CHUNK + s];
+}
+
+static void rate_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
+                         const double *C, long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight,
+                         struct scratch *scratch) {
+    REAL u[BLOCK * CHUNK] __attribute__((aligned(64))), *c = scratch->coefficients[0];
+    double *total = (double *)scratch->sums;
+    const REAL length = tau;
     CHUNKS(Y) {
-        memset(scratch.sums, 0, phi->rank * CHUNK * sizeof(vec));
-        for (long start = 0; start < Y->nodes; start += BLOCK) {
-            struct block b = block_at(start, Y, phi, psi, a, &scratch);
-            double sum[BLOCK] = {0.0};
-            affine(samples, b.phi, b.phi_stride, phi->rank, b.a, C + first, Y->samples, u);
-            affine(samples, b.psi, b.psi_stride, psi->rank, zero, x + first, Y->samples, w); /* -Psi x */
-            for (long s = 0; s < samples; s++) {
-                double *row = u + s * BLOCK, *dual = w + s * BLOCK;
+        turn(samples, phi->rank, C + first * ldc, ldc, -1.0, c);
+        memset(total, 0, psi->rank * CHUNK * sizeof(double));
+        BLOCKS(Y) {
+            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, c, u);
+            for (long n = 0; n < nodes; n++) {
+                REAL *row = u + n * CHUNK;
+                const long width = vectors * LANES, at = (start + n) * Y->samples + first;
 #pragma omp simd
-                for (int n = 0; n < BLOCK; n++) dual[n] *= -b.weights[n];
-                if (x_q) {
-                    const double *column = lambda + (first + s) * Y->nodes + start;
-                    double factor = x_q[first + s];
+                for (int s = 0; s < width; s++) row[s] = length * VALUE(row[s]);
+                if (s_out)
+                    for (long s = 0; s < samples; s++) s_out[at + s] = row[s];
+                if (f)
+                    for (long s = 0; s < samples; s++) f[at + s] += weight * row[s];
+                const REAL w = Y->weights[start + n];
 #pragma omp simd
-                    for (int n = 0; n < b.nodes; n++) dual[n] += factor * column[n];
+                for (int s = 0; s < width; s++) row[s] *= w;
+            }
+            if (Q) project_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, u, total);
+        }
+        if (Q) turn_back(samples, psi->rank, total, Q + first * ldq, ldq);
+    }
+}
+
+static void transpose_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
+                              const double *C, long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D,
+                              double *bias, double weight, double *length, struct scratch *scratch) {
+    static const REAL zero[BLOCK];
+    REAL u[BLOCK * CHUNK] __attribute__((aligned(64))), w[BLOCK * CHUNK] __attribute__((aligned(64))), factor[CHUNK];
+    REAL *c = scratch->coefficients[0], *y = scratch->coefficients[1];
+    double *total = (double *)scratch->sums, paired = 0.0;
+    const REAL tau_ = tau;
+    CHUNKS(Y) {
+        const long width = vectors * LANES;
+        turn(samples, phi->rank, C + first * ldc, ldc, -1.0, c);
+        turn(samples, psi->rank, x + first * ldx, ldx, 1.0, y);
+        if (lambda)
+            for (long s = 0; s < samples; s++) factor[s] = x[(first + s) * ldx + psi->rank];
+        memset(total, 0, phi->rank * CHUNK * sizeof(double));
+        BLOCKS(Y) {
+            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, c, u);
+            affine_of_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, zero, y, w); /* Psi x */
+            for (long n = 0; n < nodes; n++) {
+                REAL *row = u + n * CHUNK, *dual = w + n * CHUNK, sum = 0;
+                const REAL node = Y->weights[start + n];
+#pragma omp simd
+                for (int s = 0; s < width; s++) dual[s] *= node;
+                if (lambda) {
+                    const REAL *adjoint = lambda + (start + n) * Y->samples + first;
+#pragma omp simd
+                    for (int s = 0; s < samples; s++) dual[s] += factor[s] * adjoint[s];
                 }
                 if (length) {
 #pragma omp simd reduction(+ : paired)
-                    for (int n = 0; n < BLOCK; n++) paired += dual[n] * VALUE(row[n]);
+                    for (int s = 0; s < samples; s++) paired += dual[s] * VALUE(row[s]);
                 }
-#pragma omp simd
-                for (int n = 0; n < BLOCK; n++) {
-                    double v = tau * SLOPE(row[n]) * dual[n];
-                    dual[n] = v;
-                    sum[n] += v;
+#pragma omp simd reduction(+ : sum)
+                for (int s = 0; s < width; s++) {
+                    REAL v = tau_ * SLOPE(row[s]) * dual[s];
+                    dual[s] = v;
+                    sum += v;
                 }
+                bias[start + n] += weight * sum;
             }
-            for (long n = 0; n < b.nodes; n++) bias[start + n] += sum[n];
-            project(samples, b.phi, b.phi_stride, phi->rank, w, scratch.sums);
+            project_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, w, total);
         }
-        add_up(samples, phi->rank, scratch.sums, D + first, Y->samples);
+        turn_back(samples, phi->rank, total, D + first * phi->rank, phi->rank);
     }
     if (length) *length = paired;
+}
+
+/* -- either ----------------------------------------------------------------------------------------------------------- */
+
+/* Whether lambda is wanted with the nodes innermost; else the samples are. */
+int nodes_are_innermost(const struct label_space *Y) { return Y->samples < LANES; }
+
+/* Q = Psi^T M s for s = tau sigma(u), this rank's part; not if Q is NULL. `s_out` takes s, f, both nodes x samples, has
+   weight * s added; either may be NULL. */
+int rate(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a, const double *C,
+         long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight) {
+    struct scratch scratch;
+    if (!new_scratch(&scratch, phi->rank, psi->rank)) return 1;
+    (nodes_are_innermost(Y) ? rate_of_few : rate_of_many)(Y, phi, psi, a, C, ldc, tau, Q, ldq, s_out, f, weight, &scratch);
     free_scratch(&scratch);
     return 0;
 }
 
-/* f += sum_j weight_j sigma(u_j) for stages with bases phi_j, of one layer or of many; f is nodes x samples. */
-int advance(const struct label_space *Y, long stages, const struct basis *const *phi, const double *const *a,
-            const double *const *C, const double *weight, double *f) {
+/* For w = M Psi x + x_q lambda, x_q behind the coefficients x of each sample, and v = tau sigma'(u) w: D = Phi^T v, this
+   rank's part, and weight * sum over samples of v added to `bias`; `length`, or NULL, takes <w, sigma(u)>, this rank's
+   part. lambda may be NULL for 0. */
+int transpose(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a, const double *C,
+              long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D, double *bias, double weight,
+              double *length) {
     struct scratch scratch;
-    double u[CHUNK * BLOCK], total[CHUNK * BLOCK];
-    long rank = 1;
-    for (long j = 0; j < stages; j++) rank = phi[j]->rank > rank ? phi[j]->rank : rank;
-    if (!new_scratch(&scratch, rank, rank)) return 1;
-    for (long start = 0; start < Y->nodes; start += BLOCK)
-        CHUNKS(Y) {
-            memset(total, 0, sizeof total);
-            for (long j = 0; j < stages; j++) {
-                struct block b = block_at(start, Y, phi[j], phi[j], a[j], &scratch);
-                double factor = weight[j];
-                affine(samples, b.phi, b.phi_stride, phi[j]->rank, b.a, C[j] + first, Y->samples, u);
-#pragma omp simd
-                for (int i = 0; i < samples * BLOCK; i++) total[i] += factor * VALUE(u[i]);
-            }
-            long nodes = Y->nodes - start < BLOCK ? Y->nodes - start : BLOCK;
-            for (long n = 0; n < nodes; n++)
-                for (long s = 0; s < samples; s++) f[(start + n) * Y->samples + first + s] += total[s * BLOCK + n];
-        }
+    if (!new_scratch(&scratch, phi->rank, psi->rank)) return 1;
+    (nodes_are_innermost(Y) ? transpose_of_few : transpose_of_many)(Y, phi, psi, a, C, ldc, tau, x, ldx, lambda, D, bias,
+                                                                    weight, length, &scratch);
     free_scratch(&scratch);
     return 0;
 }

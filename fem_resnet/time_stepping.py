@@ -77,11 +77,14 @@ class LayerTrace:
         f at the end, and its tangent, where the state carried them; with a running cost a row more, for c.
     steps : list of float
         The accepted steps, in parts of the layer.
+    added : bool
+        Whether the integral of f_t was added up on the way, so that f at the end needs no stages.
     """
 
     stages: list[StageValue] = field(default_factory=list)
     end: list[np.ndarray] | None = None
     steps: list[float] = field(default_factory=list)
+    added: bool = False
 
 
 class LayerStepper:
@@ -230,6 +233,7 @@ class LayerStepper:
         inputs: Sequence[LayerInputs],
         save: bool,
         steps: Sequence[float] | None = None,
+        total: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """Solve the layer from g; returns g at its end and leaves a `trace`.
 
@@ -246,6 +250,8 @@ class LayerStepper:
             Whether to keep the trajectory for `adjoint`.
         steps
             Steps to take, in parts of the layer, as a trace has them; if left out they are adapted, or equal.
+        total
+            Where that costs little, the integral of f_t over the layer is added to it, shape (nodes, samples); see the trace.
 
         Raises
         ------
@@ -256,9 +262,9 @@ class LayerStepper:
         if not inputs[0].length > 0:
             raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
         self._linear.start(inputs)
-        self._start_compiled(inputs, self.steps if steps is None else len(steps))
         self._replayed = list(steps) if steps is not None else None
         self.trace = LayerTrace()
+        self._start_compiled(inputs, self.steps if steps is None else len(steps), total)
         self.has_trajectory = False
         self.state.write(self._y, g, self.state.start(f))
         ts = self._ts
@@ -331,6 +337,8 @@ class LayerStepper:
         self._solve(self._ts.adjointSolve)
         start, rest = self.state.read(self._adjoint_y)
         functionals = self._mu.array_r.copy()
+        if self._compiled is not None:
+            functionals = self._compiled.functionals(functionals)
         self._check_finite(start, [functionals], self._time(0.0))
         return start, adjoint if self._cost is None else list(rest), functionals
 
@@ -343,15 +351,16 @@ class LayerStepper:
             self._compiled.release()
         self._ts.removeTrajectory()
 
-    def _start_compiled(self, inputs: Sequence[LayerInputs], steps: int) -> None:
+    def _start_compiled(self, inputs: Sequence[LayerInputs], steps: int, total: np.ndarray | None) -> None:
         """Let TS call C where that is possible; what a layer takes is of one kind for good."""
         if self._undecided:
             self._undecided = False
             known = not (self.method.implicit or self.carries_f or self.adaptive) and self.method.quadrature is not None
             if known and CompiledLayer.fits(self.stage, inputs):
-                self._compiled = CompiledLayer(self.stage, self._ts, inputs[0], self._weights)
+                self._compiled = CompiledLayer(self.stage, self._ts, inputs[0])
         if self._compiled is not None:
-            self._compiled.start(inputs[0], steps)
+            self.trace.added = total is not None and self._compiled.adds_up
+            self._compiled.start(inputs[0], steps, total if self.trace.added else None)
 
     def _solve(self, solve) -> None:
         try:
@@ -456,12 +465,14 @@ class LayerStepper:
         parameters = inputs.bias.size + inputs.beta.size + inputs.learns_length
         if inputs.learns_factors:
             parameters += inputs.factors.phi.values.size + inputs.factors.psi.values.size
+        if self._compiled is not None:
+            parameters = self._compiled.parameters
         self._mu = PETSc.Vec().create(self.state.comm)
         self._mu.setSizes((parameters, PETSc.DETERMINE))
         self._mu.setUp()
         sizes = (self.state.size, parameters)
         if self._compiled is not None:
-            self._compiled.attach_parameters(*sizes)
+            self._compiled.attach_parameters(self.state.size)
             return
         matrix = shell(Transposed(weakly(self._parameter_transpose)), sizes, self.state.comm)
         if self.method.implicit:
