@@ -50,8 +50,6 @@ class CompiledLayer:
         self._stage, self._ts = stage, ts
         matrix, self._weights, _ = rk_tableau(ts)
         reuses = bool((matrix[-1] == self._weights).all())  # PETSc's test too: the last slope is then the next step's first
-        #: Whether f can be added up on the way.
-        self.adds_up = not reuses
         shapes = {"C": (samples, phi), "D": (samples, phi), "bias": (stage.Y.nodes,), "by_beta": (phi, psi)}
         self._work = {name: np.empty(shape) for name, shape in shapes.items()} | {"weights": self._weights}
         self._layer = _Layer(

@@ -78,6 +78,18 @@ static void clear_q(const struct layer *layer, double *state) {
     for (long s = 0; s < layer->Y->samples; s++) state[s * LD(layer) + RANK(layer)] = 0.0;
 }
 
+/* What f takes of the slope that TS asks for next: h b_i; a slope that is the next step's first too has that one's weight. */
+static double forward_weight(struct layer *layer, double h) {
+    const long later = layer->method_stages - layer->reuses, last = layer->method_stages - 1;
+    long step = 0, stage = layer->asked++;
+    if (stage > last) {
+        step = 1 + (stage - layer->method_stages) / later;
+        stage = layer->reuses + (stage - layer->method_stages) % later;
+    }
+    if (layer->reuses && stage == last) return step + 1 < layer->steps ? h * layer->weights[0] : 0.0;
+    return h * layer->weights[stage];
+}
+
 PetscErrorCode layer_rate(TS ts, PetscReal t, Vec y, Vec F, void *context) {
     struct layer *layer = context;
     PetscReal h;
@@ -87,7 +99,7 @@ PetscErrorCode layer_rate(TS ts, PetscReal t, Vec y, Vec F, void *context) {
     PetscCall(act(layer, y, layer->C));
     PetscCall(VecGetArrayWrite(F, &rates));
     clear_q(layer, rates);
-    const double weight = h * layer->weights[layer->asked++ % layer->method_stages];
+    const double weight = forward_weight(layer, h);
     PetscCheck(!rate(layer->Y, layer->phi, layer->psi, layer->a, layer->C, layer->phi->rank, layer->length, rates, LD(layer),
                      NULL, weight != 0.0 ? layer->f : NULL, weight),
                PETSC_COMM_SELF, PETSC_ERR_MEM, "no memory for the sums of a stage");
@@ -108,9 +120,9 @@ PetscErrorCode layer_nothing(TS ts, PetscReal t, Vec y, Mat J, void *context) { 
 
 /* What TS weighs the stage by that it asks for next in the adjoint, or 1 where b_i = 0. */
 static double adjoint_weight(struct layer *layer) {
-    const long asked = layer->method_stages - layer->reuses;
-    const double h = layer->lengths[layer->steps - 1 - layer->asked / asked];
-    const double b = layer->weights[asked - 1 - layer->asked % asked];
+    const long stages = layer->method_stages - layer->reuses;
+    const double h = layer->lengths[layer->steps - 1 - layer->asked / stages];
+    const double b = layer->weights[stages - 1 - layer->asked % stages];
     layer->asked++;
     return b != 0.0 ? h * b : h;
 }
@@ -169,8 +181,8 @@ PetscErrorCode layer_keep_step(TS ts) {
     PetscCall(TSGetStages(ts, &count, &stages));
     for (PetscInt i = 0; i < count; i++) PetscCall(act(layer, stages[i], layer->stages + (layer->step * count + i) * size));
     layer->step++;
-    PetscCheck(!layer->f || layer->asked == layer->step * layer->method_stages, PETSC_COMM_SELF, PETSC_ERR_PLIB,
-               "another number of stages than the method has");
+    PetscCheck(layer->asked == layer->step * (layer->method_stages - layer->reuses) + layer->reuses, PETSC_COMM_SELF,
+               PETSC_ERR_PLIB, "another number of stages than the method has");
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 

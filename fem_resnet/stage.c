@@ -86,23 +86,12 @@ static void fill_up(REAL *copy, const REAL *values, long columns, long stride, l
     }
 }
 
-/* Ask for the rows of the next block, which no hardware foresees: columns are far apart. */
-ALWAYS void fetch_ahead(const struct label_space *Y, const struct basis *basis, long start) {
-    if (start + 2 * BLOCK > Y->nodes) return;
-    for (long k = 0; k < basis->rank; k++)
-        for (long n = 0; n < BLOCK; n += 64 / sizeof(REAL))
-            __builtin_prefetch(basis->values + k * Y->nodes + start + BLOCK + n);
-}
-
 static struct block block_at(long start, const struct label_space *Y, const struct basis *phi, const struct basis *psi,
                              const REAL *a, struct scratch *scratch) {
     long nodes = Y->nodes - start;
-    if (nodes >= BLOCK) {
-        fetch_ahead(Y, phi, start);
-        if (psi->values != phi->values) fetch_ahead(Y, psi, start);
+    if (nodes >= BLOCK)
         return (struct block){start, BLOCK, phi->values + start, psi->values + start, a + start, Y->weights + start,
                               Y->nodes, Y->nodes};
-    }
     fill_up(scratch->phi, phi->values + start, phi->rank, Y->nodes, nodes);
     fill_up(scratch->psi, psi->values + start, psi->rank, Y->nodes, nodes);
     fill_up(scratch->a, a + start, 1, 0, nodes);

@@ -251,7 +251,7 @@ class LayerStepper:
         steps
             Steps to take, in parts of the layer, as a trace has them; if left out they are adapted, or equal.
         total
-            Where that costs little, the integral of f_t over the layer is added to it, shape (nodes, samples); see the trace.
+            Where C steps the layer, the integral of f_t is added to it, shape (nodes, samples); the trace says so.
 
         Raises
         ------
@@ -359,8 +359,8 @@ class LayerStepper:
             if known and CompiledLayer.fits(self.stage, inputs):
                 self._compiled = CompiledLayer(self.stage, self._ts, inputs[0])
         if self._compiled is not None:
-            self.trace.added = total is not None and self._compiled.adds_up
-            self._compiled.start(inputs[0], steps, total if self.trace.added else None)
+            self.trace.added = total is not None
+            self._compiled.start(inputs[0], steps, total)
 
     def _solve(self, solve) -> None:
         try:
