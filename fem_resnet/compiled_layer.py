@@ -50,7 +50,10 @@ class CompiledLayer:
         self._stage, self._ts = stage, ts
         matrix, self._weights, _ = rk_tableau(ts)
         reuses = bool((matrix[-1] == self._weights).all())  # PETSc's test too: the last slope is then the next step's first
-        shapes = {"C": (samples, phi), "D": (samples, phi), "bias": (stage.Y.nodes,), "by_beta": (phi, psi)}
+        used = self._weights[: len(self._weights) - reuses]
+        #: What TS is to weigh the stages of a step of length 1 by in all, in the adjoint.
+        self._weight = float(np.where(used == 0.0, 1.0, used).sum())
+        shapes = {"C": (samples, phi), "D": (samples, phi), "by_beta": (phi, psi)}
         self._work = {name: np.empty(shape) for name, shape in shapes.items()} | {"weights": self._weights}
         self._layer = _Layer(
             space=stage.space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses,
@@ -110,7 +113,8 @@ class CompiledLayer:
     def start_adjoint(self, adjoint: np.ndarray) -> None:
         """Before an adjoint solve, with the adjoint value of f at the segment's end."""
         self._adjoint = self._stage.arranged(adjoint)
-        self._work["bias"].fill(0.0)
+        self._functionals = np.zeros(self._stage.Y.nodes + self._work["by_beta"].size)
+        self._layer.bias = self._functionals.ctypes.data
         self._layer.adjoint, self._layer.asked = self._adjoint.ctypes.data, 0
 
     @property
@@ -130,17 +134,18 @@ class CompiledLayer:
         RuntimeError
             If TS has weighted the stages otherwise than was taken for granted.
         """
-        *by_beta, total = by_parameters
-        b = np.where(self._weights == 0.0, 1.0, self._weights)[: len(self._weights) - self._layer.reuses]
-        if abs(total - self._h.sum() * b.sum()) > 1e-10 * max(1.0, np.abs(b).sum()):
+        if abs(by_parameters[-1] - self._weight * self._h.sum()) > 1e-10 * self._weight:
             raise RuntimeError(
-                f"the adjoint of {self._ts.getRKType()!r} weighs the stages by {total:g} in all, {self._h.sum() * b.sum():g} is "
-                f"wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
+                f"the adjoint of {self._ts.getRKType()!r} weighs the stages by {by_parameters[-1]:g} in all, "
+                f"{self._weight * self._h.sum():g} is wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
             )
-        by_beta = np.reshape(by_beta, self._work["by_beta"].shape)
-        bias, beta = self._inputs.bias, self._inputs.beta
-        return np.concatenate([bias.pull_back(0.0, self._work["bias"]), beta.pull_back(0.0, by_beta)], axis=None)
+        nodes, bias, beta = self._stage.Y.nodes, self._inputs.bias, self._inputs.beta
+        by_beta = beta.pull_back(0.0, by_parameters[:-1].reshape(self._work["by_beta"].shape))
+        if not bias.is_nodal:
+            return np.concatenate([bias.pull_back(0.0, self._functionals[:nodes]), by_beta])
+        self._functionals[nodes:] = by_beta
+        return self._functionals
 
     def release(self) -> None:
         """Forget fields."""
-        self._adjoint = self._inputs = self._arrays = self._C = None
+        self._adjoint = self._inputs = self._arrays = self._C = self._functionals = None

@@ -162,25 +162,29 @@ class LayerCoefficients:
         return LowRankKernel(Basis(Y, phi, "learned"), Basis(Y, psi, "learned"))
 
     def collect(self, functionals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Transpose of `on_layers`: functionals in the order of `slots` from those of each layer."""
-        total = [np.zeros(slot.shape) for slot in self.slots]
+        """Transpose of `on_layers`: functionals in the order of `slots` from those of each layer, parts of these or new."""
+        total: list[np.ndarray | None] = [None] * len(self.slots)
+        times = np.zeros(self.slots[self._position[self._times.name, 0]].shape) if self._learns_times else None
         for (layer, uses), functional in zip(self._layers, functionals):
             start = 0
 
-            def add(target):
+            def add(position):
                 nonlocal start
-                target += functional[start : start + target.size].reshape(target.shape)
-                start += target.size
+                shape = self.slots[position].shape
+                part = functional[start : start + int(np.prod(shape))].reshape(shape)
+                total[position] = part if total[position] is None else total[position] + part
+                start += part.size
 
             for _, active in uses:
                 for key in active:
-                    add(total[self._position[key]])
-            if self._learns_times:
-                times = total[self._position[self._times.name, 0]]
+                    add(self._position[key])
+            if times is not None:
                 times[layer] += functional[start]  # t_(layer + 1), the end of this layer
                 if layer > 0:
                     times[layer - 1] -= functional[start]
                 start += 1
-            for target in total[len(total) - len(self._factors) :]:
-                add(target)
+            for position in range(len(total) - len(self._factors), len(total)):
+                add(position)
+        if times is not None:
+            total[self._position[self._times.name, 0]] = times
         return total

@@ -336,9 +336,8 @@ class LayerStepper:
         self._ts.setCostGradients([self._adjoint_y], [self._mu])
         self._solve(self._ts.adjointSolve)
         start, rest = self.state.read(self._adjoint_y)
-        functionals = self._mu.array_r.copy()
-        if self._compiled is not None:
-            functionals = self._compiled.functionals(functionals)
+        mu = self._mu.array_r
+        functionals = mu.copy() if self._compiled is None else self._compiled.functionals(mu)
         self._check_finite(start, [functionals], self._time(0.0))
         return start, adjoint if self._cost is None else list(rest), functionals
 
