@@ -23,9 +23,9 @@
 
 #define LANES ((int)(VECTOR / sizeof(REAL)))
 #define BLOCK 64  /* nodes */
-#define TILE (4 * LANES)
+#define WIDE (BLOCK / LANES < 8 ? BLOCK / LANES : 8)
 #define CHUNK (4 * LANES)  /* samples, where they are many */
-#define UNROLL _Pragma("GCC unroll 4")
+#define UNROLL _Pragma("GCC unroll 8")
 #define ALWAYS static inline __attribute__((always_inline))
 
 typedef REAL vec __attribute__((vector_size(VECTOR)));
@@ -99,48 +99,48 @@ static struct block block_at(long start, const struct label_space *Y, const stru
     return (struct block){start, nodes, scratch->phi, scratch->psi, scratch->a, scratch->weights, BLOCK, BLOCK};
 }
 
-/* u = a - Phi C on a tile of nodes and of `samples` <= 4 samples. */
-ALWAYS void affine_tile(int samples, const REAL *restrict phi, long stride, long rank, const REAL *restrict a,
+/* u = a - Phi C on a tile of `vectors` <= 8 vectors of nodes and of `samples` <= 4 samples. */
+ALWAYS void affine_tile(int samples, int vectors, const REAL *restrict phi, long stride, long rank, const REAL *restrict a,
                         const double *restrict C, long ldc, REAL *restrict u) {
-    vec sum[4][4];
+    vec sum[4][8];
     UNROLL
     for (int s = 0; s < samples; s++)
         UNROLL
-        for (int v = 0; v < 4; v++) sum[s][v] = get(a + v * LANES);
+        for (int v = 0; v < vectors; v++) sum[s][v] = get(a + v * LANES);
     for (long k = 0; k < rank; k++) {
-        vec p[4];
+        vec p[8];
         UNROLL
-        for (int v = 0; v < 4; v++) p[v] = get(phi + k * stride + v * LANES);
+        for (int v = 0; v < vectors; v++) p[v] = get(phi + k * stride + v * LANES);
         UNROLL
         for (int s = 0; s < samples; s++) {
             REAL c = C[s * ldc + k];
             UNROLL
-            for (int v = 0; v < 4; v++) sum[s][v] -= c * p[v];
+            for (int v = 0; v < vectors; v++) sum[s][v] -= c * p[v];
         }
     }
     UNROLL
     for (int s = 0; s < samples; s++)
         UNROLL
-        for (int v = 0; v < 4; v++) put(u + s * BLOCK + v * LANES, sum[s][v]);
+        for (int v = 0; v < vectors; v++) put(u + s * BLOCK + v * LANES, sum[s][v]);
 }
 
 static void affine(long samples, const REAL *phi, long stride, long rank, const REAL *a, const double *C, long ldc, REAL *u) {
-#define AFFINE(count) affine_tile(count, phi + n, stride, rank, a + n, C + s * ldc, ldc, u + s * BLOCK + n)
-    for (long n = 0; n < BLOCK; n += TILE) {
-        long s = 0;
-        for (; s + 4 <= samples; s += 4) AFFINE(4);
-        switch (samples - s) {
-        case 3: AFFINE(3); break;
-        case 2: AFFINE(2); break;
-        case 1: AFFINE(1); break;
-        }
+#define AFFINE(count, vectors)                                                                                            \
+    for (long n = 0; n < BLOCK; n += vectors * LANES)                                                                      \
+    affine_tile(count, vectors, phi + n, stride, rank, a + n, C + s * ldc, ldc, u + s * BLOCK + n)
+    long s = 0;
+    for (; s + 4 <= samples; s += 4) AFFINE(4, 4);
+    switch (samples - s) {
+    case 3: AFFINE(3, 4); break;
+    case 2: AFFINE(2, 4); break;
+    case 1: AFFINE(1, WIDE); break;
     }
 }
 
-/* total += Psi^T v for `ranks` <= 4 functions and `samples` <= 4 samples, over a block of nodes. */
+/* total += Psi^T v for `ranks` <= 8 functions and `samples` <= 4 samples, over a block of nodes. */
 ALWAYS void project_tile(int ranks, int samples, const REAL *restrict psi, long stride, const REAL *restrict v,
                          sums *restrict total) {
-    vec sum[4][4] = {{{0}}};
+    vec sum[8][4] = {{{0}}};
     for (int n = 0; n < BLOCK; n += LANES) {
         vec q[4];
         UNROLL
@@ -158,23 +158,21 @@ ALWAYS void project_tile(int ranks, int samples, const REAL *restrict psi, long 
         for (int s = 0; s < samples; s++) total[k * LANES + s] += __builtin_convertvector(sum[k][s], sums);
 }
 
-ALWAYS void project_rows(int ranks, long samples, const REAL *psi, long stride, const REAL *v, sums *total) {
-    long s = 0;
-    for (; s + 4 <= samples; s += 4) project_tile(ranks, 4, psi, stride, v + s * BLOCK, total + s);
-    switch (samples - s) {
-    case 3: project_tile(ranks, 3, psi, stride, v + s * BLOCK, total + s); break;
-    case 2: project_tile(ranks, 2, psi, stride, v + s * BLOCK, total + s); break;
-    case 1: project_tile(ranks, 1, psi, stride, v + s * BLOCK, total + s); break;
-    }
-}
+#define PROJECT(ranks, samples) project_tile(ranks, samples, psi + k * stride, stride, v + s * BLOCK, total + k * LANES + s)
+#define PROJECT_ROWS(samples, most)                                                                                       \
+    do {                                                                                                                   \
+        long k = 0;                                                                                                        \
+        for (; k + most <= rank; k += most) PROJECT(most, samples);                                                        \
+        for (; k < rank; k++) PROJECT(1, samples);                                                                         \
+    } while (0)
 
 static void project(long samples, const REAL *psi, long stride, long rank, const REAL *v, sums *total) {
-    long k = 0;
-    for (; k + 4 <= rank; k += 4) project_rows(4, samples, psi + k * stride, stride, v, total + k * LANES);
-    switch (rank - k) {
-    case 3: project_rows(3, samples, psi + k * stride, stride, v, total + k * LANES); break;
-    case 2: project_rows(2, samples, psi + k * stride, stride, v, total + k * LANES); break;
-    case 1: project_rows(1, samples, psi + k * stride, stride, v, total + k * LANES); break;
+    long s = 0;
+    for (; s + 4 <= samples; s += 4) PROJECT_ROWS(4, 4);
+    switch (samples - s) {
+    case 3: PROJECT_ROWS(3, 4); break;
+    case 2: PROJECT_ROWS(2, 4); break;
+    case 1: PROJECT_ROWS(1, 8); break;
     }
 }
 
