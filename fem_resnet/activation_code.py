@@ -21,13 +21,15 @@ _VECTORISED = ("atan", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "si
 LIBRARIES = ("-lmvec", "-lm") if find_library("mvec") else ("-lm",)
 
 
-def activation_code(activation: Activation) -> str:
-    """C code that defines ``VALUE(s)`` and ``SLOPE(s)``, sigma and sigma' of a double.
+def activation_code(activation: Activation, real: str = "double") -> str:
+    """C code that defines REAL, and ``VALUE(s)`` and ``SLOPE(s)``, sigma and sigma' of a REAL.
 
     Parameters
     ----------
     activation
         The activation.
+    real
+        "double" or "float". Constants are doubles: a compiler has to be told that they are to be REAL.
 
     Raises
     ------
@@ -40,10 +42,12 @@ def activation_code(activation: Activation) -> str:
     >>> activation_code(get_activation("relu")).splitlines()[-1]
     '#define SLOPE(s) slope_relu(s)'
     """
-    lines = ["#include <math.h>", "#define REAL double"]
+    lines = ["#include <tgmath.h>", f"#define REAL {real}"]
     if find_library("mvec"):
-        lines += [f'__attribute__((simd("notinbranch"))) double {name}(double);' for name in _VECTORISED]
-        lines.append('__attribute__((simd("notinbranch"))) double pow(double, double);')
+        suffix = "f" if real == "float" else ""
+        simd = '__attribute__((simd("notinbranch"))) REAL'
+        lines += [f"{simd} ({name}{suffix})(REAL);" for name in _VECTORISED]
+        lines.append(f"{simd} (pow{suffix})(REAL, REAL);")
     if activation.expression is None:
         names = [f"{kind}_{activation.name}" for kind in ("value", "slope")]
         lines += [f"#define {name.upper()} {value!r}" for name, value in activation.parameters]

@@ -85,7 +85,8 @@ class CompiledLayer:
     def start(self, inputs: LayerInputs, steps: int, f: np.ndarray | None) -> None:
         """Before a forward solve with these inputs and so many steps; the integral of f_t is added to `f`, if it is given."""
         self._inputs = inputs
-        a, beta = (np.ascontiguousarray(part.coefficients(0.0)) for part in (inputs.bias, inputs.beta))
+        a = np.ascontiguousarray(inputs.bias.coefficients(0.0), self._stage.real)
+        beta = np.ascontiguousarray(inputs.beta.coefficients(0.0))
         # New ones: the quadrature (3.3) keeps them.
         self._h = np.empty(steps)
         self._C = np.empty((steps, len(self._weights), self._stage.samples, inputs.factors.phi.rank))

@@ -31,6 +31,7 @@ __all__ = ["CompiledStage", "new_stage"]
 
 # PyOP2's own flags have -ffast-math, which takes NaN for a number.
 _FLAGS = ("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+_SINGLE = ("-fsingle-precision-constant",)
 _BY_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
 
 
@@ -45,16 +46,16 @@ class _LabelSpace(ctypes.Structure):
 _warned: set[str] = set()
 
 
-def new_stage(Y: LabelSpace, activation: Activation, samples: int) -> Stage:
+def new_stage(Y: LabelSpace, activation: Activation, samples: int, precision: str = "double") -> Stage:
     """Stage evaluations, compiled where that is possible and not switched off; arguments as for `Stage`. Collective."""
     if os.environ.get("FEM_RESNET_COMPILED", "1") != "0":
         try:
-            return CompiledStage(Y, activation, samples)
+            return CompiledStage(Y, activation, samples, precision)
         except (CompilationError, OSError, ValueError) as error:
             if str(error) not in _warned:
                 _warned.add(str(error))
                 log(Y.comm, logging.WARNING, "layers are not compiled, and run by NumPy, which is slower: %s", error)
-    return Stage(Y, activation, samples)
+    return Stage(Y, activation, samples, precision)
 
 
 class CompiledStage(Stage):
@@ -68,22 +69,24 @@ class CompiledStage(Stage):
         If C cannot evaluate the activation.
     """
 
-    def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
-        super().__init__(Y, activation, samples)
-        flags = _FLAGS + _BY_MACHINE.get(platform.machine(), ()) + get_petsc_dirs(prefix="-I", subdir="include")
+    def __init__(self, Y: LabelSpace, activation: Activation, samples: int, precision: str = "double"):
+        super().__init__(Y, activation, samples, precision)
+        flags = _FLAGS + (() if precision == "double" else _SINGLE) + _BY_MACHINE.get(platform.machine(), ()) + get_petsc_dirs(prefix="-I", subdir="include")
         libraries = (*LIBRARIES, *get_petsc_dirs(prefix="-L", subdir="lib"), "-lpetsc")
         rpath = get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib")
-        code = "\n".join([activation_code(activation), _source()])
+        code = "\n".join([activation_code(activation, "double" if precision == "double" else "float"), _source()])
         self._code = load(code, "c", flags, libraries + rpath, comm=Y.comm)
         _declare(self._code)
-        self._space_struct = _LabelSpace(Y.nodes, samples, Y.weights.ctypes.data)
-        self._bases: WeakKeyDictionary[Basis, _Basis] = WeakKeyDictionary()
+        self._weights = np.asarray(Y.weights, self.real)
+        self._space_struct = _LabelSpace(Y.nodes, samples, self._weights.ctypes.data)
+        self._bases: WeakKeyDictionary[Basis, tuple[_Basis, np.ndarray]] = WeakKeyDictionary()
 
     def basis(self, basis: Basis) -> int:
         """Address of what C sees of a basis; good as long as the basis lives."""
         if basis not in self._bases:
-            self._bases[basis] = _Basis(basis.values.ctypes.data, basis.rank)
-        return ctypes.addressof(self._bases[basis])
+            values = np.asarray(basis.values, self.real)
+            self._bases[basis] = _Basis(values.ctypes.data, basis.rank), values
+        return ctypes.addressof(self._bases[basis][0])
 
     @property
     def space(self) -> int:
@@ -100,7 +103,7 @@ class CompiledStage(Stage):
             raise MemoryError(f"{name} of a stage: no memory for its sums")
 
     def arranged(self, adjoint):
-        return np.asarray(adjoint, order="F" if self._code.nodes_are_innermost(self.space) else "C")
+        return np.asarray(adjoint, self.real, order="F" if self._code.nodes_are_innermost(self.space) else "C")
 
     def rate(self, at, out=None):
         if len(at.a) > 1 or out is not None and not out[0].flags.c_contiguous:
@@ -110,7 +113,7 @@ class CompiledStage(Stage):
         return [self.Y.sum(Q)]
 
     def _rate(self, at: Argument, Q: np.ndarray | None, s: np.ndarray | None, f: np.ndarray | None, weight: float) -> None:
-        a, C = np.ascontiguousarray(at.a[0]), np.asfortranarray(at.C[0])
+        a, C = np.ascontiguousarray(at.a[0], self.real), np.asfortranarray(at.C[0])
         self._call(
             "rate", self.basis(at.factors.phi), self.basis(at.factors.psi), _pointer(a), _pointer(C), len(C),
             at.length[0], _pointer(Q), at.factors.psi.rank, _pointer(s), _pointer(f), weight,
@@ -120,7 +123,7 @@ class CompiledStage(Stage):
         if len(at.a) > 1 or with_factors:
             return super().transpose(at, dual, with_length, with_factors)
         phi, psi = at.factors.phi, at.factors.psi
-        a, C = np.ascontiguousarray(at.a[0]), np.asfortranarray(at.C[0])
+        a, C = np.ascontiguousarray(at.a[0], self.real), np.asfortranarray(at.C[0])
         x = np.empty((psi.rank + 1, self.samples), order="F")
         x[:-1], x[-1] = dual.x[0], 0.0 if dual.x_q is None else dual.x_q
         adjoint = None if dual.x_q is None else self.arranged(dual.adjoint[0])

@@ -72,8 +72,8 @@ class EndFunctionals(Functionals):
 class DiscreteGradientStage(Stage):
     """tau D(u_0, u_1) in the place of tau sigma(u), for `Ends`; NumPy alone. Arguments as for `Stage`."""
 
-    def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
-        super().__init__(Y, activation, samples)
+    def __init__(self, Y: LabelSpace, activation: Activation, samples: int, precision: str = "double"):
+        super().__init__(Y, activation, samples, precision)
         self._secant = Secant(activation)
 
     def _arguments(self, block: slice, at: Ends, order: int) -> list[np.ndarray]:

@@ -141,13 +141,16 @@ class Stage:
         sigma.
     samples
         Number of samples in a batch.
+    precision
+        "double", or "single": then u, sigma(u), sigma'(u) and functionals at the nodes are float32; sums over nodes are not.
     """
 
-    def __init__(self, Y: LabelSpace, activation: Activation, samples: int):
+    def __init__(self, Y: LabelSpace, activation: Activation, samples: int, precision: str = "double"):
         self.Y = Y
         self.activation = activation
         self.samples = samples
         self._block = max(_SMALLEST_BLOCK, _BLOCK_BYTES // (8 * samples))
+        self.real = np.dtype(precision)
         self._work = [np.empty((min(self._block, Y.nodes), samples)) for _ in range(2)]
 
     def _blocks(self) -> Iterator[slice]:
@@ -158,13 +161,19 @@ class Stage:
         """An array (nodes, samples) as `transpose` reads it fastest: itself, or a copy."""
         return adjoint
 
+    def _rounded(self, values: np.ndarray) -> np.ndarray:
+        """Values at the nodes as the precision has them, in place."""
+        if self.real != values.dtype:
+            values[...] = values.astype(self.real)
+        return values
+
     def _affine(self, block: slice, at: Argument, order: int = 0, out: np.ndarray | None = None) -> np.ndarray:
         """u (order 0) or u_1 on a block of nodes."""
         u = self._work[0][: block.stop - block.start] if out is None else out
         np.matmul(at.factors.phi.values[block], at.C[order], out=u)
         if order == 1 and at.turning is not None:
             u += at.turning.phi[block] @ at.C[0]
-        return np.subtract(at.a[order][block, None], u, out=u)
+        return self._rounded(np.subtract(at.a[order][block, None], u, out=u))
 
     def _values(self, block: slice, at: Argument) -> Iterator[np.ndarray]:
         """s_0, then s_1, on a block of nodes; each is good until the next."""
@@ -172,14 +181,14 @@ class Stage:
         if len(at.a) == 1:
             self.activation(u, out=u)
             u *= at.length[0]
-            yield u
+            yield self._rounded(u)
             return
         sigma, slope = self.activation(u), self.activation.derivative(u)
-        yield at.length[0] * sigma
+        yield self._rounded(at.length[0] * sigma)
         slope *= self._affine(block, at, 1)
         slope *= at.length[0]
         slope += at.length[1] * sigma
-        yield slope
+        yield self._rounded(slope)
 
     def rate(self, at: Argument, out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         """`Q_k = Psi^T M s_k`, shape (rank of psi, samples), on every rank.
@@ -248,7 +257,7 @@ class Stage:
             w += at.turning.weighted[block] @ dual.x[1]
         if dual.x_q is not None:
             w += dual.adjoint[order][block] * dual.x_q
-        return w
+        return self._rounded(w)
 
     def _transposed(self, block: slice, at: Argument, w: list[np.ndarray]) -> list[np.ndarray]:
         u = self._affine(block, at)
@@ -256,11 +265,11 @@ class Stage:
             self.activation.derivative(u, out=u)
             u *= at.length[0]
             w[0] *= u
-            return w
+            return [self._rounded(w[0])]
         slope, bend = self.activation.derivative(u), self.activation.second_derivative(u)
         bend *= self._affine(block, at, 1)
         v_0 = slope * (at.length[0] * w[0] + at.length[1] * w[1]) + at.length[0] * bend * w[1]
-        return [v_0, at.length[0] * slope * w[1]]
+        return [self._rounded(v_0), self._rounded(at.length[0] * slope * w[1])]
 
     def _pair_rates(self, block: slice, at: Argument, w: list[np.ndarray]) -> float:
         """The functional of tau: `<w_0, sigma(u)> + <w_1, sigma'(u) u_1>`, on this rank."""

@@ -38,7 +38,7 @@ class TransposedStage(Stage):
     """
 
     def __init__(self, stage: Stage):
-        super().__init__(stage.Y, stage.activation, stage.samples)
+        super().__init__(stage.Y, stage.activation, stage.samples, stage.real.name)
         self._stage = stage
         self._square: LowRankKernel | None = None
 

@@ -120,7 +120,8 @@ def replay(point: Point) -> Iterator[Check]:
     J, _ = other.record()
     answer = [np.array([float(J(other.functions))]), *(np.array(d.dat.data_ro) for d in Enlist(J.derivative()))]
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
-    yield Check.of("checkpoints", "replay", _difference(point.comm, answer, _answer(point)), 1e-9 if adapts else 1e-10)
+    bound = 10 * close(problem) if net.precision == "single" else 1e-9 if adapts else 1e-10
+    yield Check.of("checkpoints", "replay", _difference(point.comm, answer, _answer(point)), bound)
 
 
 def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Iterator[Check]:

@@ -152,6 +152,9 @@ def second_order(point: Point, quick: bool) -> Iterator[Check]:
     """Hessian actions against differences of gradients, part by part; their symmetry."""
     joints, labels = point.problem.net.activation.joints, names(point.problem)
     accuracy = close(point.problem)
+    if point.problem.net.precision == "single":
+        yield Check.left_out("Hessian", "against differences", "gradients in single precision are too coarse; see 'double'")
+        return
     bound = max(_BETWEEN_JOINTS if joints else _SMOOTH, accuracy * 100)
     actions = []
     for name, h in _directions(point, quick):

@@ -37,6 +37,8 @@ def names(problem: LearningProblem) -> list[str]:
 
 def close(problem: LearningProblem) -> float:
     """Relative accuracy of what a network computes: round-off, or that of the solves of an implicit type."""
+    if problem.net.precision == "single":
+        return 1e-6
     parameters = problem.net.solver_parameters
     if not METHODS[parameters["ts_type"]].implicit:
         return 1e-11
