@@ -89,8 +89,9 @@ Loss = fem_resnet.loss._LossOperator
 HeadOperator = fem_resnet.head._HeadOperator
 Kernel, Basis, LabelSpace = fem_resnet.kernel.LowRankKernel, fem_resnet.basis.Basis, fem_resnet.label_space.LabelSpace
 regulariser = fem_resnet.regulariser
-CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, TIMES, LAYERS, KINKS, COSTS = (
-    "classes", "field", "carried", "adapted", "implicit", "learned", "times", "layers", "kinks", "costs"
+CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, TIMES, LAYERS, KINKS, COSTS, MANY, MANY_TIMES = (
+    "classes", "field", "carried", "adapted", "implicit", "learned", "times", "layers", "kinks", "costs", "many samples",
+    "many samples, times",
 )  # fmt: skip
 
 
@@ -249,22 +250,31 @@ FAULTS = [
     Fault("functionals of phi forget the second order", LEARNED, line(Stage, "transpose", "-sum(part @ C.T for part, C in zip(v, at.C))", "-(v[0] @ at.C[0].T)")),
     Fault("functionals of psi have no weights", LEARNED, line(Stage, "transpose", " * self.Y.weights[block, None]", "")),
     # the same stage, compiled
-    Fault("compiled: sigma' is dropped in the transpose", CLASSES, compiled("tau * SLOPE(row[n]) * dual[n]", "tau * dual[n]"), True),
-    Fault("compiled: sign of b", CLASSES, compiled("sum[s][v] -= c * p[v]", "sum[s][v] += c * p[v]"), True),
-    Fault("compiled: the rate has no weights", CLASSES, compiled("row[n] *= b.weights[n]", "row[n] *= 1.0"), True),
-    Fault("compiled: the bias's functional is of the last sample", CLASSES, compiled("sum[n] += v", "sum[n] = v"), True),
-    Fault("compiled: a block that is not full is left out", CLASSES, compiled("start < Y->nodes; start += BLOCK) {", "start + BLOCK <= Y->nodes; start += BLOCK) {"), True),
-    Fault("compiled: lambda of the first sample for all", CLASSES, compiled("lambda + (first + s) * Y->nodes", "lambda + first * Y->nodes"), True),
-    Fault("compiled: one lane is not added up", CLASSES, compiled("lane = 0; lane < LANES", "lane = 1; lane < LANES"), True),
-    Fault("compiled: the sums of an earlier chunk stay", CLASSES, compiled("memset(scratch.sums, 0, phi->rank", "if (!first) memset(scratch.sums, 0, 0 * phi->rank"), True),
-    Fault("compiled: the last sample is not advanced", CLASSES, compiled("s < samples; s++) f[", "s < samples - 1; s++) f["), True),
+    Fault("compiled: sigma' is dropped in the transpose", LAYERS, compiled("tau_ * SLOPE(row[n]) * dual[n]", "tau_ * dual[n]"), True),
+    Fault("compiled: sign of b", LAYERS, compiled("sum[s][v] -= c * p[v]", "sum[s][v] += c * p[v]"), True),
+    Fault("compiled: the rate has no weights", LAYERS, compiled("row[n] *= b.weights[n]", "row[n] *= 1.0"), True),
+    Fault("compiled: the bias's functional is of the last sample", LAYERS, compiled("sum[n] += v", "sum[n] = v"), True),
+    Fault("compiled: a block that is not full is left out", LAYERS, compiled("start < Y->nodes; start += BLOCK) {\n        struct block b", "start + BLOCK <= Y->nodes; start += BLOCK) {\n        struct block b"), True),
+    Fault("compiled: lambda of the first sample for all", LAYERS, compiled("lambda + s * Y->nodes + start", "lambda + start"), True),
+    Fault("compiled: one lane is not added up", LAYERS, compiled("lane = 0; lane < LANES", "lane = 1; lane < LANES"), True),
+    Fault("compiled: the last sample is not advanced", LAYERS, compiled("n++) f[(start + n) * samples + s] +=", "n++) if (s + 1 < samples) f[(start + n) * samples + s] +="), True),
     Fault("compiled: lengths pair with sigma'", TIMES, compiled("dual[n] * VALUE(row[n])", "dual[n] * SLOPE(row[n])"), True),
-    Fault("compiled: functionals of beta with the other sign", LAYERS, compiled("paired -= layer->D", "paired += layer->D"), True),
-    Fault("compiled: gamma by b in place of b^T", LAYERS, compiled("layer->Q[j * samples + s] -= layer->beta[i * psi + j]", "layer->Q[j * samples + s] -= layer->beta[(phi - 1 - i) * psi + (psi - 1 - j)]"), True),
-    Fault("compiled: lambda is not seen", LAYERS, compiled("layer->lambda ? layer->x_q : NULL", "NULL"), True),
-    Fault("compiled: beta without its last function of psi", LAYERS, compiled("for (long j = 0; j < psi; j++)\n            for (long s = 0; s < samples; s++) C[i", "for (long j = 0; j + 1 < psi; j++)\n            for (long s = 0; s < samples; s++) C[i"), True),
-    Fault("compiled: the first stage stands for all in the quadrature", LAYERS, compiled("read_state(layer, stages[i]", "read_state(layer, stages[0]"), True),
-    Fault("compiled: derivatives are taken at a stale stage", LAYERS, compiled("PetscErrorCode layer_point(TS ts, PetscReal t, Vec y, Mat J, Mat P, void *context) {", "PetscErrorCode layer_point(TS ts, PetscReal t, Vec y, Mat J, Mat P, void *context) {\n    static int calls;\n    if (calls++) return PETSC_SUCCESS;"), True),
+    Fault("compiled: many samples, sigma' is dropped", MANY, compiled("tau_ * SLOPE(row[s]) * dual[s]", "tau_ * dual[s]"), True),
+    Fault("compiled: many samples, sign of b", MANY, compiled("ldc, -1.0, c);\n        memset(total, 0, psi", "ldc, 1.0, c);\n        memset(total, 0, psi"), True),
+    Fault("compiled: many samples, the rate has no weights", MANY, compiled("row[s] *= w;", "row[s] *= 1.0;"), True),
+    Fault("compiled: many samples, the bias's functional is of the last one", MANY, compiled("sum += v;", "sum = v;"), True),
+    Fault("compiled: many samples, lambda of the first chunk for all", MANY, compiled("lambda + (start + n) * Y->samples + first", "lambda + (start + n) * Y->samples"), True),
+    Fault("compiled: many samples, the sums of an earlier chunk stay", MANY, compiled("memset(total, 0, phi->rank", "if (!first) memset(total, 0, phi->rank"), True),
+    Fault("compiled: many samples, f takes the stage without its weight", MANY, compiled("f[at + s] += weight * row[s]", "f[at + s] += row[s]"), True),
+    Fault("compiled: many samples, lengths pair with sigma'", MANY_TIMES, compiled("dual[s] * VALUE(row[s])", "dual[s] * SLOPE(row[s])"), True),
+    Fault("compiled: functionals of beta with the other sign", LAYERS, compiled("phi, samples, -1.0, g,", "phi, samples, 1.0, g,"), True),
+    Fault("compiled: gamma has the other sign", LAYERS, compiled("psi, samples, phi, -1.0, layer->beta", "psi, samples, phi, 1.0, layer->beta"), True),
+    Fault("compiled: lambda is not seen", LAYERS, compiled("layer->lambda, layer->D", "NULL, layer->D"), True),
+    Fault("compiled: beta without its last function of psi", LAYERS, compiled("layer->Y->samples, RANK(layer), 1.0,", "layer->Y->samples, RANK(layer) - 1, 1.0,"), True),
+    Fault("compiled: the bias's functional is weighted as the forward stage", LAYERS, compiled("h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[stages - 1 - layer->asked % stages];", "h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[(layer->asked + 1) % stages];"), True),
+    Fault("compiled: f is added up with the weights of the stage before", LAYERS, compiled("return h * layer->weights[stage];", "return h * layer->weights[(stage + layer->method_stages - 1) % layer->method_stages];"), True),
+    Fault("compiled: the first stage stands for all in the quadrature", LAYERS, compiled("act(layer, stages[i],", "act(layer, stages[0],"), True),
+    Fault("compiled: derivatives are taken at a stale stage", LAYERS, compiled("layer->point = y;", "if (layer->point) return PETSC_SUCCESS;\n    layer->point = y;"), True),
     # steps
     Fault("b in place of b^T", CLASSES, line(Linear, "transpose", "by_g, by_beta = [-(beta[0].T @ D[0])]", "by_g, by_beta = [-(beta[0].T[::-1, ::-1] @ D[0])]")),
     Fault("beta's functional has the other sign", CLASSES, line(Linear, "transpose", ", -(D[0] @ g[0].T)\n", ", D[0] @ g[0].T\n")),
@@ -305,7 +315,7 @@ FAULTS = [
     Fault("hats' lengths forget the last layer", CLASSES, line(time_basis.Hats, "__init__", "(np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2", "np.append(lengths, lengths[-1]) / 2")),
     Fault("distances in time of the ends of layers", FIELD, line(time_basis.Groups, "__init__", "(times[a] + times[b]) / 2 for", "times[b] for")),
     Fault("lengths of groups count layers", FIELD, line(time_basis.Groups, "__init__", "weights=np.diff(times)", "weights=np.ones(len(times) - 1)")),
-    Fault("functionals of shared coefficients are not added up", FIELD, line(inputs.LayerCoefficients, "collect", "target += functional", "target[...] = functional")),
+    Fault("functionals of shared coefficients are not added up", FIELD, line(inputs.LayerCoefficients, "collect", "part if total[position] is None else total[position] + part", "part")),
     Fault("a layer takes the coefficients of the next", CLASSES, line(inputs.LayerCoefficients, "on_layers", "arrays[self._position[key]] for key in active", "arrays[self._position[key]] for key in active[::-1]")),
     Fault("a layer starts at the end", LEARNED, line(inputs.LayerCoefficients, "collect", "times[layer - 1] -= functional[start]", "pass")),
     Fault("read transposes", FIELD, line(space.KernelCoefficients, "expand", "return coefficients", "return coefficients.T.copy() if coefficients.shape[0] == coefficients.shape[1] else coefficients")),

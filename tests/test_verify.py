@@ -76,7 +76,7 @@ def _fill(parameters, Y, seed):
 
 def _batch(net, samples, targets=None):
     Y = net.Y
-    return Batch(Y.batch(_waves(Y, samples, 3)), Y.batch(_waves(Y, samples, 4)) if targets is None else targets, [1.0, 2.0, 0.5, 1.5][:samples])
+    return Batch(Y.batch(_waves(Y, samples, 3)), Y.batch(_waves(Y, samples, 4)) if targets is None else targets, np.tile([1.0, 2.0, 0.5, 1.5], samples)[:samples])
 
 
 def classes():
@@ -100,9 +100,9 @@ def field():
     return LearningProblem(net, head, fem_resnet.loss.least_squares, regulariser, _batch(net, 3, targets))
 
 
-def _plain(element=("CG", 1), mesh="disk", learn="both", running=None, **options):
+def _plain(element=("CG", 1), mesh="disk", learn="both", running=None, samples=2, **options):
     net = _network(mesh, element, **options)
-    loss, batch = fem_resnet.loss.least_squares, _batch(net, 2)
+    loss, batch = fem_resnet.loss.least_squares, _batch(net, samples)
     return LearningProblem(net, None, loss, tikhonov(0.05), batch, learn=learn, running=running)
 
 
@@ -121,6 +121,8 @@ PROBLEMS = {
     "learned": lambda: _plain(learn_factors=True, learn_times=True, learn="parameters"),
     "layers": _plain,
     "times": lambda: _plain(learn_times=True, learn="parameters"),
+    "many samples": lambda: _plain(samples=35, learn="parameters"),
+    "many samples, times": lambda: _plain(samples=35, learn_times=True, learn="parameters"),
     "kinks": lambda: _plain(activation="relu"),
     "costs": _costs,
 }
