@@ -27,6 +27,7 @@ from pyadjoint import AdjFloat, Block, Tape
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.checkpoints import Manager, add_leaf, is_leaf, manager_of
+from fem_resnet.space_basis import read_all
 
 __all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "Slot", "apply", "gauss_newton"]
 
@@ -110,6 +111,8 @@ class OperatorBlock(Block):
         self._second_duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._tangent: fd.Function | None = None
         self._solved: list[tuple[weakref.ref, int]] | None = None
+        #: The arrays of the latest solve.
+        self._kept: list[np.ndarray] | None = None
         self._adjoint_at: tuple[weakref.ref, int] | None = None
         self._derived: list[tuple[weakref.ref, int]] | None = None
         #: Whether Hessian actions are those of `gauss_newton`.
@@ -122,7 +125,8 @@ class OperatorBlock(Block):
     def solve(self, inputs: Sequence[fd.Function]) -> np.ndarray | float:
         """The operator's value at these inputs, ready for its adjoint."""
         self._solved = None
-        value = self.operator.forward(_read(self.operator, inputs), save=True)
+        self._kept = _read(self.operator, inputs)
+        value = self.operator.forward(self._kept, save=True)
         self._solved = [_version(function) for function in inputs]
         return value
 
@@ -163,8 +167,7 @@ class OperatorBlock(Block):
     def prepare_evaluate_tlm(self, inputs, tlm_inputs, relevant_outputs):
         tangent = self._verb("tangent", "tangents")
         self._refuse_changed(inputs)
-        arrays = _read(self.operator, inputs)
-        return tangent(arrays, self._directions(arrays, tlm_inputs))
+        return tangent(self._kept, self._directions(self._kept, tlm_inputs))
 
     def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
         slot, value = self._output_slots[idx], _parts(self.operator, prepared)[idx]
@@ -190,9 +193,8 @@ class OperatorBlock(Block):
             )
         if self.gauss_newton:
             second_adjoint = getattr(self.operator, "gauss_newton", second_adjoint)
-        arrays = _read(self.operator, inputs)
-        directions = self._directions(arrays, [dependency.tlm_value for dependency in self.get_dependencies()])
-        return second_adjoint(arrays, directions, self._read_duals(adj_inputs), dual_dot)
+        directions = self._directions(self._kept, [dependency.tlm_value for dependency in self.get_dependencies()])
+        return second_adjoint(self._kept, directions, self._read_duals(adj_inputs), dual_dot)
 
     def evaluate_hessian_component(
         self, inputs, hessian_inputs, adj_inputs, block_variable, idx, relevant_dependencies, prepared=None
@@ -217,7 +219,7 @@ class OperatorBlock(Block):
     def _adjoint(self, inputs: Sequence[fd.Function], dual: np.ndarray | float) -> Sequence[np.ndarray]:
         if not self.operator.ready:
             self.solve(inputs)
-        return self.operator.adjoint(_read(self.operator, inputs), dual)
+        return self.operator.adjoint(self._kept, dual)
 
     def _read_duals(self, duals: Sequence[fd.Cofunction | float | None]):
         """Dual values of the outputs as the operator wants them, 0 for an output on which nothing depends."""
@@ -261,9 +263,7 @@ class ScheduledBlock(OperatorBlock):
 
     def __init__(self, operator: Operator, functions: Sequence[fd.Function], tape: Tape):
         self._tape = tape
-        super().__init__(operator, functions)
-        #: The arrays of the latest solve, while its adjoint is to come.
-        self._kept: list[np.ndarray] | None = None
+        super().__init__(operator, functions)  # `_kept` is that of the latest solve while its adjoint is to come
 
     @property
     def _manager(self) -> Manager:
@@ -391,7 +391,7 @@ def _version(function: fd.Function | fd.Cofunction) -> tuple[weakref.ref, int]:
 
 
 def _read(operator: Operator, functions: Sequence[fd.Function]) -> list[np.ndarray]:
-    return [slot.read(function) for slot, function in zip(operator.inputs, functions)]
+    return read_all(operator.inputs, functions)
 
 
 def _parts(operator: Operator, value: object) -> Sequence:

@@ -5,8 +5,11 @@ A segment of layers sees its coefficients as a list of arrays; each layer takes 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import numpy as np
 
@@ -15,7 +18,35 @@ from fem_resnet.kernel import LowRankKernel
 from fem_resnet.parameter import Parameter
 from fem_resnet.space_basis import NodalValues, StateValues
 
-__all__ = ["FactorDirections", "LayerCoefficients", "LayerInputs", "OnLayer"]
+__all__ = ["FactorDirections", "LayerCoefficients", "LayerInputs", "LayerUse", "OnLayer"]
+
+
+class LayerUse:
+    """How one layer uses a parameter, whatever its coefficients are.
+
+    Parameters
+    ----------
+    parameter
+        The parameter.
+    layer
+        Number of the layer.
+
+    Attributes
+    ----------
+    active : sequence of int
+        Numbers of the coefficients that are active there.
+    basis : SpaceBasis
+        Their basis in space.
+    is_constant, is_nodal : bool
+        Whether it is the same at all times of the layer, and whether what is expanded are the coefficients themselves.
+    """
+
+    def __init__(self, parameter: Parameter, layer: int):
+        self.active = parameter.time_basis.active(layer)
+        self.basis = parameter.on_layer(layer)
+        self.weights = partial(parameter.time_basis.weights, layer)
+        self.is_constant = self.weights(0.0) == self.weights(1.0) == (1.0,)
+        self.is_nodal = isinstance(self.basis, NodalValues)
 
 
 class OnLayer:
@@ -24,15 +55,12 @@ class OnLayer:
     The time is the fraction s in [0, 1] of the layer.
     """
 
-    def __init__(self, parameter: Parameter, layer: int, coefficients: Sequence[np.ndarray]):
-        self._basis = parameter.on_layer(layer)
-        self._weights = lambda s: parameter.time_basis.weights(layer, s)
+    def __init__(self, use: LayerUse, coefficients: Sequence[np.ndarray]):
+        self._basis, self._weights = use.basis, use.weights
+        self.is_constant, self.is_nodal = use.is_constant, use.is_nodal
         self._values = [self._basis.expand(c) for c in coefficients]
         #: Number of active coefficients on this rank.
-        self.size = sum(np.size(c) for c in coefficients)
-        #: Whether it is the same at all times of the layer, and whether what is expanded are the coefficients themselves.
-        self.is_constant = self._weights(0.0) == self._weights(1.0) == (1.0,)
-        self.is_nodal = isinstance(self._basis, NodalValues)
+        self.size = sum([c.size for c in coefficients])
 
     def coefficients(self, s: float) -> np.ndarray:
         """`p`, what the layer takes at the fraction s of its time."""
@@ -118,16 +146,21 @@ class LayerCoefficients:
         self._learns_times = isinstance(times, Parameter)
         self._kernel = kernel
         self._factors = list(factors)
-        self._layers = [
-            (layer, [(p, [(p.name, k) for k in p.time_basis.active(layer)]) for p in (bias, kernel)])
-            for layer in layers
-        ]
-        keys = list(dict.fromkeys(key for _, uses in self._layers for _, active in uses for key in active))
+        uses = [[(p, LayerUse(p, layer)) for p in (bias, kernel)] for layer in layers]
+        keys = list(dict.fromkeys((p.name, k) for layer in uses for p, use in layer for k in use.active))
         parameters = {bias.name: bias, kernel.name: kernel}
         if self._learns_times:
             keys.append((times.name, 0))
             parameters[times.name] = times
-        self._position = {key: position for position, key in enumerate(keys)}
+            self._times_at = len(keys) - 1
+        position = {key: position for position, key in enumerate(keys)}
+        #: Each layer's number, and of bias and kernel the use and the positions of the active coefficients.
+        self._layers = [
+            (number, [(use, [position[p.name, k] for k in use.active]) for p, use in layer])
+            for number, layer in zip(layers, uses)
+        ]
+        taken = Counter(at for _, layer in self._layers for _, positions in layer for at in positions)
+        self._shared = [at for at in range(len(keys) + len(self._factors)) if taken[at] != 1]
         self.slots = [parameters[name].space_bases[k] for name, k in keys] + self._factors
         self.functions = [parameters[name].functions[k] for name, k in keys]
 
@@ -140,7 +173,7 @@ class LayerCoefficients:
                 times[layer],
                 times[layer + 1] - times[layer],
                 factors or (None if directions else self._kernel.on_layer(layer).kernel),
-                *(OnLayer(p, layer, [arrays[self._position[key]] for key in active]) for p, active in uses),
+                *[OnLayer(use, [arrays[at] for at in positions]) for use, positions in uses],
                 learns_length=self._learns_times,
                 learns_factors=bool(self._factors),
             )
@@ -149,7 +182,7 @@ class LayerCoefficients:
 
     def _all_times(self, arrays, directions) -> np.ndarray:
         if self._learns_times:
-            return np.concatenate([[0.0], arrays[self._position[self._times.name, 0]]])
+            return np.concatenate([[0.0], arrays[self._times_at]])
         return np.zeros(len(self._times)) if directions else self._times
 
     def _factors_from(self, arrays, directions) -> LowRankKernel | FactorDirections | None:
@@ -162,29 +195,32 @@ class LayerCoefficients:
         return LowRankKernel(Basis(Y, phi, "learned"), Basis(Y, psi, "learned"))
 
     def collect(self, functionals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Transpose of `on_layers`: functionals in the order of `slots` from those of each layer, parts of these or new."""
-        total: list[np.ndarray | None] = [None] * len(self.slots)
-        times = np.zeros(self.slots[self._position[self._times.name, 0]].shape) if self._learns_times else None
+        """Transpose of `on_layers`: functionals in the order of `slots` from those of each layer."""
+        total: list = [None] * len(self.slots)
+        for at in self._shared:
+            total[at] = np.zeros(self.slots[at].shape)
         for (layer, uses), functional in zip(self._layers, functionals):
             start = 0
 
-            def add(position):
+            def add(at):
                 nonlocal start
-                shape = self.slots[position].shape
-                part = functional[start : start + int(np.prod(shape))].reshape(shape)
-                total[position] = part if total[position] is None else total[position] + part
+                shape = self.slots[at].shape
+                part = functional[start : start + prod(shape)].reshape(shape)
                 start += part.size
+                if total[at] is None:  # no other layer has it
+                    total[at] = part
+                else:
+                    total[at] += part
 
-            for _, active in uses:
-                for key in active:
-                    add(self._position[key])
-            if times is not None:
+            for _, positions in uses:
+                for at in positions:
+                    add(at)
+            if self._learns_times:
+                times = total[self._times_at]
                 times[layer] += functional[start]  # t_(layer + 1), the end of this layer
                 if layer > 0:
                     times[layer - 1] -= functional[start]
                 start += 1
-            for position in range(len(total) - len(self._factors), len(total)):
-                add(position)
-        if times is not None:
-            total[self._position[self._times.name, 0]] = times
+            for at in range(len(total) - len(self._factors), len(total)):
+                add(at)
         return total

@@ -8,6 +8,7 @@ knows the Riesz operator R of its inner product in the label measure (M; a Gram 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import firedrake as fd
 import numpy as np
@@ -17,7 +18,10 @@ from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 
-__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues"]
+__all__ = [
+    "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues",
+    "read_all",
+]  # fmt: skip
 
 
 class SpaceBasis(ABC):
@@ -144,12 +148,13 @@ class _Replicated(SpaceBasis):
         self.space = fd.TensorFunctionSpace(mesh, "DG", 0, shape=shape)
 
     def read(self, function):
-        coefficients = np.empty(self.shape)
-        if self.Y.comm.rank == self._owner:
-            coefficients[...] = function.dat.data_ro.reshape(self.shape)
-        if self.Y.comm.size > 1:
-            self.Y.comm.Bcast(coefficients, root=self._owner)
-        return coefficients
+        return read_all([self], [function])[0]
+
+    def read_owned(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
+        """A copy of what this rank has: the coefficients on the owner, numbers of no meaning on others."""
+        if self.Y.comm.rank != self._owner:
+            return np.empty(self.shape)
+        return function.dat.data_ro.reshape(self.shape).copy()
 
     def write(self, function, coefficients):
         values = function.dat.data_wo
@@ -158,6 +163,26 @@ class _Replicated(SpaceBasis):
 
     def pair(self, dual, coefficients):
         return float(np.sum(dual * coefficients))
+
+
+def read_all(slots: Sequence[SpaceBasis | BatchValues], functions: Sequence[fd.Function]) -> list[np.ndarray]:
+    """What each slot reads of its Function, with one broadcast for all that is the same on every rank. Collective."""
+    arrays, replicated = [], {}
+    for slot, function in zip(slots, functions):
+        if isinstance(slot, _Replicated):
+            arrays.append(slot.read_owned(function))
+            if slot.Y.comm.size > 1:
+                replicated.setdefault(slot.Y, []).append(arrays[-1])
+        else:
+            arrays.append(slot.read(function))
+    for Y, parts in replicated.items():
+        together = np.concatenate([part.ravel() for part in parts])
+        Y.comm.Bcast(together, root=Y.coefficient_mesh[1])
+        start = 0
+        for part in parts:
+            part[...] = together[start : start + part.size].reshape(part.shape)
+            start += part.size
+    return arrays
 
 
 class BasisCoefficients(_Replicated):

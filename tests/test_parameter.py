@@ -11,9 +11,9 @@ from fem_resnet.basis import cell_indicators
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.points import class_space
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.layer_inputs import LayerCoefficients, OnLayer
+from fem_resnet.layer_inputs import LayerCoefficients, LayerUse, OnLayer
 from fem_resnet.parameter import Parameter
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues, read_all
 from fem_resnet.time_basis import Groups, Hats, LayerIndicators, Once, Shared
 from helpers import half_square_distance, label_space, laplace, smooth, smooth_direction
 from problems import coefficients, directions, network, polynomials, taping
@@ -188,7 +188,7 @@ TIME_BASES = {
 def _on_layer(basis, time_basis, layer):
     parameter = Parameter("p", basis, time_basis)
     cs = [_coefficients(basis, 10 + k) for k in time_basis.active(layer)]
-    return OnLayer(parameter, layer, cs), cs
+    return OnLayer(LayerUse(parameter, layer), cs), cs
 
 
 @on_ranks
@@ -371,6 +371,124 @@ def test_controls_carry_the_functions_and_their_riesz_maps(basis):
     lengths = np.diff(TIMES)
     first, last = (basis.read(controls[k].riesz_map(dual)) for k in (0, 3))
     assert_allclose(first * lengths[0], last * lengths[3], rtol=1e-13)
+
+
+def _recorded():
+    """J as a function of bias and kernel, and another point."""
+    net = network("disk", "CG1")
+    with taping():
+        final = net(net.Y.batch(smooth(net.Y)))
+        J = half_square_distance(final, net.Y.batch(smooth(net.Y, seed=7)), net.Y)
+    functional = ReducedFunctional(J, [control for parameter in net.parameters for control in parameter.controls()])
+    functions = [function for parameter in net.parameters for function in parameter.functions]
+    other = [function.copy(deepcopy=True) for function in functions]
+    for function in other:
+        function.dat.data_wo[...] *= 0.5
+    return functional, functions, other
+
+
+@on_ranks
+def test_an_evaluation_writes_into_the_functions_of_the_tape():
+    J, functions, other = _recorded()
+    of_tape = [id(control.tape_value()) for control in J.controls]
+    for values in (other, functions, other):
+        J(values)
+        for control, value, here in zip(J.controls, values, of_tape, strict=True):
+            assert id(control.tape_value()) == here
+            assert_array_equal(control.tape_value().dat.data_ro, value.dat.data_ro)
+            assert control.tape_value() is not value
+
+
+@on_ranks
+def test_what_a_user_holds_of_the_tape_is_not_written_into():
+    J, functions, other = _recorded()
+    J(functions)
+    held = [control.tape_value() for control in J.controls]
+    derivative = J.derivative()
+    before = [function.dat.data_ro.copy() for function in derivative]
+    J(other)
+    J.derivative()
+    for control, function, held_one, other_one in zip(J.controls, functions, held, other, strict=True):
+        assert_array_equal(held_one.dat.data_ro, function.dat.data_ro)
+        assert_array_equal(control.tape_value().dat.data_ro, other_one.dat.data_ro)
+    for function, values in zip(derivative, before, strict=True):
+        assert_array_equal(function.dat.data_ro, values)
+
+
+@on_ranks
+def test_the_values_of_the_tape_may_be_handed_to_it():
+    J, functions, other = _recorded()
+    at_other = J(other)
+    assert J([control.tape_value() for control in J.controls]) == at_other
+    J.derivative()  # is not refused
+
+
+def test_a_derivative_without_evaluation_at_changed_values_is_refused():
+    """Also where only the values of one Function of the tape have changed, as `Control.update` changes them."""
+    J, functions, other = _recorded()
+    J(functions)
+    J.controls[0].update(other[0])
+    with pytest.raises(RuntimeError, match="has changed since the tape was evaluated"):
+        J.derivative()
+
+
+@on_two_ranks
+def test_a_function_that_a_block_made_is_not_written_into():
+    """The Function behind it may be another one's checkpoint, as that of an assignment is."""
+    net = network("disk", "CG1")
+    source, bias = fd.Function(net.Y.V), net.bias
+    source.assign(0.5)
+    with taping():
+        bias.functions[0].assign(source)
+        J = half_square_distance(net(net.Y.batch(smooth(net.Y))), net.Y.batch(smooth(net.Y, seed=7)), net.Y)
+    functional = ReducedFunctional(J, bias.controls()[0])
+    functional(fd.Function(net.Y.V).assign(2.0))
+    functional(fd.Function(net.Y.V).assign(3.0))
+    assert (source.dat.data_ro == 0.5).all()
+    assert (source.block_variable.saved_output.dat.data_ro == 0.5).all()
+
+
+@on_ranks
+def test_a_derivative_has_the_halo_that_its_owners_give_it():
+    J, functions, other = _recorded()
+    J(other)
+    derivative = J.derivative()[0]
+    own = derivative.dat.data_ro.copy()
+    same = derivative.copy(deepcopy=True)
+    assert_array_equal(same.dat.data_ro, own)
+    with derivative.dat.vec_ro as vec:
+        assert_array_equal(vec.array_r, own)
+    halo = derivative.dat.data_ro_with_halos[len(own) :]
+    assert not len(halo) or halo.any()
+
+
+class _Counting:
+    """A communicator that counts broadcasts."""
+
+    def __init__(self, comm):
+        self._comm, self.broadcasts = comm, 0
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def Bcast(self, *arguments, **options):
+        self.broadcasts += 1
+        return self._comm.Bcast(*arguments, **options)
+
+
+@on_ranks
+def test_all_that_is_the_same_on_every_rank_is_broadcast_at_once(monkeypatch):
+    bases = [SPACE_BASES[name]() for name in ("kernel", "nodes", "kernel of rank one", "kernel", "laplace")]
+    functions, expected = [fd.Function(basis.space) for basis in bases], []
+    for k, (basis, function) in enumerate(zip(bases, functions)):
+        expected.append(_coefficients(basis, 60 + k))
+        basis.write(function, expected[-1])
+    domains = {basis.Y for basis in bases if not isinstance(basis, NODAL)}
+    for Y in domains:
+        monkeypatch.setattr(Y, "comm", _Counting(Y.comm))
+    for array, values in zip(read_all(bases, functions), expected, strict=True):
+        assert_array_equal(array, values)
+    assert [Y.comm.broadcasts for Y in domains] == [int(COMM_WORLD.size > 1)] * len(domains)
 
 
 @on_ranks
