@@ -7,11 +7,12 @@ log of that factor is wanted to be 1.00 +- 0.05. Nothing is subtracted from t. T
 measured, those sizes and a grid down to small ones, by least squares of the relative error with coefficients >= 0:
 
     t = c_0 + c_control 2 L + c_copy L N + c_field N S
-        + stages (c_latency + c_read N r + c_sigma N S + c_flop N r S + c_small r^2 S),       stages = 4 n L,
+        + stages (c_latency + c_read N r + c_sigma N S + c_flop N r S + c_state r S + c_small r^2 S),
+    stages = 4 n L,
 
 for classical Runge-Kutta: the tape once, a control, the traffic of a bias and of the state; and a stage, forward and backward
-together, its calls, its reads of Phi, its sigmas, its products of nodes, its products of coefficients. From the
-coefficients follows where one of these overtakes another.
+together, its calls, its reads of Phi, its sigmas, its products of nodes, and what it does with coefficients, once a number and
+as products with beta. From the coefficients follows where one of these overtakes another.
 """
 
 import argparse
@@ -27,18 +28,20 @@ from scipy.optimize import nnls
 
 FACTORS = ("N", "r", "S", "L", "n")
 #: Factor -> the size that stays, and the factor's values: where what is linear in it is nearly all of the time. In r that is
-#: where products take far more than sigmas; in S where they take far more than reads of Phi.
+#: where products take far more than sigmas and far less than products with beta, r^2 S; in S where they take far more than reads of Phi.
 SWEEPS = {
     "N": ((None, 16, 32, 4, 1), (8192, 16384, 32768, 65536, 131072)),
-    "r": ((8192, None, 32, 2, 1), (128, 256, 512, 1024)),
+    "r": ((65536, None, 16, 1, 1), (128, 256, 512)),
     "S": ((8192, 16, None, 4, 1), (32, 64, 128, 256, 512)),
-    "L": ((8192, 16, 32, None, 1), (4, 8, 16, 32, 64)),
-    "n": ((8192, 16, 32, 4, None), (1, 2, 4, 8, 16)),
+    "L": ((8192, 16, 32, None, 1), (16, 32, 64, 128)),
+    "n": ((8192, 16, 32, 4, None), (8, 16, 32, 64)),
 }
-#: Down to sizes where latency, and reads, take most of the time.
-GRID = [(N, r, S, 8, 1) for N, r, S in product((256, 2048, 16384, 131072), (8, 32), (1, 4, 16))] + [
-    (512, 16, 1, L, n) for L, n in ((1, 1), (4, 1), (32, 1), (4, 8))
-]
+#: Down to sizes where latency, or reads, or what ranks do not share, take most of the time.
+GRID = [
+    *((N, r, S, 8, 1) for N, r, S in product((256, 2048, 16384, 131072), (8, 32), (1, 4, 16))),
+    *((512, 16, 1, L, n) for L, n in ((1, 1), (4, 1), (32, 1), (4, 8))),
+    (512, 8, 512, 4, 1), (512, 32, 512, 4, 1), (512, 32, 1257, 8, 1), (2048, 128, 32, 2, 1),
+]  # fmt: skip
 QUICK_SWEEPS = {
     "N": ((None, 8, 32, 1, 1), (4096, 8192)),
     "L": ((4096, 8, 32, None, 1), (1, 2)),
@@ -57,6 +60,7 @@ TERMS: dict[str, Callable[..., float]] = {
     "read": lambda N, r, S, L, n: stages(L, n) * N * r,
     "sigma": lambda N, r, S, L, n: stages(L, n) * N * S,
     "flop": lambda N, r, S, L, n: stages(L, n) * N * r * S,
+    "state": lambda N, r, S, L, n: stages(L, n) * r * S,
     "small": lambda N, r, S, L, n: stages(L, n) * r * r * S,
 }
 
@@ -95,8 +99,8 @@ def crossings(c: dict[str, float]) -> dict[str, float]:
         found[f"S at which arithmetic takes as long as reading Phi, r = {r}"] = ratio(c["read"] * r, c["flop"] * r + c["sigma"])
     for r, S in ((16, 1), (16, 32), (32, 4), (32, 1024)):
         work = c["read"] * r + c["sigma"] * S + c["flop"] * r * S
-        small = c["latency"] + c["small"] * r * r * S
-        found[f"N at which a stage's nodes take as long as its latency, r = {r}, S = {S}"] = ratio(small, work)
+        rest = c["latency"] + c["state"] * r * S + c["small"] * r * r * S
+        found[f"N at which a stage's nodes take as long as all else in it, r = {r}, S = {S}"] = ratio(rest, work)
     return found
 
 
