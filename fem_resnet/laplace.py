@@ -44,6 +44,7 @@ EIGENSOLVER_PARAMETERS = {
     "eps_target_magnitude": None,
     "eps_tol": 1e-13,
     "eps_max_it": 500,
+    "eps_purify": False,  # it would solve once more a mode to purge the kernel of M, which has none
     "st_type": "sinvert",
     "st_ksp_type": "preonly",
     "st_pc_type": "cholesky",

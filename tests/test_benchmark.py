@@ -1,9 +1,11 @@
-"""The benchmark runs, its sides agree, and its JSON says what was measured."""
+"""The benchmarks run, their sides agree, their JSON says what was measured; and the package is as fast as it was."""
 
 import json
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,18 +14,19 @@ from test_demos import run
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 #: (N, rank, samples, layers): with one sample and several; nodes that fill more than one block of the reference.
 SIZES = [(8192, 3, 1, 2), (128, 4, 3, 3)]
+#: Size, and how many times faster than each of these the package was on one rank, through the tape (Xeon with AVX-512).
+REACHED = [
+    ((8192, 16, 4, 8), {"numpy": 1.9, "jax": 1.0}),
+    ((8192, 16, 32, 4), {"numpy": 1.7, "jax": 1.0}),
+]
 
 
 @pytest.fixture(scope="module")
 def modules():
     """The benchmark's own modules, which are no part of a package."""
     sys.path.insert(0, str(BENCHMARKS))
-    import blocked
-    import data
-    import environment
-    import roofline
-
-    yield {"blocked": blocked, "data": data, "environment": environment, "roofline": roofline}
+    names = ("blocked", "cost_model", "data", "environment", "gradient", "ours", "roofline", "setting_up", "sides", "tape_cost")
+    yield {name: import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))
 
 
@@ -39,16 +42,19 @@ def benchmark(tmp_path, sides, *sizes):
 
 
 def test_ours_on_one_and_two_ranks_agrees_with_the_reference_and_is_tabulated(tmp_path):
-    results, lines = benchmark(tmp_path, "fem_resnet", *SIZES)
+    results, lines = benchmark(tmp_path, "fem_resnet_1,fem_resnet_2,fem_resnet_layers_1", *SIZES)
     assert [found["size"] for found in results] == [list(size) for size in SIZES]
     for found in results:
         assert not found["failed"]
-        for side in ("numpy", "fem_resnet_1", "fem_resnet_2"):
+        assert not found["one_at_a_time"]  # sizes as small as these fit on any machine
+        for side in ("numpy", "fem_resnet_1", "fem_resnet_2", "fem_resnet_layers_1"):
             # The bounds under which a time counts at all.
             assert found["errors"][side]["J"] <= 1e-12
             assert max(found["errors"][side]["a"], found["errors"][side]["beta"]) <= 1e-10
             assert 0 < found["seconds"][side] <= found["median_seconds"][side]
             assert found["first_call_seconds"][side] > 0 and found["peak_bytes"][side] > 0
+            # Setting up is a part of the one alone; up to what imports had freed and the other's start gave back.
+            assert 0 <= found["evaluation_bytes"][side] <= found["peak_bytes"][side] + 2**22
         ranks = [found["seconds"][f"fem_resnet_{ranks}"] for ranks in (1, 2)]
         assert found["seconds"]["fem_resnet"] == min(ranks)
         assert found["peak_bytes"]["fem_resnet"] in [found["peak_bytes"][f"fem_resnet_{ranks}"] for ranks in (1, 2)]
@@ -75,8 +81,7 @@ def test_the_reference_has_the_derivatives_of_its_own_value(tmp_path, modules):
 
 
 def test_a_side_that_disagrees_is_reported_and_not_timed(tmp_path, monkeypatch, modules):
-    import sides
-
+    sides = modules["sides"]
     monkeypatch.setattr(sides, "BOUND_GRADIENT", -1.0)
     modules["data"].write(tmp_path, *SIZES[1])
     side = sides.Side.start("numpy", tmp_path)
@@ -102,11 +107,55 @@ def test_work_counts_products_as_the_algorithm_has_them(modules):
     assert work["sigmas"] == 3 * 100 * 5 * 4 * 2
 
 
-def test_jax_agrees_where_it_is_installed(tmp_path, modules):
-    if not modules["environment"].is_installed():
-        pytest.skip("the peers' environment is not there; tests/benchmarks/gradient.py makes it")
-    (found,), _ = benchmark(tmp_path, "fem_resnet_1,jax,jax_checkpoint", SIZES[1])
-    assert not found["failed"] and {"jax", "jax_checkpoint", "fem_resnet"} <= set(found["seconds"])
+def test_sides_that_do_not_fit_together_are_measured_one_after_the_other(tmp_path, monkeypatch, modules):
+    gradient = modules["gradient"]
+    assert gradient.fit_together(SIZES[1], ["numpy", "jax", "torch"])
+    assert not gradient.fit_together((2**30, 32, 64, 16), ["numpy", "jax", "torch"])
+    monkeypatch.setattr(gradient, "fit_together", lambda size, names: False)
+    started, ended = [], []
+    start, end = gradient.Side.start, gradient.Side.end
+    monkeypatch.setattr(gradient.Side, "start", lambda name, folder: started.append(name) or start(name, folder))
+    monkeypatch.setattr(gradient.Side, "end", lambda side: ended.append(len(started)) or end(side))
+    given = SimpleNamespace(sides=["numpy", "fem_resnet_layers_1"], one_at_a_time=False, repetitions=3, budget=1.0)
+    measurement = gradient.Measurement(SIZES[1], tmp_path, given)
+    measurement.run()
+    assert started == given.sides and ended == [1, 2]
+    assert [side.name for side in measurement.measured] == given.sides and not measurement.failed
+    assert all(len(side.seconds) == 3 and side.agrees for side in measurement.measured)
+
+
+def test_a_side_that_ends_among_the_others_is_tried_again_alone(tmp_path, monkeypatch, modules):
+    gradient = modules["gradient"]
+    ask, asked = gradient.Side.ask, []
+
+    def ask_once_in_vain(side, command, limit=900):
+        if command == "evaluate" and not asked:
+            asked.append(command)
+            side.process.kill()
+            side.process.wait()  # before anything is written to it: PETSc, in this process, ends at a broken pipe
+            raise gradient.SideFailed("ended")
+        return ask(side, command, limit)
+
+    monkeypatch.setattr(gradient.Side, "ask", ask_once_in_vain)
+    given = SimpleNamespace(sides=["numpy"], one_at_a_time=False, repetitions=3, budget=1.0)
+    measurement = gradient.Measurement(SIZES[1], tmp_path, given)
+    measurement.run()
+    assert asked and not measurement.failed
+    (side,) = measurement.measured
+    assert side.name == "numpy" and len(side.seconds) == 3
+
+
+class Aside:
+    """A side in its own process, as if it were in this one."""
+
+    def __init__(self, side):
+        self._side = side
+
+    def scale(self, factor):
+        self._side.ask(f"scale {factor}")
+
+    def evaluate(self):
+        self._side.ask("evaluate")
 
 
 def _best(side, turns=7):
@@ -119,26 +168,123 @@ def _best(side, turns=7):
     return min(times)
 
 
-#: Size, and how many times faster than NumPy in blocks it was on one rank (Xeon with AVX-512).
-REACHED = [((8192, 16, 4, 8), 1.9), ((8192, 16, 32, 4), 1.7)]
-
-
-@pytest.mark.parametrize("size, reached", REACHED, ids=str)
-def test_the_package_is_faster_than_numpy_in_blocks(size, reached, tmp_path, modules):
+@pytest.mark.parametrize("size, reached", REACHED, ids=lambda x: str(x) if isinstance(x, tuple) else "")
+def test_the_package_keeps_its_distance_from_numpy_in_blocks_and_from_jax(size, reached, tmp_path, modules):
     """Through the tape, on one rank; half of what was reached is asked for, since the machine is shared."""
-    import ours
-
     modules["data"].write(tmp_path, *size)
     data = modules["data"].Data(tmp_path)
-    sides = [ours.FemResnet(data), modules["blocked"].Blocked(data)]
-    for side in sides:
+    sides = {"fem_resnet": modules["ours"].FemResnet(data), "numpy": modules["blocked"].Blocked(data)}
+    for side in sides.values():
         side.prepare()
-        side.evaluate()
-    ratios = []
-    for _ in range(3):  # taking turns
-        package, numpy = map(_best, sides)
-        ratios.append(numpy / package)
-    assert max(ratios) > reached / 2, f"{max(ratios):.2f} times as fast; {reached} were reached"
+        J = side.evaluate()
+    process = None
+    try:
+        if modules["environment"].is_installed():
+            process = modules["sides"].Side.start("jax", tmp_path)
+            process.first = process.ask("prepare")
+            process.compare(J, dict(zip(("a", "beta"), sides["numpy"].gradient()[1:])), tmp_path)
+            assert process.agrees, process.errors
+            sides["jax"] = Aside(process)
+        ratios = {name: 0.0 for name in sides if name != "fem_resnet"}
+        for _ in range(4):
+            times = {name: _best(side) for name, side in sides.items()}  # taking turns
+            ratios = {name: max(ratio, times[name] / times["fem_resnet"]) for name, ratio in ratios.items()}
+            if all(ratio > reached[name] / 2 for name, ratio in ratios.items()):
+                break
+        print({name: round(ratio, 2) for name, ratio in ratios.items()}, "times as fast")
+        for name, ratio in ratios.items():
+            assert ratio > reached[name] / 2, f"{ratio:.2f} times as fast as {name}; {reached[name]} were reached"
+    finally:
+        if process is not None:
+            process.end()
+    if process is None:
+        pytest.skip("not held against JAX: its environment is not there; tests/benchmarks/gradient.py makes it")
+
+
+def test_the_cost_model_finds_the_coefficients_of_times_that_follow_it(modules, capsys):
+    model = modules["cost_model"]
+    chosen = {
+        "once": 1e-4, "control": 5e-5, "copy": 2e-9, "field": 1e-8, "latency": 3e-5, "read": 2e-10, "sigma": 4e-9,
+        "flop": 2.5e-10, "state": 1e-9, "small": 1e-10,
+    }  # fmt: skip
+    sizes = [*model.GRID, *(size for sweep in model.SWEEPS.values() for size in model.sizes_of(*sweep))]
+    seconds = {size: sum(chosen[name] * term(*size) for name, term in model.TERMS.items()) for size in sizes}
+    found, residuals = model.fit(seconds)
+    # Exact times: what is left is round-off times the condition of the sizes.
+    assert abs(residuals).max() < 1e-8
+    assert found == pytest.approx(chosen, rel=1e-4)
+    crossing = model.crossings(found)
+    assert crossing["r at which products take as long as sigmas"] == pytest.approx(16, rel=1e-3)
+    (at,) = [value for name, value in crossing.items() if "in it, r = 16, S = 1" in name]
+    assert at == pytest.approx((3e-5 + 1e-9 * 16 + 1e-10 * 256) / (2e-10 * 16 + 4e-9 + 2.5e-10 * 16), rel=1e-3)
+    model.print_model(found, residuals, seconds)
+    assert "48.0 GF/s" in capsys.readouterr().out  # 12 flops in 0.25 ns
+    # Slopes of a model whose work is linear, over the ranges of the sweeps.
+    for factor, (base, values) in model.SWEEPS.items():
+        assert abs(model.slope(values, [seconds[size] for size in model.sizes_of(base, values)]) - 1) < 0.1, factor
+
+
+def test_the_fit_of_the_tape_s_cost_finds_what_a_block_and_a_control_take(modules):
+    tape = modules["tape_cost"]
+    rows = [
+        {"blocks": blocks, "controls": controls, "layers": 0.01, "through": 0.01 + 1e-3 + 2e-4 * blocks + 7e-5 * controls}
+        for blocks in (2, 5, 17)
+        for controls in (2, 32)
+    ]
+    found = tape.fit(rows)
+    assert [found[name] for name in ("once", "block", "control")] == pytest.approx([1e-3, 2e-4, 7e-5], rel=1e-6)
+    settings = tape.settings(16)
+    assert {setting["layers_per_block"] for setting in settings} == {1, 2, 4, 8, 16}
+    assert {max(setting["bias_in_time"]) + 1 for setting in settings} == {1, 4, 16}
+
+
+def test_the_disk_has_as_many_nodes_as_were_asked_for(modules):
+    assert [modules["setting_up"].refinements_for(nodes) for nodes in (9, 10, 25, 263_169, 1_000_000)] == [0, 1, 1, 8, 9]
+
+
+def scripted(tmp_path, script, *arguments):
+    """What a script's --json wrote, and what it printed."""
+    file = tmp_path / "found.json"
+    lines = run(sys.executable, str(BENCHMARKS / script), *arguments, "--json", str(file), timeout=240)
+    return json.loads(file.read_text()), lines
+
+
+def test_the_cost_model_is_fitted_from_runs(tmp_path):
+    found, lines = scripted(tmp_path, "cost_model.py", "--quick")
+    assert min(found["slopes"].values()) > 0 and min(found["coefficients"].values()) >= 0
+    assert sum(line.strip().startswith("t ~ ") for line in lines) == len(found["slopes"])
+    assert len(found["seconds"]) == len(found["relative_residuals"])
+
+
+def test_the_tape_s_cost_is_measured(tmp_path):
+    found, lines = scripted(tmp_path, "tape_cost.py", "--quick", "--size", "64,3,1,4")
+    assert {row["blocks"] for row in found["rows"]} == {2, 3, 5}
+    assert {row["controls"] for row in found["rows"]} == {2, 4, 8}
+    assert all(row["through"] > 0 and row["layers"] > 0 for row in found["rows"])
+    assert "a control" in lines[-1]
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_on_one_and_two_ranks(tmp_path):
+    rows, lines = scripted(tmp_path, "scaling.py", "--quick")
+    assert [row["kind"] for row in rows] == ["strong", "weak"]
+    for row in rows:
+        one, two = row["seconds"]["1"], row["seconds"]["2"]
+        assert row["efficiency"]["2"] == pytest.approx(one / two / (2 if row["kind"] == "strong" else 1))
+
+
+@pytest.mark.slow
+def test_overlapping_reductions_give_the_same_and_are_measured(tmp_path):
+    rows, lines = scripted(tmp_path, "overlap.py", "--quick")
+    assert [row["rank"] * row["samples"] for row in rows] == [16, 1024]
+    assert all(min(row["seconds"].values()) > 0 for row in rows)
+
+
+def test_setting_up_is_timed_phase_by_phase(tmp_path):
+    found, lines = scripted(tmp_path, "setting_up.py", "--nodes", "200", "--rank", "5")
+    assert found["nodes"] == 289 and found["ranks"] == 2
+    assert {"mesh", "label space", "eigenfunctions", "eigenfunctions, from their cache", "recording"} <= set(found["seconds"])
+    assert 0 < found["parts"]["solve with factors"] and found["total_seconds"] < sum(found["seconds"].values())
 
 
 def test_the_tools_of_theory_are_measured_at_any_size(tmp_path):

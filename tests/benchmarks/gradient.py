@@ -1,6 +1,7 @@
 """J and its whole gradient: this package against what a user would pick instead.
 
-    containers/run python tests/benchmarks/gradient.py [--quick] [--json FILE] [--sizes N,r,S,L ...] [--only SIDE,SIDE ..]
+    containers/run python tests/benchmarks/gradient.py [--quick] [--json FILE] [--sizes N,r,S,L ...] [--only SIDE,SIDE ..] \
+        [--one-at-a-time]
 
 README.md beside this file says what is measured and how to read the table.
 """
@@ -16,7 +17,7 @@ import data
 import environment
 import roofline
 import table
-from sides import INEXACT, LARGEST, OURS, Side, SideFailed, is_peer
+from sides import INEXACT, LARGEST, OUR_LAYERS, OURS, Side, SideFailed, is_peer
 from worker import SIDES
 
 #: (N nodes, rank, samples, layers).
@@ -32,7 +33,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the three sizes of least work")
     parser.add_argument("--sizes", nargs="+", metavar="N,r,S,L", help="these sizes instead")
-    parser.add_argument("--only", metavar="SIDE,..", help=f"of {', '.join(SIDES)}; fem_resnet for 1 and 2 ranks")
+    parser.add_argument("--only", metavar="SIDE,..", help=f"of {', '.join(SIDES)}; fem_resnet for all of ours")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="a side takes its turns alone, as where memory would not last for all"
+    )
     parser.add_argument("--repetitions", type=int, default=7, help="turns of each side (7), fewer where they take long")
     parser.add_argument("--budget", type=float, default=60, help="seconds a size that all turns together may take (60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
@@ -42,7 +46,7 @@ def arguments() -> argparse.Namespace:
         given.sizes = sorted(given.sizes, key=lambda size: roofline.work(*size)["flops"])[:3]
     names = [name for name in given.only.split(",")] if given.only else list(SIDES)
     if "fem_resnet" in names:
-        names[names.index("fem_resnet") : names.index("fem_resnet") + 1] = OURS
+        names[names.index("fem_resnet") : names.index("fem_resnet") + 1] = OURS + OUR_LAYERS
     if unknown := set(names) - set(SIDES):
         parser.error(f"--only: {', '.join(sorted(unknown))} is no side; there are fem_resnet, {', '.join(SIDES)}")
     given.sides = [REFERENCE, *(name for name in SIDES if name in names and name != REFERENCE)]
@@ -63,7 +67,7 @@ def take_turns(sides: list[Side], repetitions: int, budget: float) -> dict[str, 
             try:
                 answers.append(question(side))
             except SideFailed as error:
-                failed[side.name] = f"failed among the others (is there memory for all?): {error}"
+                failed[side.name] = str(error)
                 sides.remove(side)
                 side.end()
         return answers
@@ -76,42 +80,88 @@ def take_turns(sides: list[Side], repetitions: int, budget: float) -> dict[str, 
     for number in range(max(3, min(repetitions, int(budget / max(expected, 1e-3))))):
         of_each(lambda side: turn(side, 0.5 if number % 2 == 0 else 2.0))
     for side, answer in zip(sides, of_each(lambda side: side.ask("memory"))):
-        side.peak_bytes = answer["bytes"]
+        side.peak_bytes, side.evaluation_bytes = answer["bytes"], answer["evaluation_bytes"]
     return failed
 
 
-def measure(size: tuple[int, int, int, int], names: list[str], given: argparse.Namespace, rates: dict) -> dict:
-    """One size: start the sides, hold them against the reference, time those that agree."""
-    nodes, _, samples, layers = size
-    failed: dict[str, str] = {}
-    ready: list[Side] = []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+class Measurement:
+    """One size: sides are held against the reference, and timed where they agree."""
+
+    def __init__(self, size: tuple[int, int, int, int], folder: Path, given: argparse.Namespace):
+        self._folder, self._given = folder, given
+        self.measured: list[Side] = []
+        self.failed: dict[str, str] = {}
+        nodes, _, samples, layers = size
         data.write(folder, *size)
+        self._names = []
+        for name in given.sides:
+            if nodes * samples * layers > LARGEST.get(name, float("inf")):
+                self.failed[name] = "left out: too large for it"
+            else:
+                self._names.append(name)
+        self.one_at_a_time = given.one_at_a_time or not fit_together(size, self._names)
+
+    def run(self) -> None:
+        if self.one_at_a_time:
+            for name in self._names:
+                self._together([name], self._given.budget / len(self._names))
+            return
+        self._together(self._names, self._given.budget)
+        for name in [name for name in self._names if name in self._ended]:
+            why = self._ended[name]
+            self._together([name], self._given.budget / len(self._names))
+            if name in self.failed:
+                self.failed[name] += f"; among the others: {why}"
+
+    def _together(self, names: list[str], budget: float) -> None:
+        """Start these, and let those that agree with the reference take turns."""
+        ready: list[Side] = []
+        self._ended: dict[str, str] = {}
         try:
             for name in names:
-                if nodes * samples * layers > LARGEST.get(name, float("inf")):
-                    failed[name] = "left out: too large for it"
-                    continue
-                side = Side.start(name, folder)
+                side = Side.start(name, self._folder)
                 ready.append(side)
+                self.failed.pop(name, None)
                 try:
                     side.first = side.ask("prepare")
                     if name == REFERENCE:
-                        J, gradient = side.first["J"], side.gradient(folder)
-                    side.compare(J, gradient, folder)
+                        self._J, self._gradient = side.first["J"], side.gradient(self._folder)
+                    side.compare(self._J, self._gradient, self._folder)
                     if side.agrees:
                         continue
-                    failed[name] = f"disagrees: {', '.join(f'{k} by {e:.1e}' for k, e in side.errors.items())}"
+                    self.failed[name] = f"disagrees: {', '.join(f'{k} by {e:.1e}' for k, e in side.errors.items())}"
                 except SideFailed as error:
-                    failed[name] = str(error)
+                    if name == REFERENCE:
+                        raise
+                    self._ended[name] = str(error)
                 ready.remove(side)
                 side.end()
-            failed |= take_turns(ready, given.repetitions, given.budget)
+            self._ended |= take_turns(ready, self._given.repetitions, budget)
+            self.failed |= self._ended
+            self.measured += ready
         finally:
             for side in ready:
                 side.end()
-    return record(size, ready, failed, rates)
+
+
+def fit_together(size: tuple[int, int, int, int], names: list[str]) -> bool:
+    """Whether memory lasts for all of them at once, as far as one can know.
+
+    Peers keep about five fields a stage, as PyTorch was seen to do, and do not give back all of what they have freed.
+    """
+    nodes, _, samples, layers = size
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return 5 * 8 * nodes * samples * roofline.STAGES * layers * sum(map(is_peer, names)) < available
+
+
+def measure(size: tuple[int, int, int, int], given: argparse.Namespace, rates: dict) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        measurement = Measurement(size, Path(folder), given)
+        measurement.run()
+    order = list(SIDES)
+    sides = sorted(measurement.measured, key=lambda side: order.index(side.name))
+    return record(size, sides, measurement.failed, rates) | {"one_at_a_time": measurement.one_at_a_time}
 
 
 def record(size, sides: list[Side], failed: dict[str, str], rates: dict) -> dict:
@@ -124,16 +174,19 @@ def record(size, sides: list[Side], failed: dict[str, str], rates: dict) -> dict
         "first_call_seconds": {side.name: side.first["seconds"] for side in sides},
         "setup_seconds": {side.name: side.first["setup_seconds"] for side in sides},
         "peak_bytes": {side.name: side.peak_bytes for side in sides},
+        "evaluation_bytes": {side.name: side.evaluation_bytes for side in sides},
         "errors": {side.name: side.errors for side in sides},
         "failed": failed,
         "inexact": sorted(INEXACT & {side.name for side in sides}),
     }
     ours = [name for name in OURS if name in found["seconds"]]
-    if ours:
-        best = min(ours, key=found["seconds"].get)
-        for values in (found["seconds"], found["median_seconds"], found["first_call_seconds"], found["peak_bytes"]):
-            values["fem_resnet"] = values[best]
-        found["fem_resnet_is"] = best
+    for combined, names in (("fem_resnet", OURS), ("fem_resnet_layers", OUR_LAYERS)):
+        there = [name for name in names if name in found["seconds"]]
+        if there:
+            best = min(there, key=found["seconds"].get)
+            for values in ("seconds", "median_seconds", "first_call_seconds", "peak_bytes", "evaluation_bytes"):
+                found[values][combined] = found[values][best]
+            found[f"{combined}_is"] = best
     asked = roofline.work(*size)
     found["roofline"] = {
         "work": asked,
@@ -157,7 +210,7 @@ def main() -> None:
     table.print_machine(rates)
     results = []
     for size in given.sizes:
-        results.append(measure(size, given.sides, given, rates))
+        results.append(measure(size, given, rates))
         table.print_size(results[-1])
         if given.json:
             given.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -22,7 +22,7 @@ def _best(work, seconds: float) -> float:
     return best
 
 
-def rates(seconds: float = 0.4) -> dict[str, float]:
+def rates(seconds: float = 0.2) -> dict[str, float]:
     """Of one thread of NumPy: dgemm in flop/s, tanh in elements/s from the cache, copy in bytes/s read and written."""
     import numpy as np
 

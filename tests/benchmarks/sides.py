@@ -22,6 +22,8 @@ BOUND_J, BOUND_GRADIENT = 1e-12, 1e-10
 #: Above so many nodes x samples x layers a side would take minutes an evaluation.
 LARGEST = {"ufl": 2**15}
 OURS = ("fem_resnet_1", "fem_resnet_2")
+#: The same without the tape.
+OUR_LAYERS = ("fem_resnet_layers_1", "fem_resnet_layers_2")
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _TWO_THREADS = {
     **{name: "2" for name in _ONE_THREAD},
@@ -66,10 +68,11 @@ class Side:
     errors: dict = field(default_factory=dict)
     seconds: list = field(default_factory=list)
     peak_bytes: int = 0
+    evaluation_bytes: int = 0
 
     @classmethod
     def start(cls, name: str, folder: Path) -> "Side":
-        ours = name in OURS
+        ours = name in OURS + OUR_LAYERS
         interpreter = str(environment.python()) if is_peer(name) else sys.executable
         env = ranks_environment() if ours else _without_mpi()
         env |= _ONE_THREAD if ours or name == "ufl" else _TWO_THREADS

@@ -23,17 +23,21 @@ def print_machine(rates: dict) -> None:
 def print_size(found: dict) -> None:
     """One line a side: its times, its best over ours, its memory over ours."""
     nodes, rank, samples, layers = found["size"]
-    print(f"\nN = {nodes}, rank {rank}, {samples} samples, {layers} layers")
-    print(f"  {'':20}{'best s':>10}{'median s':>10}{'first s':>9}{'over ours':>11}{'peak MB':>9}{'over ours':>11}{'error':>10}")
-    seconds, peak = found["seconds"], found["peak_bytes"]
-    for name in (name for name in seconds if name != "fem_resnet"):
-        ratios = ("", "")
-        if "fem_resnet" in seconds:
-            ratios = (f"{seconds[name] / seconds['fem_resnet']:.2f}", f"{peak[name] / max(peak['fem_resnet'], 1):.2f}")
+    alone = ", one side at a time" if found["one_at_a_time"] else ""
+    print(f"\nN = {nodes}, rank {rank}, {samples} samples, {layers} layers{alone}")
+    print(
+        f"  {'':20}{'best s':>10}{'median s':>10}{'first s':>9}{'over ours':>10}{'peak MB':>9}{'over ours':>10}"
+        f"{'eval. MB':>9}{'over ours':>10}{'error':>9}"
+    )
+    measured = [found["seconds"], found["peak_bytes"], found["evaluation_bytes"]]
+    for name in (name for name in found["seconds"] if name in found["errors"]):
+        seconds, peak, evaluation = (values[name] for values in measured)
+        ratios = [f"{values[name] / values['fem_resnet']:.2f}" if values.get("fem_resnet") else "" for values in measured]
         error = max(found["errors"][name]["a"], found["errors"][name]["beta"])
         print(
-            f"  {name + ' *' * (name in found['inexact']):20}{seconds[name]:10.4f}{found['median_seconds'][name]:10.4f}"
-            f"{found['first_call_seconds'][name]:9.2f}{ratios[0]:>11}{peak[name] / 1e6:9.1f}{ratios[1]:>11}{error:10.1e}"
+            f"  {name + ' *' * (name in found['inexact']):20}{seconds:10.5f}{found['median_seconds'][name]:10.5f}"
+            f"{found['first_call_seconds'][name]:9.2f}{ratios[0]:>10}{peak / 1e6:9.1f}{ratios[1]:>10}"
+            f"{evaluation / 1e6:9.1f}{ratios[2]:>10}{error:9.0e}"
         )
     for name, reason in found["failed"].items():
         print(f"  {name:20} not timed: {reason}")
