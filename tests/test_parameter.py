@@ -373,7 +373,7 @@ def test_controls_carry_the_functions_and_their_riesz_maps(basis):
     assert_allclose(first * lengths[0], last * lengths[3], rtol=1e-13)
 
 
-def _recorded():
+def _recorded_with_another_point():
     """J as a function of bias and kernel, and another point."""
     net = network("disk", "CG1")
     with taping():
@@ -389,7 +389,7 @@ def _recorded():
 
 @on_ranks
 def test_an_evaluation_writes_into_the_functions_of_the_tape():
-    J, functions, other = _recorded()
+    J, functions, other = _recorded_with_another_point()
     of_tape = [id(control.tape_value()) for control in J.controls]
     for values in (other, functions, other):
         J(values)
@@ -401,7 +401,7 @@ def test_an_evaluation_writes_into_the_functions_of_the_tape():
 
 @on_ranks
 def test_what_a_user_holds_of_the_tape_is_not_written_into():
-    J, functions, other = _recorded()
+    J, functions, other = _recorded_with_another_point()
     J(functions)
     held = [control.tape_value() for control in J.controls]
     derivative = J.derivative()
@@ -417,7 +417,7 @@ def test_what_a_user_holds_of_the_tape_is_not_written_into():
 
 @on_ranks
 def test_the_values_of_the_tape_may_be_handed_to_it():
-    J, functions, other = _recorded()
+    J, functions, other = _recorded_with_another_point()
     at_other = J(other)
     assert J([control.tape_value() for control in J.controls]) == at_other
     J.derivative()  # is not refused
@@ -425,7 +425,7 @@ def test_the_values_of_the_tape_may_be_handed_to_it():
 
 def test_a_derivative_without_evaluation_at_changed_values_is_refused():
     """Also where only the values of one Function of the tape have changed, as `Control.update` changes them."""
-    J, functions, other = _recorded()
+    J, functions, other = _recorded_with_another_point()
     J(functions)
     J.controls[0].update(other[0])
     with pytest.raises(RuntimeError, match="has changed since the tape was evaluated"):
@@ -450,7 +450,7 @@ def test_a_function_that_a_block_made_is_not_written_into():
 
 @on_ranks
 def test_a_derivative_has_the_halo_that_its_owners_give_it():
-    J, functions, other = _recorded()
+    J, functions, other = _recorded_with_another_point()
     J(other)
     derivative = J.derivative()[0]
     own = derivative.dat.data_ro.copy()
