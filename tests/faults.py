@@ -296,7 +296,7 @@ FAULTS = [
     Fault("gamma comes without the measure", CLASSES, line(Segment, "_unfold", "return [psi.dual(part) + dual for", "return [psi.values @ part + dual for")),
     Fault("co-states without gamma", CLASSES, line(Segment, "costate", "+ psi.values @ gamma", "")),
     Fault("sign of r", CLASSES, line(Segment, "costate", "return dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma)")),
-    Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._last_dual / self._Y.weights[:, None]", "self._last_dual")),
+    Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "r += duals[0][: self._nodes] / self._Y.weights[:, None]", "r += duals[0][: self._nodes]")),
     Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "traces[:layers]", "traces[: max(layers - 1, 0)]")),
     Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "self._functional(dual_dot), self._functional(dual)", "self._functional(dual), self._functional(dual_dot)")),
     # coefficients in time and space
@@ -328,10 +328,10 @@ FAULTS = [
     Fault("projections without weights", CLASSES, line(Basis, "project", "self.Y.weights[:, None] * values", "values")),
     Fault("columns of a batch mixed", CLASSES, _mixed_columns),
     # head, loss, regulariser, problem
-    Fault("the head has W transposed", FIELD, line(HeadOperator, "forward", "W @ self._psi.project(f)", "W.T @ self._psi.project(f)")),
+    Fault("the head has W transposed", FIELD, line(HeadOperator, "forward", "W @ g", "W.T @ g")),
     Fault("the head's adjoint has W for W^T", FIELD, line(HeadOperator, "adjoint", "W.T @ coefficients", "W @ coefficients")),
     Fault("the head's mu is left out of its gradient", CLASSES, line(HeadOperator, "adjoint", "coefficients.sum(axis=1)", "0 * coefficients.sum(axis=1)")),
-    Fault("the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "f += self._psi.weighted @ (W_dot.T @ coefficients)", "pass")),
+    Fault("the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "g += W_dot.T @ coefficients", "pass")),
     Fault("predictions without mu", CLASSES, line(fem_resnet.head.Head, "_coefficients", " + self.mu.get(0)[:, None]", "")),
     Fault("softmax normalised over samples", CLASSES, lambda patch: (patch.setattr(fem_resnet.head, "log_density", _over_samples), patch.setattr(fem_resnet.loss, "log_density", _over_samples))),
     Fault("h' is left out", FIELD, _prediction("logistic", transpose=lambda old: lambda Y, O, d: d)),
