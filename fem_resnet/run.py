@@ -95,7 +95,7 @@ class Run:
     def final(self) -> fd.Function:
         """f(T); differentiate functionals of it.
 
-        Where the network was run for what psi sees alone, it is `state(L)`, which no tape knows.
+        Where the network was run for what psi sees alone, it is `state(L)`, of the latest evaluation, which no tape knows.
         """
         return self.state(self.net.layers) if self._by_coefficients else self._end
 
