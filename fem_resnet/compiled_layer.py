@@ -111,12 +111,12 @@ class CompiledLayer:
             if weight != 0.0
         ]
 
-    def start_adjoint(self, adjoint: np.ndarray) -> None:
-        """Before an adjoint solve, with the adjoint value of f at the segment's end."""
-        self._adjoint = self._stage.arranged(adjoint)
+    def start_adjoint(self, adjoint: np.ndarray | None = None) -> None:
+        """Before an adjoint solve, with the adjoint value of f at the segment's end, where it is not 0."""
+        self._adjoint = None if adjoint is None else self._stage.arranged(adjoint)
         self._functionals = np.zeros(self._stage.Y.nodes + self._work["by_beta"].size)
         self._layer.bias = self._functionals.ctypes.data
-        self._layer.adjoint, self._layer.asked = self._adjoint.ctypes.data, 0
+        self._layer.adjoint, self._layer.asked = None if adjoint is None else self._adjoint.ctypes.data, 0
 
     @property
     def parameters(self) -> int:

@@ -353,7 +353,7 @@ class DiscreteGradientStepper:
 
     def _step_back(self, step: _Step, gamma: list[np.ndarray], adjoint) -> tuple[list[np.ndarray], np.ndarray]:
         inputs, beta, h = self._inputs[0], self._beta(step.middle), step.length
-        weight = np.full(self.stage.samples, h)
+        weight = np.full(self.stage.samples, h) if adjoint else None
         matrix = np.swapaxes(self._matrix(h, beta[0], step.ends), 1, 2)
         x = [np.zeros_like(part) for part in gamma]
 

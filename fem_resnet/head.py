@@ -22,7 +22,7 @@ from fem_resnet.blocks import apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 from fem_resnet.parameter import Parameter
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, Replicated, SeenBatch
 from fem_resnet.points import class_space
 from fem_resnet.time_basis import Once
 
@@ -160,14 +160,22 @@ class Head:
 
         Collective.
         """
-        self.psi.Y.check_batch(f, "f")
-        return apply(_HeadOperator(self, f.function_space()), [f, self.W.functions[0], self.mu.functions[0]])[0]
+        return self._output(self._seen(f), f, self.mu.functions[0])
+
+    def of_coefficients(self, g: fd.Function, slot: Replicated) -> fd.Function:
+        """O, from a Function that holds g = Psi^T M f(T), shape (rank of psi, samples), by a slot."""
+        return self._output(slot, g, self.mu.functions[0])
 
     def linear(self, f: fd.Function) -> fd.Function:
         """`X W psi^T M f`: O without mu, its derivative in a direction of the final state; recorded while annotating."""
+        return self._output(self._seen(f), f, fd.Function(self.mu.functions[0].function_space()))
+
+    def _seen(self, f: fd.Function) -> SeenBatch:
         self.psi.Y.check_batch(f, "f")
-        nothing = fd.Function(self.mu.functions[0].function_space())
-        return apply(_HeadOperator(self, f.function_space()), [f, self.W.functions[0], nothing])[0]
+        return SeenBatch(self.psi, f.function_space())
+
+    def _output(self, slot: SeenBatch | Replicated, state: fd.Function, mu: fd.Function) -> fd.Function:
+        return apply(_HeadOperator(self, slot), [state, self.W.functions[0], mu])[0]
 
     def predict(self, f: fd.Function) -> fd.Function:
         """C_pre = h(O), a batch on the head's own label domain. Collective; nothing is recorded."""
@@ -218,37 +226,31 @@ class Head:
 class _HeadOperator:
     ready = True
 
-    def __init__(self, head: Head, space):
-        self._phi, self._psi = head.onto, head.psi
-        values = BatchValues(head.psi.Y, space)
-        self.inputs = [values, head.W.space_basis, head.mu.space_basis]
-        self.output = BatchValues(head.Y, head.Y.batch_space(values.samples))
+    def __init__(self, head: Head, seen: SeenBatch | Replicated):
+        self._phi = head.onto
+        self.inputs = [seen, head.W.space_basis, head.mu.space_basis]
+        self.output = BatchValues(head.Y, head.Y.batch_space(seen.shape[1]))
 
     def forward(self, arrays, save):
-        f, W, mu = arrays
-        return self._phi.values @ (W @ self._psi.project(f) + mu[:, None])
+        g, W, mu = arrays
+        return self._phi.values @ (W @ g + mu[:, None])
 
     def adjoint(self, arrays, dual):
-        f, W, _ = arrays
+        g, W, _ = arrays
         coefficients = self._pull_back(dual)
-        return [
-            self._psi.weighted @ (W.T @ coefficients),
-            coefficients @ self._psi.project(f).T,
-            coefficients.sum(axis=1),
-        ]
+        return [W.T @ coefficients, coefficients @ g.T, coefficients.sum(axis=1)]
 
     def tangent(self, arrays, directions):
-        (f, W, _), (f_dot, W_dot, mu_dot) = arrays, directions
-        coefficients = W_dot @ self._psi.project(f) + W @ self._psi.project(f_dot) + mu_dot[:, None]
-        return self._phi.values @ coefficients
+        (g, W, _), (g_dot, W_dot, mu_dot) = arrays, directions
+        return self._phi.values @ (W_dot @ g + W @ g_dot + mu_dot[:, None])
 
     def second_adjoint(self, arrays, directions, dual, dual_dot):
-        f, W, mu = self.adjoint(arrays, dual_dot)
-        f_dot, W_dot, _ = directions
-        coefficients = self._pull_back(dual)  # what follows is all the curvature of a map bilinear in f and W
-        f += self._psi.weighted @ (W_dot.T @ coefficients)
-        W += coefficients @ self._psi.project(f_dot).T
-        return [f, W, mu]
+        g, W, mu = self.adjoint(arrays, dual_dot)
+        g_dot, W_dot, _ = directions
+        coefficients = self._pull_back(dual)  # what follows is all the curvature of a map bilinear in g and W
+        g += W_dot.T @ coefficients
+        W += coefficients @ g_dot.T
+        return [g, W, mu]
 
     def _pull_back(self, dual):
         return self._phi.Y.sum(self._phi.values.T @ dual)

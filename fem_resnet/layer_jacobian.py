@@ -43,7 +43,7 @@ class LinearLayer:
     Attributes
     ----------
     costate : tuple of numpy.ndarray or None
-        lambda, and that of the tangent, in an adjoint solve; None in a forward one.
+        lambda, and that of the tangent, in an adjoint solve, or none where it is 0; None in a forward one.
     shift, scale : float
         Those of the matrix `scale (shift I - R')`.
     """
@@ -180,7 +180,7 @@ class LinearLayer:
         A = np.zeros((samples, size + 1, size + 1))
         A[:, :size, :size] = self.blocks()
         A[:, size, size] = self.shift
-        if self.costate is not None:
+        if self.costate:
             nothing = (np.zeros((self.state.rank, samples)),) * self.orders
             by_g, *_ = self.transpose(Cotangent(nothing, np.ones(samples), self.costate))
             A[:, size, :size] = -np.concatenate(by_g).T
@@ -223,14 +223,14 @@ class ShiftedJacobian:
         g, rest = state.read(x)
         ds = state.new_rest()
         carries_f = ds is not None
-        if not carries_f and layer.costate is not None:
+        if not carries_f and layer.costate:
             ds = [np.empty_like(dual) for dual in layer.costate]
         dQ = layer.derivative(g, ds)
         f, rest = rest, layer.shift * rest
         if carries_f:
             rest[:, : state.stage.Y.nodes] -= [part[: state.stage.Y.nodes] for part in ds]
             layer.add_cost(f, -1.0, rest)
-        elif layer.costate is not None:  # q_t = <lambda, s>
+        elif layer.costate:  # q_t = <lambda, s>
             rest -= state.stage.Y.sum(sum(np.einsum("is,is->s", dual, d) for dual, d in zip(layer.costate, ds)))
         state.write(y, [layer.shift * part - d for part, d in zip(g, dQ)], rest)
         y.scale(layer.scale)

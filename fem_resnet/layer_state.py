@@ -79,7 +79,7 @@ class LayerState(ABC):
 
     @abstractmethod
     def adjoint_start(self, adjoint: Sequence[np.ndarray]) -> object:
-        """The rest of the adjoint at the end of the layer, lambda the adjoint value of f."""
+        """The rest of the adjoint at the end of the layer, lambda the adjoint value of f; none where it is 0."""
 
     @abstractmethod
     def cotangent(self, vec: PETSc.Vec, adjoint: Sequence[np.ndarray] | None) -> Cotangent:
@@ -130,11 +130,11 @@ class CoefficientState(LayerState):
         return None
 
     def adjoint_start(self, adjoint):
-        return 1.0
+        return 1.0 if adjoint else 0.0
 
     def cotangent(self, vec, adjoint):
         x, x_q = self.read(vec)
-        if adjoint is None or not x_q.any():  # forward, q_t is 0
+        if not adjoint or not x_q.any():  # forward, q_t is 0
             return Cotangent(tuple(x), None, ())
         return Cotangent(tuple(x), x_q, tuple(adjoint))
 

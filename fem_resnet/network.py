@@ -39,7 +39,7 @@ from fem_resnet.parameter import Parameter
 from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
 from fem_resnet.running_cost import RunningCost
-from fem_resnet.segment import Segment
+from fem_resnet.segment import CoefficientSegment, Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
 from fem_resnet.stable_kernels import StableKernel
 from fem_resnet.time_basis import Once, get_time_basis
@@ -216,7 +216,8 @@ class ResidualNetwork:
         self._stages: dict[int, Stage] = {}
         self._scratch: dict[tuple, list[Segment]] = {}
         if self.layers:
-            self._stepper(self._stage(1), 0)  # refuse options now rather than at the first run
+            # Now, so that options are refused here rather than at the first run.
+            self._carries_f = self._stepper(self._stage(1), 0).carries_f
 
     def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
         return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
@@ -274,7 +275,12 @@ class ResidualNetwork:
 
     @PETSc.Log.EventDecorator("fem_resnet:run")
     def run(
-        self, initial: fd.Function, running: RunningCost | None = None, weights: Sequence[float] | None = None
+        self,
+        initial: fd.Function,
+        running: RunningCost | None = None,
+        weights: Sequence[float] | None = None,
+        *,
+        seen_by: Basis | None = None,
     ) -> Run:
         """Solve (2.8); while pyadjoint annotates, record it.
 
@@ -288,6 +294,9 @@ class ResidualNetwork:
         weights
             Weights of the samples in that cost, one number >= 0 a sample, of which only the proportions matter; equal
             ones if left out.
+        seen_by
+            A basis for which `steps_what_is_seen_by` is true: what is recorded is then g(T), `coefficients` of the Run, and
+            not f(T), and nothing of size nodes x samples is computed.
 
         Returns
         -------
@@ -308,6 +317,11 @@ class ResidualNetwork:
             raise ValueError("running: the discrete gradient steps coefficients alone and integrates no running cost; give None")
         omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
         manager = manager_of(get_working_tape()) if annotate_tape() else None
+        if seen_by is not None and (running is not None or manager is not None or not self.steps_what_is_seen_by(seen_by)):
+            raise ValueError(
+                f"seen_by: {seen_by!r} is not what this network steps (see steps_what_is_seen_by), or there is a running cost "
+                f"or a schedule of checkpoints; leave it out"
+            )
         if manager is not None and (self.factors or self.stable_kernel is not None):
             what = "learned factors" if self.factors else "kernels made of other controls"
             raise ValueError(f"checkpoints: {what} and schedules of checkpoints do not go together; leave one out")
@@ -324,13 +338,19 @@ class ResidualNetwork:
             return Run(self, initial, *self._record_steps(initial, manager, running, omega), omega)
         acting = dict(zip(map(id, self.kernel.functions), self.kernel.learned.acting().functions))
         cost = 0.0
-        for segment in self._segments(initial.function_space(), running, omega):
+        for segment in self._segments(initial.function_space(), running, omega, seen_by):
             start = f
             coefficients = [*(acting.get(id(function), function) for function in segment.functions), *factors]
             output, block = apply(segment, [start, *coefficients])
             f, cost = (output, cost) if running is None else (output[0], cost + output[1])
-            pieces.append(Piece(segment, start, coefficients, segment.traces(), block))
+            before = pieces[-1] if pieces and seen_by is not None else None
+            pieces.append(Piece(segment, start, coefficients, segment.traces(), block, before))
         return Run(self, initial, f, pieces, cost, omega)
+
+    def steps_what_is_seen_by(self, psi: Basis) -> bool:
+        """Whether layers step nothing but g = Psi^T M f: psi is the very Basis of them all, fixed, and steps have f nowhere."""
+        bases = {self.kernel.on_layer(layer).kernel.psi for layer in range(self.layers)}
+        return bases == {psi} and not self.factors and not self._carries_f
 
     def refuse_gradient_flow(self, what: str) -> None:
         """Raise ValueError if the network is a gradient flow, where `what` is about (2.8)."""
@@ -475,13 +495,15 @@ class ResidualNetwork:
                     other.set(k, parameter.get(k))
         return net
 
-    def _segments(self, space, running: RunningCost | None, omega: np.ndarray | None) -> list[Segment]:
+    def _segments(
+        self, space, running: RunningCost | None, omega: np.ndarray | None, seen_by: Basis | None
+    ) -> list[Segment]:
         """New ones where the tape will keep them, else those of earlier unrecorded runs."""
         if annotate_tape():
-            return self._new_segments(space, running, omega)
-        key = space.value_shape, running
+            return self._new_segments(space, running, omega, seen_by=seen_by)
+        key = space.value_shape, running, seen_by
         if key not in self._scratch:
-            self._scratch[key] = self._new_segments(space, running, omega)
+            self._scratch[key] = self._new_segments(space, running, omega, seen_by=seen_by)
         for segment in self._scratch[key]:
             segment.omega = omega
         return self._scratch[key]
@@ -493,6 +515,7 @@ class ResidualNetwork:
         omega: np.ndarray | None = None,
         share: bool = False,
         layers_per_block: int | None = None,
+        seen_by: Basis | None = None,
     ) -> list[Segment]:
         values, each = BatchValues(self.Y, space), layers_per_block or self.layers_per_block
         stage = self._stage(values.samples)
@@ -507,8 +530,11 @@ class ResidualNetwork:
                 made[kind] = new
             return made[kind]
 
+        def make(layers: range) -> Callable[..., Segment]:
+            return Segment if seen_by is None else partial(CoefficientSegment, seen_by, layers.start == 0)
+
         return [
-            Segment(
+            make(layers)(
                 partial(steppers, layers),
                 stage,
                 LayerCoefficients(

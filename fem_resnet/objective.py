@@ -24,6 +24,7 @@ from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_ta
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
+from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
 from fem_resnet.head import PREDICTIONS, Head
@@ -220,12 +221,22 @@ class LearningProblem:
 
     def evaluate(self) -> tuple[AdjFloat, Run]:
         """J at the current parameters, and the run behind it; recorded while annotating, but for the sum over an ensemble."""
-        J, run, _ = self._evaluate()
+        J, run, _ = self._evaluate(None if annotate_tape() else self._seen_by)  # a user's tape may go on from f(T)
         return J if self.ensemble is None else AdjFloat(self.ensemble.ensemble_comm.allreduce(float(J))), run
 
-    def _evaluate(self) -> tuple[AdjFloat, Run, OperatorBlock | None]:
-        run = self.net.run(self.batch.inputs, self.running, self.batch.weights)
-        output = run.final if self.head is None else self.head(run.final)
+    @property
+    def _seen_by(self) -> Basis | None:
+        """The head's psi, where nothing but what it sees of f(T) is asked of the network, and that is what layers step."""
+        if self.head is None or not (self.running is self.derivatives is self.checkpoints is None):
+            return None
+        return self.head.psi if self.net.steps_what_is_seen_by(self.head.psi) else None
+
+    def _evaluate(self, seen_by: Basis | None) -> tuple[AdjFloat, Run, OperatorBlock | None]:
+        run = self.net.run(self.batch.inputs, self.running, self.batch.weights, seen_by=seen_by)
+        if seen_by is not None:
+            output = self.head.of_coefficients(*run.coefficients)
+        else:
+            output = run.final if self.head is None else self.head(run.final)
         J, block = self.loss.record(self._output, output, self._observation, self.batch.weights, self._prediction)
         if self.running is not None:
             J = J + run.cost
@@ -308,7 +319,7 @@ class LearningProblem:
                 enable_checkpointing(tape, self.checkpoints, max(self.net.blocks, 1))
             continue_annotation()
             try:
-                J, run, block = self._evaluate()
+                J, run, block = self._evaluate(self._seen_by)
             finally:
                 if not was_annotating:
                     pause_annotation()

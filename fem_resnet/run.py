@@ -10,7 +10,8 @@ import numpy as np
 from pyadjoint import AdjFloat
 
 from fem_resnet.blocks import OperatorBlock, apply
-from fem_resnet.segment import Segment, TangentSegment
+from fem_resnet.segment import CoefficientSegment, Segment, TangentSegment
+from fem_resnet.space_basis import Replicated
 from fem_resnet.time_stepping import LayerTrace
 
 __all__ = ["Piece", "Run"]
@@ -18,30 +19,36 @@ __all__ = ["Piece", "Run"]
 
 @dataclass
 class Piece:
-    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the traces are ours."""
+    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else the traces are ours.
+
+    Where the start is held by its coefficients, f there follows from the piece before.
+    """
 
     segment: Segment
     start: fd.Function
     coefficients: list[fd.Function]
     traces: list[LayerTrace]
     block: OperatorBlock | None
+    before: Piece | None = None
 
     def state(self, layers: int) -> np.ndarray:
-        start, traces = self._solved()
-        return self.segment.advance(start, traces[:layers])
+        return self.segment.advance(self._start(), self._traces()[:layers])
 
-    def states(self) -> Iterator[np.ndarray]:
-        """f at the ends of all layers, each from that before."""
-        f, traces = self._solved()
-        for trace in traces:
+    def states(self, before: np.ndarray | None) -> Iterator[np.ndarray]:
+        """f at the ends of all layers, each from that before; `before`, that at the start, where the start has not f."""
+        f = self._start() if self.before is None else before
+        for trace in self._traces():
             f = self.segment.advance(f, [trace])
             yield f
 
-    def _solved(self) -> tuple[np.ndarray, list[LayerTrace]]:
-        start, traces = self.start, self.traces
-        if self.block is not None:
-            start, traces = self.block.get_dependencies()[0].saved_output, self.segment.traces()
-        return self.segment.inputs[0].read(start), traces
+    def _traces(self) -> list[LayerTrace]:
+        return self.traces if self.block is None else self.segment.traces()
+
+    def _start(self) -> np.ndarray:
+        if self.before is not None:
+            return self.before.state(len(self.before.segment.steppers))
+        start = self.start if self.block is None else self.block.get_dependencies()[0].saved_output
+        return self.segment.values.read(start)
 
     def costate(self, layers: int) -> np.ndarray | None:
         return self.segment.costate(layers) if self.block.adjoint_is_current else None
@@ -56,8 +63,11 @@ class Run:
     ----------
     net : ResidualNetwork
         The network that was run.
-    initial, final : Function
-        f_I and f(T); differentiate functionals of `final`.
+    initial : Function
+        f_I.
+    coefficients : (Function, Replicated) or None
+        Where the network was run for what psi sees alone: what holds g(T) = Psi^T M f(T), and its slot. Functionals of it are
+        then to be differentiated.
     cost : AdjFloat
         The running cost, weighted over the samples, where the run was given one; else 0.
     omega : numpy.ndarray or None
@@ -68,17 +78,30 @@ class Run:
         self,
         net,
         initial: fd.Function,
-        final: fd.Function,
+        end: fd.Function,
         pieces: list[Piece] | None,
         cost: AdjFloat | float = 0.0,
         omega: np.ndarray | None = None,
     ):
         self.net = net
         self.initial = initial
-        self.final = final
         self.cost = cost
         self.omega = omega
         self._pieces = pieces
+        self._by_coefficients = bool(pieces) and isinstance(pieces[-1].segment, CoefficientSegment)
+        self._end = end
+
+    @property
+    def final(self) -> fd.Function:
+        """f(T); differentiate functionals of it.
+
+        Where the network was run for what psi sees alone, it is `state(L)`, of the latest evaluation, which no tape knows.
+        """
+        return self.state(self.net.layers) if self._by_coefficients else self._end
+
+    @property
+    def coefficients(self) -> tuple[fd.Function, Replicated] | None:
+        return (self._end, self._pieces[-1].segment.output) if self._by_coefficients else None
 
     def state(self, layer: int) -> fd.Function:
         """f(t_l), l = 0 .. L, rebuilt from the nearest segment's start by (3.3): a new Function.
@@ -105,8 +128,9 @@ class Run:
         """
         self._refuse_schedule("states", "run the network with annotation off, and ask that Run")
         yield self.state(0)
+        f = None
         for piece in self._pieces:
-            for f in piece.states():
+            for f in piece.states(f):
                 yield self._function(f)
 
     def costate(self, layer: int) -> fd.Function:
@@ -155,8 +179,13 @@ class Run:
         space = self.initial.function_space()
         if direction.function_space() != space:
             raise ValueError(f"direction: a Function of {space} is wanted, {direction.function_space()} was given")
-        for piece, segment in zip(self._pieces, self.net._new_segments(space)):
-            direction = apply(TangentSegment(segment), [piece.start, direction, *piece.coefficients])[0]
+        fields = self.net._new_segments(space) if self._by_coefficients else []
+        for k, (piece, segment) in enumerate(zip(self._pieces, self.net._new_segments(space))):
+            if piece.before is None:
+                f = piece.start
+            else:  # no Function holds f here
+                f = apply(fields[k - 1], [f, *piece.before.coefficients])[0]
+            direction = apply(TangentSegment(segment), [f, direction, *piece.coefficients])[0]
         return direction
 
     def _refuse_schedule(self, what: str, instead: str) -> None:
@@ -176,6 +205,6 @@ class Run:
             raise ValueError(f"layer: an integer from 0 to L = {self.net.layers} is wanted, {layer!r} was given")
 
     def _function(self, values: np.ndarray) -> fd.Function:
-        function = fd.Function(self.final.function_space())
+        function = fd.Function(self.initial.function_space())
         function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
         return function

@@ -6,6 +6,9 @@ what the stages read; states and co-states at inner interfaces are rebuilt when 
 
 With a running cost the layers carry f and c (`running_cost`), in arrays with a row more, and lambda changes from layer to
 layer; the segment then has a second output, the cost of its time, summed over the samples with their weights.
+
+Where all that follows sees f through the layers' own psi, a `CoefficientSegment` takes g and gives g, which is what TS
+steps; backward lambda is 0 and gamma all there is, so that nothing at all is of size nodes x samples.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from fem_resnet.basis import Basis
 from fem_resnet.label_space import BatchValues
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
+from fem_resnet.space_basis import Replicated, SeenBatch
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
-__all__ = ["Segment", "TangentSegment"]
+__all__ = ["CoefficientSegment", "Segment", "TangentSegment"]
 
 
 class Segment:
@@ -45,6 +49,8 @@ class Segment:
         Weights of the samples, where the steppers have a running cost; else None.
     """
 
+    _ends_with_f = True
+
     def __init__(
         self,
         steppers: Callable[[int], list[LayerStepper]],
@@ -64,16 +70,16 @@ class Segment:
         self._replay = replay
         self._steps: list[list[float] | None] = [None] * len(self.steppers)
         self._nodes = values.Y.nodes
+        #: How Functions hold f.
+        self.values = values
         #: Weights of the samples in the running cost.
         self.omega = omega
         self.output = values if omega is None else (values, None)
         self.inputs = [values, *coefficients.slots]
         #: The Functions that hold the coefficients, but for learned factors, which `forward` gets last.
         self.functions = coefficients.functions
-        # For each layer: lambda at the end of its run of layers with one psi (with a running cost: at its start), that psi,
-        # and gamma at its own start.
-        self._costates: list[tuple[np.ndarray, Basis, np.ndarray]] = []
-        self._last_dual: np.ndarray | None = None
+        # At the start of each layer, and at the end: lambda, unless it is 0, and psi and gamma for M Psi gamma.
+        self._costates: list[tuple[Sequence[np.ndarray], Basis, Sequence[np.ndarray]]] = []
         self._mark = object()  # on the steppers, says who used them last
 
     @property
@@ -83,7 +89,7 @@ class Segment:
 
     def release(self) -> None:
         """Forget what the last solves left: steppers may be shared, states and co-states are of no use then."""
-        self._layers, self._costates, self._last_dual, self._tangent_steppers = [], [], None, None
+        self._layers, self._costates, self._tangent_steppers = [], [], None
         for stepper in self.steppers:
             stepper.release()
 
@@ -114,11 +120,11 @@ class Segment:
             stepper.layer, stepper.user = number, self._mark
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
-        start, total = self._with_row(f), f.copy() if self.omega is None else None
-        self._run(self.steppers, [start], self._layers, save, self._steps, total)
+        start, total = self._with_row(f), f.copy() if self.omega is None and self._ends_with_f else None
+        g = self._run(self.steppers, [start], self._layers, save, self._steps, total)
         if self._replay:
             self.replay(self.taken_steps())
-        return self._value(self._reached([start], total, self.traces())[0])
+        return self._value(self._end([start], g, self.traces(), total)[0])
 
     def _with_row(self, f: np.ndarray, c: np.ndarray | float = 0.0) -> np.ndarray:
         """f, with a row for c where there is a running cost."""
@@ -156,8 +162,11 @@ class Segment:
         save: bool,
         taken: Sequence[list[float] | None],
         total: np.ndarray | None = None,
-    ) -> None:
-        """Step all layers from f, with its tangent if there is one; `total`, f too, has added what layers add on the way."""
+    ) -> list[np.ndarray]:
+        """Step all layers from f, with its tangent if there is one; returns g at the end.
+
+        `total`, f too, has added what layers add on the way.
+        """
         psi = None
         for l, (stepper, inputs, steps) in enumerate(zip(steppers, layers, taken)):
             new_psi = inputs[0].factors.psi is not psi
@@ -172,6 +181,13 @@ class Segment:
                     g[1] += self._Y.sum(inputs[1].factors.weighted.T @ fields[0])
             g = stepper.forward(g, at_start, inputs, save, steps, total)
         self._check_ranks_agree(g)
+        return g
+
+    def _end(
+        self, f: list[np.ndarray], g: list[np.ndarray], traces: Sequence[LayerTrace], total: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """The output, and its tangent, after a solve from f that ended in g and added to `total`."""
+        return self._reached(f, total, traces)
 
     def _check_ranks_agree(self, g: Sequence[np.ndarray]) -> None:
         # Every rank steps its own copy of g. If they ever differ, all that follows is wrong without a word.
@@ -217,30 +233,27 @@ class Segment:
             Those of the last forward solve.
         dual
             lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`. With a running cost,
-            that and the dual value of the cost.
+            that and the dual value of the cost. Of a `CoefficientSegment` gamma, shape (rank, samples).
         """
-        self._last_dual = self._functional(dual)[: self._nodes]
-        (start,), functionals, costates = self._adjoint(
+        (start,), functionals, self._costates = self._adjoint(
             self.steppers, [self._functional(dual)], self._layers, arrays[:1]
         )
-        self._costates = [(duals[0], psi, gamma[0]) for duals, psi, gamma in costates]
         return [start, *functionals]
 
     def _adjoint(self, steppers, duals: list[np.ndarray], layers, f: Sequence[np.ndarray]):
-        """Adjoint values of f at the start and of its tangent, functionals, and what co-states are made of."""
-        functionals, costates = [], []
-        psi, gamma = None, []
-        duals = [self._stage.arranged(dual) for dual in duals]  # every stage reads them
+        """Adjoint values of the input and of its tangent, functionals, and what co-states are made of."""
+        psi = layers[-1][0].factors.psi
+        gamma, duals = self._adjoint_end(psi, duals)
+        functionals, costates = [], [(duals, psi, gamma)]
         for stepper, inputs in zip(reversed(steppers), reversed(layers)):
             if inputs[0].factors.psi is not psi:
-                if psi is not None:
-                    duals = self._unfold(psi, gamma, duals)
+                duals = self._unfold(psi, gamma, duals)
                 psi = inputs[0].factors.psi
-                gamma = [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
+                gamma = self._nothing(psi, duals)
             gamma, duals, functional = stepper.adjoint(gamma, duals)
             functionals.append(functional)
             costates.append((duals, psi, gamma))
-        start = [part[: self._nodes] for part in self._unfold(psi, gamma, duals)]
+        start = self._adjoint_start(psi, gamma, duals)
         collected = self._coefficients.collect(functionals[::-1])
         if layers[0][0].learns_factors:  # the start is seen through Psi too
             fields = (part[: self._nodes] for part in f)
@@ -248,6 +261,17 @@ class Segment:
             if len(duals) == 2 and layers[0][1].factors is not None:
                 start[0] += layers[0][1].factors.weighted @ gamma[1]
         return start, collected, costates[::-1]
+
+    def _nothing(self, psi: Basis, duals: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
+
+    def _adjoint_end(self, psi: Basis, duals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """gamma and lambda at the end, from adjoint values of the output and its tangent."""
+        return self._nothing(psi, duals), [self._stage.arranged(dual) for dual in duals]  # every stage reads them
+
+    def _adjoint_start(self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Adjoint values of the input, and of its tangent."""
+        return [part[: self._nodes] for part in self._unfold(psi, gamma, duals)]
 
     def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
         """lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
@@ -262,10 +286,11 @@ class Segment:
         """
         if not self._costates:
             return None
-        if layer == len(self.steppers):
-            return self._last_dual / self._Y.weights[:, None]
-        dual, psi, gamma = self._costates[layer]
-        return dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma
+        duals, psi, gamma = self._costates[layer]
+        r = psi.values @ gamma[0]
+        if duals:
+            r += duals[0][: self._nodes] / self._Y.weights[:, None]
+        return r
 
     # -- second order -------------------------------------------------------------------------------------------------
 
@@ -274,8 +299,8 @@ class Segment:
         self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]
     ) -> np.ndarray | tuple[np.ndarray, float]:
         """Derivative of `forward` at these arrays, in these directions: that of the discrete network. Collective."""
-        f, _ = self._run_with_tangent(arrays, directions, save=False)
-        return self._value(self._advance(f, [stepper.trace for stepper in self._tangent_steppers])[1])
+        f, g, _ = self._run_with_tangent(arrays, directions, save=False)
+        return self._value(self._end(f, g, [stepper.trace for stepper in self._tangent_steppers])[1])
 
     def _run_with_tangent(self, arrays, directions, save):
         if self._tangent_steppers is None:
@@ -283,8 +308,8 @@ class Segment:
         values = self._coefficients.on_layers(arrays[1:])
         layers = list(zip(values, self._coefficients.on_layers(directions[1:], directions=True)))
         f = [self._with_row(part[0]) for part in (arrays, directions)]
-        self._run(self._tangent_steppers, f, layers, save, self.taken_steps())
-        return f, layers
+        g = self._run(self._tangent_steppers, f, layers, save, self.taken_steps())
+        return f, g, layers
 
     @PETSc.Log.EventDecorator("fem_resnet:second_adjoint")
     def second_adjoint(
@@ -312,9 +337,45 @@ class Segment:
         self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual: np.ndarray, dual_of_tangent: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Adjoint of (value, tangent): functionals of f and of its tangent at the start, and of the coefficients."""
-        f, layers = self._run_with_tangent(arrays, directions, save=True)
+        f, _, layers = self._run_with_tangent(arrays, directions, save=True)
         start, functionals, _ = self._adjoint(self._tangent_steppers, [dual, dual_of_tangent], layers, f)
         return start, functionals
+
+
+class CoefficientSegment(Segment):
+    """Consecutive layers with one psi, which step coefficients: an operator from g = Psi^T M f at the start to g at the end.
+
+    Parameters
+    ----------
+    psi
+        Theirs.
+    first
+        Whether the input is held as f, seen through psi; else as g.
+    arguments
+        As for `Segment`; there is no running cost.
+    """
+
+    def __init__(self, psi: Basis, first: bool, *arguments):
+        super().__init__(*arguments)
+        self.output = Replicated(psi.Y, (psi.rank, self.values.samples))
+        self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output
+
+    _ends_with_f = False
+
+    def _run(self, steppers, g, layers, save, taken, total=None):
+        for stepper, inputs, steps in zip(steppers, layers, taken):
+            g = stepper.forward(g, None, inputs, save, steps)
+        self._check_ranks_agree(g)
+        return g
+
+    def _end(self, start, g, traces, total=None):
+        return g
+
+    def _adjoint_end(self, psi, duals):
+        return duals, []
+
+    def _adjoint_start(self, psi, gamma, duals):
+        return gamma
 
 
 class TangentSegment:

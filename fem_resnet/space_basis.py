@@ -2,25 +2,28 @@
 
 Coefficients c stand for E c: the values at the nodes for a bias (`NodalValues`, `BasisCoefficients`), a batch (`StateValues`)
 or the values of kernel factors, the matrix beta for a kernel (`KernelCoefficients`), the layer times (`LayerTimes`). Each
-knows the Riesz operator R of its inner product in the label measure (M; a Gram matrix; a pair of them).
+knows the Riesz operator R of its inner product in the label measure (M; a Gram matrix; a pair of them). Slots of Blocks
+alone are `Replicated` and `SeenBatch`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import firedrake as fd
 import numpy as np
 import scipy.linalg
+from mpi4py import MPI
 
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 
 __all__ = [
-    "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues",
-    "read_all",
+    "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "Replicated", "SeenBatch",
+    "SpaceBasis", "StateValues", "read_all",
 ]  # fmt: skip
 
 
@@ -138,8 +141,16 @@ class StateValues(SpaceBasis):
         return float(self.Y.sum(np.einsum("is,is->", dual, coefficients)))
 
 
-class _Replicated(SpaceBasis):
-    """A few numbers, the same on every rank: one cell of a mesh of its own holds them, and its owner broadcasts."""
+class Replicated:
+    """A few numbers, the same on every rank: one cell of a mesh of its own holds them, and its owner broadcasts.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    shape
+        That of the array of numbers.
+    """
 
     def __init__(self, Y: LabelSpace, shape: tuple[int, ...]):
         mesh, self._owner = Y.coefficient_mesh
@@ -147,7 +158,8 @@ class _Replicated(SpaceBasis):
         self.shape = shape
         self.space = fd.TensorFunctionSpace(mesh, "DG", 0, shape=shape)
 
-    def read(self, function):
+    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
+        """The numbers held by a Function (or Cofunction) of `space`. Collective."""
         return read_all([self], [function])[0]
 
     def read_owned(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
@@ -156,12 +168,14 @@ class _Replicated(SpaceBasis):
             return np.empty(self.shape)
         return function.dat.data_ro.reshape(self.shape).copy()
 
-    def write(self, function, coefficients):
+    def write(self, function: fd.Function | fd.Cofunction, coefficients: np.ndarray) -> None:
+        """Make a Function (or Cofunction) of `space` hold the numbers."""
         values = function.dat.data_wo
         if self.Y.comm.rank == self._owner:
             values[...] = np.reshape(coefficients, values.shape)
 
-    def pair(self, dual, coefficients):
+    def pair(self, dual: np.ndarray, coefficients: np.ndarray) -> float:
+        """The sum over all products."""
         return float(np.sum(dual * coefficients))
 
 
@@ -169,7 +183,7 @@ def read_all(slots: Sequence[SpaceBasis | BatchValues], functions: Sequence[fd.F
     """What each slot reads of its Function, with one broadcast for all that is the same on every rank. Collective."""
     arrays, replicated = [], {}
     for slot, function in zip(slots, functions):
-        if isinstance(slot, _Replicated):
+        if isinstance(slot, Replicated):
             arrays.append(slot.read_owned(function))
             if slot.Y.comm.size > 1:
                 replicated.setdefault(slot.Y, []).append(arrays[-1])
@@ -185,7 +199,42 @@ def read_all(slots: Sequence[SpaceBasis | BatchValues], functions: Sequence[fd.F
     return arrays
 
 
-class BasisCoefficients(_Replicated):
+class SeenBatch:
+    """A batch as a basis sees it, g = P^T M f: what an operator takes of its input if it takes no more than that.
+
+    Coefficients of a Function are kept until it changes, by PyOP2's count of accesses to its data that may write.
+
+    Parameters
+    ----------
+    basis
+        P.
+    space
+        Of the batch: `Y.V`, or `Y.batch_space(samples)`.
+    """
+
+    def __init__(self, basis: Basis, space: fd.functionspaceimpl.WithGeometry):
+        self._basis = basis
+        self._values = BatchValues(basis.Y, space)
+        self.space = space
+        self.shape = (basis.rank, self._values.samples)
+        self._kept: WeakKeyDictionary[fd.Function, tuple[int, np.ndarray]] = WeakKeyDictionary()
+
+    def read(self, function: fd.Function) -> np.ndarray:
+        """g, shape (rank, samples), the same on every rank. Collective."""
+        version, (kept, g) = function.dat.dat_version, self._kept.get(function, (None, None))
+        # One rank alone may have looked at the data.
+        if not self._basis.Y.comm.allreduce(kept == version, op=MPI.LAND):
+            g = self._basis.project(self._values.read(function))
+            g.flags.writeable = False
+            self._kept[function] = version, g
+        return g
+
+    def write(self, function: fd.Cofunction, gamma: np.ndarray) -> None:
+        """Make a Cofunction hold the functional `M P gamma` of f, for one of g."""
+        self._values.write(function, self._basis.dual(gamma))
+
+
+class BasisCoefficients(Replicated, SpaceBasis):
     """Coefficients alpha of `a = X alpha` in a basis: R = G."""
 
     def __init__(self, basis: Basis):
@@ -209,7 +258,7 @@ class BasisCoefficients(_Replicated):
         return scipy.linalg.cho_solve(self._factor, dual)
 
 
-class KernelCoefficients(_Replicated):
+class KernelCoefficients(Replicated, SpaceBasis):
     """The matrix beta of a low-rank kernel: R = G_Phi x G_Psi.
 
     Parameters
@@ -243,7 +292,7 @@ class KernelCoefficients(_Replicated):
         return self.kernel.primal(dual)
 
 
-class MatrixControls(_Replicated):
+class MatrixControls(Replicated, SpaceBasis):
     """A matrix X of controls of which a kernel is made (`stable_kernels`): R = G x H for Gram matrices, or 1 for either.
 
     Parameters
@@ -280,7 +329,7 @@ class MatrixControls(_Replicated):
         return np.zeros(self.shape)
 
 
-class LayerTimes(_Replicated):
+class LayerTimes(Replicated, SpaceBasis):
     """The layer times t_1 .. t_L, t_0 being 0, shape (L,): R = 1."""
 
     def __init__(self, Y: LabelSpace, layers: int):

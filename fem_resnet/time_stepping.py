@@ -304,7 +304,7 @@ class LayerStepper:
             Adjoints of g, and of its tangent, at the end of the layer, shape (rank, samples).
         adjoint
             Adjoint values of f, and of its tangent, at the end of the layer but for what gamma stands for: shape
-            (nodes, samples), with that of c as a row more where there is a running cost.
+            (nodes, samples), with that of c as a row more where there is a running cost; none where they are 0.
 
         Returns
         -------
@@ -331,7 +331,7 @@ class LayerStepper:
         if self._mu is None:
             self._attach_parameters()
         if self._compiled is not None:
-            self._compiled.start_adjoint(self._linear.costate[0])
+            self._compiled.start_adjoint(*self._linear.costate)
         self._mu.set(0.0)
         self._ts.setCostGradients([self._adjoint_y], [self._mu])
         self._solve(self._ts.adjointSolve)

@@ -82,7 +82,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
 Stage = fem_resnet.layer.Stage
 Stepper = fem_resnet.time_stepping.LayerStepper
 Linear = fem_resnet.layer_jacobian.LinearLayer
-Segment = fem_resnet.segment.Segment
+Segment, CoefficientSegment = fem_resnet.segment.Segment, fem_resnet.segment.CoefficientSegment
 CostRate = fem_resnet.running_cost.CostRate
 space, time_basis, inputs = fem_resnet.space_basis, fem_resnet.time_basis, fem_resnet.layer_inputs
 Loss = fem_resnet.loss._LossOperator
@@ -301,14 +301,20 @@ FAULTS = [
     Fault("adapted: the replayed steps are equal ones", ADAPTED, line(Stepper, "_set_step", "self._replayed[ts.getStepNumber()]", "1.0 / len(self._replayed)")),
     Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive else None", "None")),
     # segments
-    Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "if inputs[0].factors.psi is not psi:", "if True:\n            psi = None")),
-    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint", "for part in self._unfold(psi, gamma, duals)]", "for part in duals]")),
+    Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "costates.append((duals, psi, gamma))", "costates.append((duals, psi, gamma))\n        gamma = [0 * part for part in gamma]")),
+    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint_start", "for part in self._unfold(psi, gamma, duals)]", "for part in duals]")),
     Fault("gamma comes without the measure", CLASSES, line(Segment, "_unfold", "return [psi.dual(part) + dual for", "return [psi.values @ part + dual for")),
-    Fault("co-states without gamma", CLASSES, line(Segment, "costate", "+ psi.values @ gamma", "")),
-    Fault("sign of r", CLASSES, line(Segment, "costate", "return dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma", "return -(dual[: self._nodes] / self._Y.weights[:, None] + psi.values @ gamma)")),
-    Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "self._last_dual / self._Y.weights[:, None]", "self._last_dual")),
-    Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "traces[:layers]", "traces[: max(layers - 1, 0)]")),
+    Fault("co-states without gamma", CLASSES, line(Segment, "costate", "r = psi.values @ gamma[0]", "r = 0 * (psi.values @ gamma[0])")),
+    Fault("sign of r", CLASSES, line(Segment, "costate", "return r", "return -r")),
+    Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "r += duals[0][: self._nodes] / self._Y.weights[:, None]", "r += duals[0][: self._nodes]")),
+    Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "self._traces()[:layers]", "self._traces()[: max(layers - 1, 0)]")),
     Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "self._functional(dual_dot), self._functional(dual)", "self._functional(dual), self._functional(dual_dot)")),
+    # what the head sees of f(T) alone
+    Fault("kept coefficients outlive their input", FIELD, line(space.SeenBatch, "read", "kept == version", "kept is not None")),
+    Fault("a functional of what is seen comes back without the measure", CLASSES, line(space.SeenBatch, "write", "self._basis.dual(gamma)", "self._basis.values @ gamma")),
+    Fault("segments of coefficients give what they took", FIELD, line(CoefficientSegment, "_end", "return g", "return start")),
+    Fault("segments of coefficients start their adjoint at zero", FIELD, line(CoefficientSegment, "_adjoint_end", "return duals, []", "return self._nothing(psi, duals), []")),
+    Fault("states do not go on from the piece before", FIELD, line(fem_resnet.run.Piece, "_start", "self.before.state(len(self.before.segment.steppers))", "self.before._start()")),
     # coefficients in time and space
     Fault("hats at the wrong fraction", CLASSES, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)")),
     Fault("hats' transposed weights", CLASSES, line(inputs.OnLayer, "pull_back", "for weight in weights]", "for weight in weights[::-1]]")),
@@ -338,10 +344,10 @@ FAULTS = [
     Fault("projections without weights", CLASSES, line(Basis, "project", "self.Y.weights[:, None] * values", "values")),
     Fault("columns of a batch mixed", CLASSES, _mixed_columns),
     # head, loss, regulariser, problem
-    Fault("the head has W transposed", FIELD, line(HeadOperator, "forward", "W @ self._psi.project(f)", "W.T @ self._psi.project(f)")),
+    Fault("the head has W transposed", FIELD, line(HeadOperator, "forward", "W @ g", "W.T @ g")),
     Fault("the head's adjoint has W for W^T", FIELD, line(HeadOperator, "adjoint", "W.T @ coefficients", "W @ coefficients")),
     Fault("the head's mu is left out of its gradient", CLASSES, line(HeadOperator, "adjoint", "coefficients.sum(axis=1)", "0 * coefficients.sum(axis=1)")),
-    Fault("the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "f += self._psi.weighted @ (W_dot.T @ coefficients)", "pass")),
+    Fault("the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "g += W_dot.T @ coefficients", "pass")),
     Fault("predictions without mu", CLASSES, line(fem_resnet.head.Head, "_coefficients", " + self.mu.get(0)[:, None]", "")),
     Fault("softmax normalised over samples", CLASSES, lambda patch: (patch.setattr(fem_resnet.head, "log_density", _over_samples), patch.setattr(fem_resnet.loss, "log_density", _over_samples))),
     Fault("h' is left out", FIELD, _prediction("logistic", transpose=lambda old: lambda Y, O, d: d)),

@@ -91,8 +91,9 @@ def field():
     Y = LabelSpace(fd.FunctionSpace(_mesh("annulus"), "CG", 1))
     phi, psi = _bases(Y)
     net = ResidualNetwork(
-        phi, psi, bias=psi, times=[0.0, 0.3, 0.5, 1.1], bias_in_time=[0, 1, 1], kernel_in_time=[1, 0, 1]
-    )
+        phi, psi, bias=psi, times=[0.0, 0.3, 0.5, 1.1], bias_in_time=[0, 1, 1], kernel_in_time=[1, 0, 1],
+        layers_per_block=2,
+    )  # fmt: skip
     head = Head(psi, phi, "logistic")
     _fill([*net.parameters, *head.parameters], Y, 1)
     targets = Y.batch(0.5 + 0.4 * _waves(Y, 3, 9))

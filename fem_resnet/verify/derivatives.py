@@ -20,6 +20,7 @@ from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.label_space import sample_weights
+from fem_resnet.space_basis import SeenBatch
 from fem_resnet.time_stepping import LayerStepper
 from fem_resnet.verify.point import Point, close, names, random_like
 from fem_resnet.verify.reference import Reference
@@ -301,7 +302,7 @@ def _factor(net, k):
 
 def _replicated(slot, Y) -> bool:
     """Whether all ranks hold the same numbers, which then count once."""
-    return slot.space.mesh() is not Y.V.mesh() and slot.space.mesh().cell_set.total_size <= 1
+    return isinstance(slot, SeenBatch) or slot.space.mesh() is not Y.V.mesh() and slot.space.mesh().cell_set.total_size <= 1
 
 
 def _identity(name, operator, arrays, point: Point, rng, shared, bound) -> Check:
