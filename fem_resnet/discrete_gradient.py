@@ -247,8 +247,9 @@ class DiscreteGradientStepper:
         inputs: Sequence[LayerInputs],
         save: bool,
         steps: Sequence[float] | None = None,
+        total: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """Solve the layer from g; arguments, result and errors as in `LayerStepper.forward`."""
+        """Solve the layer from g; arguments, result and errors as in `LayerStepper.forward`. Nothing is added to `total`."""
         self.release()
         self._inputs = inputs
         if not inputs[0].length > 0:
