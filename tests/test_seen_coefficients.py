@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import set_smooth, smooth
 from problems import ROUND_DOMAINS, coefficients, directions, network, polynomials
-from pyadjoint import taylor_test, taylor_to_dict
+from pyadjoint import taylor_to_dict
 
 from fem_resnet import Basis, Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, least_squares, tikhonov
 from fem_resnet.segment import CoefficientSegment

@@ -272,10 +272,11 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
     rng = np.random.default_rng([7, point.comm.rank])
     shared = np.random.default_rng(8)
     bound = max(1e-10, close(problem))
-    f = problem.batch.inputs
+    state = None
     for layer, segment in enumerate(_layer_segments(problem)):
         factors = [np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
-        state = np.array(segment.inputs[0].read(f)) if layer == 0 else state  # noqa: F821
+        if state is None:
+            state = np.array(segment.inputs[0].read(problem.batch.inputs))
         arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions)), *factors]
         new = segment.forward(arrays, save=True)
         yield _identity(f"layer {layer}", segment, arrays, point, rng, shared, bound)
