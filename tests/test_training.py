@@ -166,6 +166,19 @@ def test_a_second_call_goes_on_from_the_first():
 
 
 @on_ranks
+@pytest.mark.parametrize("options", [{}, {"tao_type": "nls"}, {"tao_type": "blmvm"}][: None if COMM_WORLD.size == 1 else 1], ids=str)
+def test_a_monitor_on_any_rank_stops_it_and_another_call_goes_on(options):
+    problem, calls = classes(), []
+    # One rank alone asks for the stop.
+    stopped = train(problem, options, monitor=lambda p: calls.append(p) or p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1)
+    assert (stopped.reason, stopped.converged, stopped.iterations, len(calls)) == ("STOPPED", False, 2, 3)
+    for found, kept in zip(_all_coefficients(problem), stopped.controls, strict=True):
+        assert_array_equal(found, kept)
+    rest = train(problem, options | {"tao_max_it": 2}, monitor=_silent)
+    assert abs(rest.values[0] - stopped.value) <= ROUND_OFF and rest.value < stopped.value and rest.iterations == 2
+
+
+@on_ranks
 def test_parameters_changed_after_a_training_are_where_the_next_one_starts():
     problem = classes()
     train(problem, {"tao_max_it": 2}, monitor=_silent)
