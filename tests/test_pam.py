@@ -181,7 +181,7 @@ def test_taylor_of_the_proximal_functional(block, taylor):
 
 
 @on_ranks
-@pytest.mark.parametrize("tao_type", ["lmvm", "nls"])
+@pytest.mark.parametrize("tao_type", ["lmvm", "nls"][: 1 + alone])
 def test_it_comes_to_the_minimum_of_l_bfgs_on_all_parameters(tao_type):
     problem = convex_like()
     result = train_pam(problem, {"tao_type": tao_type}, tau=10.0, gradient_tolerance=1e-4, monitor=_silent)
@@ -209,25 +209,25 @@ def test_an_adapted_tau_grows_while_inner_problems_are_easy_and_falls_where_they
 @on_ranks
 def test_inertial_steps_are_faster_and_j_never_rises_but_the_inequality_does_not_hold():
     options = {"tau": 0.3, "gradient_tolerance": 0.0}
-    plain = train_pam(convex_like(), iterations=25, monitor=_silent, **options)
+    plain = train_pam(convex_like(), iterations=10, monitor=_silent, **options)
     problem, result, momenta = convex_like(), None, []
-    while len(momenta) < 25:
+    while len(momenta) < 10:
         result = train_pam(problem, inertial=True, iterations=1, start=result, monitor=_silent, **options)
         momenta.append(result.momentum)
     best = train(convex_like(), {"tao_gatol": 1e-7}, monitor=_silent).value
     print(f"\nJ - min J inertial {result.value - best:.1e}, plain {plain.value - best:.1e}; slack from {result.slacks.min():.1e}")
     assert (np.diff(result.values) <= 0).all() and result.slacks.min() < -1e-8
     assert max(momenta) > 2 and min(momenta[5:]) == 1.0, "no restart was seen"
-    assert result.values[12] - best < 0.5 * (plain.values[12] - best)
+    assert result.values[8] - best < 0.5 * (plain.values[8] - best)
 
 
 @on_ranks
 def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
-    problem = classes()
+    problem, few = classes(), {"tao_max_it": 5}
     own, batches = problem.batch, problem.minibatches(1)
     whole = [float(problem.evaluate()[0])]
     result = train_pam(
-        problem, tau=100.0, iterations=4, batches=batches,
+        problem, few, tau=100.0, iterations=4, batches=batches,
         monitor=lambda p: whole.append(float(problem.evaluate()[0])) if p.iteration else None,
     )  # fmt: skip
     print(f"\nJ of all samples {np.array(whole)}; slacks {result.slacks}")
@@ -237,8 +237,8 @@ def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
     assert abs(last.evaluate()[0] - result.value) <= ROUND_OFF
     again = classes()
     batches = again.minibatches(1)
-    part = train_pam(again, tau=100.0, iterations=3, batches=batches, monitor=_silent)
-    rest = train_pam(again, tau=100.0, iterations=1, batches=batches, start=part, monitor=_silent)
+    part = train_pam(again, few, tau=100.0, iterations=3, batches=batches, monitor=_silent)
+    rest = train_pam(again, few, tau=100.0, iterations=1, batches=batches, start=part, monitor=_silent)
     assert_allclose(rest.values, result.values, rtol=1e-8)  # many iterations of L-BFGS, which amplify round-off
 
 
