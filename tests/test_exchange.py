@@ -3,6 +3,7 @@
 import firedrake as fd
 import numpy as np
 import pytest
+from firedrake import COMM_WORLD
 from helpers import label_space, laplace, set_smooth, smooth
 from problems import gathered, learning_problem, network
 

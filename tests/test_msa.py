@@ -132,7 +132,7 @@ def test_the_change_of_J_is_that_of_the_hamiltonian_to_first_order():
     """Li et al.'s estimate: relative error falls with the step, i.e. with 1/rho, up to the layer length squared."""
     errors = []
     for rho in (1.0, 10.0, 100.0):
-        found = msa(problem(layers=24), BOX, iterations=1, rho=rho)
+        found = msa(problem(layers=12), BOX, iterations=1, rho=rho)
         errors.append(abs(found.predicted[0] / found.changes[0] - 1))
     print("\nrelative error of the predicted change", errors)
     assert errors[2] < errors[1] < errors[0] and errors[2] < 0.05

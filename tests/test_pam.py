@@ -198,10 +198,12 @@ def test_an_adapted_tau_grows_while_inner_problems_are_easy_and_falls_where_they
     problem, easy = classes(), 5 if alone else 2
     watch = Watch(problem)
     result = train_pam(problem, tau=0.1, adapt=True, iterations=easy + 1, monitor=watch)
-    fixed = train_pam(classes(), tau=0.1, iterations=easy + 1, monitor=_silent)
-    print(f"\ntau {result.taus}, J {result.value:.4f}, with tau fixed {fixed.value:.4f}")
     assert result.taus[0] == 0.1 and set(result.taus[1:] / result.taus[:-1]) <= {2.0, 1.0, 0.5}
-    assert result.taus[easy] == 0.1 * 2**easy and min(watch.slacks) > -ROUND_OFF and result.value < (0.9 if alone else 1) * fixed.value
+    assert result.taus[easy] == 0.1 * 2**easy and min(watch.slacks) > -ROUND_OFF
+    if alone:
+        fixed = train_pam(classes(), tau=0.1, iterations=easy + 1, monitor=_silent)
+        print(f"\ntau {result.taus}, J {result.value:.4f}, with tau fixed {fixed.value:.4f}")
+        assert result.value < 0.9 * fixed.value
     hard = train_pam(classes(), {"tao_max_it": 2}, tau=1e3, adapt=True, iterations=3, monitor=_silent)
     assert_array_equal(hard.taus, [1e3, 500, 250])
 
