@@ -292,7 +292,7 @@ fem_resnet.regulariser._RegulariserOperator.forward = lambda self, arrays, save:
 '''
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_command_on_a_saved_network(tmp_path, capsys):
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
     net = ResidualNetwork(*_bases(Y), layers=2)
