@@ -26,7 +26,6 @@ def test_the_rest_of_the_trajectory_is_optimal_and_its_gradient_is_the_costate()
     assert loop.feedbacks[0].value - loop.feedbacks[1].value == pytest.approx(cost, rel=1e-10)
 
 
-@on_ranks
 def test_without_disturbance_the_closed_loop_is_optimal_to_the_order_of_the_feedback():
     """Excess cost O(|w|^4); the controls differ from those of t = 0 by O(|w|^2)."""
     p = trained("sphere")
