@@ -3,6 +3,7 @@
 import firedrake as fd
 import numpy as np
 import pytest
+from firedrake import COMM_WORLD
 from helpers import label_space, laplace, set_smooth, smooth
 from problems import gathered, learning_problem, network
 
@@ -99,7 +100,9 @@ def moments(net, Y):
 
 
 @on_ranks
-@pytest.mark.parametrize("domain, element, degree", [("disk", "CG", 1), ("disk", "DG", 0), ("sphere", "CG", 1)])
+@pytest.mark.parametrize(
+    "domain, element, degree", [("sphere", "CG", 1), ("disk", "DG", 0), ("disk", "CG", 1)][: None if COMM_WORLD.size < 3 else 1]
+)
 def test_a_network_moved_to_finer_meshes_converges_with_the_order_of_the_quadrature(domain, element, degree):
     Y = LabelSpace(fd.FunctionSpace(MESHES[domain](2), "CG", 1))
     phi = laplace_basis(Y, RANK[domain])

@@ -61,6 +61,7 @@ def costs_after_a_disturbance(p, w, size):
     return *costs, minimise(q)
 
 
+@on_ranks
 def test_a_disturbance_on_the_way_is_answered_to_fourth_order_by_the_closed_loop_alone():
     p = optimal("annulus")
     w = direction(p.net.Y)

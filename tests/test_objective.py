@@ -400,7 +400,7 @@ ALONE = COMM_WORLD.size == 1
 #: Every kind on one domain, on every domain the two that have all terms between them; on several ranks fewer, all at once.
 CASES = [
     (domain, kind, control)
-    for domain in DOMAINS
+    for domain in (DOMAINS if COMM_WORLD.size < 3 else ["disk DG0", "annulus CG2", "sphere CG1"])
     for kind in (KINDS if domain == "disk DG0" else ["entropy, Tikhonov", "squares"] if ALONE else ["entropy, Tikhonov"])
     for control in (CONTROLS if ALONE else ["all"])
     if KINDS[kind]["head"] or control not in ("W", "mu")

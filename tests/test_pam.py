@@ -101,7 +101,7 @@ def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau
 
 
 @on_ranks
-@pytest.mark.parametrize("options", [{"tao_max_it": 1}, {"tao_type": "nls", "tao_max_it": 1}][: 1 + alone], ids=str)
+@pytest.mark.parametrize("options", [{"tao_max_it": 1}, {"tao_type": "nls", "tao_max_it": 1}], ids=str)
 def test_the_inequality_holds_however_inexact_the_inner_solves_are(options):
     problem = classes()
     watch = Watch(problem)
@@ -180,7 +180,8 @@ def test_taylor_of_the_proximal_functional(block, taylor):
 # -- where it goes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tao_type", ["lmvm", "nls"])
+@on_ranks
+@pytest.mark.parametrize("tao_type", ["lmvm", "nls"][: 1 + alone])
 def test_it_comes_to_the_minimum_of_l_bfgs_on_all_parameters(tao_type):
     problem = convex_like()
     result = train_pam(problem, {"tao_type": tao_type}, tau=10.0, gradient_tolerance=1e-4, monitor=_silent)
@@ -192,38 +193,43 @@ def test_it_comes_to_the_minimum_of_l_bfgs_on_all_parameters(tao_type):
     assert train(problem, {"tao_gatol": 1e-4}, monitor=_silent).iterations == 0, "TAO has another gradient"
 
 
+@on_ranks
 def test_an_adapted_tau_grows_while_inner_problems_are_easy_and_falls_where_they_are_not():
-    problem = classes()
+    problem, easy = classes(), 5 if alone else 2
     watch = Watch(problem)
-    result = train_pam(problem, tau=0.1, adapt=True, iterations=8, monitor=watch)
-    fixed = train_pam(classes(), tau=0.1, iterations=8, monitor=_silent)
-    print(f"\ntau {result.taus}, J {result.value:.4f}, with tau fixed {fixed.value:.4f}")
+    result = train_pam(problem, tau=0.1, adapt=True, iterations=easy + 1, monitor=watch)
     assert result.taus[0] == 0.1 and set(result.taus[1:] / result.taus[:-1]) <= {2.0, 1.0, 0.5}
-    assert result.taus[5] == 0.1 * 2**5 and min(watch.slacks) > -ROUND_OFF and result.value < 0.9 * fixed.value
-    hard = train_pam(classes(), {"tao_max_it": 3}, tau=1e3, adapt=True, iterations=3, monitor=_silent)
+    assert result.taus[easy] == 0.1 * 2**easy and min(watch.slacks) > -ROUND_OFF
+    if alone:
+        fixed = train_pam(classes(), tau=0.1, iterations=easy + 1, monitor=_silent)
+        print(f"\ntau {result.taus}, J {result.value:.4f}, with tau fixed {fixed.value:.4f}")
+        assert result.value < 0.9 * fixed.value
+    hard = train_pam(classes(), {"tao_max_it": 2}, tau=1e3, adapt=True, iterations=3, monitor=_silent)
     assert_array_equal(hard.taus, [1e3, 500, 250])
 
 
+@on_ranks
 def test_inertial_steps_are_faster_and_j_never_rises_but_the_inequality_does_not_hold():
     options = {"tau": 0.3, "gradient_tolerance": 0.0}
-    plain = train_pam(convex_like(), iterations=25, monitor=_silent, **options)
+    plain = train_pam(convex_like(), iterations=10, monitor=_silent, **options)
     problem, result, momenta = convex_like(), None, []
-    while len(momenta) < 25:
+    while len(momenta) < 10:
         result = train_pam(problem, inertial=True, iterations=1, start=result, monitor=_silent, **options)
         momenta.append(result.momentum)
     best = train(convex_like(), {"tao_gatol": 1e-7}, monitor=_silent).value
     print(f"\nJ - min J inertial {result.value - best:.1e}, plain {plain.value - best:.1e}; slack from {result.slacks.min():.1e}")
     assert (np.diff(result.values) <= 0).all() and result.slacks.min() < -1e-8
     assert max(momenta) > 2 and min(momenta[5:]) == 1.0, "no restart was seen"
-    assert result.values[12] - best < 0.5 * (plain.values[12] - best)
+    assert result.values[8] - best < 0.5 * (plain.values[8] - best)
 
 
+@on_ranks
 def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
-    problem = classes()
+    problem, few = classes(), {"tao_max_it": 5}
     own, batches = problem.batch, problem.minibatches(1)
     whole = [float(problem.evaluate()[0])]
     result = train_pam(
-        problem, tau=100.0, iterations=4, batches=batches,
+        problem, few, tau=100.0, iterations=4, batches=batches,
         monitor=lambda p: whole.append(float(problem.evaluate()[0])) if p.iteration else None,
     )  # fmt: skip
     print(f"\nJ of all samples {np.array(whole)}; slacks {result.slacks}")
@@ -233,8 +239,8 @@ def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
     assert abs(last.evaluate()[0] - result.value) <= ROUND_OFF
     again = classes()
     batches = again.minibatches(1)
-    part = train_pam(again, tau=100.0, iterations=3, batches=batches, monitor=_silent)
-    rest = train_pam(again, tau=100.0, iterations=1, batches=batches, start=part, monitor=_silent)
+    part = train_pam(again, few, tau=100.0, iterations=3, batches=batches, monitor=_silent)
+    rest = train_pam(again, few, tau=100.0, iterations=1, batches=batches, start=part, monitor=_silent)
     assert_allclose(rest.values, result.values, rtol=1e-8)  # many iterations of L-BFGS, which amplify round-off
 
 
@@ -307,6 +313,7 @@ def test_it_can_be_stopped_and_continued_as_if_it_had_not_been(options):
         assert_allclose(mine, theirs, rtol=0, atol=1e-12)
 
 
+@on_ranks
 def test_the_result_has_the_history_and_the_controls():
     problem = classes()
     result = train_pam(problem, iterations=3, monitor=_silent)

@@ -163,6 +163,7 @@ class Target:
         return f - self._target, 0.0
 
 
+@on_ranks
 def test_a_callback_may_know_a_target_at_the_nodes():
     Y = label_space("disk", "CG1")
     made = [problem("disk", "CG1", cost=RunningCost(Target(smooth(Y, 1)[:, 0], second))) for second in (True, False)]

@@ -99,7 +99,7 @@ def test_a_start_at_the_minimum_is_left_alone():
         assert_array_equal(found, expected)
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize(
     "domain, weight, options",
     [
@@ -163,6 +163,20 @@ def test_a_second_call_goes_on_from_the_first():
     second = train(problem, {"tao_max_it": 4}, monitor=_silent)
     assert abs(second.values[0] - first.value) <= ROUND_OFF
     assert second.value < first.value
+
+
+@on_ranks
+@pytest.mark.parametrize("options", [{}, {"tao_type": "nls"}, {"tao_type": "blmvm"}][: None if COMM_WORLD.size == 1 else 1], ids=str)
+def test_a_monitor_on_any_rank_stops_it_and_another_call_goes_on(options):
+    problem, calls = classes(), []
+    # One rank alone asks for the stop.
+    stopped = train(problem, options, monitor=lambda p: calls.append(p) or p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1)
+    assert (stopped.reason, stopped.converged, stopped.iterations, len(calls)) == ("STOPPED", False, 2, 3)
+    found = [p.get(k) for p in problem.parameters for k in range(len(p.functions))]
+    for found, kept in zip(found, stopped.controls, strict=True):
+        assert_array_equal(found, kept)
+    rest = train(problem, options | {"tao_max_it": 2}, monitor=_silent)
+    assert abs(rest.values[0] - stopped.value) <= ROUND_OFF and rest.value < stopped.value and rest.iterations == 2
 
 
 @on_ranks
@@ -380,6 +394,8 @@ def _kept(call, rounds=7, calls=10):
     process that is made anew would be an example. That is in one round or two, what stays of each call is in all.
     """
     traced = []
+    gc.collect()
+    gc.freeze()  # what is older need not be looked through in each round
     tracemalloc.start()
     try:
         for _ in range(rounds + 2):
@@ -389,6 +405,7 @@ def _kept(call, rounds=7, calls=10):
             traced.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
     return np.median(np.diff(traced[1:])) / calls
 
 

@@ -60,9 +60,11 @@ class Result:
     converged : bool
         Whether a tolerance was met; False where the iterations ran out.
     reason : str
-        TAO's reason of stopping, by name.
+        TAO's reason of stopping, by name, or "STOPPED" by the monitor.
     values, gradient_norms : numpy.ndarray
         History, one entry an iteration, the start included.
+    controls : list of numpy.ndarray
+        Coefficients of what was learned, one array a Function of `LearningProblem.functions`, as of `Parameter.get`.
     seconds : float
         Wall time.
     """
@@ -74,6 +76,7 @@ class Result:
     reason: str
     values: np.ndarray
     gradient_norms: np.ndarray
+    controls: list[np.ndarray]
     seconds: float
 
 
@@ -83,7 +86,7 @@ def train(
     solver_parameters: dict | None = None,
     *,
     options_prefix: str | None = None,
-    monitor: Callable[[Progress], None] | None = None,
+    monitor: Callable[[Progress], bool | None] | None = None,
     gauss_newton: bool = False,
     bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
 ) -> Result:
@@ -101,7 +104,8 @@ def train(
         otherwise). Newton methods are "tao_type" "nls" (line search) and "ntr" (trust region); how far they solve for a
         step says for example "tao_nls_ksp_rtol".
     monitor
-        Called at every iteration on every rank; if left out, a line an iteration is logged at level INFO on rank 0.
+        Called at every iteration on every rank; returning True (on one rank at least) stops, and another call goes on from
+        there. If left out, a line an iteration is logged at level INFO on rank 0.
     gauss_newton
         Whether Newton methods get the actions of Gauss and Newton in place of the Hessian's (`blocks.gauss_newton`).
     bounds
@@ -143,13 +147,16 @@ def train(
         bounds=pairs,
     )
     history: list[Progress] = []
-    start = time.perf_counter()
+    start, stopped = time.perf_counter(), False
 
     def watch(iteration, value, gradient_norm):
+        nonlocal stopped
         history.append(Progress(iteration, minimiser.limit, value, gradient_norm, time.perf_counter() - start))
-        tell(comm, history[-1], monitor)
+        stopped = tell(comm, history[-1], monitor)
 
-    converged, reason = minimiser.solve(watch)
+    converged, reason = minimiser.solve(watch, None if monitor is None else lambda gradient_norm: stopped)
+    if stopped:
+        converged, reason = False, "STOPPED"
     return Result(
         value=history[-1].value,
         gradient_norm=history[-1].gradient_norm,
@@ -158,6 +165,7 @@ def train(
         reason=reason,
         values=np.array([entry.value for entry in history]),
         gradient_norms=np.array([entry.gradient_norm for entry in history]),
+        controls=[p.get(k) for p in problem.parameters for k in range(len(p.functions))],
         seconds=time.perf_counter() - start,
     )
 
@@ -193,9 +201,9 @@ def _bounds_of(parameter: Parameter, low: ArrayLike | None, high: ArrayLike | No
     return pairs
 
 
-def tell(comm: MPI.Comm, progress: Progress, monitor: Callable[[Progress], bool | None] | None) -> bool | None:
-    """Hand an iteration to the user's monitor, or log its line where there is none; what the monitor returned."""
+def tell(comm: MPI.Comm, progress: object, monitor: Callable[[object], bool | None] | None) -> bool:
+    """Hand an iteration to the user's monitor, or log its line where there is none; whether a rank's monitor stops."""
     if monitor is not None:
-        return monitor(progress)
+        return comm.allreduce(bool(monitor(progress)), op=MPI.LOR)
     log(comm, logging.INFO, "%s", progress)
-    return None
+    return False

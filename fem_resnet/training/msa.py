@@ -27,7 +27,6 @@ New controls leave any fixed span, so each iteration has a new network, whose la
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,12 +35,12 @@ import numpy as np
 from petsc4py import PETSc
 
 from fem_resnet.control_set import ControlSet
-from fem_resnet.log import log
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
 from fem_resnet.maximum_principle import extremal_controls, refuse_costs_of_controls
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.row_controls import RowBall, RowBox, SpanBox, raise_controls
+from fem_resnet.training.gradient import tell
 
 __all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]
 
@@ -139,7 +138,8 @@ def msa(
         How often, where no step lowers J, it goes on from the extremal controls all the same, a step of basic MSA; J rises
         there, and the result has the controls of least J.
     monitor
-        Called after each iteration on every rank; returning True stops. If left out, a line is logged on rank 0.
+        Called after each iteration on every rank; returning True (on one rank at least) stops. If left out, a line is
+        logged on rank 0.
 
     Raises
     ------
@@ -200,9 +200,7 @@ def msa(
             best = value, changed, controls
         rho = step / 2 if variant == "extended" else rho
         progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start, evaluations)
-        if monitor is None:
-            log(net.Y.comm, logging.INFO, "%s", progress)
-        elif monitor(progress):
+        if tell(net.Y.comm, progress, monitor):
             reason = "STOPPED"
             break
     values = np.array(values)

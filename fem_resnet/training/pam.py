@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
@@ -196,7 +195,7 @@ def train_pam(
         seconds = first.seconds + time.perf_counter() - clock
         slack, inner = (0.0, 0) if step is None else (step.slack, int(sum(step.inner_iterations)))
         progress = PAMProgress(number, most, float(value), norm, seconds, tau, slack, inner)
-        return comm.allreduce(bool(tell(comm, progress, monitor)), op=MPI.LOR)
+        return tell(comm, progress, monitor)
 
     reason = "STOPPED" if start is None and report(0, None) else None
     try:
