@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from mpi4py import MPI
 from scipy.ndimage import map_coordinates
 
 from fem_resnet.activation import Activation, get_activation
@@ -65,7 +66,7 @@ class ValueFunction:
     spacing : float
         Of the grids, in the unit of f; their points are multiples of it.
     times : numpy.ndarray
-        Shape (K + 1,), from 0 to T.
+        Shape (K + 1,), from 0 to T; from a later time where a monitor has stopped the solution.
     boxes : numpy.ndarray
         The first and the last multiple in each cell, at each time: integers of shape (K + 1, 2, n).
     values : list of numpy.ndarray
@@ -90,10 +91,10 @@ class ValueFunction:
         Raises
         ------
         ValueError
-            If t is not in [0, T].
+            If t is not in [0, T], or a time that was not reached.
         """
-        if not 0 <= t <= self.times[-1]:
-            raise ValueError(f"t: a time in [0, {self.times[-1]:g}] is wanted, {t!r} was given")
+        if not self.times[0] <= t <= self.times[-1]:
+            raise ValueError(f"t: a time in [{self.times[0]:g}, {self.times[-1]:g}] is wanted, {t!r} was given")
         return min(int(np.searchsorted(self.times, t, side="right")) - 1, len(self.times) - 2)
 
     def __call__(self, v: np.ndarray, t: float) -> np.ndarray:
@@ -175,6 +176,8 @@ def solve_value_function(
     running: RunningCost | Callable | None = None,
     samples: int = 7,
     memory: float = 2e9,
+    monitor: Callable[[float], bool | None] | None = None,
+    resume: ValueFunction | None = None,
 ) -> ValueFunction:
     """F(v, t) for all v that can be reached from a box, by (4.11), (4.12). Collective; each rank computes all of it.
 
@@ -203,6 +206,10 @@ def solve_value_function(
         are samples^(n + 1) rows.
     memory
         Bytes that may be used.
+    monitor
+        Called with t after each step, backwards from T; True on any rank stops: F is then known from that t on.
+    resume
+        What such a solution with the same arguments returned, to go on from.
 
     Raises
     ------
@@ -236,13 +243,39 @@ def solve_value_function(
     boxes, times = _levels(Y, speeds, np.stack([first, last]), spacing, final_time, memory)
     states = np.meshgrid(*_axes(boxes[-1], spacing), indexing="ij", sparse=True)
     values = [sum(w * (v - f) ** 2 for w, v, f in zip(cells.weights, states, target[:, 0])) / 2]
-    here, order, steps = speeds.at(states), list(range(Y.size)), len(times) - 1
-    for done, k in enumerate(reversed(range(steps)), start=1):
-        values.append(_step(here, values[-1], boxes[[k, k + 1, -1]], times[k + 1] - times[k], spacing, order))
-        order.reverse()
+    if resume is not None:
+        values = _known(resume, target[:, 0], spacing, boxes, times)
+    here, steps, orders = speeds.at(states), len(times) - 1, (list(range(Y.size)), list(range(Y.size))[::-1])
+    stopped = False
+    while len(values) <= steps and not stopped:
+        done = len(values)
+        k = steps - done
+        values.append(
+            _step(here, values[-1], boxes[[k, k + 1, -1]], times[k + 1] - times[k], spacing, orders[(done - 1) % 2])
+        )
+        if monitor is not None:
+            stopped = Y.comm.allreduce(bool(monitor(times[k])), op=MPI.LOR)
         if done * 10 // steps > (done - 1) * 10 // steps:
             log(Y.comm, logging.INFO, "value function: t = %.3g, step %d of %d", times[k], done, steps)
-    return ValueFunction(cells, speeds, target[:, 0], float(spacing), times, boxes, values[::-1])
+    first = steps + 1 - len(values)
+    return ValueFunction(cells, speeds, target[:, 0], float(spacing), times[first:], boxes[first:], values[::-1])
+
+
+def _known(
+    solution: ValueFunction, target: np.ndarray, spacing: float, boxes: np.ndarray, times: np.ndarray
+) -> list[np.ndarray]:
+    """The values of a solution that was stopped, from T on, if it is one of the same problem."""
+    levels = len(solution.values)
+    same = (
+        levels <= len(times)
+        and solution.spacing == spacing
+        and np.array_equal(solution.target, target)
+        and np.array_equal(solution.boxes, boxes[-levels:])
+        and np.array_equal(solution.times, times[-levels:])
+    )
+    if not same:
+        raise ValueError("resume: a solution with the same arguments that a monitor stopped is wanted; one of others was given")
+    return solution.values[::-1]
 
 
 def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sympy
 from firedrake import COMM_SELF
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
@@ -464,3 +464,25 @@ def test_no_partition_changes_the_result(running):
     Y = class_space(2)
     F = solve_value_function(Y, CROSSING, "tanh", 1.0 * Y.numbers, np.zeros((Y.nodes, 1)), final_time=0.5, spacing=0.1)
     assert_allclose(F.target, [0, 1])
+
+
+@on_ranks
+def test_a_solution_that_a_rank_stopped_is_known_from_there_and_goes_on_to_the_same_numbers():
+    Y = sectors(*HALVES, alone=False)
+    x = Y.coordinates[:, 0]
+    arguments = (Y, BOX, "tanh", 0.5 * x, np.zeros((Y.nodes, 1)))
+    whole = solve_value_function(*arguments, final_time=0.5, spacing=0.05)
+    last = Y.comm.rank == Y.comm.size - 1
+    part = solve_value_function(*arguments, final_time=0.5, spacing=0.05, monitor=lambda t: last and t < 0.3)
+    stopped_at = whole.times[whole.times < 0.3].max()
+    assert part.times[0] == stopped_at and len(part.values) == len(part.times) < len(whole.times)
+    v = 0.1 * x[:, None]
+    assert_array_equal(part(v, 0.4), whole(v, 0.4))
+    with pytest.raises(ValueError, match=rf"^t: a time in \[{stopped_at:g}, 0.5\] is wanted"):
+        part(v, 0.0)
+    assert_array_equal(part.times, solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part, monitor=lambda t: True).times[1:])
+    on = solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part)
+    for ours, theirs in zip(on.values, whole.values, strict=True):
+        assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="^resume: "):
+        solve_value_function(*arguments, final_time=0.6, spacing=0.05, resume=part)
