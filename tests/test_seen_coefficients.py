@@ -84,14 +84,12 @@ def _compare(net, learn, tolerance):
         gradient = J.derivative()
         h = [fd.Function(f.function_space()) for f in problem.functions]
         rng = np.random.default_rng(5)
-        for parameter, function in zip([p for p in problem.parameters for _ in p.functions], h):
-            if function.function_space().mesh() is net.Y.V.mesh():
-                values_of = smooth(net.Y, function.function_space().value_size, seed=9)
-                function.dat.data_wo[...] = values_of.reshape(function.dat.data_wo.shape)
-            else:
-                numbers_of = 0.02 * rng.normal(size=function.function_space().value_size)
-                if function.dat.data_ro.size:
-                    function.dat.data_wo[...] = numbers_of.reshape(function.dat.data_wo.shape)
+        for function in h:
+            space, values_of = function.function_space(), function.dat.data_wo
+            nodal = space.mesh() is net.Y.V.mesh()
+            direction = smooth(net.Y, space.value_size, seed=9) if nodal else 0.02 * rng.normal(size=space.value_size)
+            if values_of.size:
+                values_of[...] = direction.reshape(values_of.shape)
         costates = [np.array(net.Y.values(run.costate(l))) for l in range(net.layers + 1)]
         states = [np.array(net.Y.values(f)) for f in run.states()]
         states += [np.array(net.Y.values(run.state(l))) for l in range(net.layers + 1)]
