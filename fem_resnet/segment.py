@@ -14,6 +14,7 @@ steps; backward lambda is 0 and gamma all there is, so that nothing at all is of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -208,8 +209,10 @@ class Segment:
         return self._stage.advance(f, list(chain.from_iterable(trace.stages for trace in traces)))
 
     @PETSc.Log.EventDecorator("fem_resnet:adjoint")
-    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence) -> list[np.ndarray]:
-        """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
+    def adjoint(
+        self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence
+    ) -> list[np.ndarray | Callable[[], np.ndarray]]:
+        """What makes lambda at the start, then functionals of the coefficients, all new arrays. Collective.
 
         Parameters
         ----------
@@ -237,14 +240,20 @@ class Segment:
             gamma, duals, functional = stepper.adjoint(gamma, duals)
             functionals.append(functional)
             costates.append((duals, psi, gamma))
-        start = self._adjoint_start(psi, gamma, duals)
         collected = self._coefficients.collect(functionals[::-1])
+        turning = None
         if layers[0][0].learns_factors:  # the start is seen through Psi too
             fields = (part[: self._nodes] for part in f)
             collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(fields, gamma))
-            if len(duals) == 2 and layers[0][1].factors is not None:
-                start[0] += layers[0][1].factors.weighted @ gamma[1]
-        return start, collected, costates[::-1]
+            turning = layers[0][1].factors if len(duals) == 2 else None
+
+        def start(order: int) -> np.ndarray:
+            value = self._adjoint_start(psi, gamma, duals, order)
+            if order == 0 and turning is not None:
+                value += turning.weighted @ gamma[1]
+            return value
+
+        return [partial(start, order) for order in range(len(gamma))], collected, costates[::-1]
 
     def _nothing(self, psi: Basis, duals: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
@@ -254,9 +263,11 @@ class Segment:
         # every stage reads them, sample by sample
         return self._nothing(psi, duals), [np.asfortranarray(dual) for dual in duals]
 
-    def _adjoint_start(self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Adjoint values of the input, and of its tangent."""
-        return [part[: self._nodes] for part in self._unfold(psi, gamma, duals)]
+    def _adjoint_start(
+        self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray], order: int
+    ) -> np.ndarray:
+        """Adjoint values of the input, or of its tangent."""
+        return self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]
 
     def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
         """lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
@@ -320,8 +331,8 @@ class Segment:
 
     def adjoint_of_pair(
         self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual: np.ndarray, dual_of_tangent: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Adjoint of (value, tangent): functionals of f and of its tangent at the start, and of the coefficients."""
+    ) -> tuple[list[Callable[[], np.ndarray]], list[np.ndarray]]:
+        """Adjoint of (value, tangent): what makes functionals of f and of its tangent at the start, and of the coefficients."""
         f, _, layers = self._run_with_tangent(arrays, directions, save=True)
         start, functionals, _ = self._adjoint(self._tangent_steppers, [dual, dual_of_tangent], layers, f)
         return start, functionals
@@ -357,8 +368,8 @@ class CoefficientSegment(Segment):
     def _adjoint_end(self, psi, duals):
         return duals, []
 
-    def _adjoint_start(self, psi, gamma, duals):
-        return gamma
+    def _adjoint_start(self, psi, gamma, duals, order):
+        return gamma[order]
 
 
 class TangentSegment:

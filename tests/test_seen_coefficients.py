@@ -10,7 +10,7 @@ from problems import ROUND_DOMAINS, coefficients, directions, network, polynomia
 from pyadjoint import taylor_test, taylor_to_dict
 
 from fem_resnet import Basis, Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, least_squares, tikhonov
-from fem_resnet.segment import CoefficientSegment
+from fem_resnet.segment import CoefficientSegment, Segment
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: The way through f, taken for a head whose psi is an equal basis but another one, rounds differently.
@@ -222,3 +222,15 @@ def test_no_field_is_made_in_an_evaluation_and_its_derivative(compiled, layers_p
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.2 * field, f"{peak / field:.2f} of a field"
+
+
+def test_the_adjoint_at_the_start_is_made_where_it_is_wanted_alone(monkeypatch):
+    """Through f as well: where f_I is learned, and at an interface between two Blocks."""
+    calls, start = [], Segment._adjoint_start
+    monkeypatch.setattr(Segment, "_adjoint_start", lambda *arguments: (calls.append(1), start(*arguments))[1])
+    for layers_per_block, learn, expected in ((None, "parameters", 0), (2, "parameters", 1), (2, "both", 2)):
+        problem = _both(network("disk", "CG1", layers_per_block=layers_per_block), learn=learn)[1]
+        J, _ = problem.record()
+        calls.clear()
+        J.derivative()
+        assert len(calls) == expected
