@@ -6,9 +6,6 @@ what the stages read; states and co-states at inner interfaces are rebuilt when 
 
 With a running cost the layers carry f and c (`running_cost`), in arrays with a row more, and lambda changes from layer to
 layer; the segment then has a second output, the cost of its time, summed over the samples with their weights.
-
-Where all that follows sees f through the layers' own psi, a `CoefficientSegment` takes g and gives g, which is what TS
-steps; backward lambda is 0 and gamma all there is, so that nothing at all is of size nodes x samples.
 """
 
 from __future__ import annotations
@@ -25,10 +22,9 @@ from fem_resnet.basis import Basis
 from fem_resnet.label_space import BatchValues
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
-from fem_resnet.space_basis import Replicated, SeenBatch
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
-__all__ = ["CoefficientSegment", "Segment", "TangentSegment"]
+__all__ = ["Segment", "TangentSegment"]
 
 
 class Segment:
@@ -336,40 +332,6 @@ class Segment:
         f, _, layers = self._run_with_tangent(arrays, directions, save=True)
         start, functionals, _ = self._adjoint(self._tangent_steppers, [dual, dual_of_tangent], layers, f)
         return start, functionals
-
-
-class CoefficientSegment(Segment):
-    """Consecutive layers with one psi, which step coefficients: an operator from g = Psi^T M f at the start to g at the end.
-
-    Parameters
-    ----------
-    psi
-        Theirs.
-    first
-        Whether the input is held as f, seen through psi; else as g.
-    arguments
-        As for `Segment`; there is no running cost.
-    """
-
-    def __init__(self, psi: Basis, first: bool, *arguments):
-        super().__init__(*arguments)
-        self.output = Replicated(psi.Y, (psi.rank, self.values.samples))
-        self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output
-
-    def _run(self, steppers, g, layers, save, taken):
-        for stepper, inputs, steps in zip(steppers, layers, taken):
-            g = stepper.forward(g, None, inputs, save, steps)
-        self._check_ranks_agree(g)
-        return g
-
-    def _end(self, start, g, traces):
-        return g
-
-    def _adjoint_end(self, psi, duals):
-        return duals, []
-
-    def _adjoint_start(self, psi, gamma, duals, order):
-        return gamma[order]
 
 
 class TangentSegment:

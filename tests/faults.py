@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 import fem_resnet.basis
+import fem_resnet.coefficient_segment
 import fem_resnet.compiled_stage
 import fem_resnet.head
 import fem_resnet.kernel
@@ -82,7 +83,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
 Stage = fem_resnet.layer.Stage
 Stepper = fem_resnet.time_stepping.LayerStepper
 Linear = fem_resnet.layer_jacobian.LinearLayer
-Segment, CoefficientSegment = fem_resnet.segment.Segment, fem_resnet.segment.CoefficientSegment
+Segment, CoefficientSegment = fem_resnet.segment.Segment, fem_resnet.coefficient_segment.CoefficientSegment
 CostRate = fem_resnet.running_cost.CostRate
 space, time_basis, inputs = fem_resnet.space_basis, fem_resnet.time_basis, fem_resnet.layer_inputs
 Loss = fem_resnet.loss._LossOperator

@@ -10,7 +10,8 @@ from problems import ROUND_DOMAINS, coefficients, directions, network, polynomia
 from pyadjoint import taylor_test, taylor_to_dict
 
 from fem_resnet import Basis, Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, least_squares, tikhonov
-from fem_resnet.segment import CoefficientSegment, Segment
+from fem_resnet.coefficient_segment import CoefficientSegment
+from fem_resnet.segment import Segment
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: The way through f, taken for a head whose psi is an equal basis but another one, rounds differently.
