@@ -16,7 +16,7 @@ its adjoint wants from the computation that the schedule makes for it, and nothi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 from fem_resnet.checkpoints import Manager, add_leaf, is_leaf, manager_of
 from fem_resnet.space_basis import read_all
 
-__all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "Slot", "apply", "gauss_newton"]
+__all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "Slot", "apply", "gauss_newton", "made"]
 
 
 class Slot(Protocol):
@@ -67,7 +67,11 @@ class Operator(Protocol):
         """The value; `save` says that an adjoint may follow."""
 
     def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray | float) -> Sequence[np.ndarray]:
-        """Functionals of the inputs, one an input, in arrays of its own."""
+        """Functionals of the inputs, one an input, in arrays of its own.
+
+        Or, for an input of which the tape may not want it, a function without arguments that makes it; it is called before
+        the next adjoint or not at all. The same in `second_adjoint`.
+        """
 
     def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray | float:
         """Derivative of `forward` in these directions, in an array of its own.
@@ -235,7 +239,7 @@ class OperatorBlock(Block):
         slot = self.operator.inputs[idx]
         if cofunctions[idx] is None:
             cofunctions[idx] = fd.Cofunction(slot.space.dual())
-        slot.write(cofunctions[idx], array)
+        slot.write(cofunctions[idx], made(array))
         return cofunctions[idx]
 
     def _directions(self, arrays: Sequence[np.ndarray], tangents: Sequence[fd.Function | None]) -> list[np.ndarray]:
@@ -324,7 +328,7 @@ class ScheduledBlock(OperatorBlock):
         # One a dependency, kept, would be a field at every interface.
         slot = self.operator.inputs[idx]
         cofunction = fd.Cofunction(slot.space.dual())
-        slot.write(cofunction, array)
+        slot.write(cofunction, made(array))
         return cofunction
 
     def _output_function(self, slot, checkpoint):
@@ -383,6 +387,11 @@ def _renew_if_changed(function: fd.Function) -> None:
         same = np.array_equal(variable.checkpoint.dat.data_ro, function.dat.data_ro)
         if not function.function_space().mesh().comm.allreduce(same, op=MPI.LAND):
             function.clear_block_variable()
+
+
+def made(functional: np.ndarray | Callable[[], np.ndarray]) -> np.ndarray:
+    """A functional that `Operator.adjoint` gave."""
+    return functional() if callable(functional) else functional
 
 
 def _version(function: fd.Function | fd.Cofunction) -> tuple[weakref.ref, int]:

@@ -26,6 +26,7 @@ from fem_resnet.activation import Activation, get_activation
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
+from fem_resnet.coefficient_segment import CoefficientSegment
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.kernel_controls import StableKernelParameter
 from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
@@ -39,7 +40,7 @@ from fem_resnet.parameter import Parameter
 from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
 from fem_resnet.running_cost import RunningCost
-from fem_resnet.segment import CoefficientSegment, Segment
+from fem_resnet.segment import Segment
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
 from fem_resnet.stable_kernels import StableKernel
 from fem_resnet.time_basis import Once, get_time_basis

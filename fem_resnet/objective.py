@@ -233,7 +233,7 @@ class LearningProblem:
 
     def _evaluate(self, seen_by: Basis | None) -> tuple[AdjFloat, Run, OperatorBlock | None]:
         run = self.net.run(self.batch.inputs, self.running, self.batch.weights, seen_by=seen_by)
-        if seen_by is not None:
+        if run.coefficients is not None:
             output = self.head.of_coefficients(*run.coefficients)
         else:
             output = run.final if self.head is None else self.head(run.final)

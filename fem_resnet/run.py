@@ -10,7 +10,8 @@ import numpy as np
 from pyadjoint import AdjFloat
 
 from fem_resnet.blocks import OperatorBlock, apply
-from fem_resnet.segment import CoefficientSegment, Segment, TangentSegment
+from fem_resnet.coefficient_segment import CoefficientSegment
+from fem_resnet.segment import Segment, TangentSegment
 from fem_resnet.space_basis import Replicated
 from fem_resnet.time_stepping import LayerTrace
 
@@ -65,9 +66,6 @@ class Run:
         The network that was run.
     initial : Function
         f_I.
-    coefficients : (Function, Replicated) or None
-        Where the network was run for what psi sees alone: what holds g(T) = Psi^T M f(T), and its slot. Functionals of it are
-        then to be differentiated.
     cost : AdjFloat
         The running cost, weighted over the samples, where the run was given one; else 0.
     omega : numpy.ndarray or None
@@ -101,6 +99,7 @@ class Run:
 
     @property
     def coefficients(self) -> tuple[fd.Function, Replicated] | None:
+        """What holds g(T), and its slot, where the network was run for what psi sees alone; differentiate functionals of it."""
         return (self._end, self._pieces[-1].segment.output) if self._by_coefficients else None
 
     def state(self, layer: int) -> fd.Function:

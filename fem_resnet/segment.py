@@ -6,14 +6,12 @@ what the stages read; states and co-states at inner interfaces are rebuilt when 
 
 With a running cost the layers carry f and c (`running_cost`), in arrays with a row more, and lambda changes from layer to
 layer; the segment then has a second output, the cost of its time, summed over the samples with their weights.
-
-Where all that follows sees f through the layers' own psi, a `CoefficientSegment` takes g and gives g, which is what TS
-steps; backward lambda is 0 and gamma all there is, so that nothing at all is of size nodes x samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -24,10 +22,9 @@ from fem_resnet.basis import Basis
 from fem_resnet.label_space import BatchValues
 from fem_resnet.layer import Stage
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
-from fem_resnet.space_basis import Replicated, SeenBatch
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
-__all__ = ["CoefficientSegment", "Segment", "TangentSegment"]
+__all__ = ["Segment", "TangentSegment"]
 
 
 class Segment:
@@ -224,8 +221,10 @@ class Segment:
         return self._advance([total], missing) if missing else [total]
 
     @PETSc.Log.EventDecorator("fem_resnet:adjoint")
-    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence) -> list[np.ndarray]:
-        """lambda at the start, then functionals of the coefficients, all new arrays. Collective.
+    def adjoint(
+        self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence
+    ) -> list[np.ndarray | Callable[[], np.ndarray]]:
+        """What makes lambda at the start, then functionals of the coefficients, all new arrays. Collective.
 
         Parameters
         ----------
@@ -253,14 +252,20 @@ class Segment:
             gamma, duals, functional = stepper.adjoint(gamma, duals)
             functionals.append(functional)
             costates.append((duals, psi, gamma))
-        start = self._adjoint_start(psi, gamma, duals)
         collected = self._coefficients.collect(functionals[::-1])
+        turning = None
         if layers[0][0].learns_factors:  # the start is seen through Psi too
             fields = (part[: self._nodes] for part in f)
             collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(fields, gamma))
-            if len(duals) == 2 and layers[0][1].factors is not None:
-                start[0] += layers[0][1].factors.weighted @ gamma[1]
-        return start, collected, costates[::-1]
+            turning = layers[0][1].factors if len(duals) == 2 else None
+
+        def start(order: int) -> np.ndarray:
+            value = self._adjoint_start(psi, gamma, duals, order)
+            if order == 0 and turning is not None:
+                value += turning.weighted @ gamma[1]
+            return value
+
+        return [partial(start, order) for order in range(len(gamma))], collected, costates[::-1]
 
     def _nothing(self, psi: Basis, duals: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
@@ -269,9 +274,11 @@ class Segment:
         """gamma and lambda at the end, from adjoint values of the output and its tangent."""
         return self._nothing(psi, duals), [self._stage.arranged(dual) for dual in duals]  # every stage reads them
 
-    def _adjoint_start(self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Adjoint values of the input, and of its tangent."""
-        return [part[: self._nodes] for part in self._unfold(psi, gamma, duals)]
+    def _adjoint_start(
+        self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray], order: int
+    ) -> np.ndarray:
+        """Adjoint values of the input, or of its tangent."""
+        return self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]
 
     def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
         """lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
@@ -335,47 +342,11 @@ class Segment:
 
     def adjoint_of_pair(
         self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual: np.ndarray, dual_of_tangent: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Adjoint of (value, tangent): functionals of f and of its tangent at the start, and of the coefficients."""
+    ) -> tuple[list[Callable[[], np.ndarray]], list[np.ndarray]]:
+        """Adjoint of (value, tangent): what makes functionals of f and of its tangent at the start, and of the coefficients."""
         f, _, layers = self._run_with_tangent(arrays, directions, save=True)
         start, functionals, _ = self._adjoint(self._tangent_steppers, [dual, dual_of_tangent], layers, f)
         return start, functionals
-
-
-class CoefficientSegment(Segment):
-    """Consecutive layers with one psi, which step coefficients: an operator from g = Psi^T M f at the start to g at the end.
-
-    Parameters
-    ----------
-    psi
-        Theirs.
-    first
-        Whether the input is held as f, seen through psi; else as g.
-    arguments
-        As for `Segment`; there is no running cost.
-    """
-
-    def __init__(self, psi: Basis, first: bool, *arguments):
-        super().__init__(*arguments)
-        self.output = Replicated(psi.Y, (psi.rank, self.values.samples))
-        self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output
-
-    _ends_with_f = False
-
-    def _run(self, steppers, g, layers, save, taken, total=None):
-        for stepper, inputs, steps in zip(steppers, layers, taken):
-            g = stepper.forward(g, None, inputs, save, steps)
-        self._check_ranks_agree(g)
-        return g
-
-    def _end(self, start, g, traces, total=None):
-        return g
-
-    def _adjoint_end(self, psi, duals):
-        return duals, []
-
-    def _adjoint_start(self, psi, gamma, duals):
-        return gamma
 
 
 class TangentSegment:

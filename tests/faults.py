@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 import fem_resnet.basis
+import fem_resnet.coefficient_segment
 import fem_resnet.compiled_stage
 import fem_resnet.head
 import fem_resnet.kernel
@@ -82,7 +83,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
 Stage = fem_resnet.layer.Stage
 Stepper = fem_resnet.time_stepping.LayerStepper
 Linear = fem_resnet.layer_jacobian.LinearLayer
-Segment, CoefficientSegment = fem_resnet.segment.Segment, fem_resnet.segment.CoefficientSegment
+Segment, CoefficientSegment = fem_resnet.segment.Segment, fem_resnet.coefficient_segment.CoefficientSegment
 CostRate = fem_resnet.running_cost.CostRate
 space, time_basis, inputs = fem_resnet.space_basis, fem_resnet.time_basis, fem_resnet.layer_inputs
 Loss = fem_resnet.loss._LossOperator
@@ -302,7 +303,7 @@ FAULTS = [
     Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive else None", "None")),
     # segments
     Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "costates.append((duals, psi, gamma))", "costates.append((duals, psi, gamma))\n        gamma = [0 * part for part in gamma]")),
-    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint_start", "for part in self._unfold(psi, gamma, duals)]", "for part in duals]")),
+    Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint_start", "self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]", "duals[order][: self._nodes].copy()")),
     Fault("gamma comes without the measure", CLASSES, line(Segment, "_unfold", "return [psi.dual(part) + dual for", "return [psi.values @ part + dual for")),
     Fault("co-states without gamma", CLASSES, line(Segment, "costate", "r = psi.values @ gamma[0]", "r = 0 * (psi.values @ gamma[0])")),
     Fault("sign of r", CLASSES, line(Segment, "costate", "return r", "return -r")),

@@ -10,7 +10,8 @@ from problems import ROUND_DOMAINS, coefficients, directions, network, polynomia
 from pyadjoint import taylor_to_dict
 
 from fem_resnet import Basis, Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, least_squares, tikhonov
-from fem_resnet.segment import CoefficientSegment
+from fem_resnet.coefficient_segment import CoefficientSegment
+from fem_resnet.segment import Segment
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: The way through f, taken for a head whose psi is an equal basis but another one, rounds differently.
@@ -84,14 +85,12 @@ def _compare(net, learn, tolerance):
         gradient = J.derivative()
         h = [fd.Function(f.function_space()) for f in problem.functions]
         rng = np.random.default_rng(5)
-        for parameter, function in zip([p for p in problem.parameters for _ in p.functions], h):
-            if function.function_space().mesh() is net.Y.V.mesh():
-                values_of = smooth(net.Y, function.function_space().value_size, seed=9)
-                function.dat.data_wo[...] = values_of.reshape(function.dat.data_wo.shape)
-            else:
-                numbers_of = 0.02 * rng.normal(size=function.function_space().value_size)
-                if function.dat.data_ro.size:
-                    function.dat.data_wo[...] = numbers_of.reshape(function.dat.data_wo.shape)
+        for function in h:
+            space, values_of = function.function_space(), function.dat.data_wo
+            nodal = space.mesh() is net.Y.V.mesh()
+            direction = smooth(net.Y, space.value_size, seed=9) if nodal else 0.02 * rng.normal(size=space.value_size)
+            if values_of.size:
+                values_of[...] = direction.reshape(values_of.shape)
         costates = [np.array(net.Y.values(run.costate(l))) for l in range(net.layers + 1)]
         states = [np.array(net.Y.values(f)) for f in run.states()]
         states += [np.array(net.Y.values(run.state(l))) for l in range(net.layers + 1)]
@@ -224,3 +223,15 @@ def test_no_field_is_made_in_an_evaluation_and_its_derivative(compiled, layers_p
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.2 * field, f"{peak / field:.2f} of a field"
+
+
+def test_the_adjoint_at_the_start_is_made_where_it_is_wanted_alone(monkeypatch):
+    """Through f as well: where f_I is learned, and at an interface between two Blocks."""
+    calls, start = [], Segment._adjoint_start
+    monkeypatch.setattr(Segment, "_adjoint_start", lambda *arguments: (calls.append(1), start(*arguments))[1])
+    for layers_per_block, learn, expected in ((None, "parameters", 0), (2, "parameters", 1), (2, "both", 2)):
+        problem = _both(network("disk", "CG1", layers_per_block=layers_per_block), learn=learn)[1]
+        J, _ = problem.record()
+        calls.clear()
+        J.derivative()
+        assert len(calls) == expected

@@ -31,6 +31,7 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
+from fem_resnet.blocks import made
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.segment import Segment
 from fem_resnet.theory.propagator import Propagator, joint_span
@@ -148,7 +149,7 @@ class LinearisedFlow:
         for layer in reversed(range(start, end)):
             arrays = [self.states[layer], *self._coefficients[layer]]
             segments[layer].forward(arrays, save=True)
-            dual = segments[layer].adjoint(arrays, dual)[0]
+            dual = made(segments[layer].adjoint(arrays, dual)[0])
         return like(costate, dual / weights)
 
     def propagator(self, start: int = 0, end: int | None = None, *, sample: int = 0) -> Propagator:

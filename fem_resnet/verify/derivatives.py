@@ -19,6 +19,7 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
+from fem_resnet.blocks import made
 from fem_resnet.label_space import sample_weights
 from fem_resnet.space_basis import SeenBatch
 from fem_resnet.time_stepping import LayerStepper
@@ -332,7 +333,7 @@ def _identity(name, operator, arrays, point: Point, rng, shared, bound) -> Check
             forth += paired(slot, duals[-1], change)
             size += (paired(slot, duals[-1], duals[-1]) * paired(slot, change, change)) ** 0.5
     w = duals if several else duals[0]
-    back_parts = [paired(slot, d, x) for slot, d, x in zip(operator.inputs, operator.adjoint(arrays, w), v)]
+    back_parts = [paired(slot, made(d), x) for slot, d, x in zip(operator.inputs, operator.adjoint(arrays, w), v)]
     size = max(size * 1e-2, abs(forth), *map(abs, back_parts), 1e-300)
     return Check.of("<dF v, w> = <v, dF* w>", name, abs(forth - sum(back_parts)) / size, bound)
 

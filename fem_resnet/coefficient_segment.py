@@ -1,0 +1,49 @@
+"""Segments of which all that follows sees f through the layers' own psi: from g = Psi^T M f to g, which is what TS steps.
+
+Backward lambda is 0 and gamma all there is, so that nothing at all is of size nodes x samples; states and co-states are
+rebuilt when asked for, as those of any segment.
+"""
+
+from __future__ import annotations
+
+from fem_resnet.basis import Basis
+from fem_resnet.segment import Segment
+from fem_resnet.space_basis import Replicated, SeenBatch
+
+__all__ = ["CoefficientSegment"]
+
+
+class CoefficientSegment(Segment):
+    """Consecutive layers with one psi, which step coefficients: an operator from g = Psi^T M f at the start to g at the end.
+
+    Parameters
+    ----------
+    psi
+        Theirs.
+    first
+        Whether the input is held as f, seen through psi; else as g.
+    arguments
+        As for `Segment`; there is no running cost.
+    """
+
+    _ends_with_f = False
+
+    def __init__(self, psi: Basis, first: bool, *arguments):
+        super().__init__(*arguments)
+        self.output = Replicated(psi.Y, (psi.rank, self.values.samples))
+        self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output
+
+    def _run(self, steppers, g, layers, save, taken, total=None):
+        for stepper, inputs, steps in zip(steppers, layers, taken):
+            g = stepper.forward(g, None, inputs, save, steps)
+        self._check_ranks_agree(g)
+        return g
+
+    def _end(self, start, g, traces, total=None):
+        return g
+
+    def _adjoint_end(self, psi, duals):
+        return duals, []
+
+    def _adjoint_start(self, psi, gamma, duals, order):
+        return gamma[order]
