@@ -62,10 +62,10 @@ class FemResnetLayers(FemResnet):
             given.append([f, *(self._arrays[id(function)] for function in segment.functions)])
             f = segment.forward(given[-1], save=True)
         J = self._loss.forward([f], save=True)
-        (dual,) = self._loss.adjoint([f], 1.0)
+        (dual,), start = self._loss.adjoint([f], 1.0), None
         self._functionals = {}
         for segment, arrays in zip(reversed(self._segments), reversed(given)):
-            dual, *functionals = segment.adjoint(arrays, dual)
+            start, *functionals = segment.adjoint(arrays, dual if start is None else start())
             for function, functional in zip(segment.functions, functionals):
                 known = self._functionals.get(id(function))
                 self._functionals[id(function)] = functional if known is None else known + functional
