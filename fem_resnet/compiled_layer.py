@@ -7,12 +7,14 @@ kernel, fixed factors and times. Others go through Python.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from petsc4py import PETSc
 
-from fem_resnet.compiled_stage import CompiledStage
+from fem_resnet.compiled_stage import CompiledStage, address
+from fem_resnet.kernel import LowRankKernel
 from fem_resnet.layer import Argument, StageValue
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.petsc import rk_tableau
@@ -30,6 +32,23 @@ _FIELDS = {
 
 class _Layer(ctypes.Structure):
     _fields_ = list(_FIELDS.items())
+
+
+@dataclass(frozen=True)
+class KeptStages:
+    """The terms of the quadrature (3.3) of a forward solve, made when they are asked for."""
+
+    inputs: LayerInputs
+    a: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray
+    C: np.ndarray
+
+    def __iter__(self) -> Iterator[StageValue]:
+        for h, step in zip(self.lengths, self.C):
+            for weight, C in zip(self.weights, step):
+                if weight != 0.0:
+                    yield StageValue(h * weight, Argument(self.inputs.factors, (self.inputs.length,), (self.a,), (C.T,)))
 
 
 class CompiledLayer:
@@ -57,8 +76,9 @@ class CompiledLayer:
         self._work = {name: np.empty(shape) for name, shape in shapes.items()} | {"weights": self._weights}
         self._layer = _Layer(
             space=stage.space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses,
-            **{name: array.ctypes.data for name, array in self._work.items()},
+            **{name: address(array) for name, array in self._work.items()},
         )  # fmt: skip
+        self._factors: LowRankKernel | None = None
         self._jacobian = self._attach("layer_attach", [(psi + 1) * samples] * 2)
         self._parameters: PETSc.Mat | None = None
 
@@ -92,31 +112,27 @@ class CompiledLayer:
         self._C = np.empty((steps, len(self._weights), self._stage.samples, inputs.factors.phi.rank))
         self._arrays = a, beta
         layer = self._layer
-        layer.phi, layer.psi = (self._stage.basis(basis) for basis in (inputs.factors.phi, inputs.factors.psi))
-        layer.a, layer.beta, layer.stages = a.ctypes.data, beta.ctypes.data, self._C.ctypes.data
-        layer.lengths, layer.f = self._h.ctypes.data, None if f is None else f.ctypes.data
+        if inputs.factors is not self._factors:
+            self._factors = inputs.factors
+            layer.phi, layer.psi = (self._stage.basis(basis) for basis in (inputs.factors.phi, inputs.factors.psi))
+        layer.a, layer.beta, layer.stages = address(a), address(beta), address(self._C)
+        layer.lengths, layer.f = address(self._h), address(f)
         layer.length, layer.step, layer.steps, layer.asked = inputs.length, 0, steps, 0
 
     def steps(self) -> list[float]:
         """The steps of the last forward solve, in parts of the layer."""
         return self._h.tolist()
 
-    def stages(self) -> list[StageValue]:
+    def stages(self) -> KeptStages:
         """The terms of the quadrature (3.3) of the last forward solve."""
-        inputs, a = self._inputs, (self._arrays[0],)
-        return [
-            StageValue(h * weight, Argument(inputs.factors, (inputs.length,), a, (C.T,)))
-            for h, step in zip(self._h, self._C)
-            for weight, C in zip(self._weights, step)
-            if weight != 0.0
-        ]
+        return KeptStages(self._inputs, self._arrays[0], self._h, self._weights, self._C)
 
     def start_adjoint(self, adjoint: np.ndarray | None = None) -> None:
         """Before an adjoint solve, with the adjoint value of f at the segment's end, where it is not 0."""
         self._adjoint = None if adjoint is None else self._stage.arranged(adjoint)
         self._functionals = np.zeros(self._stage.Y.nodes + self._work["by_beta"].size)
-        self._layer.bias = self._functionals.ctypes.data
-        self._layer.adjoint, self._layer.asked = None if adjoint is None else self._adjoint.ctypes.data, 0
+        self._layer.bias = address(self._functionals)
+        self._layer.adjoint, self._layer.asked = address(self._adjoint), 0
 
     @property
     def parameters(self) -> int:
@@ -135,10 +151,10 @@ class CompiledLayer:
         RuntimeError
             If TS has weighted the stages otherwise than was taken for granted.
         """
-        if abs(by_parameters[-1] - self._weight * self._h.sum()) > 1e-10 * self._weight:
+        if abs(by_parameters[-1] - self._weight) > 1e-10 * self._weight:  # the steps add up to 1
             raise RuntimeError(
-                f"the adjoint of {self._ts.getRKType()!r} weighs the stages by {by_parameters[-1]:g} in all, "
-                f"{self._weight * self._h.sum():g} is wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
+                f"the adjoint of {self._ts.getRKType()!r} weighs the stages by {by_parameters[-1]:g} in all, {self._weight:g} is "
+                f"wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
             )
         nodes, bias, beta = self._stage.Y.nodes, self._inputs.bias, self._inputs.beta
         by_beta = beta.pull_back(0.0, by_parameters[:-1].reshape(self._work["by_beta"].shape))

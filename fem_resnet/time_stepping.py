@@ -17,7 +17,7 @@ factor of its right-hand side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,7 +71,7 @@ class LayerTrace:
 
     Attributes
     ----------
-    stages : list of StageValue
+    stages : iterable of StageValue
         The terms of the quadrature (3.3); none where the state carried f.
     end : list of numpy.ndarray or None
         f at the end, and its tangent, where the state carried them; with a running cost a row more, for c.
@@ -81,7 +81,7 @@ class LayerTrace:
         Whether the integral of f_t was added up on the way, so that f at the end needs no stages.
     """
 
-    stages: list[StageValue] = field(default_factory=list)
+    stages: Iterable[StageValue] = field(default_factory=list)
     end: list[np.ndarray] | None = None
     steps: list[float] = field(default_factory=list)
     added: bool = False
@@ -378,7 +378,7 @@ class LayerStepper:
             raise StepFailure(self.layer, time, _REASONS.get(reason, f"PETSc's reason {reason}"))
 
     def _check_finite(self, g: Sequence[np.ndarray], others: Sequence[np.ndarray], time: float) -> None:
-        finite = all(np.isfinite(array).all() for array in g)
+        finite = all([np.isfinite(array).all() for array in g])
         if self.carries_f:
             finite &= all(np.isfinite(array).all() for array in others)
             finite = self.stage.Y.comm.allreduce(finite, op=MPI.LAND)

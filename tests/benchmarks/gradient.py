@@ -53,8 +53,14 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+#: Seconds of a turn with short evaluations, and how many these may be.
+TURN, MOST_A_TURN = 0.1, 20
+
+
 def take_turns(sides: list[Side], repetitions: int, budget: float) -> dict[str, str]:
-    """Evaluate each side once a turn, at other parameters each time; then ask for its memory.
+    """Evaluate each side a turn, at other parameters each time; then ask for its memory.
+
+    Where an evaluation is short it is repeated in its turn, as it is in training: else caches are those of the side before.
 
     Returns why sides ended before their time, as they do where memory does not last for all; they are not among `sides`
     afterwards.
@@ -72,13 +78,18 @@ def take_turns(sides: list[Side], repetitions: int, budget: float) -> dict[str, 
                 side.end()
         return answers
 
-    def turn(side: Side, factor: float) -> None:
-        side.ask(f"scale {factor}")
-        side.seconds.append(side.ask("evaluate")["seconds"])
+    def turn(side: Side) -> None:
+        for _ in range(max(1, min(MOST_A_TURN, int(TURN / side.expected)))):
+            side.ask(f"scale {0.5 if len(side.seconds) % 2 == 0 else 2.0}")
+            side.seconds.append(side.ask("evaluate")["seconds"])
 
-    expected = sum(of_each(lambda side: side.ask("evaluate")["seconds"]))
-    for number in range(max(3, min(repetitions, int(budget / max(expected, 1e-3))))):
-        of_each(lambda side: turn(side, 0.5 if number % 2 == 0 else 2.0))
+    def expect(side: Side) -> float:
+        side.expected = side.ask("evaluate")["seconds"]
+        return side.expected
+
+    expected = sum(of_each(expect))
+    for _ in range(max(3, min(repetitions, int(budget / max(expected, 1e-3))))):
+        of_each(turn)
     for side, answer in zip(sides, of_each(lambda side: side.ask("memory"))):
         side.peak_bytes, side.evaluation_bytes = answer["bytes"], answer["evaluation_bytes"]
     return failed

@@ -67,6 +67,7 @@ class Side:
     first: dict = field(default_factory=dict)
     errors: dict = field(default_factory=dict)
     seconds: list = field(default_factory=list)
+    expected: float = 0.0
     peak_bytes: int = 0
     evaluation_bytes: int = 0
 
