@@ -25,6 +25,7 @@
 #define BLOCK 64  /* nodes */
 #define WIDE (BLOCK / LANES < 8 ? BLOCK / LANES : 8)
 #define CHUNK (4 * LANES)  /* samples, where they are many */
+#define SLAB 64  /* functions of a basis */
 #define UNROLL _Pragma("GCC unroll 8")
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -49,20 +50,21 @@ struct label_space {
 };
 
 struct scratch {
-    REAL *coefficients[2]; /* of a chunk: rank x CHUNK */
-    sums *sums;            /* rank x samples of few, or rank x CHUNK doubles */
+    REAL *coefficients[2]; /* of many samples, chunk by chunk: rank x CHUNK */
+    sums *sums;            /* rank x LANES; or doubles, chunk by chunk: rank x CHUNK */
     REAL *phi, *psi;       /* of the last block, filled up by zeros */
     REAL a[BLOCK], weights[BLOCK];
 };
 
-static int new_scratch(struct scratch *scratch, long phi, long psi) {
-    const long rank = phi > psi ? phi : psi;
-    char *memory = aligned_alloc(64, 2 * rank * CHUNK * sizeof(REAL) + rank * LANES * sizeof(sums)
-                                     + (phi + psi + 2) * BLOCK * sizeof(REAL) + 64);
+static int new_scratch(struct scratch *scratch, long phi, long psi, long samples) {
+    const long rank = phi > psi ? phi : psi, chunks = (samples + CHUNK - 1) / CHUNK;
+    const size_t chunk = rank * CHUNK, few = rank * LANES * sizeof(sums), many = chunks * chunk * sizeof(double);
+    char *memory = aligned_alloc(64, (few > many ? few : many) + 2 * chunks * chunk * sizeof(REAL)
+                                     + (phi + psi) * BLOCK * sizeof(REAL));
     scratch->sums = (sums *)memory;
     if (!memory) return 0;
-    memory += rank * LANES * sizeof(sums);
-    for (int i = 0; i < 2; i++, memory += rank * CHUNK * sizeof(REAL)) scratch->coefficients[i] = (REAL *)memory;
+    memory += few > many ? few : many;
+    for (int i = 0; i < 2; i++, memory += chunks * chunk * sizeof(REAL)) scratch->coefficients[i] = (REAL *)memory;
     scratch->phi = (REAL *)memory;
     scratch->psi = scratch->phi + phi * BLOCK;
     return 1;
@@ -276,14 +278,17 @@ ALWAYS void product_tile(int rows, int vectors, const REAL *restrict x, long by_
     }
 }
 
-/* u = a + Phi c on a tile of nodes. */
+/* u = a + Phi c, or u += Phi c if a is NULL, on a tile of nodes. */
 ALWAYS void affine_rows(int nodes, int vectors, const REAL *phi, long stride, long rank, const REAL *a, const REAL *c, REAL *u) {
     vec sum[4][4];
     product_tile(nodes, vectors, phi, stride, 1, c, rank, sum);
     UNROLL
     for (int i = 0; i < nodes; i++)
         UNROLL
-        for (int j = 0; j < vectors; j++) put(u + i * CHUNK + j * LANES, a[i] + sum[i][j]);
+        for (int j = 0; j < vectors; j++) {
+            REAL *place = u + i * CHUNK + j * LANES;
+            put(place, sum[i][j] + (a ? a[i] + (vec){0} : get(place)));
+        }
 }
 
 /* total += Psi^T v for `ranks` <= 4 functions, over a block of nodes. */
@@ -317,8 +322,13 @@ ALWAYS void project_columns(int ranks, int vectors, const REAL *psi, long stride
 
 static void affine_of_many(int vectors, const REAL *phi, long stride, long rank, long nodes, const REAL *a, const REAL *c,
                            REAL *u) {
-#define AFFINE_ROWS(rows, vectors) affine_rows(rows, vectors, phi + i, stride, rank, a + i, c, u + i * CHUNK)
-    ALL_TILES(AFFINE_ROWS, nodes)
+#define AFFINE_ROWS(rows, vectors) \
+    affine_rows(rows, vectors, phi + k * stride + i, stride, slab, k ? NULL : a + i, c + k * CHUNK, u + i * CHUNK)
+    /* A slab's rows of c are in the first-level cache, and its pages are known. */
+    for (long k = 0; k < rank; k += SLAB) {
+        const long slab = rank - k < SLAB ? rank - k : SLAB;
+        ALL_TILES(AFFINE_ROWS, nodes)
+    }
 }
 
 static void project_many(int vectors, const REAL *psi, long stride, long rank, long nodes, const REAL *v, double *total) {
@@ -346,6 +356,9 @@ static void turn_back(long samples, long rank, const double *total, double *Q, l
         for (long k = 0; k < rank; k++) Q[s * ldq + k] = total[k * CHUNK + s];
 }
 
+/* Where the coefficients or sums of a chunk begin. */
+#define OF(chunk, rank) ((chunk) + first * (rank))
+
 static void rate_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
                          const double *C, long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight,
                          struct scratch *scratch) {
@@ -353,10 +366,12 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
     double *total = (double *)scratch->sums;
     const REAL length = tau;
     CHUNKS(Y) {
-        turn(samples, phi->rank, C + first * ldc, ldc, -1.0, c);
-        memset(total, 0, psi->rank * CHUNK * sizeof(double));
-        BLOCKS(Y) {
-            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, c, u);
+        turn(samples, phi->rank, C + first * ldc, ldc, -1.0, OF(c, phi->rank));
+        memset(OF(total, psi->rank), 0, psi->rank * CHUNK * sizeof(double));
+    }
+    BLOCKS(Y)
+        CHUNKS(Y) {
+            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, OF(c, phi->rank), u);
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK;
                 const long width = vectors * LANES, at = (start + n) * Y->samples + first;
@@ -370,10 +385,10 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
 #pragma omp simd
                 for (int s = 0; s < width; s++) row[s] *= w;
             }
-            if (Q) project_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, u, total);
+            if (Q) project_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, u, OF(total, psi->rank));
         }
-        if (Q) turn_back(samples, psi->rank, total, Q + first * ldq, ldq);
-    }
+    if (Q)
+        CHUNKS(Y) turn_back(samples, psi->rank, OF(total, psi->rank), Q + first * ldq, ldq);
 }
 
 static void transpose_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
@@ -385,15 +400,17 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
     double *total = (double *)scratch->sums, paired = 0.0;
     const REAL tau_ = tau;
     CHUNKS(Y) {
-        const long width = vectors * LANES;
-        turn(samples, phi->rank, C + first * ldc, ldc, -1.0, c);
-        turn(samples, psi->rank, x + first * ldx, ldx, 1.0, y);
-        if (lambda)
-            for (long s = 0; s < samples; s++) factor[s] = x[(first + s) * ldx + psi->rank];
-        memset(total, 0, phi->rank * CHUNK * sizeof(double));
-        BLOCKS(Y) {
-            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, c, u);
-            affine_of_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, zero, y, w); /* Psi x */
+        turn(samples, phi->rank, C + first * ldc, ldc, -1.0, OF(c, phi->rank));
+        turn(samples, psi->rank, x + first * ldx, ldx, 1.0, OF(y, psi->rank));
+        memset(OF(total, phi->rank), 0, phi->rank * CHUNK * sizeof(double));
+    }
+    BLOCKS(Y)
+        CHUNKS(Y) {
+            const long width = vectors * LANES;
+            if (lambda)
+                for (long s = 0; s < samples; s++) factor[s] = x[(first + s) * ldx + psi->rank];
+            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, OF(c, phi->rank), u);
+            affine_of_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, zero, OF(y, psi->rank), w); /* Psi x */
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK, *dual = w + n * CHUNK, sum = 0;
                 const REAL node = Y->weights[start + n];
@@ -416,10 +433,9 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
                 }
                 bias[start + n] += weight * sum;
             }
-            project_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, w, total);
+            project_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, w, OF(total, phi->rank));
         }
-        turn_back(samples, phi->rank, total, D + first * phi->rank, phi->rank);
-    }
+    CHUNKS(Y) turn_back(samples, phi->rank, OF(total, phi->rank), D + first * phi->rank, phi->rank);
     if (length) *length = paired;
 }
 
@@ -433,7 +449,7 @@ int nodes_are_innermost(const struct label_space *Y) { return Y->samples < LANES
 int rate(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a, const double *C,
          long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight) {
     struct scratch scratch;
-    if (!new_scratch(&scratch, phi->rank, psi->rank)) return 1;
+    if (!new_scratch(&scratch, phi->rank, psi->rank, Y->samples)) return 1;
     (nodes_are_innermost(Y) ? rate_of_few : rate_of_many)(Y, phi, psi, a, C, ldc, tau, Q, ldq, s_out, f, weight, &scratch);
     free_scratch(&scratch);
     return 0;
@@ -446,7 +462,7 @@ int transpose(const struct label_space *Y, const struct basis *phi, const struct
               long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D, double *bias, double weight,
               double *length) {
     struct scratch scratch;
-    if (!new_scratch(&scratch, phi->rank, psi->rank)) return 1;
+    if (!new_scratch(&scratch, phi->rank, psi->rank, Y->samples)) return 1;
     (nodes_are_innermost(Y) ? transpose_of_few : transpose_of_many)(Y, phi, psi, a, C, ldc, tau, x, ldx, lambda, D, bias,
                                                                     weight, length, &scratch);
     free_scratch(&scratch);

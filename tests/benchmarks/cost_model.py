@@ -31,7 +31,8 @@ FACTORS = ("N", "r", "S", "L", "n")
 #: where products take far more than sigmas and far less than products with beta, r^2 S; in S where they take far more than reads of Phi.
 SWEEPS = {
     "N": ((None, 16, 32, 4, 1), (8192, 16384, 32768, 65536, 131072)),
-    "r": ((65536, None, 16, 1, 1), (128, 256, 512)),
+    # With N a power of two the nodes' rows of all functions would meet in a few sets of the caches.
+    "r": ((40000, None, 32, 1, 1), (128, 256, 512)),
     "S": ((8192, 16, None, 4, 1), (32, 64, 128, 256, 512)),
     "L": ((8192, 16, 32, None, 1), (16, 32, 64, 128)),
     "n": ((8192, 16, 32, 4, None), (8, 16, 32, 64)),

@@ -59,15 +59,15 @@ def machine() -> dict[str, dict[str, float]]:
 def work(nodes: int, rank: int, samples: int, layers: int) -> dict[str, float]:
     """Flops, sigmas and bytes of one J and its gradient.
 
-    A stage: two products nodes x rank x samples forward and three backward, a sigma each; and one product and a sigma more
-    where f itself is wanted, as it is at the end. Bytes: Phi and Psi are read in each pass over the nodes and the bias
-    with them; f is read and written once a layer; the adjoint of f is read by each stage on the way back.
+    A stage: two products nodes x rank x samples forward and three backward, and a sigma each. Bytes: Phi, which is Psi here too,
+    is read once forward and once backward; the bias and the weights with it; the functional of the bias is read and written;
+    f is read and written, forward, and its adjoint read, backward.
     """
-    stages, field, factors = STAGES * layers, 8.0 * nodes * samples, 2 * 8.0 * nodes * rank
+    stages, field, factors, nodal = STAGES * layers, 8.0 * nodes * samples, 8.0 * nodes * rank, 8.0 * nodes
     return {
-        "flops": 6 * 2.0 * nodes * rank * samples * stages,
-        "sigmas": 3.0 * nodes * samples * stages,
-        "bytes": stages * (2.5 * factors + 4 * 8.0 * nodes + field) + 2 * layers * field,
+        "flops": 5 * 2.0 * nodes * rank * samples * stages,
+        "sigmas": 2.0 * nodes * samples * stages,
+        "bytes": stages * (2 * factors + 6 * nodal + 3 * field),
     }
 
 
