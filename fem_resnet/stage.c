@@ -56,11 +56,20 @@ struct scratch {
     REAL a[BLOCK], weights[BLOCK];
 };
 
-static int new_scratch(struct scratch *scratch, long phi, long psi, long samples) {
+/* Kept from stage to stage: to free it each time leaves holes that the system does not get back. */
+static _Thread_local char *kept;
+static _Thread_local size_t kept_size;
+
+static int get_scratch(struct scratch *scratch, long phi, long psi, long samples) {
     const long rank = phi > psi ? phi : psi, chunks = (samples + CHUNK - 1) / CHUNK;
     const size_t chunk = rank * CHUNK, few = rank * LANES * sizeof(sums), many = chunks * chunk * sizeof(double);
-    char *memory = aligned_alloc(64, (few > many ? few : many) + 2 * chunks * chunk * sizeof(REAL)
-                                     + (phi + psi) * BLOCK * sizeof(REAL));
+    const size_t size = (few > many ? few : many) + 2 * chunks * chunk * sizeof(REAL) + (phi + psi) * BLOCK * sizeof(REAL);
+    if (size > kept_size) {
+        free(kept);
+        kept = aligned_alloc(64, (size + 63) / 64 * 64);
+        kept_size = kept ? size : 0;
+    }
+    char *memory = kept;
     scratch->sums = (sums *)memory;
     if (!memory) return 0;
     memory += few > many ? few : many;
@@ -69,8 +78,6 @@ static int new_scratch(struct scratch *scratch, long phi, long psi, long samples
     scratch->psi = scratch->phi + phi * BLOCK;
     return 1;
 }
-
-static void free_scratch(struct scratch *scratch) { free(scratch->sums); }
 
 /* -- few samples: lanes are nodes; u, here, is samples x BLOCK ---------------------------------------------------------- */
 
@@ -102,7 +109,7 @@ static struct block block_at(long start, const struct label_space *Y, const stru
 }
 
 /* u = a - Phi C on a tile of `vectors` <= 8 vectors of nodes and of `samples` <= 4 samples. */
-ALWAYS void affine_tile(int samples, int vectors, const REAL *restrict phi, long stride, long rank, const REAL *restrict a,
+ALWAYS void affine_tile(int samples, int vectors, int ahead, const REAL *restrict phi, long stride, long rank, const REAL *restrict a,
                         const double *restrict C, long ldc, REAL *restrict u) {
     vec sum[4][8];
     UNROLL
@@ -112,7 +119,10 @@ ALWAYS void affine_tile(int samples, int vectors, const REAL *restrict phi, long
     for (long k = 0; k < rank; k++) {
         vec p[8];
         UNROLL
-        for (int v = 0; v < vectors; v++) p[v] = get(phi + k * stride + v * LANES);
+        for (int v = 0; v < vectors; v++) {
+            p[v] = get(phi + k * stride + v * LANES);
+            if (ahead) __builtin_prefetch(phi + k * stride + v * LANES + BLOCK, 0, 2);
+        }
         UNROLL
         for (int s = 0; s < samples; s++) {
             REAL c = C[s * ldc + k];
@@ -126,10 +136,11 @@ ALWAYS void affine_tile(int samples, int vectors, const REAL *restrict phi, long
         for (int v = 0; v < vectors; v++) put(u + s * BLOCK + v * LANES, sum[s][v]);
 }
 
-static void affine(long samples, const REAL *phi, long stride, long rank, const REAL *a, const double *C, long ldc, REAL *u) {
+ALWAYS void affine(int ahead, long samples, const REAL *phi, long stride, long rank, const REAL *a, const double *C, long ldc,
+                   REAL *u) {
 #define AFFINE(count, vectors)                                                                                            \
     for (long n = 0; n < BLOCK; n += vectors * LANES)                                                                      \
-    affine_tile(count, vectors, phi + n, stride, rank, a + n, C + s * ldc, ldc, u + s * BLOCK + n)
+    affine_tile(count, vectors, ahead, phi + n, stride, rank, a + n, C + s * ldc, ldc, u + s * BLOCK + n)
     long s = 0;
     for (; s + 4 <= samples; s += 4) AFFINE(4, 4);
     switch (samples - s) {
@@ -196,7 +207,7 @@ static void rate_of_few(const struct label_space *Y, const struct basis *phi, co
     memset(scratch->sums, 0, psi->rank * LANES * sizeof(sums));
     for (long start = 0; start < Y->nodes; start += BLOCK) {
         struct block b = block_at(start, Y, phi, psi, a, scratch);
-        affine(samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
+        affine(1, samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
         for (long s = 0; s < samples; s++) {
             REAL *row = u + s * BLOCK;
 #pragma omp simd
@@ -225,8 +236,8 @@ static void transpose_of_few(const struct label_space *Y, const struct basis *ph
     for (long start = 0; start < Y->nodes; start += BLOCK) {
         struct block b = block_at(start, Y, phi, psi, a, scratch);
         REAL sum[BLOCK] = {0};
-        affine(samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
-        affine(samples, b.psi, b.psi_stride, psi->rank, zero, x, ldx, w); /* -Psi x */
+        affine(1, samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
+        affine(0, samples, b.psi, b.psi_stride, psi->rank, zero, x, ldx, w); /* -Psi x */
         for (long s = 0; s < samples; s++) {
             REAL *row = u + s * BLOCK, *dual = w + s * BLOCK;
 #pragma omp simd
@@ -449,9 +460,8 @@ int nodes_are_innermost(const struct label_space *Y) { return Y->samples < LANES
 int rate(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a, const double *C,
          long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight) {
     struct scratch scratch;
-    if (!new_scratch(&scratch, phi->rank, psi->rank, Y->samples)) return 1;
+    if (!get_scratch(&scratch, phi->rank, psi->rank, Y->samples)) return 1;
     (nodes_are_innermost(Y) ? rate_of_few : rate_of_many)(Y, phi, psi, a, C, ldc, tau, Q, ldq, s_out, f, weight, &scratch);
-    free_scratch(&scratch);
     return 0;
 }
 
@@ -462,9 +472,8 @@ int transpose(const struct label_space *Y, const struct basis *phi, const struct
               long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D, double *bias, double weight,
               double *length) {
     struct scratch scratch;
-    if (!new_scratch(&scratch, phi->rank, psi->rank, Y->samples)) return 1;
+    if (!get_scratch(&scratch, phi->rank, psi->rank, Y->samples)) return 1;
     (nodes_are_innermost(Y) ? transpose_of_few : transpose_of_many)(Y, phi, psi, a, C, ldc, tau, x, ldx, lambda, D, bias,
                                                                     weight, length, &scratch);
-    free_scratch(&scratch);
     return 0;
 }
