@@ -265,7 +265,8 @@ def test_small_singular_values_keep_their_digits():
     expected = rk4_step(-0.5 * np.array([1.0, 0.5, 0.0, -0.25])) ** 40
     found = np.sort(M.singular_values)[[0, 1, -1]]
     # 1e-16 of the largest, 150; a Gram matrix would know the smallest, 2e-9, to some 1e-6 of it only
-    assert_allclose(found, np.sort(expected)[[0, 1, -1]], rtol=1e-14, atol=1e-13)  # the largest, 148, by its own round-off
+    # The largest, 148, by its own round-off.
+    assert_allclose(found, np.sort(expected)[[0, 1, -1]], rtol=1e-14, atol=1e-13)
     # rk4 with z = -0.5 is right to 3e-4 a step
     assert_allclose(M.lyapunov_exponents[[0, -1]], [0.25, -1.0], rtol=2e-3)
 
