@@ -71,7 +71,8 @@ class CompiledStage(Stage):
 
     def __init__(self, Y: LabelSpace, activation: Activation, samples: int, precision: str = "double"):
         super().__init__(Y, activation, samples, precision)
-        flags = _FLAGS + (() if precision == "double" else _SINGLE) + _BY_MACHINE.get(platform.machine(), ()) + get_petsc_dirs(prefix="-I", subdir="include")
+        flags = _FLAGS + (() if precision == "double" else _SINGLE) + _BY_MACHINE.get(platform.machine(), ())
+        flags += get_petsc_dirs(prefix="-I", subdir="include")
         libraries = (*LIBRARIES, *get_petsc_dirs(prefix="-L", subdir="lib"), "-lpetsc")
         rpath = get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib")
         code = "\n".join([activation_code(activation, "double" if precision == "double" else "float"), _source()])

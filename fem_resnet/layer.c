@@ -47,7 +47,8 @@ static PetscErrorCode multiply(const char *op_A, const char *op_B, long m, long 
     PetscCall(PetscBLASIntCast(lda, size + 3));
     PetscCall(PetscBLASIntCast(ldb, size + 4));
     PetscCall(PetscBLASIntCast(ldc, size + 5));
-    PetscCallBLAS("BLASgemm", BLASgemm_(op_A, op_B, size, size + 1, size + 2, &alpha, A, size + 3, B, size + 4, &zero, C, size + 5));
+    PetscCallBLAS("BLASgemm", BLASgemm_(op_A, op_B, size, size + 1, size + 2, &alpha, A, size + 3, B, size + 4, &zero, C,
+                                        size + 5));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 

@@ -109,8 +109,8 @@ static struct block block_at(long start, const struct label_space *Y, const stru
 }
 
 /* u = a - Phi C on a tile of `vectors` <= 8 vectors of nodes and of `samples` <= 4 samples. */
-ALWAYS void affine_tile(int samples, int vectors, int ahead, const REAL *restrict phi, long stride, long rank, const REAL *restrict a,
-                        const double *restrict C, long ldc, REAL *restrict u) {
+ALWAYS void affine_tile(int samples, int vectors, int ahead, const REAL *restrict phi, long stride, long rank,
+                        const REAL *restrict a, const double *restrict C, long ldc, REAL *restrict u) {
     vec sum[4][8];
     UNROLL
     for (int s = 0; s < samples; s++)

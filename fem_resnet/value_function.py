@@ -199,8 +199,8 @@ def solve_value_function(
     spacing
         Of the grid, the same in each cell, in the unit of f. The time steps follow from it: no state moves further in one.
     running
-        L: a `RunningCost`; or its density at y, a function of one argument, L(f), or of four, L(f, a, b, w), where b are the values b(y, z) for all z and w the
-        weights of the cells, so that `b**2 @ w` is int b(y, z)^2 dz; f is an array, a a number. 0 if left out.
+        L: a `RunningCost`; or its density at y, a function of one argument, L(f), or of four, L(f, a, b, w), where b are the
+        values b(y, z) for all z and w the weights of the cells, so that `b**2 @ w` is int b(y, z)^2 dz; f is an array, a a number. 0 if left out.
     samples
         How many values of a, and of b in each section of A, are tried where the minimum is not explicit: their combinations
         are samples^(n + 1) rows.

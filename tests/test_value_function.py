@@ -480,7 +480,8 @@ def test_a_solution_that_a_rank_stopped_is_known_from_there_and_goes_on_to_the_s
     assert_array_equal(part(v, 0.4), whole(v, 0.4))
     with pytest.raises(ValueError, match=rf"^t: a time in \[{stopped_at:g}, 0.5\] is wanted"):
         part(v, 0.0)
-    assert_array_equal(part.times, solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part, monitor=lambda t: True).times[1:])
+    step = solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part, monitor=lambda t: True)
+    assert_array_equal(part.times, step.times[1:])
     on = solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part)
     for ours, theirs in zip(on.values, whole.values, strict=True):
         assert_array_equal(ours, theirs)
