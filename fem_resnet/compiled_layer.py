@@ -102,14 +102,14 @@ class CompiledLayer:
         self._stage.call(name, *map(ctypes.c_void_p, (self._ts.handle, mat.handle, ctypes.addressof(self._layer))))
         return mat
 
-    def start(self, inputs: LayerInputs, steps: int, f: np.ndarray | None) -> None:
-        """Before a forward solve with these inputs and so many steps; the integral of f_t is added to `f`, if it is given."""
+    def start(self, inputs: LayerInputs, steps: Sequence[float], f: np.ndarray | None) -> None:
+        """Before a forward solve with these inputs and steps; the integral of f_t is added to `f`, if it is given."""
         self._inputs = inputs
         a = np.ascontiguousarray(inputs.bias.coefficients(0.0), self._stage.real)
         beta = np.ascontiguousarray(inputs.beta.coefficients(0.0))
         # New ones: the quadrature (3.3) keeps them.
-        self._h = np.empty(steps)
-        self._C = np.empty((steps, len(self._weights), self._stage.samples, inputs.factors.phi.rank))
+        self._h = np.array(steps, dtype=float)
+        self._C = np.empty((len(steps), len(self._weights), self._stage.samples, inputs.factors.phi.rank))
         self._arrays = a, beta
         layer = self._layer
         if inputs.factors is not self._factors:
@@ -117,7 +117,7 @@ class CompiledLayer:
             layer.phi, layer.psi = (self._stage.basis(basis) for basis in (inputs.factors.phi, inputs.factors.psi))
         layer.a, layer.beta, layer.stages = address(a), address(beta), address(self._C)
         layer.lengths, layer.f = address(self._h), address(f)
-        layer.length, layer.step, layer.steps, layer.asked = inputs.length, 0, steps, 0
+        layer.length, layer.step, layer.steps, layer.asked = inputs.length, 0, len(steps), 0
 
     def steps(self) -> list[float]:
         """The steps of the last forward solve, in parts of the layer."""

@@ -21,7 +21,7 @@ struct layer {
     const double *weights;      /* b_i of the method */
     double *C, *D;              /* at the stage where derivatives are taken: samples x rank of phi */
     double *bias, *by_beta;     /* functionals of the parameters: at a, of all stages; at beta, of one */
-    double *stages, *lengths;   /* of all steps: C of all stages, one after the other; their lengths */
+    double *stages, *lengths;   /* of all steps: C of all stages, one after the other; their lengths, to be and as they were */
     double length;
     Vec point;                  /* where derivatives are taken */
     long method_stages;
@@ -87,7 +87,7 @@ static double forward_weight(struct layer *layer, double h) {
         step = 1 + (stage - layer->method_stages) / later;
         stage = layer->reuses + (stage - layer->method_stages) % later;
     }
-    if (layer->reuses && stage == last) return step + 1 < layer->steps ? h * layer->weights[0] : 0.0;
+    if (layer->reuses && stage == last) return step + 1 < layer->steps ? layer->lengths[step + 1] * layer->weights[0] : 0.0;
     return h * layer->weights[stage];
 }
 
@@ -194,7 +194,6 @@ PetscErrorCode layer_attach(TS ts, Mat J, struct layer *layer) {
     PetscCall(TSSetRHSFunction(ts, NULL, layer_rate, layer));
     PetscCall(TSSetRHSJacobian(ts, J, J, layer_point, layer));
     PetscCall(TSSetApplicationContext(ts, layer));
-    PetscCall(TSSetPreStep(ts, NULL)); /* steps are not replayed one by one where they are equal */
     PetscCall(TSSetPostStep(ts, layer_keep_step));
     PetscFunctionReturn(PETSC_SUCCESS);
 }

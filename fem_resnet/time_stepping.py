@@ -264,7 +264,7 @@ class LayerStepper:
         self._linear.start(inputs)
         self._replayed = list(steps) if steps is not None else None
         self.trace = LayerTrace()
-        self._start_compiled(inputs, self.steps if steps is None else len(steps), total)
+        self._start_compiled(inputs, [1.0 / self.steps] * self.steps if steps is None else steps, total)
         self.has_trajectory = False
         self.state.write(self._y, g, self.state.start(f))
         ts = self._ts
@@ -350,7 +350,9 @@ class LayerStepper:
             self._compiled.release()
         self._ts.removeTrajectory()
 
-    def _start_compiled(self, inputs: Sequence[LayerInputs], steps: int, total: np.ndarray | None) -> None:
+    def _start_compiled(
+        self, inputs: Sequence[LayerInputs], steps: Sequence[float], total: np.ndarray | None
+    ) -> None:
         """Let TS call C where that is possible; what a layer takes is of one kind for good."""
         if self._undecided:
             self._undecided = False
