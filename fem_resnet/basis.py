@@ -13,11 +13,12 @@ from functools import cached_property
 
 import firedrake as fd
 import numpy as np
+from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.label_space import LabelSpace
 
-__all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers"]
+__all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
 
 
 class Basis:
@@ -62,7 +63,7 @@ class Basis:
         self.Y = Y
         self.kind = kind
         #: One function after the other in memory: loops over nodes read each in one stream.
-        self.values = _columns(values)
+        self.values = spread_columns(values)
         self.eigenvalues = eigenvalues
         self._move = move
         self.rank = self.values.shape[1]
@@ -215,10 +216,18 @@ def node_numbers(Y: LabelSpace) -> np.ndarray:
     return np.argsort(order)[first : first + Y.nodes]
 
 
-def _columns(values: np.ndarray) -> np.ndarray:
-    """A copy, by columns from the beginning of a cache line on: vectors of a compiled loop then do not cross two."""
-    room = np.empty(np.size(values) + 8)
-    start = -(room.ctypes.data // 8) % 8
-    columns = room[start : start + np.size(values)].reshape(np.shape(values), order="F")
+def spread_columns(values: np.ndarray, dtype: DTypeLike = float) -> np.ndarray:
+    """A copy whose columns begin at different places of the caches, shape (nodes, rank), each one stream in memory.
+
+    Compiled loops read some nodes of all columns again and again. Columns a power of two apart, as those of 2^n nodes
+    would be, fall on the same few lines of a cache and drive each other out; here they are an odd number of 64 entries
+    apart, and begin where a cache line does.
+    """
+    nodes, rank = np.shape(values)
+    apart = 64 * (-(-nodes // 64) | 1)
+    itemsize = np.dtype(dtype).itemsize
+    room = np.empty(apart * rank + 64 // itemsize, dtype)
+    start = -(room.ctypes.data // itemsize) % (64 // itemsize)
+    columns = room[start : start + apart * rank].reshape((apart, rank), order="F")[:nodes]
     columns[...] = values
     return columns

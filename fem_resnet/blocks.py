@@ -45,6 +45,8 @@ class Slot(Protocol):
 class Operator(Protocol):
     """A differentiable map F between arrays, or from arrays to a number.
 
+    A read-only array that is the very one of the latest `forward` has not changed.
+
     Laws, with m the arrays, v directions (one array an input, zeros where there is none), <., .> the sum over inputs:
 
         tangent(m, v) = d/de F(m + e v),                                        e = 0
@@ -128,10 +130,17 @@ class OperatorBlock(Block):
 
     def solve(self, inputs: Sequence[fd.Function]) -> np.ndarray | float:
         """The operator's value at these inputs, ready for its adjoint."""
-        self._solved = None
-        self._kept = _read(self.operator, inputs)
-        value = self.operator.forward(self._kept, save=True)
-        self._solved = [_version(function) for function in inputs]
+        before, self._solved = self._solved or [None] * len(inputs), None
+        versions = [_version(function) for function in inputs]
+        arrays = _read(self.operator, inputs)
+        if self._kept is not None:
+            arrays = [
+                kept if version == old and not kept.flags.writeable else array
+                for array, kept, version, old in zip(arrays, self._kept, versions, before)
+            ]
+        self._kept = arrays
+        value = self.operator.forward(arrays, save=True)
+        self._solved = versions
         return value
 
     @property

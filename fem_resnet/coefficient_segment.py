@@ -33,11 +33,12 @@ class CoefficientSegment(Segment):
         self.output = Replicated(psi.Y, (psi.rank, self.values.samples))
         self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output
 
-    def _run(self, steppers, g, layers, save, taken, total=None):
+    def _run(self, steppers, start, layers, save, taken, total=None):
+        g = start
         for stepper, inputs, steps in zip(steppers, layers, taken):
             g = stepper.forward(g, None, inputs, save, steps)
         self._check_ranks_agree(g)
-        return g
+        return start, g
 
     def _end(self, start, g, traces, total=None):
         return g

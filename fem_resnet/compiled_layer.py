@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from petsc4py import PETSc
@@ -25,8 +26,10 @@ _FIELDS = {
     "space": ctypes.c_void_p, "phi": ctypes.c_void_p, "psi": ctypes.c_void_p, "a": ctypes.c_void_p, "beta": ctypes.c_void_p,
     "adjoint": ctypes.c_void_p, "f": ctypes.c_void_p, "weights": ctypes.c_void_p, "C": ctypes.c_void_p, "D": ctypes.c_void_p,
     "bias": ctypes.c_void_p, "by_beta": ctypes.c_void_p, "stages": ctypes.c_void_p, "lengths": ctypes.c_void_p,
-    "length": ctypes.c_double, "point": ctypes.c_void_p, "method_stages": ctypes.c_long, "reuses": ctypes.c_long,
-    "step": ctypes.c_long, "steps": ctypes.c_long, "asked": ctypes.c_long, "reductions": ctypes.c_long, "comm": ctypes.c_int,
+    "length": ctypes.c_double, "y": ctypes.c_void_p, "adjoint_y": ctypes.c_void_p, "parameters": ctypes.c_void_p,
+    "point": ctypes.c_void_p, "method_stages": ctypes.c_long, "reuses": ctypes.c_long, "step": ctypes.c_long,
+    "steps": ctypes.c_long, "replays": ctypes.c_long, "asked": ctypes.c_long, "reductions": ctypes.c_long,
+    "comm": ctypes.c_int,
 }  # fmt: skip
 
 
@@ -79,8 +82,13 @@ class CompiledLayer:
             **{name: address(array) for name, array in self._work.items()},
         )  # fmt: skip
         self._factors: LowRankKernel | None = None
-        self._jacobian = self._attach("layer_attach", [(psi + 1) * samples] * 2)
-        self._parameters: PETSc.Mat | None = None
+        state, parameters = (psi + 1) * samples, phi * psi + 1
+        # TS knows of the parameters beta alone, and one of derivative 1.
+        self._vectors = {"y": _vector(state), "adjoint_y": _vector(state), "parameters": _vector(parameters)}
+        for name, vector in self._vectors.items():
+            setattr(self._layer, name, vector.handle)
+        self._matrices = _shell(state, state), _shell(state, parameters)
+        self._call("layer_attach", *(ctypes.c_void_p(matrix.handle) for matrix in self._matrices))
 
     @staticmethod
     def fits(stage, inputs: Sequence[LayerInputs]) -> bool:
@@ -94,16 +102,29 @@ class CompiledLayer:
             and values.beta.is_constant
         )
 
-    def _attach(self, name: str, sizes: Sequence[int]) -> PETSc.Mat:
-        mat = PETSc.Mat().create(PETSc.COMM_SELF)
-        mat.setSizes(sizes)
-        mat.setType("shell")
-        mat.setUp()
-        self._stage.call(name, *map(ctypes.c_void_p, (self._ts.handle, mat.handle, ctypes.addressof(self._layer))))
-        return mat
+    def _call(self, name: str, *arguments) -> None:
+        self._stage.call(name, ctypes.c_void_p(self._ts.handle), ctypes.byref(self._layer), *arguments)
 
-    def start(self, inputs: LayerInputs, steps: Sequence[float], f: np.ndarray | None) -> None:
-        """Before a forward solve with these inputs and steps; the integral of f_t is added to `f`, if it is given."""
+    def forward(
+        self,
+        g: np.ndarray,
+        inputs: LayerInputs,
+        steps: Sequence[float],
+        replays: bool,
+        f: np.ndarray | None,
+        save: bool,
+    ) -> np.ndarray:
+        """g at the end of the layer, from that at its start, shape (rank of psi, samples). Collective.
+
+        Parameters
+        ----------
+        g, inputs, save
+            As for `LayerStepper.forward`.
+        steps, replays
+            Steps in parts of the layer, and whether each is to be set.
+        f
+            What the integral of f_t is added to, shape (nodes, samples); or None.
+        """
         self._inputs = inputs
         a = np.ascontiguousarray(inputs.bias.coefficients(0.0), self._stage.real)
         beta = np.ascontiguousarray(inputs.beta.coefficients(0.0))
@@ -117,7 +138,10 @@ class CompiledLayer:
             layer.phi, layer.psi = (self._stage.basis(basis) for basis in (inputs.factors.phi, inputs.factors.psi))
         layer.a, layer.beta, layer.stages = address(a), address(beta), address(self._C)
         layer.lengths, layer.f = address(self._h), address(f)
-        layer.length, layer.step, layer.steps, layer.asked = inputs.length, 0, len(steps), 0
+        layer.length, layer.step, layer.steps, layer.replays, layer.asked = inputs.length, 0, len(steps), replays, 0
+        state = np.array(g.T, order="C")
+        self._call("layer_forward", ctypes.c_void_p(address(state)), save, self._ts.getMaxSteps())
+        return state.T
 
     def steps(self) -> list[float]:
         """The steps of the last forward solve, in parts of the layer."""
@@ -127,42 +151,55 @@ class CompiledLayer:
         """The terms of the quadrature (3.3) of the last forward solve."""
         return KeptStages(self._inputs, self._arrays[0], self._h, self._weights, self._C)
 
-    def start_adjoint(self, adjoint: np.ndarray | None = None) -> None:
-        """Before an adjoint solve, with the adjoint value of f at the segment's end, where it is not 0."""
-        self._adjoint = None if adjoint is None else self._stage.arranged(adjoint)
-        self._functionals = np.zeros(self._stage.Y.nodes + self._work["by_beta"].size)
-        self._layer.bias = address(self._functionals)
-        self._layer.adjoint, self._layer.asked = address(self._adjoint), 0
+    def adjoint(self, gamma: np.ndarray, adjoint: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """gamma at the start of the layer, from that at its end, and functionals of the coefficients of bias and kernel.
 
-    @property
-    def parameters(self) -> int:
-        """How many parameters TS is to know: beta, and one of derivative 1."""
-        return self._work["by_beta"].size + 1
+        Collective.
 
-    def attach_parameters(self, state: int) -> None:
-        """Hand the transposed Jacobian in the parameters to TS."""
-        self._parameters = self._attach("layer_attach_parameters", [state, self.parameters])
-
-    def functionals(self, by_parameters: np.ndarray) -> np.ndarray:
-        """Those of the coefficients of bias and kernel after an adjoint solve, from what TS has of its parameters. Collective.
+        Parameters
+        ----------
+        gamma
+            Shape (rank of psi, samples).
+        adjoint
+            lambda, shape (nodes, samples), where it is not 0.
 
         Raises
         ------
         RuntimeError
             If TS has weighted the stages otherwise than was taken for granted.
         """
+        adjoint = None if adjoint is None else self._stage.arranged(adjoint)
+        nodes, shape = self._stage.Y.nodes, self._work["by_beta"].shape
+        functionals = np.zeros(nodes + prod(shape))
+        self._layer.bias, self._layer.adjoint, self._layer.asked = address(functionals), address(adjoint), 0
+        state = np.array(gamma.T, order="C")
+        self._call("layer_adjoint", ctypes.c_void_p(address(state)))
+        by_parameters, bias = self._vectors["parameters"].array_r, self._inputs.bias
         if abs(by_parameters[-1] - self._weight) > 1e-10 * self._weight:  # the steps add up to 1
             raise RuntimeError(
                 f"the adjoint of {self._ts.getRKType()!r} weighs the stages by {by_parameters[-1]:g} in all, {self._weight:g} is "
                 f"wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
             )
-        nodes, bias, beta = self._stage.Y.nodes, self._inputs.bias, self._inputs.beta
-        by_beta = beta.pull_back(0.0, by_parameters[:-1].reshape(self._work["by_beta"].shape))
+        functionals[nodes:] = self._inputs.beta.pull_back(0.0, by_parameters[:-1].reshape(shape))
         if not bias.is_nodal:
-            return np.concatenate([bias.pull_back(0.0, self._functionals[:nodes]), by_beta])
-        self._functionals[nodes:] = by_beta
-        return self._functionals
+            functionals = np.concatenate([bias.pull_back(0.0, functionals[:nodes]), functionals[nodes:]])
+        return state.T, functionals
 
     def release(self) -> None:
         """Forget fields."""
-        self._adjoint = self._inputs = self._arrays = self._C = self._functionals = None
+        self._inputs = self._arrays = self._C = None
+
+
+def _vector(size: int) -> PETSc.Vec:
+    vector = PETSc.Vec().create(PETSc.COMM_SELF)
+    vector.setSizes(size)
+    vector.setUp()
+    return vector
+
+
+def _shell(*sizes: int) -> PETSc.Mat:
+    matrix = PETSc.Mat().create(PETSc.COMM_SELF)
+    matrix.setSizes(sizes)
+    matrix.setType("shell")
+    matrix.setUp()
+    return matrix

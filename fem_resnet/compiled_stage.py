@@ -22,7 +22,7 @@ from pyop2.exceptions import CompilationError
 
 from fem_resnet.activation import Activation
 from fem_resnet.activation_code import LIBRARIES, activation_code
-from fem_resnet.basis import Basis
+from fem_resnet.basis import Basis, spread_columns
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer import Argument, Functionals, Stage
 from fem_resnet.log import log
@@ -36,7 +36,7 @@ _BY_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
 
 
 class _Basis(ctypes.Structure):
-    _fields_ = [("values", ctypes.c_void_p), ("rank", ctypes.c_long)]
+    _fields_ = [("values", ctypes.c_void_p), ("rank", ctypes.c_long), ("stride", ctypes.c_long)]
 
 
 class _LabelSpace(ctypes.Structure):
@@ -86,8 +86,8 @@ class CompiledStage(Stage):
     def basis(self, basis: Basis) -> int:
         """Address of what C sees of a basis; good as long as the basis lives."""
         if basis not in self._bases:
-            values = np.asarray(basis.values, self.real)
-            self._bases[basis] = _Basis(address(values), basis.rank), values
+            values = basis.values if self.real == basis.values.dtype else spread_columns(basis.values, self.real)
+            self._bases[basis] = _Basis(address(values), basis.rank, values.strides[1] // values.itemsize), values
         return ctypes.addressof(self._bases[basis][0])
 
     @property

@@ -23,10 +23,12 @@ struct layer {
     double *bias, *by_beta;     /* functionals of the parameters: at a, of all stages; at beta, of one */
     double *stages, *lengths;   /* of all steps: C of all stages, one after the other; their lengths, to be and as they were */
     double length;
+    Vec y, adjoint, parameters; /* the state, its adjoint, functionals of beta and of the parameter of derivative one */
     Vec point;                  /* where derivatives are taken */
     long method_stages;
     long reuses;                /* whether the last slope of a step is the next one's first: 1 or 0 */
     long step, steps;
+    long replays;               /* whether the steps are given one by one, and not equal */
     long asked;                 /* stages evaluated in this solve, or adjoined */
     long reductions;            /* how many sums over the ranks there were */
     MPI_Fint comm;
@@ -167,6 +169,14 @@ PetscErrorCode layer_parameters(Mat J, Vec x, Vec y) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
+PetscErrorCode layer_set_step(TS ts) {
+    struct layer *layer;
+    PetscFunctionBeginUser;
+    PetscCall(TSGetApplicationContext(ts, &layer));
+    if (layer->replays && layer->step < layer->steps) PetscCall(TSSetTimeStep(ts, layer->lengths[layer->step]));
+    PetscFunctionReturn(PETSC_SUCCESS);
+}
+
 PetscErrorCode layer_keep_step(TS ts) {
     struct layer *layer;
     PetscInt count;
@@ -187,21 +197,74 @@ PetscErrorCode layer_keep_step(TS ts) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_attach(TS ts, Mat J, struct layer *layer) {
+PetscErrorCode layer_attach(TS ts, struct layer *layer, Mat J, Mat by_parameters) {
     PetscFunctionBeginUser;
     PetscCall(MatShellSetContext(J, layer));
     PetscCall(MatShellSetOperation(J, MATOP_MULT_TRANSPOSE, (void (*)(void))layer_transpose));
+    PetscCall(MatShellSetContext(by_parameters, layer));
+    PetscCall(MatShellSetOperation(by_parameters, MATOP_MULT_TRANSPOSE, (void (*)(void))layer_parameters));
     PetscCall(TSSetRHSFunction(ts, NULL, layer_rate, layer));
     PetscCall(TSSetRHSJacobian(ts, J, J, layer_point, layer));
+    PetscCall(TSSetRHSJacobianP(ts, by_parameters, layer_nothing, layer));
     PetscCall(TSSetApplicationContext(ts, layer));
+    PetscCall(TSSetPreStep(ts, layer_set_step));
     PetscCall(TSSetPostStep(ts, layer_keep_step));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_attach_parameters(TS ts, Mat J, struct layer *layer) {
+/* A state holds g, samples x rank of psi, and a number behind that of each sample. */
+static PetscErrorCode write_state(const struct layer *layer, Vec state, const double *g, double q) {
+    double *values;
     PetscFunctionBeginUser;
-    PetscCall(MatShellSetContext(J, layer));
-    PetscCall(MatShellSetOperation(J, MATOP_MULT_TRANSPOSE, (void (*)(void))layer_parameters));
-    PetscCall(TSSetRHSJacobianP(ts, J, layer_nothing, layer));
+    PetscCall(VecGetArrayWrite(state, &values));
+    for (long s = 0; s < layer->Y->samples; s++) {
+        memcpy(values + s * LD(layer), g + s * RANK(layer), RANK(layer) * sizeof(double));
+        values[s * LD(layer) + RANK(layer)] = q;
+    }
+    PetscCall(VecRestoreArrayWrite(state, &values));
+    PetscFunctionReturn(PETSC_SUCCESS);
+}
+
+static PetscErrorCode read_state(const struct layer *layer, Vec state, double *g) {
+    const double *values;
+    PetscFunctionBeginUser;
+    PetscCall(VecGetArrayRead(state, &values));
+    for (long s = 0; s < layer->Y->samples; s++)
+        memcpy(g + s * RANK(layer), values + s * LD(layer), RANK(layer) * sizeof(double));
+    PetscCall(VecRestoreArrayRead(state, &values));
+    PetscFunctionReturn(PETSC_SUCCESS);
+}
+
+/* From g at the start of the layer to g at its end. The trajectory, if it is saved, stays in memory: by its own options it
+   goes to files, one a step. */
+PetscErrorCode layer_forward(TS ts, struct layer *layer, double *g, long save, long max_steps) {
+    PetscFunctionBeginUser;
+    PetscCall(write_state(layer, layer->y, g, 0.0));
+    PetscCall(TSRemoveTrajectory(ts));
+    if (save) {
+        TSTrajectory trajectory;
+        PetscCall(TSSetSaveTrajectory(ts));
+        PetscCall(TSGetTrajectory(ts, &trajectory));
+        PetscCall(TSTrajectorySetType(trajectory, ts, TSTRAJECTORYMEMORY));
+    }
+    PetscCall(TSSetTime(ts, 0.0));
+    PetscCall(TSSetMaxTime(ts, 1.0));
+    PetscCall(TSSetMaxSteps(ts, (PetscInt)max_steps));
+    PetscCall(TSSetStepNumber(ts, 0));
+    PetscCall(TSSetTimeStep(ts, layer->lengths[0]));
+    PetscCall(TSRestartStep(ts)); /* the last slope of an earlier solve is no first one of this */
+    PetscCall(TSSolve(ts, layer->y));
+    PetscCall(read_state(layer, layer->y, g));
+    PetscFunctionReturn(PETSC_SUCCESS);
+}
+
+/* From gamma at the end of the layer to gamma at its start; lambda comes with the number behind the coefficients. */
+PetscErrorCode layer_adjoint(TS ts, struct layer *layer, double *gamma) {
+    PetscFunctionBeginUser;
+    PetscCall(write_state(layer, layer->adjoint, gamma, layer->lambda ? 1.0 : 0.0));
+    PetscCall(VecSet(layer->parameters, 0.0));
+    PetscCall(TSSetCostGradients(ts, 1, &layer->adjoint, &layer->parameters));
+    PetscCall(TSAdjointSolve(ts));
+    PetscCall(read_state(layer, layer->adjoint, gamma));
     PetscFunctionReturn(PETSC_SUCCESS);
 }

@@ -10,6 +10,7 @@ layer; the segment then has a second output, the cost of its time, summed over t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -25,6 +26,10 @@ from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.time_stepping import LayerStepper, LayerTrace
 
 __all__ = ["Segment", "TangentSegment"]
+
+
+def _nothing() -> None:
+    """As a weak reference whose array is gone."""
 
 
 class Segment:
@@ -77,6 +82,8 @@ class Segment:
         self.functions = coefficients.functions
         # At the start of each layer, and at the end: lambda, unless it is 0, and psi and gamma for M Psi gamma.
         self._costates: list[tuple[Sequence[np.ndarray], Basis, Sequence[np.ndarray]]] = []
+        # The array that held the input last, psi, and its coefficients.
+        self._input: tuple[Callable[[], np.ndarray | None], Basis | None, np.ndarray | None] = _nothing, None, None
         self._mark = object()  # on the steppers, says who used them last
 
     @property
@@ -117,11 +124,11 @@ class Segment:
             stepper.layer, stepper.user = number, self._mark
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
-        start, total = self._with_row(f), f.copy() if self.omega is None and self._ends_with_f else None
-        g = self._run(self.steppers, [start], self._layers, save, self._steps, total)
+        total = f.copy() if self.omega is None and self._ends_with_f else None
+        start, g = self._run(self.steppers, [f], self._layers, save, self._steps, total)
         if self._replay:
             self.replay(self.taken_steps())
-        return self._value(self._end([start], g, self.traces(), total)[0])
+        return self._value(self._end(start, g, self.traces(), total)[0])
 
     def _with_row(self, f: np.ndarray, c: np.ndarray | float = 0.0) -> np.ndarray:
         """f, with a row for c where there is a running cost."""
@@ -159,26 +166,34 @@ class Segment:
         save: bool,
         taken: Sequence[list[float] | None],
         total: np.ndarray | None = None,
-    ) -> list[np.ndarray]:
-        """Step all layers from f, with its tangent if there is one; returns g at the end.
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Step all layers from f, with its tangent if there is one; returns these, with rows for c, and g at the end.
 
         `total`, f too, has added what layers add on the way.
         """
-        psi = None
+        start, psi = [self._with_row(part) for part in f], None
         for l, (stepper, inputs, steps) in enumerate(zip(steppers, layers, taken)):
-            new_psi = inputs[0].factors.psi is not psi
-            at_start = f
+            new_psi, at_start = inputs[0].factors.psi is not psi, start
             if new_psi or stepper.carries_f:
-                at_start = self._reached(f, total, [stepper.trace for stepper in steppers[:l]])
+                at_start = self._reached(start, total, [stepper.trace for stepper in steppers[:l]])
             if new_psi:
                 psi = inputs[0].factors.psi
                 fields = [part[: self._nodes] for part in at_start]
-                g = [psi.project(part) for part in fields]
+                g = [psi.project(part) if l or order else self._seen(psi, f[0]) for order, part in enumerate(fields)]
                 if len(inputs) == 2 and inputs[1].factors is not None:
                     g[1] += self._Y.sum(inputs[1].factors.weighted.T @ fields[0])
             g = stepper.forward(g, at_start, inputs, save, steps, total)
         self._check_ranks_agree(g)
-        return g
+        return start, g
+
+    def _seen(self, psi: Basis, f: np.ndarray) -> np.ndarray:
+        """Psi^T M f, kept for as long as f is the same array and nobody may write into it. Collective."""
+        known = self._input[0]() is f and self._input[1] is psi
+        if not self._Y.comm.allreduce(known, op=MPI.LAND):  # one rank alone may have looked at the data
+            g = psi.project(f)
+            g.flags.writeable = False
+            self._input = (_nothing if f.flags.writeable else weakref.ref(f)), psi, g
+        return self._input[2]
 
     def _end(
         self, f: list[np.ndarray], g: list[np.ndarray], traces: Sequence[LayerTrace], total: np.ndarray | None = None
@@ -314,9 +329,8 @@ class Segment:
             self._tangent_steppers = self._make(2)
         values = self._coefficients.on_layers(arrays[1:])
         layers = list(zip(values, self._coefficients.on_layers(directions[1:], directions=True)))
-        f = [self._with_row(part[0]) for part in (arrays, directions)]
-        g = self._run(self._tangent_steppers, f, layers, save, self.taken_steps())
-        return f, g, layers
+        f = [arrays[0], directions[0]]
+        return *self._run(self._tangent_steppers, f, layers, save, self.taken_steps()), layers
 
     @PETSc.Log.EventDecorator("fem_resnet:second_adjoint")
     def second_adjoint(

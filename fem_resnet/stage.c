@@ -37,10 +37,10 @@ typedef double loose_sums __attribute__((vector_size(VECTOR / sizeof(REAL) * siz
 ALWAYS vec get(const REAL *x) { return *(const loose *)x; }
 ALWAYS void put(REAL *x, vec v) { *(loose *)x = v; }
 
-/* A basis at the nodes: column k begins at values + k * nodes. */
+/* A basis at the nodes: column k begins at values + k * stride. */
 struct basis {
     const REAL *values;
-    long rank;
+    long rank, stride;
 };
 
 struct label_space {
@@ -100,9 +100,9 @@ static struct block block_at(long start, const struct label_space *Y, const stru
     long nodes = Y->nodes - start;
     if (nodes >= BLOCK)
         return (struct block){start, BLOCK, phi->values + start, psi->values + start, a + start, Y->weights + start,
-                              Y->nodes, Y->nodes};
-    fill_up(scratch->phi, phi->values + start, phi->rank, Y->nodes, nodes);
-    fill_up(scratch->psi, psi->values + start, psi->rank, Y->nodes, nodes);
+                              phi->stride, psi->stride};
+    fill_up(scratch->phi, phi->values + start, phi->rank, phi->stride, nodes);
+    fill_up(scratch->psi, psi->values + start, psi->rank, psi->stride, nodes);
     fill_up(scratch->a, a + start, 1, 0, nodes);
     fill_up(scratch->weights, Y->weights + start, 1, 0, nodes);
     return (struct block){start, nodes, scratch->phi, scratch->psi, scratch->a, scratch->weights, BLOCK, BLOCK};
@@ -382,7 +382,7 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
     }
     BLOCKS(Y)
         CHUNKS(Y) {
-            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, OF(c, phi->rank), u);
+            affine_of_many(vectors, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK;
                 const long width = vectors * LANES, at = (start + n) * Y->samples + first;
@@ -396,7 +396,7 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
 #pragma omp simd
                 for (int s = 0; s < width; s++) row[s] *= w;
             }
-            if (Q) project_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, u, OF(total, psi->rank));
+            if (Q) project_many(vectors, psi->values + start, psi->stride, psi->rank, nodes, u, OF(total, psi->rank));
         }
     if (Q)
         CHUNKS(Y) turn_back(samples, psi->rank, OF(total, psi->rank), Q + first * ldq, ldq);
@@ -420,8 +420,8 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
             const long width = vectors * LANES;
             if (lambda)
                 for (long s = 0; s < samples; s++) factor[s] = x[(first + s) * ldx + psi->rank];
-            affine_of_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, a + start, OF(c, phi->rank), u);
-            affine_of_many(vectors, psi->values + start, Y->nodes, psi->rank, nodes, zero, OF(y, psi->rank), w); /* Psi x */
+            affine_of_many(vectors, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
+            affine_of_many(vectors, psi->values + start, psi->stride, psi->rank, nodes, zero, OF(y, psi->rank), w); /* Psi x */
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK, *dual = w + n * CHUNK, sum = 0;
                 const REAL node = Y->weights[start + n];
@@ -444,7 +444,7 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
                 }
                 bias[start + n] += weight * sum;
             }
-            project_many(vectors, phi->values + start, Y->nodes, phi->rank, nodes, w, OF(total, phi->rank));
+            project_many(vectors, phi->values + start, phi->stride, phi->rank, nodes, w, OF(total, phi->rank));
         }
     CHUNKS(Y) turn_back(samples, phi->rank, OF(total, phi->rank), D + first * phi->rank, phi->rank);
     if (length) *length = paired;

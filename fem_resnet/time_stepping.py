@@ -261,11 +261,24 @@ class LayerStepper:
         self._inputs = inputs
         if not inputs[0].length > 0:
             raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
-        self._linear.start(inputs)
-        self._replayed = list(steps) if steps is not None else None
-        self.trace = LayerTrace()
-        self._start_compiled(inputs, [1.0 / self.steps] * self.steps if steps is None else steps, total)
         self.has_trajectory = False
+        if self._is_compiled(inputs):
+            end = [self._solve(lambda: self._compiled.forward(
+                g[0], inputs[0], [1.0 / self.steps] * self.steps if steps is None else steps, steps is not None, total, save
+            ))]  # fmt: skip
+            self.trace = LayerTrace(self._compiled.stages(), None, self._compiled.steps(), total is not None)
+        else:
+            self.trace = LayerTrace()
+            self._solve(lambda: self._step(g, f, inputs, save, steps))
+            end, _ = self.state.read(self._y)
+            self.trace.end = self.state.end(self._y)
+        self._check_finite(end, self.trace.end or [], self._time(1.0))
+        self.has_trajectory = save
+        return end
+
+    def _step(self, g, f, inputs, save, steps) -> None:
+        self._linear.start(inputs)
+        self._replayed = None if steps is None else list(steps)
         self.state.write(self._y, g, self.state.start(f))
         ts = self._ts
         ts.removeTrajectory()
@@ -281,14 +294,7 @@ class LayerStepper:
         ts.setTimeStep(1.0 / self.steps)
         self._in_stages = not self.method.solves_for_first_slope
         ts.restartStep()  # slopes of an earlier solve are not those of this one: DIRK would take them
-        self._solve(lambda: ts.solve(self._y))
-        end, _ = self.state.read(self._y)
-        self.trace.end = self.state.end(self._y)
-        if self._compiled is not None:
-            self.trace.stages, self.trace.steps = self._compiled.stages(), self._compiled.steps()
-        self._check_finite(end, self.trace.end or [], self._time(1.0))
-        self.has_trajectory = save
-        return end
+        ts.solve(self._y)
 
     def adjoint(
         self, gamma: Sequence[np.ndarray], adjoint: Sequence[np.ndarray]
@@ -326,20 +332,24 @@ class LayerStepper:
         if not self.has_trajectory:
             raise RuntimeError(f"layer {self.layer}: the adjoint wants a forward solve that saves, just before it")
         self.has_trajectory = False
+        if self._compiled is not None:
+            start, functionals = self._solve(lambda: self._compiled.adjoint(gamma[0], *adjoint))
+            start, rest = [start], None
+        else:
+            self._solve(lambda: self._step_back(gamma, adjoint))
+            start, rest = self.state.read(self._adjoint_y)
+            functionals = self._mu.array_r.copy()
+        self._check_finite(start, [functionals], self._time(0.0))
+        return start, adjoint if self._cost is None else list(rest), functionals
+
+    def _step_back(self, gamma, adjoint) -> None:
         self._linear.costate = tuple(adjoint)
         self.state.write(self._adjoint_y, gamma, self.state.adjoint_start(self._linear.costate))
         if self._mu is None:
             self._attach_parameters()
-        if self._compiled is not None:
-            self._compiled.start_adjoint(*self._linear.costate)
         self._mu.set(0.0)
         self._ts.setCostGradients([self._adjoint_y], [self._mu])
-        self._solve(self._ts.adjointSolve)
-        start, rest = self.state.read(self._adjoint_y)
-        mu = self._mu.array_r
-        functionals = mu.copy() if self._compiled is None else self._compiled.functionals(mu)
-        self._check_finite(start, [functionals], self._time(0.0))
-        return start, adjoint if self._cost is None else list(rest), functionals
+        self._ts.adjointSolve()
 
     def release(self) -> None:
         """Forget what the last solve left, fields first of all; another may follow."""
@@ -350,23 +360,19 @@ class LayerStepper:
             self._compiled.release()
         self._ts.removeTrajectory()
 
-    def _start_compiled(
-        self, inputs: Sequence[LayerInputs], steps: Sequence[float], total: np.ndarray | None
-    ) -> None:
-        """Let TS call C where that is possible; what a layer takes is of one kind for good."""
+    def _is_compiled(self, inputs: Sequence[LayerInputs]) -> bool:
+        """Whether C steps the layer, where that is possible; what a layer takes is of one kind for good."""
         if self._undecided:
             self._undecided = False
             known = not (self.method.implicit or self.carries_f or self.adaptive) and self.method.quadrature is not None
             if known and CompiledLayer.fits(self.stage, inputs):
                 self._compiled = CompiledLayer(self.stage, self._ts, inputs[0])
-        if self._compiled is not None:
-            self.trace.added = total is not None
-            self._compiled.start(inputs[0], steps, total)
+        return self._compiled is not None
 
-    def _solve(self, solve) -> None:
+    def _solve(self, solve):
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported afterwards
-                solve()
+                result = solve()
         except PETSc.Error as error:
             time = self._time(self._ts.getTime())
             self._create()  # a failed callback leaves vectors locked
@@ -378,6 +384,7 @@ class LayerStepper:
             time = self._time(self._ts.getTime())
             self._create()
             raise StepFailure(self.layer, time, _REASONS.get(reason, f"PETSc's reason {reason}"))
+        return result
 
     def _check_finite(self, g: Sequence[np.ndarray], others: Sequence[np.ndarray], time: float) -> None:
         finite = all([np.isfinite(array).all() for array in g])
@@ -466,15 +473,10 @@ class LayerStepper:
         parameters = inputs.bias.size + inputs.beta.size + inputs.learns_length
         if inputs.learns_factors:
             parameters += inputs.factors.phi.values.size + inputs.factors.psi.values.size
-        if self._compiled is not None:
-            parameters = self._compiled.parameters
         self._mu = PETSc.Vec().create(self.state.comm)
         self._mu.setSizes((parameters, PETSc.DETERMINE))
         self._mu.setUp()
         sizes = (self.state.size, parameters)
-        if self._compiled is not None:
-            self._compiled.attach_parameters(self.state.size)
-            return
         matrix = shell(Transposed(weakly(self._parameter_transpose)), sizes, self.state.comm)
         if self.method.implicit:
             self._ts.setIJacobianP(weakly(self._set_parameter_point), matrix)

@@ -157,21 +157,33 @@ def test_learned_inputs_are_seen():
 
 
 @on_ranks
-def test_an_input_is_projected_once(monkeypatch):
+@pytest.mark.parametrize("options", [{"layers_per_block": 1}, {"layers_per_block": None}, {"ts_type": "cn"}])
+@pytest.mark.parametrize("through_f", [False, True])
+def test_an_input_is_projected_once(through_f, options, monkeypatch):
     """On all ranks or on none, though one alone has looked at the data and so may have written."""
-    net = network("disk", "CG1", layers_per_block=1)
-    problem = _problem(net, net.bases["psi"][0])
-    J, _ = problem.record()
-    calls, project = [], Basis.project
-    monkeypatch.setattr(Basis, "project", lambda *arguments: (calls.append(1), project(*arguments))[1])
+    if "ts_type" in options:
+        options = {"solver_parameters": options}
+    net = network("disk", "CG1", **options)
+    problem = _both(net)[through_f]
+    J, run = problem.record()
+    assert _is_short(run) is not through_f
+    seen, project = [], Basis.project
+
+    def counted(basis, f):
+        # Later Blocks see f of their own.
+        seen.append(basis is net.bases["psi"][0] and np.shares_memory(f, net.Y.values(start.checkpoint)))
+        return project(basis, f)
+
+    start = problem.batch.inputs.block_variable
+    monkeypatch.setattr(Basis, "project", counted)
     J(problem.functions)
     J.derivative()
-    assert not calls
+    assert not any(seen)
     if net.Y.comm.rank == 0:
-        _ = problem.batch.inputs.block_variable.checkpoint.dat.data
+        _ = start.checkpoint.dat.data
     J(problem.functions)
     J(problem.functions)
-    assert len(calls) == 1
+    assert sum(seen) == 1
 
 
 def test_a_users_own_run_has_f_on_the_tape():
