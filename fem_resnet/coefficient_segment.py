@@ -34,9 +34,8 @@ class CoefficientSegment(Segment):
         self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output
 
     def _run(self, steppers, start, layers, save, taken, total=None):
-        g = start
-        for stepper, inputs, steps in zip(steppers, layers, taken):
-            g = stepper.forward(g, None, inputs, save, steps)
+        (sequence,) = self._split(steppers, layers)
+        g = sequence.forward(start, None, layers, save, taken)
         self._check_ranks_agree(g)
         return start, g
 

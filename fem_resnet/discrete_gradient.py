@@ -34,13 +34,13 @@ from petsc4py import PETSc
 
 from fem_resnet.activation import Activation
 from fem_resnet.label_space import LabelSpace
-from fem_resnet.layer import Argument, Cotangent, Functionals, Stage, StageValue
+from fem_resnet.layer import Argument, Cotangent, Functionals, LayerTrace, Stage, StageValue
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.layer_jacobian import acting
 from fem_resnet.methods import METHODS, last_words, set_from_options
 from fem_resnet.petsc import weakly
 from fem_resnet.secant import Secant
-from fem_resnet.time_stepping import LayerTrace, StepFailure
+from fem_resnet.time_stepping import StepFailure
 
 __all__ = ["DiscreteGradientStage", "DiscreteGradientStepper", "Ends"]
 
@@ -207,6 +207,9 @@ class DiscreteGradientStepper:
         self.release()
         self._create()
 
+    def compiled(self, inputs: Sequence[LayerInputs]) -> None:
+        """There is no such step in C."""
+
     def release(self) -> None:
         """Forget what the last solve left."""
         self.trace = LayerTrace()
@@ -247,9 +250,8 @@ class DiscreteGradientStepper:
         inputs: Sequence[LayerInputs],
         save: bool,
         steps: Sequence[float] | None = None,
-        total: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """Solve the layer from g; arguments, result and errors as in `LayerStepper.forward`. Nothing is added to `total`."""
+        """Solve the layer from g; arguments, result and errors as in `LayerStepper.forward`."""
         self.release()
         self._inputs = inputs
         if not inputs[0].length > 0:

@@ -23,12 +23,14 @@ struct layer {
     double *bias, *by_beta;     /* functionals of the parameters: at a, of all stages; at beta, of one */
     double *stages, *lengths;   /* of all steps: C of all stages, one after the other; their lengths, to be and as they were */
     double length;
+    TS ts;
     Vec y, adjoint, parameters; /* the state, its adjoint, functionals of beta and of the parameter of derivative one */
     Vec point;                  /* where derivatives are taken */
     long method_stages;
     long reuses;                /* whether the last slope of a step is the next one's first: 1 or 0 */
     long step, steps;
     long replays;               /* whether the steps are given one by one, and not equal */
+    long max_steps;
     long asked;                 /* stages evaluated in this solve, or adjoined */
     long reductions;            /* how many sums over the ranks there were */
     MPI_Fint comm;
@@ -197,7 +199,8 @@ PetscErrorCode layer_keep_step(TS ts) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_attach(TS ts, struct layer *layer, Mat J, Mat by_parameters) {
+PetscErrorCode layer_attach(struct layer *layer, Mat J, Mat by_parameters) {
+    TS ts = layer->ts;
     PetscFunctionBeginUser;
     PetscCall(MatShellSetContext(J, layer));
     PetscCall(MatShellSetOperation(J, MATOP_MULT_TRANSPOSE, (void (*)(void))layer_transpose));
@@ -235,11 +238,10 @@ static PetscErrorCode read_state(const struct layer *layer, Vec state, double *g
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-/* From g at the start of the layer to g at its end. The trajectory, if it is saved, stays in memory: by its own options it
-   goes to files, one a step. */
-PetscErrorCode layer_forward(TS ts, struct layer *layer, double *g, long save, long max_steps) {
+/* The trajectory, if it is saved, stays in memory: by its own options it goes to files, one a step. */
+static PetscErrorCode solve(struct layer *layer, int save) {
+    TS ts = layer->ts;
     PetscFunctionBeginUser;
-    PetscCall(write_state(layer, layer->y, g, 0.0));
     PetscCall(TSRemoveTrajectory(ts));
     if (save) {
         TSTrajectory trajectory;
@@ -249,22 +251,67 @@ PetscErrorCode layer_forward(TS ts, struct layer *layer, double *g, long save, l
     }
     PetscCall(TSSetTime(ts, 0.0));
     PetscCall(TSSetMaxTime(ts, 1.0));
-    PetscCall(TSSetMaxSteps(ts, (PetscInt)max_steps));
+    PetscCall(TSSetMaxSteps(ts, (PetscInt)layer->max_steps));
     PetscCall(TSSetStepNumber(ts, 0));
     PetscCall(TSSetTimeStep(ts, layer->lengths[0]));
     PetscCall(TSRestartStep(ts)); /* the last slope of an earlier solve is no first one of this */
     PetscCall(TSSolve(ts, layer->y));
-    PetscCall(read_state(layer, layer->y, g));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-/* From gamma at the end of the layer to gamma at its start; lambda comes with the number behind the coefficients. */
-PetscErrorCode layer_adjoint(TS ts, struct layer *layer, double *gamma) {
+static PetscErrorCode solve_back(struct layer *layer) {
     PetscFunctionBeginUser;
-    PetscCall(write_state(layer, layer->adjoint, gamma, layer->lambda ? 1.0 : 0.0));
     PetscCall(VecSet(layer->parameters, 0.0));
-    PetscCall(TSSetCostGradients(ts, 1, &layer->adjoint, &layer->parameters));
-    PetscCall(TSAdjointSolve(ts));
-    PetscCall(read_state(layer, layer->adjoint, gamma));
+    PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));
+    PetscCall(TSAdjointSolve(layer->ts));
+    PetscFunctionReturn(PETSC_SUCCESS);
+}
+
+/* How a solve of several layers ended: at which, with which reason of TS, and whether its state is finite. */
+struct outcome {
+    long layer, reason, finite;
+};
+
+static PetscErrorCode note(const struct layer *layer, const double *g, struct outcome *outcome) {
+    TSConvergedReason reason;
+    PetscFunctionBeginUser;
+    PetscCall(TSGetConvergedReason(layer->ts, &reason));
+    outcome->reason = reason;
+    outcome->finite = 1;
+    for (long i = 0; i < RANK(layer) * layer->Y->samples; i++) outcome->finite &= !PetscIsInfOrNanReal(g[i]);
+    PetscFunctionReturn(PETSC_SUCCESS);
+}
+
+#define WENT_WELL(outcome) ((outcome)->reason >= 0 && (outcome)->finite)
+
+/* From g at the start of layers with one psi to g at their end. */
+PetscErrorCode layers_forward(struct layer **layers, long count, double *g, long save, struct outcome *outcome) {
+    PetscFunctionBeginUser;
+    for (long l = 0; l < count; l++) {
+        struct layer *layer = layers[l];
+        outcome->layer = l;
+        PetscCall(write_state(layer, layer->y, g, 0.0));
+        PetscCall(solve(layer, (int)save));
+        PetscCall(read_state(layer, layer->y, g));
+        PetscCall(note(layer, g, outcome));
+        if (!WENT_WELL(outcome)) break;
+    }
+    PetscFunctionReturn(PETSC_SUCCESS);
+}
+
+/* From gamma at the end of the layers, the last of count + 1, to gamma at the start of each. lambda comes with the number
+   behind the coefficients. */
+PetscErrorCode layers_adjoint(struct layer **layers, long count, double *gamma, struct outcome *outcome) {
+    PetscFunctionBeginUser;
+    for (long l = count - 1; l >= 0; l--) {
+        struct layer *layer = layers[l];
+        double *start = gamma + l * RANK(layer) * layer->Y->samples;
+        outcome->layer = l;
+        PetscCall(write_state(layer, layer->adjoint, start + RANK(layer) * layer->Y->samples, layer->lambda ? 1.0 : 0.0));
+        PetscCall(solve_back(layer));
+        PetscCall(read_state(layer, layer->adjoint, start));
+        PetscCall(note(layer, start, outcome));
+        if (!WENT_WELL(outcome)) break;
+    }
     PetscFunctionReturn(PETSC_SUCCESS);
 }

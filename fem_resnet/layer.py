@@ -26,8 +26,8 @@ sigma(u) and sigma'(u) never exist as whole arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import FactorDirections
 
-__all__ = ["Argument", "Cotangent", "Functionals", "Stage", "StageValue"]
+__all__ = ["Argument", "Cotangent", "Functionals", "LayerTrace", "Stage", "StageValue"]
 
 #: Bytes of one block of u; two of them and the block's rows of Phi and Psi stay in a usual second-level cache.
 _BLOCK_BYTES = 131072
@@ -125,6 +125,28 @@ class StageValue:
 
     weight: float
     argument: Argument
+
+
+@dataclass
+class LayerTrace:
+    """What a forward solve leaves, from which f at the end of the layer follows from f at its start.
+
+    Attributes
+    ----------
+    stages : iterable of StageValue
+        The terms of the quadrature (3.3); none where the state carried f.
+    end : list of numpy.ndarray or None
+        f at the end, and its tangent, where the state carried them; with a running cost a row more, for c.
+    steps : list of float
+        The accepted steps, in parts of the layer.
+    added : bool
+        Whether the integral of f_t was added up on the way, so that f at the end needs no stages.
+    """
+
+    stages: Iterable[StageValue] = field(default_factory=list)
+    end: list[np.ndarray] | None = None
+    steps: list[float] = field(default_factory=list)
+    added: bool = False
 
 
 class Stage:

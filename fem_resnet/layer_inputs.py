@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,21 +59,28 @@ class OnLayer:
     def __init__(self, use: LayerUse, coefficients: Sequence[np.ndarray]):
         self._basis, self._weights = use.basis, use.weights
         self.is_constant, self.is_nodal = use.is_constant, use.is_nodal
+        self._coefficients = coefficients
         self._values = [self._basis.expand(c) for c in coefficients]
-        #: Number of active coefficients on this rank.
-        self.size = sum([c.size for c in coefficients])
+
+    @property
+    def size(self) -> int:
+        """Number of active coefficients on this rank."""
+        return sum(c.size for c in self._coefficients)
 
     def coefficients(self, s: float) -> np.ndarray:
         """`p`, what the layer takes at the fraction s of its time."""
-        weights = self._weights(s)
-        if weights == (1.0,):
+        if self.is_constant:
             return self._values[0]
+        weights = self._weights(s)
         return sum(weight * value for weight, value in zip(weights, self._values))
 
     def pull_back(self, s: float, dual: np.ndarray) -> np.ndarray:
         """Transpose of `coefficients(s)`: functionals of all active coefficients, one after the other. Collective."""
-        pulled, weights = self._basis.pull_back(dual).ravel(), self._weights(s)
-        return pulled if weights == (1.0,) else np.concatenate([weight * pulled for weight in weights])
+        pulled = self._basis.pull_back(dual).ravel()
+        if self.is_constant:
+            return pulled
+        weights = self._weights(s)
+        return np.concatenate([weight * pulled for weight in weights])
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,7 @@ class FactorDirections:
     weighted: np.ndarray
 
 
-@dataclass(frozen=True)
-class LayerInputs:
+class LayerInputs(NamedTuple):
     """All that one solve of a layer takes besides its initial state; or the directions of all that.
 
     Attributes

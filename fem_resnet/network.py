@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from types import NoneType
@@ -447,7 +446,7 @@ class ResidualNetwork:
         if not self.factors:
             return inputs
         learned = self.learned_factors()
-        return [replace(part, factors=learned) for part in inputs]
+        return [part._replace(factors=learned) for part in inputs]
 
     def learned_factors(self) -> LowRankKernel:
         """The factors as they are: the given ones, or where learned training has moved them. Collective."""

@@ -11,9 +11,9 @@ from pyadjoint import AdjFloat
 
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.coefficient_segment import CoefficientSegment
+from fem_resnet.layer import LayerTrace
 from fem_resnet.segment import Segment, TangentSegment
 from fem_resnet.space_basis import Replicated
-from fem_resnet.time_stepping import LayerTrace
 
 __all__ = ["Piece", "Run"]
 

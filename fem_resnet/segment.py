@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 from mpi4py import MPI
@@ -21,9 +21,10 @@ from petsc4py import PETSc
 
 from fem_resnet.basis import Basis
 from fem_resnet.label_space import BatchValues
-from fem_resnet.layer import Stage
+from fem_resnet.layer import LayerTrace, Stage
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
-from fem_resnet.time_stepping import LayerStepper, LayerTrace
+from fem_resnet.layer_sequence import LayerSequence
+from fem_resnet.time_stepping import LayerStepper
 
 __all__ = ["Segment", "TangentSegment"]
 
@@ -66,6 +67,7 @@ class Segment:
         self._numbers = coefficients.layers
         self._make = steppers
         self._tangent_steppers: list[LayerStepper] | None = None
+        self._sequences: dict[int, list[LayerSequence]] = {}  # of steppers without a tangent, and with one
         self._stage = stage
         self._Y = values.Y
         self._coefficients = coefficients
@@ -94,6 +96,7 @@ class Segment:
     def release(self) -> None:
         """Forget what the last solves left: steppers may be shared, states and co-states are of no use then."""
         self._layers, self._costates, self._tangent_steppers = [], [], None
+        self._sequences.pop(2, None)
         for stepper in self.steppers:
             stepper.release()
 
@@ -171,20 +174,29 @@ class Segment:
 
         `total`, f too, has added what layers add on the way.
         """
-        start, psi = [self._with_row(part) for part in f], None
-        for l, (stepper, inputs, steps) in enumerate(zip(steppers, layers, taken)):
-            new_psi, at_start = inputs[0].factors.psi is not psi, start
-            if new_psi or stepper.carries_f:
-                at_start = self._reached(start, total, [stepper.trace for stepper in steppers[:l]])
-            if new_psi:
-                psi = inputs[0].factors.psi
-                fields = [part[: self._nodes] for part in at_start]
-                g = [psi.project(part) if l or order else self._seen(psi, f[0]) for order, part in enumerate(fields)]
-                if len(inputs) == 2 and inputs[1].factors is not None:
-                    g[1] += self._Y.sum(inputs[1].factors.weighted.T @ fields[0])
-            g = stepper.forward(g, at_start, inputs, save, steps, total)
+        start, l = [self._with_row(part) for part in f], 0
+        for sequence in self._split(steppers, layers):
+            end, first = l + len(sequence.steppers), layers[l]
+            at_start = self._reached(start, total, [stepper.trace for stepper in steppers[:l]]) if l else start
+            psi, fields = first[0].factors.psi, [part[: self._nodes] for part in at_start]
+            g = [psi.project(part) if l or order else self._seen(psi, f[0]) for order, part in enumerate(fields)]
+            if len(first) == 2 and first[1].factors is not None:
+                g[1] += self._Y.sum(first[1].factors.weighted.T @ fields[0])
+            g = sequence.forward(g, at_start, layers[l:end], save, taken[l:end], total)
+            l = end
         self._check_ranks_agree(g)
         return start, g
+
+    def _split(self, steppers: Sequence[LayerStepper], layers: Sequence[tuple[LayerInputs, ...]]) -> list[LayerSequence]:
+        """The layers in sequences with one psi; which these are is so for good."""
+        orders = len(layers[0])
+        if orders not in self._sequences:
+            psis = [inputs[0].factors.psi for inputs in layers]
+            starts = [l for l, psi in enumerate(psis) if l == 0 or psi is not psis[l - 1]]
+            self._sequences[orders] = [
+                LayerSequence(steppers[start:end]) for start, end in pairwise([*starts, len(layers)])
+            ]
+        return self._sequences[orders]
 
     def _seen(self, psi: Basis, f: np.ndarray) -> np.ndarray:
         """Psi^T M f, kept for as long as f is the same array and nobody may write into it. Collective."""
@@ -256,17 +268,18 @@ class Segment:
 
     def _adjoint(self, steppers, duals: list[np.ndarray], layers, f: Sequence[np.ndarray]):
         """Adjoint values of the input and of its tangent, functionals, and what co-states are made of."""
-        psi = layers[-1][0].factors.psi
+        psi, l = layers[-1][0].factors.psi, len(layers)
         gamma, duals = self._adjoint_end(psi, duals)
         functionals, costates = [], [(duals, psi, gamma)]
-        for stepper, inputs in zip(reversed(steppers), reversed(layers)):
-            if inputs[0].factors.psi is not psi:
+        for sequence in reversed(self._split(steppers, layers)):
+            if layers[l - 1][0].factors.psi is not psi:
                 duals = self._unfold(psi, gamma, duals)
-                psi = inputs[0].factors.psi
+                psi = layers[l - 1][0].factors.psi
                 gamma = self._nothing(psi, duals)
-            gamma, duals, functional = stepper.adjoint(gamma, duals)
-            functionals.append(functional)
-            costates.append((duals, psi, gamma))
+            for gamma, duals, functional in sequence.adjoint(gamma, duals):
+                functionals.append(functional)
+                costates.append((duals, psi, gamma))
+            l -= len(sequence.steppers)
         collected = self._coefficients.collect(functionals[::-1])
         turning = None
         if layers[0][0].learns_factors:  # the start is seen through Psi too

@@ -17,8 +17,7 @@ factor of its right-hand side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import petsctools
@@ -26,7 +25,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.compiled_layer import CompiledLayer
-from fem_resnet.layer import Stage, StageValue
+from fem_resnet.layer import LayerTrace, Stage, StageValue
 from fem_resnet.layer_jacobian import Elimination, LinearLayer, ShiftedJacobian, Transposed, Zero
 from fem_resnet.layer_state import CarriedState, CoefficientState
 from fem_resnet.methods import METHODS, configure, last_words, set_from_options
@@ -34,7 +33,7 @@ from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.running_cost import RunningCost
 from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, never_adapt, on_pre_stage, shell, stage_values, weakly
 
-__all__ = ["LayerStepper", "LayerTrace", "StepFailure"]
+__all__ = ["LayerStepper", "StepFailure"]
 
 
 class StepFailure(ArithmeticError):
@@ -63,28 +62,6 @@ class StepFailure(ArithmeticError):
 
     def __reduce__(self):
         return type(self), (self.layer, self.time, self.reason)
-
-
-@dataclass
-class LayerTrace:
-    """What a forward solve leaves, from which f at the end of the layer follows from f at its start.
-
-    Attributes
-    ----------
-    stages : iterable of StageValue
-        The terms of the quadrature (3.3); none where the state carried f.
-    end : list of numpy.ndarray or None
-        f at the end, and its tangent, where the state carried them; with a running cost a row more, for c.
-    steps : list of float
-        The accepted steps, in parts of the layer.
-    added : bool
-        Whether the integral of f_t was added up on the way, so that f at the end needs no stages.
-    """
-
-    stages: Iterable[StageValue] = field(default_factory=list)
-    end: list[np.ndarray] | None = None
-    steps: list[float] = field(default_factory=list)
-    added: bool = False
 
 
 class LayerStepper:
@@ -125,8 +102,7 @@ class LayerStepper:
         self.orders = orders
         #: Marks whose solve the last one was, where several share a stepper.
         self.user: object = None
-        #: What the last forward solve left.
-        self.trace = LayerTrace()
+        self._trace = LayerTrace()
         self._rank = rank
         self._options = options
         self._carry = carry
@@ -233,7 +209,6 @@ class LayerStepper:
         inputs: Sequence[LayerInputs],
         save: bool,
         steps: Sequence[float] | None = None,
-        total: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """Solve the layer from g; returns g at its end and leaves a `trace`.
 
@@ -250,31 +225,33 @@ class LayerStepper:
             Whether to keep the trajectory for `adjoint`.
         steps
             Steps to take, in parts of the layer, as a trace has them; if left out they are adapted, or equal.
-        total
-            Where C steps the layer, the integral of f_t is added to it, shape (nodes, samples); the trace says so.
 
         Raises
         ------
         StepFailure
             If TS gives up, or the result is not finite.
         """
-        self._inputs = inputs
-        if not inputs[0].length > 0:
-            raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
-        self.has_trajectory = False
-        if self._is_compiled(inputs):
-            end = [self._solve(lambda: self._compiled.forward(
-                g[0], inputs[0], [1.0 / self.steps] * self.steps if steps is None else steps, steps is not None, total, save
-            ))]  # fmt: skip
-            self.trace = LayerTrace(self._compiled.stages(), None, self._compiled.steps(), total is not None)
-        else:
-            self.trace = LayerTrace()
-            self._solve(lambda: self._step(g, f, inputs, save, steps))
-            end, _ = self.state.read(self._y)
-            self.trace.end = self.state.end(self._y)
-        self._check_finite(end, self.trace.end or [], self._time(1.0))
+        self.take(inputs)
+        self._trace = LayerTrace()
+        self._solve(lambda: self._step(g, f, inputs, save, steps))
+        end, _ = self.state.read(self._y)
+        self._trace.end = self.state.end(self._y)
+        self._check_finite(end, self._trace.end or [], 1.0)
         self.has_trajectory = save
         return end
+
+    def take(self, inputs: Sequence[LayerInputs]) -> None:
+        """Begin a forward solve with these inputs.
+
+        Raises
+        ------
+        StepFailure
+            If the layer's length is not positive.
+        """
+        self._inputs = inputs
+        self.has_trajectory = False
+        if not inputs[0].length > 0:
+            raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
 
     def _step(self, g, f, inputs, save, steps) -> None:
         self._linear.start(inputs)
@@ -329,18 +306,24 @@ class LayerStepper:
         StepFailure
             If a linear solve fails, or the result is not finite.
         """
+        self.use_trajectory()
+        self._solve(lambda: self._step_back(gamma, adjoint))
+        start, rest = self.state.read(self._adjoint_y)
+        functionals = self._mu.array_r.copy()
+        self._check_finite(start, [functionals], 0.0)
+        return start, adjoint if self._cost is None else list(rest), functionals
+
+    def use_trajectory(self) -> None:
+        """Begin an adjoint solve, which uses up the trajectory.
+
+        Raises
+        ------
+        RuntimeError
+            If the last forward solve has kept none, or an adjoint has used it up.
+        """
         if not self.has_trajectory:
             raise RuntimeError(f"layer {self.layer}: the adjoint wants a forward solve that saves, just before it")
         self.has_trajectory = False
-        if self._compiled is not None:
-            start, functionals = self._solve(lambda: self._compiled.adjoint(gamma[0], *adjoint))
-            start, rest = [start], None
-        else:
-            self._solve(lambda: self._step_back(gamma, adjoint))
-            start, rest = self.state.read(self._adjoint_y)
-            functionals = self._mu.array_r.copy()
-        self._check_finite(start, [functionals], self._time(0.0))
-        return start, adjoint if self._cost is None else list(rest), functionals
 
     def _step_back(self, gamma, adjoint) -> None:
         self._linear.costate = tuple(adjoint)
@@ -354,39 +337,52 @@ class LayerStepper:
     def release(self) -> None:
         """Forget what the last solve left, fields first of all; another may follow."""
         self.has_trajectory = False
-        self.trace, self._inputs, self._calls = LayerTrace(), (), []
+        self._trace, self._inputs, self._calls = LayerTrace(), (), []
         self._linear.release()
         if self._compiled is not None:
             self._compiled.release()
         self._ts.removeTrajectory()
 
-    def _is_compiled(self, inputs: Sequence[LayerInputs]) -> bool:
-        """Whether C steps the layer, where that is possible; what a layer takes is of one kind for good."""
+    @property
+    def trace(self) -> LayerTrace:
+        """What the last forward solve left."""
+        return self._trace if self._compiled is None else self._compiled.trace
+
+    def compiled(self, inputs: Sequence[LayerInputs]) -> CompiledLayer | None:
+        """The layer as C steps it, if it does; what a layer takes is of one kind for good."""
         if self._undecided:
             self._undecided = False
             known = not (self.method.implicit or self.carries_f or self.adaptive) and self.method.quadrature is not None
             if known and CompiledLayer.fits(self.stage, inputs):
-                self._compiled = CompiledLayer(self.stage, self._ts, inputs[0])
-        return self._compiled is not None
+                self._compiled = CompiledLayer(self.stage, self._ts, self.steps, inputs[0])
+        return self._compiled
 
-    def _solve(self, solve):
+    def _solve(self, solve: Callable[[], None]) -> None:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported afterwards
-                result = solve()
+                solve()
         except PETSc.Error as error:
-            time = self._time(self._ts.getTime())
-            self._create()  # a failed callback leaves vectors locked
+            failure = self.failure(error)
             if error.__cause__ is not None:
                 raise error.__cause__
-            raise StepFailure(self.layer, time, f"PETSc's error {error.ierr}, {last_words(error)}") from error
+            raise failure from error
         reason = self._ts.getConvergedReason()
         if reason < 0:
-            time = self._time(self._ts.getTime())
-            self._create()
-            raise StepFailure(self.layer, time, _REASONS.get(reason, f"PETSc's reason {reason}"))
-        return result
+            raise self.failure(reason)
 
-    def _check_finite(self, g: Sequence[np.ndarray], others: Sequence[np.ndarray], time: float) -> None:
+    def failure(self, what: PETSc.Error | int) -> StepFailure:
+        """What to raise if a solve ended so; the TS is a new one from now on."""
+        time = self._time(self._ts.getTime())
+        self._create()  # a failed callback leaves vectors locked
+        if isinstance(what, PETSc.Error):
+            return StepFailure(self.layer, time, f"PETSc's error {what.ierr}, {last_words(what)}")
+        return StepFailure(self.layer, time, _REASONS.get(what, f"PETSc's reason {what}"))
+
+    def not_finite(self, t: float) -> StepFailure:
+        """What to raise if a solve ended, at t in parts of the layer, in what is not finite."""
+        return StepFailure(self.layer, self._time(t), "NOT_FINITE")
+
+    def _check_finite(self, g: Sequence[np.ndarray], others: Sequence[np.ndarray], t: float) -> None:
         finite = all([np.isfinite(array).all() for array in g])
         if self.carries_f:
             finite &= all(np.isfinite(array).all() for array in others)
@@ -394,7 +390,7 @@ class LayerStepper:
         # Else all ranks have the same g, which sums over the nodes: what is not finite at one of them is seen there.
         if not finite:
             self.has_trajectory = False
-            raise StepFailure(self.layer, time, "NOT_FINITE")
+            raise self.not_finite(t)
 
     def _time(self, t: float) -> float:
         return self._inputs[0].start + t * self._inputs[0].length
@@ -407,7 +403,7 @@ class LayerStepper:
 
     def _keep_step(self, ts):
         h = ts.getTime() - ts.getPrevTime()
-        self.trace.steps.append(h)
+        self._trace.steps.append(h)
         if self.method.overruns and ts.getTime() > 1.0 - 1e-12:
             ts.setMaxTime(0.0)
         if self.carries_f:
@@ -421,7 +417,7 @@ class LayerStepper:
                 stages.append(self.state.read(self._work)[0])
         for weight, node, g in zip(self._weights, self._nodes, stages, strict=True):
             if weight != 0.0:
-                self.trace.stages.append(StageValue(h * weight, self._linear.argument(ts.getPrevTime() + node * h, g)))
+                self._trace.stages.append(StageValue(h * weight, self._linear.argument(ts.getPrevTime() + node * h, g)))
 
     def _rate(self, ts, t, y, F):
         self.state.write(F, *self._linear.rates(t, *self.state.read(y)))

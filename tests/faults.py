@@ -276,6 +276,8 @@ FAULTS = [
     Fault("compiled: f is added up with the weights of the stage before", LAYERS, compiled("return h * layer->weights[stage];", "return h * layer->weights[(stage + layer->method_stages - 1) % layer->method_stages];"), True),
     Fault("compiled: the first stage stands for all in the quadrature", LAYERS, compiled("act(layer, stages[i],", "act(layer, stages[0],"), True),
     Fault("compiled: derivatives are taken at a stale stage", LAYERS, compiled("layer->point = y;", "if (layer->point) return PETSC_SUCCESS;\n    layer->point = y;"), True),
+    Fault("compiled: functionals of beta are added to the last ones", LAYERS, compiled("PetscCall(VecSet(layer->parameters, 0.0));", ""), True),
+    Fault("compiled: gamma at the end stands for that of all layers", LAYERS, compiled("write_state(layer, layer->adjoint, start + ", "write_state(layer, layer->adjoint, gamma + count * "), True),
     # steps
     Fault("b in place of b^T", CLASSES, line(Linear, "transpose", "by_g, by_beta = [-(beta[0].T @ D[0])]", "by_g, by_beta = [-(beta[0].T[::-1, ::-1] @ D[0])]")),
     Fault("beta's functional has the other sign", CLASSES, line(Linear, "transpose", ", -(D[0] @ g[0].T)\n", ", D[0] @ g[0].T\n")),
@@ -291,7 +293,7 @@ FAULTS = [
     Fault("the Hessian forgets beta_1 g", CLASSES, line(fem_resnet.layer_jacobian, "acting", "beta[1] @ g[0] + beta[0] @ g[1]", "beta[0] @ g[1]")),
     Fault("the second adjoint forgets beta_1", CLASSES, line(Linear, "transpose", "beta[0].T @ D[0] + beta[1].T @ D[1]", "beta[0].T @ D[0]")),
     Fault("the second adjoint forgets g_1", CLASSES, line(Linear, "transpose", "D[0] @ g[0].T + D[1] @ g[1].T", "D[0] @ g[0].T")),
-    Fault("mu is not set to zero", CLASSES, line(Stepper, "adjoint", "self._mu.set(0.0)", "pass")),
+    Fault("mu is not set to zero", CLASSES, line(Stepper, "_step_back", "self._mu.set(0.0)", "pass")),
     Fault("implicit: the parameter transpose has the other sign", IMPLICIT, line(Stepper, "_parameter_transpose", "np.negative(values, out=values)", "pass")),
     Fault("implicit: the row of q is dropped", IMPLICIT, line(Linear, "assembled", "-np.concatenate(by_g).T", "0 * np.concatenate(by_g).T")),
     Fault("implicit: Newton stops at one iteration", IMPLICIT, line(Stepper, "_create", "self._ts = self._new_ts()", "self._ts = self._new_ts()\n    if self.method.implicit:\n        self._ts.getSNES().setTolerances(rtol=1e-1, max_it=50)")),
@@ -311,6 +313,8 @@ FAULTS = [
     Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "self._traces()[:layers]", "self._traces()[: max(layers - 1, 0)]")),
     Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "self._functional(dual_dot), self._functional(dual)", "self._functional(dual), self._functional(dual_dot)")),
     # what the head sees of f(T) alone
+    Fault("an input that has changed is taken for the one before", LAYERS, line(fem_resnet.blocks.OperatorBlock, "solve", "if version == old and not", "if not")),
+    Fault("coefficients of any input are taken for those of this one", LAYERS, line(Segment, "_seen", "self._input[0]() is f and", "self._input[2] is not None and")),
     Fault("kept coefficients outlive their input", FIELD, line(space.SeenBatch, "read", "kept == version", "kept is not None")),
     Fault("a functional of what is seen comes back without the measure", CLASSES, line(space.SeenBatch, "write", "self._basis.dual(gamma)", "self._basis.values @ gamma")),
     Fault("segments of coefficients give what they took", FIELD, line(CoefficientSegment, "_end", "return g", "return start")),

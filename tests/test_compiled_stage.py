@@ -213,4 +213,4 @@ def test_a_compiled_layer_sums_over_the_ranks_once_a_stage_and_not_on_one_rank()
     stages = 4 * 3
     for stepper in run._pieces[0].segment.steppers:
         # As many in the adjoint as forward: one Allreduce of rank x samples numbers each.
-        assert stepper._compiled._layer.reductions == (2 * stages if net.Y.comm.size > 1 else 0)
+        assert stepper._compiled.struct.reductions == (2 * stages if net.Y.comm.size > 1 else 0)

@@ -24,7 +24,7 @@ and its discrete one a factor `1 + z |b|^T (1 - z |A|)^-1 (1, .., 1)^T` a step, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -197,7 +197,7 @@ def _layers(net: ResidualNetwork) -> list[LayerInputs]:
     active = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
     layers = active.on_layers([slot.read(function) for slot, function in zip(active.slots, active.functions)])
     learned = net.learned_factors() if net.factors else None
-    return [replace(part, factors=learned or part.factors) for part in layers]
+    return [part._replace(factors=learned or part.factors) for part in layers]
 
 
 def _growth(A: np.ndarray, b: np.ndarray, z: float) -> float:
