@@ -2,8 +2,8 @@
 
 Segments of layers, heads, losses and regularisers are operators with the four verbs of `Operator`; the Block reads
 Functions into arrays for them and writes their results into Functions. It creates none again and again: outputs go
-into the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once (pyadjoint
-copies what it hands to a user).
+into the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once; those of
+leaves are new ones, which a user may get as they are.
 
 Hessian actions are forward over reverse: one sweep of tangents up the tape, one of second adjoints down. Inside of
 `gauss_newton(tape)` the latter leaves out the curvature of all operators between arrays, so that with J = l(F(m)) the
@@ -115,6 +115,7 @@ class OperatorBlock(Block):
         self._output_slots = _parts(operator, operator.output)
         self._duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._second_duals: list[fd.Cofunction | None] = [None] * len(functions)
+        self._dual_spaces: dict[Slot, fd.functionspaceimpl.WithGeometry] = {}
         self._tangent: fd.Function | None = None
         self._solved: list[tuple[weakref.ref, int]] | None = None
         #: The arrays of the latest solve.
@@ -132,7 +133,7 @@ class OperatorBlock(Block):
         """The operator's value at these inputs, ready for its adjoint."""
         before, self._solved = self._solved or [None] * len(inputs), None
         versions = [_version(function) for function in inputs]
-        arrays = _read(self.operator, inputs)
+        arrays = read_all(self.operator.inputs, inputs, views=True)  # of changed inputs they are not used again
         if self._kept is not None:
             arrays = [
                 kept if version == old and not kept.flags.writeable else array
@@ -170,12 +171,14 @@ class OperatorBlock(Block):
         self._refuse_changed(inputs)
         if self._output_slots[0] is not None:
             self._adjoint_at = None if adj_inputs[0] is None else _version(adj_inputs[0])
-        prepared = self._adjoint(inputs, self._read_duals(adj_inputs))
+        prepared = list(self._adjoint(inputs, self._read_duals(adj_inputs)))
         self._derived = self._solved
         return prepared
 
     def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
-        return self._write_dual(self._duals, idx, prepared[idx])
+        # Taken out, so that the functionals of many controls do not stand in memory twice.
+        functional, prepared[idx] = prepared[idx], None
+        return self._write_dual(self._duals, idx, functional)
 
     def prepare_evaluate_tlm(self, inputs, tlm_inputs, relevant_outputs):
         tangent = self._verb("tangent", "tangents")
@@ -245,11 +248,15 @@ class OperatorBlock(Block):
         return arrays if isinstance(self.operator.output, tuple) else arrays[0]
 
     def _write_dual(self, cofunctions: list[fd.Cofunction | None], idx: int, array: np.ndarray) -> fd.Cofunction:
-        slot = self.operator.inputs[idx]
-        if cofunctions[idx] is None:
-            cofunctions[idx] = fd.Cofunction(slot.space.dual())
-        slot.write(cofunctions[idx], made(array))
-        return cofunctions[idx]
+        slot, cofunction = self.operator.inputs[idx], cofunctions[idx]
+        if cofunction is None:
+            if slot not in self._dual_spaces:
+                self._dual_spaces[slot] = slot.space.dual()  # as dear as a Cofunction
+            cofunction = fd.Cofunction(self._dual_spaces[slot])
+            if not is_leaf(self.get_dependencies()[idx]):  # what comes to a leaf may be handed to a user as it is
+                cofunctions[idx] = cofunction
+        slot.write(cofunction, made(array))
+        return cofunction
 
     def _directions(self, arrays: Sequence[np.ndarray], tangents: Sequence[fd.Function | None]) -> list[np.ndarray]:
         return [
@@ -315,7 +322,7 @@ class ScheduledBlock(OperatorBlock):
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
         self._refuse_changed(inputs)
         try:
-            return self._adjoint(inputs, self._read_duals(adj_inputs))
+            return list(self._adjoint(inputs, self._read_duals(adj_inputs)))
         finally:
             self._release()
 

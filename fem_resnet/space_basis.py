@@ -45,6 +45,10 @@ class SpaceBasis(ABC):
     def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
         """The coefficients held by a Function (or Cofunction) of `space`. Collective."""
 
+    def view(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
+        """The same, for as long as the Function does not change: values at nodes are not copied. Collective."""
+        return self.read(function)
+
     @abstractmethod
     def write(self, function: fd.Function | fd.Cofunction, coefficients: np.ndarray) -> None:
         """Make a Function (or Cofunction) of `space` hold coefficients."""
@@ -83,7 +87,10 @@ class NodalValues(SpaceBasis):
         self.shape = (Y.nodes,)
 
     def read(self, function):
-        return function.dat.data_ro.copy()
+        return self.view(function).copy()
+
+    def view(self, function):
+        return function.dat.data_ro
 
     def write(self, function, coefficients):
         function.dat.data_wo[...] = coefficients
@@ -117,7 +124,10 @@ class StateValues(SpaceBasis):
         self.shape = (Y.nodes, self._values.samples)
 
     def read(self, function):
-        return self._values.read(function).copy()
+        return self.view(function).copy()
+
+    def view(self, function):
+        return self._values.read(function)
 
     def write(self, function, coefficients):
         self._values.write(function, coefficients)
@@ -179,8 +189,13 @@ class Replicated:
         return float(np.sum(dual * coefficients))
 
 
-def read_all(slots: Sequence[SpaceBasis | BatchValues], functions: Sequence[fd.Function]) -> list[np.ndarray]:
-    """What each slot reads of its Function, with one broadcast for all that is the same on every rank. Collective."""
+def read_all(
+    slots: Sequence[SpaceBasis | BatchValues], functions: Sequence[fd.Function], views: bool = False
+) -> list[np.ndarray]:
+    """What each slot reads of its Function, with one broadcast for all that is the same on every rank. Collective.
+
+    With `views`, arrays are good for as long as the Functions do not change.
+    """
     arrays, replicated = [], {}
     for slot, function in zip(slots, functions):
         if isinstance(slot, Replicated):
@@ -188,7 +203,7 @@ def read_all(slots: Sequence[SpaceBasis | BatchValues], functions: Sequence[fd.F
             if slot.Y.comm.size > 1:
                 replicated.setdefault(slot.Y, []).append(arrays[-1])
         else:
-            arrays.append(slot.read(function))
+            arrays.append((slot.view if views and isinstance(slot, SpaceBasis) else slot.read)(function))
     for Y, parts in replicated.items():
         together = np.concatenate([part.ravel() for part in parts])
         Y.comm.Bcast(together, root=Y.coefficient_mesh[1])
