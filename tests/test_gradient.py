@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 import pytest
+from firedrake import COMM_WORLD
 from firedrake.adjoint import Control, ReducedFunctional
 from numpy.testing import assert_allclose
 from scipy.integrate import solve_ivp
 
 from fem_resnet import ResidualNetwork, Run
-from helpers import SAMPLES, TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
+from helpers import SAMPLES, SWISH, TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -121,8 +122,14 @@ def test_taylor_of_smooth_activations(sigma, record, rng, taylor):
     taylor(problem.reduced(), problem.point(), problem.direction("all", rng), f"disk-CG1 {sigma}", "all")
 
 
-@pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("which", ["a", "b", "f_I", "all"])
+@on_ranks
+def test_taylor_of_a_users_own_activation(record, rng, taylor):
+    problem = record(activation=SWISH)
+    taylor(problem.reduced(), problem.point(), problem.direction("all", rng), "disk-CG1 SymPy", "all")
+
+
+@on_ranks
+@pytest.mark.parametrize("which", ["a", "all"] if COMM_WORLD.size > 1 else ["a", "b", "f_I", "all"])
 def test_taylor_with_the_bias_in_a_basis(which, record, rng, taylor):
     problem = record(basis_for_bias=True)
     direction = problem.direction(which, rng)
@@ -255,7 +262,10 @@ def test_values_assigned_after_recording_are_not_those_of_the_tape(record):
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize(
     "space",
-    [("disk", "CG1"), ("sphere", "DG0"), ("annulus", "CG2"), ("cube", "CG1"), ("polygon", "KMV3"), ("block", "CG1")],
+    [
+        ("disk", "CG1"), ("sphere", "DG0"), ("annulus", "CG2"), ("square", "CG3"), ("cube", "CG1"), ("hexes", "CG2"),
+        ("prisms", "CG1"), ("polygon", "KMV3"), ("block", "CG1"),
+    ],
     ids=name,
 )
 @pytest.mark.parametrize("basis_for_bias", [False, True], ids=["bias at nodes", "bias in basis"])
