@@ -56,7 +56,6 @@ def iterations(refinement, times, kind=LearningProblem, fall=1e-6):
 @pytest.mark.parametrize("cases", [*CASES, "all of these"])
 def test_iterations_stay_within_20_per_cent(cases):
     counts = [iterations(*case) for case in CASES.get(cases, sum(CASES.values(), []))]
-    print(cases, counts)
     assert max(counts) <= 1.2 * min(counts), f"iterations {counts}"
 
 
@@ -64,7 +63,6 @@ def test_iterations_stay_within_20_per_cent(cases):
 def test_iterations_stay_the_same_on_ranks():
     """To a thousandth of the gradient, since more takes too long."""
     counts = [iterations(n, EQUAL[4], fall=1e-3) for n in (1, 2)]
-    print(counts)
     assert max(counts) <= 1.2 * min(counts), f"iterations {counts}"
 
 
@@ -72,7 +70,6 @@ def test_with_the_inner_product_of_plain_numbers_they_grow():
     """To a thousandth of the gradient, since more takes too long."""
     plain = [iterations(n, EQUAL[4], PlainNumbers, fall=1e-3) for n in (1, 2)]
     ours = [iterations(n, EQUAL[4], fall=1e-3) for n in (1, 2)]
-    print(plain, ours)
     assert plain[1] > 1.5 * plain[0], f"iterations {plain}"
     assert max(ours) <= 1.2 * min(ours) and plain[0] > 3 * ours[0], f"iterations {ours}, plain {plain}"
 
