@@ -144,7 +144,7 @@ def test_a_network_moved_to_other_meshes_converges_to_one_function(domain, mesh,
 @pytest.mark.parallel([2, 3])
 def test_a_basis_moved_to_another_mesh_is_the_same_on_any_number_of_ranks():
     """Inner products with fixed smooth functions: the whole meshes on this rank alone against the parts of all ranks."""
-    for domain, element, rank in (("disk", "DG0", 6), ("sphere", "CG1", 9)):
+    for domain, element, rank in [("disk", "DG0", 6), ("sphere", "CG1", 9)][: 4 - COMM_WORLD.size]:
         parts, alone = (
             laplace(domain, "CG1", rank, alone=alone).on(label_space(domain, element, 2, alone)) for alone in (False, True)
         )

@@ -35,14 +35,14 @@ class PlainNumbers(LearningProblem):
 
 
 @cache
-def basis(refinement):
-    return laplace_basis(label_space("polygon", "CG1", refinement), 8)
+def basis(refinement, alone=False):
+    return laplace_basis(label_space("polygon", "CG1", refinement, alone), 8)
 
 
 @cache
-def iterations(refinement, times, kind=LearningProblem, fall=1e-6):
+def iterations(refinement, times, kind=LearningProblem, fall=1e-6, alone=False):
     """From zero until the gradient has fallen so far: smooth functions carried to others, the bias at the nodes."""
-    net = ResidualNetwork(basis(refinement), times=times)
+    net = ResidualNetwork(basis(refinement, alone), times=times)
     batch = Batch(net.Y.batch(smooth(net.Y, 5, seed=1)), net.Y.batch(smooth(net.Y, 5, seed=2)))
     problem = kind(net, None, least_squares, tikhonov(0.1), batch)
     assert not any(parameter.get(k).any() for parameter in problem.parameters for k in range(len(parameter.functions)))
@@ -60,10 +60,9 @@ def test_iterations_stay_within_20_per_cent(cases):
 
 
 @pytest.mark.parallel([2, 3])
-def test_iterations_stay_the_same_on_ranks():
-    """To a thousandth of the gradient, since more takes too long."""
-    counts = [iterations(n, EQUAL[4], fall=1e-3) for n in (1, 2)]
-    assert max(counts) <= 1.2 * min(counts), f"iterations {counts}"
+def test_iterations_are_those_of_one_rank():
+    """To a hundredth of the gradient, since more takes too long: the whole mesh on each rank, and its parts on all."""
+    assert iterations(1, EQUAL[4], fall=1e-2) == iterations(1, EQUAL[4], fall=1e-2, alone=True)
 
 
 def test_with_the_inner_product_of_plain_numbers_they_grow():
