@@ -123,7 +123,8 @@ class _LossOperator:
         values = self._Y.values(observation)
         if values.shape[1] != self._values.samples:
             raise ValueError(
-                f"observation: {self._values.samples} samples are wanted, as many as of the output, {values.shape[1]} were given"
+                f"observation: {self._values.samples} samples are wanted, as many as of the output, "
+                f"{values.shape[1]} were given"
             )
         self._observation = values.copy()
         self._weights = sample_weights(weights, self._values.samples)

@@ -37,7 +37,10 @@ from sympy.functions.elementary.piecewise import ExprCondPair
 from sympy.integrals.manualintegrate import manualintegrate
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
-__all__ = ["REACH", "Kernel", "Tree", "check", "contradicted", "cuts", "from_tree", "normal_form", "parts", "properties", "right_of", "to_tree"]
+__all__ = [
+    "REACH", "Kernel", "Tree", "check", "contradicted", "cuts", "from_tree", "normal_form", "parts", "properties",
+    "right_of", "to_tree",
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]

@@ -114,7 +114,8 @@ ELSEWHERE = [
 @cache
 def network_on(domain):
     """A network on triangles of a middle size: there are coarser and finer meshes."""
-    phi = laplace_basis(LabelSpace(fd.FunctionSpace(TRIANGLES[domain](3 if domain == "disk" else 2), "CG", 1)), RANK[domain])
+    mesh = TRIANGLES[domain](3 if domain == "disk" else 2)
+    phi = laplace_basis(LabelSpace(fd.FunctionSpace(mesh, "CG", 1)), RANK[domain])
     net = ResidualNetwork(phi, bias=phi, layers=2, activation="tanh")
     set_smooth(net, np.random.default_rng(0))
     return net
@@ -208,7 +209,7 @@ def test_spaces_that_do_not_hold_a_basis_are_refused():
     tiny = LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(1, 1), "CG", 1))
     wrong = [
         (tiny, ValueError, "Y: at least 6 nodes are wanted, one a function; LabelSpace.* has 4$"),
-        (label_space("sphere", "CG1"), ValueError, "Y: a label space of the same Y, .* is in a space of 3 dimensions, not 2$"),
+        (label_space("sphere", "CG1"), ValueError, "Y: a label space of the same Y, .* in a space of 3 dimensions, not 2$"),
         (point_space(np.ones(9), np.ones((9, 2))), ValueError, "Y: a label space of the same Y, .* is a set of points$"),
         (tiny.V, TypeError, "Y: a LabelSpace is wanted, .* was given"),
     ]

@@ -47,7 +47,8 @@ def test_output_onto_another_label_domain_does_not_see_the_partition():
         f, C = Z.batch(smooth(Z, SAMPLES)), observations(head, "logistic", SAMPLES)
         with taping():
             J = binary_cross_entropy(Y, head(f), C)
-        gradient = ReducedFunctional(J, [Control(f, riesz_map=Z.riesz_map), *head.W.controls()]).derivative(apply_riesz=True)
+        controls = [Control(f, riesz_map=Z.riesz_map), *head.W.controls()]
+        gradient = ReducedFunctional(J, controls).derivative(apply_riesz=True)
         onto_z, onto_y = (space.weights[:, None] * smooth(space, 5, seed=3) for space in (Z, Y))
         found.append(
             [Y.sum(onto_y.T @ Y.values(head.predict(f))), np.array(float(J)), Z.sum(onto_z.T @ Z.values(gradient[0])),
@@ -163,9 +164,9 @@ def test_losses_refuse_what_does_not_fit():
         (least_squares, (O, Y.values(C)), TypeError, "^observation: a Function is wanted, ndarray was given"),
         (least_squares, (O, elsewhere), ValueError, "^observation: it lives on"),
         (least_squares, (elsewhere, C), ValueError, "^output: it lives on"),
-        (binary_cross_entropy, (O, C, None, PREDICTIONS["softmax"]), ValueError, "^loss: .* prediction 'logistic', the head"),
-        (functional_loss(lambda p, C: p * C), (O, C), TypeError, "^functional: it returned Product; a form without arguments"),
-        (functional_loss(lambda p, C: fd.TestFunction(Y.V) * dx), (O, C), TypeError, "^functional: it returned one with 1;"),
+        (binary_cross_entropy, (O, C, None, PREDICTIONS["softmax"]), ValueError, "^loss: .* prediction 'logistic', the"),
+        (functional_loss(lambda p, C: p * C), (O, C), TypeError, "^functional: it returned Product; a form without"),
+        (functional_loss(lambda p, C: fd.TestFunction(Y.V) * dx), (O, C), TypeError, "^functional: .* one with 1; a"),
     ]
     for loss, given, error, message in arguments:
         with pytest.raises(error, match=message):

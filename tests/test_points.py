@@ -170,7 +170,7 @@ def test_more_ranks_than_points_are_no_harm():
         (dict(weights=[1.0, 2.0], points=np.zeros((3, 2))), r"^points: finite coordinates of shape \(2, d\) are wanted, shape"),
         (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: finite coordinates of shape \(2, d\) are wanted"),
         (dict(weights=[1.0, 2.0], points=[0.0, 1.0]), r"^points: .* are wanted, shape \(2,\) was given$"),
-        (dict(weights=[1.0, 2.0], graph=np.full((2, 2), np.nan)), "^graph: edge weights >= 0 are wanted, one is negative or not"),
+        (dict(weights=[1.0, 2.0], graph=np.full((2, 2), np.nan)), "^graph: edge weights >= 0 .* not finite$"),
         (dict(weights=[1.0, 2.0], graph=np.zeros((3, 3))), r"^graph: a matrix of shape \(2, 2\) is wanted, \(3, 3\) was given$"),
         (dict(weights=[1.0, 2.0], graph=np.array([[0, 1], [2, 0]])), "^graph: a symmetric matrix is wanted"),
         (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: edge weights >= 0 are wanted"),
