@@ -155,7 +155,7 @@ class Activation:
         expression : sympy.Expr
             In the one symbol ``s = sympy.Symbol("s")``. Text is not parsed.
         properties : Properties, optional
-            What holds for it, if you know it; else what values up to |s| = 1e4 tell.
+            What holds for it, if you know it, as far as values up to |s| = 1e4 do not say otherwise; else what they tell.
 
         Returns
         -------
@@ -166,7 +166,8 @@ class Activation:
         TypeError
             If `expression` is no SymPy expression, or has other free symbols, or `properties` are none.
         ValueError
-            If sigma jumps, or is complex, or sigma, sigma' or sigma'' is not finite for some |s| <= 1e4.
+            If sigma jumps, or is complex, or sigma, sigma' or sigma'' is not finite for some |s| <= 1e4, or if values there
+            disprove one of the `properties`.
 
         Examples
         --------
@@ -181,6 +182,12 @@ class Activation:
             raise TypeError(f"properties is {type(properties).__name__}; give Properties, or leave them out")
         expression = sympy_activation.normal_form(expression)
         sympy_activation.check(expression)
+        if properties is not None and (wrong := sympy_activation.contradicted(expression, asdict(properties))):
+            found = sympy_activation.properties(expression)
+            raise ValueError(
+                f"properties: of {expression}, values up to |s| = {sympy_activation.REACH:g} tell otherwise than declared: "
+                + ", ".join(f"{name} = {found[name]!r}" for name in wrong)
+            )
         return cls(
             str(expression),
             tuple(sympy_activation.Kernel(expression, order) for order in (0, 1, 2, -1)),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.label_space import LabelSpace
+from fem_resnet.label_space import LabelSpace, check_label_space
 
 __all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
 
@@ -48,8 +48,11 @@ class Basis:
 
     Raises
     ------
+    TypeError
+        If `Y` is no LabelSpace.
     ValueError
-        If the functions are linearly dependent at the nodes, or their values are not finite.
+        If the functions are linearly dependent at the nodes, or their values are not finite or have another shape; on all
+        ranks alike.
     """
 
     def __init__(
@@ -60,6 +63,13 @@ class Basis:
         eigenvalues: np.ndarray | None = None,
         move: Callable[[Basis, LabelSpace], Basis] | None = None,
     ):
+        check_label_space(Y)
+        given = Y.comm.allgather((Y.nodes, np.shape(values)))
+        for nodes, shape in given:
+            if len(shape) != 2 or shape[0] != nodes or shape[1] < 1:
+                raise ValueError(f"values: shape (nodes, rank) = ({nodes}, at least 1) is wanted, {shape} was given")
+        if len({shape[1] for _, shape in given}) > 1:
+            raise ValueError(f"values: the ranks give different numbers of functions, {[shape[1] for _, shape in given]}")
         self.Y = Y
         self.kind = kind
         #: One function after the other in memory: loops over nodes read each in one stream.
@@ -121,9 +131,12 @@ class Basis:
 
         Raises
         ------
+        TypeError
+            If `Y` is no LabelSpace.
         ValueError
-            If the functions are tied to their mesh, as indicators of cells are.
+            If the functions are tied to their mesh, as indicators of cells are, or cannot be had on that one.
         """
+        check_label_space(Y)
         if Y is self.Y:
             return self
         if self._move is None:
@@ -131,8 +144,18 @@ class Basis:
         return self._move(self, Y)
 
     def function(self, coefficients: np.ndarray) -> fd.Function:
-        """The function `P c` of V for coefficients c, shape (rank,); for a matrix (rank, samples) a batch."""
+        """The function `P c` of V for coefficients c, shape (rank,); for a matrix (rank, samples) a batch.
+
+        Raises
+        ------
+        ValueError
+            If the coefficients have another shape.
+        """
         coefficients = np.asarray(coefficients, dtype=float)
+        if coefficients.ndim not in (1, 2) or len(coefficients) != self.rank:
+            raise ValueError(
+                f"coefficients: shape ({self.rank},) or ({self.rank}, samples) is wanted, {coefficients.shape} was given"
+            )
         values = self.values @ coefficients
         if coefficients.ndim == 2:
             return self.Y.batch(values)
@@ -153,9 +176,12 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
 
     Raises
     ------
+    TypeError
+        If `Y` is no LabelSpace.
     ValueError
         If there is none, one lives on another space, or they are linearly dependent.
     """
+    check_label_space(Y)
     functions = list(functions)
     if not functions:
         raise ValueError("functions: at least one function is wanted, an empty list was given")
@@ -178,9 +204,12 @@ def cell_indicators(Y: LabelSpace) -> Basis:
 
     Raises
     ------
+    TypeError
+        If `Y` is no LabelSpace.
     ValueError
         If `Y.V` is not DG of degree 0, or two cells have the same midpoint.
     """
+    check_label_space(Y)
     element = Y.V.ufl_element()
     if element.embedded_superdegree != 0:
         raise ValueError(f"Y: cell indicators span DG of degree 0, the space is {element}")

@@ -191,8 +191,17 @@ class Head:
         return self.W.get(0) @ self.psi.project(self.psi.Y.values(f)) + self.mu.get(0)[:, None]
 
     def on(self, Y: LabelSpace) -> Head:
-        """The same head for the network on another label space of the same Y (`ResidualNetwork.on`)."""
-        head = Head(self.psi.on(Y), self.classes or self.onto, self.prediction.name)
+        """The same head for the network on another label space of the same Y (`ResidualNetwork.on`).
+
+        An output on the network's own label space moves with it, one on another label domain stays where it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `Basis.on`.
+        """
+        moved = {basis: basis.on(Y) for basis in dict.fromkeys((self.psi, self.onto)) if basis.Y is self.psi.Y}
+        head = Head(moved[self.psi], self.classes or moved.get(self.onto, self.onto), self.prediction.name)
         for ours, theirs in zip(self.parameters, head.parameters):
             theirs.set(0, ours.get(0))
         return head

@@ -328,6 +328,12 @@ class BatchValues:
         values[...] = array.reshape(values.shape)
 
 
+def check_label_space(Y: LabelSpace, name: str = "Y") -> None:
+    """Raise a TypeError unless Y is a LabelSpace."""
+    if not isinstance(Y, LabelSpace):
+        raise TypeError(f"{name}: a LabelSpace is wanted, {type(Y).__name__} was given; LabelSpace(V) is that of a space V")
+
+
 def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
     """Weights of the samples, divided by their sum.
 

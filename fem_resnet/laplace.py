@@ -32,7 +32,7 @@ from slepc4py import SLEPc
 from ufl import H1
 
 from fem_resnet.basis import Basis
-from fem_resnet.label_space import LabelSpace
+from fem_resnet.label_space import LabelSpace, check_label_space
 from fem_resnet.log import log
 
 __all__ = ["laplace_basis", "move_laplace"]
@@ -99,6 +99,8 @@ def laplace_basis(
 
     Raises
     ------
+    TypeError
+        If `Y` is no LabelSpace.
     ValueError
         If the rank is no integer in that range.
     RuntimeError
@@ -111,8 +113,10 @@ def laplace_basis(
     >>> laplace_basis(Y, 4).eigenvalues.round(1) + 0.0
     array([ 0. ,  9.8,  9.9, 19.7])
     """
+    check_label_space(Y)
     if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= Y.size:
         raise ValueError(f"rank: an integer from 1 to the number of nodes, {Y.size}, is wanted; {rank!r} was given")
+
     def find() -> tuple[np.ndarray, np.ndarray]:
         eigenvalues, modes, to_nodes = _eigenfunctions(Y, rank, solver_parameters or {}, options_prefix)
         return eigenvalues, to_nodes(modes[:, :rank])
@@ -325,14 +329,18 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     Raises
     ------
     ValueError
-        If Y has fewer nodes than the basis functions.
+        If Y is a set of points, lies in a space of another dimension, or has fewer eigenfunctions than the basis.
     """
-    if Y.size < basis.rank:
-        raise ValueError(f"Y: at least {basis.rank} nodes are wanted, one a function; {Y!r} was given")
+    dimensions = [space.coordinates.shape[1] for space in (basis.Y, Y)]
+    if Y.numbers is not None or dimensions[0] != dimensions[1]:
+        what = "a set of points" if Y.numbers is not None else "in a space of {1} dimensions, not {0}".format(*dimensions)
+        raise ValueError(f"Y: a label space of the same Y, {basis.Y!r}, is wanted; {Y!r} is {what}")
+    available = min(Y.size, _with_stiffness(Y)[0].size)
+    if available < basis.rank:
+        raise ValueError(f"Y: at least {basis.rank} nodes are wanted, one a function; {Y!r} has {available}")
     # A buffer, since modes that were among the first need not be so on the other mesh.
-    eigenvalues, modes, to_nodes = _eigenfunctions(
-        Y, min(basis.rank + max(4, basis.rank // 4), _with_stiffness(Y)[0].size), {}, None
-    )
+    eigenvalues, modes, to_nodes = _eigenfunctions(Y, min(basis.rank + max(4, basis.rank // 4), available), {}, None)
+    modes, eigenvalues = modes[:, : Y.size], eigenvalues[: Y.size]  # with a whole eigenspace there may be more
     values = to_nodes(modes)
     # Waves that depend on the original alone, so that all its copies have one limit.
     frequencies = np.sqrt(basis.eigenvalues[-1]) * np.random.default_rng(2021).uniform(0, 1.2, 16 * basis.rank + 64)

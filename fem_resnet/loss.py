@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
+import ufl
 from pyadjoint import AdjFloat
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import estimate_total_polynomial_degree
@@ -80,6 +81,11 @@ class Loss:
             omega, one a sample, not negative, the same on every rank; ones if left out.
         prediction
             h; what the loss goes with, or the identity, if left out.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If output and observation are no such batches, the weights do not fit, or the loss goes with another prediction.
         """
         return self.record(Y, output, observation, weights, prediction)[0]
 
@@ -89,9 +95,18 @@ class Loss:
         """As `__call__`, with the Block; its operator's `observe` exchanges observation and weights."""
         if prediction is None:
             prediction = PREDICTIONS[self.prediction or "identity"]
+        self.check_prediction(prediction)
+        Y.check_batch(output, "output")
         operator = _LossOperator(self, Y, output.function_space(), prediction)
         operator.observe(observation, weights)
         return apply(operator, [output])
+
+    def check_prediction(self, prediction: Prediction) -> None:
+        """Raise a ValueError if the loss goes with another prediction."""
+        if self.prediction not in (None, prediction.name):
+            raise ValueError(
+                f"loss: {self.name} goes with a head of prediction {self.prediction!r}, the head has {prediction.name!r}"
+            )
 
 
 class _LossOperator:
@@ -104,7 +119,14 @@ class _LossOperator:
         self.inputs = [self._values]
 
     def observe(self, observation: fd.Function, weights: Sequence[float] | None) -> None:
-        self._observation = self._Y.values(observation).copy()
+        self._Y.check_batch(observation, "observation")
+        values = self._Y.values(observation)
+        if values.shape[1] != self._values.samples:
+            raise ValueError(
+                f"observation: {self._values.samples} samples are wanted, as many as of the output, "
+                f"{values.shape[1]} were given"
+            )
+        self._observation = values.copy()
         self._weights = sample_weights(weights, self._values.samples)
 
     def forward(self, arrays, save):
@@ -214,6 +236,11 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
     name
         What messages call it.
 
+    Raises
+    ------
+    TypeError
+        If `functional` is no function, or, where the loss is first evaluated, returns no such form.
+
     Examples
     --------
     >>> from firedrake import dx, grad, inner
@@ -221,6 +248,8 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
     >>> loss.name
     'functional'
     """
+    if not callable(functional):
+        raise TypeError(f"functional: a function of prediction and observation is wanted, {functional!r} was given")
     forms: dict[int, _SampleForms] = {}
 
     def on(Y):
@@ -249,6 +278,9 @@ class _SampleForms:
         self._slots = [fd.Function(Y.V) for _ in range(3)]
         p, C, v = self._slots
         form = functional(p, C)
+        if not isinstance(form, ufl.Form) or form.arguments():
+            what = f"one with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
+            raise TypeError(f"functional: it returned {what}; a form without arguments is wanted, such as (p - C)**2 * dx")
         derivative = fd.derivative(form, p)
         self._forms = {"value": form, "derivative": derivative, "second": fd.derivative(derivative, p, v)}
         # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).

@@ -17,6 +17,7 @@ from types import NoneType
 
 import firedrake as fd
 import numpy as np
+import sympy
 from petsc4py import PETSc
 from pyadjoint import AdjFloat
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
@@ -71,7 +72,7 @@ class ResidualNetwork:
         L + 1 values; "shared": one value for all layers, the autonomous case; or a group number a layer, shape (L,),
         from 0: one value a group. With bases of each layer, layers that share a value have the same basis.
     activation
-        sigma, or its name.
+        sigma, its name, or a SymPy expression in s (`Activation.from_sympy`).
     steps
         Number of equal time steps a layer.
     layers_per_block
@@ -143,7 +144,7 @@ class ResidualNetwork:
         times: Sequence[float] | None = None,
         bias_in_time: str | Sequence[int] = "layers",
         kernel_in_time: str | Sequence[int] = "layers",
-        activation: str | Activation = "tanh",
+        activation: str | Activation | sympy.Expr = "tanh",
         steps: int = 1,
         layers_per_block: int | None = None,
         solver_parameters: dict | None = None,
@@ -399,8 +400,10 @@ class ResidualNetwork:
 
         Raises
         ------
+        TypeError
+            If `Y` is no LabelSpace.
         ValueError
-            If the bias has a value at every node, or a basis is tied to its mesh.
+            If the bias has a value at every node, or a basis is tied to its mesh or cannot be had on that one.
         """
         if self.factors:
             raise ValueError("on: learned factors have values at every node, so the network is tied to its mesh")

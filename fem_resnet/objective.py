@@ -169,11 +169,7 @@ class LearningProblem:
         self.net, self.head, self.loss, self.regulariser = net, head, loss, regulariser
         self._output = net.Y if head is None else head.Y
         self._prediction = PREDICTIONS[loss.prediction or "identity"] if head is None else head.prediction
-        if loss.prediction not in (None, self._prediction.name):
-            raise ValueError(
-                f"loss: {loss.name} goes with a head of prediction {loss.prediction!r}, the head has "
-                f"{self._prediction.name!r}"
-            )
+        loss.check_prediction(self._prediction)
         if learn not in _LEARN:
             raise ValueError(f"learn: one of {', '.join(map(repr, _LEARN))} is wanted, {learn!r} was given")
         self.learn = learn

@@ -21,7 +21,7 @@ no text is evaluated.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from itertools import chain, combinations, cycle, pairwise
@@ -37,7 +37,10 @@ from sympy.functions.elementary.piecewise import ExprCondPair
 from sympy.integrals.manualintegrate import manualintegrate
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
-__all__ = ["REACH", "Kernel", "Tree", "check", "cuts", "from_tree", "normal_form", "parts", "properties", "right_of", "to_tree"]
+__all__ = [
+    "REACH", "Kernel", "Tree", "check", "contradicted", "cuts", "from_tree", "normal_form", "parts", "properties",
+    "right_of", "to_tree",
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]
@@ -470,8 +473,10 @@ def _antiderivatives(expression: sympy.Expr, cells: _Cells, by_quadrature: Funct
     s = np.sort(_probes(expression))
     cell = cells.containing(s)
     error = np.abs(_select(parts, s) - by_quadrature(s))
-    far = cells.anchors[cell] != 0.0
-    return parts if (error[far] <= 1e-13 * cells.sizes[cell][far]).all() else None
+    sigma, anchors = _function(expression, 0), cells.anchors[cell]
+    size = cells.sizes[cell] + np.abs(_gauss(lambda x: np.abs(sigma(x)), anchors, s))
+    far = anchors != 0.0
+    return parts if (error[far] <= 1e-14 * size[far]).all() else None
 
 
 def _shifted(antiderivative: Function, start: float, by_quadrature: Function) -> Function:
@@ -499,6 +504,24 @@ def properties(expression: sympy.Expr) -> dict[str, float | bool]:
         "strictly_increasing": non_decreasing and not _has_plateau(expression),
         "bounded": math.isfinite(_supremum(expression, 0)),
     }
+
+
+def contradicted(expression: sympy.Expr, declared: Mapping[str, float | bool]) -> list[str]:
+    """Which of the declared `properties` values up to 1e4 disprove: true may be more than they show, but no less."""
+    s = np.sort(_probes(expression))
+    sigma, slope = (np.broadcast_to(_values(expression, order, s), s.shape) for order in (0, 1))
+    rounding = 1e-9  # of formulas that lose digits
+    steepest = float(np.abs(slope).max())
+    falls = bool((slope < -rounding * max(1.0, steepest)).any())
+    disproved = {
+        "lipschitz": declared["lipschitz"] < (1 - rounding) * steepest,
+        "zero_at_zero": bool(abs(_values(expression, 0, np.zeros(()))) > rounding),
+        "sign_preserving": bool((np.sign(s) * sigma < -rounding).any()),
+        "positive_slope_at_zero": bool(_values(expression, 1, np.zeros(())) <= 0),
+        "non_decreasing": falls,
+        "strictly_increasing": falls or _has_plateau(expression),
+    }
+    return [name for name, found in disproved.items() if found and (name == "lipschitz" or declared[name])]
 
 
 def _supremum(expression: sympy.Expr, order: int) -> float:

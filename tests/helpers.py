@@ -5,6 +5,7 @@ from pathlib import Path
 
 import firedrake as fd
 import numpy as np
+import sympy
 from firedrake import COMM_SELF, COMM_WORLD
 
 from fem_resnet import Basis, LabelSpace, ResidualNetwork, laplace_basis
@@ -16,6 +17,10 @@ SAMPLES = 3
 
 #: Layers of unequal lengths, which do not add up to one.
 TIMES = (0.0, 0.2, 0.9, 1.3)
+
+#: An activation of a user's own.
+SWISH = sympy.Symbol("s") / (1 + sympy.exp(-sympy.Symbol("s")))
+
 
 class Polygon:
     """A polygon by its rings of vertices: the outer one counterclockwise, holes clockwise."""

@@ -139,10 +139,10 @@ def gradients(problem: LearningProblem, derivative) -> list[np.ndarray]:
     return [coefficients(parameter, function) for parameter, function in zip(owners, derivative)]
 
 
-def head_onto(source, target, prediction="softmax") -> Head:
+def head_onto(source, target, prediction="softmax", alone=False) -> Head:
     """From a label space onto 3 classes or another label space, with weights that no partition changes."""
-    onto = 3 if target is None else laplace(*target, 4)
-    head = Head(laplace(*source, 4), onto, prediction)
+    onto = 3 if target is None else laplace(*target, 4, alone)
+    head = Head(laplace(*source, 4, alone), onto, prediction)
     rng = np.random.default_rng(3)
     head.W.set(0, 0.5 * rng.normal(size=head.W.space_basis.shape))
     head.mu.set(0, 0.5 * rng.normal(size=head.mu.space_basis.shape))

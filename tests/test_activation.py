@@ -204,8 +204,10 @@ def test_primitive_of_an_expression_is_accurate_to_14_digits(expression, left, r
     assert (error <= 1e-14 * size + np.finfo(float).tiny).all()
 
 
-def test_primitive_of_an_expression_ends_at_1e4():
-    assert np.isnan(FROM_SYMPY["swish"].primitive([-1.1e4, np.nan, 1.1e4])).all()
+def test_primitive_of_an_expression_is_that_of_sympy_where_there_is_one_and_ends_at_1e4_where_not():
+    s = np.array([-1.1e4, 1.1e4])
+    assert_allclose(FROM_SYMPY["sin"].primitive(s), 1 - np.cos(s), rtol=1e-13)
+    assert np.isnan(FROM_SYMPY["swish"].primitive([*s, np.nan])).all()
 
 
 def test_primitive_is_refused_where_sigma_varies_too_fast(monkeypatch):
@@ -444,6 +446,21 @@ def test_properties_given_by_the_user_are_kept():
     assert sigma.properties == given
     assert Activation.from_description(sigma.description).properties == given
     assert sigma == FROM_SYMPY["sin"]
+
+
+@pytest.mark.parametrize("name", FROM_SYMPY)
+def test_properties_that_values_disprove_are_refused(name):
+    """What does not hold may not be claimed; what does need not be, and a bound need not be the least one."""
+    found = FROM_SYMPY[name].properties
+    wrong = [{claim: True} for claim, holds in vars(found).items() if holds is False and claim != "bounded"]
+    wrong += [{"lipschitz": 1e3 if math.isinf(found.lipschitz) else 0.9 * found.lipschitz}] * (found.lipschitz > 0)
+    assert wrong or name == "cubic"
+    for claim in wrong:
+        with pytest.raises(ValueError, match=rf"^properties: of .*, values up to .* than declared: .*{[*claim][0]} = "):
+            Activation.from_sympy(EXPRESSIONS[name], replace(found, **claim))
+    weaker = {claim: False for claim, holds in vars(found).items() if holds is True}
+    weaker = replace(found, lipschitz=2 * found.lipschitz, **weaker)
+    assert Activation.from_sympy(EXPRESSIONS[name], weaker).properties == weaker
 
 
 @pytest.mark.parametrize(

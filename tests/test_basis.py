@@ -290,3 +290,31 @@ def test_a_basis_of_arrays_checks_them():
     Y = label_space("disk", "DG0")
     with pytest.raises(ValueError, match="linearly dependent"):
         Basis(Y, np.ones((Y.nodes, 2)), "given")
+    last = COMM_WORLD.rank == COMM_WORLD.size - 1
+    for shape in ((Y.nodes + 1 if last else Y.nodes, 2), (Y.nodes,) if last else (Y.nodes, 1), (Y.nodes, 0)):
+        with pytest.raises(ValueError, match=r"values: shape \(nodes, rank\) = \(\d+, at least 1\) is wanted, \(\d+,.* was"):
+            Basis(Y, np.ones(shape), "given")
+    if COMM_WORLD.size > 1:
+        with pytest.raises(ValueError, match="values: the ranks give different numbers of functions"):
+            Basis(Y, np.ones((Y.nodes, 1 + last)), "given")
+    basis = laplace("disk", "DG0", 4)
+    for shape in ((3,), (5, 2), (4, 1, 1), ()):
+        with pytest.raises(ValueError, match=r"coefficients: shape \(4,\) or \(4, samples\) is wanted, \(.*\) was given"):
+            basis.function(np.ones(shape))
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda V: Basis(V, np.ones((3, 1)), "given"),
+        lambda V: given_basis(V, [1.0]),
+        cell_indicators,
+        lambda V: laplace_basis(V, 3),
+        lambda V: laplace("disk", "DG0", 4).on(V),
+    ],
+    ids=["Basis", "given_basis", "cell_indicators", "laplace_basis", "on"],
+)
+def test_what_is_no_label_space_is_refused(make):
+    with pytest.raises(TypeError, match=r"^Y: a LabelSpace is wanted, WithGeometry was given; LabelSpace\(V\) is that of"):
+        make(label_space("disk", "DG0").V)

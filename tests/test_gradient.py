@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 import pytest
+from firedrake import COMM_WORLD
 from firedrake.adjoint import Control, ReducedFunctional
 from numpy.testing import assert_allclose
 from scipy.integrate import solve_ivp
 
 from fem_resnet import ResidualNetwork, Run
-from helpers import SAMPLES, TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
+from helpers import SAMPLES, SWISH, TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -121,8 +122,14 @@ def test_taylor_of_smooth_activations(sigma, record, rng, taylor):
     taylor(problem.reduced(), problem.point(), problem.direction("all", rng), f"disk-CG1 {sigma}", "all")
 
 
-@pytest.mark.parallel([1, 3])
-@pytest.mark.parametrize("which", ["a", "b", "f_I", "all"])
+@on_ranks
+def test_taylor_of_a_users_own_activation(record, rng, taylor):
+    problem = record(activation=SWISH)
+    taylor(problem.reduced(), problem.point(), problem.direction("all", rng), "disk-CG1 SymPy", "all")
+
+
+@on_ranks
+@pytest.mark.parametrize("which", ["a", "all"] if COMM_WORLD.size > 1 else ["a", "b", "f_I", "all"])
 def test_taylor_with_the_bias_in_a_basis(which, record, rng, taylor):
     problem = record(basis_for_bias=True)
     direction = problem.direction(which, rng)
@@ -254,11 +261,15 @@ def test_values_assigned_after_recording_are_not_those_of_the_tape(record):
 
 @pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize(
-    "space",
-    [("disk", "CG1"), ("sphere", "DG0"), ("annulus", "CG2"), ("cube", "CG1"), ("polygon", "KMV3"), ("block", "CG1")],
-    ids=name,
+    "space, basis_for_bias",
+    # Every kind of mesh once, and a bias in a basis on two.
+    [
+        (("disk", "CG1"), False), (("sphere", "DG0"), False), (("annulus", "CG2"), False), (("square", "CG3"), False),
+        (("cube", "CG1"), False), (("hexes", "CG2"), False), (("prisms", "CG1"), False), (("polygon", "KMV3"), False),
+        (("block", "CG1"), False), (("disk", "CG1"), True), (("sphere", "DG0"), True),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("basis_for_bias", [False, True], ids=["bias at nodes", "bias in basis"])
 def test_any_number_of_ranks_gives_the_same_gradient(space, basis_for_bias, record):
     """Coefficients as they are, functions by inner products: the mesh on this rank alone against its parts."""
     found = []

@@ -7,7 +7,7 @@ import scipy.special
 from firedrake import dx, grad, inner
 from helpers import label_space, smooth
 from mpi4py import MPI
-from problems import LOSSES, OUTPUTS, head_onto, network, observations, taping
+from problems import LOSSES, OUTPUTS, gathered, head_onto, network, observations, taping
 from pyadjoint import Control, ReducedFunctional
 
 from fem_resnet.head import PREDICTIONS, Head
@@ -30,10 +30,32 @@ def test_output_is_the_integral_operator_applied_to_the_final_state(output):
     head = head_onto(*output)
     Z = head.psi.Y
     f = Z.batch(smooth(Z, SAMPLES))
-    kernel = head.W.space_basis.kernel
-    expected = kernel.apply(head.W.get(0), Z.values(f)) + head.onto.values @ head.mu.get(0)[:, None]
+    # W(y, z) and f at the nodes z of all ranks.
+    X, psi, w, f_z = head.onto.values, *(gathered(Z, part) for part in (head.psi.values, Z.weights, Z.values(f)))
+    expected = X @ head.W.get(0) @ psi.T @ (w[:, None] * f_z) + X @ head.mu.get(0)[:, None]
     np.testing.assert_allclose(head.Y.values(head(f)), expected, atol=1e-13)  # sums of four terms of size one
     np.testing.assert_allclose(head.onto.values @ head.scores(f).T, expected, atol=1e-13)
+
+
+@pytest.mark.parallel([2, 3])
+def test_output_onto_another_label_domain_does_not_see_the_partition():
+    """Seen through smooth functions: the meshes on this rank alone against the parts of all ranks."""
+    found = []
+    for alone in (False, True):
+        head = head_onto(("disk", "CG1"), ("sphere", "DG0"), "logistic", alone)
+        Y, Z = head.Y, head.psi.Y
+        f, C = Z.batch(smooth(Z, SAMPLES)), observations(head, "logistic", SAMPLES)
+        with taping():
+            J = binary_cross_entropy(Y, head(f), C)
+        controls = [Control(f, riesz_map=Z.riesz_map), *head.W.controls()]
+        gradient = ReducedFunctional(J, controls).derivative(apply_riesz=True)
+        onto_z, onto_y = (space.weights[:, None] * smooth(space, 5, seed=3) for space in (Z, Y))
+        found.append(
+            [Y.sum(onto_y.T @ Y.values(head.predict(f))), np.array(float(J)), Z.sum(onto_z.T @ Z.values(gradient[0])),
+             head.W.space_basis.read(gradient[1])]
+        )  # fmt: skip
+    for parts, whole in zip(*found):
+        np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-10)
 
 
 @on_ranks
@@ -89,6 +111,7 @@ def test_a_sample_of_weight_zero_does_not_count_and_proportions_do():
     assert float(least_squares(Y, O, C)) == pytest.approx(np.mean(each), rel=1e-13)
 
 
+@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("weights", [[1, 2], [1, -1, 1, 1], [0, 0, 0, 0], [1, np.nan, 1, 1]])
 def test_weights_that_are_none_are_refused(weights):
     Y = label_space("disk", "DG0")
@@ -97,14 +120,16 @@ def test_weights_that_are_none_are_refused(weights):
 
 
 @on_ranks
-def test_a_functional_in_ufl_is_a_loss_of_each_sample(taylor):
+@pytest.mark.parametrize("onto", [None, ("sphere", "CG1")], ids=["of f(T)", "of O"])
+def test_a_functional_in_ufl_is_a_loss_of_each_sample(onto, taylor):
     net = network("disk", "CG1", layers_per_block=1)
-    Y = net.Y
+    head = onto and head_onto(("disk", "CG1"), onto, "identity")
+    Y = head.Y if onto else net.Y
     loss = functional_loss(lambda p, C: (inner(grad(p - C), grad(p - C)) + fd.cos(p)) * dx)
-    inputs, targets = Y.batch(smooth(Y, SAMPLES)), Y.batch(smooth(Y, SAMPLES, seed=1))
-    problem = LearningProblem(net, None, loss, tikhonov(0.1), Batch(inputs, targets, [1, 0, 2, 1]))
+    inputs, targets = net.Y.batch(smooth(net.Y, SAMPLES)), Y.batch(smooth(Y, SAMPLES, seed=1))
+    problem = LearningProblem(net, head, loss, tikhonov(0.1), Batch(inputs, targets, [1, 0, 2, 1]))
     J, run = problem.record()
-    final = Y.values(run.final)
+    final = Y.values(head(run.final) if onto else run.final)
     expected = 0.0
     for s, weight in enumerate([0.25, 0.0, 0.5, 0.25]):
         p, C = fd.Function(Y.V), fd.Function(Y.V)
@@ -113,9 +138,10 @@ def test_a_functional_in_ufl_is_a_loss_of_each_sample(taylor):
     expected += float(tikhonov(0.1)(problem.parameters))
     assert J(problem.functions) == pytest.approx(expected, rel=1e-12)
     h = [d._ad_mul(0.1) for d in J.derivative(apply_riesz=True)]
-    taylor(J, problem.functions, h, "disk CG1", "a functional in UFL")
+    taylor(J, problem.functions, h, f"disk CG1, {'O on a sphere' if onto else 'f(T)'}", "a functional in UFL")
 
 
+@pytest.mark.parallel([1, 2])
 def test_a_head_that_does_not_fit_its_loss_is_refused():
     net = network("disk", "CG1")
     psi = net.kernel.space_basis.kernel.phi
@@ -126,6 +152,27 @@ def test_a_head_that_does_not_fit_its_loss_is_refused():
         Head(psi, 2, "soft")
     with pytest.raises(ValueError, match="labels: the output is a function in .*; observations are wanted as a batch"):
         LearningProblem(net, Head(psi, psi, "identity"), least_squares, None, batch)
+
+
+@pytest.mark.parallel([1, 2])
+def test_losses_refuse_what_does_not_fit():
+    Y, other = label_space("disk", "DG0"), label_space("sphere", "DG0")
+    O, C = Y.batch(smooth(Y, 4)), Y.batch(smooth(Y, 4, seed=1))
+    one, elsewhere = Y.batch(smooth(Y, 1)), other.batch(smooth(other, 4))
+    arguments = [
+        (least_squares, (O, one), ValueError, "^observation: 4 samples are wanted, as many as of the output, 1 were given"),
+        (least_squares, (O, Y.values(C)), TypeError, "^observation: a Function is wanted, ndarray was given"),
+        (least_squares, (O, elsewhere), ValueError, "^observation: it lives on"),
+        (least_squares, (elsewhere, C), ValueError, "^output: it lives on"),
+        (binary_cross_entropy, (O, C, None, PREDICTIONS["softmax"]), ValueError, "^loss: .* prediction 'logistic', the"),
+        (functional_loss(lambda p, C: p * C), (O, C), TypeError, "^functional: it returned Product; a form without"),
+        (functional_loss(lambda p, C: fd.TestFunction(Y.V) * dx), (O, C), TypeError, "^functional: .* one with 1; a"),
+    ]
+    for loss, given, error, message in arguments:
+        with pytest.raises(error, match=message):
+            loss(Y, *given)
+    with pytest.raises(TypeError, match="^functional: a function of prediction and observation is wanted, 1.0 was given"):
+        functional_loss(1.0)
 
 
 def test_predict_gives_the_probabilities_of_the_classes():

@@ -152,6 +152,7 @@ def test_an_integral_over_classes_is_a_sum(classes):
     assert_allclose(Y.measure, classes, rtol=ROUND_OFF)
 
 
+@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("classes", [0, -1, 2.0, "3", None])
 def test_classes_are_a_positive_integer(classes):
     with pytest.raises(ValueError, match=r"classes: a positive integer is wanted, .* was given"):

@@ -120,6 +120,10 @@ def test_bases_of_each_layer_move_to_another_mesh():
             lambda b: dict(phi=[b, b, laplace("annulus", "DG0", 5)]), ValueError,
             "^phi: it lives on .*, the label space of phi, .*, is wanted$",
         ),
+        (
+            lambda b: dict(phi=[b, laplace("disk", "CG1", 3), b], psi=b, kernel_in_time="shared"), ValueError,
+            "^kernel_in_time: layers 0 and 1 share coefficients of kernel, but have different bases in space; give both",
+        ),
     ],
 )  # fmt: skip
 def test_refuses(change, error, message):

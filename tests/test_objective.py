@@ -18,7 +18,7 @@ from fem_resnet.network import ResidualNetwork
 from fem_resnet.head import Head
 from fem_resnet.loss import Loss, cross_entropy, least_squares
 from fem_resnet.objective import Batch, LearningProblem
-from fem_resnet.regulariser import tikhonov
+from fem_resnet.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from helpers import SAMPLES, label_space, laplace, smooth
 from problems import CLASSES, TIMES, directions, gathered, gradients, learning_problem, network, polynomials, taping, towards
 
@@ -829,9 +829,10 @@ def test_head_refuses_states_that_do_not_fit(verb):
 
 @on_two_ranks
 @pytest.mark.parametrize("weight", [-1e-3, np.nan, np.inf, "1e-3", None, [1e-3], 1j], ids=str)
-def test_tikhonov_refuses_what_is_no_number_from_zero_up(weight):
-    with pytest.raises((ValueError, TypeError), match=r"^weight: a number >= 0 is wanted, .* was given$"):
-        tikhonov(weight)
+def test_regularisers_refuse_what_is_no_number_from_zero_up(weight):
+    for make in (tikhonov, smooth_in_space, smooth_in_time):
+        with pytest.raises(ValueError, match=r"^weight: a number >= 0 is wanted, .* was given$"):
+            make(weight)
 
 
 @on_ranks

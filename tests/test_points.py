@@ -8,7 +8,7 @@ from firedrake import COMM_WORLD
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fem_resnet import Batch, Head, LearningProblem, ResidualNetwork, cross_entropy, load, save, smooth_in_space, tikhonov
-from fem_resnet.basis import cell_indicators
+from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.laplace import laplace_basis
 from fem_resnet.points import class_space, point_space
 from helpers import smooth_direction
@@ -98,28 +98,33 @@ def test_laplace_basis_of_a_graph_stays_there():
         laplace_basis(Y, 3).on(point_space(WEIGHTS, graph=ring()))
 
 
-def graph_problem():
-    Y = point_space(WEIGHTS, CLOUDS[2], ring())
-    basis = laplace_basis(Y, 5)
-    net = ResidualNetwork(basis, bias=basis, layers=2, activation="tanh")
+def graph_problem(kind="graph"):
+    """On a graph in its eigenvectors; on a cloud in functions of the coordinates, the bias a value at every point."""
+    Y = point_space(WEIGHTS, CLOUDS[2], ring() if kind == "graph" else None)
+    x = CLOUDS[2].T[:, Y.numbers]
+    basis = laplace_basis(Y, 5) if kind == "graph" else Basis(Y, np.stack([1 + 0 * x[0], *x, *np.sin(x)], axis=1), "given")
+    net = ResidualNetwork(basis, bias=basis if kind == "graph" else None, layers=2, activation="tanh")
     rng = np.random.default_rng(3)
     for k in range(2):
-        net.kernel.set(k, rng.normal(size=(5, 5)))
-        net.bias.set(k, rng.normal(size=5))
+        net.kernel.set(k, rng.normal(size=(5, 5)) / 2)
+        net.bias.set(k, rng.normal(size=5) if kind == "graph" else rng.normal(size=SIZE)[Y.numbers])
     head = Head(basis, 3)
     head.W.set(0, rng.normal(size=(3, 5)))
     inputs = rng.normal(size=(SIZE, 4))
     batch = Batch(Y.batch(inputs[Y.numbers]), [0, 1, 2, 1])
-    return LearningProblem(net, head, cross_entropy, tikhonov(0.01) + smooth_in_space(0.1), batch), inputs
+    regulariser = tikhonov(0.01) + smooth_in_space(0.1) if kind == "graph" else tikhonov(0.01)
+    return LearningProblem(net, head, cross_entropy, regulariser, batch), inputs
 
 
 @on_ranks
-def test_network_on_a_graph_is_the_matrix_network(taylor):
-    problem, f = graph_problem()
+@pytest.mark.parametrize("kind", ["graph", "cloud"])
+def test_network_on_points_is_the_matrix_network(kind, taylor):
+    problem, f = graph_problem(kind)
     net = problem.net
     P = owned_or_all(net.Y, net.bases["phi"][0].values)
     for k in range(2):
-        a, B = P @ net.bias.get(k), P @ net.kernel.get(k) @ P.T * WEIGHTS
+        a = owned_or_all(net.Y, net.bias.space_basis.expand(net.bias.get(k)))
+        B = P @ net.kernel.get(k) @ P.T * WEIGHTS
         rate = lambda f: np.tanh(a[:, None] - B @ f)  # noqa: E731
         h = 0.5
         k1 = rate(f)
@@ -130,7 +135,7 @@ def test_network_on_a_graph_is_the_matrix_network(taylor):
     assert_allclose(final, f[net.Y.numbers], rtol=0, atol=100 * ROUND_OFF)
     J, rng = problem.reduced_functional(), np.random.default_rng(4)
     h = [smooth_direction(net, rng, k, p) for p in problem.parameters for k in range(len(p.functions))]
-    taylor(J, problem.functions, h, "graph", "all")
+    taylor(J, problem.functions, h, kind, "all")
 
 
 @on_ranks
@@ -155,8 +160,6 @@ def test_more_ranks_than_points_are_no_harm():
     assert class_space(1).size == 1
 
 
-
-
 @pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize(
     "arguments, message",
@@ -165,6 +168,9 @@ def test_more_ranks_than_points_are_no_harm():
         (dict(weights=[1.0, 0.0]), "^weights: positive numbers.*smallest 0 was given$"),
         (dict(weights=[1.0, np.nan]), "^weights: positive"),
         (dict(weights=[1.0, 2.0], points=np.zeros((3, 2))), r"^points: finite coordinates of shape \(2, d\) are wanted, shape"),
+        (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: finite coordinates of shape \(2, d\) are wanted"),
+        (dict(weights=[1.0, 2.0], points=[0.0, 1.0]), r"^points: .* are wanted, shape \(2,\) was given$"),
+        (dict(weights=[1.0, 2.0], graph=np.full((2, 2), np.nan)), "^graph: edge weights >= 0 .* not finite$"),
         (dict(weights=[1.0, 2.0], graph=np.zeros((3, 3))), r"^graph: a matrix of shape \(2, 2\) is wanted, \(3, 3\) was given$"),
         (dict(weights=[1.0, 2.0], graph=np.array([[0, 1], [2, 0]])), "^graph: a symmetric matrix is wanted"),
         (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: edge weights >= 0 are wanted"),

@@ -6,7 +6,7 @@ import pytest
 from firedrake import dx, grad, inner
 from helpers import label_space, laplace
 from mpi4py import MPI
-from problems import TIMES, learning_problem, network, taping
+from problems import TIMES, gathered, learning_problem, network, taping
 from pyadjoint import ReducedFunctional
 
 from fem_resnet.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
@@ -50,25 +50,31 @@ def test_smoothness_in_y_is_the_integral_of_the_squared_gradient(domain, bias):
     assert float(smooth_in_space(1.0)([net.bias])) == pytest.approx(expected, rel=1e-9)
 
 
+@on_ranks
 def test_smoothness_in_y_and_z_of_a_kernel():
     net = network("disk", "CG1")
-    kernel = net.kernel.space_basis.kernel
-    Y = net.Y
-    K, W = Y.apply_stiffness(np.eye(Y.nodes)), np.diag(Y.weights)
+    kernel, w = net.kernel.space_basis.kernel, gathered(net.Y, net.Y.weights)
+    values = [gathered(net.Y, basis.values) for basis in (kernel.phi, kernel.psi)]
+    slopes = []
+    for basis in (kernel.phi, kernel.psi):
+        p = [basis.function(c) for c in np.eye(basis.rank)]
+        slopes.append(np.array([[fd.assemble(inner(grad(u), grad(v)) * dx) for v in p] for u in p]))
     expected = 0.0
     for tau, beta in zip(TAU, (net.kernel.get(k) for k in range(net.layers))):
-        b = kernel.phi.values @ beta @ kernel.psi.values.T
-        expected += tau / 2 * (np.trace(b.T @ K @ b @ W) + np.trace(b.T @ W @ b @ K))
+        in_z, in_y = beta @ values[1].T, values[0] @ beta
+        expected += tau / 2 * np.einsum("iz,ij,jz,z->", in_z, slopes[0], in_z, w)
+        expected += tau / 2 * np.einsum("yi,ij,yj,y->", in_y, slopes[1], in_y, w)
     assert float(smooth_in_space(1.0)([net.kernel])) == pytest.approx(expected, rel=1e-9)
 
 
+@on_ranks
 def test_smoothness_in_t_is_the_squared_difference_over_the_distance_of_layers():
     net = network("disk", "CG1")
     a = [net.bias.get(k) for k in range(net.layers)]
     expected = sum(
-        0.5 * np.sum(net.Y.weights * (a[k + 1] - a[k]) ** 2) * 2 / (TAU[k] + TAU[k + 1]) for k in range(net.layers - 1)
+        net.Y.sum(net.Y.weights @ (a[k + 1] - a[k]) ** 2) / (TAU[k] + TAU[k + 1]) for k in range(net.layers - 1)
     )
-    assert float(smooth_in_time(1.0)([net.bias])) == pytest.approx(expected, rel=1e-13)
+    assert float(smooth_in_time(1.0)([net.bias])) == pytest.approx(float(expected), rel=1e-13)
     for k in range(net.layers):
         net.bias.set(k, a[0])
     assert float(smooth_in_time(1.0)([net.bias])) == 0.0
