@@ -41,9 +41,15 @@ def test_the_table_of_equations_finds_the_network(docs):
     import equations
 
     assert ("fem_resnet.network", "fem_resnet.network", "") in equations.in_code()["(2.8)"]
-    assert "test_order.py" in equations.tests_of("(2.8)")
+    assert "test_order.py" in equations.in_tests()["(2.8)"]
     (row,) = [line for line in equations.pages()["equations.md"].splitlines() if line.startswith("| (2.8) ")]
-    assert "<fem_resnet.network>" in row
+    assert "<fem_resnet.network>" in row and "`test_order.py`" in row
+
+
+def test_every_number_of_the_paper_is_named_by_a_public_name_and_by_a_test(docs):
+    import equations
+
+    assert not equations.gaps()
 
 
 @pytest.mark.parametrize(
