@@ -133,6 +133,15 @@ def test_what_the_docs_need_is_pinned_and_installed():
     assert re.search(r"\^\(.*\bdocs\b.*\) = ", (ROOT / "containers" / "run").read_text())
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_to_files(page):
+    """Those of the repository; what docs/conf.py makes is Sphinx's affair, which warns."""
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    links = [link for link in links if not link.startswith("generated/")]
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+    assert links or page != "README.md"
+
+
 def test_every_slip_of_the_list_has_its_test_and_every_test_its_row():
     rows = [line for line in (ROOT / "docs" / "slips.md").read_text().splitlines() if line.startswith("| ")]
     rows = [row for row in rows if not row.startswith("| where |")]
