@@ -33,7 +33,14 @@ def test_docs_are_built_without_a_warning(tmp_path):
     pages = tmp_path / "html" / "generated"
     assert "fem_resnet.network.ResidualNetwork" in (pages / "api" / "fem_resnet.network.html").read_text()
     assert "The label domain, the network and the head" in (pages / "demos" / "digits_on_a_disk.html").read_text()
-    assert "gradient at dt/8" in (pages / "demos" / "costate_twice.html").read_text()
+    for demo, printed in {
+        "costate_twice": "gradient at dt/8",
+        "mesh_independence": "longest/shortest  function space",
+        "same_network_other_mesh": "smallest order by the last refinement: ",
+        "digits_table": "| support vector machine, no copies |",
+    }.items():
+        text = (pages / "demos" / f"{demo}.html").read_text()
+        assert printed in text[text.index("What it prints") :], demo
     assert "api/fem_resnet.network.html" in (pages / "equations.html").read_text()
 
 
