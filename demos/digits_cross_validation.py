@@ -1,4 +1,7 @@
-"""Cross-validation for digits_on_a_disk.py: which rank, depth, Tikhonov weight, scale and number of copies.
+"""How the settings for digits were chosen
+=======================================
+
+Cross-validation for digits_on_a_disk.py: which rank, depth, Tikhonov weight, scale and number of copies.
 
 Three folds of the training part (1,257 pictures; the 540 test pictures are not touched). One setting is varied at a
 time around a start, the best one kept, and so on; each further search starts from what the ones before suggest. The
@@ -22,6 +25,9 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 
 from fem_resnet import laplace_basis
+
+# %% The searches
+# Where each starts, and what it varies, in order.
 
 FIRST = {"rank": 55, "layers": 4, "final_time": 1.0, "weight": 1e-3, "scale": 4.0, "copies": 0, "iterations": 120}
 #: With copies there is more to learn from: more eigenfunctions, less regularisation.
@@ -50,6 +56,9 @@ SEARCHES = [
 OTHERS = {"MLP": lambda: MLPClassifier(**PERCEPTRON), "support vector machine": SVC}
 
 
+# %% Accuracy on what is left out
+
+
 def folds(pictures, labels):
     """Pictures and labels to learn from, then pictures and labels left out, three times."""
     for kept, left_out in StratifiedKFold(3, shuffle=True, random_state=1).split(pictures, labels):
@@ -65,6 +74,9 @@ def validate(Y, pictures, labels, *, rank, scale, copies, **settings):
         net, head, _ = learn(basis, Y.batch(scale * look(x, Y.coordinates, angles, shifts)), y, **settings)
         scores.append(accuracy(net, head, Y.batch(scale * look(held_x, Y.coordinates)), held_y)[0])
     return float(np.mean(scores))
+
+
+# %% One search
 
 
 def search(Y, pictures, labels, start, steps, say):
@@ -83,6 +95,9 @@ def search(Y, pictures, labels, start, steps, say):
                 best, best_score = settings, value
     say("chosen: " + "  ".join(f"{name} {entry:g}" for name, entry in best.items()))
     return best
+
+
+# %% All together
 
 
 def main(chosen=None):

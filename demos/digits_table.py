@@ -1,4 +1,7 @@
-"""The README's table of digits: five splits, three depths and two other classifiers at equal data.
+"""Digits over five splits
+=======================
+
+The README's table of digits: five splits, three depths and two other classifiers at equal data.
 
 A split sets 540 of the 1,797 pictures aside for testing. On the others and their turned and shifted copies the network
 of digits_on_a_disk.py is trained with 0, 1 and 4 layers, and scikit-learn's multilayer perceptron and support vector
@@ -24,6 +27,9 @@ from sklearn.svm import SVC
 
 from fem_resnet import laplace_basis
 
+# %% What is compared
+# Network and classifiers have the settings of digits_on_a_disk.py, whose functions are used here.
+
 DEPTHS = [0, 1, 4]
 CLASSIFIERS = {"MLP": lambda: MLPClassifier(**PERCEPTRON), "support vector machine": SVC}
 
@@ -47,6 +53,9 @@ def classifiers(comm, augmented, plain, test_x, test_y):
             yield name + suffix, comm.bcast(score)
 
 
+# %% The table
+
+
 def table(results):
     """Markdown; `results` has a list of (test accuracy, seconds), one a split, by name. Deviations are of a sample."""
     splits = range(len(next(iter(results.values()))))
@@ -59,6 +68,9 @@ def table(results):
         entries = [f"{score:.2f}" for score in scores] + [f"**{scores.mean():.2f}**", f"{scores.std(ddof=1):.2f}"]
         lines.append(f"| {name} | " + " | ".join(entries) + f" | {seconds.mean() / 100:.0f} |")
     return lines
+
+
+# %% All together
 
 
 def main(short=False):

@@ -15,8 +15,7 @@ _SECTION = "# %%"
 
 def pages() -> dict[str, str]:
     """Page texts by file name."""
-    scripts = {path.stem: path.read_text() for path in sorted((ROOT / "demos").glob("*.py"))}
-    demos = {name: page(text, name) for name, text in scripts.items() if f"\n{_SECTION}" in text}
+    demos = {path.stem: page(path.read_text(), path.stem) for path in sorted((ROOT / "demos").glob("*.py"))}
     index = "# Demos\n\n```{toctree}\n" + "".join(f"demos/{name}\n" for name in demos) + "```\n"
     return {"demos.md": index} | {f"demos/{name}.md": text for name, text in demos.items()}
 

@@ -2,7 +2,7 @@
 
 A docstring that names a number, as in "solve (2.8)", "(4.2a)", "(4.2) - (4.4)", "Theorem 3.2", "(A1) of 3.2", stands
 for what it belongs to. A test shows a number if its docstring or a comment in it names it, or the docstring or a
-comment of its file. Where no test names a number, the table has the files that import what does.
+comment of its file.
 
     containers/run python docs/equations.py            prints the page
 """
@@ -15,7 +15,7 @@ from collections import defaultdict
 from functools import cache
 from typing import NamedTuple
 
-from package import ROOT, docstrings, home, role
+from package import ROOT, docstrings, documented, role
 
 #: Every number of the paper by section; the letters of an equation's parts behind it.
 EQUATIONS = {
@@ -85,6 +85,7 @@ def references(text: str) -> set[Reference]:
     return {reference for reference in found if reference.number in known}
 
 
+@cache
 def in_code() -> dict[str, list[tuple[str, str, str]]]:
     """Who names a number: module, qualified name and part of the equation."""
     found = defaultdict(list)
@@ -94,35 +95,31 @@ def in_code() -> dict[str, list[tuple[str, str, str]]]:
     return found
 
 
-class Tests(NamedTuple):
-    """What a file of tests says: qualified names that it imports, and by number who names it."""
-
-    imports: set[str]
-    names: dict[str, set[str]]
-
-
 @cache
-def test_files() -> dict[str, Tests]:
-    """All of them by file name."""
-    return {path.name: _test_file(path.name, path.read_text()) for path in sorted((ROOT / "tests").glob("test_*.py"))}
+def in_tests() -> dict[str, set[str]]:
+    """Tests and files of tests that name a number."""
+    found = defaultdict(set)
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for number, name in _named_in(path.name, path.read_text()):
+            found[number].add(name)
+    return found
 
 
-def _test_file(file, source):
+def _named_in(file, source):
     tree = ast.parse(source)
     tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
-    names = defaultdict(set)
+    found = set()
 
     def note(text, line):
         test = next((test.name for test in tests if _first_line(test) <= line <= test.end_lineno), None)
-        for number, _ in references(text):
-            names[number].add(f"{file}::{test}" if test else file)
+        found.update((number, f"{file}::{test}" if test else file) for number, _ in references(text))
 
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             note(ast.get_docstring(node), node.body[0].lineno)
     for line, text in _comments(source):
         note(text, line)
-    return Tests(_imports(tree), names)
+    return found
 
 
 def _first_line(test):
@@ -144,48 +141,24 @@ def _comments(source):
     return comments
 
 
-def _imports(tree):
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {f"{home(node.module, alias.name)}.{alias.name}" for alias in node.names}
-    return found
-
-
-def tests_of(number: str) -> list[str]:
-    """Tests and files of tests that name it."""
-    return sorted(name for file in test_files().values() for name in file.names.get(number, ()))
-
-
-def importers(number: str) -> list[str]:
-    """Files of tests that import what names it: the object itself, or anything of a module that does as a whole."""
-    named = in_code().get(number, ())
-    wanted = {(module, ".".join(name.split(".")[: module.count(".") + 2])) for module, name, _ in named}
+def gaps() -> list[str]:
+    """What is not named by a public class or function and by a test: the numbers, of equations with their parts."""
     return [
-        file
-        for file, test in test_files().items()
-        if any(name in test.imports or (name == module and _any_of(module, test.imports)) for module, name in wanted)
-    ]
-
-
-def _any_of(module, imports):
-    return any(name.rpartition(".")[0] == module for name in imports)
+        name for number in _ORDER + [name for names in STATEMENTS.values() for name in names] for name in _printed(number)
+        if not (_is_named(number, name) and number in in_tests())
+    ]  # fmt: skip
 
 
 def pages() -> dict[str, str]:
     """Page texts by file name."""
-    equations = [(section, _number(name)) for section, row in EQUATIONS.items() for name in row.split()]
+    equations = [(section, f"({name.rstrip('ab')})") for section, row in EQUATIONS.items() for name in row.split()]
     statements = [(section, name) for section, names in STATEMENTS.items() for name in names]
-    everything = [name for _, number in equations + statements for name in _printed(number)]
-    missing = [name for _, number in equations + statements for name in _printed(number) if not _is_named(number, name)]
+    total = sum(len(_printed(number)) for _, number in equations + statements)
     text = f"""# The mathematics next to the code
 
 The numbers are those of H. Liu and P. Markowich, *Selection dynamics for deep neural networks*. What stands under
-"code" names the number in its docstring; what stands under "tests" names it in a docstring or a comment, and files in
-parentheses name no number but import that code. The page is made from the sources. They name
-{len(everything) - len(missing)} of {len(everything)} numbers; not yet {", ".join(missing)}.
+"code" names the number in its docstring, what stands under "tests" in its docstring or in a comment; a file of tests
+stands for what is said at its top. The page is made from the sources; {total - len(gaps())} of {total} numbers have both.
 
 ## Equations
 
@@ -198,17 +171,13 @@ parentheses name no number but import that code. The page is made from the sourc
     return {"equations.md": text}
 
 
-def _number(name):
-    return f"({name.rstrip('ab')})"
-
-
 def _printed(number):
     """The names of a number's parts: (4.2a) and (4.2b) of (4.2)."""
     return [f"{number[:-1]}{part})" for part in PARTS.get(number, "")] or [number]
 
 
 def _is_named(number, name):
-    parts = {part for _, _, part in in_code().get(number, ())}
+    parts = {part for module, code, part in in_code().get(number, ()) if code != module and code in documented()}
     return "" in parts or bool(PARTS.get(number)) and name[-2] in parts
 
 
@@ -219,7 +188,7 @@ def _table(rows):
             role(name, module) + (f" ({', '.join(sorted(filter(None, parts)))})" if any(parts) else "")
             for (module, name), parts in _by_name(in_code().get(number, [])).items()
         ]
-        tests = [f"`{name}`" for name in tests_of(number)] or [f"(`{name}`)" for name in importers(number)]
+        tests = [f"`{name}`" for name in sorted(in_tests().get(number, ()))]
         lines.append(f"| {', '.join(_printed(number))} | {section} | {'<br>'.join(code)} | {'<br>'.join(tests)} |")
     return "\n".join(lines)
 

@@ -44,16 +44,6 @@ def public_names(tree: ast.Module) -> list[str]:
     return [node.name for node in tree.body if hasattr(node, "name") and not node.name.startswith("_")]
 
 
-def home(module: str, name: str) -> str:
-    """The module that defines what can be imported from this one."""
-    if module == PACKAGE:
-        module = next((public for public, names in exports().items() if name in names), module)
-    for node in modules()[module].body if module in modules() else []:
-        if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
-            return home(node.module, name)
-    return module
-
-
 @cache
 def docstrings() -> list[Docstring]:
     """All of them, and the comments `#:` above assignments of modules."""

@@ -9,6 +9,13 @@ have r* = -r, for maximising),
     D_a J(y, t) = sigma'(u) r                                                                             (4.3)
     D_b J(y, z, t) = - f(z, t) sigma'(u) r(y, t)             of rank one a sample                         (4.4)
 
+Both gradients are Proposition 4.1. A pair (a, b) is stationary for one sample where
+
+    sigma'(u) r = 0                                                                                       (4.5)
+
+and then D_b J = 0 too. Where sigma' > 0 this is r = 0, a target that is reached; where relu is 0, a <= B f, it holds
+whatever J is (Remark 4.1). For more samples it is the sums over them that vanish, also where targets are not reached.
+
 L_f is the gradient of a running cost int L(f) dt, if there is one; (4.7) adds lambda a and lambda b. (Section 5.1
 prints (4.3), (4.4) with sigma for sigma', Algorithm 2 prints (4.2a) without r: neither holds.) All of it is meant in
 the label measure; J is the sum over the samples, whose weights are in r(T).
@@ -76,14 +83,18 @@ class Costate:
         return like(self.trajectory.final, self._at(t)[1])
 
     def bias_gradient(self, t: float) -> fd.Function:
-        """D_a J(., t) of (4.3), summed over the samples: a Function of V. At t_l that of the layer that starts there."""
+        """D_a J(., t) of (4.3), Proposition 4.1 (i), summed over the samples: a Function of V.
+
+        At t_l that of the layer that starts there. For one sample it is 0 where (a, b) is stationary, (4.5), which for
+        sigma' > 0 is where the target is reached (Remark 4.1).
+        """
         v = self._at(t)[2]
         gradient = fd.Function(self.trajectory.net.Y.V)
         gradient.dat.data_wo[...] = v.sum(axis=1)
         return gradient
 
     def kernel_gradient(self, t: float) -> tuple[fd.Function, fd.Function]:
-        """D_b J(., ., t) of (4.4) as pieces of rank one: batches p, q with D_b J(y, z) = sum_s p_s(y) q_s(z)."""
+        """D_b J(., ., t) of (4.4), Proposition 4.1 (ii): batches p, q with D_b J(y, z) = sum_s p_s(y) q_s(z)."""
         f, _, v = self._at(t)
         return like(self.trajectory.final, -v), like(self.trajectory.final, f)
 

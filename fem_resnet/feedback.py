@@ -5,9 +5,9 @@ At the running state f~(s) the controls are those that attain the minimum of (4.
     (a~, b~) = argmin over (a, b) of  int D_v F(f~(s), s) sigma(a - B_b f~(s)) dy + int L(f~(s), a, b) dy
     f~_s = sigma( a~(f~(s)) - B_{b~(f~(s))} f~(s) ),    f~(t) = v.
 
-(Step 2 (ii) prints the controls of the first state v, and (iii) leaves b without its tilde: as printed the cost is not F.
-The paper's f~ is the target elsewhere; here that is `target`.) Slopes of F are one-sided, as in the scheme of
-`value_function`, so that at a kink the controls are those of one of its sides.
+They are optimal, J is F(v, t): Theorem 4.3. (Step 2 (ii) prints the controls of the first state v, and (iii) leaves b
+without its tilde: as printed the cost is not F. The paper's f~ is the target elsewhere; here that is `target`.) Slopes of
+F are one-sided, as in the scheme of `value_function`, so that at a kink the controls are those of one of its sides.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ClosedLoop:
 
 
 def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int | None = None) -> ClosedLoop:
-    """Follow the feedback from v at the time t until T. Collective.
+    """Follow the feedback from v at the time t until T, which costs F(v, t) (Theorem 4.3). Collective.
 
     Parameters
     ----------

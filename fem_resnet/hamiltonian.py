@@ -5,6 +5,8 @@ The conventions differ in the sign of the co-state and in what is asked of H:
     "minimise"    section 4.1 and (4.11): r(T) =  f(T) - ftilde     H = int sigma(a - B f) r + int L     smallest
     "maximise"    (4.8), Algorithm 2:     r*(T) = ftilde - f(T)     H = int sigma(a - B f) r* - int L    largest
 
+The least H over (a, b) for r = D_v F is that of Remark 4.4: (4.11) is F_t + min H = 0.
+
 A `Pair` says which one its co-state has, and a `Hamiltonian` takes only those of its own. H sums over the samples, whose
 weights are in r.
 
@@ -129,7 +131,7 @@ def _orthonormal(Y: LabelSpace, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Hamiltonian:
-    """H(f, r, a, b) of section 4.2, summed over the samples, with its derivatives.
+    """H(f, r, a, b) of (4.8), or of Remark 4.4, summed over the samples, with its derivatives.
 
     Parameters
     ----------
@@ -138,7 +140,7 @@ class Hamiltonian:
     activation
         sigma.
     convention
-        "minimise" (4.1) or "maximise" (4.2).
+        "minimise", of section 4.1 and Remark 4.4, or "maximise", of section 4.2.
     running
         L, if there is a running cost.
     weights
@@ -196,11 +198,11 @@ class Hamiltonian:
         return float(self.Y.sum(self.Y.weights @ self.density(pair, controls)))
 
     def in_r(self, pair: Pair, controls: Controls) -> np.ndarray:
-        """H_r = sigma(u): f_t, shape (nodes, samples)."""
+        """H_r = sigma(u): f_t of (4.1a), shape (nodes, samples)."""
         return self.activation(controls.argument(self.Y, self._own(pair).f))
 
     def in_f(self, pair: Pair, controls: Controls) -> np.ndarray:
-        """H_f = -B^T(sigma'(u) r) + L_f, or - L_f to maximise: -r_t, shape (nodes, samples)."""
+        """H_f = -B^T(sigma'(u) r) + L_f, or - L_f to maximise: -r_t of (4.2a), shape (nodes, samples)."""
         gradient = -controls.transpose(self.Y, self.slope_times_costate(pair, controls))
         if self._running is None:
             return gradient

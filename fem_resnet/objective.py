@@ -87,7 +87,7 @@ class Derivatives:
 
 
 class LearningProblem:
-    """Network, output, loss, regulariser and data: what every training algorithm takes.
+    """The problem (2.10), (2.11): network, output, loss, regulariser, data; what every training algorithm takes.
 
     Everything is collective over the communicator of the network's label domain.
 

@@ -123,6 +123,8 @@ def _variation(parameter, coefficients):
 def tikhonov(weight: float) -> Regulariser:
     """Tikhonov regularisation (2.11), (4.6) of all parameters, in the label measure, with the factor 1/2.
 
+    Remark 4.2 prints R without it, and (4.7) with it.
+
     Parameters
     ----------
     weight

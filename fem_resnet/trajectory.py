@@ -111,6 +111,8 @@ def solve_trajectory(
 ) -> Trajectory:
     """Solve (2.8) in the nodal values, layer by layer, and keep f at the ends of all steps. Collective.
 
+    With its controls and f_I it is (4.1), along which `solve_costate` goes back.
+
     Parameters
     ----------
     net

@@ -3,6 +3,8 @@
     F_t + H(v, D_v F) = 0,    H(v, r) = min over (a, b) of  int sigma(a - B_b v) r dy + int L(v, a, b) dy              (4.11)
     F(v, T) = 1/2 int (v - ftilde)^2 dy                                                                               (4.12)
 
+where F is smooth (Theorem 4.2).
+
 On n cells with weights w, v is in R^n, and the gradient in L2(Y) is D_v F = (dF/dv_i) / w_i: the r of section 4.1, r(T) =
 v - ftilde, and minus the r* of 4.2. The minimum is taken cell by cell (`speeds`).
 
@@ -108,10 +110,10 @@ class ValueFunction:
         return self.at(self.states(v, t), t)
 
     def gradient(self, v: np.ndarray, t: float) -> np.ndarray:
-        """D_v F(v, t) in L2(Y), the r of section 4.1, shape (nodes, samples): central differences. Collective.
+        """D_v F(v, t) in L2(Y) (Remark 4.4), the r of section 4.1, shape (nodes, samples). Collective.
 
-        Right to first order where F is smooth, to order 1/2 where its second derivatives jump, as where a component of v
-        changes its sign; at a kink it is a mean over both sides.
+        Central differences: right to first order where F is smooth, to order 1/2 where its second derivatives jump, as
+        where a component of v changes its sign; at a kink it is a mean over both sides.
 
         Raises
         ------
@@ -180,6 +182,8 @@ def solve_value_function(
     resume: ValueFunction | None = None,
 ) -> ValueFunction:
     """F(v, t) for all v that can be reached from a box, by (4.11), (4.12). Collective; each rank computes all of it.
+
+    The solution is the value function of Theorem 4.2, in the viscosity sense where that is not smooth.
 
     Parameters
     ----------

@@ -39,7 +39,10 @@ def square(f):
 @pytest.mark.parametrize("running", [None, square], ids=["L = 0", "L of f"])
 @pytest.mark.parametrize("target", ["out of reach", "within reach"])
 def test_the_dynamic_programming_identity(target, running):
-    """F(v, t) = min [int int L dy ds + F(f(t + delta), t + delta)]: not above it for any controls, and equal for the feedback."""
+    """F(v, t) = min [int int L dy ds + F(f(t + delta), t + delta)], of which (4.11) is the limit (Theorem 4.2).
+
+    It is not above that for any controls, and equal for the feedback.
+    """
     v, errors = some_states(-0.5, 0.5, 30, 2), []
     rng = np.random.default_rng(1)
     for spacing in SPACINGS:
@@ -64,6 +67,7 @@ def test_the_dynamic_programming_identity(target, running):
 
 
 def test_the_closed_loop_costs_what_the_value_function_says():
+    """Theorem 4.3."""
     v, errors = some_states(-0.5, 0.5, 30, 2), []
     for spacing in (0.04, 0.02, 0.01):
         F = far(spacing)
@@ -87,7 +91,7 @@ def test_the_closed_loop_converges_across_a_kink():
 
 
 def test_controls_frozen_at_the_first_state_do_not_attain_it():
-    """Step 2 (ii), (iii) as printed."""
+    """Step 2 (ii), (iii) as printed, for which Theorem 4.3 does not hold."""
     F, v = far(0.02, "within reach"), np.array([0.2, 0.1])
     frozen, f = feedback_controls(F, v, 0.0), v[:, None]
     for h in np.diff(F.times):
@@ -115,7 +119,10 @@ def network_of(loop, sample):
 
 
 def test_the_gradient_is_the_costate_along_the_closed_loop():
-    """D_v F = r of 4.1, r(T) = f - ftilde, on cells (dF/dv_i) / w_i: a network of the feedback controls has r = D_v F, J = F."""
+    """D_v F of Remark 4.4 is r of 4.1, r(T) = f - ftilde, on cells (dF/dv_i) / w_i.
+
+    A network of the feedback controls has r = D_v F, J = F.
+    """
     # Trajectories along which no component changes its sign: F is smooth there.
     v, errors = np.array([[0.1, 0.4], [-0.2, -0.1]]), []
     for spacing in SPACINGS:
@@ -136,7 +143,7 @@ def test_the_gradient_is_the_costate_along_the_closed_loop():
 
 
 def test_the_characteristics_are_the_system_of_the_maximum_principle():
-    """For L = 0, v_t = H_r and r_t = -H_v of (4.11) are (2.8) and (4.2) with the controls of (4.10)."""
+    """Remark 4.4: for L = 0, v_t = H_r and r_t = -H_v of (4.11) are (4.1a) and (4.2) with the controls of (4.10)."""
     F = far(SPACINGS[-1])
     w = Y.weights
     H = Hamiltonian(Y, get_activation("tanh"), "minimise")

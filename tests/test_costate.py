@@ -672,6 +672,7 @@ def test_order_of_the_interpolation(steps, order):
 
 @on_ranks
 def test_trajectory_and_network_make_the_same_steps():
+    """Of (4.1), from f_I on."""
     net = network("disk", "CG1", steps=3, solver_parameters={"ts_rk_type": "3bs"})
     f = net.Y.batch(smooth(net.Y))
     trajectory = solve_trajectory(net, f, steps=3, solver_parameters={"ts_rk_type": "3bs"})

@@ -86,6 +86,23 @@ def test_the_table_of_the_costate_is_what_its_demo_prints():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("demo, rtol", [("mesh_independence", 0.1), ("same_network_other_mesh", 0.02)])
+def test_the_tables_of_iterations_and_orders_are_what_their_demos_print(demo, rtol):
+    """Up to what round-off does to hundreds of iterations in plain numbers, and to the last of three digits of an error."""
+
+    def words(lines):
+        words = re.sub(r"[()]", "", "\n".join(lines)).split()
+        numbers = [bool(re.fullmatch(r"[\d.]+(e[+-]\d+)?", word)) for word in words]
+        others = [word for word, number in zip(words, numbers) if not number]
+        return others, [float(word) for word, number in zip(words, numbers) if number]
+
+    documented = words((ROOT / "demos" / f"{demo}.txt").read_text().splitlines())
+    printed = words(run(sys.executable, f"demos/{demo}.py", timeout=900)[:-1])  # its time
+    assert printed[0] == documented[0] and len(documented[1]) > 40
+    np.testing.assert_allclose(printed[1], documented[1], rtol=rtol)
+
+
+@pytest.mark.slow
 def test_digits_are_read_as_well_in_parallel():
     """L-BFGS amplifies round-off: J agrees for 50 iterations, later only what is read does."""
     one = run(sys.executable, "demos/digits_on_a_disk.py", timeout=900)

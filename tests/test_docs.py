@@ -33,7 +33,14 @@ def test_docs_are_built_without_a_warning(tmp_path):
     pages = tmp_path / "html" / "generated"
     assert "fem_resnet.network.ResidualNetwork" in (pages / "api" / "fem_resnet.network.html").read_text()
     assert "The label domain, the network and the head" in (pages / "demos" / "digits_on_a_disk.html").read_text()
-    assert "gradient at dt/8" in (pages / "demos" / "costate_twice.html").read_text()
+    for demo, printed in {
+        "costate_twice": "gradient at dt/8",
+        "mesh_independence": "longest/shortest  function space",
+        "same_network_other_mesh": "smallest order by the last refinement: ",
+        "digits_table": "| support vector machine, no copies |",
+    }.items():
+        text = (pages / "demos" / f"{demo}.html").read_text()
+        assert printed in text[text.index("What it prints") :], demo
     assert "api/fem_resnet.network.html" in (pages / "equations.html").read_text()
 
 
@@ -41,9 +48,15 @@ def test_the_table_of_equations_finds_the_network(docs):
     import equations
 
     assert ("fem_resnet.network", "fem_resnet.network", "") in equations.in_code()["(2.8)"]
-    assert "test_order.py" in equations.tests_of("(2.8)")
+    assert "test_order.py" in equations.in_tests()["(2.8)"]
     (row,) = [line for line in equations.pages()["equations.md"].splitlines() if line.startswith("| (2.8) ")]
-    assert "<fem_resnet.network>" in row
+    assert "<fem_resnet.network>" in row and "`test_order.py`" in row
+
+
+def test_every_number_of_the_paper_is_named_by_a_public_name_and_by_a_test(docs):
+    import equations
+
+    assert not equations.gaps()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,15 @@ def test_what_the_docs_need_is_pinned_and_installed():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
     assert wanted and set(wanted) <= pinned
     assert re.search(r"\^\(.*\bdocs\b.*\) = ", (ROOT / "containers" / "run").read_text())
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_to_files(page):
+    """Those of the repository; what docs/conf.py makes is Sphinx's affair, which warns."""
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    links = [link for link in links if not link.startswith("generated/")]
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+    assert links or page != "README.md"
 
 
 def test_every_slip_of_the_list_has_its_test_and_every_test_its_row():

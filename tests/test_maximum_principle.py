@@ -90,7 +90,7 @@ def test_conventions_cannot_be_mixed_up():
 @on_ranks
 @pytest.mark.parametrize("A", SETS.values(), ids=SETS.keys())
 def test_extremal_controls_are_of_rank_two_in_A_and_reach_the_bound(A):
-    """max H is the integral of max(sigma(T^-) r, sigma(T^+) r), here by a dense b."""
+    """(4.8): max H is the integral of max(sigma(T^-) r, sigma(T^+) r), here by a dense b."""
     Y = label_space("annulus", "CG1")
     p = pair(Y)
     found = extremal_controls(Y, A, p)

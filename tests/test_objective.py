@@ -291,7 +291,7 @@ def _dense_squares(problem):
 @on_ranks
 @each_network
 def test_tikhonov_is_half_the_square_of_all_norms_in_label_domain_and_time(domain, element, bias):
-    """|Y| is not 1 and the layers' lengths differ: each counts."""
+    """(2.11), (4.6): |Y| is not 1 and the layers' lengths differ: each counts."""
     problem = learning_problem(network(domain, element, bias=bias))
     assert abs(problem.net.Y.measure - 1) > 0.5
     exact = 0.05 / 2 * sum(_dense_squares(problem))
@@ -523,6 +523,7 @@ def test_costate_is_the_gradient_in_the_state_of_its_layer(layer):
 @on_two_ranks
 @each_kind
 def test_j_is_the_loss_of_the_output_and_the_regulariser(kind):
+    """(2.10), (2.11)."""
     problem = learning_problem(network("disk", "DG0"), **KINDS[kind])
     net, head = problem.net, problem.head
     output, Y = net(problem.batch.inputs), net.Y

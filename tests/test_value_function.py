@@ -1,4 +1,4 @@
-"""Section 4.3: the value function against exact solutions, direct optimisation and the maximum principle, and its feedback."""
+"""Theorem 4.2: the value function against exact solutions, direct optimisation and the maximum principle, and its feedback."""
 
 import logging
 import re
@@ -87,6 +87,9 @@ def test_on_one_cell_it_is_the_distance_of_the_target_from_the_reachable_interva
         F = solve_value_function(Y, CROSSING, name, [target], [[-0.6, 0.6]], final_time=0.8, spacing=spacing)
         exact = [one_cell_value(name, CROSSING, Y.measure, target, x, 0.8) for x in v[0]]
         errors.append(np.abs(F(v, 0.0) - exact).max())
+        # (4.12): linear between the grid's points, F is above it by the part of a convex function's chords.
+        above = F(v, 0.8) - Y.measure / 2 * (v[0] - target) ** 2
+        assert (above > -1e-13).all() and above.max() < 1.01 * Y.measure * spacing**2 / 8
         # C1 also at v = 0: the slopes from both sides meet.
         states = np.zeros((1, 1))
         slopes.append(abs(float(np.subtract(*F.slopes(states, 0.0))[0, 0])))
@@ -292,6 +295,7 @@ DIRECT = [
 
 @pytest.mark.parametrize("space, L, spacing", DIRECT)
 def test_no_controls_are_better_and_the_feedback_is_as_good(space, L, spacing):
+    """Theorem 4.3."""
     Y, box, T = sectors(*space), Box((-0.4, 0.6), (-0.5, 0.4)), 0.8
     n = Y.size
     target, v = np.array([1.0, -0.7, 0.3, 0.8])[:n], some_states(-0.4, 0.4, 3, n, seed=2)

@@ -31,7 +31,7 @@ __all__ = ["AutonomousProblem", "autonomous_problem"]
 
 @dataclass(frozen=True)
 class AutonomousProblem:
-    """`f_t = sigma(a - B f)` of (3.2a). Get one from `autonomous_problem`.
+    """`f_t = sigma(a - B f)` of (3.2a); f_I of (3.2b) comes with a solution. Get one from `autonomous_problem`.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class AutonomousProblem:
 
     @property
     def unmet(self) -> tuple[str, ...]:
-        """What of (A1) of 3.2 does not hold for sigma; empty if all does."""
+        """What of (A1) of 3.2 does not hold for sigma; empty if all does. (A2) of 3.2 always holds."""
         properties = self.activation.properties
         supposed = {
             "sup |sigma'| is finite": np.isfinite(properties.lipschitz),

@@ -95,7 +95,7 @@ class EnergyStatement:
 
 
 class EnergyMonitor:
-    """The energies of 3.2 after each step of a solution.
+    """The energies of 3.2 after each step of a solution of (3.2a), (3.2b).
 
     A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in
     time by the method's own stages. Or of a run of any method (`watch`), measured at the layer times, with time

@@ -64,11 +64,13 @@ class Convergence:
 def depth_limit(
     net: ResidualNetwork, initial: fd.Function, *, halvings: int = 3, solver_parameters: dict | None = None
 ) -> Convergence:
-    """The network against (2.3) with its own coefficients as functions of t, with its steps and with shorter ones.
+    """The network against (2.3), Theorem 2.1: its own coefficients as functions of t, its steps and shorter ones.
 
     The first error is the network's own: how far it is from the ODE that its layers are steps of. `costate_check` has
     the same for co-states and gradients of a learning problem. The others show at which order that falls: at that of
-    the scheme, if no coefficient jumps inside of a layer, which those of a network do not. Collective.
+    the scheme, if no coefficient jumps inside of a layer, which those of a network do not. Distances are those at the
+    layer times, where z^tau of (2.2) is z_l. The network's coefficients have a bound, (A2) of 2.1; (A1) of 2.1 is
+    supposed of sigma. Collective.
 
     Parameters
     ----------
@@ -125,9 +127,10 @@ def width_limit(
     *,
     terminal: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Convergence:
-    """The network on finer and finer label spaces of the same Y, against that on the finest of them.
+    """The network on finer and finer label spaces of the same Y, against that on the finest of them: Theorem 2.2.
 
-    Its bases are moved there (`ResidualNetwork.on`). Collective.
+    Its bases are moved there (`ResidualNetwork.on`), so that kernels (2.7) converge and have one bound, (A3) of 2.1.
+    Collective.
 
     Parameters
     ----------

@@ -58,6 +58,8 @@ def from_network(
 ) -> tuple[ResidualNetwork, fd.Function]:
     """The residual network (2.1) as a network on a partition of a label domain, by (2.4); equal to round-off.
 
+    What the network steps is (2.5), which for (2.6) on cubes is (2.7).
+
     Neuron number k is cell number k of the partition, in the order of `node_numbers`. A module of PyTorch that computes
     ``z + tau * sigma(linear(z))`` has a = ``linear.bias.detach()`` and B = ``-linear.weight.detach()``; its batches are
     turned, ``z_0 = batch.T``.

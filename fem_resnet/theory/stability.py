@@ -322,7 +322,7 @@ def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
 
     The fit takes the second half of the time up to which u is above round-off. Its rate is that of Theorem 3.4 if by
     then u is small, so that sigma is linear there, and the fastest of what is left has gone; and if the steps are
-    short: a method's own rate is that of its stability function.
+    short: a method's own rate is that of its stability function. u is taken by its coordinates u_l of (3.5a), (3.5b).
 
     Parameters
     ----------
