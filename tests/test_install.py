@@ -157,7 +157,7 @@ def test_what_one_clone_built_another_one_uses_for_its_own_code(clone, tmp_path_
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(clone / "containers", other / "containers")
     assert run(clone, "printenv", "PYTHONPATH")[1] == f"{clone}\n"
-    environment = os.environ | {"FEM_RESNET_HOME": str(clone / "home"), "PYTHONPATH": str(clone)}
+    environment = os.environ | {"FEM_RESNET_HOME": "home", "PYTHONPATH": str(clone)}  # as seen from clone
     command = ["bash", other / "containers" / "run", "printenv", "PYTHONPATH", "VIRTUAL_ENV"]
     second = subprocess.run(command, env=environment, cwd=clone, capture_output=True, text=True, timeout=60)
     assert (second.stdout.split(), second.stderr) == ([str(other), str(clone / "home" / "env")], "")
