@@ -207,6 +207,7 @@ def main(short=False):
     mlp = None
     if comm.rank == 0:
         mlp = on_pixels(MLPClassifier(**PERCEPTRON), *augmented, test_x, test_y)
+    mlp = comm.bcast(mlp)
     say(f"{Y!r}, {parameters} parameters, {result.reason} after {result.iterations} iterations")
     say(f"J after 50 iterations: {result.values[min(50, result.iterations)]:.12f}, at the end: {result.value:.12f}")
     say(f"train accuracy: {accuracy(net, head, train_inputs, train_y)[0]:.4f}")

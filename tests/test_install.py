@@ -52,6 +52,13 @@ def run(clone, *command):
     return process.returncode, out, err
 
 
+def ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def steps_run(clone):
     return (clone / "home" / "ran").read_text().split()
 
@@ -64,7 +71,8 @@ def wait_for(condition):
 
 
 def test_steps_run_once_in_order_and_say_how_long_they_took(clone):
-    code, out, err = run(clone, "echo", "hello")
+    # the lock is free again while the command runs: it may run for days
+    code, out, err = run(clone, "flock", "--nonblock", str(clone / "home" / "lock"), "echo", "hello")
     assert (code, out) == (0, "hello\n"), err
     assert re.fullmatch(r"(\[\d/3\] step \w+ \.\.\. \d+ s\n){3}", err)
     code, out, err = run(clone, "echo", "again")
@@ -72,9 +80,15 @@ def test_steps_run_once_in_order_and_say_how_long_they_took(clone):
     assert steps_run(clone) == ["first", "second", "third"]
 
 
-def test_a_changed_pin_rebuilds_its_own_step_and_those_after_it(clone):
+@pytest.mark.parametrize(
+    "file, old, new",
+    [("pins/second", "second==1", "second==2"), ("run", "echo second >>", "echo second | cat >>")],
+    ids=["pin", "recipe"],
+)
+def test_a_changed_step_and_those_after_it_are_built_again(clone, file, old, new):
     run(clone, "true")
-    (clone / "containers" / "pins" / "second").write_text("second==2\n")
+    changed = clone / "containers" / file
+    changed.write_text(changed.read_text().replace(old, new))
     run(clone, "true")
     assert steps_run(clone) == ["first", "second", "third", "second", "third"]
 
@@ -104,16 +118,28 @@ def test_a_failed_step_shows_its_log_and_what_to_try(clone):
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_call_leaves_nothing_running_that_the_next_one_meets(clone, by):
-    (clone / "containers" / "second").write_text('echo $$ >"$home/pid"; sleep 60\n')
+    file = clone / "home" / "pid"
+    (clone / "containers" / "second").write_text('sleep 60 & echo $! >"$home/pid"; wait\n')
     process = start(clone, "true")
-    wait_for((clone / "home" / "pid").exists)
+    wait_for(lambda: file.exists() and file.read_text().endswith("\n"))
+    pid = int(file.read_text())
     process.send_signal(by)
     process.communicate(timeout=30)
-    pid = int((clone / "home" / "pid").read_text())
+    if by == signal.SIGTERM:  # which it hears: nothing goes on until a next call comes
+        wait_for(lambda: ended(pid))
     (clone / "containers" / "second").write_text("true\n")
     assert run(clone, "true")[0] == 0
-    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
+    wait_for(lambda: ended(pid))
     assert steps_run(clone) == ["first", "second", "second", "third"]
+
+
+def test_a_process_that_got_the_number_of_a_killed_step_is_left_alone(clone):
+    (clone / "home").mkdir()
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        (clone / "home" / "building").write_text(f"{other.pid} 1\n")  # the step had started just after boot
+        assert run(clone, "true")[0] == 0
+        assert other.poll() is None
+        other.kill()
 
 
 def test_of_two_calls_at_once_the_second_waits_and_says_so(clone):
@@ -124,6 +150,17 @@ def test_of_two_calls_at_once_the_second_waits_and_says_so(clone):
     assert (code, out) == (0, "two\n")
     assert "waiting" in err
     assert first.communicate(timeout=30)[0] == "one\n"
+    assert steps_run(clone) == ["first", "second", "third"]
+
+
+def test_what_one_clone_built_another_one_uses_for_its_own_code(clone, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(clone / "containers", other / "containers")
+    assert run(clone, "printenv", "PYTHONPATH")[1] == f"{clone}\n"
+    environment = os.environ | {"FEM_RESNET_HOME": "home", "PYTHONPATH": str(clone)}  # as seen from clone
+    command = ["bash", other / "containers" / "run", "printenv", "PYTHONPATH", "VIRTUAL_ENV"]
+    second = subprocess.run(command, env=environment, cwd=clone, capture_output=True, text=True, timeout=60)
+    assert (second.stdout.split(), second.stderr) == ([str(other), str(clone / "home" / "env")], "")
     assert steps_run(clone) == ["first", "second", "third"]
 
 
@@ -213,13 +250,16 @@ def test_missing_packages_are_named_to_a_user_who_may_not_install_them(machine, 
     for folder in (clone, *clone.parents):
         if folder.owner() == "root" and folder.is_relative_to("/tmp"):
             folder.chmod(folder.stat().st_mode | 0o055)
-    commands = clone / "commands"
+    commands, nobody = clone / "commands", clone / "nobody"
+    nobody.mkdir()
+    os.chown(nobody, 65534, 65534)
     machine(**PYTHON, sudo="exit 1")
     (commands / "dpkg-query").write_text("#!/bin/sh\nexit 1\n")
     result = subprocess.run(
         ["setpriv", "--reuid=65534", "--clear-groups", "bash", clone / "containers" / "run", "true"],
-        env={"PATH": f"{commands}:/usr/bin:/bin", "FEM_RESNET_HOME": "/tmp/nobody-s-home"},
+        env={"PATH": f"{commands}:/usr/bin:/bin", "FEM_RESNET_HOME": str(nobody / "home")},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 1
     assert "apt-get install --no-install-recommends some-library" in result.stderr
+    assert not list(nobody.iterdir())
