@@ -248,12 +248,14 @@ class OperatorBlock(Block):
         return arrays if isinstance(self.operator.output, tuple) else arrays[0]
 
     def _write_dual(self, cofunctions: list[fd.Cofunction | None], idx: int, array: np.ndarray) -> fd.Cofunction:
-        slot, cofunction = self.operator.inputs[idx], cofunctions[idx]
+        slot = self.operator.inputs[idx]
+        if slot not in self._dual_spaces:
+            self._dual_spaces[slot] = slot.space.dual()  # as dear as a Cofunction
+        cofunction = cofunctions[idx]
         if cofunction is None:
-            if slot not in self._dual_spaces:
-                self._dual_spaces[slot] = slot.space.dual()  # as dear as a Cofunction
             cofunction = fd.Cofunction(self._dual_spaces[slot])
-            if not is_leaf(self.get_dependencies()[idx]):  # what comes to a leaf may be handed to a user as it is
+            # What comes to a leaf first may be handed to a user as it is; of second adjoints pyadjoint makes copies.
+            if cofunctions is self._second_duals or not is_leaf(self.get_dependencies()[idx]):
                 cofunctions[idx] = cofunction
         slot.write(cofunction, made(array))
         return cofunction

@@ -177,7 +177,7 @@ def taylor(request):
             found = taylor_to_dict(J, m, h)
             first, second, third = (found[f"R{order}"]["Rate"] for order in range(3))
             # Up to the first remainder that round-off of J has a part in; the first rate always counts.
-            round_off = 64 * np.finfo(float).eps * abs(float(J.functional.block_variable.checkpoint))
+            round_off = 64 * np.finfo(float).eps * abs(float(J(m)))
             third = third[: max(1, np.count_nonzero(np.array(found["R2"]["Residual"][1:]) > round_off))]
             # Over the longer steps curvature shows in the first rates of R0: the last one counts.
             found = first[-1], min(second), min(third)
