@@ -2,8 +2,8 @@
 
 Segments of layers, heads, losses and regularisers are operators with the four verbs of `Operator`; the Block reads
 Functions into arrays for them and writes their results into Functions. It creates none again and again: outputs go
-into the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once; those of
-leaves are new ones, which a user may get as they are.
+into the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once (pyadjoint
+copies what it hands to a user).
 
 Hessian actions are forward over reverse: one sweep of tangents up the tape, one of second adjoints down. Inside of
 `gauss_newton(tape)` the latter leaves out the curvature of all operators between arrays, so that with J = l(F(m)) the
@@ -115,7 +115,6 @@ class OperatorBlock(Block):
         self._output_slots = _parts(operator, operator.output)
         self._duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._second_duals: list[fd.Cofunction | None] = [None] * len(functions)
-        self._dual_spaces: dict[Slot, fd.functionspaceimpl.WithGeometry] = {}
         self._tangent: fd.Function | None = None
         self._solved: list[tuple[weakref.ref, int]] | None = None
         #: The arrays of the latest solve.
@@ -249,16 +248,10 @@ class OperatorBlock(Block):
 
     def _write_dual(self, cofunctions: list[fd.Cofunction | None], idx: int, array: np.ndarray) -> fd.Cofunction:
         slot = self.operator.inputs[idx]
-        if slot not in self._dual_spaces:
-            self._dual_spaces[slot] = slot.space.dual()  # as dear as a Cofunction
-        cofunction = cofunctions[idx]
-        if cofunction is None:
-            cofunction = fd.Cofunction(self._dual_spaces[slot])
-            # What comes to a leaf first may be handed to a user as it is; of second adjoints pyadjoint makes copies.
-            if cofunctions is self._second_duals or not is_leaf(self.get_dependencies()[idx]):
-                cofunctions[idx] = cofunction
-        slot.write(cofunction, made(array))
-        return cofunction
+        if cofunctions[idx] is None:
+            cofunctions[idx] = fd.Cofunction(slot.space.dual())
+        slot.write(cofunctions[idx], made(array))
+        return cofunctions[idx]
 
     def _directions(self, arrays: Sequence[np.ndarray], tangents: Sequence[fd.Function | None]) -> list[np.ndarray]:
         return [

@@ -173,16 +173,12 @@ def _references(variable: BlockVariable) -> int:
     return sys.getrefcount(variable.checkpoint)
 
 
-#: Their number where the tape alone has an object; it differs between versions of Python.
+#: Their number where the tape alone has a checkpoint; it differs between versions of Python.
 _OWN_REFERENCES = _references(_with_checkpoint(object()))
 
 
 class _Control(Control):
-    """pyadjoint's, with at most one new Function an evaluation in place of five.
-
-    With few nodes, making them is what costs most; with many, memory is. So a value is written into the tape's own
-    Function, and a derivative that the tape alone holds is handed out as it is.
-    """
+    """pyadjoint's, with one new Function an evaluation in place of five: with few nodes, making them is what costs most."""
 
     def update(self, value):
         if self._may_overwrite(value):
@@ -202,12 +198,9 @@ class _Control(Control):
         )
 
     def get_derivative(self, apply_riesz=False):
-        variable = self.block_variable
-        if apply_riesz or not isinstance(variable.adj_value, fd.Cofunction):
+        dual = self.block_variable.adj_value
+        if apply_riesz or not isinstance(dual, fd.Cofunction):
             return super().get_derivative(apply_riesz)
-        if sys.getrefcount(variable.adj_value) == _OWN_REFERENCES and variable.creation_timestep == -1:
-            return variable.adj_value
-        dual = variable.adj_value
         # Writing into a Function would have PyOP2 make a Vec for it, at half the cost of the Function.
         values, owned = np.zeros(dual.dat.shape), dual.dat.data_ro
         values[: len(owned)] = owned
