@@ -101,7 +101,10 @@ class CompiledLayer:
         self._work = {name: np.empty(shape) for name, shape in shapes.items()} | {"weights": self._weights}
         state, parameters = (psi + 1) * samples, phi * psi + 1
         # TS knows of the parameters beta alone, and one of derivative 1.
-        self._vectors = {"y": _vector(state), "adjoint_y": _vector(state), "parameters": _vector(parameters)}
+        self._vectors = {
+            name: PETSc.Vec().createSeq(size)
+            for name, size in (("y", state), ("adjoint_y", state), ("parameters", parameters))
+        }
         #: What C sees of the layer.
         self.struct = _Layer(
             space=stage.space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses, ts=ts.handle,
@@ -275,13 +278,6 @@ class CompiledLayers:
         return [state.T for state in states[:-1]], [
             layer.end_adjoint(functional) for layer, functional in zip(self.layers, functionals)
         ]
-
-
-def _vector(size: int) -> PETSc.Vec:
-    vector = PETSc.Vec().create(PETSc.COMM_SELF)
-    vector.setSizes(size)
-    vector.setUp()
-    return vector
 
 
 def _shell(*sizes: int) -> PETSc.Mat:
