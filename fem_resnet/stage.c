@@ -6,7 +6,7 @@
    A block of nodes goes through all of a stage while u, sigma and the block's rows of Phi and Psi are in the first-level
    cache: nothing of size nodes x samples is but f and lambda, where they are wanted. With few samples lanes of a vector
    are nodes, and sums over nodes are kept one a lane; with many they are samples. In both orders products are tiles in
-   registers of 4 x 4 vectors.
+   registers of 4 x 4 vectors; 4 x 3 where there are 16 registers, not 32, and lanes are samples.
 
    Coefficients have one sample after the other: those of sample s begin at `C + s * ld`, ld at least the rank. */
 
@@ -24,7 +24,8 @@
 #define LANES ((int)(VECTOR / sizeof(REAL)))
 #define BLOCK 64  /* nodes */
 #define WIDE (BLOCK / LANES < 8 ? BLOCK / LANES : 8)
-#define CHUNK (4 * LANES)  /* samples, where they are many */
+#define ACROSS (VECTOR == 64 ? 4 : 3)  /* vectors of samples in a tile: its sums, operands and a factor stay in registers */
+#define CHUNK (ACROSS * LANES)  /* samples, where they are many */
 #define SLAB 64  /* functions of a basis */
 #define UNROLL _Pragma("GCC unroll 8")
 #define ALWAYS static inline __attribute__((always_inline))
