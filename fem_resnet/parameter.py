@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import firedrake as fd
 import numpy as np
+from mpi4py import MPI
 from pyadjoint import Control
 from pyadjoint.block_variable import BlockVariable
 
@@ -187,15 +188,18 @@ class _Control(Control):
             super().update(value)
 
     def _may_overwrite(self, value: object) -> bool:
-        """Whether the tape has a Function for such values that no Block made, and that nobody else holds."""
+        """Whether the tape has a Function for such values that no Block made, and that nobody else holds. Collective."""
         variable = self.block_variable
-        return (
-            _references(variable) == _OWN_REFERENCES
-            and variable.creation_timestep == -1
+        if not (
+            variable.creation_timestep == -1
             and isinstance(variable.checkpoint, fd.Function)
             and isinstance(value, fd.Function)
             and value.function_space() is variable.checkpoint.function_space()
-        )
+        ):
+            return False
+        # All ranks make a new Function, or none does: what waits for the garbage collector may hold it on some ranks only.
+        alone = _references(variable) == _OWN_REFERENCES
+        return value.function_space().mesh().comm.allreduce(alone, op=MPI.LAND)
 
     def get_derivative(self, apply_riesz=False):
         dual = self.block_variable.adj_value

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
+from mpi4py import MPI
 from pyadjoint import AdjFloat
 
 from fem_resnet.blocks import OperatorBlock, apply
@@ -52,7 +53,9 @@ class Piece:
         return self.segment.values.read(start)
 
     def costate(self, layers: int) -> np.ndarray | None:
-        return self.segment.costate(layers) if self.block.adjoint_is_current else None
+        # What waits for the garbage collector may keep an adjoint value alive on some ranks only.
+        current = self.start.function_space().mesh().comm.allreduce(self.block.adjoint_is_current, op=MPI.LAND)
+        return self.segment.costate(layers) if current else None
 
 
 class Run:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from firedrake import COMM_WORLD
 from firedrake.adjoint import Control, ReducedFunctional
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.integrate import solve_ivp
 
 from fem_resnet import ResidualNetwork, Run
@@ -248,6 +248,24 @@ def test_changed_controls_are_evaluated_anew(record, rng):
     J(new)
     assert float(J(old)) == at_old[0]
     assert all((a == b).all() for a, b in zip(at_old[1], _arrays(J.derivative()), strict=True))
+
+
+@on_ranks
+def test_what_one_rank_alone_still_holds_keeps_its_values_and_stops_no_other_rank(record):
+    """Python collects garbage at other times on every rank, and a new Function is made by all ranks or by none."""
+    problem = record()
+    controls, point = problem.controls(), problem.point()
+    J = ReducedFunctional(problem.J, controls)
+    expected = float(J(point))
+    held, before = [], []
+    for control in controls:
+        if COMM_WORLD.rank == COMM_WORLD.size - 1:
+            held.append(control.block_variable.checkpoint)
+            before.append(held[-1].dat.data_ro.copy())
+        J([part._ad_mul(2.0) for part in point])
+    for function, values in zip(held, before):
+        assert_array_equal(function.dat.data_ro, values)
+    assert float(J(point)) == expected
 
 
 @on_ranks
