@@ -177,7 +177,7 @@ class OperatorBlock(Block):
     def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
         # Taken out, so that the functionals of many controls do not stand in memory twice.
         functional, prepared[idx] = prepared[idx], None
-        return self._write_dual(self._duals, idx, functional)
+        return _unless_added(block_variable.adj_value, self._write_dual(self._duals, idx, functional))
 
     def prepare_evaluate_tlm(self, inputs, tlm_inputs, relevant_outputs):
         tangent = self._verb("tangent", "tangents")
@@ -214,7 +214,7 @@ class OperatorBlock(Block):
     def evaluate_hessian_component(
         self, inputs, hessian_inputs, adj_inputs, block_variable, idx, relevant_dependencies, prepared=None
     ):
-        return self._write_dual(self._second_duals, idx, prepared[idx])
+        return _unless_added(block_variable.hessian_value, self._write_dual(self._second_duals, idx, prepared[idx]))
 
     def _verb(self, name: str, what: str):
         verb = getattr(self.operator, name, None)
@@ -398,6 +398,17 @@ def _renew_if_changed(function: fd.Function) -> None:
         same = np.array_equal(variable.checkpoint.dat.data_ro, function.dat.data_ro)
         if not function.function_space().mesh().comm.allreduce(same, op=MPI.LAND):
             function.clear_block_variable()
+
+
+def _unless_added(total: fd.Cofunction | None, part: fd.Cofunction) -> fd.Cofunction | None:
+    """What the tape is to take of a part: none of it where it could be added to what the tape has.
+
+    It would add by `+=`, for which PyOP2 makes a loop each time: more than all else that a control costs.
+    """
+    if not isinstance(total, fd.Cofunction) or total.function_space() != part.function_space():
+        return part
+    total.dat.data[...] += part.dat.data_ro
+    return None
 
 
 def made(functional: np.ndarray | Callable[[], np.ndarray]) -> np.ndarray:

@@ -11,12 +11,17 @@ does the same. Tests marked `slow` run where -m names them: ``pytest -m slow``.
 
 import faulthandler
 import os
+import re
 import signal
+import subprocess
 import sys
+import time
 import zlib
 from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 # PETSc would take pytest's arguments for its own options, and complain about them at the end.
 arguments, sys.argv = sys.argv, sys.argv[:1]
@@ -36,13 +41,14 @@ TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 
 TAYLOR_RATES = pytest.StashKey[dict]()
 VERIFIED = pytest.StashKey[dict]()
+BESIDE = pytest.StashKey[Future]()
 
 
 def pytest_configure(config):
     config.stash[TAYLOR_RATES] = defaultdict(dict)
     config.stash[VERIFIED] = {"faults": [], "sound": []}
-    if COMM_WORLD.size > 1:
-        config.pluginmanager.register(OnRanks(os.dup(2)))
+    config.addinivalue_line("markers", "beside(*command): started with the session, for the fixture `printed`")
+    config.pluginmanager.register(OnRanks(os.dup(2)) if COMM_WORLD.size > 1 else Beside(), "sides")
 
 
 @pytest.hookimpl(trylast=True)
@@ -63,6 +69,8 @@ class OnRanks:
 
     def __init__(self, stderr):
         self.stderr = stderr
+        # Where ranks are more than cores, those that wait and yield then let others go on sooner: an eighth faster.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         self.watch()
 
     def watch(self):
@@ -88,6 +96,33 @@ class OnRanks:
             text = f"\n== rank {COMM_WORLD.rank}: {item.nodeid} failed in its {call.when}\n{report.longreprtext}\n"
             os.write(self.stderr, text.encode())
         return report
+
+
+class Beside:
+    """A session on one rank leaves a core idle: it takes the commands that tests are marked with, one after the other."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.second_core = Lock()
+
+    def run(self, command: tuple[str, ...]) -> subprocess.CompletedProcess:
+        # What MPI left in this process's environment must not reach another that initialises it.
+        leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
+        environment = {name: value for name, value in os.environ.items() if not leaked.match(name)}
+        time.sleep(0.1)  # a test that waits for the lock comes first
+        with self.second_core:
+            return subprocess.run(
+                command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=400
+            )
+
+    def pytest_collection_finish(self, session):
+        if not session.config.option.collectonly:
+            for item in session.items:
+                for marker in item.iter_markers("beside"):
+                    item.stash[BESIDE] = self.pool.submit(self.run, marker.args)
+
+    def pytest_sessionfinish(self):
+        self.pool.shutdown(cancel_futures=True)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -129,6 +164,21 @@ def tape():
 def found(request):
     """Lists of what `verify` did: ``found["faults"].append(caught)``, ``found["sound"].append(silent)``."""
     return request.config.stash[VERIFIED]
+
+
+@pytest.fixture
+def printed(request):
+    """Lines that the command of the test's marker `beside` has printed; it must have ended with code 0."""
+    result = request.node.stash[BESIDE].result()
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout.splitlines()
+
+
+@pytest.fixture
+def second_core(request):
+    """Nothing runs beside a test that starts several ranks itself, or measures times."""
+    with request.config.pluginmanager.get_plugin("sides").second_core:
+        yield
 
 
 @pytest.fixture

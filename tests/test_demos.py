@@ -30,9 +30,13 @@ def accuracy(lines):
     return float(re.fullmatch(r"test accuracy: (0\.\d{4})", lines[-1])[1])
 
 
-@pytest.mark.parametrize("demo", DEMOS)
-def test_demos_run_in_their_short_form(demo):
-    assert run(sys.executable, f"demos/{demo}", "--short", timeout=300)
+def in_short(demo):
+    return pytest.mark.beside(sys.executable, f"demos/{demo}", "--short")
+
+
+@pytest.mark.parametrize("demo", [pytest.param(demo, marks=in_short(demo)) for demo in DEMOS])
+def test_demos_run_in_their_short_form(demo, printed):
+    assert printed
 
 
 @pytest.mark.parametrize("demo", DEMOS)
@@ -59,15 +63,15 @@ def test_the_example_of_the_readme_runs_as_printed(tmp_path):
     assert any("read right: 100%" in line for line in lines)
 
 
-def test_the_readme_has_the_table_of_digits_that_its_script_wrote():
+@in_short("digits_table.py")
+def test_the_readme_has_the_table_of_digits_that_its_script_wrote(printed):
     table = (ROOT / "demos" / "digits_table.txt").read_text()
     assert table in (ROOT / "README.md").read_text()
-    short = run(sys.executable, "demos/digits_table.py", "--short", timeout=300)
 
     def rows(lines):
         return [re.sub(r" \(.*", "", line.split(" | ")[0]) for line in lines if line.startswith("| ")]
 
-    assert rows(short) == rows(table.splitlines()) and len(rows(short)) == 8
+    assert rows(printed) == rows(table.splitlines()) and len(rows(printed)) == 8
 
 
 @pytest.mark.slow

@@ -147,9 +147,20 @@ def test_faults_have_names_of_their_own_and_are_many():
 def test_caught(fault, monkeypatch, found):
     monkeypatch.setenv("FEM_RESNET_COMPILED", str(int(fault.compiled)))
     fault.plant(monkeypatch)
-    report = verify(PROBLEMS[fault.problem], quick=True)
+    report = verify(PROBLEMS[fault.problem], quick=True, exit_first=True)
     found["faults"].append(not report.passed)
     assert not report.passed, f"not seen: {fault.name}"
+
+
+@on_ranks
+def test_it_ends_with_the_first_check_that_fails_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv("FEM_RESNET_COMPILED", str(int(FAULTS[0].compiled)))
+    FAULTS[0].plant(monkeypatch)
+    whole, first = (verify(PROBLEMS[FAULTS[0].problem], quick=True, exit_first=only) for only in (False, True))
+    assert len(first.checks) < len(whole.checks)
+    for one, other in zip(first.checks, whole.checks):
+        assert (one.group, one.name, one.passed) == (other.group, other.name, other.passed)
+    assert first.failures == first.checks[-1:]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -1,4 +1,4 @@
-"""`python -m fem_resnet.verify [FILE.h5 | MODULE] [--json FILE] [--png FILE] [--quick]`.
+"""`python -m fem_resnet.verify [FILE.h5 | MODULE] [--json FILE] [--png FILE] [--quick] [--exitfirst]`.
 
 What is verified: a saved network (`fem_resnet.save`), with smooth inputs and targets; a Python module, by name or path,
 with a function `problem()` or `problem(comm)` that returns a LearningProblem; or a built-in problem. The table goes to
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the convergence lines there")
     parser.add_argument("--quick", action="store_true", help="fewer directions, no convergence of co-states")
+    parser.add_argument("--exitfirst", action="store_true", help="stop at the first check that fails")
     given = parser.parse_args(arguments)
     PETSc.Options().setValue("options_left", "no")  # PETSc has seen these arguments too, and would complain about them
     comm = MPI.COMM_WORLD
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"fem_resnet.verify: {error}\n")
         return 2
     try:
-        report = verify(what, quick=given.quick)
+        report = verify(what, quick=given.quick, exit_first=given.exitfirst)
     except TypeError as error:
         if comm.rank == 0:
             sys.stderr.write(f"fem_resnet.verify: {error}\n")

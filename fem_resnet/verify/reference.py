@@ -20,6 +20,7 @@ import numpy as np
 import petsctools
 import scipy.special
 import sympy
+import ufl
 from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
@@ -114,12 +115,18 @@ class Measure:
             whole = self.total(whole)
             return (A.sum(axis=1)[:, None] * whole - A @ whole)[Y.numbers]
         result = np.empty_like(values)
+        u, form = self._gradient_form
         with stop_annotating():
-            u = fd.Function(Y.V)
             for k in range(values.shape[1]):
                 u.dat.data_wo[...] = values[:, k]
-                result[:, k] = fd.assemble(fd.inner(fd.grad(u), fd.grad(fd.TestFunction(Y.V))) * fd.dx).dat.data_ro
+                result[:, k] = fd.assemble(form).dat.data_ro
         return result
+
+    @cached_property
+    def _gradient_form(self) -> tuple[fd.Function, ufl.Form]:
+        # One form, since what Firedrake makes of a form is kept with it.
+        u = fd.Function(self.Y.V)
+        return u, fd.inner(fd.grad(u), fd.grad(fd.TestFunction(self.Y.V))) * fd.dx
 
     def basis_stiffness(self, basis: Basis) -> np.ndarray:
         """Inner products of gradients; of eigenfunctions on a discontinuous space the eigenvalues that they came with."""
@@ -148,6 +155,7 @@ class Reference:
         self.measure = Measure(self.Y)
         self._sigma = sigma(self.net.activation)
         self._grams: dict[Basis, np.ndarray] = {}
+        self._stiffness: dict[Basis, np.ndarray] = {}
         self._steppers: list[_FieldTS] = []
 
     def __enter__(self) -> Reference:
@@ -220,6 +228,12 @@ class Reference:
             self._grams[basis] = self.measure_of(basis.Y).gram(basis)
         return self._grams[basis]
 
+    def stiffness(self, basis: Basis) -> np.ndarray:
+        """Inner products of gradients, as of `Measure`, made once."""
+        if basis not in self._stiffness:
+            self._stiffness[basis] = self.measure.basis_stiffness(basis)
+        return self._stiffness[basis]
+
     def measure_of(self, Y: LabelSpace) -> Measure:
         """That of the network's label domain, or of the head's."""
         return self.measure if Y is self.Y else self._head_measure
@@ -249,11 +263,11 @@ class Reference:
             columns = c.reshape(c.shape[0], -1)
             return float(self.measure.total(np.sum(columns * self.measure.stiffness(columns))))
         if isinstance(basis, BasisCoefficients):
-            return float(c @ self.measure.basis_stiffness(basis.basis) @ c)
+            return float(c @ self.stiffness(basis.basis) @ c)
         if isinstance(basis, KernelCoefficients):
             (G, H), (K, L) = (
                 [what(factor) for factor in (basis.kernel.phi, basis.kernel.psi)]
-                for what in (self.gram, self.measure.basis_stiffness)
+                for what in (self.gram, self.stiffness)
             )
             return float(np.trace(c.T @ K @ c @ H) + np.trace(c.T @ G @ c @ L))
         return 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 
 import firedrake as fd
 import numpy as np
@@ -30,7 +31,10 @@ __all__ = ["built_in", "problem_of", "verify"]
 
 
 def verify(
-    problem: LearningProblem | Callable[..., LearningProblem] | None = None, *, quick: bool = False
+    problem: LearningProblem | Callable[..., LearningProblem] | None = None,
+    *,
+    quick: bool = False,
+    exit_first: bool = False,
 ) -> Report:
     """Hold a learning problem against what it says it is. Collective; parameters are put back at the end.
 
@@ -45,6 +49,8 @@ def verify(
         ranks is also made on one rank alone; the built-in one if left out.
     quick
         Whether to test fewer directions, and no convergence of co-states.
+    exit_first
+        Whether to stop at the first check that fails.
 
     Returns
     -------
@@ -77,7 +83,7 @@ def verify(
     pause_annotation()
     try:
         with set_working_tape(Tape()):
-            _all_checks(own(made), make, quick, report)
+            _all_checks(own(made), make, quick, exit_first, report)
     finally:
         if was_annotating:
             continue_annotation()
@@ -99,16 +105,35 @@ def _title(problem: LearningProblem) -> str:
     return f"{problem.net!r}, {kind}, {head}, {problem.loss.name}, {problem.batch.samples} samples, learns {problem.learn}"
 
 
-def _all_checks(problem: LearningProblem, make, quick: bool, report: Report) -> None:
+class _Failed(Exception):
+    """A check has failed, and no more are wanted."""
+
+
+def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report) -> None:
+    comm = problem.net.Y.comm
+
+    def keep(check: Check) -> None:
+        report.checks.append(check)
+        if exit_first and comm.allreduce(not check.passed, op=MPI.LOR):
+            raise _Failed
+
     def run(group: str, checks: Callable[[], Iterator[Check]]) -> None:
         try:
-            for check in checks():
-                report.checks.append(check)
+            with closing(checks()) as found:
+                for check in found:
+                    keep(check)
+        except _Failed:
+            raise
         except NotWrittenOut as error:
-            report.checks.append(Check.left_out(group, "all", str(error)))
+            keep(Check.left_out(group, "all", str(error)))
         except Exception as error:  # whatever a fault raises is a finding
-            report.checks.append(Check.broken(group, "all", error))
+            keep(Check.broken(group, "all", error))
 
+    with suppress(_Failed):
+        _run_groups(problem, make, quick, report, run)
+
+
+def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run: Callable) -> None:
     run("measures", lambda: quantities.measures(problem))
     run("activation", lambda: quantities.activation(problem))
     run("forward", lambda: quantities.forward(problem))
