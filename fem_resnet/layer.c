@@ -36,6 +36,7 @@ struct layer {
     MPI_Fint comm;
 };
 
+#define KEPT_STATE 4096 /* numbers of a state up to which TS keeps what it works with in the adjoint */
 #define RANK(layer) ((layer)->psi->rank)
 #define LD(layer) ((layer)->psi->rank + 1)
 
@@ -264,6 +265,8 @@ static PetscErrorCode solve_back(struct layer *layer) {
     PetscCall(VecSet(layer->parameters, 0.0));
     PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));
     PetscCall(TSAdjointSolve(layer->ts));
+    /* Five states a layer, which no other layer could use; to make small ones again would take longer than they are worth. */
+    if (LD(layer) * layer->Y->samples > KEPT_STATE) PetscCall(TSAdjointReset(layer->ts));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 

@@ -214,3 +214,21 @@ def test_a_compiled_layer_sums_over_the_ranks_once_a_stage_and_not_on_one_rank()
     for stepper in run._pieces[0].segment.steppers:
         # As many in the adjoint as forward: one Allreduce of rank x samples numbers each.
         assert stepper._compiled.struct.reductions == (2 * stages if net.Y.comm.size > 1 else 0)
+
+
+@on_ranks
+@pytest.mark.parametrize("head", [False, True], ids=["field", "classes"])
+def test_large_states_are_adjoined_again_and_again_as_numpy_does(head, monkeypatch):
+    """What TS works with in the adjoint is given back after each layer, and made again."""
+    found = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv("FEM_RESNET_COMPILED", switch)
+        net = network("disk", "CG1")
+        problem = learning_problem(net, head=head, samples=4096 // net.kernel.space_basis.shape[1] + 1)
+        J, _ = problem.record()
+        for factor in (1.0, 0.5, 1.0):
+            value = J([function._ad_mul(factor) for function in problem.functions])
+            gradient = [functional.dat.data_ro.copy() for functional in J.derivative()]
+        found.append([value, *gradient])
+    for one, other in zip(*found, strict=True):
+        assert_allclose(one, other, rtol=1e-12, atol=1e-13)
