@@ -11,7 +11,6 @@ does the same. Tests marked `slow` run where -m names them: ``pytest -m slow``.
 
 import faulthandler
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from firedrake import COMM_WORLD  # noqa: E402
 from firedrake.adjoint import taylor_test, taylor_to_dict  # noqa: E402
+from helpers import without_mpi  # noqa: E402
 from pyadjoint import Tape, annotate_tape, continue_annotation, pause_annotation, set_working_tape  # noqa: E402
 from pyadjoint.enlisting import Enlist  # noqa: E402
 
@@ -106,13 +106,10 @@ class Beside:
         self.second_core = Lock()
 
     def run(self, command: tuple[str, ...]) -> subprocess.CompletedProcess:
-        # What MPI left in this process's environment must not reach another that initialises it.
-        leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
-        environment = {name: value for name, value in os.environ.items() if not leaked.match(name)}
         time.sleep(0.1)  # a test that waits for the lock comes first
         with self.second_core:
             return subprocess.run(
-                command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=400
+                command, cwd=Path(__file__).parents[1], env=without_mpi(), capture_output=True, text=True, timeout=400
             )
 
     def pytest_collection_finish(self, session):

@@ -1,5 +1,7 @@
 """Domains, label spaces, bases and a functional that the tests share: a new kernel costs 0.3 s, so few exist."""
 
+import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +53,12 @@ UNIT_SQUARE = Polygon([(0, 0), (1, 0), (1, 1), (0, 1)])
 
 #: Gmsh meshes, with their sources.
 MESHES = Path(__file__).parents[1] / "meshes"
+
+
+def without_mpi() -> dict[str, str]:
+    """This process's environment, less what MPI left in it: that must not reach another process that initialises MPI."""
+    leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_|PMI_)")
+    return {name: value for name, value in os.environ.items() if not leaked.match(name)}
 
 
 def from_file(name: str, refinement: int, comm) -> fd.MeshGeometry:

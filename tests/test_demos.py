@@ -1,7 +1,6 @@
 """Demos and the README's example do what they say."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import without_mpi
 
 ROOT = Path(__file__).parents[1]
 #: Scripts beside the demos that choose their settings and tabulate them; too long to run here.
@@ -18,10 +18,7 @@ DEMOS = sorted(path.name for path in (ROOT / "demos").glob("*.py") if path.name 
 
 
 def run(*command, timeout):
-    # What MPI left in this process's environment must not reach another mpiexec.
-    leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
-    environment = {name: value for name, value in os.environ.items() if not leaked.match(name)}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(command, env=without_mpi(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout.splitlines()
 

@@ -1,7 +1,6 @@
 """`verify` catches every planted mistake and reports none in sound networks; the command, its files and exit codes."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +11,7 @@ import pytest
 import sympy
 from faults import FAULTS
 from firedrake import COMM_WORLD
+from helpers import without_mpi
 from sound import sound_problem
 
 import fem_resnet
@@ -340,9 +340,7 @@ def test_exit_codes_of_modules(tmp_path, what, code):
 
 
 def _environment():
-    """Without what mpiexec, or pytest under it, has left."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_", "PMI_"))}
-    return clean | {"PYTHONPATH": str(fem_resnet.__path__[0]).removesuffix("fem_resnet")}
+    return without_mpi() | {"PYTHONPATH": str(fem_resnet.__path__[0]).removesuffix("fem_resnet")}
 
 
 def test_problem_of_a_network_suits_its_head():
