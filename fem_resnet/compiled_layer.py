@@ -107,7 +107,7 @@ class CompiledLayer:
         }
         #: What C sees of the layer.
         self.struct = _Layer(
-            space=stage.space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses, ts=ts.handle,
+            space=stage.packed_space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses, ts=ts.handle,
             max_steps=ts.getMaxSteps(), **{name: address(array) for name, array in self._work.items()},
             **{name: vector.handle for name, vector in self._vectors.items()},
         )  # fmt: skip
@@ -138,7 +138,7 @@ class CompiledLayer:
         steps
             In parts of the layer; equal ones if left out.
         f
-            What the integral of f_t is added to, shape (nodes, samples); or None.
+            What the integral of f_t is added to, as `CompiledStage.pack` has it; or None.
         """
         self._inputs = inputs
         a = np.ascontiguousarray(inputs.bias.coefficients(0.0), self.stage.real)
@@ -170,7 +170,7 @@ class CompiledLayer:
         Parameters
         ----------
         adjoint
-            lambda, as `Stage.arranged` has it, where it is not 0.
+            lambda, as `CompiledStage.arranged` and `pack` have it, where it is not 0.
         """
         functionals = np.zeros(self.stage.Y.nodes + self._work["by_beta"].size)
         self.struct.bias, self.struct.adjoint, self.struct.asked = address(functionals), address(adjoint), 0
@@ -245,10 +245,13 @@ class CompiledLayers:
         SolveStopped
             If a layer cannot be stepped, or its end is not finite.
         """
+        packed = None if f is None else self._stage.pack(f)
         for layer, taken, lengths in zip(self.layers, inputs, steps):
-            layer.start(taken, lengths, f)
+            layer.start(taken, lengths, packed)
         state = np.array(g.T, order="C")
         self._solve("layers_forward", ctypes.c_void_p(address(state)), save)
+        if f is not None:
+            self._stage.unpack(packed, f)
         return state.T
 
     def adjoint(
@@ -270,8 +273,8 @@ class CompiledLayers:
         RuntimeError
             If TS has weighted the stages otherwise than was taken for granted.
         """
-        arranged = None if adjoint is None else self._stage.arranged(adjoint)
-        functionals = [layer.start_adjoint(arranged) for layer in self.layers]
+        packed = None if adjoint is None else self._stage.pack(self._stage.arranged(adjoint))
+        functionals = [layer.start_adjoint(packed) for layer in self.layers]
         states = np.empty((len(self.layers) + 1, *gamma.T.shape))
         states[-1] = gamma.T
         self._solve("layers_adjoint", ctypes.c_void_p(address(states)))

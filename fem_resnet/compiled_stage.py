@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import platform
+from collections.abc import Iterator
 from importlib.resources import files
 from weakref import WeakKeyDictionary
 
@@ -34,13 +35,16 @@ _FLAGS = ("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-s
 _SINGLE = ("-fsingle-precision-constant",)
 _BY_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
 
+#: From here on a node's samples fill a page of memory, and no processor foresees which part of the next page a chunk reads.
+_PACKED_SAMPLES = 512
+
 
 class _Basis(ctypes.Structure):
     _fields_ = [("values", ctypes.c_void_p), ("rank", ctypes.c_long), ("stride", ctypes.c_long)]
 
 
 class _LabelSpace(ctypes.Structure):
-    _fields_ = [("nodes", ctypes.c_long), ("samples", ctypes.c_long), ("weights", ctypes.c_void_p)]
+    _fields_ = [("nodes", ctypes.c_long), ("samples", ctypes.c_long), ("weights", ctypes.c_void_p), ("packed", ctypes.c_long)]
 
 
 _warned: set[str] = set()
@@ -79,7 +83,8 @@ class CompiledStage(Stage):
         self._code = load(code, "c", flags, libraries + rpath, comm=Y.comm)
         _declare(self._code)
         self._weights = np.asarray(Y.weights, self.real)
-        self._space_struct = _LabelSpace(Y.nodes, samples, address(self._weights))
+        self._plain, self._packed = (_LabelSpace(Y.nodes, samples, address(self._weights), packed) for packed in (0, 1))
+        self._chunk = self._code.chunk()
         self._order = "F" if self._code.nodes_are_innermost(self.space) else "C"
         self._bases: WeakKeyDictionary[Basis, tuple[_Basis, np.ndarray]] = WeakKeyDictionary()
 
@@ -93,7 +98,32 @@ class CompiledStage(Stage):
     @property
     def space(self) -> int:
         """Address of what C sees of the label domain."""
-        return ctypes.addressof(self._space_struct)
+        return ctypes.addressof(self._plain)
+
+    @property
+    def packed_space(self) -> int:
+        """The same where f and lambda are as `pack` has them."""
+        return ctypes.addressof(self._packed if self.samples >= _PACKED_SAMPLES else self._plain)
+
+    def pack(self, field: np.ndarray) -> np.ndarray:
+        """An array (nodes, samples) as many stages go over it fastest: itself, or a copy with one chunk of samples after the other."""
+        if self.samples < _PACKED_SAMPLES:
+            return field
+        packed = np.empty(field.size, field.dtype)
+        for samples, part in self._chunks(packed):
+            part[...] = field[:, samples]
+        return packed
+
+    def unpack(self, packed: np.ndarray, field: np.ndarray) -> None:
+        """Write what `pack` made of an array (nodes, samples) into that array."""
+        if packed is not field:
+            for samples, part in self._chunks(packed):
+                field[:, samples] = part
+
+    def _chunks(self, packed: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        for first in range(0, self.samples, self._chunk):
+            samples = slice(first, min(first + self._chunk, self.samples))
+            yield samples, packed[first * self.Y.nodes : samples.stop * self.Y.nodes].reshape(self.Y.nodes, samples.stop - first)
 
     def call(self, name: str, *arguments) -> None:
         """Call a function of `layer.c`, which returns an error code of PETSc."""
@@ -148,6 +178,7 @@ class CompiledStage(Stage):
 def _declare(code: ctypes.CDLL) -> None:
     pointer, number, count = ctypes.c_void_p, ctypes.c_double, ctypes.c_long
     code.nodes_are_innermost.argtypes = [pointer]
+    code.chunk.argtypes, code.chunk.restype = [], count
     code.rate.argtypes = [pointer] * 5 + [count, number, pointer, count, pointer, pointer, number]
     code.transpose.argtypes = [pointer] * 5 + [count, number, pointer, count] + [pointer] * 3 + [number, pointer]
 

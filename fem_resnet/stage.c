@@ -8,6 +8,9 @@
    are nodes, and sums over nodes are kept one a lane; with many they are samples. In both orders products are tiles in
    registers of 4 x 4 vectors; 4 x 3 where there are 16 registers, not 32, and lanes are samples.
 
+   f and lambda may be packed, one chunk of samples after the other: where a node's samples fill a page, a chunk's part of
+   each is on a page of its own, and a stage would wait for nearly every line of it.
+
    Coefficients have one sample after the other: those of sample s begin at `C + s * ld`, ld at least the rank. */
 
 #include <stdlib.h>
@@ -48,6 +51,7 @@ struct label_space {
     long nodes;
     long samples;
     const REAL *weights;
+    long packed; /* whether f and lambda have one chunk of samples after the other, or are nodes x samples: 1 or 0 */
 };
 
 struct scratch {
@@ -371,6 +375,11 @@ static void turn_back(long samples, long rank, const double *total, double *Q, l
 /* Where the coefficients or sums of a chunk begin. */
 #define OF(chunk, rank) ((chunk) + first * (rank))
 
+/* Where f or lambda has the samples of a chunk at a node. */
+ALWAYS long place(const struct label_space *Y, long node, long first, long samples) {
+    return Y->packed ? first * Y->nodes + node * samples : node * Y->samples + first;
+}
+
 static void rate_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
                          const double *C, long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight,
                          struct scratch *scratch) {
@@ -386,7 +395,7 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
             affine_of_many(vectors, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK;
-                const long width = vectors * LANES, at = (start + n) * Y->samples + first;
+                const long width = vectors * LANES, at = place(Y, start + n, first, samples);
 #pragma omp simd
                 for (int s = 0; s < width; s++) row[s] = length * VALUE(row[s]);
                 if (s_out)
@@ -429,7 +438,7 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
 #pragma omp simd
                 for (int s = 0; s < width; s++) dual[s] *= node;
                 if (lambda) {
-                    const REAL *adjoint = lambda + (start + n) * Y->samples + first;
+                    const REAL *adjoint = lambda + place(Y, start + n, first, samples);
 #pragma omp simd
                     for (int s = 0; s < samples; s++) dual[s] += factor[s] * adjoint[s];
                 }
@@ -456,8 +465,11 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
 /* Whether lambda is wanted with the nodes innermost; else the samples are. */
 int nodes_are_innermost(const struct label_space *Y) { return Y->samples < LANES; }
 
+/* Samples of a chunk. */
+long chunk(void) { return CHUNK; }
+
 /* Q = Psi^T M s for s = tau sigma(u), this rank's part; not if Q is NULL. `s_out` takes s, f, both nodes x samples, has
-   weight * s added; either may be NULL. */
+   weight * s added; either may be NULL, `s_out` is where fields are packed. */
 int rate(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a, const double *C,
          long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight) {
     struct scratch scratch;

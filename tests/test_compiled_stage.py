@@ -232,3 +232,20 @@ def test_large_states_are_adjoined_again_and_again_as_numpy_does(head, monkeypat
         found.append([value, *gradient])
     for one, other in zip(*found, strict=True):
         assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+
+
+@on_ranks
+@pytest.mark.parametrize("precision, tolerance", [("double", 1e-13), ("single", 1e-6)])
+def test_fields_one_chunk_of_samples_after_the_other_give_the_same_numbers(precision, tolerance, monkeypatch):
+    """To the last bit on one rank; MPI adds up in the order in which ranks come."""
+    found = []
+    for least in (1, 100):
+        monkeypatch.setattr(compiled_stage, "_PACKED_SAMPLES", least)
+        net = network("annulus", "DG0", precision=precision, steps=2)
+        J, run = learning_problem(net, samples=71).record()  # whole chunks and a part of one, on all processors
+        field = np.zeros((net.Y.nodes, 71))
+        assert (run._pieces[0].segment.steppers[0]._compiled.stage.pack(field) is field) == (least == 100)
+        derivative = [functional.dat.data_ro.copy() for functional in J.derivative()]
+        found.append([float(J.functional), run.final.dat.data_ro.copy(), run.costate(0).dat.data_ro.copy(), *derivative])
+    for one, other in zip(*found, strict=True):
+        assert_allclose(one, other, rtol=0.0, atol=tolerance if net.Y.comm.size > 1 else 0.0)
