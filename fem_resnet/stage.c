@@ -274,15 +274,17 @@ static void transpose_of_few(const struct label_space *Y, const struct basis *ph
 /* -- many samples: lanes are samples; u, here, is nodes x CHUNK --------------------------------------------------------- */
 
 
-/* sum_i = sum over l of x[l * by_l + i * by_i] y_l for `rows` <= 4 rows, each of `vectors` <= 4 vectors of samples. */
+/* sum_i = sum over l of x[l * by_l + i * by_i] y_l for `rows` <= 4 rows, each of `vectors` <= 4 vectors of samples. If not
+   0, `ahead` says how far behind x begins what is asked for on the way. */
 ALWAYS void product_tile(int rows, int vectors, const REAL *restrict x, long by_l, long by_i, const REAL *restrict y,
-                         long length, vec sum[4][4]) {
+                         long length, long ahead, vec sum[4][4]) {
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
         for (int j = 0; j < vectors; j++) sum[i][j] = (vec){0};
     for (long l = 0; l < length; l++) {
         vec q[4];
+        if (ahead) __builtin_prefetch(x + l * by_l + ahead, 0, 2);
         UNROLL
         for (int j = 0; j < vectors; j++) q[j] = get(y + l * CHUNK + j * LANES);
         UNROLL
@@ -294,10 +296,14 @@ ALWAYS void product_tile(int rows, int vectors, const REAL *restrict x, long by_
     }
 }
 
-/* u = a + Phi c, or u += Phi c if a is NULL, on a tile of nodes. */
-ALWAYS void affine_rows(int nodes, int vectors, const REAL *phi, long stride, long rank, const REAL *a, const REAL *c, REAL *u) {
+/* With many functions a block of Phi is more than a processor foresees by itself. So that of the next block, `ahead` nodes
+   on, is asked for while the first samples are multiplied, and Psi's too if it is another; where `ahead` is 0, nothing is.
+
+   u = a + Phi c, or u += Phi c if a is NULL, on a tile of nodes. */
+ALWAYS void affine_rows(int nodes, int vectors, long ahead, const REAL *phi, long stride, long rank, const REAL *a, const REAL *c,
+                        REAL *u) {
     vec sum[4][4];
-    product_tile(nodes, vectors, phi, stride, 1, c, rank, sum);
+    product_tile(nodes, vectors, phi, stride, 1, c, rank, ahead, sum);
     UNROLL
     for (int i = 0; i < nodes; i++)
         UNROLL
@@ -308,9 +314,13 @@ ALWAYS void affine_rows(int nodes, int vectors, const REAL *phi, long stride, lo
 }
 
 /* total += Psi^T v for `ranks` <= 4 functions, over a block of nodes. */
-ALWAYS void project_columns(int ranks, int vectors, const REAL *psi, long stride, long nodes, const REAL *v, double *total) {
+ALWAYS void project_columns(int ranks, int vectors, long ahead, const REAL *psi, long stride, long nodes, const REAL *v,
+                            double *total) {
     vec sum[4][4];
-    product_tile(ranks, vectors, psi, 1, stride, v, nodes, sum);
+    if (ahead)
+        for (int i = 0; i < ranks; i++)
+            for (int n = 0; n < BLOCK; n += 64 / sizeof(REAL)) __builtin_prefetch(psi + i * stride + ahead + n, 0, 2);
+    product_tile(ranks, vectors, psi, 1, stride, v, nodes, 0, sum);
     UNROLL
     for (int i = 0; i < ranks; i++)
         UNROLL
@@ -336,10 +346,10 @@ ALWAYS void project_columns(int ranks, int vectors, const REAL *psi, long stride
     case 1: TILES(tile, count, 1); break;                                                                                  \
     }
 
-static void affine_of_many(int vectors, const REAL *phi, long stride, long rank, long nodes, const REAL *a, const REAL *c,
-                           REAL *u) {
+static void affine_of_many(int vectors, long ahead, const REAL *phi, long stride, long rank, long nodes, const REAL *a,
+                           const REAL *c, REAL *u) {
 #define AFFINE_ROWS(rows, vectors) \
-    affine_rows(rows, vectors, phi + k * stride + i, stride, slab, k ? NULL : a + i, c + k * CHUNK, u + i * CHUNK)
+    affine_rows(rows, vectors, ahead, phi + k * stride + i, stride, slab, k ? NULL : a + i, c + k * CHUNK, u + i * CHUNK)
     /* A slab's rows of c are in the first-level cache, and its pages are known. */
     for (long k = 0; k < rank; k += SLAB) {
         const long slab = rank - k < SLAB ? rank - k : SLAB;
@@ -347,9 +357,9 @@ static void affine_of_many(int vectors, const REAL *phi, long stride, long rank,
     }
 }
 
-static void project_many(int vectors, const REAL *psi, long stride, long rank, long nodes, const REAL *v, double *total) {
+static void project_many(int vectors, long ahead, const REAL *psi, long stride, long rank, long nodes, const REAL *v, double *total) {
 #define PROJECT_COLUMNS(ranks, vectors) \
-    project_columns(ranks, vectors, psi + i * stride, stride, nodes, v, total + i * CHUNK)
+    project_columns(ranks, vectors, ahead, psi + i * stride, stride, nodes, v, total + i * CHUNK)
     ALL_TILES(PROJECT_COLUMNS, rank)
 }
 
@@ -386,13 +396,14 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
     REAL u[BLOCK * CHUNK] __attribute__((aligned(64))), *c = scratch->coefficients[0];
     double *total = (double *)scratch->sums;
     const REAL length = tau;
+    const long psi_ahead = psi->values == phi->values ? 0 : BLOCK;
     CHUNKS(Y) {
         turn(samples, phi->rank, C + first * ldc, ldc, -1.0, OF(c, phi->rank));
         memset(OF(total, psi->rank), 0, psi->rank * CHUNK * sizeof(double));
     }
     BLOCKS(Y)
         CHUNKS(Y) {
-            affine_of_many(vectors, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
+            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK;
                 const long width = vectors * LANES, at = place(Y, start + n, first, samples);
@@ -406,7 +417,7 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
 #pragma omp simd
                 for (int s = 0; s < width; s++) row[s] *= w;
             }
-            if (Q) project_many(vectors, psi->values + start, psi->stride, psi->rank, nodes, u, OF(total, psi->rank));
+            if (Q) project_many(vectors, first ? 0 : psi_ahead, psi->values + start, psi->stride, psi->rank, nodes, u, OF(total, psi->rank));
         }
     if (Q)
         CHUNKS(Y) turn_back(samples, psi->rank, OF(total, psi->rank), Q + first * ldq, ldq);
@@ -420,6 +431,7 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
     REAL *c = scratch->coefficients[0], *y = scratch->coefficients[1];
     double *total = (double *)scratch->sums, paired = 0.0;
     const REAL tau_ = tau;
+    const long psi_ahead = psi->values == phi->values ? 0 : BLOCK;
     CHUNKS(Y) {
         turn(samples, phi->rank, C + first * ldc, ldc, -1.0, OF(c, phi->rank));
         turn(samples, psi->rank, x + first * ldx, ldx, 1.0, OF(y, psi->rank));
@@ -430,8 +442,8 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
             const long width = vectors * LANES;
             if (lambda)
                 for (long s = 0; s < samples; s++) factor[s] = x[(first + s) * ldx + psi->rank];
-            affine_of_many(vectors, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
-            affine_of_many(vectors, psi->values + start, psi->stride, psi->rank, nodes, zero, OF(y, psi->rank), w); /* Psi x */
+            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
+            affine_of_many(vectors, first ? 0 : psi_ahead, psi->values + start, psi->stride, psi->rank, nodes, zero, OF(y, psi->rank), w); /* Psi x */
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK, *dual = w + n * CHUNK, sum = 0;
                 const REAL node = Y->weights[start + n];
@@ -454,7 +466,7 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
                 }
                 bias[start + n] += weight * sum;
             }
-            project_many(vectors, phi->values + start, phi->stride, phi->rank, nodes, w, OF(total, phi->rank));
+            project_many(vectors, 0, phi->values + start, phi->stride, phi->rank, nodes, w, OF(total, phi->rank));
         }
     CHUNKS(Y) turn_back(samples, phi->rank, OF(total, phi->rank), D + first * phi->rank, phi->rank);
     if (length) *length = paired;

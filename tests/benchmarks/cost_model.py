@@ -28,14 +28,15 @@ from scipy.optimize import nnls
 
 FACTORS = ("N", "r", "S", "L", "n")
 #: Factor -> the size that stays, and the factor's values: where what is linear in it is nearly all of the time. In r that is
-#: where products take far more than sigmas and far less than products with beta, r^2 S; in S where they take far more than reads of Phi.
+#: where products take far more than sigmas and far less than products with beta, r^2 S; in S where they take far more than reads
+#: of Phi; in both there are layers enough for the passes over f at the ends not to count. No field has 32 MB: from there on each
+#: array gets new pages from the system, which is no part of the model.
 SWEEPS = {
-    "N": ((None, 16, 32, 4, 1), (8192, 16384, 32768, 65536, 131072)),
+    "N": ((None, 16, 32, 4, 1), (4096, 8192, 16384, 32768, 65536)),
     # With N a power of two the nodes' rows of all functions would meet in a few sets of the caches.
-    "r": ((40000, None, 32, 1, 1), (128, 256, 512)),
-    # Above 32 MB an array gets new pages from the system each time, which is no part of the model.
-    "S": ((8192, 16, None, 4, 1), (32, 64, 128, 256)),
-    "L": ((8192, 16, 32, None, 1), (16, 32, 64, 128)),
+    "r": ((40000, None, 32, 4, 1), (128, 192, 256, 384)),
+    "S": ((4096, 16, None, 8, 1), (32, 64, 128, 256, 512)),
+    "L": ((8192, 16, 32, None, 1), (32, 64, 128, 256)),
     "n": ((8192, 16, 32, 4, None), (8, 16, 32, 64)),
 }
 #: Down to sizes where latency, or reads, or what ranks do not share, take most of the time.
