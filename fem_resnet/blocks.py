@@ -3,7 +3,7 @@
 Segments of layers, heads, losses and regularisers are operators with the four verbs of `Operator`; the Block reads
 Functions into arrays for them and writes their results into Functions. It creates none again and again: outputs go
 into the checkpoints that the tape has, tangents into Functions and adjoint values into Cofunctions made once (pyadjoint
-copies what it hands to a user).
+copies what it hands to a user); functionals of nodal controls into new ones, which `Parameter.controls` hand out as they are.
 
 Hessian actions are forward over reverse: one sweep of tangents up the tape, one of second adjoints down. Inside of
 `gauss_newton(tape)` the latter leaves out the curvature of all operators between arrays, so that with J = l(F(m)) the
@@ -27,7 +27,7 @@ from pyadjoint import AdjFloat, Block, Tape
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.checkpoints import Manager, add_leaf, is_leaf, manager_of
-from fem_resnet.space_basis import read_all
+from fem_resnet.space_basis import NodalValues, read_all
 
 __all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "Slot", "apply", "gauss_newton", "made"]
 
@@ -177,7 +177,14 @@ class OperatorBlock(Block):
     def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
         # Taken out, so that the functionals of many controls do not stand in memory twice.
         functional, prepared[idx] = prepared[idx], None
-        return _unless_added(block_variable.adj_value, self._write_dual(self._duals, idx, functional))
+        slot, known = self.operator.inputs[idx], block_variable.adj_value
+        if isinstance(slot, NodalValues) and is_leaf(block_variable) and (known is None or _is_of(known, slot.dual_space)):
+            # A Cofunction kept for each of many such controls would be a field more than those that a user gets.
+            functional = made(functional)
+            dual = slot.new_dual(functional if known is None else functional + slot.view(known))
+            block_variable.adj_value, block_variable.unshared = dual, weakref.ref(dual)
+            return None
+        return _unless_added(known, self._write_dual(self._duals, idx, functional))
 
     def prepare_evaluate_tlm(self, inputs, tlm_inputs, relevant_outputs):
         tangent = self._verb("tangent", "tangents")
@@ -405,10 +412,14 @@ def _unless_added(total: fd.Cofunction | None, part: fd.Cofunction) -> fd.Cofunc
 
     It would add by `+=`, for which PyOP2 makes a loop each time: more than all else that a control costs.
     """
-    if not isinstance(total, fd.Cofunction) or total.function_space() != part.function_space():
+    if not _is_of(total, part.function_space()):
         return part
     total.dat.data[...] += part.dat.data_ro
     return None
+
+
+def _is_of(value: object, space: fd.functionspaceimpl.FiredrakeDualSpace) -> bool:
+    return isinstance(value, fd.Cofunction) and value.function_space() == space
 
 
 def made(functional: np.ndarray | Callable[[], np.ndarray]) -> np.ndarray:

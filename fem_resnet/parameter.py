@@ -205,6 +205,10 @@ class _Control(Control):
         dual = self.block_variable.adj_value
         if apply_riesz or not isinstance(dual, fd.Cofunction):
             return super().get_derivative(apply_riesz)
+        unshared = getattr(self.block_variable, "unshared", None)
+        if unshared is not None and unshared() is dual:  # a Block made it for this, and nothing else reads it
+            self.block_variable.unshared = None
+            return dual
         # Writing into a Function would have PyOP2 make a Vec for it, at half the cost of the Function.
         values, owned = np.zeros(dual.dat.shape), dual.dat.data_ro
         values[: len(owned)] = owned
