@@ -98,10 +98,14 @@ class NodalValues(SpaceBasis):
         function.dat.data_wo[...] = coefficients
 
     def new_dual(self, functional: np.ndarray) -> fd.Cofunction:
-        """A new Cofunction that holds a functional. Collective."""
+        """A new Cofunction that holds a functional, in that very array where it has no halo. Collective."""
         # Writing into one would have PyOP2 make a Vec for it: at half its cost, and on several ranks freed late.
-        values = np.zeros(self.space.dof_dset.total_size)
-        values[: self.Y.nodes] = functional
+        values, size = functional, self.space.dof_dset.total_size
+        if size > self.Y.nodes:
+            # As large as what the functional came in: then what is freed of one has room for the other.
+            came_in = functional if functional.base is None else functional.base
+            values = np.zeros(max(size, came_in.size))[:size]
+            values[: self.Y.nodes] = functional
         dual = fd.Cofunction(self.dual_space, val=values)
         dual.dat.halo_valid = False
         return dual

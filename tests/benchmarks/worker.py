@@ -118,6 +118,7 @@ class Worker:
         # What compiling takes for a while is no part of what an evaluation takes.
         self._largest = largest_memory()
         forget_largest_memory()
+        self._evaluations = 0
         return {"setup_seconds": setup, "seconds": prepared + evaluated, "J": J}
 
     def scale(self, factor: str) -> dict:
@@ -131,14 +132,16 @@ class Worker:
     def gradient(self, prefix: str) -> dict:
         import numpy as np
 
-        nodes, a, beta = self._side.gradient()
-        np.savez(f"{prefix}.{self._processes.rank}.npz", nodes=nodes, a=a, beta=beta)
+        self._evaluations = max(self._evaluations, largest_memory())
+        np.savez(f"{prefix}.{self._processes.rank}.npz", **dict(zip(("nodes", "a", "beta"), self._side.gradient())))
+        memory_in_use()  # returns what was freed: to look at the gradient is no part of an evaluation
+        forget_largest_memory()
         self._processes.start()
         return {}
 
     def memory(self) -> dict:
-        now = largest_memory()
-        total, evaluation = max(self._largest, now) - self._bare, max(now - self._before, 0)
+        evaluations = max(self._evaluations, largest_memory())
+        total, evaluation = max(self._largest, evaluations) - self._bare, max(evaluations - self._before, 0)
         return {"bytes": self._processes.total(total), "evaluation_bytes": self._processes.total(evaluation)}
 
 
