@@ -264,7 +264,7 @@ FAULTS = [
     Fault("compiled: many samples, sign of b", MANY, compiled("ldc, -1.0, OF(c, phi->rank));\n        memset", "ldc, 1.0, OF(c, phi->rank));\n        memset"), True),
     Fault("compiled: many samples, the rate has no weights", MANY, compiled("row[s] *= w;", "row[s] *= 1.0;"), True),
     Fault("compiled: many samples, the bias's functional is of the last one", MANY, compiled("sum += v;", "sum = v;"), True),
-    Fault("compiled: many samples, lambda of the first chunk for all", MANY, compiled("lambda + (start + n) * Y->samples + first", "lambda + (start + n) * Y->samples"), True),
+    Fault("compiled: many samples, lambda of the first chunk for all", MANY, compiled("lambda + place(Y, start + n, first, samples)", "lambda + place(Y, start + n, 0, samples)"), True),
     Fault("compiled: many samples, sums begin where memory was left", MANY, compiled("memset(OF(total, phi->rank), 0,", "if (!first) memset(OF(total, phi->rank), 0,"), True),
     Fault("compiled: many samples, f takes the stage without its weight", MANY, compiled("f[at + s] += weight * row[s]", "f[at + s] += row[s]"), True),
     Fault("compiled: many samples, lengths pair with sigma'", MANY_TIMES, compiled("dual[s] * VALUE(row[s])", "dual[s] * SLOPE(row[s])"), True),
