@@ -106,7 +106,10 @@ class CompiledStage(Stage):
         return ctypes.addressof(self._packed if self.samples >= _PACKED_SAMPLES else self._plain)
 
     def pack(self, field: np.ndarray) -> np.ndarray:
-        """An array (nodes, samples) as many stages go over it fastest: itself, or a copy with one chunk of samples after the other."""
+        """An array (nodes, samples) as many stages go over it fastest.
+
+        That is itself with few samples, else a copy with one chunk of samples after the other.
+        """
         if self.samples < _PACKED_SAMPLES:
             return field
         packed = np.empty(field.size, field.dtype)

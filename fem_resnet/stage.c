@@ -300,8 +300,8 @@ ALWAYS void product_tile(int rows, int vectors, const REAL *restrict x, long by_
    on, is asked for while the first samples are multiplied, and Psi's too if it is another; where `ahead` is 0, nothing is.
 
    u = a + Phi c, or u += Phi c if a is NULL, on a tile of nodes. */
-ALWAYS void affine_rows(int nodes, int vectors, long ahead, const REAL *phi, long stride, long rank, const REAL *a, const REAL *c,
-                        REAL *u) {
+ALWAYS void affine_rows(int nodes, int vectors, long ahead, const REAL *phi, long stride, long rank, const REAL *a,
+                        const REAL *c, REAL *u) {
     vec sum[4][4];
     product_tile(nodes, vectors, phi, stride, 1, c, rank, ahead, sum);
     UNROLL
@@ -357,7 +357,8 @@ static void affine_of_many(int vectors, long ahead, const REAL *phi, long stride
     }
 }
 
-static void project_many(int vectors, long ahead, const REAL *psi, long stride, long rank, long nodes, const REAL *v, double *total) {
+static void project_many(int vectors, long ahead, const REAL *psi, long stride, long rank, long nodes, const REAL *v,
+                         double *total) {
 #define PROJECT_COLUMNS(ranks, vectors) \
     project_columns(ranks, vectors, ahead, psi + i * stride, stride, nodes, v, total + i * CHUNK)
     ALL_TILES(PROJECT_COLUMNS, rank)
@@ -403,7 +404,8 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
     }
     BLOCKS(Y)
         CHUNKS(Y) {
-            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
+            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start,
+                           OF(c, phi->rank), u);
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK;
                 const long width = vectors * LANES, at = place(Y, start + n, first, samples);
@@ -417,7 +419,9 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
 #pragma omp simd
                 for (int s = 0; s < width; s++) row[s] *= w;
             }
-            if (Q) project_many(vectors, first ? 0 : psi_ahead, psi->values + start, psi->stride, psi->rank, nodes, u, OF(total, psi->rank));
+            if (Q)
+                project_many(vectors, first ? 0 : psi_ahead, psi->values + start, psi->stride, psi->rank, nodes, u,
+                             OF(total, psi->rank));
         }
     if (Q)
         CHUNKS(Y) turn_back(samples, psi->rank, OF(total, psi->rank), Q + first * ldq, ldq);
@@ -442,8 +446,10 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
             const long width = vectors * LANES;
             if (lambda)
                 for (long s = 0; s < samples; s++) factor[s] = x[(first + s) * ldx + psi->rank];
-            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start, OF(c, phi->rank), u);
-            affine_of_many(vectors, first ? 0 : psi_ahead, psi->values + start, psi->stride, psi->rank, nodes, zero, OF(y, psi->rank), w); /* Psi x */
+            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start,
+                           OF(c, phi->rank), u);
+            affine_of_many(vectors, first ? 0 : psi_ahead, psi->values + start, psi->stride, psi->rank, nodes, zero,
+                           OF(y, psi->rank), w); /* Psi x */
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK, *dual = w + n * CHUNK, sum = 0;
                 const REAL node = Y->weights[start + n];
