@@ -25,7 +25,7 @@ from mpi4py import MPI
 from pyadjoint import Control
 from pyadjoint.block_variable import BlockVariable
 
-from fem_resnet.space_basis import SpaceBasis
+from fem_resnet.space_basis import SpaceBasis, new_cofunction
 from fem_resnet.time_basis import AtStart, Once, TimeBasis
 
 __all__ = ["Parameter"]
@@ -209,12 +209,9 @@ class _Control(Control):
         if unshared is not None and unshared() is dual:  # a Block made it for this, and nothing else reads it
             self.block_variable.unshared = None
             return dual
-        # Writing into a Function would have PyOP2 make a Vec for it, at half the cost of the Function.
         values, owned = np.zeros(dual.dat.shape), dual.dat.data_ro
         values[: len(owned)] = owned
-        derivative = fd.Cofunction(dual.function_space(), val=values)
-        derivative.dat.halo_valid = False
-        return derivative
+        return new_cofunction(dual.function_space(), values)
 
 
 def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeBasis) -> list[SpaceBasis]:

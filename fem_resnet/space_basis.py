@@ -23,7 +23,8 @@ from fem_resnet.label_space import BatchValues, LabelSpace
 
 __all__ = [
     "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "Replicated", "SeenBatch",
-    "SpaceBasis", "StateValues", "read_all",
+    "SpaceBasis", "StateValues", "new_cofunction",
+    "read_all",
 ]  # fmt: skip
 
 
@@ -99,16 +100,13 @@ class NodalValues(SpaceBasis):
 
     def new_dual(self, functional: np.ndarray) -> fd.Cofunction:
         """A new Cofunction that holds a functional, in that very array where it has no halo. Collective."""
-        # Writing into one would have PyOP2 make a Vec for it: at half its cost, and on several ranks freed late.
         values, size = functional, self.space.dof_dset.total_size
         if size > self.Y.nodes:
             # As large as what the functional came in: then what is freed of one has room for the other.
             came_in = functional if functional.base is None else functional.base
             values = np.zeros(max(size, came_in.size))[:size]
             values[: self.Y.nodes] = functional
-        dual = fd.Cofunction(self.dual_space, val=values)
-        dual.dat.halo_valid = False
-        return dual
+        return new_cofunction(self.dual_space, values)
 
     def expand(self, coefficients):
         return coefficients
@@ -202,6 +200,14 @@ class Replicated:
     def pair(self, dual: np.ndarray, coefficients: np.ndarray) -> float:
         """The sum over all products."""
         return float(np.sum(dual * coefficients))
+
+
+def new_cofunction(space: fd.functionspaceimpl.FiredrakeDualSpace, values: np.ndarray) -> fd.Cofunction:
+    """A new Cofunction in this very array of values, which has room for those of the halo. Collective."""
+    # Writing into one would have PyOP2 make a Vec for it: at half its cost, and on several ranks freed late.
+    cofunction = fd.Cofunction(space, val=values)
+    cofunction.dat.halo_valid = False
+    return cofunction
 
 
 def read_all(
