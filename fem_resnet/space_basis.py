@@ -23,8 +23,7 @@ from fem_resnet.label_space import BatchValues, LabelSpace
 
 __all__ = [
     "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "Replicated", "SeenBatch",
-    "SpaceBasis", "StateValues", "new_cofunction",
-    "read_all",
+    "SpaceBasis", "StateValues", "new_cofunction", "read_all",
 ]  # fmt: skip
 
 
