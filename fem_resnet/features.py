@@ -1,0 +1,188 @@
+"""What each algorithm takes of a network and of a learning problem, and the one place that refuses the rest.
+
+A feature is what makes a network or a problem more than (2.8) with the loss (2.10): a running cost, an ensemble, learned
+times, the gradient flow in place of (2.8). An algorithm declares the features that it takes,
+
+    @supports("head", "regulariser", "many_samples")
+    def train_so(problem, ...):
+
+and is refused all others by name, before it does anything. A feature that is new is refused everywhere until an algorithm
+declares it. `TOOLS` is the table of all declarations; a test runs every row against every feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+__all__ = ["FEATURES", "TOOLS", "Feature", "features_of", "refuse_unsupported", "supports"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a network or a problem may have.
+
+    Attributes
+    ----------
+    what
+        Its name in messages.
+    remedy
+        How to make the same object without it.
+    of
+        "net" or "problem": what `present` looks at.
+    present
+        Whether an object has it.
+    """
+
+    what: str
+    remedy: str
+    of: str
+    present: Callable[[Any], bool]
+
+
+def _learns(*kinds: str) -> Callable[[Any], bool]:
+    return lambda problem: problem.learn in kinds
+
+
+#: All features, by the names that `supports` takes.
+FEATURES: dict[str, Feature] = {
+    "no_layers": Feature("a network without layers", "give it a layer", "net", lambda net: net.layers == 0),
+    "gradient_flow": Feature(
+        "the gradient flow f_t = B^T sigma(a - B f)", "make the network without gradient_flow, as (2.8)", "net",
+        lambda net: net.gradient_flow,
+    ),
+    "learned_factors": Feature(
+        "learned factors of the kernel", "make the network without learn_factors", "net", lambda net: bool(net.factors)
+    ),
+    "learned_times": Feature(
+        "learned layer times", "make the network without learn_times", "net", lambda net: net.layer_times is not None
+    ),
+    "stable_kernel": Feature(
+        "a kernel made of other controls", "make the network without stable_kernel", "net",
+        lambda net: net.stable_kernel is not None,
+    ),
+    "nodal_bias": Feature(
+        "a bias with a value at every node", "give the bias a basis", "net", lambda net: None in net.bases["bias"]
+    ),
+    "bases_by_layer": Feature(
+        "bases of each layer", "give one basis for all layers", "net",
+        lambda net: any(len(bases) > 1 for bases in net.bases.values()),
+    ),
+    "linear_in_time": Feature(
+        "parameters linear in time on a layer", 'take "layers" for bias_in_time and kernel_in_time', "net",
+        lambda net: "linear" in (net.bias.time_basis.description, net.kernel.time_basis.description),
+    ),
+    "shared_in_time": Feature(
+        "parameters that layers share", 'take "layers" for bias_in_time and kernel_in_time', "net",
+        lambda net: any(p.time_basis.description not in ("layers", "linear") for p in (net.bias, net.kernel)),
+    ),
+    "adapted_steps": Feature(
+        "adapted time steps", 'leave "ts_adapt_type" out of solver_parameters', "net",
+        lambda net: net.solver_parameters.get("ts_adapt_type", "none") != "none",
+    ),
+    "discrete_gradient": Feature(
+        "steps by the discrete gradient", 'take another "ts_type"', "net",
+        lambda net: net.solver_parameters["ts_type"] == "discrete_gradient",
+    ),
+    "single_precision": Feature(
+        "single precision", 'make the network with precision="double"', "net", lambda net: net.precision == "single"
+    ),
+    "head": Feature("a head", "make the problem with head=None", "problem", lambda problem: problem.head is not None),
+    "regulariser": Feature(
+        "a regulariser", "make the problem with regulariser=None", "problem", lambda problem: problem.regulariser is not None
+    ),
+    "running": Feature(
+        "a running cost", "make the problem without running", "problem", lambda problem: problem.running is not None
+    ),
+    "running_of_controls": Feature(
+        "a running cost of the controls", "give one of the state alone", "problem",
+        lambda problem: problem.running is not None and not problem.running.of_state_alone,
+    ),
+    "ensemble": Feature(
+        "an ensemble", "put all samples on one communicator", "problem", lambda problem: problem.ensemble is not None
+    ),
+    "derivatives": Feature(
+        "derivatives of the target", "make the problem without derivatives", "problem",
+        lambda problem: problem.derivatives is not None,
+    ),
+    "checkpoints": Feature(
+        "a schedule of checkpoints", "make the problem without checkpoints", "problem",
+        lambda problem: problem.checkpoints is not None,
+    ),
+    "learned_initial": Feature(
+        "an initial state that is learned alone", 'make the problem with learn="parameters"', "problem", _learns("initial")
+    ),
+    "learned_both": Feature(
+        "an initial state that is learned too", 'make the problem with learn="parameters"', "problem", _learns("both")
+    ),
+    "many_samples": Feature(
+        "more than one sample", "give a batch of one sample", "problem", lambda problem: problem.batch.samples > 1
+    ),
+    "weights": Feature(
+        "weights of the samples", "make the batch without weights", "problem",
+        lambda problem: problem.batch.weights is not None,
+    ),
+}
+
+#: What each algorithm takes: its name, and the features that it declares.
+TOOLS: dict[str, frozenset[str]] = {}
+
+
+def features_of(subject) -> list[str]:
+    """Which features a LearningProblem, a ResidualNetwork or a Run has, by name; of a Run those of its network."""
+    net = getattr(subject, "net", subject)
+    objects = {"net": net} | ({"problem": subject} if hasattr(subject, "batch") and net is not subject else {})
+    return [name for name, f in FEATURES.items() if f.of in objects and f.present(objects[f.of])]
+
+
+def refuse_unsupported(tool: str, subject) -> None:
+    """Raise ValueError where `subject` has a feature that the tool does not declare; the message names both."""
+    for name in features_of(subject):
+        if name not in TOOLS[tool]:
+            feature = FEATURES[name]
+            raise ValueError(f"{tool}: it does not take {feature.what}; {feature.remedy}")
+
+
+def supports(*names: str, tool: str | None = None, when: Callable[..., bool] = lambda *args, **kwargs: True):
+    """Decorate a function or method, whose first argument is a problem, a network or a run, with what it takes.
+
+    Parameters
+    ----------
+    names
+        Features, keys of `FEATURES`.
+    tool
+        What messages and `TOOLS` call it: the function's name if left out, for a method that of its class.
+    when
+        Whether the declaration holds for a call's arguments: a tool that takes less with some of its arguments has a
+        declaration for these too.
+
+    Raises
+    ------
+    KeyError
+        If a name is none of `FEATURES`.
+    """
+    unknown = set(names) - set(FEATURES)
+    if unknown:
+        raise KeyError(f"supports: features {sorted(unknown)} are unknown; those known are {sorted(FEATURES)}")
+
+    def decorate(function):
+        parameters = list(signature(function).parameters)
+        place = 1 if parameters[0] in ("self", "cls") else 0
+        name = tool or (function.__qualname__.split(".")[-2] if place else function.__name__)
+        TOOLS[name] = frozenset(names)
+
+        @wraps(function)
+        def checked(*args, **kwargs):
+            if when(*args, **kwargs):
+                subject = args[place] if len(args) > place else kwargs.get(parameters[place])
+                # Of any other type the function itself says what is wanted.
+                if hasattr(getattr(subject, "net", subject), "layer_inputs"):
+                    refuse_unsupported(name, subject)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
