@@ -16,7 +16,7 @@ import sympy
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from fem_resnet.enclosure import Formula, OnePlusErf, Piece, Unproved, supremum, zeros
+from fem_resnet.enclosure import LONG, Formula, OnePlusErf, Piece, Unproved, has_shifts, supremum, zeros
 from fem_resnet.sympy_activation import (
     REACH, S, cuts, evaluate, in_decaying_powers, sample_points, smooth_formulas,
 )  # fmt: skip
@@ -128,9 +128,8 @@ def _rewritten(formula: sympy.Expr, sign: int) -> sympy.Expr:
 
     u = sympy.Wild("u")
     formula = formula.replace(sympy.erf, tail).replace(sympy.tanh(u) ** 2, 1 - 1 / sympy.cosh(u) ** 2)
-    hyperbolic = formula.atoms(sympy.exp, sympy.tanh, sympy.sinh, sympy.cosh)
-    if any(part.args[0].subs(S, 0) != 0 for part in hyperbolic):
-        return formula  # SymPy takes for ever to factor what has e^(c s + d)
+    if formula.count_ops() > LONG or has_shifts(formula, S):
+        return formula
     return in_decaying_powers(formula.rewrite([sympy.tanh, sympy.sinh, sympy.cosh], sympy.exp), sign)
 
 

@@ -23,7 +23,7 @@ import mpmath
 import sympy
 from mpmath.ctx_iv import MPIntervalContext
 
-__all__ = ["CELLS", "Formula", "OnePlusErf", "Piece", "Unproved", "supremum", "zeros"]
+__all__ = ["CELLS", "LONG", "Formula", "OnePlusErf", "Piece", "Unproved", "has_shifts", "supremum", "zeros"]
 
 #: How many cells one question may take: less than a second.
 CELLS = 1000
@@ -37,7 +37,7 @@ _ENDS = (-1e4, -100.0, -10.0, -1.0, 0.0, 1.0, 10.0, 100.0, 1e4)
 #: Half lines are not cut farther out.
 _FARTHEST = 1e13
 #: Operations of a formula from which on SymPy may take minutes to bring it to another form.
-_LONG = 40
+LONG = 40
 #: Between two points as close as this, relative or absolute, several zeros count as one.
 _CLOSE = 1e-12
 
@@ -281,18 +281,23 @@ class Formula:
         """As a product (0); in decaying powers of e for s < 0 (-1) or s > 0 (1); as a function of 1 / s (2)."""
         if kind not in self._forms:
             try:
-                if self.expression.count_ops() > _LONG:
+                if abs(kind) == 1:
+                    form = self._rewritten(self.expression, kind)
+                elif self.expression.count_ops() > LONG or has_shifts(self.expression, self._s):
                     form = None
                 elif kind == 0:
                     form = sympy.factor(sympy.together(self.expression))
-                elif kind == 2:
-                    form = sympy.cancel(sympy.together(self.expression.subs(self._s, 1 / self._s)))
                 else:
-                    form = self._rewritten(self.expression, kind)
+                    form = sympy.cancel(sympy.together(self.expression.subs(self._s, 1 / self._s)))
             except (sympy.PolynomialError, AttributeError, TypeError, NotImplementedError, ValueError):
                 form = None
             self._forms[kind] = form
         return self._forms[kind]
+
+
+def has_shifts(expression: sympy.Expr, s: sympy.Symbol) -> bool:
+    """Whether there is an e^(c s + d) in it: SymPy takes for ever to factor these."""
+    return any(part.args[0].subs(s, 0) != 0 for part in expression.atoms(sympy.exp, sympy.tanh, sympy.sinh, sympy.cosh))
 
 
 def _side(X) -> int:

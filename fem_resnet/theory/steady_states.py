@@ -13,6 +13,7 @@ in the r numbers (psi_l, f): the rest of f, in N(B), is free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,24 +24,28 @@ import scipy.optimize
 from mpi4py import MPI
 
 from fem_resnet.activation import Activation
+from fem_resnet.activation_properties import zero_intervals
+from fem_resnet.enclosure import Unproved
 from fem_resnet.network import ResidualNetwork
+from fem_resnet.sympy_activation import REACH
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import weighted_gram
 
 __all__ = ["SteadyStates", "find_steady_states", "zero_set"]
 
-#: A smooth positive sigma underflows beyond this, exp(-s^2) for one; where sigma is 0 up to here, it is 0.
-_FLAT = 10.0
 _NEWTON_STEPS = 100
 
 
 def zero_set(activation: Activation) -> tuple[float, float] | None:
     """The interval [low, high] where sigma vanishes; None if it does nowhere.
 
+    Of a SymPy expression all zeros are isolated by interval arithmetic; where it comes within round-off of 0 without a
+    change of sign, that is a zero. Any other activation is taken for what its `properties` say.
+
     Raises
     ------
     ValueError
-        If sigma vanishes at several places that are no interval.
+        If sigma vanishes at several places that are no interval, or cannot be told where it vanishes.
 
     Examples
     --------
@@ -48,39 +53,47 @@ def zero_set(activation: Activation) -> tuple[float, float] | None:
     >>> [zero_set(get_activation(name)) for name in ("tanh", "relu", "sigmoid")]
     [(0.0, 0.0), (-inf, 0.0), None]
     """
-    far = np.geomspace(_FLAT, 1e4, 1001)[1:]
-    s = np.concatenate([-far[::-1], np.linspace(-_FLAT, _FLAT, 2001), far])
-    sign = np.sign(activation(s))
-    sign[(np.abs(s) > _FLAT) & (sign == 0)] = np.nan
-    runs = _runs(sign == 0)
-    crossings = [k for k in range(len(s) - 1) if sign[k] * sign[k + 1] < 0]
-    if len(runs) + len(crossings) > 1:
+    if activation.expression is None:
+        return _zeros_of_monotone(activation)
+    try:
+        found = zero_intervals(activation.expression, at_most=1)
+    except Unproved as reason:
+        raise ValueError(f"activation: where {activation.name} vanishes is not decided: {reason}") from reason
+    if len(found) > 1:
         raise ValueError(
-            f"activation: {activation.name} vanishes at several places; steady states are those of an activation that "
-            f"vanishes on one interval, as non-decreasing ones do"
+            f"activation: {activation.name} vanishes at several places, about {found[0][0]:.6g} and {found[1][0]:.6g} among them; "
+            f"steady states are those of an activation that vanishes on one interval, as non-decreasing ones do"
         )
-    if crossings:
-        zero = scipy.optimize.brentq(activation, s[crossings[0]], s[crossings[0] + 1], xtol=1e-15)
-        return float(zero), float(zero)
-    if not runs:
+    if not found:
         return None
-    first, last = runs[0]
-    low = -np.inf if s[first] == -_FLAT else _edge(activation, s[first], s[first - 1])
-    high = np.inf if s[last] == _FLAT else _edge(activation, s[last], s[last + 1])
-    return float(low), float(high)
+    low, high = found[0]
+    if np.isfinite(low) and high - low <= 1e-9 * max(1.0, abs(low)):
+        low = high = low + (high - low) / 2
+    return low, high
 
 
-def _runs(holds: np.ndarray) -> list[tuple[int, int]]:
-    """First and last index of each run of True."""
-    changes = np.flatnonzero(np.diff(np.concatenate([[False], holds, [False]]).astype(int)))
-    return [(int(a), int(b) - 1) for a, b in changes.reshape(-1, 2)]
+def _zeros_of_monotone(activation: Activation) -> tuple[float, float] | None:
+    properties = activation.properties
+    if not properties.non_decreasing:
+        raise ValueError(
+            f"activation: where {activation.name} vanishes is not known; give it as a SymPy expression (Activation.from_sympy)"
+        )
+    if properties.strictly_increasing and properties.zero_at_zero:
+        return 0.0, 0.0
+    first, last = (float(activation(end)) for end in (-REACH, REACH))
+    # A value of 0 at the far end of what increases strictly is one that underflows.
+    if first > 0 or last < 0 or properties.strictly_increasing and (first == 0 or last == 0):
+        return None
+    low = -np.inf if first == 0 else _edge(lambda s: activation(s) >= 0, REACH, -REACH)
+    high = np.inf if last == 0 else _edge(lambda s: activation(s) <= 0, -REACH, REACH)
+    return low, max(low, high)
 
 
-def _edge(activation: Activation, inside: float, outside: float) -> float:
-    """Where sigma stops being 0 between two points."""
-    while abs(outside - inside) > 1e-15:
+def _edge(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Where something that holds inside ends on the way outside."""
+    while abs(outside - inside) > 1e-15 * max(1.0, abs(inside)):
         middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if activation(middle) == 0 else (inside, middle)
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
     return inside
 
 
