@@ -147,7 +147,8 @@ class SteadyStates:
     def nearest(self, f: fd.Function) -> fd.Function:
         """The steady states nearest to these f in L2(Y), a new Function. Collective.
 
-        f changes in R(B^T) alone: what is in N(B) is free. Where sigma vanishes at one point this is f_inf plus the
+        f changes in R(B^T) alone: what is in N(B) is free. Where steady states leave no room, so that some u is on an end
+        of its interval at many nodes, it is the nearest of those that are steady up to the tolerance. Where sigma vanishes at one point this is f_inf plus the
         part of f in N(B).
 
         Raises
@@ -406,6 +407,7 @@ class _NearestOfInterval:
                 break
         return gap <= 1e-9 * self._size**2 and outside <= 1e-9 * self._scale
 
+    @np.errstate(over="ignore", invalid="ignore")
     def _step(self, gap: float, primal: np.ndarray, dual: np.ndarray) -> bool:
         s, z = self._s, self._z
         matrix = np.eye(self.c.size) + _product(self._problem, (z / s).sum(axis=0))
@@ -438,11 +440,15 @@ def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarr
     inside = problem.norms(_excess(_argument(problem, c), zeros))[0] == 0
     if inside or zeros[0] == zeros[1] or not c.size:
         return c if inside else _closest(problem, zeros)
-    solver = _NearestOfInterval(problem, zeros, c)
-    if solver.solve():
-        return solver.c
+    # Where the set has no interior, as where u is on an end of the interval at every node, there may be no multipliers:
+    # then the nearest of all that are steady up to the tolerance is near to it.
+    room = tolerance * _scale(problem, zeros) / problem.Y.measure**0.5
+    for widened in (0.0, 0.1 * room, 0.9 * room):
+        solver = _NearestOfInterval(problem, (zeros[0] - widened, zeros[1] + widened), c)
+        if solver.solve():
+            return solver.c
     outside = problem.norms(_excess(_argument(problem, solver.c), zeros))[0] / _scale(problem, zeros)
     raise RuntimeError(
         f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; {outside:.1e} of a - B f is "
-        f"still outside of [{zeros[0]:g}, {zeros[1]:g}]; it may be that steady states leave no room there"
+        f"still outside of [{zeros[0]:g}, {zeros[1]:g}]; a larger `tolerance` of find_steady_states leaves more room"
     )
