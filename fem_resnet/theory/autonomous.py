@@ -24,11 +24,10 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation import Activation
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.singular_values import SingularSystem, singular_system
 
 __all__ = ["AutonomousProblem", "autonomous_problem", "sampled"]
@@ -127,7 +126,7 @@ def sampled(activation: Activation, *names: str) -> str:
     return f" (sampled, not proved, of {activation.name}: {', '.join(found)})" if found else ""
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> AutonomousProblem:
     """The autonomous problem that a network is, or its bias and kernel at one time make. Collective.
 

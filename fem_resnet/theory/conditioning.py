@@ -36,10 +36,9 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import made
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.segment import Segment
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.frozen_spectra import frozen_eigenvalues
 from fem_resnet.theory.propagator import Propagator, joint_span
 from fem_resnet.trajectory import like
@@ -89,7 +88,7 @@ class LinearisedFlow:
     ([2.0, -1.0], 6, True)
     """
 
-    @supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+    @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
     def __init__(self, net: ResidualNetwork, initial: fd.Function):
         net.Y.check_batch(initial, "initial")
         self.net = net

@@ -29,11 +29,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS
 
 __all__ = ["LipschitzBound", "circle_radius", "lipschitz_bound"]
 
@@ -115,7 +114,7 @@ class LipschitzBound:
         return f"two solutions part by at most {self.discrete:.6g} (equation: {self.continuous:.6g}): {self.reason}"
 
 
-@supports(*COEFFICIENTS, "adapted_steps", "single_precision", "gradient_flow")
+@supports("no_layers", *HELD, "single_precision", "gradient_flow")
 def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
     """Bound of the Lipschitz constant of f_I -> f(T) in L2(Y), at the network's present coefficients. Collective.
 

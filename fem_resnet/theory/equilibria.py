@@ -22,9 +22,8 @@ import numpy as np
 import scipy.optimize
 from mpi4py import MPI
 
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import SingularSystem, weighted_gram
 from fem_resnet.theory.steady_states import zero_set
@@ -252,7 +251,7 @@ def _inverse(problem: AutonomousProblem, values: np.ndarray) -> np.ndarray:
     return (near + far) / 2
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> Equilibria:
     """The equilibria of u_t = -B sigma(u) of 3.3, or of u_t = -B B^T sigma(u). Collective.
 

@@ -22,10 +22,9 @@ import firedrake as fd
 import numpy as np
 from matplotlib.axes import Axes
 
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.singular_values import weighted_gram
 
 __all__ = ["FrozenSpectra", "frozen_eigenvalues", "frozen_spectra"]
@@ -74,7 +73,7 @@ class FrozenSpectra:
         axes.set_title(CAVEAT, fontsize="small", wrap=True)
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     """Spectra of the linearisation at the layer times, frozen there, along the trajectories from `initial`. Collective.
 

@@ -20,10 +20,9 @@ import numpy as np
 from numpy.polynomial import Legendre, Polynomial
 from scipy.special import factorial
 
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.well_posedness import LayerNorms, Rates, drift_constant, lipschitz_constant
 from fem_resnet.trajectory import like
 
@@ -116,7 +115,7 @@ class _Substep:
         return self.layer.start + fraction * self.layer.length
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def picard(
     net: ResidualNetwork,
     initial: fd.Function,

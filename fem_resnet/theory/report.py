@@ -19,10 +19,9 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from mpi4py import MPI
 
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.reporting import as_json, picture, table, write
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.conditioning import LinearisedFlow
 from fem_resnet.theory.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
 
@@ -115,7 +114,7 @@ class StabilityReport:
             panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in notes), va="top", fontsize="x-small")
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def stability_report(
     net: ResidualNetwork,
     initial: fd.Function,

@@ -26,10 +26,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fem_resnet.basis import cell_indicators, node_numbers
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS
 
 __all__ = ["NetworkArrays", "from_network", "state_array", "to_network"]
 
@@ -178,7 +177,7 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
     return Y.sum(everywhere)
 
 
-@supports(*COEFFICIENTS, "adapted_steps", "discrete_gradient", "single_precision")
+@supports("no_layers", *HELD, "single_precision")
 def to_network(net: ResidualNetwork) -> NetworkArrays:
     """The residual network (2.1) that a network stepped by Euler's method is: the inverse of `from_network`.
 

@@ -46,9 +46,8 @@ import firedrake as fd
 import numpy as np
 from mpi4py import MPI
 
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem, sampled
 from fem_resnet.theory.half_planes import count_left, count_left_in_gap
 from fem_resnet.theory.singular_values import SingularSystem
@@ -142,7 +141,7 @@ class Stability:
         return "\n".join([f"{self.verdict}: {self.reason}", *lines])
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stability:
     """Whether steady states of the network are stable: Theorem 3.4 and what 3.2 has beside it. Collective.
 
@@ -332,7 +331,7 @@ def _values_of(problem: AutonomousProblem) -> Callable[[np.ndarray], np.ndarray]
     return problem.system.right_values if problem.gradient_flow else problem.system.left_values
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float | None = None) -> EigenExpansion:
     """The linearised flow about a steady state, in eigenfunctions of B, or of B^T sigma'(u_inf) B. Collective.
 
@@ -411,7 +410,7 @@ class Decay:
         )
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
     """Run an autonomous network, and fit the exponential rate at which u decays in the end. Collective.
 

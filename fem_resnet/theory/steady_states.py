@@ -28,9 +28,8 @@ import scipy.optimize
 from mpi4py import MPI
 
 from fem_resnet.activation import Activation
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS, STEPS
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem, sampled
 
 __all__ = ["SteadyStates", "find_steady_states", "zero_set"]
@@ -179,7 +178,7 @@ class SteadyStates:
         return self.problem.norms(Y.values(self.nearest(f)) - Y.values(f))
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports(*HELD, *STEPPED, "gradient_flow")
 def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> SteadyStates:
     """Steady states of (3.2a), or of a gradient flow. Collective.
 

@@ -29,11 +29,10 @@ import firedrake as fd
 import numpy as np
 import scipy.integrate
 
-from fem_resnet.features import supports
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory import COEFFICIENTS, STEPS
 
 __all__ = [
     "LayerNorms", "StabilityEstimate", "WellPosedness", "integrated_norms", "lipschitz_constant", "stability_estimate",
@@ -104,7 +103,7 @@ class Rates:
         return cls((), ("bias",), ("hs",), ("operator",))
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     """Check Assumption 1, and compute C_0, C_1 and C_2 of Theorem 3.1. Collective.
 
@@ -131,7 +130,7 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     return WellPosedness(net.times, lipschitz, C_0, C_1, C_2, operator, C_0 * integrated_norms(net, *rates.drift))
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     """int_0^t_l |b| ds in a norm of `LowRankKernel.norm`, or int |a| ds in L2(Y), at the layer times. Collective.
 
@@ -249,7 +248,7 @@ class StabilityEstimate:
         return self.distances / (self.constants.sharper_growth[:, None] * self.distances[0])
 
 
-@supports(*COEFFICIENTS, *STEPS, "gradient_flow")
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Function) -> StabilityEstimate:
     """Run pairs of solutions and hold their distance against (3.1), corrected. Collective.
 
