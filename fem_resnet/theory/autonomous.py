@@ -21,6 +21,7 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation import Activation
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
@@ -86,6 +87,7 @@ class AutonomousProblem:
         return tuple(what for what, holds in supposed.items() if not holds)
 
 
+@supports(*HELD, *STEPPED)
 def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> AutonomousProblem:
     """The autonomous problem that a network is, or its bias and kernel at one time make. Collective.
 
@@ -111,8 +113,6 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
     >>> autonomous_problem(net).unmet
     ("sigma'(0) > 0",)
     """
-    if not net.layers:
-        raise ValueError("net: a network with layers is wanted, one without was given")
     times, inputs = net.times, net.layer_inputs()
     if at is None:
         _refuse_dependence_on_time(net)

@@ -32,6 +32,7 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import made
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.segment import Segment
 from fem_resnet.theory.propagator import Propagator, joint_span
@@ -82,6 +83,7 @@ class LinearisedFlow:
     ([2.0, -1.0], 6, True)
     """
 
+    @supports(*HELD, *STEPPED, "no_layers", "gradient_flow")
     def __init__(self, net: ResidualNetwork, initial: fd.Function):
         net.Y.check_batch(initial, "initial")
         self.net = net
@@ -187,6 +189,7 @@ class LinearisedFlow:
             added[:, columns] = w[:, : columns.stop - first] - Z[:, columns]
         return Propagator(self.basis, added, (self.net.times[start], self.net.times[end]))
 
+    @supports(*HELD, *STEPPED, "no_layers")
     def bound(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
         """`exp(int sup |sigma'| norm(b) dt)`, a bound of the norm of M(t_end, t_start). Collective.
 
@@ -196,6 +199,7 @@ class LinearisedFlow:
         with np.errstate(over="ignore"):
             return float(np.exp(self.exponent(start, end, operator_norm=operator_norm)))
 
+    @supports(*HELD, *STEPPED, "no_layers")
     def exponent(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
         """`int sup |sigma'| norm(b) dt` from t_start to t_end; where b is linear in t, from above. Collective.
 
@@ -222,12 +226,14 @@ class LinearisedFlow:
             total += inputs.length * np.trapezoid(norms, dx=1 / parts)
         return float(total * self.net.activation.properties.lipschitz) if total > 0 else 0.0
 
+    @supports(*HELD, *STEPPED)
     def slope(self, layer: int) -> np.ndarray:
         """sigma'(u) at the start of a layer, u = a - B f, at the owned nodes, shape (nodes, samples). Collective."""
         inputs, f = self._layers[layer], self.states[layer]
         Bf = inputs.factors.apply(inputs.beta.coefficients(0.0), f)
         return self.net.activation.derivative(inputs.bias.coefficients(0.0)[:, None] - Bf)
 
+    @supports(*HELD, *STEPPED)
     def frozen_eigenvalues(self, layer: int, *, sample: int = 0) -> np.ndarray:
         """Eigenvalues of -sigma'(u) B, frozen at the start of a layer, but for zeros: of a matrix of the kernel's rank.
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
 from fem_resnet.network import ResidualNetwork
@@ -113,6 +114,7 @@ class LipschitzBound:
         return f"two solutions part by at most {self.discrete:.6g} (equation: {self.continuous:.6g}): {self.reason}"
 
 
+@supports(*HELD, "single_precision", "no_layers", "gradient_flow")
 def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
     """Bound of the Lipschitz constant of f_I -> f(T) in L2(Y), at the network's present coefficients. Collective.
 
@@ -182,8 +184,6 @@ def _reason(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> s
 
 
 def _tableau(net: ResidualNetwork) -> tuple[np.ndarray, np.ndarray]:
-    if net.solver_parameters["ts_adapt_type"] != "none":
-        raise ValueError("net: fixed steps are wanted, its steps are adapted; take 'ts_adapt_type': 'none'")
     if net.tableau is None:
         raise ValueError(
             f"net: PETSc does not give the coefficients of {net.solver_parameters['ts_type']!r} away; "

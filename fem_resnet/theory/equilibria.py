@@ -19,6 +19,7 @@ import numpy as np
 import scipy.optimize
 from mpi4py import MPI
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import weighted_gram
@@ -247,6 +248,7 @@ def _inverse(problem: AutonomousProblem, values: np.ndarray) -> np.ndarray:
     return (near + far) / 2
 
 
+@supports(*HELD, *STEPPED)
 def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> Equilibria:
     """The equilibria of u_t = -B sigma(u) of 3.3. Collective.
 

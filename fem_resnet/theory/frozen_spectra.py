@@ -20,6 +20,7 @@ import firedrake as fd
 import numpy as np
 from matplotlib.axes import Axes
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.singular_values import weighted_gram
 
@@ -69,6 +70,7 @@ class FrozenSpectra:
         axes.set_title(CAVEAT, fontsize="small", wrap=True)
 
 
+@supports(*HELD, *STEPPED)
 def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     """Spectra of the linearisation at the layer times, frozen there, along the trajectories from `initial`. Collective.
 
@@ -96,8 +98,6 @@ def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     >>> frozen_spectra(net, Y.batch(0 * Y.weights)).eigenvalues[0].round(9).tolist()
     [[(-1-2j), (-1+2j)]]
     """
-    if not net.layers:
-        raise ValueError("net: a network with layers is wanted, one without was given")
     inputs = net.layer_inputs()
     found = []
     for layer, state in enumerate(net.run(initial).states()):

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.polynomial import Legendre, Polynomial
 from scipy.special import factorial
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.well_posedness import LayerNorms, lipschitz_constant
@@ -112,6 +113,7 @@ class _Substep:
         return self.layer.start + fraction * self.layer.length
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def picard(
     net: ResidualNetwork,
     initial: fd.Function,

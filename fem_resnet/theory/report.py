@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from mpi4py import MPI
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.reporting import as_json, picture, table, write
 from fem_resnet.theory.conditioning import LinearisedFlow
@@ -113,6 +114,7 @@ class StabilityReport:
             panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in notes), va="top", fontsize="x-small")
 
 
+@supports(*HELD, *STEPPED)
 def stability_report(
     net: ResidualNetwork,
     initial: fd.Function,
@@ -159,8 +161,6 @@ def stability_report(
     (['both', 'both'], ['constraint'])
     """
     began = time.perf_counter()
-    if not net.layers:
-        raise ValueError("net: a network with at least one layer is wanted")
     flow = LinearisedFlow(net, initial)
     terminal = _terminal(flow, initial, terminal)
     layers = layer_stability(flow, terminal)

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fem_resnet.basis import cell_indicators, node_numbers
+from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.network import ResidualNetwork
@@ -175,6 +176,7 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
     return Y.sum(everywhere)
 
 
+@supports("no_layers", *HELD, "single_precision")
 def to_network(net: ResidualNetwork) -> NetworkArrays:
     """The residual network (2.1) that a network stepped by Euler's method is: the inverse of `from_network`.
 
@@ -231,9 +233,4 @@ def _check_scheme(parameters: dict) -> None:
             f"net: it is stepped by {name}; z + tau sigma(a - B z) has one sigma, of the state at the layer's start, "
             f"which is Euler's method alone: other explicit schemes nest several sigma in a layer, implicit ones solve "
             f"an equation. Give the network {{'ts_rk_type': '1fe'}}, with 'steps' enough that it is as exact"
-        )
-    if parameters.get("ts_adapt_type", "none") != "none":
-        raise ValueError(
-            f"net: 'ts_adapt_type' is {parameters['ts_adapt_type']!r}, so the lengths of its steps depend on the data; "
-            f"those of a residual network do not: 'none' is wanted"
         )

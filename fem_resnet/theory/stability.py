@@ -34,6 +34,7 @@ from functools import cached_property
 import firedrake as fd
 import numpy as np
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import SingularSystem
@@ -129,6 +130,7 @@ class Stability:
         return "\n".join([f"{self.verdict}: {self.reason}", *lines])
 
 
+@supports(*HELD, *STEPPED)
 def stability_verdict(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-10) -> Stability:
     """Whether steady states of the network are stable: Theorem 3.4 and what 3.2 has beside it. Collective.
 
@@ -246,6 +248,7 @@ class EigenExpansion:
         return Y.batch(Y.values(self.at_rest) + moving)
 
 
+@supports(*HELD, *STEPPED)
 def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float | None = None) -> EigenExpansion:
     """The linearised flow about a steady state, in eigenfunctions of B. Collective.
 
@@ -317,6 +320,7 @@ class Decay:
         )
 
 
+@supports(*HELD, *STEPPED)
 def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
     """Run an autonomous network, and fit the exponential rate at which u decays in the end. Collective.
 

@@ -23,6 +23,7 @@ import scipy.optimize
 from mpi4py import MPI
 
 from fem_resnet.activation import Activation
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import weighted_gram
@@ -159,6 +160,7 @@ class SteadyStates:
         return self.problem.norms(Y.values(self.nearest(f)) - Y.values(f))
 
 
+@supports(*HELD, *STEPPED)
 def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> SteadyStates:
     """Steady states of (3.2a). Collective.
 

@@ -22,6 +22,7 @@ import firedrake as fd
 import numpy as np
 import scipy.integrate
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
@@ -75,6 +76,7 @@ class WellPosedness:
         return np.squeeze((np.atleast_1d(initial) + drift[:, None]) * self.growth[:, None])
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     """Check Assumption 1, and compute C_0, C_1 and C_2 of Theorem 3.1. Collective.
 
@@ -102,6 +104,7 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     return WellPosedness(net.times, lipschitz, drift, *integrals)
 
 
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def integrated_norms(net: ResidualNetwork, norm: str) -> np.ndarray:
     """int_0^t_l |b| ds in a norm of `LowRankKernel.norm`, or int |a| ds in L2(Y), at the layer times. Collective.
 
@@ -205,6 +208,7 @@ class StabilityEstimate:
         return self.distances / (self.constants.sharper_growth[:, None] * self.distances[0])
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Function) -> StabilityEstimate:
     """Run pairs of solutions and hold their distance against (3.1), corrected. Collective.
 
