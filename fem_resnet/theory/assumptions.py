@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fem_resnet.activation import Activation
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 
@@ -40,6 +41,7 @@ class EnergyCondition:
     reason: str
 
 
+@supports(*HELD, *STEPPED)
 def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
     """What the statements of 3.2 suppose of a network, and whether it holds. Collective.
 
@@ -72,7 +74,6 @@ def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
 
 def problem_at_start(net: ResidualNetwork) -> tuple[AutonomousProblem, EnergyCondition]:
     """The autonomous problem of a network, or that at t = 0, and whether the network is autonomous. Collective."""
-    net.refuse_gradient_flow("energies of 3.2")
     try:
         return autonomous_problem(net), EnergyCondition(True, "the network has one bias and one kernel")
     except ValueError as error:

@@ -152,8 +152,6 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
     >>> autonomous_problem(net).unmet
     ("sigma'(0) > 0",)
     """
-    if not net.layers:
-        raise ValueError("net: a network with layers is wanted, one without was given")
     times, inputs = net.times, net.layer_inputs()
     if at is None:
         _refuse_dependence_on_time(net)

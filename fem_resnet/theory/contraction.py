@@ -184,8 +184,6 @@ def _reason(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> s
 
 
 def _tableau(net: ResidualNetwork) -> tuple[np.ndarray, np.ndarray]:
-    if net.solver_parameters["ts_adapt_type"] != "none":
-        raise ValueError("net: fixed steps are wanted, its steps are adapted; take 'ts_adapt_type': 'none'")
     if net.tableau is None:
         raise ValueError(
             f"net: PETSc does not give the coefficients of {net.solver_parameters['ts_type']!r} away; "

@@ -37,6 +37,7 @@ import numpy as np
 
 from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.theory.assumptions import (
@@ -127,6 +128,7 @@ class EnergyMonitor:
     ['int Sigma(u) falls', '(i)', '(ii)']
     """
 
+    @supports(*HELD, *STEPPED)
     def __init__(self, net: ResidualNetwork):
         self._net, self._Y, self._sigma = net, net.Y, net.activation
         self._problem, _ = problem_at_start(net)

@@ -38,6 +38,7 @@ from functools import cache
 import numpy as np
 from scipy.optimize import linprog
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.autonomous import autonomous_problem
@@ -78,6 +79,7 @@ class EnergyStepLimit:
     why: dict[str, str]
 
 
+@supports(*HELD, *STEPPED)
 def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     """Up to which time step the energies of 3.2 are known to fall in a network's discrete solution. Collective.
 

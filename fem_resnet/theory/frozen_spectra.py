@@ -101,8 +101,6 @@ def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     >>> frozen_spectra(net, Y.batch(0 * Y.weights)).eigenvalues[0].round(9).tolist()
     [[(-1-2j), (-1+2j)]]
     """
-    if not net.layers:
-        raise ValueError("net: a network with layers is wanted, one without was given")
     inputs = net.layer_inputs()
     found = []
     for layer, state in enumerate(net.run(initial).states()):

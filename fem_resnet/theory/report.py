@@ -161,8 +161,6 @@ def stability_report(
     (['both', 'both'], ['constraint'])
     """
     began = time.perf_counter()
-    if not net.layers:
-        raise ValueError("net: a network with at least one layer is wanted")
     flow = LinearisedFlow(net, initial)
     terminal = _terminal(flow, initial, terminal)
     layers = layer_stability(flow, terminal)

@@ -233,8 +233,3 @@ def _check_scheme(parameters: dict) -> None:
             f"which is Euler's method alone: other explicit schemes nest several sigma in a layer, implicit ones solve "
             f"an equation. Give the network {{'ts_rk_type': '1fe'}}, with 'steps' enough that it is as exact"
         )
-    if parameters.get("ts_adapt_type", "none") != "none":
-        raise ValueError(
-            f"net: 'ts_adapt_type' is {parameters['ts_adapt_type']!r}, so the lengths of its steps depend on the data; "
-            f"those of a residual network do not: 'none' is wanted"
-        )
