@@ -40,9 +40,9 @@ CLUSTER_TOLERANCE = 1e-6
 #: Pairs that watch over a cross approximation, and those, others, by which its error is judged, with whole rows.
 _WATCHING, _JUDGING, _ROWS = 4096, 16384, 32
 #: Limits of Student's distribution are a little short for squares, which are skew: what is stated is this many times as large.
-FACTOR = 1.25
-#: Parts of the tolerance that the cross approximation is given, one after the other.
-_PARTS = (0.5, 0.25, 0.1, 0.03)
+FACTOR = 1.2
+#: Parts of the tolerance that the cross approximation is given, and truncation, one after the other.
+_PARTS = ((0.3, 0.65), (0.2, 0.6), (0.1, 0.5), (0.05, 0.3))
 
 
 @dataclass(frozen=True)
@@ -369,10 +369,10 @@ def _of_crosses(b: KernelValues, tolerance, largest_rank, confidence, seed) -> C
     judge = _Judge(b, seed)
     # The judge is asked so many times, and has two samples: with the confidence that all of it holds.
     each = 1 - (1 - confidence) / (2 * len(_PARTS))
-    for part in _PARTS:
-        cross.extend(part * tolerance)
+    for of_cross, of_truncation in _PARTS:
+        cross.extend(of_cross * tolerance)
         Q, s, tail = _decomposed(spaces, cross.factors, np.eye(cross.rank))
-        r = _rank(s, tail, (1 - part) * tolerance, largest_rank)
+        r = _rank(s, tail, of_truncation * tolerance, largest_rank)
         factors = [q[:, :r] for q in Q]
         error, residual = judge.limit(factors, s[:r], each)
         norm = tail[0] if r == s.size else (tail[0] ** 2 - tail[r] ** 2) ** 0.5

@@ -239,7 +239,7 @@ def _of_gradient_flow(steady: SteadyStates, slope: float, rate: float) -> tuple[
     # S is an integral with sigma'(u) >= 0, that of orthonormal functions.
     if slope > system.rank * _NO_SLOPE * _finite(problem.activation.properties.lipschitz):
         return "asymptotically stable", f"min eig(D S D) = {rate:.3g}, S >= {slope:.3g}: exponentially, S being positive{convex}"
-    why = "sigma' has a jump there" if np.isnan(slope) else f"S >= {slope:.1g}, zero up to round-off"
+    why = "sigma' is not one number there" if np.isnan(slope) else f"S >= {slope:.1g}, zero up to round-off"
     return "stable", f"{why}, but int Sigma(u) is convex, so that no two solutions part{convex}"
 
 
