@@ -16,7 +16,8 @@ the mean of squares that are large on a small set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -363,14 +364,13 @@ def _singular_triplets(
 
 def _of_crosses(b: KernelValues, tolerance, largest_rank, confidence, seed) -> Compression:
     spaces = b.y.Y, b.z.Y
-    cross = CrossApproximation(
-        b, pairs=_WATCHING, confidence=confidence, largest_rank=largest_rank, seed=3 * seed
-    )
-    judge = _Judge(b, seed)
+    cross = CrossApproximation(b, pairs=_WATCHING, confidence=confidence, largest_rank=largest_rank)
+    seeds = itertools.count(16 * seed)
+    judge = _Judge(b, seeds)
     # The judge is asked so many times, and has two samples: with the confidence that all of it holds.
     each = 1 - (1 - confidence) / (2 * len(_PARTS))
     for of_cross, of_truncation in _PARTS:
-        cross.extend(of_cross * tolerance)
+        cross.extend(of_cross * tolerance, next(seeds))
         Q, s, tail = _decomposed(spaces, cross.factors, np.eye(cross.rank))
         r = _rank(s, tail, of_truncation * tolerance, largest_rank)
         factors = [q[:, :r] for q in Q]
@@ -395,11 +395,11 @@ def _of_crosses(b: KernelValues, tolerance, largest_rank, confidence, seed) -> C
 class _Judge:
     """Pairs and whole rows of b, none of which the approximation was made with. Collective."""
 
-    def __init__(self, b: KernelValues, seed: int):
+    def __init__(self, b: KernelValues, seeds: Iterator[int]):
         self._b, self._measure = b, b.y.Y.measure * b.z.Y.measure
-        self._pairs = draw_pairs(b.y, b.z, _JUDGING, 3 * seed + 1)
+        self._pairs = draw_pairs(b.y, b.z, _JUDGING, next(seeds))
         self._at_pairs = b.pairs(*(sample.rows(nodes.places) for sample, nodes in zip(self._pairs, (b.y, b.z))))
-        self._rows, _ = draw_pairs(b.y, b.y, _ROWS, 3 * seed + 2)
+        self._rows, _ = draw_pairs(b.y, b.y, _ROWS, next(seeds))
         self._in_rows = b.block(self._rows.rows(b.y.places), b.z.places)
 
     def limit(self, factors: list[np.ndarray], s: np.ndarray, confidence: float) -> tuple[float, np.ndarray]:
