@@ -47,6 +47,7 @@ evaluated.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from numbers import Real
 from types import MappingProxyType
 from typing import Self
@@ -55,6 +56,7 @@ import numpy as np
 import sympy
 from numpy.typing import ArrayLike, NDArray
 
+import fem_resnet.activation_properties as activation_properties
 import fem_resnet.pointwise as pointwise
 import fem_resnet.sympy_activation as sympy_activation
 
@@ -62,6 +64,17 @@ __all__ = ["ACTIVATIONS", "Activation", "Properties", "get_activation"]
 
 Array = NDArray[np.float64]
 Kernel = Callable[..., object]
+
+
+_IN_WORDS = {
+    "lipschitz": "sup |sigma'|",
+    "zero_at_zero": "sigma(0) = 0",
+    "sign_preserving": "s sigma(s) >= 0",
+    "positive_slope_at_zero": "sigma'(0) > 0",
+    "non_decreasing": "sigma does not decrease",
+    "strictly_increasing": "sigma increases strictly",
+    "bounded": "sigma is bounded",
+}
 
 
 @dataclass(frozen=True)
@@ -82,11 +95,21 @@ class Properties:
         sigma(s) <= sigma(t), or sigma(s) < sigma(t), for all s < t.
     bounded : bool
         sup |sigma| is finite.
+    sampled : frozenset of str
+        Which of these nothing proves: nothing was seen against them up to |s| = 1e4. `caveat` says so in words.
 
     Raises
     ------
     ValueError
-        If `lipschitz` is negative or NaN.
+        If `lipschitz` is negative or NaN, or `sampled` has other names.
+
+    Examples
+    --------
+    >>> properties = get_activation("tanh").properties
+    >>> properties.caveat("lipschitz", "bounded")
+    ''
+    >>> replace(properties, sampled=frozenset(["bounded"])).caveat("lipschitz", "bounded")
+    'sampled, not proved: sigma is bounded'
     """
 
     lipschitz: float
@@ -96,10 +119,18 @@ class Properties:
     non_decreasing: bool
     strictly_increasing: bool
     bounded: bool
+    sampled: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.lipschitz >= 0:
             raise ValueError(f"lipschitz is {self.lipschitz!r}; give sup |sigma'|, a number >= 0 or infinity")
+        if unknown := sorted(set(self.sampled) - set(_IN_WORDS)):
+            raise ValueError(f"sampled has {', '.join(unknown)}; give some of {', '.join(_IN_WORDS)}")
+
+    def caveat(self, *names: str) -> str:
+        """What a statement that rests on these properties has to say: which of them are sampled, "" if none is."""
+        sampled = [_IN_WORDS[name] for name in names if name in self.sampled]
+        return f"sampled, not proved: {', '.join(sampled)}" if sampled else ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +186,8 @@ class Activation:
         expression : sympy.Expr
             In the one symbol ``s = sympy.Symbol("s")``. Text is not parsed.
         properties : Properties, optional
-            What holds for it, if you know it, as far as values up to |s| = 1e4 do not say otherwise; else what they tell.
+            What holds for it, if you know it, as far as neither a proof nor values up to |s| = 1e4 say otherwise. Left out,
+            what interval arithmetic proves, and what values tell where it cannot: these are `sampled`.
 
         Returns
         -------
@@ -166,8 +198,8 @@ class Activation:
         TypeError
             If `expression` is no SymPy expression, or has other free symbols, or `properties` are none.
         ValueError
-            If sigma jumps, or is complex, or sigma, sigma' or sigma'' is not finite for some |s| <= 1e4, or if values there
-            disprove one of the `properties`.
+            If sigma jumps, or is complex, or sigma, sigma' or sigma'' is not finite for some |s| <= 1e4, or if one of the
+            `properties` does not hold.
 
         Examples
         --------
@@ -182,16 +214,16 @@ class Activation:
             raise TypeError(f"properties is {type(properties).__name__}; give Properties, or leave them out")
         expression = sympy_activation.normal_form(expression)
         sympy_activation.check(expression)
-        if properties is not None and (wrong := sympy_activation.contradicted(expression, asdict(properties))):
-            found = sympy_activation.properties(expression)
+        if properties is not None and (wrong := activation_properties.contradicted(expression, asdict(properties))):
+            found = activation_properties.properties(expression)
             raise ValueError(
-                f"properties: of {expression}, values up to |s| = {sympy_activation.REACH:g} tell otherwise than declared: "
+                f"properties: of {expression}, values up to |s| = {sympy_activation.REACH:g} or a proof tell otherwise than declared: "
                 + ", ".join(f"{name} = {found[name]!r}" for name in wrong)
             )
         return cls(
             str(expression),
             tuple(sympy_activation.Kernel(expression, order) for order in (0, 1, 2, -1)),
-            properties or Properties(**sympy_activation.properties(expression)),
+            properties or partial(_found, expression),
             joints=sympy_activation.cuts(expression),
             expression=expression,
         )
@@ -211,7 +243,8 @@ class Activation:
             case {"expression": tree, "properties": Mapping() as properties}:
                 if properties.get("lipschitz") is None:
                     properties = {**properties, "lipschitz": math.inf}
-                return cls.from_sympy(sympy_activation.from_tree(tree), Properties(**properties))
+                given = Properties(**properties | {"sampled": frozenset(properties.get("sampled", ()))})
+                return cls.from_sympy(sympy_activation.from_tree(tree), given)
         raise ValueError(
             f"description is {description!r}; give what Activation.description gave: "
             "name and parameters, or expression and properties"
@@ -235,7 +268,7 @@ class Activation:
         """
         if self.expression is None:
             return {"name": self.name, "parameters": dict(self.parameters)}
-        properties = asdict(self.properties)
+        properties = asdict(self.properties) | {"sampled": sorted(self.properties.sampled)}
         # JSON has no infinity.
         if math.isinf(self.properties.lipschitz):
             properties["lipschitz"] = None
@@ -243,7 +276,7 @@ class Activation:
 
     @property
     def properties(self) -> Properties:
-        """Properties : what holds for it, as declared for the built-ins, as found by values for expressions."""
+        """Properties : what holds for it, as declared for the built-ins, as proved or found by values for expressions."""
         return self.declared if isinstance(self.declared, Properties) else self.declared(**dict(self.parameters))
 
     def __call__(self, s: ArrayLike, out: Array | None = None) -> Array:
@@ -367,6 +400,10 @@ def get_activation(spec: str | Activation | sympy.Expr, **parameters: float) -> 
         )
     given = {key: _positive(key, value) for key, value in parameters.items()}
     return replace(default, parameters=tuple((accepted | given).items()))
+
+
+def _found(expression: sympy.Expr) -> Properties:
+    return Properties(**activation_properties.properties(expression))
 
 
 def _positive(key: str, value: float) -> float:

@@ -30,7 +30,6 @@ from typing import NamedTuple
 import numpy as np
 import sympy
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.functions.elementary.piecewise import ExprCondPair
@@ -38,8 +37,8 @@ from sympy.integrals.manualintegrate import manualintegrate
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
 __all__ = [
-    "REACH", "Kernel", "Tree", "check", "contradicted", "cuts", "from_tree", "normal_form", "parts", "properties",
-    "right_of", "to_tree",
+    "REACH", "S", "Kernel", "Tree", "check", "cuts", "evaluate", "from_tree", "in_decaying_powers", "normal_form", "parts",
+    "right_of", "sample_points", "smooth_formulas", "to_tree",
 ]  # fmt: skip
 
 Array = NDArray[np.float64]
@@ -47,7 +46,7 @@ Function = Callable[[Array], Array]
 Tree = bool | int | str | list
 
 # An expression is one of s, real: so SymPy knows that s^2 is positive, and sqrt(s^2) is |s|.
-_S = sympy.Symbol("s", real=True)
+S = sympy.Symbol("s", real=True)
 #: Every activation is finite for |s| <= REACH.
 REACH = 1e4
 _ORDERS = ("sigma", "sigma'", "sigma''")
@@ -72,13 +71,13 @@ def normal_form(expression: sympy.Expr) -> sympy.Expr:
             "s = sympy.Symbol('s') (text is not parsed)"
         )
     plain = sympy.Symbol("s")
-    others = sorted(sympy.srepr(symbol) for symbol in expression.free_symbols - {plain, _S})
+    others = sorted(sympy.srepr(symbol) for symbol in expression.free_symbols - {plain, S})
     if others:
         raise TypeError(
             f"expression depends on {', '.join(others)}; only s = sympy.Symbol('s') may occur in it: "
             "put numbers in place of the others by expression.subs"
         )
-    return expression.xreplace({plain: _S})
+    return expression.xreplace({plain: S})
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,9 @@ class Kernel:
             np.copyto(out, _function(self.expression, self.order)(s))
 
 
-def cuts(expression: sympy.Expr) -> tuple[float, ...]:
-    """tuple of float : where formulas meet, ascending."""
-    return tuple(float(right) for right, _ in _pieces(expression)[:-1])
+def cuts(expression: sympy.Expr, exact: bool = False) -> tuple[float, ...] | tuple[sympy.Expr, ...]:
+    """Where formulas meet, ascending: as doubles, or exactly as SymPy has them."""
+    return tuple(right if exact else float(right) for right, _ in _pieces(expression)[:-1])
 
 
 def right_of(point: float) -> float:
@@ -108,10 +107,10 @@ def right_of(point: float) -> float:
 
 def check(expression: sympy.Expr) -> None:
     """Raise a ValueError unless sigma is continuous, real, and finite with sigma' and sigma'' for |s| <= 1e4."""
-    s = _probes(expression)
+    s = sample_points(expression)
     for order, name in enumerate(_ORDERS):
         try:
-            values = np.broadcast_to(_values(expression, order, s), s.shape)
+            values = np.broadcast_to(evaluate(expression, order, s), s.shape)
         except (NameError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} of {expression} cannot be evaluated by numpy ({error}); {_ADVICE}") from error
         if np.iscomplexobj(values):
@@ -126,8 +125,8 @@ def check(expression: sympy.Expr) -> None:
 
 def _refuse_jump(expression: sympy.Expr, cut: sympy.Expr) -> None:
     point = float(cut)
-    left, right = _values(expression, 0, np.array([point, right_of(point)]))
-    given = sympy.N(expression.subs(_S, cut))
+    left, right = evaluate(expression, 0, np.array([point, right_of(point)]))
+    given = sympy.N(expression.subs(S, cut))
     for value in (right, float(given) if given.is_extended_real else math.nan):
         if not math.isclose(left, value, rel_tol=1e-9, abs_tol=1e-9):
             raise ValueError(
@@ -136,8 +135,8 @@ def _refuse_jump(expression: sympy.Expr, cut: sympy.Expr) -> None:
             )
 
 
-def _probes(expression: sympy.Expr) -> Array:
-    """Round numbers first, for the sake of messages; then a dense grid, and the neighbours of the cuts."""
+def sample_points(expression: sympy.Expr) -> Array:
+    """Where an expression is looked at: round numbers first, for messages; a dense grid; the neighbours of the cuts."""
     rounded = [0.0, REACH, -REACH, *(sign * point for point in (1.0, 10.0, 100.0, 700.0, 1e3) for sign in (1, -1))]
     positive = np.concatenate(
         [np.geomspace(1e-6, 1e-2, 41), np.linspace(0.0, 20.0, 2001)[1:], np.geomspace(20.0, REACH, 2000)]
@@ -202,7 +201,7 @@ def _sides(condition: sympy.Basic) -> list[sympy.Expr]:
 
 
 def _at(point: sympy.Expr, part: sympy.Basic) -> sympy.Expr | bool:
-    value = part.subs(_S, point)
+    value = part.subs(S, point)
     return value == True if isinstance(value, Boolean) else sympy.N(value, 30)  # noqa: E712
 
 
@@ -214,7 +213,7 @@ def _between(start: sympy.Expr, end: sympy.Expr) -> sympy.Expr:
 
 def _zeros(switch: sympy.Expr, left: sympy.Expr, right: sympy.Expr, node: sympy.Expr) -> list[sympy.Expr]:
     """The zeros strictly between left and right."""
-    zeros = sympy.solveset(switch, _S, sympy.Interval.open(left, right)) if switch.has(_S) else sympy.S.EmptySet
+    zeros = sympy.solveset(switch, S, sympy.Interval.open(left, right)) if switch.has(S) else sympy.S.EmptySet
     if not (zeros.is_empty or isinstance(zeros, sympy.FiniteSet) and all(zero.is_comparable for zero in zeros)):
         raise ValueError(
             f"the points where {node} changes from one formula to another are not finitely many, or SymPy does not "
@@ -230,7 +229,7 @@ _WITHOUT_VALUES = (
 
 def _refuse_what_is_not_smooth(formula: sympy.Expr, left: sympy.Expr, right: sympy.Expr) -> None:
     for order, name in enumerate(_ORDERS):
-        derivative = sympy.diff(formula, _S, order)
+        derivative = sympy.diff(formula, S, order)
         if kinds := [getattr(kind, "__name__", str(kind)) for kind in _WITHOUT_VALUES if derivative.has(kind)]:
             raise ValueError(
                 f"{name} of {formula} contains {', '.join(kinds)}, which has no values; "
@@ -240,7 +239,7 @@ def _refuse_what_is_not_smooth(formula: sympy.Expr, left: sympy.Expr, right: sym
         raise ValueError(f"sigma = {formula} is complex; give an expression that is real for real s")
     for base in _singular_where_zero(formula):
         try:
-            poles = sympy.solveset(base, _S, sympy.Interval.open(left, right))
+            poles = sympy.solveset(base, S, sympy.Interval.open(left, right))
         except NotImplementedError:
             continue
         # Other sets are what SymPy cannot solve; that is left to the probes.
@@ -252,7 +251,7 @@ def _singular_where_zero(formula: sympy.Expr) -> list[sympy.Expr]:
     bases = [power.base for power in formula.atoms(sympy.Pow) if power.exp.is_number and power.exp.is_negative]
     bases += [logarithm.args[0] for logarithm in formula.atoms(sympy.log)]
     bases += [sympy.cos(tangent.args[0]) for tangent in formula.atoms(sympy.tan)]
-    return [base for base in bases if base.has(_S) and not base.is_positive]
+    return [base for base in bases if base.has(S) and not base.is_positive]
 
 
 # ---- evaluating them ----------------------------------------------------------------------------------------------
@@ -267,13 +266,14 @@ class Part(NamedTuple):
     function: Function
 
 
-def _formulas(expression: sympy.Expr) -> list[tuple[float, float, sympy.Expr]]:
+def smooth_formulas(expression: sympy.Expr) -> list[tuple[float, float, sympy.Expr]]:
     """(l, r, formula) for each interval (l, r] between two cuts."""
     ends = [-math.inf, *cuts(expression), math.inf]
     return [(*ends, formula) for ends, (_, formula) in zip(pairwise(ends), _pieces(expression), strict=True)]
 
 
-def _values(expression: sympy.Expr, order: int, s: Array) -> Array:
+def evaluate(expression: sympy.Expr, order: int, s: Array) -> Array:
+    """sigma, sigma' or sigma'' (`order` 0, 1, 2) at points s; of a constant one number."""
     with np.errstate(all="ignore"):
         return _function(expression, order)(s)
 
@@ -291,8 +291,8 @@ def parts(expression: sympy.Expr, order: int) -> tuple[Part, ...]:
     """sigma, sigma' or sigma'' (`order` 0, 1, 2) as formulas in the real symbol s that do not overflow, from left to right."""
     return tuple(
         chain.from_iterable(
-            _parts(sympy.diff(formula, _S, order), left, right, _probes(expression))
-            for left, right, formula in _formulas(expression)
+            _parts(sympy.diff(formula, S, order), left, right, sample_points(expression))
+            for left, right, formula in smooth_formulas(expression)
         )
     )
 
@@ -317,7 +317,7 @@ def _parts(formula: sympy.Expr, left: float, right: float, probes: Array) -> Seq
         if is_finite(plain):
             return [plain]
         halves = [
-            _part(start, end, _in_decaying_powers(formula, sign))
+            _part(start, end, in_decaying_powers(formula, sign))
             for sign, start, end in ((-1, left, min(right, 0.0)), (1, max(left, 0.0), right))
             if start < end
         ]
@@ -331,10 +331,10 @@ def _part(left: float, right: float, formula: sympy.Expr) -> Part:
 
 
 def _compile(formula: sympy.Expr) -> Function:
-    return sympy.lambdify(_S, formula, ["scipy", "numpy"], cse=True)
+    return sympy.lambdify(S, formula, ["scipy", "numpy"], cse=True)
 
 
-def _in_decaying_powers(formula: sympy.Expr, sign: int) -> sympy.Expr:
+def in_decaying_powers(formula: sympy.Expr, sign: int) -> sympy.Expr:
     """The formula for sign * s >= 0, rational in x = e^(-c |s|), with log(x^k r(x)) = -k c |s| + log r(x).
 
     All e^(rate s + shift) become powers of x, which is at most 1; numerators and denominators then have no common
@@ -343,14 +343,14 @@ def _in_decaying_powers(formula: sympy.Expr, sign: int) -> sympy.Expr:
     formula = formula.rewrite([sympy.sinh, sympy.cosh], sympy.exp)
     linear = {}
     for power in formula.atoms(sympy.exp):
-        if power.exp.is_polynomial(_S) and sympy.degree(power.exp, _S) == 1:
-            linear[power] = [_without_floats(c) for c in sympy.Poly(power.exp, _S).all_coeffs()]
+        if power.exp.is_polynomial(S) and sympy.degree(power.exp, S) == 1:
+            linear[power] = [_without_floats(c) for c in sympy.Poly(power.exp, S).all_coeffs()]
     if not linear:
         return formula
     unit = reduce(sympy.gcd, (abs(rate) for rate, _ in linear.values()))
     if not all((rate / unit).is_Integer and abs(rate) <= 16 * unit for rate, _ in linear.values()):
         return formula
-    x, minus_log = sympy.Dummy("x", positive=True), unit * sign * _S
+    x, minus_log = sympy.Dummy("x", positive=True), unit * sign * S
     formula = formula.xreplace(
         {power: sympy.exp(shift) * x ** (-sign * rate / unit) for power, (rate, shift) in linear.items()}
     )
@@ -465,12 +465,12 @@ def _antiderivatives(expression: sympy.Expr, cells: _Cells, by_quadrature: Funct
     Only by rules: other methods of SymPy may take minutes, and a time limit would make ranks differ.
     """
     parts = []
-    for left, right, formula in _formulas(expression):
-        antiderivative = manualintegrate(formula, _S)
+    for left, right, formula in smooth_formulas(expression):
+        antiderivative = manualintegrate(formula, S)
         if antiderivative.has(sympy.Integral):
             return None
         parts.append(Part(left, right, antiderivative, _shifted(_compile(antiderivative), min(max(0.0, left), right), by_quadrature)))
-    s = np.sort(_probes(expression))
+    s = np.sort(sample_points(expression))
     cell = cells.containing(s)
     error = np.abs(_select(parts, s) - by_quadrature(s))
     sigma, anchors = _function(expression, 0), cells.anchors[cell]
@@ -484,87 +484,9 @@ def _shifted(antiderivative: Function, start: float, by_quadrature: Function) ->
     return lambda s: antiderivative(s) + constant
 
 
-# ---- what the theory asks -----------------------------------------------------------------------------------------
-
-
-def properties(expression: sympy.Expr) -> dict[str, float | bool]:
-    """The fields of `fem_resnet.activation.Properties`, as a dense grid up to 1e4 tells them."""
-    s = np.sort(_probes(expression))
-    sigma, slope = (np.broadcast_to(_values(expression, order, s), s.shape) for order in (0, 1))
-    at_zero, slope_at_zero = (float(_values(expression, order, np.zeros(()))) for order in (0, 1))
-    # Rounding errors of formulas such as 1 - tanh(s)^2 are neither slopes nor signs.
-    rounding = 4 * float(np.finfo(float).eps)
-    non_decreasing = bool((slope >= -rounding * max(1.0, np.abs(slope).max())).all())
-    return {
-        "lipschitz": _supremum(expression, 1),
-        "zero_at_zero": abs(at_zero) <= rounding,
-        "sign_preserving": bool((np.sign(s) * sigma >= -rounding).all()),
-        "positive_slope_at_zero": slope_at_zero > rounding,
-        "non_decreasing": non_decreasing,
-        "strictly_increasing": non_decreasing and not _has_plateau(expression),
-        "bounded": math.isfinite(_supremum(expression, 0)),
-    }
-
-
-def contradicted(expression: sympy.Expr, declared: Mapping[str, float | bool]) -> list[str]:
-    """Which of the declared `properties` values up to 1e4 disprove: true may be more than they show, but no less."""
-    s = np.sort(_probes(expression))
-    sigma, slope = (np.broadcast_to(_values(expression, order, s), s.shape) for order in (0, 1))
-    rounding = 1e-9  # of formulas that lose digits
-    steepest = float(np.abs(slope).max())
-    falls = bool((slope < -rounding * max(1.0, steepest)).any())
-    disproved = {
-        "lipschitz": declared["lipschitz"] < (1 - rounding) * steepest,
-        "zero_at_zero": bool(abs(_values(expression, 0, np.zeros(()))) > rounding),
-        "sign_preserving": bool((np.sign(s) * sigma < -rounding).any()),
-        "positive_slope_at_zero": bool(_values(expression, 1, np.zeros(())) <= 0),
-        "non_decreasing": falls,
-        "strictly_increasing": falls or _has_plateau(expression),
-    }
-    return [name for name, found in disproved.items() if found and (name == "lipschitz" or declared[name])]
-
-
-def _supremum(expression: sympy.Expr, order: int) -> float:
-    """sup |sigma| or sup |sigma'|."""
-    s = np.sort(_probes(expression))
-    size = np.broadcast_to(np.abs(_values(expression, order, s)), s.shape)
-    peak = int(np.argmax(size))
-    top = minimize_scalar(
-        lambda point: -abs(float(_values(expression, order, np.array(point)))),
-        bounds=(s[max(peak - 1, 0)], s[min(peak + 1, s.size - 1)]),
-        method="bounded",
-        options={"xatol": 1e-9},
-    )
-    return float(max(-top.fun, *(_continued(np.abs(s[side]), size[side]) for side in (s <= 0, s >= 0))))
-
-
-def _continued(distance: Array, size: Array) -> float:
-    """The supremum on a half line, from values up to 1e4.
-
-    It is infinite if it grows from 1e3 to 1e4 by more than half as much as from 1e2 to 1e3. Smaller growth is continued
-    as a geometric sequence; growth below 0.1 % is what the grid has missed of an oscillation.
-    """
-    until_1e2, until_1e3, until_1e4 = (size[distance <= end].max() for end in (1e2, 1e3, REACH))
-    before, growth = until_1e3 - until_1e2, until_1e4 - until_1e3
-    if growth > max(before / 2, 1e-3 * until_1e4):
-        return math.inf
-    return until_1e4 + (growth**2 / (before - growth) if 0 < growth <= before / 2 else 0.0)
-
-
-def _has_plateau(expression: sympy.Expr) -> bool:
-    """A formula of smooth functions has an interval of slope 0 only if it is constant."""
-    for left, right, formula in _formulas(expression):
-        left, right = max(left, min(right, 1.0) - 2.0), min(right, max(left, -1.0) + 2.0)
-        points = (sympy.Rational(left + (right - left) * part) for part in (0.21, 0.47, 0.83))
-        slope = sympy.diff(formula, _S)
-        if all(abs(sympy.N(slope.subs(_S, point), 30)) < 1e-100 for point in points):
-            return True
-    return False
-
-
 # ---- expressions as trees of lists --------------------------------------------------------------------------------
 
-_LEAVES = {"s": _S, "pi": sympy.pi, "E": sympy.E}
+_LEAVES = {"s": S, "pi": sympy.pi, "E": sympy.E}
 _NAMES = (
     "Add Mul Pow Rational exp log erf sin cos tan atan sinh cosh tanh asinh Abs Max Min "
     "Piecewise Lt Le Gt Ge Eq Ne And Or"

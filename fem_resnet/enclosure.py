@@ -1,0 +1,509 @@
+"""What a formula in s does on a whole interval, proved: interval arithmetic in place of samples.
+
+An *enclosure* of g over an interval X is an interval that contains g(X). Interval arithmetic (mpmath's, rounded outward)
+gives one from the formula; it is too wide where s occurs more than once. So X is cut into cells, and on each cell
+
+    g(X) in g(X as an interval),    in g(m) + g'(X) (X - m),    between the values at the ends if g' has one sign on X
+
+are all taken. The cell that decides is cut again, until the question is answered or `CELLS` cells have been looked at.
+Half lines count as cells. There s^k e^(p(s)) is enclosed as one function, and quotients of polynomials in 1 / s.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+import mpmath
+import sympy
+from mpmath.ctx_iv import MPIntervalContext
+
+__all__ = ["CELLS", "Formula", "OnePlusErf", "Piece", "Unproved", "supremum", "zeros"]
+
+#: How many cells one question may take: less than a second.
+CELLS = 1000
+_DIGITS = 80  # bits
+# Contexts of our own: their precision is nobody else's.
+_IV, _MP = MPIntervalContext(), mpmath.MPContext()
+_IV.prec = _MP.prec = _DIGITS
+#: mpmath's functions are good to the last bits; this many more are granted.
+_SLACK = _MP.mpf(2) ** (16 - _DIGITS)
+_ENDS = (-1e4, -100.0, -10.0, -1.0, 0.0, 1.0, 10.0, 100.0, 1e4)
+#: Half lines are not cut farther out.
+_FARTHEST = 1e13
+#: Operations of a formula from which on SymPy may take minutes to bring it to another form.
+_LONG = 40
+#: Between two points as close as this, relative or absolute, several zeros count as one.
+_CLOSE = 1e-12
+
+
+class Unproved(Exception):
+    """Interval arithmetic cannot tell: an unknown function, or a value that may not be there."""
+
+
+def _interval(low, high):
+    return _IV.mpf([low, high])
+
+
+_ALL = _interval(-_IV.inf, _IV.inf)
+
+
+def _number(x: float | mpmath.mpf):
+    return _IV.mpf(x)
+
+
+class OnePlusErf(sympy.Function):
+    """1 + erf(u) = erfc(-u), which SymPy writes as 2 - erfc(u): of that no digits are left where u is far below 0."""
+
+    nargs = 1
+
+
+# ---- enclosures of formulas ---------------------------------------------------------------------------------------
+
+
+def _widened(low, high, slack=(_SLACK, _SLACK)):
+    return _interval(low - abs(low) * slack[0], high + abs(high) * slack[1])
+
+
+def _increasing(function: Callable, least: float = -math.inf, bounds: tuple[float, float] = (-math.inf, math.inf)):
+    """Enclosures by a function that increases from `least` on, with values within `bounds`."""
+
+    def enclose(X):
+        if X.a < least:
+            raise Unproved(f"an argument may be below {least}")
+        ends = [_MP.mpf(end) for end in (X.a, X.b)]
+        # At 0 all of these are exact, 0 or 1.
+        found = _widened(*(_MP.convert(function(end)) for end in ends), [_SLACK if end else 0 for end in ends])
+        return _interval(max(found.a, _IV.mpf(bounds[0]).a), min(found.b, _IV.mpf(bounds[1]).b))
+
+    return enclose
+
+
+def _decreasing(function: Callable, bounds: tuple[float, float]):
+    mirrored = _increasing(lambda x: function(-x), bounds=bounds)
+    return lambda X: mirrored(-X)
+
+
+def _cosh(X):
+    ends = [abs(_MP.mpf(X.a)), abs(_MP.mpf(X.b))]
+    least = 0 if X.a <= 0 <= X.b else min(ends)
+    return _widened(_MP.cosh(least), _MP.cosh(max(ends)), [_SLACK if least else 0, _SLACK])
+
+
+def _circular(function: Callable):
+    return lambda X: function(X) if math.isfinite(X.a) and math.isfinite(X.b) else _interval(-1, 1)
+
+
+_FUNCTIONS = {
+    sympy.exp: _increasing(_MP.exp, bounds=(0.0, math.inf)),
+    sympy.log: _increasing(lambda x: _MP.log(x) if x else -_MP.inf, least=0.0),
+    sympy.erf: _increasing(_MP.erf, bounds=(-1.0, 1.0)),
+    sympy.tanh: _increasing(_MP.tanh, bounds=(-1.0, 1.0)),
+    sympy.atan: _increasing(_MP.atan),
+    sympy.sinh: _increasing(_MP.sinh),
+    sympy.asinh: _increasing(lambda x: x if _MP.isinf(x) else _MP.asinh(x)),
+    sympy.erfc: _decreasing(_MP.erfc, bounds=(0.0, 2.0)),
+    OnePlusErf: _increasing(lambda x: _MP.erfc(-x), bounds=(0.0, 2.0)),
+    sympy.cosh: _cosh,
+    sympy.sin: _circular(_IV.sin),
+    sympy.cos: _circular(_IV.cos),
+}
+
+
+class _Over:
+    """Enclosures of formulas in s over one interval, each part once."""
+
+    def __init__(self, s: sympy.Symbol, X):
+        self.s, self.X, self._known = s, X, {s: X, sympy.pi: _IV.pi, sympy.E: _IV.e}
+
+    def __call__(self, node: sympy.Expr):
+        if node not in self._known:
+            self._known[node] = self._of(node)
+        return self._known[node]
+
+    def _of(self, node: sympy.Expr):
+        if node.is_Rational:
+            return _IV.mpf(int(node.p)) / int(node.q)
+        if node.is_Add:
+            return sum(map(self, node.args), _IV.mpf(0))
+        if node.is_Mul:
+            return self._product(node)
+        if node.is_Pow:
+            return _power(self(node.base), node.exp)
+        if node.func in _FUNCTIONS:
+            return _FUNCTIONS[node.func](self(node.args[0]))
+        raise Unproved(f"no enclosure of {node.func}")
+
+    def _product(self, node: sympy.Mul):
+        """Of factors; s^k e^(p(s)) counts as one, which falls or rises where k / s + p'(s) has one sign."""
+        factors, X = _factors(node, self.s), self.X
+        product = prod(map(self, node.args if factors is None else factors.others), start=_IV.mpf(1))
+        if factors is None:
+            return product
+        one_sign = (X.a >= 0 or X.b <= 0) and X.a != X.b
+        rate = self(factors.rate) if one_sign else _ALL
+        if rate.a < 0 < rate.b:
+            return product * _power(X, factors.power) * self(sympy.exp(factors.exponent))
+        ends = [_at_end(factors, self.s, end) for end in (X.a, X.b)]
+        return product * _interval(min(end.a for end in ends), max(end.b for end in ends))
+
+
+def _power(base, exponent: sympy.Expr):
+    if exponent.is_Integer:
+        whole = base ** abs(int(exponent))
+        return whole if exponent >= 0 else _inverse(whole)
+    if not exponent.is_Rational or base.a < 0:
+        raise Unproved("a root of what may be negative")
+    root = _increasing(lambda x: x ** (_MP.mpf(int(abs(exponent.p))) / int(exponent.q)), least=0.0)(base)
+    return root if exponent > 0 else _inverse(root)
+
+
+def _inverse(X):
+    """1 / X; of an interval that ends at 0, what lies on its side of 0."""
+    if X.a > 0 or X.b < 0:
+        return 1 / X
+    if X.a == 0 and X.b > 0:
+        return _interval((1 / _number(X.b)).a, _IV.inf)
+    if X.b == 0 and X.a < 0:
+        return _interval(-_IV.inf, (1 / _number(X.a)).b)
+    return _ALL
+
+
+class _Factors(NamedTuple):
+    """A product as s^power e^exponent times others; `rate` is the derivative of the logarithm of the first two."""
+
+    power: sympy.Expr
+    exponent: sympy.Expr
+    rate: sympy.Expr
+    others: tuple[sympy.Expr, ...]
+
+
+@lru_cache(maxsize=4096)
+def _factors(node: sympy.Mul, s: sympy.Symbol) -> _Factors | None:
+    """None where s^k and e^p(s) do not both occur."""
+    power, exponent, others = sympy.Integer(0), sympy.Integer(0), []
+    for factor in node.args:
+        base, k = factor.as_base_exp()
+        if base == s and k.is_Integer:
+            power += k
+        elif factor.func is sympy.exp and factor.args[0].is_polynomial(s):
+            exponent += factor.args[0]
+        else:
+            others.append(factor)
+    if power == 0 or not exponent.has(s):
+        return None
+    return _Factors(power, exponent, sympy.expand(power / s + sympy.diff(exponent, s)), tuple(others))
+
+
+def _at_end(factors: _Factors, s: sympy.Symbol, end):
+    """s^k e^p at an end of an interval: 0 or infinite where the end is."""
+    power, exponent = factors.power, factors.exponent
+    if not _MP.isinf(_MP.mpf(end)):
+        return _power(_number(end), power) * _Over(s, _number(end))(sympy.exp(exponent))
+    leading = sympy.LC(exponent, s) * (1 if end > 0 else (-1) ** sympy.degree(exponent, s))
+    sign = 1 if end > 0 or power.is_even else -1
+    return _IV.mpf(0) if leading < 0 else sign * _IV.inf
+
+
+class Formula:
+    """A smooth formula in s, with what encloses it over intervals.
+
+    Parameters
+    ----------
+    expression
+        In the one symbol `s`. Its decimal numbers are taken for the binary ones that they are stored as.
+    s
+        The symbol, real.
+    rewritten
+        ``rewritten(expression, sign)`` gives the same function in another form, for sign * s >= 0, or fails.
+    """
+
+    def __init__(self, expression: sympy.Expr, s: sympy.Symbol, rewritten: Callable[[sympy.Expr, int], sympy.Expr]):
+        exact = {number: sympy.Rational(number) for number in expression.atoms(sympy.Float)}
+        self.expression, self._s, self._rewritten = expression.xreplace(exact), s, rewritten
+        self._forms: dict[int, sympy.Expr | None] = {}
+
+    def __neg__(self) -> Formula:
+        return Formula(-self.expression, self._s, self._rewritten)
+
+    @cached_property
+    def slope(self) -> Formula:
+        """Its derivative."""
+        return Formula(sympy.diff(self.expression, self._s), self._s, self._rewritten)
+
+    def over(self, X):
+        """An interval that contains all values over the interval X, which may be a half line or a point.
+
+        Raises
+        ------
+        Unproved
+            If there is none.
+        """
+        found = _meet(self._by(self.expression, self._s, X), self._by(self._form(0), self._s, X))
+        if X.a >= 0 or X.b <= 0:
+            found = _meet(found, self._by(self._form(_side(X)), self._s, X))
+        if math.isinf(X.a) != math.isinf(X.b) and X.a * X.b > 0:
+            found = _meet(found, self._by(self._form(2), self._s, _reciprocal(X)))
+        if found is None:
+            raise Unproved(f"no enclosure of {self.expression}")
+        return found
+
+    def _by(self, form: sympy.Expr | None, s: sympy.Symbol, X):
+        if form is None:
+            return None
+        try:
+            found = _Over(s, X)(form)
+        except (Unproved, ZeroDivisionError, ValueError, OverflowError, TypeError):
+            return None
+        return None if math.isnan(found.a) or math.isnan(found.b) else found
+
+    def at(self, point: float):
+        """The same at one point."""
+        return self.over(_number(point))
+
+    def never_zero_far_out(self, X) -> bool:
+        """Whether no factor of the formula vanishes on a half line, where it may decay to 0."""
+        form = self._form(_side(X))
+        return form is not None and all(self._has_no_zero(*factor.as_base_exp(), X) for factor in sympy.Mul.make_args(form))
+
+    def _has_no_zero(self, base: sympy.Expr, exponent: sympy.Expr, X) -> bool:
+        if exponent.is_negative or base.func in (sympy.exp, sympy.erfc, OnePlusErf, sympy.cosh) or base.is_positive:
+            return True
+        over = self._by(base, self._s, X)
+        return over is not None and (over.a > 0 or over.b < 0)
+
+    def _form(self, kind: int) -> sympy.Expr | None:
+        """As a product (0); in decaying powers of e for s < 0 (-1) or s > 0 (1); as a function of 1 / s (2)."""
+        if kind not in self._forms:
+            try:
+                if self.expression.count_ops() > _LONG:
+                    form = None
+                elif kind == 0:
+                    form = sympy.factor(sympy.together(self.expression))
+                elif kind == 2:
+                    form = sympy.cancel(sympy.together(self.expression.subs(self._s, 1 / self._s)))
+                else:
+                    form = self._rewritten(self.expression, kind)
+            except (sympy.PolynomialError, AttributeError, TypeError, NotImplementedError, ValueError):
+                form = None
+            self._forms[kind] = form
+        return self._forms[kind]
+
+
+def _side(X) -> int:
+    return 1 if X.a >= 0 else -1
+
+
+def _reciprocal(X):
+    return _interval(0, (1 / _IV.mpf(X.a)).b) if X.a > 0 else _interval((1 / _IV.mpf(X.b)).a, 0)
+
+
+def _meet(one, other):
+    if one is None or other is None:
+        return one if other is None else other
+    return _interval(max(one.a, other.a), min(one.b, other.b))
+
+
+class Piece(NamedTuple):
+    """A formula that is good between two ends, which may be infinite."""
+
+    left: float
+    right: float
+    formula: Formula
+
+
+# ---- cells --------------------------------------------------------------------------------------------------------
+
+
+def _first_cells(piece: Piece) -> list[tuple[float, float]]:
+    inner = [end for end in _ENDS if piece.left < end < piece.right]
+    return list(pairwise([piece.left, *inner, piece.right]))
+
+
+def _middle(left: float, right: float) -> float | None:
+    """Where a cell is cut; None if it is as short as doubles allow."""
+    if math.isinf(left) or math.isinf(right):
+        end = right if math.isinf(left) else left
+        if math.isinf(end):
+            return 0.0
+        far = (1e4 * abs(end) or 1.0) * (-1 if math.isinf(left) else 1)
+        return far if abs(far) < _FARTHEST else None
+    middle = left + (right - left) / 2
+    if left > 0 and right > 100 * left or right < 0 and left < 100 * right:
+        middle = math.copysign(math.sqrt(abs(left)) * math.sqrt(abs(right)), left)
+    return middle if right - left > 4 * math.ulp(max(abs(left), abs(right))) else None
+
+
+def _upper(formula: Formula, left: float, right: float):
+    """A bound of the formula from above over a cell."""
+    X = _interval(left, right)
+    bound = formula.over(X).b
+    try:
+        slope = formula.slope.over(X)
+    except Unproved:
+        return bound
+    if slope.a >= 0 or slope.b <= 0:
+        end = right if slope.a >= 0 else left
+        return min(bound, formula.at(end).b) if math.isfinite(end) else bound
+    middle = _middle(left, right)
+    if middle is not None and math.isfinite(left) and math.isfinite(right):
+        bound = min(bound, (formula.at(middle) + slope * (X - middle)).b)
+    return bound
+
+
+def _up(x) -> float:
+    """A double that is not below x."""
+    rounded = float(x)
+    return rounded if _MP.mpf(rounded) >= _MP.mpf(x) else math.nextafter(rounded, math.inf)
+
+
+def _down(x) -> float:
+    return -_up(-_MP.mpf(x))
+
+
+def supremum(
+    pieces: Sequence[Piece],
+    *,
+    known: float = -math.inf,
+    enough: float | None = None,
+    tolerance: float = 1e-9,
+    cells: int = CELLS,
+) -> tuple[float, float]:
+    """low <= sup g <= high of a function that is given in pieces.
+
+    Parameters
+    ----------
+    pieces
+        What g is, on intervals that together are its domain.
+    known
+        A value that is reached, as far as samples tell.
+    enough
+        Stop where high <= enough is known, or low > enough; else where both are as close as `tolerance`, relative.
+    cells
+        How many cells to look at; then the bounds are as far apart as they are.
+
+    Raises
+    ------
+    Unproved
+        If there is no bound from above at all on some cell.
+    """
+    low, stuck, heap, looked = known, -math.inf, [], 0
+
+    def look(formula: Formula, left: float, right: float, above: float) -> None:
+        nonlocal low, looked
+        looked += 1
+        bound = min(above, _up(_upper(formula, left, right)))
+        middle = _middle(left, right)
+        for point in (left, right, middle):
+            if point is not None and math.isfinite(point):
+                low = max(low, _down(formula.at(point).a))
+        heapq.heappush(heap, (-bound, looked, left, right, middle, formula))
+
+    for piece in pieces:
+        for left, right in _first_cells(piece):
+            look(piece.formula, left, right, math.inf)
+    while heap:
+        high = max(stuck, -heap[0][0])
+        if enough is not None and (high <= enough or low > enough):
+            return low, high
+        if high - low <= tolerance * abs(low) or high == stuck or looked >= cells:
+            return low, high
+        bound, _, left, right, middle, formula = heapq.heappop(heap)
+        if middle is None:
+            stuck = max(stuck, -bound)
+            continue
+        look(formula, left, middle, -bound)
+        look(formula, middle, right, -bound)
+    return low, stuck
+
+
+def zeros(piece: Piece, at_most: int = 1, cells: int = CELLS) -> list[tuple[float, float]]:
+    """Short intervals that hold all zeros of an analytic formula that is not constant, one each.
+
+    Where the formula comes as close to 0 as doubles can tell, touching it or not, that counts as a zero.
+
+    Parameters
+    ----------
+    piece
+        The formula, and where it is good.
+    at_most
+        The search ends with a zero more than these.
+    cells
+        How many cells to look at.
+
+    Raises
+    ------
+    Unproved
+        If that takes too many cells, or a cell has no enclosure.
+    """
+    # Half lines come last: there may be zeros enough elsewhere.
+    waiting = sorted(_first_cells(piece), key=lambda cell: math.isfinite(cell[0]) and math.isfinite(cell[1]))
+    found: list[tuple[float, float]] = []
+    looked = 0
+    while waiting and len(_joined(found)) <= at_most:
+        left, right = waiting.pop()
+        looked += 1
+        if looked > cells:
+            raise Unproved(f"the zeros of {piece.formula.expression} take more than {cells} cells")
+        X = _interval(left, right)
+        over = piece.formula.over(X)
+        if over.a > 0 or over.b < 0:
+            continue
+        try:
+            slope = piece.formula.slope.over(X)
+        except Unproved:
+            slope = _ALL
+        if slope.a >= 0 or slope.b <= 0:
+            # Strictly monotone, as it is analytic: an end of infinite length only has its limit, which is no value.
+            at_left, at_right = (piece.formula.over(_number(end) if math.isfinite(end) else _beyond(end)) for end in (left, right))
+            low, high = (at_left, at_right) if slope.a >= 0 else (-at_left, -at_right)
+            touches = low.a == 0 == low.b and math.isfinite(left), high.a == 0 == high.b and math.isfinite(right)
+            if any(touches):
+                found.append((left, left) if touches[0] else (right, right))
+                continue
+            if low.a >= 0 or high.b <= 0:
+                continue
+            if low.b < 0 < high.a and math.isfinite(left) and math.isfinite(right):
+                found.append(_root(piece.formula, left, right))
+                continue
+        middle = _middle(left, right)
+        if middle is None or right - left <= _CLOSE * max(1.0, abs(left)):
+            if math.isinf(left) or math.isinf(right):
+                if piece.formula.never_zero_far_out(X):
+                    continue
+                raise Unproved(f"whether {piece.formula.expression} vanishes far out is not decided")
+            found.append((left, right))
+        else:
+            waiting += [(middle, right), (left, middle)]
+    return _joined(found)
+
+
+def _beyond(end: float):
+    return _interval(_FARTHEST, _IV.inf) if end > 0 else _interval(-_IV.inf, -_FARTHEST)
+
+
+def _root(formula: Formula, left: float, right: float) -> tuple[float, float]:
+    """By bisection, as far as signs are certain."""
+    sign_left = formula.at(left).b < 0
+    while (middle := _middle(left, right)) is not None:
+        value = formula.at(middle)
+        if value.a <= 0 <= value.b:
+            return (middle, middle)
+        left, right = (middle, right) if (value.b < 0) == sign_left else (left, middle)
+    return left, right
+
+
+def _joined(found: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """One interval for those that touch."""
+    joined: list[tuple[float, float]] = []
+    for left, right in sorted(found):
+        if joined and left - joined[-1][1] <= 100 * _CLOSE * max(1.0, abs(left)):
+            joined[-1] = joined[-1][0], max(joined[-1][1], right)
+        else:
+            joined.append((left, right))
+    return joined
