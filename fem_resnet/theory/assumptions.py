@@ -35,10 +35,13 @@ class EnergyCondition:
     holds : bool
     reason : str
         What was found, with the numbers.
+    caveat : str
+        "sampled, not proved: .." where that it holds rests on such properties of sigma; else empty.
     """
 
     holds: bool
     reason: str
+    caveat: str = ""
 
 
 @supports(*HELD, *STEPPED)
@@ -101,7 +104,10 @@ def _of_operator(problem: AutonomousProblem) -> dict[str, EnergyCondition]:
 
 def _of_activation(sigma: Activation) -> dict[str, EnergyCondition]:
     name, keeps_sign = sigma.name, sigma.properties.sign_preserving
-    sign = EnergyCondition(keeps_sign, f"{name} {'has' if keeps_sign else 'has not'} the sign of its argument")
+    sign = EnergyCondition(
+        keeps_sign, f"{name} {'has' if keeps_sign else 'has not'} the sign of its argument",
+        sigma.properties.caveat("sign_preserving") if keeps_sign else "",
+    )  # fmt: skip
     if not keeps_sign:
         return {SIGN: sign, LINEAR: sign, BELOW: sign}
     ends = {end: abs(float(sigma(end))) for end in (-1e4, 1e4)}
@@ -110,4 +116,7 @@ def _of_activation(sigma: Activation) -> dict[str, EnergyCondition]:
     says = ", ".join(f"|{name}({end:g})| = {value:.4g}" for end, value in ends.items())
     below = sigma.properties.non_decreasing and min(ends.values()) > 0
     why = says if sigma.properties.non_decreasing else f"{name} is not non-decreasing"
-    return {SIGN: sign, LINEAR: EnergyCondition(linear, says), BELOW: EnergyCondition(below, why)}
+    return {
+        SIGN: sign, LINEAR: EnergyCondition(linear, says),
+        BELOW: EnergyCondition(below, why, sigma.properties.caveat("non_decreasing") if below else ""),
+    }  # fmt: skip

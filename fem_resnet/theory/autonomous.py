@@ -113,17 +113,9 @@ class AutonomousProblem:
 
 
 def sampled(activation: Activation, *names: str) -> str:
-    """What is to be said of a statement that stands on these properties: which of them are sampled; nothing if none is.
-
-    Parameters
-    ----------
-    activation
-        sigma.
-    names
-        Attributes of its `Properties`.
-    """
-    found = [name for name in names if name in getattr(activation.properties, "sampled", ())]
-    return f" (sampled, not proved, of {activation.name}: {', '.join(found)})" if found else ""
+    """What a statement that stands on these properties says of them, `Properties.caveat` in brackets; nothing if all are proved."""
+    caveat = activation.properties.caveat(*names)
+    return f" ({caveat})" if caveat else ""
 
 
 @supports(*HELD, *STEPPED, "gradient_flow")

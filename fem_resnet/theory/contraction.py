@@ -33,6 +33,7 @@ from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
+from fem_resnet.theory.autonomous import sampled
 
 __all__ = ["LipschitzBound", "circle_radius", "lipschitz_bound"]
 
@@ -170,6 +171,11 @@ def _rates(lipschitz: float, norms: np.ndarray, power: int) -> np.ndarray:
 
 
 def _reason(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
+    rests_on = ("lipschitz", "non_decreasing") if falls else ("lipschitz",)
+    return _why(net, falls, R, short) + sampled(net.activation, *rests_on)
+
+
+def _why(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
     if not net.activation.properties.non_decreasing:
         return f"{net.activation.name} decreases somewhere, so that only the norm of B bounds them"
     if not falls:

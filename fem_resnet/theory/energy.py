@@ -70,6 +70,8 @@ class EnergyStatement:
     holds : bool or None
         Whether what was observed is within the bound, for all samples. The bound of a time integral is widened by the
         defect of its energy identity, which is the error of the time steps, others by round-off.
+    caveats : tuple of str
+        What of sigma the conditions rest on that is sampled, not proved.
     """
 
     name: str
@@ -78,6 +80,7 @@ class EnergyStatement:
     observed: np.ndarray
     bound: np.ndarray | None
     holds: bool | None
+    caveats: tuple[str, ...] = ()
 
     @property
     def applies(self) -> bool:
@@ -92,6 +95,7 @@ class EnergyStatement:
             lines.append(f"    does not apply: {'; '.join(self.unmet)}")
         elif self.holds is False:
             lines.append("    applies to the solution: it is the time steps that break it; take shorter ones")
+        lines += [f"    {caveat}" for caveat in self.caveats]
         return "\n".join(lines)
 
 
@@ -253,7 +257,8 @@ class EnergyMonitor:
         failing = [what for what in conditions if not self.conditions[what].holds]
         unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in failing)
         holds = None if bound is None else bool((observed <= bound + slack).all())
-        return EnergyStatement(name, says, unmet, observed, bound, holds)
+        caveats = tuple(dict.fromkeys(c for what in conditions if (c := self.conditions[what].caveat)))
+        return EnergyStatement(name, says, unmet, observed, bound, holds, caveats)
 
     def _of_primitive(self) -> Iterator[EnergyStatement]:
         E, dissipated = self.values("primitive"), self.values("dissipated")

@@ -22,6 +22,7 @@ from mpi4py import MPI
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.reporting import as_json, picture, table, write
+from fem_resnet.theory.autonomous import sampled
 from fem_resnet.theory.conditioning import LinearisedFlow
 from fem_resnet.theory.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
 
@@ -166,6 +167,8 @@ def stability_report(
     layers = layer_stability(flow, terminal)
     gradients = _gradients(layers)
     findings = _findings(layers, gradients)
+    if caveat := net.activation.properties.caveat("lipschitz"):
+        findings.append(f"the bounds rest on sup |sigma'|; {caveat}")
     seconds = net.Y.comm.allreduce(time.perf_counter() - began, op=MPI.MAX)
     title = f"{net!r}, {net.solver_parameters['ts_type']}, steps a layer: {net.steps}, samples: {terminal.shape[1]}"
     report = StabilityReport(title, layers, gradients, findings, _suggestions(net, flow, layers), seconds)
@@ -280,7 +283,8 @@ def _on_constraints(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence
             largest, mean = (value ** (1 / flow.power) for value in (np.log(BY_DEPTH) / (lipschitz * T), flow.exponent() / (lipschitz * T)))
             texts.append(
                 f"norm(b) <= {largest:.3g} in L2(Y x Y), now {mean:.3g} on average over t, "
-                f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5); Tikhonov's regulariser draws it there"
+                f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5){sampled(net.activation, 'lipschitz')}; Tikhonov's "
+                f"regulariser draws it there"
             )
     if layers[-1].kept < 1 / _GRADIENTS:
         texts.append(

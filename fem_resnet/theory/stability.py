@@ -203,10 +203,10 @@ def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stabilit
         why = f"min Re eig(D T) = {least:.1g} has no sign that round-off, {system.error:.1g}, could not change"
     if symmetric < -system.error or not _climbs(steady):
         return result("not decided", f"{why}, and inf (B v, v) = {symmetric:.3g}, so that int Sigma(u) may rise")
-    on_range = system.symmetric_eigenvalues[0]
+    on_range, signs = system.symmetric_eigenvalues[0], sampled(problem.activation, "sign_preserving")
     if on_range > system.error:
-        return result("asymptotically stable", f"{why}, but (B v, v) >= {on_range:.3g} |v|^2 on R(B)")
-    return result("stable", f"{why}, but B_s >= 0 up to round-off, so that int Sigma(u) falls or stays")
+        return result("asymptotically stable", f"{why}, but (B v, v) >= {on_range:.3g} |v|^2 on R(B){signs}")
+    return result("stable", f"{why}, but B_s >= 0 up to round-off, so that int Sigma(u) falls or stays{signs}")
 
 
 def _finite(lipschitz: float) -> float:

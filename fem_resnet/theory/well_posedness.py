@@ -60,6 +60,8 @@ class WellPosedness:
         C_2 with the operator norm of B: sup |sigma'| int |B| ds, or of a gradient flow sup |sigma'| int |B|^2 ds; at most C_2.
     drift : numpy.ndarray
         How far sigma(0) drives f: C_0 t_l, or of a gradient flow C_0 int |b| ds; shape (L + 1,).
+    caveat : str
+        "sampled, not proved: .." where that is so of `lipschitz`; else empty.
     """
 
     times: np.ndarray
@@ -69,6 +71,7 @@ class WellPosedness:
     C_2: np.ndarray
     operator: np.ndarray
     drift: np.ndarray
+    caveat: str = ""
 
     @property
     def growth(self) -> np.ndarray:
@@ -127,7 +130,9 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     """
     lipschitz, rates, C_0 = lipschitz_constant(net), Rates.of(net), drift_constant(net)
     C_1, C_2, operator = (lipschitz * integrated_norms(net, *norms) for norms in (rates.C_1, rates.C_2, rates.operator))
-    return WellPosedness(net.times, lipschitz, C_0, C_1, C_2, operator, C_0 * integrated_norms(net, *rates.drift))
+    return WellPosedness(
+        net.times, lipschitz, C_0, C_1, C_2, operator, C_0 * integrated_norms(net, *rates.drift), net.activation.properties.caveat("lipschitz"),
+    )  # fmt: skip
 
 
 @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
