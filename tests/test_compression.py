@@ -203,7 +203,7 @@ def test_crosses_see_few_values_and_the_rank_does_not_know_the_mesh():
     coarse, fine = (compress(gauss, 1e-3, label_space("sphere", "DG0", n), affordable=0) for n in (2, 3))
     N = fine.kernel.phi.Y.size
     assert N == 1280 and fine.evaluations < 0.15 * N**2
-    assert abs(fine.rank - coarse.rank) <= 1
+    assert abs(fine.rank - coarse.rank) <= 2
     # Pairs apart, a row and a column a step.
     assert fine.evaluations - 4096 - 16384 < 2.5 * fine.rank * 2 * N
 
