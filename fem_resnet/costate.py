@@ -37,6 +37,7 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Step
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.head import PREDICTIONS, Prediction
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace, sample_weights
@@ -131,6 +132,7 @@ class Costate:
         return f, r, self.trajectory.net.activation.derivative(layer.argument(t, f)) * r
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def solve_costate(
     trajectory: Trajectory,
     terminal: fd.Function,
@@ -301,6 +303,10 @@ def _partner_parameters(trajectory: Trajectory) -> dict:
 # -- terminal values -------------------------------------------------------------------------------------------------
 
 
+@supports(
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+    "learned_initial", "learned_both", "many_samples", "weights",
+)  # fmt: skip
 def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Function:
     """r(T) of a learning problem by (4.2b) or Remark 4.3, in the sign of section 4.1. Collective.
 

@@ -6,7 +6,6 @@ scheme; where (4.2) is stepped by that scheme's partner they are round-off (`cos
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +14,12 @@ import numpy as np
 
 from fem_resnet.costate import Costate, solve_costate, terminal_costate
 from fem_resnet.evolution import TYPES
+from fem_resnet.features import supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.trajectory import like, solve_trajectory
 
-__all__ = ["CostateCheck", "costate_check", "refined"]
+__all__ = ["CostateCheck", "costate_check"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,10 @@ class CostateCheck:
         return "\n".join(lines)
 
 
+@supports(
+    "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time", "discrete_gradient",
+    "single_precision", "head", "regulariser", "running", "running_of_controls", "learned_both", "many_samples", "weights",
+)  # fmt: skip
 def costate_check(
     problem: LearningProblem,
     *,
@@ -96,7 +100,8 @@ def costate_check(
     Raises
     ------
     ValueError
-        If the network has no layers or adapts its steps, or an option does not fit.
+        If the network has no layers or adapts its steps, its kernel is made of other controls, so that (4.4) is not the
+        gradient in these, or an option does not fit.
 
     Examples
     --------
@@ -115,12 +120,6 @@ def costate_check(
     True
     """
     net = problem.net
-    if not net.layers:
-        raise ValueError("problem: its network has no layers, so there is nothing to compare")
-    if net.stable_kernel is not None:
-        raise ValueError("problem: its kernel is made of other controls, and (4.4) is the gradient in the kernel; make it free")
-    if net.solver_parameters["ts_adapt_type"] != "none":
-        raise ValueError("problem: its network adapts its steps, so they cannot be refined; give it fixed ones")
     steps = 2 * max(refinements) * net.steps if steps is None else steps
     options = {"solver_parameters": solver_parameters, "options_prefix": options_prefix}
     trajectory = solve_trajectory(net, problem.batch.inputs, steps=steps, **options)
@@ -129,10 +128,8 @@ def costate_check(
     exact_gradient = exact.gradient(problem.regulariser)
     sizes, costates, gradients, by_partner = [], [], [], []
     for refinement in refinements:
-        finer = refined(net, refinement * net.steps)
-        J, run = LearningProblem(
-            finer, problem.head, problem.loss, problem.regulariser, problem.batch, running=problem.running
-        ).record()
+        finer = net.replace(steps=refinement * net.steps)
+        J, run = problem.replace(net=finer).record()
         gradient = J.derivative(apply_riesz=True)[: len(exact_gradient)]
         sizes.append(float(np.diff(net.times).max()) / finer.steps)
         costates.append(_costate_difference(run, exact))
@@ -155,14 +152,6 @@ def _by_partner(problem: LearningProblem, net: ResidualNetwork, cost: dict) -> C
     if trajectory.scheme.partner() is None:
         return None
     return solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True, **cost)
-
-
-def refined(net: ResidualNetwork, steps: int) -> ResidualNetwork:
-    """The same network, with the very same parameters, and another number of steps a layer."""
-    finer = copy.copy(net)
-    finer.steps = steps
-    finer._scratch = {}
-    return finer
 
 
 def _costate_difference(run, costate: Costate) -> float:

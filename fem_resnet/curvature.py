@@ -22,6 +22,7 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface
 from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.objective import LearningProblem
 from fem_resnet.petsc import shell
 
@@ -53,6 +54,10 @@ class Spectrum:
         return weight / (weight + self.values)
 
 
+@supports(
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "learned_initial",
+    "learned_both", "many_samples", "weights",
+)  # fmt: skip
 def hessian_spectrum(
     problem: LearningProblem,
     count: int,
@@ -77,7 +82,8 @@ def hessian_spectrum(
     Raises
     ------
     ValueError
-        If `count` is no integer from 1 to the number of coefficients.
+        If `count` is no integer from 1 to the number of coefficients, or J has first derivatives only: with `Derivatives`,
+        checkpoints or an ensemble.
     RuntimeError
         If the eigensolver does not find them all.
 
@@ -89,10 +95,7 @@ def hessian_spectrum(
     size = sum(parameter.dim for parameter in problem.parameters)
     if not isinstance(count, (int, np.integer)) or not 1 <= count <= size:
         raise ValueError(f"count: an integer from 1 to {size}, the number of coefficients, is wanted; {count!r} was given")
-    loss = LearningProblem(
-        problem.net, problem.head, problem.loss, None, problem.batch, learn=problem.learn, derivatives=problem.derivatives,
-        running=problem.running,
-    )
+    loss = problem.replace(regulariser=None)
     functional = loss.reduced_functional(gauss_newton=gauss_newton)
     comm, functions = problem.net.Y.comm, problem.functions
     with stop_annotating():

@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from inspect import signature
 from typing import Any
 
-__all__ = ["FEATURES", "TOOLS", "Feature", "features_of", "refuse_unsupported", "supports"]
+__all__ = ["FEATURES", "HELD", "STEPPED", "TOOLS", "Feature", "features_of", "refuse_unsupported", "supports"]
 
 
 @dataclass(frozen=True)
@@ -127,37 +126,64 @@ FEATURES: dict[str, Feature] = {
     ),
 }
 
+#: How parameters are held in space and in time: what asks layers for their coefficients (`layer_inputs`) takes them all.
+HELD = (
+    "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
+)  # fmt: skip
+
+#: How a network is stepped: what steps by its own layers, or not at all, takes them all.
+STEPPED = ("adapted_steps", "discrete_gradient", "single_precision")
+
 #: What each algorithm takes: its name, and the features that it declares.
 TOOLS: dict[str, frozenset[str]] = {}
 
 
+def _problem_of(subject):
+    """The LearningProblem that an object is, or was made of; None if there is none."""
+    candidates = (subject, getattr(subject, "problem", None))
+    return next((each for each in candidates if hasattr(each, "batch") and hasattr(each, "net")), None)
+
+
 def features_of(subject) -> list[str]:
-    """Which features a LearningProblem, a ResidualNetwork or a Run has, by name; of a Run those of its network."""
-    net = getattr(subject, "net", subject)
-    objects = {"net": net} | ({"problem": subject} if hasattr(subject, "batch") and net is not subject else {})
-    return [name for name, f in FEATURES.items() if f.of in objects and f.present(objects[f.of])]
+    """Which features an object has, by name.
+
+    Of a LearningProblem, and of what was made of one and has it as `problem`, all; of a ResidualNetwork, and of a run, a
+    trajectory and whatever else has a `net`, those of the network; of anything else none.
+    """
+    problem = _problem_of(subject)
+    net = getattr(subject if problem is None else problem, "net", subject)
+    objects = {"net": net if hasattr(net, "layer_inputs") else None, "problem": problem}
+    return [name for name, f in FEATURES.items() if objects[f.of] is not None and f.present(objects[f.of])]
 
 
-def refuse_unsupported(tool: str, subject) -> None:
+def refuse_unsupported(tool: str, subject, instead: str | None = None) -> None:
     """Raise ValueError where `subject` has a feature that the tool does not declare; the message names both."""
     for name in features_of(subject):
         if name not in TOOLS[tool]:
             feature = FEATURES[name]
-            raise ValueError(f"{tool}: it does not take {feature.what}; {feature.remedy}")
+            otherwise = f", or {instead}" if instead else ""
+            raise ValueError(f"{tool}: it does not take {feature.what}; {feature.remedy}{otherwise}")
 
 
-def supports(*names: str, tool: str | None = None, when: Callable[..., bool] = lambda *args, **kwargs: True):
-    """Decorate a function or method, whose first argument is a problem, a network or a run, with what it takes.
+def supports(
+    *names: str, tool: str | None = None, when: Callable[..., bool] | None = None, instead: str | None = None
+):
+    """Decorate a function or method with what it takes of the problems, networks and runs among its arguments.
+
+    For a method other than ``__init__`` the object that it belongs to is one of them.
 
     Parameters
     ----------
     names
         Features, keys of `FEATURES`.
     tool
-        What messages and `TOOLS` call it: the function's name if left out, for a method that of its class.
+        What messages and `TOOLS` call it: the function's name if left out, with that of its class for a method, and that of
+        the class alone for ``__init__``.
     when
-        Whether the declaration holds for a call's arguments: a tool that takes less with some of its arguments has a
-        declaration for these too.
+        Whether the declaration holds for a call's arguments: a tool that takes less with some of them has a declaration
+        for these too, of another name.
+    instead
+        What else a message is to say may be done.
 
     Raises
     ------
@@ -169,18 +195,14 @@ def supports(*names: str, tool: str | None = None, when: Callable[..., bool] = l
         raise KeyError(f"supports: features {sorted(unknown)} are unknown; those known are {sorted(FEATURES)}")
 
     def decorate(function):
-        parameters = list(signature(function).parameters)
-        place = 1 if parameters[0] in ("self", "cls") else 0
-        name = tool or (function.__qualname__.split(".")[-2] if place else function.__name__)
+        name = tool or function.__qualname__.removesuffix(".__init__")
         TOOLS[name] = frozenset(names)
 
         @wraps(function)
         def checked(*args, **kwargs):
-            if when(*args, **kwargs):
-                subject = args[place] if len(args) > place else kwargs.get(parameters[place])
-                # Of any other type the function itself says what is wanted.
-                if hasattr(getattr(subject, "net", subject), "layer_inputs"):
-                    refuse_unsupported(name, subject)
+            if when is None or when(*args, **kwargs):
+                for subject in (*args, *kwargs.values()):
+                    refuse_unsupported(name, subject, instead)
             return function(*args, **kwargs)
 
         return checked

@@ -23,6 +23,7 @@ import numpy as np
 
 from fem_resnet.activation import Activation
 from fem_resnet.basis import Basis
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_space import LabelSpace, sample_weights
 from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.network import ResidualNetwork
@@ -110,6 +111,7 @@ class Controls:
         )  # fmt: skip
 
     @classmethod
+    @supports("gradient_flow", *HELD, *STEPPED)
     def of_layer(cls, net: ResidualNetwork, layer: int, fraction: float = 0.5) -> Controls:
         """Those of a network's layer, at a fraction of its time. Collective."""
         coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(layer, layer + 1))
@@ -165,6 +167,10 @@ class Hamiltonian:
         self._sign = 1.0 if convention == "minimise" else -1.0
 
     @classmethod
+    @supports(
+        "no_layers", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints", "learned_initial",
+        "learned_both", "many_samples", "weights",
+    )  # fmt: skip
     def of(cls, problem: LearningProblem, convention: str) -> Hamiltonian:
         """That of a learning problem."""
         net = problem.net
@@ -230,6 +236,7 @@ class Hamiltonian:
 # -- along a network's run -------------------------------------------------------------------------------------------
 
 
+@supports(*HELD, *STEPPED)
 def middle_pairs(run: Run, convention: str) -> list[Pair]:
     """f and r at the middle of each layer, of a run on a tape whose functional has been differentiated. Collective."""
     ends = _end_pairs(run, convention)
@@ -237,7 +244,6 @@ def middle_pairs(run: Run, convention: str) -> list[Pair]:
 
 
 def _end_pairs(run: Run, convention: str) -> list[Pair]:
-    run.net.refuse_gradient_flow("maximum principle")
     values = run.net.Y.values
     return [
         Pair(np.array(values(run.state(l))), np.array(values(run.costate(l))), "minimise").to(convention)
@@ -245,6 +251,7 @@ def _end_pairs(run: Run, convention: str) -> list[Pair]:
     ]
 
 
+@supports(*HELD, *STEPPED)
 def hamiltonian_along(run: Run, H: Hamiltonian) -> np.ndarray:
     """H at both ends of each layer, with the controls there: shape (L, 2). Collective.
 

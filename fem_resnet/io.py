@@ -20,6 +20,7 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.activation import Activation
 from fem_resnet.basis import Basis, cell_indicators
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.laplace import move_laplace
 from fem_resnet.network import ResidualNetwork
@@ -34,6 +35,7 @@ _GROUP = "fem_resnet"
 _FORMAT = 1
 
 
+@supports("no_layers", "gradient_flow", *HELD, *STEPPED)
 def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> None:
     """Write a network, and its head if there is one. Collective.
 

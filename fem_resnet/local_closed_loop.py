@@ -16,9 +16,11 @@ from __future__ import annotations
 import firedrake as fd
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.features import STEPPED, supports
 from fem_resnet.local_feedback import LocalFeedback
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.regulariser import Regulariser
 
 __all__ = ["LocalClosedLoop"]
 
@@ -55,10 +57,14 @@ class LocalClosedLoop:
     ...     controls, state = loop.step(layer, state)  # and what disturbs the state
     """
 
+    @supports(
+        "gradient_flow", "stable_kernel", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running",
+        "running_of_controls", "many_samples", "weights", instead="take LocalFeedback, at t = 0",
+    )  # fmt: skip
     def __init__(self, problem: LearningProblem, **options):
         if not isinstance(problem, LearningProblem):
             raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
-        _refuse_what_hangs_together(problem)
+        _refuse_other_regularisers(problem.regulariser)
         net, batch = problem.net, problem.batch
         with stop_annotating():
             run = net.run(batch.inputs)
@@ -67,11 +73,8 @@ class LocalClosedLoop:
         self.feedbacks = []
         for layer in range(net.layers):
             state = batch.inputs if layer == 0 else run.state(layer)
-            rest = LearningProblem(
-                _part(net, range(layer, net.layers)), problem.head, problem.loss, problem.regulariser,
-                Batch(state, batch.targets, batch.weights), learn=problem.learn, derivatives=problem.derivatives,
-            )  # fmt: skip
-            self.feedbacks.append(LocalFeedback(rest, **options))
+            rest = _part(net, range(layer, net.layers)), Batch(state, batch.targets, batch.weights)
+            self.feedbacks.append(LocalFeedback(problem.replace(net=rest[0], batch=rest[1]), **options))
 
     def step(self, layer: int, state: fd.Function) -> tuple[list[fd.Function], fd.Function]:
         """One layer with the controls that the feedback gives for the state at its beginning.
@@ -97,8 +100,8 @@ class LocalClosedLoop:
         chosen = [controls[0], controls[left]]
         net = self._layers[layer]
         with stop_annotating():
-            for function, control in zip((net.bias.functions[0], net.kernel.functions[0]), chosen):
-                function.assign(control)
+            for parameter, control in zip(net.parameters, chosen):
+                parameter.functions[0].assign(control)
             return chosen + (controls[2:] if left == 1 else []), net(state)
 
     def __call__(self, inputs: fd.Function) -> list[fd.Function]:
@@ -114,30 +117,19 @@ def _part(net: ResidualNetwork, layers: range) -> ResidualNetwork:
     """These layers as a network, with the coefficients that they have."""
     times = net.times[layers.start : layers.stop + 1]
     bases = {name: given if len(given) == 1 else given[layers.start : layers.stop] for name, given in net.bases.items()}
-    part = ResidualNetwork(**bases, **net.settings | {"times": times - times[0]})
+    part = net.replace(times=times - times[0], **bases)
     for ours, theirs in zip(part.parameters, net.parameters):
         for k, layer in enumerate(layers):
             ours.set(k, theirs.get(layer))
     return part
 
 
-def _refuse_what_hangs_together(problem: LearningProblem) -> None:
-    net, regulariser = problem.net, problem.regulariser
-    for parameter in (net.bias, net.kernel):
-        if parameter.time_basis.description != "layers":
+def _refuse_other_regularisers(regulariser: Regulariser | None) -> None:
+    if regulariser is None:
+        return
+    for name in (*regulariser.names, *["one without a name"] * (len(regulariser.terms) - len(regulariser.names))):
+        if name not in _OF_LAYERS:
             raise ValueError(
-                f'problem: {parameter.name}_in_time="layers" is wanted, so that the layers left at t_l have controls '
-                f"of their own, {parameter.time_basis.description!r} was given; LocalFeedback takes it, at t = 0"
+                f"problem: regularisers that are sums over the layers are wanted, {', '.join(sorted(_OF_LAYERS))}; "
+                f"{name} was given"
             )
-    if net.layer_times is not None or net.factors:
-        raise ValueError(
-            "problem: layer times or factors are learned, which all layers share; LocalFeedback takes it, at t = 0"
-        )
-    if regulariser is not None:
-        names = (*regulariser.names, *["one without a name"] * (len(regulariser.terms) - len(regulariser.names)))
-        for name in names:
-            if name not in _OF_LAYERS:
-                raise ValueError(
-                    f"problem: regularisers that are sums over the layers are wanted, {', '.join(sorted(_OF_LAYERS))}; "
-                    f"{name} was given"
-                )

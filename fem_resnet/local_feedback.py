@@ -35,6 +35,7 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.objective import LearningProblem
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]
@@ -87,9 +88,10 @@ class LocalFeedback:
     Raises
     ------
     TypeError, ValueError
-        If `problem` is no learning problem over the parameters, or is not at a stationary point.
+        If `problem` is no learning problem over the parameters alone, is not at a stationary point, or has first derivatives
+        only: with `Derivatives`, checkpoints or an ensemble.
     NotImplementedError
-        If the problem has first derivatives only: with `Derivatives`, checkpoints, or a loss without a Hessian.
+        If its loss has no Hessian.
 
     Examples
     --------
@@ -113,6 +115,10 @@ class LocalFeedback:
     ...     _ = function.assign(control)
     """
 
+    @supports(
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "many_samples",
+        "weights",
+    )  # fmt: skip
     def __init__(
         self,
         problem: LearningProblem,
@@ -123,18 +129,9 @@ class LocalFeedback:
     ):
         if not isinstance(problem, LearningProblem):
             raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
-        if problem.learn != "parameters":
-            raise ValueError(
-                f"problem: one that learns 'parameters' is wanted, since F depends on the inputs; "
-                f"learn={problem.learn!r} was given"
-            )
         self.problem, self.batch = problem, problem.batch
         self.Y = problem.net.Y
-        # One of its own: nobody gives it another batch.
-        own = LearningProblem(
-            problem.net, problem.head, problem.loss, problem.regulariser, self.batch, derivatives=problem.derivatives,
-            checkpoints=problem.checkpoints,
-        )  # fmt: skip
+        own = problem.replace()  # nobody gives it another batch
         with stop_annotating():
             functional, run = own.record()
             self.controls = [function.copy(deepcopy=True) for function in own.functions]

@@ -22,9 +22,9 @@ import scipy.linalg
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
+from fem_resnet.features import STEPPED, supports
 from fem_resnet.head import PREDICTIONS
 from fem_resnet.local_feedback import NO_MINIMUM, LocalFeedback
-from fem_resnet.space_basis import NodalValues, StateValues
 
 __all__ = ["LowRankFeedback"]
 
@@ -37,7 +37,7 @@ class LowRankFeedback:
     Parameters
     ----------
     feedback
-        The local feedback, of a problem with one sample whose controls are all in bases.
+        The local feedback, of a problem with one sample, without a running cost, whose controls are all in bases.
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class LowRankFeedback:
     Raises
     ------
     ValueError
-        If the problem has more than one sample, or controls with a value at every node.
+        If the problem has more than one sample, a running cost, or controls with a value at every node.
     RuntimeError
         If J_uu is not positive definite.
 
@@ -59,20 +59,15 @@ class LowRankFeedback:
     >>> coefficients = many(net.Y.batch(new_inputs))  # one array (inputs, ..) a set of coefficients  # doctest: +SKIP
     """
 
+    # A running cost sees f itself on its way, so that J_vv has a part of no low rank beside l''.
+    @supports(
+        "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
+        *STEPPED, "head", "regulariser", "weights", instead="use LocalFeedback for one input after the other",
+    )  # fmt: skip
     def __init__(self, feedback: LocalFeedback):
         problem, Y = feedback.problem, feedback.Y
         self._feedback, self.Y = feedback, Y
         self._bases = [basis for parameter in problem.parameters for basis in parameter.space_bases]
-        if feedback.batch.samples != 1:
-            raise ValueError(
-                f"problem: one sample is wanted, it has {feedback.batch.samples}, which share their controls"
-            )
-        for parameter in problem.parameters:
-            if any(isinstance(basis, (NodalValues, StateValues)) for basis in parameter.space_bases):
-                raise ValueError(
-                    f"problem: {parameter.name} has values at every node, so that J_uv is of no low rank; give it a "
-                    f"basis, or use LocalFeedback for one input after the other"
-                )
         self._controls = np.concatenate([b.read(c).ravel() for b, c in zip(self._bases, feedback.controls)])
         self._v, self._r = Y.values(feedback.inputs).copy(), Y.values(feedback.gradient).copy()
         with stop_annotating():

@@ -18,11 +18,12 @@ import matplotlib.tri
 import numpy as np
 
 from fem_resnet.control_set import ControlSet
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.objective import LearningProblem
 
-__all__ = ["Extremal", "Residual", "extremal_controls", "pmp_residual", "refuse_costs_of_controls"]
+__all__ = ["Extremal", "Residual", "extremal_controls", "pmp_residual"]
 
 
 # -- extremal controls -----------------------------------------------------------------------------------------------
@@ -139,6 +140,8 @@ class Residual:
         return pictures
 
 
+# (4.10) asks for a J that depends on (a, b) through f alone.
+@supports(*HELD, *STEPPED, "head", "running", "learned_initial", "learned_both", "many_samples", "weights")
 def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 1e-12, rounds: int = 4) -> Residual:
     """int max H - H dt at the present parameters of a learning problem without regulariser. Collective.
 
@@ -159,7 +162,6 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
         If there is a regulariser or a running cost that depends on (a, b), or sigma does not increase.
     """
     net = problem.net
-    refuse_costs_of_controls(problem)
     if not net.activation.properties.non_decreasing:
         raise ValueError(f"activation: one that does not decrease is wanted, {net.activation.name} does")
     J, run = problem.record()
@@ -182,14 +184,6 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     scale = 0.0 if reached or size == 0 else 1 / size
     density = np.column_stack(columns) if columns else np.zeros((Y.nodes, 0))
     return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached)
-
-
-def refuse_costs_of_controls(problem: LearningProblem) -> None:
-    """Raise ValueError where J depends on (a, b) by more than f, so that (4.10) does not hold."""
-    if problem.regulariser is not None or problem.derivatives is not None:
-        raise ValueError("problem: one without regulariser and derivatives is wanted; (4.10) does not hold with them")
-    if problem.running is not None and not problem.running.of_state_alone:
-        raise ValueError("problem: its running cost depends on (a, b), and (4.10) then does not hold; one of f alone is wanted")
 
 
 def _extremes(A: ControlSet, parts) -> np.ndarray:

@@ -27,6 +27,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.coefficient_segment import CoefficientSegment
+from fem_resnet.features import STEPPED, supports
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.kernel_controls import StableKernelParameter
 from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
@@ -48,6 +49,12 @@ from fem_resnet.time_stepping import LayerStepper
 from fem_resnet.transposed_stage import TransposedStage
 
 __all__ = ["ResidualNetwork"]
+
+#: Arguments of the constructor that parameters do not depend on.
+_OF_NO_PARAMETER = {
+    "activation", "steps", "layers_per_block", "solver_parameters", "options_prefix", "replay_steps", "gradient_flow",
+    "precision",
+}  # fmt: skip
 
 
 class ResidualNetwork:
@@ -203,6 +210,7 @@ class ResidualNetwork:
         )
         self.replay_steps = replay_steps
         self.gradient_flow = gradient_flow
+        self._options_prefix = options_prefix
         self._options = solver_options(solver_parameters, options_prefix)
         if precision not in ("double", "single"):
             raise ValueError(f"precision: 'double' or 'single' is wanted, {precision!r} was given")
@@ -257,6 +265,7 @@ class ResidualNetwork:
             "steps": self.steps,
             "layers_per_block": self.layers_per_block,
             "solver_parameters": self.solver_parameters,
+            "options_prefix": self._options_prefix,
             "learn_factors": bool(self.factors),
             "learn_times": self.layer_times is not None,
             "replay_steps": self.replay_steps,
@@ -264,6 +273,38 @@ class ResidualNetwork:
             "stable_kernel": self.stable_kernel,
             "precision": self.precision,
         }
+
+    def replace(self, **changes) -> ResidualNetwork:
+        """The network with some arguments of the constructor changed, and all others as they are. Collective.
+
+        Where the change is one of how layers are stepped, or of what they compute, its parameters are the very same as
+        those of this one: who trains one trains both. Where it is another, they are new and zero, as bases and times may be.
+
+        Parameters
+        ----------
+        **changes
+            Arguments of the constructor; `times` stands for `layers` and `final_time` too.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such argument, or as the constructor.
+
+        Examples
+        --------
+        >>> finer = net.replace(steps=2 * net.steps)  # doctest: +SKIP
+        >>> finer.kernel is net.kernel  # doctest: +SKIP
+        True
+        """
+        given = {name: list(bases) for name, bases in self.bases.items()} | self.settings
+        unknown = sorted(set(changes) - set(given))
+        if unknown:
+            raise TypeError(f"replace: some of {', '.join(given)} are wanted, {', '.join(unknown)} was given")
+        other = ResidualNetwork(**given | changes)
+        if _OF_NO_PARAMETER.issuperset(changes):
+            for name in ("_given_times", "bases", "factors", "layer_times", "bias", "kernel"):
+                setattr(other, name, getattr(self, name))
+        return other
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -353,14 +394,6 @@ class ResidualNetwork:
         bases = {self.kernel.on_layer(layer).kernel.psi for layer in range(self.layers)}
         return bases == {psi} and not self.factors and not self._carries_f
 
-    def refuse_gradient_flow(self, what: str) -> None:
-        """Raise ValueError if the network is a gradient flow, where `what` is about (2.8)."""
-        if self.gradient_flow:
-            raise ValueError(
-                f"{what}: it is about f_t = sigma(a - B f), (2.8); the network given is the gradient flow "
-                f"f_t = B^T sigma(a - B f); make it without gradient_flow"
-            )
-
     @property
     def blocks(self) -> int:
         """How many Blocks the layers make on a tape."""
@@ -388,6 +421,10 @@ class ResidualNetwork:
             f, cost = (output, cost) if running is None else (output[0], cost + output[1])
         return f, None, cost
 
+    @supports(
+        "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
+        *STEPPED,
+    )  # fmt: skip
     def on(self, Y: LabelSpace) -> ResidualNetwork:
         """The same network on another label space of the same Y: finer, coarser, of other cells or another space.
 
@@ -403,16 +440,11 @@ class ResidualNetwork:
         TypeError
             If `Y` is no LabelSpace.
         ValueError
-            If the bias has a value at every node, or a basis is tied to its mesh or cannot be had on that one.
+            If the bias has a value at every node or factors are learned, so that the network is tied to its mesh; or a basis
+            is, or cannot be had on that one.
         """
-        if self.factors:
-            raise ValueError("on: learned factors have values at every node, so the network is tied to its mesh")
-        if None in self.bases["bias"]:
-            raise ValueError("on: the bias has a value at every node, so the network is tied to its mesh; give it a basis")
         moved = {basis: basis.on(Y) for basis in dict.fromkeys(chain.from_iterable(self.bases.values()))}
-        net = ResidualNetwork(
-            **{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()}, **self.settings
-        )
+        net = self.replace(**{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()})
         for ours, theirs in zip(self.parameters, net.parameters):
             for k in range(len(ours.functions)):
                 theirs.set(k, ours.get(k))
@@ -459,6 +491,10 @@ class ResidualNetwork:
             *(Basis(self.Y, Retraction(self.bases[p.name][0]).forward([p.get(0)], False), "given") for p in self.factors)
         )
 
+    @supports(
+        "no_layers", "gradient_flow", "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time",
+        "shared_in_time", *STEPPED,
+    )  # fmt: skip
     def truncated(self, tolerance: float) -> ResidualNetwork:
         """The network with kernels of lower rank: singular values below a part `tolerance` of the largest are cut.
 
@@ -489,7 +525,7 @@ class ResidualNetwork:
             U, S, _ = np.linalg.svd(stacked, full_matrices=False)
             turns.append(U[:, : max(1, np.count_nonzero(S > tolerance * S[0]))])
             bases.append(Basis(self.Y, basis.values @ np.linalg.solve(root, turns[-1]), "given"))
-        net = ResidualNetwork(*bases, bias=self.bases["bias"], **self.settings | {"stable_kernel": None})
+        net = self.replace(phi=bases[0], psi=bases[1], stable_kernel=None)
         for parameter, other in zip(self.parameters, net.parameters):
             for k in range(len(parameter.functions)):
                 if parameter is self.kernel.learned:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import firedrake as fd
 import numpy as np
@@ -27,6 +28,7 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.label_space import sample_weights
 from fem_resnet.loss import Loss, least_squares
@@ -203,6 +205,26 @@ class LearningProblem:
         sample_weights(batch.weights, batch.samples)
         return targets
 
+    def replace(self, **changes) -> LearningProblem:
+        """The problem with some arguments of the constructor changed, and all others the very same objects.
+
+        Parameters
+        ----------
+        **changes
+            Arguments of the constructor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor.
+
+        Examples
+        --------
+        >>> test_error = float(problem.replace(batch=test, regulariser=None).evaluate()[0])  # doctest: +SKIP
+        """
+        given = {name: getattr(self, name) for name in signature(type(self)).parameters}
+        return type(self)(**given | changes)
+
     @property
     def parameters(self) -> list[Parameter]:
         """Those that are learned: of the network, of the head, then the initial state, called "initial"."""
@@ -284,6 +306,10 @@ class LearningProblem:
         """One Control a set of coefficients, each with its Riesz map."""
         return [control for parameter in self.parameters for control in parameter.controls()]
 
+    @supports(
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "learned_initial", "learned_both", "many_samples",
+        "weights", tool="Gauss-Newton", when=lambda problem, *, gauss_newton=False: gauss_newton,
+    )  # fmt: skip
     def record(
         self, *, gauss_newton: bool = False
     ) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
@@ -300,12 +326,9 @@ class LearningProblem:
         Raises
         ------
         ValueError
-            If Gauss-Newton is asked for with a running cost or an ensemble.
+            If Gauss-Newton is asked for with a running cost, which has no residual whose curvature could be left out, or
+            where J has first derivatives only: with an ensemble, `Derivatives` or checkpoints.
         """
-        if gauss_newton and self.ensemble is not None:
-            raise ValueError("gauss_newton: an ensemble has no Hessian actions; put all samples on one communicator")
-        if gauss_newton and self.running is not None:
-            raise ValueError("gauss_newton: a running cost has no residual whose curvature could be left out; take the Hessian")
         # Variables of its own too: what another recording does to the same Functions must not be seen here.
         for function in (self.batch.inputs, *self.functions):
             function.clear_block_variable()
@@ -325,6 +348,10 @@ class LearningProblem:
             functional = _GaussNewtonFunctional if gauss_newton else ReducedFunctional
             return functional(J, self.controls(), tape=tape), run
 
+    @supports(
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+        "many_samples", "weights", instead="make another problem: replace(batch=..)",
+    )  # fmt: skip
     def exchange(self, batch: Batch) -> None:
         """Put another batch of as many samples in the place of the present one, without recording again.
 
@@ -338,17 +365,9 @@ class LearningProblem:
         Raises
         ------
         TypeError, ValueError
-            If it does not fit, has another number of samples, or the inputs are learned.
+            If it does not fit, or has another number of samples; or if the inputs are learned, the problem has derivatives,
+            which belong to the present batch, or an ensemble, whose other members would not know.
         """
-        if self._initial:
-            raise ValueError(
-                f"batch: with learn={self.learn!r} the inputs are learned, so no others can take their place; make a "
-                f"LearningProblem for each batch"
-            )
-        if self.ensemble is not None:
-            raise ValueError("batch: an ensemble's members would not know of it; make a LearningProblem for another")
-        if self.derivatives is not None:
-            raise ValueError("batch: the derivatives belong to the present batch; make a LearningProblem for another")
         observation = self._observed(batch)
         if batch.inputs.function_space() != self.batch.inputs.function_space():
             raise ValueError(

@@ -211,6 +211,13 @@ class _ExtremalAt:
     high: _Array
     costs: list
 
+    def differs(self, other: _ExtremalAt | _SampledAt) -> str | None:
+        """Which arguments make other speeds or costs at the same states; None if none does."""
+        if not isinstance(other, _ExtremalAt):
+            return "activation or running"
+        same = np.array_equal(self.low, other.low) and np.array_equal(self.high, other.high)
+        return _of_costs(self.costs, other.costs) if same else "A or activation"
+
     def within(self, box: tuple[slice, ...]) -> _ExtremalAt:
         """Of the states of an open grid those in a box of it."""
         costs = [_part(cost, box, i) for i, cost in enumerate(self.costs)]
@@ -221,6 +228,10 @@ class _ExtremalAt:
         # Linear in the speed on both sides of 0: least at an end, or at 0 if that is inside.
         rate = np.minimum(_upwind(self.low, forward, backward), _upwind(self.high, forward, backward))
         return np.where((self.low <= 0) & (self.high >= 0), np.minimum(rate, 0.0), rate) + self.costs[i]
+
+
+def _of_costs(these: list[_Array], those: list[_Array]) -> str | None:
+    return None if all(map(np.array_equal, these, those)) else "running"
 
 
 def _part(values: _Array, box: tuple[slice, ...], i: int) -> _Array:
@@ -299,6 +310,18 @@ class _SampledAt:
     rows: SampledSpeeds
     states: States
     costs: list[list[_Array]]
+
+    def differs(self, other: _ExtremalAt | _SampledAt) -> str | None:
+        """As of `_ExtremalAt`."""
+        if not isinstance(other, _SampledAt):
+            return "activation or running"
+        mine, theirs = self.rows, other.rows
+        if not (np.array_equal(mine.a, theirs.a) and np.array_equal(mine.b, theirs.b)):
+            return "A or samples"
+        rows = range(mine.a.size)
+        if not all(np.array_equal(mine.row_speeds(row, self.states), theirs.row_speeds(row, self.states)) for row in rows):
+            return "activation"
+        return _of_costs(*([cost for costs in at.costs for cost in costs] for at in (self, other)))
 
     def within(self, box: tuple[slice, ...]) -> _SampledAt:
         """Of the states of an open grid those in a box of it."""

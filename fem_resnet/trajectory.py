@@ -17,6 +17,7 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.time_stepping import StepFailure
@@ -100,6 +101,7 @@ class Trajectory:
         return min(int(np.searchsorted(times, t, side="right")) - 1, len(self.layers) - 1)
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def solve_trajectory(
     net: ResidualNetwork,
     initial: fd.Function,
@@ -160,6 +162,7 @@ def solve_trajectory(
     return Trajectory(net, final, scheme, steps, layers)
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def follow_trajectory(
     net: ResidualNetwork,
     initial: fd.Function,
@@ -227,7 +230,6 @@ def _layer_by_layer(
     one_layer: Callable[[FieldStepper, LayerTrajectory, np.ndarray, int], np.ndarray],
 ) -> tuple[fd.Function, Scheme, int]:
     """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes those of one and returns f at its end."""
-    net.refuse_gradient_flow("solve_trajectory")
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else steps

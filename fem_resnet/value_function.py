@@ -213,7 +213,7 @@ def solve_value_function(
     monitor
         Called with t after each step, backwards from T; True on any rank stops: F is then known from that t on.
     resume
-        What such a solution with the same arguments returned, to go on from.
+        What such a solution with the same arguments returned, to go on from. All that F depends on is compared.
 
     Raises
     ------
@@ -247,9 +247,12 @@ def solve_value_function(
     boxes, times = _levels(Y, speeds, np.stack([first, last]), spacing, final_time, memory)
     states = np.meshgrid(*_axes(boxes[-1], spacing), indexing="ij", sparse=True)
     values = [sum(w * (v - f) ** 2 for w, v, f in zip(cells.weights, states, target[:, 0])) / 2]
+    here = speeds.at(states)
     if resume is not None:
-        values = _known(resume, target[:, 0], spacing, boxes, times)
-    here, steps, orders = speeds.at(states), len(times) - 1, (list(range(Y.size)), list(range(Y.size))[::-1])
+        wanted = ValueFunction(cells, speeds, target[:, 0], float(spacing), times, boxes, [])
+        _refuse_other(resume, wanted, here.differs(resume.speeds.at(states)))
+        values = resume.values[::-1]
+    steps, orders = len(times) - 1, (list(range(Y.size)), list(range(Y.size))[::-1])
     stopped = False
     while len(values) <= steps and not stopped:
         done = len(values)
@@ -265,21 +268,27 @@ def solve_value_function(
     return ValueFunction(cells, speeds, target[:, 0], float(spacing), times[first:], boxes[first:], values[::-1])
 
 
-def _known(
-    solution: ValueFunction, target: np.ndarray, spacing: float, boxes: np.ndarray, times: np.ndarray
-) -> list[np.ndarray]:
-    """The values of a solution that was stopped, from T on, if it is one of the same problem."""
+def _refuse_other(solution: ValueFunction, wanted: ValueFunction, of_speeds: str | None) -> None:
+    """Raise ValueError where a solution is not that of the same problem, from some time on; the message says what differs."""
     levels = len(solution.values)
-    same = (
-        levels <= len(times)
-        and solution.spacing == spacing
-        and np.array_equal(solution.target, target)
-        and np.array_equal(solution.boxes, boxes[-levels:])
-        and np.array_equal(solution.times, times[-levels:])
-    )
-    if not same:
-        raise ValueError("resume: a solution with the same arguments that a monitor stopped is wanted; one of others was given")
-    return solution.values[::-1]
+
+    def same(name: str, last: int = 0) -> bool:
+        return np.array_equal(getattr(solution, name), getattr(wanted, name)[-last:])
+
+    differences = {
+        "Y": not np.array_equal(solution.cells.weights, wanted.cells.weights),
+        "target": not same("target"),
+        "spacing": solution.spacing != wanted.spacing,
+        "final_time": solution.times[-1] != wanted.times[-1],
+        of_speeds: of_speeds is not None,
+        "start": not (same("boxes", levels) and same("times", levels)),
+    }
+    different = [name for name, differs in differences.items() if differs]
+    if different:
+        raise ValueError(
+            f"resume: a solution with the same arguments that a monitor stopped is wanted; it was made with another "
+            f"{different[0]}; give the arguments that it was made with, or leave resume out"
+        )
 
 
 def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:

@@ -147,18 +147,63 @@ def test_cross_approximation_is_within_the_tolerance_and_its_confidence(which, t
     true = np.linalg.norm(everything(Y, Z) - approximation(found))
     assert found.method == "cross" and found.confidence == 0.99
     assert true <= found.hilbert_schmidt.value <= tolerance * found.norm
-    assert found.hilbert_schmidt.value < 1.5 * true
+    assert found.hilbert_schmidt.value < 2 * true
     assert found.hilbert_schmidt.optimal is None and found.operator == found.hilbert_schmidt
     best = compress(lopsided, tolerance, Y, Z)
     assert best.rank <= found.rank <= best.rank + 3
     np.testing.assert_allclose(found.norm, best.norm, rtol=2 * tolerance)
 
 
+def steep(y, z):
+    """A kink at y = z, where alone its residuals are large."""
+    return np.exp(-6 * np.sqrt(((y - z) ** 2).sum(axis=-1) + 1e-12))
+
+
+def bump(y, z):
+    """Something on a small set besides."""
+    return gauss(y, z) + 3 * np.exp(-200 * ((y - 0.3) ** 2).sum(axis=-1) - 200 * ((z + 0.2) ** 2).sum(axis=-1))
+
+
+def jump(y, z):
+    return 1.0 * (y[..., 0] > z[..., 0])
+
+
+def exceeded(b, tolerance, seeds, Y) -> list[float]:
+    """True errors in parts of what is stated, for each seed; what is stated is always within the tolerance."""
+    whole, parts = everything(Y, Y, b), []
+    for seed in seeds:
+        found = compress(b, tolerance, Y, affordable=0, seed=seed)
+        assert found.hilbert_schmidt.value <= tolerance * found.norm
+        parts.append(np.linalg.norm(whole - approximation(found)) / found.hilbert_schmidt.value)
+    return parts
+
+
+@pytest.mark.parametrize("b, tolerance", [(lopsided, 1e-2), (bump, 1e-2)])
+def test_the_stated_error_holds_for_25_seeds(b, tolerance):
+    assert max(exceeded(b, tolerance, range(25), label_space("annulus", "DG0"))) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [("sphere", "DG0", 2), ("disk", "DG0", 3), ("annulus", "CG1", 1)], ids=str)
+@pytest.mark.parametrize("b, tolerance", [(gauss, 1e-1), (gauss, 1e-3), (lopsided, 1e-1), (lopsided, 1e-2), (lopsided, 1e-3), (bump, 1e-2)])
+def test_the_stated_error_holds_for_200_seeds(b, tolerance, space):
+    """Confidence 0.99: 2 of 200 are allowed; with the factor none is seen."""
+    assert sum(part > 1 for part in exceeded(b, tolerance, range(200), label_space(*space))) <= 2
+
+
+def test_a_tolerance_that_is_not_known_to_be_met_is_an_error(monkeypatch):
+    """It was a line in the log, and the kernel was returned."""
+    monkeypatch.setattr("fem_resnet.theory.compression.FACTOR", 100.0)
+    wanted = r"^compress: at rank \d+ the error is only known to be below [0-9.]+ of the norm, with confidence 0.99; 0.01 is wanted"
+    with pytest.raises(RuntimeError, match=wanted):
+        compress(gauss, 1e-2, label_space("annulus", "DG0"), affordable=0)
+
+
 def test_crosses_see_few_values_and_the_rank_does_not_know_the_mesh():
     coarse, fine = (compress(gauss, 1e-3, label_space("sphere", "DG0", n), affordable=0) for n in (2, 3))
     N = fine.kernel.phi.Y.size
     assert N == 1280 and fine.evaluations < 0.15 * N**2
-    assert abs(fine.rank - coarse.rank) <= 1
+    assert abs(fine.rank - coarse.rank) <= 2
     # Pairs apart, a row and a column a step.
     assert fine.evaluations - 4096 - 16384 < 2.5 * fine.rank * 2 * N
 

@@ -13,7 +13,7 @@ from fem_resnet import (
     Activation, Basis, GrowthMonitor, LabelSpace, ResidualNetwork, fit_growth, follow_trajectory, get_activation,
     given_basis,
 )  # fmt: skip
-from fem_resnet.theory.growth import supremum
+from fem_resnet.theory.growth import MARGIN, supremum
 from helpers import laplace, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -228,6 +228,57 @@ def test_where_it_is_negative_the_fitted_growth_of_relu_is_exponential_and_that_
     fit = fit_growth(*times_and_norms(network(beta, "tanh", space, bias=1.0, final_time=64.0), steps=2))
     assert not fit.is_exponential.any()
     assert_allclose(fit.power, 1.0, atol=0.1)
+
+
+#: Norms at times from 0 to 8, and how they grow.
+CURVES = {
+    "3 t": (lambda t: 3 * t + 1e-9, "power"),
+    "100 + t": (lambda t: 100 + t, "power"),
+    "100 + t^2": (lambda t: 100 + t**2, "power"),
+    "50 + sqrt(t)": (lambda t: 50 + t**0.5, "power"),
+    "1 + t + t^3": (lambda t: 1 + t + t**3, "power"),
+    "1 / t": (lambda t: 1 / (t + 0.1), "power"),
+    "e^(t/2)": (lambda t: np.exp(0.5 * t), "exponential"),
+    "e^(t/100)": (lambda t: np.exp(0.01 * t), "exponential"),
+    "1 + e^t / 100": (lambda t: 1 + 0.01 * np.exp(t), "exponential"),
+    "(1 + t) e^(t/2)": (lambda t: (1 + t) * np.exp(0.5 * t), "exponential"),
+    "e^-t": (lambda t: np.exp(-t), "exponential"),
+    "2": (lambda t: 2 + 0 * t, "not decided"),
+    "10^6 + t": (lambda t: 1e6 + t, "not decided"),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("points", [17, 65])
+def test_the_kind_of_growth_is_decided_by_a_margin_or_not(name, points):
+    curve, verdict = CURVES[name]
+    t = np.linspace(0.0, 8.0, points)
+    fit = fit_growth(t, np.column_stack([curve(t), 7.0 * curve(t)]))
+    assert fit.verdicts == [verdict] * 2
+    assert fit.is_exponential.tolist() == [verdict == "exponential"] * 2
+    assert (np.abs(fit.in_favour) >= MARGIN).all() == (verdict != "not decided")
+
+
+def test_few_or_noisy_norms_decide_nothing():
+    t = np.linspace(0.0, 8.0, 9)
+    assert fit_growth(t, np.exp(t)[:, None]).verdicts == ["not decided"]
+    t = np.linspace(4.0, 8.0, 33)
+    noisy = (5 + t) * (1 + 0.02 * np.sin(37 * t))
+    assert fit_growth(t, noisy[:, None]).verdicts == ["not decided"]
+
+
+def test_a_ratio_is_that_of_the_growth_beyond_the_start():
+    """f_I is large, and f hardly grows: the norm at t = 0 is the bound's, which said nothing."""
+    net = network(1e-3 * random(), "tanh", bias=300.0)
+    bound = by_name(followed(net, 100.0, steps=1))["bounded"]
+    observed, values = bound.observed, bound.values
+    assert_allclose(observed[0], values[0])
+    assert_allclose(bound.ratio, ((observed[1:] - observed[0]) / (values[1:] - values[0])).max())
+    assert 0 < bound.ratio < 0.9
+    falling = by_name(followed(network(np.eye(4), "identity"), steps=2))["Proposition 3.5"]
+    assert falling.applies and falling.ratio < 0
+    still = by_name(followed(network(np.zeros((1, 1)), "relu"), steps=1))["Proposition 3.5"]
+    assert still.ratio == 0 and "up to 0 of the growth allowed" in str(still)
 
 
 def times_and_norms(net, steps):

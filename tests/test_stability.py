@@ -3,19 +3,23 @@
 import re
 
 import matplotlib.figure
+import mpmath
 import numpy as np
 import pytest
+import sympy
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    Basis, LowRankKernel, ResidualNetwork, autonomous_problem, eigen_expansion, find_equilibria, frozen_spectra,
+    Activation, Basis, LowRankKernel, ResidualNetwork, autonomous_problem, eigen_expansion, find_equilibria, frozen_spectra,
     observed_decay, singular_system, stability_verdict,
 )  # fmt: skip
 from fem_resnet.points import class_space
 from fem_resnet.theory.frozen_spectra import CAVEAT
+from fem_resnet.theory.half_planes import count_left, count_left_in_gap
 from helpers import label_space, laplace, network, smooth
 from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 
+on_two_ranks = pytest.mark.parallel([1, 2])
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
 each_domain = pytest.mark.parametrize("domain", ROUND_DOMAINS)
@@ -94,8 +98,8 @@ def test_a_symmetric_kernel_of_either_sign_is_seen_as_such(domain):
 
 @on_ranks
 @each_domain
-def test_D_T_positive_definite_does_not_make_the_symmetric_part_of_B_positive(domain):
-    """3.3 prints: (B f, f) >= 0 for all f if and only if D T is; D T sees f in the span of the psi_l alone."""
+def test_D_T_of_the_functions_with_positive_mu_does_not_make_the_symmetric_part_of_B_positive(domain):
+    """3.3: (B f, f) >= 0 for all f if and only if D T is, with psi_l complete in L2(Y); those of mu_l > 0 see their span alone."""
     phi = laplace(domain, "CG1", 5 if domain == "annulus" else 4)
     first, second = Basis(phi.Y, phi.values[:, :2], "given"), None
     turned = phi.values[:, :2] * 0.8 + phi.values[:, 2:4] * 0.6
@@ -104,6 +108,10 @@ def test_D_T_positive_definite_does_not_make_the_symmetric_part_of_B_positive(do
     assert_allclose(system.product_minimum, 0.8)
     # B on span(phi, psi) is [[0.8, 0.6], [0, 0]], twice: (0.8 - 1) / 2.
     assert_allclose(system.symmetric_minimum, -0.1)
+    # D T of psi_l that are complete, here in the span of the four functions, as the paper has it: as indefinite as B.
+    rest = np.hstack([turned, phi.values[:, :2] * 0.6 - phi.values[:, 2:4] * 0.8])
+    complete = np.vstack([first.project(rest), np.zeros((2, 4))])
+    assert_allclose(np.linalg.eigvalsh((complete + complete.T) / 2)[0], -0.1)
     assert_allclose(system.gram_minimum, 0.8)
 
 
@@ -495,5 +503,84 @@ def test_frozen_spectra_of_layers_with_bases_of_their_own():
     net.kernel.set(1, np.diag([1.0, 2.0, 3.0]))
     spectra = frozen_spectra(net, phi.Y.batch(0 * phi.Y.weights))
     assert [values.round(9).real.tolist() for values in spectra.eigenvalues] == [[[-2]], [[-1, -2, -3]], [[-1, -2, -3]]]
-    with pytest.raises(ValueError, match=r"^net: a network with layers is wanted, one without was given$"):
+    with pytest.raises(ValueError, match=r"^frozen_spectra: it does not take a network without layers; give it a layer$"):
         frozen_spectra(ResidualNetwork(phi, layers=0), phi.Y.batch(0 * phi.Y.weights))
+
+
+# -- signs that round-off could change ---------------------------------------------------------------------------------
+
+
+def plane_network(beta, **options):
+    phi = laplace("disk", "CG1", 4)
+    beta = np.array(beta, dtype=float)
+    plane = Basis(phi.Y, phi.values[:, : len(beta)], "given")
+    return autonomous_network(LowRankKernel(plane, plane), beta, **options)
+
+
+#: Kernels in orthonormal functions, and what exact arithmetic says of u = 0; "not decided" is right for all but what is sure.
+SIGNS = {
+    "a small unstable eigenvalue": ([[2e-7, 1], [0, -1e-7]], "unstable", True),
+    "the same, stable": ([[2e-6, 1], [0, 1e-6]], "asymptotically stable", True),
+    "below what round-off of B leaves": ([[2e-9, 1], [0, -1e-9]], "unstable", False),
+    "both signs": ([[1, 0], [0, -1e-11]], "unstable", True),
+    "a Jordan block": ([[1, 1, 0], [0, 1, 1], [0, 0, 1]], "asymptotically stable", True),
+    "a Jordan block that grows": ([[-1, 1, 0], [0, -1, 1], [0, 0, -1]], "unstable", True),
+    "slow growth of a rotation": ([[0, 1], [-1, -1e-12]], "unstable", True),
+    "eigenvalues of opposite sign and one size": ([[0.5, 3], [0, -0.5]], "unstable", True),
+    "rank one": ([[1, 5], [0, 0]], "asymptotically stable", True),
+    "a Jordan block of 0": ([[0, 1], [0, 0]], "not decided", True),
+    "far from normal": ([[1e-3, 1, 0], [0, 1e-3, 1], [0, 0, 1e-3]], "asymptotically stable", True),
+    "farther": ([[1e-6, 1, 0], [0, 1e-6, 1], [0, 0, 1e-6]], "asymptotically stable", False),
+}
+
+
+@on_two_ranks
+@pytest.mark.parametrize("name", SIGNS)
+def test_signs_of_eigenvalues_decide_where_round_off_cannot_change_them(name):
+    beta, verdict, sure = SIGNS[name]
+    found = stability_verdict(plane_network(beta))
+    assert found.verdict in ((verdict,) if sure else (verdict, "not decided")), found
+    if name.startswith("below"):
+        assert found.verdict == "not decided" and "has no sign that round-off" in found.reason
+
+
+def test_what_has_a_small_unstable_eigenvalue_grows():
+    """beta = [[2e-7, 1], [0, -1e-7]]: along the eigenvector (1, -3e-7) of -1e-7, u grows by e in a time of 1e7."""
+    net = plane_network(SIGNS["a small unstable eigenvalue"][0], activation="identity", layers=40, final_time=2e7, steps=200)
+    assert_allclose(stability_verdict(net).rate, -1e-7, rtol=1e-6)
+    initial = net.bases["phi"][0].values @ [1.0, -3e-7]
+    assert_allclose(net.Y.norm(net(net.Y.batch(initial[:, None]))), np.e**2, rtol=1e-2)
+
+
+def test_counts_of_eigenvalues_hold_for_all_matrices_within_the_error(rng):
+    """Random matrices, defective and normal, at lines near their eigenvalues: what is counted no perturbation changes."""
+    counted = 0
+    for _ in range(60):
+        n = rng.integers(2, 6)
+        A = rng.normal(size=(n, n)) if rng.random() < 0.5 else np.triu(rng.normal(size=(n, n)))
+        if rng.random() < 0.5:
+            A[np.diag_indices(n)] = rng.choice([-1.0, 1.0]) * 10.0 ** -rng.integers(0, 6)
+        error, x = 10.0 ** -rng.integers(1, 12), 10.0 ** -rng.integers(0, 6) * rng.normal()
+        found = count_left(A, x, error)
+        if found is None:
+            continue
+        counted += 1
+        for _ in range(4):
+            U, _, V = np.linalg.svd(rng.normal(size=(n, n)))
+            E = error * np.outer(U[:, 0], V[0]) if rng.random() < 0.5 else error * U @ V
+            values = mpmath.eig(mpmath.matrix(A + E), left=False, right=False)
+            assert sum(1 for value in values if mpmath.re(value) < x) == found
+    assert counted > 30
+    assert count_left(np.diag([1.0, -1e-9]), 0.0, 1e-8) is None and count_left(np.empty((0, 0)), 0.0, 1.0) == 0
+    assert count_left_in_gap(np.diag([1.0, -1.0]), 0.5, 0.5, 1e-16) is None
+
+
+@on_two_ranks
+def test_a_slope_of_round_off_is_none(monkeypatch):
+    """(s - 7/3)^3 has no slope where it vanishes, which is known to round-off."""
+    s = sympy.Symbol("s")
+    monkeypatch.setattr("fem_resnet.theory.steady_states.zero_set", lambda sigma: (7 / 3 + 1e-9,) * 2)
+    cubic = Activation.from_sympy(sympy.tanh((s - sympy.Rational(7, 3)) ** 3))
+    found = stability_verdict(plane_network(np.eye(2), activation=cubic, bias=7 / 3 + 1e-9))
+    assert 0 < found.slope < 1e-15
+    assert found.verdict == "asymptotically stable" and "no positive slope there, but (B v, v) >= 1" in found.reason

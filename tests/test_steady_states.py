@@ -206,6 +206,47 @@ def test_relu_has_no_steady_state_where_B_f_cannot_reach_a(domain):
 
 
 @on_two_ranks
+@pytest.mark.parametrize("seed", [0, 26, 34, 42])
+def test_the_nearest_steady_state_is_found_where_there_is_no_other(seed):
+    """u is on an end of [-2, 1], where sigma vanishes, at every node: the set has no interior, and it raised."""
+    phi, rng = eigenfunctions("disk"), np.random.default_rng(seed)
+    dead_zone = Activation.from_sympy(sympy.Max(s - 1, 0) + sympy.Min(s + 2, 0))
+    kernel = LowRankKernel(phi, phi)
+    beta = rng.normal(size=kernel.shape) * 10.0 ** rng.uniform(-3, 3, size=(1, 4))
+    member = smooth(phi.Y, 1, seed=seed)
+    ends = np.where(smooth(phi.Y, 1, seed=seed + 50)[:, 0] > 0, 1.0, -2.0)
+    net = autonomous_network(kernel, beta, kernel.apply(beta, member)[:, 0] + ends, activation=dead_zone)
+    steady, starts = find_steady_states(net), phi.Y.batch(100 * smooth(phi.Y, 2, seed=seed + 1))
+    assert steady.exist
+    nearest = steady.nearest(starts)
+    assert steady.contain(nearest).all()
+    # All steady states have the B f of the one that the bias was made of.
+    B_f = [kernel.apply(beta, f) for f in (phi.Y.values(nearest), member)]
+    assert_allclose(*np.broadcast_arrays(*B_f), atol=1e-7 * np.linalg.norm(beta, 2))
+
+
+@pytest.mark.slow
+def test_the_nearest_steady_state_is_found_wherever_there_is_one():
+    """Random feasible problems: with room, with little, with none; badly scaled kernels; starts near and far."""
+    phi = eigenfunctions("disk")
+    dead_zone = Activation.from_sympy(sympy.Max(s - 1, 0) + sympy.Min(s + 2, 0))
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        kernel = LowRankKernel(phi, polynomials(phi.Y) if seed % 2 else phi)
+        beta = rng.normal(size=kernel.shape) * 10.0 ** rng.uniform(-3, 3, size=(1, kernel.shape[1]))
+        B_f = kernel.apply(beta, smooth(phi.Y, 1, seed=seed) * 10 ** rng.uniform(-2, 2))[:, 0]
+        if rng.random() < 0.5:
+            room = rng.choice([0.0, 1e-10, 1e-6, 0.3]) * np.abs(B_f).max()
+            activation, bias = "relu", B_f - room * rng.uniform(size=phi.Y.nodes)
+        else:
+            inside = rng.choice([-2.0, 1.0], phi.Y.nodes) if rng.random() < 0.3 else rng.uniform(-2, 1, phi.Y.nodes)
+            activation, bias = dead_zone, B_f + inside
+        steady = find_steady_states(autonomous_network(kernel, beta, bias, activation=activation))
+        starts = phi.Y.batch(smooth(phi.Y, 2, seed=seed + 1) * 10.0 ** rng.uniform(-3, 3))
+        assert steady.exist and steady.contain(steady.nearest(starts)).all(), seed
+
+
+@on_two_ranks
 def test_without_a_kernel_only_a_zero_bias_stands_still():
     phi = eigenfunctions("disk")
     kernel, zero = LowRankKernel(phi, phi), np.zeros((4, 4))
@@ -228,7 +269,7 @@ def test_a_network_that_depends_on_time_is_read_at_a_time():
         assert_allclose(net.Y.values(find_steady_states(net, at=t).least_norm), phi.values[:, 1:2] / size, atol=1e-10)
     with pytest.raises(ValueError, match=r"^at: a time from 0 to T = 2 is wanted, 3.0 was given$"):
         find_steady_states(net, at=3.0)
-    with pytest.raises(ValueError, match=r"^net: a network with layers is wanted, one without was given$"):
+    with pytest.raises(ValueError, match=r"^find_steady_states: it does not take a network without layers; give it a layer$"):
         find_steady_states(ResidualNetwork(phi, layers=0))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fem_resnet.activation import Activation
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 
@@ -34,12 +35,16 @@ class EnergyCondition:
     holds : bool
     reason : str
         What was found, with the numbers.
+    caveat : str
+        "sampled, not proved: .." where that it holds rests on such properties of sigma; else empty.
     """
 
     holds: bool
     reason: str
+    caveat: str = ""
 
 
+@supports(*HELD, *STEPPED)
 def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
     """What the statements of 3.2 suppose of a network, and whether it holds. Collective.
 
@@ -72,7 +77,6 @@ def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
 
 def problem_at_start(net: ResidualNetwork) -> tuple[AutonomousProblem, EnergyCondition]:
     """The autonomous problem of a network, or that at t = 0, and whether the network is autonomous. Collective."""
-    net.refuse_gradient_flow("energies of 3.2")
     try:
         return autonomous_problem(net), EnergyCondition(True, "the network has one bias and one kernel")
     except ValueError as error:
@@ -100,7 +104,10 @@ def _of_operator(problem: AutonomousProblem) -> dict[str, EnergyCondition]:
 
 def _of_activation(sigma: Activation) -> dict[str, EnergyCondition]:
     name, keeps_sign = sigma.name, sigma.properties.sign_preserving
-    sign = EnergyCondition(keeps_sign, f"{name} {'has' if keeps_sign else 'has not'} the sign of its argument")
+    sign = EnergyCondition(
+        keeps_sign, f"{name} {'has' if keeps_sign else 'has not'} the sign of its argument",
+        sigma.properties.caveat("sign_preserving") if keeps_sign else "",
+    )  # fmt: skip
     if not keeps_sign:
         return {SIGN: sign, LINEAR: sign, BELOW: sign}
     ends = {end: abs(float(sigma(end))) for end in (-1e4, 1e4)}
@@ -109,4 +116,7 @@ def _of_activation(sigma: Activation) -> dict[str, EnergyCondition]:
     says = ", ".join(f"|{name}({end:g})| = {value:.4g}" for end, value in ends.items())
     below = sigma.properties.non_decreasing and min(ends.values()) > 0
     why = says if sigma.properties.non_decreasing else f"{name} is not non-decreasing"
-    return {SIGN: sign, LINEAR: EnergyCondition(linear, says), BELOW: EnergyCondition(below, why)}
+    return {
+        SIGN: sign, LINEAR: EnergyCondition(linear, says),
+        BELOW: EnergyCondition(below, why, sigma.properties.caveat("non_decreasing") if below else ""),
+    }  # fmt: skip

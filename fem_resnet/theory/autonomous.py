@@ -10,6 +10,9 @@ sigma'(0) > 0. That leaves out sigmoid and softplus, where sigma(0) is not 0, an
 Remark 3.1: where a(t) and b(t) have limits as t -> infinity, statements about the autonomous problem are read with the
 limits in place of a and b. Of a network these are bias and kernel at its last time, ``at=net.times[-1]``; at other
 times the problem is the one frozen there.
+
+The gradient flow f_t = B^T sigma(a - B f) of 3.5 has the same u = a - B f, and u_t = -B B^T sigma(u): (3.3) with the symmetric
+B B^T >= 0 in place of B. What 3.2 and 3.3 say of u is said of it too, with that operator (`AutonomousProblem.generator`).
 """
 
 from __future__ import annotations
@@ -21,17 +24,20 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation import Activation
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.singular_values import SingularSystem, singular_system
 
-__all__ = ["AutonomousProblem", "autonomous_problem"]
+__all__ = ["AutonomousProblem", "autonomous_problem", "sampled"]
 
 
 @dataclass(frozen=True)
 class AutonomousProblem:
-    """`f_t = sigma(a - B f)` of (3.2a); f_I of (3.2b) comes with a solution. Get one from `autonomous_problem`.
+    """`f_t = sigma(a - B f)` of (3.2a), or the gradient flow `f_t = B^T sigma(a - B f)`. Get one from `autonomous_problem`.
+
+    f_I of (3.2b) comes with a solution.
 
     Attributes
     ----------
@@ -42,12 +48,15 @@ class AutonomousProblem:
         a at the owned nodes, shape (nodes,).
     activation : Activation
         sigma.
+    gradient_flow : bool
+        Which of both it is.
     """
 
     kernel: LowRankKernel
     beta: np.ndarray
     bias: np.ndarray
     activation: Activation
+    gradient_flow: bool = False
 
     @property
     def Y(self) -> LabelSpace:
@@ -58,6 +67,16 @@ class AutonomousProblem:
     def system(self) -> SingularSystem:
         """The singular system of B. Collective when first asked for."""
         return singular_system(self.kernel, self.beta)
+
+    @cached_property
+    def generator(self) -> SingularSystem:
+        """That of the operator K in u_t = -K sigma(u): B itself, or B B^T of a gradient flow. Collective when first asked for."""
+        return self.system.squared if self.gradient_flow else self.system
+
+    def rate(self, u: np.ndarray) -> np.ndarray:
+        """f_t at the owned nodes: sigma(u), or B^T sigma(u) of a gradient flow, shape (nodes, samples). Collective."""
+        s = self.activation(u)
+        return self.kernel.transpose(self.beta, s) if self.gradient_flow else s
 
     def read(self, function: fd.Function, name: str) -> np.ndarray:
         """Values at the owned nodes, shape (nodes, samples), of a user's Function; refused if it does not fit."""
@@ -85,7 +104,21 @@ class AutonomousProblem:
         }
         return tuple(what for what, holds in supposed.items() if not holds)
 
+    @property
+    def sampled(self) -> str:
+        """Which of the properties that `unmet` looks at are sampled, not proved, in words; empty if none is."""
+        return sampled(
+            self.activation, "lipschitz", "non_decreasing", "sign_preserving", "zero_at_zero", "positive_slope_at_zero"
+        )
 
+
+def sampled(activation: Activation, *names: str) -> str:
+    """What a statement that stands on these properties says of them, `Properties.caveat` in brackets; nothing if all are proved."""
+    caveat = activation.properties.caveat(*names)
+    return f" ({caveat})" if caveat else ""
+
+
+@supports(*HELD, *STEPPED, "gradient_flow")
 def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> AutonomousProblem:
     """The autonomous problem that a network is, or its bias and kernel at one time make. Collective.
 
@@ -111,8 +144,6 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
     >>> autonomous_problem(net).unmet
     ("sigma'(0) > 0",)
     """
-    if not net.layers:
-        raise ValueError("net: a network with layers is wanted, one without was given")
     times, inputs = net.times, net.layer_inputs()
     if at is None:
         _refuse_dependence_on_time(net)
@@ -123,8 +154,9 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
         layer = inputs[min(int(np.searchsorted(times, at, side="right")) - 1, net.layers - 1)]
         fraction = (at - layer.start) / layer.length
     return AutonomousProblem(
-        layer.factors, layer.beta.coefficients(fraction), layer.bias.coefficients(fraction), net.activation
-    )
+        layer.factors, layer.beta.coefficients(fraction), layer.bias.coefficients(fraction), net.activation,
+        net.gradient_flow,
+    )  # fmt: skip
 
 
 def _refuse_dependence_on_time(net: ResidualNetwork) -> None:

@@ -20,6 +20,10 @@ back, r(s) = M(t, s)^T r(t), as (4.2a) does: forward and backward problem have t
 The generator -sigma'(u) B is bounded on L2(Y) by sup |sigma'| norm(b, L2(Y x Y)), so that
 
     norm(M(t, s)) <= exp( int_s^t sup |sigma'| norm(b) dt ).
+
+The gradient flow f_t = B^T sigma(a - B f) has w_t = -B^T sigma'(u) B w: M(t, s) has the same form, A in the span of psi too, and
+norm(b)^2 stands for norm(b) in its bound, which holds whatever the sign of sigma' is. Where sigma' >= 0, M(t, s) does not make
+anything larger, nor does the discrete one in steps that are short enough (`contraction`).
 """
 
 from __future__ import annotations
@@ -32,8 +36,10 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import made
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.segment import Segment
+from fem_resnet.theory.frozen_spectra import frozen_eigenvalues
 from fem_resnet.theory.propagator import Propagator, joint_span
 from fem_resnet.trajectory import like
 
@@ -44,7 +50,7 @@ _TOGETHER = 16
 
 
 class LinearisedFlow:
-    """The linearisation (3.6) of a network along its solutions for given initial states, between any two layer times.
+    """The linearisation (3.6) of a network, or that of a gradient flow, along its solutions for given initial states, between any two layer times.
 
     It is that of the discrete network, at the coefficients that the network has when this is made; collective.
 
@@ -82,6 +88,7 @@ class LinearisedFlow:
     ([2.0, -1.0], 6, True)
     """
 
+    @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
     def __init__(self, net: ResidualNetwork, initial: fd.Function):
         net.Y.check_batch(initial, "initial")
         self.net = net
@@ -188,7 +195,7 @@ class LinearisedFlow:
         return Propagator(self.basis, added, (self.net.times[start], self.net.times[end]))
 
     def bound(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
-        """`exp(int sup |sigma'| norm(b) dt)`, a bound of the norm of M(t_end, t_start). Collective.
+        """`exp(exponent)`, a bound of the norm of M(t_end, t_start). Collective.
 
         It holds for the solution of (3.6); where b is constant in each layer, for the steps of Euler's and of the classical
         Runge-Kutta method too, whose 1 + x + .. is below e^x. Arguments as for `exponent`.
@@ -198,6 +205,8 @@ class LinearisedFlow:
 
     def exponent(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
         """`int sup |sigma'| norm(b) dt` from t_start to t_end; where b is linear in t, from above. Collective.
+
+        Of a gradient flow `int sup |sigma'| norm(b)^2 dt`.
 
         Parameters
         ----------
@@ -218,9 +227,21 @@ class LinearisedFlow:
             parts = 1 if inputs.beta.is_constant else 16
             fractions = np.linspace(0, 1, parts + 1)
             kind = "operator" if operator_norm else "hs"
-            norms = [inputs.factors.norm(inputs.beta.coefficients(s), kind) for s in fractions]
+            norms = [inputs.factors.norm(inputs.beta.coefficients(s), kind) ** self.power for s in fractions]
             total += inputs.length * np.trapezoid(norms, dx=1 / parts)
         return float(total * self.net.activation.properties.lipschitz) if total > 0 else 0.0
+
+    @property
+    def power(self) -> int:
+        """1, or 2 of a gradient flow: the power of norm(b) in bounds."""
+        return 2 if self.net.gradient_flow else 1
+
+    def by_bias(self, layer: int, r: np.ndarray) -> np.ndarray:
+        """What (4.3) has of a co-state at the start of a layer, sigma'(u) r, or sigma'(u) B r of a gradient flow. Collective."""
+        inputs = self._layers[layer]
+        if self.net.gradient_flow:
+            r = inputs.factors.apply(inputs.beta.coefficients(0.0), r)
+        return self.slope(layer) * r
 
     def slope(self, layer: int) -> np.ndarray:
         """sigma'(u) at the start of a layer, u = a - B f, at the owned nodes, shape (nodes, samples). Collective."""
@@ -229,9 +250,9 @@ class LinearisedFlow:
         return self.net.activation.derivative(inputs.bias.coefficients(0.0)[:, None] - Bf)
 
     def frozen_eigenvalues(self, layer: int, *, sample: int = 0) -> np.ndarray:
-        """Eigenvalues of -sigma'(u) B, frozen at the start of a layer, but for zeros: of a matrix of the kernel's rank.
+        """Eigenvalues of -sigma'(u) B, frozen at the start of a layer, but for zeros: see `frozen_spectra.frozen_eigenvalues`.
 
-        They are those of `-(Psi^T M sigma'(u) Phi) beta`, in 1 / t. Frozen eigenvalues do not decide about (3.6), whose
+        Of a gradient flow those of -B^T sigma'(u) B. Frozen eigenvalues do not decide about (3.6), whose
         coefficients depend on t; they tell what one step of the scheme meets. (Section 3.5 prints sigma'((y, t_0)), b
         replaced by sigma(u) b, and the operator -sigma'(w) B: it is sigma'(u) in all three.) Collective.
 
@@ -242,10 +263,7 @@ class LinearisedFlow:
         sample
             Which sample.
         """
-        inputs = self._layers[layer]
-        phi, psi = inputs.factors.phi, inputs.factors.psi
-        K = self.net.Y.sum(psi.weighted.T @ (self.slope(layer)[:, [sample]] * phi.values))
-        return np.linalg.eigvals(-K @ inputs.beta.coefficients(0.0))
+        return frozen_eigenvalues(self.net, self._layers[layer], 0.0, self.slope(layer)[:, sample])
 
     def _step(self, layer: int, f: np.ndarray, w: np.ndarray) -> np.ndarray:
         segment, coefficients = self._of_samples(w.shape[1])[layer], self._coefficients[layer]

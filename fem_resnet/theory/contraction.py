@@ -29,9 +29,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
-from fem_resnet.layer_inputs import LayerCoefficients, LayerInputs
+from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
+from fem_resnet.theory.autonomous import sampled
 
 __all__ = ["LipschitzBound", "circle_radius", "lipschitz_bound"]
 
@@ -113,6 +115,7 @@ class LipschitzBound:
         return f"two solutions part by at most {self.discrete:.6g} (equation: {self.continuous:.6g}): {self.reason}"
 
 
+@supports("no_layers", *HELD, "single_precision", "gradient_flow")
 def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
     """Bound of the Lipschitz constant of f_I -> f(T) in L2(Y), at the network's present coefficients. Collective.
 
@@ -142,7 +145,7 @@ def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
     (1.0, 'L2', [2.0, 2.0])
     """
     A, b = _tableau(net)
-    sigma, R, layers = net.activation.properties, circle_radius(A, b), _layers(net)
+    sigma, R, layers = net.activation.properties, circle_radius(A, b), net.layer_inputs()
     ends = np.array([[part.factors.norm(part.beta.coefficients(s), "operator") for s in _ENDS] for part in layers])
     ends = ends.reshape(-1, 2)
     lengths, norms = np.diff(net.times), ends.max(axis=1, initial=0.0)
@@ -168,6 +171,11 @@ def _rates(lipschitz: float, norms: np.ndarray, power: int) -> np.ndarray:
 
 
 def _reason(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
+    rests_on = ("lipschitz", "non_decreasing") if falls else ("lipschitz",)
+    return _why(net, falls, R, short) + sampled(net.activation, *rests_on)
+
+
+def _why(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
     if not net.activation.properties.non_decreasing:
         return f"{net.activation.name} decreases somewhere, so that only the norm of B bounds them"
     if not falls:
@@ -182,22 +190,12 @@ def _reason(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> s
 
 
 def _tableau(net: ResidualNetwork) -> tuple[np.ndarray, np.ndarray]:
-    if net.solver_parameters["ts_adapt_type"] != "none":
-        raise ValueError("net: fixed steps are wanted, its steps are adapted; take 'ts_adapt_type': 'none'")
     if net.tableau is None:
         raise ValueError(
             f"net: PETSc does not give the coefficients of {net.solver_parameters['ts_type']!r} away; "
             f"take 'rk', 'theta', 'beuler', 'cn' or 'irk'"
         )
     return net.tableau
-
-
-def _layers(net: ResidualNetwork) -> list[LayerInputs]:
-    """What each layer takes."""
-    active = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
-    layers = active.on_layers([slot.read(function) for slot, function in zip(active.slots, active.functions)])
-    learned = net.learned_factors() if net.factors else None
-    return [part._replace(factors=learned or part.factors) for part in layers]
 
 
 def _growth(A: np.ndarray, b: np.ndarray, z: float) -> float:

@@ -42,24 +42,20 @@ class CrossApproximation:
         With which confidence their mean is taken for that of all pairs, between 0 and 1.
     largest_rank
         Where it gives up.
-    seed
-        For the pairs.
 
     Attributes
     ----------
     rank : int
     """
 
-    def __init__(self, b: KernelValues, *, pairs: int, confidence: float, largest_rank: int, seed: int):
-        self._b, self._confidence, self._largest_rank = b, confidence, largest_rank
+    def __init__(self, b: KernelValues, *, pairs: int, confidence: float, largest_rank: int):
+        self._b, self._pairs, self._confidence, self._largest_rank = b, pairs, confidence, largest_rank
         self._factors = [np.empty((nodes.Y.nodes, 0), order="F") for nodes in (b.y, b.z)]
         self._free = [np.ones(nodes.Y.nodes) for nodes in (b.y, b.z)]
         self._grams = [np.empty((0, 0)), np.empty((0, 0))]
         self.rank = 0
-        self._samples = draw_pairs(b.y, b.z, pairs, seed)
-        self._watched = b.pairs(*(sample.rows(nodes.places) for sample, nodes in zip(self._samples, self._sides)))
         #: Residuals below this are round-off.
-        self._round_off = 1e-14 * np.abs(self._watched).max(initial=0.0)
+        self._round_off = 0.0
 
     @property
     def _sides(self):
@@ -80,14 +76,20 @@ class CrossApproximation:
         measure = self._b.y.Y.measure * self._b.z.Y.measure
         return (measure * upper_limit(self._watched**2, self._confidence)) ** 0.5
 
-    def extend(self, tolerance: float) -> None:
+    def extend(self, tolerance: float, seed: int) -> None:
         """Add rows and columns until the error is at most `tolerance` of the norm. Collective.
+
+        Pairs are drawn for `seed`: those of an earlier call have had rows and columns taken through them.
 
         Raises
         ------
         RuntimeError
             If the rank would exceed the largest one.
         """
+        self._samples = draw_pairs(*self._sides, self._pairs, seed)
+        values = self._b.pairs(*(sample.rows(nodes.places) for sample, nodes in zip(self._samples, self._sides)))
+        self._round_off = max(self._round_off, 1e-14 * np.abs(values).max(initial=0.0))
+        self._watched = values - np.einsum("ik,ik->i", *(part.rows(f) for part, f in zip(self._samples, self.factors)))
         row = self._worst_row()
         while row is not None:
             if self.rank >= min(self._largest_rank, self._b.y.Y.size, self._b.z.Y.size):

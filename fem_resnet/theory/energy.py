@@ -37,6 +37,7 @@ import numpy as np
 
 from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.theory.assumptions import (
@@ -69,6 +70,8 @@ class EnergyStatement:
     holds : bool or None
         Whether what was observed is within the bound, for all samples. The bound of a time integral is widened by the
         defect of its energy identity, which is the error of the time steps, others by round-off.
+    caveats : tuple of str
+        What of sigma the conditions rest on that is sampled, not proved.
     """
 
     name: str
@@ -77,6 +80,7 @@ class EnergyStatement:
     observed: np.ndarray
     bound: np.ndarray | None
     holds: bool | None
+    caveats: tuple[str, ...] = ()
 
     @property
     def applies(self) -> bool:
@@ -91,6 +95,7 @@ class EnergyStatement:
             lines.append(f"    does not apply: {'; '.join(self.unmet)}")
         elif self.holds is False:
             lines.append("    applies to the solution: it is the time steps that break it; take shorter ones")
+        lines += [f"    {caveat}" for caveat in self.caveats]
         return "\n".join(lines)
 
 
@@ -127,6 +132,7 @@ class EnergyMonitor:
     ['int Sigma(u) falls', '(i)', '(ii)']
     """
 
+    @supports(*HELD, *STEPPED)
     def __init__(self, net: ResidualNetwork):
         self._net, self._Y, self._sigma = net, net.Y, net.activation
         self._problem, _ = problem_at_start(net)
@@ -251,7 +257,8 @@ class EnergyMonitor:
         failing = [what for what in conditions if not self.conditions[what].holds]
         unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in failing)
         holds = None if bound is None else bool((observed <= bound + slack).all())
-        return EnergyStatement(name, says, unmet, observed, bound, holds)
+        caveats = tuple(dict.fromkeys(c for what in conditions if (c := self.conditions[what].caveat)))
+        return EnergyStatement(name, says, unmet, observed, bound, holds, caveats)
 
     def _of_primitive(self) -> Iterator[EnergyStatement]:
         E, dissipated = self.values("primitive"), self.values("dissipated")

@@ -38,9 +38,10 @@ from functools import cache
 import numpy as np
 from scipy.optimize import linprog
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
-from fem_resnet.theory.autonomous import autonomous_problem
+from fem_resnet.theory.autonomous import autonomous_problem, sampled
 from fem_resnet.theory.singular_values import SingularSystem
 
 __all__ = ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"]
@@ -78,6 +79,7 @@ class EnergyStepLimit:
     why: dict[str, str]
 
 
+@supports(*HELD, *STEPPED)
 def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     """Up to which time step the energies of 3.2 are known to fall in a network's discrete solution. Collective.
 
@@ -138,7 +140,8 @@ def _limits(net: ResidualNetwork, met: set[str], kappa: float, scale: float) -> 
             missing.append("sigma non-decreasing")
         if missing:
             return 0.0, f"{text}, but it wants {', '.join(missing)}"
-        return limit, text
+        rests_on = ["lipschitz", *(["sign_preserving"] if SIGN in conditions else []), *(["non_decreasing"] if rising else [])]
+        return limit, text + sampled(net.activation, *rests_on)
 
     none = 0.0, "no statement about this method"
     if net.solver_parameters["ts_type"] == "discrete_gradient":

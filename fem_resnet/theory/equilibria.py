@@ -8,6 +8,9 @@ sigma(u)) = 0, thus a set of all dimensions but r. Where u = a - B f is such an 
 grows for ever, in N(B), unseen by the time-uniform estimates of Theorem 3.2. Only u in a + R(B) belong to an f. Lemma
 3.3: for B = B^T and s sigma(s) >= 0, (3.4), an equilibrium in R(B) has u sigma(u) = 0; if B is not symmetric there may
 be others.
+
+The gradient flow f_t = B^T sigma(a - B f) has u_t = -K sigma(u), K = B B^T: the same with K in place of B, so that (phi_l,
+sigma(u)) = 0; f does not drift there, as B^T sigma(u) = 0.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import numpy as np
 import scipy.optimize
 from mpi4py import MPI
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
-from fem_resnet.theory.singular_values import weighted_gram
+from fem_resnet.theory.singular_values import SingularSystem, weighted_gram
 from fem_resnet.theory.steady_states import zero_set
 
 __all__ = ["Equilibria", "Equilibrium", "find_equilibria"]
@@ -33,19 +37,19 @@ _FAR, _BISECTIONS = 100.0, 70
 
 @dataclass(frozen=True)
 class Equilibrium:
-    """A u with sigma(u) in N(B).
+    """A u with sigma(u) in N(B), or N(B^T) of a gradient flow.
 
     Attributes
     ----------
     u : Function
     speed : float
-        |sigma(u)| in L2(Y): how fast f drifts; 0 if f is steady.
+        |f_t| in L2(Y): |sigma(u)|, how fast f drifts, 0 if f is steady; 0 of a gradient flow.
     pairing : float
         int u sigma(u) dy: 0 by Lemma 3.3 for u in R(B), B symmetric and s sigma(s) >= 0.
     outside : float
         |u - its part in R(B)|.
     eigenvalues : numpy.ndarray
-        Of -B sigma'(u) on R(B), complex: u_t = -B sigma(u) linearised at this equilibrium.
+        Of -K sigma'(u) on R(B), complex: u_t = -K sigma(u) linearised at this equilibrium, K = B or B B^T.
     """
 
     u: fd.Function
@@ -57,7 +61,7 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Equilibria:
-    """The set of u with sigma(u) in N(B), where u_t = -B sigma(u) stands still. Get one from `find_equilibria`.
+    """The set of u with sigma(u) in N(K), where u_t = -K sigma(u) stands still; K = B, or B B^T. Get one from `find_equilibria`.
 
     Attributes
     ----------
@@ -72,20 +76,24 @@ class Equilibria:
     @property
     def codimension(self) -> int:
         """r: how many equations (psi_l, sigma(u)) = 0 there are."""
-        return self.problem.system.rank
+        return self._generator.rank
+
+    @property
+    def _generator(self) -> SingularSystem:
+        return self.problem.generator
 
     @property
     def lemma_applies(self) -> bool:
-        """Whether Lemma 3.3 does: B = B^T, and s sigma(s) >= 0 as in (3.4). Then `pairing` is 0 where `outside` is."""
-        return self.problem.system.is_symmetric and self.problem.activation.properties.sign_preserving
+        """Whether Lemma 3.3 does: K = K^T, and s sigma(s) >= 0 as in (3.4). Then `pairing` is 0 where `outside` is."""
+        return self._generator.is_symmetric and self.problem.activation.properties.sign_preserving
 
     def residuals(self, u: fd.Function) -> np.ndarray:
-        """|part of sigma(u) in R(B^T)| / |sigma(u)|, shape (samples,); 0 where sigma(u) = 0. Collective."""
+        """|part of sigma(u) in R(K^T)| / |sigma(u)|, shape (samples,); 0 where sigma(u) = 0. Collective."""
         return self._residuals(self.problem.read(u, "u"))
 
     def _residuals(self, u: np.ndarray) -> np.ndarray:
         sigma = self.problem.activation(u)
-        part = np.linalg.norm(self.problem.system.right_coefficients(sigma), axis=0)
+        part = np.linalg.norm(self._generator.right_coefficients(sigma), axis=0)
         whole = self.problem.norms(sigma)
         return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
@@ -115,20 +123,19 @@ class Equilibria:
         return self.problem.norms(Y.values(self.nearest(u)) - Y.values(u))
 
     def velocity(self, f: fd.Function) -> fd.Function:
-        """sigma(a - B f): where u = a - B f is an equilibrium, f(t) = f + t sigma(u) for all t. Collective."""
-        u = self.problem.argument(self.problem.read(f, "f"))
-        return self.problem.Y.batch(self.problem.activation(u))
+        """f_t: where u = a - B f is an equilibrium, f(t) = f + t f_t for all t, of a gradient flow f(t) = f. Collective."""
+        return self.problem.Y.batch(self.problem.rate(self.problem.argument(self.problem.read(f, "f"))))
 
     def describe(self, u: fd.Function) -> list[Equilibrium]:
         """What is to be said of these equilibria, one a sample. Collective."""
         problem = self.problem
-        Y, system, values = problem.Y, problem.system, problem.read(u, "u")
+        Y, system, values = problem.Y, self._generator, problem.read(u, "u")
         sigma = problem.activation(values)
         outside = problem.norms(values - system.left_values(system.left_coefficients(values)))
         pairing = Y.sum(Y.weights @ (values * sigma))
         return [
             Equilibrium(Y.batch(v), float(speed), float(inner), float(apart), self._spectrum(v))
-            for v, speed, inner, apart in zip(values.T, problem.norms(sigma), pairing, outside)
+            for v, speed, inner, apart in zip(values.T, problem.norms(problem.rate(values)), pairing, outside)
         ]
 
     def found_from(self, f: fd.Function) -> list[Equilibrium]:
@@ -137,8 +144,7 @@ class Equilibria:
         Each is named once, in the order of the samples of f that led to it first; samples that lead nowhere are left
         out. Collective.
         """
-        problem = self.problem
-        system = problem.system
+        problem, system = self.problem, self._generator
         bias = problem.bias[:, None]
         apart = bias - system.left_values(system.left_coefficients(bias))
 
@@ -164,12 +170,10 @@ class Equilibria:
 
     def _jacobian(self, u: np.ndarray) -> np.ndarray:
         """((psi_l, sigma'(u) phi_k)), shape (r, r)."""
-        system, kernel = self.problem.system, self.problem.kernel
-        slope = self.problem.activation.derivative(u)
-        return system.right.T @ weighted_gram(kernel.psi, slope, kernel.phi) @ system.left
+        return self._generator.weighted(self.problem.activation.derivative(u))
 
     def _spectrum(self, u: np.ndarray) -> np.ndarray:
-        found = np.linalg.eigvals(-self.problem.system.values[:, None] * self._jacobian(u)).astype(complex)
+        found = np.linalg.eigvals(-self._generator.values[:, None] * self._jacobian(u)).astype(complex)
         return found[np.lexsort((found.imag, -found.real))]
 
     def _nearest(self, u: np.ndarray) -> np.ndarray:
@@ -185,7 +189,7 @@ class Equilibria:
 
     @np.errstate(over="ignore", invalid="ignore")
     def _newton(self, u: np.ndarray) -> np.ndarray | None:
-        problem, system, psi = self.problem, self.problem.system, self.problem.kernel.psi
+        problem, system, psi = self.problem, self._generator, self._generator.kernel.psi
         sigma = problem.activation
         v, multipliers, penalty = u.copy(), np.zeros(system.rank), 0.0
 
@@ -218,7 +222,7 @@ class Equilibria:
         return None
 
     def _without_search(self, u: np.ndarray) -> list[np.ndarray]:
-        problem, system, sigma = self.problem, self.problem.system, self.problem.activation
+        problem, system, sigma = self.problem, self._generator, self.problem.activation
         found = []
         if sigma.properties.strictly_increasing and sigma.properties.zero_at_zero:
             values = sigma(u)[:, None]
@@ -247,15 +251,16 @@ def _inverse(problem: AutonomousProblem, values: np.ndarray) -> np.ndarray:
     return (near + far) / 2
 
 
+@supports(*HELD, *STEPPED, "gradient_flow")
 def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> Equilibria:
-    """The equilibria of u_t = -B sigma(u) of 3.3. Collective.
+    """The equilibria of u_t = -B sigma(u) of 3.3, or of u_t = -B B^T sigma(u). Collective.
 
     Parameters
     ----------
     net, at
         As for `find_steady_states`.
     tolerance
-        Up to which part of sigma(u) in R(B^T) u is an equilibrium; no unit.
+        Up to which part of sigma(u) in R(B^T), or R(B) of a gradient flow, u is an equilibrium; no unit.
 
     Raises
     ------

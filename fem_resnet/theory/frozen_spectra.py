@@ -5,7 +5,9 @@ Frozen at t_0, perturbations of a solution f obey
     w_t = -sigma'(u(y, t_0)) int_Y b(y, z, t_0) w(z) dz,        u = a - B f
 
 (the paper prints sigma(u) b, and leaves u out of the argument; it is the linearisation (3.6), so sigma'(u) b). Its
-operator has the rank of b, and but for 0 the spectrum of -beta Psi^T M diag(sigma'(u)) Phi, a matrix of that size.
+operator has the rank of b, and but for 0 the spectrum of -beta Psi^T M diag(sigma'(u)) Phi, a matrix of that size. That of
+the gradient flow is -B^T diag(sigma'(u)) B, which is symmetric: with R^T R = Psi^T M Psi its spectrum, but for 0, is that of
+-R beta^T (Phi^T M diag(sigma'(u)) Phi) beta R^T.
 
 Frozen spectra do not decide stability of (3.6), where the coefficients go on changing: solutions may grow though at
 each time all eigenvalues have negative real parts, as with rotating coefficients, and decay though some have positive
@@ -20,10 +22,12 @@ import firedrake as fd
 import numpy as np
 from matplotlib.axes import Axes
 
+from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.singular_values import weighted_gram
 
-__all__ = ["FrozenSpectra", "frozen_spectra"]
+__all__ = ["FrozenSpectra", "frozen_eigenvalues", "frozen_spectra"]
 
 #: What a reader of frozen spectra must know; it stands above their plot.
 CAVEAT = "Spectra frozen in time do not decide stability: coefficients that change can make decaying modes grow."
@@ -31,7 +35,7 @@ CAVEAT = "Spectra frozen in time do not decide stability: coefficients that chan
 
 @dataclass(frozen=True)
 class FrozenSpectra:
-    """Eigenvalues of `w -> -sigma'(u(t_l)) B(t_l) w` along trajectories. Get them from `frozen_spectra`.
+    """Eigenvalues of `w -> -sigma'(u(t_l)) B(t_l) w`, or `w -> -B^T sigma'(u) B w`, along trajectories. Get them from `frozen_spectra`.
 
     Attributes
     ----------
@@ -39,7 +43,7 @@ class FrozenSpectra:
         t_0 .. t_L, shape (L + 1,); at a layer time bias and kernel are those of the layer that starts there.
     eigenvalues : list of numpy.ndarray
         One a time: complex, shape (samples, rank), real parts falling; all others are 0. The smaller rank of phi and
-        psi.
+        psi, or that of psi for a gradient flow, whose eigenvalues are real.
     """
 
     times: np.ndarray
@@ -65,10 +69,11 @@ class FrozenSpectra:
             axes.scatter(np.full(real.size, t), real, s=9, c=np.where(real > 0, "tab:red", "tab:blue"))
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set_xlabel("t")
-        axes.set_ylabel("Re eig(-sigma'(u) B)")
+        axes.set_ylabel("real part")
         axes.set_title(CAVEAT, fontsize="small", wrap=True)
 
 
+@supports(*HELD, *STEPPED, "gradient_flow")
 def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     """Spectra of the linearisation at the layer times, frozen there, along the trajectories from `initial`. Collective.
 
@@ -96,22 +101,43 @@ def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     >>> frozen_spectra(net, Y.batch(0 * Y.weights)).eigenvalues[0].round(9).tolist()
     [[(-1-2j), (-1+2j)]]
     """
-    if not net.layers:
-        raise ValueError("net: a network with layers is wanted, one without was given")
     inputs = net.layer_inputs()
     found = []
     for layer, state in enumerate(net.run(initial).states()):
         at = inputs[min(layer, net.layers - 1)]
         fraction = 0.0 if layer < net.layers else 1.0
-        beta, phi, psi = at.beta.coefficients(fraction), at.factors.phi, at.factors.psi
-        u = at.bias.coefficients(fraction)[:, None] - at.factors.apply(beta, net.Y.values(state))
+        u = at.bias.coefficients(fraction)[:, None] - at.factors.apply(at.beta.coefficients(fraction), net.Y.values(state))
         slopes = net.activation.derivative(u)
-        found.append(np.array([_spectrum(beta, weighted_gram(psi, slope, phi)) for slope in slopes.T]))
+        found.append(np.array([frozen_eigenvalues(net, at, fraction, slope) for slope in slopes.T]))
     return FrozenSpectra(net.times, found)
 
 
-def _spectrum(beta: np.ndarray, between: np.ndarray) -> np.ndarray:
-    """Of -beta K, or of -K beta where that is smaller."""
-    product = beta @ between if beta.shape[0] <= beta.shape[1] else between @ beta
-    values = np.linalg.eigvals(-product).astype(complex)
+def frozen_eigenvalues(net: ResidualNetwork, layer: LayerInputs, fraction: float, slope: np.ndarray) -> np.ndarray:
+    """Eigenvalues of the linearisation in a layer, frozen at a fraction of it, but for zeros. Collective.
+
+    Parameters
+    ----------
+    net
+        The network.
+    layer
+        What the layer takes.
+    fraction
+        From 0 to 1.
+    slope
+        sigma'(u) there at the owned nodes, shape (nodes,).
+
+    Returns
+    -------
+    numpy.ndarray
+        Complex, real parts falling, in 1 / t; as many as the smaller rank of phi and psi, or that of psi for a gradient flow.
+    """
+    beta, phi, psi = layer.beta.coefficients(fraction), layer.factors.phi, layer.factors.psi
+    if net.gradient_flow:
+        turned = beta @ np.linalg.cholesky(psi.gram)
+        K = weighted_gram(phi, slope, phi)
+        values = np.linalg.eigvalsh(-turned.T @ ((K + K.T) / 2) @ turned)
+    else:
+        K = weighted_gram(psi, slope, phi)
+        values = np.linalg.eigvals(-(beta @ K if beta.shape[0] <= beta.shape[1] else K @ beta))
+    values = values.astype(complex)
     return values[np.lexsort((values.imag, -values.real))]

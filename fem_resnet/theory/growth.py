@@ -25,19 +25,24 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
 
 from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.theory.assumptions import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
+from fem_resnet.theory.autonomous import sampled
 from fem_resnet.trajectory import LayerTrajectory
 
-__all__ = ["GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth", "supremum"]
+__all__ = ["MARGIN", "GrowthBound", "GrowthFit", "GrowthMonitor", "fit_growth", "supremum"]
 
 #: Up to here a bounded activation that is not monotone is looked at, and how closely.
 _RANGE, _SPACING = 1e3, 1e-2
+#: Of norms, relative to their size.
+_ROUND_OFF = 1e-13
 #: Times closer than this part of a layer are one, added up in other orders.
 _SAME_TIME = 1e-9
 
@@ -58,6 +63,8 @@ class GrowthBound:
         The bound, shape (times, samples); None where a condition fails without which there is no number.
     observed : numpy.ndarray
         The norm of f, shape (times, samples).
+    sampled : str
+        What of sigma the bound stands on that is sampled, not proved, in words; empty if nothing is.
     """
 
     name: str
@@ -65,6 +72,7 @@ class GrowthBound:
     unmet: tuple[str, ...]
     values: np.ndarray | None
     observed: np.ndarray
+    sampled: str = ""
 
     @property
     def applies(self) -> bool:
@@ -73,16 +81,22 @@ class GrowthBound:
 
     @property
     def ratio(self) -> float | None:
-        """The largest part of the bound that f takes, over times and samples: at most 1 if the bound applies."""
+        """The largest part that f takes of the growth that the bound allows, over later times and samples.
+
+        (norm(f) - norm(f_I)) / (bound - norm(f_I)): at most 1 if the bound applies, negative where f only falls; 0 where neither
+        grows, up to round-off.
+        """
         if self.values is None:
             return None
-        nothing = np.zeros_like(self.values)
-        return float(np.divide(self.observed, self.values, out=nothing, where=self.values > 0).max())
+        grown, allowed = self.observed[1:] - self.observed[0], self.values[1:] - self.values[0]
+        moved = np.maximum(np.abs(grown), allowed) > _ROUND_OFF * self.values[1:]
+        with np.errstate(divide="ignore"):
+            return float(np.divide(grown, allowed, out=np.zeros_like(grown), where=moved).max())
 
     def __str__(self) -> str:
         if self.unmet:
             return f"{self.name}, {self.norm}: does not apply: {'; '.join(self.unmet)}"
-        return f"{self.name}, {self.norm}: f takes up to {self.ratio:.4g} of the bound"
+        return f"{self.name}, {self.norm}: f takes up to {self.ratio:.4g} of the growth allowed{self.sampled}"
 
 
 class GrowthMonitor:
@@ -118,8 +132,8 @@ class GrowthMonitor:
     {'Gronwall': 1.0}
     """
 
+    @supports(*HELD, *STEPPED)
     def __init__(self, net: ResidualNetwork):
-        net.refuse_gradient_flow("growth of 3.4")
         self._net, self._Y, self._sigma = net, net.Y, net.activation
         self.times: list[float] = []
         self._norms: list[np.ndarray] = []
@@ -206,7 +220,7 @@ class GrowthMonitor:
         norms, values, unmet = self.norms("L2"), None, (f"sup |sigma| is infinite for {self._sigma.name}",)
         if self._sigma.properties.bounded:
             values, unmet = norms[0] + supremum(self._sigma) * self._Y.measure**0.5 * self._elapsed, ()
-        return GrowthBound("bounded", "L2", unmet, values, norms)
+        return GrowthBound("bounded", "L2", unmet, values, norms, sampled(self._sigma, "bounded", "non_decreasing", "lipschitz"))
 
     def _proposition(self) -> GrowthBound:
         norms, properties = self.norms("L2"), self._sigma.properties
@@ -223,7 +237,8 @@ class GrowthMonitor:
         values = None
         if conditions[SIGN].holds and np.isfinite(properties.lipschitz):
             values = norms[0] + np.sqrt(2 * properties.lipschitz * np.maximum(self._initial, 0.0)) * self._elapsed
-        return GrowthBound("Proposition 3.5", "L2", tuple(unmet), values, norms)
+        supposed = sampled(self._sigma, "lipschitz", "sign_preserving", "non_decreasing")
+        return GrowthBound("Proposition 3.5", "L2", tuple(unmet), values, norms, supposed)
 
     def _gronwall(self) -> GrowthBound:
         norms, L = self.norms("L1"), self._sigma.properties.lipschitz
@@ -233,7 +248,8 @@ class GrowthMonitor:
         drift = abs(float(self._sigma(0.0))) * self._Y.measure
         with np.errstate(over="ignore"):
             growth = np.exp(L * self._Y.measure * of_b)[:, None]
-        return GrowthBound("Gronwall", "L1", (), (norms[0] + L * of_a[:, None] + drift * self._elapsed) * growth, norms)
+        values = (norms[0] + L * of_a[:, None] + drift * self._elapsed) * growth
+        return GrowthBound("Gronwall", "L1", (), values, norms, sampled(self._sigma, "lipschitz"))
 
     def _integrated_norms(self) -> tuple[np.ndarray, np.ndarray]:
         """int_0^t |a|_L1 and int_0^t sup |b| at the measured times; where they vary within a layer, by trapezoids.
@@ -286,10 +302,21 @@ def supremum(activation: Activation) -> float:
 
 # -- fitted growth -----------------------------------------------------------------------------------------------------
 
+#: By how much Akaike's criterion must be less for one kind of growth than for the other to decide: then the other has
+#: essentially no support (Burnham, Anderson).
+MARGIN = 10.0
+#: Logarithms of norms are not known better than this.
+_OF_LOGARITHMS = 1e-12
+#: Powers of c + v t^p that are looked at.
+_POWERS = np.linspace(0.25, 4.0, 61)
+
 
 @dataclass(frozen=True)
 class GrowthFit:
-    """How norms grow, from the later half of the times: as a power of t, and exponentially.
+    """How norms grow, from the later half of the times: as a power of t, beside a constant or not, or exponentially.
+
+    Three curves are fitted to the logarithms: norm ~ t^p, norm ~ c + v t^p for p from 1/4 to 4, and norm ~ exp(r t). Akaike's
+    criterion (for few points) says whether the better one of the first two, or the third, is to be believed.
 
     Attributes
     ----------
@@ -298,27 +325,37 @@ class GrowthFit:
     rate : numpy.ndarray
         r of norm ~ exp(r t), shape (samples,), in the unit of 1/t.
     power_residual, rate_residual : numpy.ndarray
-        The largest |log(norm) - fit|: which of both it is that fits.
+        The largest |log(norm) - fit| of these two.
+    in_favour : numpy.ndarray
+        By how much the criterion is less for an exponential than for powers, shape (samples,); negative if it is more.
     """
 
     power: np.ndarray
     rate: np.ndarray
     power_residual: np.ndarray
     rate_residual: np.ndarray
+    in_favour: np.ndarray
 
     @property
     def is_exponential(self) -> np.ndarray:
-        """Whether the exponential fits better, shape (samples,)."""
-        return self.rate_residual < self.power_residual
+        """Whether the exponential fits better, by `MARGIN` at least, shape (samples,)."""
+        return self.in_favour >= MARGIN
+
+    @property
+    def verdicts(self) -> list[str]:
+        """"exponential", "power" or "not decided", one a sample."""
+        return [
+            "exponential" if value >= MARGIN else "power" if value <= -MARGIN else "not decided" for value in self.in_favour
+        ]
 
 
 def fit_growth(times: np.ndarray, norms: np.ndarray) -> GrowthFit:
-    """Fit a power and an exponential to norms, by least squares of their logarithms over the later half of the times.
+    """Fit powers and an exponential to norms, by least squares over the later half of the times, and choose between them.
 
     Parameters
     ----------
     times
-        Rising, shape (n,); at least four, the later half positive.
+        Rising, shape (n,); at least four, the later half positive. With less than six in the later half nothing is decided.
     norms
         Positive, shape (n, samples).
 
@@ -330,9 +367,9 @@ def fit_growth(times: np.ndarray, norms: np.ndarray) -> GrowthFit:
     Examples
     --------
     >>> t = np.linspace(0.0, 8.0, 17)
-    >>> fit = fit_growth(t, np.column_stack([3 * t + 1e-9, np.exp(0.5 * t)]))
-    >>> [round(float(fit.power[0]), 6), round(float(fit.rate[1]), 6)], fit.is_exponential.tolist()
-    ([1.0, 0.5], [False, True])
+    >>> fit = fit_growth(t, np.column_stack([3 * t + 1e-9, np.exp(0.5 * t), 100 + t, 2 + 0 * t]))
+    >>> [round(float(fit.power[0]), 6), round(float(fit.rate[1]), 6)], fit.verdicts
+    ([1.0, 0.5], ['power', 'exponential', 'power', 'not decided'])
     """
     times, norms = np.asarray(times, dtype=float), np.asarray(norms, dtype=float)
     if norms.ndim != 2 or times.shape != norms.shape[:1] or len(times) < 4:
@@ -340,12 +377,41 @@ def fit_growth(times: np.ndarray, norms: np.ndarray) -> GrowthFit:
     late = times >= (times[0] + times[-1]) / 2
     if not (np.isfinite(norms[late]).all() and (norms[late] > 0).all() and times[late][0] > 0):
         raise ValueError("norms: positive and finite ones at positive times are wanted in the later half")
-    fits = [_line(x, np.log(norms[late])) for x in (np.log(times[late]), times[late])]
-    (power, power_residual), (rate, rate_residual) = fits
-    return GrowthFit(power, rate, power_residual, rate_residual)
+    t, logarithms = times[late], np.log(norms[late])
+    (power, of_power), (rate, of_rate) = (_line(x, logarithms) for x in (np.log(t), t))
+    beside = np.array([_beside_a_constant(t, column) for column in norms[late].T])
+    powers = np.minimum(_criterion(_squares(of_power), len(t), 2), _criterion(beside, len(t), 3))
+    in_favour = powers - _criterion(_squares(of_rate), len(t), 2) if len(t) >= 6 else np.zeros(len(power))
+    return GrowthFit(power, rate, np.abs(of_power).max(axis=0), np.abs(of_rate).max(axis=0), in_favour)
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes, and largest residuals, of lines through (x, y), one a column of y."""
+    """Slopes, and residuals, of lines through (x, y), one a column of y."""
     slope, height = np.polyfit(x, y, 1)
-    return slope, np.abs(y - slope * x[:, None] - height).max(axis=0)
+    return slope, y - slope * x[:, None] - height
+
+
+def _squares(residuals: np.ndarray) -> np.ndarray:
+    return np.sum(residuals**2, axis=0)
+
+
+def _beside_a_constant(t: np.ndarray, norm: np.ndarray) -> float:
+    """The least sum of squares of log(norm) - log(c + v t^p), linear in c and v but for second order of the residuals."""
+
+    def left(p: float) -> float:
+        # In parts of the norm: v of either sign, as long as the curve is positive.
+        columns = np.column_stack([np.ones_like(t), (t / t[-1]) ** p]) / norm[:, None]
+        curve = columns @ np.linalg.lstsq(columns, np.ones_like(t), rcond=None)[0]
+        return float(np.sum(np.log(curve) ** 2)) if (curve > 0).all() else np.inf
+
+    values = [left(p) for p in _POWERS]
+    near = int(np.argmin(values))
+    around = _POWERS[max(near - 1, 0)], _POWERS[min(near + 1, len(_POWERS) - 1)]
+    return min(values[near], float(scipy.optimize.minimize_scalar(left, bounds=around, method="bounded").fun))
+
+
+def _criterion(squares: np.ndarray, points: int, parameters: int) -> np.ndarray:
+    """Akaike's, for few points; of a fit to round-off that of a residual of this size."""
+    k = parameters + 1
+    spread = np.maximum(squares / points, _OF_LOGARITHMS**2)
+    return points * np.log(spread) + 2 * k + 2 * k * (k + 1) / (points - k - 1 if points > k + 1 else np.nan)

@@ -35,7 +35,8 @@ class LayerStability:
     grows, keeps : float
         Largest and smallest singular value of M(t_(l+1), t_l).
     bound : float
-        `exp(int sup |sigma'| norm(b) dt)` over the layer, which `grows` cannot exceed but by errors of the steps.
+        `exp(int sup |sigma'| norm(b) dt)` over the layer, of a gradient flow with norm(b)^2, which `grows` cannot exceed but by
+        errors of the steps.
     grown, kept : float
         Largest and smallest singular value of M(t_(l+1), 0).
     condition : float
@@ -47,13 +48,13 @@ class LayerStability:
     costate : float
         norm(r(t_l)) / norm(r(T)), of all samples together.
     bias_gradient : float
-        norm(sigma'(u) r) / norm(r(T)) at t_l, (4.3).
+        norm(sigma'(u) r) / norm(r(T)) at t_l, (4.3); of a gradient flow with B r in place of r.
     slope : float
         Mean of |sigma'(u)| over Y at t_l, in parts of sup |sigma'| where that is finite.
     flat : float
         Part of Y where |sigma'(u)| is below a thousandth of that.
     frozen : float
-        Largest real part of the eigenvalues of -sigma'(u) B at t_l, in 1 / t.
+        Largest real part of the eigenvalues of -sigma'(u) B, or -B^T sigma'(u) B, at t_l, in 1 / t.
     wanted_steps : int or None
         Steps a layer with which the scheme's factor for each of these eigenvalues is right to a tenth: the present
         number, or the first above it. None if 64 times as many are too few, or the steps are adapted, or of no
@@ -112,7 +113,7 @@ def layer_stability(flow: LinearisedFlow, terminal: np.ndarray) -> list[LayerSta
             backward[l, sample] = so_far.norm, so_far.smallest
             r = M.transpose(r)
             costate[l, sample] = Y.norm(r) ** 2
-            gradient[l, sample] = Y.sum(Y.weights @ (flow.slope(l)[:, sample] * Y.values(r)[:, 0]) ** 2)
+            gradient[l, sample] = Y.sum(Y.weights @ flow.by_bias(l, Y.values(r))[:, sample] ** 2)
     size = np.sqrt(Y.sum(np.sum(Y.weights @ terminal**2)))
     scheme, lipschitz = scheme_of(net), net.activation.properties.lipschitz
     result = []

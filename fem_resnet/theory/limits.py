@@ -26,7 +26,7 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
 from fem_resnet.costate import solve_costate
-from fem_resnet.costate_comparison import refined
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.trajectory import solve_trajectory
@@ -61,6 +61,7 @@ class Convergence:
         return "\n".join([f"{'size':>12s}{'error':>14s}{'order':>8s}", *rows])
 
 
+@supports(*HELD, "discrete_gradient", "single_precision")
 def depth_limit(
     net: ResidualNetwork, initial: fd.Function, *, halvings: int = 3, solver_parameters: dict | None = None
 ) -> Convergence:
@@ -105,21 +106,22 @@ def depth_limit(
     """
     if not isinstance(halvings, (int, np.integer)) or halvings < 0:
         raise ValueError(f"halvings: an integer >= 0 is wanted, {halvings!r} was given")
-    if net.solver_parameters.get("ts_adapt_type", "none") != "none" or net.layers == 0:
-        raise ValueError("net: a network of at least one layer and fixed steps ('ts_adapt_type': 'none') is wanted")
     counts = net.steps * 2 ** np.arange(halvings + 1)
     with stop_annotating():
         exact = solve_trajectory(net, initial, steps=int(8 * counts[-1]), solver_parameters=solver_parameters)
         at_layers = [exact(t) for t in net.times]
         errors = []
         for steps in counts:
-            run = refined(net, int(steps)).run(initial)
+            run = net.replace(steps=int(steps)).run(initial)
             errors.append(
                 max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers))
             )
     return Convergence(np.diff(net.times).max() / counts, np.array(errors))
 
 
+@supports(
+    "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time", *STEPPED,
+)  # fmt: skip
 def width_limit(
     net: ResidualNetwork,
     initial: Callable[[np.ndarray], np.ndarray],

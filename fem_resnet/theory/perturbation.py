@@ -31,6 +31,7 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.trajectory import LayerTrajectory, Trajectory, like
 
 __all__ = ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"]
@@ -40,6 +41,7 @@ _POINTS = 0.5 + np.array([-1.0, 0.0, 1.0]) * np.sqrt(0.15)
 _WEIGHTS = np.array([5.0, 8.0, 5.0]) / 18
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def solve_linearised(
     trajectory: Trajectory,
     direction: fd.Function,
@@ -84,6 +86,9 @@ def solve_linearised(
     return like(direction, w)
 
 
+@supports(
+    "no_layers", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time", *STEPPED,
+)  # fmt: skip
 def duhamel(
     trajectory: Trajectory,
     directions: Sequence[fd.Function],
@@ -129,8 +134,6 @@ def duhamel(
             f"directions: {len(own)} Functions of the spaces of net.bias.functions and net.kernel.functions are wanted,"
             f" {len(directions)} were given" + (", of other spaces" if len(directions) == len(own) else "")
         )
-    if net.factors:
-        raise ValueError("directions: the formulas have none of learned factors; a network with given ones is wanted")
     coefficients, of = net.coefficients(), {id(function): d for function, d in zip(own, directions)}
     moved = coefficients.on_layers(
         [slot.read(of[id(p)]) for slot, p in zip(coefficients.slots, coefficients.functions)], directions=True
@@ -175,6 +178,7 @@ class WeightedIdentity:
         return self.change - self.kernel - self.non_autonomous
 
 
+@supports("no_layers", *HELD, *STEPPED)
 def weighted_identity(
     trajectory: Trajectory,
     direction: fd.Function,

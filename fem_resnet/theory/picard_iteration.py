@@ -5,7 +5,8 @@ Under Assumption 1 the iteration f^0 = f_I, f^(n+1) = f_I + int sigma(a - B f^n)
     |f^(n+1) - f^n| <= C_2(T)^n / n! |f^1 - f^0|,
 
 which converges for every C_2(T); the paper has C_2(T) in place of C_2(T)^n / n!, and so wants C_2(T) < 1 on each of the
-pieces that (0, T) is cut into. There |f^n| <= (|f_I| + C_0 T + C_1) / (1 - C_2). (`well_posedness` has the constants.)
+pieces that (0, T) is cut into. There |f^n| <= (|f_I| + C_0 T + C_1) / (1 - C_2). (`well_posedness` has the constants, also
+those of the gradient flow, of which f^(n+1) = f_I + int B^T sigma(a - B f^n) ds.)
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 from numpy.polynomial import Legendre, Polynomial
 from scipy.special import factorial
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory.well_posedness import LayerNorms, lipschitz_constant
+from fem_resnet.theory.well_posedness import LayerNorms, Rates, drift_constant, lipschitz_constant
 from fem_resnet.trajectory import like
 
 __all__ = ["Picard", "PicardPiece", "picard"]
@@ -40,7 +42,7 @@ class PicardPiece:
     start, end : float
         The piece.
     C_0, C_1, C_2 : float
-        The constants of the piece: C_0 is |sigma(0)| |Y|^(1/2) times its length.
+        The constants of the piece: C_0 is |sigma(0)| |Y|^(1/2) times its length, or of a gradient flow int |b| dt.
     increments : numpy.ndarray
         |f^(n+1) - f^n| in Q, n = 0, 1, .., shape (iterations, samples).
     initial, largest : numpy.ndarray
@@ -96,11 +98,12 @@ class Picard:
 
 @dataclass(frozen=True)
 class _Substep:
-    """A part of a layer: fractions of the layer, and C_1 and C_2 on it."""
+    """A part of a layer: fractions of the layer, and C_0, C_1 and C_2 on it."""
 
     layer: LayerInputs
     start: float
     end: float
+    C_0: float
     C_1: float
     C_2: float
 
@@ -112,6 +115,7 @@ class _Substep:
         return self.layer.start + fraction * self.layer.length
 
 
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def picard(
     net: ResidualNetwork,
     initial: fd.Function,
@@ -120,7 +124,7 @@ def picard(
     tolerance: float = 1e-12,
     max_iterations: int = 100,
 ) -> Picard:
-    """Solve (2.8) by the iteration of the proof of Theorem 3.1, and measure how fast it converges. Collective.
+    """Solve (2.8), or a gradient flow, by the iteration of the proof of Theorem 3.1, and measure how fast it converges. Collective.
 
     Integrals in t are those of Gauss's rule with 4 points on substeps of C_2 about 1/16, of its interpolant up to the
     points between: the limit is Gauss's method of order 8. An iterate is kept by its coefficients (psi, f^n) at these
@@ -168,12 +172,13 @@ def picard(
 
 
 def _substeps(net: ResidualNetwork) -> list[_Substep]:
-    lipschitz, found = lipschitz_constant(net), []
+    lipschitz, rates, found = lipschitz_constant(net), Rates.of(net), []
+    of = [(drift_constant(net), rates.drift), (lipschitz, rates.C_1), (lipschitz, rates.C_2)]
     for layer in net.layer_inputs():
         norms = LayerNorms(net.Y, layer)
-        count = max(1, int(np.ceil(lipschitz * norms.integral("hs") / _SUBSTEP)))
+        count = max(1, int(np.ceil(lipschitz * norms.integral(rates.C_2) / _SUBSTEP)))
         for part in pairwise(np.linspace(0.0, 1.0, count + 1)):
-            found.append(_Substep(layer, *part, *(lipschitz * norms.integral(norm, *part) for norm in ("bias", "hs"))))
+            found.append(_Substep(layer, *part, *(factor * norms.integral(rate, *part) for factor, rate in of)))
     return found
 
 
@@ -204,15 +209,22 @@ _C, _A, _B = _gauss()
 
 
 def _rates(net: ResidualNetwork, substep: _Substep, iterates: list[np.ndarray]) -> list[np.ndarray]:
-    """sigma(a - B f) at Gauss's points for some iterates (psi, f), shape (nodes, points, samples) each.
+    """The right-hand side at Gauss's points for some iterates (psi, f), shape (nodes, points, samples) each.
 
-    All in one product: Phi is read once.
+    All in one product: Phi is read once. Of a gradient flow one more, and a sum over the ranks.
     """
     layer, fractions = substep.layer, substep.start + (substep.end - substep.start) * _C
     C = np.hstack([layer.beta.coefficients(s) @ part for g in iterates for s, part in zip(fractions, g)])
     Bf = (layer.factors.phi.values @ C).reshape(net.Y.nodes, len(iterates), _POINTS, -1)
     a = np.column_stack([layer.bias.coefficients(s) for s in fractions])
-    return [net.activation(a[:, :, None] - Bf[:, k]) for k in range(len(iterates))]
+    found = [net.activation(a[:, :, None] - Bf[:, k]) for k in range(len(iterates))]
+    if net.gradient_flow:
+        phi, psi = layer.factors.phi, layer.factors.psi
+        seen = phi.project(np.stack(found, axis=1).reshape(net.Y.nodes, -1)).reshape(phi.rank, len(found), _POINTS, -1)
+        turned = np.stack([np.einsum("ij,iks->jks", layer.beta.coefficients(s), seen[:, :, p]) for p, s in enumerate(fractions)], 2)
+        moved = (psi.values @ turned.reshape(psi.rank, -1)).reshape(net.Y.nodes, len(found), _POINTS, -1)
+        found = [moved[:, k] for k in range(len(found))]
+    return found
 
 
 def _apply(
@@ -225,7 +237,7 @@ def _apply(
     """One iteration: (psi, f^(n+1)) at all points, f^(n+1) at the end, |f^(n+1) - f^n| and |f^(n+1)| in Q.
 
     `g` has (psi, f^n), `before` (psi, f^(n-1)), None for the first iteration, which is seen from f^0 = f_I. One
-    Allreduce.
+    Allreduce; of a gradient flow one more a substep.
     """
     Y, samples = net.Y, start.shape[1]
     f, change, shapes, local = start, np.zeros_like(start), [], []
@@ -274,7 +286,7 @@ def _iterate(
     piece = PicardPiece(
         substeps[0].time(substeps[0].start),
         substeps[-1].time(substeps[-1].end),
-        float(abs(net.activation(0.0)) * Y.measure**0.5 * sum(substep.length for substep in substeps)),
+        sum(substep.C_0 for substep in substeps),
         sum(substep.C_1 for substep in substeps),
         sum(substep.C_2 for substep in substeps),
         np.array(increments),

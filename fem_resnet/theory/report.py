@@ -19,8 +19,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from mpi4py import MPI
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.reporting import as_json, picture, table, write
+from fem_resnet.theory.autonomous import sampled
 from fem_resnet.theory.conditioning import LinearisedFlow
 from fem_resnet.theory.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
 
@@ -113,6 +115,7 @@ class StabilityReport:
             panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in notes), va="top", fontsize="x-small")
 
 
+@supports(*HELD, *STEPPED, "gradient_flow")
 def stability_report(
     net: ResidualNetwork,
     initial: fd.Function,
@@ -159,13 +162,13 @@ def stability_report(
     (['both', 'both'], ['constraint'])
     """
     began = time.perf_counter()
-    if not net.layers:
-        raise ValueError("net: a network with at least one layer is wanted")
     flow = LinearisedFlow(net, initial)
     terminal = _terminal(flow, initial, terminal)
     layers = layer_stability(flow, terminal)
     gradients = _gradients(layers)
     findings = _findings(layers, gradients)
+    if caveat := net.activation.properties.caveat("lipschitz"):
+        findings.append(f"the bounds rest on sup |sigma'|; {caveat}")
     seconds = net.Y.comm.allreduce(time.perf_counter() - began, op=MPI.MAX)
     title = f"{net!r}, {net.solver_parameters['ts_type']}, steps a layer: {net.steps}, samples: {terminal.shape[1]}"
     report = StabilityReport(title, layers, gradients, findings, _suggestions(net, flow, layers), seconds)
@@ -237,7 +240,7 @@ def _on_steps(net: ResidualNetwork, layers: Sequence[LayerStability]) -> list[st
     if scheme_of(net) is None or not coarse:
         return []
     where = (
-        f"what {net.steps} steps a layer do to a mode of -sigma'(u) B is more than a tenth off the flow in layers "
+        f"what {net.steps} steps a layer do to a mode of the linearisation is more than a tenth off the flow in layers "
         f"{_ranges([l.layer for l in coarse])}"
     )
     wanted = [l.wanted_steps for l in coarse]
@@ -264,7 +267,7 @@ def _on_activation(net: ResidualNetwork, layers: Sequence[LayerStability]) -> li
             f"sigma'(u) is below a thousandth of its largest on more than half of Y in layers "
             f"{_ranges([l.layer for l in flat])}, which learn nothing there: take 'leaky_relu', or move the bias"
         )
-    if not properties.bounded and layers[-1].grown > _GRADIENTS:
+    if not net.gradient_flow and not properties.bounded and layers[-1].grown > _GRADIENTS:
         texts.append(
             f"{name} is not bounded, so that f may grow exponentially; with 'tanh' or 'arctan' it grows linearly at "
             f"most (section 3.4)"
@@ -277,10 +280,11 @@ def _on_constraints(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence
     texts = []
     if layers[-1].grown > BY_DEPTH or layers[0].gradient_grows > BY_DEPTH:
         if 0 < lipschitz < np.inf:
-            mean = flow.exponent() / (lipschitz * T)
+            largest, mean = (value ** (1 / flow.power) for value in (np.log(BY_DEPTH) / (lipschitz * T), flow.exponent() / (lipschitz * T)))
             texts.append(
-                f"norm(b) <= {np.log(BY_DEPTH) / (lipschitz * T):.3g} in L2(Y x Y), now {mean:.3g} on average over t, "
-                f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5); Tikhonov's regulariser draws it there"
+                f"norm(b) <= {largest:.3g} in L2(Y x Y), now {mean:.3g} on average over t, "
+                f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5){sampled(net.activation, 'lipschitz')}; Tikhonov's "
+                f"regulariser draws it there"
             )
     if layers[-1].kept < 1 / _GRADIENTS:
         texts.append(

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fem_resnet.basis import cell_indicators, node_numbers
+from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
-from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.network import ResidualNetwork
 
 __all__ = ["NetworkArrays", "from_network", "state_array", "to_network"]
@@ -119,6 +119,8 @@ def from_network(
         raise ValueError(f"tau: positive numbers are wanted, {tau.tolist()} was given")
     times = np.append(0.0, np.cumsum(np.broadcast_to(tau, layers)))
     options = {"solver_parameters": EULER} | options
+    if options.get("gradient_flow"):
+        raise ValueError("gradient_flow: layers (2.1), z + tau sigma(a - B z), are wanted; make a ResidualNetwork of such a flow")
     net = ResidualNetwork(
         cells,
         times=times,
@@ -175,6 +177,7 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
     return Y.sum(everywhere)
 
 
+@supports("no_layers", *HELD, "single_precision")
 def to_network(net: ResidualNetwork) -> NetworkArrays:
     """The residual network (2.1) that a network stepped by Euler's method is: the inverse of `from_network`.
 
@@ -194,7 +197,8 @@ def to_network(net: ResidualNetwork) -> NetworkArrays:
     Raises
     ------
     ValueError
-        If the network is stepped by another scheme, or adapts its steps; the message says why.
+        If the network is a gradient flow, which has B^T in front of sigma, is stepped by another scheme, or adapts its steps;
+        the message says why.
 
     Examples
     --------
@@ -207,12 +211,9 @@ def to_network(net: ResidualNetwork) -> NetworkArrays:
     (True, [0.25, 0.25, 0.25, 0.25])
     """
     _check_scheme(net.solver_parameters)
-    coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(net.layers))
-    inputs = coefficients.on_layers([slot.read(p) for slot, p in zip(coefficients.slots, coefficients.functions)])
-    learned = net.learned_factors() if net.factors else None
     a, B, tau = [], [], []
-    for layer in inputs:
-        factors = learned or layer.factors
+    for layer in net.layer_inputs():
+        factors = layer.factors
         phi, psi = (_on_all_ranks(net.Y, values) for values in (factors.phi.values, factors.psi.weighted))
         for step in range(net.steps):
             s = step / net.steps
@@ -231,9 +232,4 @@ def _check_scheme(parameters: dict) -> None:
             f"net: it is stepped by {name}; z + tau sigma(a - B z) has one sigma, of the state at the layer's start, "
             f"which is Euler's method alone: other explicit schemes nest several sigma in a layer, implicit ones solve "
             f"an equation. Give the network {{'ts_rk_type': '1fe'}}, with 'steps' enough that it is as exact"
-        )
-    if parameters.get("ts_adapt_type", "none") != "none":
-        raise ValueError(
-            f"net: 'ts_adapt_type' is {parameters['ts_adapt_type']!r}, so the lengths of its steps depend on the data; "
-            f"those of a residual network do not: 'none' is wanted"
         )

@@ -14,8 +14,9 @@ P_Psi],
     B = P_Phi D P_Psi^T,        B_s = (B + B^T) / 2,
 
 matrices of size 2r at most in an orthonormal basis; on the rest both are 0. (B f, f) >= 0 for all f is a statement
-about that matrix. The paper has D T there, which is B on f in the span of the psi_l alone: that D T >= 0 is not enough,
-since B_s >= 0 forces N(B) = N(B^T), thus R(B) = R(B^T), and T to be orthogonal.
+about that matrix. It is about D T too, as the paper says, where the psi_l are complete in L2(Y), those of mu_l = 0 among them.
+Here, and in Theorem 3.4, D T has the r functions of mu_l > 0 alone, and sees f in their span alone: of such a D T >= 0 there
+may be other f with (B f, f) < 0. For B_s >= 0 forces N(B) = N(B^T), thus R(B) = R(B^T), and T to be orthogonal.
 
 Nor is phi_l = psi_l for a symmetric B, unless B >= 0: for a negative eigenvalue they differ in sign, and T has a -1.
 """
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy.linalg
 
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
@@ -35,8 +37,8 @@ __all__ = ["SingularSystem", "singular_system", "weighted_gram"]
 #: Nodes a block, so that products of basis functions never exist as whole arrays.
 _BLOCK = 16_384
 
-#: Principal angles below a millionth are none: their cosine is one to this.
-_SAME_DIRECTION = 1e-12
+#: Round-off of a computed matrix or decomposition of n rows, in parts of its norm and of n.
+_ROUND_OFF = 8 * np.finfo(float).eps
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class SingularSystem:
         Coefficients of the phi_l, shape (rank of the basis phi, r), and of the psi_l in the basis psi.
     gram : numpy.ndarray
         T = ((phi_k, psi_l)), shape (r, r), the same on every rank.
+    whole : numpy.ndarray
+        B on the span of the basis phi, in orthonormal coordinates, with what was cut as zero: shape (rank of phi, rank of phi).
+    error : float
+        How far round-off has left `whole`, and mu_l, from what they stand for, in the operator norm and the unit of B.
+    cut : float
+        The largest singular value that was taken for 0.
     """
 
     kernel: LowRankKernel
@@ -60,6 +68,9 @@ class SingularSystem:
     left: np.ndarray
     right: np.ndarray
     gram: np.ndarray
+    whole: np.ndarray
+    error: float
+    cut: float
 
     @property
     def rank(self) -> int:
@@ -84,10 +95,23 @@ class SingularSystem:
         r = self.rank
         K = np.block([[np.eye(r), self.gram], [self.gram.T, np.eye(r)]])
         lengths, turn = np.linalg.eigh(K)
-        keep = lengths > _SAME_DIRECTION
+        # Where B_s >= 0 directions that are one but for round-off must not make it indefinite; shorter ones change
+        # (B v, v) by mu_1 / 4 times this.
+        keep = lengths > 2 * r * _ROUND_OFF
         P = np.sqrt(lengths[keep])[:, None] * turn[:, keep].T
         B = (P[:, :r] * self.values) @ P[:, r:].T
         return np.linalg.eigvalsh((B + B.T) / 2)
+
+    @cached_property
+    def squared(self) -> SingularSystem:
+        """That of B B^T, on the span of the phi_l: values mu_l^2, and T = id."""
+        kernel = LowRankKernel(self.kernel.phi, self.kernel.phi)
+        size = self.values.max(initial=0.0)
+        roots = self.left * self.values
+        R = np.linalg.cholesky(self.kernel.phi.gram).T @ roots
+        return SingularSystem(
+            kernel, self.values**2, self.left, self.left, np.eye(self.rank), R @ R.T, 2 * size * self.error, self.cut**2
+        )
 
     @property
     def symmetric_minimum(self) -> float:
@@ -129,6 +153,10 @@ class SingularSystem:
         """`sum_l c_l psi_l` at the owned nodes."""
         return self.kernel.psi.values @ (self.right @ c)
 
+    def weighted(self, c: np.ndarray) -> np.ndarray:
+        """((psi_l, c phi_k)), shape (r, r), for values c at the owned nodes, shape (nodes,): T^T for c = 1. Collective."""
+        return self.right.T @ weighted_gram(self.kernel.psi, c, self.kernel.phi) @ self.left
+
     def null_part(self, f: np.ndarray) -> np.ndarray:
         """The part of f in N(B), `f - sum_l (psi_l, f) psi_l`, shape (nodes, samples). Collective."""
         return f - self.right_values(self.right_coefficients(f))
@@ -142,7 +170,7 @@ class SingularSystem:
         return self.right_values(self.left_coefficients(a) / self.values[:, None])
 
 
-def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 1e-12) -> SingularSystem:
+def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 0.0) -> SingularSystem:
     """The singular system of B, without an array of nodes x nodes. Collective.
 
     Parameters
@@ -152,7 +180,7 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     beta
         Coefficients, shape (rank of phi, rank of psi).
     tolerance
-        Singular values up to this part of the largest are zero.
+        Singular values up to this part of the largest are zero, and those that round-off does not tell from zero.
 
     Raises
     ------
@@ -173,10 +201,20 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     if kernel.phi.Y is not kernel.psi.Y:
         raise ValueError(f"kernel: one label domain is wanted, {kernel.phi.Y!r} and {kernel.psi.Y!r} were given")
     left, values, right = kernel.svd(beta)
-    keep = values > tolerance * values[0]
-    left, right = left[:, keep], right[:, keep]
     between = kernel.phi.gram if kernel.phi is kernel.psi else kernel.phi.project(kernel.psi.values)
-    return SingularSystem(kernel, values[keep], left, right, left.T @ between @ right)
+    R, R_psi = (np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi))
+    # B = Phi beta Psi^T M maps the coordinates R c of Phi c to R beta (Psi, Phi) c.
+    whole = scipy.linalg.solve_triangular(R, between @ beta.T @ R.T, trans="T").T
+    sizes = [np.linalg.norm(matrix, 2) for matrix in (R, beta, R_psi)]
+    conditions = [np.linalg.cond(matrix) for matrix in (R, R_psi)]
+    of_product = max(kernel.shape) * _ROUND_OFF * np.prod(sizes)
+    # Bases that are orthonormal up to round-off alone change mu_l in proportion, and none from 0.
+    error = of_product + max(kernel.shape) * _ROUND_OFF * np.prod(conditions) * values[0]
+    keep = values > max(tolerance * values[0], of_product)
+    left, right = left[:, keep], right[:, keep]
+    return SingularSystem(
+        kernel, values[keep], left, right, left.T @ between @ right, whole, float(error), float(values[~keep].max(initial=0.0))
+    )
 
 
 def weighted_gram(first: Basis, c: np.ndarray, second: Basis) -> np.ndarray:

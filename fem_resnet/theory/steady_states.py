@@ -9,6 +9,11 @@ non-decreasing sigma:
 
 Where a - B f keeps out of that interval whatever f is, its least distance from it says by how much. Everything happens
 in the r numbers (psi_l, f): the rest of f, in N(B), is free.
+
+The gradient flow f_t = B^T sigma(a - B f) stands still where sigma(u) is orthogonal to R(B), (phi_l, sigma(u)) = 0. For a
+non-decreasing sigma these f are the minimisers of the convex int Sigma(a - B f) dy: where some u has all its values in
+[low, high] the f of the table, else others, unless the integral falls for ever. For a strictly increasing sigma that has one
+minimiser in the r numbers.
 """
 
 from __future__ import annotations
@@ -26,10 +31,10 @@ from mpi4py import MPI
 from fem_resnet.activation import Activation
 from fem_resnet.activation_properties import zero_intervals
 from fem_resnet.enclosure import Unproved
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.sympy_activation import REACH
-from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
-from fem_resnet.theory.singular_values import weighted_gram
+from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem, sampled
 
 __all__ = ["SteadyStates", "find_steady_states", "zero_set"]
 
@@ -99,7 +104,7 @@ def _edge(holds: Callable[[float], bool], inside: float, outside: float) -> floa
 
 @dataclass(frozen=True)
 class SteadyStates:
-    """The set of f with sigma(a - B f) = 0. Get one from `find_steady_states`.
+    """The set of f with sigma(a - B f) = 0, or B^T sigma(a - B f) = 0 of a gradient flow. Get one from `find_steady_states`.
 
     Attributes
     ----------
@@ -112,9 +117,12 @@ class SteadyStates:
         Why, with the numbers.
     residual : float
         The least distance of a - B f from the functions with values in [low, high], in L2(Y), over max(|a|, |Y|^(1/2)
-        |low| or |high|); infinite if sigma vanishes nowhere.
+        |low| or |high|); infinite if sigma vanishes nowhere. Of a gradient flow, if that is less, the part of |sigma(u)| in
+        R(B) where int Sigma(u) dy is least.
     tolerance : float
         Up to which residual steady states exist, and f is one.
+    minimiser : numpy.ndarray or None
+        (psi_l, f) of the steady states of a gradient flow in which sigma(u) is not 0, shape (r,).
     """
 
     problem: AutonomousProblem
@@ -123,6 +131,12 @@ class SteadyStates:
     reason: str
     residual: float
     tolerance: float
+    minimiser: np.ndarray | None = None
+
+    @property
+    def rest(self) -> np.ndarray:
+        """u = a - B f of the steady states of a gradient flow in which sigma(u) is not 0, shape (nodes, 1)."""
+        return _argument(self.problem, self.minimiser)
 
     @cached_property
     def least_norm(self) -> fd.Function:
@@ -136,11 +150,7 @@ class SteadyStates:
 
     def residuals(self, f: fd.Function) -> np.ndarray:
         """What `residual` is, for these f instead of the best: shape (samples,). Collective."""
-        values = self.problem.read(f, "f")
-        if self.zeros is None:
-            return np.full(values.shape[1], np.inf)
-        u = self.problem.argument(values)
-        return self.problem.norms(_excess(u, self.zeros)) / _scale(self.problem, self.zeros)
+        return _residuals(self.problem, self.zeros, self.problem.argument(self.problem.read(f, "f")))
 
     def contain(self, f: fd.Function) -> np.ndarray:
         """Whether these f are steady, up to the tolerance: shape (samples,), bool. Collective."""
@@ -149,13 +159,14 @@ class SteadyStates:
     def nearest(self, f: fd.Function) -> fd.Function:
         """The steady states nearest to these f in L2(Y), a new Function. Collective.
 
-        f changes in R(B^T) alone: what is in N(B) is free. Where sigma vanishes at one point this is f_inf plus the
+        f changes in R(B^T) alone: what is in N(B) is free. Where steady states leave no room, so that some u is on an end
+        of its interval at many nodes, it is the nearest of those that are steady up to the tolerance. Where sigma vanishes at one point this is f_inf plus the
         part of f in N(B).
 
         Raises
         ------
         ValueError
-            If there is no steady state.
+            If there is no steady state; or if sigma is constant somewhere, but does not vanish at those of a gradient flow.
         RuntimeError
             If the iteration for an interval does not converge.
         """
@@ -163,7 +174,15 @@ class SteadyStates:
             raise ValueError(f"nearest: there is no steady state, {self.reason}")
         problem, values = self.problem, self.problem.read(f, "f")
         c = problem.system.right_coefficients(values)
-        moved = np.column_stack([_nearest(problem, self.zeros, c[:, s], self.tolerance) for s in range(c.shape[1])])
+        if self.minimiser is None:
+            moved = np.column_stack([_nearest(problem, self.zeros, c[:, s], self.tolerance) for s in range(c.shape[1])])
+        elif problem.activation.properties.strictly_increasing:
+            moved = self.minimiser[:, None]
+        else:
+            raise ValueError(
+                f"nearest: {problem.activation.name} is constant somewhere, and not 0 at the steady states of this gradient "
+                f"flow: which is nearest is not known; `residuals` tells which f are steady"
+            )
         return problem.Y.batch(values + problem.system.right_values(moved - c))
 
     def distance(self, f: fd.Function) -> np.ndarray:
@@ -172,8 +191,9 @@ class SteadyStates:
         return self.problem.norms(Y.values(self.nearest(f)) - Y.values(f))
 
 
+@supports(*HELD, *STEPPED, "gradient_flow")
 def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> SteadyStates:
-    """Steady states of (3.2a). Collective.
+    """Steady states of (3.2a), or of a gradient flow. Collective.
 
     Parameters
     ----------
@@ -187,7 +207,8 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     Raises
     ------
     ValueError
-        If the network depends on t and no time is given, or sigma vanishes at several places.
+        If the network depends on t and no time is given, or sigma vanishes at several places, or decreases somewhere in a
+        gradient flow.
 
     Examples
     --------
@@ -205,7 +226,18 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     a is not in R(B): 1 of |a| is outside, tolerance 1e-08
     """
     problem = autonomous_problem(net, at)
-    zeros = zero_set(problem.activation)
+    sigma = problem.activation
+    if problem.gradient_flow and not sigma.properties.non_decreasing:
+        raise ValueError(
+            f"net: steady states of a gradient flow are known for a non-decreasing sigma alone, where int Sigma(u) is convex; "
+            f"{sigma.name} decreases somewhere"
+        )
+    zeros = zero_set(sigma)
+    vanishing = _where_sigma_vanishes(problem, zeros, tolerance)
+    return vanishing if vanishing.exist or not problem.gradient_flow else _where_the_integral_is_least(vanishing)
+
+
+def _where_sigma_vanishes(problem: AutonomousProblem, zeros: tuple[float, float] | None, tolerance: float) -> SteadyStates:
     if zeros is None:
         reason = f"{problem.activation.name} vanishes nowhere"
         return SteadyStates(problem, None, False, reason, np.inf, tolerance)
@@ -220,6 +252,64 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     else:
         reason = f"{'some' if exist else 'no'} a - B f has all its values in [{zeros[0]:g}, {zeros[1]:g}]: {numbers}"
     return SteadyStates(problem, zeros, exist, reason, residual, tolerance)
+
+
+def _where_the_integral_is_least(vanishing: SteadyStates) -> SteadyStates:
+    """Steady states of a gradient flow where sigma(u) does not vanish."""
+    problem, zeros, tolerance = vanishing.problem, vanishing.zeros, vanishing.tolerance
+    c = _least_integral(problem)
+    residual = float(_residuals(problem, zeros, _argument(problem, c))[0])
+    exist = residual <= tolerance
+    reason = (
+        f"int Sigma(u) {'is least' if exist else 'was not found to have a least value'}: {residual:.3g} of |sigma(u)| is in R(B), "
+        f"tolerance {tolerance:g}{sampled(problem.activation, 'non_decreasing')}"
+    )
+    return SteadyStates(problem, zeros, exist, reason, residual, tolerance, c)
+
+
+def _residuals(problem: AutonomousProblem, zeros: tuple[float, float] | None, u: np.ndarray) -> np.ndarray:
+    """`SteadyStates.residuals` of u = a - B f at the owned nodes."""
+    outside = np.full(u.shape[1], np.inf) if zeros is None else problem.norms(_excess(u, zeros)) / _scale(problem, zeros)
+    if not problem.gradient_flow:
+        return outside
+    s = problem.activation(u)
+    part, whole = np.linalg.norm(problem.system.left_coefficients(s), axis=0), problem.norms(s)
+    return np.minimum(outside, np.divide(part, whole, out=np.ones_like(part), where=whole > 0))
+
+
+def _least_integral(problem: AutonomousProblem) -> np.ndarray:
+    """(psi_l, f) where the convex int Sigma(a - B f) dy is least, or of an f far out where there is no such place.
+
+    In the coordinates x = D c of B f, which small singular values do not spoil.
+    """
+    system, sigma, Y = problem.system, problem.activation, problem.Y
+
+    def u(x):
+        return problem.bias[:, None] - system.left_values(x[:, None])
+
+    def slope(x):
+        return -system.left_coefficients(sigma(u(x)))[:, 0]
+
+    def curvature(x):
+        return system.squared.weighted(sigma.derivative(u(x))[:, 0])
+
+    x = np.zeros(system.rank)
+    if not system.rank:
+        return x
+    size = 1.0 + problem.norms(problem.bias[:, None])[0]
+    found = scipy.optimize.minimize(
+        lambda x: float(Y.sum(Y.weights @ sigma.primitive(u(x)))[0]), x, jac=slope, hess=curvature, method="trust-exact",
+        options={"gtol": 1e-6 * np.linalg.norm(slope(x)), "initial_trust_radius": size, "max_trust_radius": 1e3 * size},
+    )  # fmt: skip
+    # From there by Newton's method, as the integral itself says no more than half of the digits.
+    x, left = found.x, np.linalg.norm(slope(found.x))
+    for _ in range(_NEWTON_STEPS):
+        new = x - np.linalg.lstsq(curvature(x), slope(x), rcond=1e-14)[0]
+        after = np.linalg.norm(slope(new))
+        if not after < left:
+            break
+        x, left = new, after
+    return x / system.values
 
 
 def _scale(problem: AutonomousProblem, zeros: tuple[float, float]) -> float:
@@ -244,7 +334,7 @@ def _closest(problem: AutonomousProblem, zeros: tuple[float, float]) -> np.ndarr
     The square of that norm is convex and piecewise quadratic in B f, by whose coordinates x = D c it is minimised: that
     small singular values do not spoil.
     """
-    system, phi = problem.system, problem.kernel.phi
+    system = problem.system
     x = system.left_coefficients(problem.bias[:, None] - min(zeros, key=abs))[:, 0]
     if zeros[0] == zeros[1]:
         return x / system.values
@@ -257,7 +347,7 @@ def _closest(problem: AutonomousProblem, zeros: tuple[float, float]) -> np.ndarr
     value, excess = parts(x)
     for _ in range(_NEWTON_STEPS):
         slope = -system.left_coefficients(excess)[:, 0]
-        H = system.left.T @ weighted_gram(phi, (excess[:, 0] != 0).astype(float), phi) @ system.left
+        H = system.squared.weighted((excess[:, 0] != 0).astype(float))
         step = -np.linalg.lstsq(H, slope, rcond=1e-14)[0]
         length = 1.0
         while length > 1e-8:
@@ -275,8 +365,8 @@ def _closest(problem: AutonomousProblem, zeros: tuple[float, float]) -> np.ndarr
 
 def _product(problem: AutonomousProblem, weights: np.ndarray) -> np.ndarray:
     """A^T M diag(weights) A, shape (r, r), for A c = sum_l mu_l c_l phi_l, so that u = a - A c."""
-    system, phi = problem.system, problem.kernel.phi
-    return system.values[:, None] * (system.left.T @ weighted_gram(phi, weights, phi) @ system.left) * system.values
+    system = problem.system
+    return system.values[:, None] * system.squared.weighted(weights) * system.values
 
 
 class _NearestOfInterval:
@@ -329,6 +419,7 @@ class _NearestOfInterval:
                 break
         return gap <= 1e-9 * self._size**2 and outside <= 1e-9 * self._scale
 
+    @np.errstate(over="ignore", invalid="ignore")
     def _step(self, gap: float, primal: np.ndarray, dual: np.ndarray) -> bool:
         s, z = self._s, self._z
         matrix = np.eye(self.c.size) + _product(self._problem, (z / s).sum(axis=0))
@@ -361,11 +452,15 @@ def _nearest(problem: AutonomousProblem, zeros: tuple[float, float], c: np.ndarr
     inside = problem.norms(_excess(_argument(problem, c), zeros))[0] == 0
     if inside or zeros[0] == zeros[1] or not c.size:
         return c if inside else _closest(problem, zeros)
-    solver = _NearestOfInterval(problem, zeros, c)
-    if solver.solve():
-        return solver.c
+    # Where the set has no interior, as where u is on an end of the interval at every node, there may be no multipliers:
+    # then the nearest of all that are steady up to the tolerance is near to it.
+    room = tolerance * _scale(problem, zeros) / problem.Y.measure**0.5
+    for widened in (0.0, 0.1 * room, 0.9 * room):
+        solver = _NearestOfInterval(problem, (zeros[0] - widened, zeros[1] + widened), c)
+        if solver.solve():
+            return solver.c
     outside = problem.norms(_excess(_argument(problem, solver.c), zeros))[0] / _scale(problem, zeros)
     raise RuntimeError(
         f"nearest: the steady state nearest to f was not found in {_NEWTON_STEPS} steps; {outside:.1e} of a - B f is "
-        f"still outside of [{zeros[0]:g}, {zeros[1]:g}]; it may be that steady states leave no room there"
+        f"still outside of [{zeros[0]:g}, {zeros[1]:g}]; a larger `tolerance` of find_steady_states leaves more room"
     )

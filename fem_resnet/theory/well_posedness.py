@@ -12,16 +12,24 @@ solutions are bounded, |f(t)| <= (|f_I| + C_0 t + C_1(t)) exp(C_2(t)) by Gronwal
     |f_1(t) - f_2(t)| <= exp(C_2(t)) |f_1(0) - f_2(0)|,                                                           (3.1)
 
 where the paper has e^(Lt): b is no more than L1 in t, and b ~ t^(-1/2) parts solutions by e^(2 sqrt t).
+
+The gradient flow f_t = B^T sigma(a - B f) has the Lipschitz constant sup |sigma'| |B|^2, and B^T in front of what moves f:
+
+    C_1(t) = sup |sigma'| int_0^t |b| |a| ds,    C_2(t) = sup |sigma'| int_0^t |b|^2 ds,    and C_0 int_0^t |b| ds for C_0 t.
+
+Where sigma' >= 0 its solutions do not part at all (`contraction`); these constants hold for any sigma, and for Picard's iteration.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import firedrake as fd
 import numpy as np
 import scipy.integrate
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
@@ -49,7 +57,11 @@ class WellPosedness:
     C_1, C_2 : numpy.ndarray
         C_1(t_l) and, with the norm of L2(Y x Y), C_2(t_l), shape (L + 1,).
     operator : numpy.ndarray
-        sup |sigma'| int |B| ds with the operator norm: at most C_2.
+        C_2 with the operator norm of B: sup |sigma'| int |B| ds, or of a gradient flow sup |sigma'| int |B|^2 ds; at most C_2.
+    drift : numpy.ndarray
+        How far sigma(0) drives f: C_0 t_l, or of a gradient flow C_0 int |b| ds; shape (L + 1,).
+    caveat : str
+        "sampled, not proved: .." where that is so of `lipschitz`; else empty.
     """
 
     times: np.ndarray
@@ -58,6 +70,8 @@ class WellPosedness:
     C_1: np.ndarray
     C_2: np.ndarray
     operator: np.ndarray
+    drift: np.ndarray
+    caveat: str = ""
 
     @property
     def growth(self) -> np.ndarray:
@@ -70,11 +84,29 @@ class WellPosedness:
         return np.exp(self.operator)
 
     def solution_bound(self, initial: float | np.ndarray) -> np.ndarray:
-        """(|f_I| + C_0 t + C_1(t)) exp(C_2(t)), shape (L + 1,) or (L + 1, samples), for |f_I| in L2(Y)."""
-        drift = self.C_0 * self.times + self.C_1
-        return np.squeeze((np.atleast_1d(initial) + drift[:, None]) * self.growth[:, None])
+        """(|f_I| + drift + C_1(t)) exp(C_2(t)), shape (L + 1,) or (L + 1, samples), for |f_I| in L2(Y)."""
+        moved = self.drift + self.C_1
+        return np.squeeze((np.atleast_1d(initial) + moved[:, None]) * self.growth[:, None])
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Of which norms the integrands of Theorem 3.1 are products, for (2.8) and for the gradient flow: see `integrated_norms`."""
+
+    drift: tuple[str, ...]
+    C_1: tuple[str, ...]
+    C_2: tuple[str, ...]
+    operator: tuple[str, ...]
+
+    @classmethod
+    def of(cls, net: ResidualNetwork) -> Rates:
+        """Those of a network."""
+        if net.gradient_flow:
+            return cls(("hs",), ("hs", "bias"), ("hs", "hs"), ("operator", "operator"))
+        return cls((), ("bias",), ("hs",), ("operator",))
+
+
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     """Check Assumption 1, and compute C_0, C_1 and C_2 of Theorem 3.1. Collective.
 
@@ -96,21 +128,25 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     >>> constants.C_2.round(12).tolist(), constants.operator.round(12).tolist()
     ([0.0, 5.0, 10.0], [0.0, 4.0, 8.0])
     """
-    lipschitz = lipschitz_constant(net)
-    drift = float(abs(net.activation(0.0)) * net.Y.measure**0.5)
-    integrals = (lipschitz * integrated_norms(net, norm) for norm in ("bias", "hs", "operator"))
-    return WellPosedness(net.times, lipschitz, drift, *integrals)
+    lipschitz, rates, C_0 = lipschitz_constant(net), Rates.of(net), drift_constant(net)
+    C_1, C_2, operator = (lipschitz * integrated_norms(net, *norms) for norms in (rates.C_1, rates.C_2, rates.operator))
+    return WellPosedness(
+        net.times, lipschitz, C_0, C_1, C_2, operator, C_0 * integrated_norms(net, *rates.drift), net.activation.properties.caveat("lipschitz"),
+    )  # fmt: skip
 
 
-def integrated_norms(net: ResidualNetwork, norm: str) -> np.ndarray:
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
+def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     """int_0^t_l |b| ds in a norm of `LowRankKernel.norm`, or int |a| ds in L2(Y), at the layer times. Collective.
+
+    Of several norms the integral of their product; of none that of 1, the layer times.
 
     Parameters
     ----------
     net
         The network, at its present coefficients.
-    norm
-        "hs", "operator" or "linf" of b, the last by an upper bound in layers where b varies; or "bias".
+    norms
+        "hs", "operator" or "linf" of b, the last alone, and by an upper bound in layers where b varies; or "bias".
 
     Returns
     -------
@@ -127,8 +163,15 @@ def integrated_norms(net: ResidualNetwork, norm: str) -> np.ndarray:
     >>> integrated_norms(net, "hs").round(9).tolist(), integrated_norms(net, "operator").round(9).tolist()
     ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0])
     """
-    layers = [LayerNorms(net.Y, layer).integral(norm) for layer in net.layer_inputs()]
+    if "linf" in norms and len(norms) > 1:
+        raise ValueError(f"norms: 'linf' alone is wanted, {norms!r} was given; of a product trapezoids are no bound")
+    layers = [LayerNorms(net.Y, layer).integral(norms) for layer in net.layer_inputs()]
     return np.concatenate([[0.0], np.cumsum(layers)])
+
+
+def drift_constant(net: ResidualNetwork) -> float:
+    """C_0 = |sigma(0)| |Y|^(1/2)."""
+    return float(abs(net.activation(0.0)) * net.Y.measure**0.5)
 
 
 def lipschitz_constant(net: ResidualNetwork) -> float:
@@ -161,16 +204,21 @@ class LayerNorms:
         v = np.array([1 - s, s])
         return float(np.sqrt(max(v @ self._gram @ v, 0.0)))
 
-    def integral(self, norm: str, start: float = 0.0, end: float = 1.0) -> float:
-        """int norm dt between two fractions of the layer; for "linf", where b varies, an upper bound by trapezoids."""
+    def _norm(self, name: str, s: float) -> float:
+        if name == "bias":
+            return self._bias(s)
+        return self._layer.factors.norm(self._layer.beta.coefficients(s), name)
+
+    def integral(self, norms: tuple[str, ...], start: float = 0.0, end: float = 1.0) -> float:
+        """Of the product of norms between two fractions of the layer; of "linf", where b varies, an upper bound by trapezoids."""
         layer = self._layer
-        if norm == "bias":
-            constant, value = layer.bias.is_constant, self._bias
-        else:
-            constant, value = layer.beta.is_constant, lambda s: layer.factors.norm(layer.beta.coefficients(s), norm)
-        if constant:
+
+        def value(s: float) -> float:
+            return prod(self._norm(name, s) for name in norms)
+
+        if all((layer.bias if name == "bias" else layer.beta).is_constant for name in norms):
             return layer.length * (end - start) * value(start)
-        if norm == "linf":
+        if "linf" in norms:
             # Dear, and full of kinks, but convex along a line.
             points = np.linspace(start, end, _TRAPEZOIDS + 1)
             return layer.length * float(np.trapezoid([value(s) for s in points], points))
@@ -205,6 +253,7 @@ class StabilityEstimate:
         return self.distances / (self.constants.sharper_growth[:, None] * self.distances[0])
 
 
+@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Function) -> StabilityEstimate:
     """Run pairs of solutions and hold their distance against (3.1), corrected. Collective.
 

@@ -19,6 +19,7 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.log import log
 from fem_resnet.objective import LearningProblem
 from fem_resnet.parameter import Parameter
@@ -80,6 +81,10 @@ class Result:
     seconds: float
 
 
+@supports(
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "ensemble",
+    "derivatives", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
+)  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train")
 def train(
     problem: LearningProblem,

@@ -35,9 +35,9 @@ import numpy as np
 from petsc4py import PETSc
 
 from fem_resnet.control_set import ControlSet
+from fem_resnet.features import STEPPED, supports
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
-from fem_resnet.maximum_principle import extremal_controls, refuse_costs_of_controls
-from fem_resnet.network import ResidualNetwork
+from fem_resnet.maximum_principle import extremal_controls
 from fem_resnet.objective import LearningProblem
 from fem_resnet.row_controls import RowBall, RowBox, SpanBox, raise_controls
 from fem_resnet.training.gradient import tell
@@ -107,6 +107,12 @@ class MSAResult:
     seconds: float
 
 
+# (4.10) asks for a J that depends on (a, b) through f alone.
+@supports("nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
+@supports(
+    "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
+    when=lambda problem, A, **options: isinstance(A, ControlSet), instead="give A as a RowBox, RowBall or SpanBox",
+)  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:msa")
 def msa(
     problem: LearningProblem,
@@ -228,28 +234,17 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox,
         raise ValueError(f"variant: one of {', '.join(map(repr, _VARIANTS))} is wanted, {variant!r} was given")
     if pointwise and variant != "basic" and not A.convex:
         raise ValueError(f"A: variant {variant!r} mixes controls, so a convex set is wanted; this one takes 'basic' only")
-    if pointwise and problem.batch.samples != 1:
-        raise ValueError(
-            f"problem: one sample is wanted, for which (4.10) is explicit; for its {problem.batch.samples} samples give A "
-            f"as a RowBox, RowBall or SpanBox"
-        )
-    refuse_costs_of_controls(problem)
-    learned = net.factors or net.layer_times is not None or net.stable_kernel is not None or problem.learn != "parameters"
-    if learned or problem.checkpoints is not None:
-        raise ValueError("problem: one that learns bias and kernel, without checkpoints, is wanted")
-    if not net.layers or any(p.time_basis.description != "layers" for p in (net.bias, net.kernel)):
-        raise ValueError("problem: a network of layers whose bias and kernel have a value on each is wanted")
 
 
 def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningProblem:
     """The same problem with a new network of these controls, one a layer. Collective."""
     net = problem.net
     phis, psis, betas = zip(*(c.in_bases(net.Y) for c in controls))
-    new = ResidualNetwork(list(phis), list(psis), **net.settings)
+    new = net.replace(phi=list(phis), psi=list(psis), bias=None)
     for l, (c, beta) in enumerate(zip(controls, betas)):
         new.bias.set(l, c.a)
         new.kernel.set(l, beta)
-    return LearningProblem(new, problem.head, problem.loss, None, problem.batch, running=problem.running)
+    return problem.replace(net=new)
 
 
 def augmented_step(

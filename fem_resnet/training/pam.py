@@ -27,6 +27,7 @@ from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
 
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.parameter import Parameter
 from fem_resnet.training.gradient import SOLVER_PARAMETERS, Progress, Result, tell
@@ -95,6 +96,14 @@ class PAMResult(Result):
     momentum: float
 
 
+@supports(
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
+    "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
+)  # fmt: skip
+@supports(
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+    "many_samples", "weights", tool="train_pam, batches", when=lambda *given, batches=None, **options: batches is not None,
+)  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_pam")
 def train_pam(
     problem: LearningProblem,
@@ -172,12 +181,10 @@ def train_pam(
     >>> bool((result.slacks > -1e-14).all())  # doctest: +SKIP
     True
     """
-    _check(problem, tau, iterations, gradient_tolerance, accuracy, batches)
+    _check(tau, iterations, gradient_tolerance, accuracy, batches)
     comm, clock = problem.net.Y.comm, time.perf_counter()
     if batches is not None:
-        problem = LearningProblem(
-            problem.net, problem.head, problem.loss, problem.regulariser, batches[0], checkpoints=problem.checkpoints
-        )
+        problem = problem.replace(batch=batches[0])
     J, _ = problem.record()
     options = SOLVER_PARAMETERS | INNER_PARAMETERS | {"tao_gatol": 0.1 * gradient_tolerance} | (solver_parameters or {})
     blocks = _blocks(problem, J, options, options_prefix)
@@ -236,7 +243,7 @@ def train_pam(
     )  # fmt: skip
 
 
-def _check(problem, tau, iterations, gradient_tolerance, accuracy, batches) -> None:
+def _check(tau, iterations, gradient_tolerance, accuracy, batches) -> None:
     if not (np.isfinite(tau) and tau > 0):
         raise ValueError(f"tau: a positive number is wanted, {tau!r} was given")
     if not isinstance(iterations, (int, np.integer)) or iterations < 0:
@@ -246,8 +253,6 @@ def _check(problem, tau, iterations, gradient_tolerance, accuracy, batches) -> N
             raise ValueError(f"{name}: a number >= 0 is wanted, {number!r} was given")
     if batches is not None and not len(batches):
         raise ValueError("batches: at least one is wanted, none was given; minibatches() makes them")
-    if batches is not None and (problem.learn != "parameters" or problem.derivatives is not None):
-        raise ValueError("batches: with learned inputs or derivatives, which belong to one batch, none can be taken")
 
 
 def _blocks(problem: LearningProblem, J: ReducedFunctional, options: dict, prefix: str | None) -> list[ProximalBlock]:

@@ -1,0 +1,56 @@
+"""Whatever the theory says that rests on properties of sigma which are sampled says so: "sampled, not proved"."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from fem_resnet import (
+    EnergyMonitor, GrowthMonitor, LowRankKernel, Properties, energy_step_limit, find_steady_states, get_activation,
+    lipschitz_bound, stability_report, stability_verdict, well_posedness_constants,
+)  # fmt: skip
+from helpers import laplace, smooth
+from problems import autonomous_network
+
+PROPERTIES = {field.name for field in fields(Properties)} - {"sampled"}
+
+
+def net_with(sampled, activation="tanh", **more):
+    """B = B^T >= 0, which every statement takes; of sigma nothing is proved but what is left out."""
+    sigma = get_activation(activation)
+    sigma = replace(sigma, declared=replace(sigma.properties, sampled=frozenset(sampled)))
+    phi = laplace("disk", "CG1", 4)
+    return autonomous_network(LowRankKernel(phi, phi), np.diag([1.0, 0.5, 0.5, 0.25]), activation=sigma, layers=2, **more)
+
+
+def energies(net):
+    return str(EnergyMonitor(net).watch(net.run(net.Y.batch(smooth(net.Y, 1)))))
+
+
+def growth(net):
+    return str(GrowthMonitor(net).watch(net.run(net.Y.batch(smooth(net.Y, 1)))))
+
+
+#: What is said, and the network it is said of.
+SAID = {
+    "stability_verdict, Theorem 3.4": (lambda net: str(stability_verdict(net)), {}),
+    "stability_verdict, B_s >= 0": (lambda net: stability_verdict(net).reason, {"activation": "leaky_relu"}),
+    "stability_verdict of a gradient flow": (lambda net: stability_verdict(net).reason, {"gradient_flow": True}),
+    "find_steady_states of a gradient flow": (
+        lambda net: find_steady_states(net).reason, {"gradient_flow": True, "activation": "sigmoid"}
+    ),
+    "lipschitz_bound": (lambda net: str(lipschitz_bound(net)), {}),
+    "lipschitz_bound of a gradient flow": (lambda net: str(lipschitz_bound(net)), {"gradient_flow": True}),
+    "energy_step_limit": (lambda net: energy_step_limit(net).why["primitive"], {}),
+    "EnergyMonitor": (energies, {}),
+    "GrowthMonitor": (growth, {}),
+    "well_posedness_constants": (lambda net: well_posedness_constants(net).caveat, {}),
+    "stability_report": (lambda net: str(stability_report(net, net.Y.batch(smooth(net.Y, 1)))), {}),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_rests_on_sampled_properties_says_so(name):
+    says, options = SAID[name]
+    assert "sampled, not proved: " in says(net_with(PROPERTIES, **options))
+    assert "sampled" not in says(net_with((), **options))
