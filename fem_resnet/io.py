@@ -67,7 +67,9 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         "roles": roles,
         "kinds": [basis.kind for basis in bases],
         "mesh": net.Y.V.mesh().name,
-        "network": net.settings | {"times": net.times.tolist(), "activation": net.activation.description}
+        # The given times: learned ones are coefficients, as those of bias and kernel.
+        "network": net.settings
+        | {"times": net.settings["times"].tolist(), "options_prefix": None, "activation": net.activation.description}
         | {"stable_kernel": None if net.stable_kernel is None else net.stable_kernel.description},
         "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
     }
