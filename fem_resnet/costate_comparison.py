@@ -6,7 +6,6 @@ scheme; where (4.2) is stepped by that scheme's partner they are round-off (`cos
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
 from fem_resnet.trajectory import like, solve_trajectory
 
-__all__ = ["CostateCheck", "costate_check", "refined"]
+__all__ = ["CostateCheck", "costate_check"]
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,8 @@ def costate_check(
     exact_gradient = exact.gradient(problem.regulariser)
     sizes, costates, gradients, by_partner = [], [], [], []
     for refinement in refinements:
-        finer = refined(net, refinement * net.steps)
-        J, run = LearningProblem(
-            finer, problem.head, problem.loss, problem.regulariser, problem.batch, running=problem.running
-        ).record()
+        finer = net.replace(steps=refinement * net.steps)
+        J, run = problem.replace(net=finer).record()
         gradient = J.derivative(apply_riesz=True)[: len(exact_gradient)]
         sizes.append(float(np.diff(net.times).max()) / finer.steps)
         costates.append(_costate_difference(run, exact))
@@ -155,14 +152,6 @@ def _by_partner(problem: LearningProblem, net: ResidualNetwork, cost: dict) -> C
     if trajectory.scheme.partner() is None:
         return None
     return solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True, **cost)
-
-
-def refined(net: ResidualNetwork, steps: int) -> ResidualNetwork:
-    """The same network, with the very same parameters, and another number of steps a layer."""
-    finer = copy.copy(net)
-    finer.steps = steps
-    finer._scratch = {}
-    return finer
 
 
 def _costate_difference(run, costate: Costate) -> float:

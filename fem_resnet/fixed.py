@@ -7,8 +7,8 @@ Values that are meant to change, such as coefficients, are held in Functions.
 
 from __future__ import annotations
 
-from abc import ABCMeta
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Self
 
 import numpy as np
@@ -16,18 +16,16 @@ import numpy as np
 __all__ = ["Fixed", "OnMesh", "read_only"]
 
 
-class _Making(ABCMeta):
-    def __call__(cls, *args, **kwargs):
-        made = super().__call__(*args, **kwargs)
-        vars(made)["_is_made"] = True
-        return made
-
-
-class Fixed(metaclass=_Making):
+class Fixed:
     """An object whose public attributes cannot be set once its constructor has ended."""
 
     #: What a message says to do instead of setting an attribute.
     _instead = "make a new one"
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _ending(cls.__init__)
 
     def __setattr__(self, name: str, value: object) -> None:
         self._refuse(name)
@@ -43,6 +41,18 @@ class Fixed(metaclass=_Making):
                 f"{name}: a {type(self).__name__} stays what it was made with, as what follows from it is made once; "
                 f"{self._instead}"
             )
+
+
+def _ending(constructor: Callable) -> Callable:
+    """The constructor, which says of an object of its own class that it is made; that of a base class does not."""
+
+    @wraps(constructor)
+    def __init__(self, *args, **kwargs):
+        constructor(self, *args, **kwargs)
+        if type(self).__init__ is __init__:
+            vars(self)["_is_made"] = True
+
+    return __init__
 
 
 class OnMesh(Fixed):

@@ -31,7 +31,7 @@ from fem_resnet.stable_kernels import stable_kernel_from
 __all__ = ["load", "save"]
 
 _GROUP = "fem_resnet"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> None:
@@ -116,7 +116,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
     FileNotFoundError
         If there is no such file; on all ranks alike.
     ValueError
-        If it holds no network, or one of a later format.
+        If it holds no network, or one of another format.
     """
     path = Path(path)
     if not _on_rank_0(comm, path.is_file):
@@ -125,8 +125,8 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
         raise ValueError(f"path: {path} holds no network; files of fem_resnet.save are wanted")
     with stop_annotating(), fd.CheckpointFile(str(path), "r", comm=comm) as file:
         settings = json.loads(file.get_attr(_GROUP, "settings"))
-        if settings["format"] > _FORMAT:
-            raise ValueError(f"path: {path} has format {settings['format']}, this version reads up to {_FORMAT}")
+        if settings["format"] != _FORMAT:
+            raise ValueError(f"path: {path} has format {settings['format']}, this version reads {_FORMAT}")
         mesh = file.load_mesh(settings["mesh"])
         Y = _load_label_space(file, mesh)
         bases = [

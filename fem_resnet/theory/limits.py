@@ -26,7 +26,6 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
 from fem_resnet.costate import solve_costate
-from fem_resnet.costate_comparison import refined
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.trajectory import solve_trajectory
@@ -113,7 +112,7 @@ def depth_limit(
         at_layers = [exact(t) for t in net.times]
         errors = []
         for steps in counts:
-            run = refined(net, int(steps)).run(initial)
+            run = net.replace(steps=int(steps)).run(initial)
             errors.append(
                 max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers))
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -83,9 +82,7 @@ def blocks(point: Point) -> Iterator[Check]:
     answers = []
     sizes = sorted({1, 2, net.layers})
     for size in sizes:
-        other = copy.copy(problem)
-        other.net = copy.copy(net)
-        other.net.layers_per_block, other.net._scratch = size, {}
+        other = problem.replace(net=net.replace(layers_per_block=size))
         J, run = other.record()
         value = float(J(other.functions))
         gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
@@ -114,9 +111,7 @@ def replay(point: Point) -> Iterator[Check]:
     if net.layers < 2 or net.factors or net.stable_kernel is not None or problem.derivatives is not None or problem.checkpoints is not None:
         yield Check.left_out("checkpoints", "replay", "one layer, or what goes with no schedule")
         return
-    other = copy.copy(problem)
-    other.net, other.checkpoints = copy.copy(net), 1
-    other.net.layers_per_block, other.net._scratch = 1, {}
+    other = problem.replace(net=net.replace(layers_per_block=1), checkpoints=1)
     J, _ = other.record()
     answer = [np.array([float(J(other.functions))]), *(np.array(d.dat.data_ro) for d in Enlist(J.derivative()))]
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"

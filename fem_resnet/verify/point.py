@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import firedrake as fd
@@ -22,12 +21,7 @@ _MOVE = 0.1
 
 def own(problem: LearningProblem) -> LearningProblem:
     """The same problem, on the same Functions, with recordings of its own; adapted steps are replayed."""
-    problem = copy.copy(problem)
-    problem.net = copy.copy(problem.net)
-    problem.net.replay_steps = True
-    problem.net._scratch = {}
-    problem._recorded = None
-    return problem
+    return problem.replace(net=problem.net.replace(replay_steps=True))
 
 
 def names(problem: LearningProblem) -> list[str]:
