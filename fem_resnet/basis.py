@@ -108,8 +108,8 @@ class Basis(OnMesh):
             If the functions have no gradient, being discontinuous, and are no eigenfunctions.
         """
         if self.eigenvalues is not None:
-            return np.diag(self.eigenvalues)
-        return self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values))
+            return read_only(np.diag(self.eigenvalues).copy())
+        return read_only(self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values)))
 
     def project(self, values: np.ndarray) -> np.ndarray:
         """`P^T M f`: inner products with all functions, shape (rank, samples), on every rank. Collective.
