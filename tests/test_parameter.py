@@ -367,7 +367,7 @@ def test_controls_carry_the_functions_and_their_riesz_maps(basis):
     parameter = Parameter("p", basis, LayerIndicators(TIMES))
     controls = parameter.controls()
     assert all(isinstance(control, Control) for control in controls)
-    assert [control.control for control in controls] == parameter.functions
+    assert [control.control for control in controls] == list(parameter.functions)
     dual = fd.Cofunction(basis.space.dual())
     basis.write(dual, _coefficients(basis, 80))
     lengths = np.diff(TIMES)
