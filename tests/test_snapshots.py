@@ -9,7 +9,7 @@ import pytest
 from helpers import smooth
 from problems import learning_problem, network
 from pyadjoint import get_working_tape, set_working_tape
-from test_inner_states import COST, KINDS, taping
+from test_inner_states import COST, KINDS, _observed as observed_problem, taping
 
 from fem_resnet import Run, least_squares
 
@@ -95,6 +95,26 @@ def test_a_recorded_run_is_of_the_tape_whatever_becomes_of_functions(kind):
 
 
 @on_ranks
+def test_an_evaluation_of_coefficients_alone_is_of_its_time():
+    """Nothing of size nodes x samples is computed, and states are rebuilt from f_I when they are asked for."""
+    net = network("annulus", "CG1", layers_per_block=1)
+    problem = observed_problem(net)
+    initial = problem.batch.inputs
+    before = initial.dat.data
+    (_, run), (_, same) = (problem.evaluate() for _ in range(2))
+    names = ["initial", "final", "held", "state", "states"]
+    first = _asked(same, names)
+    before[...] *= -2.0
+    for parameter in net.parameters:
+        for function in parameter.functions:
+            function.assign(0.3 * function)
+    problem.evaluate()
+    for name, values in _asked(run, names).items():
+        for found, expected in zip(values, first[name], strict=True):
+            np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+@on_ranks
 def test_a_tape_that_has_other_inputs_and_no_evaluation_says_so():
     """`exchange` and controls that are updated change the tape; states would be rebuilt from another start."""
     problem = learning_problem(network("disk", "CG1"), head=False)
@@ -146,6 +166,22 @@ def test_a_run_on_a_tape_keeps_its_controls_when_parameters_are_recorded_again()
         again = fd.adjoint.ReducedFunctional(again, J.controls, tape=J.tape)
     again.derivative()
     assert max(np.abs(c.get_derivative().dat.data_ro).max() for c in J.controls) > 1e-3
+
+
+def test_a_tangent_on_a_tape_keeps_its_controls_when_parameters_are_recorded_again():
+    problem = learning_problem(network("disk", "CG1"), head=False)
+    Y, v = problem.net.Y, problem.net.Y.batch(smooth(problem.net.Y, 4, seed=5))
+    derivatives = []
+    for again in (False, True):
+        J, run = problem.record()
+        if again:
+            problem.record()
+        with set_working_tape(J.tape), taping():
+            J_v = fd.adjoint.ReducedFunctional(least_squares(Y, run.tangent(v), Y.batch(smooth(Y, 4))), J.controls, tape=J.tape)
+        derivatives.append([np.array(d.dat.data_ro) for d in J_v.derivative()])
+    for one, other in zip(*derivatives, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert max(np.abs(d).max(initial=0.0) for d in derivatives[0]) > 1e-3
 
 
 def test_the_running_cost_of_a_run_stays():
