@@ -21,7 +21,7 @@ _MODULES = {
     "head": ["Head"],
     "loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],
     "regulariser": ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"],
-    "objective": ["Batch", "Derivatives", "LearningProblem"],
+    "objective": ["Batch", "Derivatives", "LearningProblem", "Observations"],
     "trajectory": ["Trajectory", "follow_trajectory", "solve_trajectory"],
     "costate": ["Costate", "solve_costate", "terminal_costate"],
     "costate_comparison": ["CostateCheck", "costate_check"],

@@ -251,13 +251,25 @@ class Activation:
         )
 
     @property
+    def is_described(self) -> bool:
+        """bool : whether its kernels are those that its name, or its expression, stands for."""
+        if self.expression is None:
+            known = ACTIVATIONS.get(self.name)
+            return known is not None and self.kernels == known.kernels
+        return all(
+            isinstance(kernel, sympy_activation.Kernel) and (kernel.expression, kernel.order) == (self.expression, order)
+            for kernel, order in zip(self.kernels, (0, 1, 2, -1), strict=True)
+        )
+
+    @property
     def description(self) -> dict[str, object]:
         """dict : lists, texts and numbers that JSON can store, from which `from_description` makes it again.
 
         Raises
         ------
         ValueError
-            If the expression has functions that are not on the list of `fem_resnet.sympy_activation`.
+            If it has kernels of its own (`is_described`), or the expression has functions that are not on the list of
+            `fem_resnet.sympy_activation`.
 
         Examples
         --------
@@ -266,6 +278,8 @@ class Activation:
         >>> Activation.from_sympy(sympy.sin(sympy.Symbol("s"))).description["expression"]
         ['sin', 's']
         """
+        if not self.is_described:
+            raise ValueError(f"activation: {self.name} has kernels of its own, which no file holds; give a SymPy expression")
         if self.expression is None:
             return {"name": self.name, "parameters": dict(self.parameters)}
         properties = asdict(self.properties) | {"sampled": sorted(self.properties.sampled)}

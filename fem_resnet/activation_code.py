@@ -34,7 +34,7 @@ def activation_code(activation: Activation, real: str = "double") -> str:
     Raises
     ------
     ValueError
-        If its expression has functions that C has not.
+        If it has kernels of its own, of which C knows nothing, or its expression has functions that C has not.
 
     Examples
     --------
@@ -42,6 +42,8 @@ def activation_code(activation: Activation, real: str = "double") -> str:
     >>> activation_code(get_activation("relu")).splitlines()[-1]
     '#define SLOPE(s) slope_relu(s)'
     """
+    if not activation.is_described:
+        raise ValueError(f"activation: {activation.name} has kernels of its own in NumPy; give a SymPy expression to have it in C")
     lines = ["#include <tgmath.h>", f"#define REAL {real}"]
     if find_library("mvec"):
         suffix = "f" if real == "float" else ""

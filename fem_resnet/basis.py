@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_space import LabelSpace, check_label_space
 
 __all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
 
 
-class Basis:
+class Basis(OnMesh):
     """Functions on a label domain, by their values at the nodes.
 
     Collective over the communicator of `Y`.
@@ -73,11 +74,11 @@ class Basis:
         self.Y = Y
         self.kind = kind
         #: One function after the other in memory: loops over nodes read each in one stream.
-        self.values = spread_columns(values)
-        self.eigenvalues = eigenvalues
+        self.values = read_only(spread_columns(values))
+        self.eigenvalues = None if eigenvalues is None else read_only(np.array(eigenvalues))
         self._move = move
         self.rank = self.values.shape[1]
-        self.gram = Y.sum(self.values.T @ (self.values * Y.weights[:, None]))
+        self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
         if not np.isfinite(self.gram).all():
             column = int(np.flatnonzero(~np.isfinite(np.diag(self.gram)))[0])
             raise ValueError(f"functions: number {column} of the basis has values that are not finite")
@@ -95,7 +96,7 @@ class Basis:
     @cached_property
     def weighted(self) -> np.ndarray:
         """M P, shape (nodes, rank)."""
-        return self.values * self.Y.weights[:, None]
+        return read_only(self.values * self.Y.weights[:, None])
 
     @cached_property
     def stiffness(self) -> np.ndarray:
@@ -107,8 +108,8 @@ class Basis:
             If the functions have no gradient, being discontinuous, and are no eigenfunctions.
         """
         if self.eigenvalues is not None:
-            return np.diag(self.eigenvalues)
-        return self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values))
+            return read_only(np.diag(self.eigenvalues).copy())
+        return read_only(self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values)))
 
     def project(self, values: np.ndarray) -> np.ndarray:
         """`P^T M f`: inner products with all functions, shape (rank, samples), on every rank. Collective.

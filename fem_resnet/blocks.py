@@ -24,6 +24,7 @@ import firedrake as fd
 import numpy as np
 from mpi4py import MPI
 from pyadjoint import AdjFloat, Block, Tape
+from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.checkpoints import Manager, add_leaf, is_leaf, manager_of
@@ -105,28 +106,37 @@ class OperatorBlock(Block):
     operator
         The operator; it belongs to this Block alone.
     functions
-        Its inputs.
+        Its inputs: Functions, or what a tape has of them.
     """
 
-    def __init__(self, operator: Operator, functions: Sequence[fd.Function]):
+    def __init__(self, operator: Operator, functions: Sequence[fd.Function | BlockVariable]):
         super().__init__()
         self.operator = operator
         self._add_dependencies(functions)
         self._output_slots = _parts(operator, operator.output)
         self._duals: list[fd.Cofunction | None] = [None] * len(functions)
         self._second_duals: list[fd.Cofunction | None] = [None] * len(functions)
-        self._tangent: fd.Function | None = None
+        self._tangents: dict[int, fd.Function] = {}  # by the number of the output
         self._solved: list[tuple[weakref.ref, int]] | None = None
         #: The arrays of the latest solve.
         self._kept: list[np.ndarray] | None = None
-        self._adjoint_at: tuple[weakref.ref, int] | None = None
+        self._adjoint_at: list[tuple[weakref.ref, int]] = []
         self._derived: list[tuple[weakref.ref, int]] | None = None
         #: Whether Hessian actions are those of `gauss_newton`.
         self.gauss_newton = False
 
-    def _add_dependencies(self, functions: Sequence[fd.Function]) -> None:
+    def _add_dependencies(self, functions: Sequence[fd.Function | BlockVariable]) -> None:
         for function in functions:
-            self.add_dependency(function)
+            if isinstance(function, BlockVariable):
+                function.will_add_as_dependency()
+                self._dependencies.append(function)
+            else:
+                self.add_dependency(function)
+
+    def add_last_output(self, value: fd.Function) -> None:
+        """Put the output that the operator has been given last on the tape, where the Block stands."""
+        self._output_slots = _parts(self.operator, self.operator.output)
+        self.add_output(value.create_block_variable())
 
     def solve(self, inputs: Sequence[fd.Function]) -> np.ndarray | float:
         """The operator's value at these inputs, ready for its adjoint."""
@@ -145,11 +155,14 @@ class OperatorBlock(Block):
 
     @property
     def adjoint_is_current(self) -> bool:
-        """Whether the adjoint value that the latest adjoint was given is still what it was."""
-        if self._adjoint_at is None:
-            return False
-        dual = self._adjoint_at[0]()
-        return dual is not None and self._adjoint_at == _version(dual)
+        """Whether the adjoint values that the latest adjoint was given are still what they were."""
+        duals = [reference() for reference, _ in self._adjoint_at]
+        return bool(duals) and all(dual is not None for dual in duals) and self._adjoint_at == list(map(_version, duals))
+
+    def refuse_changed(self, what: str) -> None:
+        """Raise RuntimeError where the tape has other inputs by now than at the latest solve; `what` was asked for."""
+        if self._solved != [_version(variable.saved_output) for variable in self.get_dependencies()]:
+            raise RuntimeError(f"{what}: an input has changed since the tape was evaluated; evaluate the functional first")
 
     def prepare_recompute_component(self, inputs, relevant_outputs):
         return _parts(self.operator, self.solve(inputs))
@@ -168,8 +181,7 @@ class OperatorBlock(Block):
 
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
         self._refuse_changed(inputs)
-        if self._output_slots[0] is not None:
-            self._adjoint_at = None if adj_inputs[0] is None else _version(adj_inputs[0])
+        self._adjoint_at = [_version(dual) for dual in adj_inputs if isinstance(dual, fd.Cofunction)]
         prepared = list(self._adjoint(inputs, self._read_duals(adj_inputs)))
         self._derived = self._solved
         return prepared
@@ -195,17 +207,17 @@ class OperatorBlock(Block):
         slot, value = self._output_slots[idx], _parts(self.operator, prepared)[idx]
         if slot is None:
             return AdjFloat(value)
-        if self._tangent is None:
-            self._tangent = fd.Function(slot.space)
-        slot.write(self._tangent, value)
-        return self._tangent
+        if idx not in self._tangents:
+            self._tangents[idx] = fd.Function(slot.space)
+        slot.write(self._tangents[idx], value)
+        return self._tangents[idx]
 
     def prepare_evaluate_hessian(self, inputs, hessian_inputs, adj_inputs, relevant_dependencies):
         second_adjoint = self._verb("second_adjoint", "Hessians")
         self._refuse_changed(inputs)
         dual_dot = self._read_duals(hessian_inputs)
         if self.gauss_newton and self._output_slots[0] is not None:
-            self._adjoint_at = None  # what the operator keeps is then no longer the adjoint of the functional
+            self._adjoint_at = []  # what the operator keeps is then no longer the adjoint of the functional
             return self._adjoint(inputs, dual_dot)
         # A Hessian sweep reads the adjoint values that an earlier derivative left on the tape.
         if all(dual is None for dual in adj_inputs) or self._derived != self._solved:
@@ -442,7 +454,7 @@ def _parts(operator: Operator, value: object) -> Sequence:
 
 
 def apply(
-    operator: Operator, functions: Sequence[fd.Function], into: fd.Function | None = None
+    operator: Operator, functions: Sequence[fd.Function | BlockVariable], into: fd.Function | None = None
 ) -> tuple[fd.Function | AdjFloat | list[fd.Function | AdjFloat], OperatorBlock | None]:
     """The operator's output at these Functions, recorded if the tape is annotating.
 
@@ -451,7 +463,7 @@ def apply(
     operator
         The operator; when recorded it is the Block's from now on.
     functions
-        Its inputs.
+        Its inputs: Functions; or what a tape has of them, and then what it has is taken, whatever they hold by now.
     into
         The Function that takes the (first) output, which may be an input that is wanted no more; a new one if left out.
 
@@ -466,11 +478,13 @@ def apply(
     with_tape = annotate_tape()
     if with_tape:
         for function in functions:
-            _renew_if_changed(function)
+            if not isinstance(function, BlockVariable):
+                _renew_if_changed(function)
         tape = get_working_tape()
         scheduled = manager_of(tape) is not None
         block = ScheduledBlock(operator, functions, tape) if scheduled else OperatorBlock(operator, functions)
-        functions = [variable.saved_output for variable in block.get_dependencies()]
+        functions = block.get_dependencies()
+    functions = [f.saved_output if isinstance(f, BlockVariable) else f for f in functions]
     with stop_annotating():
         value = block.solve(functions) if with_tape else operator.forward(_read(operator, functions), save=False)
         outputs = []

@@ -26,24 +26,29 @@ class CoefficientSegment(Segment):
         As for `Segment`; there is no running cost.
     """
 
-    _ends_with_f = False
+    _steps_f = False
 
     def __init__(self, psi: Basis, first: bool, *arguments):
         super().__init__(*arguments)
-        self.output = Replicated(psi.Y, (psi.rank, self.values.samples))
-        self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output
+        self.output_of_state = Replicated(psi.Y, (psi.rank, self.values.samples))
+        self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output_of_state
 
     def _run(self, steppers, start, layers, save, taken, total=None):
-        (sequence,) = self._split(steppers, layers)
-        g = sequence.forward(start, None, layers, save, taken)
+        g, states, l = start, {}, 0
+        for sequence in self._split(steppers, layers):
+            if l in self.observed:
+                states[l] = [part.copy() for part in g]
+            end = l + len(sequence.steppers)
+            g = sequence.forward(g, None, layers[l:end], save, taken[l:end])
+            l = end
         self._check_ranks_agree(g)
-        return start, g
+        return [g, *(states[l] for l in self.observed)]
 
-    def _end(self, start, g, traces, total=None):
-        return g
+    def _adjoint_end(self, psi, state):
+        return state, []
 
-    def _adjoint_end(self, psi, duals):
-        return duals, []
+    def _add_observed(self, gamma, duals, state):
+        return [part + other for part, other in zip(gamma, state)], duals
 
     def _adjoint_start(self, psi, gamma, duals, order):
         return gamma[order]

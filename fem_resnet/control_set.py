@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fem_resnet.fixed import Fixed
+
 __all__ = ["Box", "ControlSet", "Ellipse", "Extreme", "Points", "Polygon", "Sections"]
 
 _Array = np.ndarray
@@ -47,7 +49,7 @@ class Extreme:
     where_negative: _Array
 
 
-class ControlSet(ABC):
+class ControlSet(Fixed, ABC):
     """A compact set A of pairs (a, b). All methods take arrays, which broadcast; no units.
 
     Attributes

@@ -107,6 +107,10 @@ FEATURES: dict[str, Feature] = {
         "derivatives of the target", "make the problem without derivatives", "problem",
         lambda problem: problem.derivatives is not None,
     ),
+    "observed_times": Feature(
+        "observations before T", "make the problem without observations", "problem",
+        lambda problem: problem.observations is not None,
+    ),
     "checkpoints": Feature(
         "a schedule of checkpoints", "make the problem without checkpoints", "problem",
         lambda problem: problem.checkpoints is not None,

@@ -24,6 +24,7 @@ import numpy as np
 from fem_resnet.activation import Activation
 from fem_resnet.basis import Basis
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import Fixed
 from fem_resnet.label_space import LabelSpace, sample_weights
 from fem_resnet.layer_inputs import LayerCoefficients
 from fem_resnet.network import ResidualNetwork
@@ -132,7 +133,7 @@ def _orthonormal(Y: LabelSpace, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (q @ Q[first : first + len(r)]) / root, R
 
 
-class Hamiltonian:
+class Hamiltonian(Fixed):
     """H(f, r, a, b) of (4.8), or of Remark 4.4, summed over the samples, with its derivatives.
 
     Parameters

@@ -9,6 +9,7 @@ so that the terminal co-state of section 4.1 (Remark 4.3) is r(z, T) = int (C_pr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from mpi4py import MPI
 from fem_resnet.activation import get_activation
 from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.blocks import apply
+from fem_resnet.fixed import OnMesh
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 from fem_resnet.parameter import Parameter
@@ -107,7 +109,7 @@ PREDICTIONS = {
 }
 
 
-class Head:
+class Head(OnMesh):
     """The output (2.9): `O = X (W g + mu)`, g = Psi^T M f(T), X a basis of the output's label domain.
 
     Parameters
@@ -149,6 +151,11 @@ class Head:
 
     def __repr__(self) -> str:
         return f"Head({self.prediction.name}, from {self.psi!r} onto {self.onto!r})"
+
+    def __deepcopy__(self, memo: dict) -> Head:
+        other = self.__copy__()
+        vars(other).update(W=copy.deepcopy(self.W, memo), mu=copy.deepcopy(self.mu, memo))
+        return other
 
     @property
     def parameters(self) -> list[Parameter]:

@@ -32,7 +32,7 @@ from fem_resnet.stable_kernels import stable_kernel_from
 __all__ = ["load", "save"]
 
 _GROUP = "fem_resnet"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @supports("no_layers", "gradient_flow", *HELD, *STEPPED)
@@ -69,7 +69,9 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         "roles": roles,
         "kinds": [basis.kind for basis in bases],
         "mesh": net.Y.V.mesh().name,
-        "network": net.settings | {"times": net.times.tolist(), "activation": net.activation.description}
+        # The given times: learned ones are coefficients, as those of bias and kernel.
+        "network": net.settings
+        | {"times": net.settings["times"].tolist(), "options_prefix": None, "activation": net.activation.description}
         | {"stable_kernel": None if net.stable_kernel is None else net.stable_kernel.description},
         "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
     }
@@ -116,7 +118,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
     FileNotFoundError
         If there is no such file; on all ranks alike.
     ValueError
-        If it holds no network, or one of a later format.
+        If it holds no network, or one of another format.
     """
     path = Path(path)
     if not _on_rank_0(comm, path.is_file):
@@ -125,8 +127,8 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
         raise ValueError(f"path: {path} holds no network; files of fem_resnet.save are wanted")
     with stop_annotating(), fd.CheckpointFile(str(path), "r", comm=comm) as file:
         settings = json.loads(file.get_attr(_GROUP, "settings"))
-        if settings["format"] > _FORMAT:
-            raise ValueError(f"path: {path} has format {settings['format']}, this version reads up to {_FORMAT}")
+        if settings["format"] != _FORMAT:
+            raise ValueError(f"path: {path} has format {settings['format']}, this version reads {_FORMAT}")
         mesh = file.load_mesh(settings["mesh"])
         Y = _load_label_space(file, mesh)
         bases = [

@@ -24,6 +24,7 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike
 
 from fem_resnet.basis import Basis
+from fem_resnet.fixed import OnMesh
 from fem_resnet.log import log
 
 __all__ = ["EXACT_SUPREMUM", "LowRankKernel"]
@@ -34,7 +35,7 @@ EXACT_SUPREMUM = 20_000**2
 _PAIRED, _BLOCK = 512, 16_384
 
 
-class LowRankKernel:
+class LowRankKernel(OnMesh):
     """The pair of bases (phi, psi) in which kernels are expanded.
 
     Parameters

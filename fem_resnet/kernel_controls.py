@@ -84,7 +84,7 @@ class StableKernelParameter(Parameter):
         return KernelMap(self._choice, self._learned.space_bases[k], self.space_bases[k])
 
     @property
-    def functions(self) -> list[fd.Function]:
+    def functions(self) -> tuple[fd.Function, ...]:
         """What holds beta_k at the present controls. Collective."""
         if getattr(self, "_learned", None) is not None:
             versions = [function.dat.dat_version for function in self._learned.functions]
@@ -93,10 +93,6 @@ class StableKernelParameter(Parameter):
                     self.space_bases[k].write(function, self.get(k))
                 self._versions = versions
         return self._functions
-
-    @functions.setter
-    def functions(self, functions: list[fd.Function]) -> None:
-        self._functions = functions
 
     def get(self, k: int) -> np.ndarray:
         """beta_k. Collective."""

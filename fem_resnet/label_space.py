@@ -25,6 +25,8 @@ from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 from ufl import H1
 
+from fem_resnet.fixed import OnMesh, read_only
+
 __all__ = ["BatchValues", "LabelSpace"]
 
 # A weight of the reference cell below this part of the cell's measure is zero up to round-off.
@@ -37,7 +39,7 @@ _WHAT_WORKS = (
 )
 
 
-class LabelSpace:
+class LabelSpace(OnMesh):
     """Nodes, weights and inner product of a label domain.
 
     Collective over the communicator of the mesh. Arrays hold the nodes that this rank owns, in Firedrake's order.
@@ -92,13 +94,14 @@ class LabelSpace:
             raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
         _check_element(V)
         self.V = V
-        self.numbers = numbers
+        self.numbers = None if numbers is None else read_only(np.array(numbers))
         self.graph = graph
+        if graph is not None:
+            read_only(graph.data)
         self.comm = V.mesh().comm
         with stop_annotating():
-            self.weights = fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy()
+            self.weights = read_only(fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy())
             volume = fd.assemble(fd.Constant(1.0) * fd.dx(domain=V.mesh()))
-        self.weights.flags.writeable = False
         smallest = self.comm.allreduce(self.weights.min(initial=np.inf), op=MPI.MIN)
         if not smallest > 0:
             raise ValueError(
@@ -132,9 +135,7 @@ class LabelSpace:
         space = fd.VectorFunctionSpace(mesh, self.V.ufl_element(), dim=mesh.geometric_dimension)
         with stop_annotating():
             x = fd.Function(space).interpolate(fd.SpatialCoordinate(mesh)).dat.data_ro
-        x = np.array(x).reshape(self.nodes, mesh.geometric_dimension)
-        x.flags.writeable = False
-        return x
+        return read_only(np.array(x).reshape(self.nodes, mesh.geometric_dimension))
 
     @cached_property
     def coefficient_mesh(self) -> tuple[fd.MeshGeometry, int]:

@@ -17,6 +17,7 @@ import firedrake as fd
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.features import STEPPED, supports
+from fem_resnet.fixed import OnMesh
 from fem_resnet.local_feedback import LocalFeedback
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Batch, LearningProblem
@@ -28,7 +29,7 @@ __all__ = ["LocalClosedLoop"]
 _OF_LAYERS = {"tikhonov", "smooth_in_space"}
 
 
-class LocalClosedLoop:
+class LocalClosedLoop(OnMesh):
     """The local feedback at t_0, .., t_(L-1) along one optimal trajectory. Collective over the network's communicator.
 
     Parameters

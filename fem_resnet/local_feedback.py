@@ -36,6 +36,7 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunction
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import OnMesh
 from fem_resnet.objective import LearningProblem
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]
@@ -52,7 +53,7 @@ SOLVER_PARAMETERS = {
 }
 
 
-class LocalFeedback:
+class LocalFeedback(OnMesh):
     """F, D_v F, D^2 F and the feedback at the optimum of a learning problem, without any matrix.
 
     It keeps the optimum that it was made at: what later happens to the parameters is not seen. Everything is

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import firedrake as fd
 import numpy as np
@@ -254,12 +255,12 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
     """
     if not callable(functional):
         raise TypeError(f"functional: a function of prediction and observation is wanted, {functional!r} was given")
-    forms: dict[int, _SampleForms] = {}
+    forms: WeakKeyDictionary[LabelSpace, _SampleForms] = WeakKeyDictionary()
 
     def on(Y):
-        if id(Y) not in forms:
-            forms[id(Y)] = _SampleForms(Y, functional)
-        return forms[id(Y)]
+        if Y not in forms:
+            forms[Y] = _SampleForms(Y, functional)
+        return forms[Y]
 
     def value(Y, p, C):
         # A sum over the ranks follows, assemble has made one already.
@@ -278,7 +279,6 @@ class _SampleForms:
     """A functional F(p, C) in UFL of one sample, its first derivative in p, and its second in a direction v."""
 
     def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
-        self._Y = Y  # kept alive: forms are found by its id
         self._slots = [fd.Function(Y.V) for _ in range(3)]
         p, C, v = self._slots
         form = functional(p, C)

@@ -23,13 +23,14 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis
 from fem_resnet.features import STEPPED, supports
+from fem_resnet.fixed import OnMesh
 from fem_resnet.head import PREDICTIONS
 from fem_resnet.local_feedback import NO_MINIMUM, LocalFeedback
 
 __all__ = ["LowRankFeedback"]
 
 
-class LowRankFeedback:
+class LowRankFeedback(OnMesh):
     """The feedback of a problem with one sample, for many inputs at once: no network is run for them.
 
     Made by dim u + rank(Psi) Hessian actions; collective, as all that it does.

@@ -10,10 +10,11 @@ the layer times with a line between them (the interpolants a^tau, B^tau of secti
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from types import NoneType
+from types import MappingProxyType, NoneType
 
 import firedrake as fd
 import numpy as np
@@ -28,6 +29,7 @@ from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
 from fem_resnet.coefficient_segment import CoefficientSegment
 from fem_resnet.features import STEPPED, supports
+from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.kernel_controls import StableKernelParameter
 from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
@@ -42,7 +44,7 @@ from fem_resnet.retraction import Retraction, orthonormal
 from fem_resnet.run import Piece, Run
 from fem_resnet.running_cost import RunningCost
 from fem_resnet.segment import Segment
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
+from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis, read_all
 from fem_resnet.stable_kernels import StableKernel
 from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper
@@ -56,11 +58,17 @@ _OF_NO_PARAMETER = {
     "precision",
 }  # fmt: skip
 
+#: How many sorts of unrecorded runs, and numbers of samples, a network keeps what it has made for.
+_KEPT = 4
 
-class ResidualNetwork:
+
+class ResidualNetwork(OnMesh):
     """A network on a label domain; its parameters start at zero.
 
-    Everything here is collective over the communicator of the label domain.
+    Everything here is collective over the communicator of the label domain. Coefficients may be assigned to at any time; all
+    else stays what the network was made with, and `replace` makes another network.
+
+    `copy.deepcopy` copies the coefficients and shares label domain and bases; for other processes there are `save` and `load`.
 
     Parameters
     ----------
@@ -116,11 +124,11 @@ class ResidualNetwork:
     Y : LabelSpace
     bias, kernel : Parameter
         a and beta; ``kernel.set(l, beta)`` gives layer l its coefficients, or the layer time t_l, or group l.
-    bases : dict of str to tuple
+    bases : mapping of str to tuple
         What was given as "phi", "psi" and "bias": one for all layers, or one a layer.
     layer_times : Parameter or None
         t_1 .. t_L, where they are learned.
-    factors : list of Parameter
+    factors : tuple of Parameter
         "phi" and "psi", where they are learned.
     activation : Activation
 
@@ -139,6 +147,9 @@ class ResidualNetwork:
     >>> round(float(net(Y.batch(0 * Y.weights)).dat.data_ro.max()), 12)
     0.5
     """
+
+    _instead = "replace(..) gives another network with other settings, parameters take values by `set`"
+    _instead_of_pickling = "save(path, net) and load(path) write and read it on any number of ranks"
 
     def __init__(
         self,
@@ -163,7 +174,7 @@ class ResidualNetwork:
         stable_kernel: StableKernel | None = None,
         precision: str = "double",
     ):
-        self._given_times = _layer_times(layers, final_time) if times is None else _checked_times(times)
+        self._given_times = read_only(_layer_times(layers, final_time) if times is None else _checked_times(times))
         self.layers = len(self._given_times) - 1
         self.activation = get_activation(activation)
         self.steps = _positive_integer("steps", steps)
@@ -171,21 +182,22 @@ class ResidualNetwork:
             max(self.layers, 1) if layers_per_block is None else _positive_integer("layers_per_block", layers_per_block)
         )
         given = {"phi": phi, "psi": phi if psi is None else psi, "bias": bias}
-        self.bases = {name: _one_or_one_a_layer(name, value, self.layers) for name, value in given.items()}
-        self.Y = self.bases["phi"][0].Y
-        for name, bases in self.bases.items():
+        every = {name: _one_or_one_a_layer(name, value, self.layers) for name, value in given.items()}
+        self.Y = every["phi"][0].Y
+        for name, bases in every.items():
             for basis in bases:
                 if basis is not None and basis.Y is not self.Y:
                     raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
         if learn_factors:
-            if len(self.bases["phi"]) > 1 or len(self.bases["psi"]) > 1:
+            if len(every["phi"]) > 1 or len(every["psi"]) > 1:
                 raise ValueError("learn_factors: one phi and one psi for all layers are wanted, lists were given")
-            self.bases |= {name: (orthonormal(self.bases[name][0]),) for name in ("phi", "psi")}
-        self.factors = [
+            every |= {name: (orthonormal(every[name][0]),) for name in ("phi", "psi")}
+        self.bases = MappingProxyType(every)
+        self.factors = tuple(
             Parameter(name, Retraction(self.bases[name][0]).inputs[0], Once(), penalised=False)
             for name in (("phi", "psi") if learn_factors else ())
-        ]
-        self.layer_times: Parameter | None = None
+        )
+        self.layer_times = None
         if learn_times:
             self.layer_times = Parameter("layer_times", LayerTimes(self.Y, self.layers), Once(), penalised=False)
             self.layer_times.set(0, self._given_times[1:])
@@ -222,8 +234,7 @@ class ResidualNetwork:
         self.precision = precision
         if gradient_flow and self._by_discrete_gradient:
             raise ValueError("gradient_flow: the discrete gradient is one of int Sigma(u) along (2.8); take another ts_type")
-        self._stages: dict[int, Stage] = {}
-        self._scratch: dict[tuple, list[Segment]] = {}
+        self._stages, self._scratch = _Latest(), _Latest()
         if self.layers:
             # Now, so that options are refused here rather than at the first run.
             self._carries_f = self._stepper(self._stage(1), 0).carries_f
@@ -234,7 +245,7 @@ class ResidualNetwork:
     @property
     def times(self) -> np.ndarray:
         """Layer times t_0 .. t_L, shape (L + 1,), float64; no unit. Collective where they are learned."""
-        return self._given_times if self.layer_times is None else np.append(0.0, self.layer_times.get(0))
+        return self._given_times if self.layer_times is None else read_only(np.append(0.0, self.layer_times.get(0)))
 
     def __repr__(self) -> str:
         return f"ResidualNetwork({self.layers} layers, T = {self.times[-1]:g}, {self.activation.name}, {self.Y!r})"
@@ -256,9 +267,12 @@ class ResidualNetwork:
 
     @property
     def settings(self) -> dict:
-        """What the network was made with, but for its bases: keyword arguments of the constructor."""
+        """What the network was made with, but for its bases: keyword arguments of the constructor.
+
+        Its times are the given ones, also where others have been learned: inner products are theirs.
+        """
         return {
-            "times": self.times,
+            "times": self._given_times,
             "bias_in_time": self.bias.time_basis.description,
             "kernel_in_time": self.kernel.time_basis.description,
             "activation": self.activation,
@@ -302,9 +316,20 @@ class ResidualNetwork:
             raise TypeError(f"replace: some of {', '.join(given)} are wanted, {', '.join(unknown)} was given")
         other = ResidualNetwork(**given | changes)
         if _OF_NO_PARAMETER.issuperset(changes):
-            for name in ("_given_times", "bases", "factors", "layer_times", "bias", "kernel"):
-                setattr(other, name, getattr(self, name))
+            ours = ("_given_times", "bases", "factors", "layer_times", "bias", "kernel")
+            vars(other).update({name: vars(self)[name] for name in ours})
         return other
+
+    def __deepcopy__(self, memo: Mapping) -> ResidualNetwork:
+        other = self.replace(times=self._given_times)  # with parameters of its own
+        other._take(self)
+        return other
+
+    def _take(self, other: ResidualNetwork) -> None:
+        """Take the coefficients of a network whose parameters are of the same kinds."""
+        for ours, theirs in zip(self.parameters, other.parameters, strict=True):
+            for k in range(len(ours.functions)):
+                ours.set(k, theirs.get(k))
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -323,6 +348,7 @@ class ResidualNetwork:
         weights: Sequence[float] | None = None,
         *,
         seen_by: Basis | None = None,
+        observed: Sequence[int] = (),
     ) -> Run:
         """Solve (2.8); while pyadjoint annotates, record it.
 
@@ -339,6 +365,9 @@ class ResidualNetwork:
         seen_by
             A basis for which `steps_what_is_seen_by` is true: what is recorded is then g(T), `coefficients` of the Run, and
             not f(T), and nothing of size nodes x samples is computed.
+        observed
+            Numbers l of layer times t_l at which the state is asked for while annotating, each once: then layers are solved
+            once, where `Run.state` alone makes the first derivative solve them again.
 
         Returns
         -------
@@ -367,7 +396,11 @@ class ResidualNetwork:
         if manager is not None and (self.factors or self.stable_kernel is not None):
             what = "learned factors" if self.factors else "kernels made of other controls"
             raise ValueError(f"checkpoints: {what} and schedules of checkpoints do not go together; leave one out")
-        f, pieces = initial, []
+        observed = tuple(observed)
+        if len(set(observed)) < len(observed) or not set(observed) <= set(range(self.layers + 1)):
+            raise ValueError(f"observed: different integers from 0 to L = {self.layers} are wanted, {observed!r} was given")
+        if observed and manager is not None:
+            raise ValueError("observed: a schedule of checkpoints keeps no states inside of the network; record without one")
         # An operator on the tape belongs to its Block alone.
         factors = [apply(Retraction(self.bases[p.name][0]), p.functions)[0] for p in self.factors]
         if annotate_tape() and not self.replay_steps and "none" != self.solver_parameters.get("ts_adapt_type"):
@@ -376,18 +409,35 @@ class ResidualNetwork:
                 "adapted steps are not replayed: the gradient will be that of the network with the steps of the latest "
                 "evaluation, and J jumps where their number changes",
             )  # fmt: skip
+        space = initial.function_space()
         if manager is not None:
-            return Run(self, initial, *self._record_steps(initial, manager, running, omega), omega)
+            end, cost = self._record_steps(initial, manager, running, omega)
+            return Run(self, initial, space, None, {self.layers: end}, cost, omega)
         acting = dict(zip(map(id, self.kernel.functions), self.kernel.learned.acting().functions))
-        cost = 0.0
-        for segment in self._segments(initial.function_space(), running, omega, seen_by):
-            start = f
-            coefficients = [*(acting.get(id(function), function) for function in segment.functions), *factors]
-            output, block = apply(segment, [start, *coefficients])
-            f, cost = (output, cost) if running is None else (output[0], cost + output[1])
+        recording = annotate_tape()
+        # What the caller has may change later: an unrecorded run has a copy.
+        state = given = initial if recording else read_only(np.array(self.Y.values(initial)))
+        slot, pieces, cost, held = BatchValues(self.Y, space), [], 0.0, {} if self.layers else {0: state}
+        for segment in self._segments(space, running, omega, seen_by, observed):
+            first, slot = pieces[-1].end if pieces else 0, segment.output_of_state
             before = pieces[-1] if pieces and seen_by is not None else None
-            pieces.append(Piece(segment, start, coefficients, segment.traces(), block, before))
-        return Run(self, initial, f, pieces, cost, omega)
+            functions = [*(acting.get(id(function), function) for function in segment.functions), *factors]
+            if recording:
+                outputs, block = apply(segment, [state, *functions])
+                pieces.append(Piece(segment, first, block, before=before))
+            else:
+                seen = state if seen_by is None or pieces else segment.inputs[0].read(initial)
+                coefficients = read_all(segment.inputs[1:], functions)
+                outputs = segment.forward([seen, *coefficients], save=False)
+                pieces.append(Piece(segment, first, None, state, coefficients, segment.traces(), before))
+            state, *others = outputs if isinstance(segment.output, tuple) else [outputs]
+            if running is not None:
+                cost = cost + others.pop(0)
+            held |= {pieces[-1].end: state} | {first + layers: part for layers, part in zip(segment.observed, others)}
+        if not recording:
+            cost = cost if running is None else AdjFloat(cost)
+            held = {layer: _function(slot, held[layer]) for layer in {*observed, self.layers}}
+        return Run(self, given, space, pieces, held, cost, omega)
 
     def steps_what_is_seen_by(self, psi: Basis) -> bool:
         """Whether layers step nothing but g = Psi^T M f: psi is the very Basis of them all, fixed, and steps have f nowhere."""
@@ -401,8 +451,8 @@ class ResidualNetwork:
 
     def _record_steps(
         self, initial: fd.Function, manager: Manager, running: RunningCost | None, omega: np.ndarray | None
-    ) -> tuple[fd.Function, None, AdjFloat | float]:
-        """f(T), no pieces, and the cost, recorded as one time step a segment; the last stays open for what follows.
+    ) -> tuple[fd.Function, AdjFloat | float]:
+        """f(T) and the cost, recorded as one time step a segment; the last stays open for what follows.
 
         One Function is the state at all interfaces, and segments of a kind share steppers: the tape keeps no field but
         those of its schedule.
@@ -419,7 +469,7 @@ class ResidualNetwork:
                 tape.end_timestep()
             output, _ = apply(segment, [f, *segment.functions], into=None if k == 0 else f)
             f, cost = (output, cost) if running is None else (output[0], cost + output[1])
-        return f, None, cost
+        return f, cost
 
     @supports(
         "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
@@ -445,9 +495,7 @@ class ResidualNetwork:
         """
         moved = {basis: basis.on(Y) for basis in dict.fromkeys(chain.from_iterable(self.bases.values()))}
         net = self.replace(**{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()})
-        for ours, theirs in zip(self.parameters, net.parameters):
-            for k in range(len(ours.functions)):
-                theirs.set(k, ours.get(k))
+        net._take(self)
         return net
 
     def layer_segments(
@@ -535,17 +583,16 @@ class ResidualNetwork:
         return net
 
     def _segments(
-        self, space, running: RunningCost | None, omega: np.ndarray | None, seen_by: Basis | None
+        self, space, running: RunningCost | None, omega: np.ndarray | None, seen_by: Basis | None, observed: tuple[int, ...]
     ) -> list[Segment]:
         """New ones where the tape will keep them, else those of earlier unrecorded runs."""
+        make = partial(self._new_segments, space, running, omega, seen_by=seen_by, observed=observed)
         if annotate_tape():
-            return self._new_segments(space, running, omega, seen_by=seen_by)
-        key = space.value_shape, running, seen_by
-        if key not in self._scratch:
-            self._scratch[key] = self._new_segments(space, running, omega, seen_by=seen_by)
-        for segment in self._scratch[key]:
+            return make()
+        segments = self._scratch.get_or_make((space.value_shape, running, seen_by, observed), make)
+        for segment in segments:
             segment.omega = omega
-        return self._scratch[key]
+        return segments
 
     def _new_segments(
         self,
@@ -555,6 +602,7 @@ class ResidualNetwork:
         share: bool = False,
         layers_per_block: int | None = None,
         seen_by: Basis | None = None,
+        observed: Sequence[int] = (),
     ) -> list[Segment]:
         values, each = BatchValues(self.Y, space), layers_per_block or self.layers_per_block
         stage = self._stage(values.samples)
@@ -572,32 +620,26 @@ class ResidualNetwork:
         def make(layers: range) -> Callable[..., Segment]:
             return Segment if seen_by is None else partial(CoefficientSegment, seen_by, layers.start == 0)
 
-        return [
-            make(layers)(
-                partial(steppers, layers),
-                stage,
-                LayerCoefficients(
-                    self.bias, self.kernel,
-                    self._given_times if self.layer_times is None else self.layer_times,
-                    layers,
-                    [parameter.space_basis for parameter in self.factors],
-                ),
-                values,
-                annotate_tape() and self.replay_steps,
-                omega,
-            )
-            for layers in (
-                range(start, min(start + each, self.layers))
-                for start in range(0, self.layers, each)
-            )
-        ]
+        times = self._given_times if self.layer_times is None else self.layer_times
+        factors = [parameter.space_basis for parameter in self.factors]
+        segments = []
+        for start in range(0, self.layers, each):
+            layers = range(start, min(start + each, self.layers))
+            coefficients = LayerCoefficients(self.bias, self.kernel, times, layers, factors)
+            replays = annotate_tape() and self.replay_steps
+            segments.append(make(layers)(partial(steppers, layers), stage, coefficients, values, replays, omega))
+            for layer in observed:  # between segments it is an output already
+                if layer in layers and (layer > start or layer == 0):
+                    segments[-1].observe(layer - start)
+        return segments
 
     def _stage(self, samples: int) -> Stage:
-        if samples not in self._stages:
-            make = DiscreteGradientStage if self._by_discrete_gradient else new_stage
-            stage = make(self.Y, self.activation, samples, self.precision)
-            self._stages[samples] = TransposedStage(stage) if self.gradient_flow else stage
-        return self._stages[samples]
+        return self._stages.get_or_make(samples, partial(self._new_stage, samples))
+
+    def _new_stage(self, samples: int) -> Stage:
+        make = DiscreteGradientStage if self._by_discrete_gradient else new_stage
+        stage = make(self.Y, self.activation, samples, self.precision)
+        return TransposedStage(stage) if self.gradient_flow else stage
 
     def _kind(self, layer: int) -> tuple[int, ...]:
         """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
@@ -618,6 +660,24 @@ class ResidualNetwork:
     @property
     def _by_discrete_gradient(self) -> bool:
         return self._options.parameters["ts_type"] == "discrete_gradient"
+
+
+class _Latest(OrderedDict):
+    """What was made for the latest few keys: users' objects are not kept alive for ever."""
+
+    def get_or_make(self, key: Hashable, make: Callable):
+        if key not in self:
+            self[key] = make()
+        self.move_to_end(key)
+        while len(self) > _KEPT:
+            self.popitem(last=False)
+        return self[key]
+
+
+def _function(slot, array: np.ndarray) -> fd.Function:
+    function = fd.Function(slot.space)
+    slot.write(function, array)
+    return function
 
 
 def _one_or_one_a_layer(name: str, bases: Basis | Sequence[Basis] | None, layers: int) -> tuple[Basis | None, ...]:

@@ -4,6 +4,9 @@
 
 With a running cost L of section 4.3, J has the term sum_s omega_s int_0^T L(f_s, a, b) dt too.
 
+With `Observations` at layer times before T, J has the term sum_l weight_l sum_s omega_s loss(h(O_s(t_l)), C_sl) too, O(t_l) the
+output that the head reads from f(t_l).
+
 With `Derivatives` of the target map, J has the term weight sum_s omega_s 1/2 |O'(f_I,s) v_s - C'_s|^2 too, O' v the derivative of
 the output, before its prediction, in a direction v of the initial state.
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from numbers import Real
 
 import firedrake as fd
 import numpy as np
@@ -29,6 +33,7 @@ from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.label_space import sample_weights
 from fem_resnet.loss import Loss, least_squares
@@ -40,9 +45,16 @@ from fem_resnet.running_cost import RunningCost
 from fem_resnet.space_basis import StateValues
 from fem_resnet.time_basis import AtStart
 
-__all__ = ["Batch", "Derivatives", "LearningProblem"]
+__all__ = ["Batch", "Derivatives", "LearningProblem", "Observations"]
 
 _LEARN = ("parameters", "initial", "both")
+
+
+def _frozen(given: object) -> object:
+    """A copy of a list or an array, which nobody can change."""
+    if isinstance(given, np.ndarray):
+        return read_only(given.copy())
+    return tuple(given) if isinstance(given, list) else given
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,11 @@ class Batch:
     inputs: fd.Function
     targets: Sequence[int] | fd.Function
     weights: Sequence[float] | None = None
+
+    def __post_init__(self):
+        # Copies: what is recorded would not see that a list of the user's has changed, and what is evaluated would.
+        for name in ("targets", "weights"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
 
     @property
     def samples(self) -> int:
@@ -88,10 +105,41 @@ class Derivatives:
     weight: float = 1.0
 
 
-class LearningProblem:
+@dataclass(frozen=True)
+class Observations:
+    """What is observed at layer times, besides the targets of the batch at T.
+
+    Parameters
+    ----------
+    layers
+        Numbers l of the layer times t_l, from 0 (f_I itself) to L, in increasing order.
+    targets
+        C_l, one an entry of `layers`: as the targets of a batch, for the same samples.
+    weights
+        What each counts beside the loss at T, finite numbers >= 0, not divided by their sum; ones if left out. For an
+        integral over time, the lengths of layers.
+
+    Examples
+    --------
+    >>> seen = Observations([2, 4], [half_way, later], [0.5, 1.0])  # doctest: +SKIP
+    >>> problem = LearningProblem(net, head, least_squares, None, batch, observations=seen)  # doctest: +SKIP
+    """
+
+    layers: Sequence[int]
+    targets: Sequence[Sequence[int] | fd.Function]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "targets", tuple(map(_frozen, self.targets)))
+        object.__setattr__(self, "weights", None if self.weights is None else tuple(self.weights))
+
+
+class LearningProblem(OnMesh):
     """The problem (2.10), (2.11): network, output, loss, regulariser, data; what every training algorithm takes.
 
-    Everything is collective over the communicator of the network's label domain.
+    Everything is collective over the communicator of the network's label domain. A problem stays what it was made with;
+    `replace` makes another.
 
     Parameters
     ----------
@@ -110,6 +158,8 @@ class LearningProblem:
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
     derivatives
         Directional derivatives that the output is to match too; J then has first derivatives only.
+    observations
+        What is observed before T; there are all derivatives then, but no checkpoints.
     running
         A running cost, integrated by the network's own TS.
     ensemble
@@ -141,6 +191,8 @@ class LearningProblem:
     1.0
     """
 
+    _instead = "replace(..) gives another problem; `exchange` puts another batch in the place of the present one"
+
     def __init__(
         self,
         net: ResidualNetwork,
@@ -151,6 +203,7 @@ class LearningProblem:
         *,
         learn: str = "parameters",
         derivatives: Derivatives | None = None,
+        observations: Observations | None = None,
         running: RunningCost | None = None,
         ensemble: fd.Ensemble | None = None,
         checkpoints: Checkpoints | None = None,
@@ -160,6 +213,7 @@ class LearningProblem:
             ("head", head, Head, True),
             ("loss", loss, Loss, False),
             ("regulariser", regulariser, Regulariser, True),
+            ("observations", observations, Observations, True),
             ("running", running, RunningCost, True),
             ("ensemble", ensemble, fd.Ensemble, True),
         ):
@@ -180,9 +234,11 @@ class LearningProblem:
             schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
         self.running, self.ensemble = running, ensemble
         self._recorded: tuple[BlockVariable, OperatorBlock, Run] | None = None
-        self.batch, self._observation = batch, self._observed(batch)
+        self._batch, self._observation = batch, self._observed(batch)
         self.derivatives = derivatives
         self._check_derivatives()
+        self.observations = observations
+        self._inner = [] if observations is None else self._observed_inside(observations)
         self._initial: list[Parameter] = []
         if learn != "parameters":
             states = StateValues(net.Y, batch.inputs.function_space())
@@ -193,17 +249,43 @@ class LearningProblem:
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: a Batch is wanted, {type(batch).__name__} was given")
         self.net.Y.check_batch(batch.inputs, "batch.inputs")
-        targets = batch.targets
+        sample_weights(batch.weights, batch.samples)
+        return self._targets(batch.targets, batch.samples, "batch.targets")
+
+    def _targets(self, targets: Sequence[int] | fd.Function, samples: int, name: str) -> fd.Function:
         if self.head is not None and not isinstance(targets, fd.Function):
             targets = self.head.observations(targets)
-        self._output.check_batch(targets, "batch.targets")
-        if targets.function_space().value_size != batch.samples:
+        self._output.check_batch(targets, name)
+        if targets.function_space().value_size != samples:
             raise ValueError(
-                f"batch.targets: {batch.samples} samples are wanted, as many as inputs, "
-                f"{targets.function_space().value_size} were given"
+                f"{name}: {samples} samples are wanted, as many as inputs, {targets.function_space().value_size} were given"
             )
-        sample_weights(batch.weights, batch.samples)
         return targets
+
+    def _observed_inside(self, given: Observations) -> list[tuple[int, fd.Function, float]]:
+        """Layer, targets and weight of each observation, which are checked."""
+        if self.checkpoints is not None:
+            raise ValueError(
+                "observations: a schedule of checkpoints keeps no states inside of the network; make the problem without one"
+            )
+        L, layers, weights = self.net.layers, given.layers, given.weights
+        whole = all(isinstance(layer, (int, np.integer)) and not isinstance(layer, bool) for layer in layers)
+        if not (whole and all(0 <= layer <= L for layer in layers) and list(layers) == sorted(set(layers))):
+            raise ValueError(f"observations.layers: increasing integers from 0 to L = {L} are wanted, {layers} was given")
+        weights = (1.0,) * len(layers) if weights is None else weights
+        for name, many in (("targets", given.targets), ("weights", weights)):
+            if len(many) != len(layers):
+                raise ValueError(f"observations.{name}: {len(layers)} are wanted, one a layer time, {len(many)} were given")
+        for weight in weights:
+            if not (isinstance(weight, Real) and np.isfinite(weight) and weight >= 0):
+                raise ValueError(f"observations.weights: finite numbers >= 0 are wanted, {weight!r} was given")
+        targets = [self._targets(part, self.batch.samples, "observations.targets") for part in given.targets]
+        return [(int(layer), part, float(weight)) for layer, part, weight in zip(layers, targets, weights)]
+
+    @property
+    def batch(self) -> Batch:
+        """The data; `exchange` puts others in their place."""
+        return self._batch
 
     def replace(self, **changes) -> LearningProblem:
         """The problem with some arguments of the constructor changed, and all others the very same objects.
@@ -224,6 +306,9 @@ class LearningProblem:
         """
         given = {name: getattr(self, name) for name in signature(type(self)).parameters}
         return type(self)(**given | changes)
+
+    def __deepcopy__(self, memo: dict):
+        raise TypeError("deepcopy: replace(net=.., head=..) with deep copies of these makes another problem of the same data")
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -250,12 +335,14 @@ class LearningProblem:
         return self.head.psi if self.net.steps_what_is_seen_by(self.head.psi) else None
 
     def _evaluate(self, seen_by: Basis | None) -> tuple[AdjFloat, Run, OperatorBlock | None]:
-        run = self.net.run(self.batch.inputs, self.running, self.batch.weights, seen_by=seen_by)
-        if run.coefficients is not None:
-            output = self.head.of_coefficients(*run.coefficients)
-        else:
-            output = run.final if self.head is None else self.head(run.final)
-        J, block = self.loss.record(self._output, output, self._observation, self.batch.weights, self._prediction)
+        weights = self.batch.weights
+        layers = [layer for layer, *_ in self._inner]
+        run = self.net.run(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
+        output = self._output_at(run, self.net.layers)
+        J, block = self.loss.record(self._output, output, self._observation, weights, self._prediction)
+        for layer, targets, weight in self._inner:
+            output = self._output_at(run, layer)
+            J = J + weight * self.loss(self._output, output, targets, weights, self._prediction)
         if self.running is not None:
             J = J + run.cost
         if self.derivatives is not None:
@@ -266,6 +353,12 @@ class LearningProblem:
             R = self.regulariser(self.penalised())
             J = J + (R if self.ensemble is None else R / self.ensemble.ensemble_comm.size)
         return J, run, block
+
+    def _output_at(self, run: Run, layer: int) -> fd.Function:
+        state, slot = run.held(layer)
+        if slot is not None:
+            return self.head.of_coefficients(state, slot)
+        return state if self.head is None else self.head(state)
 
     @property
     def _share(self) -> float:
@@ -374,13 +467,13 @@ class LearningProblem:
                 f"batch: {self.batch.samples} samples are wanted, as many as before, {batch.samples} were given; "
                 f"minibatches() pads the last"
             )
-        self.batch, self._observation = batch, observation
+        self._batch, self._observation = batch, observation
         if self._recorded is not None:
             variable, block, run = self._recorded
             variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
             block.operator.observe(observation, batch.weights)
             if run.omega is not None:
-                run.omega[...] = sample_weights(batch.weights, batch.samples)
+                run.exchange_weights(sample_weights(batch.weights, batch.samples))
 
     def minibatches(self, size: int, seed: int | None = None) -> list[Batch]:
         """The present batch in pieces of `size` samples, the last padded with samples of weight 0.
@@ -388,7 +481,7 @@ class LearningProblem:
         Parameters
         ----------
         size
-            Number of samples in each, at least 1.
+            Number of samples in each, at least 1. Observations and derivatives are no part of a Batch.
         seed
             Shuffles the samples first, the same way on every rank; left in order without one.
         """

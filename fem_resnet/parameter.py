@@ -24,14 +24,16 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint import Control
 from pyadjoint.block_variable import BlockVariable
+from pyadjoint.tape import stop_annotating
 
+from fem_resnet.fixed import OnMesh
 from fem_resnet.space_basis import SpaceBasis, new_cofunction
 from fem_resnet.time_basis import AtStart, Once, TimeBasis
 
 __all__ = ["Parameter"]
 
 
-class Parameter:
+class Parameter(OnMesh):
     """A bias or kernel that the network may learn: coefficients c_k in space, one set a time basis function.
 
     Parameters
@@ -49,9 +51,9 @@ class Parameter:
 
     Attributes
     ----------
-    space_bases : list of SpaceBasis
+    space_bases : tuple of SpaceBasis
         The basis in space of each c_k.
-    functions : list of Function
+    functions : tuple of Function
         The coefficients c_k, zero at first. Assign to them, or use `set`.
 
     Raises
@@ -59,6 +61,8 @@ class Parameter:
     ValueError
         If layers of different bases in space share coefficients.
     """
+
+    _instead = "`set` gives it other coefficients"
 
     def __init__(
         self,
@@ -73,18 +77,29 @@ class Parameter:
         self.time_basis = time_basis
         self._space_basis = space_basis
         if isinstance(space_basis, SpaceBasis):
-            self.space_bases = [space_basis] * len(time_basis.measures)
+            self.space_bases = (space_basis,) * len(time_basis.measures)
         else:
-            self.space_bases = _of_time_functions(name, space_basis, time_basis)
-        self.functions = (
+            self.space_bases = tuple(_of_time_functions(name, space_basis, time_basis))
+        self._functions = tuple(
             [fd.Function(basis.space, name=f"{name}_{k}") for k, basis in enumerate(self.space_bases)]
             if functions is None
-            else list(functions)
+            else functions
         )
 
     def __repr__(self) -> str:
         kinds = ", ".join(sorted({type(basis).__name__ for basis in self.space_bases}))
         return f"Parameter({self.name}, {kinds}, {len(self.functions)} in time)"
+
+    def __deepcopy__(self, memo: dict) -> Parameter:
+        if type(self) is not Parameter:
+            raise TypeError(f"deepcopy: {self!r} is a part of its network; copy the network")
+        with stop_annotating():
+            functions = [function.copy(deepcopy=True) for function in self.functions]
+        return Parameter(self.name, self._space_basis, self.time_basis, functions, self.penalised)
+
+    @property
+    def functions(self) -> tuple[fd.Function, ...]:
+        return self._functions
 
     @property
     def space_basis(self) -> SpaceBasis:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.basis import Basis
+from fem_resnet.fixed import Fixed
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair
 from fem_resnet.retraction import orthonormal
 
@@ -53,7 +54,7 @@ class RowBox:
         return np.column_stack([np.clip(rows[:, 0], *self.bias), np.clip(rows[:, 1:], *self.kernel)])
 
 
-class RowBall:
+class RowBall(Fixed):
     """a(y)^2 + int b(y, z)^2 dz <= R^2 at each y, the rows in the span of psi.
 
     Parameters

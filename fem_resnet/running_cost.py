@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import sympy
 
+from fem_resnet.fixed import Fixed
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
 
@@ -46,7 +47,7 @@ class Density(Protocol):
         """l_ff, l_fa, l_aa; may be missing where no second derivatives are asked for."""
 
 
-class RunningCost:
+class RunningCost(Fixed):
     """L(f, a, b) = int_Y l(f(y), a(y)) dy + kernel/2 norm(b)^2.
 
     Parameters

@@ -6,6 +6,8 @@ what the stages read; states and co-states at inner interfaces are rebuilt when 
 
 With a running cost the layers carry f and c (`running_cost`), in arrays with a row more, and lambda changes from layer to
 layer; the segment then has a second output, the cost of its time, summed over the samples with their weights.
+
+States at inner interfaces may be outputs too (`Segment.observe`): their adjoint values are added to lambda there.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Segment:
         Weights of the samples, where the steppers have a running cost; else None.
     """
 
-    _ends_with_f = True
+    _steps_f = True
 
     def __init__(
         self,
@@ -78,7 +80,10 @@ class Segment:
         self.values = values
         #: Weights of the samples in the running cost.
         self.omega = omega
-        self.output = values if omega is None else (values, None)
+        #: How Functions hold a state that is an output.
+        self.output_of_state = values
+        #: After how many layers the state is an output too; these outputs follow f at the end, and the cost.
+        self.observed: list[int] = []
         self.inputs = [values, *coefficients.slots]
         #: The Functions that hold the coefficients, but for learned factors, which `forward` gets last.
         self.functions = coefficients.functions
@@ -87,6 +92,20 @@ class Segment:
         # The array that held the input last, psi, and its coefficients.
         self._input: tuple[Callable[[], np.ndarray | None], Basis | None, np.ndarray | None] = _nothing, None, None
         self._mark = object()  # on the steppers, says who used them last
+
+    @property
+    def output(self):
+        """One slot an output: f at the end, the cost where there is one (None), f where it is observed."""
+        slots = self.output_of_state, *(() if self.omega is None else (None,)), *(self.output_of_state for _ in self.observed)
+        return slots if len(slots) > 1 else self.output_of_state
+
+    def observe(self, layers: int) -> None:
+        """Make the state after so many layers an output, the last one.
+
+        What the last solve has kept for its adjoint is then of no use (`ready`); its traces are.
+        """
+        self.observed.append(layers)
+        self._sequences, self._mark = {}, object()
 
     @property
     def ready(self) -> bool:
@@ -127,22 +146,29 @@ class Segment:
             stepper.layer, stepper.user = number, self._mark
         self._costates = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
-        total = f.copy() if self.omega is None and self._ends_with_f else None
-        start, g = self._run(self.steppers, [f], self._layers, save, self._steps, total)
+        total = f.copy() if self.omega is None and self._steps_f else None
+        states = self._run(self.steppers, [f], self._layers, save, self._steps, total)
         if self._replay:
             self.replay(self.taken_steps())
-        return self._value(self._end(start, g, self.traces(), total)[0])
+        return self._values([state[0] for state in states])
 
     def _with_row(self, f: np.ndarray, c: np.ndarray | float = 0.0) -> np.ndarray:
         """f, with a row for c where there is a running cost."""
         return f if self.omega is None else np.vstack([f, np.broadcast_to(c, (1, f.shape[1]))])
 
-    def _value(self, f: np.ndarray) -> np.ndarray | tuple[np.ndarray, float]:
-        return f if self.omega is None else (f[: self._nodes], float(self.omega @ f[-1]))
+    def _values(self, states: Sequence[np.ndarray]):
+        """The outputs, from the state at the end and those that are observed."""
+        if self.omega is None:
+            return states if self.observed else states[0]
+        end, *observed = states
+        return end[: self._nodes], float(self.omega @ end[-1]), *(state[: self._nodes] for state in observed)
 
-    def _functional(self, dual) -> np.ndarray:
-        """Adjoint values of f and c in one array."""
-        return dual if self.omega is None else self._with_row(dual[0], self.omega * dual[1])
+    def _functionals(self, dual) -> list[np.ndarray]:
+        """Adjoint values of the states, with those of c in the same arrays, from those of the outputs."""
+        if self.omega is None:
+            return list(dual) if self.observed else [dual]
+        end, cost, *observed = dual
+        return [self._with_row(end, self.omega * cost), *map(self._with_row, observed)]
 
     def replay(self, steps: Sequence[list[float] | None]) -> None:
         """Take these steps from now on: for each layer those of a trace, or None for equal ones."""
@@ -169,30 +195,43 @@ class Segment:
         save: bool,
         taken: Sequence[list[float] | None],
         total: np.ndarray | None = None,
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Step all layers from f, with its tangent if there is one; returns these, with rows for c, and g at the end.
+    ) -> list[list[np.ndarray]]:
+        """Step all layers from f, with its tangent if there is one: states at the end and where they are observed.
 
-        `total`, f too, has added what layers add on the way.
+        States are lists with one entry an order, and have rows for c. `total`, f too, has added what layers add on the way.
         """
-        start, l = [self._with_row(part) for part in f], 0
+        fields, reached, states, psi, l = [self._with_row(part) for part in f], 0, {}, None, 0
+
+        def reach(l: int) -> list[np.ndarray]:
+            """The state after l layers: what has been added up, or from the latest one that is known."""
+            nonlocal fields, reached
+            traces = [stepper.trace for stepper in steppers[:l]]
+            if total is not None and all(trace.added for trace in traces):
+                return [total]
+            fields, reached = self._advance(fields, traces[reached:]), l
+            return fields
+
         for sequence in self._split(steppers, layers):
-            end, first = l + len(sequence.steppers), layers[l]
-            at_start = self._reached(start, total, [stepper.trace for stepper in steppers[:l]]) if l else start
-            psi, fields = first[0].factors.psi, [part[: self._nodes] for part in at_start]
-            g = [psi.project(part) if l or order else self._seen(psi, f[0]) for order, part in enumerate(fields)]
-            if len(first) == 2 and first[1].factors is not None:
-                g[1] += self._Y.sum(first[1].factors.weighted.T @ fields[0])
+            first, end = layers[l], l + len(sequence.steppers)
+            at_start = reach(l) if l else fields
+            if l in self.observed:
+                states[l] = [part.copy() for part in at_start]
+            if first[0].factors.psi is not psi:
+                psi, inside = first[0].factors.psi, [part[: self._nodes] for part in at_start]
+                g = [psi.project(part) if l or order else self._seen(psi, f[0]) for order, part in enumerate(inside)]
+                if len(first) == 2 and first[1].factors is not None:
+                    g[1] += self._Y.sum(first[1].factors.weighted.T @ inside[0])
             g = sequence.forward(g, at_start, layers[l:end], save, taken[l:end], total)
             l = end
         self._check_ranks_agree(g)
-        return start, g
+        return [reach(l), *(states[l] for l in self.observed)]
 
     def _split(self, steppers: Sequence[LayerStepper], layers: Sequence[tuple[LayerInputs, ...]]) -> list[LayerSequence]:
-        """The layers in sequences with one psi; which these are is so for good."""
+        """The layers in sequences with one psi, without an observed state inside; which these are is so until one is added."""
         orders = len(layers[0])
         if orders not in self._sequences:
             psis = [inputs[0].factors.psi for inputs in layers]
-            starts = [l for l, psi in enumerate(psis) if l == 0 or psi is not psis[l - 1]]
+            starts = [l for l, psi in enumerate(psis) if l == 0 or l in self.observed or psi is not psis[l - 1]]
             self._sequences[orders] = [
                 LayerSequence(steppers[start:end]) for start, end in pairwise([*starts, len(layers)])
             ]
@@ -206,12 +245,6 @@ class Segment:
             g.flags.writeable = False
             self._input = (_nothing if f.flags.writeable else weakref.ref(f)), psi, g
         return self._input[2]
-
-    def _end(
-        self, f: list[np.ndarray], g: list[np.ndarray], traces: Sequence[LayerTrace], total: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        """The output, and its tangent, after a solve from f that ended in g and added to `total`."""
-        return self._reached(f, total, traces)
 
     def _check_ranks_agree(self, g: Sequence[np.ndarray]) -> None:
         # Every rank steps its own copy of g. If they ever differ, all that follows is wrong without a word.
@@ -240,13 +273,6 @@ class Segment:
                 break
         return self._stage.advance(f, list(chain.from_iterable(trace.stages for trace in traces)))
 
-    def _reached(self, f: list[np.ndarray], total: np.ndarray | None, traces: Sequence[LayerTrace]) -> list[np.ndarray]:
-        """f after layers that left these traces, from f at the start, or from `total`, which has what was added on the way."""
-        missing = [trace for trace in traces if not trace.added]
-        if total is None:
-            return self._advance(f, missing)
-        return self._advance([total], missing) if missing else [total]
-
     @PETSc.Log.EventDecorator("fem_resnet:adjoint")
     def adjoint(
         self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence
@@ -258,18 +284,22 @@ class Segment:
         arrays
             Those of the last forward solve.
         dual
-            lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`. With a running cost,
-            that and the dual value of the cost. Of a `CoefficientSegment` gamma, shape (rank, samples).
+            lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`. Where there are several
+            outputs, their dual values. Of a `CoefficientSegment` gamma, shape (rank, samples).
         """
-        (start,), functionals, self._costates = self._adjoint(
-            self.steppers, [self._functional(dual)], self._layers, arrays[:1]
-        )
+        states = [[part] for part in self._functionals(dual)]
+        (start,), functionals, self._costates = self._adjoint(self.steppers, states, self._layers, arrays[:1])
         return [start, *functionals]
 
-    def _adjoint(self, steppers, duals: list[np.ndarray], layers, f: Sequence[np.ndarray]):
-        """Adjoint values of the input and of its tangent, functionals, and what co-states are made of."""
+    def _adjoint(self, steppers, states: Sequence[list[np.ndarray]], layers, f: Sequence[np.ndarray]):
+        """Adjoint values of the input and of its tangent, functionals, and what co-states are made of.
+
+        `states` are adjoint values of what `_run` gave.
+        """
         psi, l = layers[-1][0].factors.psi, len(layers)
-        gamma, duals = self._adjoint_end(psi, duals)
+        end, *others = states
+        observed = dict(zip(self.observed, others))
+        gamma, duals = self._adjoint_end(psi, end)
         functionals, costates = [], [(duals, psi, gamma)]
         for sequence in reversed(self._split(steppers, layers)):
             if layers[l - 1][0].factors.psi is not psi:
@@ -280,6 +310,9 @@ class Segment:
                 functionals.append(functional)
                 costates.append((duals, psi, gamma))
             l -= len(sequence.steppers)
+            if l in observed:
+                gamma, duals = self._add_observed(gamma, duals, observed[l])
+                costates[-1] = duals, psi, gamma
         collected = self._coefficients.collect(functionals[::-1])
         turning = None
         if layers[0][0].learns_factors:  # the start is seen through Psi too
@@ -301,6 +334,12 @@ class Segment:
     def _adjoint_end(self, psi: Basis, duals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """gamma and lambda at the end, from adjoint values of the output and its tangent."""
         return self._nothing(psi, duals), [self._stage.arranged(dual) for dual in duals]  # every stage reads them
+
+    def _add_observed(
+        self, gamma: list[np.ndarray], duals: Sequence[np.ndarray], state: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], Sequence[np.ndarray]]:
+        """gamma and lambda below an interface where the state is an output, from adjoint values of that."""
+        return gamma, [self._stage.arranged(dual + part) for dual, part in zip(duals, state)]
 
     def _adjoint_start(
         self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray], order: int
@@ -330,12 +369,10 @@ class Segment:
     # -- second order -------------------------------------------------------------------------------------------------
 
     @PETSc.Log.EventDecorator("fem_resnet:tangent")
-    def tangent(
-        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]
-    ) -> np.ndarray | tuple[np.ndarray, float]:
+    def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]):
         """Derivative of `forward` at these arrays, in these directions: that of the discrete network. Collective."""
-        f, g, _ = self._run_with_tangent(arrays, directions, save=False)
-        return self._value(self._end(f, g, [stepper.trace for stepper in self._tangent_steppers])[1])
+        states, _ = self._run_with_tangent(arrays, directions, save=False)
+        return self._values([state[1] for state in states])
 
     def _run_with_tangent(self, arrays, directions, save):
         if self._tangent_steppers is None:
@@ -343,7 +380,7 @@ class Segment:
         values = self._coefficients.on_layers(arrays[1:])
         layers = list(zip(values, self._coefficients.on_layers(directions[1:], directions=True)))
         f = [arrays[0], directions[0]]
-        return *self._run(self._tangent_steppers, f, layers, save, self.taken_steps()), layers
+        return self._run(self._tangent_steppers, f, layers, save, self.taken_steps()), layers
 
     @PETSc.Log.EventDecorator("fem_resnet:second_adjoint")
     def second_adjoint(
@@ -360,19 +397,20 @@ class Segment:
         arrays, directions
             m and m_dot.
         dual, dual_dot
-            Adjoint value of f at the end (and of the cost), and its own derivative.
+            Adjoint values of the outputs, and their own derivatives.
         """
-        start, functionals = self.adjoint_of_pair(
-            arrays, directions, self._functional(dual_dot), self._functional(dual)
-        )
+        start, functionals = self.adjoint_of_pair(arrays, directions, dual_dot, dual)
         return [start[0], *functionals]
 
     def adjoint_of_pair(
-        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual: np.ndarray, dual_of_tangent: np.ndarray
+        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual, dual_of_tangent
     ) -> tuple[list[Callable[[], np.ndarray]], list[np.ndarray]]:
         """Adjoint of (value, tangent): what makes functionals of f and of its tangent at the start, and of the coefficients."""
-        f, _, layers = self._run_with_tangent(arrays, directions, save=True)
-        start, functionals, _ = self._adjoint(self._tangent_steppers, [dual, dual_of_tangent], layers, f)
+        _, layers = self._run_with_tangent(arrays, directions, save=True)
+        states = [list(pair) for pair in zip(self._functionals(dual), self._functionals(dual_of_tangent))]
+        start, functionals, _ = self._adjoint(
+            self._tangent_steppers, states, layers, [arrays[0], directions[0]]
+        )
         return start, functionals
 
 

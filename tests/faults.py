@@ -311,15 +311,15 @@ FAULTS = [
     Fault("sign of r", CLASSES, line(Segment, "costate", "return r", "return -r")),
     Fault("the co-state is the functional itself", CLASSES, line(Segment, "costate", "r += duals[0][: self._nodes] / self._Y.weights[:, None]", "r += duals[0][: self._nodes]")),
     Fault("states of a layer too early", CLASSES, line(fem_resnet.run.Piece, "state", "self._traces()[:layers]", "self._traces()[: max(layers - 1, 0)]")),
-    Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "self._functional(dual_dot), self._functional(dual)", "self._functional(dual), self._functional(dual_dot)")),
+    Fault("the second adjoint mixes its two duals", CLASSES, line(Segment, "second_adjoint", "directions, dual_dot, dual)", "directions, dual, dual_dot)")),
     # what the head sees of f(T) alone
     Fault("an input that has changed is taken for the one before", LAYERS, line(fem_resnet.blocks.OperatorBlock, "solve", "if version == old and not", "if not")),
     Fault("coefficients of any input are taken for those of this one", LAYERS, line(Segment, "_seen", "self._input[0]() is f and", "self._input[2] is not None and")),
     Fault("kept coefficients outlive their input", FIELD, line(space.SeenBatch, "read", "kept == version", "kept is not None")),
     Fault("a functional of what is seen comes back without the measure", CLASSES, line(space.SeenBatch, "write", "self._basis.dual(gamma)", "self._basis.values @ gamma")),
-    Fault("segments of coefficients give what they took", FIELD, line(CoefficientSegment, "_end", "return g", "return start")),
-    Fault("segments of coefficients start their adjoint at zero", FIELD, line(CoefficientSegment, "_adjoint_end", "return duals, []", "return self._nothing(psi, duals), []")),
-    Fault("states do not go on from the piece before", FIELD, line(fem_resnet.run.Piece, "_start", "self.before.state(len(self.before.segment.steppers))", "self.before._start()")),
+    Fault("segments of coefficients give what they took", FIELD, line(CoefficientSegment, "_run", "return [g, *", "return [start, *")),
+    Fault("segments of coefficients start their adjoint at zero", FIELD, line(CoefficientSegment, "_adjoint_end", "return state, []", "return self._nothing(psi, state), []")),
+    Fault("states do not go on from the piece before", FIELD, line(fem_resnet.run.Piece, "at_start", "self.before.state(len(self.before.segment.steppers))", "self.before.at_start()")),
     # coefficients in time and space
     Fault("hats at the wrong fraction", CLASSES, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)")),
     Fault("hats' transposed weights", CLASSES, line(inputs.OnLayer, "pull_back", "for weight in weights]", "for weight in weights[::-1]]")),
@@ -385,11 +385,11 @@ FAULTS = [
     Fault("a running cost's kappa b without Gram matrices", COSTS, line(CostRate, "_dual", "self._kernel is None", "True")),
     Fault("a running cost's adjoint stops at a layer", COSTS, line(Stepper, "adjoint", "adjoint if self._cost is None else list(rest)", "adjoint")),
     Fault("a running cost's Hessian without l_fa", COSTS, line(CostRate, "_moved_slopes", "fa * f_1 + aa", "aa")),
-    Fault("a running cost ignores the weights of samples", COSTS, line(Segment, "_functional", "self.omega * dual[1]", "np.full(len(self.omega), dual[1] / len(self.omega))")),
+    Fault("a running cost ignores the weights of samples", COSTS, line(Segment, "_functionals", "self.omega * cost", "np.full(len(self.omega), cost / len(self.omega))")),
     # reproducibility
     Fault("J drifts with each evaluation", CLASSES, _counted_up(Loss, "forward")),
     Fault("an evaluation changes the coefficients", CLASSES, line(space.NodalValues, "expand", "return coefficients", "coefficients *= 1.0000001\n    return coefficients")),
-    Fault("an unrecorded run spoils a trajectory", CLASSES, line(fem_resnet.network.ResidualNetwork, "_segments", "if annotate_tape():", "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape, running] = self._new_segments(space, running, omega)\n    if False:")),
+    Fault("an unrecorded run spoils a trajectory", CLASSES, line(fem_resnet.network.ResidualNetwork, "_segments", "if annotate_tape():", "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape, running, seen_by, observed] = make()\n    if False:")),
     Fault("kinks: sigma' from a smooth neighbour", KINKS, line(Stage, "_transposed", "self.activation.derivative(u, out=u)", "np.clip(0.5 + u, 0, 1, out=u)")),
     Fault("kinks: sign of b", KINKS, line(Stage, "_affine", "np.subtract(at.a[order][block, None], u, out=u)", "np.add(at.a[order][block, None], u, out=u)")),
 ]

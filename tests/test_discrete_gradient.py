@@ -231,8 +231,7 @@ def test_the_gradient_is_the_same_however_layers_make_blocks_and_under_checkpoin
     problem = learning_problem(classifier("disk", "CG1", solver_parameters=OPTIONS, layers_per_block=1))
     J, _ = problem.record()
     wanted = [float(J(problem.functions)), *(d.dat.data_ro.copy() for d in J.derivative())]
-    problem.checkpoints = 1
-    problem._recorded = None
+    problem = problem.replace(checkpoints=1)
     J, _ = problem.record()
     found = [float(J(problem.functions)), *(d.dat.data_ro.copy() for d in J.derivative())]
     for one, other in [*zip(*derivatives, strict=True), *zip(wanted, found, strict=True)]:

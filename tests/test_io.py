@@ -358,11 +358,11 @@ def _change_settings(path, **changes):
 
 
 @on_ranks
-def test_refuses_a_later_format(tmp_path):
+def test_refuses_another_format(tmp_path):
     path = tmp_path / "network.h5"
     save(path, *_made(_cube_cg1))
     _change_settings(path, format=99)
-    with pytest.raises(ValueError, match=r"^path: .*network.h5 has format 99, this version reads up to 1$"):
+    with pytest.raises(ValueError, match=r"^path: .*network.h5 has format 99, this version reads 2$"):
         load(path)
 
 

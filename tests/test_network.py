@@ -162,7 +162,7 @@ def test_states_stay_those_of_their_run():
 @on_ranks
 def test_a_network_without_layers_is_the_identity(annotation):
     net = ResidualNetwork(laplace("disk", "CG1", 4), layers=0)
-    assert (net.layers, net.times.tolist(), net.bias.functions, net.kernel.functions) == (0, [0.0], [], [])
+    assert (net.layers, net.times.tolist(), net.bias.functions, net.kernel.functions) == (0, [0.0], (), ())
     for taped in (False, True):
         with annotation(taped):
             run = net.run(net.Y.batch(smooth(net.Y)))

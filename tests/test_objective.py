@@ -777,7 +777,7 @@ def test_refuses_targets_that_do_not_fit():
     nan = fd.Function(net.Y.batch_space(4))
     nan.dat.data_wo[:, 2] = np.nan
     for head, targets, error, message in [
-        (None, [0, 1, 2, 0], TypeError, "^batch.targets: a Function is wanted, list was given$"),
+        (None, [0, 1, 2, 0], TypeError, "^batch.targets: a Function is wanted, tuple was given$"),
         (None, net.Y.batch(smooth(net.Y, 3)), ValueError, "^batch.targets: 4 samples are wanted, .*, 3 were given$"),
         (None, nan, ValueError, "^batch.targets: sample 2 has values that are not finite"),
         (head, net.Y.batch(smooth(net.Y, 4)), ValueError, "^batch.targets: it lives on"),

@@ -37,6 +37,7 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import made
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import OnMesh
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.segment import Segment
 from fem_resnet.theory.frozen_spectra import frozen_eigenvalues
@@ -49,8 +50,8 @@ __all__ = ["LinearisedFlow"]
 _TOGETHER = 16
 
 
-class LinearisedFlow:
-    """The linearisation (3.6) of a network, or that of a gradient flow, along its solutions for given initial states, between any two layer times.
+class LinearisedFlow(OnMesh):
+    """The linearisation (3.6) of a network, or that of a gradient flow, along its solutions, between any two layer times.
 
     It is that of the discrete network, at the coefficients that the network has when this is made; collective.
 

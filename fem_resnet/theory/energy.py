@@ -38,6 +38,7 @@ import numpy as np
 from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import Fixed
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
 from fem_resnet.theory.assumptions import (
@@ -99,7 +100,7 @@ class EnergyStatement:
         return "\n".join(lines)
 
 
-class EnergyMonitor:
+class EnergyMonitor(Fixed):
     """The energies of 3.2 after each step of a solution of (3.2a), (3.2b).
 
     A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in

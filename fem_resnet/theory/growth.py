@@ -30,6 +30,7 @@ import scipy.optimize
 from fem_resnet.activation import Activation
 from fem_resnet.evolution import Step
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import Fixed
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.run import Run
@@ -99,7 +100,7 @@ class GrowthBound:
         return f"{self.name}, {self.norm}: f takes up to {self.ratio:.4g} of the growth allowed{self.sampled}"
 
 
-class GrowthMonitor:
+class GrowthMonitor(Fixed):
     """The norms of f after each step of a solution, and the bounds of section 3.4.
 
     A monitor for `follow_trajectory`, which rides on the TS and measures at the ends of all steps; or of a run of any

@@ -20,6 +20,7 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.basis import Basis
+from fem_resnet.fixed import OnMesh
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.retraction import orthonormal
 from fem_resnet.trajectory import like
@@ -30,7 +31,7 @@ __all__ = ["Propagator", "joint_span"]
 _CLEAR_OF_ONE = 1e-8
 
 
-class Propagator:
+class Propagator(OnMesh):
     """M(t, s) = I + A Z^T M, for one solution of (2.8). Get one from `LinearisedFlow.propagator`.
 
     Parameters

@@ -61,6 +61,8 @@ def verify(
     ------
     TypeError
         If `problem` is, or makes, no LearningProblem.
+    ValueError
+        If it has observations before T.
 
     Examples
     --------
@@ -78,6 +80,8 @@ def verify(
         made = made(MPI.COMM_WORLD) if takes_comm else made()
     if not isinstance(made, LearningProblem):
         raise TypeError(f"problem: a LearningProblem is wanted, {type(made).__name__} was made")
+    if made.observations is not None:
+        raise ValueError("verify: it does not take observations before T; make the problem without observations")
     start, was_annotating = time.perf_counter(), annotate_tape()
     report = Report(_title(made))
     pause_annotation()
