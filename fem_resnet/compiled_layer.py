@@ -164,6 +164,11 @@ class CompiledLayer:
         stages = KeptStages(self._inputs, self._arrays[0], self._h, self._weights, self._C)
         return LayerTrace(stages, None, self._h.tolist(), self._adds)
 
+    def check_end(self) -> None:
+        """After a forward solve: refuse it if TS ended before the layer's end."""
+        if self.struct.step != self.struct.steps:
+            raise RuntimeError(f"TS made {self.struct.step} steps in a layer of {self.struct.steps}")
+
     def start_adjoint(self, adjoint: np.ndarray | None) -> np.ndarray:
         """Before an adjoint solve: the array that takes the functional of the bias, and has room for that of beta.
 
@@ -244,12 +249,16 @@ class CompiledLayers:
         ------
         SolveStopped
             If a layer cannot be stepped, or its end is not finite.
+        RuntimeError
+            If TS has made other steps than it was given.
         """
         packed = None if f is None else self._stage.pack(f)
         for layer, taken, lengths in zip(self.layers, inputs, steps):
             layer.start(taken, lengths, packed)
         state = np.array(g.T, order="C")
         self._solve("layers_forward", ctypes.c_void_p(address(state)), save)
+        for layer in self.layers:
+            layer.check_end()
         if f is not None:
             self._stage.unpack(packed, f)
         return state.T
