@@ -164,15 +164,21 @@ def set_from_options(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManag
         If PETSc does not know a name that an option has, or a layer cannot have an option of a TS.
     """
     if isinstance(ts, PETSc.TS):
-        refuse_time_options(in_force(options))
-    ts.setOptionsPrefix(options.options_prefix)
+        known = in_force(options)
+        refuse_time_options(known)
+        _refuse_without_estimate(known)
+    used = PETSc.Options().used
     with options.inserted_options():
-        try:
-            ts.setFromOptions()
-        except PETSc.Error as error:
-            raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}: {last_words(error)}") from error
-        used = PETSc.Options().used
+        _read(ts, options)
         return [name for name in options.parameters if name not in read and not used(options.options_prefix + name)]
+
+
+def _read(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManager) -> None:
+    ts.setOptionsPrefix(options.options_prefix)
+    try:
+        ts.setFromOptions()
+    except PETSc.Error as error:
+        raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}: {last_words(error)}") from error
 
 
 def tableau(options: petsctools.OptionsManager) -> tuple[np.ndarray, np.ndarray] | None:
@@ -204,8 +210,6 @@ def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str,
         Options that the layer itself has read.
     """
     unused = set_from_options(ts, options, read)
-    if adapt_type(ts) != "none":
-        _refuse_without_estimate(ts, in_force(options))
     if unused:
         raise ValueError(
             f"solver_parameters: {', '.join(unused)}: no option of a TS of type {ts.getType()!r} with adaptivity "
@@ -213,16 +217,18 @@ def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str,
         )
 
 
-def _refuse_without_estimate(ts: PETSc.TS, options: dict[str, str]) -> None:
+def _refuse_without_estimate(options: dict[str, str]) -> None:
     """Refuse to adapt steps whose errors PETSc does not estimate: it would take them all, or end in an error of its own."""
-    name = ts.getType()
+    name, rule = options["ts_type"], options.get("ts_adapt_type", "none")
     method, option = METHODS[name], f"ts_{name}_type"
-    if method.estimate == "values" or (method.estimate == "tableau" and _has_estimate(name, option, options.get(option))):
+    if rule == "none" or method.estimate == "values":
+        return
+    if method.estimate == "tableau" and _has_estimate(name, option, options.get(option)):
         return
     what = f"{name!r} with {option!r} {options[option]!r}" if method.estimate else repr(name)
     raise ValueError(
-        f"solver_parameters: 'ts_adapt_type' {adapt_type(ts)!r} wants an estimate of the error of a step, which 'ts_type' {what} "
-        f"has not; take {method.to_adapt}, or fixed steps"
+        f"solver_parameters: 'ts_adapt_type' {rule!r} wants an estimate of the error of a step, which 'ts_type' {what} has not; "
+        f"take {method.to_adapt}, or fixed steps"
     )
 
 
@@ -230,7 +236,9 @@ def _has_estimate(name: str, option: str, tableau: str | None) -> bool:
     """Whether a tableau has an embedded method: where it has, PETSc adapts the steps if nobody says otherwise."""
     probe = PETSc.TS().create(comm=PETSc.COMM_SELF)
     chosen = {} if tableau is None else {option: tableau}
-    set_from_options(probe, petsctools.OptionsManager({"ts_type": name} | chosen, None, "fem_resnet_probe_"))
+    options = petsctools.OptionsManager({"ts_type": name} | chosen, None, "fem_resnet_probe_")
+    with options.inserted_options():
+        _read(probe, options)
     adapts = adapt_type(probe) != "none"
     probe.destroy()
     return adapts

@@ -19,6 +19,9 @@ __all__ = ["ADAPTIONS", "OPTIONS", "TimeOption", "in_force", "refuse_time_option
 ADAPTIONS = ("basic", "dsp")
 
 
+_Rule = Callable[[str, Mapping[str, str]], bool]
+
+
 @dataclass(frozen=True)
 class TimeOption:
     """When a layer may have an option.
@@ -26,39 +29,47 @@ class TimeOption:
     Attributes
     ----------
     allowed : callable
-        ``allowed(value, adapted)``: whether it may have this value, as text, where steps are adapted, or fixed.
+        ``allowed(value, options)``: whether it may have this value among these options, all as text.
     says : str
         What is wrong with another, and what to do: a sentence of which option and value are the subject.
     """
 
-    allowed: Callable[[str, bool], bool]
+    allowed: _Rule
     says: str
 
 
-def _always(value: str, adapted: bool) -> bool:
+def _always(value: str, options: Mapping[str, str]) -> bool:
     return True
 
 
-def _never(value: str, adapted: bool) -> bool:
+def _never(value: str, options: Mapping[str, str]) -> bool:
     return False
 
 
-def _if_adapted(value: str, adapted: bool) -> bool:
-    return adapted
+def _if_adapted(value: str, options: Mapping[str, str]) -> bool:
+    return options.get("ts_adapt_type", "none") != "none"
 
 
-def _one_of(*values: str) -> Callable[[str, bool], bool]:
-    return lambda value, adapted: value.lower() in values
+def _one_of(*values: str) -> _Rule:
+    return lambda value, options: value.lower() in values
 
 
-def _fraction(value: str, adapted: bool) -> bool:
+def _of_type(*names: str) -> _Rule:
+    return lambda value, options: options.get("ts_type") in names
+
+
+def _fraction(value: str, options: Mapping[str, str]) -> bool:
     try:
         return 0.0 < float(value) <= 1.0
     except ValueError:
         return False
 
 
-def _all(names: Iterable[str], allowed: Callable[[str, bool], bool], says: str = "") -> dict[str, TimeOption]:
+def _finds_its_jacobian(value: str, options: Mapping[str, str]) -> bool:
+    return value not in _EXPLICIT_BETWEEN or options.get("ts_rosw_recompute_jacobian", "false").lower() not in _FALSE
+
+
+def _all(names: Iterable[str], allowed: _Rule, says: str = "") -> dict[str, TimeOption]:
     return dict.fromkeys(names, TimeOption(allowed, says))
 
 
@@ -68,6 +79,8 @@ _BY_LAYERS = (
 )
 _SPLIT = "wants slow and fast unknowns, which a layer has not; drop it"
 _FALSE = ("false", "no", "0", "off")
+#: Tableaus of rosw with an explicit stage before an implicit one, which then finds the explicit one's Jacobian.
+_EXPLICIT_BETWEEN = ("ark3", "lassp3p4s2c", "llssp3p4s2c")
 
 #: By name. PETSc itself refuses those that the type does not have.
 OPTIONS: dict[str, TimeOption] = {
@@ -105,16 +118,24 @@ OPTIONS: dict[str, TimeOption] = {
     **_all(
         ("ts_rk_multirate", "ts_rk_dtratio", "ts_use_splitrhsfunction", "ts_arkimex_fastslowsplit"), _never, _SPLIT
     ),
-    "ts_theta_theta": TimeOption(_fraction, "is no number in (0, 1]"),
+    "ts_theta_theta": TimeOption(
+        lambda value, options: _of_type("theta")(value, options) and _fraction(value, options),
+        "is to be a number in (0, 1], and goes with 'ts_type': 'theta' alone",
+    ),
+    "ts_theta_endpoint": TimeOption(_of_type("theta"), "goes with 'ts_type': 'theta' alone"),
+    "ts_arkimex_fully_implicit": TimeOption(_never, "wants an assembled matrix; take 'ts_type': 'dirk'"),
+    "ts_rosw_type": TimeOption(
+        _finds_its_jacobian, "mixes explicit and implicit stages; give 'ts_rosw_recompute_jacobian': True too"
+    ),
     "ts_bdf_order": TimeOption(
-        lambda value, adapted: not adapted or value != "1",
+        lambda value, options: value != "1" or not _if_adapted(value, options),
         "has a first step whose error PETSc does not estimate; take 'ts_type': 'beuler', or fixed steps",
     ),
     **_all(
         (
-            "ts_rk_type", "ts_theta_endpoint", "ts_theta_initial_guess_extrapolate", "ts_arkimex_type",
-            "ts_arkimex_fully_implicit", "ts_arkimex_initial_guess_extrapolate", "ts_dirk_type", "ts_irk_type",
-            "ts_irk_nstages", "ts_ssp_type", "ts_ssp_num_stages", "ts_rosw_type", "ts_rosw_recompute_jacobian",
+            "ts_rk_type", "ts_theta_initial_guess_extrapolate", "ts_arkimex_type", "ts_arkimex_initial_guess_extrapolate",
+             "ts_dirk_type", "ts_irk_type",
+            "ts_irk_nstages", "ts_ssp_type", "ts_ssp_num_stages", "ts_rosw_recompute_jacobian",
             "ts_bdf_initial_guess_extrapolate", "ts_alpha_radius", "ts_alpha_alpha_m", "ts_alpha_alpha_f", "ts_alpha_gamma",
             "ts_gl_type", "ts_gl_complete", "ts_gl_error_direction", "ts_gl_extrapolate", "ts_gl_max_order",
             "ts_gl_min_order", "ts_gl_start_order", "ts_gl_accept_type", "ts_gl_max_step_rejections", "ts_gl_rtol",
@@ -158,12 +179,11 @@ def refuse_time_options(options: Mapping[str, str]) -> None:
     ValueError
         With the option, its value, and what to do.
     """
-    adapted = options.get("ts_adapt_type", "none") != "none"
     for name, value in options.items():
         if not name.startswith("ts_") or name.startswith("ts_monitor"):
             continue
         given = f"solver_parameters: {name!r} {value!r}" if value else f"solver_parameters: {name!r}"
         if name not in OPTIONS:
             raise ValueError(f"{given} is no option that a layer is known to take; drop it")
-        if not OPTIONS[name].allowed(value, adapted):
+        if not OPTIONS[name].allowed(value, options):
             raise ValueError(f"{given} {_VALUES.get((name, value), OPTIONS[name].says)}")
