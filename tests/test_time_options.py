@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from firedrake.adjoint import Control, ReducedFunctional
+from firedrake.adjoint import ReducedFunctional
 from petsc4py import PETSc
 from scipy.integrate import solve_ivp
 
@@ -332,43 +332,58 @@ def damped(size, **parameters):
     return net
 
 
-@on_ranks
-@pytest.mark.parametrize("kind", ["5dp", "3bs", "8vr"])
-def test_a_rejected_step_leaves_no_round_off(kind):
-    """The first step overshoots by 1000^5 and more; PETSc takes it back by subtraction."""
-    net = damped(1000.0, ts_rk_type=kind, ts_adapt_type="basic", ts_rtol=1e-8, ts_atol=1e-8)
-    f = smooth(net.Y)
-    phi = net.kernel.space_basis.kernel.phi
+def check_that_what_is_seen_ends_at_zero(kind):
+    """The first step overshoots by 300^5 and more; PETSc takes it back by subtraction."""
+    net = damped(300.0, ts_rk_type=kind, ts_adapt_type="basic", ts_rtol=1e-6, ts_atol=1e-6)
+    f, phi = smooth(net.Y), net.kernel.space_basis.kernel.phi
     final = net.Y.values(net.run(net.Y.batch(f)).final)
-    np.testing.assert_allclose(final, f - phi.values @ phi.project(f), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(final, f - phi.values @ phi.project(f), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["3bs", "5f", "5bs", "6vr", "7vr", "8vr"])
+def test_a_rejected_step_leaves_no_round_off(kind):
+    check_that_what_is_seen_ends_at_zero(kind)
 
 
 @on_ranks
-@pytest.mark.parametrize("name, size", [("rk", 1000.0), ("arkimex", 1000.0), ("dirk", 1000.0), ("cn", 30.0), ("beuler", 30.0)])
-@pytest.mark.parametrize("replay_steps", [True, False])
-def test_the_recorded_value_is_that_of_the_same_controls(name, size, replay_steps, annotation):
-    net = damped(size, **adapted(name))
-    net.replay_steps = replay_steps
-    initial, target = net.Y.batch(smooth(net.Y)), net.Y.batch(smooth(net.Y, seed=7))
-    with annotation():
-        J = half_square_distance(net.run(initial).final, target, net.Y)
-    reduced = ReducedFunctional(J, [*net.bias.controls(), *net.kernel.controls(), Control(initial, riesz_map=net.Y.riesz_map)])
-    recorded = float(J)
-    value = reduced([control.tape_value().copy(deepcopy=True) for control in reduced.controls])
-    assert abs(value - recorded) <= 1e-14 * abs(recorded)
+def test_a_rejected_step_leaves_no_round_off_on_ranks():
+    check_that_what_is_seen_ends_at_zero("5dp")
 
 
-@on_ranks
-@pytest.mark.parametrize("name", ["rk", "cn", "dirk"])
-def test_taylor_of_steps_that_were_rejected(name, annotation, rng, taylor):
-    net = damped(30.0, **adapted(name, tolerance=1e-3))
+def recording(net, annotation):
+    """J at recording, J as a function of its controls, and these."""
     initial, target = net.Y.batch(smooth(net.Y)), net.Y.batch(smooth(net.Y, seed=7))
     with annotation():
         J = half_square_distance(net.run(initial).final, target, net.Y)
     reduced = ReducedFunctional(J, [*net.bias.controls(), *net.kernel.controls()])
-    point = [control.tape_value().copy(deepcopy=True) for control in reduced.controls]
+    return float(J), reduced, [control.tape_value().copy(deepcopy=True) for control in reduced.controls]
+
+
+def check_that_the_recorded_value_is_that_of_the_same_controls(net, annotation):
+    recorded, J, point = recording(net, annotation)
+    assert abs(J(point) - recorded) <= 1e-14 * abs(recorded)
+
+
+@pytest.mark.parametrize("name, size", [("rk", 1000.0), ("arkimex", 1000.0), ("dirk", 1000.0), ("cn", 30.0), ("beuler", 30.0)])
+@pytest.mark.parametrize("replay_steps", [True, False])
+def test_the_recorded_value_is_that_of_the_same_controls(name, size, replay_steps, annotation):
+    net = damped(size, **adapted(name, tolerance=1e-4))
+    net.replay_steps = replay_steps
+    check_that_the_recorded_value_is_that_of_the_same_controls(net, annotation)
+
+
+@on_ranks
+@pytest.mark.parametrize("name, size, tolerance", [("rk", 100.0, 1e-4), ("cn", 3.0, 1e-2)])
+def test_the_recorded_value_is_that_of_the_same_controls_on_ranks(name, size, tolerance, annotation):
+    check_that_the_recorded_value_is_that_of_the_same_controls(damped(size, **adapted(name, tolerance=tolerance)), annotation)
+
+
+@pytest.mark.parametrize("name", ["rk", "cn", "dirk"])
+def test_taylor_of_steps_that_were_rejected(name, annotation, rng, taylor):
+    net = damped(30.0, **adapted(name, tolerance=1e-3))
+    _, J, point = recording(net, annotation)
     direction = [smooth_direction(net, rng, 0, parameter) for parameter in (net.bias, net.kernel)]
-    taylor(reduced, point, direction, f"{name} rejected", "all")
+    taylor(J, point, direction, f"{name} rejected", "all")
 
 
 # -- learned times -----------------------------------------------------------------------------------------------------
