@@ -163,7 +163,8 @@ class FieldStepper:
         options = petsctools.OptionsManager(
             {"ts_adapt_type": "none"} | parameters, options_prefix=options_prefix, default_prefix="fem_resnet_field_"
         )
-        refuse_time_options(in_force(options))
+        with options.inserted_options():
+            refuse_time_options(in_force(options.options_prefix))
         local = Y.nodes * samples
         ts = self._ts = PETSc.TS().create(comm=Y.comm)
         self._y = PETSc.Vec().createMPI((local, PETSc.DETERMINE), comm=Y.comm)

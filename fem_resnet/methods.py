@@ -163,12 +163,12 @@ def set_from_options(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManag
     ValueError
         If PETSc does not know a name that an option has, or a layer cannot have an option of a TS.
     """
-    if isinstance(ts, PETSc.TS):
-        known = in_force(options)
-        refuse_time_options(known)
-        _refuse_without_estimate(known)
     used = PETSc.Options().used
     with options.inserted_options():
+        if isinstance(ts, PETSc.TS):
+            known = in_force(options.options_prefix)
+            refuse_time_options(known)
+            _refuse_without_estimate(known)
         _read(ts, options)
         return [name for name in options.parameters if name not in read and not used(options.options_prefix + name)]
 

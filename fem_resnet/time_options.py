@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import petsctools
 from petsc4py import PETSc
 
 __all__ = ["ADAPTIONS", "OPTIONS", "TimeOption", "in_force", "refuse_time_options"]
@@ -134,8 +133,7 @@ OPTIONS: dict[str, TimeOption] = {
     **_all(
         (
             "ts_rk_type", "ts_theta_initial_guess_extrapolate", "ts_arkimex_type", "ts_arkimex_initial_guess_extrapolate",
-             "ts_dirk_type", "ts_irk_type",
-            "ts_irk_nstages", "ts_ssp_type", "ts_ssp_num_stages", "ts_rosw_recompute_jacobian",
+            "ts_dirk_type", "ts_irk_type", "ts_irk_nstages", "ts_ssp_type", "ts_ssp_num_stages", "ts_rosw_recompute_jacobian",
             "ts_bdf_initial_guess_extrapolate", "ts_alpha_radius", "ts_alpha_alpha_m", "ts_alpha_alpha_f", "ts_alpha_gamma",
             "ts_gl_type", "ts_gl_complete", "ts_gl_error_direction", "ts_gl_extrapolate", "ts_gl_max_order",
             "ts_gl_min_order", "ts_gl_start_order", "ts_gl_accept_type", "ts_gl_max_step_rejections", "ts_gl_rtol",
@@ -146,7 +144,8 @@ OPTIONS: dict[str, TimeOption] = {
     # What is seen, or how a failure is told.
     **_all(("ts_adapt_monitor", "ts_error_if_step_fails", "ts_view", "ts_view_pre", "ts_view_solution"), _always),
     **_all(
-        ("ts_save_trajectory", "ts_trajectory_type"), _never, "has no effect: a layer keeps its trajectory in memory where one is wanted; drop it"
+        ("ts_save_trajectory", "ts_trajectory_type"),
+        _never, "has no effect: a layer keeps its trajectory in memory where one is wanted; drop it",
     ),
 }  # fmt: skip
 
@@ -158,12 +157,10 @@ _VALUES = {
 }
 
 
-def in_force(options: petsctools.OptionsManager) -> dict[str, str]:
-    """All options that a PETSc object with the prefix of these would read, by their names without it, as text."""
-    with options.inserted_options():
-        every = PETSc.Options().getAll()
-    prefix = options.options_prefix
-    return {name.removeprefix(prefix): value or "" for name, value in every.items() if name.startswith(prefix)}
+def in_force(prefix: str) -> dict[str, str]:
+    """All options that a PETSc object with this prefix would read now, by their names without it, as text."""
+    every = PETSc.Options().getAll().items()
+    return {name.removeprefix(prefix): value or "" for name, value in every if name.startswith(prefix)}
 
 
 def refuse_time_options(options: Mapping[str, str]) -> None:

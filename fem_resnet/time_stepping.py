@@ -284,15 +284,16 @@ class LayerStepper:
     def _judged_first_step(self, g, f) -> float:
         """A first step for a method that estimates no error before the second: one that is right for the second too.
 
-        TS makes two steps of a size, which is at most half of the layer, and less if it rejects the second.
+        TS makes two steps of a size, which is at most half of the layer. If it rejects the second, that was too large for the
+        first too, and both are made anew. Where TS fails, so will the solve that follows.
         """
         size = min(1.0 / self.steps, 0.5)
         while True:
             self._solve_from(g, f, size, 2, False)
-            last, self._trace = self._trace.steps[-1:], LayerTrace()
+            made, self._trace = self._trace.steps, LayerTrace()
             if self._ts.getConvergedReason() < 0 or not self._ts.getStepRejections():
                 return size
-            size = min(*last, size / 2)
+            size = min(made[-1], size / 2)
 
     def _solve_from(self, g, f, first: float, most: int, save: bool) -> None:
         """Solve from the start of the layer, with a first step and at most so many."""
