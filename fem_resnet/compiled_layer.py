@@ -91,7 +91,7 @@ class CompiledLayer:
 
     def __init__(self, stage: CompiledStage, ts: PETSc.TS, steps: int, inputs: LayerInputs):
         samples, phi, psi = stage.samples, inputs.factors.phi.rank, inputs.factors.psi.rank
-        self.stage, self._ts, self._equal = stage, ts, [1.0 / steps] * steps
+        self.stage, self.ts, self._equal = stage, ts, [1.0 / steps] * steps
         matrix, self._weights, _ = rk_tableau(ts)
         reuses = bool((matrix[-1] == self._weights).all())  # PETSc's test too: the last slope is then the next step's first
         used = self._weights[: len(self._weights) - reuses]
@@ -187,7 +187,7 @@ class CompiledLayer:
         by_parameters, bias = self._vectors["parameters"].array_r, self._inputs.bias
         if abs(by_parameters[-1] - self._weight) > 1e-10 * self._weight:  # the steps add up to 1
             raise RuntimeError(
-                f"the adjoint of {self._ts.getRKType()!r} weighs the stages by {by_parameters[-1]:g} in all, {self._weight:g} is "
+                f"the adjoint of {self.ts.getRKType()!r} weighs the stages by {by_parameters[-1]:g} in all, {self._weight:g} is "
                 f"wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
             )
         nodes, by_beta = self.stage.Y.nodes, by_parameters[:-1].reshape(self._work["by_beta"].shape)
@@ -243,13 +243,16 @@ class CompiledLayers:
         Raises
         ------
         SolveStopped
-            If a layer cannot be stepped, or its end is not finite.
+            If a layer cannot be stepped, TS ends before its end, or that is not finite.
         """
         packed = None if f is None else self._stage.pack(f)
         for layer, taken, lengths in zip(self.layers, inputs, steps):
             layer.start(taken, lengths, packed)
         state = np.array(g.T, order="C")
         self._solve("layers_forward", ctypes.c_void_p(address(state)), save)
+        for number, layer in enumerate(self.layers):
+            if layer.struct.step != layer.struct.steps:
+                raise SolveStopped(number, int(layer.ts.getConvergedReason()))
         if f is not None:
             self._stage.unpack(packed, f)
         return state.T

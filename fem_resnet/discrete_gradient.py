@@ -255,7 +255,7 @@ class DiscreteGradientStepper:
         self.release()
         self._inputs = inputs
         if not inputs[0].length > 0:
-            raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
+            raise StepFailure.of_length(self.layer, inputs[0])
         lengths = [1.0 / self.steps] * self.steps if steps is None else list(steps)
         g, start = list(g), 0.0
         for length in lengths:

@@ -26,6 +26,7 @@ from scipy.interpolate import KroghInterpolator
 
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.petsc import adapt_type, register_rk, rk_tableau, stage_values, weakly
+from fem_resnet.time_options import in_force, refuse_time_options
 
 __all__ = ["SOLVER_PARAMETERS", "TYPES", "FieldStepper", "Moment", "Path", "Scheme", "Step"]
 
@@ -143,7 +144,7 @@ class FieldStepper:
     Raises
     ------
     ValueError
-        If PETSc refuses the options, or they name another type, or adapt the steps.
+        If PETSc refuses the options, or they name another type, adapt the steps, or change start or end.
     """
 
     def __init__(
@@ -162,6 +163,8 @@ class FieldStepper:
         options = petsctools.OptionsManager(
             {"ts_adapt_type": "none"} | parameters, options_prefix=options_prefix, default_prefix="fem_resnet_field_"
         )
+        with options.inserted_options():
+            refuse_time_options(in_force(options.options_prefix))
         local = Y.nodes * samples
         ts = self._ts = PETSc.TS().create(comm=Y.comm)
         self._y = PETSc.Vec().createMPI((local, PETSc.DETERMINE), comm=Y.comm)
@@ -244,7 +247,10 @@ class FieldStepper:
         except PETSc.Error as error:
             raise error.__cause__ or error
         if self._made != steps:
-            raise RuntimeError(f"the TS made {self._made} steps, {steps} were wanted")
+            raise RuntimeError(
+                f"the TS ended with reason {ts.getConvergedReason()} at t = {ts.getTime():g} after {self._made} steps, "
+                f"{steps} to t = {length:g} were wanted"
+            )
         return self._last
 
     # -- callbacks ----------------------------------------------------------------------------------------------------

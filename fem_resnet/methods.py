@@ -15,6 +15,7 @@ import petsctools
 from petsc4py import PETSc
 
 from fem_resnet.petsc import adapt_type, rk_tableau
+from fem_resnet.time_options import in_force, refuse_time_options
 
 __all__ = ["DEFAULTS", "METHODS", "Method", "configure", "last_words", "set_from_options", "solver_options", "tableau"]
 
@@ -42,6 +43,13 @@ class Method:
     solves_for_first_slope : bool
         Whether it solves for the slope at its start before the first stage; PETSc then hands over the time of the stage
         that was solved for last, be it another solve's.
+    estimate : str or None
+        By what PETSc estimates the error of a step: "tableau", by an embedded method, which some tableaus have; "values", by
+        differences of the values at the ends of steps; None, not at all, so that steps cannot be adapted.
+    judges_first_step : bool
+        Whether there is an estimate for the first step too.
+    to_adapt : str
+        What to take where there is no estimate.
     """
 
     implicit: bool
@@ -52,6 +60,9 @@ class Method:
     stages_by_call: bool = False
     overruns: bool = False
     solves_for_first_slope: bool = False
+    estimate: str | None = None
+    judges_first_step: bool = True
+    to_adapt: str = "'ts_type': 'dirk'"
 
 
 def _runge_kutta(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray]:
@@ -90,18 +101,18 @@ def _gauss_matrix(ts: PETSc.TS) -> np.ndarray:
 
 #: By the name that `ts_type` has.
 METHODS = {
-    "rk": Method(False, _runge_kutta, _runge_kutta_matrix),
-    "theta": Method(True, _theta, _theta_matrix),
-    "beuler": Method(True, _theta, _theta_matrix),
-    "cn": Method(True, _theta, _theta_matrix),
-    "arkimex": Method(True, partitioned=True),
-    "dirk": Method(True, solves_for_first_slope=True),
+    "rk": Method(False, _runge_kutta, _runge_kutta_matrix, estimate="tableau", to_adapt="'ts_rk_type': '5dp'"),
+    "theta": Method(True, _theta, _theta_matrix, estimate="values", judges_first_step=False),
+    "beuler": Method(True, _theta, _theta_matrix, estimate="values", judges_first_step=False),
+    "cn": Method(True, _theta, _theta_matrix, estimate="values", judges_first_step=False),
+    "arkimex": Method(True, partitioned=True, estimate="tableau", to_adapt="'ts_arkimex_type': '3'"),
+    "dirk": Method(True, solves_for_first_slope=True, estimate="tableau", to_adapt="'ts_dirk_type': 'es213sal'"),
     "irk": Method(True, _gauss, _gauss_matrix, instead="'theta', the implicit midpoint rule, or 'dirk'", stages_by_call=True),
-    "euler": Method(False, instead="'rk' with 'ts_rk_type': '1fe'"),
-    "ssp": Method(False, instead="'rk' with 'ts_rk_type': '3'"),
-    "rosw": Method(True, instead="'arkimex'"),
-    "bdf": Method(True, instead="'cn'"),
-    "alpha": Method(True, instead="'theta'"),
+    "euler": Method(False, instead="'rk' with 'ts_rk_type': '1fe'", to_adapt="'ts_type': 'rk'"),
+    "ssp": Method(False, instead="'rk' with 'ts_rk_type': '3'", to_adapt="'ts_type': 'rk'"),
+    "rosw": Method(True, instead="'arkimex'", estimate="tableau", to_adapt="'ts_rosw_type': 'ra34pw2'"),
+    "bdf": Method(True, instead="'cn'", estimate="values"),
+    "alpha": Method(True, instead="'theta'", estimate="values"),
     "glle": Method(True, instead="'dirk'", overruns=True),
     "discrete_gradient": Method(True),
 }
@@ -130,16 +141,16 @@ def solver_options(parameters: dict | None, prefix: str | None) -> petsctools.Op
     ValueError
         If the type is none of `METHODS`.
     """
-    given = dict(parameters or {})
-    name = given.get("ts_type", DEFAULTS["ts_type"])
-    if prefix is not None:
-        name = PETSc.Options(prefix if prefix.endswith("_") else f"{prefix}_").getString("ts_type", name)
+    given = petsctools.flatten_parameters(parameters or {})
+    # What the database has for the prefix goes before what is given, and decides on defaults too.
+    known = DEFAULTS | (given if prefix is None else petsctools.OptionsManager(given, options_prefix=prefix).parameters)
+    name = known["ts_type"]
     if name == "mprk":
         raise ValueError("solver_parameters: 'ts_type' 'mprk' wants slow and fast unknowns, which a layer has not; take 'rk'")
     if name not in METHODS:
         raise ValueError(f"solver_parameters: 'ts_type' is {name!r}; a layer is stepped by {', '.join(METHODS)}")
     defaults = DEFAULTS | _BY_TYPE.get(name, {})
-    if name == "rk" and given.get("ts_adapt_type", "none") != "none":
+    if name == "rk" and known["ts_adapt_type"] != "none":
         defaults["ts_rk_type"] = "5dp"  # the classical method has no estimate of its error
     return petsctools.OptionsManager(defaults | given, options_prefix=prefix, default_prefix="fem_resnet_")
 
@@ -150,16 +161,24 @@ def set_from_options(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManag
     Raises
     ------
     ValueError
-        If PETSc does not know a name that an option has.
+        If PETSc does not know a name that an option has, or a layer cannot have an option of a TS.
     """
-    ts.setOptionsPrefix(options.options_prefix)
+    used = PETSc.Options().used
     with options.inserted_options():
-        try:
-            ts.setFromOptions()
-        except PETSc.Error as error:
-            raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}: {last_words(error)}") from error
-        used = PETSc.Options().used
+        if isinstance(ts, PETSc.TS):
+            known = in_force(options.options_prefix)
+            refuse_time_options(known)
+            _refuse_without_estimate(known)
+        _read(ts, options)
         return [name for name in options.parameters if name not in read and not used(options.options_prefix + name)]
+
+
+def _read(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManager) -> None:
+    ts.setOptionsPrefix(options.options_prefix)
+    try:
+        ts.setFromOptions()
+    except PETSc.Error as error:
+        raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}: {last_words(error)}") from error
 
 
 def tableau(options: petsctools.OptionsManager) -> tuple[np.ndarray, np.ndarray] | None:
@@ -184,28 +203,45 @@ def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str,
     Parameters
     ----------
     ts
-        With a time step of 1, which the options must not change.
+        The TS.
     options
         See `solver_options`.
     read
         Options that the layer itself has read.
     """
-    steps = ts.getMaxTime()
     unused = set_from_options(ts, options, read)
-    if "ts_rk_multirate" in options.parameters:
-        raise ValueError("solver_parameters: 'ts_rk_multirate' wants slow and fast unknowns, which a layer has not")
-    if adapt_type(ts) == "history":
-        raise ValueError("solver_parameters: 'ts_adapt_type' 'history' wants a history; recorded runs replay their own")
-    if ts.getTimeStep() != 1.0 or ts.getMaxTime() != steps or ts.getMaxSteps() < steps:
-        raise ValueError(
-            "solver_parameters: 'ts_time_step', 'ts_max_time', 'ts_max_steps' follow from the layers; give the network "
-            "layer times and a number of steps a layer instead"
-        )
     if unused:
         raise ValueError(
             f"solver_parameters: {', '.join(unused)}: no option of a TS of type {ts.getType()!r} with adaptivity "
             f"{adapt_type(ts)!r}; drop it"
         )
+
+
+def _refuse_without_estimate(options: dict[str, str]) -> None:
+    """Refuse to adapt steps whose errors PETSc does not estimate: it would take them all, or end in an error of its own."""
+    name, rule = options["ts_type"], options.get("ts_adapt_type", "none")
+    method, option = METHODS[name], f"ts_{name}_type"
+    if rule == "none" or method.estimate == "values":
+        return
+    if method.estimate == "tableau" and _has_estimate(name, option, options.get(option)):
+        return
+    what = f"{name!r} with {option!r} {options[option]!r}" if method.estimate else repr(name)
+    raise ValueError(
+        f"solver_parameters: 'ts_adapt_type' {rule!r} wants an estimate of the error of a step, which 'ts_type' {what} has not; "
+        f"take {method.to_adapt}, or fixed steps"
+    )
+
+
+def _has_estimate(name: str, option: str, tableau: str | None) -> bool:
+    """Whether a tableau has an embedded method: where it has, PETSc adapts the steps if nobody says otherwise."""
+    probe = PETSc.TS().create(comm=PETSc.COMM_SELF)
+    chosen = {} if tableau is None else {option: tableau}
+    options = petsctools.OptionsManager({"ts_type": name} | chosen, None, "fem_resnet_probe_")
+    with options.inserted_options():
+        _read(probe, options)
+    adapts = adapt_type(probe) != "none"
+    probe.destroy()
+    return adapts
 
 
 def last_words(error: PETSc.Error) -> str:

@@ -96,7 +96,8 @@ class ResidualNetwork(OnMesh):
         PETSc options of the TS and its SNES and KSP: Runge-Kutta of order 4 with fixed steps if left out. Types with a
         gradient are rk, theta, beuler, cn, arkimex and dirk, and the package's own discrete_gradient, which is
         energy-stable at any step size; `fem_resnet.methods` has all. For PETSc's implicit ones "mat_type" may be
-        "matfree". With a "ts_adapt_type", steps are judged by the error of f in the label measure.
+        "matfree". With the "ts_adapt_type" "basic" or "dsp", steps are judged by the error of f in the label measure, and
+        `steps` says how large the first is. What would change start, end or steps in silence is refused (`time_options`).
     learn_factors
         Whether Phi and Psi are learned too: parameters "phi" and "psi" move them away from the given ones, which are made
         orthonormal first, by a QR retraction (`retraction`), so that b is any kernel of that rank. For all layers one

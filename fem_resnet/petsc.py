@@ -87,7 +87,7 @@ _PreStage = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_double)
 
 
 def on_pre_stage(ts: PETSc.TS, callback: Callable[[], None]) -> object:
-    """Call back before every stage of a step; what is returned must live as long as the TS."""
+    """Call back before every stage of a step, and of a step that is tried again; what is returned must live as long as the TS."""
 
     def call(handle, time):
         callback()

@@ -41,6 +41,13 @@ class StepFailure(ArithmeticError):
 
     Network and tape are as usable as before.
 
+    Parameters
+    ----------
+    layer, time, reason
+        See the attributes.
+    remedy
+        What is wrong in particular, and what to do.
+
     Attributes
     ----------
     layer : int
@@ -48,20 +55,31 @@ class StepFailure(ArithmeticError):
     time : float
         Where it happened.
     reason : str
-        PETSc's name for what happened, or "NOT_FINITE".
+        PETSc's name for what happened, or "NOT_FINITE", or "LENGTH_NOT_POSITIVE".
     """
 
-    def __init__(self, layer: int, time: float, reason: str):
+    def __init__(
+        self, layer: int, time: float, reason: str, remedy: str = "smaller parameters or more steps a layer may help"
+    ):
         what = "the state is not finite" if reason == "NOT_FINITE" else f"the time stepping ended with {reason}"
-        super().__init__(
-            f"{what} in layer {layer}, t = {time:.6g}: smaller parameters or more steps a layer may help"
-        )
+        super().__init__(f"{what} in layer {layer}, t = {time:.6g}: {remedy}")
         self.layer = layer
         self.time = time
         self.reason = reason
+        self._remedy = remedy
 
     def __reduce__(self):
-        return type(self), (self.layer, self.time, self.reason)
+        return type(self), (self.layer, self.time, self.reason, self._remedy)
+
+    @classmethod
+    def of_length(cls, layer: int, inputs: LayerInputs) -> StepFailure:
+        """That of a layer whose end is not after its start."""
+        end = inputs.start + inputs.length
+        return cls(
+            layer, inputs.start, "LENGTH_NOT_POSITIVE",
+            f"layer times cross, t_{layer} = {inputs.start:.6g} and t_{layer + 1} = {end:.6g}, and are to increase; learn from "
+            f"times further apart, or keep each in an interval of its own by bounds={{'layer_times': (least, largest)}} of `train`",
+        )  # fmt: skip
 
 
 class LayerStepper:
@@ -129,6 +147,8 @@ class LayerStepper:
             self.state = CoefficientState(self.stage, self._rank, self.orders)
         self._linear = LinearLayer(self.stage, self.state, self._cost)
         self._y, self._adjoint_y, self._work = (self.state.vector() for _ in range(3))
+        #: The state at the start of an adapted step.
+        self._start = self.state.vector() if self.adaptive else None
         self._mu: PETSc.Vec | None = None
         #: Whether the last forward solve was saved and no adjoint has used it up.
         self.has_trajectory = False
@@ -149,12 +169,10 @@ class LayerStepper:
             ts.setRHSJacobian(weakly(self._set_point), self._jacobian, self._jacobian)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
         ts.setErrorIfStepFails(False)
-        ts.setTimeStep(1.0)
-        ts.setMaxTime(float(self.steps))
         ts.setPreStep(weakly(self._set_step))
         ts.setPostStep(weakly(self._keep_step))
-        if self.method.solves_for_first_slope:
-            self._pre_stage = on_pre_stage(ts, weakly(self._enter_stages))
+        if self.adaptive or self.method.solves_for_first_slope:
+            self._pre_stage = on_pre_stage(ts, weakly(self._enter_stage))
         configure(ts, self._options, ("mat_type",))
         self._max_steps = ts.getMaxSteps()
         if self.adaptive:
@@ -234,6 +252,7 @@ class LayerStepper:
         self.take(inputs)
         self._trace = LayerTrace()
         self._solve(lambda: self._step(g, f, inputs, save, steps))
+        self._check_end(steps)
         end, _ = self.state.read(self._y)
         self._trace.end = self.state.end(self._y)
         self._check_finite(end, self._trace.end or [], 1.0)
@@ -251,24 +270,44 @@ class LayerStepper:
         self._inputs = inputs
         self.has_trajectory = False
         if not inputs[0].length > 0:
-            raise StepFailure(self.layer, inputs[0].start, "LENGTH_NOT_POSITIVE")
+            raise StepFailure.of_length(self.layer, inputs[0])
 
     def _step(self, g, f, inputs, save, steps) -> None:
         self._linear.start(inputs)
         self._replayed = None if steps is None else list(steps)
+        if steps is not None:
+            never_adapt(self._ts)
+        judged = self.method.judges_first_step or not self.adaptive or steps is not None
+        first = 1.0 / self.steps if judged else self._judged_first_step(g, f)
+        self._solve_from(g, f, first, self._max_steps if steps is None else len(steps), save)
+
+    def _judged_first_step(self, g, f) -> float:
+        """A first step for a method that estimates no error before the second: one that is right for the second too.
+
+        TS makes two steps of a size, which is at most half of the layer. If it rejects the second, that was too large for the
+        first too, and both are made anew. Where TS fails, so will the solve that follows.
+        """
+        size = min(1.0 / self.steps, 0.5)
+        while True:
+            self._solve_from(g, f, size, 2, False)
+            made, self._trace = self._trace.steps, LayerTrace()
+            if self._ts.getConvergedReason() < 0 or not self._ts.getStepRejections():
+                return size
+            size = min(made[-1], size / 2)
+
+    def _solve_from(self, g, f, first: float, most: int, save: bool) -> None:
+        """Solve from the start of the layer, with a first step and at most so many."""
         self.state.write(self._y, g, self.state.start(f))
         ts = self._ts
         ts.removeTrajectory()
         if save:
             ts.setSaveTrajectory()
             keep_trajectory_in_memory(ts)
-        if steps is not None:
-            never_adapt(ts)
         ts.setTime(0.0)
         ts.setMaxTime(1.0)
-        ts.setMaxSteps(self._max_steps if steps is None else len(steps))
+        ts.setMaxSteps(most)
         ts.setStepNumber(0)
-        ts.setTimeStep(1.0 / self.steps)
+        ts.setTimeStep(first)
         self._in_stages = not self.method.solves_for_first_slope
         ts.restartStep()  # slopes of an earlier solve are not those of this one: DIRK would take them
         ts.solve(self._y)
@@ -370,6 +409,18 @@ class LayerStepper:
         if reason < 0:
             raise self.failure(reason)
 
+    def _check_end(self, steps: Sequence[float] | None) -> None:
+        """Refuse a forward solve that TS ended elsewhere than at the end of the layer, or with other steps than it was given."""
+        t, made = self._ts.getTime(), len(self._trace.steps)
+        wanted = made if self.method.overruns or (self.adaptive and steps is None) else self.steps if steps is None else len(steps)
+        if abs(t - 1.0) <= 1e-9 and made == wanted:
+            return
+        reason = _REASONS[self._ts.getConvergedReason()]
+        where = f"after {made} steps at t = {self._time(t):.6g}, where {wanted} were to reach {self._time(1.0):.6g}"
+        if self.adaptive and steps is None:
+            where += "; give a larger 'ts_max_steps', larger tolerances or smaller parameters"
+        raise StepFailure(self.layer, self._time(t), reason, where)
+
     def failure(self, what: PETSc.Error | int) -> StepFailure:
         """What to raise if a solve ended so; the TS is a new one from now on."""
         time = self._time(self._ts.getTime())
@@ -400,9 +451,13 @@ class LayerStepper:
     def _set_step(self, ts):
         if self._replayed is not None:
             ts.setTimeStep(self._replayed[ts.getStepNumber()])
+        elif self.adaptive:
+            self._y.copy(self._start)
+            self._rejections = ts.getStepRejections()
 
     def _keep_step(self, ts):
-        h = ts.getTime() - ts.getPrevTime()
+        # Times are rounded: an adapted step is kept as TS took it, so that a replay makes the very same.
+        h = self._tried if self.adaptive else ts.getTime() - ts.getPrevTime()
         self._trace.steps.append(h)
         if self.method.overruns and ts.getTime() > 1.0 - 1e-12:
             ts.setMaxTime(0.0)
@@ -422,8 +477,16 @@ class LayerStepper:
     def _rate(self, ts, t, y, F):
         self.state.write(F, *self._linear.rates(t, *self.state.read(y)))
 
-    def _enter_stages(self):
+    def _enter_stage(self):
         self._in_stages = True
+        if not self.adaptive:
+            return
+        ts = self._ts
+        self._tried = ts.getTimeStep()
+        if self._replayed is None and ts.getStepRejections() != self._rejections:
+            # PETSc's rk takes a rejected step back by subtraction, which leaves the round-off of what it overshot by.
+            self._rejections = ts.getStepRejections()
+            self._start.copy(self._y)
 
     def _residual(self, ts, t, y, y_t, F):
         self._rate(ts, t if self._in_stages else ts.getTime(), y, F)
