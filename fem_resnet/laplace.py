@@ -65,7 +65,7 @@ EIGENSOLVER_PARAMETERS = {
 CLUSTER_TOLERANCE, _SMALLEST = 1e-3, 1e-5
 
 #: A direction of an eigenspace of which no wave has more than this part has no rotation that round-off does not change.
-_INVISIBLE = 1e-4
+_INVISIBLE = 1e-5
 
 #: How much more equal eigenvalues count than what waves see, where a basis moves to another mesh. With 1 periodic meshes still
 #: mix in modes far off; from 100 on those of a mesh of 25 nodes, whose eigenvalues are off by a tenth, are taken for others.
@@ -396,9 +396,7 @@ class _Sight:
             return self.length**-2
         return self.Y.stiffness.getDiagonal().sum() / self.Y.measure or 1.0
 
-    def through(
-        self, values: np.ndarray, frequencies: np.ndarray, centre: np.ndarray | None = None
-    ) -> np.ndarray:
+    def through(self, values: np.ndarray, frequencies: np.ndarray, centre: np.ndarray | None = None) -> np.ndarray:
         """Integrals of functions times plane waves of these frequencies about the centre, shape (functions, waves)."""
         x = self._places - (self.centre if centre is None else centre)
         # Directions and phases without any symmetry, so that no two waves tie and none misses an eigenspace.
@@ -447,8 +445,9 @@ def _fix_rotation(modes: np.ndarray, eigenvalue: float, sight: _Sight) -> np.nda
         else:
             frequencies = (own + 2**more * count / sight.length) * spread.uniform(0, 2, waves)
         Q, R, _ = scipy.linalg.qr(sight.through(modes, frequencies), mode="economic", pivoting=True)
-        if abs(R[-1 if len(R) == count else 0, count - 1]) > _INVISIBLE * Y.measure**0.5:
-            return modes @ (Q * np.sign(np.diag(R)))
+        seen = np.diag(R)
+        if abs(seen[-1]) > _INVISIBLE * Y.measure**0.5:
+            return modes @ (Q * np.sign(seen))
     raise ValueError(
         f"Y: functions of the coordinates do not tell the eigenfunctions of the eigenvalue {eigenvalue:.6g} apart, of which "
         f"there are {count}, so their signs and rotations would depend on the partition; {Y!r} seems to lie upon itself: "
