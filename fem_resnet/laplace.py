@@ -205,13 +205,16 @@ class _Modes(NamedTuple):
 
 
 def _eigenfunctions(Y: LabelSpace, rank: int, parameters: dict, prefix: str | None) -> _Modes:
-    """At least `rank` eigenpairs."""
+    """The first `rank` eigenpairs, and what else belongs to the last one's eigenspace."""
     C, to_nodes = _with_stiffness(Y)
     if rank > C.size:
         raise ValueError(f"rank: {C.size} eigenfunctions exist on {C.V.ufl_element()}, {rank} were asked for")
     sight = _Sight(C)
     eigenvalues, modes = _whole_clusters(C, sight.unit, rank, parameters, prefix)
     ends = _cluster_ends(eigenvalues / sight.unit)
+    # What else was found depends on the eigensolver.
+    ends = ends[: 1 + bisect.bisect_left(ends, rank)]
+    eigenvalues, modes = eigenvalues[: ends[-1]], modes[:, : ends[-1]]
     for start, end in zip([0, *ends], ends):
         modes[:, start:end] = _fix_rotation(modes[:, start:end], eigenvalues[start:end].mean(), sight)
     stiffness = C.sum(modes.T @ C.apply_stiffness(modes))

