@@ -38,7 +38,7 @@ def pieces(n, comm, count=2):
     cells = np.concatenate([np.stack([a, b, c], axis=1), np.stack([a, c, d], axis=1)])
     vertices = np.concatenate([square + [1.2 * k, 0] for k in range(count)])
     cells = np.concatenate([cells + k * len(square) for k in range(count)])
-    return fd.Mesh(fd.mesh.plex_from_cell_list(2, cells, vertices, comm))
+    return fd.Mesh(fd.mesh.plex_from_cell_list(2, cells, vertices, comm), comm=comm)
 
 
 #: How a mesh is made, how many eigenfunctions (no repeated eigenvalue is cut), and the periods of Y, 0 for none.
@@ -59,7 +59,7 @@ MESHES = {
     "cylinder": (lambda n, comm: fd.PeriodicRectangleMesh(5 * n, 6 * n, 2.0, 3.0, "x", comm=comm), 4, (2.0, 0.0)),
 }  # fmt: skip
 PERIODIC = [kind for kind, (_, _, periods) in MESHES.items() if periods]
-#: Of the unit of length; the last is the Earth's radius in metres.
+#: Of the unit of length; the last is the Earth's radius in metres. On more ranks one is enough: what differs there is the partition.
 SCALES = {2: (1e-6,), 3: (6371220.0,)}.get(COMM_WORLD.size, (1e-6, 6371220.0))
 each_basis = pytest.mark.parametrize("element", ["CG1", "DG0"])
 
@@ -100,27 +100,24 @@ def scores(kind, element, scale=1.0, alone=False) -> np.ndarray:
 
 @on_ranks
 @each_basis
-@pytest.mark.parametrize("scale", (1.0, *SCALES))
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", MESHES)
 def test_scores_of_fixed_coefficients_see_neither_partition_nor_unit(kind, scale, element):
     """The whole mesh on this rank alone in one unit, against the parts of all ranks in another."""
+    assert_allclose(basis(kind, element, scale).gram, np.eye(MESHES[kind][1]), rtol=0, atol=1e-12)
     # Scores are of size one; the eigensolver's tolerance.
     assert_allclose(scores(kind, element, scale), scores(kind, element, alone=True), rtol=0, atol=1e-10)
 
 
-@on_ranks
 @each_basis
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", MESHES)
-def test_bases_are_orthonormal_and_eigenvalues_scale_as_length_to_minus_two(kind, scale, element):
+def test_eigenvalues_scale_as_length_to_minus_two_and_functions_as_measure_to_minus_a_half(kind, scale, element):
     one, other = basis(kind, element), basis(kind, element, scale)
     largest = one.eigenvalues[-1]
-    assert_allclose(other.gram, np.eye(one.rank), rtol=0, atol=1e-12)
     assert_allclose(other.eigenvalues * scale**2, one.eigenvalues, rtol=0, atol=1e-10 * largest)
     assert_allclose(other.stiffness * scale**2, one.stiffness, rtol=0, atol=1e-10 * largest)
-    assert_allclose(
-        other.values * other.Y.measure**0.5, one.values * one.Y.measure**0.5, rtol=0, atol=1e-9, err_msg="|Y|^(-1/2)"
-    )
+    assert_allclose(other.values * other.Y.measure**0.5, one.values * one.Y.measure**0.5, rtol=0, atol=1e-9)
 
 
 @on_ranks
@@ -128,9 +125,10 @@ def test_bases_are_orthonormal_and_eigenvalues_scale_as_length_to_minus_two(kind
 def test_eigenvectors_of_a_graph_see_no_unit(scale):
     ring = scipy.sparse.csr_array(np.roll(np.eye(12), 1, axis=0))
     ring = ring + ring.T
-    one, other = laplace_basis(point_space(np.ones(12), graph=ring), 5), laplace_basis(point_space(np.ones(12), graph=scale * ring), 5)
+    one, other = (laplace_basis(point_space(np.ones(12), graph=size * ring), 5) for size in (1.0, scale))
     assert_allclose(other.eigenvalues / scale, one.eigenvalues, rtol=0, atol=1e-12)
-    assert_allclose(other.values, one.values, rtol=0, atol=1e-12)
+    fixed = np.random.default_rng(0).normal(size=(12, 4))
+    assert_allclose(other.project(fixed[other.Y.numbers]), one.project(fixed[one.Y.numbers]), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parallel([2, 3])
@@ -193,7 +191,8 @@ def test_moved_eigenfunctions_keep_their_eigenvalues(kind):
 @pytest.mark.parametrize("count", [2, 7])
 def test_the_null_space_of_pieces_has_one_rotation_and_moves(count):
     """As many eigenvalues 0 as pieces: waves of the frequency 0 do not tell them apart."""
-    phi, alone = (laplace_basis(LabelSpace(fd.FunctionSpace(pieces(1, comm, count), "CG", 1)), count) for comm in (COMM_WORLD, COMM_SELF))
+    spaces = [LabelSpace(fd.FunctionSpace(pieces(1, comm, count), "CG", 1)) for comm in (COMM_WORLD, COMM_SELF)]
+    phi, alone = (laplace_basis(Y, count) for Y in spaces)
     assert np.abs(phi.eigenvalues).max() < 1e-10
     assert_allclose(phi.project(smooth(phi.Y, 5)), alone.project(smooth(alone.Y, 5)), rtol=0, atol=1e-10)
     moved = phi.on(LabelSpace(fd.FunctionSpace(pieces(2, COMM_WORLD, count), "CG", 1)))
