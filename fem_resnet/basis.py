@@ -35,7 +35,8 @@ class Basis:
     kind
         What the basis is, for messages and files: "laplace", "given" or "cells".
     eigenvalues
-        Ascending, where they are eigenfunctions. A function may be a mixture of those to one eigenvalue, which a mesh splits.
+        One a function, where they are eigenfunctions. A function may be a mixture of those to one eigenvalue, which a mesh
+        splits: what its gradients are is the business of `stiffness`.
     move
         ``move(basis, Y2)``: the same functions on another label space of the same Y, where there is a way.
     stiffness

@@ -461,7 +461,8 @@ def _fix_rotation(modes: np.ndarray, eigenvalue: float, sight: _Sight) -> np.nda
 def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     """A Laplace basis on another label space of the same Y. Collective over the communicators of both.
 
-    What the new space does not resolve, 1 - a singular value of these, is logged: its largest value at level INFO, from a tenth on as a warning.
+    What the new space does not resolve is logged: the largest part of a function at level INFO, from a tenth on as a warning.
+    The `eigenvalues` of the result are the functions' Rayleigh quotients.
 
     Parameters
     ----------
@@ -473,7 +474,7 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     Raises
     ------
     ValueError
-        If Y is a set of points, lies in a space of another dimension, or has fewer eigenfunctions than the basis.
+        If Y is a set of points, lies in a space of another dimension, or has or tells apart fewer eigenfunctions than the basis.
     """
     dimensions = [space.coordinates.shape[1] for space in (basis.Y, Y)]
     if Y.numbers is not None or dimensions[0] != dimensions[1]:
@@ -490,8 +491,9 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     values = _orthonormal(Y, modes.values[:, :seen])
     # Waves that depend on the original alone, so that all its copies have one limit.
     old, new = _Sight(basis.Y), _Sight(Y)
-    pieces = np.count_nonzero(basis.eigenvalues < _SMALLEST * CLUSTER_TOLERANCE * old.unit)
-    highest = max(basis.eigenvalues.max() ** 0.5 if basis.eigenvalues.max() > 0 else 0.0, pieces / old.length)
+    # Pieces that do not hang together, or hardly, are told apart by waves of their size.
+    pieces = np.count_nonzero(basis.eigenvalues < 1e-2 * old.unit)
+    highest = max(max(basis.eigenvalues.max(), 0.0) ** 0.5, pieces / old.length)
     frequencies = highest * np.random.default_rng(2021).uniform(0, 1.2, 16 * basis.rank + 64)
     A = old.through(basis.values, frequencies)
     B = new.through(values, frequencies, old.centre)

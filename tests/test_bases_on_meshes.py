@@ -198,8 +198,10 @@ def test_the_null_space_of_pieces_has_one_rotation_and_moves(count):
     moved = phi.on(LabelSpace(fd.FunctionSpace(pieces(2, COMM_WORLD, count), "CG", 1)))
     # Constant on every piece, where the next eigenvalue is 10, so that integrals over pieces know the mesh by the rotation alone.
     assert np.abs(moved.eigenvalues).max() < 1e-4
-    on_pieces = [b.Y.sum(b.weighted.T @ (np.floor(b.Y.coordinates[:, :1] / 1.2) == np.arange(count))) for b in (phi, moved)]
-    assert_allclose(on_pieces[1], on_pieces[0], rtol=0, atol=0.1)
+    back = moved.on(phi.Y)
+    on_pieces = [b.Y.sum(b.weighted.T @ (np.floor(b.Y.coordinates[:, :1] / 1.2) == np.arange(count))) for b in (phi, moved, back)]
+    for there in on_pieces[1:]:
+        assert_allclose(there, on_pieces[0], rtol=0, atol=0.1)
 
 
 # -- the stiffness of rotated functions ------------------------------------------------------------------------------
