@@ -36,9 +36,12 @@ class Basis(OnMesh):
     kind
         What the basis is, for messages and files: "laplace", "given" or "cells".
     eigenvalues
-        One a function, where they are eigenfunctions.
+        One a function, where they are eigenfunctions. A function may be a mixture of those to one eigenvalue, which a mesh
+        splits: what its gradients are is the business of `stiffness`.
     move
         ``move(basis, Y2)``: the same functions on another label space of the same Y, where there is a way.
+    stiffness
+        Gram matrix of the gradients, shape (rank, rank), where it is known; `P^T K P` if left out.
 
     Attributes
     ----------
@@ -63,6 +66,7 @@ class Basis(OnMesh):
         kind: str,
         eigenvalues: np.ndarray | None = None,
         move: Callable[[Basis, LabelSpace], Basis] | None = None,
+        stiffness: np.ndarray | None = None,
     ):
         check_label_space(Y)
         given = Y.comm.allgather((Y.nodes, np.shape(values)))
@@ -77,6 +81,7 @@ class Basis(OnMesh):
         self.values = read_only(spread_columns(values))
         self.eigenvalues = None if eigenvalues is None else read_only(np.array(eigenvalues))
         self._move = move
+        self._stiffness = None if stiffness is None else read_only(np.array(stiffness))
         self.rank = self.values.shape[1]
         self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
         if not np.isfinite(self.gram).all():
@@ -100,15 +105,17 @@ class Basis(OnMesh):
 
     @cached_property
     def stiffness(self) -> np.ndarray:
-        """Gram matrix of the gradients, `P^T K P`, shape (rank, rank), on every rank; the eigenvalues of a Laplace basis.
+        """Gram matrix of the gradients, `P^T K P`, shape (rank, rank), on every rank.
+
+        That of eigenfunctions on a discontinuous space is that of the continuous functions which they were made of.
 
         Raises
         ------
         ValueError
             If the functions have no gradient, being discontinuous, and are no eigenfunctions.
         """
-        if self.eigenvalues is not None:
-            return read_only(np.diag(self.eigenvalues).copy())
+        if self._stiffness is not None:
+            return self._stiffness
         return read_only(self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values)))
 
     def project(self, values: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
+from ufl import H1
 
 from fem_resnet.activation import Activation
 from fem_resnet.basis import Basis, cell_indicators
@@ -87,6 +88,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         for index, basis in enumerate(bases):
             if basis.eigenvalues is not None:
                 _write(file, f"eigenvalues_{index}", basis.eigenvalues)
+                _write(file, f"stiffness_{index}", basis.stiffness)
         for parameter in _parameters(net, head):
             for k, function in enumerate(parameter.functions):
                 if isinstance(parameter.space_bases[k], (NodalValues, StateValues)):
@@ -140,6 +142,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
                 kind,
                 _read(file, f"eigenvalues_{index}"),
                 move_laplace if kind == "laplace" and Y.graph is None else None,
+                _stiffness(file, index, Y),
             )
             for index, kind in enumerate(settings["kinds"])
         ]
@@ -200,6 +203,13 @@ def _write(file: fd.CheckpointFile, name: str, array: np.ndarray) -> None:
 def _read(file: fd.CheckpointFile, name: str) -> np.ndarray | None:
     group = file.h5pyfile[_GROUP]
     return group[name][...] if name in group else None
+
+
+def _stiffness(file: fd.CheckpointFile, index: int, Y: LabelSpace) -> np.ndarray | None:
+    """What `save` wrote of eigenfunctions; files of before have their eigenvalues alone."""
+    stiffness, eigenvalues = (_read(file, f"{name}_{index}") for name in ("stiffness", "eigenvalues"))
+    has_gradients = Y.graph is not None or Y.V.ufl_element() in H1
+    return stiffness if stiffness is not None or eigenvalues is None or has_gradients else np.diag(eigenvalues)
 
 
 def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[str, list[int | None]]]:

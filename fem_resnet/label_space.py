@@ -22,6 +22,7 @@ import scipy.sparse
 from finat.element_factory import create_element
 from mpi4py import MPI
 from petsc4py import PETSc
+from pyop2 import op2
 from pyadjoint.tape import stop_annotating
 from ufl import H1
 
@@ -130,11 +131,15 @@ class LabelSpace(OnMesh):
 
     @cached_property
     def coordinates(self) -> np.ndarray:
-        """Coordinates of the owned nodes, shape (nodes, geometric dimension), float64; read-only. Collective."""
+        """Coordinates of the owned nodes, shape (nodes, geometric dimension), float64; read-only. Collective.
+
+        Where they jump between cells, as at the seam of a periodic mesh, each is the smallest that the node's cells give.
+        """
         mesh = self.V.mesh()
         space = fd.VectorFunctionSpace(mesh, self.V.ufl_element(), dim=mesh.geometric_dimension)
         with stop_annotating():
-            x = fd.Function(space).interpolate(fd.SpatialCoordinate(mesh)).dat.data_ro
+            # Else the last cell that a rank comes to would decide.
+            x = fd.assemble(fd.interpolate(fd.SpatialCoordinate(mesh), space, access=op2.MIN)).dat.data_ro
         return read_only(np.array(x).reshape(self.nodes, mesh.geometric_dimension))
 
     @cached_property
@@ -181,13 +186,7 @@ class LabelSpace(OnMesh):
 
     def apply_stiffness(self, values: np.ndarray) -> np.ndarray:
         """`K x` at the owned nodes for x of shape (nodes, any). Collective."""
-        x, y = self.stiffness.createVecs()
-        result = np.empty_like(values)
-        for k in range(values.shape[1]):
-            x.array_w[:] = values[:, k]
-            self.stiffness.mult(x, y)
-            result[:, k] = y.array_r
-        return result
+        return apply_columns(self.stiffness, values)
 
     def sum(self, x: float | np.ndarray) -> np.ndarray:
         """Sum an array over the ranks, in place where it is one. Collective; every rank gets the same bits."""
@@ -333,6 +332,17 @@ def check_label_space(Y: LabelSpace, name: str = "Y") -> None:
     """Raise a TypeError unless Y is a LabelSpace."""
     if not isinstance(Y, LabelSpace):
         raise TypeError(f"{name}: a LabelSpace is wanted, {type(Y).__name__} was given; LabelSpace(V) is that of a space V")
+
+
+def apply_columns(A: PETSc.Mat, values: np.ndarray) -> np.ndarray:
+    """`A x` for each column x: the rows that this rank owns, shape (rows, columns of values). Collective."""
+    x, y = A.createVecs()
+    result = np.empty((y.getLocalSize(), values.shape[1]))
+    for k in range(values.shape[1]):
+        x.array_w[:] = values[:, k]
+        A.mult(x, y)
+        result[:, k] = y.array_r
+    return result
 
 
 def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:

@@ -129,9 +129,9 @@ class Measure:
         return u, fd.inner(fd.grad(u), fd.grad(fd.TestFunction(self.Y.V))) * fd.dx
 
     def basis_stiffness(self, basis: Basis) -> np.ndarray:
-        """Inner products of gradients; of eigenfunctions on a discontinuous space the eigenvalues that they came with."""
+        """Inner products of gradients; of eigenfunctions on a discontinuous space those that they came with."""
         if self.Y.V.ufl_element() not in fd.H1 and self.Y.graph is None:
-            return np.diag(basis.eigenvalues)
+            return basis.stiffness
         return self.total(basis.values.T @ self.stiffness(basis.values))
 
 
