@@ -1,4 +1,4 @@
-"""sigma, sigma', sigma'' and the primitive over the whole range; and compiled stages, of every shape, against NumPy's formulas.
+"""sigma, sigma', sigma'' and the primitive over the whole range; and stages of every shape, in C and NumPy, against formulas.
 
 Exact values come from SymPy with as many digits as they take. A stage is asked for without a mesh: what it sees of a label
 space are nodes, weights and a sum. All paths of `stage.c` are those of some shape: few samples or many, whole tiles and
@@ -16,10 +16,8 @@ from mpi4py import MPI
 from scipy.integrate import quad
 
 from fem_resnet.activation import Activation
-from fem_resnet.compiled_stage import CompiledStage
-from fem_resnet.discrete_gradient import DiscreteGradientStage
+from fem_resnet.compiled_stage import CompiledStage, new_stage
 from fem_resnet.layer import Argument, Cotangent, Stage, StageValue
-from fem_resnet.compiled_stage import new_stage
 from fem_resnet.objective import LearningProblem
 from fem_resnet.verify.derivatives import extrapolated
 from fem_resnet.verify.reference import NotWrittenOut, relative, sigma
@@ -162,21 +160,24 @@ def compiled_stages(problem: LearningProblem) -> Iterator[Check]:
         yield Check.left_out("compiled stage", "all", "stages are not compiled")
         return
     accuracy = 1e-12 if precision == "double" else 1e-5
-    worst: dict[str, float] = {}
-    for shape in _SHAPES:
-        for name, error in _stage_errors(given, precision, *shape):
-            worst[name] = max(worst.get(name, 0.0), error)
-    for name, error in worst.items():
-        yield Check.of("compiled stage", name, error, accuracy)
+    for what, make, shapes in (("", new_stage, _SHAPES), (" in NumPy", Stage, _SHAPES[:8])):
+        worst: dict[str, float] = {}
+        for samples, nodes, *ranks in shapes:
+            Y = _Points(nodes)
+            for name, error in _stage_errors(given, make(Y, given, samples, precision), *ranks):
+                worst[name] = max(worst.get(name, 0.0), error)
+        for name, error in worst.items():
+            yield Check.of("compiled stage", name + what, error, accuracy)
     yield from _stage_at_probes(given, precision)
 
 
-def _stage_errors(given: Activation, precision: str, samples: int, nodes: int, phi: int, psi: int) -> Iterator[tuple[str, float]]:
-    Y, rng = _Points(nodes), np.random.default_rng([samples, nodes])
+def _stage_errors(given: Activation, stage: Stage, phi: int, psi: int) -> Iterator[tuple[str, float]]:
+    Y, samples = stage.Y, stage.samples
+    nodes, rng = Y.nodes, np.random.default_rng([samples, Y.nodes])
     left = _Functions(Y, phi, 1)
     factors = _Factors(left, _Functions(Y, psi, 2) if psi else left)
     P, Q, w = factors.phi.values, factors.psi.values, Y.weights[:, None]
-    stage, length = new_stage(Y, given, samples, precision), 0.7
+    length = 0.7
     at = Argument(factors, (length,), (rng.normal(size=nodes),), (rng.normal(size=(phi, samples)),))
     u = at.a[0][:, None] - P @ at.C[0]
     s = length * given(u)

@@ -251,10 +251,13 @@ def replay(point: Point) -> Iterator[Check]:
     other.net, other.checkpoints = copy.copy(net), 1
     other.net.layers_per_block, other.net._scratch = 1, {}
     J, _ = other.record()
+    recorded = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
     answer = [np.array([float(J(other.functions))]), *(np.array(d.dat.data_ro) for d in Enlist(J.derivative()))]
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
     bound = max(10 * close(problem) if net.precision == "single" else 1e-9 if adapts else 1e-10, point.coarseness)
-    yield Check.of("checkpoints", "replay", _difference(point.comm, answer, _answer(point)), bound)
+    expected = _answer(point)
+    yield Check.of("checkpoints", "replay", _difference(point.comm, answer, expected), bound)
+    yield Check.of("checkpoints", "of a recording", _difference(point.comm, recorded, expected[1:]), bound)
 
 
 def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Iterator[Check]:

@@ -160,10 +160,11 @@ def _implicit(comm: MPI.Comm) -> LearningProblem:
 
 
 def _carried(comm: MPI.Comm) -> LearningProblem:
-    """A method without known weights, so that f is stepped too."""
+    """A method without known weights, so that f is stepped too, and with it a running cost."""
     Y = _line(comm)
+    f, a = sympy.symbols("f a")
     net = ResidualNetwork(_functions(Y, 3), times=_TIMES[:3], bias=_functions(Y, 4), kernel_in_time="linear", solver_parameters={"ts_type": "dirk"})
-    return _problem(net, samples=2, learn="both")
+    return _problem(net, samples=2, learn="both", running=RunningCost(f**2 / 2 + sympy.sin(f) * a, kernel=0.3))
 
 
 def _learned(comm: MPI.Comm) -> LearningProblem:
@@ -196,7 +197,7 @@ def _stable(choice) -> Callable[[MPI.Comm], LearningProblem]:
 
 
 def _flow(comm: MPI.Comm) -> LearningProblem:
-    """A gradient flow, with learned factors."""
+    """A gradient flow."""
     Y = _disk(comm)
     net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, gradient_flow=True, activation="softplus")
     return _problem(net, samples=2)
@@ -213,12 +214,13 @@ def _energy(comm: MPI.Comm) -> LearningProblem:
 
 
 def _informed(comm: MPI.Comm) -> LearningProblem:
-    """Derivatives of the target map."""
+    """Derivatives of the target map, through a head."""
     Y = _disk(comm)
     net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 3), times=_TIMES, layers_per_block=2)
     rng = np.random.default_rng(6)
     directions, targets = (random_like(fd.Function(Y.batch_space(2)), rng, Y) for _ in range(2))
-    return _problem(net, samples=2, derivatives=Derivatives(directions, targets, 0.7))
+    head = Head(_functions(Y, 3), _functions(Y, 4, 0.2), "identity")
+    return _problem(net, head, samples=2, derivatives=Derivatives(directions, targets, 0.7))
 
 
 def _single(comm: MPI.Comm) -> LearningProblem:
@@ -229,14 +231,15 @@ def _single(comm: MPI.Comm) -> LearningProblem:
 
 
 def _graph(comm: MPI.Comm) -> LearningProblem:
-    """The vertices of a graph, a softmax over it, and what is read from f_I alone."""
+    """The vertices of a graph, and a density over them that is observed but for its size; f_I is learned too."""
     ring = np.roll(np.eye(12), 1, axis=0)
     Y = point_space(np.random.default_rng(3).uniform(0.5, 1.5, 12), graph=ring + ring.T, comm=comm)
     phi = laplace_basis(Y, 4)
     net = ResidualNetwork(phi, times=_TIMES[:3], activation="leaky_relu", kernel_in_time="shared")
     head = Head(phi, phi, "softmax")
     targets = Y.batch(np.random.default_rng(4).uniform(0.5, 1.5, (12, 3))[Y.numbers])
-    return _problem(net, head, samples=3, targets=targets, regulariser=tikhonov(0.05) + smooth_in_space(0.02), learn="both")
+    regulariser = tikhonov(0.05) + smooth_in_space(0.02)
+    return _problem(net, head, cross_entropy, samples=3, targets=targets, regulariser=regulariser, learn="both")
 
 
 #: Problems by name; each is called with a communicator. Those that see most come first.

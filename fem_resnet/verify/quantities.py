@@ -18,7 +18,7 @@ from fem_resnet.verify.point import Point, close, names, part, random_like
 from fem_resnet.verify.reference import Measure, NotWrittenOut, Reference, raw, relative
 from fem_resnet.verify.report import Check
 
-__all__ = ["forward", "measures", "other_data", "riesz_maps", "taken_steps"]
+__all__ = ["forward", "measures", "other_data", "riesz_maps", "stable_kernel", "taken_steps"]
 
 #: Sums of some thousand numbers.
 _ROUND_OFF = 1e-10
@@ -220,6 +220,30 @@ def _kernel(kernel: LowRankKernel, name: str) -> Iterator[Check]:
     yield Check.of("norm of a kernel", name, abs(kernel.norm(beta) ** 2 / square - 1), _ROUND_OFF)
     yield Check.of("dual of a kernel", name, relative(kernel.dual(beta), G @ beta @ H), _ROUND_OFF)
     yield Check.of("Riesz map", f"kernels, {name}", relative(kernel.primal(G @ gamma @ H), gamma), 1e-6)
+
+
+def stable_kernel(problem: LearningProblem) -> Iterator[Check]:
+    """beta, made of its controls X, by the formula of its set (`fem_resnet.stable_kernels`)."""
+    kernel, choice = problem.net.kernel, problem.net.stable_kernel
+    if choice is None:
+        return
+    described = choice.description
+    for k, function in enumerate(kernel.learned.functions):
+        basis = kernel.space_bases[k]
+        X = raw(function, problem.net.Y, kernel.learned.space_bases[k].shape)
+        if described["set"] == "PositiveSemidefinite":
+            beta = X @ X.T
+        elif described["set"] == "DampedAntisymmetric":
+            beta = (X - X.T) / 2 + described["damping"] * np.eye(len(X))
+        else:  # singular values x of X become 2 c x / (1 + x^2), seen through orthonormal functions
+            measure = Measure(problem.net.Y)
+            U, x, V = np.linalg.svd(X, full_matrices=False)
+            seen = (U * (2 * described["bound"] * x / (1 + x**2))) @ V
+            roots = [np.linalg.cholesky(measure.gram(factor)) for factor in (basis.kernel.phi, basis.kernel.psi)]
+            beta = np.linalg.solve(roots[0].T, np.linalg.solve(roots[1].T, seen.T).T)
+        found = raw(kernel.functions[k], problem.net.Y, basis.shape)
+        yield Check.of("stable kernel", f"beta_{k} of its controls", relative(found, beta), _ROUND_OFF)
+        yield Check.of("stable kernel", f"what is said of beta_{k}", relative(kernel.get(k), beta), _ROUND_OFF)
 
 
 # -- controls --------------------------------------------------------------------------------------------------------

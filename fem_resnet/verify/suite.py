@@ -173,6 +173,7 @@ def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, r
 
 def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run: Callable) -> None:
     run("measures", lambda: quantities.measures(problem))
+    run("stable kernel", lambda: quantities.stable_kernel(problem))
     run("activation", lambda: activations.activation(problem))
     run("compiled stage", lambda: activations.compiled_stages(problem))
     run("forward", lambda: quantities.forward(problem))
