@@ -74,8 +74,8 @@ def verify(
 
     Examples
     --------
-    >>> from fem_resnet.verify import verify
-    >>> verify(quick=True).passed
+    >>> from fem_resnet.verify import built_in, verify
+    >>> verify(built_in, quick=True).passed
     True
     """
     if time_limit is not None and not time_limit > 0:
