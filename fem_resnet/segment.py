@@ -175,8 +175,11 @@ class Segment:
         self._steps = list(steps)
 
     def taken_steps(self) -> list[list[float] | None]:
-        """The steps of the last forward solve, in parts of each layer, where they were adapted; else None."""
-        return [stepper.trace.steps if stepper.adaptive else None for stepper in self.steppers]
+        """The steps of the last forward solve, in parts of each layer, where they were adapted or given; else None."""
+        return [
+            stepper.trace.steps if stepper.adaptive or given is not None else None
+            for stepper, given in zip(self.steppers, self._steps)
+        ]
 
     def refuse_without_adjoint(self) -> None:
         """Raise ValueError if PETSc cannot adjoin the method."""

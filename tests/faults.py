@@ -10,12 +10,17 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.resources import files
 
 import numpy as np
 
 import fem_resnet.basis
+import fem_resnet.activation
+import fem_resnet.blocks
 import fem_resnet.coefficient_segment
+import fem_resnet.compiled_layer
 import fem_resnet.compiled_stage
+import fem_resnet.discrete_gradient
 import fem_resnet.head
 import fem_resnet.kernel
 import fem_resnet.label_space
@@ -33,8 +38,10 @@ import fem_resnet.run
 import fem_resnet.running_cost
 import fem_resnet.segment
 import fem_resnet.space_basis
+import fem_resnet.stable_kernels
 import fem_resnet.time_basis
 import fem_resnet.time_stepping
+import fem_resnet.transposed_stage
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,18 @@ def compiled(right: str, wrong: str) -> Callable:
         source = fem_resnet.compiled_stage._source()
         assert right in source, f"stage.c has no longer the line {right!r}"
         patch.setattr(fem_resnet.compiled_stage, "_source", lambda: source.replace(right, wrong))
+
+    return plant
+
+
+def formula(right: str, wrong: str) -> Callable:
+    """The same in the formulas of activations in C."""
+
+    def plant(patch):
+        made = fem_resnet.compiled_stage.activation_code
+        source = (files("fem_resnet") / "pointwise.h").read_text()
+        assert right in source, f"pointwise.h has no longer the line {right!r}"
+        patch.setattr(fem_resnet.compiled_stage, "activation_code", lambda *arguments: made(*arguments).replace(right, wrong))
 
     return plant
 
@@ -399,3 +418,159 @@ def _over_samples(Y, O):
     largest = O.max(axis=1, initial=-np.inf)[:, None]
     shifted = O - largest
     return shifted - np.log(np.exp(shifted).sum(axis=1))[:, None]
+
+
+# -- further ones, which the built-in problems are to show -----------------------------------------------------------
+
+#: For `Fault.problem`: nothing is known of where the fault shows.
+BUILT_IN = "built-in"
+Network, Problem = fem_resnet.network.ResidualNetwork, fem_resnet.objective.LearningProblem
+CompiledStage, CompiledLayer = fem_resnet.compiled_stage.CompiledStage, fem_resnet.compiled_layer.CompiledLayer
+EnergyStage = fem_resnet.discrete_gradient.DiscreteGradientStage
+Flow, Retraction = fem_resnet.transposed_stage.TransposedStage, fem_resnet.retraction.Retraction
+stable = fem_resnet.stable_kernels
+
+
+def _of_rank(patch):
+    """Bases are told apart by their ranks."""
+    original = CompiledStage.basis
+
+    def basis(self, basis):
+        first = self.__dict__.setdefault("_by_rank", {}).setdefault(basis.rank, basis)
+        return original(self, first)
+
+    patch.setattr(CompiledStage, "basis", basis)
+
+
+def _by_name(patch):
+    """Code is kept by the number of its parameters, and not by what it computes."""
+    made, kept = fem_resnet.compiled_stage.activation_code, {}
+
+    def code(activation, *rest):
+        key = len(activation.parameters), activation.expression, *rest
+        return kept.setdefault(key, made(activation, *rest))
+
+    patch.setattr(fem_resnet.compiled_stage, "activation_code", code)
+
+
+def _tail(name, order, change):
+    """An activation that is wrong for some arguments, in NumPy."""
+
+    def plant(patch):
+        table = dict(fem_resnet.activation.ACTIVATIONS)
+        kernels = list(table[name].kernels)
+        right = kernels[order]
+
+        def wrong(s, out, **parameters):
+            given = s.copy()
+            right(s, out, **parameters)
+            out[...] = change(given, out)
+
+        kernels[order] = wrong
+        table[name] = replace(table[name], kernels=tuple(kernels))
+        patch.setattr(fem_resnet.activation, "ACTIVATIONS", table)
+
+    return plant
+
+
+def _overwrites(patch):
+    original = CompiledStage.advance
+
+    def advance(self, f, stages):
+        result = original(self, f, stages)
+        if len(f) == 1 and f[0].flags.writeable:
+            f[0][...] = result[0]
+        return result
+
+    patch.setattr(CompiledStage, "advance", advance)
+
+
+def _in_loss(name, part, wrong):
+    """A wrong part of a loss, wherever it is used."""
+    return lambda patch: patch.setitem(vars(getattr(fem_resnet.loss, name)), part, wrong)
+
+
+def _without_running_cost(patch):
+    """A problem that is put together again loses a part: its running cost, where it is recorded a second time."""
+    record = Problem.record
+
+    def again(self, **options):
+        if self.__dict__.get("_records", 0):
+            self.running = None
+        self._records = self.__dict__.get("_records", 0) + 1
+        return record(self, **options)
+
+    patch.setattr(Problem, "record", again)
+
+
+FURTHER = [
+    # stage.c
+    Fault("C: of three samples more, two are multiplied", BUILT_IN, compiled("case 3: AFFINE(3, 4); break;", "case 3: AFFINE(2, 4); break;"), True),
+    Fault("C: functions behind the last whole tile are not projected on", BUILT_IN, compiled("        for (; k < rank; k++) PROJECT(1, samples);                                                                         \\\n", "        (void)k;\\\n"), True),
+    Fault("C: three nodes that are left are taken for two", BUILT_IN, compiled("case 3: tile(3, vectors); break;", "case 3: tile(2, vectors); break;"), True),
+    Fault("C: a slab of functions forgets the one before", BUILT_IN, compiled("slab, k ? NULL : a + i,", "slab, a + i,"), True),
+    Fault("C: a packed chunk has its nodes in the other order", BUILT_IN, compiled("first * Y->nodes + node * samples", "first * Y->nodes + (Y->nodes - 1 - node) * samples"), True),
+    Fault("C: the last block has the weights of the first", BUILT_IN, compiled("fill_up(scratch->weights, Y->weights + start, 1, 0, nodes);", "fill_up(scratch->weights, Y->weights, 1, 0, nodes);"), True),
+    Fault("C: a chunk of one vector is left out", BUILT_IN, compiled("case 1: TILES(tile, count, 1); break;", "case 1: break;"), True),
+    Fault("C: x of the first chunk for all", BUILT_IN, compiled("turn(samples, psi->rank, x + first * ldx, ldx, 1.0, OF(y, psi->rank));", "turn(samples, psi->rank, x, ldx, 1.0, OF(y, psi->rank));"), True),
+    Fault("C: lambda's factor is that of the first samples", BUILT_IN, compiled("x[(first + s) * ldx + psi->rank]", "x[s * ldx + psi->rank]"), True),
+    Fault("C: psi is phi where ranks are equal", BUILT_IN, compiled("psi->values + start, psi->stride, psi->rank, nodes, zero,", "(psi->rank <= phi->rank ? phi : psi)->values + start, psi->stride, psi->rank, nodes, zero,"), True),
+    # activations in C and NumPy
+    Fault("C: no slope of tanh for s < -20", BUILT_IN, formula("return 4.0 * tail / (all * all);", "return s < -20.0 ? 0.0 : 4.0 * tail / (all * all);"), True),
+    Fault("C: softplus is cut off at 30", BUILT_IN, formula("(s < 0.0 ? 0.0 : s) + log1p", "(s < 0.0 ? 0.0 : s > 30.0 ? 30.0 : s) + log1p"), True),
+    Fault("C: the slope of elu at 0 is from the right", BUILT_IN, formula("return s > 0.0 ? 1.0 : left;\n}\n#endif", "return s >= 0.0 ? 1.0 : left;\n}\n#endif"), True),
+    Fault("C: code is kept by something else than what it computes", BUILT_IN, _by_name, True),
+    Fault("the slope of arctan is wrong for s < -20", BUILT_IN, _tail("arctan", 1, lambda s, v: np.where(s < -20, 0.5 * v, v)), True),
+    Fault("the second derivative of the sigmoid has the other sign for s > 12", BUILT_IN, _tail("sigmoid", 2, lambda s, v: np.where(s > 12, -v, v)), True),
+    Fault("the primitive of tanh loses log 2 in its tail", BUILT_IN, _tail("tanh", 3, lambda s, v: np.where(np.abs(s) > 20, np.abs(s), v)), True),
+    # layer.c, compiled_stage, compiled_layer
+    Fault("C: a slope that serves two steps counts once", BUILT_IN, compiled("step + 1 < layer->steps ? layer->lengths[step + 1] * layer->weights[0] : 0.0", "0.0"), True),
+    Fault("C: a stage of weight 0 has no functional", BUILT_IN, compiled("return b != 0.0 ? h * b : h;", "return h * b;"), True),
+    Fault("C: given steps are not taken", BUILT_IN, compiled("if (layer->replays && layer->step < layer->steps)", "if (0)"), True),
+    Fault("C: a state that is not finite is handed on", BUILT_IN, compiled("outcome->finite &= !PetscIsInfOrNanReal(g[i]);", "(void)g[i];"), True),
+    Fault("C: states of many numbers keep what TS worked with for others", BUILT_IN, compiled("PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));", "if (!layer->asked && LD(layer) * layer->Y->samples > KEPT_STATE) PetscCall(VecScale(layer->adjoint, 1.0 + 1e-6));\n    PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));"), True),
+    Fault("compiled bases are told apart by their ranks", BUILT_IN, _of_rank, True),
+    Fault("the last chunk of a packed field is not unpacked", BUILT_IN, line(CompiledStage, "unpack", "in self._chunks(packed):", "in list(self._chunks(packed))[:-1]:"), True),
+    Fault("the quadrature writes into the state at the start", BUILT_IN, _overwrites, True),
+    Fault("a trace says that f was added up where it was not", BUILT_IN, line(CompiledLayer, "trace", "self._h.tolist(), self._adds)", "self._h.tolist(), True)"), True),
+    Fault("kept stages have weights of steps of length one", BUILT_IN, line(fem_resnet.compiled_layer.KeptStages, "__iter__", "StageValue(h * weight,", "StageValue(weight,"), True),
+    # segments
+    Fault("layers with another psi are stepped like those before", BUILT_IN, line(Segment, "_split", "if l == 0 or psi is not psis[l - 1]", "if l == 0"), True),
+    Fault("gamma is lost where psi changes", BUILT_IN, line(Segment, "_adjoint", "                duals = self._unfold(psi, gamma, duals)\n", ""), True),
+    Fault("a co-state is that of the next layer", BUILT_IN, line(Segment, "costate", "self._costates[layer]", "self._costates[min(layer + 1, len(self._costates) - 1)]"), True),
+    Fault("tangents are taken at the controls of the first one", BUILT_IN, line(Segment, "_run_with_tangent", "values = self._coefficients.on_layers(arrays[1:])", 'values = self.__dict__.setdefault("_first", self._coefficients.on_layers(arrays[1:]))'), True),
+    Fault("tangents take equal steps", BUILT_IN, line(Segment, "_run_with_tangent", "save, self.taken_steps())", "save, [None] * len(self.steppers))"), True),
+    # what a network says and copies
+    Fault("a control is on no tape", BUILT_IN, line(inputs.LayerCoefficients, "__init__", "[parameters[name].functions[k] for name, k in keys]", '[type(f)(f.function_space(), val=f.dat.data_ro.copy()) for f in (parameters[name].functions[k] for name, k in keys)]'), True),
+    Fault("learned times are no controls", BUILT_IN, line(Network, "parameters", "[] if self.layer_times is None else [self.layer_times]", "[]"), True),
+    Fault("on another space coefficients come in the other order", BUILT_IN, line(Network, "on", "ours.get(k)", "ours.get(len(ours.functions) - 1 - k)"), True),
+    Fault("settings forget the number of steps", BUILT_IN, line(Network, "settings", '"steps": self.steps', '"steps": 1'), True),
+    Fault("on another space a head loses mu", BUILT_IN, line(fem_resnet.head.Head, "on", "theirs.set(0, ours.get(0))", 'theirs.set(0, ours.get(0) * (ours.name == "W"))'), True),
+    Fault("a gradient flow is taken for (2.8)", BUILT_IN, line(Network, "_stage", "TransposedStage(stage) if self.gradient_flow else stage", "stage"), True),
+    Fault("a problem that is recorded again loses its running cost", BUILT_IN, _without_running_cost, True),
+    # time, coefficients, factors
+    Fault("hats are swapped", BUILT_IN, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)"), True),
+    Fault("measures of hats are not lumped at the ends", BUILT_IN, line(time_basis.Hats, "__init__", "(np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2", "np.append(lengths, lengths[-1])"), True),
+    Fault("linear controls take half of a functional each", BUILT_IN, line(inputs.OnLayer, "pull_back", "weight * pulled for weight in weights", "0.5 * pulled for weight in weights"), True),
+    Fault("directions of factors have no weights", BUILT_IN, line(inputs.LayerCoefficients, "_factors_from", "Y.weights[:, None] * psi", "1.0 * psi"), True),
+    Fault("the retraction forgets its curvature", BUILT_IN, line(Retraction, "second_adjoint", " - reduced @ U.T", ""), True),
+    Fault("learned factors are orthonormal without weights", BUILT_IN, line(Retraction, "_at", "self._Y.weights[:, None] * Y", "Y"), True),
+    # stable kernels, gradient flows, discrete gradients
+    Fault("a semidefinite kernel has no curvature", BUILT_IN, line(stable.PositiveSemidefinite, "curvature", "(dual + dual.T) @ X_1", "0 * X"), True),
+    Fault("an antisymmetric kernel is not damped", BUILT_IN, line(stable.DampedAntisymmetric, "value", "+ self.damping * np.eye(kernel.phi.rank)", ""), True),
+    Fault("the derivative of a bounded kernel has the other sign", BUILT_IN, line(stable.NormBounded, "_derivative", "L @ V @ K - P @ V.T @ P", "L @ V @ K + P @ V.T @ P"), True),
+    Fault("the second adjoint of a flow forgets beta_1", BUILT_IN, line(Flow, "transpose", "y[0] += beta[1] @ z[1]", "pass"), True),
+    Fault("a discrete gradient's second derivatives are swapped", BUILT_IN, line(EnergyStage, "_transposed", "(D_0, (D_00, D_01))", "(D_0, (D_01, D_00))"), True),
+    # heads, losses, regularisers
+    Fault("cross entropy takes observations for densities", BUILT_IN, _in_loss("cross_entropy", "gradient", lambda Y, O, C, h: Y.weights[:, None] * (np.exp(fem_resnet.head.log_density(Y, O)) - C)), True),
+    Fault("the curvature of binary cross entropy is p", BUILT_IN, _in_loss("binary_cross_entropy", "hessian", lambda Y, O, C, h, v: Y.weights[:, None] / (1 + np.exp(-O)) * v), True),
+    Fault("the derivative of an output has mu", BUILT_IN, line(fem_resnet.head.Head, "linear", "fd.Function(self.mu.functions[0].function_space())", "self.mu.functions[0]"), True),
+    Fault("inner products of controls without tau", BUILT_IN, line(fem_resnet.parameter.Parameter, "inner", "self.time_basis.measures[k] * ", ""), True),
+    Fault("smoothness in time pulls one way", BUILT_IN, line(regulariser, "_variation", "functionals[k] -= step", "pass"), True),
+    # running costs, Blocks, checkpoints
+    Fault("a running cost's second adjoint forgets that a length moves", BUILT_IN, line(CostRate, "transpose", "moved_a + tau[1] * l_a", "moved_a"), True),
+    Fault("a running cost has no functional of the length", BUILT_IN, line(Linear, "transpose", "result.length += cost.by_length(dual.cost)", "pass"), True),
+    Fault("implicit steps do not see a running cost", BUILT_IN, line(Linear, "add_cost", "part[-1] += factor * c", "part[-1] += 0.5 * factor * c"), True),
+    Fault("of a control that Blocks share one part counts", BUILT_IN, line(fem_resnet.blocks, "_unless_added", "total.dat.data[...] += part.dat.data_ro", "total.dat.data[...] = part.dat.data_ro"), True),
+    Fault("under checkpoints a recording keeps what is overwritten", BUILT_IN, line(fem_resnet.blocks.ScheduledBlock, "_forward", "[array.copy() for array in arrays] if self._manager.recording else arrays", "arrays"), True),
+]

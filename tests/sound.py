@@ -1,4 +1,4 @@
-"""Random networks in which nothing is wrong: any domain, space, method, activation, time basis, output and loss."""
+"""Networks in which nothing is wrong: random ones of any kind, and Laplace bases of many ranks on several meshes."""
 
 import numpy as np
 from firedrake import H1, dx, inner
@@ -116,3 +116,33 @@ def sound_problem(seed: int) -> LearningProblem:
     inputs = Y.batch(size * smooth(Y, samples, seed=int(rng.integers(99))))
     weights = _pick(rng, [None, rng.uniform(0.5, 2, samples)])
     return LearningProblem(net, head, loss, _pick(rng, terms), Batch(inputs, targets(samples), weights), learn=learn)
+
+
+#: Meshes with simple eigenvalues, with pairs that the mesh splits or leaves, a closed surface; of 131 to 289 nodes.
+LAPLACE_MESHES = {
+    "disk": ("disk", "CG1", 3),
+    "annulus": ("annulus", "DG0", 2),
+    "sphere": ("sphere", "CG1", 2),
+    "square": ("square", "CG1", 4),
+}
+LAPLACE_RANKS = range(4, 81, 4)
+
+
+def laplace_problem(mesh: str, rank: int) -> LearningProblem:
+    """Layers and a head in the first Laplace modes, as many as that."""
+    rng = np.random.default_rng([78, rank, len(mesh)])
+    Y = label_space(*LAPLACE_MESHES[mesh])
+    modes = laplace_basis(Y, rank)
+    net = ResidualNetwork(
+        modes, bias=modes, times=[0.0, 0.3, 0.8][: 3 - rank // 48], kernel_in_time=_pick(rng, ["layers", "linear", "shared"]),
+        activation=_pick(rng, ACTIVATIONS), solver_parameters=_pick(rng, [{}, {"ts_rk_type": "3bs"}, {"ts_rk_type": "5dp"}]),
+    )  # fmt: skip
+    head = _pick(rng, [None, Head(modes, 3)])
+    for parameter in [net.bias, net.kernel, *([] if head is None else head.parameters)]:
+        for k, basis in enumerate(parameter.space_bases):
+            parameter.set(k, rng.normal(size=basis.shape) / rank**0.5)
+    samples = int(rng.integers(1, 12))
+    targets = Y.batch(smooth(Y, samples, seed=3)) if head is None else rng.integers(0, 3, samples)
+    batch = Batch(Y.batch(smooth(Y, samples, seed=2)), targets)
+    regulariser = _pick(rng, [tikhonov(0.02), tikhonov(0.02) + smooth_in_space(0.001)])
+    return LearningProblem(net, head, least_squares if head is None else cross_entropy, regulariser, batch)

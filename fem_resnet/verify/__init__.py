@@ -4,9 +4,9 @@ import sys
 from types import ModuleType
 
 from fem_resnet.verify.report import Check, Line, Report
-from fem_resnet.verify.suite import built_in, problem_of, verify
+from fem_resnet.verify.suite import BUILT_IN, built_in, problem_of, verify
 
-__all__ = ["Check", "Line", "Report", "built_in", "problem_of", "verify"]
+__all__ = ["BUILT_IN", "Check", "Line", "Report", "built_in", "problem_of", "verify"]
 
 
 class _Callable(ModuleType):

@@ -1,8 +1,9 @@
-"""`python -m fem_resnet.verify [FILE.h5 | MODULE] [--json FILE] [--png FILE] [--quick] [--exitfirst]`.
+"""`python -m fem_resnet.verify [FILE.h5 | MODULE] [--json FILE] [--png FILE] [--quick] [--exitfirst] [--time-limit SECONDS]`.
 
 What is verified: a saved network (`fem_resnet.save`), with smooth inputs and targets; a Python module, by name or path,
-with a function `problem()` or `problem(comm)` that returns a LearningProblem; or a built-in problem. The table goes to
-standard output on rank 0. Exit code 0 if all checks passed, 1 if one failed, 2 if there was nothing to verify.
+with a function `problem()` or `problem(comm)` that returns a LearningProblem; or the built-in problems. The table goes to
+standard output on rank 0. Exit code 0 if all checks passed, 1 if one failed, 2 if there was nothing to verify. Where one
+check takes longer than the limit, each rank says on standard error which it is and where it waits, and all are ended.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, the same on all ranks."""
     parser = argparse.ArgumentParser(prog="python -m fem_resnet.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", help="a saved network, or a module with problem(); a built-in one if left out")
+    parser.add_argument("what", nargs="?", help="a saved network, or a module with problem(); built-in ones if left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the convergence lines there")
     parser.add_argument("--quick", action="store_true", help="fewer directions, no convergence of co-states")
     parser.add_argument("--exitfirst", action="store_true", help="stop at the first check that fails")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="what a check may take; 600 on several ranks if left out, no limit on one"
+    )
     given = parser.parse_args(arguments)
     PETSc.Options().setValue("options_left", "no")  # PETSc has seen these arguments too, and would complain about them
     comm = MPI.COMM_WORLD
@@ -47,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"fem_resnet.verify: {error}\n")
         return 2
     try:
-        report = verify(what, quick=given.quick, exit_first=given.exitfirst)
-    except TypeError as error:
+        report = verify(what, quick=given.quick, exit_first=given.exitfirst, time_limit=given.time_limit)
+    except (TypeError, ValueError) as error:
         if comm.rank == 0:
             sys.stderr.write(f"fem_resnet.verify: {error}\n")
         return 2

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import firedrake as fd
 import numpy as np
 from mpi4py import MPI
+from pyadjoint import ReducedFunctional, Tape, set_working_tape
 from pyadjoint.enlisting import Enlist
+from pyadjoint.tape import continue_annotation, pause_annotation
 
+from fem_resnet.basis import Basis
+from fem_resnet.checkpoints import is_leaf
 from fem_resnet.costate_comparison import costate_check
 from fem_resnet.evolution import TYPES
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.loss import least_squares
 from fem_resnet.methods import METHODS
-from fem_resnet.objective import LearningProblem
-from fem_resnet.verify.point import Point, close, names, own
-from fem_resnet.verify.reference import raw
+from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.verify.derivatives import extrapolated
+from fem_resnet.verify.point import Point, close, names, own, part
+from fem_resnet.verify.reference import raw, relative
 from fem_resnet.verify.report import Check, Line
 
-__all__ = ["blocks", "convergence", "ranks", "replay", "reproducibility"]
+__all__ = ["blocks", "controls", "convergence", "failure", "moved", "ranks", "recorded_states", "replay", "reproducibility"]
 
 
 def _difference(comm, these, those) -> float:
@@ -56,13 +64,148 @@ def reproducibility(point: Point) -> Iterator[Check]:
     derivative = point.derivative()
     yield Check.of("same bits", "derivative of a used trajectory", _difference(comm, derivative, first[1:]), bits)
     unrecorded = float(problem.evaluate()[0])
+    bound = 1e-12 + part(point.round_off, abs(value))
     # Adapted steps are those of the recording, here of its first evaluation, at the same point.
-    yield Check.of("same bits", "unrecorded", abs(unrecorded - value) / max(abs(value), 1e-300), 1e-12)
+    yield Check.of("same bits", "unrecorded", part(abs(unrecorded - value), abs(value)), bound)
     J, _ = problem.record()
     again = [np.array([float(J(problem.functions))]), *(np.array(d.dat.data_ro) for d in Enlist(J.derivative()))]
-    yield Check.of("same bits", "recorded again", _difference(comm, again, first), 1e-12)
+    yield Check.of("same bits", "recorded again", _difference(comm, again, first), bound)
+    if hasattr(problem, "replace"):
+        copied = float(problem.replace().evaluate()[0])
+        yield Check.of("same bits", "of a copy", part(abs(copied - value), abs(value)), bound)
     unchanged = [np.array(function.dat.data_ro) for function in point.functions]
     yield Check.of("parameters", "left as they were", _difference(comm, unchanged, point.base), 0.0)
+
+
+def controls(point: Point) -> Iterator[Check]:
+    """The leaves of the tape are what is learned, and data: no control is missing there, and nothing else stands there."""
+    problem = point.problem
+    leaves = {
+        id(variable): variable.output
+        for block in point.J.tape.get_blocks() for variable in block.get_dependencies()
+        if is_leaf(variable) and isinstance(variable.output, fd.Function)
+    }  # fmt: skip
+    learned = {id(control.block_variable) for control in point.J.controls}
+    own = {id(function.block_variable) for function in point.functions}
+    missing = [name for name, function in zip(names(problem), point.functions) if id(function.block_variable) not in leaves]
+    yield Check("controls", "on the tape", float(len(missing)), 0.0, not missing and learned == own, ", ".join(missing))
+    data = [problem.batch.inputs]
+    if problem.derivatives is not None:
+        data += [problem.derivatives.directions, problem.derivatives.targets]
+    if problem.learn == "initial":
+        given = [*problem.net.parameters, *([] if problem.head is None else problem.head.parameters)]
+        data += [function for parameter in given for function in parameter.functions]
+    known = own | {id(function.block_variable) for function in data}
+    strange = sorted(str(leaf) for key, leaf in leaves.items() if key not in known and np.any(_values(leaf)))
+    yield Check("controls", "nothing else on the tape", float(len(strange)), 0.0, not strange, ", ".join(strange))
+
+
+def _values(leaf) -> np.ndarray:
+    """Of a Function, everywhere; what is 0 stands for nothing."""
+    comm = leaf.function_space().mesh().comm
+    return np.array(comm.allreduce(float(np.abs(leaf.dat.data_ro).max(initial=0.0)), op=MPI.MAX))
+
+
+def failure(point: Point) -> Iterator[Check]:
+    """Parameters that no state can follow are refused, and the tape is then as it was."""
+    problem = point.problem
+    if not problem.net.layers or problem.learn == "initial" or problem.checkpoints is not None:
+        return
+    value, gradient = point.value(), point.derivative()
+    lost = point.at()
+    position = next(k for k, name in enumerate(names(problem)) if name.startswith("kernel"))
+    lost[position].dat.data_wo[...] = np.nan
+    try:
+        point.J(lost)
+        refused = False
+    except (ArithmeticError, ValueError):
+        refused = True
+    yield Check.of("failure", "a state that is not finite is refused", float(not refused), 0.0)
+    bits = 1e-12 if METHODS[problem.net.solver_parameters["ts_type"]].implicit else 0.0
+    again = [np.array([point.value()]), *point.derivative()]
+    yield Check.of("failure", "and leaves nothing behind", _difference(point.comm, again, [np.array([value]), *gradient]), bits)
+
+
+def recorded_states(point: Point) -> Iterator[Check]:
+    """Where states at layer times are outputs of a tape, a functional of one has the derivative that differences have."""
+    problem, net = point.problem, point.problem.net
+    if problem.checkpoints is not None or net.layers < 2 or problem.learn == "initial":
+        return
+    middle = net.layers // 2 if net.layers > 2 else 1
+    for function in (problem.batch.inputs, *point.functions):
+        function.clear_block_variable()
+    with set_working_tape(Tape()) as tape:
+        continue_annotation()
+        try:
+            run = net.run(problem.batch.inputs, problem.running, problem.batch.weights)
+            try:
+                state = run.state(middle)
+            except RuntimeError as error:
+                yield Check.left_out("states", "on a tape", str(error))
+                return
+            if is_leaf(state.block_variable):
+                yield Check.left_out("states", "on a tape", "they are constants there")
+                return
+            target = fd.Function(state.function_space())
+            functional = ReducedFunctional(least_squares(net.Y, state, target), problem.controls(), tape=tape)
+        finally:
+            pause_annotation()
+    h = [point.direction(k) for k in range(len(point.functions))]
+    functional(point.at())
+    slope = point.pair([np.array(d.dat.data_ro) for d in Enlist(functional.derivative())], h)
+    limit, _ = extrapolated(
+        lambda e: (float(functional(point.at(h, e))) - float(functional(point.at(h, -e)))) / (2 * e), 0.02 * 0.4 ** np.arange(6), 1.0
+    )
+    point.value()
+    yield Check.of("states", "on a tape: derivative", part(abs(float(limit) - slope), abs(slope)), 1e-4 if net.activation.joints else 1e-6)
+
+
+def moved(point: Point) -> Iterator[Check]:
+    """`on`: the same network on another label space of the very same nodes; J, gradient, inner products and lengths."""
+    problem, net, head = point.problem, point.problem.net, point.problem.head
+    if net.Y.graph is not None or net.Y.numbers is not None or problem.derivatives is not None:
+        return
+    Y = LabelSpace(net.Y.V)
+    try:
+        there, output = net.on(Y), None if head is None else head.on(Y)
+    except ValueError as error:
+        yield Check.left_out("on other nodes", "all", str(error))
+        return
+    # Eigenfunctions are computed again and turned onto the others: exact but where a repeated eigenvalue is cut.
+    apart = 0.0
+    for ours, theirs in zip(_bases(problem.net, head), _bases(there, output), strict=True):
+        if ours.Y is net.Y:
+            apart = max(apart, relative(theirs.values, ours.values, point.comm))
+    yield Check.of("on other nodes", "bases", apart, 0.05)
+    inputs = Y.batch(net.Y.values(problem.batch.inputs).copy())
+    if head is None:
+        targets = Y.batch(net.Y.values(problem.batch.targets).copy())
+    else:
+        targets = problem.batch.targets
+        if output.Y is not head.Y and isinstance(targets, fd.Function):
+            targets = output.Y.batch(head.Y.values(targets).copy())
+    other = LearningProblem(
+        there, output, problem.loss, problem.regulariser, Batch(inputs, targets, problem.batch.weights), learn=problem.learn,
+        running=problem.running,
+    )  # fmt: skip
+    for ours, theirs in zip(problem.parameters, other.parameters, strict=True):
+        measures = ours.time_basis.measures, theirs.time_basis.measures
+        yield Check.of("on other nodes", f"lengths in time, {ours.name}", relative(measures[1], measures[0]), 1e-12)
+    adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
+    J, _ = other.record()
+    gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
+    value, expected = float(J.functional), point.value()
+    bound = max(1e-3 if adapts else 1e-8, 10 * close(problem), 10 * apart)
+    yield Check.of("on other nodes", "J", part(abs(value - expected), abs(expected)), bound + part(point.round_off, abs(expected)))
+    if not adapts:
+        gaps = point.lengths([a - b for a, b in zip(gradient, point.derivative(), strict=True)])
+        size = float(np.linalg.norm(point.lengths(point.gradient)))
+        yield Check.of("on other nodes", "gradient", part(float(gaps.max()), size), max(1e-7, 10 * close(problem), 10 * apart, point.coarseness))
+
+
+def _bases(net, head) -> list[Basis]:
+    """Those of a network, one a layer, and of a head."""
+    return [basis for bases in net.bases.values() for basis in bases if basis is not None] + ([] if head is None else [head.psi, head.onto])
 
 
 def _half(problem: LearningProblem):
@@ -86,14 +229,15 @@ def blocks(point: Point) -> Iterator[Check]:
         J, run = other.record()
         value = float(J(other.functions))
         gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
-        costates = [np.array(run.costate(layer).dat.data_ro) for layer in range(net.layers + 1)]
+        # Derivatives of the output depend on the states that start a Block, beside the layers.
+        costates = [] if problem.derivatives is not None else [np.array(run.costate(layer).dat.data_ro) for layer in range(net.layers + 1)]
         states = [np.array(run.state(layer).dat.data_ro) for layer in range(net.layers + 1)]
         try:
             action = [np.array(d.dat.data_ro) for d in Enlist(J.hessian(h))]
         except NotImplementedError:
             action = []
         answers.append([[np.array([value])], gradient, states, costates, action])
-    bound = max(1e-10, 10 * close(problem))
+    bound = max(1e-10, 10 * close(problem), point.coarseness)
     if problem.net.solver_parameters.get("ts_adapt_type", "none") != "none":
         bound = max(bound, 1e-9)
     for size, answer in zip(sizes[1:], answers[1:]):
@@ -113,10 +257,13 @@ def replay(point: Point) -> Iterator[Check]:
         return
     other = problem.replace(net=net.replace(layers_per_block=1), checkpoints=1)
     J, _ = other.record()
+    recorded = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
     answer = [np.array([float(J(other.functions))]), *(np.array(d.dat.data_ro) for d in Enlist(J.derivative()))]
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
-    bound = 10 * close(problem) if net.precision == "single" else 1e-9 if adapts else 1e-10
-    yield Check.of("checkpoints", "replay", _difference(point.comm, answer, _answer(point)), bound)
+    bound = max(10 * close(problem) if net.precision == "single" else 1e-9 if adapts else 1e-10, point.coarseness)
+    expected = _answer(point)
+    yield Check.of("checkpoints", "replay", _difference(point.comm, answer, expected), bound)
+    yield Check.of("checkpoints", "of a recording", _difference(point.comm, recorded, expected[1:]), bound)
 
 
 def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Iterator[Check]:
@@ -171,7 +318,8 @@ def ranks(point: Point, make: Callable | None) -> Iterator[Check]:
         here, there = _probes(point), _probes(alone)
         for name, a, b in zip(here[0], here[1], there[1]):
             gap = comm.allreduce(abs(a - b), op=MPI.MAX) / max(abs(b), 1e-8 * max(map(abs, there[1])), 1e-300)
-            yield Check.of("ranks", f"{comm.size} and 1: {name}", gap, bound)
+            coarse = part(point.round_off, abs(b)) if name == "J" else point.coarseness
+            yield Check.of("ranks", f"{comm.size} and 1: {name}", gap, bound + coarse)
     finally:
         alone.restore()
 

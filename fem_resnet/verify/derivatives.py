@@ -23,11 +23,14 @@ from fem_resnet.blocks import made
 from fem_resnet.label_space import sample_weights
 from fem_resnet.space_basis import SeenBatch
 from fem_resnet.time_stepping import LayerStepper
-from fem_resnet.verify.point import Point, close, names, random_like
-from fem_resnet.verify.reference import Reference
+from fem_resnet.verify.point import Point, close, names, part, random_like
+from fem_resnet.verify.reference import Reference, relative
 from fem_resnet.verify.report import Check, Line
 
-__all__ = ["adjoint_identities", "costates", "extrapolated", "gauss_newton", "jacobians", "second_order", "taylor"]
+__all__ = [
+    "adjoint_identities", "costates", "elsewhere", "extrapolated", "gauss_newton", "given_steps", "jacobians", "second_order",
+    "taylor",
+]  # fmt: skip
 
 #: Steps in parts of the direction, longest first.
 _STEPS = 0.02 * 0.4 ** np.arange(8)
@@ -96,6 +99,7 @@ def taylor(point: Point, quick: bool, lines: list[Line]) -> Iterator[Check]:
     J0, tiny = point.value(), np.finfo(float).eps
     # What a difference of two values of J may be wrong by, in parts of J.
     noise = max(64 * tiny, 1e-2 * close(point.problem) if close(point.problem) > 1e-10 else 0.0)
+    noise = noise * abs(J0) + point.round_off
     bound = max(_BETWEEN_JOINTS if joints else _SMOOTH, close(point.problem) * 10)
     for name, h in _directions(point, quick):
         expected = point.pair(point.gradient, h)
@@ -108,20 +112,30 @@ def taylor(point: Point, quick: bool, lines: list[Line]) -> Iterator[Check]:
 
         if joints:
             defect = min(abs(central(step) - expected) for step in _SHORT)
-            allowed = bound * size + noise * abs(J0) / _SHORT[1]
+            allowed = bound * size + noise / _SHORT[1]
         else:
             limit, error = extrapolated(central, _STEPS, size)
             defect = abs(float(limit) - expected)
-            allowed = bound * size + 10 * min(error, 0.01 * size) + noise * abs(J0) / _STEPS[3]
+            allowed = bound * size + 10 * min(error, 0.01 * size) + noise / _STEPS[3]
         curvature, action = None, _hessian(point, h)
         if action is not None:
             curvature = point.pair(action, h)
         rates = list(_rates(name, J0, expected, curvature, values, noise, lines)) if not joints else []
         shown = "rates " + " / ".join("-" if rate is None else f"{rate:.2f}" for rate in rates) if rates else "one-sided at joints"
-        yield Check("Taylor R0/R1/R2", name, defect / size, allowed / size, bool(defect <= allowed), shown)
+        yield Check("Taylor R0/R1/R2", name, part(defect, size), part(allowed, size), bool(defect <= allowed), shown)
         point.value()
-        tangent = float(point.J.tlm(h))
-        yield Check.of("tangent = adjoint", name, abs(tangent - expected) / size, max(1e-9, close(point.problem)))
+        tangent = _tangent(point, h)
+        if tangent is None:
+            continue
+        yield Check.of("tangent = adjoint", name, part(abs(tangent - expected), size), max(1e-9, close(point.problem), point.coarseness))
+
+
+def _tangent(point: Point, h) -> float | None:
+    """J' h where the tape stands, by its tangents; None where something on it has none."""
+    try:
+        return float(point.J.tlm(h))
+    except NotImplementedError:
+        return None
 
 
 def _hessian(point: Point, h) -> list[np.ndarray] | None:
@@ -144,7 +158,7 @@ def _rates(name, J0, slope, curvature, values, noise, lines) -> Iterator[float |
                 remainder -= step * slope
             if order > 1:
                 remainder -= step**2 / 2 * curvature
-            points.append((step, abs(remainder) if abs(remainder) > 20 * noise * abs(J0) else 0.0))
+            points.append((step, abs(remainder) if abs(remainder) > 20 * noise else 0.0))
         line = Line(f"R{order} of {name}", order + 1, *map(tuple, zip(*points)))
         lines.append(line)
         yield line.rate
@@ -191,6 +205,8 @@ def second_order(point: Point, quick: bool) -> Iterator[Check]:
         # Each part by its own size, not below what round-off in the gradient, or the whole, makes of it.
         scale = sizes + 1e-3 * np.linalg.norm(sizes) + 1e-5 * slopes + 1e-8 * np.linalg.norm(slopes)
         allowed = bound * scale + 3 * np.minimum(error, 1e-3 * scale) + 1e2 * accuracy * 1e-2 * np.linalg.norm(slopes) * 1e-3
+        allowed += 4 * point.coarseness * np.linalg.norm(slopes) / steps[-1]
+        scale = np.maximum(scale, np.finfo(float).tiny)
         worst = int(np.argmax(defects / allowed))
         yield Check(
             "Hessian", f"{name}: on {labels[worst]}", float(defects[worst] / scale[worst]),
@@ -200,8 +216,57 @@ def second_order(point: Point, quick: bool) -> Iterator[Check]:
     forth, back = point.pair(action, other), point.pair(point.hessian(other), h)
     lengths = [np.linalg.norm(point.lengths([v.dat.data_ro for v in vs])) for vs in (h, other)]
     size = max(abs(forth), abs(back), 1e-6 * np.linalg.norm(point.lengths(action)) * lengths[1], 1e-300)
-    yield Check.of("Hessian symmetric", name, abs(forth - back) / size, max(1e-8, 100 * accuracy))
+    yield Check.of("Hessian symmetric", name, abs(forth - back) / size, max(1e-8, 100 * accuracy, point.coarseness))
     point.value()
+
+
+def elsewhere(point: Point) -> Iterator[Check]:
+    """What the tape says far from where it was recorded and first differentiated: against itself, and a tape recorded there.
+
+    Whatever a tape, a Block or an operator keeps of another point shows here, and nowhere else if it was kept at the first.
+    """
+    problem, step, short = point.problem, 0.5, 1e-5
+    h = [point.direction(k) for k in range(len(point.functions))]
+    value, gradient = point.value(h, step), point.derivative()
+    slope, tangent = point.pair(gradient, h), _tangent(point, h)
+    size = abs(slope) + 1e-9 * abs(value)
+    if tangent is not None:
+        yield Check.of("elsewhere", "tangent = adjoint", part(abs(tangent - slope), size), max(1e-9, close(problem), point.coarseness))
+    action = None
+    if problem.net.precision == "double":
+        try:
+            action = point.hessian(h, step)
+        except NotImplementedError as error:
+            yield Check.left_out("elsewhere", "Hessian", str(error))
+    if action is not None:
+        slopes = []
+        for sign in (1, -1):
+            point.value(h, step + sign * short)
+            slopes.append(point.pair(point.derivative(), h))
+        curvature, found = (slopes[0] - slopes[1]) / (2 * short), point.pair(action, h)
+        size = abs(curvature) + 1e-3 * abs(slope)
+        bound = 1e-5 + max(1e-13, 1e-2 * close(problem) if close(problem) > 1e-10 else 0.0) / short
+        if not problem.net.activation.joints:  # between them short steps may cross one
+            yield Check.of("elsewhere", "Hessian", part(abs(found - curvature), size), bound + point.coarseness / short)
+    if problem.net.solver_parameters.get("ts_adapt_type", "none") != "none":
+        return  # another recording adapts its own steps
+    point.stand(h, step)
+    try:
+        J, _ = problem.record()
+        fresh = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
+        differences = {"J": part(abs(float(J.functional) - value), abs(value)), "gradient": _apart(point, gradient, fresh)}
+        if action is not None:
+            differences["Hessian"] = _apart(point, action, [np.array(d.dat.data_ro) for d in Enlist(J.hessian(h))])
+    finally:
+        point.stand()
+    for name, difference in differences.items():
+        yield Check.of("elsewhere", f"{name} of a tape recorded there", difference, max(1e-10, 10 * close(problem)))
+
+
+def _apart(point: Point, these: list[np.ndarray], those: list[np.ndarray]) -> float:
+    """Largest difference of parts, in parts of the whole."""
+    gaps = point.lengths([a - b for a, b in zip(these, those, strict=True)])
+    return part(float(gaps.max()), float(np.linalg.norm(point.lengths(those))))
 
 
 def _gradient_at(point: Point, h, step):
@@ -216,8 +281,8 @@ def gauss_newton(point: Point) -> Iterator[Check]:
     if loss not in ("least_squares", "cross_entropy", "binary_cross_entropy"):
         yield Check.left_out("Gauss-Newton", "all controls", f"the loss {loss!r} is the user's own")
         return
-    if problem.running is not None:
-        yield Check.left_out("Gauss-Newton", "all controls", "a running cost has no residual")
+    if problem.running is not None or problem.derivatives is not None or problem.checkpoints is not None:
+        yield Check.left_out("Gauss-Newton", "all controls", "a running cost, derivatives of the output and checkpoints have none")
         return
     h = [point.direction(k) for k in range(len(point.functions))]
     other = [point.random(function) for function in point.functions]
@@ -256,11 +321,11 @@ def gauss_newton(point: Point) -> Iterator[Check]:
         why = "the kernel is made of other controls, in which the regulariser is not quadratic"
         yield Check.left_out("Gauss-Newton", "<h, A h>", why)
     else:
-        bound = max(1e-5 if joints else 1e-6, 10 * close(problem))
-        yield Check.of("Gauss-Newton", "<h, A h>", abs(value - expected) / size, bound)
+        bound = max(1e-5 if joints else 1e-6, 10 * close(problem), point.coarseness)
+        yield Check.of("Gauss-Newton", "<h, A h>", part(abs(value - expected), size), bound)
     forth, back = point.pair(actions[0], other), point.pair(actions[1], h)
     size = max(abs(forth), abs(back), 1e-6 * size)
-    yield Check.of("Gauss-Newton", "symmetric", abs(forth - back) / size, max(1e-8, close(problem)))
+    yield Check.of("Gauss-Newton", "symmetric", part(abs(forth - back), size), max(1e-8, close(problem), point.coarseness))
     point.value()
 
 
@@ -284,11 +349,34 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
         state = new if problem.running is None else new[0]
     for block in point.J.tape.get_blocks():
         operator = getattr(block, "operator", None)
-        if operator is None or hasattr(operator, "steppers"):
+        if operator is None or hasattr(operator, "steppers") or not hasattr(operator, "tangent"):
             continue
         arrays = [np.array(slot.read(v.saved_output)) for slot, v in zip(operator.inputs, block.get_dependencies())]
         name = type(operator).__name__.strip("_").removesuffix("Operator").lower()
         yield _identity(name, operator, arrays, point, rng, shared, 1e-10)
+
+
+def given_steps(point: Point) -> Iterator[Check]:
+    """Layers that take steps they are given, of unequal lengths: f at their ends, and adjoint identities."""
+    problem = point.problem
+    net = problem.net
+    adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
+    if not net.layers or net.factors or adapts or not isinstance(next(iter(_layer_segments(problem))).steppers[0], LayerStepper):
+        return
+    rng, shared = np.random.default_rng([17, point.comm.rank]), np.random.default_rng(18)
+    lengths, bound = [0.5, 0.2, 0.3], max(1e-10, close(problem))
+    state = None
+    with Reference(problem) as reference:
+        expected = reference.states(reference.initial, [lengths] * net.layers)[1:]
+        for layer, (segment, f) in enumerate(zip(_layer_segments(problem), expected)):
+            segment.replay([lengths])
+            if state is None:
+                state = np.array(segment.inputs[0].read(problem.batch.inputs))
+            arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions))]
+            new = segment.forward(arrays, save=True)
+            state = new if problem.running is None else new[0]
+            yield Check.of("given steps", f"f(t_{layer + 1})", relative(state, f[: net.Y.nodes], point.comm), bound)
+            yield _identity(f"layer {layer}, given steps", segment, arrays, point, rng, shared, bound)
 
 
 def _layer_segments(problem):
@@ -391,6 +479,9 @@ def costates(point: Point, taken) -> Iterator[Check]:
     net, joints = problem.net, problem.net.activation.joints
     if not net.layers:
         return
+    if problem.derivatives is not None:
+        yield Check.left_out("co-state", "r(t_l)", "derivatives of the output depend on it too")
+        return
     point.value()
     point.J.derivative()
     bound = max(_BETWEEN_JOINTS if joints else 1e-6, 10 * close(problem))
@@ -415,9 +506,10 @@ def costates(point: Point, taken) -> Iterator[Check]:
                 return (reference.loss(tails[0]) - reference.loss(tails[1])) / (2 * step)
 
             found = reference.measure.inner(r, v)
-            size = abs(found) + 1e-9
+            size = abs(found) + 1e-9 * max(abs(reference.loss(states[-1])), reference.measure.norm(r) * reference.measure.norm(v))
             if joints:
                 defect = min(abs(central(step) - found) for step in _SHORT)
             else:
                 defect = abs(float(extrapolated(central, _STEPS, size)[0]) - found)
-            yield Check.of("co-state", f"r(t_{layer})", defect / size, bound + 1e-11 * abs(reference.loss(states[-1])) / size)
+            noise = 1e-11 * abs(reference.loss(states[-1])) + point.round_off / _STEPS[3]
+            yield Check.of("co-state", f"r(t_{layer})", part(defect, size), bound + part(noise, size))

@@ -12,8 +12,9 @@ from pyadjoint.enlisting import Enlist
 from fem_resnet.methods import METHODS
 from fem_resnet.objective import LearningProblem
 from fem_resnet.space_basis import LayerTimes
+from fem_resnet.verify.reference import NotWrittenOut, Reference, raw
 
-__all__ = ["Point", "close", "names", "own"]
+__all__ = ["Point", "close", "names", "own", "part"]
 
 #: A part of their size by which parameters are moved.
 _MOVE = 0.1
@@ -40,6 +41,11 @@ def close(problem: LearningProblem) -> float:
     return max(1e-8, 1e2 * max(theirs), 1e2 * float(parameters.get("snes_stol", 0.0)) ** 2)
 
 
+def part(defect: float, size: float) -> float:
+    """A defect in parts of a size, both maybe 0."""
+    return float(defect / size) if size > 0 else float(defect > 0)
+
+
 class Point:
     """J, its derivatives and directions at the problem's parameters, moved by a tenth of their size.
 
@@ -52,6 +58,11 @@ class Point:
         See `own`.
     seed
         Of the move, the same on every rank.
+
+    Attributes
+    ----------
+    round_off : float
+        What J may be wrong by, absolutely, beside round-off in parts of its size (`Reference.round_off`).
     """
 
     def __init__(self, problem: LearningProblem, seed: int = 0):
@@ -68,6 +79,17 @@ class Point:
         self.J, self.run = problem.record()
         self.base = [np.array(function.dat.data_ro) for function in self.functions]
         self.gradient = self.derivative()
+        with Reference(problem) as reference:
+            try:
+                self.round_off = reference.round_off(reference.output(self._final()))
+            except NotWrittenOut:
+                self.round_off = 0.0
+        loss = abs(float(self.J.functional))
+        #: What gradients may be wrong by, in parts of their size: more than round-off where the loss is next to nothing.
+        self.coarseness = min(self.round_off / loss, 1.0) if loss > 0 else float(self.round_off > 0)
+
+    def _final(self) -> np.ndarray:
+        return raw(self.run.final, self.Y, (self.Y.nodes, self.problem.batch.samples))
 
     def _move(self) -> None:
         for function, size in zip(self.functions, self.sizes):
@@ -77,6 +99,11 @@ class Point:
         """Give the problem's Functions the values that they had."""
         for function, values in zip(self.functions, self._given):
             function.dat.data_wo[...] = values
+
+    def stand(self, h: Sequence[fd.Function] | None = None, step: float = 0.0) -> None:
+        """Give the problem's Functions the values m + step h."""
+        for function, values in zip(self.functions, self.at(h, step)):
+            function.dat.data_wo[...] = values.dat.data_ro
 
     # -- directions ---------------------------------------------------------------------------------------------------
 
@@ -126,9 +153,9 @@ class Point:
         """J' where the tape stands: functionals as they lie in their Cofunctions, on this rank."""
         return [np.array(d.dat.data_ro) for d in Enlist(self.J.derivative())]
 
-    def hessian(self, h: Sequence[fd.Function]) -> list[np.ndarray]:
-        """J''(m) h."""
-        self.value()
+    def hessian(self, h: Sequence[fd.Function], step: float = 0.0) -> list[np.ndarray]:
+        """J''(m + step h) h."""
+        self.value(h, step)
         self.J.derivative()
         return [np.array(d.dat.data_ro) for d in Enlist(self.J.hessian(h))]
 

@@ -20,7 +20,6 @@ import numpy as np
 import petsctools
 import scipy.special
 import sympy
-import ufl
 from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
@@ -33,7 +32,7 @@ from fem_resnet.parameter import Parameter
 from fem_resnet.running_cost import RunningCost
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, MatrixControls, NodalValues, StateValues
 
-__all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "sigma"]
+__all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "relative", "sigma"]
 
 
 class NotWrittenOut(NotImplementedError):
@@ -70,6 +69,17 @@ def raw(function: fd.Function | fd.Cofunction, Y: LabelSpace, shape: tuple[int, 
     if function.function_space().mesh() is Y.V.mesh():
         return values.reshape((values.shape[0], *shape[1:]))
     return np.concatenate([part.ravel() for part in Y.comm.allgather(values)]).reshape(shape)
+
+
+def relative(a, b, comm=None) -> float:
+    """Largest difference of two arrays, in parts of the largest entry of the second; on all ranks of `comm`."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.shape != b.shape:
+        return np.inf
+    pair = np.array([np.abs(a - b).max(initial=0.0), np.abs(b).max(initial=0.0)])
+    if comm is not None:
+        comm.Allreduce(MPI.IN_PLACE, pair, op=MPI.MAX)
+    return float(pair[0] / pair[1]) if pair[1] > 0 else float(pair[0])
 
 
 class Measure:
@@ -115,18 +125,18 @@ class Measure:
             whole = self.total(whole)
             return (A.sum(axis=1)[:, None] * whole - A @ whole)[Y.numbers]
         result = np.empty_like(values)
-        u, form = self._gradient_form
-        with stop_annotating():
-            for k in range(values.shape[1]):
-                u.dat.data_wo[...] = values[:, k]
-                result[:, k] = fd.assemble(form).dat.data_ro
+        x, y = self._gradients.createVecs()
+        for k in range(values.shape[1]):
+            x.array_w[:] = values[:, k]
+            self._gradients.mult(x, y)
+            result[:, k] = y.array_r
         return result
 
     @cached_property
-    def _gradient_form(self) -> tuple[fd.Function, ufl.Form]:
-        # One form, since what Firedrake makes of a form is kept with it.
-        u = fd.Function(self.Y.V)
-        return u, fd.inner(fd.grad(u), fd.grad(fd.TestFunction(self.Y.V))) * fd.dx
+    def _gradients(self) -> PETSc.Mat:
+        u, v = fd.TrialFunction(self.Y.V), fd.TestFunction(self.Y.V)
+        with stop_annotating():
+            return fd.assemble(fd.inner(fd.grad(u), fd.grad(v)) * fd.dx).petscmat
 
     def basis_stiffness(self, basis: Basis) -> np.ndarray:
         """Inner products of gradients; of eigenfunctions on a discontinuous space those that they came with."""
@@ -358,22 +368,32 @@ class Reference:
             return scipy.special.expit(O)
         if name == "softmax":
             measure = self.measure if self.head is None else self.measure_of(self.head.Y)
-            largest = measure.comm.allreduce(O.max(initial=-np.inf), op=MPI.MAX)
-            p = np.exp(O - largest)
-            return p / measure.total(measure.weights @ p)
+            return np.exp(O - self._log_integral(O, measure))
         raise NotWrittenOut(f"the prediction {name!r} has no second formula")
+
+    def _log_integral(self, O: np.ndarray, measure: Measure) -> np.ndarray:
+        """log int e^O of each sample, whatever the size of O."""
+        parts = np.logaddexp.reduce(np.log(measure.weights)[:, None] + O, axis=0, initial=-np.inf)
+        return np.logaddexp.reduce(np.array(measure.comm.allgather(parts)), axis=0)
+
+    def round_off(self, O: np.ndarray) -> float:
+        """What the loss may be wrong by, absolutely: of entropies, which are small differences of numbers as large as O."""
+        if self.problem.loss.name not in ("cross_entropy", "binary_cross_entropy"):
+            return 0.0
+        measure = self.measure if self.head is None else self.measure_of(self.head.Y)
+        largest = measure.comm.allreduce(float(np.abs(O).max(initial=1.0)), op=MPI.MAX)
+        return 16 * np.finfo(float).eps * largest * float(measure.total(measure.weights.sum()))
 
     def losses(self, O: np.ndarray) -> np.ndarray:
         """Loss of each sample."""
         loss, C = self.problem.loss, self.observed
         measure = self.measure if self.head is None else self.measure_of(self.head.Y)
-        p = self.prediction(O)
         if loss.name == "least_squares":
-            return measure.total(measure.weights @ (0.5 * np.abs(p - C) ** 2))
+            return measure.total(measure.weights @ (0.5 * np.abs(self.prediction(O) - C) ** 2))
         if loss.name == "cross_entropy":
-            return -measure.total(measure.weights @ (C * np.log(p)))
+            return -measure.total(measure.weights @ (C * (O - self._log_integral(O, measure))))
         if loss.name == "binary_cross_entropy":
-            return -measure.total(measure.weights @ (C * np.log(p) + (1 - C) * np.log(scipy.special.expit(-O))))
+            return measure.total(measure.weights @ (C * np.logaddexp(0.0, -O) + (1 - C) * np.logaddexp(0.0, O)))
         # The user's own: its value is what it says.
         return measure.total(loss.value(measure.Y, O, C, self.problem._prediction))
 
@@ -386,7 +406,7 @@ class Reference:
         p = self.prediction(X)
         if self.problem.loss.name == "binary_cross_entropy":
             return measure.total(w @ (p * (1 - p) * v**2))
-        return measure.total(w @ self.observed) * (measure.total(w @ (p * v**2)) - measure.total(w @ (p * v)) ** 2)
+        return measure.total(w @ self.observed) * measure.total(w @ (p * (v - measure.total(w @ (p * v))) ** 2))
 
     def regulariser(self) -> float:
         """R."""
@@ -415,18 +435,39 @@ class Reference:
                 total += weight * squares / 2
         return float(total)
 
+    @cached_property
+    def _directions(self) -> tuple[np.ndarray, np.ndarray]:
+        """v and C'."""
+        derivatives, Y = self.problem.derivatives, self.Y if self.head is None else self.head.Y
+        functions = ((self.Y, derivatives.directions), (Y, derivatives.targets))
+        return tuple(raw(f, domain, (domain.nodes, f.function_space().value_size)) for domain, f in functions)
+
+    def mismatch(self, f: np.ndarray, taken: Sequence | None = None) -> float:
+        """weight sum omega 1/2 |O' v - C'|^2 for the initial state f; O' v by central differences of order 6."""
+        if self.problem.derivatives is None:
+            return 0.0
+        v, C = self._directions
+        measure = self.measure if self.head is None else self.measure_of(self.head.Y)
+        e = 2e-3 / max(measure.comm.allreduce(float(np.abs(v).max(initial=0.0)), op=MPI.MAX), 1e-300)
+        change = sum(
+            weight * (self.output(self.states(f + k * e * v, taken)[-1]) - self.output(self.states(f - k * e * v, taken)[-1]))
+            for k, weight in ((1, 45 / 60), (2, -9 / 60), (3, 1 / 60))
+        ) / e  # fmt: skip
+        squares = measure.total(measure.weights @ (0.5 * (change - C) ** 2))
+        return float(self.problem.derivatives.weight * (self.omega @ squares))
+
     def loss(self, f: np.ndarray) -> float:
         """The part of J that depends on the states."""
         running = 0.0 if self.problem.running is None else self.measure.total(f[-1])
         return float(self.omega @ (self.losses(self.output(f)) + running))
 
-    def of_state(self, f: np.ndarray) -> float:
+    def of_state(self, f: np.ndarray, taken: Sequence | None = None) -> float:
         """J for f(T)."""
-        return self.loss(f) + self.regulariser()
+        return self.loss(f) + self.mismatch(self.initial, taken) + self.regulariser()
 
     def value(self, taken: Sequence | None = None) -> float:
         """J."""
-        return self.of_state(self.states(self.initial, taken)[-1])
+        return self.of_state(self.states(self.initial, taken)[-1], taken)
 
 
 class _LayerEquation:

@@ -30,6 +30,8 @@ class Check:
         A check that was left out has passed; `note` says why it was.
     note : str
         More numbers, such as observed rates; or a reason.
+    problem : str
+        Of which built-in problem, where these are what was verified.
     """
 
     group: str
@@ -38,6 +40,7 @@ class Check:
     bound: float | None
     passed: bool
     note: str = ""
+    problem: str = ""
 
     @classmethod
     def of(cls, group: str, name: str, value: float, bound: float, note: str = "") -> Check:
@@ -72,12 +75,15 @@ class Line:
     order : int
         At which rate it falls where all is well.
     steps, values : tuple of float
+    problem : str
+        As of a `Check`.
     """
 
     name: str
     order: int
     steps: tuple[float, ...]
     values: tuple[float, ...]
+    problem: str = ""
 
     @property
     def rate(self) -> float | None:
@@ -120,8 +126,10 @@ class Report:
         return [check for check in self.checks if not check.passed]
 
     def __str__(self) -> str:
+        several = any(check.problem for check in self.checks)
         rows = [
             (
+                *([check.problem] if several else []),
                 check.group,
                 check.name,
                 "" if check.value is None else f"{check.value:.1e}",
@@ -131,7 +139,7 @@ class Report:
             )
             for check in self.checks
         ]
-        lines = table(("check", "of", "found", "bound", "", ""), rows)
+        lines = table((*(["problem"] if several else []), "check", "of", "found", "bound", "", ""), rows)
         failed = len(self.failures)
         verdict = "all passed" if self.passed else f"{failed} FAILED"
         return "\n".join([self.title, *lines, f"{len(rows)} checks in {self.seconds:.1f} s: {verdict}"])

@@ -1,11 +1,13 @@
-"""The whole battery of checks on a learning problem, and the problem that is built in."""
+"""The whole battery of checks on a learning problem, or on the built-in ones."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 
 import firedrake as fd
 import numpy as np
@@ -13,21 +15,23 @@ from mpi4py import MPI
 from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
-from fem_resnet.basis import given_basis
 from fem_resnet.head import Head
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.laplace import laplace_basis
 from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.methods import METHODS
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import Batch, LearningProblem
-from fem_resnet.regulariser import smooth_in_space, smooth_in_time, tikhonov
-from fem_resnet.verify import behaviour, derivatives, quantities
+from fem_resnet.regulariser import tikhonov
+from fem_resnet.verify import activations, behaviour, derivatives, quantities
 from fem_resnet.verify.point import Point, own, random_like
+from fem_resnet.verify.problems import BUILT_IN, built_in
 from fem_resnet.verify.reference import NotWrittenOut
 from fem_resnet.verify.report import Check, Report
+from fem_resnet.verify.watch import Watch
 
-__all__ = ["built_in", "problem_of", "verify"]
+__all__ = ["BUILT_IN", "built_in", "problem_of", "verify"]
+
+#: Seconds that a check may take on several ranks.
+_TIME_LIMIT = 600.0
 
 
 def verify(
@@ -35,6 +39,7 @@ def verify(
     *,
     quick: bool = False,
     exit_first: bool = False,
+    time_limit: float | None = None,
 ) -> Report:
     """Hold a learning problem against what it says it is. Collective; parameters are put back at the end.
 
@@ -46,11 +51,14 @@ def verify(
     ----------
     problem
         The problem; or a function that makes it, called as ``problem(comm)`` if it takes an argument, which on several
-        ranks is also made on one rank alone; the built-in one if left out.
+        ranks is also made on one rank alone; the built-in ones, which together run all of the package's layers, if left out.
     quick
         Whether to test fewer directions, and no convergence of co-states.
     exit_first
         Whether to stop at the first check that fails.
+    time_limit
+        Seconds that one check may take before all ranks are ended with a message and their stacks: where one rank leaves
+        out what is collective, the others wait for ever. 600 on several ranks, none on one, if left out.
 
     Returns
     -------
@@ -62,32 +70,58 @@ def verify(
     TypeError
         If `problem` is, or makes, no LearningProblem.
     ValueError
-        If it has observations before T.
+        If `time_limit` is not positive, or the problem has observations before T.
 
     Examples
     --------
-    >>> from fem_resnet.verify import verify
-    >>> verify(quick=True).passed
+    >>> from fem_resnet.verify import built_in, verify
+    >>> verify(built_in, quick=True).passed
     True
     """
-    made = built_in if problem is None else problem
-    make = None
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit: a positive number of seconds is wanted, {time_limit!r} was given")
+    comm = problem.net.Y.comm if isinstance(problem, LearningProblem) else MPI.COMM_WORLD
+    if time_limit is None:
+        time_limit = _TIME_LIMIT if comm.size > 1 else math.inf
+    with Watch(comm, time_limit) as watch:
+        if problem is not None:
+            return _verified(problem, quick, exit_first, watch)
+        whole = Report(f"{len(BUILT_IN)} built-in problems")
+        for name, make in BUILT_IN.items():
+            report = _verified(make, quick, exit_first, watch, name)
+            whole.checks += [replace(check, problem=name) for check in report.checks]
+            whole.lines += [replace(line, problem=name) for line in report.lines]
+            whole.seconds += report.seconds
+            if exit_first and comm.allreduce(not report.passed, op=MPI.LOR):
+                break
+        return whole
+
+
+def _verified(made: LearningProblem | Callable, quick: bool, exit_first: bool, watch: Watch, name: str = "") -> Report:
+    """The report on one problem, or on what makes it; one of `BUILT_IN` that cannot be made is a finding."""
+    make, start = None, time.perf_counter()
+    watch.begin(f"{name}: making the problem")
     if not isinstance(made, LearningProblem):
         if not callable(made):
             raise TypeError(f"problem: a LearningProblem, or a function that makes one, is wanted, {type(made).__name__} was given")
         takes_comm = _takes_communicator(made)
         make = made if takes_comm else None
-        made = made(MPI.COMM_WORLD) if takes_comm else made()
+        try:
+            made = made(MPI.COMM_WORLD) if takes_comm else made()
+        except Exception as error:
+            if not name:
+                raise
+            return Report(name, [Check.broken("problem", "made", error)])
     if not isinstance(made, LearningProblem):
         raise TypeError(f"problem: a LearningProblem is wanted, {type(made).__name__} was made")
     if made.observations is not None:
         raise ValueError("verify: it does not take observations before T; make the problem without observations")
-    start, was_annotating = time.perf_counter(), annotate_tape()
+    was_annotating = annotate_tape()
     report = Report(_title(made))
     pause_annotation()
     try:
         with set_working_tape(Tape()):
-            _all_checks(own(made), make, quick, exit_first, report)
+            _all_checks(own(made), make, quick, exit_first, report, lambda what: watch.begin(f"{name}: {what}"))
     finally:
         if was_annotating:
             continue_annotation()
@@ -113,15 +147,17 @@ class _Failed(Exception):
     """A check has failed, and no more are wanted."""
 
 
-def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report) -> None:
+def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report, begin: Callable[[str], None]) -> None:
     comm = problem.net.Y.comm
 
     def keep(check: Check) -> None:
         report.checks.append(check)
+        begin(f"{check.group}, what comes after {check.name!r}")
         if exit_first and comm.allreduce(not check.passed, op=MPI.LOR):
             raise _Failed
 
     def run(group: str, checks: Callable[[], Iterator[Check]]) -> None:
+        begin(group)
         try:
             with closing(checks()) as found:
                 for check in found:
@@ -139,7 +175,9 @@ def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, r
 
 def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run: Callable) -> None:
     run("measures", lambda: quantities.measures(problem))
-    run("activation", lambda: quantities.activation(problem))
+    run("stable kernel", lambda: quantities.stable_kernel(problem))
+    run("activation", lambda: activations.activation(problem))
+    run("compiled stage", lambda: activations.compiled_stages(problem))
     run("forward", lambda: quantities.forward(problem))
     instead = METHODS[problem.net.solver_parameters["ts_type"]].instead
     if problem.net.layers and instead is not None:
@@ -157,42 +195,28 @@ def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run
     point = points[0]
     taken = quantities.taken_steps(problem, point.run)
     try:
+        run("controls", lambda: behaviour.controls(point))
         run("same bits", lambda: behaviour.reproducibility(point))
         run("forward", lambda: quantities.forward(problem, point))
+        run("failure", lambda: behaviour.failure(point))
         run("Taylor", lambda: derivatives.taylor(point, quick, report.lines))
         run("Hessian", lambda: derivatives.second_order(point, quick))
         run("Gauss-Newton", lambda: derivatives.gauss_newton(point))
+        run("elsewhere", lambda: derivatives.elsewhere(point))
         run("adjoint identity", lambda: derivatives.adjoint_identities(point))
+        run("given steps", lambda: derivatives.given_steps(point))
         run("Jacobian", lambda: derivatives.jacobians(point))
         run("Riesz map", lambda: quantities.riesz_maps(point))
         run("co-state", lambda: derivatives.costates(point, taken))
         run("layers a Block", lambda: behaviour.blocks(point))
         run("checkpoints", lambda: behaviour.replay(point))
+        run("states", lambda: behaviour.recorded_states(point))
+        run("on other nodes", lambda: behaviour.moved(point))
         run("exchange", lambda: quantities.other_data(problem, point))
         run("co-state orders", lambda: behaviour.convergence(problem, quick, report.lines))
         run("ranks", lambda: behaviour.ranks(point, make))
     finally:
         point.restore()
-
-
-# -- problems --------------------------------------------------------------------------------------------------------
-
-
-def built_in(comm: MPI.Comm = MPI.COMM_WORLD) -> LearningProblem:
-    """A disk, bases that are not orthonormal and of different ranks, controls linear in t, classes, all regularisers."""
-    Y = LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(2, comm=comm), "CG", 1))
-    x, y = fd.SpatialCoordinate(Y.V.mesh())
-    phi = laplace_basis(Y, 4)
-    psi = given_basis(Y, [fd.Constant(1.0) + 0 * x, x + 0.5, 0.7 * y + x**2])
-    net = ResidualNetwork(
-        phi, psi, times=[0.0, 0.3, 0.7, 1.2], bias_in_time="linear", kernel_in_time="layers", activation="tanh",
-        layers_per_block=2,
-    )  # fmt: skip
-    head = Head(phi, 3)
-    _fill([*net.parameters, *head.parameters], Y, 1)
-    inputs = random_like(fd.Function(Y.batch_space(4)), np.random.default_rng(2), Y)
-    regulariser = tikhonov(0.03) + smooth_in_space(0.01) + smooth_in_time(0.02)
-    return LearningProblem(net, head, cross_entropy, regulariser, Batch(inputs, [0, 2, 1, 2], [1.0, 2.0, 0.5, 1.0]))
 
 
 def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> LearningProblem:
@@ -213,12 +237,3 @@ def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> Lea
             values = values / head.Y.sum(head.Y.weights @ values)
         targets = head.Y.batch(values)
     return LearningProblem(net, head, loss, tikhonov(1e-2), Batch(inputs, targets, [1.0, 2.0, 0.5][:samples]))
-
-
-def _fill(parameters, Y, seed: int) -> None:
-    """Parameters of size one that no partition changes."""
-    rng = np.random.default_rng(seed)
-    for parameter in parameters:
-        for function in parameter.functions:
-            values = random_like(function, rng, Y).dat.data_ro
-            function.dat.data_wo[...] += 0.5 * values

@@ -1,0 +1,268 @@
+"""The built-in problems: each small, and together through every path that compiled layers and stages have.
+
+Meshes are few and coarse, since each element and batch size compiles kernels; layers are of unequal lengths that do not add
+up to one, no domain has the measure one, bases are not orthonormal where they need not be, and parameters are smooth
+functions of the coordinates, so that no partition changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import firedrake as fd
+import numpy as np
+import sympy
+from mpi4py import MPI
+
+from fem_resnet.basis import Basis, given_basis
+from fem_resnet.head import Head
+from fem_resnet.label_space import LabelSpace
+from fem_resnet.laplace import laplace_basis
+from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.network import ResidualNetwork
+from fem_resnet.objective import Batch, Derivatives, LearningProblem
+from fem_resnet.points import point_space
+from fem_resnet.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
+from fem_resnet.running_cost import RunningCost
+from fem_resnet.stable_kernels import DampedAntisymmetric, NormBounded, PositiveSemidefinite
+from fem_resnet.verify.point import random_like
+
+__all__ = ["BUILT_IN", "built_in", "filled"]
+
+_TIMES = [0.0, 0.3, 0.7, 1.2]
+
+
+def _disk(comm: MPI.Comm) -> LabelSpace:
+    """61 nodes: less than a block of compiled stages, and |Y| = 3.1."""
+    return LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(2, comm=comm), "CG", 1))
+
+
+def _line(comm: MPI.Comm) -> LabelSpace:
+    """131 cells: two blocks and three nodes, and |Y| = 1.7."""
+    return LabelSpace(fd.FunctionSpace(fd.IntervalMesh(131, 1.7, comm=comm), "DG", 0))
+
+
+def _functions(Y: LabelSpace, rank: int, shift: float = 0.0) -> Basis:
+    """So many functions that are not orthonormal, and can be had on any mesh."""
+    x, *others = fd.SpatialCoordinate(Y.V.mesh())
+    y = others[0] if others else 1.0
+    start = [fd.Constant(1.0) + 0 * x, x + 0.5, 0.7 * y + x**2]
+    return given_basis(Y, [*start, *(fd.cos((1.1 + 0.9 * k) * x + 0.8 * k * y + shift) for k in range(3, rank))][:rank])
+
+
+def filled(parameters, Y: LabelSpace, seed: int, size: float = 0.5) -> None:
+    """Give parameters values of that size that no partition changes."""
+    rng = np.random.default_rng(seed)
+    for parameter in parameters:
+        for function, basis in zip(parameter.functions, parameter.space_bases):
+            # Of many coefficients each is smaller, so that sigma is not in its tails.
+            share = 1.0 if function.function_space().mesh() is Y.V.mesh() else max(basis.shape[-1] / 4, 1.0) ** -0.5
+            function.dat.data_wo[...] += size * share * random_like(function, rng, Y).dat.data_ro
+
+
+def _batch(Y: LabelSpace, samples: int, targets=None, seed: int = 2) -> Batch:
+    rng = np.random.default_rng(seed)
+    inputs = random_like(fd.Function(Y.batch_space(samples)), rng, Y)
+    if targets is None:
+        targets = random_like(fd.Function(Y.batch_space(samples)), rng, Y)
+    return Batch(inputs, targets, 0.5 + np.arange(samples) % 3)
+
+
+def _problem(
+    net: ResidualNetwork, head: Head | None = None, loss: Loss = least_squares, regulariser: Regulariser | None = None,
+    samples: int = 3, targets=None, seed: int = 1, **options,
+) -> LearningProblem:  # fmt: skip
+    parameters = [net.bias, net.kernel.learned, *net.factors, *([] if head is None else head.parameters)]
+    filled(parameters, net.Y, seed)
+    return LearningProblem(net, head, loss, regulariser or tikhonov(0.05), _batch(net.Y, samples, targets), **options)
+
+
+def _classes(samples: int) -> list[int]:
+    return [(2 * s + s // 4) % 3 for s in range(samples)]
+
+
+def built_in(comm: MPI.Comm = MPI.COMM_WORLD) -> LearningProblem:
+    """A disk, bases that are not orthonormal and of different ranks, controls linear in t, classes, all regularisers."""
+    Y = _disk(comm)
+    phi = laplace_basis(Y, 4)
+    psi = _functions(Y, 3)
+    net = ResidualNetwork(
+        phi, psi, times=_TIMES, bias_in_time="linear", kernel_in_time="layers", activation="tanh", layers_per_block=2
+    )
+    regulariser = tikhonov(0.03) + smooth_in_space(0.01) + smooth_in_time(0.02)
+    return _problem(net, Head(phi, 3), cross_entropy, regulariser, 4, [0, 2, 1, 2])
+
+
+def _layers(comm: MPI.Comm) -> LearningProblem:
+    """Compiled layers of one sample, with a field at their end and what the tiles of one sample leave over."""
+    Y = _disk(comm)
+    net = ResidualNetwork(_functions(Y, 6), _functions(Y, 11, 0.4), times=_TIMES, steps=2, activation="arctan")
+    return _problem(net, samples=1, regulariser=tikhonov(0.05) + smooth_in_space(0.01) + smooth_in_time(0.02), learn="both")
+
+
+def _seen(comm: MPI.Comm) -> LearningProblem:
+    """Compiled layers that step what a head sees, of 7 samples, by a method whose last slope is the next step's first."""
+    Y = _disk(comm)
+    psi = _functions(Y, 5)
+    net = ResidualNetwork(
+        psi, bias=psi, times=_TIMES, kernel_in_time=[0, 1, 0], steps=2, activation="sigmoid",
+        solver_parameters={"ts_rk_type": "5dp"}, layers_per_block=1,
+    )  # fmt: skip
+    return _problem(net, Head(psi, 3, "logistic"), binary_cross_entropy, samples=7, targets=_classes(7))
+
+
+def _many(comm: MPI.Comm) -> LearningProblem:
+    """Compiled layers of many samples, whose psi changes from one to the next."""
+    Y = _line(comm)
+    phi, psi, other = _functions(Y, 5), _functions(Y, 6, 0.4), _functions(Y, 4, 1.3)
+    net = ResidualNetwork(
+        phi, [psi, psi, other], bias=[phi, None, phi], times=_TIMES, steps=2, activation="softplus", solver_parameters={"ts_rk_type": "3bs"}
+    )
+    return _problem(net, samples=35, regulariser=tikhonov(0.05))
+
+
+def _large(comm: MPI.Comm) -> LearningProblem:
+    """More than 512 samples, so that fields are packed, and bases of more functions than a slab, phi being psi."""
+    Y = _line(comm)
+    basis = laplace_basis(Y, 66)
+    net = ResidualNetwork(basis, bias=_functions(Y, 3), times=[0.0, 0.7])
+    return _problem(net, samples=515, regulariser=tikhonov(0.01))
+
+
+def _costs(comm: MPI.Comm) -> LearningProblem:
+    """A running cost of many samples, weighted."""
+    Y = _line(comm)
+    f, a = sympy.symbols("f a")
+    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, bias_in_time="linear", layers_per_block=2)
+    return _problem(net, samples=12, running=RunningCost(sympy.cos(f) * a + f**2 / 2, kernel=0.4))
+
+
+def _adapted(comm: MPI.Comm) -> LearningProblem:
+    """Adapted steps of a field, with the kernel linear in t."""
+    Y = _disk(comm)
+    options = {"ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-5, "ts_atol": 1e-5}
+    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, kernel_in_time="linear", solver_parameters=options)
+    return _problem(net, samples=2)
+
+
+def _implicit(comm: MPI.Comm) -> LearningProblem:
+    """Crank and Nicolson, all linear in t, onto another label domain."""
+    Y = _disk(comm)
+    there = LabelSpace(fd.FunctionSpace(fd.IntervalMesh(12, 2.3, comm=comm), "CG", 1))
+    net = ResidualNetwork(
+        _functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, bias_in_time="linear", kernel_in_time="linear", solver_parameters={"ts_type": "cn"}
+    )
+    head = Head(_functions(Y, 3, 0.2), _functions(there, 4), "logistic")
+    targets = random_like(fd.Function(there.batch_space(2)), np.random.default_rng(8), there)
+    targets.dat.data_wo[...] = 0.5 + 0.4 * np.tanh(targets.dat.data_ro)
+    return _problem(net, head, samples=2, targets=targets, regulariser=tikhonov(0.05) + smooth_in_time(0.03))
+
+
+def _carried(comm: MPI.Comm) -> LearningProblem:
+    """A method without known weights, so that f is stepped too, and with it a running cost."""
+    Y = _line(comm)
+    f, a = sympy.symbols("f a")
+    net = ResidualNetwork(_functions(Y, 3), times=_TIMES[:3], bias=_functions(Y, 4), kernel_in_time="linear", solver_parameters={"ts_type": "dirk"})
+    return _problem(net, samples=2, learn="both", running=RunningCost(f**2 / 2 + sympy.sin(f) * a, kernel=0.3))
+
+
+def _learned(comm: MPI.Comm) -> LearningProblem:
+    """Learned factors and times, with a running cost; few samples."""
+    Y = _disk(comm)
+    f, a = sympy.symbols("f a")
+    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, learn_factors=True, learn_times=True)
+    return _problem(net, Head(_functions(Y, 3), 3, "identity"), samples=3, targets=_classes(3), running=RunningCost(sympy.sin(f) + a * f, kernel=0.2))
+
+
+def _lengths(comm: MPI.Comm) -> LearningProblem:
+    """Learned times, of many samples; elu, which has a joint, and groups of layers."""
+    Y = _line(comm)
+    net = ResidualNetwork(
+        _functions(Y, 4), _functions(Y, 5, 0.4), bias=_functions(Y, 3), times=_TIMES, bias_in_time=[0, 1, 1],
+        kernel_in_time="shared", learn_times=True, activation="elu", steps=2,
+    )  # fmt: skip
+    return _problem(net, samples=20, regulariser=tikhonov(0.05) + smooth_in_time(0.04))
+
+
+def _stable(choice) -> Callable[[MPI.Comm], LearningProblem]:
+    def make(comm: MPI.Comm) -> LearningProblem:
+        Y = _disk(comm)
+        phi = _functions(Y, 3)
+        psi = None if choice.symmetric else _functions(Y, 4, 0.4)
+        net = ResidualNetwork(phi, psi, bias=phi, times=_TIMES[:3], kernel_in_time="linear", stable_kernel=choice)
+        return _problem(net, samples=2, regulariser=tikhonov(0.05) + smooth_in_time(0.03))
+
+    return make
+
+
+def _flow(comm: MPI.Comm) -> LearningProblem:
+    """A gradient flow."""
+    Y = _disk(comm)
+    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, gradient_flow=True, activation="softplus")
+    return _problem(net, samples=2)
+
+
+def _energy(comm: MPI.Comm) -> LearningProblem:
+    """The discrete gradient."""
+    Y = _disk(comm)
+    net = ResidualNetwork(
+        _functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES[:3], bias_in_time="linear", steps=2, learn_times=True,
+        solver_parameters={"ts_type": "discrete_gradient"},
+    )  # fmt: skip
+    return _problem(net, samples=2)
+
+
+def _informed(comm: MPI.Comm) -> LearningProblem:
+    """Derivatives of the target map, through a head."""
+    Y = _disk(comm)
+    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 3), times=_TIMES, layers_per_block=2)
+    rng = np.random.default_rng(6)
+    directions, targets = (random_like(fd.Function(Y.batch_space(2)), rng, Y) for _ in range(2))
+    head = Head(_functions(Y, 3), _functions(Y, 4, 0.2), "identity")
+    return _problem(net, head, samples=2, derivatives=Derivatives(directions, targets, 0.7))
+
+
+def _single(comm: MPI.Comm) -> LearningProblem:
+    """Compiled layers in single precision."""
+    Y = _line(comm)
+    net = ResidualNetwork(_functions(Y, 4), _functions(Y, 5, 0.4), times=_TIMES[:3], precision="single")
+    return _problem(net, samples=7)
+
+
+def _graph(comm: MPI.Comm) -> LearningProblem:
+    """The vertices of a graph, and a density over them that is observed but for its size; f_I is learned too."""
+    ring = np.roll(np.eye(12), 1, axis=0)
+    Y = point_space(np.random.default_rng(3).uniform(0.5, 1.5, 12), graph=ring + ring.T, comm=comm)
+    phi = laplace_basis(Y, 4)
+    net = ResidualNetwork(phi, times=_TIMES[:3], activation="leaky_relu", kernel_in_time="shared")
+    head = Head(phi, phi, "softmax")
+    targets = Y.batch(np.random.default_rng(4).uniform(0.5, 1.5, (12, 3))[Y.numbers])
+    regulariser = tikhonov(0.05) + smooth_in_space(0.02)
+    return _problem(net, head, cross_entropy, samples=3, targets=targets, regulariser=regulariser, learn="both")
+
+
+#: Problems by name; each is called with a communicator. Those that see most come first.
+BUILT_IN: Mapping[str, Callable[[MPI.Comm], LearningProblem]] = MappingProxyType(
+    {
+        "classes": built_in,
+        "layers": _layers,
+        "seen": _seen,
+        "many": _many,
+        "implicit": _implicit,
+        "learned": _learned,
+        "costs": _costs,
+        "carried": _carried,
+        "lengths": _lengths,
+        "adapted": _adapted,
+        "flow": _flow,
+        "energy": _energy,
+        "semidefinite": _stable(PositiveSemidefinite(2)),
+        "antisymmetric": _stable(DampedAntisymmetric(0.1)),
+        "bounded": _stable(NormBounded(0.8)),
+        "informed": _informed,
+        "graph": _graph,
+        "single": _single,
+        "large": _large,
+    }
+)

@@ -1,0 +1,114 @@
+"""What of compiled stages and layers the built-in problems of `verify` reach: run by test_verify.py, in a process of its own.
+
+    python coverage_of_layers.py FOLDER
+
+C is compiled there with gcov's counters and without optimisation, PETSc's checks of its own errors left out, so that each
+branch is one of this package; gcov reads the counters once the process has ended. Lines of Python that ran are noted.
+"""
+
+import ctypes
+import gzip
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from dis import findlinestarts
+from pathlib import Path
+
+import petsctools
+
+import fem_resnet.compiled_layer
+import fem_resnet.compiled_stage
+import fem_resnet.layer_sequence
+import fem_resnet.segment
+
+MODULES = [fem_resnet.compiled_stage, fem_resnet.compiled_layer, fem_resnet.layer_sequence, fem_resnet.segment]
+BEGINS = "/* Stage of a layer, compiled"
+UNCHECKED = """
+#undef PetscCall
+#undef PetscCallMPI
+#undef PetscCallBLAS
+#undef PetscFunctionReturn
+#undef PetscFunctionBeginUser
+#undef PetscCheck
+#define PetscCall(x) (void)(x)
+#define PetscCallMPI(x) (void)(x)
+#define PetscCallBLAS(name, x) (x)
+#define PetscFunctionReturn(x) return x
+#define PetscFunctionBeginUser (void)0
+#define PetscCheck(x, ...) (void)(x)
+"""
+
+
+def _lines(code) -> set[int]:
+    """Of functions; their first line is run where they are defined."""
+    found = set()
+    for constant in code.co_consts:
+        if hasattr(constant, "co_code"):
+            found |= {line for _, line in findlinestarts(constant) if line and line != constant.co_firstlineno} | _lines(constant)
+    return found
+
+
+def _compile_into(folder: Path):
+    """In the place of `pyop2.compilation.load`."""
+    made: dict[str, ctypes.CDLL] = {}
+
+    def load(code, extension, flags, libraries, comm):
+        if code not in made:
+            name = folder / f"code{len(made)}"
+            name.with_suffix(".c").write_text(code.replace("#include <petscts.h>", "#include <petscts.h>" + UNCHECKED, 1))
+            compiler = petsctools.get_petscvariables()["CC"]
+            command = [compiler, *flags, "-O0", "-march=native", "-std=gnu11", "--coverage", "-fPIC", "-shared", "-o", f"{name}.so", f"{name}.c"]
+            subprocess.run([*command, *libraries], check=True, cwd=folder)
+            made[code] = ctypes.CDLL(f"{name}.so")
+        return made[code]
+
+    return load
+
+
+def run(folder: Path) -> None:
+    """Verify the built-in problems, and write down which lines of Python did not run."""
+    fem_resnet.compiled_stage.load = _compile_into(folder)
+    ran: dict[str, set[int]] = {module.__file__: set() for module in MODULES}
+
+    def trace(frame, event, argument):
+        lines = ran.get(frame.f_code.co_filename)
+        if lines is None:
+            return None
+        lines.add(frame.f_lineno)
+        return trace
+
+    sys.settrace(trace)
+    report = fem_resnet.verify(quick=True)
+    sys.settrace(None)
+    missed = []
+    for module in MODULES:
+        text = Path(module.__file__).read_text()
+        lines = text.split("\n")
+        for line in sorted(_lines(compile(text, module.__file__, "exec")) - ran[module.__file__]):
+            missed.append(f"{Path(module.__file__).name}: {lines[line - 1].strip()}")
+    (folder / "missed.json").write_text(json.dumps({"failures": list(map(str, report.failures)), "python": missed}))
+
+
+def missed_in_c(folder: Path) -> list[str]:
+    """Lines of C that were not reached, and those with a branch that was never taken, from the counters in `folder`."""
+    counts: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for data in folder.glob("*.gcda"):
+        subprocess.run(["gcov", "--json-format", "--branch-probabilities", data.name], cwd=folder, capture_output=True, check=True)
+    for found in folder.glob("*.gcov.json.gz"):
+        for file in json.loads(gzip.decompress(found.read_bytes()))["files"]:
+            text = (folder / Path(file["file"]).name).read_text().split("\n") if file["file"].endswith(".c") else []
+            first = next((n for n, line in enumerate(text, 1) if line.startswith(BEGINS)), len(text))
+            for line in file["lines"]:
+                number = line["line_number"]
+                if number > first:
+                    new = [line["count"], *(branch["count"] for branch in line["branches"])]
+                    key = number - first, text[number - 1].strip()
+                    old = counts[key]
+                    # One line may be several functions' (inlined): then each has counts of its own.
+                    counts[key] = [a + b for a, b in zip(old, new)] if len(old) == len(new) else old + new if not old else old
+    return [text for (_, text), found in sorted(counts.items()) if not all(found)]
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
