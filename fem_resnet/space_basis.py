@@ -41,6 +41,11 @@ class SpaceBasis(ABC):
     #: Shape of the coefficients on this rank.
     shape: tuple[int, ...]
 
+    @property
+    def unit(self) -> float:
+        """The squared norm of what is one on the label domain: how the norm depends on the unit of length in Y."""
+        return self.Y.measure
+
     @abstractmethod
     def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
         """The coefficients held by a Function (or Cofunction) of `space`. Collective."""
@@ -127,13 +132,26 @@ class NodalValues(SpaceBasis):
 
 
 class StateValues(SpaceBasis):
-    """Values of a batch at the nodes of a label domain, shape (nodes, samples): R = M for each sample."""
+    """Values of a batch at the nodes of a label domain, shape (nodes, samples): R = M for each sample.
 
-    def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry):
+    Parameters
+    ----------
+    Y, space
+        The label domain, and the batch's space.
+    unit
+        As of `SpaceBasis`; 1 for functions that are of norm one.
+    """
+
+    def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry, unit: float | None = None):
+        self._unit = Y.measure if unit is None else unit
         self._values = BatchValues(Y, space)
         self.Y = Y
         self.space = space
         self.shape = (Y.nodes, self._values.samples)
+
+    @property
+    def unit(self):
+        return self._unit
 
     def read(self, function):
         return self.view(function).copy()
@@ -309,6 +327,11 @@ class KernelCoefficients(Replicated, SpaceBasis):
         self.kernel = kernel
         self._learned = learned
 
+    @property
+    def unit(self):
+        # Of b = 1 / |Y|, Y the domain that b is integrated over: b times a length in Y has no unit.
+        return self.kernel.phi.Y.measure / self.kernel.psi.Y.measure
+
     def expand(self, coefficients):
         return coefficients
 
@@ -346,6 +369,10 @@ class MatrixControls(Replicated, SpaceBasis):
         super().__init__(Y, shape)
         self.grams = [np.eye(size) if gram is None else gram for size, gram in zip(shape, (left, right))]
 
+    @property
+    def unit(self):
+        return 1.0
+
     def expand(self, coefficients):
         return coefficients
 
@@ -369,6 +396,10 @@ class LayerTimes(Replicated, SpaceBasis):
 
     def __init__(self, Y: LabelSpace, layers: int):
         super().__init__(Y, (layers,))
+
+    @property
+    def unit(self):
+        return 1.0
 
     def expand(self, coefficients):
         return coefficients
