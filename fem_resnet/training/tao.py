@@ -115,7 +115,8 @@ class Minimiser:
     TypeError
         If the options are no dictionary.
     ValueError
-        If the type of TAO is none of `TYPES`, or does not keep to bounds where there are some.
+        If the type of TAO is none of `TYPES`, or does not keep to bounds where there are some, or the limit of iterations
+        is no integer >= 0.
     """
 
     def __init__(
@@ -132,16 +133,24 @@ class Minimiser:
         self._functional, self._functions, self._comm, self._bounds = functional, functions, comm, bounds
         self._scaled = _WithoutUnits(functional, units)
         self._parameters, self._prefix = dict(parameters), options_prefix
-        self._type = _checked_type(parameters, options_prefix, bounded=bounds is not None)
+        self._type = _checked_type(str(self._option("tao_type")), bounded=bounds is not None)
+        #: TAO's limit of iterations.
+        self.limit = _checked_limit(self._option("tao_max_it"))
         self._interface = PETScVecInterface(functions, comm=comm)
         self._per_unit = self._interface.new_petsc()
         self._interface.to_petsc(self._per_unit, [1 / unit for unit in units])
         self._create()
-        #: TAO's limit of iterations.
-        self.limit = self._solver.tao.getMaximumIterations()
+
+    def _option(self, name: str) -> object:
+        """What an option is, the command line going first."""
+        if self._prefix is None:
+            return self._parameters[name]
+        prefix = self._prefix if not self._prefix or self._prefix.endswith("_") else self._prefix + "_"
+        return PETSc.Options(prefix).getString(name, str(self._parameters[name]))
 
     def _create(self) -> None:
-        with _options_of_the_matrix(_defaults_of(self._type) | self._parameters) as parameters:
+        limit = {"tao_max_it": max(self.limit, 1)}  # PETSc's own wants one at least
+        with _options_of_the_matrix(_defaults_of(self._type) | self._parameters | limit) as parameters:
             self._solver = TAOSolver(
                 MinimizationProblem(self._scaled, bounds=self._bounds), parameters, options_prefix=self._prefix,
                 comm=self._comm,
@@ -213,7 +222,9 @@ class Minimiser:
                 return _Reason.CONVERGED_GRTOL
             if free <= gttol * first:
                 return _Reason.CONVERGED_GTTOL
-            return True if stop is not None and stop(norm) else None
+            if stop is not None and stop(norm):
+                return _Reason.CONVERGED_USER
+            return _Reason.DIVERGED_MAXITS if tao.getConvergedReason() == 0 and iteration >= self.limit else None
 
         tao.cancelMonitor()
         tao.setMonitor(monitor)
@@ -305,11 +316,15 @@ def _in_unit(control: Control, unit: float) -> Control:
     return Control(control.control, riesz_map=riesz_map)
 
 
-def _checked_type(parameters: Mapping, prefix: str | None, *, bounded: bool) -> str:
-    """The type of TAO that these options and the command line ask for."""
-    given = str(parameters["tao_type"])
-    if prefix is not None:
-        given = PETSc.Options(prefix if not prefix or prefix.endswith("_") else prefix + "_").getString("tao_type", given)
+def _checked_limit(given: object) -> int:
+    """The limit of iterations that was given."""
+    if str(given).isdecimal():
+        return int(str(given))
+    raise ValueError(f"solver_parameters: an integer >= 0 is wanted for 'tao_max_it', {given!r} was given")
+
+
+def _checked_type(given: str, *, bounded: bool) -> str:
+    """A type of TAO, if it is taken."""
     allowed = {name: kind for name, kind in TYPES.items() if kind.bounds or not bounded}
     if given in allowed:
         return given
