@@ -42,8 +42,13 @@ class SpaceBasis(ABC):
     shape: tuple[int, ...]
 
     @property
+    def amplitude(self) -> float:
+        """How large coefficients are for what is of size one: how they depend on the unit of length in Y."""
+        return 1.0
+
+    @property
     def unit(self) -> float:
-        """The squared norm of what is one on the label domain: how the norm depends on the unit of length in Y."""
+        """The squared norm of what has that amplitude on all of the label domain."""
         return self.Y.measure
 
     @abstractmethod
@@ -328,8 +333,11 @@ class KernelCoefficients(Replicated, SpaceBasis):
         self._learned = learned
 
     @property
+    def amplitude(self):
+        return 1 / self.kernel.psi.Y.measure  # b is integrated over it
+
+    @property
     def unit(self):
-        # Of b = 1 / |Y|, Y the domain that b is integrated over: b times a length in Y has no unit.
         return self.kernel.phi.Y.measure / self.kernel.psi.Y.measure
 
     def expand(self, coefficients):

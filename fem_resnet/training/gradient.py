@@ -148,7 +148,7 @@ def train(
     minimiser = Minimiser(
         functional,
         problem.functions,
-        [basis.unit for parameter in problem.parameters for basis in parameter.space_bases],
+        [basis for parameter in problem.parameters for basis in parameter.space_bases],
         options,
         comm=comm,
         options_prefix=options_prefix,

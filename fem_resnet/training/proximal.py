@@ -126,7 +126,7 @@ class ProximalBlock:
         self._functions = [parameter.functions[k] for parameter, k in self._sets]
         comm = parameters[0].space_bases[0].Y.comm
         self._minimiser = Minimiser(
-            self.functional, self._functions, [parameter.space_bases[k].unit for parameter, k in self._sets],
+            self.functional, self._functions, [parameter.space_bases[k] for parameter, k in self._sets],
             solver_parameters, comm=comm, options_prefix=options_prefix,
         )  # fmt: skip
 

@@ -9,7 +9,9 @@ adds squares up, and has numbers that are absolute (first radii, steps, what it 
 
     J / |J(start)|        with        sum_k |x_k|^2 / u_k,        u_k = `SpaceBasis.unit` of the control k,
 
-in which nothing has a unit: a problem told in other units takes the same steps. What is told to the caller are J and the
+in which nothing has a unit: a problem told in other units takes the same steps. Where TAO compares coefficients themselves
+(active sets, curvatures, types without Riesz maps), they are in parts of `SpaceBasis.amplitude`, up to a factor 2^(1/2):
+a power of two, so that no coefficient is rounded. What is told to the caller are J and the
 norm of its gradient in the label measure. TAO's tolerances are tested here, the same for all types: "tao_gatol" is one of
 that norm, "tao_grtol" and "tao_gttol" are relative, of the gradient without units.
 """
@@ -33,6 +35,7 @@ from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.petsc import take_function_lower_bound
+from fem_resnet.space_basis import SpaceBasis
 
 __all__ = ["TYPES", "Minimiser", "Outcome", "TAOType"]
 
@@ -101,8 +104,8 @@ class Minimiser:
         What is minimised, a function of its controls.
     functions
         Where a solve starts, and what takes what it found: one Function a control.
-    units
-        u_k, one a control.
+    bases
+        How they hold coefficients, one a control.
     parameters, options_prefix
         TAO's options; "tao_type" is among them.
     comm
@@ -123,7 +126,7 @@ class Minimiser:
         self,
         functional: AbstractReducedFunctional,
         functions: Sequence[fd.Function],
-        units: Sequence[float],
+        bases: Sequence[SpaceBasis],
         parameters: Mapping,
         *,
         comm: MPI.Comm,
@@ -131,7 +134,9 @@ class Minimiser:
         bounds: Sequence[tuple[fd.Function, fd.Function]] | None = None,
     ):
         self._functional, self._functions, self._comm, self._bounds = functional, functions, comm, bounds
-        self._scaled = _WithoutUnits(functional, units)
+        self._amplitudes = [2.0 ** round(np.log2(basis.amplitude)) for basis in bases]
+        units = [basis.unit for basis in bases]
+        self._scaled = _WithoutUnits(functional, self._amplitudes, units)
         self._parameters, self._prefix = dict(parameters), options_prefix
         self._type = _checked_type(str(self._option("tao_type")), bounded=bounds is not None)
         #: TAO's limit of iterations.
@@ -150,11 +155,13 @@ class Minimiser:
 
     def _create(self) -> None:
         limit = {"tao_max_it": max(self.limit, 1)}  # PETSc's own wants one at least
+        bounds = self._bounds and [
+            tuple(_times(end, 1 / amplitude) for end in pair) for pair, amplitude in zip(self._bounds, self._amplitudes)
+        ]
         with _options_of_the_matrix(_defaults_of(self._type) | self._parameters | limit) as parameters:
             self._solver = TAOSolver(
-                MinimizationProblem(self._scaled, bounds=self._bounds), parameters, options_prefix=self._prefix,
-                comm=self._comm,
-            )  # fmt: skip
+                MinimizationProblem(self._scaled, bounds=bounds), parameters, options_prefix=self._prefix, comm=self._comm
+            )
         tao = self._solver.tao
         hessian, *_ = tao.getHessian()
         hessian.setPythonContext(_HessianAtItsPoint(self._scaled, comm=self._comm))
@@ -204,7 +211,7 @@ class Minimiser:
             repeated = iteration == tao.getIterationNumber()
             iteration = tao.getIterationNumber()
             tao.getSolution().copy(self._reached)
-            self._interface.from_petsc(self._reached, self._functions)
+            self._assign_reached()
             norm, free = self._gradient_norms(tao)
             if iteration == 0:
                 first = free
@@ -231,7 +238,9 @@ class Minimiser:
         tao.setConvergenceTest(test)
         # pyadjoint's own solve() raises at the limit of iterations and drops what was found.
         with stop_annotating(), petsctools.inserted_options(tao):
-            self._interface.to_petsc(self._solver.x, self._functions)
+            self._interface.to_petsc(
+                self._solver.x, [_times(function, 1 / a) for function, a in zip(self._functions, self._amplitudes)]
+            )
             try:
                 tao.solve()
                 reason = tao.getConvergedReason()
@@ -247,9 +256,15 @@ class Minimiser:
                 self._solver = None
             finally:
                 if iteration >= 0:
-                    self._interface.from_petsc(self._reached, self._functions)
+                    self._assign_reached()
             value = float(self._functional(self._functions))
         return Outcome(value, norm, reason > 0, _reasons().get(reason, str(reason)))
+
+    def _assign_reached(self) -> None:
+        self._interface.from_petsc(self._reached, self._functions)
+        for function, amplitude in zip(self._functions, self._amplitudes):
+            if amplitude != 1.0:
+                function.dat.data[...] *= amplitude
 
     def _gradient_norms(self, tao: PETSc.TAO) -> tuple[float, float]:
         """Of J in the label measure, and of what TAO sees, without units."""
@@ -262,12 +277,24 @@ class Minimiser:
         return float(self._scaled.scale * np.sqrt(squares[0])), float(np.sqrt(squares[1]))
 
 
-class _WithoutUnits(AbstractReducedFunctional):
-    """J / |J| of its first evaluation, with Riesz maps of squared norms divided by the controls' units."""
+def _times(function: fd.Function | fd.Cofunction, factor: float) -> fd.Function | fd.Cofunction:
+    """A multiple of it; itself for the factor 1. No bound stays none."""
+    if factor == 1.0:
+        return function
+    product, most = function._ad_copy(), np.finfo(float).max
+    with np.errstate(over="ignore"):
+        product.dat.data[...] = np.clip(function.dat.data_ro * factor, -most, most)
+    return product
 
-    def __init__(self, J: AbstractReducedFunctional, units: Sequence[float]):
-        self._J = J
-        self._controls = Enlist([_in_unit(control, unit) for control, unit in zip(J.controls, units, strict=True)])
+
+class _WithoutUnits(AbstractReducedFunctional):
+    """J / |J| of its first evaluation, of coefficients over amplitudes, with Riesz maps of squared norms over units."""
+
+    def __init__(self, J: AbstractReducedFunctional, amplitudes: Sequence[float], units: Sequence[float]):
+        self._J, self._amplitudes = J, amplitudes
+        self._controls = Enlist(
+            [_in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)]
+        )
         #: What J is divided by; None before the next evaluation says it.
         self.scale: float | None = None
 
@@ -280,8 +307,17 @@ class _WithoutUnits(AbstractReducedFunctional):
         """Where J is recorded."""
         return self._J.tape
 
+    def _multiplied(self, functions) -> list:
+        return [_times(function, amplitude) for function, amplitude in zip(Enlist(functions), self._amplitudes)]
+
+    def _dual(self, duals, apply_riesz: bool):
+        duals = self._multiplied(duals)
+        if apply_riesz:
+            duals = [control.riesz_map(dual) for control, dual in zip(self._controls, duals)]
+        return self._controls.delist(duals)
+
     def __call__(self, values) -> AdjFloat:
-        value = float(self._J(values))
+        value = float(self._J(self._multiplied(values)))
         if self.scale is None:
             if not np.isfinite(value):
                 raise ArithmeticError(f"J is {value} at the start: begin with other parameters, or scale the data")
@@ -289,28 +325,23 @@ class _WithoutUnits(AbstractReducedFunctional):
         return AdjFloat(value / self.scale)
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
-        duals = Enlist(self._J.derivative(adj_input / self.scale))
-        if apply_riesz:
-            duals = [control.riesz_map(dual) for control, dual in zip(self._controls, duals)]
-        return self._controls.delist(duals)
+        return self._dual(self._J.derivative(adj_input / self.scale), apply_riesz)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
         # pyadjoint's second adjoint is that of the last derivative, whose seed was divided already.
-        actions = Enlist(self._J.hessian(m_dot, hessian_input=hessian_input, evaluate_tlm=evaluate_tlm))
-        if apply_riesz:
-            actions = [control.riesz_map(action) for control, action in zip(self._controls, actions)]
-        return self._controls.delist(actions)
+        directions = self._multiplied(m_dot)
+        return self._dual(self._J.hessian(directions, hessian_input=hessian_input, evaluate_tlm=evaluate_tlm), apply_riesz)
 
     def tlm(self, m_dot):
-        return self._J.tlm(m_dot) / self.scale
+        return self._J.tlm(self._multiplied(m_dot)) / self.scale
 
 
-def _in_unit(control: Control, unit: float) -> Control:
-    """What knows the space of a control, and the Riesz map of |x|^2 / unit."""
+def _in_units(control: Control, amplitude: float, unit: float) -> Control:
+    """What knows the space of a control, and the Riesz map of |amplitude x|^2 / unit."""
 
     def riesz_map(dual):
         primal = control.riesz_map(dual)
-        primal.dat.data[...] *= unit
+        primal.dat.data[...] *= unit / amplitude**2
         return primal
 
     return Control(control.control, riesz_map=riesz_map)
@@ -412,6 +443,10 @@ def _defaults_of(tao_type: str) -> dict:
     return {
         f"tao_{prefix}_pc_type": "python",
         f"tao_{prefix}_pc_python_type": f"{__name__}.{RieszPreconditioner.__name__}",
+        # PETSc's first radius comes of a step down the derivative in the coefficients, and a linear solve's tolerance too.
+        f"tao_{prefix}_init_type": "constant",
+        "tao_trust0": 1.0,
+        f"tao_{prefix}_ksp_norm_type": "natural",
         f"tao_{prefix}_epsilon": _ROUND_OFF,
     }
 
