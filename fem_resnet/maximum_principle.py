@@ -179,10 +179,10 @@ def controls_within(Y: LabelSpace, A: ControlSet, controls: Controls) -> Control
     """
     if violation(Y, A, controls) is None:
         return controls
-    a, b = np.mean([A.maximise(*direction) for direction in ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))], axis=0)
     if not A.convex:
         raise ValueError("A: controls cannot be pulled into a set that is not convex; begin with a point of it at all y and z")
-    one = np.ones((Y.nodes, 1))
+    a, one = np.mean(A.bias_range), np.ones((Y.nodes, 1))
+    b = np.mean(A.sections(a))
     centre, outside, inside = Controls(np.full(Y.nodes, a), b * one, one), 0.0, 1.0
     while inside - outside > 1e-3 * inside:
         share = (outside + inside) / 2 if outside else inside / 2

@@ -114,12 +114,12 @@ def test_a_line_search_that_cannot_go_on_leaves_the_best_parameters_and_its_reas
     """No gradient reaches a tolerance of zero: round-off in J ends the last line search, now and then before `TOLERANCES`."""
     problem = learning_problem(network(*domain.split()), head=False, weight=weight)
     result = train(problem, {"tao_max_it": 1000} | options, monitor=_silent)
-    if result.converged:
-        assert options == {} and result.reason in ("CONVERGED_GRTOL", "CONVERGED_GTTOL")
+    if options == {} and result.converged:
+        assert result.reason in ("CONVERGED_GRTOL", "CONVERGED_GTTOL")
         assert result.gradient_norm < 10 * TOLERANCES["tao_gttol"] * result.gradient_norms[0]  # units are 1 and |Y| here
     else:
-        # Or J does not rise to the last bit, and the line search takes that.
-        assert result.reason in ("DIVERGED_LS_FAILURE", "DIVERGED_MAXITS")
+        # The gradient may come below the last bit of J before that.
+        assert result.reason in ("DIVERGED_LS_FAILURE", "CONVERGED_GRTOL")
         # J is of size one and known to 1e-16; where it is flat to that, its gradient is about the root of it.
         assert result.gradient_norm < 1e-7
     assert abs(problem.evaluate()[0] - result.value) <= ROUND_OFF
