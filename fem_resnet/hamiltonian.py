@@ -32,7 +32,7 @@ from fem_resnet.objective import LearningProblem
 from fem_resnet.run import Run
 from fem_resnet.running_cost import RunningCost
 
-__all__ = ["Controls", "Hamiltonian", "Pair", "hamiltonian_along", "middle_pairs"]
+__all__ = ["Controls", "Hamiltonian", "Pair", "hamiltonian_along", "middle_pairs", "orthonormal_factor"]
 
 _CONVENTIONS = ("minimise", "maximise")
 
@@ -100,8 +100,8 @@ class Controls:
 
         Parts of b below 1e-13 of its size are round-off and left out; b = 0 is one constant times 0.
         """
-        phi, R = _orthonormal(Y, self.phi)
-        psi, S = _orthonormal(Y, self.psi)
+        phi, R = orthonormal_factor(Y, self.phi)
+        psi, S = orthonormal_factor(Y, self.psi)
         U, sizes, V = np.linalg.svd(R @ S.T)
         rank = int(np.count_nonzero(sizes > 1e-13 * max(sizes.max(initial=0.0), 1e-300)))
         if rank == 0:
@@ -123,7 +123,7 @@ class Controls:
         )
 
 
-def _orthonormal(Y: LabelSpace, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def orthonormal_factor(Y: LabelSpace, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Q, R with P = Q R and Q^T M Q = 1: a QR on each rank, then one of all their R. Collective."""
     root = np.sqrt(Y.weights)[:, None]
     q, r = np.linalg.qr(root * P)
@@ -246,9 +246,10 @@ def middle_pairs(run: Run, convention: str) -> list[Pair]:
 
 def _end_pairs(run: Run, convention: str) -> list[Pair]:
     values = run.net.Y.values
+    # `states` goes through each layer once; `state(l)` would go through all before it.
     return [
-        Pair(np.array(values(run.state(l))), np.array(values(run.costate(l))), "minimise").to(convention)
-        for l in range(run.net.layers + 1)
+        Pair(np.array(values(f)), np.array(values(run.costate(l))), "minimise").to(convention)
+        for l, f in enumerate(run.states())
     ]
 
 

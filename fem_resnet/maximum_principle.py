@@ -12,6 +12,7 @@ These controls leave any fixed span: a layer of them has its own two-term basis 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib.tri
@@ -23,7 +24,13 @@ from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.objective import LearningProblem
 
-__all__ = ["Extremal", "Residual", "extremal_controls", "pmp_residual"]
+__all__ = [
+    "Extremal", "Residual", "Violation", "controls_within", "extremal_controls", "pmp_residual", "refuse_controls_outside",
+    "violation",
+]  # fmt: skip
+
+#: Controls are in A up to this part of A's size: what mixtures and factors of b leave of round-off.
+_ROUND_OFF = 1e-10
 
 
 # -- extremal controls -----------------------------------------------------------------------------------------------
@@ -83,6 +90,118 @@ def extremal_controls(Y: LabelSpace, A: ControlSet, pair: Pair, *, tie: float = 
     return Extremal(controls, float(ties[0]), float(ties[1]))
 
 
+# -- controls outside of A -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Where controls are farthest outside of a set A.
+
+    Attributes
+    ----------
+    excess : float
+        The larger of how far a is outside of the range of a in A, and b outside of the section at that a, in parts of the
+        sizes of A in a and b.
+    a, b : float
+        The controls there.
+    y, z : tuple of float
+        The nodes.
+    """
+
+    excess: float
+    a: float
+    b: float
+    y: tuple[float, ...]
+    z: tuple[float, ...]
+
+    def __str__(self) -> str:
+        y, z = ("(" + ", ".join(f"{x:.4g}" for x in node) + ")" for node in (self.y, self.z))
+        return f"(a(y), b(y, z)) = ({self.a:.6g}, {self.b:.6g}) at y = {y}, z = {z}, by {self.excess:.1e} of its size"
+
+
+def violation(Y: LabelSpace, A: ControlSet, controls: Controls, tolerance: float = _ROUND_OFF) -> Violation | None:
+    """Where (a(y), b(y, z)) is outside of A, for the pair of nodes where it is farthest; None if it is in A at all pairs.
+
+    All pairs of nodes are looked at, in pieces: the work is nodes^2 x rank, shared by the ranks. Collective.
+
+    Parameters
+    ----------
+    tolerance
+        In parts of A's size in a and in b.
+    """
+    sizes = [_size(*A.bias_range), _size(*A.kernel_range)]
+    worst: tuple | None = None
+    for owner in range(Y.comm.size):
+        # One rank's nodes z after the other, seen by all: no rank ever has more than that.
+        psi, z = Y.comm.bcast((controls.psi, Y.coordinates) if Y.comm.rank == owner else None, root=owner)
+        for rows in np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(z) // _PAIRS)):
+            found = _farthest(A, controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance)
+            if found is not None and (worst is None or found[0] > worst[0]):
+                excess, i, j, b = found
+                worst = excess, float(controls.a[rows[i]]), b, tuple(Y.coordinates[rows[i]]), tuple(z[j])
+    offers = [offer for offer in Y.comm.allgather(worst) if offer is not None]
+    return Violation(*max(offers)) if offers else None
+
+
+#: How many pairs of nodes are looked at at once.
+_PAIRS = 2**20
+
+
+def _size(low: float, high: float) -> float:
+    return max(high - low, abs(low), abs(high), np.finfo(float).tiny)
+
+
+def _farthest(A: ControlSet, a: np.ndarray, b: np.ndarray, sizes: Sequence[float], tolerance: float):
+    """The largest excess, where it is, and b there; None where all pairs (a_i, b_ij) are in A."""
+    if not b.size:
+        return None
+    low, high = A.bias_range
+    m, M = (end[:, None] for end in A.sections(np.clip(a, low, high)))
+    empty = m > M  # a finite set has no point over most a
+    in_a = np.maximum(np.maximum(low - a, a - high), 0.0)[:, None] / sizes[0]
+    in_b = np.where(empty, 0.0, np.maximum(np.maximum(m - b, b - M), 0.0)) / sizes[1]
+    excess = np.maximum(in_a, in_b)
+    # Holes, and what is no interval: there A itself says. It has one tolerance for a and b.
+    inside = A.contains(a[:, None], b, tolerance * max(sizes))
+    excess = np.where((excess <= tolerance) & ~inside, np.maximum(excess, 2 * tolerance), excess)
+    i, j = np.unravel_index(np.argmax(excess), excess.shape)
+    return (float(excess[i, j]), i, j, float(b[i, j])) if excess[i, j] > tolerance else None
+
+
+def controls_within(Y: LabelSpace, A: ControlSet, controls: Controls) -> Controls:
+    """Controls pulled towards a point of a convex set A, by the least share that brings all of them into it. Collective.
+
+    Not the nearest, whose rank would be that of Y: the rank grows by one.
+
+    Raises
+    ------
+    ValueError
+        If A is not convex.
+    """
+    if violation(Y, A, controls) is None:
+        return controls
+    if not A.convex:
+        raise ValueError("A: controls cannot be pulled into a set that is not convex; begin with a point of it at all y and z")
+    a, one = np.mean(A.bias_range), np.ones((Y.nodes, 1))
+    b = np.mean(A.sections(a))
+    centre, outside, inside = Controls(np.full(Y.nodes, a), b * one, one), 0.0, 1.0
+    while inside - outside > 1e-3 * inside:
+        share = (outside + inside) / 2 if outside else inside / 2
+        if violation(Y, A, controls.towards(centre, share)) is None:
+            inside = share
+        else:
+            outside = share
+    return controls.towards(centre, inside)
+
+
+def refuse_controls_outside(Y: LabelSpace, A: ControlSet, controls: Sequence[Controls], remedy: str) -> None:
+    """Raise ValueError where the controls of a layer are not in A; the message says where, and ends with the remedy. Collective."""
+    for l, c in enumerate(controls):
+        outside = violation(Y, A, c)
+        if outside is not None:
+            raise ValueError(f"A: the controls of layer {l} are outside of it, {outside}; {remedy}")
+
+
 # -- the residual ----------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +213,7 @@ class Residual:
     ----------
     lower, upper : float
         Bracket of int max H - H dt, relative to int int abs(sigma(u)) abs(r*) dy dt; equal for one sample. No unit.
+        0 <= lower <= upper.
     absolute : tuple of float
         The same, not divided.
     density : numpy.ndarray
@@ -152,35 +272,42 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     Parameters
     ----------
     tolerance
-        r* up to this, in its own unit, everywhere, is none.
+        The target counts as reached where int int abs(sigma(u)) abs(r*) dy dt is up to this part of J + J_0, J_0 being the
+        loss of the output 0.
     rounds
         How often the pool grows.
 
     Raises
     ------
     ValueError
-        If there is a regulariser or a running cost that depends on (a, b), or sigma does not increase.
+        If there is a regulariser or a running cost that depends on (a, b), sigma does not increase, or the controls are not
+        in A at all pairs of nodes: then max H over A says nothing of them. (Looking takes nodes^2 x rank operations a layer.)
     """
     net = problem.net
     if not net.activation.properties.non_decreasing:
         raise ValueError(f"activation: one that does not decrease is wanted, {net.activation.name} does")
+    Y, all_controls = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)]
+    refuse_controls_outside(
+        Y, A, all_controls, "give a set that they are in, or train within it: train(problem, bounds=..), msa(problem, A)"
+    )
     J, run = problem.record()
     J.derivative()
-    Y, H = net.Y, Hamiltonian.of(problem, "maximise")
-    low = high = size = largest = 0.0
+    H = Hamiltonian.of(problem, "maximise")
+    low = high = size = 0.0
     columns = []
-    for l, pair in enumerate(middle_pairs(run, "maximise")):
-        controls, tau = Controls.of_layer(net, l), net.times[l + 1] - net.times[l]
+    for l, (pair, controls) in enumerate(zip(middle_pairs(run, "maximise"), all_controls)):
+        tau = net.times[l + 1] - net.times[l]
         h = np.sum(H.in_r(pair, controls) * pair.r, axis=1)  # a running cost of f alone is in both, and drops out
-        at_most = _upper(H, A, pair)
-        at_least = at_most if pair.f.shape[1] == 1 else np.maximum(h, _best_of_pool(H, A, pair, rounds))
+        upper = _upper(H, A, pair)
+        # The present controls are in A, the pool is too: round-off must not say else.
+        at_least = np.maximum(h, upper if pair.f.shape[1] == 1 else _best_of_pool(H, A, pair, rounds))
+        at_most = np.maximum(upper, at_least)
         sums = Y.sum(
             Y.weights @ np.column_stack([at_least - h, at_most - h, np.sum(np.abs(H.in_r(pair, controls) * pair.r), axis=1)])
         )
         low, high, size = low + tau * sums[0], high + tau * sums[1], size + tau * sums[2]
-        largest = max(largest, *Y.comm.allgather(float(np.abs(pair.r).max(initial=0.0))))
         columns.append(at_most - h)
-    reached = largest <= tolerance
+    reached = size <= tolerance * (abs(float(J.functional)) + abs(problem.loss_of_zero()))
     scale = 0.0 if reached or size == 0 else 1 / size
     density = np.column_stack(columns) if columns else np.zeros((Y.nodes, 0))
     return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached)

@@ -27,7 +27,7 @@ import numpy as np
 from firedrake.adjoint import EnsembleReducedFunctional
 from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_tape
 from pyadjoint.block_variable import BlockVariable
-from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
+from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation, stop_annotating
 
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, gauss_newton
@@ -359,6 +359,12 @@ class LearningProblem(OnMesh):
         if slot is not None:
             return self.head.of_coefficients(state, slot)
         return state if self.head is None else self.head(state)
+
+    def loss_of_zero(self) -> float:
+        """The loss of the output 0, beside which others are small or not. Collective."""
+        zero = self._output.batch(np.zeros((self._output.nodes, self.batch.samples)))
+        with stop_annotating():
+            return float(self.loss(self._output, zero, self._observation, self.batch.weights, self._prediction))
 
     @property
     def _share(self) -> float:

@@ -12,7 +12,7 @@ from petsc4py import PETSc
 
 __all__ = [
     "adapt_type", "keep_trajectory_in_memory", "never_adapt", "on_pre_stage", "register_rk", "rk_tableau", "shell",
-    "stage_values", "weakly",
+    "stage_values", "take_function_lower_bound", "weakly",
 ]  # fmt: skip
 
 _Int = np.ctypeslib.as_ctypes_type(PETSc.IntType)
@@ -107,6 +107,14 @@ def stage_values(ts: PETSc.TS, size: int) -> Iterator[np.ndarray]:
         _call("VecGetArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
         yield np.ctypeslib.as_array(values, (size,)).copy()
         _call("VecRestoreArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
+
+
+def take_function_lower_bound(tao: PETSc.TAO) -> float:
+    """The value at which a TAO stops, taken away from it."""
+    bound = ctypes.c_double()
+    _call("TaoGetFunctionLowerBound", ctypes.c_void_p(tao.handle), ctypes.byref(bound))
+    _call("TaoSetFunctionLowerBound", ctypes.c_void_p(tao.handle), ctypes.c_double(-np.inf))
+    return bound.value
 
 
 def shell(context: object, sizes: tuple[int, int], comm: PETSc.Comm | None = None) -> PETSc.Mat:

@@ -52,7 +52,7 @@ class Retraction:
         self._basis = basis
         self._Y = basis.Y
         space = basis.Y.batch_space(basis.rank)
-        self.inputs = [StateValues(basis.Y, space)]
+        self.inputs = [StateValues(basis.Y, space, unit=1.0)]
         self.output = BatchValues(basis.Y, space)
 
     def _project(self, X: np.ndarray) -> np.ndarray:

@@ -24,10 +24,11 @@ import numpy as np
 
 from fem_resnet.basis import Basis
 from fem_resnet.fixed import Fixed
-from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair
+from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, orthonormal_factor
+from fem_resnet.label_space import LabelSpace
 from fem_resnet.retraction import orthonormal
 
-__all__ = ["RowBall", "RowBox", "SpanBox", "raise_controls", "raise_rows", "raise_span"]
+__all__ = ["RowBall", "RowBox", "SpanBox", "distance", "nearest_controls", "raise_controls", "raise_rows", "raise_span"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,44 @@ class SpanBox:
         return np.clip(a, *self.bias), np.clip(beta, *self.kernel)
 
 
+def nearest_controls(A: RowBox | RowBall | SpanBox, controls: Controls) -> Controls:
+    """The nearest controls in A, of those projected onto the span that A has. Collective."""
+    if isinstance(A, SpanBox):
+        a, beta = A.project(controls.a, _seen(A.phi, controls.phi) @ _seen(A.psi, controls.psi).T)
+        return Controls(a, A.phi.values @ beta, A.psi.values)
+    return _controls(A, A.project(_rows(A, controls)))
+
+
+def distance(Y: LabelSpace, controls: Controls, other: Controls) -> tuple[float, tuple[float, ...]]:
+    """How far apart (a(y), b(y, .)) are at the node y where they are farthest, and y. Collective.
+
+    In parts of the largest a, and of the largest b(y, .) in L2(Y), of either.
+    """
+    _, R = orthonormal_factor(Y, np.hstack([controls.psi, other.psi]))
+    mine, theirs = controls.phi @ R[:, : controls.psi.shape[1]].T, other.phi @ R[:, controls.psi.shape[1] :].T
+
+    def largest(*parts):
+        return max(*Y.comm.allgather(max(float(np.abs(part).max(initial=0.0)) for part in parts)), np.finfo(float).tiny)
+
+    rows = [np.linalg.norm(part, axis=1) for part in (mine, theirs, mine - theirs)]
+    apart = np.maximum(
+        np.abs(controls.a - other.a) / largest(controls.a, other.a), rows[2] / largest(rows[0], rows[1])
+    )
+    i = int(np.argmax(apart)) if apart.size else None
+    mine_worst = (0.0, ()) if i is None else (float(apart[i]), tuple(map(float, Y.coordinates[i])))
+    return max(Y.comm.allgather(mine_worst))
+
+
+def _seen(basis: Basis, functions: np.ndarray) -> np.ndarray:
+    """Coefficients of the functions' projections onto the span of a basis."""
+    return np.linalg.solve(basis.gram, basis.Y.sum(basis.weighted.T @ functions))
+
+
+def _rows(A: RowBox | RowBall, controls: Controls) -> np.ndarray:
+    """(a, X), shape (nodes, 1 + rank), of controls projected onto the span of psi."""
+    return np.column_stack([controls.a, controls.phi @ _seen(A.psi, controls.psi).T])
+
+
 def raise_controls(
     H: Hamiltonian, A: RowBox | RowBall | SpanBox, pair: Pair, controls: Controls, iterations: int = 100
 ) -> tuple[Controls, np.ndarray]:
@@ -133,24 +172,24 @@ def raise_span(
     _check_convention(H)
     Y, phi, psi = H.Y, A.phi, A.psi
     g = psi.project(pair.f)
-    seen = [
-        np.linalg.solve(basis.gram, Y.sum(basis.weighted.T @ part))
-        for basis, part in ((phi, controls.phi), (psi, controls.psi))
-    ]
 
     def controls_of(a, beta):
         return Controls(a, phi.values @ beta, psi.values)
 
-    a, beta = A.project(controls.a, seen[0] @ seen[1].T)
-    values, length = [H(pair, controls_of(a, beta))], 1.0
+    a, beta = A.project(controls.a, _seen(phi, controls.phi) @ _seen(psi, controls.psi).T)
+    # Squares of a are in parts of |Y|, those of b's coefficients in parts of what theirs are for b = 1 / |Y|; H is in parts
+    # of int |r|: steps then do not depend on units.
+    unit = phi.rank * psi.rank / (np.trace(phi.gram) * np.trace(psi.gram))
+    first = 1 / max(float(Y.sum(Y.weights @ np.sum(np.abs(pair.r), axis=1))), np.finfo(float).tiny)
+    values, length = [H(pair, controls_of(a, beta))], first
     for _ in range(iterations):
         v = H.slope_times_costate(pair, controls_of(a, beta))
-        in_a, in_beta = np.sum(v, axis=1), -phi.project(v) @ g.T
+        in_a, in_beta = Y.measure * np.sum(v, axis=1), -unit * phi.project(v) @ g.T
         while True:
             new_a, new_beta = A.project(a + length * in_a, beta + length * in_beta)
-            moved = float(Y.sum(Y.weights @ (new_a - a) ** 2)) + float(np.sum((new_beta - beta) ** 2))
+            moved = float(Y.sum(Y.weights @ (new_a - a) ** 2)) / Y.measure + float(np.sum((new_beta - beta) ** 2)) / unit
             value = H(pair, controls_of(new_a, new_beta))
-            if value >= values[-1] + 1e-4 * moved / length or length < 1e-12:
+            if value >= values[-1] + 1e-4 * moved / length or length < 1e-12 * first:
                 break
             length /= 2
         if value <= values[-1]:
@@ -182,8 +221,7 @@ def raise_rows(
     _check_convention(H)
     Y, sigma, psi, r = H.Y, H.activation, A.psi, pair.r
     features = np.column_stack([np.ones(r.shape[1]), -psi.project(pair.f).T])
-    seen = np.linalg.solve(psi.gram, Y.sum(psi.weighted.T @ controls.psi))
-    rows = A.project(np.column_stack([controls.a, controls.phi @ seen.T]))
+    rows = A.project(_rows(A, controls))
 
     def density(rows: np.ndarray) -> np.ndarray:
         return np.sum(r * sigma(rows @ features.T), axis=1)
@@ -202,7 +240,8 @@ def raise_rows(
         values.append(H(pair, _controls(A, rows)))
         if not Y.sum(float(np.any(rises))):
             break
-    if np.any(np.diff(values) < -1e-12 * (1 + np.abs(values[0]))):
+    size = float(Y.sum(Y.weights @ np.sum(np.abs(r) * (1 + np.abs(sigma(rows @ features.T))), axis=1)))
+    if np.any(np.diff(values) < -1e-12 * size):
         raise AssertionError("H fell: this cannot be, please report it")
     return _controls(A, rows), np.array(values)
 

@@ -41,6 +41,16 @@ class SpaceBasis(ABC):
     #: Shape of the coefficients on this rank.
     shape: tuple[int, ...]
 
+    @property
+    def amplitude(self) -> float:
+        """How large coefficients are for what is of size one: how they depend on the unit of length in Y."""
+        return 1.0
+
+    @property
+    def unit(self) -> float:
+        """The squared norm of what has that amplitude on all of the label domain."""
+        return self.Y.measure
+
     @abstractmethod
     def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
         """The coefficients held by a Function (or Cofunction) of `space`. Collective."""
@@ -127,13 +137,26 @@ class NodalValues(SpaceBasis):
 
 
 class StateValues(SpaceBasis):
-    """Values of a batch at the nodes of a label domain, shape (nodes, samples): R = M for each sample."""
+    """Values of a batch at the nodes of a label domain, shape (nodes, samples): R = M for each sample.
 
-    def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry):
+    Parameters
+    ----------
+    Y, space
+        The label domain, and the batch's space.
+    unit
+        As of `SpaceBasis`; 1 for functions that are of norm one.
+    """
+
+    def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry, unit: float | None = None):
+        self._unit = Y.measure if unit is None else unit
         self._values = BatchValues(Y, space)
         self.Y = Y
         self.space = space
         self.shape = (Y.nodes, self._values.samples)
+
+    @property
+    def unit(self):
+        return self._unit
 
     def read(self, function):
         return self.view(function).copy()
@@ -309,6 +332,14 @@ class KernelCoefficients(Replicated, SpaceBasis):
         self.kernel = kernel
         self._learned = learned
 
+    @property
+    def amplitude(self):
+        return 1 / self.kernel.psi.Y.measure  # b is integrated over it
+
+    @property
+    def unit(self):
+        return self.kernel.phi.Y.measure / self.kernel.psi.Y.measure
+
     def expand(self, coefficients):
         return coefficients
 
@@ -346,6 +377,10 @@ class MatrixControls(Replicated, SpaceBasis):
         super().__init__(Y, shape)
         self.grams = [np.eye(size) if gram is None else gram for size, gram in zip(shape, (left, right))]
 
+    @property
+    def unit(self):
+        return 1.0
+
     def expand(self, coefficients):
         return coefficients
 
@@ -369,6 +404,10 @@ class LayerTimes(Replicated, SpaceBasis):
 
     def __init__(self, Y: LabelSpace, layers: int):
         super().__init__(Y, (layers,))
+
+    @property
+    def unit(self):
+        return 1.0
 
     def expand(self, coefficients):
         return coefficients

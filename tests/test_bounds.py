@@ -13,13 +13,14 @@ from fem_resnet import (
     extremal_controls, least_squares, pmp_residual, tikhonov, train,
 )  # fmt: skip
 from fem_resnet.space_basis import NodalValues
-from fem_resnet.training.tao import BOUNDED_TYPES, RieszPreconditioner, _HessianAtItsPoint
+from fem_resnet.training.tao import TYPES, RieszPreconditioner, _HessianAtItsPoint
 from helpers import label_space, laplace, smooth
 from problems import learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-1.0, 1.0), (-0.5, 1.0))
 BOUNDS = {"bias": BOX.bias, "kernel": BOX.kernel}
+BOUNDED_TYPES = [name for name, kind in TYPES.items() if kind.bounds]
 
 
 def _silent(progress):

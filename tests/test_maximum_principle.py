@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import firedrake as fd
 import matplotlib.figure
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ import sympy
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, Polygon, ResidualNetwork, RunningCost, Sections,
+    Batch, Box, Controls, Ellipse, Hamiltonian, LabelSpace, LearningProblem, Pair, Points, Polygon, ResidualNetwork, RunningCost, Sections,
     cell_indicators, extremal_controls, get_activation, given_basis, hamiltonian_along, least_squares, pmp_residual,
     train,
 )  # fmt: skip
-from fem_resnet.maximum_principle import _best_of_pool, _upper
+from fem_resnet.maximum_principle import _best_of_pool, _upper, violation
 from helpers import label_space, smooth
 from problems import gathered, learning_problem, network
 
@@ -289,12 +290,77 @@ def test_a_reached_target_is_noticed_and_said():
 @on_ranks
 def test_bracket_for_many_samples():
     problem = learning_problem(network("annulus", "CG1", bias="nodes"), head=True, weight=None)
-    found = pmp_residual(problem, BOX)
-    longer = pmp_residual(problem, BOX, rounds=8)
-    assert 0 <= found.lower <= longer.lower <= longer.upper == found.upper
+    wide = Box((-1.5, 1.5), (-9, 9))  # the controls lie in it
+    found = pmp_residual(problem, wide)
+    longer = pmp_residual(problem, wide, rounds=8)
+    assert 0 <= found.lower <= longer.lower <= longer.upper == found.upper and found.density.min() >= 0
     problem = learning_problem(problem.net, weight=0.1)
     with pytest.raises(ValueError, match="^problem: one without regulariser"):
-        pmp_residual(problem, BOX)
+        pmp_residual(problem, wide)
+
+
+@on_ranks
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("A", SETS.values(), ids=SETS.keys())
+def test_the_bracket_is_in_order_and_controls_outside_of_A_are_refused(A, samples, rng):
+    """Random constant controls at points of A: 0 <= lower <= upper. The same a little outside: refused, layer and node named."""
+    Y = label_space("annulus", "CG1")
+    points = np.column_stack(A.sample(5))
+    net = ResidualNetwork(given_basis(Y, [1.0]), layers=2)
+    problem = learning_problem(net, head=True, weight=None, samples=samples)
+    for _ in range(3):
+        for l, (a, b) in enumerate(points[rng.integers(len(points), size=2)]):
+            net.bias.set(l, a + 0 * Y.weights)
+            net.kernel.set(l, [[b]])
+        found = pmp_residual(problem, A)
+        assert 0 <= found.lower <= found.upper and found.density.min() >= 0
+    x = Y.coordinates
+    net.bias.set(1, np.where(x[:, 0] == max(Y.comm.allgather(x[:, 0].max())), 3.0, points[0, 0]))
+    with pytest.raises(ValueError, match=r"^A: the controls of layer 1 are outside of it, \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it"):
+        pmp_residual(problem, A)
+    net.bias.set(1, points[0, 0] + 0 * Y.weights)
+    net.kernel.set(1, [[A.kernel_range[1] * 1.01 + 0.01]])
+    with pytest.raises(ValueError, match="^A: the controls of layer 1 are outside of it"):
+        pmp_residual(problem, A)
+
+
+@on_ranks
+@pytest.mark.parametrize("length", [1e-6, 1.0, 6371220.0])
+def test_whether_controls_are_in_A_does_not_depend_on_units(length):
+    """b falls like 1 / |Y|: an absolute tolerance would find round-off outside on one disk, and nothing on another."""
+    mesh = fd.UnitDiskMesh(1)
+    mesh.coordinates.dat.data[...] *= length
+    Y = LabelSpace(fd.FunctionSpace(mesh, "DG", 0))
+    b, one = 1 / length**2, np.ones((Y.nodes, 1))
+    A = Box((-1, 1), (-b, b))
+    for scale, outside in ((1 + 1e-13, False), (1 + 1e-6, True)):
+        assert (violation(Y, A, Controls(one[:, 0], scale * b * one, one)) is not None) == outside
+        assert (violation(Y, A, Controls(scale * one[:, 0], b * one, one)) is not None) == outside
+
+
+@on_ranks
+def test_states_of_a_run_are_gone_through_once():
+    """`hamiltonian_along` asks for each state once: what it costs grows like the number of layers, not like its square."""
+    steps = []
+    for layers in (10, 20, 40):
+        net = network("disk", "DG0", times=np.linspace(0, 1, layers + 1), layers_per_block=layers)
+        J, run = learning_problem(net, head=False, weight=None, samples=1).record()
+        J.derivative()
+        segment, count = run._pieces[0].segment, 0
+        advance = segment.advance
+
+        def counted(f, traces):
+            nonlocal count
+            count += len(traces)
+            return advance(f, traces)
+
+        segment.advance = counted
+        values = hamiltonian_along(run, Hamiltonian(net.Y, net.activation, "maximise"))
+        steps.append(count)
+        ends = [Pair(np.array(net.Y.values(run.state(l))), -net.Y.values(run.costate(l)), "maximise") for l in (layers - 1, layers)]
+        H = Hamiltonian(net.Y, net.activation, "maximise")
+        assert_allclose(values[-1], [H(p, Controls.of_layer(net, layers - 1)) for p in ends], rtol=0, atol=ROUND_OFF)
+    assert steps == [10, 20, 40]
 
 
 @on_ranks

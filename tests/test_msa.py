@@ -301,6 +301,53 @@ def test_what_msa_does_not_do_is_refused(change, message):
         msa(problem(), **{"A": BOX} | change)
 
 
+@on_ranks
+def test_a_start_outside_of_A_is_refused_or_brought_into_it():
+    start = problem(layers=2)
+    for l in range(2):
+        start.net.bias.set(l, 0.5 + 0 * start.net.Y.weights)
+    start.net.kernel.set(1, [[4.0]])
+    message = r"^A: the controls of layer 1 are outside of it, \(a\(y\), b\(y, z\)\) = \(0.5, 4\) at y = .*project=True"
+    with pytest.raises(ValueError, match=message):
+        msa(start, BOX, iterations=1)
+    found = msa(start, BOX, iterations=2, project=True)
+    assert inside(found, BOX) and found.iterations == 2
+    none = msa(start, BOX, iterations=0, project=True)
+    # Towards (0, 0), the middle of the box, by just enough in the layer that is outside, not at all in the other.
+    assert_allclose(gathered(start.net.Y, none.controls[0].a), 0.5, rtol=1e-13)
+    assert_allclose(gathered(start.net.Y, none.controls[1].a), 0.5 / 4, rtol=2e-3)
+    assert inside(none, BOX) and float(none.problem.evaluate()[0]) == none.value
+    with pytest.raises(ValueError, match="^A: controls cannot be pulled into a set that is not convex"):
+        msa(start, Points([(0, 1), (0, -1)]), variant="basic", project=True)
+
+
+@on_ranks
+@pytest.mark.parametrize("kind", ["box", "ball", "span"])
+def test_a_start_outside_of_a_set_of_rows_is_refused_or_the_nearest_within_is_taken(kind):
+    psi = laplace("annulus", "CG1", 3)
+    A = {
+        "box": RowBox(psi, (-1, 1), (-2, 2)), "ball": RowBall(psi, 1.5), "span": SpanBox(psi, psi, (-1, 1), (-0.5, 0.5)),
+    }[kind]  # fmt: skip
+    start = learning_problem(ResidualNetwork(psi, layers=2), head=True, weight=None, samples=3)
+    start.net.bias.set(1, smooth(start.net.Y, 1)[:, 0] * 3)
+    with pytest.raises(ValueError, match="^A: the controls of layer 1 are outside of it, or of the span .*project=True"):
+        msa(start, A, iterations=1)
+    none = msa(start, A, iterations=0, project=True)
+    again = msa(none.problem, A, iterations=1)  # is within
+    assert again.values[0] == pytest.approx(none.value, rel=1e-12) and again.iterations <= 1
+    limit = 1.5 if kind == "ball" else 1.0
+    assert all(np.abs(c.a).max(initial=0) <= limit + 1e-12 for c in none.controls)
+
+
+@on_ranks
+def test_the_monitor_is_told_of_the_problem_whose_J_it_is_told():
+    seen = []
+    found = msa(problem(layers=2), BOX, iterations=3, monitor=lambda p: seen.append((p, float(p.problem.evaluate()[0]))) and None)
+    assert len(seen) == found.iterations
+    for progress, value in seen:
+        assert_allclose(value, progress.value, rtol=1e-14)
+
+
 def test_problems_that_msa_does_not_solve_are_refused():
     start = problem()
     for other, message in (

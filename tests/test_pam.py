@@ -121,6 +121,7 @@ def test_an_inner_result_that_does_not_lower_the_proximal_objective_is_not_taken
         for p, k, c in before:
             if any(p.functions[k] is function for function in self._functions):
                 p.set(k, c + (-5.0 if p.name == "kernel" else 2.3) * (p.get(k) - c))
+        self._functional(self._functions)
         return outcome
 
     monkeypatch.setattr(Minimiser, "solve", too_far)
@@ -184,8 +185,9 @@ def test_taylor_of_the_proximal_functional(block, taylor):
 @pytest.mark.parametrize("tao_type", ["lmvm", "nls"][: 1 + alone])
 def test_it_comes_to_the_minimum_of_l_bfgs_on_all_parameters(tao_type):
     problem = convex_like()
-    result = train_pam(problem, {"tao_type": tao_type}, tau=10.0, gradient_tolerance=1e-4, monitor=_silent)
+    result = train_pam(problem, {"tao_type": tao_type}, tau=10.0, gradient_tolerance=3e-5, monitor=_silent)
     assert result.converged and result.reason == "GRADIENT_TOLERANCE" and result.gradient_norm <= 1e-4
+    assert result.gradient_norm <= 3e-5 * result.gradient_norms[0] < result.gradient_norms[-2]
     again = convex_like()
     best = train(again, {"tao_gatol": 1e-6}, monitor=_silent)
     # Both miss the minimum by |gradient|^2 over twice the smallest curvature, the weight 0.5, at most.

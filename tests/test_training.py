@@ -19,9 +19,9 @@ from fem_resnet.network import ResidualNetwork
 from fem_resnet.loss import Loss
 from fem_resnet.objective import LearningProblem
 from fem_resnet.time_stepping import StepFailure
-from fem_resnet.training.gradient import SOLVER_PARAMETERS, Progress, train
+from fem_resnet.training.gradient import SOLVER_PARAMETERS, TOLERANCES, Progress, train
 from helpers import laplace
-from problems import coefficients, learning_problem, network, taping
+from problems import CLASSES, coefficients, learning_problem, network, taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -111,13 +111,15 @@ def test_a_start_at_the_minimum_is_left_alone():
     ids=str,
 )
 def test_a_line_search_that_cannot_go_on_leaves_the_best_parameters_and_its_reason(domain, weight, options):
-    """No gradient reaches a tolerance of zero: round-off in J ends the last line search, now and then before 1e-8."""
+    """No gradient reaches a tolerance of zero: round-off in J ends the last line search, now and then before `TOLERANCES`."""
     problem = learning_problem(network(*domain.split()), head=False, weight=weight)
     result = train(problem, {"tao_max_it": 1000} | options, monitor=_silent)
-    if result.converged:
-        assert options == {} and result.gradient_norm <= SOLVER_PARAMETERS["tao_gatol"]
+    if options == {} and result.converged:
+        assert result.reason in ("CONVERGED_GRTOL", "CONVERGED_GTTOL")
+        assert result.gradient_norm < 10 * TOLERANCES["tao_gttol"] * result.gradient_norms[0]  # units are 1 and |Y| here
     else:
-        assert result.reason == "DIVERGED_LS_FAILURE"
+        # The gradient may come below the last bit of J before that.
+        assert result.reason in ("DIVERGED_LS_FAILURE", "CONVERGED_GRTOL")
         # J is of size one and known to 1e-16; where it is flat to that, its gradient is about the root of it.
         assert result.gradient_norm < 1e-7
     assert abs(problem.evaluate()[0] - result.value) <= ROUND_OFF
@@ -268,10 +270,16 @@ def test_gradient_norm_is_that_of_label_domain_and_time(bias):
 @on_ranks
 @each_problem
 def test_first_step_of_l_bfgs_goes_down_the_gradient_in_the_label_measure(make):
-    """m_1 - m_0 = - s g with one s for all coefficients, g the Riesz representatives: unequal layers, cells, bases."""
+    """m_1 - m_0 = - s u g with one s for all coefficients, g the Riesz representatives, u the squared norm of a unit.
+
+    By hand: |Y| for a(y); 1 for b(y, z), whose unit is 1 / |Y|; on classes of length one their number K for mu, and K / |Y|
+    for W. Unequal layers, cells, bases.
+    """
     problem = make()
+    size = problem.net.Y.measure
+    units = {"bias": size, "kernel": 1.0, "W": CLASSES / size, "mu": CLASSES}
     g = [
-        coefficients(parameter, parameter.riesz_map(k)(dual))
+        units[parameter.name] * coefficients(parameter, parameter.riesz_map(k)(dual))
         for (parameter, k), dual in zip(
             [(p, k) for p in problem.parameters for k in range(len(p.functions))],
             problem.reduced_functional().derivative(),

@@ -3,7 +3,7 @@
 TAO's gradient norm and the first matrix of its L-BFGS are the Riesz maps of the controls, so what is computed are
 gradients in L2(Y x (0,T)) and L2(Y x Y x (0,T)), (4.3), (4.4), (4.7), whatever the mesh or the lengths of the layers.
 The same holds of TAO's Newton methods, with Hessian actions of pyadjoint: the Riesz maps precondition their linear
-solves and measure the radius of their trust regions.
+solves and measure the radius of their trust regions. The steps do not depend on the units of Y and J (`training.tao`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from fem_resnet.objective import LearningProblem
 from fem_resnet.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
-__all__ = ["SOLVER_PARAMETERS", "Progress", "Result", "tell", "train"]
+__all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Progress", "Result", "options_over", "tell", "train"]
 
-#: Options of TAO where the user gives none: L-BFGS, to a gradient norm of 1e-8.
-SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200, "tao_gatol": 1e-8, "tao_grtol": 0.0, "tao_gttol": 0.0}
+#: Options of TAO where the user gives none: L-BFGS.
+SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200}
+#: TAO's tolerances where the user gives none of them: the gradient without units at 1e-8 of J, or of the first gradient.
+TOLERANCES = {"tao_gatol": 0.0, "tao_grtol": 1e-8, "tao_gttol": 1e-8}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Result:
     Attributes
     ----------
     value, gradient_norm : float
-        J and the norm of its gradient (label measure) at the end.
+        J and the norm of its gradient (label measure) at the end, of what `controls` has and the problem's parameters hold.
     iterations : int
     converged : bool
         Whether a tolerance was met; False where the iterations ran out.
@@ -106,11 +108,15 @@ def train(
         The learning problem.
     solver_parameters, options_prefix
         TAO's options over `SOLVER_PARAMETERS` (L-BFGS, which keeps 5 pairs unless `tao_lmvm_mat_lmvm_hist_size` says
-        otherwise). Newton methods are "tao_type" "nls" (line search) and "ntr" (trust region); how far they solve for a
-        step says for example "tao_nls_ksp_rtol".
+        otherwise). "tao_type" is one of `training.tao.TYPES`; Newton methods are "nls" (line search) and "ntr" (trust
+        region); how far they solve for a step says for example "tao_nls_ksp_rtol". Tolerances are `TOLERANCES` where none
+        is given, else those given alone: "tao_gatol" of the gradient's norm in the label measure, which has a unit;
+        "tao_grtol" and "tao_gttol" of what does not depend on units, the gradient relative to J and to the first gradient.
+        Radii of trust regions are in parts of functions of size one, too.
     monitor
-        Called at every iteration on every rank; returning True (on one rank at least) stops, and another call goes on from
-        there. If left out, a line an iteration is logged at level INFO on rank 0.
+        Called at every iteration on every rank, the problem's parameters being those of that iteration; returning True (on
+        one rank at least) stops, and another call goes on from there. If left out, a line an iteration is logged at level
+        INFO on rank 0.
     gauss_newton
         Whether Newton methods get the actions of Gauss and Newton in place of the Hessian's (`blocks.gauss_newton`).
     bounds
@@ -118,9 +124,7 @@ def train(
         (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end; the same at all times. TAO's
         type is then "blmvm", L-BFGS with projections, if none is given; "bnls" and "bntr" are Newton's method with a line
         search and a trust region, which may need far fewer iterations. It starts from the nearest coefficients within, and
-        `gradient_norm` leaves out what points out of the bounds. (Bounded types other than "blmvm" hold "tao_gatol"
-        against an l2 norm of PETSc's, so that `gradient_norm` may end above it.) A box on the coefficients of a bias, at
-        the nodes or of `cell_indicators`, is one on a(y, t) there; one on beta is one on b(y, z, t)
+        `gradient_norm` leaves out what points out of the bounds. A box on the coefficients of a bias, at the nodes or of `cell_indicators`, is one on a(y, t) there; one on beta is one on b(y, z, t)
         *only where phi and psi are indicators*. Else `LowRankKernel.bound` says how large abs(b) may be.
 
     Returns
@@ -129,8 +133,10 @@ def train(
 
     Raises
     ------
-    ValueError
-        If bounds do not fit, or TAO's type does not know any.
+    TypeError, ValueError
+        If bounds or options do not fit, or TAO's type is not taken, or does not know bounds.
+    ArithmeticError
+        If J is not finite at the start.
     StepFailure
         If the state overflows in a trial step.
 
@@ -142,11 +148,13 @@ def train(
     """
     comm = problem.net.Y.comm
     pairs = None if bounds is None else _bounds_of_controls(problem, bounds)
+    options = options_over({} if bounds is None else {"tao_type": "blmvm"}, solver_parameters)
     functional, _ = problem.record(gauss_newton=gauss_newton)
     minimiser = Minimiser(
         functional,
         problem.functions,
-        SOLVER_PARAMETERS | ({} if bounds is None else {"tao_type": "blmvm"}) | (solver_parameters or {}),
+        [basis for parameter in problem.parameters for basis in parameter.space_bases],
+        options,
         comm=comm,
         options_prefix=options_prefix,
         bounds=pairs,
@@ -159,20 +167,35 @@ def train(
         history.append(Progress(iteration, minimiser.limit, value, gradient_norm, time.perf_counter() - start))
         stopped = tell(comm, history[-1], monitor)
 
-    converged, reason = minimiser.solve(watch, None if monitor is None else lambda gradient_norm: stopped)
-    if stopped:
-        converged, reason = False, "STOPPED"
+    end = minimiser.solve(watch, lambda gradient_norm: stopped)
     return Result(
-        value=history[-1].value,
-        gradient_norm=history[-1].gradient_norm,
+        value=end.value,
+        gradient_norm=end.gradient_norm,
         iterations=history[-1].iteration,
-        converged=converged,
-        reason=reason,
-        values=np.array([entry.value for entry in history]),
-        gradient_norms=np.array([entry.gradient_norm for entry in history]),
+        converged=end.converged and not stopped,
+        reason="STOPPED" if stopped else end.reason,
+        values=np.array([entry.value for entry in history[:-1]] + [end.value]),
+        gradient_norms=np.array([entry.gradient_norm for entry in history[:-1]] + [end.gradient_norm]),
         controls=[p.get(k) for p in problem.parameters for k in range(len(p.functions))],
         seconds=time.perf_counter() - start,
     )
+
+
+def options_over(defaults: Mapping, given: Mapping | None) -> dict:
+    """TAO's options: the given ones over the defaults, and over `TOLERANCES` where they have no tolerance.
+
+    Raises
+    ------
+    TypeError
+        If they are no dictionary.
+    """
+    if not (given is None or isinstance(given, Mapping)):
+        raise TypeError(
+            f"solver_parameters: a dictionary of TAO's options is wanted, such as {{'tao_type': 'lmvm'}}; {given!r} was given"
+        )
+    given = dict(given or {})
+    tolerances = dict.fromkeys(TOLERANCES, 0.0) if TOLERANCES.keys() & given else TOLERANCES
+    return SOLVER_PARAMETERS | tolerances | dict(defaults) | given
 
 
 def _bounds_of_controls(problem: LearningProblem, bounds: Mapping) -> list[tuple[fd.Function, fd.Function]]:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from petsc4py import PETSc
@@ -37,19 +37,24 @@ from petsc4py import PETSc
 from fem_resnet.control_set import ControlSet
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
-from fem_resnet.maximum_principle import extremal_controls
+from fem_resnet.maximum_principle import controls_within, extremal_controls, refuse_controls_outside
+from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
-from fem_resnet.row_controls import RowBall, RowBox, SpanBox, raise_controls
+from fem_resnet.row_controls import RowBall, RowBox, SpanBox, distance, nearest_controls, raise_controls
 from fem_resnet.training.gradient import tell
 
 __all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]
 
 _VARIANTS = ("basic", "damped", "extended")
+#: Controls this far from a set of rows, in parts of their size, are in it: bases of least rank leave round-off.
+_ROUND_OFF = 1e-10
 
 
 @dataclass(frozen=True)
 class MSAProgress:
-    """One iteration: its number of at most `iterations`, J, rho or the share s, and seconds since the start."""
+    """One iteration: its number of at most `iterations`, J, rho or the share s, seconds since the start, networks run so far,
+    and the problem whose parameters these are.
+    """
 
     iteration: int
     iterations: int
@@ -57,6 +62,7 @@ class MSAProgress:
     step: float
     seconds: float
     evaluations: int
+    problem: LearningProblem = field(repr=False)
 
     def __str__(self) -> str:
         return (
@@ -123,9 +129,10 @@ def msa(
     rho: float = 1.0,
     largest_rho: float = 1e8,
     restarts: int = 0,
+    project: bool = False,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
 ) -> MSAResult:
-    """Train by Algorithm 2 from the present controls, which are to lie in A. Collective.
+    """Train by Algorithm 2 from the present controls, which lie in A. Collective.
 
     Parameters
     ----------
@@ -143,14 +150,18 @@ def msa(
     restarts
         How often, where no step lowers J, it goes on from the extremal controls all the same, a step of basic MSA; J rises
         there, and the result has the controls of least J.
+    project
+        Whether it starts from controls in A that are made of the present ones: the nearest for `RowBox`, `RowBall` and
+        `SpanBox`; else mixtures with a point of A, which is to be convex then.
     monitor
-        Called after each iteration on every rank; returning True (on one rank at least) stops. If left out, a line is
-        logged on rank 0.
+        Called after each iteration on every rank with its `MSAProgress`; returning True (on one rank at least) stops. If
+        left out, a line is logged on rank 0.
 
     Raises
     ------
     ValueError
-        If an argument is not what is said above, or A is not convex and mixtures are asked for.
+        If an argument is not what is said above, the present controls are not in A, or A is not convex and mixtures are
+        asked for.
 
     Examples
     --------
@@ -161,7 +172,7 @@ def msa(
     net = problem.net
     H = Hamiltonian.of(problem, "maximise")
     lengths = np.diff(net.times)
-    controls = [Controls.of_layer(net, l) for l in range(net.layers)]
+    controls = _start(net, A, project)
     evaluations = 0
 
     def evaluate(controls: list[Controls]):
@@ -205,7 +216,7 @@ def msa(
         if value <= best[0] or variant == "basic":
             best = value, changed, controls
         rho = step / 2 if variant == "extended" else rho
-        progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start, evaluations)
+        progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start, evaluations, changed)
         if tell(net.Y.comm, progress, monitor):
             reason = "STOPPED"
             break
@@ -222,6 +233,28 @@ def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall | SpanBox, pair: Pair
     if isinstance(A, ControlSet):
         return extremal_controls(H.Y, A, pair).controls
     return raise_controls(H, A, pair, present)[0]
+
+
+def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, project: bool) -> list[Controls]:
+    """The present controls, one a layer, in A."""
+    Y, controls, remedy = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)], "project=True starts within A"
+    if isinstance(A, ControlSet):
+        if project:
+            return [controls_within(Y, A, c) for c in controls]
+        refuse_controls_outside(Y, A, controls, remedy)
+        return controls
+    within = [nearest_controls(A, c) for c in controls]
+    if project:
+        return within
+    for l, (c, nearest) in enumerate(zip(controls, within)):
+        apart, y = distance(Y, c, nearest)
+        if apart > _ROUND_OFF:
+            at = ", ".join(f"{x:.4g}" for x in y)
+            raise ValueError(
+                f"A: the controls of layer {l} are outside of it, or of the span of its bases, by {apart:.1e} of their size "
+                f"at y = ({at}); {remedy}"
+            )
+    return controls
 
 
 def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox, variant: str) -> None:

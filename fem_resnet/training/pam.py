@@ -30,12 +30,12 @@ from pyadjoint.enlisting import Enlist
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.parameter import Parameter
-from fem_resnet.training.gradient import SOLVER_PARAMETERS, Progress, Result, tell
+from fem_resnet.training.gradient import Progress, Result, options_over, tell
 from fem_resnet.training.proximal import ProximalBlock
 
 __all__ = ["INNER_PARAMETERS", "PAMProgress", "PAMResult", "train_pam"]
 
-#: TAO's options for the inner problems, over `SOLVER_PARAMETERS`, where the user gives none.
+#: TAO's options for the inner problems, over `gradient.SOLVER_PARAMETERS`, where the user gives none.
 INNER_PARAMETERS = {"tao_max_it": 30}
 
 #: tau grows where every block takes at most so many inner iterations.
@@ -137,7 +137,8 @@ def train_pam(
     iterations
         At most so many, in this call.
     gradient_tolerance
-        Stops where the norm of the gradient of J (label measure) is no larger. Not with `batches`.
+        Stops where the gradient of J is no larger than this times that at the start (of the first call, with `start`), in
+        the label measure, or times J, in norms without units (`training.tao`). Not with `batches`.
     accuracy
         An inner problem is solved until its gradient is no larger than this times |x - x_i| / tau, which at its minimum is
         |D_i J|; no unit, 0 for as far as TAO's own tests ask for.
@@ -186,15 +187,18 @@ def train_pam(
     if batches is not None:
         problem = problem.replace(batch=batches[0])
     J, _ = problem.record()
-    options = SOLVER_PARAMETERS | INNER_PARAMETERS | {"tao_gatol": 0.1 * gradient_tolerance} | (solver_parameters or {})
+    norms = _gradient_norms(problem, J)
+    least = gradient_tolerance * (norms[0] if start is None else start.gradient_norms[0])
+    options = options_over(INNER_PARAMETERS | {"tao_gatol": 0.1 * least}, solver_parameters)
     blocks = _blocks(problem, J, options, options_prefix)
-    first = _initial(problem, J, blocks, tau) if start is None else start
+    first = _initial(J, blocks, norms[0], tau) if start is None else start
     if first.blocks != tuple(block.name for block in blocks):
         raise ValueError(f"start: its blocks are {first.blocks}, the problem's {tuple(block.name for block in blocks)}")
     at, before, tau, momentum = first.controls, first.previous, first.tau, first.momentum
     for block, coefficients in zip(blocks, at):
         block.set(coefficients)
-    value, norm, history = J(problem.functions), first.gradient_norm, []
+    value, history = J(problem.functions), []
+    norm, free = _gradient_norms(problem, J)
     most = first.iterations + iterations
 
     def report(number: int, step: _Step | None) -> bool:
@@ -207,7 +211,7 @@ def train_pam(
     reason = "STOPPED" if start is None and report(0, None) else None
     try:
         while reason is None:
-            if batches is None and norm <= gradient_tolerance:
+            if batches is None and (norm <= least or free <= gradient_tolerance * abs(value)):
                 reason = "GRADIENT_TOLERANCE"
                 break
             if len(history) == iterations:
@@ -222,7 +226,7 @@ def train_pam(
             step = _iterate(blocks, at, before, tau, weight, accuracy, float(value))
             if not inertial and step.slack < -_ROUND_OFF * max(abs(value), abs(step.value)):
                 raise ArithmeticError(f"the inequality below (5.1) is violated by {-step.slack:.1e} in iteration {number}")
-            value, norm = step.value, _gradient_norm(problem, J)
+            value, (norm, free) = step.value, _gradient_norms(problem, J)
             history.append((step, tau, norm))
             at, before, momentum = step.reached, at, 1.0 if step.restart else following
             stops = report(number, step)
@@ -315,18 +319,18 @@ def _iterate(
     return _Step(value, slack, reached, [float(np.sqrt(square)) for square in squares], inner, solved, restart)
 
 
-def _gradient_norm(problem: LearningProblem, J: ReducedFunctional) -> float:
-    """Of J in all that is learned, where the tape is."""
+def _gradient_norms(problem: LearningProblem, J: ReducedFunctional) -> tuple[float, float]:
+    """Of J in all that is learned, where the tape is: in the label measure, and without the controls' units."""
     gradient = iter(Enlist(J.derivative(apply_riesz=True)))
     parts = [(p, k, p.space_bases[k].read(next(gradient))) for p in problem.parameters for k in range(len(p.functions))]
-    return float(np.sqrt(sum(p.inner(k, g, g) for p, k, g in parts)))
+    squares = [(p.inner(k, g, g), p.space_bases[k].unit) for p, k, g in parts]
+    return float(np.sqrt(sum(square for square, _ in squares))), float(np.sqrt(sum(square * unit for square, unit in squares)))
 
 
-def _initial(problem: LearningProblem, J: ReducedFunctional, blocks: Sequence[ProximalBlock], tau: float) -> PAMResult:
+def _initial(J: ReducedFunctional, blocks: Sequence[ProximalBlock], norm: float, tau: float) -> PAMResult:
     """The result of no iteration."""
     at = [block.get() for block in blocks]
-    value = float(J(problem.functions))
-    norm = _gradient_norm(problem, J)
+    value = float(J.functional)
     none = np.zeros(0)
     return PAMResult(
         value=value, gradient_norm=norm, iterations=0, converged=False, reason="", values=np.array([value]),

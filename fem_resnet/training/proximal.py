@@ -48,7 +48,7 @@ class ProximalFunctional(AbstractReducedFunctional):
     def __init__(self, J: ReducedFunctional, controls: Sequence, parameters: Sequence[Parameter]):
         self._J = ReducedFunctional(J.functional, list(controls), tape=J.tape)
         self._sets = [(parameter, k) for parameter in parameters for k in range(len(parameter.functions))]
-        self.tau, self.centre = 1.0, [parameter.get(k) for parameter, k in self._sets]
+        self.tau, self.centre, self._seed = 1.0, [parameter.get(k) for parameter, k in self._sets], 1.0
 
     @property
     def controls(self):
@@ -74,11 +74,13 @@ class ProximalFunctional(AbstractReducedFunctional):
         return AdjFloat(self.value + self.square / (2 * self.tau))
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
-        return self._with_term(self._J.derivative(adj_input), self._offset, float(adj_input), apply_riesz)
+        self._seed = float(adj_input)
+        return self._with_term(self._J.derivative(adj_input), self._offset, self._seed, apply_riesz)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
+        # As pyadjoint's: that of what was last differentiated.
         actions = self._J.hessian(m_dot, hessian_input, evaluate_tlm)
-        return self._with_term(actions, self._read(Enlist(m_dot)), 1.0, apply_riesz)
+        return self._with_term(actions, self._read(Enlist(m_dot)), self._seed, apply_riesz)
 
     def _with_term(self, duals, coefficients, scale, apply_riesz):
         """Functionals of J, with those of the proximal term added, whose gradient is coefficients / tau."""
@@ -124,8 +126,9 @@ class ProximalBlock:
         self._functions = [parameter.functions[k] for parameter, k in self._sets]
         comm = parameters[0].space_bases[0].Y.comm
         self._minimiser = Minimiser(
-            self.functional, self._functions, solver_parameters, comm=comm, options_prefix=options_prefix
-        )
+            self.functional, self._functions, [parameter.space_bases[k] for parameter, k in self._sets],
+            solver_parameters, comm=comm, options_prefix=options_prefix,
+        )  # fmt: skip
 
     def get(self) -> list[np.ndarray]:
         """The coefficients that the parameters have."""
@@ -159,6 +162,5 @@ class ProximalBlock:
         def accurate(norm):
             return norm <= accuracy * np.sqrt(self.square_from(centre)) / tau
 
-        converged, _ = self._minimiser.solve(watch, accurate)
-        functional(self._functions)  # TAO's last evaluation may be a trial step's
-        return iterations, converged
+        end = self._minimiser.solve(watch, accurate)
+        return iterations, end.converged

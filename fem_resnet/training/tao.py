@@ -3,33 +3,96 @@
 TAO's gradient norm and the first matrix of its L-BFGS are the Riesz maps of the controls; they precondition the linear
 solves of its Newton methods and measure the radius of their trust regions. Under bounds, Newton methods solve for the
 coefficients that are free: with the rows and columns of Hessian and Riesz map that belong to them.
+
+**Units.** int a^2 dy grows with |Y|, int int b^2 dy dz does not, as b falls like 1 / |Y|; and J has a unit of its own. TAO
+adds squares up, and has numbers that are absolute (first radii, steps, what it takes for round-off of J). So it sees
+
+    J / |J(start)|        with        sum_k |x_k|^2 / u_k,        u_k = `SpaceBasis.unit` of the control k,
+
+in which nothing has a unit: a problem told in other units takes the same steps. Where TAO compares coefficients themselves
+(active sets, curvatures, types without Riesz maps), they are in parts of `SpaceBasis.amplitude`, up to a factor 2^(1/2):
+a power of two, so that no coefficient is rounded. What is told to the caller are J and the
+norm of its gradient in the label measure. TAO's tolerances are tested here, the same for all types: "tao_gatol" is one of
+that norm, "tao_grtol" and "tao_gttol" are relative, of the gradient without units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import firedrake as fd
 import numpy as np
 import petsctools
 from mpi4py import MPI
 from petsc4py import PETSc
-from pyadjoint import MinimizationProblem, TAOSolver
+from pyadjoint import AdjFloat, Control, MinimizationProblem, TAOSolver
+from pyadjoint.enlisting import Enlist
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
-__all__ = ["BOUNDED_TYPES", "Minimiser"]
+from fem_resnet.petsc import take_function_lower_bound
+from fem_resnet.space_basis import SpaceBasis
 
-#: The types of TAO that take Hessian actions, with the prefix of their linear solver.
-_NEWTON_TYPES = {"nls": "nls", "ntr": "ntr", "ntl": "ntl", "bnls": "bnk", "bntr": "bnk", "bntl": "bnk"}
+__all__ = ["TYPES", "Minimiser", "Outcome", "TAOType"]
 
-#: The types of TAO that keep to bounds.
-BOUNDED_TYPES = ("blmvm", "bncg", "bqnls", "bnls", "bntr", "bntl")
+
+@dataclass(frozen=True)
+class TAOType:
+    """A type of TAO that minimises a function by its gradient, and reports what it reached.
+
+    Attributes
+    ----------
+    what
+        The method.
+    bounds
+        Whether it keeps to bounds.
+    newton
+        The prefix of its options where it takes Hessian actions; else None.
+    label_measure
+        Whether directions come from gradients in the label measure; else from derivatives in the coefficients.
+    """
+
+    what: str
+    bounds: bool = False
+    newton: str | None = None
+    label_measure: bool = True
+
+
+#: The types that are taken. PETSc's others minimise something else than J (owlqn adds |m|_1, bmrm a regulariser; gpcg and
+#: bqpip are for quadratics, brgn and pounders for residuals, ssils and its like for complementarity, ipm, pdipm, almm, admm
+#: and lcl for constraints), know no gradient (nm), compare changes of J with 1e-6 (tron), or are no methods (shell, snes, python).
+TYPES = {
+    "lmvm": TAOType("L-BFGS"),
+    "blmvm": TAOType("L-BFGS with projections", bounds=True),
+    "nls": TAOType("Newton's method with a line search", newton="nls"),
+    "ntr": TAOType("Newton's method with a trust region", newton="ntr"),
+    "ntl": TAOType("Newton's method with a trust region, then a line search", newton="ntl"),
+    "bnls": TAOType("nls with active sets", bounds=True, newton="bnk"),
+    "bntr": TAOType("ntr with active sets", bounds=True, newton="bnk"),
+    "bntl": TAOType("ntl with active sets", bounds=True, newton="bnk"),
+    "cg": TAOType("nonlinear conjugate gradients", label_measure=False),
+    "bncg": TAOType("nonlinear conjugate gradients with active sets", bounds=True, label_measure=False),
+    "bqnls": TAOType("L-BFGS with active sets", bounds=True, label_measure=False),
+}
 
 #: PETSc's code for an operation that a matrix does not have.
 _UNSUPPORTED = 83
+#: What Newton methods take for round-off of J, where J is one at the start.
+_ROUND_OFF = 1e-12
+_Reason = PETSc.TAO.ConvergedReason
+
+
+class Outcome(NamedTuple):
+    """How a minimisation ended: J and the norm of its gradient where the Functions are, whether a test was met, and why."""
+
+    value: float
+    gradient_norm: float
+    converged: bool
+    reason: str
 
 
 class Minimiser:
@@ -41,6 +104,8 @@ class Minimiser:
         What is minimised, a function of its controls.
     functions
         Where a solve starts, and what takes what it found: one Function a control.
+    bases
+        How they hold coefficients, one a control.
     parameters, options_prefix
         TAO's options; "tao_type" is among them.
     comm
@@ -50,93 +115,132 @@ class Minimiser:
 
     Raises
     ------
+    TypeError
+        If the options are no dictionary.
     ValueError
-        If there are bounds, and the type of TAO does not keep to them.
+        If the type of TAO is none of `TYPES`, or does not keep to bounds where there are some, or the limit of iterations
+        is no integer >= 0.
     """
 
     def __init__(
         self,
         functional: AbstractReducedFunctional,
         functions: Sequence[fd.Function],
-        parameters: dict,
+        bases: Sequence[SpaceBasis],
+        parameters: Mapping,
         *,
         comm: MPI.Comm,
         options_prefix: str | None = None,
         bounds: Sequence[tuple[fd.Function, fd.Function]] | None = None,
     ):
         self._functional, self._functions, self._comm, self._bounds = functional, functions, comm, bounds
-        self._parameters, self._prefix = parameters, options_prefix
-        self._interface = PETScVecInterface(functions, comm=comm)
-        self._create()
+        self._amplitudes = [2.0 ** round(np.log2(basis.amplitude)) for basis in bases]
+        units = [basis.unit for basis in bases]
+        self._scaled = _WithoutUnits(functional, self._amplitudes, units)
+        self._parameters, self._prefix = dict(parameters), options_prefix
+        self._type = _checked_type(str(self._option("tao_type")), bounded=bounds is not None)
         #: TAO's limit of iterations.
-        self.limit = self._solver.tao.getMaximumIterations()
+        self.limit = _checked_limit(self._option("tao_max_it"))
+        self._interface = PETScVecInterface(functions, comm=comm)
+        self._per_unit = self._interface.new_petsc()
+        self._interface.to_petsc(self._per_unit, [1 / unit for unit in units])
+        self._create()
+
+    def _option(self, name: str) -> object:
+        """What an option is, the command line going first."""
+        if self._prefix is None:
+            return self._parameters[name]
+        prefix = self._prefix if not self._prefix or self._prefix.endswith("_") else self._prefix + "_"
+        return PETSc.Options(prefix).getString(name, str(self._parameters[name]))
 
     def _create(self) -> None:
-        with _options_of_the_matrix(_riesz_preconditioner(self._parameters["tao_type"]) | self._parameters) as parameters:
+        limit = {"tao_max_it": max(self.limit, 1)}  # PETSc's own wants one at least
+        bounds = self._bounds and [
+            tuple(_times(end, 1 / amplitude) for end in pair) for pair, amplitude in zip(self._bounds, self._amplitudes)
+        ]
+        with _options_of_the_matrix(_defaults_of(self._type) | self._parameters | limit) as parameters:
             self._solver = TAOSolver(
-                MinimizationProblem(self._functional, bounds=self._bounds), parameters, options_prefix=self._prefix,
-                comm=self._comm,
-            )  # fmt: skip
-        tao_type = self._solver.tao.getType()
-        if self._bounds is not None and tao_type not in BOUNDED_TYPES:
-            raise ValueError(
-                f"solver_parameters: TAO's {tao_type!r} does not know bounds; 'tao_type' one of "
-                f"{', '.join(map(repr, BOUNDED_TYPES))} is wanted"
+                MinimizationProblem(self._scaled, bounds=bounds), parameters, options_prefix=self._prefix, comm=self._comm
             )
-        hessian, *_ = self._solver.tao.getHessian()
-        hessian.setPythonContext(_HessianAtItsPoint(self._functional, comm=self._comm))
+        tao = self._solver.tao
+        hessian, *_ = tao.getHessian()
+        hessian.setPythonContext(_HessianAtItsPoint(self._scaled, comm=self._comm))
         self._reached = self._solver.x.duplicate()
+        # TAO would hold them against norms and values of its own.
+        self._tolerances = tao.getTolerances()
+        tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
+        self._least_value = take_function_lower_bound(tao)
 
     def solve(
         self,
         watch: Callable[[int, float, float], None],
         stop: Callable[[float], bool] | None = None,
-    ) -> tuple[bool, str]:
+    ) -> Outcome:
         """Minimise from what the Functions hold, and assign to them what the last iteration reached, come what may.
+
+        The tape is there too at the end, unless an evaluation raised.
 
         Parameters
         ----------
         watch
-            Called once an iteration with its number, the value and the norm of the gradient: in the label measure, also
-            for those types of TAO that test another one, and under bounds of what does not point out of them.
+            Called once an iteration with its number, the value and the norm of the gradient, the Functions holding what
+            was reached. Norms are those of the label measure, and under bounds of what does not point out of them.
         stop
             Called once an iteration with the norm of the gradient, the Functions holding what was reached: whether that
             is good enough, besides TAO's own tests.
 
         Returns
         -------
-        converged : bool
-            Whether a test was met.
-        reason : str
-            TAO's reason of stopping, by name.
+        Outcome
+            Its value is that of J evaluated at the end, whatever TAO says.
 
         Raises
         ------
+        ArithmeticError
+            If J is not finite at the start.
         Exception
             What an evaluation or a callback raised.
         """
         if self._solver is None:
             self._create()
-        tao, iteration = self._solver.tao, -1
+        tao, iteration, norm, free, first = self._solver.tao, -1, np.nan, np.nan, np.nan
+        self._scaled.scale = None
 
         def monitor(tao):
-            nonlocal iteration
-            if iteration == tao.getIterationNumber():
-                return  # some types report their start twice
+            nonlocal iteration, norm, free, first
+            repeated = iteration == tao.getIterationNumber()
             iteration = tao.getIterationNumber()
             tao.getSolution().copy(self._reached)
-            watch(iteration, tao.getSolutionStatus()[1], _gradient_norm(tao))
+            self._assign_reached()
+            norm, free = self._gradient_norms(tao)
+            if iteration == 0:
+                first = free
+            if not repeated:  # some types report their start twice, and some go on from a better one
+                watch(iteration, self._scaled.scale * tao.getSolutionStatus()[1], norm)
 
         def test(tao):
-            self._interface.from_petsc(tao.getSolution(), self._functions)
-            return True if stop(_gradient_norm(tao)) else None
+            value = tao.getSolutionStatus()[1]
+            gatol, grtol, gttol = self._tolerances
+            if self._scaled.scale * value <= self._least_value:
+                return _Reason.CONVERGED_MINF
+            if norm <= gatol:
+                return _Reason.CONVERGED_GATOL
+            if free <= max(grtol, np.finfo(float).eps) * abs(value):  # below that no step changes J
+                return _Reason.CONVERGED_GRTOL
+            if free <= gttol * first:
+                return _Reason.CONVERGED_GTTOL
+            if stop is not None and stop(norm):
+                return _Reason.CONVERGED_USER
+            return _Reason.DIVERGED_MAXITS if tao.getConvergedReason() == 0 and iteration >= self.limit else None
 
         tao.cancelMonitor()
         tao.setMonitor(monitor)
-        tao.setConvergenceTest(test if stop is not None else None)
+        tao.setConvergenceTest(test)
         # pyadjoint's own solve() raises at the limit of iterations and drops what was found.
         with stop_annotating(), petsctools.inserted_options(tao):
-            self._interface.to_petsc(self._solver.x, self._functions)
+            self._interface.to_petsc(
+                self._solver.x, [_times(function, 1 / a) for function, a in zip(self._functions, self._amplitudes)]
+            )
             try:
                 tao.solve()
                 reason = tao.getConvergedReason()
@@ -146,14 +250,120 @@ class Minimiser:
                     raise error.__cause__ or error
                 # Where the line search cannot go on, L-BFGS starts afresh, but pyadjoint's first matrix does not survive
                 # it. PETSc then finds work vectors still in use when it destroys that TAO, and says so once.
-                reason = PETSc.TAO.ConvergedReason.DIVERGED_LS_FAILURE
+                reason = _Reason.DIVERGED_LS_FAILURE
                 with suppress(PETSc.Error):
                     tao.destroy()
                 self._solver = None
             finally:
                 if iteration >= 0:
-                    self._interface.from_petsc(self._reached, self._functions)
-        return reason > 0, _reasons().get(reason, str(reason))
+                    self._assign_reached()
+            value = float(self._functional(self._functions))
+        return Outcome(value, norm, reason > 0, _reasons().get(reason, str(reason)))
+
+    def _assign_reached(self) -> None:
+        self._interface.from_petsc(self._reached, self._functions)
+        for function, amplitude in zip(self._functions, self._amplitudes):
+            if amplitude != 1.0:
+                function.dat.data[...] *= amplitude
+
+    def _gradient_norms(self, tao: PETSc.TAO) -> tuple[float, float]:
+        """Of J in the label measure, and of what TAO sees, without units."""
+        gradient, _ = tao.getGradient()
+        representative = gradient.duplicate()
+        tao.getGradientNorm().mult(gradient, representative)
+        free = gradient.dot(representative)
+        representative.pointwiseMult(representative, self._per_unit)
+        squares = np.maximum(0.0, [gradient.dot(representative), free])
+        return float(self._scaled.scale * np.sqrt(squares[0])), float(np.sqrt(squares[1]))
+
+
+def _times(function: fd.Function | fd.Cofunction, factor: float) -> fd.Function | fd.Cofunction:
+    """A multiple of it; itself for the factor 1. No bound stays none."""
+    if factor == 1.0:
+        return function
+    product, most = function._ad_copy(), np.finfo(float).max
+    with np.errstate(over="ignore"):
+        product.dat.data[...] = np.clip(function.dat.data_ro * factor, -most, most)
+    return product
+
+
+class _WithoutUnits(AbstractReducedFunctional):
+    """J / |J| of its first evaluation, of coefficients over amplitudes, with Riesz maps of squared norms over units."""
+
+    def __init__(self, J: AbstractReducedFunctional, amplitudes: Sequence[float], units: Sequence[float]):
+        self._J, self._amplitudes = J, amplitudes
+        self._controls = Enlist(
+            [_in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)]
+        )
+        #: What J is divided by; None before the next evaluation says it.
+        self.scale: float | None = None
+
+    @property
+    def controls(self):
+        return self._controls
+
+    @property
+    def tape(self):
+        """Where J is recorded."""
+        return self._J.tape
+
+    def _multiplied(self, functions) -> list:
+        return [_times(function, amplitude) for function, amplitude in zip(Enlist(functions), self._amplitudes)]
+
+    def _dual(self, duals, apply_riesz: bool):
+        duals = self._multiplied(duals)
+        if apply_riesz:
+            duals = [control.riesz_map(dual) for control, dual in zip(self._controls, duals)]
+        return self._controls.delist(duals)
+
+    def __call__(self, values) -> AdjFloat:
+        value = float(self._J(self._multiplied(values)))
+        if self.scale is None:
+            if not np.isfinite(value):
+                raise ArithmeticError(f"J is {value} at the start: begin with other parameters, or scale the data")
+            self.scale = abs(value) or 1.0
+        return AdjFloat(value / self.scale)
+
+    def derivative(self, adj_input=1.0, apply_riesz=False):
+        return self._dual(self._J.derivative(adj_input / self.scale), apply_riesz)
+
+    def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
+        # pyadjoint's second adjoint is that of the last derivative, whose seed was divided already.
+        directions = self._multiplied(m_dot)
+        return self._dual(self._J.hessian(directions, hessian_input=hessian_input, evaluate_tlm=evaluate_tlm), apply_riesz)
+
+    def tlm(self, m_dot):
+        return self._J.tlm(self._multiplied(m_dot)) / self.scale
+
+
+def _in_units(control: Control, amplitude: float, unit: float) -> Control:
+    """What knows the space of a control, and the Riesz map of |amplitude x|^2 / unit."""
+
+    def riesz_map(dual):
+        primal = control.riesz_map(dual)
+        primal.dat.data[...] *= unit / amplitude**2
+        return primal
+
+    return Control(control.control, riesz_map=riesz_map)
+
+
+def _checked_limit(given: object) -> int:
+    """The limit of iterations that was given."""
+    if str(given).isdecimal():
+        return int(str(given))
+    raise ValueError(f"solver_parameters: an integer >= 0 is wanted for 'tao_max_it', {given!r} was given")
+
+
+def _checked_type(given: str, *, bounded: bool) -> str:
+    """A type of TAO, if it is taken."""
+    allowed = {name: kind for name, kind in TYPES.items() if kind.bounds or not bounded}
+    if given in allowed:
+        return given
+    fault = "does not know bounds" if given in TYPES else "is not taken"
+    raise ValueError(
+        f"solver_parameters: TAO's {given!r} {fault}; 'tao_type' one of "
+        + ", ".join(f"{name!r} ({kind.what})" for name, kind in allowed.items()) + " is wanted"
+    )  # fmt: skip
 
 
 class _HessianAtItsPoint(ReducedFunctionalHessianMat):
@@ -225,18 +435,20 @@ class RieszPreconditioner:
         pc.getOperators()[1].getPythonContext().riesz(x, y)
 
 
-def _riesz_preconditioner(tao_type: str) -> dict:
-    if tao_type not in _NEWTON_TYPES:
+def _defaults_of(tao_type: str) -> dict:
+    """Options that come before the user's: Riesz maps precondition, and J is one at the start."""
+    prefix = TYPES[tao_type].newton
+    if prefix is None:
         return {}
-    prefix, kind = f"tao_{_NEWTON_TYPES[tao_type]}_pc_", f"{__name__}.{RieszPreconditioner.__name__}"
-    return {f"{prefix}type": "python", f"{prefix}python_type": kind}
-
-
-def _gradient_norm(tao: PETSc.TAO) -> float:
-    gradient, _ = tao.getGradient()
-    representative = gradient.duplicate()
-    tao.getGradientNorm().mult(gradient, representative)
-    return float(np.sqrt(max(0.0, gradient.dot(representative))))
+    return {
+        f"tao_{prefix}_pc_type": "python",
+        f"tao_{prefix}_pc_python_type": f"{__name__}.{RieszPreconditioner.__name__}",
+        # PETSc's first radius comes of a step down the derivative in the coefficients, and a linear solve's tolerance too.
+        f"tao_{prefix}_init_type": "constant",
+        "tao_trust0": 1.0,
+        f"tao_{prefix}_ksp_norm_type": "natural",
+        f"tao_{prefix}_epsilon": _ROUND_OFF,
+    }
 
 
 @contextmanager
