@@ -293,7 +293,7 @@ def test_bracket_for_many_samples():
     longer = pmp_residual(problem, BOX, rounds=8)
     assert 0 <= found.lower <= longer.lower <= longer.upper == found.upper
     problem = learning_problem(problem.net, weight=0.1)
-    with pytest.raises(ValueError, match="^problem: one without regulariser"):
+    with pytest.raises(ValueError, match="^pmp_residual: it does not take a regulariser"):
         pmp_residual(problem, BOX)
 
 

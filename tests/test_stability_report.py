@@ -266,7 +266,7 @@ def test_what_is_infinite_is_null_in_json():
 def test_arguments_that_do_not_fit_are_refused():
     net = network()
     f = initial(net)
-    with pytest.raises(ValueError, match="^net: a network with at least one layer is wanted"):
+    with pytest.raises(ValueError, match="^stability_report: it does not take a network without layers"):
         stability_report(ResidualNetwork(laplace("disk", "CG1", 4), layers=0), f)
     with pytest.raises(ValueError, match="^terminal: a Function of"):
         stability_report(net, f, terminal=initial(net, 2))

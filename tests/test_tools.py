@@ -1,0 +1,830 @@
+"""Every tool against every feature of a network or a problem: right, or refused by name.
+
+`fem_resnet.features.TOOLS` says what each tool takes. Here each is called on a problem with one feature after the other.
+What a tool does not declare it must refuse, and name itself and the feature; where it declares it, what it returns is held
+against something that the tool had no part in: J of the whole problem evaluated, differences of J, (2.8) solved by SciPy
+with dense matrices. A feature that is declared wrongly, or lost on the way, makes such a comparison fail.
+"""
+
+import inspect
+import re
+from functools import cache, partial
+from pathlib import Path
+
+import firedrake as fd
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+import sympy
+from numpy.testing import assert_allclose, assert_array_equal
+from pyadjoint.enlisting import Enlist
+
+import fem_resnet
+from fem_resnet import (
+    Batch, Box, Controls, Derivatives, EnergyMonitor, GrowthMonitor, Hamiltonian, Head, LabelSpace, LearningProblem,
+    LinearisedFlow, LocalClosedLoop, LocalFeedback, LowRankFeedback, NormBounded, ResidualNetwork, RowBox, RunningCost,
+    autonomous_problem, costate_check, depth_limit, duhamel, eigen_expansion, energy_conditions, energy_step_limit,
+    find_equilibria, find_steady_states, follow_trajectory, frozen_spectra, hamiltonian_along, hessian_spectrum,
+    integrated_norms, least_squares, lipschitz_bound, load, middle_pairs, msa, observed_decay, picard, pmp_residual, save,
+    solve_costate, solve_linearised, solve_trajectory, stability_estimate, stability_report, stability_verdict,
+    terminal_costate, tikhonov, to_network, train, train_pam, verify, weighted_identity, well_posedness_constants,
+    width_limit,
+)  # fmt: skip
+from fem_resnet.features import FEATURES, TOOLS, features_of, supports
+from fem_resnet.theory.residual_network import EULER
+from fem_resnet.verify.quantities import forward
+from helpers import laplace, label_space, set_smooth, smooth
+from problems import gathered
+
+DOMAIN = "annulus", "CG1"
+TIMES = (0.0, 0.4, 1.0)
+f, a = sympy.symbols("f a")
+
+#: What makes a network with a feature, and a problem.
+NET = {
+    "no_layers": {"times": [0.0]},
+    "gradient_flow": {"gradient_flow": True},
+    "learned_factors": {"learn_factors": True},
+    "learned_times": {"learn_times": True},
+    "stable_kernel": {"stable_kernel": NormBounded(20.0)},
+    "nodal_bias": {"bias": None},
+    "bases_by_layer": {"phi": [3, 5], "psi": [3, 5]},
+    "linear_in_time": {"bias_in_time": "linear", "kernel_in_time": "linear"},
+    "shared_in_time": {"bias_in_time": "shared", "kernel_in_time": "shared"},
+    "adapted_steps": {"solver_parameters": {"ts_adapt_type": "basic", "ts_rtol": 1e-9, "ts_atol": 1e-9}},
+    "discrete_gradient": {"solver_parameters": {"ts_type": "discrete_gradient"}},
+    "single_precision": {"precision": "single"},
+}
+PROBLEM = {
+    "head": {},
+    "regulariser": {"regulariser": tikhonov(0.3)},
+    "running": {"running": RunningCost(f**2)},
+    "running_of_controls": {"running": RunningCost(f**2 + a**2 / 20, kernel=0.1)},
+    "ensemble": {},
+    "derivatives": {},
+    "checkpoints": {"checkpoints": 1},
+    "learned_initial": {"learn": "initial"},
+    "learned_both": {"learn": "both"},
+    "many_samples": {},
+    "weights": {},
+}
+#: How close to round-off results are, relative to their size.
+CLOSE = {"single_precision": 3e-5, "adapted_steps": 1e-6, "discrete_gradient": 1e-7}
+
+
+def basis(rank, alone=False):
+    return None if rank is None else laplace(*DOMAIN, rank, alone)
+
+
+def network_with(feature=None, alone=False, autonomous=False, **options) -> ResidualNetwork:
+    options = {"phi": 3, "bias": 3, "times": TIMES, "steps": 2} | options | NET.get(feature, {})
+    if feature in ("adapted_steps", "discrete_gradient") and options.get("layers_per_block") is None:
+        options["solver_parameters"] = NET[feature]["solver_parameters"]
+    for name in ("phi", "psi", "bias"):
+        given = options.get(name)
+        options[name] = [basis(rank, alone) for rank in given] if isinstance(given, list) else basis(given, alone)
+    net = ResidualNetwork(**options)
+    rng = np.random.default_rng(0)
+    set_smooth(net, rng, 0.8)
+    if autonomous:
+        for parameter in (net.bias, net.kernel):
+            for k in range(1, len(parameter.functions)):
+                if parameter.space_bases[k].shape == parameter.space_bases[0].shape:
+                    parameter.set(k, parameter.get(0))
+    for parameter in net.factors:  # away from the given ones
+        parameter.set(0, parameter.get(0) + 0.2 * smooth(net.Y, parameter.get(0).shape[1], seed=7))
+    if net.layer_times is not None:
+        net.layer_times.set(0, 1.2 * net.layer_times.get(0))
+    return net
+
+
+def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=False, ensemble=None, chosen=None, **options):
+    """A problem with this feature, and no other that the tool does not take."""
+    net = network_with(feature, alone, **(net or {}))
+    Y, rng = net.Y, np.random.default_rng(1)
+    samples = 3 if feature == "many_samples" or feature in ("weights", "ensemble") and "many_samples" in takes else 1
+    chosen = slice(None) if chosen is None else chosen
+    inputs, targets = (Y.batch(smooth(Y, samples, seed=seed)[:, chosen]) for seed in (0, 50))
+    weights = np.array([1.0, 3.0, 0.5])[:samples][chosen] if feature == "weights" else None
+    head = None
+    # Without layers a head is all that is learned.
+    if feature == "head" or feature == "no_layers" and "head" in takes:
+        head = Head(net.bases["psi"][0], basis(3, alone), "identity")
+        head.W.set(0, rng.normal(size=head.W.space_basis.shape))
+        head.mu.set(0, rng.normal(size=head.mu.space_basis.shape))
+    given = {"regulariser": None} | options | PROBLEM.get(feature, {})
+    if feature == "derivatives":
+        v, C = (Y.batch(smooth(Y, samples, seed=seed)[:, chosen]) for seed in (3, 4))
+        given["derivatives"] = Derivatives(v, C, 0.5)
+    if feature == "ensemble":
+        given["ensemble"] = ensemble or fd.Ensemble(fd.COMM_WORLD, fd.COMM_WORLD.size)
+    regulariser = given.pop("regulariser")
+    return LearningProblem(net, head, least_squares, regulariser, Batch(inputs, targets, weights), **given)
+
+
+# -- what the tools are held against ----------------------------------------------------------------------------------
+
+
+def value(p) -> float:
+    """J of all that the problem has."""
+    return float(p.evaluate()[0])
+
+
+def moved(functions, h, step):
+    """The Functions moved along h, and what puts them back."""
+    before = [np.array(function.dat.data_ro) for function in functions]
+    for function, values, direction in zip(functions, before, h):
+        function.dat.data_wo[...] = values + step * direction
+    return before
+
+
+def put_back(functions, before):
+    for function, values in zip(functions, before):
+        function.dat.data_wo[...] = values
+
+
+def slope(of, functions, h, step=1e-4) -> float:
+    """The derivative of a function of the Functions' values in a direction, by central differences."""
+    values = []
+    for sign in (1, -1):
+        before = moved(functions, h, sign * step)
+        values.append(of())
+        put_back(functions, before)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def directions(functions, seed=5):
+    """Arrays of the Functions' shapes."""
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=function.dat.data_ro.shape) for function in functions]
+
+
+def pairing(functionals, h, comm) -> float:
+    return comm.allreduce(float(sum(np.sum(d.dat.data_ro * v) for d, v in zip(Enlist(functionals), h))))
+
+
+def layer_at(net, t):
+    inputs = net.layer_inputs()
+    number = min(int(np.searchsorted(net.times, t, side="right")) - 1, net.layers - 1)
+    return inputs[number], (t - inputs[number].start) / inputs[number].length
+
+
+def dense(net, t):
+    """a and the matrix of B at the nodes, at a time; on one rank."""
+    layer, s = layer_at(net, t)
+    B = layer.factors.phi.values @ layer.beta.coefficients(s) @ (layer.factors.psi.values * net.Y.weights[:, None]).T
+    return layer.bias.coefficients(s), B
+
+
+def right_hand_side(net, layer, s, y):
+    w = net.Y.weights[:, None]
+    B = layer.factors.phi.values @ layer.beta.coefficients(s) @ (layer.factors.psi.values * w).T
+    rate = np.tanh(layer.bias.coefficients(s)[:, None] - B @ y)
+    return (B.T @ (w * rate)) / w if net.gradient_flow else rate
+
+
+def exact(net, initial, until=None):
+    """f at the layer times, and at `until`, by SciPy; shape (L + 1, nodes, samples)."""
+    y = net.Y.values(initial).copy()
+    states, shape = [y], y.shape
+    for layer in net.layer_inputs():
+        def rate(t, y, layer=layer):
+            return right_hand_side(net, layer, (t - layer.start) / layer.length, y.reshape(shape)).ravel()
+
+        solution = scipy.integrate.solve_ivp(
+            rate, (layer.start, layer.start + layer.length), states[-1].ravel(), method="DOP853", rtol=1e-11, atol=1e-12
+        )
+        states.append(solution.y[:, -1].reshape(shape))
+    return states
+
+
+def initial_of(p):
+    return p.batch.inputs
+
+
+def norm(Y, values):
+    return np.sqrt(Y.sum(np.sum(Y.weights @ values**2)))
+
+
+def to_minimum(p):
+    """Newton's method to a strict minimum."""
+    train(p, {"tao_type": "nls", "tao_gatol": 1e-9, "tao_max_it": 60})
+
+
+# -- the tools --------------------------------------------------------------------------------------------------------
+
+#: For each tool: whether it is given the network alone, options of the problem, what is done before, the call, the check.
+RUNS = {}
+
+
+def runs(*names, call, net_alone=False, before=lambda p: None, **options):
+    def decorate(check):
+        for name in names:
+            RUNS[name] = (net_alone, options, before, call, check)
+        return check
+
+    return decorate
+
+
+on_net = partial(runs, net_alone=True)
+
+
+@runs("train", call=lambda p: train(p, {"tao_max_it": 3}))
+def _train(p, result, close, start):
+    assert_allclose(result.value, value(p), rtol=close)
+    assert_allclose(result.values[0], start, rtol=close)
+    assert result.value < start
+
+
+@runs("train_pam", call=lambda p: train_pam(p, iterations=1))
+def _train_pam(p, result, close, start):
+    _train(p, result, close, start)
+
+
+@runs("train_pam, batches", call=lambda p: train_pam(p, iterations=1, batches=[p.batch]))
+def _train_pam_by_batches(p, result, close, start):
+    _train(p, result, close, start)
+
+
+@runs("LearningProblem.exchange", call=lambda p: _exchanged(p))
+def _exchange(p, result, close, start):
+    J, other = result
+    assert_allclose(J(p.functions), value(p.replace(batch=other)), rtol=close)
+    assert_allclose(value(p), value(p.replace(batch=other)), rtol=close)
+    assert abs(value(p) - start) > 1e-3 * start
+
+
+def _exchanged(p):
+    J = p.reduced_functional()
+    Y, batch = p.net.Y, p.batch
+    weights = None if batch.weights is None else np.asarray(batch.weights)[::-1] + 1
+    other = Batch(Y.batch(0.5 * Y.values(batch.inputs) + 0.1), Y.batch(Y.values(batch.targets) + 0.2), weights)
+    p.exchange(other)
+    return J, other
+
+
+def _reached_targets(p):
+    """Targets that are reached: the Hessian of the loss is then that of Gauss and Newton."""
+    run = p.net.run(p.batch.inputs)
+    output = run.final if p.head is None else p.head(run.final)
+    p.batch.targets.assign(output)
+
+
+@runs("Gauss-Newton", before=_reached_targets, call=lambda p: p.record(gauss_newton=True)[0])
+def _gauss_newton(p, J, close, start):
+    m = [function.copy(deepcopy=True) for function in p.functions]
+    h = [fd.Function(function.function_space()) for function in m]
+    for function, values in zip(h, directions(h)):
+        function.dat.data_wo[...] = 0.1 * values
+    actions = []
+    for functional in (J, p.reduced_functional()):
+        functional(m)
+        functional.derivative()
+        actions.append(pairing(functional.hessian(h), [v.dat.data_ro for v in h], p.net.Y.comm))
+    assert_allclose(*actions, rtol=max(close, 1e-6))
+    assert actions[0] > 0
+
+
+@runs("hessian_spectrum", call=lambda p: hessian_spectrum(p, 2), before=lambda p: None)
+def _hessian_spectrum(p, found, close, start):
+    loss = p.replace(regulariser=None)
+    step = 0.1 if p.net.precision == "single" else 3e-3
+    m = loss.functions
+    for mu, direction in zip(found.values, found.directions):
+        h = [function.dat.data_ro for function in direction]
+        values = [value(loss)]
+        for sign in (1, -1):
+            before = moved(m, h, sign * step)
+            values.append(value(loss))
+            put_back(m, before)
+        second = (values[1] + values[2] - 2 * values[0]) / step**2
+        assert_allclose(mu, second, rtol=2e-2 if p.net.precision == "single" else 2e-3)
+
+
+def _near(p, size):
+    """The problem's inputs moved by so much."""
+    Y = p.net.Y
+    return Y.batch(Y.values(p.batch.inputs) + size * smooth(Y, p.batch.samples, seed=9))
+
+
+def _gradient_norm(p, inputs, controls):
+    """Norm of J's gradient in the parameters, at these controls and inputs."""
+    before = [np.array(function.dat.data_ro) for function in p.functions]
+    for function, control in zip(p.functions, controls):
+        function.assign(control)
+    J = p.replace(batch=Batch(inputs, p.batch.targets, p.batch.weights)).reduced_functional()
+    squares = sum(np.sum(np.array(g.dat.data_ro) ** 2) for g in Enlist(J.derivative()))
+    put_back(p.functions, before)
+    return squares**0.5
+
+
+@runs(
+    "LocalFeedback", regulariser=tikhonov(0.3), before=to_minimum,
+    call=lambda p: LocalFeedback(p, gradient_tolerance=1e-4 if p.net.precision == "single" else 1e-6),
+)  # fmt: skip
+def _local_feedback(p, feedback, close, start):
+    assert_allclose(feedback.value, value(p), rtol=close)
+    w = smooth(p.net.Y, p.batch.samples, seed=9)
+    expected = slope(lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 1e-3)
+    found = p.net.Y.inner(feedback.gradient, p.net.Y.batch(w))
+    assert_allclose(found, expected, rtol=1e-2 if p.net.precision == "single" else 1e-4)
+    size = 0.1 if p.net.precision == "single" else 1e-2
+    inputs = _near(p, size)
+    stays = _gradient_norm(p, inputs, feedback.controls)
+    assert _gradient_norm(p, inputs, feedback(inputs)) < 0.2 * stays
+
+
+@runs(
+    "LowRankFeedback", regulariser=tikhonov(0.3), before=to_minimum,
+    call=lambda p: LowRankFeedback(LocalFeedback(p, gradient_tolerance=np.inf)),
+)  # fmt: skip
+def _low_rank_feedback(p, many, close, start):
+    one, inputs = many._feedback, _near(p, 0.1)
+    for found, expected, basis in zip(many(inputs), one(inputs), many._bases):
+        assert_allclose(found[0], basis.read(expected), atol=1e-3 if p.net.precision == "single" else 1e-6)
+    rtol = 1e-3 if p.net.precision == "single" else 1e-6
+    assert_allclose(many.predicted_values(inputs)[0], one.predicted_value(inputs), rtol=rtol)
+
+
+@runs(
+    "LocalClosedLoop", regulariser=tikhonov(0.3), before=to_minimum,
+    call=lambda p: LocalClosedLoop(p, gradient_tolerance=1e-4 if p.net.precision == "single" else 1e-5),
+)  # fmt: skip
+def _local_closed_loop(p, loop, close, start):
+    assert_allclose(loop.feedbacks[0].value, value(p), rtol=close)
+    # From the trained inputs it takes the trained controls, and goes where they went.
+    state = p.batch.inputs
+    for layer in range(p.net.layers):
+        _, state = loop.step(layer, state)
+    assert_allclose(p.net.Y.values(state), p.net.Y.values(p.net(p.batch.inputs)), atol=max(close, 1e-5))
+    size = 0.1 if p.net.precision == "single" else 1e-2
+    inputs = _near(p, size)
+    assert _gradient_norm(p, inputs, loop(inputs)) < 0.2 * _gradient_norm(p, inputs, loop(p.batch.inputs))
+
+
+@runs("costate_check", call=lambda p: costate_check(p, refinements=(1, 2)))
+def _costate_check(p, check, close, start):
+    if check.partner_costate:
+        assert max(check.partner_costate + check.partner_gradient) < 10 * close
+    if p.net.precision != "single":
+        assert check.costate[1] < 0.4 * check.costate[0] < 0.1
+        assert check.gradient[1] < 0.4 * check.gradient[0] < 0.1
+
+
+@runs("terminal_costate", call=lambda p: terminal_costate(p, p.net.run(p.batch.inputs).final))
+def _terminal_costate(p, r, close, start):
+    # The gradient in f_I of the problem without layers whose inputs are f(T).
+    last = Batch(p.net.run(p.batch.inputs).final, p.batch.targets, p.batch.weights)
+    loss = p.replace(net=network_with("no_layers"), batch=last, learn="initial", regulariser=None, running=None, checkpoints=None)
+    w = smooth(p.net.Y, p.batch.samples, seed=9)
+    expected = slope(lambda: value(loss), [last.inputs], [w.reshape(last.inputs.dat.data_ro.shape)])
+    assert_allclose(p.net.Y.inner(r, p.net.Y.batch(w)), expected, rtol=1e-6)
+
+
+def _run_of(p):
+    """A run on a tape whose J has been differentiated."""
+    J, run = p.replace(checkpoints=None).record()
+    J.derivative()
+    return run
+
+
+@runs(
+    "Hamiltonian.of", "middle_pairs", "hamiltonian_along", net={"steps": 4},
+    call=lambda p: (Hamiltonian.of(p, "minimise"), run := _run_of(p), middle_pairs(run, "minimise"))
+)  # fmt: skip
+def _along(p, result, close, start):
+    H, run, pairs = result
+    along = hamiltonian_along(run, H)
+    if p.net.bias.time_basis.description != "linear":  # H is constant where controls are
+        assert np.abs(along[:, 1] - along[:, 0]).max() < 1e-3 * np.abs(along).max()
+    # J's derivative in a is the integral of H_a, here by the middles of the layers.
+    if p.learn == "initial":
+        return
+    loss = p.replace(regulariser=None)
+    h = directions(p.net.bias.functions, seed=8)
+    expected = slope(lambda: value(loss), p.net.bias.functions, h)
+    coefficients, moved_ = p.net.coefficients(), dict(zip(map(id, p.net.bias.functions), h))
+    direction = []
+    for layer in range(p.net.layers):
+        before = moved(p.net.bias.functions, h, 1.0)
+        there = Controls.of_layer(p.net, layer).a
+        put_back(p.net.bias.functions, before)
+        direction.append(there - Controls.of_layer(p.net, layer).a)
+    found = sum(
+        tau * p.net.Y.sum(p.net.Y.weights @ (H.in_a(pair, Controls.of_layer(p.net, layer)) * direction[layer]))
+        for layer, (tau, pair) in enumerate(zip(np.diff(p.net.times), pairs))
+    )
+    assert_allclose(found, expected, rtol=0.1)
+
+
+@runs("pmp_residual", call=lambda p: pmp_residual(p, Box((-1, 1), (-1, 1))))
+def _pmp_residual(p, residual, close, start):
+    run = _run_of(p)
+    Y, upper = p.net.Y, 0.0
+    ends = [(Y.values(run.state(l)), -Y.values(run.costate(l))) for l in range(p.net.layers + 1)]
+    for layer, tau in enumerate(np.diff(p.net.times)):
+        state, r = ((x + y) / 2 for x, y in zip(ends[layer], ends[layer + 1]))
+        t = (p.net.times[layer] + p.net.times[layer + 1]) / 2
+        bias, B = dense(p.net, t)
+        T = 1 + Y.weights @ np.abs(state)
+        best = np.maximum(np.tanh(T) * r, np.tanh(-T) * r).sum(axis=1)
+        upper += tau * (Y.weights @ (best - (np.tanh(bias[:, None] - B @ state) * r).sum(axis=1)))
+    assert_allclose(residual.absolute[1], upper, rtol=1e-4 if p.net.precision == "single" else 1e-6)
+
+
+def _by_msa(p, result, close, start):
+    assert_allclose(result.value, value(p.replace(net=result.problem.net)), rtol=close)
+    assert_allclose(result.values[0], start, rtol=max(close, 1e-7))
+    assert result.value <= result.values[0]
+    assert set(features_of(result.problem)) - {"nodal_bias", "bases_by_layer"} == set(features_of(p)) - {
+        "nodal_bias", "bases_by_layer"
+    }  # fmt: skip
+
+
+@runs("msa", call=lambda p: msa(p, RowBox(p.net.bases["psi"][0], (-9, 9), (-9, 9)), iterations=1))
+def _msa(p, result, close, start):
+    _by_msa(p, result, close, start)
+
+
+@runs("msa, A pointwise", call=lambda p: msa(p, Box((-9, 9), (-9, 9)), iterations=1))
+def _msa_pointwise(p, result, close, start):
+    _by_msa(p, result, close, start)
+
+
+@runs("verify", call=lambda p: verify(p, quick=True))
+def _verify(p, report, close, start):
+    assert report.passed, report
+
+
+# -- tools that are given a network ----------------------------------------------------------------------------------
+
+
+def state(net, seed=0):
+    return net.Y.batch(smooth(net.Y, 1, seed=seed))
+
+
+def of_net(net):
+    return net.Y.values(net(state(net)))
+
+
+@on_net("Controls.of_layer", call=lambda net: Controls.of_layer(net, 1, 0.25))
+def _controls(net, controls, close, start):
+    t = net.times[1] + 0.25 * (net.times[2] - net.times[1])
+    bias, B = dense(net, t)
+    y = net.Y.values(state(net))
+    assert_allclose(controls.argument(net.Y, y), bias[:, None] - B @ y, atol=1e-12)
+
+
+def _same_on(net, other):
+    assert_allclose(net.Y.values(other(other.Y.batch(net.Y.values(state(net))))), of_net(net), atol=1e-10 if net.precision == "double" else 1e-5)
+
+
+@on_net("ResidualNetwork.on", call=lambda net: net.on(LabelSpace(net.Y.V)))
+def _on(net, other, close, start):
+    """Another label space on the same mesh: nothing may change."""
+    assert other.Y is not net.Y
+    assert_allclose(of_net(other), of_net(net), atol=10 * close)
+    assert set(features_of(other)) == set(features_of(net))
+
+
+@on_net("ResidualNetwork.truncated", call=lambda net: net.truncated(0.0))
+def _truncated(net, other, close, start):
+    assert_allclose(of_net(other), of_net(net), atol=10 * close)
+    # A factorisation by singular functions leaves any set of kernels.
+    assert set(features_of(other)) == set(features_of(net)) - {"stable_kernel"}
+
+
+@on_net("save", call=lambda net: _saved(net))
+def _save(net, loaded, close, start):
+    other, _ = loaded
+    mine, theirs = (gathered(each.Y, of_net(each)) for each in (net, other))
+    assert_allclose(theirs, mine, atol=10 * close)
+    assert set(features_of(other)) == set(features_of(net))
+
+
+@cache
+def _folder():
+    import tempfile
+
+    return Path(tempfile.mkdtemp())
+
+
+def _saved(net):
+    save(_folder() / "net.h5", net)
+    return load(_folder() / "net.h5", net.Y.comm)
+
+
+def _against_scipy(net, final, close, start, tolerance=1e-6):
+    assert_allclose(net.Y.values(final), exact(net, state(net))[-1], atol=tolerance)
+
+
+@on_net("solve_trajectory", call=lambda net: solve_trajectory(net, state(net)))
+def _solve_trajectory(net, trajectory, close, start):
+    _against_scipy(net, trajectory.final, close, start)
+
+
+@on_net("follow_trajectory", call=lambda net: follow_trajectory(net, state(net), lambda layer, step: None, steps=16))
+def _follow_trajectory(net, final, close, start):
+    _against_scipy(net, final, close, start)
+
+
+@on_net("picard", call=lambda net: picard(net, state(net)))
+def _picard(net, solution, close, start):
+    _against_scipy(net, solution.final, close, start, 1e-9)
+
+
+@on_net("solve_costate", call=lambda net: solve_costate(solve_trajectory(net, state(net)), state(net, 3)))
+def _solve_costate(net, costate, close, start):
+    w, step, Y = smooth(net.Y, 1, seed=9), 1e-4, net.Y
+    ends = [exact(net, Y.batch(Y.values(state(net)) + sign * step * w))[-1] for sign in (1, -1)]
+    expected = Y.weights @ (Y.values(state(net, 3)) * (ends[0] - ends[1]))[:, 0] / (2 * step)
+    assert_allclose(Y.inner(costate.at_layer(0), Y.batch(w)), expected, rtol=1e-5)
+
+
+@on_net("solve_linearised", call=lambda net: solve_linearised(solve_trajectory(net, state(net)), state(net, 9)))
+def _solve_linearised(net, w, close, start):
+    step, Y = 1e-4, net.Y
+    ends = [exact(net, Y.batch(Y.values(state(net)) + sign * step * Y.values(state(net, 9))))[-1] for sign in (1, -1)]
+    assert_allclose(Y.values(w), (ends[0] - ends[1]) / (2 * step), atol=1e-5)
+
+
+def _moved_controls(net):
+    functions = [*net.bias.functions, *net.kernel.functions]
+    h = [fd.Function(function.function_space()) for function in functions]
+    for function, values in zip(h, directions(h)):
+        function.dat.data_wo[...] = values
+    return h
+
+
+@on_net("duhamel", call=lambda net: duhamel(solve_trajectory(net, state(net)), _moved_controls(net)))
+def _duhamel(net, w, close, start):
+    if net.stable_kernel is not None:  # the same coefficients, free
+        free = net.replace(stable_kernel=None)
+        for parameter, other in ((net.bias, free.bias), (net.kernel, free.kernel)):
+            for k in range(len(parameter.functions)):
+                other.set(k, parameter.get(k))
+    else:
+        free = net
+    functions, h = [*free.bias.functions, *free.kernel.functions], [v.dat.data_ro for v in _moved_controls(net)]
+    expected = slope(lambda: exact(free, state(net))[-1], functions, h)
+    assert_allclose(net.Y.values(w), expected, atol=1e-4)
+
+
+@on_net("weighted_identity", call=lambda net: weighted_identity(solve_trajectory(net, state(net)), state(net, 9)))
+def _weighted_identity(net, identity, close, start):
+    assert np.abs(identity.defect).max(initial=0.0) < 1e-4
+
+
+@on_net("autonomous_problem", call=lambda net: autonomous_problem(net, at=0.3))
+def _autonomous(net, problem, close, start):
+    bias, B = dense(net, 0.3)
+    y = net.Y.values(state(net))
+    assert_allclose(problem.argument(y), bias[:, None] - B @ y, atol=1e-12)
+
+
+@on_net("find_steady_states", call=lambda net: find_steady_states(net, at=0.3))
+def _steady_states(net, states, close, start):
+    _autonomous(net, states.problem, close, start)
+
+
+@on_net("find_equilibria", call=lambda net: find_equilibria(net, at=0.3))
+def _equilibria(net, equilibria, close, start):
+    _autonomous(net, equilibria.problem, close, start)
+    bias, B = dense(net, 0.3)
+    y = net.Y.values(state(net))
+    expected = -B @ np.tanh(y)
+    assert_allclose(np.abs(net.Y.values(equilibria.velocity(state(net)))), np.abs(expected), atol=1e-10)
+
+
+def _rates(net, t):
+    """sigma'(0) min Re of the eigenvalues of B that are not 0."""
+    values = np.linalg.eigvals(dense(net, t)[1])
+    return values[np.argsort(-np.abs(values))][: layer_at(net, t)[0].factors.phi.rank]
+
+
+@on_net("stability_verdict", call=lambda net: stability_verdict(net, at=0.3))
+def _stability(net, stability, close, start):
+    _autonomous(net, stability.problem, close, start)
+    assert_allclose(stability.rate, _rates(net, 0.3).real.min(), atol=1e-8)
+
+
+@on_net("eigen_expansion", call=lambda net: eigen_expansion(net, state(net, 9), at=0.3))
+def _eigen_expansion(net, expansion, close, start):
+    expected = scipy.linalg.expm(-0.5 * dense(net, 0.3)[1]) @ net.Y.values(state(net, 9))
+    assert_allclose(net.Y.values(expansion(0.5)), expected, atol=1e-8)
+
+
+@on_net("observed_decay", net={"autonomous": True}, call=lambda net: observed_decay(net, state(net)))
+def _observed_decay(net, decay, close, start):
+    assert_allclose(decay.times, net.times)
+    assert_allclose(decay.predicted, _rates(net, 0.3).real.min(), atol=1e-8)
+
+
+@on_net("frozen_spectra", call=lambda net: frozen_spectra(net, state(net)))
+def _frozen_spectra(net, spectra, close, start):
+    bias, B = dense(net, net.times[1])
+    y = net.Y.values(net.run(state(net)).state(1))
+    expected = np.linalg.eigvals(-(1 - np.tanh(bias[:, None] - B @ y) ** 2) * B)
+    found = spectra.eigenvalues[1][0]
+    expected = expected[np.argsort(-np.abs(expected))][: found.size]
+    assert_allclose(np.sort(found.real), np.sort(expected.real), atol=1e-7)
+
+
+@on_net("energy_conditions", call=energy_conditions)
+def _energy_conditions(net, conditions, close, start):
+    B = dense(net, 0.0)[1]
+    root = np.sqrt(net.Y.weights)
+    symmetric = np.linalg.eigvalsh((S := root[:, None] * B / root) / 2 + S.T / 2)[0]
+    reason = conditions["B_s >= 0"].reason
+    assert float(re.search(r"is (\S+)$", reason)[1]) == pytest.approx(min(symmetric, 0.0), rel=1e-2, abs=1e-10)
+
+
+@on_net("EnergyMonitor", call=lambda net: EnergyMonitor(net).watch(net.run(state(net))))
+def _energy_monitor(net, monitor, close, start):
+    bias, B = dense(net, net.times[-1])
+    u = bias - B @ of_net(net)[:, 0]
+    assert_allclose(monitor.values("primitive")[-1], net.Y.weights @ np.log(np.cosh(u)), rtol=1e-6)
+
+
+@on_net("energy_step_limit", net={"autonomous": True}, call=energy_step_limit)
+def _energy_step_limit(net, limit, close, start):
+    bias, B = dense(net, 0.0)
+    w = np.sqrt(net.Y.weights)
+    S = w[:, None] * B / w
+    U, s, V = np.linalg.svd(S)
+    inverse = np.linalg.inv(U[:, :3].T @ S @ U[:, :3])
+    assert_allclose(limit.kappa, np.linalg.eigvalsh((inverse + inverse.T) / 2)[0], rtol=1e-6)
+
+
+@on_net("GrowthMonitor", call=lambda net: GrowthMonitor(net).watch(net.run(state(net))))
+def _growth_monitor(net, monitor, close, start):
+    bounded, _, gronwall = monitor.bounds()
+    first, Y = net.Y.values(state(net)), net.Y
+    assert_allclose(bounded.values[-1], norm(Y, first) + Y.measure**0.5 * net.times[-1], rtol=1e-8)
+    assert_allclose(monitor.norms()[-1], norm(Y, of_net(net)), rtol=1e-6)
+    assert gronwall.ratio < 1
+
+
+def _integral(net, of):
+    """int of(t) dt by Gauss's rule on parts of the layers."""
+    points, weights = np.polynomial.legendre.leggauss(20)
+    total = 0.0
+    for start, end in zip(net.times, net.times[1:]):
+        total += (end - start) / 2 * sum(c * of((start + end) / 2 + (end - start) / 2 * x) for x, c in zip(points, weights))
+    return total
+
+
+def _hilbert_schmidt(net, t):
+    w = net.Y.weights
+    return np.sqrt(w @ (dense(net, t)[1] ** 2 / w) @ np.ones_like(w))
+
+
+@on_net("integrated_norms", call=lambda net: integrated_norms(net, "hs"))
+def _integrated_norms(net, norms, close, start):
+    assert_allclose(norms[-1], _integral(net, partial(_hilbert_schmidt, net)), rtol=1e-6)
+
+
+@on_net("well_posedness_constants", call=well_posedness_constants)
+def _well_posedness(net, constants, close, start):
+    _integrated_norms(net, constants.C_2, close, start)
+    assert_allclose(constants.C_1[-1], _integral(net, lambda t: norm(net.Y, dense(net, t)[0][:, None])), rtol=1e-6)
+
+
+@on_net("stability_estimate", call=lambda net: stability_estimate(net, state(net), state(net, 9)))
+def _stability_estimate(net, estimate, close, start):
+    apart = norm(net.Y, of_net(net) - net.Y.values(net(state(net, 9))))
+    assert_allclose(estimate.distances[-1], apart, rtol=1e-4)
+    _well_posedness(net, estimate.constants, close, start)
+    assert (estimate.ratios <= 1 + 1e-9).all()
+
+
+@on_net("lipschitz_bound", call=lipschitz_bound)
+def _lipschitz_bound(net, bound, close, start):
+    apart = norm(net.Y, of_net(net) - net.Y.values(net(state(net, 9))))
+    assert apart <= bound.discrete * (1 + 1e-6) * norm(net.Y, smooth(net.Y, 1) - smooth(net.Y, 1, seed=9))
+    w = np.sqrt(net.Y.weights)
+    for layer, found in enumerate(bound.norms):
+        ends = net.times[layer], net.times[layer + 1] * (1 - 1e-14)
+        largest = max(np.linalg.norm(w[:, None] * dense(net, t)[1] / w, 2) for t in ends)
+        assert_allclose(found, largest, rtol=1e-8)
+
+
+@on_net("depth_limit", call=lambda net: depth_limit(net, state(net), halvings=1))
+def _depth_limit(net, found, close, start):
+    run = net.run(state(net))
+    far = max(norm(net.Y, net.Y.values(run.state(l)) - y) for l, y in enumerate(exact(net, state(net))))
+    assert_allclose(found.errors[0], far, rtol=0.2 if net.precision == "single" else 1e-3)
+
+
+@on_net(
+    "width_limit",
+    call=lambda net: width_limit(net, lambda x: np.cos(x[:, :1]), [net.Y, label_space("annulus", "CG1", 2)]),
+)
+def _width_limit(net, found, close, start):
+    fine = net.on(label_space("annulus", "CG1", 2))
+    moments = [
+        each.bases["phi"][-1].project(each.Y.values(each(each.Y.batch(np.cos(each.Y.coordinates[:, :1])))))
+        for each in (net.on(net.Y), fine)
+    ]
+    assert_allclose(found.errors[0], np.linalg.norm(moments[0] - moments[1]), rtol=1e-6)
+    assert found.errors[0] < 0.2
+
+
+@on_net("to_network", net={"solver_parameters": EULER}, call=to_network)
+def _to_network(net, arrays, close, start):
+    z = net.Y.values(state(net))[np.argsort(_order(net))]
+    for bias, B, tau in zip(*arrays):
+        z = z + tau * np.tanh(bias[:, None] - B @ z)
+    assert_allclose(z[_order(net)], of_net(net), atol=10 * close)
+
+
+def _order(net):
+    from fem_resnet.basis import node_numbers
+
+    return node_numbers(net.Y)
+
+
+@on_net("LinearisedFlow", call=lambda net: LinearisedFlow(net, state(net)))
+def _linearised_flow(net, flow, close, start):
+    step, Y = 0.03 if net.precision == "single" else 1e-3, net.Y
+    ends = [Y.values(net(Y.batch(smooth(Y, 1) + sign * step * smooth(Y, 1, seed=9)))) for sign in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    assert_allclose(Y.values(flow.tangent(state(net, 9))), expected, atol=1e-3 if net.precision == "single" else 1e-5)
+
+
+@on_net("LinearisedFlow.exponent", call=lambda net: LinearisedFlow(net, state(net)).exponent())
+def _exponent(net, found, close, start):
+    expected = _integral(net, partial(_hilbert_schmidt, net))
+    assert_allclose(found, expected, rtol=3e-3)  # trapezoids, from above
+
+
+@on_net("LinearisedFlow.bound", call=lambda net: LinearisedFlow(net, state(net)).bound())
+def _bound(net, found, close, start):
+    _exponent(net, np.log(found), close, start)
+    assert LinearisedFlow(net, state(net)).propagator().norm <= found
+
+
+@on_net("LinearisedFlow.slope", call=lambda net: LinearisedFlow(net, state(net)).slope(1))
+def _slope(net, found, close, start):
+    bias, B = dense(net, net.times[1])
+    u = bias[:, None] - B @ net.Y.values(net.run(state(net)).state(1))
+    assert_allclose(found, 1 - np.tanh(u) ** 2, atol=1e-6)
+
+
+@on_net("LinearisedFlow.frozen_eigenvalues", call=lambda net: LinearisedFlow(net, state(net)).frozen_eigenvalues(1))
+def _frozen_eigenvalues(net, found, close, start):
+    bias, B = dense(net, net.times[1])
+    y = net.Y.values(net.run(state(net)).state(1))
+    expected = np.linalg.eigvals(-(1 - np.tanh(bias[:, None] - B @ y) ** 2) * B)
+    assert_allclose(np.sort(found.real), np.sort(expected[np.argsort(-np.abs(expected))][: found.size].real), atol=1e-6)
+
+
+@on_net("stability_report", call=lambda net: stability_report(net, state(net)))
+def _stability_report(net, report, close, start):
+    M = LinearisedFlow(net, state(net)).propagator()
+    assert_allclose(report.layers[-1].grown, M.norm, rtol=1e-6)
+    bias, B = dense(net, net.times[0])
+    real = np.linalg.eigvals(-(1 - np.tanh(bias[:, None] - B @ smooth(net.Y, 1)) ** 2) * B).real.max()
+    assert_allclose(report.layers[0].frozen, real, atol=1e-6)
+
+
+# -- the walk ---------------------------------------------------------------------------------------------------------
+
+
+def _subject(tool, feature, **more):
+    net_alone, options, *_ = RUNS[tool]
+    p = problem_with(feature, takes=TOOLS[tool], **options | more)
+    return p.net if net_alone else p
+
+
+def _concerns(tool):
+    """Features that what the tool is given can have."""
+    return [name for name, feature in FEATURES.items() if feature.of == "net" or not RUNS[tool][0]]
+
+
+def walk(tool, features, **more):
+    net_alone, _, before, call, check = RUNS[tool]
+    for feature in features:
+        subject = _subject(tool, feature, **more)
+        has = set(features_of(subject))
+        assert feature is None or feature in has, f"{tool}, {feature}: the problem made for it has not got it"
+        lacking = [name for name in FEATURES if name in has - TOOLS[tool]]
+        try:
+            if lacking:
+                named = "|".join(re.escape(FEATURES[name].what) for name in lacking)
+                with pytest.raises(ValueError, match=f"it does not take ({named})") as refusal:
+                    call(subject)
+                assert str(refusal.value).split(": ")[0] in TOOLS
+            else:
+                before(subject)
+                start = None if net_alone else value(subject)
+                check(subject, call(subject), CLOSE.get(feature, 1e-9), start)
+        except Exception as error:
+            error.add_note(f"-- {tool} with {feature}: {'to be refused' if lacking else 'to be right'}")
+            raise
+
+
+@pytest.mark.parametrize("tool", sorted(TOOLS))
+def test_a_tool_is_right_or_refuses_by_name(tool):
+    walk(tool, [None, *_concerns(tool)])
