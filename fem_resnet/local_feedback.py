@@ -35,7 +35,7 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import STEPPED, supports
 from fem_resnet.objective import LearningProblem
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]
@@ -115,9 +115,10 @@ class LocalFeedback:
     ...     _ = function.assign(control)
     """
 
+    # Where factors are learned too, those and beta make the same kernel in many ways: no minimum is strict.
     @supports(
-        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "many_samples",
-        "weights",
+        "no_layers", "gradient_flow", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time",
+        "shared_in_time", *STEPPED, "head", "regulariser", "running", "running_of_controls", "many_samples", "weights",
     )  # fmt: skip
     def __init__(
         self,

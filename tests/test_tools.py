@@ -8,8 +8,9 @@ with dense matrices. A feature that is declared wrongly, or lost on the way, mak
 
 import inspect
 import re
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import firedrake as fd
 import numpy as np
@@ -31,6 +32,7 @@ from fem_resnet import (
     terminal_costate, tikhonov, to_network, train, train_pam, verify, weighted_identity, well_posedness_constants,
     width_limit,
 )  # fmt: skip
+from fem_resnet.basis import node_numbers
 from fem_resnet.features import FEATURES, TOOLS, features_of, supports
 from fem_resnet.theory.residual_network import EULER
 from fem_resnet.verify.quantities import forward
@@ -47,7 +49,7 @@ NET = {
     "gradient_flow": {"gradient_flow": True},
     "learned_factors": {"learn_factors": True},
     "learned_times": {"learn_times": True},
-    "stable_kernel": {"stable_kernel": NormBounded(20.0)},
+    "stable_kernel": {"stable_kernel": NormBounded(4.0)},
     "nodal_bias": {"bias": None},
     "bases_by_layer": {"phi": [3, 5], "psi": [3, 5]},
     "linear_in_time": {"bias_in_time": "linear", "kernel_in_time": "linear"},
@@ -58,7 +60,7 @@ NET = {
 }
 PROBLEM = {
     "head": {},
-    "regulariser": {"regulariser": tikhonov(0.3)},
+    "regulariser": {"regulariser": tikhonov(1.0)},
     "running": {"running": RunningCost(f**2)},
     "running_of_controls": {"running": RunningCost(f**2 + a**2 / 20, kernel=0.1)},
     "ensemble": {},
@@ -88,7 +90,7 @@ def network_with(feature=None, alone=False, autonomous=False, **options) -> Resi
     rng = np.random.default_rng(0)
     set_smooth(net, rng, 0.8)
     if autonomous:
-        for parameter in (net.bias, net.kernel):
+        for parameter in (net.bias, net.kernel.learned):
             for k in range(1, len(parameter.functions)):
                 if parameter.space_bases[k].shape == parameter.space_bases[0].shape:
                     parameter.set(k, parameter.get(0))
@@ -105,7 +107,7 @@ def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=Fal
     Y, rng = net.Y, np.random.default_rng(1)
     samples = 3 if feature == "many_samples" or feature in ("weights", "ensemble") and "many_samples" in takes else 1
     chosen = slice(None) if chosen is None else chosen
-    inputs, targets = (Y.batch(smooth(Y, samples, seed=seed)[:, chosen]) for seed in (0, 50))
+    inputs = Y.batch(smooth(Y, samples)[:, chosen])
     weights = np.array([1.0, 3.0, 0.5])[:samples][chosen] if feature == "weights" else None
     head = None
     # Without layers a head is all that is learned.
@@ -113,6 +115,9 @@ def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=Fal
         head = Head(net.bases["psi"][0], basis(3, alone), "identity")
         head.W.set(0, rng.normal(size=head.W.space_basis.shape))
         head.mu.set(0, rng.normal(size=head.mu.space_basis.shape))
+    # So near that a step of any method stays where layers can be stepped.
+    output = Y.values(net(inputs) if head is None else head(net(inputs)))
+    targets = Y.batch(output + 0.2 * smooth(Y, samples, seed=50)[:, chosen])
     given = {"regulariser": None} | options | PROBLEM.get(feature, {})
     if feature == "derivatives":
         v, C = (Y.batch(smooth(Y, samples, seed=seed)[:, chosen]) for seed in (3, 4))
@@ -184,8 +189,8 @@ def right_hand_side(net, layer, s, y):
     return (B.T @ (w * rate)) / w if net.gradient_flow else rate
 
 
-def exact(net, initial, until=None):
-    """f at the layer times, and at `until`, by SciPy; shape (L + 1, nodes, samples)."""
+def exact(net, initial):
+    """f at the layer times by SciPy, on one rank: arrays of shape (nodes, samples)."""
     y = net.Y.values(initial).copy()
     states, shape = [y], y.shape
     for layer in net.layer_inputs():
@@ -199,17 +204,8 @@ def exact(net, initial, until=None):
     return states
 
 
-def initial_of(p):
-    return p.batch.inputs
-
-
 def norm(Y, values):
     return np.sqrt(Y.sum(np.sum(Y.weights @ values**2)))
-
-
-def to_minimum(p):
-    """Newton's method to a strict minimum."""
-    train(p, {"tao_type": "nls", "tao_gatol": 1e-9, "tao_max_it": 60})
 
 
 # -- the tools --------------------------------------------------------------------------------------------------------
@@ -286,10 +282,11 @@ def _gauss_newton(p, J, close, start):
     assert actions[0] > 0
 
 
-@runs("hessian_spectrum", call=lambda p: hessian_spectrum(p, 2), before=lambda p: None)
+@runs("hessian_spectrum", net={"steps": 1}, call=lambda p: hessian_spectrum(p, 1))
 def _hessian_spectrum(p, found, close, start):
     loss = p.replace(regulariser=None)
-    step = 0.1 if p.net.precision == "single" else 3e-3
+    single = p.net.precision == "single"
+    step = 0.05 if single else 3e-3
     m = loss.functions
     for mu, direction in zip(found.values, found.directions):
         h = [function.dat.data_ro for function in direction]
@@ -299,7 +296,7 @@ def _hessian_spectrum(p, found, close, start):
             values.append(value(loss))
             put_back(m, before)
         second = (values[1] + values[2] - 2 * values[0]) / step**2
-        assert_allclose(mu, second, rtol=2e-2 if p.net.precision == "single" else 2e-3)
+        assert_allclose(mu, second, rtol=5e-2 if single else 2e-3)
 
 
 def _near(p, size):
@@ -308,59 +305,56 @@ def _near(p, size):
     return Y.batch(Y.values(p.batch.inputs) + size * smooth(Y, p.batch.samples, seed=9))
 
 
-def _gradient_norm(p, inputs, controls):
-    """Norm of J's gradient in the parameters, at these controls and inputs."""
-    before = [np.array(function.dat.data_ro) for function in p.functions]
-    for function, control in zip(p.functions, controls):
-        function.assign(control)
-    J = p.replace(batch=Batch(inputs, p.batch.targets, p.batch.weights)).reduced_functional()
-    squares = sum(np.sum(np.array(g.dat.data_ro) ** 2) for g in Enlist(J.derivative()))
-    put_back(p.functions, before)
-    return squares**0.5
+def _change_of_gradient(p, inputs, controls):
+    """By how much J's gradient in the parameters is another at these inputs and controls."""
+    gradients = []
+    for batch, values in ((p.batch, p.functions), (Batch(inputs, p.batch.targets, p.batch.weights), controls)):
+        J = p.replace(batch=batch).reduced_functional()
+        J([value.copy(deepcopy=True) for value in values])
+        gradients.append([np.array(part.dat.data_ro) for part in Enlist(J.derivative())])
+    return p.net.Y.comm.allreduce(float(sum(np.sum((x - y) ** 2) for x, y in zip(*gradients)))) ** 0.5
 
 
-@runs(
-    "LocalFeedback", regulariser=tikhonov(0.3), before=to_minimum,
-    call=lambda p: LocalFeedback(p, gradient_tolerance=1e-4 if p.net.precision == "single" else 1e-6),
-)  # fmt: skip
+def _nearly_reached_targets(p):
+    """J_uu is then that of Gauss and Newton and the regulariser's, nearly: positive definite."""
+    _reached_targets(p)
+    targets = p.batch.targets
+    targets.assign(p.net.Y.batch(p.net.Y.values(targets) + 0.02 * smooth(p.net.Y, p.batch.samples, seed=50)))
+
+
+# The formulas are held against differences of J's gradient, which need no minimum.
+feedback_of = partial(runs, regulariser=tikhonov(10.0), before=_nearly_reached_targets, net={"steps": 1})
+
+
+@feedback_of("LocalFeedback", call=lambda p: LocalFeedback(p, gradient_tolerance=np.inf))
 def _local_feedback(p, feedback, close, start):
-    assert_allclose(feedback.value, value(p), rtol=close)
+    assert_allclose(feedback.value, start, rtol=close)
+    single = p.net.precision == "single"
     w = smooth(p.net.Y, p.batch.samples, seed=9)
-    expected = slope(lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 1e-3)
+    expected = slope(lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 0.05 if single else 1e-3)
     found = p.net.Y.inner(feedback.gradient, p.net.Y.batch(w))
-    assert_allclose(found, expected, rtol=1e-2 if p.net.precision == "single" else 1e-4)
-    size = 0.1 if p.net.precision == "single" else 1e-2
-    inputs = _near(p, size)
-    stays = _gradient_norm(p, inputs, feedback.controls)
-    assert _gradient_norm(p, inputs, feedback(inputs)) < 0.2 * stays
+    assert_allclose(found, expected, rtol=0.1 if single else 1e-3, atol=1e-8)
+    inputs = _near(p, 0.1 if single else 1e-2)
+    assert _change_of_gradient(p, inputs, feedback(inputs)) < 0.2 * _change_of_gradient(p, inputs, p.functions)
 
 
-@runs(
-    "LowRankFeedback", regulariser=tikhonov(0.3), before=to_minimum,
-    call=lambda p: LowRankFeedback(LocalFeedback(p, gradient_tolerance=np.inf)),
-)  # fmt: skip
+@feedback_of("LowRankFeedback", call=lambda p: LowRankFeedback(LocalFeedback(p, gradient_tolerance=np.inf)))
 def _low_rank_feedback(p, many, close, start):
-    one, inputs = many._feedback, _near(p, 0.1)
+    one, inputs, rtol = many._feedback, _near(p, 0.1), 1e-2 if p.net.precision == "single" else 1e-6
     for found, expected, basis in zip(many(inputs), one(inputs), many._bases):
-        assert_allclose(found[0], basis.read(expected), atol=1e-3 if p.net.precision == "single" else 1e-6)
-    rtol = 1e-3 if p.net.precision == "single" else 1e-6
+        assert_allclose(found[0], basis.read(expected), atol=rtol)
     assert_allclose(many.predicted_values(inputs)[0], one.predicted_value(inputs), rtol=rtol)
 
 
-@runs(
-    "LocalClosedLoop", regulariser=tikhonov(0.3), before=to_minimum,
-    call=lambda p: LocalClosedLoop(p, gradient_tolerance=1e-4 if p.net.precision == "single" else 1e-5),
-)  # fmt: skip
+@feedback_of("LocalClosedLoop", call=lambda p: LocalClosedLoop(p, gradient_tolerance=np.inf))
 def _local_closed_loop(p, loop, close, start):
-    assert_allclose(loop.feedbacks[0].value, value(p), rtol=close)
-    # From the trained inputs it takes the trained controls, and goes where they went.
-    state = p.batch.inputs
+    assert_allclose(loop.feedbacks[0].value, start, rtol=close)
+    state = p.batch.inputs  # from here it takes the controls that are there, and goes where they went
     for layer in range(p.net.layers):
         _, state = loop.step(layer, state)
-    assert_allclose(p.net.Y.values(state), p.net.Y.values(p.net(p.batch.inputs)), atol=max(close, 1e-5))
-    size = 0.1 if p.net.precision == "single" else 1e-2
-    inputs = _near(p, size)
-    assert _gradient_norm(p, inputs, loop(inputs)) < 0.2 * _gradient_norm(p, inputs, loop(p.batch.inputs))
+    assert_allclose(p.net.Y.values(state), p.net.Y.values(p.net(p.batch.inputs)), atol=max(10 * close, 1e-6))
+    inputs = _near(p, 0.1 if p.net.precision == "single" else 1e-2)
+    assert _change_of_gradient(p, inputs, loop(inputs)) < 0.2 * _change_of_gradient(p, inputs, p.functions)
 
 
 @runs("costate_check", call=lambda p: costate_check(p, refinements=(1, 2)))
@@ -389,13 +383,34 @@ def _run_of(p):
     return run
 
 
-@runs(
-    "Hamiltonian.of", "middle_pairs", "hamiltonian_along", net={"steps": 4},
-    call=lambda p: (Hamiltonian.of(p, "minimise"), run := _run_of(p), middle_pairs(run, "minimise"))
-)  # fmt: skip
+def _pairs_of(net):
+    """A run whose J has been differentiated, with what is asked of it."""
+    run = _run_of(LearningProblem(net, None, least_squares, None, Batch(state(net), state(net, 50)), learn="both"))
+    return Hamiltonian(net.Y, net.activation, "minimise"), run
+
+
+@on_net("middle_pairs", net={"steps": 4}, call=lambda net: (middle_pairs(_pairs_of(net)[1], "minimise"), _pairs_of(net)))
+def _middle_pairs(net, result, close, start):
+    pairs, (H, run) = result
+    for layer, pair in enumerate(pairs):
+        for found, ends in ((pair.f, run.state), (pair.r, run.costate)):
+            assert_allclose(found, sum(net.Y.values(ends(l)) for l in (layer, layer + 1)) / 2, atol=1e-12)
+
+
+@on_net("hamiltonian_along", net={"steps": 4}, call=lambda net: hamiltonian_along(*_pairs_of(net)[::-1]))
+def _hamiltonian_along(net, along, close, start):
+    if net.bias.time_basis.description != "linear":  # it is constant where controls are
+        assert np.abs(along[:, 1] - along[:, 0]).max() < 1e-3 * np.abs(along).max()
+    bias, B = dense(net, 0.0)
+    run = _pairs_of(net)[1]
+    f_t = np.tanh(bias[:, None] - B @ smooth(net.Y, 1))
+    assert_allclose(along[0, 0], net.Y.weights @ (f_t * net.Y.values(run.costate(0)))[:, 0], rtol=1e-4)
+
+
+@runs("Hamiltonian.of", net={"steps": 4}, call=lambda p: (Hamiltonian.of(p, "minimise"), _run_of(p)))
 def _along(p, result, close, start):
-    H, run, pairs = result
-    along = hamiltonian_along(run, H)
+    H, run = result
+    along, pairs = hamiltonian_along(run, H), middle_pairs(run, "minimise")
     if p.net.bias.time_basis.description != "linear":  # H is constant where controls are
         assert np.abs(along[:, 1] - along[:, 0]).max() < 1e-3 * np.abs(along).max()
     # J's derivative in a is the integral of H_a, here by the middles of the layers.
@@ -404,7 +419,6 @@ def _along(p, result, close, start):
     loss = p.replace(regulariser=None)
     h = directions(p.net.bias.functions, seed=8)
     expected = slope(lambda: value(loss), p.net.bias.functions, h)
-    coefficients, moved_ = p.net.coefficients(), dict(zip(map(id, p.net.bias.functions), h))
     direction = []
     for layer in range(p.net.layers):
         before = moved(p.net.bias.functions, h, 1.0)
@@ -415,7 +429,8 @@ def _along(p, result, close, start):
         tau * p.net.Y.sum(p.net.Y.weights @ (H.in_a(pair, Controls.of_layer(p.net, layer)) * direction[layer]))
         for layer, (tau, pair) in enumerate(zip(np.diff(p.net.times), pairs))
     )
-    assert_allclose(found, expected, rtol=0.1)
+    linear = p.net.bias.time_basis.description == "linear"  # the middle then stands for more
+    assert_allclose(found, expected, rtol=0.5 if linear else 0.1)
 
 
 @runs("pmp_residual", call=lambda p: pmp_residual(p, Box((-1, 1), (-1, 1))))
@@ -476,10 +491,6 @@ def _controls(net, controls, close, start):
     assert_allclose(controls.argument(net.Y, y), bias[:, None] - B @ y, atol=1e-12)
 
 
-def _same_on(net, other):
-    assert_allclose(net.Y.values(other(other.Y.batch(net.Y.values(state(net))))), of_net(net), atol=1e-10 if net.precision == "double" else 1e-5)
-
-
 @on_net("ResidualNetwork.on", call=lambda net: net.on(LabelSpace(net.Y.V)))
 def _on(net, other, close, start):
     """Another label space on the same mesh: nothing may change."""
@@ -503,16 +514,10 @@ def _save(net, loaded, close, start):
     assert set(features_of(other)) == set(features_of(net))
 
 
-@cache
-def _folder():
-    import tempfile
-
-    return Path(tempfile.mkdtemp())
-
-
 def _saved(net):
-    save(_folder() / "net.h5", net)
-    return load(_folder() / "net.h5", net.Y.comm)
+    with TemporaryDirectory() as folder:
+        save(Path(folder) / "net.h5", net)
+        return load(Path(folder) / "net.h5", net.Y.comm)
 
 
 def _against_scipy(net, final, close, start, tolerance=1e-6):
@@ -593,8 +598,7 @@ def _equilibria(net, equilibria, close, start):
     _autonomous(net, equilibria.problem, close, start)
     bias, B = dense(net, 0.3)
     y = net.Y.values(state(net))
-    expected = -B @ np.tanh(y)
-    assert_allclose(np.abs(net.Y.values(equilibria.velocity(state(net)))), np.abs(expected), atol=1e-10)
+    assert_allclose(net.Y.values(equilibria.velocity(state(net))), np.tanh(bias[:, None] - B @ y), atol=1e-10)
 
 
 def _rates(net, t):
@@ -663,7 +667,7 @@ def _growth_monitor(net, monitor, close, start):
     first, Y = net.Y.values(state(net)), net.Y
     assert_allclose(bounded.values[-1], norm(Y, first) + Y.measure**0.5 * net.times[-1], rtol=1e-8)
     assert_allclose(monitor.norms()[-1], norm(Y, of_net(net)), rtol=1e-6)
-    assert gronwall.ratio < 1
+    assert gronwall.ratio <= 1 + 1e-12
 
 
 def _integral(net, of):
@@ -733,16 +737,10 @@ def _width_limit(net, found, close, start):
 
 @on_net("to_network", net={"solver_parameters": EULER}, call=to_network)
 def _to_network(net, arrays, close, start):
-    z = net.Y.values(state(net))[np.argsort(_order(net))]
+    z = net.Y.values(state(net))[np.argsort(node_numbers(net.Y))]
     for bias, B, tau in zip(*arrays):
         z = z + tau * np.tanh(bias[:, None] - B @ z)
-    assert_allclose(z[_order(net)], of_net(net), atol=10 * close)
-
-
-def _order(net):
-    from fem_resnet.basis import node_numbers
-
-    return node_numbers(net.Y)
+    assert_allclose(z[node_numbers(net.Y)], of_net(net), atol=10 * close)
 
 
 @on_net("LinearisedFlow", call=lambda net: LinearisedFlow(net, state(net)))
@@ -825,6 +823,137 @@ def walk(tool, features, **more):
             raise
 
 
-@pytest.mark.parametrize("tool", sorted(TOOLS))
+@pytest.mark.parametrize("tool", [pytest.param(t, marks=pytest.mark.slow) if t == "verify" else t for t in sorted(TOOLS)])
 def test_a_tool_is_right_or_refuses_by_name(tool):
     walk(tool, [None, *_concerns(tool)])
+
+
+@pytest.mark.parallel([2])
+def test_an_ensemble_of_two_members_is_right_or_refused_on_all_ranks():
+    ensemble = fd.Ensemble(fd.COMM_WORLD, 1)
+    chosen = [[0], [1, 2]][fd.COMM_WORLD.rank]
+    for tool in sorted(TOOLS):
+        if not RUNS[tool][0]:
+            walk(tool, ["ensemble"], alone=True, ensemble=ensemble, chosen=chosen)
+
+
+@pytest.mark.parallel([2])
+@pytest.mark.parametrize("tool", ["train_pam, batches", "LocalFeedback", "LocalClosedLoop", "hessian_spectrum", "msa"])
+def test_a_tool_is_right_on_two_ranks(tool):
+    walk(tool, ["running", "weights", "regulariser", "gradient_flow"])
+
+
+def test_every_tool_and_every_feature_has_its_place_in_the_walk():
+    assert RUNS.keys() == TOOLS.keys()
+    assert NET.keys() | PROBLEM.keys() == FEATURES.keys()
+
+
+# -- declarations -----------------------------------------------------------------------------------------------------
+
+#: What features are of, and what makes or holds such a thing: none of them is a tool.
+NO_TOOLS = {"LearningProblem", "ResidualNetwork", "Run"}
+#: The types of arguments that have features, themselves or by what they were made of.
+FEATURED = re.compile(r"\b(LearningProblem|ResidualNetwork|Run|Trajectory|LocalFeedback|LinearisedFlow)\b")
+
+
+def takes_something_featured(function) -> bool:
+    arguments = list(inspect.signature(function).parameters.values())
+    return any(FEATURED.search(str(each.annotation)) or each.name in ("net", "problem") for each in arguments)
+
+
+def test_every_public_tool_declares_what_it_takes():
+    """Functions and constructors; a dataclass holds what a tool has found."""
+    for name in fem_resnet.__all__:
+        public = getattr(fem_resnet, name)
+        if not callable(public) or name in NO_TOOLS or hasattr(public, "__dataclass_fields__"):
+            continue
+        function = public.__init__ if inspect.isclass(public) else public
+        if takes_something_featured(function):
+            assert name in TOOLS, f"{name} takes a network, a problem or what was made of one: put @supports on it"
+    for owner in (Controls, Hamiltonian):
+        for name, method in inspect.getmembers(owner, inspect.ismethod):
+            if takes_something_featured(method):
+                assert f"{owner.__name__}.{name}" in TOOLS
+
+
+def test_a_feature_that_is_new_is_refused_by_all_tools(monkeypatch):
+    present = {"of": "net", "present": lambda net: True, "what": "a novelty", "remedy": "go without"}
+    monkeypatch.setitem(FEATURES, "novelty", type(FEATURES["head"])(**present))
+    for tool, (net_alone, *_, call, _) in RUNS.items():
+        with pytest.raises(ValueError, match=": it does not take a novelty; go without"):
+            call(_subject(tool, None))
+
+
+def test_features_that_are_unknown_are_refused():
+    with pytest.raises(KeyError, match=r"supports: features \['heads'\] are unknown"):
+        supports("heads")
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_problem_with_one_argument_replaced_keeps_all_others():
+    """Whatever arguments the constructor has."""
+    names = list(inspect.signature(LearningProblem).parameters)
+    for feature in (None, *PROBLEM):
+        p = problem_with(feature)
+        for changed in names:
+            other = p.replace(**{changed: getattr(p, changed)})
+            for name in names:
+                assert getattr(other, name) is getattr(p, name), f"{name} is lost where {changed} is replaced"
+        assert features_of(p.replace()) == features_of(p)
+
+
+def test_a_network_with_one_argument_replaced_keeps_all_others():
+    """Whatever arguments the constructor has: `times` stands for two of them."""
+    names = set(inspect.signature(ResidualNetwork).parameters)
+    for feature in (None, *NET):
+        net = network_with(feature, options_prefix="mine", layers_per_block=1)
+        assert names - {"layers", "final_time"} == net.bases.keys() | net.settings.keys()
+        for changed in (*net.settings, "bias"):
+            given = net.settings | {name: list(bases) for name, bases in net.bases.items()}
+            other = net.replace(**{changed: given[changed]})
+            assert features_of(other) == features_of(net)
+            for name, setting in net.settings.items():
+                assert_array_equal(other.settings[name], setting, err_msg=f"{name} is lost where {changed} is replaced")
+            if "learned_factors" not in features_of(net):
+                assert other.bases == net.bases
+
+
+def test_a_network_that_steps_otherwise_has_the_very_same_parameters():
+    for feature in (None, *NET):
+        net = network_with(feature)
+        finer = net.replace(steps=4, layers_per_block=1)
+        assert finer.parameters == net.parameters and finer.bases == net.bases
+        assert np.abs(of_net(finer) - of_net(net)).max() < 1e-2
+        assert finer.steps == 4 and net.steps == 2
+
+
+def test_what_is_no_argument_is_no_change():
+    net = network_with()
+    with pytest.raises(TypeError, match="^replace: some of phi, .* are wanted, layers was given"):
+        net.replace(layers=3)
+    with pytest.raises(TypeError, match="cost"):
+        problem_with().replace(cost=3)
+
+
+# -- what all are held against ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", [None, *FEATURES])
+def test_J_of_a_feature_is_that_written_out_and_its_gradient_the_slope(feature):
+    p = problem_with(feature)
+    written_out = [check.name for check in forward(p.replace(derivatives=None)) if not check.passed]
+    assert written_out == []
+    if feature == "derivatives":
+        v, C, Y = p.derivatives.directions, p.net.Y.values(p.derivatives.targets), p.net.Y
+        ends = [Y.values(p.net(Y.batch(smooth(Y, 1) + sign * 1e-4 * Y.values(v)))) for sign in (1, -1)]
+        mismatch = norm(Y, (ends[0] - ends[1]) / 2e-4 - C) ** 2 / 2
+        assert_allclose(value(p), value(p.replace(derivatives=None)) + p.derivatives.weight * mismatch, rtol=1e-6)
+    J = p.reduced_functional()
+    derivative = Enlist(J.derivative())
+    h = [0.1 * v for v in directions(p.functions)]
+    if p.functions:
+        rtol, step = (1e-2, 0.05) if p.net.precision == "single" else (1e-4, 1e-3)
+        expected = slope(lambda: value(p), p.functions, h, step)
+        assert_allclose(pairing(derivative, h, p.net.Y.comm), expected, rtol=rtol)

@@ -14,6 +14,7 @@ from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.basis import given_basis
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.head import Head
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.laplace import laplace_basis
@@ -61,6 +62,8 @@ def verify(
     ------
     TypeError
         If `problem` is, or makes, no LearningProblem.
+    ValueError
+        If it has derivatives of the target, checkpoints or an ensemble.
 
     Examples
     --------
@@ -109,6 +112,12 @@ class _Failed(Exception):
     """A check has failed, and no more are wanted."""
 
 
+# Nothing here writes out a second time what derivatives, or the members of an ensemble, add to J; with a schedule of
+# checkpoints there are no states on the tape to look at.
+@supports(
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "learned_initial",
+    "learned_both", "many_samples", "weights", tool="verify",
+)  # fmt: skip
 def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report) -> None:
     comm = problem.net.Y.comm
 
