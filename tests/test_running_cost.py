@@ -8,8 +8,8 @@ from numpy.testing import assert_allclose
 from pyadjoint import taylor_to_dict
 
 from fem_resnet import (
-    Batch, Box, Hamiltonian, LearningProblem, ResidualNetwork, RunningCost, costate_check,
-    hamiltonian_along, hessian_spectrum, least_squares, msa, pmp_residual, train,
+    Batch, Box, Hamiltonian, LearningProblem, LocalFeedback, ResidualNetwork, RunningCost, costate_check,
+    hamiltonian_along, hessian_spectrum, least_squares, msa, pmp_residual, train, train_pam,
 )  # fmt: skip
 from helpers import label_space, laplace, smooth
 from problems import directions, gradients, learning_problem, network
@@ -230,3 +230,16 @@ def test_what_is_refused():
         RunningCost(f, kernel=-1.0)
     with pytest.raises(TypeError, match="^running: a RunningCost or None"):
         problem("disk", "CG1", cost=f**2)
+
+
+def test_training_by_batches_keeps_the_running_cost():
+    of = problem("disk", "DG0", bias="basis", size=0.3)
+    result = train_pam(of, iterations=1, batches=[of.batch])
+    assert_allclose(result.value, float(of.evaluate()[0]), rtol=1e-12)
+    without = float(of.replace(running=None).evaluate()[0])
+    assert result.value > 1.01 * without
+
+
+def test_the_local_feedback_has_the_running_cost():
+    of = problem("disk", "DG0", bias="basis", size=0.3)
+    assert_allclose(LocalFeedback(of, gradient_tolerance=np.inf).value, float(of.evaluate()[0]), rtol=1e-12)
