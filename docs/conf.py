@@ -19,6 +19,7 @@ import api_pages  # noqa: E402
 import demo_pages  # noqa: E402
 import equations  # noqa: E402
 import plain_text  # noqa: E402
+import tools  # noqa: E402
 
 import fem_resnet  # noqa: E402
 
@@ -53,9 +54,9 @@ suppress_warnings = ["ref.python"]  # a bare name in an annotation may be that o
 
 
 def write_pages(app):
-    """Write what is made from the sources: one page a module, one a demo, the table of equations."""
+    """Write what is made from the sources: one page a module, one a demo, the tables of equations and tools."""
     generated = DOCS / "generated"
-    pages = api_pages.pages() | demo_pages.pages() | equations.pages()
+    pages = api_pages.pages() | demo_pages.pages() | equations.pages() | tools.pages()
     for path in [*generated.rglob("*.md"), *generated.rglob("*.rst")]:
         if str(path.relative_to(generated)) not in pages:
             path.unlink()

@@ -169,7 +169,7 @@ class Hamiltonian(Fixed):
 
     @classmethod
     @supports(
-        "no_layers", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints", "learned_initial",
+        *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints", "learned_initial",
         "learned_both", "many_samples", "weights",
     )  # fmt: skip
     def of(cls, problem: LearningProblem, convention: str) -> Hamiltonian:

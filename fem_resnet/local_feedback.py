@@ -116,9 +116,10 @@ class LocalFeedback(OnMesh):
     ...     _ = function.assign(control)
     """
 
+    # Where factors are learned too, those and beta make the same kernel in many ways: no minimum is strict.
     @supports(
-        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "many_samples",
-        "weights",
+        "no_layers", "gradient_flow", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time",
+        "shared_in_time", *STEPPED, "head", "regulariser", "running", "running_of_controls", "many_samples", "weights",
     )  # fmt: skip
     def __init__(
         self,

@@ -541,8 +541,8 @@ class ResidualNetwork(OnMesh):
         )
 
     @supports(
-        "no_layers", "gradient_flow", "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time",
-        "shared_in_time", *STEPPED,
+        "gradient_flow", "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time",
+        *STEPPED,
     )  # fmt: skip
     def truncated(self, tolerance: float) -> ResidualNetwork:
         """The network with kernels of lower rank: singular values below a part `tolerance` of the largest are cut.

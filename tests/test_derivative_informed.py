@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused(annotation):
     net = network()
     Y = net.Y
     p = problem(net)
-    with pytest.raises(ValueError, match="batch: the derivatives belong to the present batch"):
+    with pytest.raises(ValueError, match="exchange: it does not take derivatives of the target; .*replace"):
         p.exchange(p.batch)
     with pytest.raises(TypeError, match="derivatives: Derivatives or None are wanted, tuple was given"):
         LearningProblem(net, None, least_squares, None, p.batch, derivatives=(1, 2))

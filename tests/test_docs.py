@@ -47,6 +47,15 @@ def test_the_table_of_equations_finds_the_network(docs):
     assert "<fem_resnet.network>" in row and "`test_order.py`" in row
 
 
+def test_the_table_of_tools_has_every_declaration(docs):
+    import tools
+
+    from fem_resnet.features import TOOLS
+
+    rows = {line.split("`")[1]: line for line in tools.pages()["tools.md"].splitlines() if line.startswith("| `")}
+    assert {name: row.count(" x |") for name, row in rows.items()} == {name: len(names) for name, names in TOOLS.items()}
+
+
 def test_every_number_of_the_paper_is_named_by_a_public_name_and_by_a_test(docs):
     import equations
 

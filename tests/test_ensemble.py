@@ -75,9 +75,9 @@ def test_an_ensemble_trains_as_one_communicator_does():
 def test_what_an_ensemble_does_not_do():
     ensemble, chosen = members(1)
     of = problem(ensemble.comm, chosen, ensemble)
-    with pytest.raises(ValueError, match="^gauss_newton: an ensemble"):
+    with pytest.raises(ValueError, match="^Gauss-Newton: it does not take an ensemble"):
         of.record(gauss_newton=True)
-    with pytest.raises(ValueError, match="^batch: an ensemble"):
+    with pytest.raises(ValueError, match="^LearningProblem.exchange: it does not take an ensemble"):
         of.exchange(of.batch)
     with pytest.raises(TypeError, match="^ensemble: a Ensemble or None is wanted"):
         problem(fd.COMM_SELF, chosen, "two")

@@ -198,7 +198,7 @@ def test_what_is_tied_to_its_mesh_does_not_move():
     for basis in (cell_indicators(Y), given_basis(Y, [1, x])):
         with pytest.raises(ValueError, match="are tied to their mesh; a Laplace basis is not"):
             basis.on(other)
-    with pytest.raises(ValueError, match="the bias has a value at every node, so the network is tied to its mesh"):
+    with pytest.raises(ValueError, match="^ResidualNetwork.on: it does not take a bias with a value at every node"):
         network("disk", "DG0").on(other)
 
 

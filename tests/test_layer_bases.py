@@ -102,7 +102,7 @@ def test_bases_of_each_layer_move_to_another_mesh():
     final = [gathered(n.Y, n.Y.values(n(n.Y.batch(smooth(n.Y))))) for n in (net, moved)]
     # the eigensolver's tolerance
     assert_allclose(*final, rtol=0, atol=1e-9)
-    with pytest.raises(ValueError, match="on: the bias has a value at every node"):
+    with pytest.raises(ValueError, match="on: it does not take a bias with a value at every node"):
         network().on(copy)
 
 

@@ -293,7 +293,7 @@ def test_files_keep_learned_factors_and_times(tmp_path):
 @on_two_ranks
 def test_what_learned_factors_cannot_do_is_refused():
     net = network()
-    with pytest.raises(ValueError, match="^on: learned factors have values at every node"):
+    with pytest.raises(ValueError, match="^ResidualNetwork.on: it does not take learned factors"):
         net.on(label_space("disk", "CG1", 2))
     with pytest.raises(ValueError, match="^learn_factors: one phi and one psi for all layers are wanted"):
         ResidualNetwork([laplace("disk", "CG1", 4)] * 3, times=TIMES, learn_factors=True)

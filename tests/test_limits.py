@@ -788,7 +788,7 @@ def test_limits_are_the_same_on_ranks():
 
 def test_what_has_no_limit_here_is_refused():
     net = own_network(solver_parameters={"ts_type": "rk", "ts_adapt_type": "basic"})
-    with pytest.raises(ValueError, match="depth_limit: it does not take"):
+    with pytest.raises(ValueError, match="^depth_limit: it does not take adapted time steps"):
         depth_limit(net, net.Y.batch(smooth(net.Y)))
     with pytest.raises(ValueError, match="halvings: an integer >= 0 is wanted"):
         depth_limit(own_network(), net.Y.batch(smooth(net.Y)), halvings=-1)
@@ -797,5 +797,5 @@ def test_what_has_no_limit_here_is_refused():
         width_limit(own_network(), start, spaces[:1])
     with pytest.raises(ValueError, match="spaces: they are to become finer"):
         width_limit(own_network(), start, spaces[::-1])
-    with pytest.raises(ValueError, match="the bias has a value at every node"):
+    with pytest.raises(ValueError, match="^width_limit: it does not take a bias with a value at every node"):
         width_limit(own_network(), start, spaces)

@@ -145,7 +145,7 @@ def test_several_samples_share_the_controls():
     """v is then all inputs together, and one u for all of the new ones, to the same orders."""
     p = trained("sphere", samples=2)
     check_orders(p)
-    with pytest.raises(ValueError, match="^problem: one sample is wanted, it has 2, which share their controls$"):
+    with pytest.raises(ValueError, match="^LowRankFeedback: it does not take more than one sample; .* use LocalFeedback for one"):
         LowRankFeedback(LocalFeedback(optimal("sphere", samples=2)))
 
 
@@ -307,7 +307,7 @@ def test_what_is_no_minimum_is_refused():
 def test_what_does_not_fit_is_refused():
     p = optimal("annulus", bias="nodes", layers=1)
     Y, feedback = p.net.Y, LocalFeedback(p)
-    with pytest.raises(ValueError, match="^problem: bias has values at every node, .* give it a basis, or use"):
+    with pytest.raises(ValueError, match="^LowRankFeedback: it does not take a bias with a value at every node; give the bias a basis, or use"):
         LowRankFeedback(feedback)
     with pytest.raises(ValueError, match="^inputs: a Function of .* is wanted, .* go to LowRankFeedback$"):
         feedback(direction(Y, 2))
@@ -317,6 +317,5 @@ def test_what_does_not_fit_is_refused():
         feedback.hessian(bad)
     with pytest.raises(TypeError, match="^problem: a LearningProblem is wanted, ResidualNetwork was given$"):
         LocalFeedback(p.net)
-    both = LearningProblem(p.net, None, least_squares, tikhonov(0.1), p.batch, learn="both")
-    with pytest.raises(ValueError, match="^problem: one that learns 'parameters' is wanted, .* learn='both' was"):
-        LocalFeedback(both)
+    with pytest.raises(ValueError, match="^LocalFeedback: it does not take an initial state that is learned too"):
+        LocalFeedback(p.replace(learn="both"))

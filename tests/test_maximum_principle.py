@@ -295,7 +295,7 @@ def test_bracket_for_many_samples():
     longer = pmp_residual(problem, wide, rounds=8)
     assert 0 <= found.lower <= longer.lower <= longer.upper == found.upper and found.density.min() >= 0
     problem = learning_problem(problem.net, weight=0.1)
-    with pytest.raises(ValueError, match="^problem: one without regulariser"):
+    with pytest.raises(ValueError, match="^pmp_residual: it does not take a regulariser"):
         pmp_residual(problem, wide)
 
 

@@ -8,8 +8,8 @@ from numpy.testing import assert_allclose
 from pyadjoint import taylor_to_dict
 
 from fem_resnet import (
-    Batch, Box, Hamiltonian, LearningProblem, ResidualNetwork, RunningCost, costate_check,
-    hamiltonian_along, hessian_spectrum, least_squares, msa, pmp_residual, train,
+    Batch, Box, Hamiltonian, LearningProblem, LocalFeedback, ResidualNetwork, RunningCost, costate_check,
+    hamiltonian_along, hessian_spectrum, least_squares, msa, pmp_residual, train, train_pam,
 )  # fmt: skip
 from helpers import label_space, laplace, smooth
 from problems import directions, gradients, learning_problem, network
@@ -186,7 +186,7 @@ def test_training_and_the_spectrum_at_the_optimum():
     of = problem("disk", "DG0", bias="basis", size=0.3)
     result = train(of, solver_parameters={"tao_type": "nls", "tao_gatol": 1e-10, "tao_grtol": 0.0, "tao_gttol": 0.0})
     assert result.gradient_norm < 1e-10
-    with pytest.raises(ValueError, match="^gauss_newton: a running cost has no residual"):
+    with pytest.raises(ValueError, match="^Gauss-Newton: it does not take a running cost"):
         hessian_spectrum(of, 2, gauss_newton=True)
     assert hessian_spectrum(of, 2).values.shape == (2,)
 
@@ -217,7 +217,7 @@ def test_msa_lowers_a_cost_of_the_states_and_comes_to_the_maximum_principle():
     assert (result.changes < 0).all() and result.values[-1] < 0.7 * result.values[0]
     assert pmp_residual(result.problem, A).absolute[1] < 0.3 * pmp_residual(of, A).absolute[1]
     for cost in (RunningCost(f * a), RunningCost(f, kernel=1.0)):
-        with pytest.raises(ValueError, match="^problem: its running cost depends on"):
+        with pytest.raises(ValueError, match="^msa: it does not take a running cost of the controls"):
             msa(LearningProblem(net, None, least_squares, None, batch, running=cost), A)
 
 
@@ -230,3 +230,16 @@ def test_what_is_refused():
         RunningCost(f, kernel=-1.0)
     with pytest.raises(TypeError, match="^running: a RunningCost or None"):
         problem("disk", "CG1", cost=f**2)
+
+
+def test_training_by_batches_keeps_the_running_cost():
+    of = problem("disk", "DG0", bias="basis", size=0.3)
+    result = train_pam(of, iterations=1, batches=[of.batch])
+    assert_allclose(result.value, float(of.evaluate()[0]), rtol=1e-12)
+    without = float(of.replace(running=None).evaluate()[0])
+    assert result.value > 1.01 * without
+
+
+def test_the_local_feedback_has_the_running_cost():
+    of = problem("disk", "DG0", bias="basis", size=0.3)
+    assert_allclose(LocalFeedback(of, gradient_tolerance=np.inf).value, float(of.evaluate()[0]), rtol=1e-12)

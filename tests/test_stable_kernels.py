@@ -350,7 +350,7 @@ def test_networks_of_stable_kernels_pass_the_verification(choice, weight):
 
 def test_what_goes_with_free_kernels_only_is_refused():
     p = problem(network(NormBounded()))
-    with pytest.raises(ValueError, match="^problem: its kernel is made of other controls"):
+    with pytest.raises(ValueError, match="^costate_check: it does not take a kernel made of other controls"):
         costate_check(p)
     checkpointed = LearningProblem(p.net, None, p.loss, None, p.batch, checkpoints=2)
     with pytest.raises(ValueError, match="^checkpoints: kernels made of other controls and schedules"):

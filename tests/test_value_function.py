@@ -491,3 +491,33 @@ def test_a_solution_that_a_rank_stopped_is_known_from_there_and_goes_on_to_the_s
         assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="^resume: "):
         solve_value_function(*arguments, final_time=0.6, spacing=0.05, resume=part)
+
+
+def test_a_solution_goes_on_with_its_own_arguments_alone():
+    """Of a problem with another running cost, set, activation or target 0.974 came out where 1.774 is right."""
+    Y = class_space(1)
+    given = dict(A=Box((-1, 1), (0, 0)), activation="identity", target=[2.0], start=[[0.0, 0.5]], spacing=0.05)
+    given |= dict(final_time=1.0, running=lambda f: f**2)
+    part = solve_value_function(Y, **given, monitor=lambda t: t < 0.5)
+    changes = {
+        "running": dict(running=lambda f: 2 * f**2), "A or activation": dict(activation="tanh"), "target": dict(target=[1.0]),
+        "final_time": dict(final_time=1.5), "spacing": dict(spacing=0.1), "start": dict(start=[[0.0, 1.0]]),
+        "activation or running": dict(running=lambda f, a, b, w: f**2),
+    }  # fmt: skip
+    for name, change in changes.items():
+        with pytest.raises(ValueError, match=f"^resume: .* made with another {name}; give the arguments"):
+            solve_value_function(Y, **given | change, resume=part)
+    with pytest.raises(ValueError, match="made with another Y;"):
+        solve_value_function(class_space(2), **given | dict(target=[2.0, 2.0], start=[[0.0], [0.5]]), resume=part)
+    # Rows that are tried one by one.
+    given |= dict(running=lambda f, a, b, w: f**2 + a**2, samples=3)
+    part = solve_value_function(Y, **given, monitor=lambda t: t < 0.5)
+    whole, on = (solve_value_function(Y, **given, resume=resume) for resume in (None, part))
+    for ours, theirs in zip(on.values, whole.values, strict=True):
+        assert_array_equal(ours, theirs)
+    changes = {
+        "running": dict(running=lambda f, a, b, w: f**2), "A or samples": dict(samples=4), "activation": dict(activation="tanh"),
+    }  # fmt: skip
+    for name, change in changes.items():
+        with pytest.raises(ValueError, match=f"^resume: .* made with another {name};"):
+            solve_value_function(Y, **given | change, resume=part)

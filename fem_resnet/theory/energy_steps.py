@@ -38,7 +38,7 @@ from functools import cache
 import numpy as np
 from scipy.optimize import linprog
 
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.autonomous import autonomous_problem, sampled
@@ -79,7 +79,10 @@ class EnergyStepLimit:
     why: dict[str, str]
 
 
-@supports(*HELD, *STEPPED)
+# With bases of each layer a network is not known to be autonomous.
+@supports(
+    "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED
+)  # fmt: skip
 def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     """Up to which time step the energies of 3.2 are known to fall in a network's discrete solution. Collective.
 

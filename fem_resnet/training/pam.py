@@ -269,7 +269,7 @@ def _blocks(problem: LearningProblem, J: ReducedFunctional, options: dict, prefi
     return [
         ProximalBlock(name, group, J, [controls[id(f)] for p in group for f in p.functions], options, prefix)
         for name, group in groups.items()
-        if group
+        if any(parameter.functions for parameter in group)  # a network without layers has none of bias and kernel
     ]
 
 

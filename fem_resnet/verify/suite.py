@@ -15,6 +15,8 @@ from mpi4py import MPI
 from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
+from fem_resnet.basis import given_basis
+from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.head import Head
 from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.methods import METHODS
@@ -70,7 +72,8 @@ def verify(
     TypeError
         If `problem` is, or makes, no LearningProblem.
     ValueError
-        If `time_limit` is not positive, or the problem has observations before T.
+        If `time_limit` is not positive, or the problem has derivatives of the target, checkpoints, an ensemble or observations
+        before T.
 
     Examples
     --------
@@ -114,8 +117,6 @@ def _verified(made: LearningProblem | Callable, quick: bool, exit_first: bool, w
             return Report(name, [Check.broken("problem", "made", error)])
     if not isinstance(made, LearningProblem):
         raise TypeError(f"problem: a LearningProblem is wanted, {type(made).__name__} was made")
-    if made.observations is not None:
-        raise ValueError("verify: it does not take observations before T; make the problem without observations")
     was_annotating = annotate_tape()
     report = Report(_title(made))
     pause_annotation()
@@ -147,6 +148,12 @@ class _Failed(Exception):
     """A check has failed, and no more are wanted."""
 
 
+# Nothing here writes out a second time what derivatives, or the members of an ensemble, add to J; with a schedule of
+# checkpoints there are no states on the tape to look at.
+@supports(
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "learned_initial",
+    "learned_both", "many_samples", "weights", tool="verify",
+)  # fmt: skip
 def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report, begin: Callable[[str], None]) -> None:
     comm = problem.net.Y.comm
 

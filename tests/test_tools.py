@@ -1,0 +1,972 @@
+"""Every tool against every feature of a network or a problem: right, or refused by name.
+
+`fem_resnet.features.TOOLS` says what each tool takes. Here each is called on a problem with one feature after the other.
+What a tool does not declare it must refuse, and name itself and the feature; where it declares it, what it returns is held
+against something that the tool had no part in: J of the whole problem evaluated, differences of J, (2.8) solved by SciPy
+with dense matrices. A feature that is declared wrongly, or lost on the way, makes such a comparison fail.
+"""
+
+import inspect
+import re
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import firedrake as fd
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+import sympy
+from numpy.testing import assert_allclose, assert_array_equal
+from pyadjoint.enlisting import Enlist
+
+import fem_resnet
+from fem_resnet import (
+    Batch, Box, Controls, Derivatives, EnergyMonitor, GrowthMonitor, Hamiltonian, Head, LabelSpace, LearningProblem,
+    LinearisedFlow, LocalClosedLoop, LocalFeedback, LowRankFeedback, NormBounded, ResidualNetwork, RowBox, RunningCost,
+    autonomous_problem, costate_check, depth_limit, duhamel, eigen_expansion, energy_conditions, energy_step_limit,
+    find_equilibria, find_steady_states, follow_trajectory, frozen_spectra, hamiltonian_along, hessian_spectrum,
+    integrated_norms, least_squares, lipschitz_bound, load, middle_pairs, msa, observed_decay, picard, pmp_residual, save,
+    solve_costate, solve_linearised, solve_trajectory, stability_estimate, stability_report, stability_verdict,
+    terminal_costate, tikhonov, to_network, train, train_pam, verify, weighted_identity, well_posedness_constants,
+    width_limit,
+)  # fmt: skip
+from fem_resnet.basis import node_numbers
+from fem_resnet.features import FEATURES, TOOLS, features_of, supports
+from fem_resnet.theory.residual_network import EULER
+from fem_resnet.verify.quantities import forward
+from helpers import laplace, label_space, set_smooth, smooth
+from problems import gathered
+
+DOMAIN = "annulus", "CG1"
+TIMES = (0.0, 0.4, 1.0)
+f, a = sympy.symbols("f a")
+
+#: What makes a network with a feature, and a problem.
+NET = {
+    "no_layers": {"times": [0.0]},
+    "gradient_flow": {"gradient_flow": True},
+    "learned_factors": {"learn_factors": True},
+    "learned_times": {"learn_times": True},
+    "stable_kernel": {"stable_kernel": NormBounded(4.0)},
+    "nodal_bias": {"bias": None},
+    "bases_by_layer": {"phi": [3, 5], "psi": [3, 5]},
+    "linear_in_time": {"bias_in_time": "linear", "kernel_in_time": "linear"},
+    "shared_in_time": {"bias_in_time": "shared", "kernel_in_time": "shared"},
+    "adapted_steps": {"solver_parameters": {"ts_adapt_type": "basic", "ts_rtol": 1e-9, "ts_atol": 1e-9}},
+    "discrete_gradient": {"solver_parameters": {"ts_type": "discrete_gradient"}},
+    "single_precision": {"precision": "single"},
+}
+PROBLEM = {
+    "head": {},
+    "regulariser": {"regulariser": tikhonov(1.0)},
+    "running": {"running": RunningCost(f**2)},
+    "running_of_controls": {"running": RunningCost(f**2 + a**2 / 20, kernel=0.1)},
+    "ensemble": {},
+    "derivatives": {},
+    "checkpoints": {"checkpoints": 1},
+    "learned_initial": {"learn": "initial"},
+    "learned_both": {"learn": "both"},
+    "many_samples": {},
+    "weights": {},
+}
+#: How close to round-off results are, relative to their size.
+CLOSE = {"single_precision": 3e-5, "adapted_steps": 1e-6, "discrete_gradient": 1e-7}
+
+
+def basis(rank, alone=False):
+    return None if rank is None else laplace(*DOMAIN, rank, alone)
+
+
+def network_with(feature=None, alone=False, autonomous=False, **options) -> ResidualNetwork:
+    options = {"phi": 3, "bias": 3, "times": TIMES, "steps": 2} | options | NET.get(feature, {})
+    if feature in ("adapted_steps", "discrete_gradient") and options.get("layers_per_block") is None:
+        options["solver_parameters"] = NET[feature]["solver_parameters"]
+    for name in ("phi", "psi", "bias"):
+        given = options.get(name)
+        options[name] = [basis(rank, alone) for rank in given] if isinstance(given, list) else basis(given, alone)
+    net = ResidualNetwork(**options)
+    rng = np.random.default_rng(0)
+    set_smooth(net, rng, 0.8)
+    if autonomous:
+        for parameter in (net.bias, net.kernel.learned):
+            for k in range(1, len(parameter.functions)):
+                if parameter.space_bases[k].shape == parameter.space_bases[0].shape:
+                    parameter.set(k, parameter.get(0))
+    for parameter in net.factors:  # away from the given ones
+        parameter.set(0, parameter.get(0) + 0.2 * smooth(net.Y, parameter.get(0).shape[1], seed=7))
+    if net.layer_times is not None:
+        net.layer_times.set(0, 1.2 * net.layer_times.get(0))
+    return net
+
+
+def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=False, ensemble=None, chosen=None, **options):
+    """A problem with this feature, and no other that the tool does not take."""
+    net = network_with(feature, alone, **(net or {}))
+    Y, rng = net.Y, np.random.default_rng(1)
+    samples = 3 if feature == "many_samples" or feature in ("weights", "ensemble") and "many_samples" in takes else 1
+    chosen = slice(None) if chosen is None else chosen
+    inputs = Y.batch(smooth(Y, samples)[:, chosen])
+    weights = np.array([1.0, 3.0, 0.5])[:samples][chosen] if feature == "weights" else None
+    head = None
+    # Without layers a head is all that is learned.
+    if feature == "head" or feature == "no_layers" and "head" in takes:
+        head = Head(net.bases["psi"][0], basis(3, alone), "identity")
+        head.W.set(0, rng.normal(size=head.W.space_basis.shape))
+        head.mu.set(0, rng.normal(size=head.mu.space_basis.shape))
+    # So near that a step of any method stays where layers can be stepped.
+    output = Y.values(net(inputs) if head is None else head(net(inputs)))
+    targets = Y.batch(output + 0.2 * smooth(Y, samples, seed=50)[:, chosen])
+    given = {"regulariser": None} | options | PROBLEM.get(feature, {})
+    if feature == "derivatives":
+        v, C = (Y.batch(smooth(Y, samples, seed=seed)[:, chosen]) for seed in (3, 4))
+        given["derivatives"] = Derivatives(v, C, 0.5)
+    if feature == "ensemble":
+        given["ensemble"] = ensemble or fd.Ensemble(fd.COMM_WORLD, fd.COMM_WORLD.size)
+    regulariser = given.pop("regulariser")
+    return LearningProblem(net, head, least_squares, regulariser, Batch(inputs, targets, weights), **given)
+
+
+# -- what the tools are held against ----------------------------------------------------------------------------------
+
+
+def value(p) -> float:
+    """J of all that the problem has."""
+    return float(p.evaluate()[0])
+
+
+def moved(functions, h, step):
+    """The Functions moved along h, and what puts them back."""
+    before = [np.array(function.dat.data_ro) for function in functions]
+    for function, values, direction in zip(functions, before, h):
+        function.dat.data_wo[...] = values + step * direction
+    return before
+
+
+def put_back(functions, before):
+    for function, values in zip(functions, before):
+        function.dat.data_wo[...] = values
+
+
+def slope(of, functions, h, step=1e-4) -> float:
+    """The derivative of a function of the Functions' values in a direction, by central differences."""
+    values = []
+    for sign in (1, -1):
+        before = moved(functions, h, sign * step)
+        values.append(of())
+        put_back(functions, before)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def directions(functions, seed=5):
+    """Arrays of the Functions' shapes."""
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=function.dat.data_ro.shape) for function in functions]
+
+
+def pairing(functionals, h, comm) -> float:
+    return comm.allreduce(float(sum(np.sum(d.dat.data_ro * v) for d, v in zip(Enlist(functionals), h))))
+
+
+def layer_at(net, t):
+    inputs = net.layer_inputs()
+    number = min(int(np.searchsorted(net.times, t, side="right")) - 1, net.layers - 1)
+    return inputs[number], (t - inputs[number].start) / inputs[number].length
+
+
+def dense(net, t):
+    """a and the matrix of B at the nodes, at a time; on one rank."""
+    layer, s = layer_at(net, t)
+    B = layer.factors.phi.values @ layer.beta.coefficients(s) @ (layer.factors.psi.values * net.Y.weights[:, None]).T
+    return layer.bias.coefficients(s), B
+
+
+def right_hand_side(net, layer, s, y):
+    w = net.Y.weights[:, None]
+    B = layer.factors.phi.values @ layer.beta.coefficients(s) @ (layer.factors.psi.values * w).T
+    rate = np.tanh(layer.bias.coefficients(s)[:, None] - B @ y)
+    return (B.T @ (w * rate)) / w if net.gradient_flow else rate
+
+
+def linearised(net, t, y):
+    """The matrix of the linearisation at a state, on one rank."""
+    bias, B = dense(net, t)
+    slopes = 1 - np.tanh(bias[:, None] - B @ y) ** 2
+    if not net.gradient_flow:
+        return -slopes * B
+    w = net.Y.weights[:, None]
+    return -(B.T @ (w * slopes * B)) / w
+
+
+def eigenvalues(matrix, count):
+    """Real parts of the largest ones, sorted."""
+    values = np.linalg.eigvals(matrix)
+    return np.sort(values[np.argsort(-np.abs(values))][:count].real)
+
+
+def exact(net, initial):
+    """f at the layer times by SciPy, on one rank: arrays of shape (nodes, samples)."""
+    y = net.Y.values(initial).copy()
+    states, shape = [y], y.shape
+    for layer in net.layer_inputs():
+        def rate(t, y, layer=layer):
+            return right_hand_side(net, layer, (t - layer.start) / layer.length, y.reshape(shape)).ravel()
+
+        solution = scipy.integrate.solve_ivp(
+            rate, (layer.start, layer.start + layer.length), states[-1].ravel(), method="DOP853", rtol=1e-11, atol=1e-12
+        )
+        states.append(solution.y[:, -1].reshape(shape))
+    return states
+
+
+def norm(Y, values):
+    return np.sqrt(Y.sum(np.sum(Y.weights @ values**2)))
+
+
+# -- the tools --------------------------------------------------------------------------------------------------------
+
+#: For each tool: whether it is given the network alone, options of the problem, what is done before, the call, the check.
+RUNS = {}
+
+
+def runs(*names, call, net_alone=False, before=lambda p: None, **options):
+    def decorate(check):
+        for name in names:
+            RUNS[name] = (net_alone, options, before, call, check)
+        return check
+
+    return decorate
+
+
+on_net = partial(runs, net_alone=True)
+
+
+@runs("train", call=lambda p: train(p, {"tao_max_it": 3}))
+def _train(p, result, close, start):
+    assert_allclose(result.value, value(p), rtol=close)
+    assert_allclose(result.values[0], start, rtol=close)
+    assert result.value < start
+
+
+@runs("train_pam", call=lambda p: train_pam(p, iterations=1))
+def _train_pam(p, result, close, start):
+    _train(p, result, close, start)
+
+
+@runs("train_pam, batches", call=lambda p: train_pam(p, iterations=1, batches=[p.batch]))
+def _train_pam_by_batches(p, result, close, start):
+    _train(p, result, close, start)
+
+
+@runs("LearningProblem.exchange", call=lambda p: _exchanged(p))
+def _exchange(p, result, close, start):
+    J, other = result
+    assert_allclose(J(p.functions), value(p.replace(batch=other)), rtol=close)
+    assert_allclose(value(p), value(p.replace(batch=other)), rtol=close)
+    assert abs(value(p) - start) > 1e-3 * start
+
+
+def _exchanged(p):
+    J = p.reduced_functional()
+    Y, batch = p.net.Y, p.batch
+    weights = None if batch.weights is None else np.asarray(batch.weights)[::-1] + 1
+    other = Batch(Y.batch(0.5 * Y.values(batch.inputs) + 0.1), Y.batch(Y.values(batch.targets) + 0.2), weights)
+    p.exchange(other)
+    return J, other
+
+
+def _reached_targets(p):
+    """Targets that are reached: the Hessian of the loss is then that of Gauss and Newton."""
+    run = p.net.run(p.batch.inputs)
+    output = run.final if p.head is None else p.head(run.final)
+    p.batch.targets.assign(output)
+
+
+@runs("Gauss-Newton", before=_reached_targets, call=lambda p: p.record(gauss_newton=True)[0])
+def _gauss_newton(p, J, close, start):
+    m = [function.copy(deepcopy=True) for function in p.functions]
+    h = [fd.Function(function.function_space()) for function in m]
+    for function, values in zip(h, directions(h)):
+        function.dat.data_wo[...] = 0.1 * values
+    actions = []
+    for functional in (J, p.reduced_functional()):
+        functional(m)
+        functional.derivative()
+        actions.append(pairing(functional.hessian(h), [v.dat.data_ro for v in h], p.net.Y.comm))
+    assert_allclose(*actions, rtol=max(close, 1e-6))
+    assert actions[0] > 0
+
+
+@runs("hessian_spectrum", net={"steps": 1}, call=lambda p: hessian_spectrum(p, 1))
+def _hessian_spectrum(p, found, close, start):
+    loss = p.replace(regulariser=None)
+    single = p.net.precision == "single"
+    step = 0.05 if single else 3e-3
+    m = loss.functions
+    for mu, direction in zip(found.values, found.directions):
+        h = [function.dat.data_ro for function in direction]
+        values = [value(loss)]
+        for sign in (1, -1):
+            before = moved(m, h, sign * step)
+            values.append(value(loss))
+            put_back(m, before)
+        second = (values[1] + values[2] - 2 * values[0]) / step**2
+        assert_allclose(mu, second, rtol=5e-2 if single else 2e-3)
+
+
+def _near(p, size):
+    """The problem's inputs moved by so much."""
+    Y = p.net.Y
+    return Y.batch(Y.values(p.batch.inputs) + size * smooth(Y, p.batch.samples, seed=9))
+
+
+def _change_of_gradient(p, inputs, controls):
+    """By how much J's gradient in the parameters is another at these inputs and controls."""
+    gradients = []
+    for batch, values in ((p.batch, p.functions), (Batch(inputs, p.batch.targets, p.batch.weights), controls)):
+        J = p.replace(batch=batch).reduced_functional()
+        J([value.copy(deepcopy=True) for value in values])
+        gradients.append([np.array(part.dat.data_ro) for part in Enlist(J.derivative())])
+    return p.net.Y.comm.allreduce(float(sum(np.sum((x - y) ** 2) for x, y in zip(*gradients)))) ** 0.5
+
+
+def _nearly_reached_targets(p):
+    """J_uu is then that of Gauss and Newton and the regulariser's, nearly: positive definite."""
+    _reached_targets(p)
+    targets = p.batch.targets
+    targets.assign(p.net.Y.batch(p.net.Y.values(targets) + 0.02 * smooth(p.net.Y, p.batch.samples, seed=50)))
+
+
+# The formulas are held against differences of J's gradient, which need no minimum.
+feedback_of = partial(runs, regulariser=tikhonov(10.0), before=_nearly_reached_targets, net={"steps": 1})
+
+
+@feedback_of("LocalFeedback", call=lambda p: LocalFeedback(p, gradient_tolerance=np.inf))
+def _local_feedback(p, feedback, close, start):
+    assert_allclose(feedback.value, start, rtol=close)
+    single = p.net.precision == "single"
+    w = smooth(p.net.Y, p.batch.samples, seed=9)
+    expected = slope(lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 0.05 if single else 1e-3)
+    found = p.net.Y.inner(feedback.gradient, p.net.Y.batch(w))
+    assert_allclose(found, expected, rtol=0.1 if single else 1e-3, atol=1e-8)
+    inputs = _near(p, 0.1 if single else 1e-2)
+    assert _change_of_gradient(p, inputs, feedback(inputs)) < 0.2 * _change_of_gradient(p, inputs, p.functions)
+
+
+@feedback_of("LowRankFeedback", call=lambda p: LowRankFeedback(LocalFeedback(p, gradient_tolerance=np.inf)))
+def _low_rank_feedback(p, many, close, start):
+    one, inputs, rtol = many._feedback, _near(p, 0.1), 1e-2 if p.net.precision == "single" else 1e-6
+    for found, expected, basis in zip(many(inputs), one(inputs), many._bases):
+        assert_allclose(found[0], basis.read(expected), atol=rtol)
+    assert_allclose(many.predicted_values(inputs)[0], one.predicted_value(inputs), rtol=rtol)
+
+
+@feedback_of("LocalClosedLoop", call=lambda p: LocalClosedLoop(p, gradient_tolerance=np.inf))
+def _local_closed_loop(p, loop, close, start):
+    assert_allclose(loop.feedbacks[0].value, start, rtol=close)
+    state = p.batch.inputs  # from here it takes the controls that are there, and goes where they went
+    for layer in range(p.net.layers):
+        _, state = loop.step(layer, state)
+    assert_allclose(p.net.Y.values(state), p.net.Y.values(p.net(p.batch.inputs)), atol=max(10 * close, 1e-6))
+    inputs = _near(p, 0.1 if p.net.precision == "single" else 1e-2)
+    assert _change_of_gradient(p, inputs, loop(inputs)) < 0.2 * _change_of_gradient(p, inputs, p.functions)
+
+
+@runs("costate_check", call=lambda p: costate_check(p, refinements=(1, 2)))
+def _costate_check(p, check, close, start):
+    if check.partner_costate:
+        assert max(check.partner_costate + check.partner_gradient) < 10 * close
+    if p.net.precision != "single":
+        assert check.costate[1] < 0.4 * check.costate[0] < 0.1
+        assert check.gradient[1] < 0.4 * check.gradient[0] < 0.1
+
+
+@runs("terminal_costate", call=lambda p: terminal_costate(p, p.net.run(p.batch.inputs).final))
+def _terminal_costate(p, r, close, start):
+    # The gradient in f_I of the problem without layers whose inputs are f(T).
+    last = Batch(p.net.run(p.batch.inputs).final, p.batch.targets, p.batch.weights)
+    loss = p.replace(net=network_with("no_layers"), batch=last, learn="initial", regulariser=None, running=None, checkpoints=None)
+    w = smooth(p.net.Y, p.batch.samples, seed=9)
+    expected = slope(lambda: value(loss), [last.inputs], [w.reshape(last.inputs.dat.data_ro.shape)])
+    assert_allclose(p.net.Y.inner(r, p.net.Y.batch(w)), expected, rtol=1e-6)
+
+
+def _run_of(p):
+    """A run on a tape whose J has been differentiated."""
+    J, run = p.replace(checkpoints=None).record()
+    J.derivative()
+    return run
+
+
+def _pairs_of(net):
+    """A run whose J has been differentiated, with what is asked of it."""
+    run = _run_of(LearningProblem(net, None, least_squares, None, Batch(state(net), state(net, 50)), learn="both"))
+    return Hamiltonian(net.Y, net.activation, "minimise"), run
+
+
+@on_net("middle_pairs", net={"steps": 4}, call=lambda net: (middle_pairs(_pairs_of(net)[1], "minimise"), _pairs_of(net)))
+def _middle_pairs(net, result, close, start):
+    pairs, (H, run) = result
+    for layer, pair in enumerate(pairs):
+        for found, ends in ((pair.f, run.state), (pair.r, run.costate)):
+            assert_allclose(found, sum(net.Y.values(ends(l)) for l in (layer, layer + 1)) / 2, atol=1e-12)
+
+
+@on_net("hamiltonian_along", net={"steps": 4}, call=lambda net: hamiltonian_along(*_pairs_of(net)[::-1]))
+def _hamiltonian_along(net, along, close, start):
+    if net.bias.time_basis.description != "linear":  # it is constant where controls are
+        assert np.abs(along[:, 1] - along[:, 0]).max() < 1e-3 * np.abs(along).max()
+    bias, B = dense(net, 0.0)
+    run = _pairs_of(net)[1]
+    f_t = np.tanh(bias[:, None] - B @ smooth(net.Y, 1))
+    assert_allclose(along[0, 0], net.Y.weights @ (f_t * net.Y.values(run.costate(0)))[:, 0], rtol=1e-4)
+
+
+@runs("Hamiltonian.of", net={"steps": 4}, call=lambda p: (Hamiltonian.of(p, "minimise"), _run_of(p)))
+def _along(p, result, close, start):
+    H, run = result
+    along = hamiltonian_along(run, H)
+    if p.net.bias.time_basis.description != "linear":  # H is constant where controls are
+        assert np.abs(along[:, 1] - along[:, 0]).max() < 1e-3 * np.abs(along).max()
+    _slope_is_that_of_H(p.replace(regulariser=None, checkpoints=None), H)
+
+
+def _slope_is_that_of_H(p, H):
+    """J's derivative in a is the integral of H_a, here by the middles of the layers: J has (a, b) in H alone."""
+    net, Y = p.net, p.net.Y
+    h = directions(net.bias.functions, seed=8)
+    expected, found = slope(lambda: value(p), net.bias.functions, h), 0.0
+    for layer, (tau, pair) in enumerate(zip(np.diff(net.times), middle_pairs(_run_of(p), "minimise"))):
+        before = moved(net.bias.functions, h, 1.0)
+        there = Controls.of_layer(net, layer).a
+        put_back(net.bias.functions, before)
+        here = Controls.of_layer(net, layer)
+        found += tau * Y.sum(Y.weights @ (H.in_a(pair, here) * (there - here.a)))
+    linear = net.bias.time_basis.description == "linear"  # the middle then stands for more
+    assert_allclose(found, expected, rtol=0.5 if linear else 0.1)
+
+
+@runs("pmp_residual", call=lambda p: pmp_residual(p, Box((-1, 1), (-1, 1))))
+def _pmp_residual(p, residual, close, start):
+    _slope_is_that_of_H(p, Hamiltonian.of(p, "minimise"))
+    run = _run_of(p)
+    Y, upper = p.net.Y, 0.0
+    ends = [(Y.values(run.state(l)), -Y.values(run.costate(l))) for l in range(p.net.layers + 1)]
+    for layer, tau in enumerate(np.diff(p.net.times)):
+        state, r = ((x + y) / 2 for x, y in zip(ends[layer], ends[layer + 1]))
+        t = (p.net.times[layer] + p.net.times[layer + 1]) / 2
+        bias, B = dense(p.net, t)
+        T = 1 + Y.weights @ np.abs(state)
+        best = np.maximum(np.tanh(T) * r, np.tanh(-T) * r).sum(axis=1)
+        upper += tau * (Y.weights @ (best - (np.tanh(bias[:, None] - B @ state) * r).sum(axis=1)))
+    assert_allclose(residual.absolute[1], upper, rtol=1e-4 if p.net.precision == "single" else 1e-6)
+
+
+def _by_msa(p, result, close, start):
+    _slope_is_that_of_H(p, Hamiltonian.of(p, "minimise"))
+    assert_allclose(result.value, value(p.replace(net=result.problem.net)), rtol=close)
+    assert_allclose(result.values[0], start, rtol=max(close, 1e-7))
+    assert result.value <= result.values[0]
+    assert set(features_of(result.problem)) - {"nodal_bias", "bases_by_layer"} == set(features_of(p)) - {
+        "nodal_bias", "bases_by_layer"
+    }  # fmt: skip
+
+
+@runs("msa", call=lambda p: msa(p, RowBox(p.net.bases["psi"][0], (-9, 9), (-9, 9)), iterations=1))
+def _msa(p, result, close, start):
+    _by_msa(p, result, close, start)
+
+
+@runs("msa, A pointwise", call=lambda p: msa(p, Box((-9, 9), (-9, 9)), iterations=1))
+def _msa_pointwise(p, result, close, start):
+    _by_msa(p, result, close, start)
+
+
+@runs("verify", call=lambda p: verify(p, quick=True))
+def _verify(p, report, close, start):
+    assert report.passed, report
+
+
+# -- tools that are given a network ----------------------------------------------------------------------------------
+
+
+def state(net, seed=0):
+    return net.Y.batch(smooth(net.Y, 1, seed=seed))
+
+
+def of_net(net):
+    return net.Y.values(net(state(net)))
+
+
+@on_net("Controls.of_layer", call=lambda net: Controls.of_layer(net, 1, 0.25))
+def _controls(net, controls, close, start):
+    t = net.times[1] + 0.25 * (net.times[2] - net.times[1])
+    bias, B = dense(net, t)
+    y = net.Y.values(state(net))
+    assert_allclose(controls.argument(net.Y, y), bias[:, None] - B @ y, atol=1e-12)
+
+
+@on_net("ResidualNetwork.on", call=lambda net: net.on(LabelSpace(net.Y.V)))
+def _on(net, other, close, start):
+    """Another label space on the same mesh: nothing may change."""
+    assert other.Y is not net.Y
+    assert_allclose(of_net(other), of_net(net), atol=10 * close)
+    assert set(features_of(other)) == set(features_of(net))
+
+
+@on_net("ResidualNetwork.truncated", call=lambda net: net.truncated(0.0))
+def _truncated(net, other, close, start):
+    assert_allclose(of_net(other), of_net(net), atol=10 * close)
+    # A factorisation by singular functions leaves any set of kernels.
+    assert set(features_of(other)) == set(features_of(net)) - {"stable_kernel"}
+
+
+@on_net("save", call=lambda net: _saved(net))
+def _save(net, loaded, close, start):
+    other, _ = loaded
+    mine, theirs = (gathered(each.Y, of_net(each)) for each in (net, other))
+    assert_allclose(theirs, mine, atol=10 * close)
+    assert set(features_of(other)) == set(features_of(net))
+
+
+def _saved(net):
+    with TemporaryDirectory() as folder:
+        save(Path(folder) / "net.h5", net)
+        return load(Path(folder) / "net.h5", net.Y.comm)
+
+
+def _against_scipy(net, final, close, start, tolerance=1e-6):
+    assert_allclose(net.Y.values(final), exact(net, state(net))[-1], atol=tolerance)
+
+
+@on_net("solve_trajectory", call=lambda net: solve_trajectory(net, state(net)))
+def _solve_trajectory(net, trajectory, close, start):
+    _against_scipy(net, trajectory.final, close, start)
+
+
+@on_net("follow_trajectory", call=lambda net: follow_trajectory(net, state(net), lambda layer, step: None, steps=16))
+def _follow_trajectory(net, final, close, start):
+    _against_scipy(net, final, close, start)
+
+
+@on_net("picard", call=lambda net: picard(net, state(net)))
+def _picard(net, solution, close, start):
+    _against_scipy(net, solution.final, close, start, 1e-9)
+
+
+@on_net("solve_costate", call=lambda net: solve_costate(solve_trajectory(net, state(net)), state(net, 3)))
+def _solve_costate(net, costate, close, start):
+    w, step, Y = smooth(net.Y, 1, seed=9), 1e-4, net.Y
+    ends = [exact(net, Y.batch(Y.values(state(net)) + sign * step * w))[-1] for sign in (1, -1)]
+    expected = Y.weights @ (Y.values(state(net, 3)) * (ends[0] - ends[1]))[:, 0] / (2 * step)
+    assert_allclose(Y.inner(costate.at_layer(0), Y.batch(w)), expected, rtol=1e-5)
+
+
+@on_net("solve_linearised", call=lambda net: solve_linearised(solve_trajectory(net, state(net)), state(net, 9)))
+def _solve_linearised(net, w, close, start):
+    step, Y = 1e-4, net.Y
+    ends = [exact(net, Y.batch(Y.values(state(net)) + sign * step * Y.values(state(net, 9))))[-1] for sign in (1, -1)]
+    assert_allclose(Y.values(w), (ends[0] - ends[1]) / (2 * step), atol=1e-5)
+
+
+def _moved_controls(net):
+    functions = [*net.bias.functions, *net.kernel.functions]
+    h = [fd.Function(function.function_space()) for function in functions]
+    for function, values in zip(h, directions(h)):
+        function.dat.data_wo[...] = values
+    return h
+
+
+@on_net("duhamel", call=lambda net: duhamel(solve_trajectory(net, state(net)), _moved_controls(net)))
+def _duhamel(net, w, close, start):
+    if net.stable_kernel is not None:  # the same coefficients, free
+        free = net.replace(stable_kernel=None)
+        for parameter, other in ((net.bias, free.bias), (net.kernel, free.kernel)):
+            for k in range(len(parameter.functions)):
+                other.set(k, parameter.get(k))
+    else:
+        free = net
+    functions, h = [*free.bias.functions, *free.kernel.functions], [v.dat.data_ro for v in _moved_controls(net)]
+    expected = slope(lambda: exact(free, state(net))[-1], functions, h)
+    assert_allclose(net.Y.values(w), expected, atol=1e-4)
+
+
+@on_net("weighted_identity", call=lambda net: weighted_identity(solve_trajectory(net, state(net)), state(net, 9)))
+def _weighted_identity(net, identity, close, start):
+    assert np.abs(identity.defect).max(initial=0.0) < 1e-4
+
+
+@on_net("autonomous_problem", call=lambda net: autonomous_problem(net, at=0.3))
+def _autonomous(net, problem, close, start):
+    bias, B = dense(net, 0.3)
+    y = net.Y.values(state(net))
+    assert_allclose(problem.argument(y), bias[:, None] - B @ y, atol=1e-12)
+
+
+@on_net("find_steady_states", call=lambda net: find_steady_states(net, at=0.3))
+def _steady_states(net, states, close, start):
+    _autonomous(net, states.problem, close, start)
+
+
+@on_net("find_equilibria", call=lambda net: find_equilibria(net, at=0.3))
+def _equilibria(net, equilibria, close, start):
+    _autonomous(net, equilibria.problem, close, start)
+    bias, B = dense(net, 0.3)
+    y = net.Y.values(state(net))
+    assert_allclose(net.Y.values(equilibria.velocity(state(net))), np.tanh(bias[:, None] - B @ y), atol=1e-10)
+
+
+def _rates(net, t):
+    """sigma'(0) min Re of the eigenvalues of B that are not 0."""
+    values = np.linalg.eigvals(dense(net, t)[1])
+    return values[np.argsort(-np.abs(values))][: layer_at(net, t)[0].factors.phi.rank]
+
+
+@on_net("stability_verdict", call=lambda net: stability_verdict(net, at=0.3))
+def _stability(net, stability, close, start):
+    _autonomous(net, stability.problem, close, start)
+    assert_allclose(stability.rate, _rates(net, 0.3).real.min(), atol=1e-8)
+
+
+@on_net("eigen_expansion", call=lambda net: eigen_expansion(net, state(net, 9), at=0.3))
+def _eigen_expansion(net, expansion, close, start):
+    expected = scipy.linalg.expm(-0.5 * dense(net, 0.3)[1]) @ net.Y.values(state(net, 9))
+    assert_allclose(net.Y.values(expansion(0.5)), expected, atol=1e-8)
+
+
+@on_net("observed_decay", net={"autonomous": True}, call=lambda net: observed_decay(net, state(net)))
+def _observed_decay(net, decay, close, start):
+    assert_allclose(decay.times, net.times)
+    assert_allclose(decay.predicted, _rates(net, 0.3).real.min(), atol=1e-8)
+
+
+@on_net("frozen_spectra", call=lambda net: frozen_spectra(net, state(net)))
+def _frozen_spectra(net, spectra, close, start):
+    _frozen_eigenvalues(net, spectra.eigenvalues[1][0], close, start)
+
+
+@on_net("energy_conditions", call=energy_conditions)
+def _energy_conditions(net, conditions, close, start):
+    B = dense(net, 0.0)[1]
+    root = np.sqrt(net.Y.weights)
+    symmetric = np.linalg.eigvalsh((S := root[:, None] * B / root) / 2 + S.T / 2)[0]
+    reason = conditions["B_s >= 0"].reason
+    assert float(re.search(r"is (\S+)$", reason)[1]) == pytest.approx(min(symmetric, 0.0), rel=1e-2, abs=1e-10)
+
+
+@on_net("EnergyMonitor", call=lambda net: EnergyMonitor(net).watch(net.run(state(net))))
+def _energy_monitor(net, monitor, close, start):
+    bias, B = dense(net, net.times[-1])
+    u = bias - B @ of_net(net)[:, 0]
+    assert_allclose(monitor.values("primitive")[-1], net.Y.weights @ np.log(np.cosh(u)), rtol=1e-6)
+
+
+@on_net("energy_step_limit", net={"autonomous": True}, call=energy_step_limit)
+def _energy_step_limit(net, limit, close, start):
+    bias, B = dense(net, 0.0)
+    w = np.sqrt(net.Y.weights)
+    S = w[:, None] * B / w
+    U, s, V = np.linalg.svd(S)
+    inverse = np.linalg.inv(U[:, :3].T @ S @ U[:, :3])
+    assert_allclose(limit.kappa, np.linalg.eigvalsh((inverse + inverse.T) / 2)[0], rtol=1e-6)
+
+
+@on_net("GrowthMonitor", call=lambda net: GrowthMonitor(net).watch(net.run(state(net))))
+def _growth_monitor(net, monitor, close, start):
+    bounded, _, gronwall = monitor.bounds()
+    first, Y = net.Y.values(state(net)), net.Y
+    assert_allclose(bounded.values[-1], norm(Y, first) + Y.measure**0.5 * net.times[-1], rtol=1e-8)
+    assert_allclose(monitor.norms()[-1], norm(Y, of_net(net)), rtol=1e-6)
+    assert gronwall.ratio <= 1 + 1e-12
+
+
+def _integral(net, of):
+    """int of(t) dt by Gauss's rule on parts of the layers."""
+    points, weights = np.polynomial.legendre.leggauss(20)
+    total = 0.0
+    for start, end in zip(net.times, net.times[1:]):
+        total += (end - start) / 2 * sum(c * of((start + end) / 2 + (end - start) / 2 * x) for x, c in zip(points, weights))
+    return total
+
+
+def _hilbert_schmidt(net, t):
+    w = net.Y.weights
+    return np.sqrt(w @ (dense(net, t)[1] ** 2 / w) @ np.ones_like(w))
+
+
+@on_net("integrated_norms", call=lambda net: integrated_norms(net, "hs"))
+def _integrated_norms(net, norms, close, start):
+    assert_allclose(norms[-1], _integral(net, partial(_hilbert_schmidt, net)), rtol=1e-6)
+
+
+@on_net("well_posedness_constants", call=well_posedness_constants)
+def _well_posedness(net, constants, close, start):
+    assert norm(net.Y, of_net(net)) <= constants.solution_bound(norm(net.Y, smooth(net.Y, 1)))[-1]
+    if net.gradient_flow:
+        return  # other constants
+    _integrated_norms(net, constants.C_2, close, start)
+    assert_allclose(constants.C_1[-1], _integral(net, lambda t: norm(net.Y, dense(net, t)[0][:, None])), rtol=1e-6)
+
+
+@on_net("stability_estimate", call=lambda net: stability_estimate(net, state(net), state(net, 9)))
+def _stability_estimate(net, estimate, close, start):
+    apart = norm(net.Y, of_net(net) - net.Y.values(net(state(net, 9))))
+    assert_allclose(estimate.distances[-1], apart, rtol=1e-4)
+    _well_posedness(net, estimate.constants, close, start)
+    assert (estimate.ratios <= 1 + 1e-9).all()
+
+
+@on_net("lipschitz_bound", call=lipschitz_bound)
+def _lipschitz_bound(net, bound, close, start):
+    apart = norm(net.Y, of_net(net) - net.Y.values(net(state(net, 9))))
+    assert apart <= bound.discrete * (1 + 1e-6) * norm(net.Y, smooth(net.Y, 1) - smooth(net.Y, 1, seed=9))
+    w = np.sqrt(net.Y.weights)
+    for layer, found in enumerate(bound.norms):
+        ends = net.times[layer], net.times[layer + 1] * (1 - 1e-14)
+        largest = max(np.linalg.norm(w[:, None] * dense(net, t)[1] / w, 2) for t in ends)
+        assert_allclose(found, largest, rtol=1e-8)
+
+
+@on_net("depth_limit", call=lambda net: depth_limit(net, state(net), halvings=1))
+def _depth_limit(net, found, close, start):
+    run = net.run(state(net))
+    far = max(norm(net.Y, net.Y.values(run.state(l)) - y) for l, y in enumerate(exact(net, state(net))))
+    assert_allclose(found.errors[0], far, rtol=0.2 if net.precision == "single" else 1e-3)
+
+
+@on_net(
+    "width_limit",
+    call=lambda net: width_limit(net, lambda x: np.cos(x[:, :1]), [net.Y, label_space("annulus", "CG1", 2)]),
+)
+def _width_limit(net, found, close, start):
+    fine = net.on(label_space("annulus", "CG1", 2))
+    moments = [
+        each.bases["phi"][-1].project(each.Y.values(each(each.Y.batch(np.cos(each.Y.coordinates[:, :1])))))
+        for each in (net.on(net.Y), fine)
+    ]
+    assert_allclose(found.errors[0], np.linalg.norm(moments[0] - moments[1]), rtol=1e-6)
+    assert found.errors[0] < 0.2
+
+
+@on_net("to_network", net={"solver_parameters": EULER}, call=to_network)
+def _to_network(net, arrays, close, start):
+    z = net.Y.values(state(net))[np.argsort(node_numbers(net.Y))]
+    for bias, B, tau in zip(*arrays):
+        z = z + tau * np.tanh(bias[:, None] - B @ z)
+    assert_allclose(z[node_numbers(net.Y)], of_net(net), atol=10 * close)
+
+
+@on_net("LinearisedFlow", call=lambda net: LinearisedFlow(net, state(net)))
+def _linearised_flow(net, flow, close, start):
+    step, Y = 0.03 if net.precision == "single" else 1e-3, net.Y
+    ends = [Y.values(net(Y.batch(smooth(Y, 1) + sign * step * smooth(Y, 1, seed=9)))) for sign in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    assert_allclose(Y.values(flow.tangent(state(net, 9))), expected, atol=1e-3 if net.precision == "single" else 1e-5)
+
+
+@on_net("LinearisedFlow.exponent", call=lambda net: LinearisedFlow(net, state(net)).exponent())
+def _exponent(net, found, close, start):
+    assert np.log(LinearisedFlow(net, state(net)).propagator().norm) <= found + 1e-9
+    if net.gradient_flow:
+        return  # another bound
+    expected = _integral(net, partial(_hilbert_schmidt, net))
+    assert_allclose(found, expected, rtol=3e-3)  # trapezoids, from above
+
+
+@on_net("LinearisedFlow.bound", call=lambda net: LinearisedFlow(net, state(net)).bound())
+def _bound(net, found, close, start):
+    _exponent(net, np.log(found), close, start)
+
+
+@on_net("LinearisedFlow.slope", call=lambda net: LinearisedFlow(net, state(net)).slope(1))
+def _slope(net, found, close, start):
+    bias, B = dense(net, net.times[1])
+    u = bias[:, None] - B @ net.Y.values(net.run(state(net)).state(1))
+    assert_allclose(found, 1 - np.tanh(u) ** 2, atol=1e-6)
+
+
+@on_net("LinearisedFlow.frozen_eigenvalues", call=lambda net: LinearisedFlow(net, state(net)).frozen_eigenvalues(1))
+def _frozen_eigenvalues(net, found, close, start):
+    matrix = linearised(net, net.times[1], net.Y.values(net.run(state(net)).state(1)))
+    assert_allclose(np.sort(found.real), eigenvalues(matrix, found.size), atol=1e-6)
+
+
+@on_net("stability_report", call=lambda net: stability_report(net, state(net)))
+def _stability_report(net, report, close, start):
+    M = LinearisedFlow(net, state(net)).propagator()
+    assert_allclose(report.layers[-1].grown, M.norm, rtol=1e-6)
+    rank = net.bases["phi"][0].rank
+    assert_allclose(report.layers[0].frozen, eigenvalues(linearised(net, 0.0, smooth(net.Y, 1)), rank).max(), atol=1e-6)
+
+
+# -- the walk ---------------------------------------------------------------------------------------------------------
+
+
+def _subject(tool, feature, **more):
+    net_alone, options, *_ = RUNS[tool]
+    p = problem_with(feature, takes=TOOLS[tool], **options | more)
+    return p.net if net_alone else p
+
+
+def _concerns(tool):
+    """Features that what the tool is given can have."""
+    return [name for name, feature in FEATURES.items() if feature.of == "net" or not RUNS[tool][0]]
+
+
+def walk(tool, features, **more):
+    net_alone, _, before, call, check = RUNS[tool]
+    for feature in features:
+        subject = _subject(tool, feature, **more)
+        has = set(features_of(subject))
+        assert feature is None or feature in has, f"{tool}, {feature}: the problem made for it has not got it"
+        lacking = [name for name in FEATURES if name in has - TOOLS[tool]]
+        try:
+            if lacking:
+                named = "|".join(re.escape(FEATURES[name].what) for name in lacking)
+                with pytest.raises(ValueError, match=f"it does not take ({named})") as refusal:
+                    call(subject)
+                assert str(refusal.value).split(": ")[0] in TOOLS
+            else:
+                before(subject)
+                start = None if net_alone else value(subject)
+                check(subject, call(subject), CLOSE.get(feature, 1e-9), start)
+        except Exception as error:
+            error.add_note(f"-- {tool} with {feature}: {'to be refused' if lacking else 'to be right'}")
+            raise
+
+
+@pytest.mark.parametrize("tool", [pytest.param(t, marks=pytest.mark.slow) if t == "verify" else t for t in sorted(TOOLS)])
+def test_a_tool_is_right_or_refuses_by_name(tool):
+    walk(tool, [None, *_concerns(tool)])
+
+
+@pytest.mark.parallel([2])
+def test_an_ensemble_of_two_members_is_right_or_refused_on_all_ranks():
+    ensemble = fd.Ensemble(fd.COMM_WORLD, 1)
+    chosen = [[0], [1, 2]][fd.COMM_WORLD.rank]
+    for tool in sorted(TOOLS):
+        if not RUNS[tool][0]:
+            walk(tool, ["ensemble"], alone=True, ensemble=ensemble, chosen=chosen)
+
+
+@pytest.mark.parallel([2])
+@pytest.mark.parametrize("tool", ["train_pam, batches", "LocalFeedback", "LocalClosedLoop", "hessian_spectrum", "msa"])
+def test_a_tool_is_right_on_two_ranks(tool):
+    walk(tool, ["running", "weights", "regulariser", "gradient_flow"])
+
+
+def test_every_tool_and_every_feature_has_its_place_in_the_walk():
+    assert RUNS.keys() == TOOLS.keys()
+    assert NET.keys() | PROBLEM.keys() == FEATURES.keys()
+
+
+# -- declarations -----------------------------------------------------------------------------------------------------
+
+#: What features are of, and what makes or holds such a thing: none of them is a tool.
+NO_TOOLS = {"LearningProblem", "ResidualNetwork", "Run"}
+#: The types of arguments that have features, themselves or by what they were made of.
+FEATURED = re.compile(r"\b(LearningProblem|ResidualNetwork|Run|Trajectory|LocalFeedback|LinearisedFlow)\b")
+
+
+def takes_something_featured(function) -> bool:
+    arguments = list(inspect.signature(function).parameters.values())
+    return any(FEATURED.search(str(each.annotation)) or each.name in ("net", "problem") for each in arguments)
+
+
+def test_every_public_tool_declares_what_it_takes():
+    """Functions and constructors; a dataclass holds what a tool has found."""
+    for name in fem_resnet.__all__:
+        public = getattr(fem_resnet, name)
+        if not callable(public) or name in NO_TOOLS or hasattr(public, "__dataclass_fields__"):
+            continue
+        function = public.__init__ if inspect.isclass(public) else public
+        if takes_something_featured(function):
+            assert name in TOOLS, f"{name} takes a network, a problem or what was made of one: put @supports on it"
+    for owner in (Controls, Hamiltonian):
+        for name, method in inspect.getmembers(owner, inspect.ismethod):
+            if takes_something_featured(method):
+                assert f"{owner.__name__}.{name}" in TOOLS
+
+
+def test_a_feature_that_is_new_is_refused_by_all_tools(monkeypatch):
+    present = {"of": "net", "present": lambda net: True, "what": "a novelty", "remedy": "go without"}
+    monkeypatch.setitem(FEATURES, "novelty", type(FEATURES["head"])(**present))
+    for tool, (net_alone, *_, call, _) in RUNS.items():
+        with pytest.raises(ValueError, match=": it does not take a novelty; go without"):
+            call(_subject(tool, None))
+
+
+def test_features_that_are_unknown_are_refused():
+    with pytest.raises(KeyError, match=r"supports: features \['heads'\] are unknown"):
+        supports("heads")
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_problem_with_one_argument_replaced_keeps_all_others():
+    """Whatever arguments the constructor has."""
+    names = list(inspect.signature(LearningProblem).parameters)
+    for feature in (None, *PROBLEM):
+        p = problem_with(feature)
+        for changed in names:
+            other = p.replace(**{changed: getattr(p, changed)})
+            for name in names:
+                assert getattr(other, name) is getattr(p, name), f"{name} is lost where {changed} is replaced"
+        assert features_of(p.replace()) == features_of(p)
+
+
+def test_a_network_with_one_argument_replaced_keeps_all_others():
+    """Whatever arguments the constructor has: `times` stands for two of them."""
+    names = set(inspect.signature(ResidualNetwork).parameters)
+    for feature in (None, *NET):
+        net = network_with(feature, options_prefix="mine", layers_per_block=1)
+        assert names - {"layers", "final_time"} == net.bases.keys() | net.settings.keys()
+        for changed in (*net.settings, "bias"):
+            given = net.settings | {name: list(bases) for name, bases in net.bases.items()}
+            other = net.replace(**{changed: given[changed]})
+            assert features_of(other) == features_of(net)
+            for name, setting in net.settings.items():
+                assert_array_equal(other.settings[name], setting, err_msg=f"{name} is lost where {changed} is replaced")
+            if "learned_factors" not in features_of(net):
+                assert other.bases == net.bases
+
+
+def test_a_network_that_steps_otherwise_has_the_very_same_parameters():
+    for feature in (None, *NET):
+        net = network_with(feature)
+        finer = net.replace(steps=4, layers_per_block=1)
+        assert finer.parameters == net.parameters and finer.bases == net.bases
+        assert np.abs(of_net(finer) - of_net(net)).max() < 1e-2
+        assert finer.steps == 4 and net.steps == 2
+
+
+def test_what_is_no_argument_is_no_change():
+    net = network_with()
+    with pytest.raises(TypeError, match="^replace: some of phi, .* are wanted, layers was given"):
+        net.replace(layers=3)
+    with pytest.raises(TypeError, match="cost"):
+        problem_with().replace(cost=3)
+
+
+# -- what all are held against ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", [None, *FEATURES])
+def test_J_of_a_feature_is_that_written_out_and_its_gradient_the_slope(feature):
+    p = problem_with(feature)
+    written_out = [check.name for check in forward(p.replace(derivatives=None)) if not check.passed]
+    assert written_out == []
+    if feature == "derivatives":
+        v, C, Y = p.derivatives.directions, p.net.Y.values(p.derivatives.targets), p.net.Y
+        ends = [Y.values(p.net(Y.batch(smooth(Y, 1) + sign * 1e-4 * Y.values(v)))) for sign in (1, -1)]
+        mismatch = norm(Y, (ends[0] - ends[1]) / 2e-4 - C) ** 2 / 2
+        assert_allclose(value(p), value(p.replace(derivatives=None)) + p.derivatives.weight * mismatch, rtol=1e-6)
+    J = p.reduced_functional()
+    derivative = Enlist(J.derivative())
+    h = [0.1 * v for v in directions(p.functions)]
+    if p.functions:
+        rtol, step = (1e-2, 0.05) if p.net.precision == "single" else (1e-4, 1e-3)
+        expected = slope(lambda: value(p), p.functions, h, step)
+        assert_allclose(pairing(derivative, h, p.net.Y.comm), expected, rtol=rtol)
