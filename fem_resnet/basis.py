@@ -13,9 +13,11 @@ from functools import cached_property
 
 import firedrake as fd
 import numpy as np
+import ufl
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import number, real_array
 from fem_resnet.label_space import LabelSpace, check_label_space
 
 __all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
@@ -64,7 +66,8 @@ class Basis:
         move: Callable[[Basis, LabelSpace], Basis] | None = None,
     ):
         check_label_space(Y)
-        given = Y.comm.allgather((Y.nodes, np.shape(values)))
+        values = real_array("values", values, comm=Y.comm, finite=False)
+        given = Y.comm.allgather((Y.nodes, values.shape))
         for nodes, shape in given:
             if len(shape) != 2 or shape[0] != nodes or shape[1] < 1:
                 raise ValueError(f"values: shape (nodes, rank) = ({nodes}, at least 1) is wanted, {shape} was given")
@@ -74,9 +77,9 @@ class Basis:
         self.kind = kind
         #: One function after the other in memory: loops over nodes read each in one stream.
         self.values = spread_columns(values)
-        self.eigenvalues = eigenvalues
         self._move = move
         self.rank = self.values.shape[1]
+        self.eigenvalues = None if eigenvalues is None else real_array("eigenvalues", eigenvalues, (self.rank,))
         self.gram = Y.sum(self.values.T @ (self.values * Y.weights[:, None]))
         if not np.isfinite(self.gram).all():
             column = int(np.flatnonzero(~np.isfinite(np.diag(self.gram)))[0])
@@ -151,7 +154,7 @@ class Basis:
         ValueError
             If the coefficients have another shape.
         """
-        coefficients = np.asarray(coefficients, dtype=float)
+        coefficients = real_array("coefficients", coefficients)
         if coefficients.ndim not in (1, 2) or len(coefficients) != self.rank:
             raise ValueError(
                 f"coefficients: shape ({self.rank},) or ({self.rank}, samples) is wanted, {coefficients.shape} was given"
@@ -177,18 +180,21 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
     Raises
     ------
     TypeError
-        If `Y` is no LabelSpace.
+        If `Y` is no LabelSpace, or `functions` no list.
     ValueError
-        If there is none, one lives on another space, or they are linearly dependent.
+        If there is none, one is no function or number, one lives on another space, or they are linearly dependent.
     """
     check_label_space(Y)
-    functions = list(functions)
+    if not isinstance(functions, (list, tuple)):
+        raise TypeError(f"functions: a list of functions is wanted, {type(functions).__name__} was given; Basis takes arrays")
     if not functions:
         raise ValueError("functions: at least one function is wanted, an empty list was given")
     columns = []
     with stop_annotating():
         for function in functions:
             if not isinstance(function, fd.Function):
+                if not isinstance(function, ufl.core.expr.Expr):
+                    function = number("functions", function)
                 function = fd.Function(Y.V).interpolate(fd.as_ufl(function))
             elif function.function_space() != Y.V:
                 raise ValueError(f"functions: {function.function_space()} was given, a Function of {Y.V} is wanted")

@@ -22,8 +22,10 @@ import scipy.sparse
 from finat.element_factory import create_element
 from mpi4py import MPI
 from petsc4py import PETSc
-from pyadjoint.tape import stop_annotating
+from pyadjoint.tape import annotate_tape, stop_annotating
 from ufl import H1
+
+from fem_resnet.arguments import integer, real_array
 
 __all__ = ["BatchValues", "LabelSpace"]
 
@@ -203,32 +205,37 @@ class LabelSpace:
         samples
             Number of samples, at least 1.
         """
-        if not isinstance(samples, (int, np.integer)) or samples < 1:
-            raise ValueError(f"samples: a positive integer is wanted, {samples!r} was given")
-        return self._batch_spaces.setdefault(
-            int(samples), fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=int(samples))
-        )
+        samples = integer("samples", samples)
+        if samples not in self._batch_spaces:
+            self._batch_spaces[samples] = fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=samples)
+        return self._batch_spaces[samples]
 
     @cached_property
     def _batch_spaces(self) -> dict:
         return {}
 
-    def batch(self, values: np.ndarray, name: str = "values") -> fd.Function:
-        """A batch from the values at the owned nodes.
+    def batch(self, values: np.ndarray | fd.Function | Sequence[fd.Function], name: str = "values") -> fd.Function:
+        """A batch from the values at the owned nodes. Collective; a new Function, of which no tape knows.
 
         Parameters
         ----------
         values
-            Shape (nodes, samples) or (nodes,) for one sample; real and finite.
+            Shape (nodes, samples) or (nodes,) for one sample; real and finite. Or a Function of `V`, a batch, or a list of
+            these, each a sample or more.
         name
             What messages call the array.
 
         Raises
         ------
+        TypeError
+            If it is no array of real numbers, or one of a list with Functions is none.
         ValueError
-            If the shape does not fit, there is no sample, or a value is not finite; on all ranks alike.
+            If the shape does not fit, there is no sample, a value is not finite, or a Function lives on another space, or
+            would be lost to a tape that annotates; on all ranks alike.
         """
-        values = np.asarray(values, dtype=float)
+        if _has_functions(values):
+            values = self._columns(values, name)
+        values = real_array(name, values, comm=self.comm, finite=False)
         if values.ndim == 1:
             values = values[:, None]
         self.agree(
@@ -241,6 +248,18 @@ class LabelSpace:
         function = fd.Function(self.batch_space(values.shape[1]), name=name)
         function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
         return function
+
+    def _columns(self, functions: fd.Function | Sequence[fd.Function], name: str) -> np.ndarray:
+        """Node values of Functions side by side, shape (nodes, samples)."""
+        if annotate_tape():
+            raise ValueError(
+                f"{name}: the tape is annotating, and would not see that the batch is made of these Functions; make it before, "
+                f"or give the Function itself, of Y.V or Y.batch_space(samples), to what takes a batch"
+            )
+        functions = [functions] if isinstance(functions, fd.Function) else list(functions)
+        for function in functions:
+            self.check_batch(function, name)
+        return np.column_stack([self.values(function) for function in functions])
 
     def values(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
         """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view."""
@@ -257,7 +276,10 @@ class LabelSpace:
             If it lives on another mesh or element, or a value is not finite (the message names the sample).
         """
         if not isinstance(function, fd.Function):
-            raise TypeError(f"{name}: a Function is wanted, {type(function).__name__} was given")
+            raise TypeError(
+                f"{name}: a Function is wanted, {type(function).__name__} was given; of arrays Y.batch makes one, a Function of "
+                f"{self.V.ufl_element()} for each sample"
+            )
         space = function.function_space()
         if space.mesh() is not self.V.mesh():
             raise ValueError(f"{name}: it lives on {space.mesh()}, a Function on the mesh {self.V.mesh()} is wanted")
@@ -339,16 +361,23 @@ def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
 
     Raises
     ------
-    ValueError
-        If their number is not that of the samples, one is negative or not finite, or all are 0.
+    TypeError, ValueError
+        If they are no real numbers, one a sample, one is negative or not finite, or all are 0.
     """
-    weights = np.ones(samples) if weights is None else np.asarray(weights, dtype=float)
-    if weights.shape != (samples,) or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
-        raise ValueError(
-            f"weights: {samples} finite numbers >= 0, not all 0, are wanted; shape {weights.shape}, smallest "
-            f"{weights.min(initial=np.inf):.3g}, sum {weights.sum():.3g} was given"
-        )
+    if weights is None:
+        return np.full(samples, 1 / samples)
+    weights = real_array("weights", weights, (samples,), least=0)
+    largest = weights.max()
+    if largest == 0:
+        raise ValueError("weights: numbers >= 0, not all 0, are wanted; all are 0")
+    weights = weights / largest  # the sum of large ones may overflow
     return weights / weights.sum()
+
+
+def _has_functions(values: object) -> bool:
+    return isinstance(values, fd.Function) or isinstance(values, (list, tuple)) and any(
+        isinstance(value, fd.Function) for value in values
+    )
 
 
 def _check_element(V) -> None:

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 from firedrake.adjoint import EnsembleReducedFunctional
+from mpi4py import MPI
 from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_tape
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
+from fem_resnet.arguments import choice, integer, number
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import OperatorBlock, gauss_newton
 from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
@@ -170,9 +172,7 @@ class LearningProblem:
         self._output = net.Y if head is None else head.Y
         self._prediction = PREDICTIONS[loss.prediction or "identity"] if head is None else head.prediction
         loss.check_prediction(self._prediction)
-        if learn not in _LEARN:
-            raise ValueError(f"learn: one of {', '.join(map(repr, _LEARN))} is wanted, {learn!r} was given")
-        self.learn = learn
+        self.learn = choice("learn", learn, _LEARN)
         self.checkpoints = checkpoints
         if checkpoints is not None:
             schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
@@ -248,9 +248,10 @@ class LearningProblem:
     @property
     def _share(self) -> float:
         """The part of all weights that this member's samples have."""
-        weights = self.batch.weights
-        own = float(self.batch.samples if weights is None else np.sum(weights))
-        return own / self.ensemble.ensemble_comm.allreduce(own)
+        comm, weights = self.ensemble.ensemble_comm, self.batch.weights
+        weights = np.ones(self.batch.samples) if weights is None else np.asarray(weights, dtype=float)
+        own = float(np.sum(weights / comm.allreduce(weights.max(), op=MPI.MAX)))  # the sum of large ones may overflow
+        return own / comm.allreduce(own)
 
     def penalised(self) -> list[Parameter]:
         """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
@@ -261,8 +262,7 @@ class LearningProblem:
             return
         if not isinstance(self.derivatives, Derivatives):
             raise TypeError(f"derivatives: Derivatives or None are wanted, {type(self.derivatives).__name__} was given")
-        if not (np.isfinite(self.derivatives.weight) and self.derivatives.weight >= 0):
-            raise ValueError(f"derivatives.weight: a number >= 0 is wanted, {self.derivatives.weight!r} was given")
+        number("derivatives.weight", self.derivatives.weight, least=0)
         for name, Y, function in (
             ("directions", self.net.Y, self.derivatives.directions),
             ("targets", self._output, self.derivatives.targets),
@@ -366,21 +366,30 @@ class LearningProblem:
     def minibatches(self, size: int, seed: int | None = None) -> list[Batch]:
         """The present batch in pieces of `size` samples, the last padded with samples of weight 0.
 
+        Samples of weight 0 are in none of them, so that each has a J. With omega the weights of the batch, J of the batch is
+        the mean of theirs with the sums of omega over their samples for weights.
+
         Parameters
         ----------
         size
             Number of samples in each, at least 1.
         seed
             Shuffles the samples first, the same way on every rank; left in order without one.
+
+        Raises
+        ------
+        ValueError
+            If `size` is no positive integer, or `seed` no integer >= 0.
         """
-        samples = self.batch.samples
-        if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"size: a positive integer is wanted, {size!r} was given")
-        order = np.arange(samples) if seed is None else np.random.default_rng(seed).permutation(samples)
-        weights = sample_weights(self.batch.weights, samples)
+        size = integer("size", size)
+        weights = sample_weights(self.batch.weights, self.batch.samples)
+        order = np.arange(weights.size)
+        if seed is not None:
+            order = np.random.default_rng(integer("seed", seed, least=0)).permutation(weights.size)
+        order = order[weights[order] > 0]
         inputs, observations = self.net.Y.values(self.batch.inputs), self._output.values(self._observation)
         batches = []
-        for start in range(0, samples, size):
+        for start in range(0, order.size, size):
             chosen = order[start : start + size]
             padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
             omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)

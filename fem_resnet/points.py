@@ -20,6 +20,7 @@ import scipy.sparse
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import integer, real_array
 from fem_resnet.label_space import LabelSpace
 
 __all__ = ["class_space", "point_space"]
@@ -66,18 +67,11 @@ def point_space(
     >>> laplace_basis(Y, 5).eigenvalues.round(3) + 0.0
     array([0.   , 0.268, 0.268, 1.   , 1.   ])
     """
-    weights = np.array(weights, dtype=float)
-    if weights.ndim != 1 or weights.size == 0 or not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise ValueError(
-            f"weights: positive numbers, one a point, are wanted; shape {weights.shape}, smallest "
-            f"{weights.min(initial=np.inf):.3g} was given"
-        )
+    weights = real_array("weights", weights, ("points",), above=0)
     size = weights.size
     if points is None:
         points = (np.cumsum(weights) - weights / 2)[:, None]
-    points = np.asarray(points, dtype=float)
-    if points.ndim != 2 or points.shape[0] != size or points.shape[1] == 0 or not np.isfinite(points).all():
-        raise ValueError(f"points: finite coordinates of shape ({size}, d) are wanted, shape {points.shape} was given")
+    points = real_array("points", points, (size, "d"))
     with stop_annotating():
         cells = fd.IntervalMesh(size, float(size), comm=comm)  # cell i is (i, i + 1)
         middle = fd.Function(fd.FunctionSpace(cells, "DG", 0)).interpolate(fd.SpatialCoordinate(cells)[0])
@@ -93,11 +87,16 @@ def point_space(
 
 
 def _checked(graph, size: int) -> scipy.sparse.csr_array:
-    A = scipy.sparse.csr_array(graph, dtype=float)
+    sparse = scipy.sparse.issparse(graph)
+    if sparse:
+        graph = graph.tocsr(copy=True)
+        graph.sum_duplicates()
+        data = real_array("graph", graph.data, least=0)
+        A = scipy.sparse.csr_array((data, graph.indices, graph.indptr), graph.shape)
+    else:
+        A = scipy.sparse.csr_array(real_array("graph", graph, (size, size), least=0))
     if A.shape != (size, size):
         raise ValueError(f"graph: a matrix of shape ({size}, {size}) is wanted, {A.shape} was given")
-    if not np.isfinite(A.data).all() or (A.data < 0).any():
-        raise ValueError("graph: edge weights >= 0 are wanted, one is negative or not finite")
     if abs(A - A.T).max() > 0:
         raise ValueError("graph: a symmetric matrix is wanted; (A + A.T) / 2 is one")
     A.setdiag(0.0)
@@ -115,6 +114,4 @@ def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
     comm
         Communicator; collective over it.
     """
-    if not isinstance(classes, (int, np.integer)) or classes < 1:
-        raise ValueError(f"classes: a positive integer is wanted, {classes!r} was given")
-    return point_space(np.ones(int(classes)), comm=comm)
+    return point_space(np.ones(integer("classes", classes)), comm=comm)
