@@ -93,7 +93,7 @@ def real_array(
         if finite and not np.isfinite(array).all():
             bad = np.count_nonzero(~np.isfinite(array))
             raise ValueError(f"{name}: finite {wanted}, {bad} of {array.size} are not finite")
-        if array.size and not (array.min() >= least and array.min() > above):
+        if array.size and max(least, above) > -np.inf and not (array.min() >= least and array.min() > above):
             raise ValueError(f"{name}: {wanted}, the smallest given is {array.min():g}")
         return array
 

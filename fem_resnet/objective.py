@@ -27,8 +27,8 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.arguments import choice, integer, number
 from fem_resnet.basis import Basis
-from fem_resnet.blocks import OperatorBlock, gauss_newton
-from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
+from fem_resnet.blocks import DERIVATIVE_FIRST, OperatorBlock, gauss_newton
+from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, manager_of, schedule_of
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.label_space import sample_weights
 from fem_resnet.loss import Loss, least_squares
@@ -322,7 +322,7 @@ class LearningProblem:
             self._recorded = self.batch.inputs.block_variable, block, run
             if self.ensemble is not None:
                 return EnsembleReducedFunctional(J, self.controls(), self.ensemble, tape=tape), run
-            functional = _GaussNewtonFunctional if gauss_newton else ReducedFunctional
+            functional = _GaussNewtonFunctional if gauss_newton else _Functional
             return functional(J, self.controls(), tape=tape), run
 
     def exchange(self, batch: Batch) -> None:
@@ -403,7 +403,15 @@ class LearningProblem:
         return self.record(gauss_newton=gauss_newton)[0]
 
 
-class _GaussNewtonFunctional(ReducedFunctional):
+class _Functional(ReducedFunctional):
+    def hessian(self, m_dot, **options):
+        # Blocks say so too, but the last on the tape, which adds up J, is pyadjoint's.
+        if manager_of(self.tape) is None and self.functional.block_variable.adj_value is None:
+            raise RuntimeError(f"hessian: {DERIVATIVE_FIRST}")
+        return super().hessian(m_dot, **options)
+
+
+class _GaussNewtonFunctional(_Functional):
     def hessian(self, m_dot, **options):
         with gauss_newton(self.tape):
             return super().hessian(m_dot, **options)

@@ -110,13 +110,13 @@ def test_what_is_convex():
     "make, message",
     [
         (lambda: Box((1, 0), (0, 1)), r"^bias: \(low, high\)"),
-        (lambda: Box((0, np.inf), (0, 1)), "^bias: finite"),
+        (lambda: Box((0, np.inf), (0, 1)), "^bias: finite numbers of shape"),
         (lambda: Polygon([(0, 0), (1, 1), (2, 2)]), "^corners: a polygon with an area"),
-        (lambda: Points([]), "^points: finite"),
+        (lambda: Points([]), "^points: numbers of shape"),
         (lambda: Ellipse((0, 0), 0.0), "^axes: a disk or ellipse with an area"),
         (lambda: Sections((0, 1), lambda a: 1 + 0 * a, lambda a: 0 * a), "^lower, upper"),
         (lambda: Sections((0, 1), lambda a: -(a**2), lambda a: 0 * a, convex=True), "^convex: m is not convex"),
-        (lambda: Ellipse().largest(-1.0, 0.0), "^positive, negative"),
+        (lambda: Ellipse().largest(-1.0, 0.0), "^positive: numbers >= 0 are wanted, the smallest given is -1"),
     ],
 )
 def test_what_is_no_control_set_is_refused(make, message):
