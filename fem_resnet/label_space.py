@@ -15,28 +15,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-import FIAT
 import firedrake as fd
 import numpy as np
 import scipy.sparse
-from finat.element_factory import create_element
 from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import annotate_tape, stop_annotating
 from ufl import H1
 
 from fem_resnet.arguments import integer, real_array
+from fem_resnet.nodal_space import WHAT_WORKS, check_space
 
 __all__ = ["BatchValues", "LabelSpace"]
-
-# A weight of the reference cell below this part of the cell's measure is zero up to round-off.
-_SMALLEST_WEIGHT = 1e-6
-
-_WHAT_WORKS = (
-    "Spaces that work: DG of degree 0 or 1; CG of degree 1; CG of degree 3 on triangles; the default CG and DG "
-    "(Gauss-Lobatto) on intervals, quadrilaterals and hexahedra; KMV on triangles (degree 1 to 5) and "
-    "tetrahedra (degree 1 to 3)."
-)
 
 
 class LabelSpace:
@@ -47,7 +37,8 @@ class LabelSpace:
     Parameters
     ----------
     V
-        Scalar function space, nodal and with positive weights, on a mesh of any dimension, cell type or embedding.
+        Scalar function space, nodal and with positive weights, on a mesh of any dimension, cell type or embedding; its
+        coordinates may be of any degree.
     numbers, graph
         What `point_space` knows of its points: the numbers of this rank's nodes, and the edge weights between all.
 
@@ -69,9 +60,9 @@ class LabelSpace:
     Raises
     ------
     TypeError
-        If V is not a scalar function space.
+        If V is not a scalar function space, or is part of another one.
     ValueError
-        If V is not nodal, or a weight is not clearly positive.
+        If V is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
 
     Examples
     --------
@@ -88,11 +79,7 @@ class LabelSpace:
         numbers: np.ndarray | None = None,
         graph: scipy.sparse.csr_array | None = None,
     ):
-        if not isinstance(V, fd.functionspaceimpl.WithGeometry):
-            raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
-        if V.value_shape != () or len(V) != 1:
-            raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
-        _check_element(V)
+        check_space(V)
         self.V = V
         self.numbers = numbers
         self.graph = graph
@@ -105,13 +92,13 @@ class LabelSpace:
         if not smallest > 0:
             raise ValueError(
                 f"V: a node of {V.ufl_element()} has the weight {smallest:.3g} on this mesh; all must be positive. "
-                f"{_WHAT_WORKS}"
+                f"{WHAT_WORKS}"
             )
         self.measure = float(self.sum(self.weights.sum()))
         if abs(self.measure - volume) > 1e-10 * volume:
             raise ValueError(
                 f"V: the weights of {V.ufl_element()} add up to {self.measure:.6g}, the measure of the mesh is "
-                f"{volume:.6g}: the space does not hold the constants. {_WHAT_WORKS}"
+                f"{volume:.6g}: the space does not hold the constants. {WHAT_WORKS}"
             )
 
     def __repr__(self) -> str:
@@ -378,32 +365,3 @@ def _has_functions(values: object) -> bool:
     return isinstance(values, fd.Function) or isinstance(values, (list, tuple)) and any(
         isinstance(value, fd.Function) for value in values
     )
-
-
-def _check_element(V) -> None:
-    if V.ufl_element().family() in ("Real", "HDiv Trace"):
-        raise ValueError(f"V: {V.ufl_element()} has no nodes in the cells of the mesh. {_WHAT_WORKS}")
-    for factor in _factors(create_element(V.ufl_element())):
-        element = factor.fiat_equivalent
-        if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):
-            raise ValueError(f"V: the degrees of freedom of {V.ufl_element()} are no point values. {_WHAT_WORKS}")
-        cell = element.get_reference_element()
-        rule = FIAT.create_quadrature(cell, element.degree())
-        table = element.tabulate(0, rule.get_points())[(0,) * cell.get_spatial_dimension()]
-        smallest = (table @ rule.get_weights()).min() / rule.get_weights().sum()
-        if smallest < _SMALLEST_WEIGHT:
-            raise ValueError(
-                f"V: {V.ufl_element()} has a node of weight {smallest:.2g} of its cell; all must be positive, since an "
-                f"integral over Y is the sum of node values with these weights. {_WHAT_WORKS}"
-            )
-
-
-def _factors(element):
-    """The elements on simplices of which a tensor-product element is made; weights multiply."""
-    if hasattr(element, "product"):
-        yield from _factors(element.product)
-    elif hasattr(element, "factors"):
-        for factor in element.factors:
-            yield from _factors(factor)
-    else:
-        yield element

@@ -102,7 +102,7 @@ def laplace_basis(
     TypeError
         If `Y` is no LabelSpace.
     ValueError
-        If the rank is no integer in that range.
+        If the rank is no integer in that range, or Y a set of points without a graph.
     RuntimeError
         If the eigensolver does not find them all.
 
@@ -114,6 +114,8 @@ def laplace_basis(
     array([ 0. ,  9.8,  9.9, 19.7])
     """
     check_label_space(Y)
+    if Y.numbers is not None and Y.graph is None:
+        raise ValueError("Y: points have no neighbours, and so no Laplacian, unless a graph says them; give point_space a graph")
     if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= Y.size:
         raise ValueError(f"rank: an integer from 1 to the number of nodes, {Y.size}, is wanted; {rank!r} was given")
 
