@@ -22,6 +22,7 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface
 from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 
+from fem_resnet.arguments import integer
 from fem_resnet.objective import LearningProblem
 from fem_resnet.petsc import shell
 
@@ -87,8 +88,7 @@ def hessian_spectrum(
     >>> spectrum.variance(1e-2)  # doctest: +SKIP
     """
     size = sum(parameter.dim for parameter in problem.parameters)
-    if not isinstance(count, (int, np.integer)) or not 1 <= count <= size:
-        raise ValueError(f"count: an integer from 1 to {size}, the number of coefficients, is wanted; {count!r} was given")
+    count = integer("count", count, most=size)
     loss = LearningProblem(
         problem.net, problem.head, problem.loss, None, problem.batch, learn=problem.learn, derivatives=problem.derivatives,
         running=problem.running,

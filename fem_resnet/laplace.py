@@ -31,6 +31,7 @@ from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 from ufl import H1
 
+from fem_resnet.arguments import integer
 from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace, check_label_space
 from fem_resnet.log import log
@@ -116,8 +117,7 @@ def laplace_basis(
     check_label_space(Y)
     if Y.numbers is not None and Y.graph is None:
         raise ValueError("Y: points have no neighbours, and so no Laplacian, unless a graph says them; give point_space a graph")
-    if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= Y.size:
-        raise ValueError(f"rank: an integer from 1 to the number of nodes, {Y.size}, is wanted; {rank!r} was given")
+    rank = integer("rank", rank, most=Y.size)
 
     def find() -> tuple[np.ndarray, np.ndarray]:
         eigenvalues, modes, to_nodes = _eigenfunctions(Y, rank, solver_parameters or {}, options_prefix)

@@ -35,6 +35,7 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import number
 from fem_resnet.objective import LearningProblem
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]
@@ -123,6 +124,7 @@ class LocalFeedback:
     ):
         if not isinstance(problem, LearningProblem):
             raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
+        gradient_tolerance = number("gradient_tolerance", gradient_tolerance, least=0)
         if problem.learn != "parameters":
             raise ValueError(
                 f"problem: one that learns 'parameters' is wanted, since F depends on the inputs; "

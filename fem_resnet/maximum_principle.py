@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import matplotlib.tri
 import numpy as np
 
+from fem_resnet.arguments import integer, number
 from fem_resnet.control_set import ControlSet
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
 from fem_resnet.label_space import LabelSpace
@@ -67,6 +68,7 @@ def extremal_controls(Y: LabelSpace, A: ControlSet, pair: Pair, *, tie: float = 
     ValueError
         For more than one sample: (4.10) then no longer maximises H.
     """
+    tie = number("tie", tie, least=0)
     if pair.f.shape[1] != 1:
         raise ValueError(f"pair: (4.10) holds for one sample, {pair.f.shape[1]} were given")
     f, r = pair.f[:, 0], pair.to("maximise").r[:, 0]
@@ -158,6 +160,7 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     ValueError
         If there is a regulariser or a running cost that depends on (a, b), or sigma does not increase.
     """
+    tolerance, rounds = number("tolerance", tolerance, least=0), integer("rounds", rounds, least=0)
     net = problem.net
     refuse_costs_of_controls(problem)
     if not net.activation.properties.non_decreasing:

@@ -24,6 +24,7 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import integer
 from fem_resnet.basis import Basis
 from fem_resnet.costate import solve_costate
 from fem_resnet.costate_comparison import refined
@@ -103,8 +104,7 @@ def depth_limit(
     >>> depth_limit(net, Y.batch(Y.coordinates)).orders.round()
     array([1., 1., 1.])
     """
-    if not isinstance(halvings, (int, np.integer)) or halvings < 0:
-        raise ValueError(f"halvings: an integer >= 0 is wanted, {halvings!r} was given")
+    halvings = integer("halvings", halvings, least=0)
     if net.solver_parameters.get("ts_adapt_type", "none") != "none" or net.layers == 0:
         raise ValueError("net: a network of at least one layer and fixed steps ('ts_adapt_type': 'none') is wanted")
     counts = net.steps * 2 ** np.arange(halvings + 1)

@@ -27,6 +27,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fem_resnet.arguments import number
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 
@@ -172,6 +173,7 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     """
     if kernel.phi.Y is not kernel.psi.Y:
         raise ValueError(f"kernel: one label domain is wanted, {kernel.phi.Y!r} and {kernel.psi.Y!r} were given")
+    tolerance = number("tolerance", tolerance, least=0)
     left, values, right = kernel.svd(beta)
     keep = values > tolerance * values[0]
     left, right = left[:, keep], right[:, keep]

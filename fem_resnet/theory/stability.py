@@ -34,6 +34,7 @@ from functools import cached_property
 import firedrake as fd
 import numpy as np
 
+from fem_resnet.arguments import number
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import SingularSystem
@@ -160,6 +161,7 @@ def stability_verdict(net: ResidualNetwork, at: float | None = None, tolerance: 
     >>> stability.verdict, round(stability.rate, 12), stability.theorem_holds, stability.lyapunov_falls
     ('asymptotically stable', 1.0, True, True)
     """
+    tolerance = number("tolerance", tolerance, least=0)
     steady = find_steady_states(net, at)
     problem, system = steady.problem, steady.problem.system
     slope = _slope(steady)

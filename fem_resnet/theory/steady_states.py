@@ -23,6 +23,7 @@ import scipy.optimize
 from mpi4py import MPI
 
 from fem_resnet.activation import Activation
+from fem_resnet.arguments import number
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.singular_values import weighted_gram
@@ -192,6 +193,7 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     a is not in R(B): 1 of |a| is outside, tolerance 1e-08
     """
     problem = autonomous_problem(net, at)
+    tolerance = number("tolerance", tolerance, least=0)
     zeros = zero_set(problem.activation)
     if zeros is None:
         reason = f"{problem.activation.name} vanishes nowhere"

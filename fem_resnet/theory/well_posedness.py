@@ -22,6 +22,7 @@ import firedrake as fd
 import numpy as np
 import scipy.integrate
 
+from fem_resnet.arguments import choice
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
@@ -127,6 +128,7 @@ def integrated_norms(net: ResidualNetwork, norm: str) -> np.ndarray:
     >>> integrated_norms(net, "hs").round(9).tolist(), integrated_norms(net, "operator").round(9).tolist()
     ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0])
     """
+    choice("norm", norm, ("hs", "operator", "linf", "bias"))
     layers = [LayerNorms(net.Y, layer).integral(norm) for layer in net.layer_inputs()]
     return np.concatenate([[0.0], np.cumsum(layers)])
 
