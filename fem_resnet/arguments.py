@@ -85,9 +85,7 @@ def real_array(
 
     def check() -> np.ndarray:
         wanted = f"{_range('numbers', least, above)}{_written(shape)} are wanted"
-        array = _numbers(name, value, wanted, "biuf")
-        if shape is not None and not _fits(array.shape, shape):
-            raise ValueError(f"{name}: {wanted}, shape {array.shape} was given")
+        array = _numbers(name, value, wanted, shape, "biuf")
         with np.errstate(over="ignore"):
             array = np.asarray(array, dtype=float, order="C")
         if finite and not np.isfinite(array).all():
@@ -103,18 +101,12 @@ def real_array(
 def integer_array(name: str, value: Any, shape: Shape | None = None, *, comm=None) -> np.ndarray:
     """An array of integers from outside; otherwise as `real_array`."""
 
-    def check() -> np.ndarray:
-        wanted = f"integers{_written(shape)} are wanted"
-        array = _numbers(name, value, wanted, "iu")
-        if shape is not None and not _fits(array.shape, shape):
-            raise ValueError(f"{name}: {wanted}, shape {array.shape} was given")
-        return array
-
-    return together(comm, check)
+    wanted = f"integers{_written(shape)} are wanted"
+    return together(comm, lambda: _numbers(name, value, wanted, shape, "iu"))
 
 
-def _numbers(name: str, value: Any, wanted: str, kinds: str) -> np.ndarray:
-    """`numpy.asarray`, refusing what it would leave out or cannot read."""
+def _numbers(name: str, value: Any, wanted: str, shape: Shape | None, kinds: str) -> np.ndarray:
+    """`numpy.asarray`, refusing what it would leave out or cannot read, and other shapes and kinds of numbers."""
     if scipy.sparse.issparse(value):
         raise TypeError(f"{name}: {wanted}, a sparse {type(value).__name__} was given; .toarray() makes it dense")
     if _has_masked(value):
@@ -123,11 +115,13 @@ def _numbers(name: str, value: Any, wanted: str, kinds: str) -> np.ndarray:
         array = np.asarray(value)
     except Exception as error:  # whatever an object's __array__ raises
         raise ValueError(f"{name}: {wanted}, {type(value).__name__} cannot be read as an array: {error}") from error
+    if shape is not None and not _fits(array.shape, shape):
+        raise ValueError(f"{name}: {wanted}, shape {array.shape} was given")
     if array.dtype.kind == "c":
         raise TypeError(f"{name}: real {wanted}, complex ones were given; take .real if that is what you mean")
     if array.dtype.kind not in kinds:
         what = type(value).__name__ if array.ndim == 0 else f"{type(value).__name__} with entries of type {array.dtype}"
-        raise (ValueError if array.size == 0 else TypeError)(f"{name}: {wanted}, {what} was given")
+        raise TypeError(f"{name}: {wanted}, {what} was given")
     return array
 
 
