@@ -263,10 +263,7 @@ class LabelSpace:
             If it lives on another mesh or element, or a value is not finite (the message names the sample).
         """
         if not isinstance(function, fd.Function):
-            raise TypeError(
-                f"{name}: a Function is wanted, {type(function).__name__} was given; of arrays Y.batch makes one, a Function of "
-                f"{self.V.ufl_element()} for each sample"
-            )
+            raise TypeError(f"{name}: a Function is wanted, {type(function).__name__} was given")
         space = function.function_space()
         if space.mesh() is not self.V.mesh():
             raise ValueError(f"{name}: it lives on {space.mesh()}, a Function on the mesh {self.V.mesh()} is wanted")

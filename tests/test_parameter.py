@@ -547,7 +547,7 @@ def test_set_refuses_a_wrong_shape(basis):
     with pytest.raises(ValueError, match=r"coefficients of gauss_\d: numbers of shape .* are wanted, .* was given"):
         parameter.set(0, wrong)
     if len(basis.shape) == 2 and basis.shape[0] != basis.shape[1]:
-        with pytest.raises(ValueError, match="is wanted for gauss"):
+        with pytest.raises(ValueError, match="coefficients of gauss_"):
             parameter.set(0, np.zeros(basis.shape).T)
     assert not parameter.get(0).any()
 

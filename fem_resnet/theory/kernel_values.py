@@ -159,6 +159,8 @@ class KernelValues:
         self.evaluations = 0
         if isinstance(kernel, tuple):
             self._b: Callable = _of_ufl(*_checked(kernel, Y, Z))
+        elif isinstance(kernel, ufl.core.expr.Expr):
+            raise TypeError("kernel: a UFL expression is wanted as (expression, y, z), with the two points that it depends on")
         elif callable(kernel):
             self._b = kernel
         else:
