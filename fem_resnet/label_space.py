@@ -79,7 +79,7 @@ class LabelSpace:
         numbers: np.ndarray | None = None,
         graph: scipy.sparse.csr_array | None = None,
     ):
-        check_space(V)
+        check_space(V, neighbours=numbers is None)
         self.V = V
         self.numbers = numbers
         self.graph = graph

@@ -12,6 +12,7 @@ import firedrake as fd
 import numpy as np
 import ufl
 from finat.element_factory import create_element
+from mpi4py import MPI
 
 __all__ = ["WHAT_WORKS", "check_space"]
 
@@ -25,8 +26,15 @@ WHAT_WORKS = (
 )
 
 
-def check_space(V: fd.functionspaceimpl.WithGeometry) -> None:
+def check_space(V: fd.functionspaceimpl.WithGeometry, neighbours: bool = True) -> None:
     """Raise unless V is a scalar space of its own, nodal, with positive weights on the reference cell. Collective.
+
+    Parameters
+    ----------
+    V
+        The function space.
+    neighbours
+        Whether cells that share a facet lie side by side; in `point_space` they lie anywhere.
 
     Raises
     ------
@@ -50,7 +58,7 @@ def check_space(V: fd.functionspaceimpl.WithGeometry) -> None:
     if mesh.topological_dimension == 0:
         raise ValueError("V: a mesh of cells is wanted, this one has points alone; point_space(weights, points) takes points")
     _check_element(V.ufl_element())
-    if _is_folded(mesh):
+    if neighbours and _is_folded(mesh):
         raise ValueError(
             "V: cells of its mesh lie on each other, as those of a surface do that was read without its last coordinate; read "
             "the file with Mesh(name, dim=3), a curve with the dimension that it lies in"
@@ -106,7 +114,7 @@ def _is_folded(mesh: fd.MeshGeometry) -> bool:
     facets = mesh.interior_facets
     x = mesh.coordinates.dat.data_ro_with_halos.reshape(-1, dimension)
     of_cells = x[mesh.coordinates.cell_node_map().values_with_halo[:, corners[0]]]  # cells, corners, dimension
-    cells, numbers = facets.facet_cell, facets.local_facet_dat.data_ro_with_halos.reshape(-1, 2)
+    cells, numbers = facets.facet_cell[: facets.set.size], facets.local_facet_dat.data_ro.reshape(-1, 2)
     sides, along = [], []
     for k in range(2):
         own = of_cells[cells[:, k]]
@@ -116,7 +124,7 @@ def _is_folded(mesh: fd.MeshGeometry) -> bool:
         sides.append(inward[:, 0] if dimension == 1 else along[k][:, 0] * inward[:, 1] - along[k][:, 1] * inward[:, 0])
     if dimension == 2:  # the two cells may go along their facet in opposite directions
         sides[1] = sides[1] * np.sign(np.sum(along[0] * along[1], axis=1))
-    return mesh.comm.allreduce(bool((sides[0] * sides[1] >= 0).any()), op=max)
+    return mesh.comm.allreduce(bool((sides[0] * sides[1] >= 0).any()), op=MPI.LOR)
 
 
 def _corner_nodes(mesh: fd.MeshGeometry) -> tuple[np.ndarray, np.ndarray] | None:

@@ -70,7 +70,9 @@ def point_space(
     """
     weights = real_array("weights", weights, ("points",), above=0)
     size = weights.size
-    if not np.isfinite(np.cumsum(weights)[-1]):
+    with np.errstate(over="ignore"):
+        total = np.cumsum(weights)[-1]
+    if not np.isfinite(total):
         raise ValueError("weights: numbers with a finite sum, |Y|, are wanted; theirs overflows")
     if points is None:
         points = (np.cumsum(weights) - weights / 2)[:, None]
