@@ -9,7 +9,7 @@ Values that the ranks hold in parts are checked on all ranks together: what is w
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -160,7 +160,7 @@ def number(
     """
     given = _scalar(value)
     fits = isinstance(given, Real) and not isinstance(given, (bool, np.bool_)) and least <= given <= most and above < given < below
-    if not (fits and abs(given) <= sys.float_info.max):
+    if not (fits and _is_finite(given)):
         raise ValueError(f"{name}: {_range('a number', least, above, most, below)} is wanted, {value!r} was given")
     return float(given)
 
@@ -192,6 +192,13 @@ def choice(name: str, value: Any, allowed: Iterable[_T]) -> _T:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: one of {', '.join(map(repr, allowed))} is wanted, {value!r} was given")
     return value
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a large integer
+        return False
 
 
 def _scalar(value: Any) -> Any:

@@ -378,6 +378,7 @@ def test_numbers_and_names_are_what_they_are():
         (lambda: number("x", 2, above=0, below=1), "x: a number > 0 and < 1 is wanted, 2 was given"),
         (lambda: number("x", -1, least=0), "x: a number >= 0 is wanted, -1 was given"),
         (lambda: number("x", 10**400), "x: a number is wanted"),
+        (lambda: number("x", np.float32(np.inf)), "x: a number is wanted, np.float32(inf) was given"),
         (lambda: integer("n", 0), "n: a positive integer is wanted, 0 was given"),
         (lambda: integer("n", 9, most=4), "n: an integer from 1 to 4 is wanted, 9 was given"),
         (lambda: integer("n", 1.0), "n: a positive integer is wanted, 1.0 was given"),
