@@ -236,7 +236,7 @@ def test_unknown_names_are_refused(option, name):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"activation": "tahn"}, ValueError, r"'tahn'.*tanh"),
+        ({"activation": "tahn"}, ValueError, r"^activation: one of 'tanh', .* is wanted, 'tahn' was given"),
         ({"times": [0.0, 0.5, 0.5]}, ValueError, r"times: layer times .* which increase, are wanted, \[0.0, 0.5, 0.5\]"),
         ({"times": [0.0, 0.5, 0.3]}, ValueError, r"times: layer times .* which increase, are wanted"),
         ({"times": [0.0, np.nan]}, ValueError, r"times: finite numbers of shape \(layers \+ 1,\) are wanted, 1 of 2 are not finite"),
