@@ -59,6 +59,7 @@ from numpy.typing import ArrayLike, NDArray
 import fem_resnet.activation_properties as activation_properties
 import fem_resnet.pointwise as pointwise
 import fem_resnet.sympy_activation as sympy_activation
+from fem_resnet.arguments import choice
 
 __all__ = ["ACTIVATIONS", "Activation", "Properties", "get_activation"]
 
@@ -401,10 +402,9 @@ def get_activation(spec: str | Activation | sympy.Expr, **parameters: float) -> 
         return spec
     if not isinstance(spec, str):
         raise TypeError(
-            f"spec is {type(spec).__name__}; give the name of an activation, an Activation, or a SymPy expression in s"
+            f"activation: its name, an Activation, or a SymPy expression in s is wanted, {type(spec).__name__} was given"
         )
-    if spec not in ACTIVATIONS:
-        raise ValueError(f"spec is {spec!r}, no known activation; give one of {', '.join(ACTIVATIONS)}")
+    choice("activation", spec, ACTIVATIONS)
     default = ACTIVATIONS[spec]
     accepted = dict(default.parameters)
     unexpected = [key for key in parameters if key not in accepted]

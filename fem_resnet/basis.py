@@ -13,9 +13,11 @@ from functools import cached_property
 
 import firedrake as fd
 import numpy as np
+import ufl
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import number, real_array
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_space import LabelSpace, check_label_space
 
@@ -69,7 +71,8 @@ class Basis(OnMesh):
         stiffness: np.ndarray | None = None,
     ):
         check_label_space(Y)
-        given = Y.comm.allgather((Y.nodes, np.shape(values)))
+        values = real_array("values", values, comm=Y.comm, finite=False)
+        given = Y.comm.allgather((Y.nodes, values.shape))
         for nodes, shape in given:
             if len(shape) != 2 or shape[0] != nodes or shape[1] < 1:
                 raise ValueError(f"values: shape (nodes, rank) = ({nodes}, at least 1) is wanted, {shape} was given")
@@ -79,10 +82,10 @@ class Basis(OnMesh):
         self.kind = kind
         #: One function after the other in memory: loops over nodes read each in one stream.
         self.values = read_only(spread_columns(values))
-        self.eigenvalues = None if eigenvalues is None else read_only(np.array(eigenvalues))
         self._move = move
         self._stiffness = None if stiffness is None else read_only(np.array(stiffness))
         self.rank = self.values.shape[1]
+        self.eigenvalues = None if eigenvalues is None else read_only(real_array("eigenvalues", eigenvalues, (self.rank,)))
         self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
         if not np.isfinite(self.gram).all():
             column = int(np.flatnonzero(~np.isfinite(np.diag(self.gram)))[0])
@@ -159,7 +162,7 @@ class Basis(OnMesh):
         ValueError
             If the coefficients have another shape.
         """
-        coefficients = np.asarray(coefficients, dtype=float)
+        coefficients = real_array("coefficients", coefficients)
         if coefficients.ndim not in (1, 2) or len(coefficients) != self.rank:
             raise ValueError(
                 f"coefficients: shape ({self.rank},) or ({self.rank}, samples) is wanted, {coefficients.shape} was given"
@@ -185,18 +188,21 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
     Raises
     ------
     TypeError
-        If `Y` is no LabelSpace.
+        If `Y` is no LabelSpace, or `functions` no list.
     ValueError
-        If there is none, one lives on another space, or they are linearly dependent.
+        If there is none, one is no function or number, one lives on another space, or they are linearly dependent.
     """
     check_label_space(Y)
-    functions = list(functions)
+    if not isinstance(functions, (list, tuple)):
+        raise TypeError(f"functions: a list of functions is wanted, {type(functions).__name__} was given; Basis takes arrays")
     if not functions:
         raise ValueError("functions: at least one function is wanted, an empty list was given")
     columns = []
     with stop_annotating():
         for function in functions:
             if not isinstance(function, fd.Function):
+                if not isinstance(function, ufl.core.expr.Expr):
+                    function = number("functions", function)
                 function = fd.Function(Y.V).interpolate(fd.as_ufl(function))
             elif function.function_space() != Y.V:
                 raise ValueError(f"functions: {function.function_space()} was given, a Function of {Y.V} is wanted")

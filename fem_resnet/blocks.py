@@ -33,6 +33,13 @@ from fem_resnet.space_basis import NodalValues, read_all
 __all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "Slot", "apply", "gauss_newton", "made"]
 
 
+#: What to do where a Hessian has nothing to go on from.
+DERIVATIVE_FIRST = (
+    "the Hessian wants the derivative at the same point first; call derivative() after each evaluation of the functional "
+    "and before hessian()"
+)
+
+
 class Slot(Protocol):
     """How a Function holds an array; `SpaceBasis` and `BatchValues` are slots."""
 
@@ -221,10 +228,7 @@ class OperatorBlock(Block):
             return self._adjoint(inputs, dual_dot)
         # A Hessian sweep reads the adjoint values that an earlier derivative left on the tape.
         if all(dual is None for dual in adj_inputs) or self._derived != self._solved:
-            raise RuntimeError(
-                f"{type(self.operator).__name__}: the Hessian wants the derivative at the same point first; call "
-                f"derivative() after each evaluation of the functional and before hessian()"
-            )
+            raise RuntimeError(f"{type(self.operator).__name__}: {DERIVATIVE_FIRST}")
         if self.gauss_newton:
             second_adjoint = getattr(self.operator, "gauss_newton", second_adjoint)
         directions = self._directions(self._kept, [dependency.tlm_value for dependency in self.get_dependencies()])

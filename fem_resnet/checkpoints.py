@@ -20,12 +20,16 @@ from collections.abc import Callable
 
 import firedrake as fd
 import numpy as np
-from checkpoint_schedules import CheckpointSchedule, Forward, MultistageCheckpointSchedule, StorageType
+from checkpoint_schedules import (
+    CheckpointSchedule, Forward, MultistageCheckpointSchedule, NoneCheckpointSchedule, StorageType,
+)  # fmt: skip
 from firedrake.adjoint_utils.checkpointing import CheckpointBase
 from pyadjoint import Block, Tape
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.checkpointing import CheckpointManager, Mode
 from pyadjoint.tape import TapePackageData
+
+from fem_resnet.arguments import integer
 
 __all__ = ["Checkpoints", "Manager", "add_leaf", "enable_checkpointing", "is_leaf", "manager_of", "schedule_of"]
 
@@ -47,8 +51,9 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
     Raises
     ------
     TypeError, ValueError
-        If it is none of these, has begun, or is for another number of steps.
+        If it is none of these, has begun, is for another number of steps, or for no derivative.
     """
+    steps = integer("steps", steps)
     if isinstance(checkpoints, (int, np.integer)) and not isinstance(checkpoints, bool):
         if checkpoints < 1:
             raise ValueError(f"checkpoints: at least 1 state is wanted in memory, {checkpoints} was given")
@@ -60,6 +65,11 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
         raise TypeError(
             f"checkpoints: a number, a schedule of checkpoint_schedules, or a function from a number of steps to one "
             f"is wanted, {type(checkpoints).__name__} was given"
+        )
+    if isinstance(schedule, NoneCheckpointSchedule):
+        raise ValueError(
+            "checkpoints: NoneCheckpointSchedule is for evaluations without a derivative, and a tape is for derivatives; "
+            "leave checkpoints out, or give SingleMemoryStorageSchedule, which keeps all states"
         )
     if hasattr(schedule, "iter"):
         raise ValueError(f"checkpoints: this {type(schedule).__name__} is in use; give a new one")

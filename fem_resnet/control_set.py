@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fem_resnet.arguments import integer, real_array
 from fem_resnet.fixed import Fixed
 
 __all__ = ["Box", "ControlSet", "Ellipse", "Extreme", "Points", "Polygon", "Sections"]
@@ -89,22 +90,23 @@ class ControlSet(Fixed, ABC):
     def contains(self, a: ArrayLike, b: ArrayLike, tolerance: float = 1e-12) -> _Array:
         """Whether (a, b) is in A, up to `tolerance` in b, and in a at the ends of its range."""
         low, high = self.bias_range
-        a, b = np.broadcast_arrays(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
+        a, b = np.broadcast_arrays(real_array("a", a), real_array("b", b))
         near = (a >= low - tolerance) & (a <= high + tolerance)
         m, M = self.sections(np.clip(a, low, high))
         return near & (b >= m - tolerance) & (b <= M + tolerance)
 
     def support(self, alpha: ArrayLike, beta: ArrayLike) -> _Array:
         """max of alpha a + beta b over A."""
+        alpha, beta = real_array("alpha", alpha), real_array("beta", beta)
         a, b = self.maximise(alpha, beta)
-        return np.asarray(alpha) * a + np.asarray(beta) * b
+        return alpha * a + beta * b
 
     def sample(self, count: int) -> tuple[_Array, _Array]:
         """Points of A, two arrays: `count` values of a in its range, and of b in each section.
 
         For searches over A where a running cost depends on (a, b). Of a finite set all points.
         """
-        a = np.linspace(*self.bias_range, count)
+        a = np.linspace(*self.bias_range, integer("count", count))
         m, M = self.sections(a)
         a, b = np.repeat(a, count), np.linspace(m, M, count, axis=1).ravel()
         inside = self.contains(a, b)
@@ -112,18 +114,7 @@ class ControlSet(Fixed, ABC):
 
 
 def _parts(positive: ArrayLike, negative: ArrayLike) -> tuple[_Array, _Array]:
-    positive, negative = np.broadcast_arrays(np.asarray(positive, dtype=float), np.asarray(negative, dtype=float))
-    if (positive < 0).any() or (negative < 0).any():
-        raise ValueError("positive, negative: integrals of the positive and negative part of f, >= 0, are wanted")
-    return positive, negative
-
-
-def _finite(name: str, value: ArrayLike, shape: tuple[int | None, ...]) -> _Array:
-    array = np.array(value, dtype=float)
-    fits = array.ndim == len(shape) and all(n in (None, k) for n, k in zip(shape, array.shape))
-    if not (fits and array.size and np.isfinite(array).all()):
-        raise ValueError(f"{name}: finite numbers of shape {shape} are wanted, {value!r} was given")
-    return array
+    return np.broadcast_arrays(real_array("positive", positive, least=0), real_array("negative", negative, least=0))
 
 
 class _Vertices(ControlSet):
@@ -136,7 +127,7 @@ class _Vertices(ControlSet):
         return float(self._points[:, 0].min()), float(self._points[:, 0].max())
 
     def maximise(self, alpha, beta):
-        alpha, beta = np.broadcast_arrays(alpha, beta)
+        alpha, beta = np.broadcast_arrays(real_array("alpha", alpha), real_array("beta", beta))
         best = np.argmax(np.multiply.outer(alpha, self._points[:, 0]) + np.multiply.outer(beta, self._points[:, 1]), axis=-1)
         return self._points[best, 0], self._points[best, 1]
 
@@ -162,12 +153,13 @@ class Polygon(_Vertices):
     Parameters
     ----------
     corners
-        (a, b), shape (at least 3, 2); the boundary does not cross itself.
+        (a, b), shape (at least 3, 2): the boundary, which meets itself nowhere. The last may be the first again, as in closed
+        outlines.
 
     Raises
     ------
-    ValueError
-        If they are not finite, fewer than 3, or all on one line.
+    TypeError, ValueError
+        If they are not finite real numbers, fewer than 3, or all on one line, or the boundary crosses or touches itself.
 
     Examples
     --------
@@ -178,16 +170,23 @@ class Polygon(_Vertices):
     """
 
     def __init__(self, corners: ArrayLike):
-        self._points = _finite("corners", corners, (None, 2))
-        edges = np.roll(self._points, -1, axis=0) - self._points
-        following = np.roll(edges, -1, axis=0)
-        turns = edges[:, 0] * following[:, 1] - edges[:, 1] * following[:, 0]
-        x, y = self._points.T
-        area = np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)) / 2
-        size = np.ptp(self._points, axis=0).max()
-        if len(self._points) < 3 or abs(area) <= 1e-14 * size**2:
+        given = real_array("corners", corners, ("corners", 2))
+        size = np.ptp(given, axis=0).max()
+        # Those beside another, as in closed outlines, are one corner: an edge without length has no direction.
+        self._points = given[np.abs(given - np.roll(given, 1, axis=0)).max(axis=1) > 1e-15 * size]
+        start = self._points - given[0]  # far from (0, 0) products would lose what is small
+        edges = np.roll(start, -1, axis=0) - start
+        area = _cross(start, np.roll(start, -1, axis=0)).sum() / 2
+        if len(start) < 3 or abs(area) <= 1e-14 * size**2:
             raise ValueError(f"corners: a polygon with an area is wanted, {corners!r} was given; for a few points use Points")
-        self.convex = bool((np.sign(area) * turns >= -1e-14 * size**2).all())
+        meeting = _meeting(start, edges, 1e-14 * size)
+        if meeting.any():
+            first, second = (self._points[k].tolist() for k in np.argwhere(meeting)[0])
+            raise ValueError(
+                f"corners: a boundary that meets itself nowhere is wanted; the edges that start in {first} and {second} cross "
+                f"or touch each other"
+            )
+        self.convex = bool((np.sign(area) * _cross(edges, np.roll(edges, -1, axis=0)) >= -1e-14 * size**2).all())
 
     def _crossings(self, a: _Array) -> tuple[_Array, _Array]:
         """Ends of the pieces of all edges over a: shape of a, then edges; nan where an edge does not pass."""
@@ -201,7 +200,7 @@ class Polygon(_Vertices):
         return np.where(passes, first, np.nan), np.where(passes, second, np.nan)
 
     def sections(self, a):
-        first, second = self._crossings(np.asarray(a, dtype=float))
+        first, second = self._crossings(real_array("a", a))
         low = np.fmin(first, second).copy()
         high = np.fmax(first, second)
         return np.where(np.isnan(low), np.inf, low).min(axis=-1), np.where(np.isnan(high), -np.inf, high).max(axis=-1)
@@ -209,16 +208,35 @@ class Polygon(_Vertices):
     def contains(self, a, b, tolerance=1e-12):
         if self.convex:
             return super().contains(a, b, tolerance)
-        a, b = np.broadcast_arrays(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
+        a, b = np.broadcast_arrays(real_array("a", a), real_array("b", b))
         start, end = self._points, np.roll(self._points, -1, axis=0)
-        point = np.stack([a, b], axis=-1)[..., None, :]
         along = end - start
-        s = np.clip(np.sum((point - start) * along, axis=-1) / np.sum(along**2, axis=-1), 0, 1)
-        distance = np.linalg.norm(point - start - s[..., None] * along, axis=-1).min(axis=-1)
+        distance = _distance(np.stack([a, b], axis=-1)[..., None, :], start, along).min(axis=-1)
         above = (start[:, 1] > b[..., None]) != (end[:, 1] > b[..., None])
         rise = np.where(along[:, 1] == 0, 1.0, along[:, 1])
         left = a[..., None] < start[:, 0] + (b[..., None] - start[:, 1]) / rise * along[:, 0]
         return (distance <= tolerance) | (np.count_nonzero(above & left, axis=-1) % 2 == 1)
+
+
+def _cross(u: _Array, v: _Array) -> _Array:
+    return u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
+
+
+def _distance(point: _Array, start: _Array, along: _Array) -> _Array:
+    """Of points from the edges start + s along, 0 <= s <= 1; arrays that broadcast, the last axis of length 2."""
+    s = np.clip(np.sum((point - start) * along, axis=-1) / np.sum(along**2, axis=-1), 0, 1)
+    return np.linalg.norm(point - start - s[..., None] * along, axis=-1)
+
+
+def _meeting(start: _Array, edges: _Array, tolerance: float) -> _Array:
+    """Which pairs of edges of a closed outline cross, or touch elsewhere than at a corner that they share."""
+    n = len(start)
+    side = np.sign(_cross(edges[:, None], start - start[:, None]))  # of an edge's line: corner
+    parts = side * np.roll(side, -1, axis=1) < 0  # the line parts the ends of the other edge
+    near = _distance(start, start[:, None], edges[:, None]) <= tolerance
+    own = np.eye(n, dtype=bool)
+    near &= ~(own | np.roll(own, 1, axis=1))  # an edge's own ends
+    return parts & parts.T | near
 
 
 class Box(Polygon):
@@ -240,7 +258,7 @@ class Box(Polygon):
 
     def __init__(self, bias: Sequence[float], kernel: Sequence[float]):
         self.bias, self.kernel = (
-            tuple(_finite(name, ends, (2,))) for name, ends in (("bias", bias), ("kernel", kernel))
+            tuple(real_array(name, ends, (2,))) for name, ends in (("bias", bias), ("kernel", kernel))
         )
         for name, (low, high) in (("bias", self.bias), ("kernel", self.kernel)):
             if low > high:
@@ -253,7 +271,8 @@ class Box(Polygon):
         return f"Box(({a0:g}, {a1:g}), ({b0:g}, {b1:g}))"
 
     def sections(self, a):
-        inside = (self.bias[0] <= np.asarray(a)) & (np.asarray(a) <= self.bias[1])
+        a = real_array("a", a)
+        inside = (self.bias[0] <= a) & (a <= self.bias[1])
         return np.where(inside, self.kernel[0], np.inf), np.where(inside, self.kernel[1], -np.inf)
 
 
@@ -273,16 +292,16 @@ class Points(_Vertices):
     """
 
     def __init__(self, points: ArrayLike):
-        self._points = np.unique(_finite("points", points, (None, 2)), axis=0)
+        self._points = np.unique(real_array("points", points, ("points", 2)), axis=0)
         self.convex = len(self._points) == 1
 
     def sections(self, a):
-        here = np.asarray(a, dtype=float)[..., None] == self._points[:, 0]
+        here = real_array("a", a)[..., None] == self._points[:, 0]
         b = self._points[:, 1]
         return np.where(here, b, np.inf).min(axis=-1), np.where(here, b, -np.inf).max(axis=-1)
 
     def contains(self, a, b, tolerance=1e-12):
-        a, b = np.broadcast_arrays(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
+        a, b = np.broadcast_arrays(real_array("a", a), real_array("b", b))
         away = np.abs(np.stack([a, b], axis=-1)[..., None, :] - self._points).max(axis=-1)
         return away.min(axis=-1) <= tolerance
 
@@ -311,17 +330,19 @@ class Ellipse(ControlSet):
     convex = True
 
     def __init__(self, centre: Sequence[float] = (0.0, 0.0), axes: ArrayLike = 1.0):
-        self._centre = _finite("centre", centre, (2,))
-        given = np.asarray(axes, dtype=float)
-        E = given if given.ndim == 2 else np.diag(np.broadcast_to(given, (2,))) if given.ndim < 2 else given
-        E = _finite("axes", E, (2, 2))
-        if abs(np.linalg.det(E)) <= 1e-14 * np.abs(E).max() ** 2:
+        self._centre = real_array("centre", centre, (2,))
+        E = real_array("axes", axes)
+        if E.shape not in ((), (2,), (2, 2)):
+            raise ValueError(f"axes: a radius, two half axes or a matrix (2, 2) is wanted, shape {E.shape} was given")
+        E = E if E.ndim == 2 else np.diag(np.broadcast_to(E, (2,)))
+        area = abs(_cross(E[0], E[1]))
+        if area <= 1e-14 * np.abs(E).max() ** 2:
             raise ValueError(f"axes: a disk or ellipse with an area is wanted, {axes!r} was given")
         self._shape = E @ E.T
         #: Half the range of a; how the middle of a section moves with (a - centre) over that; half the longest section.
         self._reach = np.sqrt(self._shape[0, 0])
         self._tilt = self._shape[0, 1] / self._reach
-        self._height = np.sqrt(self._shape[1, 1] - self._tilt**2)
+        self._height = area / self._reach
 
     @property
     def bias_range(self):
@@ -332,17 +353,19 @@ class Ellipse(ControlSet):
         return middle - half, middle + half
 
     def sections(self, a):
-        s = (np.asarray(a, dtype=float) - self._centre[0]) / self._reach
-        m, M = self._ends(np.clip(s, -1, 1))
-        inside = np.abs(s) <= 1 + 1e-15
+        a = real_array("a", a)
+        low, high = self.bias_range
+        m, M = self._ends(np.clip((a - self._centre[0]) / self._reach, -1, 1))
+        inside = (low <= a) & (a <= high)  # of a itself: (a - centre) / reach is 1 up to round-off at the ends
         return np.where(inside, m, np.inf), np.where(inside, M, -np.inf)
 
     def maximise(self, alpha, beta):
-        alpha, beta = np.broadcast_arrays(np.asarray(alpha, dtype=float), np.asarray(beta, dtype=float))
+        alpha, beta = np.broadcast_arrays(real_array("alpha", alpha), real_array("beta", beta))
         a, b = self._shape[0, 0] * alpha + self._shape[0, 1] * beta, self._shape[0, 1] * alpha + self._shape[1, 1] * beta
         size = np.sqrt(alpha * a + beta * b)
         size = np.where(size > 0, size, 1.0)
-        return self._centre[0] + a / size, self._centre[1] + b / size
+        a = np.clip(self._centre[0] + a / size, *self.bias_range)
+        return a, np.clip(self._centre[1] + b / size, *self.sections(a))  # round-off in a moves short sections by its root
 
     def largest(self, positive, negative):
         return self._extreme(*_parts(positive, negative), 1)
@@ -400,10 +423,14 @@ class Sections(ControlSet):
         convex: bool = False,
         grid: int = 257,
     ):
-        self._range = tuple(_finite("bias", bias, (2,)))
-        self._lower, self._upper, self.convex, self._grid = lower, upper, bool(convex), int(grid)
-        if not (self._range[0] < self._range[1] and self._grid >= 3):
-            raise ValueError(f"bias, grid: (low, high) with low < high, and at least 3 values, are wanted; {bias!r}, {grid!r}")
+        self._range = tuple(real_array("bias", bias, (2,)))
+        self._grid = integer("grid", grid, least=3)
+        for name, end in (("lower", lower), ("upper", upper)):
+            if not callable(end):
+                raise TypeError(f"{name}: a function of a is wanted, {type(end).__name__} was given")
+        self._lower, self._upper, self.convex = lower, upper, bool(convex)
+        if not self._range[0] < self._range[1]:
+            raise ValueError(f"bias: (low, high) with low < high is wanted, {bias!r} was given")
         m, M = self.sections(np.linspace(*self._range, self._grid))
         if not (np.isfinite(m).all() and np.isfinite(M).all() and (m <= M).all()):
             raise ValueError("lower, upper: finite numbers with m(a) <= M(a) are wanted on the range of a")
@@ -416,13 +443,13 @@ class Sections(ControlSet):
         return self._range
 
     def sections(self, a):
-        a = np.asarray(a, dtype=float)
+        a = real_array("a", a)
         inside = (self._range[0] <= a) & (a <= self._range[1])
         within = np.clip(a, *self._range)
         return np.where(inside, self._lower(within), np.inf), np.where(inside, self._upper(within), -np.inf)
 
     def maximise(self, alpha, beta):
-        alpha, beta = np.broadcast_arrays(np.asarray(alpha, dtype=float), np.asarray(beta, dtype=float))
+        alpha, beta = np.broadcast_arrays(real_array("alpha", alpha), real_array("beta", beta))
 
         def value(a, m, M):
             return alpha[..., None] * a + np.maximum(beta[..., None] * m, beta[..., None] * M)

@@ -22,6 +22,7 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface
 from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 
+from fem_resnet.arguments import integer
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.objective import LearningProblem
 from fem_resnet.petsc import shell
@@ -93,8 +94,7 @@ def hessian_spectrum(
     >>> spectrum.variance(1e-2)  # doctest: +SKIP
     """
     size = sum(parameter.dim for parameter in problem.parameters)
-    if not isinstance(count, (int, np.integer)) or not 1 <= count <= size:
-        raise ValueError(f"count: an integer from 1 to {size}, the number of coefficients, is wanted; {count!r} was given")
+    count = integer("count", count, most=size)
     loss = problem.replace(regulariser=None)
     functional = loss.reduced_functional(gauss_newton=gauss_newton)
     comm, functions = problem.net.Y.comm, problem.functions

@@ -24,6 +24,7 @@ import petsctools
 from petsc4py import PETSc
 from scipy.interpolate import KroghInterpolator
 
+from fem_resnet.arguments import integer
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.petsc import adapt_type, register_rk, rk_tableau, stage_values, weakly
 from fem_resnet.time_options import in_force, refuse_time_options
@@ -231,8 +232,7 @@ class FieldStepper:
 
     def run(self, y: np.ndarray, length: float, steps: int, after_step: Callable[[Step], None]) -> np.ndarray:
         """As `solve`, but keeps no more than a step: y at the end."""
-        if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps: a positive integer is wanted, {steps!r} was given")
+        steps = integer("steps", steps)
         self._after_step, self._last, self._made, self._stage = after_step, np.array(y), 0, 0
         self._y.array_w[:] = np.ravel(y)
         ts = self._ts

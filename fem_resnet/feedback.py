@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fem_resnet.arguments import integer, number
 from fem_resnet.hamiltonian import Controls
 from fem_resnet.speeds import Choice
 from fem_resnet.value_function import ValueFunction
@@ -116,11 +117,11 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
     >>> loop.states[-1].round(2), loop.cost.round(2)
     (array([[1.]]), array([0.5]))
     """
-    final = F.times[-1]
+    final, t = F.times[-1], number("t", t)
     if not 0 <= t < final:
         raise ValueError(f"t: a time in [0, {final:g}) is wanted, {t!r} was given")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps: a positive number is wanted, {steps!r} was given")
+    if steps is not None:
+        steps = integer("steps", steps)
     times = np.append(t, F.times[F.times > t]) if steps is None else np.linspace(t, final, steps + 1)
     states = [F.states(v, t)]
     cost = 0.0

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.activation import Activation
+from fem_resnet.arguments import choice, real_array
 from fem_resnet.basis import Basis
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import Fixed
@@ -38,9 +39,7 @@ _CONVENTIONS = ("minimise", "maximise")
 
 
 def _checked(convention: str) -> str:
-    if convention not in _CONVENTIONS:
-        raise ValueError(f"convention: one of {', '.join(map(repr, _CONVENTIONS))} is wanted, {convention!r} was given")
-    return convention
+    return choice("convention", convention, _CONVENTIONS)
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Pair:
 
     def __post_init__(self):
         _checked(self.convention)
+        for name in ("f", "r"):
+            object.__setattr__(self, name, real_array(name, getattr(self, name)))
         if self.f.shape != self.r.shape or self.f.ndim != 2:
             raise ValueError(f"f, r: two arrays (nodes, samples) are wanted, {self.f.shape}, {self.r.shape} were given")
 

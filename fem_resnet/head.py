@@ -18,6 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from fem_resnet.activation import get_activation
+from fem_resnet.arguments import choice, integer, integer_array
 from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.blocks import apply
 from fem_resnet.fixed import OnMesh
@@ -139,12 +140,10 @@ class Head(OnMesh):
     def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax"):
         if not isinstance(psi, Basis):
             raise TypeError(f"psi: a Basis is wanted, {type(psi).__name__} was given")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: one of {', '.join(PREDICTIONS)} is wanted, {prediction!r} was given")
         self.psi = psi
-        self.classes = None if isinstance(onto, Basis) else onto
-        self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(onto, psi.Y.comm))
-        self.prediction = PREDICTIONS[prediction]
+        self.classes = None if isinstance(onto, Basis) else integer("onto", onto)
+        self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(self.classes, psi.Y.comm))
+        self.prediction = PREDICTIONS[choice("prediction", prediction, PREDICTIONS)]
         self.Y = self.onto.Y
         self.W = Parameter("W", KernelCoefficients(LowRankKernel(self.onto, psi)), Once())
         self.mu = Parameter("mu", BasisCoefficients(self.onto), Once())
@@ -223,16 +222,12 @@ class Head(OnMesh):
 
         Raises
         ------
-        ValueError
-            If there is none, one is no class, or the output has no classes.
+        TypeError, ValueError
+            If they are no list of integers, one is no class, or the output has no classes.
         """
         if self.classes is None:
             raise ValueError(f"labels: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
-        labels = np.asarray(labels)
-        if labels.ndim != 1 or labels.size == 0 or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(
-                f"labels: a non-empty list of integers is wanted, {labels.dtype} of shape {labels.shape} was given"
-            )
+        labels = integer_array("labels", labels, ("samples",))
         if labels.min() < 0 or labels.max() >= self.classes:
             bad = int(np.flatnonzero((labels < 0) | (labels >= self.classes))[0])
             raise ValueError(f"labels: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")

@@ -51,10 +51,16 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
     ------
     FileNotFoundError, IsADirectoryError
         If the folder does not exist, or `path` is one; on all ranks alike.
+    TypeError
+        If an argument is of another kind.
     ValueError
         If the head reads another label space, or its output is a function on another one.
     """
-    path = Path(path)
+    for name, value, kind in (("net", net, ResidualNetwork), ("head", head, Head | None)):
+        if not isinstance(value, kind):
+            wanted = "a ResidualNetwork is" if name == "net" else "a Head or None is"
+            raise TypeError(f"{name}: {wanted} wanted, as in save(path, net, head); {type(value).__name__} was given")
+    path = _path(path)
     comm = net.Y.comm
     if not _on_rank_0(comm, path.parent.is_dir):
         raise FileNotFoundError(f"path: the folder {path.parent} does not exist")
@@ -117,12 +123,14 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
 
     Raises
     ------
+    TypeError
+        If `path` is no path.
     FileNotFoundError
         If there is no such file; on all ranks alike.
     ValueError
         If it holds no network, or one of another format.
     """
-    path = Path(path)
+    path = _path(path)
     if not _on_rank_0(comm, path.is_file):
         raise FileNotFoundError(f"path: there is no file {path}")
     if not _on_rank_0(comm, lambda: _holds_a_network(path)):
@@ -169,6 +177,12 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
                 else:
                     parameter.set(k, _read(file, f"{parameter.name}_{k}"))
     return net, head
+
+
+def _path(path: str | Path) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: the name of a file is wanted, {type(path).__name__} was given")
+    return Path(path)
 
 
 def _save_label_space(file: fd.CheckpointFile, Y: LabelSpace) -> None:

@@ -23,6 +23,7 @@ import scipy.linalg
 from mpi4py import MPI
 from numpy.typing import ArrayLike
 
+from fem_resnet.arguments import choice, real_array
 from fem_resnet.basis import Basis
 from fem_resnet.fixed import OnMesh
 from fem_resnet.log import log
@@ -108,8 +109,8 @@ class LowRankKernel(OnMesh):
         >>> LowRankKernel(cells, cells).bound(0.5)
         0.5
         """
-        C = np.asarray(coefficients, dtype=float)
-        if C.shape not in ((), self.shape) or not (np.isfinite(C).all() and (C >= 0).all()):
+        C = real_array("coefficients", coefficients, least=0)
+        if C.shape not in ((), self.shape):
             raise ValueError(f"coefficients: numbers >= 0 of shape () or {self.shape} are wanted, {coefficients!r} was given")
         C = np.broadcast_to(C, self.shape)
         of_rows = _largest(self.psi, np.abs(self.psi.values) @ C.T)
@@ -131,8 +132,8 @@ class LowRankKernel(OnMesh):
 
         Raises
         ------
-        ValueError
-            If `kind` is none of these.
+        TypeError, ValueError
+            If `kind` is none of these, or beta no array of finite real numbers of that shape.
 
         Examples
         --------
@@ -143,20 +144,20 @@ class LowRankKernel(OnMesh):
         >>> round(kernel.norm(beta), 12), round(kernel.norm(beta, "operator"), 12)
         (5.0, 4.0)
         """
+        choice("kind", kind, ("hs", "operator", "linf"))
+        beta = real_array("beta", beta, self.shape)
         if kind == "hs":
             return float(np.sqrt(max(np.sum(self.dual(beta) * beta), 0.0)))
         if kind == "operator":
             R_phi, R_psi = self._roots()
             return float(scipy.linalg.svdvals(R_phi @ beta @ R_psi.T)[0])
-        if kind == "linf":
-            if self.supremum_is_exact:
-                return self._supremum(beta)
-            log(
-                self.phi.Y.comm, logging.WARNING, "norm: sup |b| is given by an upper bound: b has values at %d x %d "
-                "nodes", self.phi.Y.size, self.psi.Y.size,
-            )  # fmt: skip
-            return self._supremum_bound(beta)
-        raise ValueError(f"kind: 'hs', 'operator' or 'linf' is wanted, {kind!r} was given")
+        if self.supremum_is_exact:
+            return self._supremum(beta)
+        log(
+            self.phi.Y.comm, logging.WARNING, "norm: sup |b| is given by an upper bound: b has values at %d x %d "
+            "nodes", self.phi.Y.size, self.psi.Y.size,
+        )  # fmt: skip
+        return self._supremum_bound(beta)
 
     @property
     def supremum_is_exact(self) -> bool:
@@ -175,6 +176,7 @@ class LowRankKernel(OnMesh):
         right : numpy.ndarray
             Coefficients of the orthonormal psi_k in the basis psi, shape (rank of psi, count).
         """
+        beta = real_array("beta", beta, self.shape)
         R_phi, R_psi = self._roots()
         U, values, Vt = np.linalg.svd(R_phi @ beta @ R_psi.T, full_matrices=False)
         return scipy.linalg.solve_triangular(R_phi, U), values, scipy.linalg.solve_triangular(R_psi, Vt.T)

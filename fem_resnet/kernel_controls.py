@@ -12,6 +12,7 @@ import firedrake as fd
 import numpy as np
 from pyadjoint import Control
 
+from fem_resnet.arguments import real_array
 from fem_resnet.blocks import apply
 from fem_resnet.parameter import Parameter
 from fem_resnet.space_basis import KernelCoefficients, MatrixControls, SpaceBasis
@@ -103,15 +104,11 @@ class StableKernelParameter(Parameter):
 
         Raises
         ------
-        ValueError
-            If its shape does not fit, it is not finite, or it is not in the set.
+        TypeError, ValueError
+            If it is no array of finite real numbers of this shape, or it is not in the set.
         """
         basis = self.space_bases[k]
-        beta = np.asarray(coefficients, dtype=float)
-        basis.Y.agree(
-            beta.shape == basis.shape and bool(np.isfinite(beta).all()),
-            f"coefficients: finite ones of shape {basis.shape} are wanted for {self.name}_{k}",
-        )
+        beta = real_array(f"coefficients of {self.name}_{k}", coefficients, basis.shape, comm=basis.Y.comm)
         self._learned.set(k, self._choice.inverse(basis.kernel, beta))
 
     def controls(self) -> list[Control]:

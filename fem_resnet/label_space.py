@@ -15,29 +15,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-import FIAT
 import firedrake as fd
 import numpy as np
 import scipy.sparse
-from finat.element_factory import create_element
 from mpi4py import MPI
 from petsc4py import PETSc
 from pyop2 import op2
-from pyadjoint.tape import stop_annotating
+from pyadjoint.tape import annotate_tape, stop_annotating
 from ufl import H1
 
+from fem_resnet.arguments import integer, real_array
 from fem_resnet.fixed import OnMesh, read_only
+from fem_resnet.nodal_space import WHAT_WORKS, check_space
 
 __all__ = ["BatchValues", "LabelSpace"]
-
-# A weight of the reference cell below this part of the cell's measure is zero up to round-off.
-_SMALLEST_WEIGHT = 1e-6
-
-_WHAT_WORKS = (
-    "Spaces that work: DG of degree 0 or 1; CG of degree 1; CG of degree 3 on triangles; the default CG and DG "
-    "(Gauss-Lobatto) on intervals, quadrilaterals and hexahedra; KMV on triangles (degree 1 to 5) and "
-    "tetrahedra (degree 1 to 3)."
-)
 
 
 class LabelSpace(OnMesh):
@@ -48,7 +39,8 @@ class LabelSpace(OnMesh):
     Parameters
     ----------
     V
-        Scalar function space, nodal and with positive weights, on a mesh of any dimension, cell type or embedding.
+        Scalar function space, nodal and with positive weights, on a mesh of any dimension, cell type or embedding; its
+        coordinates may be of any degree.
     numbers, graph
         What `point_space` knows of its points: the numbers of this rank's nodes, and the edge weights between all.
 
@@ -70,9 +62,9 @@ class LabelSpace(OnMesh):
     Raises
     ------
     TypeError
-        If V is not a scalar function space.
+        If V is not a scalar function space, or is part of another one.
     ValueError
-        If V is not nodal, or a weight is not clearly positive.
+        If V is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
 
     Examples
     --------
@@ -89,11 +81,7 @@ class LabelSpace(OnMesh):
         numbers: np.ndarray | None = None,
         graph: scipy.sparse.csr_array | None = None,
     ):
-        if not isinstance(V, fd.functionspaceimpl.WithGeometry):
-            raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
-        if V.value_shape != () or len(V) != 1:
-            raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
-        _check_element(V)
+        check_space(V, neighbours=numbers is None)
         self.V = V
         self.numbers = None if numbers is None else read_only(np.array(numbers))
         self.graph = graph
@@ -107,13 +95,13 @@ class LabelSpace(OnMesh):
         if not smallest > 0:
             raise ValueError(
                 f"V: a node of {V.ufl_element()} has the weight {smallest:.3g} on this mesh; all must be positive. "
-                f"{_WHAT_WORKS}"
+                f"{WHAT_WORKS}"
             )
         self.measure = float(self.sum(self.weights.sum()))
         if abs(self.measure - volume) > 1e-10 * volume:
             raise ValueError(
                 f"V: the weights of {V.ufl_element()} add up to {self.measure:.6g}, the measure of the mesh is "
-                f"{volume:.6g}: the space does not hold the constants. {_WHAT_WORKS}"
+                f"{volume:.6g}: the space does not hold the constants. {WHAT_WORKS}"
             )
 
     def __repr__(self) -> str:
@@ -203,32 +191,37 @@ class LabelSpace(OnMesh):
         samples
             Number of samples, at least 1.
         """
-        if not isinstance(samples, (int, np.integer)) or samples < 1:
-            raise ValueError(f"samples: a positive integer is wanted, {samples!r} was given")
-        return self._batch_spaces.setdefault(
-            int(samples), fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=int(samples))
-        )
+        samples = integer("samples", samples)
+        if samples not in self._batch_spaces:
+            self._batch_spaces[samples] = fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=samples)
+        return self._batch_spaces[samples]
 
     @cached_property
     def _batch_spaces(self) -> dict:
         return {}
 
-    def batch(self, values: np.ndarray, name: str = "values") -> fd.Function:
-        """A batch from the values at the owned nodes.
+    def batch(self, values: np.ndarray | fd.Function | Sequence[fd.Function], name: str = "values") -> fd.Function:
+        """A batch from the values at the owned nodes. Collective; a new Function, of which no tape knows.
 
         Parameters
         ----------
         values
-            Shape (nodes, samples) or (nodes,) for one sample; real and finite.
+            Shape (nodes, samples) or (nodes,) for one sample; real and finite. Or a Function of `V`, a batch, or a list of
+            these, each a sample or more.
         name
             What messages call the array.
 
         Raises
         ------
+        TypeError
+            If it is no array of real numbers, or one of a list with Functions is none.
         ValueError
-            If the shape does not fit, there is no sample, or a value is not finite; on all ranks alike.
+            If the shape does not fit, there is no sample, a value is not finite, or a Function lives on another space, or
+            would be lost to a tape that annotates; on all ranks alike.
         """
-        values = np.asarray(values, dtype=float)
+        if _has_functions(values):
+            values = self._columns(values, name)
+        values = real_array(name, values, comm=self.comm, finite=False)
         if values.ndim == 1:
             values = values[:, None]
         self.agree(
@@ -241,6 +234,18 @@ class LabelSpace(OnMesh):
         function = fd.Function(self.batch_space(values.shape[1]), name=name)
         function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
         return function
+
+    def _columns(self, functions: fd.Function | Sequence[fd.Function], name: str) -> np.ndarray:
+        """Node values of Functions side by side, shape (nodes, samples)."""
+        if annotate_tape():
+            raise ValueError(
+                f"{name}: the tape is annotating, and would not see that the batch is made of these Functions; make it before, "
+                f"or give the Function itself, of Y.V or Y.batch_space(samples), to what takes a batch"
+            )
+        functions = [functions] if isinstance(functions, fd.Function) else list(functions)
+        for function in functions:
+            self.check_batch(function, name)
+        return np.column_stack([self.values(function) for function in functions])
 
     def values(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
         """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view."""
@@ -350,42 +355,20 @@ def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
 
     Raises
     ------
-    ValueError
-        If their number is not that of the samples, one is negative or not finite, or all are 0.
+    TypeError, ValueError
+        If they are no real numbers, one a sample, one is negative or not finite, or all are 0.
     """
-    weights = np.ones(samples) if weights is None else np.asarray(weights, dtype=float)
-    if weights.shape != (samples,) or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
-        raise ValueError(
-            f"weights: {samples} finite numbers >= 0, not all 0, are wanted; shape {weights.shape}, smallest "
-            f"{weights.min(initial=np.inf):.3g}, sum {weights.sum():.3g} was given"
-        )
+    if weights is None:
+        return np.full(samples, 1 / samples)
+    weights = real_array("weights", weights, (samples,), least=0)
+    largest = weights.max()
+    if largest == 0:
+        raise ValueError("weights: numbers >= 0, not all 0, are wanted; all are 0")
+    weights = weights / largest  # the sum of large ones may overflow
     return weights / weights.sum()
 
 
-def _check_element(V) -> None:
-    if V.ufl_element().family() in ("Real", "HDiv Trace"):
-        raise ValueError(f"V: {V.ufl_element()} has no nodes in the cells of the mesh. {_WHAT_WORKS}")
-    for factor in _factors(create_element(V.ufl_element())):
-        element = factor.fiat_equivalent
-        if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):
-            raise ValueError(f"V: the degrees of freedom of {V.ufl_element()} are no point values. {_WHAT_WORKS}")
-        cell = element.get_reference_element()
-        rule = FIAT.create_quadrature(cell, element.degree())
-        table = element.tabulate(0, rule.get_points())[(0,) * cell.get_spatial_dimension()]
-        smallest = (table @ rule.get_weights()).min() / rule.get_weights().sum()
-        if smallest < _SMALLEST_WEIGHT:
-            raise ValueError(
-                f"V: {V.ufl_element()} has a node of weight {smallest:.2g} of its cell; all must be positive, since an "
-                f"integral over Y is the sum of node values with these weights. {_WHAT_WORKS}"
-            )
-
-
-def _factors(element):
-    """The elements on simplices of which a tensor-product element is made; weights multiply."""
-    if hasattr(element, "product"):
-        yield from _factors(element.product)
-    elif hasattr(element, "factors"):
-        for factor in element.factors:
-            yield from _factors(factor)
-    else:
-        yield element
+def _has_functions(values: object) -> bool:
+    return isinstance(values, fd.Function) or isinstance(values, (list, tuple)) and any(
+        isinstance(value, fd.Function) for value in values
+    )

@@ -39,6 +39,7 @@ from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 from ufl import H1
 
+from fem_resnet.arguments import integer
 from fem_resnet.basis import Basis
 from fem_resnet.label_space import LabelSpace, apply_columns, check_label_space
 from fem_resnet.log import log
@@ -134,11 +135,9 @@ def laplace_basis(
     array([ 0. ,  9.8,  9.9, 19.7])
     """
     check_label_space(Y)
-    if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= Y.size:
-        raise ValueError(f"rank: an integer from 1 to the number of nodes, {Y.size}, is wanted; {rank!r} was given")
-
     if Y.numbers is not None and Y.graph is None:
         raise ValueError(f"Y: {Y!r} is a set of points, which has a Laplacian only with a graph; point_space(.., graph=A) has one")
+    rank = integer("rank", rank, most=Y.size)
 
     def find() -> _Modes:
         modes = _eigenfunctions(Y, rank, solver_parameters or {}, options_prefix)

@@ -35,6 +35,7 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.objective import LearningProblem
@@ -131,6 +132,7 @@ class LocalFeedback(OnMesh):
     ):
         if not isinstance(problem, LearningProblem):
             raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
+        gradient_tolerance = number("gradient_tolerance", gradient_tolerance, least=0)
         self.problem, self.batch = problem, problem.batch
         self.Y = problem.net.Y
         own = problem.replace()  # nobody gives it another batch

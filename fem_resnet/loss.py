@@ -27,6 +27,7 @@ from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
 from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from fem_resnet.activation import get_activation
+from fem_resnet.arguments import choice
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.head import PREDICTIONS, Prediction, log_density
 from fem_resnet.label_space import BatchValues, LabelSpace, sample_weights
@@ -46,13 +47,18 @@ class Loss:
     gradient : callable
         ``gradient(Y, O, C, prediction)``: its derivative in O, dual to the node values.
     prediction : str or None
-        The only prediction that it goes with, or None for any.
+        The only prediction that it goes with, one of `head.PREDICTIONS`, or None for any.
     hessian : callable or None
         ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O; wanted for Hessian
         actions.
     gauss_newton : callable or None
         The same without the curvature of the prediction, for the actions of Gauss and Newton (`blocks.gauss_newton`):
         h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out. All collective.
+
+    Raises
+    ------
+    ValueError
+        If the prediction is unknown.
     """
 
     name: str
@@ -61,6 +67,10 @@ class Loss:
     prediction: str | None = None
     hessian: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
     gauss_newton: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
+
+    def __post_init__(self):
+        if self.prediction is not None:
+            choice("prediction", self.prediction, PREDICTIONS)
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import matplotlib.tri
 import numpy as np
 
+from fem_resnet.arguments import integer, number
 from fem_resnet.control_set import ControlSet
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
@@ -75,6 +76,7 @@ def extremal_controls(Y: LabelSpace, A: ControlSet, pair: Pair, *, tie: float = 
     ValueError
         For more than one sample: (4.10) then no longer maximises H.
     """
+    tie = number("tie", tie, least=0)
     if pair.f.shape[1] != 1:
         raise ValueError(f"pair: (4.10) holds for one sample, {pair.f.shape[1]} were given")
     f, r = pair.f[:, 0], pair.to("maximise").r[:, 0]
@@ -283,6 +285,7 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
         If there is a regulariser or a running cost that depends on (a, b), sigma does not increase, or the controls are not
         in A at all pairs of nodes: then max H over A says nothing of them. (Looking takes nodes^2 x rank operations a layer.)
     """
+    tolerance, rounds = number("tolerance", tolerance, least=0), integer("rounds", rounds, least=0)
     net = problem.net
     if not net.activation.properties.non_decreasing:
         raise ValueError(f"activation: one that does not decrease is wanted, {net.activation.name} does")

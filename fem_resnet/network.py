@@ -24,6 +24,7 @@ from pyadjoint import AdjFloat
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.activation import Activation, get_activation
+from fem_resnet.arguments import choice, integer, number, real_array
 from fem_resnet.basis import Basis
 from fem_resnet.blocks import apply
 from fem_resnet.checkpoints import Manager, manager_of
@@ -178,9 +179,9 @@ class ResidualNetwork(OnMesh):
         self._given_times = read_only(_layer_times(layers, final_time) if times is None else _checked_times(times))
         self.layers = len(self._given_times) - 1
         self.activation = get_activation(activation)
-        self.steps = _positive_integer("steps", steps)
+        self.steps = integer("steps", steps)
         self.layers_per_block = (
-            max(self.layers, 1) if layers_per_block is None else _positive_integer("layers_per_block", layers_per_block)
+            max(self.layers, 1) if layers_per_block is None else integer("layers_per_block", layers_per_block)
         )
         given = {"phi": phi, "psi": phi if psi is None else psi, "bias": bias}
         every = {name: _one_or_one_a_layer(name, value, self.layers) for name, value in given.items()}
@@ -225,8 +226,7 @@ class ResidualNetwork(OnMesh):
         self.gradient_flow = gradient_flow
         self._options_prefix = options_prefix
         self._options = solver_options(solver_parameters, options_prefix)
-        if precision not in ("double", "single"):
-            raise ValueError(f"precision: 'double' or 'single' is wanted, {precision!r} was given")
+        choice("precision", precision, ("double", "single"))
         if precision == "single" and METHODS[self._options.parameters["ts_type"]].implicit:
             raise ValueError(
                 f"precision: stages of {self._options.parameters['ts_type']!r} are solved to round-off, for which 'single' is "
@@ -553,15 +553,14 @@ class ResidualNetwork(OnMesh):
         Parameters
         ----------
         tolerance
-            From 0 to 1; no unit. The kernel of the new network is free, whatever it is made of here.
+            In [0, 1); no unit. The kernel of the new network is free, whatever it is made of here.
 
         Raises
         ------
         ValueError
             If the tolerance is not in that range, or layers have factors of their own.
         """
-        if not 0 <= tolerance < 1:
-            raise ValueError(f"tolerance: a number from 0 to 1 is wanted, {tolerance!r} was given")
+        tolerance = number("tolerance", tolerance, least=0, below=1)
         factors = self.learned_factors()
         measures = self.kernel.time_basis.measures
         R = [np.linalg.cholesky(basis.gram).T for basis in (factors.phi, factors.psi)]
@@ -704,24 +703,13 @@ def _kernel_basis(learned: bool, phi: Basis, psi: Basis) -> SpaceBasis:
     return KernelCoefficients(LowRankKernel(phi, psi), learned)
 
 
-def _positive_integer(name: str, value: int) -> int:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: a positive integer is wanted, {value!r} was given")
-    return int(value)
-
-
 def _layer_times(layers: int, final_time: float) -> np.ndarray:
-    if not isinstance(layers, (int, np.integer)) or isinstance(layers, bool) or layers < 0:
-        raise ValueError(f"layers: an integer >= 0 is wanted, {layers!r} was given")
-    if not (np.isfinite(final_time) and final_time > 0):
-        raise ValueError(f"final_time: a positive number is wanted, {final_time!r} was given")
-    return np.linspace(0.0, float(final_time), layers + 1) if layers else np.zeros(1)
+    layers, final_time = integer("layers", layers, least=0), number("final_time", final_time, above=0)
+    return np.linspace(0.0, final_time, layers + 1) if layers else np.zeros(1)
 
 
 def _checked_times(times: Sequence[float]) -> np.ndarray:
-    times = np.array(times, dtype=float)
-    if times.ndim != 1 or times.size == 0 or times[0] != 0.0:
-        raise ValueError(f"times: layer times 0 = t_0 < .. < t_L are wanted, {times.tolist()} was given")
-    if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):
-        raise ValueError(f"times: they must be finite and increase, {times.tolist()} was given")
+    times = real_array("times", times, ("layers + 1",)).copy()
+    if times[0] != 0.0 or not (np.diff(times) > 0).all():
+        raise ValueError(f"times: layer times 0 = t_0 < .. < t_L, which increase, are wanted, {times.tolist()} was given")
     return times

@@ -25,13 +25,15 @@ from numbers import Real
 import firedrake as fd
 import numpy as np
 from firedrake.adjoint import EnsembleReducedFunctional
+from mpi4py import MPI
 from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_tape
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation, stop_annotating
 
+from fem_resnet.arguments import choice, integer, number
 from fem_resnet.basis import Basis
-from fem_resnet.blocks import OperatorBlock, gauss_newton
-from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, schedule_of
+from fem_resnet.blocks import DERIVATIVE_FIRST, OperatorBlock, gauss_newton
+from fem_resnet.checkpoints import Checkpoints, enable_checkpointing, manager_of, schedule_of
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.head import PREDICTIONS, Head
@@ -226,9 +228,7 @@ class LearningProblem(OnMesh):
         self._output = net.Y if head is None else head.Y
         self._prediction = PREDICTIONS[loss.prediction or "identity"] if head is None else head.prediction
         loss.check_prediction(self._prediction)
-        if learn not in _LEARN:
-            raise ValueError(f"learn: one of {', '.join(map(repr, _LEARN))} is wanted, {learn!r} was given")
-        self.learn = learn
+        self.learn = choice("learn", learn, _LEARN)
         self.checkpoints = checkpoints
         if checkpoints is not None:
             schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
@@ -369,9 +369,10 @@ class LearningProblem(OnMesh):
     @property
     def _share(self) -> float:
         """The part of all weights that this member's samples have."""
-        weights = self.batch.weights
-        own = float(self.batch.samples if weights is None else np.sum(weights))
-        return own / self.ensemble.ensemble_comm.allreduce(own)
+        comm, weights = self.ensemble.ensemble_comm, self.batch.weights
+        weights = np.ones(self.batch.samples) if weights is None else np.asarray(weights, dtype=float)
+        own = float(np.sum(weights / comm.allreduce(weights.max(), op=MPI.MAX)))  # the sum of large ones may overflow
+        return own / comm.allreduce(own)
 
     def penalised(self) -> list[Parameter]:
         """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
@@ -382,8 +383,7 @@ class LearningProblem(OnMesh):
             return
         if not isinstance(self.derivatives, Derivatives):
             raise TypeError(f"derivatives: Derivatives or None are wanted, {type(self.derivatives).__name__} was given")
-        if not (np.isfinite(self.derivatives.weight) and self.derivatives.weight >= 0):
-            raise ValueError(f"derivatives.weight: a number >= 0 is wanted, {self.derivatives.weight!r} was given")
+        number("derivatives.weight", self.derivatives.weight, least=0)
         for name, Y, function in (
             ("directions", self.net.Y, self.derivatives.directions),
             ("targets", self._output, self.derivatives.targets),
@@ -444,7 +444,7 @@ class LearningProblem(OnMesh):
             self._recorded = self.batch.inputs.block_variable, block, run
             if self.ensemble is not None:
                 return EnsembleReducedFunctional(J, self.controls(), self.ensemble, tape=tape), run
-            functional = _GaussNewtonFunctional if gauss_newton else ReducedFunctional
+            functional = _GaussNewtonFunctional if gauss_newton else _Functional
             return functional(J, self.controls(), tape=tape), run
 
     @supports(
@@ -484,21 +484,30 @@ class LearningProblem(OnMesh):
     def minibatches(self, size: int, seed: int | None = None) -> list[Batch]:
         """The present batch in pieces of `size` samples, the last padded with samples of weight 0.
 
+        Samples of weight 0 are in none of them, so that each has a J. With omega the weights of the batch, J of the batch is
+        the mean of theirs with the sums of omega over their samples for weights.
+
         Parameters
         ----------
         size
             Number of samples in each, at least 1. Observations and derivatives are no part of a Batch.
         seed
             Shuffles the samples first, the same way on every rank; left in order without one.
+
+        Raises
+        ------
+        ValueError
+            If `size` is no positive integer, or `seed` no integer >= 0.
         """
-        samples = self.batch.samples
-        if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"size: a positive integer is wanted, {size!r} was given")
-        order = np.arange(samples) if seed is None else np.random.default_rng(seed).permutation(samples)
-        weights = sample_weights(self.batch.weights, samples)
+        size = integer("size", size)
+        weights = sample_weights(self.batch.weights, self.batch.samples)
+        order = np.arange(weights.size)
+        if seed is not None:
+            order = np.random.default_rng(integer("seed", seed, least=0)).permutation(weights.size)
+        order = order[weights[order] > 0]
         inputs, observations = self.net.Y.values(self.batch.inputs), self._output.values(self._observation)
         batches = []
-        for start in range(0, samples, size):
+        for start in range(0, order.size, size):
             chosen = order[start : start + size]
             padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
             omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)
@@ -512,7 +521,15 @@ class LearningProblem(OnMesh):
         return self.record(gauss_newton=gauss_newton)[0]
 
 
-class _GaussNewtonFunctional(ReducedFunctional):
+class _Functional(ReducedFunctional):
+    def hessian(self, m_dot, **options):
+        # Blocks say so too, but the last on the tape, which adds up J, is pyadjoint's.
+        if manager_of(self.tape) is None and self.functional.block_variable.adj_value is None:
+            raise RuntimeError(f"hessian: {DERIVATIVE_FIRST}")
+        return super().hessian(m_dot, **options)
+
+
+class _GaussNewtonFunctional(_Functional):
     def hessian(self, m_dot, **options):
         with gauss_newton(self.tape):
             return super().hessian(m_dot, **options)

@@ -26,6 +26,7 @@ from pyadjoint import Control
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import real_array
 from fem_resnet.fixed import OnMesh
 from fem_resnet.space_basis import SpaceBasis, new_cofunction
 from fem_resnet.time_basis import AtStart, Once, TimeBasis
@@ -139,19 +140,11 @@ class Parameter(OnMesh):
 
         Raises
         ------
-        ValueError
-            If their shape does not fit, or one is not finite; on all ranks alike.
+        TypeError, ValueError
+            If they are no real numbers, their shape does not fit, or one is not finite; on all ranks alike.
         """
-        coefficients = np.asarray(coefficients, dtype=float)
         basis = self.space_bases[k]
-        basis.Y.agree(
-            coefficients.shape == basis.shape,
-            f"coefficients: shape {basis.shape} is wanted for {self.name}, {coefficients.shape} was given",
-        )
-        basis.Y.agree(
-            bool(np.isfinite(coefficients).all()),
-            f"coefficients: the ones given for {self.name}_{k} are not all finite",
-        )
+        coefficients = real_array(f"coefficients of {self.name}_{k}", coefficients, basis.shape, comm=basis.Y.comm)
         basis.write(self.functions[k], coefficients)
 
     def controls(self) -> list[Control]:

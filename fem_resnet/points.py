@@ -1,9 +1,10 @@
 """Label domains without geometry: classes, point clouds, graphs.
 
 A finite set of K points with weights w is a label domain like any other: DG of degree 0 on a mesh of K intervals of
-lengths w_i, so that `int f dy = sum_i w_i f_i` and every form in UFL means what it says. Where the points lie in space
-the intervals are short pieces of lines through them. Where they are the vertices of a graph with edge weights A_ij, the
-place of the squared gradients is taken by
+lengths w_i, so that `int f dy = sum_i w_i f_i` and every integral in UFL over the cells means what it says. Where the
+points lie in space the intervals are short pieces of lines through them. Which of them are neighbours only a graph says:
+what follows another in the arguments does not, and without a graph there is no Laplacian. With edge weights A_ij the place
+of the squared gradients is taken by
 
     <K f, f> = 1/2 sum_ij A_ij (f_i - f_j)^2,
 
@@ -20,6 +21,7 @@ import scipy.sparse
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import integer, real_array
 from fem_resnet.label_space import LabelSpace
 
 __all__ = ["class_space", "point_space"]
@@ -66,38 +68,46 @@ def point_space(
     >>> laplace_basis(Y, 5).eigenvalues.round(3) + 0.0
     array([0.   , 0.268, 0.268, 1.   , 1.   ])
     """
-    weights = np.array(weights, dtype=float)
-    if weights.ndim != 1 or weights.size == 0 or not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise ValueError(
-            f"weights: positive numbers, one a point, are wanted; shape {weights.shape}, smallest "
-            f"{weights.min(initial=np.inf):.3g} was given"
-        )
+    weights = real_array("weights", weights, ("points",), above=0)
     size = weights.size
+    with np.errstate(over="ignore"):
+        total = np.cumsum(weights)[-1]
+    if not np.isfinite(total):
+        raise ValueError("weights: numbers with a finite sum, |Y|, are wanted; theirs overflows")
     if points is None:
         points = (np.cumsum(weights) - weights / 2)[:, None]
-    points = np.asarray(points, dtype=float)
-    if points.ndim != 2 or points.shape[0] != size or points.shape[1] == 0 or not np.isfinite(points).all():
-        raise ValueError(f"points: finite coordinates of shape ({size}, d) are wanted, shape {points.shape} was given")
+    points = real_array("points", points, (size, "d"))
+    ends = points[:, None].repeat(2, axis=1)
+    ends[:, :, 0] += np.outer(weights, [-0.5, 0.5])
+    lost = np.flatnonzero(np.abs(ends[:, 1, 0] - ends[:, 0, 0] - weights) > 1e-6 * weights)
+    if lost.size:
+        raise ValueError(
+            f"weights: {weights[lost[0]]:g}, that of point {lost[0]}, is lost in the round-off of its coordinate "
+            f"{points[lost[0], 0]:g}, as a length there; give points nearer to 0, or larger weights"
+        )
     with stop_annotating():
         cells = fd.IntervalMesh(size, float(size), comm=comm)  # cell i is (i, i + 1)
         middle = fd.Function(fd.FunctionSpace(cells, "DG", 0)).interpolate(fd.SpatialCoordinate(cells)[0])
         at_ends = fd.FiniteElement("DG", fd.interval, 1, variant="equispaced")
-        ends = fd.Function(fd.VectorFunctionSpace(cells, at_ends, dim=points.shape[1]))
+        places = fd.Function(fd.VectorFunctionSpace(cells, at_ends, dim=points.shape[1]))
     numbers = middle.dat.data_ro_with_halos.astype(int)
-    places = points[numbers][:, None].repeat(2, axis=1)
-    places[:, :, 0] += np.outer(weights[numbers], [-0.5, 0.5])
-    nodes = ends.cell_node_map().values_with_halo
-    ends.dat.data_wo_with_halos.reshape(-1, points.shape[1])[nodes] = places
-    V = fd.FunctionSpace(fd.Mesh(ends, comm=comm), "DG", 0)
+    nodes = places.cell_node_map().values_with_halo
+    places.dat.data_wo_with_halos.reshape(-1, points.shape[1])[nodes] = ends[numbers]
+    V = fd.FunctionSpace(fd.Mesh(places, comm=comm), "DG", 0)
     return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=None if graph is None else _checked(graph, size))
 
 
 def _checked(graph, size: int) -> scipy.sparse.csr_array:
-    A = scipy.sparse.csr_array(graph, dtype=float)
+    sparse = scipy.sparse.issparse(graph)
+    if sparse:
+        graph = graph.tocsr(copy=True)
+        graph.sum_duplicates()
+        data = real_array("graph", graph.data, least=0)
+        A = scipy.sparse.csr_array((data, graph.indices, graph.indptr), graph.shape)
+    else:
+        A = scipy.sparse.csr_array(real_array("graph", graph, (size, size), least=0))
     if A.shape != (size, size):
         raise ValueError(f"graph: a matrix of shape ({size}, {size}) is wanted, {A.shape} was given")
-    if not np.isfinite(A.data).all() or (A.data < 0).any():
-        raise ValueError("graph: edge weights >= 0 are wanted, one is negative or not finite")
     if abs(A - A.T).max() > 0:
         raise ValueError("graph: a symmetric matrix is wanted; (A + A.T) / 2 is one")
     A.setdiag(0.0)
@@ -115,6 +125,4 @@ def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
     comm
         Communicator; collective over it.
     """
-    if not isinstance(classes, (int, np.integer)) or classes < 1:
-        raise ValueError(f"classes: a positive integer is wanted, {classes!r} was given")
-    return point_space(np.ones(int(classes)), comm=comm)
+    return point_space(np.ones(integer("classes", classes)), comm=comm)

@@ -20,6 +20,7 @@ from numbers import Real
 import numpy as np
 from pyadjoint import AdjFloat
 
+from fem_resnet.arguments import number
 from fem_resnet.blocks import apply
 from fem_resnet.parameter import Parameter
 from fem_resnet.time_basis import Once
@@ -158,6 +159,4 @@ def smooth_in_time(weight: float) -> Regulariser:
 
 
 def _checked(weight: float) -> float:
-    if not (isinstance(weight, Real) and np.isfinite(weight) and weight >= 0):
-        raise ValueError(f"weight: a number >= 0 is wanted, {weight!r} was given")
-    return float(weight)
+    return number("weight", weight, least=0)

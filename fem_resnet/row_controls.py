@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fem_resnet.arguments import number, real_array
 from fem_resnet.basis import Basis
 from fem_resnet.fixed import Fixed
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, orthonormal_factor
@@ -67,9 +68,7 @@ class RowBall(Fixed):
     """
 
     def __init__(self, psi: Basis, radius: float):
-        if not (np.isfinite(radius) and radius > 0):
-            raise ValueError(f"radius: a positive number is wanted, {radius!r} was given")
-        self.psi, self.radius = orthonormal(psi), float(radius)
+        self.psi, self.radius = orthonormal(psi), number("radius", radius, above=0)
 
     def project(self, rows: np.ndarray) -> np.ndarray:
         """The nearest rows (a, X) of the ball."""
@@ -252,8 +251,9 @@ def _check_convention(H: Hamiltonian) -> None:
 
 
 def _check_ends(A: RowBox | SpanBox) -> None:
-    for name, (low, high) in (("bias", A.bias), ("kernel", A.kernel)):
-        if not (np.isfinite([low, high]).all() and low <= high):
+    for name, ends in (("bias", A.bias), ("kernel", A.kernel)):
+        low, high = real_array(name, ends, (2,)).tolist()
+        if low > high:
             raise ValueError(f"{name}: finite (low, high) with low <= high is wanted, {(low, high)} was given")
 
 

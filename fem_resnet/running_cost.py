@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import sympy
 
+from fem_resnet.arguments import number
 from fem_resnet.fixed import Fixed
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
@@ -73,8 +74,6 @@ class RunningCost(Fixed):
     """
 
     def __init__(self, density: sympy.Expr | Density, kernel: float = 0.0):
-        if not (isinstance(kernel, Real) and np.isfinite(kernel) and kernel >= 0):
-            raise ValueError(f"kernel: a number >= 0 is wanted, {kernel!r} was given")
         if isinstance(density, (sympy.Expr, Real)):
             density = _Formula(sympy.sympify(density))
         elif not all(callable(getattr(density, name, None)) for name in ("value", "gradient")):
@@ -83,7 +82,7 @@ class RunningCost(Fixed):
                 f"is wanted, {density!r} was given"
             )
         self.density = density
-        self.kernel = float(kernel)
+        self.kernel = number("kernel", kernel, least=0)
 
     def __repr__(self) -> str:
         return f"RunningCost({self.density!r}, kernel={self.kernel:g})"

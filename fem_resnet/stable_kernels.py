@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.linalg import solve_triangular
 
+from fem_resnet.arguments import integer, number
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.space_basis import KernelCoefficients, MatrixControls
 
@@ -108,8 +109,8 @@ class PositiveSemidefinite(StableKernel):
     symmetric = True
 
     def __post_init__(self):
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank: a positive integer is wanted, {self.rank!r} was given")
+        if self.rank is not None:
+            integer("rank", self.rank)
 
     def controls(self, kernel):
         rank = kernel.phi.rank if self.rank is None else self.rank
@@ -157,8 +158,7 @@ class DampedAntisymmetric(StableKernel):
     symmetric = True
 
     def __post_init__(self):
-        if not (np.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"damping: a number >= 0 is wanted, {self.damping!r} was given")
+        number("damping", self.damping, least=0)
 
     def controls(self, kernel):
         return MatrixControls(kernel.phi.Y, kernel.shape, kernel.phi.gram, kernel.psi.gram)
@@ -198,8 +198,7 @@ class NormBounded(StableKernel):
     symmetric = False
 
     def __post_init__(self):
-        if not (np.isfinite(self.bound) and self.bound > 0):
-            raise ValueError(f"bound: a positive number is wanted, {self.bound!r} was given")
+        number("bound", self.bound, above=0)
 
     def controls(self, kernel):
         return MatrixControls(kernel.phi.Y, kernel.shape)

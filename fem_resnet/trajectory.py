@@ -16,6 +16,7 @@ from functools import partial
 import firedrake as fd
 import numpy as np
 
+from fem_resnet.arguments import number
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layer_inputs import LayerInputs
@@ -95,7 +96,7 @@ class Trajectory:
         ValueError
             If the network has no layers, or t is not in [0, T].
         """
-        times = self.net.times
+        times, t = self.net.times, number("t", t)
         if not (self.layers and times[0] <= t <= times[-1]):
             raise ValueError(f"t: a time in a layer, from 0 to T = {times[-1]:g}, is wanted, {t!r} was given")
         return min(int(np.searchsorted(times, t, side="right")) - 1, len(self.layers) - 1)

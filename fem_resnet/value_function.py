@@ -35,6 +35,7 @@ from mpi4py import MPI
 from scipy.ndimage import map_coordinates
 
 from fem_resnet.activation import Activation, get_activation
+from fem_resnet.arguments import integer, number
 from fem_resnet.control_set import ControlSet
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.log import log
@@ -95,6 +96,7 @@ class ValueFunction:
         ValueError
             If t is not in [0, T], or a time that was not reached.
         """
+        t = number("t", t)
         if not self.times[0] <= t <= self.times[-1]:
             raise ValueError(f"t: a time in [{self.times[0]:g}, {self.times[-1]:g}] is wanted, {t!r} was given")
         return min(int(np.searchsorted(self.times, t, side="right")) - 1, len(self.times) - 2)
@@ -231,9 +233,8 @@ def solve_value_function(
     activation = get_activation(activation)
     if Y.size > _LARGEST:
         raise ValueError(f"Y: at most {_LARGEST} nodes are wanted, it has {Y.size}: the grid of v has as many dimensions")
-    for name, value in (("final_time", final_time), ("spacing", spacing), ("memory", memory)):
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name}: a positive number is wanted, {value!r} was given")
+    final_time, spacing = number("final_time", final_time, above=0), number("spacing", spacing, above=0)
+    memory = number("memory", memory, above=0)
     cells = Cells(Y)
     target = cells.gather_batch(target, "target")
     if target.shape[1] != 1:
@@ -299,8 +300,7 @@ def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, sample
         raise ValueError(f"running: a function L(f) or L(f, a, b, w) is wanted, one of {arguments} arguments was given")
     if arguments == 1 and activation.properties.non_decreasing:
         return ExtremalSpeeds(cells.weights, A, activation, running)
-    if samples < 2:
-        raise ValueError(f"samples: at least 2 are wanted, {samples!r} was given")
+    samples = integer("samples", samples, least=2)
     of_state = np.zeros_like if running is None else running
     general = running if arguments == 4 else lambda f, a, b, w: of_state(f)
     return SampledSpeeds(cells.weights, A, activation, general, samples)

@@ -499,9 +499,9 @@ def test_each_entry_is_under_its_name():
 @pytest.mark.parametrize(
     "spec, parameters, error, message",
     [
-        ("tahn", {}, ValueError, r"'tahn'.*give one of tanh, arctan, .*identity"),
-        (None, {}, TypeError, r"spec is NoneType; give the name"),
-        (np.tanh, {}, TypeError, r"spec is ufunc; give the name"),
+        ("tahn", {}, ValueError, r"^activation: one of 'tanh', 'arctan', .* is wanted, 'tahn' was given"),
+        (None, {}, TypeError, r"^activation: its name, .* is wanted, NoneType was given"),
+        (np.tanh, {}, TypeError, r"^activation: its name, .* is wanted, ufunc was given"),
         (sympy.tanh(s), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh\(s\)'"),
         (get_activation("tanh"), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh'"),
         ("tanh", {"alpha": 1.0}, TypeError, r"alpha given to tanh, which accepts none"),
@@ -609,7 +609,7 @@ def test_rebuilds_nothing_but_what_is_on_the_list(tree):
         (["tanh", {}], ValueError, r"description is \['tanh', {}\]; give what"),
         ({"name": "tanh"}, ValueError, r"description is .*; give what"),
         ({"expression": "s"}, ValueError, r"description is .*; give what"),
-        ({"name": "tahn", "parameters": {}}, ValueError, r"'tahn', no known activation"),
+        ({"name": "tahn", "parameters": {}}, ValueError, r"^activation: one of 'tanh', .* is wanted, 'tahn' was given"),
         ({"name": "elu", "parameters": {"alpha": "1"}}, TypeError, r"alpha is '1'; give a real number"),
         ({"expression": ["Lt", "s", 0], "properties": DECLARED}, TypeError, r"expression is s < 0"),
         ({"expression": "s", "properties": {}}, TypeError, r"missing 6 required"),

@@ -110,15 +110,107 @@ def test_what_is_convex():
     "make, message",
     [
         (lambda: Box((1, 0), (0, 1)), r"^bias: \(low, high\)"),
-        (lambda: Box((0, np.inf), (0, 1)), "^bias: finite"),
+        (lambda: Box((0, np.inf), (0, 1)), "^bias: finite numbers of shape"),
         (lambda: Polygon([(0, 0), (1, 1), (2, 2)]), "^corners: a polygon with an area"),
-        (lambda: Points([]), "^points: finite"),
+        (lambda: Points([]), "^points: numbers of shape"),
         (lambda: Ellipse((0, 0), 0.0), "^axes: a disk or ellipse with an area"),
         (lambda: Sections((0, 1), lambda a: 1 + 0 * a, lambda a: 0 * a), "^lower, upper"),
         (lambda: Sections((0, 1), lambda a: -(a**2), lambda a: 0 * a, convex=True), "^convex: m is not convex"),
-        (lambda: Ellipse().largest(-1.0, 0.0), "^positive, negative"),
+        (lambda: Ellipse().largest(-1.0, 0.0), "^positive: numbers >= 0 are wanted, the smallest given is -1"),
     ],
 )
 def test_what_is_no_control_set_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# -- outlines as users have them, and sets far from the origin ---------------------------------------------------------
+
+
+def star(rng, corners: int) -> np.ndarray:
+    """A polygon around a point, of radii between 0.3 and 1.5, which is seldom convex."""
+    angles = np.sort(rng.uniform(0, 2 * np.pi, corners)) + np.arange(corners) * 1e-3
+    around = np.linspace(0, 2 * np.pi, corners, endpoint=False) * 0.7 + 0.3 * angles
+    return rng.uniform(0.3, 1.5, (corners, 1)) * np.stack([np.cos(around), np.sin(around)], axis=1)
+
+
+def boundary(corners: np.ndarray, count: int) -> np.ndarray:
+    s = np.linspace(0, 1, count)[:, None, None]
+    return ((1 - s) * corners + s * np.roll(corners, -1, axis=0)).reshape(-1, 2)
+
+
+@pytest.mark.parametrize("far", [(0.0, 0.0), (9.0, -3.0), (1e4, 1e4)])
+@pytest.mark.parametrize("closed", [False, True])
+def test_polygons_hold_against_dense_sampling_closed_or_not(far, closed, rng):
+    for corners in rng.integers(4, 12, 20):
+        outline = star(rng, corners) + far
+        A = Polygon(np.vstack([outline, outline[:1]]) if closed else outline)
+        tolerance = 1e-12 + 4e-16 * np.abs(outline).max() * 1e4  # edges are steep at times
+        edge = boundary(outline, 41)
+        inside = far + (edge - far) * rng.uniform(0, 1, (len(edge), 1))
+        outside = far + (edge - far) * 1.001
+        assert A.contains(*edge.T, tolerance).all() and A.contains(*inside.T, tolerance).all()
+        assert not A.contains(*outside.T).any()
+        m, M = A.sections(np.clip(inside[:, 0], *A.bias_range))
+        assert (m <= inside[:, 1] + tolerance).all() and (inside[:, 1] <= M + tolerance).all()
+        turns = np.diff(np.unwrap(np.arctan2(*np.diff(np.vstack([outline, outline[:2]]), axis=0).T[::-1])))
+        assert A.convex == bool((turns >= 0).all() or (turns <= 0).all())
+        # Over each a, all pairs of points of the boundary: b where f > 0, and b where f < 0.
+        positive, negative = rng.uniform(0, 2, 2)
+        best, worst = A.largest(positive, negative), A.smallest(positive, negative)
+        values = []
+        for a in np.linspace(*A.bias_range, 101):
+            (a0, b0), (a1, b1) = outline.T, np.roll(outline, -1, axis=0).T
+            passes = (np.minimum(a0, a1) <= a) & (a <= np.maximum(a0, a1))
+            b = b0[passes] + (a - a0[passes]) / (a1 - a0)[passes] * (b1 - b0)[passes]
+            values.append(a - positive * b[:, None] + negative * b[None, :])
+        assert max(v.max() for v in values) <= best.value + 100 * tolerance
+        assert min(v.min() for v in values) >= worst.value - 100 * tolerance
+        for found in (best, worst):
+            assert A.contains(found.a, np.array([found.where_positive, found.where_negative]), tolerance).all()
+            T = found.a - positive * found.where_positive + negative * found.where_negative
+            assert abs(T - found.value) <= 100 * tolerance
+
+
+@pytest.mark.parametrize("centre", [(0.0, 0.0), (9.0, 0.0), (-7.3, 1e3), (1e6, -3e5)])
+@pytest.mark.parametrize("axes", [0.3, (0.1, 2.0), [[1.0, 0.3], [-0.5, 0.4]], [[1.0, 1.0], [1.0, 1.0 + 1e-6]]], ids=str)
+def test_ellipses_reach_the_ends_of_their_own_range_and_attain_what_they_say(centre, axes):
+    A = Ellipse(centre, axes)
+    m, M = A.sections(A.bias_range)
+    assert np.isfinite(m).all() and np.isfinite(M).all() and (m <= M).all() and A.contains(A.bias_range, m).all()
+    assert np.isinf(A.sections(np.array(A.bias_range) + [-1e-3, 1e-3])[0]).all()
+    angle = np.linspace(0, 2 * np.pi, 2001)
+    E = np.diag(np.broadcast_to(axes, 2)) if np.ndim(axes) < 2 else np.array(axes)
+    x = np.array(centre)[:, None] + E @ np.stack([np.cos(angle), np.sin(angle)])
+    round_off = 1e-15 * (1 + np.abs(centre).max())
+    alpha, beta = np.array([1.0, 1e-8, 0.0, -1.0, 0.6]), np.array([1e-8, 1.0, -1.0, 0.0, -0.8])
+    assert A.contains(*A.maximise(alpha, beta)).all()
+    dense = (np.multiply.outer(alpha, x[0]) + np.multiply.outer(beta, x[1])).max(axis=1)
+    assert (A.support(alpha, beta) >= dense - 10 * round_off).all() and (A.support(alpha, beta) <= dense + 1e-5).all()
+    for found in (A.largest(0.7, 1.9), A.smallest(0.7, 1.9)):
+        assert A.contains(found.a, np.array([found.where_positive, found.where_negative])).all()
+    # Half the longest section of the thinnest, whose square is 1e-12 of that of the set: |det E| / half the range of a.
+    assert np.subtract(*A.sections(centre[0])[::-1]) / 2 == pytest.approx(
+        abs(np.linalg.det(E)) / np.hypot(*E[0]), rel=1e-9, abs=4 * round_off
+    )
+
+
+def test_a_boundary_that_meets_itself_is_refused():
+    pentagram = [(np.cos(angle), np.sin(angle)) for angle in 4 * np.pi / 5 * np.arange(5)]
+    for corners in (
+        pentagram,
+        [(0, 0), (2, 0), (0.5, 1.5), (2, 1)],  # two edges cross
+        [(0, 0), (2, 0), (2, 2), (2, 1), (0, 1)],  # an edge goes back over another
+        [(0, 0), (2, 0), (2, 2), (1, 0), (0, 2)],  # a corner lies on an edge
+        [(0, 0), (1, 1), (2, 0), (2, 2), (1, 1), (0, 2)],  # two corners are one point
+    ):
+        for far in (0.0, 1e5):
+            with pytest.raises(ValueError, match=r"^corners: a boundary that meets itself nowhere is wanted; the edges"):
+                Polygon(np.array(corners) + far)
+
+
+def test_corners_that_are_no_corners_are_no_harm():
+    straight = Polygon([(0, 0), (1, 0), (1, 0), (2, 0), (2, 2), (0, 2), (0, 0), (0, 0)])
+    assert straight.convex and straight.contains(1.0, 2.0) and straight.contains([0, 2, 1], [0, 2, 0]).all()
+    assert Polygon([(1e9, 0), (1e9 + 1, 0), (1e9 + 1, 1), (1e9, 1)]).convex
+    assert not Polygon(np.array(ARROW) + [1e9, 0]).convex

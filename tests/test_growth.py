@@ -304,5 +304,5 @@ def test_what_cannot_be_fitted_or_was_not_measured_is_refused():
     monitor = GrowthMonitor(network(np.eye(1), "relu"))
     with pytest.raises(ValueError, match="nothing was measured"):
         monitor.bounds()
-    with pytest.raises(ValueError, match="name: 'L1' or 'L2' is wanted, 'max' was given"):
+    with pytest.raises(ValueError, match="name: one of 'L1', 'L2' is wanted, 'max' was given"):
         monitor.norms("max")

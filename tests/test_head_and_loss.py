@@ -115,7 +115,7 @@ def test_a_sample_of_weight_zero_does_not_count_and_proportions_do():
 @pytest.mark.parametrize("weights", [[1, 2], [1, -1, 1, 1], [0, 0, 0, 0], [1, np.nan, 1, 1]])
 def test_weights_that_are_none_are_refused(weights):
     Y = label_space("disk", "DG0")
-    with pytest.raises(ValueError, match="weights: 4 finite numbers >= 0, not all 0, are wanted"):
+    with pytest.raises(ValueError, match=r"^weights: (finite )?numbers >= 0( of shape \(4,\)|, not all 0,) are wanted"):
         least_squares(Y, Y.batch(smooth(Y, 4)), Y.batch(smooth(Y, 4)), weights)
 
 
@@ -148,7 +148,7 @@ def test_a_head_that_does_not_fit_its_loss_is_refused():
     batch = Batch(net.Y.batch(smooth(net.Y, 2)), [0, 1])
     with pytest.raises(ValueError, match="loss: binary_cross_entropy goes with a head of prediction 'logistic', the h"):
         LearningProblem(net, Head(psi, 2), binary_cross_entropy, None, batch)
-    with pytest.raises(ValueError, match="prediction: one of identity, logistic, softmax is wanted, 'soft' was given"):
+    with pytest.raises(ValueError, match="prediction: one of 'identity', 'logistic', 'softmax' is wanted, 'soft' was given"):
         Head(psi, 2, "soft")
     with pytest.raises(ValueError, match="labels: the output is a function in .*; observations are wanted as a batch"):
         LearningProblem(net, Head(psi, psi, "identity"), least_squares, None, batch)

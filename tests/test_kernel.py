@@ -167,7 +167,7 @@ def test_on_many_nodes_the_supremum_is_an_upper_bound_which_says_so(kernel, rng,
 
 @on_two_ranks
 def test_refuses_norms_that_it_does_not_know(kernel):
-    with pytest.raises(ValueError, match=r"^kind: 'hs', 'operator' or 'linf' is wanted, 'l1' was given$"):
+    with pytest.raises(ValueError, match=r"^kind: one of 'hs', 'operator', 'linf' is wanted, 'l1' was given$"):
         kernel.norm(np.zeros(kernel.shape), "l1")
 
 

@@ -297,5 +297,5 @@ def test_what_learned_factors_cannot_do_is_refused():
         net.on(label_space("disk", "CG1", 2))
     with pytest.raises(ValueError, match="^learn_factors: one phi and one psi for all layers are wanted"):
         ResidualNetwork([laplace("disk", "CG1", 4)] * 3, times=TIMES, learn_factors=True)
-    with pytest.raises(ValueError, match="^tolerance: a number from 0 to 1 is wanted, 2 was given"):
+    with pytest.raises(ValueError, match="^tolerance: a number >= 0 and < 1 is wanted, 2 was given"):
         net.truncated(2)

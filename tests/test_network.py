@@ -236,13 +236,13 @@ def test_unknown_names_are_refused(option, name):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"activation": "tahn"}, ValueError, r"'tahn'.*tanh"),
-        ({"times": [0.0, 0.5, 0.5]}, ValueError, r"times: they must be finite and increase, \[0.0, 0.5, 0.5\]"),
-        ({"times": [0.0, 0.5, 0.3]}, ValueError, r"times: they must be finite and increase"),
-        ({"times": [0.0, np.nan]}, ValueError, r"times: they must be finite and increase"),
-        ({"times": [0.1, 0.5]}, ValueError, r"times: layer times 0 = t_0 < .. < t_L are wanted, \[0.1, 0.5\]"),
-        ({"times": []}, ValueError, r"times: layer times 0 = t_0 < .. < t_L are wanted"),
-        ({"times": [[0.0, 1.0]]}, ValueError, r"times: layer times 0 = t_0 < .. < t_L are wanted"),
+        ({"activation": "tahn"}, ValueError, r"^activation: one of 'tanh', .* is wanted, 'tahn' was given"),
+        ({"times": [0.0, 0.5, 0.5]}, ValueError, r"times: layer times .* which increase, are wanted, \[0.0, 0.5, 0.5\]"),
+        ({"times": [0.0, 0.5, 0.3]}, ValueError, r"times: layer times .* which increase, are wanted"),
+        ({"times": [0.0, np.nan]}, ValueError, r"times: finite numbers of shape \(layers \+ 1,\) are wanted, 1 of 2 are not finite"),
+        ({"times": [0.1, 0.5]}, ValueError, r"times: layer times 0 = t_0 < .. < t_L, .* are wanted, \[0.1, 0.5\]"),
+        ({"times": []}, ValueError, r"times: numbers of shape \(layers \+ 1,\) are wanted, shape \(0,\) was given"),
+        ({"times": [[0.0, 1.0]]}, ValueError, r"times: numbers of shape \(layers \+ 1,\) are wanted, shape \(1, 2\) was given"),
         ({"times": None, "layers": -1}, ValueError, r"layers: an integer >= 0 is wanted, -1 was given"),
         ({"times": None, "layers": 2.0}, ValueError, r"layers: an integer >= 0 is wanted, 2.0 was given"),
         ({"times": None, "final_time": 0.0}, ValueError, r"final_time: a positive number is wanted, 0.0 was given"),
@@ -302,9 +302,9 @@ def test_states_exist_at_layer_times_only(layer):
 @on_ranks
 def test_coefficients_that_do_not_fit_are_refused():
     net = network()
-    with pytest.raises(ValueError, match=r"coefficients: shape \(6, 4\) is wanted for kernel, \(4, 6\) was given"):
+    with pytest.raises(ValueError, match=r"coefficients of kernel_\d: numbers of shape \(6, 4\) are wanted, shape \(4, 6\) was given"):
         net.kernel.set(0, np.zeros((4, 6)))
-    with pytest.raises(ValueError, match="coefficients: the ones given for kernel_1 are not all finite"):
+    with pytest.raises(ValueError, match="coefficients of kernel_1: finite numbers of shape .* are wanted, .* are not finite"):
         net.kernel.set(1, np.full((6, 4), np.nan))
 
 

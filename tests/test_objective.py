@@ -699,20 +699,20 @@ def test_every_rank_has_the_same_bits_of_j():
     [
         ([0, 1, 5, 7], r"^labels: classes 0 to 2 are wanted, sample 2 has 5$"),
         ([0, -1, 1, 2], r"^labels: classes 0 to 2 are wanted, sample 1 has -1$"),
-        ([], r"^labels: a non-empty list of integers is wanted, .* of shape \(0,\) was given$"),
-        (np.zeros(0, dtype=int), r"^labels: a non-empty list of integers is wanted, int64 of shape \(0,\) was given$"),
-        ([0.0, 1.0, 2.0, 1.0], r"^labels: a non-empty list of integers is wanted, float64 of shape \(4,\) was given$"),
-        ([[0, 1, 2, 1]], r"^labels: a non-empty list of integers is wanted, int64 of shape \(1, 4\) was given$"),
-        (["a", "b", "c", "a"], r"^labels: a non-empty list of integers is wanted, <U1 of shape \(4,\) was given$"),
-        (1, r"^labels: a non-empty list of integers is wanted, int64 of shape \(\) was given$"),
-        ([True, False, True, True], r"^labels: a non-empty list of integers is wanted, bool of shape \(4,\) was given$"),
+        ([], r"^labels: integers of shape \(samples,\) are wanted, shape \(0,\) was given$"),
+        (np.zeros(0, dtype=int), r"^labels: integers of shape \(samples,\) are wanted, shape \(0,\) was given$"),
+        ([0.0, 1.0, 2.0, 1.0], r"^labels: integers of shape \(samples,\) are wanted, list with entries of type float64 was given$"),
+        ([[0, 1, 2, 1]], r"^labels: integers of shape \(samples,\) are wanted, shape \(1, 4\) was given$"),
+        (["a", "b", "c", "a"], r"^labels: integers of shape \(samples,\) are wanted, list with entries of type <U1 was given$"),
+        (1, r"^labels: integers of shape \(samples,\) are wanted, shape \(\) was given$"),
+        ([True, False, True, True], r"^labels: integers of shape \(samples,\) are wanted, list with entries of type bool was given$"),
         ([0, 1, 2], r"^batch.targets: 4 samples are wanted, as many as inputs, 3 were given$"),
         ([0, 1, 2, 0, 1], r"^batch.targets: 4 samples are wanted, as many as inputs, 5 were given$"),
     ],
 )
 def test_refuses_labels(labels, message):
     problem = learning_problem(network("disk", "DG0"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         LearningProblem(problem.net, problem.head, cross_entropy, None, Batch(problem.batch.inputs, labels))
 
 
@@ -801,9 +801,9 @@ def test_takes_a_batch_of_targets_for_a_head():
     [
         (None, 3, TypeError, r"^psi: a Basis is wanted, NoneType was given$"),
         (np.ones((4, 2)), 3, TypeError, r"^psi: a Basis is wanted, ndarray was given$"),
-        ("laplace", 0, ValueError, r"^classes: a positive integer is wanted, 0 was given$"),
-        ("laplace", 2.0, ValueError, r"^classes: a positive integer is wanted, 2.0 was given$"),
-        ("laplace", None, ValueError, r"^classes: a positive integer is wanted, None was given$"),
+        ("laplace", 0, ValueError, r"^onto: a positive integer is wanted, 0 was given$"),
+        ("laplace", 2.0, ValueError, r"^onto: a positive integer is wanted, 2.0 was given$"),
+        ("laplace", None, ValueError, r"^onto: a positive integer is wanted, None was given$"),
     ],
 )
 def test_head_refuses(psi, classes, error, message):

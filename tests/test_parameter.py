@@ -546,10 +546,10 @@ def test_set_takes_integers_and_lists():
 def test_set_refuses_a_wrong_shape(basis):
     parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
     wrong = np.zeros((*basis.shape, 2))
-    with pytest.raises(ValueError, match=r"coefficients: shape .* is wanted for gauss, .* was given"):
+    with pytest.raises(ValueError, match=r"coefficients of gauss_\d: numbers of shape .* are wanted, .* was given"):
         parameter.set(0, wrong)
     if len(basis.shape) == 2 and basis.shape[0] != basis.shape[1]:
-        with pytest.raises(ValueError, match="is wanted for gauss"):
+        with pytest.raises(ValueError, match="coefficients of gauss_"):
             parameter.set(0, np.zeros(basis.shape).T)
     assert not parameter.get(0).any()
 
@@ -559,7 +559,7 @@ def test_set_refuses_a_wrong_shape(basis):
 def test_set_refuses_numbers_that_are_not_finite(basis, number):
     parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
     c = np.full(basis.shape, number)
-    with pytest.raises(ValueError, match=r"coefficients: the ones given for gauss_1 are not all finite"):
+    with pytest.raises(ValueError, match=r"coefficients of gauss_1: finite numbers of shape .* are wanted, .* are not finite"):
         parameter.set(1, c)
     assert not parameter.get(1).any()
 

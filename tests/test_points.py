@@ -164,16 +164,16 @@ def test_more_ranks_than_points_are_no_harm():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(weights=[]), "^weights: positive numbers, one a point, are wanted; shape .0,.*"),
-        (dict(weights=[1.0, 0.0]), "^weights: positive numbers.*smallest 0 was given$"),
-        (dict(weights=[1.0, np.nan]), "^weights: positive"),
-        (dict(weights=[1.0, 2.0], points=np.zeros((3, 2))), r"^points: finite coordinates of shape \(2, d\) are wanted, shape"),
-        (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: finite coordinates of shape \(2, d\) are wanted"),
+        (dict(weights=[]), "^weights: positive numbers of shape .points,. are wanted, shape .0,."),
+        (dict(weights=[1.0, 0.0]), "^weights: positive numbers.*the smallest given is 0$"),
+        (dict(weights=[1.0, np.nan]), "^weights: finite positive numbers"),
+        (dict(weights=[1.0, 2.0], points=np.zeros((3, 2))), r"^points: numbers of shape \(2, d\) are wanted, shape"),
+        (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: finite numbers of shape \(2, d\) are wanted"),
         (dict(weights=[1.0, 2.0], points=[0.0, 1.0]), r"^points: .* are wanted, shape \(2,\) was given$"),
-        (dict(weights=[1.0, 2.0], graph=np.full((2, 2), np.nan)), "^graph: edge weights >= 0 .* not finite$"),
-        (dict(weights=[1.0, 2.0], graph=np.zeros((3, 3))), r"^graph: a matrix of shape \(2, 2\) is wanted, \(3, 3\) was given$"),
+        (dict(weights=[1.0, 2.0], graph=np.full((2, 2), np.nan)), "^graph: finite numbers >= 0 .* not finite$"),
+        (dict(weights=[1.0, 2.0], graph=np.zeros((3, 3))), r"^graph: numbers >= 0 of shape \(2, 2\) are wanted, shape \(3, 3\) was given$"),
         (dict(weights=[1.0, 2.0], graph=np.array([[0, 1], [2, 0]])), "^graph: a symmetric matrix is wanted"),
-        (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: edge weights >= 0 are wanted"),
+        (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: numbers >= 0 .* are wanted, the smallest given is -1$"),
     ],
 )
 def test_refuses(arguments, message):

@@ -24,6 +24,7 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation import Activation
+from fem_resnet.arguments import number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
@@ -149,6 +150,7 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
         _refuse_dependence_on_time(net)
         layer, fraction = inputs[0], 0.0
     else:
+        at = number("at", at)
         if not times[0] <= at <= times[-1]:
             raise ValueError(f"at: a time from 0 to T = {times[-1]:g} is wanted, {at!r} was given")
         layer = inputs[min(int(np.searchsorted(times, at, side="right")) - 1, net.layers - 1)]

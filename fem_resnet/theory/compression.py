@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from petsc4py import PETSc
 from slepc4py import SLEPc
 
+from fem_resnet.arguments import integer, number, real_array
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import LabelSpace
@@ -188,10 +189,9 @@ def compress(
     >>> found.rank, found.hilbert_schmidt.value < 1e-3 * found.norm
     (15, True)
     """
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance: a number between 0 and 1 is wanted, {tolerance!r} was given")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: a number between 0 and 1 is wanted, {confidence!r} was given")
+    tolerance, confidence = number("tolerance", tolerance, above=0, below=1), number("confidence", confidence, above=0, below=1)
+    largest_rank, seed = integer("largest_rank", largest_rank), integer("seed", seed, least=0)
+    affordable = integer("affordable", affordable, least=0)
     if isinstance(kernel, LowRankKernel):
         return _of_factors(kernel, beta, tolerance, largest_rank)
     if beta is not None:
@@ -210,12 +210,7 @@ def compress(
 
 
 def _of_factors(kernel: LowRankKernel, beta, tolerance: float, largest_rank: int) -> Compression:
-    beta = np.asarray(beta, dtype=float)
-    if beta.shape != kernel.shape or not np.isfinite(beta).all():
-        raise ValueError(
-            f"beta: finite coefficients of shape {kernel.shape} are wanted with this LowRankKernel, shape {beta.shape} "
-            f"was given"
-        )
+    beta = real_array("beta", beta, kernel.shape)
     spaces = kernel.phi.Y, kernel.psi.Y
     Q, s, tail = _decomposed(spaces, [kernel.phi.values, kernel.psi.values], beta)
     r = _rank(s, tail, tolerance, largest_rank)

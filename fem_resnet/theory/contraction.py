@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fem_resnet.arguments import real_array
 from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
@@ -69,7 +70,7 @@ def circle_radius(A: ArrayLike, b: ArrayLike) -> float:
     >>> circle_radius([[0.0]], [1.0]), circle_radius([[0.5]], [1.0])
     (1.0, inf)
     """
-    A, b = np.asarray(A, dtype=float), np.asarray(b, dtype=float)
+    A, b = real_array("A", A), real_array("b", b)
     if b.ndim != 1 or A.shape != (len(b), len(b)):
         raise ValueError(f"A, b: shapes (s, s) and (s,) are wanted, {A.shape} and {b.shape} were given")
     m = b[:, None] * A

@@ -22,6 +22,7 @@ import numpy as np
 import scipy.optimize
 from mpi4py import MPI
 
+from fem_resnet.arguments import number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem
@@ -277,4 +278,4 @@ def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: fl
     >>> find_equilibria(net).contain(phi.function(np.eye(4)[:, :2])).tolist()
     [True, False]
     """
-    return Equilibria(autonomous_problem(net, at), tolerance)
+    return Equilibria(autonomous_problem(net, at), number("tolerance", tolerance, least=0))

@@ -28,6 +28,7 @@ import numpy as np
 import scipy.optimize
 
 from fem_resnet.activation import Activation
+from fem_resnet.arguments import choice, real_array
 from fem_resnet.evolution import Step
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import Fixed
@@ -188,8 +189,7 @@ class GrowthMonitor(Fixed):
         ValueError
             If nothing was measured, or the name is neither "L1" nor "L2".
         """
-        if name not in ("L1", "L2"):
-            raise ValueError(f"name: 'L1' or 'L2' is wanted, {name!r} was given")
+        choice("name", name, ("L1", "L2"))
         if not self.times:
             raise ValueError("norms: nothing was measured yet: let follow_trajectory call the monitor, or watch a run")
         measured = np.array(self._norms)
@@ -372,7 +372,7 @@ def fit_growth(times: np.ndarray, norms: np.ndarray) -> GrowthFit:
     >>> [round(float(fit.power[0]), 6), round(float(fit.rate[1]), 6)], fit.verdicts
     ([1.0, 0.5], ['power', 'exponential', 'power', 'not decided'])
     """
-    times, norms = np.asarray(times, dtype=float), np.asarray(norms, dtype=float)
+    times, norms = real_array("times", times), real_array("norms", norms, finite=False)
     if norms.ndim != 2 or times.shape != norms.shape[:1] or len(times) < 4:
         raise ValueError(f"norms: shape (times, samples), at least 4 times, is wanted, {norms.shape} was given")
     late = times >= (times[0] + times[-1]) / 2

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
+from fem_resnet.arguments import real_array
 from fem_resnet.basis import node_numbers
 from fem_resnet.label_space import LabelSpace
 
@@ -158,10 +159,12 @@ class KernelValues:
         self.evaluations = 0
         if isinstance(kernel, tuple):
             self._b: Callable = _of_ufl(*_checked(kernel, Y, Z))
+        elif isinstance(kernel, ufl.core.expr.Expr):
+            raise TypeError("kernel: a UFL expression is wanted as (expression, y, z), with the two points that it depends on")
         elif callable(kernel):
             self._b = kernel
         else:
-            matrix = np.asarray(kernel, dtype=float)
+            matrix = real_array("kernel", kernel)
             if matrix.shape != (Y.size, Z.size):
                 raise ValueError(
                     f"kernel: a matrix of shape ({Y.size}, {Z.size}), the values b(y_i, z_j) at the nodes, is wanted; "
@@ -194,7 +197,7 @@ class KernelValues:
 
     def _evaluated(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         shape = np.broadcast_shapes(y.shape, z.shape)[:-1]
-        values = np.asarray(self._b(y, z), dtype=float)
+        values = real_array("kernel", self._b(y, z), finite=False)
         # One of length 1, as of a kernel that does not depend on y, stands for all.
         if values.ndim > len(shape) or any(n not in (1, m) for n, m in zip(values.shape[::-1], shape[::-1])):
             raise ValueError(

@@ -24,6 +24,7 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import integer
 from fem_resnet.basis import Basis
 from fem_resnet.costate import solve_costate
 from fem_resnet.features import HELD, STEPPED, supports
@@ -104,8 +105,7 @@ def depth_limit(
     >>> depth_limit(net, Y.batch(Y.coordinates)).orders.round()
     array([1., 1., 1.])
     """
-    if not isinstance(halvings, (int, np.integer)) or halvings < 0:
-        raise ValueError(f"halvings: an integer >= 0 is wanted, {halvings!r} was given")
+    halvings = integer("halvings", halvings, least=0)
     counts = net.steps * 2 ** np.arange(halvings + 1)
     with stop_annotating():
         exact = solve_trajectory(net, initial, steps=int(8 * counts[-1]), solver_parameters=solver_parameters)

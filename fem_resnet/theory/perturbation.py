@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 
+from fem_resnet.arguments import number
 from fem_resnet.evolution import SOLVER_PARAMETERS, FieldStepper, Moment
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.trajectory import LayerTrajectory, Trajectory, like
@@ -71,7 +72,7 @@ def solve_linearised(
         If an argument does not fit.
     """
     times = trajectory.net.times
-    end = times[-1] if end is None else end
+    start, end = number("start", start), times[-1] if end is None else number("end", end)
     if not times[0] <= start <= end <= times[-1]:
         raise ValueError(
             f"start, end: times 0 <= start <= end <= T = {times[-1]:g} are wanted, {start!r}, {end!r} were given"

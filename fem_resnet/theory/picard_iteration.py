@@ -20,6 +20,7 @@ import numpy as np
 from numpy.polynomial import Legendre, Polynomial
 from scipy.special import factorial
 
+from fem_resnet.arguments import integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.network import ResidualNetwork
@@ -160,6 +161,7 @@ def picard(
     >>> round(net.Y.norm(solution.final), 9), solution.pieces[0].increments[:4, 0].round(6).tolist()
     (7.389056099, [2.0, 2.0, 1.333333, 0.666667])
     """
+    tolerance, max_iterations = number("tolerance", tolerance, least=0), integer("max_iterations", max_iterations)
     Y = net.Y
     Y.check_batch(initial, "initial")
     substeps = _substeps(net)

@@ -25,6 +25,7 @@ import firedrake as fd
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fem_resnet.arguments import real_array
 from fem_resnet.basis import cell_indicators, node_numbers
 from fem_resnet.features import HELD, supports
 from fem_resnet.label_space import LabelSpace
@@ -110,13 +111,11 @@ def from_network(
         raise TypeError(f"partition: a LabelSpace is wanted, {type(partition).__name__} was given")
     cells = cell_indicators(partition)
     N = cells.rank
-    a, B, z_0 = (np.asarray(array, dtype=float) for array in (a, B, z_0))
+    a, B, z_0 = (real_array(name, array) for name, array in (("a", a), ("B", B), ("z_0", z_0)))
     if z_0.shape[:1] != (N,) or z_0.ndim not in (1, 2):
         raise ValueError(f"z_0: shape ({N},) or ({N}, samples) is wanted, one row a cell; {z_0.shape} was given")
-    tau = np.asarray(tau, dtype=float)
+    tau = real_array("tau", tau, above=0)
     layers = _layers(partition, {"a": (a, (N,)), "B": (B, (N, N)), "tau": (tau, ())})
-    if not (np.isfinite(tau).all() and (tau > 0).all()):
-        raise ValueError(f"tau: positive numbers are wanted, {tau.tolist()} was given")
     times = np.append(0.0, np.cumsum(np.broadcast_to(tau, layers)))
     options = {"solver_parameters": EULER} | options
     if options.get("gradient_flow"):

@@ -30,6 +30,7 @@ from mpi4py import MPI
 
 from fem_resnet.activation import Activation
 from fem_resnet.activation_properties import zero_intervals
+from fem_resnet.arguments import number
 from fem_resnet.enclosure import Unproved
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
@@ -226,6 +227,7 @@ def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance:
     a is not in R(B): 1 of |a| is outside, tolerance 1e-08
     """
     problem = autonomous_problem(net, at)
+    tolerance = number("tolerance", tolerance, least=0)
     sigma = problem.activation
     if problem.gradient_flow and not sigma.properties.non_decreasing:
         raise ValueError(

@@ -29,6 +29,7 @@ import firedrake as fd
 import numpy as np
 import scipy.integrate
 
+from fem_resnet.arguments import choice
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer_inputs import LayerInputs
@@ -163,6 +164,8 @@ def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     >>> integrated_norms(net, "hs").round(9).tolist(), integrated_norms(net, "operator").round(9).tolist()
     ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0])
     """
+    for norm in norms:
+        choice("norms", norm, ("hs", "operator", "linf", "bias"))
     if "linf" in norms and len(norms) > 1:
         raise ValueError(f"norms: 'linf' alone is wanted, {norms!r} was given; of a product trapezoids are no bound")
     layers = [LayerNorms(net.Y, layer).integral(norms) for layer in net.layer_inputs()]

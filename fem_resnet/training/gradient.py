@@ -19,6 +19,7 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
+from fem_resnet.arguments import real_array
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.log import log
 from fem_resnet.objective import LearningProblem
@@ -215,7 +216,10 @@ def _bounds_of(parameter: Parameter, low: ArrayLike | None, high: ArrayLike | No
     pairs = []
     for basis in parameter.space_bases:
         # What PETSc takes for no bound.
-        ends = [np.asarray(sign * np.finfo(float).max if end is None else end) for end, sign in ((low, -1), (high, 1))]
+        ends = [
+            real_array("bounds", sign * np.finfo(float).max if end is None else end, comm=basis.Y.comm, finite=False)
+            for end, sign in ((low, -1), (high, 1))
+        ]
         shapes = [end.shape in ((), basis.shape) for end in ends]
         basis.Y.agree(
             all(shapes) and bool(np.all(ends[0] <= ends[1])),

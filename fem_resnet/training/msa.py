@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from petsc4py import PETSc
 
+from fem_resnet.arguments import choice, integer, number
 from fem_resnet.control_set import ControlSet
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
@@ -168,6 +169,8 @@ def msa(
     >>> result = msa(problem, Box((-1, 1), (-1, 1)), variant="extended")  # doctest: +SKIP
     """
     _check(problem, A, variant)
+    iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
+    rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
     net = problem.net
     H = Hamiltonian.of(problem, "maximise")
@@ -263,8 +266,7 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox,
         raise TypeError(f"A: a ControlSet, a RowBox, a RowBall or a SpanBox is wanted, {type(A).__name__} was given")
     if not (pointwise or A.psi.Y is net.Y):
         raise ValueError(f"A: its rows live on {A.psi.Y!r}, the network's label space {net.Y!r} is wanted")
-    if variant not in _VARIANTS:
-        raise ValueError(f"variant: one of {', '.join(map(repr, _VARIANTS))} is wanted, {variant!r} was given")
+    choice("variant", variant, _VARIANTS)
     if pointwise and variant != "basic" and not A.convex:
         raise ValueError(f"A: variant {variant!r} mixes controls, so a convex set is wanted; this one takes 'basic' only")
 

@@ -27,6 +27,7 @@ from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
 
+from fem_resnet.arguments import integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.objective import Batch, LearningProblem
 from fem_resnet.parameter import Parameter
@@ -248,13 +249,10 @@ def train_pam(
 
 
 def _check(tau, iterations, gradient_tolerance, accuracy, batches) -> None:
-    if not (np.isfinite(tau) and tau > 0):
-        raise ValueError(f"tau: a positive number is wanted, {tau!r} was given")
-    if not isinstance(iterations, (int, np.integer)) or iterations < 0:
-        raise ValueError(f"iterations: an integer >= 0 is wanted, {iterations!r} was given")
-    for name, number in (("gradient_tolerance", gradient_tolerance), ("accuracy", accuracy)):
-        if not (np.isfinite(number) and number >= 0):
-            raise ValueError(f"{name}: a number >= 0 is wanted, {number!r} was given")
+    number("tau", tau, above=0)
+    integer("iterations", iterations, least=0)
+    for name, value in (("gradient_tolerance", gradient_tolerance), ("accuracy", accuracy)):
+        number(name, value, least=0)
     if batches is not None and not len(batches):
         raise ValueError("batches: at least one is wanted, none was given; minibatches() makes them")
 

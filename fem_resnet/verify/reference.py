@@ -341,6 +341,7 @@ class Reference:
     def omega(self) -> np.ndarray:
         """Weights of the samples."""
         omega = np.ones(self.batch.samples) if self.batch.weights is None else np.array(self.batch.weights, dtype=float)
+        omega = omega / omega.max()  # the sum of large ones may overflow
         return omega / omega.sum()
 
     @cached_property

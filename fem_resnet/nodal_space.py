@@ -1,0 +1,141 @@
+"""What makes a function space one of nodes with weights, as `label_space` wants it.
+
+The degrees of freedom of V are the values at points of each cell, and the integrals over the cell of the basis functions
+are clearly positive. V is asked for that, not judged by its name: see `check_space`, which also sees spaces that share
+or restrict the degrees of freedom of another one, and meshes that lie folded in the plane.
+"""
+
+from __future__ import annotations
+
+import FIAT
+import firedrake as fd
+import numpy as np
+import ufl
+from finat.element_factory import create_element
+from mpi4py import MPI
+
+__all__ = ["WHAT_WORKS", "check_space"]
+
+# A weight of the reference cell below this part of the cell's measure is zero up to round-off.
+_SMALLEST_WEIGHT = 1e-6
+
+WHAT_WORKS = (
+    "Spaces that work: DG of degree 0 or 1; CG of degree 1; CG of degree 3 on triangles; the default CG and DG "
+    "(Gauss-Lobatto) on intervals, quadrilaterals and hexahedra; KMV on triangles (degree 1 to 5) and "
+    "tetrahedra (degree 1 to 3)."
+)
+
+
+def check_space(V: fd.functionspaceimpl.WithGeometry, neighbours: bool = True) -> None:
+    """Raise unless V is a scalar space of its own, nodal, with positive weights on the reference cell. Collective.
+
+    Parameters
+    ----------
+    V
+        The function space.
+    neighbours
+        Whether cells that share a facet lie side by side; in `point_space` they lie anywhere.
+
+    Raises
+    ------
+    TypeError
+        If it is no scalar function space, or part of another one.
+    ValueError
+        If it is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
+    """
+    if not isinstance(V, fd.functionspaceimpl.WithGeometry):
+        raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
+    if V.value_shape != () or len(V) != 1:
+        raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
+    if V.index is not None or V.component is not None:
+        raise TypeError("V: a space of its own is wanted, this one is part of another; give V.collapse()")
+    if V.boundary_set:
+        raise TypeError(
+            f"V: a space with all its nodes is wanted, this one is restricted on {', '.join(map(str, V.boundary_set))}; give "
+            f"the FunctionSpace that it restricts"
+        )
+    mesh = V.mesh()
+    if mesh.topological_dimension == 0:
+        raise ValueError("V: a mesh of cells is wanted, this one has points alone; point_space(weights, points) takes points")
+    _check_element(V.ufl_element())
+    if neighbours and _is_folded(mesh):
+        raise ValueError(
+            "V: cells of its mesh lie on each other, as those of a surface do that was read without its last coordinate; read "
+            "the file with Mesh(name, dim=3), a curve with the dimension that it lies in"
+        )
+
+
+def _check_element(description: ufl.finiteelement.AbstractFiniteElement) -> None:
+    if description.family() in ("Real", "HDiv Trace"):
+        raise ValueError(f"V: {description} has no nodes in the cells of the mesh. {WHAT_WORKS}")
+    if not isinstance(description.pullback, ufl.pullback.IdentityPullback):
+        raise ValueError(f"V: the degrees of freedom of {description} are no point values. {WHAT_WORKS}")
+    for factor in _factors(create_element(description)):
+        element = getattr(factor, "fiat_equivalent", None)
+        if not hasattr(element, "degree"):  # a Quadrature element
+            raise ValueError(f"V: {description} has values at points and no functions between them. {WHAT_WORKS}")
+        if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):
+            raise ValueError(f"V: the degrees of freedom of {description} are no point values. {WHAT_WORKS}")
+        cell = element.get_reference_element()
+        rule = FIAT.create_quadrature(cell, element.degree())
+        table = element.tabulate(0, rule.get_points())[(0,) * cell.get_spatial_dimension()]
+        smallest = (table @ rule.get_weights()).min() / rule.get_weights().sum()
+        if smallest < _SMALLEST_WEIGHT:
+            raise ValueError(
+                f"V: {description} has a node of weight {smallest:.2g} of its cell; all must be positive, since an "
+                f"integral over Y is the sum of node values with these weights. {WHAT_WORKS}"
+            )
+
+
+def _factors(element):
+    """The elements on simplices of which a tensor-product element is made; weights multiply."""
+    if hasattr(element, "product"):
+        yield from _factors(element.product)
+    elif hasattr(element, "factors"):
+        for factor in element.factors:
+            yield from _factors(factor)
+    else:
+        yield element
+
+
+def _is_folded(mesh: fd.MeshGeometry) -> bool:
+    """Whether two neighbours lie on one side of the facet between them, in a mesh of the line or of the plane. Collective.
+
+    A closed curve or surface that has lost a coordinate does so; in more dimensions than its own a mesh may fold.
+    """
+    if mesh.extruded:
+        mesh = mesh._base_mesh
+    dimension = mesh.topological_dimension
+    if dimension != mesh.geometric_dimension or dimension > 2:
+        return False
+    corners = _corner_nodes(mesh)
+    if corners is None:
+        return False
+    facets = mesh.interior_facets
+    x = mesh.coordinates.dat.data_ro_with_halos.reshape(-1, dimension)
+    of_cells = x[mesh.coordinates.cell_node_map().values_with_halo[:, corners[0]]]  # cells, corners, dimension
+    cells, numbers = facets.facet_cell[: facets.set.size], facets.local_facet_dat.data_ro.reshape(-1, 2)
+    sides, along = [], []
+    for k in range(2):
+        own = of_cells[cells[:, k]]
+        ends = np.take_along_axis(own, corners[1][numbers[:, k]][:, :, None], axis=1)
+        inward = own.mean(axis=1) - ends[:, 0]
+        along.append(ends[:, -1] - ends[:, 0])
+        sides.append(inward[:, 0] if dimension == 1 else along[k][:, 0] * inward[:, 1] - along[k][:, 1] * inward[:, 0])
+    if dimension == 2:  # the two cells may go along their facet in opposite directions
+        sides[1] = sides[1] * np.sign(np.sum(along[0] * along[1], axis=1))
+    return mesh.comm.allreduce(bool((sides[0] * sides[1] >= 0).any()), op=MPI.LOR)
+
+
+def _corner_nodes(mesh: fd.MeshGeometry) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which nodes of the coordinates are a cell's corners, and which corners its facets have; None where none are."""
+    element = create_element(mesh.coordinates.function_space().ufl_element().sub_elements[0]).fiat_equivalent
+    if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):
+        return None
+    cell = element.get_reference_element()
+    nodes = np.array([next(iter(dof.get_point_dict())) for dof in element.dual_basis()])
+    distance = np.linalg.norm(nodes - np.array(cell.get_vertices())[:, None], axis=-1)
+    if distance.min(axis=1).max() > 1e-12:
+        return None
+    facets = cell.get_topology()[cell.get_spatial_dimension() - 1]
+    return distance.argmin(axis=1), np.array([facets[k] for k in sorted(facets)])
