@@ -36,7 +36,7 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunction
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import number
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.objective import LearningProblem
 

@@ -248,11 +248,11 @@ def _layer_by_layer(
 
     parameters = SOLVER_PARAMETERS | (solver_parameters or {})
     with FieldStepper(Y, f.shape[1], rate, linearised, parameters, options_prefix) as stepper:
-        for number, part in enumerate(net.layer_inputs()):
+        for l, part in enumerate(net.layer_inputs()):
             layer = LayerTrajectory(part, None, [])
             f = one_layer(stepper, layer, f, steps)
             if Y.sum(not np.isfinite(f).all()):
-                raise StepFailure(number, part.start + part.length, "NOT_FINITE")
+                raise StepFailure(l, part.start + part.length, "NOT_FINITE")
         scheme = stepper.scheme
     return like(initial, f), scheme, steps
 

@@ -46,10 +46,9 @@ import firedrake as fd
 import numpy as np
 from mpi4py import MPI
 
-from fem_resnet.arguments import number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.theory.autonomous import AutonomousProblem, autonomous_problem, sampled
+from fem_resnet.theory.autonomous import AutonomousProblem, sampled
 from fem_resnet.theory.half_planes import count_left, count_left_in_gap
 from fem_resnet.theory.singular_values import SingularSystem
 from fem_resnet.theory.steady_states import SteadyStates, find_steady_states
@@ -173,7 +172,6 @@ def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stabilit
     >>> stability.verdict, round(stability.rate, 12), stability.theorem_holds, stability.lyapunov_falls
     ('asymptotically stable', 1.0, True, True)
     """
-    tolerance = number("tolerance", tolerance, least=0)
     steady = find_steady_states(net, at)
     problem, system = steady.problem, steady.problem.generator
     slope, rate = _slope_and_rate(steady)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import firedrake as fd
 import numpy as np
-from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.basis import Basis

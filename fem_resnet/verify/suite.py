@@ -15,7 +15,6 @@ from mpi4py import MPI
 from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
-from fem_resnet.basis import given_basis
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.head import Head
 from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
