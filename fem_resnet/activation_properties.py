@@ -48,6 +48,7 @@ def properties(expression: sympy.Expr) -> dict[str, float | bool | frozenset[str
     return found | {"sampled": frozenset(name for name in claims if proved[name] is None)}
 
 
+@lru_cache(maxsize=256)
 def size(expression: sympy.Expr) -> tuple[float, bool]:
     """sup |sigma|, infinite if there is no bound, and whether that is proved."""
     sampled = _supremum(expression, 0)

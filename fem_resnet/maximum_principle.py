@@ -225,6 +225,8 @@ class Residual:
         Layer times, shape (L + 1,).
     reached : bool
         Whether r* = 0: the target is reached, and the maximum principle says nothing.
+    caveat : str
+        What of sigma the upper bound stands on that is sampled, not proved; empty if nothing is.
     """
 
     lower: float
@@ -234,11 +236,13 @@ class Residual:
     Y: LabelSpace
     times: np.ndarray
     reached: bool
+    caveat: str = ""
 
     def __str__(self) -> str:
         if self.reached:
             return "no information from the maximum principle: r* = 0, the target is reached; use the gradient"
-        return f"relative PMP residual between {self.lower:.3e} and {self.upper:.3e}"
+        caveat = f" ({self.caveat})" if self.caveat else ""
+        return f"relative PMP residual between {self.lower:.3e} and {self.upper:.3e}{caveat}"
 
     def plot(self, axes) -> list:
         """Draw the violation over Y, one picture a layer, into as many matplotlib axes, for meshes of the plane. Collective.
@@ -313,7 +317,8 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     reached = size <= tolerance * (abs(float(J.functional)) + abs(problem.loss_of_zero()))
     scale = 0.0 if reached or size == 0 else 1 / size
     density = np.column_stack(columns) if columns else np.zeros((Y.nodes, 0))
-    return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached)
+    caveat = net.activation.properties.caveat("non_decreasing")
+    return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached, caveat)
 
 
 def _extremes(A: ControlSet, parts) -> np.ndarray:

@@ -240,7 +240,7 @@ def solve_value_function(
     if target.shape[1] != 1:
         raise ValueError(f"target: shape (nodes,) is wanted, {target.shape[1]} samples were given")
     start = cells.gather_batch(start, "start")
-    speeds = _speeds(cells, A, activation, running, samples)
+    speeds = _speeds(Y, cells, A, activation, running, samples)
 
     # A cell more on each side, for differences at the start.
     first = np.floor(start.min(axis=1) / spacing + 1e-9).astype(int) - 1
@@ -292,13 +292,15 @@ def _refuse_other(solution: ValueFunction, wanted: ValueFunction, of_speeds: str
         )
 
 
-def _speeds(cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:
+def _speeds(Y: LabelSpace, cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:
     if isinstance(running, RunningCost):
         running = _density(running)
     arguments = 1 if running is None else len(inspect.signature(running).parameters)
     if arguments not in (1, 4):
         raise ValueError(f"running: a function L(f) or L(f, a, b, w) is wanted, one of {arguments} arguments was given")
     if arguments == 1 and activation.properties.non_decreasing:
+        if caveat := activation.properties.caveat("non_decreasing"):
+            log(Y.comm, logging.WARNING, "the speeds of each cell are taken for the interval between the extremal ones: %s", caveat)
         return ExtremalSpeeds(cells.weights, A, activation, running)
     samples = integer("samples", samples, least=2)
     of_state = np.zeros_like if running is None else running

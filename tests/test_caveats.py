@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from fem_resnet import (
-    EnergyMonitor, GrowthMonitor, LowRankKernel, Properties, energy_step_limit, find_steady_states, get_activation,
-    lipschitz_bound, stability_report, stability_verdict, well_posedness_constants,
+    Box, EnergyMonitor, GrowthMonitor, LowRankKernel, Properties, energy_step_limit, find_steady_states, get_activation,
+    class_space, lipschitz_bound, pmp_residual, solve_value_function, stability_report, stability_verdict, well_posedness_constants,
 )  # fmt: skip
 from helpers import laplace, smooth
-from problems import autonomous_network
+from problems import autonomous_network, learning_problem
 
 PROPERTIES = {field.name for field in fields(Properties)} - {"sampled"}
 
@@ -54,3 +54,19 @@ def test_what_rests_on_sampled_properties_says_so(name):
     says, options = SAID[name]
     assert "sampled, not proved: " in says(net_with(PROPERTIES, **options))
     assert "sampled" not in says(net_with((), **options))
+
+
+def test_the_residual_of_the_maximum_principle_says_so():
+    for sampled, said in ((PROPERTIES, "(sampled, not proved: sigma does not decrease)"), ((), "")):
+        problem = learning_problem(net_with(sampled), head=True, weight=None, samples=2)
+        found = str(pmp_residual(problem, Box((-9, 9), (-9, 9))))
+        assert found.endswith(said) and ("sampled" in found) == bool(said)
+
+
+def test_a_value_function_says_so(caplog):
+    for sampled in (PROPERTIES, ()):
+        sigma = net_with(sampled).activation
+        with caplog.at_level("WARNING", logger="fem_resnet"):
+            solve_value_function(class_space(1), Box((-1, 1), (0, 0)), sigma, [2.0], [[0.0, 0.5]], final_time=0.5, spacing=0.1)
+        assert ("sampled, not proved: sigma does not decrease" in caplog.text) == bool(sampled)
+        caplog.clear()

@@ -28,6 +28,7 @@ import numpy as np
 import scipy.optimize
 
 from fem_resnet.activation import Activation
+from fem_resnet.activation_properties import size
 from fem_resnet.arguments import choice, real_array
 from fem_resnet.evolution import Step
 from fem_resnet.features import HELD, STEPPED, supports
@@ -285,7 +286,7 @@ class GrowthMonitor(Fixed):
 
 
 def supremum(activation: Activation) -> float:
-    """sup |sigma| of a bounded activation: its limits where it is non-decreasing, else from values, from above.
+    """sup |sigma| of a bounded activation: of an expression by interval arithmetic, else its limits or values, from above.
 
     Raises
     ------
@@ -295,6 +296,8 @@ def supremum(activation: Activation) -> float:
     properties = activation.properties
     if not properties.bounded:
         raise ValueError(f"activation: a bounded one is wanted, {activation.name} was given")
+    if activation.expression is not None:
+        return size(activation.expression)[0]
     if properties.non_decreasing:
         return float(np.abs(activation(np.array([-1e16, 1e16]))).max())
     s = np.arange(-_RANGE, _RANGE, _SPACING)
