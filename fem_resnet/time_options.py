@@ -84,7 +84,10 @@ _EXPLICIT_BETWEEN = ("ark3", "lassp3p4s2c", "llssp3p4s2c")
 #: By name. PETSc itself refuses those that the type does not have.
 OPTIONS: dict[str, TimeOption] = {
     **_all(
-        ("ts_max_time", "ts_final_time", "ts_init_time", "ts_time_step", "ts_dt", "ts_time_span", "ts_eval_times", "ts_run_steps"),
+        (
+            "ts_max_time", "ts_final_time", "ts_init_time", "ts_time_step", "ts_dt", "ts_time_span", "ts_eval_times",
+            "ts_run_steps",
+        ),
         _never, _BY_LAYERS,
     ),
     "ts_max_steps": TimeOption(_if_adapted, _BY_LAYERS),  # a limit, which is an error if it is reached

@@ -77,8 +77,8 @@ class StepFailure(ArithmeticError):
         end = inputs.start + inputs.length
         return cls(
             layer, inputs.start, "LENGTH_NOT_POSITIVE",
-            f"layer times cross, t_{layer} = {inputs.start:.6g} and t_{layer + 1} = {end:.6g}, and are to increase; learn from "
-            f"times further apart, or keep each in an interval of its own by bounds={{'layer_times': (least, largest)}} of `train`",
+            f"layer times cross, t_{layer} = {inputs.start:.6g} and t_{layer + 1} = {end:.6g}, and are to increase; learn "
+            f"from times further apart, or keep each in an interval of its own: train(.., bounds={{'layer_times': (least, largest)}})",
         )  # fmt: skip
 
 
@@ -412,12 +412,13 @@ class LayerStepper:
     def _check_end(self, steps: Sequence[float] | None) -> None:
         """Refuse a forward solve that TS ended elsewhere than at the end of the layer, or with other steps than it was given."""
         t, made = self._ts.getTime(), len(self._trace.steps)
-        wanted = made if self.method.overruns or (self.adaptive and steps is None) else self.steps if steps is None else len(steps)
+        free = self.method.overruns or (self.adaptive and steps is None)
+        wanted = made if free else self.steps if steps is None else len(steps)
         if abs(t - 1.0) <= 1e-9 and made == wanted:
             return
         reason = _REASONS[self._ts.getConvergedReason()]
-        where = f"after {made} steps at t = {self._time(t):.6g}, where {wanted} were to reach {self._time(1.0):.6g}"
-        if self.adaptive and steps is None:
+        where = f"it made {made} steps{'' if free else f' of {wanted}'}, and the layer ends at t = {self._time(1.0):.6g}"
+        if free:
             where += "; give a larger 'ts_max_steps', larger tolerances or smaller parameters"
         raise StepFailure(self.layer, self._time(t), reason, where)
 

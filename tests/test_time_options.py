@@ -299,7 +299,7 @@ def test_fields_are_stepped_to_the_end_too():
 @on_ranks
 def test_a_limit_of_adapted_steps_that_is_reached_is_a_step_failure():
     net = own_network("decay", **adapted("rk"), ts_max_steps=2)
-    with pytest.raises(StepFailure, match=r"CONVERGED_ITS in layer 0, t = .* after 2 steps .* to reach 3; .*'ts_max_steps'"):
+    with pytest.raises(StepFailure, match=r"CONVERGED_ITS in layer 0, t = .*: it made 2 steps, and the layer ends at t = 3; .*'ts_max_steps'"):
         run(net)
 
 
