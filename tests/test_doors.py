@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 
 import firedrake as fd
 import numpy as np
@@ -14,14 +14,13 @@ from firedrake import COMM_SELF, COMM_WORLD
 from helpers import label_space, laplace, mesh, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import learning_problem, network, taping
-from pyadjoint import Control, ReducedFunctional
 
 from fem_resnet import (
-    Basis, Batch, Box, Derivatives, Ellipse, Hamiltonian, Head, LabelSpace, LearningProblem, LocalFeedback, Loss, LowRankKernel,
+    Basis, Batch, Box, Derivatives, Ellipse, Head, LabelSpace, LearningProblem, LocalFeedback, Loss, LowRankKernel,
     NormBounded, Pair, Points, Polygon, PositiveSemidefinite, DampedAntisymmetric, ResidualNetwork, RowBall, RowBox, RunningCost,
-    Sections, SpanBox, autonomous_problem, cell_indicators, circle_radius, class_space, closed_loop, compress, cross_entropy,
+    Sections, SpanBox, autonomous_problem, circle_radius, class_space, closed_loop, compress, cross_entropy,
     depth_limit, enable_checkpointing, feedback_speeds, find_equilibria, find_steady_states, fit_growth, from_network,
-    functional_loss, get_activation, given_basis, hessian_spectrum, integrated_norms, laplace_basis, least_squares, msa, picard,
+    get_activation, given_basis, hessian_spectrum, integrated_norms, laplace_basis, least_squares, msa, picard,
     pmp_residual, point_space, save, singular_system, smooth_in_space, smooth_in_time, solve_costate, solve_linearised,
     solve_trajectory, solve_value_function, stability_verdict, tikhonov, train, train_pam,
 )  # fmt: skip
@@ -416,7 +415,8 @@ def test_of_weights_proportions_alone_matter_however_large_they_are():
     seven = Batch(net.Y.batch(smooth(net.Y, 7)), np.arange(7) % 3)
     alike = LearningProblem(net, problem.head, cross_entropy, None, seven).evaluate()[0]
     large = Batch(seven.inputs, seven.targets, [1e308] * 7)
-    assert float(LearningProblem(net, problem.head, cross_entropy, None, large).evaluate()[0]) == pytest.approx(float(alike), rel=1e-14)
+    found = LearningProblem(net, problem.head, cross_entropy, None, large).evaluate()[0]
+    assert float(found) == pytest.approx(float(alike), rel=1e-14)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
