@@ -132,14 +132,13 @@ def _with_learned_times(bias="basis"):
     return net
 
 
-@on_ranks
 def test_inner_products_stay_those_of_the_given_times_whatever_a_network_goes_through(tmp_path):
     """Saved and read, on another label space, truncated, copied: R, a gradient's length, and f(T) are the same."""
     net = _with_learned_times()
     assert net.settings["times"].tolist() == [0.0, 0.25, 0.5] and net.times.tolist() == [0.0, 0.6, 1.5]
     save(tmp_path / "net.h5", net)
     ways = {
-        "load": load(tmp_path / "net.h5")[0], "on": None, "truncated": net.truncated(0.0), "deepcopy": copy.deepcopy(net),
+        "load": load(tmp_path / "net.h5")[0], "truncated": net.truncated(0.0), "deepcopy": copy.deepcopy(net),
         "replace": net.replace(steps=1),
     }  # fmt: skip
     laplace_net = fem_resnet.ResidualNetwork(
@@ -147,7 +146,6 @@ def test_inner_products_stay_those_of_the_given_times_whatever_a_network_goes_th
     )
     set_smooth(laplace_net, np.random.default_rng(0))
     laplace_net.layer_times.set(0, [0.6, 1.5])
-    del ways["on"]
     ways["on"] = laplace_net.on(label_space("disk", "CG1", 2))
     for name, other in ways.items():
         ours = laplace_net if name == "on" else net
