@@ -355,10 +355,10 @@ def test_what_has_no_bound_is_refused():
 
 def test_what_is_about_another_equation_is_refused():
     net = gradient_flow()
-    with pytest.raises(ValueError, match="^solve_trajectory: it is about f_t = sigma"):
+    with pytest.raises(ValueError, match="^solve_trajectory: it does not take the gradient flow"):
         solve_trajectory(net, net.Y.batch(smooth(net.Y)))
     p = problem(net, None)
-    with pytest.raises(ValueError, match="^maximum principle: it is about f_t = sigma"):
+    with pytest.raises(ValueError, match="^pmp_residual: it does not take the gradient flow"):
         pmp_residual(p, Box((-1, 1), (-1, 1)))
 
 
