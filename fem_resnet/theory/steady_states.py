@@ -407,6 +407,7 @@ class _NearestOfInterval:
         self._problem.Y.comm.Allreduce(MPI.IN_PLACE, own, op=MPI.MIN)
         return own.tolist()
 
+    @np.errstate(over="ignore", invalid="ignore")
     def solve(self) -> bool:
         """Whether it has converged: c is good to 1e-7 or so of its size."""
         for _ in range(_NEWTON_STEPS):
