@@ -191,11 +191,14 @@ def moved(point: Point) -> Iterator[Check]:
     for ours, theirs in zip(problem.parameters, other.parameters, strict=True):
         measures = ours.time_basis.measures, theirs.time_basis.measures
         yield Check.of("on other nodes", f"lengths in time, {ours.name}", relative(measures[1], measures[0]), 1e-12)
+    kept = ("layers", "steps", "layers_per_block", "activation", "precision", "gradient_flow", "stable_kernel", "solver_parameters")
+    lost = [name for name in kept if getattr(there, name) != getattr(net, name)]
+    yield Check("on other nodes", "settings", float(len(lost)), 0.0, not lost, ", ".join(lost))
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
     J, _ = other.record()
     gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
     value, expected = float(J.functional), point.value()
-    bound = max(1e-3 if adapts else 1e-8, 10 * close(problem), 10 * apart)
+    bound = max(1e-3 if adapts else 1e-10, 10 * close(problem), 10 * apart)
     yield Check.of("on other nodes", "J", part(abs(value - expected), abs(expected)), bound + part(point.round_off, abs(expected)))
     if not adapts:
         gaps = point.lengths([a - b for a, b in zip(gradient, point.derivative(), strict=True)])

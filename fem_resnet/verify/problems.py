@@ -102,9 +102,12 @@ def _layers(comm: MPI.Comm) -> LearningProblem:
 
 
 def _seen(comm: MPI.Comm) -> LearningProblem:
-    """Compiled layers that step what a head sees, of 7 samples, by a method whose last slope is the next step's first."""
+    """Compiled layers that step what a head sees, of 7 samples, by a method whose last slope is the next step's first.
+
+    It can be had on another mesh: the first five modes cut no repeated eigenvalue.
+    """
     Y = _disk(comm)
-    psi = _functions(Y, 5)
+    psi = laplace_basis(Y, 5)
     net = ResidualNetwork(
         psi, bias=psi, times=_TIMES, kernel_in_time=[0, 1, 0], steps=2, activation="sigmoid",
         solver_parameters={"ts_rk_type": "5dp"}, layers_per_block=1,
