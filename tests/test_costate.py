@@ -14,7 +14,6 @@ from fem_resnet import (
     Batch, Head, LearningProblem, ResidualNetwork, binary_cross_entropy, costate_check, cross_entropy, functional_loss,
     least_squares, smooth_in_space, smooth_in_time, solve_costate, solve_trajectory, terminal_costate, tikhonov,
 )  # fmt: skip
-from fem_resnet.costate_comparison import refined
 from fem_resnet.evolution import Path
 from helpers import label_space, laplace, name, smooth, smooth_direction
 from problems import TIMES, learning_problem, network, polynomials
@@ -164,7 +163,7 @@ def test_a_refined_network_has_the_same_parameters():
     net = network("disk", "CG1", steps=2)
     f = net.Y.batch(smooth(net.Y))
     before = net.Y.values(net(f)).copy()
-    finer, direct = refined(net, 6), network("disk", "CG1", steps=6)
+    finer, direct = net.replace(steps=6), network("disk", "CG1", steps=6)
     assert finer.kernel is net.kernel and finer.steps == 6
     assert (net.Y.values(finer(f)) == net.Y.values(direct(f))).all()
     assert (net.Y.values(net(f)) == before).all() and np.abs(before - net.Y.values(direct(f))).max() > 1e-8
