@@ -793,10 +793,10 @@ def test_what_has_no_limit_here_is_refused():
     with pytest.raises(ValueError, match="halvings: an integer >= 0 is wanted"):
         depth_limit(own_network(), net.Y.batch(smooth(net.Y)), halvings=-1)
     spaces = [label_space("disk", "CG1", n) for n in (1, 2)]
-    movable = ResidualNetwork(laplace("disk", "CG1", 4), bias=laplace("disk", "CG1", 4), layers=1)
+    in_basis = own_network(bias=net.bases["phi"][0])
     with pytest.raises(TypeError, match="spaces: at least two LabelSpaces"):
-        width_limit(movable, start, spaces[:1])
+        width_limit(in_basis, start, spaces[:1])
     with pytest.raises(ValueError, match="spaces: they are to become finer"):
-        width_limit(movable, start, spaces[::-1])
-    with pytest.raises(ValueError, match="width_limit: it does not take a bias with a value at every node"):
+        width_limit(in_basis, start, spaces[::-1])
+    with pytest.raises(ValueError, match="^width_limit: it does not take a bias with a value at every node"):
         width_limit(own_network(), start, spaces)

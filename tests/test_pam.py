@@ -394,5 +394,5 @@ def test_a_start_or_batches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="^start: its blocks are .*'kernel'.*, the problem's .*'head'"):
         train_pam(classes(), start=result)
     initial = _initial_state()
-    with pytest.raises(ValueError, match="^train_pam, batches: it does not take an initial state that is learned alone"):
+    with pytest.raises(ValueError, match="^train_pam, batches: it does not take an initial state that is learned"):
         train_pam(initial, batches=initial.minibatches(1))

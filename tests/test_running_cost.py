@@ -237,7 +237,7 @@ def test_training_by_batches_keeps_the_running_cost():
     result = train_pam(of, iterations=1, batches=[of.batch])
     assert_allclose(result.value, float(of.evaluate()[0]), rtol=1e-12)
     without = float(of.replace(running=None).evaluate()[0])
-    assert result.value > 1.01 * without
+    assert abs(result.value - without) > 0.1
 
 
 def test_the_local_feedback_has_the_running_cost():
