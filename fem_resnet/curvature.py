@@ -56,8 +56,8 @@ class Spectrum:
 
 
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "learned_initial",
-    "learned_both", "many_samples", "weights",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "observed_times",
+    "learned_initial", "learned_both", "many_samples", "weights",
 )  # fmt: skip
 def hessian_spectrum(
     problem: LearningProblem,

@@ -406,8 +406,8 @@ class LearningProblem(OnMesh):
         return [control for parameter in self.parameters for control in parameter.controls()]
 
     @supports(
-        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "learned_initial", "learned_both", "many_samples",
-        "weights", tool="Gauss-Newton", when=lambda problem, *, gauss_newton=False: gauss_newton,
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial", "learned_both",
+        "many_samples", "weights", tool="Gauss-Newton", when=lambda problem, *, gauss_newton=False: gauss_newton,
     )  # fmt: skip
     def record(
         self, *, gauss_newton: bool = False

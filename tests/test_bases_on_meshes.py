@@ -9,7 +9,6 @@ import scipy.sparse
 from firedrake import COMM_SELF, COMM_WORLD, assemble, cos, dx, grad, inner
 from numpy.testing import assert_allclose
 
-import fem_resnet.laplace
 from fem_resnet import (
     Basis,
     Batch,

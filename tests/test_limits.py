@@ -11,7 +11,7 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake.adjoint import Control
-from helpers import label_space, laplace, set_smooth, smooth
+from helpers import label_space, set_smooth, smooth
 from helpers import network as own_network
 from problems import taping
 from pyadjoint import ReducedFunctional

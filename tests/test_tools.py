@@ -24,7 +24,7 @@ from pyadjoint.enlisting import Enlist
 import fem_resnet
 from fem_resnet import (
     Batch, Box, Controls, Derivatives, EnergyMonitor, GrowthMonitor, Hamiltonian, Head, LabelSpace, LearningProblem,
-    LinearisedFlow, LocalClosedLoop, LocalFeedback, LowRankFeedback, NormBounded, ResidualNetwork, RowBox, RunningCost,
+    LinearisedFlow, LocalClosedLoop, LocalFeedback, LowRankFeedback, NormBounded, Observations, ResidualNetwork, RowBox, RunningCost,
     autonomous_problem, costate_check, depth_limit, duhamel, eigen_expansion, energy_conditions, energy_step_limit,
     find_equilibria, find_steady_states, follow_trajectory, frozen_spectra, hamiltonian_along, hessian_spectrum,
     integrated_norms, least_squares, lipschitz_bound, load, middle_pairs, msa, observed_decay, picard, pmp_residual, save,
@@ -65,6 +65,7 @@ PROBLEM = {
     "running_of_controls": {"running": RunningCost(f**2 + a**2 / 20, kernel=0.1)},
     "ensemble": {},
     "derivatives": {},
+    "observed_times": {},
     "checkpoints": {"checkpoints": 1},
     "learned_initial": {"learn": "initial"},
     "learned_both": {"learn": "both"},
@@ -123,6 +124,8 @@ def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=Fal
     if feature == "derivatives":
         v, C = (Y.batch(smooth(Y, samples, seed=seed)[:, chosen]) for seed in (3, 4))
         given["derivatives"] = Derivatives(v, C, 0.5)
+    if feature == "observed_times":
+        given["observations"] = Observations((1,), (Y.batch(smooth(Y, samples, seed=5)[:, chosen]),), (0.5,))
     if feature == "ensemble":
         given["ensemble"] = ensemble or fd.Ensemble(fd.COMM_WORLD, fd.COMM_WORLD.size)
     regulariser = given.pop("regulariser")
@@ -957,13 +960,17 @@ def test_what_is_no_argument_is_no_change():
 @pytest.mark.parametrize("feature", [None, *FEATURES])
 def test_J_of_a_feature_is_that_written_out_and_its_gradient_the_slope(feature):
     p = problem_with(feature)
-    written_out = [check.name for check in forward(p.replace(derivatives=None)) if not check.passed]
+    plain = p.replace(derivatives=None, observations=None)
+    written_out = [check.name for check in forward(plain) if not check.passed]
     assert written_out == []
     if feature == "derivatives":
         v, C, Y = p.derivatives.directions, p.net.Y.values(p.derivatives.targets), p.net.Y
         ends = [Y.values(p.net(Y.batch(smooth(Y, 1) + sign * 1e-4 * Y.values(v)))) for sign in (1, -1)]
         mismatch = norm(Y, (ends[0] - ends[1]) / 2e-4 - C) ** 2 / 2
-        assert_allclose(value(p), value(p.replace(derivatives=None)) + p.derivatives.weight * mismatch, rtol=1e-6)
+        assert_allclose(value(p), value(plain) + p.derivatives.weight * mismatch, rtol=1e-6)
+    if feature == "observed_times":
+        Y, C = p.net.Y, p.net.Y.values(p.observations.targets[0])
+        assert_allclose(value(p), value(plain) + 0.5 * norm(Y, Y.values(p.net.run(p.batch.inputs).state(1)) - C) ** 2 / 2, rtol=1e-12)
     J = p.reduced_functional()
     derivative = Enlist(J.derivative())
     h = [0.1 * v for v in directions(p.functions)]

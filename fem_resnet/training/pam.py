@@ -99,7 +99,7 @@ class PAMResult(Result):
 
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
-    "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
+    "observed_times", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
 )  # fmt: skip
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
