@@ -410,7 +410,11 @@ class Decay:
         )
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+# With bases of each layer a network is not known to be autonomous.
+@supports(
+    "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED,
+    "gradient_flow",
+)  # fmt: skip
 def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
     """Run an autonomous network, and fit the exponential rate at which u decays in the end. Collective.
 

@@ -9,7 +9,9 @@ adds squares up, and has numbers that are absolute (first radii, steps, what it 
 
     J / |J(start)|        with        sum_k |x_k|^2 / u_k,        u_k = `SpaceBasis.unit` of the control k,
 
-in which nothing has a unit: a problem told in other units takes the same steps. Where TAO compares coefficients themselves
+in which nothing has a unit: a problem told in other units takes the same steps. Where the gradient of that is steep, the inner
+product is shortened, so that the first step of steepest descent promises no more than 2 J(start): J >= 0 cannot fall by more,
+and a longer step leaves the domain of J where that has an end (layer times that cross). Where TAO compares coefficients themselves
 (active sets, curvatures, types without Riesz maps), they are in parts of `SpaceBasis.amplitude`, up to a factor 2^(1/2):
 a power of two, so that no coefficient is rounded. What is told to the caller are J and the
 norm of its gradient in the label measure. TAO's tolerances are tested here, the same for all types: "tao_gatol" is one of
@@ -204,7 +206,7 @@ class Minimiser:
         if self._solver is None:
             self._create()
         tao, iteration, norm, free, first = self._solver.tao, -1, np.nan, np.nan, np.nan
-        self._scaled.scale = None
+        self._scaled.start()
 
         def monitor(tao):
             nonlocal iteration, norm, free, first
@@ -273,7 +275,7 @@ class Minimiser:
         tao.getGradientNorm().mult(gradient, representative)
         free = gradient.dot(representative)
         representative.pointwiseMult(representative, self._per_unit)
-        squares = np.maximum(0.0, [gradient.dot(representative), free])
+        squares = np.maximum(0.0, [gradient.dot(representative), free]) / self._scaled.share
         return float(self._scaled.scale * np.sqrt(squares[0])), float(np.sqrt(squares[1]))
 
 
@@ -293,10 +295,35 @@ class _WithoutUnits(AbstractReducedFunctional):
     def __init__(self, J: AbstractReducedFunctional, amplitudes: Sequence[float], units: Sequence[float]):
         self._J, self._amplitudes = J, amplitudes
         self._controls = Enlist(
-            [_in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)]
+            [self._in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)]
         )
+        self.start()
+
+    def start(self) -> None:
+        """The next evaluation and derivative are those of the start, which scale all that follow."""
         #: What J is divided by; None before the next evaluation says it.
         self.scale: float | None = None
+        #: What Riesz maps are multiplied by.
+        self.share = 1.0
+        self._at_start = True
+
+    def _in_units(self, control: Control, amplitude: float, unit: float) -> Control:
+        """What knows the space of a control, and the Riesz map of |amplitude x|^2 / unit."""
+
+        def riesz_map(dual):
+            primal = control.riesz_map(dual)
+            primal.dat.data[...] *= self.share * unit / amplitude**2
+            return primal
+
+        return Control(control.control, riesz_map=riesz_map)
+
+    def _shorten(self, duals) -> None:
+        """Set the share by the first gradient."""
+        steepness, self._at_start = 0.0, False
+        for control, dual in zip(self._controls, duals):
+            comm = control.control.function_space().mesh().comm
+            steepness += comm.allreduce(float(np.sum(dual.dat.data_ro * control.riesz_map(dual).dat.data_ro)))
+        self.share = 2 / max(2.0, steepness)
 
     @property
     def controls(self):
@@ -325,7 +352,10 @@ class _WithoutUnits(AbstractReducedFunctional):
         return AdjFloat(value / self.scale)
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
-        return self._dual(self._J.derivative(adj_input / self.scale), apply_riesz)
+        duals = self._J.derivative(adj_input / self.scale)
+        if self._at_start:
+            self._shorten(self._multiplied(duals))
+        return self._dual(duals, apply_riesz)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
         # pyadjoint's second adjoint is that of the last derivative, whose seed was divided already.
@@ -334,17 +364,6 @@ class _WithoutUnits(AbstractReducedFunctional):
 
     def tlm(self, m_dot):
         return self._J.tlm(self._multiplied(m_dot)) / self.scale
-
-
-def _in_units(control: Control, amplitude: float, unit: float) -> Control:
-    """What knows the space of a control, and the Riesz map of |amplitude x|^2 / unit."""
-
-    def riesz_map(dual):
-        primal = control.riesz_map(dual)
-        primal.dat.data[...] *= unit / amplitude**2
-        return primal
-
-    return Control(control.control, riesz_map=riesz_map)
 
 
 def _checked_limit(given: object) -> int:
