@@ -6,13 +6,13 @@ C is compiled there with gcov's counters and without optimisation, PETSc's check
 branch is one of this package; gcov reads the counters once the process has ended. Lines of Python that ran are noted.
 """
 
+import ast
 import ctypes
 import gzip
 import json
 import subprocess
 import sys
 from collections import defaultdict
-from dis import findlinestarts
 from pathlib import Path
 
 import petsctools
@@ -40,12 +40,17 @@ UNCHECKED = """
 """
 
 
-def _lines(code) -> set[int]:
-    """Of functions; their first line is run where they are defined."""
+def _statements(node: ast.AST, inside: bool = False) -> set[int]:
+    """First lines of the statements of functions, but for docstrings, for what raises, and what takes an exception."""
     found = set()
-    for constant in code.co_consts:
-        if hasattr(constant, "co_code"):
-            found |= {line for _, line in findlinestarts(constant) if line and line != constant.co_firstlineno} | _lines(constant)
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, (ast.Raise, ast.ExceptHandler)):
+            continue
+        function = isinstance(part, ast.FunctionDef)
+        text = isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
+        if inside and isinstance(part, ast.stmt) and not (function or text):
+            found.add(part.lineno)
+        found |= _statements(part, inside or function)
     return found
 
 
@@ -85,29 +90,30 @@ def run(folder: Path) -> None:
     for module in MODULES:
         text = Path(module.__file__).read_text()
         lines = text.split("\n")
-        for line in sorted(_lines(compile(text, module.__file__, "exec")) - ran[module.__file__]):
+        for line in sorted(_statements(ast.parse(text)) - ran[module.__file__]):
             missed.append(f"{Path(module.__file__).name}: {lines[line - 1].strip()}")
     (folder / "missed.json").write_text(json.dumps({"failures": list(map(str, report.failures)), "python": missed}))
 
 
 def missed_in_c(folder: Path) -> list[str]:
     """Lines of C that were not reached, and those with a branch that was never taken, from the counters in `folder`."""
-    counts: dict[tuple[int, str], list[int]] = defaultdict(list)
+    counts: dict[tuple[int, str, str], list[int]] = defaultdict(list)
     for data in folder.glob("*.gcda"):
         subprocess.run(["gcov", "--json-format", "--branch-probabilities", data.name], cwd=folder, capture_output=True, check=True)
     for found in folder.glob("*.gcov.json.gz"):
         for file in json.loads(gzip.decompress(found.read_bytes()))["files"]:
-            text = (folder / Path(file["file"]).name).read_text().split("\n") if file["file"].endswith(".c") else []
-            first = next((n for n, line in enumerate(text, 1) if line.startswith(BEGINS)), len(text))
+            if not file["file"].endswith(".c"):
+                continue  # a header
+            text = (folder / Path(file["file"]).name).read_text().split("\n")
+            first = next(n for n, line in enumerate(text, 1) if line.startswith(BEGINS))
             for line in file["lines"]:
                 number = line["line_number"]
                 if number > first:
                     new = [line["count"], *(branch["count"] for branch in line["branches"])]
-                    key = number - first, text[number - 1].strip()
+                    key = number - first, line.get("function_name", ""), text[number - 1].strip()
                     old = counts[key]
-                    # One line may be several functions' (inlined): then each has counts of its own.
-                    counts[key] = [a + b for a, b in zip(old, new)] if len(old) == len(new) else old + new if not old else old
-    return [text for (_, text), found in sorted(counts.items()) if not all(found)]
+                    counts[key] = [a + b for a, b in zip(old, new, strict=True)] if old else new
+    return [text for (*_, text), found in sorted(counts.items()) if not all(found)]
 
 
 if __name__ == "__main__":

@@ -218,9 +218,17 @@ def _is_silent(problem, found):
     assert report.passed, "\n" + str(report)
 
 
-#: Lines with a branch that no network takes: memory that is not there; and shapes of tiles that other vectors want.
-NOT_REACHED_IN_C = ("if (!memory) return 0;", "if (!get_scratch(", "kept_size = kept ? size : 0;")
-NOT_REACHED_IN_PYTHON = ("raise ", "MemoryError", "PETSc.Error", "log(Y.comm, logging.WARNING", "_warned.add", "f\"", "except ")
+#: Lines of C with a branch that may stay untaken: without memory; on several ranks; where TS fails; asked for ahead or not, which
+#: a copy of the code knows when it is compiled; a second slab together with each remainder of tiles. All cases of tiles are taken.
+NOT_REACHED_IN_C = (
+    "kept_size = kept ? size : 0;", "if (!memory) return 0;", "if (!get_scratch(", "if (size > 1) {", "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;",
+    "if (!WENT_WELL(outcome)) break;", "layer->step < layer->steps)", "__builtin_prefetch(", "for (int i = 0; i < ranks; i++)", "(a ? a[i] + (vec){0} : get(place))", "ALL_TILES(",
+)  # fmt: skip
+#: And statements of Python: without a compiler; on several ranks; of what was not solved yet.
+NOT_REACHED_IN_PYTHON = (
+    "compiled_stage.py: return Stage(Y, activation, samples, precision)", "segment.py: self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)",
+    "compiled_layer.py: return LayerTrace()", "segment.py: return None",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -231,7 +239,7 @@ def test_the_built_in_problems_reach_every_compiled_path(tmp_path):
     found = json.loads((tmp_path / "missed.json").read_text())
     assert not found["failures"]
     assert not [text for text in missed_in_c(tmp_path) if not any(part in text for part in NOT_REACHED_IN_C)]
-    assert not [text for text in found["python"] if not any(part in text for part in NOT_REACHED_IN_PYTHON)]
+    assert not set(found["python"]) - set(NOT_REACHED_IN_PYTHON)
 
 
 # -- what a verification returns ------------------------------------------------------------------------------------
@@ -453,7 +461,7 @@ def test_a_rank_that_leaves_out_a_sum_ends_in_a_message(tmp_path, second_core):
     # The ranks part, and one of them waits; or what they sum up differs in size, which MPI itself refuses.
     assert run.returncode not in (0, 2), run.stdout[-2000:]
     assert "has waited for 8 s in: " in run.stderr and "leaves out" in run.stderr, run.stderr[-4000:]
-    assert "most recent call first" in run.stderr and "behaviour.py" in run.stderr + run.stdout or "verify" in run.stderr
+    assert "most recent call first" in run.stderr and "label_space.py" in run.stderr
 
 
 def _environment():
