@@ -166,7 +166,7 @@ def test_other_schemes_are_refused_with_the_reason(parameters):
 
 
 def test_adapted_steps_are_refused_with_the_reason():
-    net = network(solver_parameters={"ts_type": "euler", "ts_adapt_type": "basic"})
+    net = network(solver_parameters={"ts_type": "rk", "ts_rk_type": "3bs", "ts_adapt_type": "basic"})
     with pytest.raises(ValueError, match="^to_network: it does not take adapted time steps"):
         to_network(net)
 

@@ -242,4 +242,4 @@ def test_training_by_batches_keeps_the_running_cost():
 
 def test_the_local_feedback_has_the_running_cost():
     of = problem("disk", "DG0", bias="basis", size=0.3)
-    assert_allclose(LocalFeedback(of, gradient_tolerance=np.inf).value, float(of.evaluate()[0]), rtol=1e-12)
+    assert_allclose(LocalFeedback(of, gradient_tolerance=1e9).value, float(of.evaluate()[0]), rtol=1e-12)

@@ -97,7 +97,7 @@ def test_once_has_one_function_of_measure_one():
 def test_without_layers_there_are_no_functions(kind):
     phi = laplace("disk", "CG1", 4)
     net = ResidualNetwork(phi, layers=0, bias_in_time=kind, kernel_in_time=kind)
-    assert net.bias.functions == net.kernel.functions == []
+    assert net.bias.functions == net.kernel.functions == ()
     f = net.Y.batch(smooth(net.Y))
     assert_array_equal(net(f).dat.data_ro, f.dat.data_ro)
 

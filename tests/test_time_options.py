@@ -324,10 +324,10 @@ def test_a_solve_that_ends_elsewhere_is_a_step_failure(in_time):
 # -- rejected steps, and their gradients -------------------------------------------------------------------------------
 
 
-def damped(size, **parameters):
+def damped(size, replay_steps=True, **parameters):
     """f_t = -size B f on one layer, B a projection: what it sees is 0 at the end, the rest stays."""
     phi = laplace("disk", "CG1", 6)
-    net = ResidualNetwork(phi, layers=1, final_time=1.0, activation="identity", solver_parameters=parameters)
+    net = ResidualNetwork(phi, layers=1, final_time=1.0, activation="identity", replay_steps=replay_steps, solver_parameters=parameters)
     net.kernel.set(0, size * np.eye(6))
     return net
 
@@ -367,8 +367,7 @@ def check_that_the_recorded_value_is_that_of_the_same_controls(net, annotation):
 @pytest.mark.parametrize("name, size", [("rk", 1000.0), ("arkimex", 1000.0), ("dirk", 1000.0), ("cn", 30.0), ("beuler", 30.0)])
 @pytest.mark.parametrize("replay_steps", [True, False])
 def test_the_recorded_value_is_that_of_the_same_controls(name, size, replay_steps, annotation):
-    net = damped(size, **adapted(name, tolerance=1e-4))
-    net.replay_steps = replay_steps
+    net = damped(size, **adapted(name, tolerance=1e-4), replay_steps=replay_steps)
     check_that_the_recorded_value_is_that_of_the_same_controls(net, annotation)
 
 

@@ -29,7 +29,7 @@ from functools import cached_property
 import numpy as np
 import scipy.linalg
 
-from fem_resnet.arguments import number
+from fem_resnet.arguments import number, real_array
 from fem_resnet.basis import Basis
 from fem_resnet.kernel import LowRankKernel
 
@@ -202,6 +202,7 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     if kernel.phi.Y is not kernel.psi.Y:
         raise ValueError(f"kernel: one label domain is wanted, {kernel.phi.Y!r} and {kernel.psi.Y!r} were given")
     tolerance = number("tolerance", tolerance, least=0)
+    beta = real_array("beta", beta, kernel.shape)
     left, values, right = kernel.svd(beta)
     between = kernel.phi.gram if kernel.phi is kernel.psi else kernel.phi.project(kernel.psi.values)
     R, R_psi = (np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi))

@@ -311,7 +311,7 @@ class _WithoutUnits(AbstractReducedFunctional):
         """What knows the space of a control, and the Riesz map of |amplitude x|^2 / unit."""
 
         def riesz_map(dual):
-            primal = control.riesz_map(dual)
+            primal = control.control._ad_convert_riesz(dual, riesz_map=control.riesz_map)
             primal.dat.data[...] *= self.share * unit / amplitude**2
             return primal
 
