@@ -1,6 +1,6 @@
 """What the theory asks of an activation that is a SymPy expression: proved by interval arithmetic, or told by samples.
 
-Each property is a question about the range of sigma or sigma' over all s, and `enclosure` answers it where it can. Where it
+Each property is a question about the range of sigma or sigma' over all s, and `extremes` answers it where it can. Where it
 cannot, values on a dense grid up to |s| = 1e4 tell, and the property is called *sampled*: nothing was seen against it, and
 nothing proves it. That a property does not hold, and that sup |sigma'| is infinite, claims nothing and is never sampled.
 """
@@ -16,7 +16,8 @@ import sympy
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from fem_resnet.enclosure import LONG, Formula, OnePlusErf, Piece, Unproved, has_shifts, supremum, zeros
+from fem_resnet.enclosure import LONG, Formula, OnePlusErf, Unproved, has_shifts
+from fem_resnet.extremes import Piece, supremum, zeros
 from fem_resnet.sympy_activation import (
     REACH, S, cuts, evaluate, in_decaying_powers, sample_points, smooth_formulas,
 )  # fmt: skip

@@ -1,21 +1,16 @@
 """What a formula in s does on a whole interval, proved: interval arithmetic in place of samples.
 
 An *enclosure* of g over an interval X is an interval that contains g(X). Interval arithmetic (mpmath's, rounded outward)
-gives one from the formula; it is too wide where s occurs more than once. So X is cut into cells, and on each cell
-
-    g(X) in g(X as an interval),    in g(m) + g'(X) (X - m),    between the values at the ends if g' has one sign on X
-
-are all taken. The cell that decides is cut again, until the question is answered or `CELLS` cells have been looked at.
-Half lines count as cells. There s^k e^(p(s)) is enclosed as one function, and quotients of polynomials in 1 / s.
+gives one from the formula. It is too wide where s occurs more than once, so what several forms of the formula give is cut:
+as it is, as a product, in decaying powers of e, and on half lines as a function of 1 / s. There s^k e^(p(s)) is enclosed as
+one function.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -23,34 +18,31 @@ import mpmath
 import sympy
 from mpmath.ctx_iv import MPIntervalContext
 
-__all__ = ["CELLS", "LONG", "Formula", "OnePlusErf", "Piece", "Unproved", "has_shifts", "supremum", "zeros"]
+__all__ = [
+    "EVERYTHING", "LONG", "Formula", "OnePlusErf", "Unproved", "has_shifts", "interval", "round_down", "round_up",
+]  # fmt: skip
 
-#: How many cells one question may take: less than a second.
-CELLS = 1000
 _DIGITS = 80  # bits
 # Contexts of our own: their precision is nobody else's.
 _IV, _MP = MPIntervalContext(), mpmath.MPContext()
 _IV.prec = _MP.prec = _DIGITS
 #: mpmath's functions are good to the last bits; this many more are granted.
 _SLACK = _MP.mpf(2) ** (16 - _DIGITS)
-_ENDS = (-1e4, -100.0, -10.0, -1.0, 0.0, 1.0, 10.0, 100.0, 1e4)
-#: Half lines are not cut farther out.
-_FARTHEST = 1e13
 #: Operations of a formula from which on SymPy may take minutes to bring it to another form.
 LONG = 40
-#: Between two points as close as this, relative or absolute, several zeros count as one.
-_CLOSE = 1e-12
 
 
 class Unproved(Exception):
     """Interval arithmetic cannot tell: an unknown function, or a value that may not be there."""
 
 
-def _interval(low, high):
+def interval(low, high):
+    """The interval [low, high], of arithmetic that rounds outward; ends may be infinite."""
     return _IV.mpf([low, high])
 
 
-_ALL = _interval(-_IV.inf, _IV.inf)
+#: The whole line.
+EVERYTHING = interval(-_IV.inf, _IV.inf)
 
 
 def _number(x: float | mpmath.mpf):
@@ -67,7 +59,7 @@ class OnePlusErf(sympy.Function):
 
 
 def _widened(low, high, slack=(_SLACK, _SLACK)):
-    return _interval(low - abs(low) * slack[0], high + abs(high) * slack[1])
+    return interval(low - abs(low) * slack[0], high + abs(high) * slack[1])
 
 
 def _increasing(function: Callable, least: float = -math.inf, bounds: tuple[float, float] = (-math.inf, math.inf)):
@@ -79,7 +71,7 @@ def _increasing(function: Callable, least: float = -math.inf, bounds: tuple[floa
         ends = [_MP.mpf(end) for end in (X.a, X.b)]
         # At 0 all of these are exact, 0 or 1.
         found = _widened(*(_MP.convert(function(end)) for end in ends), [_SLACK if end else 0 for end in ends])
-        return _interval(max(found.a, _IV.mpf(bounds[0]).a), min(found.b, _IV.mpf(bounds[1]).b))
+        return interval(max(found.a, _IV.mpf(bounds[0]).a), min(found.b, _IV.mpf(bounds[1]).b))
 
     return enclose
 
@@ -96,7 +88,7 @@ def _cosh(X):
 
 
 def _circular(function: Callable):
-    return lambda X: function(X) if math.isfinite(X.a) and math.isfinite(X.b) else _interval(-1, 1)
+    return lambda X: function(X) if math.isfinite(X.a) and math.isfinite(X.b) else interval(-1, 1)
 
 
 _FUNCTIONS = {
@@ -146,11 +138,11 @@ class _Over:
         if factors is None:
             return product
         one_sign = (X.a >= 0 or X.b <= 0) and X.a != X.b
-        rate = self(factors.rate) if one_sign else _ALL
+        rate = self(factors.rate) if one_sign else EVERYTHING
         if rate.a < 0 < rate.b:
             return product * _power(X, factors.power) * self(sympy.exp(factors.exponent))
         ends = [_at_end(factors, self.s, end) for end in (X.a, X.b)]
-        return product * _interval(min(end.a for end in ends), max(end.b for end in ends))
+        return product * interval(min(end.a for end in ends), max(end.b for end in ends))
 
 
 def _power(base, exponent: sympy.Expr):
@@ -168,10 +160,10 @@ def _inverse(X):
     if X.a > 0 or X.b < 0:
         return 1 / X
     if X.a == 0 and X.b > 0:
-        return _interval((1 / _number(X.b)).a, _IV.inf)
+        return interval((1 / _number(X.b)).a, _IV.inf)
     if X.b == 0 and X.a < 0:
-        return _interval(-_IV.inf, (1 / _number(X.a)).b)
-    return _ALL
+        return interval(-_IV.inf, (1 / _number(X.a)).b)
+    return EVERYTHING
 
 
 class _Factors(NamedTuple):
@@ -305,210 +297,21 @@ def _side(X) -> int:
 
 
 def _reciprocal(X):
-    return _interval(0, (1 / _IV.mpf(X.a)).b) if X.a > 0 else _interval((1 / _IV.mpf(X.b)).a, 0)
+    return interval(0, (1 / _IV.mpf(X.a)).b) if X.a > 0 else interval((1 / _IV.mpf(X.b)).a, 0)
 
 
 def _meet(one, other):
     if one is None or other is None:
         return one if other is None else other
-    return _interval(max(one.a, other.a), min(one.b, other.b))
+    return interval(max(one.a, other.a), min(one.b, other.b))
 
 
-class Piece(NamedTuple):
-    """A formula that is good between two ends, which may be infinite."""
-
-    left: float
-    right: float
-    formula: Formula
-
-
-# ---- cells --------------------------------------------------------------------------------------------------------
-
-
-def _first_cells(piece: Piece) -> list[tuple[float, float]]:
-    inner = [end for end in _ENDS if piece.left < end < piece.right]
-    return list(pairwise([piece.left, *inner, piece.right]))
-
-
-def _middle(left: float, right: float) -> float | None:
-    """Where a cell is cut; None if it is as short as doubles allow."""
-    if math.isinf(left) or math.isinf(right):
-        end = right if math.isinf(left) else left
-        if math.isinf(end):
-            return 0.0
-        far = (1e4 * abs(end) or 1.0) * (-1 if math.isinf(left) else 1)
-        return far if abs(far) < _FARTHEST else None
-    middle = left + (right - left) / 2
-    if left > 0 and right > 100 * left or right < 0 and left < 100 * right:
-        middle = math.copysign(math.sqrt(abs(left)) * math.sqrt(abs(right)), left)
-    return middle if right - left > 4 * math.ulp(max(abs(left), abs(right))) else None
-
-
-def _upper(formula: Formula, left: float, right: float):
-    """A bound of the formula from above over a cell."""
-    X = _interval(left, right)
-    bound = formula.over(X).b
-    try:
-        slope = formula.slope.over(X)
-    except Unproved:
-        return bound
-    if slope.a >= 0 or slope.b <= 0:
-        end = right if slope.a >= 0 else left
-        return min(bound, formula.at(end).b) if math.isfinite(end) else bound
-    middle = _middle(left, right)
-    if middle is not None and math.isfinite(left) and math.isfinite(right):
-        bound = min(bound, (formula.at(middle) + slope * (X - middle)).b)
-    return bound
-
-
-def _up(x) -> float:
+def round_up(x) -> float:
     """A double that is not below x."""
     rounded = float(x)
     return rounded if _MP.mpf(rounded) >= _MP.mpf(x) else math.nextafter(rounded, math.inf)
 
 
-def _down(x) -> float:
-    return -_up(-_MP.mpf(x))
-
-
-def supremum(
-    pieces: Sequence[Piece],
-    *,
-    known: float = -math.inf,
-    enough: float | None = None,
-    tolerance: float = 1e-9,
-    cells: int = CELLS,
-) -> tuple[float, float]:
-    """low <= sup g <= high of a function that is given in pieces.
-
-    Parameters
-    ----------
-    pieces
-        What g is, on intervals that together are its domain.
-    known
-        A value that is reached, as far as samples tell.
-    enough
-        Stop where high <= enough is known, or low > enough; else where both are as close as `tolerance`, relative.
-    cells
-        How many cells to look at; then the bounds are as far apart as they are.
-
-    Raises
-    ------
-    Unproved
-        If there is no bound from above at all on some cell.
-    """
-    low, stuck, heap, looked = known, -math.inf, [], 0
-
-    def look(formula: Formula, left: float, right: float, above: float) -> None:
-        nonlocal low, looked
-        looked += 1
-        bound = min(above, _up(_upper(formula, left, right)))
-        middle = _middle(left, right)
-        for point in (left, right, middle):
-            if point is not None and math.isfinite(point):
-                low = max(low, _down(formula.at(point).a))
-        heapq.heappush(heap, (-bound, looked, left, right, middle, formula))
-
-    for piece in pieces:
-        for left, right in _first_cells(piece):
-            look(piece.formula, left, right, math.inf)
-    while heap:
-        high = max(stuck, -heap[0][0])
-        if enough is not None and (high <= enough or low > enough):
-            return low, high
-        if high - low <= tolerance * abs(low) or high == stuck or looked >= cells:
-            return low, high
-        bound, _, left, right, middle, formula = heapq.heappop(heap)
-        if middle is None:
-            stuck = max(stuck, -bound)
-            continue
-        look(formula, left, middle, -bound)
-        look(formula, middle, right, -bound)
-    return low, stuck
-
-
-def zeros(piece: Piece, at_most: int = 1, cells: int = CELLS) -> list[tuple[float, float]]:
-    """Short intervals that hold all zeros of an analytic formula that is not constant, one each.
-
-    Where the formula comes as close to 0 as doubles can tell, touching it or not, that counts as a zero.
-
-    Parameters
-    ----------
-    piece
-        The formula, and where it is good.
-    at_most
-        The search ends with a zero more than these.
-    cells
-        How many cells to look at.
-
-    Raises
-    ------
-    Unproved
-        If that takes too many cells, or a cell has no enclosure.
-    """
-    # Half lines come last: there may be zeros enough elsewhere.
-    waiting = sorted(_first_cells(piece), key=lambda cell: math.isfinite(cell[0]) and math.isfinite(cell[1]))
-    found: list[tuple[float, float]] = []
-    looked = 0
-    while waiting and len(_joined(found)) <= at_most:
-        left, right = waiting.pop()
-        looked += 1
-        if looked > cells:
-            raise Unproved(f"the zeros of {piece.formula.expression} take more than {cells} cells")
-        X = _interval(left, right)
-        over = piece.formula.over(X)
-        if over.a > 0 or over.b < 0:
-            continue
-        try:
-            slope = piece.formula.slope.over(X)
-        except Unproved:
-            slope = _ALL
-        if slope.a >= 0 or slope.b <= 0:
-            # Strictly monotone, as it is analytic: an end of infinite length only has its limit, which is no value.
-            at_left, at_right = (piece.formula.over(_number(end) if math.isfinite(end) else _beyond(end)) for end in (left, right))
-            low, high = (at_left, at_right) if slope.a >= 0 else (-at_left, -at_right)
-            touches = low.a == 0 == low.b and math.isfinite(left), high.a == 0 == high.b and math.isfinite(right)
-            if any(touches):
-                found.append((left, left) if touches[0] else (right, right))
-                continue
-            if low.a >= 0 or high.b <= 0:
-                continue
-            if low.b < 0 < high.a and math.isfinite(left) and math.isfinite(right):
-                found.append(_root(piece.formula, left, right))
-                continue
-        middle = _middle(left, right)
-        if middle is None or right - left <= _CLOSE * max(1.0, abs(left)):
-            if math.isinf(left) or math.isinf(right):
-                if piece.formula.never_zero_far_out(X):
-                    continue
-                raise Unproved(f"whether {piece.formula.expression} vanishes far out is not decided")
-            found.append((left, right))
-        else:
-            waiting += [(middle, right), (left, middle)]
-    return _joined(found)
-
-
-def _beyond(end: float):
-    return _interval(_FARTHEST, _IV.inf) if end > 0 else _interval(-_IV.inf, -_FARTHEST)
-
-
-def _root(formula: Formula, left: float, right: float) -> tuple[float, float]:
-    """By bisection, as far as signs are certain."""
-    sign_left = formula.at(left).b < 0
-    while (middle := _middle(left, right)) is not None:
-        value = formula.at(middle)
-        if value.a <= 0 <= value.b:
-            return (middle, middle)
-        left, right = (middle, right) if (value.b < 0) == sign_left else (left, middle)
-    return left, right
-
-
-def _joined(found: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """One interval for those that touch."""
-    joined: list[tuple[float, float]] = []
-    for left, right in sorted(found):
-        if joined and left - joined[-1][1] <= 100 * _CLOSE * max(1.0, abs(left)):
-            joined[-1] = joined[-1][0], max(joined[-1][1], right)
-        else:
-            joined.append((left, right))
-    return joined
+def round_down(x) -> float:
+    """A double that is not above x."""
+    return -round_up(-_MP.mpf(x))

@@ -132,15 +132,16 @@ def violation(Y: LabelSpace, A: ControlSet, controls: Controls, tolerance: float
         In parts of A's size in a and in b.
     """
     sizes = [_size(*A.bias_range), _size(*A.kernel_range)]
+    x = Y.coordinates  # made by all ranks, when first asked for
     worst: tuple | None = None
     for owner in range(Y.comm.size):
         # One rank's nodes z after the other, seen by all: no rank ever has more than that.
-        psi, z = Y.comm.bcast((controls.psi, Y.coordinates) if Y.comm.rank == owner else None, root=owner)
+        psi, z = Y.comm.bcast((controls.psi, x) if Y.comm.rank == owner else None, root=owner)
         for rows in np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(z) // _PAIRS)):
             found = _farthest(A, controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance)
             if found is not None and (worst is None or found[0] > worst[0]):
                 excess, i, j, b = found
-                worst = excess, float(controls.a[rows[i]]), b, tuple(Y.coordinates[rows[i]]), tuple(z[j])
+                worst = excess, float(controls.a[rows[i]]), b, tuple(x[rows[i]]), tuple(z[j])
     offers = [offer for offer in Y.comm.allgather(worst) if offer is not None]
     return Violation(*max(offers)) if offers else None
 

@@ -127,8 +127,9 @@ def distance(Y: LabelSpace, controls: Controls, other: Controls) -> tuple[float,
     apart = np.maximum(
         np.abs(controls.a - other.a) / largest(controls.a, other.a), rows[2] / largest(rows[0], rows[1])
     )
+    x = Y.coordinates  # made by all ranks, when first asked for
     i = int(np.argmax(apart)) if apart.size else None
-    mine_worst = (0.0, ()) if i is None else (float(apart[i]), tuple(map(float, Y.coordinates[i])))
+    mine_worst = (0.0, ()) if i is None else (float(apart[i]), tuple(map(float, x[i])))
     return max(Y.comm.allgather(mine_worst))
 
 

@@ -10,7 +10,8 @@ from numpy.testing import assert_allclose
 from fem_resnet import Activation, get_activation, zero_set
 from fem_resnet.activation import Properties
 from fem_resnet.activation_properties import properties, size
-from fem_resnet.enclosure import Formula, Piece, Unproved, supremum, zeros
+from fem_resnet.enclosure import Formula, Unproved
+from fem_resnet.extremes import Piece, supremum, zeros
 from fem_resnet.sympy_activation import S, in_decaying_powers
 
 s = sympy.Symbol("s")
