@@ -279,7 +279,8 @@ def test_a_singular_T_leaves_it_open_whether_zero_is_isolated(domain):
     phi = Basis(Y, 1 + smooth(Y, 1), "given")
     # psi such that (psi, phi) = 0 but (psi, phi^3) is not 0.
     psi = phi.values**3 + smooth(Y, 1, seed=1)
-    psi -= phi.values * (phi.project(psi) / phi.gram)
+    for _ in range(2):  # once leaves the round-off of the larger function, which is not 0 for these
+        psi -= phi.values * (phi.project(psi) / phi.gram)
     kernel, beta = LowRankKernel(phi, Basis(Y, psi, "given")), np.eye(1)
     for activation, isolated in (("identity", False), ("tanh", True)):
         net = autonomous_network(kernel, beta, 0.0, activation=activation)
