@@ -104,8 +104,8 @@ def scores(kind, element, scale=1.0, alone=False) -> np.ndarray:
 def test_scores_of_fixed_coefficients_see_neither_partition_nor_unit(kind, scale, element):
     """The whole mesh on this rank alone in one unit, against the parts of all ranks in another."""
     assert_allclose(basis(kind, element, scale).gram, np.eye(MESHES[kind][1]), rtol=0, atol=1e-12)
-    # Scores are of size one; the eigensolver's tolerance.
-    assert_allclose(scores(kind, element, scale), scores(kind, element, alone=True), rtol=0, atol=1e-10)
+    # Scores are of size one; the eigensolver's tolerance, over gaps between eigenvalues of a tenth of them and less.
+    assert_allclose(scores(kind, element, scale), scores(kind, element, alone=True), rtol=0, atol=1e-9)
 
 
 @each_basis
