@@ -70,16 +70,26 @@ class Counted(LearningProblem):
     def record(self, **options):
         """As the package's, but that the functional notes its values."""
         J, run = super().record(**options)
-        self.tape = J.tape
-        if not hasattr(self, "seen"):  # some algorithms record more than once
-            self.start, self.seen = time.perf_counter(), [(1, 0.0, float(J.functional))]
+        self._tape = J.tape
+        if not hasattr(self, "_seen"):  # some algorithms record more than once
+            self._start, self._seen = time.perf_counter(), [(1, 0.0, float(J.functional))]
         J.eval_cb_post = lambda value, controls: self.note(float(value))
         return J, run
 
     def note(self, value):
         """One more evaluation."""
-        count, _, least = self.seen[-1]
-        self.seen.append((count + 1, time.perf_counter() - self.start, min(value, least)))
+        count, _, least = self._seen[-1]
+        self._seen.append((count + 1, time.perf_counter() - self._start, min(value, least)))
+
+    @property
+    def seen(self):
+        """What was noted."""
+        return self._seen
+
+    @property
+    def tape(self):
+        """That of the last recording."""
+        return self._tape
 
 
 # %% What deep learning takes
@@ -159,7 +169,7 @@ def solve(Y, iterations):
 
 
 def judged(Y, problem):
-    """J, whether the controls lie in the box, bracket of the PMP residual, norm of the gradient, test error."""
+    """J, the PMP residual or None where controls lie outside of the box, norm of the gradient, test error."""
     net = problem.net
     plain = LearningProblem(net, None, least_squares, None, problem.batch)
     J = plain.reduced_functional()
@@ -167,11 +177,11 @@ def judged(Y, problem):
     owners = [(p, k) for p in plain.parameters for k in range(len(p.functions))]
     values = [p.space_bases[k].read(g) for (p, k), g in zip(owners, gradient)]
     norm = np.sqrt(sum(p.inner(k, v, v) for (p, k), v in zip(owners, values)))
-    found = pmp_residual(plain, Box(BIAS, KERNEL))
+    found = pmp_residual(plain, Box(BIAS, KERNEL)) if _inside(problem) else None
     test = learning_problem(Y, False, test=True)
     error = float(LearningProblem(net, None, least_squares, None, test.batch).evaluate()[0])
     size = float(Y.sum(Y.weights @ Y.values(test.batch.targets) ** 2).sum()) / (2 * SAMPLES)
-    return float(J.functional), _inside(problem), found, norm, np.sqrt(error / size)
+    return float(J.functional), found, norm, np.sqrt(error / size)
 
 
 def _inside(problem):
@@ -218,7 +228,8 @@ def main(short=False):
         say(f"{'':20s}{'J':>11s}{'in box':>8s}{'PMP residual':>22s}{'|DJ|':>10s}{'test error':>12s}{'evaluations':>13s}{'s':>7s}")
         J[domain] = {}
         for name, problem, history in histories[domain]:
-            value, inside, found, norm, error = judged(Y, problem)
+            value, found, norm, error = judged(Y, problem)
+            inside = found is not None
             bracket = f"{found.lower:.2e} .. {found.upper:.2e}" if inside else "-"
             say(
                 f"{name:20s}{value:11.3e}{'yes' if inside else 'no':>8s}{bracket:>22s}{norm:10.1e}{error:12.3f}"

@@ -5,6 +5,7 @@ are one line of the package with one thing wrong: `Line` changes the text of a f
 that a fault reads as the slip would.
 """
 
+import ast
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -88,7 +89,9 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
         original = getattr(original, "fget", getattr(original, "func", original))
         source = textwrap.dedent(inspect.getsource(original))
         assert right in source, f"{function} has no longer the line {right!r}"
-        source = "\n".join(text for text in source.replace(right, wrong).split("\n") if not text.startswith("@"))
+        changed = ast.parse(source.replace(right, wrong))
+        changed.body[0].decorator_list.clear()
+        source = ast.unparse(changed)
         module = inspect.getmodule(original)
         names = {}
         exec(compile("from __future__ import annotations\n" + source, f"<fault in {function}>", "exec"), vars(module), names)
@@ -321,7 +324,7 @@ FAULTS = [
     Fault("carried: the exact preconditioner is that of the transpose", CARRIED, line(fem_resnet.layer_jacobian.Elimination, "apply", "self._solve(layer.blocks(), g)", "self._solve(np.swapaxes(layer.blocks(), 1, 2), g)")),
     Fault("carried: f is not stepped", CARRIED, line(fem_resnet.layer_state.CarriedState, "rates", "return s", "return [0.5 * part for part in s]")),
     Fault("adapted: the replayed steps are equal ones", ADAPTED, line(Stepper, "_set_step", "self._replayed[ts.getStepNumber()]", "1.0 / len(self._replayed)")),
-    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive else None", "None")),
+    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive or given is not None else None", "None")),
     # segments
     Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "costates.append((duals, psi, gamma))", "costates.append((duals, psi, gamma))\n        gamma = [0 * part for part in gamma]")),
     Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint_start", "self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]", "duals[order][: self._nodes].copy()")),
@@ -535,7 +538,7 @@ FURTHER = [
     Fault("kept stages are of a layer of length one", BUILT_IN, line(fem_resnet.compiled_layer.KeptStages, "__iter__", "(self.inputs.length,)", "(1.0,)"), True),
     Fault("kept stages have weights of steps of length one", BUILT_IN, line(fem_resnet.compiled_layer.KeptStages, "__iter__", "StageValue(h * weight,", "StageValue(weight,"), True),
     # segments
-    Fault("layers with another psi are stepped like those before", BUILT_IN, line(Segment, "_split", "if l == 0 or psi is not psis[l - 1]", "if l == 0"), True),
+    Fault("layers with another psi are stepped like those before", BUILT_IN, line(Segment, "_split", "if l == 0 or l in self.observed or psi is not psis[l - 1]", "if l == 0 or l in self.observed"), True),
     Fault("gamma is lost where psi changes", BUILT_IN, line(Segment, "_adjoint", "duals = self._unfold(psi, gamma, duals)", "duals = list(duals)"), True),
     Fault("a co-state is that of the next layer", BUILT_IN, line(Segment, "costate", "self._costates[layer]", "self._costates[min(layer + 1, len(self._costates) - 1)]"), True),
     Fault("tangents are taken at the controls of the first one", BUILT_IN, line(Segment, "_run_with_tangent", "values = self._coefficients.on_layers(arrays[1:])", 'values = self.__dict__.setdefault("_first", self._coefficients.on_layers(arrays[1:]))'), True),

@@ -127,7 +127,7 @@ def _reference():
     return train(problem(weight=0.1), {"tao_type": "bntr", "tao_gatol": 1e-7}, bounds=BOUNDS, monitor=_silent).value
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("tao_type", BOUNDED_TYPES if COMM_WORLD.size == 1 else ["bncg"])
 def test_every_type_that_knows_bounds_comes_to_the_same_stationary_point_within(tao_type):
     P = problem(weight=0.1)

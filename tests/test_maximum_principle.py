@@ -252,7 +252,7 @@ def switching(times):
     return np.concatenate([net.bias.get(l) for l in range(net.layers)]), np.ptp(values)
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_max_H_is_constant_where_the_switch_is_at_an_interface_and_up_to_the_layer_length_where_not():
     """With a running cost; f is linear and L quadratic on a layer, which Runge-Kutta of order 4 does exactly."""
     a, spread = switching([0, 0.25, 0.5, 0.75, 1.0])

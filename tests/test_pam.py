@@ -210,7 +210,7 @@ def test_an_adapted_tau_grows_while_inner_problems_are_easy_and_falls_where_they
     assert_array_equal(hard.taus, [1e3, 500, 250])
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_inertial_steps_are_faster_and_j_never_rises_but_the_inequality_does_not_hold():
     options = {"tau": 0.3, "gradient_tolerance": 0.0}
     plain = train_pam(convex_like(), iterations=10, monitor=_silent, **options)

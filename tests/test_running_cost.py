@@ -180,7 +180,7 @@ def test_a_callback_may_know_a_target_at_the_nodes():
 # -- what takes a learning problem -----------------------------------------------------------------------------------
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_training_and_the_spectrum_at_the_optimum():
     """Newton's method ends at round-off: J with its running cost has an exact gradient and Hessian."""
     of = problem("disk", "DG0", bias="basis", size=0.3)

@@ -314,7 +314,7 @@ def test_a_bound_that_is_active_is_reached():
     net.kernel.set(0, [[0.0, 0.1], [-0.1, 0.0]])
     p = problem(net, None)
     p = LearningProblem(net, None, p.loss, None, type(p.batch)(p.batch.inputs, teacher(p.batch.inputs)))
-    train(p, {"tao_max_it": 60, "tao_gatol": 1e-10}, monitor=lambda progress: None)
+    train(p, {"tao_max_it": 200, "tao_gatol": 1e-10}, monitor=lambda progress: None)
     assert abs(np.linalg.norm(net.kernel.get(0), 2) - 1) < 1e-6, net.kernel.get(0)
 
 

@@ -33,8 +33,8 @@ def _petsc_types() -> list[str]:
 
 
 ALL = _petsc_types()
-#: On more ranks: one of each kind, with bounds and without, by gradients and by Hessian actions, and one that is refused.
-WALKED = ALL if alone else ["lmvm", "blmvm", "bntr", "bncg", "owlqn"]
+#: On two ranks: one of each kind, with bounds and without, by gradients and by Hessian actions, and one that is refused.
+WALKED = {1: ALL, 2: ["lmvm", "blmvm", "bntr", "bncg", "owlqn"]}.get(COMM_WORLD.size, ["blmvm", "owlqn"])
 BOUNDS = {"bias": (-0.4, 0.5), "kernel": (-0.6, 0.3)}
 
 
