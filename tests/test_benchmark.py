@@ -48,6 +48,7 @@ def benchmark(tmp_path, sides, *sizes):
     return json.loads(file.read_text()), lines
 
 
+@pytest.mark.slow
 def test_ours_on_one_and_two_ranks_agrees_with_the_reference_and_is_tabulated(tmp_path, second_core):
     results, lines = benchmark(tmp_path, "fem_resnet_1,fem_resnet_2,fem_resnet_layers_1", *SIZES)
     assert [found["size"] for found in results] == [list(size) for size in SIZES]
@@ -258,6 +259,7 @@ def scripted(tmp_path, script, *arguments):
     return json.loads(file.read_text()), lines
 
 
+@pytest.mark.slow
 def test_the_cost_model_is_fitted_from_runs(tmp_path):
     found, lines = scripted(tmp_path, "cost_model.py", "--quick")
     assert min(found["slopes"].values()) > 0 and min(found["coefficients"].values()) >= 0
@@ -357,6 +359,7 @@ def test_the_tape_costs_less_than_that_of_pyadjoint_alone(tmp_path, modules, sec
     assert own < best[empty], f"the tape takes {1e3 * own:.2f} ms, an empty Block {1e3 * best[empty]:.2f} ms"
 
 
+@pytest.mark.slow
 def test_the_tools_of_theory_are_measured_at_any_size(tmp_path):
     file = tmp_path / "found.json"
     lines = run(

@@ -107,7 +107,7 @@ def test_a_type_is_right_wherever_it_stops_or_refused_by_name(tao_type, bounds):
 
 
 @on_ranks
-@pytest.mark.parametrize("tao_type", ["lmvm", "bnls", "bntr"] if alone else ["lmvm"])
+@pytest.mark.parametrize("tao_type", ["lmvm", "bntr"] if alone else ["lmvm"])
 @pytest.mark.parametrize("how", ["callback", "tolerance", "least value", "round-off"])
 def test_the_result_is_right_whatever_stops_it(tao_type, how):
     P = problem()

@@ -145,8 +145,11 @@ def test_faults_have_names_of_their_own_and_are_many():
     assert len(FURTHER) == 60 and {fault.problem for fault in FURTHER} == {BUILT_IN}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * (k % 2)) for k, fault in enumerate(FAULTS)]
+)
 def test_caught(fault, monkeypatch, found):
+    """Every other one by default: all take minutes."""
     monkeypatch.setenv("FEM_RESNET_COMPILED", str(int(fault.compiled)))
     fault.plant(monkeypatch)
     report = verify(PROBLEMS[fault.problem], quick=True, exit_first=True)
