@@ -546,10 +546,10 @@ FURTHER = [
     # what a network says and copies
     Fault("a control is on no tape", BUILT_IN, line(inputs.LayerCoefficients, "__init__", "[parameters[name].functions[k] for name, k in keys]", '[type(f)(f.function_space(), val=f.dat.data_ro.copy()) for f in (parameters[name].functions[k] for name, k in keys)]'), True),
     Fault("learned times are no controls", BUILT_IN, line(Network, "parameters", "[] if self.layer_times is None else [self.layer_times]", "[]"), True),
-    Fault("on another space coefficients come in the other order", BUILT_IN, line(Network, "on", "ours.get(k)", "ours.get(len(ours.functions) - 1 - k)"), True),
+    Fault("on another space coefficients come in the other order", BUILT_IN, line(Network, "_take", "theirs.get(k)", "theirs.get(len(theirs.functions) - 1 - k)"), True),
     Fault("settings forget the number of steps", BUILT_IN, line(Network, "settings", '"steps": self.steps', '"steps": 1'), True),
     Fault("on another space a head loses mu", BUILT_IN, line(fem_resnet.head.Head, "on", "theirs.set(0, ours.get(0))", 'theirs.set(0, ours.get(0) * (ours.name == "W"))'), True),
-    Fault("a gradient flow is taken for (2.8)", BUILT_IN, line(Network, "_stage", "TransposedStage(stage) if self.gradient_flow else stage", "stage"), True),
+    Fault("a gradient flow is taken for (2.8)", BUILT_IN, line(Network, "_new_stage", "TransposedStage(stage) if self.gradient_flow else stage", "stage"), True),
     Fault("a problem that is recorded again loses its running cost", BUILT_IN, _without_running_cost, True),
     # time, coefficients, factors
     Fault("hats are swapped", BUILT_IN, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)"), True),
