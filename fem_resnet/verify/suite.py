@@ -71,7 +71,7 @@ def verify(
     TypeError
         If `problem` is, or makes, no LearningProblem.
     ValueError
-        If `time_limit` is not positive, or the problem has an ensemble or observations before T.
+        If `time_limit` is not positive, or the problem has checkpoints, an ensemble or observations before T.
 
     Examples
     --------
@@ -146,10 +146,11 @@ class _Failed(Exception):
     """A check has failed, and no more are wanted."""
 
 
-# Nothing here writes out a second time what observations, or the members of an ensemble, add to J.
+# Nothing here writes out a second time what observations, or the members of an ensemble, add to J; with a schedule of
+# checkpoints there are no states on the tape to look at.
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
-    "checkpoints", "learned_initial", "learned_both", "many_samples", "weights", tool="verify",
+    "learned_initial", "learned_both", "many_samples", "weights", tool="verify",
 )  # fmt: skip
 def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report, begin: Callable[[str], None]) -> None:
     comm = problem.net.Y.comm
