@@ -158,7 +158,7 @@ def test_caught(fault, monkeypatch, found):
 
 
 #: What the built-in problems do not show: no adjoint of layers reads again what this leaves behind.
-NOT_SEEN = ("under checkpoints a recording keeps what is overwritten",)
+NOT_SEEN = ("under checkpoints a recording keeps what is overwritten", "settings forget the number of steps")
 
 
 def _is_caught_by_the_built_in_problems(fault, patch, found):
