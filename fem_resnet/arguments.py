@@ -10,37 +10,21 @@ Values that the ranks hold in parts are checked on all ranks together: what is w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
 import scipy.sparse
 
-__all__ = ["choice", "integer", "integer_array", "number", "real_array", "together"]
+from fem_resnet.ranks import together
+
+__all__ = ["choice", "instance", "integer", "integer_array", "number", "real_array"]
 
 _T = TypeVar("_T")
 
 #: A length that may be anything from 1 on is None, or what messages call it.
 Shape = tuple[int | str | None, ...]
-
-
-def together(comm, check: Callable[[], _T]) -> _T:
-    """What ``check()`` returns; a TypeError or ValueError that it raises on one rank is raised on all of `comm`.
-
-    Collective over `comm`; without one each rank is on its own.
-    """
-    if comm is None or comm.size == 1:
-        return check()
-    result = error = None
-    try:
-        result = check()
-    except (TypeError, ValueError) as found:
-        error = found
-    first = next((other for other in comm.allgather(error) if other is not None), None)
-    if first is not None:
-        raise first from error
-    return result
 
 
 def real_array(
@@ -191,6 +175,28 @@ def choice(name: str, value: Any, allowed: Iterable[_T]) -> _T:
     allowed = list(allowed)
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: one of {', '.join(map(repr, allowed))} is wanted, {value!r} was given")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[_T] | tuple[type, ...], remedy: str = "") -> _T:
+    """A value from outside that is an object of a class, or of one of several; None among these is written ``type(None)``.
+
+    Parameters
+    ----------
+    remedy
+        What to do, as the end of the message: "laplace_basis(Y, rank) makes one".
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+        article = "an" if wanted[0] in "AEIOUaeiou" else "a"
+        end = f"; {remedy}" if remedy else ""
+        raise TypeError(f"{name}: {article} {wanted} is wanted, {type(value).__name__} was given{end}")
     return value
 
 

@@ -24,7 +24,7 @@ from fem_resnet import (
     pmp_residual, point_space, save, singular_system, smooth_in_space, smooth_in_time, solve_costate, solve_linearised,
     solve_trajectory, solve_value_function, stability_verdict, tikhonov, train, train_pam,
 )  # fmt: skip
-from fem_resnet.arguments import choice, integer, number, real_array, together
+from fem_resnet.arguments import choice, integer, number, real_array
 from fem_resnet.checkpoints import schedule_of
 from fem_resnet.theory.growth import GrowthMonitor
 
@@ -386,20 +386,6 @@ def test_numbers_and_names_are_what_they_are():
     ]:
         with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
             call()
-
-
-@on_ranks
-def test_what_is_wrong_on_one_rank_is_raised_on_all_with_the_same_words():
-    last = COMM_WORLD.size - 1
-
-    def check():
-        if COMM_WORLD.rank == last:
-            raise TypeError(f"x: not what is wanted, on rank {last}")
-        return COMM_WORLD.rank
-
-    with pytest.raises(TypeError, match=f"^x: not what is wanted, on rank {last}$"):
-        together(COMM_WORLD, check)
-    assert together(COMM_WORLD, lambda: COMM_WORLD.rank) == COMM_WORLD.rank
 
 
 # -- weights of samples ------------------------------------------------------------------------------------------------
