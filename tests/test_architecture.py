@@ -1,10 +1,11 @@
-"""The rooms of docs/architecture.md: imports go down only, and what needs no PETSc does not load it."""
+"""The rooms of docs/architecture.md: imports between folders go down only, and what needs no PETSc does not load it."""
 
 import ast
 import re
 import subprocess
 import sys
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import firedrake
@@ -19,38 +20,67 @@ each_module = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path
 
 @cache
 def _rooms() -> list[str]:
-    """Modules and folders from the ground up: the first column of the table."""
+    """Folders, and modules that lie in none, from the ground up: the first column of the table."""
     text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
     table = text.split("## Rooms", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"^\| `(\w+)/?` \|", table, flags=re.MULTILINE)
+    return [room.rstrip("/").replace("/", ".") for room in re.findall(r"^\| `([\w/]+)` \|", table, flags=re.MULTILINE)]
 
 
-def _imports(path: Path) -> list[tuple[int, str]]:
-    """Line and module of every import, also those inside of functions."""
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def _room(module: str) -> str:
+    """The folder of a module, or the module where it lies in none."""
+    return module if "." not in module else module.rpartition(".")[0]
+
+
+def _imports(path: Path) -> list[tuple[int, str, tuple[str, ...]]]:
+    """Line, module and names of every import, also those inside of functions."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
-            assert all(alias.name != "*" for alias in node.names), f"{path}:{node.lineno}: no star import here"
-            found.append((node.lineno, node.module))
+            names = tuple(alias.name for alias in node.names)
+            assert "*" not in names, f"{path}:{node.lineno}: no star import here"
+            found.append((node.lineno, node.module, names))
         elif isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            found += [(node.lineno, alias.name, ()) for alias in node.names]
     return found
 
 
-def test_the_table_and_the_folder_are_the_same():
-    in_folder = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
-    assert len(_rooms()) == len(set(_rooms())) and set(_rooms()) ^ in_folder == set()
+def _used(path: Path) -> list[tuple[int, str, tuple[str, ...]]]:
+    """Line, module and names of the imports from the package, the module without the package's name."""
+    found = []
+    modules = {_module(source) for source in SOURCES}
+    for line, module, names in _imports(path):
+        if module.split(".")[0] == "fem_resnet":
+            inside = module.removeprefix("fem_resnet").lstrip(".")
+            # `from fem_resnet.verify import suite` imports a module, others import names.
+            parts = [f"{inside}.{name}" for name in names if f"{inside}.{name}" in modules]
+            found += [(line, part, ()) for part in parts] or [(line, inside, names)]
+    return found
+
+
+def test_the_table_and_the_folders_are_the_same():
+    assert len(_rooms()) == len(set(_rooms()))
+    assert set(_rooms()) == {_room(_module(path)) for path in SOURCES}
 
 
 @each_module
 def test_imports_go_down_only(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    below = _rooms()[: _rooms().index(room)] if room in _rooms() else []
-    for line, module in _imports(path):
-        if module.split(".")[0] == "fem_resnet":
-            used = module.split(".")[1]
-            assert used in below or (used == room and path.parent != PACKAGE), f"{path}:{line}: {room} imports {used}"
+    room = _room(_module(path))
+    below = _rooms()[: _rooms().index(room)]
+    for line, module, names in _used(path):
+        assert _room(module) in [*below, room], f"{path}:{line}: {room} imports {module}"
+        if _room(module) != room:
+            private = [name for name in (*module.split("."), *names) if name.startswith("_")]
+            assert not private, f"{path}:{line}: {private} are private to {_room(module)}"
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {_module(path): {module for _, module, _ in _used(path)} for path in SOURCES}
+    assert list(TopologicalSorter(graph).static_order())
 
 
 @each_module
