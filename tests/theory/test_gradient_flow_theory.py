@@ -431,7 +431,8 @@ REFUSED = {
 
 def tools_of_the_theory() -> dict[str, object]:
     """What is public in the theory and has a network, or a solution of one, among its arguments."""
-    modules = [import_module(module.name) for module in walk_packages(fem_resnet.theory.__path__, "fem_resnet.theory.")]
+    found = walk_packages(fem_resnet.theory.__path__, "fem_resnet.theory.")
+    modules = [import_module(module.name) for module in found if not module.ispkg]
     public = {name: getattr(module, name) for module in modules for name in module.__all__}
     return {
         name: thing for name, thing in public.items()
