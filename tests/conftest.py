@@ -15,7 +15,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,7 +50,7 @@ BESIDE = pytest.StashKey[Future]()
 def pytest_configure(config):
     config.stash[TAYLOR_RATES] = defaultdict(dict)
     config.stash[VERIFIED] = {"faults": [], "sound": []}
-    config.addinivalue_line("markers", "beside(*command): started with the session, for the fixture `printed`")
+    config.addinivalue_line("markers", "beside(*command): started with the session, for the fixture `printed`; or a function of the test's item, for `beside`")
     config.pluginmanager.register(OnRanks(os.dup(2)) if COMM_WORLD.size > 1 else Beside(), "sides")
 
 
@@ -114,24 +113,31 @@ class OnRanks:
 
 
 class Beside:
-    """A session on one rank leaves a core idle: it takes the commands that tests are marked with, one after the other."""
+    """A session on one rank leaves a core idle: it takes what tests are marked with, one after the other."""
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(1)
         self.second_core = Lock()
 
-    def run(self, command: tuple[str, ...]) -> subprocess.CompletedProcess:
-        time.sleep(0.1)  # a test that waits for the lock comes first
+    def run(self, item, what, *arguments):
         with self.second_core:
+            if callable(what):
+                return what(item)
             return subprocess.run(
-                command, cwd=Path(__file__).parents[1], env=without_mpi(), capture_output=True, text=True, timeout=400
+                (what, *arguments), cwd=Path(__file__).parents[1], env=without_mpi(), capture_output=True, text=True, timeout=600
             )
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        """Tests that want the machine for themselves come last, when nothing runs beside them any more."""
+        items.sort(key=lambda item: "second_core" in item.fixturenames)
 
     def pytest_collection_finish(self, session):
         if not session.config.option.collectonly:
-            for item in session.items:
-                for marker in item.iter_markers("beside"):
-                    item.stash[BESIDE] = self.pool.submit(self.run, marker.args)
+            marked = [(item, marker.args) for item in session.items for marker in item.iter_markers("beside")]
+            # Sessions on several ranks take longest, so that they start first.
+            for item, arguments in sorted(marked, key=lambda pair: not callable(pair[1][0])):
+                item.stash[BESIDE] = self.pool.submit(self.run, item, *arguments)
 
     def pytest_sessionfinish(self):
         self.pool.shutdown(cancel_futures=True)
@@ -179,11 +185,16 @@ def found(request):
 
 
 @pytest.fixture
-def printed(request):
+def beside(request):
+    """What the test's marker `beside` has brought."""
+    return request.node.stash[BESIDE].result()
+
+
+@pytest.fixture
+def printed(beside):
     """Lines that the command of the test's marker `beside` has printed; it must have ended with code 0."""
-    result = request.node.stash[BESIDE].result()
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout.splitlines()
+    assert beside.returncode == 0, beside.stdout[-2000:] + beside.stderr[-4000:]
+    return beside.stdout.splitlines()
 
 
 @pytest.fixture
