@@ -24,7 +24,7 @@ from fem_resnet import (
     save, tikhonov,
 )  # fmt: skip
 from fem_resnet.fixed import Fixed
-from fem_resnet.time_stepping.stepper import LayerStepper
+from fem_resnet.time_stepping.stepper import Stepper
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -276,18 +276,18 @@ def test_running_costs_and_numbers_of_samples_keep_no_steppers_for_ever():
     net = network("disk", "CG1", layers_per_block=None)
     initial = net.Y.batch(smooth(net.Y, 2))
     net.run(initial, RunningCost(sympy.Symbol("f") ** 2))
-    one, costs = _alive(LayerStepper), []
+    one, costs = _alive(Stepper), []
     for turn in range(8):
         cost = RunningCost(sympy.Symbol("f") ** 2, kernel=0.1 * turn)
         net.run(initial, cost)
         costs.append(weakref.ref(cost))
         del cost
-    most = _alive(LayerStepper)
+    most = _alive(Stepper)
     assert most <= one + 3 * net.layers
     assert sum(reference() is not None for reference in costs) <= 4
     for samples in range(1, 7):
         net(net.Y.batch(smooth(net.Y, samples)))
-    assert len(net._stages) <= 4 and _alive(LayerStepper) <= most
+    assert len(net._stages) <= 4 and _alive(Stepper) <= most
 
 
 def test_a_loss_in_ufl_keeps_no_label_space_alive():

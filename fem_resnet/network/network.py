@@ -29,11 +29,9 @@ from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, sample_weights
-from fem_resnet.layers.compiled_stage import new_stage
-from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
+from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs, LayerUse
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import Stage
-from fem_resnet.layers.transposed_stage import TransposedStage
 from fem_resnet.log import log
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.run import Piece, Run
@@ -47,9 +45,8 @@ from fem_resnet.parameters.time_basis import Once, get_time_basis
 from fem_resnet.tape.blocks import apply
 from fem_resnet.tape.checkpoints import Manager, manager_of
 from fem_resnet.tape.kernel_controls import StableKernelParameter
-from fem_resnet.time_stepping.discrete_gradient import DiscreteGradientStage, DiscreteGradientStepper
-from fem_resnet.time_stepping.methods import METHODS, solver_options, tableau
-from fem_resnet.time_stepping.stepper import LayerStepper
+from fem_resnet.time_stepping.scheme import get_scheme
+from fem_resnet.time_stepping.stepper import Stepper
 
 __all__ = ["ResidualNetwork"]
 
@@ -225,20 +222,12 @@ class ResidualNetwork(OnMesh):
         self.replay_steps = replay_steps
         self.gradient_flow = gradient_flow
         self._options_prefix = options_prefix
-        self._options = solver_options(solver_parameters, options_prefix)
-        choice("precision", precision, ("double", "single"))
-        if precision == "single" and METHODS[self._options.parameters["ts_type"]].implicit:
-            raise ValueError(
-                f"precision: stages of {self._options.parameters['ts_type']!r} are solved to round-off, for which 'single' is "
-                f"too coarse; take 'double', or an explicit method"
-            )
-        self.precision = precision
-        if gradient_flow and self._by_discrete_gradient:
-            raise ValueError("gradient_flow: the discrete gradient is one of int Sigma(u) along (2.8); take another ts_type")
+        self._scheme = get_scheme(solver_parameters, options_prefix, self.steps)
+        self.precision = choice("precision", precision, ("double", "single"))
+        self._scheme.refuse(precision=precision, gradient_flow=gradient_flow)
         self._stages, self._scratch = _Latest(), _Latest()
         if self.layers:
-            # Now, so that options are refused here rather than at the first run.
-            self._carries_f = self._stepper(self._stage(1), 0).carries_f
+            self._stepper(self._stage(1), 0)  # now, so that options are refused here rather than at the first run
 
     def _bias_basis(self, basis: Basis | None) -> SpaceBasis:
         return NodalValues(self.Y) if basis is None else BasisCoefficients(basis)
@@ -254,17 +243,17 @@ class ResidualNetwork(OnMesh):
     @property
     def solver_parameters(self) -> dict:
         """PETSc options in force, a copy."""
-        return dict(self._options.parameters)
+        return self._scheme.solver_parameters
 
     @property
     def options_prefix(self) -> str:
         """Their prefix."""
-        return self._options.options_prefix
+        return self._scheme.options_prefix
 
     @property
     def tableau(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Matrix a_ij and weights b_i of the Runge-Kutta method that steps it; None where PETSc does not give them away."""
-        return tableau(self._options)
+        return self._scheme.tableau
 
     @property
     def settings(self) -> dict:
@@ -385,8 +374,8 @@ class ResidualNetwork(OnMesh):
         self.Y.check_batch(initial, "initial")
         if not isinstance(running, (RunningCost, NoneType)):
             raise TypeError(f"running: a RunningCost or None is wanted, {type(running).__name__} was given")
-        if running is not None and self._by_discrete_gradient:
-            raise ValueError("running: the discrete gradient steps coefficients alone and integrates no running cost; give None")
+        if running is not None:
+            self._scheme.refuse_running()
         omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
         manager = manager_of(get_working_tape()) if annotate_tape() else None
         if seen_by is not None and (running is not None or manager is not None or not self.steps_what_is_seen_by(seen_by)):
@@ -404,7 +393,7 @@ class ResidualNetwork(OnMesh):
             raise ValueError("observed: a schedule of checkpoints keeps no states inside of the network; record without one")
         # An operator on the tape belongs to its Block alone.
         factors = [apply(Retraction(self.bases[p.name][0]), p.functions)[0] for p in self.factors]
-        if annotate_tape() and not self.replay_steps and "none" != self.solver_parameters.get("ts_adapt_type"):
+        if annotate_tape() and not self.replay_steps and self._scheme.adaptive:
             log(
                 self.Y.comm, logging.WARNING,
                 "adapted steps are not replayed: the gradient will be that of the network with the steps of the latest "
@@ -443,7 +432,7 @@ class ResidualNetwork(OnMesh):
     def steps_what_is_seen_by(self, psi: Basis) -> bool:
         """Whether layers step nothing but g = Psi^T M f: psi is the very Basis of them all, fixed, and steps have f nowhere."""
         bases = {self.kernel.on_layer(layer).kernel.psi for layer in range(self.layers)}
-        return bases == {psi} and not self.factors and not self._carries_f
+        return bases == {psi} and not self.factors and not self._scheme.carries_f
 
     @property
     def blocks(self) -> int:
@@ -606,9 +595,9 @@ class ResidualNetwork(OnMesh):
     ) -> list[Segment]:
         values, each = BatchValues(self.Y, space), layers_per_block or self.layers_per_block
         stage = self._stage(values.samples)
-        made: dict[tuple, list[LayerStepper]] = {}
+        made: dict[tuple, list[Stepper]] = {}
 
-        def steppers(layers: range, orders: int) -> list[LayerStepper]:
+        def steppers(layers: range, orders: int) -> list[Stepper]:
             kind = (tuple(map(self._kind, layers)), orders)
             if not share or kind not in made:
                 new = [self._stepper(stage, layer, orders, running) for layer in layers]
@@ -627,7 +616,7 @@ class ResidualNetwork(OnMesh):
             layers = range(start, min(start + each, self.layers))
             coefficients = LayerCoefficients(self.bias, self.kernel, times, layers, factors)
             replays = annotate_tape() and self.replay_steps
-            segments.append(make(layers)(partial(steppers, layers), stage, coefficients, values, replays, omega))
+            segments.append(make(layers)(self._scheme, partial(steppers, layers), stage, coefficients, values, replays, omega))
             for layer in observed:  # between segments it is an output already
                 if layer in layers and (layer > start or layer == 0):
                     segments[-1].observe(layer - start)
@@ -637,9 +626,7 @@ class ResidualNetwork(OnMesh):
         return self._stages.get_or_make(samples, partial(self._new_stage, samples))
 
     def _new_stage(self, samples: int) -> Stage:
-        make = DiscreteGradientStage if self._by_discrete_gradient else new_stage
-        stage = make(self.Y, self.activation, samples, self.precision)
-        return TransposedStage(stage) if self.gradient_flow else stage
+        return self._scheme.new_stage(self.Y, self.activation, samples, self.precision, self.gradient_flow)
 
     def _kind(self, layer: int) -> tuple[int, ...]:
         """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
@@ -651,15 +638,11 @@ class ResidualNetwork(OnMesh):
 
     def _stepper(
         self, stage: Stage, layer: int, orders: int = 1, running: RunningCost | None = None
-    ) -> LayerStepper:
-        rank = self.kernel.on_layer(layer).kernel.psi.rank
-        if self._by_discrete_gradient:
-            return DiscreteGradientStepper(stage, layer, rank, self.steps, self._options, orders)
-        return LayerStepper(stage, layer, rank, self.steps, self._options, orders, cost=running)
-
-    @property
-    def _by_discrete_gradient(self) -> bool:
-        return self._options.parameters["ts_type"] == "discrete_gradient"
+    ) -> Stepper:
+        fixed = not self.factors and self.layer_times is None
+        constant = fixed and all(LayerUse(p, layer).is_constant for p in (self.bias, self.kernel))
+        kernel = self.kernel.on_layer(layer).kernel
+        return self._scheme.new_stepper(layer, stage, kernel, orders, running, sees_constants=constant)
 
 
 class _Latest(OrderedDict):

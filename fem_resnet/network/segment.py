@@ -25,8 +25,9 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import BatchValues
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.stage import LayerTrace, Stage
+from fem_resnet.time_stepping.scheme import Scheme
 from fem_resnet.time_stepping.sequence import LayerSequence
-from fem_resnet.time_stepping.stepper import LayerStepper
+from fem_resnet.time_stepping.stepper import Stepper
 
 __all__ = ["Segment", "TangentSegment"]
 
@@ -40,6 +41,8 @@ class Segment:
 
     Parameters
     ----------
+    scheme
+        How they are stepped.
     steppers
         ``steppers(orders)`` makes the layers' steppers, in order, at least one; with a tangent for 2 orders.
     stage
@@ -58,17 +61,19 @@ class Segment:
 
     def __init__(
         self,
-        steppers: Callable[[int], list[LayerStepper]],
+        scheme: Scheme,
+        steppers: Callable[[int], list[Stepper]],
         stage: Stage,
         coefficients: LayerCoefficients,
         values: BatchValues,
         replay: bool,
         omega: np.ndarray | None = None,
     ):
+        self.scheme = scheme
         self.steppers = steppers(1)
         self._numbers = coefficients.layers
         self._make = steppers
-        self._tangent_steppers: list[LayerStepper] | None = None
+        self._tangent_steppers: list[Stepper] | None = None
         self._sequences: dict[int, list[LayerSequence]] = {}  # of steppers without a tangent, and with one
         self._stage = stage
         self._Y = values.Y
@@ -177,22 +182,22 @@ class Segment:
     def taken_steps(self) -> list[list[float] | None]:
         """The steps of the last forward solve, in parts of each layer, where they were adapted or given; else None."""
         return [
-            stepper.trace.steps if stepper.adaptive or given is not None else None
+            stepper.trace.steps if self.scheme.adaptive or given is not None else None
             for stepper, given in zip(self.steppers, self._steps)
         ]
 
     def refuse_without_adjoint(self) -> None:
         """Raise ValueError if PETSc cannot adjoin the method."""
-        method = self.steppers[0].method
-        if method.instead is not None:
+        instead = self.scheme.method.instead
+        if instead is not None:
             raise ValueError(
-                f"solver_parameters: PETSc has no adjoint of its method {self.steppers[0].ts_type!r}, so it cannot be "
-                f"recorded; 'ts_type': {method.instead} has one. Without a gradient: run it while annotation is off"
+                f"solver_parameters: PETSc has no adjoint of its method {self.scheme.ts_type!r}, so it cannot be "
+                f"recorded; 'ts_type': {instead} has one. Without a gradient: run it while annotation is off"
             )
 
     def _run(
         self,
-        steppers: Sequence[LayerStepper],
+        steppers: Sequence[Stepper],
         f: list[np.ndarray],
         layers: Sequence[tuple[LayerInputs, ...]],
         save: bool,
@@ -229,7 +234,7 @@ class Segment:
         self._check_ranks_agree(g)
         return [reach(l), *(states[l] for l in self.observed)]
 
-    def _split(self, steppers: Sequence[LayerStepper], layers: Sequence[tuple[LayerInputs, ...]]) -> list[LayerSequence]:
+    def _split(self, steppers: Sequence[Stepper], layers: Sequence[tuple[LayerInputs, ...]]) -> list[LayerSequence]:
         """The layers in sequences with one psi, without an observed state inside; which these are is so until one is added."""
         orders = len(layers[0])
         if orders not in self._sequences:

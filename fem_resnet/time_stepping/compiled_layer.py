@@ -9,17 +9,21 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import petsctools
 from petsc4py import PETSc
 
 from fem_resnet.layers.compiled_stage import CompiledStage, address
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import Argument, LayerTrace, StageValue
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.time_stepping.methods import configure, last_words
 from fem_resnet.time_stepping.petsc import rk_tableau
+from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
 
-__all__ = ["CompiledLayer", "CompiledLayers", "SolveStopped"]
+__all__ = ["CompiledLayer", "CompiledLayers", "CompiledStepper"]
 
 _FIELDS = {
     "space": ctypes.c_void_p, "phi": ctypes.c_void_p, "psi": ctypes.c_void_p, "a": ctypes.c_void_p, "beta": ctypes.c_void_p,
@@ -57,23 +61,6 @@ class _Outcome(ctypes.Structure):
     _fields_ = [("layer", ctypes.c_long), ("reason", ctypes.c_long), ("finite", ctypes.c_long)]
 
 
-class SolveStopped(Exception):
-    """A solve of `CompiledLayers` ended early.
-
-    Attributes
-    ----------
-    layer : int
-        Number of the layer in the sequence.
-    what : petsc4py.PETSc.Error or int or None
-        PETSc's error, or the reason that TS gave; None where the state is not finite.
-    """
-
-    def __init__(self, layer: int, what: PETSc.Error | int | None):
-        super().__init__(f"layer {layer}: {what}")
-        self.layer = layer
-        self.what = what
-
-
 class CompiledLayer:
     """One layer's TS with its callbacks in C.
 
@@ -81,16 +68,20 @@ class CompiledLayer:
     ----------
     stage
         Compiled stage evaluations.
-    ts
-        The TS, explicit.
+    kernel
+        The kernel of the layer, of which the ranks count here.
     steps
         Number of equal steps.
-    inputs
-        What the layer takes, of which shapes count here.
+    options
+        PETSc options of the TS, from `methods.solver_options`.
     """
 
-    def __init__(self, stage: CompiledStage, ts: PETSc.TS, steps: int, inputs: LayerInputs):
-        samples, phi, psi = stage.samples, inputs.factors.phi.rank, inputs.factors.psi.rank
+    def __init__(self, stage: CompiledStage, kernel: LowRankKernel, steps: int, options: petsctools.OptionsManager):
+        samples, phi, psi = stage.samples, kernel.phi.rank, kernel.psi.rank
+        ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
+        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+        ts.setErrorIfStepFails(False)
+        configure(ts, options, ("mat_type",))
         self.stage, self.ts, self._equal = stage, ts, [1.0 / steps] * steps
         matrix, self._weights, _ = rk_tableau(ts)
         reuses = bool((matrix[-1] == self._weights).all())  # PETSc's test too: the last slope is then the next step's first
@@ -113,20 +104,10 @@ class CompiledLayer:
         )  # fmt: skip
         self._factors: LowRankKernel | None = None
         self._C: np.ndarray | None = None
+        self._inputs: LayerInputs | None = None
+        self._h, self._arrays, self._adds = np.empty(0), (), False
         self._matrices = _shell(state, state), _shell(state, parameters)
         stage.call("layer_attach", ctypes.byref(self.struct), *(ctypes.c_void_p(matrix.handle) for matrix in self._matrices))
-
-    @staticmethod
-    def fits(stage, inputs: Sequence[LayerInputs]) -> bool:
-        """Whether a layer with these inputs can be stepped so."""
-        values = inputs[0]
-        return (
-            isinstance(stage, CompiledStage)
-            and len(inputs) == 1
-            and not (values.learns_length or values.learns_factors)
-            and values.bias.is_constant
-            and values.beta.is_constant
-        )
 
     def start(self, inputs: LayerInputs, steps: Sequence[float] | None, f: np.ndarray | None) -> None:
         """Before a forward solve.
@@ -199,30 +180,83 @@ class CompiledLayer:
 
     def release(self) -> None:
         """Forget fields."""
-        self._inputs = self._arrays = self._C = None
+        self._inputs, self._arrays, self._C = None, (), None
+
+
+class CompiledStepper(Stepper):
+    """One layer, stepped by the callbacks in C; `CompiledLayers` steps several by one call.
+
+    Parameters
+    ----------
+    layer
+        Number of the layer, for messages.
+    stage, kernel, steps, options
+        As for `CompiledLayer`.
+    """
+
+    def __init__(
+        self, layer: int, stage: CompiledStage, kernel: LowRankKernel, steps: int, options: petsctools.OptionsManager
+    ):
+        super().__init__(layer)
+        self._new = partial(CompiledLayer, stage, kernel, steps, options)
+        #: The TS with its callbacks; a new one after a failure.
+        self.solver = self._new()
+
+    def forward(self, g, f, inputs, save, steps=None):
+        return [CompiledLayers([self]).forward(g[0], [inputs], [steps], None, save)]
+
+    def adjoint(self, gamma, adjoint):
+        (start,), (functionals,) = CompiledLayers([self]).adjoint(gamma[0], *adjoint)
+        return [start], adjoint, functionals
+
+    @property
+    def trace(self) -> LayerTrace:
+        return self.solver.trace
+
+    def release(self) -> None:
+        self.has_trajectory, self.inputs = False, ()
+        self.solver.release()
+
+    def renewed(self, what: PETSc.Error | int) -> StepFailure:
+        """What to raise if a solve ended in an error, or with a reason of TS; the TS is a new one from now on."""
+        time = self.time(self.solver.ts.getTime())
+        self.solver = self._new()
+        if isinstance(what, PETSc.Error):
+            return StepFailure(self.layer, time, f"PETSc's error {what.ierr}, {last_words(what)}")
+        return StepFailure(self.layer, time, TS_REASONS.get(what, f"PETSc's reason {what}"))
 
 
 class CompiledLayers:
     """Consecutive compiled layers with one psi, which one call steps."""
 
-    def __init__(self, layers: Sequence[CompiledLayer]):
-        self.layers = list(layers)
-        self._stage = layers[0].stage
-        self._structs = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(layer.struct) for layer in layers))
+    def __init__(self, steppers: Sequence[CompiledStepper]):
+        self._steppers = list(steppers)
+        self._stage = self._steppers[0].solver.stage
+        self._layers: list[CompiledLayer] = []
+        self._structs: ctypes.Array | None = None
 
-    def _solve(self, name: str, *arguments) -> None:
+    def _solve(self, name: str, s: float, *arguments) -> None:
+        """Call C, for a solve that ends at the fraction s of its last layer."""
         outcome = _Outcome()
         try:
-            self._stage.call(name, self._structs, len(self.layers), *arguments, ctypes.byref(outcome))
+            self._stage.call(name, self._structs, len(self._layers), *arguments, ctypes.byref(outcome))
         except PETSc.Error as error:
-            raise SolveStopped(outcome.layer, error) from error
-        if outcome.reason < 0 or not outcome.finite:
-            raise SolveStopped(outcome.layer, outcome.reason if outcome.reason < 0 else None)
+            raise self._steppers[outcome.layer].renewed(error) from error
+        if outcome.reason < 0:
+            raise self._steppers[outcome.layer].renewed(int(outcome.reason))
+        if not outcome.finite:
+            raise self._steppers[outcome.layer].not_finite(s)
+
+    def _take_layers(self) -> None:
+        layers = [stepper.solver for stepper in self._steppers]
+        if layers != self._layers:  # one that failed is a new one
+            self._layers = layers
+            self._structs = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(layer.struct) for layer in layers))
 
     def forward(
         self,
         g: np.ndarray,
-        inputs: Sequence[LayerInputs],
+        inputs: Sequence[Sequence[LayerInputs]],
         steps: Sequence[Sequence[float] | None],
         f: np.ndarray | None,
         save: bool,
@@ -234,7 +268,7 @@ class CompiledLayers:
         g
             At the start.
         inputs, steps
-            What each layer takes; its steps in parts of it, or None for equal ones.
+            What each layer takes, without directions; its steps in parts of it, or None for equal ones.
         f
             What the integral of f_t is added to, shape (nodes, samples); or None.
         save
@@ -242,17 +276,20 @@ class CompiledLayers:
 
         Raises
         ------
-        SolveStopped
+        StepFailure
             If a layer cannot be stepped, TS ends before its end, or that is not finite.
         """
+        self._take_layers()
         packed = None if f is None else self._stage.pack(f)
-        for layer, taken, lengths in zip(self.layers, inputs, steps):
-            layer.start(taken, lengths, packed)
+        for stepper, layer, taken, lengths in zip(self._steppers, self._layers, inputs, steps):
+            stepper.take(taken)
+            layer.start(taken[0], lengths, packed)
         state = np.array(g.T, order="C")
-        self._solve("layers_forward", ctypes.c_void_p(address(state)), save)
-        for number, layer in enumerate(self.layers):
+        self._solve("layers_forward", 1.0, ctypes.c_void_p(address(state)), save)
+        for stepper, layer in zip(self._steppers, self._layers):
             if layer.struct.step != layer.struct.steps:
-                raise SolveStopped(number, int(layer.ts.getConvergedReason()))
+                raise stepper.renewed(int(layer.ts.getConvergedReason()))
+            stepper.has_trajectory = save
         if f is not None:
             self._stage.unpack(packed, f)
         return state.T
@@ -271,18 +308,21 @@ class CompiledLayers:
 
         Raises
         ------
-        SolveStopped
+        StepFailure
             If a layer's adjoint cannot be solved, or is not finite.
         RuntimeError
-            If TS has weighted the stages otherwise than was taken for granted.
+            If there was no forward solve that kept its trajectories since the last adjoint; or TS has weighted the stages
+            otherwise than was taken for granted.
         """
+        for stepper in self._steppers:
+            stepper.use_trajectory()
         packed = None if adjoint is None else self._stage.pack(self._stage.arranged(adjoint))
-        functionals = [layer.start_adjoint(packed) for layer in self.layers]
-        states = np.empty((len(self.layers) + 1, *gamma.T.shape))
+        functionals = [layer.start_adjoint(packed) for layer in self._layers]
+        states = np.empty((len(self._layers) + 1, *gamma.T.shape))
         states[-1] = gamma.T
-        self._solve("layers_adjoint", ctypes.c_void_p(address(states)))
+        self._solve("layers_adjoint", 0.0, ctypes.c_void_p(address(states)))
         return [state.T for state in states[:-1]], [
-            layer.end_adjoint(functional) for layer, functional in zip(self.layers, functionals)
+            layer.end_adjoint(functional) for layer, functional in zip(self._layers, functionals)
         ]
 
 

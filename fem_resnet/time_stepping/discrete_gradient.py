@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import petsctools
@@ -35,12 +36,11 @@ from petsc4py import PETSc
 from fem_resnet.activation.activation import Activation
 from fem_resnet.activation.secant import Secant
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import Argument, Cotangent, Functionals, LayerTrace, Stage, StageValue
 from fem_resnet.time_stepping.jacobian import acting
-from fem_resnet.time_stepping.methods import METHODS, last_words, set_from_options
+from fem_resnet.time_stepping.methods import last_words, set_from_options
 from fem_resnet.time_stepping.petsc import weakly
-from fem_resnet.time_stepping.stepper import StepFailure
+from fem_resnet.time_stepping.stepper import StepFailure, Stepper
 
 __all__ = ["DiscreteGradientStage", "DiscreteGradientStepper", "Ends"]
 
@@ -163,15 +163,15 @@ class _Step:
     g: tuple[list[np.ndarray], list[np.ndarray]]
 
 
-class DiscreteGradientStepper:
-    """One layer stepped by the discrete gradient: what a segment asks of a `LayerStepper`.
+class DiscreteGradientStepper(Stepper):
+    """One layer stepped by the discrete gradient.
 
     Parameters
     ----------
-    stage
-        Evaluations of the steps.
     layer
         Number of the layer, for messages.
+    stage
+        Evaluations of the steps.
     rank
         Rank of psi on this layer.
     steps
@@ -188,50 +188,46 @@ class DiscreteGradientStepper:
         If an option is none of a SNES, or steps are to be adapted.
     """
 
-    carries_f = False
-    adaptive = False
-
     def __init__(
-        self, stage: DiscreteGradientStage, layer: int, rank: int, steps: int, options: petsctools.OptionsManager,
-        orders: int = 1,
-    ):  # fmt: skip
+        self, layer: int, stage: DiscreteGradientStage, rank: int, steps: int, options: petsctools.OptionsManager, orders: int = 1
+    ):
+        super().__init__(layer)
         self.stage = stage
-        self.layer = layer
         self.steps = steps
         self.orders = orders
-        self.user: object = None
-        self.ts_type = "discrete_gradient"
-        self.method = METHODS[self.ts_type]
         self._rank = rank
         self._options = options
-        self.release()
-        self._create()
+        self._trace = LayerTrace()
+        self._taken: list[_Step] = []
+        #: The step that is solved for: its length, beta, g at its start, and it where its end is its start.
+        self._now: tuple[float, np.ndarray, np.ndarray, Ends] | None = None
+        self._x, self._residual_vector = (PETSc.Vec().createSeq(rank * stage.samples) for _ in range(2))
+        self._snes = self._new_snes()
 
-    def compiled(self, inputs: Sequence[LayerInputs]) -> None:
-        """There is no such step in C."""
+    @property
+    def trace(self) -> LayerTrace:
+        return self._trace
 
     def release(self) -> None:
-        """Forget what the last solve left."""
-        self.trace = LayerTrace()
-        #: Whether the last forward solve was kept for an adjoint.
-        self.has_trajectory = False
-        self._taken: list[_Step] = []
-        self._inputs: Sequence[LayerInputs] = ()
+        self.has_trajectory, self.inputs = False, ()
+        self._trace, self._taken, self._now = LayerTrace(), [], None
 
-    def _create(self) -> None:
+    @cached_property
+    def _pattern(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of a matrix with one dense block a sample, in PETSc's CSR."""
         block, samples = self._rank, self.stage.samples
-        self._x, self._residual_vector = (PETSc.Vec().createSeq(block * samples) for _ in range(2))
         columns = np.arange(block * samples, dtype=PETSc.IntType).reshape(samples, 1, block)
         columns = np.broadcast_to(columns, (samples, block, block)).ravel()
-        rows = np.arange(0, samples * block**2 + 1, block, dtype=PETSc.IntType)
-        self._pattern = rows, columns
-        self._jacobian = PETSc.Mat().createAIJ(
-            ((block * samples,) * 2,) * 2, bsize=block, csr=(rows, columns, np.ones(len(columns))),
-            comm=PETSc.COMM_SELF,
-        )  # fmt: skip
-        snes = self._snes = PETSc.SNES().create(comm=PETSc.COMM_SELF)
+        return np.arange(0, samples * block**2 + 1, block, dtype=PETSc.IntType), columns
+
+    def _new_snes(self) -> PETSc.SNES:
+        size, (rows, columns) = self._rank * self.stage.samples, self._pattern
+        jacobian = PETSc.Mat().createAIJ(
+            ((size, size), (size, size)), bsize=self._rank, csr=(rows, columns, np.ones(len(columns))), comm=PETSc.COMM_SELF
+        )
+        snes = PETSc.SNES().create(comm=PETSc.COMM_SELF)
         snes.setFunction(weakly(self._residual), self._residual_vector)
-        snes.setJacobian(weakly(self._set_jacobian), self._jacobian)
+        snes.setJacobian(weakly(self._set_jacobian), jacobian)
         snes.getKSP().setType("preonly")
         snes.getKSP().getPC().setType("pbjacobi")
         unused = set_from_options(snes, self._options, ("ts_type", "ts_adapt_type"))
@@ -240,22 +236,12 @@ class DiscreteGradientStepper:
                 f"solver_parameters: {', '.join(unused) or 'ts_adapt_type'}: 'ts_type' 'discrete_gradient' takes "
                 "options of a SNES and its KSP, and fixed steps; drop it"
             )
+        return snes
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        g: Sequence[np.ndarray],
-        f: Sequence[np.ndarray] | None,
-        inputs: Sequence[LayerInputs],
-        save: bool,
-        steps: Sequence[float] | None = None,
-    ) -> list[np.ndarray]:
-        """Solve the layer from g; arguments, result and errors as in `LayerStepper.forward`."""
-        self.release()
-        self._inputs = inputs
-        if not inputs[0].length > 0:
-            raise StepFailure.of_length(self.layer, inputs[0])
+    def forward(self, g, f, inputs, save, steps=None):
+        self.take(inputs)
         lengths = [1.0 / self.steps] * self.steps if steps is None else list(steps)
         g, start = list(g), 0.0
         for length in lengths:
@@ -264,7 +250,7 @@ class DiscreteGradientStepper:
             g = step.g[1]
             start += length
             if not all(np.isfinite(part).all() for part in g):
-                raise StepFailure(self.layer, self._time(start), "NOT_FINITE")
+                raise self.not_finite(start)
             self.trace.stages.append(StageValue(length, step.ends))
             if save:
                 self._taken.append(step)
@@ -272,20 +258,17 @@ class DiscreteGradientStepper:
         self.has_trajectory = save
         return g
 
-    def _time(self, s: float) -> float:
-        return self._inputs[0].start + s * self._inputs[0].length
-
     def _beta(self, s: float) -> list[np.ndarray]:
-        return [inputs.beta.coefficients(s) for inputs in self._inputs]
+        return [inputs.beta.coefficients(s) for inputs in self.inputs]
 
     def _step(self, start: float, length: float, g: list[np.ndarray]) -> _Step:
         middle = start + length / 2
         beta = self._beta(middle)
         C = acting(beta, g)
-        lengths = tuple(inputs.length for inputs in self._inputs)
-        a = tuple(inputs.bias.coefficients(middle) for inputs in self._inputs)
-        factors = self._inputs[0].factors
-        turning = self._inputs[1].factors if self.orders == 2 else None
+        lengths = tuple(inputs.length for inputs in self.inputs)
+        a = tuple(inputs.bias.coefficients(middle) for inputs in self.inputs)
+        factors = self.inputs[0].factors
+        turning = self.inputs[1].factors if self.orders == 2 else None
         self._now = length, beta[0], g[0], _standing(factors, lengths[:1], a[:1], C[:1])
         self._x.array_w[:] = g[0].T.ravel()
         self._solve(start)
@@ -303,14 +286,15 @@ class DiscreteGradientStepper:
         try:
             self._snes.solve(None, self._x)
         except PETSc.Error as error:
-            self._create()  # a failed callback leaves vectors locked
+            self._x, self._residual_vector = self._x.duplicate(), self._x.duplicate()  # a failed callback leaves vectors locked
+            self._snes = self._new_snes()
             if error.__cause__ is not None:
                 raise error.__cause__
             reason = f"PETSc's error {error.ierr}, {last_words(error)}"
-            raise StepFailure(self.layer, self._time(start), reason) from error
+            raise StepFailure(self.layer, self.time(start), reason) from error
         reason = self._snes.getConvergedReason()
         if reason < 0:
-            raise StepFailure(self.layer, self._time(start), f"SNES's {_REASONS.get(reason, reason)}")
+            raise StepFailure(self.layer, self.time(start), f"SNES's {_REASONS.get(reason, reason)}")
 
     def _end(self, x: PETSc.Vec) -> tuple[np.ndarray, Ends]:
         g = x.array_r.reshape(self.stage.samples, self._rank).T
@@ -340,22 +324,18 @@ class DiscreteGradientStepper:
 
     # -- adjoint ------------------------------------------------------------------------------------------------------
 
-    def adjoint(
-        self, gamma: Sequence[np.ndarray], adjoint: Sequence[np.ndarray]
-    ) -> tuple[list[np.ndarray], Sequence[np.ndarray], np.ndarray]:
-        """Adjoint of the last forward solve; arguments, result and errors as in `LayerStepper.adjoint`."""
-        if not self.has_trajectory:
-            raise RuntimeError(f"layer {self.layer}: the adjoint wants a forward solve that saves, just before it")
+    def adjoint(self, gamma, adjoint):
+        self.use_trajectory()
         gamma, functionals = list(gamma), 0.0
         for step in reversed(self._taken):
             gamma, of_step = self._step_back(step, gamma, tuple(adjoint))
             functionals = functionals + of_step
         if not (np.isfinite(functionals).all() and all(np.isfinite(part).all() for part in gamma)):
-            raise StepFailure(self.layer, self._time(0.0), "NOT_FINITE")
+            raise self.not_finite(0.0)
         return gamma, adjoint, functionals
 
     def _step_back(self, step: _Step, gamma: list[np.ndarray], adjoint) -> tuple[list[np.ndarray], np.ndarray]:
-        inputs, beta, h = self._inputs[0], self._beta(step.middle), step.length
+        inputs, beta, h = self.inputs[0], self._beta(step.middle), step.length
         weight = np.full(self.stage.samples, h) if adjoint else None
         matrix = np.swapaxes(self._matrix(h, beta[0], step.ends), 1, 2)
         x = [np.zeros_like(part) for part in gamma]

@@ -54,7 +54,10 @@ class LinearLayer:
         self._cost = cost
         self.orders = state.orders
         self.costate: tuple[np.ndarray, ...] | None = None
-        self.set_shift(0.0)
+        self._inputs: Sequence[LayerInputs] = ()
+        self._point: tuple | None = None
+        self.shift, self.scale = 0.0, 1.0
+        self._blocks: np.ndarray | None = None
 
     def start(self, inputs: Sequence[LayerInputs]) -> None:
         """Begin a forward solve with these inputs, and their directions if there is a tangent."""

@@ -156,7 +156,7 @@ def compiled_stages(problem: LearningProblem) -> Iterator[Check]:
     """Values, transpose and quadrature of compiled stages, for every shape, and at both tails."""
     net = problem.net
     given, precision = net.activation, net.precision
-    if net._by_discrete_gradient or not isinstance(new_stage(_Points(1), given, 1, precision), CompiledStage):
+    if net.solver_parameters["ts_type"] == "discrete_gradient" or not isinstance(new_stage(_Points(1), given, 1, precision), CompiledStage):
         yield Check.left_out("compiled stage", "all", "stages are not compiled")
         return
     accuracy = 1e-12 if precision == "double" else 1e-5

@@ -22,7 +22,7 @@ from pyadjoint.enlisting import Enlist
 from fem_resnet.label_domain.label_space import sample_weights
 from fem_resnet.parameters.space_basis import SeenBatch
 from fem_resnet.tape.blocks import made
-from fem_resnet.time_stepping.stepper import LayerStepper
+from fem_resnet.time_stepping.ts_stepper import TSStepper
 from fem_resnet.verify.point import Point, close, names, part, random_like
 from fem_resnet.verify.reference import Reference, relative
 from fem_resnet.verify.report import Check, Line
@@ -361,7 +361,7 @@ def given_steps(point: Point) -> Iterator[Check]:
     problem = point.problem
     net = problem.net
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
-    if not net.layers or net.factors or adapts or not isinstance(next(iter(_layer_segments(problem))).steppers[0], LayerStepper):
+    if not net.layers or net.factors or adapts or net.solver_parameters["ts_type"] == "discrete_gradient":
         return
     rng, shared = np.random.default_rng([17, point.comm.rank]), np.random.default_rng(18)
     lengths, bound = [0.5, 0.2, 0.3], max(1e-10, close(problem))
@@ -431,20 +431,21 @@ def jacobians(point: Point) -> Iterator[Check]:
     net = point.problem.net
     segments = _layer_segments(point.problem)
     stepper = segments[0].steppers[0] if segments else None
-    if not isinstance(stepper, LayerStepper) or not stepper.method.implicit:
+    if not isinstance(stepper, TSStepper) or not stepper.solver.method.implicit:
         return
     segment = segments[0]
     factors = [np.array(slot.read(_factor(net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
     f = np.array(segment.inputs[0].read(point.problem.batch.inputs))
     segment.forward([f, *(s.read(fn) for s, fn in zip(segment.inputs[1:], segment.functions)), *factors], save=False)
-    ts, J, u = stepper._ts, stepper._jacobian, stepper._y.copy()
-    rng = np.random.default_rng([3, 0 if stepper.state.comm.size == 1 else point.comm.rank])
+    solver = stepper.solver
+    ts, J, u = solver.ts, solver.jacobian, solver.y.copy()
+    rng = np.random.default_rng([3, 0 if solver.state.comm.size == 1 else point.comm.rank])
     x, y, a, b, zero = (u.duplicate() for _ in range(5))
     for vec in (x, y):
         vec.array_w[:] = rng.normal(size=vec.getLocalSize())
     zero.set(0.0)
     shift, t, step = 2.0, 0.4, 1e-6
-    imex = stepper.method.partitioned
+    imex = solver.method.partitioned
     ts.computeIJacobian(t, u, zero, shift, J, J, imex)
     for sign, F in ((1, a), (-1, b)):
         at, rate = u.copy(), zero.copy()

@@ -132,8 +132,9 @@ def test_nothing_is_shared_with_the_adjoint_of_the_layers(monkeypatch):
         raise AssertionError("the layers' own adjoint was called")
 
     for owner in (
-        "layer.Stage.transpose", "time_stepping.LayerStepper.adjoint", "segment.Segment.adjoint",
-        "head._HeadOperator.adjoint", "loss._LossOperator.adjoint",
+        "layers.stage.Stage.transpose", "time_stepping.ts_stepper.TSStepper.adjoint",
+        "time_stepping.compiled_layer.CompiledLayers.adjoint", "network.segment.Segment.adjoint",
+        "learning.head._HeadOperator.adjoint", "learning.loss._LossOperator.adjoint",
     ):  # fmt: skip
         monkeypatch.setattr(f"fem_resnet.{owner}", forbidden)
     trajectory = solve_trajectory(problem.net, problem.batch.inputs)

@@ -10,6 +10,7 @@ from mpmath import mp
 from numpy.testing import assert_allclose
 
 from fem_resnet.layers import compiled_stage
+from fem_resnet.time_stepping.compiled_layer import CompiledStepper
 from fem_resnet.activation.activation import ACTIVATIONS, Activation, get_activation
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -195,7 +196,7 @@ def test_compiled_layers_are_numpys(domain, element, method, options, samples, m
         J, run = learning_problem(net, samples=samples).record()
         derivative = J.derivative()
         segment = run._pieces[0].segment
-        assert (segment.steppers[0]._compiled is not None) == (switch == "1")
+        assert isinstance(segment.steppers[0], CompiledStepper) == (switch == "1")
         found.append(
             [np.array(float(J.functional))]
             + [part.dat.data_ro.copy() for part in derivative]
@@ -213,7 +214,7 @@ def test_a_compiled_layer_sums_over_the_ranks_once_a_stage_and_not_on_one_rank()
     stages = 4 * 3
     for stepper in run._pieces[0].segment.steppers:
         # As many in the adjoint as forward: one Allreduce of rank x samples numbers each.
-        assert stepper._compiled.struct.reductions == (2 * stages if net.Y.comm.size > 1 else 0)
+        assert stepper.solver.struct.reductions == (2 * stages if net.Y.comm.size > 1 else 0)
 
 
 @on_ranks
@@ -244,7 +245,7 @@ def test_fields_one_chunk_of_samples_after_the_other_give_the_same_numbers(preci
         net = network("annulus", "DG0", precision=precision, steps=2)
         J, run = learning_problem(net, samples=71).record()  # whole chunks and a part of one, on all processors
         field = np.zeros((net.Y.nodes, 71))
-        assert (run._pieces[0].segment.steppers[0]._compiled.stage.pack(field) is field) == (least == 100)
+        assert (run._pieces[0].segment.steppers[0].solver.stage.pack(field) is field) == (least == 100)
         derivative = [functional.dat.data_ro.copy() for functional in J.derivative()]
         found.append([float(J.functional), run.final.dat.data_ro.copy(), run.costate(0).dat.data_ro.copy(), *derivative])
     for one, other in zip(*found, strict=True):

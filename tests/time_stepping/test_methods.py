@@ -11,10 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import learning_problem, network as classifier
 from pyadjoint.tape import annotate_tape
 
-import fem_resnet.network.network
 from fem_resnet import Basis, ResidualNetwork, StepFailure, train
 from fem_resnet.time_stepping.methods import METHODS
-from fem_resnet.time_stepping.stepper import LayerStepper
 from kinds import ADAPTIVE, FORWARD, GRADIENT, adaptive, direction, options, point, recorded
 from helpers import label_space, network, set_smooth, smooth
 
@@ -94,9 +92,8 @@ def test_a_second_solve_knows_nothing_of_the_first(name, in_time):
 def test_carrying_f_gives_the_same_numbers(name, bias, annotation, monkeypatch):
     results = []
     for carry in (False, True):
-        stepper = lambda *args, carry=carry, **more: LayerStepper(*args, carry=carry, **more)  # noqa: E731
-        monkeypatch.setattr(fem_resnet.network.network, "LayerStepper", stepper)
         net = network(steps=2, solver_parameters=options(name), basis_for_bias=bias == "basis")
+        monkeypatch.setattr(net._scheme, "carries_f", carry)
         J, run = recorded(net, annotation)
         results.append([net.Y.values(run.final).copy(), *gradient(J)])
     # Sums of some hundred numbers, and Newton's last step squared.
@@ -126,11 +123,11 @@ def test_matrix_free_gives_the_same_numbers(name, annotation):
 def test_one_linear_solve_a_newton_step_and_no_matrix_of_the_nodes():
     net = network(solver_parameters={"ts_type": "cn"})
     stepper = net._stepper(net._stage(3), 0, 1)
-    assert stepper._jacobian.getSize() == (3 * 5, 3 * 5)
-    assert stepper._jacobian.getInfo()["nz_used"] == 3 * 5**2
+    assert stepper.solver.jacobian.getSize() == (3 * 5, 3 * 5)
+    assert stepper.solver.jacobian.getInfo()["nz_used"] == 3 * 5**2
     segment = net._new_segments(net.Y.batch_space(3))[0]
     segment.forward([smooth(net.Y), *(basis.read(f) for basis, f in zip(segment.inputs[1:], segment.functions))], False)
-    snes = segment.steppers[0]._ts.getSNES()
+    snes = segment.steppers[0].solver.ts.getSNES()
     assert snes.getLinearSolveIterations() == snes.getIterationNumber() > 0
 
 
@@ -326,7 +323,7 @@ def test_a_failing_linear_solve_of_the_adjoint_is_a_step_failure(annotation):
     J, run = recorded(net, annotation)
     m = point(J)
     value, expected = J(m), gradient(J)
-    ksp = run._pieces[0].segment.steppers[1]._ts.getSNES().getKSP()
+    ksp = run._pieces[0].segment.steppers[1].solver.ts.getSNES().getKSP()
     J(m)
     ksp.setTolerances(rtol=1e-30, max_it=1)
     with pytest.raises(StepFailure, match=r"ADJOINT_DIVERGED_LINEAR_SOLVE in layer 1, t = 0\.9"):

@@ -42,7 +42,8 @@ import fem_resnet.time_stepping.compiled_layer
 import fem_resnet.time_stepping.discrete_gradient
 import fem_resnet.time_stepping.jacobian
 import fem_resnet.time_stepping.state
-import fem_resnet.time_stepping.stepper
+import fem_resnet.time_stepping.ts_layer
+import fem_resnet.time_stepping.ts_stepper
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
 
 
 Stage = fem_resnet.layers.stage.Stage
-Stepper = fem_resnet.time_stepping.stepper.LayerStepper
+LayerTS = fem_resnet.time_stepping.ts_layer.LayerTS
 Linear = fem_resnet.time_stepping.jacobian.LinearLayer
 Segment, CoefficientSegment = fem_resnet.network.segment.Segment, fem_resnet.network.coefficient_segment.CoefficientSegment
 CostRate = fem_resnet.layers.running_cost.CostRate
@@ -161,25 +162,23 @@ def _basis_gram(change):
 
 
 def _permuted_weights(patch):
-    made = Stepper._new_ts
+    made = LayerTS.__init__
 
-    def new_ts(self):
-        ts = made(self)
+    def init(self, *arguments, **options):
+        made(self, *arguments, **options)
         self._weights = np.roll(self._weights, 1)
-        return ts
 
-    patch.setattr(Stepper, "_new_ts", new_ts)
+    patch.setattr(LayerTS, "__init__", init)
 
 
 def _ignored_nodes(patch):
-    made = Stepper._new_ts
+    made = LayerTS.__init__
 
-    def new_ts(self):
-        ts = made(self)
+    def init(self, *arguments, **options):
+        made(self, *arguments, **options)
         self._nodes = 0 * self._nodes
-        return ts
 
-    patch.setattr(Stepper, "_new_ts", new_ts)
+    patch.setattr(LayerTS, "__init__", init)
 
 
 def _stale_stage(patch):
@@ -196,9 +195,9 @@ def _stale_stage(patch):
 
 def _unreset_step(patch):
     """The first step of a solve is what the last solve ended with."""
-    forward = Stepper.forward
+    forward = LayerTS.forward
 
-    def stale(self, g, f, given, save, steps=None):
+    def stale(self, g, f, given, save, steps):
         self._solves = getattr(self, "_solves", 0) + 1
         first, self.steps = self.steps, self.steps + self._solves % 2
         try:
@@ -206,7 +205,7 @@ def _unreset_step(patch):
         finally:
             self.steps = first
 
-    patch.setattr(Stepper, "forward", stale)
+    patch.setattr(LayerTS, "forward", stale)
 
 
 def _counted_up(owner, function, factor=1.000001):
@@ -304,27 +303,27 @@ FAULTS = [
     Fault("b in place of b^T", CLASSES, line(Linear, "transpose", "by_g, by_beta = [-(beta[0].T @ D[0])]", "by_g, by_beta = [-(beta[0].T[::-1, ::-1] @ D[0])]")),
     Fault("beta's functional has the other sign", CLASSES, line(Linear, "transpose", ", -(D[0] @ g[0].T)\n", ", D[0] @ g[0].T\n")),
     Fault("the kernel is symmetrised", FIELD, line(inputs.OnLayer, "__init__", "self._basis.expand(c) for c in coefficients", "(lambda m: (m + m.T) / 2 if m.ndim == 2 and m.shape[0] == m.shape[1] else m)(self._basis.expand(c)) for c in coefficients")),
-    Fault("t at the start of the step for all stages", CLASSES, line(Stepper, "_keep_step", "ts.getPrevTime() + node * h", "ts.getPrevTime()")),
-    Fault("t of the end of the step in the right-hand side", CLASSES, line(Stepper, "_rate", "rates(t, ", "rates(ts.getTime() + ts.getTimeStep(), ")),
+    Fault("t at the start of the step for all stages", CLASSES, line(LayerTS, "_keep_step", "ts.getPrevTime() + node * h", "ts.getPrevTime()")),
+    Fault("t of the end of the step in the right-hand side", CLASSES, line(LayerTS, "_rate", "rates(t, ", "rates(ts.getTime() + ts.getTimeStep(), ")),
     Fault("quadrature weights permuted", CLASSES, _permuted_weights),
     Fault("stage nodes ignored", CLASSES, _ignored_nodes),
     Fault("a stale stage", CLASSES, _stale_stage),
     Fault("a stale step size", CLASSES, _unreset_step),
     Fault("the layer's length is forgotten", CLASSES, line(Linear, "argument", "tuple(inputs.length for inputs in self._inputs)", "tuple(inputs.length ** 0 for inputs in self._inputs)")),
-    Fault("stages of weight below 0.2 are left out", CLASSES, line(Stepper, "_keep_step", "if weight != 0.0", "if weight > 0.2")),
+    Fault("stages of weight below 0.2 are left out", CLASSES, line(LayerTS, "_keep_step", "if weight != 0.0", "if weight > 0.2")),
     Fault("the Hessian forgets beta_1 g", CLASSES, line(fem_resnet.time_stepping.jacobian, "acting", "beta[1] @ g[0] + beta[0] @ g[1]", "beta[0] @ g[1]")),
     Fault("the second adjoint forgets beta_1", CLASSES, line(Linear, "transpose", "beta[0].T @ D[0] + beta[1].T @ D[1]", "beta[0].T @ D[0]")),
     Fault("the second adjoint forgets g_1", CLASSES, line(Linear, "transpose", "D[0] @ g[0].T + D[1] @ g[1].T", "D[0] @ g[0].T")),
-    Fault("mu is not set to zero", CLASSES, line(Stepper, "_step_back", "self._mu.set(0.0)", "pass")),
-    Fault("implicit: the parameter transpose has the other sign", IMPLICIT, line(Stepper, "_parameter_transpose", "np.negative(values, out=values)", "pass")),
+    Fault("mu is not set to zero", CLASSES, line(LayerTS, "adjoint", "self.functionals.set(0.0)", "pass")),
+    Fault("implicit: the parameter transpose has the other sign", IMPLICIT, line(LayerTS, "_parameter_transpose", "np.negative(values, out=values)", "pass")),
     Fault("implicit: the row of q is dropped", IMPLICIT, line(Linear, "assembled", "-np.concatenate(by_g).T", "0 * np.concatenate(by_g).T")),
-    Fault("implicit: Newton stops at one iteration", IMPLICIT, line(Stepper, "_create", "self._ts = self._new_ts()", "self._ts = self._new_ts()\n    if self.method.implicit:\n        self._ts.getSNES().setTolerances(rtol=1e-1, max_it=50)")),
+    Fault("implicit: Newton stops at one iteration", IMPLICIT, line(LayerTS, "_configure", 'configure(ts, self._options, ("mat_type",))', 'configure(ts, self._options, ("mat_type",))\n    if self.method.implicit:\n        ts.getSNES().setTolerances(rtol=1e-1, max_it=50)')),
     Fault("carried: the Jacobian forgets the shift in its transpose", CARRIED, line(fem_resnet.time_stepping.jacobian.ShiftedJacobian, "multTranspose", "layer.shift * rest", "rest")),
     Fault("carried: a product with a Jacobian without sigma'", CARRIED, line(Stage, "derivative", "ds = [slope * du]", "ds = [at.length[0] * du]")),
     Fault("carried: the exact preconditioner is that of the transpose", CARRIED, line(fem_resnet.time_stepping.jacobian.Elimination, "apply", "self._solve(layer.blocks(), g)", "self._solve(np.swapaxes(layer.blocks(), 1, 2), g)")),
     Fault("carried: f is not stepped", CARRIED, line(fem_resnet.time_stepping.state.CarriedState, "rates", "return s", "return [0.5 * part for part in s]")),
-    Fault("adapted: the replayed steps are equal ones", ADAPTED, line(Stepper, "_set_step", "self._replayed[ts.getStepNumber()]", "1.0 / len(self._replayed)")),
-    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if stepper.adaptive or given is not None else None", "None")),
+    Fault("adapted: the replayed steps are equal ones", ADAPTED, line(LayerTS, "_set_step", "self._replayed[ts.getStepNumber()]", "1.0 / len(self._replayed)")),
+    Fault("adapted: derivatives are not those of the replayed steps", ADAPTED, line(Segment, "taken_steps", "stepper.trace.steps if self.scheme.adaptive or given is not None else None", "None")),
     # segments
     Fault("gamma is not handed on between layers", CLASSES, line(Segment, "_adjoint", "costates.append((duals, psi, gamma))", "costates.append((duals, psi, gamma))\n        gamma = [0 * part for part in gamma]")),
     Fault("lambda at a segment's start without gamma", CLASSES, line(Segment, "_adjoint_start", "self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]", "duals[order][: self._nodes].copy()")),
@@ -405,7 +404,7 @@ FAULTS = [
     Fault("a running cost's l_f is left out of the adjoint", COSTS, line(Linear, "transpose", "by_rest, by_beta = self._in_f(in_f)", "by_rest, by_beta = 0 * self._in_f(in_f)")),
     Fault("a running cost's l_a is left out", COSTS, line(Linear, "transpose", "result.bias += in_a", "pass")),
     Fault("a running cost's kappa b without Gram matrices", COSTS, line(CostRate, "_dual", "self._kernel is None", "True")),
-    Fault("a running cost's adjoint stops at a layer", COSTS, line(Stepper, "adjoint", "adjoint if self._cost is None else list(rest)", "adjoint")),
+    Fault("a running cost's adjoint stops at a layer", COSTS, line(fem_resnet.time_stepping.ts_stepper.TSStepper, "adjoint", "list(rest) if self._has_cost else adjoint", "adjoint")),
     Fault("a running cost's Hessian without l_fa", COSTS, line(CostRate, "_moved_slopes", "fa * f_1 + aa", "aa")),
     Fault("a running cost ignores the weights of samples", COSTS, line(Segment, "_functionals", "self.omega * cost", "np.full(len(self.omega), cost / len(self.omega))")),
     # reproducibility

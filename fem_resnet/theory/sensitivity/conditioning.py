@@ -268,7 +268,7 @@ class LinearisedFlow(OnMesh):
 
     def _step(self, layer: int, f: np.ndarray, w: np.ndarray) -> np.ndarray:
         segment, coefficients = self._of_samples(w.shape[1])[layer], self._coefficients[layer]
-        if segment.steppers[0].adaptive:
+        if segment.scheme.adaptive:
             segment.forward([f, *coefficients], save=False)  # the tangent takes the steps of the latest one
         return segment.tangent([f, *coefficients], [w, *map(np.zeros_like, coefficients)])
 
