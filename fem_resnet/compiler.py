@@ -81,12 +81,16 @@ def library(
     def made() -> str:
         return str(_on_disk("\n".join([code(), *(f"{prototype};" for prototype in prototypes), ""]), tuple(flags), tuple(libraries)))
 
-    machine = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    machine = _machine(comm)
     try:
         path = machine.bcast(together(comm, made if machine.rank == 0 else lambda: None))
     finally:
         machine.Free()
     return together(comm, lambda: declared(ctypes.CDLL(path), prototypes))
+
+
+def _machine(comm: MPI.Comm) -> MPI.Comm:
+    return comm.Split_type(MPI.COMM_TYPE_SHARED)
 
 
 def declared(code: ctypes.CDLL, prototypes: Iterable[str]) -> SimpleNamespace:
