@@ -21,6 +21,7 @@ from petsc4py import PETSc
 from pyop2.configuration import configuration
 
 import fem_resnet
+import sanitized
 from fem_resnet import compiled_stage, compiler, petsc
 from fem_resnet.activation import get_activation
 from fem_resnet.compiled_stage import CompiledStage, new_stage
@@ -345,3 +346,30 @@ def test_nothing_but_the_compiler_is_started_and_that_only_where_nothing_is_on_d
     at_import, in_all, (cold, warm) = ast.literal_eval(run.stdout.splitlines()[-1])
     assert in_all > 0 and at_import == warm == []
     assert len(cold) == 1 and Path(cold[0]).name == Path(petsctools.get_petscvariables()["CC"]).name
+
+
+# -- sanitizers --------------------------------------------------------------------------------------------------------
+
+
+def _sanitized(machine, extent):
+    if (preloaded := sanitized.preloaded()) is None or not sanitized.allowed(machine):
+        pytest.skip(f"no sanitizer here, or a processor that does not run {machine}")
+    script = Path(__file__).with_name("sanitized.py")
+    run = subprocess.run(
+        ["env", *preloaded, sys.executable, script, machine, extent], env=without_mpi() | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True, text=True, errors="replace", timeout=3000,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[:6000]
+    return run.stdout.splitlines()
+
+
+def test_compiled_stages_and_layers_are_clean_with_vectors_narrower_than_a_cache_line():
+    assert _sanitized("x86-64", "some")[-2:] == ["tanh, double: 25 shapes", "layers, double: 13 samples, ranks (6, 6)"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", sanitized.MACHINES)
+def test_every_compiled_path_is_clean_on_every_machine(machine):
+    """Both types of numbers, formulas by name and by expression, all shapes, packed fields, both psi, what `verify` runs."""
+    lines = _sanitized(machine, "all")
+    assert len(lines) == 6 + 8 + 1 and lines[-1].startswith("verify: ")
