@@ -21,12 +21,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from petsc4py import PETSc
 from petsctools import get_petsc_dirs
+from pyop2.exceptions import CompilationError
 
 from fem_resnet.activation import Activation
 from fem_resnet.activation_code import activation_code
 from fem_resnet.arguments import choice
 from fem_resnet.basis import Basis, spread_columns
-from fem_resnet.compiler import CompilationError, layout, library
+from fem_resnet.compiler import layout, library
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer import Argument, Functionals, Stage
 from fem_resnet.log import log
@@ -114,7 +115,7 @@ class CompiledStage(Stage):
 
     Raises
     ------
-    CompilationError, OSError
+    pyop2.exceptions.CompilationError, OSError
         If there is no compiler, it fails, or the library cannot be kept or loaded; on all ranks alike.
     ValueError
         If C cannot evaluate the activation.

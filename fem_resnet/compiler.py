@@ -30,7 +30,7 @@ from pyop2.exceptions import CompilationError
 
 from fem_resnet.ranks import together
 
-__all__ = ["CompilationError", "declared", "layout", "library"]
+__all__ = ["declared", "layout", "library"]
 
 _HANDLES = ("Mat", "TS", "TSAdapt", "TSTrajectory", "Tao", "Vec")
 #: Types that C passes by value, by their names there; any pointer is a c_void_p.
@@ -71,7 +71,7 @@ def library(
 
     Raises
     ------
-    CompilationError
+    pyop2.exceptions.CompilationError
         If the compiler fails, or the prototypes are not those of the code.
     OSError
         If there is no compiler, the cache folder cannot be written to, or the library not be loaded.

@@ -76,13 +76,14 @@ def run_stages(activation: Activation, precision: str) -> int:
 
 def run_layers(precision: str, samples: int, ranks: tuple[int, int]) -> None:
     """J and its gradient by compiled layers, and by NumPy; one psi for all layers."""
-    Y = LabelSpace(fd.FunctionSpace(fd.IntervalMesh(67, 1.7), "DG", 0))
-    x = Y.coordinates[:, 0]
-    bases = [Basis(Y, np.cos(np.outer(x, 1 + np.arange(rank))) / rank**0.5, "given") for rank in ranks]
+    Y = LabelSpace(fd.FunctionSpace(fd.IntervalMesh(131, 1.7), "DG", 0))
+    x, rng = Y.coordinates[:, 0], np.random.default_rng(2)
+    phi = Basis(Y, rng.normal(size=(Y.nodes, ranks[0])) / ranks[0] ** 0.5, "given")
+    psi = phi if ranks[0] == ranks[1] else Basis(Y, rng.normal(size=(Y.nodes, ranks[1])) / ranks[1] ** 0.5, "given")
     found = []
     for compiled in ("1", "0"):
         os.environ["FEM_RESNET_COMPILED"] = compiled
-        net = ResidualNetwork(bases[0], bases[-1] if ranks[0] != ranks[1] else bases[0], times=[0, 0.3, 0.7], precision=precision, steps=2)
+        net = ResidualNetwork(phi, psi, times=[0, 0.3, 0.7], precision=precision, steps=2)
         rng = np.random.default_rng(3)
         for k in range(2):
             net.kernel.set(k, rng.normal(size=ranks) / ranks[1] ** 0.5)

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,14 @@ import pytest
 from firedrake import COMM_WORLD
 from petsc4py import PETSc
 from pyop2.configuration import configuration
+from pyop2.exceptions import CompilationError
 
 import fem_resnet
 import sanitized
 from fem_resnet import compiled_stage, compiler, petsc
 from fem_resnet.activation import get_activation
 from fem_resnet.compiled_stage import CompiledStage, new_stage
-from fem_resnet.compiler import CompilationError, layout, library
+from fem_resnet.compiler import layout, library
 from fem_resnet.layer import Stage
 from helpers import label_space, without_mpi
 
@@ -238,6 +240,12 @@ def _modules():
             yield importlib.import_module(found.name)
 
 
+@cache
+def _nodes():
+    """Of the syntax trees of all modules, by their paths."""
+    return {path: list(ast.walk(ast.parse(path.read_text()))) for path in PACKAGE.rglob("*.py")}
+
+
 def test_every_struct_of_the_package_is_compared_with_c():
     structs = {
         value for module in _modules() for value in vars(module).values()
@@ -261,8 +269,8 @@ def test_every_function_of_c_that_python_calls_is_declared():
     for functions in (code, petsc._petsc()):
         for name, function in vars(functions).items():
             assert function.restype is not None and function.argtypes is not None, name
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, nodes in _nodes().items():
+        for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ctypes":
                 assert node.attr not in ("CDLL", "PyDLL", "cdll") or path.stem in ("compiler", "petsc"), path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "_call":
@@ -301,6 +309,25 @@ def test_headers_of_another_petsc_are_refused_by_the_compiler(monkeypatch, folde
             patch.setattr(compiled_stage, "PETSc", SimpleNamespace(**loaded | {name: others[name]}))
             with pytest.raises(CompilationError, match="PETSc has the headers of the version that Python has loaded"):
                 CompiledStage(Y, relu, 2)
+
+
+# -- the outside -------------------------------------------------------------------------------------------------------
+
+
+def test_one_place_asks_for_compilers_and_processes_and_one_for_the_environment():
+    """So what stands there on rank 0, or on one rank a machine, is what all ranks learn."""
+    names = "subprocess", "pyop2.compilation", "environ", "getenv", "find_library", "popen"
+    asked = {name: set() for name in names}
+    for path, nodes in _nodes().items():
+        for node in nodes:
+            names = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None)]
+            for name in asked.keys() & set(names):
+                asked[name].add(path.stem)
+    assert asked.pop("subprocess") == asked.pop("pyop2.compilation") == {"compiler"}
+    assert asked.pop("environ") == {"compiled_stage"}
+    assert not any(asked.values()), asked
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
