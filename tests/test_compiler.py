@@ -333,7 +333,7 @@ def test_one_place_asks_for_compilers_and_processes_and_one_for_the_environment(
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 STARTED = """
-import os, sys, traceback
+import os, sys, tempfile, traceback
 from pathlib import Path
 import fem_resnet
 HERE, STANDARD, started = str(Path(fem_resnet.__file__).parent), str(Path(os.__file__).parent), []
@@ -354,7 +354,8 @@ import firedrake
 Y = fem_resnet.LabelSpace(firedrake.FunctionSpace(firedrake.UnitIntervalMesh(8), "DG", 0))
 basis = fem_resnet.laplace_basis(Y, 2)
 counts = []
-fem_resnet.compiler.configuration = fem_resnet.compiler.configuration | {"cache_dir": sys.argv[1]}  # for it alone
+folder = tempfile.TemporaryDirectory()
+fem_resnet.compiler.configuration = fem_resnet.compiler.configuration | {"cache_dir": folder.name}  # for it alone
 for repeat in range(2):
     before = len(started)
     net = fem_resnet.ResidualNetwork(basis, basis, activation="relu", layers=2)
@@ -364,13 +365,10 @@ print(repr((at_import, len(started), counts)))
 """
 
 
-def test_nothing_but_the_compiler_is_started_and_that_only_where_nothing_is_on_disk(tmp_path):
+@pytest.mark.beside(sys.executable, "-c", STARTED)
+def test_nothing_but_the_compiler_is_started_and_that_only_where_nothing_is_on_disk(printed):
     """Firedrake, PyOP2 and petsctools start others, at import and for kernels of their own."""
-    run = subprocess.run(
-        [sys.executable, "-c", STARTED, tmp_path], env=without_mpi() | {"PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    at_import, in_all, (cold, warm) = ast.literal_eval(run.stdout.splitlines()[-1])
+    at_import, in_all, (cold, warm) = ast.literal_eval(printed[-1])
     assert in_all > 0 and at_import == warm == []
     assert len(cold) == 1 and Path(cold[0]).name == Path(petsctools.get_petscvariables()["CC"]).name
 
