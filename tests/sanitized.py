@@ -17,13 +17,13 @@ import petsctools
 import sympy
 
 from fem_resnet import compiled_stage
-from fem_resnet.activation import Activation, get_activation
-from fem_resnet.basis import Basis
-from fem_resnet.compiled_stage import CompiledStage
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.loss import least_squares
-from fem_resnet.network import ResidualNetwork
-from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.activation.activation import Activation, get_activation
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers.compiled_stage import CompiledStage
+from fem_resnet.learning.loss import least_squares
+from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.verify import verify
 from fem_resnet.verify.activations import _SHAPES, _Points, _stage_errors
 

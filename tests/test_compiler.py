@@ -25,10 +25,10 @@ from pyop2.exceptions import CompilationError
 import fem_resnet
 import sanitized
 from fem_resnet import compiled_stage, compiler, petsc
-from fem_resnet.activation import get_activation
-from fem_resnet.compiled_stage import CompiledStage, new_stage
+from fem_resnet.activation.activation import get_activation
 from fem_resnet.compiler import layout, library
-from fem_resnet.layer import Stage
+from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
+from fem_resnet.layers.stage import Stage
 from helpers import label_space, without_mpi
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
