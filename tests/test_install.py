@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -190,16 +193,56 @@ def test_two_clones_share_what_was_built_and_never_see_each_others_code(tmp_path
         assert result.stdout.split() == [str(tmp_path / name / "fem_resnet" / "__init__.py"), sys.prefix]
 
 
-def test_every_pinned_package_is_pinned_once_and_every_dependency_is_pinned():
-    import tomllib
+def _name(requirement):
+    return re.split(r"[\[<>= ]", requirement)[0].lower().replace("_", "-")
 
+
+def _project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_every_pinned_package_is_pinned_once_and_every_dependency_is_pinned():
     lines = (ROOT / "containers" / "constraints.txt").read_text().splitlines()
     names = [line.split("==")[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")]
     assert len(names) == len(set(names))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
-    missing = {re.split(r"[\[<>=]", name)[0].lower() for name in wanted} - set(names)
-    assert not missing
+    wanted = _project()["dependencies"] + [name for extra in _project()["optional-dependencies"].values() for name in extra]
+    assert not set(map(_name, wanted)) - set(names)
+
+
+def test_the_script_installs_all_dependencies_and_all_extras():
+    script = (ROOT / "containers" / "run").read_text()
+    command = re.search(r"^requirements\(\) \{\n(.*?)^\}", script, re.DOTALL | re.MULTILINE)[1]
+    listed = subprocess.run(["bash", "-c", command], env=os.environ | {"tree": str(ROOT)}, capture_output=True, text=True, check=True).stdout
+    project = _project()
+    assert listed.split() == project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+
+
+def _imported(*folders):
+    """Names of the distributions of other people's modules that files in the folders import, also inside of functions."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    line = re.compile(r"^ *(?:from ([\w.]+) import .*|import ([\w.]+)(?: as \w+)?(?:  # .*)?)$", re.MULTILINE)
+    found = {"".join(names).split(".")[0] for path in files for names in line.findall(path.read_text())}
+    ours = {path.stem for folder in ("tests", "demos", "docs") for path in (ROOT / folder).rglob("*.py")} | {"fem_resnet"}
+    distributions = _distributions()
+    return {_name(distributions.get(module, [module])[0]) for module in found - ours - set(sys.stdlib_module_names)}
+
+
+_distributions = cache(packages_distributions)
+
+
+def test_dependencies_are_what_the_package_imports_and_extras_what_the_rest_does():
+    project = _project()
+    of = {extra: set(map(_name, names)) for extra, names in project["optional-dependencies"].items()}
+    needed = set(map(_name, project["dependencies"]))
+    assert _imported("fem_resnet") == needed
+    assert _imported("demos") - needed == of["demos"]
+    by_tests = _imported("tests") - needed - PEERS
+    assert not by_tests - of["demos"] - of["test"] - of["docs"] - {"docutils"}  # which is Sphinx's
+    assert not _imported("docs") - needed - of["docs"] - {"docutils"}
+
+
+#: Benchmarked against, and installed by hand: tests/benchmarks/README.md.
+PEERS = {"torch", "jax", "torchdiffeq", "diffrax", "hj-reachability"}
 
 
 @pytest.fixture

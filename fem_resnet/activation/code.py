@@ -5,7 +5,6 @@ Functions of the C library are called through its vector variants where it has t
 
 from __future__ import annotations
 
-from ctypes.util import find_library
 from importlib.resources import files
 
 import sympy
@@ -14,11 +13,9 @@ from sympy.codegen.rewriting import create_expand_pow_optimization
 import fem_resnet.activation.sympy_activation as sympy_activation
 from fem_resnet.activation.activation import Activation
 
-__all__ = ["LIBRARIES", "activation_code"]
+__all__ = ["activation_code"]
 
 _VECTORISED = ("atan", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "sin", "sinh", "tanh")
-#: Linker flags of the code.
-LIBRARIES = ("-lmvec", "-lm") if find_library("mvec") else ("-lm",)
 
 
 def activation_code(activation: Activation, real: str = "double") -> str:
@@ -45,11 +42,11 @@ def activation_code(activation: Activation, real: str = "double") -> str:
     if not activation.is_described:
         raise ValueError(f"activation: {activation.name} has kernels of its own in NumPy; give a SymPy expression to have it in C")
     lines = ["#include <tgmath.h>", f"#define REAL {real}"]
-    if find_library("mvec"):
-        suffix = "f" if real == "float" else ""
-        simd = '__attribute__((simd("notinbranch"))) REAL'
-        lines += [f"{simd} ({name}{suffix})(REAL);" for name in _VECTORISED]
-        lines.append(f"{simd} (pow{suffix})(REAL, REAL);")
+    suffix = "f" if real == "float" else ""
+    simd = '__attribute__((simd("notinbranch"))) REAL'
+    lines.append("#if defined __x86_64__ && defined __GLIBC__ && __GLIBC_PREREQ(2, 35) /* has them all, by -lm */")
+    lines += [f"{simd} ({name}{suffix})(REAL);" for name in _VECTORISED]
+    lines += [f"{simd} (pow{suffix})(REAL, REAL);", "#endif"]
     if activation.expression is None:
         names = [f"{kind}_{activation.name}" for kind in ("value", "slope")]
         lines += [f"#define {name.upper()} {value!r}" for name, value in activation.parameters]

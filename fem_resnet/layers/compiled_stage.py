@@ -3,6 +3,9 @@
 Values of a stage, its transpose and the quadrature (3.3) are compiled; tangents, Hessians, blocks of the Jacobian and learned
 factors are `Stage`'s own. Both give the same numbers to round-off. The environment variable FEM_RESNET_COMPILED=0 is the
 switch to NumPy alone; without a C compiler, or with an activation that C cannot evaluate, one warning says that NumPy it is.
+
+All ranks do the same: what rank 0 has in its environment counts, as many launchers hand that to no other machine; and where
+one rank cannot have the compiled code, none has.
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from petsc4py import PETSc
 from petsctools import get_petsc_dirs
-from pyop2.compilation import load
 from pyop2.exceptions import CompilationError
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.activation.code import LIBRARIES, activation_code
+from fem_resnet.activation.code import activation_code
+from fem_resnet.arguments import choice
+from fem_resnet.compiler import layout, library
 from fem_resnet.label_domain.basis import Basis, spread_columns
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers.stage import Argument, Functionals, Stage
 from fem_resnet.log import log
+from fem_resnet.ranks import on_first
 
-__all__ = ["CompiledStage", "address", "new_stage"]
+__all__ = ["CompiledStage", "LayerStruct", "Outcome", "address", "new_stage"]
 
 # PyOP2's own flags have -ffast-math, which takes NaN for a number.
 _FLAGS = ("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
@@ -39,20 +44,59 @@ _BY_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
 _PACKED_SAMPLES = 512
 
 
+_pointer = ctypes.c_void_p
+
+
 class _Basis(ctypes.Structure):
-    _fields_ = [("values", ctypes.c_void_p), ("rank", ctypes.c_long), ("stride", ctypes.c_long)]
+    _fields_ = [("values", _pointer), ("rank", ctypes.c_long), ("stride", ctypes.c_long)]
 
 
 class _LabelSpace(ctypes.Structure):
-    _fields_ = [("nodes", ctypes.c_long), ("samples", ctypes.c_long), ("weights", ctypes.c_void_p), ("packed", ctypes.c_long)]
+    _fields_ = [("nodes", ctypes.c_long), ("samples", ctypes.c_long), ("weights", _pointer), ("packed", ctypes.c_long)]
 
+
+class LayerStruct(ctypes.Structure):
+    """What `layer.c` sees of a layer, and says there."""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("Y", "phi", "psi", "a", "beta", "lambda_", "f", "weights", "C", "D", "bias", "by_beta")),
+        ("stages", _pointer), ("lengths", _pointer), ("length", ctypes.c_double),
+        *((name, _pointer) for name in ("ts", "y", "adjoint", "parameters", "point")),
+        *((name, ctypes.c_long) for name in ("method_stages", "reuses", "step", "steps", "replays", "max_steps", "asked")),
+        ("reductions", ctypes.c_long), ("comm", ctypes.c_int),
+    ]  # fmt: skip
+
+
+class Outcome(ctypes.Structure):
+    """How a solve of several layers ended."""
+
+    _fields_ = [("layer", ctypes.c_long), ("reason", ctypes.c_long), ("finite", ctypes.c_long)]
+
+
+_STRUCTS = {"basis": _Basis, "label_space": _LabelSpace, "layer": LayerStruct, "outcome": Outcome}
+_AT = "const struct label_space *, const struct basis *, const struct basis *, const REAL *, const double *, long, double"
+_PROTOTYPES = (
+    "int nodes_are_innermost(const struct label_space *)",
+    "long chunk(void)",
+    f"int rate({_AT}, double *, long, double *, double *, double)",
+    f"int transpose({_AT}, const double *, long, const REAL *, double *, double *, double, double *)",
+    "PetscErrorCode layer_attach(struct layer *, Mat, Mat)",
+    "PetscErrorCode layers_forward(struct layer **, long, double *, long, struct outcome *)",
+    "PetscErrorCode layers_adjoint(struct layer **, long, double *, struct outcome *)",
+)
 
 _warned: set[str] = set()
 
 
 def new_stage(Y: LabelSpace, activation: Activation, samples: int, precision: str = "double") -> Stage:
-    """Stage evaluations, compiled where that is possible and not switched off; arguments as for `Stage`. Collective."""
-    if os.environ.get("FEM_RESNET_COMPILED", "1") != "0":
+    """Stage evaluations, compiled where that is possible and not switched off; arguments as for `Stage`. Collective.
+
+    Raises
+    ------
+    ValueError
+        If FEM_RESNET_COMPILED is neither 0 nor 1.
+    """
+    if on_first(Y.comm, _switched_on):
         try:
             return CompiledStage(Y, activation, samples, precision)
         except (CompilationError, OSError, ValueError) as error:
@@ -62,13 +106,17 @@ def new_stage(Y: LabelSpace, activation: Activation, samples: int, precision: st
     return Stage(Y, activation, samples, precision)
 
 
+def _switched_on() -> bool:
+    return choice("FEM_RESNET_COMPILED", os.environ.get("FEM_RESNET_COMPILED", "1"), ("0", "1")) == "1"
+
+
 class CompiledStage(Stage):
     """See above; arguments as for `Stage`. Collective over the communicator of the label domain.
 
     Raises
     ------
     pyop2.exceptions.CompilationError, OSError
-        If there is no compiler, or it fails; on all ranks alike.
+        If there is no compiler, it fails, or the library cannot be kept or loaded; on all ranks alike.
     ValueError
         If C cannot evaluate the activation.
     """
@@ -77,16 +125,17 @@ class CompiledStage(Stage):
         super().__init__(Y, activation, samples, precision)
         flags = _FLAGS + (() if precision == "double" else _SINGLE) + _BY_MACHINE.get(platform.machine(), ())
         flags += get_petsc_dirs(prefix="-I", subdir="include")
-        libraries = (*LIBRARIES, *get_petsc_dirs(prefix="-L", subdir="lib"), "-lpetsc")
-        rpath = get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib")
-        code = "\n".join([activation_code(activation, "double" if precision == "double" else "float"), _source()])
-        self._code = load(code, "c", flags, libraries + rpath, comm=Y.comm)
-        _declare(self._code)
+        libraries = ("-lm", *get_petsc_dirs(prefix="-L", subdir="lib"), "-lpetsc", *get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib"))
+        self._code = library(Y.comm, lambda: self._text(activation), flags, libraries, _PROTOTYPES)
         self._weights = np.asarray(Y.weights, self.real)
         self._plain, self._packed = (_LabelSpace(Y.nodes, samples, address(self._weights), packed) for packed in (0, 1))
         self._chunk = self._code.chunk()
         self._order = "F" if self._code.nodes_are_innermost(self.space) else "C"
         self._bases: WeakKeyDictionary[Basis, tuple[_Basis, np.ndarray]] = WeakKeyDictionary()
+
+    def _text(self, activation: Activation) -> str:
+        real = "double" if self.real == np.float64 else "float"
+        return "\n".join([activation_code(activation, real), _source(), layout(**_STRUCTS), _petsc_of_python()])
 
     def basis(self, basis: Basis) -> int:
         """Address of what C sees of a basis; good as long as the basis lives."""
@@ -178,16 +227,15 @@ class CompiledStage(Stage):
         return [result]
 
 
-def _declare(code: ctypes.CDLL) -> None:
-    pointer, number, count = ctypes.c_void_p, ctypes.c_double, ctypes.c_long
-    code.nodes_are_innermost.argtypes = [pointer]
-    code.chunk.argtypes, code.chunk.restype = [], count
-    code.rate.argtypes = [pointer] * 5 + [count, number, pointer, count, pointer, pointer, number]
-    code.transpose.argtypes = [pointer] * 5 + [count, number, pointer, count] + [pointer] * 3 + [number, pointer]
-
-
 def _source() -> str:
     return "\n".join((files("fem_resnet") / name).read_text() for name in ("layers/stage.c", "time_stepping/layer.c"))
+
+
+def _petsc_of_python() -> str:
+    """C code that compiles with the headers of the PETSc that Python has loaded."""
+    version = ", ".join(map(str, PETSc.Sys.getVersion()))
+    claim = f"PETSC_VERSION_EQ({version}) && sizeof(PetscInt) == {np.dtype(PETSc.IntType).itemsize}"
+    return f'_Static_assert({claim}, "PETSc has the headers of the version that Python has loaded");'
 
 
 def address(array: np.ndarray | None) -> int | None:

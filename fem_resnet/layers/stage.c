@@ -24,6 +24,7 @@
 #define VECTOR 16
 #endif
 
+#define LINE 64 /* bytes of a cache line, and of the widest vector: what is kept begins there */
 #define LANES ((int)(VECTOR / sizeof(REAL)))
 #define BLOCK 64  /* nodes */
 #define WIDE (BLOCK / LANES < 8 ? BLOCK / LANES : 8)
@@ -35,8 +36,10 @@
 
 typedef REAL vec __attribute__((vector_size(VECTOR)));
 typedef REAL loose __attribute__((vector_size(VECTOR), aligned(sizeof(REAL)), may_alias));
-typedef double sums __attribute__((vector_size(VECTOR / sizeof(REAL) * sizeof(double)), aligned(64)));
-typedef double loose_sums __attribute__((vector_size(VECTOR / sizeof(REAL) * sizeof(double)), aligned(8), may_alias));
+/* As many as a vector has lanes: one vector, or two where REAL is float; never aligned to more than their size. */
+typedef double sums __attribute__((vector_size(LANES * sizeof(double)), aligned(VECTOR)));
+typedef double loose_sums __attribute__((vector_size(LANES * sizeof(double)), aligned(sizeof(double)), may_alias));
+_Static_assert(LINE % VECTOR == 0 && sizeof(sums) % VECTOR == 0, "arrays of vectors have each of them aligned");
 
 ALWAYS vec get(const REAL *x) { return *(const loose *)x; }
 ALWAYS void put(REAL *x, vec v) { *(loose *)x = v; }
@@ -71,7 +74,7 @@ static int get_scratch(struct scratch *scratch, long phi, long psi, long samples
     const size_t size = (few > many ? few : many) + 2 * chunks * chunk * sizeof(REAL) + (phi + psi) * BLOCK * sizeof(REAL);
     if (size > kept_size) {
         free(kept);
-        kept = aligned_alloc(64, (size + 63) / 64 * 64);
+        kept = aligned_alloc(LINE, (size + LINE - 1) / LINE * LINE);
         kept_size = kept ? size : 0;
     }
     char *memory = kept;
@@ -319,7 +322,7 @@ ALWAYS void project_columns(int ranks, int vectors, long ahead, const REAL *psi,
     vec sum[4][4];
     if (ahead)
         for (int i = 0; i < ranks; i++)
-            for (int n = 0; n < BLOCK; n += 64 / sizeof(REAL)) __builtin_prefetch(psi + i * stride + ahead + n, 0, 2);
+            for (int n = 0; n < BLOCK; n += LINE / sizeof(REAL)) __builtin_prefetch(psi + i * stride + ahead + n, 0, 2);
     product_tile(ranks, vectors, psi, 1, stride, v, nodes, 0, sum);
     UNROLL
     for (int i = 0; i < ranks; i++)
@@ -394,7 +397,7 @@ ALWAYS long place(const struct label_space *Y, long node, long first, long sampl
 static void rate_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
                          const double *C, long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight,
                          struct scratch *scratch) {
-    REAL u[BLOCK * CHUNK] __attribute__((aligned(64))), *c = scratch->coefficients[0];
+    REAL u[BLOCK * CHUNK] __attribute__((aligned(LINE))), *c = scratch->coefficients[0];
     double *total = (double *)scratch->sums;
     const REAL length = tau;
     const long psi_ahead = psi->values == phi->values ? 0 : BLOCK;
@@ -431,7 +434,7 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
                               const double *C, long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D,
                               double *bias, double weight, double *length, struct scratch *scratch) {
     static const REAL zero[BLOCK];
-    REAL u[BLOCK * CHUNK] __attribute__((aligned(64))), w[BLOCK * CHUNK] __attribute__((aligned(64))), factor[CHUNK];
+    REAL u[BLOCK * CHUNK] __attribute__((aligned(LINE))), w[BLOCK * CHUNK] __attribute__((aligned(LINE))), factor[CHUNK];
     REAL *c = scratch->coefficients[0], *y = scratch->coefficients[1];
     double *total = (double *)scratch->sums, paired = 0.0;
     const REAL tau_ = tau;

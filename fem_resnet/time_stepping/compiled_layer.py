@@ -15,7 +15,7 @@ import numpy as np
 import petsctools
 from petsc4py import PETSc
 
-from fem_resnet.layers.compiled_stage import CompiledStage, address
+from fem_resnet.layers.compiled_stage import CompiledStage, LayerStruct, Outcome, address
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import Argument, LayerTrace, StageValue
 from fem_resnet.parameters.kernel import LowRankKernel
@@ -24,21 +24,6 @@ from fem_resnet.time_stepping.petsc import rk_tableau
 from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
 
 __all__ = ["CompiledLayer", "CompiledLayers", "CompiledStepper"]
-
-_FIELDS = {
-    "space": ctypes.c_void_p, "phi": ctypes.c_void_p, "psi": ctypes.c_void_p, "a": ctypes.c_void_p, "beta": ctypes.c_void_p,
-    "adjoint": ctypes.c_void_p, "f": ctypes.c_void_p, "weights": ctypes.c_void_p, "C": ctypes.c_void_p, "D": ctypes.c_void_p,
-    "bias": ctypes.c_void_p, "by_beta": ctypes.c_void_p, "stages": ctypes.c_void_p, "lengths": ctypes.c_void_p,
-    "length": ctypes.c_double, "ts": ctypes.c_void_p, "y": ctypes.c_void_p, "adjoint_y": ctypes.c_void_p, "parameters": ctypes.c_void_p,
-    "point": ctypes.c_void_p, "method_stages": ctypes.c_long, "reuses": ctypes.c_long, "step": ctypes.c_long,
-    "steps": ctypes.c_long, "replays": ctypes.c_long, "max_steps": ctypes.c_long, "asked": ctypes.c_long, "reductions": ctypes.c_long,
-    "comm": ctypes.c_int,
-}  # fmt: skip
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = list(_FIELDS.items())
-
 
 @dataclass(frozen=True)
 class KeptStages:
@@ -57,8 +42,6 @@ class KeptStages:
                     yield StageValue(h * weight, Argument(self.inputs.factors, (self.inputs.length,), (self.a,), (C.T,)))
 
 
-class _Outcome(ctypes.Structure):
-    _fields_ = [("layer", ctypes.c_long), ("reason", ctypes.c_long), ("finite", ctypes.c_long)]
 
 
 class CompiledLayer:
@@ -94,11 +77,11 @@ class CompiledLayer:
         # TS knows of the parameters beta alone, and one of derivative 1.
         self._vectors = {
             name: PETSc.Vec().createSeq(size)
-            for name, size in (("y", state), ("adjoint_y", state), ("parameters", parameters))
+            for name, size in (("y", state), ("adjoint", state), ("parameters", parameters))
         }
         #: What C sees of the layer.
-        self.struct = _Layer(
-            space=stage.packed_space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses, ts=ts.handle,
+        self.struct = LayerStruct(
+            Y=stage.packed_space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses, ts=ts.handle,
             max_steps=ts.getMaxSteps(), **{name: address(array) for name, array in self._work.items()},
             **{name: vector.handle for name, vector in self._vectors.items()},
         )  # fmt: skip
@@ -107,7 +90,7 @@ class CompiledLayer:
         self._inputs: LayerInputs | None = None
         self._h, self._arrays, self._adds = np.empty(0), (), False
         self._matrices = _shell(state, state), _shell(state, parameters)
-        stage.call("layer_attach", ctypes.byref(self.struct), *(ctypes.c_void_p(matrix.handle) for matrix in self._matrices))
+        stage.call("layer_attach", ctypes.byref(self.struct), *(matrix.handle for matrix in self._matrices))
 
     def start(self, inputs: LayerInputs, steps: Sequence[float] | None, f: np.ndarray | None) -> None:
         """Before a forward solve.
@@ -154,7 +137,7 @@ class CompiledLayer:
             lambda, as `CompiledStage.arranged` and `pack` have it, where it is not 0.
         """
         functionals = np.zeros(self.stage.Y.nodes + self._work["by_beta"].size)
-        self.struct.bias, self.struct.adjoint, self.struct.asked = address(functionals), address(adjoint), 0
+        self.struct.bias, self.struct.lambda_, self.struct.asked = address(functionals), address(adjoint), 0
         return functionals
 
     def end_adjoint(self, functionals: np.ndarray) -> np.ndarray:
@@ -237,7 +220,7 @@ class CompiledLayers:
 
     def _solve(self, name: str, s: float, *arguments) -> None:
         """Call C, for a solve that ends at the fraction s of its last layer."""
-        outcome = _Outcome()
+        outcome = Outcome()
         try:
             self._stage.call(name, self._structs, len(self._layers), *arguments, ctypes.byref(outcome))
         except PETSc.Error as error:
@@ -285,7 +268,7 @@ class CompiledLayers:
             stepper.take(taken)
             layer.start(taken[0], lengths, packed)
         state = np.array(g.T, order="C")
-        self._solve("layers_forward", 1.0, ctypes.c_void_p(address(state)), save)
+        self._solve("layers_forward", 1.0, address(state), save)
         for stepper, layer in zip(self._steppers, self._layers):
             if layer.struct.step != layer.struct.steps:
                 raise stepper.renewed(int(layer.ts.getConvergedReason()))
@@ -320,7 +303,7 @@ class CompiledLayers:
         functionals = [layer.start_adjoint(packed) for layer in self._layers]
         states = np.empty((len(self._layers) + 1, *gamma.T.shape))
         states[-1] = gamma.T
-        self._solve("layers_adjoint", 0.0, ctypes.c_void_p(address(states)))
+        self._solve("layers_adjoint", 0.0, address(states))
         return [state.T for state in states[:-1]], [
             layer.end_adjoint(functional) for layer, functional in zip(self._layers, functionals)
         ]

@@ -11,12 +11,16 @@
 #include <petscblaslapack.h>
 #include <petscts.h>
 
+#if defined PETSC_USE_COMPLEX || !defined PETSC_USE_REAL_DOUBLE
+#error "PETSc: one of real numbers of double precision is wanted, this one has others"
+#endif
+
 struct layer {
     const struct label_space *Y;
     const struct basis *phi, *psi;
     const REAL *a;
     const double *beta;         /* rank of phi x rank of psi */
-    const REAL *lambda;         /* of the adjoint; NULL for 0 */
+    const REAL *lambda_;        /* of the adjoint; NULL for 0 */
     double *f;                  /* takes the integral of f_t in the forward solve; may be NULL */
     const double *weights;      /* b_i of the method */
     double *C, *D;              /* at the stage where derivatives are taken: samples x rank of phi */
@@ -70,11 +74,12 @@ static PetscErrorCode act(const struct layer *layer, Vec y, double *C) {
 
 static PetscErrorCode sum_over_ranks(struct layer *layer, double *values, long count) {
     MPI_Comm comm = MPI_Comm_f2c(layer->comm);
-    int size;
+    PetscMPIInt size, numbers;
     PetscFunctionBeginUser;
     PetscCallMPI(MPI_Comm_size(comm, &size));
     if (size > 1) {
-        PetscCallMPI(MPI_Allreduce(MPI_IN_PLACE, values, (int)count, MPI_DOUBLE, MPI_SUM, comm));
+        PetscCall(PetscMPIIntCast(count, &numbers));
+        PetscCallMPI(MPI_Allreduce(MPI_IN_PLACE, values, numbers, MPI_DOUBLE, MPI_SUM, comm));
         layer->reductions++;
     }
     PetscFunctionReturn(PETSC_SUCCESS);
@@ -96,7 +101,7 @@ static double forward_weight(struct layer *layer, double h) {
     return h * layer->weights[stage];
 }
 
-PetscErrorCode layer_rate(TS ts, PetscReal t, Vec y, Vec F, void *context) {
+static PetscErrorCode layer_rate(TS ts, PetscReal t, Vec y, Vec F, void *context) {
     struct layer *layer = context;
     PetscReal h;
     double *rates;
@@ -114,7 +119,7 @@ PetscErrorCode layer_rate(TS ts, PetscReal t, Vec y, Vec F, void *context) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_point(TS ts, PetscReal t, Vec y, Mat J, Mat P, void *context) {
+static PetscErrorCode layer_point(TS ts, PetscReal t, Vec y, Mat J, Mat P, void *context) {
     struct layer *layer = context;
     PetscFunctionBeginUser;
     layer->point = y;
@@ -122,7 +127,7 @@ PetscErrorCode layer_point(TS ts, PetscReal t, Vec y, Mat J, Mat P, void *contex
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_nothing(TS ts, PetscReal t, Vec y, Mat J, void *context) { return PETSC_SUCCESS; }
+static PetscErrorCode layer_nothing(TS ts, PetscReal t, Vec y, Mat J, void *context) { return PETSC_SUCCESS; }
 
 /* What TS weighs the stage by that it asks for next in the adjoint, or 1 where b_i = 0. */
 static double adjoint_weight(struct layer *layer) {
@@ -134,7 +139,7 @@ static double adjoint_weight(struct layer *layer) {
 }
 
 /* The transposed Jacobian; PETSc asks for the parameters' at the same stage next, and what that needs is kept. */
-PetscErrorCode layer_transpose(Mat J, Vec x, Vec y) {
+static PetscErrorCode layer_transpose(Mat J, Vec x, Vec y) {
     struct layer *layer;
     const double *adjoint, *g;
     double *by_g;
@@ -145,7 +150,7 @@ PetscErrorCode layer_transpose(Mat J, Vec x, Vec y) {
                "more stages than the method has");
     PetscCall(VecGetArrayRead(x, &adjoint));
     PetscCheck(!transpose(layer->Y, layer->phi, layer->psi, layer->a, layer->C, phi, layer->length, adjoint, LD(layer),
-                          layer->lambda, layer->D, layer->bias, adjoint_weight(layer), NULL),
+                          layer->lambda_, layer->D, layer->bias, adjoint_weight(layer), NULL),
                PETSC_COMM_SELF, PETSC_ERR_MEM, "no memory for the sums of a stage");
     PetscCall(VecRestoreArrayRead(x, &adjoint));
     PetscCall(sum_over_ranks(layer, layer->D, phi * samples));
@@ -159,7 +164,7 @@ PetscErrorCode layer_transpose(Mat J, Vec x, Vec y) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_parameters(Mat J, Vec x, Vec y) {
+static PetscErrorCode layer_parameters(Mat J, Vec x, Vec y) {
     struct layer *layer;
     double *values;
     PetscFunctionBeginUser;
@@ -172,7 +177,7 @@ PetscErrorCode layer_parameters(Mat J, Vec x, Vec y) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_set_step(TS ts) {
+static PetscErrorCode layer_set_step(TS ts) {
     struct layer *layer;
     PetscFunctionBeginUser;
     PetscCall(TSGetApplicationContext(ts, &layer));
@@ -180,7 +185,7 @@ PetscErrorCode layer_set_step(TS ts) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-PetscErrorCode layer_keep_step(TS ts) {
+static PetscErrorCode layer_keep_step(TS ts) {
     struct layer *layer;
     PetscInt count;
     Vec *stages;
@@ -310,7 +315,7 @@ PetscErrorCode layers_adjoint(struct layer **layers, long count, double *gamma, 
         struct layer *layer = layers[l];
         double *start = gamma + l * RANK(layer) * layer->Y->samples;
         outcome->layer = l;
-        PetscCall(write_state(layer, layer->adjoint, start + RANK(layer) * layer->Y->samples, layer->lambda ? 1.0 : 0.0));
+        PetscCall(write_state(layer, layer->adjoint, start + RANK(layer) * layer->Y->samples, layer->lambda_ ? 1.0 : 0.0));
         PetscCall(solve_back(layer));
         PetscCall(read_state(layer, layer->adjoint, start));
         PetscCall(note(layer, start, outcome));

@@ -6,27 +6,52 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 from petsc4py import PETSc
+
+from fem_resnet.compiler import declared
 
 __all__ = [
     "adapt_type", "keep_trajectory_in_memory", "never_adapt", "on_pre_stage", "register_rk", "rk_tableau", "shell",
     "stage_values", "take_function_lower_bound", "weakly",
 ]  # fmt: skip
 
+if (PETSc.ScalarType, PETSc.RealType) != (np.float64, np.float64):
+    raise ImportError(
+        f"PETSc: one of real numbers of double precision is wanted, petsc4py has one of {np.dtype(PETSc.ScalarType)}; set PETSC_DIR "
+        f"and PETSC_ARCH to another, and install petsc4py and Firedrake for that"
+    )
+
 _Int = np.ctypeslib.as_ctypes_type(PETSc.IntType)
+_PROTOTYPES = (
+    "PetscErrorCode TSGetTrajectory(TS, TSTrajectory *)",
+    "PetscErrorCode TSTrajectorySetType(TSTrajectory, TS, const char *)",
+    "PetscErrorCode TSRKGetTableau(TS, PetscInt *, const PetscReal **, const PetscReal **, const PetscReal **, const PetscReal **, "
+    "PetscInt *, const PetscReal **, PetscBool *)",
+    "PetscErrorCode TSRKRegister(const char *, PetscInt, PetscInt, const PetscReal *, const PetscReal *, const PetscReal *, "
+    "const PetscReal *, PetscInt, const PetscReal *)",
+    "PetscErrorCode TSGetAdapt(TS, TSAdapt *)",
+    "PetscErrorCode TSAdaptGetType(TSAdapt, const char **)",
+    "PetscErrorCode TSAdaptSetType(TSAdapt, const char *)",
+    "PetscErrorCode TSSetPreStage(TS, PetscErrorCode (*)(TS, PetscReal))",
+    "PetscErrorCode TSGetStages(TS, PetscInt *, Vec **)",
+    "PetscErrorCode VecGetArrayRead(Vec, const PetscScalar **)",
+    "PetscErrorCode VecRestoreArrayRead(Vec, const PetscScalar **)",
+    "PetscErrorCode TaoGetFunctionLowerBound(Tao, PetscReal *)",
+    "PetscErrorCode TaoSetFunctionLowerBound(Tao, PetscReal)",
+)
 
 
 @cache
-def _petsc() -> ctypes.CDLL:
+def _petsc() -> SimpleNamespace:
     # Symbols are looked up in the libraries that petsc4py's own is linked to.
-    return ctypes.CDLL(PETSc.__file__)
+    return declared(ctypes.CDLL(PETSc.__file__), _PROTOTYPES)
 
 
 def _call(name: str, *arguments) -> None:
-    code = getattr(_petsc(), name)(*arguments)
-    if code:
+    if code := getattr(_petsc(), name)(*arguments):
         raise PETSc.Error(code)
 
 
@@ -35,9 +60,9 @@ def keep_trajectory_in_memory(ts: PETSc.TS) -> None:
 
     By its own options it goes to files, one a step; it does not inherit the prefix of the TS.
     """
-    handle, trajectory = ctypes.c_void_p(ts.handle), ctypes.c_void_p()
-    _call("TSGetTrajectory", handle, ctypes.byref(trajectory))
-    _call("TSTrajectorySetType", trajectory, handle, b"memory")
+    trajectory = ctypes.c_void_p()
+    _call("TSGetTrajectory", ts.handle, ctypes.byref(trajectory))
+    _call("TSTrajectorySetType", trajectory, ts.handle, b"memory")
 
 
 def rk_tableau(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -45,7 +70,7 @@ def rk_tableau(ts: PETSc.TS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     stages, order, fsal = _Int(), _Int(), ctypes.c_int()
     A, b, c, embedded, dense = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
     _call(
-        "TSRKGetTableau", ctypes.c_void_p(ts.handle),
+        "TSRKGetTableau", ts.handle,
         *map(ctypes.byref, (stages, A, b, c, embedded, order, dense, fsal)),
     )  # fmt: skip
     s = stages.value
@@ -61,13 +86,13 @@ def register_rk(name: str, A: tuple[tuple[float, ...], ...], b: tuple[float, ...
         return (ctypes.c_double * values.size)(*values)
 
     # Neither embedded method nor interpolant; PETSc copies all it is given.
-    _call("TSRKRegister", name.encode(), _Int(1), _Int(len(b)), reals(A), reals(b), reals(c), None, _Int(0), None)
+    _call("TSRKRegister", name.encode(), 1, len(b), reals(A), reals(b), reals(c), None, 0, None)
     return name
 
 
 def _adapt(ts: PETSc.TS) -> ctypes.c_void_p:
     adapt = ctypes.c_void_p()
-    _call("TSGetAdapt", ctypes.c_void_p(ts.handle), ctypes.byref(adapt))
+    _call("TSGetAdapt", ts.handle, ctypes.byref(adapt))
     return adapt
 
 
@@ -94,26 +119,26 @@ def on_pre_stage(ts: PETSc.TS, callback: Callable[[], None]) -> object:
         return 0
 
     function = _PreStage(call)
-    _call("TSSetPreStage", ctypes.c_void_p(ts.handle), function)
+    _call("TSSetPreStage", ts.handle, function)
     return function
 
 
 def stage_values(ts: PETSc.TS, size: int) -> Iterator[np.ndarray]:
     """The stage values of the step that was just made, one after the other."""
     count, vectors = _Int(), ctypes.POINTER(ctypes.c_void_p)()
-    _call("TSGetStages", ctypes.c_void_p(ts.handle), ctypes.byref(count), ctypes.byref(vectors))
+    _call("TSGetStages", ts.handle, ctypes.byref(count), ctypes.byref(vectors))
     for vector in vectors[: count.value]:
         values = ctypes.POINTER(ctypes.c_double)()
-        _call("VecGetArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
+        _call("VecGetArrayRead", vector, ctypes.byref(values))
         yield np.ctypeslib.as_array(values, (size,)).copy()
-        _call("VecRestoreArrayRead", ctypes.c_void_p(vector), ctypes.byref(values))
+        _call("VecRestoreArrayRead", vector, ctypes.byref(values))
 
 
 def take_function_lower_bound(tao: PETSc.TAO) -> float:
     """The value at which a TAO stops, taken away from it."""
     bound = ctypes.c_double()
-    _call("TaoGetFunctionLowerBound", ctypes.c_void_p(tao.handle), ctypes.byref(bound))
-    _call("TaoSetFunctionLowerBound", ctypes.c_void_p(tao.handle), ctypes.c_double(-np.inf))
+    _call("TaoGetFunctionLowerBound", tao.handle, ctypes.byref(bound))
+    _call("TaoSetFunctionLowerBound", tao.handle, -np.inf)
     return bound.value
 
 

@@ -21,6 +21,7 @@ import fem_resnet.layers.compiled_stage
 import fem_resnet.network.segment
 import fem_resnet.time_stepping.compiled_layer
 import fem_resnet.time_stepping.sequence
+from fem_resnet.compiler import declared
 
 MODULES = [fem_resnet.layers.compiled_stage, fem_resnet.time_stepping.compiled_layer, fem_resnet.time_stepping.sequence, fem_resnet.network.segment]
 BEGINS = "/* Stage of a layer, compiled"
@@ -55,25 +56,26 @@ def _statements(node: ast.AST, inside: bool = False) -> set[int]:
 
 
 def _compile_into(folder: Path):
-    """In the place of `pyop2.compilation.load`."""
+    """In the place of `fem_resnet.compiler.library`."""
     made: dict[str, ctypes.CDLL] = {}
 
-    def load(code, extension, flags, libraries, comm):
-        if code not in made:
+    def library(comm, code, flags, libraries, prototypes):
+        text = code()
+        if text not in made:
             name = folder / f"code{len(made)}"
-            name.with_suffix(".c").write_text(code.replace("#include <petscts.h>", "#include <petscts.h>" + UNCHECKED, 1))
+            name.with_suffix(".c").write_text(text.replace("#include <petscts.h>", "#include <petscts.h>" + UNCHECKED, 1))
             compiler = petsctools.get_petscvariables()["CC"]
             command = [compiler, *flags, "-O0", "-march=native", "-std=gnu11", "--coverage", "-fPIC", "-shared", "-o", f"{name}.so", f"{name}.c"]
             subprocess.run([*command, *libraries], check=True, cwd=folder)
-            made[code] = ctypes.CDLL(f"{name}.so")
-        return made[code]
+            made[text] = ctypes.CDLL(f"{name}.so")
+        return declared(made[text], prototypes)
 
-    return load
+    return library
 
 
 def run(folder: Path) -> None:
     """Verify the built-in problems, and write down which lines of Python did not run."""
-    fem_resnet.layers.compiled_stage.load = _compile_into(folder)
+    fem_resnet.layers.compiled_stage.library = _compile_into(folder)
     ran: dict[str, set[int]] = {module.__file__: set() for module in MODULES}
 
     def trace(frame, event, argument):

@@ -291,7 +291,7 @@ FAULTS = [
     Fault("compiled: many samples, lengths pair with sigma'", MANY_TIMES, compiled("dual[s] * VALUE(row[s])", "dual[s] * SLOPE(row[s])"), True),
     Fault("compiled: functionals of beta with the other sign", LAYERS, compiled("phi, samples, -1.0, g,", "phi, samples, 1.0, g,"), True),
     Fault("compiled: gamma has the other sign", LAYERS, compiled("psi, samples, phi, -1.0, layer->beta", "psi, samples, phi, 1.0, layer->beta"), True),
-    Fault("compiled: lambda is not seen", LAYERS, compiled("layer->lambda, layer->D", "NULL, layer->D"), True),
+    Fault("compiled: lambda is not seen", LAYERS, compiled("layer->lambda_, layer->D", "NULL, layer->D"), True),
     Fault("compiled: beta without its last function of psi", LAYERS, compiled("layer->Y->samples, RANK(layer), 1.0,", "layer->Y->samples, RANK(layer) - 1, 1.0,"), True),
     Fault("compiled: the bias's functional is weighted as the forward stage", LAYERS, compiled("h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[stages - 1 - layer->asked % stages];", "h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[(layer->asked + 1) % stages];"), True),
     Fault("compiled: f is added up with the weights of the stage before", LAYERS, compiled("return h * layer->weights[stage];", "return h * layer->weights[(stage + layer->method_stages - 1) % layer->method_stages];"), True),

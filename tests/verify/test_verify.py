@@ -224,7 +224,7 @@ def _is_silent(problem, found):
 #: Lines of C with a branch that may stay untaken: without memory; on several ranks; where TS fails; asked for ahead or not, which
 #: a copy of the code knows when it is compiled; a second slab together with each remainder of tiles. All cases of tiles are taken.
 NOT_REACHED_IN_C = (
-    "kept_size = kept ? size : 0;", "if (!memory) return 0;", "if (!get_scratch(", "if (size > 1) {", "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;",
+    "kept_size = kept ? size : 0;", "if (!memory) return 0;", "if (!get_scratch(", "if (size > 1) {", "PetscMPIIntCast(", "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;",
     "if (!WENT_WELL(outcome)) break;", "layer->step < layer->steps)", "__builtin_prefetch(", "for (int i = 0; i < ranks; i++)", "(a ? a[i] + (vec){0} : get(place))", "ALL_TILES(",
 )  # fmt: skip
 #: And statements of Python: without a compiler; on several ranks; of what was not solved yet.

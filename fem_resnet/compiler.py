@@ -1,0 +1,166 @@
+"""C code as a library that all ranks load: compiled once a machine, kept on disk with a checksum.
+
+The first rank of each machine decides: it takes the library from PyOP2's cache folder if that is whole, and compiles it if
+not. What fails on one rank is raised on all, so that all can do without. PyOP2's own `load` is not used: its ranks wait for
+ever for one that finds no compiler, or for those that find a library where others find none; and it runs what it finds.
+
+What Python takes for granted of C is C code too, behind the rest: prototypes, and assertions on structs. So the compiler
+compares them. Arguments of a call are checked by ctypes against the same prototypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from mpi4py import MPI
+from petsc4py import PETSc
+from petsctools import get_petscvariables
+from pyop2.compilation import sniff_compiler
+from pyop2.configuration import configuration
+from pyop2.exceptions import CompilationError
+
+from fem_resnet.ranks import together
+
+__all__ = ["declared", "layout", "library"]
+
+_HANDLES = ("Mat", "TS", "TSAdapt", "TSTrajectory", "Tao", "Vec")
+#: Types that C passes by value, by their names there; any pointer is a c_void_p.
+_TYPES = {
+    "int": ctypes.c_int,
+    "long": ctypes.c_long,
+    "double": ctypes.c_double,
+    "PetscErrorCode": ctypes.c_int,
+    "PetscBool": ctypes.c_int,
+    "PetscInt": np.ctypeslib.as_ctypes_type(PETSc.IntType),
+    "PetscReal": np.ctypeslib.as_ctypes_type(PETSc.RealType),
+    **dict.fromkeys(_HANDLES, ctypes.c_void_p),
+}
+#: What __builtin_classify_type says of them.
+_POINTER, _REAL, _INTEGER = 5, 8, 1
+_DIGEST = 32
+
+
+def library(
+    comm: MPI.Comm,
+    code: Callable[[], str],
+    flags: Sequence[str],
+    libraries: Sequence[str],
+    prototypes: Iterable[str],
+) -> SimpleNamespace:
+    """The functions of C code by their names, with the types of their arguments. Collective.
+
+    Parameters
+    ----------
+    comm
+        All its ranks get functions, or all an error.
+    code
+        Called on one rank a machine, for the text.
+    flags, libraries
+        For the compiler, behind those that PyOP2 has for it; for the linker.
+    prototypes
+        As `declared` takes them; they are compared with the code.
+
+    Raises
+    ------
+    pyop2.exceptions.CompilationError
+        If the compiler fails, or the prototypes are not those of the code.
+    OSError
+        If there is no compiler, the cache folder cannot be written to, or the library not be loaded.
+    """
+    prototypes = list(prototypes)
+
+    def made() -> str:
+        return str(_on_disk("\n".join([code(), *(f"{prototype};" for prototype in prototypes), ""]), tuple(flags), tuple(libraries)))
+
+    machine = _machine(comm)
+    try:
+        path = machine.bcast(together(comm, made if machine.rank == 0 else lambda: None))
+    finally:
+        machine.Free()
+    return together(comm, lambda: declared(ctypes.CDLL(path), prototypes))
+
+
+def _machine(comm: MPI.Comm) -> MPI.Comm:
+    return comm.Split_type(MPI.COMM_TYPE_SHARED)
+
+
+def declared(code: ctypes.CDLL, prototypes: Iterable[str]) -> SimpleNamespace:
+    """Functions of a library by their names, as ctypes calls them.
+
+    Parameters
+    ----------
+    prototypes
+        As C writes them, without names of arguments and the semicolon: "int rate(const struct basis *, double)".
+    """
+    functions = {}
+    for prototype in prototypes:
+        result, name, arguments = re.fullmatch(r"(\w+) (\w+)\((.*)\)", prototype).groups()
+        function = code[name]  # an object of its own: the attribute would be everybody's
+        function.restype = _TYPES[result]
+        taken = [] if arguments == "void" else re.split(r", (?![^()]*\))", arguments)
+        function.argtypes = [ctypes.c_void_p if "*" in kind else _TYPES[kind] for kind in taken]
+        functions[name] = function
+    return SimpleNamespace(**functions)
+
+
+def layout(**structs: type[ctypes.Structure]) -> str:
+    """C code, for behind the structs of these names, which does not compile unless ctypes has them with the same fields.
+
+    Sizes, places, and kinds of the fields (pointer, integer, floating point) are compared.
+    """
+    lines = ["#include <stddef.h>"]
+    for name, struct in structs.items():
+        message = f"struct {name} has the size and the fields that Python takes it to have"
+        claims = [f"sizeof(struct {name}) == {ctypes.sizeof(struct)}"]
+        for field, kind in struct._fields_:
+            here, member = getattr(struct, field), f"((struct {name} *)0)->{field}"
+            number = {"P": _POINTER, "d": _REAL}.get(kind._type_, _INTEGER)
+            claims.append(f"offsetof(struct {name}, {field}) == {here.offset} && sizeof({member}) == {here.size}")
+            claims.append(f"__builtin_classify_type({member}) == {number}")
+        lines += [f'_Static_assert({claim}, "{message}");' for claim in claims]
+    return "\n".join(lines)
+
+
+def _on_disk(code: str, flags: tuple[str, ...], libraries: tuple[str, ...]) -> Path:
+    """The library with its checksum behind it, which no loader looks at."""
+    compiler = get_petscvariables()["CC"], flags, libraries, *(configuration[name] for name in ("cflags", "ldflags", "debug"))
+    name = blake2b(repr((compiler, code)).encode(), digest_size=16).hexdigest()
+    path = Path(configuration["cache_dir"], "fem_resnet", f"{name}.so")
+    if not _is_whole(path):
+        made = _compiled(code, flags, libraries)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder, path.name)
+            whole.write_bytes(made + blake2b(made, digest_size=_DIGEST).digest())
+            os.replace(whole, path)  # others who run now see the old one or the new one
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        found = path.read_bytes()
+    except OSError:  # to write it will say what is wrong
+        return False
+    return blake2b(found[:-_DIGEST], digest_size=_DIGEST).digest() == found[-_DIGEST:]
+
+
+def _compiled(code: str, flags: tuple[str, ...], libraries: tuple[str, ...]) -> bytes:
+    compiler = sniff_compiler(get_petscvariables()["CC"], MPI.COMM_SELF)(flags, libraries, debug=configuration["debug"])
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "code.c"), Path(folder, "code.so")
+        source.write_text(code)
+        command = [compiler.cc, *compiler.cflags, "-o", str(made), str(source), *compiler.ldflags]
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if ended.returncode:
+            said = re.findall(r".*error.*", ended.stderr) or ended.stderr.splitlines() or ["nothing was said"]
+            raise CompilationError(f"{compiler.cc} ended with code {ended.returncode}: {said[0].replace(folder + os.sep, '')}")
+        return made.read_bytes()
