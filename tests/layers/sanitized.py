@@ -16,7 +16,7 @@ import numpy as np
 import petsctools
 import sympy
 
-from fem_resnet import compiled_stage
+from fem_resnet.layers import compiled_stage
 from fem_resnet.activation.activation import Activation, get_activation
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -24,6 +24,7 @@ from fem_resnet.layers.compiled_stage import CompiledStage
 from fem_resnet.learning.loss import least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.time_stepping.compiled_layer import CompiledStepper
 from fem_resnet.verify import verify
 from fem_resnet.verify.activations import _SHAPES, _Points, _stage_errors
 
@@ -91,7 +92,7 @@ def run_layers(precision: str, samples: int, ranks: tuple[int, int]) -> None:
         start, target = (Y.batch(np.cos(np.outer(x, 1 + np.arange(samples) % 7) + shift)) for shift in (0, 1))
         J, run = LearningProblem(net, None, least_squares, None, Batch(start, target)).record()
         found.append([float(J.functional), *(part.dat.data_ro.copy() for part in J.derivative())])
-        assert (run._pieces[0].segment.steppers[0]._compiled is not None) == (compiled == "1")
+        assert isinstance(run._pieces[0].segment.steppers[0], CompiledStepper) == (compiled == "1")
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol={"double": 1e-11, "single": 1e-5}[precision])
 

@@ -24,11 +24,13 @@ from pyop2.exceptions import CompilationError
 
 import fem_resnet
 import sanitized
-from fem_resnet import compiled_stage, compiler, petsc
+from fem_resnet import compiler
 from fem_resnet.activation.activation import get_activation
 from fem_resnet.compiler import layout, library
+from fem_resnet.layers import compiled_stage
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
 from fem_resnet.layers.stage import Stage
+from fem_resnet.time_stepping import petsc
 from helpers import label_space, without_mpi
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
