@@ -94,7 +94,8 @@ def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
     everyone, since = comm.Ibarrier(), time.monotonic()
     while not everyone.Test():
         if error is not None and time.monotonic() - since > _PATIENCE:
-            sys.stderr.write(f"{type(error).__name__} on rank {comm.rank}, while the others wait for it: {error}\n")
+            words = (str(error).splitlines() or [""])[-1]  # of PETSc's traceback what is wrong
+            sys.stderr.write(f"{type(error).__name__} on rank {comm.rank}, while the others wait for it: {words}\n")
             sys.stderr.flush()
             comm.Abort(1)
         time.sleep(1e-3)
