@@ -74,9 +74,9 @@ class Group:
         return Group(self._member(name, h5py.Group, "a group"), f"{self.name}/{name}")
 
     def same(self, name: str, other: Group) -> None:
-        """A group that is another one, by a second name."""
-        if self._member(name, h5py.Group, "a group") != other._group:
-            raise Wrong(f"{self.name}/{name}: it should be {other.name}")
+        """A group that is that of another group, by a second name."""
+        if self._member(name, h5py.Group, "a group") != other._group[name]:
+            raise Wrong(f"{self.name}/{name}: it should be {other.name}/{name}")
 
     def array(self, name: str, dtype: str, shape: tuple[int | None, ...], least: float = -np.inf, below: float = np.inf) -> h5py.Dataset:
         """A dataset of float64 ("f8") or of integers ("i"), that has this shape and is in this range; not read as a whole."""
@@ -280,7 +280,7 @@ def check_meshes(root: Group, name: str) -> tuple[dict[str, tuple[int, h5py.Data
                     raise Wrong(f"{topology.name}/firedrake_extruded/firedrake_extruded_base_mesh: it is its own base")
                 with topologies.group(base_name) as base:
                     plex = _check_base(base)
-                    topology.same("topology", Group(base._group["topology"], f"{base.name}/topology"))
+                    topology.same("topology", base)
                     vectors = _check_sections(base, plex, _Layers())
                     base_mesh = _base_mesh(topology, name)
                     if of_mesh.get(base_mesh) != base_name:
@@ -293,8 +293,8 @@ def check_meshes(root: Group, name: str) -> tuple[dict[str, tuple[int, h5py.Data
 
 
 def _base_mesh(topology: Group, name: str) -> str:
-    mesh = Group(Group(topology._group["firedrake_meshes"], "").group(name)._group, "")
-    return mesh.group("firedrake_extruded").text("firedrake_extruded_base_mesh")
+    again = Group(topology._group, topology.name)  # that has its own list of what was asked for
+    return again.group("firedrake_meshes").group(name).group("firedrake_extruded").text("firedrake_extruded_base_mesh")
 
 
 def _check_extrusion(topology: Group, topologies: Group) -> tuple[_Layers, str]:

@@ -115,7 +115,8 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         put_in_place(comm, part, path)
     except BaseException as error:
         if comm.rank == 0:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
         if isinstance(error, (OSError, RuntimeError)):  # of the system, HDF5 and PETSc
             kind = type(error) if isinstance(error, OSError) else OSError
             raise kind(f"path: {path} was not written, and stays as it was: {_first_line(error)}") from error
@@ -369,6 +370,8 @@ def _settings(text: str) -> dict[str, Any]:
         _keys("network", settings["network"], _OF_NETWORK)
         for name, check in _OF_NETWORK.items():
             check(name, settings["network"][name])
+        for name in ("bias_in_time", "kernel_in_time"):
+            get_time_basis(settings["network"][name], settings["network"]["times"], name)
         head = instance("head", settings["head"], (dict, type(None)))
         if head is not None:
             _keys("head", head, ("classes", "prediction"))
@@ -427,7 +430,7 @@ def _look_at_arrays(group: Group, settings: Mapping[str, Any], functions: Mappin
     places = function("label_space")
     nodes = places.size
     of_points = _look_at_numbers(places)
-    if f"graph_{_GRAPH[0]}" in group:
+    if any(f"graph_{name}" in group for name in _GRAPH):
         if not of_points:
             raise Wrong(f"{group.name}/graph_{_GRAPH[0]}: a set of points is wanted with a graph")
         _look_at_graph(group, nodes)
@@ -436,7 +439,7 @@ def _look_at_arrays(group: Group, settings: Mapping[str, Any], functions: Mappin
         ranks.append(nodes if kind == "cells" else function(f"basis_{index}").size // nodes)
         if kind != "cells" and functions[f"basis_{index}"][0] != ranks[-1]:
             raise Wrong(f"{functions[f'basis_{index}'][1].name}: its block size is not its numbers at a node")
-        if f"eigenvalues_{index}" in group:
+        if f"eigenvalues_{index}" in group or f"stiffness_{index}" in group:
             group.array(f"eigenvalues_{index}", "f8", (ranks[-1],))
             group.array(f"stiffness_{index}", "f8", (ranks[-1], ranks[-1]))
     if "cells" in settings["kinds"] and nodes**2 > _MOST_INDICATORS:

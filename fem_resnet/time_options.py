@@ -239,6 +239,8 @@ def refuse_in_file(options: Mapping[str, object]) -> None:
         allowed = _TYPES.get(name)
         if allowed is not None and value not in allowed:
             raise ValueError(f"{given} is none of {', '.join(sorted(allowed))}, which a file may have")
+        if name.endswith("_type") and not (isinstance(value, str) and value):
+            raise ValueError(f"{given} is no name of a type")
         # Values with other characters name files, viewers and libraries.
         plain = isinstance(value, (bool, int, float, type(None))) or isinstance(value, str) and re.fullmatch(r"[\w.+-]{0,40}", value)
         if not plain or re.search("monitor|reason|view", name) and value not in (None, "", True, False, "true", "false", "1", "0"):
