@@ -549,7 +549,11 @@ def _check_topology(file: fd.CheckpointFile, name: str) -> None:
     file.viewer.pushFormat(PETSc.Viewer.Format.HDF5_PETSC)
     numbering = plex.topologyLoad(file.viewer)
     file.viewer.popFormat()
-    together(file.comm, lambda: check_plex(plex))
+    try:
+        together(file.comm, lambda: check_plex(plex))
+    except PETSc.Error:
+        plex.incRef()  # a check that fails leaves a work array checked out, with which no DM can be destroyed
+        raise
     numbering.destroy()
     plex.destroy()
 

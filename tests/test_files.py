@@ -23,6 +23,7 @@ import pytest
 import sympy
 from checkpoint_schedules import SingleDiskStorageSchedule
 from firedrake import COMM_SELF, COMM_WORLD
+from numpy.testing import assert_allclose
 
 import fem_resnet.io
 import fem_resnet.laplace
@@ -206,7 +207,7 @@ def _walk(folder):
 
 
 #: The walks have some two thousand cases: the default run takes a part of them, of every field and of every kind.
-every = pytest.mark.parametrize("every", [11 if COMM_WORLD.size == 1 else 61, pytest.param(1, marks=pytest.mark.slow)])
+every = pytest.mark.parametrize("every", [11 if COMM_WORLD.size == 1 else 97, pytest.param(1, marks=pytest.mark.slow)])
 
 
 @on_ranks
@@ -231,11 +232,12 @@ def test_whatever_is_wrong_with_a_field_is_one_error_that_names_it(every, folder
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_what_does_not_belong_there_is_named(make, folder):
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_does_not_belong_there_is_named(make, every, folder):
     with h5py.File(_file(folder, make)) as file:
         groups = ["/"]
         file.visititems(lambda name, item: groups.append(name) if isinstance(item, h5py.Group) else None)
-    for group in groups:
+    for group in groups[::every]:
         if not re.search("/labels", group):
             assert "surplus" in _refused(folder, make, lambda file: file[group].create_dataset("surplus", data=np.zeros(2)))
         assert "surplus" in _refused(folder, make, lambda file: file[group].attrs.__setitem__("surplus", 1))
@@ -579,7 +581,7 @@ def test_a_file_is_an_HDF5_file_that_h5py_opens_and_says_nothing_of_ranks(folder
 
 
 @on_ranks
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", MAKERS if COMM_WORLD.size == 1 else MAKERS[:1])
 def test_room_is_kept_for_all_of_a_file(make, tmp_path, monkeypatch):
     sizes, reserve = [], files.reserve
     monkeypatch.setattr(fem_resnet.io, "reserve", lambda path, size: sizes.append(size) or reserve(path, size))
@@ -595,28 +597,28 @@ def _fails(error):
     return fail
 
 
+#: What fails, and on which rank; on all ranks where it is collective.
+FAILURES = [
+    (fem_resnet.io, "reserve", 0), (files.os, "fsync", LAST), (files.os, "replace", 0), (fd.CheckpointFile, "save_function", None),
+    (fd.CheckpointFile, "close", None),
+]  # fmt: skip
+
+
 @on_ranks
-@pytest.mark.parametrize(
-    "module, name, rank",
-    [
-        (fem_resnet.io, "reserve", 0), (files.os, "fsync", LAST), (files.os, "replace", 0), (fd.CheckpointFile, "save_function", None),
-        (fd.CheckpointFile, "close", None),
-    ],
-)  # fmt: skip
-def test_a_save_that_fails_is_one_error_and_leaves_the_old_file(module, name, rank, tmp_path, monkeypatch):
-    path = tmp_path / "network.h5"
-    save(path, *_graph())
-    old = path.read_bytes()
-    COMM_WORLD.barrier()
-    with monkeypatch.context() as patch:
-        if rank in (None, COMM_WORLD.rank):
-            patch.setattr(module, name, _fails(OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(OSError, match=rf"^path: {re.escape(str(path))} was not written, and stays as it was: .*No space left on device"):
-            save(path, *_graph())
+def test_a_save_that_fails_is_one_error_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path, net = tmp_path / "network.h5", _graph()[0]
+    if COMM_WORLD.rank == 0:
+        path.write_text("old")
+    for module, name, rank in FAILURES:
+        with monkeypatch.context() as patch:
+            if rank in (None, COMM_WORLD.rank):
+                patch.setattr(module, name, _fails(OSError(errno.ENOSPC, "No space left on device")))
+            with pytest.raises(OSError, match=rf"^path: {re.escape(str(path))} was not written, and stays as it was: .*No space left on"):
+                save(path, net)
+            COMM_WORLD.barrier()
+        assert path.read_text() == "old" and os.listdir(tmp_path) == ["network.h5"], name
         COMM_WORLD.barrier()
-    assert path.read_bytes() == old and os.listdir(tmp_path) == ["network.h5"]
-    COMM_WORLD.barrier()
-    save(path, *_graph())
+    save(path, net)
     load(path)
 
 
@@ -773,7 +775,7 @@ def _cached(tmp_path, monkeypatch, damage):
         patch.setattr(fem_resnet.laplace, "_eigenfunctions", lambda *arguments: solved.append(1) or solve(*arguments))
         again = laplace_basis(Y, 3, cache=tmp_path)
         assert solved == [1]
-        assert np.array_equal(again.values, first.values)
+        assert_allclose(again.values, first.values, rtol=0, atol=1e-9)  # solvers sum in any order
         laplace_basis(Y, 3, cache=tmp_path)
         assert solved == [1], "what was made anew is kept"
 
@@ -823,7 +825,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_eigenfunctions(ki
         place.write_text("a file")
     COMM_WORLD.barrier()
     found = laplace_basis(label_space("disk", "CG1"), 3, cache=place)
-    assert np.array_equal(found.values, laplace("disk", "CG1", 3).values)
+    assert_allclose(found.values, laplace("disk", "CG1", 3).values, rtol=0, atol=1e-9)
     if COMM_WORLD.rank == 0:
         assert "cache: eigenfunctions are not kept" in caplog.text
     assert kind == "no folder" or list(place.iterdir()) == []
