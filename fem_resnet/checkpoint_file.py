@@ -89,8 +89,8 @@ class Group:
         if given is None or len(given) != len(shape) or any(n not in (None, m) for n, m in zip(shape, given)):
             written = ", ".join("any" if n is None else str(n) for n in shape)
             raise Wrong(f"{path}: shape ({written}) is wanted, and it has {given}")
-        if data.id.get_create_plist().get_nfilters() or data.is_virtual or data.external:
-            raise Wrong(f"{path}: plain numbers are wanted, and it is filtered, virtual or in another file")
+        if data.id.get_create_plist().get_nfilters() or data.is_virtual or data.external or len(data.attrs):
+            raise Wrong(f"{path}: plain numbers are wanted, and it is filtered, virtual, in another file or has attributes")
         if data.id.get_storage_size() < data.nbytes:
             raise Wrong(f"{path}: it declares {data.nbytes} bytes, and holds {data.id.get_storage_size()}")
         for part in slices(data):
@@ -141,13 +141,22 @@ class Group:
             raise Wrong(f"{self.name}/{name}: a pickled dictionary of names is wanted: {error}") from error
         return found
 
-    def element(self, name: str) -> None:
-        """An attribute that names a finite element, as Python would write it; nothing is evaluated."""
+    def element(self, name: str) -> int:
+        """An attribute that names a finite element, as Python would write it: its number of components. Nothing is evaluated."""
         text = self.text(name)
         try:
             if len(text) > 2000:
                 raise ValueError("it is too long")
-            _check_element(ast.parse(text, mode="eval").body)
+            node = ast.parse(text, mode="eval").body
+            components = 1
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "VectorElement":
+                match node:
+                    case ast.Call(args=[scalar], keywords=[ast.keyword(arg="dim", value=ast.Constant(value=int(components)))]):
+                        node = scalar
+                    case _:
+                        raise ValueError("a VectorElement has an element and a dim")
+            _check_element(node)
+            return components
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise Wrong(f"{self.name}/{name}: a finite element is wanted, and it is {text[:80]!r}: {error}") from error
 
@@ -160,22 +169,17 @@ class _Names(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside")
 
 
-_ELEMENTS = {
-    "FiniteElement", "VectorElement", "TensorProductElement", "TensorProductCell", "EnrichedElement", "BrokenElement",
-}  # fmt: skip
+_ELEMENTS = {"FiniteElement", "TensorProductElement", "TensorProductCell", "EnrichedElement", "BrokenElement"}
 _CELLS = {"interval", "triangle", "quadrilateral", "tetrahedron", "hexahedron"}
 
 
 def _check_element(node: ast.AST) -> None:
     match node:
         case ast.Call(func=ast.Name(id=name)) if name in _ELEMENTS:
-            for part in (*node.args, *(keyword.value for keyword in node.keywords if keyword.arg != "dim")):
+            for part in (*node.args, *(keyword.value for keyword in node.keywords)):
                 _check_element(part)
-            for keyword in node.keywords:
-                if keyword.arg is None or keyword.arg == "dim" and not (
-                    isinstance(keyword.value, ast.Constant) and type(keyword.value.value) is int and keyword.value.value > 0
-                ):
-                    raise ValueError("its dim is no positive integer")
+            if any(keyword.arg is None for keyword in node.keywords):
+                raise ValueError("it has other arguments")
         case ast.Name(id=name) if name in _CELLS:
             pass
         case ast.Constant(value=str() | None):
@@ -355,6 +359,8 @@ def _check_sections(topology: Group, plex: _Plex, layers: _Layers, base: str | N
             with sections.group(name) as section:
                 of_plex = coordinates is not None and name == coordinates[0]
                 size, block = _check_section(section, name, plex, layers, of_plex)
+                if "vecs" not in section:  # functions of some elements are held as those of others, see _check_mesh
+                    continue
                 with section.group("vecs") as group:
                     for vector in group.left:
                         with group.group(vector) as holder:
@@ -442,20 +448,20 @@ def _check_mesh(
 ) -> dict[str, tuple[int, h5py.Dataset]]:
     """The one mesh of a topology, and its functions: of each its block size and its numbers."""
     functions: dict[str, tuple[int, h5py.Dataset]] = {}
+    #: Functions of elements that Firedrake embeds in others: by name, the name of the other one, and the number of components.
+    embedded: dict[str, tuple[str, int]] = {}
 
-    def vector(group: Group, key: str) -> tuple[int, h5py.Dataset]:
+    def vector(group: Group, key: str, components: int) -> tuple[int, h5py.Dataset]:
         found = group.text(key)
-        if found not in vectors:
-            raise Wrong(f"{group.name}/{key}: the name of a vector is wanted, and it is {found[:80]!r}")
+        if found not in vectors or vectors[found][0] != components:
+            raise Wrong(f"{group.name}/{key}: the name of a vector of {components} components is wanted, and it is {found[:80]!r}")
         return vectors[found]
 
     with topology.group("firedrake_meshes") as meshes, meshes.group(name) as mesh:
-        mesh.element("firedrake_coordinate_element_repr")
-        vector(mesh, "firedrake_coordinates")
+        vector(mesh, "firedrake_coordinates", mesh.element("firedrake_coordinate_element_repr"))
         if "firedrake_radial_coordinates" in mesh._group.attrs:
-            mesh.element("firedrake_radial_coordinate_element_repr")
             mesh.text("firedrake_radial_coordinate_function")
-            vector(mesh, "firedrake_radial_coordinates")
+            vector(mesh, "firedrake_radial_coordinates", mesh.element("firedrake_radial_coordinate_element_repr"))
         if "firedrake_immersed" in mesh:
             with mesh.group("firedrake_immersed") as immersed:
                 immersed.text("firedrake_immersed_cell_orientations")
@@ -468,13 +474,21 @@ def _check_mesh(
             with mesh.group("firedrake_function_spaces") as spaces:
                 for space_name in spaces.left:
                     with spaces.group(space_name) as space:
-                        space.element("firedrake_ufl_element_repr")
+                        components = space.element("firedrake_ufl_element_repr")
                         with space.group("firedrake_functions") as holders:
                             for function in holders.left:
                                 if spaces_of.pop(function, None) != space_name:
                                     raise Wrong(f"{holders.name}/{function}: it is not listed as a function of this space")
                                 with holders.group(function) as holder:
-                                    functions[function] = vector(holder, "firedrake_vec")
+                                    if "firedrake_embedded" not in holder:
+                                        functions[function] = vector(holder, "firedrake_vec", components)
+                                        continue
+                                    with holder.group("firedrake_embedded") as group:
+                                        embedded[function] = group.text("firedrake_embedded_function"), components
+            for function, (other, components) in embedded.items():
+                if other not in functions or functions[other][0] != components:
+                    raise Wrong(f"{mesh.name}: {other!r}, that holds {function!r}, is wanted with {components} components")
+                functions[function] = functions.pop(other)
             if spaces_of:
                 raise Wrong(f"{mesh.name}/firedrake_function_name_function_space_name_map: it lists {min(spaces_of)!r}, which is missing")
     return functions

@@ -21,6 +21,7 @@ import firedrake as fd
 import h5py
 import numpy as np
 import scipy.sparse
+from firedrake.embedding import get_embedding_element_for_checkpointing
 from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
@@ -33,6 +34,7 @@ from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.files import Damaged, let_go, put_in_place, reserve, seal, sealed
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.laplace import move_laplace
+from fem_resnet.methods import last_words
 from fem_resnet.network import ResidualNetwork, checked_times
 from fem_resnet.head import PREDICTIONS, Head
 from fem_resnet.parameter import Parameter
@@ -108,7 +110,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
     part = path.with_name(path.name + ".part")
     try:
         on_first(comm, lambda: part.write_bytes(b""))
-        together(comm, lambda: os.access(part, os.W_OK) or _refuse_place(part))
+        together(comm, lambda: open(part, "r+b").close())  # all ranks see it
         with stop_annotating(), _opened(part, "w", comm) as file:
             _write_all(file, part, net, head, bases, settings)
         seal(comm, part)
@@ -119,7 +121,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
                 part.unlink()
         if isinstance(error, (OSError, RuntimeError)):  # of the system, HDF5 and PETSc
             kind = type(error) if isinstance(error, OSError) else OSError
-            raise kind(f"path: {path} was not written, and stays as it was: {_first_line(error)}") from error
+            raise kind(f"path: {path} was not written, and stays as it was: {_words(error)}") from error
         raise
 
 
@@ -141,13 +143,9 @@ def _check_place(path: Path) -> None:
         raise IsADirectoryError(f"path: {path} is a folder, the name of a file is wanted")
 
 
-def _refuse_place(part: Path) -> None:
-    raise PermissionError(f"{part} is not to be written to by all ranks")
-
-
-def _first_line(error: BaseException) -> str:
-    """The sentence of PETSc's message that says what is wrong, or all of another."""
-    return str(error).splitlines()[-1] if isinstance(error, PETSc.Error) else str(error)
+def _words(error: BaseException) -> str:
+    """What an error says, of PETSc's the line that says what is wrong."""
+    return last_words(error) if isinstance(error, PETSc.Error) else str(error)
 
 
 @contextmanager
@@ -215,12 +213,14 @@ def _itself(function: fd.Function) -> fd.Function:
 
 def _room(Y: LabelSpace, functions: Sequence[int], arrays: Sequence[int]) -> int:
     """Bytes that a file has at most, for functions of so many numbers a node, and arrays of so many numbers. Collective."""
-    mesh = Y.V.mesh()
+    mesh, element = Y.V.mesh(), Y.V.ufl_element()
+    held = get_embedding_element_for_checkpointing(element, ())
+    nodes = Y.size if held == element else fd.FunctionSpace(mesh, held).dim()
     start, end = mesh.topology_dm.getChart()
     points = Y.comm.allreduce(end - start)
     # Integers a point: three a function space, one a label, cones with orientations, and what a distribution takes.
-    integers = 3 * (3 + len(set(functions))) + mesh.topology_dm.getNumLabels() + 3 + 2 * 6 + 8
-    numbers = 2 * mesh.coordinates.function_space().dim() + Y.size * sum(functions) + sum(arrays)
+    integers = 3 * (3 + 2 * len(set(functions))) + mesh.topology_dm.getNumLabels() + 3 + 2 * 6 + 8
+    numbers = 2 * mesh.coordinates.function_space().dim() + nodes * sum(functions) + sum(arrays)
     overhead = (1 << 20) + (len(functions) + len(arrays)) * (1 << 14)
     return 8 * numbers + points * integers * np.dtype(PETSc.IntType).itemsize + overhead
 
@@ -293,12 +293,12 @@ def _naming(path: Path) -> Iterator[None]:
     """Whatever is wrong with a file is a ValueError with its name."""
     try:
         yield
-    except (OSError, MemoryError):
-        raise
     except Damaged as error:
         raise ValueError(f"path: {path} holds no network of format {_FORMAT}: {error}") from error
     except Exception as error:  # of Firedrake and PETSc too, for what they make of a file that fits together but is no mesh
-        raise ValueError(f"path: {path} holds no network as save writes it: {_first_line(error)}") from error
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:  # h5py's has none
+            raise
+        raise ValueError(f"path: {path} holds no network as save writes it: {_words(error)}") from error
 
 
 def _look(path: Path) -> tuple[dict, str]:
@@ -480,7 +480,7 @@ def _look_at_arrays(group: Group, settings: Mapping[str, Any], functions: Mappin
 
 def _look_at_numbers(places: h5py.Dataset) -> bool:
     """Whether these are the numbers of points, each once; else all are -1."""
-    if all((part == -1.0).all() for part in slices(places)):
+    if all((part < -0.5).all() for part in slices(places)):  # -1, or what a projection makes of it
         return False
     if not all((part == np.rint(part)).all() and part.min() >= 0 for part in slices(places)) or not are_all(slices(places), places.size):
         raise Wrong(f"{places.name}: the numbers of all points are wanted, each once, or -1")
