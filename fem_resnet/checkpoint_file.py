@@ -198,7 +198,8 @@ def slices(data: h5py.Dataset) -> Iterator[np.ndarray]:
             yield data[start : start + rows]
 
 
-_KEY = np.frombuffer(np.random.SeedSequence().generate_state(2, np.uint64).tobytes(), np.uint64)
+#: Another one in each process, so that no file can be made for it.
+_KEY = np.random.SeedSequence().generate_state(2, np.uint64)
 
 
 def _hashes(numbers: np.ndarray) -> int:
