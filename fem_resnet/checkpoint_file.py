@@ -78,8 +78,10 @@ class Group:
         if self._member(name, h5py.Group, "a group") != other._group[name]:
             raise Wrong(f"{self.name}/{name}: it should be {other.name}/{name}")
 
-    def array(self, name: str, dtype: str, shape: tuple[int | None, ...], least: float = -np.inf, below: float = np.inf) -> h5py.Dataset:
-        """A dataset of float64 ("f8") or of integers ("i"), that has this shape and is in this range; not read as a whole."""
+    def array(
+        self, name: str, dtype: str, shape: tuple[int | None, ...], least: float = -np.inf, below: float = np.inf
+    ) -> h5py.Dataset:
+        """A dataset of float64 ("f8") or integers ("i") that has this shape and is in this range; not read as a whole."""
         path = f"{self.name}/{name}"
         data = self._member(name, h5py.Dataset, "a dataset")
         wanted = "integers" if dtype == "i" else "float64"
@@ -289,7 +291,7 @@ def check_meshes(root: Group, name: str) -> tuple[dict[str, tuple[int, h5py.Data
                     vectors = _check_sections(base, plex, _Layers())
                     base_mesh = _base_mesh(topology, name)
                     if of_mesh.get(base_mesh) != base_name:
-                        raise Wrong(f"{topologies.name}/{map_name}: the mesh {base_mesh!r} is wanted in it, with {base_name!r}")
+                        raise Wrong(f"{topologies.name}/{map_name}: {base_mesh!r} is wanted in it, with {base_name!r}")
                     _check_mesh(base, base_mesh, plex, vectors, of_functions=False)
                 vectors = _check_sections(topology, plex, layers, base=base_name)
                 functions = _check_mesh(topology, name, plex, vectors, of_functions=True)
@@ -471,7 +473,8 @@ def _check_mesh(
             with mesh.group("firedrake_extruded") as extruded:
                 extruded.text("firedrake_extruded_base_mesh")
         if of_functions:
-            spaces_of = mesh.names("firedrake_function_name_function_space_name_map")
+            listed = "firedrake_function_name_function_space_name_map"
+            spaces_of = mesh.names(listed)
             with mesh.group("firedrake_function_spaces") as spaces:
                 for space_name in spaces.left:
                     with spaces.group(space_name) as space:
@@ -491,5 +494,5 @@ def _check_mesh(
                     raise Wrong(f"{mesh.name}: {other!r}, that holds {function!r}, is wanted with {components} components")
                 functions[function] = functions.pop(other)
             if spaces_of:
-                raise Wrong(f"{mesh.name}/firedrake_function_name_function_space_name_map: it lists {min(spaces_of)!r}, which is missing")
+                raise Wrong(f"{mesh.name}/{listed}: it lists {min(spaces_of)!r}, which is missing")
     return functions

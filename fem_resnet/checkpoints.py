@@ -228,7 +228,7 @@ class _Disk(TapePackageData):
             try:
                 written += os.pwrite(self._file.fileno(), data[written:], start + written)
             except OSError as error:
-                text = f"checkpoints: {error.strerror} in {tempfile.gettempdir()}; TMPDIR names another folder, and `checkpoints` says how many"
+                text = f"checkpoints: {error.strerror} in {tempfile.gettempdir()}; TMPDIR names another folder for them"
                 raise OSError(error.errno, text) from error
         return start
 

@@ -482,7 +482,8 @@ def _look_at_numbers(places: h5py.Dataset) -> bool:
     """Whether these are the numbers of points, each once; else all are -1."""
     if all((part < -0.5).all() for part in slices(places)):  # -1, or what a projection makes of it
         return False
-    if not all((part == np.rint(part)).all() and part.min() >= 0 for part in slices(places)) or not are_all(slices(places), places.size):
+    whole = all((part == np.rint(part)).all() and part.min() >= 0 for part in slices(places))
+    if not (whole and are_all(slices(places), places.size)):
         raise Wrong(f"{places.name}: the numbers of all points are wanted, each once, or -1")
     return True
 

@@ -89,7 +89,8 @@ def _kind_of_picture(name: str, path: str | Path) -> str:
     """The suffix of a picture's file, without its dot."""
     kind, known = Path(path).suffix.lower().removeprefix(".") or "png", FigureCanvasAgg.get_supported_filetypes()
     if kind not in known:
-        raise ValueError(f"{name}: the name of a file that ends with .png, or another of {', '.join(known)}, is wanted, {path} was given")
+        endings = ", ".join(known)
+        raise ValueError(f"{name}: the name of a file that ends with .png, or another of {endings}, is wanted, {path} was given")
     return kind
 
 

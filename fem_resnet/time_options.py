@@ -243,7 +243,8 @@ def refuse_in_file(options: Mapping[str, object]) -> None:
             raise ValueError(f"{given} is no name of a type")
         # Values with other characters name files, viewers and libraries.
         plain = isinstance(value, (bool, int, float, type(None))) or isinstance(value, str) and re.fullmatch(r"[\w.+-]{0,40}", value)
-        if not plain or re.search("monitor|reason|view", name) and value not in (None, "", True, False, "true", "false", "1", "0"):
+        on_or_off = value in (None, "", True, False, "true", "false", "1", "0")
+        if not plain or re.search("monitor|reason|view", name) and not on_or_off:
             raise ValueError(f"{given} has a value that no file may have; numbers and single words are wanted")
         if re.search("stages|restart|levels|its$|order$|fill", name) and not _is_small(value):
             raise ValueError(f"{given} is no number from 0 to {_MOST}, as a file may have")

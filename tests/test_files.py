@@ -138,7 +138,9 @@ def _of_dataset(path):
         "of text": put(lambda data: np.full(data.shape or 1, b"text")),
         "of another rank": put(lambda data: data[..., None]),
         "longer": put(lambda data: np.concatenate([data, data[-1:]]) if len(data) else np.zeros((1, 1), "i4")),
-        "declared huge": replaced(lambda file, data: file.create_dataset(path, (10**6,) * data.ndim, data.dtype, chunks=(100,) * data.ndim)),
+        "declared huge": replaced(
+            lambda file, data: file.create_dataset(path, (10**6,) * data.ndim, data.dtype, chunks=(100,) * data.ndim)
+        ),
         "compressed": put(lambda data: data if data.size else np.zeros((1, 1), "i4"), compression="gzip"),
         "elsewhere": replaced(lambda file, data: file.__setitem__(path, h5py.ExternalLink("/etc/passwd", "x"))),
     }
@@ -247,9 +249,11 @@ def test_what_does_not_belong_there_is_named(make, every, folder):
 VALUES = [None, True, "no such thing", "", -1, 0, 1.5, 10**9, 10**30, [], [1], ["a"], {}, {"a": 1}, float("nan"), float("inf")]
 #: Of a setting, those that it may be.
 RIGHT = {
-    "steps": [1], "layers_per_block": [10**9, 10**30], "learn_factors": [], "learn_times": [], "replay_steps": [True], "gradient_flow": [True],
+    "steps": [1], "layers_per_block": [10**9, 10**30], "learn_factors": [], "learn_times": [], "replay_steps": [True],
+    "gradient_flow": [True],
     "bound": [1.5, 10**9, 10**30], "options_prefix": [None], "stable_kernel": [], "mesh": [], "solver_parameters": [{}],
-    "kinds": ["no such thing", ""], "times": [0, True, 1.5], "lipschitz": [None, 1.5, 10**9, 10**30], "sampled": ["", {}], "bounded": [True],
+    "kinds": ["no such thing", ""], "times": [0, True, 1.5], "lipschitz": [None, 1.5, 10**9, 10**30], "sampled": ["", {}],
+    "bounded": [True],
 }  # fmt: skip
 
 
@@ -493,7 +497,9 @@ def _cones(change):
 
 
 @on_ranks
-@pytest.mark.parametrize("change", [np.flipud, lambda cones: np.roll(cones, 1, axis=0), np.zeros_like], ids=["flipped", "moved", "zero"])
+@pytest.mark.parametrize(
+    "change", [np.flipud, lambda cones: np.roll(cones, 1, axis=0), np.zeros_like], ids=["flipped", "moved", "zero"]
+)
 def test_cells_whose_faces_do_not_fit_together_are_no_mesh(change, folder):
     _refused(folder, _learned, _cones(change))
 
@@ -647,7 +653,7 @@ def test_a_save_that_fails_is_one_error_and_leaves_the_old_file(tmp_path, monkey
         with monkeypatch.context() as patch:
             if rank in (None, COMM_WORLD.rank):
                 patch.setattr(module, name, _fails(OSError(errno.ENOSPC, "No space left on device")))
-            with pytest.raises(OSError, match=rf"^path: {re.escape(str(path))} was not written, and stays as it was: .*No space left on"):
+            with pytest.raises(OSError, match=r"^path: .*network.h5 was not written, and stays as it was: .*No space left on"):
                 save(path, net)
             COMM_WORLD.barrier()
         assert path.read_text() == "old" and os.listdir(tmp_path) == ["network.h5"], name
@@ -755,7 +761,8 @@ def test_damage_and_disks_that_take_nothing_are_one_sentence_on_all_ranks_and_ex
     assert [line[:2] for line in told] == [[case, str(rank)] for case in SENTENCES for rank in range(ranks)], result.stderr[-3000:]
     for case, _, whole, words in told:
         assert whole == "True" and re.match(SENTENCES[case], words), (case, words)
-    assert result.returncode == 1 and re.search(r"^\w*Error.*(was not written|while the others wait)", result.stderr, re.MULTILINE), result.stderr
+    sentence = r"^\w*Error.*(was not written|while the others wait)"
+    assert result.returncode == 1 and re.search(sentence, result.stderr, re.MULTILINE), result.stderr
 
 
 # -- reports ---------------------------------------------------------------------------------------------------------
@@ -879,6 +886,7 @@ def test_a_checkpoint_that_one_rank_cannot_store_or_read_is_an_error_on_all(name
     net = ResidualNetwork(laplace("disk", "CG1", 3), layers=3, layers_per_block=1)
     problem = learning_problem(net, head=False).replace(checkpoints=SingleDiskStorageSchedule())
     if COMM_WORLD.rank == LAST:
-        monkeypatch.setattr(tempfile if name == "TemporaryFile" else os, name, _fails(OSError(errno.ENOSPC, "No space left on device")))
+        module = tempfile if name == "TemporaryFile" else os
+        monkeypatch.setattr(module, name, _fails(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space left on device"):
         problem.reduced_functional().derivative()
