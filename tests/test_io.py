@@ -307,7 +307,7 @@ def test_a_first_save_that_is_interrupted_leaves_no_file(tmp_path, interrupt):
 
 @on_ranks
 def test_refuses_a_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^path: the folder .*nowhere does not exist$"):
+    with pytest.raises(FileNotFoundError, match=r"^path: the folder .*nowhere does not exist"):
         save(tmp_path / "nowhere" / "network.h5", *_made(_cube_cg1))
     assert not list(tmp_path.iterdir())
 
@@ -318,7 +318,7 @@ def test_refuses_to_write_onto_a_folder(tmp_path):
     if COMM_WORLD.rank == 0:
         (tmp_path / "network.h5").mkdir()
     COMM_WORLD.barrier()
-    with pytest.raises(IsADirectoryError, match="^path: .*network.h5 is a folder, the name of a file is wanted$"):
+    with pytest.raises(IsADirectoryError, match="^path: .*network.h5 is a folder, the name of a file is wanted"):
         save(tmp_path / "network.h5", *_made(_cube_cg1))
 
 
@@ -360,7 +360,7 @@ def test_refuses_another_format(tmp_path):
             attributes["settings"] = json.dumps(json.loads(attributes["settings"]) | {"format": 99})
         files.seal(None, path)
     COMM_WORLD.barrier()
-    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 3$"):
+    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 3"):
         load(path)
 
 
