@@ -26,25 +26,25 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.activation import Activation
+from fem_resnet.activation.activation import Activation
 from fem_resnet.arguments import choice, instance, integer
-from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.checkpoint_file import Group, Wrong, are_all, check_meshes, slices
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.files import Damaged, let_go, put_in_place, reserve, seal, sealed
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.laplace import move_laplace
-from fem_resnet.methods import last_words
-from fem_resnet.network import ResidualNetwork, checked_times
-from fem_resnet.head import PREDICTIONS, Head
-from fem_resnet.parameter import Parameter
-from fem_resnet.petsc import check_plex
-from fem_resnet.points import checked_graph
+from fem_resnet.label_domain.basis import Basis, cell_indicators
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.laplace import move_laplace
+from fem_resnet.label_domain.points import checked_graph
+from fem_resnet.learning.head import PREDICTIONS, Head
+from fem_resnet.network.network import ResidualNetwork, checked_times
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.parameters.stable_kernels import stable_kernel_from
+from fem_resnet.parameters.time_basis import get_time_basis
 from fem_resnet.ranks import in_step, on_first, same, together
-from fem_resnet.space_basis import NodalValues, StateValues
-from fem_resnet.stable_kernels import stable_kernel_from
-from fem_resnet.time_basis import get_time_basis
-from fem_resnet.time_options import refuse_in_file
+from fem_resnet.time_stepping.methods import last_words
+from fem_resnet.time_stepping.options import refuse_in_file
+from fem_resnet.time_stepping.petsc import check_plex
 
 __all__ = ["load", "save"]
 

@@ -26,12 +26,12 @@ from firedrake import COMM_SELF, COMM_WORLD
 from numpy.testing import assert_allclose
 
 import fem_resnet.io
-import fem_resnet.laplace
+import fem_resnet.label_domain.laplace
 from fem_resnet import (
     Activation, Basis, Head, NormBounded, ResidualNetwork, cell_indicators, files, laplace_basis, load, point_space,
     save, stability_report,
 )  # fmt: skip
-from fem_resnet.time_options import refuse_in_file
+from fem_resnet.time_stepping.options import refuse_in_file
 from helpers import label_space, laplace, without_mpi
 from problems import learning_problem
 
@@ -771,7 +771,7 @@ def test_damage_and_disks_that_take_nothing_are_one_sentence_on_all_ranks_and_ex
 @on_ranks
 @pytest.mark.parametrize("where", ["page.xyz", "nowhere/page.png", "."])
 def test_a_picture_that_cannot_be_written_is_refused_on_all_ranks_before_the_work(where, tmp_path, monkeypatch):
-    monkeypatch.setattr("fem_resnet.theory.report.LinearisedFlow", _fails(AssertionError("worked")))
+    monkeypatch.setattr("fem_resnet.theory.sensitivity.report.LinearisedFlow", _fails(AssertionError("worked")))
     net, _ = _extruded()
     with pytest.raises((ValueError, OSError), match="^png: "):
         stability_report(net, net.Y.batch(net.Y.weights), png=tmp_path / where)
@@ -816,9 +816,9 @@ def _cached(tmp_path, monkeypatch, damage):
         (file,) = tmp_path.glob(f"*-{LAST}.npz")
         damage(file)
     COMM_WORLD.barrier()
-    solved, solve = [], fem_resnet.laplace._eigenfunctions
+    solved, solve = [], fem_resnet.label_domain.laplace._eigenfunctions
     with monkeypatch.context() as patch:
-        patch.setattr(fem_resnet.laplace, "_eigenfunctions", lambda *arguments: solved.append(1) or solve(*arguments))
+        patch.setattr(fem_resnet.label_domain.laplace, "_eigenfunctions", lambda *arguments: solved.append(1) or solve(*arguments))
         again = laplace_basis(Y, 3, cache=tmp_path)
         assert solved == [1]
         assert_allclose(again.values, first.values, rtol=0, atol=1e-9)  # solvers sum in any order
