@@ -3,7 +3,7 @@
 An error on one rank alone would leave the others waiting in their next collective call for ever. What can fail on one rank
 (a file, a plot, a cache, a compiler, a user's function, an environment variable) runs in `together` or `on_first`; what
 every rank must give alike is compared by `same`. After `same` a check of these arguments needs no communicator: all ranks
-come to the same result.
+come to the same result. What communicates all the time and may still fail on one rank, as parallel HDF5 does, runs `in_step`.
 
 A failure outside of the package (a user's own line, an import, Firedrake) can still end one rank alone. Scripts on several
 ranks are therefore started with ``mpiexec -n 4 python -m mpi4py script.py``, which then ends them all.
@@ -15,6 +15,8 @@ import dataclasses
 import hashlib
 import os
 import pickle
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,9 +26,12 @@ import scipy.sparse
 if TYPE_CHECKING:  # an activation, whose arguments are looked at too, needs no MPI
     from mpi4py import MPI
 
-__all__ = ["on_first", "same", "together"]
+__all__ = ["in_step", "on_first", "same", "together"]
 
 _T = TypeVar("_T")
+
+#: Seconds that a rank with an error waits for the others, before it takes them for waiting in a call that it has left.
+_PATIENCE = 30.0
 
 
 def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:
@@ -71,6 +76,31 @@ def on_first(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
     """
     result = together(comm, run if comm.rank == 0 else lambda: None)
     return comm.bcast(result) if comm.size > 1 else result
+
+
+def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
+    """As `together`, for what communicates within: where others cannot come, all ranks are ended, with exit code 1.
+
+    A rank that has left a collective call of another library by an error cannot wake those that wait in it. It says on
+    standard error what the error was, and ends them.
+    """
+    if comm.size == 1:
+        return run()
+    result = error = None
+    try:
+        result = run()
+    except BaseException as raised:
+        error = raised
+    everyone, since = comm.Ibarrier(), time.monotonic()
+    while not everyone.Test():
+        if error is not None and time.monotonic() - since > _PATIENCE:
+            words = (str(error).splitlines() or [""])[-1]  # of PETSc's traceback what is wrong
+            sys.stderr.write(f"{type(error).__name__} on rank {comm.rank}, while the others wait for it: {words}\n")
+            sys.stderr.flush()
+            comm.Abort(1)
+        time.sleep(1e-3)
+    _raise_first(comm, error)
+    return result
 
 
 def _raise_first(comm: MPI.Comm, error: BaseException | None) -> None:

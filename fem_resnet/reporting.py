@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mpi4py import MPI
 
-__all__ = ["Page", "as_json", "picture", "table", "write"]
+from fem_resnet.arguments import instance
+from fem_resnet.files import aside
+from fem_resnet.ranks import on_first, same
+
+__all__ = ["Page", "as_json", "check_files", "picture", "table", "write"]
 
 
 class Page(Protocol):
@@ -68,11 +73,53 @@ def _finite(value):
 
 @contextmanager
 def picture(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on, without a display, saved as a PNG afterwards; sizes in inches."""
+    """A figure to draw on, without a display, saved afterwards; sizes in inches.
+
+    Its kind is that of the file's suffix, a PNG without one. An old file is replaced by a whole new one, or stays.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     yield figure
-    figure.savefig(str(path), dpi=120)
+    kind = _kind_of_picture("path", path)
+    with aside(path) as part:
+        canvas.print_figure(str(part), dpi=120, format=kind)
+
+
+def _kind_of_picture(name: str, path: str | Path) -> str:
+    """The suffix of a picture's file, without its dot."""
+    kind, known = Path(path).suffix.lower().removeprefix(".") or "png", FigureCanvasAgg.get_supported_filetypes()
+    if kind not in known:
+        endings = ", ".join(known)
+        raise ValueError(f"{name}: the name of a file that ends with .png, or another of {endings}, is wanted, {path} was given")
+    return kind
+
+
+def check_files(comm: MPI.Comm, *, json: str | Path | None = None, png: str | Path | None = None) -> None:
+    """Look at the names of files to which a report is to go, before the work that it is about. Collective.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no names of files, the ranks give different ones, or pictures have no such suffix.
+    OSError
+        If there is no such folder, or a name is that of a folder; on all ranks.
+    """
+    same(comm, json=json, png=png)
+    for name, path in (("json", json), ("png", png)):
+        instance(name, path, (str, os.PathLike, type(None)), "the name of a file")
+
+    def check() -> None:
+        for name, path in (("json", json), ("png", png)):
+            if path is None:
+                continue
+            if not Path(path).absolute().parent.is_dir():
+                raise FileNotFoundError(f"{name}: the folder {Path(path).absolute().parent} does not exist")
+            if Path(path).is_dir():
+                raise IsADirectoryError(f"{name}: {path} is a folder, the name of a file is wanted")
+        if png is not None:
+            _kind_of_picture("png", png)
+
+    on_first(comm, check)
 
 
 def write(
@@ -89,26 +136,24 @@ def write(
     as_text
         Whether its text goes to standard output.
     json, png
-        Where its numbers and its picture go, if anywhere.
+        Where its numbers and its picture go, if anywhere. An old file is replaced by a whole new one, or stays.
 
     Raises
     ------
-    OSError
-        If a file cannot be written; on all ranks.
+    TypeError, ValueError, OSError
+        As `check_files`, or if a file cannot be written; on all ranks.
     """
+    check_files(comm, json=json, png=png)
     gc.collect()  # drawing may set the collector off on one rank alone, and freeing meshes is collective
-    error = None
-    if comm.rank == 0:
-        try:
-            if as_text:
-                sys.stdout.write(f"{page}\n")
-                sys.stdout.flush()
-            if json is not None:
-                Path(json).write_text(page.to_json() + "\n")
-            if png is not None:
-                page.draw(png)
-        except OSError as failure:
-            error = failure
-    error = comm.bcast(error)
-    if error is not None:
-        raise error
+
+    def write() -> None:
+        if as_text:
+            sys.stdout.write(f"{page}\n")
+            sys.stdout.flush()
+        if json is not None:
+            with aside(json) as part:
+                part.write_text(page.to_json() + "\n")
+        if png is not None:
+            page.draw(png)
+
+    on_first(comm, write)

@@ -12,6 +12,7 @@ from firedrake import COMM_SELF, COMM_WORLD
 from numpy.testing import assert_allclose, assert_array_equal
 from pyadjoint.tape import annotate_tape
 
+from fem_resnet import files
 from fem_resnet.activation.activation import get_activation
 from fem_resnet.io import load, save
 from fem_resnet.label_domain.basis import Basis, cell_indicators
@@ -306,7 +307,7 @@ def test_a_first_save_that_is_interrupted_leaves_no_file(tmp_path, interrupt):
 
 @on_ranks
 def test_refuses_a_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^path: the folder .*nowhere does not exist$"):
+    with pytest.raises(FileNotFoundError, match=r"^path: the folder .*nowhere does not exist"):
         save(tmp_path / "nowhere" / "network.h5", *_made(_cube_cg1))
     assert not list(tmp_path.iterdir())
 
@@ -317,7 +318,7 @@ def test_refuses_to_write_onto_a_folder(tmp_path):
     if COMM_WORLD.rank == 0:
         (tmp_path / "network.h5").mkdir()
     COMM_WORLD.barrier()
-    with pytest.raises(IsADirectoryError, match="^path: .*network.h5 is a folder, the name of a file is wanted$"):
+    with pytest.raises(IsADirectoryError, match="^path: .*network.h5 is a folder, the name of a file is wanted"):
         save(tmp_path / "network.h5", *_made(_cube_cg1))
 
 
@@ -349,20 +350,30 @@ def test_refuses_a_file_that_is_no_network(kind, comm, tmp_path):
         load(path, comm)
 
 
-def _change_settings(path, **changes):
-    if COMM_WORLD.rank == 0:
-        with h5py.File(path, "r+", driver="mpio", comm=COMM_SELF) as file:
-            attributes = file["fem_resnet"].attrs
-            attributes["settings"] = json.dumps(json.loads(attributes["settings"]) | changes)
-    COMM_WORLD.barrier()
-
-
 @on_ranks
 def test_refuses_another_format(tmp_path):
     path = tmp_path / "network.h5"
     save(path, *_made(_cube_cg1))
-    _change_settings(path, format=99)
-    with pytest.raises(ValueError, match=r"^path: .*network.h5 has format 99, this version reads 2$"):
+    if COMM_WORLD.rank == 0:
+        with h5py.File(path, "r+", driver="mpio", comm=COMM_SELF) as file:
+            attributes = file["fem_resnet"].attrs
+            attributes["settings"] = json.dumps(json.loads(attributes["settings"]) | {"format": 99})
+        files.seal(None, path)
+    COMM_WORLD.barrier()
+    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 3"):
+        load(path)
+
+
+@on_ranks
+def test_refuses_a_file_that_was_changed(tmp_path):
+    """Whatever writes to it with h5py, the checksum is lost."""
+    path = tmp_path / "network.h5"
+    save(path, *_made(_cube_cg1))
+    if COMM_WORLD.rank == 0:
+        with h5py.File(path, "r+", driver="mpio", comm=COMM_SELF) as file:
+            file["fem_resnet/kernel_0"][...] = 1.0
+    COMM_WORLD.barrier()
+    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network of format 3: "):
         load(path)
 
 

@@ -1,5 +1,7 @@
 """What ranks decide together: one error is everyone's, rank 0 works for all, arguments are compared."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ from firedrake import COMM_SELF, COMM_WORLD
 
 from fem_resnet import NormBounded, get_activation
 from fem_resnet.arguments import instance
-from fem_resnet.ranks import on_first, same, together
+from fem_resnet.ranks import in_step, on_first, same, together
 from fem_resnet.time_stepping.stepper import StepFailure
+from helpers import without_mpi
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1
@@ -65,6 +68,33 @@ def test_of_several_errors_that_of_the_first_rank_is_raised():
 
     with pytest.raises(ValueError, match="^rank 1"):
         together(COMM_WORLD, run)
+
+
+@on_ranks
+def test_in_step_an_error_that_leaves_nobody_waiting_is_everyones():
+    with pytest.raises(OSError, match="^full"):
+        in_step(COMM_WORLD, on_last(OSError("full")))
+    assert in_step(COMM_WORLD, lambda: COMM_WORLD.allreduce(1)) == COMM_WORLD.size
+
+
+WAITS = """
+from mpi4py.MPI import COMM_WORLD as comm
+import fem_resnet.ranks
+fem_resnet.ranks._PATIENCE = 0.5
+own = comm.Dup()  # as that of HDF5
+def run():
+    if comm.rank == 1:
+        raise OSError("traceback\\nno room")
+    own.barrier()
+fem_resnet.ranks.in_step(comm, run)
+"""
+
+
+def test_in_step_a_rank_for_which_others_wait_ends_them_with_a_sentence(second_core):
+    command = ["mpiexec", "-n", "2", sys.executable, "-c", WAITS]
+    result = subprocess.run(command, env=without_mpi() | {"OMPI_MCA_mpi_yield_when_idle": "1"}, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "OSError on rank 1, while the others wait for it: no room\n" in result.stderr
 
 
 @on_ranks

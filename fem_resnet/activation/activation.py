@@ -59,7 +59,7 @@ from numpy.typing import ArrayLike, NDArray
 import fem_resnet.activation.pointwise as pointwise
 import fem_resnet.activation.properties as activation_properties
 import fem_resnet.activation.sympy_activation as sympy_activation
-from fem_resnet.arguments import choice
+from fem_resnet.arguments import choice, instance
 
 __all__ = ["ACTIVATIONS", "Activation", "Properties", "get_activation"]
 
@@ -239,11 +239,14 @@ class Activation:
             If it is no description, or what it describes is refused by `get_activation` or `from_sympy`.
         """
         match description:
-            case {"name": str(name), "parameters": Mapping() as parameters}:
+            case {"name": str(name), "parameters": Mapping() as parameters, **rest} if not rest:
                 return get_activation(name, **parameters)
-            case {"expression": tree, "properties": Mapping() as properties}:
+            case {"expression": tree, "properties": Mapping() as properties, **rest} if not rest:
                 if properties.get("lipschitz") is None:
                     properties = {**properties, "lipschitz": math.inf}
+                for key in set(properties) - {"sampled", "lipschitz"}:
+                    instance(key, properties[key], bool)
+                instance("lipschitz", properties["lipschitz"], (int, float))
                 given = Properties(**properties | {"sampled": frozenset(properties.get("sampled", ()))})
                 return cls.from_sympy(sympy_activation.from_tree(tree), given)
         raise ValueError(
@@ -270,7 +273,7 @@ class Activation:
         ------
         ValueError
             If it has kernels of its own (`is_described`), or the expression has functions that are not on the list of
-            `fem_resnet.activation.sympy_activation`.
+            `fem_resnet.activation.sympy_activation`, or is larger than `from_description` takes.
 
         Examples
         --------
@@ -287,7 +290,9 @@ class Activation:
         # JSON has no infinity.
         if math.isinf(self.properties.lipschitz):
             properties["lipschitz"] = None
-        return {"expression": sympy_activation.to_tree(self.expression), "properties": properties}
+        tree = sympy_activation.to_tree(self.expression)
+        sympy_activation.from_tree(tree)  # what is too large to be read again is not written
+        return {"expression": tree, "properties": properties}
 
     @property
     def properties(self) -> Properties:

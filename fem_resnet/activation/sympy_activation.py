@@ -494,6 +494,7 @@ _NAMES = (
 _NODES_BY_NAME = {**{name: getattr(sympy, name) for name in _NAMES.split()}, "case": ExprCondPair}
 # All others take expressions.
 _ARGUMENTS = {"Piecewise": [ExprCondPair], "case": [sympy.Expr, Boolean], "And": [Boolean], "Or": [Boolean]}
+_SWITCH_NAMES = {name for name, node in _NODES_BY_NAME.items() if node in _SWITCHES}
 _LEAF_NAMES = {leaf: name for name, leaf in _LEAVES.items()}
 _NODE_NAMES = {node: name for name, node in _NODES_BY_NAME.items()}
 
@@ -529,15 +530,40 @@ def to_tree(expression: sympy.Basic) -> Tree:
     return [_NODE_NAMES[expression.func], *map(to_tree, expression.args)]
 
 
+#: Of a tree: parts in all, lists inside of lists, arguments of what is compared with each other, and parts that change formulas.
+_MOST_PARTS, _DEEPEST, _MOST_COMPARED, _MOST_SWITCHES = 400, 30, 6, 12
+#: The largest exponent of a power, and number: SymPy multiplies integers and powers of sums out, digit by digit.
+_HIGHEST_POWER, _LARGEST = 100, 1 << 2048
+
+
 def from_tree(tree: Tree) -> sympy.Basic:
-    """What `to_tree` was given.
+    """What `to_tree` was given, within bounds: it may come from a file, and SymPy takes any time for some short expressions.
 
     Raises
     ------
     ValueError
-        If the tree has a name that is not on the list, or a function refuses its arguments.
+        If the tree has a name that is not on the list, is large or deep, has a large number or power, or a function refuses
+        its arguments.
     """
+    parts = switches = 0
+    level = [tree]
+    for _ in range(_DEEPEST):
+        parts += len(level)
+        lists = [part for part in level if isinstance(part, list)]
+        names = [part[0] for part in lists if part and isinstance(part[0], str)]
+        switches += sum(name in _SWITCH_NAMES for name in names)
+        if parts > _MOST_PARTS or switches > _MOST_SWITCHES:
+            raise ValueError(f"an expression of at most {_MOST_PARTS} parts, {_MOST_SWITCHES} of them cases, is wanted from a tree")
+        level = [part for whole in lists for part in whole[1:]]
+    if level:
+        raise ValueError(f"an expression of at most {_DEEPEST} levels is wanted from a tree")
+    return _from_tree(tree)
+
+
+def _from_tree(tree: Tree) -> sympy.Basic:
     if isinstance(tree, bool | int) or isinstance(tree, float) and math.isfinite(tree):
+        if isinstance(tree, int) and abs(tree) > _LARGEST:
+            raise ValueError(f"an integer of {tree.bit_length()} bits is no part of an expression: at most 2048 are wanted")
         return sympy.sympify(tree)
     if isinstance(tree, str) and tree in _LEAVES:
         return _LEAVES[tree]
@@ -546,11 +572,25 @@ def from_tree(tree: Tree) -> sympy.Basic:
             f"{tree!r} is no part of an expression; give a number, {', '.join(_LEAVES)}, or a list that begins with "
             f"one of {', '.join(_NODES_BY_NAME)}"
         )
-    arguments = [from_tree(part) for part in tree[1:]]
+    arguments = [_from_tree(part) for part in tree[1:]]
     wanted = _ARGUMENTS.get(tree[0], [sympy.Expr])
     try:
         if any(not isinstance(part, kind) for part, kind in zip(arguments, cycle(wanted), strict=False)):
             raise TypeError("wrong arguments")
-        return _NODES_BY_NAME[tree[0]](*arguments)
-    except (AttributeError, TypeError, ValueError) as error:
+        if tree[0] == "Pow" and arguments[1:] and abs(_as_number(arguments[1])) > _HIGHEST_POWER:
+            raise ValueError(f"exponents up to {_HIGHEST_POWER} are wanted")
+        if tree[0] in ("Max", "Min") and len(arguments) > _MOST_COMPARED:
+            raise ValueError(f"at most {_MOST_COMPARED} arguments are wanted")
+        made = _NODES_BY_NAME[tree[0]](*arguments)
+        if any(abs(_as_number(power.exp)) > _HIGHEST_POWER for power in made.atoms(sympy.Pow)):
+            raise ValueError(f"exponents up to {_HIGHEST_POWER} are wanted")
+        if any(max(abs(number.p), number.q) > _LARGEST for number in made.atoms(sympy.Rational)):
+            raise ValueError("integers of at most 2048 bits are wanted")
+        return made
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{tree!r} is no part of an expression: {error}") from error
+
+
+def _as_number(exponent: sympy.Expr) -> float:
+    """An exponent, of which the size matters if it is a number; 0 for another."""
+    return float(exponent) if isinstance(exponent, sympy.Number) else 0.0

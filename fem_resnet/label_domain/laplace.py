@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import logging
 import os
-import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +41,11 @@ from slepc4py import SLEPc
 from ufl import H1
 
 from fem_resnet.arguments import integer
+from fem_resnet.files import aside, seal, unsealed
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace, apply_columns, check_label_space
 from fem_resnet.log import log
+from fem_resnet.ranks import together
 
 __all__ = ["laplace_basis", "move_laplace"]
 
@@ -110,7 +113,8 @@ def laplace_basis(
         Prefix of these options.
     cache
         A directory where what was computed is kept, and looked for first: files of each rank, by a key made of the mesh's
-        nodes and cells on all ranks, the space, the rank and `solver_parameters` (not of options on the command line).
+        nodes and cells on all ranks, the space, the rank and `solver_parameters` (not of options on the command line). A file
+        that is damaged, or not what was written, is made anew; where none can be written, a warning says so.
 
     Returns
     -------
@@ -166,7 +170,7 @@ def laplace_basis(
 
 def _key(Y: LabelSpace, rank: int, parameters: dict | None) -> str:
     """What tells apart all that the eigenfunctions, and how the ranks hold them, depend on. Collective."""
-    rule = 2  # what is kept, and how rotations are fixed
+    rule = 3  # what is kept, and how rotations are fixed
     mine = hashlib.sha256(repr((rule, Y.V.ufl_element(), rank, sorted((parameters or {}).items()))).encode())
     graph = Y.graph
     hangs = [Y.V.cell_node_map().values_with_halo] if graph is None else [graph.data, graph.indices, graph.indptr, Y.numbers]
@@ -177,15 +181,48 @@ def _key(Y: LabelSpace, rank: int, parameters: dict | None) -> str:
 
 def _kept(directory: Path, key: str, Y: LabelSpace, find: Callable[[], _Modes]) -> _Modes:
     """What an earlier call has left in files; else what `find` finds, kept for later calls."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"{key}-{Y.comm.rank}.npz"
-    if Y.comm.allreduce(file.exists(), op=MPI.LAND):
-        with np.load(file) as arrays:
-            return _Modes(**arrays)
+    name = f"{key}-{Y.comm.rank}"
+    file = directory / f"{name}.npz"
+
+    def read() -> _Modes | None:
+        try:
+            return _read(file, name, Y)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            logging.getLogger("fem_resnet").warning("cache: %s is made anew: %s", file, error)
+            return None
+
+    modes = together(Y.comm, read)
+    if Y.comm.allreduce(modes is not None, op=MPI.LAND):
+        return modes
     modes = find()
-    with tempfile.NamedTemporaryFile(dir=directory, suffix=".part", delete=False) as part:
-        np.savez(part, **modes._asdict())
-    os.replace(part.name, file)  # no reader ever sees half of a file
+
+    def write() -> str | None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with aside(file, f"-{os.urandom(4).hex()}.part") as part:  # other processes may write it too
+                with open(part, "wb") as opened:
+                    np.savez(opened, name=name, **modes._asdict())
+                seal(None, part)
+        except OSError as error:
+            return str(error)
+
+    failures = [failure for failure in Y.comm.allgather(together(Y.comm, write)) if failure]
+    if failures:  # what was found is not thrown away for that
+        log(Y.comm, logging.WARNING, "cache: eigenfunctions are not kept: %s", failures[0])
+    return modes
+
+
+def _read(file: Path, name: str, Y: LabelSpace) -> _Modes:
+    """What a file of the cache holds, if it is what was written under this name."""
+    with np.load(io.BytesIO(unsealed(file))) as arrays:
+        if set(arrays.files) != {"name", *_Modes._fields} or arrays["name"] != name:
+            raise ValueError("it holds something else")
+        modes = _Modes(**{field: arrays[field] for field in _Modes._fields})
+    count = len(modes.eigenvalues)
+    if modes.values.shape != (Y.nodes, count) or modes.stiffness.shape != (count, count):
+        raise ValueError("it holds arrays of other shapes")
     return modes
 
 

@@ -24,7 +24,7 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.arguments import integer, real_array
 from fem_resnet.label_domain.label_space import LabelSpace
 
-__all__ = ["class_space", "point_space"]
+__all__ = ["checked_graph", "class_space", "point_space"]
 
 
 def point_space(
@@ -94,10 +94,17 @@ def point_space(
     nodes = places.cell_node_map().values_with_halo
     places.dat.data_wo_with_halos.reshape(-1, points.shape[1])[nodes] = ends[numbers]
     V = fd.FunctionSpace(fd.Mesh(places, comm=comm), "DG", 0)
-    return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=None if graph is None else _checked(graph, size))
+    return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=None if graph is None else checked_graph(graph, size))
 
 
-def _checked(graph, size: int) -> scipy.sparse.csr_array:
+def checked_graph(graph: scipy.sparse.sparray | np.ndarray, size: int) -> scipy.sparse.csr_array:
+    """Edge weights between so many points, without a diagonal.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no symmetric matrix of numbers >= 0 of that size.
+    """
     sparse = scipy.sparse.issparse(graph)
     if sparse:
         graph = graph.tocsr(copy=True)

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from fem_resnet.arguments import integer, number
+from fem_resnet.arguments import choice, integer, number
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls
 
@@ -43,6 +43,10 @@ class StableKernel(ABC):
 
     #: Whether phi and psi must be one basis.
     symmetric: bool
+
+    def shape(self, phi: int, psi: int) -> tuple[int, int]:
+        """That of X, from the ranks of the bases."""
+        return phi, psi
 
     @abstractmethod
     def controls(self, kernel: LowRankKernel) -> MatrixControls:
@@ -112,11 +116,14 @@ class PositiveSemidefinite(StableKernel):
         if self.rank is not None:
             integer("rank", self.rank)
 
+    def shape(self, phi, psi):
+        return phi, phi if self.rank is None else self.rank
+
     def controls(self, kernel):
-        rank = kernel.phi.rank if self.rank is None else self.rank
-        if rank > kernel.phi.rank:
-            raise ValueError(f"rank: at most that of phi, {kernel.phi.rank}, is wanted, {rank} was given")
-        return MatrixControls(kernel.phi.Y, (kernel.phi.rank, rank), kernel.phi.gram)
+        shape = self.shape(*kernel.shape)
+        if shape[1] > kernel.phi.rank:
+            raise ValueError(f"rank: at most that of phi, {kernel.phi.rank}, is wanted, {shape[1]} was given")
+        return MatrixControls(kernel.phi.Y, shape, kernel.phi.gram)
 
     def start(self, kernel):
         return np.sqrt(0.1) * np.eye(kernel.phi.rank, self.rank)
@@ -264,7 +271,7 @@ def stable_kernel_from(description: Mapping[str, object] | None) -> StableKernel
         return None
     kinds = {kind.__name__: kind for kind in (PositiveSemidefinite, DampedAntisymmetric, NormBounded)}
     arguments = dict(description)
-    return kinds[arguments.pop("set")](**arguments)
+    return kinds[choice("set", arguments.pop("set", None), kinds)](**arguments)
 
 
 class KernelMap:

@@ -17,6 +17,8 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
+from typing import BinaryIO
 
 import firedrake as fd
 import numpy as np
@@ -30,6 +32,7 @@ from pyadjoint.checkpointing import CheckpointManager, Mode
 from pyadjoint.tape import TapePackageData
 
 from fem_resnet.arguments import integer
+from fem_resnet.ranks import together
 
 __all__ = ["Checkpoints", "Manager", "add_leaf", "enable_checkpointing", "is_leaf", "manager_of", "schedule_of"]
 
@@ -180,9 +183,11 @@ class Manager(CheckpointManager):
             del step._checkpoint[variable]
         if action.storage == StorageType.DISK:
             disk = self.tape._package_data["fem_resnet"]
-            for variable, stored in step._checkpoint.items():
-                if isinstance(stored, fd.Function):
-                    step._checkpoint[variable] = _OnDisk(disk, stored)
+            moved = {variable: stored for variable, stored in step._checkpoint.items() if isinstance(stored, fd.Function)}
+            if moved:
+                comm = next(iter(moved.values())).function_space().mesh().comm
+                on_disk = together(comm, lambda: [_OnDisk(disk, stored) for stored in moved.values()])
+                step._checkpoint |= zip(moved, on_disk)
 
 
 def is_leaf(variable: BlockVariable) -> bool:
@@ -203,9 +208,13 @@ class _Disk(TapePackageData):
     """Arrays of one size or several in a file that has no name; a part that is free again is used again."""
 
     def __init__(self):
-        self._file = tempfile.TemporaryFile(buffering=0)
         self._end = 0
         self._free: dict[int, list[int]] = {}
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        # Made where all ranks hear of it if one cannot.
+        return tempfile.TemporaryFile(buffering=0)
 
     def write(self, array: np.ndarray) -> int:
         """Where it now is."""
@@ -216,7 +225,11 @@ class _Disk(TapePackageData):
             start, self._end = self._end, self._end + array.nbytes
         data, written = memoryview(np.ascontiguousarray(array)).cast("B"), 0
         while written < len(data):
-            written += os.pwrite(self._file.fileno(), data[written:], start + written)
+            try:
+                written += os.pwrite(self._file.fileno(), data[written:], start + written)
+            except OSError as error:
+                text = f"checkpoints: {error.strerror} in {tempfile.gettempdir()}; TMPDIR names another folder for them"
+                raise OSError(error.errno, text) from error
         return start
 
     def read(self, start: int, array: np.ndarray) -> None:
@@ -265,9 +278,9 @@ class _OnDisk(CheckpointBase):
 
     def restore(self) -> fd.Function:
         function = fd.Function(self._space)
+        values = np.empty(self._shape, self._type)
+        together(self._space.mesh().comm, lambda: None if self._start is None else self._disk.read(self._start, values))
         if self._start is not None:
-            values = np.empty(self._shape, self._type)
-            self._disk.read(self._start, values)
             function.dat.data_wo[...] = values
         return function
 

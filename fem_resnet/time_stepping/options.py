@@ -3,16 +3,19 @@
 A layer starts and ends with its times. It takes the steps that it is given, or those that keep the estimated error of each
 below the tolerances. What would change this in silence is refused, wherever it comes from: a dictionary, the options
 database, the command line. `OPTIONS` says of each option when a layer may have it; options that are not in it are refused too.
+
+What comes from a file is to run no code and to write no file: of it `refuse_in_file` takes names and values on a list alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from petsc4py import PETSc
 
-__all__ = ["ADAPTIONS", "OPTIONS", "TimeOption", "in_force", "refuse_time_options"]
+__all__ = ["ADAPTIONS", "OPTIONS", "TimeOption", "in_force", "refuse_in_file", "refuse_time_options"]
 
 #: The rules by which steps are adapted: a step is taken if its estimated error is below the tolerances.
 ADAPTIONS = ("basic", "dsp")
@@ -187,3 +190,72 @@ def refuse_time_options(options: Mapping[str, str]) -> None:
             raise ValueError(f"{given} is no option that a layer is known to take; drop it")
         if not OPTIONS[name].allowed(value, options):
             raise ValueError(f"{given} {_VALUES.get((name, value), OPTIONS[name].says)}")
+
+
+#: Options of solvers that a file may have.
+_OF_SOLVERS = {
+    "mat_type",
+    *(f"snes_{name}" for name in (
+        "rtol", "atol", "stol", "max_it", "max_funcs", "max_fail", "divergence_tolerance", "force_iteration", "lag_jacobian",
+        "lag_preconditioner", "error_if_not_converged", "converged_reason", "monitor", "linesearch_damping", "linesearch_max_it",
+        "linesearch_order", "linesearch_minlambda",
+    )),
+    *(f"ksp_{name}" for name in (
+        "rtol", "atol", "divtol", "max_it", "gmres_restart", "initial_guess_nonzero", "norm_type", "pc_side",
+        "error_if_not_converged", "converged_reason", "monitor", "richardson_scale",
+    )),
+    *(f"pc_{name}" for name in (
+        "factor_levels", "factor_shift_type", "factor_shift_amount", "factor_mat_ordering_type", "factor_mat_solver_type",
+        "factor_fill", "jacobi_type", "sor_omega", "sor_its", "sor_lits",
+    )),
+}  # fmt: skip
+#: Types that a file may have; among others are those that run Python, a program or a library by its name.
+_TYPES = {
+    "snes_type": {"newtonls", "newtontr", "ksponly", "ngmres", "qn", "nrichardson"},
+    "snes_linesearch_type": {"basic", "none", "bt", "l2", "cp", "secant"},
+    "ksp_type": {"preonly", "gmres", "fgmres", "cg", "bcgs", "tfqmr", "minres", "richardson", "chebyshev", "lgmres", "cgs"},
+    "pc_type": {"none", "jacobi", "pbjacobi", "bjacobi", "sor", "lu", "ilu", "cholesky", "icc", "qr", "asm", "redundant"},
+}
+
+
+def refuse_in_file(options: Mapping[str, object]) -> None:
+    """Refuse options that a file is not to have.
+
+    Parameters
+    ----------
+    options
+        As given to a network: numbers, bools, text or None.
+
+    Raises
+    ------
+    ValueError
+        With the option, its value, and what to do.
+    """
+    for name, value in options.items():
+        given = f"solver_parameters: {name!r} {value!r}"
+        harmless = name in OPTIONS or name in _OF_SOLVERS or name in _TYPES or name in ("ts_monitor", "ts_adapt_monitor")
+        if not harmless:
+            raise ValueError(f"{given} is none of the options that a file may have; drop it by net.replace(solver_parameters=..)")
+        allowed = _TYPES.get(name)
+        if allowed is not None and value not in allowed:
+            raise ValueError(f"{given} is none of {', '.join(sorted(allowed))}, which a file may have")
+        if name.endswith("_type") and not (isinstance(value, str) and value):
+            raise ValueError(f"{given} is no name of a type")
+        # Values with other characters name files, viewers and libraries.
+        plain = isinstance(value, (bool, int, float, type(None))) or isinstance(value, str) and re.fullmatch(r"[\w.+-]{0,40}", value)
+        on_or_off = value in (None, "", True, False, "true", "false", "1", "0")
+        if not plain or re.search("monitor|reason|view", name) and not on_or_off:
+            raise ValueError(f"{given} has a value that no file may have; numbers and single words are wanted")
+        if re.search("stages|restart|levels|its$|order$|fill", name) and not _is_small(value):
+            raise ValueError(f"{given} is no number from 0 to {_MOST}, as a file may have")
+
+
+#: Of what takes memory or time with the number.
+_MOST = 1000
+
+
+def _is_small(value: object) -> bool:
+    try:
+        return 0 <= float(value) <= _MOST
+    except (TypeError, ValueError):
+        return False

@@ -14,7 +14,7 @@ from petsc4py import PETSc
 from fem_resnet.compiler import declared
 
 __all__ = [
-    "adapt_type", "keep_trajectory_in_memory", "never_adapt", "on_pre_stage", "register_rk", "rk_tableau", "shell",
+    "adapt_type", "check_plex", "keep_trajectory_in_memory", "never_adapt", "on_pre_stage", "register_rk", "rk_tableau", "shell",
     "stage_values", "take_function_lower_bound", "weakly",
 ]  # fmt: skip
 
@@ -53,6 +53,14 @@ def _petsc() -> SimpleNamespace:
 def _call(name: str, *arguments) -> None:
     if code := getattr(_petsc(), name)(*arguments):
         raise PETSc.Error(code)
+
+
+def check_plex(plex: PETSc.DMPlex) -> None:
+    """Raise PETSc.Error unless the cones of this rank's points fit together to cells."""
+    handle = ctypes.c_void_p(plex.handle)
+    _call("DMPlexCheckSymmetry", handle)
+    _call("DMPlexCheckSkeleton", handle, _Int(0))
+    _call("DMPlexCheckFaces", handle, _Int(0))
 
 
 def keep_trajectory_in_memory(ts: PETSc.TS) -> None:

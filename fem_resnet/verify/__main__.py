@@ -14,12 +14,14 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.io import load
-from fem_resnet.reporting import write
+from fem_resnet.ranks import in_step, on_first
+from fem_resnet.reporting import check_files, write
 from fem_resnet.verify.suite import problem_of, verify
 
 __all__ = ["main"]
@@ -40,10 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     PETSc.Options().setValue("options_left", "no")  # PETSc has seen these arguments too, and would complain about them
     comm = MPI.COMM_WORLD
     try:
-        what = None if given.what is None else _what(given.what)
-        for name, path in (("--json", given.json), ("--png", given.png)):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"{name}: the folder {path.absolute().parent} does not exist")
+        what = None if given.what is None else _what(given.what, comm)
+        check_files(comm, json=given.json, png=given.png)
         if not (what is None or callable(what)):
             what = problem_of(*what)
     except (OSError, ImportError, ValueError, AttributeError) as error:
@@ -60,26 +60,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.passed else 1
 
 
-def _what(name: str):
-    """What a file holds, or the function of a module."""
+def _what(name: str, comm: MPI.Comm):
+    """What a file holds, or the function of a module. Collective."""
     path = Path(name)
-    if path.suffix in (".h5", ".hdf5"):
-        return load(path)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    elif path.is_file():
-        return load(path)
-    else:
-        sys.path.insert(0, str(Path.cwd()))
-        module = importlib.import_module(name)
+    is_file = on_first(comm, path.is_file)
+    if path.suffix in (".h5", ".hdf5") or is_file and path.suffix != ".py":
+        return load(path, comm)
+    module = in_step(comm, lambda: _module(name, path))  # which may make meshes
     if not callable(getattr(module, "problem", None)):
         raise AttributeError(f"the module {name} has no function problem(), which returns the LearningProblem to verify")
     return module.problem
+
+
+def _module(name: str, path: Path) -> ModuleType:
+    if path.suffix != ".py":
+        sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":

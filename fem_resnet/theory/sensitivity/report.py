@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.reporting import as_json, picture, table, write
+from fem_resnet.reporting import as_json, check_files, picture, table, write
 from fem_resnet.theory.sensitivity.conditioning import LinearisedFlow
 from fem_resnet.theory.sensitivity.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
 from fem_resnet.theory.spectra.autonomous import sampled
@@ -146,7 +146,7 @@ def stability_report(
     StepFailure
         If a solution, or a perturbation of it, overflows: it names the layer.
     OSError
-        If a file cannot be written.
+        If a file cannot be written; on all ranks.
 
     Examples
     --------
@@ -161,6 +161,7 @@ def stability_report(
     >>> [layer.verdict for layer in report.layers], [suggestion.kind for suggestion in report.suggestions]
     (['both', 'both'], ['constraint'])
     """
+    check_files(net.Y.comm, json=json, png=png)
     began = time.perf_counter()
     flow = LinearisedFlow(net, initial)
     terminal = _terminal(flow, initial, terminal)
