@@ -32,7 +32,7 @@ from fem_resnet.ranks import together
 
 __all__ = ["declared", "layout", "library"]
 
-_HANDLES = ("Mat", "TS", "TSAdapt", "TSTrajectory", "Tao", "Vec")
+_HANDLES = ("DM", "Mat", "TS", "TSAdapt", "TSTrajectory", "Tao", "Vec")
 #: Types that C passes by value, by their names there; any pointer is a c_void_p.
 _TYPES = {
     "int": ctypes.c_int,

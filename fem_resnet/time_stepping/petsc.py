@@ -41,6 +41,9 @@ _PROTOTYPES = (
     "PetscErrorCode VecRestoreArrayRead(Vec, const PetscScalar **)",
     "PetscErrorCode TaoGetFunctionLowerBound(Tao, PetscReal *)",
     "PetscErrorCode TaoSetFunctionLowerBound(Tao, PetscReal)",
+    "PetscErrorCode DMPlexCheckSymmetry(DM)",
+    "PetscErrorCode DMPlexCheckSkeleton(DM, PetscInt)",
+    "PetscErrorCode DMPlexCheckFaces(DM, PetscInt)",
 )
 
 
@@ -57,10 +60,9 @@ def _call(name: str, *arguments) -> None:
 
 def check_plex(plex: PETSc.DMPlex) -> None:
     """Raise PETSc.Error unless the cones of this rank's points fit together to cells."""
-    handle = ctypes.c_void_p(plex.handle)
-    _call("DMPlexCheckSymmetry", handle)
-    _call("DMPlexCheckSkeleton", handle, _Int(0))
-    _call("DMPlexCheckFaces", handle, _Int(0))
+    _call("DMPlexCheckSymmetry", plex.handle)
+    _call("DMPlexCheckSkeleton", plex.handle, 0)
+    _call("DMPlexCheckFaces", plex.handle, 0)
 
 
 def keep_trajectory_in_memory(ts: PETSc.TS) -> None:
