@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mpi4py import MPI
 
-__all__ = ["Page", "as_json", "picture", "table", "write"]
+from fem_resnet.arguments import instance
+from fem_resnet.ranks import on_first
+
+__all__ = ["Page", "as_json", "check_file", "picture", "table", "write"]
 
 
 class Page(Protocol):
@@ -69,10 +73,42 @@ def _finite(value):
 @contextmanager
 def picture(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """A figure to draw on, without a display, saved as a PNG afterwards; sizes in inches."""
+    check_file("path", instance("path", path, (str, os.PathLike)), MPI.COMM_SELF)
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
     figure.savefig(str(path), dpi=120)
+
+
+def check_file(name: str, path: str | Path | None, comm: MPI.Comm) -> None:
+    """Look at where a file is to go, before the work that it is to hold; None for none. Collective.
+
+    Parameters
+    ----------
+    name
+        What messages call the path.
+    path
+        The same on all ranks.
+    comm
+        The communicator.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no name of a file, or its folder does not exist; on all ranks.
+    """
+    if instance(name, path, (str, os.PathLike, type(None))) is None:
+        return
+
+    def look() -> None:
+        # "" is the folder itself
+        if not Path(path).name or Path(path).is_dir():
+            raise ValueError(f"{name}: the name of a file is wanted, {os.fspath(path)!r} was given")
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"{name}: the folder {folder} does not exist")
+
+    on_first(comm, look)
 
 
 def write(
