@@ -258,5 +258,7 @@ class _Door:
         given = self._signature.bind(*args, **kwargs)
         given.apply_defaults()
         first = instance(self._first, given.arguments.pop(self._first), self._kind)
-        own = ("self", "cls", *self._parted)
-        same(_net_of(first).Y.comm, **{name: value for name, value in given.arguments.items() if name not in own})
+        compared = {name: value for name, value in given.arguments.items() if name not in ("self", "cls", *self._parted)}
+        if "monitor" in compared:  # one that prints on rank 0 may be another function there
+            compared["monitor"] = compared["monitor"] is None
+        same(_net_of(first).Y.comm, **compared)

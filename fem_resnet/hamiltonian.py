@@ -55,8 +55,10 @@ class Pair:
         _checked(self.convention)
         for name in ("f", "r"):
             object.__setattr__(self, name, real_array(name, getattr(self, name)))
-        if self.f.shape != self.r.shape or self.f.ndim != 2:
-            raise ValueError(f"f, r: two arrays (nodes, samples) are wanted, {self.f.shape}, {self.r.shape} were given")
+        if self.f.ndim != 2:
+            raise ValueError(f"f: shape (nodes, samples) is wanted, {self.f.shape} was given")
+        if self.r.shape != self.f.shape:
+            raise ValueError(f"r: the shape of f, {self.f.shape}, is wanted, {self.r.shape} was given")
 
     def to(self, convention: str) -> Pair:
         """The same in this convention: r* = -r."""
@@ -87,11 +89,11 @@ class Controls:
     def __post_init__(self):
         for name in ("a", "phi", "psi"):
             object.__setattr__(self, name, real_array(name, getattr(self, name)))
-        if self.a.ndim != 1:
-            raise ValueError(f"a: shape (nodes,) is wanted, {self.a.shape} was given")
-        for name, factor in (("phi", self.phi), ("psi", self.psi)):
-            if factor.ndim != 2 or len(factor) != len(self.a) or factor.shape[1] != self.phi.shape[-1]:
-                raise ValueError(f"{name}: shape (nodes, rank), nodes and rank those of a and phi, is wanted, {factor.shape} was given")
+        if self.phi.ndim != 2:
+            raise ValueError(f"phi: shape (nodes, rank) is wanted, {self.phi.shape} was given")
+        for name, shape in (("a", self.phi.shape[:1]), ("psi", self.phi.shape)):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name}: shape {shape} is wanted, as of phi, {getattr(self, name).shape} was given")
 
     def argument(self, Y: LabelSpace, f: np.ndarray) -> np.ndarray:
         """u = a - B f, shape (nodes, samples). Collective."""
@@ -230,7 +232,8 @@ class Hamiltonian(Fixed):
         """Weights of the samples in L, with its sign in H."""
         return self._sign * sample_weights(self._weights, f.shape[1])
 
-    def _own(self, pair: Pair, controls: Controls) -> Pair:
+    def _argument(self, pair: Pair, controls: Controls) -> np.ndarray:
+        """u = a - B f, of a pair that is one of this Hamiltonian's."""
         instance("pair", pair, Pair)
         instance("controls", controls, Controls)
         if pair.convention != self.convention:
@@ -238,12 +241,11 @@ class Hamiltonian(Fixed):
                 f"pair: its co-state is one to {pair.convention}, this Hamiltonian's is one to {self.convention}; "
                 f"say pair.to({self.convention!r})"
             )
-        return pair
+        return controls.argument(self.Y, pair.f)
 
     def density(self, pair: Pair, controls: Controls) -> np.ndarray:
         """What is integrated over y, shape (nodes,)."""
-        self._own(pair, controls)
-        h = np.sum(self.activation(controls.argument(self.Y, pair.f)) * pair.r, axis=1)
+        h = np.sum(self.in_r(pair, controls) * pair.r, axis=1)
         if self._running is None:
             return h
         gram = self.Y.sum((self.Y.weights[:, None] * controls.psi).T @ controls.psi)
@@ -257,11 +259,12 @@ class Hamiltonian(Fixed):
 
     def in_r(self, pair: Pair, controls: Controls) -> np.ndarray:
         """H_r = sigma(u): f_t of (4.1a), shape (nodes, samples)."""
-        return self.activation(controls.argument(self.Y, self._own(pair, controls).f))
+        return self.activation(self._argument(pair, controls))
 
     def in_f(self, pair: Pair, controls: Controls) -> np.ndarray:
         """H_f = -B^T(sigma'(u) r) + L_f, or - L_f to maximise: -r_t of (4.2a), shape (nodes, samples)."""
-        gradient = -controls.transpose(self.Y, self.slope_times_costate(pair, controls))
+        v = self.slope_times_costate(pair, controls)
+        gradient = -controls.transpose(self.Y, v)
         if self._running is None:
             return gradient
         return gradient + self._omega(pair.f) * self._of_running("slopes", pair, controls)[0]
@@ -286,7 +289,7 @@ class Hamiltonian(Fixed):
 
     def slope_times_costate(self, pair: Pair, controls: Controls) -> np.ndarray:
         """v = sigma'(u) r, shape (nodes, samples)."""
-        return self.activation.derivative(controls.argument(self.Y, self._own(pair, controls).f)) * pair.r
+        return self.activation.derivative(self._argument(pair, controls)) * pair.r
 
 
 # -- along a network's run -------------------------------------------------------------------------------------------

@@ -28,3 +28,5 @@ DOORS = {
         parted=("Y",),
     ),
 }
+
+NO_DOORS: dict[str, str] = {}

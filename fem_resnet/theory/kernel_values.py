@@ -16,7 +16,7 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
-from fem_resnet.arguments import real_array
+from fem_resnet.arguments import function, real_array
 from fem_resnet.basis import node_numbers
 from fem_resnet.label_space import LabelSpace
 from fem_resnet.ranks import together
@@ -163,7 +163,7 @@ class KernelValues:
         elif isinstance(kernel, ufl.core.expr.Expr):
             raise TypeError("kernel: a UFL expression is wanted as (expression, y, z), with the two points that it depends on")
         elif callable(kernel):
-            self._b = kernel
+            self._b = function("kernel", kernel, "b(y, z), a UFL expression with its arguments, a matrix or a LowRankKernel")
         else:
             matrix = real_array("kernel", kernel)
             if matrix.shape != (Y.size, Z.size):

@@ -89,7 +89,7 @@ def verify(
     if time_limit is None:
         time_limit = _TIME_LIMIT if comm.size > 1 else math.inf
     else:
-        time_limit = number("time_limit", time_limit, above=0)
+        time_limit = number("time_limit", time_limit, above=0, below=2**31)
     with Watch(comm, time_limit) as watch:
         if problem is not None:
             return _verified(problem, quick, exit_first, watch)
