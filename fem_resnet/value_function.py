@@ -244,7 +244,7 @@ def solve_value_function(
     check_label_space(Y)
     same(
         Y.comm, A=A, activation=activation, final_time=final_time, spacing=spacing, running=running, samples=samples,
-        memory=memory, monitor=monitor is None, resume=type(resume),
+        memory=memory, monitor=callable(monitor), resume=type(resume),
     )  # fmt: skip
     instance("A", A, ControlSet)
     activation = get_activation(activation)

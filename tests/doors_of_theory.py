@@ -208,7 +208,7 @@ def feedback() -> LocalFeedback:
 @cache
 def strict() -> LearningProblem:
     """Inputs that are their own targets: controls 0 are a strict minimum."""
-    still = network("disk", "CG1", bias="basis", size=0.0)
+    still = ResidualNetwork(laplace("disk", "CG1", 1), bias=laplace("disk", "CG1", 1), layers=2)
     return LearningProblem(still, None, least_squares, tikhonov(10.0), Batch(field(), field()))
 
 
@@ -350,7 +350,7 @@ HAMILTONIANS = {
         },
         {"running": {"None"}, "weights": {"None"}},
         parted=("Y",),
-        another={"activation": get_activation("relu"), "convention": "maximise", "running": None},
+        another={"activation": get_activation("relu"), "convention": "maximise", "running": 3},
     ),
     "Hamiltonian.of": Door(
         Hamiltonian.of, lambda: {"problem": one_sample(), "convention": "minimise"}, parted=("problem",),
@@ -425,7 +425,7 @@ HAMILTONIANS = {
         {"final_time": {"a fraction"}, "spacing": POSITIVE, "memory": {"a huge integer"}, "monitor": {"None", "a function"},
          "running": {"None"}, "resume": {"None"}},
         parted=("Y", "target", "start"),
-        another={"A": Box((-1, 2), (0, 0)), "activation": "tanh", "running": np.abs, "monitor": None, "resume": 3},
+        another={"A": Box((-1, 2), (0, 0)), "activation": "tanh", "running": np.abs, "monitor": 3, "resume": 3},
         called={"final_time": "final_time|spacing", "memory": "memory|spacing"},
     ),
     "feedback_speeds": Door(
@@ -503,7 +503,7 @@ COSTATES = {
         },
         {"monitor": {"a function"}, "steps": {"None"}} | OF_SOLVER,
         parted=("net", "initial"),
-        another={"monitor": None} | ANOTHER_SOLVER,
+        another={"monitor": 3} | ANOTHER_SOLVER,
     ),
     "Trajectory.__call__": of(trajectory, Trajectory.__call__, lambda: {"t": 0.5}, {"t": {"zero"}}),
     "Trajectory.layer_at": of(trajectory, Trajectory.layer_at, lambda: {"t": 0.5}, {"t": {"zero"}}, parted=("t",)),
@@ -523,7 +523,7 @@ COSTATES = {
         for name in ("__call__", "bias_gradient", "kernel_gradient")
     },
     "Costate.gradient": of(costate, Costate.gradient, lambda: {"regulariser": tikhonov(0.1)}, {"regulariser": {"None"}},
-        another={"regulariser": None},
+        another={"regulariser": 3},
     ),
     "terminal_costate": Door(
         terminal_costate, lambda: {"problem": one_sample(), "final": field()}, parted=("problem", "final")
