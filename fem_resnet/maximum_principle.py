@@ -136,14 +136,14 @@ def violation(Y: LabelSpace, A: ControlSet, controls: Controls, tolerance: float
     tolerance
         In parts of A's size in a and in b.
     """
-    sizes = [_size(*A.bias_range), _size(*A.kernel_range)]
+    # A may be made of a user's functions.
+    sizes = together(Y.comm, lambda: [_size(*A.bias_range), _size(*A.kernel_range)])
     x = Y.coordinates  # made by all ranks, when first asked for
     worst: tuple | None = None
     for owner in range(Y.comm.size):
         # One rank's nodes z after the other, seen by all: no rank ever has more than that.
         psi, z = Y.comm.bcast((controls.psi, x) if Y.comm.rank == owner else None, root=owner)
         pieces = np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(z) // _PAIRS))
-        # A may be made of a user's functions.
         far = together(Y.comm, lambda: [
             _farthest(A, controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance) for rows in pieces
         ])  # fmt: skip
@@ -195,7 +195,7 @@ def controls_within(Y: LabelSpace, A: ControlSet, controls: Controls) -> Control
     if not A.convex:
         raise ValueError("A: controls cannot be pulled into a set that is not convex; begin with a point of it at all y and z")
     a, one = np.mean(A.bias_range), np.ones((Y.nodes, 1))
-    b = np.mean(A.sections(a))
+    b = np.mean(together(Y.comm, lambda: A.sections(a)))
     centre, outside, inside = Controls(np.full(Y.nodes, a), b * one, one), 0.0, 1.0
     while inside - outside > 1e-3 * inside:
         share = (outside + inside) / 2 if outside else inside / 2
