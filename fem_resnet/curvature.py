@@ -116,6 +116,8 @@ def hessian_spectrum(
             petsctools.set_from_options(
                 eps, parameters=EIGENSOLVER_PARAMETERS | given, options_prefix=prefix, default_prefix="fem_resnet_curvature"
             )
+            with petsctools.inserted_options(eps):
+                eps.setUp()  # what solvers of their own read, and refuse, they do here
         refuse_unread(unread(petsctools.get_options(eps), given), f"an EPS of type {eps.getType()!r}")
         with petsctools.inserted_options(eps):
             eps.solve()

@@ -95,7 +95,9 @@ def check_file(name: str, path: str | Path | None, comm: MPI.Comm) -> None:
     Raises
     ------
     TypeError, ValueError
-        If it is no name of a file, or its folder does not exist; on all ranks.
+        If it is no name of a file; on all ranks.
+    FileNotFoundError
+        If its folder does not exist; on all ranks.
     """
     if instance(name, path, (str, os.PathLike, type(None))) is None:
         return
@@ -106,7 +108,7 @@ def check_file(name: str, path: str | Path | None, comm: MPI.Comm) -> None:
             raise ValueError(f"{name}: the name of a file is wanted, {os.fspath(path)!r} was given")
         folder = Path(path).absolute().parent
         if not folder.is_dir():
-            raise ValueError(f"{name}: the folder {folder} does not exist")
+            raise FileNotFoundError(f"{name}: the folder {folder} does not exist")
 
     on_first(comm, look)
 

@@ -730,11 +730,11 @@ THEORY = {
     "stability_report": Door(
         stability_report,
         lambda: {"net": euler(), "initial": field(), "terminal": field(3), "json": "report.json", "png": "report.png"},
-        {"terminal": {"None"}, "json": {"None", "a string"}, "png": {"None", "a string"}},
+        {"terminal": {"None"}, "json": {"None", "a string", "a path"}, "png": {"None", "a string", "a path"}},
         parted=("net", "initial", "terminal"),
         another={"json": "another.json", "png": "another.png"},
     ),
-    "StabilityReport.draw": of(report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": {"a string"}}, parted=("path",)),
+    "StabilityReport.draw": of(report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": {"a string", "a path"}}, parted=("path",)),
     "verify": Door(
         verify, lambda: {"problem": problem(), "quick": True, "exit_first": True, "time_limit": 100.0},
         {"problem": {"None", "a function"}, "quick": FLAG, "exit_first": FLAG, "time_limit": {"None", "a fraction"}},
