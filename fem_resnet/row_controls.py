@@ -54,7 +54,7 @@ class RowBox:
         _check_ends(self)
 
     def project(self, rows: np.ndarray) -> np.ndarray:
-        """The nearest rows (a, X) of the box; shape (nodes, 1 + rank) to the same."""
+        """The nearest rows (a, X) of the box; shape (any, 1 + rank) to the same."""
         rows = _checked_rows(self, rows)
         return np.column_stack([np.clip(rows[:, 0], *self.bias), np.clip(rows[:, 1:], *self.kernel)])
 
@@ -289,7 +289,10 @@ def _checked(H: Hamiltonian, A: RowBox | RowBall | SpanBox, kinds: tuple[type, .
 
 
 def _checked_rows(A: RowBox | RowBall, rows: np.ndarray) -> np.ndarray:
-    return real_array("rows", rows, (A.psi.Y.nodes, 1 + A.psi.rank), finite=False)
+    rows = real_array("rows", rows, finite=False)
+    if rows.ndim != 2 or rows.shape[1] != 1 + A.psi.rank:
+        raise ValueError(f"rows: shape (any, {1 + A.psi.rank}) is wanted, {rows.shape} was given")
+    return rows
 
 
 def _check_ends(A: RowBox | SpanBox) -> None:

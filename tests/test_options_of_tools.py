@@ -35,7 +35,6 @@ TOOLS = {
 }
 
 
-@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("name", TOOLS)
 def test_options_that_a_tool_reads_are_taken_and_others_refused(name):
     call, read, unread = TOOLS[name]
@@ -47,7 +46,6 @@ def test_options_that_a_tool_reads_are_taken_and_others_refused(name):
             call(wrong)
 
 
-@pytest.mark.parallel([1, 2])
 def test_what_petsc_says_of_an_option_is_passed_on():
     with pytest.raises(ValueError, match="^solver_parameters: PETSc refuses .*lanczos.*You should explicitly provide"):
         hessian_spectrum(problem(), 1, solver_parameters={"eps_type": "lanczos"})
