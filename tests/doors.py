@@ -98,7 +98,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "a string": lambda: "no such name",
     "an empty string": lambda: "",
     "bytes": lambda: b"bytes",
-    "a path": lambda: Path("/no/such/folder/file"),
+    "a path": lambda: Path("/dev/null/no/such/file"),
     "NaN": lambda: float("nan"),
     "infinity": lambda: float("inf"),
     "a complex number": lambda: 1j,

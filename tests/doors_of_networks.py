@@ -28,5 +28,3 @@ DOORS = {
         parted=("Y",),
     ),
 }
-
-NO_DOORS: dict[str, str] = {}
