@@ -729,7 +729,7 @@ THEORY = {
     ),
     "stability_report": Door(
         stability_report,
-        lambda: {"net": euler(), "initial": field(), "terminal": field(3), "json": "report.json", "png": "report.png"},
+        lambda: {"net": euler(), "initial": field(), "terminal": field(3), "json": "report.json", "png": None},
         {"terminal": {"None"}, "json": {"None", "a string", "a path"}, "png": {"None", "a string", "a path"}},
         parted=("net", "initial", "terminal"),
         another={"json": "another.json", "png": "another.png"},
