@@ -252,7 +252,7 @@ class LocalFeedback(OnMesh):
 
     def check(self, function: fd.Function, name: str) -> None:
         """Raise unless this is a batch as the problem's inputs. Collective."""
-        self.Y.check_batch(function, name)
+        self.Y.check_batch(function, instance("name", name, str))
         if function.function_space() != self.inputs.function_space():
             raise ValueError(
                 f"{name}: a Function of {self.inputs.function_space()} is wanted, as the problem's inputs, "

@@ -19,7 +19,7 @@ from mpi4py import MPI
 from fem_resnet.arguments import instance
 from fem_resnet.ranks import on_first
 
-__all__ = ["Page", "as_json", "check_file", "picture", "table", "write"]
+__all__ = ["Page", "as_json", "check_files", "picture", "table", "write"]
 
 
 class Page(Protocol):
@@ -73,42 +73,41 @@ def _finite(value):
 @contextmanager
 def picture(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """A figure to draw on, without a display, saved as a PNG afterwards; sizes in inches."""
-    check_file("path", instance("path", path, (str, os.PathLike)), MPI.COMM_SELF)
+    check_files(MPI.COMM_SELF, path=instance("path", path, (str, os.PathLike)))
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
     figure.savefig(str(path), dpi=120)
 
 
-def check_file(name: str, path: str | Path | None, comm: MPI.Comm) -> None:
-    """Look at where a file is to go, before the work that it is to hold; None for none. Collective.
+def check_files(comm: MPI.Comm, **paths: str | Path | None) -> None:
+    """Look at where files are to go, before the work that they are to hold; None for none. Collective.
 
     Parameters
     ----------
-    name
-        What messages call the path.
-    path
-        The same on all ranks.
     comm
         The communicator.
+    **paths
+        By what messages call them; the same on all ranks.
 
     Raises
     ------
     TypeError, ValueError
-        If it is no name of a file; on all ranks.
+        If one is no name of a file; on all ranks.
     FileNotFoundError
-        If its folder does not exist; on all ranks.
+        If a folder does not exist; on all ranks.
     """
-    if instance(name, path, (str, os.PathLike, type(None))) is None:
-        return
+    for name, path in paths.items():
+        instance(name, path, (str, os.PathLike, type(None)))
 
     def look() -> None:
-        # "" is the folder itself
-        if not Path(path).name or Path(path).is_dir():
-            raise ValueError(f"{name}: the name of a file is wanted, {os.fspath(path)!r} was given")
-        folder = Path(path).absolute().parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{name}: the folder {folder} does not exist")
+        given = {name: Path(path) for name, path in paths.items() if path is not None}
+        for name, path in given.items():
+            if not path.name or path.is_dir():  # "" is the folder itself
+                raise ValueError(f"{name}: the name of a file is wanted, {str(path)!r} was given")
+        for name, path in given.items():
+            if not path.absolute().parent.is_dir():
+                raise FileNotFoundError(f"{name}: the folder {path.absolute().parent} does not exist")
 
     on_first(comm, look)
 

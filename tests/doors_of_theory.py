@@ -457,6 +457,11 @@ HAMILTONIANS = {
         f"LocalFeedback.{name}": of(feedback, getattr(LocalFeedback, name), lambda: {"w": field(1)}, parted=("w",))
         for name in ("change_of_controls", "hessian")
     },
+    "LocalFeedback.check": of(
+        feedback, LocalFeedback.check, lambda: {"function": field(1), "name": "inputs"}, {"name": {"a string", "an empty string"}},
+        parted=("function", "name"),
+        called={"function": "inputs"},
+    ),
     "LocalFeedback.action": of(feedback, LocalFeedback.action, lambda: {"change": feedback().controls, "w": field(1)},
         {"change": {"None"}, "w": {"None"}}, parted=("change", "w"),
     ),

@@ -21,7 +21,7 @@ from mpi4py import MPI
 
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.reporting import as_json, check_file, picture, table, write
+from fem_resnet.reporting import as_json, check_files, picture, table, write
 from fem_resnet.theory.autonomous import sampled
 from fem_resnet.theory.conditioning import LinearisedFlow
 from fem_resnet.theory.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
@@ -162,8 +162,10 @@ def stability_report(
     (['both', 'both'], ['constraint'])
     """
     began = time.perf_counter()
-    for name, path in (("json", json), ("png", png)):
-        check_file(name, path, net.Y.comm)
+    net.Y.check_batch(initial, "initial")
+    if terminal is not None:
+        net.Y.check_batch(terminal, "terminal")
+    check_files(net.Y.comm, json=json, png=png)
     flow = LinearisedFlow(net, initial)
     terminal = _terminal(flow, initial, terminal)
     layers = layer_stability(flow, terminal)

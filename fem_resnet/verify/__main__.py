@@ -20,7 +20,7 @@ from petsc4py import PETSc
 
 from fem_resnet.io import load
 from fem_resnet.ranks import together
-from fem_resnet.reporting import check_file, write
+from fem_resnet.reporting import check_files, write
 from fem_resnet.verify.suite import problem_of, verify
 
 __all__ = ["main"]
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comm = MPI.COMM_WORLD
     try:
         what = None if given.what is None else together(comm, lambda: _what(given.what))
-        for name, path in (("--json", given.json), ("--png", given.png)):
-            check_file(name, path, comm)
+        check_files(comm, **{"--json": given.json, "--png": given.png})
         if not (what is None or callable(what)):
             what = problem_of(*what)
     except (OSError, ImportError, ValueError, AttributeError) as error:
