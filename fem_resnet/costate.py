@@ -272,7 +272,7 @@ class _Backward:
     def _cost_slopes(self, t: float, f: np.ndarray) -> list[np.ndarray]:
         """L_f and L_a, each sample with its weight."""
         a = self._inputs.bias.coefficients(self._layer.fraction(t))
-        return [self._omega * part for part in self._running.slopes(f, a)]
+        return [self._omega * part for part in together(self._comm, lambda: self._running.slopes(f, a))]
 
     def integrate(self, step: Step) -> None:
         """Add what a step contributes, by the scheme's own quadrature."""

@@ -111,6 +111,10 @@ CALLS = {
     "solve_costate, running": (
         lambda broken: solve_costate(trajectory(), problem().batch.inputs, running=broken), lambda t, f: f
     ),
+    "solve_costate, density": (
+        lambda broken: solve_costate(trajectory(), problem().batch.inputs, running=RunningCost(Density(broken))),
+        lambda f, a: (f, 0 * f),
+    ),
     "solve_value_function, monitor": (lambda broken: value_function(monitor=broken), lambda t: None),
     "solve_value_function, running": (lambda broken: value_function(running=lambda f: broken(f)), lambda f: f**2),
     "feedback_speeds": (of_value_function(lambda F: feedback_speeds(F, one_cell([[0.1]]), 0.5)), lambda f: f**2),
