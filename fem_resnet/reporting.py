@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mpi4py import MPI
 
-from fem_resnet.arguments import instance
-from fem_resnet.ranks import on_first
-
-__all__ = ["Page", "as_json", "check_files", "picture", "table", "write"]
+__all__ = ["Page", "as_json", "picture", "table", "write"]
 
 
 class Page(Protocol):
@@ -73,43 +69,10 @@ def _finite(value):
 @contextmanager
 def picture(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """A figure to draw on, without a display, saved as a PNG afterwards; sizes in inches."""
-    check_files(MPI.COMM_SELF, path=instance("path", path, (str, os.PathLike)))
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
     figure.savefig(str(path), dpi=120)
-
-
-def check_files(comm: MPI.Comm, **paths: str | Path | None) -> None:
-    """Look at where files are to go, before the work that they are to hold; None for none. Collective.
-
-    Parameters
-    ----------
-    comm
-        The communicator.
-    **paths
-        By what messages call them; the same on all ranks.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one is no name of a file; on all ranks.
-    FileNotFoundError
-        If a folder does not exist; on all ranks.
-    """
-    for name, path in paths.items():
-        instance(name, path, (str, os.PathLike, type(None)))
-
-    def look() -> None:
-        given = {name: Path(path) for name, path in paths.items() if path is not None}
-        for name, path in given.items():
-            if not path.name or path.is_dir():  # "" is the folder itself
-                raise ValueError(f"{name}: the name of a file is wanted, {str(path)!r} was given")
-        for name, path in given.items():
-            if not path.absolute().parent.is_dir():
-                raise FileNotFoundError(f"{name}: the folder {path.absolute().parent} does not exist")
-
-    on_first(comm, look)
 
 
 def write(

@@ -41,6 +41,8 @@ NOT_NEGATIVE = POSITIVE | {"zero"}
 ENTRY = NUMBER - {"a huge integer"} | {"a bool"}
 OPTIONS = {"None", "an empty dict"}
 PREFIX = {"None", "an empty string"}
+#: A name of a file, or what the operating system refuses as one.
+FILE = {"a string", "an empty string", "a path"}
 OF_SOLVER = {"solver_parameters": OPTIONS, "options_prefix": PREFIX}
 ANOTHER_SOLVER = {"solver_parameters": {"ts_rk_type": "5dp"}, "options_prefix": "another_"}
 
@@ -735,11 +737,11 @@ THEORY = {
     "stability_report": Door(
         stability_report,
         lambda: {"net": euler(), "initial": field(), "terminal": field(3), "json": "report.json", "png": None},
-        {"terminal": {"None"}, "json": {"None", "a string", "a path"}, "png": {"None", "a string", "a path"}},
+        {"terminal": {"None"}, "json": FILE | {"None"}, "png": FILE | {"None"}},
         parted=("net", "initial", "terminal"),
         another={"json": "another.json", "png": "another.png"},
     ),
-    "StabilityReport.draw": of(report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": {"a string", "a path"}}, parted=("path",)),
+    "StabilityReport.draw": of(report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": FILE}, parted=("path",)),
     "verify": Door(
         verify, lambda: {"problem": problem(), "quick": True, "exit_first": True, "time_limit": 100.0},
         {"problem": {"None", "a function"}, "quick": FLAG, "exit_first": FLAG, "time_limit": {"None", "a fraction"}},

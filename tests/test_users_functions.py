@@ -1,6 +1,5 @@
 """What a user's function raises on one rank ends the call on all ranks: errors, and Ctrl-C."""
 
-import sys
 from functools import cache
 
 import numpy as np
@@ -14,7 +13,6 @@ from fem_resnet import (
     feedback_controls, feedback_speeds, follow_trajectory, pmp_residual, solve_costate, solve_trajectory, solve_value_function,
     verify, width_limit,
 )  # fmt: skip
-from fem_resnet.verify.__main__ import main
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1
@@ -195,14 +193,3 @@ def test_what_a_density_returns_is_looked_at(returned):
         value_function(running=lambda f: returned)
     with pytest.raises((TypeError, ValueError), match="^running: "):
         solve_costate(trajectory(), problem().batch.inputs, running=lambda t, f: returned)
-
-
-@on_ranks
-def test_a_module_that_fails_on_one_rank_ends_the_command_on_all(tmp_path, capfd, monkeypatch):
-    path = tmp_path / f"fails_on_one_of_{COMM_WORLD.size}.py"
-    if COMM_WORLD.rank == 0:
-        path.write_text("from mpi4py import MPI\nif MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:\n    raise ValueError('here')\n")
-    COMM_WORLD.barrier()
-    assert main([str(path)]) == 2
-    assert main([str(tmp_path / "no.py")]) == 2
-    sys.modules.pop(path.stem, None)

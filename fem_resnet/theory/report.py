@@ -8,6 +8,7 @@ gradients in f do not vanish altogether; those in the bias, sigma'(u) r of (4.3)
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from mpi4py import MPI
 
+from fem_resnet.arguments import instance
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network import ResidualNetwork
-from fem_resnet.reporting import as_json, check_files, picture, table, write
+from fem_resnet.reporting import as_json, picture, table, write
 from fem_resnet.theory.autonomous import sampled
 from fem_resnet.theory.conditioning import LinearisedFlow
 from fem_resnet.theory.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
@@ -88,6 +90,7 @@ class StabilityReport:
 
     def draw(self, path: str | Path) -> None:
         """Draw the page, a PNG. Call it on one rank."""
+        instance("path", path, (str, os.PathLike), "the name of a file")
         number = [l.layer for l in self.layers]
 
         def of(name):
@@ -162,10 +165,6 @@ def stability_report(
     (['both', 'both'], ['constraint'])
     """
     began = time.perf_counter()
-    net.Y.check_batch(initial, "initial")
-    if terminal is not None:
-        net.Y.check_batch(terminal, "terminal")
-    check_files(net.Y.comm, json=json, png=png)
     flow = LinearisedFlow(net, initial)
     terminal = _terminal(flow, initial, terminal)
     layers = layer_stability(flow, terminal)

@@ -19,8 +19,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.io import load
-from fem_resnet.ranks import together
-from fem_resnet.reporting import check_files, write
+from fem_resnet.reporting import write
 from fem_resnet.verify.suite import problem_of, verify
 
 __all__ = ["main"]
@@ -41,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     PETSc.Options().setValue("options_left", "no")  # PETSc has seen these arguments too, and would complain about them
     comm = MPI.COMM_WORLD
     try:
-        what = None if given.what is None else together(comm, lambda: _what(given.what))
-        check_files(comm, **{"--json": given.json, "--png": given.png})
+        what = None if given.what is None else _what(given.what)
+        for name, path in (("--json", given.json), ("--png", given.png)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"{name}: the folder {path.absolute().parent} does not exist")
         if not (what is None or callable(what)):
             what = problem_of(*what)
     except (OSError, ImportError, ValueError, AttributeError) as error:
