@@ -9,7 +9,6 @@ from unittest import mock
 import firedrake as fd
 import matplotlib.figure
 import numpy as np
-from firedrake import COMM_WORLD
 from helpers import label_space, laplace, smooth
 from problems import autonomous_network, learning_problem, network, polynomials
 
@@ -382,10 +381,12 @@ HAMILTONIANS = {
     "RowBox.project": of(row_box, RowBox.project, lambda: {"rows": np.ones((Y().nodes, 4))}, parted=("rows",)
     ),
     "RowBall": Door(RowBall, lambda: {"psi": phi(), "radius": 2.0}, {"radius": POSITIVE}, parted=("psi",)),
-    "RowBall.project": of(lambda: RowBall(polynomials(Y()), 2.0), RowBall.project, lambda: {"rows": np.ones((Y().nodes, 4))}, parted=("rows",)
+    "RowBall.project": of(
+        lambda: RowBall(polynomials(Y()), 2.0), RowBall.project, lambda: {"rows": np.ones((Y().nodes, 4))}, parted=("rows",)
     ),
     "SpanBox": Door(SpanBox, lambda: {"phi": phi(), "psi": polynomials(Y())} | ENDS, parted=("phi", "psi")),
-    "SpanBox.project": of(span_box, SpanBox.project, lambda: {"a": np.ones(Y().nodes), "beta": np.ones((4, 3))}, parted=("a", "beta")
+    "SpanBox.project": of(
+        span_box, SpanBox.project, lambda: {"a": np.ones(Y().nodes), "beta": np.ones((4, 3))}, parted=("a", "beta")
     ),
     **{
         name: Door(
@@ -401,14 +402,17 @@ HAMILTONIANS = {
             ("raise_span", raise_span, span_box, Box((0, 1), (0, 1))),
         )
     },
-    "ValueFunction.__call__": of(value_function, ValueFunction.__call__, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5}, {"t": {"zero"}}, parted=("v",)
+    "ValueFunction.__call__": of(
+        value_function, ValueFunction.__call__, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5}, {"t": {"zero"}}, parted=("v",)
     ),
-    "ValueFunction.gradient": of(value_function, ValueFunction.gradient, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5}, {"t": {"zero"}}, parted=("v",)
+    "ValueFunction.gradient": of(
+        value_function, ValueFunction.gradient, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5}, {"t": {"zero"}}, parted=("v",)
     ),
     "ValueFunction.states": of(value_function, ValueFunction.states, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5, "spare": 1},
         {"t": {"zero"}, "spare": {"zero"}}, parted=("v",),
     ),
-    "ValueFunction.axes": of(value_function, ValueFunction.axes, lambda: {"level": 0}, {"level": {"zero", "a negative number"}}, parted=("level",)
+    "ValueFunction.axes": of(
+        value_function, ValueFunction.axes, lambda: {"level": 0}, {"level": {"zero", "a negative number"}}, parted=("level",)
     ),
     "ValueFunction.level": of(value_function, ValueFunction.level, lambda: {"t": 0.5}, {"t": {"zero"}}, parted=("t",)),
     **{
@@ -440,7 +444,8 @@ HAMILTONIANS = {
         closed_loop, lambda: {"F": value_function(), "v": own([[0.1, 0.2]]), "t": 0.5, "steps": 3}, {"t": {"zero"}, "steps": {"None"}},
         parted=("F", "v"),
     ),
-    "ClosedLoop.controls": of(controlled, ClosedLoop.controls, lambda: {"step": 0, "sample": 0}, {"step": {"zero"}, "sample": {"zero"}}
+    "ClosedLoop.controls": of(
+        controlled, ClosedLoop.controls, lambda: {"step": 0, "sample": 0}, {"step": {"zero"}, "sample": {"zero"}}
     ),
     "LocalFeedback": Door(
         LocalFeedback,
@@ -469,11 +474,13 @@ HAMILTONIANS = {
     ),
     "LowRankFeedback": Door(LowRankFeedback, lambda: {"feedback": feedback()}, parted=("feedback",)),
     "LowRankFeedback.__call__": of(many, LowRankFeedback.__call__, lambda: {"inputs": field(1)}, parted=("inputs",)),
-    "LowRankFeedback.predicted_values": of(many, LowRankFeedback.predicted_values, lambda: {"inputs": field(1)}, parted=("inputs",)
+    "LowRankFeedback.predicted_values": of(
+        many, LowRankFeedback.predicted_values, lambda: {"inputs": field(1)}, parted=("inputs",)
     ),
     "LowRankFeedback.hessian": of(many, LowRankFeedback.hessian, lambda: {"w": field(1)}, parted=("w",)),
     "LocalClosedLoop": Door(LocalClosedLoop, lambda: {"problem": strict()}, parted=("problem",)),
-    "LocalClosedLoop.step": of(loop, LocalClosedLoop.step, lambda: {"layer": 0, "state": field(1)}, {"layer": {"zero"}}, parted=("state",)
+    "LocalClosedLoop.step": of(
+        loop, LocalClosedLoop.step, lambda: {"layer": 0, "state": field(1)}, {"layer": {"zero"}}, parted=("state",)
     ),
     "LocalClosedLoop.__call__": of(loop, LocalClosedLoop.__call__, lambda: {"inputs": field(1)}, parted=("inputs",)),
     "hessian_spectrum": Door(
@@ -486,7 +493,8 @@ HAMILTONIANS = {
         parted=("problem",),
         another={"solver_parameters": {"eps_tol": 1e-5}, "options_prefix": "another_"},
     ),
-    "Spectrum.variance": of(lambda: Spectrum(np.array([2.0, 1.0]), [], np.zeros(2)), Spectrum.variance, lambda: {"weight": 0.1},
+    "Spectrum.variance": of(
+        lambda: Spectrum(np.array([2.0, 1.0]), [], np.zeros(2)), Spectrum.variance, lambda: {"weight": 0.1},
         {"weight": POSITIVE}, parted=("weight",),
     ),
 }
@@ -581,7 +589,8 @@ THEORY = {
     "stability_estimate": Door(
         stability_estimate, lambda: {"net": net(), "first": field(), "second": field(1)}, parted=("net", "first", "second")
     ),
-    "WellPosedness.solution_bound": of(constants, WellPosedness.solution_bound, lambda: {"initial": 1.0}, {"initial": ENTRY - {"a negative number"} | {"an empty list"}},
+    "WellPosedness.solution_bound": of(
+        constants, WellPosedness.solution_bound, lambda: {"initial": 1.0}, {"initial": ENTRY - {"a negative number"} | {"an empty list"}},
         parted=("initial",),
     ),
     "picard": Door(
@@ -606,7 +615,8 @@ THEORY = {
     "AutonomousProblem.rate": of(autonomous, AutonomousProblem.rate, AT_NODES("u"), parted=("u",)),
     "AutonomousProblem.argument": of(autonomous, AutonomousProblem.argument, AT_NODES("f"), parted=("f",)),
     "AutonomousProblem.norms": of(autonomous, AutonomousProblem.norms, AT_NODES("values"), parted=("values",)),
-    "AutonomousProblem.read": of(autonomous, lambda self, function: self.read(function, "function"), lambda: {"function": field()}, parted=("function",)
+    "AutonomousProblem.read": of(
+        autonomous, lambda self, function: self.read(function, "function"), lambda: {"function": field()}, parted=("function",)
     ),
     "zero_set": Door(zero_set, lambda: {"activation": get_activation("tanh")}, parted=("activation",)),
     **{
@@ -621,7 +631,8 @@ THEORY = {
         f"Equilibria.{name}": of(equilibria, getattr(Equilibria, name), lambda: {"f": field()}, parted=("f",))
         for name in ("velocity", "found_from")
     },
-    "FrozenSpectra.plot": of(spectra, FrozenSpectra.plot, lambda: {"axes": axes()[0], "sample": 0}, {"sample": {"zero"}}, parted=("axes", "sample")
+    "FrozenSpectra.plot": of(
+        spectra, FrozenSpectra.plot, lambda: {"axes": axes()[0], "sample": 0}, {"sample": {"zero"}}, parted=("axes", "sample")
     ),
     **{
         kind.__name__: Door(kind, lambda: {"net": net()}, parted=("net",)) for kind in (EnergyMonitor, GrowthMonitor)
@@ -637,9 +648,11 @@ THEORY = {
         )
         for kind in (EnergyMonitor, GrowthMonitor)
     },
-    "EnergyMonitor.values": of(lambda: monitored(EnergyMonitor)[0], EnergyMonitor.values, lambda: {"name": "primitive"}, another={"name": "power"}
+    "EnergyMonitor.values": of(
+        lambda: monitored(EnergyMonitor)[0], EnergyMonitor.values, lambda: {"name": "primitive"}, another={"name": "power"}
     ),
-    "GrowthMonitor.norms": of(lambda: monitored(GrowthMonitor)[0], GrowthMonitor.norms, lambda: {"name": "L1"}, another={"name": "L2"}
+    "GrowthMonitor.norms": of(
+        lambda: monitored(GrowthMonitor)[0], GrowthMonitor.norms, lambda: {"name": "L1"}, another={"name": "L2"}
     ),
     "fit_growth": Door(
         fit_growth, lambda: {"times": np.arange(8.0), "norms": np.exp(np.arange(8.0))[:, None]}, parted=("times", "norms")
@@ -696,10 +709,12 @@ THEORY = {
         )
         for name in ("bound", "exponent")
     },
-    "LinearisedFlow.by_bias": of(flow, LinearisedFlow.by_bias, lambda: {"layer": 0, "r": pair().f}, {"layer": {"zero"}}, parted=("r",)
+    "LinearisedFlow.by_bias": of(
+        flow, LinearisedFlow.by_bias, lambda: {"layer": 0, "r": pair().f}, {"layer": {"zero"}}, parted=("r",)
     ),
     "LinearisedFlow.slope": of(flow, LinearisedFlow.slope, lambda: {"layer": 0}, {"layer": {"zero"}}),
-    "LinearisedFlow.frozen_eigenvalues": of(flow, LinearisedFlow.frozen_eigenvalues, lambda: {"layer": 0, "sample": 0}, {"layer": {"zero"}, "sample": {"zero"}}
+    "LinearisedFlow.frozen_eigenvalues": of(
+        flow, LinearisedFlow.frozen_eigenvalues, lambda: {"layer": 0, "sample": 0}, {"layer": {"zero"}, "sample": {"zero"}}
     ),
     "Propagator": Door(
         Propagator, lambda: {"basis": flow().basis, "added": 0.1 * flow().basis.values, "times": (0.0, 1.0)},
@@ -707,9 +722,11 @@ THEORY = {
     ),
     "Propagator.apply": of(propagator, Propagator.apply, lambda: {"direction": field()}, parted=("direction",)),
     "Propagator.transpose": of(propagator, Propagator.transpose, lambda: {"costate": field()}, parted=("costate",)),
-    "Propagator.__matmul__": of(lambda: flow().propagator(1, 2), Propagator.__matmul__, lambda: {"earlier": flow().propagator(0, 1)}, parted=("earlier",)
+    "Propagator.__matmul__": of(
+        lambda: flow().propagator(1, 2), Propagator.__matmul__, lambda: {"earlier": flow().propagator(0, 1)}, parted=("earlier",)
     ),
-    "Propagator.singular_function": of(propagator, Propagator.singular_function, lambda: {"k": 0}, {"k": {"zero", "a negative number"}}
+    "Propagator.singular_function": of(
+        propagator, Propagator.singular_function, lambda: {"k": 0}, {"k": {"zero", "a negative number"}}
     ),
     "solve_linearised": Door(
         solve_linearised,
@@ -741,7 +758,8 @@ THEORY = {
         parted=("net", "initial", "terminal"),
         another={"json": "another.json", "png": "another.png"},
     ),
-    "StabilityReport.draw": of(report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": FILE}, parted=("path",)),
+    "StabilityReport.draw": of(
+        report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": FILE}, parted=("path",)),
     "verify": Door(
         verify, lambda: {"problem": problem(), "quick": True, "exit_first": True, "time_limit": 100.0},
         {"problem": {"None", "a function"}, "quick": FLAG, "exit_first": FLAG, "time_limit": {"None", "a fraction"}},
