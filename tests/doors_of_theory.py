@@ -26,7 +26,7 @@ from fem_resnet import (
     solve_linearised, solve_trajectory, solve_value_function, stability_estimate, stability_report, stability_verdict,
     state_array, terminal_costate, tikhonov, to_network, weighted_identity, well_posedness_constants, width_limit, zero_set,
 )  # fmt: skip
-from fem_resnet.theory.residual_network import EULER
+from fem_resnet.theory.limits.residual_network import EULER
 from fem_resnet.verify import suite
 from fem_resnet.verify.report import Report
 

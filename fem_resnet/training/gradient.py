@@ -21,9 +21,9 @@ from petsc4py import PETSc
 
 from fem_resnet.arguments import real_array
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.log import log
-from fem_resnet.objective import LearningProblem
-from fem_resnet.parameter import Parameter
+from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
 __all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Progress", "Result", "options_over", "tell", "train"]

@@ -19,7 +19,7 @@ from pyadjoint import AdjFloat, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 
-from fem_resnet.parameter import Parameter
+from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
 __all__ = ["ProximalBlock", "ProximalFunctional"]

@@ -36,8 +36,8 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunction
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.petsc import take_function_lower_bound
-from fem_resnet.space_basis import SpaceBasis
+from fem_resnet.parameters.space_basis import SpaceBasis
+from fem_resnet.time_stepping.petsc import take_function_lower_bound
 
 __all__ = ["TYPES", "Minimiser", "Outcome", "TAOType"]
 
