@@ -139,6 +139,8 @@ def same(comm: MPI.Comm | None, **arguments: Any) -> None:
     ------
     ValueError
         If an argument differs between ranks; on all ranks.
+    Exception
+        What an argument's own description raises on one rank; on all ranks.
 
     Examples
     --------
@@ -147,12 +149,27 @@ def same(comm: MPI.Comm | None, **arguments: Any) -> None:
     """
     if comm is None or comm.size == 1:
         return
-    mine = np.array([_digest(value) for value in arguments.values()], dtype=np.uint64)
+    errors: list[BaseException] = []
+    mine = np.array([_digest_or_failed(value, errors) for value in arguments.values()], dtype=np.uint64)
     # All are equal where the largest of the complements is the complement of the largest.
     largest, smallest = np.split(comm.allreduce(np.concatenate([mine, ~mine]), op=np.maximum), 2)
+    if (largest == _FAILED).any():
+        _raise_first(comm, errors[0] if errors else None)
     for name, differs in zip(arguments, largest != ~smallest):
         if differs:
             raise ValueError(f"{name}: all ranks must give the same; give what rank 0 has, as by comm.bcast({name})")
+
+
+#: In place of the hash of an argument whose own description fails.
+_FAILED = 2**64 - 1
+
+
+def _digest_or_failed(value: Any, errors: list[BaseException]) -> int:
+    try:
+        return _digest(value)
+    except BaseException as error:
+        errors.append(error)
+        return _FAILED
 
 
 def _digest(value: Any) -> int:

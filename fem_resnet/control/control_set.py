@@ -18,11 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fem_resnet.arguments import integer, real_array
+from fem_resnet.arguments import flag, function, integer, number, real_array
 from fem_resnet.fixed import Fixed
 
 __all__ = ["Box", "ControlSet", "Ellipse", "Extreme", "Points", "Polygon", "Sections"]
@@ -61,6 +62,11 @@ class ControlSet(Fixed, ABC):
 
     convex: bool
 
+    @cached_property
+    def description(self) -> tuple:
+        """What tells this set from others of its class, so that ranks can be compared (`ranks.same`)."""
+        return self.bias_range, self.convex, *self.sections(np.linspace(*self.bias_range, 65))
+
     @property
     @abstractmethod
     def bias_range(self) -> tuple[float, float]:
@@ -90,14 +96,14 @@ class ControlSet(Fixed, ABC):
     def contains(self, a: ArrayLike, b: ArrayLike, tolerance: float = 1e-12) -> _Array:
         """Whether (a, b) is in A, up to `tolerance` in b, and in a at the ends of its range."""
         low, high = self.bias_range
-        a, b = np.broadcast_arrays(real_array("a", a), real_array("b", b))
+        a, b, tolerance = _places(a, b, tolerance)
         near = (a >= low - tolerance) & (a <= high + tolerance)
         m, M = self.sections(np.clip(a, low, high))
         return near & (b >= m - tolerance) & (b <= M + tolerance)
 
     def support(self, alpha: ArrayLike, beta: ArrayLike) -> _Array:
         """max of alpha a + beta b over A."""
-        alpha, beta = real_array("alpha", alpha), real_array("beta", beta)
+        alpha, beta = _broadcast(alpha=alpha, beta=beta)
         a, b = self.maximise(alpha, beta)
         return alpha * a + beta * b
 
@@ -106,15 +112,31 @@ class ControlSet(Fixed, ABC):
 
         For searches over A where a running cost depends on (a, b). Of a finite set all points.
         """
-        a = np.linspace(*self.bias_range, integer("count", count))
+        count = integer("count", count)
+        a = np.linspace(*self.bias_range, count)
         m, M = self.sections(a)
         a, b = np.repeat(a, count), np.linspace(m, M, count, axis=1).ravel()
         inside = self.contains(a, b)
         return a[inside], b[inside]
 
 
+def _broadcast(least: float = -np.inf, **given: ArrayLike) -> tuple[_Array, ...]:
+    """Real numbers from outside, as arrays of one shape."""
+    arrays = [real_array(name, value, least=least) for name, value in given.items()]
+    try:
+        return np.broadcast_arrays(*arrays)
+    except ValueError as error:
+        shapes = " and ".join(str(array.shape) for array in arrays)
+        raise ValueError(f"{', '.join(given)}: arrays that broadcast are wanted, the shapes are {shapes}") from error
+
+
 def _parts(positive: ArrayLike, negative: ArrayLike) -> tuple[_Array, _Array]:
-    return np.broadcast_arrays(real_array("positive", positive, least=0), real_array("negative", negative, least=0))
+    return _broadcast(least=0, positive=positive, negative=negative)
+
+
+def _places(a: ArrayLike, b: ArrayLike, tolerance: float) -> tuple[_Array, _Array, float]:
+    """Points, and how far outside of a set they may be."""
+    return *_broadcast(a=a, b=b), number("tolerance", tolerance, least=0)
 
 
 class _Vertices(ControlSet):
@@ -127,7 +149,7 @@ class _Vertices(ControlSet):
         return float(self._points[:, 0].min()), float(self._points[:, 0].max())
 
     def maximise(self, alpha, beta):
-        alpha, beta = np.broadcast_arrays(real_array("alpha", alpha), real_array("beta", beta))
+        alpha, beta = _broadcast(alpha=alpha, beta=beta)
         best = np.argmax(np.multiply.outer(alpha, self._points[:, 0]) + np.multiply.outer(beta, self._points[:, 1]), axis=-1)
         return self._points[best, 0], self._points[best, 1]
 
@@ -208,7 +230,7 @@ class Polygon(_Vertices):
     def contains(self, a, b, tolerance=1e-12):
         if self.convex:
             return super().contains(a, b, tolerance)
-        a, b = np.broadcast_arrays(real_array("a", a), real_array("b", b))
+        a, b, tolerance = _places(a, b, tolerance)
         start, end = self._points, np.roll(self._points, -1, axis=0)
         along = end - start
         distance = _distance(np.stack([a, b], axis=-1)[..., None, :], start, along).min(axis=-1)
@@ -301,12 +323,13 @@ class Points(_Vertices):
         return np.where(here, b, np.inf).min(axis=-1), np.where(here, b, -np.inf).max(axis=-1)
 
     def contains(self, a, b, tolerance=1e-12):
-        a, b = np.broadcast_arrays(real_array("a", a), real_array("b", b))
+        a, b, tolerance = _places(a, b, tolerance)
         away = np.abs(np.stack([a, b], axis=-1)[..., None, :] - self._points).max(axis=-1)
         return away.min(axis=-1) <= tolerance
 
     def sample(self, count):
         """All points, whatever `count` is."""
+        integer("count", count)
         return self._points[:, 0].copy(), self._points[:, 1].copy()
 
 
@@ -360,7 +383,7 @@ class Ellipse(ControlSet):
         return np.where(inside, m, np.inf), np.where(inside, M, -np.inf)
 
     def maximise(self, alpha, beta):
-        alpha, beta = np.broadcast_arrays(real_array("alpha", alpha), real_array("beta", beta))
+        alpha, beta = _broadcast(alpha=alpha, beta=beta)
         a, b = self._shape[0, 0] * alpha + self._shape[0, 1] * beta, self._shape[0, 1] * alpha + self._shape[1, 1] * beta
         size = np.sqrt(alpha * a + beta * b)
         size = np.where(size > 0, size, 1.0)
@@ -425,15 +448,13 @@ class Sections(ControlSet):
     ):
         self._range = tuple(real_array("bias", bias, (2,)))
         self._grid = integer("grid", grid, least=3)
-        for name, end in (("lower", lower), ("upper", upper)):
-            if not callable(end):
-                raise TypeError(f"{name}: a function of a is wanted, {type(end).__name__} was given")
-        self._lower, self._upper, self.convex = lower, upper, bool(convex)
+        self._lower, self._upper = (function(*given, "a function of a") for given in (("lower", lower), ("upper", upper)))
+        self.convex = flag("convex", convex)
         if not self._range[0] < self._range[1]:
             raise ValueError(f"bias: (low, high) with low < high is wanted, {bias!r} was given")
         m, M = self.sections(np.linspace(*self._range, self._grid))
-        if not (np.isfinite(m).all() and np.isfinite(M).all() and (m <= M).all()):
-            raise ValueError("lower, upper: finite numbers with m(a) <= M(a) are wanted on the range of a")
+        if (m > M).any():
+            raise ValueError("lower, upper: m(a) <= M(a) is wanted on the range of a")
         size = 1e-10 * max(1.0, np.abs(m).max(), np.abs(M).max())
         if self.convex and ((np.diff(m, 2) < -size).any() or (np.diff(M, 2) > size).any()):
             raise ValueError("convex: m is not convex or M is not concave on the grid; say convex=False")
@@ -446,10 +467,11 @@ class Sections(ControlSet):
         a = real_array("a", a)
         inside = (self._range[0] <= a) & (a <= self._range[1])
         within = np.clip(a, *self._range)
-        return np.where(inside, self._lower(within), np.inf), np.where(inside, self._upper(within), -np.inf)
+        m, M = _values("lower", self._lower, within), _values("upper", self._upper, within)
+        return np.where(inside, m, np.inf), np.where(inside, M, -np.inf)
 
     def maximise(self, alpha, beta):
-        alpha, beta = np.broadcast_arrays(real_array("alpha", alpha), real_array("beta", beta))
+        alpha, beta = _broadcast(alpha=alpha, beta=beta)
 
         def value(a, m, M):
             return alpha[..., None] * a + np.maximum(beta[..., None] * m, beta[..., None] * M)
@@ -486,3 +508,11 @@ class Sections(ControlSet):
             width *= 2 / (number - 1)
             number = 33
         return best_a, *self.sections(best_a)
+
+
+def _values(name: str, end: Callable[[_Array], _Array], a: _Array) -> _Array:
+    """What a user's function returns: a number a value of a, or one for all."""
+    values = real_array(name, end(a))
+    if values.shape not in ((), a.shape):
+        raise ValueError(f"{name}: values of the shape of a, {a.shape}, are wanted, {values.shape} was returned")
+    return values

@@ -22,16 +22,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.arguments import choice, real_array
+from fem_resnet.arguments import choice, instance, integer, number, real_array
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import LabelSpace, sample_weights
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space, sample_weights
 from fem_resnet.layers.inputs import LayerCoefficients
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
+from fem_resnet.ranks import same, together
 
 __all__ = ["Controls", "Hamiltonian", "Pair", "hamiltonian_along", "middle_pairs", "orthonormal_factor"]
 
@@ -54,8 +55,10 @@ class Pair:
         _checked(self.convention)
         for name in ("f", "r"):
             object.__setattr__(self, name, real_array(name, getattr(self, name)))
-        if self.f.shape != self.r.shape or self.f.ndim != 2:
-            raise ValueError(f"f, r: two arrays (nodes, samples) are wanted, {self.f.shape}, {self.r.shape} were given")
+        if self.f.ndim != 2:
+            raise ValueError(f"f: shape (nodes, samples) is wanted, {self.f.shape} was given")
+        if self.r.shape != self.f.shape:
+            raise ValueError(f"r: the shape of f, {self.f.shape}, is wanted, {self.r.shape} was given")
 
     def to(self, convention: str) -> Pair:
         """The same in this convention: r* = -r."""
@@ -72,22 +75,47 @@ class Controls:
         Shape (nodes,).
     phi, psi : numpy.ndarray
         Shape (nodes, rank).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are not real and finite, or their shapes do not fit each other; on the rank where it is so.
     """
 
     a: np.ndarray
     phi: np.ndarray
     psi: np.ndarray
 
+    def __post_init__(self):
+        for name in ("a", "phi", "psi"):
+            object.__setattr__(self, name, real_array(name, getattr(self, name)))
+        if self.phi.ndim != 2:
+            raise ValueError(f"phi: shape (nodes, rank) is wanted, {self.phi.shape} was given")
+        for name, shape in (("a", self.phi.shape[:1]), ("psi", self.phi.shape)):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name}: shape {shape} is wanted, as of phi, {getattr(self, name).shape} was given")
+
     def argument(self, Y: LabelSpace, f: np.ndarray) -> np.ndarray:
         """u = a - B f, shape (nodes, samples). Collective."""
+        f = self._field(Y, "f", f)
         return self.a[:, None] - self.phi @ Y.sum((Y.weights[:, None] * self.psi).T @ f)
 
     def transpose(self, Y: LabelSpace, v: np.ndarray) -> np.ndarray:
         """B^T v. Collective."""
+        v = self._field(Y, "v", v)
         return self.psi @ Y.sum((Y.weights[:, None] * self.phi).T @ v)
+
+    def _field(self, Y: LabelSpace, name: str, values: np.ndarray) -> np.ndarray:
+        check_label_space(Y)
+        # Not looked at on all ranks together: it is asked for many times in a search over controls.
+        return real_array(name, values, (len(self.a), "samples"), finite=False)
 
     def towards(self, other: Controls, share: float | np.ndarray) -> Controls:
         """(1 - share) times these plus share times the others; a share a node, shape (nodes,), or one for all."""
+        instance("other", other, Controls)
+        share = real_array("share", share)
+        if share.shape not in ((), self.a.shape):
+            raise ValueError(f"share: a number, or shape (nodes,) = {self.a.shape}, is wanted, shape {share.shape} was given")
         share = np.broadcast_to(share, self.a.shape)
         mine, theirs = 1 - share, share
         return Controls(
@@ -101,6 +129,7 @@ class Controls:
 
         Parts of b below 1e-13 of its size are round-off and left out; b = 0 is one constant times 0.
         """
+        check_label_space(Y)
         phi, R = orthonormal_factor(Y, self.phi)
         psi, S = orthonormal_factor(Y, self.psi)
         U, sizes, V = np.linalg.svd(R @ S.T)
@@ -115,7 +144,18 @@ class Controls:
     @classmethod
     @supports("gradient_flow", *HELD, *STEPPED)
     def of_layer(cls, net: ResidualNetwork, layer: int, fraction: float = 0.5) -> Controls:
-        """Those of a network's layer, at a fraction of its time. Collective."""
+        """Those of a network's layer, at a fraction of its time. Collective.
+
+        Parameters
+        ----------
+        net
+            The network.
+        layer
+            From 0 to L - 1.
+        fraction
+            From 0 to 1.
+        """
+        layer, fraction = integer("layer", layer, least=0, most=net.layers - 1), number("fraction", fraction, least=0, most=1)
         coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(layer, layer + 1))
         (inputs,) = coefficients.on_layers([s.read(p) for s, p in zip(coefficients.slots, coefficients.functions)])
         factors = net.learned_factors() if net.factors else inputs.factors
@@ -150,6 +190,11 @@ class Hamiltonian(Fixed):
     weights
         Weights of the samples in L, of which only the proportions matter; equal ones if left out.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of this kind; on all ranks alike.
+
     Examples
     --------
     >>> H = Hamiltonian(net.Y, net.activation, "maximise")  # doctest: +SKIP
@@ -164,8 +209,13 @@ class Hamiltonian(Fixed):
         running: RunningCost | None = None,
         weights: Sequence[float] | None = None,
     ):
+        check_label_space(Y)
+        same(Y.comm, activation=activation, convention=convention, running=running, weights=weights)
+        instance("activation", activation, Activation, "get_activation(name) makes one")
+        instance("running", running, (RunningCost, type(None)))
         self.Y, self.activation, self.convention = Y, activation, _checked(convention)
-        self._running, self._weights = running, weights
+        self._running = running
+        self._weights = None if weights is None else real_array("weights", weights, ("samples",), least=0)
         self._sign = 1.0 if convention == "minimise" else -1.0
 
     @classmethod
@@ -182,23 +232,25 @@ class Hamiltonian(Fixed):
         """Weights of the samples in L, with its sign in H."""
         return self._sign * sample_weights(self._weights, f.shape[1])
 
-    def _own(self, pair: Pair) -> Pair:
+    def _argument(self, pair: Pair, controls: Controls) -> np.ndarray:
+        """u = a - B f, of a pair that is one of this Hamiltonian's."""
+        instance("pair", pair, Pair)
+        instance("controls", controls, Controls)
         if pair.convention != self.convention:
             raise ValueError(
                 f"pair: its co-state is one to {pair.convention}, this Hamiltonian's is one to {self.convention}; "
                 f"say pair.to({self.convention!r})"
             )
-        return pair
+        return controls.argument(self.Y, pair.f)
 
     def density(self, pair: Pair, controls: Controls) -> np.ndarray:
         """What is integrated over y, shape (nodes,)."""
-        self._own(pair)
-        h = np.sum(self.activation(controls.argument(self.Y, pair.f)) * pair.r, axis=1)
+        h = np.sum(self.in_r(pair, controls) * pair.r, axis=1)
         if self._running is None:
             return h
         gram = self.Y.sum((self.Y.weights[:, None] * controls.psi).T @ controls.psi)
         rows = np.einsum("ni,ij,nj->n", controls.phi, gram, controls.phi)  # int b(y, z)^2 dz
-        l = self._running.integrand(pair.f, controls.a)
+        l = self._of_running("integrand", pair, controls)
         return h + l @ self._omega(pair.f) + self._sign * self._running.kernel / 2 * rows
 
     def __call__(self, pair: Pair, controls: Controls) -> float:
@@ -207,21 +259,22 @@ class Hamiltonian(Fixed):
 
     def in_r(self, pair: Pair, controls: Controls) -> np.ndarray:
         """H_r = sigma(u): f_t of (4.1a), shape (nodes, samples)."""
-        return self.activation(controls.argument(self.Y, self._own(pair).f))
+        return self.activation(self._argument(pair, controls))
 
     def in_f(self, pair: Pair, controls: Controls) -> np.ndarray:
         """H_f = -B^T(sigma'(u) r) + L_f, or - L_f to maximise: -r_t of (4.2a), shape (nodes, samples)."""
-        gradient = -controls.transpose(self.Y, self.slope_times_costate(pair, controls))
+        v = self.slope_times_costate(pair, controls)
+        gradient = -controls.transpose(self.Y, v)
         if self._running is None:
             return gradient
-        return gradient + self._omega(pair.f) * self._running.slopes(pair.f, controls.a)[0]
+        return gradient + self._omega(pair.f) * self._of_running("slopes", pair, controls)[0]
 
     def in_a(self, pair: Pair, controls: Controls) -> np.ndarray:
         """H_a: the sum of sigma'(u) r over the samples, +- L_a; shape (nodes,)."""
         gradient = np.sum(self.slope_times_costate(pair, controls), axis=1)
         if self._running is None:
             return gradient
-        return gradient + self._running.slopes(pair.f, controls.a)[1] @ self._omega(pair.f)
+        return gradient + self._of_running("slopes", pair, controls)[1] @ self._omega(pair.f)
 
     def in_b(self, pair: Pair, controls: Controls) -> tuple[np.ndarray, np.ndarray]:
         """H_b(y, z) = - sum_s sigma'(u_s(y)) r_s(y) f_s(z) +- kappa b(y, z), by its factors in y and z."""
@@ -230,9 +283,13 @@ class Hamiltonian(Fixed):
             return p, q
         return np.hstack([p, self._sign * self._running.kernel * controls.phi]), np.hstack([q, controls.psi])
 
+    def _of_running(self, name: str, pair: Pair, controls: Controls) -> np.ndarray | list[np.ndarray]:
+        """What the density, which may be a user's, says on all ranks."""
+        return together(self.Y.comm, lambda: getattr(self._running, name)(pair.f, controls.a))
+
     def slope_times_costate(self, pair: Pair, controls: Controls) -> np.ndarray:
         """v = sigma'(u) r, shape (nodes, samples)."""
-        return self.activation.derivative(controls.argument(self.Y, self._own(pair).f)) * pair.r
+        return self.activation.derivative(self._argument(pair, controls)) * pair.r
 
 
 # -- along a network's run -------------------------------------------------------------------------------------------
@@ -241,6 +298,7 @@ class Hamiltonian(Fixed):
 @supports(*HELD, *STEPPED)
 def middle_pairs(run: Run, convention: str) -> list[Pair]:
     """f and r at the middle of each layer, of a run on a tape whose functional has been differentiated. Collective."""
+    _checked(convention)
     ends = _end_pairs(run, convention)
     return [Pair((p.f + q.f) / 2, (p.r + q.r) / 2, convention) for p, q in zip(ends, ends[1:])]
 
@@ -261,6 +319,7 @@ def hamiltonian_along(run: Run, H: Hamiltonian) -> np.ndarray:
     For controls constant in time it is constant, optimal or not, up to the order of the scheme; along an optimal pair max H
     is. The run is on a tape, and its functional has been differentiated.
     """
+    instance("H", H, Hamiltonian)
     ends = _end_pairs(run, H.convention)
     return np.array(
         [[H(ends[l + e], Controls.of_layer(run.net, l, float(e))) for e in (0, 1)] for l in range(run.net.layers)]

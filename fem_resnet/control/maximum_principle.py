@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import matplotlib.tri
 import numpy as np
 
-from fem_resnet.arguments import integer, number
+from fem_resnet.arguments import instance, integer, number
 from fem_resnet.control.control_set import ControlSet
 from fem_resnet.control.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.ranks import same, together
 
 __all__ = [
     "Extremal", "Residual", "Violation", "controls_within", "extremal_controls", "pmp_residual", "refuse_controls_outside",
@@ -73,15 +74,19 @@ def extremal_controls(Y: LabelSpace, A: ControlSet, pair: Pair, *, tie: float = 
 
     Raises
     ------
-    ValueError
-        For more than one sample: (4.10) then no longer maximises H.
+    TypeError, ValueError
+        If an argument is not of this kind; for more than one sample: (4.10) then no longer maximises H.
     """
+    check_label_space(Y)
+    same(Y.comm, A=A, pair=getattr(pair, "convention", pair), tie=tie)
+    instance("A", A, ControlSet)
+    instance("pair", pair, Pair)
     tie = number("tie", tie, least=0)
     if pair.f.shape[1] != 1:
         raise ValueError(f"pair: (4.10) holds for one sample, {pair.f.shape[1]} were given")
     f, r = pair.f[:, 0], pair.to("maximise").r[:, 0]
     parts = _parts(Y, f)
-    high, low = A.largest(*parts), A.smallest(*parts)
+    high, low = together(Y.comm, lambda: (A.largest(*parts), A.smallest(*parts)))
     up = r >= -tie
     controls = Controls(
         np.where(up, high.a, low.a),
@@ -131,14 +136,18 @@ def violation(Y: LabelSpace, A: ControlSet, controls: Controls, tolerance: float
     tolerance
         In parts of A's size in a and in b.
     """
-    sizes = [_size(*A.bias_range), _size(*A.kernel_range)]
+    # A may be made of a user's functions.
+    sizes = together(Y.comm, lambda: [_size(*A.bias_range), _size(*A.kernel_range)])
     x = Y.coordinates  # made by all ranks, when first asked for
     worst: tuple | None = None
     for owner in range(Y.comm.size):
         # One rank's nodes z after the other, seen by all: no rank ever has more than that.
         psi, z = Y.comm.bcast((controls.psi, x) if Y.comm.rank == owner else None, root=owner)
-        for rows in np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(z) // _PAIRS)):
-            found = _farthest(A, controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance)
+        pieces = np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(z) // _PAIRS))
+        far = together(Y.comm, lambda: [
+            _farthest(A, controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance) for rows in pieces
+        ])  # fmt: skip
+        for rows, found in zip(pieces, far):
             if found is not None and (worst is None or found[0] > worst[0]):
                 excess, i, j, b = found
                 worst = excess, float(controls.a[rows[i]]), b, tuple(x[rows[i]]), tuple(z[j])
@@ -186,7 +195,7 @@ def controls_within(Y: LabelSpace, A: ControlSet, controls: Controls) -> Control
     if not A.convex:
         raise ValueError("A: controls cannot be pulled into a set that is not convex; begin with a point of it at all y and z")
     a, one = np.mean(A.bias_range), np.ones((Y.nodes, 1))
-    b = np.mean(A.sections(a))
+    b = np.mean(together(Y.comm, lambda: A.sections(a)))
     centre, outside, inside = Controls(np.full(Y.nodes, a), b * one, one), 0.0, 1.0
     while inside - outside > 1e-3 * inside:
         share = (outside + inside) / 2 if outside else inside / 2
@@ -249,8 +258,19 @@ class Residual:
         """Draw the violation over Y, one picture a layer, into as many matplotlib axes, for meshes of the plane. Collective.
 
         Rank 0 draws; the nodes are gathered, since a figure needs all of them.
+
+        Parameters
+        ----------
+        axes
+            At most one a layer.
         """
         Y = self.Y
+        same(Y.comm, axes=axes)
+        axes = np.ravel(np.asarray(axes, dtype=object)).tolist()
+        for ax in axes:
+            instance("axes", ax, matplotlib.axes.Axes)
+        if len(axes) > self.density.shape[1]:
+            raise ValueError(f"axes: at most one a layer is wanted, {len(axes)} were given for {self.density.shape[1]} layers")
         x = Y.coordinates
         if x.shape[1] != 2:
             raise ValueError(f"plot: a mesh of the plane is wanted, this one lies in {x.shape[1]} dimensions")
@@ -290,6 +310,7 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
         If there is a regulariser or a running cost that depends on (a, b), sigma does not increase, or the controls are not
         in A at all pairs of nodes: then max H over A says nothing of them. (Looking takes nodes^2 x rank operations a layer.)
     """
+    instance("A", A, ControlSet)
     tolerance, rounds = number("tolerance", tolerance, least=0), integer("rounds", rounds, least=0)
     net = problem.net
     if not net.activation.properties.non_decreasing:
@@ -322,14 +343,14 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached, caveat)
 
 
-def _extremes(A: ControlSet, parts) -> np.ndarray:
+def _extremes(Y: LabelSpace, A: ControlSet, parts) -> np.ndarray:
     """T^+ and T^-."""
-    return np.array([A.largest(*parts).value, A.smallest(*parts).value])
+    return together(Y.comm, lambda: np.array([A.largest(*parts).value, A.smallest(*parts).value]))
 
 
 def _upper(H: Hamiltonian, A: ControlSet, pair: Pair) -> np.ndarray:
     """What max h is at most, but for the running cost."""
-    T = _extremes(A, _parts(H.Y, pair.f))
+    T = _extremes(H.Y, A, _parts(H.Y, pair.f))
     return np.sum(np.maximum(*(H.activation(t) * pair.r for t in T)), axis=1)
 
 
@@ -359,6 +380,7 @@ def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> np.ndarr
     total = c.sum()
     size = abs(total) if abs(total) > 1e-8 * np.abs(c).max(initial=1e-300) else np.abs(c).sum() * 1e-8 + 1e-300
     mixed = f @ c / size * (1.0 if total >= 0 else -1.0)
-    extreme = (A.largest if total >= 0 else A.smallest)(*_parts(Y, mixed))
+    parts = _parts(Y, mixed)
+    extreme = together(Y.comm, lambda: (A.largest if total >= 0 else A.smallest)(*parts))
     b = np.where(mixed >= 0, extreme.where_positive, extreme.where_negative)
     return extreme.a - Y.sum((Y.weights * b) @ f)

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fem_resnet.arguments import number, real_array
+from fem_resnet.arguments import instance, integer, number, real_array
 from fem_resnet.control.hamiltonian import Controls, Hamiltonian, Pair, orthonormal_factor
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.retraction import orthonormal
+from fem_resnet.ranks import same
 
 __all__ = ["RowBall", "RowBox", "SpanBox", "distance", "nearest_controls", "raise_controls", "raise_rows", "raise_span"]
 
@@ -49,10 +50,12 @@ class RowBox:
     kernel: Sequence[float]
 
     def __post_init__(self):
+        instance("psi", self.psi, Basis)
         _check_ends(self)
 
     def project(self, rows: np.ndarray) -> np.ndarray:
-        """The nearest rows (a, X) of the box; shape (nodes, 1 + rank) to the same."""
+        """The nearest rows (a, X) of the box; shape (any, 1 + rank) to the same."""
+        rows = _checked_rows(self, rows)
         return np.column_stack([np.clip(rows[:, 0], *self.bias), np.clip(rows[:, 1:], *self.kernel)])
 
 
@@ -68,10 +71,18 @@ class RowBall(Fixed):
     """
 
     def __init__(self, psi: Basis, radius: float):
-        self.psi, self.radius = orthonormal(psi), number("radius", radius, above=0)
+        same(instance("psi", psi, Basis).Y.comm, radius=radius)
+        self.radius = number("radius", radius, above=0)
+        self.psi = orthonormal(psi)
+
+    @property
+    def description(self) -> float:
+        """What tells this set from others on a basis, so that ranks can be compared (`ranks.same`)."""
+        return self.radius
 
     def project(self, rows: np.ndarray) -> np.ndarray:
         """The nearest rows (a, X) of the ball."""
+        rows = _checked_rows(self, rows)
         return rows / np.maximum(1.0, np.linalg.norm(rows, axis=1) / self.radius)[:, None]
 
 
@@ -95,12 +106,16 @@ class SpanBox:
     kernel: Sequence[float]
 
     def __post_init__(self):
+        instance("phi", self.phi, Basis)
+        instance("psi", self.psi, Basis)
         _check_ends(self)
         if self.phi.Y is not self.psi.Y:
             raise ValueError(f"phi, psi: one label space is wanted, {self.phi.Y!r} and {self.psi.Y!r} were given")
 
     def project(self, a: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nearest bias and coefficients of the box."""
+        a = real_array("a", a, (self.phi.Y.nodes,), finite=False)
+        beta = real_array("beta", beta, (self.phi.rank, self.psi.rank), finite=False)
         return np.clip(a, *self.bias), np.clip(beta, *self.kernel)
 
 
@@ -163,13 +178,20 @@ def raise_span(
         f and r*, of any number of samples; convention "maximise".
     controls
         Where to start.
+    iterations
+        At most so many.
 
     Returns
     -------
     controls, values : Controls, numpy.ndarray
         H of the start (in A) and of each step, which does not fall.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of this kind, or is for another label space.
     """
-    _check_convention(H)
+    iterations = _checked(H, A, (SpanBox,), pair, controls, iterations)
     Y, phi, psi = H.Y, A.phi, A.psi
     g = psi.project(pair.f)
 
@@ -212,13 +234,20 @@ def raise_rows(
         f and r*, of any number of samples; convention "maximise".
     controls
         Where to start.
+    iterations
+        At most so many.
 
     Returns
     -------
     controls, values : Controls, numpy.ndarray
         H of the start (in A) and of each step, which does not fall.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of this kind, or is for another label space.
     """
-    _check_convention(H)
+    iterations = _checked(H, A, (RowBox, RowBall), pair, controls, iterations)
     Y, sigma, psi, r = H.Y, H.activation, A.psi, pair.r
     features = np.column_stack([np.ones(r.shape[1]), -psi.project(pair.f).T])
     rows = A.project(_rows(A, controls))
@@ -246,12 +275,28 @@ def raise_rows(
     return _controls(A, rows), np.array(values)
 
 
-def _check_convention(H: Hamiltonian) -> None:
+def _checked(H: Hamiltonian, A: RowBox | RowBall | SpanBox, kinds: tuple[type, ...], pair: Pair, controls: Controls, iterations: int) -> int:
+    """Look at what controls are raised with; returns the number of iterations."""
+    instance("H", H, Hamiltonian)
+    same(H.Y.comm, A=A, pair=getattr(pair, "convention", pair), iterations=iterations)
     if H.convention != "maximise":
         raise ValueError('H: one to "maximise" is wanted')
+    if instance("A", A, kinds).psi.Y is not H.Y:
+        raise ValueError(f"A: bases on the label space of H, {H.Y!r}, are wanted, {A.psi.Y!r} was given")
+    instance("pair", pair, Pair)
+    instance("controls", controls, Controls)
+    return integer("iterations", iterations, least=0)
+
+
+def _checked_rows(A: RowBox | RowBall, rows: np.ndarray) -> np.ndarray:
+    rows = real_array("rows", rows, finite=False)
+    if rows.ndim != 2 or rows.shape[1] != 1 + A.psi.rank:
+        raise ValueError(f"rows: shape (any, {1 + A.psi.rank}) is wanted, {rows.shape} was given")
+    return rows
 
 
 def _check_ends(A: RowBox | SpanBox) -> None:
+    same(A.psi.Y.comm, bias=A.bias, kernel=A.kernel)
     for name, ends in (("bias", A.bias), ("kernel", A.kernel)):
         low, high = real_array(name, ends, (2,)).tolist()
         if low > high:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 
+from fem_resnet.arguments import integer, integer_array
 from fem_resnet.costate.costate import Costate, solve_costate, terminal_costate
 from fem_resnet.costate.trajectory import like, solve_trajectory
 from fem_resnet.features import supports
@@ -120,6 +121,7 @@ def costate_check(
     True
     """
     net = problem.net
+    refinements = [integer("refinements", n) for n in integer_array("refinements", refinements, ("refinements",)).tolist()]
     steps = 2 * max(refinements) * net.steps if steps is None else steps
     options = {"solver_parameters": solver_parameters, "options_prefix": options_prefix}
     trajectory = solve_trajectory(net, problem.batch.inputs, steps=steps, **options)

@@ -36,6 +36,7 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import flag, function, instance, integer, real_array
 from fem_resnet.costate.trajectory import LayerTrajectory, Trajectory, like
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace, sample_weights
@@ -47,6 +48,7 @@ from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.ranks import same, together
 from fem_resnet.time_stepping.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Step
 
 __all__ = ["Costate", "solve_costate", "terminal_costate"]
@@ -73,14 +75,13 @@ class Costate:
     _functionals: list[np.ndarray]
 
     def at_layer(self, layer: int) -> fd.Function:
-        """r(t_l), l = 0 .. L."""
-        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < len(self._interfaces):
-            last = len(self._interfaces) - 1
-            raise ValueError(f"layer: an integer from 0 to L = {last} is wanted, {layer!r} was given")
+        """r(t_l), l = 0 .. L. Collective."""
+        same(self.trajectory.net.Y.comm, layer=layer)
+        layer = integer("layer", layer, least=0, most=len(self._interfaces) - 1)
         return like(self.trajectory.final, self._interfaces[layer])
 
     def __call__(self, t: float) -> fd.Function:
-        """r(t), 0 <= t <= T, between the steps by interpolation."""
+        """r(t), 0 <= t <= T, between the steps by interpolation. Collective."""
         return like(self.trajectory.final, self._at(t)[1])
 
     def bias_gradient(self, t: float) -> fd.Function:
@@ -112,6 +113,8 @@ class Costate:
             R in J + R, if its gradient is to be added: lambda a and lambda b for Tikhonov's.
         """
         net = self.trajectory.net
+        same(net.Y.comm, regulariser=regulariser)
+        instance("regulariser", regulariser, (Regulariser, type(None)))
         coefficients = net.coefficients()
         of = {id(p): d for p, d in zip(coefficients.functions, coefficients.collect(self._functionals))}
         slots = {id(p): slot for p, slot in zip(coefficients.functions, coefficients.slots)}
@@ -126,6 +129,7 @@ class Costate:
 
     def _at(self, t: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """f, r and sigma'(u) r at the time t."""
+        same(self.trajectory.net.Y.comm, t=t)
         number = self.trajectory.layer_at(t)
         layer = self.trajectory.layers[number]
         f, r = layer.path(t), self._paths[number](t)
@@ -185,8 +189,10 @@ def solve_costate(
     Y.check_batch(terminal, "terminal")
     if terminal.function_space().value_size != trajectory.final.function_space().value_size:
         raise ValueError("terminal: it has another number of samples than the trajectory")
-    parameters = _partner_parameters(trajectory) if partner else SOLVER_PARAMETERS
-    parameters = parameters | (solver_parameters or {})
+    defaults = _partner_parameters(trajectory) if flag("partner", partner) else SOLVER_PARAMETERS
+    if not isinstance(running, (RunningCost, type(None))):
+        function("running", running, "a RunningCost, a function of t and f, or None")
+    omega = sample_weights(weights, trajectory.final.function_space().value_size)
     used = trajectory.scheme.used[::-1] if partner else None
     r = np.array(Y.values(terminal))
     equation: _Backward
@@ -198,9 +204,9 @@ def solve_costate(
         return equation.linear_part(*equation.state(moment), x)
 
     interfaces, paths, functionals = [r], [], []
-    with FieldStepper(Y, r.shape[1], rate, linear_part, parameters, options_prefix) as stepper:
+    with FieldStepper(Y, r.shape[1], rate, linear_part, solver_parameters, options_prefix, defaults) as stepper:
         for layer in reversed(trajectory.layers):
-            equation = _Backward(layer, net, running, sample_weights(weights, r.shape[1]), used)
+            equation = _Backward(layer, net, running, omega, used)
             values = stepper.solve(r, layer.inputs.length, trajectory.steps, equation.integrate)
             r = values[-1]
             interfaces.append(r)
@@ -226,7 +232,7 @@ class _Backward:
     ):
         self._layer, self._inputs, self._running, self._used = layer, layer.inputs, running, used
         self._omega = omega
-        self._derivative, self._weights = net.activation.derivative, net.Y.weights
+        self._derivative, self._weights, self._comm = net.activation.derivative, net.Y.weights, net.Y.comm
         self._step = 0
         #: Of the layer's active coefficients of the bias, then of the kernel.
         self.functional: np.ndarray | float = 0.0
@@ -258,12 +264,15 @@ class _Backward:
         r_s = self.linear_part(t, f, r)
         if isinstance(self._running, RunningCost):
             return r_s + self._cost_slopes(t, f)[0]
-        return r_s if self._running is None else r_s + self._running(t, f)
+        if self._running is None:
+            return r_s
+        # A user's function: what one rank raises all raise.
+        return r_s + together(self._comm, lambda: real_array("running", self._running(t, f), f.shape))
 
     def _cost_slopes(self, t: float, f: np.ndarray) -> list[np.ndarray]:
         """L_f and L_a, each sample with its weight."""
         a = self._inputs.bias.coefficients(self._layer.fraction(t))
-        return [self._omega * part for part in self._running.slopes(f, a)]
+        return [self._omega * part for part in together(self._comm, lambda: self._running.slopes(f, a))]
 
     def integrate(self, step: Step) -> None:
         """Add what a step contributes, by the scheme's own quadrature."""
@@ -321,6 +330,10 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
         f(T).
     """
     net, head, batch = problem.net, problem.head, problem.batch
+    net.Y.check_batch(final, "final")
+    samples = final.function_space().value_size
+    if samples != batch.samples:
+        raise ValueError(f"final: as many samples as the problem's batch has, {batch.samples}, are wanted, {samples} were given")
     Y = net.Y if head is None else head.Y
     prediction = PREDICTIONS[problem.loss.prediction or "identity"] if head is None else head.prediction
     targets = batch.targets if isinstance(batch.targets, fd.Function) else head.observations(batch.targets)

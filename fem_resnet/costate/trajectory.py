@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import firedrake as fd
 import numpy as np
 
-from fem_resnet.arguments import number
+from fem_resnet.arguments import flag, function, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.time_stepping.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Scheme, Step
+from fem_resnet.ranks import same, together
+from fem_resnet.time_stepping.evolution import FieldStepper, Moment, Path, Scheme, Step
 from fem_resnet.time_stepping.stepper import StepFailure
 
 __all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "like", "solve_trajectory"]
@@ -85,7 +85,8 @@ class Trajectory:
     layers: list[LayerTrajectory]
 
     def __call__(self, t: float) -> fd.Function:
-        """f(t), 0 <= t <= T, between the steps by interpolation: a new Function."""
+        """f(t), 0 <= t <= T, between the steps by interpolation: a new Function. Collective."""
+        same(self.net.Y.comm, t=t)
         return like(self.final, self.layers[self.layer_at(t)].path(t))
 
     def layer_at(self, t: float) -> int:
@@ -149,7 +150,7 @@ def solve_trajectory(
     >>> [round(float(f(t).dat.data_ro.max()), 12) for t in (0.1, 0.5, 1.0)]
     [0.1, 0.5, 0.5]
     """
-    layers = []
+    keep_stages, layers = flag("keep_stages", keep_stages), []
 
     def keep(stepper: FieldStepper, layer: LayerTrajectory, f: np.ndarray, steps: int) -> np.ndarray:
         start, length = layer.inputs.start, layer.inputs.length
@@ -184,7 +185,8 @@ def follow_trajectory(
         As for `solve_trajectory`.
     monitor
         ``monitor(layer, step)``, called after each step: its times count from the start of the layer, ``step.first``
-        and ``step.last`` are f at its ends, ``step.values`` its stages. It must not change them.
+        and ``step.last`` are f at its ends, ``step.values`` its stages. It must not change them. What it raises on one rank
+        ends the solution on all.
     steps
         Steps a layer; those of the network if left out.
     solver_parameters, options_prefix
@@ -215,8 +217,10 @@ def follow_trajectory(
     [0.5, 0.5]
     """
 
+    function("monitor", monitor, "a function of layer and step")
+
     def show(stepper: FieldStepper, layer: LayerTrajectory, f: np.ndarray, steps: int) -> np.ndarray:
-        return stepper.run(f, layer.inputs.length, steps, partial(monitor, layer))
+        return stepper.run(f, layer.inputs.length, steps, lambda step: together(net.Y.comm, lambda: monitor(layer, step)))
 
     steps = net.steps if steps is None else steps
     return _layer_by_layer(net, initial, steps, solver_parameters, options_prefix, show)[0]
@@ -233,7 +237,7 @@ def _layer_by_layer(
     """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes those of one and returns f at its end."""
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
-    steps = 8 * net.steps if steps is None else steps
+    steps = 8 * net.steps if steps is None else integer("steps", steps)
     f = np.array(Y.values(initial))
     layer: LayerTrajectory
 
@@ -246,8 +250,7 @@ def _layer_by_layer(
         Bw = layer.inputs.factors.apply(layer.beta(t), w)
         return -sigma.derivative(layer.argument(t, f)) * Bw
 
-    parameters = SOLVER_PARAMETERS | (solver_parameters or {})
-    with FieldStepper(Y, f.shape[1], rate, linearised, parameters, options_prefix) as stepper:
+    with FieldStepper(Y, f.shape[1], rate, linearised, solver_parameters, options_prefix) as stepper:
         for l, part in enumerate(net.layer_inputs()):
             layer = LayerTrajectory(part, None, [])
             f = one_layer(stepper, layer, f, steps)

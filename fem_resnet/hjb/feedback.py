@@ -16,15 +16,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fem_resnet.arguments import integer, number
+from fem_resnet.arguments import instance, integer, number
 from fem_resnet.control.hamiltonian import Controls
 from fem_resnet.hjb.speeds import Choice
 from fem_resnet.hjb.value_function import ValueFunction
+from fem_resnet.ranks import same, together
 
 __all__ = ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"]
 
 
 def _choose(F: ValueFunction, states: np.ndarray, t: float) -> Choice:
+    """The best rows; L and A may be a user's functions, so call it on all ranks together."""
     # A step of the scheme goes to F at its end, which is known a cell further on each side.
     slopes = F.slopes(states, F.times[F.level(t) + 1])
     return F.speeds.choose(list(states), *slopes)
@@ -47,7 +49,8 @@ def feedback_speeds(F: ValueFunction, v: np.ndarray, t: float) -> np.ndarray:
     ValueError
         If v is not in the grid, or t not in [0, T].
     """
-    return _choose(F, F.states(v, t), t).speeds[F.cells.own]
+    states = _known(F).states(v, t)
+    return together(F.cells.Y.comm, lambda: _choose(F, states, t)).speeds[F.cells.own]
 
 
 def feedback_controls(F: ValueFunction, v: np.ndarray, t: float) -> Controls:
@@ -56,10 +59,10 @@ def feedback_controls(F: ValueFunction, v: np.ndarray, t: float) -> Controls:
     b~ has rank 2 at most where L does not depend on (a, b), as in (4.10), else one row a cell. Parameters and errors are those
     of `feedback_speeds`; v has the shape (nodes,).
     """
-    states = F.states(v, t)
+    states = _known(F).states(v, t)
     if states.shape[1] != 1:
         raise ValueError(f"v: one state is wanted, {states.shape[1]} were given")
-    choice = _choose(F, states, t)
+    choice = together(F.cells.Y.comm, lambda: _choose(F, states, t))
     own = F.cells.own
     return Controls(*(part[..., 0][own] for part in (choice.a, choice.phi, choice.psi)))
 
@@ -85,7 +88,18 @@ class ClosedLoop:
     cost: np.ndarray
 
     def controls(self, step: int, sample: int = 0) -> Controls:
-        """Those of a step, constant on it. Collective."""
+        """Those of a step, constant on it. Collective.
+
+        Parameters
+        ----------
+        step
+            From 0 to steps - 1.
+        sample
+            From 0 to samples - 1.
+        """
+        same(self.F.cells.Y.comm, step=step, sample=sample)
+        step = integer("step", step, least=0, most=len(self.times) - 2)
+        sample = integer("sample", sample, least=0, most=self.cost.size - 1)
         return feedback_controls(self.F, self.states[step][:, sample], self.times[step])
 
 
@@ -117,17 +131,28 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
     >>> loop.states[-1].round(2), loop.cost.round(2)
     (array([[1.]]), array([0.5]))
     """
+    comm = _known(F).cells.Y.comm
+    same(comm, t=t, steps=steps)
     final, t = F.times[-1], number("t", t)
     if not 0 <= t < final:
         raise ValueError(f"t: a time in [0, {final:g}) is wanted, {t!r} was given")
     if steps is not None:
         steps = integer("steps", steps)
     times = np.append(t, F.times[F.times > t]) if steps is None else np.linspace(t, final, steps + 1)
-    states = [F.states(v, t)]
-    cost = 0.0
+    start = F.states(v, t)
+    states, cost = together(comm, lambda: _followed(F, start, times))
+    return ClosedLoop(F, times, states[:, F.cells.own], cost)
+
+
+def _followed(F: ValueFunction, start: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """States at the times, shape (steps + 1, n, samples), and what they cost, shape (samples,)."""
+    states, cost = [start], 0.0
     for now, length in zip(times, np.diff(times)):
         choice = _choose(F, states[-1], now)
         cost = cost + length * choice.cost
         states.append(states[-1] + length * choice.speeds)
-    cost = cost + F.cells.weights @ (states[-1] - F.target[:, None]) ** 2 / 2
-    return ClosedLoop(F, times, np.array(states)[:, F.cells.own], cost)
+    return np.array(states), cost + F.cells.weights @ (states[-1] - F.target[:, None]) ** 2 / 2
+
+
+def _known(F: ValueFunction) -> ValueFunction:
+    return instance("F", F, ValueFunction, "solve_value_function makes one")

@@ -16,12 +16,14 @@ from __future__ import annotations
 import firedrake as fd
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import integer
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.hjb.local_feedback import LocalFeedback
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.ranks import same
 
 __all__ = ["LocalClosedLoop"]
 
@@ -63,8 +65,6 @@ class LocalClosedLoop(OnMesh):
         "running_of_controls", "many_samples", "weights", instead="take LocalFeedback, at t = 0",
     )  # fmt: skip
     def __init__(self, problem: LearningProblem, **options):
-        if not isinstance(problem, LearningProblem):
-            raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
         _refuse_other_regularisers(problem.regulariser)
         net, batch = problem.net, problem.batch
         with stop_annotating():
@@ -94,8 +94,10 @@ class LocalClosedLoop(OnMesh):
         state
             f(t_(l+1)).
         """
-        if layer not in range(len(self._layers)):
-            raise ValueError(f"layer: an integer from 0 to {len(self._layers) - 1} is wanted, {layer!r} was given")
+        feedback = self.feedbacks[0]
+        same(feedback.Y.comm, layer=layer)
+        layer = integer("layer", layer, least=0, most=len(self._layers) - 1)
+        feedback.check(state, "state")
         controls = self.feedbacks[layer](state)
         left = len(self._layers) - layer
         chosen = [controls[0], controls[left]]
@@ -107,6 +109,7 @@ class LocalClosedLoop(OnMesh):
 
     def __call__(self, inputs: fd.Function) -> list[fd.Function]:
         """All controls that the closed loop takes from these inputs on, in the order of ``problem.functions``."""
+        self.feedbacks[0].check(inputs, "inputs")
         steps, state = [], inputs
         for layer in range(len(self._layers)):
             controls, state = self.step(layer, state)

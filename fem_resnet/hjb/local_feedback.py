@@ -35,10 +35,11 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import number
+from fem_resnet.arguments import instance, number
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]
 
@@ -130,9 +131,8 @@ class LocalFeedback(OnMesh):
         solver_parameters: dict | None = None,
         options_prefix: str | None = None,
     ):
-        if not isinstance(problem, LearningProblem):
-            raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
         gradient_tolerance = number("gradient_tolerance", gradient_tolerance, least=0)
+        given, prefix = checked_options(solver_parameters), checked_prefix(options_prefix)
         self.problem, self.batch = problem, problem.batch
         self.Y = problem.net.Y
         own = problem.replace()  # nobody gives it another batch
@@ -160,10 +160,11 @@ class LocalFeedback(OnMesh):
         matrix.setUp()
         self._ksp = PETSc.KSP().create(comm)
         self._ksp.setOperators(matrix)
-        petsctools.set_from_options(
-            self._ksp, parameters=SOLVER_PARAMETERS | (solver_parameters or {}), options_prefix=options_prefix,
-            default_prefix="fem_resnet_feedback",
-        )  # fmt: skip
+        with petsc_refusals(given):
+            petsctools.set_from_options(
+                self._ksp, parameters=SOLVER_PARAMETERS | given, options_prefix=prefix, default_prefix="fem_resnet_feedback"
+            )
+        refuse_unread(unread(petsctools.get_options(self._ksp), given), f"a KSP of type {self._ksp.getType()!r}")
 
     def _norm(self, gradient: Sequence[fd.Function]) -> float:
         of = iter(gradient)
@@ -200,7 +201,7 @@ class LocalFeedback(OnMesh):
         RuntimeError
             If the KSP does not converge, as where J_uu is not positive definite.
         """
-        self._check(w, "w")
+        self.check(w, "w")
         with stop_annotating():
             mixed = self.action(None, w)[:-1]
             b = self._interface.new_petsc()
@@ -226,8 +227,15 @@ class LocalFeedback(OnMesh):
             return self.Y.riesz_map(self.action(change, w)[-1])
 
     def action(self, change: Sequence[fd.Function] | None, w: fd.Function | None) -> list[fd.Cofunction]:
-        """J's second derivative in u and v together, in the direction (change, w), None for zero: Cofunctions."""
+        """J's second derivative in u and v together, in the direction (change, w), None for zero: Cofunctions. Collective."""
         functions = [*self.controls, self.inputs]
+        if w is not None:
+            self.check(w, "w")
+        if change is not None:
+            for direction in instance("change", change, (Sequence, type(None))):
+                instance("change", direction, fd.Function)
+            if [d.function_space() for d in change] != [f.function_space() for f in self.controls]:
+                raise ValueError(f"change: {len(self.controls)} Functions of the spaces of `controls` are wanted, others were given")
         given = [*(len(self.controls) * [None] if change is None else change), w]
         # pyadjoint keeps directions on the tape.
         direction = [
@@ -237,13 +245,14 @@ class LocalFeedback(OnMesh):
         return self._joint.hessian(direction)
 
     def _difference(self, inputs: fd.Function) -> fd.Function:
-        self._check(inputs, "inputs")
+        self.check(inputs, "inputs")
         w = inputs.copy(deepcopy=True)
         w -= self.inputs
         return w
 
-    def _check(self, function: fd.Function, name: str) -> None:
-        self.Y.check_batch(function, name)
+    def check(self, function: fd.Function, name: str) -> None:
+        """Raise unless this is a batch as the problem's inputs. Collective."""
+        self.Y.check_batch(function, instance("name", name, str))
         if function.function_space() != self.inputs.function_space():
             raise ValueError(
                 f"{name}: a Function of {self.inputs.function_space()} is wanted, as the problem's inputs, "

@@ -24,6 +24,7 @@ from itertools import product
 import numpy as np
 
 from fem_resnet.activation.activation import Activation
+from fem_resnet.arguments import real_array
 from fem_resnet.control.control_set import ControlSet, Extreme
 from fem_resnet.label_domain.basis import node_numbers
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -168,7 +169,7 @@ class ExtremalSpeeds(Speeds):
 
     def _at(self, states: States, least: Extreme, largest: Extreme) -> _ExtremalAt:
         running = np.zeros_like if self._running is None else self._running
-        costs = [w * np.broadcast_to(running(v), v.shape) for w, v in zip(self.weights, states)]
+        costs = [w * _density(running, v) for w, v in zip(self.weights, states)]
         return _ExtremalAt(self.activation(least.value), self.activation(largest.value), costs)
 
     def choose(self, states: States, forward: Sequence[_Array], backward: Sequence[_Array]) -> Choice:
@@ -211,6 +212,11 @@ class _ExtremalAt:
     high: _Array
     costs: list
 
+    @property
+    def ends(self) -> tuple[_Array, _Array]:
+        """What of A and sigma the least depends on: ranks are compared by it."""
+        return self.low, self.high
+
     def differs(self, other: _ExtremalAt | _SampledAt) -> str | None:
         """Which arguments make other speeds or costs at the same states; None if none does."""
         if not isinstance(other, _ExtremalAt):
@@ -228,6 +234,14 @@ class _ExtremalAt:
         # Linear in the speed on both sides of 0: least at an end, or at 0 if that is inside.
         rate = np.minimum(_upwind(self.low, forward, backward), _upwind(self.high, forward, backward))
         return np.where((self.low <= 0) & (self.high >= 0), np.minimum(rate, 0.0), rate) + self.costs[i]
+
+
+def _density(running: Callable[..., _Array], v: _Array, *others) -> _Array:
+    """What a user's L returns at the values v of a cell."""
+    values = real_array("running", running(v, *others))
+    if values.shape not in ((), v.shape):
+        raise ValueError(f"running: values of the shape of f, {v.shape}, are wanted, {values.shape} was returned")
+    return np.broadcast_to(values, v.shape)
 
 
 def _of_costs(these: list[_Array], those: list[_Array]) -> str | None:
@@ -278,7 +292,7 @@ class SampledSpeeds(Speeds):
     def at(self, states: States) -> _SampledAt:
         """What is needed to minimise at these states many times."""
         costs = [
-            [w * np.broadcast_to(self._running(v, float(a), b, self.weights), v.shape) for a, b in zip(self.a, self.b)]
+            [w * _density(self._running, v, float(a), b, self.weights) for a, b in zip(self.a, self.b)]
             for w, v in zip(self.weights, states)
         ]
         return _SampledAt(self, states, costs)
@@ -310,6 +324,11 @@ class _SampledAt:
     rows: SampledSpeeds
     states: States
     costs: list[list[_Array]]
+
+    @property
+    def ends(self) -> tuple[_Array, _Array]:
+        """As of `_ExtremalAt`."""
+        return self.rows.a, self.rows.b
 
     def differs(self, other: _ExtremalAt | _SampledAt) -> str | None:
         """As of `_ExtremalAt`."""

@@ -35,12 +35,13 @@ from mpi4py import MPI
 from scipy.ndimage import map_coordinates
 
 from fem_resnet.activation.activation import Activation, get_activation
-from fem_resnet.arguments import integer, number
+from fem_resnet.arguments import function, instance, integer, number, real_array
 from fem_resnet.control.control_set import ControlSet
 from fem_resnet.hjb.speeds import Cells, ExtremalSpeeds, SampledSpeeds, Speeds
-from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.log import log
+from fem_resnet.ranks import same, together
 
 __all__ = ["ValueFunction", "solve_value_function"]
 
@@ -85,7 +86,8 @@ class ValueFunction:
     values: list[np.ndarray]
 
     def axes(self, level: int) -> list[np.ndarray]:
-        """The grid at `times[level]`: n arrays."""
+        """The grid at `times[level]`, from the first or, where it is negative, from the last: n arrays."""
+        level = integer("level", level, least=-len(self.times), most=len(self.times) - 1)
         return _axes(self.boxes[level], self.spacing)
 
     def level(self, t: float) -> int:
@@ -130,9 +132,11 @@ class ValueFunction:
 
         Raises
         ------
-        ValueError
-            If one is not.
+        TypeError, ValueError
+            If one is not, or t is not in [0, T]; on all ranks alike.
         """
+        same(self.cells.Y.comm, t=t, spare=spare)
+        spare = integer("spare", spare, least=0)
         states = self.cells.gather_batch(v, "v")
         low, high = self.spacing * (self.boxes[self.level(t)] + [[spare], [-spare]])[:, :, None]
         beyond = np.maximum(low - states, states - high)
@@ -146,6 +150,7 @@ class ValueFunction:
 
     def at(self, states: np.ndarray, t: float) -> np.ndarray:
         """F at states on all cells, shape (n, m); at the nearest point of the grid for those outside of it."""
+        states = self._on_all_cells(states)
         k = self.level(t)
         share = (t - self.times[k]) / (self.times[k + 1] - self.times[k])
 
@@ -157,11 +162,15 @@ class ValueFunction:
 
     def slopes(self, states: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
         """One-sided differences dF/dv_i over one spacing, forward and backward, each of shape (n, m)."""
+        states = self._on_all_cells(states)
         here, size = self.at(states, t), self.spacing
         beside = [
             np.array([self.at(states + sign * size * unit[:, None], t) for unit in np.eye(len(states))]) for sign in (1, -1)
         ]
         return (beside[0] - here) / size, (here - beside[1]) / size
+
+    def _on_all_cells(self, states: np.ndarray) -> np.ndarray:
+        return real_array("states", states, (len(self.cells.weights), "states"))
 
 
 def _axes(box: np.ndarray, spacing: float) -> list[np.ndarray]:
@@ -219,8 +228,10 @@ def solve_value_function(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If an argument is not what is said above, or the grids need more memory: the message says how much. On all ranks alike.
+    Exception
+        What `running` or the monitor raises on one rank, on all of them.
 
     Examples
     --------
@@ -230,25 +241,36 @@ def solve_value_function(
     >>> F([0.0], 0.0).round(2)  # the speed is at most 1, so that 1 is left of the way to 2
     array([0.5])
     """
+    check_label_space(Y)
+    same(
+        Y.comm, A=A, activation=activation, final_time=final_time, spacing=spacing, running=running, samples=samples,
+        memory=memory, monitor=callable(monitor), resume=type(resume),
+    )  # fmt: skip
+    instance("A", A, ControlSet)
     activation = get_activation(activation)
     if Y.size > _LARGEST:
         raise ValueError(f"Y: at most {_LARGEST} nodes are wanted, it has {Y.size}: the grid of v has as many dimensions")
     final_time, spacing = number("final_time", final_time, above=0), number("spacing", spacing, above=0)
-    memory = number("memory", memory, above=0)
+    memory, samples = number("memory", memory, above=0), integer("samples", samples, least=2)
+    if monitor is not None:
+        function("monitor", monitor, "a function of the time")
+    instance("resume", resume, (ValueFunction, type(None)))
     cells = Cells(Y)
     target = cells.gather_batch(target, "target")
     if target.shape[1] != 1:
         raise ValueError(f"target: shape (nodes,) is wanted, {target.shape[1]} samples were given")
     start = cells.gather_batch(start, "start")
-    speeds = _speeds(Y, cells, A, activation, running, samples)
+    speeds = together(Y.comm, lambda: _speeds(Y, cells, A, activation, running, samples))
 
     # A cell more on each side, for differences at the start.
     first = np.floor(start.min(axis=1) / spacing + 1e-9).astype(int) - 1
     last = np.ceil(start.max(axis=1) / spacing - 1e-9).astype(int) + 1
-    boxes, times = _levels(Y, speeds, np.stack([first, last]), spacing, final_time, memory)
+    boxes, times = together(Y.comm, lambda: _levels(Y, speeds, np.stack([first, last]), spacing, final_time, memory))
     states = np.meshgrid(*_axes(boxes[-1], spacing), indexing="ij", sparse=True)
     values = [sum(w * (v - f) ** 2 for w, v, f in zip(cells.weights, states, target[:, 0])) / 2]
-    here = speeds.at(states)
+    here = together(Y.comm, lambda: speeds.at(states))
+    # Each rank computes all of F: with another density on one of them it would have another F.
+    same(Y.comm, A=here.ends, running=here.costs)
     if resume is not None:
         wanted = ValueFunction(cells, speeds, target[:, 0], float(spacing), times, boxes, [])
         _refuse_other(resume, wanted, here.differs(resume.speeds.at(states)))
@@ -262,7 +284,8 @@ def solve_value_function(
             _step(here, values[-1], boxes[[k, k + 1, -1]], times[k + 1] - times[k], spacing, orders[(done - 1) % 2])
         )
         if monitor is not None:
-            stopped = Y.comm.allreduce(bool(monitor(times[k])), op=MPI.LOR)
+            said = together(Y.comm, lambda: bool(monitor(float(times[k]))))
+            stopped = Y.comm.allreduce(said, op=MPI.LOR)
         if done * 10 // steps > (done - 1) * 10 // steps:
             log(Y.comm, logging.INFO, "value function: t = %.3g, step %d of %d", times[k], done, steps)
     first = steps + 1 - len(values)
@@ -295,6 +318,8 @@ def _refuse_other(solution: ValueFunction, wanted: ValueFunction, of_speeds: str
 def _speeds(Y: LabelSpace, cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:
     if isinstance(running, RunningCost):
         running = _density(running)
+    elif running is not None:
+        function("running", running, "a RunningCost, or a function L(f) or L(f, a, b, w)")
     arguments = 1 if running is None else len(inspect.signature(running).parameters)
     if arguments not in (1, 4):
         raise ValueError(f"running: a function L(f) or L(f, a, b, w) is wanted, one of {arguments} arguments was given")
@@ -302,7 +327,6 @@ def _speeds(Y: LabelSpace, cells: Cells, A: ControlSet, activation: Activation, 
         if caveat := activation.properties.caveat("non_decreasing"):
             log(Y.comm, logging.WARNING, "the speeds of each cell are taken for the interval between the extremal ones: %s", caveat)
         return ExtremalSpeeds(cells.weights, A, activation, running)
-    samples = integer("samples", samples, least=2)
     of_state = np.zeros_like if running is None else running
     general = running if arguments == 4 else lambda f, a, b, w: of_state(f)
     return SampledSpeeds(cells.weights, A, activation, general, samples)

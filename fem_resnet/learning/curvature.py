@@ -22,9 +22,10 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface
 from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 
-from fem_resnet.arguments import integer
+from fem_resnet.arguments import flag, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.time_stepping.petsc import shell
 
 __all__ = ["EIGENSOLVER_PARAMETERS", "Spectrum", "hessian_spectrum"]
@@ -51,7 +52,8 @@ class Spectrum:
     residuals: np.ndarray
 
     def variance(self, weight: float) -> np.ndarray:
-        """lambda / (lambda + mu_i): what is left of the prior's variance in v_i, for Tikhonov's weight lambda."""
+        """lambda / (lambda + mu_i): what is left of the prior's variance in v_i, for Tikhonov's weight lambda > 0."""
+        weight = number("weight", weight, above=0)
         return weight / (weight + self.values)
 
 
@@ -94,7 +96,8 @@ def hessian_spectrum(
     >>> spectrum.variance(1e-2)  # doctest: +SKIP
     """
     size = sum(parameter.dim for parameter in problem.parameters)
-    count = integer("count", count, most=size)
+    count, gauss_newton = integer("count", count, most=size), flag("gauss_newton", gauss_newton)
+    given, prefix = checked_options(solver_parameters), checked_prefix(options_prefix)
     loss = problem.replace(regulariser=None)
     functional = loss.reduced_functional(gauss_newton=gauss_newton)
     comm, functions = problem.net.Y.comm, problem.functions
@@ -109,10 +112,13 @@ def hessian_spectrum(
         ksp.setType("preonly")
         ksp.getPC().setType("python")
         ksp.getPC().setPythonContext(_Inverse(pencil))
-        petsctools.set_from_options(
-            eps, parameters=EIGENSOLVER_PARAMETERS | (solver_parameters or {}), options_prefix=options_prefix,
-            default_prefix="fem_resnet_curvature",
-        )  # fmt: skip
+        with petsc_refusals(given):
+            petsctools.set_from_options(
+                eps, parameters=EIGENSOLVER_PARAMETERS | given, options_prefix=prefix, default_prefix="fem_resnet_curvature"
+            )
+            with petsctools.inserted_options(eps):
+                eps.setUp()  # what solvers of their own read, and refuse, they do here
+        refuse_unread(unread(petsctools.get_options(eps), given), f"an EPS of type {eps.getType()!r}")
         with petsctools.inserted_options(eps):
             eps.solve()
         if eps.getConverged() < count:

@@ -26,6 +26,7 @@ from scipy.interpolate import KroghInterpolator
 
 from fem_resnet.arguments import integer
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.time_stepping.options import in_force, refuse_time_options
 from fem_resnet.time_stepping.petsc import adapt_type, register_rk, rk_tableau, stage_values, weakly
 
@@ -140,12 +141,15 @@ class FieldStepper:
     derivative
         ``derivative(moment, y, x)``: the derivative of the rate at y in the direction x, for implicit types.
     parameters, options_prefix
-        PETSc options of the TS: `rk` of any tableau, `theta`, `beuler` or `cn`, with fixed steps.
+        The user's options of the TS: `rk` of any tableau, `theta`, `beuler` or `cn`, with fixed steps.
+    defaults
+        Options over which they go.
 
     Raises
     ------
-    ValueError
-        If PETSc refuses the options, or they name another type, adapt the steps, or change start or end.
+    TypeError, ValueError
+        If they are no options, PETSc refuses them or does not ask for one, or they name another type, adapt the steps, or
+        change start or end.
     """
 
     def __init__(
@@ -154,16 +158,17 @@ class FieldStepper:
         samples: int,
         rate: Callable[[Moment, np.ndarray], np.ndarray],
         derivative: Callable[[Moment, np.ndarray, np.ndarray], np.ndarray],
-        parameters: dict,
+        parameters: dict | None,
         options_prefix: str | None,
+        defaults: dict = SOLVER_PARAMETERS,
     ):
         self.rate, self.derivative = rate, derivative
         self._shape = (Y.nodes, samples)
-        if parameters.get("ts_type") in _THETA_TYPES:
-            parameters = _IMPLICIT | parameters
-        options = petsctools.OptionsManager(
-            {"ts_adapt_type": "none"} | parameters, options_prefix=options_prefix, default_prefix="fem_resnet_field_"
-        )
+        given, prefix = checked_options(parameters), checked_prefix(options_prefix)
+        known = {"ts_adapt_type": "none"} | defaults | given
+        if known.get("ts_type") in _THETA_TYPES:
+            known = _IMPLICIT | known
+        options = petsctools.OptionsManager(known, options_prefix=prefix, default_prefix="fem_resnet_field_")
         with options.inserted_options():
             refuse_time_options(in_force(options.options_prefix))
         local = Y.nodes * samples
@@ -175,10 +180,9 @@ class FieldStepper:
         ts.setPreStep(weakly(self._begin))
         ts.setPostStep(weakly(self._end))
         with options.inserted_options():
-            try:
+            with petsc_refusals(options.parameters):
                 ts.setFromOptions()
-            except PETSc.Error as error:
-                raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}") from error
+            refuse_unread(unread(options, given), f"a TS of type {ts.getType()!r} with fixed steps")
         if ts.getType() not in TYPES or adapt_type(ts) != "none":
             raise ValueError(
                 f"solver_parameters: 'ts_type' is {ts.getType()!r} and 'ts_adapt_type' {adapt_type(ts)!r}; fields are "

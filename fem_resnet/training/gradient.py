@@ -87,6 +87,7 @@ class Result:
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "ensemble",
     "derivatives", "observed_times", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
+    parted=("bounds",),
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train")
 def train(

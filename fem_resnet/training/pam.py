@@ -104,6 +104,7 @@ class PAMResult(Result):
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
     "many_samples", "weights", tool="train_pam, batches", when=lambda *given, batches=None, **options: batches is not None,
+    parted=("start",),
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_pam")
 def train_pam(

@@ -11,11 +11,13 @@ from pyadjoint import ReducedFunctional, Tape, set_working_tape
 from pyadjoint.enlisting import Enlist
 from pyadjoint.tape import continue_annotation, pause_annotation
 
+from fem_resnet.arguments import instance
 from fem_resnet.costate.comparison import costate_check
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.loss import least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.ranks import together
 from fem_resnet.tape.checkpoints import is_leaf
 from fem_resnet.time_stepping.evolution import TYPES
 from fem_resnet.time_stepping.methods import METHODS
@@ -316,7 +318,8 @@ def ranks(point: Point, make: Callable | None) -> Iterator[Check]:
         reason = "this is one rank" if comm.size == 1 else "the problem cannot be made on one rank; give `verify` what makes it"
         yield Check.left_out("ranks", "against one rank", reason)
         return
-    alone = Point(own(make(MPI.COMM_SELF)))
+    # Whatever the user's function raises on one rank is a finding on all.
+    alone = together(comm, lambda: Point(own(instance("problem", make(MPI.COMM_SELF), LearningProblem))))
     try:
         bound = max(1e-9, 10 * close(problem))
         here, there = _probes(point), _probes(alone)

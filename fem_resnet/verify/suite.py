@@ -15,12 +15,14 @@ from mpi4py import MPI
 from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
+from fem_resnet.arguments import flag, function, instance, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.ranks import same, together
 from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.verify import activations, behaviour, derivatives, quantities
 from fem_resnet.verify.point import Point, own, random_like
@@ -79,11 +81,15 @@ def verify(
     >>> verify(built_in, quick=True).passed
     True
     """
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit: a positive number of seconds is wanted, {time_limit!r} was given")
     comm = problem.net.Y.comm if isinstance(problem, LearningProblem) else MPI.COMM_WORLD
+    same(comm, problem=problem, quick=quick, exit_first=exit_first, time_limit=time_limit)
+    if not isinstance(problem, (LearningProblem, type(None))):
+        function("problem", problem, "a LearningProblem, or a function that makes one,")
+    quick, exit_first = flag("quick", quick), flag("exit_first", exit_first)
     if time_limit is None:
         time_limit = _TIME_LIMIT if comm.size > 1 else math.inf
+    else:
+        time_limit = number("time_limit", time_limit, above=0, below=2**31)
     with Watch(comm, time_limit) as watch:
         if problem is not None:
             return _verified(problem, quick, exit_first, watch)
@@ -103,18 +109,14 @@ def _verified(made: LearningProblem | Callable, quick: bool, exit_first: bool, w
     make, start = None, time.perf_counter()
     watch.begin(f"{name}: making the problem")
     if not isinstance(made, LearningProblem):
-        if not callable(made):
-            raise TypeError(f"problem: a LearningProblem, or a function that makes one, is wanted, {type(made).__name__} was given")
         takes_comm = _takes_communicator(made)
         make = made if takes_comm else None
         try:
-            made = made(MPI.COMM_WORLD) if takes_comm else made()
+            made = together(MPI.COMM_WORLD, lambda: _problem_by(make or made, *[MPI.COMM_WORLD] * takes_comm))
         except Exception as error:
             if not name:
                 raise
             return Report(name, [Check.broken("problem", "made", error)])
-    if not isinstance(made, LearningProblem):
-        raise TypeError(f"problem: a LearningProblem is wanted, {type(made).__name__} was made")
     was_annotating = annotate_tape()
     report = Report(_title(made))
     pause_annotation()
@@ -126,6 +128,10 @@ def _verified(made: LearningProblem | Callable, quick: bool, exit_first: bool, w
             continue_annotation()
     report.seconds = made.net.Y.comm.allreduce(time.perf_counter() - start, op=MPI.MAX)
     return report
+
+
+def _problem_by(make: Callable[..., LearningProblem], *arguments: MPI.Comm) -> LearningProblem:
+    return instance("problem", make(*arguments), LearningProblem, "that is what the function returned")
 
 
 def _takes_communicator(make: Callable) -> bool:

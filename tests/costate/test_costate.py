@@ -701,7 +701,7 @@ def test_arguments_that_do_not_fit_are_refused():
         solve_costate(solve_trajectory(net, inputs, solver_parameters={"ts_rk_type": "4"}), inputs, partner=True)
     with pytest.raises(ValueError, match="partner: the scheme of the trajectory, 6vr, has none: all its b_i must be"):
         solve_costate(trajectory, inputs, partner=True)
-    with pytest.raises(ValueError, match="layer: an integer from 0 to L = 3 is wanted, 4 was given"):
+    with pytest.raises(ValueError, match="layer: an integer from 0 to 3 is wanted, 4 was given"):
         costate.at_layer(4)
     with pytest.raises(ValueError, match="t: a time in a layer, from 0 to T = 1.3, is wanted, 1.5 was given"):
         costate(1.5)

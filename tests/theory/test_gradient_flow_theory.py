@@ -3,7 +3,6 @@
 from importlib import import_module
 from inspect import signature
 from pkgutil import walk_packages
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from numpy.testing import assert_allclose
 
 import fem_resnet.theory
 from fem_resnet import (
-    Basis, EnergyMonitor, GrowthMonitor, LinearisedFlow, LowRankKernel, ResidualNetwork, autonomous_problem,
+    Basis, EnergyMonitor, GrowthMonitor, LinearisedFlow, LowRankKernel, ResidualNetwork, Trajectory, autonomous_problem,
     depth_limit, duhamel, eigen_expansion, energy_conditions, energy_step_limit, find_equilibria, find_steady_states,
     from_network, frozen_spectra, integrated_norms, lipschitz_bound, observed_decay, picard, point_space, solve_linearised,
     stability_estimate, stability_report, stability_verdict, to_network, weighted_identity, well_posedness_constants,
@@ -423,9 +422,9 @@ REFUSED = {
     "energy_step_limit": energy_step_limit,
     "EnergyMonitor": EnergyMonitor,
     "GrowthMonitor": GrowthMonitor,
-    "solve_linearised": lambda net: solve_linearised(SimpleNamespace(net=net), None),
-    "duhamel": lambda net: duhamel(SimpleNamespace(net=net), []),
-    "weighted_identity": lambda net: weighted_identity(SimpleNamespace(net=net), None),
+    "solve_linearised": lambda net: solve_linearised(Trajectory(net, None, None, 1, []), None),
+    "duhamel": lambda net: duhamel(Trajectory(net, None, None, 1, []), []),
+    "weighted_identity": lambda net: weighted_identity(Trajectory(net, None, None, 1, []), None),
 }
 
 

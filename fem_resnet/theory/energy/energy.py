@@ -36,10 +36,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.activation.activation import Activation
+from fem_resnet.arguments import choice, instance
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import Fixed
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
+from fem_resnet.ranks import same
 from fem_resnet.time_stepping.evolution import Step
 from fem_resnet.theory.spectra.assumptions import (
     AUTONOMOUS, BELOW, IN_RANGE, LINEAR, NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions, problem_at_start,
@@ -145,6 +147,8 @@ class EnergyMonitor(Fixed):
 
     def __call__(self, layer: LayerTrajectory, step: Step) -> None:
         """Measure after a step. Collective."""
+        instance("layer", layer, LayerTrajectory)
+        instance("step", step, Step)
         start = layer.inputs.start
         if not self._rows:
             self._keep(start, self._measured(layer, start, step.first), 0.0, 0.0)
@@ -170,7 +174,7 @@ class EnergyMonitor(Fixed):
         ValueError
             If it is another network's.
         """
-        if run.net is not self._net:
+        if instance("run", run, Run).net is not self._net:
             raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         before = next(states)
@@ -233,10 +237,10 @@ class EnergyMonitor(Fixed):
         ValueError
             If nothing was measured, or there is no such name.
         """
-        if not self._rows or name not in self._rows[0]:
-            nothing = "nothing yet: let follow_trajectory call it, or watch a run"
-            there = ", ".join(self._rows[0]) if self._rows else nothing
-            raise ValueError(f"name: {name!r} was given, there is {there}")
+        same(self._Y.comm, name=name)
+        if not self._rows:
+            raise ValueError("name: nothing was measured yet: let follow_trajectory call the monitor, or watch a run")
+        choice("name", name, self._rows[0])
         return np.array([row[name] for row in self._rows])
 
     # -- what 3.2 says ------------------------------------------------------------------------------------------------

@@ -36,10 +36,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import linprog
 
+from fem_resnet.arguments import instance
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.theory.sensitivity.contraction import tableau
 from fem_resnet.theory.spectra.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
 from fem_resnet.theory.spectra.autonomous import autonomous_problem, sampled
 from fem_resnet.theory.spectra.singular_values import SingularSystem
@@ -124,6 +127,7 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
 
 def dissipation_ratio(system: SingularSystem) -> float:
     """kappa = inf (B_s v, v) / |B v|^2; -infinity if R(B) is not R(B^T), infinity for B = 0."""
+    instance("system", system, SingularSystem, "singular_system(kernel, beta) makes one")
     if not system.rank:
         return math.inf
     if 1 - system.gram_minimum > _SAME_RANGE:
@@ -171,7 +175,7 @@ def _limits(net: ResidualNetwork, met: set[str], kappa: float, scale: float) -> 
         ]
     if len(b) > _MOST_STAGES:
         return [(0.0, f"the constant of a method of {len(b)} stages is not looked for"), none]
-    radius = convex_energy_radius(tuple(map(tuple, A.tolist())), tuple(b.tolist()))
+    radius = convex_energy_radius(A, b)
     of_norm = radius / scale if scale else math.inf
     return [given(of_norm, f"{radius:.3f} / (sup |sigma'| |B|)", NON_NEGATIVE, SYMMETRIC, rising=True), none]
 
@@ -186,8 +190,7 @@ def _used_stages(A: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         used = more
 
 
-@cache
-def convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...]) -> float:
+def convex_energy_radius(A: ArrayLike, b: ArrayLike) -> float:
     """The constant of an explicit Runge-Kutta method by which convex energies fall over a step of a gradient flow.
 
     w_t = -grad G(w), G convex, grad G Lipschitz with the constant K: G(w_1) <= G(w_0) for h K up to this number, for
@@ -197,27 +200,40 @@ def convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...])
     Parameters
     ----------
     A, b
-        The tableau, as tuples; the first stage is the start of the step.
+        The tableau, shapes (stages, stages) and (stages,); the first stage is the start of the step.
 
     Returns
     -------
     float
         The largest h K for which there are multipliers that prove it; 0 if none were found.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no real numbers, the shapes do not fit, or the method is implicit.
+
     Examples
     --------
-    >>> round(convex_energy_radius(((0.0,),), (1.0,)), 2)
+    >>> round(convex_energy_radius([[0.0]], [1.0]), 2)
     2.0
     """
-    tableau = np.array(A), np.array(b)
+    A, b = tableau(A, b)
+    if np.triu(A).any():
+        raise ValueError("A: an explicit method, whose matrix is zero on and above the diagonal, is wanted")
+    return _convex_energy_radius(tuple(map(tuple, A.tolist())), tuple(b.tolist()))
+
+
+@cache
+def _convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...]) -> float:
+    method = np.array(A), np.array(b)
     # Points at which a form was negative show the same of its neighbours.
     directions = [*np.eye(len(b) + 1), np.full(len(b) + 1, (len(b) + 1) ** -0.5)]
     low, high = 0.0, 1.0
-    while high < 1e3 and _falls(*tableau, high, directions):
+    while high < 1e3 and _falls(*method, high, directions):
         low, high = high, 2 * high
     while high - low > 1e-3 * high and high > 1e-2:
         middle = (low + high) / 2
-        low, high = (middle, high) if _falls(*tableau, middle, directions) else (low, middle)
+        low, high = (middle, high) if _falls(*method, middle, directions) else (low, middle)
     return low
 
 

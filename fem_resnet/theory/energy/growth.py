@@ -29,13 +29,14 @@ import scipy.optimize
 
 from fem_resnet.activation.activation import Activation
 from fem_resnet.activation.properties import size
-from fem_resnet.arguments import choice, real_array
+from fem_resnet.arguments import choice, instance, real_array
 from fem_resnet.costate.trajectory import LayerTrajectory
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import Fixed
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.ranks import same
 from fem_resnet.theory.spectra.assumptions import AUTONOMOUS, NON_NEGATIVE, SIGN, energy_conditions
 from fem_resnet.theory.spectra.autonomous import sampled
 from fem_resnet.time_stepping.evolution import Step
@@ -146,6 +147,8 @@ class GrowthMonitor(Fixed):
 
     def __call__(self, layer: LayerTrajectory, step: Step) -> None:
         """Measure after a step. Collective."""
+        instance("layer", layer, LayerTrajectory)
+        instance("step", step, Step)
         start = layer.inputs.start
         if not self.times:
             self._begin(layer, step.first)
@@ -164,7 +167,7 @@ class GrowthMonitor(Fixed):
         ValueError
             If it is another network's.
         """
-        if run.net is not self._net:
+        if instance("run", run, Run).net is not self._net:
             raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
         states = (self._Y.values(f) for f in run.states())
         first = next(states)
@@ -190,6 +193,7 @@ class GrowthMonitor(Fixed):
         ValueError
             If nothing was measured, or the name is neither "L1" nor "L2".
         """
+        same(self._Y.comm, name=name)
         choice("name", name, ("L1", "L2"))
         if not self.times:
             raise ValueError("norms: nothing was measured yet: let follow_trajectory call the monitor, or watch a run")
@@ -375,9 +379,10 @@ def fit_growth(times: np.ndarray, norms: np.ndarray) -> GrowthFit:
     >>> [round(float(fit.power[0]), 6), round(float(fit.rate[1]), 6)], fit.verdicts
     ([1.0, 0.5], ['power', 'exponential', 'power', 'not decided'])
     """
-    times, norms = real_array("times", times), real_array("norms", norms, finite=False)
-    if norms.ndim != 2 or times.shape != norms.shape[:1] or len(times) < 4:
-        raise ValueError(f"norms: shape (times, samples), at least 4 times, is wanted, {norms.shape} was given")
+    times = real_array("times", times, ("times",))
+    if len(times) < 4 or not (np.diff(times) > 0).all():
+        raise ValueError(f"times: at least 4, rising, are wanted, {times.tolist()} were given")
+    norms = real_array("norms", norms, (len(times), "samples"), finite=False)
     late = times >= (times[0] + times[-1]) / 2
     if not (np.isfinite(norms[late]).all() and (norms[late] > 0).all() and times[late][0] > 0):
         raise ValueError("norms: positive and finite ones at positive times are wanted in the later half")

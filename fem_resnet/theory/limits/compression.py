@@ -28,8 +28,10 @@ from slepc4py import SLEPc
 
 from fem_resnet.arguments import integer, number, real_array
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.ranks import same
 from fem_resnet.theory.limits.cross_approximation import CrossApproximation, upper_limit
 from fem_resnet.theory.limits.kernel_values import KernelValues, draw_pairs
 
@@ -177,7 +179,9 @@ def compress(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what is said above, or b is zero or not finite.
+        If an argument is not what is said above, or b is zero or not finite; on all ranks alike.
+    Exception
+        What a callback raises on one rank, on all of them.
     RuntimeError
         If the rank would exceed the largest one, or SLEPc does not converge.
 
@@ -189,20 +193,29 @@ def compress(
     >>> found.rank, found.hilbert_schmidt.value < 1e-3 * found.norm
     (15, True)
     """
+    of_factors = isinstance(kernel, LowRankKernel)
+    for name, X in (("Y", Y), ("Z", Z)):
+        if of_factors and X is not None:
+            raise TypeError(f"{name}: a LowRankKernel has label domains of its own; leave it out")
+        if not of_factors and (X is not None or name == "Y"):
+            check_label_space(X, name)
+    same(
+        (kernel.phi.Y if of_factors else Y).comm, kernel=kernel, tolerance=tolerance, beta=beta, affordable=affordable,
+        largest_rank=largest_rank, confidence=confidence, seed=seed, solver_parameters=solver_parameters,
+        options_prefix=options_prefix,
+    )  # fmt: skip
     tolerance, confidence = number("tolerance", tolerance, above=0, below=1), number("confidence", confidence, above=0, below=1)
     largest_rank, seed = integer("largest_rank", largest_rank), integer("seed", seed, least=0)
     affordable = integer("affordable", affordable, least=0)
-    if isinstance(kernel, LowRankKernel):
+    options = checked_options(solver_parameters), checked_prefix(options_prefix)
+    if of_factors:
         return _of_factors(kernel, beta, tolerance, largest_rank)
     if beta is not None:
         raise ValueError(f"beta: it belongs to a LowRankKernel, {type(kernel).__name__} was given")
     Z = Y if Z is None else Z
-    for name, X in (("Y", Y), ("Z", Z)):
-        if not isinstance(X, LabelSpace):
-            raise TypeError(f"{name}: a LabelSpace is wanted, {type(X).__name__} was given")
     b = KernelValues(kernel, Y, Z)
     if Y.size * Z.size <= affordable:
-        return _of_all_values(b, tolerance, largest_rank, solver_parameters or {}, options_prefix)
+        return _of_all_values(b, tolerance, largest_rank, *options)
     return _of_crosses(b, tolerance, largest_rank, confidence, seed)
 
 
@@ -332,11 +345,13 @@ def _singular_triplets(
     svd = SLEPc.SVD().create(comm=A.comm)
     svd.setOperator(A)
     svd.setDimensions(nsv=count)
-    petsctools.set_from_options(
-        svd, parameters=SVD_PARAMETERS | parameters, options_prefix=prefix, default_prefix="fem_resnet_svd"
-    )
+    with petsc_refusals(parameters):
+        petsctools.set_from_options(
+            svd, parameters=SVD_PARAMETERS | parameters, options_prefix=prefix, default_prefix="fem_resnet_svd"
+        )
     with petsctools.inserted_options(svd):
         svd.solve()
+    refuse_unread(unread(petsctools.get_options(svd), parameters), f"an SVD of type {svd.getType()!r}")
     found = svd.getConverged()
     if found < count:
         raise RuntimeError(

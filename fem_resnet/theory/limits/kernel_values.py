@@ -16,9 +16,10 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import extract_coefficients
 
-from fem_resnet.arguments import real_array
+from fem_resnet.arguments import function, real_array
 from fem_resnet.label_domain.basis import node_numbers
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.ranks import together
 
 __all__ = ["KernelValues", "Nodes", "Sample", "draw_pairs"]
 
@@ -156,13 +157,13 @@ class KernelValues:
     """
 
     def __init__(self, kernel, Y: LabelSpace, Z: LabelSpace):
-        self.evaluations = 0
+        self.evaluations, self._comm = 0, Y.comm
         if isinstance(kernel, tuple):
             self._b: Callable = _of_ufl(*_checked(kernel, Y, Z))
         elif isinstance(kernel, ufl.core.expr.Expr):
             raise TypeError("kernel: a UFL expression is wanted as (expression, y, z), with the two points that it depends on")
         elif callable(kernel):
-            self._b = kernel
+            self._b = function("kernel", kernel, "b(y, z), a UFL expression with its arguments, a matrix or a LowRankKernel")
         else:
             matrix = real_array("kernel", kernel)
             if matrix.shape != (Y.size, Z.size):
@@ -176,10 +177,15 @@ class KernelValues:
         self.y, self.z = (Nodes(X, X.coordinates) for X in (Y, Z))
         # Once on all ranks alike, also those without nodes, so that what is wrong with b is raised on all.
         y, z = (nodes.from_owner(nodes.largest(nodes.Y.weights), nodes.places)[0] for nodes in (self.y, self.z))
-        self._evaluated(np.tile(y, (2, 1, 1)), np.tile(z, (1, 3, 1)))
+        together(self._comm, lambda: self._evaluated(np.tile(y, (2, 1, 1)), np.tile(z, (1, 3, 1))))
 
     def block(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """b at all pairs of places, (m, d) and (n, d) to (m, n). Collective."""
+        values = together(self._comm, lambda: self._block(y, z))
+        self.evaluations += values.size
+        return self._finite(values)
+
+    def _block(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         values = np.empty((len(y), len(z)))
         rows = max(1, _BLOCK // max(len(z), 1))
         columns = _BLOCK
@@ -187,13 +193,12 @@ class KernelValues:
             for j in range(0, len(z), columns):
                 here = y[i : i + rows, None], z[None, j : j + columns]
                 values[i : i + rows, j : j + columns] = self._evaluated(*here)
-        self.evaluations += values.size
-        return self._finite(values)
+        return values
 
     def pairs(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """b at pairs of places, (m, d) and (m, d) to (m,), the same on all ranks. Collective."""
         self.evaluations += len(y) if self.y.Y.comm.rank == 0 else 0
-        return self._finite(self._evaluated(y, z) if len(y) else np.empty(0))
+        return self._finite(together(self._comm, lambda: self._evaluated(y, z) if len(y) else np.empty(0)))
 
     def _evaluated(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         shape = np.broadcast_shapes(y.shape, z.shape)[:-1]

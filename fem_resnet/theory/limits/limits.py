@@ -24,13 +24,14 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import integer
+from fem_resnet.arguments import function, instance, integer
 from fem_resnet.costate.costate import solve_costate
 from fem_resnet.costate.trajectory import solve_trajectory
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.ranks import together
 
 __all__ = ["Convergence", "depth_limit", "width_limit"]
 
@@ -169,9 +170,13 @@ def width_limit(
     >>> bool(1.5 < found.orders[0] < 2.7)
     True
     """
-    spaces = list(spaces)
-    if len(spaces) < 2 or not all(isinstance(Y, LabelSpace) for Y in spaces):
-        raise TypeError(f"spaces: at least two LabelSpaces are wanted, {spaces!r} was given")
+    function("initial", initial, "a function of coordinates")
+    if terminal is not None:
+        function("terminal", terminal, "a function of coordinates")
+    for Y in instance("spaces", spaces, Sequence):
+        instance("spaces", Y, LabelSpace)
+    if len(spaces) < 2:
+        raise ValueError(f"spaces: at least two LabelSpaces are wanted, {spaces!r} was given")
     sizes = np.array([(Y.measure / Y.size) ** (1 / Y.V.mesh().topological_dimension) for Y in spaces])
     if not (np.diff(sizes) < 0).all():
         raise ValueError(f"spaces: they are to become finer, their mean mesh sizes are {sizes.tolist()}")
@@ -179,11 +184,12 @@ def width_limit(
         moments = []
         for Y in spaces:
             moved = net.on(Y)
-            f = Y.batch(initial(Y.coordinates), "initial")
+            x = Y.coordinates
+            f = Y.batch(together(Y.comm, lambda: initial(x)), "initial")
             if terminal is None:
                 compared = moved(f)
             else:
-                r = Y.batch(terminal(Y.coordinates), "terminal")
+                r = Y.batch(together(Y.comm, lambda: terminal(x)), "terminal")
                 compared = solve_costate(solve_trajectory(moved, f), r).at_layer(0)
             phi: Basis = moved.bases["phi"][-1]
             moments.append(phi.project(Y.values(compared)))

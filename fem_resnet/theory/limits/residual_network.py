@@ -28,8 +28,9 @@ from numpy.typing import ArrayLike
 from fem_resnet.arguments import real_array
 from fem_resnet.features import HELD, supports
 from fem_resnet.label_domain.basis import cell_indicators, node_numbers
-from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.ranks import same
 
 __all__ = ["NetworkArrays", "from_network", "state_array", "to_network"]
 
@@ -107,8 +108,8 @@ def from_network(
     >>> bool(abs(state_array(Y, net(initial))[:, 0] - z).max() < 1e-15)
     True
     """
-    if not isinstance(partition, LabelSpace):
-        raise TypeError(f"partition: a LabelSpace is wanted, {type(partition).__name__} was given")
+    check_label_space(partition, "partition")
+    same(partition.comm, a=a, B=B, z_0=z_0, tau=tau)
     cells = cell_indicators(partition)
     N = cells.rank
     a, B, z_0 = (real_array(name, array) for name, array in (("a", a), ("B", B), ("z_0", z_0)))
@@ -166,6 +167,7 @@ def state_array(Y: LabelSpace, function: fd.Function) -> np.ndarray:
     numpy.ndarray
         z, shape (N, samples), float64.
     """
+    check_label_space(Y)
     Y.check_batch(function, "function")
     return _on_all_ranks(Y, Y.values(function))
 

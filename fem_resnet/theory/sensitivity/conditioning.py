@@ -34,12 +34,14 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import flag, integer, real_array
 from fem_resnet.costate.trajectory import like
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
+from fem_resnet.ranks import same
 from fem_resnet.tape.blocks import made
 from fem_resnet.theory.sensitivity.propagator import Propagator, joint_span
 from fem_resnet.theory.spectra.frozen_spectra import frozen_eigenvalues
@@ -177,10 +179,8 @@ class LinearisedFlow(OnMesh):
         ValueError
             If an argument does not fit.
         """
-        start, end = self._interval(start, end)
-        if not isinstance(sample, (int, np.integer)) or not 0 <= sample < self.states[0].shape[1]:
-            last = self.states[0].shape[1] - 1
-            raise ValueError(f"sample: an integer from 0 to {last} is wanted, {sample!r} was given")
+        start, end = self._interval(start, end, sample=sample)
+        sample = self._sample(sample)
         Z = self.basis.values
         runs = -(-Z.shape[1] // _TOGETHER)
         together = -(-Z.shape[1] // runs)
@@ -221,8 +221,8 @@ class LinearisedFlow(OnMesh):
         ValueError
             If `start` and `end` do not fit.
         """
-        start, end = self._interval(start, end)
-        total = 0.0
+        start, end = self._interval(start, end, operator_norm=operator_norm)
+        operator_norm, total = flag("operator_norm", operator_norm), 0.0
         for inputs in self._layers[start:end]:
             # A norm is convex in t here, so that the trapezoidal rule is not below the integral.
             parts = 1 if inputs.beta.is_constant else 16
@@ -239,13 +239,17 @@ class LinearisedFlow(OnMesh):
 
     def by_bias(self, layer: int, r: np.ndarray) -> np.ndarray:
         """What (4.3) has of a co-state at the start of a layer, sigma'(u) r, or sigma'(u) B r of a gradient flow. Collective."""
-        inputs = self._layers[layer]
+        inputs, Y = self._layers[self._layer(layer)], self.net.Y
+        r = real_array("r", r, (Y.nodes, "samples"), comm=Y.comm)
+        if r.shape[1] not in (1, self.states[0].shape[1]):
+            raise ValueError(f"r: one sample, or as many as f has, {self.states[0].shape[1]}, are wanted, {r.shape[1]} were given")
         if self.net.gradient_flow:
             r = inputs.factors.apply(inputs.beta.coefficients(0.0), r)
         return self.slope(layer) * r
 
     def slope(self, layer: int) -> np.ndarray:
         """sigma'(u) at the start of a layer, u = a - B f, at the owned nodes, shape (nodes, samples). Collective."""
+        layer = self._layer(layer)
         inputs, f = self._layers[layer], self.states[layer]
         Bf = inputs.factors.apply(inputs.beta.coefficients(0.0), f)
         return self.net.activation.derivative(inputs.bias.coefficients(0.0)[:, None] - Bf)
@@ -264,7 +268,9 @@ class LinearisedFlow(OnMesh):
         sample
             Which sample.
         """
-        return frozen_eigenvalues(self.net, self._layers[layer], 0.0, self.slope(layer)[:, sample])
+        slope = self.slope(layer)
+        same(self.net.Y.comm, sample=sample)
+        return frozen_eigenvalues(self.net, self._layers[layer], 0.0, slope[:, self._sample(sample)])
 
     def _step(self, layer: int, f: np.ndarray, w: np.ndarray) -> np.ndarray:
         segment, coefficients = self._of_samples(w.shape[1])[layer], self._coefficients[layer]
@@ -281,14 +287,19 @@ class LinearisedFlow(OnMesh):
             self._segments[samples] = segments
         return self._segments[samples]
 
-    def _interval(self, start: int, end: int | None) -> tuple[int, int]:
+    def _interval(self, start: int, end: int | None, **others: object) -> tuple[int, int]:
+        """Numbers of layer times from outside, compared between the ranks with the door's other arguments."""
+        same(self.net.Y.comm, start=start, end=end, **others)
         last = self.net.layers
-        end = last if end is None else end
-        if not all(isinstance(n, (int, np.integer)) for n in (start, end)) or not 0 <= start <= end <= last:
-            raise ValueError(
-                f"start, end: integers 0 <= start <= end <= L = {last} are wanted, {start!r}, {end!r} were given"
-            )
-        return int(start), int(end)
+        start = integer("start", start, least=0, most=last)
+        return start, last if end is None else integer("end", end, least=start, most=last)
+
+    def _layer(self, layer: int) -> int:
+        same(self.net.Y.comm, layer=layer)
+        return integer("layer", layer, least=0, most=len(self._layers) - 1)
+
+    def _sample(self, sample: int) -> int:
+        return integer("sample", sample, least=0, most=self.states[0].shape[1] - 1)
 
     def _read(self, function: fd.Function, name: str) -> np.ndarray:
         self.net.Y.check_batch(function, name)

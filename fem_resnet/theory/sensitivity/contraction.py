@@ -36,7 +36,7 @@ from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.theory.spectra.autonomous import sampled
 
-__all__ = ["LipschitzBound", "circle_radius", "lipschitz_bound"]
+__all__ = ["LipschitzBound", "circle_radius", "lipschitz_bound", "tableau"]
 
 #: What is left of exact zeros in products of coefficients of size one.
 _ROUND_OFF = 1e-12
@@ -62,25 +62,29 @@ def circle_radius(A: ArrayLike, b: ArrayLike) -> float:
 
     Raises
     ------
-    ValueError
-        If the shapes do not fit.
+    TypeError, ValueError
+        If they are no real numbers, or the shapes do not fit.
 
     Examples
     --------
     >>> circle_radius([[0.0]], [1.0]), circle_radius([[0.5]], [1.0])
     (1.0, inf)
     """
-    A, b = real_array("A", A), real_array("b", b)
-    if b.ndim != 1 or A.shape != (len(b), len(b)):
-        raise ValueError(f"A, b: shapes (s, s) and (s,) are wanted, {A.shape} and {b.shape} were given")
+    A, b = tableau(A, b)
     m = b[:, None] * A
     m = m + m.T - np.outer(b, b)
     acting = np.abs(b) > _ROUND_OFF
-    if b[acting].min() < 0 or np.abs(m[~acting]).max(initial=0.0) > _ROUND_OFF:
+    if b[acting].min(initial=0.0) < 0 or not acting.any() or np.abs(m[~acting]).max(initial=0.0) > _ROUND_OFF:
         return 0.0
     root = np.sqrt(b[acting])
     smallest = np.linalg.eigvalsh(m[np.ix_(acting, acting)] / np.outer(root, root))[0]
     return float(-1 / smallest) if smallest < -_ROUND_OFF else np.inf
+
+
+def tableau(A: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Matrix and weights of a Runge-Kutta method from outside, shapes (stages, stages) and (stages,)."""
+    b = real_array("b", b, ("stages",))
+    return real_array("A", A, (len(b), len(b))), b
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def scheme_of(net: ResidualNetwork) -> Scheme | None:
     parameters = net.solver_parameters
     if parameters["ts_type"] not in TYPES or parameters["ts_adapt_type"] != "none":
         return None
-    with FieldStepper(net.Y, 1, None, None, parameters, None) as stepper:
+    with FieldStepper(net.Y, 1, None, None, None, None, parameters) as stepper:
         return stepper.scheme
 
 

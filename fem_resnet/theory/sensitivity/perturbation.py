@@ -30,10 +30,10 @@ from dataclasses import dataclass
 import firedrake as fd
 import numpy as np
 
-from fem_resnet.arguments import number
+from fem_resnet.arguments import instance, number
 from fem_resnet.costate.trajectory import LayerTrajectory, Trajectory, like
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.time_stepping.evolution import SOLVER_PARAMETERS, FieldStepper, Moment
+from fem_resnet.time_stepping.evolution import FieldStepper, Moment
 
 __all__ = ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"]
 
@@ -71,12 +71,9 @@ def solve_linearised(
     TypeError, ValueError
         If an argument does not fit.
     """
-    times = trajectory.net.times
-    start, end = number("start", start), times[-1] if end is None else number("end", end)
-    if not times[0] <= start <= end <= times[-1]:
-        raise ValueError(
-            f"start, end: times 0 <= start <= end <= T = {times[-1]:g} are wanted, {start!r}, {end!r} were given"
-        )
+    final = float(trajectory.net.times[-1])
+    start = number("start", start, least=0, most=final)
+    end = final if end is None else number("end", end, least=start, most=final)
     w = _read(trajectory, direction)
     with _Linearised(trajectory, solver_parameters, options_prefix) as linearised:
         for layer in trajectory.layers:
@@ -129,6 +126,8 @@ def duhamel(
     """
     net = trajectory.net
     own = [*net.bias.functions, *net.kernel.functions]
+    for direction in instance("directions", directions, Sequence, "one Function each of net.bias.functions and net.kernel.functions"):
+        instance("directions", direction, fd.Function)
     spaces = [function.function_space() for function in own]
     if [d.function_space() for d in directions] != spaces:
         raise ValueError(
@@ -248,10 +247,10 @@ class _Linearised:
 
     def __init__(self, trajectory: Trajectory, solver_parameters: dict | None, options_prefix: str | None):
         self._trajectory = trajectory
-        Y, parameters = trajectory.net.Y, SOLVER_PARAMETERS | (solver_parameters or {})
+        Y = trajectory.net.Y
         samples = Y.values(trajectory.final).shape[1]
         self._stepper = FieldStepper(
-            Y, samples, self._rate, lambda moment, w, x: self._rate(moment, x), parameters, options_prefix
+            Y, samples, self._rate, lambda moment, w, x: self._rate(moment, x), solver_parameters, options_prefix
         )
 
     def __enter__(self) -> _Linearised:

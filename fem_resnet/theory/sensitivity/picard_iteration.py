@@ -20,7 +20,7 @@ import numpy as np
 from numpy.polynomial import Legendre, Polynomial
 from scipy.special import factorial
 
-from fem_resnet.arguments import integer, number
+from fem_resnet.arguments import flag, integer, number
 from fem_resnet.costate.trajectory import like
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layers.inputs import LayerInputs
@@ -162,6 +162,7 @@ def picard(
     (7.389056099, [2.0, 2.0, 1.333333, 0.666667])
     """
     tolerance, max_iterations = number("tolerance", tolerance, least=0), integer("max_iterations", max_iterations)
+    split = flag("split", split)
     Y = net.Y
     Y.check_batch(initial, "initial")
     substeps = _substeps(net)

@@ -19,11 +19,13 @@ from functools import cached_property
 import firedrake as fd
 import numpy as np
 
+from fem_resnet.arguments import instance, integer, real_array
 from fem_resnet.costate.trajectory import like
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.retraction import orthonormal
+from fem_resnet.ranks import same
 
 __all__ = ["Propagator", "joint_span"]
 
@@ -53,24 +55,25 @@ class Propagator(OnMesh):
     """
 
     def __init__(self, basis: Basis, added: np.ndarray, times: tuple[float, float]):
-        self.basis = basis
-        self.added = added
-        self.times = times
+        self.basis = instance("basis", basis, Basis)
+        same(basis.Y.comm, times=times)
+        self.added = real_array("added", added, (basis.Y.nodes, basis.rank), comm=basis.Y.comm)
+        self.times = tuple(real_array("times", times, (2,)).tolist())
 
     def __repr__(self) -> str:
         return f"Propagator(M({self.times[1]:g}, {self.times[0]:g}), rank {self.basis.rank}, {self.basis.Y!r})"
 
     def apply(self, direction: fd.Function) -> fd.Function:
         """`M(t, s) w`, for a Function or a batch. Collective."""
-        return self._map(direction, lambda w: w + self.added @ self.basis.project(w))
+        return self._map(direction, "direction", lambda w: w + self.added @ self.basis.project(w))
 
     def transpose(self, costate: fd.Function) -> fd.Function:
         """`M(t, s)^T r`, the transpose in L2(Y), for a Function or a batch. Collective."""
         Y = self.basis.Y
-        return self._map(costate, lambda r: r + self.basis.values @ Y.sum(self.added.T @ (Y.weights[:, None] * r)))
+        return self._map(costate, "costate", lambda r: r + self.basis.values @ Y.sum(self.added.T @ (Y.weights[:, None] * r)))
 
-    def _map(self, function: fd.Function, on_values) -> fd.Function:
-        self.basis.Y.check_batch(function, "direction")
+    def _map(self, function: fd.Function, name: str, on_values) -> fd.Function:
+        self.basis.Y.check_batch(function, name)
         return like(function, on_values(self.basis.Y.values(function)))
 
     def __matmul__(self, earlier: Propagator) -> Propagator:
@@ -81,7 +84,7 @@ class Propagator(OnMesh):
         ValueError
             If the second does not end where the first starts, or has another basis.
         """
-        if earlier.basis is not self.basis or earlier.times[1] != self.times[0]:
+        if instance("earlier", earlier, Propagator).basis is not self.basis or earlier.times[1] != self.times[0]:
             raise ValueError(
                 f"earlier: a propagator to t = {self.times[0]:g} with the same basis is wanted, {earlier!r} was given"
             )
@@ -156,6 +159,9 @@ class Propagator(OnMesh):
         ValueError
             If that singular value is 1 up to round-off, so that many functions are left as they are.
         """
+        same(self.basis.Y.comm, k=k)
+        count = len(self.singular_values)
+        k = integer("k", k, least=-count, most=count - 1)
         value = self.singular_values[k]
         if abs(value - 1) < _CLEAR_OF_ONE:
             raise ValueError(f"k: singular value {k} is {value!r}; one that is not 1, which has a function, is wanted")

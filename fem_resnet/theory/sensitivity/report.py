@@ -8,6 +8,7 @@ gradients in f do not vanish altogether; those in the bias, sigma'(u) r of (4.3)
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from mpi4py import MPI
 
+from fem_resnet.arguments import instance
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.reporting import as_json, check_files, picture, table, write
@@ -88,6 +90,7 @@ class StabilityReport:
 
     def draw(self, path: str | Path) -> None:
         """Draw the page, a PNG. Call it on one rank."""
+        instance("path", path, (str, os.PathLike), "the name of a file")
         number = [l.layer for l in self.layers]
 
         def of(name):

@@ -29,7 +29,7 @@ import firedrake as fd
 import numpy as np
 import scipy.integrate
 
-from fem_resnet.arguments import choice
+from fem_resnet.arguments import choice, real_array
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers.inputs import LayerInputs
@@ -86,7 +86,9 @@ class WellPosedness:
 
     def solution_bound(self, initial: float | np.ndarray) -> np.ndarray:
         """(|f_I| + drift + C_1(t)) exp(C_2(t)), shape (L + 1,) or (L + 1, samples), for |f_I| in L2(Y)."""
-        moved = self.drift + self.C_1
+        initial, moved = real_array("initial", initial, least=0), self.drift + self.C_1
+        if initial.ndim > 1:
+            raise ValueError(f"initial: a number, or shape (samples,), is wanted, shape {initial.shape} was given")
         return np.squeeze((np.atleast_1d(initial) + moved[:, None]) * self.growth[:, None])
 
 
@@ -277,6 +279,8 @@ def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Func
         If sigma is not Lipschitz, or the batches do not fit each other.
     """
     Y = net.Y
+    Y.check_batch(first, "first")
+    Y.check_batch(second, "second")
     if first.function_space() != second.function_space():
         spaces = first.function_space(), second.function_space()
         raise ValueError(f"second: a Function of {spaces[0]} is wanted, {spaces[1]} was given")

@@ -24,12 +24,12 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.arguments import number
+from fem_resnet.arguments import instance, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.kernel import LowRankKernel
-from fem_resnet.theory.spectra.singular_values import SingularSystem, singular_system
+from fem_resnet.theory.spectra.singular_values import SingularSystem, columns, singular_system
 
 __all__ = ["AutonomousProblem", "autonomous_problem", "sampled"]
 
@@ -76,21 +76,21 @@ class AutonomousProblem:
 
     def rate(self, u: np.ndarray) -> np.ndarray:
         """f_t at the owned nodes: sigma(u), or B^T sigma(u) of a gradient flow, shape (nodes, samples). Collective."""
-        s = self.activation(u)
+        s = self.activation(columns(self.Y, "u", u))
         return self.kernel.transpose(self.beta, s) if self.gradient_flow else s
 
     def read(self, function: fd.Function, name: str) -> np.ndarray:
         """Values at the owned nodes, shape (nodes, samples), of a user's Function; refused if it does not fit."""
-        self.Y.check_batch(function, name)
+        self.Y.check_batch(function, instance("name", name, str))
         return self.Y.values(function)
 
     def argument(self, f: np.ndarray) -> np.ndarray:
         """u = a - B f at the owned nodes, shape (nodes, samples). Collective."""
-        return self.bias[:, None] - self.kernel.apply(self.beta, f)
+        return self.bias[:, None] - self.kernel.apply(self.beta, columns(self.Y, "f", f))
 
     def norms(self, values: np.ndarray) -> np.ndarray:
         """Norm of L2(Y) of each sample, shape (samples,), for values at the owned nodes. Collective."""
-        return np.sqrt(self.Y.sum(self.Y.weights @ values**2))
+        return np.sqrt(self.Y.sum(self.Y.weights @ columns(self.Y, "values", values) ** 2))
 
     @property
     def unmet(self) -> tuple[str, ...]:
@@ -150,9 +150,7 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
         _refuse_dependence_on_time(net)
         layer, fraction = inputs[0], 0.0
     else:
-        at = number("at", at)
-        if not times[0] <= at <= times[-1]:
-            raise ValueError(f"at: a time from 0 to T = {times[-1]:g} is wanted, {at!r} was given")
+        at = number("at", at, least=0, most=float(times[-1]))
         layer = inputs[min(int(np.searchsorted(times, at, side="right")) - 1, net.layers - 1)]
         fraction = (at - layer.start) / layer.length
     return AutonomousProblem(

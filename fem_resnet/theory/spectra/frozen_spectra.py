@@ -22,6 +22,7 @@ import firedrake as fd
 import numpy as np
 from matplotlib.axes import Axes
 
+from fem_resnet.arguments import instance, integer
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.network.network import ResidualNetwork
@@ -64,6 +65,8 @@ class FrozenSpectra:
         sample
             Which trajectory.
         """
+        instance("axes", axes, Axes)
+        sample = integer("sample", sample, least=0, most=len(self.eigenvalues[0]) - 1)
         for t, values in zip(self.times, self.eigenvalues):
             real = values[sample].real
             axes.scatter(np.full(real.size, t), real, s=9, c=np.where(real > 0, "tab:red", "tab:blue"))

@@ -29,11 +29,13 @@ from functools import cached_property
 import numpy as np
 import scipy.linalg
 
-from fem_resnet.arguments import number, real_array
+from fem_resnet.arguments import instance, number, real_array
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.ranks import same
 
-__all__ = ["SingularSystem", "singular_system", "weighted_gram"]
+__all__ = ["SingularSystem", "columns", "singular_system", "weighted_gram"]
 
 #: Nodes a block, so that products of basis functions never exist as whole arrays.
 _BLOCK = 16_384
@@ -140,22 +142,26 @@ class SingularSystem:
 
     def left_coefficients(self, u: np.ndarray) -> np.ndarray:
         """(phi_k, u), shape (r, samples), for u at the owned nodes, shape (nodes, samples). Collective."""
-        return self.left.T @ self.kernel.phi.project(u)
+        return self.left.T @ self.kernel.phi.project(columns(self.kernel.phi.Y, "u", u))
 
     def right_coefficients(self, f: np.ndarray) -> np.ndarray:
         """(psi_l, f), shape (r, samples), for f at the owned nodes. Collective."""
-        return self.right.T @ self.kernel.psi.project(f)
+        return self.right.T @ self.kernel.psi.project(columns(self.kernel.psi.Y, "f", f))
 
     def left_values(self, c: np.ndarray) -> np.ndarray:
         """`sum_k c_k phi_k` at the owned nodes, shape (nodes, samples), for c of shape (r, samples)."""
-        return self.kernel.phi.values @ (self.left @ c)
+        return self.kernel.phi.values @ (self.left @ self._coordinates(c))
 
     def right_values(self, c: np.ndarray) -> np.ndarray:
         """`sum_l c_l psi_l` at the owned nodes."""
-        return self.kernel.psi.values @ (self.right @ c)
+        return self.kernel.psi.values @ (self.right @ self._coordinates(c))
+
+    def _coordinates(self, c: np.ndarray) -> np.ndarray:
+        return real_array("c", c, (self.rank, "samples"), finite=False)
 
     def weighted(self, c: np.ndarray) -> np.ndarray:
         """((psi_l, c phi_k)), shape (r, r), for values c at the owned nodes, shape (nodes,): T^T for c = 1. Collective."""
+        c = real_array("c", c, (self.kernel.phi.Y.nodes,), finite=False)
         return self.right.T @ weighted_gram(self.kernel.psi, c, self.kernel.phi) @ self.left
 
     def null_part(self, f: np.ndarray) -> np.ndarray:
@@ -168,6 +174,7 @@ class SingularSystem:
 
     def least_norm(self, a: np.ndarray) -> np.ndarray:
         """The f of least norm for which B f is the part of a in R(B), shape (nodes, samples). Collective."""
+        a = columns(self.kernel.phi.Y, "a", a)
         return self.right_values(self.left_coefficients(a) / self.values[:, None])
 
 
@@ -185,8 +192,8 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
 
     Raises
     ------
-    ValueError
-        If the bases live on different label domains.
+    TypeError, ValueError
+        If an argument is not of this kind, or the bases live on different label domains; on all ranks alike.
 
     Examples
     --------
@@ -199,6 +206,7 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     >>> bool(np.abs(B.symmetric_eigenvalues).max() < 1e-12)
     True
     """
+    same(instance("kernel", kernel, LowRankKernel).phi.Y.comm, beta=beta, tolerance=tolerance)
     if kernel.phi.Y is not kernel.psi.Y:
         raise ValueError(f"kernel: one label domain is wanted, {kernel.phi.Y!r} and {kernel.psi.Y!r} were given")
     tolerance = number("tolerance", tolerance, least=0)
@@ -218,6 +226,14 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     return SingularSystem(
         kernel, values[keep], left, right, left.T @ between @ right, whole, float(error), float(values[~keep].max(initial=0.0))
     )
+
+
+def columns(Y: LabelSpace, name: str, values: np.ndarray) -> np.ndarray:
+    """Values at the owned nodes from outside, shape (nodes, samples).
+
+    Searches ask for them many times, and see for themselves whether they are finite; so it is not collective.
+    """
+    return real_array(name, values, (Y.nodes, "samples"), finite=False)
 
 
 def weighted_gram(first: Basis, c: np.ndarray, second: Basis) -> np.ndarray:

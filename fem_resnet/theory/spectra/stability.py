@@ -46,8 +46,10 @@ import firedrake as fd
 import numpy as np
 from mpi4py import MPI
 
+from fem_resnet.arguments import number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.ranks import same
 from fem_resnet.theory.spectra.autonomous import AutonomousProblem, sampled
 from fem_resnet.theory.spectra.half_planes import count_left, count_left_in_gap
 from fem_resnet.theory.spectra.singular_values import SingularSystem
@@ -319,9 +321,20 @@ class EigenExpansion:
     at_rest: fd.Function
 
     def __call__(self, t: float) -> fd.Function:
-        """w(t), a new Function. Collective."""
-        factors = np.exp(-self.slope * self.eigenvalues * t)[:, None]
+        """w(t), t >= 0, a new Function. Collective.
+
+        Raises
+        ------
+        ValueError
+            If t is no such number, or so large that w(t) overflows.
+        """
         Y = self.problem.Y
+        same(Y.comm, t=t)
+        t = number("t", t, least=0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            factors = np.exp(-self.slope * self.eigenvalues * t)[:, None]
+        if not np.isfinite(factors).all():
+            raise ValueError(f"t: w(t) overflows, {t!r} was given")
         moving = _values_of(self.problem)((self.vectors @ (factors * self.coefficients)).real)
         return Y.batch(Y.values(self.at_rest) + moving)
 

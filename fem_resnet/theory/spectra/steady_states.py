@@ -32,7 +32,7 @@ from fem_resnet.activation.activation import Activation
 from fem_resnet.activation.enclosure import Unproved
 from fem_resnet.activation.properties import zero_intervals
 from fem_resnet.activation.sympy_activation import REACH
-from fem_resnet.arguments import number
+from fem_resnet.arguments import instance, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.theory.spectra.autonomous import AutonomousProblem, autonomous_problem, sampled
@@ -50,8 +50,8 @@ def zero_set(activation: Activation) -> tuple[float, float] | None:
 
     Raises
     ------
-    ValueError
-        If sigma vanishes at several places that are no interval, or cannot be told where it vanishes.
+    TypeError, ValueError
+        If it is no Activation, sigma vanishes at several places that are no interval, or cannot be told where it vanishes.
 
     Examples
     --------
@@ -59,6 +59,7 @@ def zero_set(activation: Activation) -> tuple[float, float] | None:
     >>> [zero_set(get_activation(name)) for name in ("tanh", "relu", "sigmoid")]
     [(0.0, 0.0), (-inf, 0.0), None]
     """
+    instance("activation", activation, Activation, "get_activation(name) makes one")
     if activation.expression is None:
         return _zeros_of_monotone(activation)
     try:

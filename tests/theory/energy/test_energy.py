@@ -183,10 +183,10 @@ def test_the_partition_does_not_change_what_is_measured(space):
 
 def test_what_was_not_measured_is_refused():
     monitor = EnergyMonitor(network(square()))
-    with pytest.raises(ValueError, match="there is nothing yet: let follow_trajectory call it"):
+    with pytest.raises(ValueError, match="name: nothing was measured yet: let follow_trajectory call"):
         monitor.statements()
     follow_trajectory(monitor._net, start(monitor._net), monitor)
-    with pytest.raises(ValueError, match="name: 'energy' was given, there is size, primitive, "):
+    with pytest.raises(ValueError, match="name: one of 'size', 'primitive', .* is wanted, 'energy' was given"):
         monitor.values("energy")
 
 

@@ -297,7 +297,7 @@ def test_supremum_of_bounded_activations():
 
 
 def test_what_cannot_be_fitted_or_was_not_measured_is_refused():
-    with pytest.raises(ValueError, match=r"norms: shape \(times, samples\)"):
+    with pytest.raises(ValueError, match=r"norms: numbers of shape \(4, samples\) are wanted"):
         fit_growth([0.0, 1.0, 2.0, 3.0], np.ones(4))
     with pytest.raises(ValueError, match="norms: positive and finite ones"):
         fit_growth([0.0, 1.0, 2.0, 3.0], np.zeros((4, 1)))

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from fem_resnet import Basis, LayerStability, LinearisedFlow, ResidualNetwork, stability_report
 from fem_resnet.theory.sensitivity.layer_stability import MORE_STEPS
-from fem_resnet.time_stepping.evolution import SOLVER_PARAMETERS, FieldStepper
+from fem_resnet.time_stepping.evolution import FieldStepper
 from helpers import laplace, network, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -225,7 +225,7 @@ def test_the_stability_function_is_what_a_step_does(parameters):
     Y = network().Y
     z = np.array([-3.0, -0.5, 1.2])
     with FieldStepper(
-        Y, 3, lambda moment, y: z * y, lambda moment, y, x: z * x, SOLVER_PARAMETERS | parameters, None
+        Y, 3, lambda moment, y: z * y, lambda moment, y, x: z * x, parameters, None
     ) as stepper:
         found = stepper.solve(np.ones((Y.nodes, 3)), 1.0, 1)[-1]
         assert_allclose(stepper.scheme.factor(z), found[0], rtol=1e-10)
