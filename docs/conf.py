@@ -108,6 +108,7 @@ def write_pages():
         if not path.exists() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+    demo_pages.draw_thumbnails(generated / "thumbnails")
     import_map.draw(generated / "import_map.svg")
 
 

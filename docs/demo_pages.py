@@ -13,6 +13,7 @@ from pathlib import Path
 
 import plain_text
 from package import ROOT
+from PIL import Image
 
 _SECTION = "# %%"
 _ORDER = [
@@ -20,6 +21,9 @@ _ORDER = [
     "what_the_data_determine", "mesh_independence", "same_network_other_mesh", "costate_twice", "limits", "value_function",
     "nearby_inputs",
 ]  # fmt: skip
+
+#: Where the picture in the gallery begins, as a part of the figure's width; it is as high as the figure.
+_CROPS = {"what_the_data_determine": 0.21, "value_function": 0.65, "same_network_other_mesh": 0.0, "digits_on_a_disk": 0.0}
 
 #: Scripts that run when the gallery does: all but the search for settings, which has no short form.
 THAT_RUN = r"^(?!.*digits_cross_validation).*\.py$"
@@ -50,6 +54,16 @@ def sources() -> dict[str, str]:
     return {"demo_sources/GALLERY_HEADER.rst": _HEAD} | made
 
 
+def draw_thumbnails(folder: Path) -> None:
+    """Write the pictures of the gallery: a piece of each figure in docs/figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((ROOT / "docs" / "figures").glob("*.png")):
+        figure = Image.open(path).convert("RGB")
+        wide = min(figure.width, round(figure.height * 400 / 280))
+        start = min(round(_CROPS.get(path.stem, 0) * figure.width), figure.width - wide)
+        figure.crop((start, 0, start + wide, figure.height)).resize((400, round(400 * figure.height / wide))).save(folder / path.name)
+
+
 def source(script: str, name: str) -> str:
     """The demo with its texts in reStructuredText."""
     docstring = ast.parse(script).body[0]
@@ -63,7 +77,7 @@ def source(script: str, name: str) -> str:
         parts.append(block if kind == "code" else _commented(block))
     if figure:
         first_code = next(number for number, part in enumerate(parts) if number and not part.startswith(_SECTION))
-        parts[first_code] += f"\n\n# sphinx_gallery_thumbnail_path = '{figure}'"
+        parts[first_code] += f"\n\n# sphinx_gallery_thumbnail_path = 'generated/thumbnails/{name}.png'"
     printed = ROOT / "demos" / f"{name}.txt"
     if printed.exists():
         lines = ["    " + line for line in printed.read_text().rstrip().splitlines()]
@@ -86,7 +100,7 @@ def tidy_downloads(app):
 
 def _markdown(rst):
     rst = re.sub(r":py:obj:`([^`<]*?)\s*<[^`>]*>`", r"`\1`", rst)
-    rst = re.sub(r"^(::|\.\. code-block:: text)\n", "", rst.replace("``", "`"), flags=re.M)
+    rst = re.sub(r"^ *\.\. code-block:: (none|text)\n", "", rst.replace("``", "`"), flags=re.M)
     rst = re.sub(r"^\.\. figure::.*\n(   :.*\n?)*", "", rst, flags=re.M)
     return re.sub(r"\\ ?([^\w\s])", r"\1", rst)
 
@@ -140,4 +154,5 @@ def _commented(text):
 
 
 def _rst(lines):
-    return "\n".join(plain_text.to_rst(list(lines))).strip("\n")
+    text = "\n".join(plain_text.to_rst(list(lines))).strip("\n")
+    return re.sub(r"^( *)::$", r"\1.. code-block:: none", text, flags=re.M)  # sphinx-gallery would take `::` for Python

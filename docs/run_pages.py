@@ -23,12 +23,12 @@ _NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
 
 def run(path: Path) -> None:
     """Run one page; raises where a block fails or prints something else."""
-    namespace, printed = {"__name__": "__main__"}, ""
+    namespace, printed, end = {"__name__": "__main__"}, "", 0
     text = path.read_text()
     for match in _BLOCK.finditer(text):
         kind, block = match.groups()
         line = text[: match.start()].count("\n") + 1
-        if kind == "text" and printed:
+        if kind == "text" and printed and not text[end : match.start()].strip():
             _compare(printed, block, f"{path.name}:{line}")
         if kind == "python":
             stream = io.StringIO()
@@ -36,8 +36,7 @@ def run(path: Path) -> None:
             with contextlib.redirect_stdout(stream):
                 exec(code, namespace)
             printed = stream.getvalue()
-        else:
-            printed = ""
+        end = match.end()
 
 
 def _compare(printed, documented, where):
