@@ -84,6 +84,7 @@ sphinx_gallery_conf = {
     "filename_pattern": demo_pages.THAT_RUN,
     "plot_gallery": "False",
     "abort_on_example_error": True,
+    "reset_modules": ("matplotlib", "demo_pages.name_the_file"),
     "reset_argv": "demo_pages.short_form",
     "within_subsection_order": "demo_pages.in_order",
     "write_computation_times": False,

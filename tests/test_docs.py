@@ -54,8 +54,9 @@ def test_every_demo_has_a_picture_in_the_gallery(docs):
 
     names = {path.stem for path in (ROOT / "demos").glob("*.py")}
     assert names == {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
+    sources = demo_pages.sources()
     for name in names:
-        assert f"'generated/thumbnails/{name}.png'" in demo_pages.sources()[f"demo_sources/{name}.py"]
+        assert f"'generated/thumbnails/{name}.png'" in sources[f"demo_sources/{name}.py"]
 
 
 @pytest.mark.beside(*RUN_PAGES)
