@@ -79,7 +79,8 @@ def source(script: str, name: str) -> str:
     text = _rst(rest[1:] if rest and set(rest[0]) <= {"=", "-"} else rest)
     figure = f"figures/{name}.png" if (ROOT / "docs" / "figures" / f"{name}.png").exists() else None
     if figure:
-        text += f"\n\n.. figure:: /{figure}\n   :alt: {title}\n   :width: 100%"
+        wide, high = Image.open(ROOT / "docs" / figure).size
+        text += f"\n\n.. figure:: /{figure}\n   :alt: {title}\n   :width: {100 if wide > 1.5 * high else 60}%"
     parts = [f'r"""{title}\n{"=" * len(title)}\n\n{text}\n"""']
     for kind, block in _blocks(script.splitlines()[docstring.end_lineno :]):
         parts.append(block if kind == "code" else _commented(block))

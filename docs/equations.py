@@ -14,7 +14,7 @@ from collections import defaultdict
 from functools import cache
 from typing import NamedTuple
 
-from package import ROOT, docstrings, documented, role
+from package import ROOT, docstrings, documented, exports, role
 
 #: Every number of the paper by section; the letters of an equation's parts behind it.
 EQUATIONS = {
@@ -230,7 +230,7 @@ def pages() -> dict[str, str]:
     text = f"""# The mathematics next to the code
 
 The numbers are those of H. Liu and P. Markowich, *Selection dynamics for deep neural networks*. What stands under "code" names the
-number in its docstring. The test under "shown by" fails if the statement does not hold; it names the number too. The page is made
+number in its docstring: public names where there are any, else modules. The test under "shown by" fails if the statement does not hold; it names the number too. The page is made
 from the sources: {len(names()) - len(gaps())} of {len(names())} numbers have code and such a test. What was measured is in
 [Sections 2 to 5](../explanation/theory.md).
 
@@ -258,9 +258,12 @@ def _is_named(number, name):
 def _table(rows):
     lines = ["| number | section | code | shown by | named in |", "|---|---|---|---|---|"]
     for section, number in rows:
+        named = _by_name(in_code().get(number, []))
+        public = {place: parts for place, parts in named.items() if place[1].split(".")[-1] in _exported()}
         code = [
-            role(name, module) + (f" ({', '.join(sorted(filter(None, parts)))})" if any(parts) else "")
-            for (module, name), parts in _by_name(in_code().get(number, [])).items()
+            role(name, module, name.split(".")[-1] if public else None)
+            + (f" ({', '.join(sorted(filter(None, parts)))})" if any(parts) else "")
+            for (module, name), parts in (public or named).items()
         ]
         shown = dict.fromkeys(filter(None, map(shown_by, _printed(number))))
         others = sum(number in test.names for name, test in tests().items() if name not in shown)
@@ -268,6 +271,11 @@ def _table(rows):
         also = f"{others} other tests" if others > 1 else "1 other test" if others else ""
         lines.append(f"| {', '.join(_printed(number))} | {section} | {'<br>'.join(code)} | {'<br>'.join(cells)} | {also} |")
     return "\n".join(lines)
+
+
+@cache
+def _exported():
+    return {name for names in exports().values() for name in names}
 
 
 def _by_name(found):

@@ -1,6 +1,7 @@
 """The pages of docs/ are built without a warning, from plain docstrings and from the demos."""
 
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fem_resnet
+from helpers import without_mpi
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +51,16 @@ def test_docs_are_built_without_a_warning(printed):
         assert not asked, f"{page.name} asks for {asked}: pages need no network"
 
 
+@pytest.mark.slow
+def test_the_gallery_runs_every_demo_in_its_short_form():
+    """Some minutes; in the default run test_demos.py runs them, each in a process of its own."""
+    command = [*SPHINX[:-1], "-D", "plot_gallery=1", str(BUILT.with_name("gallery"))]
+    result = subprocess.run(command, env=without_mpi(), cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    page = (BUILT.with_name("gallery") / "generated" / "demos" / "digits_on_a_disk.html").read_text()
+    assert re.search(r"test accuracy: 0\.\d{4}", page)
+
+
 def test_every_demo_has_a_picture_in_the_gallery(docs):
     import demo_pages
 
@@ -70,7 +82,7 @@ def test_the_table_of_equations_finds_the_network(docs):
     home = fem_resnet.ResidualNetwork.__module__
     assert (home, home, "") in equations.in_code()["(2.8)"]
     (row,) = [line for line in equations.pages()["equations.md"].splitlines() if line.startswith("| (2.8) ")]
-    assert f"<{home}>" in row and "`test_order_in_time`" in row
+    assert f"<{home}.ResidualNetwork>" in row and "`test_order_in_time`" in row
 
 
 def test_the_table_of_tools_has_every_declaration(docs):
