@@ -25,7 +25,7 @@ _ORDER = [
 
 #: Which part of a figure's width is the picture in the gallery; all of it where nothing is said.
 _CROPS = {
-    "contractive_classifier": (0.0, 0.345), "digits_on_a_disk": (0.0, 0.58), "same_network_other_mesh": (0.0, 0.252),
+    "contractive_classifier": (0.0, 0.345), "digits_on_a_disk": (0.0, 0.605), "same_network_other_mesh": (0.0, 0.252),
     "value_function": (0.64, 1.0), "what_the_data_determine": (0.215, 0.395),
 }  # fmt: skip
 
@@ -90,7 +90,7 @@ def source(script: str, name: str) -> str:
     printed = ROOT / "demos" / f"{name}.txt"
     if printed.exists():
         lines = ["    " + line for line in printed.read_text().rstrip().splitlines()]
-        parts.append(_commented("\n".join(["What it prints", "--------------", "", ".. code-block:: text", "", *lines])))
+        parts.append(_commented("\n".join(["What the full run prints", "------------------------", "", ".. code-block:: text", "", *lines])))
     return "\n\n".join(parts) + "\n"
 
 

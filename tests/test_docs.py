@@ -43,7 +43,7 @@ def test_docs_are_built_without_a_warning(printed):
         "digits_table": "| support vector machine, no copies |",
     }.items():
         text = (pages / "demos" / f"{demo}.html").read_text()
-        assert words in text[text.index("What it prints") :], demo
+        assert words in text[text.index("What the full run prints") :], demo
     assert f"api/{home}.html" in (pages / "equations.html").read_text()
     assert "<math" in (BUILT / "index.html").read_text()
     for page in [BUILT / "index.html", BUILT / "tutorial.html", *(pages / "demos").glob("*.html")]:
