@@ -85,7 +85,7 @@ SHOWN = {
     "Assumption 1": "test_an_activation_that_is_not_lipschitz_is_refused",
     "Theorem 3.1": "test_the_iteration_ends_at_the_solution",
     "(A1) of 3.2": "test_what_of_the_assumptions_on_sigma_does_not_hold_is_named",
-    "(A2) of 3.2": "test_what_of_the_assumptions_on_sigma_does_not_hold_is_named",
+    "(A2) of 3.2": "test_constants_are_those_of_functions_and_not_of_a_mesh",
     "Remark 3.1": "test_a_network_with_limits_behaves_as_the_limit_says",
     "Theorem 3.2": "test_theorem_3_2_and_the_bounds_before_it_hold_where_they_apply",
     "Lemma 3.3": "test_equilibria_of_a_symmetric_operator_vanish_where_sigma_does_not",
@@ -166,19 +166,14 @@ def tests() -> dict[str, Test]:
     found = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         source = path.read_text()
-        lines = source.splitlines()
+        lines, comments = source.splitlines(), _comments(source)
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-                text = "\n".join(lines[_first_line(node) - 1 : node.end_lineno])
-                names = frozenset(reference.number for words in _words(text) for reference in references(words))
-                found[node.name] = Test(str(path.relative_to(ROOT / "tests")), text, names)
+                first, last = _first_line(node), node.end_lineno
+                words = [ast.get_docstring(node) or "", *(text for line, text in comments if first <= line <= last)]
+                names = frozenset(reference.number for text in words for reference in references(text))
+                found[node.name] = Test(str(path.relative_to(ROOT / "tests")), "\n".join(lines[first - 1 : last]), names)
     return found
-
-
-def _words(source):
-    """What a test says about itself: its docstring and its comments."""
-    yield from filter(None, (ast.get_docstring(node) for node in ast.parse(source).body))
-    yield from (text for _, text in _comments(source))
 
 
 def _first_line(test):
@@ -230,9 +225,9 @@ def pages() -> dict[str, str]:
     text = f"""# The mathematics next to the code
 
 The numbers are those of H. Liu and P. Markowich, *Selection dynamics for deep neural networks*. What stands under "code" names the
-number in its docstring: public names where there are any, else modules. The test under "shown by" fails if the statement does not hold; it names the number too. The page is made
-from the sources: {len(names()) - len(gaps())} of {len(names())} numbers have code and such a test. What was measured is in
-[Sections 2 to 5](../explanation/theory.md).
+number in its docstring: public names where there are any, else modules. The test under "shown by" fails if the statement does not
+hold, and it names the number too. The page is made from the sources: {len(names()) - len(gaps())} of {len(names())} numbers have
+code and such a test. What was measured is in [Sections 2 to 5](../explanation/theory.md).
 
 ## Equations
 

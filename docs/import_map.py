@@ -1,6 +1,6 @@
 """The map of the package: its rooms, one above the other, and who imports whom, drawn from the imports themselves.
 
-A room is a folder of the package, or a module beside the folders. It stands one floor above the highest room that it
+A room is a folder of modules, or a module that stands in the package itself. It stands one floor above the highest room that it
 imports. An arrow that other arrows imply is left out.
 
     containers/run python docs/import_map.py FILE          draws the map
@@ -19,10 +19,15 @@ def rooms() -> dict[str, set[str]]:
     """Each room and the rooms that it imports."""
     found = {}
     for module, tree in modules().items():
-        room = module.split(".")[1]
-        used = {name.split(".")[1] for name in _imports(tree) if name.startswith(f"{PACKAGE}.")}
+        room = _room(module)
+        used = {_room(name) for name in _imports(tree) if name in modules()}
         found.setdefault(room, set()).update(used - {room})
     return found
+
+
+def _room(module):
+    folder = module.rpartition(".")[0].removeprefix(PACKAGE)
+    return folder.removeprefix(".") or module.removeprefix(f"{PACKAGE}.")
 
 
 def _imports(tree):
