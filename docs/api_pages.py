@@ -26,8 +26,9 @@ def pages() -> dict[str, str]:
     text = _HEAD
     for name in sorted({folder(module) for module in exports()}, key=lambda name: (name != PACKAGE, name)):
         text += f"\n## {name}\n" + (f"\n{_plain(folders()[name])}\n" if folders().get(name) else "")
-        text += _list([module for module in exports() if folder(module) == name])
-    return {"api.md": text + _INSIDE + _list(inside)} | {f"api/{name}.rst": _page(name) for name in [*exports(), *inside]}
+        text += _list({module: module.split(".")[-1] for module in exports() if folder(module) == name})
+    text += _INSIDE + _list({module: module.removeprefix(f"{PACKAGE}.") for module in inside})
+    return {"api.md": text} | {f"api/{name}.rst": _page(name) for name in [*exports(), *inside]}
 
 
 def _page(module: str) -> str:
@@ -36,13 +37,14 @@ def _page(module: str) -> str:
     return f":orphan:\n\n{title}\n{'=' * len(title)}\n\n:doc:`API </generated/api>`\n\n.. automodule:: {module}\n"
 
 
-def _list(names: list[str]) -> str:
+def _list(labels: dict[str, str]) -> str:
+    """A table of modules, with the name that each is called there."""
     lines = ["\n| module | what | names |\n|---|---|---|"]
-    for module in names:
+    for module in labels:
         what = (ast.get_docstring(modules()[module]) or "").split("\n")[0]
         public = exports().get(module) or public_names(modules()[module])
         links = ", ".join(role(f"{module}.{name}", module, name) for name in public)
-        lines.append(f"| {role(module, module)} | {_plain(what)} | {links} |")
+        lines.append(f"| {role(module, module, labels[module])} | {_plain(what)} | {links} |")
     return "\n".join([*lines, ""])
 
 
