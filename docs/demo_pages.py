@@ -17,6 +17,7 @@ from package import ROOT
 from PIL import Image
 
 _SECTION = "# %%"
+_PRINTED = "What the full run prints"
 _ORDER = [
     "digits_on_a_disk", "digits_table", "digits_cross_validation", "contractive_classifier", "four_ways_to_train",
     "what_the_data_determine", "mesh_independence", "same_network_other_mesh", "costate_twice", "limits", "value_function",
@@ -90,7 +91,7 @@ def source(script: str, name: str) -> str:
     printed = ROOT / "demos" / f"{name}.txt"
     if printed.exists():
         lines = ["    " + line for line in printed.read_text().rstrip().splitlines()]
-        parts.append(_commented("\n".join(["What the full run prints", "------------------------", "", ".. code-block:: text", "", *lines])))
+        parts.append(_commented("\n".join([_PRINTED, "-" * len(_PRINTED), "", ".. code-block:: text", "", *lines])))
     return "\n\n".join(parts) + "\n"
 
 
@@ -103,15 +104,18 @@ def tidy_downloads(app):
             notebook = json.loads(path.read_text())
             for cell in notebook["cells"]:
                 if cell["cell_type"] == "markdown":
-                    cell["source"] = [_markdown("".join(cell["source"]))]
+                    cell["source"] = [_markdown("".join(cell["source"]), path.stem)]
             path.write_text(json.dumps(notebook, indent=1))
 
 
-def _markdown(rst):
-    rst = re.sub(r":py:obj:`([^`<]*?)\s*<[^`>]*>`", r"`\1`", rst)
-    rst = re.sub(r"^ *\.\. code-block:: (none|text)\n", "", rst.replace("``", "`"), flags=re.M)
-    rst = re.sub(r"^\.\. figure::.*\n(   :.*\n?)*", "", rst, flags=re.M)
-    return re.sub(r"\\ ?([^\w\s])", r"\1", rst)
+def _markdown(text, name):
+    """What sphinx-gallery made of a text, without the marks of reStructuredText that it leaves."""
+    if text.startswith(f"## {_PRINTED}"):
+        return f"## {_PRINTED}\n\n```text\n{(ROOT / 'demos' / f'{name}.txt').read_text()}```\n"
+    text = re.sub(r":py:obj:`([^`<]*?)\s*<[^`>]*>`", r"`\1`", text)
+    text = re.sub(r"(?<!`)``(?!`)", "`", text).replace("```none", "```text")
+    text = re.sub(r"^\.\. figure::.*\n(   :.*\n?)*", "", text, flags=re.M)
+    return re.sub(r"\\ ?([^\w\s])", r"\1", text)
 
 
 def _blocks(lines):

@@ -1,5 +1,6 @@
 """The pages of docs/ are built without a warning, from plain docstrings and from the demos."""
 
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,11 @@ def test_docs_are_built_without_a_warning(printed):
     }.items():
         text = (pages / "demos" / f"{demo}.html").read_text()
         assert words in text[text.index("What the full run prints") :], demo
+    (notebook,) = (BUILT / "_downloads").rglob("costate_twice.ipynb")
+    first, *_, last = ("".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"])
+    assert "```text\nr_t = B_bT( sigma'(u) r )" in first and (ROOT / "demos" / "costate_twice.txt").read_text() in last
+    (script,) = (BUILT / "_downloads").rglob("costate_twice.py")
+    assert script.read_text() == (ROOT / "demos" / "costate_twice.py").read_text()
     assert f"api/{home}.html" in (pages / "equations.html").read_text()
     assert "<math" in (BUILT / "index.html").read_text()
     for page in [BUILT / "index.html", BUILT / "tutorial.html", *(pages / "demos").glob("*.html")]:
