@@ -12,7 +12,7 @@ by no more than its weights say. How well do both read pictures with noise, and 
 network has changed for the worse? Run
 
     containers/run python demos/contractive_classifier.py          (about three minutes; --short for some seconds)
-    containers/run mpiexec -n 2 python demos/contractive_classifier.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/contractive_classifier.py
 
 It writes one figure to demos/output/.
 """

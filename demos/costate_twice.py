@@ -11,7 +11,7 @@ over the segments of layers and by PETSc's TSAdjoint over the stages of its time
 paper prints it, and the two are compared. Run
 
     containers/run python demos/costate_twice.py               (about a minute; --short for a few seconds)
-    containers/run mpiexec -n 2 python demos/costate_twice.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/costate_twice.py
 
 It writes its table to demos/output/; that of the full run is demos/costate_twice.txt, at the end of this page.
 """

@@ -9,7 +9,7 @@ evolution equation
 that carries a picture f_I laid onto the disk to a final state f(., T), in which a linear head reads the digit. Run
 
     containers/run python demos/digits_on_a_disk.py            (about three minutes; --short for a few seconds)
-    containers/run mpiexec -n 2 python demos/digits_on_a_disk.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/digits_on_a_disk.py
 
 It writes the trained network and one figure to demos/output/.
 """

@@ -7,7 +7,7 @@ of successive approximations (Algorithm 2) in the same box, as printed and with 
 what deep learning would take: gradient descent and Adam, on the same exact derivatives. Run
 
     containers/run python demos/four_ways_to_train.py           (about two minutes; --short for 20 s)
-    containers/run mpiexec -n 2 python demos/four_ways_to_train.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/four_ways_to_train.py
 """
 
 import logging

@@ -11,7 +11,7 @@ partitions of a disk, an annulus, a sphere and an irregular one, with the orders
 and in the co-state; and so are limits that the theorems do not speak of, because the coefficients do not converge. Run
 
     containers/run python demos/limits.py                      (about a minute; --short for a quarter of one)
-    containers/run mpiexec -n 2 python demos/limits.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/limits.py
 
 It prints a table and draws all curves to demos/output/limits.png.
 """

@@ -11,7 +11,7 @@ method with the inner product of plain numbers, as deep learning has it, knows n
 of a layer: the same problem gets harder with each refinement. Run
 
     containers/run python demos/mesh_independence.py           (about four minutes; --short for 10 s)
-    containers/run mpiexec -n 2 python demos/mesh_independence.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/mesh_independence.py
 
 It writes its table to demos/output/; that of the full run is demos/mesh_independence.txt, at the end of this page.
 """

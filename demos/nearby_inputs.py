@@ -12,7 +12,7 @@ and all of it comes from Hessian actions along one trajectory. Here 1,000 pertur
 what they cost is set against training anew for each, and against keeping u. Run
 
     containers/run python demos/nearby_inputs.py               (five minutes; --short for a few seconds)
-    containers/run mpiexec -n 2 python demos/nearby_inputs.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/nearby_inputs.py
 
 It writes its tables to demos/output/; those of the full run are demos/nearby_inputs.txt, at the end of this page.
 """

@@ -6,7 +6,7 @@ Here one network is made on one mesh, moved to coarser and finer ones, to other 
 run there on the same functions: its outputs f(., T) are approximations of one function, and their errors fall as h^2. Run
 
     containers/run python demos/same_network_other_mesh.py     (about half a minute; --short for 10 s)
-    containers/run mpiexec -n 2 python demos/same_network_other_mesh.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/same_network_other_mesh.py
 
 It writes the errors on the disk and on the sphere to demos/output/, and draws one state on four meshes; the errors of the
 full run are demos/same_network_other_mesh.txt, at the end of this page.

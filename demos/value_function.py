@@ -7,7 +7,7 @@ inputs and not of others. F is solved backwards on a grid of v, and its feedback
 time the controls are those that attain the minimum of (4.11) at the running state. Run
 
     containers/run python demos/value_function.py     (about half a minute; --short for 10 s)
-    containers/run mpiexec -n 2 python demos/value_function.py
+    containers/run mpiexec -n 2 python -m mpi4py demos/value_function.py
 
 It prints what the closed loop costs against F, on finer and finer grids, and draws a figure and an animation of F with
 trajectories, switching lines and the feedback field to demos/output/.

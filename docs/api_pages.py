@@ -6,41 +6,50 @@ import sys
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from package import PACKAGE, exports, modules, public_names, role
+from package import PACKAGE, exports, folder, folders, modules, public_names, role
 from sphinx.util.typing import stringify_annotation
 
 _HEAD = """# API
 
-What users import, by module: `from fem_resnet import *` brings all of these names.
+`from fem_resnet import *` brings all public names. Each folder of the package has a section, each module a page.
 """
 _INSIDE = """
 ## Inside
 
-Modules that the others stand on.
+Modules without public names, which the others stand on.
 """
 
 
 def pages() -> dict[str, str]:
     """Page texts by file name."""
     inside = [name for name in modules() if name not in exports()]
-    index = _HEAD + _list(list(exports())) + _INSIDE + _list(inside)
-    return {"api.md": index} | {f"api/{name}.rst": _page(name) for name in [*exports(), *inside]}
+    text = _HEAD
+    for name in sorted({folder(module) for module in exports()}, key=lambda name: (name != PACKAGE, name)):
+        text += f"\n## {name}\n" + (f"\n{_plain(folders()[name])}\n" if folders().get(name) else "")
+        text += _list({module: module.split(".")[-1] for module in exports() if folder(module) == name})
+    text += _INSIDE + _list({module: module.removeprefix(f"{PACKAGE}.") for module in inside})
+    return {"api.md": text} | {f"api/{name}.rst": _page(name) for name in [*exports(), *inside]}
 
 
 def _page(module: str) -> str:
     title = module.removeprefix(f"{PACKAGE}.")
-    return f"{title}\n{'=' * len(title)}\n\n.. automodule:: {module}\n"
+    # An orphan: a hundred entries more in the navigation of every page help nobody, and take half of the build.
+    return f":orphan:\n\n{title}\n{'=' * len(title)}\n\n:doc:`API </generated/api>`\n\n.. automodule:: {module}\n"
 
 
-def _list(names: list[str]) -> str:
+def _list(labels: dict[str, str]) -> str:
+    """A table of modules, with the name that each is called there."""
     lines = ["\n| module | what | names |\n|---|---|---|"]
-    for module in names:
+    for module in labels:
         what = (ast.get_docstring(modules()[module]) or "").split("\n")[0]
         public = exports().get(module) or public_names(modules()[module])
         links = ", ".join(role(f"{module}.{name}", module, name) for name in public)
-        plain = re.sub(r"([|*<$])", r"\\\1", what)
-        lines.append(f"| {role(module, module)} | {plain} | {links} |")
-    return "\n".join([*lines, "", "```{toctree}", ":hidden:", *(f"api/{module}" for module in names), "```", ""])
+        lines.append(f"| {role(module, module, labels[module])} | {_plain(what)} | {links} |")
+    return "\n".join([*lines, ""])
+
+
+def _plain(text):
+    return re.sub(r"([|*<$])", r"\\\1", text)
 
 
 def skip_foreign(app, what, name, obj, skip, options):

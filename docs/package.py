@@ -28,6 +28,30 @@ def modules() -> dict[str, ast.Module]:
 
 
 @cache
+def folders() -> dict[str, str]:
+    """First paragraph of each folder's docstring, by the folder's name; a folder may lack one."""
+    return {
+        ".".join(path.parent.relative_to(ROOT).parts): (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0]
+        for path in sorted((ROOT / PACKAGE).rglob("__init__.py"))
+    }
+
+
+def folder(module: str) -> str:
+    """The folder that a module stands in: the package, or one below it."""
+    return module.rpartition(".")[0]
+
+
+def home(name: str) -> str:
+    """The module that defines a name at its top level."""
+    for module, tree in modules().items():
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+            if name in [getattr(target, "id", getattr(target, "name", None)) for target in targets]:
+                return module
+    raise LookupError(f"{name}: no module of {PACKAGE} defines it")
+
+
+@cache
 def exports() -> dict[str, list[str]]:
     """Public modules and their public names: `_MODULES` of the package."""
     for node in ast.parse((ROOT / PACKAGE / "__init__.py").read_text()).body:

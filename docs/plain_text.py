@@ -9,7 +9,7 @@ import re
 from functools import cache
 from itertools import groupby
 
-from package import PACKAGE, documented, modules
+from package import documented, modules
 
 #: Sections of entries in the first column, with their descriptions indented.
 _OF_ENTRIES = {
@@ -129,7 +129,8 @@ def _places():
     for name in documented():
         module = max((module for module in modules() if f"{name}.".startswith(f"{module}.")), key=len)
         inner = name.removeprefix(module).lstrip(".")
-        shorts = {inner, name.removeprefix(f"{PACKAGE}.")} if inner else set()  # `head` may be anything, not the module
+        parts = module.split(".")[1:]  # `network.Run` and `run.Run`, wherever the module stands; `head` may be anything
+        shorts = {".".join([*parts[start:], inner]) for start in range(len(parts) + 1)} if inner else set()
         for short in {name, *shorts}:
             places.setdefault(short, set()).add(name)
     return {short: names.pop() for short, names in places.items() if len(names) == 1}

@@ -3,8 +3,13 @@
     containers/run python docs/tools.py            prints the page
 """
 
+from importlib import import_module
+
 import fem_resnet
-from fem_resnet.features import FEATURES, TOOLS
+from package import home
+
+_DECLARED = import_module(home("TOOLS"))
+FEATURES, TOOLS = _DECLARED.FEATURES, _DECLARED.TOOLS
 
 
 def pages() -> dict[str, str]:

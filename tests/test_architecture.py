@@ -1,4 +1,4 @@
-"""The rooms of docs/architecture.md: imports between folders go down only, and what needs no PETSc does not load it."""
+"""The rooms of docs/explanation/map.md: imports between folders go down only, and what needs no PETSc does not load it."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ each_module = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path
 @cache
 def _rooms() -> list[str]:
     """Folders, and modules that lie in none, from the ground up: the first column of the table."""
-    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    text = (PACKAGE.parent / "docs" / "explanation" / "map.md").read_text()
     table = text.split("## Rooms", 1)[1].split("\n## ", 1)[0]
     return [room.rstrip("/").replace("/", ".") for room in re.findall(r"^\| `([\w/]+)` \|", table, flags=re.MULTILINE)]
 

@@ -1,6 +1,8 @@
 """The pages of docs/ are built without a warning, from plain docstrings and from the demos."""
 
+import json
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fem_resnet
+from helpers import without_mpi
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,14 +21,21 @@ def docs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
 
 
+#: The pages that people write, and those whose code runs: each block is run, and what it prints is compared.
+PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md") if not {"generated", "_build"} & set(path.parts))
+WITH_CODE = [ROOT / "README.md", *(ROOT / page for page in PAGES)]
+WITH_CODE = [str(path.relative_to(ROOT)) for path in WITH_CODE if "```python\n" in path.read_text()]
+RUN_PAGES = (sys.executable, "docs/run_pages.py", *WITH_CODE)
 BUILT = ROOT / "docs" / "_build" / "tested"
-SPHINX = (sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-a", "-b", "html", "docs", str(BUILT))
+SPHINX = (sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-E", "-a", "-b", "html", "docs", str(BUILT))
 
 
 @pytest.mark.beside(*SPHINX)
 def test_docs_are_built_without_a_warning(printed):
     pages = BUILT / "generated"
-    assert "fem_resnet.network.network.ResidualNetwork" in (pages / "api" / "fem_resnet.network.network.html").read_text()
+    home = fem_resnet.ResidualNetwork.__module__
+    network = (pages / "api" / f"{home}.html").read_text()
+    assert f"{home}.ResidualNetwork" in network and "https://numpy.org/doc/stable/reference/generated/numpy.ndarray.html" in network
     assert "The label domain, the network and the head" in (pages / "demos" / "digits_on_a_disk.html").read_text()
     for demo, words in {
         "costate_twice": "gradient at dt/8",
@@ -34,32 +44,100 @@ def test_docs_are_built_without_a_warning(printed):
         "digits_table": "| support vector machine, no copies |",
     }.items():
         text = (pages / "demos" / f"{demo}.html").read_text()
-        assert words in text[text.index("What it prints") :], demo
-    assert "api/fem_resnet.network.network.html" in (pages / "equations.html").read_text()
+        assert words in text[text.index("What the full run prints") :], demo
+    (notebook,) = (BUILT / "_downloads").rglob("costate_twice.ipynb")
+    first, *_, last = ("".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"])
+    assert "```text\nr_t = B_bT( sigma'(u) r )" in first and (ROOT / "demos" / "costate_twice.txt").read_text() in last
+    (script,) = (BUILT / "_downloads").rglob("costate_twice.py")
+    assert script.read_text() == (ROOT / "demos" / "costate_twice.py").read_text()
+    assert f"api/{home}.html" in (pages / "equations.html").read_text()
+    assert "<math" in (BUILT / "index.html").read_text()
+    for page in [BUILT / "index.html", BUILT / "tutorial.html", *(pages / "demos").glob("*.html")]:
+        asked = re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["'](https?://[^"']+)""", page.read_text())
+        assert not asked, f"{page.name} asks for {asked}: pages need no network"
+
+
+@pytest.mark.slow
+def test_the_gallery_runs_every_demo_in_its_short_form():
+    """Some minutes; in the default run test_demos.py runs them, each in a process of its own."""
+    command = [*SPHINX[:-1], "-D", "plot_gallery=1", str(BUILT.with_name("gallery"))]
+    result = subprocess.run(command, env=without_mpi(), cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    page = (BUILT.with_name("gallery") / "generated" / "demos" / "digits_on_a_disk.html").read_text()
+    assert re.search(r"test accuracy: 0\.\d{4}", page)
+
+
+def test_every_demo_has_a_picture_in_the_gallery(docs):
+    import demo_pages
+
+    names = {path.stem for path in (ROOT / "demos").glob("*.py")}
+    assert names == {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
+    sources = demo_pages.sources()
+    for name in names:
+        assert f"'generated/thumbnails/{name}.png'" in sources[f"demo_sources/{name}.py"]
+
+
+@pytest.mark.beside(*RUN_PAGES)
+def test_the_code_on_pages_runs_and_prints_what_they_say(printed):
+    assert printed == WITH_CODE and "docs/tutorial.md" in printed and "README.md" in printed
 
 
 def test_the_table_of_equations_finds_the_network(docs):
     import equations
 
-    assert ("fem_resnet.network.network", "fem_resnet.network.network", "") in equations.in_code()["(2.8)"]
-    assert "test_order.py" in equations.in_tests()["(2.8)"]
+    home = fem_resnet.ResidualNetwork.__module__
+    assert (home, home, "") in equations.in_code()["(2.8)"]
     (row,) = [line for line in equations.pages()["equations.md"].splitlines() if line.startswith("| (2.8) ")]
-    assert "<fem_resnet.network.network>" in row and "`test_order.py`" in row
+    assert f"<{home}.ResidualNetwork>" in row and "`test_order_in_time`" in row
 
 
 def test_the_table_of_tools_has_every_declaration(docs):
     import tools
 
-    from fem_resnet.features import TOOLS
-
     rows = {line.split("`")[1]: line for line in tools.pages()["tools.md"].splitlines() if line.startswith("| `")}
-    assert {name: row.count(" x |") for name, row in rows.items()} == {name: len(names) for name, names in TOOLS.items()}
+    assert {name: row.count(" x |") for name, row in rows.items()} == {name: len(names) for name, names in tools.TOOLS.items()}
 
 
-def test_every_number_of_the_paper_is_named_by_a_public_name_and_by_a_test(docs):
+def test_every_number_of_the_paper_is_named_by_a_public_name_and_shown_by_a_test(docs):
     import equations
 
-    assert not equations.gaps()
+    assert len(equations.names()) == 67 and equations.gaps() == []
+
+
+def test_what_shows_a_number_is_one_test_that_names_it_and_asserts(docs):
+    import equations
+
+    written = [name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)]
+    for number, name in equations.SHOWN.items():
+        assert written.count(name) == 1, f"{number}: {name} is there {written.count(name)} times"
+        text = equations.tests()[name].text
+        assert equations.shown_by(number) == name, f"{number}: {name} does not name it"
+        assert re.search(r"\bassert|\braises\(|\bcheck", text), f"{number}: {name} asserts nothing"
+
+
+def test_a_number_is_not_shown_by_a_test_that_is_not_there_or_does_not_name_it(docs, monkeypatch):
+    import equations
+
+    monkeypatch.setitem(equations.SHOWN, "(2.8)", "test_that_nobody_wrote")
+    monkeypatch.setitem(equations.SHOWN, "Theorem 3.4", "test_order_in_time")
+    assert equations.gaps() == ["(2.8)", "Theorem 3.4"]
+
+
+def test_the_map_is_drawn_from_the_imports(docs, tmp_path):
+    import import_map
+
+    rooms = import_map.rooms()
+    floor = import_map.floors(rooms)
+    assert all(floor[used] < floor[room] for room in rooms for used in rooms[room])
+    reached = {}
+    for room in sorted(rooms, key=floor.get):
+        direct = {used for importing, used in import_map.arrows(rooms) if importing == room}
+        reached[room] = direct.union(*(reached[used] for used in direct))
+        assert rooms[room] <= reached[room], f"{room}: an arrow is missing"
+    import_map.draw(tmp_path / "map.svg")
+    assert "</svg>" in (tmp_path / "map.svg").read_text()
+    with pytest.raises(ValueError, match="imports go in a circle: a -> b -> a"):
+        import_map.floors({"a": {"b"}, "b": {"a"}})
 
 
 @pytest.mark.parametrize(
@@ -143,37 +221,39 @@ def test_what_the_docs_need_is_pinned_and_installed():
     assert re.search(r"\^\(.*\bdocs\b.*\) = ", (ROOT / "containers" / "run").read_text())
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize("page", ["README.md", *map(str, PAGES)])
 def test_links_lead_to_files(page):
     """Those of the repository; what docs/conf.py makes is Sphinx's affair, which warns."""
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
-    links = [link for link in links if not link.startswith("generated/")]
+    links = [link for link in links if not re.match(r"(\.\./)?generated/", link)]
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
     assert links or page != "README.md"
 
 
 def test_every_slip_of_the_list_has_its_test_and_every_test_its_row():
-    rows = [line for line in (ROOT / "docs" / "slips.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in (ROOT / "docs" / "reference" / "slips.md").read_text().splitlines() if line.startswith("| ")]
     rows = [row for row in rows if not row.startswith("| where |")]
     named = [re.search(r"`(test_\w+)` \|$", row) for row in rows]
     assert rows and all(named), [row for row, name in zip(rows, named) if not name]
     written = []
-    for path in ("test_slips.py", "test_slips_in_learning.py"):
-        written += re.findall(r"^def (test_\w+)", (ROOT / "tests" / path).read_text(), re.M)
+    for path in (ROOT / "tests").rglob("test_slips*.py"):
+        written += re.findall(r"^def (test_\w+)", path.read_text(), re.M)
     assert sorted(name[1] for name in named) == sorted(written)
 
 
-def test_the_page_of_sections_2_and_3_lacks_none_of_their_numbers(docs):
+def test_the_page_of_sections_2_to_5_lacks_none_of_their_numbers(docs):
     import equations
 
-    page = (ROOT / "docs" / "theory.md").read_text()
-    wanted = [f"({name.rstrip('ab')}{part})" for section in ("2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3", "3.5")
-              for name in equations.EQUATIONS[section].split()
-              for part in (name[len(name.rstrip("ab")) :] or [""])]  # fmt: skip
-    wanted += [name for section in ("2.1", "3.1", "3.2", "3.3", "3.4") for name in equations.STATEMENTS[section]]
-    assert not [name for name in wanted if name not in page]
+    page = (ROOT / "docs" / "explanation" / "theory.md").read_text()
+    assert not [name for name in equations.names() if name not in page]
+    files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     for row in re.findall(r"^\| .* \|$", page, re.M):
-        _, code, tests, _ = (cell.strip() for cell in row[1:-1].split("|"))
-        assert all((ROOT / "tests" / test).exists() for test in re.findall(r"`(test_\w+\.py)`", tests)), row
+        _, code, shown, _ = (cell.strip() for cell in row[1:-1].split("|"))
+        for name in re.findall(r"`(test_\w+(?:\.py)?)`", shown):
+            assert name in files or name in equations.tests(), row
         for name in re.findall(r"`(\w+)[`.(]", code):
             assert hasattr(fem_resnet, name) or name == "gradient_flow", row
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130

@@ -1,4 +1,4 @@
-"""Slips in sections 2 and 3 of the paper: what holds passes here, what is printed fails (docs/slips.md).
+"""Slips in sections 2 and 3 of the paper: what holds passes here, what is printed fails (docs/reference/slips.md).
 
 The domains are a sphere with |Y| = 12 or so and a disk, one of radius 0.4 with |Y| = 1/2: none has the measure 1.
 """

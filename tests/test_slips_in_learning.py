@@ -1,4 +1,4 @@
-"""Slips in sections 4 and 5 of the paper: what holds passes here, what is printed fails (docs/slips.md)."""
+"""Slips in sections 4 and 5 of the paper: what holds passes here, what is printed fails (docs/reference/slips.md)."""
 
 from typing import NamedTuple
 

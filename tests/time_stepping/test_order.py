@@ -52,6 +52,7 @@ def _exact():
 
 @pytest.mark.parametrize("method, order, steps", METHODS, ids=[method for method, _, _ in METHODS])
 def test_order_in_time(method, order, steps):
+    """The network against a solution of (2.8) by SciPy's integrator."""
     errors = []
     for n in (steps, 2 * steps):
         net = _network(steps=n, solver_parameters={"ts_rk_type": method})

@@ -51,7 +51,7 @@ def test_basic_msa_rises_where_extended_msa_falls_at_every_iteration(space):
 
 @on_ranks
 def test_basic_msa_is_the_algorithm_as_printed():
-    """One iteration: (4.10) at the middle of each layer, r* of the sign of section 4.2."""
+    """One iteration of Algorithm 2: (4.10) at the middle of each layer, r* of the sign of section 4.2."""
     start = problem(layers=3)
     J, run = start.record()
     J.derivative()

@@ -87,6 +87,7 @@ class Watch:
 @each_problem
 @pytest.mark.parametrize("tau", [1e-3, 1.0, 1e3] if alone else [1e-3, 1e3])
 def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau):
+    """Algorithm 1 lowers J by the squared step over 2 tau at least."""
     problem = make()
     watch = Watch(problem)
     iterations = 4 if alone else 1
@@ -135,7 +136,7 @@ def test_an_inner_result_that_does_not_lower_the_proximal_objective_is_not_taken
 @on_ranks
 @each_problem
 def test_each_block_solves_its_proximal_problem_in_its_turn(make):
-    """x_i^(k+1) = x_i^k - tau D_i J_mod there, in the order a, b, head; the gradient (4.7) by the representatives."""
+    """(5.1): x_i^(k+1) = x_i^k - tau D_i J_mod there, in the order a, b, head; the gradient (4.7) by the representatives."""
     for accuracy, bound in ((0.1, 0.1), (0.0, 1e-5)) if alone else ((0.1, 0.1),):
         problem, tau = make(), 3.0
         start = _coefficients(problem.parameters)

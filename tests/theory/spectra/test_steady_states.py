@@ -305,7 +305,10 @@ def drifting(domain, activation="tanh", alpha=1.7):
 @each_domain
 @pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
 def test_f_drifts_for_ever_where_u_stands_still(domain, activation):
-    """3.3, the example of rank one: f(t) = f_I + t sigma(phi), (3.3) with u at rest, where int f_I psi = alpha - 1."""
+    """3.3, the example of rank one: (3.2) has the solution f(t) = f_I + t sigma(phi), which is (3.3) with u at rest.
+
+    There int f_I psi = alpha - 1.
+    """
     net = drifting(domain, activation)
     Y, kernel = net.Y, net.kernel.space_basis.kernel
     f = smooth(Y, 1, seed=2)
