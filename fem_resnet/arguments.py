@@ -10,7 +10,7 @@ Values that the ranks hold in parts are checked on all ranks together: what is w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import scipy.sparse
 
 from fem_resnet.ranks import together
 
-__all__ = ["choice", "instance", "integer", "integer_array", "number", "real_array"]
+__all__ = ["choice", "flag", "function", "instance", "integer", "integer_array", "number", "real_array"]
 
 _T = TypeVar("_T")
 
@@ -149,7 +149,11 @@ def number(
     return float(given)
 
 
-def integer(name: str, value: Any, *, least: int = 1, most: float = np.inf) -> int:
+#: The largest integer that PETSc and MPI take for a size.
+LARGEST = 2**31 - 1
+
+
+def integer(name: str, value: Any, *, least: int = 1, most: float = LARGEST) -> int:
     """An integer from outside, from `least` to `most`.
 
     Raises
@@ -159,9 +163,43 @@ def integer(name: str, value: Any, *, least: int = 1, most: float = np.inf) -> i
     """
     given = _scalar(value)
     if not (isinstance(given, Integral) and not isinstance(given, bool) and least <= given <= most):
-        wanted = "a positive integer" if (least, most) == (1, np.inf) else _range("an integer", least, most=most)
+        end = np.inf if most == LARGEST else most
+        wanted = "a positive integer" if (least, end) == (1, np.inf) else _range("an integer", least, most=end)
+        if most == LARGEST and isinstance(given, Integral) and given > most:
+            wanted += f" of at most {most}"
         raise ValueError(f"{name}: {wanted} is wanted, {value!r} was given")
     return int(given)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False from outside.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else: 0, None, "no".
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: True or False is wanted, {value!r} was given")
+    return bool(value)
+
+
+def function(name: str, value: Any, wanted: str) -> Callable:
+    """A function from outside, or another object that is called.
+
+    Parameters
+    ----------
+    wanted
+        What it is a function of: "a function of prediction and observation".
+
+    Raises
+    ------
+    TypeError
+        If it is called by nobody, or is a class.
+    """
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name}: {wanted} is wanted, {value!r} was given")
+    return value
 
 
 def choice(name: str, value: Any, allowed: Iterable[_T]) -> _T:

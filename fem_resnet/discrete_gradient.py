@@ -37,7 +37,8 @@ from fem_resnet.label_space import LabelSpace
 from fem_resnet.layer import Argument, Cotangent, Functionals, LayerTrace, Stage, StageValue
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.layer_jacobian import acting
-from fem_resnet.methods import METHODS, last_words, set_from_options
+from fem_resnet.methods import METHODS, set_from_options
+from fem_resnet.options import last_words
 from fem_resnet.petsc import weakly
 from fem_resnet.secant import Secant
 from fem_resnet.time_stepping import StepFailure

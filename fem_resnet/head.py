@@ -18,13 +18,14 @@ import numpy as np
 from mpi4py import MPI
 
 from fem_resnet.activation import get_activation
-from fem_resnet.arguments import choice, integer, integer_array
+from fem_resnet.arguments import choice, instance, integer, integer_array
 from fem_resnet.basis import Basis, cell_indicators
 from fem_resnet.blocks import apply
 from fem_resnet.fixed import OnMesh
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.label_space import BatchValues, LabelSpace
 from fem_resnet.parameter import Parameter
+from fem_resnet.ranks import same
 from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, Replicated, SeenBatch
 from fem_resnet.points import class_space
 from fem_resnet.time_basis import Once
@@ -134,13 +135,13 @@ class Head(OnMesh):
     Raises
     ------
     TypeError, ValueError
-        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown.
+        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown; or they differ between
+        ranks.
     """
 
     def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax"):
-        if not isinstance(psi, Basis):
-            raise TypeError(f"psi: a Basis is wanted, {type(psi).__name__} was given")
-        self.psi = psi
+        self.psi = instance("psi", psi, Basis, "laplace_basis(Y, rank) makes one")
+        same(psi.Y.comm, onto=onto, prediction=prediction)
         self.classes = None if isinstance(onto, Basis) else integer("onto", onto)
         self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(self.classes, psi.Y.comm))
         self.prediction = PREDICTIONS[choice("prediction", prediction, PREDICTIONS)]
@@ -223,14 +224,19 @@ class Head(OnMesh):
         Raises
         ------
         TypeError, ValueError
-            If they are no list of integers, one is no class, or the output has no classes.
+            If they are no list of integers, one is no class, or the output has no classes; or they differ between ranks.
         """
+        same(self.Y.comm, labels=labels)
+        return self.labelled(labels)
+
+    def labelled(self, labels: Sequence[int], name: str = "labels") -> fd.Function:
+        """As `observations`, for what is known to be the same on every rank; messages call it by a name."""
         if self.classes is None:
-            raise ValueError(f"labels: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
-        labels = integer_array("labels", labels, ("samples",))
+            raise ValueError(f"{name}: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
+        labels = integer_array(name, labels, ("samples",))
         if labels.min() < 0 or labels.max() >= self.classes:
             bad = int(np.flatnonzero((labels < 0) | (labels >= self.classes))[0])
-            raise ValueError(f"labels: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")
+            raise ValueError(f"{name}: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")
         return self.Y.batch(self.onto.values[:, labels], "observations")
 
 

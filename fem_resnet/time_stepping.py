@@ -28,7 +28,8 @@ from fem_resnet.compiled_layer import CompiledLayer
 from fem_resnet.layer import LayerTrace, Stage, StageValue
 from fem_resnet.layer_jacobian import Elimination, LinearLayer, ShiftedJacobian, Transposed, Zero
 from fem_resnet.layer_state import CarriedState, CoefficientState
-from fem_resnet.methods import METHODS, configure, last_words, set_from_options
+from fem_resnet.methods import METHODS, configure, set_from_options
+from fem_resnet.options import last_words
 from fem_resnet.layer_inputs import LayerInputs
 from fem_resnet.running_cost import RunningCost
 from fem_resnet.petsc import adapt_type, keep_trajectory_in_memory, never_adapt, on_pre_stage, shell, stage_values, weakly

@@ -7,15 +7,19 @@ value, which must be refused on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import firedrake as fd
 import numpy as np
 import scipy.sparse
 
-__all__ = ["Door", "WRONG", "another"]
+__all__ = ["Door", "WRONG", "another", "fault", "holds_nan"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Door:
     Attributes
     ----------
     call
-        What is called, with keywords.
+        What is called, with keywords. A method is that of its class, ``Parameter.set``: the object is the argument "self".
     sound
         Makes the arguments of a sound call, all that there are, in the order of the signature. Made anew for each call
         where the call changes them; keep what is dear in a `functools.cache`.
@@ -35,6 +39,8 @@ class Door:
         Arguments of which each rank has its own part, or that live on a communicator: they are not compared.
     another
         Of a replicated argument, another sound value for the last rank, where `another` knows none.
+    called
+        Of an argument, what messages call it, where that is not its own name.
     dear
         Whether a call takes seconds: its walk is then `slow`, and a few kinds of `WRONG` stay in the default run.
     """
@@ -44,7 +50,32 @@ class Door:
     takes: Mapping[str, set[str]] = field(default_factory=dict)
     parted: tuple[str, ...] = ()
     another: Mapping[str, Any] = field(default_factory=dict)
+    called: Mapping[str, str] = field(default_factory=dict)
     dear: bool = False
+
+    def names(self, argument: str, error: Exception) -> bool:
+        """Whether the message of an error begins with what it calls an argument."""
+        return re.match(rf"{self.called.get(argument, argument)}\b", str(error)) is not None
+
+    def arguments(self) -> list[str]:
+        """What is given, but for the object of a method."""
+        return [name for name in self.sound() if name != "self"]
+
+    def differing(self) -> Iterator[tuple[str, Any]]:
+        """Each argument that ranks are to give alike, with another value of it."""
+        given = self.sound()
+        for name in self.arguments():
+            other = self.another[name] if name in self.another else another(given[name])
+            if name not in self.parted and other is not None:
+                yield name, other
+
+    def signature(self) -> list[str] | None:
+        """Names in the signature, but for those that stand for others; None where there is none to be had."""
+        try:
+            parameters = inspect.signature(self.call).parameters.values()
+        except ValueError:
+            return None
+        return [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
 
 
 class Anything:
@@ -103,3 +134,40 @@ def another(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and value and all(isinstance(entry, float) for entry in value):
         return type(value)(1.25 * entry for entry in value)
     return None
+
+
+def holds_nan(result: Any, depth: int = 3) -> bool:
+    """Whether numbers in a result are NaN."""
+    if isinstance(result, (float, complex, np.ndarray, np.generic)):
+        array = np.asarray(result)
+        return array.dtype.kind in "fc" and bool(np.isnan(array).any())
+    if isinstance(result, fd.Function):
+        return bool(np.isnan(result.dat.data_ro).any())
+    if depth and isinstance(result, (list, tuple)):
+        return any(holds_nan(part, depth - 1) for part in result)
+    if depth and dataclasses.is_dataclass(result):
+        return any(holds_nan(getattr(result, part.name, None), depth - 1) for part in dataclasses.fields(result))
+    return False
+
+
+def fault(door: Door, wrong: Mapping[str, str]) -> str | None:
+    """What is amiss with a call in which these arguments are of these kinds of `WRONG`; None if it ends as it should.
+
+    It is refused by the name of one of the arguments that do not take their kind; or taken where all take theirs, and then
+    has no NaN in its result.
+    """
+    refused = [name for name, kind in wrong.items() if kind not in door.takes.get(name, ())]
+    try:
+        result = door.call(**door.sound() | {name: WRONG[kind]() for name, kind in wrong.items()})
+    except (TypeError, ValueError) as error:
+        if not any(door.names(name, error) for name in (refused or wrong)):
+            return f"{type(error).__name__}: {error}"
+        return None if refused else f"refused, though it is said to be taken: {error}"
+    except OSError as error:
+        # What the operating system says of a name of a file that may be one.
+        return f"{type(error).__name__}: {error}" if refused else None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if refused:
+        return "taken"
+    return "NaN" if holds_nan(result) else None

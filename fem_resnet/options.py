@@ -1,0 +1,134 @@
+"""PETSc options that users give: looked at where they enter, refused where nothing asks for them.
+
+PETSc takes any name, and says nothing of one that it never reads: "tao_maxit" in place of "tao_max_it" would be lost without a
+word. So once an object has read its options, those given by the user that it has not asked for are refused. Options that only
+say what is to be seen ("tao_view") are read when there is something to see, and are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from types import NoneType
+
+import petsctools
+from petsc4py import PETSc
+
+from fem_resnet.arguments import instance
+
+__all__ = ["checked_options", "checked_prefix", "last_words", "petsc_refusals", "refuse_unread", "unread"]
+
+_NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
+#: Options that are read when there is something to see.
+_SEEN_LATER = re.compile(r"(^|_)(view|monitor)(_|$)|(^|_)converged_reason$")
+
+
+def checked_options(given: Mapping | None, name: str = "solver_parameters") -> dict[str, object]:
+    """Options from outside as a new, flat dictionary: those of a dictionary within have its name before theirs.
+
+    Parameters
+    ----------
+    given
+        Names of options without a hyphen, and values: strings, numbers, bools, None for an option without a value, or
+        dictionaries of these; classes for what ends in "python_type".
+    name
+        What messages call it.
+
+    Raises
+    ------
+    TypeError
+        If it is no dictionary, or a value is none of these.
+    ValueError
+        If a name cannot be one of an option, or a number is NaN.
+
+    Examples
+    --------
+    >>> checked_options({"tao_type": "nls", "tao_nls": {"ksp_rtol": 0.1}})
+    {'tao_type': 'nls', 'tao_nls_ksp_rtol': 0.1}
+    """
+    instance(name, given, (Mapping, NoneType), "give PETSc's options by name, such as {'ksp_rtol': 1e-8}")
+    flat: dict[str, object] = {}
+    for key, value in (given or {}).items():
+        if not (isinstance(key, str) and _NAME.fullmatch(key)):
+            raise ValueError(f"{name}: names of options are wanted, as 'ksp_rtol' without a hyphen, {key!r} was given")
+        if isinstance(value, Mapping):
+            inner = checked_options(value, name)
+            flat |= {f"{key}{'' if key.endswith('_') else '_'}{end}": one for end, one in inner.items()}
+        else:
+            _check_value(name, key, value)
+            flat[key] = value
+    return flat
+
+
+def _check_value(name: str, key: str, value: object) -> None:
+    of_class = isinstance(value, type) and key.endswith("python_type")
+    if not (value is None or isinstance(value, (str, Real)) or of_class):
+        raise TypeError(f"{name}: a string, a number, a bool or None is wanted for {key!r}, {type(value).__name__} was given")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return
+    if math.isnan(number):
+        raise ValueError(f"{name}: a number is wanted for {key!r}, {value!r} was given")
+
+
+def checked_prefix(given: str | None, name: str = "options_prefix") -> str | None:
+    """A prefix of options from outside: letters, digits, ``_``, ``-`` and dots, a letter first; "" or None for none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is anything else.
+    """
+    instance(name, given, (str, NoneType), "such as 'mine_'")
+    if given and not _NAME.fullmatch(given):
+        raise ValueError(f"{name}: letters, digits and '_', a letter first, are wanted, such as 'mine_'; {given!r} was given")
+    return given
+
+
+def unread(options: petsctools.OptionsManager, given: Iterable[str]) -> list[str]:
+    """Those of the user's options that PETSc has not asked for, while or after their manager has them inserted."""
+    used = PETSc.Options().used
+    return [
+        key
+        for key in given
+        if not (key in options._used_options or used(options.options_prefix + key) or _SEEN_LATER.search(key))
+    ]
+
+
+def refuse_unread(names: Sequence[str], what: str, name: str = "solver_parameters") -> None:
+    """Refuse these options, if there are any.
+
+    Parameters
+    ----------
+    names
+        What `unread` found.
+    what
+        What did not ask for them: "a TAO of type 'lmvm'".
+
+    Raises
+    ------
+    ValueError
+        With all of them.
+    """
+    if names:
+        raise ValueError(f"{name}: {', '.join(names)}: no option of {what}; drop it")
+
+
+@contextmanager
+def petsc_refusals(given: Mapping[str, object], name: str = "solver_parameters") -> Iterator[None]:
+    """Where PETSc reads options: what it refuses of them is a ValueError of the argument."""
+    try:
+        yield
+    except PETSc.Error as error:
+        if error.__cause__ is not None:
+            raise
+        raise ValueError(f"{name}: PETSc refuses {dict(given)}: {last_words(error)}") from error
+
+
+def last_words(error: PETSc.Error) -> str:
+    """The line of PETSc's message that says what is wrong."""
+    return str(error).splitlines()[-1].partition("] ")[2]
