@@ -212,7 +212,10 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
     with stop_annotating():
         columns = [_at_nodes(Y, each) for each in functions]
     values = real_array("functions", np.column_stack(columns), comm=Y.comm)
-    return Basis(Y, values, "given")
+    try:
+        return Basis(Y, values, "given")
+    except ValueError as error:  # they are dependent
+        raise ValueError(str(error).replace("values", "functions", 1)) from error
 
 
 def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) -> np.ndarray:

@@ -102,7 +102,7 @@ def test_every_kernel_of_a_set_is_reached(choice, skew):
     ids=["not positive", "of higher rank", "other damping", "too large"],
 )
 def test_kernels_outside_of_their_set_are_refused(choice, beta, message):
-    with pytest.raises(ValueError, match=f"^beta: .*{message}"):
+    with pytest.raises(ValueError, match=f"^coefficients: .*{message}"):
         network(choice).kernel.set(0, beta)
 
 
