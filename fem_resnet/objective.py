@@ -182,7 +182,7 @@ class Observations:
 
 def _entries(name: str, given: object) -> list:
     """Those of a list from outside."""
-    if np.ndim(instance(name, given, (list, tuple, np.ndarray))) == 0:
+    if isinstance(instance(name, given, (list, tuple, np.ndarray)), np.ndarray) and given.ndim == 0:
         raise TypeError(f"{name}: a list is wanted, {given!r} was given")
     return list(given)
 
@@ -455,7 +455,7 @@ class LearningProblem(OnMesh):
 
     @supports(
         "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial", "learned_both",
-        "many_samples", "weights", tool="Gauss-Newton", when=lambda problem, *, gauss_newton=False: gauss_newton,
+        "many_samples", "weights", tool="Gauss-Newton", when=lambda self, *, gauss_newton=False: isinstance(gauss_newton, (bool, np.bool_)) and gauss_newton,
     )  # fmt: skip
     def record(
         self, *, gauss_newton: bool = False

@@ -33,9 +33,13 @@ POSITIVE = {"a fraction", "a huge integer"}
 NOT_NEGATIVE = POSITIVE | {"zero"}
 TEXT = {"a string", "an empty string"}
 OPTIONS = {"None", "an empty dict"}
+PATH = {"a string", "an empty string", "a path"}
 PREFIX = {"None", "an empty string"}
 #: What casts safely to doubles.
-SAFE = {"NaN", "infinity", "a negative number", "zero", "a fraction"}
+SAFE = {
+    "a bool", "NaN", "infinity", "a negative number", "zero", "a fraction", "an empty list", "an array of NaN",
+    "an array of another shape",
+}  # fmt: skip
 
 
 # -- what the doors are called with ------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ DOORS = {
         lambda: {"Y": disk(), "rank": 3, "solver_parameters": None, "options_prefix": None, "cache": None},
         takes={
             "solver_parameters": OPTIONS, "options_prefix": PREFIX,
-            "cache": {"None", "a string", "an empty string", "a path"},
+            "cache": {"None"} | PATH,
         },
         parted=("Y",), another={"solver_parameters": {"eps_max_it": 7}, "options_prefix": "mine", "cache": "here"},
     ),
@@ -276,7 +280,7 @@ DOORS = {
         ResidualNetwork.truncated, lambda: {"self": net(), "tolerance": 0.5}, takes={"tolerance": {"zero"}}
     ),
     "Run.state": Door(Run.state, lambda: {"self": run(), "layer": 1}, takes={"layer": {"zero"}}),
-    "Run.costate": Door(Run.costate, lambda: {"self": run(), "layer": 1}),
+    "Run.costate": Door(Run.costate, lambda: {"self": run(), "layer": 1}, takes={"layer": {"zero"}}),
     "Run.tangent": Door(Run.tangent, lambda: {"self": run(), "direction": fields().batch.inputs}, parted=("direction",)),
     # -- problems --
     "Head": Door(
@@ -317,7 +321,7 @@ DOORS = {
     ),
     "Regulariser": Door(
         Regulariser, lambda: {"terms": ((0.5, _mass),), "names": ("mine",)}, takes={"names": {"an empty list"}},
-        parted=("terms", "names"),
+        parted=("terms", "names"), called={"terms": "terms|names"},
     ),
     "Regulariser.__call__": Door(
         Regulariser.__call__, lambda: {"self": tikhonov(0.5), "parameters": classes().penalised()},
@@ -337,7 +341,7 @@ DOORS = {
     ),
     "Observations": Door(
         Observations, lambda: {"layers": [1], "targets": [[0, 1, 2, 1]], "weights": [0.5]}, takes={"weights": {"None"}},
-        parted=("layers", "targets", "weights"),
+        parted=("layers", "targets", "weights"), called={"layers": "layers|targets"},
     ),
     "LearningProblem": Door(
         LearningProblem,
@@ -347,9 +351,9 @@ DOORS = {
             "checkpoints": None,
         },
         takes={
-            name: {"None"} for name in ("head", "regulariser", "derivatives", "observations", "running", "ensemble", "checkpoints")
+            name: {"None"} for name in ("regulariser", "derivatives", "observations", "running", "ensemble", "checkpoints")
         },
-        parted=("net",),
+        parted=("net",), called={"head": "head|batch"},
         another={
             "head": None, "loss": least_squares, "regulariser": tikhonov(0.5),
             "batch": Batch(classes().batch.inputs, [0, 1, 2, 2]), "learn": "both",
@@ -378,7 +382,8 @@ DOORS = {
     "train": Door(
         train,
         lambda: {
-            "problem": classes(), "solver_parameters": None, "options_prefix": None, "monitor": stop, "gauss_newton": False,
+            "problem": classes(), "solver_parameters": {"tao_max_it": 1}, "options_prefix": None, "monitor": stop,
+            "gauss_newton": False,
             "bounds": None,
         },
         takes={
@@ -394,7 +399,7 @@ DOORS = {
     "train_pam": Door(
         train_pam,
         lambda: {
-            "problem": classes(), "solver_parameters": None, "tau": 0.5, "iterations": 1, "gradient_tolerance": 1e-6,
+            "problem": classes(), "solver_parameters": {"tao_max_it": 1}, "tau": 0.5, "iterations": 1, "gradient_tolerance": 1e-6,
             "accuracy": 0.5, "adapt": False, "inertial": False, "batches": None, "options_prefix": None, "monitor": stop,
             "start": None,
         },
@@ -423,10 +428,10 @@ DOORS = {
     # -- files --
     "save": Door(
         save, lambda: {"path": shared() / "another.h5", "net": net(), "head": classes().head},
-        takes={"path": {"a string", "a path"}, "head": {"None"}}, parted=("net",), another={"head": None},
+        takes={"path": PATH, "head": {"None"}}, parted=("net",), another={"head": None},
     ),
     "load": Door(
-        load, lambda: {"path": saved(), "comm": COMM_WORLD}, takes={"path": {"a string", "a path"}}, parted=("comm",)
+        load, lambda: {"path": saved(), "comm": COMM_WORLD}, takes={"path": PATH}, parted=("comm",)
     ),
     # -- what activations are made of --
     "Activation": Door(
@@ -444,7 +449,7 @@ DOORS = {
     **{
         f"Activation.{name}": Door(
             getattr(Activation, name), lambda: {"self": get_activation("tanh"), "s": np.ones(3), "out": None},
-            takes={"s": SAFE, "out": {"None"}}, parted=("s", "out"),
+            takes={"s": SAFE, "out": {"None"}}, parted=("s", "out"), through=("s",),
         )
         for name in ("__call__", "derivative", "second_derivative", "primitive")
     },
