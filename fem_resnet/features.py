@@ -8,14 +8,21 @@ times, the gradient flow in place of (2.8). An algorithm declares the features t
 
 and is refused all others by name, before it does anything. A feature that is new is refused everywhere until an algorithm
 declares it. `TOOLS` is the table of all declarations; a test runs every row against every feature.
+
+The same decorator is the door of these algorithms: it looks at the argument that carries the features, and so the
+communicator, first, and then compares all others between the ranks.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
+
+from fem_resnet.arguments import instance
+from fem_resnet.ranks import same
 
 __all__ = ["FEATURES", "HELD", "STEPPED", "TOOLS", "Feature", "features_of", "refuse_unsupported", "supports"]
 
@@ -148,15 +155,20 @@ def _problem_of(subject):
     return next((each for each in candidates if hasattr(each, "batch") and hasattr(each, "net")), None)
 
 
+def _net_of(subject):
+    """The network that an object is, or was made of or for."""
+    problem = _problem_of(subject)
+    return getattr(subject if problem is None else problem, "net", subject)
+
+
 def features_of(subject) -> list[str]:
     """Which features an object has, by name.
 
     Of a LearningProblem, and of what was made of one and has it as `problem`, all; of a ResidualNetwork, and of a run, a
     trajectory and whatever else has a `net`, those of the network; of anything else none.
     """
-    problem = _problem_of(subject)
-    net = getattr(subject if problem is None else problem, "net", subject)
-    objects = {"net": net if hasattr(net, "layer_inputs") else None, "problem": problem}
+    net = _net_of(subject)
+    objects = {"net": net if hasattr(net, "layer_inputs") else None, "problem": _problem_of(subject)}
     return [name for name, f in FEATURES.items() if objects[f.of] is not None and f.present(objects[f.of])]
 
 
@@ -170,11 +182,17 @@ def refuse_unsupported(tool: str, subject, instead: str | None = None) -> None:
 
 
 def supports(
-    *names: str, tool: str | None = None, when: Callable[..., bool] | None = None, instead: str | None = None
+    *names: str,
+    tool: str | None = None,
+    when: Callable[..., bool] | None = None,
+    instead: str | None = None,
+    parted: tuple[str, ...] = (),
 ):
     """Decorate a function or method with what it takes of the problems, networks and runs among its arguments.
 
-    For a method other than ``__init__`` the object that it belongs to is one of them.
+    Of a function, a constructor and a class method the first argument must be of the class that its annotation says, and on its
+    communicator all others are compared (`ranks.same`). For another method the object that it belongs to has the features too,
+    and nothing is compared; nor is anything where the first argument is no object with features, as in ``save(path, net)``.
 
     Parameters
     ----------
@@ -188,6 +206,8 @@ def supports(
         for these too, of another name.
     instead
         What else a message is to say may be done.
+    parted
+        Arguments of which each rank has its own part: they are not compared.
 
     Raises
     ------
@@ -201,14 +221,44 @@ def supports(
     def decorate(function):
         name = tool or function.__qualname__.removesuffix(".__init__")
         TOOLS[name] = frozenset(names)
+        door = getattr(function, "_door", None) or _Door(function, parted)
 
         @wraps(function)
         def checked(*args, **kwargs):
+            # Of several declarations the outermost looks at the arguments, before any of them asks for features.
+            if checked._door is not None:
+                checked._door.check(args, kwargs)
             if when is None or when(*args, **kwargs):
                 for subject in (*args, *kwargs.values()):
                     refuse_unsupported(name, subject, instead)
             return function(*args, **kwargs)
 
+        function._door, checked._door = None, door
         return checked
 
     return decorate
+
+
+class _Door:
+    """What a decorated function asks of its arguments."""
+
+    def __init__(self, function: Callable, parted: tuple[str, ...]):
+        self._signature, self._parted, self._first = inspect.signature(function), parted, None
+        names = list(self._signature.parameters)
+        if names[0] == "self" and function.__name__ != "__init__":
+            return
+        first = names[names[0] in ("self", "cls")]
+        kind = inspect.unwrap(function).__globals__.get(self._signature.parameters[first].annotation)
+        if isinstance(kind, type):
+            self._first, self._kind = first, kind
+
+    def check(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._first is None:
+            return
+        given = self._signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        first = instance(self._first, given.arguments.pop(self._first), self._kind)
+        compared = {name: value for name, value in given.arguments.items() if name not in ("self", "cls", *self._parted)}
+        if "monitor" in compared:  # one that prints on rank 0 may be another function there
+            compared["monitor"] = compared["monitor"] is None
+        same(_net_of(first).Y.comm, **compared)

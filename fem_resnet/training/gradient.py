@@ -90,6 +90,7 @@ class Result:
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "ensemble",
     "derivatives", "observed_times", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
+    parted=("bounds",),
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train")
 def train(
@@ -151,11 +152,8 @@ def train(
     >>> result = train(problem, {"tao_type": "nls", "tao_gatol": 1e-10})  # doctest: +SKIP
     >>> result = train(problem, bounds={"bias": (-1, 1), "kernel": (-1, 1)})  # doctest: +SKIP
     """
-    comm = instance("problem", problem, LearningProblem).net.Y.comm
-    same(
-        comm, solver_parameters=solver_parameters, options_prefix=options_prefix, monitor=monitor is None,
-        gauss_newton=gauss_newton, bounds=_but_nodal(problem, bounds),
-    )  # fmt: skip
+    comm = problem.net.Y.comm
+    same(comm, bounds=_but_nodal(problem, bounds))
     checked_prefix(options_prefix)
     check_monitor(monitor)
     flag("gauss_newton", gauss_newton)

@@ -41,7 +41,6 @@ from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
 from fem_resnet.maximum_principle import controls_within, extremal_controls, refuse_controls_outside
 from fem_resnet.network import ResidualNetwork
 from fem_resnet.objective import LearningProblem
-from fem_resnet.ranks import same
 from fem_resnet.row_controls import RowBall, RowBox, SpanBox, distance, nearest_controls, raise_controls
 from fem_resnet.training.gradient import check_monitor, tell
 
@@ -169,11 +168,6 @@ def msa(
     --------
     >>> result = msa(problem, Box((-1, 1), (-1, 1)), variant="extended")  # doctest: +SKIP
     """
-    comm = instance("problem", problem, LearningProblem).net.Y.comm
-    same(
-        comm, A=A, variant=variant, iterations=iterations, rho=rho, largest_rho=largest_rho, restarts=restarts, project=project,
-        monitor=monitor is None,
-    )  # fmt: skip
     _check(problem, A, variant)
     project = flag("project", project)
     check_monitor(monitor)

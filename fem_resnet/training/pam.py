@@ -107,6 +107,7 @@ class PAMResult(Result):
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
     "many_samples", "weights", tool="train_pam, batches", when=lambda *given, batches=None, **options: batches is not None,
+    parted=("start",),
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_pam")
 def train_pam(
@@ -186,14 +187,9 @@ def train_pam(
     >>> bool((result.slacks > -1e-14).all())  # doctest: +SKIP
     True
     """
-    comm, clock = instance("problem", problem, LearningProblem).net.Y.comm, time.perf_counter()
-    # Coefficients in `start` are parts of this rank, and seconds its own.
-    begun = (start.blocks, start.iterations, start.tau, start.momentum) if isinstance(start, PAMResult) else start
-    same(
-        comm, solver_parameters=solver_parameters, tau=tau, iterations=iterations, gradient_tolerance=gradient_tolerance,
-        accuracy=accuracy, adapt=adapt, inertial=inertial, batches=batches, options_prefix=options_prefix,
-        monitor=monitor is None, start=begun,
-    )  # fmt: skip
+    comm, clock = problem.net.Y.comm, time.perf_counter()
+    # Coefficients in it are parts of this rank, and seconds its own.
+    same(comm, start=(start.blocks, start.iterations, start.tau, start.momentum) if isinstance(start, PAMResult) else start)
     _check(tau, iterations, gradient_tolerance, accuracy, batches)
     adapt, inertial = flag("adapt", adapt), flag("inertial", inertial)
     instance("start", start, (PAMResult, NoneType), "what an earlier call has returned")
