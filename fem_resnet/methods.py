@@ -208,6 +208,8 @@ def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str,
         Options that the layer itself has read.
     """
     unused = set_from_options(ts, options, read)
+    if not METHODS[options.parameters["ts_type"]].implicit:  # PETSc reads them all the same
+        unused += [name for name in options.parameters if name.startswith(("snes_", "ksp_", "pc_")) and name not in unused]
     refuse_unread(unused, f"a TS of type {ts.getType()!r} with adaptivity {adapt_type(ts)!r}")
 
 

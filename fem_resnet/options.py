@@ -123,10 +123,11 @@ def petsc_refusals(given: Mapping[str, object], name: str = "solver_parameters")
     """Where PETSc reads options: what it refuses of them is a ValueError of the argument."""
     try:
         yield
-    except PETSc.Error as error:
-        if error.__cause__ is not None:
+    except (PETSc.Error, SystemError) as error:
+        said = error if isinstance(error, PETSc.Error) else error.__cause__  # slepc4py's comes as a SystemError
+        if not isinstance(said, PETSc.Error) or said.__cause__ is not None:
             raise
-        raise ValueError(f"{name}: PETSc refuses {dict(given)}: {last_words(error)}") from error
+        raise ValueError(f"{name}: PETSc refuses {dict(given)}: {last_words(said)}") from said
 
 
 def last_words(error: PETSc.Error) -> str:

@@ -80,7 +80,9 @@ def _raise_first(comm: MPI.Comm, error: BaseException | None) -> None:
     if sender == comm.size:
         return
     first = comm.bcast(_to_send(error, comm.rank) if comm.rank == sender else None, root=sender)
-    raise error if comm.rank == sender and type(first) is type(error) else first from error
+    if comm.rank == sender and type(first) is type(error):
+        raise error
+    raise first from error
 
 
 def _to_send(error: BaseException, rank: int) -> BaseException:

@@ -117,7 +117,7 @@ def test_what_a_set_cannot_be_made_of_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(TypeError, match="^stable_kernel: a set of kernels or None is wanted, str was given"):
+    with pytest.raises(TypeError, match="^stable_kernel: a StableKernel or None is wanted, str was given; such as PositiveSemidefinite"):
         network("positive")
 
 
