@@ -57,8 +57,8 @@ class Loss:
         The same without the curvature of the prediction, for the actions of Gauss and Newton (`blocks.gauss_newton`):
         h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out.
 
-    The functions are called on all ranks together, and may be collective; what one of them raises on one rank, before it asks
-    others for anything, is raised on all.
+    The functions are called on all ranks together. What one raises on one rank is raised on all; one that is collective itself,
+    as by ``Y.sum``, must not fail on one rank alone before that, where the others would wait for it.
 
     Raises
     ------
