@@ -402,7 +402,8 @@ class ResidualNetwork(OnMesh):
         instance("seen_by", seen_by, (Basis, NoneType))
         if running is not None and self._by_discrete_gradient:
             raise ValueError("running: the discrete gradient steps coefficients alone and integrates no running cost; give None")
-        omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
+        omega = sample_weights(weights, initial.function_space().value_size)
+        omega = None if running is None else omega
         manager = manager_of(get_working_tape()) if annotate_tape() else None
         if seen_by is not None and (running is not None or manager is not None or not self.steps_what_is_seen_by(seen_by)):
             raise ValueError(

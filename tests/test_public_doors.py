@@ -79,7 +79,8 @@ def test_of_several_wrong_arguments_one_is_named(calls=3000):
         name = names[rng.integers(len(names))]
         arguments = DOORS[name].arguments()
         count = min(len(arguments), rng.integers(1, 4))
-        wrong = {argument: kinds[rng.integers(len(kinds))] for argument in rng.choice(arguments, count, replace=False)}
+        chosen = rng.choice(len(arguments), count, replace=False)
+        wrong = {arguments[k]: kinds[rng.integers(len(kinds))] for k in chosen}
         ended = fault(DOORS[name], wrong)
         if ended is not None:
             amiss.append(f"{name}, {wrong}: {ended}")
