@@ -67,16 +67,18 @@ def real_array(
     array([1., 2., 3.])
     """
 
+    def wanted() -> str:
+        return f"{_range('numbers', least, above)}{_written(shape)} are wanted"
+
     def check() -> np.ndarray:
-        wanted = f"{_range('numbers', least, above)}{_written(shape)} are wanted"
         array = _numbers(name, value, wanted, shape, "biuf")
         with np.errstate(over="ignore"):
             array = np.asarray(array, dtype=float, order="C")
         if finite and not np.isfinite(array).all():
             bad = np.count_nonzero(~np.isfinite(array))
-            raise ValueError(f"{name}: finite {wanted}, {bad} of {array.size} are not finite")
+            raise ValueError(f"{name}: finite {wanted()}, {bad} of {array.size} are not finite")
         if array.size and max(least, above) > -np.inf and not (array.min() >= least and array.min() > above):
-            raise ValueError(f"{name}: {wanted}, the smallest given is {array.min():g}")
+            raise ValueError(f"{name}: {wanted()}, the smallest given is {array.min():g}")
         return array
 
     return together(comm, check)
@@ -85,27 +87,32 @@ def real_array(
 def integer_array(name: str, value: Any, shape: Shape | None = None, *, comm=None) -> np.ndarray:
     """An array of integers from outside; otherwise as `real_array`."""
 
-    wanted = f"integers{_written(shape)} are wanted"
+    def wanted() -> str:
+        return f"integers{_written(shape)} are wanted"
+
     return together(comm, lambda: _numbers(name, value, wanted, shape, "iu"))
 
 
-def _numbers(name: str, value: Any, wanted: str, shape: Shape | None, kinds: str) -> np.ndarray:
-    """`numpy.asarray`, refusing what it would leave out or cannot read, and other shapes and kinds of numbers."""
+def _numbers(name: str, value: Any, wanted: Callable[[], str], shape: Shape | None, kinds: str) -> np.ndarray:
+    """`numpy.asarray`, refusing what it would leave out or cannot read, and other shapes and kinds of numbers.
+
+    Most arrays are right: what is wanted is written where one is not.
+    """
     if scipy.sparse.issparse(value):
-        raise TypeError(f"{name}: {wanted}, a sparse {type(value).__name__} was given; .toarray() makes it dense")
+        raise TypeError(f"{name}: {wanted()}, a sparse {type(value).__name__} was given; .toarray() makes it dense")
     if _has_masked(value):
-        raise ValueError(f"{name}: {wanted}, some of those given are masked; fill them (.filled) or leave them out")
+        raise ValueError(f"{name}: {wanted()}, some of those given are masked; fill them (.filled) or leave them out")
     try:
         array = np.asarray(value)
     except Exception as error:  # whatever an object's __array__ raises
-        raise ValueError(f"{name}: {wanted}, {type(value).__name__} cannot be read as an array: {error}") from error
+        raise ValueError(f"{name}: {wanted()}, {type(value).__name__} cannot be read as an array: {error}") from error
     if shape is not None and not _fits(array.shape, shape):
-        raise ValueError(f"{name}: {wanted}, shape {array.shape} was given")
+        raise ValueError(f"{name}: {wanted()}, shape {array.shape} was given")
     if array.dtype.kind == "c":
-        raise TypeError(f"{name}: real {wanted}, complex ones were given; take .real if that is what you mean")
+        raise TypeError(f"{name}: real {wanted()}, complex ones were given; take .real if that is what you mean")
     if array.dtype.kind not in kinds:
         what = type(value).__name__ if array.ndim == 0 else f"{type(value).__name__} with entries of type {array.dtype}"
-        raise TypeError(f"{name}: {wanted}, {what} was given")
+        raise TypeError(f"{name}: {wanted()}, {what} was given")
     return array
 
 

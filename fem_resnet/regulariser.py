@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from pyadjoint import AdjFloat
 
-from fem_resnet.arguments import function, instance, number, real_array
+from fem_resnet.arguments import function, instance, number
 from fem_resnet.blocks import apply
 from fem_resnet.parameter import Parameter
 from fem_resnet.ranks import together
@@ -111,8 +111,12 @@ class _RegulariserOperator:
             total = [np.zeros(np.shape(c)) for c in coefficients]
             for weight, form in self._terms:
                 for sum_so_far, functional in zip(total, form(parameter, coefficients)):
-                    what = f"terms, {getattr(form, '__name__', form)} of {parameter.name}"
-                    sum_so_far += dual * weight * real_array(what, functional, sum_so_far.shape, finite=False)
+                    if np.shape(functional) != sum_so_far.shape:
+                        raise ValueError(
+                            f"terms: a functional of shape {sum_so_far.shape} is wanted of {parameter.name}, {form} gave one of "
+                            f"shape {np.shape(functional)}"
+                        )
+                    sum_so_far += dual * weight * functional
             functionals += total
         return functionals
 
