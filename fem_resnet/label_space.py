@@ -29,7 +29,7 @@ from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.nodal_space import WHAT_WORKS, check_space
 from fem_resnet.ranks import same, together
 
-__all__ = ["BatchValues", "LabelSpace"]
+__all__ = ["BatchValues", "LabelSpace", "checked_graph"]
 
 
 class LabelSpace(OnMesh):
@@ -95,7 +95,7 @@ class LabelSpace(OnMesh):
         self.numbers = None if numbers is None else read_only(self._checked_numbers(numbers))
         if graph is not None and numbers is None:
             raise ValueError("numbers: those of the points are wanted with a graph; point_space(weights, graph=A) has both")
-        self.graph = None if graph is None else _edge_weights(graph, self.size)
+        self.graph = None if graph is None else checked_graph(graph, self.size)
         with stop_annotating():
             self.weights = read_only(fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy())
             volume = fd.assemble(fd.Constant(1.0) * fd.dx(domain=V.mesh()))
@@ -398,8 +398,14 @@ def apply_columns(A: PETSc.Mat, values: np.ndarray) -> np.ndarray:
     return result
 
 
-def _edge_weights(graph: scipy.sparse.sparray | np.ndarray, size: int) -> scipy.sparse.csr_array:
-    """Edge weights between so many points, without a diagonal; a copy, which nobody may write into."""
+def checked_graph(graph: scipy.sparse.sparray | np.ndarray, size: int) -> scipy.sparse.csr_array:
+    """Edge weights between so many points, without a diagonal; a copy, which nobody may write into.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no symmetric matrix of numbers >= 0 of that size.
+    """
     if scipy.sparse.issparse(graph):
         graph = graph.tocsr(copy=True)
         graph.sum_duplicates()

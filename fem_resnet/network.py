@@ -52,7 +52,7 @@ from fem_resnet.time_basis import Once, get_time_basis
 from fem_resnet.time_stepping import LayerStepper
 from fem_resnet.transposed_stage import TransposedStage
 
-__all__ = ["ResidualNetwork"]
+__all__ = ["ResidualNetwork", "checked_times"]
 
 #: Arguments of the constructor that parameters do not depend on.
 _OF_NO_PARAMETER = {
@@ -189,7 +189,7 @@ class ResidualNetwork(OnMesh):
         instance("stable_kernel", stable_kernel, (StableKernel, NoneType), "such as PositiveSemidefinite()")
         learn_factors, learn_times = flag("learn_factors", learn_factors), flag("learn_times", learn_times)
         replay_steps, gradient_flow = flag("replay_steps", replay_steps), flag("gradient_flow", gradient_flow)
-        self._given_times = read_only(_layer_times(layers, final_time) if times is None else _checked_times(times))
+        self._given_times = read_only(_layer_times(layers, final_time) if times is None else checked_times(times))
         self.layers = len(self._given_times) - 1
         self.activation = get_activation(activation)
         self.steps = integer("steps", steps)
@@ -741,7 +741,14 @@ def _layer_times(layers: int, final_time: float) -> np.ndarray:
     return np.linspace(0.0, final_time, layers + 1) if layers else np.zeros(1)
 
 
-def _checked_times(times: Sequence[float]) -> np.ndarray:
+def checked_times(times: Sequence[float]) -> np.ndarray:
+    """Layer times, a copy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are none.
+    """
     times = real_array("times", times, ("layers + 1",)).copy()
     if times[0] != 0.0 or not (np.diff(times) > 0).all():
         raise ValueError(f"times: layer times 0 = t_0 < .. < t_L, which increase, are wanted, {times.tolist()} was given")
