@@ -139,6 +139,7 @@ def test_a_schedule_that_one_rank_cannot_make_is_refused_on_all():
 def test_a_kernel_of_other_controls_follows_them_though_one_rank_alone_has_touched_them():
     net = ResidualNetwork(laplace("disk", "CG1", 4), layers=2, stable_kernel=PositiveSemidefinite())
     controls, before = net.kernel.learned, net.kernel.get(0)
+    assert len(net.kernel.functions) == 2  # which are at the controls now
     if LAST:
         controls.functions[0].dat.increment_dat_version()  # as what asks for the values to write into them does
     assert_allclose(net.kernel.get(0), before, rtol=0)
