@@ -149,6 +149,18 @@ def test_a_kernel_of_other_controls_follows_them_though_one_rank_alone_has_touch
     assert np.isfinite(net.Y.norm(net(initial)))
 
 
+@on_ranks
+@pytest.mark.parametrize("ask", [lambda J, run: J.derivative(), lambda J, run: run.state(1)], ids=["derivative", "state"])
+def test_an_input_that_one_rank_alone_may_have_changed_is_refused_on_all(ask):
+    J, run = fields().record()
+    if LAST:
+        run.net.bias.functions[1].block_variable.saved_output.dat.increment_dat_version()
+    with pytest.raises(RuntimeError, match="an input has changed since the tape was evaluated"):
+        ask(J, run)
+    J(fields().functions)
+    ask(J, run)
+
+
 @on_several_ranks
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_coefficients_that_one_rank_gives_otherwise_are_refused_and_nothing_is_set(layer):
