@@ -167,6 +167,11 @@ class Head(OnMesh):
 
         Collective.
         """
+        self.psi.Y.check_where(f, "f")
+        return self.of_state(f)
+
+    def of_state(self, f: fd.Function) -> fd.Function:
+        """As `__call__`, for what is known to be a batch there."""
         return self._output(self._seen(f), f, self.mu.functions[0])
 
     def of_coefficients(self, g: fd.Function, slot: Replicated) -> fd.Function:
@@ -175,10 +180,11 @@ class Head(OnMesh):
 
     def linear(self, f: fd.Function) -> fd.Function:
         """`X W psi^T M f`: O without mu, its derivative in a direction of the final state; recorded while annotating."""
+        self.psi.Y.check_where(f, "f")
         return self._output(self._seen(f), f, fd.Function(self.mu.functions[0].function_space()))
 
     def _seen(self, f: fd.Function) -> SeenBatch:
-        self.psi.Y.check_batch(f, "f")
+        self.psi.Y.check_values(f, "f")
         return SeenBatch(self.psi, f.function_space())
 
     def _output(self, slot: SeenBatch | Replicated, state: fd.Function, mu: fd.Function) -> fd.Function:

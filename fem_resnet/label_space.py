@@ -287,10 +287,15 @@ class LabelSpace(OnMesh):
         ValueError
             If it lives on another mesh or element, or a value is not finite (the message names the sample).
         """
-        self._check_where(function, name)
+        self.check_where(function, name)
         self._refuse_not_finite(self.values(function), name)
 
-    def _check_where(self, function: fd.Function | fd.Cofunction, name: str, kind: type = fd.Function) -> None:
+    def check_values(self, function: fd.Function, name: str) -> None:
+        """`check_batch` of what is a batch on all ranks, or on none. Collective."""
+        self._refuse_elsewhere(function, name, fd.Function)
+        self._refuse_not_finite(self.values(function), name)
+
+    def check_where(self, function: fd.Function | fd.Cofunction, name: str, kind: type = fd.Function) -> None:
         """Raise unless it is a batch on this label domain, whatever its values; on all ranks alike."""
         together(self.comm, lambda: self._refuse_elsewhere(function, name, kind))
 
@@ -327,8 +332,8 @@ class LabelSpace(OnMesh):
         TypeError, ValueError
             If f or g is no Function on this label domain, or they have different numbers of samples.
         """
-        self._check_where(f, "f")
-        self._check_where(g, "g")
+        self.check_where(f, "f")
+        self.check_where(g, "g")
         f, g = self.values(f), self.values(g)
         if f.shape != g.shape:
             raise ValueError(f"g: {f.shape[1]} samples are wanted, as many as of f, {g.shape[1]} were given")
@@ -346,7 +351,7 @@ class LabelSpace(OnMesh):
         TypeError, ValueError
             If `dual` is no Cofunction on this label domain.
         """
-        self._check_where(dual, "dual", fd.Cofunction)
+        self.check_where(dual, "dual", fd.Cofunction)
         primal = fd.Function(dual.function_space().dual())
         primal.dat.data_wo[...] = (self.values(dual) / self.weights[:, None]).reshape(primal.dat.data_wo.shape)
         return primal

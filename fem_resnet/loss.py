@@ -32,7 +32,7 @@ from fem_resnet.arguments import choice, function, instance, real_array
 from fem_resnet.blocks import OperatorBlock, apply
 from fem_resnet.head import PREDICTIONS, Prediction, log_density
 from fem_resnet.label_space import BatchValues, LabelSpace, check_label_space, sample_weights
-from fem_resnet.ranks import same, together
+from fem_resnet.ranks import may_fail_alone, same, together
 
 __all__ = ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"]
 
@@ -112,6 +112,8 @@ class Loss:
         check_label_space(Y)
         same(Y.comm, weights=weights, prediction=prediction)
         instance("prediction", prediction, (Prediction, NoneType), "such as head.PREDICTIONS['softmax']")
+        Y.check_where(output, "output")
+        Y.check_where(observation, "observation")
         return self.record(Y, output, observation, weights, prediction)[0]
 
     def record(
@@ -121,7 +123,7 @@ class Loss:
         if prediction is None:
             prediction = PREDICTIONS[self.prediction or "identity"]
         self.check_prediction(prediction)
-        Y.check_batch(output, "output")
+        Y.check_values(output, "output")
         operator = _LossOperator(self, Y, output.function_space(), prediction)
         operator.observe(observation, weights)
         return apply(operator, [output])
@@ -144,7 +146,7 @@ class _LossOperator:
         self.inputs = [self._values]
 
     def observe(self, observation: fd.Function, weights: Sequence[float] | None) -> None:
-        self._Y.check_batch(observation, "observation")
+        self._Y.check_values(observation, "observation")
         values = self._Y.values(observation)
         if values.shape[1] != self._values.samples:
             raise ValueError(
@@ -164,11 +166,13 @@ class _LossOperator:
     def _asked(self, what: str, output: np.ndarray, *direction: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """What a function of the loss gives, which may be the user's: what it raises on one rank is raised on all."""
 
+        asked = getattr(self._loss, what)
+
         def ask() -> np.ndarray:
-            given = getattr(self._loss, what)(self._Y, output, self._observation, self._prediction, *direction)
+            given = asked(self._Y, output, self._observation, self._prediction, *direction)
             return real_array(f"{what} of the loss {self._loss.name}", given, shape or output.shape, finite=False)
 
-        return together(self._Y.comm, ask)
+        return together(self._Y.comm if may_fail_alone(asked) else None, ask)
 
     def tangent(self, arrays, directions):
         return float(self._Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))

@@ -354,7 +354,6 @@ class ResidualNetwork(OnMesh):
         """f(T) for the initial state `initial`: `run(initial).final`."""
         return self.run(initial).final
 
-    @PETSc.Log.EventDecorator("fem_resnet:run")
     def run(
         self,
         initial: fd.Function,
@@ -397,9 +396,28 @@ class ResidualNetwork(OnMesh):
             If a layer cannot be stepped, as where the state overflows.
         """
         same(self.Y.comm, running=running, weights=weights, seen_by=seen_by, observed=observed)
-        self.Y.check_batch(initial, "initial")
+        self.Y.check_where(initial, "initial")
         instance("running", running, (RunningCost, NoneType))
         instance("seen_by", seen_by, (Basis, NoneType))
+        given = instance("observed", observed, (list, tuple, range), "numbers of layer times")
+        observed = tuple(integer("observed", layer, least=0, most=self.layers) for layer in given)
+        if len(set(observed)) < len(observed):
+            raise ValueError(f"observed: different integers from 0 to L = {self.layers} are wanted, {observed!r} was given")
+        return self.solve(initial, running, weights, seen_by=seen_by, observed=observed)
+
+    @PETSc.Log.EventDecorator("fem_resnet:run")
+    def solve(
+        self,
+        initial: fd.Function,
+        running: RunningCost | None = None,
+        weights: Sequence[float] | None = None,
+        *,
+        seen_by: Basis | None = None,
+        observed: Sequence[int] = (),
+    ) -> Run:
+        """As `run`, for arguments that are known to be of their kinds, and the same on all ranks."""
+        self.Y.check_values(initial, "initial")
+        observed = tuple(observed)
         if running is not None and self._by_discrete_gradient:
             raise ValueError("running: the discrete gradient steps coefficients alone and integrates no running cost; give None")
         omega = sample_weights(weights, initial.function_space().value_size)
@@ -413,10 +431,6 @@ class ResidualNetwork(OnMesh):
         if manager is not None and (self.factors or self.stable_kernel is not None):
             what = "learned factors" if self.factors else "kernels made of other controls"
             raise ValueError(f"checkpoints: {what} and schedules of checkpoints do not go together; leave one out")
-        given = instance("observed", observed, (list, tuple, range), "numbers of layer times")
-        observed = tuple(integer("observed", layer, least=0, most=self.layers) for layer in given)
-        if len(set(observed)) < len(observed):
-            raise ValueError(f"observed: different integers from 0 to L = {self.layers} are wanted, {observed!r} was given")
         if observed and manager is not None:
             raise ValueError("observed: a schedule of checkpoints keeps no states inside of the network; record without one")
         # An operator on the tape belongs to its Block alone.

@@ -388,7 +388,7 @@ class LearningProblem(OnMesh):
     def _evaluate(self, seen_by: Basis | None) -> tuple[AdjFloat, Run, OperatorBlock | None]:
         weights = self.batch.weights
         layers = [layer for layer, *_ in self._inner]
-        run = self.net.run(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
+        run = self.net.solve(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
         output = self._output_at(run, self.net.layers)
         J, block = self.loss.record(self._output, output, self._observation, weights, self._prediction)
         for layer, targets, weight in self._inner:
@@ -409,7 +409,7 @@ class LearningProblem(OnMesh):
         state, slot = run.held(layer)
         if slot is not None:
             return self.head.of_coefficients(state, slot)
-        return state if self.head is None else self.head(state)
+        return state if self.head is None else self.head.of_state(state)
 
     def loss_of_zero(self) -> float:
         """The loss of the output 0, beside which others are small or not. Collective."""

@@ -25,7 +25,7 @@ import sympy
 if TYPE_CHECKING:  # an activation, whose arguments are looked at too, needs no MPI
     from mpi4py import MPI
 
-__all__ = ["on_first", "same", "together"]
+__all__ = ["may_fail_alone", "on_first", "same", "together"]
 
 _T = TypeVar("_T")
 
@@ -63,6 +63,11 @@ def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:
         error = raised
     _raise_first(comm, error)
     return result
+
+
+def may_fail_alone(*functions: Callable) -> bool:
+    """Whether one of these is not of this package: its own fail on all ranks or on none, and need no reduction for it."""
+    return not all(str(getattr(function, "__module__", "")).startswith(f"{__package__}.") for function in functions)
 
 
 def on_first(comm: MPI.Comm, run: Callable[[], _T]) -> _T:

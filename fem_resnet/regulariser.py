@@ -22,7 +22,7 @@ from pyadjoint import AdjFloat
 from fem_resnet.arguments import function, instance, number
 from fem_resnet.blocks import apply
 from fem_resnet.parameter import Parameter
-from fem_resnet.ranks import together
+from fem_resnet.ranks import may_fail_alone, together
 from fem_resnet.time_basis import Once
 
 __all__ = ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
@@ -99,9 +99,9 @@ class _RegulariserOperator:
         return 0.5 * sum(slot.pair(d, c) for slot, d, c in zip(self.inputs, functionals, arrays))
 
     def adjoint(self, arrays, dual):
-        # A form may be the user's: what it raises on one rank is raised on all.
-        comm = next((basis.Y.comm for basis in self.inputs), None)
-        return together(comm, lambda: self._functionals(arrays, dual))
+        # What a form of the user's raises on one rank is raised on all.
+        users = self.inputs and may_fail_alone(*(form for _, form in self._terms))
+        return together(self.inputs[0].Y.comm if users else None, lambda: self._functionals(arrays, dual))
 
     def _functionals(self, arrays, dual):
         functionals, start = [], 0
