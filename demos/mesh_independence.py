@@ -28,7 +28,7 @@ import firedrake as fd
 import numpy as np
 from pyadjoint import Control
 
-from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, laplace_basis, least_squares, tikhonov, train
+from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, laplace_basis, least_squares, read_mesh, tikhonov, train
 
 # %% The label domain
 # A polygon with a re-entrant corner and a hole, meshed by Gmsh; every refinement splits each triangle into four.
@@ -37,7 +37,7 @@ from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, lapl
 def label_space(refinement):
     """Continuous, piecewise linear functions on the polygon's mesh, refined so many times."""
     path = Path(__file__).parents[1] / "meshes" / "polygon.msh"
-    return LabelSpace(fd.FunctionSpace(fd.MeshHierarchy(fd.Mesh(str(path)), refinement)[-1], "CG", 1))
+    return LabelSpace(fd.FunctionSpace(fd.MeshHierarchy(read_mesh(path), refinement)[-1], "CG", 1))
 
 
 # %% The learning problem

@@ -6,6 +6,7 @@ from importlib import import_module
 _MODULES = {
     "activation": ["ACTIVATIONS", "Activation", "Properties", "get_activation"],
     "control_set": ["Box", "ControlSet", "Ellipse", "Points", "Polygon", "Sections"],
+    "mesh_file": ["read_mesh"],
     "label_space": ["LabelSpace"],
     "points": ["class_space", "point_space"],
     "basis": ["Basis", "cell_indicators", "given_basis"],

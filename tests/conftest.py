@@ -6,7 +6,8 @@ that it has been started on: `test_on_ranks.py` starts one on two ranks and one 
 
     containers/run mpiexec -n 2 pytest -m "parallel[2]" tests/test_network.py
 
-does the same. Tests marked `slow` run where -m names them: ``pytest -m slow``.
+does the same. Of a test with many parameters several ranks take a few, spread over all. Tests marked `slow` run where -m
+names them: ``pytest -m slow``; on several ranks ``-m "parallel[2] or slow"`` takes all parameters too.
 """
 
 import faulthandler
@@ -39,6 +40,9 @@ from pyadjoint.enlisting import Enlist  # noqa: E402
 #: Seconds after which a test on several ranks counts as hanging: its stacks are printed, then the ranks are killed.
 TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 
+#: Of each test so many sets of parameters run by default, by the number of ranks: what differs between ranks is the test's.
+PARAMETERS = {2: 4, 3: 2}
+
 TAYLOR_RATES = pytest.StashKey[dict]()
 VERIFIED = pytest.StashKey[dict]()
 BESIDE = pytest.StashKey[Future]()
@@ -59,9 +63,20 @@ def pytest_collection_modifyitems(config, items):
         markers = {marker.name for marker in item.iter_markers()}
         return f"parallel[{COMM_WORLD.size}]" in markers and ("slow" not in markers or "slow" in config.option.markexpr)
 
-    deselected = [item for item in items if not selected(item)]
-    items[:] = [item for item in items if selected(item)]
-    config.hook.pytest_deselected(items=deselected)
+    kept = [item for item in items if selected(item)]
+    if COMM_WORLD.size in PARAMETERS and "slow" not in config.option.markexpr:
+        kept = spread(kept, PARAMETERS[COMM_WORLD.size])
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
+
+
+def spread(items, most):
+    """Of each test function at most so many items, from the first to the last."""
+    alike = defaultdict(list)
+    for item in items:
+        alike[item.nodeid.split("[")[0]].append(item)
+    chosen = {each[k] for each in alike.values() for k in np.linspace(0, len(each) - 1, min(most, len(each))).round().astype(int)}
+    return [item for item in items if item in chosen]
 
 
 class OnRanks:

@@ -10,7 +10,7 @@ import numpy as np
 import sympy
 from firedrake import COMM_SELF, COMM_WORLD
 
-from fem_resnet import Basis, LabelSpace, ResidualNetwork, laplace_basis
+from fem_resnet import Basis, LabelSpace, ResidualNetwork, laplace_basis, read_mesh
 from fem_resnet.blocks import apply
 from fem_resnet.label_space import BatchValues
 
@@ -63,7 +63,7 @@ def without_mpi() -> dict[str, str]:
 
 def from_file(name: str, refinement: int, comm) -> fd.MeshGeometry:
     """The mesh of a file, refined uniformly: `refinement` counts from 1, the mesh as it is."""
-    return fd.MeshHierarchy(fd.Mesh(str(MESHES / name), comm=comm), refinement - 1)[-1]
+    return fd.MeshHierarchy(read_mesh(MESHES / name, comm), refinement - 1)[-1]
 
 
 DOMAINS = {

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import sympy
-from firedrake import COMM_WORLD
-from mpi4py import MPI
 from numpy.testing import assert_allclose
-from test_learned_factors import directions as directions_with_factors, problem
-from test_methods import FORWARD, GRADIENT, options
+from kinds import (
+    FORWARD, GRADIENT, directions_of as directions_with_factors, distances, field_problem as problem, largest, options, pairs, states,
+)  # fmt: skip
 
 from fem_resnet import (
     Activation, Basis, Box, ResidualNetwork, circle_radius, lipschitz_bound, load, pmp_residual, save, solve_trajectory,
@@ -36,14 +35,6 @@ def learned(space=("disk", "CG1"), **more):
     for k, parameter in enumerate(net.factors):
         parameter.set(0, 0.3 * smooth(net.Y, parameter.space_basis.shape[1], seed=20 + k))
     return net
-
-
-def states(net, samples=3, seed=0):
-    return net.Y.values(net(net.Y.batch(smooth(net.Y, samples, seed=seed)))).copy()
-
-
-def largest(values):
-    return COMM_WORLD.allreduce(np.abs(values).max(initial=0), op=MPI.MAX)
 
 
 def by_hand(net, f, steps):
@@ -163,21 +154,6 @@ def test_taylor_of_gradient_flows_with_learned_factors_and_time_bases(in_time, t
 
 RADII = {"1fe": 1.0, "2a": 1.0, "4": 1.0, "3bs": 0.899, "3": 0.735, "2b": 0.0, "5f": 0.0, "5dp": 0.0}
 RALSTON = [[0, 0], [2 / 3, 0]], [1 / 4, 3 / 4]
-
-
-def distances(net, one, two):
-    """norm(f_1 - f_2)(t_l) in L2 of each pair of samples, at all layer times: shape (L + 1, samples)."""
-    Y = net.Y
-    runs = [net.run(Y.batch(values)) for values in (one, two)]
-    differences = [Y.values(runs[0].state(l)) - Y.values(runs[1].state(l)) for l in range(net.layers + 1)]
-    return np.array([np.sqrt(Y.sum(Y.weights @ difference**2)) for difference in differences])
-
-
-def pairs(Y, samples=6):
-    """Far from each other, and near."""
-    one = 2 * smooth(Y, samples, seed=3)
-    two = np.concatenate([one[:, ::2] + 1e-3 * smooth(Y, samples, seed=4)[:, ::2], 3 * smooth(Y, samples, seed=5)[:, ::2]], axis=1)
-    return one, two
 
 
 def with_steps(net, part):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from problems import head_onto, taping
-from test_learned_factors import directions, network as learned, smooth_values
-from test_methods import GRADIENT, options
+from kinds import GRADIENT, directions_of as directions, options, smooth_values, with_learned_factors as learned
 
 from fem_resnet import Batch, Derivatives, LearningProblem, ResidualNetwork, least_squares, tikhonov, train
 from helpers import laplace, name as space_name, network, set_smooth, smooth

@@ -15,7 +15,7 @@ import sympy
 from helpers import TIMES, label_space, laplace, set_smooth, smooth
 from numpy.testing import assert_allclose
 from problems import learning_problem, network
-from test_inner_states import KINDS
+from kinds import KINDS
 
 import fem_resnet
 from fem_resnet import (

@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 import sympy
 from firedrake import COMM_WORLD
-from helpers import TIMES, half_square_distance, laplace, smooth
+from helpers import TIMES, half_square_distance, smooth
 from numpy.testing import assert_allclose
 from problems import learning_problem, network, taping
 from pyadjoint import Control, ReducedFunctional, get_working_tape, set_working_tape
 from pyadjoint.enlisting import Enlist
-from test_layer_bases import network as with_layer_bases
-from test_methods import adaptive
+from kinds import KINDS, observed_problem as _observed
 
 from fem_resnet import (
-    Batch, DampedAntisymmetric, Head, LearningProblem, Observations, ResidualNetwork, RunningCost, cross_entropy,
-    least_squares, tikhonov, train, verify,
+    Batch, LearningProblem, Observations, ResidualNetwork, least_squares, train, verify,
 )  # fmt: skip
 from fem_resnet.coefficient_segment import CoefficientSegment
 
@@ -25,39 +23,8 @@ on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
 
 f, a = sympy.symbols("f a")
-COST = RunningCost(f**2 * sympy.cos(a) / 2, kernel=0.1)
 
 
-def _stable():
-    phi = laplace("annulus", "CG1", 5)
-    net = ResidualNetwork(phi, times=TIMES, stable_kernel=DampedAntisymmetric(0.1), layers_per_block=2)
-    rng = np.random.default_rng(5)
-    for k, function in enumerate(net.kernel.learned.functions):
-        net.kernel.learned.set(k, 0.5 * rng.normal(size=net.kernel.learned.space_bases[k].shape))
-        net.bias.set(k, smooth(net.Y, 1, seed=k)[:, 0])
-    return net
-
-
-#: What may meet states at inner times: a network, and how it is run.
-KINDS = {
-    "Runge-Kutta": lambda: (network("disk", "CG1", layers_per_block=None), {}),
-    "a Block a layer": lambda: (network("sphere", "CG1", layers_per_block=1), {}),
-    "two layers a Block": lambda: (network("annulus", "CG1"), {}),
-    "bases of each layer": lambda: (with_layer_bases(layers_per_block=None), {}),
-    "hats in t, two steps": lambda: (network("disk", "CG1", bias_in_time="linear", kernel_in_time="linear", steps=2), {}),
-    "shared": lambda: (network("disk", "CG1", bias_in_time="shared", kernel_in_time=[0, 1, 0], layers_per_block=None), {}),
-    "Crank-Nicolson": lambda: (network("disk", "CG1", layers_per_block=None, solver_parameters={"ts_type": "cn"}), {}),
-    "arkimex": lambda: (network("disk", "CG1", layers_per_block=None, solver_parameters={"ts_type": "arkimex"}), {}),
-    "discrete gradient": lambda: (
-        network("disk", "CG1", layers_per_block=None, solver_parameters={"ts_type": "discrete_gradient"}), {},
-    ),
-    "adapted steps": lambda: (adaptive("rk", 1e-3), {}),
-    "gradient flow": lambda: (network("disk", "CG1", layers_per_block=None, gradient_flow=True), {}),
-    "learned factors": lambda: (network("disk", "CG1", layers_per_block=None, learn_factors=True), {}),
-    "learned times": lambda: (network("disk", "CG1", learn_times=True), {}),
-    "stable kernel": lambda: (_stable(), {}),
-    "running cost": lambda: (network("disk", "CG1", layers_per_block=None), {"running": COST, "weights": [1.0, 2.0, 0.5]}),
-}  # fmt: skip
 #: Not the last one: J depends on f(T) through nothing but a running cost, where there is one.
 LAYERS = (0, 1, 2)
 
@@ -205,23 +172,6 @@ def test_a_state_on_the_tape_follows_evaluations_and_is_one_function():
 
 
 # -- observations of a learning problem ------------------------------------------------------------------------------
-
-
-def _observed(net, psi=None, *, samples=4, head=True, learn="parameters", layers=(0, 1, 3), loss=None, **options):
-    """Classes at t_0, t_1 and T besides those of the batch, seen through `psi`; or a field by least squares."""
-    rng = np.random.default_rng(11)
-    inputs = net.Y.batch(smooth(net.Y, samples))
-    if head:
-        head = Head(net.bases["psi"][0] if psi is None else psi, 3)
-        head.W.set(0, 0.5 * rng.normal(size=head.W.space_basis.shape))
-        head.mu.set(0, 0.5 * rng.normal(size=3))
-        targets = [(np.arange(samples) + l) % 3 for l in range(4)]
-    else:
-        head, targets = None, [net.Y.batch(smooth(net.Y, samples, seed=70 + l)) for l in range(4)]
-    seen = Observations(layers, [targets[l] for l in layers], [0.5 + l for l in layers])
-    batch = Batch(inputs, targets[2], np.arange(1.0, samples + 1))
-    loss = loss or (cross_entropy if head else least_squares)
-    return LearningProblem(net, head, loss, tikhonov(0.05), batch, learn=learn, observations=seen, **options)
 
 
 @on_ranks

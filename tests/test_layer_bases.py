@@ -4,32 +4,17 @@ import firedrake as fd
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from problems import gathered, polynomials
+from kinds import with_layer_bases as network
+from problems import gathered
 
 from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, least_squares, load, save, smooth_in_time, tikhonov
-from helpers import label_space, laplace, smooth
+from helpers import laplace, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
 TIMES = (0.0, 0.2, 0.9, 1.3)
 # Sums of some hundred numbers of size one.
 ROUND_OFF = 1e-13
-
-
-def network(space=("disk", "CG1"), bias="mixed", seed=0, **options):
-    """Three layers: ranks of phi 6, 4, 6; of psi 4, 3, 3; bias at the nodes, in a basis, in another."""
-    phi, psi, poly = laplace(*space, rank=6), laplace(*space, rank=4), polynomials(label_space(*space))
-    biases = {"mixed": [None, psi, poly], "bases": [phi, psi, phi]}[bias]
-    if bias == "bases":
-        poly = phi
-    net = ResidualNetwork([phi, psi, phi], [psi, poly, poly], bias=biases, times=TIMES, activation="tanh", **options)
-    rng = np.random.default_rng(seed)
-    for parameter in net.parameters:
-        for k, basis in enumerate(parameter.space_bases):
-            nodal = basis.space == net.Y.V
-            values = smooth(net.Y, 1, seed=k)[:, 0] if nodal else rng.normal(size=basis.shape) / basis.shape[-1] ** 0.5
-            parameter.set(k, values)
-    return net
 
 
 def problem(net, regulariser=None):

@@ -1,6 +1,5 @@
 """Factors of the kernel and layer times as controls: orthonormality, derivatives, gauge, truncation, files."""
 
-import firedrake as fd
 import numpy as np
 import pytest
 from firedrake.adjoint import ReducedFunctional
@@ -8,56 +7,18 @@ from numpy.testing import assert_allclose
 from problems import coefficients, polynomials, taping
 from pyadjoint import Control
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
-from test_methods import GRADIENT, options
+from kinds import GRADIENT, directions_of as directions, field_problem as problem, options, smooth_values, with_learned_factors as network
 
 from fem_resnet import Batch, LearningProblem, ResidualNetwork, StepFailure, least_squares, load, save, tikhonov, train
 from fem_resnet.blocks import apply
 from fem_resnet.kernel import LowRankKernel
 from fem_resnet.retraction import Retraction, orthonormal
-from fem_resnet.space_basis import NodalValues, StateValues
 from helpers import TIMES, half_square_distance, label_space, laplace, name as space_name, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
 ROUND_OFF = 1e-12
 SPACES = [("disk", "CG1"), ("annulus", "DG0"), ("sphere", "CG1"), ("hexes", "CG2")]
-
-
-def smooth_values(basis, seed):
-    """Coefficients of size one that no partition changes."""
-    Y = basis.Y
-    if isinstance(basis, NodalValues):
-        return smooth(Y, 1, seed=seed)[:, 0]
-    if isinstance(basis, StateValues):
-        return smooth(Y, basis.shape[1], seed=seed)
-    return np.random.default_rng(seed).normal(size=basis.shape)
-
-
-def network(space=("disk", "CG1"), *, rank=4, size=0.3, **more):
-    net = ResidualNetwork(
-        laplace(*space, rank=rank), laplace(*space, rank=3), bias=laplace(*space, rank=3),
-        **{"times": TIMES, "activation": "tanh", "learn_factors": True, "learn_times": True} | more,
-    )  # fmt: skip
-    set_smooth(net, np.random.default_rng(0))
-    for k, parameter in enumerate(net.factors):
-        parameter.set(0, size * smooth_values(parameter.space_basis, 20 + k))
-    return net
-
-
-def problem(net, regulariser=tikhonov(0.05)):
-    batch = Batch(net.Y.batch(smooth(net.Y)), net.Y.batch(smooth(net.Y, seed=9)))
-    return LearningProblem(net, None, least_squares, regulariser, batch)
-
-
-def directions(problem, seed=0):
-    result = []
-    for parameter in problem.parameters:
-        for k, basis in enumerate(parameter.space_bases):
-            function = fd.Function(basis.space)
-            # Layers of lengths 0.2 to 0.7 do not turn over.
-            basis.write(function, (0.3 if parameter.name == "layer_times" else 1.0) * smooth_values(basis, 10 * seed + k))
-            result.append(function)
-    return result
 
 
 def pair(functionals, vectors):

@@ -9,8 +9,7 @@ import pytest
 from firedrake import COMM_WORLD
 from firedrake.adjoint import taylor_to_dict
 from problems import head_onto
-from test_learned_factors import smooth_values
-from test_methods import GRADIENT, options
+from kinds import GRADIENT, options, smooth_values
 
 from fem_resnet import Batch, LearningProblem, ResidualNetwork, binary_cross_entropy, cross_entropy, functional_loss
 from fem_resnet import least_squares, smooth_in_time, tikhonov

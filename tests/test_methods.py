@@ -6,7 +6,6 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from firedrake.adjoint import Control, ReducedFunctional
 from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import learning_problem, network as classifier
@@ -16,7 +15,8 @@ import fem_resnet.network
 from fem_resnet import Basis, ResidualNetwork, StepFailure, train
 from fem_resnet.methods import METHODS
 from fem_resnet.time_stepping import LayerStepper
-from helpers import half_square_distance, label_space, network, set_smooth, smooth, smooth_direction
+from kinds import ADAPTIVE, FORWARD, GRADIENT, adaptive, direction, options, point, recorded
+from helpers import label_space, network, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -24,54 +24,11 @@ ARKIMEX = ["1bee", "a2", "l2", "ars122", "2c", "2d", "2e", "prssp2", "3", "bpr3"
 DIRK = ["s212", "es122sal", "es213sal", "es324sal", "es325sal", "657a", "es648sa", "658a", "s659a", "7510sal", "es7510sa",
         "759a", "s7511sal", "8614a", "8616sal", "es8516sal"]  # fmt: skip
 
-#: (options, order): every type; order 0 where PETSc adapts order and steps by itself.
-FORWARD = {
-    "rk": ({}, 4),
-    "beuler": ({}, 1),
-    "cn": ({}, 2),
-    "theta": ({}, 2),
-    "theta 0.7": ({"ts_theta_theta": 0.7}, 1),
-    "theta 0.7 endpoint": ({"ts_theta_theta": 0.7, "ts_theta_endpoint": None}, 1),
-    "cn matfree": ({"mat_type": "matfree"}, 2),
-    "arkimex": ({}, 3),
-    "dirk": ({}, 2),
-    "irk": ({"ts_irk_nstages": 2}, 4),
-    "euler": ({}, 1),
-    "ssp": ({}, 2),
-    "rosw": ({}, 3),
-    "bdf": ({}, 2),
-    "alpha": ({}, 2),
-    "glle": ({}, 0),
-}
-GRADIENT = {name: FORWARD[name][0] for name in FORWARD if METHODS[name.split()[0]].instead is None}
 WITHOUT_GRADIENT = [name for name, method in METHODS.items() if method.instead is not None]
-
-
-def options(name):
-    return {"ts_type": name.split()[0]} | FORWARD[name][0]
 
 
 def states(net):
     return net.Y.values(net(net.Y.batch(smooth(net.Y)))).copy()
-
-
-def recorded(net, annotation):
-    """J = 1/2 |f(T) - target|^2 as a function of everything, and the run."""
-    initial, target = net.Y.batch(smooth(net.Y)), net.Y.batch(smooth(net.Y, seed=7))
-    with annotation():
-        run = net.run(initial)
-        J = half_square_distance(run.final, target, net.Y)
-    controls = [*net.bias.controls(), *net.kernel.controls(), Control(initial, riesz_map=net.Y.riesz_map)]
-    return ReducedFunctional(J, controls), run
-
-
-def point(J):
-    return [control.tape_value().copy(deepcopy=True) for control in J.controls]
-
-
-def direction(net, rng):
-    parts = [smooth_direction(net, rng, k, p) for p in (net.bias, net.kernel) for k in range(net.layers)]
-    return [*parts, net.Y.batch(smooth(net.Y, seed=50))]
 
 
 def gradient(J):
@@ -232,18 +189,6 @@ def test_types_that_step_no_layer_are_refused(ts_type):
 
 
 # -- adaptive steps --------------------------------------------------------------------------------------------------
-
-ADAPTIVE = {
-    "rk": {"ts_rk_type": "3bs"},
-    "cn": {"ts_rtol": 1e-3, "ts_atol": 1e-3},
-    "arkimex": {},
-    "dirk": {},
-}
-
-
-def adaptive(name, rtol=1e-5, **more):
-    given = {"ts_type": name, "ts_adapt_type": "basic", "ts_rtol": rtol, "ts_atol": rtol}
-    return network(solver_parameters=given | ADAPTIVE[name], steps=8, **more)
 
 
 @on_ranks

@@ -8,8 +8,7 @@ from problems import learning_problem, network as classifier
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from scipy.optimize import minimize
-from test_layer_bases import network as with_layer_bases
-from test_methods import ADAPTIVE, GRADIENT, adaptive, direction, options, point, recorded
+from kinds import ADAPTIVE, GRADIENT, adaptive, direction, options, point, recorded, with_layer_bases
 
 from fem_resnet import Batch, LearningProblem, ResidualNetwork, least_squares, tikhonov, train
 from helpers import SPACES, TIMES, laplace, name as space_name, network, smooth

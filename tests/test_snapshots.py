@@ -7,9 +7,9 @@ import firedrake as fd
 import numpy as np
 import pytest
 from helpers import smooth
-from problems import learning_problem, network
+from problems import learning_problem, network, taping
 from pyadjoint import get_working_tape, set_working_tape
-from test_inner_states import COST, KINDS, _observed as observed_problem, taping
+from kinds import COST, KINDS, observed_problem
 
 from fem_resnet import Run, least_squares
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from problems import directions as towards_the_gradient, learning_problem
-from test_contractive import distances, largest, pairs, states
-from test_learned_factors import directions, problem
+from kinds import directions_of as directions, distances, field_problem as problem, largest, pairs, states
 
 from fem_resnet import (
     Basis, DampedAntisymmetric, LearningProblem, NormBounded, PositiveSemidefinite, ResidualNetwork, costate_check,
