@@ -19,16 +19,16 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl import H1
 
-from fem_resnet.activation import Activation
-from fem_resnet.basis import Basis, cell_indicators
+from fem_resnet.activation.activation import Activation
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.laplace import move_laplace
-from fem_resnet.network import ResidualNetwork
-from fem_resnet.head import Head
-from fem_resnet.parameter import Parameter
-from fem_resnet.space_basis import NodalValues, StateValues
-from fem_resnet.stable_kernels import stable_kernel_from
+from fem_resnet.label_domain.basis import Basis, cell_indicators
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.laplace import move_laplace
+from fem_resnet.learning.head import Head
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.parameters.stable_kernels import stable_kernel_from
 
 __all__ = ["load", "save"]
 

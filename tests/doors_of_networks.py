@@ -22,8 +22,8 @@ from fem_resnet import (
     given_basis, laplace_basis, least_squares, load, msa, point_space, save, smooth_in_space, smooth_in_time, tikhonov, train,
     train_pam,
 )  # fmt: skip
-from fem_resnet.head import PREDICTIONS
-from fem_resnet.regulariser import _mass
+from fem_resnet.learning.head import PREDICTIONS
+from fem_resnet.learning.regulariser import _mass
 
 S = sympy.Symbol("s")
 F, A = sympy.symbols("f a")

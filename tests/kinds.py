@@ -12,8 +12,8 @@ from fem_resnet import (
     Batch, DampedAntisymmetric, Head, LearningProblem, Observations, ResidualNetwork, RunningCost, cross_entropy,
     least_squares, tikhonov,
 )  # fmt: skip
-from fem_resnet.methods import METHODS
-from fem_resnet.space_basis import NodalValues, StateValues
+from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.time_stepping.methods import METHODS
 from helpers import TIMES, half_square_distance, label_space, laplace, network, set_smooth, smooth, smooth_direction
 
 # -- methods of time stepping ------------------------------------------------------------------------------------------

@@ -9,15 +9,15 @@ from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
-from fem_resnet.basis import Basis
-from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.network import ResidualNetwork
-from fem_resnet.head import Head
-from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.objective import Batch, LearningProblem
-from fem_resnet.regulariser import tikhonov
-from fem_resnet.space_basis import NodalValues
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.regulariser import tikhonov
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.space_basis import NodalValues
 from helpers import laplace, set_smooth, smooth, smooth_direction
 
 CLASSES = 3

@@ -16,7 +16,7 @@ from fem_resnet import (
     Batch, LearningProblem, Loss, PositiveSemidefinite, Regulariser, ResidualNetwork, RowBox, RunningCost, functional_loss,
     least_squares, msa, tikhonov, train, train_pam,
 )  # fmt: skip
-from fem_resnet.regulariser import _mass
+from fem_resnet.learning.regulariser import _mass
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_several_ranks = pytest.mark.parallel([2, 3])

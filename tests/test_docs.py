@@ -25,7 +25,7 @@ SPHINX = (sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-a"
 @pytest.mark.beside(*SPHINX)
 def test_docs_are_built_without_a_warning(printed):
     pages = BUILT / "generated"
-    assert "fem_resnet.network.ResidualNetwork" in (pages / "api" / "fem_resnet.network.html").read_text()
+    assert "fem_resnet.network.network.ResidualNetwork" in (pages / "api" / "fem_resnet.network.network.html").read_text()
     assert "The label domain, the network and the head" in (pages / "demos" / "digits_on_a_disk.html").read_text()
     for demo, words in {
         "costate_twice": "gradient at dt/8",
@@ -35,16 +35,16 @@ def test_docs_are_built_without_a_warning(printed):
     }.items():
         text = (pages / "demos" / f"{demo}.html").read_text()
         assert words in text[text.index("What it prints") :], demo
-    assert "api/fem_resnet.network.html" in (pages / "equations.html").read_text()
+    assert "api/fem_resnet.network.network.html" in (pages / "equations.html").read_text()
 
 
 def test_the_table_of_equations_finds_the_network(docs):
     import equations
 
-    assert ("fem_resnet.network", "fem_resnet.network", "") in equations.in_code()["(2.8)"]
+    assert ("fem_resnet.network.network", "fem_resnet.network.network", "") in equations.in_code()["(2.8)"]
     assert "test_order.py" in equations.in_tests()["(2.8)"]
     (row,) = [line for line in equations.pages()["equations.md"].splitlines() if line.startswith("| (2.8) ")]
-    assert "<fem_resnet.network>" in row and "`test_order.py`" in row
+    assert "<fem_resnet.network.network>" in row and "`test_order.py`" in row
 
 
 def test_the_table_of_tools_has_every_declaration(docs):

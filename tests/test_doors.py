@@ -25,8 +25,8 @@ from fem_resnet import (
     solve_trajectory, solve_value_function, stability_verdict, tikhonov, train, train_pam,
 )  # fmt: skip
 from fem_resnet.arguments import choice, integer, number, real_array
-from fem_resnet.checkpoints import schedule_of
-from fem_resnet.theory.growth import GrowthMonitor
+from fem_resnet.tape.checkpoints import schedule_of
+from fem_resnet.theory.energy.growth import GrowthMonitor
 
 on_two_ranks = pytest.mark.parallel([1, 2])
 on_ranks = pytest.mark.parallel([1, 2, 3])

@@ -24,7 +24,7 @@ from fem_resnet import (
     save, tikhonov,
 )  # fmt: skip
 from fem_resnet.fixed import Fixed
-from fem_resnet.time_stepping import LayerStepper
+from fem_resnet.time_stepping.stepper import LayerStepper
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

@@ -12,12 +12,12 @@ from firedrake import COMM_SELF, COMM_WORLD
 from numpy.testing import assert_allclose, assert_array_equal
 from pyadjoint.tape import annotate_tape
 
-from fem_resnet.activation import get_activation
-from fem_resnet.basis import Basis, cell_indicators
+from fem_resnet.activation.activation import get_activation
 from fem_resnet.io import load, save
-from fem_resnet.network import ResidualNetwork
-from fem_resnet.head import Head
-from fem_resnet.space_basis import NodalValues
+from fem_resnet.label_domain.basis import Basis, cell_indicators
+from fem_resnet.learning.head import Head
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.space_basis import NodalValues
 from helpers import label_space, laplace, set_smooth, smooth
 from problems import TIMES, coefficients, gathered, gradients, learning_problem, polynomials, taping
 

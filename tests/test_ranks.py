@@ -10,7 +10,7 @@ from firedrake import COMM_SELF, COMM_WORLD
 from fem_resnet import NormBounded, get_activation
 from fem_resnet.arguments import instance
 from fem_resnet.ranks import on_first, same, together
-from fem_resnet.time_stepping import StepFailure
+from fem_resnet.time_stepping.stepper import StepFailure
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1

@@ -32,9 +32,9 @@ from fem_resnet import (
     terminal_costate, tikhonov, to_network, train, train_pam, verify, weighted_identity, well_posedness_constants,
     width_limit,
 )  # fmt: skip
-from fem_resnet.basis import node_numbers
 from fem_resnet.features import FEATURES, TOOLS, features_of, supports
-from fem_resnet.theory.residual_network import EULER
+from fem_resnet.label_domain.basis import node_numbers
+from fem_resnet.theory.limits.residual_network import EULER
 from fem_resnet.verify.quantities import forward
 from helpers import laplace, label_space, set_smooth, smooth
 from problems import gathered

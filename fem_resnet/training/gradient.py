@@ -21,12 +21,12 @@ from petsc4py import PETSc
 
 from fem_resnet.arguments import flag, function, instance, real_array
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.log import log
-from fem_resnet.objective import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
-from fem_resnet.parameter import Parameter
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import Replicated
 from fem_resnet.ranks import same, together
-from fem_resnet.space_basis import Replicated
 from fem_resnet.training.tao import Minimiser
 
 __all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Progress", "Result", "check_monitor", "options_over", "tell", "train"]

@@ -35,13 +35,13 @@ import numpy as np
 from petsc4py import PETSc
 
 from fem_resnet.arguments import choice, flag, instance, integer, number
-from fem_resnet.control_set import ControlSet
+from fem_resnet.control.control_set import ControlSet
+from fem_resnet.control.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
+from fem_resnet.control.maximum_principle import controls_within, extremal_controls, refuse_controls_outside
+from fem_resnet.control.row_controls import RowBall, RowBox, SpanBox, distance, nearest_controls, raise_controls
 from fem_resnet.features import STEPPED, supports
-from fem_resnet.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
-from fem_resnet.maximum_principle import controls_within, extremal_controls, refuse_controls_outside
-from fem_resnet.network import ResidualNetwork
-from fem_resnet.objective import LearningProblem
-from fem_resnet.row_controls import RowBall, RowBox, SpanBox, distance, nearest_controls, raise_controls
+from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.training.gradient import check_monitor, tell
 
 __all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]

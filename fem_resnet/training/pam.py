@@ -30,9 +30,9 @@ from pyadjoint.enlisting import Enlist
 
 from fem_resnet.arguments import flag, instance, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
-from fem_resnet.parameter import Parameter
+from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
 from fem_resnet.training.gradient import Progress, Result, check_monitor, options_over, tell
 from fem_resnet.training.proximal import ProximalBlock

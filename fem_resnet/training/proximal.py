@@ -20,7 +20,7 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 
 from fem_resnet.arguments import instance, real_array
-from fem_resnet.parameter import Parameter
+from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
 __all__ = ["ProximalBlock", "ProximalFunctional"]

@@ -15,10 +15,10 @@ import sympy
 from mpi4py import MPI
 from scipy.integrate import quad
 
-from fem_resnet.activation import Activation
-from fem_resnet.compiled_stage import CompiledStage, new_stage
-from fem_resnet.layer import Argument, Cotangent, Stage, StageValue
-from fem_resnet.objective import LearningProblem
+from fem_resnet.activation.activation import Activation
+from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
+from fem_resnet.layers.stage import Argument, Cotangent, Stage, StageValue
+from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.verify.derivatives import extrapolated
 from fem_resnet.verify.reference import NotWrittenOut, relative, sigma
 from fem_resnet.verify.report import Check

@@ -11,14 +11,14 @@ from pyadjoint import ReducedFunctional, Tape, set_working_tape
 from pyadjoint.enlisting import Enlist
 from pyadjoint.tape import continue_annotation, pause_annotation
 
-from fem_resnet.basis import Basis
-from fem_resnet.checkpoints import is_leaf
-from fem_resnet.costate_comparison import costate_check
-from fem_resnet.evolution import TYPES
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.loss import least_squares
-from fem_resnet.methods import METHODS
-from fem_resnet.objective import Batch, LearningProblem
+from fem_resnet.costate.comparison import costate_check
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.learning.loss import least_squares
+from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.tape.checkpoints import is_leaf
+from fem_resnet.time_stepping.evolution import TYPES
+from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.verify.derivatives import extrapolated
 from fem_resnet.verify.point import Point, close, names, own, part
 from fem_resnet.verify.reference import raw, relative

@@ -19,10 +19,10 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet.blocks import made
-from fem_resnet.label_space import sample_weights
-from fem_resnet.space_basis import SeenBatch
-from fem_resnet.time_stepping import LayerStepper
+from fem_resnet.label_domain.label_space import sample_weights
+from fem_resnet.parameters.space_basis import SeenBatch
+from fem_resnet.tape.blocks import made
+from fem_resnet.time_stepping.stepper import LayerStepper
 from fem_resnet.verify.point import Point, close, names, part, random_like
 from fem_resnet.verify.reference import Reference, relative
 from fem_resnet.verify.report import Check, Line

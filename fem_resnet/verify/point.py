@@ -9,9 +9,9 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet.methods import METHODS
-from fem_resnet.objective import LearningProblem
-from fem_resnet.space_basis import LayerTimes
+from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.parameters.space_basis import LayerTimes
+from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.verify.reference import NotWrittenOut, Reference, raw
 
 __all__ = ["Point", "close", "names", "own", "part"]

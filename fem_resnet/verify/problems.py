@@ -15,17 +15,17 @@ import numpy as np
 import sympy
 from mpi4py import MPI
 
-from fem_resnet.basis import Basis, given_basis
-from fem_resnet.head import Head
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.laplace import laplace_basis
-from fem_resnet.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.network import ResidualNetwork
-from fem_resnet.objective import Batch, Derivatives, LearningProblem
-from fem_resnet.points import point_space
-from fem_resnet.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
-from fem_resnet.running_cost import RunningCost
-from fem_resnet.stable_kernels import DampedAntisymmetric, NormBounded, PositiveSemidefinite
+from fem_resnet.label_domain.basis import Basis, given_basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.laplace import laplace_basis
+from fem_resnet.label_domain.points import point_space
+from fem_resnet.layers.running_cost import RunningCost
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.learning.objective import Batch, Derivatives, LearningProblem
+from fem_resnet.learning.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.stable_kernels import DampedAntisymmetric, NormBounded, PositiveSemidefinite
 from fem_resnet.verify.point import random_like
 
 __all__ = ["BUILT_IN", "built_in", "filled"]

@@ -8,11 +8,11 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.basis import Basis
-from fem_resnet.kernel import LowRankKernel
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.objective import Batch, LearningProblem
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients
 from fem_resnet.verify.point import Point, close, names, part, random_like
 from fem_resnet.verify.reference import Measure, NotWrittenOut, Reference, raw, relative
 from fem_resnet.verify.report import Check
@@ -225,7 +225,7 @@ def _kernel(kernel: LowRankKernel, name: str) -> Iterator[Check]:
 
 
 def stable_kernel(problem: LearningProblem) -> Iterator[Check]:
-    """beta, made of its controls X, by the formula of its set (`fem_resnet.stable_kernels`)."""
+    """beta, made of its controls X, by the formula of its set (`fem_resnet.parameters.stable_kernels`)."""
     kernel, choice = problem.net.kernel, problem.net.stable_kernel
     if choice is None:
         return

@@ -24,13 +24,13 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.activation import Activation
-from fem_resnet.basis import Basis
-from fem_resnet.label_space import LabelSpace
-from fem_resnet.objective import Batch, LearningProblem
-from fem_resnet.parameter import Parameter
-from fem_resnet.running_cost import RunningCost
-from fem_resnet.space_basis import BasisCoefficients, KernelCoefficients, MatrixControls, NodalValues, StateValues
+from fem_resnet.activation.activation import Activation
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers.running_cost import RunningCost
+from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, MatrixControls, NodalValues, StateValues
 
 __all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "relative", "sigma"]
 

@@ -16,12 +16,12 @@ from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.head import Head
-from fem_resnet.loss import binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.methods import METHODS
-from fem_resnet.network import ResidualNetwork
-from fem_resnet.objective import Batch, LearningProblem
-from fem_resnet.regulariser import tikhonov
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.regulariser import tikhonov
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.verify import activations, behaviour, derivatives, quantities
 from fem_resnet.verify.point import Point, own, random_like
 from fem_resnet.verify.problems import BUILT_IN, built_in

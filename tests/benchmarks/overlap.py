@@ -37,9 +37,9 @@ def ways(nodes: int, rank: int, samples: int, comm) -> dict:
     from mpi4py import MPI
 
     from fem_resnet import Basis, get_activation, point_space
-    from fem_resnet.compiled_stage import CompiledStage
-    from fem_resnet.kernel import LowRankKernel
-    from fem_resnet.layer import Argument
+    from fem_resnet.layers.compiled_stage import CompiledStage
+    from fem_resnet.parameters.kernel import LowRankKernel
+    from fem_resnet.layers.stage import Argument
 
     rng = np.random.default_rng(comm.rank)
     Y = point_space(np.full(nodes, 1 / (nodes * comm.size)), comm=MPI.COMM_SELF)

@@ -1,0 +1,81 @@
+"""sigma and sigma' as C, from what an activation is made of: the built-ins by name, expressions as SymPy prints them.
+
+Functions of the C library are called through its vector variants where it has them (glibc's libmvec, 4 ulp).
+"""
+
+from __future__ import annotations
+
+from ctypes.util import find_library
+from importlib.resources import files
+
+import sympy
+from sympy.codegen.rewriting import create_expand_pow_optimization
+
+import fem_resnet.activation.sympy_activation as sympy_activation
+from fem_resnet.activation.activation import Activation
+
+__all__ = ["LIBRARIES", "activation_code"]
+
+_VECTORISED = ("atan", "cos", "cosh", "erf", "exp", "expm1", "log", "log1p", "sin", "sinh", "tanh")
+#: Linker flags of the code.
+LIBRARIES = ("-lmvec", "-lm") if find_library("mvec") else ("-lm",)
+
+
+def activation_code(activation: Activation, real: str = "double") -> str:
+    """C code that defines REAL, and ``VALUE(s)`` and ``SLOPE(s)``, sigma and sigma' of a REAL.
+
+    Parameters
+    ----------
+    activation
+        The activation.
+    real
+        "double" or "float". Constants are doubles: a compiler has to be told that they are to be REAL.
+
+    Raises
+    ------
+    ValueError
+        If it has kernels of its own, of which C knows nothing, or its expression has functions that C has not.
+
+    Examples
+    --------
+    >>> from fem_resnet.activation.activation import get_activation
+    >>> activation_code(get_activation("relu")).splitlines()[-1]
+    '#define SLOPE(s) slope_relu(s)'
+    """
+    if not activation.is_described:
+        raise ValueError(f"activation: {activation.name} has kernels of its own in NumPy; give a SymPy expression to have it in C")
+    lines = ["#include <tgmath.h>", f"#define REAL {real}"]
+    if find_library("mvec"):
+        suffix = "f" if real == "float" else ""
+        simd = '__attribute__((simd("notinbranch"))) REAL'
+        lines += [f"{simd} ({name}{suffix})(REAL);" for name in _VECTORISED]
+        lines.append(f"{simd} (pow{suffix})(REAL, REAL);")
+    if activation.expression is None:
+        names = [f"{kind}_{activation.name}" for kind in ("value", "slope")]
+        lines += [f"#define {name.upper()} {value!r}" for name, value in activation.parameters]
+        lines.append((files("fem_resnet.activation") / "pointwise.h").read_text())
+    else:
+        names = ["value", "slope"]
+        lines += [_function(name, activation.expression, order) for order, name in enumerate(names)]
+    return "\n".join([*lines, *(f"#define {name}(s) {call}(s)" for name, call in zip(("VALUE", "SLOPE"), names))])
+
+
+def _function(name: str, expression: sympy.Expr, order: int) -> str:
+    parts = sympy_activation.parts(expression, order)
+    expand = create_expand_pow_optimization(16)
+    shared, formulas = sympy.cse([expand(part.formula) for part in parts], symbols=sympy.numbered_symbols("x"))
+    # All formulas are evaluated, outside of their intervals too: a loop without branches is one that compilers vectorise.
+    values = [*shared, *((f"part_{k}", formula) for k, formula in enumerate(formulas))]
+    body = [f"    const REAL {symbol} = {_print(value)};" for symbol, value in values]
+    # In this order a NaN takes the last formula, and is one there too.
+    choice = "".join(f"s <= {part.right!r} ? part_{k} : " for k, part in enumerate(parts[:-1]))
+    return "\n".join(
+        [f"static inline REAL {name}(REAL s) {{", *body, f"    return {choice}part_{len(parts) - 1};", "}"]
+    )
+
+
+def _print(formula: sympy.Basic) -> str:
+    try:
+        return sympy.ccode(formula, standard="C99", strict=True)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f"expression: {formula} cannot be written in C ({error})") from error

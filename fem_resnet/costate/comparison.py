@@ -1,0 +1,181 @@
+"""A network's co-state and gradient, by pyadjoint and TSAdjoint, held against those of (4.2).
+
+Over step sizes dt, dt/2, dt/4, .. the differences to an accurate solution of (4.2) fall with the order of the network's
+scheme; where (4.2) is stepped by that scheme's partner they are round-off (`costate`, `evolution`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+
+from fem_resnet.costate.costate import Costate, solve_costate, terminal_costate
+from fem_resnet.costate.trajectory import like, solve_trajectory
+from fem_resnet.features import supports
+from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.time_stepping.evolution import TYPES
+
+__all__ = ["CostateCheck", "costate_check"]
+
+
+@dataclass(frozen=True)
+class CostateCheck:
+    """Differences between a network's co-state and gradient, by pyadjoint and TSAdjoint, and those of (4.2).
+
+    All relative: of co-states the largest over the layer interfaces in the norm of L2(Y), of gradients in the norm of
+    all controls.
+
+    Attributes
+    ----------
+    step_sizes : tuple of float
+        Largest step of the network.
+    costate, gradient : tuple of float
+        Difference to an accurate solution of (4.2).
+    partner_costate, partner_gradient : tuple of float
+        Difference where (4.2) is stepped by the partner of the network's scheme: round-off. Empty if there is none.
+    """
+
+    step_sizes: tuple[float, ...]
+    costate: tuple[float, ...]
+    gradient: tuple[float, ...]
+    partner_costate: tuple[float, ...]
+    partner_gradient: tuple[float, ...]
+
+    @property
+    def costate_orders(self) -> tuple[float, ...]:
+        """Observed orders between neighbouring step sizes."""
+        return _orders(self.step_sizes, self.costate)
+
+    @property
+    def gradient_orders(self) -> tuple[float, ...]:
+        """Observed orders between neighbouring step sizes."""
+        return _orders(self.step_sizes, self.gradient)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'step':>10}{'co-state':>12}{'order':>7}{'gradient':>12}{'order':>7}"
+            + (f"{'co-state':>12}{'gradient':>12}  (by the partner)" if self.partner_costate else "")
+        ]
+        orders = zip((None, *self.costate_orders), (None, *self.gradient_orders))
+        for n, (h, (of_costate, of_gradient)) in enumerate(zip(self.step_sizes, orders)):
+            first, second = ("" if order is None else f"{order:.2f}" for order in (of_costate, of_gradient))
+            line = f"{h:>10.5f}{self.costate[n]:>12.2e}{first:>7}{self.gradient[n]:>12.2e}{second:>7}"
+            if self.partner_costate:
+                line += f"{self.partner_costate[n]:>12.1e}{self.partner_gradient[n]:>12.1e}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+@supports(
+    "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time", "discrete_gradient",
+    "single_precision", "head", "regulariser", "running", "running_of_controls", "learned_both", "many_samples", "weights",
+)  # fmt: skip
+def costate_check(
+    problem: LearningProblem,
+    *,
+    refinements: Sequence[int] = (1, 2, 4, 8),
+    steps: int | None = None,
+    solver_parameters: dict | None = None,
+    options_prefix: str | None = None,
+) -> CostateCheck:
+    """Hold a learning problem's co-state and gradient in a and b against (4.2) - (4.4), (4.7). Collective.
+
+    The problem itself, its parameters and what is on the tape stay as they are.
+
+    Parameters
+    ----------
+    problem
+        The problem, at its present parameters; with a smooth activation.
+    refinements
+        By what the number of the network's steps is multiplied, one after the other.
+    steps
+        Steps a layer for (4.2); twice the finest of the network's if left out.
+    solver_parameters, options_prefix
+        PETSc options of the TS that solves (2.8) and (4.2), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`.
+
+    Raises
+    ------
+    ValueError
+        If the network has no layers or adapts its steps, its kernel is made of other controls, so that (4.4) is not the
+        gradient in these, or an option does not fit.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, laplace_basis, least_squares
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 4), layers=2)
+    >>> for l in range(2):
+    ...     net.kernel.set(l, [[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 2]])
+    >>> x = Y.coordinates
+    >>> problem = LearningProblem(net, None, least_squares, None, Batch(Y.batch(x[:, 0]), Y.batch(x[:, 1])))
+    >>> check = costate_check(problem, refinements=[1, 2])
+    >>> [round(order) for order in check.costate_orders + check.gradient_orders]
+    [4, 4]
+    >>> max(check.partner_costate + check.partner_gradient) < 1e-12
+    True
+    """
+    net = problem.net
+    steps = 2 * max(refinements) * net.steps if steps is None else steps
+    options = {"solver_parameters": solver_parameters, "options_prefix": options_prefix}
+    trajectory = solve_trajectory(net, problem.batch.inputs, steps=steps, **options)
+    cost = {"running": problem.running, "weights": problem.batch.weights}
+    exact = solve_costate(trajectory, terminal_costate(problem, trajectory.final), **cost, **options)
+    exact_gradient = exact.gradient(problem.regulariser)
+    sizes, costates, gradients, by_partner = [], [], [], []
+    for refinement in refinements:
+        finer = net.replace(steps=refinement * net.steps)
+        J, run = problem.replace(net=finer).record()
+        gradient = J.derivative(apply_riesz=True)[: len(exact_gradient)]
+        sizes.append(float(np.diff(net.times).max()) / finer.steps)
+        costates.append(_costate_difference(run, exact))
+        gradients.append(_gradient_difference(net, gradient, exact_gradient))
+        partner = _by_partner(problem, finer, cost)
+        if partner is not None:
+            difference = _gradient_difference(net, gradient, partner.gradient(problem.regulariser))
+            by_partner.append((_costate_difference(run, partner), difference))
+    of_partner = tuple(zip(*by_partner)) or ((), ())
+    return CostateCheck(tuple(sizes), tuple(costates), tuple(gradients), *of_partner)
+
+
+def _by_partner(problem: LearningProblem, net: ResidualNetwork, cost: dict) -> Costate | None:
+    """(4.2) by the partner of the network's scheme, with its steps; None if it has none."""
+    own = {name: value for name, value in net.solver_parameters.items() if name.startswith("ts_")}
+    if own["ts_type"] not in TYPES:
+        return None
+    initial = problem.batch.inputs
+    trajectory = solve_trajectory(net, initial, steps=net.steps, keep_stages=True, solver_parameters=own)
+    if trajectory.scheme.partner() is None:
+        return None
+    return solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True, **cost)
+
+
+def _costate_difference(run, costate: Costate) -> float:
+    Y = run.net.Y
+    exact = [costate.at_layer(layer) for layer in range(run.net.layers + 1)]
+    size = max(Y.norm(r) for r in exact)
+    if size == 0.0:
+        return max(Y.norm(run.costate(layer)) for layer in range(run.net.layers + 1))
+    return max(
+        Y.norm(like(r, Y.values(run.costate(layer)) - Y.values(r))) for layer, r in enumerate(exact)
+    ) / size
+
+
+def _gradient_difference(net: ResidualNetwork, these: Sequence[fd.Function], those: Sequence[fd.Function]) -> float:
+    owners = [(parameter, k) for parameter in (net.bias, net.kernel) for k in range(len(parameter.functions))]
+    squares = np.zeros(2)
+    for (parameter, k), this, that in zip(owners, these, those, strict=True):
+        this, that = (parameter.space_bases[k].read(function) for function in (this, that))
+        squares += [parameter.inner(k, this - that, this - that), parameter.inner(k, that, that)]
+    difference, size = np.sqrt(squares)
+    return float(difference / size if size else difference)
+
+
+def _orders(sizes: Sequence[float], differences: Sequence[float]) -> tuple[float, ...]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        falls = np.log(np.divide(differences[:-1], differences[1:]))
+        return tuple((falls / np.log(np.divide(sizes[:-1], sizes[1:]))).tolist())

@@ -1,0 +1,136 @@
+"""The feedback at every layer interface: controls that follow the state, section 4.3, Step 2.
+
+By the dynamic programming principle the rest of an optimal trajectory is optimal for what is left of the problem,
+
+    F(v, t_l) = min over the controls of layers l, l + 1, ..  of their cost from f(t_l) = v on,
+
+so that `local_feedback` holds there with the remaining layers, around f(t_l) of the one trajectory that was trained:
+D_v F(., t_l) = r(t_l). Closed loop means that each layer takes the controls that the feedback gives for the state at
+which it begins, and not, as Step 2 (ii) of the paper has it printed, for the state at which all began. For a
+perturbed input alone both are optimal to the same order. What disturbs the state on its way is answered by the closed
+loop only, by the controls of the layers that are left.
+"""
+
+from __future__ import annotations
+
+import firedrake as fd
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.features import STEPPED, supports
+from fem_resnet.fixed import OnMesh
+from fem_resnet.hjb.local_feedback import LocalFeedback
+from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.regulariser import Regulariser
+from fem_resnet.network.network import ResidualNetwork
+
+__all__ = ["LocalClosedLoop"]
+
+#: Regularisers that are sums over the layers.
+_OF_LAYERS = {"tikhonov", "smooth_in_space"}
+
+
+class LocalClosedLoop(OnMesh):
+    """The local feedback at t_0, .., t_(L-1) along one optimal trajectory. Collective over the network's communicator.
+
+    Parameters
+    ----------
+    problem
+        As for `LocalFeedback`. Each layer has controls of its own (bias_in_time and kernel_in_time "layers"), and the
+        regulariser is a sum over them: `tikhonov`, `smooth_in_space`. A learned head is chosen anew at each interface.
+    **options
+        Those of `LocalFeedback`.
+
+    Attributes
+    ----------
+    feedbacks : list of LocalFeedback
+        One an interface: F(., t_l), r(t_l) and the controls of all layers from l on, the head's last.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the layers hang together, or as for `LocalFeedback`.
+
+    Examples
+    --------
+    >>> loop = LocalClosedLoop(problem)  # doctest: +SKIP
+    >>> state = new_input  # doctest: +SKIP
+    >>> for layer in range(problem.net.layers):  # doctest: +SKIP
+    ...     controls, state = loop.step(layer, state)  # and what disturbs the state
+    """
+
+    @supports(
+        "gradient_flow", "stable_kernel", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running",
+        "running_of_controls", "many_samples", "weights", instead="take LocalFeedback, at t = 0",
+    )  # fmt: skip
+    def __init__(self, problem: LearningProblem, **options):
+        if not isinstance(problem, LearningProblem):
+            raise TypeError(f"problem: a LearningProblem is wanted, {type(problem).__name__} was given")
+        _refuse_other_regularisers(problem.regulariser)
+        net, batch = problem.net, problem.batch
+        with stop_annotating():
+            run = net.run(batch.inputs)
+        self._head = problem.head
+        self._layers = [_part(net, range(layer, layer + 1)) for layer in range(net.layers)]
+        self.feedbacks = []
+        for layer in range(net.layers):
+            state = batch.inputs if layer == 0 else run.state(layer)
+            rest = _part(net, range(layer, net.layers)), Batch(state, batch.targets, batch.weights)
+            self.feedbacks.append(LocalFeedback(problem.replace(net=rest[0], batch=rest[1]), **options))
+
+    def step(self, layer: int, state: fd.Function) -> tuple[list[fd.Function], fd.Function]:
+        """One layer with the controls that the feedback gives for the state at its beginning.
+
+        Parameters
+        ----------
+        layer
+            l, from 0 to L - 1.
+        state
+            f(t_l), of the space of the problem's inputs.
+
+        Returns
+        -------
+        controls
+            Bias and kernel of this layer; at the last one the head's W and mu too, if there is a head.
+        state
+            f(t_(l+1)).
+        """
+        if layer not in range(len(self._layers)):
+            raise ValueError(f"layer: an integer from 0 to {len(self._layers) - 1} is wanted, {layer!r} was given")
+        controls = self.feedbacks[layer](state)
+        left = len(self._layers) - layer
+        chosen = [controls[0], controls[left]]
+        net = self._layers[layer]
+        with stop_annotating():
+            for parameter, control in zip(net.parameters, chosen):
+                parameter.functions[0].assign(control)
+            return chosen + (controls[2:] if left == 1 else []), net(state)
+
+    def __call__(self, inputs: fd.Function) -> list[fd.Function]:
+        """All controls that the closed loop takes from these inputs on, in the order of ``problem.functions``."""
+        steps, state = [], inputs
+        for layer in range(len(self._layers)):
+            controls, state = self.step(layer, state)
+            steps.append(controls)
+        return [controls[0] for controls in steps] + [controls[1] for controls in steps] + steps[-1][2:]
+
+
+def _part(net: ResidualNetwork, layers: range) -> ResidualNetwork:
+    """These layers as a network, with the coefficients that they have."""
+    times = net.times[layers.start : layers.stop + 1]
+    bases = {name: given if len(given) == 1 else given[layers.start : layers.stop] for name, given in net.bases.items()}
+    part = net.replace(times=times - times[0], **bases)
+    for ours, theirs in zip(part.parameters, net.parameters):
+        for k, layer in enumerate(layers):
+            ours.set(k, theirs.get(layer))
+    return part
+
+
+def _refuse_other_regularisers(regulariser: Regulariser | None) -> None:
+    if regulariser is None:
+        return
+    for name in (*regulariser.names, *["one without a name"] * (len(regulariser.terms) - len(regulariser.names))):
+        if name not in _OF_LAYERS:
+            raise ValueError(
+                f"problem: regularisers that are sums over the layers are wanted, {', '.join(sorted(_OF_LAYERS))}; "
+                f"{name} was given"
+            )

@@ -1,0 +1,298 @@
+"""Finite bases of functions on the label domain.
+
+A basis is a list of functions p_1 .. p_rank on Y, held by their values P at the nodes (nodes x rank), with the Gram
+matrix G = P^T M P of the label measure. Kernel factors phi and psi and a bias in a basis are such lists.
+
+A basis whose functions are defined without the mesh can be had on another mesh of the same Y: `Basis.on`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import firedrake as fd
+import numpy as np
+import ufl
+from numpy.typing import DTypeLike
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.arguments import function, instance, number, real_array
+from fem_resnet.fixed import OnMesh, read_only
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.ranks import same, together
+
+__all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
+
+
+class Basis(OnMesh):
+    """Functions on a label domain, by their values at the nodes.
+
+    Collective over the communicator of `Y`.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    values
+        P, shape (nodes, rank), float64: the values at the owned nodes.
+    kind
+        What the basis is, for messages and files: "laplace", "given" or "cells".
+    eigenvalues
+        One a function, where they are eigenfunctions. A function may be a mixture of those to one eigenvalue, which a mesh
+        splits: what its gradients are is the business of `stiffness`.
+    move
+        ``move(basis, Y2)``: the same functions on another label space of the same Y, where there is a way.
+    stiffness
+        Gram matrix of the gradients, shape (rank, rank), where it is known; `P^T K P` if left out.
+
+    Attributes
+    ----------
+    rank : int
+        Number of functions.
+    gram : numpy.ndarray
+        G = P^T M P, shape (rank, rank), the same on every rank of the communicator.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If the functions are linearly dependent at the nodes, or their values are not finite or have another shape; if what is
+        said of them has another shape, or differs between ranks; on all ranks alike.
+    """
+
+    def __init__(
+        self,
+        Y: LabelSpace,
+        values: np.ndarray,
+        kind: str,
+        eigenvalues: np.ndarray | None = None,
+        move: Callable[[Basis, LabelSpace], Basis] | None = None,
+        stiffness: np.ndarray | None = None,
+    ):
+        check_label_space(Y)
+        same(Y.comm, kind=kind, eigenvalues=eigenvalues, move=move, stiffness=stiffness)
+        instance("kind", kind, str)
+        if move is not None:
+            function("move", move, "a function of a basis and a label space, or None,")
+        values = real_array("values", values, comm=Y.comm, finite=False)
+        given = Y.comm.allgather((Y.nodes, values.shape))
+        for nodes, shape in given:
+            if len(shape) != 2 or shape[0] != nodes or shape[1] < 1:
+                raise ValueError(f"values: shape (nodes, rank) = ({nodes}, at least 1) is wanted, {shape} was given")
+        if len({shape[1] for _, shape in given}) > 1:
+            raise ValueError(f"values: the ranks give different numbers of functions, {[shape[1] for _, shape in given]}")
+        self.Y = Y
+        self.kind = kind
+        #: One function after the other in memory: loops over nodes read each in one stream.
+        self.values = read_only(spread_columns(values))
+        self._move = move
+        self.rank = rank = self.values.shape[1]
+        self._stiffness = None if stiffness is None else read_only(real_array("stiffness", stiffness, (rank, rank)).copy())
+        self.eigenvalues = None if eigenvalues is None else read_only(real_array("eigenvalues", eigenvalues, (rank,)).copy())
+        self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
+        if not np.isfinite(self.gram).all():
+            column = int(np.flatnonzero(~np.isfinite(np.diag(self.gram)))[0])
+            raise ValueError(f"values: function {column} of the basis has values that are not finite")
+        size = np.sqrt(np.diag(self.gram))
+        correlation = np.linalg.eigvalsh(self.gram / np.outer(size, size)) if size.all() else np.zeros(1)
+        if correlation[0] < 1e-12:
+            raise ValueError(
+                f"values: the {self.rank} functions are linearly dependent at the {Y.size} nodes "
+                f"(smallest eigenvalue of their normalised Gram matrix {correlation[0]:.1e}); drop some"
+            )
+
+    def __repr__(self) -> str:
+        return f"Basis({self.kind}, rank {self.rank}, {self.Y!r})"
+
+    @cached_property
+    def weighted(self) -> np.ndarray:
+        """M P, shape (nodes, rank)."""
+        return read_only(self.values * self.Y.weights[:, None])
+
+    @cached_property
+    def stiffness(self) -> np.ndarray:
+        """Gram matrix of the gradients, `P^T K P`, shape (rank, rank), on every rank.
+
+        That of eigenfunctions on a discontinuous space is that of the continuous functions which they were made of.
+
+        Raises
+        ------
+        ValueError
+            If the functions have no gradient, being discontinuous, and are no eigenfunctions.
+        """
+        if self._stiffness is not None:
+            return self._stiffness
+        return read_only(self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values)))
+
+    def project(self, values: np.ndarray) -> np.ndarray:
+        """`P^T M f`: inner products with all functions, shape (rank, samples), on every rank. Collective.
+
+        Parameters
+        ----------
+        values
+            f at the owned nodes, shape (nodes, samples).
+        """
+        return self.Y.sum(self.values.T @ (self.Y.weights[:, None] * values))
+
+    def dual(self, coefficients: np.ndarray) -> np.ndarray:
+        """`M P c`: the transpose of `project`, dual to node values, shape (nodes, samples)."""
+        values = self.values @ coefficients
+        values *= self.Y.weights[:, None]
+        return values
+
+    def on(self, Y: LabelSpace) -> Basis:
+        """The same functions on another label space of the same Y: finer, coarser, of other cells. Collective.
+
+        Raises
+        ------
+        TypeError
+            If `Y` is no LabelSpace.
+        ValueError
+            If the functions are tied to their mesh, as indicators of cells are, or cannot be had on that one.
+        """
+        check_label_space(Y)
+        if Y is self.Y:
+            return self
+        if self._move is None:
+            raise ValueError(f"on: the functions of {self!r} are tied to their mesh; a Laplace basis is not")
+        return self._move(self, Y)
+
+    def function(self, coefficients: np.ndarray) -> fd.Function:
+        """The function `P c` of V for coefficients c, shape (rank,); for a matrix (rank, samples) a batch. Collective.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the coefficients are no real numbers, have another shape, or differ between ranks.
+        """
+        same(self.Y.comm, coefficients=coefficients)
+        coefficients = real_array("coefficients", coefficients)
+        if coefficients.ndim not in (1, 2) or len(coefficients) != self.rank:
+            raise ValueError(
+                f"coefficients: shape ({self.rank},) or ({self.rank}, samples) is wanted, {coefficients.shape} was given"
+            )
+        values = self.values @ coefficients
+        if coefficients.ndim == 2:
+            return self.Y.batch(values)
+        function = fd.Function(self.Y.V)
+        function.dat.data_wo[...] = values
+        return function
+
+
+def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
+    """Basis of functions that the user gives.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    functions
+        Functions of `Y.V`, UFL expressions of the mesh's coordinates, or numbers.
+
+    Raises
+    ------
+    TypeError
+        If `Y` is no LabelSpace, or `functions` no list.
+    ValueError
+        If there is none, one is no function or number, one lives on another space, or they are linearly dependent.
+    """
+    check_label_space(Y)
+    same(Y.comm, functions=functions)
+    instance("functions", functions, (list, tuple), "a list of functions; Basis takes arrays")
+    if not functions:
+        raise ValueError("functions: at least one function is wanted, an empty list was given")
+    for each in functions:
+        if isinstance(each, fd.Function):
+            if each.function_space() != Y.V:
+                raise ValueError(f"functions: {each.function_space()} was given, a Function of {Y.V} is wanted")
+        elif not isinstance(each, ufl.core.expr.Expr):
+            number("functions", each)
+    with stop_annotating():
+        columns = [_at_nodes(Y, each) for each in functions]
+    values = real_array("functions", np.column_stack(columns), comm=Y.comm)
+    try:
+        return Basis(Y, values, "given")
+    except ValueError as error:  # they are dependent
+        raise ValueError(str(error).replace("values", "functions", 1)) from error
+
+
+def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) -> np.ndarray:
+    """Its values at the owned nodes. Collective."""
+    if isinstance(given, fd.Function):
+        return given.dat.data_ro.copy()
+
+    def interpolate() -> fd.Function:
+        try:
+            return fd.Function(Y.V).interpolate(fd.as_ufl(given))
+        except Exception as error:  # whatever UFL and its compiler say of an expression
+            raise ValueError(f"functions: {given} cannot be interpolated in {Y.V}: {error}") from error
+
+    return together(Y.comm, interpolate).dat.data_ro.copy()
+
+
+def cell_indicators(Y: LabelSpace) -> Basis:
+    """The indicators of the cells: the basis of full rank, with which a kernel is any matrix between neurons.
+
+    Its rank is the number of cells N; coefficients of a kernel are then N x N and stand on every rank. The cells are
+    numbered as `node_numbers` says.
+
+    Raises
+    ------
+    TypeError
+        If `Y` is no LabelSpace.
+    ValueError
+        If `Y.V` is not DG of degree 0, or two cells have the same midpoint.
+    """
+    check_label_space(Y)
+    element = Y.V.ufl_element()
+    if element.embedded_superdegree != 0:
+        raise ValueError(f"Y: cell indicators span DG of degree 0, the space is {element}")
+    values = np.zeros((Y.nodes, Y.size))
+    values[np.arange(Y.nodes), node_numbers(Y)] = 1.0
+    return Basis(Y, values, "cells")
+
+
+def node_numbers(Y: LabelSpace) -> np.ndarray:
+    """Numbers from 0 of the owned nodes, shape (nodes,): by coordinates, last one slowest, whatever the partition.
+
+    Nodes of DG of degree 0 are the midpoints of cells. Points of `point_space` have their own numbers. Collective;
+    every rank sees the coordinates of all nodes.
+
+    Raises
+    ------
+    ValueError
+        If two nodes have the same coordinates.
+    """
+    if Y.numbers is not None:
+        return Y.numbers
+    places = np.concatenate(Y.comm.allgather(Y.coordinates))
+    # Round-off in a midpoint depends on how the cell's vertices are numbered; it must not decide an order.
+    extent = np.ptp(places, axis=0).max() or 1.0
+    keys = np.round((places - places.min(axis=0)) / extent, 9)
+    order = np.lexsort(keys.T)
+    if (keys[order[1:]] == keys[order[:-1]]).all(axis=1).any():
+        raise ValueError(
+            "Y: two cells have the same midpoint, or nodes the same coordinates, so they cannot be numbered the same "
+            "on every partition"
+        )
+    first = Y.comm.exscan(Y.nodes) or 0
+    return np.argsort(order)[first : first + Y.nodes]
+
+
+def spread_columns(values: np.ndarray, dtype: DTypeLike = float) -> np.ndarray:
+    """A copy whose columns begin at different places of the caches, shape (nodes, rank), each one stream in memory.
+
+    Compiled loops read some nodes of all columns again and again. Columns a power of two apart, as those of 2^n nodes
+    would be, fall on the same few lines of a cache and drive each other out; here they are an odd number of 64 entries
+    apart, and begin where a cache line does.
+    """
+    nodes, rank = np.shape(values)
+    apart = 64 * (-(-nodes // 64) | 1)
+    itemsize = np.dtype(dtype).itemsize
+    room = np.empty(apart * rank + 64 // itemsize, dtype)
+    start = -(room.ctypes.data // itemsize) % (64 // itemsize)
+    columns = room[start : start + apart * rank].reshape((apart, rank), order="F")[:nodes]
+    columns[...] = values
+    return columns

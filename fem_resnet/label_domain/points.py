@@ -1,0 +1,120 @@
+"""Label domains without geometry: classes, point clouds, graphs.
+
+A finite set of K points with weights w is a label domain like any other: DG of degree 0 on a mesh of K intervals of
+lengths w_i, so that `int f dy = sum_i w_i f_i` and every integral in UFL over the cells means what it says. Where the
+points lie in space the intervals are short pieces of lines through them. Which of them are neighbours only a graph says:
+what follows another in the arguments does not, and without a graph there is no Laplacian. With edge weights A_ij the place
+of the squared gradients is taken by
+
+    <K f, f> = 1/2 sum_ij A_ij (f_i - f_j)^2,
+
+and the Laplace eigenfunctions are those of the graph Laplacian, `K x = lambda diag(w) x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import firedrake as fd
+import numpy as np
+import scipy.sparse
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.arguments import instance, integer, real_array
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.ranks import same
+
+__all__ = ["class_space", "point_space"]
+
+_COMM = "firedrake.COMM_WORLD and firedrake.COMM_SELF are such"
+
+
+def point_space(
+    weights: Sequence[float],
+    points: np.ndarray | None = None,
+    graph: scipy.sparse.sparray | np.ndarray | None = None,
+    comm: MPI.Comm = MPI.COMM_WORLD,
+) -> LabelSpace:
+    """Label domain of K points, given the same on every rank. Collective over `comm`.
+
+    Values f given for all points, shape (K, samples), make the batch ``Y.batch(f[Y.numbers])``.
+
+    Parameters
+    ----------
+    weights
+        w, shape (K,), positive: the measure of each point. They hold up to round-off in the coordinates.
+    points
+        Where the points lie, shape (K, d); side by side on a line if left out.
+    graph
+        Edge weights A >= 0, a symmetric matrix (K, K), sparse or dense; its diagonal does not matter.
+    comm
+        Communicator.
+
+    Returns
+    -------
+    LabelSpace
+        Its `numbers` are those of the points that this rank owns, in the order of the arguments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a weight is not positive and finite, a point is not finite, a shape does not fit, or the graph is not symmetric
+        or has negative weights; or an argument differs between ranks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fem_resnet import laplace_basis
+    >>> ring = np.roll(np.eye(12), 1, axis=0)
+    >>> Y = point_space(np.ones(12), graph=ring + ring.T)
+    >>> laplace_basis(Y, 5).eigenvalues.round(3) + 0.0
+    array([0.   , 0.268, 0.268, 1.   , 1.   ])
+    """
+    same(instance("comm", comm, MPI.Comm, _COMM), weights=weights, points=points, graph=graph)
+    weights = real_array("weights", weights, ("points",), above=0)
+    size = weights.size
+    with np.errstate(over="ignore"):
+        total = np.cumsum(weights)[-1]
+    if not np.isfinite(total):
+        raise ValueError("weights: numbers with a finite sum, |Y|, are wanted; theirs overflows")
+    if points is None:
+        points = (np.cumsum(weights) - weights / 2)[:, None]
+    points = real_array("points", points, (size, "d"))
+    ends = points[:, None].repeat(2, axis=1)
+    ends[:, :, 0] += np.outer(weights, [-0.5, 0.5])
+    lost = np.flatnonzero(np.abs(ends[:, 1, 0] - ends[:, 0, 0] - weights) > 1e-6 * weights)
+    if lost.size:
+        raise ValueError(
+            f"weights: {weights[lost[0]]:g}, that of point {lost[0]}, is lost in the round-off of its coordinate "
+            f"{points[lost[0], 0]:g}, as a length there; give points nearer to 0, or larger weights"
+        )
+    with stop_annotating():
+        cells = fd.IntervalMesh(size, float(size), comm=comm)  # cell i is (i, i + 1)
+        middle = fd.Function(fd.FunctionSpace(cells, "DG", 0)).interpolate(fd.SpatialCoordinate(cells)[0])
+        at_ends = fd.FiniteElement("DG", fd.interval, 1, variant="equispaced")
+        places = fd.Function(fd.VectorFunctionSpace(cells, at_ends, dim=points.shape[1]))
+    numbers = middle.dat.data_ro_with_halos.astype(int)
+    nodes = places.cell_node_map().values_with_halo
+    places.dat.data_wo_with_halos.reshape(-1, points.shape[1])[nodes] = ends[numbers]
+    V = fd.FunctionSpace(fd.Mesh(places, comm=comm), "DG", 0)
+    return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=graph)
+
+
+def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
+    """Label domain of K classes: K cells of length one, so that an integral over it is a sum over the classes.
+
+    Parameters
+    ----------
+    classes
+        K, at least 1.
+    comm
+        Communicator; collective over it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `classes` is no such number, or differs between ranks, or `comm` is no communicator.
+    """
+    same(instance("comm", comm, MPI.Comm, _COMM), classes=classes)
+    return point_space(np.ones(integer("classes", classes)), comm=comm)

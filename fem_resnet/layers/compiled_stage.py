@@ -1,0 +1,195 @@
+"""The stage of a layer as compiled loops: `stage.c` with an activation's formulas, in the place of `Stage`'s NumPy.
+
+Values of a stage, its transpose and the quadrature (3.3) are compiled; tangents, Hessians, blocks of the Jacobian and learned
+factors are `Stage`'s own. Both give the same numbers to round-off. The environment variable FEM_RESNET_COMPILED=0 is the
+switch to NumPy alone; without a C compiler, or with an activation that C cannot evaluate, one warning says that NumPy it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from importlib.resources import files
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from petsc4py import PETSc
+from petsctools import get_petsc_dirs
+from pyop2.compilation import load
+from pyop2.exceptions import CompilationError
+
+from fem_resnet.activation.activation import Activation
+from fem_resnet.activation.code import LIBRARIES, activation_code
+from fem_resnet.label_domain.basis import Basis, spread_columns
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers.stage import Argument, Functionals, Stage
+from fem_resnet.log import log
+
+__all__ = ["CompiledStage", "address", "new_stage"]
+
+# PyOP2's own flags have -ffast-math, which takes NaN for a number.
+_FLAGS = ("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
+_SINGLE = ("-fsingle-precision-constant",)
+_BY_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
+
+#: From here on a node's samples fill a page of memory, and no processor foresees which part of the next page a chunk reads.
+_PACKED_SAMPLES = 512
+
+
+class _Basis(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("rank", ctypes.c_long), ("stride", ctypes.c_long)]
+
+
+class _LabelSpace(ctypes.Structure):
+    _fields_ = [("nodes", ctypes.c_long), ("samples", ctypes.c_long), ("weights", ctypes.c_void_p), ("packed", ctypes.c_long)]
+
+
+_warned: set[str] = set()
+
+
+def new_stage(Y: LabelSpace, activation: Activation, samples: int, precision: str = "double") -> Stage:
+    """Stage evaluations, compiled where that is possible and not switched off; arguments as for `Stage`. Collective."""
+    if os.environ.get("FEM_RESNET_COMPILED", "1") != "0":
+        try:
+            return CompiledStage(Y, activation, samples, precision)
+        except (CompilationError, OSError, ValueError) as error:
+            if str(error) not in _warned:
+                _warned.add(str(error))
+                log(Y.comm, logging.WARNING, "layers are not compiled, and run by NumPy, which is slower: %s", error)
+    return Stage(Y, activation, samples, precision)
+
+
+class CompiledStage(Stage):
+    """See above; arguments as for `Stage`. Collective over the communicator of the label domain.
+
+    Raises
+    ------
+    pyop2.exceptions.CompilationError, OSError
+        If there is no compiler, or it fails; on all ranks alike.
+    ValueError
+        If C cannot evaluate the activation.
+    """
+
+    def __init__(self, Y: LabelSpace, activation: Activation, samples: int, precision: str = "double"):
+        super().__init__(Y, activation, samples, precision)
+        flags = _FLAGS + (() if precision == "double" else _SINGLE) + _BY_MACHINE.get(platform.machine(), ())
+        flags += get_petsc_dirs(prefix="-I", subdir="include")
+        libraries = (*LIBRARIES, *get_petsc_dirs(prefix="-L", subdir="lib"), "-lpetsc")
+        rpath = get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib")
+        code = "\n".join([activation_code(activation, "double" if precision == "double" else "float"), _source()])
+        self._code = load(code, "c", flags, libraries + rpath, comm=Y.comm)
+        _declare(self._code)
+        self._weights = np.asarray(Y.weights, self.real)
+        self._plain, self._packed = (_LabelSpace(Y.nodes, samples, address(self._weights), packed) for packed in (0, 1))
+        self._chunk = self._code.chunk()
+        self._order = "F" if self._code.nodes_are_innermost(self.space) else "C"
+        self._bases: WeakKeyDictionary[Basis, tuple[_Basis, np.ndarray]] = WeakKeyDictionary()
+
+    def basis(self, basis: Basis) -> int:
+        """Address of what C sees of a basis; good as long as the basis lives."""
+        if basis not in self._bases:
+            values = basis.values if self.real == basis.values.dtype else spread_columns(basis.values, self.real)
+            self._bases[basis] = _Basis(address(values), basis.rank, values.strides[1] // values.itemsize), values
+        return ctypes.addressof(self._bases[basis][0])
+
+    @property
+    def space(self) -> int:
+        """Address of what C sees of the label domain."""
+        return ctypes.addressof(self._plain)
+
+    @property
+    def packed_space(self) -> int:
+        """The same where f and lambda are as `pack` has them."""
+        return ctypes.addressof(self._packed if self.samples >= _PACKED_SAMPLES else self._plain)
+
+    def pack(self, field: np.ndarray) -> np.ndarray:
+        """An array (nodes, samples) as many stages go over it fastest.
+
+        That is itself with few samples, else a copy with one chunk of samples after the other.
+        """
+        if self.samples < _PACKED_SAMPLES:
+            return field
+        packed = np.empty(field.size, field.dtype)
+        for samples, part in self._chunks(packed):
+            part[...] = field[:, samples]
+        return packed
+
+    def unpack(self, packed: np.ndarray, field: np.ndarray) -> None:
+        """Write what `pack` made of an array (nodes, samples) into that array."""
+        if packed is not field:
+            for samples, part in self._chunks(packed):
+                field[:, samples] = part
+
+    def _chunks(self, packed: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        for first in range(0, self.samples, self._chunk):
+            samples = slice(first, min(first + self._chunk, self.samples))
+            yield samples, packed[first * self.Y.nodes : samples.stop * self.Y.nodes].reshape(self.Y.nodes, samples.stop - first)
+
+    def call(self, name: str, *arguments) -> None:
+        """Call a function of `layer.c`, which returns an error code of PETSc."""
+        if code := getattr(self._code, name)(*arguments):
+            raise PETSc.Error(code)
+
+    def _call(self, name: str, *arguments) -> None:
+        if getattr(self._code, name)(self.space, *arguments):
+            raise MemoryError(f"{name} of a stage: no memory for its sums")
+
+    def arranged(self, adjoint):
+        return np.asarray(adjoint, self.real, order=self._order)
+
+    def rate(self, at, out=None):
+        if len(at.a) > 1 or out is not None and not out[0].flags.c_contiguous:
+            return super().rate(at, out)
+        Q = np.empty((at.factors.psi.rank, self.samples), order="F")
+        self._rate(at, Q, None if out is None else out[0], None, 0.0)
+        return [self.Y.sum(Q)]
+
+    def _rate(self, at: Argument, Q: np.ndarray | None, s: np.ndarray | None, f: np.ndarray | None, weight: float) -> None:
+        a, C = np.ascontiguousarray(at.a[0], self.real), np.asfortranarray(at.C[0])
+        self._call(
+            "rate", self.basis(at.factors.phi), self.basis(at.factors.psi), address(a), address(C), len(C),
+            at.length[0], address(Q), at.factors.psi.rank, address(s), address(f), weight,
+        )  # fmt: skip
+
+    def transpose(self, at, dual, with_length=False, with_factors=False):
+        if len(at.a) > 1 or with_factors:
+            return super().transpose(at, dual, with_length, with_factors)
+        phi, psi = at.factors.phi, at.factors.psi
+        a, C = np.ascontiguousarray(at.a[0], self.real), np.asfortranarray(at.C[0])
+        x = np.empty((psi.rank + 1, self.samples), order="F")
+        x[:-1], x[-1] = dual.x[0], 0.0 if dual.x_q is None else dual.x_q
+        adjoint = None if dual.x_q is None else self.arranged(dual.adjoint[0])
+        D, bias, length = np.empty((phi.rank, self.samples), order="F"), np.zeros(self.Y.nodes), np.zeros(1)
+        self._call(
+            "transpose", self.basis(phi), self.basis(psi), address(a), address(C), len(C), at.length[0],
+            address(x), len(x), address(adjoint), address(D), address(bias), 1.0, address(length) if with_length else None,
+        )  # fmt: skip
+        return Functionals([self.Y.sum(D)], bias, float(self.Y.sum(length)[0]) if with_length else 0.0)
+
+    def advance(self, f, stages):
+        if len(f) > 1:
+            return super().advance(f, stages)
+        result = np.array(f[0], order="C")
+        for stage in stages:
+            self._rate(stage.argument, None, None, result, stage.weight)
+        return [result]
+
+
+def _declare(code: ctypes.CDLL) -> None:
+    pointer, number, count = ctypes.c_void_p, ctypes.c_double, ctypes.c_long
+    code.nodes_are_innermost.argtypes = [pointer]
+    code.chunk.argtypes, code.chunk.restype = [], count
+    code.rate.argtypes = [pointer] * 5 + [count, number, pointer, count, pointer, pointer, number]
+    code.transpose.argtypes = [pointer] * 5 + [count, number, pointer, count] + [pointer] * 3 + [number, pointer]
+
+
+def _source() -> str:
+    return "\n".join((files("fem_resnet") / name).read_text() for name in ("layers/stage.c", "time_stepping/layer.c"))
+
+
+def address(array: np.ndarray | None) -> int | None:
+    """Where an array begins, or None; `array.ctypes` would take three times as long."""
+    return None if array is None else array.__array_interface__["data"][0]

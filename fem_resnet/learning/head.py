@@ -1,0 +1,279 @@
+"""Outputs: what is read from the final state of a network.
+
+    O(y) = int W(y, z) f(z, T) dz + mu(y),     C_pre(y) = h(O(y))                                            (2.9)
+
+with low-rank W = sum X_i(y) W_ij psi_j(z) and mu in the same basis X of the output's label domain: K classes (cells of
+length one), the network's own label domain, or another one. The order of arguments in W is the same wherever it occurs,
+so that the terminal co-state of section 4.1 (Remark 4.3) is r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+from mpi4py import MPI
+
+from fem_resnet.activation.activation import get_activation
+from fem_resnet.arguments import choice, instance, integer, integer_array
+from fem_resnet.fixed import OnMesh
+from fem_resnet.label_domain.basis import Basis, cell_indicators
+from fem_resnet.label_domain.label_space import BatchValues, LabelSpace
+from fem_resnet.label_domain.points import class_space
+from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, Replicated, SeenBatch
+from fem_resnet.parameters.time_basis import Once
+from fem_resnet.ranks import same
+from fem_resnet.tape.blocks import apply
+
+__all__ = ["PREDICTIONS", "Head", "Prediction", "log_density"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A prediction function h of (2.9), on node values of shape (nodes, samples).
+
+    Attributes
+    ----------
+    name : str
+    value : callable
+        ``value(Y, O)`` is h(O).
+    transpose : callable
+        ``transpose(Y, O, d)`` is h'(O)^T d for functionals d of h(O).
+    derivative : callable
+        ``derivative(Y, O, v)`` is h'(O) v for directions v of O.
+    second_transpose : callable
+        ``second_transpose(Y, O, v, d)`` is (h''(O) v)^T d, the derivative of ``transpose(Y, O, d)`` in the direction v of
+        O. All collective.
+    """
+
+    name: str
+    value: Callable[[LabelSpace, np.ndarray], np.ndarray]
+    transpose: Callable[[LabelSpace, np.ndarray, np.ndarray], np.ndarray]
+    derivative: Callable[[LabelSpace, np.ndarray, np.ndarray], np.ndarray]
+    second_transpose: Callable[[LabelSpace, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def log_density(Y: LabelSpace, O: np.ndarray) -> np.ndarray:
+    """log p, p = e^O / int e^O, free of overflow; over classes p is the softmax. Collective."""
+    largest = O.max(axis=0, initial=-np.inf)
+    Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
+    shifted = O - largest
+    return shifted - np.log(Y.sum(Y.weights @ np.exp(shifted)))
+
+
+def _softmax(Y, O):
+    return np.exp(log_density(Y, O))
+
+
+def _centred(Y, p, d):
+    """d minus its mean in the density p, for functionals d: what softmax' sees of them."""
+    return d - Y.weights[:, None] * Y.sum((d * p).sum(axis=0))
+
+
+def _softmax_transpose(Y, O, d):
+    p = _softmax(Y, O)
+    return p * _centred(Y, p, d)
+
+
+def _softmax_derivative(Y, O, v):
+    p = _softmax(Y, O)
+    return p * (v - Y.sum(Y.weights @ (p * v)))
+
+
+def _softmax_second_transpose(Y, O, v, d):
+    p, p_dot = _softmax(Y, O), _softmax_derivative(Y, O, v)
+    return p_dot * _centred(Y, p, d) - p * Y.weights[:, None] * Y.sum((d * p_dot).sum(axis=0))
+
+
+_sigmoid = get_activation("sigmoid")
+
+#: The prediction functions by name.
+PREDICTIONS = {
+    prediction.name: prediction
+    for prediction in (
+        Prediction(
+            "identity", lambda Y, O: O, lambda Y, O, d: d, lambda Y, O, v: v, lambda Y, O, v, d: np.zeros_like(O)
+        ),
+        Prediction(
+            "logistic",
+            lambda Y, O: _sigmoid(O),
+            lambda Y, O, d: _sigmoid.derivative(O) * d,
+            lambda Y, O, v: _sigmoid.derivative(O) * v,
+            lambda Y, O, v, d: _sigmoid.second_derivative(O) * v * d,
+        ),
+        Prediction("softmax", _softmax, _softmax_transpose, _softmax_derivative, _softmax_second_transpose),
+    )
+}
+
+
+class Head(OnMesh):
+    """The output (2.9): `O = X (W g + mu)`, g = Psi^T M f(T), X a basis of the output's label domain.
+
+    Parameters
+    ----------
+    psi
+        Basis in which the final state is seen.
+    onto
+        X: a Basis, on any label space over the same communicator; or K, for one number a class.
+    prediction
+        h, one of `PREDICTIONS`.
+
+    Attributes
+    ----------
+    Y : LabelSpace
+        Label domain of the output; of K cells of length one for K classes.
+    classes : int or None
+        K, if the output has classes.
+    W, mu : Parameter
+        Coefficients of shape (rank of X, rank of psi) and (rank of X,), zero at first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown; or they differ between
+        ranks.
+    """
+
+    def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax"):
+        self.psi = instance("psi", psi, Basis, "laplace_basis(Y, rank) makes one")
+        same(psi.Y.comm, onto=onto, prediction=prediction)
+        self.classes = None if isinstance(onto, Basis) else integer("onto", onto)
+        self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(self.classes, psi.Y.comm))
+        self.prediction = PREDICTIONS[choice("prediction", prediction, PREDICTIONS)]
+        self.Y = self.onto.Y
+        self.W = Parameter("W", KernelCoefficients(LowRankKernel(self.onto, psi)), Once())
+        self.mu = Parameter("mu", BasisCoefficients(self.onto), Once())
+
+    def __repr__(self) -> str:
+        return f"Head({self.prediction.name}, from {self.psi!r} onto {self.onto!r})"
+
+    def __deepcopy__(self, memo: dict) -> Head:
+        other = self.__copy__()
+        vars(other).update(W=copy.deepcopy(self.W, memo), mu=copy.deepcopy(self.mu, memo))
+        return other
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """W and mu."""
+        return [self.W, self.mu]
+
+    def __call__(self, f: fd.Function) -> fd.Function:
+        """O, a batch on the head's own label domain, for a final state or batch of them; recorded while annotating.
+
+        Collective.
+        """
+        self.psi.Y.check_where(f, "f")
+        return self.of_state(f)
+
+    def of_state(self, f: fd.Function) -> fd.Function:
+        """As `__call__`, for what is known to be a batch there."""
+        return self._output(self._seen(f), f, self.mu.functions[0])
+
+    def of_coefficients(self, g: fd.Function, slot: Replicated) -> fd.Function:
+        """O, from a Function that holds g = Psi^T M f(T), shape (rank of psi, samples), by a slot."""
+        return self._output(slot, g, self.mu.functions[0])
+
+    def linear(self, f: fd.Function) -> fd.Function:
+        """`X W psi^T M f`: O without mu, its derivative in a direction of the final state; recorded while annotating."""
+        self.psi.Y.check_where(f, "f")
+        return self._output(self._seen(f), f, fd.Function(self.mu.functions[0].function_space()))
+
+    def _seen(self, f: fd.Function) -> SeenBatch:
+        self.psi.Y.check_values(f, "f")
+        return SeenBatch(self.psi, f.function_space())
+
+    def _output(self, slot: SeenBatch | Replicated, state: fd.Function, mu: fd.Function) -> fd.Function:
+        return apply(_HeadOperator(self, slot), [state, self.W.functions[0], mu])[0]
+
+    def predict(self, f: fd.Function) -> fd.Function:
+        """C_pre = h(O), a batch on the head's own label domain. Collective; nothing is recorded."""
+        values = self.onto.values @ self._coefficients(f)
+        return self.Y.batch(self.prediction.value(self.Y, values))
+
+    def scores(self, f: fd.Function) -> np.ndarray:
+        """O by basis function of the output, which for K classes is by class: (samples, K), on every rank. Collective."""
+        return self._coefficients(f).T
+
+    def _coefficients(self, f: fd.Function) -> np.ndarray:
+        self.psi.Y.check_batch(f, "f")
+        return self.W.get(0) @ self.psi.project(self.psi.Y.values(f)) + self.mu.get(0)[:, None]
+
+    def on(self, Y: LabelSpace) -> Head:
+        """The same head for the network on another label space of the same Y (`ResidualNetwork.on`).
+
+        An output on the network's own label space moves with it, one on another label domain stays where it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `Basis.on`.
+        """
+        moved = {basis: basis.on(Y) for basis in dict.fromkeys((self.psi, self.onto)) if basis.Y is self.psi.Y}
+        head = Head(moved[self.psi], self.classes or moved.get(self.onto, self.onto), self.prediction.name)
+        for ours, theirs in zip(self.parameters, head.parameters):
+            theirs.set(0, ours.get(0))
+        return head
+
+    def observations(self, labels: Sequence[int]) -> fd.Function:
+        """C for class labels: the batch of indicators of the classes.
+
+        Parameters
+        ----------
+        labels
+            Integers from 0 to K - 1, one a sample, the same on every rank.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they are no list of integers, one is no class, or the output has no classes; or they differ between ranks.
+        """
+        same(self.Y.comm, labels=labels)
+        return self.labelled(labels)
+
+    def labelled(self, labels: Sequence[int], name: str = "labels") -> fd.Function:
+        """As `observations`, for what is known to be the same on every rank; messages call it by a name."""
+        if self.classes is None:
+            raise ValueError(f"{name}: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
+        labels = integer_array(name, labels, ("samples",))
+        if labels.min() < 0 or labels.max() >= self.classes:
+            bad = int(np.flatnonzero((labels < 0) | (labels >= self.classes))[0])
+            raise ValueError(f"{name}: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")
+        return self.Y.batch(self.onto.values[:, labels], "observations")
+
+
+class _HeadOperator:
+    ready = True
+
+    def __init__(self, head: Head, seen: SeenBatch | Replicated):
+        self._phi = head.onto
+        self.inputs = [seen, head.W.space_basis, head.mu.space_basis]
+        self.output = BatchValues(head.Y, head.Y.batch_space(seen.shape[1]))
+
+    def forward(self, arrays, save):
+        g, W, mu = arrays
+        return self._phi.values @ (W @ g + mu[:, None])
+
+    def adjoint(self, arrays, dual):
+        g, W, _ = arrays
+        coefficients = self._pull_back(dual)
+        return [W.T @ coefficients, coefficients @ g.T, coefficients.sum(axis=1)]
+
+    def tangent(self, arrays, directions):
+        (g, W, _), (g_dot, W_dot, mu_dot) = arrays, directions
+        return self._phi.values @ (W_dot @ g + W @ g_dot + mu_dot[:, None])
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        g, W, mu = self.adjoint(arrays, dual_dot)
+        g_dot, W_dot, _ = directions
+        coefficients = self._pull_back(dual)  # what follows is all the curvature of a map bilinear in g and W
+        g += W_dot.T @ coefficients
+        W += coefficients @ g_dot.T
+        return [g, W, mu]
+
+    def _pull_back(self, dual):
+        return self._phi.Y.sum(self._phi.values.T @ dual)

@@ -1,0 +1,356 @@
+"""Losses: how far an output is from what was observed.
+
+For one sample with output O, prediction C_pre = h(O) and observation C,
+
+    least squares           1/2 int |C_pre - C|^2 dy                                                  (section 2.4)
+    cross entropy           - int C log p dy,                            p = e^O / int e^O   (softmax)
+    binary cross entropy    - int C log p + (1 - C) log(1 - p) dy,       p = 1/(1 + e^-O)    (logistic)
+    a functional in UFL     F(C_pre, C)
+
+and for a batch the mean of these with weights of the samples, sum_s omega_s loss_s / sum_s omega_s. Over K classes, cells
+of length one, the integrals are sums over the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from weakref import WeakKeyDictionary
+
+import firedrake as fd
+import numpy as np
+import ufl
+from pyadjoint import AdjFloat
+from pyadjoint.tape import stop_annotating
+from ufl.algorithms import estimate_total_polynomial_degree
+from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
+from ufl.algorithms.apply_derivatives import apply_derivatives
+
+from fem_resnet.activation.activation import get_activation
+from fem_resnet.arguments import choice, function, instance, real_array
+from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, check_label_space, sample_weights
+from fem_resnet.learning.head import PREDICTIONS, Prediction, log_density
+from fem_resnet.ranks import may_fail_alone, same, together
+from fem_resnet.tape.blocks import OperatorBlock, apply
+
+__all__ = ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of one output against one observation, on node values of shape (nodes, samples).
+
+    Attributes
+    ----------
+    name : str
+    value : callable
+        ``value(Y, O, C, prediction)``: this rank's part of each sample's loss, shape (samples,).
+    gradient : callable
+        ``gradient(Y, O, C, prediction)``: its derivative in O, dual to the node values.
+    prediction : str or None
+        The only prediction that it goes with, one of `head.PREDICTIONS`, or None for any.
+    hessian : callable or None
+        ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O; wanted for Hessian
+        actions.
+    gauss_newton : callable or None
+        The same without the curvature of the prediction, for the actions of Gauss and Newton (`blocks.gauss_newton`):
+        h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out.
+
+    The functions are called on all ranks together. What one raises on one rank is raised on all; one that is collective itself,
+    as by ``Y.sum``, must not fail on one rank alone before that, where the others would wait for it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the functions are none, or the prediction is unknown.
+    """
+
+    name: str
+    value: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction], np.ndarray]
+    gradient: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction], np.ndarray]
+    prediction: str | None = None
+    hessian: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
+    gauss_newton: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
+
+    def __post_init__(self):
+        instance("name", self.name, str)
+        for name in ("value", "gradient", "hessian", "gauss_newton"):
+            given = getattr(self, name)
+            if given is not None or name in ("value", "gradient"):
+                function(name, given, "a function of Y, output, observation and prediction")
+        if self.prediction is not None:
+            choice("prediction", self.prediction, PREDICTIONS)
+
+    def __call__(
+        self,
+        Y: LabelSpace,
+        output: fd.Function,
+        observation: fd.Function,
+        weights: Sequence[float] | None = None,
+        prediction: Prediction | None = None,
+    ) -> AdjFloat:
+        """Weighted mean over the samples, recorded while annotating. Collective.
+
+        Parameters
+        ----------
+        Y
+            Label domain of output and observation.
+        output, observation
+            Batches of equal numbers of samples.
+        weights
+            omega, one a sample, not negative, the same on every rank; ones if left out.
+        prediction
+            h; what the loss goes with, or the identity, if left out.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If output and observation are no such batches, the weights do not fit or differ between ranks, or the loss goes with
+            another prediction.
+        """
+        check_label_space(Y)
+        same(Y.comm, weights=weights, prediction=prediction)
+        instance("prediction", prediction, (Prediction, NoneType), "such as head.PREDICTIONS['softmax']")
+        Y.check_where(output, "output")
+        Y.check_where(observation, "observation")
+        return self.record(Y, output, observation, weights, prediction)[0]
+
+    def record(
+        self, Y, output, observation, weights=None, prediction=None
+    ) -> tuple[AdjFloat, OperatorBlock | None]:
+        """As `__call__`, with the Block; its operator's `observe` exchanges observation and weights."""
+        if prediction is None:
+            prediction = PREDICTIONS[self.prediction or "identity"]
+        self.check_prediction(prediction)
+        Y.check_values(output, "output")
+        operator = _LossOperator(self, Y, output.function_space(), prediction)
+        operator.observe(observation, weights)
+        return apply(operator, [output])
+
+    def check_prediction(self, prediction: Prediction) -> None:
+        """Raise a ValueError if the loss goes with another prediction."""
+        if self.prediction not in (None, prediction.name):
+            raise ValueError(
+                f"loss: {self.name} goes with a head of prediction {self.prediction!r}, the head has {prediction.name!r}"
+            )
+
+
+class _LossOperator:
+    ready = True
+    output = None
+
+    def __init__(self, loss: Loss, Y: LabelSpace, space, prediction: Prediction):
+        self._loss, self._Y, self._prediction = loss, Y, prediction
+        self._values = BatchValues(Y, space)
+        self.inputs = [self._values]
+
+    def observe(self, observation: fd.Function, weights: Sequence[float] | None) -> None:
+        self._Y.check_values(observation, "observation")
+        values = self._Y.values(observation)
+        if values.shape[1] != self._values.samples:
+            raise ValueError(
+                f"observation: {self._values.samples} samples are wanted, as many as of the output, "
+                f"{values.shape[1]} were given"
+            )
+        self._observation = values.copy()
+        self._weights = sample_weights(weights, self._values.samples)
+
+    def forward(self, arrays, save):
+        values = self._asked("value", arrays[0], shape=(self._values.samples,))
+        return float(self._weights @ self._Y.sum(values))
+
+    def adjoint(self, arrays, dual):
+        return [(dual * self._weights) * self._asked("gradient", arrays[0])]
+
+    def _asked(self, what: str, output: np.ndarray, *direction: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """What a function of the loss gives, which may be the user's: what it raises on one rank is raised on all."""
+
+        asked = getattr(self._loss, what)
+
+        def ask() -> np.ndarray:
+            given = asked(self._Y, output, self._observation, self._prediction, *direction)
+            return real_array(f"{what} of the loss {self._loss.name}", given, shape or output.shape, finite=False)
+
+        return together(self._Y.comm if may_fail_alone(asked) else None, ask)
+
+    def tangent(self, arrays, directions):
+        return float(self._Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        return self._second_adjoint("hessian", arrays, directions, dual, dual_dot)
+
+    def gauss_newton(self, arrays, directions, dual, dual_dot):
+        what = "hessian" if self._loss.gauss_newton is None else "gauss_newton"
+        return self._second_adjoint(what, arrays, directions, dual, dual_dot)
+
+    def _second_adjoint(self, what, arrays, directions, dual, dual_dot):
+        if getattr(self._loss, what) is None:
+            raise NotImplementedError(
+                f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one"
+            )
+        change = self._asked(what, arrays[0], directions[0])
+        return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
+
+
+def _of_prediction(name: str, value: Callable, dual: Callable, curvature: Callable) -> Loss:
+    """The loss l(h(O), C) by ``value(Y, p, C)``, its derivative ``dual(Y, p, C)`` in p, and that of it along v."""
+
+    def of_output(Y, O, C, h):
+        return value(Y, h.value(Y, O), C)
+
+    def gradient(Y, O, C, h):
+        return h.transpose(Y, O, dual(Y, h.value(Y, O), C))
+
+    def gauss_newton(Y, O, C, h, v):
+        return h.transpose(Y, O, curvature(Y, h.value(Y, O), C, h.derivative(Y, O, v)))
+
+    def hessian(Y, O, C, h, v):
+        return gauss_newton(Y, O, C, h, v) + h.second_transpose(Y, O, v, dual(Y, h.value(Y, O), C))
+
+    return Loss(name, of_output, gradient, hessian=hessian, gauss_newton=gauss_newton)
+
+
+def _half_square(Y, p, C):
+    squares = p - C
+    squares *= squares  # in place here and below: with large fields new pages take longer than arithmetic
+    return 0.5 * (Y.weights @ squares)
+
+
+def _half_square_dual(Y, p, C):
+    dual = p - C
+    dual *= Y.weights[:, None]
+    return dual
+
+
+def _half_square_curvature(Y, p, C, v):
+    return Y.weights[:, None] * v
+
+
+def _cross_entropy(Y, O, C, prediction):
+    return -(Y.weights @ (C * log_density(Y, O)))
+
+
+def _cross_entropy_gradient(Y, O, C, prediction):
+    return Y.weights[:, None] * (np.exp(log_density(Y, O)) * Y.sum(Y.weights @ C) - C)
+
+
+def _cross_entropy_hessian(Y, O, C, prediction, v):
+    return Y.weights[:, None] * PREDICTIONS["softmax"].derivative(Y, O, v) * Y.sum(Y.weights @ C)
+
+
+_softplus, _sigmoid = get_activation("softplus"), get_activation("sigmoid")
+
+
+def _binary_cross_entropy(Y, O, C, prediction):
+    return Y.weights @ (_softplus(O) - C * O)
+
+
+def _binary_cross_entropy_gradient(Y, O, C, prediction):
+    return Y.weights[:, None] * (_sigmoid(O) - C)
+
+
+def _binary_cross_entropy_hessian(Y, O, C, prediction, v):
+    return Y.weights[:, None] * _sigmoid.derivative(O) * v
+
+
+#: 1/2 int |h(O) - C|^2 dy, the choice of section 2.4.
+least_squares = _of_prediction("least_squares", _half_square, _half_square_dual, _half_square_curvature)
+#: - int C log p dy, p the softmax of O; stable for large O. Convex in O.
+cross_entropy = Loss("cross_entropy", _cross_entropy, _cross_entropy_gradient, "softmax", _cross_entropy_hessian)
+#: - int C log p + (1 - C) log(1 - p) dy, p = 1/(1 + e^-O); stable for large O. Convex in O.
+binary_cross_entropy = Loss(
+    "binary_cross_entropy",
+    _binary_cross_entropy,
+    _binary_cross_entropy_gradient,
+    "logistic",
+    _binary_cross_entropy_hessian,
+)
+
+
+def functional_loss(functional: Callable[[fd.Function, fd.Function], object], name: str = "functional") -> Loss:
+    """Loss of a sample by a functional written in UFL.
+
+    Parameters
+    ----------
+    functional
+        ``functional(p, C)`` returns a form without arguments in two Functions of the output's space `Y.V`: the
+        prediction and the observation of one sample.
+    name
+        What messages call it.
+
+    Raises
+    ------
+    TypeError
+        If `functional` is no function, or, where the loss is first evaluated, returns no such form.
+
+    Examples
+    --------
+    >>> from firedrake import dx, grad, inner
+    >>> loss = functional_loss(lambda p, C: inner(grad(p - C), grad(p - C)) * dx)
+    >>> loss.name
+    'functional'
+    """
+    function("functional", functional, "a function of prediction and observation")
+    instance("name", name, str)
+    forms: WeakKeyDictionary[LabelSpace, _SampleForms] = WeakKeyDictionary()
+
+    def on(Y):
+        if Y not in forms:
+            forms[Y] = _SampleForms(Y, functional)
+        return forms[Y]
+
+    def value(Y, p, C):
+        # A sum over the ranks follows, assemble has made one already.
+        return np.array(on(Y).assemble("value", p, C), dtype=float) / Y.comm.size
+
+    def dual(Y, p, C):
+        return on(Y).columns("derivative", p, C)
+
+    def curvature(Y, p, C, v):
+        return on(Y).columns("second", p, C, v)
+
+    return _of_prediction(name, value, dual, curvature)
+
+
+class _SampleForms:
+    """A functional F(p, C) in UFL of one sample, its first derivative in p, and its second in a direction v."""
+
+    def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
+        self._slots = [fd.Function(Y.V) for _ in range(3)]
+        p, C, v = self._slots
+        form = together(Y.comm, lambda: _checked_form(functional(p, C)))
+        derivative = fd.derivative(form, p)
+        self._forms = {"value": form, "derivative": derivative, "second": fd.derivative(derivative, p, v)}
+        # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
+        degree = estimate_total_polynomial_degree(_expanded(form))
+        self._rule = {"quadrature_degree": degree}
+        # Where a derivative is zero, there is nothing to assemble.
+        self._vanishing = [which for which, form in self._forms.items() if _expanded(form).empty()]
+
+    def assemble(self, which: str, *batches: np.ndarray) -> list:
+        """The form for each sample of these batches of node values: of p, C and v."""
+        assembled = []
+        with stop_annotating():
+            for s in range(batches[0].shape[1]):
+                for slot, values in zip(self._slots, batches):
+                    slot.dat.data_wo[...] = values[:, s]
+                assembled.append(fd.assemble(self._forms[which], form_compiler_parameters=self._rule))
+        return assembled
+
+    def columns(self, which: str, *batches: np.ndarray) -> np.ndarray:
+        """The same of a form with a test function: functionals of the node values, shape (nodes, samples)."""
+        if which in self._vanishing:
+            return np.zeros_like(batches[0])
+        return np.column_stack([functional.dat.data_ro for functional in self.assemble(which, *batches)])
+
+
+def _checked_form(form: object) -> ufl.Form:
+    if not isinstance(form, ufl.Form) or form.arguments():
+        what = f"one with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
+        raise TypeError(f"functional: it returned {what}; a form without arguments is wanted, such as (p - C)**2 * dx")
+    return form
+
+
+def _expanded(form):
+    return apply_derivatives(apply_algebra_lowering(form))

@@ -1,0 +1,590 @@
+"""The learning problem (2.10), (2.11): network, output, loss, regulariser and data in one object.
+
+    min  J = sum_s omega_s loss(h(O_s), C_s) + R(m),        m = (a, b, W, mu),   sum_s omega_s = 1            (2.11)
+
+With a running cost L of section 4.3, J has the term sum_s omega_s int_0^T L(f_s, a, b) dt too.
+
+With `Observations` at layer times before T, J has the term sum_l weight_l sum_s omega_s loss(h(O_s(t_l)), C_sl) too, O(t_l) the
+output that the head reads from f(t_l).
+
+With `Derivatives` of the target map, J has the term weight sum_s omega_s 1/2 |O'(f_I,s) v_s - C'_s|^2 too, O' v the derivative of
+the output, before its prediction, in a direction v of the initial state.
+
+What each part is says its module: `network`, `head`, `loss`, `regulariser`. What is minimised over may also be the
+initial state f_I, alone (data assimilation: f_I from what is known of f(T)) or with m; its gradient is the co-state
+r(0) of (4.2), and R takes it as one more parameter, with the sum over samples of int |f_I|^2 dy for its squared norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from types import NoneType
+
+import firedrake as fd
+import numpy as np
+from firedrake.adjoint import EnsembleReducedFunctional
+from mpi4py import MPI
+from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_tape
+from pyadjoint.block_variable import BlockVariable
+from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation, stop_annotating
+
+from fem_resnet.arguments import choice, flag, instance, integer, integer_array, number
+from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import OnMesh, read_only
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import sample_weights
+from fem_resnet.layers.running_cost import RunningCost
+from fem_resnet.learning.head import PREDICTIONS, Head
+from fem_resnet.learning.loss import Loss, least_squares
+from fem_resnet.learning.regulariser import Regulariser
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.run import Run
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import StateValues
+from fem_resnet.parameters.time_basis import AtStart
+from fem_resnet.ranks import same, together
+from fem_resnet.tape.blocks import DERIVATIVE_FIRST, OperatorBlock, gauss_newton
+from fem_resnet.tape.checkpoints import Checkpoints, enable_checkpointing, manager_of, schedule_of
+
+__all__ = ["Batch", "Derivatives", "LearningProblem", "Observations"]
+
+_LEARN = ("parameters", "initial", "both")
+
+
+def _comm_of(name: str, batch: object) -> MPI.Comm:
+    """That of a batch from outside."""
+    return instance(name, batch, fd.Function, "Y.batch(values) makes one").function_space().mesh().comm
+
+
+def _frozen(given: object) -> object:
+    """A copy of a list or an array, which nobody can change."""
+    if isinstance(given, np.ndarray):
+        return read_only(given.copy())
+    return tuple(given) if isinstance(given, list) else given
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples to learn from.
+
+    Parameters
+    ----------
+    inputs
+        f_I, a batch on the network's label domain.
+    targets
+        Class labels, one integer a sample, for a head onto classes; else a batch C on the output's label domain.
+    weights
+        omega, one number >= 0 a sample, of which only the proportions matter; equal ones if left out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the inputs are no Function, or labels or weights not one a sample; or they differ between ranks.
+    """
+
+    inputs: fd.Function
+    targets: Sequence[int] | fd.Function
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self):
+        same(_comm_of("inputs", self.inputs), targets=self.targets, weights=self.weights)
+        if not isinstance(self.targets, fd.Function):
+            integer_array("targets", self.targets, (self.samples,))
+        sample_weights(self.weights, self.samples)
+        # Copies: what is recorded would not see that a list of the user's has changed, and what is evaluated would.
+        for name in ("targets", "weights"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self.inputs.function_space().value_size
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """Directional derivatives of the target map, for derivative-informed training.
+
+    Parameters
+    ----------
+    directions
+        v, a batch on the network's label domain, as many samples as the batch has.
+    targets
+        C' = derivative of the target in v, a batch on the output's label domain.
+    weight
+        What the half squared difference counts, >= 0; no unit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If directions or targets are no Functions, or the weight is no such number, or differs between ranks.
+    """
+
+    directions: fd.Function
+    targets: fd.Function
+    weight: float = 1.0
+
+    def __post_init__(self):
+        same(_comm_of("directions", self.directions), weight=self.weight)
+        instance("targets", self.targets, fd.Function, "Y.batch(values) makes one")
+        object.__setattr__(self, "weight", number("weight", self.weight, least=0))
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What is observed at layer times, besides the targets of the batch at T.
+
+    Parameters
+    ----------
+    layers
+        Numbers l of the layer times t_l, from 0 (f_I itself) to L, in increasing order.
+    targets
+        C_l, one an entry of `layers`: as the targets of a batch, for the same samples.
+    weights
+        What each counts beside the loss at T, finite numbers >= 0, not divided by their sum; ones if left out. For an
+        integral over time, the lengths of layers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the layers are no increasing integers >= 0, the weights no finite numbers >= 0, or there is not one of targets and
+        weights a layer. `LearningProblem` compares them on all ranks.
+
+    Examples
+    --------
+    >>> seen = Observations([2, 4], [half_way, later], [0.5, 1.0])  # doctest: +SKIP
+    >>> problem = LearningProblem(net, head, least_squares, None, batch, observations=seen)  # doctest: +SKIP
+    """
+
+    layers: Sequence[int]
+    targets: Sequence[Sequence[int] | fd.Function]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self):
+        layers = tuple(integer("layers", layer, least=0) for layer in _entries("layers", self.layers))
+        if list(layers) != sorted(set(layers)):
+            raise ValueError(f"layers: increasing integers are wanted, {layers} was given")
+        targets = tuple(map(_frozen, _entries("targets", self.targets)))
+        weights = self.weights
+        if weights is not None:
+            weights = tuple(number("weights", weight, least=0) for weight in _entries("weights", weights))
+        for name, given in (("targets", targets), ("weights", weights)):
+            if given is not None and len(given) != len(layers):
+                raise ValueError(f"{name}: {len(layers)} are wanted, one a layer time, {len(given)} were given")
+        for target in targets:
+            if not isinstance(target, fd.Function):
+                integer_array("targets", target, ("samples",))
+        for name, value in (("layers", layers), ("targets", targets), ("weights", weights)):
+            object.__setattr__(self, name, value)
+
+
+def _entries(name: str, given: object) -> list:
+    """Those of a list from outside."""
+    if isinstance(instance(name, given, (list, tuple, np.ndarray)), np.ndarray) and given.ndim == 0:
+        raise TypeError(f"{name}: a list is wanted, {given!r} was given")
+    return list(given)
+
+
+class LearningProblem(OnMesh):
+    """The problem (2.10), (2.11): network, output, loss, regulariser, data; what every training algorithm takes.
+
+    Everything is collective over the communicator of the network's label domain. A problem stays what it was made with;
+    `replace` makes another.
+
+    Parameters
+    ----------
+    net
+        The network.
+    head
+        Its output; None for O = f(T).
+    loss
+        For example `cross_entropy`, for a head with prediction "softmax".
+    regulariser
+        For example ``tikhonov(1e-4)``; None for none.
+    batch
+        The data; `exchange` puts another in its place.
+    learn
+        What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of
+        the batch on, which training overwrites; or "both". The regulariser takes what is learned.
+    derivatives
+        Directional derivatives that the output is to match too; J then has first derivatives only.
+    observations
+        What is observed before T; there are all derivatives then, but no checkpoints.
+    running
+        A running cost, integrated by the network's own TS.
+    ensemble
+        Of several members, each with the whole label domain on its own communicator and a batch of its own samples: J is
+        that of all samples together, its gradient the same on every member. Then no Hessian actions.
+    checkpoints
+        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network):
+        all are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
+        `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are
+        first derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit another; the message names it.
+
+    Examples
+    --------
+    Which state becomes f(T) = 2, if f_t = 1 for 0 < t < 1?
+
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis, least_squares, train
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(1), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 1), layers=1, activation="identity")
+    >>> _ = net.bias.functions[0].assign(1.0)
+    >>> batch = Batch(Y.batch(0 * Y.weights), Y.batch(2 + 0 * Y.weights))
+    >>> _ = train(LearningProblem(net, None, least_squares, None, batch, learn="initial"))
+    >>> round(float(batch.inputs.dat.data_ro.max()), 6)
+    1.0
+    """
+
+    _instead = "replace(..) gives another problem; `exchange` puts another batch in the place of the present one"
+
+    def __init__(
+        self,
+        net: ResidualNetwork,
+        head: Head | None,
+        loss: Loss,
+        regulariser: Regulariser | None,
+        batch: Batch,
+        *,
+        learn: str = "parameters",
+        derivatives: Derivatives | None = None,
+        observations: Observations | None = None,
+        running: RunningCost | None = None,
+        ensemble: fd.Ensemble | None = None,
+        checkpoints: Checkpoints | None = None,
+    ):
+        comm = instance("net", net, ResidualNetwork).Y.comm
+        same(
+            comm, head=head, loss=loss, regulariser=regulariser, batch=batch, learn=learn, derivatives=derivatives,
+            observations=observations, running=running, ensemble=ensemble, checkpoints=checkpoints,
+        )  # fmt: skip
+        for name, value, kind in (
+            ("head", head, (Head, NoneType)),
+            ("loss", loss, Loss),
+            ("regulariser", regulariser, (Regulariser, NoneType)),
+            ("batch", batch, Batch),
+            ("derivatives", derivatives, (Derivatives, NoneType)),
+            ("observations", observations, (Observations, NoneType)),
+            ("running", running, (RunningCost, NoneType)),
+            ("ensemble", ensemble, (fd.Ensemble, NoneType)),
+        ):
+            instance(name, value, kind)
+        if head is not None and head.psi.Y is not net.Y:
+            raise ValueError(f"head: it reads {head.psi.Y!r}, the network's label space {net.Y!r} is wanted")
+        self.net, self.head, self.loss, self.regulariser = net, head, loss, regulariser
+        self._output = net.Y if head is None else head.Y
+        self._prediction = PREDICTIONS[loss.prediction or "identity"] if head is None else head.prediction
+        loss.check_prediction(self._prediction)
+        self.learn = choice("learn", learn, _LEARN)
+        self.checkpoints = checkpoints
+        if checkpoints is not None:
+            # Refuse it now rather than at the first recording.
+            together(comm, lambda: schedule_of(checkpoints, max(net.blocks, 1)))
+        self.running, self.ensemble = running, ensemble
+        self._recorded: tuple[BlockVariable, OperatorBlock, Run] | None = None
+        self._batch, self._observation = batch, self._observed(batch)
+        self.derivatives = derivatives
+        self._check_derivatives()
+        self.observations = observations
+        self._inner = [] if observations is None else self._observed_inside(observations)
+        self._initial: list[Parameter] = []
+        if learn != "parameters":
+            states = StateValues(net.Y, batch.inputs.function_space())
+            self._initial = [Parameter("initial", states, AtStart(), [batch.inputs])]
+
+    def _observed(self, batch: Batch) -> fd.Function:
+        """The observations of a batch, which is checked."""
+        self.net.Y.check_batch(batch.inputs, "batch.inputs")
+        return self._targets(batch.targets, batch.samples, "batch.targets")
+
+    def _targets(self, targets: Sequence[int] | fd.Function, samples: int, name: str) -> fd.Function:
+        if not isinstance(targets, fd.Function):
+            if self.head is None or self.head.classes is None:
+                raise ValueError(f"{name}: a batch on {self._output!r} is wanted, as there are no classes; labels were given")
+            targets = self.head.labelled(targets, name)
+        self._output.check_batch(targets, name)
+        if targets.function_space().value_size != samples:
+            raise ValueError(
+                f"{name}: {samples} samples are wanted, as many as inputs, {targets.function_space().value_size} were given"
+            )
+        return targets
+
+    def _observed_inside(self, given: Observations) -> list[tuple[int, fd.Function, float]]:
+        """Layer, targets and weight of each observation, which are checked."""
+        if self.checkpoints is not None:
+            raise ValueError(
+                "observations: a schedule of checkpoints keeps no states inside of the network; make the problem without one"
+            )
+        L, layers = self.net.layers, given.layers
+        weights = (1.0,) * len(layers) if given.weights is None else given.weights
+        if layers and layers[-1] > L:
+            raise ValueError(f"observations.layers: increasing integers from 0 to L = {L} are wanted, {layers} was given")
+        targets = [self._targets(part, self.batch.samples, "observations.targets") for part in given.targets]
+        return list(zip(layers, targets, weights))
+
+    @property
+    def batch(self) -> Batch:
+        """The data; `exchange` puts others in their place."""
+        return self._batch
+
+    def replace(self, **changes) -> LearningProblem:
+        """The problem with some arguments of the constructor changed, and all others the very same objects.
+
+        Parameters
+        ----------
+        **changes
+            Arguments of the constructor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor.
+
+        Examples
+        --------
+        >>> test_error = float(problem.replace(batch=test, regulariser=None).evaluate()[0])  # doctest: +SKIP
+        """
+        given = {name: getattr(self, name) for name in signature(type(self)).parameters}
+        same(self.net.Y.comm, replace=sorted(changes))
+        unknown = sorted(set(changes) - set(given))
+        if unknown:
+            raise TypeError(f"replace: some of {', '.join(given)} are wanted, {', '.join(unknown)} was given")
+        return type(self)(**given | changes)
+
+    def __deepcopy__(self, memo: dict):
+        raise TypeError("deepcopy: replace(net=.., head=..) with deep copies of these makes another problem of the same data")
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Those that are learned: of the network, of the head, then the initial state, called "initial"."""
+        if self.learn == "initial":
+            return self._initial
+        return self.net.parameters + ([] if self.head is None else self.head.parameters) + self._initial
+
+    @property
+    def functions(self) -> list[fd.Function]:
+        """Their coefficients, in the order of the controls."""
+        return [function for parameter in self.parameters for function in parameter.functions]
+
+    def evaluate(self) -> tuple[AdjFloat, Run]:
+        """J at the current parameters, and the run behind it; recorded while annotating, but for the sum over an ensemble."""
+        J, run, _ = self._evaluate(None if annotate_tape() else self._seen_by)  # a user's tape may go on from f(T)
+        return J if self.ensemble is None else AdjFloat(self.ensemble.ensemble_comm.allreduce(float(J))), run
+
+    @property
+    def _seen_by(self) -> Basis | None:
+        """The head's psi, where nothing but what it sees of f(T) is asked of the network, and that is what layers step."""
+        if self.head is None or not (self.running is self.derivatives is self.checkpoints is None):
+            return None
+        return self.head.psi if self.net.steps_what_is_seen_by(self.head.psi) else None
+
+    def _evaluate(self, seen_by: Basis | None) -> tuple[AdjFloat, Run, OperatorBlock | None]:
+        weights = self.batch.weights
+        layers = [layer for layer, *_ in self._inner]
+        run = self.net.solve(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
+        output = self._output_at(run, self.net.layers)
+        J, block = self.loss.record(self._output, output, self._observation, weights, self._prediction)
+        for layer, targets, weight in self._inner:
+            output = self._output_at(run, layer)
+            J = J + weight * self.loss.record(self._output, output, targets, weights, self._prediction)[0]
+        if self.running is not None:
+            J = J + run.cost
+        if self.derivatives is not None:
+            J = J + self.derivatives.weight * self._mismatch_of_derivatives(run)
+        if self.ensemble is not None:
+            J = J * self._share
+        if self.regulariser is not None:
+            R = self.regulariser(self.penalised())
+            J = J + (R if self.ensemble is None else R / self.ensemble.ensemble_comm.size)
+        return J, run, block
+
+    def _output_at(self, run: Run, layer: int) -> fd.Function:
+        state, slot = run.held(layer)
+        if slot is not None:
+            return self.head.of_coefficients(state, slot)
+        return state if self.head is None else self.head.of_state(state)
+
+    def loss_of_zero(self) -> float:
+        """The loss of the output 0, beside which others are small or not. Collective."""
+        zero = self._output.batch(np.zeros((self._output.nodes, self.batch.samples)))
+        with stop_annotating():
+            return float(self.loss(self._output, zero, self._observation, self.batch.weights, self._prediction))
+
+    @property
+    def _share(self) -> float:
+        """The part of all weights that this member's samples have."""
+        comm, weights = self.ensemble.ensemble_comm, self.batch.weights
+        weights = np.ones(self.batch.samples) if weights is None else np.asarray(weights, dtype=float)
+        own = float(np.sum(weights / comm.allreduce(weights.max(), op=MPI.MAX)))  # the sum of large ones may overflow
+        return own / comm.allreduce(own)
+
+    def penalised(self) -> list[Parameter]:
+        """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
+        return [parameter.acting() for parameter in self.parameters if parameter.penalised]
+
+    def _check_derivatives(self) -> None:
+        if self.derivatives is None:
+            return
+        for name, Y, function in (
+            ("directions", self.net.Y, self.derivatives.directions),
+            ("targets", self._output, self.derivatives.targets),
+        ):
+            Y.check_batch(function, f"derivatives.{name}")
+            if function.function_space().value_size != self.batch.samples:
+                raise ValueError(
+                    f"derivatives.{name}: {self.batch.samples} samples are wanted, as many as inputs, "
+                    f"{function.function_space().value_size} were given"
+                )
+
+    def _mismatch_of_derivatives(self, run: Run) -> AdjFloat:
+        derivative = run.tangent(self.derivatives.directions)
+        if self.head is not None:
+            derivative = self.head.linear(derivative)
+        return least_squares.record(self._output, derivative, self.derivatives.targets, self.batch.weights)[0]
+
+    def controls(self) -> list[Control]:
+        """One Control a set of coefficients, each with its Riesz map."""
+        return [control for parameter in self.parameters for control in parameter.controls()]
+
+    @supports(
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial", "learned_both",
+        "many_samples", "weights", tool="Gauss-Newton", when=lambda self, *, gauss_newton=False: isinstance(gauss_newton, (bool, np.bool_)) and gauss_newton,
+    )  # fmt: skip
+    def record(
+        self, *, gauss_newton: bool = False
+    ) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
+        """J as a function of all that is learned, on a tape of its own, and the run recorded there.
+
+        The working tape and whether annotation is on are left as they were.
+
+        Parameters
+        ----------
+        gauss_newton
+            Whether `hessian` of the functional is to be the action of Gauss and Newton, which is positive semidefinite
+            for convex losses: see `blocks.gauss_newton`.
+
+        Raises
+        ------
+        ValueError
+            If Gauss-Newton is asked for with a running cost, which has no residual whose curvature could be left out, or
+            where J has first derivatives only: with an ensemble, `Derivatives` or checkpoints; or if ranks ask for different
+            things.
+        """
+        same(self.net.Y.comm, gauss_newton=gauss_newton)
+        flag("gauss_newton", gauss_newton)
+        # Variables of its own too: what another recording does to the same Functions must not be seen here.
+        for function in (self.batch.inputs, *self.functions):
+            function.clear_block_variable()
+        was_annotating = annotate_tape()
+        with set_working_tape(Tape()) as tape:
+            if self.checkpoints is not None:
+                steps = max(self.net.blocks, 1)
+                together(self.net.Y.comm, lambda: enable_checkpointing(tape, self.checkpoints, steps))
+            continue_annotation()
+            try:
+                J, run, block = self._evaluate(self._seen_by)
+            finally:
+                if not was_annotating:
+                    pause_annotation()
+            self._recorded = self.batch.inputs.block_variable, block, run
+            if self.ensemble is not None:
+                return EnsembleReducedFunctional(J, self.controls(), self.ensemble, tape=tape), run
+            functional = _GaussNewtonFunctional if gauss_newton else _Functional
+            return functional(J, self.controls(), tape=tape), run
+
+    @supports(
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+        "many_samples", "weights", instead="make another problem: replace(batch=..)",
+    )  # fmt: skip
+    def exchange(self, batch: Batch) -> None:
+        """Put another batch of as many samples in the place of the present one, without recording again.
+
+        The functional recorded last sees it at its next evaluation.
+
+        Parameters
+        ----------
+        batch
+            The batch, as in the constructor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it does not fit, or has another number of samples; or if the inputs are learned, the problem has derivatives,
+            which belong to the present batch, or an ensemble, whose other members would not know.
+        """
+        same(self.net.Y.comm, batch=batch)
+        instance("batch", batch, Batch)
+        observation = self._observed(batch)
+        if batch.inputs.function_space() != self.batch.inputs.function_space():
+            raise ValueError(
+                f"batch: {self.batch.samples} samples are wanted, as many as before, {batch.samples} were given; "
+                f"minibatches() pads the last"
+            )
+        self._batch, self._observation = batch, observation
+        if self._recorded is not None:
+            variable, block, run = self._recorded
+            variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
+            block.operator.observe(observation, batch.weights)
+            if run.omega is not None:
+                run.exchange_weights(sample_weights(batch.weights, batch.samples))
+
+    def minibatches(self, size: int, seed: int | None = None) -> list[Batch]:
+        """The present batch in pieces of `size` samples, the last padded with samples of weight 0.
+
+        Samples of weight 0 are in none of them, so that each has a J. With omega the weights of the batch, J of the batch is
+        the mean of theirs with the sums of omega over their samples for weights.
+
+        Parameters
+        ----------
+        size
+            Number of samples in each, at least 1. Observations and derivatives are no part of a Batch.
+        seed
+            Shuffles the samples first, the same way on every rank; left in order without one.
+
+        Raises
+        ------
+        ValueError
+            If `size` is no positive integer, or `seed` no integer >= 0; or they differ between ranks.
+        """
+        same(self.net.Y.comm, size=size, seed=seed)
+        size = integer("size", size)
+        weights = sample_weights(self.batch.weights, self.batch.samples)
+        order = np.arange(weights.size)
+        if seed is not None:
+            order = np.random.default_rng(integer("seed", seed, least=0, most=np.inf)).permutation(weights.size)
+        order = order[weights[order] > 0]
+        inputs, observations = self.net.Y.values(self.batch.inputs), self._output.values(self._observation)
+        batches = []
+        for start in range(0, order.size, size):
+            chosen = order[start : start + size]
+            padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
+            omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)
+            batches.append(
+                Batch(self.net.Y.batch(inputs[:, padded]), self._output.batch(observations[:, padded]), omega)
+            )
+        return batches
+
+    def reduced_functional(self, *, gauss_newton: bool = False) -> ReducedFunctional:
+        """J as a function of all that is learned: for `taylor_test`, TAO, SciPy. See `record`."""
+        return self.record(gauss_newton=gauss_newton)[0]
+
+
+class _Functional(ReducedFunctional):
+    def hessian(self, m_dot, **options):
+        # Blocks say so too, but the last on the tape, which adds up J, is pyadjoint's.
+        if manager_of(self.tape) is None and self.functional.block_variable.adj_value is None:
+            raise RuntimeError(f"hessian: {DERIVATIVE_FIRST}")
+        return super().hessian(m_dot, **options)
+
+
+class _GaussNewtonFunctional(_Functional):
+    def hessian(self, m_dot, **options):
+        with gauss_newton(self.tape):
+            return super().hessian(m_dot, **options)

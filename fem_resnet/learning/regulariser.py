@@ -1,0 +1,198 @@
+"""Regularisers: quadratic functionals of the parameters, 1/2 <m, A m>.
+
+    Tikhonov         lambda/2 ( int |a|^2 dy dt + int |b|^2 dy dz dt + int |W|^2 dy dz + int |mu|^2 dy )     (2.11), (4.6)
+    smooth in y      lambda/2 ( int |grad_y a|^2 dy dt + int |grad_y b|^2 + |grad_z b|^2 dy dz dt )
+    smooth in t      lambda/2 sum_k ( ||a_(k+1) - a_k||^2 + ||b_(k+1) - b_k||^2 ) / d_k
+
+d_k the distance in t of what follows each other (centres of layers, or of groups of layers, with a value of their own;
+layer times for controls that are linear in t), so that the last is the integral of the squared derivative of the
+interpolant. Integrals over t are lumped, as the Riesz maps are. The initial state f_I, where it is learned, has the
+first two without the integral over t, added up over the samples. The factor 1/2 makes (4.7) hold to the letter: the
+gradient of Tikhonov's in a is lambda a. (The paper prints Remark 4.2 without it.) Sums of regularisers are regularisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pyadjoint import AdjFloat
+
+from fem_resnet.arguments import function, instance, number
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.time_basis import Once
+from fem_resnet.ranks import may_fail_alone, together
+from fem_resnet.tape.blocks import apply
+
+__all__ = ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
+
+#: `A c` for one parameter: functionals of all its sets of coefficients from all of them.
+Form = Callable[[Parameter, Sequence[np.ndarray]], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """A sum of weighted quadratic forms. Get one from `tikhonov`, `smooth_in_space`, `smooth_in_time`; add them.
+
+    Attributes
+    ----------
+    terms : tuple of (float, callable)
+        Weights and forms.
+    names : tuple of str
+        What each form is called, as far as it has a name: what a verification holds it against.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the terms are no pairs of a weight >= 0 and a function, or the names no strings, or more than the terms.
+    """
+
+    terms: tuple[tuple[float, Form], ...]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for term in instance("terms", self.terms, (tuple, list)):
+            if not (isinstance(term, (tuple, list)) and len(term) == 2):
+                raise TypeError(f"terms: pairs of a weight and a form are wanted, {term!r} was given")
+            number("terms", term[0], least=0)
+            function("terms", term[1], "a form, which is a function of a parameter and its coefficients,")
+        for name in instance("names", self.names, (tuple, list)):
+            instance("names", name, str)
+        if len(self.names) > len(self.terms):
+            raise ValueError(f"names: at most {len(self.terms)} are wanted, one a term, {len(self.names)} were given")
+        object.__setattr__(self, "terms", tuple(map(tuple, self.terms)))
+        object.__setattr__(self, "names", tuple(self.names))
+
+    def __add__(self, other: Regulariser) -> Regulariser:
+        if not isinstance(other, Regulariser):
+            return NotImplemented
+        return Regulariser(self.terms + other.terms, self._all_names() + other._all_names())
+
+    def _all_names(self) -> tuple[str, ...]:
+        return (*self.names, *[""] * (len(self.terms) - len(self.names)))
+
+    def __call__(self, parameters: Sequence[Parameter]) -> AdjFloat:
+        """The value at these parameters, recorded while annotating. Collective.
+
+        Raises
+        ------
+        TypeError
+            If they are no list of parameters.
+        """
+        for parameter in instance("parameters", parameters, (list, tuple), "LearningProblem.penalised() gives them"):
+            instance("parameters", parameter, Parameter)
+        functions = [function for parameter in parameters for function in parameter.functions]
+        return apply(_RegulariserOperator(self, parameters), functions)[0]
+
+
+class _RegulariserOperator:
+    ready = True
+    output = None
+
+    def __init__(self, regulariser: Regulariser, parameters: Sequence[Parameter]):
+        self._terms, self._parameters = regulariser.terms, parameters
+        self.inputs = [basis for parameter in parameters for basis in parameter.space_bases]
+
+    def forward(self, arrays, save):
+        functionals = self.adjoint(arrays, 1.0)
+        return 0.5 * sum(slot.pair(d, c) for slot, d, c in zip(self.inputs, functionals, arrays))
+
+    def adjoint(self, arrays, dual):
+        # What a form of the user's raises on one rank is raised on all.
+        users = self.inputs and may_fail_alone(*(form for _, form in self._terms))
+        return together(self.inputs[0].Y.comm if users else None, lambda: self._functionals(arrays, dual))
+
+    def _functionals(self, arrays, dual):
+        functionals, start = [], 0
+        for parameter in self._parameters:
+            coefficients = arrays[start : start + len(parameter.functions)]
+            start += len(coefficients)
+            total = [np.zeros(np.shape(c)) for c in coefficients]
+            for weight, form in self._terms:
+                for sum_so_far, functional in zip(total, form(parameter, coefficients)):
+                    if np.shape(functional) != sum_so_far.shape:
+                        raise ValueError(
+                            f"terms: a functional of shape {sum_so_far.shape} is wanted of {parameter.name}, {form} gave one of "
+                            f"shape {np.shape(functional)}"
+                        )
+                    sum_so_far += dual * weight * functional
+            functionals += total
+        return functionals
+
+    def tangent(self, arrays, directions):
+        return sum(slot.pair(d, v) for slot, d, v in zip(self.inputs, self.adjoint(arrays, 1.0), directions))
+
+    def second_adjoint(self, arrays, directions, dual, dual_dot):
+        return [a + b for a, b in zip(self.adjoint(arrays, dual_dot), self.adjoint(directions, dual))]
+
+
+def _mass(parameter, coefficients):
+    return [
+        tau * basis.dual(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
+    ]
+
+
+def _stiffness(parameter, coefficients):
+    if isinstance(parameter.time_basis, Once):
+        return []  # of the head: an output over classes has no gradient
+    return [
+        tau * basis.stiffness(c)
+        for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
+    ]
+
+
+def _variation(parameter, coefficients):
+    functionals = [np.zeros(np.shape(c)) for c in coefficients]
+    for k, m, distance in parameter.time_basis.neighbours:
+        basis = parameter.space_bases[k]
+        if basis is not parameter.space_bases[m]:
+            raise ValueError(
+                f"smooth_in_time: {parameter.name}_{k} and {parameter.name}_{m}, which follow each other in time, have "
+                f"different bases, so their coefficients cannot be subtracted; give both one basis"
+            )
+        step = basis.dual(coefficients[m] - coefficients[k]) / distance
+        functionals[m] += step
+        functionals[k] -= step
+    return functionals
+
+
+def tikhonov(weight: float) -> Regulariser:
+    """Tikhonov regularisation (2.11), (4.6) of all parameters, in the label measure, with the factor 1/2.
+
+    Remark 4.2 prints R without it, and (4.7) with it.
+
+    Parameters
+    ----------
+    weight
+        lambda >= 0.
+    """
+    return Regulariser(((_checked(weight), _mass),), ("tikhonov",))
+
+
+def smooth_in_space(weight: float) -> Regulariser:
+    """Squared gradients of bias, kernel and initial state over the label domain (H1 seminorm), not of the head.
+
+    Wants continuous spaces or Laplace bases.
+
+    Parameters
+    ----------
+    weight
+        lambda >= 0.
+    """
+    return Regulariser(((_checked(weight), _stiffness),), ("smooth_in_space",))
+
+
+def smooth_in_time(weight: float) -> Regulariser:
+    """Squared differences of bias and kernel between neighbours in time, over their distance; zero where shared by all.
+
+    Parameters
+    ----------
+    weight
+        lambda >= 0.
+    """
+    return Regulariser(((_checked(weight), _variation),), ("smooth_in_time",))
+
+
+def _checked(weight: float) -> float:
+    return number("weight", weight, least=0)

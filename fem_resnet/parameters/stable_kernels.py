@@ -1,0 +1,310 @@
+"""Kernels that are stable by construction: sets of kernels as images of free controls X, beta = P(X).
+
+    B = C C^T                         beta = c c^T,                         phi = psi        B = B^T >= 0
+    antisymmetric and damped          beta = (X - X^T) / 2 + eps,           phi = psi        B_s = eps Phi Phi^T M >= 0
+    bounded in norm                   R_Phi beta R_Psi^T = 2 c X (1 + X^T X)^-1              norm(B) <= c
+
+with R^T R the Gram matrix of a basis, R = 1 where it is orthonormal. What follows for (2.8) when sigma' >= 0: with B = C C^T
+and a, B constant in time solutions do not part in norm(B^(1/2) .), though they may in L2. The other two know no norm that
+always falls: there is the bound exp(int sup sigma' norm(B)) alone (`theory.contraction`). All three sets are convex, so that
+kernels linear in time between coefficients in a set stay in it.
+
+The map of the last has singular values 2 c x / (1 + x^2), from 0 to c: it is onto, the boundary is reached at x = 1, and
+a minimum of J on the boundary is an ordinary one in X. With K = (1 + X^T X)^-1, L = (1 + X X^T)^-1 and P = X K its derivative
+
+    X_1 -> 2 c (L X_1 K - P X_1^T P),      L_1 = -L (X_1 X^T + X X_1^T) L,      K_1 = -K (X_1^T X + X^T X_1) K,
+
+is its own transpose.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.linalg import solve_triangular
+
+from fem_resnet.arguments import integer, number
+from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls
+
+__all__ = [
+    "DampedAntisymmetric", "KernelMap", "NormBounded", "PositiveSemidefinite", "StableKernel", "stable_kernel_from",
+]  # fmt: skip
+
+#: By how much coefficients that are said to be in a set may miss it, in parts of their size.
+_ROUND_OFF = 1e-10
+
+
+class StableKernel(ABC):
+    """A set of kernels as the image of free controls X. One of `PositiveSemidefinite`, `DampedAntisymmetric`, `NormBounded`."""
+
+    #: Whether phi and psi must be one basis.
+    symmetric: bool
+
+    @abstractmethod
+    def controls(self, kernel: LowRankKernel) -> MatrixControls:
+        """How X is held."""
+
+    @abstractmethod
+    def start(self, kernel: LowRankKernel) -> np.ndarray:
+        """X at first."""
+
+    @abstractmethod
+    def inverse(self, kernel: LowRankKernel, beta: np.ndarray) -> np.ndarray:
+        """An X of a beta in the set.
+
+        Raises
+        ------
+        ValueError
+            If it is not in the set.
+        """
+
+    @abstractmethod
+    def value(self, kernel: LowRankKernel, X: np.ndarray) -> np.ndarray:
+        """P(X)."""
+
+    @abstractmethod
+    def tangent(self, kernel: LowRankKernel, X: np.ndarray, X_1: np.ndarray) -> np.ndarray:
+        """P'(X) X_1."""
+
+    @abstractmethod
+    def adjoint(self, kernel: LowRankKernel, X: np.ndarray, dual: np.ndarray) -> np.ndarray:
+        """P'(X)^T d."""
+
+    @abstractmethod
+    def curvature(self, kernel: LowRankKernel, X: np.ndarray, X_1: np.ndarray, dual: np.ndarray) -> np.ndarray:
+        """(P''(X) X_1)^T d."""
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What `stable_kernel_from` makes it from again."""
+        return {"set": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PositiveSemidefinite(StableKernel):
+    """B = C C^T: b(y, z) = sum_k C_k(y) C_k(z), C = Phi c, so that B = B^T >= 0.
+
+    X = 0 is a stationary point of every J: it starts at B = 0.1 Phi_k Phi_k^T M with the first functions of phi.
+
+    Parameters
+    ----------
+    rank
+        Number of functions C_k, from 1; that of phi if left out.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=1, stable_kernel=PositiveSemidefinite(rank=1))
+    >>> net.kernel.get(0).round(3).tolist()
+    [[0.1, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+
+    rank: int | None = None
+    symmetric = True
+
+    def __post_init__(self):
+        if self.rank is not None:
+            integer("rank", self.rank)
+
+    def controls(self, kernel):
+        rank = kernel.phi.rank if self.rank is None else self.rank
+        if rank > kernel.phi.rank:
+            raise ValueError(f"rank: at most that of phi, {kernel.phi.rank}, is wanted, {rank} was given")
+        return MatrixControls(kernel.phi.Y, (kernel.phi.rank, rank), kernel.phi.gram)
+
+    def start(self, kernel):
+        return np.sqrt(0.1) * np.eye(kernel.phi.rank, self.rank)
+
+    def inverse(self, kernel, beta):
+        size = np.linalg.norm(beta, 2)
+        values, vectors = np.linalg.eigh((beta + beta.T) / 2)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        rank = kernel.phi.rank if self.rank is None else self.rank
+        missed = max(np.abs(beta - beta.T).max(), -values[-1], np.abs(values[rank:]).max(initial=0.0))
+        _refuse_outside(missed, size, f"a symmetric, positive semidefinite one of rank {rank} or less")
+        return vectors[:, :rank] * np.sqrt(np.maximum(values[:rank], 0.0))
+
+    def value(self, kernel, X):
+        return X @ X.T
+
+    def tangent(self, kernel, X, X_1):
+        half = X_1 @ X.T
+        return half + half.T
+
+    def adjoint(self, kernel, X, dual):
+        return (dual + dual.T) @ X
+
+    def curvature(self, kernel, X, X_1, dual):
+        return (dual + dual.T) @ X_1
+
+
+@dataclass(frozen=True)
+class DampedAntisymmetric(StableKernel):
+    """beta = (X - X^T) / 2 + damping: B - B^T is free, B_s = damping Phi Phi^T M >= 0.
+
+    Parameters
+    ----------
+    damping
+        eps >= 0, in the unit of beta.
+    """
+
+    damping: float = 0.1
+    symmetric = True
+
+    def __post_init__(self):
+        number("damping", self.damping, least=0)
+
+    def controls(self, kernel):
+        return MatrixControls(kernel.phi.Y, kernel.shape, kernel.phi.gram, kernel.psi.gram)
+
+    def start(self, kernel):
+        return np.zeros(kernel.shape)
+
+    def inverse(self, kernel, beta):
+        X = beta - self.damping * np.eye(kernel.phi.rank)
+        _refuse_outside(np.abs(X + X.T).max(), np.abs(beta).max(), f"an antisymmetric one plus {self.damping:g}")
+        return X
+
+    def value(self, kernel, X):
+        return (X - X.T) / 2 + self.damping * np.eye(kernel.phi.rank)
+
+    def tangent(self, kernel, X, X_1):
+        return (X_1 - X_1.T) / 2
+
+    def adjoint(self, kernel, X, dual):
+        return (dual - dual.T) / 2
+
+    def curvature(self, kernel, X, X_1, dual):
+        return np.zeros_like(X)
+
+
+@dataclass(frozen=True)
+class NormBounded(StableKernel):
+    """norm(B) <= bound, the operator norm on L2(Y).
+
+    Parameters
+    ----------
+    bound
+        c > 0, in the unit of B: that of 1 / time.
+    """
+
+    bound: float = 1.0
+    symmetric = False
+
+    def __post_init__(self):
+        number("bound", self.bound, above=0)
+
+    def controls(self, kernel):
+        return MatrixControls(kernel.phi.Y, kernel.shape)
+
+    def start(self, kernel):
+        return np.zeros(kernel.shape)
+
+    def inverse(self, kernel, beta):
+        phi, psi = _roots(kernel)
+        U, sizes, V = np.linalg.svd(phi @ beta @ psi.T / self.bound, full_matrices=False)
+        _refuse_outside(sizes[0] - 1, 1.0, f"one of operator norm {self.bound:g} or less")
+        sizes = np.minimum(sizes, 1.0)
+        return (U * (sizes / (1 + np.sqrt(1 - sizes**2)))) @ V
+
+    def value(self, kernel, X):
+        return self._scaled(kernel, X @ np.linalg.inv(np.eye(X.shape[1]) + X.T @ X))
+
+    def tangent(self, kernel, X, X_1):
+        return self._scaled(kernel, self._derivative(X, X_1))
+
+    def adjoint(self, kernel, X, dual):
+        return self._derivative(X, self._scaled_dual(kernel, dual))
+
+    def curvature(self, kernel, X, X_1, dual):
+        K, L, P = self._factors(X)
+        d = self._scaled_dual(kernel, dual)
+        K_1, L_1 = -K @ (X_1.T @ X + X.T @ X_1) @ K, -L @ (X_1 @ X.T + X @ X_1.T) @ L
+        P_1 = self._derivative(X, X_1)
+        return L_1 @ d @ K + L @ d @ K_1 - P_1 @ d.T @ P - P @ d.T @ P_1
+
+    @staticmethod
+    def _factors(X):
+        K, L = (np.linalg.inv(np.eye(len(S)) + S) for S in (X.T @ X, X @ X.T))
+        return K, L, X @ K
+
+    def _derivative(self, X, V):
+        K, L, P = self._factors(X)
+        return L @ V @ K - P @ V.T @ P
+
+    def _scaled(self, kernel, F):
+        phi, psi = _roots(kernel)
+        return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, F).T).T
+
+    def _scaled_dual(self, kernel, dual):
+        phi, psi = _roots(kernel)
+        return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, dual, trans="T").T, trans="T").T
+
+
+def _roots(kernel: LowRankKernel) -> tuple[np.ndarray, np.ndarray]:
+    """R_Phi and R_Psi, upper triangular."""
+    phi, psi = (np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi))
+    return phi, psi
+
+
+def _refuse_outside(missed: float, size: float, wanted: str) -> None:
+    if missed > _ROUND_OFF * size:
+        raise ValueError(f"coefficients: {wanted} is wanted, the one given misses that by {missed:.1e}")
+
+
+def stable_kernel_from(description: Mapping[str, object] | None) -> StableKernel | None:
+    """A set of kernels from its description; None from None."""
+    if description is None:
+        return None
+    kinds = {kind.__name__: kind for kind in (PositiveSemidefinite, DampedAntisymmetric, NormBounded)}
+    arguments = dict(description)
+    return kinds[arguments.pop("set")](**arguments)
+
+
+class KernelMap:
+    """The operator X -> beta: see `blocks.Operator`.
+
+    Parameters
+    ----------
+    choice
+        The set of kernels.
+    controls
+        How X is held.
+    coefficients
+        How beta is held.
+    """
+
+    ready = True
+
+    def __init__(self, choice: StableKernel, controls: MatrixControls, coefficients: KernelCoefficients):
+        self._choice = choice
+        self._kernel = coefficients.kernel
+        self.inputs = [controls]
+        self.output = coefficients
+
+    def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
+        """beta."""
+        return self._choice.value(self._kernel, arrays[0])
+
+    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
+        """Functionals of X."""
+        return [self._choice.adjoint(self._kernel, arrays[0], dual)]
+
+    def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray:
+        """beta_1."""
+        return self._choice.tangent(self._kernel, arrays[0], directions[0])
+
+    def second_adjoint(
+        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual: np.ndarray, dual_dot: np.ndarray
+    ) -> list[np.ndarray]:
+        """Derivative of `adjoint` along the directions and dual_dot."""
+        X, X_1 = arrays[0], directions[0]
+        return [
+            self._choice.adjoint(self._kernel, X, dual_dot) + self._choice.curvature(self._kernel, X, X_1, dual)
+        ]

@@ -1,0 +1,343 @@
+r"""The energies of 3.2 along a solution, and what Theorem 3.2 says of them.
+
+With u = a - B f, so that u_t = -B sigma(u), and Sigma the primitive of sigma, two functionals fall:
+
+    d/dt int Sigma(u) dy                        = -(B_s sigma(u), sigma(u)) <= 0      if B_s >= 0,
+    d/dt ( 1/2 |B^(1/2) f|^2 - (a, f) )         = -(sigma(u), u)            <= 0      if B = B^T, s sigma(s) >= 0.
+
+Theorem 3.2 takes from the first, where B_s >= 0,
+
+    (i)    int Sigma(u(t)) dy <= int Sigma(u_I) dy,
+    (ii)   int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I) dy           if s sigma(s) >= 0, (3.4), so Sigma >= 0,
+
+and from the second, where B = B^T >= 0, s sigma(s) >= 0 and a is in R(B^(1/2)), with alpha = |B^(-1/2) a| and F_I the
+functional at f_I, which is at least -alpha^2 / 2,
+
+    (iii)  |B^(1/2) f(t)| + |(a, f(t))| <= (1 + alpha) (alpha + (alpha^2 + 2 F_I)^(1/2)),
+    (iv)   int_0^t (sigma(u), u) ds <= F_I + alpha^2 / 2.
+
+Before it, also where B_s >= 0 and (3.4) holds, two bounds of B f: if |sigma| grows linearly, so that
+Sigma(s) >= C_3 s^2 for |s| >= C_4,
+
+    int |B f|^2 dy <= 2 int a^2 dy + 2 (C_4^2 |Y| + int Sigma(u_I) dy / C_3),
+
+and if no more than |sigma(s)| >= C_1 for |s| >= C_2,
+
+    int |B f| dy <= int |a| dy + C_2 |Y| + int Sigma(u_I) dy / C_1.
+
+The constants are those that make the bound least. All of this is said of the autonomous problem (3.2a), (3.2b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fem_resnet.activation.activation import Activation
+from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import Fixed
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.run import Run
+from fem_resnet.time_stepping.evolution import Step
+from fem_resnet.theory.spectra.assumptions import (
+    AUTONOMOUS, BELOW, IN_RANGE, LINEAR, NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions, problem_at_start,
+)  # fmt: skip
+from fem_resnet.costate.trajectory import LayerTrajectory
+
+__all__ = ["EnergyMonitor", "EnergyStatement"]
+
+#: Round-off in sums over nodes, relative to their size.
+_ROUND_OFF = 1e-12
+#: |s| at which activations are looked at; neighbours differ by less than 1 %.
+_SIZES = np.geomspace(1e-6, 1e4, 4001)
+
+
+@dataclass(frozen=True)
+class EnergyStatement:
+    """A statement of 3.2 about one solution.
+
+    Attributes
+    ----------
+    name, says : str
+        Its name in Theorem 3.2, or what it is about, and what it says.
+    unmet : tuple of str
+        Conditions that fail, each with the reason. Empty if the statement applies.
+    observed : numpy.ndarray
+        The left-hand side at its largest, shape (samples,).
+    bound : numpy.ndarray or None
+        The right-hand side, shape (samples,); None where a condition fails without which there is no number.
+    holds : bool or None
+        Whether what was observed is within the bound, for all samples. The bound of a time integral is widened by the
+        defect of its energy identity, which is the error of the time steps, others by round-off.
+    caveats : tuple of str
+        What of sigma the conditions rest on that is sampled, not proved.
+    """
+
+    name: str
+    says: str
+    unmet: tuple[str, ...]
+    observed: np.ndarray
+    bound: np.ndarray | None
+    holds: bool | None
+    caveats: tuple[str, ...] = ()
+
+    @property
+    def applies(self) -> bool:
+        """Whether all conditions hold."""
+        return not self.unmet
+
+    def __str__(self) -> str:
+        verdict = {True: "holds", False: "fails", None: "no bound"}[self.holds]
+        bound = "" if self.bound is None else f", bound {self.bound.max():.4g}"
+        lines = [f"{self.name}: {self.says}", f"    {verdict}: observed {self.observed.max():.4g}{bound}"]
+        if self.unmet:
+            lines.append(f"    does not apply: {'; '.join(self.unmet)}")
+        elif self.holds is False:
+            lines.append("    applies to the solution: it is the time steps that break it; take shorter ones")
+        lines += [f"    {caveat}" for caveat in self.caveats]
+        return "\n".join(lines)
+
+
+class EnergyMonitor(Fixed):
+    """The energies of 3.2 after each step of a solution of (3.2a), (3.2b).
+
+    A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in
+    time by the method's own stages. Or of a run of any method (`watch`), measured at the layer times, with time
+    integrals by the rules that make the energy identities exact for the discrete gradient and for the implicit midpoint
+    rule at one step a layer: (B_s d, d) / tau and ((u_0 + u_1) / 2, d) for d = f_1 - f_0. Numbers are kept, no fields.
+
+    Parameters
+    ----------
+    net
+        The network, at its present coefficients. Collective.
+
+    Attributes
+    ----------
+    conditions : dict of str to EnergyCondition
+        See `energy_conditions`.
+    times : list of float
+        When it was measured.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, follow_trajectory, laplace_basis
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
+    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared")
+    >>> net.kernel.set(0, np.diag([1.0, 0.5, 0.5]))
+    >>> monitor = EnergyMonitor(net)
+    >>> _ = follow_trajectory(net, net.Y.batch(phi.values[:, 1]), monitor)
+    >>> [statement.name for statement in monitor.statements() if statement.applies and statement.holds][:3]
+    ['int Sigma(u) falls', '(i)', '(ii)']
+    """
+
+    @supports(*HELD, *STEPPED)
+    def __init__(self, net: ResidualNetwork):
+        self._net, self._Y, self._sigma = net, net.Y, net.activation
+        self._problem, _ = problem_at_start(net)
+        self.conditions = energy_conditions(net)
+        self.times: list[float] = []
+        self._rows: list[dict[str, np.ndarray]] = []
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, layer: LayerTrajectory, step: Step) -> None:
+        """Measure after a step. Collective."""
+        start = layer.inputs.start
+        if not self._rows:
+            self._keep(start, self._measured(layer, start, step.first), 0.0, 0.0)
+        integrals = [0.0, 0.0]
+        for time, weight, f in zip(step.times, step.weights, step.values, strict=True):
+            if weight != 0.0:
+                stage = self._measured(layer, start + time, f)
+                integrals[0] += step.length * weight * stage["dissipation"]
+                integrals[1] += step.length * weight * stage["power"]
+        end = start + step.start + step.length
+        self._keep(end, self._measured(layer, end, step.last), *integrals)
+
+    def watch(self, run: Run) -> EnergyMonitor:
+        """Measure a run at its layer times, and return the monitor. Collective.
+
+        Parameters
+        ----------
+        run
+            A run of this network.
+
+        Raises
+        ------
+        ValueError
+            If it is another network's.
+        """
+        if run.net is not self._net:
+            raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
+        states = (self._Y.values(f) for f in run.states())
+        before = next(states)
+        for part, f in zip(self._net.layer_inputs(), states, strict=True):
+            layer, tau = LayerTrajectory(part, None, []), part.length
+            if not self._rows:
+                self._keep(part.start, self._measured(layer, part.start, before), 0.0, 0.0)
+            d, middle = f - before, part.start + tau / 2
+            Bd = part.factors.apply(layer.beta(middle), d)
+            u = layer.argument(middle, (before + f) / 2)
+            dissipated, spent = self._Y.sum(np.array([self._Y.weights @ (Bd * d) / tau, self._Y.weights @ (u * d)]))
+            self._keep(layer.end, self._measured(layer, layer.end, f), dissipated, spent)
+            before = f
+        return self
+
+    def _keep(self, t: float, measured: dict[str, np.ndarray], dissipated, spent) -> None:
+        last = self._rows[-1] if self._rows else {"dissipated": 0.0, "spent": 0.0}
+        zero = np.zeros_like(measured["primitive"])
+        measured |= {"dissipated": last["dissipated"] + dissipated + zero, "spent": last["spent"] + spent + zero}
+        self.times.append(t)
+        self._rows.append(measured)
+
+    def _measured(self, layer: LayerTrajectory, t: float, f: np.ndarray) -> dict[str, np.ndarray]:
+        kernel, beta = layer.inputs.factors, layer.beta(t)
+        a = layer.inputs.bias.coefficients(layer.fraction(t))[:, None]
+        Bf = kernel.apply(beta, f)
+        u = a - Bf
+        s = self._sigma(u)
+        Sigma = self._sigma.primitive(u)
+        size = np.abs(Sigma) + np.abs(s) * (np.abs(a) + np.abs(Bf))
+        fields = (Sigma, size, u * s, Bf * f, a * f, np.abs(Bf), Bf**2)
+        integrals = self._Y.sum(np.array([self._Y.weights @ values for values in fields]))
+        primitive, size, power, square, coupling, first, second = integrals
+        return {
+            "size": size,
+            "primitive": primitive,
+            "dissipation": np.sum(kernel.phi.project(s) * (beta @ kernel.psi.project(s)), axis=0),
+            "potential": square / 2 - coupling,
+            "power": power,
+            "root": np.sqrt(np.maximum(square, 0.0)),
+            "coupling": coupling,
+            "Bf_1": first,
+            "Bf_2": second,
+        }
+
+    def values(self, name: str) -> np.ndarray:
+        """What was measured, shape (times, samples).
+
+        Parameters
+        ----------
+        name
+            "primitive": int Sigma(u). "dissipation": (B_s sigma(u), sigma(u)); "dissipated": its time integral, (ii).
+            "potential": (B f, f) / 2 - (a, f), which is 1/2 |B^(1/2) f|^2 - (a, f) where there is a root. "power":
+            (sigma(u), u); "spent": its time integral, (iv). "root": |B^(1/2) f|. "coupling": (a, f). "Bf_1", "Bf_2":
+            int |B f| and int |B f|^2. "size": int |Sigma(u)| + |sigma(u)| (|a| + |B f|), relative to which int Sigma(u)
+            has round-off.
+
+        Raises
+        ------
+        ValueError
+            If nothing was measured, or there is no such name.
+        """
+        if not self._rows or name not in self._rows[0]:
+            nothing = "nothing yet: let follow_trajectory call it, or watch a run"
+            there = ", ".join(self._rows[0]) if self._rows else nothing
+            raise ValueError(f"name: {name!r} was given, there is {there}")
+        return np.array([row[name] for row in self._rows])
+
+    # -- what 3.2 says ------------------------------------------------------------------------------------------------
+
+    def statements(self) -> list[EnergyStatement]:
+        """What 3.2 says of the solution up to the last time: Theorem 3.2, what it comes from, the bounds before it.
+
+        Raises
+        ------
+        ValueError
+            If nothing was measured.
+        """
+        return [*self._of_primitive(), *self._of_potential(), *self._of_Bf()]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.statements()))
+
+    def _statement(self, name, says, conditions, observed, bound, slack) -> EnergyStatement:
+        failing = [what for what in conditions if not self.conditions[what].holds]
+        unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in failing)
+        holds = None if bound is None else bool((observed <= bound + slack).all())
+        caveats = tuple(dict.fromkeys(c for what in conditions if (c := self.conditions[what].caveat)))
+        return EnergyStatement(name, says, unmet, observed, bound, holds, caveats)
+
+    def _of_primitive(self) -> Iterator[EnergyStatement]:
+        E, dissipated = self.values("primitive"), self.values("dissipated")
+        slack = _ROUND_OFF * self.values("size").max(axis=0)
+        falls = [AUTONOMOUS, NON_NEGATIVE]
+        yield self._statement(
+            "int Sigma(u) falls", "its largest rise over a step is 0", falls,
+            _largest_rise(E), np.zeros_like(E[0]), slack,
+        )  # fmt: skip
+        yield self._statement("(i)", "int Sigma(u(t)) <= int Sigma(u_I)", falls, E.max(axis=0), E[0], slack)
+        defect = np.abs(E + dissipated - E[0]).max(axis=0)
+        yield self._statement(
+            "(ii)", "int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I)", [*falls, SIGN],
+            dissipated.max(axis=0), E[0], slack + defect,
+        )  # fmt: skip
+
+    def _of_potential(self) -> Iterator[EnergyStatement]:
+        F, root, coupling, spent = (self.values(name) for name in ("potential", "root", "coupling", "spent"))
+        slack = _ROUND_OFF * (root**2 + np.abs(coupling)).max(axis=0)
+        falls = [AUTONOMOUS, SYMMETRIC, SIGN]
+        yield self._statement(
+            "1/2 |B^(1/2) f|^2 - (a, f) falls", "its largest rise over a step is 0", falls,
+            _largest_rise(F), np.zeros_like(F[0]), slack,
+        )  # fmt: skip
+        conditions = [AUTONOMOUS, SYMMETRIC, NON_NEGATIVE, SIGN, IN_RANGE]
+        K = limit = None
+        if self.conditions[IN_RANGE].holds:
+            squared = self._squared_root_inverse()
+            # F_I >= -alpha^2 / 2 but for round-off.
+            K = (1 + squared**0.5) * (squared**0.5 + np.sqrt(np.maximum(squared + 2 * F[0], 0.0)))
+            limit = F[0] + squared / 2
+        yield self._statement(
+            "(iii)", "|B^(1/2) f(t)| + |(a, f(t))| <= K", conditions, (root + np.abs(coupling)).max(axis=0), K, slack
+        )
+        defect = np.abs(F + spent - F[0]).max(axis=0)
+        yield self._statement(
+            "(iv)", "int_0^t (sigma(u), u) ds <= F_I + |B^(-1/2) a|^2 / 2", conditions, spent.max(axis=0), limit,
+            slack + defect,
+        )  # fmt: skip
+
+    def _squared_root_inverse(self) -> float:
+        """alpha^2 = |B^(-1/2) a|^2 of a in R(B), by the matrix of B there."""
+        B = self._problem.system
+        c = B.left_coefficients(self._problem.bias[:, None])[:, 0]
+        return float(c @ np.linalg.solve(B.matrix, c)) if B.rank else 0.0
+
+    def _of_Bf(self) -> Iterator[EnergyStatement]:
+        E, measure, conditions = self.values("primitive")[0], self._Y.measure, [AUTONOMOUS, NON_NEGATIVE, SIGN]
+        a = self._problem.bias
+        first, second = self._Y.sum(np.array([self._Y.weights @ np.abs(a), self._Y.weights @ a**2]))
+        least = None
+        if self.conditions[LINEAR].holds:
+            C_4, C_3 = _SIZES, _smallest_beyond(self._sigma)
+            least = 2 * second + 2 * np.min(C_4**2 * measure + E[:, None] / C_3, axis=1)
+        observed = self.values("Bf_2").max(axis=0)
+        yield self._statement(
+            "int |B f|^2", "<= 2 int a^2 + 2 (C_4^2 |Y| + int Sigma(u_I) / C_3)", [*conditions, LINEAR],
+            observed, least, _ROUND_OFF * observed,
+        )  # fmt: skip
+        least = None
+        if self.conditions[BELOW].holds:
+            C_1 = np.minimum(np.abs(self._sigma(_SIZES)), np.abs(self._sigma(-_SIZES)))
+            C_2, C_1 = _SIZES[C_1 > 0], C_1[C_1 > 0]
+            least = first + np.min(C_2 * measure + E[:, None] / C_1, axis=1)
+        observed = self.values("Bf_1").max(axis=0)
+        yield self._statement(
+            "int |B f|", "<= int |a| + C_2 |Y| + int Sigma(u_I) / C_1", [*conditions, BELOW],
+            observed, least, _ROUND_OFF * observed,
+        )  # fmt: skip
+
+
+def _largest_rise(values: np.ndarray) -> np.ndarray:
+    return np.maximum(np.diff(values, axis=0).max(axis=0, initial=0.0), 0.0)
+
+
+def _smallest_beyond(sigma: Activation) -> np.ndarray:
+    """C_3 for each C_4 of `_SIZES`: the least Sigma(s) / s^2 for |s| from there to 1e4, between the sizes too."""
+    quotients = np.minimum(sigma.primitive(_SIZES), sigma.primitive(-_SIZES)) / _SIZES**2
+    # Sigma rises with |s|, so between two sizes the quotient is at least Sigma at the smaller over the larger squared.
+    quotients *= (_SIZES[0] / _SIZES[1]) ** 2
+    return np.minimum.accumulate(quotients[::-1])[::-1]

@@ -1,0 +1,253 @@
+r"""How long time steps may be for the energies of 3.2 to fall in the discrete solution too.
+
+Euler's method, u_1 = u_0 - h B sigma(u_0). With L = sup |sigma'|,
+
+    int Sigma(u_1) dy <= int Sigma(u_0) dy - h (B_s sigma, sigma) + (L / 2) h^2 |B sigma|^2,
+
+so int Sigma(u) falls for h <= 2 kappa / L, kappa = inf (B_s v, v) / |B v|^2. If B = B^T >= 0, kappa is 1 / |B|; and if
+also s sigma(s) >= 0, so that sigma(0) = 0 and s sigma(s) >= sigma(s)^2 / L, the same steps let
+1/2 |B^(1/2) f|^2 - (a, f) of (iii) in Theorem 3.2 fall. Both are sharp. On v = v_1 + v_2, v_2 in N(B), (B_s v, v) is
+linear in v_2: kappa is -infinity unless R(B) = R(B^T), and else the smallest eigenvalue of the symmetric part of the
+inverse of B there: for an antisymmetric B it is 0, and no step works.
+
+Another Runge-Kutta method, B = B^T >= 0, sigma non-decreasing. With u = u_I + B^(1/2) w,
+
+    w_t = -grad G(w),        G(w) = int Sigma(u_I + B^(1/2) w) dy,
+
+G convex and grad G Lipschitz with the constant L |B|; Runge-Kutta methods commute with affine maps. For points w_i (the
+stages and the end, p_i = grad G(w_i)) convexity says
+
+    Q_ij = G_j - G_i + (p_j, w_i - w_j) + |p_i - p_j|^2 / (2 L |B|) <= 0.
+
+G falls over a step if there are numbers lambda_ij >= 0 with sum lambda_ij (G_j - G_i) = G_end - G_start for which the
+quadratic form that is left of sum lambda_ij Q_ij is non-negative: a small semidefinite problem, which depends on the
+method and on h L |B| alone. `convex_energy_radius` is the largest h L |B| for which it has been solved.
+
+Implicit methods, any h: the discrete gradient lets int Sigma(u) fall if B_s >= 0; the implicit midpoint rule lets
+1/2 (B f, f) - (a, f) fall if B = B^T and s sigma(s) >= 0; neither does what the other does. Backward Euler, of order 1,
+lets int Sigma(u) fall if B_s >= 0, and the other functional if B = B^T >= 0 and s sigma(s) >= 0, both for a
+non-decreasing sigma, for it makes them convex.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy.optimize import linprog
+
+from fem_resnet.features import STEPPED, supports
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.theory.spectra.assumptions import NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions
+from fem_resnet.theory.spectra.autonomous import autonomous_problem, sampled
+from fem_resnet.theory.spectra.singular_values import SingularSystem
+
+__all__ = ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"]
+
+#: An angle between R(B) and R(B^T) whose cosine is one to this is none.
+_SAME_RANGE = 1e-12
+#: Of eigenvalues, relative to the norm of the matrix.
+_ROUND_OFF = 1e-12
+#: Methods of more stages have semidefinite problems that take minutes.
+_MOST_STAGES = 8
+
+
+@dataclass(frozen=True)
+class EnergyStepLimit:
+    """How long the steps of a network may be for its energies to fall. Get one from `energy_step_limit`.
+
+    Attributes
+    ----------
+    step : float
+        The longest step that the network makes, in t; with adapted steps, a layer.
+    primitive : float
+        Up to this step int Sigma(u) is known to fall; 0 if for none, infinite if for all. In the unit of t.
+    potential : float
+        The same for 1/2 (B f, f) - (a, f).
+    kappa : float
+        inf (B_s v, v) / |B v|^2, in the unit of 1 / B.
+    why : dict of str to str
+        For "primitive" and "potential", what the number rests on, or why there is none.
+    """
+
+    step: float
+    primitive: float
+    potential: float
+    kappa: float
+    why: dict[str, str]
+
+
+# With bases of each layer a network is not known to be autonomous.
+@supports(
+    "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED
+)  # fmt: skip
+def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
+    """Up to which time step the energies of 3.2 are known to fall in a network's discrete solution. Collective.
+
+    Parameters
+    ----------
+    net
+        An autonomous network, at its present coefficients: the method and the steps are its own.
+
+    Raises
+    ------
+    ValueError
+        If its bias or kernel depends on t, or it has no layers.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
+    >>> euler = {"ts_type": "rk", "ts_rk_type": "1fe"}
+    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", solver_parameters=euler)
+    >>> net.kernel.set(0, np.diag([1.0, 2.0, 4.0]))
+    >>> limit = energy_step_limit(net)
+    >>> round(limit.primitive, 12), round(limit.potential, 12)
+    (0.5, 0.5)
+    """
+    conditions = energy_conditions(net)
+    system = autonomous_problem(net).system
+    met = {what for what in (NON_NEGATIVE, SYMMETRIC, SIGN) if conditions[what].holds}
+    kappa = dissipation_ratio(system)
+    scale = float(net.activation.properties.lipschitz * system.values.max(initial=0.0))
+    (primitive, why), (potential, why_potential) = _limits(net, met, kappa, scale)
+    longest = float(np.diff(net.times).max())
+    adapted = net.solver_parameters.get("ts_adapt_type", "none") != "none"
+    return EnergyStepLimit(
+        longest if adapted else longest / net.steps, primitive, potential, kappa,
+        {"primitive": why, "potential": why_potential},
+    )  # fmt: skip
+
+
+def dissipation_ratio(system: SingularSystem) -> float:
+    """kappa = inf (B_s v, v) / |B v|^2; -infinity if R(B) is not R(B^T), infinity for B = 0."""
+    if not system.rank:
+        return math.inf
+    if 1 - system.gram_minimum > _SAME_RANGE:
+        return -math.inf
+    inverse = np.linalg.inv(system.matrix)
+    kappa = float(np.linalg.eigvalsh((inverse + inverse.T) / 2)[0])
+    return kappa if abs(kappa) > _ROUND_OFF * np.linalg.norm(inverse, 2) else 0.0
+
+
+def _limits(net: ResidualNetwork, met: set[str], kappa: float, scale: float) -> list[tuple[float, str]]:
+    """For both functionals, the limit and what it rests on."""
+    properties = net.activation.properties
+
+    def given(limit: float, text: str, *conditions: str, rising: bool = False):
+        missing = [what for what in conditions if what not in met]
+        if rising and not properties.non_decreasing:
+            missing.append("sigma non-decreasing")
+        if missing:
+            return 0.0, f"{text}, but it wants {', '.join(missing)}"
+        rests_on = ["lipschitz", *(["sign_preserving"] if SIGN in conditions else []), *(["non_decreasing"] if rising else [])]
+        return limit, text + sampled(net.activation, *rests_on)
+
+    none = 0.0, "no statement about this method"
+    if net.solver_parameters["ts_type"] == "discrete_gradient":
+        return [given(math.inf, "the discrete gradient takes any step", NON_NEGATIVE), none]
+    if net.tableau is None:
+        return [none, none]
+    A, b = _used_stages(*net.tableau)
+    if len(b) == 1 and A[0, 0] == 1.0:
+        any_step = "backward Euler takes any step"
+        return [
+            given(math.inf, any_step, NON_NEGATIVE, rising=True),
+            given(math.inf, any_step, NON_NEGATIVE, SYMMETRIC, SIGN, rising=True),
+        ]
+    if len(b) == 1 and A[0, 0] == 0.5:
+        return [none, given(math.inf, "the implicit midpoint rule takes any step", SYMMETRIC, SIGN)]
+    if np.triu(A).any():
+        return [none, none]
+    if len(b) == 1:
+        limit = 2 * kappa / properties.lipschitz if kappa > 0 else 0.0
+        of_norm = 2 / scale if scale else math.inf
+        return [
+            given(limit, "2 kappa / sup |sigma'|", NON_NEGATIVE),
+            given(of_norm, "2 / (sup |sigma'| |B|)", NON_NEGATIVE, SYMMETRIC, SIGN),
+        ]
+    if len(b) > _MOST_STAGES:
+        return [(0.0, f"the constant of a method of {len(b)} stages is not looked for"), none]
+    radius = convex_energy_radius(tuple(map(tuple, A.tolist())), tuple(b.tolist()))
+    of_norm = radius / scale if scale else math.inf
+    return [given(of_norm, f"{radius:.3f} / (sup |sigma'| |B|)", NON_NEGATIVE, SYMMETRIC, rising=True), none]
+
+
+def _used_stages(A: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The method without stages that are made for other purposes (FSAL) or weigh nothing."""
+    used = b != 0
+    while True:
+        more = used | A[used].any(axis=0)
+        if (more == used).all():
+            return A[np.ix_(used, used)], b[used]
+        used = more
+
+
+@cache
+def convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...]) -> float:
+    """The constant of an explicit Runge-Kutta method by which convex energies fall over a step of a gradient flow.
+
+    w_t = -grad G(w), G convex, grad G Lipschitz with the constant K: G(w_1) <= G(w_0) for h K up to this number, for
+    every such G. It is found to three digits, from below; for the usual methods it is as large as the linear G, for
+    which it is the interval of stability, lets it be: 2 for Euler, 2.78 for the classical method.
+
+    Parameters
+    ----------
+    A, b
+        The tableau, as tuples; the first stage is the start of the step.
+
+    Returns
+    -------
+    float
+        The largest h K for which there are multipliers that prove it; 0 if none were found.
+
+    Examples
+    --------
+    >>> round(convex_energy_radius(((0.0,),), (1.0,)), 2)
+    2.0
+    """
+    tableau = np.array(A), np.array(b)
+    # Points at which a form was negative show the same of its neighbours.
+    directions = [*np.eye(len(b) + 1), np.full(len(b) + 1, (len(b) + 1) ** -0.5)]
+    low, high = 0.0, 1.0
+    while high < 1e3 and _falls(*tableau, high, directions):
+        low, high = high, 2 * high
+    while high - low > 1e-3 * high and high > 1e-2:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _falls(*tableau, middle, directions) else (low, middle)
+    return low
+
+
+def _falls(A: np.ndarray, b: np.ndarray, z: float, directions: list[np.ndarray]) -> bool:
+    """Whether multipliers prove that G falls for h K = z. By cutting planes: `directions` gets the vectors of the cuts.
+
+    Lengths are such that K = 1. The form of lambda is sum lambda_ij ((p_j, w_i - w_j) + |p_i - p_j|^2 / 2).
+    """
+    points = len(b) + 1
+    w = -z * np.hstack([np.vstack([A, b]), np.zeros((points, 1))])
+    p = np.eye(points)
+    pairs = [(i, j) for i in range(points) for j in range(points) if i != j]
+    forms, flow = [], np.zeros((points, len(pairs)))
+    for k, (i, j) in enumerate(pairs):
+        product = np.outer(p[j], w[i] - w[j])
+        forms.append((product + product.T + np.outer(p[i] - p[j], p[i] - p[j])) / 2)
+        flow[j, k], flow[i, k] = 1.0, -1.0
+    forms, size = np.array(forms), len(pairs)
+    balance = np.zeros(points)
+    balance[0], balance[-1] = -1.0, 1.0
+    for _ in range(100):
+        cuts = np.array([np.einsum("a,kab,b->k", v, forms, v) for v in directions])
+        found = linprog(
+            np.append(np.zeros(size), -1.0), np.column_stack([-cuts, np.ones(len(cuts))]), np.zeros(len(cuts)),
+            np.column_stack([flow, np.zeros(points)]), balance, [(0, 20)] * size + [(None, 1)],
+        )  # fmt: skip
+        if found.status != 0 or found.x[-1] < 1e-9:
+            return False
+        values, vectors = np.linalg.eigh(np.tensordot(found.x[:size], forms, 1))
+        if values[0] > 1e-9:
+            return True
+        directions.append(vectors[:, 0])
+    return False

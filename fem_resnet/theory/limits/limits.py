@@ -1,0 +1,191 @@
+"""How far a network is from its limits: infinite depth, Theorem 2.1, and infinite width, Theorem 2.2.
+
+In depth, coefficients a(t), b(t) are kept and steps become short: (2.1), or any other scheme, tends to (2.3). In width,
+coefficients a(y, t), b(y, z, t) and f_I(y) are kept and the mesh of Y becomes fine: (2.7) tends to (2.8), in the sense
+of distributions, by the theorem as it is printed; strongly in L2(Y) where sigma is Lipschitz, since u = a - B f then
+converges strongly with a_h and b_h.
+
+Both theorems want the coefficients of all networks of a sequence to converge almost everywhere and to have one bound,
+(A2) of 2.1 and (A3) of 2.1, and sigma to be continuous and to grow no faster than a line, (A1) of 2.1 with abs(s): all
+built-in activations do, with C1 = abs(sigma(0)) and C2 = `Activation.properties.lipschitz`. Where coefficients do not
+converge, there may be another limit than one would think, or none (`demos/limits.py`); networks of several sizes, each
+trained on its own, are no such sequence.
+
+Between the layer times z^tau goes on by starts between them, with interpolated coefficients (2.2); at the layer times,
+where distances are taken here, it is z_l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.arguments import integer
+from fem_resnet.costate.costate import solve_costate
+from fem_resnet.costate.trajectory import solve_trajectory
+from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.network.network import ResidualNetwork
+
+__all__ = ["Convergence", "depth_limit", "width_limit"]
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Errors over sizes that fall.
+
+    Attributes
+    ----------
+    sizes : numpy.ndarray
+        The longest step tau, no unit, or the mesh size h, in the unit of length; shape (n,).
+    errors : numpy.ndarray
+        Shape (n,).
+    """
+
+    sizes: np.ndarray
+    errors: np.ndarray
+
+    @property
+    def orders(self) -> np.ndarray:
+        """Slopes from one size to the next, shape (n - 1,)."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.diff(np.log(self.errors)) / np.diff(np.log(self.sizes))
+
+    def __str__(self) -> str:
+        orders = ["", *(f"{order:.2f}" for order in self.orders)]
+        rows = [f"{size:12.4g}{error:14.3e}{order:>8s}" for size, error, order in zip(self.sizes, self.errors, orders)]
+        return "\n".join([f"{'size':>12s}{'error':>14s}{'order':>8s}", *rows])
+
+
+@supports(*HELD, "discrete_gradient", "single_precision")
+def depth_limit(
+    net: ResidualNetwork, initial: fd.Function, *, halvings: int = 3, solver_parameters: dict | None = None
+) -> Convergence:
+    """The network against (2.3), Theorem 2.1: its own coefficients as functions of t, its steps and shorter ones.
+
+    The first error is the network's own: how far it is from the ODE that its layers are steps of. `costate_check` has
+    the same for co-states and gradients of a learning problem. The others show at which order that falls: at that of
+    the scheme, if no coefficient jumps inside of a layer, which those of a network do not. Distances are those at the
+    layer times, where z^tau of (2.2) is z_l. The network's coefficients have a bound, (A2) of 2.1; (A1) of 2.1 is
+    supposed of sigma. Collective.
+
+    Parameters
+    ----------
+    net
+        A network with fixed steps.
+    initial
+        f_I, a Function of `Y.V` or a batch.
+    halvings
+        How often the steps are halved, at least 0.
+    solver_parameters
+        Of what (2.3) is solved with, over `evolution.SOLVER_PARAMETERS`; 8 of its steps go into one of the shortest.
+
+    Returns
+    -------
+    Convergence
+        The largest distance at a layer time in L2(Y), of all samples together.
+
+    Raises
+    ------
+    ValueError
+        If the network adapts its steps, or has no layers.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import laplace_basis
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 6), layers=4, solver_parameters={"ts_rk_type": "1fe"})
+    >>> net.kernel.set(0, np.eye(6))
+    >>> depth_limit(net, Y.batch(Y.coordinates)).orders.round()
+    array([1., 1., 1.])
+    """
+    halvings = integer("halvings", halvings, least=0)
+    counts = net.steps * 2 ** np.arange(halvings + 1)
+    with stop_annotating():
+        exact = solve_trajectory(net, initial, steps=int(8 * counts[-1]), solver_parameters=solver_parameters)
+        at_layers = [exact(t) for t in net.times]
+        errors = []
+        for steps in counts:
+            run = net.replace(steps=int(steps)).run(initial)
+            errors.append(
+                max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers))
+            )
+    return Convergence(np.diff(net.times).max() / counts, np.array(errors))
+
+
+@supports(
+    "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time", *STEPPED,
+)  # fmt: skip
+def width_limit(
+    net: ResidualNetwork,
+    initial: Callable[[np.ndarray], np.ndarray],
+    spaces: Sequence[LabelSpace],
+    *,
+    terminal: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Convergence:
+    """The network on finer and finer label spaces of the same Y, against that on the finest of them: Theorem 2.2.
+
+    Its bases are moved there (`ResidualNetwork.on`), so that kernels (2.7) converge and have one bound, (A3) of 2.1.
+    Collective.
+
+    Parameters
+    ----------
+    net
+        A network that knows no mesh: bias and kernel in bases that can be moved, as `laplace_basis`.
+    initial
+        f_I of coordinates: arrays of shape (nodes, geometric dimension) to (nodes,) or (nodes, samples).
+    spaces
+        Label spaces, at least two, the finest one last; on meshes whose largest cells become small.
+    terminal
+        r(T) of coordinates, as many samples as f_I: then it is r(0) of (4.2) that is compared, in place of f(T).
+
+    Returns
+    -------
+    Convergence
+        Of what f(T), or r(0), is as a distribution: the distance of its inner products with the functions phi, which
+        for orthonormal ones is that in L2(Y) of its parts in their span; of all samples together. One error less than
+        spaces.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If fewer than two spaces are given, they do not become finer, or the network is tied to its mesh.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import laplace_basis
+    >>> spaces = [LabelSpace(FunctionSpace(UnitDiskMesh(n), "DG", 0)) for n in (2, 3, 4)]
+    >>> phi = laplace_basis(spaces[-1], 6)
+    >>> net = ResidualNetwork(phi, bias=phi, layers=1)
+    >>> net.kernel.set(0, np.eye(6))
+    >>> found = width_limit(net, lambda y: np.cos(y[:, 0]), spaces)
+    >>> bool(1.5 < found.orders[0] < 2.7)
+    True
+    """
+    spaces = list(spaces)
+    if len(spaces) < 2 or not all(isinstance(Y, LabelSpace) for Y in spaces):
+        raise TypeError(f"spaces: at least two LabelSpaces are wanted, {spaces!r} was given")
+    sizes = np.array([(Y.measure / Y.size) ** (1 / Y.V.mesh().topological_dimension) for Y in spaces])
+    if not (np.diff(sizes) < 0).all():
+        raise ValueError(f"spaces: they are to become finer, their mean mesh sizes are {sizes.tolist()}")
+    with stop_annotating():
+        moments = []
+        for Y in spaces:
+            moved = net.on(Y)
+            f = Y.batch(initial(Y.coordinates), "initial")
+            if terminal is None:
+                compared = moved(f)
+            else:
+                r = Y.batch(terminal(Y.coordinates), "terminal")
+                compared = solve_costate(solve_trajectory(moved, f), r).at_layer(0)
+            phi: Basis = moved.bases["phi"][-1]
+            moments.append(phi.project(Y.values(compared)))
+    errors = [float(np.linalg.norm(moment - moments[-1])) for moment in moments[:-1]]
+    return Convergence(sizes[:-1], np.array(errors))

@@ -1,0 +1,297 @@
+"""Conditioning of the forward problem (section 3.5): the linearised flow M(t, s) of a network.
+
+A perturbation w of f moves with the network as
+
+    w_t = - sigma'(u) B w,      u = a - B f                                                               (3.6)
+
+and M(t, s) takes w(s) to w(t). For two layer times it is here the derivative of the discrete network. A layer sees f
+through its coefficients Psi^T M f alone, M without arguments being the label measure, and so does what a run of layers
+with one psi adds to f. With Z orthonormal functions of the span of psi,
+
+    M(t, s) = I + A Z^T M,      A = M(t, s) Z - Z,
+
+from as many tangents as psi has functions. Where psi changes between the layers, each layer sees f through its own psi,
+M(t, s) is the identity plus a sum of such terms, and Z spans the functions of all psi: the rank is the sum of theirs,
+if they are independent. M(t, s) maps the span of Z and A to itself and is the identity on its complement, so that all
+its singular values in L2(Y) are those of a matrix of at most twice the rank, and ones. The transpose takes co-states
+back, r(s) = M(t, s)^T r(t), as (4.2a) does: forward and backward problem have the same singular values (section 5.1).
+`propagator` has M(t, s) in that form.
+
+The generator -sigma'(u) B is bounded on L2(Y) by sup |sigma'| norm(b, L2(Y x Y)), so that
+
+    norm(M(t, s)) <= exp( int_s^t sup |sigma'| norm(b) dt ).
+
+The gradient flow f_t = B^T sigma(a - B f) has w_t = -B^T sigma'(u) B w: M(t, s) has the same form, A in the span of psi too, and
+norm(b)^2 stands for norm(b) in its bound, which holds whatever the sign of sigma' is. Where sigma' >= 0, M(t, s) does not make
+anything larger, nor does the discrete one in steps that are short enough (`contraction`).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import firedrake as fd
+import numpy as np
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.costate.trajectory import like
+from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.fixed import OnMesh
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.segment import Segment
+from fem_resnet.tape.blocks import made
+from fem_resnet.theory.sensitivity.propagator import Propagator, joint_span
+from fem_resnet.theory.spectra.frozen_spectra import frozen_eigenvalues
+
+__all__ = ["LinearisedFlow"]
+
+#: So many tangents go through the layers together: enough for the processor, and few fields.
+_TOGETHER = 16
+
+
+class LinearisedFlow(OnMesh):
+    """The linearisation (3.6) of a network, or that of a gradient flow, along its solutions, between any two layer times.
+
+    It is that of the discrete network, at the coefficients that the network has when this is made; collective.
+
+    Parameters
+    ----------
+    net
+        The network.
+    initial
+        f_I, as for ``net.run``; each sample has a solution, and so a linearisation, of its own.
+
+    Attributes
+    ----------
+    states : list of numpy.ndarray
+        f(t_0) .. f(t_L) at the owned nodes, shape (nodes, samples).
+    basis : Basis
+        Z: orthonormal functions of the span of the psi of all layers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `initial` does not fit.
+    StepFailure
+        If a layer cannot be stepped.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, LinearisedFlow, ResidualNetwork, laplace_basis
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=4, activation="identity", kernel_in_time="shared")
+    >>> net.kernel.set(0, np.diag([1.0, -2.0, 0.0]))
+    >>> M = LinearisedFlow(net, Y.batch(0 * Y.weights)).propagator()
+    >>> M.lyapunov_exponents[[0, -1]].round(2).tolist(), len(M.singular_values), M.ones == Y.size - 6
+    ([2.0, -1.0], 6, True)
+    """
+
+    @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
+    def __init__(self, net: ResidualNetwork, initial: fd.Function):
+        net.Y.check_batch(initial, "initial")
+        self.net = net
+        self._layers = net.layer_inputs()
+        self._space = initial.function_space()
+        self._steps: list[list] = []
+        self._segments: dict[int, list[Segment]] = {}
+        self.states = [np.array(net.Y.values(initial))]
+        with stop_annotating():
+            segments = net.layer_segments(self._space)
+            kernel = net.learned_factors() if net.factors else None
+            factors = [] if kernel is None else [np.array(basis.values) for basis in (kernel.phi, kernel.psi)]
+            self._coefficients = [
+                [*(np.array(slot.read(p)) for slot, p in zip(s.inputs[1:], s.functions)), *factors] for s in segments
+            ]
+            for segment, coefficients in zip(segments, self._coefficients):
+                self.states.append(segment.forward([self.states[-1], *coefficients], save=False))
+                self._steps.append(segment.taken_steps())
+
+    @cached_property
+    def basis(self) -> Basis:
+        psi = [inputs.factors.psi for inputs in self._layers]
+        return joint_span(self.net.Y, psi or self.net.bases["psi"])
+
+    def tangent(self, direction: fd.Function, start: int = 0, end: int | None = None) -> fd.Function:
+        """`M(t_end, t_start) w`: (3.6) solved forwards, for one perturbation a sample. Collective.
+
+        Parameters
+        ----------
+        direction
+            w at t_start, a Function of the space of the initial state.
+        start, end
+            Numbers of layer times, 0 .. L; L if left out.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument does not fit.
+        """
+        start, end = self._interval(start, end)
+        w = self._read(direction, "direction")
+        for layer in range(start, end):
+            w = self._step(layer, self.states[layer], w)
+        return like(direction, w)
+
+    def adjoint(self, costate: fd.Function, start: int = 0, end: int | None = None) -> fd.Function:
+        """`M(t_end, t_start)^T r`: from r(t_end) the discrete r(t_start) of (4.2a), by PETSc's TSAdjoint. Collective.
+
+        Parameters
+        ----------
+        costate
+            r at t_end, a Function of the space of the initial state.
+        start, end
+            Numbers of layer times, 0 .. L; L if left out.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument does not fit, or PETSc has no adjoint of the network's method.
+        """
+        start, end = self._interval(start, end)
+        weights = self.net.Y.weights[:, None]
+        dual = weights * self._read(costate, "costate")
+        segments = self._of_samples(dual.shape[1])
+        for layer in reversed(range(start, end)):
+            arrays = [self.states[layer], *self._coefficients[layer]]
+            segments[layer].forward(arrays, save=True)
+            dual = made(segments[layer].adjoint(arrays, dual)[0])
+        return like(costate, dual / weights)
+
+    def propagator(self, start: int = 0, end: int | None = None, *, sample: int = 0) -> Propagator:
+        """M(t_end, t_start) along the solution of one sample, with its singular values. Collective.
+
+        It takes as many tangents as `basis` has functions, and memory for some seven fields a function at its peak.
+
+        Parameters
+        ----------
+        start, end
+            Numbers of layer times, 0 .. L; L if left out.
+        sample
+            Which sample.
+
+        Raises
+        ------
+        ValueError
+            If an argument does not fit.
+        """
+        start, end = self._interval(start, end)
+        if not isinstance(sample, (int, np.integer)) or not 0 <= sample < self.states[0].shape[1]:
+            last = self.states[0].shape[1] - 1
+            raise ValueError(f"sample: an integer from 0 to {last} is wanted, {sample!r} was given")
+        Z = self.basis.values
+        runs = -(-Z.shape[1] // _TOGETHER)
+        together = -(-Z.shape[1] // runs)
+        added = np.empty_like(Z)
+        for first in range(0, Z.shape[1], together):
+            columns = slice(first, min(first + together, Z.shape[1]))
+            # The last run is filled up with zeros: another number of samples would want steppers of its own.
+            w = np.zeros((len(Z), together))
+            w[:, : columns.stop - first] = Z[:, columns]
+            for layer in range(start, end):
+                w = self._step(layer, np.repeat(self.states[layer][:, [sample]], together, axis=1), w)
+            added[:, columns] = w[:, : columns.stop - first] - Z[:, columns]
+        return Propagator(self.basis, added, (self.net.times[start], self.net.times[end]))
+
+    def bound(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
+        """`exp(exponent)`, a bound of the norm of M(t_end, t_start). Collective.
+
+        It holds for the solution of (3.6); where b is constant in each layer, for the steps of Euler's and of the classical
+        Runge-Kutta method too, whose 1 + x + .. is below e^x. Arguments as for `exponent`.
+        """
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.exponent(start, end, operator_norm=operator_norm)))
+
+    def exponent(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
+        """`int sup |sigma'| norm(b) dt` from t_start to t_end; where b is linear in t, from above. Collective.
+
+        Of a gradient flow `int sup |sigma'| norm(b)^2 dt`.
+
+        Parameters
+        ----------
+        start, end
+            Numbers of layer times, 0 .. L; L if left out.
+        operator_norm
+            Whether norm(b) is that of the operator B on L2(Y), which is smaller, in place of that of b in L2(Y x Y).
+
+        Raises
+        ------
+        ValueError
+            If `start` and `end` do not fit.
+        """
+        start, end = self._interval(start, end)
+        total = 0.0
+        for inputs in self._layers[start:end]:
+            # A norm is convex in t here, so that the trapezoidal rule is not below the integral.
+            parts = 1 if inputs.beta.is_constant else 16
+            fractions = np.linspace(0, 1, parts + 1)
+            kind = "operator" if operator_norm else "hs"
+            norms = [inputs.factors.norm(inputs.beta.coefficients(s), kind) ** self.power for s in fractions]
+            total += inputs.length * np.trapezoid(norms, dx=1 / parts)
+        return float(total * self.net.activation.properties.lipschitz) if total > 0 else 0.0
+
+    @property
+    def power(self) -> int:
+        """1, or 2 of a gradient flow: the power of norm(b) in bounds."""
+        return 2 if self.net.gradient_flow else 1
+
+    def by_bias(self, layer: int, r: np.ndarray) -> np.ndarray:
+        """What (4.3) has of a co-state at the start of a layer, sigma'(u) r, or sigma'(u) B r of a gradient flow. Collective."""
+        inputs = self._layers[layer]
+        if self.net.gradient_flow:
+            r = inputs.factors.apply(inputs.beta.coefficients(0.0), r)
+        return self.slope(layer) * r
+
+    def slope(self, layer: int) -> np.ndarray:
+        """sigma'(u) at the start of a layer, u = a - B f, at the owned nodes, shape (nodes, samples). Collective."""
+        inputs, f = self._layers[layer], self.states[layer]
+        Bf = inputs.factors.apply(inputs.beta.coefficients(0.0), f)
+        return self.net.activation.derivative(inputs.bias.coefficients(0.0)[:, None] - Bf)
+
+    def frozen_eigenvalues(self, layer: int, *, sample: int = 0) -> np.ndarray:
+        """Eigenvalues of -sigma'(u) B, frozen at the start of a layer, but for zeros: see `frozen_spectra.frozen_eigenvalues`.
+
+        Of a gradient flow those of -B^T sigma'(u) B. Frozen eigenvalues do not decide about (3.6), whose
+        coefficients depend on t; they tell what one step of the scheme meets. (Section 3.5 prints sigma'((y, t_0)), b
+        replaced by sigma(u) b, and the operator -sigma'(w) B: it is sigma'(u) in all three.) Collective.
+
+        Parameters
+        ----------
+        layer
+            Number of the layer.
+        sample
+            Which sample.
+        """
+        return frozen_eigenvalues(self.net, self._layers[layer], 0.0, self.slope(layer)[:, sample])
+
+    def _step(self, layer: int, f: np.ndarray, w: np.ndarray) -> np.ndarray:
+        segment, coefficients = self._of_samples(w.shape[1])[layer], self._coefficients[layer]
+        if segment.steppers[0].adaptive:
+            segment.forward([f, *coefficients], save=False)  # the tangent takes the steps of the latest one
+        return segment.tangent([f, *coefficients], [w, *map(np.zeros_like, coefficients)])
+
+    def _of_samples(self, samples: int) -> list[Segment]:
+        """The layers for so many samples, taking the steps that have been taken."""
+        if samples not in self._segments:
+            segments = self.net.layer_segments(self.net.Y.batch_space(samples))
+            for segment, steps in zip(segments, self._steps):
+                segment.replay(steps)
+            self._segments[samples] = segments
+        return self._segments[samples]
+
+    def _interval(self, start: int, end: int | None) -> tuple[int, int]:
+        last = self.net.layers
+        end = last if end is None else end
+        if not all(isinstance(n, (int, np.integer)) for n in (start, end)) or not 0 <= start <= end <= last:
+            raise ValueError(
+                f"start, end: integers 0 <= start <= end <= L = {last} are wanted, {start!r}, {end!r} were given"
+            )
+        return int(start), int(end)
+
+    def _read(self, function: fd.Function, name: str) -> np.ndarray:
+        self.net.Y.check_batch(function, name)
+        if function.function_space() != self._space:
+            raise ValueError(f"{name}: a Function of {self._space} is wanted, {function.function_space()} was given")
+        return np.array(self.net.Y.values(function))

@@ -1,0 +1,231 @@
+"""How far two solutions part: contraction of gradient flows (end of section 3.5), and bounds where there is none.
+
+Gradient flow `f_t = B^T sigma(a - B f)`. Where sigma' >= 0 (the paper prints <= 0),
+
+    d/dt norm(f_1 - f_2)^2 / 2 = -(sigma(u_1) - sigma(u_2), u_1 - u_2) <= 0,
+
+whatever a and B do in time. As sigma is then the gradient of a convex function, F = B^T sigma(a - B f) has more,
+(F_1 - F_2, f_1 - f_2) <= -norm(F_1 - F_2)^2 / L with L = sup sigma' norm(B)^2. For a Runge-Kutta step of length h with
+weights b_i > 0 and m_ij = b_i a_ij + b_j a_ji - b_i b_j,
+
+    norm(f_1' - f_2')^2 <= norm(f_1 - f_2)^2 - h^2 sum_ij (m_ij + 2 / (h L) b_i delta_ij) (F_1i - F_2i, F_1j - F_2j),
+
+over the stages i, j, so that the discrete network contracts for `h <= 2 R / L`, 1/R being minus the smallest eigenvalue of
+m_ij / sqrt(b_i b_j): the radius of Dahlquist and Jeltsch's generalised disk of contractivity.
+
+The network (2.8) with B = B^T >= 0 and a, B constant in time is such a flow in v = B^(1/2) f, v_t = B^(1/2) sigma(a -
+B^(1/2) v): it contracts in norm(B^(1/2) .), in steps h <= 2 R / (sup sigma' norm(B)), and need not in L2. Any other one has
+
+    norm(f_1 - f_2)(T) <= exp(int_0^T sup sigma' norm(B) dt) norm(f_1 - f_2)(0),
+
+and its discrete one a factor `1 + z |b|^T (1 - z |A|)^-1 (1, .., 1)^T` a step, z = h sup sigma' norm(B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fem_resnet.arguments import real_array
+from fem_resnet.features import HELD, supports
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers.inputs import LayerInputs
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.theory.spectra.autonomous import sampled
+
+__all__ = ["LipschitzBound", "circle_radius", "lipschitz_bound"]
+
+#: What is left of exact zeros in products of coefficients of size one.
+_ROUND_OFF = 1e-12
+#: Fractions of a layer's time between which its coefficients are linear.
+_ENDS = (0.0, 1.0)
+
+
+def circle_radius(A: ArrayLike, b: ArrayLike) -> float:
+    """Radius R of the disk of contractivity of a Runge-Kutta method.
+
+    A step of length h contracts `y' = F(y)` wherever (F(y) - F(z), y - z) <= -norm(F(y) - F(z))^2 / L and h <= 2 R / L.
+
+    Parameters
+    ----------
+    A, b
+        Matrix a_ij, shape (stages, stages), and weights b_i, shape (stages,), of the method; no unit.
+
+    Returns
+    -------
+    float
+        R; infinite for an algebraically stable method, 0 where no step length is good enough: where a weight is
+        negative, or a stage of weight 0 acts on others.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+
+    Examples
+    --------
+    >>> circle_radius([[0.0]], [1.0]), circle_radius([[0.5]], [1.0])
+    (1.0, inf)
+    """
+    A, b = real_array("A", A), real_array("b", b)
+    if b.ndim != 1 or A.shape != (len(b), len(b)):
+        raise ValueError(f"A, b: shapes (s, s) and (s,) are wanted, {A.shape} and {b.shape} were given")
+    m = b[:, None] * A
+    m = m + m.T - np.outer(b, b)
+    acting = np.abs(b) > _ROUND_OFF
+    if b[acting].min() < 0 or np.abs(m[~acting]).max(initial=0.0) > _ROUND_OFF:
+        return 0.0
+    root = np.sqrt(b[acting])
+    smallest = np.linalg.eigvalsh(m[np.ix_(acting, acting)] / np.outer(root, root))[0]
+    return float(-1 / smallest) if smallest < -_ROUND_OFF else np.inf
+
+
+@dataclass(frozen=True)
+class LipschitzBound:
+    """What is known of how far two solutions of a network part. Get one from `lipschitz_bound`.
+
+    Attributes
+    ----------
+    discrete, continuous : float
+        Bounds of norm(f_1(T) - f_2(T)) / norm(f_1(0) - f_2(0)) in L2(Y), for the network as it is stepped, and for the
+        equation; no unit. 1 where it contracts.
+    contracts_in : str or None
+        "L2"; "B^(1/2)" where the discrete network contracts in norm(B^(1/2) .) alone; or None.
+    norms : numpy.ndarray
+        Largest operator norm of B on each layer, shape (L,).
+    step_sizes : numpy.ndarray
+        h on each layer, shape (L,), in the unit of the layer times.
+    largest_steps : numpy.ndarray
+        Up to which h each layer contracts, shape (L,), in L2 or, for (2.8), in norm(B^(1/2) .); 0 where no h is known to.
+    reason : str
+        Why.
+    """
+
+    discrete: float
+    continuous: float
+    contracts_in: str | None
+    norms: np.ndarray
+    step_sizes: np.ndarray
+    largest_steps: np.ndarray
+    reason: str
+
+    def __str__(self) -> str:
+        return f"two solutions part by at most {self.discrete:.6g} (equation: {self.continuous:.6g}): {self.reason}"
+
+
+@supports("no_layers", *HELD, "single_precision", "gradient_flow")
+def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
+    """Bound of the Lipschitz constant of f_I -> f(T) in L2(Y), at the network's present coefficients. Collective.
+
+    A gradient flow with sigma' >= 0 has 1, where its steps are short enough; see the module for what holds else. Times the
+    norm of a head it bounds what a perturbation of the input does to the output.
+
+    Parameters
+    ----------
+    net
+        The network, stepped by a Runge-Kutta or theta method with fixed steps.
+
+    Raises
+    ------
+    ValueError
+        If steps are adapted, or PETSc does not give the coefficients of the method away.
+
+    Examples
+    --------
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> net = ResidualNetwork(laplace_basis(Y, 2), layers=2, gradient_flow=True)
+    >>> for l in range(2):
+    ...     net.kernel.set(l, [[0.0, 1.0], [-1.0, 0.0]])
+    >>> bound = lipschitz_bound(net)
+    >>> bound.discrete, bound.contracts_in, bound.largest_steps.round(6).tolist()
+    (1.0, 'L2', [2.0, 2.0])
+    """
+    A, b = _tableau(net)
+    sigma, R, layers = net.activation.properties, circle_radius(A, b), net.layer_inputs()
+    ends = np.array([[part.factors.norm(part.beta.coefficients(s), "operator") for s in _ENDS] for part in layers])
+    ends = ends.reshape(-1, 2)
+    lengths, norms = np.diff(net.times), ends.max(axis=1, initial=0.0)
+    h = lengths / net.steps
+    rates, rates_at_ends = (_rates(sigma.lipschitz, part, 2 if net.gradient_flow else 1) for part in (norms, ends))
+    falls = sigma.non_decreasing and (net.gradient_flow or _is_symmetric_and_constant(net.Y, layers))
+    largest = np.divide(2 * R, rates, out=np.full(len(h), np.inf), where=rates > 0) if falls else np.zeros(len(h))
+    short = h <= largest * (1 + _ROUND_OFF)
+    grows = np.array([_growth(A, b, z) ** net.steps for z in h * rates])
+    falls_in_L2 = falls and net.gradient_flow
+    return LipschitzBound(
+        discrete=float(np.prod(np.where(short, 1.0, grows) if falls_in_L2 else grows)),
+        # The norm of B is convex in t where B is linear in t, so that the trapezoidal rule is a bound.
+        continuous=1.0 if falls_in_L2 else float(np.exp(lengths @ rates_at_ends.sum(axis=1) / 2)),
+        contracts_in=("L2" if net.gradient_flow else "B^(1/2)") if falls and short.all() else None,
+        norms=norms, step_sizes=h, largest_steps=largest, reason=_reason(net, falls, R, short),
+    )  # fmt: skip
+
+
+def _rates(lipschitz: float, norms: np.ndarray, power: int) -> np.ndarray:
+    """sup sigma' norm(B), or its square's: 0 where B = 0, be sigma' bounded or not."""
+    return np.where(norms > 0, lipschitz, 0.0) * norms**power
+
+
+def _reason(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
+    rests_on = ("lipschitz", "non_decreasing") if falls else ("lipschitz",)
+    return _why(net, falls, R, short) + sampled(net.activation, *rests_on)
+
+
+def _why(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
+    if not net.activation.properties.non_decreasing:
+        return f"{net.activation.name} decreases somewhere, so that only the norm of B bounds them"
+    if not falls:
+        return "only the norm of B bounds solutions of f_t = sigma(a - B f) with this kernel"
+    what = "the gradient flow contracts in L2" if net.gradient_flow else "B = B^T >= 0 and a are constant in time, norm(B^(1/2) .) falls"
+    if short.all():
+        return f"{what}, and steps are short enough for the method's radius {R:.4g}"
+    if R == 0:
+        return f"{what}, but the method's radius is 0: no step is known to be short enough"
+    layers = ", ".join(map(str, np.flatnonzero(~short)))
+    return f"{what}, but steps are too long in layers {layers} for the method's radius {R:.4g}"
+
+
+def _tableau(net: ResidualNetwork) -> tuple[np.ndarray, np.ndarray]:
+    if net.tableau is None:
+        raise ValueError(
+            f"net: PETSc does not give the coefficients of {net.solver_parameters['ts_type']!r} away; "
+            f"take 'rk', 'theta', 'beuler', 'cn' or 'irk'"
+        )
+    return net.tableau
+
+
+def _growth(A: np.ndarray, b: np.ndarray, z: float) -> float:
+    """By what a step parts solutions at most; infinite where the stages of an implicit method are not bounded so."""
+    inner = z * np.abs(A)
+    if not np.isfinite(z) or np.abs(np.linalg.eigvals(inner)).max() >= 1:
+        return np.inf
+    return float(1 + z * np.abs(b) @ np.linalg.solve(np.eye(len(b)) - inner, np.ones(len(b))))
+
+
+def _is_symmetric_and_constant(Y: LabelSpace, layers: Sequence[LayerInputs]) -> bool:
+    """Whether a and B = B^T >= 0 are the same at all times. Collective."""
+    if not layers:
+        return True
+    first = layers[0]
+    phi, psi = first.factors.phi, first.factors.psi
+    if any(part.factors is not first.factors for part in layers):
+        return False
+    if phi is not psi and (phi.rank != psi.rank or Y.sum(float(np.count_nonzero(phi.values != psi.values)))):
+        return False
+    beta, a = first.beta.coefficients(0.0), first.bias.coefficients(0.0)
+    changes = [
+        np.count_nonzero(part.beta.coefficients(s) != beta) + np.count_nonzero(part.bias.coefficients(s) != a)
+        for part in layers
+        for s in _ENDS
+    ]
+    if Y.sum(float(sum(changes))):
+        return False
+    root = np.linalg.cholesky(first.factors.phi.gram).T
+    B = root @ beta @ root.T
+    size = np.linalg.norm(B, 2)
+    return bool(np.abs(B - B.T).max() <= _ROUND_OFF * size and np.linalg.eigvalsh(B)[0] >= -_ROUND_OFF * size)

@@ -1,0 +1,187 @@
+"""Linear maps of L2(Y) that differ from the identity on few functions: M(t, s) = I + A Z^T M.
+
+The linearised flow of (3.6) is one (`conditioning`); M without arguments is the label measure. On the orthogonal
+complement of the span of Z and A such a map is the identity, and in an orthonormal basis of that span, which starts
+with Z,
+
+    I + (Z^T M A)        0
+    R                    I          R^T R the Gram matrix of what of A is orthogonal to Z,
+
+has all other singular values. R comes from a QR on each rank and one of their factors, so that small singular values
+keep the digits that a Gram matrix would lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import firedrake as fd
+import numpy as np
+
+from fem_resnet.costate.trajectory import like
+from fem_resnet.fixed import OnMesh
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.parameters.retraction import orthonormal
+
+__all__ = ["Propagator", "joint_span"]
+
+#: Singular functions of values so close to 1 are mixed up with those that the layers leave as they are.
+_CLEAR_OF_ONE = 1e-8
+
+
+class Propagator(OnMesh):
+    """M(t, s) = I + A Z^T M, for one solution of (2.8). Get one from `LinearisedFlow.propagator`.
+
+    Parameters
+    ----------
+    basis
+        Z, orthonormal in the label measure.
+    added
+        A at the owned nodes, shape (nodes, rank).
+    times
+        s and t.
+
+    Attributes
+    ----------
+    singular_values : numpy.ndarray
+        Those that belong to the span of Z and A, falling, at most twice the rank; no unit. Below 1e-16 of the largest
+        they are round-off, as any from double precision are.
+    ones : int
+        How many further singular values there are, all of them 1: M is the identity on as many directions.
+    """
+
+    def __init__(self, basis: Basis, added: np.ndarray, times: tuple[float, float]):
+        self.basis = basis
+        self.added = added
+        self.times = times
+
+    def __repr__(self) -> str:
+        return f"Propagator(M({self.times[1]:g}, {self.times[0]:g}), rank {self.basis.rank}, {self.basis.Y!r})"
+
+    def apply(self, direction: fd.Function) -> fd.Function:
+        """`M(t, s) w`, for a Function or a batch. Collective."""
+        return self._map(direction, lambda w: w + self.added @ self.basis.project(w))
+
+    def transpose(self, costate: fd.Function) -> fd.Function:
+        """`M(t, s)^T r`, the transpose in L2(Y), for a Function or a batch. Collective."""
+        Y = self.basis.Y
+        return self._map(costate, lambda r: r + self.basis.values @ Y.sum(self.added.T @ (Y.weights[:, None] * r)))
+
+    def _map(self, function: fd.Function, on_values) -> fd.Function:
+        self.basis.Y.check_batch(function, "direction")
+        return like(function, on_values(self.basis.Y.values(function)))
+
+    def __matmul__(self, earlier: Propagator) -> Propagator:
+        """`M(t, s) M(s, q) = M(t, q)`, of two that have one basis. Collective.
+
+        Raises
+        ------
+        ValueError
+            If the second does not end where the first starts, or has another basis.
+        """
+        if earlier.basis is not self.basis or earlier.times[1] != self.times[0]:
+            raise ValueError(
+                f"earlier: a propagator to t = {self.times[0]:g} with the same basis is wanted, {earlier!r} was given"
+            )
+        added = self.added @ self.basis.project(earlier.added)
+        added += self.added
+        added += earlier.added
+        return Propagator(self.basis, added, (earlier.times[0], self.times[1]))
+
+    @cached_property
+    def _restricted(self) -> np.ndarray:
+        """M on the span of Z and A, in an orthonormal basis that starts with Z."""
+        outside, inside = self._outside()
+        _, size, turn = np.linalg.svd(_triangular_factor(self.basis.Y, outside), full_matrices=False)
+        rank = self.basis.rank
+        more = min(len(size), self.basis.Y.size - rank)
+        matrix = np.eye(rank + more)
+        matrix[:rank, :rank] += inside
+        matrix[rank:, :rank] = (size[:, None] * turn)[:more]
+        return matrix
+
+    def _outside(self) -> tuple[np.ndarray, np.ndarray]:
+        """The part of A that is orthogonal to Z, and Z^T M A."""
+        Z = self.basis
+        inside = Z.project(self.added)
+        outside = self.added - Z.values @ inside
+        again = Z.project(outside)  # once more: what is left of Z is then round-off of what is left of A
+        outside -= Z.values @ again
+        return outside, inside + again
+
+    @cached_property
+    def singular_values(self) -> np.ndarray:
+        return np.linalg.svd(self._restricted, compute_uv=False)
+
+    @property
+    def ones(self) -> int:
+        return self.basis.Y.size - len(self.singular_values)
+
+    @property
+    def norm(self) -> float:
+        """Largest singular value: by how much a perturbation of f(s) grows at most. Collective at first."""
+        return float(max(self.singular_values[0], 1.0 if self.ones else 0.0))
+
+    @property
+    def smallest(self) -> float:
+        """Smallest singular value: what is left at least. Collective at first."""
+        return float(min(self.singular_values[-1], 1.0 if self.ones else np.inf))
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest singular value; infinite where the smallest is round-off. Collective at first."""
+        lost = len(self.singular_values) * np.finfo(float).eps * self.norm
+        return self.norm / self.smallest if self.smallest > lost else np.inf
+
+    @property
+    def lyapunov_exponents(self) -> np.ndarray:
+        """Finite-time Lyapunov exponents `log(singular values) / (t - s)`, falling, in 1 / t; all others are 0."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.singular_values) / (self.times[1] - self.times[0])
+
+    def singular_function(self, k: int = 0) -> fd.Function:
+        """The perturbation of f(s), of norm 1, that grows by the k-th singular value. Collective.
+
+        It is the right singular function; M(t, s) times it has the norm of the singular value.
+
+        Parameters
+        ----------
+        k
+            From 0, the most amplified; -1 for the most damped.
+
+        Raises
+        ------
+        ValueError
+            If that singular value is 1 up to round-off, so that many functions are left as they are.
+        """
+        value = self.singular_values[k]
+        if abs(value - 1) < _CLEAR_OF_ONE:
+            raise ValueError(f"k: singular value {k} is {value!r}; one that is not 1, which has a function, is wanted")
+        x = np.linalg.svd(self._restricted)[2][k, : self.basis.rank]
+        x = x * np.sign(x[np.argmax(np.abs(x))])
+        # The second row of M^T M v = value^2 v gives the part of v outside of Z.
+        v = self.basis.values @ x + self._outside()[0] @ (x / (value**2 - 1))
+        function = fd.Function(self.basis.Y.V)
+        function.dat.data_wo[...] = v / np.sqrt(self.basis.Y.sum(self.basis.Y.weights @ v**2))
+        return function
+
+
+def _triangular_factor(Y: LabelSpace, X: np.ndarray) -> np.ndarray:
+    """R of X = Q R, Q^T M Q = I, on every rank: a QR on each rank, and one of all their factors. Collective."""
+    factor = np.linalg.qr(np.sqrt(Y.weights)[:, None] * X, mode="r")
+    return np.linalg.qr(np.vstack(Y.comm.allgather(factor)), mode="r")
+
+
+def joint_span(Y: LabelSpace, bases: Sequence[Basis]) -> Basis:
+    """An orthonormal basis of all functions of these bases together; what depends on others is left out. Collective."""
+    distinct = list(dict.fromkeys(bases))
+    if len(distinct) == 1:
+        (basis,) = distinct
+    else:
+        functions = np.hstack([basis.values / np.sqrt(np.diag(basis.gram)) for basis in distinct])
+        _, size, turn = np.linalg.svd(_triangular_factor(Y, functions), full_matrices=False)
+        kept = size > 1e-12 * size[0]  # round-off of a sum of so many functions of norm one
+        basis = Basis(Y, functions @ (turn[kept].T / size[kept]), "given")
+    return orthonormal(orthonormal(basis))  # once is not enough for one that is nearly dependent

@@ -1,0 +1,309 @@
+"""What a network does to perturbations and to gradients, layer by layer: one page (section 3.5).
+
+Forward, M(t_(l+1), t_l) says what layer l does to a perturbation of f, M(t_(l+1), 0) what the layers up to it do.
+Backward, r(t_l) = M(T, t_l)^T r(T) is the gradient in f, whatever the loss is: between the smallest and the largest
+singular value of M(T, t_l) times r(T). On the orthogonal complement of few functions M is the identity, so that
+gradients in f do not vanish altogether; those in the bias, sigma'(u) r of (4.3), do where sigma is saturated.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import firedrake as fd
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+from mpi4py import MPI
+
+from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.reporting import as_json, picture, table, write
+from fem_resnet.theory.sensitivity.conditioning import LinearisedFlow
+from fem_resnet.theory.sensitivity.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
+from fem_resnet.theory.spectra.autonomous import sampled
+
+__all__ = ["StabilityReport", "Suggestion", "stability_report"]
+
+#: Gradients explode or vanish by such a factor against r(T).
+_GRADIENTS = 100.0
+#: sigma is saturated where its slope is this part of the largest on average.
+_SATURATED = 0.1
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What may help: `kind` is "step", "activation" or "constraint"."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """One page on the stability of a network. Get one from `stability_report`; its text is a table.
+
+    Attributes
+    ----------
+    title : str
+    layers : list of LayerStability
+    gradients : str
+        "exploding", "vanishing", "both" or "even".
+    findings : list of str
+    suggestions : list of Suggestion
+    seconds : float
+        Wall time.
+    """
+
+    title: str
+    layers: list[LayerStability]
+    gradients: str
+    findings: list[str]
+    suggestions: list[Suggestion]
+    seconds: float
+
+    def __str__(self) -> str:
+        header = (
+            "layer", "t", "grows", "keeps", "bound", "grown", "kept", "condition", "exponents", "M(T,t)", "", "|r|",
+            "|D_a J|", "slope", "flat", "",
+        )  # fmt: skip
+        rows = [
+            (
+                str(l.layer), f"{l.start:.3g}", *map(_short, (l.grows, l.keeps, l.bound, l.grown, l.kept, l.condition)),
+                f"{l.exponents[0]:.2f} {l.exponents[1]:.2f}",
+                *map(_short, (l.gradient_grows, l.gradient_keeps, l.costate, l.bias_gradient, l.slope, l.flat)),
+                l.verdict,
+            )
+            for l in self.layers
+        ]  # fmt: skip
+        notes = [*self.findings, *(f"{suggestion.kind}: {suggestion.text}" for suggestion in self.suggestions)]
+        return "\n".join([self.title, *table(header, rows, right=True), *notes])
+
+    def to_json(self) -> str:
+        """All numbers as JSON: the attributes, with those of each layer and each suggestion."""
+        return as_json(asdict(self))
+
+    def draw(self, path: str | Path) -> None:
+        """Draw the page, a PNG. Call it on one rank."""
+        number = [l.layer for l in self.layers]
+
+        def of(name):
+            return [getattr(l, name) for l in self.layers]
+
+        with picture(path, 8.0, 10.5) as figure:
+            panels = figure.subplots(4, 1, height_ratios=[1, 1, 1, 0.8])
+            panels[0].fill_between(number, of("keeps"), of("grows"), alpha=0.3, step="mid", label="M($t_{l+1}$, $t_l$)")
+            bound = np.minimum(of("bound"), 1e3 * max(of("grows")))
+            panels[0].step(number, bound, "k:", where="mid", label="bound of 3.5")
+            panels[0].set_title(textwrap.fill(self.title, 100), fontsize="small")
+            panels[1].fill_between(number, of("kept"), of("grown"), alpha=0.3, label="M($t_{l+1}$, 0)")
+            panels[1].plot(number, of("condition"), "C1.-", label="condition")
+            panels[2].fill_between(number, of("gradient_keeps"), of("gradient_grows"), alpha=0.3, label="M(T, $t_l$)")
+            panels[2].plot(number, of("costate"), "C1.-", label="|r|")
+            panels[2].plot(number, of("bias_gradient"), "C2.-", label=r"|$\sigma'(u)$ r|, the bias's gradient")
+            for axes in panels[:3]:
+                axes.set_yscale("log")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.axhline(1.0, color="grey", lw=0.5)
+                axes.legend(fontsize="small")
+            panels[2].set_xlabel("layer")
+            notes = [*self.findings, *(f"{suggestion.kind}: {suggestion.text}" for suggestion in self.suggestions)]
+            panels[3].axis("off")
+            panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in notes), va="top", fontsize="x-small")
+
+
+@supports(*HELD, *STEPPED, "gradient_flow")
+def stability_report(
+    net: ResidualNetwork,
+    initial: fd.Function,
+    *,
+    terminal: fd.Function | None = None,
+    json: str | Path | None = None,
+    png: str | Path | None = None,
+) -> StabilityReport:
+    """What the layers do to perturbations and gradients along the solutions for f_I, and what may help. Collective.
+
+    Parameters
+    ----------
+    net
+        The network, at its present coefficients.
+    initial
+        f_I, as for ``net.run``. Each sample costs twice as many tangents a layer as psi has functions, and is looked at
+        on its own; a few samples are enough.
+    terminal
+        r(T), a Function of the space of `initial`: the gradient of a loss in f(T), as of `terminal_costate`; if left
+        out f(T), that of 1/2 norm(f(T))^2.
+    json, png
+        Where rank 0 writes numbers and page, if anywhere.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit, or the network has no layer.
+    StepFailure
+        If a solution, or a perturbation of it, overflows: it names the layer.
+    OSError
+        If a file cannot be written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from firedrake import FunctionSpace, UnitDiskMesh
+    >>> from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis, stability_report
+    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+    >>> options = {"final_time": 2.0, "kernel_in_time": "shared", "activation": "identity", "steps": 4}
+    >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=2, **options)
+    >>> net.kernel.set(0, np.diag([2.0, -1.5, 0.0]))  # modes do e^(-2 t) and e^(1.5 t)
+    >>> report = stability_report(net, Y.batch(0.1 * Y.coordinates[:, 0]))
+    >>> [layer.verdict for layer in report.layers], [suggestion.kind for suggestion in report.suggestions]
+    (['both', 'both'], ['constraint'])
+    """
+    began = time.perf_counter()
+    flow = LinearisedFlow(net, initial)
+    terminal = _terminal(flow, initial, terminal)
+    layers = layer_stability(flow, terminal)
+    gradients = _gradients(layers)
+    findings = _findings(layers, gradients)
+    if caveat := net.activation.properties.caveat("lipschitz"):
+        findings.append(f"the bounds rest on sup |sigma'|; {caveat}")
+    seconds = net.Y.comm.allreduce(time.perf_counter() - began, op=MPI.MAX)
+    title = f"{net!r}, {net.solver_parameters['ts_type']}, steps a layer: {net.steps}, samples: {terminal.shape[1]}"
+    report = StabilityReport(title, layers, gradients, findings, _suggestions(net, flow, layers), seconds)
+    if json is not None or png is not None:
+        write(report, net.Y.comm, as_text=False, json=json, png=png)
+    return report
+
+
+def _terminal(flow: LinearisedFlow, initial: fd.Function, terminal: fd.Function | None) -> np.ndarray:
+    Y = flow.net.Y
+    if terminal is None:
+        r = flow.states[-1]
+        return r if Y.sum(np.abs(r).sum()) > 0 else np.ones_like(r)
+    Y.check_batch(terminal, "terminal")
+    if terminal.function_space() != initial.function_space():
+        raise ValueError(
+            f"terminal: a Function of {initial.function_space()} is wanted, {terminal.function_space()} was given"
+        )
+    r = np.array(Y.values(terminal))
+    if not Y.sum(np.abs(r).sum()) > 0:
+        raise ValueError("terminal: it is zero, so that no gradient is to be seen")
+    return r
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
+
+
+def _gradients(layers: Sequence[LayerStability]) -> str:
+    exploding = max(max(l.costate, l.bias_gradient) for l in layers) > _GRADIENTS
+    vanishing = min(l.bias_gradient for l in layers) < 1 / _GRADIENTS
+    if exploding and vanishing:
+        return "both"
+    return "exploding" if exploding else "vanishing" if vanishing else "even"
+
+
+def _findings(layers: Sequence[LayerStability], gradients: str) -> list[str]:
+    def of(*verdicts):
+        return _ranges([l.layer for l in layers if l.verdict in verdicts])
+
+    last, first = layers[-1], layers[0]
+    with np.errstate(over="ignore", under="ignore"):
+        apart = np.prod([l.keeps for l in layers]), np.prod([l.grows for l in layers])
+    sizes = [l.bias_gradient for l in layers]
+    return [
+        f"layers that amplify: {of('amplifies', 'both')}; that damp: {of('damps', 'both')}",
+        f"perturbations of f_I are multiplied by {_short(last.kept)} to {_short(last.grown)} over T = {last.end:g}, "
+        f"condition {_short(last.condition)}, Lyapunov exponents {last.exponents[1]:.3g} to {last.exponents[0]:.3g}; "
+        f"if the layers' directions lined up, by {_short(apart[0])} to {_short(apart[1])}",
+        f"gradients: {gradients}; norm(r(0)) is {_short(first.costate)} times norm(r(T)), in any loss from "
+        f"{_short(first.gradient_keeps)} to {_short(first.gradient_grows)}; the bias's gradient goes "
+        f"from {_short(min(sizes))} in layer {np.argmin(sizes)} to {_short(max(sizes))} in layer {np.argmax(sizes)}",
+    ]
+
+
+def _suggestions(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence[LayerStability]) -> list[Suggestion]:
+    return [
+        Suggestion(kind, text)
+        for kind, texts in (
+            ("step", _on_steps(net, layers)),
+            ("activation", _on_activation(net, layers)),
+            ("constraint", _on_constraints(net, flow, layers)),
+        )
+        for text in texts
+    ]
+
+
+def _on_steps(net: ResidualNetwork, layers: Sequence[LayerStability]) -> list[str]:
+    coarse = [l for l in layers if l.wanted_steps != net.steps]
+    if scheme_of(net) is None or not coarse:
+        return []
+    where = (
+        f"what {net.steps} steps a layer do to a mode of the linearisation is more than a tenth off the flow in layers "
+        f"{_ranges([l.layer for l in coarse])}"
+    )
+    wanted = [l.wanted_steps for l in coarse]
+    if None in wanted:
+        instead = "make the kernel smaller, or take a method of higher order or an implicit one"
+        return [f"{where}, and so it is with {MORE_STEPS} times as many: {instead}"]
+    return [f"{where}: take steps={max(wanted)}"]
+
+
+def _on_activation(net: ResidualNetwork, layers: Sequence[LayerStability]) -> list[str]:
+    properties, name = net.activation.properties, net.activation.name
+    texts = []
+    saturated = [l for l in layers if l.slope < _SATURATED]
+    flat = [l for l in layers if l.flat > 0.5 and l.slope >= _SATURATED]
+    if saturated:
+        cure = "penalise bias and kernel, so that u stays smaller" if properties.bounded else "move the bias"
+        other = "" if name in ("leaky_relu", "identity") else ", or take 'leaky_relu', whose slope is never 0"
+        texts.append(
+            f"{name} is saturated in layers {_ranges([l.layer for l in saturated])}, its slope below a tenth of the "
+            f"largest on average, and gradients (4.3) are as small: {cure}{other}"
+        )
+    if flat:
+        texts.append(
+            f"sigma'(u) is below a thousandth of its largest on more than half of Y in layers "
+            f"{_ranges([l.layer for l in flat])}, which learn nothing there: take 'leaky_relu', or move the bias"
+        )
+    if not net.gradient_flow and not properties.bounded and layers[-1].grown > _GRADIENTS:
+        texts.append(
+            f"{name} is not bounded, so that f may grow exponentially; with 'tanh' or 'arctan' it grows linearly at "
+            f"most (section 3.4)"
+        )
+    return texts
+
+
+def _on_constraints(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence[LayerStability]) -> list[str]:
+    T, lipschitz = layers[-1].end, net.activation.properties.lipschitz
+    texts = []
+    if layers[-1].grown > BY_DEPTH or layers[0].gradient_grows > BY_DEPTH:
+        if 0 < lipschitz < np.inf:
+            largest, mean = (value ** (1 / flow.power) for value in (np.log(BY_DEPTH) / (lipschitz * T), flow.exponent() / (lipschitz * T)))
+            texts.append(
+                f"norm(b) <= {largest:.3g} in L2(Y x Y), now {mean:.3g} on average over t, "
+                f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5){sampled(net.activation, 'lipschitz')}; Tikhonov's "
+                f"regulariser draws it there"
+            )
+    if layers[-1].kept < 1 / _GRADIENTS:
+        texts.append(
+            f"inputs that differ by one function come {_short(1 / layers[-1].kept)} times closer: a smaller T or "
+            f"norm(b) keeps them apart"
+        )
+    return texts
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """ "0-3, 5" for 0, 1, 2, 3, 5; "none" for none."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"
