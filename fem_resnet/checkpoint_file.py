@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import ast
 import io
-import math
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import h5py

@@ -32,17 +32,16 @@ from fem_resnet.checkpoint_file import Group, Wrong, are_all, check_meshes, slic
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.files import Damaged, let_go, put_in_place, reserve, seal, sealed
 from fem_resnet.label_domain.basis import Basis, cell_indicators
-from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.label_space import LabelSpace, checked_graph
 from fem_resnet.label_domain.laplace import move_laplace
-from fem_resnet.label_domain.points import checked_graph
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.network.network import ResidualNetwork, checked_times
+from fem_resnet.options import last_words
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
 from fem_resnet.parameters.stable_kernels import stable_kernel_from
 from fem_resnet.parameters.time_basis import get_time_basis
 from fem_resnet.ranks import in_step, on_first, same, together
-from fem_resnet.time_stepping.methods import last_words
 from fem_resnet.time_stepping.options import refuse_in_file
 from fem_resnet.time_stepping.petsc import check_plex
 

@@ -2,29 +2,485 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
+from pathlib import Path
 
+import firedrake as fd
 import numpy as np
-from helpers import label_space
+import sympy
+from firedrake import COMM_WORLD
+from helpers import label_space, laplace, smooth
+from problems import learning_problem, network
+from pyadjoint import Tape
 
 from doors import Door
-from fem_resnet import class_space, laplace_basis
+from fem_resnet import (
+    Activation, Basis, Batch, DampedAntisymmetric, Derivatives, Head, LabelSpace, LearningProblem, Loss, LowRankKernel, NormBounded,
+    Observations, Parameter, PositiveSemidefinite, Properties, Regulariser, ResidualNetwork, RowBox, Run, RunningCost,
+    binary_cross_entropy, cell_indicators, class_space, cross_entropy, enable_checkpointing, functional_loss, get_activation,
+    given_basis, laplace_basis, least_squares, load, msa, point_space, save, smooth_in_space, smooth_in_time, tikhonov, train,
+    train_pam,
+)  # fmt: skip
+from fem_resnet.learning.head import PREDICTIONS
+from fem_resnet.learning.regulariser import _mass
+
+S = sympy.Symbol("s")
+F, A = sympy.symbols("f a")
+FLAG = {"a bool"}
+NUMBER = {"a negative number", "zero", "a fraction", "a huge integer"}
+POSITIVE = {"a fraction", "a huge integer"}
+NOT_NEGATIVE = POSITIVE | {"zero"}
+TEXT = {"a string", "an empty string"}
+OPTIONS = {"None", "an empty dict"}
+PATH = {"a string", "an empty string", "a path"}
+PREFIX = {"None", "an empty string"}
+#: What casts safely to doubles.
+SAFE = {
+    "a bool", "NaN", "infinity", "a negative number", "zero", "a fraction", "an empty list", "an array of NaN",
+    "an array of another shape",
+}  # fmt: skip
 
 
-@cache
-def disk():
+# -- what the doors are called with ------------------------------------------------------------------------------------
+
+
+def disk() -> LabelSpace:
     return label_space("disk", "CG1")
 
 
+def cells() -> LabelSpace:
+    return label_space("disk", "DG0")
+
+
+def phi() -> Basis:
+    return laplace("disk", "CG1", 4)
+
+
+@cache
+def kernel() -> LowRankKernel:
+    return LowRankKernel(phi(), phi())
+
+
+@cache
+def classes() -> LearningProblem:
+    """Three classes."""
+    return learning_problem(network("disk", "CG1"))
+
+
+@cache
+def fields() -> LearningProblem:
+    """Fields, without a head."""
+    return learning_problem(network("disk", "CG1"), head=False)
+
+
+def net() -> ResidualNetwork:
+    return classes().net
+
+
+@cache
+def points() -> fd.FunctionSpace:
+    """The space of a set of four points, and the numbers of this rank's."""
+    Y = point_space(np.ones(4))
+    return Y.V, Y.numbers
+
+
+@cache
+def run() -> Run:
+    problem = fields()
+    J, run = problem.record()
+    J.derivative()
+    return run
+
+
+@cache
+def shared() -> Path:
+    """A folder that all ranks see."""
+    return Path(COMM_WORLD.bcast(tempfile.mkdtemp() if COMM_WORLD.rank == 0 else None))
+
+
+@cache
+def saved() -> Path:
+    path = shared() / "net.h5"
+    save(path, net(), classes().head)
+    return path
+
+
+def beta(shape=(4, 4)) -> np.ndarray:
+    return np.arange(1.0, 1.0 + np.prod(shape)).reshape(shape)
+
+
+def one() -> fd.Function:
+    return fields().batch.inputs
+
+
+def value(Y, O, C, h):
+    return Y.weights @ (O - C)
+
+
+def gradient(Y, O, C, h):
+    return Y.weights[:, None] * np.ones_like(O)
+
+
+def difference(p, C):
+    return (p - C) ** 2 * fd.dx
+
+
+def ring() -> np.ndarray:
+    a = np.roll(np.eye(4), 1, axis=0)
+    return a + a.T
+
+
+def stop(progress):
+    return True
+
+
+@cache
+def free() -> LearningProblem:
+    """Three classes, without a regulariser."""
+    return classes().replace(regulariser=None)
+
+
+@cache
+def laplace_net() -> ResidualNetwork:
+    return ResidualNetwork(phi(), bias=phi(), layers=1)
+
+
 DOORS = {
-    "class_space": Door(
-        class_space,
-        lambda: {"classes": 4},
-        takes={"classes": set()},
+    # -- activations, without a communicator --
+    "get_activation": Door(
+        get_activation, lambda: {"spec": "elu", "alpha": 0.5}, takes={"alpha": POSITIVE}, parted=("spec", "alpha"),
+        called={"spec": "activation"},
     ),
+    "Activation.from_sympy": Door(
+        Activation.from_sympy, lambda: {"expression": sympy.tanh(S), "properties": None},
+        takes={"properties": {"None"}}, parted=("expression", "properties"),
+    ),
+    # -- label domains --
+    "LabelSpace": Door(
+        LabelSpace, lambda: {"V": points()[0], "numbers": points()[1], "graph": ring()},
+        takes={"graph": {"None"}}, parted=("V", "numbers"), another={"graph": None},
+    ),
+    "LabelSpace.batch": Door(
+        LabelSpace.batch, lambda: {"self": disk(), "values": smooth(disk()), "name": "pictures"},
+        takes={"name": TEXT}, parted=("values",), another={"name": "faces"}, called={"values": "pictures"},
+    ),
+    "LabelSpace.batch_space": Door(LabelSpace.batch_space, lambda: {"self": disk(), "samples": 3}),
+    "LabelSpace.inner": Door(LabelSpace.inner, lambda: {"self": disk(), "f": one(), "g": one()}, parted=("f", "g")),
+    "LabelSpace.norm": Door(LabelSpace.norm, lambda: {"self": disk(), "f": one()}, parted=("f",)),
+    "LabelSpace.riesz_map": Door(
+        LabelSpace.riesz_map, lambda: {"self": disk(), "dual": fd.Cofunction(disk().V.dual())}, parted=("dual",)
+    ),
+    "class_space": Door(class_space, lambda: {"classes": 4, "comm": COMM_WORLD}, parted=("comm",)),
+    "point_space": Door(
+        point_space, lambda: {"weights": np.arange(1.0, 5.0), "points": None, "graph": None, "comm": COMM_WORLD},
+        takes={"points": {"None"}, "graph": {"None"}}, parted=("comm",),
+        another={"points": np.ones((4, 2)), "graph": ring()},
+    ),
+    "Basis": Door(
+        Basis,
+        lambda: {
+            "Y": disk(), "values": phi().values, "kind": "given", "eigenvalues": np.ones(4), "move": None, "stiffness": None,
+        },
+        takes={"kind": TEXT, "eigenvalues": {"None"}, "move": {"None", "a function"}, "stiffness": {"None"}},
+        parted=("Y", "values"), another={"kind": "cells", "move": lambda basis, Y: basis, "stiffness": np.eye(4)},
+    ),
+    "Basis.on": Door(Basis.on, lambda: {"self": phi(), "Y": disk()}, parted=("Y",)),
+    "Basis.function": Door(Basis.function, lambda: {"self": phi(), "coefficients": np.ones(4)}),
+    "given_basis": Door(given_basis, lambda: {"Y": disk(), "functions": [2.0]}, parted=("Y",)),
+    "cell_indicators": Door(cell_indicators, lambda: {"Y": cells()}, parted=("Y",)),
     "laplace_basis": Door(
         laplace_basis,
-        lambda: {"Y": disk(), "rank": 3},
-        parted=("Y",),
+        lambda: {"Y": disk(), "rank": 3, "solver_parameters": None, "options_prefix": None, "cache": None},
+        takes={
+            "solver_parameters": OPTIONS, "options_prefix": PREFIX,
+            "cache": {"None"} | PATH,
+        },
+        parted=("Y",), another={"solver_parameters": {"eps_max_it": 7}, "options_prefix": "mine", "cache": "here"},
+    ),
+    "LowRankKernel": Door(LowRankKernel, lambda: {"phi": phi(), "psi": phi()}, parted=("phi", "psi")),
+    "LowRankKernel.bound": Door(
+        LowRankKernel.bound, lambda: {"self": kernel(), "coefficients": beta()}, takes={"coefficients": {"a bool", "zero", "a fraction"}}
+    ),
+    "LowRankKernel.norm": Door(
+        LowRankKernel.norm, lambda: {"self": kernel(), "beta": beta(), "kind": "hs"}, another={"kind": "linf"}
+    ),
+    "LowRankKernel.svd": Door(LowRankKernel.svd, lambda: {"self": kernel(), "beta": beta()}),
+    # -- parameters --
+    "RunningCost": Door(
+        RunningCost, lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5},
+        takes={"density": NUMBER, "kernel": NOT_NEGATIVE}, parted=("density", "kernel"),
+    ),
+    "PositiveSemidefinite": Door(
+        PositiveSemidefinite, lambda: {"rank": 2}, takes={"rank": {"None"}}, parted=("rank",)
+    ),
+    "DampedAntisymmetric": Door(
+        DampedAntisymmetric, lambda: {"damping": 0.5}, takes={"damping": NOT_NEGATIVE}, parted=("damping",)
+    ),
+    "NormBounded": Door(NormBounded, lambda: {"bound": 0.5}, takes={"bound": POSITIVE}, parted=("bound",)),
+    "Parameter": Door(
+        Parameter,
+        lambda: {
+            "name": "mine", "space_basis": net().kernel.space_basis, "time_basis": net().kernel.time_basis, "functions": None,
+            "penalised": True,
+        },
+        takes={"name": TEXT, "functions": {"None"}, "penalised": FLAG}, parted=("space_basis", "time_basis"),
+        another={"name": "yours", "functions": net().kernel.functions},
+    ),
+    "Parameter.get": Door(Parameter.get, lambda: {"self": net().kernel, "k": 1}, takes={"k": {"zero"}}),
+    "Parameter.set": Door(Parameter.set, lambda: {"self": net().kernel, "k": 1, "coefficients": beta((4, 3))}, takes={"k": {"zero"}}),
+    "Parameter.inner": Door(
+        Parameter.inner, lambda: {"self": net().kernel, "k": 1, "c": beta((4, 3)), "d": beta((4, 3))}, takes={"k": {"zero"}}
+    ),
+    "Parameter.riesz_map": Door(Parameter.riesz_map, lambda: {"self": net().bias, "k": 1}, takes={"k": {"zero"}}),
+    "enable_checkpointing": Door(
+        enable_checkpointing, lambda: {"tape": Tape(), "checkpoints": 2, "steps": 3}, parted=("tape", "checkpoints", "steps")
+    ),
+    # -- networks --
+    "ResidualNetwork": Door(
+        ResidualNetwork,
+        lambda: {
+            "phi": phi(), "psi": phi(), "bias": phi(), "layers": 2, "final_time": 1.5, "times": None, "bias_in_time": "layers",
+            "kernel_in_time": "layers", "activation": "tanh", "steps": 1, "layers_per_block": 1, "solver_parameters": None,
+            "options_prefix": None, "learn_factors": False, "learn_times": False, "replay_steps": True, "gradient_flow": False,
+            "stable_kernel": None, "precision": "double",
+        },
+        takes={
+            "psi": {"None"}, "bias": {"None"}, "layers": {"zero"}, "final_time": POSITIVE, "times": {"None"},
+            "layers_per_block": {"None"}, "solver_parameters": OPTIONS, "options_prefix": PREFIX, "learn_factors": FLAG,
+            "learn_times": FLAG, "replay_steps": FLAG, "gradient_flow": FLAG, "stable_kernel": {"None"},
+        },
+        parted=("phi",),
+        another={
+            "psi": None, "bias": None, "times": [0.0, 0.5, 1.5], "bias_in_time": "linear", "kernel_in_time": [0, 0],
+            "activation": sympy.sin(S), "solver_parameters": {"ts_type": "cn"}, "options_prefix": "mine",
+            "stable_kernel": PositiveSemidefinite(2), "precision": "single",
+        },
+    ),
+    "ResidualNetwork.replace": Door(
+        ResidualNetwork.replace, lambda: {"self": net(), "steps": 2}
+    ),
+    "ResidualNetwork.run": Door(
+        ResidualNetwork.run,
+        lambda: {
+            "self": net(), "initial": classes().batch.inputs, "running": RunningCost(0.5), "weights": np.ones(4), "seen_by": None,
+            "observed": [1, 2],
+        },
+        takes={"running": {"None"}, "weights": {"None"}, "seen_by": {"None"}, "observed": {"an empty list"}},
+        parted=("initial",), another={"running": RunningCost(0.25), "weights": None, "seen_by": phi(), "observed": [1]},
+    ),
+    "ResidualNetwork.__call__": Door(
+        ResidualNetwork.__call__, lambda: {"self": net(), "initial": classes().batch.inputs}, parted=("initial",)
+    ),
+    "ResidualNetwork.steps_what_is_seen_by": Door(
+        ResidualNetwork.steps_what_is_seen_by, lambda: {"self": net(), "psi": phi()}, parted=("psi",)
+    ),
+    "ResidualNetwork.on": Door(ResidualNetwork.on, lambda: {"self": laplace_net(), "Y": label_space("disk", "DG0")}, parted=("Y",)),
+    "ResidualNetwork.truncated": Door(
+        ResidualNetwork.truncated, lambda: {"self": net(), "tolerance": 0.5}, takes={"tolerance": {"zero"}}
+    ),
+    "Run.state": Door(Run.state, lambda: {"self": run(), "layer": 1}, takes={"layer": {"zero"}}),
+    "Run.costate": Door(Run.costate, lambda: {"self": run(), "layer": 1}, takes={"layer": {"zero"}}),
+    "Run.tangent": Door(Run.tangent, lambda: {"self": run(), "direction": fields().batch.inputs}, parted=("direction",)),
+    # -- problems --
+    "Head": Door(
+        Head, lambda: {"psi": phi(), "onto": 3, "prediction": "softmax"}, parted=("psi",), another={"prediction": "logistic"}
+    ),
+    "Head.__call__": Door(Head.__call__, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
+    "Head.linear": Door(Head.linear, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
+    "Head.predict": Door(Head.predict, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
+    "Head.scores": Door(Head.scores, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
+    "Head.on": Door(Head.on, lambda: {"self": classes().head, "Y": disk()}, parted=("Y",)),
+    "Head.observations": Door(
+        Head.observations, lambda: {"self": classes().head, "labels": [0, 1, 2, 1]}, another={"labels": [0, 1, 2, 2]}
+    ),
+    "Loss": Door(
+        Loss,
+        lambda: {
+            "name": "mine", "value": value, "gradient": gradient, "prediction": None, "hessian": None, "gauss_newton": None,
+        },
+        takes={
+            "name": TEXT, "value": {"a function"}, "gradient": {"a function"}, "prediction": {"None"},
+            "hessian": {"None", "a function"}, "gauss_newton": {"None", "a function"},
+        },
+        parted=("name", "value", "gradient", "prediction", "hessian", "gauss_newton"),
+    ),
+    **{
+        name: Door(
+            loss, lambda: {"Y": disk(), "output": one(), "observation": one(), "weights": np.arange(1.0, 5.0), "prediction": None},
+            takes={"weights": {"None"}, "prediction": {"None"}}, parted=("Y", "output", "observation"),
+            another={"prediction": PREDICTIONS[loss.prediction or "logistic"]},
+        )
+        for name, loss in (
+            ("least_squares", least_squares), ("cross_entropy", cross_entropy), ("binary_cross_entropy", binary_cross_entropy),
+        )
+    },
+    "functional_loss": Door(
+        functional_loss, lambda: {"functional": difference, "name": "mine"}, takes={"functional": {"a function"}, "name": TEXT},
+        parted=("functional", "name"),
+    ),
+    "Regulariser": Door(
+        Regulariser, lambda: {"terms": ((0.5, _mass),), "names": ("mine",)}, takes={"names": {"an empty list"}},
+        parted=("terms", "names"), called={"terms": "terms|names"},
+    ),
+    "Regulariser.__call__": Door(
+        Regulariser.__call__, lambda: {"self": tikhonov(0.5), "parameters": classes().penalised()},
+        takes={"parameters": {"an empty list"}}, parted=("parameters",),
+    ),
+    **{
+        term.__name__: Door(term, lambda: {"weight": 0.5}, takes={"weight": NOT_NEGATIVE}, parted=("weight",))
+        for term in (tikhonov, smooth_in_space, smooth_in_time)
+    },
+    "Batch": Door(
+        Batch, lambda: {"inputs": one(), "targets": [0, 1, 2, 1], "weights": np.ones(4)}, takes={"weights": {"None"}},
+        parted=("inputs",), another={"targets": [0, 1, 2, 2], "weights": np.arange(1.0, 5.0)},
+    ),
+    "Derivatives": Door(
+        Derivatives, lambda: {"directions": one(), "targets": one(), "weight": 0.5}, takes={"weight": NOT_NEGATIVE},
+        parted=("directions", "targets"),
+    ),
+    "Observations": Door(
+        Observations, lambda: {"layers": [1], "targets": [[0, 1, 2, 1]], "weights": [0.5]}, takes={"weights": {"None"}},
+        parted=("layers", "targets", "weights"), called={"layers": "layers|targets"},
+    ),
+    "LearningProblem": Door(
+        LearningProblem,
+        lambda: {
+            "net": net(), "head": classes().head, "loss": cross_entropy, "regulariser": None, "batch": classes().batch,
+            "learn": "parameters", "derivatives": None, "observations": None, "running": None, "ensemble": None,
+            "checkpoints": None,
+        },
+        takes={
+            name: {"None"} for name in ("regulariser", "derivatives", "observations", "running", "ensemble", "checkpoints")
+        },
+        parted=("net",), called={"head": "head|batch"},
+        another={
+            "head": None, "loss": least_squares, "regulariser": tikhonov(0.5),
+            "batch": Batch(classes().batch.inputs, [0, 1, 2, 2]), "learn": "both",
+            "derivatives": Derivatives(one(), one()), "observations": Observations([1], [[0, 1, 2, 1]]),
+            "running": RunningCost(0.5), "checkpoints": 1,
+        },
+    ),
+    "LearningProblem.replace": Door(
+        LearningProblem.replace, lambda: {"self": classes(), "learn": "parameters"}, another={"learn": "both"}
+    ),
+    "LearningProblem.record": Door(
+        LearningProblem.record, lambda: {"self": classes(), "gauss_newton": False}, takes={"gauss_newton": FLAG}
+    ),
+    "LearningProblem.reduced_functional": Door(
+        LearningProblem.reduced_functional, lambda: {"self": classes(), "gauss_newton": False}, takes={"gauss_newton": FLAG}
+    ),
+    "LearningProblem.exchange": Door(
+        LearningProblem.exchange, lambda: {"self": classes(), "batch": classes().batch},
+        another={"batch": Batch(classes().batch.inputs, [0, 1, 2, 2])},
+    ),
+    "LearningProblem.minibatches": Door(
+        LearningProblem.minibatches, lambda: {"self": classes(), "size": 2, "seed": 3},
+        takes={"seed": {"None", "zero", "a huge integer"}},
+    ),
+    # -- training; the monitor stops at the start --
+    "train": Door(
+        train,
+        lambda: {
+            "problem": classes(), "solver_parameters": {"tao_max_it": 1}, "options_prefix": None, "monitor": stop,
+            "gauss_newton": False,
+            "bounds": None,
+        },
+        takes={
+            "solver_parameters": OPTIONS, "options_prefix": PREFIX, "monitor": {"None", "a function"}, "gauss_newton": FLAG,
+            "bounds": OPTIONS,
+        },
+        parted=("problem",),
+        another={
+            "solver_parameters": {"tao_max_it": 2}, "options_prefix": "mine", "monitor": None,
+            "bounds": {"kernel": (-9.0, 9.0)},
+        },
+    ),
+    "train_pam": Door(
+        train_pam,
+        lambda: {
+            "problem": classes(), "solver_parameters": {"tao_max_it": 1}, "tau": 0.5, "iterations": 1, "gradient_tolerance": 1e-6,
+            "accuracy": 0.5, "adapt": False, "inertial": False, "batches": None, "options_prefix": None, "monitor": stop,
+            "start": None,
+        },
+        takes={
+            "solver_parameters": OPTIONS, "tau": POSITIVE, "iterations": {"zero"}, "gradient_tolerance": NOT_NEGATIVE,
+            "accuracy": NOT_NEGATIVE, "adapt": FLAG, "inertial": FLAG, "batches": {"None"}, "options_prefix": PREFIX,
+            "monitor": {"None", "a function"}, "start": {"None"},
+        },
+        parted=("problem",),
+        another={
+            "solver_parameters": {"tao_max_it": 2}, "batches": [classes().batch], "options_prefix": "mine", "monitor": None,
+        },
+    ),
+    "msa": Door(
+        msa,
+        lambda: {
+            "problem": free(), "A": RowBox(phi(), (-9, 9), (-9, 9)), "variant": "basic", "iterations": 1, "rho": 0.5,
+            "largest_rho": 1e8, "restarts": 0, "project": True, "monitor": stop,
+        },
+        takes={
+            "iterations": {"zero"}, "rho": POSITIVE, "largest_rho": POSITIVE, "restarts": {"zero"}, "project": FLAG,
+            "monitor": {"None", "a function"},
+        },
+        parted=("problem",), another={"A": RowBox(phi(), (-9, 8), (-9, 9)), "variant": "extended", "monitor": None},
+    ),
+    # -- files --
+    "save": Door(
+        save, lambda: {"path": shared() / "another.h5", "net": net(), "head": classes().head},
+        takes={"path": PATH, "head": {"None"}}, parted=("net",), another={"head": None},
+    ),
+    "load": Door(
+        load, lambda: {"path": saved(), "comm": COMM_WORLD}, takes={"path": PATH}, parted=("comm",)
+    ),
+    # -- what activations are made of --
+    "Activation": Door(
+        Activation,
+        lambda: {
+            "name": "mine", "kernels": get_activation("tanh").kernels, "declared": get_activation("tanh").properties,
+            "parameters": (), "joints": (), "expression": None,
+        },
+        takes={
+            "name": TEXT, "declared": {"a function"}, "parameters": {"an empty list"}, "joints": {"an empty list"},
+            "expression": {"None"},
+        },
+        parted=("name", "kernels", "declared", "parameters", "joints", "expression"),
+    ),
+    **{
+        f"Activation.{name}": Door(
+            getattr(Activation, name), lambda: {"self": get_activation("tanh"), "s": np.ones(3), "out": None},
+            takes={"s": SAFE, "out": {"None"}}, parted=("s", "out"), through=("s",),
+        )
+        for name in ("__call__", "derivative", "second_derivative", "primitive")
+    },
+    "Properties": Door(
+        Properties,
+        lambda: {
+            "lipschitz": 1.0, "zero_at_zero": True, "sign_preserving": True, "positive_slope_at_zero": True, "non_decreasing": True,
+            "strictly_increasing": True, "bounded": True, "sampled": frozenset(),
+        },
+        takes={
+            "lipschitz": NOT_NEGATIVE | {"infinity"}, "sampled": {"an empty list"},
+            **{
+                name: FLAG
+                for name in (
+                    "zero_at_zero", "sign_preserving", "positive_slope_at_zero", "non_decreasing", "strictly_increasing", "bounded",
+                )
+            },
+        },
+        parted=(
+            "lipschitz", "zero_at_zero", "sign_preserving", "positive_slope_at_zero", "non_decreasing", "strictly_increasing",
+            "bounded", "sampled",
+        ),
+    ),
+}
+
+#: Public names that are not called with arguments from outside: what they are.
+NO_DOORS = {
+    "ACTIVATIONS": "a table",
+    "Density": "a protocol: what a density of the user's has",
+    "StepFailure": "an error that a layer raises",
+    **dict.fromkeys(
+        ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress"), "what training gives, with what it computed"
     ),
 }

@@ -282,9 +282,7 @@ NUMBERS = {
     "weight ": smooth_in_space,
     "weight  ": smooth_in_time,
     "kernel": lambda x: RunningCost(0.5, x),
-    "derivatives.weight": lambda x: LearningProblem(
-        *_parts(), derivatives=Derivatives(parts()[0].batch.inputs, parts()[0].batch.inputs, x)
-    ),
+    "weight   ": lambda x: Derivatives(parts()[0].batch.inputs, parts()[0].batch.inputs, x),
     "size": lambda x: parts()[0].minibatches(x),
     "seed": lambda x: parts()[0].minibatches(2, x),
     "rank ": PositiveSemidefinite,
@@ -345,7 +343,7 @@ def test_what_is_no_number_is_refused_by_name(name):
 
 CHOICES = {
     "prediction": (lambda x: Head(laplace("disk", "CG1", 4), 3, x), "'softmax'"),
-    "prediction ": (lambda x: Loss("mine", None, None, x), "'softmax'"),
+    "prediction ": (lambda x: Loss("mine", least_squares.value, least_squares.gradient, x), "'softmax'"),
     "learn": (lambda x: LearningProblem(*_parts(), learn=x), "'initial'"),
     "precision": (lambda x: _net(precision=x), "'single'"),
     "bias_in_time": (lambda x: _net(bias_in_time=x), "'linear'"),

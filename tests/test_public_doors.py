@@ -16,7 +16,7 @@ from doors import WRONG, fault
 
 DOORS = doors_of_networks.DOORS | doors_of_theory.DOORS
 #: Public names that are not called with arguments from outside: what they are.
-NO_DOORS = doors_of_theory.NO_DOORS
+NO_DOORS = doors_of_networks.NO_DOORS | doors_of_theory.NO_DOORS
 #: What stays in the default run of a door whose calls take seconds.
 FEW = ("an object", "a string", "NaN", "an array of another shape")
 

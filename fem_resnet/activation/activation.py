@@ -45,11 +45,11 @@ evaluated.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from numbers import Real
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Self
 
 import numpy as np
@@ -59,7 +59,7 @@ from numpy.typing import ArrayLike, NDArray
 import fem_resnet.activation.pointwise as pointwise
 import fem_resnet.activation.properties as activation_properties
 import fem_resnet.activation.sympy_activation as sympy_activation
-from fem_resnet.arguments import choice, instance
+from fem_resnet.arguments import choice, flag, function, instance, number, real_array
 
 __all__ = ["ACTIVATIONS", "Activation", "Properties", "get_activation"]
 
@@ -101,8 +101,8 @@ class Properties:
 
     Raises
     ------
-    ValueError
-        If `lipschitz` is negative or NaN, or `sampled` has other names.
+    TypeError, ValueError
+        If `lipschitz` is no number >= 0 or infinity, another is neither True nor False, or `sampled` has other names.
 
     Examples
     --------
@@ -123,10 +123,13 @@ class Properties:
     sampled: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if not self.lipschitz >= 0:
-            raise ValueError(f"lipschitz is {self.lipschitz!r}; give sup |sigma'|, a number >= 0 or infinity")
-        if unknown := sorted(set(self.sampled) - set(_IN_WORDS)):
-            raise ValueError(f"sampled has {', '.join(unknown)}; give some of {', '.join(_IN_WORDS)}")
+        if not (isinstance(self.lipschitz, Real) and self.lipschitz == math.inf):
+            number("lipschitz", self.lipschitz, least=0)
+        for name in _IN_WORDS:
+            if name != "lipschitz":
+                flag(name, getattr(self, name))
+        for name in instance("sampled", self.sampled, (Set, list, tuple), "names of properties"):
+            choice("sampled", name, _IN_WORDS)
 
     def caveat(self, *names: str) -> str:
         """What a statement that rests on these properties has to say: which of them are sampled, "" if none is."""
@@ -157,6 +160,11 @@ class Activation:
     expression : sympy.Expr or None
         The SymPy expression that it was made from.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If one of these is something else.
+
     Examples
     --------
     >>> sigma = get_activation("elu", alpha=0.5)
@@ -174,6 +182,22 @@ class Activation:
     parameters: tuple[tuple[str, float], ...] = ()
     joints: tuple[float, ...] = ()
     expression: sympy.Expr | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        instance("name", self.name, str)
+        if len(instance("kernels", self.kernels, (tuple, list))) != 4:
+            raise ValueError(f"kernels: sigma, sigma', sigma'' and the primitive are wanted, {len(self.kernels)} were given")
+        for kernel in self.kernels:
+            function("kernels", kernel, "a function of s, out and the parameters")
+        if not isinstance(self.declared, Properties):
+            function("declared", self.declared, "Properties, or a function of the parameters,")
+        for pair in instance("parameters", self.parameters, (tuple, list)):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise TypeError(f"parameters: pairs of a name and a number are wanted, {pair!r} was given")
+            number("parameters", pair[1])
+        for joint in instance("joints", self.joints, (tuple, list)):
+            number("joints", joint)
+        instance("expression", self.expression, (sympy.Expr, NoneType))
 
     @classmethod
     def from_sympy(cls, expression: sympy.Expr, properties: Properties | None = None) -> Self:
@@ -211,8 +235,7 @@ class Activation:
         >>> round(swish.properties.lipschitz, 6), swish.properties.non_decreasing
         (1.099839, False)
         """
-        if not isinstance(properties, Properties | None):
-            raise TypeError(f"properties is {type(properties).__name__}; give Properties, or leave them out")
+        instance("properties", properties, (Properties, NoneType), "leave them out where you do not know")
         expression = sympy_activation.normal_form(expression)
         sympy_activation.check(expression)
         if properties is not None and (wrong := activation_properties.contradicted(expression, asdict(properties))):
@@ -338,6 +361,11 @@ class Activation:
         """
         return self._apply(-1, s, out)
 
+    def _argument(self, s: ArrayLike) -> Array:
+        if isinstance(s, np.ndarray) and s.dtype.kind in "biuf" and not np.can_cast(s.dtype, np.float64):
+            raise TypeError(f"s: numbers that cast safely to float64 are wanted, {s.dtype} was given")
+        return real_array("s", s, finite=False)
+
     @property
     def kinks(self) -> tuple[float, ...]:
         """The points where sigma' jumps."""
@@ -351,11 +379,8 @@ class Activation:
         )
 
     def _apply(self, order: int, s: ArrayLike, out: Array | None) -> Array:
-        s = np.asarray(s)
-        if s.dtype != np.float64:
-            if not np.can_cast(s.dtype, np.float64):
-                raise TypeError(f"s has dtype {s.dtype}; {self.name} wants real numbers that cast safely to float64")
-            s = s.astype(np.float64)
+        if type(s) is not np.ndarray or s.dtype != np.float64:
+            s = self._argument(s)
         if out is None:
             out = np.empty_like(s)
         elif not isinstance(out, np.ndarray) or out.dtype != np.float64:

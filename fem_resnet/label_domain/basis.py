@@ -17,9 +17,10 @@ import ufl
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import number, real_array
+from fem_resnet.arguments import function, instance, number, real_array
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.ranks import same, together
 
 __all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
 
@@ -55,10 +56,10 @@ class Basis(OnMesh):
     Raises
     ------
     TypeError
-        If `Y` is no LabelSpace.
+        If an argument is of another kind.
     ValueError
-        If the functions are linearly dependent at the nodes, or their values are not finite or have another shape; on all
-        ranks alike.
+        If the functions are linearly dependent at the nodes, or their values are not finite or have another shape; if what is
+        said of them has another shape, or differs between ranks; on all ranks alike.
     """
 
     def __init__(
@@ -71,6 +72,10 @@ class Basis(OnMesh):
         stiffness: np.ndarray | None = None,
     ):
         check_label_space(Y)
+        same(Y.comm, kind=kind, eigenvalues=eigenvalues, move=move, stiffness=stiffness)
+        instance("kind", kind, str)
+        if move is not None:
+            function("move", move, "a function of a basis and a label space, or None,")
         values = real_array("values", values, comm=Y.comm, finite=False)
         given = Y.comm.allgather((Y.nodes, values.shape))
         for nodes, shape in given:
@@ -83,18 +88,18 @@ class Basis(OnMesh):
         #: One function after the other in memory: loops over nodes read each in one stream.
         self.values = read_only(spread_columns(values))
         self._move = move
-        self._stiffness = None if stiffness is None else read_only(np.array(stiffness))
-        self.rank = self.values.shape[1]
-        self.eigenvalues = None if eigenvalues is None else read_only(real_array("eigenvalues", eigenvalues, (self.rank,)))
+        self.rank = rank = self.values.shape[1]
+        self._stiffness = None if stiffness is None else read_only(real_array("stiffness", stiffness, (rank, rank)).copy())
+        self.eigenvalues = None if eigenvalues is None else read_only(real_array("eigenvalues", eigenvalues, (rank,)).copy())
         self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
         if not np.isfinite(self.gram).all():
             column = int(np.flatnonzero(~np.isfinite(np.diag(self.gram)))[0])
-            raise ValueError(f"functions: number {column} of the basis has values that are not finite")
+            raise ValueError(f"values: function {column} of the basis has values that are not finite")
         size = np.sqrt(np.diag(self.gram))
         correlation = np.linalg.eigvalsh(self.gram / np.outer(size, size)) if size.all() else np.zeros(1)
         if correlation[0] < 1e-12:
             raise ValueError(
-                f"functions: the {self.rank} functions are linearly dependent at the {Y.size} nodes "
+                f"values: the {self.rank} functions are linearly dependent at the {Y.size} nodes "
                 f"(smallest eigenvalue of their normalised Gram matrix {correlation[0]:.1e}); drop some"
             )
 
@@ -155,13 +160,14 @@ class Basis(OnMesh):
         return self._move(self, Y)
 
     def function(self, coefficients: np.ndarray) -> fd.Function:
-        """The function `P c` of V for coefficients c, shape (rank,); for a matrix (rank, samples) a batch.
+        """The function `P c` of V for coefficients c, shape (rank,); for a matrix (rank, samples) a batch. Collective.
 
         Raises
         ------
-        ValueError
-            If the coefficients have another shape.
+        TypeError, ValueError
+            If the coefficients are no real numbers, have another shape, or differ between ranks.
         """
+        same(self.Y.comm, coefficients=coefficients)
         coefficients = real_array("coefficients", coefficients)
         if coefficients.ndim not in (1, 2) or len(coefficients) != self.rank:
             raise ValueError(
@@ -193,21 +199,37 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
         If there is none, one is no function or number, one lives on another space, or they are linearly dependent.
     """
     check_label_space(Y)
-    if not isinstance(functions, (list, tuple)):
-        raise TypeError(f"functions: a list of functions is wanted, {type(functions).__name__} was given; Basis takes arrays")
+    same(Y.comm, functions=functions)
+    instance("functions", functions, (list, tuple), "a list of functions; Basis takes arrays")
     if not functions:
         raise ValueError("functions: at least one function is wanted, an empty list was given")
-    columns = []
+    for each in functions:
+        if isinstance(each, fd.Function):
+            if each.function_space() != Y.V:
+                raise ValueError(f"functions: {each.function_space()} was given, a Function of {Y.V} is wanted")
+        elif not isinstance(each, ufl.core.expr.Expr):
+            number("functions", each)
     with stop_annotating():
-        for function in functions:
-            if not isinstance(function, fd.Function):
-                if not isinstance(function, ufl.core.expr.Expr):
-                    function = number("functions", function)
-                function = fd.Function(Y.V).interpolate(fd.as_ufl(function))
-            elif function.function_space() != Y.V:
-                raise ValueError(f"functions: {function.function_space()} was given, a Function of {Y.V} is wanted")
-            columns.append(function.dat.data_ro.copy())
-    return Basis(Y, np.column_stack(columns), "given")
+        columns = [_at_nodes(Y, each) for each in functions]
+    values = real_array("functions", np.column_stack(columns), comm=Y.comm)
+    try:
+        return Basis(Y, values, "given")
+    except ValueError as error:  # they are dependent
+        raise ValueError(str(error).replace("values", "functions", 1)) from error
+
+
+def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) -> np.ndarray:
+    """Its values at the owned nodes. Collective."""
+    if isinstance(given, fd.Function):
+        return given.dat.data_ro.copy()
+
+    def interpolate() -> fd.Function:
+        try:
+            return fd.Function(Y.V).interpolate(fd.as_ufl(given))
+        except Exception as error:  # whatever UFL and its compiler say of an expression
+            raise ValueError(f"functions: {given} cannot be interpolated in {Y.V}: {error}") from error
+
+    return together(Y.comm, interpolate).dat.data_ro.copy()
 
 
 def cell_indicators(Y: LabelSpace) -> Basis:

@@ -24,11 +24,12 @@ from pyop2 import op2
 from pyadjoint.tape import annotate_tape, stop_annotating
 from ufl import H1
 
-from fem_resnet.arguments import integer, real_array
+from fem_resnet.arguments import instance, integer, integer_array, real_array
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.nodal_space import WHAT_WORKS, check_space
+from fem_resnet.ranks import same, together
 
-__all__ = ["BatchValues", "LabelSpace"]
+__all__ = ["BatchValues", "LabelSpace", "checked_graph"]
 
 
 class LabelSpace(OnMesh):
@@ -41,8 +42,11 @@ class LabelSpace(OnMesh):
     V
         Scalar function space, nodal and with positive weights, on a mesh of any dimension, cell type or embedding; its
         coordinates may be of any degree.
-    numbers, graph
-        What `point_space` knows of its points: the numbers of this rank's nodes, and the edge weights between all.
+    numbers
+        Of a set of points, the numbers of this rank's nodes, shape (nodes,): from 0, each once on all ranks together.
+    graph
+        Of a graph, the edge weights A >= 0 between all points: a symmetric matrix (K, K), sparse or dense, whose diagonal does
+        not matter; the same on every rank. `point_space` gives both.
 
     Attributes
     ----------
@@ -62,9 +66,10 @@ class LabelSpace(OnMesh):
     Raises
     ------
     TypeError
-        If V is not a scalar function space, or is part of another one.
+        If V is not a scalar function space, or is part of another one; or numbers or graph are no arrays.
     ValueError
-        If V is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
+        If V is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other; if the numbers are not those
+        of all points, each once, or the graph is not symmetric, has negative weights, or comes without numbers.
 
     Examples
     --------
@@ -79,15 +84,18 @@ class LabelSpace(OnMesh):
         V: fd.functionspaceimpl.WithGeometry,
         *,
         numbers: np.ndarray | None = None,
-        graph: scipy.sparse.csr_array | None = None,
+        graph: scipy.sparse.sparray | np.ndarray | None = None,
     ):
+        if not isinstance(V, fd.functionspaceimpl.WithGeometry):
+            raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
+        self.comm = V.mesh().comm
+        same(self.comm, numbers=numbers is None, graph=graph)
         check_space(V, neighbours=numbers is None)
         self.V = V
-        self.numbers = None if numbers is None else read_only(np.array(numbers))
-        self.graph = graph
-        if graph is not None:
-            read_only(graph.data)
-        self.comm = V.mesh().comm
+        self.numbers = None if numbers is None else read_only(self._checked_numbers(numbers))
+        if graph is not None and numbers is None:
+            raise ValueError("numbers: those of the points are wanted with a graph; point_space(weights, graph=A) has both")
+        self.graph = None if graph is None else checked_graph(graph, self.size)
         with stop_annotating():
             self.weights = read_only(fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy())
             volume = fd.assemble(fd.Constant(1.0) * fd.dx(domain=V.mesh()))
@@ -103,6 +111,14 @@ class LabelSpace(OnMesh):
                 f"V: the weights of {V.ufl_element()} add up to {self.measure:.6g}, the measure of the mesh is "
                 f"{volume:.6g}: the space does not hold the constants. {WHAT_WORKS}"
             )
+
+    def _checked_numbers(self, numbers: np.ndarray) -> np.ndarray:
+        owned = self.V.dof_dset.size
+        numbers = integer_array("numbers", numbers, (owned,), comm=self.comm).astype(int)
+        every = np.sort(np.concatenate(self.comm.allgather(numbers)))
+        if (every != np.arange(every.size)).any():
+            raise ValueError(f"numbers: those from 0 to {every.size - 1} are wanted, each once on all ranks together")
+        return numbers
 
     def __repr__(self) -> str:
         return f"LabelSpace({self.size} nodes, {self.V.ufl_element()}, |Y| = {self.measure:.6g})"
@@ -190,8 +206,16 @@ class LabelSpace(OnMesh):
         ----------
         samples
             Number of samples, at least 1.
+
+        Raises
+        ------
+        ValueError
+            If it is no such number, or differs between ranks.
         """
-        samples = integer("samples", samples)
+        same(self.comm, samples=samples)
+        return self._space_of(integer("samples", samples))
+
+    def _space_of(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
         if samples not in self._batch_spaces:
             self._batch_spaces[samples] = fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=samples)
         return self._batch_spaces[samples]
@@ -219,6 +243,8 @@ class LabelSpace(OnMesh):
             If the shape does not fit, there is no sample, a value is not finite, or a Function lives on another space, or
             would be lost to a tape that annotates; on all ranks alike.
         """
+        same(self.comm, name=name, values=_has_functions(values))
+        instance("name", name, str)
         if _has_functions(values):
             values = self._columns(values, name)
         values = real_array(name, values, comm=self.comm, finite=False)
@@ -231,7 +257,7 @@ class LabelSpace(OnMesh):
         samples = self.comm.allgather(values.shape[1])
         self.agree(len(set(samples)) == 1, f"{name}: the ranks give different numbers of samples, {samples}")
         self._refuse_not_finite(values, name)
-        function = fd.Function(self.batch_space(values.shape[1]), name=name)
+        function = fd.Function(self._space_of(values.shape[1]), name=name)
         function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
         return function
 
@@ -261,8 +287,20 @@ class LabelSpace(OnMesh):
         ValueError
             If it lives on another mesh or element, or a value is not finite (the message names the sample).
         """
-        if not isinstance(function, fd.Function):
-            raise TypeError(f"{name}: a Function is wanted, {type(function).__name__} was given")
+        self.check_where(function, name)
+        self._refuse_not_finite(self.values(function), name)
+
+    def check_values(self, function: fd.Function, name: str) -> None:
+        """`check_batch` of what is a batch on all ranks, or on none. Collective."""
+        self._refuse_elsewhere(function, name, fd.Function)
+        self._refuse_not_finite(self.values(function), name)
+
+    def check_where(self, function: fd.Function | fd.Cofunction, name: str, kind: type = fd.Function) -> None:
+        """Raise unless it is a batch on this label domain, whatever its values; on all ranks alike."""
+        together(self.comm, lambda: self._refuse_elsewhere(function, name, kind))
+
+    def _refuse_elsewhere(self, function: object, name: str, kind: type) -> None:
+        instance(name, function, kind)
         space = function.function_space()
         if space.mesh() is not self.V.mesh():
             raise ValueError(f"{name}: it lives on {space.mesh()}, a Function on the mesh {self.V.mesh()} is wanted")
@@ -273,7 +311,6 @@ class LabelSpace(OnMesh):
                 f"{name}: {element} was given; a Function of {self.V.ufl_element()} or a batch of it "
                 f"(LabelSpace.batch_space) is wanted"
             )
-        self._refuse_not_finite(self.values(function), name)
 
     def _refuse_not_finite(self, values: np.ndarray, name: str) -> None:
         bad = np.flatnonzero(self.sum((~np.isfinite(values)).any(axis=0)))
@@ -288,16 +325,33 @@ class LabelSpace(OnMesh):
                 raise ValueError(text)
 
     def inner(self, f: fd.Function, g: fd.Function) -> float:
-        """Inner product `(f, g) = sum_i w_i f_i g_i` in L2(Y), summed over the samples of batches. Collective."""
+        """Inner product `(f, g) = sum_i w_i f_i g_i` in L2(Y), summed over the samples of batches. Collective.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If f or g is no Function on this label domain, or they have different numbers of samples.
+        """
+        self.check_where(f, "f")
+        self.check_where(g, "g")
         f, g = self.values(f), self.values(g)
+        if f.shape != g.shape:
+            raise ValueError(f"g: {f.shape[1]} samples are wanted, as many as of f, {g.shape[1]} were given")
         return float(self.sum(np.einsum("i,is,is->", self.weights, f, g)))
 
     def norm(self, f: fd.Function) -> float:
-        """Norm of L2(Y), of all samples together for a batch. Collective."""
+        """Norm of L2(Y), of all samples together for a batch. Collective; as `inner` it wants a Function here."""
         return float(np.sqrt(self.inner(f, f)))
 
     def riesz_map(self, dual: fd.Cofunction) -> fd.Function:
-        """Riesz representative M^-1 d of a functional d on functions or batches."""
+        """Riesz representative M^-1 d of a functional d on functions or batches. Collective.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `dual` is no Cofunction on this label domain.
+        """
+        self.check_where(dual, "dual", fd.Cofunction)
         primal = fd.Function(dual.function_space().dual())
         primal.dat.data_wo[...] = (self.values(dual) / self.weights[:, None]).reshape(primal.dat.data_wo.shape)
         return primal
@@ -335,8 +389,7 @@ class BatchValues:
 
 def check_label_space(Y: LabelSpace, name: str = "Y") -> None:
     """Raise a TypeError unless Y is a LabelSpace."""
-    if not isinstance(Y, LabelSpace):
-        raise TypeError(f"{name}: a LabelSpace is wanted, {type(Y).__name__} was given; LabelSpace(V) is that of a space V")
+    instance(name, Y, LabelSpace, "LabelSpace(V) is that of a space V")
 
 
 def apply_columns(A: PETSc.Mat, values: np.ndarray) -> np.ndarray:
@@ -348,6 +401,31 @@ def apply_columns(A: PETSc.Mat, values: np.ndarray) -> np.ndarray:
         A.mult(x, y)
         result[:, k] = y.array_r
     return result
+
+
+def checked_graph(graph: scipy.sparse.sparray | np.ndarray, size: int) -> scipy.sparse.csr_array:
+    """Edge weights between so many points, without a diagonal; a copy, which nobody may write into.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no symmetric matrix of numbers >= 0 of that size.
+    """
+    if scipy.sparse.issparse(graph):
+        graph = graph.tocsr(copy=True)
+        graph.sum_duplicates()
+        data = real_array("graph", graph.data, least=0)
+        A = scipy.sparse.csr_array((data, graph.indices, graph.indptr), graph.shape)
+    else:
+        A = scipy.sparse.csr_array(real_array("graph", graph, (size, size), least=0))
+    if A.shape != (size, size):
+        raise ValueError(f"graph: a matrix of shape ({size}, {size}) is wanted, {A.shape} was given")
+    if abs(A - A.T).max() > 0:
+        raise ValueError("graph: a symmetric matrix is wanted; (A + A.T) / 2 is one")
+    A.setdiag(0.0)
+    A.eliminate_zeros()
+    read_only(A.data)
+    return A
 
 
 def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:

@@ -28,6 +28,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import firedrake as fd
@@ -40,12 +41,13 @@ from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 from ufl import H1
 
-from fem_resnet.arguments import integer
+from fem_resnet.arguments import instance, integer
 from fem_resnet.files import aside, seal, unsealed
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace, apply_columns, check_label_space
 from fem_resnet.log import log
-from fem_resnet.ranks import together
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
+from fem_resnet.ranks import same, together
 
 __all__ = ["laplace_basis", "move_laplace"]
 
@@ -124,9 +126,10 @@ def laplace_basis(
     Raises
     ------
     TypeError
-        If `Y` is no LabelSpace.
+        If `Y` is no LabelSpace, or another argument of another kind.
     ValueError
-        If the rank is no integer in that range, or the space is discontinuous and does not tell so many eigenfunctions apart;
+        If the rank is no integer in that range, SLEPc refuses an option or does not ask for it, or an argument differs between
+        ranks; or the space is discontinuous and does not tell so many eigenfunctions apart;
         if Y is a set of points without a graph, or lies upon itself, so that its coordinates do not fix the functions.
     RuntimeError
         If the eigensolver does not find them all.
@@ -139,12 +142,15 @@ def laplace_basis(
     array([ 0. ,  9.8,  9.9, 19.7])
     """
     check_label_space(Y)
+    same(Y.comm, rank=rank, solver_parameters=solver_parameters, options_prefix=options_prefix, cache=cache)
     if Y.numbers is not None and Y.graph is None:
         raise ValueError(f"Y: {Y!r} is a set of points, which has a Laplacian only with a graph; point_space(.., graph=A) has one")
     rank = integer("rank", rank, most=Y.size)
+    parameters, prefix = checked_options(solver_parameters), checked_prefix(options_prefix)
+    instance("cache", cache, (str, os.PathLike, NoneType), "a directory")
 
     def find() -> _Modes:
-        modes = _eigenfunctions(Y, rank, solver_parameters or {}, options_prefix)
+        modes = _eigenfunctions(Y, rank, parameters, prefix)
         values = modes.values[:, :rank]
         seen = _told_apart(Y, values)
         if seen < rank:
@@ -347,10 +353,13 @@ def _smallest_eigenpairs(
             x.array_w[:] = mode
             space.append(x)
         eps.setDeflationSpace(space)
-    petsctools.set_from_options(
-        eps, parameters=EIGENSOLVER_PARAMETERS | parameters, options_prefix=prefix, default_prefix="fem_resnet_laplace"
-    )
+    with petsc_refusals(parameters):
+        petsctools.set_from_options(
+            eps, parameters=EIGENSOLVER_PARAMETERS | parameters, options_prefix=prefix, default_prefix="fem_resnet_laplace"
+        )
     with petsctools.inserted_options(eps):
+        eps.setUp()  # the linear solver reads its options here
+        refuse_unread(unread(petsctools.get_options(eps), parameters), f"SLEPc's EPS of type {eps.getType()!r}")
         eps.solve()
     found = eps.getConverged()
     if found < count:

@@ -43,8 +43,6 @@ def check_space(V: fd.functionspaceimpl.WithGeometry, neighbours: bool = True) -
     ValueError
         If it is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
     """
-    if not isinstance(V, fd.functionspaceimpl.WithGeometry):
-        raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
     if V.value_shape != () or len(V) != 1:
         raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
     if V.index is not None or V.component is not None:

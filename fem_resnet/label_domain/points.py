@@ -21,10 +21,13 @@ import scipy.sparse
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import integer, real_array
+from fem_resnet.arguments import instance, integer, real_array
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.ranks import same
 
-__all__ = ["checked_graph", "class_space", "point_space"]
+__all__ = ["class_space", "point_space"]
+
+_COMM = "firedrake.COMM_WORLD and firedrake.COMM_SELF are such"
 
 
 def point_space(
@@ -55,9 +58,9 @@ def point_space(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If a weight is not positive and finite, a point is not finite, a shape does not fit, or the graph is not symmetric
-        or has negative weights.
+        or has negative weights; or an argument differs between ranks.
 
     Examples
     --------
@@ -68,6 +71,7 @@ def point_space(
     >>> laplace_basis(Y, 5).eigenvalues.round(3) + 0.0
     array([0.   , 0.268, 0.268, 1.   , 1.   ])
     """
+    same(instance("comm", comm, MPI.Comm, _COMM), weights=weights, points=points, graph=graph)
     weights = real_array("weights", weights, ("points",), above=0)
     size = weights.size
     with np.errstate(over="ignore"):
@@ -94,32 +98,7 @@ def point_space(
     nodes = places.cell_node_map().values_with_halo
     places.dat.data_wo_with_halos.reshape(-1, points.shape[1])[nodes] = ends[numbers]
     V = fd.FunctionSpace(fd.Mesh(places, comm=comm), "DG", 0)
-    return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=None if graph is None else checked_graph(graph, size))
-
-
-def checked_graph(graph: scipy.sparse.sparray | np.ndarray, size: int) -> scipy.sparse.csr_array:
-    """Edge weights between so many points, without a diagonal.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are no symmetric matrix of numbers >= 0 of that size.
-    """
-    sparse = scipy.sparse.issparse(graph)
-    if sparse:
-        graph = graph.tocsr(copy=True)
-        graph.sum_duplicates()
-        data = real_array("graph", graph.data, least=0)
-        A = scipy.sparse.csr_array((data, graph.indices, graph.indptr), graph.shape)
-    else:
-        A = scipy.sparse.csr_array(real_array("graph", graph, (size, size), least=0))
-    if A.shape != (size, size):
-        raise ValueError(f"graph: a matrix of shape ({size}, {size}) is wanted, {A.shape} was given")
-    if abs(A - A.T).max() > 0:
-        raise ValueError("graph: a symmetric matrix is wanted; (A + A.T) / 2 is one")
-    A.setdiag(0.0)
-    A.eliminate_zeros()
-    return A
+    return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=graph)
 
 
 def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
@@ -131,5 +110,11 @@ def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
         K, at least 1.
     comm
         Communicator; collective over it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `classes` is no such number, or differs between ranks, or `comm` is no communicator.
     """
+    same(instance("comm", comm, MPI.Comm, _COMM), classes=classes)
     return point_space(np.ones(integer("classes", classes)), comm=comm)

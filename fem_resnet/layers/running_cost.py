@@ -16,10 +16,10 @@ Where a layer has a tangent, f_1 and so on, c has one too:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from numbers import Real
-from typing import Protocol
+from numbers import Number
+from typing import Protocol, TypeVar
 
 import numpy as np
 import sympy
@@ -28,8 +28,11 @@ from fem_resnet.arguments import number
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.ranks import together
 
 __all__ = ["CostRate", "Density", "RunningCost"]
+
+_T = TypeVar("_T")
 
 
 class Density(Protocol):
@@ -74,8 +77,12 @@ class RunningCost(Fixed):
     """
 
     def __init__(self, density: sympy.Expr | Density, kernel: float = 0.0):
-        if isinstance(density, (sympy.Expr, Real)):
-            density = _Formula(sympy.sympify(density))
+        if isinstance(density, type) or isinstance(density, (bool, np.bool_)):
+            raise TypeError(f"density: an expression, a number or an object is wanted, {density!r} was given")
+        if isinstance(density, Number):
+            density = sympy.sympify(number("density", density))
+        if isinstance(density, sympy.Expr):
+            density = _Formula(density)
         elif not all(callable(getattr(density, name, None)) for name in ("value", "gradient")):
             raise TypeError(
                 f"density: a SymPy expression in f and a, or an object with the methods value(f, a) and gradient(f, a), "
@@ -83,6 +90,11 @@ class RunningCost(Fixed):
             )
         self.density = density
         self.kernel = number("kernel", kernel, least=0)
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What tells it from others, as far as a density of the user's does."""
+        return {"density": getattr(self.density, "expression", self.density), "kernel": self.kernel}
 
     def __repr__(self) -> str:
         return f"RunningCost({self.density!r}, kernel={self.kernel:g})"
@@ -118,7 +130,9 @@ class _Formula:
         others = sorted(map(str, expression.free_symbols - set(symbols)))
         if others:
             raise ValueError(f"density: an expression in the symbols f and a alone is wanted; it has {', '.join(others)} too")
-        self._expression = expression
+        if any(atom.is_number and not (atom.is_finite and atom.is_real) for atom in expression.atoms()):
+            raise ValueError(f"density: real, finite numbers are wanted in an expression, {expression} was given")
+        self.expression = expression
         self.of_state_alone = symbols[1] not in expression.free_symbols
         first = [expression.diff(symbol) for symbol in symbols]
         second = [first[0].diff(symbols[0]), first[0].diff(symbols[1]), first[1].diff(symbols[1])]
@@ -126,7 +140,7 @@ class _Formula:
         self.value, self.gradient, self.hessian = made
 
     def __repr__(self) -> str:
-        return str(self._expression)
+        return str(self.expression)
 
 
 class CostRate:
@@ -162,14 +176,19 @@ class CostRate:
         self._length, self._f, self._a, self._beta = length, f, a, beta
         self.orders = len(f)
 
+    def _asked(self, part: Callable[[np.ndarray, np.ndarray], _T]) -> _T:
+        """What the cost says at f and a; what a density of the user's raises on one rank is raised on all."""
+        formula = isinstance(self._cost.density, _Formula)
+        return together(None if formula else self._Y.comm, lambda: part(self._f[0], self._a[0]))
+
     @cached_property
     def _slopes(self) -> list[np.ndarray]:
-        return self._cost.slopes(self._f[0], self._a[0])
+        return self._asked(self._cost.slopes)
 
     @cached_property
     def _moved_slopes(self) -> list[np.ndarray]:
         """Derivatives of l_f and l_a along the tangent."""
-        ff, fa, aa = self._cost.bends(self._f[0], self._a[0])
+        ff, fa, aa = self._asked(self._cost.bends)
         f_1, a_1 = self._f[1], self._a[1][:, None]
         return [ff * f_1 + fa * a_1, fa * f_1 + aa * a_1]
 
@@ -178,7 +197,7 @@ class CostRate:
 
     def _rates(self) -> list[np.ndarray]:
         """L, and its derivative along the tangent, of each sample: all but tau."""
-        parts = [self._cost.integrand(self._f[0], self._a[0])]
+        parts = [self._asked(self._cost.integrand)]
         dual = self._dual(self._beta[0])
         norms = [0.5 * np.sum(dual * self._beta[0])]
         if self.orders == 2:

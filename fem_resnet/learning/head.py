@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from fem_resnet.activation.activation import get_activation
-from fem_resnet.arguments import choice, integer, integer_array
+from fem_resnet.arguments import choice, instance, integer, integer_array
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.label_space import BatchValues, LabelSpace
@@ -27,6 +27,7 @@ from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, Replicated, SeenBatch
 from fem_resnet.parameters.time_basis import Once
+from fem_resnet.ranks import same
 from fem_resnet.tape.blocks import apply
 
 __all__ = ["PREDICTIONS", "Head", "Prediction", "log_density"]
@@ -134,13 +135,13 @@ class Head(OnMesh):
     Raises
     ------
     TypeError, ValueError
-        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown.
+        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown; or they differ between
+        ranks.
     """
 
     def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax"):
-        if not isinstance(psi, Basis):
-            raise TypeError(f"psi: a Basis is wanted, {type(psi).__name__} was given")
-        self.psi = psi
+        self.psi = instance("psi", psi, Basis, "laplace_basis(Y, rank) makes one")
+        same(psi.Y.comm, onto=onto, prediction=prediction)
         self.classes = None if isinstance(onto, Basis) else integer("onto", onto)
         self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(self.classes, psi.Y.comm))
         self.prediction = PREDICTIONS[choice("prediction", prediction, PREDICTIONS)]
@@ -166,6 +167,11 @@ class Head(OnMesh):
 
         Collective.
         """
+        self.psi.Y.check_where(f, "f")
+        return self.of_state(f)
+
+    def of_state(self, f: fd.Function) -> fd.Function:
+        """As `__call__`, for what is known to be a batch there."""
         return self._output(self._seen(f), f, self.mu.functions[0])
 
     def of_coefficients(self, g: fd.Function, slot: Replicated) -> fd.Function:
@@ -174,10 +180,11 @@ class Head(OnMesh):
 
     def linear(self, f: fd.Function) -> fd.Function:
         """`X W psi^T M f`: O without mu, its derivative in a direction of the final state; recorded while annotating."""
+        self.psi.Y.check_where(f, "f")
         return self._output(self._seen(f), f, fd.Function(self.mu.functions[0].function_space()))
 
     def _seen(self, f: fd.Function) -> SeenBatch:
-        self.psi.Y.check_batch(f, "f")
+        self.psi.Y.check_values(f, "f")
         return SeenBatch(self.psi, f.function_space())
 
     def _output(self, slot: SeenBatch | Replicated, state: fd.Function, mu: fd.Function) -> fd.Function:
@@ -223,14 +230,19 @@ class Head(OnMesh):
         Raises
         ------
         TypeError, ValueError
-            If they are no list of integers, one is no class, or the output has no classes.
+            If they are no list of integers, one is no class, or the output has no classes; or they differ between ranks.
         """
+        same(self.Y.comm, labels=labels)
+        return self.labelled(labels)
+
+    def labelled(self, labels: Sequence[int], name: str = "labels") -> fd.Function:
+        """As `observations`, for what is known to be the same on every rank; messages call it by a name."""
         if self.classes is None:
-            raise ValueError(f"labels: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
-        labels = integer_array("labels", labels, ("samples",))
+            raise ValueError(f"{name}: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
+        labels = integer_array(name, labels, ("samples",))
         if labels.min() < 0 or labels.max() >= self.classes:
             bad = int(np.flatnonzero((labels < 0) | (labels >= self.classes))[0])
-            raise ValueError(f"labels: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")
+            raise ValueError(f"{name}: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")
         return self.Y.batch(self.onto.values[:, labels], "observations")
 
 

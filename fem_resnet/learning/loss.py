@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from weakref import WeakKeyDictionary
 
 import firedrake as fd
@@ -27,9 +28,10 @@ from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
 from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from fem_resnet.activation.activation import get_activation
-from fem_resnet.arguments import choice
-from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, sample_weights
+from fem_resnet.arguments import choice, function, instance, real_array
+from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, check_label_space, sample_weights
 from fem_resnet.learning.head import PREDICTIONS, Prediction, log_density
+from fem_resnet.ranks import may_fail_alone, same, together
 from fem_resnet.tape.blocks import OperatorBlock, apply
 
 __all__ = ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"]
@@ -53,12 +55,15 @@ class Loss:
         actions.
     gauss_newton : callable or None
         The same without the curvature of the prediction, for the actions of Gauss and Newton (`blocks.gauss_newton`):
-        h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out. All collective.
+        h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out.
+
+    The functions are called on all ranks together. What one raises on one rank is raised on all; one that is collective itself,
+    as by ``Y.sum``, must not fail on one rank alone before that, where the others would wait for it.
 
     Raises
     ------
-    ValueError
-        If the prediction is unknown.
+    TypeError, ValueError
+        If the functions are none, or the prediction is unknown.
     """
 
     name: str
@@ -69,6 +74,11 @@ class Loss:
     gauss_newton: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self):
+        instance("name", self.name, str)
+        for name in ("value", "gradient", "hessian", "gauss_newton"):
+            given = getattr(self, name)
+            if given is not None or name in ("value", "gradient"):
+                function(name, given, "a function of Y, output, observation and prediction")
         if self.prediction is not None:
             choice("prediction", self.prediction, PREDICTIONS)
 
@@ -96,8 +106,14 @@ class Loss:
         Raises
         ------
         TypeError, ValueError
-            If output and observation are no such batches, the weights do not fit, or the loss goes with another prediction.
+            If output and observation are no such batches, the weights do not fit or differ between ranks, or the loss goes with
+            another prediction.
         """
+        check_label_space(Y)
+        same(Y.comm, weights=weights, prediction=prediction)
+        instance("prediction", prediction, (Prediction, NoneType), "such as head.PREDICTIONS['softmax']")
+        Y.check_where(output, "output")
+        Y.check_where(observation, "observation")
         return self.record(Y, output, observation, weights, prediction)[0]
 
     def record(
@@ -107,7 +123,7 @@ class Loss:
         if prediction is None:
             prediction = PREDICTIONS[self.prediction or "identity"]
         self.check_prediction(prediction)
-        Y.check_batch(output, "output")
+        Y.check_values(output, "output")
         operator = _LossOperator(self, Y, output.function_space(), prediction)
         operator.observe(observation, weights)
         return apply(operator, [output])
@@ -130,7 +146,7 @@ class _LossOperator:
         self.inputs = [self._values]
 
     def observe(self, observation: fd.Function, weights: Sequence[float] | None) -> None:
-        self._Y.check_batch(observation, "observation")
+        self._Y.check_values(observation, "observation")
         values = self._Y.values(observation)
         if values.shape[1] != self._values.samples:
             raise ValueError(
@@ -141,27 +157,39 @@ class _LossOperator:
         self._weights = sample_weights(weights, self._values.samples)
 
     def forward(self, arrays, save):
-        return float(self._weights @ self._Y.sum(self._loss.value(self._Y, arrays[0], self._observation, self._prediction)))
+        values = self._asked("value", arrays[0], shape=(self._values.samples,))
+        return float(self._weights @ self._Y.sum(values))
 
     def adjoint(self, arrays, dual):
-        return [(dual * self._weights) * self._loss.gradient(self._Y, arrays[0], self._observation, self._prediction)]
+        return [(dual * self._weights) * self._asked("gradient", arrays[0])]
+
+    def _asked(self, what: str, output: np.ndarray, *direction: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """What a function of the loss gives, which may be the user's: what it raises on one rank is raised on all."""
+
+        asked = getattr(self._loss, what)
+
+        def ask() -> np.ndarray:
+            given = asked(self._Y, output, self._observation, self._prediction, *direction)
+            return real_array(f"{what} of the loss {self._loss.name}", given, shape or output.shape, finite=False)
+
+        return together(self._Y.comm if may_fail_alone(asked) else None, ask)
 
     def tangent(self, arrays, directions):
         return float(self._Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))
 
     def second_adjoint(self, arrays, directions, dual, dual_dot):
-        return self._second_adjoint(self._loss.hessian, arrays, directions, dual, dual_dot)
+        return self._second_adjoint("hessian", arrays, directions, dual, dual_dot)
 
     def gauss_newton(self, arrays, directions, dual, dual_dot):
-        action = self._loss.gauss_newton or self._loss.hessian
-        return self._second_adjoint(action, arrays, directions, dual, dual_dot)
+        what = "hessian" if self._loss.gauss_newton is None else "gauss_newton"
+        return self._second_adjoint(what, arrays, directions, dual, dual_dot)
 
-    def _second_adjoint(self, action, arrays, directions, dual, dual_dot):
-        if action is None:
+    def _second_adjoint(self, what, arrays, directions, dual, dual_dot):
+        if getattr(self._loss, what) is None:
             raise NotImplementedError(
                 f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one"
             )
-        change = action(self._Y, arrays[0], self._observation, self._prediction, directions[0])
+        change = self._asked(what, arrays[0], directions[0])
         return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
 
 
@@ -263,8 +291,8 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
     >>> loss.name
     'functional'
     """
-    if not callable(functional):
-        raise TypeError(f"functional: a function of prediction and observation is wanted, {functional!r} was given")
+    function("functional", functional, "a function of prediction and observation")
+    instance("name", name, str)
     forms: WeakKeyDictionary[LabelSpace, _SampleForms] = WeakKeyDictionary()
 
     def on(Y):
@@ -291,10 +319,7 @@ class _SampleForms:
     def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
         self._slots = [fd.Function(Y.V) for _ in range(3)]
         p, C, v = self._slots
-        form = functional(p, C)
-        if not isinstance(form, ufl.Form) or form.arguments():
-            what = f"one with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
-            raise TypeError(f"functional: it returned {what}; a form without arguments is wanted, such as (p - C)**2 * dx")
+        form = together(Y.comm, lambda: _checked_form(functional(p, C)))
         derivative = fd.derivative(form, p)
         self._forms = {"value": form, "derivative": derivative, "second": fd.derivative(derivative, p, v)}
         # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
@@ -318,6 +343,13 @@ class _SampleForms:
         if which in self._vanishing:
             return np.zeros_like(batches[0])
         return np.column_stack([functional.dat.data_ro for functional in self.assemble(which, *batches)])
+
+
+def _checked_form(form: object) -> ufl.Form:
+    if not isinstance(form, ufl.Form) or form.arguments():
+        what = f"one with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
+        raise TypeError(f"functional: it returned {what}; a form without arguments is wanted, such as (p - C)**2 * dx")
+    return form
 
 
 def _expanded(form):

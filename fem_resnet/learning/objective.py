@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
-from numbers import Real
+from types import NoneType
 
 import firedrake as fd
 import numpy as np
@@ -30,7 +30,7 @@ from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_ta
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation, stop_annotating
 
-from fem_resnet.arguments import choice, integer, number
+from fem_resnet.arguments import choice, flag, instance, integer, integer_array, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.basis import Basis
@@ -44,12 +44,18 @@ from fem_resnet.network.run import Run
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import StateValues
 from fem_resnet.parameters.time_basis import AtStart
+from fem_resnet.ranks import same, together
 from fem_resnet.tape.blocks import DERIVATIVE_FIRST, OperatorBlock, gauss_newton
 from fem_resnet.tape.checkpoints import Checkpoints, enable_checkpointing, manager_of, schedule_of
 
 __all__ = ["Batch", "Derivatives", "LearningProblem", "Observations"]
 
 _LEARN = ("parameters", "initial", "both")
+
+
+def _comm_of(name: str, batch: object) -> MPI.Comm:
+    """That of a batch from outside."""
+    return instance(name, batch, fd.Function, "Y.batch(values) makes one").function_space().mesh().comm
 
 
 def _frozen(given: object) -> object:
@@ -71,6 +77,11 @@ class Batch:
         Class labels, one integer a sample, for a head onto classes; else a batch C on the output's label domain.
     weights
         omega, one number >= 0 a sample, of which only the proportions matter; equal ones if left out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the inputs are no Function, or labels or weights not one a sample; or they differ between ranks.
     """
 
     inputs: fd.Function
@@ -78,6 +89,10 @@ class Batch:
     weights: Sequence[float] | None = None
 
     def __post_init__(self):
+        same(_comm_of("inputs", self.inputs), targets=self.targets, weights=self.weights)
+        if not isinstance(self.targets, fd.Function):
+            integer_array("targets", self.targets, (self.samples,))
+        sample_weights(self.weights, self.samples)
         # Copies: what is recorded would not see that a list of the user's has changed, and what is evaluated would.
         for name in ("targets", "weights"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
@@ -100,11 +115,21 @@ class Derivatives:
         C' = derivative of the target in v, a batch on the output's label domain.
     weight
         What the half squared difference counts, >= 0; no unit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If directions or targets are no Functions, or the weight is no such number, or differs between ranks.
     """
 
     directions: fd.Function
     targets: fd.Function
     weight: float = 1.0
+
+    def __post_init__(self):
+        same(_comm_of("directions", self.directions), weight=self.weight)
+        instance("targets", self.targets, fd.Function, "Y.batch(values) makes one")
+        object.__setattr__(self, "weight", number("weight", self.weight, least=0))
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,12 @@ class Observations:
         What each counts beside the loss at T, finite numbers >= 0, not divided by their sum; ones if left out. For an
         integral over time, the lengths of layers.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If the layers are no increasing integers >= 0, the weights no finite numbers >= 0, or there is not one of targets and
+        weights a layer. `LearningProblem` compares them on all ranks.
+
     Examples
     --------
     >>> seen = Observations([2, 4], [half_way, later], [0.5, 1.0])  # doctest: +SKIP
@@ -132,9 +163,28 @@ class Observations:
     weights: Sequence[float] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "targets", tuple(map(_frozen, self.targets)))
-        object.__setattr__(self, "weights", None if self.weights is None else tuple(self.weights))
+        layers = tuple(integer("layers", layer, least=0) for layer in _entries("layers", self.layers))
+        if list(layers) != sorted(set(layers)):
+            raise ValueError(f"layers: increasing integers are wanted, {layers} was given")
+        targets = tuple(map(_frozen, _entries("targets", self.targets)))
+        weights = self.weights
+        if weights is not None:
+            weights = tuple(number("weights", weight, least=0) for weight in _entries("weights", weights))
+        for name, given in (("targets", targets), ("weights", weights)):
+            if given is not None and len(given) != len(layers):
+                raise ValueError(f"{name}: {len(layers)} are wanted, one a layer time, {len(given)} were given")
+        for target in targets:
+            if not isinstance(target, fd.Function):
+                integer_array("targets", target, ("samples",))
+        for name, value in (("layers", layers), ("targets", targets), ("weights", weights)):
+            object.__setattr__(self, name, value)
+
+
+def _entries(name: str, given: object) -> list:
+    """Those of a list from outside."""
+    if isinstance(instance(name, given, (list, tuple, np.ndarray)), np.ndarray) and given.ndim == 0:
+        raise TypeError(f"{name}: a list is wanted, {given!r} was given")
+    return list(given)
 
 
 class LearningProblem(OnMesh):
@@ -210,18 +260,22 @@ class LearningProblem(OnMesh):
         ensemble: fd.Ensemble | None = None,
         checkpoints: Checkpoints | None = None,
     ):
-        for name, value, kind, optional in (
-            ("net", net, ResidualNetwork, False),
-            ("head", head, Head, True),
-            ("loss", loss, Loss, False),
-            ("regulariser", regulariser, Regulariser, True),
-            ("observations", observations, Observations, True),
-            ("running", running, RunningCost, True),
-            ("ensemble", ensemble, fd.Ensemble, True),
+        comm = instance("net", net, ResidualNetwork).Y.comm
+        same(
+            comm, head=head, loss=loss, regulariser=regulariser, batch=batch, learn=learn, derivatives=derivatives,
+            observations=observations, running=running, ensemble=ensemble, checkpoints=checkpoints,
+        )  # fmt: skip
+        for name, value, kind in (
+            ("head", head, (Head, NoneType)),
+            ("loss", loss, Loss),
+            ("regulariser", regulariser, (Regulariser, NoneType)),
+            ("batch", batch, Batch),
+            ("derivatives", derivatives, (Derivatives, NoneType)),
+            ("observations", observations, (Observations, NoneType)),
+            ("running", running, (RunningCost, NoneType)),
+            ("ensemble", ensemble, (fd.Ensemble, NoneType)),
         ):
-            if not (isinstance(value, kind) or optional and value is None):
-                wanted = f"a {kind.__name__} or None" if optional else f"a {kind.__name__}"
-                raise TypeError(f"{name}: {wanted} is wanted, {type(value).__name__} was given")
+            instance(name, value, kind)
         if head is not None and head.psi.Y is not net.Y:
             raise ValueError(f"head: it reads {head.psi.Y!r}, the network's label space {net.Y!r} is wanted")
         self.net, self.head, self.loss, self.regulariser = net, head, loss, regulariser
@@ -231,7 +285,8 @@ class LearningProblem(OnMesh):
         self.learn = choice("learn", learn, _LEARN)
         self.checkpoints = checkpoints
         if checkpoints is not None:
-            schedule_of(checkpoints, max(net.blocks, 1))  # refuse it now rather than at the first recording
+            # Refuse it now rather than at the first recording.
+            together(comm, lambda: schedule_of(checkpoints, max(net.blocks, 1)))
         self.running, self.ensemble = running, ensemble
         self._recorded: tuple[BlockVariable, OperatorBlock, Run] | None = None
         self._batch, self._observation = batch, self._observed(batch)
@@ -246,15 +301,14 @@ class LearningProblem(OnMesh):
 
     def _observed(self, batch: Batch) -> fd.Function:
         """The observations of a batch, which is checked."""
-        if not isinstance(batch, Batch):
-            raise TypeError(f"batch: a Batch is wanted, {type(batch).__name__} was given")
         self.net.Y.check_batch(batch.inputs, "batch.inputs")
-        sample_weights(batch.weights, batch.samples)
         return self._targets(batch.targets, batch.samples, "batch.targets")
 
     def _targets(self, targets: Sequence[int] | fd.Function, samples: int, name: str) -> fd.Function:
-        if self.head is not None and not isinstance(targets, fd.Function):
-            targets = self.head.observations(targets)
+        if not isinstance(targets, fd.Function):
+            if self.head is None or self.head.classes is None:
+                raise ValueError(f"{name}: a batch on {self._output!r} is wanted, as there are no classes; labels were given")
+            targets = self.head.labelled(targets, name)
         self._output.check_batch(targets, name)
         if targets.function_space().value_size != samples:
             raise ValueError(
@@ -268,19 +322,12 @@ class LearningProblem(OnMesh):
             raise ValueError(
                 "observations: a schedule of checkpoints keeps no states inside of the network; make the problem without one"
             )
-        L, layers, weights = self.net.layers, given.layers, given.weights
-        whole = all(isinstance(layer, (int, np.integer)) and not isinstance(layer, bool) for layer in layers)
-        if not (whole and all(0 <= layer <= L for layer in layers) and list(layers) == sorted(set(layers))):
+        L, layers = self.net.layers, given.layers
+        weights = (1.0,) * len(layers) if given.weights is None else given.weights
+        if layers and layers[-1] > L:
             raise ValueError(f"observations.layers: increasing integers from 0 to L = {L} are wanted, {layers} was given")
-        weights = (1.0,) * len(layers) if weights is None else weights
-        for name, many in (("targets", given.targets), ("weights", weights)):
-            if len(many) != len(layers):
-                raise ValueError(f"observations.{name}: {len(layers)} are wanted, one a layer time, {len(many)} were given")
-        for weight in weights:
-            if not (isinstance(weight, Real) and np.isfinite(weight) and weight >= 0):
-                raise ValueError(f"observations.weights: finite numbers >= 0 are wanted, {weight!r} was given")
         targets = [self._targets(part, self.batch.samples, "observations.targets") for part in given.targets]
-        return [(int(layer), part, float(weight)) for layer, part, weight in zip(layers, targets, weights)]
+        return list(zip(layers, targets, weights))
 
     @property
     def batch(self) -> Batch:
@@ -305,6 +352,10 @@ class LearningProblem(OnMesh):
         >>> test_error = float(problem.replace(batch=test, regulariser=None).evaluate()[0])  # doctest: +SKIP
         """
         given = {name: getattr(self, name) for name in signature(type(self)).parameters}
+        same(self.net.Y.comm, replace=sorted(changes))
+        unknown = sorted(set(changes) - set(given))
+        if unknown:
+            raise TypeError(f"replace: some of {', '.join(given)} are wanted, {', '.join(unknown)} was given")
         return type(self)(**given | changes)
 
     def __deepcopy__(self, memo: dict):
@@ -337,12 +388,12 @@ class LearningProblem(OnMesh):
     def _evaluate(self, seen_by: Basis | None) -> tuple[AdjFloat, Run, OperatorBlock | None]:
         weights = self.batch.weights
         layers = [layer for layer, *_ in self._inner]
-        run = self.net.run(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
+        run = self.net.solve(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
         output = self._output_at(run, self.net.layers)
         J, block = self.loss.record(self._output, output, self._observation, weights, self._prediction)
         for layer, targets, weight in self._inner:
             output = self._output_at(run, layer)
-            J = J + weight * self.loss(self._output, output, targets, weights, self._prediction)
+            J = J + weight * self.loss.record(self._output, output, targets, weights, self._prediction)[0]
         if self.running is not None:
             J = J + run.cost
         if self.derivatives is not None:
@@ -358,7 +409,7 @@ class LearningProblem(OnMesh):
         state, slot = run.held(layer)
         if slot is not None:
             return self.head.of_coefficients(state, slot)
-        return state if self.head is None else self.head(state)
+        return state if self.head is None else self.head.of_state(state)
 
     def loss_of_zero(self) -> float:
         """The loss of the output 0, beside which others are small or not. Collective."""
@@ -381,9 +432,6 @@ class LearningProblem(OnMesh):
     def _check_derivatives(self) -> None:
         if self.derivatives is None:
             return
-        if not isinstance(self.derivatives, Derivatives):
-            raise TypeError(f"derivatives: Derivatives or None are wanted, {type(self.derivatives).__name__} was given")
-        number("derivatives.weight", self.derivatives.weight, least=0)
         for name, Y, function in (
             ("directions", self.net.Y, self.derivatives.directions),
             ("targets", self._output, self.derivatives.targets),
@@ -399,7 +447,7 @@ class LearningProblem(OnMesh):
         derivative = run.tangent(self.derivatives.directions)
         if self.head is not None:
             derivative = self.head.linear(derivative)
-        return least_squares(self._output, derivative, self.derivatives.targets, self.batch.weights)
+        return least_squares.record(self._output, derivative, self.derivatives.targets, self.batch.weights)[0]
 
     def controls(self) -> list[Control]:
         """One Control a set of coefficients, each with its Riesz map."""
@@ -407,7 +455,7 @@ class LearningProblem(OnMesh):
 
     @supports(
         "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial", "learned_both",
-        "many_samples", "weights", tool="Gauss-Newton", when=lambda problem, *, gauss_newton=False: gauss_newton,
+        "many_samples", "weights", tool="Gauss-Newton", when=lambda self, *, gauss_newton=False: isinstance(gauss_newton, (bool, np.bool_)) and gauss_newton,
     )  # fmt: skip
     def record(
         self, *, gauss_newton: bool = False
@@ -426,15 +474,19 @@ class LearningProblem(OnMesh):
         ------
         ValueError
             If Gauss-Newton is asked for with a running cost, which has no residual whose curvature could be left out, or
-            where J has first derivatives only: with an ensemble, `Derivatives` or checkpoints.
+            where J has first derivatives only: with an ensemble, `Derivatives` or checkpoints; or if ranks ask for different
+            things.
         """
+        same(self.net.Y.comm, gauss_newton=gauss_newton)
+        flag("gauss_newton", gauss_newton)
         # Variables of its own too: what another recording does to the same Functions must not be seen here.
         for function in (self.batch.inputs, *self.functions):
             function.clear_block_variable()
         was_annotating = annotate_tape()
         with set_working_tape(Tape()) as tape:
             if self.checkpoints is not None:
-                enable_checkpointing(tape, self.checkpoints, max(self.net.blocks, 1))
+                steps = max(self.net.blocks, 1)
+                together(self.net.Y.comm, lambda: enable_checkpointing(tape, self.checkpoints, steps))
             continue_annotation()
             try:
                 J, run, block = self._evaluate(self._seen_by)
@@ -467,6 +519,8 @@ class LearningProblem(OnMesh):
             If it does not fit, or has another number of samples; or if the inputs are learned, the problem has derivatives,
             which belong to the present batch, or an ensemble, whose other members would not know.
         """
+        same(self.net.Y.comm, batch=batch)
+        instance("batch", batch, Batch)
         observation = self._observed(batch)
         if batch.inputs.function_space() != self.batch.inputs.function_space():
             raise ValueError(
@@ -497,13 +551,14 @@ class LearningProblem(OnMesh):
         Raises
         ------
         ValueError
-            If `size` is no positive integer, or `seed` no integer >= 0.
+            If `size` is no positive integer, or `seed` no integer >= 0; or they differ between ranks.
         """
+        same(self.net.Y.comm, size=size, seed=seed)
         size = integer("size", size)
         weights = sample_weights(self.batch.weights, self.batch.samples)
         order = np.arange(weights.size)
         if seed is not None:
-            order = np.random.default_rng(integer("seed", seed, least=0)).permutation(weights.size)
+            order = np.random.default_rng(integer("seed", seed, least=0, most=np.inf)).permutation(weights.size)
         order = order[weights[order] > 0]
         inputs, observations = self.net.Y.values(self.batch.inputs), self._output.values(self._observation)
         batches = []

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 from pyadjoint import AdjFloat
 
-from fem_resnet.arguments import number
+from fem_resnet.arguments import function, instance, number
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.time_basis import Once
+from fem_resnet.ranks import may_fail_alone, together
 from fem_resnet.tape.blocks import apply
 
 __all__ = ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
@@ -40,10 +41,28 @@ class Regulariser:
         Weights and forms.
     names : tuple of str
         What each form is called, as far as it has a name: what a verification holds it against.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the terms are no pairs of a weight >= 0 and a function, or the names no strings, or more than the terms.
     """
 
     terms: tuple[tuple[float, Form], ...]
     names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for term in instance("terms", self.terms, (tuple, list)):
+            if not (isinstance(term, (tuple, list)) and len(term) == 2):
+                raise TypeError(f"terms: pairs of a weight and a form are wanted, {term!r} was given")
+            number("terms", term[0], least=0)
+            function("terms", term[1], "a form, which is a function of a parameter and its coefficients,")
+        for name in instance("names", self.names, (tuple, list)):
+            instance("names", name, str)
+        if len(self.names) > len(self.terms):
+            raise ValueError(f"names: at most {len(self.terms)} are wanted, one a term, {len(self.names)} were given")
+        object.__setattr__(self, "terms", tuple(map(tuple, self.terms)))
+        object.__setattr__(self, "names", tuple(self.names))
 
     def __add__(self, other: Regulariser) -> Regulariser:
         if not isinstance(other, Regulariser):
@@ -54,7 +73,15 @@ class Regulariser:
         return (*self.names, *[""] * (len(self.terms) - len(self.names)))
 
     def __call__(self, parameters: Sequence[Parameter]) -> AdjFloat:
-        """The value at these parameters, recorded while annotating. Collective."""
+        """The value at these parameters, recorded while annotating. Collective.
+
+        Raises
+        ------
+        TypeError
+            If they are no list of parameters.
+        """
+        for parameter in instance("parameters", parameters, (list, tuple), "LearningProblem.penalised() gives them"):
+            instance("parameters", parameter, Parameter)
         functions = [function for parameter in parameters for function in parameter.functions]
         return apply(_RegulariserOperator(self, parameters), functions)[0]
 
@@ -72,6 +99,11 @@ class _RegulariserOperator:
         return 0.5 * sum(slot.pair(d, c) for slot, d, c in zip(self.inputs, functionals, arrays))
 
     def adjoint(self, arrays, dual):
+        # What a form of the user's raises on one rank is raised on all.
+        users = self.inputs and may_fail_alone(*(form for _, form in self._terms))
+        return together(self.inputs[0].Y.comm if users else None, lambda: self._functionals(arrays, dual))
+
+    def _functionals(self, arrays, dual):
         functionals, start = [], 0
         for parameter in self._parameters:
             coefficients = arrays[start : start + len(parameter.functions)]
@@ -79,6 +111,11 @@ class _RegulariserOperator:
             total = [np.zeros(np.shape(c)) for c in coefficients]
             for weight, form in self._terms:
                 for sum_so_far, functional in zip(total, form(parameter, coefficients)):
+                    if np.shape(functional) != sum_so_far.shape:
+                        raise ValueError(
+                            f"terms: a functional of shape {sum_so_far.shape} is wanted of {parameter.name}, {form} gave one of "
+                            f"shape {np.shape(functional)}"
+                        )
                     sum_so_far += dual * weight * functional
             functionals += total
         return functionals

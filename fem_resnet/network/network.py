@@ -24,11 +24,11 @@ from pyadjoint import AdjFloat
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.activation.activation import Activation, get_activation
-from fem_resnet.arguments import choice, integer, number, real_array
+from fem_resnet.arguments import choice, flag, instance, integer, number, real_array
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, sample_weights
+from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, check_label_space, sample_weights
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs, LayerUse
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import Stage
@@ -42,6 +42,7 @@ from fem_resnet.parameters.retraction import Retraction, orthonormal
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis, read_all
 from fem_resnet.parameters.stable_kernels import StableKernel
 from fem_resnet.parameters.time_basis import Once, get_time_basis
+from fem_resnet.ranks import same
 from fem_resnet.tape.blocks import apply
 from fem_resnet.tape.checkpoints import Manager, manager_of
 from fem_resnet.tape.kernel_controls import StableKernelParameter
@@ -134,7 +135,7 @@ class ResidualNetwork(OnMesh):
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what is said above; the message names it.
+        If an argument is not what is said above, or differs between ranks; the message names it.
 
     Examples
     --------
@@ -173,6 +174,18 @@ class ResidualNetwork(OnMesh):
         stable_kernel: StableKernel | None = None,
         precision: str = "double",
     ):
+        given = {"phi": _bases("phi", phi), "psi": _bases("psi", psi, None), "bias": _bases("bias", bias, None)}
+        comm = given["phi"][0].Y.comm
+        same(
+            comm, **given, layers=layers, final_time=final_time, times=times, bias_in_time=bias_in_time,
+            kernel_in_time=kernel_in_time, activation=activation, steps=steps, layers_per_block=layers_per_block,
+            solver_parameters=solver_parameters, options_prefix=options_prefix, learn_factors=learn_factors,
+            learn_times=learn_times, replay_steps=replay_steps, gradient_flow=gradient_flow, stable_kernel=stable_kernel,
+            precision=precision,
+        )  # fmt: skip
+        instance("stable_kernel", stable_kernel, (StableKernel, NoneType), "such as PositiveSemidefinite()")
+        learn_factors, learn_times = flag("learn_factors", learn_factors), flag("learn_times", learn_times)
+        replay_steps, gradient_flow = flag("replay_steps", replay_steps), flag("gradient_flow", gradient_flow)
         self._given_times = read_only(_layer_times(layers, final_time) if times is None else checked_times(times))
         self.layers = len(self._given_times) - 1
         self.activation = get_activation(activation)
@@ -180,8 +193,9 @@ class ResidualNetwork(OnMesh):
         self.layers_per_block = (
             max(self.layers, 1) if layers_per_block is None else integer("layers_per_block", layers_per_block)
         )
-        given = {"phi": phi, "psi": phi if psi is None else psi, "bias": bias}
-        every = {name: _one_or_one_a_layer(name, value, self.layers) for name, value in given.items()}
+        if psi is None:
+            given["psi"] = given["phi"]
+        every = {name: _one_or_one_a_layer(name, bases, self.layers) for name, bases in given.items()}
         self.Y = every["phi"][0].Y
         for name, bases in every.items():
             for basis in bases:
@@ -205,8 +219,6 @@ class ResidualNetwork(OnMesh):
             _shared(self._bias_basis, self.bases["bias"]),
             get_time_basis(bias_in_time, self._given_times, "bias_in_time"),
         )
-        if not isinstance(stable_kernel, StableKernel | None):
-            raise TypeError(f"stable_kernel: a set of kernels or None is wanted, {type(stable_kernel).__name__} was given")
         if learn_factors and stable_kernel is not None and stable_kernel.symmetric:
             raise ValueError(
                 f"stable_kernel: {type(stable_kernel).__name__} wants phi = psi, and learned factors part; fix them"
@@ -292,7 +304,7 @@ class ResidualNetwork(OnMesh):
         Raises
         ------
         TypeError, ValueError
-            If there is no such argument, or as the constructor.
+            If there is no such argument, or as the constructor; or if other arguments are changed on other ranks.
 
         Examples
         --------
@@ -301,6 +313,7 @@ class ResidualNetwork(OnMesh):
         True
         """
         given = {name: list(bases) for name, bases in self.bases.items()} | self.settings
+        same(self.Y.comm, replace=sorted(changes))
         unknown = sorted(set(changes) - set(given))
         if unknown:
             raise TypeError(f"replace: some of {', '.join(given)} are wanted, {', '.join(unknown)} was given")
@@ -330,7 +343,6 @@ class ResidualNetwork(OnMesh):
         """f(T) for the initial state `initial`: `run(initial).final`."""
         return self.run(initial).final
 
-    @PETSc.Log.EventDecorator("fem_resnet:run")
     def run(
         self,
         initial: fd.Function,
@@ -367,16 +379,38 @@ class ResidualNetwork(OnMesh):
         Raises
         ------
         TypeError, ValueError
-            If `initial` does not fit; the message names the sample where a value is not finite.
+            If `initial` does not fit (the message names the sample where a value is not finite), or another argument does not,
+            or differs between ranks.
         StepFailure
             If a layer cannot be stepped, as where the state overflows.
         """
-        self.Y.check_batch(initial, "initial")
-        if not isinstance(running, (RunningCost, NoneType)):
-            raise TypeError(f"running: a RunningCost or None is wanted, {type(running).__name__} was given")
+        same(self.Y.comm, running=running, weights=weights, seen_by=seen_by, observed=observed)
+        self.Y.check_where(initial, "initial")
+        instance("running", running, (RunningCost, NoneType))
+        instance("seen_by", seen_by, (Basis, NoneType))
+        given = instance("observed", observed, (list, tuple, range), "numbers of layer times")
+        observed = tuple(integer("observed", layer, least=0, most=self.layers) for layer in given)
+        if len(set(observed)) < len(observed):
+            raise ValueError(f"observed: different integers from 0 to L = {self.layers} are wanted, {observed!r} was given")
+        return self.solve(initial, running, weights, seen_by=seen_by, observed=observed)
+
+    @PETSc.Log.EventDecorator("fem_resnet:run")
+    def solve(
+        self,
+        initial: fd.Function,
+        running: RunningCost | None = None,
+        weights: Sequence[float] | None = None,
+        *,
+        seen_by: Basis | None = None,
+        observed: Sequence[int] = (),
+    ) -> Run:
+        """As `run`, for arguments that are known to be of their kinds, and the same on all ranks."""
+        self.Y.check_values(initial, "initial")
+        observed = tuple(observed)
         if running is not None:
             self._scheme.refuse_running()
-        omega = None if running is None else sample_weights(weights, initial.function_space().value_size)
+        omega = sample_weights(weights, initial.function_space().value_size)
+        omega = None if running is None else omega
         manager = manager_of(get_working_tape()) if annotate_tape() else None
         if seen_by is not None and (running is not None or manager is not None or not self.steps_what_is_seen_by(seen_by)):
             raise ValueError(
@@ -386,9 +420,6 @@ class ResidualNetwork(OnMesh):
         if manager is not None and (self.factors or self.stable_kernel is not None):
             what = "learned factors" if self.factors else "kernels made of other controls"
             raise ValueError(f"checkpoints: {what} and schedules of checkpoints do not go together; leave one out")
-        observed = tuple(observed)
-        if len(set(observed)) < len(observed) or not set(observed) <= set(range(self.layers + 1)):
-            raise ValueError(f"observed: different integers from 0 to L = {self.layers} are wanted, {observed!r} was given")
         if observed and manager is not None:
             raise ValueError("observed: a schedule of checkpoints keeps no states inside of the network; record without one")
         # An operator on the tape belongs to its Block alone.
@@ -430,7 +461,14 @@ class ResidualNetwork(OnMesh):
         return Run(self, given, space, pieces, held, cost, omega)
 
     def steps_what_is_seen_by(self, psi: Basis) -> bool:
-        """Whether layers step nothing but g = Psi^T M f: psi is the very Basis of them all, fixed, and steps have f nowhere."""
+        """Whether layers step nothing but g = Psi^T M f: psi is the very Basis of them all, fixed, and steps have f nowhere.
+
+        Raises
+        ------
+        TypeError
+            If psi is no Basis.
+        """
+        instance("psi", psi, Basis)
         bases = {self.kernel.on_layer(layer).kernel.psi for layer in range(self.layers)}
         return bases == {psi} and not self.factors and not self._scheme.carries_f
 
@@ -483,6 +521,7 @@ class ResidualNetwork(OnMesh):
             If the bias has a value at every node or factors are learned, so that the network is tied to its mesh; or a basis
             is, or cannot be had on that one.
         """
+        check_label_space(Y)
         moved = {basis: basis.on(Y) for basis in dict.fromkeys(chain.from_iterable(self.bases.values()))}
         net = self.replace(**{name: [moved[basis] for basis in bases] for name, bases in self.bases.items()})
         net._take(self)
@@ -547,8 +586,9 @@ class ResidualNetwork(OnMesh):
         Raises
         ------
         ValueError
-            If the tolerance is not in that range, or layers have factors of their own.
+            If the tolerance is not in that range, or layers have factors of their own; or ranks give others.
         """
+        same(self.Y.comm, tolerance=tolerance)
         tolerance = number("tolerance", tolerance, least=0, below=1)
         factors = self.learned_factors()
         measures = self.kernel.time_basis.measures
@@ -663,12 +703,19 @@ def _function(slot, array: np.ndarray) -> fd.Function:
     return function
 
 
-def _one_or_one_a_layer(name: str, bases: Basis | Sequence[Basis] | None, layers: int) -> tuple[Basis | None, ...]:
-    given = tuple(bases) if isinstance(bases, Sequence) and not isinstance(bases, str) else (bases,)
-    kind = "a Basis or None (a value at every node)" if name == "bias" else "a Basis"
+def _bases(name: str, bases: Basis | Sequence[Basis] | None, *also: None) -> tuple[Basis | None, ...]:
+    """One or several, from outside; None may stand for one where it is among `also`."""
+    given = tuple(bases) if isinstance(bases, (list, tuple)) else (bases,)
+    if not given:
+        raise ValueError(f"{name}: one Basis, or one a layer, is wanted; none was given")
     for basis in given:
-        if not (isinstance(basis, Basis) or name == "bias" and basis is None):
+        if not (isinstance(basis, Basis) or any(basis is one for one in also)):
+            kind = "a Basis or None (a value at every node)" if name == "bias" else "a Basis"
             raise TypeError(f"{name}: {kind}, or one a layer, is wanted, {type(basis).__name__} was given")
+    return given
+
+
+def _one_or_one_a_layer(name: str, given: tuple[Basis | None, ...], layers: int) -> tuple[Basis | None, ...]:
     if len(given) not in (1, layers):
         raise ValueError(f"{name}: one Basis, or {layers}, one a layer, is wanted; {len(given)} were given")
     return given

@@ -12,11 +12,13 @@ from mpi4py import MPI
 from pyadjoint import AdjFloat
 from pyadjoint.tape import annotate_tape, get_working_tape
 
+from fem_resnet.arguments import integer
 from fem_resnet.fixed import OnMesh
 from fem_resnet.layers.stage import LayerTrace
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.segment import Segment, TangentSegment
 from fem_resnet.parameters.space_basis import Replicated
+from fem_resnet.ranks import same
 from fem_resnet.tape.blocks import OperatorBlock, apply
 
 __all__ = ["Piece", "Run"]
@@ -145,6 +147,8 @@ class Run(OnMesh):
 
         Raises
         ------
+        ValueError
+            If there is no such layer, or ranks ask for different ones.
         RuntimeError
             If the run was recorded under a schedule of checkpoints, or an input on the tape has changed since its latest
             evaluation; or if the state is to be an output, and the network was run for what psi sees alone.
@@ -209,6 +213,8 @@ class Run(OnMesh):
 
         Raises
         ------
+        ValueError
+            If there is no such layer, or ranks ask for different ones.
         RuntimeError
             If the run was not recorded, or no derivative of its latest evaluation passed this layer; or if it was
             recorded under a schedule of checkpoints.
@@ -288,8 +294,8 @@ class Run(OnMesh):
         return found[0 if ending else -1]
 
     def _check(self, layer: int) -> None:
-        if not isinstance(layer, (int, np.integer)) or not 0 <= layer <= self.net.layers:
-            raise ValueError(f"layer: an integer from 0 to L = {self.net.layers} is wanted, {layer!r} was given")
+        same(self.net.Y.comm, layer=layer)
+        integer("layer", layer, least=0, most=self.net.layers)
 
     def _function(self, values: np.ndarray) -> fd.Function:
         function = fd.Function(self._space)

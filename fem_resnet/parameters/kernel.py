@@ -23,10 +23,11 @@ import scipy.linalg
 from mpi4py import MPI
 from numpy.typing import ArrayLike
 
-from fem_resnet.arguments import choice, real_array
+from fem_resnet.arguments import choice, instance, real_array
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.log import log
+from fem_resnet.ranks import same
 
 __all__ = ["EXACT_SUPREMUM", "LowRankKernel"]
 
@@ -54,8 +55,7 @@ class LowRankKernel(OnMesh):
 
     def __init__(self, phi: Basis, psi: Basis):
         for name, basis in (("phi", phi), ("psi", psi)):
-            if not isinstance(basis, Basis):
-                raise TypeError(f"{name}: a Basis is wanted, {type(basis).__name__} was given")
+            instance(name, basis, Basis, "laplace_basis(Y, rank) makes one")
         self.phi = phi
         self.psi = psi
         self.shape = (phi.rank, psi.rank)
@@ -98,8 +98,8 @@ class LowRankKernel(OnMesh):
 
         Raises
         ------
-        ValueError
-            If that is not so.
+        TypeError, ValueError
+            If that is not so, or differs between ranks.
 
         Examples
         --------
@@ -109,6 +109,7 @@ class LowRankKernel(OnMesh):
         >>> LowRankKernel(cells, cells).bound(0.5)
         0.5
         """
+        same(self.phi.Y.comm, coefficients=coefficients)
         C = real_array("coefficients", coefficients, least=0)
         if C.shape not in ((), self.shape):
             raise ValueError(f"coefficients: numbers >= 0 of shape () or {self.shape} are wanted, {coefficients!r} was given")
@@ -133,7 +134,7 @@ class LowRankKernel(OnMesh):
         Raises
         ------
         TypeError, ValueError
-            If `kind` is none of these, or beta no array of finite real numbers of that shape.
+            If `kind` is none of these, or beta no array of finite real numbers of that shape; or they differ between ranks.
 
         Examples
         --------
@@ -144,6 +145,7 @@ class LowRankKernel(OnMesh):
         >>> round(kernel.norm(beta), 12), round(kernel.norm(beta, "operator"), 12)
         (5.0, 4.0)
         """
+        same(self.phi.Y.comm, beta=beta, kind=kind)
         choice("kind", kind, ("hs", "operator", "linf"))
         beta = real_array("beta", beta, self.shape)
         if kind == "hs":
@@ -165,7 +167,7 @@ class LowRankKernel(OnMesh):
         return self.phi.Y.size * self.psi.Y.size <= EXACT_SUPREMUM
 
     def svd(self, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Singular value decomposition of B in the label measure, `B f = sum_k mu_k (psi_k, f) phi_k` of 3.3.
+        """Singular value decomposition of B in the label measure, `B f = sum_k mu_k (psi_k, f) phi_k` of 3.3. Collective.
 
         Returns
         -------
@@ -175,7 +177,13 @@ class LowRankKernel(OnMesh):
             mu_k >= 0, falling, shape (count,).
         right : numpy.ndarray
             Coefficients of the orthonormal psi_k in the basis psi, shape (rank of psi, count).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If beta is no array of finite real numbers of its shape, or differs between ranks.
         """
+        same(self.phi.Y.comm, beta=beta)
         beta = real_array("beta", beta, self.shape)
         R_phi, R_psi = self._roots()
         U, values, Vt = np.linalg.svd(R_phi @ beta @ R_psi.T, full_matrices=False)

@@ -26,10 +26,11 @@ from pyadjoint import Control
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import real_array
+from fem_resnet.arguments import flag, instance, integer, real_array
 from fem_resnet.fixed import OnMesh
-from fem_resnet.parameters.space_basis import SpaceBasis, new_cofunction
+from fem_resnet.parameters.space_basis import Replicated, SpaceBasis, new_cofunction
 from fem_resnet.parameters.time_basis import AtStart, Once, TimeBasis
+from fem_resnet.ranks import same
 
 __all__ = ["Parameter"]
 
@@ -59,8 +60,11 @@ class Parameter(OnMesh):
 
     Raises
     ------
+    TypeError
+        If an argument is of another kind.
     ValueError
-        If layers of different bases in space share coefficients.
+        If layers of different bases in space share coefficients, or bases, measures and functions are not one each; or an
+        argument differs between ranks.
     """
 
     _instead = "`set` gives it other coefficients"
@@ -73,14 +77,23 @@ class Parameter(OnMesh):
         functions: Sequence[fd.Function] | None = None,
         penalised: bool = True,
     ):
-        self.name = name
-        self.penalised = penalised
+        one = isinstance(space_basis, SpaceBasis)
+        bases = (space_basis,) if one else instance("space_basis", space_basis, (list, tuple), "or one for all layers")
+        for basis in bases:
+            instance("space_basis", basis, SpaceBasis)
+        instance("time_basis", time_basis, (TimeBasis, Once, AtStart))
+        self._comm = bases[0].Y.comm if bases else None
+        same(self._comm, name=name, functions=functions, penalised=penalised)
+        self.name = instance("name", name, str)
+        self.penalised = flag("penalised", penalised)
         self.time_basis = time_basis
         self._space_basis = space_basis
-        if isinstance(space_basis, SpaceBasis):
+        if one:
             self.space_bases = (space_basis,) * len(time_basis.measures)
         else:
             self.space_bases = tuple(_of_time_functions(name, space_basis, time_basis))
+        if functions is not None:
+            _check_functions(functions, self.space_bases)
         self._functions = tuple(
             [fd.Function(basis.space, name=f"{name}_{k}") for k, basis in enumerate(self.space_bases)]
             if functions is None
@@ -132,27 +145,66 @@ class Parameter(OnMesh):
         return sum(function.function_space().dim() for function in self.functions)
 
     def get(self, k: int) -> np.ndarray:
-        """Coefficients c_k: a copy; the owned nodes for nodal values, else all of them. Collective."""
-        return self.space_bases[k].read(self.functions[k])
+        """Coefficients c_k: a copy; the owned nodes for nodal values, else all of them. Collective.
+
+        Raises
+        ------
+        ValueError
+            If there are no coefficients of that number, or it differs between ranks.
+        """
+        return self.read(self._number(k))
 
     def set(self, k: int, coefficients: np.ndarray) -> None:
         """Assign coefficients c_k. Collective.
 
+        Parameters
+        ----------
+        k
+            Number of the function in time, from 0.
+        coefficients
+            Of the shape that `get` gives; those that are not of nodes are the same on every rank.
+
         Raises
         ------
         TypeError, ValueError
-            If they are no real numbers, their shape does not fit, or one is not finite; on all ranks alike.
+            If there are no coefficients of that number, they are no real numbers, their shape does not fit, one is not finite,
+            or they differ between ranks; on all ranks alike.
         """
+        replicated = isinstance(k, (int, np.integer)) and 0 <= k < len(self.space_bases) and isinstance(self.space_bases[k], Replicated)
+        k = self._number(k, **({"coefficients": coefficients} if replicated else {}))
         basis = self.space_bases[k]
-        coefficients = real_array(f"coefficients of {self.name}_{k}", coefficients, basis.shape, comm=basis.Y.comm)
-        basis.write(self.functions[k], coefficients)
+        self.write(k, real_array(f"coefficients of {self.name}_{k}", coefficients, basis.shape, comm=self._comm))
+
+    def _number(self, k: int, **others) -> int:
+        """The number of a function in time, from outside, compared on all ranks with other arguments."""
+        same(self._comm, k=k, **others)
+        if not self.space_bases:
+            raise ValueError(f"k: {self.name} has no coefficients, {k!r} was given")
+        return integer("k", k, least=0, most=len(self.space_bases) - 1)
+
+    def read(self, k: int) -> np.ndarray:
+        """As `get`, for a number that is known to be right. Collective."""
+        return self.space_bases[k].read(self.functions[k])
+
+    def write(self, k: int, coefficients: np.ndarray) -> None:
+        """As `set`, for what is known to be right."""
+        self.space_bases[k].write(self.functions[k], coefficients)
 
     def controls(self) -> list[Control]:
         """One pyadjoint Control a time basis function, with the Riesz map of label domain and time."""
-        return [_Control(function, riesz_map=self.riesz_map(k)) for k, function in enumerate(self.functions)]
+        return [_Control(function, riesz_map=self._riesz_map(k)) for k, function in enumerate(self.functions)]
 
     def riesz_map(self, k: int):
-        """The map from functionals of c_k (Cofunctions) to their representatives, `d -> R^-1 d / tau_k`."""
+        """The map from functionals of c_k (Cofunctions) to their representatives, `d -> R^-1 d / tau_k`. Collective.
+
+        Raises
+        ------
+        ValueError
+            As of `get`.
+        """
+        return self._riesz_map(self._number(k))
+
+    def _riesz_map(self, k: int):
         basis, measure = self.space_bases[k], self.time_basis.measures[k]
 
         def riesz_map(dual: fd.Cofunction) -> fd.Function:
@@ -163,13 +215,37 @@ class Parameter(OnMesh):
         return riesz_map
 
     def inner(self, k: int, c: np.ndarray, d: np.ndarray) -> float:
-        """`tau_k <R c, d>`, the inner product of two sets of coefficients for basis function k. Collective."""
+        """`tau_k <R c, d>`, the inner product of two sets of coefficients for basis function k. Collective.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `set`.
+        """
+        k = self._number(k)
+        basis = self.space_bases[k]
+        if isinstance(basis, Replicated):
+            same(self._comm, c=c, d=d)
+        c, d = (real_array(name, value, basis.shape, comm=self._comm) for name, value in (("c", c), ("d", d)))
+        return self.pair(k, c, d)
+
+    def pair(self, k: int, c: np.ndarray, d: np.ndarray) -> float:
+        """`inner` of what is known to be coefficients of k."""
         basis = self.space_bases[k]
         return self.time_basis.measures[k] * basis.pair(basis.dual(c), d)
 
     def on_layer(self, layer: int) -> SpaceBasis:
-        """The basis in space of the coefficients that are active on a layer."""
+        """The basis in space of the coefficients that are active on a layer, numbered from 0."""
         return self.space_bases[self.time_basis.active(layer)[0]]
+
+
+def _check_functions(functions: Sequence[fd.Function], bases: Sequence[SpaceBasis]) -> None:
+    instance("functions", functions, (list, tuple))
+    if len(functions) != len(bases):
+        raise ValueError(f"functions: {len(bases)} are wanted, one a function in time, {len(functions)} were given")
+    for function, basis in zip(functions, bases):
+        if instance("functions", function, fd.Function).function_space() != basis.space:
+            raise ValueError(f"functions: one of {basis.space} is wanted, one of {function.function_space()} was given")
 
 
 def _with_checkpoint(checkpoint: object) -> BlockVariable:
@@ -224,6 +300,7 @@ class _Control(Control):
 
 def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeBasis) -> list[SpaceBasis]:
     """The basis in space of each function in time, from those of the layers where it is active."""
+    instance("time_basis", time_basis, TimeBasis, "layers of their own bases in space act over a time")
     first: dict[int, int] = {}
     for layer, basis in enumerate(bases):
         for k in time_basis.active(layer):
@@ -233,4 +310,6 @@ def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeB
                     f"{name}_in_time: layers {other} and {layer} share coefficients of {name}, but have different "
                     f'bases in space; give both one basis, or coefficients of their own ("layers")'
                 )
+    if sorted(first) != list(range(len(time_basis.measures))):
+        raise ValueError(f"space_basis: one basis, or one a layer, is wanted; {len(bases)} were given")
     return [bases[first[k]] for k in range(len(time_basis.measures))]

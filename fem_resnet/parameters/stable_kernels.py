@@ -262,7 +262,7 @@ def _roots(kernel: LowRankKernel) -> tuple[np.ndarray, np.ndarray]:
 
 def _refuse_outside(missed: float, size: float, wanted: str) -> None:
     if missed > _ROUND_OFF * size:
-        raise ValueError(f"beta: {wanted} is wanted, the one given misses that by {missed:.1e}")
+        raise ValueError(f"coefficients: {wanted} is wanted, the one given misses that by {missed:.1e}")
 
 
 def stable_kernel_from(description: Mapping[str, object] | None) -> StableKernel | None:

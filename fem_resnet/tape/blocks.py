@@ -166,9 +166,15 @@ class OperatorBlock(Block):
         duals = [reference() for reference, _ in self._adjoint_at]
         return bool(duals) and all(dual is not None for dual in duals) and self._adjoint_at == list(map(_version, duals))
 
+    def _has_changed(self, inputs: Sequence[fd.Function]) -> bool:
+        """Whether these are not those of the latest solve. Collective: one rank alone may have looked at the data."""
+        changed = self._solved != [_version(function) for function in inputs]
+        comm = inputs[0].function_space().mesh().comm if inputs else MPI.COMM_SELF
+        return comm.allreduce(changed, op=MPI.LOR) if comm.size > 1 else changed
+
     def refuse_changed(self, what: str) -> None:
-        """Raise RuntimeError where the tape has other inputs by now than at the latest solve; `what` was asked for."""
-        if self._solved != [_version(variable.saved_output) for variable in self.get_dependencies()]:
+        """Raise RuntimeError where the tape has other inputs by now than at the latest solve; `what` was asked for. Collective."""
+        if self._has_changed([variable.saved_output for variable in self.get_dependencies()]):
             raise RuntimeError(f"{what}: an input has changed since the tape was evaluated; evaluate the functional first")
 
     def prepare_recompute_component(self, inputs, relevant_outputs):
@@ -248,7 +254,7 @@ class OperatorBlock(Block):
         return verb
 
     def _refuse_changed(self, inputs: Sequence[fd.Function]) -> None:
-        if self._solved != [_version(function) for function in inputs]:
+        if self._has_changed(inputs):
             raise RuntimeError(
                 f"{type(self.operator).__name__}: an input has changed since the tape was evaluated; evaluate the "
                 f"functional before its derivative"

@@ -31,7 +31,7 @@ from pyadjoint.block_variable import BlockVariable
 from pyadjoint.checkpointing import CheckpointManager, Mode
 from pyadjoint.tape import TapePackageData
 
-from fem_resnet.arguments import integer
+from fem_resnet.arguments import instance, integer
 from fem_resnet.ranks import together
 
 __all__ = ["Checkpoints", "Manager", "add_leaf", "enable_checkpointing", "is_leaf", "manager_of", "schedule_of"]
@@ -60,9 +60,9 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
     if isinstance(checkpoints, (int, np.integer)) and not isinstance(checkpoints, bool):
         if checkpoints < 1:
             raise ValueError(f"checkpoints: at least 1 state is wanted in memory, {checkpoints} was given")
-        return MultistageCheckpointSchedule(steps, int(checkpoints), 0)
+        return MultistageCheckpointSchedule(steps, integer("checkpoints", checkpoints), 0)
     schedule = checkpoints
-    if not isinstance(schedule, CheckpointSchedule) and callable(schedule):
+    if callable(schedule) and not isinstance(schedule, (CheckpointSchedule, type)):
         schedule = schedule(steps)
     if not isinstance(schedule, CheckpointSchedule):
         raise TypeError(
@@ -109,7 +109,7 @@ def enable_checkpointing(tape: Tape, checkpoints: Checkpoints, steps: int) -> No
     TypeError, ValueError
         If the checkpoints do not fit, or the tape has Blocks.
     """
-    if tape.get_blocks():
+    if instance("tape", tape, Tape, "pyadjoint.Tape() is a new one").get_blocks():
         raise ValueError(
             "tape: checkpointing is wanted before anything is recorded, but this tape has Blocks; make a new one"
         )

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import firedrake as fd
 import numpy as np
+from mpi4py import MPI
 from pyadjoint import Control
 
-from fem_resnet.arguments import real_array
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls, SpaceBasis
 from fem_resnet.parameters.stable_kernels import KernelMap, StableKernel
@@ -89,27 +89,20 @@ class StableKernelParameter(Parameter):
         """What holds beta_k at the present controls. Collective."""
         if getattr(self, "_learned", None) is not None:
             versions = [function.dat.dat_version for function in self._learned.functions]
-            if versions != self._versions:
+            # One rank alone may have looked at the data.
+            if self._comm.allreduce(versions != self._versions, op=MPI.LOR):
                 for k, function in enumerate(self._functions):
-                    self.space_bases[k].write(function, self.get(k))
+                    self.space_bases[k].write(function, self.read(k))
                 self._versions = versions
         return self._functions
 
-    def get(self, k: int) -> np.ndarray:
+    def read(self, k: int) -> np.ndarray:
         """beta_k. Collective."""
-        return self.map(k).forward([self._learned.get(k)], False)
+        return self.map(k).forward([self._learned.read(k)], False)
 
-    def set(self, k: int, coefficients: np.ndarray) -> None:
-        """Give the controls values that make this beta_k. Collective.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If it is no array of finite real numbers of this shape, or it is not in the set.
-        """
-        basis = self.space_bases[k]
-        beta = real_array(f"coefficients of {self.name}_{k}", coefficients, basis.shape, comm=basis.Y.comm)
-        self._learned.set(k, self._choice.inverse(basis.kernel, beta))
+    def write(self, k: int, coefficients: np.ndarray) -> None:
+        """Give the controls values that make this beta_k; a ValueError if it is not in the set."""
+        self._learned.write(k, self._choice.inverse(self.space_bases[k].kernel, coefficients))
 
     def controls(self) -> list[Control]:
         """Those of the free controls."""

@@ -18,8 +18,9 @@ from petsc4py import PETSc
 from fem_resnet.layers.compiled_stage import CompiledStage, LayerStruct, Outcome, address
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import Argument, LayerTrace, StageValue
+from fem_resnet.options import last_words
 from fem_resnet.parameters.kernel import LowRankKernel
-from fem_resnet.time_stepping.methods import configure, last_words
+from fem_resnet.time_stepping.methods import configure
 from fem_resnet.time_stepping.petsc import rk_tableau
 from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
 

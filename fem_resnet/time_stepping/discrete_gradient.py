@@ -37,8 +37,9 @@ from fem_resnet.activation.activation import Activation
 from fem_resnet.activation.secant import Secant
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers.stage import Argument, Cotangent, Functionals, LayerTrace, Stage, StageValue
+from fem_resnet.options import last_words
 from fem_resnet.time_stepping.jacobian import acting
-from fem_resnet.time_stepping.methods import last_words, set_from_options
+from fem_resnet.time_stepping.methods import set_from_options
 from fem_resnet.time_stepping.petsc import weakly
 from fem_resnet.time_stepping.stepper import StepFailure, Stepper
 

@@ -14,10 +14,11 @@ import numpy as np
 import petsctools
 from petsc4py import PETSc
 
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.time_stepping.options import in_force, refuse_time_options
 from fem_resnet.time_stepping.petsc import adapt_type, rk_tableau
 
-__all__ = ["DEFAULTS", "METHODS", "Method", "configure", "last_words", "set_from_options", "solver_options", "tableau"]
+__all__ = ["DEFAULTS", "METHODS", "Method", "configure", "set_from_options", "solver_options", "tableau"]
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,10 @@ def solver_options(parameters: dict | None, prefix: str | None) -> petsctools.Op
 
     Raises
     ------
-    ValueError
-        If the type is none of `METHODS`.
+    TypeError, ValueError
+        If they are no options and no prefix, or the type is none of `METHODS`.
     """
-    given = petsctools.flatten_parameters(parameters or {})
+    given, prefix = checked_options(parameters), checked_prefix(prefix)
     # What the database has for the prefix goes before what is given, and decides on defaults too.
     known = DEFAULTS | (given if prefix is None else petsctools.OptionsManager(given, options_prefix=prefix).parameters)
     name = known["ts_type"]
@@ -163,22 +164,19 @@ def set_from_options(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManag
     ValueError
         If PETSc does not know a name that an option has, or a layer cannot have an option of a TS.
     """
-    used = PETSc.Options().used
     with options.inserted_options():
         if isinstance(ts, PETSc.TS):
             known = in_force(options.options_prefix)
             refuse_time_options(known)
             _refuse_without_estimate(known)
         _read(ts, options)
-        return [name for name in options.parameters if name not in read and not used(options.options_prefix + name)]
+        return unread(options, (name for name in options.parameters if name not in read))
 
 
 def _read(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManager) -> None:
     ts.setOptionsPrefix(options.options_prefix)
-    try:
+    with petsc_refusals(options.parameters):
         ts.setFromOptions()
-    except PETSc.Error as error:
-        raise ValueError(f"solver_parameters: PETSc refuses {options.parameters}: {last_words(error)}") from error
 
 
 def tableau(options: petsctools.OptionsManager) -> tuple[np.ndarray, np.ndarray] | None:
@@ -210,11 +208,9 @@ def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str,
         Options that the layer itself has read.
     """
     unused = set_from_options(ts, options, read)
-    if unused:
-        raise ValueError(
-            f"solver_parameters: {', '.join(unused)}: no option of a TS of type {ts.getType()!r} with adaptivity "
-            f"{adapt_type(ts)!r}; drop it"
-        )
+    if not METHODS[options.parameters["ts_type"]].implicit:  # PETSc reads them all the same
+        unused += [name for name in options.parameters if name.startswith(("snes_", "ksp_", "pc_")) and name not in unused]
+    refuse_unread(unused, f"a TS of type {ts.getType()!r} with adaptivity {adapt_type(ts)!r}")
 
 
 def _refuse_without_estimate(options: dict[str, str]) -> None:
@@ -242,8 +238,3 @@ def _has_estimate(name: str, option: str, tableau: str | None) -> bool:
     adapts = adapt_type(probe) != "none"
     probe.destroy()
     return adapts
-
-
-def last_words(error: PETSc.Error) -> str:
-    """The line of PETSc's message that says what is wrong."""
-    return str(error).splitlines()[-1].partition("] ")[2]

@@ -12,7 +12,8 @@ from petsc4py import PETSc
 
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import LayerTrace, Stage
-from fem_resnet.time_stepping.methods import Method, last_words
+from fem_resnet.options import last_words
+from fem_resnet.time_stepping.methods import Method
 from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
 from fem_resnet.time_stepping.ts_layer import LayerTS
 

@@ -19,14 +19,17 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
-from fem_resnet.arguments import real_array
+from fem_resnet.arguments import flag, function, instance, real_array
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.log import log
+from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import Replicated
+from fem_resnet.ranks import same, together
 from fem_resnet.training.tao import Minimiser
 
-__all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Progress", "Result", "options_over", "tell", "train"]
+__all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Progress", "Result", "check_monitor", "options_over", "tell", "train"]
 
 #: Options of TAO where the user gives none: L-BFGS.
 SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200}
@@ -136,7 +139,8 @@ def train(
     Raises
     ------
     TypeError, ValueError
-        If bounds or options do not fit, or TAO's type is not taken, or does not know bounds.
+        If an argument is not what is said above, or differs between ranks; if TAO's type is not taken, does not know bounds, or
+        does not ask for an option.
     ArithmeticError
         If J is not finite at the start.
     StepFailure
@@ -149,6 +153,10 @@ def train(
     >>> result = train(problem, bounds={"bias": (-1, 1), "kernel": (-1, 1)})  # doctest: +SKIP
     """
     comm = problem.net.Y.comm
+    same(comm, bounds=_but_nodal(problem, bounds))
+    checked_prefix(options_prefix)
+    check_monitor(monitor)
+    flag("gauss_newton", gauss_newton)
     pairs = None if bounds is None else _bounds_of_controls(problem, bounds)
     options = options_over({} if bounds is None else {"tao_type": "blmvm"}, solver_parameters)
     functional, _ = problem.record(gauss_newton=gauss_newton)
@@ -160,6 +168,7 @@ def train(
         comm=comm,
         options_prefix=options_prefix,
         bounds=pairs,
+        given=checked_options(solver_parameters),
     )
     history: list[Progress] = []
     start, stopped = time.perf_counter(), False
@@ -188,14 +197,10 @@ def options_over(defaults: Mapping, given: Mapping | None) -> dict:
 
     Raises
     ------
-    TypeError
-        If they are no dictionary.
+    TypeError, ValueError
+        As `checked_options`.
     """
-    if not (given is None or isinstance(given, Mapping)):
-        raise TypeError(
-            f"solver_parameters: a dictionary of TAO's options is wanted, such as {{'tao_type': 'lmvm'}}; {given!r} was given"
-        )
-    given = dict(given or {})
+    given = checked_options(given)
     tolerances = dict.fromkeys(TOLERANCES, 0.0) if TOLERANCES.keys() & given else TOLERANCES
     return SOLVER_PARAMETERS | tolerances | dict(defaults) | given
 
@@ -203,14 +208,28 @@ def options_over(defaults: Mapping, given: Mapping | None) -> dict:
 def _bounds_of_controls(problem: LearningProblem, bounds: Mapping) -> list[tuple[fd.Function, fd.Function]]:
     """A pair a control."""
     names = [parameter.name for parameter in problem.parameters]
-    for name in bounds:
+    for name, ends in instance("bounds", bounds, Mapping, 'such as {"bias": (-1.0, 1.0)}').items():
         if name not in names:
             raise ValueError(f"bounds: {name!r} is not learned; what is: {', '.join(names)}")
+        if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
+            raise ValueError(f"bounds: a pair (low, high) is wanted for {name}, {ends!r} was given")
     return [
         pair
         for parameter in problem.parameters
         for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))
     ]
+
+
+def _but_nodal(problem: LearningProblem, bounds: object) -> object:
+    """What of the bounds all ranks give alike: all but arrays of node values."""
+    if not isinstance(bounds, Mapping):
+        return bounds
+    nodal = {p.name for p in problem.parameters if not all(isinstance(basis, Replicated) for basis in p.space_bases)}
+    return {
+        name: [None if np.ndim(end) else end for end in ends]
+        if name in nodal and isinstance(ends, (list, tuple, np.ndarray)) else ends
+        for name, ends in bounds.items()
+    }  # fmt: skip
 
 
 def _bounds_of(parameter: Parameter, low: ArrayLike | None, high: ArrayLike | None) -> list[tuple[fd.Function, fd.Function]]:
@@ -234,9 +253,18 @@ def _bounds_of(parameter: Parameter, low: ArrayLike | None, high: ArrayLike | No
     return pairs
 
 
-def tell(comm: MPI.Comm, progress: object, monitor: Callable[[object], bool | None] | None) -> bool:
-    """Hand an iteration to the user's monitor, or log its line where there is none; whether a rank's monitor stops."""
+def check_monitor(monitor: object) -> None:
+    """Raise a TypeError unless it is a function or None."""
     if monitor is not None:
-        return comm.allreduce(bool(monitor(progress)), op=MPI.LOR)
+        function("monitor", monitor, "a function of an iteration's progress, or None,")
+
+
+def tell(comm: MPI.Comm, progress: object, monitor: Callable[[object], bool | None] | None) -> bool:
+    """Hand an iteration to the user's monitor, or log its line where there is none; whether a rank's monitor stops.
+
+    What a monitor raises on one rank, be it by Ctrl-C, is raised on all.
+    """
+    if monitor is not None:
+        return comm.allreduce(together(comm, lambda: bool(monitor(progress))), op=MPI.LOR)
     log(comm, logging.INFO, "%s", progress)
     return False

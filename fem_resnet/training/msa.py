@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from petsc4py import PETSc
 
-from fem_resnet.arguments import choice, integer, number
+from fem_resnet.arguments import choice, flag, instance, integer, number
 from fem_resnet.control.control_set import ControlSet
 from fem_resnet.control.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.maximum_principle import controls_within, extremal_controls, refuse_controls_outside
@@ -42,7 +42,7 @@ from fem_resnet.control.row_controls import RowBall, RowBox, SpanBox, distance, 
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.training.gradient import tell
+from fem_resnet.training.gradient import check_monitor, tell
 
 __all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]
 
@@ -160,8 +160,8 @@ def msa(
 
     Raises
     ------
-    ValueError
-        If an argument is not what is said above, the present controls are not in A, or A is not convex and mixtures are
+    TypeError, ValueError
+        If an argument is not what is said above, or differs between ranks; if the present controls are not in A, or A is not convex and mixtures are
         asked for.
 
     Examples
@@ -169,6 +169,8 @@ def msa(
     >>> result = msa(problem, Box((-1, 1), (-1, 1)), variant="extended")  # doctest: +SKIP
     """
     _check(problem, A, variant)
+    project = flag("project", project)
+    check_monitor(monitor)
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
@@ -262,8 +264,7 @@ def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, pro
 
 def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox, variant: str) -> None:
     net, pointwise = problem.net, isinstance(A, ControlSet)
-    if not (pointwise or isinstance(A, (RowBox, RowBall, SpanBox))):
-        raise TypeError(f"A: a ControlSet, a RowBox, a RowBall or a SpanBox is wanted, {type(A).__name__} was given")
+    instance("A", A, (ControlSet, RowBox, RowBall, SpanBox))
     if not (pointwise or A.psi.Y is net.Y):
         raise ValueError(f"A: its rows live on {A.psi.Y!r}, the network's label space {net.Y!r} is wanted")
     choice("variant", variant, _VARIANTS)

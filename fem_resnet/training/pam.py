@@ -18,8 +18,9 @@ the inequality below (5.1), with a square for each block. Its slack, the right-h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +28,13 @@ from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet.arguments import integer, number
+from fem_resnet.arguments import flag, instance, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.training.gradient import Progress, Result, options_over, tell
+from fem_resnet.ranks import same
+from fem_resnet.training.gradient import Progress, Result, check_monitor, options_over, tell
 from fem_resnet.training.proximal import ProximalBlock
 
 __all__ = ["INNER_PARAMETERS", "PAMProgress", "PAMResult", "train_pam"]
@@ -169,8 +172,8 @@ def train_pam(
 
     Raises
     ------
-    ValueError
-        If an argument does not fit.
+    TypeError, ValueError
+        If an argument does not fit, or differs between ranks; or if TAO does not ask for an option.
     StepFailure
         If the state overflows in a trial step.
     ArithmeticError
@@ -184,19 +187,30 @@ def train_pam(
     >>> bool((result.slacks > -1e-14).all())  # doctest: +SKIP
     True
     """
-    _check(tau, iterations, gradient_tolerance, accuracy, batches)
     comm, clock = problem.net.Y.comm, time.perf_counter()
+    # Coefficients in it are parts of this rank, and seconds its own.
+    same(comm, start=(start.blocks, start.iterations, start.tau, start.momentum) if isinstance(start, PAMResult) else start)
+    _check(tau, iterations, gradient_tolerance, accuracy, batches)
+    adapt, inertial = flag("adapt", adapt), flag("inertial", inertial)
+    instance("start", start, (PAMResult, NoneType), "what an earlier call has returned")
+    checked_prefix(options_prefix)
+    check_monitor(monitor)
+    given = checked_options(solver_parameters)
     if batches is not None:
         problem = problem.replace(batch=batches[0])
     J, _ = problem.record()
     norms = _gradient_norms(problem, J)
     least = gradient_tolerance * (norms[0] if start is None else start.gradient_norms[0])
     options = options_over(INNER_PARAMETERS | {"tao_gatol": 0.1 * least}, solver_parameters)
-    blocks = _blocks(problem, J, options, options_prefix)
+    blocks = _blocks(problem, J, options, options_prefix, given)
     first = _initial(J, blocks, norms[0], tau) if start is None else start
     if first.blocks != tuple(block.name for block in blocks):
         raise ValueError(f"start: its blocks are {first.blocks}, the problem's {tuple(block.name for block in blocks)}")
     at, before, tau, momentum = first.controls, first.previous, first.tau, first.momentum
+    if start is not None:
+        for block, reached, earlier in zip(blocks, at, before, strict=True):
+            block.checked(reached, "start")
+            block.checked(earlier, "start")
     for block, coefficients in zip(blocks, at):
         block.set(coefficients)
     value, history = J(problem.functions), []
@@ -254,11 +268,17 @@ def _check(tau, iterations, gradient_tolerance, accuracy, batches) -> None:
     integer("iterations", iterations, least=0)
     for name, value in (("gradient_tolerance", gradient_tolerance), ("accuracy", accuracy)):
         number(name, value, least=0)
-    if batches is not None and not len(batches):
+    if batches is None:
+        return
+    if not instance("batches", batches, (list, tuple), "minibatches() makes them"):
         raise ValueError("batches: at least one is wanted, none was given; minibatches() makes them")
+    for batch in batches:
+        instance("batches", batch, Batch)
 
 
-def _blocks(problem: LearningProblem, J: ReducedFunctional, options: dict, prefix: str | None) -> list[ProximalBlock]:
+def _blocks(
+    problem: LearningProblem, J: ReducedFunctional, options: dict, prefix: str | None, given: Iterable[str]
+) -> list[ProximalBlock]:
     """Bias, kernel, head, then one for each other parameter: those that are learned."""
     head = [] if problem.head is None else problem.head.parameters
     groups: dict[str, list[Parameter]] = {"bias": [], "kernel": [], "head": []}
@@ -266,7 +286,7 @@ def _blocks(problem: LearningProblem, J: ReducedFunctional, options: dict, prefi
         groups.setdefault("head" if parameter in head else parameter.name, []).append(parameter)
     controls = {id(function): control for function, control in zip(problem.functions, J.controls)}
     return [
-        ProximalBlock(name, group, J, [controls[id(f)] for p in group for f in p.functions], options, prefix)
+        ProximalBlock(name, group, J, [controls[id(f)] for p in group for f in p.functions], options, prefix, given)
         for name, group in groups.items()
         if any(parameter.functions for parameter in group)  # a network without layers has none of bias and kernel
     ]
@@ -322,7 +342,7 @@ def _gradient_norms(problem: LearningProblem, J: ReducedFunctional) -> tuple[flo
     """Of J in all that is learned, where the tape is: in the label measure, and without the controls' units."""
     gradient = iter(Enlist(J.derivative(apply_riesz=True)))
     parts = [(p, k, p.space_bases[k].read(next(gradient))) for p in problem.parameters for k in range(len(p.functions))]
-    squares = [(p.inner(k, g, g), p.space_bases[k].unit) for p, k, g in parts]
+    squares = [(p.pair(k, g, g), p.space_bases[k].unit) for p, k, g in parts]
     return float(np.sqrt(sum(square for square, _ in squares))), float(np.sqrt(sum(square * unit for square, unit in squares)))
 
 

@@ -11,7 +11,7 @@ in the norm of label domain and time, `Parameter.inner`, whose Riesz maps the co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import firedrake as fd
 import numpy as np
@@ -19,6 +19,7 @@ from pyadjoint import AdjFloat, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 
+from fem_resnet.arguments import instance, real_array
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
@@ -64,7 +65,7 @@ class ProximalFunctional(AbstractReducedFunctional):
 
     def inner(self, c: Sequence[np.ndarray], d: Sequence[np.ndarray]) -> float:
         """(c, d) in the measure of label domain and time. Collective."""
-        return sum(p.inner(k, c_k, d_k) for (p, k), c_k, d_k in zip(self._sets, c, d))
+        return sum(p.pair(k, c_k, d_k) for (p, k), c_k, d_k in zip(self._sets, c, d))
 
     def __call__(self, values) -> AdjFloat:
         values = Enlist(values)
@@ -109,6 +110,8 @@ class ProximalBlock:
         As in `ProximalFunctional`.
     solver_parameters, options_prefix
         TAO's options.
+    given
+        Names of those that the user gave.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class ProximalBlock:
         controls: Sequence,
         solver_parameters: dict,
         options_prefix: str | None,
+        given: Iterable[str],
     ):
         self.name = name
         self.functional = ProximalFunctional(J, controls, parameters)
@@ -127,17 +131,25 @@ class ProximalBlock:
         comm = parameters[0].space_bases[0].Y.comm
         self._minimiser = Minimiser(
             self.functional, self._functions, [parameter.space_bases[k] for parameter, k in self._sets],
-            solver_parameters, comm=comm, options_prefix=options_prefix,
+            solver_parameters, comm=comm, options_prefix=options_prefix, given=given,
         )  # fmt: skip
 
     def get(self) -> list[np.ndarray]:
         """The coefficients that the parameters have."""
-        return [parameter.get(k) for parameter, k in self._sets]
+        return [parameter.read(k) for parameter, k in self._sets]
 
     def set(self, coefficients: Sequence[np.ndarray]) -> None:
         """Give them to the parameters."""
         for (parameter, k), c in zip(self._sets, coefficients):
-            parameter.set(k, c)
+            parameter.write(k, c)
+
+    def checked(self, coefficients: Sequence[np.ndarray], name: str) -> list[np.ndarray]:
+        """Coefficients from outside, on all ranks alike."""
+        instance(name, coefficients, (list, tuple))
+        if len(coefficients) != len(self._sets):
+            raise ValueError(f"{name}: {len(self._sets)} arrays are wanted for {self.name}, {len(coefficients)} were given")
+        bases = [parameter.space_bases[k] for parameter, k in self._sets]
+        return [real_array(name, c, basis.shape, comm=basis.Y.comm) for c, basis in zip(coefficients, bases)]
 
     def square_from(self, coefficients: Sequence[np.ndarray]) -> float:
         """|x - coefficients|^2 of what the parameters have."""

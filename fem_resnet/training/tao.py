@@ -20,7 +20,7 @@ that norm, "tao_grtol" and "tao_gttol" are relative, of the gradient without uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,6 +36,8 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunction
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
+from fem_resnet.arguments import LARGEST
+from fem_resnet.options import checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.parameters.space_basis import SpaceBasis
 from fem_resnet.time_stepping.petsc import take_function_lower_bound
 
@@ -114,14 +116,16 @@ class Minimiser:
         Communicator of the TAO.
     bounds
         A pair of Functions a control, or none at all.
+    given
+        Names of those options that the user gave.
 
     Raises
     ------
     TypeError
         If the options are no dictionary.
     ValueError
-        If the type of TAO is none of `TYPES`, or does not keep to bounds where there are some, or the limit of iterations
-        is no integer >= 0.
+        If the type of TAO is none of `TYPES`, does not keep to bounds where there are some, or does not ask for one of
+        `given`; or the limit of iterations is no integer >= 0.
     """
 
     def __init__(
@@ -134,12 +138,13 @@ class Minimiser:
         comm: MPI.Comm,
         options_prefix: str | None = None,
         bounds: Sequence[tuple[fd.Function, fd.Function]] | None = None,
+        given: Iterable[str] = (),
     ):
         self._functional, self._functions, self._comm, self._bounds = functional, functions, comm, bounds
         self._amplitudes = [2.0 ** round(np.log2(basis.amplitude)) for basis in bases]
         units = [basis.unit for basis in bases]
         self._scaled = _WithoutUnits(functional, self._amplitudes, units)
-        self._parameters, self._prefix = dict(parameters), options_prefix
+        self._parameters, self._prefix, self._given = dict(parameters), checked_prefix(options_prefix), tuple(given)
         self._type = _checked_type(str(self._option("tao_type")), bounded=bounds is not None)
         #: TAO's limit of iterations.
         self.limit = _checked_limit(self._option("tao_max_it"))
@@ -161,9 +166,13 @@ class Minimiser:
             tuple(_times(end, 1 / amplitude) for end in pair) for pair, amplitude in zip(self._bounds, self._amplitudes)
         ]
         with _options_of_the_matrix(_defaults_of(self._type) | self._parameters | limit) as parameters:
-            self._solver = TAOSolver(
-                MinimizationProblem(self._scaled, bounds=bounds), parameters, options_prefix=self._prefix, comm=self._comm
-            )
+            with petsc_refusals(self._parameters):
+                self._solver = TAOSolver(
+                    MinimizationProblem(self._scaled, bounds=bounds), parameters, options_prefix=self._prefix, comm=self._comm
+                )
+            of_matrix = [name for name in self._given if name not in parameters and not PETSc.Options().used(name)]
+            others = [name for name in self._given if name in parameters]
+            refuse_unread(of_matrix + unread(petsctools.get_options(self._solver.tao), others), f"TAO's {self._type!r}")
         tao = self._solver.tao
         hessian, *_ = tao.getHessian()
         hessian.setPythonContext(_HessianAtItsPoint(self._scaled, comm=self._comm))
@@ -368,7 +377,7 @@ class _WithoutUnits(AbstractReducedFunctional):
 
 def _checked_limit(given: object) -> int:
     """The limit of iterations that was given."""
-    if str(given).isdecimal():
+    if str(given).isdecimal() and int(str(given)) <= LARGEST:
         return int(str(given))
     raise ValueError(f"solver_parameters: an integer >= 0 is wanted for 'tao_max_it', {given!r} was given")
 

@@ -150,7 +150,7 @@ def test_a_head_that_does_not_fit_its_loss_is_refused():
         LearningProblem(net, Head(psi, 2), binary_cross_entropy, None, batch)
     with pytest.raises(ValueError, match="prediction: one of 'identity', 'logistic', 'softmax' is wanted, 'soft' was given"):
         Head(psi, 2, "soft")
-    with pytest.raises(ValueError, match="labels: the output is a function in .*; observations are wanted as a batch"):
+    with pytest.raises(ValueError, match="batch.targets: a batch on .* is wanted, as there are no classes"):
         LearningProblem(net, Head(psi, psi, "identity"), least_squares, None, batch)
 
 

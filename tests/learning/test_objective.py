@@ -697,17 +697,17 @@ def test_every_rank_has_the_same_bits_of_j():
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([0, 1, 5, 7], r"^labels: classes 0 to 2 are wanted, sample 2 has 5$"),
-        ([0, -1, 1, 2], r"^labels: classes 0 to 2 are wanted, sample 1 has -1$"),
-        ([], r"^labels: integers of shape \(samples,\) are wanted, shape \(0,\) was given$"),
-        (np.zeros(0, dtype=int), r"^labels: integers of shape \(samples,\) are wanted, shape \(0,\) was given$"),
-        ([0.0, 1.0, 2.0, 1.0], r"^labels: integers of shape \(samples,\) are wanted, tuple with entries of type float64 was given$"),
-        ([[0, 1, 2, 1]], r"^labels: integers of shape \(samples,\) are wanted, shape \(1, 4\) was given$"),
-        (["a", "b", "c", "a"], r"^labels: integers of shape \(samples,\) are wanted, tuple with entries of type <U1 was given$"),
-        (1, r"^labels: integers of shape \(samples,\) are wanted, shape \(\) was given$"),
-        ([True, False, True, True], r"^labels: integers of shape \(samples,\) are wanted, tuple with entries of type bool was given$"),
-        ([0, 1, 2], r"^batch.targets: 4 samples are wanted, as many as inputs, 3 were given$"),
-        ([0, 1, 2, 0, 1], r"^batch.targets: 4 samples are wanted, as many as inputs, 5 were given$"),
+        ([0, 1, 5, 7], r"^batch.targets: classes 0 to 2 are wanted, sample 2 has 5$"),
+        ([0, -1, 1, 2], r"^batch.targets: classes 0 to 2 are wanted, sample 1 has -1$"),
+        ([], r"^targets: integers of shape \(4,\) are wanted, shape \(0,\) was given$"),
+        (np.zeros(0, dtype=int), r"^targets: integers of shape \(4,\) are wanted, shape \(0,\) was given$"),
+        ([0.0, 1.0, 2.0, 1.0], r"^targets: integers of shape \(4,\) are wanted, list with entries of type float64 was given$"),
+        ([[0, 1, 2, 1]], r"^targets: integers of shape \(4,\) are wanted, shape \(1, 4\) was given$"),
+        (["a", "b", "c", "a"], r"^targets: integers of shape \(4,\) are wanted, list with entries of type <U1 was given$"),
+        (1, r"^targets: integers of shape \(4,\) are wanted, shape \(\) was given$"),
+        ([True, False, True, True], r"^targets: integers of shape \(4,\) are wanted, list with entries of type bool was given$"),
+        ([0, 1, 2], r"^targets: integers of shape \(4,\) are wanted, shape \(3,\) was given$"),
+        ([0, 1, 2, 0, 1], r"^targets: integers of shape \(4,\) are wanted, shape \(5,\) was given$"),
     ],
 )
 def test_refuses_labels(labels, message):
@@ -761,7 +761,7 @@ def test_refuses_inputs_that_do_not_fit():
     if values.size:
         values[-1, 1] = np.inf
     for inputs, error, message in [
-        (smooth(net.Y), TypeError, "^batch.inputs: a Function is wanted, ndarray was given$"),
+        (smooth(net.Y), TypeError, "^inputs: a Function is wanted, ndarray was given; Y.batch"),
         (elsewhere, ValueError, "^batch.inputs: it lives on .*, a Function on the mesh"),
         (other, ValueError, "^batch.inputs: .* was given; a Function of .* or a batch of it"),
         (ill, ValueError, r"^batch.inputs: sample 1 has values that are not finite \(1 samples have\)$"),
@@ -777,7 +777,7 @@ def test_refuses_targets_that_do_not_fit():
     nan = fd.Function(net.Y.batch_space(4))
     nan.dat.data_wo[:, 2] = np.nan
     for head, targets, error, message in [
-        (None, [0, 1, 2, 0], TypeError, "^batch.targets: a Function is wanted, tuple was given$"),
+        (None, [0, 1, 2, 0], ValueError, "^batch.targets: a batch on .* is wanted, as there are no classes; labels were given$"),
         (None, net.Y.batch(smooth(net.Y, 3)), ValueError, "^batch.targets: 4 samples are wanted, .*, 3 were given$"),
         (None, nan, ValueError, "^batch.targets: sample 2 has values that are not finite"),
         (head, net.Y.batch(smooth(net.Y, 4)), ValueError, "^batch.targets: it lives on"),
@@ -799,8 +799,8 @@ def test_takes_a_batch_of_targets_for_a_head():
 @pytest.mark.parametrize(
     "psi, classes, error, message",
     [
-        (None, 3, TypeError, r"^psi: a Basis is wanted, NoneType was given$"),
-        (np.ones((4, 2)), 3, TypeError, r"^psi: a Basis is wanted, ndarray was given$"),
+        (None, 3, TypeError, r"^psi: a Basis is wanted, NoneType was given; laplace_basis"),
+        (np.ones((4, 2)), 3, TypeError, r"^psi: a Basis is wanted, ndarray was given; laplace_basis"),
         ("laplace", 0, ValueError, r"^onto: a positive integer is wanted, 0 was given$"),
         ("laplace", 2.0, ValueError, r"^onto: a positive integer is wanted, 2.0 was given$"),
         ("laplace", None, ValueError, r"^onto: a positive integer is wanted, None was given$"),

@@ -96,7 +96,7 @@ def test_bases_of_each_layer_move_to_another_mesh():
     "change, error, message",
     [
         (lambda b: dict(phi=[b, b]), ValueError, "^phi: one Basis, or 3, one a layer, is wanted; 2 were given$"),
-        (lambda b: dict(phi=[]), ValueError, "^phi: one Basis, or 3, one a layer, is wanted; 0 were given$"),
+        (lambda b: dict(phi=[]), ValueError, "^phi: one Basis, or one a layer, is wanted; none was given$"),
         (lambda b: dict(phi=b, psi=[b] * 4), ValueError, "^psi: one Basis, or 3, .* 4 were given$"),
         (lambda b: dict(phi=b, bias=[None, b]), ValueError, "^bias: one Basis, or 3, .* 2 were given$"),
         (lambda b: dict(phi=[b, None, b]), TypeError, "^phi: a Basis, or one a layer, is wanted, NoneType was given$"),

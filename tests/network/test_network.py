@@ -290,12 +290,12 @@ def test_an_initial_state_that_does_not_fit_is_refused():
 
 
 @on_ranks
-@pytest.mark.parametrize("layer", [-1, 4, 1.0, "2"])
+@pytest.mark.parametrize("layer", [-1, 4, 1.0, "2", True])
 def test_states_exist_at_layer_times_only(layer):
     net = network()
     run = net.run(net.Y.batch(smooth(net.Y)))
     for what in (run.state, run.costate):
-        with pytest.raises(ValueError, match=re.escape(f"layer: an integer from 0 to L = 3 is wanted, {layer!r} was")):
+        with pytest.raises(ValueError, match=re.escape(f"layer: an integer from 0 to 3 is wanted, {layer!r} was")):
             what(layer)
 
 

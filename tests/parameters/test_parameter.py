@@ -14,7 +14,7 @@ from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues, read_all
-from fem_resnet.parameters.time_basis import Groups, Hats, LayerIndicators, Once, Shared
+from fem_resnet.parameters.time_basis import Groups, Hats, LayerIndicators, Once, Shared, TimeBasis
 from helpers import half_square_distance, label_space, laplace, smooth, smooth_direction
 from problems import coefficients, directions, network, polynomials, taping
 
@@ -161,7 +161,7 @@ def test_coefficients_in_a_basis_are_the_same_bits_on_every_rank(basis):
 # -- time bases ------------------------------------------------------------------------------------------------------
 
 
-class Pairs:
+class Pairs(TimeBasis):
     """One coefficient for layers 0 and 1, one for layers 2 and 3, and so on, times 1 + t: varying, not just constant."""
 
     def __init__(self, times):

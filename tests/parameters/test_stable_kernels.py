@@ -101,7 +101,7 @@ def test_every_kernel_of_a_set_is_reached(choice, skew):
     ids=["not positive", "of higher rank", "other damping", "too large"],
 )
 def test_kernels_outside_of_their_set_are_refused(choice, beta, message):
-    with pytest.raises(ValueError, match=f"^beta: .*{message}"):
+    with pytest.raises(ValueError, match=f"^coefficients: .*{message}"):
         network(choice).kernel.set(0, beta)
 
 
@@ -116,7 +116,7 @@ def test_what_a_set_cannot_be_made_of_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(TypeError, match="^stable_kernel: a set of kernels or None is wanted, str was given"):
+    with pytest.raises(TypeError, match="^stable_kernel: a StableKernel or None is wanted, str was given; such as PositiveSemidefinite"):
         network("positive")
 
 
