@@ -10,7 +10,7 @@ import firedrake as fd
 import numpy as np
 import sympy
 from firedrake import COMM_WORLD
-from helpers import label_space, laplace, smooth
+from helpers import MESHES, label_space, laplace, smooth
 from problems import learning_problem, network
 from pyadjoint import Tape
 
@@ -19,7 +19,7 @@ from fem_resnet import (
     Activation, Basis, Batch, DampedAntisymmetric, Derivatives, Head, LabelSpace, LearningProblem, Loss, LowRankKernel, NormBounded,
     Observations, Parameter, PositiveSemidefinite, Properties, Regulariser, ResidualNetwork, RowBox, Run, RunningCost,
     binary_cross_entropy, cell_indicators, class_space, cross_entropy, enable_checkpointing, functional_loss, get_activation,
-    given_basis, laplace_basis, least_squares, load, msa, point_space, save, smooth_in_space, smooth_in_time, tikhonov, train,
+    given_basis, laplace_basis, least_squares, load, msa, point_space, read_mesh, save, smooth_in_space, smooth_in_time, tikhonov, train,
     train_pam,
 )  # fmt: skip
 from fem_resnet.learning.head import PREDICTIONS
@@ -172,6 +172,10 @@ DOORS = {
         LabelSpace.riesz_map, lambda: {"self": disk(), "dual": fd.Cofunction(disk().V.dual())}, parted=("dual",)
     ),
     "class_space": Door(class_space, lambda: {"classes": 4, "comm": COMM_WORLD}, parted=("comm",)),
+    "read_mesh": Door(
+        read_mesh, lambda: {"path": MESHES / "polygon.msh", "comm": COMM_WORLD}, takes={"path": PATH}, parted=("comm",),
+        another={"path": MESHES / "block.msh"},
+    ),
     "point_space": Door(
         point_space, lambda: {"weights": np.arange(1.0, 5.0), "points": None, "graph": None, "comm": COMM_WORLD},
         takes={"points": {"None"}, "graph": {"None"}}, parted=("comm",),

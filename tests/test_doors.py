@@ -613,7 +613,7 @@ def test_meshes_that_go_round_are_not_taken_for_folded_ones(make):
 def test_files_say_what_they_take(tmp_path):
     problem, net, _ = parts()
     for arguments, message in [
-        ((tmp_path / "net.h5", problem.head), "net: a ResidualNetwork is wanted, as in save.path, net, head.; Head was given"),
+        ((tmp_path / "net.h5", problem.head), "net: a ResidualNetwork is wanted, Head was given; save.path, net, head. wants it second"),
         ((net, problem.head), "net: a ResidualNetwork is wanted"),
         ((net, net), "path: the name of a file is wanted, ResidualNetwork was given"),
         ((tmp_path / "net.h5", net, net), "head: a Head or None is wanted, .* ResidualNetwork was given"),

@@ -55,8 +55,8 @@ class Pair:
         _checked(self.convention)
         for name in ("f", "r"):
             object.__setattr__(self, name, real_array(name, getattr(self, name)))
-        if self.f.ndim != 2:
-            raise ValueError(f"f: shape (nodes, samples) is wanted, {self.f.shape} was given")
+        if self.f.ndim != 2 or self.f.shape[1] == 0:
+            raise ValueError(f"f: shape (nodes, samples), at least one sample, is wanted, {self.f.shape} was given")
         if self.r.shape != self.f.shape:
             raise ValueError(f"r: the shape of f, {self.f.shape}, is wanted, {self.r.shape} was given")
 

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from petsctools import OptionsManager
 
+from fem_resnet.arguments import instance
 from fem_resnet.ranks import on_first, same
 
 __all__ = ["read_mesh"]
@@ -52,9 +53,8 @@ def read_mesh(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> fd.MeshGeome
     >>> mesh.geometric_dimension
     2
     """
-    same(comm, path=path)
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path: the name of a file is wanted, {type(path).__name__} was given")
+    same(instance("comm", comm, MPI.Comm, "firedrake.COMM_WORLD and firedrake.COMM_SELF are such"), path=path)
+    instance("path", path, (str, os.PathLike), "the name of a file")
     dimension = on_first(comm, lambda: _dimension(Path(path)))
     return fd.Mesh(os.fspath(path), dim=dimension, comm=comm)
 

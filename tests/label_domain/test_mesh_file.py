@@ -102,7 +102,7 @@ REFUSED = {
     "a damaged file": (damaged, ValueError, "PETSc cannot read"),
     "no file": (lambda path: path, FileNotFoundError, "there is no file"),
     "another format": (lambda path: write(path.with_suffix(".vtk"), *torus()), ValueError, "a Gmsh file .msh is wanted"),
-    "no path": (lambda path: 3, TypeError, "the name of a file is wanted, int was given"),
+    "no path": (lambda path: 3, TypeError, "a str or PathLike is wanted, int was given"),
 }
 
 
