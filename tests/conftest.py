@@ -39,6 +39,9 @@ from pyadjoint.enlisting import Enlist  # noqa: E402
 #: Seconds after which a test on several ranks counts as hanging: its stacks are printed, then the ranks are killed.
 TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 
+#: The same on one rank, where a test may wait for a session on several that runs beside it.
+TIME_LIMIT_ALONE = 1200
+
 #: Of each test so many sets of parameters run by default, by the number of ranks: what differs between ranks is the test's.
 PARAMETERS = {2: 4, 3: 2}
 
@@ -126,6 +129,19 @@ class Beside:
             return subprocess.run(
                 (what, *arguments), cwd=Path(__file__).parents[1], env=without_mpi(), capture_output=True, text=True, timeout=600
             )
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        def stop(*_):
+            raise TimeoutError(f"{item.nodeid} takes longer than {TIME_LIMIT_ALONE} s")
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.alarm(TIME_LIMIT_ALONE)
+        try:
+            return (yield)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
