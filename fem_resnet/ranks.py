@@ -114,20 +114,18 @@ def _raise_first(comm: MPI.Comm, error: BaseException | None) -> None:
     sender = comm.allreduce(comm.rank if error is not None else comm.size, op=min)
     if sender == comm.size:
         return
-    first = comm.bcast(_to_send(error, comm.rank) if comm.rank == sender else None, root=sender)
+    first = comm.bcast(_to_send(error) if comm.rank == sender else None, root=sender)
     if comm.rank == sender and type(first) is type(error):
         raise error
-    raise first from error
+    raise first from error or RuntimeError(f"raised on rank {sender}, whose traceback says where")
 
 
-def _to_send(error: BaseException, rank: int) -> BaseException:
+def _to_send(error: BaseException) -> BaseException:
     """The error, or where it does not survive pickling a RuntimeError of the same words."""
     try:
-        sent = pickle.loads(pickle.dumps(error))
+        return pickle.loads(pickle.dumps(error))
     except Exception:  # whatever a class of errors does when it is pickled
-        sent = RuntimeError(f"{type(error).__name__}: {error}")
-    sent.add_note(f"(raised on rank {rank}; its traceback says where)")
-    return sent
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def same(comm: MPI.Comm | None, **arguments: Any) -> None:

@@ -44,7 +44,7 @@ def test_what_one_rank_raises_all_raise_with_the_same_words(error):
         together(COMM_WORLD, on_last(error(f"x: not so on rank {LAST}")))
     assert str(raised.value) == f"x: not so on rank {LAST}"
     if COMM_WORLD.rank != LAST:
-        assert raised.value.__notes__ == [f"(raised on rank {LAST}; its traceback says where)"]
+        assert str(raised.value.__cause__) == f"raised on rank {LAST}, whose traceback says where"
 
 
 @pytest.mark.parallel([2, 3])
