@@ -243,12 +243,15 @@ class _Door:
     """What a decorated function asks of its arguments."""
 
     def __init__(self, function: Callable, parted: tuple[str, ...]):
-        self._signature, self._parted, self._first = inspect.signature(function), parted, None
-        names = list(self._signature.parameters)
+        self._signature, self._first = inspect.signature(function), None
+        parameters = self._signature.parameters
+        # Of a Function each rank has its part, and so it has of node values given in its place, which the tool refuses.
+        self._parted = {*parted, *(name for name, one in parameters.items() if one.annotation == "fd.Function")}
+        names = list(parameters)
         if names[0] == "self" and function.__name__ != "__init__":
             return
         first = names[names[0] in ("self", "cls")]
-        kind = inspect.unwrap(function).__globals__.get(self._signature.parameters[first].annotation)
+        kind = inspect.unwrap(function).__globals__.get(parameters[first].annotation)
         if isinstance(kind, type):
             self._first, self._kind = first, kind
 

@@ -63,15 +63,15 @@ class Scheme:
         self.steps = steps
         self.ts_type = options.parameters["ts_type"]
         self.method = METHODS[self.ts_type]
-        self.adaptive = self._reads_adaptivity()
-        self.carries_f = self.adaptive or self.method.quadrature is None
+        self.adaptive, self.carries_f = self._look()
 
-    def _reads_adaptivity(self) -> bool:
+    def _look(self) -> tuple[bool, bool]:
+        """Whether steps are adapted, and whether f is stepped: a TS that only reads its options tells."""
         probe = PETSc.TS().create(comm=PETSc.COMM_SELF)
         set_from_options(probe, self._options)
         adaptive = adapt_type(probe) != "none"
         probe.destroy()
-        return adaptive
+        return adaptive, adaptive or self.method.quadrature is None
 
     @property
     def solver_parameters(self) -> dict:
@@ -137,8 +137,8 @@ class Scheme:
 class DiscreteGradientScheme(Scheme):
     """The package's own: "discrete_gradient", a step by PETSc's SNES under which the energy falls at any step size."""
 
-    def _reads_adaptivity(self) -> bool:
-        return False
+    def _look(self) -> tuple[bool, bool]:
+        return False, False
 
     def refuse(self, *, precision: str, gradient_flow: bool) -> None:
         super().refuse(precision=precision, gradient_flow=gradient_flow)
