@@ -145,8 +145,8 @@ class Beside:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        """Tests that want the machine for themselves come last, when nothing runs beside them any more."""
-        items.sort(key=lambda item: "second_core" in item.fixturenames)
+        """Tests that wait for what runs beside come late; those that want the machine for themselves come last."""
+        items.sort(key=lambda item: 2 * ("second_core" in item.fixturenames) + any(item.iter_markers("beside")))
 
     def pytest_collection_finish(self, session):
         if not session.config.option.collectonly:
