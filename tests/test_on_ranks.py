@@ -22,7 +22,7 @@ import pytest
 
 HERE = Path(__file__)
 #: Seconds for all tests on one number of ranks; a single test that hangs is stopped much earlier, by conftest.py.
-TIME_LIMIT = 1200
+TIME_LIMIT = 2400
 KEPT = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"}
 
 
