@@ -39,8 +39,8 @@ from pyadjoint.enlisting import Enlist  # noqa: E402
 #: Seconds after which a test on several ranks counts as hanging: its stacks are printed, then the ranks are killed.
 TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 
-#: The same on one rank, where a test may wait for a session on several that runs beside it.
-TIME_LIMIT_ALONE = 1200
+#: The same on one rank, where a test may wait for what runs beside, or start a session on several ranks.
+TIME_LIMIT_ALONE = 1500
 
 #: Of each test so many sets of parameters run by default, by the number of ranks: what differs between ranks is the test's.
 PARAMETERS = {2: 4, 3: 2}
@@ -53,7 +53,7 @@ BESIDE = pytest.StashKey[Future]()
 def pytest_configure(config):
     config.stash[TAYLOR_RATES] = defaultdict(dict)
     config.stash[VERIFIED] = {"faults": [], "sound": []}
-    config.addinivalue_line("markers", "beside(*command): started with the session, for the fixture `printed`; or a function of the test's item, for `beside`")
+    config.addinivalue_line("markers", "beside(*command): started with the session, for the fixture `printed`")
     config.pluginmanager.register(OnRanks(os.dup(2)) if COMM_WORLD.size > 1 else Beside(), "sides")
 
 
@@ -116,18 +116,20 @@ class OnRanks:
 
 
 class Beside:
-    """A session on one rank leaves a core idle: it takes what tests are marked with, one after the other."""
+    """A session on one rank leaves a core idle: it takes the commands that tests are marked with, one after the other.
+
+    Sessions on several ranks do not run beside it: ranks that wait for each other with less than a core each take minutes for
+    what else takes seconds (MUMPS: 170 s for 0.4 s).
+    """
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(1)
         self.second_core = Lock()
 
-    def run(self, item, what, *arguments):
+    def run(self, command: tuple[str, ...]) -> subprocess.CompletedProcess:
         with self.second_core:
-            if callable(what):
-                return what(item)
             return subprocess.run(
-                (what, *arguments), cwd=Path(__file__).parents[1], env=without_mpi(), capture_output=True, text=True, timeout=600
+                command, cwd=Path(__file__).parents[1], env=without_mpi(), capture_output=True, text=True, timeout=600
             )
 
     @pytest.hookimpl(wrapper=True)
@@ -150,10 +152,9 @@ class Beside:
 
     def pytest_collection_finish(self, session):
         if not session.config.option.collectonly:
-            marked = [(item, marker.args) for item in session.items for marker in item.iter_markers("beside")]
-            # Sessions on several ranks take longest, so that they start first.
-            for item, arguments in sorted(marked, key=lambda pair: not callable(pair[1][0])):
-                item.stash[BESIDE] = self.pool.submit(self.run, item, *arguments)
+            for item in session.items:
+                for marker in item.iter_markers("beside"):
+                    item.stash[BESIDE] = self.pool.submit(self.run, marker.args)
 
     def pytest_sessionfinish(self):
         self.pool.shutdown(cancel_futures=True)
@@ -201,16 +202,11 @@ def found(request):
 
 
 @pytest.fixture
-def beside(request):
-    """What the test's marker `beside` has brought."""
-    return request.node.stash[BESIDE].result()
-
-
-@pytest.fixture
-def printed(beside):
+def printed(request):
     """Lines that the command of the test's marker `beside` has printed; it must have ended with code 0."""
-    assert beside.returncode == 0, beside.stdout[-2000:] + beside.stderr[-4000:]
-    return beside.stdout.splitlines()
+    result = request.node.stash[BESIDE].result()
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout.splitlines()
 
 
 @pytest.fixture

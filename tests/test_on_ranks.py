@@ -11,18 +11,16 @@ runs the tests of one file on 1, 2 and 3 ranks, and ``containers/run pytest test
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__)
 #: Seconds for all tests on one number of ranks; a single test that hangs is stopped much earlier, by conftest.py.
-TIME_LIMIT = 2400
+TIME_LIMIT = 1200
 KEPT = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"}
 
 
@@ -74,24 +72,16 @@ def _report(logs: Path) -> str:
     return "\n".join(ends)
 
 
-def _session(item) -> tuple[int | None, Path]:
-    """Exit code and logs of the session on the test's number of ranks."""
-    logs = Path(tempfile.mkdtemp(prefix="fem_resnet_ranks_"))
-    return _launch(item.callspec.params["ranks"], _selection(item.config), logs), logs
-
-
-@pytest.mark.beside.with_args(_session)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_same_tests_on_several_ranks(ranks, beside, capsys):
-    code, logs = beside
+def test_same_tests_on_several_ranks(ranks, tmp_path, request, capsys, second_core):
+    code = _launch(ranks, _selection(request.config), tmp_path)
     what = "took too long and was stopped" if code is None else f"ended with code {code}"
-    assert code == 0, f"the run on {ranks} ranks {what}\n{_report(logs)}"
-    closing = (logs / "0").read_text().splitlines()[-1]
+    assert code == 0, f"the run on {ranks} ranks {what}\n{_report(tmp_path)}"
+    closing = (tmp_path / "0").read_text().splitlines()[-1]
     passed = re.search(r"(\d+) passed", closing)
     assert passed, f"no test ran on {ranks} ranks: {closing}"
     with capsys.disabled():
         print(f"\n{ranks} ranks: {closing.strip('= ')}")
-    shutil.rmtree(logs)
 
 
 HANGS = """
