@@ -137,7 +137,8 @@ def test_the_type_and_the_preconditioner_follow_an_option_with_the_prefix():
     finally:
         options.delValue("mine_tao_type")
     by_dictionary = train(problem(), {"tao_type": "nls", "tao_max_it": 2}, monitor=lambda p: None)
-    assert_array_equal(found.values, by_dictionary.values)
+    # Each problem has a mesh of its own, whose partition may be another one.
+    assert_allclose(found.values, by_dictionary.values, rtol=1e-12)
 
 
 def test_options_that_are_no_dictionary_are_refused():
