@@ -167,8 +167,9 @@ def fault(door: Door, wrong: Mapping[str, str]) -> str | None:
             return f"{type(error).__name__}: {error}"
         return None if refused else f"refused, though it is said to be taken: {error}"
     except OSError as error:
-        # What the operating system says of a name of a file that may be one.
-        return f"{type(error).__name__}: {error}" if refused else None
+        # What the operating system says of a name of a file that may be one; files are looked at first.
+        named = any(door.names(name, error) for name in wrong)
+        return f"{type(error).__name__}: {error}" if refused and not named else None
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if refused:

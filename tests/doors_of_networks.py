@@ -163,7 +163,7 @@ DOORS = {
     ),
     "LabelSpace.batch": Door(
         LabelSpace.batch, lambda: {"self": disk(), "values": smooth(disk()), "name": "pictures"},
-        takes={"name": TEXT}, parted=("values",), another={"name": "faces"}, called={"values": "pictures"},
+        takes={"name": {"a string"}}, parted=("values",), another={"name": "faces"}, called={"values": "pictures"},
     ),
     "LabelSpace.batch_space": Door(LabelSpace.batch_space, lambda: {"self": disk(), "samples": 3}),
     "LabelSpace.inner": Door(LabelSpace.inner, lambda: {"self": disk(), "f": one(), "g": one()}, parted=("f", "g")),

@@ -244,7 +244,8 @@ class LabelSpace(OnMesh):
             would be lost to a tape that annotates; on all ranks alike.
         """
         same(self.comm, name=name, values=_has_functions(values))
-        instance("name", name, str)
+        if not instance("name", name, str):
+            raise ValueError("name: a name is wanted, an empty string was given; messages call the array so")
         if _has_functions(values):
             values = self._columns(values, name)
         values = real_array(name, values, comm=self.comm, finite=False)
