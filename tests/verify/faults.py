@@ -41,6 +41,7 @@ import fem_resnet.tape.blocks
 import fem_resnet.time_stepping.compiled_layer
 import fem_resnet.time_stepping.discrete_gradient
 import fem_resnet.time_stepping.jacobian
+import fem_resnet.time_stepping.scheme
 import fem_resnet.time_stepping.state
 import fem_resnet.time_stepping.ts_layer
 import fem_resnet.time_stepping.ts_stepper
@@ -548,7 +549,7 @@ FURTHER = [
     Fault("on another space coefficients come in the other order", BUILT_IN, line(Network, "_take", "theirs.get(k)", "theirs.get(len(theirs.functions) - 1 - k)"), True),
     Fault("settings forget the number of steps", BUILT_IN, line(Network, "settings", '"steps": self.steps', '"steps": 1'), True),
     Fault("on another space a head loses mu", BUILT_IN, line(fem_resnet.learning.head.Head, "on", "theirs.set(0, ours.get(0))", 'theirs.set(0, ours.get(0) * (ours.name == "W"))'), True),
-    Fault("a gradient flow is taken for (2.8)", BUILT_IN, line(Network, "_new_stage", "TransposedStage(stage) if self.gradient_flow else stage", "stage"), True),
+    Fault("a gradient flow is taken for (2.8)", BUILT_IN, line(fem_resnet.time_stepping.scheme.Scheme, "new_stage", "TransposedStage(stage) if gradient_flow else stage", "stage"), True),
     Fault("a problem that is recorded again loses its running cost", BUILT_IN, _without_running_cost, True),
     # time, coefficients, factors
     Fault("hats are swapped", BUILT_IN, line(time_basis.Hats, "weights", "(1.0 - s, s)", "(s, 1.0 - s)"), True),
@@ -567,7 +568,7 @@ FURTHER = [
     Fault("cross entropy takes observations for densities", BUILT_IN, _in_loss("cross_entropy", "gradient", lambda Y, O, C, h: Y.weights[:, None] * (np.exp(fem_resnet.learning.head.log_density(Y, O)) - C)), True),
     Fault("the curvature of binary cross entropy is p", BUILT_IN, _in_loss("binary_cross_entropy", "hessian", lambda Y, O, C, h, v: Y.weights[:, None] / (1 + np.exp(-O)) * v), True),
     Fault("the derivative of an output has mu", BUILT_IN, line(fem_resnet.learning.head.Head, "linear", "fd.Function(self.mu.functions[0].function_space())", "self.mu.functions[0]"), True),
-    Fault("inner products of controls without tau", BUILT_IN, line(fem_resnet.parameters.parameter.Parameter, "inner", "self.time_basis.measures[k] * ", ""), True),
+    Fault("inner products of controls without tau", BUILT_IN, line(fem_resnet.parameters.parameter.Parameter, "pair", "self.time_basis.measures[k] * ", ""), True),
     Fault("smoothness in time pulls one way", BUILT_IN, line(regulariser, "_variation", "functionals[k] -= step", "pass"), True),
     # running costs, Blocks, checkpoints
     Fault("a running cost's second adjoint forgets that a length moves", BUILT_IN, line(CostRate, "transpose", "moved_a + tau[1] * l_a", "moved_a"), True),
