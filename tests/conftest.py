@@ -73,12 +73,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def spread(items, most):
-    """Of each test function at most so many items, from the first to the last."""
+    """Of each test function at most so many items, from the first to the last; all of those that are marked `whole`."""
     alike = defaultdict(list)
     for item in items:
         alike[item.nodeid.split("[")[0]].append(item)
     chosen = {each[k] for each in alike.values() for k in np.linspace(0, len(each) - 1, min(most, len(each))).round().astype(int)}
-    return [item for item in items if item in chosen]
+    return [item for item in items if item in chosen or item.get_closest_marker("whole")]
 
 
 class OnRanks:

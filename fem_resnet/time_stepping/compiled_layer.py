@@ -298,6 +298,7 @@ class CompiledLayers:
             If there was no forward solve that kept its trajectories since the last adjoint; or TS has weighted the stages
             otherwise than was taken for granted.
         """
+        self._take_layers()
         for stepper in self._steppers:
             stepper.use_trajectory()
         packed = None if adjoint is None else self._stage.pack(self._stage.arranged(adjoint))

@@ -120,6 +120,19 @@ def test_matrix_free_gives_the_same_numbers(name, annotation):
         assert_close(results[0], other, 1e-8)
 
 
+def test_a_compiled_layer_alone_is_one_of_a_sequence():
+    net = network()
+    segment = net.layer_segments(net.Y.batch_space(3))[0]
+    arrays = [smooth(net.Y), *(slot.read(f) for slot, f in zip(segment.inputs[1:], segment.functions))]
+    segment.forward(arrays, True)
+    expected = segment.adjoint(arrays, smooth(net.Y, seed=5))
+    (stepper,), inputs = segment.steppers, segment._layers[0]
+    psi = inputs[0].factors.psi
+    stepper.forward([psi.project(arrays[0])], None, inputs, True)
+    _, _, found = stepper.adjoint([np.zeros((psi.rank, 3))], [segment._stage.arranged(smooth(net.Y, seed=5))])
+    assert_allclose(found, np.concatenate([part.ravel() for part in expected[1:]]), rtol=1e-13, atol=1e-15)
+
+
 def test_one_linear_solve_a_newton_step_and_no_matrix_of_the_nodes():
     net = network(solver_parameters={"ts_type": "cn"})
     stepper = net._stepper(net._stage(3), 0, 1)
