@@ -31,8 +31,17 @@ import numpy as np
 from digits_on_a_disk import SCALE, TIKHONOV, accuracy, digits, label_space, look
 
 from fem_resnet import (
-    Batch, Head, LearningProblem, NormBounded, ResidualNetwork, circle_radius, cross_entropy, laplace_basis, lipschitz_bound,
-    tikhonov, train,
+    Batch,
+    Head,
+    LearningProblem,
+    NormBounded,
+    ResidualNetwork,
+    circle_radius,
+    cross_entropy,
+    laplace_basis,
+    lipschitz_bound,
+    tikhonov,
+    train,
 )  # fmt: skip
 
 # %% Contractive by construction

@@ -30,7 +30,16 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 from fem_resnet import (
-    Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, laplace_basis, save, tikhonov, train,
+    Batch,
+    Head,
+    LabelSpace,
+    LearningProblem,
+    ResidualNetwork,
+    cross_entropy,
+    laplace_basis,
+    save,
+    tikhonov,
+    train,
 )  # fmt: skip
 
 # %% What was chosen

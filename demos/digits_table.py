@@ -18,8 +18,21 @@ from pathlib import Path
 
 import numpy as np
 from digits_on_a_disk import (
-    COPIES, FINAL_TIME, ITERATIONS, PERCEPTRON, RANK, SCALE, SHORT, TIKHONOV,
-    accuracy, digits, label_space, learn, look, on_pixels, with_copies,
+    COPIES,
+    FINAL_TIME,
+    ITERATIONS,
+    PERCEPTRON,
+    RANK,
+    SCALE,
+    SHORT,
+    TIKHONOV,
+    accuracy,
+    digits,
+    label_space,
+    learn,
+    look,
+    on_pixels,
+    with_copies,
 )  # fmt: skip
 from firedrake import COMM_WORLD
 from sklearn.neural_network import MLPClassifier

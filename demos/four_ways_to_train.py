@@ -23,8 +23,19 @@ import matplotlib.figure
 import numpy as np
 
 from fem_resnet import (
-    Batch, Box, LabelSpace, LearningProblem, ResidualNetwork, RowBox, cell_indicators, least_squares, msa, pmp_residual,
-    tikhonov, train, train_pam,
+    Batch,
+    Box,
+    LabelSpace,
+    LearningProblem,
+    ResidualNetwork,
+    RowBox,
+    cell_indicators,
+    least_squares,
+    msa,
+    pmp_residual,
+    tikhonov,
+    train,
+    train_pam,
 )  # fmt: skip
 
 OUTPUT = Path(__file__).parent / "output"
@@ -225,7 +236,9 @@ def main(short=False):
         Y = LabelSpace(fd.FunctionSpace(DOMAINS[domain](), "DG", 0))
         histories[domain] = solve(Y, 12 if short else 120)
         say(f"\n{domain}, {Y.size} cells, {LAYERS} layers, {SAMPLES} samples")
-        say(f"{'':20s}{'J':>11s}{'in box':>8s}{'PMP residual':>22s}{'|DJ|':>10s}{'test error':>12s}{'evaluations':>13s}{'s':>7s}")
+        say(
+            f"{'':20s}{'J':>11s}{'in box':>8s}{'PMP residual':>22s}{'|DJ|':>10s}{'test error':>12s}{'evaluations':>13s}{'s':>7s}"
+        )
         J[domain] = {}
         for name, problem, history in histories[domain]:
             value, found, norm, error = judged(Y, problem)

@@ -97,9 +97,7 @@ class Neurons:
 
         def rate(t, z):
             values = [1.0, -1.0] if c is swarm and t < times[1] else [c(t)]
-            return np.mean(
-                [np.tanh(self.a_0 + x * self.a_1 - (1 + x / 2) * self.B_0 @ z) for x in values], axis=0
-            )
+            return np.mean([np.tanh(self.a_0 + x * self.a_1 - (1 + x / 2) * self.B_0 @ z) for x in values], axis=0)
 
         return runge_kutta(rate, self.z_0, times)
 
@@ -121,15 +119,11 @@ def depth(depths):
         # Where it jumps as often as there are layers the error is a matter of luck: the mean of squares over some
         # depths.
         near = {L: primes(L)[:4] if c is swarm else [L] for L in depths}
-        errors[f"Euler, {name}"] = [
-            np.mean([error(np.linspace(0, T, M + 1)) ** 2 for M in near[L]]) ** 0.5 for L in depths
-        ]
+        errors[f"Euler, {name}"] = [np.mean([error(np.linspace(0, T, M + 1)) ** 2 for M in near[L]]) ** 0.5 for L in depths]
         # Runge-Kutta of order four, with layers that do not end at the jump, and with layers that do.
         if name == "one jump":
             errors["rk 4, one jump"] = [error(np.linspace(0, T, L + 1), solver_parameters=RK4) for L in depths]
-            errors["rk 4, interface at the jump"] = [
-                error(jumps, solver_parameters=RK4, steps=max(1, L // 8)) for L in depths
-            ]
+            errors["rk 4, interface at the jump"] = [error(jumps, solver_parameters=RK4, steps=max(1, L // 8)) for L in depths]
     return errors | alternating(neurons, depths)
 
 
@@ -342,9 +336,7 @@ def costate_in_depth(depths):
         r = state_and_costate(network(Y, layers=layers, steps=1, solver_parameters=scheme))[1]
         return float(Y.sum(Y.weights @ (r - exact) ** 2)) ** 0.5
 
-    return {
-        f"co-state, {name}": [error(L, scheme) for L in depths] for name, scheme in (("Euler", EULER), ("rk 4", RK4))
-    }
+    return {f"co-state, {name}": [error(L, scheme) for L in depths] for name, scheme in (("Euler", EULER), ("rk 4", RK4))}
 
 
 # %% Kernels that do not converge

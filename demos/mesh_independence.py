@@ -28,7 +28,17 @@ import firedrake as fd
 import numpy as np
 from pyadjoint import Control
 
-from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, laplace_basis, least_squares, read_mesh, tikhonov, train
+from fem_resnet import (
+    Batch,
+    LabelSpace,
+    LearningProblem,
+    ResidualNetwork,
+    laplace_basis,
+    least_squares,
+    read_mesh,
+    tikhonov,
+    train,
+)
 
 # %% The label domain
 # A polygon with a re-entrant corner and a hole, meshed by Gmsh; every refinement splits each triangle into four.

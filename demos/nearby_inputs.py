@@ -30,8 +30,17 @@ from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Batch, LocalClosedLoop, LabelSpace, LearningProblem, LocalFeedback, LowRankFeedback, ResidualNetwork, laplace_basis,
-    least_squares, tikhonov, train,
+    Batch,
+    LabelSpace,
+    LearningProblem,
+    LocalClosedLoop,
+    LocalFeedback,
+    LowRankFeedback,
+    ResidualNetwork,
+    laplace_basis,
+    least_squares,
+    tikhonov,
+    train,
 )  # fmt: skip
 
 LAMBDA = 0.2
@@ -79,8 +88,7 @@ def costs(feedback, many, W, size):
     """For each perturbation: cost with the controls kept, with those of the feedback, and the least, F(v + w)."""
     Y, batch = feedback.Y, feedback.batch
     learning = LearningProblem(
-        feedback.problem.net, None, least_squares, tikhonov(LAMBDA), Batch(feedback.inputs.copy(deepcopy=True),
-        batch.targets)
+        feedback.problem.net, None, least_squares, tikhonov(LAMBDA), Batch(feedback.inputs.copy(deepcopy=True), batch.targets)
     )
     J = ReducedFunctionalNumPy(learning.reduced_functional())
     inputs = Y.values(feedback.inputs) + size * W

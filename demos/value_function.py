@@ -56,9 +56,7 @@ INPUTS = np.array([[-0.9, -0.6, -0.9, 0.2, 0.9, 0.9, 0.1, -0.2], [-0.9, -0.1, 0.
 def value_function(Y, spacing):
     """F, for values on both halves in the order of the cells."""
     own = halves_here(Y)
-    return solve_value_function(
-        Y, CONTROLS, "tanh", TARGET[own], START[own], final_time=T, spacing=spacing
-    )
+    return solve_value_function(Y, CONTROLS, "tanh", TARGET[own], START[own], final_time=T, spacing=spacing)
 
 
 def halves_here(Y):
@@ -85,7 +83,9 @@ def frozen_cost(F, v):
 def table(Y, spacings, say):
     """One row a spacing; returns the finest F, the order over all rows, and by how much frozen controls cost more."""
     v = np.hstack([INPUTS, np.random.default_rng(0).uniform(-1, 1, (2, 40))])
-    say(f"{'spacing':>8s}{'states':>14s}{'steps':>7s}{'largest F':>12s}{'closed loop - F':>18s}{'order':>8s}{'frozen - F':>13s}")
+    say(
+        f"{'spacing':>8s}{'states':>14s}{'steps':>7s}{'largest F':>12s}{'closed loop - F':>18s}{'order':>8s}{'frozen - F':>13s}"
+    )
     apart = []
     for spacing in spacings:
         F = value_function(Y, spacing)

@@ -26,7 +26,15 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet import (
-    Batch, LabelSpace, LearningProblem, ResidualNetwork, hessian_spectrum, laplace_basis, least_squares, tikhonov, train,
+    Batch,
+    LabelSpace,
+    LearningProblem,
+    ResidualNetwork,
+    hessian_spectrum,
+    laplace_basis,
+    least_squares,
+    tikhonov,
+    train,
 )  # fmt: skip
 
 LAMBDA = 0.1

@@ -70,6 +70,7 @@ autosummary_generate = False
 numpydoc_show_class_members = False
 suppress_warnings = ["ref.python"]  # a bare name in an annotation may be that of two classes
 
+
 @cache
 def _templates():
     return SandboxedEnvironment(loader=PackageLoader("numpydoc"))

@@ -102,9 +102,7 @@ SHOWN = {
     "Algorithm 2": "test_basic_msa_is_the_algorithm_as_printed",
 }
 # Equation (4.2) with its parts: {"(4.2)": "ab"}, in the paper's order.
-PARTS = {
-    f"({name.rstrip('ab')})": name.lstrip("0123456789.") for row in EQUATIONS.values() for name in row.split()
-}
+PARTS = {f"({name.rstrip('ab')})": name.lstrip("0123456789.") for row in EQUATIONS.values() for name in row.split()}
 _ORDER = list(PARTS)
 
 _ONE = r"\((\d\.\d+)([a-d]?)\)"
@@ -131,9 +129,7 @@ def references(text: str) -> set[Reference]:
         ends = [_ORDER.index(f"({number})") for number in (first, last) if f"({number})" in PARTS]
         found |= {Reference(number) for number in _ORDER[min(ends, default=0) + 1 : max(ends, default=0)]}
     for numbers in _LIST.findall(text):
-        listed = {
-            Reference(f"({name.rstrip('abcd')})", name.lstrip("0123456789.")) for name in re.split(r",\s+", numbers)
-        }
+        listed = {Reference(f"({name.rstrip('abcd')})", name.lstrip("0123456789.")) for name in re.split(r",\s+", numbers)}
         found |= listed if all(reference.number in PARTS for reference in listed) else set()
     for kind, *numbers in _STATEMENT.findall(text):
         found |= {Reference(f"{kind} {number}") for number in numbers if number}

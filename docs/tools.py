@@ -1,12 +1,13 @@
 """What each tool takes: a table of all tools and features, from the declarations (`fem_resnet.features`).
 
-    containers/run python docs/tools.py            prints the page
+containers/run python docs/tools.py            prints the page
 """
 
 from importlib import import_module
 
-import fem_resnet
 from package import home
+
+import fem_resnet
 
 _DECLARED = import_module(home("TOOLS"))
 FEATURES, TOOLS = _DECLARED.FEATURES, _DECLARED.TOOLS

@@ -150,7 +150,12 @@ def number(
     2.0
     """
     given = _scalar(value)
-    fits = isinstance(given, Real) and not isinstance(given, (bool, np.bool_)) and least <= given <= most and above < given < below
+    fits = (
+        isinstance(given, Real)
+        and not isinstance(given, (bool, np.bool_))
+        and least <= given <= most
+        and above < given < below
+    )
     if not (fits and _is_finite(given)):
         raise ValueError(f"{name}: {_range('a number', least, above, most, below)} is wanted, {value!r} was given")
     return float(given)

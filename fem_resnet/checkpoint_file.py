@@ -352,7 +352,9 @@ def _check_base(topology: Group) -> _Plex:
     return plex
 
 
-def _check_sections(topology: Group, plex: _Plex, layers: _Layers, base: str | None = None) -> dict[str, tuple[int, h5py.Dataset]]:
+def _check_sections(
+    topology: Group, plex: _Plex, layers: _Layers, base: str | None = None
+) -> dict[str, tuple[int, h5py.Dataset]]:
     """All sections, and all vectors on them: of each its block size and its numbers."""
     coordinates = None if base else (topology.text("coordinateDMName"), topology.text("coordinatesName"))
     vectors: dict[str, tuple[int, h5py.Dataset]] = {}
@@ -409,7 +411,9 @@ def _check_section(section: Group, name: str, plex: _Plex, layers: _Layers, of_p
 def _numbers_of(section: Group, name: str, strata: int) -> tuple[list[tuple[int, int]], int]:
     """By its name, how many nodes a section has on a point of each dimension: on its levels, and between them."""
     match = re.fullmatch(r"firedrake_dm_(.+)_False_([0-9]{1,9})", name)
-    parts = [re.fullmatch(r"\(([0-9]{1,6}), ([0-9]{1,6})\)|([0-9]{1,6})", part) for part in match[1].split("_")] if match else []
+    parts = (
+        [re.fullmatch(r"\(([0-9]{1,6}), ([0-9]{1,6})\)|([0-9]{1,6})", part) for part in match[1].split("_")] if match else []
+    )
     if len(parts) != strata or None in parts:
         raise Wrong(f"{section.name}: this is no name of a space on a mesh of dimension {strata - 1}")
     return [(int(part[1] or part[3]), int(part[2] or 0)) for part in parts], int(match[2])
@@ -456,7 +460,9 @@ def _check_mesh(
     def vector(group: Group, key: str, components: int) -> tuple[int, h5py.Dataset]:
         found = group.text(key)
         if found not in vectors or vectors[found][0] != components:
-            raise Wrong(f"{group.name}/{key}: the name of a vector of {components} components is wanted, and it is {found[:80]!r}")
+            raise Wrong(
+                f"{group.name}/{key}: the name of a vector of {components} components is wanted, and it is {found[:80]!r}"
+            )
         return vectors[found]
 
     with topology.group("firedrake_meshes") as meshes, meshes.group(name) as mesh:

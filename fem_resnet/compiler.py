@@ -79,7 +79,9 @@ def library(
     prototypes = list(prototypes)
 
     def made() -> str:
-        return str(_on_disk("\n".join([code(), *(f"{prototype};" for prototype in prototypes), ""]), tuple(flags), tuple(libraries)))
+        return str(
+            _on_disk("\n".join([code(), *(f"{prototype};" for prototype in prototypes), ""]), tuple(flags), tuple(libraries))
+        )
 
     machine = _machine(comm)
     try:

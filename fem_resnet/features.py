@@ -57,7 +57,9 @@ def _learns(*kinds: str) -> Callable[[Any], bool]:
 FEATURES: dict[str, Feature] = {
     "no_layers": Feature("a network without layers", "give it a layer", "net", lambda net: net.layers == 0),
     "gradient_flow": Feature(
-        "the gradient flow f_t = B^T sigma(a - B f)", "make the network without gradient_flow, as (2.8)", "net",
+        "the gradient flow f_t = B^T sigma(a - B f)",
+        "make the network without gradient_flow, as (2.8)",
+        "net",
         lambda net: net.gradient_flow,
     ),
     "learned_factors": Feature(
@@ -67,30 +69,42 @@ FEATURES: dict[str, Feature] = {
         "learned layer times", "make the network without learn_times", "net", lambda net: net.layer_times is not None
     ),
     "stable_kernel": Feature(
-        "a kernel made of other controls", "make the network without stable_kernel", "net",
+        "a kernel made of other controls",
+        "make the network without stable_kernel",
+        "net",
         lambda net: net.stable_kernel is not None,
     ),
     "nodal_bias": Feature(
         "a bias with a value at every node", "give the bias a basis", "net", lambda net: None in net.bases["bias"]
     ),
     "bases_by_layer": Feature(
-        "bases of each layer", "give one basis for all layers", "net",
+        "bases of each layer",
+        "give one basis for all layers",
+        "net",
         lambda net: any(len(bases) > 1 for bases in net.bases.values()),
     ),
     "linear_in_time": Feature(
-        "parameters linear in time on a layer", 'take "layers" for bias_in_time and kernel_in_time', "net",
+        "parameters linear in time on a layer",
+        'take "layers" for bias_in_time and kernel_in_time',
+        "net",
         lambda net: "linear" in (net.bias.time_basis.description, net.kernel.time_basis.description),
     ),
     "shared_in_time": Feature(
-        "parameters that layers share", 'take "layers" for bias_in_time and kernel_in_time', "net",
+        "parameters that layers share",
+        'take "layers" for bias_in_time and kernel_in_time',
+        "net",
         lambda net: any(p.time_basis.description not in ("layers", "linear") for p in (net.bias, net.kernel)),
     ),
     "adapted_steps": Feature(
-        "adapted time steps", 'leave "ts_adapt_type" out of solver_parameters', "net",
+        "adapted time steps",
+        'leave "ts_adapt_type" out of solver_parameters',
+        "net",
         lambda net: net.solver_parameters.get("ts_adapt_type", "none") != "none",
     ),
     "discrete_gradient": Feature(
-        "steps by the discrete gradient", 'take another "ts_type"', "net",
+        "steps by the discrete gradient",
+        'take another "ts_type"',
+        "net",
         lambda net: net.solver_parameters["ts_type"] == "discrete_gradient",
     ),
     "single_precision": Feature(
@@ -104,22 +118,30 @@ FEATURES: dict[str, Feature] = {
         "a running cost", "make the problem without running", "problem", lambda problem: problem.running is not None
     ),
     "running_of_controls": Feature(
-        "a running cost of the controls", "give one of the state alone", "problem",
+        "a running cost of the controls",
+        "give one of the state alone",
+        "problem",
         lambda problem: problem.running is not None and not problem.running.of_state_alone,
     ),
     "ensemble": Feature(
         "an ensemble", "put all samples on one communicator", "problem", lambda problem: problem.ensemble is not None
     ),
     "derivatives": Feature(
-        "derivatives of the target", "make the problem without derivatives", "problem",
+        "derivatives of the target",
+        "make the problem without derivatives",
+        "problem",
         lambda problem: problem.derivatives is not None,
     ),
     "observed_times": Feature(
-        "observations before T", "make the problem without observations", "problem",
+        "observations before T",
+        "make the problem without observations",
+        "problem",
         lambda problem: problem.observations is not None,
     ),
     "checkpoints": Feature(
-        "a schedule of checkpoints", "make the problem without checkpoints", "problem",
+        "a schedule of checkpoints",
+        "make the problem without checkpoints",
+        "problem",
         lambda problem: problem.checkpoints is not None,
     ),
     "learned_initial": Feature(
@@ -132,7 +154,9 @@ FEATURES: dict[str, Feature] = {
         "more than one sample", "give a batch of one sample", "problem", lambda problem: problem.batch.samples > 1
     ),
     "weights": Feature(
-        "weights of the samples", "make the batch without weights", "problem",
+        "weights of the samples",
+        "make the batch without weights",
+        "problem",
         lambda problem: problem.batch.weights is not None,
     ),
 }

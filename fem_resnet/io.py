@@ -519,8 +519,7 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
     ]
     # None stands for no basis: of a bias with a value at every node, of a head that is not there.
     role = {
-        name: [None if index is None else bases[index] for index in indices]
-        for name, indices in settings["roles"].items()
+        name: [None if index is None else bases[index] for index in indices] for name, indices in settings["roles"].items()
     }
     net = ResidualNetwork(
         role["phi"],

@@ -90,7 +90,9 @@ def _kind_of_picture(name: str, path: str | Path) -> str:
     kind, known = Path(path).suffix.lower().removeprefix(".") or "png", FigureCanvasAgg.get_supported_filetypes()
     if kind not in known:
         endings = ", ".join(known)
-        raise ValueError(f"{name}: the name of a file that ends with .png, or another of {endings}, is wanted, {path} was given")
+        raise ValueError(
+            f"{name}: the name of a file that ends with .png, or another of {endings}, is wanted, {path} was given"
+        )
     return kind
 
 

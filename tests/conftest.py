@@ -24,7 +24,6 @@ from threading import Lock
 
 # PETSc would take pytest's arguments for its own options, and complain about them at the end.
 arguments, sys.argv = sys.argv, sys.argv[:1]
-import firedrake as fd  # noqa: E402
 
 sys.argv = arguments
 
@@ -77,7 +76,9 @@ def spread(items, most):
     alike = defaultdict(list)
     for item in items:
         alike[item.nodeid.split("[")[0]].append(item)
-    chosen = {each[k] for each in alike.values() for k in np.linspace(0, len(each) - 1, min(most, len(each))).round().astype(int)}
+    chosen = {
+        each[k] for each in alike.values() for k in np.linspace(0, len(each) - 1, min(most, len(each))).round().astype(int)
+    }
     return [item for item in items if item in chosen or item.get_closest_marker("whole")]
 
 
@@ -269,7 +270,9 @@ def taylor(request):
         else:
             found = taylor_test(J, m, h, dJdm=0), taylor_test(J, m, h)
         rates[row][column] = tuple(map(min, found, rates[row].get(column, found)))
-        assert abs(found[0] - 1) < (0.05 if second_order else 0.02), f"{row}, {column}: R0 falls at rate {found[0]:.3f}, 1.00 is wanted"
+        assert abs(found[0] - 1) < (0.05 if second_order else 0.02), (
+            f"{row}, {column}: R0 falls at rate {found[0]:.3f}, 1.00 is wanted"
+        )
         for order, rate in enumerate(found[1:], start=1):
             wanted = (1.98, 2.95)[order - 1]
             assert rate > wanted, f"{row}, {column}: R{order} falls at rate {rate:.3f}, more than {wanted} is wanted"

@@ -9,22 +9,101 @@ from unittest import mock
 import firedrake as fd
 import matplotlib.figure
 import numpy as np
+from doors import Door
 from helpers import label_space, laplace, smooth
 from problems import autonomous_network, learning_problem, network, polynomials
 
-from doors import Door
 from fem_resnet import (
-    Batch, Box, ClosedLoop, Controls, ControlSet, Costate, EigenExpansion, Ellipse, EnergyMonitor, Equilibria, FrozenSpectra,
-    GrowthMonitor, Hamiltonian, LabelSpace, LearningProblem, LinearisedFlow, LocalClosedLoop, LocalFeedback, LowRankFeedback,
-    LowRankKernel, AutonomousProblem, Pair, Points, Polygon, Propagator, Residual, ResidualNetwork, RowBall, RowBox, RunningCost,
-    Sections, SingularSystem, SpanBox, Spectrum, StabilityReport, SteadyStates, Trajectory, ValueFunction, WellPosedness,
-    autonomous_problem, circle_radius, class_space, closed_loop, compress, convex_energy_radius, costate_check, depth_limit,
-    dissipation_ratio, duhamel, eigen_expansion, energy_conditions, energy_step_limit, extremal_controls, feedback_controls,
-    feedback_speeds, find_equilibria, find_steady_states, fit_growth, follow_trajectory, from_network, frozen_spectra,
-    get_activation, hamiltonian_along, hessian_spectrum, integrated_norms, least_squares, lipschitz_bound, middle_pairs,
-    observed_decay, picard, pmp_residual, raise_controls, raise_rows, raise_span, singular_system, solve_costate,
-    solve_linearised, solve_trajectory, solve_value_function, stability_estimate, stability_report, stability_verdict,
-    state_array, terminal_costate, tikhonov, to_network, weighted_identity, well_posedness_constants, width_limit, zero_set,
+    AutonomousProblem,
+    Batch,
+    Box,
+    ClosedLoop,
+    Controls,
+    ControlSet,
+    Costate,
+    EigenExpansion,
+    Ellipse,
+    EnergyMonitor,
+    Equilibria,
+    FrozenSpectra,
+    GrowthMonitor,
+    Hamiltonian,
+    LabelSpace,
+    LearningProblem,
+    LinearisedFlow,
+    LocalClosedLoop,
+    LocalFeedback,
+    LowRankFeedback,
+    LowRankKernel,
+    Pair,
+    Points,
+    Polygon,
+    Propagator,
+    Residual,
+    ResidualNetwork,
+    RowBall,
+    RowBox,
+    RunningCost,
+    Sections,
+    SingularSystem,
+    SpanBox,
+    Spectrum,
+    StabilityReport,
+    SteadyStates,
+    Trajectory,
+    ValueFunction,
+    WellPosedness,
+    autonomous_problem,
+    circle_radius,
+    class_space,
+    closed_loop,
+    compress,
+    convex_energy_radius,
+    costate_check,
+    depth_limit,
+    dissipation_ratio,
+    duhamel,
+    eigen_expansion,
+    energy_conditions,
+    energy_step_limit,
+    extremal_controls,
+    feedback_controls,
+    feedback_speeds,
+    find_equilibria,
+    find_steady_states,
+    fit_growth,
+    follow_trajectory,
+    from_network,
+    frozen_spectra,
+    get_activation,
+    hamiltonian_along,
+    hessian_spectrum,
+    integrated_norms,
+    least_squares,
+    lipschitz_bound,
+    middle_pairs,
+    observed_decay,
+    picard,
+    pmp_residual,
+    raise_controls,
+    raise_rows,
+    raise_span,
+    singular_system,
+    solve_costate,
+    solve_linearised,
+    solve_trajectory,
+    solve_value_function,
+    stability_estimate,
+    stability_report,
+    stability_verdict,
+    state_array,
+    terminal_costate,
+    tikhonov,
+    to_network,
+    weighted_identity,
+    well_posedness_constants,
+    width_limit,
+    zero_set,
 )  # fmt: skip
 from fem_resnet.theory.limits.residual_network import EULER
 from fem_resnet.verify import suite
@@ -82,7 +161,9 @@ def phi():
 @cache
 def euler() -> ResidualNetwork:
     """Autonomous, of one kernel on the span of four functions, in Euler's steps."""
-    return autonomous_network(LowRankKernel(phi(), phi()), np.diag([1.0, 2.0, 0.5, 3.0]), solver_parameters=EULER, times=[0.0, 0.4, 1.0])
+    return autonomous_network(
+        LowRankKernel(phi(), phi()), np.diag([1.0, 2.0, 0.5, 3.0]), solver_parameters=EULER, times=[0.0, 0.4, 1.0]
+    )
 
 
 @cache
@@ -235,7 +316,9 @@ def own(values) -> np.ndarray:
 
 @cache
 def value_function() -> ValueFunction:
-    return solve_value_function(cell(), Box((-1, 1), (0, 0)), "identity", own([2.0]), own([[0.0, 0.5]]), final_time=1.0, spacing=0.25)
+    return solve_value_function(
+        cell(), Box((-1, 1), (0, 0)), "identity", own([2.0]), own([[0.0, 0.5]]), final_time=1.0, spacing=0.25
+    )
 
 
 @cache
@@ -288,7 +371,9 @@ ENDS = {"bias": (-1.0, 2.0), "kernel": (-0.5, 0.5)}
 CONTROL_SETS = {
     "Box": Door(Box, lambda: dict(ENDS), parted=("bias", "kernel")),
     "Ellipse": Door(
-        Ellipse, lambda: {"centre": (0.0, 1.0), "axes": 2.0}, {"axes": ENTRY - {"zero"}},
+        Ellipse,
+        lambda: {"centre": (0.0, 1.0), "axes": 2.0},
+        {"axes": ENTRY - {"zero"}},
         parted=("centre", "axes"),
     ),
     "Points": Door(Points, lambda: {"points": [(0.0, -1.0), (0.0, 1.0)]}, parted=("points",)),
@@ -309,8 +394,14 @@ ANY = ENTRY | {"an array of another shape", "an empty list"}
 PLACES = {
     "sections": (lambda: {"a": 0.5}, {"a": ANY}),
     "maximise": (lambda: {"alpha": 1.0, "beta": 0.5}, {"alpha": ANY, "beta": ANY}),
-    "largest": (lambda: {"positive": 1.0, "negative": 0.5}, dict.fromkeys(("positive", "negative"), ANY - {"a negative number"})),
-    "smallest": (lambda: {"positive": 1.0, "negative": 0.5}, dict.fromkeys(("positive", "negative"), ANY - {"a negative number"})),
+    "largest": (
+        lambda: {"positive": 1.0, "negative": 0.5},
+        dict.fromkeys(("positive", "negative"), ANY - {"a negative number"}),
+    ),
+    "smallest": (
+        lambda: {"positive": 1.0, "negative": 0.5},
+        dict.fromkeys(("positive", "negative"), ANY - {"a negative number"}),
+    ),
     "contains": (lambda: {"a": 0.5, "b": 0.0, "tolerance": 1e-9}, {"a": ANY, "b": ANY, "tolerance": NOT_NEGATIVE}),
     "support": (lambda: {"alpha": 1.0, "beta": 0.5}, {"alpha": ANY, "beta": ANY}),
     "sample": (lambda: {"count": 3}, {}),
@@ -324,29 +415,37 @@ for name, (make, kind) in A_SETS.items():
 
 HAMILTONIANS = {
     "Pair": Door(
-        Pair, lambda: {"f": np.ones((3, 2)), "r": np.ones((3, 2)), "convention": "minimise"},
+        Pair,
+        lambda: {"f": np.ones((3, 2)), "r": np.ones((3, 2)), "convention": "minimise"},
         parted=("f", "r", "convention"),
     ),
     "Pair.to": of(pair, Pair.to, lambda: {"convention": "minimise"}, parted=("convention",)),
     "Controls": Door(
         Controls, lambda: {"a": np.ones(3), "phi": np.ones((3, 2)), "psi": np.ones((3, 2))}, parted=("a", "phi", "psi")
     ),
-    "Controls.argument": of(controls, Controls.argument, lambda: {"Y": Y(), "f": pair().f}, parted=("Y", "f")
-    ),
-    "Controls.transpose": of(controls, Controls.transpose, lambda: {"Y": Y(), "v": pair().f}, parted=("Y", "v")
-    ),
-    "Controls.towards": of(controls, Controls.towards, lambda: {"other": controls(), "share": 0.5}, {"share": ENTRY},
+    "Controls.argument": of(controls, Controls.argument, lambda: {"Y": Y(), "f": pair().f}, parted=("Y", "f")),
+    "Controls.transpose": of(controls, Controls.transpose, lambda: {"Y": Y(), "v": pair().f}, parted=("Y", "v")),
+    "Controls.towards": of(
+        controls,
+        Controls.towards,
+        lambda: {"other": controls(), "share": 0.5},
+        {"share": ENTRY},
         parted=("other", "share"),
     ),
     "Controls.in_bases": of(controls, Controls.in_bases, lambda: {"Y": Y()}, parted=("Y",)),
     "Controls.of_layer": Door(
-        Controls.of_layer, lambda: {"net": net(), "layer": 0, "fraction": 0.5}, {"layer": {"zero"}, "fraction": {"zero"}},
+        Controls.of_layer,
+        lambda: {"net": net(), "layer": 0, "fraction": 0.5},
+        {"layer": {"zero"}, "fraction": {"zero"}},
         parted=("net",),
     ),
     "Hamiltonian": Door(
         Hamiltonian,
         lambda: {
-            "Y": Y(), "activation": get_activation("tanh"), "convention": "minimise", "running": RunningCost(0.5),
+            "Y": Y(),
+            "activation": get_activation("tanh"),
+            "convention": "minimise",
+            "running": RunningCost(0.5),
             "weights": [1.0, 2.0],
         },
         {"running": {"None"}, "weights": {"None"}},
@@ -354,11 +453,16 @@ HAMILTONIANS = {
         another={"activation": get_activation("relu"), "convention": "maximise", "running": 3},
     ),
     "Hamiltonian.of": Door(
-        Hamiltonian.of, lambda: {"problem": one_sample(), "convention": "minimise"}, parted=("problem",),
+        Hamiltonian.of,
+        lambda: {"problem": one_sample(), "convention": "minimise"},
+        parted=("problem",),
         another={"convention": "maximise"},
     ),
     **{
-        f"Hamiltonian.{name}": of(hamiltonian, getattr(Hamiltonian, name), lambda: {"pair": pair(), "controls": controls()},
+        f"Hamiltonian.{name}": of(
+            hamiltonian,
+            getattr(Hamiltonian, name),
+            lambda: {"pair": pair(), "controls": controls()},
             parted=("pair", "controls"),
         )
         for name in ("density", "__call__", "in_r", "in_f", "in_a", "in_b", "slope_times_costate")
@@ -368,18 +472,22 @@ HAMILTONIANS = {
     ),
     "hamiltonian_along": Door(hamiltonian_along, lambda: {"run": run(), "H": hamiltonian()}, parted=("run", "H")),
     "extremal_controls": Door(
-        extremal_controls, lambda: {"Y": Y(), "A": box(), "pair": pair(), "tie": 1e-9}, {"tie": NOT_NEGATIVE},
-        parted=("Y",), another={"A": Box((-9, 9), (-9, 8)), "pair": Pair(np.ones((1, 1)), np.ones((1, 1)), "minimise")},
+        extremal_controls,
+        lambda: {"Y": Y(), "A": box(), "pair": pair(), "tie": 1e-9},
+        {"tie": NOT_NEGATIVE},
+        parted=("Y",),
+        another={"A": Box((-9, 9), (-9, 8)), "pair": Pair(np.ones((1, 1)), np.ones((1, 1)), "minimise")},
     ),
     "pmp_residual": Door(
-        pmp_residual, lambda: {"problem": one_sample(), "A": box(), "tolerance": 1e-12, "rounds": 0},
-        {"tolerance": NOT_NEGATIVE, "rounds": {"zero"}}, parted=("problem",), another={"A": Points([(0, 1), (1, 0)])},
+        pmp_residual,
+        lambda: {"problem": one_sample(), "A": box(), "tolerance": 1e-12, "rounds": 0},
+        {"tolerance": NOT_NEGATIVE, "rounds": {"zero"}},
+        parted=("problem",),
+        another={"A": Points([(0, 1), (1, 0)])},
     ),
-    "Residual.plot": of(residual, Residual.plot, lambda: {"axes": axes()}, {"axes": {"an empty list"}}, another={"axes": []}
-    ),
+    "Residual.plot": of(residual, Residual.plot, lambda: {"axes": axes()}, {"axes": {"an empty list"}}, another={"axes": []}),
     "RowBox": Door(RowBox, lambda: {"psi": phi()} | ENDS, parted=("psi",)),
-    "RowBox.project": of(row_box, RowBox.project, lambda: {"rows": np.ones((Y().nodes, 4))}, parted=("rows",)
-    ),
+    "RowBox.project": of(row_box, RowBox.project, lambda: {"rows": np.ones((Y().nodes, 4))}, parted=("rows",)),
     "RowBall": Door(RowBall, lambda: {"psi": phi(), "radius": 2.0}, {"radius": POSITIVE}, parted=("psi",)),
     "RowBall.project": of(
         lambda: RowBall(polynomials(Y()), 2.0), RowBall.project, lambda: {"rows": np.ones((Y().nodes, 4))}, parted=("rows",)
@@ -390,10 +498,13 @@ HAMILTONIANS = {
     ),
     **{
         name: Door(
-            raised, lambda A=A: {"H": hamiltonian(), "A": A(), "pair": pair(), "controls": controls(), "iterations": 1},
-            {"iterations": {"zero"}}, parted=("H", "controls"),
+            raised,
+            lambda A=A: {"H": hamiltonian(), "A": A(), "pair": pair(), "controls": controls(), "iterations": 1},
+            {"iterations": {"zero"}},
+            parted=("H", "controls"),
             another={
-                "A": other, "pair": Pair(np.ones((1, 1)), np.ones((1, 1)), "minimise"),
+                "A": other,
+                "pair": Pair(np.ones((1, 1)), np.ones((1, 1)), "minimise"),
             },
         )
         for name, raised, A, other in (
@@ -408,28 +519,51 @@ HAMILTONIANS = {
     "ValueFunction.gradient": of(
         value_function, ValueFunction.gradient, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5}, {"t": {"zero"}}, parted=("v",)
     ),
-    "ValueFunction.states": of(value_function, ValueFunction.states, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5, "spare": 1},
-        {"t": {"zero"}, "spare": {"zero"}}, parted=("v",),
+    "ValueFunction.states": of(
+        value_function,
+        ValueFunction.states,
+        lambda: {"v": own([[0.1, 0.2]]), "t": 0.5, "spare": 1},
+        {"t": {"zero"}, "spare": {"zero"}},
+        parted=("v",),
     ),
     "ValueFunction.axes": of(
         value_function, ValueFunction.axes, lambda: {"level": 0}, {"level": {"zero", "a negative number"}}, parted=("level",)
     ),
     "ValueFunction.level": of(value_function, ValueFunction.level, lambda: {"t": 0.5}, {"t": {"zero"}}, parted=("t",)),
     **{
-        f"ValueFunction.{name}": of(value_function, getattr(ValueFunction, name), lambda: {"states": np.array([[0.1, 0.2]]), "t": 0.5},
-            {"t": {"zero"}}, parted=("states", "t"),
+        f"ValueFunction.{name}": of(
+            value_function,
+            getattr(ValueFunction, name),
+            lambda: {"states": np.array([[0.1, 0.2]]), "t": 0.5},
+            {"t": {"zero"}},
+            parted=("states", "t"),
         )
         for name in ("at", "slopes")
     },
     "solve_value_function": Door(
         solve_value_function,
         lambda: {
-            "Y": cell(), "A": Box((-1, 1), (0, 0)), "activation": "identity", "target": own([2.0]), "start": own([[0.0, 0.5]]),
-            "final_time": 1.0, "spacing": 0.25, "running": RunningCost(0.5), "samples": 2, "memory": 1e8,
-            "monitor": takes_time, "resume": None,
+            "Y": cell(),
+            "A": Box((-1, 1), (0, 0)),
+            "activation": "identity",
+            "target": own([2.0]),
+            "start": own([[0.0, 0.5]]),
+            "final_time": 1.0,
+            "spacing": 0.25,
+            "running": RunningCost(0.5),
+            "samples": 2,
+            "memory": 1e8,
+            "monitor": takes_time,
+            "resume": None,
         },
-        {"final_time": {"a fraction"}, "spacing": POSITIVE, "memory": {"a huge integer"}, "monitor": {"None", "a function"},
-         "running": {"None"}, "resume": {"None"}},
+        {
+            "final_time": {"a fraction"},
+            "spacing": POSITIVE,
+            "memory": {"a huge integer"},
+            "monitor": {"None", "a function"},
+            "running": {"None"},
+            "resume": {"None"},
+        },
         parted=("Y", "target", "start"),
         another={"A": Box((-1, 2), (0, 0)), "activation": "tanh", "running": np.abs, "monitor": 3, "resume": 3},
         called={"final_time": "final_time|spacing", "memory": "memory|spacing"},
@@ -441,7 +575,9 @@ HAMILTONIANS = {
         feedback_controls, lambda: {"F": value_function(), "v": own([[0.1]]), "t": 0.5}, {"t": {"zero"}}, parted=("F", "v")
     ),
     "closed_loop": Door(
-        closed_loop, lambda: {"F": value_function(), "v": own([[0.1, 0.2]]), "t": 0.5, "steps": 3}, {"t": {"zero"}, "steps": {"None"}},
+        closed_loop,
+        lambda: {"F": value_function(), "v": own([[0.1, 0.2]]), "t": 0.5, "steps": 3},
+        {"t": {"zero"}, "steps": {"None"}},
         parted=("F", "v"),
     ),
     "ClosedLoop.controls": of(
@@ -450,7 +586,10 @@ HAMILTONIANS = {
     "LocalFeedback": Door(
         LocalFeedback,
         lambda: {
-            "problem": strict(), "gradient_tolerance": 1e9, "solver_parameters": {"ksp_rtol": 1e-9}, "options_prefix": "mine_",
+            "problem": strict(),
+            "gradient_tolerance": 1e9,
+            "solver_parameters": {"ksp_rtol": 1e-9},
+            "options_prefix": "mine_",
         },
         {"gradient_tolerance": NOT_NEGATIVE} | OF_SOLVER,
         parted=("problem",),
@@ -465,12 +604,19 @@ HAMILTONIANS = {
         for name in ("change_of_controls", "hessian")
     },
     "LocalFeedback.check": of(
-        feedback, LocalFeedback.check, lambda: {"function": field(1), "name": "inputs"}, {"name": {"a string", "an empty string"}},
+        feedback,
+        LocalFeedback.check,
+        lambda: {"function": field(1), "name": "inputs"},
+        {"name": {"a string", "an empty string"}},
         parted=("function", "name"),
         called={"function": "inputs"},
     ),
-    "LocalFeedback.action": of(feedback, LocalFeedback.action, lambda: {"change": feedback().controls, "w": field(1)},
-        {"change": {"None"}, "w": {"None"}}, parted=("change", "w"),
+    "LocalFeedback.action": of(
+        feedback,
+        LocalFeedback.action,
+        lambda: {"change": feedback().controls, "w": field(1)},
+        {"change": {"None"}, "w": {"None"}},
+        parted=("change", "w"),
     ),
     "LowRankFeedback": Door(LowRankFeedback, lambda: {"feedback": feedback()}, parted=("feedback",)),
     "LowRankFeedback.__call__": of(many, LowRankFeedback.__call__, lambda: {"inputs": field(1)}, parted=("inputs",)),
@@ -486,7 +632,10 @@ HAMILTONIANS = {
     "hessian_spectrum": Door(
         hessian_spectrum,
         lambda: {
-            "problem": problem(), "count": 1, "gauss_newton": True, "solver_parameters": {"eps_tol": 1e-6},
+            "problem": problem(),
+            "count": 1,
+            "gauss_newton": True,
+            "solver_parameters": {"eps_tol": 1e-6},
             "options_prefix": "mine_",
         },
         {"gauss_newton": FLAG} | OF_SOLVER,
@@ -494,8 +643,11 @@ HAMILTONIANS = {
         another={"solver_parameters": {"eps_tol": 1e-5}, "options_prefix": "another_"},
     ),
     "Spectrum.variance": of(
-        lambda: Spectrum(np.array([2.0, 1.0]), [], np.zeros(2)), Spectrum.variance, lambda: {"weight": 0.1},
-        {"weight": POSITIVE}, parted=("weight",),
+        lambda: Spectrum(np.array([2.0, 1.0]), [], np.zeros(2)),
+        Spectrum.variance,
+        lambda: {"weight": 0.1},
+        {"weight": POSITIVE},
+        parted=("weight",),
     ),
 }
 
@@ -505,15 +657,25 @@ COSTATES = {
     "solve_trajectory": Door(
         solve_trajectory,
         lambda: {
-            "net": net(), "initial": field(), "steps": 2, "keep_stages": False, "solver_parameters": {"ts_rk_type": "4"},
+            "net": net(),
+            "initial": field(),
+            "steps": 2,
+            "keep_stages": False,
+            "solver_parameters": {"ts_rk_type": "4"},
             "options_prefix": "mine_",
         },
-        {"steps": {"None"}, "keep_stages": FLAG} | OF_SOLVER, parted=("net", "initial"), another=ANOTHER_SOLVER,
+        {"steps": {"None"}, "keep_stages": FLAG} | OF_SOLVER,
+        parted=("net", "initial"),
+        another=ANOTHER_SOLVER,
     ),
     "follow_trajectory": Door(
         follow_trajectory,
         lambda: {
-            "net": net(), "initial": field(), "monitor": takes_step, "steps": 2, "solver_parameters": {"ts_rk_type": "4"},
+            "net": net(),
+            "initial": field(),
+            "monitor": takes_step,
+            "steps": 2,
+            "solver_parameters": {"ts_rk_type": "4"},
             "options_prefix": "mine_",
         },
         {"monitor": {"a function"}, "steps": {"None"}} | OF_SOLVER,
@@ -525,8 +687,13 @@ COSTATES = {
     "solve_costate": Door(
         solve_costate,
         lambda: {
-            "trajectory": trajectory(), "terminal": field(3), "running": RunningCost(0.5), "weights": [2.0], "partner": False,
-            "solver_parameters": {"ts_rk_type": "4"}, "options_prefix": "mine_",
+            "trajectory": trajectory(),
+            "terminal": field(3),
+            "running": RunningCost(0.5),
+            "weights": [2.0],
+            "partner": False,
+            "solver_parameters": {"ts_rk_type": "4"},
+            "options_prefix": "mine_",
         },
         {"running": {"None"}, "weights": {"None"}} | OF_SOLVER,
         parted=("trajectory", "terminal"),
@@ -537,7 +704,11 @@ COSTATES = {
         f"Costate.{name}": of(costate, getattr(Costate, name), lambda: {"t": 0.5}, {"t": {"zero"}})
         for name in ("__call__", "bias_gradient", "kernel_gradient")
     },
-    "Costate.gradient": of(costate, Costate.gradient, lambda: {"regulariser": tikhonov(0.1)}, {"regulariser": {"None"}},
+    "Costate.gradient": of(
+        costate,
+        Costate.gradient,
+        lambda: {"regulariser": tikhonov(0.1)},
+        {"regulariser": {"None"}},
         another={"regulariser": 3},
     ),
     "terminal_costate": Door(
@@ -546,32 +717,36 @@ COSTATES = {
     "costate_check": Door(
         costate_check,
         lambda: {
-            "problem": one_sample(), "refinements": (1,), "steps": 4, "solver_parameters": {"ts_rk_type": "4"},
+            "problem": one_sample(),
+            "refinements": (1,),
+            "steps": 4,
+            "solver_parameters": {"ts_rk_type": "4"},
             "options_prefix": "mine_",
         },
-        {"steps": {"None"}} | OF_SOLVER, parted=("problem",), another={"refinements": (2,)} | ANOTHER_SOLVER,
+        {"steps": {"None"}} | OF_SOLVER,
+        parted=("problem",),
+        another={"refinements": (2,)} | ANOTHER_SOLVER,
     ),
 }
 
 # -- section 3 --------------------------------------------------------------------------------------------------------
 
-AT_NODES = lambda name: (lambda: {name: pair().f})  # noqa: E731
+AT_NODES = lambda name: lambda: {name: pair().f}  # noqa: E731
 THEORY = {
     **{
         tool.__name__: Door(tool, lambda: {"net": net()}, parted=("net",))
         for tool in (energy_conditions, well_posedness_constants, lipschitz_bound)
     },
-    **{
-        tool.__name__: Door(tool, lambda: {"net": euler()}, parted=("net",))
-        for tool in (energy_step_limit, to_network)
-    },
+    **{tool.__name__: Door(tool, lambda: {"net": euler()}, parted=("net",)) for tool in (energy_step_limit, to_network)},
     **{
         tool.__name__: Door(tool, lambda: {"net": euler(), "at": 0.5}, {"at": {"None", "zero"}}, parted=("net",))
         for tool in (autonomous_problem, stability_verdict)
     },
     **{
         tool.__name__: Door(
-            tool, lambda: {"net": euler(), "at": 0.5, "tolerance": 1e-8}, {"at": {"None", "zero"}, "tolerance": NOT_NEGATIVE},
+            tool,
+            lambda: {"net": euler(), "at": 0.5, "tolerance": 1e-8},
+            {"at": {"None", "zero"}, "tolerance": NOT_NEGATIVE},
             parted=("net",),
         )
         for tool in (find_steady_states, find_equilibria)
@@ -581,7 +756,9 @@ THEORY = {
         for tool in (observed_decay, frozen_spectra, LinearisedFlow)
     },
     "eigen_expansion": Door(
-        eigen_expansion, lambda: {"net": euler(), "perturbation": field(), "at": 0.5}, {"at": {"None", "zero"}},
+        eigen_expansion,
+        lambda: {"net": euler(), "perturbation": field(), "at": 0.5},
+        {"at": {"None", "zero"}},
         parted=("net", "perturbation"),
     ),
     "EigenExpansion.__call__": of(expansion, EigenExpansion.__call__, lambda: {"t": 0.5}, {"t": NOT_NEGATIVE}),
@@ -590,21 +767,32 @@ THEORY = {
         stability_estimate, lambda: {"net": net(), "first": field(), "second": field(1)}, parted=("net", "first", "second")
     ),
     "WellPosedness.solution_bound": of(
-        constants, WellPosedness.solution_bound, lambda: {"initial": 1.0}, {"initial": ENTRY - {"a negative number"} | {"an empty list"}},
+        constants,
+        WellPosedness.solution_bound,
+        lambda: {"initial": 1.0},
+        {"initial": ENTRY - {"a negative number"} | {"an empty list"}},
         parted=("initial",),
     ),
     "picard": Door(
-        picard, lambda: {"net": euler(), "initial": field(), "split": True, "tolerance": 1e-9, "max_iterations": 3},
-        {"split": FLAG, "tolerance": NOT_NEGATIVE}, parted=("net", "initial"),
+        picard,
+        lambda: {"net": euler(), "initial": field(), "split": True, "tolerance": 1e-9, "max_iterations": 3},
+        {"split": FLAG, "tolerance": NOT_NEGATIVE},
+        parted=("net", "initial"),
     ),
     "singular_system": Door(
-        singular_system, lambda: {"kernel": LowRankKernel(phi(), phi()), "beta": np.diag([1.0, 2.0, 3.0, 4.0]), "tolerance": 0.1},
-        {"tolerance": NOT_NEGATIVE}, parted=("kernel",),
+        singular_system,
+        lambda: {"kernel": LowRankKernel(phi(), phi()), "beta": np.diag([1.0, 2.0, 3.0, 4.0]), "tolerance": 0.1},
+        {"tolerance": NOT_NEGATIVE},
+        parted=("kernel",),
     ),
     **{
         f"SingularSystem.{name}": of(system, getattr(SingularSystem, name), AT_NODES(argument), parted=(argument,))
         for name, argument in (
-            ("left_coefficients", "u"), ("right_coefficients", "f"), ("null_part", "f"), ("apply", "f"), ("least_norm", "a")
+            ("left_coefficients", "u"),
+            ("right_coefficients", "f"),
+            ("null_part", "f"),
+            ("apply", "f"),
+            ("least_norm", "a"),
         )
     },
     **{
@@ -634,17 +822,19 @@ THEORY = {
     "FrozenSpectra.plot": of(
         spectra, FrozenSpectra.plot, lambda: {"axes": axes()[0], "sample": 0}, {"sample": {"zero"}}, parted=("axes", "sample")
     ),
+    **{kind.__name__: Door(kind, lambda: {"net": net()}, parted=("net",)) for kind in (EnergyMonitor, GrowthMonitor)},
     **{
-        kind.__name__: Door(kind, lambda: {"net": net()}, parted=("net",)) for kind in (EnergyMonitor, GrowthMonitor)
-    },
-    **{
-        f"{kind.__name__}.__call__": of(lambda kind=kind: kind(net()), kind.__call__,
-            lambda kind=kind: dict(zip(("layer", "step"), monitored(kind)[1:])), parted=("layer", "step"),
+        f"{kind.__name__}.__call__": of(
+            lambda kind=kind: kind(net()),
+            kind.__call__,
+            lambda kind=kind: dict(zip(("layer", "step"), monitored(kind)[1:])),
+            parted=("layer", "step"),
         )
         for kind in (EnergyMonitor, GrowthMonitor)
     },
     **{
-        f"{kind.__name__}.watch": of(lambda kind=kind: kind(net()), kind.watch, lambda: {"run": net().run(field())}, parted=("run",)
+        f"{kind.__name__}.watch": of(
+            lambda kind=kind: kind(net()), kind.watch, lambda: {"run": net().run(field())}, parted=("run",)
         )
         for kind in (EnergyMonitor, GrowthMonitor)
     },
@@ -663,48 +853,84 @@ THEORY = {
     "depth_limit": Door(
         depth_limit,
         lambda: {"net": euler(), "initial": field(), "halvings": 0, "solver_parameters": {"ts_rk_type": "4"}},
-        {"halvings": {"zero"}, "solver_parameters": OPTIONS}, parted=("net", "initial"),
+        {"halvings": {"zero"}, "solver_parameters": OPTIONS},
+        parted=("net", "initial"),
         another={"solver_parameters": {"ts_rk_type": "5dp"}},
     ),
     "width_limit": Door(
         width_limit,
         lambda: {
-            "net": net().replace(psi=phi(), bias=phi()), "initial": of_coordinates,
-            "spaces": [label_space("disk", "CG1"), label_space("disk", "CG1", 2)], "terminal": of_coordinates,
+            "net": net().replace(psi=phi(), bias=phi()),
+            "initial": of_coordinates,
+            "spaces": [label_space("disk", "CG1"), label_space("disk", "CG1", 2)],
+            "terminal": of_coordinates,
         },
-        {"terminal": {"None"}}, parted=("net",),
+        {"terminal": {"None"}},
+        parted=("net",),
         another={"initial": another_of_coordinates, "terminal": another_of_coordinates, "spaces": [3]},
     ),
     "from_network": Door(
         from_network,
-        lambda: {"a": np.array([1.0, 2.0, 3.0]), "B": np.diag([1.0, 2.0, 3.0]), "z_0": np.array([1.0, 2.0, 3.0]),
-                 "partition": three_points(), "tau": 0.5},
-        {"tau": {"a fraction", "a bool"}}, parted=("partition",),
+        lambda: {
+            "a": np.array([1.0, 2.0, 3.0]),
+            "B": np.diag([1.0, 2.0, 3.0]),
+            "z_0": np.array([1.0, 2.0, 3.0]),
+            "partition": three_points(),
+            "tau": 0.5,
+        },
+        {"tau": {"a fraction", "a bool"}},
+        parted=("partition",),
     ),
     "state_array": Door(state_array, lambda: {"Y": Y(), "function": field()}, parted=("Y", "function")),
     "compress": Door(
         compress,
         lambda: {
-            "kernel": gauss, "tolerance": 0.1, "Y": three_points(), "Z": three_points(), "beta": None, "affordable": 100,
-            "largest_rank": 4, "confidence": 0.9, "seed": 1, "solver_parameters": {"svd_max_it": 50}, "options_prefix": "mine_",
+            "kernel": gauss,
+            "tolerance": 0.1,
+            "Y": three_points(),
+            "Z": three_points(),
+            "beta": None,
+            "affordable": 100,
+            "largest_rank": 4,
+            "confidence": 0.9,
+            "seed": 1,
+            "solver_parameters": {"svd_max_it": 50},
+            "options_prefix": "mine_",
         },
         {"Z": {"None"}, "beta": {"None"}, "affordable": {"zero"}, "seed": {"zero"}} | OF_SOLVER,
         parted=("Y", "Z"),
         another={
-            "kernel": another_kernel, "beta": 3.0, "solver_parameters": {"svd_max_it": 60}, "options_prefix": "another_",
+            "kernel": another_kernel,
+            "beta": 3.0,
+            "solver_parameters": {"svd_max_it": 60},
+            "options_prefix": "another_",
         },
     ),
-    "LinearisedFlow.tangent": of(flow, LinearisedFlow.tangent, lambda: {"direction": field(), "start": 0, "end": 1},
-        {"start": {"zero"}, "end": {"None", "zero"}}, parted=("direction",),
+    "LinearisedFlow.tangent": of(
+        flow,
+        LinearisedFlow.tangent,
+        lambda: {"direction": field(), "start": 0, "end": 1},
+        {"start": {"zero"}, "end": {"None", "zero"}},
+        parted=("direction",),
     ),
-    "LinearisedFlow.adjoint": of(flow, LinearisedFlow.adjoint, lambda: {"costate": field(), "start": 0, "end": 1},
-        {"start": {"zero"}, "end": {"None", "zero"}}, parted=("costate",),
+    "LinearisedFlow.adjoint": of(
+        flow,
+        LinearisedFlow.adjoint,
+        lambda: {"costate": field(), "start": 0, "end": 1},
+        {"start": {"zero"}, "end": {"None", "zero"}},
+        parted=("costate",),
     ),
-    "LinearisedFlow.propagator": of(flow, LinearisedFlow.propagator, lambda: {"start": 0, "end": 1, "sample": 0},
+    "LinearisedFlow.propagator": of(
+        flow,
+        LinearisedFlow.propagator,
+        lambda: {"start": 0, "end": 1, "sample": 0},
         {"start": {"zero"}, "end": {"None", "zero"}, "sample": {"zero"}},
     ),
     **{
-        f"LinearisedFlow.{name}": of(flow, getattr(LinearisedFlow, name), lambda: {"start": 0, "end": 1, "operator_norm": False},
+        f"LinearisedFlow.{name}": of(
+            flow,
+            getattr(LinearisedFlow, name),
+            lambda: {"start": 0, "end": 1, "operator_norm": False},
             {"start": {"zero"}, "end": {"None", "zero"}, "operator_norm": FLAG},
         )
         for name in ("bound", "exponent")
@@ -717,13 +943,18 @@ THEORY = {
         flow, LinearisedFlow.frozen_eigenvalues, lambda: {"layer": 0, "sample": 0}, {"layer": {"zero"}, "sample": {"zero"}}
     ),
     "Propagator": Door(
-        Propagator, lambda: {"basis": flow().basis, "added": 0.1 * flow().basis.values, "times": (0.0, 1.0)},
-        parted=("basis", "added"), another={"times": (0.0, 2.0)},
+        Propagator,
+        lambda: {"basis": flow().basis, "added": 0.1 * flow().basis.values, "times": (0.0, 1.0)},
+        parted=("basis", "added"),
+        another={"times": (0.0, 2.0)},
     ),
     "Propagator.apply": of(propagator, Propagator.apply, lambda: {"direction": field()}, parted=("direction",)),
     "Propagator.transpose": of(propagator, Propagator.transpose, lambda: {"costate": field()}, parted=("costate",)),
     "Propagator.__matmul__": of(
-        lambda: flow().propagator(1, 2), Propagator.__matmul__, lambda: {"earlier": flow().propagator(0, 1)}, parted=("earlier",)
+        lambda: flow().propagator(1, 2),
+        Propagator.__matmul__,
+        lambda: {"earlier": flow().propagator(0, 1)},
+        parted=("earlier",),
     ),
     "Propagator.singular_function": of(
         propagator, Propagator.singular_function, lambda: {"k": 0}, {"k": {"zero", "a negative number"}}
@@ -731,25 +962,40 @@ THEORY = {
     "solve_linearised": Door(
         solve_linearised,
         lambda: {
-            "trajectory": trajectory(), "direction": field(1), "start": 0.1, "end": 0.5, "solver_parameters": {"ts_rk_type": "4"},
+            "trajectory": trajectory(),
+            "direction": field(1),
+            "start": 0.1,
+            "end": 0.5,
+            "solver_parameters": {"ts_rk_type": "4"},
             "options_prefix": "mine_",
         },
-        {"start": {"zero"}, "end": {"None"}} | OF_SOLVER, parted=("trajectory", "direction"), another=ANOTHER_SOLVER,
+        {"start": {"zero"}, "end": {"None"}} | OF_SOLVER,
+        parted=("trajectory", "direction"),
+        another=ANOTHER_SOLVER,
     ),
     "duhamel": Door(
         duhamel,
         lambda: {
-            "trajectory": trajectory(), "directions": [*net().bias.functions, *net().kernel.functions],
-            "solver_parameters": {"ts_rk_type": "4"}, "options_prefix": "mine_",
+            "trajectory": trajectory(),
+            "directions": [*net().bias.functions, *net().kernel.functions],
+            "solver_parameters": {"ts_rk_type": "4"},
+            "options_prefix": "mine_",
         },
-        OF_SOLVER, parted=("trajectory", "directions"), another=ANOTHER_SOLVER,
+        OF_SOLVER,
+        parted=("trajectory", "directions"),
+        another=ANOTHER_SOLVER,
     ),
     "weighted_identity": Door(
         weighted_identity,
         lambda: {
-            "trajectory": trajectory(), "direction": field(1), "solver_parameters": {"ts_rk_type": "4"}, "options_prefix": "mine_",
+            "trajectory": trajectory(),
+            "direction": field(1),
+            "solver_parameters": {"ts_rk_type": "4"},
+            "options_prefix": "mine_",
         },
-        OF_SOLVER, parted=("trajectory", "direction"), another=ANOTHER_SOLVER,
+        OF_SOLVER,
+        parted=("trajectory", "direction"),
+        another=ANOTHER_SOLVER,
     ),
     "stability_report": Door(
         stability_report,
@@ -758,10 +1004,10 @@ THEORY = {
         parted=("net", "initial", "terminal"),
         another={"json": "another.json", "png": "another.png"},
     ),
-    "StabilityReport.draw": of(
-        report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": FILE}, parted=("path",)),
+    "StabilityReport.draw": of(report, StabilityReport.draw, lambda: {"path": "report.png"}, {"path": FILE}, parted=("path",)),
     "verify": Door(
-        verify, lambda: {"problem": problem(), "quick": True, "exit_first": True, "time_limit": 100.0},
+        verify,
+        lambda: {"problem": problem(), "quick": True, "exit_first": True, "time_limit": 100.0},
         {"problem": {"None", "a function"}, "quick": FLAG, "exit_first": FLAG, "time_limit": {"None", "a fraction"}},
         parted=("problem",),
     ),

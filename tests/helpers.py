@@ -45,9 +45,7 @@ class Polygon:
 
 
 #: What the files' meshes fill: meshes/polygon.geo, and the ground of meshes/block.geo (height 1/2).
-POLYGON = Polygon(
-    [(0, 0), (2, 0.2), (1.8, 1.1), (1, 0.9), (0.9, 1.7), (-0.2, 1.5)], [(0.3, 0.6), (0.4, 1.0), (0.7, 0.5)]
-)
+POLYGON = Polygon([(0, 0), (2, 0.2), (1.8, 1.1), (1, 0.9), (0.9, 1.7), (-0.2, 1.5)], [(0.3, 0.6), (0.4, 1.0), (0.7, 0.5)])
 BLOCK = Polygon([(0, 0), (1.5, 0), (1.4, 0.6), (0.7, 0.5), (0.6, 1.2), (-0.1, 1.1)])
 UNIT_SQUARE = Polygon([(0, 0), (1, 0), (1, 1), (0, 1)])
 

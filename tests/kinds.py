@@ -5,16 +5,25 @@ import numpy as np
 import sympy
 from firedrake import COMM_WORLD
 from firedrake.adjoint import Control, ReducedFunctional
+from helpers import TIMES, half_square_distance, label_space, laplace, network, set_smooth, smooth, smooth_direction
 from mpi4py import MPI
-from problems import network as classifier, polynomials
+from problems import network as classifier
+from problems import polynomials
 
 from fem_resnet import (
-    Batch, DampedAntisymmetric, Head, LearningProblem, Observations, ResidualNetwork, RunningCost, cross_entropy,
-    least_squares, tikhonov,
+    Batch,
+    DampedAntisymmetric,
+    Head,
+    LearningProblem,
+    Observations,
+    ResidualNetwork,
+    RunningCost,
+    cross_entropy,
+    least_squares,
+    tikhonov,
 )  # fmt: skip
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
 from fem_resnet.time_stepping.methods import METHODS
-from helpers import TIMES, half_square_distance, label_space, laplace, network, set_smooth, smooth, smooth_direction
 
 # -- methods of time stepping ------------------------------------------------------------------------------------------
 
@@ -157,7 +166,9 @@ def distances(net, one, two):
 def pairs(Y, samples=6):
     """Far from each other, and near."""
     one = 2 * smooth(Y, samples, seed=3)
-    two = np.concatenate([one[:, ::2] + 1e-3 * smooth(Y, samples, seed=4)[:, ::2], 3 * smooth(Y, samples, seed=5)[:, ::2]], axis=1)
+    two = np.concatenate(
+        [one[:, ::2] + 1e-3 * smooth(Y, samples, seed=4)[:, ::2], 3 * smooth(Y, samples, seed=5)[:, ::2]], axis=1
+    )
     return one, two
 
 

@@ -5,6 +5,7 @@ from functools import cache
 
 import firedrake as fd
 import numpy as np
+from helpers import laplace, set_smooth, smooth, smooth_direction
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
@@ -18,7 +19,6 @@ from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.space_basis import NodalValues
-from helpers import laplace, set_smooth, smooth, smooth_direction
 
 CLASSES = 3
 #: Layers of unequal lengths, which do not add up to one.

@@ -32,7 +32,18 @@ REACHED = [
 def modules():
     """The benchmark's own modules, which are no part of a package."""
     sys.path.insert(0, str(BENCHMARKS))
-    names = ("blocked", "cost_model", "data", "environment", "gradient", "ours", "roofline", "setting_up", "sides", "tape_cost")
+    names = (
+        "blocked",
+        "cost_model",
+        "data",
+        "environment",
+        "gradient",
+        "ours",
+        "roofline",
+        "setting_up",
+        "sides",
+        "tape_cost",
+    )
     yield {name: import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))
 
@@ -295,7 +306,7 @@ def test_setting_up_is_timed_phase_by_phase(tmp_path):
     found, lines = scripted(tmp_path, "setting_up.py", "--nodes", "200", "--rank", "5")
     assert found["nodes"] == 289 and found["ranks"] == 2
     assert {"mesh", "label space", "eigenfunctions", "eigenfunctions, from their cache", "recording"} <= set(found["seconds"])
-    assert 0 < found["parts"]["solve with factors"] and found["total_seconds"] < sum(found["seconds"].values())
+    assert found["parts"]["solve with factors"] > 0 and found["total_seconds"] < sum(found["seconds"].values())
 
 
 class _Empty(Block):
@@ -339,8 +350,7 @@ def test_the_tape_costs_less_than_that_of_pyadjoint_alone(tmp_path, modules, sec
     side.evaluate()
     layers, loss = blocks = side._J.tape.get_blocks()
     arrays = [
-        read_all(block.operator.inputs, [variable.saved_output for variable in block.get_dependencies()])
-        for block in blocks
+        read_all(block.operator.inputs, [variable.saved_output for variable in block.get_dependencies()]) for block in blocks
     ]
 
     def work():

@@ -13,8 +13,20 @@ from numpy.testing import assert_allclose
 from problems import learning_problem, network
 
 from fem_resnet import (
-    Batch, LearningProblem, Loss, PositiveSemidefinite, Regulariser, ResidualNetwork, RowBox, RunningCost, functional_loss,
-    least_squares, msa, tikhonov, train, train_pam,
+    Batch,
+    LearningProblem,
+    Loss,
+    PositiveSemidefinite,
+    Regulariser,
+    ResidualNetwork,
+    RowBox,
+    RunningCost,
+    functional_loss,
+    least_squares,
+    msa,
+    tikhonov,
+    train,
+    train_pam,
 )  # fmt: skip
 from fem_resnet.learning.regulariser import _mass
 
@@ -61,7 +73,8 @@ def approximated(monitor):
 
 @on_ranks
 @pytest.mark.parametrize(
-    "training, calls, error", [(trained, 2, KeyboardInterrupt), (alternated, 1, ZeroDivisionError), (approximated, 1, ZeroDivisionError)]
+    "training, calls, error",
+    [(trained, 2, KeyboardInterrupt), (alternated, 1, ZeroDivisionError), (approximated, 1, ZeroDivisionError)],
 )
 def test_what_a_monitor_raises_on_one_rank_ends_training_on_all(training, calls, error):
     with pytest.raises(error, match="^so it is on the last rank"):

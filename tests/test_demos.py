@@ -103,9 +103,7 @@ def test_digits_are_read_as_well_in_parallel():
     two = run("mpiexec", "-n", "2", sys.executable, "demos/digits_on_a_disk.py", timeout=900)
     assert min(accuracy(one), accuracy(two)) >= 0.975
     assert abs(accuracy(one) - accuracy(two)) <= 5 / 540 + 1e-4
-    after_50 = [
-        float(re.search(r"J after 50 iterations: ([\d.]+)", "\n".join(lines))[1]) for lines in (one, two)
-    ]
+    after_50 = [float(re.search(r"J after 50 iterations: ([\d.]+)", "\n".join(lines))[1]) for lines in (one, two)]
     np.testing.assert_allclose(*after_50, rtol=1e-9)
 
 

@@ -8,9 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import without_mpi
 
 import fem_resnet
-from helpers import without_mpi
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,9 @@ def docs(monkeypatch):
 
 
 #: The pages that people write, and those whose code runs: each block is run, and what it prints is compared.
-PAGES = sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md") if not {"generated", "_build"} & set(path.parts))
+PAGES = sorted(
+    path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md") if not {"generated", "_build"} & set(path.parts)
+)
 WITH_CODE = [ROOT / "README.md", *(ROOT / page for page in PAGES)]
 WITH_CODE = [str(path.relative_to(ROOT)) for path in WITH_CODE if "```python\n" in path.read_text()]
 RUN_PAGES = (sys.executable, "docs/run_pages.py", *WITH_CODE)
@@ -35,7 +37,10 @@ def test_docs_are_built_without_a_warning(printed):
     pages = BUILT / "generated"
     home = fem_resnet.ResidualNetwork.__module__
     network = (pages / "api" / f"{home}.html").read_text()
-    assert f"{home}.ResidualNetwork" in network and "https://numpy.org/doc/stable/reference/generated/numpy.ndarray.html" in network
+    assert (
+        f"{home}.ResidualNetwork" in network
+        and "https://numpy.org/doc/stable/reference/generated/numpy.ndarray.html" in network
+    )
     assert "The label domain, the network and the head" in (pages / "demos" / "digits_on_a_disk.html").read_text()
     for demo, words in {
         "costate_twice": "gradient at dt/8",
@@ -107,7 +112,9 @@ def test_every_number_of_the_paper_is_named_by_a_public_name_and_shown_by_a_test
 def test_what_shows_a_number_is_one_test_that_names_it_and_asserts(docs):
     import equations
 
-    written = [name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)]
+    written = [
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    ]
     for number, name in equations.SHOWN.items():
         assert written.count(name) == 1, f"{number}: {name} is there {written.count(name)} times"
         text = equations.tests()[name].text

@@ -16,13 +16,63 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import learning_problem, network, taping
 
 from fem_resnet import (
-    Basis, Batch, Box, Derivatives, Ellipse, Head, LabelSpace, LearningProblem, LocalFeedback, Loss, LowRankKernel,
-    NormBounded, Pair, Points, Polygon, PositiveSemidefinite, DampedAntisymmetric, ResidualNetwork, RowBall, RowBox, RunningCost,
-    Sections, SpanBox, autonomous_problem, circle_radius, class_space, closed_loop, compress, cross_entropy,
-    depth_limit, enable_checkpointing, feedback_speeds, find_equilibria, find_steady_states, fit_growth, from_network,
-    get_activation, given_basis, hessian_spectrum, integrated_norms, laplace_basis, least_squares, msa, picard,
-    pmp_residual, point_space, save, singular_system, smooth_in_space, smooth_in_time, solve_costate, solve_linearised,
-    solve_trajectory, solve_value_function, stability_verdict, tikhonov, train, train_pam,
+    Basis,
+    Batch,
+    Box,
+    DampedAntisymmetric,
+    Derivatives,
+    Ellipse,
+    Head,
+    LabelSpace,
+    LearningProblem,
+    LocalFeedback,
+    Loss,
+    LowRankKernel,
+    NormBounded,
+    Pair,
+    Points,
+    Polygon,
+    PositiveSemidefinite,
+    ResidualNetwork,
+    RowBall,
+    RowBox,
+    RunningCost,
+    Sections,
+    SpanBox,
+    autonomous_problem,
+    circle_radius,
+    class_space,
+    closed_loop,
+    compress,
+    cross_entropy,
+    depth_limit,
+    enable_checkpointing,
+    feedback_speeds,
+    find_equilibria,
+    find_steady_states,
+    fit_growth,
+    from_network,
+    get_activation,
+    given_basis,
+    hessian_spectrum,
+    integrated_norms,
+    laplace_basis,
+    least_squares,
+    msa,
+    picard,
+    pmp_residual,
+    point_space,
+    save,
+    singular_system,
+    smooth_in_space,
+    smooth_in_time,
+    solve_costate,
+    solve_linearised,
+    solve_trajectory,
+    solve_value_function,
+    tikhonov,
+    train,
+    train_pam,
 )  # fmt: skip
 from fem_resnet.arguments import choice, integer, number, real_array
 from fem_resnet.tape.checkpoints import schedule_of
@@ -110,17 +160,23 @@ DOORS = {
     "weights of a loss": Door(
         "weights", lambda x: least_squares(parts()[2], parts()[0].batch.inputs, parts()[0].batch.inputs, x), plain(4)
     ),
-    "weights of a run": Door(
-        "weights", lambda x: parts()[1].run(parts()[0].batch.inputs, RunningCost(0.5), x), plain(4)
-    ),
+    "weights of a run": Door("weights", lambda x: parts()[1].run(parts()[0].batch.inputs, RunningCost(0.5), x), plain(4)),
     "weights of a co-state": Door(
         "weights", lambda x: solve_costate(*trajectory(), running=RunningCost(0.5), weights=x), plain(4)
     ),
-    "bounds": Door("bounds", lambda x: train(parts()[0], {"tao_max_it": 1}, bounds={"kernel": (None, x)}, monitor=lambda _: True),
-                   lambda: np.full((4, 3), 1e3), takes=("infinite",)),
+    "bounds": Door(
+        "bounds",
+        lambda x: train(parts()[0], {"tao_max_it": 1}, bounds={"kernel": (None, x)}, monitor=lambda _: True),
+        lambda: np.full((4, 3), 1e3),
+        takes=("infinite",),
+    ),
     "LowRankKernel.norm": Door("beta", lambda x: LowRankKernel(*[laplace("disk", "CG1", 4)] * 2).norm(x), plain(4, 4)),
-    "LowRankKernel.bound": Door("coefficients", lambda x: LowRankKernel(*[laplace("disk", "CG1", 4)] * 2).bound(x), plain(4, 4)),
-    "singular_system": Door("beta", lambda x: singular_system(LowRankKernel(*[laplace("disk", "CG1", 4)] * 2), x), plain(4, 4)),
+    "LowRankKernel.bound": Door(
+        "coefficients", lambda x: LowRankKernel(*[laplace("disk", "CG1", 4)] * 2).bound(x), plain(4, 4)
+    ),
+    "singular_system": Door(
+        "beta", lambda x: singular_system(LowRankKernel(*[laplace("disk", "CG1", 4)] * 2), x), plain(4, 4)
+    ),
     "compress, beta": Door(
         "beta", lambda x: compress(LowRankKernel(*[laplace("disk", "CG1", 4)] * 2), 0.1, beta=x), plain(4, 4)
     ),
@@ -352,7 +408,10 @@ CHOICES = {
     "norm": (lambda x: integrated_norms(_net(), x), "'operator'"),
     "name": (lambda x: GrowthMonitor(_net()).norms(x), "'L1'"),
     "convention": (lambda x: Pair(np.ones((3, 1)), np.ones((3, 1)), x), "'maximise'"),
-    "variant": (lambda x: msa(parts()[0].replace(regulariser=None), RowBox(laplace("disk", "CG1", 4), (-9, 9), (-9, 9)), variant=x), "'damped'"),
+    "variant": (
+        lambda x: msa(parts()[0].replace(regulariser=None), RowBox(laplace("disk", "CG1", 4), (-9, 9), (-9, 9)), variant=x),
+        "'damped'",
+    ),
     "activation": (lambda x: get_activation(f"{x}"), "'tanh'"),
     "solver_parameters": (lambda x: _net(solver_parameters={"ts_type": x}), "rk"),
 }
@@ -533,7 +592,8 @@ RIGHT_SPACES = {
 REFUSED_SPACES = {
     "VectorFunctionSpace.sub(0)": (lambda: fd.VectorFunctionSpace(disk(), "CG", 1).sub(0), "V: a space of its own.*collapse"),
     "part of a mixed one": (
-        lambda: (fd.FunctionSpace(disk(), "CG", 1) * fd.FunctionSpace(disk(), "DG", 0)).sub(1), "V: a space of its own.*collapse"
+        lambda: (fd.FunctionSpace(disk(), "CG", 1) * fd.FunctionSpace(disk(), "DG", 0)).sub(1),
+        "V: a space of its own.*collapse",
     ),
     "restricted": (
         lambda: fd.RestrictedFunctionSpace(fd.FunctionSpace(disk(), "CG", 1), ["on_boundary"]),
@@ -554,7 +614,8 @@ REFUSED_SPACES = {
     "a flat sphere": (lambda: fd.FunctionSpace(flat("sphere of quadrilaterals"), "DG", 0), "V: cells of its mesh lie on each"),
     "a flat circle": (lambda: fd.FunctionSpace(flat("circle"), "CG", 1), "V: cells of its mesh lie on each other"),
     "prisms on a flat torus": (
-        lambda: fd.FunctionSpace(fd.ExtrudedMesh(flat("torus"), 1), "CG", 1), "V: cells of its mesh lie on each other"
+        lambda: fd.FunctionSpace(fd.ExtrudedMesh(flat("torus"), 1), "CG", 1),
+        "V: cells of its mesh lie on each other",
     ),
 }
 
@@ -578,7 +639,9 @@ def test_a_space_that_has_no_nodes_of_its_own_is_refused_at_once(kind):
         LabelSpace(make())
 
 
-@pytest.mark.parametrize("family, degree, quadrilateral", [("CG", 1, False), ("DG", 0, False), ("DG", 1, False), ("CG", 2, True)])
+@pytest.mark.parametrize(
+    "family, degree, quadrilateral", [("CG", 1, False), ("DG", 0, False), ("DG", 1, False), ("CG", 2, True)]
+)
 def test_curved_cells_have_the_weights_of_their_own_shape(family, degree, quadrilateral):
     """(x, y) -> (x + y^2 / 5, y) moves all cells, of which none then has straight edges alone, and keeps every area."""
     straight = fd.UnitSquareMesh(3, 4, quadrilateral=quadrilateral)
@@ -597,7 +660,9 @@ def test_curved_cells_have_the_weights_of_their_own_shape(family, degree, quadri
         lambda: fd.PeriodicIntervalMesh(5, 1.0),
         lambda: fd.AnnulusMesh(1.0, 0.4, 2, 8),
         lambda: fd.TorusMesh(6, 5, 1.0, 0.4),
-        lambda: moved(fd.UnitSquareMesh(3, 3, quadrilateral=True), "CG", 2, lambda x: [x[0] + x[1] ** 2 / 5, x[1] + x[0] * x[1]]),
+        lambda: moved(
+            fd.UnitSquareMesh(3, 3, quadrilateral=True), "CG", 2, lambda x: [x[0] + x[1] ** 2 / 5, x[1] + x[0] * x[1]]
+        ),
         lambda: fd.ExtrudedMesh(fd.PeriodicUnitSquareMesh(3, 3), 2),
     ],
     ids=["periodic", "periodic quadrilaterals", "periodic interval", "annulus", "torus", "curved", "periodic prisms"],
@@ -613,7 +678,10 @@ def test_meshes_that_go_round_are_not_taken_for_folded_ones(make):
 def test_files_say_what_they_take(tmp_path):
     problem, net, _ = parts()
     for arguments, message in [
-        ((tmp_path / "net.h5", problem.head), "net: a ResidualNetwork is wanted, Head was given; save.path, net, head. wants it second"),
+        (
+            (tmp_path / "net.h5", problem.head),
+            "net: a ResidualNetwork is wanted, Head was given; save.path, net, head. wants it second",
+        ),
         ((net, problem.head), "net: a ResidualNetwork is wanted"),
         ((net, net), "path: a str or PathLike is wanted, ResidualNetwork was given"),
         ((tmp_path / "net.h5", net, net), "head: .*ResidualNetwork was given"),

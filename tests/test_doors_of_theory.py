@@ -3,12 +3,25 @@
 import inspect
 
 import doors_of_theory
-import fem_resnet
 import numpy as np
 import pytest
+
+import fem_resnet
 from fem_resnet import (
-    Hamiltonian, RowBall, RowBox, autonomous_problem, find_steady_states, get_activation, msa, picard, pmp_residual, raise_rows,
-    raise_span, solve_trajectory, train, well_posedness_constants,
+    Hamiltonian,
+    RowBall,
+    RowBox,
+    autonomous_problem,
+    find_steady_states,
+    get_activation,
+    msa,
+    picard,
+    pmp_residual,
+    raise_rows,
+    raise_span,
+    solve_trajectory,
+    train,
+    well_posedness_constants,
 )  # fmt: skip
 
 
@@ -22,7 +35,11 @@ def test_each_method_with_arguments_has_a_row():
             if not inspect.isfunction(function) or name.startswith("_") and name not in ("__call__", "__matmul__"):
                 continue
             takes = len(inspect.signature(function).parameters) > 1
-            if takes and not getattr(function, "__isabstractmethod__", False) and f"{kind.__name__}.{name}" not in doors_of_theory.DOORS:
+            if (
+                takes
+                and not getattr(function, "__isabstractmethod__", False)
+                and f"{kind.__name__}.{name}" not in doors_of_theory.DOORS
+            ):
                 lacking.append(f"{kind.__name__}.{name}")
     assert len(classes) > 40 and not lacking
 

@@ -23,17 +23,27 @@ import pytest
 import sympy
 from checkpoint_schedules import SingleDiskStorageSchedule
 from firedrake import COMM_SELF, COMM_WORLD
+from helpers import label_space, laplace, without_mpi
 from numpy.testing import assert_allclose
+from problems import learning_problem
 
 import fem_resnet.io
 import fem_resnet.label_domain.laplace
 from fem_resnet import (
-    Activation, Basis, Head, NormBounded, ResidualNetwork, cell_indicators, files, laplace_basis, load, point_space,
-    save, stability_report,
+    Activation,
+    Basis,
+    Head,
+    NormBounded,
+    ResidualNetwork,
+    cell_indicators,
+    files,
+    laplace_basis,
+    load,
+    point_space,
+    save,
+    stability_report,
 )  # fmt: skip
 from fem_resnet.time_stepping.options import refuse_in_file
-from helpers import label_space, laplace, without_mpi
-from problems import learning_problem
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1
@@ -362,7 +372,9 @@ def test_no_element_of_a_file_runs_code(folder, stolen):
     def edit(file):
         for topology in file["topologies"].values():
             for mesh in topology["firedrake_meshes"].values():
-                mesh.attrs["firedrake_coordinate_element_repr"] = f"FiniteElement(open({str(stolen)!r}, 'w').name, triangle, 1)"
+                mesh.attrs["firedrake_coordinate_element_repr"] = (
+                    f"FiniteElement(open({str(stolen)!r}, 'w').name, triangle, 1)"
+                )
 
     assert "firedrake_coordinate_element_repr: a finite element is wanted" in _refused(folder, _learned, edit)
 
@@ -393,7 +405,14 @@ def test_options_of_a_file_are_on_a_list_of_harmless_ones(kind, folder, stolen):
 
 def test_options_that_networks_have_are_harmless():
     for options in (
-        {"ts_type": "cn", "snes_type": "ksponly", "ksp_type": "gmres", "pc_type": "none", "snes_rtol": 1e-9, "ts_monitor": None},
+        {
+            "ts_type": "cn",
+            "snes_type": "ksponly",
+            "ksp_type": "gmres",
+            "pc_type": "none",
+            "snes_rtol": 1e-9,
+            "ts_monitor": None,
+        },
         {"ts_type": "rk", "ts_adapt_type": "basic", "ts_rtol": "1e-5", "ts_atol": 1e-8, "ts_max_steps": 1000, "ts_view": None},
     ):
         refuse_in_file(options)
@@ -534,7 +553,9 @@ def test_a_flipped_bit_or_a_lost_end_is_seen_before_HDF5_opens_the_file(folder, 
             data[place] ^= 1 << bit
             path.write_bytes(data[:length] if case % 3 == 0 else data)
         COMM_WORLD.barrier()
-        with pytest.raises(ValueError, match=r"^path: .*damaged.h5 holds no network of format 3: it(s checksum| does not end)"):
+        with pytest.raises(
+            ValueError, match=r"^path: .*damaged.h5 holds no network of format 3: it(s checksum| does not end)"
+        ):
             load(path)
         COMM_WORLD.barrier()
 
@@ -744,7 +765,9 @@ SENTENCES = {
     not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
     reason="unshare, of util-linux, may not make a mount namespace here",
 )
-@pytest.mark.parametrize("ranks, how", [(1, "unreserved"), (2, "reserved"), pytest.param(2, "unreserved", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks, how", [(1, "unreserved"), (2, "reserved"), pytest.param(2, "unreserved", marks=pytest.mark.slow)]
+)
 def test_damage_and_disks_that_take_nothing_are_one_sentence_on_all_ranks_and_exit_code_1(ranks, how, tmp_path, second_core):
     """On a small file system; in the end a disk is full, also where no room could be kept, and one rank alone sees it."""
     (tmp_path / "small").mkdir()
@@ -752,13 +775,17 @@ def test_damage_and_disks_that_take_nothing_are_one_sentence_on_all_ranks_and_ex
     command = [sys.executable, "-m", "mpi4py", str(tmp_path / "script.py"), how]
     if ranks > 1:
         command = ["mpiexec", "-n", str(ranks), *command]
-    mount = 'mount -t tmpfs -o size=100k tmpfs "$PLACE" && "$@"; code=$?; test "$(cat "$PLACE/n.h5")" = old || exit 99; exit $code'
+    mount = (
+        'mount -t tmpfs -o size=100k tmpfs "$PLACE" && "$@"; code=$?; test "$(cat "$PLACE/n.h5")" = old || exit 99; exit $code'
+    )
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", mount, "sh", *command], capture_output=True, text=True, timeout=150, cwd=tmp_path,
         env=without_mpi() | {"OMPI_MCA_mpi_yield_when_idle": "1", "PLACE": str(tmp_path / "small")},
     )  # fmt: skip
     told = [line.split(" | ", 3) for line in result.stdout.splitlines() if " | " in line]
-    assert [line[:2] for line in told] == [[case, str(rank)] for case in SENTENCES for rank in range(ranks)], result.stderr[-3000:]
+    assert [line[:2] for line in told] == [[case, str(rank)] for case in SENTENCES for rank in range(ranks)], result.stderr[
+        -3000:
+    ]
     for case, _, whole, words in told:
         assert whole == "True" and re.match(SENTENCES[case], words), (case, words)
     sentence = r"^\w*Error.*(was not written|while the others wait)"
@@ -818,7 +845,9 @@ def _cached(tmp_path, monkeypatch, damage):
     COMM_WORLD.barrier()
     solved, solve = [], fem_resnet.label_domain.laplace._eigenfunctions
     with monkeypatch.context() as patch:
-        patch.setattr(fem_resnet.label_domain.laplace, "_eigenfunctions", lambda *arguments: solved.append(1) or solve(*arguments))
+        patch.setattr(
+            fem_resnet.label_domain.laplace, "_eigenfunctions", lambda *arguments: solved.append(1) or solve(*arguments)
+        )
         again = laplace_basis(Y, 3, cache=tmp_path)
         assert solved == [1]
         assert_allclose(again.values, first.values, rtol=0, atol=1e-9)  # solvers sum in any order

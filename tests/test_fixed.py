@@ -13,24 +13,38 @@ import numpy as np
 import pytest
 import sympy
 from helpers import TIMES, label_space, laplace, set_smooth, smooth
+from kinds import KINDS
 from numpy.testing import assert_allclose
 from problems import learning_problem, network
-from kinds import KINDS
 
 import fem_resnet
 from fem_resnet import (
-    Activation, Batch, Box, DampedAntisymmetric, Derivatives, Ellipse, Head, Observations,
-    Points, Polygon, RunningCost, class_space, cross_entropy, functional_loss, get_activation, least_squares, load,
-    save, tikhonov,
+    Activation,
+    Batch,
+    Box,
+    DampedAntisymmetric,
+    Derivatives,
+    Ellipse,
+    Head,
+    Observations,
+    Points,
+    Polygon,
+    RunningCost,
+    class_space,
+    cross_entropy,
+    functional_loss,
+    get_activation,
+    least_squares,
+    load,
+    save,
+    tikhonov,
 )  # fmt: skip
 from fem_resnet.fixed import Fixed
 from fem_resnet.time_stepping.stepper import Stepper
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
-CLASSES = {
-    name: getattr(fem_resnet, name) for name in fem_resnet.__all__ if inspect.isclass(getattr(fem_resnet, name))
-}
+CLASSES = {name: getattr(fem_resnet, name) for name in fem_resnet.__all__ if inspect.isclass(getattr(fem_resnet, name))}
 
 
 @pytest.mark.parametrize("name", CLASSES)

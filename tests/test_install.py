@@ -212,14 +212,20 @@ def test_every_pinned_package_is_pinned_once_and_every_dependency_is_pinned():
 def test_the_script_installs_all_dependencies_and_all_extras():
     script = (ROOT / "containers" / "run").read_text()
     command = re.search(r"^requirements\(\) \{\n(.*?)^\}", script, re.DOTALL | re.MULTILINE)[1]
-    listed = subprocess.run(["bash", "-c", command], env=os.environ | {"tree": str(ROOT)}, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"tree": str(ROOT)}, capture_output=True, text=True, check=True
+    ).stdout
     project = _project()
-    assert listed.split() == project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    assert listed.split() == project["dependencies"] + [
+        name for extra in project["optional-dependencies"].values() for name in extra
+    ]
 
 
 def _imported(*folders):
     """Names of the distributions of other people's modules that files in the folders import, also inside of functions."""
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if not {"generated", "_build"} & set(path.parts)]
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*.py") if not {"generated", "_build"} & set(path.parts)
+    ]
     line = re.compile(r"^ *(?:from ([\w.]+) import .*|import ([\w.]+)(?: as \w+)?(?:  # .*)?)$", re.MULTILINE)
     found = {"".join(names).split(".")[0] for path in files for names in line.findall(path.read_text())}
     ours = {path.stem for folder in ("tests", "demos", "docs") for path in (ROOT / folder).rglob("*.py")} | {"fem_resnet"}
@@ -276,7 +282,7 @@ def test_a_machine_that_has_what_it_takes_is_installed_on(machine):
     [
         ({"df": "echo head; echo /dev/x 9 9 1048576 9% /"}, "1 GiB free in .*, 4 GiB wanted: make room or set FEM_RES"),
         (
-            {name: "test $# = 1 && echo Python 3.9.2; exit 1" for name in ("python3", "python3.11", "python3.12", "python3.13")},
+            dict.fromkeys(("python3", "python3.11", "python3.12", "python3.13"), "test $# = 1 && echo Python 3.9.2; exit 1"),
             "Python 3.9.2 found, Python 3.11, 3.12 or 3.13 wanted",
         ),
     ],

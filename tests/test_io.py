@@ -9,7 +9,9 @@ import h5py
 import numpy as np
 import pytest
 from firedrake import COMM_SELF, COMM_WORLD
+from helpers import label_space, laplace, set_smooth, smooth
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import TIMES, coefficients, gathered, gradients, learning_problem, polynomials, taping
 from pyadjoint.tape import annotate_tape
 
 from fem_resnet import files
@@ -19,8 +21,6 @@ from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.learning.head import Head
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.space_basis import NodalValues
-from helpers import label_space, laplace, set_smooth, smooth
-from problems import TIMES, coefficients, gathered, gradients, learning_problem, polynomials, taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -360,7 +360,9 @@ def test_refuses_another_format(tmp_path):
             attributes["settings"] = json.dumps(json.loads(attributes["settings"]) | {"format": 99})
         files.seal(None, path)
     COMM_WORLD.barrier()
-    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 3"):
+    with pytest.raises(
+        ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 3"
+    ):
         load(path)
 
 

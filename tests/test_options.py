@@ -36,7 +36,10 @@ def stepped(parameters, **options):
 #: Doors that take options, with options that nothing reads, though PETSc knows some of them in other places.
 UNREAD = {
     "train": (train_once, [{"tao_maxit": 3}, {"tao_nls_ksp_rtol": 0.1}, {"tao": {"bnk_ksp_rtol": 0.1}}, {"ksp_rtol": 0.1}]),
-    "train, matrix": (train_once, [{"tao_type": "nls", "tao_lmvm_mat_lmvm_hist_size": 3}, {"tao_blmvm_mat_lmvm_hist_size": 3}]),
+    "train, matrix": (
+        train_once,
+        [{"tao_type": "nls", "tao_lmvm_mat_lmvm_hist_size": 3}, {"tao_blmvm_mat_lmvm_hist_size": 3}],
+    ),
     "train_pam": (train_blocks_once, [{"tao_maxit": 3}, {"tao_ntr_ksp_rtol": 0.1}]),
     "laplace_basis": (functions, [{"eps_maxit": 3}, {"st_ksp_rtoll": 0.1}, {"tao_max_it": 3}]),
     "rk": (stepped, [{"snes_rtol": 0.1}, {"ksp_rtol": 0.1}, {"tao_max_it": 3}]),
@@ -98,8 +101,17 @@ def test_prefixes_are_looked_at(call):
 
 
 def test_options_are_flat_and_prefixes_as_they_were():
-    assert checked_options({"a": {"b_": {"c": 1}, "d": None}, "e_python_type": int}) == {"a_b_c": 1, "a_d": None, "e_python_type": int}
-    assert checked_options(None) == {} and checked_prefix(None) is None and checked_prefix("") == "" and checked_prefix("a.b-c_") == "a.b-c_"
+    assert checked_options({"a": {"b_": {"c": 1}, "d": None}, "e_python_type": int}) == {
+        "a_b_c": 1,
+        "a_d": None,
+        "e_python_type": int,
+    }
+    assert (
+        checked_options(None) == {}
+        and checked_prefix(None) is None
+        and checked_prefix("") == ""
+        and checked_prefix("a.b-c_") == "a.b-c_"
+    )
     for wrong, error in (
         ({"-tao_type": "lmvm"}, ValueError), ({3: 1}, ValueError), ({"a": 1j}, TypeError), ({"a": [1]}, TypeError), ({"a": int}, TypeError),
         ([("a", 1)], TypeError), ("a", TypeError),

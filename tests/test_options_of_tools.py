@@ -5,13 +5,27 @@ from doors_of_theory import euler, field, net, one_sample, problem, strict, traj
 from helpers import label_space
 
 from fem_resnet import (
-    LocalFeedback, compress, costate_check, depth_limit, duhamel, follow_trajectory, hessian_spectrum, solve_costate,
-    solve_linearised, solve_trajectory, weighted_identity,
+    LocalFeedback,
+    compress,
+    costate_check,
+    depth_limit,
+    duhamel,
+    follow_trajectory,
+    hessian_spectrum,
+    solve_costate,
+    solve_linearised,
+    solve_trajectory,
+    weighted_identity,
 )  # fmt: skip
 
 
 def of_kernel(solver_parameters):
-    return compress(lambda y, z: 1 / (1 + ((y - z) ** 2).sum(axis=-1)), 0.1, label_space("disk", "CG1"), solver_parameters=solver_parameters)
+    return compress(
+        lambda y, z: 1 / (1 + ((y - z) ** 2).sum(axis=-1)),
+        0.1,
+        label_space("disk", "CG1"),
+        solver_parameters=solver_parameters,
+    )
 
 
 #: Each tool with options: the call, some that it reads, some that nobody does.
@@ -22,15 +36,19 @@ TOOLS = {
     "solve_costate": (lambda o: solve_costate(trajectory(), field(3), solver_parameters=o), *TS),
     "costate_check": (lambda o: costate_check(one_sample(), refinements=(1,), steps=2, solver_parameters=o), *TS),
     "solve_linearised": (lambda o: solve_linearised(trajectory(), field(3), solver_parameters=o), *TS),
-    "duhamel": (
-        lambda o: duhamel(trajectory(), [*net().bias.functions, *net().kernel.functions], solver_parameters=o), *TS
-    ),
+    "duhamel": (lambda o: duhamel(trajectory(), [*net().bias.functions, *net().kernel.functions], solver_parameters=o), *TS),
     "weighted_identity": (lambda o: weighted_identity(trajectory(), field(3), solver_parameters=o), *TS),
     "depth_limit": (lambda o: depth_limit(euler(), field(), halvings=0, solver_parameters=o), *TS),
     "hessian_spectrum": (
-        lambda o: hessian_spectrum(problem(), 1, solver_parameters=o), {"eps_type": "arnoldi", "eps_ncv": 12}, {"eps_maxit": 3}
+        lambda o: hessian_spectrum(problem(), 1, solver_parameters=o),
+        {"eps_type": "arnoldi", "eps_ncv": 12},
+        {"eps_maxit": 3},
     ),
-    "LocalFeedback": (lambda o: LocalFeedback(strict(), solver_parameters=o), {"ksp_type": "minres", "ksp_max_it": 9}, {"ksp_maxit": 3}),
+    "LocalFeedback": (
+        lambda o: LocalFeedback(strict(), solver_parameters=o),
+        {"ksp_type": "minres", "ksp_max_it": 9},
+        {"ksp_maxit": 3},
+    ),
     "compress": (of_kernel, {"svd_type": "trlanczos", "svd_ncv": 40}, {"svd_maxit": 3}),
 }
 

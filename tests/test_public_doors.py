@@ -5,14 +5,14 @@ whose message begins with the argument's name; where an argument is taken, no re
 same on all ranks, given otherwise on one, is a ValueError of its name on all of them.
 """
 
-import numpy as np
-import pytest
-from firedrake import COMM_WORLD
-
 import doors_of_networks
 import doors_of_theory
-import fem_resnet
+import numpy as np
+import pytest
 from doors import WRONG, fault
+from firedrake import COMM_WORLD
+
+import fem_resnet
 
 DOORS = doors_of_networks.DOORS | doors_of_theory.DOORS
 #: Public names that are not called with arguments from outside: what they are.

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 from firedrake import COMM_SELF, COMM_WORLD
+from helpers import without_mpi
 
 from fem_resnet import NormBounded, get_activation
 from fem_resnet.arguments import instance
 from fem_resnet.ranks import in_step, on_first, same, together
 from fem_resnet.time_stepping.stepper import StepFailure
-from helpers import without_mpi
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1
@@ -92,7 +92,9 @@ fem_resnet.ranks.in_step(comm, run)
 
 def test_in_step_a_rank_for_which_others_wait_ends_them_with_a_sentence(second_core):
     command = ["mpiexec", "-n", "2", sys.executable, "-c", WAITS]
-    result = subprocess.run(command, env=without_mpi() | {"OMPI_MCA_mpi_yield_when_idle": "1"}, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        command, env=without_mpi() | {"OMPI_MCA_mpi_yield_when_idle": "1"}, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 1
     assert "OSError on rank 1, while the others wait for it: no room\n" in result.stderr
 

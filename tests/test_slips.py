@@ -8,12 +8,12 @@ from functools import cache
 import firedrake as fd
 import numpy as np
 import pytest
+from helpers import label_space, laplace, smooth
 from numpy.testing import assert_allclose
+from problems import polynomials
 from scipy.linalg import expm, sqrtm
 
 from fem_resnet import ACTIVATIONS, Basis, LabelSpace, LowRankKernel, ResidualNetwork, cell_indicators
-from helpers import label_space, laplace, smooth
-from problems import polynomials
 
 on_ranks = pytest.mark.parallel([1, 2])
 
@@ -219,8 +219,7 @@ def test_the_energy_of_f_has_no_lower_bound_unless_a_is_in_the_range_of_the_root
     def energies(coefficients):
         net = autonomous(kernel, beta, phi.values @ coefficients, layers=40, final_time=40.0)
         return [
-            integral(phi.Y, f * apply(kernel, beta, f)) / 2 - integral(phi.Y, net.bias.get(0) * f)
-            for f in states(net, 0.0)
+            integral(phi.Y, f * apply(kernel, beta, f)) / 2 - integral(phi.Y, net.bias.get(0) * f) for f in states(net, 0.0)
         ]
 
     inside, outside = energies(np.array([0.3, 0.2, 0.1, 0.0])), energies(np.array([0.3, 0.2, 0.1, 0.2]))

@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from helpers import label_space, laplace, smooth
 from numpy.testing import assert_allclose
+from problems import polynomials
+from test_slips import EULER, ROUND_OFF, apply, constants, integral, norm, transpose
 
 from fem_resnet import (
     ACTIVATIONS,
@@ -17,9 +20,6 @@ from fem_resnet import (
     tikhonov,
     train,
 )
-from helpers import label_space, laplace, smooth
-from problems import polynomials
-from test_slips import EULER, ROUND_OFF, apply, constants, integral, norm, transpose
 
 on_ranks = pytest.mark.parallel([1, 2])
 
@@ -213,9 +213,7 @@ def test_the_hamiltonian_is_constant_for_controls_constant_in_time_optimal_or_no
     rk4 = {"ts_type": "rk", "ts_rk_type": "4"}
     spread = {}
     for kind in ("shared", "layers"):
-        of = pair(
-            times=np.linspace(0, 1.3, 17), solver_parameters=rk4, bias_in_time=kind, kernel_in_time=kind, domain="disk"
-        )
+        of = pair(times=np.linspace(0, 1.3, 17), solver_parameters=rk4, bias_in_time=kind, kernel_in_time=kind, domain="disk")
         H = np.array([hamiltonian(of.net.Y, u, r) for u, r in zip(of.u, of.r)])
         spread[kind] = np.ptp(H) / np.abs(H).max()
     assert spread["shared"] < 1e-6 and spread["layers"] > 0.1

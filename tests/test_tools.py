@@ -18,26 +18,75 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import sympy
+from helpers import label_space, laplace, set_smooth, smooth
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import gathered
 from pyadjoint.enlisting import Enlist
 
 import fem_resnet
 from fem_resnet import (
-    Batch, Box, Controls, Derivatives, EnergyMonitor, GrowthMonitor, Hamiltonian, Head, LabelSpace, LearningProblem,
-    LinearisedFlow, LocalClosedLoop, LocalFeedback, LowRankFeedback, NormBounded, Observations, ResidualNetwork, RowBox, RunningCost,
-    autonomous_problem, costate_check, depth_limit, duhamel, eigen_expansion, energy_conditions, energy_step_limit,
-    find_equilibria, find_steady_states, follow_trajectory, frozen_spectra, hamiltonian_along, hessian_spectrum,
-    integrated_norms, least_squares, lipschitz_bound, load, middle_pairs, msa, observed_decay, picard, pmp_residual, save,
-    solve_costate, solve_linearised, solve_trajectory, stability_estimate, stability_report, stability_verdict,
-    terminal_costate, tikhonov, to_network, train, train_pam, verify, weighted_identity, well_posedness_constants,
+    Batch,
+    Box,
+    Controls,
+    Derivatives,
+    EnergyMonitor,
+    GrowthMonitor,
+    Hamiltonian,
+    Head,
+    LabelSpace,
+    LearningProblem,
+    LinearisedFlow,
+    LocalClosedLoop,
+    LocalFeedback,
+    LowRankFeedback,
+    NormBounded,
+    Observations,
+    ResidualNetwork,
+    RowBox,
+    RunningCost,
+    autonomous_problem,
+    costate_check,
+    depth_limit,
+    duhamel,
+    eigen_expansion,
+    energy_conditions,
+    energy_step_limit,
+    find_equilibria,
+    find_steady_states,
+    follow_trajectory,
+    frozen_spectra,
+    hamiltonian_along,
+    hessian_spectrum,
+    integrated_norms,
+    least_squares,
+    lipschitz_bound,
+    load,
+    middle_pairs,
+    msa,
+    observed_decay,
+    picard,
+    pmp_residual,
+    save,
+    solve_costate,
+    solve_linearised,
+    solve_trajectory,
+    stability_estimate,
+    stability_report,
+    stability_verdict,
+    terminal_costate,
+    tikhonov,
+    to_network,
+    train,
+    train_pam,
+    verify,
+    weighted_identity,
+    well_posedness_constants,
     width_limit,
 )  # fmt: skip
 from fem_resnet.features import FEATURES, TOOLS, features_of, supports
 from fem_resnet.label_domain.basis import node_numbers
 from fem_resnet.theory.limits.residual_network import EULER
 from fem_resnet.verify.quantities import forward
-from helpers import laplace, label_space, set_smooth, smooth
-from problems import gathered
 
 DOMAIN = "annulus", "CG1"
 TIMES = (0.0, 0.4, 1.0)
@@ -214,6 +263,7 @@ def exact(net, initial):
     y = net.Y.values(initial).copy()
     states, shape = [y], y.shape
     for layer in net.layer_inputs():
+
         def rate(t, y, layer=layer):
             return right_hand_side(net, layer, (t - layer.start) / layer.length, y.reshape(shape)).ravel()
 
@@ -354,7 +404,9 @@ def _local_feedback(p, feedback, close, start):
     assert_allclose(feedback.value, start, rtol=close)
     single = p.net.precision == "single"
     w = smooth(p.net.Y, p.batch.samples, seed=9)
-    expected = slope(lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 0.05 if single else 1e-3)
+    expected = slope(
+        lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 0.05 if single else 1e-3
+    )
     found = p.net.Y.inner(feedback.gradient, p.net.Y.batch(w))
     assert_allclose(found, expected, rtol=0.1 if single else 1e-3, atol=1e-8)
     inputs = _near(p, 0.1 if single else 1e-2)
@@ -393,7 +445,9 @@ def _costate_check(p, check, close, start):
 def _terminal_costate(p, r, close, start):
     # The gradient in f_I of the problem without layers whose inputs are f(T).
     last = Batch(p.net.run(p.batch.inputs).final, p.batch.targets, p.batch.weights)
-    loss = p.replace(net=network_with("no_layers"), batch=last, learn="initial", regulariser=None, running=None, checkpoints=None)
+    loss = p.replace(
+        net=network_with("no_layers"), batch=last, learn="initial", regulariser=None, running=None, checkpoints=None
+    )
     w = smooth(p.net.Y, p.batch.samples, seed=9)
     expected = slope(lambda: value(loss), [last.inputs], [w.reshape(last.inputs.dat.data_ro.shape)])
     assert_allclose(p.net.Y.inner(r, p.net.Y.batch(w)), expected, rtol=1e-6)
@@ -627,7 +681,11 @@ def _equilibria(net, equilibria, close, start):
     bias, B = dense(net, 0.3)
     y = net.Y.values(state(net))
     expected = np.tanh(bias[:, None] - B @ y)
-    assert_allclose(net.Y.values(equilibria.velocity(state(net))), _adjoint(net, B) @ expected if net.gradient_flow else expected, atol=1e-10)
+    assert_allclose(
+        net.Y.values(equilibria.velocity(state(net))),
+        _adjoint(net, B) @ expected if net.gradient_flow else expected,
+        atol=1e-10,
+    )
 
 
 def _adjoint(net, B):
@@ -980,7 +1038,9 @@ def test_J_of_a_feature_is_that_written_out_and_its_gradient_the_slope(feature):
         assert_allclose(value(p), value(plain) + p.derivatives.weight * mismatch, rtol=1e-6)
     if feature == "observed_times":
         Y, C = p.net.Y, p.net.Y.values(p.observations.targets[0])
-        assert_allclose(value(p), value(plain) + 0.5 * norm(Y, Y.values(p.net.run(p.batch.inputs).state(1)) - C) ** 2 / 2, rtol=1e-12)
+        assert_allclose(
+            value(p), value(plain) + 0.5 * norm(Y, Y.values(p.net.run(p.batch.inputs).state(1)) - C) ** 2 / 2, rtol=1e-12
+        )
     J = p.reduced_functional()
     derivative = Enlist(J.derivative())
     h = [0.1 * v for v in directions(p.functions)]

@@ -9,9 +9,25 @@ from helpers import label_space, laplace
 from problems import learning_problem, network
 
 from fem_resnet import (
-    Box, Controls, Hamiltonian, Pair, RunningCost, Sections, class_space, closed_loop, compress, extremal_controls,
-    feedback_controls, feedback_speeds, follow_trajectory, pmp_residual, solve_costate, solve_trajectory, solve_value_function,
-    verify, width_limit,
+    Box,
+    Controls,
+    Hamiltonian,
+    Pair,
+    RunningCost,
+    Sections,
+    class_space,
+    closed_loop,
+    compress,
+    extremal_controls,
+    feedback_controls,
+    feedback_speeds,
+    follow_trajectory,
+    pmp_residual,
+    solve_costate,
+    solve_trajectory,
+    solve_value_function,
+    verify,
+    width_limit,
 )  # fmt: skip
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -104,10 +120,12 @@ def gauss(y, z):
 #: By what is called: the call, and the function that it is given.
 CALLS = {
     "follow_trajectory, monitor": (
-        lambda broken: follow_trajectory(net(), problem().batch.inputs, broken), lambda layer, step: None
+        lambda broken: follow_trajectory(net(), problem().batch.inputs, broken),
+        lambda layer, step: None,
     ),
     "solve_costate, running": (
-        lambda broken: solve_costate(trajectory(), problem().batch.inputs, running=broken), lambda t, f: f
+        lambda broken: solve_costate(trajectory(), problem().batch.inputs, running=broken),
+        lambda t, f: f,
     ),
     "solve_costate, density": (
         lambda broken: solve_costate(trajectory(), problem().batch.inputs, running=RunningCost(Density(broken))),
@@ -130,11 +148,10 @@ CALLS = {
     ),
     "compress, all values": (lambda broken: compress(broken, 0.5, label_space("disk", "CG1")), gauss),
     "compress, crosses": (lambda broken: compress(broken, 0.5, label_space("disk", "CG1"), affordable=0), gauss),
-    "extremal_controls, sections": (
-        lambda broken: extremal_controls(net().Y, sections(broken), pair()), lambda a: 9 + 0 * a
-    ),
+    "extremal_controls, sections": (lambda broken: extremal_controls(net().Y, sections(broken), pair()), lambda a: 9 + 0 * a),
     "extremal_controls, description": (
-        lambda broken: extremal_controls(net().Y, sections(broken, described=False), pair()), lambda a: 9 + 0 * a
+        lambda broken: extremal_controls(net().Y, sections(broken, described=False), pair()),
+        lambda a: 9 + 0 * a,
     ),
     "pmp_residual, sections": (lambda broken: pmp_residual(problem(), sections(broken), rounds=0), lambda a: 9 + 0 * a),
     "Hamiltonian, density": (

@@ -1,6 +1,6 @@
 """Pictures of demos that print a table and draw nothing: from the tables of the full runs, demos/*.txt.
 
-    containers/run python docs/figures/draw.py
+containers/run python docs/figures/draw.py
 """
 
 import re
@@ -62,7 +62,7 @@ def digits_table():
 def digits_cross_validation():
     found = rows("digits_cross_validation", r"^rank.*(accuracy) (\S+)$")
     figure, axes = new(xlabel="setting, in the order of the search", ylabel="accuracy in cross-validation")
-    axes.plot(range(1, len(found) + 1), [accuracy for accuracy, in found], "o")
+    axes.plot(range(1, len(found) + 1), [accuracy for (accuracy,) in found], "o")
     best = [max(found[: number + 1])[0] for number in range(len(found))]
     axes.step(range(1, len(found) + 1), best, where="post", color="tab:red", label="best so far")
     axes.legend()

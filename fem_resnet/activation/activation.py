@@ -279,7 +279,7 @@ class Activation:
 
     @property
     def is_described(self) -> bool:
-        """bool : whether its kernels are those that its name, or its expression, stands for."""
+        """Bool : whether its kernels are those that its name, or its expression, stands for."""
         if self.expression is None:
             known = ACTIVATIONS.get(self.name)
             return known is not None and self.kernels == known.kernels
@@ -290,7 +290,7 @@ class Activation:
 
     @property
     def description(self) -> dict[str, object]:
-        """dict : lists, texts and numbers that JSON can store, from which `from_description` makes it again.
+        """Dict : lists, texts and numbers that JSON can store, from which `from_description` makes it again.
 
         Raises
         ------
@@ -439,9 +439,7 @@ def get_activation(spec: str | Activation | sympy.Expr, **parameters: float) -> 
     accepted = dict(default.parameters)
     unexpected = [key for key in parameters if key not in accepted]
     if unexpected:
-        raise TypeError(
-            f"parameters {', '.join(unexpected)} given to {spec}, which accepts {', '.join(accepted) or 'none'}"
-        )
+        raise TypeError(f"parameters {', '.join(unexpected)} given to {spec}, which accepts {', '.join(accepted) or 'none'}")
     given = {key: _positive(key, value) for key, value in parameters.items()}
     return replace(default, parameters=tuple((accepted | given).items()))
 
@@ -480,7 +478,9 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         entry.name: entry
         for entry in (
             Activation("tanh", (np.tanh, pointwise.sech2, pointwise.tanh_2, pointwise.log_cosh), _ALL_WITH_SLOPE_1),
-            Activation("arctan", (np.arctan, pointwise.arctan_1, pointwise.arctan_2, pointwise.arctan_primitive), _ALL_WITH_SLOPE_1),
+            Activation(
+                "arctan", (np.arctan, pointwise.arctan_1, pointwise.arctan_2, pointwise.arctan_primitive), _ALL_WITH_SLOPE_1
+            ),
             Activation(
                 "sigmoid",
                 (pointwise.sigmoid, pointwise.sigmoid_1, pointwise.sigmoid_2, pointwise.sigmoid_primitive),
@@ -498,7 +498,10 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
                 joints=(0.0,),
             ),
             Activation(
-                "leaky_relu", (pointwise.leaky_relu, pointwise.leaky_relu_1, pointwise.zero, pointwise.leaky_relu_primitive), _UNBOUNDED, joints=(0.0,)
+                "leaky_relu",
+                (pointwise.leaky_relu, pointwise.leaky_relu_1, pointwise.zero, pointwise.leaky_relu_primitive),
+                _UNBOUNDED,
+                joints=(0.0,),
             ),
             Activation(
                 "elu",

@@ -40,7 +40,9 @@ def activation_code(activation: Activation, real: str = "double") -> str:
     '#define SLOPE(s) slope_relu(s)'
     """
     if not activation.is_described:
-        raise ValueError(f"activation: {activation.name} has kernels of its own in NumPy; give a SymPy expression to have it in C")
+        raise ValueError(
+            f"activation: {activation.name} has kernels of its own in NumPy; give a SymPy expression to have it in C"
+        )
     lines = ["#include <tgmath.h>", f"#define REAL {real}"]
     suffix = "f" if real == "float" else ""
     simd = '__attribute__((simd("notinbranch"))) REAL'
@@ -66,9 +68,7 @@ def _function(name: str, expression: sympy.Expr, order: int) -> str:
     body = [f"    const REAL {symbol} = {_print(value)};" for symbol, value in values]
     # In this order a NaN takes the last formula, and is one there too.
     choice = "".join(f"s <= {part.right!r} ? part_{k} : " for k, part in enumerate(parts[:-1]))
-    return "\n".join(
-        [f"static inline REAL {name}(REAL s) {{", *body, f"    return {choice}part_{len(parts) - 1};", "}"]
-    )
+    return "\n".join([f"static inline REAL {name}(REAL s) {{", *body, f"    return {choice}part_{len(parts) - 1};", "}"])
 
 
 def _print(formula: sympy.Basic) -> str:

@@ -84,7 +84,7 @@ def supremum(
     tolerance: float = 1e-9,
     cells: int = CELLS,
 ) -> tuple[float, float]:
-    """low <= sup g <= high of a function that is given in pieces.
+    """Low <= sup g <= high of a function that is given in pieces.
 
     Parameters
     ----------
@@ -170,7 +170,9 @@ def zeros(piece: Piece, at_most: int = 1, cells: int = CELLS) -> list[tuple[floa
             slope = EVERYTHING
         if slope.a >= 0 or slope.b <= 0:
             # Strictly monotone, as it is analytic: an end of infinite length only has its limit, which is no value.
-            at_left, at_right = (piece.formula.at(end) if math.isfinite(end) else piece.formula.over(_beyond(end)) for end in (left, right))
+            at_left, at_right = (
+                piece.formula.at(end) if math.isfinite(end) else piece.formula.over(_beyond(end)) for end in (left, right)
+            )
             low, high = (at_left, at_right) if slope.a >= 0 else (-at_left, -at_right)
             touches = low.a == 0 == low.b and math.isfinite(left), high.a == 0 == high.b and math.isfinite(right)
             if any(touches):

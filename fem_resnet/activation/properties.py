@@ -19,7 +19,13 @@ from scipy.optimize import minimize_scalar
 from fem_resnet.activation.enclosure import LONG, Formula, OnePlusErf, Unproved, has_shifts
 from fem_resnet.activation.extremes import Piece, supremum, zeros
 from fem_resnet.activation.sympy_activation import (
-    REACH, S, cuts, evaluate, in_decaying_powers, sample_points, smooth_formulas,
+    REACH,
+    S,
+    cuts,
+    evaluate,
+    in_decaying_powers,
+    sample_points,
+    smooth_formulas,
 )  # fmt: skip
 
 __all__ = ["contradicted", "properties", "size", "zero_intervals"]
@@ -51,7 +57,7 @@ def properties(expression: sympy.Expr) -> dict[str, float | bool | frozenset[str
 
 @lru_cache(maxsize=256)
 def size(expression: sympy.Expr) -> tuple[float, bool]:
-    """sup |sigma|, infinite if there is no bound, and whether that is proved."""
+    """Sup |sigma|, infinite if there is no bound, and whether that is proved."""
     sampled = _supremum(expression, 0)
     bound = None if math.isinf(sampled) else _bound(expression, 0)
     return (sampled, math.isinf(sampled)) if bound is None else (bound, True)
@@ -99,9 +105,11 @@ def zero_intervals(expression: sympy.Expr, at_most: int) -> list[tuple[float, fl
             new = [(piece.left, piece.right)]
         else:
             # Cuts are rounded: a zero next to a cut may be the neighbour's.
-            new = [] if piece.formula.expression.is_number else [
-                (max(left, piece.left), min(right, piece.right)) for left, right in zeros(piece, at_most)
-            ]
+            new = (
+                []
+                if piece.formula.expression.is_number
+                else [(max(left, piece.left), min(right, piece.right)) for left, right in zeros(piece, at_most)]
+            )
         for left, right in sorted(new):
             if found and left - found[-1][1] <= 1e-9 * max(1.0, abs(left)):
                 found[-1] = found[-1][0], right
@@ -190,7 +198,8 @@ def _is_continuous(expression: sympy.Expr) -> bool:
     """Whether formulas are known to meet at the cuts exactly, and not up to round-off alone."""
     found = smooth_formulas(expression)
     return all(
-        (one - other).subs(S, cut).equals(0) for cut, (_, _, one), (_, _, other) in zip(cuts(expression, exact=True), found, found[1:])
+        (one - other).subs(S, cut).equals(0)
+        for cut, (_, _, one), (_, _, other) in zip(cuts(expression, exact=True), found, found[1:])
     )
 
 
@@ -217,7 +226,7 @@ def _by_samples(expression: sympy.Expr) -> dict[str, float | bool]:
 
 
 def _supremum(expression: sympy.Expr, order: int) -> float:
-    """sup |sigma| or sup |sigma'|."""
+    """Sup |sigma| or sup |sigma'|."""
     s = np.sort(sample_points(expression))
     size = np.broadcast_to(np.abs(evaluate(expression, order, s)), s.shape)
     peak = int(np.argmax(size))

@@ -57,9 +57,7 @@ class Secant:
         self._primitive = activation.primitive
         ends = (-np.inf, *sorted(activation.joints), np.inf)
         self._pieces = list(itertools.pairwise(ends))
-        self._jumps = [
-            (c, float(activation.derivative(right_of(c)) - activation.derivative(c))) for c in activation.kinks
-        ]
+        self._jumps = [(c, float(activation.derivative(right_of(c)) - activation.derivative(c))) for c in activation.kinks]
         self.near = self._smooth_length()
 
     def __call__(self, u0: np.ndarray, u1: np.ndarray, order: int = 0) -> list[np.ndarray]:

@@ -192,7 +192,7 @@ def _cut(expression: sympy.Expr, left: sympy.Expr, right: sympy.Expr) -> list[tu
 
 
 def _sides(condition: sympy.Basic) -> list[sympy.Expr]:
-    """lhs - rhs of all comparisons in a condition."""
+    """Lhs - rhs of all comparisons in a condition."""
     if isinstance(condition, Relational):
         return [condition.lhs - condition.rhs]
     if isinstance(condition, sympy.And | sympy.Or | sympy.Not | BooleanAtom):
@@ -469,7 +469,9 @@ def _antiderivatives(expression: sympy.Expr, cells: _Cells, by_quadrature: Funct
         antiderivative = manualintegrate(formula, S)
         if antiderivative.has(sympy.Integral):
             return None
-        parts.append(Part(left, right, antiderivative, _shifted(_compile(antiderivative), min(max(0.0, left), right), by_quadrature)))
+        parts.append(
+            Part(left, right, antiderivative, _shifted(_compile(antiderivative), min(max(0.0, left), right), by_quadrature))
+        )
     s = np.sort(sample_points(expression))
     cell = cells.containing(s)
     error = np.abs(_select(parts, s) - by_quadrature(s))
@@ -488,8 +490,7 @@ def _shifted(antiderivative: Function, start: float, by_quadrature: Function) ->
 
 _LEAVES = {"s": S, "pi": sympy.pi, "E": sympy.E}
 _NAMES = (
-    "Add Mul Pow Rational exp log erf sin cos tan atan sinh cosh tanh asinh Abs Max Min "
-    "Piecewise Lt Le Gt Ge Eq Ne And Or"
+    "Add Mul Pow Rational exp log erf sin cos tan atan sinh cosh tanh asinh Abs Max Min Piecewise Lt Le Gt Ge Eq Ne And Or"
 )
 _NODES_BY_NAME = {**{name: getattr(sympy, name) for name in _NAMES.split()}, "case": ExprCondPair}
 # All others take expressions.
@@ -553,7 +554,9 @@ def from_tree(tree: Tree) -> sympy.Basic:
         names = [part[0] for part in lists if part and isinstance(part[0], str)]
         switches += sum(name in _SWITCH_NAMES for name in names)
         if parts > _MOST_PARTS or switches > _MOST_SWITCHES:
-            raise ValueError(f"an expression of at most {_MOST_PARTS} parts, {_MOST_SWITCHES} of them cases, is wanted from a tree")
+            raise ValueError(
+                f"an expression of at most {_MOST_PARTS} parts, {_MOST_SWITCHES} of them cases, is wanted from a tree"
+            )
         level = [part for whole in lists for part in whole[1:]]
     if level:
         raise ValueError(f"an expression of at most {_DEEPEST} levels is wanted from a tree")

@@ -102,7 +102,7 @@ class ControlSet(Fixed, ABC):
         return near & (b >= m - tolerance) & (b <= M + tolerance)
 
     def support(self, alpha: ArrayLike, beta: ArrayLike) -> _Array:
-        """max of alpha a + beta b over A."""
+        """Max of alpha a + beta b over A."""
         alpha, beta = _broadcast(alpha=alpha, beta=beta)
         a, b = self.maximise(alpha, beta)
         return alpha * a + beta * b
@@ -279,9 +279,7 @@ class Box(Polygon):
     convex = True
 
     def __init__(self, bias: Sequence[float], kernel: Sequence[float]):
-        self.bias, self.kernel = (
-            tuple(real_array(name, ends, (2,))) for name, ends in (("bias", bias), ("kernel", kernel))
-        )
+        self.bias, self.kernel = (tuple(real_array(name, ends, (2,))) for name, ends in (("bias", bias), ("kernel", kernel)))
         for name, (low, high) in (("bias", self.bias), ("kernel", self.kernel)):
             if low > high:
                 raise ValueError(f"{name}: (low, high) with low <= high is wanted, {(low, high)} was given")
@@ -481,16 +479,12 @@ class Sections(ControlSet):
 
     def largest(self, positive, negative):
         positive, negative = _parts(positive, negative)
-        a, m, M = self._search(
-            lambda a, m, M: a - m * positive[..., None] + M * negative[..., None], positive.shape
-        )
+        a, m, M = self._search(lambda a, m, M: a - m * positive[..., None] + M * negative[..., None], positive.shape)
         return Extreme(a - m * positive + M * negative, a, m, M)
 
     def smallest(self, positive, negative):
         positive, negative = _parts(positive, negative)
-        a, m, M = self._search(
-            lambda a, m, M: M * positive[..., None] - m * negative[..., None] - a, positive.shape
-        )
+        a, m, M = self._search(lambda a, m, M: M * positive[..., None] - m * negative[..., None] - a, positive.shape)
         return Extreme(a - M * positive + m * negative, a, M, m)
 
     def _search(self, value: Callable[[_Array, _Array, _Array], _Array], shape: tuple[int, ...]):
@@ -502,9 +496,7 @@ class Sections(ControlSet):
         while width > 1e-12 * max(1.0, *map(abs, self._range)):
             a = np.linspace(low, high, number, axis=-1)
             best = np.argmax(value(a, *self.sections(a)), axis=-1)[..., None]
-            best_a, low, high = (
-                np.take_along_axis(a, np.clip(best + k, 0, number - 1), axis=-1)[..., 0] for k in (0, -1, 1)
-            )
+            best_a, low, high = (np.take_along_axis(a, np.clip(best + k, 0, number - 1), axis=-1)[..., 0] for k in (0, -1, 1))
             width *= 2 / (number - 1)
             number = 33
         return best_a, *self.sections(best_a)

@@ -96,7 +96,7 @@ class Controls:
                 raise ValueError(f"{name}: shape {shape} is wanted, as of phi, {getattr(self, name).shape} was given")
 
     def argument(self, Y: LabelSpace, f: np.ndarray) -> np.ndarray:
-        """u = a - B f, shape (nodes, samples). Collective."""
+        """U = a - B f, shape (nodes, samples). Collective."""
         f = self._field(Y, "f", f)
         return self.a[:, None] - self.phi @ Y.sum((Y.weights[:, None] * self.psi).T @ f)
 
@@ -233,7 +233,7 @@ class Hamiltonian(Fixed):
         return self._sign * sample_weights(self._weights, f.shape[1])
 
     def _argument(self, pair: Pair, controls: Controls) -> np.ndarray:
-        """u = a - B f, of a pair that is one of this Hamiltonian's."""
+        """U = a - B f, of a pair that is one of this Hamiltonian's."""
         instance("pair", pair, Pair)
         instance("controls", controls, Controls)
         if pair.convention != self.convention:
@@ -288,7 +288,7 @@ class Hamiltonian(Fixed):
         return together(self.Y.comm, lambda: getattr(self._running, name)(pair.f, controls.a))
 
     def slope_times_costate(self, pair: Pair, controls: Controls) -> np.ndarray:
-        """v = sigma'(u) r, shape (nodes, samples)."""
+        """V = sigma'(u) r, shape (nodes, samples)."""
         return self.activation.derivative(self._argument(pair, controls)) * pair.r
 
 
@@ -297,7 +297,7 @@ class Hamiltonian(Fixed):
 
 @supports(*HELD, *STEPPED)
 def middle_pairs(run: Run, convention: str) -> list[Pair]:
-    """f and r at the middle of each layer, of a run on a tape whose functional has been differentiated. Collective."""
+    """F and r at the middle of each layer, of a run on a tape whose functional has been differentiated. Collective."""
     _checked(convention)
     ends = _end_pairs(run, convention)
     return [Pair((p.f + q.f) / 2, (p.r + q.r) / 2, convention) for p, q in zip(ends, ends[1:])]

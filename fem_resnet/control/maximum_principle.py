@@ -290,7 +290,7 @@ class Residual:
 # (4.10) asks for a J that depends on (a, b) through f alone.
 @supports(*HELD, *STEPPED, "head", "running", "learned_initial", "learned_both", "many_samples", "weights")
 def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 1e-12, rounds: int = 4) -> Residual:
-    """int max H - H dt at the present parameters of a learning problem without regulariser. Collective.
+    """Int max H - H dt at the present parameters of a learning problem without regulariser. Collective.
 
     Exact for one sample, in (4.10). For many samples max H is no longer explicit: it is at most the integral of
     `sum_s max(sigma(T_s^-) r_s, sigma(T_s^+) r_s)`, and at least what the best controls tried give: at each y the best row
@@ -355,7 +355,7 @@ def _upper(H: Hamiltonian, A: ControlSet, pair: Pair) -> np.ndarray:
 
 
 def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: int = 16) -> np.ndarray:
-    """max over rows of a pool, at each node, of sum_s sigma(T_s(row)) r_s: H never falls as the pool grows."""
+    """Max over rows of a pool, at each node, of sum_s sigma(T_s(row)) r_s: H never falls as the pool grows."""
     Y, (f, r) = H.Y, (pair.f, pair.r)
     best, best_T = np.full(Y.nodes, -np.inf), np.zeros_like(r)
     directions = np.vstack([np.eye(r.shape[1]), -np.eye(r.shape[1])])

@@ -139,9 +139,7 @@ def distance(Y: LabelSpace, controls: Controls, other: Controls) -> tuple[float,
         return max(*Y.comm.allgather(max(float(np.abs(part).max(initial=0.0)) for part in parts)), np.finfo(float).tiny)
 
     rows = [np.linalg.norm(part, axis=1) for part in (mine, theirs, mine - theirs)]
-    apart = np.maximum(
-        np.abs(controls.a - other.a) / largest(controls.a, other.a), rows[2] / largest(rows[0], rows[1])
-    )
+    apart = np.maximum(np.abs(controls.a - other.a) / largest(controls.a, other.a), rows[2] / largest(rows[0], rows[1]))
     x = Y.coordinates  # made by all ranks, when first asked for
     i = int(np.argmax(apart)) if apart.size else None
     mine_worst = (0.0, ()) if i is None else (float(apart[i]), tuple(map(float, x[i])))
@@ -275,7 +273,9 @@ def raise_rows(
     return _controls(A, rows), np.array(values)
 
 
-def _checked(H: Hamiltonian, A: RowBox | RowBall | SpanBox, kinds: tuple[type, ...], pair: Pair, controls: Controls, iterations: int) -> int:
+def _checked(
+    H: Hamiltonian, A: RowBox | RowBall | SpanBox, kinds: tuple[type, ...], pair: Pair, controls: Controls, iterations: int
+) -> int:
     """Look at what controls are raised with; returns the number of iterations."""
     instance("H", H, Hamiltonian)
     same(H.Y.comm, A=A, pair=getattr(pair, "convention", pair), iterations=iterations)

@@ -162,9 +162,7 @@ def _costate_difference(run, costate: Costate) -> float:
     size = max(Y.norm(r) for r in exact)
     if size == 0.0:
         return max(Y.norm(run.costate(layer)) for layer in range(run.net.layers + 1))
-    return max(
-        Y.norm(like(r, Y.values(run.costate(layer)) - Y.values(r))) for layer, r in enumerate(exact)
-    ) / size
+    return max(Y.norm(like(r, Y.values(run.costate(layer)) - Y.values(r))) for layer, r in enumerate(exact)) / size
 
 
 def _gradient_difference(net: ResidualNetwork, these: Sequence[fd.Function], those: Sequence[fd.Function]) -> float:

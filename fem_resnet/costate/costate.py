@@ -238,7 +238,7 @@ class _Backward:
         self.functional: np.ndarray | float = 0.0
 
     def state(self, moment: Moment) -> tuple[float, np.ndarray]:
-        """t and f where the scheme asks for them."""
+        """T and f where the scheme asks for them."""
         if self._used is None:
             return self._between_steps(moment.t)
         step, stage = self._layer.stages[-1 - moment.step], self._used[moment.stage]
@@ -291,7 +291,7 @@ class _Backward:
         self._step += 1
 
     def path(self, values: np.ndarray) -> Path:
-        """r between the steps, from its values in the order of s."""
+        """R between the steps, from its values in the order of s."""
         times = np.linspace(0.0, self._inputs.length, len(values))
         slopes = np.array([-self._rate(*self._between_steps(s), r) for s, r in zip(times, values)])
         return Path(self._inputs.start, self._layer.end, values[::-1], slopes[::-1])
@@ -333,7 +333,9 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
     net.Y.check_batch(final, "final")
     samples = final.function_space().value_size
     if samples != batch.samples:
-        raise ValueError(f"final: as many samples as the problem's batch has, {batch.samples}, are wanted, {samples} were given")
+        raise ValueError(
+            f"final: as many samples as the problem's batch has, {batch.samples}, are wanted, {samples} were given"
+        )
     Y = net.Y if head is None else head.Y
     prediction = PREDICTIONS[problem.loss.prediction or "identity"] if head is None else head.prediction
     targets = batch.targets if isinstance(batch.targets, fd.Function) else head.observations(batch.targets)

@@ -45,7 +45,7 @@ class LayerTrajectory:
     stages: list[Step]
 
     def argument(self, t: float, f: np.ndarray) -> np.ndarray:
-        """u = a - B f at the time t, shape (nodes, samples)."""
+        """U = a - B f at the time t, shape (nodes, samples)."""
         return self.inputs.bias.coefficients(self.fraction(t))[:, None] - self.inputs.factors.apply(self.beta(t), f)
 
     @property
@@ -216,7 +216,6 @@ def follow_trajectory(
     >>> [round(float(f), 12) for f in largest]
     [0.5, 0.5]
     """
-
     function("monitor", monitor, "a function of layer and step")
 
     def show(stepper: FieldStepper, layer: LayerTrajectory, f: np.ndarray, steps: int) -> np.ndarray:

@@ -235,7 +235,9 @@ class LocalFeedback(OnMesh):
             for direction in instance("change", change, (Sequence, type(None))):
                 instance("change", direction, fd.Function)
             if [d.function_space() for d in change] != [f.function_space() for f in self.controls]:
-                raise ValueError(f"change: {len(self.controls)} Functions of the spaces of `controls` are wanted, others were given")
+                raise ValueError(
+                    f"change: {len(self.controls)} Functions of the spaces of `controls` are wanted, others were given"
+                )
         given = [*(len(self.controls) * [None] if change is None else change), w]
         # pyadjoint keeps directions on the tape.
         direction = [

@@ -112,8 +112,8 @@ class LowRankFeedback(OnMesh):
         if problem.head is not None:
             return np.zeros_like(W)
         O, C = (
-            np.repeat(self.Y.values(batch), W.shape[1], axis=1) for batch in (self._feedback.final,
-            self._feedback.batch.targets)
+            np.repeat(self.Y.values(batch), W.shape[1], axis=1)
+            for batch in (self._feedback.final, self._feedback.batch.targets)
         )
         return problem.loss.hessian(self.Y, O, C, PREDICTIONS[problem.loss.prediction or "identity"], W)
 

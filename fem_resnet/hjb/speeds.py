@@ -185,7 +185,7 @@ class ExtremalSpeeds(Speeds):
             up, down = _upwind(here.high, p, q), _upwind(here.low, p, q)
             share = np.where(up <= down, 1.0, 0.0)
             if self.A.convex:
-                stay = (np.minimum(up, down) > 0) & (here.low <= 0) & (0 <= here.high)
+                stay = (np.minimum(up, down) > 0) & (here.low <= 0) & (here.high >= 0)
                 share = np.where(stay, self._share_of_rest(least.value, largest.value), share)
             shares.append(share)
         shares = np.array(shares)
@@ -283,9 +283,7 @@ class SampledSpeeds(Speeds):
         super().__init__(weights, A, activation)
         self._running = running
         points = np.unique(np.stack(A.sample(samples), axis=1), axis=0)
-        rows = [
-            (a, *b) for a in np.unique(points[:, 0]) for b in product(points[points[:, 0] == a, 1], repeat=len(weights))
-        ]
+        rows = [(a, *b) for a in np.unique(points[:, 0]) for b in product(points[points[:, 0] == a, 1], repeat=len(weights))]
         #: a and b of each row, shapes (rows,) and (rows, n).
         self.a, self.b = np.array(rows)[:, 0], np.array(rows)[:, 1:]
 
@@ -314,9 +312,7 @@ class SampledSpeeds(Speeds):
         rows = np.array(rows)
         n, m = rows.shape
         phi = np.broadcast_to(np.eye(n)[:, :, None], (n, n, m))
-        return Choice(
-            np.take_along_axis(speeds, rows, axis=0), cost, self.a[rows], phi, np.moveaxis(self.b[rows], 2, 0)
-        )
+        return Choice(np.take_along_axis(speeds, rows, axis=0), cost, self.a[rows], phi, np.moveaxis(self.b[rows], 2, 0))
 
 
 @dataclass(frozen=True)

@@ -280,9 +280,7 @@ def solve_value_function(
     while len(values) <= steps and not stopped:
         done = len(values)
         k = steps - done
-        values.append(
-            _step(here, values[-1], boxes[[k, k + 1, -1]], times[k + 1] - times[k], spacing, orders[(done - 1) % 2])
-        )
+        values.append(_step(here, values[-1], boxes[[k, k + 1, -1]], times[k + 1] - times[k], spacing, orders[(done - 1) % 2]))
         if monitor is not None:
             said = together(Y.comm, lambda: bool(monitor(float(times[k]))))
             stopped = Y.comm.allreduce(said, op=MPI.LOR)
@@ -315,7 +313,9 @@ def _refuse_other(solution: ValueFunction, wanted: ValueFunction, of_speeds: str
         )
 
 
-def _speeds(Y: LabelSpace, cells: Cells, A: ControlSet, activation: Activation, running, samples) -> ExtremalSpeeds | SampledSpeeds:
+def _speeds(
+    Y: LabelSpace, cells: Cells, A: ControlSet, activation: Activation, running, samples
+) -> ExtremalSpeeds | SampledSpeeds:
     if isinstance(running, RunningCost):
         running = _density(running)
     elif running is not None:
@@ -325,7 +325,12 @@ def _speeds(Y: LabelSpace, cells: Cells, A: ControlSet, activation: Activation, 
         raise ValueError(f"running: a function L(f) or L(f, a, b, w) is wanted, one of {arguments} arguments was given")
     if arguments == 1 and activation.properties.non_decreasing:
         if caveat := activation.properties.caveat("non_decreasing"):
-            log(Y.comm, logging.WARNING, "the speeds of each cell are taken for the interval between the extremal ones: %s", caveat)
+            log(
+                Y.comm,
+                logging.WARNING,
+                "the speeds of each cell are taken for the interval between the extremal ones: %s",
+                caveat,
+            )
         return ExtremalSpeeds(cells.weights, A, activation, running)
     of_state = np.zeros_like if running is None else running
     general = running if arguments == 4 else lambda f, a, b, w: of_state(f)

@@ -20,8 +20,8 @@ import numpy as np
 import scipy.sparse
 from mpi4py import MPI
 from petsc4py import PETSc
-from pyop2 import op2
 from pyadjoint.tape import annotate_tape, stop_annotating
+from pyop2 import op2
 from ufl import H1
 
 from fem_resnet.arguments import instance, integer, integer_array, real_array
@@ -448,6 +448,8 @@ def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
 
 
 def _has_functions(values: object) -> bool:
-    return isinstance(values, fd.Function) or isinstance(values, (list, tuple)) and any(
-        isinstance(value, fd.Function) for value in values
+    return (
+        isinstance(values, fd.Function)
+        or isinstance(values, (list, tuple))
+        and any(isinstance(value, fd.Function) for value in values)
     )

@@ -80,6 +80,7 @@ _SAME_EIGENVALUE = 10.0
 #: Functions that are as dependent as this in a discontinuous space are round-off.
 _DEPENDENT = 1e-10
 
+
 @PETSc.Log.EventDecorator("fem_resnet:laplace_basis")
 def laplace_basis(
     Y: LabelSpace,
@@ -144,7 +145,9 @@ def laplace_basis(
     check_label_space(Y)
     same(Y.comm, rank=rank, solver_parameters=solver_parameters, options_prefix=options_prefix, cache=cache)
     if Y.numbers is not None and Y.graph is None:
-        raise ValueError(f"Y: {Y!r} is a set of points, which has a Laplacian only with a graph; point_space(.., graph=A) has one")
+        raise ValueError(
+            f"Y: {Y!r} is a set of points, which has a Laplacian only with a graph; point_space(.., graph=A) has one"
+        )
     rank = integer("rank", rank, most=Y.size)
     parameters, prefix = checked_options(solver_parameters), checked_prefix(options_prefix)
     instance("cache", cache, (str, os.PathLike, NoneType), "a directory")

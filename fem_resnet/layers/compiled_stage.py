@@ -125,7 +125,12 @@ class CompiledStage(Stage):
         super().__init__(Y, activation, samples, precision)
         flags = _FLAGS + (() if precision == "double" else _SINGLE) + _BY_MACHINE.get(platform.machine(), ())
         flags += get_petsc_dirs(prefix="-I", subdir="include")
-        libraries = ("-lm", *get_petsc_dirs(prefix="-L", subdir="lib"), "-lpetsc", *get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib"))
+        libraries = (
+            "-lm",
+            *get_petsc_dirs(prefix="-L", subdir="lib"),
+            "-lpetsc",
+            *get_petsc_dirs(prefix="-Wl,-rpath,", subdir="lib"),
+        )
         self._code = library(Y.comm, lambda: self._text(activation), flags, libraries, _PROTOTYPES)
         self._weights = np.asarray(Y.weights, self.real)
         self._plain, self._packed = (_LabelSpace(Y.nodes, samples, address(self._weights), packed) for packed in (0, 1))
@@ -175,7 +180,10 @@ class CompiledStage(Stage):
     def _chunks(self, packed: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         for first in range(0, self.samples, self._chunk):
             samples = slice(first, min(first + self._chunk, self.samples))
-            yield samples, packed[first * self.Y.nodes : samples.stop * self.Y.nodes].reshape(self.Y.nodes, samples.stop - first)
+            yield (
+                samples,
+                packed[first * self.Y.nodes : samples.stop * self.Y.nodes].reshape(self.Y.nodes, samples.stop - first),
+            )
 
     def call(self, name: str, *arguments) -> None:
         """Call a function of `layer.c`, which returns an error code of PETSc."""

@@ -42,7 +42,7 @@ class Density(Protocol):
     """
 
     def value(self, f: np.ndarray, a: np.ndarray) -> np.ndarray:
-        """l."""
+        """L."""
 
     def gradient(self, f: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """l_f, l_a."""
@@ -105,7 +105,7 @@ class RunningCost(Fixed):
         return self.kernel == 0.0 and getattr(self.density, "of_state_alone", False)
 
     def integrand(self, f: np.ndarray, a: np.ndarray) -> np.ndarray:
-        """l at the nodes, shape (nodes, samples), for f of that shape and a of shape (nodes,)."""
+        """L at the nodes, shape (nodes, samples), for f of that shape and a of shape (nodes,)."""
         return np.broadcast_to(self.density.value(f, a[:, None]), f.shape)
 
     def slopes(self, f: np.ndarray, a: np.ndarray) -> list[np.ndarray]:
@@ -115,9 +115,7 @@ class RunningCost(Fixed):
     def bends(self, f: np.ndarray, a: np.ndarray) -> list[np.ndarray]:
         """l_ff, l_fa and l_aa at the nodes."""
         if not hasattr(self.density, "hessian"):
-            raise NotImplementedError(
-                "density: it has no method hessian(f, a), which second derivatives ask for; give it one"
-            )
+            raise NotImplementedError("density: it has no method hessian(f, a), which second derivatives ask for; give it one")
         return [np.broadcast_to(part, f.shape) for part in self.density.hessian(f, a[:, None])]
 
 

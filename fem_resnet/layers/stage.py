@@ -190,7 +190,7 @@ class Stage:
         return values
 
     def _affine(self, block: slice, at: Argument, order: int = 0, out: np.ndarray | None = None) -> np.ndarray:
-        """u (order 0) or u_1 on a block of nodes."""
+        """U (order 0) or u_1 on a block of nodes."""
         u = self._work[0][: block.stop - block.start] if out is None else out
         np.matmul(at.factors.phi.values[block], at.C[order], out=u)
         if order == 1 and at.turning is not None:
@@ -233,9 +233,7 @@ class Stage:
                     out[k][block] = s
         return list(self.Y.sum(Q))
 
-    def transpose(
-        self, at: Argument, dual: Cotangent, with_length: bool = False, with_factors: bool = False
-    ) -> Functionals:
+    def transpose(self, at: Argument, dual: Cotangent, with_length: bool = False, with_factors: bool = False) -> Functionals:
         """Transpose of the derivative in a, C, tau and the factors, and of that of the tangent.
 
         Parameters

@@ -79,9 +79,7 @@ class TransposedStage(Stage):
             for part, s in zip(out, self._fields(at, R)):
                 part[...] = s
 
-    def transpose(
-        self, at: Argument, dual: Cotangent, with_length: bool = False, with_factors: bool = False
-    ) -> Functionals:
+    def transpose(self, at: Argument, dual: Cotangent, with_length: bool = False, with_factors: bool = False) -> Functionals:
         inside, x, beta = self._inside(at), dual.x, at.beta
         of_fields = [] if dual.x_q is None else [dual.x_q * part for part in dual.adjoint]
         z = self._pulled_back(at, x, of_fields)
@@ -142,9 +140,7 @@ class TransposedStage(Stage):
                 part += s
         return f
 
-    def derivative(
-        self, at: Argument, dC: Sequence[np.ndarray], out: Sequence[np.ndarray] | None = None
-    ) -> list[np.ndarray]:
+    def derivative(self, at: Argument, dC: Sequence[np.ndarray], out: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         R = _transposed(at.beta, self._stage.derivative(self._inside(at), dC))
         self._fill(out, at, R)
         return self._seen(at, R)

@@ -52,7 +52,7 @@ class Spectrum:
     residuals: np.ndarray
 
     def variance(self, weight: float) -> np.ndarray:
-        """lambda / (lambda + mu_i): what is left of the prior's variance in v_i, for Tikhonov's weight lambda > 0."""
+        """Lambda / (lambda + mu_i): what is left of the prior's variance in v_i, for Tikhonov's weight lambda > 0."""
         weight = number("weight", weight, above=0)
         return weight / (weight + self.values)
 

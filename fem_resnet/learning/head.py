@@ -59,7 +59,7 @@ class Prediction:
 
 
 def log_density(Y: LabelSpace, O: np.ndarray) -> np.ndarray:
-    """log p, p = e^O / int e^O, free of overflow; over classes p is the softmax. Collective."""
+    """Log p, p = e^O / int e^O, free of overflow; over classes p is the softmax. Collective."""
     largest = O.max(axis=0, initial=-np.inf)
     Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
     shifted = O - largest
@@ -71,7 +71,7 @@ def _softmax(Y, O):
 
 
 def _centred(Y, p, d):
-    """d minus its mean in the density p, for functionals d: what softmax' sees of them."""
+    """D minus its mean in the density p, for functionals d: what softmax' sees of them."""
     return d - Y.weights[:, None] * Y.sum((d * p).sum(axis=0))
 
 
@@ -96,9 +96,7 @@ _sigmoid = get_activation("sigmoid")
 PREDICTIONS = {
     prediction.name: prediction
     for prediction in (
-        Prediction(
-            "identity", lambda Y, O: O, lambda Y, O, d: d, lambda Y, O, v: v, lambda Y, O, v, d: np.zeros_like(O)
-        ),
+        Prediction("identity", lambda Y, O: O, lambda Y, O, d: d, lambda Y, O, v: v, lambda Y, O, v, d: np.zeros_like(O)),
         Prediction(
             "logistic",
             lambda Y, O: _sigmoid(O),

@@ -116,9 +116,7 @@ class Loss:
         Y.check_where(observation, "observation")
         return self.record(Y, output, observation, weights, prediction)[0]
 
-    def record(
-        self, Y, output, observation, weights=None, prediction=None
-    ) -> tuple[AdjFloat, OperatorBlock | None]:
+    def record(self, Y, output, observation, weights=None, prediction=None) -> tuple[AdjFloat, OperatorBlock | None]:
         """As `__call__`, with the Block; its operator's `observe` exchanges observation and weights."""
         if prediction is None:
             prediction = PREDICTIONS[self.prediction or "identity"]
@@ -163,9 +161,10 @@ class _LossOperator:
     def adjoint(self, arrays, dual):
         return [(dual * self._weights) * self._asked("gradient", arrays[0])]
 
-    def _asked(self, what: str, output: np.ndarray, *direction: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def _asked(
+        self, what: str, output: np.ndarray, *direction: np.ndarray, shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
         """What a function of the loss gives, which may be the user's: what it raises on one rank is raised on all."""
-
         asked = getattr(self._loss, what)
 
         def ask() -> np.ndarray:
@@ -186,9 +185,7 @@ class _LossOperator:
 
     def _second_adjoint(self, what, arrays, directions, dual, dual_dot):
         if getattr(self._loss, what) is None:
-            raise NotImplementedError(
-                f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one"
-            )
+            raise NotImplementedError(f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one")
         change = self._asked(what, arrays[0], directions[0])
         return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
 

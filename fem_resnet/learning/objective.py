@@ -457,9 +457,7 @@ class LearningProblem(OnMesh):
         "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial", "learned_both",
         "many_samples", "weights", tool="Gauss-Newton", when=lambda self, *, gauss_newton=False: isinstance(gauss_newton, (bool, np.bool_)) and gauss_newton,
     )  # fmt: skip
-    def record(
-        self, *, gauss_newton: bool = False
-    ) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
+    def record(self, *, gauss_newton: bool = False) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
         """J as a function of all that is learned, on a tape of its own, and the run recorded there.
 
         The working tape and whether annotation is on are left as they were.
@@ -566,9 +564,7 @@ class LearningProblem(OnMesh):
             chosen = order[start : start + size]
             padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
             omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)
-            batches.append(
-                Batch(self.net.Y.batch(inputs[:, padded]), self._output.batch(observations[:, padded]), omega)
-            )
+            batches.append(Batch(self.net.Y.batch(inputs[:, padded]), self._output.batch(observations[:, padded]), omega))
         return batches
 
     def reduced_functional(self, *, gauss_newton: bool = False) -> ReducedFunctional:

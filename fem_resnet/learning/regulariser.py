@@ -128,17 +128,14 @@ class _RegulariserOperator:
 
 
 def _mass(parameter, coefficients):
-    return [
-        tau * basis.dual(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
-    ]
+    return [tau * basis.dual(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)]
 
 
 def _stiffness(parameter, coefficients):
     if isinstance(parameter.time_basis, Once):
         return []  # of the head: an output over classes has no gradient
     return [
-        tau * basis.stiffness(c)
-        for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
+        tau * basis.stiffness(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
     ]
 
 

@@ -39,7 +39,14 @@ from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.retraction import Retraction, orthonormal
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis, read_all
+from fem_resnet.parameters.space_basis import (
+    BasisCoefficients,
+    KernelCoefficients,
+    LayerTimes,
+    NodalValues,
+    SpaceBasis,
+    read_all,
+)
 from fem_resnet.parameters.stable_kernels import StableKernel
 from fem_resnet.parameters.time_basis import Once, get_time_basis
 from fem_resnet.ranks import same
@@ -596,11 +603,9 @@ class ResidualNetwork(OnMesh):
         betas = [R[0] @ self.kernel.get(k) @ R[1].T for k in range(len(measures))]
         weighted = [np.sqrt(tau) * beta for tau, beta in zip(measures, betas)]
         bases, turns = [], []
-        for basis, root, stacked in zip(
-            (factors.phi, factors.psi), R, (np.hstack(weighted), np.vstack(weighted).T)
-        ):
+        for basis, root, stacked in zip((factors.phi, factors.psi), R, (np.hstack(weighted), np.vstack(weighted).T)):
             U, S, _ = np.linalg.svd(stacked, full_matrices=False)
-            turns.append(U[:, : max(1, np.count_nonzero(S > tolerance * S[0]))])
+            turns.append(U[:, : max(1, np.count_nonzero(tolerance * S[0] < S))])
             bases.append(Basis(self.Y, basis.values @ np.linalg.solve(root, turns[-1]), "given"))
         net = self.replace(phi=bases[0], psi=bases[1], stable_kernel=None)
         for parameter, other in zip(self.parameters, net.parameters):
@@ -672,13 +677,10 @@ class ResidualNetwork(OnMesh):
         """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
         rank = self.kernel.on_layer(layer).kernel.psi.rank
         return rank, *(
-            sum(int(np.prod(p.space_bases[k].shape)) for k in p.time_basis.active(layer))
-            for p in (self.bias, self.kernel)
+            sum(int(np.prod(p.space_bases[k].shape)) for k in p.time_basis.active(layer)) for p in (self.bias, self.kernel)
         )
 
-    def _stepper(
-        self, stage: Stage, layer: int, orders: int = 1, running: RunningCost | None = None
-    ) -> Stepper:
+    def _stepper(self, stage: Stage, layer: int, orders: int = 1, running: RunningCost | None = None) -> Stepper:
         fixed = not self.factors and self.layer_times is None
         constant = fixed and all(LayerUse(p, layer).is_constant for p in (self.bias, self.kernel))
         kernel = self.kernel.on_layer(layer).kernel

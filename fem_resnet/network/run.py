@@ -48,7 +48,7 @@ class Piece:
         return self.segment.advance(self.at_start(), self._traces()[:layers])
 
     def states(self, before: np.ndarray | None) -> Iterator[np.ndarray]:
-        """f at the ends of all layers, each from that before; `before`, that at the start, where the start has not f."""
+        """F at the ends of all layers, each from that before; `before`, that at the start, where the start has not f."""
         f = self.at_start() if self.before is None else before
         for trace in self._traces():
             f = self.segment.advance(f, [trace])
@@ -58,7 +58,7 @@ class Piece:
         return self.traces if self.block is None else self.segment.traces()
 
     def at_start(self) -> np.ndarray:
-        """f at the start, of the latest evaluation."""
+        """F at the start, of the latest evaluation."""
         if self.block is not None:
             self.block.refuse_changed("run")
         if self.before is not None:
@@ -107,7 +107,9 @@ class Run(OnMesh):
         self._omega = omega
         self._pieces = pieces
         self._by_coefficients = bool(pieces) and isinstance(pieces[-1].segment, CoefficientSegment)
-        self._held = held  # what holds the state, or its coefficients, at layer times: the last one, and those that are outputs
+        self._held = (
+            held  # what holds the state, or its coefficients, at layer times: the last one, and those that are outputs
+        )
         self._handed_out: set[int] = set()
 
     @cached_property
@@ -252,9 +254,7 @@ class Run(OnMesh):
         self._refuse_schedule("tangent", "record it without one")
         self.net.Y.check_batch(direction, "direction")
         if direction.function_space() != self._space:
-            raise ValueError(
-                f"direction: a Function of {self._space} is wanted, {direction.function_space()} was given"
-            )
+            raise ValueError(f"direction: a Function of {self._space} is wanted, {direction.function_space()} was given")
         if not self._pieces:
             return direction
         if annotate_tape() and not self._is_on_tape:

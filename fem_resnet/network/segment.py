@@ -126,7 +126,7 @@ class Segment:
 
     @PETSc.Log.EventDecorator("fem_resnet:forward")
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray | tuple[np.ndarray, float]:
-        """f at the end, a new array of shape (nodes, samples); `advance` then gives f at any layer. Collective.
+        """F at the end, a new array of shape (nodes, samples); `advance` then gives f at any layer. Collective.
 
         With a running cost, that and the cost.
 
@@ -240,9 +240,7 @@ class Segment:
         if orders not in self._sequences:
             psis = [inputs[0].factors.psi for inputs in layers]
             starts = [l for l, psi in enumerate(psis) if l == 0 or l in self.observed or psi is not psis[l - 1]]
-            self._sequences[orders] = [
-                LayerSequence(steppers[start:end]) for start, end in pairwise([*starts, len(layers)])
-            ]
+            self._sequences[orders] = [LayerSequence(steppers[start:end]) for start, end in pairwise([*starts, len(layers)])]
         return self._sequences[orders]
 
     def _seen(self, psi: Basis, f: np.ndarray) -> np.ndarray:
@@ -271,7 +269,7 @@ class Segment:
         return [stepper.trace for stepper in self.steppers]
 
     def advance(self, f: np.ndarray, traces: Sequence[LayerTrace]) -> np.ndarray:
-        """f after layers that left these traces, by the quadrature (3.3)."""
+        """F after layers that left these traces, by the quadrature (3.3)."""
         return self._advance([f], traces)[0][: self._nodes]
 
     def _advance(self, f: list[np.ndarray], traces: Sequence[LayerTrace]) -> list[np.ndarray]:
@@ -340,29 +338,27 @@ class Segment:
         return [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
 
     def _adjoint_end(self, psi: Basis, duals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """gamma and lambda at the end, from adjoint values of the output and its tangent."""
+        """Gamma and lambda at the end, from adjoint values of the output and its tangent."""
         return self._nothing(psi, duals), [self._stage.arranged(dual) for dual in duals]  # every stage reads them
 
     def _add_observed(
         self, gamma: list[np.ndarray], duals: Sequence[np.ndarray], state: Sequence[np.ndarray]
     ) -> tuple[list[np.ndarray], Sequence[np.ndarray]]:
-        """gamma and lambda below an interface where the state is an output, from adjoint values of that."""
+        """Gamma and lambda below an interface where the state is an output, from adjoint values of that."""
         return gamma, [self._stage.arranged(dual + part) for dual, part in zip(duals, state)]
 
-    def _adjoint_start(
-        self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray], order: int
-    ) -> np.ndarray:
+    def _adjoint_start(self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray], order: int) -> np.ndarray:
         """Adjoint values of the input, or of its tangent."""
         return self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]
 
     def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
+        """Lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
         if self.omega is None:
             return [psi.dual(part) + dual for part, dual in zip(gamma, duals)]
         return [self._with_row(psi.dual(part) + dual[:-1], dual[-1]) for part, dual in zip(gamma, duals)]
 
     def costate(self, layer: int) -> np.ndarray | None:
-        """r = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
+        """R = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
 
         None if there was no adjoint since the last forward solve.
         """
@@ -416,9 +412,7 @@ class Segment:
         """Adjoint of (value, tangent): what makes functionals of f and of its tangent at the start, and of the coefficients."""
         _, layers = self._run_with_tangent(arrays, directions, save=True)
         states = [list(pair) for pair in zip(self._functionals(dual), self._functionals(dual_of_tangent))]
-        start, functionals, _ = self._adjoint(
-            self._tangent_steppers, states, layers, [arrays[0], directions[0]]
-        )
+        start, functionals, _ = self._adjoint(self._tangent_steppers, states, layers, [arrays[0], directions[0]])
         return start, functionals
 
 

@@ -170,7 +170,9 @@ class Parameter(OnMesh):
             If there are no coefficients of that number, they are no real numbers, their shape does not fit, one is not finite,
             or they differ between ranks; on all ranks alike.
         """
-        replicated = isinstance(k, (int, np.integer)) and 0 <= k < len(self.space_bases) and isinstance(self.space_bases[k], Replicated)
+        replicated = (
+            isinstance(k, (int, np.integer)) and 0 <= k < len(self.space_bases) and isinstance(self.space_bases[k], Replicated)
+        )
         k = self._number(k, **({"coefficients": coefficients} if replicated else {}))
         basis = self.space_bases[k]
         self.write(k, real_array(f"coefficients of {self.name}_{k}", coefficients, basis.shape, comm=self._comm))

@@ -371,9 +371,7 @@ class MatrixControls(Replicated, SpaceBasis):
         G and H; the identity if left out.
     """
 
-    def __init__(
-        self, Y: LabelSpace, shape: tuple[int, int], left: np.ndarray | None = None, right: np.ndarray | None = None
-    ):
+    def __init__(self, Y: LabelSpace, shape: tuple[int, int], left: np.ndarray | None = None, right: np.ndarray | None = None):
         super().__init__(Y, shape)
         self.grams = [np.eye(size) if gram is None else gram for size, gram in zip(shape, (left, right))]
 

@@ -296,7 +296,7 @@ class KernelMap:
         self.output = coefficients
 
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
-        """beta."""
+        """Beta."""
         return self._choice.value(self._kernel, arrays[0])
 
     def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
@@ -312,6 +312,4 @@ class KernelMap:
     ) -> list[np.ndarray]:
         """Derivative of `adjoint` along the directions and dual_dot."""
         X, X_1 = arrays[0], directions[0]
-        return [
-            self._choice.adjoint(self._kernel, X, dual_dot) + self._choice.curvature(self._kernel, X, X_1, dual)
-        ]
+        return [self._choice.adjoint(self._kernel, X, dual_dot) + self._choice.curvature(self._kernel, X, X_1, dual)]

@@ -79,8 +79,7 @@ class Groups(TimeBasis):
         starts = [l for l, group in enumerate(self._groups) if l == 0 or group != self._groups[l - 1]]
         centres = [(times[a] + times[b]) / 2 for a, b in zip(starts, [*starts[1:], -1])]
         self.neighbours = [
-            (self._groups[a], self._groups[b], float(y - x))
-            for a, b, x, y in zip(starts, starts[1:], centres, centres[1:])
+            (self._groups[a], self._groups[b], float(y - x)) for a, b, x, y in zip(starts, starts[1:], centres, centres[1:])
         ]
 
     def active(self, layer):

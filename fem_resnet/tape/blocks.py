@@ -248,9 +248,7 @@ class OperatorBlock(Block):
     def _verb(self, name: str, what: str):
         verb = getattr(self.operator, name, None)
         if verb is None:
-            raise NotImplementedError(
-                f"{type(self.operator).__name__}: {what} are not implemented, only first adjoints"
-            )
+            raise NotImplementedError(f"{type(self.operator).__name__}: {what} are not implemented, only first adjoints")
         return verb
 
     def _refuse_changed(self, inputs: Sequence[fd.Function]) -> None:

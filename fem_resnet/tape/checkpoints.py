@@ -23,7 +23,11 @@ from typing import BinaryIO
 import firedrake as fd
 import numpy as np
 from checkpoint_schedules import (
-    CheckpointSchedule, Forward, MultistageCheckpointSchedule, NoneCheckpointSchedule, StorageType,
+    CheckpointSchedule,
+    Forward,
+    MultistageCheckpointSchedule,
+    NoneCheckpointSchedule,
+    StorageType,
 )  # fmt: skip
 from firedrake.adjoint_utils.checkpointing import CheckpointBase
 from pyadjoint import Block, Tape
@@ -110,9 +114,7 @@ def enable_checkpointing(tape: Tape, checkpoints: Checkpoints, steps: int) -> No
         If the checkpoints do not fit, or the tape has Blocks.
     """
     if instance("tape", tape, Tape, "pyadjoint.Tape() is a new one").get_blocks():
-        raise ValueError(
-            "tape: checkpointing is wanted before anything is recorded, but this tape has Blocks; make a new one"
-        )
+        raise ValueError("tape: checkpointing is wanted before anything is recorded, but this tape has Blocks; make a new one")
     schedule = schedule_of(checkpoints, steps)
     if schedule.uses_storage_type(StorageType.DISK):
         tape._package_data["fem_resnet"] = _Disk()

@@ -26,6 +26,7 @@ from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
 
 __all__ = ["CompiledLayer", "CompiledLayers", "CompiledStepper"]
 
+
 @dataclass(frozen=True)
 class KeptStages:
     """The terms of the quadrature (3.3) of a forward solve, made when they are asked for."""
@@ -41,8 +42,6 @@ class KeptStages:
             for weight, C in zip(self.weights, step):
                 if weight != 0.0:
                     yield StageValue(h * weight, Argument(self.inputs.factors, (self.inputs.length,), (self.a,), (C.T,)))
-
-
 
 
 class CompiledLayer:
@@ -77,8 +76,7 @@ class CompiledLayer:
         state, parameters = (psi + 1) * samples, phi * psi + 1
         # TS knows of the parameters beta alone, and one of derivative 1.
         self._vectors = {
-            name: PETSc.Vec().createSeq(size)
-            for name, size in (("y", state), ("adjoint", state), ("parameters", parameters))
+            name: PETSc.Vec().createSeq(size) for name, size in (("y", state), ("adjoint", state), ("parameters", parameters))
         }
         #: What C sees of the layer.
         self.struct = LayerStruct(
@@ -245,7 +243,7 @@ class CompiledLayers:
         f: np.ndarray | None,
         save: bool,
     ) -> np.ndarray:
-        """g at the end of the layers, from that at their start, shape (rank of psi, samples). Collective.
+        """G at the end of the layers, from that at their start, shape (rank of psi, samples). Collective.
 
         Parameters
         ----------
@@ -278,10 +276,8 @@ class CompiledLayers:
             self._stage.unpack(packed, f)
         return state.T
 
-    def adjoint(
-        self, gamma: np.ndarray, adjoint: np.ndarray | None = None
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """gamma at the start of each layer, and functionals of its coefficients of bias and kernel. Collective.
+    def adjoint(self, gamma: np.ndarray, adjoint: np.ndarray | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Gamma at the start of each layer, and functionals of its coefficients of bias and kernel. Collective.
 
         Parameters
         ----------

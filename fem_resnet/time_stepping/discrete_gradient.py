@@ -100,9 +100,7 @@ class DiscreteGradientStage(Stage):
                 total += (psi.weighted[block] * c[:, None]).T @ phi.values[block]
         return [self.Y.sum(K)]
 
-    def transpose(
-        self, at: Ends, dual: Cotangent, with_length: bool = False, with_factors: bool = False
-    ) -> EndFunctionals:
+    def transpose(self, at: Ends, dual: Cotangent, with_length: bool = False, with_factors: bool = False) -> EndFunctionals:
         """As in `Stage`, with functionals of C at both ends."""
         orders, phi, psi = len(at.a), at.factors.phi, at.factors.psi
         both = np.zeros((2, orders, phi.rank, self.samples))
@@ -190,7 +188,13 @@ class DiscreteGradientStepper(Stepper):
     """
 
     def __init__(
-        self, layer: int, stage: DiscreteGradientStage, rank: int, steps: int, options: petsctools.OptionsManager, orders: int = 1
+        self,
+        layer: int,
+        stage: DiscreteGradientStage,
+        rank: int,
+        steps: int,
+        options: petsctools.OptionsManager,
+        orders: int = 1,
     ):
         super().__init__(layer)
         self.stage = stage
@@ -287,7 +291,10 @@ class DiscreteGradientStepper(Stepper):
         try:
             self._snes.solve(None, self._x)
         except PETSc.Error as error:
-            self._x, self._residual_vector = self._x.duplicate(), self._x.duplicate()  # a failed callback leaves vectors locked
+            self._x, self._residual_vector = (
+                self._x.duplicate(),
+                self._x.duplicate(),
+            )  # a failed callback leaves vectors locked
             self._snes = self._new_snes()
             if error.__cause__ is not None:
                 raise error.__cause__
@@ -349,9 +356,7 @@ class DiscreteGradientStepper(Stepper):
             at_end = _pulled(beta, self.stage.transpose(step.ends, dual()).D)
             x[k] = self._solved(matrix, gamma[k] + at_end[k])
         result = self.stage.transpose(step.ends, dual(), inputs.learns_length, inputs.learns_factors)
-        by_beta = -sum(
-            D @ g.T for Ds, gs in zip((result.start_D, result.D), step.g) for D, g in zip(Ds, gs, strict=True)
-        )
+        by_beta = -sum(D @ g.T for Ds, gs in zip((result.start_D, result.D), step.g) for D, g in zip(Ds, gs, strict=True))
         functionals = [inputs.bias.pull_back(step.middle, result.bias), inputs.beta.pull_back(step.middle, by_beta)]
         if inputs.learns_length:
             functionals.append(np.array([result.length]))
@@ -373,6 +378,4 @@ def _pulled(beta: Sequence[np.ndarray], D: Sequence[np.ndarray]) -> list[np.ndar
     return [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
 
 
-_REASONS = {
-    getattr(PETSc.SNES.ConvergedReason, name): name for name in dir(PETSc.SNES.ConvergedReason) if name.isupper()
-}
+_REASONS = {getattr(PETSc.SNES.ConvergedReason, name): name for name in dir(PETSc.SNES.ConvergedReason) if name.isupper()}

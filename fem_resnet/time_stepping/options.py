@@ -235,14 +235,20 @@ def refuse_in_file(options: Mapping[str, object]) -> None:
         given = f"solver_parameters: {name!r} {value!r}"
         harmless = name in OPTIONS or name in _OF_SOLVERS or name in _TYPES or name in ("ts_monitor", "ts_adapt_monitor")
         if not harmless:
-            raise ValueError(f"{given} is none of the options that a file may have; drop it by net.replace(solver_parameters=..)")
+            raise ValueError(
+                f"{given} is none of the options that a file may have; drop it by net.replace(solver_parameters=..)"
+            )
         allowed = _TYPES.get(name)
         if allowed is not None and value not in allowed:
             raise ValueError(f"{given} is none of {', '.join(sorted(allowed))}, which a file may have")
         if name.endswith("_type") and not (isinstance(value, str) and value):
             raise ValueError(f"{given} is no name of a type")
         # Values with other characters name files, viewers and libraries.
-        plain = isinstance(value, (bool, int, float, type(None))) or isinstance(value, str) and re.fullmatch(r"[\w.+-]{0,40}", value)
+        plain = (
+            isinstance(value, (bool, int, float, type(None)))
+            or isinstance(value, str)
+            and re.fullmatch(r"[\w.+-]{0,40}", value)
+        )
         on_or_off = value in (None, "", True, False, "true", "false", "1", "0")
         if not plain or re.search("monitor|reason|view", name) and not on_or_off:
             raise ValueError(f"{given} has a value that no file may have; numbers and single words are wanted")

@@ -187,7 +187,7 @@ class Stepper(ABC):
         self.has_trajectory = False
 
     def time(self, s: float) -> float:
-        """t at the fraction s of the layer."""
+        """T at the fraction s of the layer."""
         return self.inputs[0].start + s * self.inputs[0].length
 
     def not_finite(self, s: float) -> StepFailure:

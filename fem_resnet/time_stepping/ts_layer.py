@@ -87,7 +87,9 @@ class LayerTS:
     ):  # fmt: skip
         self.stage, self.steps, self.method, self.adaptive, self.carries_f = stage, steps, method, adaptive, carries_f
         self._options = options
-        self.state = CarriedState(stage, rank, orders, cost is not None) if carries_f else CoefficientState(stage, rank, orders)
+        self.state = (
+            CarriedState(stage, rank, orders, cost is not None) if carries_f else CoefficientState(stage, rank, orders)
+        )
         self.linear = LinearLayer(stage, self.state, cost)
         self.y, self.adjoint_y, self._work = (self.state.vector() for _ in range(3))
         #: The state at the start of an adapted step.

@@ -31,7 +31,18 @@ class TSStepper(Stepper):
         As for `LayerTS`.
     """
 
-    def __init__(self, layer: int, stage: Stage, rank: int, steps: int, options, method: Method, *, cost: RunningCost | None = None, **more):
+    def __init__(
+        self,
+        layer: int,
+        stage: Stage,
+        rank: int,
+        steps: int,
+        options,
+        method: Method,
+        *,
+        cost: RunningCost | None = None,
+        **more,
+    ):
         super().__init__(layer)
         self._new = partial(LayerTS, stage, rank, steps, options, method, cost=cost, **more)
         self._has_cost = cost is not None

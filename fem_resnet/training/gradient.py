@@ -214,9 +214,7 @@ def _bounds_of_controls(problem: LearningProblem, bounds: Mapping) -> list[tuple
         if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
             raise ValueError(f"bounds: a pair (low, high) is wanted for {name}, {ends!r} was given")
     return [
-        pair
-        for parameter in problem.parameters
-        for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))
+        pair for parameter in problem.parameters for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))
     ]
 
 

@@ -303,9 +303,7 @@ class _WithoutUnits(AbstractReducedFunctional):
 
     def __init__(self, J: AbstractReducedFunctional, amplitudes: Sequence[float], units: Sequence[float]):
         self._J, self._amplitudes = J, amplitudes
-        self._controls = Enlist(
-            [self._in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)]
-        )
+        self._controls = Enlist([self._in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)])
         self.start()
 
     def start(self) -> None:

@@ -29,14 +29,19 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, the same on all ranks."""
-    parser = argparse.ArgumentParser(prog="python -m fem_resnet.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fem_resnet.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", help="a saved network, or a module with problem(); built-in ones if left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the convergence lines there")
     parser.add_argument("--quick", action="store_true", help="fewer directions, no convergence of co-states")
     parser.add_argument("--exitfirst", action="store_true", help="stop at the first check that fails")
     parser.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="what a check may take; 600 on several ranks if left out, no limit on one"
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="what a check may take; 600 on several ranks if left out, no limit on one",
     )
     given = parser.parse_args(arguments)
     PETSc.Options().setValue("options_left", "no")  # PETSc has seen these arguments too, and would complain about them

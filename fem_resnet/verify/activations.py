@@ -41,7 +41,32 @@ _EXACT = {
     "identity": [(_S, sympy.Integer(1))],
 }
 #: Both tails, next to 0, and between: where formulas change over to others.
-_SIZES = (0.0, 1e-300, 1e-9, 1e-4, 0.03, 0.3, 0.9, 1.1, 2.7, 4.3, 7.7, 12.5, 18.6, 19.5, 21.0, 33.0, 47.0, 110.0, 340.0, 360.0, 650.0, 720.0, 1e3, 9e3)
+_SIZES = (
+    0.0,
+    1e-300,
+    1e-9,
+    1e-4,
+    0.03,
+    0.3,
+    0.9,
+    1.1,
+    2.7,
+    4.3,
+    7.7,
+    12.5,
+    18.6,
+    19.5,
+    21.0,
+    33.0,
+    47.0,
+    110.0,
+    340.0,
+    360.0,
+    650.0,
+    720.0,
+    1e3,
+    9e3,
+)
 PROBES = tuple(sorted({sign * size for size in _SIZES for sign in (-1.0, 1.0)}))
 
 
@@ -69,7 +94,7 @@ def _exact(name: str, parameters: tuple, expression: sympy.Expr | None) -> tuple
 
 
 def activation(problem: LearningProblem) -> Iterator[Check]:
-    """sigma by another formula, its derivatives by differences, its primitive by quadrature; all to digits at both tails."""
+    """Sigma by another formula, its derivatives by differences, its primitive by quadrature; all to digits at both tails."""
     given = problem.net.activation
     s = np.linspace(-60.3, 60.5, 4001)
     s = s[np.all([np.abs(s - joint) > 0.05 for joint in given.joints] or [s == s], axis=0)]
@@ -80,13 +105,30 @@ def activation(problem: LearningProblem) -> Iterator[Check]:
         yield Check.left_out("activation", "sigma", str(error))
     yield Check.of("activation", "sigma in place", relative(given(s.copy(), out=s.copy()), given(s)), 0.0)
     steps = 0.04 * 0.5 ** np.arange(6)
-    for name, function, derivative in (("sigma'", given, given.derivative), ("sigma''", given.derivative, given.second_derivative)):
+    for name, function, derivative in (
+        ("sigma'", given, given.derivative),
+        ("sigma''", given.derivative, given.second_derivative),
+    ):
         limit, error = extrapolated(lambda e, F=function: (F(s + e) - F(s - e)) / (2 * e), steps, 1.0)
         size = max(np.abs(limit).max(), 1.0)
         yield Check.of("activation", name, np.abs(limit - derivative(s)).max() / size, 1e-8 + min(10 * error / size, 1e-3))
     points = np.array([-40.0, -23.0, *np.linspace(-3.7, 3.9, 7), 17.0, 45.0])
-    integrals = [quad(lambda x: float(given(np.array(x))), 0.0, end, points=[j for j in given.joints if 0 < j < end or end < j < 0] or None, limit=200)[0] for end in points]
-    yield Check.of("activation", "primitive", np.max(np.abs(given.primitive(points) - integrals) / np.maximum(np.abs(integrals), 1.0)), 1e-9)
+    integrals = [
+        quad(
+            lambda x: float(given(np.array(x))),
+            0.0,
+            end,
+            points=[j for j in given.joints if 0 < j < end or end < j < 0] or None,
+            limit=200,
+        )[0]
+        for end in points
+    ]
+    yield Check.of(
+        "activation",
+        "primitive",
+        np.max(np.abs(given.primitive(points) - integrals) / np.maximum(np.abs(integrals), 1.0)),
+        1e-9,
+    )
     yield from _digits(given)
 
 
@@ -95,7 +137,9 @@ def _digits(given: Activation) -> Iterator[Check]:
     if exact is None:
         yield Check.left_out("activation", "digits", f"{given.name!r} has no formula")
         return
-    for name, function, right in zip(("sigma", "sigma'", "sigma''"), (given, given.derivative, given.second_derivative), exact):
+    for name, function, right in zip(
+        ("sigma", "sigma'", "sigma''"), (given, given.derivative, given.second_derivative), exact
+    ):
         yield Check.of("activation", f"{name} at both tails", _to_digits(given, function(np.array(PROBES)), right), 1e-12)
 
 
@@ -156,7 +200,9 @@ def compiled_stages(problem: LearningProblem) -> Iterator[Check]:
     """Values, transpose and quadrature of compiled stages, for every shape, and at both tails."""
     net = problem.net
     given, precision = net.activation, net.precision
-    if net.solver_parameters["ts_type"] == "discrete_gradient" or not isinstance(new_stage(_Points(1), given, 1, precision), CompiledStage):
+    if net.solver_parameters["ts_type"] == "discrete_gradient" or not isinstance(
+        new_stage(_Points(1), given, 1, precision), CompiledStage
+    ):
         yield Check.left_out("compiled stage", "all", "stages are not compiled")
         return
     accuracy = 1e-12 if precision == "double" else 1e-5
@@ -203,7 +249,7 @@ def _stage_errors(given: Activation, stage: Stage, phi: int, psi: int) -> Iterat
 
 
 def _stage_at_probes(given: Activation, precision: str) -> Iterator[Check]:
-    """sigma and sigma' in C at both tails and next to joints, and what they make of a NaN; u = a, since C = 0."""
+    """Sigma and sigma' in C at both tails and next to joints, and what they make of a NaN; u = a, since C = 0."""
     real, exact = np.dtype(precision), _exact(given.name, given.parameters, given.expression)
     joints = [joint + e for joint in given.joints for e in (-1e-3, 0.0, 1e-3)]
     dense = np.array([*np.linspace(-60.0, 60.0, 1999), *joints])
@@ -213,9 +259,19 @@ def _stage_at_probes(given: Activation, precision: str) -> Iterator[Check]:
         for name, found, function in (("sigma", values, given), ("sigma'", slopes, given.derivative)):
             right = function(dense.astype(real).astype(float))
             error = np.abs(found - right[:, None]) / np.maximum(np.abs(right[:, None]), max(1e-12, least))
-            yield Check.of("compiled stage", f"{name}, {samples} samples", float(error.max()) if np.isfinite(found).all() else np.inf, 100 * bound)
+            yield Check.of(
+                "compiled stage",
+                f"{name}, {samples} samples",
+                float(error.max()) if np.isfinite(found).all() else np.inf,
+                100 * bound,
+            )
         lost = _in_c(given, precision, samples, np.array([0.1, np.nan, 0.2]))[0]
-        yield Check.of("compiled stage", f"a NaN stays one, {samples} samples", float((np.isnan(lost) != [[False], [True], [False]]).any()), 0.0)
+        yield Check.of(
+            "compiled stage",
+            f"a NaN stays one, {samples} samples",
+            float((np.isnan(lost) != [[False], [True], [False]]).any()),
+            0.0,
+        )
     if exact is None or precision == "single":
         return
     values, slopes = _in_c(given, precision, 1, np.array(PROBES))
@@ -233,5 +289,7 @@ def _in_c(given: Activation, precision: str, samples: int, points: np.ndarray) -
     slopes = []
     for s in range(samples):
         chosen = (np.arange(samples) == s).astype(float)
-        slopes.append(stage.transpose(at, Cotangent((np.zeros((1, samples)),), chosen, (np.ones((points.size, samples)),))).bias)
+        slopes.append(
+            stage.transpose(at, Cotangent((np.zeros((1, samples)),), chosen, (np.ones((points.size, samples)),))).bias
+        )
     return out, np.array(slopes).T

@@ -32,7 +32,10 @@ __all__ = ["blocks", "controls", "convergence", "failure", "moved", "ranks", "re
 def _difference(comm, these, those) -> float:
     """Largest difference of arrays over all ranks, in parts of the largest entry of its array."""
     pairs = [
-        (comm.allreduce(float(np.abs(a - b).max(initial=0.0)), op=MPI.MAX), comm.allreduce(float(np.abs(b).max(initial=0.0)), op=MPI.MAX))
+        (
+            comm.allreduce(float(np.abs(a - b).max(initial=0.0)), op=MPI.MAX),
+            comm.allreduce(float(np.abs(b).max(initial=0.0)), op=MPI.MAX),
+        )
         for a, b in zip(these, those, strict=True)
     ]
     return max((gap / size if size else gap for gap, size in pairs), default=0.0)
@@ -125,7 +128,9 @@ def failure(point: Point) -> Iterator[Check]:
     yield Check.of("failure", "a state that is not finite is refused", float(not refused), 0.0)
     bits = 1e-12 if METHODS[problem.net.solver_parameters["ts_type"]].implicit else 0.0
     again = [np.array([point.value()]), *point.derivative()]
-    yield Check.of("failure", "and leaves nothing behind", _difference(point.comm, again, [np.array([value]), *gradient]), bits)
+    yield Check.of(
+        "failure", "and leaves nothing behind", _difference(point.comm, again, [np.array([value]), *gradient]), bits
+    )
 
 
 def recorded_states(point: Point) -> Iterator[Check]:
@@ -158,7 +163,9 @@ def recorded_states(point: Point) -> Iterator[Check]:
     bound = 1e-4 if net.activation.joints or net.precision == "single" else 1e-6
     # Where sigma has joints, long steps cross some.
     steps = np.array([1e-6]) if net.activation.joints else 0.02 * 0.4 ** np.arange(6)
-    limit, _ = extrapolated(lambda e: (float(functional(point.at(h, e))) - float(functional(point.at(h, -e)))) / (2 * e), steps, 1.0)
+    limit, _ = extrapolated(
+        lambda e: (float(functional(point.at(h, e))) - float(functional(point.at(h, -e)))) / (2 * e), steps, 1.0
+    )
     point.value()
     yield Check.of("states", "on a tape: derivative", part(abs(float(limit) - slope), abs(slope)), bound)
 
@@ -194,7 +201,16 @@ def moved(point: Point) -> Iterator[Check]:
     for ours, theirs in zip(problem.parameters, other.parameters, strict=True):
         measures = ours.time_basis.measures, theirs.time_basis.measures
         yield Check.of("on other nodes", f"lengths in time, {ours.name}", relative(measures[1], measures[0]), 1e-12)
-    kept = ("layers", "steps", "layers_per_block", "activation", "precision", "gradient_flow", "stable_kernel", "solver_parameters")
+    kept = (
+        "layers",
+        "steps",
+        "layers_per_block",
+        "activation",
+        "precision",
+        "gradient_flow",
+        "stable_kernel",
+        "solver_parameters",
+    )
     lost = [name for name in kept if getattr(there, name) != getattr(net, name)]
     yield Check("on other nodes", "settings", float(len(lost)), 0.0, not lost, ", ".join(lost))
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
@@ -202,16 +218,25 @@ def moved(point: Point) -> Iterator[Check]:
     gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
     value, expected = float(J.functional), point.value()
     bound = max(1e-3 if adapts else 1e-10, 10 * close(problem), 10 * apart)
-    yield Check.of("on other nodes", "J", part(abs(value - expected), abs(expected)), bound + part(point.round_off, abs(expected)))
+    yield Check.of(
+        "on other nodes", "J", part(abs(value - expected), abs(expected)), bound + part(point.round_off, abs(expected))
+    )
     if not adapts:
         gaps = point.lengths([a - b for a, b in zip(gradient, point.derivative(), strict=True)])
         size = float(np.linalg.norm(point.lengths(point.gradient)))
-        yield Check.of("on other nodes", "gradient", part(float(gaps.max()), size), max(1e-7, 10 * close(problem), 10 * apart, point.coarseness))
+        yield Check.of(
+            "on other nodes",
+            "gradient",
+            part(float(gaps.max()), size),
+            max(1e-7, 10 * close(problem), 10 * apart, point.coarseness),
+        )
 
 
 def _bases(net, head) -> list[Basis]:
     """Those of a network, one a layer, and of a head."""
-    return [basis for bases in net.bases.values() for basis in bases if basis is not None] + ([] if head is None else [head.psi, head.onto])
+    return [basis for bases in net.bases.values() for basis in bases if basis is not None] + (
+        [] if head is None else [head.psi, head.onto]
+    )
 
 
 def _half(problem: LearningProblem):
@@ -236,7 +261,11 @@ def blocks(point: Point) -> Iterator[Check]:
         value = float(J(other.functions))
         gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
         # Derivatives of the output depend on the states that start a Block, beside the layers.
-        costates = [] if problem.derivatives is not None else [np.array(run.costate(layer).dat.data_ro) for layer in range(net.layers + 1)]
+        costates = (
+            []
+            if problem.derivatives is not None
+            else [np.array(run.costate(layer).dat.data_ro) for layer in range(net.layers + 1)]
+        )
         states = [np.array(run.state(layer).dat.data_ro) for layer in range(net.layers + 1)]
         try:
             action = [np.array(d.dat.data_ro) for d in Enlist(J.hessian(h))]
@@ -258,7 +287,13 @@ def blocks(point: Point) -> Iterator[Check]:
 def replay(point: Point) -> Iterator[Check]:
     """Replay of checkpoints: J and gradient where one state in memory has to do for all layers."""
     problem, net = point.problem, point.problem.net
-    if net.layers < 2 or net.factors or net.stable_kernel is not None or problem.derivatives is not None or problem.checkpoints is not None:
+    if (
+        net.layers < 2
+        or net.factors
+        or net.stable_kernel is not None
+        or problem.derivatives is not None
+        or problem.checkpoints is not None
+    ):
         yield Check.left_out("checkpoints", "replay", "one layer, or what goes with no schedule")
         return
     other = problem.replace(net=net.replace(layers_per_block=1), checkpoints=1)
@@ -298,7 +333,11 @@ def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Ite
     for name, values, orders in (
         ("co-state", check.costate, check.costate_orders), ("gradient", check.gradient, check.gradient_orders)
     ):  # fmt: skip
-        lines.append(Line(f"{name} against (4.2)", max(1, round(orders[-1])) if np.isfinite(orders[-1]) else 1, check.step_sizes, values))
+        lines.append(
+            Line(
+                f"{name} against (4.2)", max(1, round(orders[-1])) if np.isfinite(orders[-1]) else 1, check.step_sizes, values
+            )
+        )
         # It falls, or is round-off already.
         fall = values[-1] / max(values[0], 1e-300)
         shown = "orders " + " / ".join(f"{order:.2f}" for order in orders)
@@ -310,12 +349,18 @@ def ranks(point: Point, make: Callable | None) -> Iterator[Check]:
     comm, problem = point.comm, point.problem
     replicated = [np.array([point.value()])]
     for parameter in problem.parameters:
-        replicated += [parameter.get(k) for k in range(len(parameter.functions)) if parameter.functions[k].function_space().mesh() is not point.Y.V.mesh()]
+        replicated += [
+            parameter.get(k)
+            for k in range(len(parameter.functions))
+            if parameter.functions[k].function_space().mesh() is not point.Y.V.mesh()
+        ]
     everywhere = comm.bcast(replicated, root=0)
     differs = any(not np.array_equal(a, b) for a, b in zip(everywhere, replicated, strict=True))
     yield Check.of("ranks", f"replicated numbers on {comm.size}", float(comm.allreduce(differs, op=MPI.LOR)), 0.0)
     if comm.size == 1 or make is None:
-        reason = "this is one rank" if comm.size == 1 else "the problem cannot be made on one rank; give `verify` what makes it"
+        reason = (
+            "this is one rank" if comm.size == 1 else "the problem cannot be made on one rank; give `verify` what makes it"
+        )
         yield Check.left_out("ranks", "against one rank", reason)
         return
     # Whatever the user's function raises on one rank is a finding on all.

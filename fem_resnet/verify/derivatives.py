@@ -121,13 +121,17 @@ def taylor(point: Point, quick: bool, lines: list[Line]) -> Iterator[Check]:
         if action is not None:
             curvature = point.pair(action, h)
         rates = list(_rates(name, J0, expected, curvature, values, noise, lines)) if not joints else []
-        shown = "rates " + " / ".join("-" if rate is None else f"{rate:.2f}" for rate in rates) if rates else "one-sided at joints"
+        shown = (
+            "rates " + " / ".join("-" if rate is None else f"{rate:.2f}" for rate in rates) if rates else "one-sided at joints"
+        )
         yield Check("Taylor R0/R1/R2", name, part(defect, size), part(allowed, size), bool(defect <= allowed), shown)
         point.value()
         tangent = _tangent(point, h)
         if tangent is None:
             continue
-        yield Check.of("tangent = adjoint", name, part(abs(tangent - expected), size), max(1e-9, close(point.problem), point.coarseness))
+        yield Check.of(
+            "tangent = adjoint", name, part(abs(tangent - expected), size), max(1e-9, close(point.problem), point.coarseness)
+        )
 
 
 def _tangent(point: Point, h) -> float | None:
@@ -231,7 +235,9 @@ def elsewhere(point: Point) -> Iterator[Check]:
     slope, tangent = point.pair(gradient, h), _tangent(point, h)
     size = abs(slope) + 1e-9 * abs(value)
     if tangent is not None:
-        yield Check.of("elsewhere", "tangent = adjoint", part(abs(tangent - slope), size), max(1e-9, close(problem), point.coarseness))
+        yield Check.of(
+            "elsewhere", "tangent = adjoint", part(abs(tangent - slope), size), max(1e-9, close(problem), point.coarseness)
+        )
     action = None
     if problem.net.precision == "double":
         try:
@@ -282,7 +288,9 @@ def gauss_newton(point: Point) -> Iterator[Check]:
         yield Check.left_out("Gauss-Newton", "all controls", f"the loss {loss!r} is the user's own")
         return
     if problem.running is not None or problem.derivatives is not None or problem.checkpoints is not None:
-        yield Check.left_out("Gauss-Newton", "all controls", "a running cost, derivatives of the output and checkpoints have none")
+        yield Check.left_out(
+            "Gauss-Newton", "all controls", "a running cost, derivatives of the output and checkpoints have none"
+        )
         return
     h = [point.direction(k) for k in range(len(point.functions))]
     other = [point.random(function) for function in point.functions]
@@ -340,7 +348,9 @@ def adjoint_identities(point: Point) -> Iterator[Check]:
     bound = max(1e-10, close(problem))
     state = None
     for layer, segment in enumerate(_layer_segments(problem)):
-        factors = [np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
+        factors = [
+            np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])
+        ]
         if state is None:
             state = np.array(segment.inputs[0].read(problem.batch.inputs))
         arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions)), *factors]
@@ -507,7 +517,9 @@ def costates(point: Point, taken) -> Iterator[Check]:
                 return (reference.loss(tails[0]) - reference.loss(tails[1])) / (2 * step)
 
             found = reference.measure.inner(r, v)
-            size = abs(found) + 1e-9 * max(abs(reference.loss(states[-1])), reference.measure.norm(r) * reference.measure.norm(v))
+            size = abs(found) + 1e-9 * max(
+                abs(reference.loss(states[-1])), reference.measure.norm(r) * reference.measure.norm(v)
+            )
             if joints:
                 defect = min(abs(central(step) - found) for step in _SHORT)
             else:

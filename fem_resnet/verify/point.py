@@ -137,7 +137,7 @@ class Point:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def at(self, h: Sequence[fd.Function] | None = None, step: float = 0.0) -> list[fd.Function]:
-        """m + step h."""
+        """M + step h."""
         result = []
         for k, values in enumerate(self.base):
             function = fd.Function(self.functions[k].function_space())
@@ -179,7 +179,10 @@ def random_like(like: fd.Function, rng: np.random.Generator, Y) -> fd.Function:
     space, values = function.function_space(), function.dat.data_wo
     if space.mesh() is Y.V.mesh():
         x = Y.coordinates
-        ends = [Y.comm.allreduce(float(sign * (sign * x).max(initial=-np.inf)), op=op) for sign, op in ((1, MPI.MAX), (-1, MPI.MIN))]
+        ends = [
+            Y.comm.allreduce(float(sign * (sign * x).max(initial=-np.inf)), op=op)
+            for sign, op in ((1, MPI.MAX), (-1, MPI.MIN))
+        ]
         extent = (ends[0] - ends[1]) / 2 or 1.0
         columns = space.value_size
         # Two waves a column, so that none is in the span of a few.

@@ -120,7 +120,13 @@ def _many(comm: MPI.Comm) -> LearningProblem:
     Y = _line(comm)
     phi, psi, other = _functions(Y, 5), _functions(Y, 6, 0.4), _functions(Y, 4, 1.3)
     net = ResidualNetwork(
-        phi, [psi, psi, other], bias=[phi, None, phi], times=_TIMES, steps=2, activation="softplus", solver_parameters={"ts_rk_type": "3bs"}
+        phi,
+        [psi, psi, other],
+        bias=[phi, None, phi],
+        times=_TIMES,
+        steps=2,
+        activation="softplus",
+        solver_parameters={"ts_rk_type": "3bs"},
     )
     return _problem(net, samples=35, regulariser=tikhonov(0.05))
 
@@ -137,7 +143,9 @@ def _costs(comm: MPI.Comm) -> LearningProblem:
     """A running cost of many samples, weighted."""
     Y = _line(comm)
     f, a = sympy.symbols("f a")
-    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, bias_in_time="linear", layers_per_block=2)
+    net = ResidualNetwork(
+        _functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, bias_in_time="linear", layers_per_block=2
+    )
     return _problem(net, samples=12, running=RunningCost(sympy.cos(f) * a + f**2 / 2, kernel=0.4))
 
 
@@ -145,7 +153,9 @@ def _adapted(comm: MPI.Comm) -> LearningProblem:
     """Adapted steps of a field, with the kernel linear in t."""
     Y = _disk(comm)
     options = {"ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-5, "ts_atol": 1e-5}
-    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, kernel_in_time="linear", solver_parameters=options)
+    net = ResidualNetwork(
+        _functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, kernel_in_time="linear", solver_parameters=options
+    )
     return _problem(net, samples=2)
 
 
@@ -154,7 +164,12 @@ def _implicit(comm: MPI.Comm) -> LearningProblem:
     Y = _disk(comm)
     there = LabelSpace(fd.FunctionSpace(fd.IntervalMesh(12, 2.3, comm=comm), "CG", 1))
     net = ResidualNetwork(
-        _functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, bias_in_time="linear", kernel_in_time="linear", solver_parameters={"ts_type": "cn"}
+        _functions(Y, 3),
+        _functions(Y, 4, 0.4),
+        times=_TIMES,
+        bias_in_time="linear",
+        kernel_in_time="linear",
+        solver_parameters={"ts_type": "cn"},
     )
     head = Head(_functions(Y, 3, 0.2), _functions(there, 4), "logistic")
     targets = random_like(fd.Function(there.batch_space(2)), np.random.default_rng(8), there)
@@ -166,7 +181,13 @@ def _carried(comm: MPI.Comm) -> LearningProblem:
     """A method without known weights, so that f is stepped too, and with it a running cost."""
     Y = _line(comm)
     f, a = sympy.symbols("f a")
-    net = ResidualNetwork(_functions(Y, 3), times=_TIMES[:3], bias=_functions(Y, 4), kernel_in_time="linear", solver_parameters={"ts_type": "dirk"})
+    net = ResidualNetwork(
+        _functions(Y, 3),
+        times=_TIMES[:3],
+        bias=_functions(Y, 4),
+        kernel_in_time="linear",
+        solver_parameters={"ts_type": "dirk"},
+    )
     return _problem(net, samples=2, learn="both", running=RunningCost(f**2 / 2 + sympy.sin(f) * a, kernel=0.3))
 
 
@@ -175,7 +196,13 @@ def _learned(comm: MPI.Comm) -> LearningProblem:
     Y = _disk(comm)
     f, a = sympy.symbols("f a")
     net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, learn_factors=True, learn_times=True)
-    return _problem(net, Head(_functions(Y, 3), 3, "identity"), samples=3, targets=_classes(3), running=RunningCost(sympy.sin(f) + a * f, kernel=0.2))
+    return _problem(
+        net,
+        Head(_functions(Y, 3), 3, "identity"),
+        samples=3,
+        targets=_classes(3),
+        running=RunningCost(sympy.sin(f) + a * f, kernel=0.2),
+    )
 
 
 def _lengths(comm: MPI.Comm) -> LearningProblem:
@@ -202,7 +229,9 @@ def _stable(choice) -> Callable[[MPI.Comm], LearningProblem]:
 def _flow(comm: MPI.Comm) -> LearningProblem:
     """A gradient flow."""
     Y = _disk(comm)
-    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, gradient_flow=True, activation="softplus")
+    net = ResidualNetwork(
+        _functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, gradient_flow=True, activation="softplus"
+    )
     return _problem(net, samples=2)
 
 

@@ -104,7 +104,12 @@ def other_data(problem: LearningProblem, point: Point) -> Iterator[Check]:
             try:
                 expected = reference.value(taken_steps(problem, run))
                 noise = 10 * point.round_off * omega.max() / omega.min()
-                yield Check.of("exchange", "J of other data", part(abs(value - expected), abs(expected)), bound + part(noise, abs(expected)))
+                yield Check.of(
+                    "exchange",
+                    "J of other data",
+                    part(abs(value - expected), abs(expected)),
+                    bound + part(noise, abs(expected)),
+                )
             except NotWrittenOut as error:
                 yield Check.left_out("exchange", "J of other data", str(error))
         if taken_steps(problem, run) is None:
@@ -273,7 +278,10 @@ def riesz_maps(point: Point) -> Iterator[Check]:
                     return tau[k] * reference.product(parameter, k, x, y)
 
                 expected = point.pair([np.array(d.dat.data_ro)], [c])
-                size = abs(expected) + (point.pair([np.array(d.dat.data_ro)], [d]) * point.pair([np.array(c.dat.data_ro)], [c])) ** 0.5
+                size = (
+                    abs(expected)
+                    + (point.pair([np.array(d.dat.data_ro)], [d]) * point.pair([np.array(c.dat.data_ro)], [c])) ** 0.5
+                )
                 yield Check.of("Riesz map", label, abs(inner(values[0], values[1]) - expected) / size, 1e-8)
                 own = parameter.inner(k, values[1], values[2])
                 size = (inner(values[1], values[1]) * inner(values[2], values[2])) ** 0.5
@@ -281,9 +289,13 @@ def riesz_maps(point: Point) -> Iterator[Check]:
                 read, written = parameter.get(k), fd.Function(function.function_space())
                 parameter.space_bases[k].write(written, read)
                 changed = relative(raw(written, point.Y, shape), raw(function, point.Y, shape), point.comm)
-                yield Check.of("read and write", label, changed + relative(read, raw(function, point.Y, shape), point.comm), 0.0)
+                yield Check.of(
+                    "read and write", label, changed + relative(read, raw(function, point.Y, shape), point.comm), 0.0
+                )
                 slope = inner(raw(with_riesz[position], point.Y, shape), values[1])
                 expected = point.pair([point.gradient[position]], [c])
-                size = abs(expected) + point.lengths([point.gradient[position]])[0] * point.lengths([np.array(c.dat.data_ro)])[0]
+                size = (
+                    abs(expected) + point.lengths([point.gradient[position]])[0] * point.lengths([np.array(c.dat.data_ro)])[0]
+                )
                 yield Check.of("gradient", label, abs(slope - expected) / max(size, 1e-300), max(1e-8, close(problem)))
                 position += 1

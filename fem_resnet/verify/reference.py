@@ -52,7 +52,7 @@ _SIGMA = {
 
 
 def sigma(activation: Activation) -> Callable[[np.ndarray], np.ndarray]:
-    """sigma by another formula than the package's."""
+    """Sigma by another formula than the package's."""
     if activation.expression is not None:
         symbols = sorted(activation.expression.free_symbols, key=str) or [sympy.Symbol("s")]
         formula = sympy.lambdify(symbols, activation.expression, modules=["scipy", "numpy"])
@@ -100,7 +100,7 @@ class Measure:
         return result
 
     def integrals(self, test: np.ndarray, f: np.ndarray) -> np.ndarray:
-        """int test_i f_s dy, shape (columns of test, columns of f)."""
+        """Int test_i f_s dy, shape (columns of test, columns of f)."""
         return self.total(test.T @ (self.weights[:, None] * f))
 
     def gram(self, basis: Basis) -> np.ndarray:
@@ -109,7 +109,7 @@ class Measure:
 
     def inner(self, f: np.ndarray, g: np.ndarray) -> float:
         """Inner product of node values, (nodes,) or (nodes, samples), the samples added up."""
-        return float(self.total(np.sum((self.weights * (f * g).T))))
+        return float(self.total(np.sum(self.weights * (f * g).T)))
 
     def norm(self, f: np.ndarray) -> float:
         """Its norm."""
@@ -225,7 +225,7 @@ class Reference:
             return [(l, l + 1, times[l + 1] - times[l]) for l in range(self.net.layers)]
         pieces: list[list] = []
         for layer in range(self.net.layers):
-            (k, _), = self.hats(parameter, layer, 0.0)
+            ((k, _),) = self.hats(parameter, layer, 0.0)
             if pieces and pieces[-1][0] == k:
                 pieces[-1][2] = times[layer + 1]
             else:
@@ -276,8 +276,7 @@ class Reference:
             return float(c @ self.stiffness(basis.basis) @ c)
         if isinstance(basis, KernelCoefficients):
             (G, H), (K, L) = (
-                [what(factor) for factor in (basis.kernel.phi, basis.kernel.psi)]
-                for what in (self.gram, self.stiffness)
+                [what(factor) for factor in (basis.kernel.phi, basis.kernel.psi)] for what in (self.gram, self.stiffness)
             )
             return float(np.trace(c.T @ K @ c @ H) + np.trace(c.T @ G @ c @ L))
         return 0.0
@@ -313,7 +312,7 @@ class Reference:
         return lambda s: sum(theta * expanded[k] for k, theta in self.hats(parameter, layer, s))
 
     def step(self, f: np.ndarray, layer: int, taken: Sequence[float] | None = None) -> np.ndarray:
-        """f at the end of a layer from f at its start; `taken` are steps, in parts of the layer, other than equal ones."""
+        """F at the end of a layer from f at its start; `taken` are steps, in parts of the layer, other than equal ones."""
         if self._steppers and self.net.solver_parameters["ts_type"] == "dirk":
             self.close()  # PETSc's would take its first slope at the time of the last stage before
         if not self._steppers:
@@ -322,7 +321,7 @@ class Reference:
         return self._steppers[0].solve(self.layer(layer), f, steps)
 
     def states(self, f: np.ndarray, taken: Sequence | None = None, start: int = 0) -> list[np.ndarray]:
-        """f at the layer times from t_start on, from f at t_start."""
+        """F at the layer times from t_start on, from f at t_start."""
         result = [f]
         for layer in range(start, self.net.layers):
             result.append(self.step(result[-1], layer, None if taken is None else taken[layer]))
@@ -373,7 +372,7 @@ class Reference:
         raise NotWrittenOut(f"the prediction {name!r} has no second formula")
 
     def _log_integral(self, O: np.ndarray, measure: Measure) -> np.ndarray:
-        """log int e^O of each sample, whatever the size of O."""
+        """Log int e^O of each sample, whatever the size of O."""
         parts = np.logaddexp.reduce(np.log(measure.weights)[:, None] + O, axis=0, initial=-np.inf)
         return np.logaddexp.reduce(np.array(measure.comm.allgather(parts)), axis=0)
 
@@ -438,13 +437,13 @@ class Reference:
 
     @cached_property
     def _directions(self) -> tuple[np.ndarray, np.ndarray]:
-        """v and C'."""
+        """V and C'."""
         derivatives, Y = self.problem.derivatives, self.Y if self.head is None else self.head.Y
         functions = ((self.Y, derivatives.directions), (Y, derivatives.targets))
         return tuple(raw(f, domain, (domain.nodes, f.function_space().value_size)) for domain, f in functions)
 
     def mismatch(self, f: np.ndarray, taken: Sequence | None = None) -> float:
-        """weight sum omega 1/2 |O' v - C'|^2 for the initial state f; O' v by central differences of order 6."""
+        """Weight sum omega 1/2 |O' v - C'|^2 for the initial state f; O' v by central differences of order 6."""
         if self.problem.derivatives is None:
             return 0.0
         v, C = self._directions

@@ -167,9 +167,7 @@ class Report:
                 for n, line in enumerate(of_order):
                     steps, values = np.array(line.steps), np.array(line.values)
                     label = f"falls at rate {order}: {len(of_order)}" if n == 0 else None
-                    axes.loglog(
-                        steps[values > 0], values[values > 0], "o-", ms=3, lw=1, color=colour, alpha=0.6, label=label
-                    )
+                    axes.loglog(steps[values > 0], values[values > 0], "o-", ms=3, lw=1, color=colour, alpha=0.6, label=label)
             axes.set_xlabel("step")
             axes.set_ylabel("remainder")
             axes.set_title(self.title, fontsize="medium")

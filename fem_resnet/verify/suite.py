@@ -158,7 +158,9 @@ class _Failed(Exception):
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
     "learned_initial", "learned_both", "many_samples", "weights", tool="verify",
 )  # fmt: skip
-def _all_checks(problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report, begin: Callable[[str], None]) -> None:
+def _all_checks(
+    problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report, begin: Callable[[str], None]
+) -> None:
     comm = problem.net.Y.comm
 
     def keep(check: Check) -> None:

@@ -105,9 +105,7 @@ def _name(sigma):
 
 each_sigma = pytest.mark.parametrize("sigma", SIGMAS, ids=_name)
 each_built_in = pytest.mark.parametrize("sigma", BUILT_IN, ids=_name)
-each_order = pytest.mark.parametrize(
-    "order", [0, 1, 2, -1], ids=["value", "derivative", "second_derivative", "primitive"]
-)
+each_order = pytest.mark.parametrize("order", [0, 1, 2, -1], ids=["value", "derivative", "second_derivative", "primitive"])
 
 
 def _function(sigma, order):

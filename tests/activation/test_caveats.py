@@ -4,13 +4,26 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-
-from fem_resnet import (
-    Box, EnergyMonitor, GrowthMonitor, LowRankKernel, Properties, energy_step_limit, find_steady_states, get_activation,
-    class_space, lipschitz_bound, pmp_residual, solve_value_function, stability_report, stability_verdict, well_posedness_constants,
-)  # fmt: skip
 from helpers import laplace, smooth
 from problems import autonomous_network, learning_problem
+
+from fem_resnet import (
+    Box,
+    EnergyMonitor,
+    GrowthMonitor,
+    LowRankKernel,
+    Properties,
+    class_space,
+    energy_step_limit,
+    find_steady_states,
+    get_activation,
+    lipschitz_bound,
+    pmp_residual,
+    solve_value_function,
+    stability_report,
+    stability_verdict,
+    well_posedness_constants,
+)  # fmt: skip
 
 PROPERTIES = {field.name for field in fields(Properties)} - {"sampled"}
 
@@ -37,7 +50,8 @@ SAID = {
     "stability_verdict, B_s >= 0": (lambda net: stability_verdict(net).reason, {"activation": "leaky_relu"}),
     "stability_verdict of a gradient flow": (lambda net: stability_verdict(net).reason, {"gradient_flow": True}),
     "find_steady_states of a gradient flow": (
-        lambda net: find_steady_states(net).reason, {"gradient_flow": True, "activation": "sigmoid"}
+        lambda net: find_steady_states(net).reason,
+        {"gradient_flow": True, "activation": "sigmoid"},
     ),
     "lipschitz_bound": (lambda net: str(lipschitz_bound(net)), {}),
     "lipschitz_bound of a gradient flow": (lambda net: str(lipschitz_bound(net)), {"gradient_flow": True}),

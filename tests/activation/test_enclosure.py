@@ -73,14 +73,18 @@ def test_what_is_not_proved_says_so():
     bump = Activation.from_sympy(s + sympy.exp(-((20 * (s - 5001)) ** 2)) / 10)
     assert bump.derivative(5001 + 1 / (20 * math.sqrt(2))) < -0.7  # so what samples tell is wrong indeed
     assert bump.properties.non_decreasing and bump.properties.lipschitz == 1.0
-    assert bump.properties.caveat("lipschitz", "non_decreasing") == "sampled, not proved: sup |sigma'|, sigma does not decrease"
+    assert (
+        bump.properties.caveat("lipschitz", "non_decreasing") == "sampled, not proved: sup |sigma'|, sigma does not decrease"
+    )
     assert bump.properties.caveat("positive_slope_at_zero") == ""
     assert Activation.from_description(bump.description).properties == bump.properties
 
 
 def test_a_wrong_claim_is_refuted_between_the_points_of_a_grid():
     claimed = Properties(1.0, False, False, True, True, True, False)
-    with pytest.raises(ValueError, match=r"^properties: .* or a proof tell otherwise than declared: lipschitz = 19.0, non_decreasing = False"):
+    with pytest.raises(
+        ValueError, match=r"^properties: .* or a proof tell otherwise than declared: lipschitz = 19.0, non_decreasing = False"
+    ):
         Activation.from_sympy(PROVED[0][0], claimed)
 
 
@@ -105,15 +109,27 @@ def test_zeros_are_found_wherever_they_are(expression, expected):
         assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("expression", [sympy.sin(s), (s - 1) * (s - 30) * sympy.exp(-sympy.Abs(s) / 10), s**2 * (s - 2) ** 2], ids=str)
+@pytest.mark.parametrize(
+    "expression", [sympy.sin(s), (s - 1) * (s - 30) * sympy.exp(-sympy.Abs(s) / 10), s**2 * (s - 2) ** 2], ids=str
+)
 def test_several_zeros_are_refused(expression):
-    with pytest.raises(ValueError, match="^activation: .* vanishes at several places, about .* and .* among them; steady states"):
+    with pytest.raises(
+        ValueError, match="^activation: .* vanishes at several places, about .* and .* among them; steady states"
+    ):
         zero_set(Activation.from_sympy(expression))
 
 
 def test_zeros_that_cannot_be_told_are_refused():
     with pytest.raises(ValueError, match=r"^activation: where .* vanishes is not decided: "):
-        zero_set(Activation.from_sympy(sympy.sin(s) - sympy.sin(s - sympy.Rational(1, 10**9)) + 2 * s - 2 * s + sympy.exp(-(s**2)) * sympy.besselj(0, s)))
+        zero_set(
+            Activation.from_sympy(
+                sympy.sin(s)
+                - sympy.sin(s - sympy.Rational(1, 10**9))
+                + 2 * s
+                - 2 * s
+                + sympy.exp(-(s**2)) * sympy.besselj(0, s)
+            )
+        )
     anonymous = Activation("mine", get_activation("tanh").kernels, Properties(1.0, True, True, True, False, False, True))
     with pytest.raises(ValueError, match="^activation: where mine vanishes is not known; give it as a SymPy expression"):
         zero_set(anonymous)

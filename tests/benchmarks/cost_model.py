@@ -99,7 +99,9 @@ def crossings(c: dict[str, float]) -> dict[str, float]:
 
     found = {"r at which products take as long as sigmas": ratio(c["sigma"], c["flop"])}
     for r in (16, 32):
-        found[f"S at which arithmetic takes as long as reading Phi, r = {r}"] = ratio(c["read"] * r, c["flop"] * r + c["sigma"])
+        found[f"S at which arithmetic takes as long as reading Phi, r = {r}"] = ratio(
+            c["read"] * r, c["flop"] * r + c["sigma"]
+        )
     for r, S in ((16, 1), (16, 32), (32, 4), (32, 1024)):
         work = c["read"] * r + c["sigma"] * S + c["flop"] * r * S
         rest = c["latency"] + c["state"] * r * S + c["small"] * r * r * S

@@ -30,9 +30,7 @@ class FemResnet:
         net = self._problem.net
         found = [
             [parameter.space_basis.read(functional) for functional in functionals]
-            for parameter, functionals in zip(
-                net.parameters, (self._derivative[: net.layers], self._derivative[net.layers :])
-            )
+            for parameter, functionals in zip(net.parameters, (self._derivative[: net.layers], self._derivative[net.layers :]))
         ]
         return net.Y.numbers, np.array(found[0]), np.array(found[1])
 

@@ -38,8 +38,8 @@ def ways(nodes: int, rank: int, samples: int, comm) -> dict:
 
     from fem_resnet import Basis, get_activation, point_space
     from fem_resnet.layers.compiled_stage import CompiledStage
-    from fem_resnet.parameters.kernel import LowRankKernel
     from fem_resnet.layers.stage import Argument
+    from fem_resnet.parameters.kernel import LowRankKernel
 
     rng = np.random.default_rng(comm.rank)
     Y = point_space(np.full(nodes, 1 / (nodes * comm.size)), comm=MPI.COMM_SELF)
@@ -117,7 +117,9 @@ def main() -> None:
     )
     rows = json.loads([line for line in done.stdout.splitlines() if line.startswith("[")][-1])
     print(f"{given.ranks} ranks; microseconds a stage; a ratio above 1: the overlap is faster than the whole")
-    print(f"  {'nodes':>7}{'r':>5}{'S':>6}{'r S':>7}{'whole':>10}{'halves':>10}{'overlap':>10}{'local':>10}{'ratio':>8}{'at most':>9}")
+    print(
+        f"  {'nodes':>7}{'r':>5}{'S':>6}{'r S':>7}{'whole':>10}{'halves':>10}{'overlap':>10}{'local':>10}{'ratio':>8}{'at most':>9}"
+    )
     for row in rows:
         s = row["seconds"]
         row["ratio"], row["at_most"] = s["whole"] / s["overlap"], s["whole"] / s["local"]

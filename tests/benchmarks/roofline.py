@@ -42,10 +42,8 @@ def machine() -> dict[str, dict[str, float]]:
     """Rates of one core, and of two together: the best of three, since others may be using the machine."""
 
     def at_once(processes: int) -> dict[str, float]:
-        env = os.environ | {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        running = [
-            subprocess.Popen([sys.executable, __file__], env=env, stdout=subprocess.PIPE) for _ in range(processes)
-        ]
+        env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        running = [subprocess.Popen([sys.executable, __file__], env=env, stdout=subprocess.PIPE) for _ in range(processes)]
         found = [json.loads(process.communicate()[0]) for process in running]
         return {name: sum(each[name] for each in found) for name in found[0]}
 

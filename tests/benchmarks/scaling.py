@@ -20,9 +20,7 @@ QUICK_STRONG, QUICK_WEAK = [(2048, 8, 4, 2)], [(1024, 8, 4, 2)]
 
 def measure(sizes: dict[int, list[evaluations.Size]], budget: float, rounds: int) -> dict[int, list[float]]:
     """Best seconds for each number of ranks at its sizes."""
-    runs = [
-        {ranks: evaluations.best_seconds(each, ranks, budget) for ranks, each in sizes.items()} for _ in range(rounds)
-    ]
+    runs = [{ranks: evaluations.best_seconds(each, ranks, budget) for ranks, each in sizes.items()} for _ in range(rounds)]
     return {ranks: [min(times) for times in zip(*(run[ranks] for run in runs))] for ranks in sizes}
 
 

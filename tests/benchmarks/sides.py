@@ -24,9 +24,9 @@ LARGEST = {"ufl": 2**15}
 OURS = ("fem_resnet_1", "fem_resnet_2")
 #: The same without the tape.
 OUR_LAYERS = ("fem_resnet_layers_1", "fem_resnet_layers_2")
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _TWO_THREADS = {
-    **{name: "2" for name in _ONE_THREAD},
+    **dict.fromkeys(_ONE_THREAD, "2"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads=2",
     "JAX_PLATFORMS": "cpu",
 }
@@ -104,7 +104,9 @@ class Side:
         return json.loads(line)
 
     def _why(self, what: str) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if re.match(r"\w[\w.]*(Error|Exception)", line)]
+        lines = [
+            line for line in self.log.read_text(errors="replace").splitlines() if re.match(r"\w[\w.]*(Error|Exception)", line)
+        ]
         return f"{what}: {lines[-1][:200]}" if lines else what
 
     def gradient(self, folder: Path) -> dict[str, np.ndarray]:

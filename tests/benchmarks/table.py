@@ -11,7 +11,9 @@ def _processor() -> str:
 
 
 def print_machine(rates: dict) -> None:
-    print(f"{date.today()}, {_processor()}, {len(os.sched_getaffinity(0))} cores used, load {os.getloadavg()[0]:.1f} at the start")
+    print(
+        f"{date.today()}, {_processor()}, {len(os.sched_getaffinity(0))} cores used, load {os.getloadavg()[0]:.1f} at the start"
+    )
     for cores, of in rates.items():
         print(
             f"  {cores} core{'s' * (cores != '1')}: dgemm {of['dgemm'] / 1e9:.1f} GF/s, tanh {1e9 / of['tanh']:.2f} ns an "

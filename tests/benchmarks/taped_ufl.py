@@ -13,9 +13,7 @@ class TapedUFL:
         self._Y = point_space(data.read("weights"))
         self._order = self._Y.numbers
         self._basis = [self._function(column) for column in data.rows("phi", self._order).T]
-        self._batch = [
-            [self._function(column) for column in data.rows(name, self._order).T] for name in ("inputs", "targets")
-        ]
+        self._batch = [[self._function(column) for column in data.rows(name, self._order).T] for name in ("inputs", "targets")]
         self._a = [self._function(data.bias(layer, self._order)) for layer in range(data.layers)]
         self._beta = [[[AdjFloat(x) for x in row] for row in beta] for beta in data.read("beta")]
         self._h = 1 / data.layers

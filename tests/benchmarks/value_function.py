@@ -27,7 +27,6 @@ SPACINGS = (0.05, 0.025, 0.0125, 0.00625)
 MARGIN = 0.3
 
 
-
 #: How much larger the peer's grid is on each side, which has values made up at its edge.
 MARGIN = 0.3
 
@@ -35,9 +34,7 @@ MARGIN = 0.3
 def ours(case: str, spacing: float):
     """This package's F, and the axes of the peer's grid."""
     weights, target, start = CASES[case]
-    F = solve_value_function(
-        point_space(weights, comm=COMM_SELF), A, "tanh", target, start, final_time=T, spacing=spacing
-    )
+    F = solve_value_function(point_space(weights, comm=COMM_SELF), A, "tanh", target, start, final_time=T, spacing=spacing)
     more = int(np.ceil(MARGIN / spacing))
     return F, [spacing * np.arange(first - more, last + more + 1) for first, last in F.boxes[-1].T]
 

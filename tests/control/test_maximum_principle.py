@@ -7,16 +7,34 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import sympy
+from helpers import label_space, smooth
 from numpy.testing import assert_allclose
+from problems import gathered, learning_problem, network
 
 from fem_resnet import (
-    Batch, Box, Controls, Ellipse, Hamiltonian, LabelSpace, LearningProblem, Pair, Points, Polygon, ResidualNetwork, RunningCost, Sections,
-    cell_indicators, extremal_controls, get_activation, given_basis, hamiltonian_along, least_squares, pmp_residual,
+    Batch,
+    Box,
+    Controls,
+    Ellipse,
+    Hamiltonian,
+    LabelSpace,
+    LearningProblem,
+    Pair,
+    Points,
+    Polygon,
+    ResidualNetwork,
+    RunningCost,
+    Sections,
+    cell_indicators,
+    extremal_controls,
+    get_activation,
+    given_basis,
+    hamiltonian_along,
+    least_squares,
+    pmp_residual,
     train,
 )  # fmt: skip
 from fem_resnet.control.maximum_principle import _best_of_pool, _upper, violation
-from helpers import label_space, smooth
-from problems import gathered, learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-0.5, 0.8), (-1.0, 0.7))
@@ -316,7 +334,10 @@ def test_the_bracket_is_in_order_and_controls_outside_of_A_are_refused(A, sample
         assert 0 <= found.lower <= found.upper and found.density.min() >= 0
     x = Y.coordinates
     net.bias.set(1, np.where(x[:, 0] == max(Y.comm.allgather(x[:, 0].max())), 3.0, points[0, 0]))
-    with pytest.raises(ValueError, match=r"^A: the controls of layer 1 are outside of it, \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it"):
+    with pytest.raises(
+        ValueError,
+        match=r"^A: the controls of layer 1 are outside of it, \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it",
+    ):
         pmp_residual(problem, A)
     net.bias.set(1, points[0, 0] + 0 * Y.weights)
     net.kernel.set(1, [[A.kernel_range[1] * 1.01 + 0.01]])
@@ -357,7 +378,9 @@ def test_states_of_a_run_are_gone_through_once():
         segment.advance = counted
         values = hamiltonian_along(run, Hamiltonian(net.Y, net.activation, "maximise"))
         steps.append(count)
-        ends = [Pair(np.array(net.Y.values(run.state(l))), -net.Y.values(run.costate(l)), "maximise") for l in (layers - 1, layers)]
+        ends = [
+            Pair(np.array(net.Y.values(run.state(l))), -net.Y.values(run.costate(l)), "maximise") for l in (layers - 1, layers)
+        ]
         H = Hamiltonian(net.Y, net.activation, "maximise")
         assert_allclose(values[-1], [H(p, Controls.of_layer(net, layers - 1)) for p in ends], rtol=0, atol=ROUND_OFF)
     assert steps == [10, 20, 40]

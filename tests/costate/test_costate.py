@@ -7,16 +7,29 @@ SciPy's solver near round-off.
 import firedrake as fd
 import numpy as np
 import pytest
+from helpers import label_space, laplace, name, smooth, smooth_direction
 from numpy.testing import assert_allclose
+from problems import TIMES, learning_problem, network, polynomials
 from scipy.integrate import solve_ivp
 
 from fem_resnet import (
-    Batch, Head, LearningProblem, ResidualNetwork, binary_cross_entropy, costate_check, cross_entropy, functional_loss,
-    least_squares, smooth_in_space, smooth_in_time, solve_costate, solve_trajectory, terminal_costate, tikhonov,
+    Batch,
+    Head,
+    LearningProblem,
+    ResidualNetwork,
+    binary_cross_entropy,
+    costate_check,
+    cross_entropy,
+    functional_loss,
+    least_squares,
+    smooth_in_space,
+    smooth_in_time,
+    solve_costate,
+    solve_trajectory,
+    terminal_costate,
+    tikhonov,
 )  # fmt: skip
 from fem_resnet.time_stepping.evolution import Path
-from helpers import label_space, laplace, name, smooth, smooth_direction
-from problems import TIMES, learning_problem, network, polynomials
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -274,9 +287,7 @@ def _accurate(net, f, rate, more=0):
     """y at T, from f with `more` zeros behind, of y_t = rate(t, y, a, B), by SciPy near round-off."""
     y = np.concatenate([np.ravel(f), np.zeros(more)])
     for (start, end), (a, B) in zip(zip(net.times, net.times[1:]), _dense(net)):
-        y = solve_ivp(
-            lambda t, y: rate(t, y, a, B), (start, end), y, method="DOP853", rtol=3e-14, atol=1e-15
-        ).y[:, -1]
+        y = solve_ivp(lambda t, y: rate(t, y, a, B), (start, end), y, method="DOP853", rtol=3e-14, atol=1e-15).y[:, -1]
     return y
 
 

@@ -4,16 +4,31 @@ from functools import cache
 
 import numpy as np
 import pytest
+from few_cells import BOX, FIRST_ORDER, HALVES, control_cost, order, sectors, some_states
 from firedrake import COMM_SELF
 from numpy.testing import assert_allclose
 from scipy.integrate import solve_ivp
 
 from fem_resnet import (
-    Batch, Box, Ellipse, Hamiltonian, LearningProblem, Pair, Points, ResidualNetwork, cell_indicators, closed_loop,
-    extremal_controls, feedback_controls, feedback_speeds, get_activation, least_squares, point_space, solve_value_function,
+    Batch,
+    Box,
+    Ellipse,
+    Hamiltonian,
+    LearningProblem,
+    Pair,
+    Points,
+    ResidualNetwork,
+    cell_indicators,
+    closed_loop,
+    extremal_controls,
+    feedback_controls,
+    feedback_speeds,
+    get_activation,
+    least_squares,
+    point_space,
+    solve_value_function,
 )  # fmt: skip
 from fem_resnet.training.msa import problem_of
-from few_cells import BOX, FIRST_ORDER, HALVES, control_cost, order, sectors, some_states
 
 #: Two points of unequal weights, a target out of reach: F is smooth but for jumps of its second derivatives where a component of
 #: v is 0, or will be when another is.
@@ -71,7 +86,9 @@ def test_the_closed_loop_costs_what_the_value_function_says():
     v, errors = some_states(-0.5, 0.5, 30, 2), []
     for spacing in (0.04, 0.02, 0.01):
         F = far(spacing)
-        errors.append([np.abs(closed_loop(F, v).cost - F(v, 0.0)).max(), np.abs(closed_loop(F, v, 0.4).cost - F(v, 0.4)).max()])
+        errors.append(
+            [np.abs(closed_loop(F, v).cost - F(v, 0.0)).max(), np.abs(closed_loop(F, v, 0.4).cost - F(v, 0.4)).max()]
+        )
         # A start between two times and a length of steps of its own.
         other = closed_loop(F, v, 0.37, steps=17)
         assert other.times[0] == 0.37 and len(other.states) == 18

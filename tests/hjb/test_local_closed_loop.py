@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 from test_local_feedback import assign, direction, distance, minimise, moved, optimal, order, problem, trained
 
-from fem_resnet import Batch, LocalClosedLoop, LearningProblem, LocalFeedback, least_squares, smooth_in_time, tikhonov
+from fem_resnet import Batch, LearningProblem, LocalClosedLoop, LocalFeedback, least_squares, smooth_in_time, tikhonov
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -91,7 +91,9 @@ def test_what_hangs_together_is_refused():
     with pytest.raises(ValueError, match="that are sums over the layers are wanted, .*tikhonov; smooth_in_time was"):
         LocalClosedLoop(smooth)
     shared = problem("sphere", bias_in_time="shared")
-    with pytest.raises(ValueError, match="^LocalClosedLoop: it does not take parameters that layers share; .* LocalFeedback, at t = 0$"):
+    with pytest.raises(
+        ValueError, match="^LocalClosedLoop: it does not take parameters that layers share; .* LocalFeedback, at t = 0$"
+    ):
         LocalClosedLoop(shared)
     with pytest.raises(ValueError, match="^LocalClosedLoop: it does not take learned layer times"):
         LocalClosedLoop(problem("sphere", learn_times=True))

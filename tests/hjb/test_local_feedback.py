@@ -4,15 +4,25 @@ from functools import cache
 
 import numpy as np
 import pytest
-from helpers import laplace, set_smooth, smooth
 from firedrake import COMM_WORLD
+from helpers import laplace, set_smooth, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import gathered
 from scipy.spatial import cKDTree
 
 from fem_resnet import (
-    Basis, Batch, Head, LearningProblem, LocalFeedback, LowRankFeedback, ResidualNetwork, binary_cross_entropy,
-    cross_entropy, least_squares, tikhonov, train,
+    Basis,
+    Batch,
+    Head,
+    LearningProblem,
+    LocalFeedback,
+    LowRankFeedback,
+    ResidualNetwork,
+    binary_cross_entropy,
+    cross_entropy,
+    least_squares,
+    tikhonov,
+    train,
 )  # fmt: skip
 from fem_resnet.parameters.space_basis import NodalValues
 
@@ -26,9 +36,7 @@ NEWTON = {"tao_type": "nls", "tao_gatol": 1e-10, "tao_max_it": 40, "tao_nls_ksp_
 SIZES = (0.1, 0.05)
 
 
-def problem(
-    domain="annulus", *, bias="basis", onto=None, loss=None, weight=0.1, samples=1, alone=False, layers=2, **options
-):
+def problem(domain="annulus", *, bias="basis", onto=None, loss=None, weight=0.1, samples=1, alone=False, layers=2, **options):
     """One sample to a target, or to a class; layers with bases of their own, psi neither phi nor orthonormal."""
     basis = laplace(domain, SPACES[domain], RANK[domain], alone)
     psi = Basis(basis.Y, basis.values @ np.diag(1.0 + np.arange(basis.rank)) + basis.values[:, :1], "given")
@@ -145,7 +153,9 @@ def test_several_samples_share_the_controls():
     """v is then all inputs together, and one u for all of the new ones, to the same orders."""
     p = trained("sphere", samples=2)
     check_orders(p)
-    with pytest.raises(ValueError, match="^LowRankFeedback: it does not take more than one sample; .* use LocalFeedback for one"):
+    with pytest.raises(
+        ValueError, match="^LowRankFeedback: it does not take more than one sample; .* use LocalFeedback for one"
+    ):
         LowRankFeedback(LocalFeedback(optimal("sphere", samples=2)))
 
 
@@ -282,9 +292,7 @@ def test_solver_parameters_reach_the_solver():
     w = direction(p.net.Y)
     with pytest.raises(RuntimeError, match="no solution with J_uu in 1 iterations, DIVERGED_MAX_IT; .* 'ksp_max_it'"):
         LocalFeedback(p, solver_parameters={"ksp_max_it": 1}).hessian(w)
-    by = [
-        p.net.Y.values(LocalFeedback(p, solver_parameters={"ksp_type": kind}).hessian(w)) for kind in ("cg", "minres")
-    ]
+    by = [p.net.Y.values(LocalFeedback(p, solver_parameters={"ksp_type": kind}).hessian(w)) for kind in ("cg", "minres")]
     assert_allclose(*by, rtol=0, atol=1e-8)
 
 
@@ -307,7 +315,9 @@ def test_what_is_no_minimum_is_refused():
 def test_what_does_not_fit_is_refused():
     p = optimal("annulus", bias="nodes", layers=1)
     Y, feedback = p.net.Y, LocalFeedback(p)
-    with pytest.raises(ValueError, match="^LowRankFeedback: it does not take a bias with a value at every node; give the bias a basis, or use"):
+    with pytest.raises(
+        ValueError, match="^LowRankFeedback: it does not take a bias with a value at every node; give the bias a basis, or use"
+    ):
         LowRankFeedback(feedback)
     with pytest.raises(ValueError, match="^inputs: a Function of .* is wanted, .* go to LowRankFeedback$"):
         feedback(direction(Y, 2))

@@ -11,18 +11,29 @@ import firedrake as fd
 import numpy as np
 import pytest
 import sympy
+from few_cells import ANNULUS, BOX, DISK, FIRST_ORDER, HALVES, control_cost, order, sectors, some_states
 from firedrake import COMM_SELF
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import gathered
 from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Box, Ellipse, LabelSpace, Points, Polygon, RunningCost, Sections, class_space, closed_loop, feedback_controls,
-    get_activation, point_space, solve_value_function,
+    Box,
+    Ellipse,
+    LabelSpace,
+    Points,
+    Polygon,
+    RunningCost,
+    Sections,
+    class_space,
+    closed_loop,
+    feedback_controls,
+    get_activation,
+    point_space,
+    solve_value_function,
 )  # fmt: skip
 from fem_resnet.hjb.value_function import _step
-from few_cells import ANNULUS, BOX, DISK, FIRST_ORDER, HALVES, control_cost, order, sectors, some_states
-from problems import gathered
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

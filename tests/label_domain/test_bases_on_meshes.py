@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 from firedrake import COMM_SELF, COMM_WORLD, assemble, cos, dx, grad, inner
+from helpers import DOMAINS, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
@@ -23,7 +24,6 @@ from fem_resnet import (
     smooth_in_space,
 )
 from fem_resnet.verify import verify
-from helpers import DOMAINS, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -198,7 +198,9 @@ def test_the_null_space_of_pieces_has_one_rotation_and_moves(count):
     # Constant on every piece, where the next eigenvalue is 10, so that integrals over pieces know the mesh by the rotation alone.
     assert np.abs(moved.eigenvalues).max() < 1e-4
     back = moved.on(phi.Y)
-    on_pieces = [b.Y.sum(b.weighted.T @ (np.floor(b.Y.coordinates[:, :1] / 1.2) == np.arange(count))) for b in (phi, moved, back)]
+    on_pieces = [
+        b.Y.sum(b.weighted.T @ (np.floor(b.Y.coordinates[:, :1] / 1.2) == np.arange(count))) for b in (phi, moved, back)
+    ]
     for there in on_pieces[1:]:
         assert_allclose(there, on_pieces[0], rtol=0, atol=0.1)
 

@@ -6,12 +6,12 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import SPACES, label_space, laplace, name, smooth
 from numpy.testing import assert_allclose
 from scipy.special import jnp_zeros
 
 import fem_resnet.label_domain.laplace
 from fem_resnet import Basis, LabelSpace, cell_indicators, given_basis, laplace_basis, point_space
-from helpers import SPACES, label_space, laplace, name, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 each_space = pytest.mark.parametrize("space", SPACES, ids=name)

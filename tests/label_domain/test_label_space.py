@@ -4,10 +4,10 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import BLOCK, POLYGON, SAMPLES, SPACES, label_space, mesh, name, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import LabelSpace, class_space
-from helpers import BLOCK, POLYGON, SAMPLES, SPACES, label_space, mesh, name, smooth
 
 each_space = pytest.mark.parametrize("space", SPACES, ids=name)
 on_ranks = pytest.mark.parallel([1, 2, 3])

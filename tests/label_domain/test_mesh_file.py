@@ -97,7 +97,11 @@ def damaged(path):
 
 
 REFUSED = {
-    "cells of two kinds": (lambda path: write(path, at_height(0), MIXED), ValueError, "cells of one kind .* quadrilateral and triangle"),
+    "cells of two kinds": (
+        lambda path: write(path, at_height(0), MIXED),
+        ValueError,
+        "cells of one kind .* quadrilateral and triangle",
+    ),
     "curved cells": (curve, ValueError, "straight cells are wanted"),
     "a damaged file": (damaged, ValueError, "PETSc cannot read"),
     "no file": (lambda path: path, FileNotFoundError, "there is no file"),

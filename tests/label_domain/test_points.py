@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import scipy.sparse
 from firedrake import COMM_WORLD
+from helpers import smooth_direction
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fem_resnet import Batch, Head, LearningProblem, ResidualNetwork, cross_entropy, load, save, smooth_in_space, tikhonov
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.laplace import laplace_basis
 from fem_resnet.label_domain.points import class_space, point_space
-from helpers import smooth_direction
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -149,7 +149,9 @@ def test_files_keep_points_and_graph(tmp_path):
     f = np.random.default_rng(5).normal(size=(SIZE, 2))
     results = [owned_or_all(n.Y, n.Y.values(n(n.Y.batch(f[n.Y.numbers])))) for n in (net, loaded)]
     assert_allclose(*results, rtol=0, atol=ROUND_OFF)
-    again = LearningProblem(loaded, head, cross_entropy, problem.regulariser, Batch(loaded.Y.batch(f[loaded.Y.numbers]), [0, 1]))
+    again = LearningProblem(
+        loaded, head, cross_entropy, problem.regulariser, Batch(loaded.Y.batch(f[loaded.Y.numbers]), [0, 1])
+    )
     assert np.isfinite(again.evaluate()[0])
 
 
@@ -171,7 +173,10 @@ def test_more_ranks_than_points_are_no_harm():
         (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: finite numbers of shape \(2, d\) are wanted"),
         (dict(weights=[1.0, 2.0], points=[0.0, 1.0]), r"^points: .* are wanted, shape \(2,\) was given$"),
         (dict(weights=[1.0, 2.0], graph=np.full((2, 2), np.nan)), "^graph: finite numbers >= 0 .* not finite$"),
-        (dict(weights=[1.0, 2.0], graph=np.zeros((3, 3))), r"^graph: numbers >= 0 of shape \(2, 2\) are wanted, shape \(3, 3\) was given$"),
+        (
+            dict(weights=[1.0, 2.0], graph=np.zeros((3, 3))),
+            r"^graph: numbers >= 0 of shape \(2, 2\) are wanted, shape \(3, 3\) was given$",
+        ),
         (dict(weights=[1.0, 2.0], graph=np.array([[0, 1], [2, 0]])), "^graph: a symmetric matrix is wanted"),
         (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: numbers >= 0 .* are wanted, the smallest given is -1$"),
     ],

@@ -16,10 +16,10 @@ import numpy as np
 import petsctools
 import sympy
 
-from fem_resnet.layers import compiled_stage
 from fem_resnet.activation.activation import Activation, get_activation
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers import compiled_stage
 from fem_resnet.layers.compiled_stage import CompiledStage
 from fem_resnet.learning.loss import least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
@@ -42,7 +42,9 @@ _S = sympy.Symbol("s")
 ACTIVATIONS = {
     "tanh": get_activation("tanh"),
     "elu": get_activation("elu", alpha=0.7),
-    "expression": Activation.from_sympy(sympy.Piecewise((sympy.sin(_S), _S < 0), (_S**3 + _S, _S < 1), (2 * sympy.log(_S) + 2, True))),
+    "expression": Activation.from_sympy(
+        sympy.Piecewise((sympy.sin(_S), _S < 0), (_S**3 + _S, _S < 1), (2 * sympy.log(_S) + 2, True))
+    ),
 }
 
 

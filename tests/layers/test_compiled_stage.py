@@ -6,19 +6,19 @@ import firedrake as fd
 import numpy as np
 import pytest
 import sympy
+from helpers import label_space
 from mpmath import mp
 from numpy.testing import assert_allclose
+from problems import learning_problem, network
 
-from fem_resnet.layers import compiled_stage
-from fem_resnet.time_stepping.compiled_layer import CompiledStepper
 from fem_resnet.activation.activation import ACTIVATIONS, Activation, get_activation
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers import compiled_stage
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
 from fem_resnet.layers.stage import Argument, Cotangent, Stage, StageValue
 from fem_resnet.parameters.kernel import LowRankKernel
-from helpers import label_space
-from problems import learning_problem, network
+from fem_resnet.time_stepping.compiled_layer import CompiledStepper
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 S = sympy.Symbol("s")
@@ -99,7 +99,9 @@ def test_every_number_of_nodes_fits_the_blocks(nodes):
     ours, theirs = (stage.transpose(at, dual) for stage in (compiled, numpy))
     assert_allclose(ours.D, theirs.D, **ROUND_OFF)
     assert_allclose(ours.bias, theirs.bias, **ROUND_OFF)
-    assert_allclose(compiled.advance(dual.adjoint, [StageValue(2.0, at)]), numpy.advance(dual.adjoint, [StageValue(2.0, at)]), **ROUND_OFF)
+    assert_allclose(
+        compiled.advance(dual.adjoint, [StageValue(2.0, at)]), numpy.advance(dual.adjoint, [StageValue(2.0, at)]), **ROUND_OFF
+    )
 
 
 def _pointwise(activation, s):
@@ -163,8 +165,7 @@ def test_bases_that_come_and_go_are_not_mixed_up():
     x, C = Y.coordinates[:, 0], np.ones((1, 2))
     for number in range(5):
         kernels = [
-            LowRankKernel(*(Basis(Y, (1 + j + number) * np.cos(k * x)[:, None], "given") for k in (1, 2)))
-            for j in range(100)
+            LowRankKernel(*(Basis(Y, (1 + j + number) * np.cos(k * x)[:, None], "given") for k in (1, 2))) for j in range(100)
         ]
         arguments = [Argument(kernel, (1.0,), (x,), (C,)) for kernel in kernels]
         stages = [StageValue(1.0, at) for at in arguments]
@@ -184,7 +185,12 @@ def test_bases_that_come_and_go_are_not_mixed_up():
 @pytest.mark.parametrize("method", ["1fe", "3bs", "4", "5dp"])
 @pytest.mark.parametrize(
     "options, samples",
-    [({}, 4), ({"kernel_in_time": "shared", "steps": 3}, 4), ({"layers_per_block": 1, "steps": 2}, 35), ({"bias": "basis"}, 4)],
+    [
+        ({}, 4),
+        ({"kernel_in_time": "shared", "steps": 3}, 4),
+        ({"layers_per_block": 1, "steps": 2}, 35),
+        ({"bias": "basis"}, 4),
+    ],
     ids=["layers", "shared", "blocks", "basis"],
 )
 def test_compiled_layers_are_numpys(domain, element, method, options, samples, monkeypatch):

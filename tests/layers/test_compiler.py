@@ -17,13 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import petsctools
 import pytest
+import sanitized
 from firedrake import COMM_WORLD
+from helpers import label_space, without_mpi
 from petsc4py import PETSc
 from pyop2.configuration import configuration
 from pyop2.exceptions import CompilationError
 
 import fem_resnet
-import sanitized
 from fem_resnet import compiler
 from fem_resnet.activation.activation import get_activation
 from fem_resnet.compiler import layout, library
@@ -31,7 +32,6 @@ from fem_resnet.layers import compiled_stage
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
 from fem_resnet.layers.stage import Stage
 from fem_resnet.time_stepping import petsc
-from helpers import label_space, without_mpi
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1
@@ -222,7 +222,9 @@ def test_a_struct_that_ctypes_has_otherwise_does_not_compile(fields, folder):
         twice(code=f"struct pair {{ {fields} }};\n{layout(pair=Pair)}\n{TWICE}")
 
 
-@pytest.mark.parametrize("prototype", ["long twice(int)", "int twice(long)", "int twice(int, int)", "int twice(const double *)"])
+@pytest.mark.parametrize(
+    "prototype", ["long twice(int)", "int twice(long)", "int twice(int, int)", "int twice(const double *)"]
+)
 def test_a_prototype_that_is_another_one_does_not_compile(prototype, folder):
     with pytest.raises(CompilationError, match="conflicting types for .twice."):
         twice(prototypes=[prototype])
@@ -277,7 +279,11 @@ def test_every_function_of_c_that_python_calls_is_declared():
                 assert node.attr not in ("CDLL", "PyDLL", "cdll") or path.stem in ("compiler", "petsc", "files"), path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "_call":
                 assert hasattr(petsc._petsc(), node.args[0].value), ast.unparse(node)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("self._call", "stage.call") and path.stem.startswith("compiled"):
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("self._call", "stage.call")
+                and path.stem.startswith("compiled")
+            ):
                 assert node.args[0].value in in_c, ast.unparse(node)
 
 
@@ -304,7 +310,10 @@ def test_headers_of_another_petsc_are_refused_by_the_compiler(monkeypatch, folde
         with pytest.raises(CompilationError, match="PETSc: one of real numbers of double precision is wanted"):
             CompiledStage(Y, relu, 2)
     loaded = {"Sys": PETSc.Sys, "IntType": PETSc.IntType}
-    others = {"Sys": SimpleNamespace(getVersion=lambda: (3, 1, 4)), "IntType": {np.int32: np.int64, np.int64: np.int32}[PETSc.IntType]}
+    others = {
+        "Sys": SimpleNamespace(getVersion=lambda: (3, 1, 4)),
+        "IntType": {np.int32: np.int64, np.int64: np.int32}[PETSc.IntType],
+    }
     for name in loaded:
         with monkeypatch.context() as patch:
             patch.setattr(compiled_stage, "_FLAGS", (*compiled_stage._FLAGS, "-O0"))

@@ -4,15 +4,28 @@ import numpy as np
 import pytest
 import sympy
 from firedrake import COMM_SELF
+from helpers import label_space, laplace, smooth
 from numpy.testing import assert_allclose
+from problems import directions, gradients, learning_problem, network
 from pyadjoint import taylor_to_dict
 
 from fem_resnet import (
-    Batch, Box, Hamiltonian, LearningProblem, LocalFeedback, ResidualNetwork, RunningCost, costate_check,
-    hamiltonian_along, hessian_spectrum, least_squares, msa, pmp_residual, train, train_pam,
+    Batch,
+    Box,
+    Hamiltonian,
+    LearningProblem,
+    LocalFeedback,
+    ResidualNetwork,
+    RunningCost,
+    costate_check,
+    hamiltonian_along,
+    hessian_spectrum,
+    least_squares,
+    msa,
+    pmp_residual,
+    train,
+    train_pam,
 )  # fmt: skip
-from helpers import label_space, laplace, smooth
-from problems import directions, gradients, learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 f, a = sympy.symbols("f a")

@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import SPACES, TIMES, laplace, network, smooth
+from helpers import name as space_name
+from kinds import ADAPTIVE, GRADIENT, adaptive, direction, options, point, recorded, with_layer_bases
 from numpy.testing import assert_allclose
-from problems import learning_problem, network as classifier
+from problems import learning_problem
+from problems import network as classifier
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from scipy.optimize import minimize
-from kinds import ADAPTIVE, GRADIENT, adaptive, direction, options, point, recorded, with_layer_bases
 
 from fem_resnet import Batch, LearningProblem, ResidualNetwork, least_squares, tikhonov, train
-from helpers import SPACES, TIMES, laplace, name as space_name, network, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -171,7 +173,7 @@ def test_newton_trains_layers_faster_than_linearly_at_the_end(tao_type):
     norms = result.gradient_norms
     assert result.converged and norms[-1] < 1e-10, norms
     # Before round-off.
-    logs = np.log([norm for norm in norms if 1e-13 < norm])[-3:]
+    logs = np.log([norm for norm in norms if norm > 1e-13])[-3:]
     assert (logs[2] - logs[1]) / (logs[1] - logs[0]) > 1.5, f"gradient norms {norms}"
 
 

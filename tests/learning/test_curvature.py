@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 from firedrake import COMM_WORLD
+from helpers import laplace, set_smooth, smooth
 from numpy.testing import assert_allclose
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
 from fem_resnet import Basis, Batch, LearningProblem, ResidualNetwork, hessian_spectrum, least_squares, tikhonov, train
-from helpers import laplace, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 TIMES = (0.0, 0.2, 0.9)

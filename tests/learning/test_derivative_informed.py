@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from helpers import laplace, network, set_smooth, smooth
+from helpers import name as space_name
+from kinds import GRADIENT, options, smooth_values
+from kinds import directions_of as directions
+from kinds import with_learned_factors as learned
 from numpy.testing import assert_allclose
 from problems import head_onto, taping
-from kinds import GRADIENT, directions_of as directions, options, smooth_values, with_learned_factors as learned
 
 from fem_resnet import Batch, Derivatives, LearningProblem, ResidualNetwork, least_squares, tikhonov, train
-from helpers import laplace, name as space_name, network, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])

@@ -3,12 +3,12 @@
 import firedrake as fd
 import numpy as np
 import pytest
+from helpers import set_smooth, smooth
 from numpy.testing import assert_allclose
+from problems import gathered
 
 from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, laplace_basis, tikhonov, train
 from fem_resnet.learning.head import Head
-from helpers import set_smooth, smooth
-from problems import gathered
 
 SAMPLES = 6
 OPTIONS = {"tao_max_it": 8, "tao_gatol": 0.0, "tao_grtol": 0.0}

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from firedrake import COMM_WORLD
 from firedrake.adjoint import taylor_test
+from helpers import SAMPLES, label_space, laplace, smooth
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import CLASSES, TIMES, directions, gathered, gradients, learning_problem, network, polynomials, taping, towards
 from pyadjoint import Control, ReducedFunctional, Tape, get_working_tape, set_working_tape
 from pyadjoint.tape import annotate_tape
 from scipy.special import logsumexp, softmax
@@ -19,8 +21,6 @@ from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.tape.blocks import apply
-from helpers import SAMPLES, label_space, laplace, smooth
-from problems import CLASSES, TIMES, directions, gathered, gradients, learning_problem, network, polynomials, taping, towards
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: For what sees no partition, and for messages: once on several ranks is enough.
@@ -135,7 +135,7 @@ def test_gradient_of_the_head(domain, element, control, taylor):
     for parameter, direction in zip(head.parameters, random[1:]):
         shape = parameter.space_basis.shape
         parameter.space_basis.write(direction, np.random.default_rng(3).normal(size=shape))
-    chosen = slice(None) if control == "all" else slice("f W mu".split().index(control), None)
+    chosen = slice(None) if control == "all" else slice(["f", "W", "mu"].index(control), None)
     chosen = slice(chosen.start, None if control == "all" else chosen.start + 1)
     J = ReducedFunctional(J, controls[chosen])
     h = [towards(g, r) for g, r in zip(J.derivative(apply_riesz=True), random[chosen])]
@@ -705,7 +705,10 @@ def test_every_rank_has_the_same_bits_of_j():
         ([[0, 1, 2, 1]], r"^targets: integers of shape \(4,\) are wanted, shape \(1, 4\) was given$"),
         (["a", "b", "c", "a"], r"^targets: integers of shape \(4,\) are wanted, list with entries of type <U1 was given$"),
         (1, r"^targets: integers of shape \(4,\) are wanted, shape \(\) was given$"),
-        ([True, False, True, True], r"^targets: integers of shape \(4,\) are wanted, list with entries of type bool was given$"),
+        (
+            [True, False, True, True],
+            r"^targets: integers of shape \(4,\) are wanted, list with entries of type bool was given$",
+        ),
         ([0, 1, 2], r"^targets: integers of shape \(4,\) are wanted, shape \(3,\) was given$"),
         ([0, 1, 2, 0, 1], r"^targets: integers of shape \(4,\) are wanted, shape \(5,\) was given$"),
     ],
@@ -718,9 +721,7 @@ def test_refuses_labels(labels, message):
 
 def _parts():
     problem = learning_problem(network("disk", "DG0"))
-    return dict(
-        net=problem.net, head=problem.head, loss=cross_entropy, regulariser=tikhonov(1e-3), batch=problem.batch
-    )
+    return dict(net=problem.net, head=problem.head, loss=cross_entropy, regulariser=tikhonov(1e-3), batch=problem.batch)
 
 
 @on_two_ranks
@@ -777,7 +778,12 @@ def test_refuses_targets_that_do_not_fit():
     nan = fd.Function(net.Y.batch_space(4))
     nan.dat.data_wo[:, 2] = np.nan
     for head, targets, error, message in [
-        (None, [0, 1, 2, 0], ValueError, "^batch.targets: a batch on .* is wanted, as there are no classes; labels were given$"),
+        (
+            None,
+            [0, 1, 2, 0],
+            ValueError,
+            "^batch.targets: a batch on .* is wanted, as there are no classes; labels were given$",
+        ),
         (None, net.Y.batch(smooth(net.Y, 3)), ValueError, "^batch.targets: 4 samples are wanted, .*, 3 were given$"),
         (None, nan, ValueError, "^batch.targets: sample 2 has values that are not finite"),
         (head, net.Y.batch(smooth(net.Y, 4)), ValueError, "^batch.targets: it lives on"),
@@ -842,9 +848,7 @@ def test_a_users_own_loss_is_a_loss(taylor):
     smooth_absolute = Loss(
         "smooth absolute value",
         lambda Y, O, C, h: Y.weights @ (np.sqrt(1 + (h.value(Y, O) - C) ** 2) - 1),
-        lambda Y, O, C, h: h.transpose(
-            Y, O, Y.weights[:, None] * (h.value(Y, O) - C) / np.sqrt(1 + (h.value(Y, O) - C) ** 2)
-        ),
+        lambda Y, O, C, h: h.transpose(Y, O, Y.weights[:, None] * (h.value(Y, O) - C) / np.sqrt(1 + (h.value(Y, O) - C) ** 2)),
     )
     problem = learning_problem(network("disk", "DG0"), loss=smooth_absolute)
     J = problem.reduced_functional()

@@ -71,9 +71,7 @@ def test_smoothness_in_y_and_z_of_a_kernel():
 def test_smoothness_in_t_is_the_squared_difference_over_the_distance_of_layers():
     net = network("disk", "CG1")
     a = [net.bias.get(k) for k in range(net.layers)]
-    expected = sum(
-        net.Y.sum(net.Y.weights @ (a[k + 1] - a[k]) ** 2) / (TAU[k] + TAU[k + 1]) for k in range(net.layers - 1)
-    )
+    expected = sum(net.Y.sum(net.Y.weights @ (a[k + 1] - a[k]) ** 2) / (TAU[k] + TAU[k + 1]) for k in range(net.layers - 1))
     assert float(smooth_in_time(1.0)([net.bias])) == pytest.approx(float(expected), rel=1e-13)
     for k in range(net.layers):
         net.bias.set(k, a[0])

@@ -1,6 +1,6 @@
 """A deep network in a process of its own, whose memory is then its own: prints what it measured as one line of JSON.
 
-    containers/run python tests/deep_network.py '{"layers": 1000, "checkpoints": 20, "evaluations": 1}'
+containers/run python tests/deep_network.py '{"layers": 1000, "checkpoints": 20, "evaluations": 1}'
 """
 
 import json

@@ -24,13 +24,13 @@ from checkpoint_schedules import (
     TwoLevelCheckpointSchedule,
 )
 from firedrake.adjoint import taylor_test
+from helpers import half_square_distance, smooth
+from problems import gradients, learning_problem, network
 from pyadjoint import Control, ReducedFunctional
 from pyadjoint.checkpointing import CheckpointError
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet import Batch, LearningProblem, StepFailure, enable_checkpointing, train
-from helpers import half_square_distance, smooth
-from problems import gradients, learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: mixed.py of checkpoint_schedules says that it is slower without Numba.
@@ -128,9 +128,7 @@ def test_networks_without_an_interface_take_schedules_too(layers, schedule):
 def test_the_gradient_in_the_initial_state_is_there():
     def gradient(checkpoints):
         problem = deep(head=False, **NETWORKS["shared"])
-        problem = LearningProblem(
-            problem.net, None, problem.loss, None, problem.batch, learn="both", checkpoints=checkpoints
-        )
+        problem = LearningProblem(problem.net, None, problem.loss, None, problem.batch, learn="both", checkpoints=checkpoints)
         return [part.dat.data_ro.copy() for part in problem.reduced_functional().derivative()]
 
     assert_same(gradient(2), gradient(None))
@@ -228,9 +226,9 @@ def test_ten_thousand_layers_do_too():
 
 def test_200_gradients_do_not_grow_the_process():
     # In memory and on disk; one field more an evaluation would be 6 %.
-    resident = in_a_process(
-        layers=6, cells=13, evaluations=200, schedule=["MultistageCheckpointSchedule", 6, 1, 3]
-    )["resident"]
+    resident = in_a_process(layers=6, cells=13, evaluations=200, schedule=["MultistageCheckpointSchedule", 6, 1, 3])[
+        "resident"
+    ]
     assert abs(resident[199] / resident[19] - 1) < 0.02, (resident[19], resident[199])
 
 

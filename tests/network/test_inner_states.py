@@ -8,14 +8,21 @@ import pytest
 import sympy
 from firedrake import COMM_WORLD
 from helpers import TIMES, half_square_distance, smooth
+from kinds import KINDS
+from kinds import observed_problem as _observed
 from numpy.testing import assert_allclose
 from problems import learning_problem, network, taping
 from pyadjoint import Control, ReducedFunctional, get_working_tape, set_working_tape
 from pyadjoint.enlisting import Enlist
-from kinds import KINDS, observed_problem as _observed
 
 from fem_resnet import (
-    Batch, LearningProblem, Observations, ResidualNetwork, least_squares, train, verify,
+    Batch,
+    LearningProblem,
+    Observations,
+    ResidualNetwork,
+    least_squares,
+    train,
+    verify,
 )  # fmt: skip
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 
@@ -118,7 +125,9 @@ def _first(net, l):
         for k, basis in enumerate(p.space_bases):
             function = fd.Function(basis.space)
             if k < l:
-                values = smooth(net.Y, 1, seed=k)[:, 0] if basis.space == net.Y.V else np.cos(np.arange(12.0) + k).reshape(4, 3)
+                values = (
+                    smooth(net.Y, 1, seed=k)[:, 0] if basis.space == net.Y.V else np.cos(np.arange(12.0) + k).reshape(4, 3)
+                )
                 basis.write(function, np.resize(values, basis.shape))
             result.append(function)
     return [*result, net.Y.batch(smooth(net.Y, 3, seed=50))]
@@ -222,7 +231,10 @@ def _of_problem(problem, rng):
             function = fd.Function(basis.space)
             nodal = basis.space.mesh() is problem.net.Y.V.mesh()
             samples = basis.space.value_size
-            basis.write(function, smooth(problem.net.Y, samples, seed=40 + k).reshape(basis.shape) if nodal else rng.normal(size=basis.shape))
+            basis.write(
+                function,
+                smooth(problem.net.Y, samples, seed=40 + k).reshape(basis.shape) if nodal else rng.normal(size=basis.shape),
+            )
             result.append(function)
     return result
 
@@ -305,7 +317,9 @@ def test_what_does_not_go_with_observations_is_refused_by_name():
     with pytest.raises(TypeError, match="observations: an Observations or None is wanted, list was given"):
         problem.replace(observations=[1])
     for layers in ([1, 1], [4], [-1]):
-        with pytest.raises(ValueError, match="observed: (different integers from 0 to L = 3 are|an integer from 0 to 3 is) wanted"):
+        with pytest.raises(
+            ValueError, match="observed: (different integers from 0 to L = 3 are|an integer from 0 to 3 is) wanted"
+        ):
             net.run(problem.batch.inputs, observed=layers)
 
 

@@ -3,12 +3,12 @@
 import firedrake as fd
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from helpers import laplace, smooth
 from kinds import with_layer_bases as network
+from numpy.testing import assert_allclose
 from problems import gathered
 
 from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, least_squares, load, save, smooth_in_time, tikhonov
-from helpers import laplace, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

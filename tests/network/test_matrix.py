@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from firedrake import COMM_WORLD
 from firedrake.adjoint import taylor_to_dict
-from problems import head_onto
-from kinds import GRADIENT, options, smooth_values
-
-from fem_resnet import Batch, LearningProblem, ResidualNetwork, binary_cross_entropy, cross_entropy, functional_loss
-from fem_resnet import least_squares, smooth_in_time, tikhonov
 from helpers import laplace, set_smooth, smooth
+from kinds import GRADIENT, options, smooth_values
+from problems import head_onto
+
+from fem_resnet import (
+    Batch,
+    LearningProblem,
+    ResidualNetwork,
+    binary_cross_entropy,
+    cross_entropy,
+    functional_loss,
+    least_squares,
+    smooth_in_time,
+    tikhonov,
+)
 
 #: Short enough for one step of backward Euler: a kernel that is not monotone gives Newton's method singular Jacobians.
 TIMES = (0.0, 0.4, 1.0)
@@ -42,7 +51,9 @@ LOSSES = {
 }
 ALL = list(itertools.product(GRADIENT, CONTROLS, LOSSES, SPACES))
 #: The same sample on every rank, another one for each number of ranks.
-SAMPLE = [ALL[k] for k in np.random.default_rng(COMM_WORLD.size).choice(len(ALL), {1: 60, 2: 24}.get(COMM_WORLD.size, 12), False)]
+SAMPLE = [
+    ALL[k] for k in np.random.default_rng(COMM_WORLD.size).choice(len(ALL), {1: 60, 2: 24}.get(COMM_WORLD.size, 12), False)
+]
 
 
 def problem(method, controls, loss, space):

@@ -6,15 +6,17 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import SWISH, TIMES, half_square_distance, label_space, laplace, name, network, smooth
 from numpy.testing import assert_allclose
 from petsc4py import PETSc
 
-from fem_resnet import ACTIVATIONS, StepFailure, ResidualNetwork, cell_indicators
-from helpers import SWISH, TIMES, half_square_distance, label_space, laplace, name, network, smooth
+from fem_resnet import ACTIVATIONS, ResidualNetwork, StepFailure, cell_indicators
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
 RK_TYPES = ["1fe", "2a", "2b", "3", "3bs", "4", "5f", "5dp", "5bs", "6vr", "7vr", "8vr"]
+
+
 def _run(net, values=None):
     """Values of f(T), for smooth initial values if none are given."""
     return net.Y.values(net(net.Y.batch(smooth(net.Y) if values is None else values)))
@@ -239,10 +241,18 @@ def test_unknown_names_are_refused(option, name):
         ({"activation": "tahn"}, ValueError, r"^activation: one of 'tanh', .* is wanted, 'tahn' was given"),
         ({"times": [0.0, 0.5, 0.5]}, ValueError, r"times: layer times .* which increase, are wanted, \[0.0, 0.5, 0.5\]"),
         ({"times": [0.0, 0.5, 0.3]}, ValueError, r"times: layer times .* which increase, are wanted"),
-        ({"times": [0.0, np.nan]}, ValueError, r"times: finite numbers of shape \(layers \+ 1,\) are wanted, 1 of 2 are not finite"),
+        (
+            {"times": [0.0, np.nan]},
+            ValueError,
+            r"times: finite numbers of shape \(layers \+ 1,\) are wanted, 1 of 2 are not finite",
+        ),
         ({"times": [0.1, 0.5]}, ValueError, r"times: layer times 0 = t_0 < .. < t_L, .* are wanted, \[0.1, 0.5\]"),
         ({"times": []}, ValueError, r"times: numbers of shape \(layers \+ 1,\) are wanted, shape \(0,\) was given"),
-        ({"times": [[0.0, 1.0]]}, ValueError, r"times: numbers of shape \(layers \+ 1,\) are wanted, shape \(1, 2\) was given"),
+        (
+            {"times": [[0.0, 1.0]]},
+            ValueError,
+            r"times: numbers of shape \(layers \+ 1,\) are wanted, shape \(1, 2\) was given",
+        ),
         ({"times": None, "layers": -1}, ValueError, r"layers: an integer >= 0 is wanted, -1 was given"),
         ({"times": None, "layers": 2.0}, ValueError, r"layers: an integer >= 0 is wanted, 2.0 was given"),
         ({"times": None, "final_time": 0.0}, ValueError, r"final_time: a positive number is wanted, 0.0 was given"),
@@ -302,7 +312,9 @@ def test_states_exist_at_layer_times_only(layer):
 @on_ranks
 def test_coefficients_that_do_not_fit_are_refused():
     net = network()
-    with pytest.raises(ValueError, match=r"coefficients of kernel_\d: numbers of shape \(6, 4\) are wanted, shape \(4, 6\) was given"):
+    with pytest.raises(
+        ValueError, match=r"coefficients of kernel_\d: numbers of shape \(6, 4\) are wanted, shape \(4, 6\) was given"
+    ):
         net.kernel.set(0, np.zeros((4, 6)))
     with pytest.raises(ValueError, match="coefficients of kernel_1: finite numbers of shape .* are wanted, .* are not finite"):
         net.kernel.set(1, np.full((6, 4), np.nan))

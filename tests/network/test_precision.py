@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import laplace
 from numpy.linalg import norm
+from problems import directions, learning_problem, network
 from pyadjoint import taylor_to_dict
 
 from fem_resnet import ResidualNetwork, load, save
 from fem_resnet.verify import verify
-from helpers import laplace
-from problems import directions, learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -22,7 +22,9 @@ def answer(net, **options):
     problem = learning_problem(net, **options)
     J, run = problem.record()
     derivative = J.derivative()
-    return [np.array([float(J.functional)])] + [part.dat.data_ro.copy() for part in [*derivative, run.state(1), run.costate(1)]]
+    return [np.array([float(J.functional)])] + [
+        part.dat.data_ro.copy() for part in [*derivative, run.state(1), run.costate(1)]
+    ]
 
 
 def gap(comm, ours, theirs):

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from helpers import label_space, laplace, smooth
 from numpy.testing import assert_allclose
+from problems import polynomials
 
 from fem_resnet.label_domain.basis import cell_indicators
 from fem_resnet.label_domain.points import class_space
 from fem_resnet.parameters.kernel import LowRankKernel
-from helpers import label_space, laplace, smooth
-from problems import polynomials
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: For what sees no partition, and for messages: once on several ranks is enough.

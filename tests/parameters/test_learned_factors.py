@@ -3,17 +3,21 @@
 import numpy as np
 import pytest
 from firedrake.adjoint import ReducedFunctional
+from helpers import TIMES, half_square_distance, label_space, laplace, set_smooth, smooth
+from helpers import name as space_name
+from kinds import GRADIENT, options, smooth_values
+from kinds import directions_of as directions
+from kinds import field_problem as problem
+from kinds import with_learned_factors as network
 from numpy.testing import assert_allclose
 from problems import coefficients, polynomials, taping
 from pyadjoint import Control
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
-from kinds import GRADIENT, directions_of as directions, field_problem as problem, options, smooth_values, with_learned_factors as network
 
 from fem_resnet import Batch, LearningProblem, ResidualNetwork, StepFailure, least_squares, load, save, tikhonov, train
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.retraction import Retraction, orthonormal
 from fem_resnet.tape.blocks import apply
-from helpers import TIMES, half_square_distance, label_space, laplace, name as space_name, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -175,9 +179,7 @@ def test_learned_factors_reach_what_fixed_ones_cannot():
 def test_newton_sees_no_gauge():
     """At a minimum only what P leaves out has no curvature, r^2 directions a factor; Newton's method is quadratic."""
     Y, basis, rng = label_space("disk", "CG1"), laplace("disk", "CG1", 2), np.random.default_rng(0)
-    teacher, net = (
-        ResidualNetwork(basis, bias=basis, layers=1, final_time=2.0, learn_factors=True) for _ in range(2)
-    )
+    teacher, net = (ResidualNetwork(basis, bias=basis, layers=1, final_time=2.0, learn_factors=True) for _ in range(2))
     for one in (teacher, net):
         one.kernel.set(0, np.diag([1.5, 0.8]))
     for parameter in teacher.factors:
@@ -247,7 +249,10 @@ def test_files_keep_learned_factors_and_times(tmp_path):
     for one, other in zip(net.factors, loaded.factors):
         found = [coefficients(p, p.functions[0]) for p in (one, other)]
         assert np.sort(found[0].ravel()).shape == np.sort(found[1].ravel()).shape
-    integrals = [n.Y.sum((smooth(n.Y, 4, seed=2) * n.Y.weights[:, None]).T @ n.Y.values(n(n.Y.batch(smooth(n.Y))))) for n in (net, loaded)]
+    integrals = [
+        n.Y.sum((smooth(n.Y, 4, seed=2) * n.Y.weights[:, None]).T @ n.Y.values(n(n.Y.batch(smooth(n.Y)))))
+        for n in (net, loaded)
+    ]
     assert_allclose(*integrals, rtol=0, atol=ROUND_OFF)
 
 

@@ -2,16 +2,33 @@
 
 import numpy as np
 import pytest
+from helpers import TIMES, label_space, laplace, smooth
+from helpers import name as space_name
+from kinds import directions_of as directions
+from kinds import distances, largest, pairs, states
+from kinds import field_problem as problem
 from numpy.testing import assert_allclose
-from problems import directions as towards_the_gradient, learning_problem
-from kinds import directions_of as directions, distances, field_problem as problem, largest, pairs, states
+from problems import directions as towards_the_gradient
+from problems import learning_problem
 
 from fem_resnet import (
-    Basis, DampedAntisymmetric, LearningProblem, NormBounded, PositiveSemidefinite, ResidualNetwork, costate_check,
-    lipschitz_bound, load, save, smooth_in_space, smooth_in_time, tikhonov, train, verify,
+    Basis,
+    DampedAntisymmetric,
+    LearningProblem,
+    NormBounded,
+    PositiveSemidefinite,
+    ResidualNetwork,
+    costate_check,
+    lipschitz_bound,
+    load,
+    save,
+    smooth_in_space,
+    smooth_in_time,
+    tikhonov,
+    train,
+    verify,
 )  # fmt: skip
 from fem_resnet.parameters.stable_kernels import stable_kernel_from
-from helpers import TIMES, label_space, laplace, name as space_name, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -111,12 +128,17 @@ def test_what_a_set_cannot_be_made_of_is_refused():
         (lambda: DampedAntisymmetric(-1.0), "^damping: a number >= 0 is wanted"),
         (lambda: NormBounded(0.0), "^bound: a positive number is wanted"),
         (lambda: network(PositiveSemidefinite(rank=7)), "^rank: at most that of phi, 4, is wanted, 7 was given"),
-        (lambda: network(DampedAntisymmetric(), psi=laplace("disk", "CG1", 3)), "^stable_kernel: DampedAntisymmetric wants one"),
+        (
+            lambda: network(DampedAntisymmetric(), psi=laplace("disk", "CG1", 3)),
+            "^stable_kernel: DampedAntisymmetric wants one",
+        ),
         (lambda: network(PositiveSemidefinite(), learn_factors=True), "^stable_kernel: .* learned factors part"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(TypeError, match="^stable_kernel: a StableKernel or None is wanted, str was given; such as PositiveSemidefinite"):
+    with pytest.raises(
+        TypeError, match="^stable_kernel: a StableKernel or None is wanted, str was given; such as PositiveSemidefinite"
+    ):
         network("positive")
 
 

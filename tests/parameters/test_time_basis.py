@@ -226,9 +226,7 @@ def _sampled(layers, in_time, ratio=1.0, **options):
     phi = laplace("disk", "CG1", 4)
     lengths = np.where(np.arange(layers) % 2, 1.0, ratio)
     times = np.append(0.0, np.cumsum(lengths)) * FINAL / lengths.sum()
-    net = ResidualNetwork(
-        phi, times=times, activation="tanh", bias_in_time=in_time, kernel_in_time=in_time, **options
-    )
+    net = ResidualNetwork(phi, times=times, activation="tanh", bias_in_time=in_time, kernel_in_time=in_time, **options)
     for k in range(len(net.bias.functions)):
         net.bias.set(k, _bias(net.Y, times[k]))
         net.kernel.set(k, _beta(phi, times[k]))

@@ -7,9 +7,9 @@ import firedrake as fd
 import numpy as np
 import pytest
 from helpers import smooth
+from kinds import COST, KINDS, observed_problem
 from problems import learning_problem, network, taping
 from pyadjoint import get_working_tape, set_working_tape
-from kinds import COST, KINDS, observed_problem
 
 from fem_resnet import Run, least_squares
 
@@ -177,7 +177,9 @@ def test_a_tangent_on_a_tape_keeps_its_controls_when_parameters_are_recorded_aga
         if again:
             problem.record()
         with set_working_tape(J.tape), taping():
-            J_v = fd.adjoint.ReducedFunctional(least_squares(Y, run.tangent(v), Y.batch(smooth(Y, 4))), J.controls, tape=J.tape)
+            J_v = fd.adjoint.ReducedFunctional(
+                least_squares(Y, run.tangent(v), Y.batch(smooth(Y, 4))), J.controls, tape=J.tape
+            )
         derivatives.append([np.array(d.dat.data_ro) for d in J_v.derivative()])
     for one, other in zip(*derivatives, strict=True):
         np.testing.assert_array_equal(one, other)

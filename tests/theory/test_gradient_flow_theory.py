@@ -11,19 +11,44 @@ import scipy.linalg
 import scipy.optimize
 import sympy
 from firedrake import COMM_WORLD
+from helpers import label_space, laplace, network, smooth
 from numpy.testing import assert_allclose
+from problems import autonomous_network
 
 import fem_resnet.theory
 from fem_resnet import (
-    Basis, EnergyMonitor, GrowthMonitor, LinearisedFlow, LowRankKernel, ResidualNetwork, Trajectory, autonomous_problem,
-    depth_limit, duhamel, eigen_expansion, energy_conditions, energy_step_limit, find_equilibria, find_steady_states,
-    from_network, frozen_spectra, integrated_norms, lipschitz_bound, observed_decay, picard, point_space, solve_linearised,
-    stability_estimate, stability_report, stability_verdict, to_network, weighted_identity, well_posedness_constants,
+    Basis,
+    EnergyMonitor,
+    GrowthMonitor,
+    LinearisedFlow,
+    LowRankKernel,
+    ResidualNetwork,
+    Trajectory,
+    autonomous_problem,
+    depth_limit,
+    duhamel,
+    eigen_expansion,
+    energy_conditions,
+    energy_step_limit,
+    find_equilibria,
+    find_steady_states,
+    from_network,
+    frozen_spectra,
+    integrated_norms,
+    lipschitz_bound,
+    observed_decay,
+    picard,
+    point_space,
+    solve_linearised,
+    stability_estimate,
+    stability_report,
+    stability_verdict,
+    to_network,
+    weighted_identity,
+    well_posedness_constants,
     width_limit,
 )  # fmt: skip
 from fem_resnet.features import TOOLS
-from helpers import label_space, laplace, network, smooth
-from problems import autonomous_network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -90,7 +115,9 @@ def moving(**more):
 def still(beta=None, bias=None, *, domain="disk", **more):
     """An autonomous one with phi and psi of different rank; the bias lies in R(B) unless it is given."""
     phi = laplace(domain, "CG1", 4)
-    kernel = LowRankKernel(phi, Basis(phi.Y, phi.values @ (np.eye(4, 3) + 0.3 * np.sin(np.arange(12.0)).reshape(4, 3)), "given"))
+    kernel = LowRankKernel(
+        phi, Basis(phi.Y, phi.values @ (np.eye(4, 3) + 0.3 * np.sin(np.arange(12.0)).reshape(4, 3)), "given")
+    )
     beta = 0.9 * np.eye(4, 3) + 0.2 * np.cos(np.arange(12.0)).reshape(4, 3) if beta is None else beta
     bias = kernel.apply(beta, smooth(phi.Y, 1))[:, 0] if bias is None else bias
     options = {"gradient_flow": True, "layers": 4, "final_time": 2.0, "steps": 4} | more
@@ -107,7 +134,9 @@ def of_mean_zero(activation, bias):
     """R(B) has functions of mean zero alone, so that no u is negative everywhere that has a positive mean."""
     phi = laplace("disk", "CG1", 4)
     mean_zero = Basis(phi.Y, phi.values[:, 1:], "given")
-    return autonomous_network(LowRankKernel(mean_zero, mean_zero), np.diag([2.0, 1.0, 0.5]), bias, gradient_flow=True, activation=activation)
+    return autonomous_network(
+        LowRankKernel(mean_zero, mean_zero), np.diag([2.0, 1.0, 0.5]), bias, gradient_flow=True, activation=activation
+    )
 
 
 # -- each tool that takes gradient flows -------------------------------------------------------------------------------
@@ -191,7 +220,9 @@ def check_autonomous_problem():
     assert problem.gradient_flow
     assert_allclose(problem.rate(problem.argument(f)), dense.here(BT @ np.tanh(u)), atol=1e-11)
     assert_allclose(problem.generator.apply(f), dense.here(B @ BT @ dense.everywhere(f)), atol=1e-10)
-    assert_allclose(np.sort(problem.generator.eigenvalues.real)[::-1], np.sort(np.linalg.eigvals(B @ BT).real)[::-1][:3], rtol=1e-9)
+    assert_allclose(
+        np.sort(problem.generator.eigenvalues.real)[::-1], np.sort(np.linalg.eigvals(B @ BT).real)[::-1][:3], rtol=1e-9
+    )
     assert_allclose(problem.generator.whole, problem.generator.whole.T)
 
 
@@ -201,7 +232,11 @@ def check_steady_states():
     a, B, BT = dense.at(0)
     assert steady.exist and steady.minimiser is None
     # a in R(B): as of (2.8).
-    assert_allclose(dense.everywhere(net.Y.values(steady.least_norm))[:, 0], np.linalg.pinv(B * dense.w**-0.5, 1e-9) @ a * dense.w**-0.5, atol=1e-8)
+    assert_allclose(
+        dense.everywhere(net.Y.values(steady.least_norm))[:, 0],
+        np.linalg.pinv(B * dense.w**-0.5, 1e-9) @ a * dense.w**-0.5,
+        atol=1e-8,
+    )
     for activation in ("tanh", "leaky_relu", "arctan", "elu") if alone() else ("tanh",):
         net = away(activation)
         steady, dense = find_steady_states(net), Dense(net)
@@ -281,7 +316,10 @@ def check_stability_verdict():
     # (2.8) with this kernel is unstable, the gradient flow decays.
     phi = laplace("disk", "CG1", 4)
     beta = -np.eye(4)
-    flows = [autonomous_network(LowRankKernel(phi, phi), beta, gradient_flow=flow, layers=4, final_time=4.0, steps=4) for flow in (False, True)]
+    flows = [
+        autonomous_network(LowRankKernel(phi, phi), beta, gradient_flow=flow, layers=4, final_time=4.0, steps=4)
+        for flow in (False, True)
+    ]
     assert [stability_verdict(net).verdict for net in flows] == ["unstable", "asymptotically stable"]
     f = phi.Y.batch(0.1 * phi.values[:, 1:2])
     assert phi.Y.norm(flows[0](f)) > 1 and phi.Y.norm(flows[1](f)) < 1e-2
@@ -343,7 +381,9 @@ def check_linearised_flow():
 def check_stability_report():
     # Steps that are too long: a layer makes perturbations larger than exp(int sup |sigma'| norm(b) dt), the bound of (2.8).
     phi = laplace("disk", "CG1", 4)
-    net = autonomous_network(LowRankKernel(phi, phi), 3.0 * np.eye(4), gradient_flow=True, activation="identity", layers=3, final_time=1.5)
+    net = autonomous_network(
+        LowRankKernel(phi, phi), 3.0 * np.eye(4), gradient_flow=True, activation="identity", layers=3, final_time=1.5
+    )
     report = stability_report(net, net.Y.batch(0.01 * smooth(net.Y, 1)))
     for layer in report.layers:
         assert np.exp(0.5 * 3.0) < layer.grows <= layer.bound

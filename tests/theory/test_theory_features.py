@@ -7,17 +7,39 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers import laplace, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    Basis, EnergyMonitor, GrowthMonitor, LinearisedFlow, PositiveSemidefinite, ResidualNetwork,
-    autonomous_problem, depth_limit, duhamel, eigen_expansion, energy_conditions, energy_step_limit, find_equilibria,
-    find_steady_states, frozen_spectra, integrated_norms, lipschitz_bound, observed_decay, picard, solve_linearised,
-    solve_trajectory, stability_estimate, stability_report, stability_verdict, to_network, weighted_identity,
+    Basis,
+    EnergyMonitor,
+    GrowthMonitor,
+    LinearisedFlow,
+    PositiveSemidefinite,
+    ResidualNetwork,
+    autonomous_problem,
+    depth_limit,
+    duhamel,
+    eigen_expansion,
+    energy_conditions,
+    energy_step_limit,
+    find_equilibria,
+    find_steady_states,
+    frozen_spectra,
+    integrated_norms,
+    lipschitz_bound,
+    observed_decay,
+    picard,
+    solve_linearised,
+    solve_trajectory,
+    stability_estimate,
+    stability_report,
+    stability_verdict,
+    to_network,
+    weighted_identity,
     well_posedness_constants,
 )  # fmt: skip
 from fem_resnet.features import FEATURES, TOOLS, features_of
-from helpers import laplace, smooth
 
 LAYERS = 2
 TIMES = (0.0, 0.6, 1.0)
@@ -95,7 +117,9 @@ def pair(feature, euler):
             return made(phi, BETA, bias_in_time="shared", kernel_in_time="shared", **own), plain
         case "adapted_steps":
             adapted = {"ts_rk_type": "5dp", "ts_adapt_type": "basic", "ts_rtol": 1e-11, "ts_atol": 1e-11}
-            return made(phi, BETA, solver_parameters=adapted), made(phi, BETA, steps=25, solver_parameters={"ts_rk_type": "5dp"})
+            return made(phi, BETA, solver_parameters=adapted), made(
+                phi, BETA, steps=25, solver_parameters={"ts_rk_type": "5dp"}
+            )
         case "discrete_gradient":
             fine = {"ts_type": "discrete_gradient"}
             return made(phi, BETA, steps=40, solver_parameters=fine), made(phi, BETA, steps=8)
@@ -124,7 +148,10 @@ def of_flow(net):
 
 
 def of_report(net):
-    return [[l.grows, l.keeps, l.bound, l.condition, l.costate, l.bias_gradient, l.frozen] for l in stability_report(net, start(net)).layers]
+    return [
+        [l.grows, l.keeps, l.bound, l.condition, l.costate, l.bias_gradient, l.frozen]
+        for l in stability_report(net, start(net)).layers
+    ]
 
 
 def of_autonomous(net):
@@ -168,7 +195,9 @@ NUMBERS = {
     "energy_step_limit": lambda net: [(limit := energy_step_limit(net)).primitive, limit.potential, limit.kappa],
     "EnergyMonitor": lambda net: of_monitor(EnergyMonitor(net)),
     "GrowthMonitor": lambda net: of_monitor(GrowthMonitor(net)),
-    "solve_linearised": lambda net: net.Y.values(solve_linearised(solve_trajectory(net, start(net), steps=16), start(net, seed=2))),
+    "solve_linearised": lambda net: net.Y.values(
+        solve_linearised(solve_trajectory(net, start(net), steps=16), start(net, seed=2))
+    ),
     "weighted_identity": lambda net: weighted_identity(solve_trajectory(net, start(net), steps=16), start(net, seed=2)).kernel,
 }
 #: Those that see one a and B for all times, or the steps themselves.

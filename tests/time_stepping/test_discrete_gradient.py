@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import sympy
 from firedrake.adjoint import Control, ReducedFunctional
+from helpers import half_square_distance, laplace, network, set_smooth, smooth, smooth_direction
 from numpy.testing import assert_allclose
+from problems import coefficients, gathered, learning_problem, taping
+from problems import network as classifier
 from pyadjoint import Tape, taylor_to_dict
 from pyadjoint.tape import set_working_tape
 
 from fem_resnet import ACTIVATIONS, Activation, ResidualNetwork, StepFailure, verify
 from fem_resnet.activation.secant import Secant
-from helpers import half_square_distance, laplace, network, set_smooth, smooth, smooth_direction
-from problems import coefficients, gathered, learning_problem, network as classifier, taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -117,9 +118,7 @@ def test_the_rule_is_of_order_two(in_time):
     """Also where bias and kernel vary within the layers: they are taken at the middle of a step."""
     options = {"bias_in_time": in_time, "kernel_in_time": in_time}
     exact = states(network(steps=8, solver_parameters={"ts_rk_type": "8vr"}, **options))
-    coarse, fine = (
-        np.abs(states(network(steps=n, solver_parameters=OPTIONS, **options)) - exact).max() for n in (8, 16)
-    )
+    coarse, fine = (np.abs(states(network(steps=n, solver_parameters=OPTIONS, **options)) - exact).max() for n in (8, 16))
     assert abs(np.log2(coarse / fine) - 2) < 0.05 and fine < 1e-3
 
 

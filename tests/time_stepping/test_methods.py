@@ -6,15 +6,16 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import label_space, network, set_smooth, smooth
+from kinds import ADAPTIVE, FORWARD, GRADIENT, adaptive, direction, options, point, recorded
 from mpi4py import MPI
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import learning_problem, network as classifier
+from problems import learning_problem
+from problems import network as classifier
 from pyadjoint.tape import annotate_tape
 
 from fem_resnet import Basis, ResidualNetwork, StepFailure, train
 from fem_resnet.time_stepping.methods import METHODS
-from kinds import ADAPTIVE, FORWARD, GRADIENT, adaptive, direction, options, point, recorded
-from helpers import label_space, network, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

@@ -4,10 +4,10 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers import BLOCK, POLYGON, UNIT_SQUARE, label_space, laplace, set_smooth, smooth
 from scipy.integrate import solve_ivp
 
 from fem_resnet import Basis, ResidualNetwork
-from helpers import BLOCK, POLYGON, UNIT_SQUARE, label_space, laplace, set_smooth, smooth
 
 # -- order in t ------------------------------------------------------------------------------------------------------
 

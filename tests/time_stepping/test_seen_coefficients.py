@@ -196,7 +196,8 @@ def test_a_users_own_run_has_f_on_the_tape():
 
 
 @pytest.mark.parametrize(
-    "options", [{"learn_factors": True}, {"solver_parameters": {"ts_type": "rosw"}}, {"solver_parameters": {"ts_adapt_type": "basic"}}]
+    "options",
+    [{"learn_factors": True}, {"solver_parameters": {"ts_type": "rosw"}}, {"solver_parameters": {"ts_adapt_type": "basic"}}],
 )
 def test_where_f_is_stepped_or_psi_learned_the_way_is_through_f(options):
     net = network("disk", "CG1", **options)

@@ -8,13 +8,13 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake.adjoint import ReducedFunctional
+from helpers import half_square_distance, laplace, network, smooth, smooth_direction, without_mpi
 from petsc4py import PETSc
 from scipy.integrate import solve_ivp
 
 from fem_resnet import ResidualNetwork, StepFailure, solve_trajectory
 from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.time_stepping.options import OPTIONS, refuse_time_options
-from helpers import half_square_distance, laplace, network, smooth, smooth_direction, without_mpi
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -299,7 +299,9 @@ def test_fields_are_stepped_to_the_end_too():
 @on_ranks
 def test_a_limit_of_adapted_steps_that_is_reached_is_a_step_failure():
     net = own_network("decay", **adapted("rk"), ts_max_steps=2)
-    with pytest.raises(StepFailure, match=r"CONVERGED_ITS in layer 0, t = .*: it made 2 steps, and the layer ends at t = 3; .*'ts_max_steps'"):
+    with pytest.raises(
+        StepFailure, match=r"CONVERGED_ITS in layer 0, t = .*: it made 2 steps, and the layer ends at t = 3; .*'ts_max_steps'"
+    ):
         run(net)
 
 
@@ -326,7 +328,9 @@ def test_a_solve_that_ends_elsewhere_is_a_step_failure(in_time):
 def damped(size, replay_steps=True, **parameters):
     """f_t = -size B f on one layer, B a projection: what it sees is 0 at the end, the rest stays."""
     phi = laplace("disk", "CG1", 6)
-    net = ResidualNetwork(phi, layers=1, final_time=1.0, activation="identity", replay_steps=replay_steps, solver_parameters=parameters)
+    net = ResidualNetwork(
+        phi, layers=1, final_time=1.0, activation="identity", replay_steps=replay_steps, solver_parameters=parameters
+    )
     net.kernel.set(0, size * np.eye(6))
     return net
 

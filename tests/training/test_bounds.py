@@ -5,17 +5,29 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import label_space, laplace, smooth
 from numpy.testing import assert_allclose
 from petsc4py import PETSc
+from problems import learning_problem, network
 
 from fem_resnet import (
-    Batch, Box, Controls, Hamiltonian, LearningProblem, LowRankKernel, Pair, ResidualNetwork, cell_indicators,
-    extremal_controls, least_squares, pmp_residual, tikhonov, train,
+    Batch,
+    Box,
+    Controls,
+    Hamiltonian,
+    LearningProblem,
+    LowRankKernel,
+    Pair,
+    ResidualNetwork,
+    cell_indicators,
+    extremal_controls,
+    least_squares,
+    pmp_residual,
+    tikhonov,
+    train,
 )  # fmt: skip
 from fem_resnet.parameters.space_basis import NodalValues
 from fem_resnet.training.tao import TYPES, RieszPreconditioner, _HessianAtItsPoint
-from helpers import label_space, laplace, smooth
-from problems import learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-1.0, 1.0), (-0.5, 1.0))
@@ -134,7 +146,9 @@ def test_every_type_that_knows_bounds_comes_to_the_same_stationary_point_within(
     result = train(P, {"tao_type": tao_type, "tao_gatol": 1e-4}, bounds=BOUNDS, monitor=_silent)
     residual = averaged_residual(P, BOUNDS)
     share = np.mean([np.isin(P.net.kernel.get(k), BOX.kernel) for k in range(3)])
-    print(f"\n{tao_type}: J {result.value:.10f}, {result.iterations} iterations, residual {residual:.1e}, {share:.0%} at bounds")
+    print(
+        f"\n{tao_type}: J {result.value:.10f}, {result.iterations} iterations, residual {residual:.1e}, {share:.0%} at bounds"
+    )
     # The gradient may be 1e-4 where D J is 0.1, but TAO's tests are of another norm for most types.
     assert result.converged and within(P, BOUNDS) and residual < 5e-3
     assert abs(P.evaluate()[0] - result.value) < 1e-12 * result.value
@@ -216,7 +230,9 @@ def test_a_part_of_the_hessian_and_of_its_riesz_map_is_that_part():
             action = pc.apply
         action(small, result)
         whole(big, expected)
-        assert_allclose(result.getArray(), expected.getArray()[rows.getIndices() - start] + shift * small.getArray(), rtol=1e-12)
+        assert_allclose(
+            result.getArray(), expected.getArray()[rows.getIndices() - start] + shift * small.getArray(), rtol=1e-12
+        )
 
 
 @pytest.mark.parallel([2, 3])
@@ -224,7 +240,9 @@ def test_a_part_of_the_hessian_and_of_its_riesz_map_is_that_part():
 def test_iterations_do_not_see_the_partition(tao_type):
     """Against the whole mesh on each rank alone; few iterations, in which round-off does not grow much."""
     options = {"tao_type": tao_type, "tao_max_it": 3}
-    together, alone = (train(problem(weight=0.1, alone=a), options, bounds=BOUNDS, monitor=_silent).values for a in (False, True))
+    together, alone = (
+        train(problem(weight=0.1, alone=a), options, bounds=BOUNDS, monitor=_silent).values for a in (False, True)
+    )
     assert_allclose(together, alone, rtol=1e-9)
 
 

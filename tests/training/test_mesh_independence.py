@@ -4,6 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers import label_space, smooth
 from numpy.testing import assert_allclose
 from pyadjoint import Control
 
@@ -13,7 +14,6 @@ from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.training.gradient import train
-from helpers import label_space, smooth
 
 EQUAL = {layers: tuple(np.linspace(0, 1, layers + 1)) for layers in (4, 8, 16)}
 _RANDOM = np.cumsum(np.random.default_rng(3).uniform(0.1, 1, 8))

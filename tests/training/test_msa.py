@@ -5,16 +5,34 @@ import logging
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import label_space, laplace, smooth
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import gathered, learning_problem
 from scipy.optimize import minimize
 
 from fem_resnet import (
-    Batch, Box, Controls, Ellipse, Hamiltonian, LearningProblem, Pair, Points, ResidualNetwork, RowBall, RowBox, SpanBox,
-    extremal_controls, given_basis, least_squares, middle_pairs, msa, raise_rows, raise_span, tikhonov,
+    Batch,
+    Box,
+    Controls,
+    Ellipse,
+    Hamiltonian,
+    LearningProblem,
+    Pair,
+    Points,
+    ResidualNetwork,
+    RowBall,
+    RowBox,
+    SpanBox,
+    extremal_controls,
+    given_basis,
+    least_squares,
+    middle_pairs,
+    msa,
+    raise_rows,
+    raise_span,
+    tikhonov,
 )  # fmt: skip
 from fem_resnet.training.msa import augmented_step, problem_of
-from helpers import label_space, laplace, smooth
-from problems import gathered, learning_problem
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-1.0, 1.0), (-1.0, 1.0))
@@ -31,8 +49,7 @@ def problem(space=("annulus", "CG1"), layers=6, target=1.0, alone=False, **optio
 def inside(result, A):
     Y = result.problem.net.Y
     return all(
-        A.contains(gathered(Y, c.a)[:, None], gathered(Y, c.phi) @ gathered(Y, c.psi).T, 1e-10).all()
-        for c in result.controls
+        A.contains(gathered(Y, c.a)[:, None], gathered(Y, c.phi) @ gathered(Y, c.psi).T, 1e-10).all() for c in result.controls
     )
 
 
@@ -74,9 +91,7 @@ def test_the_wrong_sign_of_the_costate_raises_J():
     away = problem(layers=3, target=5.0)
     J, run = start.record()
     J.derivative()
-    wrong = [
-        extremal_controls(away.net.Y, BOX, Pair(p.f, -p.r, "maximise")).controls for p in middle_pairs(run, "maximise")
-    ]
+    wrong = [extremal_controls(away.net.Y, BOX, Pair(p.f, -p.r, "maximise")).controls for p in middle_pairs(run, "maximise")]
     assert better.value < value < float(problem_of(away, wrong).evaluate()[0])
 
 
@@ -94,9 +109,7 @@ def test_the_augmented_hamiltonian_never_falls(rho):
         new, history = augmented_step(H, pair, controls, extremal, rho)
         assert (np.diff(history) >= 0).all() and len(history) > 1
         assert_allclose(history[0], H(pair, controls), rtol=0, atol=1e-13)
-        penalty = sum(
-            net.Y.sum(net.Y.weights @ (of(pair, new) - of(pair, controls)) ** 2)[0] for of in (H.in_r, H.in_f)
-        )
+        penalty = sum(net.Y.sum(net.Y.weights @ (of(pair, new) - of(pair, controls)) ** 2)[0] for of in (H.in_r, H.in_f))
         assert_allclose(history[-1], H(pair, new) - rho / 2 * penalty, rtol=0, atol=1e-12)
         if rho == 0:
             assert_allclose(H(pair, new), H(pair, extremal), rtol=0, atol=1e-13)
@@ -155,7 +168,9 @@ def test_with_a_head_it_can_be_stopped_and_continued():
     net = stopped.problem.net
     for l, controls in enumerate(stopped.controls):
         assert_array_equal(net.bias.get(l), controls.a)
-        assert_allclose(*(gathered(Y, c.phi) @ gathered(Y, c.psi).T for c in (controls, Controls.of_layer(net, l))), atol=1e-14)
+        assert_allclose(
+            *(gathered(Y, c.phi) @ gathered(Y, c.psi).T for c in (controls, Controls.of_layer(net, l))), atol=1e-14
+        )
     whole = msa(start, Ellipse(), iterations=4, monitor=lambda p: None)
     rest = msa(stopped.problem, Ellipse(), iterations=2, rho=stopped.steps[-1] / 2, monitor=lambda p: None)
     assert_allclose(rest.values, whole.values[2:], rtol=1e-9)
@@ -170,7 +185,9 @@ def test_without_a_monitor_a_line_an_iteration_is_logged_on_rank_0(variant, capl
     lines = [record.getMessage() for record in caplog.records if record.name == "fem_resnet"]
     assert len(lines) == (2 if COMM_WORLD.rank == 0 else 0)
     for number, line in enumerate(lines, start=1):
-        assert line.startswith(f"iteration {number:4d} of 2   J = {result.values[number]:.8e}   step {result.steps[number - 1]:.2e}")
+        assert line.startswith(
+            f"iteration {number:4d} of 2   J = {result.values[number]:.8e}   step {result.steps[number - 1]:.2e}"
+        )
 
 
 @pytest.mark.parallel([2, 3])
@@ -190,9 +207,7 @@ def test_bang_bang_layers_approach_a_relaxed_control():
     A control of the box alone does not: sigma of the mean of u_1, u_2 is another velocity.
     """
     Y = label_space("annulus", "CG1")
-    mixed = [
-        extremal_controls(Y, BOX, Pair(smooth(Y, 1, k), smooth(Y, 1, k + 7), "maximise")).controls for k in (1, 2)
-    ]
+    mixed = [extremal_controls(Y, BOX, Pair(smooth(Y, 1, k), smooth(Y, 1, k + 7), "maximise")).controls for k in (1, 2)]
     f, h = smooth(Y, 1), 1 / 200
 
     def relaxed(f):
@@ -342,7 +357,9 @@ def test_a_start_outside_of_a_set_of_rows_is_refused_or_the_nearest_within_is_ta
 @on_ranks
 def test_the_monitor_is_told_of_the_problem_whose_J_it_is_told():
     seen = []
-    found = msa(problem(layers=2), BOX, iterations=3, monitor=lambda p: seen.append((p, float(p.problem.evaluate()[0]))) and None)
+    found = msa(
+        problem(layers=2), BOX, iterations=3, monitor=lambda p: seen.append((p, float(p.problem.evaluate()[0]))) and None
+    )
     assert len(seen) == found.iterations
     for progress, value in seen:
         assert_allclose(value, progress.value, rtol=1e-14)

@@ -7,7 +7,7 @@ from firedrake import COMM_WORLD
 from helpers import laplace
 from numpy.testing import assert_allclose
 from problems import learning_problem, observations
-from pyadjoint.optimization.tao_solver import PETScVecInterface, RFOperation, ReducedFunctionalMat
+from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalMat, RFOperation
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
 from fem_resnet.learning.head import Head

@@ -5,15 +5,15 @@ import logging
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import laplace, set_smooth
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import directions, learning_problem, network
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet import LearningProblem, Loss, PAMResult, ResidualNetwork, StepFailure, train, train_pam
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes
 from fem_resnet.training.proximal import ProximalFunctional
 from fem_resnet.training.tao import Minimiser
-from helpers import laplace, set_smooth
-from problems import directions, learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -220,7 +220,9 @@ def test_inertial_steps_are_faster_and_j_never_rises_but_the_inequality_does_not
         result = train_pam(problem, inertial=True, iterations=1, start=result, monitor=_silent, **options)
         momenta.append(result.momentum)
     best = train(convex_like(), {"tao_gatol": 1e-7}, monitor=_silent).value
-    print(f"\nJ - min J inertial {result.value - best:.1e}, plain {plain.value - best:.1e}; slack from {result.slacks.min():.1e}")
+    print(
+        f"\nJ - min J inertial {result.value - best:.1e}, plain {plain.value - best:.1e}; slack from {result.slacks.min():.1e}"
+    )
     assert (np.diff(result.values) <= 0).all() and result.slacks.min() < -1e-8
     assert max(momenta) > 2 and min(momenta[5:]) == 1.0, "no restart was seen"
     assert result.values[8] - best < 0.5 * (plain.values[8] - best)

@@ -11,15 +11,24 @@ import numpy as np
 import petsctools
 import pytest
 from firedrake import COMM_WORLD
+from helpers import smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from petsc4py import PETSc
+from problems import CLASSES, learning_problem, network
 
 from fem_resnet import (
-    Basis, Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, least_squares, train, train_pam,
+    Basis,
+    Batch,
+    Head,
+    LabelSpace,
+    LearningProblem,
+    ResidualNetwork,
+    cross_entropy,
+    least_squares,
+    train,
+    train_pam,
 )  # fmt: skip
 from fem_resnet.training.tao import TYPES
-from helpers import smooth
-from problems import CLASSES, learning_problem, network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 alone = COMM_WORLD.size == 1
@@ -142,7 +151,9 @@ def test_the_type_and_the_preconditioner_follow_an_option_with_the_prefix():
 
 
 def test_options_that_are_no_dictionary_are_refused():
-    with pytest.raises(TypeError, match=r"^solver_parameters: a Mapping or None is wanted, str was given; give PETSc's options by name"):
+    with pytest.raises(
+        TypeError, match=r"^solver_parameters: a Mapping or None is wanted, str was given; give PETSc's options by name"
+    ):
         train(problem(), "lmvm")
 
 
@@ -184,9 +195,15 @@ def _falls(values):
 @on_ranks
 @pytest.mark.parametrize(
     "tao_type, kind",
-    [("lmvm", "field"), ("lmvm", "classes"), ("lmvm", "both"), ("ntr", "field"), ("blmvm", "field"), ("bnls", "classes"), ("bncg", "field")][
-        : None if alone else 1
-    ],
+    [
+        ("lmvm", "field"),
+        ("lmvm", "classes"),
+        ("lmvm", "both"),
+        ("ntr", "field"),
+        ("blmvm", "field"),
+        ("bnls", "classes"),
+        ("bncg", "field"),
+    ][: None if alone else 1],
 )
 def test_training_takes_the_same_iterations_in_every_unit_of_length(tao_type, kind):
     """On a disk of radius 1e-6, of one and of the Earth's; until the default tolerances or a looser one are met."""
@@ -196,7 +213,9 @@ def test_training_takes_the_same_iterations_in_every_unit_of_length(tao_type, ki
         bounds = {"kernel": (-2 / length**2, 2 / length**2), "bias": (-1.5, 1.5)} if TYPES[tao_type].bounds else None
         options = {"tao_type": tao_type, "tao_max_it": 8} | _few_krylov_steps(tao_type)
         results.append(train(P, options, bounds=bounds, monitor=lambda p: None))
-        loose = train(in_unit(length, kind), options | {"tao_gttol": 0.2, "tao_max_it": 100}, bounds=bounds, monitor=lambda p: None)
+        loose = train(
+            in_unit(length, kind), options | {"tao_gttol": 0.2, "tao_max_it": 100}, bounds=bounds, monitor=lambda p: None
+        )
         results[-1] = results[-1], loose
     for found, loose in results:
         assert (found.iterations, found.reason) == (results[1][0].iterations, results[1][0].reason)

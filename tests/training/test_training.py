@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 from firedrake import COMM_WORLD
+from helpers import laplace
 from numpy.testing import assert_allclose, assert_array_equal
+from problems import CLASSES, coefficients, learning_problem, network, taping
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from pyadjoint.tape import annotate_tape
 
@@ -20,8 +22,6 @@ from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.time_stepping.stepper import StepFailure
 from fem_resnet.training.gradient import SOLVER_PARAMETERS, TOLERANCES, Progress, train
-from helpers import laplace
-from problems import CLASSES, coefficients, learning_problem, network, taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -168,11 +168,15 @@ def test_a_second_call_goes_on_from_the_first():
 
 
 @on_ranks
-@pytest.mark.parametrize("options", [{}, {"tao_type": "nls"}, {"tao_type": "blmvm"}][: None if COMM_WORLD.size == 1 else 1], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"tao_type": "nls"}, {"tao_type": "blmvm"}][: None if COMM_WORLD.size == 1 else 1], ids=str
+)
 def test_a_monitor_on_any_rank_stops_it_and_another_call_goes_on(options):
     problem, calls = classes(), []
     # One rank alone asks for the stop.
-    stopped = train(problem, options, monitor=lambda p: calls.append(p) or p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1)
+    stopped = train(
+        problem, options, monitor=lambda p: calls.append(p) or p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1
+    )
     assert (stopped.reason, stopped.converged, stopped.iterations, len(calls)) == ("STOPPED", False, 2, 3)
     found = [p.get(k) for p in problem.parameters for k in range(len(p.functions))]
     for found, kept in zip(found, stopped.controls, strict=True):
@@ -453,7 +457,7 @@ def test_options_stand_over_the_defaults_and_leave_them_alone():
     defaults = dict(SOLVER_PARAMETERS)
     given = {"tao_max_it": 2}
     train(classes(), given, monitor=_silent)
-    assert SOLVER_PARAMETERS == defaults and given == {"tao_max_it": 2}
+    assert defaults == SOLVER_PARAMETERS and given == {"tao_max_it": 2}
 
 
 @on_ranks

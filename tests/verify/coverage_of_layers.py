@@ -23,7 +23,12 @@ import fem_resnet.time_stepping.compiled_layer
 import fem_resnet.time_stepping.sequence
 from fem_resnet.compiler import declared
 
-MODULES = [fem_resnet.layers.compiled_stage, fem_resnet.time_stepping.compiled_layer, fem_resnet.time_stepping.sequence, fem_resnet.network.segment]
+MODULES = [
+    fem_resnet.layers.compiled_stage,
+    fem_resnet.time_stepping.compiled_layer,
+    fem_resnet.time_stepping.sequence,
+    fem_resnet.network.segment,
+]
 BEGINS = "/* Stage of a layer, compiled"
 UNCHECKED = """
 #undef PetscCall
@@ -65,7 +70,19 @@ def _compile_into(folder: Path):
             name = folder / f"code{len(made)}"
             name.with_suffix(".c").write_text(text.replace("#include <petscts.h>", "#include <petscts.h>" + UNCHECKED, 1))
             compiler = petsctools.get_petscvariables()["CC"]
-            command = [compiler, *flags, "-O0", "-march=native", "-std=gnu11", "--coverage", "-fPIC", "-shared", "-o", f"{name}.so", f"{name}.c"]
+            command = [
+                compiler,
+                *flags,
+                "-O0",
+                "-march=native",
+                "-std=gnu11",
+                "--coverage",
+                "-fPIC",
+                "-shared",
+                "-o",
+                f"{name}.so",
+                f"{name}.c",
+            ]
             subprocess.run([*command, *libraries], check=True, cwd=folder)
             made[text] = ctypes.CDLL(f"{name}.so")
         return declared(made[text], prototypes)
@@ -101,7 +118,9 @@ def missed_in_c(folder: Path) -> list[str]:
     """Lines of C that were not reached, and those with a branch that was never taken, from the counters in `folder`."""
     counts: dict[tuple[int, str, str], list[int]] = defaultdict(list)
     for data in folder.glob("*.gcda"):
-        subprocess.run(["gcov", "--json-format", "--branch-probabilities", data.name], cwd=folder, capture_output=True, check=True)
+        subprocess.run(
+            ["gcov", "--json-format", "--branch-probabilities", data.name], cwd=folder, capture_output=True, check=True
+        )
     for found in folder.glob("*.gcov.json.gz"):
         for file in json.loads(gzip.decompress(found.read_bytes()))["files"]:
             if not file["file"].endswith(".c"):

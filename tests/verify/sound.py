@@ -2,6 +2,7 @@
 
 import numpy as np
 from firedrake import H1, dx, inner
+from helpers import SPACES, label_space, laplace, smooth
 
 from fem_resnet import (
     Basis,
@@ -19,7 +20,6 @@ from fem_resnet import (
     tikhonov,
 )
 from fem_resnet.label_domain.laplace import laplace_basis
-from helpers import SPACES, label_space, laplace, smooth
 
 METHODS = [
     {},

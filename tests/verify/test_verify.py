@@ -43,7 +43,11 @@ on_ranks = pytest.mark.parallel([1, 2, 3])
 
 @cache
 def _mesh(name):
-    return {"disk": lambda: fd.UnitDiskMesh(2), "annulus": lambda: fd.AnnulusMesh(1, 0.4, 2, 8), "line": lambda: fd.UnitIntervalMesh(9)}[name]()
+    return {
+        "disk": lambda: fd.UnitDiskMesh(2),
+        "annulus": lambda: fd.AnnulusMesh(1, 0.4, 2, 8),
+        "line": lambda: fd.UnitIntervalMesh(9),
+    }[name]()
 
 
 def _waves(Y, samples, seed=0):
@@ -79,7 +83,11 @@ def _fill(parameters, Y, seed):
 
 def _batch(net, samples, targets=None):
     Y = net.Y
-    return Batch(Y.batch(_waves(Y, samples, 3)), Y.batch(_waves(Y, samples, 4)) if targets is None else targets, np.tile([1.0, 2.0, 0.5, 1.5], samples)[:samples])
+    return Batch(
+        Y.batch(_waves(Y, samples, 3)),
+        Y.batch(_waves(Y, samples, 4)) if targets is None else targets,
+        np.tile([1.0, 2.0, 0.5, 1.5], samples)[:samples],
+    )
 
 
 def classes():
@@ -119,7 +127,9 @@ PROBLEMS = {
     "field": field,
     "implicit": lambda: _plain(solver_parameters={"ts_type": "cn"}, bias_in_time="linear", kernel_in_time="linear"),
     "carried": lambda: _plain(("DG", 0), solver_parameters={"ts_type": "dirk"}, kernel_in_time="linear", learn="parameters"),
-    "adapted": lambda: _plain(solver_parameters={"ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-5, "ts_atol": 1e-5}),
+    "adapted": lambda: _plain(
+        solver_parameters={"ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-5, "ts_atol": 1e-5}
+    ),
     "learned": lambda: _plain(learn_factors=True, learn_times=True, learn="parameters"),
     "layers": _plain,
     "times": lambda: _plain(learn_times=True, learn="parameters"),
@@ -251,7 +261,11 @@ def test_the_built_in_problems_reach_every_compiled_path(tmp_path):
 def test_every_number_is_in_the_table_and_in_json():
     report = Report(
         "a title",
-        [Check.of("kind", "good", 1e-12, 1e-10), Check.of("kind", "bad", 2e-3, 1e-6, "a note"), Check.left_out("kind", "other", "a reason")],
+        [
+            Check.of("kind", "good", 1e-12, 1e-10),
+            Check.of("kind", "bad", 2e-3, 1e-6, "a note"),
+            Check.left_out("kind", "other", "a reason"),
+        ],
         [Line("R1", 2, (0.1, 0.05, 0.025), (1e-2, 2.5e-3, 6.25e-4))],
     )
     assert not report.passed and [check.name for check in report.failures] == ["bad"]
@@ -272,7 +286,9 @@ def test_a_number_that_is_none_does_not_pass_and_json_has_no_nan():
 
 def test_rates_of_taylor_tests_are_seen():
     report = verify(built_in)
-    rates = {order: [line.rate for line in report.lines if line.order == order and line.name.startswith("R")] for order in (1, 2, 3)}
+    rates = {
+        order: [line.rate for line in report.lines if line.order == order and line.name.startswith("R")] for order in (1, 2, 3)
+    }
     for order, found in rates.items():
         # One step in front of the asymptotic range may be among them.
         assert len(found) > 4 and abs(np.median(found) - order) < 0.05, (order, found)
@@ -289,7 +305,9 @@ def test_networks_at_zero_with_a_trained_minimum_can_be_verified():
     """All parameters are zero and so are most gradients: derivatives are taken nearby."""
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
     net = ResidualNetwork(*_bases(Y), layers=2)
-    problem = LearningProblem(net, None, fem_resnet.learning.loss.least_squares, None, _batch(net, 2, Y.batch(_waves(Y, 2, 3))))
+    problem = LearningProblem(
+        net, None, fem_resnet.learning.loss.least_squares, None, _batch(net, 2, Y.batch(_waves(Y, 2, 3)))
+    )
     report = verify(problem)
     assert report.passed, "\n" + str(report)
     assert max(np.abs(function.dat.data_ro).max() for function in problem.functions) == 0.0
@@ -304,7 +322,9 @@ def test_confident_classifiers_are_sound(apart, loss, prediction):
     _fill(net.parameters, Y, 3)
     head, labels = Head(_bases(Y)[0], 3, prediction), [1, 1]
     head.mu.set(0, apart * np.array([-0.5, 0.5, -0.5]))
-    problem = LearningProblem(net, head, getattr(fem_resnet.learning.loss, loss), None, Batch(Y.batch(_waves(Y, 2, 3)), labels))
+    problem = LearningProblem(
+        net, head, getattr(fem_resnet.learning.loss, loss), None, Batch(Y.batch(_waves(Y, 2, 3)), labels)
+    )
     assert float(problem.evaluate()[0]) < 1e-3
     report = verify(problem)
     assert report.passed, "\n" + "\n".join(map(str, report.failures))
@@ -313,7 +333,9 @@ def test_confident_classifiers_are_sound(apart, loss, prediction):
 def test_what_is_no_problem_is_refused():
     with pytest.raises(TypeError, match="^problem: a LearningProblem, or a function that makes one"):
         verify(3)
-    with pytest.raises(TypeError, match="^problem: a LearningProblem is wanted, int was given; that is what the function returned"):
+    with pytest.raises(
+        TypeError, match="^problem: a LearningProblem is wanted, int was given; that is what the function returned"
+    ):
         verify(lambda: 3)
     with pytest.raises(ValueError, match="^time_limit: a number > 0 and < 2.14748e.09 is wanted, 0 was given"):
         verify(built_in, time_limit=0)
@@ -343,12 +365,20 @@ def _rank_0_only(patch, owner, name):
 
 def _others_bias(patch):
     made = fem_resnet.parameters.space_basis.BasisCoefficients.pull_back
-    patch.setattr(fem_resnet.parameters.space_basis.BasisCoefficients, "pull_back", lambda self, dual: made(self, dual * (self.Y.comm.rank == 0)))
+    patch.setattr(
+        fem_resnet.parameters.space_basis.BasisCoefficients,
+        "pull_back",
+        lambda self, dual: made(self, dual * (self.Y.comm.rank == 0)),
+    )
 
 
 def _loss_of_rank_0(patch):
     forward = fem_resnet.learning.loss._LossOperator.forward
-    patch.setattr(fem_resnet.learning.loss._LossOperator, "forward", lambda self, arrays, save: forward(self, arrays, save) * (1.0 + 1e-9 * self._Y.comm.rank))
+    patch.setattr(
+        fem_resnet.learning.loss._LossOperator,
+        "forward",
+        lambda self, arrays, save: forward(self, arrays, save) * (1.0 + 1e-9 * self._Y.comm.rank),
+    )
 
 
 def _seen_by_the_partition(patch):
@@ -357,7 +387,9 @@ def _seen_by_the_partition(patch):
 
     def basis(Y, rank):
         found = made(Y, rank)
-        return Basis(Y, found.values * np.where(np.arange(rank) == rank - 1, (-1.0) ** Y.comm.size, 1.0), "laplace", found.eigenvalues)
+        return Basis(
+            Y, found.values * np.where(np.arange(rank) == rank - 1, (-1.0) ** Y.comm.size, 1.0), "laplace", found.eigenvalues
+        )
 
     patch.setattr(fem_resnet.verify.problems, "laplace_basis", basis)
 
@@ -387,21 +419,24 @@ def test_caught_on_ranks(name, monkeypatch, found):
 
 # -- the command -----------------------------------------------------------------------------------------------------
 
-MODULE = '''
+MODULE = """
 from fem_resnet.verify import built_in
 
 
 def problem(comm):
     return built_in(comm)
-'''
+"""
 
-FAULTY = MODULE + '''
+FAULTY = (
+    MODULE
+    + """
 
 import fem_resnet.learning.regulariser
 
 _forward = fem_resnet.learning.regulariser._RegulariserOperator.forward
 fem_resnet.learning.regulariser._RegulariserOperator.forward = lambda self, arrays, save: 2 * _forward(self, arrays, save)
-'''
+"""
+)
 
 
 @pytest.mark.parallel([1, 2])
@@ -412,7 +447,14 @@ def test_command_on_a_saved_network(tmp_path, capsys):
     _fill([*net.parameters, *head.parameters], Y, 3)
     for name, parts in (("net", (net,)), ("both", (net, head))):
         save(tmp_path / f"{name}.h5", *parts)
-        arguments = [str(tmp_path / f"{name}.h5"), "--quick", "--json", str(tmp_path / f"{name}.json"), "--png", str(tmp_path / f"{name}.png")]
+        arguments = [
+            str(tmp_path / f"{name}.h5"),
+            "--quick",
+            "--json",
+            str(tmp_path / f"{name}.json"),
+            "--png",
+            str(tmp_path / f"{name}.png"),
+        ]
         assert main(arguments) == 0
         out = capsys.readouterr().out
         assert ("all passed" in out) == (COMM_WORLD.rank == 0)
@@ -474,7 +516,14 @@ def _environment():
 def test_problem_of_a_network_suits_its_head():
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
     phi, psi = _bases(Y)
-    for onto, prediction in ((3, "softmax"), (3, "identity"), (3, "logistic"), (psi, "softmax"), (psi, "logistic"), (psi, "identity")):
+    for onto, prediction in (
+        (3, "softmax"),
+        (3, "identity"),
+        (3, "logistic"),
+        (psi, "softmax"),
+        (psi, "logistic"),
+        (psi, "identity"),
+    ):
         net, head = ResidualNetwork(phi, layers=1), Head(psi, onto, prediction)
         problem = problem_of(net, head)
         assert np.isfinite(float(problem.evaluate()[0])), (onto, prediction)

@@ -37,16 +37,24 @@ import numpy as np
 
 from fem_resnet.activation.activation import Activation
 from fem_resnet.arguments import choice, instance
+from fem_resnet.costate.trajectory import LayerTrajectory
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import Fixed
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.ranks import same
-from fem_resnet.time_stepping.evolution import Step
 from fem_resnet.theory.spectra.assumptions import (
-    AUTONOMOUS, BELOW, IN_RANGE, LINEAR, NON_NEGATIVE, SIGN, SYMMETRIC, energy_conditions, problem_at_start,
+    AUTONOMOUS,
+    BELOW,
+    IN_RANGE,
+    LINEAR,
+    NON_NEGATIVE,
+    SIGN,
+    SYMMETRIC,
+    energy_conditions,
+    problem_at_start,
 )  # fmt: skip
-from fem_resnet.costate.trajectory import LayerTrajectory
+from fem_resnet.time_stepping.evolution import Step
 
 __all__ = ["EnergyMonitor", "EnergyStatement"]
 

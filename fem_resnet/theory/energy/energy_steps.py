@@ -126,7 +126,7 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
 
 
 def dissipation_ratio(system: SingularSystem) -> float:
-    """kappa = inf (B_s v, v) / |B v|^2; -infinity if R(B) is not R(B^T), infinity for B = 0."""
+    """Kappa = inf (B_s v, v) / |B v|^2; -infinity if R(B) is not R(B^T), infinity for B = 0."""
     instance("system", system, SingularSystem, "singular_system(kernel, beta) makes one")
     if not system.rank:
         return math.inf

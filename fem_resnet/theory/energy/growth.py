@@ -226,7 +226,9 @@ class GrowthMonitor(Fixed):
         norms, values, unmet = self.norms("L2"), None, (f"sup |sigma| is infinite for {self._sigma.name}",)
         if self._sigma.properties.bounded:
             values, unmet = norms[0] + supremum(self._sigma) * self._Y.measure**0.5 * self._elapsed, ()
-        return GrowthBound("bounded", "L2", unmet, values, norms, sampled(self._sigma, "bounded", "non_decreasing", "lipschitz"))
+        return GrowthBound(
+            "bounded", "L2", unmet, values, norms, sampled(self._sigma, "bounded", "non_decreasing", "lipschitz")
+        )
 
     def _proposition(self) -> GrowthBound:
         norms, properties = self.norms("L2"), self._sigma.properties
@@ -290,7 +292,7 @@ class GrowthMonitor(Fixed):
 
 
 def supremum(activation: Activation) -> float:
-    """sup |sigma| of a bounded activation: of an expression by interval arithmetic, else its limits or values, from above.
+    """Sup |sigma| of a bounded activation: of an expression by interval arithmetic, else its limits or values, from above.
 
     Raises
     ------
@@ -351,7 +353,7 @@ class GrowthFit:
 
     @property
     def verdicts(self) -> list[str]:
-        """"exponential", "power" or "not decided", one a sample."""
+        """ "exponential", "power" or "not decided", one a sample."""
         return [
             "exponential" if value >= MARGIN else "power" if value <= -MARGIN else "not decided" for value in self.in_favour
         ]

@@ -204,7 +204,10 @@ def compress(
         largest_rank=largest_rank, confidence=confidence, seed=seed, solver_parameters=solver_parameters,
         options_prefix=options_prefix,
     )  # fmt: skip
-    tolerance, confidence = number("tolerance", tolerance, above=0, below=1), number("confidence", confidence, above=0, below=1)
+    tolerance, confidence = (
+        number("tolerance", tolerance, above=0, below=1),
+        number("confidence", confidence, above=0, below=1),
+    )
     largest_rank, seed = integer("largest_rank", largest_rank), integer("seed", seed, least=0)
     affordable = integer("affordable", affordable, least=0)
     options = checked_options(solver_parameters), checked_prefix(options_prefix)
@@ -229,9 +232,7 @@ def _of_factors(kernel: LowRankKernel, beta, tolerance: float, largest_rank: int
     r = _rank(s, tail, tolerance, largest_rank)
     rest = KernelError(tail[r], tail[r])
     operator = s[r] if r < s.size else 0.0
-    return _compression(
-        "factors", spaces, [q[:, :r] for q in Q], s[:r], tail[0], rest, KernelError(operator, operator), 0
-    )
+    return _compression("factors", spaces, [q[:, :r] for q in Q], s[:r], tail[0], rest, KernelError(operator, operator), 0)
 
 
 def _decomposed(
@@ -278,7 +279,15 @@ def _rank(s: np.ndarray, tail: np.ndarray, tolerance: float, largest_rank: int, 
 
 
 def _compression(
-    method, spaces, factors, singular_values, norm, hilbert_schmidt, operator, evaluations, confidence=None,
+    method,
+    spaces,
+    factors,
+    singular_values,
+    norm,
+    hilbert_schmidt,
+    operator,
+    evaluations,
+    confidence=None,
     exceeded=None,
 ) -> Compression:
     kernel = LowRankKernel(*(Basis(Y, values, "given") for Y, values in zip(spaces, factors)))
@@ -326,9 +335,7 @@ def _of_all_values(b: KernelValues, tolerance, largest_rank, parameters: dict, p
     for matrix in (A, rest):
         matrix.destroy()
     factors = [left / roots[0][:, None], right / roots[1][:, None]]
-    return _compression(
-        "svd", (Y, Z), factors, s[:r], norm, hilbert_schmidt, operator, Y.comm.allreduce(b.evaluations)
-    )
+    return _compression("svd", (Y, Z), factors, s[:r], norm, hilbert_schmidt, operator, Y.comm.allreduce(b.evaluations))
 
 
 def _subtract(A: PETSc.Mat, s: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
@@ -397,7 +404,15 @@ def _of_crosses(b: KernelValues, tolerance, largest_rank, confidence, seed) -> C
     exceeded = float(np.abs(residual).max()), float(-np.log1p(-each) / residual.size)
     stated = KernelError(error)
     return _compression(
-        "cross", spaces, factors, s[:r], norm, stated, stated, spaces[0].comm.allreduce(b.evaluations), confidence,
+        "cross",
+        spaces,
+        factors,
+        s[:r],
+        norm,
+        stated,
+        stated,
+        spaces[0].comm.allreduce(b.evaluations),
+        confidence,
         exceeded,
     )
 

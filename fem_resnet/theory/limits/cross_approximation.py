@@ -24,9 +24,7 @@ def upper_limit(squares: np.ndarray, confidence: float) -> float:
     """Limit of the mean that a sample of it is taken from, by Student's distribution."""
     if squares.size < 2:
         return np.inf
-    return float(
-        squares.mean() + scipy.stats.t.ppf(confidence, squares.size - 1) * squares.std(ddof=1) / squares.size**0.5
-    )
+    return float(squares.mean() + scipy.stats.t.ppf(confidence, squares.size - 1) * squares.std(ddof=1) / squares.size**0.5)
 
 
 class CrossApproximation:

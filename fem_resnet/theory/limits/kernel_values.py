@@ -38,8 +38,7 @@ class Nodes:
         self.Y = Y
         self.places = places
         low, minus_high = (
-            np.min(Y.comm.allgather((sign * places.astype(float)).min(axis=0, initial=np.inf)), axis=0)
-            for sign in (1, -1)
+            np.min(Y.comm.allgather((sign * places.astype(float)).min(axis=0, initial=np.inf)), axis=0) for sign in (1, -1)
         )
         # As in `node_numbers`: round-off in coordinates must decide nothing.
         extent = (-minus_high - low).max() or 1.0
@@ -180,7 +179,7 @@ class KernelValues:
         together(self._comm, lambda: self._evaluated(np.tile(y, (2, 1, 1)), np.tile(z, (1, 3, 1))))
 
     def block(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """b at all pairs of places, (m, d) and (n, d) to (m, n). Collective."""
+        """B at all pairs of places, (m, d) and (n, d) to (m, n). Collective."""
         values = together(self._comm, lambda: self._block(y, z))
         self.evaluations += values.size
         return self._finite(values)
@@ -196,7 +195,7 @@ class KernelValues:
         return values
 
     def pairs(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """b at pairs of places, (m, d) and (m, d) to (m,), the same on all ranks. Collective."""
+        """B at pairs of places, (m, d) and (m, d) to (m,), the same on all ranks. Collective."""
         self.evaluations += len(y) if self.y.Y.comm.rank == 0 else 0
         return self._finite(together(self._comm, lambda: self._evaluated(y, z) if len(y) else np.empty(0)))
 
@@ -251,6 +250,7 @@ def _of_ufl(expression, y, z) -> Callable:
     places = [fd.Function(fd.VectorFunctionSpace(cells, "DG", 0, dim=X.ufl_shape[0])) for X in (y, z)]
     value = fd.Function(fd.FunctionSpace(cells, "DG", 0))
     replaced = ufl.replace(expression, dict(zip((y, z), places)))
+
     def b(y: np.ndarray, z: np.ndarray) -> np.ndarray:
         shape = np.broadcast_shapes(y.shape[:-1], z.shape[:-1])
         flat = [np.broadcast_to(x, (*shape, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (y, z)]

@@ -114,9 +114,7 @@ def depth_limit(
         errors = []
         for steps in counts:
             run = net.replace(steps=int(steps)).run(initial)
-            errors.append(
-                max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers))
-            )
+            errors.append(max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers)))
     return Convergence(np.diff(net.times).max() / counts, np.array(errors))
 
 

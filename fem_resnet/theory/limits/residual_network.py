@@ -120,7 +120,9 @@ def from_network(
     times = np.append(0.0, np.cumsum(np.broadcast_to(tau, layers)))
     options = {"solver_parameters": EULER} | options
     if options.get("gradient_flow"):
-        raise ValueError("gradient_flow: layers (2.1), z + tau sigma(a - B z), are wanted; make a ResidualNetwork of such a flow")
+        raise ValueError(
+            "gradient_flow: layers (2.1), z + tau sigma(a - B z), are wanted; make a ResidualNetwork of such a flow"
+        )
     net = ResidualNetwork(
         cells,
         times=times,

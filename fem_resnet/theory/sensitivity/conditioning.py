@@ -242,7 +242,9 @@ class LinearisedFlow(OnMesh):
         inputs, Y = self._layers[self._layer(layer)], self.net.Y
         r = real_array("r", r, (Y.nodes, "samples"), comm=Y.comm)
         if r.shape[1] not in (1, self.states[0].shape[1]):
-            raise ValueError(f"r: one sample, or as many as f has, {self.states[0].shape[1]}, are wanted, {r.shape[1]} were given")
+            raise ValueError(
+                f"r: one sample, or as many as f has, {self.states[0].shape[1]}, are wanted, {r.shape[1]} were given"
+            )
         if self.net.gradient_flow:
             r = inputs.factors.apply(inputs.beta.coefficients(0.0), r)
         return self.slope(layer) * r

@@ -171,7 +171,7 @@ def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
 
 
 def _rates(lipschitz: float, norms: np.ndarray, power: int) -> np.ndarray:
-    """sup sigma' norm(B), or its square's: 0 where B = 0, be sigma' bounded or not."""
+    """Sup sigma' norm(B), or its square's: 0 where B = 0, be sigma' bounded or not."""
     return np.where(norms > 0, lipschitz, 0.0) * norms**power
 
 
@@ -185,7 +185,11 @@ def _why(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
         return f"{net.activation.name} decreases somewhere, so that only the norm of B bounds them"
     if not falls:
         return "only the norm of B bounds solutions of f_t = sigma(a - B f) with this kernel"
-    what = "the gradient flow contracts in L2" if net.gradient_flow else "B = B^T >= 0 and a are constant in time, norm(B^(1/2) .) falls"
+    what = (
+        "the gradient flow contracts in L2"
+        if net.gradient_flow
+        else "B = B^T >= 0 and a are constant in time, norm(B^(1/2) .) falls"
+    )
     if short.all():
         return f"{what}, and steps are short enough for the method's radius {R:.4g}"
     if R == 0:

@@ -126,7 +126,9 @@ def duhamel(
     """
     net = trajectory.net
     own = [*net.bias.functions, *net.kernel.functions]
-    for direction in instance("directions", directions, Sequence, "one Function each of net.bias.functions and net.kernel.functions"):
+    for direction in instance(
+        "directions", directions, Sequence, "one Function each of net.bias.functions and net.kernel.functions"
+    ):
         instance("directions", direction, fd.Function)
     spaces = [function.function_space() for function in own]
     if [d.function_space() for d in directions] != spaces:
@@ -265,7 +267,7 @@ class _Linearised:
         return -slope * layer.inputs.factors.apply(layer.beta(t), w)
 
     def advance(self, layer: LayerTrajectory, w: np.ndarray, start: float, end: float, steps: int = 1) -> np.ndarray:
-        """w at the time `end` inside of a layer."""
+        """W at the time `end` inside of a layer."""
         self._layer, self._start = layer, start
         return self._stepper.solve(w, end - start, steps)[-1]
 

@@ -224,7 +224,9 @@ def _rates(net: ResidualNetwork, substep: _Substep, iterates: list[np.ndarray]) 
     if net.gradient_flow:
         phi, psi = layer.factors.phi, layer.factors.psi
         seen = phi.project(np.stack(found, axis=1).reshape(net.Y.nodes, -1)).reshape(phi.rank, len(found), _POINTS, -1)
-        turned = np.stack([np.einsum("ij,iks->jks", layer.beta.coefficients(s), seen[:, :, p]) for p, s in enumerate(fractions)], 2)
+        turned = np.stack(
+            [np.einsum("ij,iks->jks", layer.beta.coefficients(s), seen[:, :, p]) for p, s in enumerate(fractions)], 2
+        )
         moved = (psi.values @ turned.reshape(psi.rank, -1)).reshape(net.Y.nodes, len(found), _POINTS, -1)
         found = [moved[:, k] for k in range(len(found))]
     return found

@@ -284,7 +284,9 @@ def _on_constraints(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence
     texts = []
     if layers[-1].grown > BY_DEPTH or layers[0].gradient_grows > BY_DEPTH:
         if 0 < lipschitz < np.inf:
-            largest, mean = (value ** (1 / flow.power) for value in (np.log(BY_DEPTH) / (lipschitz * T), flow.exponent() / (lipschitz * T)))
+            largest, mean = (
+                value ** (1 / flow.power) for value in (np.log(BY_DEPTH) / (lipschitz * T), flow.exponent() / (lipschitz * T))
+            )
             texts.append(
                 f"norm(b) <= {largest:.3g} in L2(Y x Y), now {mean:.3g} on average over t, "
                 f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5){sampled(net.activation, 'lipschitz')}; Tikhonov's "

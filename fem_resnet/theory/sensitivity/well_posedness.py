@@ -180,7 +180,7 @@ def drift_constant(net: ResidualNetwork) -> float:
 
 
 def lipschitz_constant(net: ResidualNetwork) -> float:
-    """sup |sigma'|; ValueError where there is none."""
+    """Sup |sigma'|; ValueError where there is none."""
     lipschitz = net.activation.properties.lipschitz
     if not np.isfinite(lipschitz):
         raise ValueError(f"net: {net.activation.name} is not Lipschitz, so that Assumption 1 does not hold")

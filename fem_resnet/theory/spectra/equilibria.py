@@ -238,7 +238,7 @@ class Equilibria:
 
 
 def _inverse(problem: AutonomousProblem, values: np.ndarray) -> np.ndarray:
-    """v with sigma(v) = c values, the largest c <= 1 for which |v| <= 100; sigma increases, sigma(0) = 0."""
+    """V with sigma(v) = c values, the largest c <= 1 for which |v| <= 100; sigma increases, sigma(0) = 0."""
     sigma, comm = problem.activation, problem.Y.comm
     far = np.where(values < 0, -_FAR, _FAR)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -118,7 +118,7 @@ class SingularSystem:
 
     @property
     def symmetric_minimum(self) -> float:
-        """inf (B f, f) over |f| = 1: 0 at most where the phi_k and psi_l do not span all of V."""
+        """Inf (B f, f) over |f| = 1: 0 at most where the phi_k and psi_l do not span all of V."""
         spanned = self.symmetric_eigenvalues.size == self.kernel.phi.Y.size
         return float(min(self.symmetric_eigenvalues.min(initial=np.inf), np.inf if spanned else 0.0))
 

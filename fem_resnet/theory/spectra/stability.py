@@ -240,7 +240,10 @@ def _of_gradient_flow(steady: SteadyStates, slope: float, rate: float) -> tuple[
         return "stable", "B = 0, so that every f is a steady state"
     # S is an integral with sigma'(u) >= 0, that of orthonormal functions.
     if slope > system.rank * _NO_SLOPE * _finite(problem.activation.properties.lipschitz):
-        return "asymptotically stable", f"min eig(D S D) = {rate:.3g}, S >= {slope:.3g}: exponentially, S being positive{convex}"
+        return (
+            "asymptotically stable",
+            f"min eig(D S D) = {rate:.3g}, S >= {slope:.3g}: exponentially, S being positive{convex}",
+        )
     why = "sigma' is not one number there" if np.isnan(slope) else f"S >= {slope:.1g}, zero up to round-off"
     return "stable", f"{why}, but int Sigma(u) is convex, so that no two solutions part{convex}"
 
@@ -365,8 +368,10 @@ def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float |
     problem, system = steady.problem, steady.problem.system
     slopes, values = _slopes(steady), problem.read(perturbation, "perturbation")
     if not np.isfinite(slopes).all():
-        what = f"there is no steady state: {steady.reason}" if problem.gradient_flow and not steady.exist else (
-            f"{problem.activation.name} has no slope where it vanishes, so there is no linearisation"
+        what = (
+            f"there is no steady state: {steady.reason}"
+            if problem.gradient_flow and not steady.exist
+            else (f"{problem.activation.name} has no slope where it vanishes, so there is no linearisation")
         )
         raise ValueError(f"net: {what}")
     if problem.gradient_flow:
@@ -378,8 +383,7 @@ def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float |
         slope, onto = slopes, system.gram.T @ vectors
     if system.rank and not (np.linalg.cond(onto) < _WORST_BASIS and np.linalg.cond(vectors) < _WORST_BASIS):
         raise ValueError(
-            f"net: B has no basis of eigenfunctions to compute with; smallest singular value of T "
-            f"{system.gram_minimum:.1e}"
+            f"net: B has no basis of eigenfunctions to compute with; smallest singular value of T {system.gram_minimum:.1e}"
         )
     # (psi, w) = T^T X c for the part of w in R(B), sum_l c_l v_l; the rest has (psi, w_0) = 0. Of a gradient flow it is X c.
     c = np.linalg.solve(onto, system.right_coefficients(values).astype(complex))

@@ -137,7 +137,7 @@ class SteadyStates:
 
     @property
     def rest(self) -> np.ndarray:
-        """u = a - B f of the steady states of a gradient flow in which sigma(u) is not 0, shape (nodes, 1)."""
+        """U = a - B f of the steady states of a gradient flow in which sigma(u) is not 0, shape (nodes, 1)."""
         return _argument(self.problem, self.minimiser)
 
     @cached_property
@@ -321,12 +321,12 @@ def _scale(problem: AutonomousProblem, zeros: tuple[float, float]) -> float:
 
 
 def _excess(u: np.ndarray, zeros: tuple[float, float]) -> np.ndarray:
-    """u minus the nearest number in [low, high]."""
+    """U minus the nearest number in [low, high]."""
     return u - np.clip(u, *zeros)
 
 
 def _argument(problem: AutonomousProblem, c: np.ndarray) -> np.ndarray:
-    """u = a - B f, shape (nodes, 1), for the f with (psi_l, f) = c_l."""
+    """U = a - B f, shape (nodes, 1), for the f with (psi_l, f) = c_l."""
     system = problem.system
     return problem.bias[:, None] - system.left_values((system.values * c)[:, None])
 
@@ -394,7 +394,7 @@ class _NearestOfInterval:
         return self._signs * (self._ends - _argument(self._problem, c)[:, 0])
 
     def _transposed(self, x: np.ndarray) -> np.ndarray:
-        """sum over rows of sign A^T M x, shape (r,)."""
+        """Sum over rows of sign A^T M x, shape (r,)."""
         system = self._problem.system
         return system.values * system.left_coefficients((self._signs * x).sum(axis=0)[:, None])[:, 0]
 

@@ -7,14 +7,19 @@ import math
 
 import numpy as np
 import pytest
+from helpers import laplace, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    EnergyMonitor, ResidualNetwork, dissipation_ratio, energy_conditions, energy_step_limit, follow_trajectory,
+    EnergyMonitor,
+    ResidualNetwork,
+    dissipation_ratio,
+    energy_conditions,
+    energy_step_limit,
+    follow_trajectory,
     get_activation,
 )  # fmt: skip
 from fem_resnet.theory.spectra.autonomous import autonomous_problem
-from helpers import laplace, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

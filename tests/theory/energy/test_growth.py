@@ -7,14 +7,21 @@ import firedrake as fd
 import numpy as np
 import pytest
 import sympy
+from helpers import laplace, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    Activation, Basis, GrowthMonitor, LabelSpace, ResidualNetwork, fit_growth, follow_trajectory, get_activation,
+    Activation,
+    Basis,
+    GrowthMonitor,
+    LabelSpace,
+    ResidualNetwork,
+    fit_growth,
+    follow_trajectory,
+    get_activation,
     given_basis,
 )  # fmt: skip
 from fem_resnet.theory.energy.growth import MARGIN, supremum
-from helpers import laplace, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -138,9 +145,7 @@ def test_norms_of_coefficients_that_depend_on_time_are_integrated():
     """a and b linear within layers, against the integrals by hand; from above where |b| has a kink."""
     phi = laplace("sphere", "CG1", 1)
     measure = phi.Y.measure
-    net = ResidualNetwork(
-        phi, times=(0.0, 0.5, 2.0), activation="relu", bias_in_time="linear", kernel_in_time="linear"
-    )
+    net = ResidualNetwork(phi, times=(0.0, 0.5, 2.0), activation="relu", bias_in_time="linear", kernel_in_time="linear")
     for k, (a, beta) in enumerate([(1.0, 0.2), (3.0, 0.6), (2.0, 0.4)]):
         net.bias.set(k, a + np.zeros(phi.Y.nodes))
         net.kernel.set(k, [[beta]])

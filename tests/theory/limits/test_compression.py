@@ -9,8 +9,16 @@ import pytest
 from helpers import label_space, laplace
 from problems import gathered, polynomials
 
-from fem_resnet import Compression, LabelSpace, LowRankKernel, ResidualNetwork, cell_indicators, compress
-from fem_resnet import from_network, point_space
+from fem_resnet import (
+    Compression,
+    LabelSpace,
+    LowRankKernel,
+    ResidualNetwork,
+    cell_indicators,
+    compress,
+    from_network,
+    point_space,
+)
 from fem_resnet.label_domain.basis import node_numbers
 from fem_resnet.theory.limits.cross_approximation import upper_limit
 from fem_resnet.theory.limits.kernel_values import KernelValues, draw_pairs
@@ -185,7 +193,9 @@ def test_the_stated_error_holds_for_25_seeds(b, tolerance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", [("sphere", "DG0", 2), ("disk", "DG0", 3), ("annulus", "CG1", 1)], ids=str)
-@pytest.mark.parametrize("b, tolerance", [(gauss, 1e-1), (gauss, 1e-3), (lopsided, 1e-1), (lopsided, 1e-2), (lopsided, 1e-3), (bump, 1e-2)])
+@pytest.mark.parametrize(
+    "b, tolerance", [(gauss, 1e-1), (gauss, 1e-3), (lopsided, 1e-1), (lopsided, 1e-2), (lopsided, 1e-3), (bump, 1e-2)]
+)
 def test_the_stated_error_holds_for_200_seeds(b, tolerance, space):
     """Confidence 0.99: 2 of 200 are allowed; with the factor none is seen."""
     assert sum(part > 1 for part in exceeded(b, tolerance, range(200), label_space(*space))) <= 2
@@ -194,7 +204,9 @@ def test_the_stated_error_holds_for_200_seeds(b, tolerance, space):
 def test_a_tolerance_that_is_not_known_to_be_met_is_an_error(monkeypatch):
     """It was a line in the log, and the kernel was returned."""
     monkeypatch.setattr("fem_resnet.theory.limits.compression.FACTOR", 100.0)
-    wanted = r"^compress: at rank \d+ the error is only known to be below [0-9.]+ of the norm, with confidence 0.99; 0.01 is wanted"
+    wanted = (
+        r"^compress: at rank \d+ the error is only known to be below [0-9.]+ of the norm, with confidence 0.99; 0.01 is wanted"
+    )
     with pytest.raises(RuntimeError, match=wanted):
         compress(gauss, 1e-2, label_space("annulus", "DG0"), affordable=0)
 
@@ -340,7 +352,11 @@ def test_a_dense_layer_of_arrays_becomes_a_layer_of_low_rank():
     found = compress(dense.learned_factors(), 0.05, beta=dense.kernel.get(0))
     assert found.rank == 2
     small = ResidualNetwork(
-        found.kernel.phi, found.kernel.psi, kernel_in_time="shared", bias_in_time="shared", layers=5,
+        found.kernel.phi,
+        found.kernel.psi,
+        kernel_in_time="shared",
+        bias_in_time="shared",
+        layers=5,
         solver_parameters={"ts_rk_type": "1fe"},
     )
     small.kernel.set(0, found.beta)

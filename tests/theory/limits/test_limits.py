@@ -18,8 +18,19 @@ from pyadjoint import ReducedFunctional
 from scipy.integrate import solve_ivp
 from scipy.sparse.linalg import svds
 
-from fem_resnet import Basis, LabelSpace, ResidualNetwork, compress, depth_limit, from_network, laplace_basis
-from fem_resnet import point_space, state_array, to_network, width_limit
+from fem_resnet import (
+    Basis,
+    LabelSpace,
+    ResidualNetwork,
+    compress,
+    depth_limit,
+    from_network,
+    laplace_basis,
+    point_space,
+    state_array,
+    to_network,
+    width_limit,
+)
 
 #: One on which the ranks differ from each other in what they own.
 on_ranks = pytest.mark.parallel([1, 2])
@@ -198,9 +209,7 @@ def test_coefficients_of_unbounded_variation_converge_more_slowly():
     k = np.arange(2, 1000001)
     integral = np.sum((-1.0) ** k * (np.sqrt(2 / k) - np.sqrt(2 / (k + 1))))
     depths = 4 ** np.arange(2, 9)
-    errors = [
-        np.mean([(np.mean(c(np.arange(M) / M + 1e-13)) - integral) ** 2 for M in primes(L)[:6]]) ** 0.5 for L in depths
-    ]
+    errors = [np.mean([(np.mean(c(np.arange(M) / M + 1e-13)) - integral) ** 2 for M in primes(L)[:6]]) ** 0.5 for L in depths]
     assert abs(slope(1 / depths, errors) - 2 / 3) < 0.15, f"errors {errors}"
 
 
@@ -302,9 +311,7 @@ def _polar(low, n=10):
 def _spherical(n=10):
     c, w = _gauss(n, -1, 1)
     phi, s = 2 * np.pi * np.arange(2 * n) / (2 * n), np.sqrt(1 - c**2)
-    points = np.stack(
-        [np.outer(s, np.cos(phi)), np.outer(s, np.sin(phi)), np.outer(c, np.ones(2 * n))], axis=-1
-    )
+    points = np.stack([np.outer(s, np.cos(phi)), np.outer(s, np.sin(phi)), np.outer(c, np.ones(2 * n))], axis=-1)
     return points.reshape(-1, 3), np.outer(w, np.full(2 * n, np.pi / n)).ravel()
 
 
@@ -578,8 +585,7 @@ def oscillating(n, in_y):
     net = network(Y)
     phi, psi = net.kernel.space_basis.kernel.phi, net.kernel.space_basis.kernel.psi
     factors = [
-        Basis(Y, (s[:, None] if signed else 1) * basis.values, "given")
-        for basis, signed in ((phi, in_y), (psi, not in_y))
+        Basis(Y, (s[:, None] if signed else 1) * basis.values, "given") for basis, signed in ((phi, in_y), (psi, not in_y))
     ]
     other = ResidualNetwork(*factors, layers=1, final_time=T, steps=3, solver_parameters=RK8)
     other.kernel.set(0, net.kernel.get(0))

@@ -44,9 +44,7 @@ def test_a_network_of_arrays_is_one_on_any_partition(which, activation):
     Y = list(partitions())[which]
     a, B, z_0 = random_arrays(Y.size)
     net, initial = from_network(a, B, z_0, Y, tau=TAU, activation=activation)
-    assert_allclose(
-        state_array(Y, net(initial)), residual_network(a, B, z_0, TAU, ACTIVATIONS[activation]), atol=ROUND_OFF
-    )
+    assert_allclose(state_array(Y, net(initial)), residual_network(a, B, z_0, TAU, ACTIVATIONS[activation]), atol=ROUND_OFF)
 
 
 @on_ranks

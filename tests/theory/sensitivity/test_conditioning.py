@@ -5,7 +5,9 @@ from functools import cache
 import firedrake as fd
 import numpy as np
 import pytest
+from helpers import TIMES, label_space, laplace, network, set_smooth, smooth, smooth_direction
 from numpy.testing import assert_allclose
+from problems import taping
 from pyadjoint.tape import get_working_tape
 
 from fem_resnet import (
@@ -20,8 +22,6 @@ from fem_resnet import (
     solve_trajectory,
     weighted_identity,
 )
-from helpers import TIMES, label_space, laplace, network, set_smooth, smooth, smooth_direction
-from problems import taping
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: No repeated eigenvalue is cut.
@@ -187,9 +187,7 @@ def test_functions_that_layers_share_count_once():
     assert flow.basis.rank == 4
     assert_allclose(flow.basis.gram, np.eye(4), rtol=0, atol=1e-13)
     w = batch(net, 3)
-    assert_allclose(
-        net.Y.values(flow.propagator().apply(w)), net.Y.values(flow.tangent(w)), rtol=0, atol=ROUND_OFF
-    )
+    assert_allclose(net.Y.values(flow.propagator().apply(w)), net.Y.values(flow.tangent(w)), rtol=0, atol=ROUND_OFF)
 
 
 # -- singular values -------------------------------------------------------------------------------------------------

@@ -3,16 +3,38 @@
 import numpy as np
 import pytest
 import sympy
-from numpy.testing import assert_allclose
+from helpers import TIMES, label_space, laplace, network, set_smooth, smooth
+from helpers import name as space_name
 from kinds import (
-    FORWARD, GRADIENT, directions_of as directions_with_factors, distances, field_problem as problem, largest, options, pairs, states,
+    FORWARD,
+    GRADIENT,
+    distances,
+    largest,
+    options,
+    pairs,
+    states,
 )  # fmt: skip
+from kinds import (
+    directions_of as directions_with_factors,
+)
+from kinds import (
+    field_problem as problem,
+)
+from numpy.testing import assert_allclose
 
 from fem_resnet import (
-    Activation, Basis, Box, ResidualNetwork, circle_radius, lipschitz_bound, load, pmp_residual, save, solve_trajectory,
+    Activation,
+    Basis,
+    Box,
+    ResidualNetwork,
+    circle_radius,
+    lipschitz_bound,
+    load,
+    pmp_residual,
+    save,
+    solve_trajectory,
     verify,
 )  # fmt: skip
-from helpers import TIMES, label_space, laplace, name as space_name, network, set_smooth, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -83,9 +105,7 @@ def test_every_method_steps_it_to_the_same_solution(method):
     order = FORWARD[method][1]
     exact = states(gradient_flow(steps=16, solver_parameters={"ts_rk_type": "8vr"}))
     steps = 8 if order > 2 else 16
-    errors = [
-        largest(states(gradient_flow(steps=n, solver_parameters=options(method))) - exact) for n in (steps, 2 * steps)
-    ]
+    errors = [largest(states(gradient_flow(steps=n, solver_parameters=options(method))) - exact) for n in (steps, 2 * steps)]
     assert errors[1] < 0.05 and errors[1] < errors[0]
     if order:
         observed = np.log2(errors[0] / errors[1])
@@ -351,9 +371,7 @@ def test_files_and_other_meshes_keep_the_equation(tmp_path):
     net = gradient_flow(basis_for_bias=True)
     save(tmp_path / "net.h5", net)
     loaded, _ = load(tmp_path / "net.h5")
-    moments = [
-        n.Y.sum((smooth(n.Y, 4, seed=2) * n.Y.weights[:, None]).T @ states(n)) for n in (net, loaded)
-    ]
+    moments = [n.Y.sum((smooth(n.Y, 4, seed=2) * n.Y.weights[:, None]).T @ states(n)) for n in (net, loaded)]
     assert loaded.gradient_flow
     assert_allclose(*moments, rtol=0, atol=ROUND_OFF)
     phi = laplace("disk", "CG1", 6)

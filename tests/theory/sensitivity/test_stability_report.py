@@ -7,12 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
+from helpers import laplace, network, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import Basis, LayerStability, LinearisedFlow, ResidualNetwork, stability_report
 from fem_resnet.theory.sensitivity.layer_stability import MORE_STEPS
 from fem_resnet.time_stepping.evolution import FieldStepper
-from helpers import laplace, network, smooth
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 SPACES = [("disk", "CG1"), ("annulus", "DG0"), ("sphere", "CG1")]
@@ -224,9 +224,7 @@ def test_a_sound_network_gets_no_suggestion():
 def test_the_stability_function_is_what_a_step_does(parameters):
     Y = network().Y
     z = np.array([-3.0, -0.5, 1.2])
-    with FieldStepper(
-        Y, 3, lambda moment, y: z * y, lambda moment, y, x: z * x, parameters, None
-    ) as stepper:
+    with FieldStepper(Y, 3, lambda moment, y: z * y, lambda moment, y, x: z * x, parameters, None) as stepper:
         found = stepper.solve(np.ones((Y.nodes, 3)), 1.0, 1)[-1]
         assert_allclose(stepper.scheme.factor(z), found[0], rtol=1e-10)
         assert stepper.scheme.factor(2j).shape == ()

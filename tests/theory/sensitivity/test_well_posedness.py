@@ -4,15 +4,25 @@ import firedrake as fd
 import numpy as np
 import pytest
 import sympy
+from helpers import label_space, laplace, network, smooth
 from numpy.testing import assert_allclose
+from problems import ROUND_DOMAINS, autonomous_network
 from scipy.special import factorial
 
 from fem_resnet import (
-    Activation, Basis, LabelSpace, LowRankKernel, Properties, ResidualNetwork, cell_indicators, integrated_norms, picard,
-    solve_trajectory, stability_estimate, well_posedness_constants,
+    Activation,
+    Basis,
+    LabelSpace,
+    LowRankKernel,
+    Properties,
+    ResidualNetwork,
+    cell_indicators,
+    integrated_norms,
+    picard,
+    solve_trajectory,
+    stability_estimate,
+    well_posedness_constants,
 )  # fmt: skip
-from helpers import label_space, laplace, network, smooth
-from problems import ROUND_DOMAINS, autonomous_network
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])

@@ -7,17 +7,26 @@ import mpmath
 import numpy as np
 import pytest
 import sympy
+from helpers import label_space, laplace, network, smooth
 from numpy.testing import assert_allclose
+from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 
 from fem_resnet import (
-    Activation, Basis, LowRankKernel, ResidualNetwork, autonomous_problem, eigen_expansion, find_equilibria, frozen_spectra,
-    observed_decay, singular_system, stability_verdict,
+    Activation,
+    Basis,
+    LowRankKernel,
+    ResidualNetwork,
+    autonomous_problem,
+    eigen_expansion,
+    find_equilibria,
+    frozen_spectra,
+    observed_decay,
+    singular_system,
+    stability_verdict,
 )  # fmt: skip
 from fem_resnet.label_domain.points import class_space
 from fem_resnet.theory.spectra.frozen_spectra import CAVEAT
 from fem_resnet.theory.spectra.half_planes import count_left, count_left_in_gap
-from helpers import label_space, laplace, network, smooth
-from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 
 on_two_ranks = pytest.mark.parallel([1, 2])
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -120,7 +129,9 @@ def test_a_kernel_on_all_of_a_small_space_may_be_positive_definite():
     """Where phi and psi span all of V, inf (B f, f) is not 0."""
     Y = class_space(3)
     everything = Basis(Y, np.eye(3)[Y.numbers], "given")
-    system = singular_system(LowRankKernel(everything, everything), np.diag([1.0, 2.0, 3.0]) + [[0, 1, 0], [-1, 0, 0], [0, 0, 0]])
+    system = singular_system(
+        LowRankKernel(everything, everything), np.diag([1.0, 2.0, 3.0]) + [[0, 1, 0], [-1, 0, 0], [0, 0, 0]]
+    )
     assert_allclose(system.symmetric_minimum, 1.0)
     assert singular_system(LowRankKernel(everything, everything), np.zeros((3, 3))).rank == 0
 
@@ -305,7 +316,9 @@ def test_where_sigma_has_a_kink_int_Sigma_decides(beta, verdict, reason):
     """(A1) of 3.2 asks for sigma'(0) > 0, which leaky relu has not; s sigma(s) >= 0, (3.4), it has."""
     phi = laplace("sphere", "CG1", 4)
     plane = Basis(phi.Y, phi.values[:, :2], "given")
-    net = autonomous_network(LowRankKernel(plane, plane), beta, 0.0, activation="leaky_relu", layers=60, final_time=120.0, steps=20)
+    net = autonomous_network(
+        LowRankKernel(plane, plane), beta, 0.0, activation="leaky_relu", layers=60, final_time=120.0, steps=20
+    )
     stability = stability_verdict(net)
     assert stability.verdict == verdict and np.isnan(stability.rate) and not stability.theorem_holds
     assert re.search(reason, stability.reason), stability.reason
@@ -338,7 +351,9 @@ def test_the_rate_is_lost_as_the_rank_grows():
     rates = []
     for rank in (1, 2, 3, 4):
         basis = Basis(phi.Y, phi.values[:, :rank], "given")
-        net = autonomous_network(LowRankKernel(basis, basis), np.diag(4.0 ** -np.arange(rank)), layers=60, final_time=240.0, steps=4)
+        net = autonomous_network(
+            LowRankKernel(basis, basis), np.diag(4.0 ** -np.arange(rank)), layers=60, final_time=240.0, steps=4
+        )
         slowest = start(net, 1e-2 * np.eye(rank)[:, -1:])
         assert stability_verdict(net).theorem_holds
         rates.append(observed_decay(net, slowest).rates[0] if rank > 1 else stability_verdict(net).rate)
@@ -358,7 +373,9 @@ def test_a_network_with_limits_behaves_as_the_limit_says(domain):
     assert stability.verdict == "asymptotically stable"
     assert stability_verdict(net, at=0.0).verdict == "unstable"
     problem = stability.problem
-    u = np.array([problem.norms(problem.argument(net.Y.values(f)))[0] for f in net.run(net.Y.batch(0 * net.Y.weights)).states()])
+    u = np.array(
+        [problem.norms(problem.argument(net.Y.values(f)))[0] for f in net.run(net.Y.batch(0 * net.Y.weights)).states()]
+    )
     assert_allclose(np.log(u[-21] / u[-1]) / 10, stability.rate, rtol=1e-2)
 
 
@@ -374,7 +391,9 @@ def test_the_expansion_in_eigenfunctions_is_the_linearised_flow(name, domain):
     w = smooth(net.Y, 2)
     expansion = eigen_expansion(net, net.Y.batch(w))
     T, mu, *_ = VERDICTS[name]
-    linear = autonomous_network(net.kernel.space_basis.kernel, net.kernel.get(0), layers=8, final_time=4.0, steps=8, activation="identity")
+    linear = autonomous_network(
+        net.kernel.space_basis.kernel, net.kernel.get(0), layers=8, final_time=4.0, steps=8, activation="identity"
+    )
     for t, state in zip(linear.times, linear.run(net.Y.batch(w)).states()):
         assert_allclose(net.Y.values(expansion(t)), net.Y.values(state), atol=1e-6)  # rk4 with steps of 1/16
     assert_allclose(net.Y.values(expansion(0.0)), w, atol=1e-12)

@@ -4,15 +4,23 @@ import numpy as np
 import pytest
 import scipy.optimize
 import sympy
+from helpers import label_space, laplace, smooth
 from numpy.testing import assert_allclose
+from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 
 from fem_resnet import (
-    ACTIVATIONS, Activation, Basis, LowRankKernel, ResidualNetwork, autonomous_problem, eigen_expansion,
-    find_equilibria, find_steady_states, zero_set,
+    ACTIVATIONS,
+    Activation,
+    Basis,
+    LowRankKernel,
+    ResidualNetwork,
+    autonomous_problem,
+    eigen_expansion,
+    find_equilibria,
+    find_steady_states,
+    zero_set,
 )  # fmt: skip
 from fem_resnet.label_domain.points import class_space
-from helpers import label_space, laplace, smooth
-from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -45,7 +53,7 @@ def dense(kernel, beta):
 def test_where_activations_vanish():
     """(A1) of 3.2 leaves sigma = 0 at 0 alone, or on an interval about it; sigmoid and softplus vanish nowhere."""
     at_zero = ("tanh", "arctan", "elu", "leaky_relu", "identity")
-    expected = {name: (0.0, 0.0) for name in at_zero} | {"relu": (-np.inf, 0.0), "sigmoid": None, "softplus": None}
+    expected = dict.fromkeys(at_zero, (0.0, 0.0)) | {"relu": (-np.inf, 0.0), "sigmoid": None, "softplus": None}
     assert {name: zero_set(sigma) for name, sigma in ACTIVATIONS.items()} == expected
     assert zero_set(Activation.from_sympy(sympy.exp(-(s**2)))) is None
     assert zero_set(Activation.from_sympy(s / (1 + sympy.exp(-s)))) == (0.0, 0.0)
@@ -60,7 +68,9 @@ def test_where_activations_vanish():
 def test_what_of_the_assumptions_on_sigma_does_not_hold_is_named():
     """(A1) of 3.2, and (A2) of 3.2 by what a network is: finite values at finitely many nodes."""
     kernel = kernel_on("disk")
-    unmet = {name: autonomous_problem(autonomous_network(kernel, np.ones((4, 3)), activation=name)).unmet for name in ACTIVATIONS}
+    unmet = {
+        name: autonomous_problem(autonomous_network(kernel, np.ones((4, 3)), activation=name)).unmet for name in ACTIVATIONS
+    }
     assert {name for name, what in unmet.items() if not what} == {"tanh", "arctan", "elu", "identity"}
     assert unmet["relu"] == unmet["leaky_relu"] == ("sigma'(0) > 0",)
     assert unmet["sigmoid"] == unmet["softplus"] == ("s sigma(s) >= 0", "sigma(0) = 0")
@@ -153,7 +163,6 @@ def test_an_activation_that_vanishes_elsewhere_shifts_the_bias():
     steady = find_steady_states(net)
     assert steady.exist
     assert_allclose(net.Y.values(steady.least_norm), phi.values[:, 1:2], atol=1e-9)
-
 
 
 @on_ranks
