@@ -1,8 +1,8 @@
 """What comes from outside: arrays, numbers and names, each checked once, where it enters.
 
 Inside of the package an array is real, finite, float64 and C-contiguous; nothing there looks again. What NumPy would make
-so by leaving something out (an imaginary part, a mask) is refused, and so is what has another shape or range than is
-wanted. Messages name the argument, what is wanted, and what was given.
+so by leaving something out (an imaginary part, a mask) is refused, and so is what has another shape or range
+than expected. Messages name the argument, what is expected, and what was given: `layers: expected an integer >= 0, got -1`.
 
 Values that the ranks hold in parts are checked on all ranks together: what is wrong on one is raised on all.
 """
@@ -46,7 +46,7 @@ def real_array(
     value
         What `numpy.asarray` takes: lists, arrays, what has ``__array__``.
     shape
-        The one that is wanted, any if left out. A length that may be anything from 1 on is None, or what messages call it.
+        The one that is expected; any if left out. A length that may be anything from 1 on is None, or what messages call it.
     comm
         A communicator, on all ranks of which an error is raised alike; then collective.
     least, above
@@ -67,18 +67,18 @@ def real_array(
     array([1., 2., 3.])
     """
 
-    def wanted() -> str:
-        return f"{_range('numbers', least, above)}{_written(shape)} are wanted"
+    def expected() -> str:
+        return f"{_range('numbers', least, above)}{_written(shape)}"
 
     def check() -> np.ndarray:
-        array = _numbers(name, value, wanted, shape, "biuf")
+        array = _numbers(name, value, expected, shape, "biuf")
         with np.errstate(over="ignore"):
             array = np.asarray(array, dtype=float, order="C")
         if finite and not np.isfinite(array).all():
             bad = np.count_nonzero(~np.isfinite(array))
-            raise ValueError(f"{name}: finite {wanted()}, {bad} of {array.size} are not finite")
+            raise ValueError(f"{name}: expected finite {expected()}, {bad} of {array.size} are not finite")
         if array.size and max(least, above) > -np.inf and not (array.min() >= least and array.min() > above):
-            raise ValueError(f"{name}: {wanted()}, the smallest given is {array.min():g}")
+            raise ValueError(f"{name}: expected {expected()}, the smallest given is {array.min():g}")
         return array
 
     return together(comm, check)
@@ -87,32 +87,36 @@ def real_array(
 def integer_array(name: str, value: Any, shape: Shape | None = None, *, comm=None) -> np.ndarray:
     """An array of integers from outside; otherwise as `real_array`."""
 
-    def wanted() -> str:
-        return f"integers{_written(shape)} are wanted"
+    def expected() -> str:
+        return f"integers{_written(shape)}"
 
-    return together(comm, lambda: _numbers(name, value, wanted, shape, "iu"))
+    return together(comm, lambda: _numbers(name, value, expected, shape, "iu"))
 
 
-def _numbers(name: str, value: Any, wanted: Callable[[], str], shape: Shape | None, kinds: str) -> np.ndarray:
+def _numbers(name: str, value: Any, expected: Callable[[], str], shape: Shape | None, kinds: str) -> np.ndarray:
     """`numpy.asarray`, refusing what it would leave out or cannot read, and other shapes and kinds of numbers.
 
-    Most arrays are right: what is wanted is written where one is not.
+    Most arrays are right, so `expected` is written only where one is not.
     """
     if scipy.sparse.issparse(value):
-        raise TypeError(f"{name}: {wanted()}, a sparse {type(value).__name__} was given; .toarray() makes it dense")
+        raise TypeError(f"{name}: expected {expected()}, got a sparse {type(value).__name__}; .toarray() makes it dense")
     if _has_masked(value):
-        raise ValueError(f"{name}: {wanted()}, some of those given are masked; fill them (.filled) or leave them out")
+        raise ValueError(
+            f"{name}: expected {expected()}, some of those given are masked; fill them (.filled) or leave them out"
+        )
     try:
         array = np.asarray(value)
     except Exception as error:  # whatever an object's __array__ raises
-        raise ValueError(f"{name}: {wanted()}, {type(value).__name__} cannot be read as an array: {error}") from error
+        raise ValueError(
+            f"{name}: expected {expected()}, {type(value).__name__} cannot be read as an array: {error}"
+        ) from error
     if shape is not None and not _fits(array.shape, shape):
-        raise ValueError(f"{name}: {wanted()}, shape {array.shape} was given")
+        raise ValueError(f"{name}: expected {expected()}, got shape {array.shape}")
     if array.dtype.kind == "c":
-        raise TypeError(f"{name}: real {wanted()}, complex ones were given; take .real if that is what you mean")
+        raise TypeError(f"{name}: expected real {expected()}, got complex ones; take .real if that is what you mean")
     if array.dtype.kind not in kinds:
         what = type(value).__name__ if array.ndim == 0 else f"{type(value).__name__} with entries of type {array.dtype}"
-        raise TypeError(f"{name}: {wanted()}, {what} was given")
+        raise TypeError(f"{name}: expected {expected()}, got {what}")
     return array
 
 
@@ -125,7 +129,7 @@ def _has_masked(value: Any) -> bool:
 
 def _fits(given: tuple[int, ...], shape: Shape) -> bool:
     return len(given) == len(shape) and all(
-        n == wanted if isinstance(wanted, Integral) else n > 0 for n, wanted in zip(given, shape)
+        n == length if isinstance(length, Integral) else n > 0 for n, length in zip(given, shape)
     )
 
 
@@ -157,7 +161,7 @@ def number(
         and above < given < below
     )
     if not (fits and _is_finite(given)):
-        raise ValueError(f"{name}: {_range('a number', least, above, most, below)} is wanted, {value!r} was given")
+        raise ValueError(f"{name}: expected {_range('a number', least, above, most, below)}, got {value!r}")
     return float(given)
 
 
@@ -176,10 +180,10 @@ def integer(name: str, value: Any, *, least: int = 1, most: float = LARGEST) -> 
     given = _scalar(value)
     if not (isinstance(given, Integral) and not isinstance(given, bool) and least <= given <= most):
         end = np.inf if most == LARGEST else most
-        wanted = "a positive integer" if (least, end) == (1, np.inf) else _range("an integer", least, most=end)
+        expected = "a positive integer" if (least, end) == (1, np.inf) else _range("an integer", least, most=end)
         if most == LARGEST and isinstance(given, Integral) and given > most:
-            wanted += f" of at most {most}"
-        raise ValueError(f"{name}: {wanted} is wanted, {value!r} was given")
+            expected += f" of at most {most}"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return int(given)
 
 
@@ -192,16 +196,16 @@ def flag(name: str, value: Any) -> bool:
         If it is anything else: 0, None, "no".
     """
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: True or False is wanted, {value!r} was given")
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 
 
-def function(name: str, value: Any, wanted: str) -> Callable:
+def function(name: str, value: Any, expected: str) -> Callable:
     """A function from outside, or another object that is called.
 
     Parameters
     ----------
-    wanted
+    expected
         What it is a function of: "a function of prediction and observation".
 
     Raises
@@ -210,7 +214,7 @@ def function(name: str, value: Any, wanted: str) -> Callable:
         If it is called by nobody, or is a class.
     """
     if not callable(value) or isinstance(value, type):
-        raise TypeError(f"{name}: {wanted} is wanted, {value!r} was given")
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
     return value
 
 
@@ -224,7 +228,7 @@ def choice(name: str, value: Any, allowed: Iterable[_T]) -> _T:
     """
     allowed = list(allowed)
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: one of {', '.join(map(repr, allowed))} is wanted, {value!r} was given")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 
@@ -243,10 +247,10 @@ def instance(name: str, value: Any, kind: type[_T] | tuple[type, ...], remedy: s
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
-        article = "an" if wanted[0] in "AEIOUaeiou" else "a"
+        expected = " or ".join("None" if one is type(None) else one.__name__ for one in kinds)
+        article = "an" if expected[0] in "AEIOUaeiou" else "a"
         end = f"; {remedy}" if remedy else ""
-        raise TypeError(f"{name}: {article} {wanted} is wanted, {type(value).__name__} was given{end}")
+        raise TypeError(f"{name}: expected {article} {expected}, got {type(value).__name__}{end}")
     return value
 
 

@@ -61,10 +61,10 @@ class Group:
     def _member(self, name: str, kind: type, what: str) -> Any:
         path = f"{self.name}/{name}"
         if not isinstance(self._group.get(name, getlink=True), h5py.HardLink):
-            raise Wrong(f"{path}: {what} is wanted, and is missing")
+            raise Wrong(f"{path}: expected {what}, and is missing")
         member = self._group[name]
         if not isinstance(member, kind):
-            raise Wrong(f"{path}: {what} is wanted, and is a {type(member).__name__.lower()}")
+            raise Wrong(f"{path}: expected {what}, and is a {type(member).__name__.lower()}")
         self._links.discard(name)
         return member
 
@@ -85,31 +85,31 @@ class Group:
         data = self._member(name, h5py.Dataset, "a dataset")
         wanted = "integers" if dtype == "i" else "float64"
         if data.dtype not in ((np.int32, np.int64) if dtype == "i" else (np.float64,)):
-            raise Wrong(f"{path}: {wanted} are wanted, and it has {data.dtype}")
+            raise Wrong(f"{path}: expected {wanted}, and it has {data.dtype}")
         given = data.shape
         if given is None or len(given) != len(shape) or any(n not in (None, m) for n, m in zip(shape, given)):
             written = ", ".join("any" if n is None else str(n) for n in shape)
-            raise Wrong(f"{path}: shape ({written}) is wanted, and it has {given}")
+            raise Wrong(f"{path}: expected shape ({written}), and it has {given}")
         if data.id.get_create_plist().get_nfilters() or data.is_virtual or data.external or len(data.attrs):
-            raise Wrong(f"{path}: plain numbers are wanted, and it is filtered, virtual, in another file or has attributes")
+            raise Wrong(f"{path}: expected plain numbers, and it is filtered, virtual, in another file or has attributes")
         if data.id.get_storage_size() < data.nbytes:
             raise Wrong(f"{path}: it declares {data.nbytes} bytes, and holds {data.id.get_storage_size()}")
         for part in slices(data):
             if not (part >= least).all() or not (part < below).all() or dtype == "f8" and not np.isfinite(part).all():
                 limits = "finite numbers" if dtype == "f8" else f"integers from {least:g} to {below - 1:g}"
-                raise Wrong(f"{path}: {limits} are wanted, and not all are")
+                raise Wrong(f"{path}: expected {limits}, and not all are")
         return data
 
     def _attribute(self, name: str) -> Any:
         path = f"{self.name}/{name}"
         if name not in self._attributes:
-            raise Wrong(f"{path}: an attribute is wanted, and is missing")
+            raise Wrong(f"{path}: expected an attribute, and is missing")
         self._attributes.discard(name)
         attribute = self._group.attrs.get_id(name)
         if attribute.shape != ():
-            raise Wrong(f"{path}: one value is wanted, and it has shape {attribute.shape}")
+            raise Wrong(f"{path}: expected one value, and it has shape {attribute.shape}")
         if attribute.dtype.kind == "O" and h5py.check_string_dtype(attribute.dtype) is None:
-            raise Wrong(f"{path}: a text or a number is wanted")
+            raise Wrong(f"{path}: expected a text or a number")
         try:
             return self._group.attrs[name]
         except (OSError, ValueError, UnicodeDecodeError) as error:
@@ -121,14 +121,14 @@ class Group:
         if isinstance(value, bytes):
             value = value.decode("ascii", "replace")
         if not isinstance(value, str):
-            raise Wrong(f"{self.name}/{name}: text is wanted, and it is {type(value).__name__}")
+            raise Wrong(f"{self.name}/{name}: expected text, and it is {type(value).__name__}")
         return value
 
     def integer(self, name: str, least: int, most: int) -> int:
         """An attribute that is an integer, or a bool."""
         value = self._attribute(name)
         if not isinstance(value, (np.integer, np.bool_)) or not least <= value <= most:
-            raise Wrong(f"{self.name}/{name}: an integer from {least} to {most} is wanted, and it is {str(value)[:40]}")
+            raise Wrong(f"{self.name}/{name}: expected an integer from {least} to {most}, and it is {str(value)[:40]}")
         return int(value)
 
     def names(self, name: str) -> dict[str, str]:
@@ -139,7 +139,7 @@ class Group:
             if not (isinstance(found, dict) and all(isinstance(part, str) for pair in found.items() for part in pair)):
                 raise pickle.UnpicklingError("it is none")
         except Exception as error:  # whatever a damaged pickle raises
-            raise Wrong(f"{self.name}/{name}: a pickled dictionary of names is wanted: {error}") from error
+            raise Wrong(f"{self.name}/{name}: expected a pickled dictionary of names: {error}") from error
         return found
 
     def element(self, name: str) -> int:
@@ -159,7 +159,7 @@ class Group:
             _check_element(node)
             return components
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise Wrong(f"{self.name}/{name}: a finite element is wanted, and it is {text[:80]!r}: {error}") from error
+            raise Wrong(f"{self.name}/{name}: expected a finite element, and it is {text[:80]!r}: {error}") from error
 
 
 class _Names(pickle.Unpickler):
@@ -268,13 +268,13 @@ def check_meshes(root: Group, name: str) -> tuple[dict[str, tuple[int, h5py.Data
         With the field that is wrong.
     """
     if root.text("dmplex_storage_version") != "3.0.0":
-        raise Wrong("/dmplex_storage_version: 3.0.0 is wanted")
+        raise Wrong("/dmplex_storage_version: expected 3.0.0")
     root.text("petsc_version_git")
     with root.group("topologies") as topologies:
         map_name = "firedrake_mesh_name_topology_name_map"
         of_mesh = topologies.names(map_name)
         if name not in of_mesh:
-            raise Wrong(f"{topologies.name}/{map_name}: the mesh {name!r} is wanted in it")
+            raise Wrong(f"{topologies.name}/{map_name}: expected the mesh {name!r} in it")
         with topologies.group(of_mesh[name]) as topology:
             if "firedrake_extruded" not in topology:
                 plex = _check_base(topology)
@@ -290,7 +290,7 @@ def check_meshes(root: Group, name: str) -> tuple[dict[str, tuple[int, h5py.Data
                     vectors = _check_sections(base, plex, _Layers())
                     base_mesh = _base_mesh(topology, name)
                     if of_mesh.get(base_mesh) != base_name:
-                        raise Wrong(f"{topologies.name}/{map_name}: {base_mesh!r} is wanted in it, with {base_name!r}")
+                        raise Wrong(f"{topologies.name}/{map_name}: expected {base_mesh!r} in it, with {base_name!r}")
                     _check_mesh(base, base_mesh, plex, vectors, of_functions=False)
                 vectors = _check_sections(topology, plex, layers, base=base_name)
                 functions = _check_mesh(topology, name, plex, vectors, of_functions=True)
@@ -320,7 +320,7 @@ def _check_base(topology: Group) -> _Plex:
         group.integer("depth", dimension, dimension)
         order = group.array("permutation", "i", (dimension + 1, 1), 0, dimension + 1)[:, 0]
         if sorted(order) != list(range(dimension + 1)):
-            raise Wrong(f"{group.name}/permutation: the numbers 0 to {dimension} are wanted, each once")
+            raise Wrong(f"{group.name}/permutation: expected the numbers 0 to {dimension}, each once")
         sizes, faces = [], 0
         with group.group("strata") as strata:
             for d in range(dimension + 1):
@@ -330,7 +330,7 @@ def _check_base(topology: Group) -> _Plex:
                     size, below = len(cone_sizes), sizes[-1] if sizes else 0
                     cone = int(cone_sizes[0, 0]) if size else -1
                     if cone not in wanted or any((part != cone).any() for part in slices(cone_sizes)):
-                        raise Wrong(f"{stratum.name}/cone_sizes: all {' or all '.join(map(str, sorted(wanted)))} are wanted")
+                        raise Wrong(f"{stratum.name}/cone_sizes: expected all {' or all '.join(map(str, sorted(wanted)))}")
                     if d == 3 and (cone, faces) not in ((4, 3), (6, 4)):
                         raise Wrong(f"{stratum.name}/cone_sizes: {cone} faces of {faces} edges make no cell")
                     stratum.array("cones", "i", (size * cone, 1), 0, below)
@@ -370,14 +370,14 @@ def _check_sections(
                         with group.group(vector) as holder:
                             block_size = holder.integer("blockSize", 1, 1 << 30)
                             if block is not None and block_size != block:
-                                raise Wrong(f"{holder.name}/blockSize: {block} is wanted, and it is {block_size}")
+                                raise Wrong(f"{holder.name}/blockSize: expected {block}, and it is {block_size}")
                             if size % block_size:
-                                raise Wrong(f"{holder.name}/blockSize: a divisor of {size} is wanted, and it is {block_size}")
+                                raise Wrong(f"{holder.name}/blockSize: expected a divisor of {size}, and it is {block_size}")
                             if vector in vectors:
                                 raise Wrong(f"{holder.name}: there are two vectors of this name")
                             vectors[vector] = block_size, holder.array(vector, "f8", (size,))
     if coordinates is not None and coordinates[1] not in vectors:
-        raise Wrong(f"{topology.name}/coordinatesName: the name of a vector is wanted, and it is {coordinates[1]!r}")
+        raise Wrong(f"{topology.name}/coordinatesName: expected the name of a vector, and it is {coordinates[1]!r}")
     return vectors
 
 
@@ -386,7 +386,7 @@ def _check_section(section: Group, name: str, plex: _Plex, layers: _Layers, of_p
     numbers, block = ([], None) if of_plex else _numbers_of(section, name, len(plex.sizes))
     order = section.array("order", "i", (None, 1) if of_plex else (plex.points, 1), 0, plex.points)
     if not of_plex and not are_all(slices(order), plex.points):
-        raise Wrong(f"{section.name}/order: the numbers of all points are wanted, each once")
+        raise Wrong(f"{section.name}/order: expected the numbers of all points, each once")
     points = len(order)
     with section.group("section") as group:
         for flag in ("hasConstraints", "includesConstraints"):
@@ -401,7 +401,7 @@ def _check_section(section: Group, name: str, plex: _Plex, layers: _Layers, of_p
                     field.integer(flag, 0, 0)
                 field.text("fieldName")
                 if _check_offsets(field, points) != size:
-                    raise Wrong(f"{field.name}/atlasDof: {size} numbers are wanted in all")
+                    raise Wrong(f"{field.name}/atlasDof: expected {size} numbers in all")
                 for component in range(field.integer("fieldComponents", 1, 64)):
                     with field.group(f"component{component}") as part:
                         part.text("componentName")
@@ -435,7 +435,7 @@ def _check_offsets(group: Group, points: int) -> int:
                 yield offset[point] + index - (ends[point] - count[point])
 
     if not are_all(numbers(), size):
-        raise Wrong(f"{group.name}/atlasOff: the numbers 0 to {size - 1} are wanted, each of one point")
+        raise Wrong(f"{group.name}/atlasOff: expected the numbers 0 to {size - 1}, each of one point")
     return size
 
 
@@ -446,7 +446,7 @@ def _check_numbers(group: Group, order: h5py.Dataset, plex: _Plex, wanted: list[
         for start, size, numbers in zip(plex.starts, plex.sizes, wanted):
             right[(number[:, 0] >= start) & (number[:, 0] < start + size)] = numbers
         if (count[:, 0] != right).any():
-            raise Wrong(f"{group.name}/atlasDof: {wanted} numbers a point of each dimension are wanted")
+            raise Wrong(f"{group.name}/atlasDof: expected {wanted} numbers a point of each dimension")
 
 
 def _check_mesh(
@@ -461,7 +461,7 @@ def _check_mesh(
         found = group.text(key)
         if found not in vectors or vectors[found][0] != components:
             raise Wrong(
-                f"{group.name}/{key}: the name of a vector of {components} components is wanted, and it is {found[:80]!r}"
+                f"{group.name}/{key}: expected the name of a vector of {components} components, and it is {found[:80]!r}"
             )
         return vectors[found]
 
@@ -496,7 +496,7 @@ def _check_mesh(
                                         embedded[function] = group.text("firedrake_embedded_function"), components
             for function, (other, components) in embedded.items():
                 if other not in functions or functions[other][0] != components:
-                    raise Wrong(f"{mesh.name}: {other!r}, that holds {function!r}, is wanted with {components} components")
+                    raise Wrong(f"{mesh.name}: expected {other!r}, that holds {function!r} with {components} components")
                 functions[function] = functions.pop(other)
             if spaces_of:
                 raise Wrong(f"{mesh.name}/{listed}: it lists {min(spaces_of)!r}, which is missing")

@@ -124,7 +124,7 @@ def reserve(path: Path, size: int) -> None:
         room = os.statvfs(path)
         code = errno.ENOSPC if room.f_bavail * room.f_frsize < size else 0
     if code:
-        raise OSError(code, f"{os.strerror(code)}: {size / 1e6:.3g} MB are wanted", str(path))
+        raise OSError(code, f"{os.strerror(code)}: {size / 1e6:.3g} MB are needed", str(path))
 
 
 def let_go(path: Path) -> None:

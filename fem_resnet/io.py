@@ -84,7 +84,9 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
     same(comm, path=path)
     on_first(comm, lambda: _check_place(path))
     if head is not None and head.psi.Y is not net.Y:
-        raise ValueError(f"head: it reads {head.psi.Y!r}, the network's label space {net.Y!r} is wanted")
+        raise ValueError(
+            f"head: expected one that reads the network's label space {net.Y!r}, got one that reads {head.psi.Y!r}"
+        )
     if head is not None and head.classes is None and head.Y is not net.Y:
         raise ValueError(f"head: its output is a function on {head.Y!r}; only classes and {net.Y!r} can be saved")
     bases, roles = _bases(net, head)
@@ -139,7 +141,7 @@ def _check_place(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {path.parent} does not exist")
     if path.is_dir():
-        raise IsADirectoryError(f"path: {path} is a folder, the name of a file is wanted")
+        raise IsADirectoryError(f"path: expected the name of a file, and {path} is a folder")
 
 
 def _words(error: BaseException) -> str:
@@ -421,9 +423,9 @@ def _look_at_arrays(group: Group, settings: Mapping[str, Any], functions: Mappin
     def function(name: str, numbers: int | None = None) -> h5py.Dataset:
         block, data = left.pop(name, (0, None))
         if data is None:
-            raise Wrong(f"/{_GROUP}: the function {name!r} is wanted, and is missing")
+            raise Wrong(f"/{_GROUP}: expected the function {name!r}, and is missing")
         if numbers not in (None, block) or numbers is not None and data.size != numbers * nodes:
-            raise Wrong(f"{data.name}: {numbers} numbers at each of {nodes} nodes are wanted, and it has {data.size}")
+            raise Wrong(f"{data.name}: expected {numbers} numbers at each of {nodes} nodes, and it has {data.size}")
         return data
 
     places = function("label_space")
@@ -431,7 +433,7 @@ def _look_at_arrays(group: Group, settings: Mapping[str, Any], functions: Mappin
     of_points = _look_at_numbers(places)
     if any(f"graph_{name}" in group for name in _GRAPH):
         if not of_points:
-            raise Wrong(f"{group.name}/graph_{_GRAPH[0]}: a set of points is wanted with a graph")
+            raise Wrong(f"{group.name}/graph_{_GRAPH[0]}: expected a set of points with a graph")
         _look_at_graph(group, nodes)
     ranks = []
     for index, kind in enumerate(settings["kinds"]):
@@ -444,7 +446,7 @@ def _look_at_arrays(group: Group, settings: Mapping[str, Any], functions: Mappin
     if "cells" in settings["kinds"] and nodes**2 > _MOST_INDICATORS:
         cells = settings["kinds"].index("cells")
         if cells not in roles["phi"] or cells not in roles["psi"]:
-            raise Wrong(f"/{_GROUP}/settings/kinds: indicators of {nodes} cells are wanted for kernels alone")
+            raise Wrong(f"/{_GROUP}/settings/kinds: expected indicators of {nodes} cells for kernels alone")
     stable = stable_kernel_from(network["stable_kernel"])
     for name in ("bias", "kernel"):
         times = get_time_basis(network[f"{name}_in_time"], network["times"])
@@ -483,7 +485,7 @@ def _look_at_numbers(places: h5py.Dataset) -> bool:
         return False
     whole = all((part == np.rint(part)).all() and part.min() >= 0 for part in slices(places))
     if not (whole and are_all(slices(places), places.size)):
-        raise Wrong(f"{places.name}: the numbers of all points are wanted, each once, or -1")
+        raise Wrong(f"{places.name}: expected the numbers of all points, each once, or -1")
     return True
 
 
@@ -494,10 +496,10 @@ def _look_at_graph(group: Group, nodes: int) -> None:
     last = 0
     for part in slices(starts):
         if part[0] < last or (np.diff(part) < 0).any():
-            raise Wrong(f"{starts.name}: numbers that do not fall are wanted")
+            raise Wrong(f"{starts.name}: expected numbers that do not fall")
         last = part[-1]
     if starts[0] != 0 or last != entries:
-        raise Wrong(f"{starts.name}: numbers from 0 to {entries} are wanted")
+        raise Wrong(f"{starts.name}: expected numbers from 0 to {entries}")
 
 
 def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: str) -> tuple[ResidualNetwork, Head | None]:

@@ -53,7 +53,7 @@ def checked_options(given: Mapping | None, name: str = "solver_parameters") -> d
     flat: dict[str, object] = {}
     for key, value in (given or {}).items():
         if not (isinstance(key, str) and _NAME.fullmatch(key)):
-            raise ValueError(f"{name}: names of options are wanted, as 'ksp_rtol' without a hyphen, {key!r} was given")
+            raise ValueError(f"{name}: expected names of options, as 'ksp_rtol' without a hyphen, got {key!r}")
         if isinstance(value, Mapping):
             inner = checked_options(value, name)
             flat |= {f"{key}{'' if key.endswith('_') else '_'}{end}": one for end, one in inner.items()}
@@ -66,13 +66,13 @@ def checked_options(given: Mapping | None, name: str = "solver_parameters") -> d
 def _check_value(name: str, key: str, value: object) -> None:
     of_class = isinstance(value, type) and key.endswith("python_type")
     if not (value is None or isinstance(value, (str, Real)) or of_class):
-        raise TypeError(f"{name}: a string, a number, a bool or None is wanted for {key!r}, {type(value).__name__} was given")
+        raise TypeError(f"{name}: expected a string, a number, a bool or None for {key!r}, got {type(value).__name__}")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return
     if math.isnan(number):
-        raise ValueError(f"{name}: a number is wanted for {key!r}, {value!r} was given")
+        raise ValueError(f"{name}: expected a number for {key!r}, got {value!r}")
 
 
 def checked_prefix(given: str | None, name: str = "options_prefix") -> str | None:
@@ -85,7 +85,7 @@ def checked_prefix(given: str | None, name: str = "options_prefix") -> str | Non
     """
     instance(name, given, (str, NoneType), "such as 'mine_'")
     if given and not _NAME.fullmatch(given):
-        raise ValueError(f"{name}: letters, digits and '_', a letter first, are wanted, such as 'mine_'; {given!r} was given")
+        raise ValueError(f"{name}: expected letters, digits and '_', a letter first, such as 'mine_'; got {given!r}")
     return given
 
 

@@ -90,9 +90,7 @@ def _kind_of_picture(name: str, path: str | Path) -> str:
     kind, known = Path(path).suffix.lower().removeprefix(".") or "png", FigureCanvasAgg.get_supported_filetypes()
     if kind not in known:
         endings = ", ".join(known)
-        raise ValueError(
-            f"{name}: the name of a file that ends with .png, or another of {endings}, is wanted, {path} was given"
-        )
+        raise ValueError(f"{name}: expected the name of a file that ends with .png, or another of {endings}, got {path}")
     return kind
 
 
@@ -117,7 +115,7 @@ def check_files(comm: MPI.Comm, *, json: str | Path | None = None, png: str | Pa
             if not Path(path).absolute().parent.is_dir():
                 raise FileNotFoundError(f"{name}: the folder {Path(path).absolute().parent} does not exist")
             if Path(path).is_dir():
-                raise IsADirectoryError(f"{name}: {path} is a folder, the name of a file is wanted")
+                raise IsADirectoryError(f"{name}: expected the name of a file, and {path} is a folder")
         if png is not None:
             _kind_of_picture("png", png)
 

@@ -271,11 +271,11 @@ def taylor(request):
             found = taylor_test(J, m, h, dJdm=0), taylor_test(J, m, h)
         rates[row][column] = tuple(map(min, found, rates[row].get(column, found)))
         assert abs(found[0] - 1) < (0.05 if second_order else 0.02), (
-            f"{row}, {column}: R0 falls at rate {found[0]:.3f}, 1.00 is wanted"
+            f"{row}, {column}: R0 falls at rate {found[0]:.3f}, expected 1.00"
         )
         for order, rate in enumerate(found[1:], start=1):
             wanted = (1.98, 2.95)[order - 1]
-            assert rate > wanted, f"{row}, {column}: R{order} falls at rate {rate:.3f}, more than {wanted} is wanted"
+            assert rate > wanted, f"{row}, {column}: R{order} falls at rate {rate:.3f}, expected more than {wanted}"
         return found
 
     return taylor

@@ -120,7 +120,7 @@ def test_what_an_evaluation_raises_on_one_rank_ends_training_on_all(make):
 def test_what_is_no_form_on_one_rank_is_refused_on_all():
     loss = functional_loss(lambda p, C: 1.0 if LAST else (p - C) ** 2 * fd.dx)
     problem = LearningProblem(fields().net, None, loss, None, fields().batch)
-    with pytest.raises(TypeError, match="^functional: it returned float; a form without arguments is wanted"):
+    with pytest.raises(TypeError, match="^functional: it returned float; expected a form without arguments"):
         problem.evaluate()
 
 
@@ -133,7 +133,7 @@ def test_what_a_loss_gives_has_the_shape_that_it_should_on_all_ranks(part, wrong
         return given[part](*asked) if not LAST else wrong if isinstance(wrong, str) else np.zeros(wrong)
 
     problem = fields().replace(loss=Loss("mine", **given | {part: bad}))
-    with pytest.raises((TypeError, ValueError), match=f"^{part} of the loss mine: numbers of shape .* are wanted"):
+    with pytest.raises((TypeError, ValueError), match=f"^{part} of the loss mine: expected numbers of shape .*"):
         problem.reduced_functional().derivative()
 
 
@@ -209,7 +209,7 @@ def test_a_training_that_is_continued_is_the_same_on_all_ranks():
     with pytest.raises(ValueError, match="^start: all ranks must give the same"):
         train_pam(classes(), iterations=0, start=first if LAST else other)
     controls = [[c[:-1] if LAST else c for c in block] for block in first.controls]
-    with pytest.raises(ValueError, match="^start: numbers of shape .* are wanted"):
+    with pytest.raises(ValueError, match="^start: expected numbers of shape .*"):
         train_pam(classes(), iterations=0, start=replace(first, controls=controls))
 
 

@@ -430,16 +430,16 @@ def test_numbers_and_names_are_what_they_are():
     assert number("x", np.float32(0.5)) == 0.5 and number("x", np.array(2), above=1, below=3) == 2.0
     assert integer("n", np.int8(3), least=3, most=3) == 3 and choice("c", "a", ("a", "b")) == "a"
     for call, message in [
-        (lambda: number("x", 2, above=0, below=1), "x: a number > 0 and < 1 is wanted, 2 was given"),
-        (lambda: number("x", -1, least=0), "x: a number >= 0 is wanted, -1 was given"),
-        (lambda: number("x", 10**400), "x: a number is wanted"),
-        (lambda: number("x", np.float32(np.inf)), "x: a number is wanted, np.float32(inf) was given"),
-        (lambda: integer("n", 0), "n: a positive integer is wanted, 0 was given"),
-        (lambda: integer("n", 9, most=4), "n: an integer from 1 to 4 is wanted, 9 was given"),
-        (lambda: integer("n", 1.0), "n: a positive integer is wanted, 1.0 was given"),
-        (lambda: choice("c", {}, ("a", "b")), "c: one of 'a', 'b' is wanted, {} was given"),
-        (lambda: real_array("w", [1, -2], least=0), "w: numbers >= 0 are wanted, the smallest given is -2"),
-        (lambda: real_array("w", 1j * np.ones(1)), "w: real numbers are wanted, complex ones were given; take .real"),
+        (lambda: number("x", 2, above=0, below=1), "x: expected a number > 0 and < 1, got 2"),
+        (lambda: number("x", -1, least=0), "x: expected a number >= 0, got -1"),
+        (lambda: number("x", 10**400), "x: expected a number"),
+        (lambda: number("x", np.float32(np.inf)), "x: expected a number, got np.float32(inf)"),
+        (lambda: integer("n", 0), "n: expected a positive integer, got 0"),
+        (lambda: integer("n", 9, most=4), "n: expected an integer from 1 to 4, got 9"),
+        (lambda: integer("n", 1.0), "n: expected a positive integer, got 1.0"),
+        (lambda: choice("c", {}, ("a", "b")), "c: expected one of 'a', 'b', got {}"),
+        (lambda: real_array("w", [1, -2], least=0), "w: expected numbers >= 0, the smallest given is -2"),
+        (lambda: real_array("w", 1j * np.ones(1)), "w: expected real numbers, got complex ones; take .real"),
     ]:
         with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
             call()
@@ -496,10 +496,10 @@ def test_a_batch_of_functions_has_their_node_values_side_by_side():
     elsewhere, sphere = fd.Function(label_space("disk", "DG0").V), fd.Function(label_space("sphere", "CG1").V)
     for wrong, kind, message in [
         (sphere, ValueError, "pictures: it lives on .*, a Function on the mesh"),
-        ([functions[0], elsewhere], ValueError, "pictures: .*DG0.* was given; a Function of .*CG1.* is wanted"),
-        ([functions[0], values[:, 0]], TypeError, "pictures: a Function is wanted, ndarray was given"),
-        ([functions[0], 1.0], TypeError, "pictures: a Function is wanted, float was given"),
-        (fd.Cofunction(Y.V.dual()), TypeError, "pictures: numbers are wanted"),
+        ([functions[0], elsewhere], ValueError, "pictures: got .*DG0.*; expected a Function of .*CG1.*"),
+        ([functions[0], values[:, 0]], TypeError, "pictures: expected a Function, got ndarray"),
+        ([functions[0], 1.0], TypeError, "pictures: expected a Function, got float"),
+        (fd.Cofunction(Y.V.dual()), TypeError, "pictures: expected numbers"),
     ]:
         with pytest.raises(kind, match=f"^{message}"):
             Y.batch(wrong, "pictures")
@@ -597,19 +597,19 @@ REFUSED_SPACES = {
     ),
     "restricted": (
         lambda: fd.RestrictedFunctionSpace(fd.FunctionSpace(disk(), "CG", 1), ["on_boundary"]),
-        "V: a space with all its nodes is wanted, this one is restricted on on_boundary",
+        "V: expected a space with all its nodes, this one is restricted on on_boundary",
     ),
     "of points": (
         lambda: fd.FunctionSpace(fd.VertexOnlyMesh(disk(), [[0.1, 0.2], [-0.3, 0.1]]), "DG", 0),
-        r"V: a mesh of cells is wanted, this one has points alone; point_space\(weights, points\)",
+        r"V: expected a mesh of cells, this one has points alone; point_space\(weights, points\)",
     ),
     "Quadrature": (lambda: fd.FunctionSpace(disk(), "Quadrature", 2), "V: .* has values at points and no functions between"),
     "DG L2": (lambda: fd.FunctionSpace(disk(), "DG L2", 1), "V: the degrees of freedom of .* are no point values"),
     "enriched": (lambda: fd.FunctionSpace(disk(), element("enriched", disk())), "V: the weights of .* add up to"),
-    "mixed": (lambda: fd.FunctionSpace(disk(), "CG", 1) * fd.FunctionSpace(disk(), "DG", 0), "V: a scalar space is wanted"),
-    "tensor": (lambda: fd.TensorFunctionSpace(disk(), "CG", 1), "V: a scalar space is wanted"),
-    "dual": (lambda: fd.FunctionSpace(disk(), "CG", 1).dual(), "V: a FunctionSpace is wanted"),
-    "a Function": (lambda: fd.Function(fd.FunctionSpace(disk(), "CG", 1)), "V: a FunctionSpace is wanted"),
+    "mixed": (lambda: fd.FunctionSpace(disk(), "CG", 1) * fd.FunctionSpace(disk(), "DG", 0), "V: expected a scalar space"),
+    "tensor": (lambda: fd.TensorFunctionSpace(disk(), "CG", 1), "V: expected a scalar space"),
+    "dual": (lambda: fd.FunctionSpace(disk(), "CG", 1).dual(), "V: expected a FunctionSpace"),
+    "a Function": (lambda: fd.Function(fd.FunctionSpace(disk(), "CG", 1)), "V: expected a FunctionSpace"),
     "a flat torus": (lambda: fd.FunctionSpace(flat("torus"), "CG", 1), r"V: cells of its mesh lie on each other.*dim=3"),
     "a flat sphere": (lambda: fd.FunctionSpace(flat("sphere of quadrilaterals"), "DG", 0), "V: cells of its mesh lie on each"),
     "a flat circle": (lambda: fd.FunctionSpace(flat("circle"), "CG", 1), "V: cells of its mesh lie on each other"),
@@ -680,11 +680,11 @@ def test_files_say_what_they_take(tmp_path):
     for arguments, message in [
         (
             (tmp_path / "net.h5", problem.head),
-            "net: a ResidualNetwork is wanted, Head was given; save.path, net, head. wants it second",
+            "net: expected a ResidualNetwork, got Head; save.path, net, head. wants it second",
         ),
-        ((net, problem.head), "net: a ResidualNetwork is wanted"),
-        ((net, net), "path: a str or PathLike is wanted, ResidualNetwork was given"),
-        ((tmp_path / "net.h5", net, net), "head: .*ResidualNetwork was given"),
+        ((net, problem.head), "net: expected a ResidualNetwork"),
+        ((net, net), "path: expected a str or PathLike, got ResidualNetwork"),
+        ((tmp_path / "net.h5", net, net), "head: got .*ResidualNetwork"),
     ]:
         with pytest.raises(TypeError, match=f"^{message}"):
             save(*arguments)

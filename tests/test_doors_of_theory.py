@@ -49,20 +49,20 @@ def test_a_first_argument_that_is_no_network_or_problem_is_refused_whatever_the_
     name, kind = next(iter(inspect.signature(tool).parameters)), {"net": "ResidualNetwork", "problem": "LearningProblem"}
     others = [None] * (tool not in (autonomous_problem, well_posedness_constants, train))
     for wrong in (None, 3, doors_of_theory.phi()):
-        with pytest.raises(TypeError, match=f"^{name}: a {kind[name]} is wanted, {type(wrong).__name__} was given"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a {kind[name]}, got {type(wrong).__name__}"):
             tool(wrong, *others)
 
 
 def test_sets_of_rows_and_hamiltonians_are_made_of_what_they_are_made_of():
     for make in (lambda: RowBox(3, (0, 1), (0, 1)), lambda: RowBall("psi", 1.0)):
-        with pytest.raises(TypeError, match="^psi: a Basis is wanted"):
+        with pytest.raises(TypeError, match="^psi: expected a Basis"):
             make()
-    with pytest.raises(TypeError, match="^Y: a LabelSpace is wanted, Basis was given"):
+    with pytest.raises(TypeError, match="^Y: expected a LabelSpace, got Basis"):
         Hamiltonian(doors_of_theory.phi(), get_activation("tanh"), "minimise")
-    with pytest.raises(TypeError, match="^activation: an Activation is wanted, str was given"):
+    with pytest.raises(TypeError, match="^activation: expected an Activation, got str"):
         Hamiltonian(doors_of_theory.Y(), "tanh", "minimise")
     for raised in (raise_rows, raise_span):
-        with pytest.raises(TypeError, match="^H: a Hamiltonian is wanted, int was given"):
+        with pytest.raises(TypeError, match="^H: expected a Hamiltonian, got int"):
             raised(3, None, None, None)
 
 
@@ -73,5 +73,5 @@ def test_tolerances_that_are_no_numbers_are_refused():
         lambda t: pmp_residual(doors_of_theory.one_sample(), doors_of_theory.box(), tolerance=t),
     ):
         for wrong in (np.nan, np.inf, 1j, "1e-8"):
-            with pytest.raises(ValueError, match="^tolerance: a number >= 0 is wanted"):
+            with pytest.raises(ValueError, match="^tolerance: expected a number >= 0"):
                 call(wrong)

@@ -376,7 +376,7 @@ def test_no_element_of_a_file_runs_code(folder, stolen):
                     f"FiniteElement(open({str(stolen)!r}, 'w').name, triangle, 1)"
                 )
 
-    assert "firedrake_coordinate_element_repr: a finite element is wanted" in _refused(folder, _learned, edit)
+    assert "firedrake_coordinate_element_repr: expected a finite element" in _refused(folder, _learned, edit)
 
 
 OPTIONS = {
@@ -456,7 +456,7 @@ def test_an_expression_of_a_file_is_of_bounded_size(kind, folder):
 
 def test_an_expression_that_could_not_be_read_is_not_described():
     s = sympy.Symbol("s")
-    with pytest.raises(ValueError, match="exponents up to 100 are wanted"):
+    with pytest.raises(ValueError, match="expected exponents up to 100"):
         Activation.from_sympy(sympy.tanh(s) ** 101).description  # noqa: B018
 
 
@@ -640,7 +640,7 @@ def test_where_no_room_can_be_kept_it_is_asked_for(tmp_path, monkeypatch):
     path.write_bytes(b"")
     files.reserve(path, 1000)
     assert path.stat().st_blocks == 0
-    with pytest.raises(OSError, match="No space left on device: 1.15e[+]12 MB are wanted"):
+    with pytest.raises(OSError, match="No space left on device: expected 1.15e[+]12 MB"):
         files.reserve(path, 1 << 60)
 
 

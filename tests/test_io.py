@@ -318,7 +318,7 @@ def test_refuses_to_write_onto_a_folder(tmp_path):
     if COMM_WORLD.rank == 0:
         (tmp_path / "network.h5").mkdir()
     COMM_WORLD.barrier()
-    with pytest.raises(IsADirectoryError, match="^path: .*network.h5 is a folder, the name of a file is wanted"):
+    with pytest.raises(IsADirectoryError, match="^path: expected the name of a file, and .*network.h5 is a folder"):
         save(tmp_path / "network.h5", *_made(_cube_cg1))
 
 
@@ -383,7 +383,9 @@ def test_refuses_a_file_that_was_changed(tmp_path):
 def test_refuses_a_head_of_another_network(tmp_path):
     _, head = _made(_sphere_cg1)
     net, _ = _made(_disk_dg0)
-    with pytest.raises(ValueError, match="^head: it reads .*, the network's label space .* is wanted$"):
+    with pytest.raises(
+        ValueError, match="^head: expected one that reads the network's label space .*, got one that reads .*$"
+    ):
         save(tmp_path / "network.h5", net, head)
     assert not list(tmp_path.iterdir())
 

@@ -93,7 +93,7 @@ def test_values_that_options_cannot_have_are_refused(door):
 @pytest.mark.parametrize("call", [train_once, train_blocks_once, functions, stepped])
 def test_prefixes_are_looked_at(call):
     for wrong in (3, b"mine", ["mine"]):
-        with pytest.raises(TypeError, match="^options_prefix: a str or None is wanted"):
+        with pytest.raises(TypeError, match="^options_prefix: expected a str or None"):
             call({}, options_prefix=wrong)
     for wrong in ("mine_ ", "-mine", "3mine", "my net", "mine\n"):
         with pytest.raises(ValueError, match="^options_prefix: letters, digits"):

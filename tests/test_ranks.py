@@ -167,5 +167,5 @@ def test_equal_arguments_pass_however_they_are_written():
 
 def test_instance_names_what_is_wanted():
     assert instance("x", 3, int) == 3 and instance("x", None, (int, type(None))) is None
-    with pytest.raises(TypeError, match="^x: an int or None is wanted, str was given; write a number$"):
+    with pytest.raises(TypeError, match="^x: expected an int or None, got str; write a number$"):
         instance("x", "3", (int, type(None)), "write a number")

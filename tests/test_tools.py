@@ -1016,7 +1016,7 @@ def test_a_network_that_steps_otherwise_has_the_very_same_parameters():
 
 def test_what_is_no_argument_is_no_change():
     net = network_with()
-    with pytest.raises(TypeError, match="^replace: some of phi, .* are wanted, layers was given"):
+    with pytest.raises(TypeError, match="^replace: expected some of phi, .*, got layers"):
         net.replace(layers=3)
     with pytest.raises(TypeError, match="cost"):
         problem_with().replace(cost=3)

@@ -186,14 +186,14 @@ class Activation:
     def __post_init__(self) -> None:
         instance("name", self.name, str)
         if len(instance("kernels", self.kernels, (tuple, list))) != 4:
-            raise ValueError(f"kernels: sigma, sigma', sigma'' and the primitive are wanted, {len(self.kernels)} were given")
+            raise ValueError(f"kernels: expected sigma, sigma', sigma'' and the primitive, got {len(self.kernels)}")
         for kernel in self.kernels:
             function("kernels", kernel, "a function of s, out and the parameters")
         if not isinstance(self.declared, Properties):
             function("declared", self.declared, "Properties, or a function of the parameters,")
         for pair in instance("parameters", self.parameters, (tuple, list)):
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise TypeError(f"parameters: pairs of a name and a number are wanted, {pair!r} was given")
+                raise TypeError(f"parameters: expected pairs of a name and a number, got {pair!r}")
             number("parameters", pair[1])
         for joint in instance("joints", self.joints, (tuple, list)):
             number("joints", joint)
@@ -363,7 +363,7 @@ class Activation:
 
     def _argument(self, s: ArrayLike) -> Array:
         if isinstance(s, np.ndarray) and s.dtype.kind in "biuf" and not np.can_cast(s.dtype, np.float64):
-            raise TypeError(f"s: numbers that cast safely to float64 are wanted, {s.dtype} was given")
+            raise TypeError(f"s: expected numbers that cast safely to float64, got {s.dtype}")
         return real_array("s", s, finite=False)
 
     @property
@@ -431,9 +431,7 @@ def get_activation(spec: str | Activation | sympy.Expr, **parameters: float) -> 
             )
         return spec
     if not isinstance(spec, str):
-        raise TypeError(
-            f"activation: its name, an Activation, or a SymPy expression in s is wanted, {type(spec).__name__} was given"
-        )
+        raise TypeError(f"activation: expected its name, an Activation, or a SymPy expression in s, got {type(spec).__name__}")
     choice("activation", spec, ACTIVATIONS)
     default = ACTIVATIONS[spec]
     accepted = dict(default.parameters)

@@ -555,18 +555,18 @@ def from_tree(tree: Tree) -> sympy.Basic:
         switches += sum(name in _SWITCH_NAMES for name in names)
         if parts > _MOST_PARTS or switches > _MOST_SWITCHES:
             raise ValueError(
-                f"an expression of at most {_MOST_PARTS} parts, {_MOST_SWITCHES} of them cases, is wanted from a tree"
+                f"expected an expression of at most {_MOST_PARTS} parts, {_MOST_SWITCHES} of them cases from a tree"
             )
         level = [part for whole in lists for part in whole[1:]]
     if level:
-        raise ValueError(f"an expression of at most {_DEEPEST} levels is wanted from a tree")
+        raise ValueError(f"expected an expression of at most {_DEEPEST} levels from a tree")
     return _from_tree(tree)
 
 
 def _from_tree(tree: Tree) -> sympy.Basic:
     if isinstance(tree, bool | int) or isinstance(tree, float) and math.isfinite(tree):
         if isinstance(tree, int) and abs(tree) > _LARGEST:
-            raise ValueError(f"an integer of {tree.bit_length()} bits is no part of an expression: at most 2048 are wanted")
+            raise ValueError(f"an integer of {tree.bit_length()} bits is no part of an expression: expected at most 2048")
         return sympy.sympify(tree)
     if isinstance(tree, str) and tree in _LEAVES:
         return _LEAVES[tree]
@@ -581,14 +581,14 @@ def _from_tree(tree: Tree) -> sympy.Basic:
         if any(not isinstance(part, kind) for part, kind in zip(arguments, cycle(wanted), strict=False)):
             raise TypeError("wrong arguments")
         if tree[0] == "Pow" and arguments[1:] and abs(_as_number(arguments[1])) > _HIGHEST_POWER:
-            raise ValueError(f"exponents up to {_HIGHEST_POWER} are wanted")
+            raise ValueError(f"expected exponents up to {_HIGHEST_POWER}")
         if tree[0] in ("Max", "Min") and len(arguments) > _MOST_COMPARED:
-            raise ValueError(f"at most {_MOST_COMPARED} arguments are wanted")
+            raise ValueError(f"expected at most {_MOST_COMPARED} arguments")
         made = _NODES_BY_NAME[tree[0]](*arguments)
         if any(abs(_as_number(power.exp)) > _HIGHEST_POWER for power in made.atoms(sympy.Pow)):
-            raise ValueError(f"exponents up to {_HIGHEST_POWER} are wanted")
+            raise ValueError(f"expected exponents up to {_HIGHEST_POWER}")
         if any(max(abs(number.p), number.q) > _LARGEST for number in made.atoms(sympy.Rational)):
-            raise ValueError("integers of at most 2048 bits are wanted")
+            raise ValueError("expected integers of at most 2048 bits")
         return made
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{tree!r} is no part of an expression: {error}") from error

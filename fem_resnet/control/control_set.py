@@ -127,7 +127,7 @@ def _broadcast(least: float = -np.inf, **given: ArrayLike) -> tuple[_Array, ...]
         return np.broadcast_arrays(*arrays)
     except ValueError as error:
         shapes = " and ".join(str(array.shape) for array in arrays)
-        raise ValueError(f"{', '.join(given)}: arrays that broadcast are wanted, the shapes are {shapes}") from error
+        raise ValueError(f"{', '.join(given)}: expected arrays that broadcast, the shapes are {shapes}") from error
 
 
 def _parts(positive: ArrayLike, negative: ArrayLike) -> tuple[_Array, _Array]:
@@ -200,12 +200,12 @@ class Polygon(_Vertices):
         edges = np.roll(start, -1, axis=0) - start
         area = _cross(start, np.roll(start, -1, axis=0)).sum() / 2
         if len(start) < 3 or abs(area) <= 1e-14 * size**2:
-            raise ValueError(f"corners: a polygon with an area is wanted, {corners!r} was given; for a few points use Points")
+            raise ValueError(f"corners: expected a polygon with an area, got {corners!r}; for a few points use Points")
         meeting = _meeting(start, edges, 1e-14 * size)
         if meeting.any():
             first, second = (self._points[k].tolist() for k in np.argwhere(meeting)[0])
             raise ValueError(
-                f"corners: a boundary that meets itself nowhere is wanted; the edges that start in {first} and {second} cross "
+                f"corners: expected a boundary that meets itself nowhere; the edges that start in {first} and {second} cross "
                 f"or touch each other"
             )
         self.convex = bool((np.sign(area) * _cross(edges, np.roll(edges, -1, axis=0)) >= -1e-14 * size**2).all())
@@ -282,7 +282,7 @@ class Box(Polygon):
         self.bias, self.kernel = (tuple(real_array(name, ends, (2,))) for name, ends in (("bias", bias), ("kernel", kernel)))
         for name, (low, high) in (("bias", self.bias), ("kernel", self.kernel)):
             if low > high:
-                raise ValueError(f"{name}: (low, high) with low <= high is wanted, {(low, high)} was given")
+                raise ValueError(f"{name}: expected (low, high) with low <= high, got {(low, high)}")
         (a0, a1), (b0, b1) = self.bias, self.kernel
         self._points = np.array([(a0, b0), (a1, b0), (a1, b1), (a0, b1)])
 
@@ -354,11 +354,11 @@ class Ellipse(ControlSet):
         self._centre = real_array("centre", centre, (2,))
         E = real_array("axes", axes)
         if E.shape not in ((), (2,), (2, 2)):
-            raise ValueError(f"axes: a radius, two half axes or a matrix (2, 2) is wanted, shape {E.shape} was given")
+            raise ValueError(f"axes: expected a radius, two half axes or a matrix (2, 2), got shape {E.shape}")
         E = E if E.ndim == 2 else np.diag(np.broadcast_to(E, (2,)))
         area = abs(_cross(E[0], E[1]))
         if area <= 1e-14 * np.abs(E).max() ** 2:
-            raise ValueError(f"axes: a disk or ellipse with an area is wanted, {axes!r} was given")
+            raise ValueError(f"axes: expected a disk or ellipse with an area, got {axes!r}")
         self._shape = E @ E.T
         #: Half the range of a; how the middle of a section moves with (a - centre) over that; half the longest section.
         self._reach = np.sqrt(self._shape[0, 0])
@@ -449,10 +449,10 @@ class Sections(ControlSet):
         self._lower, self._upper = (function(*given, "a function of a") for given in (("lower", lower), ("upper", upper)))
         self.convex = flag("convex", convex)
         if not self._range[0] < self._range[1]:
-            raise ValueError(f"bias: (low, high) with low < high is wanted, {bias!r} was given")
+            raise ValueError(f"bias: expected (low, high) with low < high, got {bias!r}")
         m, M = self.sections(np.linspace(*self._range, self._grid))
         if (m > M).any():
-            raise ValueError("lower, upper: m(a) <= M(a) is wanted on the range of a")
+            raise ValueError("lower, upper: expected m(a) <= M(a) on the range of a")
         size = 1e-10 * max(1.0, np.abs(m).max(), np.abs(M).max())
         if self.convex and ((np.diff(m, 2) < -size).any() or (np.diff(M, 2) > size).any()):
             raise ValueError("convex: m is not convex or M is not concave on the grid; say convex=False")
@@ -506,5 +506,5 @@ def _values(name: str, end: Callable[[_Array], _Array], a: _Array) -> _Array:
     """What a user's function returns: a number a value of a, or one for all."""
     values = real_array(name, end(a))
     if values.shape not in ((), a.shape):
-        raise ValueError(f"{name}: values of the shape of a, {a.shape}, are wanted, {values.shape} was returned")
+        raise ValueError(f"{name}: expected values of the shape of a, {a.shape}, got {values.shape}")
     return values

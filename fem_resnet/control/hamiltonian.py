@@ -56,9 +56,9 @@ class Pair:
         for name in ("f", "r"):
             object.__setattr__(self, name, real_array(name, getattr(self, name)))
         if self.f.ndim != 2 or self.f.shape[1] == 0:
-            raise ValueError(f"f: shape (nodes, samples), at least one sample, is wanted, {self.f.shape} was given")
+            raise ValueError(f"f: expected shape (nodes, samples), at least one sample, got {self.f.shape}")
         if self.r.shape != self.f.shape:
-            raise ValueError(f"r: the shape of f, {self.f.shape}, is wanted, {self.r.shape} was given")
+            raise ValueError(f"r: expected the shape of f, {self.f.shape}, got {self.r.shape}")
 
     def to(self, convention: str) -> Pair:
         """The same in this convention: r* = -r."""
@@ -90,10 +90,10 @@ class Controls:
         for name in ("a", "phi", "psi"):
             object.__setattr__(self, name, real_array(name, getattr(self, name)))
         if self.phi.ndim != 2:
-            raise ValueError(f"phi: shape (nodes, rank) is wanted, {self.phi.shape} was given")
+            raise ValueError(f"phi: expected shape (nodes, rank), got {self.phi.shape}")
         for name, shape in (("a", self.phi.shape[:1]), ("psi", self.phi.shape)):
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name}: shape {shape} is wanted, as of phi, {getattr(self, name).shape} was given")
+                raise ValueError(f"{name}: expected shape {shape}, as of phi, got {getattr(self, name).shape}")
 
     def argument(self, Y: LabelSpace, f: np.ndarray) -> np.ndarray:
         """U = a - B f, shape (nodes, samples). Collective."""
@@ -115,7 +115,7 @@ class Controls:
         instance("other", other, Controls)
         share = real_array("share", share)
         if share.shape not in ((), self.a.shape):
-            raise ValueError(f"share: a number, or shape (nodes,) = {self.a.shape}, is wanted, shape {share.shape} was given")
+            raise ValueError(f"share: expected a number, or shape (nodes,) = {self.a.shape}, got shape {share.shape}")
         share = np.broadcast_to(share, self.a.shape)
         mine, theirs = 1 - share, share
         return Controls(

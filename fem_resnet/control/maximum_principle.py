@@ -83,7 +83,7 @@ def extremal_controls(Y: LabelSpace, A: ControlSet, pair: Pair, *, tie: float = 
     instance("pair", pair, Pair)
     tie = number("tie", tie, least=0)
     if pair.f.shape[1] != 1:
-        raise ValueError(f"pair: (4.10) holds for one sample, {pair.f.shape[1]} were given")
+        raise ValueError(f"pair: (4.10) holds for one sample, got {pair.f.shape[1]}")
     f, r = pair.f[:, 0], pair.to("maximise").r[:, 0]
     parts = _parts(Y, f)
     high, low = together(Y.comm, lambda: (A.largest(*parts), A.smallest(*parts)))
@@ -270,10 +270,10 @@ class Residual:
         for ax in axes:
             instance("axes", ax, matplotlib.axes.Axes)
         if len(axes) > self.density.shape[1]:
-            raise ValueError(f"axes: at most one a layer is wanted, {len(axes)} were given for {self.density.shape[1]} layers")
+            raise ValueError(f"axes: expected at most one a layer, got {len(axes)} for {self.density.shape[1]} layers")
         x = Y.coordinates
         if x.shape[1] != 2:
-            raise ValueError(f"plot: a mesh of the plane is wanted, this one lies in {x.shape[1]} dimensions")
+            raise ValueError(f"plot: expected a mesh of the plane, this one lies in {x.shape[1]} dimensions")
         points, values = (Y.comm.gather(part) for part in (x, self.density))
         if Y.comm.rank > 0:
             return []
@@ -314,7 +314,7 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     tolerance, rounds = number("tolerance", tolerance, least=0), integer("rounds", rounds, least=0)
     net = problem.net
     if not net.activation.properties.non_decreasing:
-        raise ValueError(f"activation: one that does not decrease is wanted, {net.activation.name} does")
+        raise ValueError(f"activation: expected one that does not decrease, {net.activation.name} does")
     Y, all_controls = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)]
     refuse_controls_outside(
         Y, A, all_controls, "give a set that they are in, or train within it: train(problem, bounds=..), msa(problem, A)"

@@ -110,7 +110,7 @@ class SpanBox:
         instance("psi", self.psi, Basis)
         _check_ends(self)
         if self.phi.Y is not self.psi.Y:
-            raise ValueError(f"phi, psi: one label space is wanted, {self.phi.Y!r} and {self.psi.Y!r} were given")
+            raise ValueError(f"phi, psi: expected one label space, got {self.phi.Y!r} and {self.psi.Y!r}")
 
     def project(self, a: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nearest bias and coefficients of the box."""
@@ -280,9 +280,9 @@ def _checked(
     instance("H", H, Hamiltonian)
     same(H.Y.comm, A=A, pair=getattr(pair, "convention", pair), iterations=iterations)
     if H.convention != "maximise":
-        raise ValueError('H: one to "maximise" is wanted')
+        raise ValueError('H: expected one to "maximise"')
     if instance("A", A, kinds).psi.Y is not H.Y:
-        raise ValueError(f"A: bases on the label space of H, {H.Y!r}, are wanted, {A.psi.Y!r} was given")
+        raise ValueError(f"A: expected bases on the label space of H, {H.Y!r}, got {A.psi.Y!r}")
     instance("pair", pair, Pair)
     instance("controls", controls, Controls)
     return integer("iterations", iterations, least=0)
@@ -291,7 +291,7 @@ def _checked(
 def _checked_rows(A: RowBox | RowBall, rows: np.ndarray) -> np.ndarray:
     rows = real_array("rows", rows, finite=False)
     if rows.ndim != 2 or rows.shape[1] != 1 + A.psi.rank:
-        raise ValueError(f"rows: shape (any, {1 + A.psi.rank}) is wanted, {rows.shape} was given")
+        raise ValueError(f"rows: expected shape (any, {1 + A.psi.rank}), got {rows.shape}")
     return rows
 
 
@@ -300,7 +300,7 @@ def _check_ends(A: RowBox | SpanBox) -> None:
     for name, ends in (("bias", A.bias), ("kernel", A.kernel)):
         low, high = real_array(name, ends, (2,)).tolist()
         if low > high:
-            raise ValueError(f"{name}: finite (low, high) with low <= high is wanted, {(low, high)} was given")
+            raise ValueError(f"{name}: expected finite (low, high) with low <= high, got {(low, high)}")
 
 
 def _controls(A: RowBox | RowBall, rows: np.ndarray) -> Controls:

@@ -333,9 +333,7 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
     net.Y.check_batch(final, "final")
     samples = final.function_space().value_size
     if samples != batch.samples:
-        raise ValueError(
-            f"final: as many samples as the problem's batch has, {batch.samples}, are wanted, {samples} were given"
-        )
+        raise ValueError(f"final: expected as many samples as the problem's batch has, {batch.samples}, got {samples}")
     Y = net.Y if head is None else head.Y
     prediction = PREDICTIONS[problem.loss.prediction or "identity"] if head is None else head.prediction
     targets = batch.targets if isinstance(batch.targets, fd.Function) else head.observations(batch.targets)

@@ -99,7 +99,7 @@ class Trajectory:
         """
         times, t = self.net.times, number("t", t)
         if not (self.layers and times[0] <= t <= times[-1]):
-            raise ValueError(f"t: a time in a layer, from 0 to T = {times[-1]:g}, is wanted, {t!r} was given")
+            raise ValueError(f"t: expected a time in a layer, from 0 to T = {times[-1]:g}, got {t!r}")
         return min(int(np.searchsorted(times, t, side="right")) - 1, len(self.layers) - 1)
 
 

@@ -61,7 +61,7 @@ def feedback_controls(F: ValueFunction, v: np.ndarray, t: float) -> Controls:
     """
     states = _known(F).states(v, t)
     if states.shape[1] != 1:
-        raise ValueError(f"v: one state is wanted, {states.shape[1]} were given")
+        raise ValueError(f"v: expected one state, got {states.shape[1]}")
     choice = together(F.cells.Y.comm, lambda: _choose(F, states, t))
     own = F.cells.own
     return Controls(*(part[..., 0][own] for part in (choice.a, choice.phi, choice.psi)))
@@ -135,7 +135,7 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
     same(comm, t=t, steps=steps)
     final, t = F.times[-1], number("t", t)
     if not 0 <= t < final:
-        raise ValueError(f"t: a time in [0, {final:g}) is wanted, {t!r} was given")
+        raise ValueError(f"t: expected a time in [0, {final:g}), got {t!r}")
     if steps is not None:
         steps = integer("steps", steps)
     times = np.append(t, F.times[F.times > t]) if steps is None else np.linspace(t, final, steps + 1)

@@ -134,6 +134,5 @@ def _refuse_other_regularisers(regulariser: Regulariser | None) -> None:
     for name in (*regulariser.names, *["one without a name"] * (len(regulariser.terms) - len(regulariser.names))):
         if name not in _OF_LAYERS:
             raise ValueError(
-                f"problem: regularisers that are sums over the layers are wanted, {', '.join(sorted(_OF_LAYERS))}; "
-                f"{name} was given"
+                f"problem: expected regularisers that are sums over the layers, {', '.join(sorted(_OF_LAYERS))}; got {name}"
             )

@@ -148,8 +148,8 @@ class LocalFeedback(OnMesh):
         self.gradient_norm = self._norm(gradient)
         if not self.gradient_norm <= gradient_tolerance:
             raise ValueError(
-                f"problem: its parameters are not optimal, |gradient| = {self.gradient_norm:.1e} where at most "
-                f"gradient_tolerance = {gradient_tolerance:g} is wanted; train further, as with 'tao_type': 'nls' and "
+                f"problem: its parameters are not optimal, |gradient| = {self.gradient_norm:.1e} is above "
+                f"gradient_tolerance = {gradient_tolerance:g}; train further, as with 'tao_type': 'nls' and "
                 f"a smaller 'tao_gatol'"
             )
         comm = self.Y.comm
@@ -235,9 +235,7 @@ class LocalFeedback(OnMesh):
             for direction in instance("change", change, (Sequence, type(None))):
                 instance("change", direction, fd.Function)
             if [d.function_space() for d in change] != [f.function_space() for f in self.controls]:
-                raise ValueError(
-                    f"change: {len(self.controls)} Functions of the spaces of `controls` are wanted, others were given"
-                )
+                raise ValueError(f"change: expected {len(self.controls)} Functions of the spaces of `controls`, got others")
         given = [*(len(self.controls) * [None] if change is None else change), w]
         # pyadjoint keeps directions on the tape.
         direction = [
@@ -257,8 +255,8 @@ class LocalFeedback(OnMesh):
         self.Y.check_batch(function, instance("name", name, str))
         if function.function_space() != self.inputs.function_space():
             raise ValueError(
-                f"{name}: a Function of {self.inputs.function_space()} is wanted, as the problem's inputs, "
-                f"{function.function_space()} was given; many inputs of one sample go to LowRankFeedback"
+                f"{name}: expected a Function of {self.inputs.function_space()}, as the problem's inputs, "
+                f"got {function.function_space()}; many inputs of one sample go to LowRankFeedback"
             )
 
 

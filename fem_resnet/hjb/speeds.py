@@ -240,7 +240,7 @@ def _density(running: Callable[..., _Array], v: _Array, *others) -> _Array:
     """What a user's L returns at the values v of a cell."""
     values = real_array("running", running(v, *others))
     if values.shape not in ((), v.shape):
-        raise ValueError(f"running: values of the shape of f, {v.shape}, are wanted, {values.shape} was returned")
+        raise ValueError(f"running: expected values of the shape of f, {v.shape}, got {values.shape}")
     return np.broadcast_to(values, v.shape)
 
 

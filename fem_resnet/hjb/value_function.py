@@ -100,7 +100,7 @@ class ValueFunction:
         """
         t = number("t", t)
         if not self.times[0] <= t <= self.times[-1]:
-            raise ValueError(f"t: a time in [{self.times[0]:g}, {self.times[-1]:g}] is wanted, {t!r} was given")
+            raise ValueError(f"t: expected a time in [{self.times[0]:g}, {self.times[-1]:g}], got {t!r}")
         return min(int(np.searchsorted(self.times, t, side="right")) - 1, len(self.times) - 2)
 
     def __call__(self, v: np.ndarray, t: float) -> np.ndarray:
@@ -249,7 +249,7 @@ def solve_value_function(
     instance("A", A, ControlSet)
     activation = get_activation(activation)
     if Y.size > _LARGEST:
-        raise ValueError(f"Y: at most {_LARGEST} nodes are wanted, it has {Y.size}: the grid of v has as many dimensions")
+        raise ValueError(f"Y: expected at most {_LARGEST} nodes, it has {Y.size}: the grid of v has as many dimensions")
     final_time, spacing = number("final_time", final_time, above=0), number("spacing", spacing, above=0)
     memory, samples = number("memory", memory, above=0), integer("samples", samples, least=2)
     if monitor is not None:
@@ -258,7 +258,7 @@ def solve_value_function(
     cells = Cells(Y)
     target = cells.gather_batch(target, "target")
     if target.shape[1] != 1:
-        raise ValueError(f"target: shape (nodes,) is wanted, {target.shape[1]} samples were given")
+        raise ValueError(f"target: expected shape (nodes,), got {target.shape[1]} samples")
     start = cells.gather_batch(start, "start")
     speeds = together(Y.comm, lambda: _speeds(Y, cells, A, activation, running, samples))
 
@@ -308,7 +308,7 @@ def _refuse_other(solution: ValueFunction, wanted: ValueFunction, of_speeds: str
     different = [name for name, differs in differences.items() if differs]
     if different:
         raise ValueError(
-            f"resume: a solution with the same arguments that a monitor stopped is wanted; it was made with another "
+            f"resume: expected a solution with the same arguments that a monitor stopped; it was made with another "
             f"{different[0]}; give the arguments that it was made with, or leave resume out"
         )
 
@@ -322,7 +322,7 @@ def _speeds(
         function("running", running, "a RunningCost, or a function L(f) or L(f, a, b, w)")
     arguments = 1 if running is None else len(inspect.signature(running).parameters)
     if arguments not in (1, 4):
-        raise ValueError(f"running: a function L(f) or L(f, a, b, w) is wanted, one of {arguments} arguments was given")
+        raise ValueError(f"running: expected a function L(f) or L(f, a, b, w), got one of {arguments} arguments")
     if arguments == 1 and activation.properties.non_decreasing:
         if caveat := activation.properties.caveat("non_decreasing"):
             log(

@@ -80,7 +80,7 @@ class Basis(OnMesh):
         given = Y.comm.allgather((Y.nodes, values.shape))
         for nodes, shape in given:
             if len(shape) != 2 or shape[0] != nodes or shape[1] < 1:
-                raise ValueError(f"values: shape (nodes, rank) = ({nodes}, at least 1) is wanted, {shape} was given")
+                raise ValueError(f"values: expected shape (nodes, rank) = ({nodes}, at least 1), got {shape}")
         if len({shape[1] for _, shape in given}) > 1:
             raise ValueError(f"values: the ranks give different numbers of functions, {[shape[1] for _, shape in given]}")
         self.Y = Y
@@ -171,7 +171,7 @@ class Basis(OnMesh):
         coefficients = real_array("coefficients", coefficients)
         if coefficients.ndim not in (1, 2) or len(coefficients) != self.rank:
             raise ValueError(
-                f"coefficients: shape ({self.rank},) or ({self.rank}, samples) is wanted, {coefficients.shape} was given"
+                f"coefficients: expected shape ({self.rank},) or ({self.rank}, samples), got {coefficients.shape}"
             )
         values = self.values @ coefficients
         if coefficients.ndim == 2:
@@ -202,11 +202,11 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
     same(Y.comm, functions=functions)
     instance("functions", functions, (list, tuple), "a list of functions; Basis takes arrays")
     if not functions:
-        raise ValueError("functions: at least one function is wanted, an empty list was given")
+        raise ValueError("functions: expected at least one function, got an empty list")
     for each in functions:
         if isinstance(each, fd.Function):
             if each.function_space() != Y.V:
-                raise ValueError(f"functions: {each.function_space()} was given, a Function of {Y.V} is wanted")
+                raise ValueError(f"functions: expected Functions of {Y.V}, got one of {each.function_space()}")
         elif not isinstance(each, ufl.core.expr.Expr):
             number("functions", each)
     with stop_annotating():

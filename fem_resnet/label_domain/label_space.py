@@ -87,14 +87,14 @@ class LabelSpace(OnMesh):
         graph: scipy.sparse.sparray | np.ndarray | None = None,
     ):
         if not isinstance(V, fd.functionspaceimpl.WithGeometry):
-            raise TypeError(f"V: a FunctionSpace is wanted, {type(V).__name__} was given")
+            raise TypeError(f"V: expected a FunctionSpace, got {type(V).__name__}")
         self.comm = V.mesh().comm
         same(self.comm, numbers=numbers is None, graph=graph)
         check_space(V, neighbours=numbers is None)
         self.V = V
         self.numbers = None if numbers is None else read_only(self._checked_numbers(numbers))
         if graph is not None and numbers is None:
-            raise ValueError("numbers: those of the points are wanted with a graph; point_space(weights, graph=A) has both")
+            raise ValueError("numbers: expected those of the points with a graph; point_space(weights, graph=A) has both")
         self.graph = None if graph is None else checked_graph(graph, self.size)
         with stop_annotating():
             self.weights = read_only(fd.assemble(fd.TestFunction(V) * fd.dx).dat.data_ro.copy())
@@ -117,7 +117,7 @@ class LabelSpace(OnMesh):
         numbers = integer_array("numbers", numbers, (owned,), comm=self.comm).astype(int)
         every = np.sort(np.concatenate(self.comm.allgather(numbers)))
         if (every != np.arange(every.size)).any():
-            raise ValueError(f"numbers: those from 0 to {every.size - 1} are wanted, each once on all ranks together")
+            raise ValueError(f"numbers: expected those from 0 to {every.size - 1}, each once on all ranks together")
         return numbers
 
     def __repr__(self) -> str:
@@ -245,7 +245,7 @@ class LabelSpace(OnMesh):
         """
         same(self.comm, name=name, values=_has_functions(values))
         if not instance("name", name, str):
-            raise ValueError("name: a name is wanted, an empty string was given; messages call the array so")
+            raise ValueError("name: expected a name, got an empty string; messages call the array so")
         if _has_functions(values):
             values = self._columns(values, name)
         values = real_array(name, values, comm=self.comm, finite=False)
@@ -253,7 +253,7 @@ class LabelSpace(OnMesh):
             values = values[:, None]
         self.agree(
             values.ndim == 2 and values.shape[0] == self.nodes and values.shape[1] > 0,
-            f"{name}: shape (nodes, samples) = ({self.nodes}, at least 1) is wanted, {values.shape} was given",
+            f"{name}: expected shape (nodes, samples) = ({self.nodes}, at least 1), got {values.shape}",
         )
         samples = self.comm.allgather(values.shape[1])
         self.agree(len(set(samples)) == 1, f"{name}: the ranks give different numbers of samples, {samples}")
@@ -304,13 +304,13 @@ class LabelSpace(OnMesh):
         instance(name, function, kind)
         space = function.function_space()
         if space.mesh() is not self.V.mesh():
-            raise ValueError(f"{name}: it lives on {space.mesh()}, a Function on the mesh {self.V.mesh()} is wanted")
+            raise ValueError(f"{name}: expected a Function on the mesh {self.V.mesh()}, got one on {space.mesh()}")
         element = space.ufl_element()
         scalar = element.sub_elements[0] if len(space.value_shape) == 1 else element
         if scalar != self.V.ufl_element():
             raise ValueError(
-                f"{name}: {element} was given; a Function of {self.V.ufl_element()} or a batch of it "
-                f"(LabelSpace.batch_space) is wanted"
+                f"{name}: expected a Function of {self.V.ufl_element()} or a batch of it (LabelSpace.batch_space), "
+                f"got one of {element}"
             )
 
     def _refuse_not_finite(self, values: np.ndarray, name: str) -> None:
@@ -337,7 +337,7 @@ class LabelSpace(OnMesh):
         self.check_where(g, "g")
         f, g = self.values(f), self.values(g)
         if f.shape != g.shape:
-            raise ValueError(f"g: {f.shape[1]} samples are wanted, as many as of f, {g.shape[1]} were given")
+            raise ValueError(f"g: expected {f.shape[1]} samples, as many as of f, got {g.shape[1]}")
         return float(self.sum(np.einsum("i,is,is->", self.weights, f, g)))
 
     def norm(self, f: fd.Function) -> float:
@@ -420,9 +420,9 @@ def checked_graph(graph: scipy.sparse.sparray | np.ndarray, size: int) -> scipy.
     else:
         A = scipy.sparse.csr_array(real_array("graph", graph, (size, size), least=0))
     if A.shape != (size, size):
-        raise ValueError(f"graph: a matrix of shape ({size}, {size}) is wanted, {A.shape} was given")
+        raise ValueError(f"graph: expected a matrix of shape ({size}, {size}), got {A.shape}")
     if abs(A - A.T).max() > 0:
-        raise ValueError("graph: a symmetric matrix is wanted; (A + A.T) / 2 is one")
+        raise ValueError("graph: expected a symmetric matrix; (A + A.T) / 2 is one")
     A.setdiag(0.0)
     A.eliminate_zeros()
     read_only(A.data)
@@ -442,7 +442,7 @@ def sample_weights(weights: Sequence[float] | None, samples: int) -> np.ndarray:
     weights = real_array("weights", weights, (samples,), least=0)
     largest = weights.max()
     if largest == 0:
-        raise ValueError("weights: numbers >= 0, not all 0, are wanted; all are 0")
+        raise ValueError("weights: expected numbers >= 0, not all 0; all are 0")
     weights = weights / largest  # the sum of large ones may overflow
     return weights / weights.sum()
 

@@ -527,15 +527,15 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     dimensions = [space.coordinates.shape[1] for space in (basis.Y, Y)]
     if Y.numbers is not None or dimensions[0] != dimensions[1]:
         what = "a set of points" if Y.numbers is not None else "in a space of {1} dimensions, not {0}".format(*dimensions)
-        raise ValueError(f"Y: a label space of the same Y, {basis.Y!r}, is wanted; {Y!r} is {what}")
+        raise ValueError(f"Y: expected a label space of the same Y, {basis.Y!r}; {Y!r} is {what}")
     available = min(Y.size, _with_stiffness(Y)[0].size)
     if available < basis.rank:
-        raise ValueError(f"Y: at least {basis.rank} nodes are wanted, one a function; {Y!r} has {available}")
+        raise ValueError(f"Y: expected at least {basis.rank} nodes, one a function; {Y!r} has {available}")
     # A buffer, since modes that were among the first need not be so on the other mesh.
     modes = _eigenfunctions(Y, min(basis.rank + max(4, basis.rank // 4), available), {}, None)
     seen = _told_apart(Y, modes.values)
     if seen < basis.rank:
-        raise ValueError(f"Y: {Y!r} tells {seen} eigenfunctions apart, {basis.rank} are wanted; refine its mesh")
+        raise ValueError(f"Y: expected one that tells {basis.rank} eigenfunctions apart, {Y!r} tells {seen}; refine its mesh")
     values = _orthonormal(Y, modes.values[:, :seen])
     # Waves that depend on the original alone, so that all its copies have one limit.
     old, new = _Sight(basis.Y), _Sight(Y)

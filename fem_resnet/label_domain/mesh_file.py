@@ -64,7 +64,7 @@ def _dimension(path: Path) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
     if path.suffix.lower() != ".msh":
-        raise ValueError(f"path: a Gmsh file .msh is wanted, {path.name} was given; firedrake.Mesh reads some other formats")
+        raise ValueError(f"path: expected a Gmsh file .msh, got {path.name}; firedrake.Mesh reads some other formats")
     try:
         # PETSc would else keep as many coordinates as the cells have dimensions.
         with OptionsManager({"dm_plex_gmsh_spacedim": 3}, "").inserted_options():
@@ -75,14 +75,14 @@ def _dimension(path: Path) -> int:
     if len(kinds) != 1:
         names = sorted(name.lower() for name, kind in vars(PETSc.DM.PolytopeType).items() if kind in kinds)
         raise ValueError(
-            f"path: cells of one kind are wanted, {path} has {' and '.join(names) or 'none'}; mesh with triangles or "
+            f"path: expected cells of one kind, {path} has {' and '.join(names) or 'none'}; mesh with triangles or "
             f"tetrahedra alone, or recombine all"
         )
     first, last = plex.getDepthStratum(0)
     points = plex.getCoordinatesLocal().array_r.reshape(-1, 3)
     if len(points) != last - first:
         raise ValueError(
-            f"path: straight cells are wanted, {path} has curved ones, of order 2 or more; write it with gmsh -order 1, and "
+            f"path: expected straight cells, {path} has curved ones, of order 2 or more; write it with gmsh -order 1, and "
             f"give more cells where the boundary bends"
         )
     varies = np.flatnonzero(np.ptp(points, axis=0) > 1e-12 * np.ptp(points))

@@ -44,17 +44,17 @@ def check_space(V: fd.functionspaceimpl.WithGeometry, neighbours: bool = True) -
         If it is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
     """
     if V.value_shape != () or len(V) != 1:
-        raise TypeError(f"V: a scalar space is wanted, {V.ufl_element()} has values of shape {V.value_shape}")
+        raise TypeError(f"V: expected a scalar space, {V.ufl_element()} has values of shape {V.value_shape}")
     if V.index is not None or V.component is not None:
-        raise TypeError("V: a space of its own is wanted, this one is part of another; give V.collapse()")
+        raise TypeError("V: expected a space of its own, this one is part of another; give V.collapse()")
     if V.boundary_set:
         raise TypeError(
-            f"V: a space with all its nodes is wanted, this one is restricted on {', '.join(map(str, V.boundary_set))}; give "
+            f"V: expected a space with all its nodes, this one is restricted on {', '.join(map(str, V.boundary_set))}; give "
             f"the FunctionSpace that it restricts"
         )
     mesh = V.mesh()
     if mesh.topological_dimension == 0:
-        raise ValueError("V: a mesh of cells is wanted, this one has points alone; point_space(weights, points) takes points")
+        raise ValueError("V: expected a mesh of cells, this one has points alone; point_space(weights, points) takes points")
     _check_element(V.ufl_element())
     if neighbours and _is_folded(mesh):
         raise ValueError(

@@ -77,7 +77,7 @@ def point_space(
     with np.errstate(over="ignore"):
         total = np.cumsum(weights)[-1]
     if not np.isfinite(total):
-        raise ValueError("weights: numbers with a finite sum, |Y|, are wanted; theirs overflows")
+        raise ValueError("weights: expected numbers with a finite sum, |Y|; theirs overflows")
     if points is None:
         points = (np.cumsum(weights) - weights / 2)[:, None]
     points = real_array("points", points, (size, "d"))

@@ -78,15 +78,15 @@ class RunningCost(Fixed):
 
     def __init__(self, density: sympy.Expr | Density, kernel: float = 0.0):
         if isinstance(density, type) or isinstance(density, (bool, np.bool_)):
-            raise TypeError(f"density: an expression, a number or an object is wanted, {density!r} was given")
+            raise TypeError(f"density: expected an expression, a number or an object, got {density!r}")
         if isinstance(density, Number):
             density = sympy.sympify(number("density", density))
         if isinstance(density, sympy.Expr):
             density = _Formula(density)
         elif not all(callable(getattr(density, name, None)) for name in ("value", "gradient")):
             raise TypeError(
-                f"density: a SymPy expression in f and a, or an object with the methods value(f, a) and gradient(f, a), "
-                f"is wanted, {density!r} was given"
+                f"density: expected a SymPy expression in f and a, or an object with the methods value(f, a) and "
+                f"gradient(f, a), got {density!r}"
             )
         self.density = density
         self.kernel = number("kernel", kernel, least=0)
@@ -127,9 +127,9 @@ class _Formula:
         expression = expression.subs({sympy.Symbol(symbol.name): symbol for symbol in symbols})
         others = sorted(map(str, expression.free_symbols - set(symbols)))
         if others:
-            raise ValueError(f"density: an expression in the symbols f and a alone is wanted; it has {', '.join(others)} too")
+            raise ValueError(f"density: expected an expression in the symbols f and a alone; it has {', '.join(others)} too")
         if any(atom.is_number and not (atom.is_finite and atom.is_real) for atom in expression.atoms()):
-            raise ValueError(f"density: real, finite numbers are wanted in an expression, {expression} was given")
+            raise ValueError(f"density: expected real, finite numbers in an expression, got {expression}")
         self.expression = expression
         self.of_state_alone = symbols[1] not in expression.free_symbols
         first = [expression.diff(symbol) for symbol in symbols]

@@ -236,11 +236,11 @@ class Head(OnMesh):
     def labelled(self, labels: Sequence[int], name: str = "labels") -> fd.Function:
         """As `observations`, for what is known to be the same on every rank; messages call it by a name."""
         if self.classes is None:
-            raise ValueError(f"{name}: the output is a function in {self.onto!r}; observations are wanted as a batch on it")
+            raise ValueError(f"{name}: the output is a function in {self.onto!r}; expected observations as a batch on it")
         labels = integer_array(name, labels, ("samples",))
         if labels.min() < 0 or labels.max() >= self.classes:
             bad = int(np.flatnonzero((labels < 0) | (labels >= self.classes))[0])
-            raise ValueError(f"{name}: classes 0 to {self.classes - 1} are wanted, sample {bad} has {labels[bad]}")
+            raise ValueError(f"{name}: expected classes 0 to {self.classes - 1}, sample {bad} has {labels[bad]}")
         return self.Y.batch(self.onto.values[:, labels], "observations")
 
 

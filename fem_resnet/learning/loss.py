@@ -148,8 +148,7 @@ class _LossOperator:
         values = self._Y.values(observation)
         if values.shape[1] != self._values.samples:
             raise ValueError(
-                f"observation: {self._values.samples} samples are wanted, as many as of the output, "
-                f"{values.shape[1]} were given"
+                f"observation: expected {self._values.samples} samples, as many as of the output, got {values.shape[1]}"
             )
         self._observation = values.copy()
         self._weights = sample_weights(weights, self._values.samples)
@@ -345,7 +344,7 @@ class _SampleForms:
 def _checked_form(form: object) -> ufl.Form:
     if not isinstance(form, ufl.Form) or form.arguments():
         what = f"one with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
-        raise TypeError(f"functional: it returned {what}; a form without arguments is wanted, such as (p - C)**2 * dx")
+        raise TypeError(f"functional: it returned {what}; expected a form without arguments, such as (p - C)**2 * dx")
     return form
 
 

@@ -165,14 +165,14 @@ class Observations:
     def __post_init__(self):
         layers = tuple(integer("layers", layer, least=0) for layer in _entries("layers", self.layers))
         if list(layers) != sorted(set(layers)):
-            raise ValueError(f"layers: increasing integers are wanted, {layers} was given")
+            raise ValueError(f"layers: expected increasing integers, got {layers}")
         targets = tuple(map(_frozen, _entries("targets", self.targets)))
         weights = self.weights
         if weights is not None:
             weights = tuple(number("weights", weight, least=0) for weight in _entries("weights", weights))
         for name, given in (("targets", targets), ("weights", weights)):
             if given is not None and len(given) != len(layers):
-                raise ValueError(f"{name}: {len(layers)} are wanted, one a layer time, {len(given)} were given")
+                raise ValueError(f"{name}: expected {len(layers)}, one a layer time, got {len(given)}")
         for target in targets:
             if not isinstance(target, fd.Function):
                 integer_array("targets", target, ("samples",))
@@ -183,7 +183,7 @@ class Observations:
 def _entries(name: str, given: object) -> list:
     """Those of a list from outside."""
     if isinstance(instance(name, given, (list, tuple, np.ndarray)), np.ndarray) and given.ndim == 0:
-        raise TypeError(f"{name}: a list is wanted, {given!r} was given")
+        raise TypeError(f"{name}: expected a list, got {given!r}")
     return list(given)
 
 
@@ -277,7 +277,9 @@ class LearningProblem(OnMesh):
         ):
             instance(name, value, kind)
         if head is not None and head.psi.Y is not net.Y:
-            raise ValueError(f"head: it reads {head.psi.Y!r}, the network's label space {net.Y!r} is wanted")
+            raise ValueError(
+                f"head: expected one that reads the network's label space {net.Y!r}, got one that reads {head.psi.Y!r}"
+            )
         self.net, self.head, self.loss, self.regulariser = net, head, loss, regulariser
         self._output = net.Y if head is None else head.Y
         self._prediction = PREDICTIONS[loss.prediction or "identity"] if head is None else head.prediction
@@ -307,12 +309,12 @@ class LearningProblem(OnMesh):
     def _targets(self, targets: Sequence[int] | fd.Function, samples: int, name: str) -> fd.Function:
         if not isinstance(targets, fd.Function):
             if self.head is None or self.head.classes is None:
-                raise ValueError(f"{name}: a batch on {self._output!r} is wanted, as there are no classes; labels were given")
+                raise ValueError(f"{name}: expected a batch on {self._output!r}, as there are no classes; got labels")
             targets = self.head.labelled(targets, name)
         self._output.check_batch(targets, name)
         if targets.function_space().value_size != samples:
             raise ValueError(
-                f"{name}: {samples} samples are wanted, as many as inputs, {targets.function_space().value_size} were given"
+                f"{name}: expected {samples} samples, as many as inputs, got {targets.function_space().value_size}"
             )
         return targets
 
@@ -325,7 +327,7 @@ class LearningProblem(OnMesh):
         L, layers = self.net.layers, given.layers
         weights = (1.0,) * len(layers) if given.weights is None else given.weights
         if layers and layers[-1] > L:
-            raise ValueError(f"observations.layers: increasing integers from 0 to L = {L} are wanted, {layers} was given")
+            raise ValueError(f"observations.layers: expected increasing integers from 0 to L = {L}, got {layers}")
         targets = [self._targets(part, self.batch.samples, "observations.targets") for part in given.targets]
         return list(zip(layers, targets, weights))
 
@@ -355,7 +357,7 @@ class LearningProblem(OnMesh):
         same(self.net.Y.comm, replace=sorted(changes))
         unknown = sorted(set(changes) - set(given))
         if unknown:
-            raise TypeError(f"replace: some of {', '.join(given)} are wanted, {', '.join(unknown)} was given")
+            raise TypeError(f"replace: expected some of {', '.join(given)}, got {', '.join(unknown)}")
         return type(self)(**given | changes)
 
     def __deepcopy__(self, memo: dict):
@@ -439,8 +441,8 @@ class LearningProblem(OnMesh):
             Y.check_batch(function, f"derivatives.{name}")
             if function.function_space().value_size != self.batch.samples:
                 raise ValueError(
-                    f"derivatives.{name}: {self.batch.samples} samples are wanted, as many as inputs, "
-                    f"{function.function_space().value_size} were given"
+                    f"derivatives.{name}: expected {self.batch.samples} samples, as many as inputs, "
+                    f"got {function.function_space().value_size}"
                 )
 
     def _mismatch_of_derivatives(self, run: Run) -> AdjFloat:
@@ -522,7 +524,7 @@ class LearningProblem(OnMesh):
         observation = self._observed(batch)
         if batch.inputs.function_space() != self.batch.inputs.function_space():
             raise ValueError(
-                f"batch: {self.batch.samples} samples are wanted, as many as before, {batch.samples} were given; "
+                f"batch: expected {self.batch.samples} samples, as many as before, got {batch.samples}; "
                 f"minibatches() pads the last"
             )
         self._batch, self._observation = batch, observation

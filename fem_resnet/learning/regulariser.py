@@ -54,13 +54,13 @@ class Regulariser:
     def __post_init__(self):
         for term in instance("terms", self.terms, (tuple, list)):
             if not (isinstance(term, (tuple, list)) and len(term) == 2):
-                raise TypeError(f"terms: pairs of a weight and a form are wanted, {term!r} was given")
+                raise TypeError(f"terms: expected pairs of a weight and a form, got {term!r}")
             number("terms", term[0], least=0)
             function("terms", term[1], "a form, which is a function of a parameter and its coefficients,")
         for name in instance("names", self.names, (tuple, list)):
             instance("names", name, str)
         if len(self.names) > len(self.terms):
-            raise ValueError(f"names: at most {len(self.terms)} are wanted, one a term, {len(self.names)} were given")
+            raise ValueError(f"names: expected at most {len(self.terms)}, one a term, got {len(self.names)}")
         object.__setattr__(self, "terms", tuple(map(tuple, self.terms)))
         object.__setattr__(self, "names", tuple(self.names))
 
@@ -113,7 +113,7 @@ class _RegulariserOperator:
                 for sum_so_far, functional in zip(total, form(parameter, coefficients)):
                     if np.shape(functional) != sum_so_far.shape:
                         raise ValueError(
-                            f"terms: a functional of shape {sum_so_far.shape} is wanted of {parameter.name}, {form} gave one of "
+                            f"terms: expected a functional of shape {sum_so_far.shape} of {parameter.name}, {form} gave one of "
                             f"shape {np.shape(functional)}"
                         )
                     sum_so_far += dual * weight * functional

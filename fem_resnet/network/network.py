@@ -207,10 +207,10 @@ class ResidualNetwork(OnMesh):
         for name, bases in every.items():
             for basis in bases:
                 if basis is not None and basis.Y is not self.Y:
-                    raise ValueError(f"{name}: it lives on {basis.Y!r}, the label space of phi, {self.Y!r}, is wanted")
+                    raise ValueError(f"{name}: expected the label space of phi, {self.Y!r}, got a basis on {basis.Y!r}")
         if learn_factors:
             if len(every["phi"]) > 1 or len(every["psi"]) > 1:
-                raise ValueError("learn_factors: one phi and one psi for all layers are wanted, lists were given")
+                raise ValueError("learn_factors: expected one phi and one psi for all layers, got lists")
             every |= {name: (orthonormal(every[name][0]),) for name in ("phi", "psi")}
         self.bases = MappingProxyType(every)
         self.factors = tuple(
@@ -323,7 +323,7 @@ class ResidualNetwork(OnMesh):
         same(self.Y.comm, replace=sorted(changes))
         unknown = sorted(set(changes) - set(given))
         if unknown:
-            raise TypeError(f"replace: some of {', '.join(given)} are wanted, {', '.join(unknown)} was given")
+            raise TypeError(f"replace: expected some of {', '.join(given)}, got {', '.join(unknown)}")
         other = ResidualNetwork(**given | changes)
         if _OF_NO_PARAMETER.issuperset(changes):
             ours = ("_given_times", "bases", "factors", "layer_times", "bias", "kernel")
@@ -398,7 +398,7 @@ class ResidualNetwork(OnMesh):
         given = instance("observed", observed, (list, tuple, range), "numbers of layer times")
         observed = tuple(integer("observed", layer, least=0, most=self.layers) for layer in given)
         if len(set(observed)) < len(observed):
-            raise ValueError(f"observed: different integers from 0 to L = {self.layers} are wanted, {observed!r} was given")
+            raise ValueError(f"observed: expected different integers from 0 to L = {self.layers}, got {observed!r}")
         return self.solve(initial, running, weights, seen_by=seen_by, observed=observed)
 
     @PETSc.Log.EventDecorator("fem_resnet:run")
@@ -495,8 +495,8 @@ class ResidualNetwork(OnMesh):
         tape = get_working_tape()
         if tape.get_blocks() or manager.steps not in (None, max(self.blocks, 1)):
             raise ValueError(
-                f"checkpoints: a tape with nothing on it and a schedule for {max(self.blocks, 1)} steps is wanted, "
-                f"one with {len(tape.get_blocks())} Blocks and for {manager.steps} steps was given"
+                f"checkpoints: expected a tape with nothing on it and a schedule for {max(self.blocks, 1)} steps, "
+                f"got one with {len(tape.get_blocks())} Blocks and for {manager.steps} steps"
             )
         f, cost = initial, 0.0
         for k, segment in enumerate(self._new_segments(initial.function_space(), running, omega, share=True)):
@@ -709,17 +709,17 @@ def _bases(name: str, bases: Basis | Sequence[Basis] | None, *also: None) -> tup
     """One or several, from outside; None may stand for one where it is among `also`."""
     given = tuple(bases) if isinstance(bases, (list, tuple)) else (bases,)
     if not given:
-        raise ValueError(f"{name}: one Basis, or one a layer, is wanted; none was given")
+        raise ValueError(f"{name}: expected one Basis, or one a layer; got none")
     for basis in given:
         if not (isinstance(basis, Basis) or any(basis is one for one in also)):
             kind = "a Basis or None (a value at every node)" if name == "bias" else "a Basis"
-            raise TypeError(f"{name}: {kind}, or one a layer, is wanted, {type(basis).__name__} was given")
+            raise TypeError(f"{name}: expected {kind}, or one a layer, got {type(basis).__name__}")
     return given
 
 
 def _one_or_one_a_layer(name: str, given: tuple[Basis | None, ...], layers: int) -> tuple[Basis | None, ...]:
     if len(given) not in (1, layers):
-        raise ValueError(f"{name}: one Basis, or {layers}, one a layer, is wanted; {len(given)} were given")
+        raise ValueError(f"{name}: expected one Basis, or {layers}, one a layer; got {len(given)}")
     return given
 
 
@@ -750,5 +750,5 @@ def checked_times(times: Sequence[float]) -> np.ndarray:
     """
     times = real_array("times", times, ("layers + 1",)).copy()
     if times[0] != 0.0 or not (np.diff(times) > 0).all():
-        raise ValueError(f"times: layer times 0 = t_0 < .. < t_L, which increase, are wanted, {times.tolist()} was given")
+        raise ValueError(f"times: expected layer times 0 = t_0 < .. < t_L, which increase, got {times.tolist()}")
     return times

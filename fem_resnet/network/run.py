@@ -254,7 +254,7 @@ class Run(OnMesh):
         self._refuse_schedule("tangent", "record it without one")
         self.net.Y.check_batch(direction, "direction")
         if direction.function_space() != self._space:
-            raise ValueError(f"direction: a Function of {self._space} is wanted, {direction.function_space()} was given")
+            raise ValueError(f"direction: expected a Function of {self._space}, got {direction.function_space()}")
         if not self._pieces:
             return direction
         if annotate_tape() and not self._is_on_tape:

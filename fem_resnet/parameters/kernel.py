@@ -112,7 +112,7 @@ class LowRankKernel(OnMesh):
         same(self.phi.Y.comm, coefficients=coefficients)
         C = real_array("coefficients", coefficients, least=0)
         if C.shape not in ((), self.shape):
-            raise ValueError(f"coefficients: numbers >= 0 of shape () or {self.shape} are wanted, {coefficients!r} was given")
+            raise ValueError(f"coefficients: expected numbers >= 0 of shape () or {self.shape}, got {coefficients!r}")
         C = np.broadcast_to(C, self.shape)
         of_rows = _largest(self.psi, np.abs(self.psi.values) @ C.T)
         return float(_largest(self.phi, np.abs(self.phi.values) @ of_rows))

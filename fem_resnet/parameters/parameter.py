@@ -181,7 +181,7 @@ class Parameter(OnMesh):
         """The number of a function in time, from outside, compared on all ranks with other arguments."""
         same(self._comm, k=k, **others)
         if not self.space_bases:
-            raise ValueError(f"k: {self.name} has no coefficients, {k!r} was given")
+            raise ValueError(f"k: {self.name} has no coefficients, {k!r} is the number of none")
         return integer("k", k, least=0, most=len(self.space_bases) - 1)
 
     def read(self, k: int) -> np.ndarray:
@@ -244,10 +244,10 @@ class Parameter(OnMesh):
 def _check_functions(functions: Sequence[fd.Function], bases: Sequence[SpaceBasis]) -> None:
     instance("functions", functions, (list, tuple))
     if len(functions) != len(bases):
-        raise ValueError(f"functions: {len(bases)} are wanted, one a function in time, {len(functions)} were given")
+        raise ValueError(f"functions: expected {len(bases)}, one a function in time, got {len(functions)}")
     for function, basis in zip(functions, bases):
         if instance("functions", function, fd.Function).function_space() != basis.space:
-            raise ValueError(f"functions: one of {basis.space} is wanted, one of {function.function_space()} was given")
+            raise ValueError(f"functions: expected one of {basis.space}, got one of {function.function_space()}")
 
 
 def _with_checkpoint(checkpoint: object) -> BlockVariable:
@@ -313,5 +313,5 @@ def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeB
                     f'bases in space; give both one basis, or coefficients of their own ("layers")'
                 )
     if sorted(first) != list(range(len(time_basis.measures))):
-        raise ValueError(f"space_basis: one basis, or one a layer, is wanted; {len(bases)} were given")
+        raise ValueError(f"space_basis: expected one basis, or one a layer; got {len(bases)}")
     return [bases[first[k]] for k in range(len(time_basis.measures))]

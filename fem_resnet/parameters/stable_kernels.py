@@ -122,7 +122,7 @@ class PositiveSemidefinite(StableKernel):
     def controls(self, kernel):
         shape = self.shape(*kernel.shape)
         if shape[1] > kernel.phi.rank:
-            raise ValueError(f"rank: at most that of phi, {kernel.phi.rank}, is wanted, {shape[1]} was given")
+            raise ValueError(f"rank: expected at most that of phi, {kernel.phi.rank}, got {shape[1]}")
         return MatrixControls(kernel.phi.Y, shape, kernel.phi.gram)
 
     def start(self, kernel):
@@ -262,7 +262,7 @@ def _roots(kernel: LowRankKernel) -> tuple[np.ndarray, np.ndarray]:
 
 def _refuse_outside(missed: float, size: float, wanted: str) -> None:
     if missed > _ROUND_OFF * size:
-        raise ValueError(f"coefficients: {wanted} is wanted, the one given misses that by {missed:.1e}")
+        raise ValueError(f"coefficients: expected {wanted}, the one given misses that by {missed:.1e}")
 
 
 def stable_kernel_from(description: Mapping[str, object] | None) -> StableKernel | None:

@@ -190,23 +190,21 @@ def get_time_basis(choice: str | Sequence[int], times: Sequence[float], argument
     if not isinstance(choice, str):
         return Groups(times, choice, argument)
     if choice not in _NAMED:
-        raise ValueError(f"{argument}: {_wanted(len(times) - 1)} is wanted, {choice!r} was given")
+        raise ValueError(f"{argument}: expected {_wanted(len(times) - 1)}, got {choice!r}")
     return _NAMED[choice](times)
 
 
 def _checked_groups(groups: Sequence[int], layers: int, argument: str) -> tuple[int, ...]:
     if not isinstance(groups, (Sequence, np.ndarray)) or isinstance(groups, (str, bytes)):
-        raise TypeError(f"{argument}: {_wanted(layers)} is wanted, {type(groups).__name__} was given")
+        raise TypeError(f"{argument}: expected {_wanted(layers)}, got {type(groups).__name__}")
     numbers = list(groups)
     for number in numbers:
         if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
-            raise TypeError(f"{argument}: group numbers are integers, {number!r} was given")
+            raise TypeError(f"{argument}: group numbers are integers, got {number!r}")
     if len(numbers) != layers:
-        raise ValueError(f"{argument}: {layers} group numbers, one a layer, are wanted, {len(numbers)} were given")
+        raise ValueError(f"{argument}: expected {layers} group numbers, one a layer, got {len(numbers)}")
     if set(numbers) != set(range(len(set(numbers)))):
-        raise ValueError(
-            f"{argument}: group numbers go from 0 and leave none out, {[int(number) for number in numbers]} was given"
-        )
+        raise ValueError(f"{argument}: group numbers go from 0 and leave none out, got {[int(number) for number in numbers]}")
     return tuple(int(number) for number in numbers)
 
 

@@ -63,15 +63,15 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
     steps = integer("steps", steps)
     if isinstance(checkpoints, (int, np.integer)) and not isinstance(checkpoints, bool):
         if checkpoints < 1:
-            raise ValueError(f"checkpoints: at least 1 state is wanted in memory, {checkpoints} was given")
+            raise ValueError(f"checkpoints: expected at least 1 state in memory, got {checkpoints}")
         return MultistageCheckpointSchedule(steps, integer("checkpoints", checkpoints), 0)
     schedule = checkpoints
     if callable(schedule) and not isinstance(schedule, (CheckpointSchedule, type)):
         schedule = schedule(steps)
     if not isinstance(schedule, CheckpointSchedule):
         raise TypeError(
-            f"checkpoints: a number, a schedule of checkpoint_schedules, or a function from a number of steps to one "
-            f"is wanted, {type(checkpoints).__name__} was given"
+            f"checkpoints: expected a number, a schedule of checkpoint_schedules, or a function from a number of steps to one, "
+            f"got {type(checkpoints).__name__}"
         )
     if isinstance(schedule, NoneCheckpointSchedule):
         raise ValueError(
@@ -82,7 +82,7 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
         raise ValueError(f"checkpoints: this {type(schedule).__name__} is in use; give a new one")
     if schedule.max_n not in (None, steps):
         raise ValueError(
-            f"checkpoints: {type(schedule).__name__} is for {schedule.max_n} steps, one for {steps} is wanted: the "
+            f"checkpoints: expected a schedule for {steps} steps, got a {type(schedule).__name__} for {schedule.max_n}; steps are the "
             f"number of Blocks, which is that of layers / layers_per_block"
         )
     try:
@@ -114,7 +114,7 @@ def enable_checkpointing(tape: Tape, checkpoints: Checkpoints, steps: int) -> No
         If the checkpoints do not fit, or the tape has Blocks.
     """
     if instance("tape", tape, Tape, "pyadjoint.Tape() is a new one").get_blocks():
-        raise ValueError("tape: checkpointing is wanted before anything is recorded, but this tape has Blocks; make a new one")
+        raise ValueError("tape: expected an empty one, and it has Blocks; make a new one")
     schedule = schedule_of(checkpoints, steps)
     if schedule.uses_storage_type(StorageType.DISK):
         tape._package_data["fem_resnet"] = _Disk()

@@ -64,7 +64,7 @@ class StableKernelParameter(Parameter):
         for basis in self.space_bases:
             if choice.symmetric and basis.kernel.phi is not basis.kernel.psi:
                 raise ValueError(
-                    f"stable_kernel: {type(choice).__name__} wants one basis for phi and psi, two were given; leave psi out"
+                    f"stable_kernel: {type(choice).__name__} wants one basis for phi and psi, got two; leave psi out"
                 )
             if basis not in made:
                 made[basis] = choice.controls(basis.kernel)

@@ -151,7 +151,7 @@ OPTIONS: dict[str, TimeOption] = {
     **_all(("ts_adapt_monitor", "ts_error_if_step_fails", "ts_view", "ts_view_pre", "ts_view_solution"), _always),
     **_all(
         ("ts_save_trajectory", "ts_trajectory_type"),
-        _never, "has no effect: a layer keeps its trajectory in memory where one is wanted; drop it",
+        _never, "has no effect: a layer keeps its trajectory in memory; drop it",
     ),
 }  # fmt: skip
 
@@ -251,7 +251,7 @@ def refuse_in_file(options: Mapping[str, object]) -> None:
         )
         on_or_off = value in (None, "", True, False, "true", "false", "1", "0")
         if not plain or re.search("monitor|reason|view", name) and not on_or_off:
-            raise ValueError(f"{given} has a value that no file may have; numbers and single words are wanted")
+            raise ValueError(f"{given} has a value that no file may have; expected numbers and single words")
         if re.search("stages|restart|levels|its$|order$|fill", name) and not _is_small(value):
             raise ValueError(f"{given} is no number from 0 to {_MOST}, as a file may have")
 

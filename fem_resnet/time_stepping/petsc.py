@@ -20,7 +20,7 @@ __all__ = [
 
 if (PETSc.ScalarType, PETSc.RealType) != (np.float64, np.float64):
     raise ImportError(
-        f"PETSc: one of real numbers of double precision is wanted, petsc4py has one of {np.dtype(PETSc.ScalarType)}; set PETSC_DIR "
+        f"PETSc: expected a build with real numbers of double precision, petsc4py has {np.dtype(PETSc.ScalarType)}; set PETSC_DIR "
         f"and PETSC_ARCH to another, and install petsc4py and Firedrake for that"
     )
 

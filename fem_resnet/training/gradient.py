@@ -212,7 +212,7 @@ def _bounds_of_controls(problem: LearningProblem, bounds: Mapping) -> list[tuple
         if name not in names:
             raise ValueError(f"bounds: {name!r} is not learned; what is: {', '.join(names)}")
         if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
-            raise ValueError(f"bounds: a pair (low, high) is wanted for {name}, {ends!r} was given")
+            raise ValueError(f"bounds: expected a pair (low, high) for {name}, got {ends!r}")
     return [
         pair for parameter in problem.parameters for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))
     ]
@@ -242,7 +242,7 @@ def _bounds_of(parameter: Parameter, low: ArrayLike | None, high: ArrayLike | No
         basis.Y.agree(
             all(shapes) and bool(np.all(ends[0] <= ends[1])),
             f"bounds: {parameter.name} wants (low, high) with low <= high, numbers, None or arrays of shape {basis.shape}; "
-            f"({low!r}, {high!r}) was given",
+            f"got ({low!r}, {high!r})",
         )
         pair = fd.Function(basis.space), fd.Function(basis.space)
         for function, end in zip(pair, ends):

@@ -266,10 +266,12 @@ def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox,
     net, pointwise = problem.net, isinstance(A, ControlSet)
     instance("A", A, (ControlSet, RowBox, RowBall, SpanBox))
     if not (pointwise or A.psi.Y is net.Y):
-        raise ValueError(f"A: its rows live on {A.psi.Y!r}, the network's label space {net.Y!r} is wanted")
+        raise ValueError(f"A: expected rows on the network's label space {net.Y!r}, got rows on {A.psi.Y!r}")
     choice("variant", variant, _VARIANTS)
     if pointwise and variant != "basic" and not A.convex:
-        raise ValueError(f"A: variant {variant!r} mixes controls, so a convex set is wanted; this one takes 'basic' only")
+        raise ValueError(
+            f"A: expected a convex set, as variant {variant!r} mixes controls; use the variant 'basic' with this one"
+        )
 
 
 def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningProblem:

@@ -271,7 +271,7 @@ def _check(tau, iterations, gradient_tolerance, accuracy, batches) -> None:
     if batches is None:
         return
     if not instance("batches", batches, (list, tuple), "minibatches() makes them"):
-        raise ValueError("batches: at least one is wanted, none was given; minibatches() makes them")
+        raise ValueError("batches: expected at least one, got none; minibatches() makes them")
     for batch in batches:
         instance("batches", batch, Batch)
 

@@ -147,7 +147,7 @@ class ProximalBlock:
         """Coefficients from outside, on all ranks alike."""
         instance(name, coefficients, (list, tuple))
         if len(coefficients) != len(self._sets):
-            raise ValueError(f"{name}: {len(self._sets)} arrays are wanted for {self.name}, {len(coefficients)} were given")
+            raise ValueError(f"{name}: expected {len(self._sets)} arrays for {self.name}, got {len(coefficients)}")
         bases = [parameter.space_bases[k] for parameter, k in self._sets]
         return [real_array(name, c, basis.shape, comm=basis.Y.comm) for c, basis in zip(coefficients, bases)]
 

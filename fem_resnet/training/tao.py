@@ -377,7 +377,7 @@ def _checked_limit(given: object) -> int:
     """The limit of iterations that was given."""
     if str(given).isdecimal() and int(str(given)) <= LARGEST:
         return int(str(given))
-    raise ValueError(f"solver_parameters: an integer >= 0 is wanted for 'tao_max_it', {given!r} was given")
+    raise ValueError(f"solver_parameters: expected an integer >= 0 for 'tao_max_it', got {given!r}")
 
 
 def _checked_type(given: str, *, bounded: bool) -> str:
@@ -387,8 +387,8 @@ def _checked_type(given: str, *, bounded: bool) -> str:
         return given
     fault = "does not know bounds" if given in TYPES else "is not taken"
     raise ValueError(
-        f"solver_parameters: TAO's {given!r} {fault}; 'tao_type' one of "
-        + ", ".join(f"{name!r} ({kind.what})" for name, kind in allowed.items()) + " is wanted"
+        f"solver_parameters: TAO's {given!r} {fault}; expected a 'tao_type' of "
+        + ", ".join(f"{name!r} ({kind.what})" for name, kind in allowed.items())
     )  # fmt: skip
 
 

@@ -497,9 +497,9 @@ def test_each_entry_is_under_its_name():
 @pytest.mark.parametrize(
     "spec, parameters, error, message",
     [
-        ("tahn", {}, ValueError, r"^activation: one of 'tanh', 'arctan', .* is wanted, 'tahn' was given"),
-        (None, {}, TypeError, r"^activation: its name, .* is wanted, NoneType was given"),
-        (np.tanh, {}, TypeError, r"^activation: its name, .* is wanted, ufunc was given"),
+        ("tahn", {}, ValueError, r"^activation: expected one of 'tanh', 'arctan', .*, got 'tahn'"),
+        (None, {}, TypeError, r"^activation: expected its name, .*, got NoneType"),
+        (np.tanh, {}, TypeError, r"^activation: expected its name, .*, got ufunc"),
         (sympy.tanh(s), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh\(s\)'"),
         (get_activation("tanh"), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh'"),
         ("tanh", {"alpha": 1.0}, TypeError, r"alpha given to tanh, which accepts none"),
@@ -560,12 +560,12 @@ def test_refuses_expressions_that_are_no_activation(expression, error, message):
 
 @pytest.mark.parametrize("lipschitz", [-1.0, math.nan])
 def test_refuses_a_lipschitz_constant_that_is_none(lipschitz):
-    with pytest.raises(ValueError, match=r"^lipschitz: a number >= 0 is wanted"):
+    with pytest.raises(ValueError, match=r"^lipschitz: expected a number >= 0"):
         replace(get_activation("tanh").properties, lipschitz=lipschitz)
 
 
 def test_refuses_properties_that_are_none():
-    with pytest.raises(TypeError, match=r"^properties: a Properties or None is wanted, dict was given; leave them out"):
+    with pytest.raises(TypeError, match=r"^properties: expected a Properties or None, got dict; leave them out"):
         Activation.from_sympy(s, {"lipschitz": 1.0})
 
 
@@ -607,7 +607,7 @@ def test_rebuilds_nothing_but_what_is_on_the_list(tree):
         (["tanh", {}], ValueError, r"description is \['tanh', {}\]; give what"),
         ({"name": "tanh"}, ValueError, r"description is .*; give what"),
         ({"expression": "s"}, ValueError, r"description is .*; give what"),
-        ({"name": "tahn", "parameters": {}}, ValueError, r"^activation: one of 'tanh', .* is wanted, 'tahn' was given"),
+        ({"name": "tahn", "parameters": {}}, ValueError, r"^activation: expected one of 'tanh', .*, got 'tahn'"),
         ({"name": "elu", "parameters": {"alpha": "1"}}, TypeError, r"alpha is '1'; give a real number"),
         ({"expression": ["Lt", "s", 0], "properties": DECLARED}, TypeError, r"expression is s < 0"),
         ({"expression": "s", "properties": {}}, TypeError, r"missing 6 required"),
@@ -622,9 +622,9 @@ def test_refuses_what_is_no_description(description, error, message):
 @pytest.mark.parametrize(
     "s, out, error, message",
     [
-        (1j, None, TypeError, r"^s: real numbers are wanted, complex ones"),
-        ("1", None, TypeError, r"^s: numbers are wanted, str was given"),
-        ([None], None, TypeError, r"^s: numbers are wanted, list with entries of type object"),
+        (1j, None, TypeError, r"^s: expected real numbers, complex ones"),
+        ("1", None, TypeError, r"^s: expected numbers, got str"),
+        ([None], None, TypeError, r"^s: expected numbers, list with entries of type object"),
         ([1.0], [0.0], TypeError, r"out is list; give a float64 ndarray"),
         ([1.0], np.zeros(1, np.float32), TypeError, r"out is an array of float32; give a float64 ndarray"),
         ([1.0], np.zeros(2), ValueError, r"out has shape \(2,\); give the shape of s, \(1,\)"),

@@ -90,7 +90,7 @@ def test_a_wrong_claim_is_refuted_between_the_points_of_a_grid():
 
 @pytest.mark.parametrize("names", [["bound"], ["lipschitz", "sigma"]])
 def test_only_properties_are_sampled(names):
-    with pytest.raises(ValueError, match=rf"^sampled: one of 'lipschitz', .* is wanted, '{names[-1]}' was given"):
+    with pytest.raises(ValueError, match=rf"^sampled: expected one of 'lipschitz', .*, got '{names[-1]}'"):
         Properties(1.0, True, True, True, True, True, True, frozenset(names))
 
 

@@ -116,7 +116,7 @@ def test_what_is_convex():
         (lambda: Ellipse((0, 0), 0.0), "^axes: a disk or ellipse with an area"),
         (lambda: Sections((0, 1), lambda a: 1 + 0 * a, lambda a: 0 * a), "^lower, upper"),
         (lambda: Sections((0, 1), lambda a: -(a**2), lambda a: 0 * a, convex=True), "^convex: m is not convex"),
-        (lambda: Ellipse().largest(-1.0, 0.0), "^positive: numbers >= 0 are wanted, the smallest given is -1"),
+        (lambda: Ellipse().largest(-1.0, 0.0), "^positive: expected numbers >= 0, the smallest given is -1"),
     ],
 )
 def test_what_is_no_control_set_is_refused(make, message):
@@ -205,7 +205,7 @@ def test_a_boundary_that_meets_itself_is_refused():
         [(0, 0), (1, 1), (2, 0), (2, 2), (1, 1), (0, 2)],  # two corners are one point
     ):
         for far in (0.0, 1e5):
-            with pytest.raises(ValueError, match=r"^corners: a boundary that meets itself nowhere is wanted; the edges"):
+            with pytest.raises(ValueError, match=r"^corners: expected a boundary that meets itself nowhere; the edges"):
                 Polygon(np.array(corners) + far)
 
 

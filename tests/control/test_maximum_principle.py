@@ -169,7 +169,7 @@ def test_ties_have_a_rule_and_a_measure():
     assert_allclose(found.no_state, Y.sum(Y.weights @ (x > 0.2)), rtol=1e-14)
     assert_allclose(found.no_costate, Y.sum(Y.weights @ (x < -0.2)), rtol=1e-14)
     assert (found.controls.a == np.where(x < -0.2, 0.8, -0.5)).all()
-    with pytest.raises(ValueError, match="^pair: .4.10. holds for one sample, 2 were given"):
+    with pytest.raises(ValueError, match="^pair: .4.10. holds for one sample, got 2"):
         extremal_controls(Y, BOX, pair(Y, 2))
 
 

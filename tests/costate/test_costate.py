@@ -698,7 +698,7 @@ def test_arguments_that_do_not_fit_are_refused():
     net, inputs = problem.net, problem.batch.inputs
     trajectory = solve_trajectory(net, inputs, steps=2)
     costate = solve_costate(trajectory, trajectory.final)
-    with pytest.raises(ValueError, match="steps: a positive integer is wanted, 0 was given"):
+    with pytest.raises(ValueError, match="steps: expected a positive integer, got 0"):
         solve_trajectory(net, inputs, steps=0)
     with pytest.raises(ValueError, match="'ts_type' is 'ssp'.*fields are stepped by 'rk', 'theta', 'beuler', 'cn'"):
         solve_trajectory(net, inputs, solver_parameters={"ts_type": "ssp"})
@@ -712,9 +712,9 @@ def test_arguments_that_do_not_fit_are_refused():
         solve_costate(solve_trajectory(net, inputs, solver_parameters={"ts_rk_type": "4"}), inputs, partner=True)
     with pytest.raises(ValueError, match="partner: the scheme of the trajectory, 6vr, has none: all its b_i must be"):
         solve_costate(trajectory, inputs, partner=True)
-    with pytest.raises(ValueError, match="layer: an integer from 0 to 3 is wanted, 4 was given"):
+    with pytest.raises(ValueError, match="layer: expected an integer from 0 to 3, got 4"):
         costate.at_layer(4)
-    with pytest.raises(ValueError, match="t: a time in a layer, from 0 to T = 1.3, is wanted, 1.5 was given"):
+    with pytest.raises(ValueError, match="t: expected a time in a layer, from 0 to T = 1.3, got 1.5"):
         costate(1.5)
     adapted = network("disk", "CG1", solver_parameters={"ts_adapt_type": "basic"})
     with pytest.raises(ValueError, match="^costate_check: it does not take adapted time steps"):

@@ -85,10 +85,10 @@ def test_the_closed_loop_sees_no_partition():
 @on_two_ranks
 def test_what_hangs_together_is_refused():
     p = optimal("annulus")
-    with pytest.raises(TypeError, match="^problem: a LearningProblem is wanted"):
+    with pytest.raises(TypeError, match="^problem: expected a LearningProblem"):
         LocalClosedLoop(p.net)
     smooth = LearningProblem(p.net, None, least_squares, tikhonov(0.1) + smooth_in_time(0.1), p.batch)
-    with pytest.raises(ValueError, match="that are sums over the layers are wanted, .*tikhonov; smooth_in_time was"):
+    with pytest.raises(ValueError, match="expected that are sums over the layers, .*tikhonov; smooth_in_time was"):
         LocalClosedLoop(smooth)
     shared = problem("sphere", bias_in_time="shared")
     with pytest.raises(
@@ -97,5 +97,5 @@ def test_what_hangs_together_is_refused():
         LocalClosedLoop(shared)
     with pytest.raises(ValueError, match="^LocalClosedLoop: it does not take learned layer times"):
         LocalClosedLoop(problem("sphere", learn_times=True))
-    with pytest.raises(ValueError, match="^layer: an integer from 0 to 1 is wanted, 2 was given$"):
+    with pytest.raises(ValueError, match="^layer: expected an integer from 0 to 1, got 2$"):
         LocalClosedLoop(p).step(2, p.batch.inputs)

@@ -319,13 +319,13 @@ def test_what_does_not_fit_is_refused():
         ValueError, match="^LowRankFeedback: it does not take a bias with a value at every node; give the bias a basis, or use"
     ):
         LowRankFeedback(feedback)
-    with pytest.raises(ValueError, match="^inputs: a Function of .* is wanted, .* go to LowRankFeedback$"):
+    with pytest.raises(ValueError, match="^inputs: expected a Function of .*, .* go to LowRankFeedback$"):
         feedback(direction(Y, 2))
     with pytest.raises(ValueError, match="^w: sample 0 has values that are not finite"):
         bad = direction(Y)
         bad.dat.data_wo[...] = np.nan
         feedback.hessian(bad)
-    with pytest.raises(TypeError, match="^problem: a LearningProblem is wanted, ResidualNetwork was given$"):
+    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, got ResidualNetwork$"):
         LocalFeedback(p.net)
     with pytest.raises(ValueError, match="^LocalFeedback: it does not take an initial state that is learned too"):
         LocalFeedback(p.replace(learn="both"))

@@ -493,7 +493,7 @@ def test_a_solution_that_a_rank_stopped_is_known_from_there_and_goes_on_to_the_s
     assert part.times[0] == stopped_at and len(part.values) == len(part.times) < len(whole.times)
     v = 0.1 * x[:, None]
     assert_array_equal(part(v, 0.4), whole(v, 0.4))
-    with pytest.raises(ValueError, match=rf"^t: a time in \[{stopped_at:g}, 0.5\] is wanted"):
+    with pytest.raises(ValueError, match=rf"^t: expected a time in \[{stopped_at:g}, 0.5\]"):
         part(v, 0.0)
     step = solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part, monitor=lambda t: True)
     assert_array_equal(part.times, step.times[1:])

@@ -171,7 +171,7 @@ def test_a_network_moved_to_finer_periodic_meshes_converges(kind, element):
     """At the order of the quadrature: on three meshes, each with half the mesh size of the one before."""
     coarse, middle, fine = (moved_moments(kind, element, n) for n in (3, 6, 12))
     order = np.log2(np.linalg.norm(middle - coarse) / np.linalg.norm(fine - middle))
-    assert order > 1.7, f"differences fall with order {order:.2f}, 2 is wanted"
+    assert order > 1.7, f"expected differences fall with order {order:.2f}, 2"
 
 
 @on_ranks
@@ -252,7 +252,7 @@ def test_a_discontinuous_space_says_how_many_eigenfunctions_it_tells_apart():
         laplace_basis(Y, 40)
     assert_allclose(laplace_basis(Y, 25).gram, np.eye(25), rtol=0, atol=1e-12)
     fine = laplace_basis(LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(12, 12, quadrilateral=True), "DG", 0)), 30)
-    with pytest.raises(ValueError, match=r"Y: LabelSpace.* tells 25 eigenfunctions apart, 30 are wanted; refine its mesh"):
+    with pytest.raises(ValueError, match=r"Y: expected LabelSpace.* tells 25 eigenfunctions apart, 30; refine its mesh"):
         fine.on(Y)
 
 

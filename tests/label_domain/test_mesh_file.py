@@ -102,11 +102,11 @@ REFUSED = {
         ValueError,
         "cells of one kind .* quadrilateral and triangle",
     ),
-    "curved cells": (curve, ValueError, "straight cells are wanted"),
+    "curved cells": (curve, ValueError, "expected straight cells"),
     "a damaged file": (damaged, ValueError, "PETSc cannot read"),
     "no file": (lambda path: path, FileNotFoundError, "there is no file"),
-    "another format": (lambda path: write(path.with_suffix(".vtk"), *torus()), ValueError, "a Gmsh file .msh is wanted"),
-    "no path": (lambda path: 3, TypeError, "a str or PathLike is wanted, int was given"),
+    "another format": (lambda path: write(path.with_suffix(".vtk"), *torus()), ValueError, "expected a Gmsh file .msh"),
+    "no path": (lambda path: 3, TypeError, "expected a str or PathLike, got int"),
 }
 
 

@@ -166,19 +166,19 @@ def test_more_ranks_than_points_are_no_harm():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(weights=[]), "^weights: positive numbers of shape .points,. are wanted, shape .0,."),
+        (dict(weights=[]), "^weights: expected positive numbers of shape .points,., shape .0,."),
         (dict(weights=[1.0, 0.0]), "^weights: positive numbers.*the smallest given is 0$"),
         (dict(weights=[1.0, np.nan]), "^weights: finite positive numbers"),
-        (dict(weights=[1.0, 2.0], points=np.zeros((3, 2))), r"^points: numbers of shape \(2, d\) are wanted, shape"),
-        (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: finite numbers of shape \(2, d\) are wanted"),
-        (dict(weights=[1.0, 2.0], points=[0.0, 1.0]), r"^points: .* are wanted, shape \(2,\) was given$"),
+        (dict(weights=[1.0, 2.0], points=np.zeros((3, 2))), r"^points: expected numbers of shape \(2, d\), shape"),
+        (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: expected finite numbers of shape \(2, d\)"),
+        (dict(weights=[1.0, 2.0], points=[0.0, 1.0]), r"^points: expected .*, got shape \(2,\)$"),
         (dict(weights=[1.0, 2.0], graph=np.full((2, 2), np.nan)), "^graph: finite numbers >= 0 .* not finite$"),
         (
             dict(weights=[1.0, 2.0], graph=np.zeros((3, 3))),
-            r"^graph: numbers >= 0 of shape \(2, 2\) are wanted, shape \(3, 3\) was given$",
+            r"^graph: expected numbers >= 0 of shape \(2, 2\), got shape \(3, 3\)$",
         ),
-        (dict(weights=[1.0, 2.0], graph=np.array([[0, 1], [2, 0]])), "^graph: a symmetric matrix is wanted"),
-        (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: numbers >= 0 .* are wanted, the smallest given is -1$"),
+        (dict(weights=[1.0, 2.0], graph=np.array([[0, 1], [2, 0]])), "^graph: expected a symmetric matrix"),
+        (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: expected numbers >= 0 .*, the smallest given is -1$"),
     ],
 )
 def test_refuses(arguments, message):

@@ -235,7 +235,7 @@ def test_msa_lowers_a_cost_of_the_states_and_comes_to_the_maximum_principle():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="^density: an expression in the symbols f and a alone is wanted; it has t too"):
+    with pytest.raises(ValueError, match="^density: expected an expression in the symbols f and a alone; it has t too"):
         RunningCost(f * sympy.Symbol("t"))
     with pytest.raises(TypeError, match="^density: a SymPy expression"):
         RunningCost("f**2")

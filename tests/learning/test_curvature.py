@@ -67,7 +67,7 @@ def test_directions_are_orthonormal_in_the_label_measure_and_values_see_no_parti
 def test_what_does_not_fit_is_refused():
     p = problem()
     for count in (0, 1.5, 1000):
-        with pytest.raises(ValueError, match=r"^count: an integer from 1 to 24 is wanted"):
+        with pytest.raises(ValueError, match=r"^count: expected an integer from 1 to 24"):
             hessian_spectrum(p, count)
     with pytest.raises(RuntimeError, match="SLEPc found . of 6 eigenvalues"):
         hessian_spectrum(p, 6, solver_parameters={"eps_max_it": 1, "eps_ncv": 8, "eps_tol": 1e-15})

@@ -96,17 +96,17 @@ def test_what_does_not_fit_is_refused(annotation):
     p = problem(net)
     with pytest.raises(ValueError, match="exchange: it does not take derivatives of the target; .*replace"):
         p.exchange(p.batch)
-    with pytest.raises(TypeError, match="derivatives: a Derivatives or None is wanted, tuple was given"):
+    with pytest.raises(TypeError, match="derivatives: expected a Derivatives or None, got tuple"):
         LearningProblem(net, None, least_squares, None, p.batch, derivatives=(1, 2))
     for bad, message in (
-        (Derivatives(Y.batch(smooth(Y, 2)), Y.batch(smooth(Y))), "derivatives.directions: 3 samples are wanted, .* 2 were"),
-        (Derivatives(Y.batch(smooth(Y)), Y.batch(smooth(Y, 2))), "derivatives.targets: 3 samples are wanted"),
+        (Derivatives(Y.batch(smooth(Y, 2)), Y.batch(smooth(Y))), "derivatives.directions: expected 3 samples, .* 2 were"),
+        (Derivatives(Y.batch(smooth(Y)), Y.batch(smooth(Y, 2))), "derivatives.targets: expected 3 samples"),
     ):
         with pytest.raises(ValueError, match=message):
             LearningProblem(net, None, least_squares, None, p.batch, derivatives=bad)
-    with pytest.raises(ValueError, match="^weight: a number >= 0 is wanted, -1.0"):
+    with pytest.raises(ValueError, match="^weight: expected a number >= 0, -1.0"):
         Derivatives(Y.batch(smooth(Y)), Y.batch(smooth(Y)), -1.0)
-    with pytest.raises(ValueError, match="direction: a Function of .* is wanted"):
+    with pytest.raises(ValueError, match="direction: expected a Function of .*"):
         net.run(Y.batch(smooth(Y))).tangent(Y.batch(smooth(Y, 2)))
     with annotation(), pytest.raises(ValueError, match="no adjoint of its method 'bdf'"):
         other = network(solver_parameters={"ts_type": "bdf"})

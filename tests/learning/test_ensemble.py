@@ -79,5 +79,5 @@ def test_what_an_ensemble_does_not_do():
         of.record(gauss_newton=True)
     with pytest.raises(ValueError, match="^LearningProblem.exchange: it does not take an ensemble"):
         of.exchange(of.batch)
-    with pytest.raises(TypeError, match="^ensemble: an Ensemble or None is wanted"):
+    with pytest.raises(TypeError, match="^ensemble: expected an Ensemble or None"):
         problem(fd.COMM_SELF, chosen, "two")

@@ -115,7 +115,7 @@ def test_a_sample_of_weight_zero_does_not_count_and_proportions_do():
 @pytest.mark.parametrize("weights", [[1, 2], [1, -1, 1, 1], [0, 0, 0, 0], [1, np.nan, 1, 1]])
 def test_weights_that_are_none_are_refused(weights):
     Y = label_space("disk", "DG0")
-    with pytest.raises(ValueError, match=r"^weights: (finite )?numbers >= 0( of shape \(4,\)|, not all 0,) are wanted"):
+    with pytest.raises(ValueError, match=r"^weights: expected (finite )?numbers >= 0( of shape \(4,\)|, not all 0,)"):
         least_squares(Y, Y.batch(smooth(Y, 4)), Y.batch(smooth(Y, 4)), weights)
 
 
@@ -148,9 +148,9 @@ def test_a_head_that_does_not_fit_its_loss_is_refused():
     batch = Batch(net.Y.batch(smooth(net.Y, 2)), [0, 1])
     with pytest.raises(ValueError, match="loss: binary_cross_entropy goes with a head of prediction 'logistic', the h"):
         LearningProblem(net, Head(psi, 2), binary_cross_entropy, None, batch)
-    with pytest.raises(ValueError, match="prediction: one of 'identity', 'logistic', 'softmax' is wanted, 'soft' was given"):
+    with pytest.raises(ValueError, match="prediction: expected one of 'identity', 'logistic', 'softmax', got 'soft'"):
         Head(psi, 2, "soft")
-    with pytest.raises(ValueError, match="batch.targets: a batch on .* is wanted, as there are no classes"):
+    with pytest.raises(ValueError, match="batch.targets: expected a batch on .*, as there are no classes"):
         LearningProblem(net, Head(psi, psi, "identity"), least_squares, None, batch)
 
 
@@ -160,8 +160,8 @@ def test_losses_refuse_what_does_not_fit():
     O, C = Y.batch(smooth(Y, 4)), Y.batch(smooth(Y, 4, seed=1))
     one, elsewhere = Y.batch(smooth(Y, 1)), other.batch(smooth(other, 4))
     arguments = [
-        (least_squares, (O, one), ValueError, "^observation: 4 samples are wanted, as many as of the output, 1 were given"),
-        (least_squares, (O, Y.values(C)), TypeError, "^observation: a Function is wanted, ndarray was given"),
+        (least_squares, (O, one), ValueError, "^observation: expected 4 samples, as many as of the output, got 1"),
+        (least_squares, (O, Y.values(C)), TypeError, "^observation: expected a Function, got ndarray"),
         (least_squares, (O, elsewhere), ValueError, "^observation: it lives on"),
         (least_squares, (elsewhere, C), ValueError, "^output: it lives on"),
         (binary_cross_entropy, (O, C, None, PREDICTIONS["softmax"]), ValueError, "^loss: .* prediction 'logistic', the"),
@@ -171,7 +171,7 @@ def test_losses_refuse_what_does_not_fit():
     for loss, given, error, message in arguments:
         with pytest.raises(error, match=message):
             loss(Y, *given)
-    with pytest.raises(TypeError, match="^functional: a function of prediction and observation is wanted, 1.0 was given"):
+    with pytest.raises(TypeError, match="^functional: expected a function of prediction and observation, got 1.0"):
         functional_loss(1.0)
 
 

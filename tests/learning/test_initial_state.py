@@ -194,5 +194,5 @@ def test_learned_inputs_are_not_exchanged(learn):
 @on_two_ranks
 @pytest.mark.parametrize("learn", ["inputs", None, True, ["initial"]], ids=str)
 def test_refuses_what_is_not_there_to_learn(learn):
-    with pytest.raises(ValueError, match="^learn: one of 'parameters', 'initial', 'both' is wanted, .* was given$"):
+    with pytest.raises(ValueError, match="^learn: expected one of 'parameters', 'initial', 'both', got .*$"):
         problem(network("disk", "CG1"), learn)

@@ -561,7 +561,7 @@ def test_record_leaves_tape_and_annotation_as_they_were(annotating, tape):
     assert get_working_tape() is tape and not tape.get_blocks()
     J.derivative()
     assert get_working_tape() is tape and not tape.get_blocks()
-    assert len(J.tape.get_blocks()) == 6, "two segments, the head, the loss, the regulariser and a sum are wanted"
+    assert len(J.tape.get_blocks()) == 6, "expected two segments, the head, the loss, the regulariser and a sum"
 
 
 @on_ranks
@@ -697,20 +697,20 @@ def test_every_rank_has_the_same_bits_of_j():
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([0, 1, 5, 7], r"^batch.targets: classes 0 to 2 are wanted, sample 2 has 5$"),
-        ([0, -1, 1, 2], r"^batch.targets: classes 0 to 2 are wanted, sample 1 has -1$"),
-        ([], r"^targets: integers of shape \(4,\) are wanted, shape \(0,\) was given$"),
-        (np.zeros(0, dtype=int), r"^targets: integers of shape \(4,\) are wanted, shape \(0,\) was given$"),
-        ([0.0, 1.0, 2.0, 1.0], r"^targets: integers of shape \(4,\) are wanted, list with entries of type float64 was given$"),
-        ([[0, 1, 2, 1]], r"^targets: integers of shape \(4,\) are wanted, shape \(1, 4\) was given$"),
-        (["a", "b", "c", "a"], r"^targets: integers of shape \(4,\) are wanted, list with entries of type <U1 was given$"),
-        (1, r"^targets: integers of shape \(4,\) are wanted, shape \(\) was given$"),
+        ([0, 1, 5, 7], r"^batch.targets: expected classes 0 to 2, sample 2 has 5$"),
+        ([0, -1, 1, 2], r"^batch.targets: expected classes 0 to 2, sample 1 has -1$"),
+        ([], r"^targets: expected integers of shape \(4,\), got shape \(0,\)$"),
+        (np.zeros(0, dtype=int), r"^targets: expected integers of shape \(4,\), got shape \(0,\)$"),
+        ([0.0, 1.0, 2.0, 1.0], r"^targets: expected integers of shape \(4,\), got list with entries of type float64$"),
+        ([[0, 1, 2, 1]], r"^targets: expected integers of shape \(4,\), got shape \(1, 4\)$"),
+        (["a", "b", "c", "a"], r"^targets: expected integers of shape \(4,\), got list with entries of type <U1$"),
+        (1, r"^targets: expected integers of shape \(4,\), got shape \(\)$"),
         (
             [True, False, True, True],
-            r"^targets: integers of shape \(4,\) are wanted, list with entries of type bool was given$",
+            r"^targets: expected integers of shape \(4,\), got list with entries of type bool$",
         ),
-        ([0, 1, 2], r"^targets: integers of shape \(4,\) are wanted, shape \(3,\) was given$"),
-        ([0, 1, 2, 0, 1], r"^targets: integers of shape \(4,\) are wanted, shape \(5,\) was given$"),
+        ([0, 1, 2], r"^targets: expected integers of shape \(4,\), got shape \(3,\)$"),
+        ([0, 1, 2, 0, 1], r"^targets: expected integers of shape \(4,\), got shape \(5,\)$"),
     ],
 )
 def test_refuses_labels(labels, message):
@@ -728,14 +728,14 @@ def _parts():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(net="net"), TypeError, r"^net: a ResidualNetwork is wanted, str was given$"),
-        (dict(loss="cross_entropy"), TypeError, r"^loss: a Loss is wanted, str was given$"),
-        (dict(loss=lambda Y, O, C: 0.0), TypeError, r"^loss: a Loss is wanted, function was given$"),
-        (dict(batch=([0], [1])), TypeError, r"^batch: a Batch is wanted, tuple was given$"),
-        (dict(head="softmax"), TypeError, r"^head: .*Head.* str was given"),
-        (dict(head=3), TypeError, r"^head: .*Head.* int was given"),
-        (dict(regulariser=1e-3), TypeError, r"^regulariser: .*float was given"),
-        (dict(regulariser=tikhonov), TypeError, r"^regulariser: .*function was given"),
+        (dict(net="net"), TypeError, r"^net: expected a ResidualNetwork, got str$"),
+        (dict(loss="cross_entropy"), TypeError, r"^loss: expected a Loss, got str$"),
+        (dict(loss=lambda Y, O, C: 0.0), TypeError, r"^loss: expected a Loss, got function$"),
+        (dict(batch=([0], [1])), TypeError, r"^batch: expected a Batch, got tuple$"),
+        (dict(head="softmax"), TypeError, r"^head: got .*Head.* str"),
+        (dict(head=3), TypeError, r"^head: got .*Head.* int"),
+        (dict(regulariser=1e-3), TypeError, r"^regulariser: got .*float"),
+        (dict(regulariser=tikhonov), TypeError, r"^regulariser: got .*function"),
     ],
     ids=str,
 )
@@ -746,7 +746,9 @@ def test_refuses_parts_of_the_wrong_type(change, error, message):
 
 @on_ranks
 def test_refuses_a_head_of_another_label_space():
-    with pytest.raises(ValueError, match=r"^head: it reads .*, the network's label space .* is wanted$"):
+    with pytest.raises(
+        ValueError, match=r"^head: expected one that reads the network's label space .*, got one that reads .*$"
+    ):
         LearningProblem(**_parts() | dict(head=_head("sphere", "CG1")))
 
 
@@ -762,9 +764,9 @@ def test_refuses_inputs_that_do_not_fit():
     if values.size:
         values[-1, 1] = np.inf
     for inputs, error, message in [
-        (smooth(net.Y), TypeError, "^inputs: a Function is wanted, ndarray was given; Y.batch"),
+        (smooth(net.Y), TypeError, "^inputs: expected a Function, got ndarray; Y.batch"),
         (elsewhere, ValueError, "^batch.inputs: it lives on .*, a Function on the mesh"),
-        (other, ValueError, "^batch.inputs: .* was given; a Function of .* or a batch of it"),
+        (other, ValueError, "^batch.inputs: got .*; a Function of .* or a batch of it"),
         (ill, ValueError, r"^batch.inputs: sample 1 has values that are not finite \(1 samples have\)$"),
     ]:
         with pytest.raises(error, match=message):
@@ -782,9 +784,9 @@ def test_refuses_targets_that_do_not_fit():
             None,
             [0, 1, 2, 0],
             ValueError,
-            "^batch.targets: a batch on .* is wanted, as there are no classes; labels were given$",
+            "^batch.targets: expected a batch on .*, as there are no classes; got labels$",
         ),
-        (None, net.Y.batch(smooth(net.Y, 3)), ValueError, "^batch.targets: 4 samples are wanted, .*, 3 were given$"),
+        (None, net.Y.batch(smooth(net.Y, 3)), ValueError, "^batch.targets: expected 4 samples, .*, got 3$"),
         (None, nan, ValueError, "^batch.targets: sample 2 has values that are not finite"),
         (head, net.Y.batch(smooth(net.Y, 4)), ValueError, "^batch.targets: it lives on"),
     ]:
@@ -805,11 +807,11 @@ def test_takes_a_batch_of_targets_for_a_head():
 @pytest.mark.parametrize(
     "psi, classes, error, message",
     [
-        (None, 3, TypeError, r"^psi: a Basis is wanted, NoneType was given; laplace_basis"),
-        (np.ones((4, 2)), 3, TypeError, r"^psi: a Basis is wanted, ndarray was given; laplace_basis"),
-        ("laplace", 0, ValueError, r"^onto: a positive integer is wanted, 0 was given$"),
-        ("laplace", 2.0, ValueError, r"^onto: a positive integer is wanted, 2.0 was given$"),
-        ("laplace", None, ValueError, r"^onto: a positive integer is wanted, None was given$"),
+        (None, 3, TypeError, r"^psi: expected a Basis, got NoneType; laplace_basis"),
+        (np.ones((4, 2)), 3, TypeError, r"^psi: expected a Basis, got ndarray; laplace_basis"),
+        ("laplace", 0, ValueError, r"^onto: expected a positive integer, got 0$"),
+        ("laplace", 2.0, ValueError, r"^onto: expected a positive integer, got 2.0$"),
+        ("laplace", None, ValueError, r"^onto: expected a positive integer, got None$"),
     ],
 )
 def test_head_refuses(psi, classes, error, message):
@@ -825,9 +827,9 @@ def test_head_refuses_states_that_do_not_fit(verb):
     nan = head.psi.Y.batch(smooth(head.psi.Y))
     nan.dat.data_wo[:, 1:] = np.nan
     for f, error, message in [
-        (smooth(head.psi.Y), TypeError, "^f: a Function is wanted, ndarray was given$"),
+        (smooth(head.psi.Y), TypeError, "^f: expected a Function, got ndarray$"),
         (fd.Function(label_space("sphere", "CG1").V), ValueError, "^f: it lives on"),
-        (fd.Function(label_space("disk", "DG0").V), ValueError, "^f: .* was given; a Function of"),
+        (fd.Function(label_space("disk", "DG0").V), ValueError, "^f: got .*; a Function of"),
         (nan, ValueError, r"^f: sample 1 has values that are not finite \(2 samples have\)$"),
     ]:
         with pytest.raises(error, match=message):
@@ -838,7 +840,7 @@ def test_head_refuses_states_that_do_not_fit(verb):
 @pytest.mark.parametrize("weight", [-1e-3, np.nan, np.inf, "1e-3", None, [1e-3], 1j], ids=str)
 def test_regularisers_refuse_what_is_no_number_from_zero_up(weight):
     for make in (tikhonov, smooth_in_space, smooth_in_time):
-        with pytest.raises(ValueError, match=r"^weight: a number >= 0 is wanted, .* was given$"):
+        with pytest.raises(ValueError, match=r"^weight: expected a number >= 0, got .*$"):
             make(weight)
 
 

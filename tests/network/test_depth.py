@@ -336,8 +336,8 @@ def test_checkpoints_that_do_not_fit_are_refused():
     next(used)
     for checkpoints, kind, match in (
         (0, ValueError, "at least 1"),
-        (True, TypeError, "bool was given"),
-        ("revolve", TypeError, "str was given"),
+        (True, TypeError, "got bool"),
+        ("revolve", TypeError, "got str"),
         (lambda n: 3, TypeError, "a function from a number of steps"),
         (Revolve(LAYERS + 1, 2), ValueError, "for 8 steps, one for 7"),
         (used, ValueError, "in use"),

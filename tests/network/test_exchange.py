@@ -77,12 +77,12 @@ def test_minibatches_add_up_to_the_whole(seed):
 @pytest.mark.parallel([1, 2])
 def test_batches_that_do_not_fit_are_refused():
     problem = learning_problem(network("disk", "CG1"), samples=4)
-    with pytest.raises(ValueError, match="batch: 4 samples are wanted, as many as before, 2 were given"):
+    with pytest.raises(ValueError, match="batch: expected 4 samples, as many as before, got 2"):
         problem.exchange(Batch(problem.net.Y.batch(smooth(problem.net.Y, 2)), [0, 1]))
-    with pytest.raises(TypeError, match="batch: a Batch is wanted, list was given"):
+    with pytest.raises(TypeError, match="batch: expected a Batch, got list"):
         problem.exchange([1, 2])
     for size in (0, 1.5):
-        with pytest.raises(ValueError, match="size: a positive integer is wanted"):
+        with pytest.raises(ValueError, match="size: expected a positive integer"):
             problem.minibatches(size)
 
 
@@ -139,7 +139,7 @@ def test_a_network_moved_to_other_meshes_converges_to_one_function(domain, mesh,
     limit = (4 * fine - coarse) / 3
     errors = [np.linalg.norm(moments(domain, mesh, element, degree, n) - limit) for n in refinements]
     order = np.log2(errors[-2] / errors[-1])
-    assert order > 1.7, f"errors {errors} fall with order {order:.2f}, 2 is wanted"
+    assert order > 1.7, f"errors {errors} fall with order {order:.2f}, expected 2"
 
 
 @pytest.mark.parallel([2, 3])
@@ -208,10 +208,10 @@ def test_spaces_that_do_not_hold_a_basis_are_refused():
     net = ResidualNetwork(phi, bias=phi, layers=1)
     tiny = LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(1, 1), "CG", 1))
     wrong = [
-        (tiny, ValueError, "Y: at least 6 nodes are wanted, one a function; LabelSpace.* has 4$"),
+        (tiny, ValueError, "Y: expected at least 6 nodes, one a function; LabelSpace.* has 4$"),
         (label_space("sphere", "CG1"), ValueError, "Y: a label space of the same Y, .* in a space of 3 dimensions, not 2$"),
         (point_space(np.ones(9), np.ones((9, 2))), ValueError, "Y: a label space of the same Y, .* is a set of points$"),
-        (tiny.V, TypeError, "Y: a LabelSpace is wanted, .* was given"),
+        (tiny.V, TypeError, "Y: expected a LabelSpace, got .*"),
     ]
     for Y, error, message in wrong:
         for what in (phi, net, Head(phi, 3)):

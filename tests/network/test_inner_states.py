@@ -300,21 +300,21 @@ def test_what_does_not_go_with_observations_is_refused_by_name():
         verify(problem)
     labels = np.arange(4) % 3
     for given, message in (
-        (Observations([4], [labels]), r"observations.layers: increasing integers from 0 to L = 3 are wanted, \(4,\)"),
-        (Observations([1], [labels[:3]]), "observations.targets: 4 samples are wanted, as many as inputs, 3 were given"),
+        (Observations([4], [labels]), r"observations.layers: expected increasing integers from 0 to L = 3, \(4,\)"),
+        (Observations([1], [labels[:3]]), "observations.targets: expected 4 samples, as many as inputs, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
             problem.replace(observations=given)
     for wrong, message in (
-        (([1, 1], [labels, labels]), r"^layers: increasing integers are wanted, \(1, 1\)"),
-        (([1.0], [labels]), "^layers: an integer >= 0 is wanted, 1.0"),
-        (([1, 2], [labels]), "^targets: 2 are wanted, one a layer time, 1 were given"),
-        (([1], [labels], [-1.0]), "^weights: a number >= 0 is wanted, -1.0 was given"),
-        (([1], [labels], [1.0, 2.0]), "^weights: 1 are wanted, one a layer time, 2 were given"),
+        (([1, 1], [labels, labels]), r"^layers: expected increasing integers, \(1, 1\)"),
+        (([1.0], [labels]), "^layers: expected an integer >= 0, 1.0"),
+        (([1, 2], [labels]), "^targets: expected 2, one a layer time, got 1"),
+        (([1], [labels], [-1.0]), "^weights: expected a number >= 0, got -1.0"),
+        (([1], [labels], [1.0, 2.0]), "^weights: expected 1, one a layer time, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             Observations(*wrong)
-    with pytest.raises(TypeError, match="observations: an Observations or None is wanted, list was given"):
+    with pytest.raises(TypeError, match="observations: expected an Observations or None, got list"):
         problem.replace(observations=[1])
     for layers in ([1, 1], [4], [-1]):
         with pytest.raises(

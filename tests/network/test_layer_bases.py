@@ -95,15 +95,15 @@ def test_bases_of_each_layer_move_to_another_mesh():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (lambda b: dict(phi=[b, b]), ValueError, "^phi: one Basis, or 3, one a layer, is wanted; 2 were given$"),
-        (lambda b: dict(phi=[]), ValueError, "^phi: one Basis, or one a layer, is wanted; none was given$"),
-        (lambda b: dict(phi=b, psi=[b] * 4), ValueError, "^psi: one Basis, or 3, .* 4 were given$"),
-        (lambda b: dict(phi=b, bias=[None, b]), ValueError, "^bias: one Basis, or 3, .* 2 were given$"),
-        (lambda b: dict(phi=[b, None, b]), TypeError, "^phi: a Basis, or one a layer, is wanted, NoneType was given$"),
-        (lambda b: dict(phi=b, bias=[b, 1, b]), TypeError, "^bias: a Basis or None .*, or one a layer, is wanted, int"),
+        (lambda b: dict(phi=[b, b]), ValueError, "^phi: expected one Basis, or 3, one a layer; got 2$"),
+        (lambda b: dict(phi=[]), ValueError, "^phi: expected one Basis, or one a layer; got none$"),
+        (lambda b: dict(phi=b, psi=[b] * 4), ValueError, "^psi: one Basis, or 3, got .* 4$"),
+        (lambda b: dict(phi=b, bias=[None, b]), ValueError, "^bias: one Basis, or 3, got .* 2$"),
+        (lambda b: dict(phi=[b, None, b]), TypeError, "^phi: expected a Basis, or one a layer, got NoneType$"),
+        (lambda b: dict(phi=b, bias=[b, 1, b]), TypeError, "^bias: expected a Basis or None .*, or one a layer, int"),
         (
             lambda b: dict(phi=[b, b, laplace("annulus", "DG0", 5)]), ValueError,
-            "^phi: it lives on .*, the label space of phi, .*, is wanted$",
+            "^phi: expected the label space of phi, .*, got a basis on .*$",
         ),
         (
             lambda b: dict(phi=[b, laplace("disk", "CG1", 3), b], psi=b, kernel_in_time="shared"), ValueError,

@@ -238,29 +238,29 @@ def test_unknown_names_are_refused(option, name):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"activation": "tahn"}, ValueError, r"^activation: one of 'tanh', .* is wanted, 'tahn' was given"),
-        ({"times": [0.0, 0.5, 0.5]}, ValueError, r"times: layer times .* which increase, are wanted, \[0.0, 0.5, 0.5\]"),
-        ({"times": [0.0, 0.5, 0.3]}, ValueError, r"times: layer times .* which increase, are wanted"),
+        ({"activation": "tahn"}, ValueError, r"^activation: expected one of 'tanh', .*, got 'tahn'"),
+        ({"times": [0.0, 0.5, 0.5]}, ValueError, r"times: expected layer times .* which increase, \[0.0, 0.5, 0.5\]"),
+        ({"times": [0.0, 0.5, 0.3]}, ValueError, r"times: expected layer times .* which increase"),
         (
             {"times": [0.0, np.nan]},
             ValueError,
-            r"times: finite numbers of shape \(layers \+ 1,\) are wanted, 1 of 2 are not finite",
+            r"times: expected finite numbers of shape \(layers \+ 1,\), 1 of 2 are not finite",
         ),
-        ({"times": [0.1, 0.5]}, ValueError, r"times: layer times 0 = t_0 < .. < t_L, .* are wanted, \[0.1, 0.5\]"),
-        ({"times": []}, ValueError, r"times: numbers of shape \(layers \+ 1,\) are wanted, shape \(0,\) was given"),
+        ({"times": [0.1, 0.5]}, ValueError, r"times: expected layer times 0 = t_0 < .. < t_L, .*, \[0.1, 0.5\]"),
+        ({"times": []}, ValueError, r"times: expected numbers of shape \(layers \+ 1,\), got shape \(0,\)"),
         (
             {"times": [[0.0, 1.0]]},
             ValueError,
-            r"times: numbers of shape \(layers \+ 1,\) are wanted, shape \(1, 2\) was given",
+            r"times: expected numbers of shape \(layers \+ 1,\), got shape \(1, 2\)",
         ),
-        ({"times": None, "layers": -1}, ValueError, r"layers: an integer >= 0 is wanted, -1 was given"),
-        ({"times": None, "layers": 2.0}, ValueError, r"layers: an integer >= 0 is wanted, 2.0 was given"),
-        ({"times": None, "final_time": 0.0}, ValueError, r"final_time: a positive number is wanted, 0.0 was given"),
-        ({"times": None, "final_time": np.inf}, ValueError, r"final_time: a positive number is wanted, inf was given"),
-        ({"steps": 0}, ValueError, r"steps: a positive integer is wanted, 0 was given"),
-        ({"steps": True}, ValueError, r"steps: a positive integer is wanted, True was given"),
-        ({"layers_per_block": 0}, ValueError, r"layers_per_block: a positive integer is wanted, 0 was given"),
-        ({"bias": "nodes"}, TypeError, r"bias: a Basis or None .* is wanted, str was given"),
+        ({"times": None, "layers": -1}, ValueError, r"layers: expected an integer >= 0, got -1"),
+        ({"times": None, "layers": 2.0}, ValueError, r"layers: expected an integer >= 0, got 2.0"),
+        ({"times": None, "final_time": 0.0}, ValueError, r"final_time: expected a positive number, got 0.0"),
+        ({"times": None, "final_time": np.inf}, ValueError, r"final_time: expected a positive number, got inf"),
+        ({"steps": 0}, ValueError, r"steps: expected a positive integer, got 0"),
+        ({"steps": True}, ValueError, r"steps: expected a positive integer, got True"),
+        ({"layers_per_block": 0}, ValueError, r"layers_per_block: expected a positive integer, got 0"),
+        ({"bias": "nodes"}, TypeError, r"bias: expected a Basis or None .*, got str"),
     ],
     ids=str,
 )
@@ -273,11 +273,11 @@ def test_bad_arguments_are_named(options, error, message):
 def test_bases_of_another_label_space_are_refused():
     phi, other = laplace("disk", "CG1", 6), laplace("sphere", "CG1", 9)
     for which in ("psi", "bias"):
-        with pytest.raises(ValueError, match=rf"{which}: it lives on .*, the label space of phi, .*, is wanted"):
+        with pytest.raises(ValueError, match=rf"{which}: expected the label space of phi, .*, got a basis on .*"):
             ResidualNetwork(phi, **{which: other})
-    with pytest.raises(TypeError, match="phi: a Basis, or one a layer, is wanted, LabelSpace was given"):
+    with pytest.raises(TypeError, match="phi: expected a Basis, or one a layer, got LabelSpace"):
         ResidualNetwork(phi.Y)
-    with pytest.raises(TypeError, match="psi: a Basis, or one a layer, is wanted, ndarray was given"):
+    with pytest.raises(TypeError, match="psi: expected a Basis, or one a layer, got ndarray"):
         ResidualNetwork(phi, phi.values)
 
 
@@ -285,11 +285,11 @@ def test_bases_of_another_label_space_are_refused():
 def test_an_initial_state_that_does_not_fit_is_refused():
     net = network()
     other = label_space("sphere", "CG1")
-    with pytest.raises(ValueError, match="initial: it lives on .*, a Function on the mesh .* is wanted"):
+    with pytest.raises(ValueError, match="initial: expected a Function on the mesh .*, got one on .*"):
         net.run(other.batch(smooth(other)))
-    with pytest.raises(ValueError, match="initial: .*DG0.* was given; a Function of .*CG1.*is wanted"):
+    with pytest.raises(ValueError, match="initial: got .*DG0.*; a Function of .*CG1.*is wanted"):
         net.run(fd.Function(label_space("disk", "DG0").V))
-    with pytest.raises(TypeError, match="initial: a Function is wanted, ndarray was given"):
+    with pytest.raises(TypeError, match="initial: expected a Function, got ndarray"):
         net.run(smooth(net.Y))
     bad = net.Y.batch(smooth(net.Y))
     values = bad.dat.data_wo  # asking for it is collective
@@ -305,18 +305,16 @@ def test_states_exist_at_layer_times_only(layer):
     net = network()
     run = net.run(net.Y.batch(smooth(net.Y)))
     for what in (run.state, run.costate):
-        with pytest.raises(ValueError, match=re.escape(f"layer: an integer from 0 to 3 is wanted, {layer!r} was")):
+        with pytest.raises(ValueError, match=re.escape(f"layer: expected an integer from 0 to 3, {layer!r} was")):
             what(layer)
 
 
 @on_ranks
 def test_coefficients_that_do_not_fit_are_refused():
     net = network()
-    with pytest.raises(
-        ValueError, match=r"coefficients of kernel_\d: numbers of shape \(6, 4\) are wanted, shape \(4, 6\) was given"
-    ):
+    with pytest.raises(ValueError, match=r"coefficients of kernel_\d: expected numbers of shape \(6, 4\), got shape \(4, 6\)"):
         net.kernel.set(0, np.zeros((4, 6)))
-    with pytest.raises(ValueError, match="coefficients of kernel_1: finite numbers of shape .* are wanted, .* are not finite"):
+    with pytest.raises(ValueError, match="coefficients of kernel_1: expected finite numbers of shape .*, .* are not finite"):
         net.kernel.set(1, np.full((6, 4), np.nan))
 
 

@@ -80,7 +80,7 @@ def test_precision_is_kept_in_files(tmp_path):
 @on_ranks
 def test_unknown_precisions_and_implicit_methods_are_refused():
     phi = laplace("disk", "CG1", 4)
-    with pytest.raises(ValueError, match="precision: one of 'double', 'single' is wanted, 'half' was given"):
+    with pytest.raises(ValueError, match="precision: expected one of 'double', 'single', got 'half'"):
         ResidualNetwork(phi, precision="half")
     with pytest.raises(ValueError, match="precision: stages of 'cn' are solved to round-off"):
         ResidualNetwork(phi, precision="single", solver_parameters={"ts_type": "cn"})

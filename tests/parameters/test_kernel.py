@@ -167,7 +167,7 @@ def test_on_many_nodes_the_supremum_is_an_upper_bound_which_says_so(kernel, rng,
 
 @on_two_ranks
 def test_refuses_norms_that_it_does_not_know(kernel):
-    with pytest.raises(ValueError, match=r"^kind: one of 'hs', 'operator', 'linf' is wanted, 'l1' was given$"):
+    with pytest.raises(ValueError, match=r"^kind: expected one of 'hs', 'operator', 'linf', got 'l1'$"):
         kernel.norm(np.zeros(kernel.shape), "l1")
 
 
@@ -200,5 +200,5 @@ def test_shape_is_rank_of_phi_by_rank_of_psi():
 @pytest.mark.parametrize("other", [np.ones((3, 2)), None, "laplace"], ids=["array", "None", "name"])
 def test_refuses_what_is_no_basis(name, other):
     bases = {"phi": laplace("disk", "CG1", 1), "psi": laplace("disk", "CG1", 1)} | {name: other}
-    with pytest.raises(TypeError, match=rf"^{name}: a Basis is wanted, {type(other).__name__} was given; laplace_basis"):
+    with pytest.raises(TypeError, match=rf"^{name}: expected a Basis, got {type(other).__name__}; laplace_basis"):
         LowRankKernel(**bases)

@@ -261,7 +261,7 @@ def test_what_learned_factors_cannot_do_is_refused():
     net = network()
     with pytest.raises(ValueError, match="^ResidualNetwork.on: it does not take learned factors"):
         net.on(label_space("disk", "CG1", 2))
-    with pytest.raises(ValueError, match="^learn_factors: one phi and one psi for all layers are wanted"):
+    with pytest.raises(ValueError, match="^learn_factors: expected one phi and one psi for all layers"):
         ResidualNetwork([laplace("disk", "CG1", 4)] * 3, times=TIMES, learn_factors=True)
-    with pytest.raises(ValueError, match="^tolerance: a number >= 0 and < 1 is wanted, 2 was given"):
+    with pytest.raises(ValueError, match="^tolerance: expected a number >= 0 and < 1, got 2"):
         net.truncated(2)

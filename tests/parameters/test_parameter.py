@@ -546,7 +546,7 @@ def test_set_takes_integers_and_lists():
 def test_set_refuses_a_wrong_shape(basis):
     parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
     wrong = np.zeros((*basis.shape, 2))
-    with pytest.raises(ValueError, match=r"coefficients of gauss_\d: numbers of shape .* are wanted, .* was given"):
+    with pytest.raises(ValueError, match=r"coefficients of gauss_\d: expected numbers of shape .*, got .*"):
         parameter.set(0, wrong)
     if len(basis.shape) == 2 and basis.shape[0] != basis.shape[1]:
         with pytest.raises(ValueError, match="coefficients of gauss_"):
@@ -559,7 +559,7 @@ def test_set_refuses_a_wrong_shape(basis):
 def test_set_refuses_numbers_that_are_not_finite(basis, number):
     parameter = Parameter("gauss", basis, LayerIndicators(TIMES))
     c = np.full(basis.shape, number)
-    with pytest.raises(ValueError, match=r"coefficients of gauss_1: finite numbers of shape .* are wanted, .* are not finite"):
+    with pytest.raises(ValueError, match=r"coefficients of gauss_1: expected finite numbers of shape .*, .* are not finite"):
         parameter.set(1, c)
     assert not parameter.get(1).any()
 

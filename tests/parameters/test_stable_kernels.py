@@ -124,10 +124,10 @@ def test_kernels_outside_of_their_set_are_refused(choice, beta, message):
 
 def test_what_a_set_cannot_be_made_of_is_refused():
     for make, message in (
-        (lambda: PositiveSemidefinite(rank=0), "^rank: a positive integer is wanted, 0 was given"),
-        (lambda: DampedAntisymmetric(-1.0), "^damping: a number >= 0 is wanted"),
-        (lambda: NormBounded(0.0), "^bound: a positive number is wanted"),
-        (lambda: network(PositiveSemidefinite(rank=7)), "^rank: at most that of phi, 4, is wanted, 7 was given"),
+        (lambda: PositiveSemidefinite(rank=0), "^rank: expected a positive integer, got 0"),
+        (lambda: DampedAntisymmetric(-1.0), "^damping: expected a number >= 0"),
+        (lambda: NormBounded(0.0), "^bound: expected a positive number"),
+        (lambda: network(PositiveSemidefinite(rank=7)), "^rank: expected at most that of phi, 4, got 7"),
         (
             lambda: network(DampedAntisymmetric(), psi=laplace("disk", "CG1", 3)),
             "^stable_kernel: DampedAntisymmetric wants one",
@@ -137,7 +137,7 @@ def test_what_a_set_cannot_be_made_of_is_refused():
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(
-        TypeError, match="^stable_kernel: a StableKernel or None is wanted, str was given; such as PositiveSemidefinite"
+        TypeError, match="^stable_kernel: expected a StableKernel or None, got str; such as PositiveSemidefinite"
     ):
         network("positive")
 

@@ -243,7 +243,7 @@ def test_order_of_the_interpolants_in_the_length_of_a_layer(in_time, order, rati
     """a^tau, B^tau of section 2.1 are off by O(tau^2), values of the left ends by O(tau); rk4's steps by O(tau^4)."""
     errors = [np.abs(_values(_sampled(layers, in_time, ratio)) - _exact()).max() for layers in (32, 64, 128)]
     observed = np.log2(np.divide(errors[:-1], errors[1:]))
-    assert abs(observed[-1] - order) < 0.1, f"{in_time}: errors {errors} fall at orders {observed}, {order} is wanted"
+    assert abs(observed[-1] - order) < 0.1, f"{in_time}: errors {errors} fall at orders {observed}, expected {order}"
 
 
 @on_ranks
@@ -368,16 +368,16 @@ def test_layers_of_different_bases_cannot_share_a_value(arguments, message):
 @pytest.mark.parametrize(
     "given, error, message",
     [
-        ("hats", ValueError, "'layers', 'linear', 'shared', or a sequence of 3 group numbers, .* 'hats' was given$"),
-        (None, TypeError, "'layers', .* is wanted, NoneType was given$"),
-        (3, TypeError, "'layers', .* is wanted, int was given$"),
-        ([0, 1], ValueError, "3 group numbers, one a layer, are wanted, 2 were given$"),
-        ([0, 1, 2, 3], ValueError, "3 group numbers, one a layer, are wanted, 4 were given$"),
-        ([0, 0.5, 1], TypeError, "group numbers are integers, 0.5 was given$"),
-        ([False, True, True], TypeError, "group numbers are integers, False was given$"),
-        ([0, 2, 2], ValueError, r"group numbers go from 0 and leave none out, \[0, 2, 2\] was given$"),
-        ([-1, 0, 1], ValueError, r"group numbers go from 0 and leave none out, \[-1, 0, 1\] was given$"),
-        (np.zeros((3, 1), dtype=int), TypeError, "group numbers are integers, .* was given$"),
+        ("hats", ValueError, "'layers', 'linear', 'shared', or a sequence of 3 group numbers, got .* 'hats'$"),
+        (None, TypeError, "expected 'layers', .*, got NoneType$"),
+        (3, TypeError, "expected 'layers', .*, got int$"),
+        ([0, 1], ValueError, "expected 3 group numbers, one a layer, got 2$"),
+        ([0, 1, 2, 3], ValueError, "expected 3 group numbers, one a layer, got 4$"),
+        ([0, 0.5, 1], TypeError, "group numbers are integers, got 0.5$"),
+        ([False, True, True], TypeError, "group numbers are integers, got False$"),
+        ([0, 2, 2], ValueError, r"group numbers go from 0 and leave none out, got \[0, 2, 2\]$"),
+        ([-1, 0, 1], ValueError, r"group numbers go from 0 and leave none out, got \[-1, 0, 1\]$"),
+        (np.zeros((3, 1), dtype=int), TypeError, "group numbers are integers, got .*$"),
     ],
     ids=str,
 )

@@ -60,7 +60,7 @@ def test_every_type_steps_forward_with_its_order(name):
     assert errors[1] < 0.05 and errors[1] < errors[0]
     if order:
         observed = np.log2(errors[0] / errors[1])
-        assert abs(observed - order) < 0.35, f"{name}: errors {errors} fall at order {observed:.2f}, {order} is wanted"
+        assert abs(observed - order) < 0.35, f"{name}: errors {errors} fall at order {observed:.2f}, expected {order}"
 
 
 @on_ranks

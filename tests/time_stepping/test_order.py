@@ -59,7 +59,7 @@ def test_order_in_time(method, order, steps):
         errors.append(np.linalg.norm(net.Y.values(net(net.Y.batch(smooth(net.Y)))) - _exact()))
     observed = np.log2(errors[0] / errors[1])
     assert errors[1] > 3e-13, f"{method}: {errors} are round-off, which has no order"
-    assert abs(observed - order) < 0.2, f"{method}: errors {errors} fall at order {observed:.2f}, {order} is wanted"
+    assert abs(observed - order) < 0.2, f"{method}: errors {errors} fall at order {observed:.2f}, expected {order}"
 
 
 # -- order in h ------------------------------------------------------------------------------------------------------
@@ -158,4 +158,4 @@ def test_order_in_space_at_the_nodes(domain, element, problem, refinements, orde
         difference = Y.values(net(Y.batch(problem.f(Y.coordinates))))[:, 0] - exact
         errors.append(float(Y.sum(Y.weights @ difference**2)) ** 0.5)
     observed = np.log2(np.divide(errors[:-1], errors[1:]))
-    assert observed[-1] > order - 0.15, f"errors {errors} fall at orders {observed}, {order} is wanted"
+    assert observed[-1] > order - 0.15, f"errors {errors} fall at orders {observed}, expected {order}"

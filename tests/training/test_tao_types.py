@@ -152,7 +152,7 @@ def test_the_type_and_the_preconditioner_follow_an_option_with_the_prefix():
 
 def test_options_that_are_no_dictionary_are_refused():
     with pytest.raises(
-        TypeError, match=r"^solver_parameters: a Mapping or None is wanted, str was given; give PETSc's options by name"
+        TypeError, match=r"^solver_parameters: expected a Mapping or None, got str; give PETSc's options by name"
     ):
         train(problem(), "lmvm")
 

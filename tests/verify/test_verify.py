@@ -333,11 +333,9 @@ def test_confident_classifiers_are_sound(apart, loss, prediction):
 def test_what_is_no_problem_is_refused():
     with pytest.raises(TypeError, match="^problem: a LearningProblem, or a function that makes one"):
         verify(3)
-    with pytest.raises(
-        TypeError, match="^problem: a LearningProblem is wanted, int was given; that is what the function returned"
-    ):
+    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, got int; that is what the function returned"):
         verify(lambda: 3)
-    with pytest.raises(ValueError, match="^time_limit: a number > 0 and < 2.14748e.09 is wanted, 0 was given"):
+    with pytest.raises(ValueError, match="^time_limit: expected a number > 0 and < 2.14748e.09, got 0"):
         verify(built_in, time_limit=0)
 
 

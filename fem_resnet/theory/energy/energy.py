@@ -183,7 +183,7 @@ class EnergyMonitor(Fixed):
             If it is another network's.
         """
         if instance("run", run, Run).net is not self._net:
-            raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
+            raise ValueError(f"run: expected one of {self._net!r}, got one of {run.net!r}")
         states = (self._Y.values(f) for f in run.states())
         before = next(states)
         for part, f in zip(self._net.layer_inputs(), states, strict=True):

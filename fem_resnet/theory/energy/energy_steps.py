@@ -219,7 +219,7 @@ def convex_energy_radius(A: ArrayLike, b: ArrayLike) -> float:
     """
     A, b = tableau(A, b)
     if np.triu(A).any():
-        raise ValueError("A: an explicit method, whose matrix is zero on and above the diagonal, is wanted")
+        raise ValueError("A: expected an explicit method, whose matrix is zero on and above the diagonal")
     return _convex_energy_radius(tuple(map(tuple, A.tolist())), tuple(b.tolist()))
 
 

@@ -168,7 +168,7 @@ class GrowthMonitor(Fixed):
             If it is another network's.
         """
         if instance("run", run, Run).net is not self._net:
-            raise ValueError(f"run: one of {self._net!r} is wanted, one of {run.net!r} was given")
+            raise ValueError(f"run: expected one of {self._net!r}, got one of {run.net!r}")
         states = (self._Y.values(f) for f in run.states())
         first = next(states)
         for part, f in zip(self._net.layer_inputs(), states, strict=True):
@@ -301,7 +301,7 @@ def supremum(activation: Activation) -> float:
     """
     properties = activation.properties
     if not properties.bounded:
-        raise ValueError(f"activation: a bounded one is wanted, {activation.name} was given")
+        raise ValueError(f"activation: expected a bounded one, got {activation.name}")
     if activation.expression is not None:
         return size(activation.expression)[0]
     if properties.non_decreasing:
@@ -383,11 +383,11 @@ def fit_growth(times: np.ndarray, norms: np.ndarray) -> GrowthFit:
     """
     times = real_array("times", times, ("times",))
     if len(times) < 4 or not (np.diff(times) > 0).all():
-        raise ValueError(f"times: at least 4, rising, are wanted, {times.tolist()} were given")
+        raise ValueError(f"times: expected at least 4, rising, got {times.tolist()}")
     norms = real_array("norms", norms, (len(times), "samples"), finite=False)
     late = times >= (times[0] + times[-1]) / 2
     if not (np.isfinite(norms[late]).all() and (norms[late] > 0).all() and times[late][0] > 0):
-        raise ValueError("norms: positive and finite ones at positive times are wanted in the later half")
+        raise ValueError("norms: expected positive and finite ones at positive times in the later half")
     t, logarithms = times[late], np.log(norms[late])
     (power, of_power), (rate, of_rate) = (_line(x, logarithms) for x in (np.log(t), t))
     beside = np.array([_beside_a_constant(t, column) for column in norms[late].T])

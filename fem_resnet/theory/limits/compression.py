@@ -214,7 +214,7 @@ def compress(
     if of_factors:
         return _of_factors(kernel, beta, tolerance, largest_rank)
     if beta is not None:
-        raise ValueError(f"beta: it belongs to a LowRankKernel, {type(kernel).__name__} was given")
+        raise ValueError(f"beta: it belongs to a LowRankKernel, got {type(kernel).__name__}")
     Z = Y if Z is None else Z
     b = KernelValues(kernel, Y, Z)
     if Y.size * Z.size <= affordable:
@@ -398,7 +398,7 @@ def _of_crosses(b: KernelValues, tolerance, largest_rank, confidence, seed) -> C
     else:
         raise RuntimeError(
             f"compress: at rank {r} the error is only known to be below {error / norm:.2g} of the norm, with confidence "
-            f"{confidence:g}; {tolerance:.2g} is wanted. Take a larger tolerance, or a larger 'affordable', with which all values "
+            f"{confidence:g}; expected {tolerance:.2g}. Take a larger tolerance, or a larger 'affordable', with which all values "
             f"are seen"
         )
     exceeded = float(np.abs(residual).max()), float(-np.log1p(-each) / residual.size)

@@ -95,7 +95,7 @@ class CrossApproximation:
                     return
                 raise RuntimeError(
                     f"compress: at rank {self.rank} the error is {self.error():.2g} of a norm {self.norm:.3g}, a part "
-                    f"{tolerance:.2g} is wanted; take a larger tolerance, or a larger 'largest_rank'"
+                    f"expected {tolerance:.2g}; take a larger tolerance, or a larger 'largest_rank'"
                 )
             column, added = self._add(row)
             small = added <= tolerance * self.norm

@@ -160,15 +160,15 @@ class KernelValues:
         if isinstance(kernel, tuple):
             self._b: Callable = _of_ufl(*_checked(kernel, Y, Z))
         elif isinstance(kernel, ufl.core.expr.Expr):
-            raise TypeError("kernel: a UFL expression is wanted as (expression, y, z), with the two points that it depends on")
+            raise TypeError("kernel: expected a UFL expression as (expression, y, z), with the two points that it depends on")
         elif callable(kernel):
             self._b = function("kernel", kernel, "b(y, z), a UFL expression with its arguments, a matrix or a LowRankKernel")
         else:
             matrix = real_array("kernel", kernel)
             if matrix.shape != (Y.size, Z.size):
                 raise ValueError(
-                    f"kernel: a matrix of shape ({Y.size}, {Z.size}), the values b(y_i, z_j) at the nodes, is wanted; "
-                    f"{matrix.shape} was given"
+                    f"kernel: expected a matrix of shape ({Y.size}, {Z.size}), the values b(y_i, z_j) at the nodes; "
+                    f"got {matrix.shape}"
                 )
             self._b = lambda y, z: matrix[y[..., 0].astype(int), z[..., 0].astype(int)]
             self.y, self.z = (Nodes(X, node_numbers(X)[:, None]) for X in (Y, Z))
@@ -205,8 +205,8 @@ class KernelValues:
         # One of length 1, as of a kernel that does not depend on y, stands for all.
         if values.ndim > len(shape) or any(n not in (1, m) for n, m in zip(values.shape[::-1], shape[::-1])):
             raise ValueError(
-                f"kernel: for y of shape {y.shape} and z of shape {z.shape} values of shape {shape} are wanted, as "
-                f"sums over the last axis give them; {values.shape} was returned"
+                f"kernel: expected values of shape {shape} for y of shape {y.shape} and z of shape {z.shape}, as "
+                f"sums over the last axis give them; got {values.shape}"
             )
         return np.broadcast_to(values, shape)
 
@@ -217,23 +217,22 @@ class KernelValues:
 
 def _checked(kernel: tuple, Y: LabelSpace, Z: LabelSpace) -> tuple:
     if len(kernel) != 3:
-        raise ValueError(f"kernel: (expression, y, z) is wanted for a UFL expression, {len(kernel)} entries were given")
+        raise ValueError(f"kernel: expected (expression, y, z) for a UFL expression, got {len(kernel)} entries")
     expression = fd.as_ufl(kernel[0])
     if expression.ufl_shape != ():
-        raise ValueError(f"kernel: a scalar expression is wanted, its shape is {expression.ufl_shape}")
+        raise ValueError(f"kernel: expected a scalar expression, its shape is {expression.ufl_shape}")
     for name, argument, X in zip("yz", kernel[1:], (Y, Z)):
         wanted = (X.V.mesh().geometric_dimension,)
         if getattr(argument, "ufl_shape", None) != wanted:
             raise ValueError(
-                f"kernel: its argument {name} is to be a SpatialCoordinate or a Constant of shape {wanted}, "
-                f"{argument!r} was given"
+                f"kernel: its argument {name} is to be a SpatialCoordinate or a Constant of shape {wanted}, got {argument!r}"
             )
     if kernel[1] == kernel[2]:
         raise ValueError("kernel: y and z are one symbol; make z a Constant of the same shape")
     meshes = {domain for argument in kernel[1:] for domain in ufl.domain.extract_domains(argument)}
     if extract_coefficients(expression) or set(ufl.domain.extract_domains(expression)) - meshes:
         raise ValueError(
-            "kernel: a UFL expression of y and z alone is wanted; it has a Function, or coordinates of a mesh, besides"
+            "kernel: expected a UFL expression of y and z alone; it has a Function, or coordinates of a mesh, besides"
         )
     return expression, *kernel[1:]
 

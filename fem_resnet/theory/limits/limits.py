@@ -174,7 +174,7 @@ def width_limit(
     for Y in instance("spaces", spaces, Sequence):
         instance("spaces", Y, LabelSpace)
     if len(spaces) < 2:
-        raise ValueError(f"spaces: at least two LabelSpaces are wanted, {spaces!r} was given")
+        raise ValueError(f"spaces: expected at least two LabelSpaces, got {spaces!r}")
     sizes = np.array([(Y.measure / Y.size) ** (1 / Y.V.mesh().topological_dimension) for Y in spaces])
     if not (np.diff(sizes) < 0).all():
         raise ValueError(f"spaces: they are to become finer, their mean mesh sizes are {sizes.tolist()}")

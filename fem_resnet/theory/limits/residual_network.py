@@ -114,15 +114,13 @@ def from_network(
     N = cells.rank
     a, B, z_0 = (real_array(name, array) for name, array in (("a", a), ("B", B), ("z_0", z_0)))
     if z_0.shape[:1] != (N,) or z_0.ndim not in (1, 2):
-        raise ValueError(f"z_0: shape ({N},) or ({N}, samples) is wanted, one row a cell; {z_0.shape} was given")
+        raise ValueError(f"z_0: expected shape ({N},) or ({N}, samples), one row a cell; got {z_0.shape}")
     tau = real_array("tau", tau, above=0)
     layers = _layers(partition, {"a": (a, (N,)), "B": (B, (N, N)), "tau": (tau, ())})
     times = np.append(0.0, np.cumsum(np.broadcast_to(tau, layers)))
     options = {"solver_parameters": EULER} | options
     if options.get("gradient_flow"):
-        raise ValueError(
-            "gradient_flow: layers (2.1), z + tau sigma(a - B z), are wanted; make a ResidualNetwork of such a flow"
-        )
+        raise ValueError("gradient_flow: expected layers (2.1), z + tau sigma(a - B z); make a ResidualNetwork of such a flow")
     net = ResidualNetwork(
         cells,
         times=times,
@@ -146,11 +144,11 @@ def _layers(Y: LabelSpace, given: dict[str, tuple[np.ndarray, tuple[int, ...]]])
             found[name] = len(array)
         elif array.shape != shape:
             raise ValueError(
-                f"{name}: shape {shape}, or (L, {', '.join(map(str, shape))}) for L >= 1 layers, is wanted with "
-                f"{Y.size} cells; {array.shape} was given"
+                f"{name}: expected shape {shape}, or (L, {', '.join(map(str, shape))}) for L >= 1 layers with "
+                f"{Y.size} cells; got {array.shape}"
             )
     if len(set(found.values())) > 1:
-        raise ValueError(f"{', '.join(found)}: one number of layers is wanted, {list(found.values())} were given")
+        raise ValueError(f"{', '.join(found)}: expected one number of layers, got {list(found.values())}")
     return max(found.values(), default=1)
 
 

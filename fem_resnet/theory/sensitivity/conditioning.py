@@ -242,9 +242,7 @@ class LinearisedFlow(OnMesh):
         inputs, Y = self._layers[self._layer(layer)], self.net.Y
         r = real_array("r", r, (Y.nodes, "samples"), comm=Y.comm)
         if r.shape[1] not in (1, self.states[0].shape[1]):
-            raise ValueError(
-                f"r: one sample, or as many as f has, {self.states[0].shape[1]}, are wanted, {r.shape[1]} were given"
-            )
+            raise ValueError(f"r: expected one sample, or as many as f has, {self.states[0].shape[1]}, got {r.shape[1]}")
         if self.net.gradient_flow:
             r = inputs.factors.apply(inputs.beta.coefficients(0.0), r)
         return self.slope(layer) * r
@@ -306,5 +304,5 @@ class LinearisedFlow(OnMesh):
     def _read(self, function: fd.Function, name: str) -> np.ndarray:
         self.net.Y.check_batch(function, name)
         if function.function_space() != self._space:
-            raise ValueError(f"{name}: a Function of {self._space} is wanted, {function.function_space()} was given")
+            raise ValueError(f"{name}: expected a Function of {self._space}, got {function.function_space()}")
         return np.array(self.net.Y.values(function))

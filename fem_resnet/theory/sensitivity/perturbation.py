@@ -133,8 +133,8 @@ def duhamel(
     spaces = [function.function_space() for function in own]
     if [d.function_space() for d in directions] != spaces:
         raise ValueError(
-            f"directions: {len(own)} Functions of the spaces of net.bias.functions and net.kernel.functions are wanted,"
-            f" {len(directions)} were given" + (", of other spaces" if len(directions) == len(own) else "")
+            f"directions: expected {len(own)} Functions of the spaces of net.bias.functions and net.kernel.functions, "
+            f"got {len(directions)}" + (", of other spaces" if len(directions) == len(own) else "")
         )
     coefficients, of = net.coefficients(), {id(function): d for function, d in zip(own, directions)}
     moved = coefficients.on_layers(
@@ -207,7 +207,7 @@ def weighted_identity(
     """
     Y, sigma = trajectory.net.Y, trajectory.net.activation
     if not sigma.properties.strictly_increasing or sigma.kinks:
-        raise ValueError(f"trajectory: sigma' > 0 that does not jump is wanted, that of {sigma.name} is not so")
+        raise ValueError(f"trajectory: expected sigma' > 0 that does not jump, that of {sigma.name} is not so")
     w = _read(trajectory, direction)
 
     def integral(values: np.ndarray) -> float:
@@ -287,5 +287,5 @@ def _read(trajectory: Trajectory, direction: fd.Function) -> np.ndarray:
     trajectory.net.Y.check_batch(direction, "direction")
     space = trajectory.final.function_space()
     if direction.function_space() != space:
-        raise ValueError(f"direction: a Function of {space} is wanted, {direction.function_space()} was given")
+        raise ValueError(f"direction: expected a Function of {space}, got {direction.function_space()}")
     return np.array(trajectory.net.Y.values(direction))

@@ -85,9 +85,7 @@ class Propagator(OnMesh):
             If the second does not end where the first starts, or has another basis.
         """
         if instance("earlier", earlier, Propagator).basis is not self.basis or earlier.times[1] != self.times[0]:
-            raise ValueError(
-                f"earlier: a propagator to t = {self.times[0]:g} with the same basis is wanted, {earlier!r} was given"
-            )
+            raise ValueError(f"earlier: expected a propagator to t = {self.times[0]:g} with the same basis, got {earlier!r}")
         added = self.added @ self.basis.project(earlier.added)
         added += self.added
         added += earlier.added
@@ -164,7 +162,7 @@ class Propagator(OnMesh):
         k = integer("k", k, least=-count, most=count - 1)
         value = self.singular_values[k]
         if abs(value - 1) < _CLEAR_OF_ONE:
-            raise ValueError(f"k: singular value {k} is {value!r}; one that is not 1, which has a function, is wanted")
+            raise ValueError(f"k: singular value {k} is {value!r}; expected one that is not 1, which has a function")
         x = np.linalg.svd(self._restricted)[2][k, : self.basis.rank]
         x = x * np.sign(x[np.argmax(np.abs(x))])
         # The second row of M^T M v = value^2 v gives the part of v outside of Z.

@@ -188,9 +188,7 @@ def _terminal(flow: LinearisedFlow, initial: fd.Function, terminal: fd.Function 
         return r if Y.sum(np.abs(r).sum()) > 0 else np.ones_like(r)
     Y.check_batch(terminal, "terminal")
     if terminal.function_space() != initial.function_space():
-        raise ValueError(
-            f"terminal: a Function of {initial.function_space()} is wanted, {terminal.function_space()} was given"
-        )
+        raise ValueError(f"terminal: expected a Function of {initial.function_space()}, got {terminal.function_space()}")
     r = np.array(Y.values(terminal))
     if not Y.sum(np.abs(r).sum()) > 0:
         raise ValueError("terminal: it is zero, so that no gradient is to be seen")

@@ -88,7 +88,7 @@ class WellPosedness:
         """(|f_I| + drift + C_1(t)) exp(C_2(t)), shape (L + 1,) or (L + 1, samples), for |f_I| in L2(Y)."""
         initial, moved = real_array("initial", initial, least=0), self.drift + self.C_1
         if initial.ndim > 1:
-            raise ValueError(f"initial: a number, or shape (samples,), is wanted, shape {initial.shape} was given")
+            raise ValueError(f"initial: expected a number, or shape (samples,), got shape {initial.shape}")
         return np.squeeze((np.atleast_1d(initial) + moved[:, None]) * self.growth[:, None])
 
 
@@ -169,7 +169,7 @@ def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     for norm in norms:
         choice("norms", norm, ("hs", "operator", "linf", "bias"))
     if "linf" in norms and len(norms) > 1:
-        raise ValueError(f"norms: 'linf' alone is wanted, {norms!r} was given; of a product trapezoids are no bound")
+        raise ValueError(f"norms: expected 'linf' alone, got {norms!r}; of a product trapezoids are no bound")
     layers = [LayerNorms(net.Y, layer).integral(norms) for layer in net.layer_inputs()]
     return np.concatenate([[0.0], np.cumsum(layers)])
 
@@ -283,7 +283,7 @@ def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Func
     Y.check_batch(second, "second")
     if first.function_space() != second.function_space():
         spaces = first.function_space(), second.function_space()
-        raise ValueError(f"second: a Function of {spaces[0]} is wanted, {spaces[1]} was given")
+        raise ValueError(f"second: expected a Function of {spaces[0]}, got {spaces[1]}")
     pairs = zip(net.run(first).states(), net.run(second).states())
     apart = [np.sqrt(Y.sum(Y.weights @ (Y.values(f) - Y.values(g)) ** 2)) for f, g in pairs]
     return StabilityEstimate(well_posedness_constants(net), np.array(apart))

@@ -208,7 +208,7 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     """
     same(instance("kernel", kernel, LowRankKernel).phi.Y.comm, beta=beta, tolerance=tolerance)
     if kernel.phi.Y is not kernel.psi.Y:
-        raise ValueError(f"kernel: one label domain is wanted, {kernel.phi.Y!r} and {kernel.psi.Y!r} were given")
+        raise ValueError(f"kernel: expected one label domain, got {kernel.phi.Y!r} and {kernel.psi.Y!r}")
     tolerance = number("tolerance", tolerance, least=0)
     beta = real_array("beta", beta, kernel.shape)
     left, values, right = kernel.svd(beta)

@@ -337,7 +337,7 @@ class EigenExpansion:
         with np.errstate(over="ignore", invalid="ignore"):
             factors = np.exp(-self.slope * self.eigenvalues * t)[:, None]
         if not np.isfinite(factors).all():
-            raise ValueError(f"t: w(t) overflows, {t!r} was given")
+            raise ValueError(f"t: w(t) overflows, got {t!r}")
         moving = _values_of(self.problem)((self.vectors @ (factors * self.coefficients)).real)
         return Y.batch(Y.values(self.at_rest) + moving)
 

@@ -191,7 +191,7 @@ def test_what_was_not_measured_is_refused():
     with pytest.raises(ValueError, match="name: nothing was measured yet: let follow_trajectory call"):
         monitor.statements()
     follow_trajectory(monitor._net, start(monitor._net), monitor)
-    with pytest.raises(ValueError, match="name: one of 'size', 'primitive', .* is wanted, 'energy' was given"):
+    with pytest.raises(ValueError, match="name: expected one of 'size', 'primitive', .*, got 'energy'"):
         monitor.values("energy")
 
 
@@ -347,5 +347,5 @@ def test_no_limit_is_given_where_none_is_known_and_the_reason_is_said():
 
 def test_a_run_of_another_network_is_refused():
     net, other = (network(square(seed=seed)) for seed in (0, 1))
-    with pytest.raises(ValueError, match="run: one of ResidualNetwork.* is wanted"):
+    with pytest.raises(ValueError, match="run: expected one of ResidualNetwork.*"):
         EnergyMonitor(net).watch(other.run(start(other)))

@@ -297,17 +297,17 @@ def test_supremum_of_bounded_activations():
         assert_allclose(supremum(get_activation(activation)), wanted, rtol=1e-14)
     # From above where it is no limit, by half a spacing times the slope.
     assert 1 <= supremum(Activation.from_sympy(sympy.sin(s))) < 1.01
-    with pytest.raises(ValueError, match="activation: a bounded one is wanted, relu was given"):
+    with pytest.raises(ValueError, match="activation: expected a bounded one, got relu"):
         supremum(get_activation("relu"))
 
 
 def test_what_cannot_be_fitted_or_was_not_measured_is_refused():
-    with pytest.raises(ValueError, match=r"norms: numbers of shape \(4, samples\) are wanted"):
+    with pytest.raises(ValueError, match=r"norms: expected numbers of shape \(4, samples\)"):
         fit_growth([0.0, 1.0, 2.0, 3.0], np.ones(4))
     with pytest.raises(ValueError, match="norms: positive and finite ones"):
         fit_growth([0.0, 1.0, 2.0, 3.0], np.zeros((4, 1)))
     monitor = GrowthMonitor(network(np.eye(1), "relu"))
     with pytest.raises(ValueError, match="nothing was measured"):
         monitor.bounds()
-    with pytest.raises(ValueError, match="name: one of 'L1', 'L2' is wanted, 'max' was given"):
+    with pytest.raises(ValueError, match="name: expected one of 'L1', 'L2', got 'max'"):
         monitor.norms("max")

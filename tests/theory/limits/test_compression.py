@@ -205,7 +205,7 @@ def test_a_tolerance_that_is_not_known_to_be_met_is_an_error(monkeypatch):
     """It was a line in the log, and the kernel was returned."""
     monkeypatch.setattr("fem_resnet.theory.limits.compression.FACTOR", 100.0)
     wanted = (
-        r"^compress: at rank \d+ the error is only known to be below [0-9.]+ of the norm, with confidence 0.99; 0.01 is wanted"
+        r"^compress: at rank \d+ the error is only known to be below [0-9.]+ of the norm, with confidence 0.99; expected 0.01"
     )
     with pytest.raises(RuntimeError, match=wanted):
         compress(gauss, 1e-2, label_space("annulus", "DG0"), affordable=0)
@@ -375,17 +375,17 @@ def test_a_dense_layer_of_arrays_becomes_a_layer_of_low_rank():
 def test_what_is_no_kernel_is_refused_by_name():
     Y, Z = spaces("disk, polygon")
     y, z = fd.SpatialCoordinate(Y.V.mesh()), fd.Constant([0.0, 0.0])
-    with pytest.raises(ValueError, match="tolerance: a number > 0 and < 1 is wanted, 1 was given"):
+    with pytest.raises(ValueError, match="tolerance: expected a number > 0 and < 1, got 1"):
         compress(gauss, 1, Y)
     with pytest.raises(ValueError, match="confidence: a number > 0 and < 1"):
         compress(gauss, 0.1, Y, confidence=99)
-    with pytest.raises(TypeError, match="Y: a LabelSpace is wanted, NoneType was given"):
+    with pytest.raises(TypeError, match="Y: expected a LabelSpace, got NoneType"):
         compress(gauss, 0.1)
     with pytest.raises(ValueError, match="beta: it belongs to a LowRankKernel"):
         compress(gauss, 0.1, Y, beta=np.eye(2))
-    with pytest.raises(ValueError, match=r"beta: numbers of shape \(3, 3\) are wanted"):
+    with pytest.raises(ValueError, match=r"beta: expected numbers of shape \(3, 3\)"):
         compress(LowRankKernel(polynomials(Y), polynomials(Y)), 0.1, beta=np.eye(2))
-    with pytest.raises(ValueError, match="kernel: a matrix of shape .* is wanted"):
+    with pytest.raises(ValueError, match="kernel: expected a matrix of shape .*"):
         compress(np.eye(3), 0.1, Y)
     with pytest.raises(ValueError, match="kernel: it is zero"):
         compress(lambda y, z: 0 * gauss(y, z), 0.1, Y)
@@ -399,11 +399,11 @@ def test_what_is_no_kernel_is_refused_by_name():
         compress((fd.dot(y, y), y, y), 0.1, Y)
     with pytest.raises(ValueError, match="its argument z is to be a SpatialCoordinate or a Constant"):
         compress((fd.dot(y, y), y, fd.Constant(0.0)), 0.1, Y)
-    with pytest.raises(ValueError, match="kernel: a scalar expression is wanted"):
+    with pytest.raises(ValueError, match="kernel: expected a scalar expression"):
         compress((y - z, y, z), 0.1, Y)
-    with pytest.raises(ValueError, match=r"\(expression, y, z\) is wanted"):
+    with pytest.raises(ValueError, match=r"expected \(expression, y, z\)"):
         compress((fd.dot(y, z), y), 0.1, Y)
-    with pytest.raises(ValueError, match="a UFL expression of y and z alone is wanted"):
+    with pytest.raises(ValueError, match="expected a UFL expression of y and z alone"):
         compress((fd.Function(Y.V) * fd.dot(y, z), y, z), 0.1, Y)
 
 

@@ -796,7 +796,7 @@ def test_what_has_no_limit_here_is_refused():
     net = own_network(solver_parameters={"ts_type": "rk", "ts_adapt_type": "basic"})
     with pytest.raises(ValueError, match="^depth_limit: it does not take adapted time steps"):
         depth_limit(net, net.Y.batch(smooth(net.Y)))
-    with pytest.raises(ValueError, match="halvings: an integer >= 0 is wanted"):
+    with pytest.raises(ValueError, match="halvings: expected an integer >= 0"):
         depth_limit(own_network(), net.Y.batch(smooth(net.Y)), halvings=-1)
     spaces = [label_space("disk", "CG1", n) for n in (1, 2)]
     in_basis = own_network(bias=net.bases["phi"][0])

@@ -173,17 +173,17 @@ def test_adapted_steps_are_refused_with_the_reason():
 def test_arguments_that_do_not_fit_are_refused_by_name():
     Y = label_space("disk", "DG0")
     a, B, z_0 = random_arrays(Y.size)
-    with pytest.raises(TypeError, match="partition: a LabelSpace is wanted, list was given"):
+    with pytest.raises(TypeError, match="partition: expected a LabelSpace, got list"):
         from_network(a, B, z_0, [1.0] * Y.size)
     with pytest.raises(ValueError, match="cell indicators span DG of degree 0"):
         from_network(a, B, z_0, label_space("disk", "CG1"))
-    with pytest.raises(ValueError, match="z_0: shape .* is wanted, one row a cell"):
+    with pytest.raises(ValueError, match="z_0: expected shape .*, one row a cell"):
         from_network(a, B, z_0.T, Y)
     with pytest.raises(ValueError, match="a: shape .* for L >= 1 layers"):
         from_network(a[:, 1:], B, z_0, Y)
     with pytest.raises(ValueError, match="B: shape .* for L >= 1 layers"):
         from_network(a, B[:, 1:], z_0, Y)
-    with pytest.raises(ValueError, match=r"a, B: one number of layers is wanted, \[4, 3\] were given"):
+    with pytest.raises(ValueError, match=r"a, B: expected one number of layers, got \[4, 3\]"):
         from_network(a, B[1:], z_0, Y)
-    with pytest.raises(ValueError, match="tau: positive numbers are wanted"):
+    with pytest.raises(ValueError, match="tau: expected positive numbers"):
         from_network(a, B, z_0, Y, tau=[0.1, 0.2, -0.1, 0.1])

@@ -516,25 +516,25 @@ def test_arguments_that_do_not_fit_are_refused():
         ((0, 4), "end: an integer from 0 to 3"), ((2, 1), "end: an integer from 2 to 3"), ((-1, 2), "start: an integer from 0 to 3"),
         ((0.5, 1), "start: an integer from 0 to 3"),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match=f"^{message} is wanted"):
+        with pytest.raises(ValueError, match=f"^expected {message}"):
             flow.tangent(w, *interval)
-    with pytest.raises(ValueError, match="^sample: an integer from 0 to 0 is wanted, 1 was given"):
+    with pytest.raises(ValueError, match="^sample: expected an integer from 0 to 0, got 1"):
         flow.propagator(sample=1)
     with pytest.raises(ValueError, match="^direction: a Function of"):
         flow.tangent(batch(net, samples=2))
-    with pytest.raises(ValueError, match="^earlier: a propagator to t = 0.2 with the same basis is wanted"):
+    with pytest.raises(ValueError, match="^earlier: expected a propagator to t = 0.2 with the same basis"):
         _ = flow.propagator(1, 2) @ flow.propagator(0, 2)
     with pytest.raises(ValueError, match="^k: singular value 0 is .*; one that is not 1, which has a function,"):
         flow.propagator(1, 1).singular_function()
     with pytest.raises(ValueError, match="PETSc has no adjoint of its method 'bdf'"):
         flow_of(kind="no adjoint", samples=2).adjoint(batch(net, samples=2))
     trajectory = solve_trajectory(net, w, steps=2)
-    with pytest.raises(ValueError, match="^end: a number from 0.5 to 1.3 is wanted, 2.0 was given"):
+    with pytest.raises(ValueError, match="^end: expected a number from 0.5 to 1.3, got 2.0"):
         solve_linearised(trajectory, w, 0.5, 2.0)
-    with pytest.raises(ValueError, match="^directions: 6 Functions of the spaces of .* are wanted, 1 were given"):
+    with pytest.raises(ValueError, match="^directions: expected 6 Functions of the spaces of .*, got 1"):
         duhamel(trajectory, [w])
     relu = network(activation="relu")
-    with pytest.raises(ValueError, match="^trajectory: sigma' > 0 that does not jump is wanted, that of relu"):
+    with pytest.raises(ValueError, match="^trajectory: expected sigma' > 0 that does not jump, that of relu"):
         weighted_identity(solve_trajectory(relu, w, steps=2), w)
 
 

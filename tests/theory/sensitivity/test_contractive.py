@@ -217,7 +217,7 @@ def test_tableaus_are_those_of_the_steps(name):
 
 
 def test_the_radius_of_a_table_of_the_wrong_shape_is_refused():
-    with pytest.raises(ValueError, match=r"^A: numbers of shape \(2, 2\) are wanted, shape \(1, 1\) was given"):
+    with pytest.raises(ValueError, match=r"^A: expected numbers of shape \(2, 2\), got shape \(1, 1\)"):
         circle_radius([[0.0]], [0.5, 0.5])
 
 

@@ -284,7 +284,7 @@ def test_the_iteration_says_that_it_has_not_ended():
     net = network(size=2.0)
     solution = picard(net, net.Y.batch(smooth(net.Y)), split=False, max_iterations=4)
     assert not solution.converged and len(solution.pieces[0].increments) == 4
-    with pytest.raises(TypeError, match=r"^initial: a Function is wanted"):
+    with pytest.raises(TypeError, match=r"^initial: expected a Function"):
         picard(net, smooth(net.Y))
 
 

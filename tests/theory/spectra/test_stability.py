@@ -139,7 +139,7 @@ def test_a_kernel_on_all_of_a_small_space_may_be_positive_definite():
 @on_ranks
 def test_refuses_a_kernel_between_two_label_domains():
     kernel = LowRankKernel(laplace("disk", "CG1", 4), laplace("sphere", "CG1", 4))
-    with pytest.raises(ValueError, match=r"^kernel: one label domain is wanted, LabelSpace\("):
+    with pytest.raises(ValueError, match=r"^kernel: expected one label domain, LabelSpace\("):
         singular_system(kernel, np.eye(4))
 
 

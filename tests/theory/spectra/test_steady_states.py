@@ -277,7 +277,7 @@ def test_a_network_that_depends_on_time_is_read_at_a_time():
         find_steady_states(net)
     for t, size in ((0.0, 1.0), (0.5, 1.5), (1.0, 2.0), (1.5, 3.0), (2.0, 4.0)):
         assert_allclose(net.Y.values(find_steady_states(net, at=t).least_norm), phi.values[:, 1:2] / size, atol=1e-10)
-    with pytest.raises(ValueError, match=r"^at: a number from 0 to 2 is wanted, 3.0 was given$"):
+    with pytest.raises(ValueError, match=r"^at: expected a number from 0 to 2, got 3.0$"):
         find_steady_states(net, at=3.0)
     with pytest.raises(ValueError, match="^find_steady_states: it does not take a network without layers"):
         find_steady_states(ResidualNetwork(phi, layers=0))
