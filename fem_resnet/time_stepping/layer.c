@@ -12,7 +12,7 @@
 #include <petscts.h>
 
 #if defined PETSC_USE_COMPLEX || !defined PETSC_USE_REAL_DOUBLE
-#error "PETSc: one of real numbers of double precision is wanted, this one has others"
+#error "PETSc: expected real numbers of double precision, this one has others"
 #endif
 
 struct layer {
