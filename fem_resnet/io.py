@@ -35,7 +35,8 @@ from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.label_space import LabelSpace, checked_graph
 from fem_resnet.label_domain.laplace import move_laplace
 from fem_resnet.learning.head import PREDICTIONS, Head
-from fem_resnet.network.network import ResidualNetwork, checked_times
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.settings import checked_times, settings_from
 from fem_resnet.options import last_words
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
@@ -97,9 +98,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
             "kinds": [basis.kind for basis in bases],
             "mesh": net.Y.V.mesh().name,
             # The given times: learned ones are coefficients, as those of bias and kernel.
-            "network": net.settings
-            | {"times": net.settings["times"].tolist(), "options_prefix": None, "activation": net.activation.description}
-            | {"stable_kernel": None if net.stable_kernel is None else net.stable_kernel.description},
+            "network": net.settings.description,
             "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
         },
         default=_as_number,
@@ -523,14 +522,7 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
     role = {
         name: [None if index is None else bases[index] for index in indices] for name, indices in settings["roles"].items()
     }
-    net = ResidualNetwork(
-        role["phi"],
-        role["psi"],
-        bias=role["bias"],
-        **settings["network"]
-        | {"activation": Activation.from_description(settings["network"]["activation"])}
-        | {"stable_kernel": stable_kernel_from(settings["network"]["stable_kernel"])},
-    )
+    net = ResidualNetwork(**settings_from(settings["network"], role["phi"], role["psi"], role["bias"]))
     head = None
     if settings["head"] is not None:
         head = Head(role["head"][0], settings["head"]["classes"] or role["onto"][0], settings["head"]["prediction"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import firedrake as fd
 import numpy as np
@@ -21,7 +22,10 @@ from fem_resnet.parameters.space_basis import Replicated
 from fem_resnet.ranks import same
 from fem_resnet.tape.blocks import OperatorBlock, apply
 
-__all__ = ["Piece", "Run"]
+if TYPE_CHECKING:
+    from fem_resnet.network.network import ResidualNetwork
+
+__all__ = ["Piece", "Run", "Solved"]
 
 
 @dataclass
@@ -74,6 +78,33 @@ class Piece:
         return self.segment.costate(layer - self.first) if current else None
 
 
+class Solved(NamedTuple):
+    """What solving (2.8) gives.
+
+    Attributes
+    ----------
+    initial : Function or array
+        f_I: the Function that was given where the run was recorded, else a copy of its values.
+    space : FunctionSpace
+        Of the state.
+    pieces : list of Piece or None
+        What is kept of each segment; None under a schedule of checkpoints.
+    held : dict
+        What holds the state, or its coefficients, at layer times: at T, and where it is an output.
+    cost : AdjFloat or float
+        The running cost.
+    omega : array or None
+        Weights of the samples in it.
+    """
+
+    initial: fd.Function | np.ndarray
+    space: fd.functionspaceimpl.WithGeometry
+    pieces: list[Piece] | None
+    held: dict[int, fd.Function]
+    cost: AdjFloat | float
+    omega: np.ndarray | None
+
+
 class Run(OnMesh):
     """One solution of (2.8).
 
@@ -91,25 +122,13 @@ class Run(OnMesh):
         The running cost, weighted over the samples, where the run was given one; else 0.
     """
 
-    def __init__(
-        self,
-        net,
-        initial: fd.Function | np.ndarray,
-        space: fd.functionspaceimpl.WithGeometry,
-        pieces: list[Piece] | None,
-        held: dict[int, fd.Function],
-        cost: AdjFloat | float = 0.0,
-        omega: np.ndarray | None = None,
-    ):
+    def __init__(self, net: ResidualNetwork, new_segments: Callable[..., list[Segment]], solved: Solved):
         self.net = net
-        self.cost = cost
-        self._given, self._space = initial, space
-        self._omega = omega
-        self._pieces = pieces
-        self._by_coefficients = bool(pieces) and isinstance(pieces[-1].segment, CoefficientSegment)
-        self._held = (
-            held  # what holds the state, or its coefficients, at layer times: the last one, and those that are outputs
-        )
+        self.cost = solved.cost
+        self._new_segments = new_segments
+        self._given, self._space, self._omega = solved.initial, solved.space, solved.omega
+        self._pieces, self._held = solved.pieces, solved.held
+        self._by_coefficients = bool(self._pieces) and isinstance(self._pieces[-1].segment, CoefficientSegment)
         self._handed_out: set[int] = set()
 
     @cached_property
@@ -261,13 +280,13 @@ class Run(OnMesh):
             raise RuntimeError(
                 "tangent: this run is not on the tape that annotates; record the run there too, or ask while annotation is off"
             )
-        segments = self.net._new_segments(self._space)
+        segments = self._new_segments(self._space)
         if not self._is_recorded:
             v = self.net.Y.values(direction)
             for piece, segment in zip(self._pieces, segments):
                 v = TangentSegment(segment).forward([piece.at_start(), v, *piece.coefficients], save=False)
             return self._function(v)
-        fields = self.net._new_segments(self._space) if self._by_coefficients else []
+        fields = self._new_segments(self._space) if self._by_coefficients else []
         for k, (piece, segment) in enumerate(zip(self._pieces, segments)):
             piece.block.refuse_changed("tangent")
             start, *coefficients = piece.block.get_dependencies()
