@@ -26,7 +26,7 @@ from fem_resnet.arguments import flag, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
-from fem_resnet.time_stepping.petsc import shell
+from fem_resnet.petsc import shell
 
 __all__ = ["EIGENSOLVER_PARAMETERS", "Spectrum", "hessian_spectrum"]
 
