@@ -9,7 +9,6 @@ from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
-from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.compiler import declared
@@ -72,13 +71,13 @@ def check_plex(plex: PETSc.DMPlex) -> None:
     _call("DMPlexCheckFaces", plex.handle, 0)
 
 
-def new_ts(comm: PETSc.Comm | MPI.Intracomm, prefix: str | None = None) -> PETSc.TS:
+def new_ts(comm: PETSc.Comm, prefix: str | None = None) -> PETSc.TS:
     """A TS that ends its last step exactly at the final time. Collective over the communicator.
 
     Parameters
     ----------
     comm
-        The communicator.
+        The communicator, PETSc's or mpi4py's.
     prefix
         The prefix of its options, which its SNES inherits when it is made.
     """

@@ -88,7 +88,8 @@ class OnLayer:
         if self.is_constant:
             return self._values[0]
         weights = self._weights(s)
-        return sum(weight * value for weight, value in zip(weights, self._values))
+        values = (weight * value for weight, value in zip(weights, self._values))
+        return sum(values)  # type: ignore[return-value]  # there is at least one
 
     def pull_back(self, s: float, functional: np.ndarray) -> np.ndarray:
         """Transpose of `coefficients(s)`. Collective.
@@ -220,18 +221,22 @@ class LayerCoefficients:
         """
         learned, moved = self._learned_factors(arrays, directions)
         times = self._all_times(arrays, directions)
-        return [
-            LayerInputs(
-                times[layer],
-                times[layer + 1] - times[layer],
-                None if directions else learned or kernel,
-                *(OnLayer(use, [arrays[at] for at in positions]) for use, positions in uses),
-                self._times_at is not None,
-                bool(self._factors),
-                moved,
+        layers = []
+        for kernel, (layer, uses) in zip(self._kernels, self._layers):
+            bias, beta = (OnLayer(use, [arrays[at] for at in positions]) for use, positions in uses)
+            layers.append(
+                LayerInputs(
+                    times[layer],
+                    times[layer + 1] - times[layer],
+                    None if directions else learned or kernel,
+                    bias,
+                    beta,
+                    self._times_at is not None,
+                    bool(self._factors),
+                    moved,
+                )
             )
-            for kernel, (layer, uses) in zip(self._kernels, self._layers)
-        ]
+        return layers
 
     def _all_times(self, arrays: Sequence[np.ndarray], directions: bool) -> Sequence[float] | np.ndarray:
         if self._fixed_times is None:

@@ -263,7 +263,7 @@ class CostRate:
         Y: LabelSpace,
         kernel: LowRankKernel | None,
         length: Sequence[float],
-        f: Sequence[np.ndarray],
+        f: Sequence[np.ndarray] | np.ndarray,
         a: Sequence[np.ndarray],
         beta: Sequence[np.ndarray],
     ):

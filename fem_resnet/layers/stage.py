@@ -211,7 +211,7 @@ class Stage(Generic[At]):
             values[...] = values.astype(self.real)
         return values
 
-    def _affine(self, nodes: slice, at: At, order: int = 0, out: np.ndarray | None = None) -> np.ndarray:
+    def _affine(self, nodes: slice, at: Argument, order: int = 0, out: np.ndarray | None = None) -> np.ndarray:
         """The preactivation u (order 0), or u_1 (order 1), on a node block."""
         u = self._work[0][: nodes.stop - nodes.start] if out is None else out
         np.matmul(at.factors.phi.values[nodes], at.C[order], out=u)

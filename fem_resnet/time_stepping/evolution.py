@@ -231,8 +231,8 @@ class FieldStepper:
             refuse_unread(unread(options, given), f"a TS of type {ts.getType()!r} with fixed steps")
         if ts.getType() not in TYPES or adapt_type(ts) != "none":
             raise ValueError(
-                f"solver_parameters: expected one of {', '.join(map(repr, TYPES))} as 'ts_type' and 'none' as 'ts_adapt_type', "
-                f"as fields are stepped with fixed steps, got {ts.getType()!r} and {adapt_type(ts)!r}"
+                f"solver_parameters: expected one of {', '.join(map(repr, TYPES))} as 'ts_type' and 'none' as 'ts_adapt_type' "
+                f"for fields, got {ts.getType()!r} and {adapt_type(ts)!r}"
             )
         self.scheme = _tableau(ts)
         if self.scheme.kind == "rk":

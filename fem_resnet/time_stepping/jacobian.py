@@ -139,7 +139,7 @@ class LinearLayer:
         t, _, at, _ = self._point
         return self.stage.derivative(at, acting(self._beta(t), g), self._fields(out))
 
-    def add_cost(self, f: Sequence[np.ndarray], factor: float, out: Sequence[np.ndarray]) -> None:
+    def add_cost(self, f: np.ndarray, factor: float, out: np.ndarray) -> None:
         """Add `factor` times the derivative of the rate of c in a direction of f to the row of c in `out`."""
         *_, cost = self._point
         if cost is not None:
@@ -264,13 +264,13 @@ class SampleMatrices:
             np.arange(0, size * width + 1, width, dtype=PETSc.IntType),
             np.broadcast_to(columns, (samples, width, width)).ravel(),
         )
-        self.mat = PETSc.Mat().createAIJ(
-            ((size, size), (size, size)), bsize=width, csr=(*self._pattern, np.ones(size * width)), comm=comm
-        )
+        csr: tuple = (*self._pattern, np.ones(size * width))
+        self.mat = PETSc.Mat().createAIJ(((size, size), (size, size)), bsize=width, csr=csr, comm=comm)
 
     def fill(self, matrices: np.ndarray) -> None:
         """Set the dense matrices, shape (samples, width, width)."""
-        self.mat.setValuesCSR(*self._pattern, matrices.ravel())
+        rows, columns = self._pattern
+        self.mat.setValuesCSR(rows, columns, matrices.ravel())  # type: ignore[arg-type]  # arrays, against the stubs
         self.mat.assemble()
 
 

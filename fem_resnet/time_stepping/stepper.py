@@ -253,13 +253,13 @@ class LayerSequence:
 
     def forward(
         self,
-        g: Sequence[np.ndarray],
+        g: list[np.ndarray],
         f: Sequence[np.ndarray] | None,
         layers: Sequence[Sequence[LayerInputs]],
         save: bool,
         steps: Sequence[Sequence[float] | None],
         total: np.ndarray | None = None,
-    ) -> Sequence[np.ndarray]:
+    ) -> list[np.ndarray]:
         """Step all layers. Collective over the communicator of the label domain.
 
         Parameters
@@ -275,7 +275,7 @@ class LayerSequence:
 
         Returns
         -------
-        sequence of numpy.ndarray
+        list of numpy.ndarray
             g at the end of the layers, shape (rank of psi, samples).
 
         Raises
@@ -289,8 +289,8 @@ class LayerSequence:
         return g
 
     def adjoint(
-        self, by_g: Sequence[np.ndarray], by_f: Sequence[np.ndarray]
-    ) -> list[tuple[Sequence[np.ndarray], Sequence[np.ndarray], np.ndarray]]:
+        self, by_g: list[np.ndarray], by_f: Sequence[np.ndarray]
+    ) -> list[tuple[list[np.ndarray], Sequence[np.ndarray], np.ndarray]]:
         """Solve the adjoint of the last forward solve. Collective.
 
         Parameters

@@ -149,7 +149,8 @@ class LayerTS:
             assert isinstance(self.state, CarriedState), "adapted steps are judged by the error of f"
             rtol, atol = ts.getTolerances()
             pointwise = self._options.parameters.get("ts_adapt_wnormtype", "2").lower() == "infinity"
-            ts.setTolerances(*self.state.tolerances(rtol, atol, pointwise))
+            relative, absolute = self.state.tolerances(rtol, atol, pointwise)
+            ts.setTolerances(relative, absolute)  # type: ignore[arg-type]  # vectors, against petsc4py's stubs
 
     def _new_jacobian(self) -> PETSc.Mat:
         sizes = (self.state.size,) * 2
