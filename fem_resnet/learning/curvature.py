@@ -78,7 +78,7 @@ def hessian_spectrum(
     count
         How many, at least 1.
     gauss_newton
-        Whether the Hessian is that of Gauss and Newton, which has no negative eigenvalues (`blocks.gauss_newton`).
+        Whether the Hessian is that of Gauss and Newton, which has no negative eigenvalues (`recording.gauss_newton`).
     solver_parameters, options_prefix
         Options of SLEPc's EPS, over `EIGENSOLVER_PARAMETERS`.
 

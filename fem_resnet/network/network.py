@@ -50,9 +50,9 @@ from fem_resnet.parameters.space_basis import (
 from fem_resnet.parameters.stable_kernels import StableKernel
 from fem_resnet.parameters.time_basis import Once, get_time_basis
 from fem_resnet.ranks import same
-from fem_resnet.tape.blocks import apply
 from fem_resnet.tape.checkpoints import Manager, manager_of
 from fem_resnet.tape.kernel_controls import StableKernelParameter
+from fem_resnet.tape.recording import apply
 from fem_resnet.time_stepping.scheme import get_scheme
 from fem_resnet.time_stepping.stepper import Stepper
 

@@ -1,4 +1,4 @@
-"""Segments: consecutive layers as one operator on the tape (see `blocks.Operator`).
+"""Segments: consecutive layers as one operator on the tape (see `operator.Operator`).
 
 Forward, f at the end follows from f at the start and the stages of all layers in one pass (3.3). Backward, layers with the
 same psi hand on gamma, the adjoint of g, alone, so that inside a segment nothing of size nodes x samples is touched but

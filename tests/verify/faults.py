@@ -38,7 +38,8 @@ import fem_resnet.parameters.retraction
 import fem_resnet.parameters.space_basis
 import fem_resnet.parameters.stable_kernels
 import fem_resnet.parameters.time_basis
-import fem_resnet.tape.blocks
+import fem_resnet.tape.operator_block
+import fem_resnet.tape.scheduled_block
 import fem_resnet.time_stepping.compiled_layer
 import fem_resnet.time_stepping.jacobian
 import fem_resnet.time_stepping.scheme
@@ -652,7 +653,7 @@ FAULTS = [
     Fault(
         "an input that has changed is taken for the one before",
         LAYERS,
-        line(fem_resnet.tape.blocks.OperatorBlock, "solve", "if version == old and not", "if not"),
+        line(fem_resnet.tape.operator_block.OperatorBlock, "solve", "if version == old and not", "if not"),
     ),
     Fault(
         "coefficients of any input are taken for those of this one",
@@ -1445,7 +1446,7 @@ FURTHER = [
         "of a control that Blocks share one part counts",
         BUILT_IN,
         line(
-            fem_resnet.tape.blocks,
+            fem_resnet.tape.operator_block,
             "_unless_added",
             "total.dat.data[...] += part.dat.data_ro",
             "total.dat.data[...] = part.dat.data_ro",
@@ -1456,7 +1457,7 @@ FURTHER = [
         "under checkpoints a recording keeps what is overwritten",
         BUILT_IN,
         line(
-            fem_resnet.tape.blocks.ScheduledBlock,
+            fem_resnet.tape.scheduled_block.ScheduledBlock,
             "_forward",
             "[array.copy() for array in arrays] if self._manager.recording else arrays",
             "arrays",
