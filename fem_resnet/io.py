@@ -42,9 +42,9 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
 from fem_resnet.parameters.stable_kernels import stable_kernel_from
 from fem_resnet.parameters.time_basis import get_time_basis
+from fem_resnet.petsc import check_plex
 from fem_resnet.ranks import in_step, on_first, same, together
-from fem_resnet.time_stepping.options import refuse_in_file
-from fem_resnet.time_stepping.petsc import check_plex
+from fem_resnet.time_stepping.file_options import refuse_in_file
 
 __all__ = ["load", "save"]
 

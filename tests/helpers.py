@@ -12,7 +12,7 @@ from firedrake import COMM_SELF, COMM_WORLD
 
 from fem_resnet import Basis, LabelSpace, ResidualNetwork, laplace_basis, read_mesh
 from fem_resnet.label_domain.label_space import BatchValues
-from fem_resnet.tape.blocks import apply
+from fem_resnet.tape.recording import apply
 
 #: Number of samples of all batches, unless a test is about that number.
 SAMPLES = 3

@@ -692,7 +692,7 @@ def test_files_say_what_they_take(tmp_path):
 
 def test_a_schedule_without_derivatives_is_refused(tape):
     problem, net, _ = parts()
-    message = "^checkpoints: NoneCheckpointSchedule is for evaluations without a derivative.*SingleMemoryStorageSchedule"
+    message = "^checkpoints: expected a schedule for derivatives, got NoneCheckpointSchedule.*SingleMemoryStorageSchedule"
     with pytest.raises(ValueError, match=message):
         LearningProblem(net, problem.head, cross_entropy, None, problem.batch, checkpoints=NoneCheckpointSchedule())
     with pytest.raises(ValueError, match=message):
@@ -706,12 +706,12 @@ def test_a_hessian_says_that_it_wants_the_derivative_first(regularised, gauss_ne
     problem = LearningProblem(net, problem.head, cross_entropy, tikhonov(0.1) if regularised else None, problem.batch)
     J, _ = problem.record(gauss_newton=gauss_newton)
     h = [function.copy(deepcopy=True) for function in problem.functions]
-    with pytest.raises(RuntimeError, match=r"the Hessian wants the derivative at the same point first; call derivative\(\)"):
+    with pytest.raises(RuntimeError, match=r"the Hessian needs the derivative at the same point first; call derivative\(\)"):
         J.hessian(h)
     J(problem.functions)
     J.derivative()
     J.hessian(h)
     J([function._ad_mul(0.5) for function in problem.functions])
     if not gauss_newton:
-        with pytest.raises(RuntimeError, match="the Hessian wants the derivative at the same point first"):
+        with pytest.raises(RuntimeError, match="the Hessian needs the derivative at the same point first"):
             J.hessian(h)

@@ -43,7 +43,7 @@ from fem_resnet import (
     save,
     stability_report,
 )  # fmt: skip
-from fem_resnet.time_stepping.options import refuse_in_file
+from fem_resnet.time_stepping.file_options import refuse_in_file
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1

@@ -20,7 +20,7 @@ from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.ranks import same, together
-from fem_resnet.time_stepping.evolution import FieldStepper, Moment, Path, Scheme, Step
+from fem_resnet.time_stepping.evolution import FieldStepper, Moment, Path, Step, Tableau
 from fem_resnet.time_stepping.stepper import StepFailure
 
 __all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "like", "solve_trajectory"]
@@ -71,7 +71,7 @@ class Trajectory:
     net : ResidualNetwork
     final : Function
         f(T).
-    scheme : Scheme
+    scheme : Tableau
         How it was stepped.
     steps : int
         Steps a layer.
@@ -80,7 +80,7 @@ class Trajectory:
 
     net: ResidualNetwork
     final: fd.Function
-    scheme: Scheme
+    scheme: Tableau
     steps: int
     layers: list[LayerTrajectory]
 
@@ -232,7 +232,7 @@ def _layer_by_layer(
     solver_parameters: dict | None,
     options_prefix: str | None,
     one_layer: Callable[[FieldStepper, LayerTrajectory, np.ndarray, int], np.ndarray],
-) -> tuple[fd.Function, Scheme, int]:
+) -> tuple[fd.Function, Tableau, int]:
     """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes those of one and returns f at its end."""
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")

@@ -1,11 +1,11 @@
-"""The stage of a layer as compiled loops: `stage.c` with an activation's formulas, in the place of `Stage`'s NumPy.
+"""The stage of a layer as compiled loops: `stage.c` with the formulas of an activation, instead of `Stage`'s NumPy.
 
-Values of a stage, its transpose and the quadrature (3.3) are compiled; tangents, Hessians, blocks of the Jacobian and learned
-factors are `Stage`'s own. Both give the same numbers to round-off. The environment variable FEM_RESNET_COMPILED=0 is the
-switch to NumPy alone; without a C compiler, or with an activation that C cannot evaluate, one warning says that NumPy it is.
+Compiled are the value of a stage, its transpose and the quadrature (3.3). Tangents, second derivatives, the Jacobian and
+functionals in learned factors come from `Stage`. Both ways give the same numbers up to round-off.
 
-All ranks do the same: what rank 0 has in its environment counts, as many launchers hand that to no other machine; and where
-one rank cannot have the compiled code, none has.
+The environment variable FEM_RESNET_COMPILED=0 switches compiled code off. If there is no C compiler, or if C cannot evaluate
+the activation, a warning is logged once and NumPy is used. All ranks do the same: the environment of rank 0 counts, since many
+launchers do not pass it on to other machines, and if one rank cannot load the compiled code then no rank uses it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from fem_resnet.ranks import on_first
 
 __all__ = ["CompiledStage", "LayerStruct", "Outcome", "address", "new_stage"]
 
-# PyOP2's own flags have -ffast-math, which takes NaN for a number.
+# PyOP2's own flags have -ffast-math, under which a NaN is not noticed.
 _FLAGS = ("-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
 _SINGLE = ("-fsingle-precision-constant",)
 _BY_MACHINE = {"x86_64": ("-mprefer-vector-width=512",)}
 
-#: From here on a node's samples fill a page of memory, and no processor foresees which part of the next page a chunk reads.
+#: From this number of samples on, the samples of a node fill a page of memory. A processor does not prefetch across pages, so
+#: that f and lambda are then packed chunk by chunk.
 _PACKED_SAMPLES = 512
 
 
@@ -56,11 +57,11 @@ class _LabelSpace(ctypes.Structure):
 
 
 class LayerStruct(ctypes.Structure):
-    """What `layer.c` sees of a layer, and says there."""
+    """`struct layer` of `layer.c`, where the fields are explained."""
 
     _fields_ = [
-        *((name, _pointer) for name in ("Y", "phi", "psi", "a", "beta", "lambda_", "f", "weights", "C", "D", "bias", "by_beta")),
-        ("stages", _pointer), ("lengths", _pointer), ("length", ctypes.c_double),
+        *((name, _pointer) for name in ("Y", "phi", "psi", "a", "beta", "lambda_", "f", "weights", "C", "D")),
+        *((name, _pointer) for name in ("bias", "by_beta", "stages", "lengths")), ("length", ctypes.c_double),
         *((name, _pointer) for name in ("ts", "y", "adjoint", "parameters", "point")),
         *((name, ctypes.c_long) for name in ("method_stages", "reuses", "step", "steps", "replays", "max_steps", "asked")),
         ("reductions", ctypes.c_long), ("comm", ctypes.c_int),
@@ -68,7 +69,7 @@ class LayerStruct(ctypes.Structure):
 
 
 class Outcome(ctypes.Structure):
-    """How a solve of several layers ended."""
+    """How a solve of several layers ended: `struct outcome` of `layer.c`."""
 
     _fields_ = [("layer", ctypes.c_long), ("reason", ctypes.c_long), ("finite", ctypes.c_long)]
 
@@ -89,7 +90,12 @@ _warned: set[str] = set()
 
 
 def new_stage(Y: LabelSpace, activation: Activation, samples: int, precision: str = "double") -> Stage:
-    """Stage evaluations, compiled where that is possible and not switched off; arguments as for `Stage`. Collective.
+    """Stage evaluations, compiled where that is possible and not switched off. Collective.
+
+    Parameters
+    ----------
+    Y, activation, samples, precision
+        As for `Stage`.
 
     Raises
     ------
@@ -102,7 +108,7 @@ def new_stage(Y: LabelSpace, activation: Activation, samples: int, precision: st
         except (CompilationError, OSError, ValueError) as error:
             if str(error) not in _warned:
                 _warned.add(str(error))
-                log(Y.comm, logging.WARNING, "layers are not compiled, and run by NumPy, which is slower: %s", error)
+                log(Y.comm, logging.WARNING, "layers are not compiled; NumPy runs them, which is slower: %s", error)
     return Stage(Y, activation, samples, precision)
 
 
@@ -110,13 +116,18 @@ def _switched_on() -> bool:
     return choice("FEM_RESNET_COMPILED", os.environ.get("FEM_RESNET_COMPILED", "1"), ("0", "1")) == "1"
 
 
-class CompiledStage(Stage):
-    """See above; arguments as for `Stage`. Collective over the communicator of the label domain.
+class CompiledStage(Stage[Argument]):
+    """The stage of a layer by compiled loops. Collective over the communicator of the label domain.
+
+    Parameters
+    ----------
+    Y, activation, samples, precision
+        As for `Stage`.
 
     Raises
     ------
     pyop2.exceptions.CompilationError, OSError
-        If there is no compiler, it fails, or the library cannot be kept or loaded; on all ranks alike.
+        If there is no compiler, if it fails, or if the library cannot be written or loaded; on all ranks alike.
     ValueError
         If C cannot evaluate the activation.
     """
@@ -143,7 +154,7 @@ class CompiledStage(Stage):
         return "\n".join([activation_code(activation, real), _source(), layout(**_STRUCTS), _petsc_of_python()])
 
     def basis(self, basis: Basis) -> int:
-        """Address of what C sees of a basis; good as long as the basis lives."""
+        """Address of the C struct of a basis, valid as long as the basis lives."""
         if basis not in self._bases:
             values = basis.values if self.real == basis.values.dtype else spread_columns(basis.values, self.real)
             self._bases[basis] = _Basis(address(values), basis.rank, values.strides[1] // values.itemsize), values
@@ -151,18 +162,26 @@ class CompiledStage(Stage):
 
     @property
     def space(self) -> int:
-        """Address of what C sees of the label domain."""
+        """Address of the C struct of the label domain."""
         return ctypes.addressof(self._plain)
 
     @property
     def packed_space(self) -> int:
-        """The same where f and lambda are as `pack` has them."""
+        """Address of the C struct of the label domain for stages whose f and lambda are packed by `pack`."""
         return ctypes.addressof(self._packed if self.samples >= _PACKED_SAMPLES else self._plain)
 
     def pack(self, field: np.ndarray) -> np.ndarray:
-        """An array (nodes, samples) as many stages go over it fastest.
+        """An array in the order of memory in which many stages go over it fastest.
 
-        That is itself with few samples, else a copy with one chunk of samples after the other.
+        Parameters
+        ----------
+        field
+            Shape (nodes, samples).
+
+        Returns
+        -------
+        numpy.ndarray
+            With few samples the array itself; else a copy with one chunk of samples after the other, shape (nodes x samples,).
         """
         if self.samples < _PACKED_SAMPLES:
             return field
@@ -172,12 +191,13 @@ class CompiledStage(Stage):
         return packed
 
     def unpack(self, packed: np.ndarray, field: np.ndarray) -> None:
-        """Write what `pack` made of an array (nodes, samples) into that array."""
+        """Write the result of `pack`, shape (nodes x samples,), back into the array of shape (nodes, samples) it came from."""
         if packed is not field:
             for samples, part in self._chunks(packed):
                 field[:, samples] = part
 
     def _chunks(self, packed: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """The samples of each chunk, and their part of a packed array, shape (nodes, samples of the chunk)."""
         for first in range(0, self.samples, self._chunk):
             samples = slice(first, min(first + self._chunk, self.samples))
             yield (
@@ -186,16 +206,23 @@ class CompiledStage(Stage):
             )
 
     def call(self, name: str, *arguments) -> None:
-        """Call a function of `layer.c`, which returns an error code of PETSc."""
+        """Call a function of `layer.c`, which returns an error code of PETSc.
+
+        Raises
+        ------
+        petsc4py.PETSc.Error
+            If the code is not 0.
+        """
         if code := getattr(self._code, name)(*arguments):
             raise PETSc.Error(code)
 
     def _call(self, name: str, *arguments) -> None:
+        """Call a function of `stage.c`, which returns 1 without memory."""
         if getattr(self._code, name)(self.space, *arguments):
             raise MemoryError(f"{name} of a stage: no memory for its sums")
 
-    def arranged(self, adjoint):
-        return np.asarray(adjoint, self.real, order=self._order)
+    def arranged(self, by_f):
+        return np.asarray(by_f, self.real, order=self._order)
 
     def rate(self, at, out=None):
         if len(at.a) > 1 or out is not None and not out[0].flags.c_contiguous:
@@ -211,18 +238,18 @@ class CompiledStage(Stage):
             at.length[0], address(Q), at.factors.psi.rank, address(s), address(f), weight,
         )  # fmt: skip
 
-    def transpose(self, at, dual, with_length=False, with_factors=False):
+    def transpose(self, at, by_s, with_length=False, with_factors=False):
         if len(at.a) > 1 or with_factors:
-            return super().transpose(at, dual, with_length, with_factors)
+            return super().transpose(at, by_s, with_length, with_factors)
         phi, psi = at.factors.phi, at.factors.psi
         a, C = np.ascontiguousarray(at.a[0], self.real), np.asfortranarray(at.C[0])
         x = np.empty((psi.rank + 1, self.samples), order="F")
-        x[:-1], x[-1] = dual.x[0], 0.0 if dual.x_q is None else dual.x_q
-        adjoint = None if dual.x_q is None else self.arranged(dual.adjoint[0])
+        x[:-1], x[-1] = by_s.x[0], 0.0 if by_s.x_q is None else by_s.x_q
+        by_f = None if by_s.x_q is None else self.arranged(by_s.by_f[0])
         D, bias, length = np.empty((phi.rank, self.samples), order="F"), np.zeros(self.Y.nodes), np.zeros(1)
         self._call(
             "transpose", self.basis(phi), self.basis(psi), address(a), address(C), len(C), at.length[0],
-            address(x), len(x), address(adjoint), address(D), address(bias), 1.0, address(length) if with_length else None,
+            address(x), len(x), address(by_f), address(D), address(bias), 1.0, address(length) if with_length else None,
         )  # fmt: skip
         return Functionals([self.Y.sum(D)], bias, float(self.Y.sum(length)[0]) if with_length else 0.0)
 
@@ -240,12 +267,12 @@ def _source() -> str:
 
 
 def _petsc_of_python() -> str:
-    """C code that compiles with the headers of the PETSc that Python has loaded."""
+    """C code that compiles only with the headers of the PETSc that Python has loaded."""
     version = ", ".join(map(str, PETSc.Sys.getVersion()))
     claim = f"PETSC_VERSION_EQ({version}) && sizeof(PetscInt) == {np.dtype(PETSc.IntType).itemsize}"
     return f'_Static_assert({claim}, "PETSc has the headers of the version that Python has loaded");'
 
 
 def address(array: np.ndarray | None) -> int | None:
-    """Where an array begins, or None; `array.ctypes` would take three times as long."""
+    """The address at which an array begins, or None for None; `array.ctypes` would take three times as long."""
     return None if array is None else array.__array_interface__["data"][0]

@@ -1,6 +1,7 @@
-"""What layers take of the parameters: coefficients in time, times, kernel factors, and the transpose of all that.
+"""What layers take of the parameters: coefficients in time, times and kernel factors, and the transpose of that map.
 
-A segment of layers sees its coefficients as a list of arrays; each layer takes from it what is active there.
+`LayerCoefficients` maps the arrays of coefficients of consecutive layers to one `LayerInputs` a layer. There `OnLayer` is the
+bias or the kernel as a function of time on that layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.parameters.space_basis import KernelCoefficients, NodalValues, SpaceBasis, StateValues
+from fem_resnet.parameters.time_basis import TimeBasis
 
 __all__ = ["FactorDirections", "LayerCoefficients", "LayerInputs", "LayerUse", "OnLayer"]
 
@@ -28,32 +30,46 @@ class LayerUse:
     Parameters
     ----------
     parameter
-        The parameter.
+        The bias or the kernel.
     layer
         Number of the layer.
 
     Attributes
     ----------
-    active : sequence of int
-        Numbers of the coefficients that are active there.
+    active : tuple of int
+        Numbers of the coefficients that are active on the layer.
     basis : SpaceBasis
-        Their basis in space.
+        The basis in space of these coefficients.
+    weights : callable
+        ``weights(s)``: the values of their time functions at the fraction s of the layer.
     is_constant, is_nodal : bool
-        Whether it is the same at all times of the layer, and whether what is expanded are the coefficients themselves.
+        Whether the parameter is the same at all times of the layer, and whether its coefficients are values at the nodes.
     """
 
     def __init__(self, parameter: Parameter, layer: int):
-        self.active = parameter.time_basis.active(layer)
+        time_basis = parameter.time_basis
+        assert isinstance(time_basis, TimeBasis), "bias and kernel have a basis in time"
+        self.active = time_basis.active(layer)
         self.basis = parameter.on_layer(layer)
-        self.weights = partial(parameter.time_basis.weights, layer)
+        self.weights = partial(time_basis.weights, layer)
         self.is_constant = self.weights(0.0) == self.weights(1.0) == (1.0,)
         self.is_nodal = isinstance(self.basis, NodalValues)
 
 
 class OnLayer:
-    """What one layer sees of a parameter: its active coefficients, expanded once, as a function of time.
+    """A parameter on one layer, as a function of the fraction s in [0, 1] of the layer's time.
 
-    The time is the fraction s in [0, 1] of the layer.
+    Parameters
+    ----------
+    use
+        How the layer uses the parameter.
+    coefficients
+        The active coefficients, each of the shape of the basis in space.
+
+    Attributes
+    ----------
+    is_constant, is_nodal : bool
+        As for `LayerUse`.
     """
 
     def __init__(self, use: LayerUse, coefficients: Sequence[np.ndarray]):
@@ -68,15 +84,29 @@ class OnLayer:
         return sum(c.size for c in self._coefficients)
 
     def coefficients(self, s: float) -> np.ndarray:
-        """`p`, what the layer takes at the fraction s of its time."""
+        """The bias at the nodes, shape (nodes,), or beta, shape (rank of phi, rank of psi), at the fraction s."""
         if self.is_constant:
             return self._values[0]
         weights = self._weights(s)
-        return sum(weight * value for weight, value in zip(weights, self._values))
+        values = (weight * value for weight, value in zip(weights, self._values))
+        return sum(values)  # type: ignore[return-value]  # there is at least one
 
-    def pull_back(self, s: float, dual: np.ndarray) -> np.ndarray:
-        """Transpose of `coefficients(s)`: functionals of all active coefficients, one after the other. Collective."""
-        pulled = self._basis.pull_back(dual).ravel()
+    def pull_back(self, s: float, functional: np.ndarray) -> np.ndarray:
+        """Transpose of `coefficients(s)`. Collective.
+
+        Parameters
+        ----------
+        s
+            The fraction of the layer.
+        functional
+            The functional in the value at s, of the shape of that value.
+
+        Returns
+        -------
+        numpy.ndarray
+            The functionals in all active coefficients, one after the other, shape (size,).
+        """
+        pulled = self._basis.pull_back(functional).ravel()
         if self.is_constant:
             return pulled
         weights = self._weights(s)
@@ -85,7 +115,7 @@ class OnLayer:
 
 @dataclass(frozen=True)
 class FactorDirections:
-    """Directions of the values of Phi and Psi at the nodes, shape (nodes, rank), and of M Psi."""
+    """Directions of the values of Phi and Psi at the nodes, and of M Psi, each of shape (nodes, rank)."""
 
     phi: np.ndarray
     psi: np.ndarray
@@ -93,31 +123,34 @@ class FactorDirections:
 
 
 class LayerInputs(NamedTuple):
-    """All that one solve of a layer takes besides its initial state; or the directions of all that.
+    """All that one solve of a layer takes besides its initial state; or a direction of all that.
 
     Attributes
     ----------
     start, length : float
-        When the layer begins, and its length in t.
-    factors : LowRankKernel or FactorDirections or None
-        The kernel's factors; of directions None where the factors are fixed.
+        When the layer begins, and its length, in the unit of t.
+    factors : LowRankKernel or None
+        The kernel's factors; None in a direction.
     bias, beta : OnLayer
         a and beta.
     learns_length, learns_factors : bool
-        Whether functionals of the length, and of the factors' values, are wanted.
+        Whether the length, and the factors' values, are learned, so that an adjoint computes functionals in them.
+    factor_directions : FactorDirections or None
+        In a direction, that of the factors; None where they are fixed.
     """
 
     start: float
     length: float
-    factors: LowRankKernel | FactorDirections | None
+    factors: LowRankKernel
     bias: OnLayer
     beta: OnLayer
     learns_length: bool = False
     learns_factors: bool = False
+    factor_directions: FactorDirections | None = None
 
 
 class LayerCoefficients:
-    """Which coefficients a run of layers sees, each once, though several layers may share it.
+    """The coefficients that consecutive layers see, each once, though several layers may share it.
 
     Parameters
     ----------
@@ -125,19 +158,19 @@ class LayerCoefficients:
         The parameters.
     times
         All layer times, shape (L + 1,), where they are fixed; or the parameter that holds t_1 .. t_L.
-    factors
-        How values of Phi and Psi are held, where they are learned.
     layers
         Numbers of the layers, consecutive.
+    factors
+        The slots of Phi and of Psi, where the factors are learned.
 
     Attributes
     ----------
     slots : list of SpaceBasis
-        One a set of coefficients; those of the factors come last.
+        One a set of coefficients. The slots of the factors come last.
     functions : list of Function
-        What holds them, but for the factors.
+        The Functions that hold the coefficients, without the factors.
     layers : range
-        The numbers of the layers.
+        As above.
     """
 
     def __init__(
@@ -149,60 +182,92 @@ class LayerCoefficients:
         factors: Sequence[StateValues] = (),
     ):
         self.layers = layers
-        self._times = times
-        self._learns_times = isinstance(times, Parameter)
-        self._kernel = kernel
         self._factors = list(factors)
+        #: The factors of each layer's kernel, where they are fixed.
+        self._kernels = [_factors_of(kernel.on_layer(layer)) for layer in layers]
         uses = [[(p, LayerUse(p, layer)) for p in (bias, kernel)] for layer in layers]
         keys = list(dict.fromkeys((p.name, k) for layer in uses for p, use in layer for k in use.active))
         parameters = {bias.name: bias, kernel.name: kernel}
-        if self._learns_times:
+        #: The layer times where they are fixed, else None; and where they are learned, their position among the slots.
+        self._fixed_times: Sequence[float] | None = None
+        self._times_at: int | None = None
+        if isinstance(times, Parameter):
+            self._times_at = len(keys)
             keys.append((times.name, 0))
             parameters[times.name] = times
-            self._times_at = len(keys) - 1
+        else:
+            self._fixed_times = times
         position = {key: position for position, key in enumerate(keys)}
-        #: Each layer's number, and of bias and kernel the use and the positions of the active coefficients.
+        #: The number of each layer, and for its bias and its kernel the use and the positions of the active coefficients.
         self._layers = [
             (number, [(use, [position[p.name, k] for k in use.active]) for p, use in layer])
             for number, layer in zip(layers, uses)
         ]
         taken = Counter(at for _, layer in self._layers for _, positions in layer for at in positions)
         self._shared = [at for at in range(len(keys) + len(self._factors)) if taken[at] != 1]
-        self.slots = [parameters[name].space_bases[k] for name, k in keys] + self._factors
+        self.slots: list[SpaceBasis] = [parameters[name].space_bases[k] for name, k in keys]
+        self.slots += self._factors
         self.functions = [parameters[name].functions[k] for name, k in keys]
 
     def on_layers(self, arrays: Sequence[np.ndarray], directions: bool = False) -> list[LayerInputs]:
-        """What each layer takes, for coefficients in the order of `slots`; or the directions of that. Collective."""
-        factors = self._factors_from(arrays, directions)
+        """What each layer takes. Collective.
+
+        Parameters
+        ----------
+        arrays
+            The coefficients in the order of `slots`, each of the shape of its slot; or directions of the coefficients.
+        directions
+            Whether they are directions.
+        """
+        learned, moved = self._learned_factors(arrays, directions)
         times = self._all_times(arrays, directions)
-        return [
-            LayerInputs(
-                times[layer],
-                times[layer + 1] - times[layer],
-                factors or (None if directions else self._kernel.on_layer(layer).kernel),
-                *[OnLayer(use, [arrays[at] for at in positions]) for use, positions in uses],
-                learns_length=self._learns_times,
-                learns_factors=bool(self._factors),
+        layers = []
+        for kernel, (layer, uses) in zip(self._kernels, self._layers):
+            bias, beta = (OnLayer(use, [arrays[at] for at in positions]) for use, positions in uses)
+            layers.append(
+                LayerInputs(
+                    times[layer],
+                    times[layer + 1] - times[layer],
+                    None if directions else learned or kernel,
+                    bias,
+                    beta,
+                    self._times_at is not None,
+                    bool(self._factors),
+                    moved,
+                )
             )
-            for layer, uses in self._layers
-        ]
+        return layers
 
-    def _all_times(self, arrays, directions) -> np.ndarray:
-        if self._learns_times:
+    def _all_times(self, arrays: Sequence[np.ndarray], directions: bool) -> Sequence[float] | np.ndarray:
+        if self._fixed_times is None:
             return np.concatenate([[0.0], arrays[self._times_at]])
-        return np.zeros(len(self._times)) if directions else self._times
+        return np.zeros(len(self._fixed_times)) if directions else self._fixed_times
 
-    def _factors_from(self, arrays, directions) -> LowRankKernel | FactorDirections | None:
+    def _learned_factors(
+        self, arrays: Sequence[np.ndarray], directions: bool
+    ) -> tuple[LowRankKernel | None, FactorDirections | None]:
+        """The learned factors, or their directions."""
         if not self._factors:
-            return None
+            return None, None
         Y = self._factors[0].Y
         phi, psi = arrays[-2:]
         if directions:
-            return FactorDirections(phi, psi, Y.weights[:, None] * psi)
-        return LowRankKernel(Basis(Y, phi, "learned"), Basis(Y, psi, "learned"))
+            return None, FactorDirections(phi, psi, Y.weights[:, None] * psi)
+        return LowRankKernel(Basis(Y, phi, "learned"), Basis(Y, psi, "learned")), None
 
     def collect(self, functionals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Transpose of `on_layers`: functionals in the order of `slots` from those of each layer."""
+        """Transpose of `on_layers`.
+
+        Parameters
+        ----------
+        functionals
+            Of each layer the functionals in its coefficients, one after the other, shape (number of coefficients,).
+
+        Returns
+        -------
+        list of numpy.ndarray
+            The functional in each set of coefficients, in the order of `slots`, of the slot's shape.
+        """
         total: list = [None] * len(self.slots)
         for at in self._shared:
             total[at] = np.zeros(self.slots[at].shape)
@@ -214,7 +279,7 @@ class LayerCoefficients:
                 shape = self.slots[at].shape
                 part = functional[start : start + prod(shape)].reshape(shape)
                 start += part.size
-                if total[at] is None:  # no other layer has it
+                if total[at] is None:  # no other layer has these coefficients
                     total[at] = part
                 else:
                     total[at] += part
@@ -222,7 +287,7 @@ class LayerCoefficients:
             for _, positions in uses:
                 for at in positions:
                     add(at)
-            if self._learns_times:
+            if self._times_at is not None:
                 times = total[self._times_at]
                 times[layer] += functional[start]  # t_(layer + 1), the end of this layer
                 if layer > 0:
@@ -231,3 +296,8 @@ class LayerCoefficients:
             for at in range(len(total) - len(self._factors), len(total)):
                 add(at)
         return total
+
+
+def _factors_of(basis: SpaceBasis) -> LowRankKernel:
+    assert isinstance(basis, KernelCoefficients), "a kernel is expanded in factors"
+    return basis.kernel

@@ -1,17 +1,17 @@
-r"""Running costs (section 4.3): what a state and its controls cost while time goes on.
+r"""Running costs (section 4.3): the cost of a state and its controls while time goes on.
 
     J = int_0^T sum_s omega_s L(f_s, a, b) dt + ..,        L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2,
 
-norm(b) that of L2(Y x Y). Each sample has a number c with c_t = L(f, a, b) and c(0) = 0 that TS steps along with f, so that
-the integral is that of the method itself, and adaptive steps may be taken. In the co-state of (4.2) it is L_f, in the
-sign of section 4.1,
+with the norm of L2(Y x Y). Each sample has a number c with c_t = L(f, a, b) and c(0) = 0. TS steps c together with f, so that
+the time stepping method itself integrates L, and steps may be adapted. The equation (4.2) of the co-state then has the source
+L_f; with the sign of section 4.1 it reads
 
     r_t = B^T(sigma'(u) r) - L_f.
 
-Where a layer has a tangent, f_1 and so on, c has one too:
+Where a layer has a tangent f_1, c has a tangent c_1:
 
     value       c_t   = tau L
-    tangent     c_1,t = tau (l_f f_1 + l_a a_1 + kappa (b, b_1)) + tau_1 L,       integrals over Y understood.
+    tangent     c_1,t = tau (l_f f_1 + l_a a_1 + kappa (b, b_1)) + tau_1 L,       with integrals over Y left out.
 """
 
 from __future__ import annotations
@@ -36,36 +36,78 @@ _T = TypeVar("_T")
 
 
 class Density(Protocol):
-    """l(f, a) and its derivatives at the nodes: f of shape (nodes, samples), a of shape (nodes, 1), both float64.
+    """The density l(f, a) of a running cost, and its derivatives, at the nodes of this rank.
 
-    Results have the shape of f, or one that is broadcast to it.
+    Each method gets the state and the bias at the nodes, both float64, and returns arrays of the state's shape, or arrays that
+    NumPy broadcasts to that shape.
     """
 
     def value(self, f: np.ndarray, a: np.ndarray) -> np.ndarray:
-        """L."""
+        """The density l itself.
+
+        Parameters
+        ----------
+        f
+            State, shape (nodes, samples).
+        a
+            Bias, shape (nodes, 1).
+
+        Returns
+        -------
+        numpy.ndarray
+            l(f, a), shape (nodes, samples).
+        """
 
     def gradient(self, f: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """l_f, l_a."""
+        """The first derivatives.
+
+        Parameters
+        ----------
+        f
+            State, shape (nodes, samples).
+        a
+            Bias, shape (nodes, 1).
+
+        Returns
+        -------
+        tuple of numpy.ndarray
+            l_f and l_a, each of shape (nodes, samples).
+        """
 
     def hessian(self, f: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """l_ff, l_fa, l_aa; may be missing where no second derivatives are asked for."""
+        """The second derivatives. A density without this method has first derivatives alone.
+
+        Parameters
+        ----------
+        f
+            State, shape (nodes, samples).
+        a
+            Bias, shape (nodes, 1).
+
+        Returns
+        -------
+        tuple of numpy.ndarray
+            l_ff, l_fa and l_aa, each of shape (nodes, samples).
+        """
 
 
 class RunningCost(Fixed):
-    """L(f, a, b) = int_Y l(f(y), a(y)) dy + kernel/2 norm(b)^2.
+    """The running cost L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2 of section 4.3.
 
     Parameters
     ----------
     density
-        l: a SymPy expression in ``f = sympy.Symbol("f")`` and ``a = sympy.Symbol("a")``, from which the derivatives follow;
-        or an object with the methods of `Density`, which may know a target at the nodes too.
+        l: a SymPy expression in ``f = sympy.Symbol("f")`` and ``a = sympy.Symbol("a")``, from which the derivatives follow; or
+        an object with the methods of `Density`, which may also know a target at the nodes.
     kernel
-        kappa >= 0, what half the square of the Hilbert-Schmidt norm of b counts; no unit.
+        kappa >= 0, the weight of half the squared Hilbert-Schmidt norm of b; no unit.
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument is not of this kind, or the expression has other symbols.
+    TypeError
+        If `density` is neither an expression, a number nor an object with these methods, or `kernel` is no number.
+    ValueError
+        If the expression has other symbols or numbers that are not finite, or `kernel` is negative.
 
     Examples
     --------
@@ -77,7 +119,7 @@ class RunningCost(Fixed):
     """
 
     def __init__(self, density: sympy.Expr | Density, kernel: float = 0.0):
-        if isinstance(density, type) or isinstance(density, (bool, np.bool_)):
+        if isinstance(density, (type, bool, np.bool_)):
             raise TypeError(f"density: expected an expression, a number or an object, got {density!r}")
         if isinstance(density, Number):
             density = sympy.sympify(number("density", density))
@@ -93,7 +135,7 @@ class RunningCost(Fixed):
 
     @property
     def description(self) -> dict[str, object]:
-        """What tells it from others, as far as a density of the user's does."""
+        """What distinguishes it from other running costs: density and kappa."""
         return {"density": getattr(self.density, "expression", self.density), "kernel": self.kernel}
 
     def __repr__(self) -> str:
@@ -101,33 +143,83 @@ class RunningCost(Fixed):
 
     @property
     def of_state_alone(self) -> bool:
-        """Whether L does not depend on (a, b), as (4.10) asks; a density of the user's says so by `of_state_alone`."""
+        """Whether L depends on f alone and not on (a, b), as (4.10) asks.
+
+        A density that is an object states this by an attribute `of_state_alone`; without the attribute it counts as False.
+        """
         return self.kernel == 0.0 and getattr(self.density, "of_state_alone", False)
 
     def integrand(self, f: np.ndarray, a: np.ndarray) -> np.ndarray:
-        """L at the nodes, shape (nodes, samples), for f of that shape and a of shape (nodes,)."""
+        """The density at the nodes of this rank.
+
+        Parameters
+        ----------
+        f
+            State, shape (nodes, samples).
+        a
+            Bias, shape (nodes,).
+
+        Returns
+        -------
+        numpy.ndarray
+            l(f, a), shape (nodes, samples).
+        """
         return np.broadcast_to(self.density.value(f, a[:, None]), f.shape)
 
     def slopes(self, f: np.ndarray, a: np.ndarray) -> list[np.ndarray]:
-        """l_f and l_a at the nodes: the gradients of L in L2(Y) in f and, of each sample, in a."""
+        """l_f and l_a at the nodes of this rank: the gradients of L in L2(Y), in f and, for each sample, in a.
+
+        Parameters
+        ----------
+        f
+            State, shape (nodes, samples).
+        a
+            Bias, shape (nodes,).
+
+        Returns
+        -------
+        list of numpy.ndarray
+            l_f and l_a, each of shape (nodes, samples).
+        """
         return [np.broadcast_to(part, f.shape) for part in self.density.gradient(f, a[:, None])]
 
     def bends(self, f: np.ndarray, a: np.ndarray) -> list[np.ndarray]:
-        """l_ff, l_fa and l_aa at the nodes."""
+        """l_ff, l_fa and l_aa at the nodes of this rank.
+
+        Parameters
+        ----------
+        f
+            State, shape (nodes, samples).
+        a
+            Bias, shape (nodes,).
+
+        Returns
+        -------
+        list of numpy.ndarray
+            l_ff, l_fa and l_aa, each of shape (nodes, samples).
+
+        Raises
+        ------
+        NotImplementedError
+            If the density is an object without the method `hessian`.
+        """
         if not hasattr(self.density, "hessian"):
-            raise NotImplementedError("density: it has no method hessian(f, a), which second derivatives ask for; give it one")
+            raise NotImplementedError(
+                "density: expected an object with the method hessian(f, a), which second derivatives need, got one without; "
+                "give it that method"
+            )
         return [np.broadcast_to(part, f.shape) for part in self.density.hessian(f, a[:, None])]
 
 
 class _Formula:
-    """The density of a SymPy expression."""
+    """The density that a SymPy expression in f and a describes."""
 
     def __init__(self, expression: sympy.Expr):
         symbols = sympy.symbols("f a", real=True)
         expression = expression.subs({sympy.Symbol(symbol.name): symbol for symbol in symbols})
         others = sorted(map(str, expression.free_symbols - set(symbols)))
         if others:
-            raise ValueError(f"density: expected an expression in the symbols f and a alone; it has {', '.join(others)} too")
+            raise ValueError(f"density: expected an expression in the symbols f and a alone, got {', '.join(others)} too")
         if any(atom.is_number and not (atom.is_finite and atom.is_real) for atom in expression.atoms()):
             raise ValueError(f"density: expected real, finite numbers in an expression, got {expression}")
         self.expression = expression
@@ -142,22 +234,27 @@ class _Formula:
 
 
 class CostRate:
-    """c_t at a stage of a layer, and that of its tangent: value, derivative, transpose. One entry an order.
+    """The rate c_t of the running cost at a stage of a layer, and c_1,t of its tangent: value, derivative and transpose.
 
-    Collective over the communicator of the label domain; arrays of nodes are this rank's.
+    Sequences have one entry an order. Collective over the communicator of the label domain; arrays of nodes hold the nodes of
+    this rank.
 
     Parameters
     ----------
     cost
-        L.
+        The running cost L.
     Y
         The label domain.
     kernel
         The bases of b; None where they are orthonormal and stay so (learned factors).
     length
         tau.
-    f, a, beta
-        State, bias at the nodes, coefficients of b.
+    f
+        State, shape (nodes, samples).
+    a
+        Bias at the nodes, shape (nodes,).
+    beta
+        Coefficients of b, shape (rank of phi, rank of psi).
     """
 
     def __init__(
@@ -166,7 +263,7 @@ class CostRate:
         Y: LabelSpace,
         kernel: LowRankKernel | None,
         length: Sequence[float],
-        f: Sequence[np.ndarray],
+        f: Sequence[np.ndarray] | np.ndarray,
         a: Sequence[np.ndarray],
         beta: Sequence[np.ndarray],
     ):
@@ -175,7 +272,7 @@ class CostRate:
         self.orders = len(f)
 
     def _asked(self, part: Callable[[np.ndarray, np.ndarray], _T]) -> _T:
-        """What the cost says at f and a; what a density of the user's raises on one rank is raised on all."""
+        """A part of the cost at f and a. An error that the user's density raises on one rank is raised on all."""
         formula = isinstance(self._cost.density, _Formula)
         return together(None if formula else self._Y.comm, lambda: part(self._f[0], self._a[0]))
 
@@ -190,23 +287,24 @@ class CostRate:
         f_1, a_1 = self._f[1], self._a[1][:, None]
         return [ff * f_1 + fa * a_1, fa * f_1 + aa * a_1]
 
-    def _dual(self, beta: np.ndarray) -> np.ndarray:
+    def _by_beta(self, beta: np.ndarray) -> np.ndarray:
+        """The functional in beta of kappa/2 norm(b)^2."""
         return self._cost.kernel * (beta if self._kernel is None else self._kernel.dual(beta))
 
     def _rates(self) -> list[np.ndarray]:
-        """L, and its derivative along the tangent, of each sample: all but tau."""
+        """L of each sample, and its derivative along the tangent, without the factor tau."""
         parts = [self._asked(self._cost.integrand)]
-        dual = self._dual(self._beta[0])
-        norms = [0.5 * np.sum(dual * self._beta[0])]
+        by_beta = self._by_beta(self._beta[0])
+        norms = [0.5 * np.sum(by_beta * self._beta[0])]
         if self.orders == 2:
             l_f, l_a = self._slopes
             parts.append(l_f * self._f[1] + l_a * self._a[1][:, None])
-            norms.append(np.sum(dual * self._beta[1]))
+            norms.append(np.sum(by_beta * self._beta[1]))
         sums = self._Y.sum(np.array([self._Y.weights @ part for part in parts]))
         return [total + norm for total, norm in zip(sums, norms)]
 
     def value(self) -> np.ndarray:
-        """c_t and c_1,t, shape (orders, samples), on every rank."""
+        """c_t and c_1,t, shape (orders, samples), the same on every rank. Collective."""
         L = self._rates()
         result = [self._length[0] * L[0]]
         if self.orders == 2:
@@ -214,7 +312,18 @@ class CostRate:
         return np.array(result)
 
     def derivative(self, df: Sequence[np.ndarray]) -> np.ndarray:
-        """Derivative of `value` in directions of f and f_1, on every rank."""
+        """Derivative of `value` in f and f_1. Collective.
+
+        Parameters
+        ----------
+        df
+            Directions of f and f_1, shape (nodes, samples).
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (orders, samples), the same on every rank.
+        """
         tau, l_f = self._length, self._slopes[0]
         result = [tau[0] * l_f * df[0]]
         if self.orders == 2:
@@ -222,21 +331,33 @@ class CostRate:
         return self._Y.sum(np.array([self._Y.weights @ part for part in result]))
 
     def transpose(self, x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Its transpose for x of shape (orders, samples): functionals of f and f_1, of a, and of beta.
+        """Apply the transpose of the derivative of `value`.
 
-        Those of f are dual to node values, shape (nodes, samples); that of a has shape (nodes,).
+        Parameters
+        ----------
+        x
+            The functional in c and c_1, shape (orders, samples).
+
+        Returns
+        -------
+        by_f : list of numpy.ndarray
+            The functionals in f and f_1, shape (nodes, samples).
+        by_a : numpy.ndarray
+            The functional in the bias, shape (nodes,).
+        by_beta : numpy.ndarray
+            The functional in beta, shape (rank of phi, rank of psi).
         """
         tau, w, (l_f, l_a) = self._length, self._Y.weights[:, None], self._slopes
-        in_f, in_a = tau[0] * x[0] * l_f, tau[0] * x[0] * l_a
-        in_beta = tau[0] * x[0].sum() * self._dual(self._beta[0])
+        by_f, by_a = tau[0] * x[0] * l_f, tau[0] * x[0] * l_a
+        by_beta = tau[0] * x[0].sum() * self._by_beta(self._beta[0])
         if self.orders == 1:
-            return [w * in_f], np.sum(w * in_a, axis=1), in_beta
+            return [w * by_f], np.sum(w * by_a, axis=1), by_beta
         moved_f, moved_a = self._moved_slopes
-        in_f += x[1] * (tau[0] * moved_f + tau[1] * l_f)
-        in_a += x[1] * (tau[0] * moved_a + tau[1] * l_a)
-        in_beta += x[1].sum() * (tau[0] * self._dual(self._beta[1]) + tau[1] * self._dual(self._beta[0]))
-        return [w * in_f, w * (tau[0] * x[1] * l_f)], np.sum(w * in_a, axis=1), in_beta
+        by_f += x[1] * (tau[0] * moved_f + tau[1] * l_f)
+        by_a += x[1] * (tau[0] * moved_a + tau[1] * l_a)
+        by_beta += x[1].sum() * (tau[0] * self._by_beta(self._beta[1]) + tau[1] * self._by_beta(self._beta[0]))
+        return [w * by_f, w * (tau[0] * x[1] * l_f)], np.sum(w * by_a, axis=1), by_beta
 
     def by_length(self, x: np.ndarray) -> float:
-        """The functional of tau."""
+        """The functional in tau, for a functional `x` in c and c_1 of shape (orders, samples). Collective."""
         return float(sum(part @ L for part, L in zip(x, self._rates())))

@@ -26,7 +26,7 @@ from fem_resnet.arguments import flag, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
-from fem_resnet.time_stepping.petsc import shell
+from fem_resnet.petsc import shell
 
 __all__ = ["EIGENSOLVER_PARAMETERS", "Spectrum", "hessian_spectrum"]
 
@@ -78,7 +78,7 @@ def hessian_spectrum(
     count
         How many, at least 1.
     gauss_newton
-        Whether the Hessian is that of Gauss and Newton, which has no negative eigenvalues (`blocks.gauss_newton`).
+        Whether the Hessian is that of Gauss and Newton, which has no negative eigenvalues (`recording.gauss_newton`).
     solver_parameters, options_prefix
         Options of SLEPc's EPS, over `EIGENSOLVER_PARAMETERS`.
 

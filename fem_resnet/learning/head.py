@@ -28,7 +28,7 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, Replicated, SeenBatch
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import same
-from fem_resnet.tape.blocks import apply
+from fem_resnet.tape.recording import apply
 
 __all__ = ["PREDICTIONS", "Head", "Prediction", "log_density"]
 

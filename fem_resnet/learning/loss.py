@@ -32,7 +32,8 @@ from fem_resnet.arguments import choice, function, instance, real_array
 from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, check_label_space, sample_weights
 from fem_resnet.learning.head import PREDICTIONS, Prediction, log_density
 from fem_resnet.ranks import may_fail_alone, same, together
-from fem_resnet.tape.blocks import OperatorBlock, apply
+from fem_resnet.tape.operator_block import OperatorBlock
+from fem_resnet.tape.recording import apply
 
 __all__ = ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"]
 
@@ -54,7 +55,7 @@ class Loss:
         ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O; wanted for Hessian
         actions.
     gauss_newton : callable or None
-        The same without the curvature of the prediction, for the actions of Gauss and Newton (`blocks.gauss_newton`):
+        The same without the curvature of the prediction, for the actions of Gauss and Newton (`recording.gauss_newton`):
         h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out.
 
     The functions are called on all ranks together. What one raises on one rank is raised on all; one that is collective itself,

@@ -45,8 +45,9 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import StateValues
 from fem_resnet.parameters.time_basis import AtStart
 from fem_resnet.ranks import same, together
-from fem_resnet.tape.blocks import DERIVATIVE_FIRST, OperatorBlock, gauss_newton
 from fem_resnet.tape.checkpoints import Checkpoints, enable_checkpointing, manager_of, schedule_of
+from fem_resnet.tape.operator_block import DERIVATIVE_FIRST, OperatorBlock
+from fem_resnet.tape.recording import gauss_newton
 
 __all__ = ["Batch", "Derivatives", "LearningProblem", "Observations"]
 
@@ -468,7 +469,7 @@ class LearningProblem(OnMesh):
         ----------
         gauss_newton
             Whether `hessian` of the functional is to be the action of Gauss and Newton, which is positive semidefinite
-            for convex losses: see `blocks.gauss_newton`.
+            for convex losses: see `recording.gauss_newton`.
 
         Raises
         ------

@@ -23,7 +23,7 @@ from fem_resnet.arguments import function, instance, number
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import may_fail_alone, together
-from fem_resnet.tape.blocks import apply
+from fem_resnet.tape.recording import apply
 
 __all__ = ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
 

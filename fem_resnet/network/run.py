@@ -20,7 +20,8 @@ from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.segment import Segment, TangentSegment
 from fem_resnet.parameters.space_basis import Replicated
 from fem_resnet.ranks import same
-from fem_resnet.tape.blocks import OperatorBlock, apply
+from fem_resnet.tape.operator_block import OperatorBlock
+from fem_resnet.tape.recording import apply
 
 if TYPE_CHECKING:
     from fem_resnet.network.network import ResidualNetwork

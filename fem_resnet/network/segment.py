@@ -1,4 +1,4 @@
-"""Segments: consecutive layers as one operator on the tape (see `blocks.Operator`).
+"""Segments: consecutive layers as one operator on the tape (see `operator.Operator`).
 
 Forward, f at the end follows from f at the start and the stages of all layers in one pass (3.3). Backward, layers with the
 same psi hand on gamma, the adjoint of g, alone, so that inside a segment nothing of size nodes x samples is touched but
@@ -26,8 +26,7 @@ from fem_resnet.label_domain.label_space import BatchValues
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.stage import LayerTrace, Stage
 from fem_resnet.time_stepping.scheme import Scheme
-from fem_resnet.time_stepping.sequence import LayerSequence
-from fem_resnet.time_stepping.stepper import Stepper
+from fem_resnet.time_stepping.stepper import LayerSequence, Stepper
 
 __all__ = ["Segment", "TangentSegment"]
 
@@ -227,8 +226,8 @@ class Segment:
             if first[0].factors.psi is not psi:
                 psi, inside = first[0].factors.psi, [part[: self._nodes] for part in at_start]
                 g = [psi.project(part) if l or order else self._seen(psi, f[0]) for order, part in enumerate(inside)]
-                if len(first) == 2 and first[1].factors is not None:
-                    g[1] += self._Y.sum(first[1].factors.weighted.T @ inside[0])
+                if len(first) == 2 and first[1].factor_directions is not None:
+                    g[1] += self._Y.sum(first[1].factor_directions.weighted.T @ inside[0])
             g = sequence.forward(g, at_start, layers[l:end], save, taken[l:end], total)
             l = end
         self._check_ranks_agree(g)
@@ -240,7 +239,9 @@ class Segment:
         if orders not in self._sequences:
             psis = [inputs[0].factors.psi for inputs in layers]
             starts = [l for l, psi in enumerate(psis) if l == 0 or l in self.observed or psi is not psis[l - 1]]
-            self._sequences[orders] = [LayerSequence(steppers[start:end]) for start, end in pairwise([*starts, len(layers)])]
+            self._sequences[orders] = [
+                self.scheme.new_sequence(steppers[start:end]) for start, end in pairwise([*starts, len(layers)])
+            ]
         return self._sequences[orders]
 
     def _seen(self, psi: Basis, f: np.ndarray) -> np.ndarray:
@@ -324,7 +325,7 @@ class Segment:
         if layers[0][0].learns_factors:  # the start is seen through Psi too
             fields = (part[: self._nodes] for part in f)
             collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(fields, gamma))
-            turning = layers[0][1].factors if len(duals) == 2 else None
+            turning = layers[0][1].factor_directions if len(duals) == 2 else None
 
         def start(order: int) -> np.ndarray:
             value = self._adjoint_start(psi, gamma, duals, order)

@@ -38,7 +38,7 @@ def _upper(S: np.ndarray) -> np.ndarray:
 
 
 class Retraction:
-    """The operator X -> Phi(X) on node values, shape (nodes, rank): see `blocks.Operator`.
+    """The operator X -> Phi(X) on node values, shape (nodes, rank): see `operator.Operator`.
 
     Parameters
     ----------

@@ -275,7 +275,7 @@ def stable_kernel_from(description: Mapping[str, object] | None) -> StableKernel
 
 
 class KernelMap:
-    """The operator X -> beta: see `blocks.Operator`.
+    """The operator X -> beta: see `operator.Operator`.
 
     Parameters
     ----------

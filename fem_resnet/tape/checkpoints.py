@@ -1,14 +1,15 @@
-"""Checkpoint schedules over the tape's time steps, one a segment of layers.
+"""Schedules of checkpoints: which states a tape keeps, where one time step of the schedule is one segment of layers.
 
-A tape keeps f at every interface between Blocks. Under a schedule of the package `checkpoint_schedules` it keeps a few,
-in memory or on disk, and computes the others again on its way back. The schedule and pyadjoint's manager do that; here
-is what they lack for this package:
+A tape keeps f at every interface between Blocks. Under a schedule of the package `checkpoint_schedules` it keeps a few of
+these states, in memory or on disk, and computes the others again on its way back. The schedule and pyadjoint's manager do
+this. This module adds what they lack for this package:
 
-- leaves, the Functions that no Block made (parameters, f_I), are never cleared, so no step stores them. pyadjoint
-  stores a leaf in every step up to its first use: own controls in each layer would make the tape quadratic;
-- Blocks may ask whether an adjoint follows what they compute now (`Manager.adjoint_follows`);
-- what goes to disk goes to a file without a name, one a rank, in the folder of temporary files (TMPDIR). The operating
-  system frees it when the process ends, however that happens.
+- Leaves, the Functions that no Block made (parameters, f_I), are never cleared, so no step stores them. pyadjoint stores a
+leaf in
+  every step up to its first use, so that with own controls in each layer the size of the tape would grow quadratically.
+- A Block can ask whether an adjoint follows what it computes now (`Manager.adjoint_follows`).
+- Checkpoints on disk go to a file without a name, one a rank, in the folder of temporary files (TMPDIR). The operating system
+  frees it when the process ends, however that happens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import firedrake as fd
 import numpy as np
@@ -40,25 +41,28 @@ from fem_resnet.ranks import together
 
 __all__ = ["Checkpoints", "Manager", "add_leaf", "enable_checkpointing", "is_leaf", "manager_of", "schedule_of"]
 
-#: What users give: a number of states in memory, a schedule that has not begun, or a function of the number of steps.
-Checkpoints = int | CheckpointSchedule | Callable[[int], CheckpointSchedule]
+#: What users give: a number of states in memory, a schedule that has not begun, or a function from a number of steps to one.
+Checkpoints: TypeAlias = int | CheckpointSchedule | Callable[[int], CheckpointSchedule]
 
 
 def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
-    """A fresh schedule for so many time steps.
+    """A new schedule for so many time steps.
 
     Parameters
     ----------
     checkpoints
-        A number k >= 1 of states to keep in memory: binomial checkpointing, with the least number of layers computed
-        again. Or a schedule, of which a copy is taken; or a function that makes one for a number of steps.
+        A number k >= 1 of states to keep in memory: binomial checkpointing, which computes the fewest layers again. Or a
+        schedule, of which a copy is taken; or a function that makes a schedule for a number of steps.
     steps
-        The number of time steps, which is that of Blocks of layers.
+        The number of time steps, which is the number of Blocks of layers.
 
     Raises
     ------
-    TypeError, ValueError
-        If it is none of these, has begun, is for another number of steps, or for no derivative.
+    TypeError
+        If `checkpoints` is none of these.
+    ValueError
+        If the number is smaller than 1, or the schedule is in use, is for another number of steps, is for evaluations without
+        a derivative, or cannot say whether it uses the disk.
     """
     steps = integer("steps", steps)
     if isinstance(checkpoints, (int, np.integer)) and not isinstance(checkpoints, bool):
@@ -70,36 +74,36 @@ def schedule_of(checkpoints: Checkpoints, steps: int) -> CheckpointSchedule:
         schedule = schedule(steps)
     if not isinstance(schedule, CheckpointSchedule):
         raise TypeError(
-            f"checkpoints: expected a number, a schedule of checkpoint_schedules, or a function from a number of steps to one, "
-            f"got {type(checkpoints).__name__}"
+            f"checkpoints: expected a number, a schedule of checkpoint_schedules, or a function from a number of steps to a "
+            f"schedule, got {type(checkpoints).__name__}"
         )
     if isinstance(schedule, NoneCheckpointSchedule):
         raise ValueError(
-            "checkpoints: NoneCheckpointSchedule is for evaluations without a derivative, and a tape is for derivatives; "
+            "checkpoints: expected a schedule for derivatives, got NoneCheckpointSchedule, which is for evaluations alone; "
             "leave checkpoints out, or give SingleMemoryStorageSchedule, which keeps all states"
         )
     if hasattr(schedule, "iter"):
-        raise ValueError(f"checkpoints: this {type(schedule).__name__} is in use; give a new one")
+        raise ValueError(f"checkpoints: expected a new schedule, got a {type(schedule).__name__} that is in use; make another")
     if schedule.max_n not in (None, steps):
         raise ValueError(
-            f"checkpoints: expected a schedule for {steps} steps, got a {type(schedule).__name__} for {schedule.max_n}; steps are the "
-            f"number of Blocks, which is that of layers / layers_per_block"
+            f"checkpoints: expected a schedule for {steps} steps, got a {type(schedule).__name__} for {schedule.max_n}; "
+            f"there is one step a Block, and layers / layers_per_block Blocks"
         )
     try:
         schedule.uses_storage_type(StorageType.DISK)
     except TypeError as error:  # (Periodic)DiskRevolve of checkpoint_schedules 1.0.4
         raise ValueError(
-            f"checkpoints: {type(schedule).__name__} cannot say whether it uses the disk; HRevolve, "
-            f"MultistageCheckpointSchedule and SingleDiskStorageSchedule can"
+            f"checkpoints: expected a schedule that can say whether it uses the disk, got {type(schedule).__name__}; take "
+            f"HRevolve, MultistageCheckpointSchedule or SingleDiskStorageSchedule"
         ) from error
     return copy.deepcopy(schedule)
 
 
 def enable_checkpointing(tape: Tape, checkpoints: Checkpoints, steps: int) -> None:
-    """Put a tape that has no Blocks under a schedule; `LearningProblem` does so where it is given checkpoints.
+    """Put a tape that has no Blocks under a schedule of checkpoints.
 
-    Then record: each Block of layers that `ResidualNetwork.run` records is a time step. This takes the place of
-    ``tape.enable_checkpointing``.
+    Record afterwards: each Block of layers that `ResidualNetwork.run` records is a time step. Use this function in the place
+    of ``tape.enable_checkpointing``. A `LearningProblem` with checkpoints calls it itself.
 
     Parameters
     ----------
@@ -110,11 +114,13 @@ def enable_checkpointing(tape: Tape, checkpoints: Checkpoints, steps: int) -> No
 
     Raises
     ------
-    TypeError, ValueError
-        If the checkpoints do not fit, or the tape has Blocks.
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If the schedule does not fit (see `schedule_of`), or the tape has Blocks.
     """
     if instance("tape", tape, Tape, "pyadjoint.Tape() is a new one").get_blocks():
-        raise ValueError("tape: expected an empty one, and it has Blocks; make a new one")
+        raise ValueError("tape: expected a tape without Blocks, got one with Blocks; make a new one")
     schedule = schedule_of(checkpoints, steps)
     if schedule.uses_storage_type(StorageType.DISK):
         tape._package_data["fem_resnet"] = _Disk()
@@ -122,43 +128,48 @@ def enable_checkpointing(tape: Tape, checkpoints: Checkpoints, steps: int) -> No
 
 
 def manager_of(tape: Tape) -> Manager | None:
-    """The manager of a tape under a schedule, None without one.
+    """The manager of a tape under a schedule; None for a tape without one.
 
     Raises
     ------
     RuntimeError
-        If it is pyadjoint's own.
+        If the tape has a manager of pyadjoint's own.
     """
     manager = tape._checkpoint_manager
     if not (manager is None or isinstance(manager, Manager)):
         raise RuntimeError(
-            "tape: tape.enable_checkpointing does not know what a layer keeps; call fem_resnet.enable_checkpointing("
-            "tape, schedule, steps) in its place, or give LearningProblem(checkpoints=schedule)"
+            "tape: expected a tape under a schedule of fem_resnet, got one of tape.enable_checkpointing, which does not know "
+            "what a layer keeps; call fem_resnet.enable_checkpointing(tape, schedule, steps) instead, or give "
+            "LearningProblem(checkpoints=schedule)"
         )
     return manager
 
 
 class Manager(CheckpointManager):
-    """pyadjoint's, taking one time step at a time."""
+    """pyadjoint's manager, which here takes one time step at a time.
+
+    `_current_action` is an attribute of pyadjoint's class.
+    """
 
     @property
     def adjoint_follows(self) -> bool:
-        """Whether what is computed now stays in working memory until its adjoint."""
+        """Whether the results that a Block computes now stay in memory until its adjoint."""
         action = self._current_action
         return isinstance(action, Forward) and action.write_adj_deps and action.storage == StorageType.WORK
 
     @property
     def recording(self) -> bool:
+        """Whether the tape is being recorded."""
         return self.mode == Mode.RECORD
 
     @property
     def going_back(self) -> bool:
-        """Whether the tape is on its way back, and what is computed now was computed before."""
+        """Whether the tape is on its way back, so that Blocks compute what they have computed before."""
         return self.mode not in (Mode.RECORD, Mode.RECOMPUTE)
 
     @property
     def steps(self) -> int | None:
-        """How many steps the schedule is for; None for as many as come."""
+        """The number of steps of the schedule; None for any number."""
         return self._schedule.max_n
 
     def process_taping(self, action, timestep):
@@ -169,9 +180,10 @@ class Manager(CheckpointManager):
 
     def process_operation(self, action, progress_bar, **options):
         if not isinstance(action, Forward):
-            return super().process_operation(action, progress_bar, **options)
+            super().process_operation(action, progress_bar, **options)
+            return
         for step in range(action.n0, min(action.n1, self.total_timesteps)):
-            # pyadjoint notes the action only the first time.
+            # pyadjoint sets this attribute for the first step alone.
             self._current_action = Forward(
                 step, step + 1, action.write_ics and step == action.n0, action.write_adj_deps, action.storage
             )
@@ -179,7 +191,7 @@ class Manager(CheckpointManager):
             self._tidy(step, action)
 
     def _tidy(self, number: int, action: Forward) -> None:
-        """Forget the leaves among what a step stored, and move the rest to disk where it belongs there."""
+        """Remove the leaves from the checkpoints of a step, and move the others to disk if the schedule says so."""
         step = self.tape.timesteps[number]
         for variable in [variable for variable in step._checkpoint if is_leaf(variable)]:
             del step._checkpoint[variable]
@@ -193,12 +205,12 @@ class Manager(CheckpointManager):
 
 
 def is_leaf(variable: BlockVariable) -> bool:
-    """Whether no Block made it."""
+    """Whether no Block has made a variable."""
     return variable.creation_timestep == -1
 
 
 def add_leaf(block: Block, function: fd.Function, tape: Tape) -> None:
-    """Make a leaf a dependency of a Block that no schedule stores or clears."""
+    """Make a leaf a dependency of a Block, such that no schedule stores or clears it."""
     variable = function.block_variable
     if variable.checkpoint is None:
         variable.save_output()
@@ -207,45 +219,50 @@ def add_leaf(block: Block, function: fd.Function, tape: Tape) -> None:
 
 
 class _Disk(TapePackageData):
-    """Arrays of one size or several in a file that has no name; a part that is free again is used again."""
+    """Arrays in a file without a name, with the parts of the file that are free again, by their size."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._end = 0
         self._free: dict[int, list[int]] = {}
 
     @cached_property
     def _file(self) -> BinaryIO:
-        # Made where all ranks hear of it if one cannot.
+        # It is made when an array is written, where an error of one rank is raised on all.
         return tempfile.TemporaryFile(buffering=0)
 
     def write(self, array: np.ndarray) -> int:
-        """Where it now is."""
+        """Write an array; returns its place in the file."""
         free = self._free.setdefault(array.nbytes, [])
         if free:
             start = free.pop()
         else:
             start, self._end = self._end, self._end + array.nbytes
-        data, written = memoryview(np.ascontiguousarray(array)).cast("B"), 0
+        data, written = np.ascontiguousarray(array).data.cast("B"), 0
         while written < len(data):
             try:
                 written += os.pwrite(self._file.fileno(), data[written:], start + written)
             except OSError as error:
-                text = f"checkpoints: {error.strerror} in {tempfile.gettempdir()}; TMPDIR names another folder for them"
+                text = f"checkpoints: {error.strerror} in {tempfile.gettempdir()}; set TMPDIR to a folder with more room"
                 raise OSError(error.errno, text) from error
         return start
 
     def read(self, start: int, array: np.ndarray) -> None:
-        data, done = memoryview(array).cast("B"), 0
+        """Read the array at a place of the file."""
+        data, done = array.data.cast("B"), 0
         while done < len(data):
             count = os.preadv(self._file.fileno(), [data[done:]], start + done)
             if count == 0:
-                raise OSError("the file of checkpoints is shorter than what was written to it")
+                raise OSError(
+                    f"checkpoints: expected {len(data)} bytes in the file in {tempfile.gettempdir()}, got {done}; keep other "
+                    f"programs away from it"
+                )
             done += count
 
     def free(self, start: int, size: int) -> None:
+        """Let the place of an array be used again."""
         self._free[size].append(start)
 
-    # What pyadjoint asks of package data; parts of the file are freed with the checkpoints that own them.
+    # pyadjoint calls the following methods of package data. A part of the file is freed with the checkpoint that owns it.
 
     def clear(self):
         pass
@@ -270,7 +287,7 @@ class _Disk(TapePackageData):
 
 
 class _OnDisk(CheckpointBase):
-    """A Function on disk, in the place of a checkpoint; read when the tape takes its value."""
+    """A checkpoint on disk: a Function that is read when the tape asks for its value."""
 
     def __init__(self, disk: _Disk, function: fd.Function):
         self._disk, self._space = disk, function.function_space()

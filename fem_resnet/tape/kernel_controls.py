@@ -1,7 +1,7 @@
 """A kernel that is made of free controls (`stable_kernels`), as a parameter of a network.
 
-What is learned are the controls X_k, one set a function in time; what layers and regularisers see are beta_k = P(X_k), which
-`KernelControls.acting` records on the tape. Whoever reads coefficients sees beta.
+The controls X_k are learned, one set for each function in time. Layers and regularisers see beta_k = P(X_k), which
+`KernelControls.acting` records on the tape. The methods for coefficients speak of beta.
 """
 
 from __future__ import annotations
@@ -17,20 +17,28 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls, SpaceBasis
 from fem_resnet.parameters.stable_kernels import KernelMap, StableKernel
 from fem_resnet.parameters.time_basis import TimeBasis
-from fem_resnet.tape.blocks import apply
+from fem_resnet.tape.recording import apply
 
 __all__ = ["KernelControls", "StableKernelParameter"]
 
 
 class KernelControls(Parameter):
-    """The free controls X of a kernel: what is learned. Regularisers take the kernel that they make, see `acting`."""
+    """The free controls X of a kernel, which are learned. A regulariser takes the kernel that they make, see `acting`.
+
+    Parameters
+    ----------
+    kernel
+        The kernel.
+    space_basis, time_basis
+        As for `Parameter`, for X.
+    """
 
     def __init__(self, kernel: StableKernelParameter, space_basis, time_basis: TimeBasis):
         super().__init__("kernel_controls", space_basis, time_basis)
         self._kernel = kernel
 
     def acting(self) -> Parameter:
-        """The kernel, in Functions of its own that are recorded while annotating."""
+        """The kernel in new Functions, whose making is recorded while annotating. Collective."""
         kernel = self._kernel
         functions = [apply(kernel.map(k), [function])[0] for k, function in enumerate(self.functions)]
         return Parameter(kernel.name, kernel._space_basis, self.time_basis, functions)
@@ -39,19 +47,25 @@ class KernelControls(Parameter):
 class StableKernelParameter(Parameter):
     """The kernel of a network whose coefficients beta are made of free controls.
 
-    `get` and `set` speak of beta, and `functions` hold it; they follow the controls, and are no controls themselves.
+    `get` and `set` speak of beta. The Functions of `functions` hold beta; they follow the controls and are no controls
+    themselves.
 
     Parameters
     ----------
     choice
         The set of kernels.
     space_basis, time_basis
-        As for `Parameter`, those of beta.
+        As for `Parameter`, for beta.
 
     Attributes
     ----------
     learned : KernelControls
         The free controls.
+
+    Raises
+    ------
+    ValueError
+        If the kernels of the set are symmetric, and phi and psi are different bases.
     """
 
     def __init__(
@@ -60,20 +74,22 @@ class StableKernelParameter(Parameter):
         self._choice = choice
         self._versions: list[int] | None = None
         super().__init__("kernel", space_basis, time_basis)
-        made: dict[SpaceBasis, MatrixControls] = {}
-        for basis in self.space_bases:
+        self._of_beta = [_of_kernel(basis) for basis in self.space_bases]
+        made: dict[KernelCoefficients, MatrixControls] = {}
+        for basis in self._of_beta:
             if choice.symmetric and basis.kernel.phi is not basis.kernel.psi:
                 raise ValueError(
-                    f"stable_kernel: {type(choice).__name__} wants one basis for phi and psi, got two; leave psi out"
+                    f"stable_kernel: expected one basis for phi and psi with {type(choice).__name__}, got two; leave psi out"
                 )
             if basis not in made:
                 made[basis] = choice.controls(basis.kernel)
-        if isinstance(space_basis, SpaceBasis):
-            controls = made[space_basis] if made else choice.controls(space_basis.kernel)
+        self._of_controls = [made[basis] for basis in self._of_beta]
+        if isinstance(space_basis, KernelCoefficients):
+            one = made[space_basis] if made else choice.controls(space_basis.kernel)
+            self._learned = KernelControls(self, one, time_basis)
         else:
-            controls = [made[basis] for basis in space_basis]
-        self._learned = KernelControls(self, controls, time_basis)
-        for k, basis in enumerate(self.space_bases):
+            self._learned = KernelControls(self, [made[basis] for basis in space_basis], time_basis)
+        for k, basis in enumerate(self._of_beta):
             self._learned.set(k, choice.start(basis.kernel))
 
     @property
@@ -81,29 +97,46 @@ class StableKernelParameter(Parameter):
         return self._learned
 
     def map(self, k: int) -> KernelMap:
-        """The operator from X_k to beta_k, a new one."""
-        return KernelMap(self._choice, self._learned.space_bases[k], self.space_bases[k])
+        """A new operator from X_k to beta_k."""
+        return KernelMap(self._choice, self._of_controls[k], self._of_beta[k])
 
     @property
     def functions(self) -> tuple[fd.Function, ...]:
-        """What holds beta_k at the present controls. Collective."""
-        if getattr(self, "_learned", None) is not None:
-            versions = [function.dat.dat_version for function in self._learned.functions]
-            # One rank alone may have looked at the data.
-            if self._comm.allreduce(versions != self._versions, op=MPI.LOR):
-                for k, function in enumerate(self._functions):
-                    self.space_bases[k].write(function, self.read(k))
-                self._versions = versions
+        """The Functions that hold beta_k for the present controls. Collective."""
+        versions = [function.dat.dat_version for function in self._learned.functions]
+        # One rank alone may have touched the data.
+        if self._comm.allreduce(versions != self._versions, op=MPI.LOR):
+            for k, function in enumerate(self._functions):
+                self._of_beta[k].write(function, self.read(k))
+            self._versions = versions
         return self._functions
 
     def read(self, k: int) -> np.ndarray:
-        """beta_k. Collective."""
+        """beta_k, shape (rank of phi, rank of psi). Collective."""
         return self.map(k).forward([self._learned.read(k)], False)
 
     def write(self, k: int, coefficients: np.ndarray) -> None:
-        """Give the controls values that make this beta_k; a ValueError if it is not in the set."""
-        self._learned.write(k, self._choice.inverse(self.space_bases[k].kernel, coefficients))
+        """Give the controls values that make this beta_k.
+
+        Parameters
+        ----------
+        k
+            Number of the function in time.
+        coefficients
+            beta_k, shape (rank of phi, rank of psi).
+
+        Raises
+        ------
+        ValueError
+            If beta_k is not in the set.
+        """
+        self._learned.write(k, self._choice.inverse(self._of_beta[k].kernel, coefficients))
 
     def controls(self) -> list[Control]:
-        """Those of the free controls."""
+        """The pyadjoint Controls of the free controls."""
         return self._learned.controls()
+
+
+def _of_kernel(basis: SpaceBasis) -> KernelCoefficients:
+    assert isinstance(basis, KernelCoefficients), "a kernel is expanded in factors"
+    return basis

@@ -1,7 +1,7 @@
-"""Layers stepped in C (`layer.c`): callbacks of TS, and the calls of TS, where Python would cost more than the stages.
+"""Layers stepped in C (`layer.c`): the callbacks of TS and the calls of TS, where Python would cost more than the stages.
 
-For Runge-Kutta methods that step the coefficients, with fixed steps, and parameters that a layer sees as constants: bias,
-kernel, fixed factors and times. Others go through Python.
+This way is open to explicit Runge-Kutta methods with fixed steps that step g alone, on layers where bias and kernel do not
+vary in time and where factors and times are fixed. Other layers go through Python (`ts_stepper`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,31 @@ from petsc4py import PETSc
 from fem_resnet.layers.compiled_stage import CompiledStage, LayerStruct, Outcome, address
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import Argument, LayerTrace, StageValue
-from fem_resnet.options import last_words
 from fem_resnet.parameters.kernel import LowRankKernel
-from fem_resnet.time_stepping.methods import configure
-from fem_resnet.time_stepping.petsc import rk_tableau
-from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
+from fem_resnet.petsc import converged_reason, new_ts, rk_tableau
+from fem_resnet.time_stepping.options import configure
+from fem_resnet.time_stepping.stepper import LayerSequence, Stepper
 
 __all__ = ["CompiledLayer", "CompiledLayers", "CompiledStepper"]
 
 
 @dataclass(frozen=True)
 class KeptStages:
-    """The terms of the quadrature (3.3) of a forward solve, made when they are asked for."""
+    """The terms of the quadrature (3.3) of a forward solve, made one by one when they are asked for.
+
+    Attributes
+    ----------
+    inputs : LayerInputs
+        What the layer took.
+    a : numpy.ndarray
+        Bias at the nodes, shape (nodes,).
+    lengths : numpy.ndarray
+        The steps, as fractions of the layer, shape (steps,).
+    weights : numpy.ndarray
+        b_i of the method, shape (stages,).
+    C : numpy.ndarray
+        beta g of all stages, shape (steps, stages, samples, rank of phi).
+    """
 
     inputs: LayerInputs
     a: np.ndarray
@@ -44,129 +57,156 @@ class KeptStages:
                     yield StageValue(h * weight, Argument(self.inputs.factors, (self.inputs.length,), (self.a,), (C.T,)))
 
 
+@dataclass(frozen=True)
+class _Solve:
+    """The arrays of a forward solve, on which C works, and what belongs to them."""
+
+    stages: KeptStages
+    beta: np.ndarray
+    adds: bool
+
+
 class CompiledLayer:
-    """One layer's TS with its callbacks in C.
+    """The TS of one layer, with its callbacks in C.
 
     Parameters
     ----------
     stage
         Compiled stage evaluations.
     kernel
-        The kernel of the layer, of which the ranks count here.
+        A kernel with the ranks of the layer's.
     steps
         Number of equal steps.
     options
-        PETSc options of the TS, from `methods.solver_options`.
+        PETSc options of the TS, from `options.solver_options`.
+
+    Attributes
+    ----------
+    stage : CompiledStage
+        As above.
+    ts : petsc4py.PETSc.TS
+    struct : LayerStruct
+        The layer, as C has it.
     """
 
     def __init__(self, stage: CompiledStage, kernel: LowRankKernel, steps: int, options: petsctools.OptionsManager):
         samples, phi, psi = stage.samples, kernel.phi.rank, kernel.psi.rank
-        ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
-        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+        self.stage, self._equal = stage, [1.0 / steps] * steps
+        self.ts = ts = new_ts(PETSc.COMM_SELF)
         ts.setErrorIfStepFails(False)
         configure(ts, options, ("mat_type",))
-        self.stage, self.ts, self._equal = stage, ts, [1.0 / steps] * steps
         matrix, self._weights, _ = rk_tableau(ts)
         reuses = bool((matrix[-1] == self._weights).all())  # PETSc's test too: the last slope is then the next step's first
         used = self._weights[: len(self._weights) - reuses]
-        #: What TS is to weigh the stages of a step of length 1 by in all, in the adjoint.
+        #: The sum of the weights that TS must give the stages of a step of length 1 in the adjoint.
         self._weight = float(np.where(used == 0.0, 1.0, used).sum())
         shapes = {"C": (samples, phi), "D": (samples, phi), "by_beta": (phi, psi)}
         self._work = {name: np.empty(shape) for name, shape in shapes.items()} | {"weights": self._weights}
         state, parameters = (psi + 1) * samples, phi * psi + 1
-        # TS knows of the parameters beta alone, and one of derivative 1.
+        # Of the parameters TS knows beta alone, and one more whose derivative is 1.
         self._vectors = {
             name: PETSc.Vec().createSeq(size) for name, size in (("y", state), ("adjoint", state), ("parameters", parameters))
         }
-        #: What C sees of the layer.
         self.struct = LayerStruct(
             Y=stage.packed_space, comm=stage.Y.comm.py2f(), method_stages=len(self._weights), reuses=reuses, ts=ts.handle,
             max_steps=ts.getMaxSteps(), **{name: address(array) for name, array in self._work.items()},
             **{name: vector.handle for name, vector in self._vectors.items()},
         )  # fmt: skip
         self._factors: LowRankKernel | None = None
-        self._C: np.ndarray | None = None
-        self._inputs: LayerInputs | None = None
-        self._h, self._arrays, self._adds = np.empty(0), (), False
+        self._solve: _Solve | None = None
         self._matrices = _shell(state, state), _shell(state, parameters)
         stage.call("layer_attach", ctypes.byref(self.struct), *(matrix.handle for matrix in self._matrices))
 
     def start(self, inputs: LayerInputs, steps: Sequence[float] | None, f: np.ndarray | None) -> None:
-        """Before a forward solve.
+        """Prepare a forward solve.
 
         Parameters
         ----------
         inputs
             What the layer takes.
         steps
-            In parts of the layer; equal ones if left out.
+            The steps, as fractions of the layer; None for equal ones.
         f
-            What the integral of f_t is added to, as `CompiledStage.pack` has it; or None.
+            The array to which the integral of f_t is added, as `CompiledStage.pack` gives it, shape (nodes x samples,) or
+            (nodes, samples); or None.
         """
-        self._inputs = inputs
         a = np.ascontiguousarray(inputs.bias.coefficients(0.0), self.stage.real)
         beta = np.ascontiguousarray(inputs.beta.coefficients(0.0))
-        # New ones: the quadrature (3.3) keeps them.
-        self._h = np.array(self._equal if steps is None else steps)
-        self._C = np.empty((len(self._h), len(self._weights), self.stage.samples, inputs.factors.phi.rank))
-        self._arrays = a, beta
-        self._adds = f is not None
+        # New arrays: a trace keeps them.
+        lengths = np.array(self._equal if steps is None else steps)
+        C = np.empty((len(lengths), len(self._weights), self.stage.samples, inputs.factors.phi.rank))
+        self._solve = _Solve(KeptStages(inputs, a, lengths, self._weights, C), beta, f is not None)
         struct = self.struct
         if inputs.factors is not self._factors:
             self._factors = inputs.factors
             struct.phi, struct.psi = (self.stage.basis(basis) for basis in (inputs.factors.phi, inputs.factors.psi))
-        struct.a, struct.beta, struct.stages = address(a), address(beta), address(self._C)
-        struct.lengths, struct.f, struct.length = address(self._h), address(f), inputs.length
-        struct.step, struct.steps, struct.replays, struct.asked = 0, len(self._h), steps is not None, 0
+        struct.a, struct.beta, struct.stages = address(a), address(beta), address(C)
+        struct.lengths, struct.f, struct.length = address(lengths), address(f), inputs.length
+        struct.step, struct.steps, struct.replays, struct.asked = 0, len(lengths), steps is not None, 0
 
     @property
     def trace(self) -> LayerTrace:
         """What the last forward solve left."""
-        if self._C is None:
+        if self._solve is None:
             return LayerTrace()
-        stages = KeptStages(self._inputs, self._arrays[0], self._h, self._weights, self._C)
-        return LayerTrace(stages, None, self._h.tolist(), self._adds)
+        return LayerTrace(self._solve.stages, None, self._solve.stages.lengths.tolist(), self._solve.adds)
 
-    def start_adjoint(self, adjoint: np.ndarray | None) -> np.ndarray:
-        """Before an adjoint solve: the array that takes the functional of the bias, and has room for that of beta.
+    def start_adjoint(self, by_f: np.ndarray | None) -> np.ndarray:
+        """Prepare an adjoint solve.
 
         Parameters
         ----------
-        adjoint
-            lambda, as `CompiledStage.arranged` and `pack` have it, where it is not 0.
+        by_f
+            lambda, first `CompiledStage.arranged` and then packed; None for 0.
+
+        Returns
+        -------
+        numpy.ndarray
+            The array that takes the functional in the bias at the nodes, with room for the functional in beta behind it,
+            shape (nodes + rank of phi x rank of psi,).
         """
         functionals = np.zeros(self.stage.Y.nodes + self._work["by_beta"].size)
-        self.struct.bias, self.struct.lambda_, self.struct.asked = address(functionals), address(adjoint), 0
+        self.struct.bias, self.struct.lambda_, self.struct.asked = address(functionals), address(by_f), 0
         return functionals
 
     def end_adjoint(self, functionals: np.ndarray) -> np.ndarray:
-        """Functionals of the coefficients of bias and kernel, from what `start_adjoint` gave. Collective.
+        """The functionals in the coefficients of bias and kernel, after an adjoint solve. Collective.
+
+        Parameters
+        ----------
+        functionals
+            The array of `start_adjoint`.
+
+        Returns
+        -------
+        numpy.ndarray
+            One functional after the other, shape (number of coefficients,).
 
         Raises
         ------
         RuntimeError
-            If TS has weighted the stages otherwise than was taken for granted.
+            If TS has weighted the stages differently from `layer.c`.
         """
-        by_parameters, bias = self._vectors["parameters"].array_r, self._inputs.bias
+        by_parameters, inputs = self._vectors["parameters"].array_r, self._solve.stages.inputs
         if abs(by_parameters[-1] - self._weight) > 1e-10 * self._weight:  # the steps add up to 1
             raise RuntimeError(
-                f"the adjoint of {self.ts.getRKType()!r} weighs the stages by {by_parameters[-1]:g} in all, {self._weight:g} is "
-                f"wanted: set FEM_RESNET_COMPILED=0 with this PETSc"
+                f"ts_rk_type: expected {self._weight:g} as the sum of PETSc's weights of the stages in the adjoint of "
+                f"{self.ts.getRKType()!r}, got {by_parameters[-1]:g}; set FEM_RESNET_COMPILED=0 with this version of PETSc"
             )
         nodes, by_beta = self.stage.Y.nodes, by_parameters[:-1].reshape(self._work["by_beta"].shape)
-        by_beta = self._inputs.beta.pull_back(0.0, by_beta)
-        if not bias.is_nodal:
-            return np.concatenate([bias.pull_back(0.0, functionals[:nodes]), by_beta])
+        by_beta = inputs.beta.pull_back(0.0, by_beta)
+        if not inputs.bias.is_nodal:
+            return np.concatenate([inputs.bias.pull_back(0.0, functionals[:nodes]), by_beta])
         functionals[nodes:] = by_beta
         return functionals
 
     def release(self) -> None:
         """Forget fields."""
-        self._inputs, self._arrays, self._C = None, (), None
+        self._solve = None
 
 
 class CompiledStepper(Stepper):
-    """One layer, stepped by the callbacks in C; `CompiledLayers` steps several by one call.
+    """Steps one layer by the callbacks in C. `CompiledLayers` steps several layers by one call.
 
     Parameters
     ----------
@@ -174,6 +214,11 @@ class CompiledStepper(Stepper):
         Number of the layer, for messages.
     stage, kernel, steps, options
         As for `CompiledLayer`.
+
+    Attributes
+    ----------
+    solver : CompiledLayer
+        The TS with its callbacks; a new one after a failure.
     """
 
     def __init__(
@@ -181,135 +226,98 @@ class CompiledStepper(Stepper):
     ):
         super().__init__(layer)
         self._new = partial(CompiledLayer, stage, kernel, steps, options)
-        #: The TS with its callbacks; a new one after a failure.
         self.solver = self._new()
 
     def forward(self, g, f, inputs, save, steps=None):
-        return [CompiledLayers([self]).forward(g[0], [inputs], [steps], None, save)]
+        return CompiledLayers([self]).forward(g, f, [inputs], save, [steps])
 
-    def adjoint(self, gamma, adjoint):
-        (start,), (functionals,) = CompiledLayers([self]).adjoint(gamma[0], *adjoint)
-        return [start], adjoint, functionals
+    def adjoint(self, by_g, by_f):
+        (result,) = CompiledLayers([self]).adjoint(by_g, by_f)
+        return result
 
     @property
     def trace(self) -> LayerTrace:
         return self.solver.trace
 
-    def release(self) -> None:
-        self.has_trajectory, self.inputs = False, ()
+    def _forget(self) -> None:
         self.solver.release()
 
-    def renewed(self, what: PETSc.Error | int) -> StepFailure:
-        """What to raise if a solve ended in an error, or with a reason of TS; the TS is a new one from now on."""
-        time = self.time(self.solver.ts.getTime())
+    def _renew(self) -> None:
         self.solver = self._new()
-        if isinstance(what, PETSc.Error):
-            return StepFailure(self.layer, time, f"PETSc's error {what.ierr}, {last_words(what)}")
-        return StepFailure(self.layer, time, TS_REASONS.get(what, f"PETSc's reason {what}"))
 
 
-class CompiledLayers:
-    """Consecutive compiled layers with one psi, which one call steps."""
+class CompiledLayers(LayerSequence):
+    """Consecutive compiled layers with one psi, which one call of C steps.
+
+    Parameters
+    ----------
+    steppers
+        One a layer, in order, at least one.
+    """
+
+    steppers: Sequence[CompiledStepper]
 
     def __init__(self, steppers: Sequence[CompiledStepper]):
-        self._steppers = list(steppers)
-        self._stage = self._steppers[0].solver.stage
+        super().__init__(steppers)
+        self._stage = self.steppers[0].solver.stage
         self._layers: list[CompiledLayer] = []
         self._structs: ctypes.Array | None = None
 
     def _solve(self, name: str, s: float, *arguments) -> None:
-        """Call C, for a solve that ends at the fraction s of its last layer."""
+        """Call C for a solve that ends at the fraction s of its last layer."""
         outcome = Outcome()
         try:
             self._stage.call(name, self._structs, len(self._layers), *arguments, ctypes.byref(outcome))
         except PETSc.Error as error:
-            raise self._steppers[outcome.layer].renewed(error) from error
+            raise self._failed(outcome.layer, error) from error
         if outcome.reason < 0:
-            raise self._steppers[outcome.layer].renewed(int(outcome.reason))
+            raise self._failed(outcome.layer, int(outcome.reason))
         if not outcome.finite:
-            raise self._steppers[outcome.layer].not_finite(s)
+            raise self.steppers[outcome.layer].not_finite(s)
+
+    def _failed(self, layer: int, what: PETSc.Error | int) -> Exception:
+        stepper = self.steppers[layer]
+        return stepper.failed(what, stepper.solver.ts.getTime())
 
     def _take_layers(self) -> None:
-        layers = [stepper.solver for stepper in self._steppers]
-        if layers != self._layers:  # one that failed is a new one
+        layers = [stepper.solver for stepper in self.steppers]
+        if layers != self._layers:  # after a failure, a layer is a new one
             self._layers = layers
             self._structs = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(layer.struct) for layer in layers))
 
-    def forward(
-        self,
-        g: np.ndarray,
-        inputs: Sequence[Sequence[LayerInputs]],
-        steps: Sequence[Sequence[float] | None],
-        f: np.ndarray | None,
-        save: bool,
-    ) -> np.ndarray:
-        """G at the end of the layers, from that at their start, shape (rank of psi, samples). Collective.
-
-        Parameters
-        ----------
-        g
-            At the start.
-        inputs, steps
-            What each layer takes, without directions; its steps in parts of it, or None for equal ones.
-        f
-            What the integral of f_t is added to, shape (nodes, samples); or None.
-        save
-            Whether to keep the trajectory for `adjoint`.
-
-        Raises
-        ------
-        StepFailure
-            If a layer cannot be stepped, TS ends before its end, or that is not finite.
-        """
+    def forward(self, g, f, layers, save, steps, total=None):
         self._take_layers()
-        packed = None if f is None else self._stage.pack(f)
-        for stepper, layer, taken, lengths in zip(self._steppers, self._layers, inputs, steps):
-            stepper.take(taken)
-            layer.start(taken[0], lengths, packed)
-        state = np.array(g.T, order="C")
+        packed = None if total is None else self._stage.pack(total)
+        for stepper, layer, inputs, lengths in zip(self.steppers, self._layers, layers, steps):
+            stepper.take(inputs)
+            layer.start(inputs[0], lengths, packed)
+        state = np.array(g[0].T, order="C")
         self._solve("layers_forward", 1.0, address(state), save)
-        for stepper, layer in zip(self._steppers, self._layers):
+        for number, (stepper, layer) in enumerate(zip(self.steppers, self._layers)):
             if layer.struct.step != layer.struct.steps:
-                raise stepper.renewed(int(layer.ts.getConvergedReason()))
-            stepper.has_trajectory = save
-        if f is not None:
-            self._stage.unpack(packed, f)
-        return state.T
+                raise self._failed(number, converged_reason(layer.ts))
+            stepper.finish(save)
+        if total is not None:
+            self._stage.unpack(packed, total)
+        return [state.T]
 
-    def adjoint(self, gamma: np.ndarray, adjoint: np.ndarray | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Gamma at the start of each layer, and functionals of its coefficients of bias and kernel. Collective.
-
-        Parameters
-        ----------
-        gamma
-            At the end of the layers, shape (rank of psi, samples).
-        adjoint
-            lambda, shape (nodes, samples), where it is not 0.
-
-        Raises
-        ------
-        StepFailure
-            If a layer's adjoint cannot be solved, or is not finite.
-        RuntimeError
-            If there was no forward solve that kept its trajectories since the last adjoint; or TS has weighted the stages
-            otherwise than was taken for granted.
-        """
+    def adjoint(self, by_g, by_f):
         self._take_layers()
-        for stepper in self._steppers:
+        for stepper in self.steppers:
             stepper.use_trajectory()
-        packed = None if adjoint is None else self._stage.pack(self._stage.arranged(adjoint))
+        packed = self._stage.pack(self._stage.arranged(by_f[0])) if by_f else None
         functionals = [layer.start_adjoint(packed) for layer in self._layers]
-        states = np.empty((len(self._layers) + 1, *gamma.T.shape))
-        states[-1] = gamma.T
+        states = np.empty((len(self._layers) + 1, *by_g[0].T.shape))
+        states[-1] = by_g[0].T
         self._solve("layers_adjoint", 0.0, address(states))
-        return [state.T for state in states[:-1]], [
-            layer.end_adjoint(functional) for layer, functional in zip(self._layers, functionals)
-        ]
+        # On several ranks the functionals of the layers are summed, first layer first.
+        by_coefficients = [layer.end_adjoint(functional) for layer, functional in zip(self._layers, functionals)]
+        return [([start.T], by_f, found) for start, found in zip(reversed(states[:-1]), reversed(by_coefficients))]
 
 
-def _shell(*sizes: int) -> PETSc.Mat:
+def _shell(rows: int, columns: int) -> PETSc.Mat:
     matrix = PETSc.Mat().create(PETSc.COMM_SELF)
-    matrix.setSizes(sizes)
+    matrix.setSizes((rows, columns))
     matrix.setType("shell")
     matrix.setUp()
     return matrix

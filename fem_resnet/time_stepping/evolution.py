@@ -1,15 +1,15 @@
 """Evolution equations for whole fields: y_t = rate(t, y), y of shape (nodes, samples), on a PETSc TS.
 
-Layers step the coefficients that they see (`time_stepping`). What is to be had independently of them, state and
-co-state of (2.8) and (4.2), is stepped here as it is written, on the communicator of the mesh, each rank with the
-nodes it owns.
+Layers step g, the coefficients through which they see f (`ts_layer`). Independently of layers, state and co-state of (2.8) and
+(4.2) are stepped here as they are written, on the communicator of the mesh, where each rank has the nodes that it owns.
 
-A scheme with weights b_i and coefficients A_ij in t has one *partner* for the adjoint equation, with which the discrete
-adjoint of the scheme is the scheme of the adjoint: with the same b_i, on the forward stages,
+A Runge-Kutta method with weights b_i and coefficients A_ij in t has one *partner* for the adjoint equation: with the partner,
+the discrete adjoint of the method is the method applied to the adjoint equation. The partner has the same b_i, uses the stages
+of the forward solve, and
 
-    A^_ij = b_j - b_j A_ji / b_i,        b_i not 0;
+    A^_ij = b_j - b_j A_ji / b_i,        b_i not 0.
 
-in the time s = T - t that runs backwards this is b_j A_ji / b_i, and explicit in the reversed order of the stages if A
+In the time s = T - t, which runs backwards, this is b_j A_ji / b_i. It is explicit, with the stages in reversed order, if A
 is.
 """
 
@@ -27,18 +27,18 @@ from scipy.interpolate import KroghInterpolator
 from fem_resnet.arguments import integer
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
+from fem_resnet.petsc import adapt_type, converged_reason, new_ts, register_rk, rk_tableau, shell, stage_values, weakly
 from fem_resnet.time_stepping.options import in_force, refuse_time_options
-from fem_resnet.time_stepping.petsc import adapt_type, register_rk, rk_tableau, stage_values, weakly
 
-__all__ = ["SOLVER_PARAMETERS", "TYPES", "FieldStepper", "Moment", "Path", "Scheme", "Step"]
+__all__ = ["SOLVER_PARAMETERS", "TYPES", "FieldStepper", "Moment", "Path", "Step", "Tableau"]
 
-#: A scheme of order 6, the order of `Path`.
+#: A method of order 6, the order of `Path`.
 SOLVER_PARAMETERS = {"ts_type": "rk", "ts_rk_type": "6vr"}
 _THETA_TYPES = ("theta", "beuler", "cn")
 #: The types of TS that step fields.
 TYPES = ("rk", *_THETA_TYPES)
 
-#: What the linear systems of implicit types are solved with: to round-off, by their products alone.
+#: Options with which the systems of implicit types are solved to round-off, by products with the Jacobian alone.
 _IMPLICIT = {
     "snes_rtol": 1e-13,
     "snes_atol": 1e-15,
@@ -52,7 +52,7 @@ _IMPLICIT = {
 
 
 class Moment(NamedTuple):
-    """Where a rate is asked for: the time, the number of the step and, for `rk`, of the stage in it."""
+    """The point at which a rate is asked for: the time, the number of the step and, for `rk`, the number of the stage."""
 
     t: float
     step: int
@@ -61,7 +61,19 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was made: its start, its length, the stages (time, value) with their weights b_i, and both ends."""
+    """A step that was made.
+
+    Attributes
+    ----------
+    start, length : float
+        Its start and its length, in the unit of t.
+    times, weights : numpy.ndarray
+        The times of the stages and their weights b_i, shape (stages,).
+    values : list of numpy.ndarray
+        The stages, each of shape (nodes, samples).
+    first, last : numpy.ndarray
+        y at both ends, shape (nodes, samples).
+    """
 
     start: float
     length: float
@@ -73,16 +85,17 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """A Runge-Kutta method as TS makes it: A_ij, b_i, c_i, and which kind of TS.
+class Tableau:
+    """A Runge-Kutta method as TS makes it: A_ij, b_i, c_i, and the kind of TS.
 
     Attributes
     ----------
     kind : str
         "rk", "theta" (one stage) or "endpoint".
     name : str
-        Of the TS's type and method.
+        Name of the TS's type and method.
     A, b, c : numpy.ndarray
+        Coefficients, weights and nodes, shapes (stages, stages) and (stages,).
     """
 
     kind: str
@@ -93,21 +106,32 @@ class Scheme:
 
     @property
     def used(self) -> np.ndarray:
-        """Numbers of the stages with b_i not 0."""
+        """Numbers of the stages with b_i not 0, shape (number of them,)."""
         return np.flatnonzero(self.b)
 
     def factor(self, z: np.ndarray) -> np.ndarray:
-        """The stability function `R(z) = 1 + z b^T (I - z A)^-1 1`: what one step of y_t = c y makes of y, for z = h c."""
+        """The stability function `R(z) = 1 + z b^T (I - z A)^-1 1`: the factor of y in one step of y_t = c y, for z = h c.
+
+        Parameters
+        ----------
+        z
+            Complex numbers, any shape.
+
+        Returns
+        -------
+        numpy.ndarray
+            R(z), of the same shape.
+        """
         z = np.asarray(z, dtype=complex)[..., None, None]
         stages = np.linalg.solve(np.eye(len(self.b)) - z * self.A, np.ones((*z.shape[:-2], len(self.b), 1)))
         return 1 + (z * (self.b @ stages)[..., None])[..., 0, 0]
 
     def partner(self) -> dict | None:
-        """PETSc options of the TS that steps the adjoint equation backwards as the discrete adjoint does.
+        """PETSc options of the partner: a TS that steps the adjoint equation backwards as the discrete adjoint does.
 
-        None where there is none: some stage with b_i = 0 is used by another, or the partner is no type of TS (that of
-        Crank-Nicolson is not Crank-Nicolson). It wants the forward stages in reversed order, those with b_i = 0 left
-        out.
+        The partner needs the forward stages in reversed order, without those with b_i = 0. There is no partner, and this is
+        None, if another stage uses a stage with b_i = 0, or if no type of TS is the partner (the partner of Crank-Nicolson is
+        not Crank-Nicolson).
         """
         if self.kind == "theta":
             return {"ts_type": "theta", "ts_theta_theta": float(self.c[-1])}
@@ -125,10 +149,27 @@ class Scheme:
         return {"ts_type": "rk", "ts_rk_type": name}
 
 
-class FieldStepper:
-    """`y_t = rate(moment, y)` with equal steps on a PETSc TS, on the communicator of a label domain.
+AfterStep = Callable[[Step], None]
 
-    Collective. Use as a context: PETSc's objects are destroyed at its end, on all ranks together.
+
+def _nothing(step: Step) -> None:
+    """Do nothing after a step."""
+
+
+@dataclass
+class _Progress:
+    """How far a solve has come: y at the start of the present step, the steps that were made, and the number of the stage."""
+
+    last: np.ndarray
+    after_step: AfterStep
+    made: int = 0
+    stage: int = 0
+
+
+class FieldStepper:
+    """Steps `y_t = rate(moment, y)` with equal steps by a PETSc TS on the communicator of a label domain. Collective.
+
+    Use it in a ``with`` statement: at its end PETSc's objects are destroyed, on all ranks together.
 
     Parameters
     ----------
@@ -137,19 +178,24 @@ class FieldStepper:
     samples
         Number of samples.
     rate
-        ``rate(moment, y)``, arrays (nodes, samples) to the same.
+        ``rate(moment, y)`` returns y_t; both arrays have the shape (nodes, samples).
     derivative
-        ``derivative(moment, y, x)``: the derivative of the rate at y in the direction x, for implicit types.
+        ``derivative(moment, y, x)`` returns the derivative of the rate at y in the direction x, for implicit types.
     parameters, options_prefix
-        The user's options of the TS: `rk` of any tableau, `theta`, `beuler` or `cn`, with fixed steps.
+        The user's options of the TS: `rk` with any tableau, `theta`, `beuler` or `cn`, with fixed steps.
     defaults
-        Options over which they go.
+        Options that hold where the user gives none.
+
+    Attributes
+    ----------
+    scheme : Tableau
+        The method.
 
     Raises
     ------
     TypeError, ValueError
-        If they are no options, PETSc refuses them or does not ask for one, or they name another type, adapt the steps, or
-        change start or end.
+        If these are not options, PETSc refuses one or does not ask for it, or one names another type, adapts the steps, or
+        changes start or end.
     """
 
     def __init__(
@@ -172,11 +218,11 @@ class FieldStepper:
         with options.inserted_options():
             refuse_time_options(in_force(options.options_prefix))
         local = Y.nodes * samples
-        ts = self._ts = PETSc.TS().create(comm=Y.comm)
+        self._ts = ts = new_ts(Y.comm, options.options_prefix)
         self._y = PETSc.Vec().createMPI((local, PETSc.DETERMINE), comm=Y.comm)
-        self._work = [self._y.duplicate()]
-        ts.setOptionsPrefix(options.options_prefix)
-        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+        self._work = self._y.duplicate()
+        self._jacobian: PETSc.Mat | None = None
+        self._progress = _Progress(np.zeros(self._shape), _nothing)
         ts.setPreStep(weakly(self._begin))
         ts.setPostStep(weakly(self._end))
         with options.inserted_options():
@@ -185,28 +231,26 @@ class FieldStepper:
             refuse_unread(unread(options, given), f"a TS of type {ts.getType()!r} with fixed steps")
         if ts.getType() not in TYPES or adapt_type(ts) != "none":
             raise ValueError(
-                f"solver_parameters: 'ts_type' is {ts.getType()!r} and 'ts_adapt_type' {adapt_type(ts)!r}; fields are "
-                f"stepped by {', '.join(map(repr, TYPES))} with fixed steps ('none')"
+                f"solver_parameters: expected one of {', '.join(map(repr, TYPES))} as 'ts_type' and 'none' as 'ts_adapt_type' "
+                f"for fields, got {ts.getType()!r} and {adapt_type(ts)!r}"
             )
-        self.scheme = _scheme(ts)
+        self.scheme = _tableau(ts)
         if self.scheme.kind == "rk":
-            ts.setRHSFunction(weakly(self._rhs), self._work[0])
+            ts.setRHSFunction(weakly(self._rhs), self._work)
         else:
-            self._jacobian = PETSc.Mat().createPython([(local, PETSc.DETERMINE)] * 2, _Shifted(self), comm=Y.comm)
-            self._jacobian.setUp()
-            ts.setIFunction(weakly(self._residual), self._work[0])
+            self._jacobian = shell(_Shifted(derivative), (local, local), Y.comm)
+            ts.setIFunction(weakly(self._residual), self._work)
             ts.setIJacobian(weakly(self._set_shift), self._jacobian, self._jacobian)
 
     def __enter__(self) -> FieldStepper:
         return self
 
     def __exit__(self, *error) -> None:
-        for thing in [self._ts, self._y, *self._work, *([] if self.scheme.kind == "rk" else [self._jacobian])]:
-            thing.destroy()
+        for thing in (self._ts, self._y, self._work, self._jacobian):
+            if thing is not None:
+                thing.destroy()
 
-    def solve(
-        self, y: np.ndarray, length: float, steps: int, after_step: Callable[[Step], None] = lambda step: None
-    ) -> np.ndarray:
+    def solve(self, y: np.ndarray, length: float, steps: int, after_step: AfterStep = _nothing) -> np.ndarray:
         """Step from y at the time 0 to `length`.
 
         Parameters
@@ -214,11 +258,11 @@ class FieldStepper:
         y
             Initial value, shape (nodes, samples).
         length
-            Where to end, positive.
+            The time at which to end, positive.
         steps
             Number of equal steps.
         after_step
-            Called with each `Step` when it has been made.
+            A function that is called with each `Step` when it has been made.
 
         Returns
         -------
@@ -234,10 +278,26 @@ class FieldStepper:
         self.run(y, length, steps, keep)
         return np.array(values)
 
-    def run(self, y: np.ndarray, length: float, steps: int, after_step: Callable[[Step], None]) -> np.ndarray:
-        """As `solve`, but keeps no more than a step: y at the end."""
+    def run(self, y: np.ndarray, length: float, steps: int, after_step: AfterStep) -> np.ndarray:
+        """Step from y at the time 0 to `length`, and keep no more than one step.
+
+        Parameters
+        ----------
+        y, length, steps, after_step
+            As for `solve`.
+
+        Returns
+        -------
+        numpy.ndarray
+            y at the end, shape (nodes, samples).
+
+        Raises
+        ------
+        RuntimeError
+            If TS ends before the end.
+        """
         steps = integer("steps", steps)
-        self._after_step, self._last, self._made, self._stage = after_step, np.array(y), 0, 0
+        self._progress = progress = _Progress(np.array(y), after_step)
         self._y.array_w[:] = np.ravel(y)
         ts = self._ts
         ts.setTime(0.0)
@@ -245,17 +305,17 @@ class FieldStepper:
         ts.setStepNumber(0)
         ts.setTimeStep(length / steps)
         ts.setMaxSteps(2 * steps)
-        ts.restartStep()  # FSAL tableaus would take the last slope, which is another one where the controls jump
+        ts.restartStep()  # FSAL tableaus would reuse the last slope, which is wrong where the controls jump
         try:
             ts.solve(self._y)
         except PETSc.Error as error:
             raise error.__cause__ or error
-        if self._made != steps:
+        if progress.made != steps:
             raise RuntimeError(
-                f"the TS ended with reason {ts.getConvergedReason()} at t = {ts.getTime():g} after {self._made} steps, "
-                f"{steps} to t = {length:g} were wanted"
+                f"solver_parameters: expected {steps} steps to t = {length:g}, got {progress.made} to t = {ts.getTime():g}, "
+                f"where the TS ended with reason {converged_reason(ts)}; take more steps or another 'ts_type'"
             )
-        return self._last
+        return progress.last
 
     # -- callbacks ----------------------------------------------------------------------------------------------------
 
@@ -263,68 +323,74 @@ class FieldStepper:
         return vec.array_r.reshape(self._shape)
 
     def _moment(self, t: float) -> Moment:
-        return Moment(t, self._made, self._stage)
+        return Moment(t, self._progress.made, self._progress.stage)
 
     def _begin(self, ts):
-        self._stage = 0
+        self._progress.stage = 0
 
     def _rhs(self, ts, t, y, F):
         F.array_w[:] = self.rate(self._moment(t), self._array(y)).ravel()
-        self._stage += 1
+        self._progress.stage += 1
 
     def _residual(self, ts, t, y, y_t, F):
         F.array_w[:] = y_t.array_r - self.rate(self._moment(t), self._array(y)).ravel()
 
     def _set_shift(self, ts, t, y, y_t, shift, J, P):
-        J.getPythonContext().at = (shift, self._moment(t), self._array(y).copy())
+        J.getPythonContext().move(shift, self._moment(t), self._array(y).copy())
         J.assemble()
         return True
 
     def _end(self, ts):
-        start, h = ts.getPrevTime(), ts.getTime() - ts.getPrevTime()
+        start, h, progress = ts.getPrevTime(), ts.getTime() - ts.getPrevTime(), self._progress
         stages = [values.reshape(self._shape) for values in stage_values(ts, self._y.getLocalSize())]
-        first, self._last = self._last, self._array(self._y).copy()
-        self._made += 1
-        self._after_step(Step(start, h, start + self.scheme.c * h, self.scheme.b, stages, first, self._last))
+        first, progress.last = progress.last, self._array(self._y).copy()
+        progress.made += 1
+        progress.after_step(Step(start, h, start + self.scheme.c * h, self.scheme.b, stages, first, progress.last))
 
 
 class _Shifted:
     """The Jacobian of an implicit stage, `shift x - d rate/dy x`, by its products."""
 
-    def __init__(self, stepper: FieldStepper):
-        self._derivative, self._shape = stepper.derivative, stepper._shape
+    def __init__(self, derivative: Callable[[Moment, np.ndarray, np.ndarray], np.ndarray]):
+        self._derivative = derivative
+        self._shift = 0.0
+        self._at: tuple[Moment, np.ndarray] | None = None
 
-    def mult(self, mat, x, y):
-        shift, moment, at = self.at
-        y.array_w[:] = shift * x.array_r - self._derivative(moment, at, x.array_r.reshape(self._shape)).ravel()
+    def move(self, shift: float, moment: Moment, y: np.ndarray) -> None:
+        """Set the shift, and the point of the derivative."""
+        self._shift, self._at = shift, (moment, y)
+
+    def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        moment, at = self._at
+        y.array_w[:] = self._shift * x.array_r - self._derivative(moment, at, x.array_r.reshape(at.shape)).ravel()
 
 
-def _scheme(ts: PETSc.TS) -> Scheme:
-    """The method, with the stages that TSGetStages gives."""
+def _tableau(ts: PETSc.TS) -> Tableau:
+    """The method of a TS, with the stages that TSGetStages gives."""
     if ts.getType() == "rk":
-        return Scheme("rk", ts.getRKType(), *rk_tableau(ts))
+        return Tableau("rk", ts.getRKType(), *rk_tableau(ts))
     theta, endpoint = ts.getTheta(), ts.getThetaEndpoint()
     name = f"theta {theta:g}"
     if endpoint and theta < 1:
         A = np.array([[0.0, 0.0], [1 - theta, theta]])
-        return Scheme("endpoint", f"{name}, endpoint", A, np.array([1 - theta, theta]), np.array([0.0, 1.0]))
+        return Tableau("endpoint", f"{name}, endpoint", A, np.array([1 - theta, theta]), np.array([0.0, 1.0]))
     if theta == 1:
-        return Scheme("theta", name, np.diag([0.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]))
-    return Scheme("theta", name, np.array([[theta]]), np.ones(1), np.array([theta]))
+        return Tableau("theta", name, np.diag([0.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+    return Tableau("theta", name, np.array([[theta]]), np.ones(1), np.array([theta]))
 
 
 class Path:
     """A field on an interval of time between equidistant values with slopes: piecewise Hermite.
 
-    Two steps make one polynomial of degree 5, so that the error is O(h^6); if the number of steps is odd, each step
-    makes one of degree 3, O(h^4).
+    Two steps make one polynomial of degree 5, with an error of O(h^6). If the number of steps is odd, each step makes one of
+    degree 3, with an error of O(h^4).
 
     Parameters
     ----------
     start, end
-        The interval.
+        Start and end of the interval, in the unit of t.
     values, slopes
-        Shape (steps + 1, nodes, samples).
+        The field and its derivative in t, shape (steps + 1, nodes, samples).
     """
 
     def __init__(self, start: float, end: float, values: np.ndarray, slopes: np.ndarray):

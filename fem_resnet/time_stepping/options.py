@@ -1,23 +1,28 @@
-"""Which options of PETSc's TS a layer may have.
+"""PETSc's options of a layer: which options a layer may have, and how they are read.
 
-A layer starts and ends with its times. It takes the steps that it is given, or those that keep the estimated error of each
-below the tolerances. What would change this in silence is refused, wherever it comes from: a dictionary, the options
-database, the command line. `OPTIONS` says of each option when a layer may have it; options that are not in it are refused too.
-
-What comes from a file is to run no code and to write no file: of it `refuse_in_file` takes names and values on a list alone.
+A layer starts and ends at its times. It takes the steps that it is given, or adapts steps so that the estimated error of each
+is below the tolerances. An option that would change this in silence is refused, wherever it comes from: a dictionary, the
+options database, the command line. `OPTIONS` says for each option when a layer may have it; an option that is not in the table
+is refused too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import petsctools
 from petsc4py import PETSc
 
-__all__ = ["ADAPTIONS", "OPTIONS", "TimeOption", "in_force", "refuse_in_file", "refuse_time_options"]
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
+from fem_resnet.petsc import adapt_type
+from fem_resnet.time_stepping.methods import METHODS
 
-#: The rules by which steps are adapted: a step is taken if its estimated error is below the tolerances.
+__all__ = [
+    "ADAPTIONS", "OPTIONS", "TimeOption", "configure", "in_force", "refuse_time_options", "set_from_options", "solver_options",
+]  # fmt: skip
+
+#: The rules by which steps are adapted: a step is accepted if its estimated error is below the tolerances.
 ADAPTIONS = ("basic", "dsp")
 
 
@@ -31,9 +36,9 @@ class TimeOption:
     Attributes
     ----------
     allowed : callable
-        ``allowed(value, options)``: whether it may have this value among these options, all as text.
+        ``allowed(value, options)``: whether a layer may have the option with this value, given all options, as text.
     says : str
-        What is wrong with another, and what to do: a sentence of which option and value are the subject.
+        For other values, what is wrong and what to do: the rest of a sentence that begins with option and value.
     """
 
     allowed: _Rule
@@ -76,15 +81,15 @@ def _all(names: Iterable[str], allowed: _Rule, says: str = "") -> dict[str, Time
 
 
 _BY_LAYERS = (
-    "would change start, end or steps, which follow from the layers; give the network layer times and a number of steps a layer "
-    "instead"
+    "would change start, end or steps, which follow from the layers; give the network layer times and a number of steps a "
+    "layer instead"
 )
-_SPLIT = "wants slow and fast unknowns, which a layer has not; drop it"
+_NO_SPLIT = "needs slow and fast unknowns, which a layer does not have"
 _FALSE = ("false", "no", "0", "off")
-#: Tableaus of rosw with an explicit stage before an implicit one, which then finds the explicit one's Jacobian.
+#: Tableaus of rosw with an explicit stage before an implicit one, which would reuse the Jacobian of the explicit stage.
 _EXPLICIT_BETWEEN = ("ark3", "lassp3p4s2c", "llssp3p4s2c")
 
-#: By name. PETSc itself refuses those that the type does not have.
+#: The options by name. PETSc itself refuses an option that the type does not have.
 OPTIONS: dict[str, TimeOption] = {
     **_all(
         (
@@ -93,42 +98,45 @@ OPTIONS: dict[str, TimeOption] = {
         ),
         _never, _BY_LAYERS,
     ),
-    "ts_max_steps": TimeOption(_if_adapted, _BY_LAYERS),  # a limit, which is an error if it is reached
+    "ts_max_steps": TimeOption(_if_adapted, _BY_LAYERS),  # a limit, at which the solve fails
     "ts_exact_final_time": TimeOption(_one_of("matchstep"), "would end a layer elsewhere than at its end; drop it"),
     "ts_type": TimeOption(_always, ""),
-    "ts_adapt_type": TimeOption(_one_of("none", *ADAPTIONS), "is no rule for steps; take 'none', 'basic' or 'dsp'"),
-    # Of adapted steps.
+    "ts_adapt_type": TimeOption(
+        _one_of("none", *ADAPTIONS), "is no rule for steps that a layer can have; take 'none', 'basic' or 'dsp'"
+    ),
+    # Options of adapted steps.
     **_all(
         (
             "ts_rtol", "ts_atol", "ts_adapt_safety", "ts_adapt_reject_safety", "ts_adapt_clip", "ts_adapt_wnormtype",
             "ts_adapt_scale_solve_failed", "ts_adapt_time_step_increase_delay", "ts_adapt_dsp_filter",
             "ts_max_step_rejections", "ts_max_reject", "ts_max_snes_failures",
         ),
-        _if_adapted, "says nothing of fixed steps; give 'ts_adapt_type': 'basic' too, or drop it",
+        _if_adapted, "has no effect on fixed steps; give 'ts_adapt_type': 'basic' too, or drop it",
     ),
     "ts_adapt_dt_min": TimeOption(
-        _never, "would let steps as short as that be taken whatever their error; drop it: 'ts_max_steps' bounds the work"
+        _never, "would accept steps of that length whatever their error; drop it: 'ts_max_steps' bounds the work"
     ),
     "ts_adapt_dt_max": TimeOption(
-        _never, "would count in parts of a layer, which TS steps from 0 to 1; give smaller tolerances or more layers instead"
+        _never, "would be a fraction of a layer, as TS steps a layer from 0 to 1; give smaller tolerances or more layers"
     ),
-    "ts_adapt_always_accept": TimeOption(_one_of(*_FALSE), "would let steps be taken whatever their error; drop it"),
-    "ts_adapt_max_ignore": TimeOption(_never, "would leave small values of f unjudged; give 'ts_atol' instead"),
-    "ts_adapt_glee_use_local": TimeOption(_never, "wants a method that estimates its global error; drop it"),
+    "ts_adapt_always_accept": TimeOption(_one_of(*_FALSE), "would accept steps whatever their error; drop it"),
+    "ts_adapt_max_ignore": TimeOption(_never, "would ignore the error in small values of f; give 'ts_atol' instead"),
+    "ts_adapt_glee_use_local": TimeOption(_never, "needs a method that estimates its global error; drop it"),
     **_all(
         ("ts_adapt_dsp_pid", "ts_adapt_dsp_kbeta", "ts_adapt_dsp_alpha"),
-        _never, "may let steps be taken whatever their error; give 'ts_adapt_dsp_filter' instead",
+        _never, "may accept steps whatever their error; give 'ts_adapt_dsp_filter' instead",
     ),
-    # Of the types.
+    # Options of the types.
     **_all(
-        ("ts_rk_multirate", "ts_rk_dtratio", "ts_use_splitrhsfunction", "ts_arkimex_fastslowsplit"), _never, _SPLIT
+        ("ts_rk_multirate", "ts_rk_dtratio", "ts_use_splitrhsfunction", "ts_arkimex_fastslowsplit"),
+        _never, f"{_NO_SPLIT}; drop it",
     ),
     "ts_theta_theta": TimeOption(
         lambda value, options: _of_type("theta")(value, options) and _fraction(value, options),
-        "is to be a number in (0, 1], and goes with 'ts_type': 'theta' alone",
+        "must be a number in (0, 1] and belongs to 'ts_type': 'theta' alone",
     ),
-    "ts_theta_endpoint": TimeOption(_of_type("theta"), "goes with 'ts_type': 'theta' alone"),
-    "ts_arkimex_fully_implicit": TimeOption(_never, "wants an assembled matrix; take 'ts_type': 'dirk'"),
+    "ts_theta_endpoint": TimeOption(_of_type("theta"), "belongs to 'ts_type': 'theta' alone"),
+    "ts_arkimex_fully_implicit": TimeOption(_never, "needs an assembled matrix; take 'ts_type': 'dirk'"),
     "ts_rosw_type": TimeOption(
         _finds_its_jacobian, "mixes explicit and implicit stages; give 'ts_rosw_recompute_jacobian': True too"
     ),
@@ -147,7 +155,7 @@ OPTIONS: dict[str, TimeOption] = {
         ),
         _always,
     ),
-    # What is seen, or how a failure is told.
+    # Options of output, and of how a failure is reported.
     **_all(("ts_adapt_monitor", "ts_error_if_step_fails", "ts_view", "ts_view_pre", "ts_view_solution"), _always),
     **_all(
         ("ts_save_trajectory", "ts_trajectory_type"),
@@ -155,16 +163,16 @@ OPTIONS: dict[str, TimeOption] = {
     ),
 }  # fmt: skip
 
-#: What is wrong with single values.
+#: What is wrong with single values, and what to do.
 _VALUES = {
-    ("ts_adapt_type", "cfl"): "wants a bound by Courant, Friedrichs and Lewy, which a layer has not; take 'basic'",
-    ("ts_adapt_type", "glee"): "wants a method that estimates its global error; take 'basic'",
-    ("ts_adapt_type", "history"): "wants a history; recorded runs replay their own, take 'basic'",
+    ("ts_adapt_type", "cfl"): "needs a bound by Courant, Friedrichs and Lewy, which a layer does not have; take 'basic'",
+    ("ts_adapt_type", "glee"): "needs a method that estimates its global error; take 'basic'",
+    ("ts_adapt_type", "history"): "needs a history of steps; recorded runs replay their own steps, take 'basic'",
 }
 
 
 def in_force(prefix: str) -> dict[str, str]:
-    """All options that a PETSc object with this prefix would read now, by their names without it, as text."""
+    """The options that a PETSc object with this prefix would read now: names without the prefix, and values as text."""
     every = PETSc.Options().getAll().items()
     return {name.removeprefix(prefix): value or "" for name, value in every if name.startswith(prefix)}
 
@@ -175,12 +183,12 @@ def refuse_time_options(options: Mapping[str, str]) -> None:
     Parameters
     ----------
     options
-        Those in force; names that do not begin with "ts_" are left alone.
+        The options in force. Names that do not begin with "ts_" are not looked at.
 
     Raises
     ------
     ValueError
-        With the option, its value, and what to do.
+        If a layer cannot have one; the message names the option, its value and what to do.
     """
     for name, value in options.items():
         if not name.startswith("ts_") or name.startswith("ts_monitor"):
@@ -192,76 +200,126 @@ def refuse_time_options(options: Mapping[str, str]) -> None:
             raise ValueError(f"{given} {_VALUES.get((name, value), OPTIONS[name].says)}")
 
 
-#: Options of solvers that a file may have.
-_OF_SOLVERS = {
-    "mat_type",
-    *(f"snes_{name}" for name in (
-        "rtol", "atol", "stol", "max_it", "max_funcs", "max_fail", "divergence_tolerance", "force_iteration", "lag_jacobian",
-        "lag_preconditioner", "error_if_not_converged", "converged_reason", "monitor", "linesearch_damping", "linesearch_max_it",
-        "linesearch_order", "linesearch_minlambda",
-    )),
-    *(f"ksp_{name}" for name in (
-        "rtol", "atol", "divtol", "max_it", "gmres_restart", "initial_guess_nonzero", "norm_type", "pc_side",
-        "error_if_not_converged", "converged_reason", "monitor", "richardson_scale",
-    )),
-    *(f"pc_{name}" for name in (
-        "factor_levels", "factor_shift_type", "factor_shift_amount", "factor_mat_ordering_type", "factor_mat_solver_type",
-        "factor_fill", "jacobi_type", "sor_omega", "sor_its", "sor_lits",
-    )),
-}  # fmt: skip
-#: Types that a file may have; among others are those that run Python, a program or a library by its name.
-_TYPES = {
-    "snes_type": {"newtonls", "newtontr", "ksponly", "ngmres", "qn", "nrichardson"},
-    "snes_linesearch_type": {"basic", "none", "bt", "l2", "cp", "secant"},
-    "ksp_type": {"preonly", "gmres", "fgmres", "cg", "bcgs", "tfqmr", "minres", "richardson", "chebyshev", "lgmres", "cgs"},
-    "pc_type": {"none", "jacobi", "pbjacobi", "bjacobi", "sor", "lu", "ilu", "cholesky", "icc", "qr", "asm", "redundant"},
-}
+#: The defaults. A network has a fixed depth, so steps are not adapted.
+_DEFAULTS = {"ts_type": "rk", "ts_adapt_type": "none"}
+#: Newton's method stops when its step is below 1e-8 of the state; the error is then about the square of that. The adjoint, and
+#: the quadrature by which f follows, rely on stages that are solved to round-off.
+_NEWTON = {"snes_rtol": 1e-50, "snes_atol": 1e-15, "snes_stol": 1e-8}
+_BY_TYPE = {"rk": {"ts_rk_type": "4"}} | {name: _NEWTON for name, method in METHODS.items() if method.implicit}
+_BY_TYPE["rosw"] = {}  # it solves linear systems only
 
 
-def refuse_in_file(options: Mapping[str, object]) -> None:
-    """Refuse options that a file is not to have.
+def solver_options(parameters: Mapping | None, prefix: str | None) -> petsctools.OptionsManager:
+    """Options of a layer's TS: those of the user, and defaults of the type that they name.
 
     Parameters
     ----------
+    parameters
+        PETSc options; {} for Runge-Kutta of order 4 with fixed steps.
+    prefix
+        Prefix of these options, with which they may also come from the command line; a new prefix if left out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are not options or the prefix is not one, or the type is none of `METHODS`.
+    """
+    given, prefix = checked_options(parameters), checked_prefix(prefix)
+    # Options in the database with this prefix override the given ones, and decide on defaults too.
+    known = _DEFAULTS | (given if prefix is None else petsctools.OptionsManager(given, options_prefix=prefix).parameters)
+    name = known["ts_type"]
+    if name == "mprk":
+        raise ValueError(f"solver_parameters: 'ts_type' 'mprk' {_NO_SPLIT}; take 'rk'")
+    if name not in METHODS:
+        raise ValueError(f"solver_parameters: 'ts_type' is {name!r}; a layer is stepped by {', '.join(METHODS)}")
+    defaults = _DEFAULTS | _BY_TYPE.get(name, {})
+    if name == "rk" and known["ts_adapt_type"] != "none":
+        defaults["ts_rk_type"] = "5dp"  # the classical method has no estimate of its error
+    return petsctools.OptionsManager(defaults | given, options_prefix=prefix, default_prefix="fem_resnet_")
+
+
+def set_from_options(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManager, read: tuple[str, ...] = ()) -> list[str]:
+    """Let PETSc read the options of a layer's TS, or of a SNES.
+
+    Parameters
+    ----------
+    ts
+        The TS or the SNES.
     options
-        As given to a network: numbers, bools, text or None.
+        From `solver_options`.
+    read
+        Options that the layer itself has read.
+
+    Returns
+    -------
+    list of str
+        The options that neither PETSc nor the layer has read.
 
     Raises
     ------
     ValueError
-        With the option, its value, and what to do.
+        If PETSc does not know the value of an option, or a layer cannot have an option.
     """
-    for name, value in options.items():
-        given = f"solver_parameters: {name!r} {value!r}"
-        harmless = name in OPTIONS or name in _OF_SOLVERS or name in _TYPES or name in ("ts_monitor", "ts_adapt_monitor")
-        if not harmless:
-            raise ValueError(
-                f"{given} is none of the options that a file may have; drop it by net.replace(solver_parameters=..)"
-            )
-        allowed = _TYPES.get(name)
-        if allowed is not None and value not in allowed:
-            raise ValueError(f"{given} is none of {', '.join(sorted(allowed))}, which a file may have")
-        if name.endswith("_type") and not (isinstance(value, str) and value):
-            raise ValueError(f"{given} is no name of a type")
-        # Values with other characters name files, viewers and libraries.
-        plain = (
-            isinstance(value, (bool, int, float, type(None)))
-            or isinstance(value, str)
-            and re.fullmatch(r"[\w.+-]{0,40}", value)
-        )
-        on_or_off = value in (None, "", True, False, "true", "false", "1", "0")
-        if not plain or re.search("monitor|reason|view", name) and not on_or_off:
-            raise ValueError(f"{given} has a value that no file may have; expected numbers and single words")
-        if re.search("stages|restart|levels|its$|order$|fill", name) and not _is_small(value):
-            raise ValueError(f"{given} is no number from 0 to {_MOST}, as a file may have")
+    with options.inserted_options():
+        if isinstance(ts, PETSc.TS):
+            known = in_force(options.options_prefix)
+            refuse_time_options(known)
+            _refuse_without_estimate(known)
+        _read(ts, options)
+        return unread(options, (name for name in options.parameters if name not in read))
 
 
-#: Of what takes memory or time with the number.
-_MOST = 1000
+def _read(ts: PETSc.TS | PETSc.SNES, options: petsctools.OptionsManager) -> None:
+    ts.setOptionsPrefix(options.options_prefix)
+    with petsc_refusals(options.parameters):
+        ts.setFromOptions()
 
 
-def _is_small(value: object) -> bool:
-    try:
-        return 0 <= float(value) <= _MOST
-    except (TypeError, ValueError):
-        return False
+def configure(ts: PETSc.TS, options: petsctools.OptionsManager, read: tuple[str, ...]) -> None:
+    """Let PETSc read the options of a layer's TS, and refuse those that nothing reads.
+
+    Parameters
+    ----------
+    ts
+        The TS.
+    options
+        From `solver_options`.
+    read
+        Options that the layer itself has read.
+
+    Raises
+    ------
+    ValueError
+        As of `set_from_options`, or if nothing reads an option.
+    """
+    unused = set_from_options(ts, options, read)
+    if not METHODS[options.parameters["ts_type"]].implicit:  # PETSc reads these without using them
+        unused += [name for name in options.parameters if name.startswith(("snes_", "ksp_", "pc_")) and name not in unused]
+    refuse_unread(unused, f"a TS of type {ts.getType()!r} with adaptivity {adapt_type(ts)!r}")
+
+
+def _refuse_without_estimate(options: dict[str, str]) -> None:
+    """Refuse to adapt steps if PETSc does not estimate their errors: it would accept all steps, or fail."""
+    name, rule = options["ts_type"], options.get("ts_adapt_type", "none")
+    method, option = METHODS[name], f"ts_{name}_type"
+    if rule == "none" or method.estimate == "values":
+        return
+    if method.estimate == "tableau" and _has_estimate(name, option, options.get(option)):
+        return
+    what = f"{name!r} with {option!r} {options[option]!r}" if method.estimate else repr(name)
+    raise ValueError(
+        f"solver_parameters: 'ts_adapt_type' {rule!r} needs an estimate of the error of a step, which 'ts_type' {what} does "
+        f"not have; take {method.to_adapt}, or fixed steps"
+    )
+
+
+def _has_estimate(name: str, option: str, tableau: str | None) -> bool:
+    """Whether a tableau has an embedded method, for which PETSc adapts the steps by default."""
+    probe = PETSc.TS().create(comm=PETSc.COMM_SELF)
+    chosen = {} if tableau is None else {option: tableau}
+    options = petsctools.OptionsManager({"ts_type": name} | chosen, None, "fem_resnet_probe_")
+    with options.inserted_options():
+        _read(probe, options)
+    adapts = adapt_type(probe) != "none"
+    probe.destroy()
+    return adapts

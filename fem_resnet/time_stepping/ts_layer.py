@@ -1,18 +1,18 @@
-"""One layer as a PETSc TS: its callbacks, its vectors and the matrices that it gets.
+"""One layer as a PETSc TS: its callbacks, its vectors and the matrices that it is given.
 
-A layer sees f only through g = Psi^T M f, so TS steps (3.5a) for a general low-rank kernel, and f follows by (3.3):
+A layer sees f only through g = Psi^T M f. So TS steps (3.5a), for a general low-rank kernel, and f follows by (3.3):
 
-    g_t = Psi^T M sigma(a - Phi beta g),        f(t_1) = f(t_0) + int sigma(a - Phi beta g) dt,
+    g_t = Psi^T M sigma(a - Phi beta g),        f(t_1) = f(t_0) + int sigma(a - Phi beta g) dt.
 
-with the quadrature of the method itself, f(t_1) = f(t_0) + sum_n h_n sum_i b_i sigma(u_ni), or, where that is not to be
-had, with f in the state (`state`). Runge-Kutta methods commute with the projection f -> g, so these are the numbers
-that stepping f would give; and they commute with linearisation, so that stepping g and its tangent g_1 gives the
-derivative of the discrete layer, and the adjoint of both its second derivative. Backwards
+The quadrature is that of the method itself, f(t_1) = f(t_0) + sum_n h_n sum_i b_i sigma(u_ni). Where PETSc does not give its
+weights away, TS steps f too (`state`). Runge-Kutta methods commute with the projection f -> g, so these are the numbers that
+stepping f would give. They also commute with linearisation: stepping g and its tangent g_1 gives the derivative of the
+discrete layer, and the adjoint of both gives its second derivative. Backwards
 
-    lambda(t_0) = lambda(t_1) + M Psi gamma,      gamma the adjoint of g,
+    lambda(t_0) = lambda(t_1) + M Psi gamma,      gamma the functional in g,
 
-so that layers with the same psi hand on gamma alone. TS counts the time of a layer from 0 to 1; the layer's length is a
-factor of its right-hand side.
+so that layers with the same psi hand on gamma alone. The time of TS runs from 0 to 1 on each layer, and the layer's length is
+a factor of its right-hand side.
 """
 
 from __future__ import annotations
@@ -27,18 +27,28 @@ from petsc4py import PETSc
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import LayerTrace, Stage, StageValue
-from fem_resnet.time_stepping.jacobian import Elimination, LinearLayer, ShiftedJacobian, Transposed, Zero
-from fem_resnet.time_stepping.methods import Method, configure
-from fem_resnet.time_stepping.petsc import keep_trajectory_in_memory, never_adapt, on_pre_stage, shell, stage_values, weakly
-from fem_resnet.time_stepping.state import CarriedState, CoefficientState
+from fem_resnet.petsc import (
+    converged_reason,
+    keep_trajectory_in_memory,
+    never_adapt,
+    new_ts,
+    on_pre_stage,
+    shell,
+    stage_values,
+    weakly,
+)
+from fem_resnet.time_stepping.jacobian import Elimination, LinearLayer, SampleMatrices, ShiftedJacobian, Transposed, Zero
+from fem_resnet.time_stepping.methods import Method
+from fem_resnet.time_stepping.options import configure
+from fem_resnet.time_stepping.state import CarriedState, CoefficientState, LayerState
 
 __all__ = ["LayerTS"]
 
 
 class LayerTS:
-    """A TS for layers of one shape: which layer it steps say the inputs.
+    """A TS for layers of one shape. The inputs of a solve determine which layer it steps.
 
-    After an error in a callback it is of no use any more, as vectors stay locked: make a new one.
+    After an error in a callback, vectors stay locked: make a new `LayerTS` then.
 
     Parameters
     ----------
@@ -47,31 +57,32 @@ class LayerTS:
     rank
         Rank of psi.
     steps
-        Number of equal steps; with adaptivity the first is of that size.
+        Number of equal steps; if steps are adapted, the first one has that size.
     options
-        PETSc options of the TS, from `methods.solver_options`.
+        PETSc options of the TS, from `options.solver_options`.
     method
-        What its type gives a layer.
+        The method that the options name.
     adaptive
         Whether the options ask for adapted steps.
     carries_f
-        Whether the state has f, and not its coefficients alone.
+        Whether the state has f, and not g alone.
     orders
         1; or 2, to step the tangent too.
     cost
-        A running cost, if c is to be stepped too; the state then has f.
+        A running cost, whose c is then stepped too; the state must have f.
 
     Attributes
     ----------
     ts : petsc4py.PETSc.TS
-    state : CoefficientState or CarriedState
+    state : LayerState
         What its vectors hold.
     y, adjoint_y : petsc4py.PETSc.Vec
-        Where a solve starts and ends, forward and back.
+        Start and end of a solve, forward and back.
     jacobian : petsc4py.PETSc.Mat
-        What TS is given: the derivative of the right-hand side for explicit methods, that of the residual for implicit ones.
+        The matrix that TS is given: the derivative of the right-hand side for explicit methods, of the residual for implicit
+        ones.
     linear : LinearLayer
-        The derivative behind it.
+        The derivative behind that matrix.
     trace : LayerTrace
         Steps and stages of the last forward solve.
 
@@ -87,7 +98,7 @@ class LayerTS:
     ):  # fmt: skip
         self.stage, self.steps, self.method, self.adaptive, self.carries_f = stage, steps, method, adaptive, carries_f
         self._options = options
-        self.state = (
+        self.state: LayerState = (
             CarriedState(stage, rank, orders, cost is not None) if carries_f else CoefficientState(stage, rank, orders)
         )
         self.linear = LinearLayer(stage, self.state, cost)
@@ -97,17 +108,22 @@ class LayerTS:
         self.trace = LayerTrace()
         self._inputs: Sequence[LayerInputs] = ()
         self._replayed: list[float] | None = None
-        #: The last arguments of the implicit function, for methods whose stages are known by them alone.
+        #: The last arguments of the implicit function, for methods whose stages are known from these alone.
         self._calls: list[list[np.ndarray]] = []
-        #: Whether TS has come to the stages of its step; before, it solves for the slope at the start.
+        #: Whether TS has come to the stages of its step. Some methods first solve for the slope at the start.
         self._in_stages = True
-        #: The size of the step that is tried, and how many were rejected before.
+        #: The size of the step that is tried, and how many steps were rejected before.
         self._tried, self._rejections = 0.0, 0
         self._functionals: Sequence[np.ndarray] = ()
         self._matrix_free = carries_f or options.parameters.get("mat_type") == "matfree"
+        #: The Jacobian of an implicit method, where it is assembled.
+        self._assembled = (
+            SampleMatrices(self.state.size // stage.samples, stage.samples, self.state.comm)
+            if method.implicit and not self._matrix_free
+            else None
+        )
         self.jacobian = self._new_jacobian()
-        self.ts = PETSc.TS().create(comm=self.state.comm)
-        self.ts.setOptionsPrefix(options.options_prefix)  # before its SNES is made
+        self.ts = new_ts(self.state.comm, options.options_prefix)
         if method.implicit:
             self._set_implicit()
         else:
@@ -123,48 +139,38 @@ class LayerTS:
 
     def _configure(self) -> None:
         ts = self.ts
-        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
         ts.setErrorIfStepFails(False)
         ts.setPreStep(weakly(self._set_step))
         ts.setPostStep(weakly(self._keep_step))
         if self.adaptive or self.method.solves_for_first_slope:
-            self._pre_stage = on_pre_stage(ts, weakly(self._enter_stage))
+            on_pre_stage(ts, weakly(self._enter_stage))
         configure(ts, self._options, ("mat_type",))
         if self.adaptive:
+            assert isinstance(self.state, CarriedState), "adapted steps are judged by the error of f"
             rtol, atol = ts.getTolerances()
             pointwise = self._options.parameters.get("ts_adapt_wnormtype", "2").lower() == "infinity"
-            ts.setTolerances(*self.state.tolerances(rtol, atol, pointwise))
+            relative, absolute = self.state.tolerances(rtol, atol, pointwise)
+            ts.setTolerances(relative, absolute)  # type: ignore[arg-type]  # vectors, against petsc4py's stubs
 
     def _new_jacobian(self) -> PETSc.Mat:
         sizes = (self.state.size,) * 2
         if not self.method.implicit:
             return shell(Transposed(weakly(self._state_transpose)), sizes, self.state.comm)
-        if self._matrix_free:
+        if self._assembled is None:
             return shell(ShiftedJacobian(self.linear), sizes, self.state.comm)
-        rows, columns = self._pattern
-        return PETSc.Mat().createAIJ(
-            (sizes, sizes), bsize=self.state.block, csr=(rows, columns, np.ones(len(columns))), comm=self.state.comm
-        )
-
-    @cached_property
-    def _pattern(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns of a matrix with one dense block a sample, in PETSc's CSR."""
-        block, samples = self.state.block, self.stage.samples
-        columns = np.arange(self.state.size, dtype=PETSc.IntType).reshape(samples, 1, block)
-        columns = np.broadcast_to(columns, (samples, block, block)).ravel()
-        return np.arange(0, samples * block**2 + 1, block, dtype=PETSc.IntType), columns
+        return self._assembled.mat
 
     def _set_implicit(self) -> None:
         ts, state = self.ts, self.state
         ts.setIFunction(weakly(self._residual), state.vector())
         ts.setIJacobian(weakly(self._set_jacobian), self.jacobian, self.jacobian)
         if self.method.partitioned:
-            # With an explicit part, zero, PETSc takes its partitioned path, which wants no solve for a first slope.
+            # With an explicit part, which is zero, PETSc takes its partitioned path, which does not solve for a first slope.
             ts.setRHSFunction(lambda ts, t, y, F: F.set(0.0), state.vector())
             zero = shell(Zero(), (state.size,) * 2, state.comm)
-            ts.setRHSJacobian(lambda ts, t, y, J, P: True, zero, zero)
+            ts.setRHSJacobian(lambda ts, t, y, J, P: None, zero, zero)
         ksp = ts.getSNES().getKSP()
-        # pbjacobi inverts the blocks of one stage: for stages that are coupled it is a preconditioner only.
+        # pbjacobi inverts the matrices of one stage: where stages are coupled, it is only a preconditioner.
         exact = self.carries_f or not (self._matrix_free or self.method.stages_by_call)
         ksp.setType("preonly" if exact else "gmres")
         ksp.setTolerances(rtol=1e-10)
@@ -179,7 +185,7 @@ class LayerTS:
     # -- solves -------------------------------------------------------------------------------------------------------
 
     def forward(self, g, f, inputs: Sequence[LayerInputs], save: bool, steps: Sequence[float] | None) -> None:
-        """Solve from the start of the layer into `y`, and leave a trace; arguments as for `Stepper.forward`."""
+        """Solve from the start of the layer into `y`, and leave a trace. Arguments as for `Stepper.forward`."""
         self._inputs = inputs
         self.linear.start(inputs)
         self._replayed = None if steps is None else list(steps)
@@ -190,20 +196,20 @@ class LayerTS:
         self._solve_from(g, f, first, self._max_steps if steps is None else len(steps), save)
 
     def _judged_first_step(self, g, f) -> float:
-        """A first step for a method that estimates no error before the second: one that is right for the second too.
+        """A first step for a method that estimates no error before the second step: a size that TS accepts for the second.
 
-        TS makes two steps of a size, which is at most half of the layer. If it rejects the second, that was too large for the
-        first too, and both are made anew. Where TS fails, so will the solve that follows.
+        TS makes two steps of one size, at most half of the layer. If TS rejects the second step, the size was too large for
+        the first as well, and both are made again with a smaller one. If TS fails here, the solve that follows fails too.
         """
         size = min(1.0 / self.steps, 0.5)
         while True:
             self._solve_from(g, f, size, 2, False)
-            if self.ts.getConvergedReason() < 0 or not self.ts.getStepRejections():
+            if converged_reason(self.ts) < 0 or not self.ts.getStepRejections():
                 return size
             size = min(self.trace.steps[-1], size / 2)
 
     def _solve_from(self, g, f, first: float, most: int, save: bool) -> None:
-        """Solve from the start of the layer, with a first step and at most so many."""
+        """Solve from the start of the layer: `first` is the size of the first step, `most` the largest number of steps."""
         self.trace = LayerTrace()
         self.state.write(self.y, g, self.state.start(f))
         ts = self.ts
@@ -217,22 +223,23 @@ class LayerTS:
         ts.setStepNumber(0)
         ts.setTimeStep(first)
         self._in_stages = not self.method.solves_for_first_slope
-        ts.restartStep()  # slopes of an earlier solve are not those of this one: DIRK would take them
+        ts.restartStep()  # DIRK would use the slopes of an earlier solve
         ts.solve(self.y)
 
-    def adjoint(self, gamma, adjoint) -> None:
-        """Solve back into `adjoint_y` and `functionals`; arguments as for `Stepper.adjoint`."""
-        self.linear.costate = tuple(adjoint)
-        self.state.write(self.adjoint_y, gamma, self.state.adjoint_start(self.linear.costate))
+    def adjoint(self, by_g, by_f) -> None:
+        """Solve back into `adjoint_y` and `functionals`. Arguments as for `Stepper.adjoint`."""
+        self.linear.by_f = tuple(by_f)
+        self.state.write(self.adjoint_y, by_g, self.state.adjoint_start(self.linear.by_f))
         self.functionals.set(0.0)
         self.ts.setCostGradients([self.adjoint_y], [self.functionals])
         self.ts.adjointSolve()
 
     @cached_property
     def functionals(self) -> PETSc.Vec:
-        """Of the layer's coefficients, after an adjoint solve.
+        """The functionals in the layer's coefficients, after an adjoint solve.
 
-        Those of nodal values stand on the ranks that own the nodes, those of replicated numbers on every rank.
+        A functional in values at nodes stands on the ranks that own the nodes, one in numbers that all ranks have on every
+        rank.
         """
         inputs = self._inputs[0]
         parameters = inputs.bias.size + inputs.beta.size + inputs.learns_length
@@ -245,11 +252,11 @@ class LayerTS:
         if self.method.implicit:
             self.ts.setIJacobianP(weakly(self._set_parameter_point), matrix)
         else:
-            self.ts.setRHSJacobianP(lambda ts, t, y, J: True, matrix)
+            self.ts.setRHSJacobianP(lambda ts, t, y, J: None, matrix)
         return vector
 
     def release(self) -> None:
-        """Forget fields that the last solve left."""
+        """Forget the fields of the last solve."""
         self.trace, self._inputs, self._calls, self._functionals = LayerTrace(), (), [], ()
         self.linear.release()
         self.ts.removeTrajectory()
@@ -264,7 +271,7 @@ class LayerTS:
             self._rejections = ts.getStepRejections()
 
     def _keep_step(self, ts):
-        # Times are rounded: an adapted step is kept as TS took it, so that a replay makes the very same.
+        # Times are rounded, so an adapted step is kept as TS took it: a replay then makes the very same step.
         h = self._tried if self.adaptive else ts.getTime() - ts.getPrevTime()
         self.trace.steps.append(h)
         if self.method.overruns and ts.getTime() > 1.0 - 1e-12:
@@ -291,7 +298,7 @@ class LayerTS:
             return
         self._tried = self.ts.getTimeStep()
         if self._replayed is None and self.ts.getStepRejections() != self._rejections:
-            # PETSc's rk takes a rejected step back by subtraction, which leaves the round-off of what it overshot by.
+            # PETSc's rk undoes a rejected step by a subtraction, which leaves the round-off of the large step.
             self._rejections = self.ts.getStepRejections()
             self._start.copy(self.y)
 
@@ -301,33 +308,29 @@ class LayerTS:
         if self.method.stages_by_call:
             self._calls = [*self._calls[-len(self._weights) :], self.state.read(y)[0]]
 
-    def _set_point(self, ts, t, y, J, P):
+    def _set_point(self, ts, t, y, *matrices) -> None:
         self.linear.set_point(t, *self.state.read(y))
-        return True
 
     def _set_jacobian(self, ts, t, y, y_t, shift, J, P):
-        self._set_point(ts, t if self._in_stages else ts.getTime(), y, J, P)
+        self._set_point(ts, t if self._in_stages else ts.getTime(), y)
         self.linear.set_shift(shift)
-        if not self._matrix_free:
-            P.setValuesCSR(*self._pattern, self.linear.assembled().ravel())
-            P.assemble()
-        return True
+        if self._assembled is not None:
+            self._assembled.fill(self.linear.assembled())
 
     def _set_parameter_point(self, ts, t, y, *others):
-        self._set_point(ts, t, y, None, None)
-        return True
+        self._set_point(ts, t, y)
 
     # -- products with Jacobians --------------------------------------------------------------------------------------
 
     def _state_transpose(self, x, y):
-        # PETSc asks an explicit method for J^T x and then, of the same stage and x, for Jp^T x: one pass serves both.
-        by_g, by_rest, self._functionals = self.linear.transpose(self.state.cotangent(x, self.linear.costate))
+        # For an explicit method PETSc asks for J^T x and then, at the same stage and x, for Jp^T x: one pass serves both.
+        by_g, by_rest, self._functionals = self.linear.transpose(self.state.stage_functional(x, self.linear.by_f))
         self.state.write(y, by_g, by_rest)
 
     def _parameter_transpose(self, x, y):
         values = y.array_w
         if not self.method.implicit:
             np.concatenate(self._functionals, out=values)
-        else:  # of the residual y_t - rate
-            np.concatenate(self.linear.transpose(self.state.cotangent(x, self.linear.costate))[2], out=values)
+        else:  # the derivative of the residual y_t - rate
+            np.concatenate(self.linear.transpose(self.state.stage_functional(x, self.linear.by_f))[2], out=values)
             np.negative(values, out=values)

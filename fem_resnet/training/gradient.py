@@ -123,7 +123,7 @@ def train(
         one rank at least) stops, and another call goes on from there. If left out, a line an iteration is logged at level
         INFO on rank 0.
     gauss_newton
-        Whether Newton methods get the actions of Gauss and Newton in place of the Hessian's (`blocks.gauss_newton`).
+        Whether Newton methods get the actions of Gauss and Newton in place of the Hessian's (`recording.gauss_newton`).
     bounds
         Least and largest coefficients by the name of the learned parameter, such as ``{"bias": (-1.0, 1.0), "kernel":
         (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end; the same at all times. TAO's

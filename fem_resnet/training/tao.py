@@ -39,7 +39,7 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.arguments import LARGEST
 from fem_resnet.options import checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.parameters.space_basis import SpaceBasis
-from fem_resnet.time_stepping.petsc import take_function_lower_bound
+from fem_resnet.petsc import take_function_lower_bound
 
 __all__ = ["TYPES", "Minimiser", "Outcome", "TAOType"]
 

@@ -17,7 +17,7 @@ from scipy.integrate import quad
 
 from fem_resnet.activation.activation import Activation
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
-from fem_resnet.layers.stage import Argument, Cotangent, Stage, StageValue
+from fem_resnet.layers.stage import Argument, Stage, StageFunctional, StageValue
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.verify.derivatives import extrapolated
 from fem_resnet.verify.reference import NotWrittenOut, relative, sigma
@@ -232,8 +232,8 @@ def _stage_errors(given: Activation, stage: Stage, phi: int, psi: int) -> Iterat
     yield "rate", relative(stage.rate(at)[0], Q.T @ (w * s))
     x, x_q, adjoint = rng.normal(size=(factors.psi.rank, samples)), rng.normal(size=samples), rng.normal(size=(nodes, samples))
     for name, dual, v in (
-        ("transpose", Cotangent((x,), x_q, (adjoint,)), w * (Q @ x) + x_q * adjoint),
-        ("transpose without lambda", Cotangent((x,), None, ()), w * (Q @ x)),
+        ("transpose", StageFunctional((x,), x_q, (adjoint,)), w * (Q @ x) + x_q * adjoint),
+        ("transpose without lambda", StageFunctional((x,), None, ()), w * (Q @ x)),
     ):
         for with_length in (False, True):
             found, slope = stage.transpose(at, dual, with_length), length * given.derivative(u) * v
@@ -290,6 +290,6 @@ def _in_c(given: Activation, precision: str, samples: int, points: np.ndarray) -
     for s in range(samples):
         chosen = (np.arange(samples) == s).astype(float)
         slopes.append(
-            stage.transpose(at, Cotangent((np.zeros((1, samples)),), chosen, (np.ones((points.size, samples)),))).bias
+            stage.transpose(at, StageFunctional((np.zeros((1, samples)),), chosen, (np.ones((points.size, samples)),))).bias
         )
     return out, np.array(slopes).T

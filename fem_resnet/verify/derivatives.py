@@ -21,7 +21,7 @@ from pyadjoint.enlisting import Enlist
 
 from fem_resnet.label_domain.label_space import sample_weights
 from fem_resnet.parameters.space_basis import SeenBatch
-from fem_resnet.tape.blocks import made
+from fem_resnet.tape.operator import made
 from fem_resnet.time_stepping.ts_stepper import TSStepper
 from fem_resnet.verify.point import Point, close, names, part, random_like
 from fem_resnet.verify.reference import Reference, relative

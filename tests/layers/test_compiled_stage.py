@@ -16,7 +16,7 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers import compiled_stage
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
-from fem_resnet.layers.stage import Argument, Cotangent, Stage, StageValue
+from fem_resnet.layers.stage import Argument, Stage, StageFunctional, StageValue
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.time_stepping.compiled_layer import CompiledStepper
 
@@ -48,7 +48,7 @@ class Case:
             Argument(self.kernel, (0.3 + k,), (np.sin(3 * x[:, 0] + k),), (random.standard_normal((ranks[0], samples)),))
             for k in range(2)
         ]
-        self.dual = Cotangent(
+        self.dual = StageFunctional(
             (random.standard_normal((ranks[1], samples)),), random.standard_normal(samples), (self.f.copy(),)
         )
         self.compiled, self.numpy = CompiledStage(Y, activation, samples), Stage(Y, activation, samples)
@@ -62,7 +62,7 @@ def test_compiled_and_numpy_stages_are_equal(name):
     s = [[np.empty_like(case.f)] for _ in range(2)]
     assert_allclose(case.compiled.rate(at, s[0]), case.numpy.rate(at, s[1]), **ROUND_OFF)
     assert_allclose(s[0], s[1], **ROUND_OFF)
-    for given in (dual, Cotangent(dual.x, None, ())):
+    for given in (dual, StageFunctional(dual.x, None, ())):
         ours, theirs = (stage.transpose(at, given, True) for stage in (case.compiled, case.numpy))
         assert_allclose(ours.D, theirs.D, **ROUND_OFF)
         assert_allclose(ours.bias, theirs.bias, **ROUND_OFF)
@@ -93,7 +93,7 @@ def test_every_number_of_nodes_fits_the_blocks(nodes):
     random = np.random.default_rng(0)
     kernel = LowRankKernel(*(Basis(Y, np.cos(Y.coordinates * (k + 1)), "given") for k in range(2)))
     at = Argument(kernel, (1.0,), (np.sin(Y.coordinates[:, 0]),), (random.standard_normal((1, 3)),))
-    dual = Cotangent((random.standard_normal((1, 3)),), np.ones(3), (np.tile(Y.coordinates, 3),))
+    dual = StageFunctional((random.standard_normal((1, 3)),), np.ones(3), (np.tile(Y.coordinates, 3),))
     compiled, numpy = CompiledStage(Y, get_activation("sigmoid"), 3), Stage(Y, get_activation("sigmoid"), 3)
     assert_allclose(compiled.rate(at), numpy.rate(at), **ROUND_OFF)
     ours, theirs = (stage.transpose(at, dual) for stage in (compiled, numpy))
@@ -111,7 +111,7 @@ def _pointwise(activation, s):
     at, one = Argument(kernel, (1.0,), (s,), (np.zeros((1, 1)),)), np.ones((s.size, 1))
     stage, value = CompiledStage(Y, activation, 1), np.empty((s.size, 1))
     stage.rate(at, [value])
-    return value[:, 0], stage.transpose(at, Cotangent((np.zeros((1, 1)),), np.ones(1), (one,))).bias
+    return value[:, 0], stage.transpose(at, StageFunctional((np.zeros((1, 1)),), np.ones(1), (one,))).bias
 
 
 EXACT = {

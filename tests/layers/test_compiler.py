@@ -25,13 +25,12 @@ from pyop2.configuration import configuration
 from pyop2.exceptions import CompilationError
 
 import fem_resnet
-from fem_resnet import compiler
+from fem_resnet import compiler, petsc
 from fem_resnet.activation.activation import get_activation
 from fem_resnet.compiler import layout, library
 from fem_resnet.layers import compiled_stage
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
 from fem_resnet.layers.stage import Stage
-from fem_resnet.time_stepping import petsc
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 LAST = COMM_WORLD.size - 1

@@ -20,7 +20,7 @@ from fem_resnet.learning.loss import Loss, cross_entropy, least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.tape.blocks import apply
+from fem_resnet.tape.recording import apply
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: For what sees no partition, and for messages: once on several ranks is enough.

@@ -216,8 +216,8 @@ def test_any_number_of_ranks_gives_the_same_states(space):
 
 
 def _refused_options():
-    yield {"ts_adapt_type": "history"}, "'ts_adapt_type' 'history' wants a history"
-    yield {"ts_rk_multirate": None}, "'ts_rk_multirate' wants slow and fast unknowns"
+    yield {"ts_adapt_type": "history"}, "'ts_adapt_type' 'history' needs a history"
+    yield {"ts_rk_multirate": None}, "'ts_rk_multirate' needs slow and fast unknowns"
     for option in ({"ts_dt": 0.01}, {"ts_time_step": 0.01}, {"ts_max_time": 0.1}, {"ts_max_steps": 1}):
         yield option, "follow from the layers; give the network layer times and a number of steps a layer instead"
 

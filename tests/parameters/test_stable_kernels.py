@@ -130,7 +130,7 @@ def test_what_a_set_cannot_be_made_of_is_refused():
         (lambda: network(PositiveSemidefinite(rank=7)), "^rank: expected at most that of phi, 4, got 7"),
         (
             lambda: network(DampedAntisymmetric(), psi=laplace("disk", "CG1", 3)),
-            "^stable_kernel: DampedAntisymmetric wants one",
+            "^stable_kernel: expected one basis for phi and psi with DampedAntisymmetric",
         ),
         (lambda: network(PositiveSemidefinite(), learn_factors=True), "^stable_kernel: .* learned factors part"),
     ):

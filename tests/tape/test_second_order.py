@@ -19,7 +19,7 @@ from fem_resnet.learning.loss import Loss, functional_loss, least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.tape.blocks import apply, gauss_newton
+from fem_resnet.tape.recording import apply, gauss_newton
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: The second sample counts twice, the last not at all.
@@ -335,12 +335,12 @@ def test_a_hessian_without_a_derivative_at_the_same_point_is_refused():
     problem = without_layers(OUTPUTS["disk to 3 classes"], *LOSSES["cross entropy"], regulariser=None)
     J = functional(problem)
     v, m = random(problem), point(J)
-    with pytest.raises(RuntimeError, match="the Hessian wants the derivative at the same point first; call deriv"):
+    with pytest.raises(RuntimeError, match="the Hessian needs the derivative at the same point first; call deriv"):
         J.hessian(v)
     J.derivative()
     expected = values(J.hessian(v))
     J(shifted(m, 0.1, v))
-    with pytest.raises(RuntimeError, match="the Hessian wants the derivative at the same point first; call deriv"):
+    with pytest.raises(RuntimeError, match="the Hessian needs the derivative at the same point first; call deriv"):
         J.hessian(v)
     J(m)
     J.derivative()

@@ -141,7 +141,7 @@ def test_explicit_stages_between_implicit_ones_want_a_jacobian_a_stage(kind):
 
 @pytest.mark.parametrize("name, option, kind", UNJUDGED, ids=[f"{name} {kind}" for name, _, kind in UNJUDGED])
 def test_methods_without_an_estimate_are_not_adapted(name, option, kind):
-    says = f"'ts_adapt_type' 'basic' wants an estimate .* '{name}' with '{option}' '{kind}' has not; take '{option}'"
+    says = f"'ts_adapt_type' 'basic' needs an estimate .* '{name}' with '{option}' '{kind}' does not have; take '{option}'"
     with pytest.raises(ValueError, match=says):
         own_network(**adapted(name, option, kind))
 
@@ -149,7 +149,7 @@ def test_methods_without_an_estimate_are_not_adapted(name, option, kind):
 @on_ranks
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.estimate is None])
 def test_types_without_an_estimate_are_not_adapted(name):
-    says = f"ts_adapt_type.*'ts_type' '{name}' (has not; take 'ts_type'|takes options of a SNES)"
+    says = f"'ts_type' '{name}'( does not have; take 'ts_type'|, got 'ts_adapt_type'; drop it)"
     with pytest.raises(ValueError, match=says):
         own_network(ts_type=name, ts_adapt_type="basic")
 
@@ -396,7 +396,7 @@ def test_taylor_of_steps_that_were_rejected(name, annotation, rng, taylor):
 def test_layer_times_that_cross_are_told(ts_type):
     net = network(learn_times=True, solver_parameters={"ts_type": ts_type})
     net.layer_times.set(0, [0.5, 0.3, 1.0])
-    says = r"layer 1, t = 0.5: layer times cross, t_1 = 0.5 and t_2 = 0.3, and are to increase; learn from .*'layer_times'"
+    says = r"layer 1, t = 0.5: expected layer times that increase, got t_1 = 0.5 and t_2 = 0.3; learn from .*'layer_times'"
     with pytest.raises(StepFailure, match=says) as caught:
         net.run(net.Y.batch(smooth(net.Y)))
     assert (caught.value.layer, caught.value.reason) == (1, "LENGTH_NOT_POSITIVE")

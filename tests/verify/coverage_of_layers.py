@@ -20,13 +20,11 @@ import petsctools
 import fem_resnet.layers.compiled_stage
 import fem_resnet.network.segment
 import fem_resnet.time_stepping.compiled_layer
-import fem_resnet.time_stepping.sequence
 from fem_resnet.compiler import declared
 
 MODULES = [
     fem_resnet.layers.compiled_stage,
     fem_resnet.time_stepping.compiled_layer,
-    fem_resnet.time_stepping.sequence,
     fem_resnet.network.segment,
 ]
 BEGINS = "/* Stage of a layer, compiled"

@@ -19,6 +19,7 @@ import fem_resnet.activation.activation
 import fem_resnet.label_domain.basis
 import fem_resnet.label_domain.label_space
 import fem_resnet.layers.compiled_stage
+import fem_resnet.layers.discrete_gradient_stage
 import fem_resnet.layers.inputs
 import fem_resnet.layers.running_cost
 import fem_resnet.layers.stage
@@ -37,9 +38,9 @@ import fem_resnet.parameters.retraction
 import fem_resnet.parameters.space_basis
 import fem_resnet.parameters.stable_kernels
 import fem_resnet.parameters.time_basis
-import fem_resnet.tape.blocks
+import fem_resnet.tape.operator_block
+import fem_resnet.tape.scheduled_block
 import fem_resnet.time_stepping.compiled_layer
-import fem_resnet.time_stepping.discrete_gradient
 import fem_resnet.time_stepping.jacobian
 import fem_resnet.time_stepping.scheme
 import fem_resnet.time_stepping.state
@@ -271,83 +272,85 @@ FAULTS = [
     Fault(
         "sigma' is dropped in the transpose",
         CLASSES,
-        line(Stage, "_transposed", "self.activation.derivative(u, out=u)\n        u *= at.length[0]", "u[...] = at.length[0]"),
+        line(Stage, "_by_u", "self.activation.derivative(u, out=u)\n        u *= at.length[0]", "u[...] = at.length[0]"),
     ),
     Fault(
         "the transpose forgets the layer's length",
         CLASSES,
-        line(Stage, "_transposed", "u *= at.length[0]\n        w[0]", "w[0]"),
+        line(Stage, "_by_u", "u *= at.length[0]\n        w[0]", "w[0]"),
     ),
     Fault(
         "sign of b",
         CLASSES,
         line(
-            Stage, "_affine", "np.subtract(at.a[order][block, None], u, out=u)", "np.add(at.a[order][block, None], u, out=u)"
+            Stage, "_affine", "np.subtract(at.a[order][nodes, None], u, out=u)", "np.add(at.a[order][nodes, None], u, out=u)"
         ),
     ),
     Fault(
         "the bias's functional is of the first sample",
         CLASSES,
-        line(Stage, "transpose", "np.sum(v[0], axis=1, out=result.bias[block])", "result.bias[block] = v[0][:, 0]"),
+        line(Stage, "transpose", "np.sum(v[0], axis=1, out=result.bias[nodes])", "result.bias[nodes] = v[0][:, 0]"),
     ),
     Fault(
         "mean of the samples in place of their sum",
         CLASSES,
         line(Stage, "transpose", "np.sum(v[0], axis=1,", "np.mean(v[0], axis=1,"),
     ),
-    Fault("the rate has no weights", CLASSES, line(Stage, "rate", "psi.weighted[block].T @ s", "psi.values[block].T @ s")),
+    Fault("the rate has no weights", CLASSES, line(Stage, "rate", "psi.weighted[nodes].T @ s", "psi.values[nodes].T @ s")),
     Fault("phi projects where psi should", FIELD, line(Stage, "rate", "psi = at.factors.psi", "psi = at.factors.phi")),
     Fault(
-        "the adjoint of q is dropped", CLASSES, line(Stage, "_cotangent", "w += dual.adjoint[order][block] * dual.x_q", "pass")
+        "the adjoint of q is dropped",
+        CLASSES,
+        line(Stage, "_functional_at_nodes", "w += by_s.by_f[order][nodes] * by_s.x_q", "pass"),
     ),
     Fault(
         "the cotangent has no weights",
         CLASSES,
-        line(Stage, "_cotangent", "psi.weighted[block], dual.x[order]", "psi.values[block], dual.x[order]"),
+        line(Stage, "_functional_at_nodes", "psi.weighted[nodes], by_s.x[order]", "psi.values[nodes], by_s.x[order]"),
     ),
     Fault(
         "the last block of nodes is left out of the rate",
         CLASSES,
-        line(Stage, "rate", "Q[k] += psi.weighted[block].T @ s", "Q[k] += psi.weighted[block][:-1].T @ s[:-1]"),
+        line(Stage, "rate", "Q[k] += psi.weighted[nodes].T @ s", "Q[k] += psi.weighted[nodes][:-1].T @ s[:-1]"),
     ),
     Fault(
         "f is advanced without the weights of stages",
         CLASSES,
         line(Stage, "advance", "s *= stage.weight", "s *= stages[0].weight"),
     ),
-    Fault("sigma'' is dropped in the second adjoint", CLASSES, line(Stage, "_transposed", "+ at.length[0] * bend * w[1]", "")),
+    Fault("sigma'' is dropped in the second adjoint", CLASSES, line(Stage, "_by_u", "+ at.length[0] * bend * w[1]", "")),
     Fault(
         "the tangent's bias is dropped",
         CLASSES,
         line(
             Stage,
             "_values",
-            "slope *= self._affine(block, at, 1)",
-            "slope *= self._affine(block, at, 1) - at.a[1][block, None]",
+            "slope *= self._affine(nodes, at, 1)",
+            "slope *= self._affine(nodes, at, 1) - at.a[1][nodes, None]",
         ),
     ),
     Fault(
         "the Jacobian of implicit steps has no sigma'",
         IMPLICIT,
-        line(Stage, "blocks", "K[0] += both @ (at.length[0] * slope)", "K[0] += both @ (at.length[0] + 0 * slope)"),
+        line(Stage, "jacobian", "K[0] += both @ (at.length[0] * slope)", "K[0] += both @ (at.length[0] + 0 * slope)"),
     ),
     Fault(
         "sigma'' with the wrong sign in K_1",
         IMPLICIT,
-        line(Stage, "blocks", "at.length[0] * bend + at.length[1]", "-at.length[0] * bend + at.length[1]"),
+        line(Stage, "jacobian", "at.length[0] * bend + at.length[1]", "-at.length[0] * bend + at.length[1]"),
     ),
     Fault("the tangent forgets that a length moves", LEARNED, line(Stage, "_values", "slope += at.length[1] * sigma", "pass")),
     Fault(
         "the functional of a length forgets the second order",
         LEARNED,
-        line(Stage, "_pair_rates", "if len(w) == 2:", "if False:"),
+        line(Stage, "_by_length", "if len(w) == 2:", "if False:"),
     ),
     Fault(
         "functionals of phi forget the second order",
         LEARNED,
         line(Stage, "transpose", "-sum(part @ C.T for part, C in zip(v, at.C))", "-(v[0] @ at.C[0].T)"),
     ),
-    Fault("functionals of psi have no weights", LEARNED, line(Stage, "transpose", " * self.Y.weights[block, None]", "")),
+    Fault("functionals of psi have no weights", LEARNED, line(Stage, "transpose", " * self.Y.weights[nodes, None]", "")),
     # the same stage, compiled
     Fault(
         "compiled: sigma' is dropped in the transpose",
@@ -482,11 +485,16 @@ FAULTS = [
         "b in place of b^T",
         CLASSES,
         line(
-            Linear, "transpose", "by_g, by_beta = [-(beta[0].T @ D[0])]", "by_g, by_beta = [-(beta[0].T[::-1, ::-1] @ D[0])]"
+            fem_resnet.time_stepping.jacobian,
+            "pulled",
+            "return [-(beta[0].T @ D[0])]",
+            "return [-(beta[0].T[::-1, ::-1] @ D[0])]",
         ),
     ),
     Fault(
-        "beta's functional has the other sign", CLASSES, line(Linear, "transpose", ", -(D[0] @ g[0].T)\n", ", D[0] @ g[0].T\n")
+        "beta's functional has the other sign",
+        CLASSES,
+        line(Linear, "transpose", "= -(D[0] @ g[0].T) if", "= D[0] @ g[0].T if"),
     ),
     Fault(
         "the kernel is symmetrised",
@@ -533,7 +541,7 @@ FAULTS = [
     Fault(
         "the second adjoint forgets beta_1",
         CLASSES,
-        line(Linear, "transpose", "beta[0].T @ D[0] + beta[1].T @ D[1]", "beta[0].T @ D[0]"),
+        line(fem_resnet.time_stepping.jacobian, "pulled", "beta[0].T @ D[0] + beta[1].T @ D[1]", "beta[0].T @ D[0]"),
     ),
     Fault(
         "the second adjoint forgets g_1", CLASSES, line(Linear, "transpose", "D[0] @ g[0].T + D[1] @ g[1].T", "D[0] @ g[0].T")
@@ -575,8 +583,8 @@ FAULTS = [
         line(
             fem_resnet.time_stepping.jacobian.Elimination,
             "apply",
-            "self._solve(layer.blocks(), g)",
-            "self._solve(np.swapaxes(layer.blocks(), 1, 2), g)",
+            "self._solve(layer.matrices(), g)",
+            "self._solve(np.swapaxes(layer.matrices(), 1, 2), g)",
         ),
     ),
     Fault(
@@ -645,7 +653,7 @@ FAULTS = [
     Fault(
         "an input that has changed is taken for the one before",
         LAYERS,
-        line(fem_resnet.tape.blocks.OperatorBlock, "solve", "if version == old and not", "if not"),
+        line(fem_resnet.tape.operator_block.OperatorBlock, "solve", "if version == old and not", "if not"),
     ),
     Fault(
         "coefficients of any input are taken for those of this one",
@@ -937,14 +945,14 @@ FAULTS = [
     Fault(
         "a running cost's l_f is left out of the adjoint",
         COSTS,
-        line(Linear, "transpose", "by_rest, by_beta = self._in_f(in_f)", "by_rest, by_beta = 0 * self._in_f(in_f)"),
+        line(Linear, "transpose", "by_rest, by_beta = self._with_row(in_f)", "by_rest, by_beta = 0 * self._with_row(in_f)"),
     ),
     Fault("a running cost's l_a is left out", COSTS, line(Linear, "transpose", "result.bias += in_a", "pass")),
-    Fault("a running cost's kappa b without Gram matrices", COSTS, line(CostRate, "_dual", "self._kernel is None", "True")),
+    Fault("a running cost's kappa b without Gram matrices", COSTS, line(CostRate, "_by_beta", "self._kernel is None", "True")),
     Fault(
         "a running cost's adjoint stops at a layer",
         COSTS,
-        line(fem_resnet.time_stepping.ts_stepper.TSStepper, "adjoint", "list(rest) if self._has_cost else adjoint", "adjoint"),
+        line(fem_resnet.time_stepping.ts_stepper.TSStepper, "adjoint", "list(rest) if self._has_cost else by_f", "by_f"),
     ),
     Fault("a running cost's Hessian without l_fa", COSTS, line(CostRate, "_moved_slopes", "fa * f_1 + aa", "aa")),
     Fault(
@@ -972,13 +980,13 @@ FAULTS = [
     Fault(
         "kinks: sigma' from a smooth neighbour",
         KINKS,
-        line(Stage, "_transposed", "self.activation.derivative(u, out=u)", "np.clip(0.5 + u, 0, 1, out=u)"),
+        line(Stage, "_by_u", "self.activation.derivative(u, out=u)", "np.clip(0.5 + u, 0, 1, out=u)"),
     ),
     Fault(
         "kinks: sign of b",
         KINKS,
         line(
-            Stage, "_affine", "np.subtract(at.a[order][block, None], u, out=u)", "np.add(at.a[order][block, None], u, out=u)"
+            Stage, "_affine", "np.subtract(at.a[order][nodes, None], u, out=u)", "np.add(at.a[order][nodes, None], u, out=u)"
         ),
     ),
 ]
@@ -996,7 +1004,7 @@ def _over_samples(Y, O):
 BUILT_IN = "built-in"
 Network, Problem = fem_resnet.network.network.ResidualNetwork, fem_resnet.learning.objective.LearningProblem
 CompiledStage = fem_resnet.layers.compiled_stage.CompiledStage
-EnergyStage = fem_resnet.time_stepping.discrete_gradient.DiscreteGradientStage
+EnergyStage = fem_resnet.layers.discrete_gradient_stage.DiscreteGradientStage
 Flow, Retraction = fem_resnet.layers.transposed_stage.TransposedStage, fem_resnet.parameters.retraction.Retraction
 stable = fem_resnet.parameters.stable_kernels
 
@@ -1337,7 +1345,7 @@ FURTHER = [
     Fault(
         "directions of factors have no weights",
         BUILT_IN,
-        line(inputs.LayerCoefficients, "_factors_from", "Y.weights[:, None] * psi", "1.0 * psi"),
+        line(inputs.LayerCoefficients, "_learned_factors", "Y.weights[:, None] * psi", "1.0 * psi"),
         True,
     ),
     Fault("the retraction forgets its curvature", BUILT_IN, line(Retraction, "second_adjoint", " - reduced @ U.T", ""), True),
@@ -1375,7 +1383,7 @@ FURTHER = [
     Fault(
         "a discrete gradient's second derivatives are swapped",
         BUILT_IN,
-        line(EnergyStage, "_transposed", "(D_0, (D_00, D_01))", "(D_0, (D_01, D_00))"),
+        line(EnergyStage, "_by_both_u", "(D_0, (D_00, D_01))", "(D_0, (D_01, D_00))"),
         True,
     ),
     # heads, losses, regularisers
@@ -1425,7 +1433,7 @@ FURTHER = [
     Fault(
         "a running cost has no functional of the length",
         BUILT_IN,
-        line(Linear, "transpose", "result.length += cost.by_length(dual.cost)", "pass"),
+        line(Linear, "transpose", "result.length += cost.by_length(by_s.by_c)", "pass"),
         True,
     ),
     Fault(
@@ -1438,7 +1446,7 @@ FURTHER = [
         "of a control that Blocks share one part counts",
         BUILT_IN,
         line(
-            fem_resnet.tape.blocks,
+            fem_resnet.tape.operator_block,
             "_unless_added",
             "total.dat.data[...] += part.dat.data_ro",
             "total.dat.data[...] = part.dat.data_ro",
@@ -1449,7 +1457,7 @@ FURTHER = [
         "under checkpoints a recording keeps what is overwritten",
         BUILT_IN,
         line(
-            fem_resnet.tape.blocks.ScheduledBlock,
+            fem_resnet.tape.scheduled_block.ScheduledBlock,
             "_forward",
             "[array.copy() for array in arrays] if self._manager.recording else arrays",
             "arrays",

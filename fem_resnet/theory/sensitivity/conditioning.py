@@ -42,7 +42,7 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
 from fem_resnet.ranks import same
-from fem_resnet.tape.blocks import made
+from fem_resnet.tape.operator import made
 from fem_resnet.theory.sensitivity.propagator import Propagator, joint_span
 from fem_resnet.theory.spectra.frozen_spectra import frozen_eigenvalues
 

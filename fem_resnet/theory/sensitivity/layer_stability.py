@@ -9,7 +9,7 @@ import numpy as np
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.theory.sensitivity.conditioning import LinearisedFlow
-from fem_resnet.time_stepping.evolution import TYPES, FieldStepper, Scheme
+from fem_resnet.time_stepping.evolution import TYPES, FieldStepper, Tableau
 
 __all__ = ["BY_DEPTH", "MORE_STEPS", "LayerStability", "layer_stability", "scheme_of"]
 
@@ -147,7 +147,7 @@ def _verdict(grows: float, keeps: float, layers: int) -> str:
     return {(True, True): "both", (True, False): "amplifies", (False, True): "damps"}.get((amplifies, damps), "neutral")
 
 
-def scheme_of(net: ResidualNetwork) -> Scheme | None:
+def scheme_of(net: ResidualNetwork) -> Tableau | None:
     """The Runge-Kutta method that steps layers; None where its coefficients are unknown, or its steps adapted."""
     parameters = net.solver_parameters
     if parameters["ts_type"] not in TYPES or parameters["ts_adapt_type"] != "none":
@@ -156,7 +156,7 @@ def scheme_of(net: ResidualNetwork) -> Scheme | None:
         return stepper.scheme
 
 
-def _wanted_steps(scheme: Scheme | None, z: np.ndarray, steps: int) -> int | None:
+def _wanted_steps(scheme: Tableau | None, z: np.ndarray, steps: int) -> int | None:
     """The least number of steps, from the present one, with which all modes grow as by e^z, up to a tenth."""
     if scheme is None:
         return None
