@@ -191,7 +191,7 @@ class CostRate:
         return [ff * f_1 + fa * a_1, fa * f_1 + aa * a_1]
 
     def _dual(self, beta: np.ndarray) -> np.ndarray:
-        return self._cost.kernel * (beta if self._kernel is None else self._kernel.dual(beta))
+        return self._cost.kernel * (beta if self._kernel is None else self._kernel.functional(beta))
 
     def _rates(self) -> list[np.ndarray]:
         """L, and its derivative along the tangent, of each sample: all but tau."""

@@ -28,7 +28,9 @@ from fem_resnet.arguments import choice, flag, instance, integer, number, real_a
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import BatchValues, LabelSpace, check_label_space, sample_weights
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.label_domain.orthonormal import orthonormal
+from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs, LayerUse
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import Stage
@@ -38,14 +40,14 @@ from fem_resnet.network.run import Piece, Run
 from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.retraction import Retraction, orthonormal
+from fem_resnet.parameters.retraction import Retraction
+from fem_resnet.parameters.slots import BatchValues, read_all
 from fem_resnet.parameters.space_basis import (
     BasisCoefficients,
     KernelCoefficients,
     LayerTimes,
     NodalValues,
     SpaceBasis,
-    read_all,
 )
 from fem_resnet.parameters.stable_kernels import StableKernel
 from fem_resnet.parameters.time_basis import Once, get_time_basis

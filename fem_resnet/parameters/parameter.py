@@ -28,7 +28,8 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import flag, instance, integer, real_array
 from fem_resnet.fixed import OnMesh
-from fem_resnet.parameters.space_basis import Replicated, SpaceBasis, new_cofunction
+from fem_resnet.parameters.slots import Replicated, new_cofunction
+from fem_resnet.parameters.space_basis import SpaceBasis
 from fem_resnet.parameters.time_basis import AtStart, Once, TimeBasis
 from fem_resnet.ranks import same
 
@@ -211,7 +212,7 @@ class Parameter(OnMesh):
 
         def riesz_map(dual: fd.Cofunction) -> fd.Function:
             primal = fd.Function(basis.space)
-            basis.write(primal, basis.primal(basis.read(dual)) / measure)
+            basis.write(primal, basis.riesz(basis.read(dual)) / measure)
             return primal
 
         return riesz_map
@@ -234,7 +235,7 @@ class Parameter(OnMesh):
     def pair(self, k: int, c: np.ndarray, d: np.ndarray) -> float:
         """`inner` of what is known to be coefficients of k."""
         basis = self.space_bases[k]
-        return self.time_basis.measures[k] * basis.pair(basis.dual(c), d)
+        return self.time_basis.measures[k] * basis.pair(basis.functional(c), d)
 
     def on_layer(self, layer: int) -> SpaceBasis:
         """The basis in space of the coefficients that are active on a layer, numbered from 0."""

@@ -19,18 +19,10 @@ import numpy as np
 import scipy.linalg
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import BatchValues
+from fem_resnet.parameters.slots import BatchValues
 from fem_resnet.parameters.space_basis import StateValues
 
-__all__ = ["Retraction", "orthonormal"]
-
-
-def orthonormal(basis: Basis) -> Basis:
-    """The basis itself if it is orthonormal in the label measure, else one of the same span that is."""
-    if np.abs(basis.gram - np.eye(basis.rank)).max() < 1e-10:
-        return basis
-    R = np.linalg.cholesky(basis.gram).T
-    return Basis(basis.Y, scipy.linalg.solve_triangular(R, basis.values.T, trans="T").T, "given")
+__all__ = ["Retraction"]
 
 
 def _upper(S: np.ndarray) -> np.ndarray:

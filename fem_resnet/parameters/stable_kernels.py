@@ -214,7 +214,7 @@ class NormBounded(StableKernel):
         return np.zeros(kernel.shape)
 
     def inverse(self, kernel, beta):
-        phi, psi = _roots(kernel)
+        phi, psi = kernel.phi.root, kernel.psi.root
         U, sizes, V = np.linalg.svd(phi @ beta @ psi.T / self.bound, full_matrices=False)
         _refuse_outside(sizes[0] - 1, 1.0, f"one of operator norm {self.bound:g} or less")
         sizes = np.minimum(sizes, 1.0)
@@ -246,18 +246,12 @@ class NormBounded(StableKernel):
         return L @ V @ K - P @ V.T @ P
 
     def _scaled(self, kernel, F):
-        phi, psi = _roots(kernel)
+        phi, psi = kernel.phi.root, kernel.psi.root
         return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, F).T).T
 
     def _scaled_dual(self, kernel, dual):
-        phi, psi = _roots(kernel)
+        phi, psi = kernel.phi.root, kernel.psi.root
         return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, dual, trans="T").T, trans="T").T
-
-
-def _roots(kernel: LowRankKernel) -> tuple[np.ndarray, np.ndarray]:
-    """R_Phi and R_Psi, upper triangular."""
-    phi, psi = (np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi))
-    return phi, psi
 
 
 def _refuse_outside(missed: float, size: float, wanted: str) -> None:

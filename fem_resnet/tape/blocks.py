@@ -27,10 +27,11 @@ from pyadjoint import AdjFloat, Block, Tape
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
-from fem_resnet.parameters.space_basis import NodalValues, read_all
+from fem_resnet.parameters.slots import Slot, read_all
+from fem_resnet.parameters.space_basis import NodalValues
 from fem_resnet.tape.checkpoints import Manager, add_leaf, is_leaf, manager_of
 
-__all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "Slot", "apply", "gauss_newton", "made"]
+__all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "apply", "gauss_newton", "made"]
 
 
 #: What to do where a Hessian has nothing to go on from.
@@ -38,16 +39,6 @@ DERIVATIVE_FIRST = (
     "the Hessian wants the derivative at the same point first; call derivative() after each evaluation of the functional "
     "and before hessian()"
 )
-
-
-class Slot(Protocol):
-    """How a Function holds an array; `SpaceBasis` and `BatchValues` are slots."""
-
-    space: fd.functionspaceimpl.WithGeometry
-
-    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray: ...
-
-    def write(self, function: fd.Function | fd.Cofunction, array: np.ndarray) -> None: ...
 
 
 class Operator(Protocol):
@@ -206,7 +197,7 @@ class OperatorBlock(Block):
         if isinstance(slot, NodalValues) and is_leaf(block_variable) and (known is None or _is_of(known, slot.dual_space)):
             # A Cofunction kept for each of many such controls would be a field more than those that a user gets.
             functional = made(functional)
-            dual = slot.new_dual(functional if known is None else functional + slot.view(known))
+            dual = slot.new_functional(functional if known is None else functional + slot.view(known))
             block_variable.adj_value, block_variable.unshared = dual, weakref.ref(dual)
             return None
         return _unless_added(known, self._write_dual(self._duals, idx, functional))

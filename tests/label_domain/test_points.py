@@ -187,5 +187,5 @@ def test_refuses(arguments, message):
 
 
 def test_points_without_a_graph_have_no_gradient():
-    with pytest.raises(ValueError, match="is discontinuous, so its functions have no gradient"):
+    with pytest.raises(ValueError, match="Y: expected continuous functions, which have gradients, got .*; use CG"):
         point_space(WEIGHTS).stiffness  # noqa: B018
