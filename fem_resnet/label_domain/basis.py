@@ -40,7 +40,7 @@ class Basis(OnMesh):
     kind
         What the basis is, for messages and files: "laplace", "given" or "cells".
     eigenvalues
-        Shape (rank,), where the functions are eigenfunctions. A function may be a mixture of several eigenfunctions, where a
+        Of eigenfunctions, shape (rank,). A function may be a mixture of several eigenfunctions, where a
         mesh splits a repeated eigenvalue; the gradients are then those of `stiffness`.
     move
         ``move(basis, Y2)`` gives the same functions on another label space of the same Y; None where there is no way.

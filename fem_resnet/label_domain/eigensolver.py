@@ -31,11 +31,11 @@ EIGENSOLVER_PARAMETERS = {
     "st_mat_mumps_icntl_14": 200,  # per cent of room to spare: its estimate is at times too small in parallel
 }
 
-#: Neighbouring eigenvalues that differ by less than this part of their value count as one repeated eigenvalue, which a mesh has
+#: Neighbouring eigenvalues that differ by less than this part of their value count as one repeated eigenvalue that a mesh has
 #: split.
 _SPLIT = 1e-3
-#: In Y's units. The eigenvalue 0, which Y has once for each connected piece, is known up to round-off of the largest one; smaller
-#: values count as this one.
+#: In Y's units; smaller eigenvalues count as this one. The eigenvalue 0, which Y has once for each connected piece, is known
+#: only up to round-off of the largest eigenvalue.
 _SMALLEST = 1e-5
 
 

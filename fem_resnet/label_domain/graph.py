@@ -76,7 +76,7 @@ def checked_graph(graph: scipy.sparse.sparray | np.ndarray, size: int) -> scipy.
     return A
 
 
-def graph_laplacian(graph: scipy.sparse.csr_array, numbers: np.ndarray, comm: MPI.Comm) -> PETSc.Mat:
+def graph_laplacian(graph: scipy.sparse.csr_array, numbers: np.ndarray, comm: MPI.Intracomm) -> PETSc.Mat:
     """K, with rows and columns in the order of the nodes, by rank. Collective.
 
     Parameters
@@ -102,4 +102,5 @@ def graph_laplacian(graph: scipy.sparse.csr_array, numbers: np.ndarray, comm: MP
         shape=(nodes, size),
     )
     indptr, indices = (index.astype(PETSc.IntType) for index in (K.indptr, K.indices))
-    return PETSc.Mat().createAIJ(((nodes, size),) * 2, csr=(indptr, indices, K.data), comm=comm)
+    csr = indptr, indices, K.data
+    return PETSc.Mat().createAIJ(((nodes, size),) * 2, csr=csr, comm=comm)  # type: ignore[arg-type]  # stubs lack mpi4py's

@@ -69,8 +69,8 @@ class LabelSpace(OnMesh):
     TypeError
         If V is not a scalar function space, or is part of another one; or numbers or graph are no arrays.
     ValueError
-        If V is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other; if the numbers are not those
-        of all points, each once; if the graph is not symmetric, has negative weights, or comes without numbers.
+        If V is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other; if `numbers` does not have
+        each point once; if the graph is not symmetric, has negative weights, or comes without numbers.
 
     Examples
     --------
@@ -93,6 +93,7 @@ class LabelSpace(OnMesh):
         same(self.comm, numbers=numbers is None, graph=graph)
         check_space(V, neighbours=numbers is None)
         self.V = V
+        self._batch_spaces: dict[int, fd.functionspaceimpl.WithGeometry] = {}
         self.numbers = None if numbers is None else checked_numbers(numbers, V.dof_dset.size, self.comm)
         if graph is not None and numbers is None:
             raise ValueError(
@@ -132,7 +133,7 @@ class LabelSpace(OnMesh):
     def coordinates(self) -> np.ndarray:
         """Coordinates of the owned nodes, shape (nodes, geometric dimension), float64; read-only. Collective.
 
-        Where coordinates jump between cells, as at the seam of a periodic mesh, each is the smallest that the node's cells give.
+        Where they jump between cells, as at the seam of a periodic mesh, each is the smallest that the node's cells give.
         """
         mesh = self.V.mesh()
         space = fd.VectorFunctionSpace(mesh, self.V.ufl_element(), dim=mesh.geometric_dimension)
@@ -169,7 +170,7 @@ class LabelSpace(OnMesh):
         return apply_columns(self.stiffness, values)
 
     def sum(self, x: float | np.ndarray) -> np.ndarray:
-        """The sum of an array over the ranks, of its shape, the same bits on every rank; in place if it is float64. Collective."""
+        """The sum of an array over the ranks, of its shape, the same bits on all; in place if it is float64. Collective."""
         x = np.asarray(x, dtype=float, order="C")
         if self.comm.size > 1:
             self.comm.Allreduce(MPI.IN_PLACE, x)
@@ -181,12 +182,12 @@ class LabelSpace(OnMesh):
         Parameters
         ----------
         samples
-            Number of samples, at least 1.
+            Number of samples.
 
         Raises
         ------
         ValueError
-            If `samples` is no such number, or differs between ranks.
+            If `samples` is no integer >= 1, or differs between ranks.
         """
         same(self.comm, samples=samples)
         return self._space_of(integer("samples", samples))
@@ -195,10 +196,6 @@ class LabelSpace(OnMesh):
         if samples not in self._batch_spaces:
             self._batch_spaces[samples] = fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=samples)
         return self._batch_spaces[samples]
-
-    @cached_property
-    def _batch_spaces(self) -> dict:
-        return {}
 
     def batch(self, values: np.ndarray | fd.Function | Sequence[fd.Function], name: str = "values") -> fd.Function:
         """A batch from the values at the owned nodes: a new Function, of which no tape knows. Collective.
@@ -216,8 +213,8 @@ class LabelSpace(OnMesh):
         TypeError
             If `values` is no array of real numbers, or a list with Functions and something else.
         ValueError
-            If the shape does not fit, there is no sample, a value is not finite, a Function lives on another space, or Functions
-            are given while a tape annotates, which would not see them; on all ranks alike.
+            If the shape does not fit, there is no sample, a value is not finite, or a Function lives on another space; or if
+            Functions are given while a tape annotates, which would not see them. On all ranks alike.
         """
         same(self.comm, name=name, values=_has_functions(values))
         if not instance("name", name, str):

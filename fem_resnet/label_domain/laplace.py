@@ -150,7 +150,7 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     Raises
     ------
     ValueError
-        If Y is a set of points, lies in a space of another dimension, or has or tells apart fewer eigenfunctions than the basis.
+        If Y is a set of points, lies in a space of another dimension, or tells fewer eigenfunctions apart than the basis has.
     """
     dimensions = [space.coordinates.shape[1] for space in (basis.Y, Y)]
     if Y.numbers is not None or dimensions[0] != dimensions[1]:

@@ -39,8 +39,8 @@ class Modes(NamedTuple):
         Values at the owned nodes, shape (nodes, count). On a discontinuous space they are at first what the space sees of the
         continuous functions, and not orthonormal.
     stiffness : numpy.ndarray
-        Gram matrix of the gradients of the continuous functions, shape (count, count). In an eigenspace that the mesh has split
-        rotated functions are no eigenfunctions, and the matrix is diagonal in blocks only.
+        Gram matrix of the gradients of the continuous functions, shape (count, count). In an eigenspace that the mesh has
+        split, rotated functions are no eigenfunctions, and the matrix is diagonal only up to these eigenspaces.
     """
 
     eigenvalues: np.ndarray

@@ -63,7 +63,7 @@ class PlaneWaves:
         """The size of an eigenvalue: 1 / length^2, which the first positive one exceeds by the dimension at most."""
         if self.Y.graph is None:
             return self.length**-2
-        return float(self.Y.stiffness.getDiagonal().sum()) / self.Y.measure or 1.0
+        return float(np.real(self.Y.stiffness.getDiagonal().sum())) / self.Y.measure or 1.0
 
     def integrals(self, values: np.ndarray, frequencies: np.ndarray, centre: np.ndarray | None = None) -> np.ndarray:
         """Integrals of functions times plane waves, shape (functions, waves). Collective.

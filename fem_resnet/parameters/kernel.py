@@ -93,7 +93,7 @@ class LowRankKernel(OnMesh):
         return self.psi.values @ (beta.T @ self.phi.project(r))
 
     def functional(self, beta: np.ndarray) -> np.ndarray:
-        """The functional c -> (b, c): `G_Phi beta G_Psi`, of the shape of beta; (b, c) = sum_ij functional(beta)_ij gamma_ij."""
+        """The functional c -> (b, c), `D = G_Phi beta G_Psi`, of the shape of beta: (b, c) = sum_ij D_ij gamma_ij."""
         return self.phi.gram @ beta @ self.psi.gram
 
     def riesz(self, functional: np.ndarray) -> np.ndarray:

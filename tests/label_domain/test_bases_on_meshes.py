@@ -58,7 +58,7 @@ MESHES = {
     "cylinder": (lambda n, comm: fd.PeriodicRectangleMesh(5 * n, 6 * n, 2.0, 3.0, "x", comm=comm), 4, (2.0, 0.0)),
 }  # fmt: skip
 PERIODIC = [kind for kind, (_, _, periods) in MESHES.items() if periods]
-#: Of the unit of length; the last is the Earth's radius in metres. On more ranks one is enough: what differs there is the partition.
+#: Factors of the unit of length; the last is the Earth's radius in metres. On more ranks one factor is enough.
 SCALES = {2: (1e-6,), 3: (6371220.0,)}.get(COMM_WORLD.size, (1e-6, 6371220.0))
 each_basis = pytest.mark.parametrize("element", ["CG1", "DG0"])
 
@@ -195,7 +195,7 @@ def test_the_null_space_of_pieces_has_one_rotation_and_moves(count):
     assert np.abs(phi.eigenvalues).max() < 1e-10
     assert_allclose(phi.project(smooth(phi.Y, 5)), alone.project(smooth(alone.Y, 5)), rtol=0, atol=1e-10)
     moved = phi.on(LabelSpace(fd.FunctionSpace(pieces(2, COMM_WORLD, count), "CG", 1)))
-    # Constant on every piece, where the next eigenvalue is 10, so that integrals over pieces know the mesh by the rotation alone.
+    # They are constant on every piece, where the next eigenvalue is 10. So integrals over pieces see the rotation alone.
     assert np.abs(moved.eigenvalues).max() < 1e-4
     back = moved.on(phi.Y)
     on_pieces = [
@@ -210,7 +210,7 @@ def test_the_null_space_of_pieces_has_one_rotation_and_moves(count):
 
 @on_ranks
 def test_the_stiffness_of_a_split_eigenvalue_is_that_of_its_functions():
-    """On 8 x 8 squares cut by one diagonal the eigenvalue of cos 2 pi x, cos 2 pi y, .. is split; its functions are rotated."""
+    """On 8 x 8 squares cut by one diagonal the eigenvalue of cos 2 pi x, cos 2 pi y, .. is split, its functions rotated."""
     phi = laplace_basis(LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(8, 8), "CG", 1)), 6)
     p = [phi.function(c) for c in np.eye(6)]
     expected = np.array([[assemble(inner(grad(u), grad(v)) * dx) for v in p] for u in p])

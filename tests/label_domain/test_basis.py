@@ -173,7 +173,7 @@ def test_a_rank_that_cuts_a_repeated_eigenvalue_is_told(caplog):
 @on_ranks
 @pytest.mark.parametrize("rank", [0, -1, 26, 2.0, "4", None])
 def test_a_rank_out_of_range_is_refused(rank):
-    with pytest.raises(ValueError, match=r"rank: expected an integer from 1 to 25, .* given"):
+    with pytest.raises(ValueError, match=r"rank: expected an integer from 1 to 25, got"):
         laplace_basis(label_space("disk", "CG1"), rank)
 
 
@@ -223,7 +223,7 @@ def test_dependent_functions_are_refused():
     Y = label_space("disk", "CG1")
     x, y = fd.SpatialCoordinate(Y.V.mesh())
     for functions in ([x, y, x - 2 * y], [x, 0.0], [1, x, 1 + 1e-9 * x]):
-        message = rf"functions: expected .* independent functions, these {len(functions)} are dependent at the 25 nodes .*; drop some"
+        message = rf"functions: expected .* these {len(functions)} are dependent at the 25 nodes .*; drop some"
         with pytest.raises(ValueError, match=message):
             given_basis(Y, functions)
 
@@ -242,7 +242,7 @@ def test_a_function_that_is_not_finite_is_refused():
 @on_ranks
 def test_functions_of_another_space_or_none_are_refused():
     Y = label_space("disk", "CG1")
-    with pytest.raises(ValueError, match="functions: expected .*was given, a Function of .*"):
+    with pytest.raises(ValueError, match="functions: expected Functions of .*, got one of .*"):
         given_basis(Y, [fd.Function(label_space("disk", "DG0").V)])
     with pytest.raises(ValueError, match="functions: expected at least one function"):
         given_basis(Y, [])
@@ -294,7 +294,7 @@ def test_a_basis_of_arrays_checks_them():
         Basis(Y, np.ones((Y.nodes, 2)), "given")
     last = COMM_WORLD.rank == COMM_WORLD.size - 1
     for shape in ((Y.nodes + 1 if last else Y.nodes, 2), (Y.nodes,) if last else (Y.nodes, 1), (Y.nodes, 0)):
-        with pytest.raises(ValueError, match=r"values: expected shape \(nodes, rank\) = \(\d+, at least 1\), \(\d+,.* was"):
+        with pytest.raises(ValueError, match=r"values: expected shape \(nodes, rank\) = \(\d+, at least 1\), got \(\d+,"):
             Basis(Y, np.ones(shape), "given")
     if COMM_WORLD.size > 1:
         with pytest.raises(ValueError, match="values: expected as many functions on all ranks"):
@@ -318,5 +318,5 @@ def test_a_basis_of_arrays_checks_them():
     ids=["Basis", "given_basis", "cell_indicators", "laplace_basis", "on"],
 )
 def test_what_is_no_label_space_is_refused(make):
-    with pytest.raises(TypeError, match=r"^Y: expected a LabelSpace, got WithGeometry; LabelSpace\(V\) is that of"):
+    with pytest.raises(TypeError, match=r"^Y: expected a LabelSpace, got WithGeometry; LabelSpace\(V\) makes one of"):
         make(label_space("disk", "DG0").V)

@@ -1353,7 +1353,7 @@ FURTHER = [
     Fault(
         "a semidefinite kernel has no curvature",
         BUILT_IN,
-        line(stable.PositiveSemidefinite, "curvature", "(dual + dual.T) @ X_1", "0 * X"),
+        line(stable.PositiveSemidefinite, "curvature", "(functional + functional.T) @ X_1", "0 * X"),
         True,
     ),
     Fault(
