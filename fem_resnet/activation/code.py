@@ -41,7 +41,7 @@ def activation_code(activation: Activation, real: str = "double") -> str:
     """
     if not activation.is_described:
         raise ValueError(
-            f"activation: expected one with code in C, {activation.name} has kernels of its own in NumPy; give a SymPy expression"
+            f"activation: expected one with C code, {activation.name} has kernels of its own in NumPy; give a SymPy expression"
         )
     lines = ["#include <tgmath.h>", f"#define REAL {real}"]
     suffix = "f" if real == "float" else ""
