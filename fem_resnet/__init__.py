@@ -4,7 +4,8 @@ from importlib import import_module
 
 # Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
 _MODULES = {
-    "activation.activation": ["ACTIVATIONS", "Activation", "Properties", "get_activation"],
+    "activation.activation": ["ACTIVATIONS", "Activation", "get_activation"],
+    "activation.properties": ["Properties"],
     "control.control_set": ["Box", "ControlSet", "Ellipse", "Points", "Polygon", "Sections"],
     "label_domain.mesh_file": ["read_mesh"],
     "label_domain.label_space": ["LabelSpace"],

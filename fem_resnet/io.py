@@ -32,7 +32,8 @@ from fem_resnet.checkpoint_file import Group, Wrong, are_all, check_meshes, slic
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.files import Damaged, let_go, put_in_place, reserve, seal, sealed
 from fem_resnet.label_domain.basis import Basis, cell_indicators
-from fem_resnet.label_domain.label_space import LabelSpace, checked_graph
+from fem_resnet.label_domain.graph import checked_graph
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import move_laplace
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.network.network import ResidualNetwork

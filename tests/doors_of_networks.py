@@ -216,7 +216,7 @@ DOORS = {
     "LabelSpace.inner": Door(LabelSpace.inner, lambda: {"self": disk(), "f": one(), "g": one()}, parted=("f", "g")),
     "LabelSpace.norm": Door(LabelSpace.norm, lambda: {"self": disk(), "f": one()}, parted=("f",)),
     "LabelSpace.riesz_map": Door(
-        LabelSpace.riesz_map, lambda: {"self": disk(), "dual": fd.Cofunction(disk().V.dual())}, parted=("dual",)
+        LabelSpace.riesz_map, lambda: {"self": disk(), "functional": fd.Cofunction(disk().V.dual())}, parted=("functional",)
     ),
     "class_space": Door(class_space, lambda: {"classes": 4, "comm": COMM_WORLD}, parted=("comm",)),
     "read_mesh": Door(

@@ -843,10 +843,10 @@ def _cached(tmp_path, monkeypatch, damage):
         (file,) = tmp_path.glob(f"*-{LAST}.npz")
         damage(file)
     COMM_WORLD.barrier()
-    solved, solve = [], fem_resnet.label_domain.laplace._eigenfunctions
+    solved, solve = [], fem_resnet.label_domain.laplace.eigenfunctions
     with monkeypatch.context() as patch:
         patch.setattr(
-            fem_resnet.label_domain.laplace, "_eigenfunctions", lambda *arguments: solved.append(1) or solve(*arguments)
+            fem_resnet.label_domain.laplace, "eigenfunctions", lambda *arguments: solved.append(1) or solve(*arguments)
         )
         again = laplace_basis(Y, 3, cache=tmp_path)
         assert solved == [1]

@@ -161,7 +161,7 @@ def test_the_operator_norm_is_the_norm_of_the_kernel_at_rank_one_only(domain, rn
 
         def operator_norm(beta):
             # B^T B has the eigenvalues of this small matrix.
-            return np.linalg.eigvals(beta.T @ kernel.dual(beta)).real.max() ** 0.5
+            return np.linalg.eigvals(beta.T @ kernel.functional(beta)).real.max() ** 0.5
 
         one = np.outer(rng.normal(size=basis.rank), rng.normal(size=basis.rank))
         many = rng.normal(size=kernel.shape)

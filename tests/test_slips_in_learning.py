@@ -80,7 +80,7 @@ def test_the_gradient_has_the_slope_of_sigma():
         def gradients(slope):
             D_a = slope * of.r[l + 1]
             d = kernel.phi.project(D_a[:, None]) @ kernel.psi.project(of.f[l][:, None]).T
-            return D_a, -kernel.primal(d)
+            return D_a, -kernel.riesz(d)
 
         a, b = of.gradient[l].dat.data_ro, space.read(of.gradient[net.layers + l])
         D_a, D_b = gradients(sigma.derivative(u[l]))

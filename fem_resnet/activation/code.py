@@ -1,4 +1,4 @@
-"""sigma and sigma' as C, from what an activation is made of: the built-ins by name, expressions as SymPy prints them.
+"""sigma and sigma' as C: the built-ins from `pointwise.h`, expressions as SymPy prints them.
 
 Functions of the C library are called through its vector variants where it has them (glibc's libmvec, 4 ulp).
 """
@@ -10,8 +10,8 @@ from importlib.resources import files
 import sympy
 from sympy.codegen.rewriting import create_expand_pow_optimization
 
-import fem_resnet.activation.sympy_activation as sympy_activation
 from fem_resnet.activation.activation import Activation
+from fem_resnet.activation.formulas import parts
 
 __all__ = ["activation_code"]
 
@@ -26,12 +26,12 @@ def activation_code(activation: Activation, real: str = "double") -> str:
     activation
         The activation.
     real
-        "double" or "float". Constants are doubles: a compiler has to be told that they are to be REAL.
+        "double" or "float". Constants are doubles; the compiler must be told to take them as REAL.
 
     Raises
     ------
     ValueError
-        If it has kernels of its own, of which C knows nothing, or its expression has functions that C has not.
+        If the activation has kernels of its own in NumPy, or its expression has functions that C lacks.
 
     Examples
     --------
@@ -41,7 +41,7 @@ def activation_code(activation: Activation, real: str = "double") -> str:
     """
     if not activation.is_described:
         raise ValueError(
-            f"activation: {activation.name} has kernels of its own in NumPy; give a SymPy expression to have it in C"
+            f"activation: expected one with C code, {activation.name} has kernels of its own in NumPy; give a SymPy expression"
         )
     lines = ["#include <tgmath.h>", f"#define REAL {real}"]
     suffix = "f" if real == "float" else ""
@@ -60,19 +60,19 @@ def activation_code(activation: Activation, real: str = "double") -> str:
 
 
 def _function(name: str, expression: sympy.Expr, order: int) -> str:
-    parts = sympy_activation.parts(expression, order)
+    found = parts(expression, order)
     expand = create_expand_pow_optimization(16)
-    shared, formulas = sympy.cse([expand(part.formula) for part in parts], symbols=sympy.numbered_symbols("x"))
-    # All formulas are evaluated, outside of their intervals too: a loop without branches is one that compilers vectorise.
+    shared, formulas = sympy.cse([expand(part.formula) for part in found], symbols=sympy.numbered_symbols("x"))
+    # All formulas are evaluated, outside of their intervals too: compilers vectorise loops without branches.
     values = [*shared, *((f"part_{k}", formula) for k, formula in enumerate(formulas))]
     body = [f"    const REAL {symbol} = {_print(value)};" for symbol, value in values]
     # In this order a NaN takes the last formula, and is one there too.
-    choice = "".join(f"s <= {part.right!r} ? part_{k} : " for k, part in enumerate(parts[:-1]))
-    return "\n".join([f"static inline REAL {name}(REAL s) {{", *body, f"    return {choice}part_{len(parts) - 1};", "}"])
+    choice = "".join(f"s <= {part.right!r} ? part_{k} : " for k, part in enumerate(found[:-1]))
+    return "\n".join([f"static inline REAL {name}(REAL s) {{", *body, f"    return {choice}part_{len(found) - 1};", "}"])
 
 
 def _print(formula: sympy.Basic) -> str:
     try:
         return sympy.ccode(formula, standard="C99", strict=True)
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f"expression: {formula} cannot be written in C ({error})") from error
+        raise ValueError(f"expression: expected functions that C has, got {formula} ({error})") from error

@@ -1,9 +1,9 @@
-"""What a formula in s does on a whole interval, proved: interval arithmetic in place of samples.
+"""Enclosures: intervals that provably contain all values of a formula in s over an interval.
 
 An *enclosure* of g over an interval X is an interval that contains g(X). Interval arithmetic (mpmath's, rounded outward)
-gives one from the formula. It is too wide where s occurs more than once, so what several forms of the formula give is cut:
-as it is, as a product, in decaying powers of e, and on half lines as a function of 1 / s. There s^k e^(p(s)) is enclosed as
-one function.
+gives one from the formula. It is too wide where s occurs more than once. So the intersection is taken over several forms of
+the formula: as given, as a product, in decaying powers of e, and on half lines as a function of 1 / s. A product
+s^k e^(p(s)) is enclosed as one function.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _IV, _MP = MPIntervalContext(), mpmath.MPContext()
 _IV.prec = _MP.prec = _DIGITS
 #: mpmath's functions are good to the last bits; this many more are granted.
 _SLACK = _MP.mpf(2) ** (16 - _DIGITS)
-#: Operations of a formula from which on SymPy may take minutes to bring it to another form.
+#: With more operations than this in a formula, SymPy may take minutes to bring it to another form.
 LONG = 40
 
 
 class Unproved(Exception):
-    """Interval arithmetic cannot tell: an unknown function, or a value that may not be there."""
+    """Interval arithmetic has no answer: a function is unknown, or a value may not exist."""
 
 
 def interval(low, high):
@@ -50,7 +50,7 @@ def _number(x: float | mpmath.mpf):
 
 
 class OnePlusErf(sympy.Function):
-    """1 + erf(u) = erfc(-u), which SymPy writes as 2 - erfc(u): of that no digits are left where u is far below 0."""
+    """1 + erf(u) = erfc(-u). SymPy writes it as 2 - erfc(u), which loses all digits where u is far below 0."""
 
     nargs = 1
 
@@ -132,7 +132,7 @@ class _Over:
         raise Unproved(f"no enclosure of {node.func}")
 
     def _product(self, node: sympy.Mul):
-        """Of factors; s^k e^(p(s)) counts as one, which falls or rises where k / s + p'(s) has one sign."""
+        """An enclosure of a product; s^k e^(p(s)) counts as one factor, monotone where k / s + p'(s) has one sign."""
         factors, X = _factors(node, self.s), self.X
         product = prod(map(self, node.args if factors is None else factors.others), start=_IV.mpf(1))
         if factors is None:
@@ -156,7 +156,7 @@ def _power(base, exponent: sympy.Expr):
 
 
 def _inverse(X):
-    """1 / X; of an interval that ends at 0, what lies on its side of 0."""
+    """1 / X; if X ends at 0, the half line on its side of 0."""
     if X.a > 0 or X.b < 0:
         return 1 / X
     if X.a == 0 and X.b > 0:
@@ -193,7 +193,7 @@ def _factors(node: sympy.Mul, s: sympy.Symbol) -> _Factors | None:
 
 
 def _at_end(factors: _Factors, s: sympy.Symbol, end):
-    """s^k e^p at an end of an interval: 0 or infinite where the end is."""
+    """s^k e^p at an end of an interval; where that is infinite, the limit 0 or infinity."""
     power, exponent = factors.power, factors.exponent
     if not _MP.isinf(_MP.mpf(end)):
         return _power(_number(end), power) * _Over(s, _number(end))(sympy.exp(exponent))
@@ -203,12 +203,12 @@ def _at_end(factors: _Factors, s: sympy.Symbol, end):
 
 
 class Formula:
-    """A smooth formula in s, with what encloses it over intervals.
+    """A smooth formula in s, and its enclosures over intervals.
 
     Parameters
     ----------
     expression
-        In the one symbol `s`. Its decimal numbers are taken for the binary ones that they are stored as.
+        In the one symbol `s`. Decimal numbers stand for the binary ones as which they are stored.
     s
         The symbol, real.
     rewritten
@@ -255,15 +255,16 @@ class Formula:
         return None if math.isnan(found.a) or math.isnan(found.b) else found
 
     def at(self, point: float):
-        """The same at one point."""
+        """An interval that contains the value at one point; errors are as of `over`."""
         return self.over(_number(point))
 
     def never_zero_far_out(self, X) -> bool:
         """Whether no factor of the formula vanishes on a half line, where it may decay to 0."""
         form = self._form(_side(X))
-        return form is not None and all(self._has_no_zero(*factor.as_base_exp(), X) for factor in sympy.Mul.make_args(form))
+        return form is not None and all(self._has_no_zero(factor, X) for factor in sympy.Mul.make_args(form))
 
-    def _has_no_zero(self, base: sympy.Expr, exponent: sympy.Expr, X) -> bool:
+    def _has_no_zero(self, factor: sympy.Expr, X) -> bool:
+        base, exponent = factor.as_base_exp()
         if exponent.is_negative or base.func in (sympy.exp, sympy.erfc, OnePlusErf, sympy.cosh) or base.is_positive:
             return True
         over = self._by(base, self._s, X)
@@ -288,7 +289,7 @@ class Formula:
 
 
 def has_shifts(expression: sympy.Expr, s: sympy.Symbol) -> bool:
-    """Whether there is an e^(c s + d) in it: SymPy takes for ever to factor these."""
+    """Whether the expression has an e^(c s + d), d not 0: SymPy takes for ever to factor these."""
     return any(part.args[0].subs(s, 0) != 0 for part in expression.atoms(sympy.exp, sympy.tanh, sympy.sinh, sympy.cosh))
 
 

@@ -1,11 +1,11 @@
 """Suprema and zeros of a function that is given by formulas, on the whole line, proved by cutting it into cells.
 
-On each cell X, with its middle m, all of
+On each cell X, with its middle m, g(X) lies
 
-    g(X) in g(X as an interval),    in g(m) + g'(X) (X - m),    between the values at the ends if g' has one sign on X
+    in g(X as an interval),    in g(m) + g'(X) (X - m),    between the values at the ends if g' has one sign on X,
 
-are taken. The cell that decides is cut again, until the question is answered or `CELLS` cells have been looked at. Half lines
-count as cells.
+and the best of these bounds is taken. The cell that decides is cut again, until the question is answered or `CELLS` cells have
+been looked at. Half lines count as cells.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CLOSE = 1e-12
 
 
 class Piece(NamedTuple):
-    """A formula that is good between two ends, which may be infinite."""
+    """A formula that holds between two ends, which may be infinite."""
 
     left: float
     right: float
@@ -91,18 +91,21 @@ def supremum(
     pieces
         What g is, on intervals that together are its domain.
     known
-        A value that is reached, as far as samples tell.
+        A value that g reaches, by samples.
     enough
-        Stop where high <= enough is known, or low > enough; else where both are as close as `tolerance`, relative.
+        Stop as soon as high <= enough or low > enough.
+    tolerance
+        Stop as soon as low and high are as close as this, relative.
     cells
-        How many cells to look at; then the bounds are as far apart as they are.
+        Stop after so many cells, however far apart the bounds are.
 
     Raises
     ------
     Unproved
         If there is no bound from above at all on some cell.
     """
-    low, stuck, heap, looked = known, -math.inf, [], 0
+    low, stuck, looked = known, -math.inf, 0
+    heap: list[tuple[float, int, float, float, float | None, Formula]] = []
 
     def look(formula: Formula, left: float, right: float, above: float) -> None:
         nonlocal low, looked
@@ -133,25 +136,25 @@ def supremum(
 
 
 def zeros(piece: Piece, at_most: int = 1, cells: int = CELLS) -> list[tuple[float, float]]:
-    """Short intervals that hold all zeros of an analytic formula that is not constant, one each.
+    """Short intervals, one for each zero, of an analytic formula that is not constant.
 
-    Where the formula comes as close to 0 as doubles can tell, touching it or not, that counts as a zero.
+    A place where the formula comes so close to 0 that doubles cannot tell the difference counts as a zero.
 
     Parameters
     ----------
     piece
-        The formula, and where it is good.
+        The formula, and where it holds.
     at_most
-        The search ends with a zero more than these.
+        The search ends when more zeros than this are found.
     cells
-        How many cells to look at.
+        The most cells to look at.
 
     Raises
     ------
     Unproved
-        If that takes too many cells, or a cell has no enclosure.
+        If the search takes too many cells, or a cell has no enclosure.
     """
-    # Half lines come last: there may be zeros enough elsewhere.
+    # Half lines come last: elsewhere there may be more zeros than `at_most`.
     waiting = sorted(_first_cells(piece), key=lambda cell: math.isfinite(cell[0]) and math.isfinite(cell[1]))
     found: list[tuple[float, float]] = []
     looked = 0
@@ -169,7 +172,7 @@ def zeros(piece: Piece, at_most: int = 1, cells: int = CELLS) -> list[tuple[floa
         except Unproved:
             slope = EVERYTHING
         if slope.a >= 0 or slope.b <= 0:
-            # Strictly monotone, as it is analytic: an end of infinite length only has its limit, which is no value.
+            # Strictly monotone, since it is analytic. At an infinite end there is only a limit, which is no value.
             at_left, at_right = (
                 piece.formula.at(end) if math.isfinite(end) else piece.formula.over(_beyond(end)) for end in (left, right)
             )
@@ -200,7 +203,7 @@ def _beyond(end: float):
 
 
 def _root(formula: Formula, left: float, right: float) -> tuple[float, float]:
-    """By bisection, as far as signs are certain."""
+    """The zero in a cell with a change of sign, by bisection, as far as signs are certain."""
     sign_left = formula.at(left).b < 0
     while (middle := _middle(left, right)) is not None:
         value = formula.at(middle)
@@ -211,7 +214,7 @@ def _root(formula: Formula, left: float, right: float) -> tuple[float, float]:
 
 
 def _joined(found: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """One interval for those that touch."""
+    """The intervals, those that touch made one."""
     joined: list[tuple[float, float]] = []
     for left, right in sorted(found):
         if joined and left - joined[-1][1] <= 100 * _CLOSE * max(1.0, abs(left)):

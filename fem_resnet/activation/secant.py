@@ -2,7 +2,7 @@ r"""The mean of sigma over the segment from u0 to u1: the discrete gradient of i
 
     D(u0, u1) = int_0^1 sigma(u0 + theta (u1 - u0)) d theta = (Sigma(u1) - Sigma(u0)) / (u1 - u0),    D(u, u) = sigma(u)
 
-The quotient loses digits where u1 is near u0, so there the integral is evaluated, by Gauss's rule on each side of the
+The quotient loses digits where u1 is near u0. There the integral is evaluated, by Gauss's rule on each side of the
 joints of sigma. With theta_0 = 1 - theta and theta_1 = theta the derivatives are
 
     D_k = int theta_k sigma' d theta,      D_jk = int theta_j theta_k sigma'' d theta        (with the jumps of sigma'),
@@ -20,14 +20,14 @@ import itertools
 import numpy as np
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.activation.sympy_activation import right_of
+from fem_resnet.activation.pieces import right_of
 
 __all__ = ["Secant"]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 #: Gauss's rule on [0, 1].
 _NODES, _WEIGHTS = (1 + _NODES) / 2, _WEIGHTS / 2
-#: Where an activation is looked at, to see on which lengths the rule has all digits; farther out it is smoother.
+#: The rule is tried on |u| <= this, to find the lengths on which it has all digits; farther out activations are smoother.
 _RANGE = 16.0
 
 
@@ -37,7 +37,7 @@ class Secant:
     Parameters
     ----------
     activation
-        sigma. Its primitive is asked for where u1 is far from u0.
+        sigma. Its primitive is used where u1 is far from u0.
 
     Attributes
     ----------
@@ -66,9 +66,9 @@ class Secant:
         Parameters
         ----------
         u0, u1
-            Arrays of one shape.
+            The ends of the segments, arrays of one shape.
         order
-            0, 1 or 2.
+            Of the derivatives: 0, 1 or 2.
 
         Returns
         -------
@@ -101,7 +101,7 @@ class Secant:
         totals = [np.zeros_like(u0) for _ in range((1, 3, 6)[order])]
         for left, right in self._pieces:
             start, end = np.clip(u0, left, right), np.clip(u1, left, right)
-            # What part of the segment lies in this piece; a point at a joint belongs to the left, as derivatives do.
+            # The part of the segment in this piece. A point at a joint belongs to the left, as its derivatives do.
             part = np.where(same, (u0 > left) & (u0 <= right), (end - start) / divisor)
             if not part.any():
                 continue
@@ -140,7 +140,7 @@ class Secant:
 
 
 def _add(totals, weight, theta, values):
-    """Add a node's terms to D, D_k, D_jk."""
+    """Add the terms of one of Gauss's nodes to D, D_k, D_jk."""
     totals[0] += weight * values[0]
     if len(values) > 1:
         slope = weight * values[1]

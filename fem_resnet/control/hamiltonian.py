@@ -26,7 +26,8 @@ from fem_resnet.arguments import choice, instance, integer, number, real_array
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import LabelSpace, check_label_space, sample_weights
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.inputs import LayerCoefficients
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.objective import LearningProblem

@@ -27,7 +27,7 @@ from fem_resnet.control.hamiltonian import Controls, Hamiltonian, Pair, orthonor
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.parameters.retraction import orthonormal
+from fem_resnet.label_domain.orthonormal import orthonormal
 from fem_resnet.ranks import same
 
 __all__ = ["RowBall", "RowBox", "SpanBox", "distance", "nearest_controls", "raise_controls", "raise_rows", "raise_span"]

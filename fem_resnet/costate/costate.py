@@ -39,7 +39,8 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.arguments import flag, function, instance, integer, real_array
 from fem_resnet.costate.trajectory import LayerTrajectory, Trajectory, like
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.label_domain.label_space import LabelSpace, sample_weights
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.head import PREDICTIONS, Prediction
 from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
@@ -284,7 +285,7 @@ class _Backward:
             in_a, in_b = v.sum(axis=1), -phi.project(v) @ psi.project(f).T
             if isinstance(self._running, RunningCost):
                 in_a = in_a + self._cost_slopes(t, f)[1].sum(axis=1)
-                in_b += self._running.kernel * self._inputs.factors.dual(self._layer.beta(t))
+                in_b += self._running.kernel * self._inputs.factors.functional(self._layer.beta(t))
             in_bias = self._inputs.bias.pull_back(fraction, self._weights * in_a)
             in_kernel = self._inputs.beta.pull_back(fraction, in_b)
             self.functional = self.functional + step.length * step.weights[i] * np.concatenate([in_bias, in_kernel])

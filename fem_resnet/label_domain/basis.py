@@ -1,9 +1,10 @@
 """Finite bases of functions on the label domain.
 
 A basis is a list of functions p_1 .. p_rank on Y, held by their values P at the nodes (nodes x rank), with the Gram
-matrix G = P^T M P of the label measure. Kernel factors phi and psi and a bias in a basis are such lists.
+matrix G = P^T M P of the label measure. The kernel factors phi and psi are bases, and a bias may be given in one.
 
-A basis whose functions are defined without the mesh can be had on another mesh of the same Y: `Basis.on`.
+Functions that do not depend on the mesh, such as Laplace eigenfunctions, can be moved to another mesh of the same Y by
+`Basis.on`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class Basis(OnMesh):
     kind
         What the basis is, for messages and files: "laplace", "given" or "cells".
     eigenvalues
-        One a function, where they are eigenfunctions. A function may be a mixture of those to one eigenvalue, which a mesh
-        splits: what its gradients are is the business of `stiffness`.
+        Of eigenfunctions, shape (rank,). A function may be a mixture of several eigenfunctions, where a
+        mesh splits a repeated eigenvalue; the gradients are then those of `stiffness`.
     move
-        ``move(basis, Y2)``: the same functions on another label space of the same Y, where there is a way.
+        ``move(basis, Y2)`` gives the same functions on another label space of the same Y; None where there is no way.
     stiffness
         Gram matrix of the gradients, shape (rank, rank), where it is known; `P^T K P` if left out.
 
@@ -58,8 +59,8 @@ class Basis(OnMesh):
     TypeError
         If an argument is of another kind.
     ValueError
-        If the functions are linearly dependent at the nodes, or their values are not finite or have another shape; if what is
-        said of them has another shape, or differs between ranks; on all ranks alike.
+        If the functions are linearly dependent at the nodes, or their values are not finite or have another shape; if another
+        argument has another shape, or differs between ranks; on all ranks alike.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class Basis(OnMesh):
         for nodes, shape in given:
             if len(shape) != 2 or shape[0] != nodes or shape[1] < 1:
                 raise ValueError(f"values: expected shape (nodes, rank) = ({nodes}, at least 1), got {shape}")
-        if len({shape[1] for _, shape in given}) > 1:
-            raise ValueError(f"values: the ranks give different numbers of functions, {[shape[1] for _, shape in given]}")
+        ranks = [shape[1] for _, shape in given]
+        if len(set(ranks)) > 1:
+            raise ValueError(f"values: expected as many functions on all ranks of the communicator, got {ranks}")
         self.Y = Y
         self.kind = kind
         #: One function after the other in memory: loops over nodes read each in one stream.
@@ -94,17 +96,22 @@ class Basis(OnMesh):
         self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
         if not np.isfinite(self.gram).all():
             column = int(np.flatnonzero(~np.isfinite(np.diag(self.gram)))[0])
-            raise ValueError(f"values: function {column} of the basis has values that are not finite")
+            raise ValueError(f"values: expected finite numbers, function {column} of the basis has others")
         size = np.sqrt(np.diag(self.gram))
         correlation = np.linalg.eigvalsh(self.gram / np.outer(size, size)) if size.all() else np.zeros(1)
         if correlation[0] < 1e-12:
             raise ValueError(
-                f"values: the {self.rank} functions are linearly dependent at the {Y.size} nodes "
+                f"values: expected linearly independent functions, these {self.rank} are dependent at the {Y.size} nodes "
                 f"(smallest eigenvalue of their normalised Gram matrix {correlation[0]:.1e}); drop some"
             )
 
     def __repr__(self) -> str:
         return f"Basis({self.kind}, rank {self.rank}, {self.Y!r})"
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """R, upper triangular with R^T R = G, shape (rank, rank): `P R^-1` is orthonormal, |R c| the norm of `P c`."""
+        return read_only(np.linalg.cholesky(self.gram)).T
 
     @cached_property
     def weighted(self) -> np.ndarray:
@@ -115,12 +122,12 @@ class Basis(OnMesh):
     def stiffness(self) -> np.ndarray:
         """Gram matrix of the gradients, `P^T K P`, shape (rank, rank), on every rank.
 
-        That of eigenfunctions on a discontinuous space is that of the continuous functions which they were made of.
+        Eigenfunctions on a discontinuous space have the gradients of the continuous functions of which they were made.
 
         Raises
         ------
         ValueError
-            If the functions have no gradient, being discontinuous, and are no eigenfunctions.
+            If the functions are discontinuous, so that they have no gradient, and are no eigenfunctions.
         """
         if self._stiffness is not None:
             return self._stiffness
@@ -136,8 +143,14 @@ class Basis(OnMesh):
         """
         return self.Y.sum(self.values.T @ (self.Y.weights[:, None] * values))
 
-    def dual(self, coefficients: np.ndarray) -> np.ndarray:
-        """`M P c`: the transpose of `project`, dual to node values, shape (nodes, samples)."""
+    def functional(self, coefficients: np.ndarray) -> np.ndarray:
+        """The functional f -> (P c, f): `M P c` at the owned nodes, shape (nodes, samples). The transpose of `project`.
+
+        Parameters
+        ----------
+        coefficients
+            c, shape (rank, samples).
+        """
         values = self.values @ coefficients
         values *= self.Y.weights[:, None]
         return values
@@ -150,17 +163,24 @@ class Basis(OnMesh):
         TypeError
             If `Y` is no LabelSpace.
         ValueError
-            If the functions are tied to their mesh, as indicators of cells are, or cannot be had on that one.
+            If the functions are tied to their mesh, as indicators of cells are, or the other mesh does not resolve them.
         """
         check_label_space(Y)
         if Y is self.Y:
             return self
         if self._move is None:
-            raise ValueError(f"on: the functions of {self!r} are tied to their mesh; a Laplace basis is not")
+            raise ValueError(
+                f"on: expected functions that can move, those of {self!r} are tied to their mesh; a Laplace basis is not"
+            )
         return self._move(self, Y)
 
     def function(self, coefficients: np.ndarray) -> fd.Function:
-        """The function `P c` of V for coefficients c, shape (rank,); for a matrix (rank, samples) a batch. Collective.
+        """The function `P c` of `Y.V`, or a batch. Collective.
+
+        Parameters
+        ----------
+        coefficients
+            c, shape (rank,), the same on every rank; or shape (rank, samples) for a batch.
 
         Raises
         ------
@@ -196,7 +216,7 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
     TypeError
         If `Y` is no LabelSpace, or `functions` no list.
     ValueError
-        If there is none, one is no function or number, one lives on another space, or they are linearly dependent.
+        If the list is empty, an entry is no function or number or lives on another space, or they are linearly dependent.
     """
     check_label_space(Y)
     same(Y.comm, functions=functions)
@@ -219,7 +239,7 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
 
 
 def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) -> np.ndarray:
-    """Its values at the owned nodes. Collective."""
+    """Values at the owned nodes. Collective."""
     if isinstance(given, fd.Function):
         return given.dat.data_ro.copy()
 
@@ -227,16 +247,16 @@ def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) ->
         try:
             return fd.Function(Y.V).interpolate(fd.as_ufl(given))
         except Exception as error:  # whatever UFL and its compiler say of an expression
-            raise ValueError(f"functions: {given} cannot be interpolated in {Y.V}: {error}") from error
+            raise ValueError(f"functions: expected what {Y.V} can interpolate, got {given}: {error}") from error
 
     return together(Y.comm, interpolate).dat.data_ro.copy()
 
 
 def cell_indicators(Y: LabelSpace) -> Basis:
-    """The indicators of the cells: the basis of full rank, with which a kernel is any matrix between neurons.
+    """The indicators of the cells: a basis of full rank, in which a kernel is any matrix between neurons.
 
-    Its rank is the number of cells N; coefficients of a kernel are then N x N and stand on every rank. The cells are
-    numbered as `node_numbers` says.
+    Its rank is the number N of cells, so that a kernel has N x N coefficients, and every rank holds them all. `node_numbers`
+    says how the cells are numbered.
 
     Raises
     ------
@@ -248,17 +268,17 @@ def cell_indicators(Y: LabelSpace) -> Basis:
     check_label_space(Y)
     element = Y.V.ufl_element()
     if element.embedded_superdegree != 0:
-        raise ValueError(f"Y: cell indicators span DG of degree 0, the space is {element}")
+        raise ValueError(f"Y: expected DG of degree 0, which cell indicators span, got {element}")
     values = np.zeros((Y.nodes, Y.size))
     values[np.arange(Y.nodes), node_numbers(Y)] = 1.0
     return Basis(Y, values, "cells")
 
 
 def node_numbers(Y: LabelSpace) -> np.ndarray:
-    """Numbers from 0 of the owned nodes, shape (nodes,): by coordinates, last one slowest, whatever the partition.
+    """Numbers from 0 of the owned nodes, shape (nodes,), whatever the partition. Collective.
 
-    Nodes of DG of degree 0 are the midpoints of cells. Points of `point_space` have their own numbers. Collective;
-    every rank sees the coordinates of all nodes.
+    The nodes are in the order of their coordinates, the last coordinate slowest; points of `point_space` have their own
+    numbers. Nodes of DG of degree 0 are the midpoints of cells. Every rank sees the coordinates of all nodes.
 
     Raises
     ------
@@ -274,8 +294,8 @@ def node_numbers(Y: LabelSpace) -> np.ndarray:
     order = np.lexsort(keys.T)
     if (keys[order[1:]] == keys[order[:-1]]).all(axis=1).any():
         raise ValueError(
-            "Y: two cells have the same midpoint, or nodes the same coordinates, so they cannot be numbered the same "
-            "on every partition"
+            "Y: expected nodes (or midpoints of cells) at different places, got two that coincide, so they cannot be numbered "
+            "the same on every partition; point_space numbers them itself"
         )
     first = Y.comm.exscan(Y.nodes) or 0
     return np.argsort(order)[first : first + Y.nodes]
@@ -284,9 +304,16 @@ def node_numbers(Y: LabelSpace) -> np.ndarray:
 def spread_columns(values: np.ndarray, dtype: DTypeLike = float) -> np.ndarray:
     """A copy whose columns begin at different places of the caches, shape (nodes, rank), each one stream in memory.
 
-    Compiled loops read some nodes of all columns again and again. Columns a power of two apart, as those of 2^n nodes
-    would be, fall on the same few lines of a cache and drive each other out; here they are an odd number of 64 entries
-    apart, and begin where a cache line does.
+    Compiled loops read some nodes of all columns again and again. Columns that lie a power of two apart, as with 2^n nodes,
+    fall on the same few lines of a cache and drive each other out. Here they lie an odd number of 64 entries apart, and begin
+    where a cache line does.
+
+    Parameters
+    ----------
+    values
+        Shape (nodes, rank).
+    dtype
+        The type of the copy.
     """
     nodes, rank = np.shape(values)
     apart = 64 * (-(-nodes // 64) | 1)

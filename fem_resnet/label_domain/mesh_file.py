@@ -1,8 +1,8 @@
-"""Meshes of label domains from Gmsh files, looked at before they are read.
+"""Meshes of label domains from Gmsh files, checked before they are read.
 
-Firedrake's `Mesh` takes such a file too. It cannot see what a file should not hold: a closed surface is read without its
-last coordinate unless ``dim=3`` is given, curved cells end in a message about shapes of arrays, and cells of several kinds
-in an error on one rank alone, for which the others wait. `read_mesh` lets rank 0 look at the whole file first.
+Firedrake's `Mesh` reads such files too, but without checks. It reads a closed surface without its last coordinate unless
+``dim=3`` is given; curved cells end in a message about shapes of arrays; cells of several kinds raise an error on one rank
+alone, for which the others wait. `read_mesh` lets rank 0 look at the whole file first.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ def read_mesh(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> fd.MeshGeome
     >>> mesh.geometric_dimension
     2
     """
-    same(instance("comm", comm, MPI.Comm, "firedrake.COMM_WORLD and firedrake.COMM_SELF are such"), path=path)
+    same(instance("comm", comm, MPI.Comm, "give firedrake.COMM_WORLD or firedrake.COMM_SELF"), path=path)
     instance("path", path, (str, os.PathLike), "the name of a file")
     dimension = on_first(comm, lambda: _dimension(Path(path)))
     return fd.Mesh(os.fspath(path), dim=dimension, comm=comm)
 
 
 def _dimension(path: Path) -> int:
-    """How many coordinates the points of a file need; raises where its cells are not what a label domain can have."""
+    """How many coordinates the points of a file need; an error where a label domain cannot have its cells."""
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
     if path.suffix.lower() != ".msh":
         raise ValueError(f"path: expected a Gmsh file .msh, got {path.name}; firedrake.Mesh reads some other formats")
     try:
-        # PETSc would else keep as many coordinates as the cells have dimensions.
+        # By default PETSc keeps as many coordinates as the cells have dimensions.
         with OptionsManager({"dm_plex_gmsh_spacedim": 3}, "").inserted_options():
             plex = PETSc.DMPlex().createFromFile(os.fspath(path), comm=PETSc.COMM_SELF)
     except PETSc.Error as error:

@@ -1,13 +1,14 @@
-"""What makes a function space one of nodes with weights, as `label_space` wants it.
+"""Function spaces V of nodes with weights, as a label space needs them, and the check of a given one.
 
-The degrees of freedom of V are the values at points of each cell, and the integrals over the cell of the basis functions
-are clearly positive. V is asked for that, not judged by its name: see `check_space`, which also sees spaces that share
-or restrict the degrees of freedom of another one, and meshes that lie folded in the plane.
+The degrees of freedom of V must be the values at points of each cell, and the integrals of the basis functions over the cell
+clearly positive. `check_space` looks at the element itself for both, and not at its name. It also refuses spaces that share or
+restrict the degrees of freedom of another one, and meshes that lie folded in the plane.
 """
 
 from __future__ import annotations
 
 import FIAT
+import finat.ufl
 import firedrake as fd
 import numpy as np
 import ufl
@@ -16,7 +17,7 @@ from mpi4py import MPI
 
 __all__ = ["WHAT_WORKS", "check_space"]
 
-# A weight of the reference cell below this part of the cell's measure is zero up to round-off.
+#: A weight of the reference cell below this part of the cell's measure is zero up to round-off.
 _SMALLEST_WEIGHT = 1e-6
 
 WHAT_WORKS = (
@@ -34,59 +35,59 @@ def check_space(V: fd.functionspaceimpl.WithGeometry, neighbours: bool = True) -
     V
         The function space.
     neighbours
-        Whether cells that share a facet lie side by side; in `point_space` they lie anywhere.
+        Whether cells that share a facet must lie side by side; in `point_space` they may lie anywhere.
 
     Raises
     ------
     TypeError
-        If it is no scalar function space, or part of another one.
+        If V is no scalar function space, or part of another one.
     ValueError
-        If it is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
+        If V is not nodal, a weight is not clearly positive, or cells of the mesh lie on each other.
     """
     if V.value_shape != () or len(V) != 1:
-        raise TypeError(f"V: expected a scalar space, {V.ufl_element()} has values of shape {V.value_shape}")
+        raise TypeError(f"V: expected a scalar space, got {V.ufl_element()} with values of shape {V.value_shape}")
     if V.index is not None or V.component is not None:
-        raise TypeError("V: expected a space of its own, this one is part of another; give V.collapse()")
+        raise TypeError("V: expected a space of its own, got a part of another one; give V.collapse()")
     if V.boundary_set:
         raise TypeError(
-            f"V: expected a space with all its nodes, this one is restricted on {', '.join(map(str, V.boundary_set))}; give "
-            f"the FunctionSpace that it restricts"
+            f"V: expected a space with all its nodes, got one restricted on {', '.join(map(str, V.boundary_set))}; give the "
+            f"FunctionSpace that it restricts"
         )
     mesh = V.mesh()
     if mesh.topological_dimension == 0:
-        raise ValueError("V: expected a mesh of cells, this one has points alone; point_space(weights, points) takes points")
+        raise ValueError("V: expected a mesh of cells, got one of points alone; point_space(weights, points) takes points")
     _check_element(V.ufl_element())
     if neighbours and _is_folded(mesh):
         raise ValueError(
-            "V: cells of its mesh lie on each other, as those of a surface do that was read without its last coordinate; read "
-            "the file with Mesh(name, dim=3), a curve with the dimension that it lies in"
+            "V: expected cells that lie side by side, got some that lie on each other, as when a surface was read without its "
+            "last coordinate; read the file by read_mesh, or with the dimension of the surrounding space, Mesh(name, dim=3)"
         )
 
 
-def _check_element(description: ufl.finiteelement.AbstractFiniteElement) -> None:
+def _check_element(description: finat.ufl.FiniteElementBase) -> None:
     if description.family() in ("Real", "HDiv Trace"):
-        raise ValueError(f"V: {description} has no nodes in the cells of the mesh. {WHAT_WORKS}")
+        raise ValueError(f"V: expected nodes in the cells of the mesh, {description} has none. {WHAT_WORKS}")
     if not isinstance(description.pullback, ufl.pullback.IdentityPullback):
-        raise ValueError(f"V: the degrees of freedom of {description} are no point values. {WHAT_WORKS}")
+        raise ValueError(f"V: expected point values as degrees of freedom, got {description}. {WHAT_WORKS}")
     for factor in _factors(create_element(description)):
         element = getattr(factor, "fiat_equivalent", None)
         if not hasattr(element, "degree"):  # a Quadrature element
-            raise ValueError(f"V: {description} has values at points and no functions between them. {WHAT_WORKS}")
+            raise ValueError(f"V: expected functions between the nodes too, {description} has none. {WHAT_WORKS}")
         if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):
-            raise ValueError(f"V: the degrees of freedom of {description} are no point values. {WHAT_WORKS}")
+            raise ValueError(f"V: expected point values as degrees of freedom, got {description}. {WHAT_WORKS}")
         cell = element.get_reference_element()
         rule = FIAT.create_quadrature(cell, element.degree())
         table = element.tabulate(0, rule.get_points())[(0,) * cell.get_spatial_dimension()]
         smallest = (table @ rule.get_weights()).min() / rule.get_weights().sum()
         if smallest < _SMALLEST_WEIGHT:
             raise ValueError(
-                f"V: {description} has a node of weight {smallest:.2g} of its cell; all must be positive, since an "
-                f"integral over Y is the sum of node values with these weights. {WHAT_WORKS}"
+                f"V: expected positive weights, since an integral over Y is the sum of node values with these weights; "
+                f"{description} has a node of weight {smallest:.2g} of its cell. {WHAT_WORKS}"
             )
 
 
 def _factors(element):
-    """The elements on simplices of which a tensor-product element is made; weights multiply."""
+    """The elements on simplices of which a tensor-product element is the product; its weights are products of theirs."""
     if hasattr(element, "product"):
         yield from _factors(element.product)
     elif hasattr(element, "factors"):
@@ -99,7 +100,7 @@ def _factors(element):
 def _is_folded(mesh: fd.MeshGeometry) -> bool:
     """Whether two neighbours lie on one side of the facet between them, in a mesh of the line or of the plane. Collective.
 
-    A closed curve or surface that has lost a coordinate does so; in more dimensions than its own a mesh may fold.
+    Some do so where a closed curve or surface has lost a coordinate. In more dimensions than its own a mesh may fold.
     """
     if mesh.extruded:
         mesh = mesh._base_mesh
@@ -126,7 +127,7 @@ def _is_folded(mesh: fd.MeshGeometry) -> bool:
 
 
 def _corner_nodes(mesh: fd.MeshGeometry) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which nodes of the coordinates are a cell's corners, and which corners its facets have; None where none are."""
+    """Which nodes of the coordinates are a cell's corners, and which corners each facet has; None if corners are no nodes."""
     element = create_element(mesh.coordinates.function_space().ufl_element().sub_elements[0]).fiat_equivalent
     if not all(isinstance(dof, FIAT.functional.PointEvaluation) for dof in element.dual_basis()):
         return None

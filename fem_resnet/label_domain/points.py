@@ -1,24 +1,22 @@
 """Label domains without geometry: classes, point clouds, graphs.
 
 A finite set of K points with weights w is a label domain like any other: DG of degree 0 on a mesh of K intervals of
-lengths w_i, so that `int f dy = sum_i w_i f_i` and every integral in UFL over the cells means what it says. Where the
-points lie in space the intervals are short pieces of lines through them. Which of them are neighbours only a graph says:
-what follows another in the arguments does not, and without a graph there is no Laplacian. With edge weights A_ij the place
-of the squared gradients is taken by
+lengths w_i, so that `int f dy = sum_i w_i f_i`, and integrals in UFL over the cells are right too. Where the points lie in
+space, the intervals are short pieces of lines through them. The order of the points says nothing: only a graph makes some of
+them neighbours, and without one there is no Laplacian. With edge weights A_ij the integral of squared gradients becomes
 
     <K f, f> = 1/2 sum_ij A_ij (f_i - f_j)^2,
 
-and the Laplace eigenfunctions are those of the graph Laplacian, `K x = lambda diag(w) x`.
+and the Laplace eigenfunctions are the eigenvectors of the graph Laplacian, `K x = lambda diag(w) x`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import firedrake as fd
 import numpy as np
 import scipy.sparse
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import instance, integer, real_array
@@ -27,34 +25,34 @@ from fem_resnet.ranks import same
 
 __all__ = ["class_space", "point_space"]
 
-_COMM = "firedrake.COMM_WORLD and firedrake.COMM_SELF are such"
+_COMM = "give firedrake.COMM_WORLD or firedrake.COMM_SELF"
 
 
 def point_space(
-    weights: Sequence[float],
+    weights: ArrayLike,
     points: np.ndarray | None = None,
     graph: scipy.sparse.sparray | np.ndarray | None = None,
     comm: MPI.Comm = MPI.COMM_WORLD,
 ) -> LabelSpace:
-    """Label domain of K points, given the same on every rank. Collective over `comm`.
+    """Label domain of K points; arguments are the same on every rank. Collective over `comm`.
 
-    Values f given for all points, shape (K, samples), make the batch ``Y.batch(f[Y.numbers])``.
+    An array f of values at all points, shape (K, samples), becomes a batch by ``Y.batch(f[Y.numbers])``.
 
     Parameters
     ----------
     weights
-        w, shape (K,), positive: the measure of each point. They hold up to round-off in the coordinates.
+        w, shape (K,), positive: the measure of each point. `Y.weights` are these up to round-off of the coordinates.
     points
         Where the points lie, shape (K, d); side by side on a line if left out.
     graph
-        Edge weights A >= 0, a symmetric matrix (K, K), sparse or dense; its diagonal does not matter.
+        Edge weights A >= 0, a symmetric matrix of shape (K, K), sparse or dense; its diagonal does not matter.
     comm
         Communicator.
 
     Returns
     -------
     LabelSpace
-        Its `numbers` are those of the points that this rank owns, in the order of the arguments.
+        `Y.numbers` are the numbers of the points that this rank owns, in the order of the arguments.
 
     Raises
     ------
@@ -72,22 +70,22 @@ def point_space(
     array([0.   , 0.268, 0.268, 1.   , 1.   ])
     """
     same(instance("comm", comm, MPI.Comm, _COMM), weights=weights, points=points, graph=graph)
-    weights = real_array("weights", weights, ("points",), above=0)
-    size = weights.size
+    w = real_array("weights", weights, ("points",), above=0)
+    size = w.size
     with np.errstate(over="ignore"):
-        total = np.cumsum(weights)[-1]
+        total = np.cumsum(w)[-1]
     if not np.isfinite(total):
-        raise ValueError("weights: expected numbers with a finite sum, |Y|; theirs overflows")
+        raise ValueError("weights: expected numbers with a finite sum, |Y|, got a sum that overflows")
     if points is None:
-        points = (np.cumsum(weights) - weights / 2)[:, None]
+        points = (np.cumsum(w) - w / 2)[:, None]
     points = real_array("points", points, (size, "d"))
     ends = points[:, None].repeat(2, axis=1)
-    ends[:, :, 0] += np.outer(weights, [-0.5, 0.5])
-    lost = np.flatnonzero(np.abs(ends[:, 1, 0] - ends[:, 0, 0] - weights) > 1e-6 * weights)
+    ends[:, :, 0] += np.outer(w, [-0.5, 0.5])
+    lost = np.flatnonzero(np.abs(ends[:, 1, 0] - ends[:, 0, 0] - w) > 1e-6 * w)
     if lost.size:
         raise ValueError(
-            f"weights: {weights[lost[0]]:g}, that of point {lost[0]}, is lost in the round-off of its coordinate "
-            f"{points[lost[0], 0]:g}, as a length there; give points nearer to 0, or larger weights"
+            f"weights: expected lengths that coordinates resolve, got {w[lost[0]]:g} for point {lost[0]}, which is lost in "
+            f"the round-off of its coordinate {points[lost[0], 0]:g}; give points nearer to 0, or larger weights"
         )
     with stop_annotating():
         cells = fd.IntervalMesh(size, float(size), comm=comm)  # cell i is (i, i + 1)
@@ -114,7 +112,7 @@ def class_space(classes: int, comm: MPI.Comm = MPI.COMM_WORLD) -> LabelSpace:
     Raises
     ------
     TypeError, ValueError
-        If `classes` is no such number, or differs between ranks, or `comm` is no communicator.
+        If `classes` is no integer >= 1, or differs between ranks, or `comm` is no communicator.
     """
     same(instance("comm", comm, MPI.Comm, _COMM), classes=classes)
     return point_space(np.ones(integer("classes", classes)), comm=comm)

@@ -289,7 +289,7 @@ class CostRate:
 
     def _by_beta(self, beta: np.ndarray) -> np.ndarray:
         """The functional in beta of kappa/2 norm(b)^2."""
-        return self._cost.kernel * (beta if self._kernel is None else self._kernel.dual(beta))
+        return self._cost.kernel * (beta if self._kernel is None else self._kernel.functional(beta))
 
     def _rates(self) -> list[np.ndarray]:
         """L of each sample, and its derivative along the tangent, without the factor tau."""

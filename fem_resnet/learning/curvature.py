@@ -155,10 +155,10 @@ class _Pencil:
         self.interface.to_petsc(y, actions)
 
     def metric(self, x: PETSc.Vec, y: PETSc.Vec) -> None:
-        self._map(x, y, lambda basis, tau, c: tau * basis.dual(c))
+        self._map(x, y, lambda basis, tau, c: tau * basis.functional(c))
 
     def inverse(self, x: PETSc.Vec, y: PETSc.Vec) -> None:
-        self._map(x, y, lambda basis, tau, d: basis.primal(d) / tau)
+        self._map(x, y, lambda basis, tau, d: basis.riesz(d) / tau)
 
     def _map(self, x, y, on_coefficients) -> None:
         functions = self.read(x)

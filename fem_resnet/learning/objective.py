@@ -34,7 +34,7 @@ from fem_resnet.arguments import choice, flag, instance, integer, integer_array,
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import sample_weights
+from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.learning.loss import Loss, least_squares

@@ -128,7 +128,9 @@ class _RegulariserOperator:
 
 
 def _mass(parameter, coefficients):
-    return [tau * basis.dual(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)]
+    return [
+        tau * basis.functional(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
+    ]
 
 
 def _stiffness(parameter, coefficients):
@@ -148,7 +150,7 @@ def _variation(parameter, coefficients):
                 f"smooth_in_time: {parameter.name}_{k} and {parameter.name}_{m}, which follow each other in time, have "
                 f"different bases, so their coefficients cannot be subtracted; give both one basis"
             )
-        step = basis.dual(coefficients[m] - coefficients[k]) / distance
+        step = basis.functional(coefficients[m] - coefficients[k]) / distance
         functionals[m] += step
         functionals[k] -= step
     return functionals

@@ -32,7 +32,7 @@ from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.network.network_parameters import NetworkParameters
 from fem_resnet.network.run import Run
 from fem_resnet.network.segment import Segment
-from fem_resnet.network.settings import Bias, Kernel, Layers, Settings, settings_of
+from fem_resnet.network.settings import Bias, Kernel, Layers, settings_of
 from fem_resnet.network.solver import Solver
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter

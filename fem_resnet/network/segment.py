@@ -22,9 +22,9 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import BatchValues
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.stage import LayerTrace, Stage
+from fem_resnet.parameters.slots import BatchValues
 from fem_resnet.time_stepping.scheme import Scheme
 from fem_resnet.time_stepping.stepper import LayerSequence, Stepper
 
@@ -355,8 +355,8 @@ class Segment:
     def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
         if self.omega is None:
-            return [psi.dual(part) + dual for part, dual in zip(gamma, duals)]
-        return [self._with_row(psi.dual(part) + dual[:-1], dual[-1]) for part, dual in zip(gamma, duals)]
+            return [psi.functional(part) + dual for part, dual in zip(gamma, duals)]
+        return [self._with_row(psi.functional(part) + dual[:-1], dual[-1]) for part, dual in zip(gamma, duals)]
 
     def costate(self, layer: int) -> np.ndarray | None:
         """R = M^-1 lambda after so many layers of the segment, shape (nodes, samples).

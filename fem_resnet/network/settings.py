@@ -15,13 +15,12 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
-import sympy
 
 from fem_resnet.activation.activation import Activation, get_activation
 from fem_resnet.arguments import choice, flag, instance, integer, number, real_array
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.parameters.retraction import orthonormal
+from fem_resnet.label_domain.orthonormal import orthonormal
 from fem_resnet.parameters.stable_kernels import StableKernel, stable_kernel_from
 from fem_resnet.parameters.time_basis import get_time_basis
 from fem_resnet.ranks import same

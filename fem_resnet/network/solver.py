@@ -18,7 +18,7 @@ from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import BatchValues, sample_weights
+from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import Stage
 from fem_resnet.log import log
@@ -27,9 +27,9 @@ from fem_resnet.network.network_parameters import NetworkParameters
 from fem_resnet.network.run import Piece, Solved
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.settings import Settings
-from fem_resnet.parameters.space_basis import read_all
-from fem_resnet.tape.recording import apply
+from fem_resnet.parameters.slots import BatchValues, read_all
 from fem_resnet.tape.checkpoints import Manager, manager_of
+from fem_resnet.tape.recording import apply
 from fem_resnet.time_stepping.scheme import Scheme
 from fem_resnet.time_stepping.stepper import Stepper
 

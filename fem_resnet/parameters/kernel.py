@@ -10,8 +10,8 @@ and the norm of b in L2(Y x Z), the Hilbert-Schmidt norm of B, is given by the G
 
     (b, c) = tr(beta^T G_Phi gamma G_Psi).
 
-It bounds the operator norm of B on L2 and equals it at rank 1 only (the proof of Theorem 3.1 says "equals"). With
-Cholesky's G = R^T R of both bases, B has the singular values of the small matrix R_Phi beta R_Psi^T.
+This norm bounds the operator norm of B on L2, and equals it at rank 1 only (the proof of Theorem 3.1 says "equals"). With
+Cholesky's G = R^T R of both bases, the singular values of B are those of the small matrix R_Phi beta R_Psi^T.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from fem_resnet.ranks import same
 
 __all__ = ["EXACT_SUPREMUM", "LowRankKernel"]
 
-#: Up to how many pairs of nodes (y, z) sup |b| is found by looking at all of them: 20,000 nodes of y and of z.
+#: The largest number of pairs of nodes (y, z) for which sup |b| is found from all of them: 20,000 nodes of y and of z.
 EXACT_SUPREMUM = 20_000**2
-#: Nodes a block: of pairs, so that a block of b stays in the cache, and of one basis.
-_PAIRED, _BLOCK = 512, 16_384
+#: Nodes of y, and of z, of which all pairs are looked at together, so that their values of b stay in the cache.
+_PAIRED = 512
+#: Nodes of one basis that are looked at together.
+_TOGETHER = 16_384
 
 
 class LowRankKernel(OnMesh):
@@ -51,6 +53,11 @@ class LowRankKernel(OnMesh):
     ----------
     shape : tuple of int
         (rank of phi, rank of psi), the shape of beta.
+
+    Raises
+    ------
+    TypeError
+        If phi or psi is no Basis.
     """
 
     def __init__(self, phi: Basis, psi: Basis):
@@ -62,34 +69,53 @@ class LowRankKernel(OnMesh):
         self._factors = [scipy.linalg.cho_factor(basis.gram) for basis in (phi, psi)]
 
     def apply(self, beta: np.ndarray, f: np.ndarray) -> np.ndarray:
-        """`B f` at the owned nodes, shape (nodes of y, samples), for f of shape (nodes of z, samples). Collective."""
+        """`B f` at the owned nodes, shape (nodes of y, samples). Collective.
+
+        Parameters
+        ----------
+        beta
+            Coefficients, shape (rank of phi, rank of psi), the same on every rank.
+        f
+            Values at the owned nodes of z, shape (nodes of z, samples).
+        """
         return self.phi.values @ (beta @ self.psi.project(f))
 
     def transpose(self, beta: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """`B^T r` at the owned nodes, shape (nodes of z, samples), for r of shape (nodes of y, samples). Collective."""
+        """`B^T r` at the owned nodes, shape (nodes of z, samples). Collective.
+
+        Parameters
+        ----------
+        beta
+            Coefficients, shape (rank of phi, rank of psi), the same on every rank.
+        r
+            Values at the owned nodes of y, shape (nodes of y, samples).
+        """
         return self.psi.values @ (beta.T @ self.phi.project(r))
 
-    def dual(self, beta: np.ndarray) -> np.ndarray:
-        """`G_Phi beta G_Psi`, so that `(b, c) = sum_ij dual(beta)_ij gamma_ij`."""
+    def functional(self, beta: np.ndarray) -> np.ndarray:
+        """The functional c -> (b, c), `D = G_Phi beta G_Psi`, of the shape of beta: (b, c) = sum_ij D_ij gamma_ij."""
         return self.phi.gram @ beta @ self.psi.gram
 
-    def primal(self, dual: np.ndarray) -> np.ndarray:
-        """`G_Phi^-1 d G_Psi^-1`, the inverse of `dual`."""
+    def riesz(self, functional: np.ndarray) -> np.ndarray:
+        """The Riesz map `G_Phi^-1 d G_Psi^-1` of a functional d, of the shape of beta: the inverse of `functional`."""
         phi, psi = self._factors
-        return scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, dual).T).T
+        return scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, functional).T).T
 
     def stiffness(self, beta: np.ndarray) -> np.ndarray:
-        """Dual of beta in `int |grad_y b|^2 + |grad_z b|^2 dy dz`: `K_Phi beta G_Psi + G_Phi beta K_Psi`."""
+        """`K_Phi beta G_Psi + G_Phi beta K_Psi`, of the shape of beta, K the stiffness matrices of the bases.
+
+        Its sum of products with beta is `int |grad_y b|^2 + |grad_z b|^2 dy dz`.
+        """
         phi, psi = self.phi, self.psi
         return phi.stiffness @ beta @ psi.gram + phi.gram @ beta @ psi.stiffness
 
     def bound(self, coefficients: ArrayLike) -> float:
-        """How large abs(b) may be at the nodes if abs(beta_ij) <= C_ij: no larger than
+        """An upper bound of abs(b) at the nodes, where abs(beta_ij) <= C_ij. Collective.
 
-            max_y sum_i |phi_i(y)| max_z sum_j C_ij |psi_j(z)|.
+            |b(y, z)| <= max_y sum_i |phi_i(y)| max_z sum_j C_ij |psi_j(z)|
 
-        With elements of degree 0 and 1 that holds between the nodes too. For indicators of cells it is the largest C_ij, and
-        attained; for other bases a box on beta is not one on b. Collective.
+        With elements of degree 0 and 1 the bound holds between the nodes too. For indicators of cells it is the largest C_ij,
+        and is attained. For other bases a box for beta is no box for b.
 
         Parameters
         ----------
@@ -99,7 +125,7 @@ class LowRankKernel(OnMesh):
         Raises
         ------
         TypeError, ValueError
-            If that is not so, or differs between ranks.
+            If C is not such numbers, or differs between ranks.
 
         Examples
         --------
@@ -112,7 +138,7 @@ class LowRankKernel(OnMesh):
         same(self.phi.Y.comm, coefficients=coefficients)
         C = real_array("coefficients", coefficients, least=0)
         if C.shape not in ((), self.shape):
-            raise ValueError(f"coefficients: expected numbers >= 0 of shape () or {self.shape}, got {coefficients!r}")
+            raise ValueError(f"coefficients: expected numbers >= 0 of shape () or {self.shape}, got shape {C.shape}")
         C = np.broadcast_to(C, self.shape)
         of_rows = _largest(self.psi, np.abs(self.psi.values) @ C.T)
         return float(_largest(self.phi, np.abs(self.phi.values) @ of_rows))
@@ -125,16 +151,16 @@ class LowRankKernel(OnMesh):
         beta
             Coefficients, shape (rank of phi, rank of psi).
         kind
-            "hs": that of b in L2(Y x Z), the Hilbert-Schmidt norm of B; the root of tr(beta^T G_Phi beta G_Psi).
-            "operator": that of B from L2(Z) to L2(Y), its largest singular value; at most "hs", and equal to it at rank
-            one only.
-            "linf": the largest |b(y, z)| over the nodes, where `supremum_is_exact`; above that an upper bound by Cauchy
-            and Schwarz, with a warning in the log.
+            "hs": the norm of b in L2(Y x Z), which is the Hilbert-Schmidt norm of B, (tr(beta^T G_Phi beta G_Psi))^(1/2).
+            "operator": the norm of B from L2(Z) to L2(Y), its largest singular value; at most "hs", and equal to it at
+            rank one only.
+            "linf": the largest |b(y, z)| over the nodes, where `supremum_is_exact`; else an upper bound by the inequality of
+            Cauchy and Schwarz, with a warning in the log.
 
         Raises
         ------
         TypeError, ValueError
-            If `kind` is none of these, or beta no array of finite real numbers of that shape; or they differ between ranks.
+            If `kind` is none of these, or beta no array of finite real numbers of its shape; or they differ between ranks.
 
         Examples
         --------
@@ -149,25 +175,30 @@ class LowRankKernel(OnMesh):
         choice("kind", kind, ("hs", "operator", "linf"))
         beta = real_array("beta", beta, self.shape)
         if kind == "hs":
-            return float(np.sqrt(max(np.sum(self.dual(beta) * beta), 0.0)))
+            return float(np.sqrt(max(np.sum(self.functional(beta) * beta), 0.0)))
         if kind == "operator":
             R_phi, R_psi = self._roots()
             return float(scipy.linalg.svdvals(R_phi @ beta @ R_psi.T)[0])
         if self.supremum_is_exact:
             return self._supremum(beta)
         log(
-            self.phi.Y.comm, logging.WARNING, "norm: sup |b| is given by an upper bound: b has values at %d x %d "
-            "nodes", self.phi.Y.size, self.psi.Y.size,
+            self.phi.Y.comm, logging.WARNING, "norm: b has values at %d x %d nodes, too many to look at: an upper bound of "
+            "sup |b| is given", self.phi.Y.size, self.psi.Y.size,
         )  # fmt: skip
         return self._supremum_bound(beta)
 
     @property
     def supremum_is_exact(self) -> bool:
-        """Whether ``norm(beta, "linf")`` looks at all pairs of nodes, or is an upper bound."""
+        """Whether ``norm(beta, "linf")`` looks at all pairs of nodes; else it is an upper bound."""
         return self.phi.Y.size * self.psi.Y.size <= EXACT_SUPREMUM
 
     def svd(self, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Singular value decomposition of B in the label measure, `B f = sum_k mu_k (psi_k, f) phi_k` of 3.3. Collective.
+
+        Parameters
+        ----------
+        beta
+            Coefficients, shape (rank of phi, rank of psi).
 
         Returns
         -------
@@ -190,11 +221,11 @@ class LowRankKernel(OnMesh):
         return scipy.linalg.solve_triangular(R_phi, U), values, scipy.linalg.solve_triangular(R_psi, Vt.T)
 
     def _roots(self) -> list[np.ndarray]:
-        """R of both bases: what `cho_factor` leaves below the diagonal is no part of it."""
+        """R_Phi and R_Psi. Entries below the diagonal that `cho_factor` leaves there are no part of R."""
         return [np.triu(factor) for factor, _ in self._factors]
 
     def _supremum(self, beta: np.ndarray) -> float:
-        """All pairs of nodes: each rank's nodes of z come to all ranks in turn."""
+        """From all pairs of nodes: the values of psi on each rank come to all ranks in turn."""
         comm = self.phi.Y.comm
         rows = self.phi.values @ beta
         largest = 0.0
@@ -208,7 +239,7 @@ class LowRankKernel(OnMesh):
         return float(comm.allreduce(largest, op=MPI.MAX))
 
     def _supremum_bound(self, beta: np.ndarray) -> float:
-        """`|b(y, z)|^2 <= sum_k mu_k phi_k(y)^2 sum_k mu_k psi_k(z)^2`."""
+        """By `|b(y, z)|^2 <= sum_k mu_k phi_k(y)^2 sum_k mu_k psi_k(z)^2`."""
         left, values, right = self.svd(beta)
         return float(np.sqrt(_largest_row(self.phi, left, values) * _largest_row(self.psi, right, values)))
 
@@ -216,13 +247,13 @@ class LowRankKernel(OnMesh):
 def _largest_row(basis: Basis, coefficients: np.ndarray, values: np.ndarray) -> float:
     """The largest `sum_k mu_k p_k(y)^2` over the nodes."""
     largest = 0.0
-    for start in range(0, basis.Y.nodes, _BLOCK):
-        largest = max(largest, ((basis.values[start : start + _BLOCK] @ coefficients) ** 2 @ values).max())
+    for start in range(0, basis.Y.nodes, _TOGETHER):
+        largest = max(largest, ((basis.values[start : start + _TOGETHER] @ coefficients) ** 2 @ values).max())
     return basis.Y.comm.allreduce(largest, op=MPI.MAX)
 
 
 def _largest(basis: Basis, values: np.ndarray) -> np.ndarray:
-    """Over all nodes of the basis's domain, of values >= 0. Collective."""
+    """The largest of values >= 0 over all nodes of the basis's label domain, for each column. Collective."""
     largest = np.asarray(values.max(axis=0, initial=0.0))
     basis.Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
     return largest

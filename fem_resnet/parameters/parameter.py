@@ -4,39 +4,41 @@ The bias a(y, t) and the kernel b(y, z, t) are both of the form
 
     p(t) = sum_k theta_k(t) E c_k,
 
-theta_k a time basis (`time_basis`), c_k coefficients in space, each held in a Firedrake Function that is a control,
-and E what a layer takes: the values at the nodes for a bias, the matrix beta for a kernel. Each c_k may have a space
-basis of its own, E = E_k, so that layers differ in their bases. With the measure of label domain and time, lumped in t,
-the inner product of coefficients is
+with the functions theta_k of a time basis (`time_basis`) and coefficients c_k in space, each held in a Firedrake Function that
+is a control. E gives what a layer takes (`space_basis`): the values at the nodes for a bias, the matrix beta for a kernel.
+Each c_k may have a space basis of its own, E = E_k, so that layers differ in their bases. In the measure of label domain and
+time, lumped in t, the inner product of coefficients is
 
     (c_k, d_k) = tau_k <R_k c_k, d_k>,      tau_k = int_0^T theta_k dt,
 
-R_k the Riesz operator of the space basis (M; a Gram matrix; a pair of them). Every Control carries its inverse.
+with R_k of the space basis (M; a Gram matrix; a pair of these). Every Control carries the Riesz map R_k^-1 / tau_k.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import firedrake as fd
 import numpy as np
-from mpi4py import MPI
 from pyadjoint import Control
-from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import flag, instance, integer, real_array
 from fem_resnet.fixed import OnMesh
-from fem_resnet.parameters.space_basis import Replicated, SpaceBasis, new_cofunction
-from fem_resnet.parameters.time_basis import AtStart, Once, TimeBasis
+from fem_resnet.parameters.control import CoefficientControl
+from fem_resnet.parameters.slots import Replicated
+from fem_resnet.parameters.space_basis import SpaceBasis
+from fem_resnet.parameters.time_basis import PointInTime, TimeBasis
 from fem_resnet.ranks import same
 
 __all__ = ["Parameter"]
 
 
 class Parameter(OnMesh):
-    """A bias or kernel that the network may learn: coefficients c_k in space, one set a time basis function.
+    """A function that can be learned, such as the bias or the kernel: coefficients c_k in space for each function in time.
+
+    Collective over the communicator of the label domain.
 
     Parameters
     ----------
@@ -47,9 +49,9 @@ class Parameter(OnMesh):
     time_basis
         The basis in time. Layers on which one of its functions is active have the same basis in space.
     functions
-        What holds the coefficients; new Functions if left out.
+        The Functions that hold the coefficients; new ones if left out.
     penalised
-        Whether regularisers take it: (2.11) and (4.6) have a, b, W and mu.
+        Whether regularisers act on it: (2.11) and (4.6) have a, b, W and mu.
 
     Attributes
     ----------
@@ -63,8 +65,8 @@ class Parameter(OnMesh):
     TypeError
         If an argument is of another kind.
     ValueError
-        If layers of different bases in space share coefficients, or bases, measures and functions are not one each; or an
-        argument differs between ranks.
+        If layers of different bases in space share coefficients, if there are not as many bases and Functions as functions in
+        time, or if an argument differs between ranks.
     """
 
     _instead = "`set` gives it other coefficients"
@@ -73,25 +75,25 @@ class Parameter(OnMesh):
         self,
         name: str,
         space_basis: SpaceBasis | Sequence[SpaceBasis],
-        time_basis: TimeBasis | Once | AtStart,
+        time_basis: TimeBasis | PointInTime,
         functions: Sequence[fd.Function] | None = None,
         penalised: bool = True,
     ):
         one = isinstance(space_basis, SpaceBasis)
-        bases = (space_basis,) if one else instance("space_basis", space_basis, (list, tuple), "or one for all layers")
+        bases: Sequence[SpaceBasis] = [space_basis] if isinstance(space_basis, SpaceBasis) else space_basis
+        instance("space_basis", bases, (list, tuple), "give a list, or one basis for all layers")
         for basis in bases:
             instance("space_basis", basis, SpaceBasis)
-        instance("time_basis", time_basis, (TimeBasis, Once, AtStart))
+        instance("time_basis", time_basis, (TimeBasis, PointInTime))
         self._comm = bases[0].Y.comm if bases else None
         same(self._comm, name=name, functions=functions, penalised=penalised)
         self.name = instance("name", name, str)
         self.penalised = flag("penalised", penalised)
         self.time_basis = time_basis
         self._space_basis = space_basis
-        if one:
-            self.space_bases = (space_basis,) * len(time_basis.measures)
-        else:
-            self.space_bases = tuple(_of_time_functions(name, space_basis, time_basis))
+        self.space_bases: tuple[SpaceBasis, ...] = (
+            (bases[0],) * len(time_basis.measures) if one else tuple(_of_time_functions(name, bases, time_basis))
+        )
         if functions is not None:
             _check_functions(functions, self.space_bases)
         self._functions = tuple(
@@ -104,9 +106,9 @@ class Parameter(OnMesh):
         kinds = ", ".join(sorted({type(basis).__name__ for basis in self.space_bases}))
         return f"Parameter({self.name}, {kinds}, {len(self.functions)} in time)"
 
-    def __deepcopy__(self, memo: dict) -> Parameter:
+    def __deepcopy__(self, memo: Mapping) -> Parameter:
         if type(self) is not Parameter:
-            raise TypeError(f"deepcopy: {self!r} is a part of its network; copy the network")
+            raise TypeError(f"deepcopy: expected a Parameter of its own, {self!r} is a part of its network; copy the network")
         with stop_annotating():
             functions = [function.copy(deepcopy=True) for function in self.functions]
         return Parameter(self.name, self._space_basis, self.time_basis, functions, self.penalised)
@@ -127,16 +129,16 @@ class Parameter(OnMesh):
         if isinstance(self._space_basis, SpaceBasis):
             return self._space_basis
         if any(basis is not self.space_bases[0] for basis in self.space_bases):
-            raise ValueError(f"space_basis: {self.name} has bases of its own in each layer; space_bases lists them")
+            raise ValueError(f"space_basis: expected one for all layers, {self.name} has one in each; space_bases lists them")
         return self.space_bases[0]
 
     @property
     def learned(self) -> Parameter:
-        """What is learned of it: itself, unless it is made of other controls (`stable_kernels`)."""
+        """The parameter that is learned: itself, unless it is made of other controls (`stable_kernels`)."""
         return self
 
     def acting(self) -> Parameter:
-        """What layers and regularisers see of it: itself, unless it is what a kernel is made of. Collective."""
+        """The parameter that layers and regularisers see: itself, or the kernel that is made of it. Collective."""
         return self
 
     @property
@@ -145,12 +147,19 @@ class Parameter(OnMesh):
         return sum(function.function_space().dim() for function in self.functions)
 
     def get(self, k: int) -> np.ndarray:
-        """Coefficients c_k: a copy; the owned nodes for nodal values, else all of them. Collective.
+        """A copy of the coefficients c_k, of the space basis's `shape`. Collective.
+
+        Nodal values are those of the owned nodes, shape (nodes,); others are the same on every rank.
+
+        Parameters
+        ----------
+        k
+            Number of the function in time, from 0.
 
         Raises
         ------
         ValueError
-            If there are no coefficients of that number, or it differs between ranks.
+            If there are no coefficients of that number, or k differs between ranks.
         """
         return self.read(self._number(k))
 
@@ -162,13 +171,13 @@ class Parameter(OnMesh):
         k
             Number of the function in time, from 0.
         coefficients
-            Of the shape that `get` gives; those that are not of nodes are the same on every rank.
+            Of the shape that `get` gives; unless they are nodal values, the same on every rank.
 
         Raises
         ------
         TypeError, ValueError
-            If there are no coefficients of that number, they are no real numbers, their shape does not fit, one is not finite,
-            or they differ between ranks; on all ranks alike.
+            If there are no coefficients of that number, or the given ones are no finite real numbers, have another shape, or
+            differ between ranks; on all ranks alike.
         """
         replicated = (
             isinstance(k, (int, np.integer)) and 0 <= k < len(self.space_bases) and isinstance(self.space_bases[k], Replicated)
@@ -177,52 +186,67 @@ class Parameter(OnMesh):
         basis = self.space_bases[k]
         self.write(k, real_array(f"coefficients of {self.name}_{k}", coefficients, basis.shape, comm=self._comm))
 
-    def _number(self, k: int, **others) -> int:
+    def _number(self, k: int, **others: Any) -> int:
         """The number of a function in time, from outside, compared on all ranks with other arguments."""
         same(self._comm, k=k, **others)
         if not self.space_bases:
-            raise ValueError(f"k: {self.name} has no coefficients, {k!r} is the number of none")
+            raise ValueError(f"k: expected none, as {self.name} has no coefficients, got {k!r}")
         return integer("k", k, least=0, most=len(self.space_bases) - 1)
 
     def read(self, k: int) -> np.ndarray:
-        """As `get`, for a number that is known to be right. Collective."""
+        """As `get`, of the same shape, without checks: for the package's own arguments. Collective."""
         return self.space_bases[k].read(self.functions[k])
 
     def write(self, k: int, coefficients: np.ndarray) -> None:
-        """As `set`, for what is known to be right."""
+        """As `set`, without checks: for the package's own arguments.
+
+        Parameters
+        ----------
+        k
+            Number of the function in time.
+        coefficients
+            Of the shape that `read` gives.
+        """
         self.space_bases[k].write(self.functions[k], coefficients)
 
     def controls(self) -> list[Control]:
-        """One pyadjoint Control a time basis function, with the Riesz map of label domain and time."""
-        return [_Control(function, riesz_map=self._riesz_map(k)) for k, function in enumerate(self.functions)]
+        """One Control of pyadjoint's for each function in time, with the Riesz map of label domain and time."""
+        return [CoefficientControl(function, riesz_map=self._riesz_map(k)) for k, function in enumerate(self.functions)]
 
-    def riesz_map(self, k: int):
-        """The map from functionals of c_k (Cofunctions) to their representatives, `d -> R^-1 d / tau_k`. Collective.
+    def riesz_map(self, k: int) -> Callable[[fd.Cofunction], fd.Function]:
+        """The map from functionals of c_k (Cofunctions) to gradients, `d -> R^-1 d / tau_k`. Collective.
 
         Raises
         ------
         ValueError
-            As of `get`.
+            If there are no coefficients of that number, or k differs between ranks.
         """
         return self._riesz_map(self._number(k))
 
-    def _riesz_map(self, k: int):
+    def _riesz_map(self, k: int) -> Callable[[fd.Cofunction], fd.Function]:
         basis, measure = self.space_bases[k], self.time_basis.measures[k]
 
-        def riesz_map(dual: fd.Cofunction) -> fd.Function:
-            primal = fd.Function(basis.space)
-            basis.write(primal, basis.primal(basis.read(dual)) / measure)
-            return primal
+        def riesz_map(functional: fd.Cofunction) -> fd.Function:
+            gradient = fd.Function(basis.space)
+            basis.write(gradient, basis.riesz(basis.read(functional)) / measure)
+            return gradient
 
         return riesz_map
 
     def inner(self, k: int, c: np.ndarray, d: np.ndarray) -> float:
-        """`tau_k <R c, d>`, the inner product of two sets of coefficients for basis function k. Collective.
+        """`tau_k <R c, d>`, the inner product of two sets of coefficients of the function k in time. Collective.
+
+        Parameters
+        ----------
+        k
+            Number of the function in time, from 0.
+        c, d
+            Coefficients, of the shape that `get` gives.
 
         Raises
         ------
         TypeError, ValueError
-            As of `set`.
+            If `set` would refuse k, c or d.
         """
         k = self._number(k)
         basis = self.space_bases[k]
@@ -232,77 +256,38 @@ class Parameter(OnMesh):
         return self.pair(k, c, d)
 
     def pair(self, k: int, c: np.ndarray, d: np.ndarray) -> float:
-        """`inner` of what is known to be coefficients of k."""
+        """As `inner`, without checks: for the package's own arguments. Collective.
+
+        Parameters
+        ----------
+        k
+            Number of the function in time.
+        c, d
+            Coefficients, of the shape that `read` gives.
+        """
         basis = self.space_bases[k]
-        return self.time_basis.measures[k] * basis.pair(basis.dual(c), d)
+        return self.time_basis.measures[k] * basis.pair(basis.functional(c), d)
 
     def on_layer(self, layer: int) -> SpaceBasis:
-        """The basis in space of the coefficients that are active on a layer, numbered from 0."""
-        return self.space_bases[self.time_basis.active(layer)[0]]
+        """The basis in space of the coefficients that are active on a layer, numbered from 0; of a parameter over layers."""
+        return self.space_bases[cast("TimeBasis", self.time_basis).active(layer)[0]]
 
 
 def _check_functions(functions: Sequence[fd.Function], bases: Sequence[SpaceBasis]) -> None:
     instance("functions", functions, (list, tuple))
     if len(functions) != len(bases):
-        raise ValueError(f"functions: expected {len(bases)}, one a function in time, got {len(functions)}")
+        raise ValueError(f"functions: expected {len(bases)} Functions, one a function in time, got {len(functions)}")
     for function, basis in zip(functions, bases):
         if instance("functions", function, fd.Function).function_space() != basis.space:
-            raise ValueError(f"functions: expected one of {basis.space}, got one of {function.function_space()}")
+            raise ValueError(f"functions: expected a Function of {basis.space}, got one of {function.function_space()}")
 
 
-def _with_checkpoint(checkpoint: object) -> BlockVariable:
-    variable = BlockVariable(None)
-    variable.checkpoint = checkpoint
-    return variable
-
-
-def _references(variable: BlockVariable) -> int:
-    return sys.getrefcount(variable.checkpoint)
-
-
-#: Their number where the tape alone has a checkpoint; it differs between versions of Python.
-_OWN_REFERENCES = _references(_with_checkpoint(object()))
-
-
-class _Control(Control):
-    """pyadjoint's, with one new Function an evaluation in place of five: with few nodes, making them is what costs most."""
-
-    def update(self, value):
-        if self._may_overwrite(value):
-            self.block_variable.checkpoint.dat.data_wo[...] = value.dat.data_ro
-        else:
-            super().update(value)
-
-    def _may_overwrite(self, value: object) -> bool:
-        """Whether the tape has a Function for such values that no Block made, and that nobody else holds. Collective."""
-        variable = self.block_variable
-        if not (
-            variable.creation_timestep == -1
-            and isinstance(variable.checkpoint, fd.Function)
-            and isinstance(value, fd.Function)
-            and value.function_space() is variable.checkpoint.function_space()
-        ):
-            return False
-        # All ranks make a new Function, or none does: what waits for the garbage collector may hold it on some ranks only.
-        alone = _references(variable) == _OWN_REFERENCES
-        return value.function_space().mesh().comm.allreduce(alone, op=MPI.LAND)
-
-    def get_derivative(self, apply_riesz=False):
-        dual = self.block_variable.adj_value
-        if apply_riesz or not isinstance(dual, fd.Cofunction):
-            return super().get_derivative(apply_riesz)
-        unshared = getattr(self.block_variable, "unshared", None)
-        if unshared is not None and unshared() is dual:  # a Block made it for this, and nothing else reads it
-            self.block_variable.unshared = None
-            return dual
-        values, owned = np.zeros(dual.dat.shape), dual.dat.data_ro
-        values[: len(owned)] = owned
-        return new_cofunction(dual.function_space(), values)
-
-
-def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeBasis) -> list[SpaceBasis]:
-    """The basis in space of each function in time, from those of the layers where it is active."""
-    instance("time_basis", time_basis, TimeBasis, "layers of their own bases in space act over a time")
+def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeBasis | PointInTime) -> list[SpaceBasis]:
+    """The basis in space of each function in time, from the bases of the layers where it is active."""
+    if not isinstance(time_basis, TimeBasis):
+        raise TypeError(
+            f"time_basis: expected a TimeBasis, as layers have bases in space of their own, got {type(time_basis).__name__}"
+        )
     first: dict[int, int] = {}
     for layer, basis in enumerate(bases):
         for k in time_basis.active(layer):
@@ -313,5 +298,5 @@ def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeB
                     f'bases in space; give both one basis, or coefficients of their own ("layers")'
                 )
     if sorted(first) != list(range(len(time_basis.measures))):
-        raise ValueError(f"space_basis: expected one basis, or one a layer; got {len(bases)}")
+        raise ValueError(f"space_basis: expected one basis, or one a layer, got {len(bases)}")
     return [bases[first[k]] for k in range(len(time_basis.measures))]

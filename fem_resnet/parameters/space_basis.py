@@ -1,100 +1,97 @@
-"""Space bases: how the coefficients in space of a parameter are held, and what they stand for.
+"""Space bases: the coefficients in space of a parameter, what a layer makes of them, and their inner product.
 
-Coefficients c stand for E c: the values at the nodes for a bias (`NodalValues`, `BasisCoefficients`), a batch (`StateValues`)
-or the values of kernel factors, the matrix beta for a kernel (`KernelCoefficients`), the layer times (`LayerTimes`). Each
-knows the Riesz operator R of its inner product in the label measure (M; a Gram matrix; a pair of them). Slots of Blocks
-alone are `Replicated` and `SeenBatch`.
+===================  ===========================================  =========================  ==================
+space basis          coefficients c                               a layer takes E c          R
+===================  ===========================================  =========================  ==================
+`NodalValues`        values of the bias at the nodes              the same                   M
+`BasisCoefficients`  coefficients of the bias in a basis P        node values `P c`          G
+`KernelCoefficients` the matrix beta of the kernel                the same                   G_Phi x G_Psi
+`StateValues`        a batch, or the values of kernel factors     the same                   M, for each sample
+`MatrixControls`     the free controls X of a stable kernel       the same                   G x H
+`LayerTimes`         the layer times                              the same                   1
+===================  ===========================================  =========================  ==================
+
+R gives the inner product `(c, d) = <R c, d>`, in the label measure M or by Gram matrices G. R takes coefficients to
+functionals, and its inverse is the Riesz map.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from abc import abstractmethod
 
 import firedrake as fd
 import numpy as np
 import scipy.linalg
-from mpi4py import MPI
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import BatchValues, LabelSpace
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.slots import BatchValues, Replicated, Slot, new_cofunction
 
 __all__ = [
-    "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "Replicated", "SeenBatch",
-    "SpaceBasis", "StateValues", "new_cofunction", "read_all",
+    "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues",
 ]  # fmt: skip
 
 
-class SpaceBasis(ABC):
-    """How coefficients in space are held, and what they stand for.
+class SpaceBasis(Slot):
+    """A slot whose arrays are coefficients in space, with an inner product.
 
     Laws: `expand` is linear and `pull_back` its transpose, `<d, expand(c)> = <pull_back(d), c>` with the plain sums
-    over what all ranks own; `primal(dual(c)) = c`.
+    over what all ranks own; `riesz(functional(c)) = c`.
     """
-
-    #: The label domain, whose communicator is that of everything collective here.
-    Y: LabelSpace
-    #: Firedrake space of the Functions that hold coefficients.
-    space: fd.functionspaceimpl.WithGeometry
-    #: Shape of the coefficients on this rank.
-    shape: tuple[int, ...]
 
     @property
     def amplitude(self) -> float:
-        """How large coefficients are for what is of size one: how they depend on the unit of length in Y."""
+        """How large coefficients are for a parameter of size one: it depends on the unit of length in Y."""
         return 1.0
 
     @property
     def unit(self) -> float:
-        """The squared norm of what has that amplitude on all of the label domain."""
+        """The squared norm of coefficients of that amplitude on all of the label domain."""
         return self.Y.measure
 
-    @abstractmethod
-    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """The coefficients held by a Function (or Cofunction) of `space`. Collective."""
-
-    def view(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """The same, for as long as the Function does not change: values at nodes are not copied. Collective."""
-        return self.read(function)
-
-    @abstractmethod
-    def write(self, function: fd.Function | fd.Cofunction, coefficients: np.ndarray) -> None:
-        """Make a Function (or Cofunction) of `space` hold coefficients."""
-
-    @abstractmethod
     def expand(self, coefficients: np.ndarray) -> np.ndarray:
-        """What a layer takes: `E c`."""
+        """What a layer takes, `E c`: the coefficients themselves, unless they are those of a bias in a basis."""
+        return coefficients
+
+    def pull_back(self, functional: np.ndarray) -> np.ndarray:
+        """`E^T d`: a functional of the coefficients, of their shape, from one of what a layer takes. Collective."""
+        return functional
 
     @abstractmethod
-    def pull_back(self, dual: np.ndarray) -> np.ndarray:
-        """`E^T d`. Collective."""
+    def functional(self, coefficients: np.ndarray) -> np.ndarray:
+        """`R c`, of the shape of c: the functional d -> (c, d)."""
 
     @abstractmethod
-    def dual(self, coefficients: np.ndarray) -> np.ndarray:
-        """`R c`."""
-
-    @abstractmethod
-    def primal(self, dual: np.ndarray) -> np.ndarray:
-        """`R^-1 d`."""
+    def riesz(self, functional: np.ndarray) -> np.ndarray:
+        """`R^-1 d`, of the shape of d: the coefficients that represent a functional."""
 
     @abstractmethod
     def stiffness(self, coefficients: np.ndarray) -> np.ndarray:
-        """`S c`, so that `<S c, c>` is the integral of the squared gradients. Collective."""
+        """`S c`, of the shape of c, so that `<S c, c>` is the integral of the squared gradients. Collective."""
 
     @abstractmethod
-    def pair(self, dual: np.ndarray, coefficients: np.ndarray) -> float:
+    def pair(self, functional: np.ndarray, coefficients: np.ndarray) -> float:
         """`<d, c>`, the sum over what all ranks own. Collective."""
 
 
 class NodalValues(SpaceBasis):
-    """Values at the nodes of a label domain: R = M."""
+    """Values at the owned nodes of a label domain, shape (nodes,): R = M.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+
+    Attributes
+    ----------
+    dual_space
+        The space of Cofunctions. Kept, since asking Firedrake for it takes as long as making a Cofunction.
+    """
 
     def __init__(self, Y: LabelSpace):
         self.Y = Y
         self.space = Y.V
-        #: That of the functionals; asking Firedrake for it takes as long as a Cofunction.
         self.dual_space = Y.V.dual()
         self.shape = (Y.nodes,)
 
@@ -107,8 +104,8 @@ class NodalValues(SpaceBasis):
     def write(self, function, coefficients):
         function.dat.data_wo[...] = coefficients
 
-    def new_dual(self, functional: np.ndarray) -> fd.Cofunction:
-        """A new Cofunction that holds a functional, in that very array where it has no halo. Collective."""
+    def new_functional(self, functional: np.ndarray) -> fd.Cofunction:
+        """A new Cofunction that holds a functional, shape (nodes,), in that very array where it has no halo. Collective."""
         values, size = functional, self.space.dof_dset.total_size
         if size > self.Y.nodes:
             # As large as what the functional came in: then what is freed of one has room for the other.
@@ -117,42 +114,35 @@ class NodalValues(SpaceBasis):
             values[: self.Y.nodes] = functional
         return new_cofunction(self.dual_space, values)
 
-    def expand(self, coefficients):
-        return coefficients
-
-    def pull_back(self, dual):
-        return dual
-
-    def dual(self, coefficients):
+    def functional(self, coefficients):
         return self.Y.weights * coefficients
+
+    def riesz(self, functional):
+        return functional / self.Y.weights
 
     def stiffness(self, coefficients):
         return self.Y.apply_stiffness(coefficients[:, None])[:, 0]
 
-    def primal(self, dual):
-        return dual / self.Y.weights
-
-    def pair(self, dual, coefficients):
-        return float(self.Y.sum(dual @ coefficients))
+    def pair(self, functional, coefficients):
+        return float(self.Y.sum(functional @ coefficients))
 
 
-class StateValues(SpaceBasis):
-    """Values of a batch at the nodes of a label domain, shape (nodes, samples): R = M for each sample.
+class StateValues(BatchValues, SpaceBasis):
+    """Values of a batch at the owned nodes of a label domain, shape (nodes, samples): R = M for each sample.
 
     Parameters
     ----------
-    Y, space
-        The label domain, and the batch's space.
+    Y
+        The label domain.
+    space
+        The batch's space: `Y.V`, or `Y.batch_space(samples)`.
     unit
-        As of `SpaceBasis`; 1 for functions that are of norm one.
+        As of `SpaceBasis`; 1 for functions of norm one.
     """
 
     def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry, unit: float | None = None):
+        super().__init__(Y, space)
         self._unit = Y.measure if unit is None else unit
-        self._values = BatchValues(Y, space)
-        self.Y = Y
-        self.space = space
-        self.shape = (Y.nodes, self._values.samples)
 
     @property
     def unit(self):
@@ -161,139 +151,34 @@ class StateValues(SpaceBasis):
     def read(self, function):
         return self.view(function).copy()
 
-    def view(self, function):
-        return self._values.read(function)
-
-    def write(self, function, coefficients):
-        self._values.write(function, coefficients)
-
-    def expand(self, coefficients):
-        return coefficients
-
-    def pull_back(self, dual):
-        return dual
-
-    def dual(self, coefficients):
+    def functional(self, coefficients):
         return self.Y.weights[:, None] * coefficients
+
+    def riesz(self, functional):
+        return functional / self.Y.weights[:, None]
 
     def stiffness(self, coefficients):
         return self.Y.apply_stiffness(coefficients)
 
-    def primal(self, dual):
-        return dual / self.Y.weights[:, None]
-
-    def pair(self, dual, coefficients):
-        return float(self.Y.sum(np.einsum("is,is->", dual, coefficients)))
+    def pair(self, functional, coefficients):
+        return float(self.Y.sum(np.einsum("is,is->", functional, coefficients)))
 
 
-class Replicated:
-    """A few numbers, the same on every rank: one cell of a mesh of its own holds them, and its owner broadcasts.
+class ReplicatedCoefficients(Replicated, SpaceBasis):
+    """Coefficients that are the same on every rank."""
 
-    Parameters
-    ----------
-    Y
-        The label domain.
-    shape
-        That of the array of numbers.
-    """
-
-    def __init__(self, Y: LabelSpace, shape: tuple[int, ...]):
-        mesh, self._owner = Y.coefficient_mesh
-        self.Y = Y
-        self.shape = shape
-        self.space = fd.TensorFunctionSpace(mesh, "DG", 0, shape=shape)
-
-    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """The numbers held by a Function (or Cofunction) of `space`. Collective."""
-        return read_all([self], [function])[0]
-
-    def read_owned(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """A copy of what this rank has: the coefficients on the owner, numbers of no meaning on others."""
-        if self.Y.comm.rank != self._owner:
-            return np.empty(self.shape)
-        return function.dat.data_ro.reshape(self.shape).copy()
-
-    def write(self, function: fd.Function | fd.Cofunction, coefficients: np.ndarray) -> None:
-        """Make a Function (or Cofunction) of `space` hold the numbers."""
-        values = function.dat.data_wo
-        if self.Y.comm.rank == self._owner:
-            values[...] = np.reshape(coefficients, values.shape)
-
-    def pair(self, dual: np.ndarray, coefficients: np.ndarray) -> float:
-        """The sum over all products."""
-        return float(np.sum(dual * coefficients))
+    def pair(self, functional, coefficients):
+        return float(np.sum(functional * coefficients))
 
 
-def new_cofunction(space: fd.functionspaceimpl.FiredrakeDualSpace, values: np.ndarray) -> fd.Cofunction:
-    """A new Cofunction in this very array of values, which has room for those of the halo. Collective."""
-    # Writing into one would have PyOP2 make a Vec for it: at half its cost, and on several ranks freed late.
-    cofunction = fd.Cofunction(space, val=values)
-    cofunction.dat.halo_valid = False
-    return cofunction
-
-
-def read_all(
-    slots: Sequence[SpaceBasis | BatchValues], functions: Sequence[fd.Function], views: bool = False
-) -> list[np.ndarray]:
-    """What each slot reads of its Function, with one broadcast for all that is the same on every rank. Collective.
-
-    With `views`, arrays are good for as long as the Functions do not change.
-    """
-    arrays, replicated = [], {}
-    for slot, function in zip(slots, functions):
-        if isinstance(slot, Replicated):
-            arrays.append(slot.read_owned(function))
-            if slot.Y.comm.size > 1:
-                replicated.setdefault(slot.Y, []).append(arrays[-1])
-        else:
-            arrays.append((slot.view if views and isinstance(slot, SpaceBasis) else slot.read)(function))
-    for Y, parts in replicated.items():
-        together = np.concatenate([part.ravel() for part in parts])
-        Y.comm.Bcast(together, root=Y.coefficient_mesh[1])
-        start = 0
-        for part in parts:
-            part[...] = together[start : start + part.size].reshape(part.shape)
-            start += part.size
-    return arrays
-
-
-class SeenBatch:
-    """A batch as a basis sees it, g = P^T M f: what an operator takes of its input if it takes no more than that.
-
-    Coefficients of a Function are kept until it changes, by PyOP2's count of accesses to its data that may write.
+class BasisCoefficients(ReplicatedCoefficients):
+    """Coefficients alpha of a bias `a = P alpha` in a basis P, shape (rank,): R = G.
 
     Parameters
     ----------
     basis
         P.
-    space
-        Of the batch: `Y.V`, or `Y.batch_space(samples)`.
     """
-
-    def __init__(self, basis: Basis, space: fd.functionspaceimpl.WithGeometry):
-        self._basis = basis
-        self._values = BatchValues(basis.Y, space)
-        self.space = space
-        self.shape = (basis.rank, self._values.samples)
-        self._kept: WeakKeyDictionary[fd.Function, tuple[int, np.ndarray]] = WeakKeyDictionary()
-
-    def read(self, function: fd.Function) -> np.ndarray:
-        """g, shape (rank, samples), the same on every rank. Collective."""
-        version, (kept, g) = function.dat.dat_version, self._kept.get(function, (None, None))
-        # One rank alone may have looked at the data.
-        if not self._basis.Y.comm.allreduce(kept == version, op=MPI.LAND):
-            g = self._basis.project(self._values.read(function))
-            g.flags.writeable = False
-            self._kept[function] = version, g
-        return g
-
-    def write(self, function: fd.Cofunction, gamma: np.ndarray) -> None:
-        """Make a Cofunction hold the functional `M P gamma` of f, for one of g."""
-        self._values.write(function, self._basis.dual(gamma))
-
-
-class BasisCoefficients(Replicated, SpaceBasis):
-    """Coefficients alpha of `a = X alpha` in a basis: R = G."""
 
     def __init__(self, basis: Basis):
         super().__init__(basis.Y, (basis.rank,))
@@ -303,28 +188,28 @@ class BasisCoefficients(Replicated, SpaceBasis):
     def expand(self, coefficients):
         return self.basis.values @ coefficients
 
-    def pull_back(self, dual):
-        return self.Y.sum(self.basis.values.T @ dual)
+    def pull_back(self, functional):
+        return self.Y.sum(self.basis.values.T @ functional)
 
-    def dual(self, coefficients):
+    def functional(self, coefficients):
         return self.basis.gram @ coefficients
+
+    def riesz(self, functional):
+        return scipy.linalg.cho_solve(self._factor, functional)
 
     def stiffness(self, coefficients):
         return self.basis.stiffness @ coefficients
 
-    def primal(self, dual):
-        return scipy.linalg.cho_solve(self._factor, dual)
 
-
-class KernelCoefficients(Replicated, SpaceBasis):
-    """The matrix beta of a low-rank kernel: R = G_Phi x G_Psi.
+class KernelCoefficients(ReplicatedCoefficients):
+    """The matrix beta of a low-rank kernel, shape (rank of phi, rank of psi): R = G_Phi x G_Psi.
 
     Parameters
     ----------
     kernel
-        The factors; where they are learned, and orthonormal, those at the start.
+        The factors; where they are learned, the orthonormal ones at the start.
     learned
-        Whether they are.
+        Whether the factors are learned.
     """
 
     def __init__(self, kernel: LowRankKernel, learned: bool = False):
@@ -340,25 +225,22 @@ class KernelCoefficients(Replicated, SpaceBasis):
     def unit(self):
         return self.kernel.phi.Y.measure / self.kernel.psi.Y.measure
 
-    def expand(self, coefficients):
-        return coefficients
+    def functional(self, coefficients):
+        return self.kernel.functional(coefficients)
 
-    def pull_back(self, dual):
-        return dual
-
-    def dual(self, coefficients):
-        return self.kernel.dual(coefficients)
+    def riesz(self, functional):
+        return self.kernel.riesz(functional)
 
     def stiffness(self, coefficients):
         if self._learned:
-            raise ValueError("smooth_in_space: gradients of a kernel whose factors are learned are not offered; fix them")
+            raise ValueError(
+                "smooth_in_space: expected a kernel with fixed factors, got learned ones, for whose gradients there is no "
+                "formula here; fix the factors, or regularise by smooth_in_time or tikhonov"
+            )
         return self.kernel.stiffness(coefficients)
 
-    def primal(self, dual):
-        return self.kernel.primal(dual)
 
-
-class MatrixControls(Replicated, SpaceBasis):
+class MatrixControls(ReplicatedCoefficients):
     """A matrix X of controls of which a kernel is made (`stable_kernels`): R = G x H for Gram matrices, or 1 for either.
 
     Parameters
@@ -366,9 +248,9 @@ class MatrixControls(Replicated, SpaceBasis):
     Y
         The label domain.
     shape
-        That of X.
+        Shape of X.
     left, right
-        G and H; the identity if left out.
+        G and H, square, shapes (rows of X,) * 2 and (columns of X,) * 2; the identity if left out.
     """
 
     def __init__(self, Y: LabelSpace, shape: tuple[int, int], left: np.ndarray | None = None, right: np.ndarray | None = None):
@@ -379,26 +261,28 @@ class MatrixControls(Replicated, SpaceBasis):
     def unit(self):
         return 1.0
 
-    def expand(self, coefficients):
-        return coefficients
-
-    def pull_back(self, dual):
-        return dual
-
-    def dual(self, coefficients):
+    def functional(self, coefficients):
         left, right = self.grams
         return left @ coefficients @ right
 
-    def primal(self, dual):
+    def riesz(self, functional):
         left, right = self.grams
-        return np.linalg.solve(right, np.linalg.solve(left, dual).T).T
+        return np.linalg.solve(right, np.linalg.solve(left, functional).T).T
 
     def stiffness(self, coefficients):
         return np.zeros(self.shape)
 
 
-class LayerTimes(Replicated, SpaceBasis):
-    """The layer times t_1 .. t_L, t_0 being 0, shape (L,): R = 1."""
+class LayerTimes(ReplicatedCoefficients):
+    """The layer times t_1 .. t_L, t_0 being 0, shape (L,), in the unit of time: R = 1.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    layers
+        L.
+    """
 
     def __init__(self, Y: LabelSpace, layers: int):
         super().__init__(Y, (layers,))
@@ -407,17 +291,11 @@ class LayerTimes(Replicated, SpaceBasis):
     def unit(self):
         return 1.0
 
-    def expand(self, coefficients):
-        return coefficients
-
-    def pull_back(self, dual):
-        return dual
-
-    def dual(self, coefficients):
+    def functional(self, coefficients):
         return coefficients.copy()
+
+    def riesz(self, functional):
+        return functional.copy()
 
     def stiffness(self, coefficients):
         return np.zeros(self.shape)
-
-    def primal(self, dual):
-        return dual.copy()

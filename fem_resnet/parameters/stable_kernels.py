@@ -4,13 +4,15 @@
     antisymmetric and damped          beta = (X - X^T) / 2 + eps,           phi = psi        B_s = eps Phi Phi^T M >= 0
     bounded in norm                   R_Phi beta R_Psi^T = 2 c X (1 + X^T X)^-1              norm(B) <= c
 
-with R^T R the Gram matrix of a basis, R = 1 where it is orthonormal. What follows for (2.8) when sigma' >= 0: with B = C C^T
-and a, B constant in time solutions do not part in norm(B^(1/2) .), though they may in L2. The other two know no norm that
-always falls: there is the bound exp(int sup sigma' norm(B)) alone (`theory.contraction`). All three sets are convex, so that
-kernels linear in time between coefficients in a set stay in it.
+with R^T R the Gram matrix of a basis, R = 1 where it is orthonormal. For (2.8) with sigma' >= 0 this means: where B = C C^T,
+and a and B are constant in time, two solutions never move apart in norm(B^(1/2) .), though they may in L2. For the other two
+sets no norm is known that always falls; solutions move apart by the factor exp(int sup sigma' norm(B)) at most
+(`theory.sensitivity.contraction`). All three sets are convex: a kernel that is linear in time stays in a set if its
+coefficients are in it.
 
-The map of the last has singular values 2 c x / (1 + x^2), from 0 to c: it is onto, the boundary is reached at x = 1, and
-a minimum of J on the boundary is an ordinary one in X. With K = (1 + X^T X)^-1, L = (1 + X X^T)^-1 and P = X K its derivative
+The map of the last set takes singular values x of X to 2 c x / (1 + x^2), from 0 to c. So it is onto, the boundary is reached
+at x = 1, and a minimum of J on the boundary is an ordinary minimum in X. With K = (1 + X^T X)^-1, L = (1 + X X^T)^-1 and
+P = X K its derivative
 
     X_1 -> 2 c (L X_1 K - P X_1^T P),      L_1 = -L (X_1 X^T + X X_1^T) L,      K_1 = -K (X_1^T X + X^T X_1) K,
 
@@ -20,8 +22,9 @@ is its own transpose.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -34,36 +37,39 @@ __all__ = [
     "DampedAntisymmetric", "KernelMap", "NormBounded", "PositiveSemidefinite", "StableKernel", "stable_kernel_from",
 ]  # fmt: skip
 
-#: By how much coefficients that are said to be in a set may miss it, in parts of their size.
+#: How far from a set coefficients may lie and still count as its members, in parts of their size.
 _ROUND_OFF = 1e-10
 
 
 class StableKernel(ABC):
-    """A set of kernels as the image of free controls X. One of `PositiveSemidefinite`, `DampedAntisymmetric`, `NormBounded`."""
+    """A set of kernels as the image of free controls X, beta = P(X).
+
+    It is one of `PositiveSemidefinite`, `DampedAntisymmetric` and `NormBounded`.
+    """
 
     #: Whether phi and psi must be one basis.
     symmetric: bool
 
     def shape(self, phi: int, psi: int) -> tuple[int, int]:
-        """That of X, from the ranks of the bases."""
+        """The shape of X, from the ranks of the bases."""
         return phi, psi
 
     @abstractmethod
     def controls(self, kernel: LowRankKernel) -> MatrixControls:
-        """How X is held."""
+        """The slot of X."""
 
     @abstractmethod
     def start(self, kernel: LowRankKernel) -> np.ndarray:
-        """X at first."""
+        """The first X."""
 
     @abstractmethod
     def inverse(self, kernel: LowRankKernel, beta: np.ndarray) -> np.ndarray:
-        """An X of a beta in the set.
+        """An X with P(X) = beta.
 
         Raises
         ------
         ValueError
-            If it is not in the set.
+            If beta is not in the set.
         """
 
     @abstractmethod
@@ -75,24 +81,24 @@ class StableKernel(ABC):
         """P'(X) X_1."""
 
     @abstractmethod
-    def adjoint(self, kernel: LowRankKernel, X: np.ndarray, dual: np.ndarray) -> np.ndarray:
-        """P'(X)^T d."""
+    def adjoint(self, kernel: LowRankKernel, X: np.ndarray, functional: np.ndarray) -> np.ndarray:
+        """P'(X)^T d, for a functional d of beta."""
 
     @abstractmethod
-    def curvature(self, kernel: LowRankKernel, X: np.ndarray, X_1: np.ndarray, dual: np.ndarray) -> np.ndarray:
-        """(P''(X) X_1)^T d."""
+    def curvature(self, kernel: LowRankKernel, X: np.ndarray, X_1: np.ndarray, functional: np.ndarray) -> np.ndarray:
+        """(P''(X) X_1)^T d, for a functional d of beta."""
 
     @property
     def description(self) -> dict[str, object]:
-        """What `stable_kernel_from` makes it from again."""
-        return {"set": type(self).__name__, **asdict(self)}
+        """The set's name and numbers, of which `stable_kernel_from` makes it again."""
+        return {"set": type(self).__name__, **vars(self)}
 
 
 @dataclass(frozen=True)
 class PositiveSemidefinite(StableKernel):
     """B = C C^T: b(y, z) = sum_k C_k(y) C_k(z), C = Phi c, so that B = B^T >= 0.
 
-    X = 0 is a stationary point of every J: it starts at B = 0.1 Phi_k Phi_k^T M with the first functions of phi.
+    X = 0 is a stationary point of every J. So training starts at B = 0.1 Phi_k Phi_k^T M with the first functions of phi.
 
     Parameters
     ----------
@@ -134,7 +140,7 @@ class PositiveSemidefinite(StableKernel):
         values, vectors = values[::-1], vectors[:, ::-1]
         rank = kernel.phi.rank if self.rank is None else self.rank
         missed = max(np.abs(beta - beta.T).max(), -values[-1], np.abs(values[rank:]).max(initial=0.0))
-        _refuse_outside(missed, size, f"a symmetric, positive semidefinite one of rank {rank} or less")
+        _refuse_outside(missed, size, f"a symmetric, positive semidefinite matrix of rank {rank} or less")
         return vectors[:, :rank] * np.sqrt(np.maximum(values[:rank], 0.0))
 
     def value(self, kernel, X):
@@ -144,11 +150,11 @@ class PositiveSemidefinite(StableKernel):
         half = X_1 @ X.T
         return half + half.T
 
-    def adjoint(self, kernel, X, dual):
-        return (dual + dual.T) @ X
+    def adjoint(self, kernel, X, functional):
+        return (functional + functional.T) @ X
 
-    def curvature(self, kernel, X, X_1, dual):
-        return (dual + dual.T) @ X_1
+    def curvature(self, kernel, X, X_1, functional):
+        return (functional + functional.T) @ X_1
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ class DampedAntisymmetric(StableKernel):
 
     def inverse(self, kernel, beta):
         X = beta - self.damping * np.eye(kernel.phi.rank)
-        _refuse_outside(np.abs(X + X.T).max(), np.abs(beta).max(), f"an antisymmetric one plus {self.damping:g}")
+        _refuse_outside(np.abs(X + X.T).max(), np.abs(beta).max(), f"an antisymmetric matrix plus {self.damping:g}")
         return X
 
     def value(self, kernel, X):
@@ -184,10 +190,10 @@ class DampedAntisymmetric(StableKernel):
     def tangent(self, kernel, X, X_1):
         return (X_1 - X_1.T) / 2
 
-    def adjoint(self, kernel, X, dual):
-        return (dual - dual.T) / 2
+    def adjoint(self, kernel, X, functional):
+        return (functional - functional.T) / 2
 
-    def curvature(self, kernel, X, X_1, dual):
+    def curvature(self, kernel, X, X_1, functional):
         return np.zeros_like(X)
 
 
@@ -214,9 +220,9 @@ class NormBounded(StableKernel):
         return np.zeros(kernel.shape)
 
     def inverse(self, kernel, beta):
-        phi, psi = _roots(kernel)
+        phi, psi = kernel.phi.root, kernel.psi.root
         U, sizes, V = np.linalg.svd(phi @ beta @ psi.T / self.bound, full_matrices=False)
-        _refuse_outside(sizes[0] - 1, 1.0, f"one of operator norm {self.bound:g} or less")
+        _refuse_outside(sizes[0] - 1, 1.0, f"a kernel of operator norm {self.bound:g} or less")
         sizes = np.minimum(sizes, 1.0)
         return (U * (sizes / (1 + np.sqrt(1 - sizes**2)))) @ V
 
@@ -226,12 +232,12 @@ class NormBounded(StableKernel):
     def tangent(self, kernel, X, X_1):
         return self._scaled(kernel, self._derivative(X, X_1))
 
-    def adjoint(self, kernel, X, dual):
-        return self._derivative(X, self._scaled_dual(kernel, dual))
+    def adjoint(self, kernel, X, functional):
+        return self._derivative(X, self._scaled_functional(kernel, functional))
 
-    def curvature(self, kernel, X, X_1, dual):
+    def curvature(self, kernel, X, X_1, functional):
         K, L, P = self._factors(X)
-        d = self._scaled_dual(kernel, dual)
+        d = self._scaled_functional(kernel, functional)
         K_1, L_1 = -K @ (X_1.T @ X + X.T @ X_1) @ K, -L @ (X_1 @ X.T + X @ X_1.T) @ L
         P_1 = self._derivative(X, X_1)
         return L_1 @ d @ K + L @ d @ K_1 - P_1 @ d.T @ P - P @ d.T @ P_1
@@ -246,45 +252,41 @@ class NormBounded(StableKernel):
         return L @ V @ K - P @ V.T @ P
 
     def _scaled(self, kernel, F):
-        phi, psi = _roots(kernel)
+        phi, psi = kernel.phi.root, kernel.psi.root
         return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, F).T).T
 
-    def _scaled_dual(self, kernel, dual):
-        phi, psi = _roots(kernel)
-        return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, dual, trans="T").T, trans="T").T
+    def _scaled_functional(self, kernel, functional):
+        phi, psi = kernel.phi.root, kernel.psi.root
+        return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, functional, trans="T").T, trans="T").T
 
 
-def _roots(kernel: LowRankKernel) -> tuple[np.ndarray, np.ndarray]:
-    """R_Phi and R_Psi, upper triangular."""
-    phi, psi = (np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi))
-    return phi, psi
-
-
-def _refuse_outside(missed: float, size: float, wanted: str) -> None:
+def _refuse_outside(missed: float, size: float, expected: str) -> None:
     if missed > _ROUND_OFF * size:
-        raise ValueError(f"coefficients: expected {wanted}, the one given misses that by {missed:.1e}")
+        raise ValueError(f"coefficients: expected {expected}, got one that misses it by {missed:.1e}")
 
 
-def stable_kernel_from(description: Mapping[str, object] | None) -> StableKernel | None:
+def stable_kernel_from(description: Mapping[str, Any] | None) -> StableKernel | None:
     """A set of kernels from its description; None from None."""
     if description is None:
         return None
-    kinds = {kind.__name__: kind for kind in (PositiveSemidefinite, DampedAntisymmetric, NormBounded)}
+    kinds: dict[str, Callable[..., StableKernel]] = {
+        kind.__name__: kind for kind in (PositiveSemidefinite, DampedAntisymmetric, NormBounded)
+    }
     arguments = dict(description)
     return kinds[choice("set", arguments.pop("set", None), kinds)](**arguments)
 
 
 class KernelMap:
-    """The operator X -> beta: see `operator.Operator`.
+    """The operator X -> beta: see `tape.operator.Operator`.
 
     Parameters
     ----------
     choice
         The set of kernels.
     controls
-        How X is held.
+        The slot of X.
     coefficients
-        How beta is held.
+        The slot of beta.
     """
 
     ready = True
@@ -299,17 +301,23 @@ class KernelMap:
         """Beta."""
         return self._choice.value(self._kernel, arrays[0])
 
-    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
-        """Functionals of X."""
-        return [self._choice.adjoint(self._kernel, arrays[0], dual)]
+    def adjoint(self, arrays: Sequence[np.ndarray], functional: np.ndarray) -> list[np.ndarray]:
+        """A functional of X from a functional of beta."""
+        return [self._choice.adjoint(self._kernel, arrays[0], functional)]
 
     def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray:
         """beta_1."""
         return self._choice.tangent(self._kernel, arrays[0], directions[0])
 
     def second_adjoint(
-        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual: np.ndarray, dual_dot: np.ndarray
+        self,
+        arrays: Sequence[np.ndarray],
+        directions: Sequence[np.ndarray],
+        functional: np.ndarray,
+        functional_dot: np.ndarray,
     ) -> list[np.ndarray]:
-        """Derivative of `adjoint` along the directions and dual_dot."""
+        """Derivative of `adjoint` where X moves in the directions and the functional in functional_dot."""
         X, X_1 = arrays[0], directions[0]
-        return [self._choice.adjoint(self._kernel, X, dual_dot) + self._choice.curvature(self._kernel, X, X_1, dual)]
+        return [
+            self._choice.adjoint(self._kernel, X, functional_dot) + self._choice.curvature(self._kernel, X, X_1, functional)
+        ]

@@ -1,35 +1,43 @@
-"""Time bases: how the coefficients of layers hang together.
+"""Time bases: which layers share coefficients of a parameter p(t) = sum_k theta_k(t) c_k, and with which weights.
 
-A parameter is p(t) = sum_k theta_k(t) c_k (see `parameter`). Section 2.1 of the paper has a^tau and B^tau that
-interpolate linearly between the layer times t_0 < .. < t_L (`Hats`); residual networks (2.1) have a value of their own
-on each layer (`LayerIndicators`); autonomous ones, f_t = sigma(a - B f), one value for all layers (`Shared`), and in
-between groups of layers share one (`Groups`). A layer sees its time as the fraction s = (t - t_l) / (t_(l+1) - t_l).
+=================  ==============================================  =========================================
+time basis         functions theta_k                               where
+=================  ==============================================  =========================================
+`LayerIndicators`  a value of its own on each layer                residual networks (2.1)
+`Hats`             linear between the layer times t_0 < .. < t_L   a^tau and B^tau of section 2.1
+`Shared`           one value for all layers                        autonomous networks, f_t = sigma(a - B f)
+`Groups`           one value for each group of layers
+`Once`             one value, not of a time                        heads, kernel factors, layer times
+`AtStart`          one value, at t = 0                             initial states
+=================  ==============================================  =========================================
+
+A layer sees its time as the fraction s = (t - t_l) / (t_(l+1) - t_l).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-__all__ = ["AtStart", "Groups", "Hats", "LayerIndicators", "Once", "Shared", "TimeBasis", "get_time_basis"]
+__all__ = ["AtStart", "Groups", "Hats", "LayerIndicators", "Once", "PointInTime", "Shared", "TimeBasis", "get_time_basis"]
 
 
 class TimeBasis(ABC):
-    """Functions theta_k of t.
+    """Functions theta_k of t, on layers.
 
-    Law: ``measures[k]`` is the sum over the layers where theta_k is active of `(t_(l+1) - t_l) int_0^1 weight ds`.
+    Law: ``measures[k]`` is the sum of `(t_(l+1) - t_l) int_0^1 weight ds` over the layers where theta_k is active.
 
     Attributes
     ----------
     measures : numpy.ndarray
         tau_k = int theta_k dt > 0, one a function, in the unit of the layer times: the lumped inner product in t.
     neighbours : list of (int, int, float)
-        Functions k, m that follow each other in t, and the distance d of their centres: the integral of the squared
+        Functions k, m that follow each other in t, and the distance d of their centres, so that the integral of the squared
         derivative of the interpolant is `sum |c_m - c_k|^2 / d`.
     description : str or list of int
-        What `get_time_basis` makes the same basis from.
+        The argument with which `get_time_basis` makes the same basis.
     """
 
     measures: np.ndarray
@@ -42,7 +50,7 @@ class TimeBasis(ABC):
 
     @abstractmethod
     def weights(self, layer: int, s: float) -> tuple[float, ...]:
-        """Their values in that layer, at the fraction s in [0, 1] of its time; no unit."""
+        """The values of the active functions on a layer, at the fraction s in [0, 1] of its time; no unit."""
 
 
 class Groups(TimeBasis):
@@ -57,12 +65,12 @@ class Groups(TimeBasis):
     groups
         The number of each layer's group, shape (L,): integers from 0, none left out.
     argument
-        What messages call `groups`.
+        How messages call `groups`.
 
     Raises
     ------
     TypeError, ValueError
-        If `groups` is not that.
+        If `groups` are no such numbers.
 
     Examples
     --------
@@ -72,7 +80,6 @@ class Groups(TimeBasis):
     """
 
     def __init__(self, times: Sequence[float], groups: Sequence[int], argument: str = "groups"):
-        times = np.asarray(times, dtype=float)
         self._groups = _checked_groups(groups, len(times) - 1, argument)
         self.description = list(self._groups)
         self.measures = np.bincount(np.array(self._groups, dtype=int), weights=np.diff(times))
@@ -90,7 +97,7 @@ class Groups(TimeBasis):
 
 
 class LayerIndicators(Groups):
-    """Indicators of the layers: a value of its own on each.
+    """Indicators of the layers: a value of its own on each layer.
 
     Parameters
     ----------
@@ -148,21 +155,22 @@ class Hats(TimeBasis):
         return (1.0 - s, s)
 
 
-class Once:
-    """Time basis of a parameter that acts once, at t = T, and not over a time: one function, of measure one."""
+class PointInTime:
+    """A time basis that no layer sees: one function, of measure one. `Once` or `AtStart`."""
 
     measures = np.ones(1)
     neighbours: list[tuple[int, int, float]] = []
 
 
-class AtStart:
-    """Time basis of the initial state, which acts at t = 0: one function, of measure one."""
-
-    measures = np.ones(1)
-    neighbours: list[tuple[int, int, float]] = []
+class Once(PointInTime):
+    """Time basis of a parameter that acts once, at t = T, and not over a time."""
 
 
-_NAMED = {"layers": LayerIndicators, "linear": Hats, "shared": Shared}
+class AtStart(PointInTime):
+    """Time basis of the initial state, which acts at t = 0."""
+
+
+_NAMED: dict[str, Callable[[Sequence[float]], TimeBasis]] = {"layers": LayerIndicators, "linear": Hats, "shared": Shared}
 
 
 def get_time_basis(choice: str | Sequence[int], times: Sequence[float], argument: str = "choice") -> TimeBasis:
@@ -175,7 +183,7 @@ def get_time_basis(choice: str | Sequence[int], times: Sequence[float], argument
     times
         Layer times, shape (L + 1,).
     argument
-        What messages call `choice`.
+        How messages call `choice`.
 
     Raises
     ------
@@ -190,23 +198,25 @@ def get_time_basis(choice: str | Sequence[int], times: Sequence[float], argument
     if not isinstance(choice, str):
         return Groups(times, choice, argument)
     if choice not in _NAMED:
-        raise ValueError(f"{argument}: expected {_wanted(len(times) - 1)}, got {choice!r}")
+        raise ValueError(f"{argument}: expected {_choices(len(times) - 1)}, got {choice!r}")
     return _NAMED[choice](times)
 
 
 def _checked_groups(groups: Sequence[int], layers: int, argument: str) -> tuple[int, ...]:
     if not isinstance(groups, (Sequence, np.ndarray)) or isinstance(groups, (str, bytes)):
-        raise TypeError(f"{argument}: expected {_wanted(layers)}, got {type(groups).__name__}")
+        raise TypeError(f"{argument}: expected {_choices(layers)}, got {type(groups).__name__}")
     numbers = list(groups)
     for number in numbers:
         if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
-            raise TypeError(f"{argument}: group numbers are integers, got {number!r}")
+            raise TypeError(f"{argument}: expected integers as group numbers, got {number!r}")
     if len(numbers) != layers:
         raise ValueError(f"{argument}: expected {layers} group numbers, one a layer, got {len(numbers)}")
     if set(numbers) != set(range(len(set(numbers)))):
-        raise ValueError(f"{argument}: group numbers go from 0 and leave none out, got {[int(number) for number in numbers]}")
+        raise ValueError(
+            f"{argument}: expected group numbers from 0 that leave none out, got {[int(number) for number in numbers]}"
+        )
     return tuple(int(number) for number in numbers)
 
 
-def _wanted(layers: int) -> str:
-    return f"{', '.join(map(repr, _NAMED))}, or a sequence of {layers} group numbers, one a layer,"
+def _choices(layers: int) -> str:
+    return f"{', '.join(map(repr, _NAMED))} or a list of {layers} group numbers, one a layer"

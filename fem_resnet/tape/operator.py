@@ -8,24 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import firedrake as fd
 import numpy as np
 
-__all__ = ["Operator", "SecondOrderOperator", "Slot", "made", "parts"]
+from fem_resnet.parameters.slots import Slot
 
-
-class Slot(Protocol):
-    """How a Function holds an array; `SpaceBasis` and `BatchValues` are slots."""
-
-    @property
-    def space(self) -> fd.functionspaceimpl.WithGeometry:
-        """The space of the Function."""
-
-    def read(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """The array that a Function, or a Cofunction of the dual space, holds."""
-
-    def write(self, function: fd.Function | fd.Cofunction, array: np.ndarray) -> None:
-        """Make a Function, or a Cofunction of the dual space, hold an array."""
+__all__ = ["Operator", "SecondOrderOperator", "made", "parts"]
 
 
 class Operator(Protocol):

@@ -22,9 +22,10 @@ from mpi4py import MPI
 from pyadjoint import AdjFloat, Block
 from pyadjoint.block_variable import BlockVariable
 
-from fem_resnet.parameters.space_basis import NodalValues, read_all
+from fem_resnet.parameters.slots import Slot, read_all
+from fem_resnet.parameters.space_basis import NodalValues
 from fem_resnet.tape.checkpoints import is_leaf
-from fem_resnet.tape.operator import Operator, Slot, made, parts
+from fem_resnet.tape.operator import Operator, made, parts
 
 __all__ = ["DERIVATIVE_FIRST", "OperatorBlock", "read", "version_of"]
 
@@ -161,7 +162,7 @@ class OperatorBlock(Block):
         if isinstance(slot, NodalValues) and is_leaf(block_variable) and (known is None or _is_of(known, slot.dual_space)):
             # A Cofunction kept for each of many such controls would be one more field than those that a user gets.
             functional = made(functional)
-            value = slot.new_dual(functional if known is None else functional + slot.view(known))
+            value = slot.new_functional(functional if known is None else functional + slot.view(known))
             block_variable.adj_value, block_variable.unshared = value, weakref.ref(value)
             return None
         return _unless_added(known, self._write_functional(self._functionals, idx, functional))

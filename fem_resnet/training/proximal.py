@@ -88,7 +88,7 @@ class ProximalFunctional(AbstractReducedFunctional):
         duals = Enlist(duals)
         for (p, k), dual, c in zip(self._sets, duals, coefficients):
             basis = p.space_bases[k]
-            basis.write(dual, basis.read(dual) + scale * p.time_basis.measures[k] / self.tau * basis.dual(c))
+            basis.write(dual, basis.read(dual) + scale * p.time_basis.measures[k] / self.tau * basis.functional(c))
         if apply_riesz:
             duals = [control.riesz_map(dual) for control, dual in zip(self.controls, duals)]
         return self.controls.delist(duals)

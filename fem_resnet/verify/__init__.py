@@ -3,8 +3,9 @@
 import sys
 from types import ModuleType
 
+from fem_resnet.verify.problems import BUILT_IN, built_in
 from fem_resnet.verify.report import Check, Line, Report
-from fem_resnet.verify.suite import BUILT_IN, built_in, problem_of, verify
+from fem_resnet.verify.suite import problem_of, verify
 
 __all__ = ["BUILT_IN", "Check", "Line", "Report", "built_in", "problem_of", "verify"]
 

@@ -225,8 +225,8 @@ def _kernel(kernel: LowRankKernel, name: str) -> Iterator[Check]:
     G, H = on_y.gram(kernel.phi), on_z.gram(kernel.psi)
     square = np.linalg.norm(np.linalg.cholesky(G).T @ beta @ np.linalg.cholesky(H)) ** 2
     yield Check.of("norm of a kernel", name, abs(kernel.norm(beta) ** 2 / square - 1), _ROUND_OFF)
-    yield Check.of("dual of a kernel", name, relative(kernel.dual(beta), G @ beta @ H), _ROUND_OFF)
-    yield Check.of("Riesz map", f"kernels, {name}", relative(kernel.primal(G @ gamma @ H), gamma), 1e-6)
+    yield Check.of("functional of a kernel", name, relative(kernel.functional(beta), G @ beta @ H), _ROUND_OFF)
+    yield Check.of("Riesz map", f"kernels, {name}", relative(kernel.riesz(G @ gamma @ H), gamma), 1e-6)
 
 
 def stable_kernel(problem: LearningProblem) -> Iterator[Check]:

@@ -16,8 +16,11 @@ import pytest
 import sympy
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fem_resnet.activation import sympy_activation
-from fem_resnet.activation.activation import ACTIVATIONS, Activation, Properties, get_activation
+from fem_resnet.activation import primitive
+from fem_resnet.activation.activation import ACTIVATIONS, Activation, get_activation
+from fem_resnet.activation.expression import normal_form
+from fem_resnet.activation.expression_tree import from_tree, to_tree
+from fem_resnet.activation.properties import Properties
 
 S = sympy.Symbol("s", real=True)
 
@@ -209,7 +212,7 @@ def test_primitive_of_an_expression_is_that_of_sympy_where_there_is_one_and_ends
 
 
 def test_primitive_is_refused_where_sigma_varies_too_fast(monkeypatch):
-    monkeypatch.setattr(sympy_activation, "_MAX_CELLS", 2**12)
+    monkeypatch.setattr(primitive, "_MAX_CELLS", 2**12)
     with pytest.raises(ValueError, match=r"sin\(s\*\*2\) varies too fast to be integrated up to \|s\| = 10000"):
         Activation.from_sympy(sympy.sin(s**2)).primitive(0.5)
 
@@ -369,9 +372,9 @@ def test_is_rebuilt_from_its_description(sigma):
     ids=str,
 )
 def test_an_expression_is_rebuilt_from_its_tree(expression):
-    expression = sympy_activation.normal_form(expression)
-    tree = json.loads(json.dumps(sympy_activation.to_tree(expression), allow_nan=False))
-    assert sympy_activation.from_tree(tree) == expression
+    expression = normal_form(expression)
+    tree = json.loads(json.dumps(to_tree(expression), allow_nan=False))
+    assert from_tree(tree) == expression
 
 
 @each_sigma
@@ -454,7 +457,7 @@ def test_properties_that_values_disprove_are_refused(name):
     wrong += [{"lipschitz": 1e3 if math.isinf(found.lipschitz) else 0.9 * found.lipschitz}] * (found.lipschitz > 0)
     assert wrong or name == "cubic"
     for claim in wrong:
-        with pytest.raises(ValueError, match=rf"^properties: of .*, values up to .* than declared: .*{[*claim][0]} = "):
+        with pytest.raises(ValueError, match=rf"^properties: expected those of .*, got others; .* show .*{[*claim][0]} = "):
             Activation.from_sympy(EXPRESSIONS[name], replace(found, **claim))
     weaker = {claim: False for claim, holds in vars(found).items() if holds is True}
     weaker = replace(found, lipschitz=2 * found.lipschitz, **weaker)
@@ -500,17 +503,17 @@ def test_each_entry_is_under_its_name():
         ("tahn", {}, ValueError, r"^activation: expected one of 'tanh', 'arctan', .*, got 'tahn'"),
         (None, {}, TypeError, r"^activation: expected its name, .*, got NoneType"),
         (np.tanh, {}, TypeError, r"^activation: expected its name, .*, got ufunc"),
-        (sympy.tanh(s), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh\(s\)'"),
-        (get_activation("tanh"), {"alpha": 1.0}, TypeError, r"alpha given along with an Activation.*'tanh'"),
-        ("tanh", {"alpha": 1.0}, TypeError, r"alpha given to tanh, which accepts none"),
-        ("elu", {"beta": 1.0, "alpha": 1.0}, TypeError, r"beta given to elu, which accepts alpha"),
-        ("elu", {"alpha": "1"}, TypeError, r"alpha is '1'; give a real number"),
-        ("elu", {"alpha": 1j}, TypeError, r"alpha is 1j; give a real number"),
-        ("elu", {"alpha": True}, TypeError, r"alpha is True; give a real number"),
-        ("elu", {"alpha": 0.0}, ValueError, r"alpha is 0.0; give a finite number > 0"),
-        ("elu", {"alpha": -1}, ValueError, r"alpha is -1; give a finite number > 0"),
-        ("elu", {"alpha": math.inf}, ValueError, r"alpha is inf; give a finite number > 0"),
-        ("elu", {"alpha": math.nan}, ValueError, r"alpha is nan; give a finite number > 0"),
+        (sympy.tanh(s), {"alpha": 1.0}, TypeError, r"expected none with an Activation.*, got alpha; .*'tanh\(s\)'"),
+        (get_activation("tanh"), {"alpha": 1.0}, TypeError, r"expected none with an Activation.*, got alpha; .*'tanh'"),
+        ("tanh", {"alpha": 1.0}, TypeError, r"^parameters: expected none for tanh, got alpha"),
+        ("elu", {"beta": 1.0, "alpha": 1.0}, TypeError, r"^parameters: expected alpha for elu, got beta"),
+        ("elu", {"alpha": "1"}, ValueError, r"^alpha: expected a positive number, got '1'"),
+        ("elu", {"alpha": 1j}, ValueError, r"^alpha: expected a positive number, got 1j"),
+        ("elu", {"alpha": True}, ValueError, r"^alpha: expected a positive number, got True"),
+        ("elu", {"alpha": 0.0}, ValueError, r"^alpha: expected a positive number, got 0.0"),
+        ("elu", {"alpha": -1}, ValueError, r"^alpha: expected a positive number, got -1"),
+        ("elu", {"alpha": math.inf}, ValueError, r"^alpha: expected a positive number, got inf"),
+        ("elu", {"alpha": math.nan}, ValueError, r"^alpha: expected a positive number, got nan"),
     ],
 )
 def test_refuses_what_is_no_activation(spec, parameters, error, message):
@@ -521,12 +524,12 @@ def test_refuses_what_is_no_activation(spec, parameters, error, message):
 @pytest.mark.parametrize(
     "expression, error, message",
     [
-        ("tanh(s)", TypeError, r"expression is 'tanh\(s\)', str; give a SymPy expression.*text is not parsed"),
-        (1.0, TypeError, r"expression is 1.0, float; give a SymPy expression"),
-        (np.tanh, TypeError, r"ufunc; give a SymPy expression"),
-        (s > 0, TypeError, r"expression is s > 0, StrictGreaterThan; give a SymPy expression"),
-        (sympy.Symbol("b") * s + sympy.Symbol("a"), TypeError, r"depends on Symbol\('a'\), Symbol\('b'\); only s = "),
-        (sympy.Symbol("s", positive=True), TypeError, r"depends on Symbol\('s', positive=True\); only s = "),
+        ("tanh(s)", TypeError, r"^expression: expected a SymPy expression in .*, got str 'tanh\(s\)'; text is not parsed"),
+        (1.0, TypeError, r"^expression: expected a SymPy expression in .*, got float 1.0"),
+        (np.tanh, TypeError, r"^expression: expected a SymPy expression in .*, got ufunc"),
+        (s > 0, TypeError, r"^expression: expected a SymPy .*, got StrictGreaterThan s > 0"),
+        (sympy.Symbol("b") * s + sympy.Symbol("a"), TypeError, r"as its only symbol, got Symbol\('a'\), Symbol\('b'\) too"),
+        (sympy.Symbol("s", positive=True), TypeError, r"only symbol, got Symbol\('s', positive=True\) too"),
         (sympy.exp(s), ValueError, r"sigma of exp\(s\) is inf at s = 10000; give an expression that doubles"),
         (sympy.sqrt(s), ValueError, r"sigma of sqrt\(s\) is nan at s = -10000; give"),
         (sympy.exp(-sympy.exp(-s)), ValueError, r"sigma' of .* is nan at s = -10000; give .* exp\(-Abs\(s\)\)"),
@@ -572,8 +575,8 @@ def test_refuses_properties_that_are_none():
 @pytest.mark.parametrize(
     "expression, message",
     [
-        (s * sympy.Heaviside(s), r"Heaviside\(s\) cannot be stored; what can is .*Add, Mul, Pow"),
-        (s * sympy.Float("0.1", 30), r"0.1000.* cannot be stored; what can is numbers \(Float of 15 digits\)"),
+        (s * sympy.Heaviside(s), r"expected .*Add, Mul, Pow.*, got .*Heaviside\(s\), which cannot be stored"),
+        (s * sympy.Float("0.1", 30), r"expected numbers \(Float of 15 digits\).*, got 0.1000.*, which cannot be stored"),
     ],
     ids=str,
 )
@@ -603,13 +606,17 @@ def test_rebuilds_nothing_but_what_is_on_the_list(tree):
 @pytest.mark.parametrize(
     "description, error, message",
     [
-        ({}, ValueError, r"description is {}; give what Activation.description gave"),
-        (["tanh", {}], ValueError, r"description is \['tanh', {}\]; give what"),
-        ({"name": "tanh"}, ValueError, r"description is .*; give what"),
-        ({"expression": "s"}, ValueError, r"description is .*; give what"),
+        ({}, ValueError, r"^description: expected what Activation.description gives, .*; got {}"),
+        (["tanh", {}], ValueError, r"^description: expected .*; got \['tanh', {}\]"),
+        ({"name": "tanh"}, ValueError, r"^description: expected what"),
+        ({"expression": "s"}, ValueError, r"^description: expected what"),
         ({"name": "tahn", "parameters": {}}, ValueError, r"^activation: expected one of 'tanh', .*, got 'tahn'"),
-        ({"name": "elu", "parameters": {"alpha": "1"}}, TypeError, r"alpha is '1'; give a real number"),
-        ({"expression": ["Lt", "s", 0], "properties": DECLARED}, TypeError, r"expression is s < 0"),
+        ({"name": "elu", "parameters": {"alpha": "1"}}, ValueError, r"^alpha: expected a positive number, got '1'"),
+        (
+            {"expression": ["Lt", "s", 0], "properties": DECLARED},
+            TypeError,
+            r"^expression: expected a SymPy expression in .*, got StrictLessThan s < 0",
+        ),
         ({"expression": "s", "properties": {}}, TypeError, r"missing 6 required"),
     ],
 )
@@ -622,13 +629,13 @@ def test_refuses_what_is_no_description(description, error, message):
 @pytest.mark.parametrize(
     "s, out, error, message",
     [
-        (1j, None, TypeError, r"^s: expected real numbers, complex ones"),
+        (1j, None, TypeError, r"^s: expected real numbers, got complex ones"),
         ("1", None, TypeError, r"^s: expected numbers, got str"),
-        ([None], None, TypeError, r"^s: expected numbers, list with entries of type object"),
-        ([1.0], [0.0], TypeError, r"out is list; give a float64 ndarray"),
-        ([1.0], np.zeros(1, np.float32), TypeError, r"out is an array of float32; give a float64 ndarray"),
-        ([1.0], np.zeros(2), ValueError, r"out has shape \(2,\); give the shape of s, \(1,\)"),
-        ([1.0], np.zeros(()), ValueError, r"out has shape \(\); give the shape of s, \(1,\)"),
+        ([None], None, TypeError, r"^s: expected numbers, got list with entries of type object"),
+        ([1.0], [0.0], TypeError, r"^out: expected a float64 array, got list; leave it out"),
+        ([1.0], np.zeros(1, np.float32), TypeError, r"^out: expected a float64 array, got an array of float32"),
+        ([1.0], np.zeros(2), ValueError, r"^out: expected the shape of s, \(1,\), got \(2,\)"),
+        ([1.0], np.zeros(()), ValueError, r"^out: expected the shape of s, \(1,\), got \(\)"),
     ],
 )
 def test_refuses_arguments_it_cannot_use(order, s, out, error, message):

@@ -8,11 +8,12 @@ import sympy
 from numpy.testing import assert_allclose
 
 from fem_resnet import Activation, get_activation, zero_set
-from fem_resnet.activation.activation import Properties
 from fem_resnet.activation.enclosure import Formula, Unproved
+from fem_resnet.activation.expression_properties import properties_of, size
 from fem_resnet.activation.extremes import Piece, supremum, zeros
-from fem_resnet.activation.properties import properties, size
-from fem_resnet.activation.sympy_activation import S, in_decaying_powers
+from fem_resnet.activation.formulas import in_decaying_powers
+from fem_resnet.activation.pieces import S
+from fem_resnet.activation.properties import Properties
 
 s = sympy.Symbol("s")
 SMOOTH = [
@@ -82,9 +83,7 @@ def test_what_is_not_proved_says_so():
 
 def test_a_wrong_claim_is_refuted_between_the_points_of_a_grid():
     claimed = Properties(1.0, False, False, True, True, True, False)
-    with pytest.raises(
-        ValueError, match=r"^properties: .* or a proof tell otherwise than declared: lipschitz = 19.0, non_decreasing = False"
-    ):
+    with pytest.raises(ValueError, match=r"^properties: .* or a proof show lipschitz = 19.0, non_decreasing = False"):
         Activation.from_sympy(PROVED[0][0], claimed)
 
 
@@ -143,4 +142,4 @@ def test_unknown_functions_are_not_decided():
 
 
 def test_properties_are_looked_up_once():
-    assert properties(sympy.tanh(S)) is properties(sympy.tanh(S))
+    assert properties_of(sympy.tanh(S)) is properties_of(sympy.tanh(S))

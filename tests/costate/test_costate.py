@@ -360,7 +360,7 @@ def test_coefficients_of_the_gradient_are_projections_of_its_values(bias):
             a = a + weight * costate.bias_gradient(t).dat.data_ro
             p, q = (net.Y.values(part) for part in costate.kernel_gradient(t))
             assert p.shape == q.shape == (net.Y.nodes, 4)
-            beta = beta + weight * kernel.primal(kernel.phi.project(p) @ kernel.psi.project(q).T)
+            beta = beta + weight * kernel.riesz(kernel.phi.project(p) @ kernel.psi.project(q).T)
         if bias == "basis":
             basis = net.bias.space_basis.basis
             a = np.linalg.solve(basis.gram, basis.project(a[:, None])[:, 0])

@@ -189,7 +189,7 @@ def test_a_wrong_shape_is_refused_on_all_ranks(rank, extra, samples):
     good = np.zeros((Y.nodes, *(samples if 0 not in samples else (3,)))[:2])
     bad = np.zeros((Y.nodes + extra[0], *samples))
     chosen = {"first": 0, "last": COMM_WORLD.size - 1}.get(rank, COMM_WORLD.rank) == COMM_WORLD.rank
-    with pytest.raises(ValueError, match=r"pictures: expected shape \(nodes, samples\) = \(\d+, at least 1\), \(.*"):
+    with pytest.raises(ValueError, match=r"pictures: expected shape \(nodes, samples\) = \(\d+, at least 1\), got \("):
         Y.batch(bad if chosen else good, name="pictures")
 
 
@@ -226,10 +226,18 @@ def test_a_batch_of_another_mesh_or_element_is_refused():
     for wrong, error, message in [
         (Y.values(Y.batch(smooth(Y))), TypeError, r"f: expected a Function, got ndarray"),
         (fd.Cofunction(Y.V.dual()), TypeError, r"f: expected a Function, got Cofunction"),
-        (fd.Function(label_space("sphere", "CG1").V), ValueError, r"f: it lives on .*, a Function on the mesh .* is"),
-        (fd.Function(label_space("disk", "DG0").V), ValueError, r"f: got .*DG0.*; a Function of .*CG1.* is"),
-        (label_space("disk", "DG0").batch(smooth(label_space("disk", "DG0"))), ValueError, r"f: got .*DG0.*"),
-        (fd.Function(fd.TensorFunctionSpace(Y.V.mesh(), "CG", 1)), ValueError, r"f: got .*CG1.*; a Function of"),
+        (fd.Function(label_space("sphere", "CG1").V), ValueError, r"f: expected a Function on the mesh .*, got one on"),
+        (fd.Function(label_space("disk", "DG0").V), ValueError, r"f: expected a Function of .*CG1.*, got one of .*DG0"),
+        (
+            label_space("disk", "DG0").batch(smooth(label_space("disk", "DG0"))),
+            ValueError,
+            r"f: expected a Function of .*, got one of .*DG0.*",
+        ),
+        (
+            fd.Function(fd.TensorFunctionSpace(Y.V.mesh(), "CG", 1)),
+            ValueError,
+            r"f: expected a Function of .*CG1.* or a batch of it .*, got one of",
+        ),
     ]:
         with pytest.raises(error, match=message):
             Y.check_batch(wrong, "f")
@@ -246,14 +254,14 @@ WHAT_WORKS = "Spaces that work: DG of degree 0 or 1; CG of degree 1; CG of degre
         ("disk", "CG", 2, "weight"),
         ("disk", "CG", 4, "weight"),
         ("cube", "CG", 2, "weight"),
-        ("disk", "Bernstein", 2, "no point values"),
-        ("disk", "CR", 1, "no point values"),
-        ("disk", "Hermite", 3, "no point values"),
-        ("interval", "Hermite", 3, "no point values"),
-        ("square", "S", 2, "no point values"),
+        ("disk", "Bernstein", 2, "expected point values"),
+        ("disk", "CR", 1, "expected point values"),
+        ("disk", "Hermite", 3, "expected point values"),
+        ("interval", "Hermite", 3, "expected point values"),
+        ("square", "S", 2, "expected point values"),
         ("disk", "Bubble", 3, "the weights of .* add up to"),
-        ("disk", "R", 0, "no nodes in the cells"),
-        ("disk", "HDiv Trace", 0, "no nodes in the cells"),
+        ("disk", "R", 0, "expected nodes in the cells"),
+        ("disk", "HDiv Trace", 0, "expected nodes in the cells"),
     ],
 )
 def test_a_space_without_a_quadrature_of_its_own_is_refused(domain, family, degree, reason):
@@ -273,8 +281,8 @@ def test_a_weight_that_is_negative_on_this_mesh_is_refused():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda m: fd.VectorFunctionSpace(m, "CG", 1), r"V: expected a scalar space, .* has values of shape \(2,\)"),
-        (lambda m: fd.FunctionSpace(m, "RT", 1), r"V: expected a scalar space, .*RT1.* has values of shape \(2,\)"),
+        (lambda m: fd.VectorFunctionSpace(m, "CG", 1), r"V: expected a scalar space, .* with values of shape \(2,\)"),
+        (lambda m: fd.FunctionSpace(m, "RT", 1), r"V: expected a scalar space, .*RT1.* with values of shape \(2,\)"),
         (lambda m: fd.FunctionSpace(m, "CG", 1) * fd.FunctionSpace(m, "DG", 0), r"V: expected a scalar space"),
         (lambda m: fd.FunctionSpace(m, "CG", 1).dual(), r"V: expected a FunctionSpace"),
         (lambda m: m, r"V: expected a FunctionSpace, got MeshGeometry"),

@@ -100,7 +100,7 @@ REFUSED = {
     "cells of two kinds": (
         lambda path: write(path, at_height(0), MIXED),
         ValueError,
-        "cells of one kind .* quadrilateral and triangle",
+        "expected cells of one kind, .* quadrilateral and triangle",
     ),
     "curved cells": (curve, ValueError, "expected straight cells"),
     "a damaged file": (damaged, ValueError, "PETSc cannot read"),

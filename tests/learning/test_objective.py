@@ -333,7 +333,7 @@ class _PrintedTikhonov:
 
     def adjoint(self, arrays, dual):
         measures, basis = self.parameter.time_basis.measures, self.parameter.space_basis
-        return [dual * self.factor * self.weight * tau * basis.dual(c) for tau, c in zip(measures, arrays)]
+        return [dual * self.factor * self.weight * tau * basis.functional(c) for tau, c in zip(measures, arrays)]
 
 
 @on_ranks

@@ -36,7 +36,7 @@ def test_layers_take_their_own_bases():
         first = np.tanh(a - B @ f)
         f = f + h / 2 * (first + np.tanh(a - B @ (f + h * first)))
     assert_allclose(gathered(net.Y, net.Y.values(net(net.Y.batch(smooth(net.Y))))), f, rtol=0, atol=10 * ROUND_OFF)
-    with pytest.raises(ValueError, match="^space_basis: kernel has bases of its own in each layer"):
+    with pytest.raises(ValueError, match="^space_basis: expected one for all layers, kernel has one in each"):
         net.kernel.space_basis  # noqa: B018
 
 

@@ -152,7 +152,7 @@ def test_supremum_of_b_is_found_in_blocks_of_nodes(kernel, rng, monkeypatch):
 @on_ranks
 def test_on_many_nodes_the_supremum_is_an_upper_bound_which_says_so(kernel, rng, monkeypatch, caplog):
     """By Cauchy and Schwarz; equal at rank one."""
-    monkeypatch.setattr("fem_resnet.parameters.kernel._BLOCK", 5)
+    monkeypatch.setattr("fem_resnet.parameters.kernel._TOGETHER", 5)
     beta = rng.normal(size=kernel.shape)
     rank_one = np.outer(rng.normal(size=kernel.shape[0]), rng.normal(size=kernel.shape[1]))
     exact, exact_one = kernel.norm(beta, "linf"), kernel.norm(rank_one, "linf")
@@ -177,16 +177,16 @@ def test_dual_represents_the_inner_product_of_dense_kernels(kernel, rng):
     (b, w_y, w_z), (c, _, _) = _dense(kernel, beta), _dense(kernel, gamma)
     exact = np.einsum("y,yz,yz,z->", w_y, b, c, w_z)
     bound = kernel.norm(beta) * kernel.norm(gamma)
-    assert abs(np.sum(kernel.dual(beta) * gamma) - exact) < 1e-12 * bound
-    assert abs(np.sum(kernel.dual(gamma) * beta) - exact) < 1e-12 * bound
+    assert abs(np.sum(kernel.functional(beta) * gamma) - exact) < 1e-12 * bound
+    assert abs(np.sum(kernel.functional(gamma) * beta) - exact) < 1e-12 * bound
 
 
 @on_two_ranks
 def test_primal_inverts_dual(kernel, rng):
     beta = rng.normal(size=kernel.shape)
     # The condition of both Gram matrices together is below 1e4.
-    assert_allclose(kernel.primal(kernel.dual(beta)), beta, rtol=0, atol=1e-11)
-    assert_allclose(kernel.dual(kernel.primal(beta)), beta, rtol=0, atol=1e-11)
+    assert_allclose(kernel.riesz(kernel.functional(beta)), beta, rtol=0, atol=1e-11)
+    assert_allclose(kernel.functional(kernel.riesz(beta)), beta, rtol=0, atol=1e-11)
 
 
 @on_ranks

@@ -15,8 +15,9 @@ from pyadjoint import Control
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
 from fem_resnet import Batch, LearningProblem, ResidualNetwork, StepFailure, least_squares, load, save, tikhonov, train
+from fem_resnet.label_domain.orthonormal import orthonormal
 from fem_resnet.parameters.kernel import LowRankKernel
-from fem_resnet.parameters.retraction import Retraction, orthonormal
+from fem_resnet.parameters.retraction import Retraction
 from fem_resnet.tape.recording import apply
 
 on_ranks = pytest.mark.parallel([1, 2, 3])

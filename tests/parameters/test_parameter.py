@@ -15,7 +15,8 @@ from fem_resnet.layers.inputs import LayerCoefficients, LayerUse, OnLayer
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues, read_all
+from fem_resnet.parameters.slots import read_all
+from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
 from fem_resnet.parameters.time_basis import Groups, Hats, LayerIndicators, Once, Shared, TimeBasis
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -126,8 +127,8 @@ def test_expand_is_linear(basis):
 @on_two_ranks
 def test_primal_inverts_dual(basis):
     c = _coefficients(basis, 3)
-    assert_allclose(basis.primal(basis.dual(c)), c, rtol=0, atol=10 * ROUND_OFF)
-    assert_allclose(basis.dual(basis.primal(c)), c, rtol=0, atol=10 * ROUND_OFF)
+    assert_allclose(basis.riesz(basis.functional(c)), c, rtol=0, atol=10 * ROUND_OFF)
+    assert_allclose(basis.functional(basis.riesz(c)), c, rtol=0, atol=10 * ROUND_OFF)
 
 
 @on_ranks
@@ -142,9 +143,9 @@ def test_pair_with_dual_is_the_inner_product_in_the_label_measure(basis):
     else:
         Y = _label_space(basis)
         exact = float(Y.sum(np.sum(Y.weights @ (basis.expand(c) * basis.expand(d)))))
-    size = np.sqrt(basis.pair(basis.dual(c), c) * basis.pair(basis.dual(d), d))
-    assert abs(basis.pair(basis.dual(c), d) - exact) < ROUND_OFF * size
-    assert abs(basis.pair(basis.dual(d), c) - exact) < ROUND_OFF * size
+    size = np.sqrt(basis.pair(basis.functional(c), c) * basis.pair(basis.functional(d), d))
+    assert abs(basis.pair(basis.functional(c), d) - exact) < ROUND_OFF * size
+    assert abs(basis.pair(basis.functional(d), c) - exact) < ROUND_OFF * size
 
 
 @on_ranks
@@ -359,7 +360,7 @@ def test_riesz_map_represents_functionals_in_label_domain_and_time(basis, time_b
         exact = basis.pair(d, c)
         found = parameter.inner(k, basis.read(primal), c)
         assert abs(found - exact) < 10 * ROUND_OFF * max(abs(exact), 1), f"coefficients {k}"
-        assert abs(parameter.inner(k, c, c) - tau * basis.pair(basis.dual(c), c)) <= ROUND_OFF * abs(exact)
+        assert abs(parameter.inner(k, c, c) - tau * basis.pair(basis.functional(c), c)) <= ROUND_OFF * abs(exact)
 
 
 @on_ranks

@@ -110,10 +110,10 @@ def test_every_kernel_of_a_set_is_reached(choice, skew):
 @pytest.mark.parametrize(
     "choice, beta, message",
     [
-        (PositiveSemidefinite(), np.diag([1.0, -0.1, 0, 0]), "symmetric, positive semidefinite one of rank 4 or less"),
-        (PositiveSemidefinite(rank=1), np.eye(4), "symmetric, positive semidefinite one of rank 1 or less"),
-        (DampedAntisymmetric(0.3), np.eye(4), r"an antisymmetric one plus 0\.3"),
-        (NormBounded(0.8), np.eye(4), r"one of operator norm 0\.8 or less"),
+        (PositiveSemidefinite(), np.diag([1.0, -0.1, 0, 0]), "symmetric, positive semidefinite matrix of rank 4 or less"),
+        (PositiveSemidefinite(rank=1), np.eye(4), "symmetric, positive semidefinite matrix of rank 1 or less"),
+        (DampedAntisymmetric(0.3), np.eye(4), r"an antisymmetric matrix plus 0\.3"),
+        (NormBounded(0.8), np.eye(4), r"a kernel of operator norm 0\.8 or less"),
     ],
     ids=["not positive", "of higher rank", "other damping", "too large"],
 )

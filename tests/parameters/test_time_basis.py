@@ -368,16 +368,16 @@ def test_layers_of_different_bases_cannot_share_a_value(arguments, message):
 @pytest.mark.parametrize(
     "given, error, message",
     [
-        ("hats", ValueError, "'layers', 'linear', 'shared', or a sequence of 3 group numbers, got .* 'hats'$"),
+        ("hats", ValueError, "expected 'layers', 'linear', 'shared' or a list of 3 group numbers, one a layer, got 'hats'$"),
         (None, TypeError, "expected 'layers', .*, got NoneType$"),
         (3, TypeError, "expected 'layers', .*, got int$"),
         ([0, 1], ValueError, "expected 3 group numbers, one a layer, got 2$"),
         ([0, 1, 2, 3], ValueError, "expected 3 group numbers, one a layer, got 4$"),
-        ([0, 0.5, 1], TypeError, "group numbers are integers, got 0.5$"),
-        ([False, True, True], TypeError, "group numbers are integers, got False$"),
-        ([0, 2, 2], ValueError, r"group numbers go from 0 and leave none out, got \[0, 2, 2\]$"),
-        ([-1, 0, 1], ValueError, r"group numbers go from 0 and leave none out, got \[-1, 0, 1\]$"),
-        (np.zeros((3, 1), dtype=int), TypeError, "group numbers are integers, got .*$"),
+        ([0, 0.5, 1], TypeError, "expected integers as group numbers, got 0.5$"),
+        ([False, True, True], TypeError, "expected integers as group numbers, got False$"),
+        ([0, 2, 2], ValueError, r"expected group numbers from 0 that leave none out, got \[0, 2, 2\]$"),
+        ([-1, 0, 1], ValueError, r"expected group numbers from 0 that leave none out, got \[-1, 0, 1\]$"),
+        (np.zeros((3, 1), dtype=int), TypeError, "expected integers as group numbers, got .*$"),
     ],
     ids=str,
 )

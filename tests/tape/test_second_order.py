@@ -13,12 +13,12 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
-from fem_resnet.label_domain.label_space import BatchValues
 from fem_resnet.learning.head import PREDICTIONS
 from fem_resnet.learning.loss import Loss, functional_loss, least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.slots import BatchValues
 from fem_resnet.tape.recording import apply, gauss_newton
 
 on_ranks = pytest.mark.parallel([1, 2, 3])

@@ -196,7 +196,7 @@ def test_the_gradient_norm_is_that_of_what_does_not_point_out_of_the_bounds():
         for p in P.parameters:
             for k, basis in enumerate(p.space_bases):
                 d = np.maximum(basis.read(next(derivative)), 0.0)
-                square += basis.pair(d, basis.primal(d)) / p.time_basis.measures[k]
+                square += basis.pair(d, basis.riesz(d)) / p.time_basis.measures[k]
         result = train(P, {"tao_type": tao_type, "tao_max_it": 1}, bounds=BOUNDS, monitor=_silent)
         assert_allclose(result.gradient_norms[0], np.sqrt(square), rtol=1e-12)
 

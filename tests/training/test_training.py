@@ -55,7 +55,7 @@ def _gradient_norm(problem):
         basis = parameter.space_basis
         for k, tau in enumerate(parameter.time_basis.measures):
             dual = basis.read(next(derivative))
-            square += basis.pair(dual, basis.primal(dual)) / tau
+            square += basis.pair(dual, basis.riesz(dual)) / tau
     return np.sqrt(square)
 
 

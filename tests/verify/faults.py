@@ -35,6 +35,7 @@ import fem_resnet.network.segment
 import fem_resnet.parameters.kernel
 import fem_resnet.parameters.parameter
 import fem_resnet.parameters.retraction
+import fem_resnet.parameters.slots
 import fem_resnet.parameters.space_basis
 import fem_resnet.parameters.stable_kernels
 import fem_resnet.parameters.time_basis
@@ -90,7 +91,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
     """Plants `wrong` in the place of `right`, which must occur, in the source of a function or method of `owner`."""
 
     def plant(patch):
-        original = inspect.unwrap(vars(owner)[function])
+        original = inspect.unwrap(inspect.getattr_static(owner, function))
         original = getattr(original, "fget", getattr(original, "func", original))
         source = textwrap.dedent(inspect.getsource(original))
         assert right in source, f"{function} has no longer the line {right!r}"
@@ -101,7 +102,7 @@ def line(owner, function: str, right: str, wrong: str) -> Callable:
         names = {}
         exec(compile("from __future__ import annotations\n" + source, f"<fault in {function}>", "exec"), vars(module), names)
         patched = names[function]
-        if isinstance(vars(owner)[function], (property, cached_property)):
+        if isinstance(inspect.getattr_static(owner, function), (property, cached_property)):
             patched = property(patched)
         patch.setattr(owner, function, patched)
 
@@ -113,7 +114,8 @@ LayerTS = fem_resnet.time_stepping.ts_layer.LayerTS
 Linear = fem_resnet.time_stepping.jacobian.LinearLayer
 Segment, CoefficientSegment = fem_resnet.network.segment.Segment, fem_resnet.network.coefficient_segment.CoefficientSegment
 CostRate = fem_resnet.layers.running_cost.CostRate
-space, time_basis, inputs = fem_resnet.parameters.space_basis, fem_resnet.parameters.time_basis, fem_resnet.layers.inputs
+space, slots, time_basis = fem_resnet.parameters.space_basis, fem_resnet.parameters.slots, fem_resnet.parameters.time_basis
+inputs = fem_resnet.layers.inputs
 Loss = fem_resnet.learning.loss._LossOperator
 HeadOperator = fem_resnet.learning.head._HeadOperator
 Kernel, Basis, LabelSpace = (
@@ -257,9 +259,9 @@ def _prediction(name, **changes):
 
 
 def _mixed_columns(patch):
-    read = fem_resnet.label_domain.label_space.BatchValues.write
+    read = fem_resnet.parameters.slots.BatchValues.write
     patch.setattr(
-        fem_resnet.label_domain.label_space.BatchValues,
+        fem_resnet.parameters.slots.BatchValues,
         "write",
         lambda self, function, array: read(self, function, array[:, ::-1]),
     )
@@ -626,7 +628,7 @@ FAULTS = [
     Fault(
         "gamma comes without the measure",
         CLASSES,
-        line(Segment, "_unfold", "return [psi.dual(part) + dual for", "return [psi.values @ part + dual for"),
+        line(Segment, "_unfold", "return [psi.functional(part) + dual for", "return [psi.values @ part + dual for"),
     ),
     Fault(
         "co-states without gamma",
@@ -661,12 +663,12 @@ FAULTS = [
         line(Segment, "_seen", "self._input[0]() is f and", "self._input[2] is not None and"),
     ),
     Fault(
-        "kept coefficients outlive their input", FIELD, line(space.SeenBatch, "read", "kept == version", "kept is not None")
+        "kept coefficients outlive their input", FIELD, line(slots.SeenBatch, "read", "kept == version", "kept is not None")
     ),
     Fault(
         "a functional of what is seen comes back without the measure",
         CLASSES,
-        line(space.SeenBatch, "write", "self._basis.dual(gamma)", "self._basis.values @ gamma"),
+        line(slots.SeenBatch, "write", "self._basis.functional(gamma)", "self._basis.values @ gamma"),
     ),
     Fault(
         "segments of coefficients give what they took",
@@ -743,36 +745,40 @@ FAULTS = [
     Fault(
         "the bias's basis is pulled back with weights",
         FIELD,
-        line(space.BasisCoefficients, "pull_back", "self.basis.values.T @ dual", "self.basis.weighted.T @ dual"),
+        line(space.BasisCoefficients, "pull_back", "self.basis.values.T @ functional", "self.basis.weighted.T @ functional"),
     ),
     Fault(
-        "the Riesz map without tau", CLASSES, line(fem_resnet.parameters.parameter.Parameter, "riesz_map", " / measure", "")
+        "the Riesz map without tau", CLASSES, line(fem_resnet.parameters.parameter.Parameter, "_riesz_map", " / measure", "")
     ),
     Fault(
         "the Riesz map of nodal values without weights",
         CLASSES,
-        line(space.NodalValues, "primal", "dual / self.Y.weights", "dual"),
+        line(space.NodalValues, "riesz", "functional / self.Y.weights", "functional"),
     ),
     Fault(
         "the Riesz map of a kernel without Gram matrices",
         FIELD,
-        line(Kernel, "primal", "scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, dual).T).T", "dual.copy()"),
+        line(Kernel, "riesz", "scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, functional).T).T", "functional.copy()"),
     ),
     Fault(
         "the Riesz map of a kernel with one Gram matrix only",
         FIELD,
         line(
             Kernel,
-            "primal",
-            "scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, dual).T).T",
-            "scipy.linalg.cho_solve(phi, dual)",
+            "riesz",
+            "scipy.linalg.cho_solve(psi, scipy.linalg.cho_solve(phi, functional).T).T",
+            "scipy.linalg.cho_solve(phi, functional)",
         ),
     ),
     Fault(
         "a wrong Gram matrix", FIELD, _basis_gram(lambda basis: basis.values.T @ basis.values * basis.Y.measure / basis.Y.size)
     ),
     Fault("the Gram matrix is taken for the identity", FIELD, _basis_gram(lambda basis: np.eye(basis.rank))),
-    Fault("the norm of a kernel is that of its matrix", FIELD, line(Kernel, "norm", "self.dual(beta) * beta", "beta * beta")),
+    Fault(
+        "the norm of a kernel is that of its matrix",
+        FIELD,
+        line(Kernel, "norm", "self.functional(beta) * beta", "beta * beta"),
+    ),
     Fault("B^T with beta for beta^T", FIELD, line(Kernel, "transpose", "beta.T @", "beta @")),
     # measures
     Fault("a missing weight", CLASSES, _after_weights(_missing)),
@@ -915,8 +921,10 @@ FAULTS = [
             "2 * dual * weight * functional",
         ),
     ),
-    Fault("Tikhonov without tau", CLASSES, line(regulariser, "_mass", "tau * basis.dual(c) for", "basis.dual(c) for")),
-    Fault("Tikhonov without Gram matrices", FIELD, line(regulariser, "_mass", "tau * basis.dual(c) for", "tau * c for")),
+    Fault(
+        "Tikhonov without tau", CLASSES, line(regulariser, "_mass", "tau * basis.functional(c) for", "basis.functional(c) for")
+    ),
+    Fault("Tikhonov without Gram matrices", FIELD, line(regulariser, "_mass", "tau * basis.functional(c) for", "tau * c for")),
     Fault("smoothness without a gradient in z", CLASSES, line(Kernel, "stiffness", " + phi.gram @ beta @ psi.stiffness", "")),
     Fault("smoothness in time without distances", CLASSES, line(regulariser, "_variation", " / distance", "")),
     Fault(
@@ -1359,7 +1367,7 @@ FURTHER = [
     Fault(
         "a semidefinite kernel has no curvature",
         BUILT_IN,
-        line(stable.PositiveSemidefinite, "curvature", "(dual + dual.T) @ X_1", "0 * X"),
+        line(stable.PositiveSemidefinite, "curvature", "(functional + functional.T) @ X_1", "0 * X"),
         True,
     ),
     Fault(

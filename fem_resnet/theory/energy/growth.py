@@ -28,7 +28,7 @@ import numpy as np
 import scipy.optimize
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.activation.properties import size
+from fem_resnet.activation.expression_properties import size
 from fem_resnet.arguments import choice, instance, real_array
 from fem_resnet.costate.trajectory import LayerTrajectory
 from fem_resnet.features import HELD, STEPPED, supports

@@ -24,7 +24,7 @@ from fem_resnet.costate.trajectory import like
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.parameters.retraction import orthonormal
+from fem_resnet.label_domain.orthonormal import orthonormal
 from fem_resnet.ranks import same
 
 __all__ = ["Propagator", "joint_span"]

@@ -30,8 +30,8 @@ from mpi4py import MPI
 
 from fem_resnet.activation.activation import Activation
 from fem_resnet.activation.enclosure import Unproved
-from fem_resnet.activation.properties import zero_intervals
-from fem_resnet.activation.sympy_activation import REACH
+from fem_resnet.activation.expression_properties import zero_intervals
+from fem_resnet.activation.pieces import REACH
 from fem_resnet.arguments import instance, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork

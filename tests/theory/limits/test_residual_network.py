@@ -175,7 +175,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
     a, B, z_0 = random_arrays(Y.size)
     with pytest.raises(TypeError, match="partition: expected a LabelSpace, got list"):
         from_network(a, B, z_0, [1.0] * Y.size)
-    with pytest.raises(ValueError, match="cell indicators span DG of degree 0"):
+    with pytest.raises(ValueError, match="expected DG of degree 0, which cell indicators span"):
         from_network(a, B, z_0, label_space("disk", "CG1"))
     with pytest.raises(ValueError, match="z_0: expected shape .*, one row a cell"):
         from_network(a, B, z_0.T, Y)
