@@ -46,7 +46,7 @@ from fem_resnet.files import aside, seal, unsealed
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace, apply_columns, check_label_space
 from fem_resnet.log import log
-from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, reason_name, refuse_unread, unread
 from fem_resnet.ranks import same, together
 
 __all__ = ["laplace_basis", "move_laplace"]
@@ -367,8 +367,8 @@ def _smallest_eigenpairs(
     found = eps.getConverged()
     if found < count:
         raise RuntimeError(
-            f"laplace_basis: SLEPc found {found} of {count} eigenvalues in {eps.getIterationNumber()} iterations "
-            f"(reason {eps.getConvergedReason()}); try a larger 'eps_ncv' or 'eps_max_it' in solver_parameters"
+            f"laplace_basis: SLEPc found {found} of {count} eigenvalues in {eps.getIterationNumber()} iterations, "
+            f"{reason_name(SLEPc.EPS, eps.getConvergedReason())}; try a larger 'eps_ncv' or 'eps_max_it' in solver_parameters"
         )
     x = K.createVecRight()
     eigenvalues, modes = np.empty(count), np.empty((x.getLocalSize(), count))

@@ -18,11 +18,11 @@ from petsc4py import PETSc
 from fem_resnet.layers.compiled_stage import CompiledStage, LayerStruct, Outcome, address
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import Argument, LayerTrace, StageValue
-from fem_resnet.options import last_words
+from fem_resnet.options import last_words, reason_name
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.time_stepping.methods import configure
 from fem_resnet.time_stepping.petsc import rk_tableau
-from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
+from fem_resnet.time_stepping.stepper import StepFailure, Stepper
 
 __all__ = ["CompiledLayer", "CompiledLayers", "CompiledStepper"]
 
@@ -205,7 +205,7 @@ class CompiledStepper(Stepper):
         self.solver = self._new()
         if isinstance(what, PETSc.Error):
             return StepFailure(self.layer, time, f"PETSc's error {what.ierr}, {last_words(what)}")
-        return StepFailure(self.layer, time, TS_REASONS.get(what, f"PETSc's reason {what}"))
+        return StepFailure(self.layer, time, reason_name(PETSc.TS, what))
 
 
 class CompiledLayers:

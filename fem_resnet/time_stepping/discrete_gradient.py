@@ -37,7 +37,7 @@ from fem_resnet.activation.activation import Activation
 from fem_resnet.activation.secant import Secant
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers.stage import Argument, Cotangent, Functionals, LayerTrace, Stage, StageValue
-from fem_resnet.options import last_words
+from fem_resnet.options import last_words, reason_name
 from fem_resnet.time_stepping.jacobian import acting
 from fem_resnet.time_stepping.methods import set_from_options
 from fem_resnet.time_stepping.petsc import weakly
@@ -302,7 +302,7 @@ class DiscreteGradientStepper(Stepper):
             raise StepFailure(self.layer, self.time(start), reason) from error
         reason = self._snes.getConvergedReason()
         if reason < 0:
-            raise StepFailure(self.layer, self.time(start), f"SNES's {_REASONS.get(reason, reason)}")
+            raise StepFailure(self.layer, self.time(start), f"SNES's {reason_name(PETSc.SNES, reason)}")
 
     def _end(self, x: PETSc.Vec) -> tuple[np.ndarray, Ends]:
         g = x.array_r.reshape(self.stage.samples, self._rank).T
@@ -376,6 +376,3 @@ def _pulled(beta: Sequence[np.ndarray], D: Sequence[np.ndarray]) -> list[np.ndar
     if len(D) == 1:
         return [-(beta[0].T @ D[0])]
     return [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
-
-
-_REASONS = {getattr(PETSc.SNES.ConvergedReason, name): name for name in dir(PETSc.SNES.ConvergedReason) if name.isupper()}

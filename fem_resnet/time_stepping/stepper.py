@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-from petsc4py import PETSc
 
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import LayerTrace
@@ -193,9 +192,3 @@ class Stepper(ABC):
     def not_finite(self, s: float) -> StepFailure:
         """What to raise if the state is not finite at the fraction s of the layer."""
         return StepFailure(self.layer, self.time(s), "NOT_FINITE")
-
-
-#: PETSc's names; that of an adjoint is missing in petsc4py.
-TS_REASONS = {-4: "ADJOINT_DIVERGED_LINEAR_SOLVE"} | {
-    getattr(PETSc.TS.ConvergedReason, name): name for name in dir(PETSc.TS.ConvergedReason) if name.isupper()
-}

@@ -12,9 +12,9 @@ from petsc4py import PETSc
 
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import LayerTrace, Stage
-from fem_resnet.options import last_words
+from fem_resnet.options import last_words, reason_name
 from fem_resnet.time_stepping.methods import Method
-from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
+from fem_resnet.time_stepping.stepper import StepFailure, Stepper
 from fem_resnet.time_stepping.ts_layer import LayerTS
 
 __all__ = ["TSStepper"]
@@ -90,7 +90,7 @@ class TSStepper(Stepper):
             raise failure from error
         reason = self.solver.ts.getConvergedReason()
         if reason < 0:
-            raise self._renewed(TS_REASONS.get(reason, f"PETSc's reason {reason}"))
+            raise self._renewed(reason_name(PETSc.TS, reason))
 
     def _renewed(self, reason: str) -> StepFailure:
         failure = StepFailure(self.layer, self.time(self.solver.ts.getTime()), reason)
@@ -105,7 +105,7 @@ class TSStepper(Stepper):
         wanted = made if free else solver.steps if steps is None else len(steps)
         if abs(t - 1.0) <= 1e-9 and made == wanted:
             return
-        reason = TS_REASONS[solver.ts.getConvergedReason()]
+        reason = reason_name(PETSc.TS, solver.ts.getConvergedReason())
         where = f"it made {made} steps{'' if free else f' of {wanted}'}, and the layer ends at t = {self.time(1.0):.6g}"
         if free:
             where += "; give a larger 'ts_max_steps', larger tolerances or smaller parameters"

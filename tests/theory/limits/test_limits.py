@@ -20,6 +20,7 @@ from scipy.sparse.linalg import svds
 
 from fem_resnet import (
     Basis,
+    KernelSampling,
     LabelSpace,
     ResidualNetwork,
     compress,
@@ -394,7 +395,7 @@ def partition(mesh):
 
 def network(Y, b=kernel, a=bias, steps=3, **options):
     """One with these functions' values at the midpoints: (2.6) at all times."""
-    found = compress(b, 1e-9, Y, affordable=0)
+    found = compress(b, 1e-9, Y, sampling=KernelSampling(affordable=0))
     net = ResidualNetwork(
         found.kernel.phi, found.kernel.psi, layers=1, final_time=T, steps=steps, solver_parameters=RK8, **options
     )
