@@ -146,8 +146,9 @@ def least_rank(s: np.ndarray, rest: np.ndarray, tolerance: float, largest_rank: 
         rank += 1
     if rank > largest_rank:
         raise RuntimeError(
-            f"compress: an error of {tolerance:.2g} of the norm needs rank {rank} or more, but 'largest_rank' is {largest_rank}, "
-            f"which leaves {rest[largest_rank] / rest[0]:.2g} of the norm. Take a larger tolerance, or a larger 'largest_rank'"
+            f"compress: an error of {tolerance:.2g} of the norm needs rank {rank} or more, but 'largest_rank' is "
+            f"{largest_rank}, which leaves {rest[largest_rank] / rest[0]:.2g} of the norm; take a larger tolerance, or a "
+            f"larger 'largest_rank'"
         )
     return rank if complete or rank < s.size else None
 

@@ -124,10 +124,11 @@ class CrossApproximation:
             if self.rank >= full:
                 return
             if self.rank >= self._largest_rank:
+                error = watched.error(self._confidence)
                 raise RuntimeError(
-                    f"compress: at rank {self.rank}, the largest one allowed, the error is {watched.error(self._confidence):.2g} "
-                    f"and the norm {self.norm:.3g}, but expected an error of {tolerance:.2g} of the norm; take a larger "
-                    f"tolerance, or a larger 'largest_rank'"
+                    f"compress: expected an error of {tolerance:.2g} of the norm, got {error:.2g} for the norm "
+                    f"{self.norm:.3g} at rank {self.rank}, the largest one allowed; take a larger tolerance, or a larger "
+                    f"'largest_rank'"
                 )
             column, added = self._add(row, watched)
             small = added <= tolerance * self.norm

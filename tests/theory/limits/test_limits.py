@@ -801,9 +801,9 @@ def test_what_has_no_limit_here_is_refused():
         depth_limit(own_network(), net.Y.batch(smooth(net.Y)), halvings=-1)
     spaces = [label_space("disk", "CG1", n) for n in (1, 2)]
     in_basis = own_network(bias=net.bases["phi"][0])
-    with pytest.raises(ValueError, match="spaces: at least two LabelSpaces"):
+    with pytest.raises(ValueError, match="spaces: expected at least two LabelSpaces"):
         width_limit(in_basis, start, spaces[:1])
-    with pytest.raises(ValueError, match="spaces: they are to become finer"):
+    with pytest.raises(ValueError, match="spaces: expected falling mesh sizes"):
         width_limit(in_basis, start, spaces[::-1])
     with pytest.raises(ValueError, match="^width_limit: it does not take a bias with a value at every node"):
         width_limit(own_network(), start, spaces)
