@@ -27,7 +27,7 @@ from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.theory.spectra.autonomous import AutonomousProblem, autonomous_problem
 from fem_resnet.theory.spectra.singular_values import SingularSystem, weighted_gram
-from fem_resnet.theory.spectra.steady_states import zero_set
+from fem_resnet.theory.spectra.zero_set import zero_set
 
 __all__ = ["Equilibria", "Equilibrium", "find_equilibria"]
 
