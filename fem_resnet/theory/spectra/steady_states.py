@@ -122,8 +122,8 @@ class SteadyStates:
             moved = self.minimiser[:, None]
         else:
             raise ValueError(
-                f"nearest: the nearest steady state is not known, as {problem.activation.name} is constant somewhere and not 0 "
-                f"at the steady states of this gradient flow; `residuals` tells which f are steady"
+                f"nearest: the nearest steady state is not known, as {problem.activation.name} is constant somewhere and not "
+                f"0 at the steady states of this gradient flow; `residuals` tells which f are steady"
             )
         return problem.Y.batch(values + problem.system.right_values(moved - c))
 
@@ -205,8 +205,8 @@ def _where_the_integral_is_least(vanishing: SteadyStates) -> SteadyStates:
     residual = float(_residuals(problem, zeros, argument(problem, c))[0])
     exist = residual <= tolerance
     reason = (
-        f"int Sigma(u) {'is least' if exist else 'was not found to have a least value'}: {residual:.3g} of |sigma(u)| is in R(B), "
-        f"tolerance {tolerance:g}{sampled(problem.activation, 'non_decreasing')}"
+        f"int Sigma(u) {'has a minimum' if exist else 'has no minimum that was found'}: {residual:.3g} of |sigma(u)| is in "
+        f"R(B), tolerance {tolerance:g}{sampled(problem.activation, 'non_decreasing')}"
     )
     return SteadyStates(problem, zeros, exist, reason, residual, tolerance, c)
 

@@ -1,7 +1,7 @@
 """Search for f such that u = a - B f has its values in an interval [low, high], or comes as near to it as possible.
 
-u depends on the r numbers c_l = (psi_l, f) alone, u = a - A c with A c = sum_l mu_l c_l phi_l. `closest_to_interval` minimises the
-distance of u from the interval. `nearest_in_interval` finds the f in the set that is nearest to a given f.
+u depends on the r numbers c_l = (psi_l, f) alone, u = a - A c with A c = sum_l mu_l c_l phi_l. `closest_to_interval`
+minimises the distance of u from the interval. `nearest_in_interval` finds the f in the set that is nearest to a given f.
 """
 
 from __future__ import annotations
