@@ -513,9 +513,11 @@ def test_arguments_that_do_not_fit_are_refused():
     flow = flow_of()
     net, w = flow.net, batch(flow.net)
     for interval, message in [
-        ((0, 4), "end: an integer from 0 to 3"), ((2, 1), "end: an integer from 2 to 3"), ((-1, 2), "start: an integer from 0 to 3"),
-        ((0.5, 1), "start: an integer from 0 to 3"),
-    ]:  # fmt: skip
+        ((0, 4), "end: expected an integer from 0 to 3"),
+        ((2, 1), "end: expected an integer from 2 to 3"),
+        ((-1, 2), "start: expected an integer from 0 to 3"),
+        ((0.5, 1), "start: expected an integer from 0 to 3"),
+    ]:
         with pytest.raises(ValueError, match=f"^expected {message}"):
             flow.tangent(w, *interval)
     with pytest.raises(ValueError, match="^sample: expected an integer from 0 to 0, got 1"):
