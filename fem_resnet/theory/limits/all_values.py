@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import petsctools
@@ -36,12 +37,12 @@ def compress_all_values(
     Y, Z = b.y.Y, b.z.Y
     roots = np.sqrt(Y.weights)[:, None], np.sqrt(Z.weights)[:, None]
     A = _matrix(b, roots)
-    norm = A.norm()
+    norm = _norm(A)
     if not norm > 0:
         raise ValueError("kernel: it is zero; a kernel of positive rank is not")
     found = _Truncated.of(A, min(Y.size, Z.size), tolerance, largest_rank, parameters, prefix)
     rest = _without(A, found.s, found.left, found.right)
-    left_over = rest.norm()
+    left_over = _norm(rest)
     operator = float(_singular_triplets(rest, 1, {"svd_type": "trlanczos"}, None)[0][0]) if left_over > 0 else 0.0
     for matrix in (A, rest):
         matrix.destroy()
@@ -49,7 +50,7 @@ def compress_all_values(
         low_rank_kernel((Y, Z), [found.left / roots[0], found.right / roots[1]]),
         found.s,
         "svd",
-        float(norm),
+        norm,
         KernelError(left_over, found.rest),
         KernelError(operator, found.next_value),
         None,
@@ -80,7 +81,7 @@ class _Truncated:
             s, left, right = _singular_triplets(A, wanted, parameters, prefix)
             difference = _without(A, s, left, right)
             # With all triplets the difference is round-off.
-            beyond = 0.0 if wanted == all_of_them else difference.norm()
+            beyond = 0.0 if wanted == all_of_them else _norm(difference)
             difference.destroy()
             rest = norms_of_rest(s, beyond)
             r = least_rank(s, rest, tolerance, largest_rank, complete=wanted == all_of_them)
@@ -98,6 +99,11 @@ def _matrix(b: KernelValues, roots: tuple[np.ndarray, np.ndarray]) -> PETSc.Mat:
     local *= roots[0] * root
     A.assemble()
     return A
+
+
+def _norm(A: PETSc.Mat) -> float:
+    """The Frobenius norm; PETSc's stubs also allow for two norms in one call. Collective."""
+    return cast(float, A.norm())
 
 
 def _without(A: PETSc.Mat, s: np.ndarray, left: np.ndarray, right: np.ndarray) -> PETSc.Mat:

@@ -117,7 +117,7 @@ def from_network(
         raise ValueError(f"z_0: expected shape ({N},) or ({N}, samples), with a row for each cell; got shape {z_0.shape}")
     steps = real_array("tau", tau, above=0)
     layers = _layers(partition, {"a": (a, (N,)), "B": (B, (N, N)), "tau": (steps, ())})
-    times = np.append(0.0, np.cumsum(np.broadcast_to(steps, layers)))
+    times = np.append(0.0, np.cumsum(np.broadcast_to(steps, layers))).tolist()
     options = {"solver_parameters": EULER} | options
     if options.get("gradient_flow"):
         raise ValueError(

@@ -169,7 +169,7 @@ def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        Shape (L + 1,); the first entry is 0.
+        The integrals at t_0 .. t_L, shape (L + 1,); the first one is 0.
 
     Raises
     ------
