@@ -107,6 +107,11 @@ class Basis(OnMesh):
         return f"Basis({self.kind}, rank {self.rank}, {self.Y!r})"
 
     @cached_property
+    def root(self) -> np.ndarray:
+        """R, upper triangular with R^T R = G, shape (rank, rank): `P R^-1` is orthonormal, |R c| the norm of `P c`."""
+        return read_only(np.linalg.cholesky(self.gram)).T
+
+    @cached_property
     def weighted(self) -> np.ndarray:
         """M P, shape (nodes, rank)."""
         return read_only(self.values * self.Y.weights[:, None])
