@@ -17,6 +17,7 @@ import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.orthonormal import orthonormal_factors
 from fem_resnet.parameters.kernel import LowRankKernel
 
 __all__ = ["Compression", "KernelError", "compress_factors", "decompose", "least_rank", "low_rank_kernel", "norms_of_rest"]
@@ -186,19 +187,6 @@ def decompose(
     rest : numpy.ndarray
         The Hilbert-Schmidt norms of what is left at rank 0 .. n, shape (n + 1,).
     """
-    Q, R = zip(*(_orthonormal(Y, values) for Y, values in zip(spaces, factors)))
+    Q, R = zip(*(orthonormal_factors(Y, values) for Y, values in zip(spaces, factors)))
     left, s, right = np.linalg.svd(R[0] @ beta @ R[1].T, full_matrices=False)
     return [Q[0] @ left, Q[1] @ right.T], s, norms_of_rest(s)
-
-
-def _orthonormal(Y: LabelSpace, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Q and R with Q R = values and Q orthonormal in the label measure: QR on each rank, then of all their R. Collective.
-
-    Unlike a Cholesky factor of the Gram matrix it loses no digits where the functions are nearly dependent.
-    """
-    root = np.sqrt(Y.weights)[:, None]
-    mine, R = np.linalg.qr(root * values)
-    found = Y.comm.allgather(R)
-    start = sum(len(part) for part in found[: Y.comm.rank])
-    Q, R = np.linalg.qr(np.concatenate(found))
-    return mine @ Q[start : start + mine.shape[1]] / root, R

@@ -38,11 +38,12 @@ from fem_resnet.costate.trajectory import like
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.orthonormal import joint_span
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
 from fem_resnet.ranks import same
 from fem_resnet.tape.blocks import made
-from fem_resnet.theory.sensitivity.propagator import Propagator, joint_span
+from fem_resnet.theory.sensitivity.propagator import Propagator
 from fem_resnet.theory.spectra.frozen_spectra import frozen_eigenvalues
 
 __all__ = ["LinearisedFlow"]

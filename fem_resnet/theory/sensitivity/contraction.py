@@ -237,7 +237,7 @@ def _is_symmetric_and_constant(Y: LabelSpace, layers: Sequence[LayerInputs]) -> 
     ]
     if Y.sum(float(sum(changes))):
         return False
-    root = np.linalg.cholesky(first.factors.phi.gram).T
+    root = first.factors.phi.root
     B = root @ beta @ root.T
     size = np.linalg.norm(B, 2)
     return bool(np.abs(B - B.T).max() <= _ROUND_OFF * size and np.linalg.eigvalsh(B)[0] >= -_ROUND_OFF * size)

@@ -12,7 +12,6 @@ digits that a Gram matrix would lose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import firedrake as fd
@@ -22,11 +21,10 @@ from fem_resnet.arguments import instance, integer, real_array
 from fem_resnet.costate.trajectory import like
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.parameters.retraction import orthonormal
+from fem_resnet.label_domain.orthonormal import orthonormal_factors
 from fem_resnet.ranks import same
 
-__all__ = ["Propagator", "joint_span"]
+__all__ = ["Propagator"]
 
 #: The singular functions of values this close to 1 cannot be separated from the functions that M leaves unchanged.
 _CLEAR_OF_ONE = 1e-8
@@ -104,7 +102,8 @@ class Propagator(OnMesh):
     def _restricted(self) -> np.ndarray:
         """M on the span of Z and A, in an orthonormal basis that starts with Z."""
         outside, inside = self._outside()
-        _, size, turn = np.linalg.svd(_triangular_factor(self.basis.Y, outside), full_matrices=False)
+        _, R = orthonormal_factors(self.basis.Y, outside)
+        _, size, turn = np.linalg.svd(R, full_matrices=False)
         rank = self.basis.rank
         more = min(len(size), self.basis.Y.size - rank)
         matrix = np.eye(rank + more)
@@ -182,22 +181,3 @@ class Propagator(OnMesh):
         function = fd.Function(self.basis.Y.V)
         function.dat.data_wo[...] = v / np.sqrt(self.basis.Y.sum(self.basis.Y.weights @ v**2))
         return function
-
-
-def _triangular_factor(Y: LabelSpace, X: np.ndarray) -> np.ndarray:
-    """R of X = Q R, Q^T M Q = I, on every rank: a QR on each rank, and one of all their factors. Collective."""
-    factor = np.linalg.qr(np.sqrt(Y.weights)[:, None] * X, mode="r")
-    return np.linalg.qr(np.vstack(Y.comm.allgather(factor)), mode="r")
-
-
-def joint_span(Y: LabelSpace, bases: Sequence[Basis]) -> Basis:
-    """An orthonormal basis of all functions of these bases together; what depends on others is left out. Collective."""
-    distinct = list(dict.fromkeys(bases))
-    if len(distinct) == 1:
-        (basis,) = distinct
-    else:
-        functions = np.hstack([basis.values / np.sqrt(np.diag(basis.gram)) for basis in distinct])
-        _, size, turn = np.linalg.svd(_triangular_factor(Y, functions), full_matrices=False)
-        kept = size > 1e-12 * size[0]  # round-off of a sum of so many functions of norm one
-        basis = Basis(Y, functions @ (turn[kept].T / size[kept]), "given")
-    return orthonormal(orthonormal(basis))  # once is not enough for one that is nearly dependent

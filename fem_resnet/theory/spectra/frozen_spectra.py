@@ -145,7 +145,7 @@ def frozen_eigenvalues(net: ResidualNetwork, layer: LayerInputs, fraction: float
     """
     beta, phi, psi = layer.beta.coefficients(fraction), layer.factors.phi, layer.factors.psi
     if net.gradient_flow:
-        turned = beta @ np.linalg.cholesky(psi.gram)
+        turned = beta @ psi.root.T
         K = weighted_gram(phi, slope, phi)
         values = np.linalg.eigvalsh(-turned.T @ ((K + K.T) / 2) @ turned)
     else:

@@ -113,7 +113,7 @@ class SingularSystem:
         kernel = LowRankKernel(self.kernel.phi, self.kernel.phi)
         size = self.values.max(initial=0.0)
         roots = self.left * self.values
-        R = np.linalg.cholesky(self.kernel.phi.gram).T @ roots
+        R = self.kernel.phi.root @ roots
         return SingularSystem(
             kernel, self.values**2, self.left, self.left, np.eye(self.rank), R @ R.T, 2 * size * self.error, self.cut**2
         )
@@ -226,7 +226,7 @@ def singular_system(kernel: LowRankKernel, beta: np.ndarray, tolerance: float = 
     beta = real_array("beta", beta, kernel.shape)
     left, values, right = kernel.svd(beta)
     between = kernel.phi.gram if kernel.phi is kernel.psi else kernel.phi.project(kernel.psi.values)
-    R, R_psi = (np.linalg.cholesky(basis.gram).T for basis in (kernel.phi, kernel.psi))
+    R, R_psi = kernel.phi.root, kernel.psi.root
     # B = Phi beta Psi^T M maps the coordinates R c of Phi c to R beta (Psi, Phi) c.
     whole = scipy.linalg.solve_triangular(R, between @ beta.T @ R.T, trans="T").T
     sizes = [np.linalg.norm(matrix, 2) for matrix in (R, beta, R_psi)]
