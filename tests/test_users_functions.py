@@ -12,6 +12,7 @@ from fem_resnet import (
     Box,
     Controls,
     Hamiltonian,
+    KernelSampling,
     Pair,
     RunningCost,
     Sections,
@@ -147,7 +148,10 @@ CALLS = {
         lambda x: np.cos(x[:, :1]),
     ),
     "compress, all values": (lambda broken: compress(broken, 0.5, label_space("disk", "CG1")), gauss),
-    "compress, crosses": (lambda broken: compress(broken, 0.5, label_space("disk", "CG1"), affordable=0), gauss),
+    "compress, crosses": (
+        lambda broken: compress(broken, 0.5, label_space("disk", "CG1"), sampling=KernelSampling(affordable=0)),
+        gauss,
+    ),
     "extremal_controls, sections": (lambda broken: extremal_controls(net().Y, sections(broken), pair()), lambda a: 9 + 0 * a),
     "extremal_controls, description": (
         lambda broken: extremal_controls(net().Y, sections(broken, described=False), pair()),

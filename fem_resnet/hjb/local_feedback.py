@@ -39,7 +39,7 @@ from fem_resnet.arguments import instance, number
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.learning.objective import LearningProblem
-from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
+from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, reason_name, refuse_unread, unread
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]
 
@@ -214,7 +214,7 @@ class LocalFeedback(OnMesh):
             if reason < 0:
                 raise RuntimeError(
                     f"LocalFeedback: no solution with J_uu in {self._ksp.getIterationNumber()} iterations, "
-                    f"{_reasons().get(reason, reason)}; {NO_MINIMUM}, or 'ksp_max_it' in solver_parameters is too small"
+                    f"{reason_name(PETSc.KSP, reason)}; {NO_MINIMUM}, or 'ksp_max_it' in solver_parameters is too small"
                 )
             change = [fd.Function(function.function_space()) for function in self.controls]
             self._interface.from_petsc(x, change)
@@ -258,8 +258,3 @@ class LocalFeedback(OnMesh):
                 f"{name}: expected a Function of {self.inputs.function_space()}, as the problem's inputs, "
                 f"got {function.function_space()}; many inputs of one sample go to LowRankFeedback"
             )
-
-
-def _reasons() -> dict[int, str]:
-    names = PETSc.KSP.ConvergedReason
-    return {getattr(names, name): name for name in dir(names) if name.isupper()}

@@ -12,7 +12,7 @@ from petsc4py import PETSc
 from slepc4py import SLEPc
 
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.options import petsc_refusals, refuse_unread, unread
+from fem_resnet.options import petsc_refusals, reason_name, refuse_unread, unread
 
 __all__ = ["EIGENSOLVER_PARAMETERS", "eigenspace_ends", "whole_eigenspaces"]
 
@@ -142,8 +142,8 @@ def _smallest_eigenpairs(
     found = eps.getConverged()
     if found < count:
         raise RuntimeError(
-            f"laplace_basis: SLEPc found {found} of {count} eigenvalues in {eps.getIterationNumber()} iterations "
-            f"(reason {eps.getConvergedReason()}); try a larger 'eps_ncv' or 'eps_max_it' in solver_parameters"
+            f"laplace_basis: SLEPc found {found} of {count} eigenvalues in {eps.getIterationNumber()} iterations, "
+            f"{reason_name(SLEPc.EPS, eps.getConvergedReason())}; try a larger 'eps_ncv' or 'eps_max_it' in solver_parameters"
         )
     x = K.createVecRight()
     eigenvalues, modes = np.empty(count), np.empty((x.getLocalSize(), count))

@@ -1,1 +1,1 @@
-"""What sections 2.1 and 3 say, as tools and checks: limits, spectra, energy, sensitivity."""
+"""The statements of sections 2 and 3 as tools and checks: limits, spectra, energy, sensitivity."""

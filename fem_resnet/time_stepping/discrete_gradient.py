@@ -33,6 +33,7 @@ from petsc4py import PETSc
 
 from fem_resnet.layers.discrete_gradient_stage import DiscreteGradientStage, Ends
 from fem_resnet.layers.stage import Argument, LayerTrace, StageFunctional, StageValue
+from fem_resnet.options import reason_name
 from fem_resnet.petsc import converged_reason, weakly
 from fem_resnet.time_stepping.jacobian import SampleMatrices, acting, by_coefficients, pulled
 from fem_resnet.time_stepping.options import set_from_options
@@ -196,7 +197,7 @@ class DiscreteGradientStepper(Stepper):
             raise failure from error
         reason = converged_reason(self._snes)
         if reason < 0:
-            raise StepFailure(self.layer, self.time(start), f"SNES's {_REASONS.get(reason, reason)}")
+            raise StepFailure(self.layer, self.time(start), f"SNES's {reason_name(PETSc.SNES, reason)}")
         return self._read(self._x).copy()
 
     def _read(self, x: PETSc.Vec) -> np.ndarray:
@@ -251,6 +252,3 @@ class DiscreteGradientStepper(Stepper):
         by_beta = -sum(D @ g.T for Ds, gs in zip((result.start_D, result.D), step.g) for D, g in zip(Ds, gs, strict=True))
         start = [part + other for part, other in zip(x, pulled(beta, result.start_D))]
         return start, np.concatenate(by_coefficients(inputs, step.middle, result, by_beta))
-
-
-_REASONS = {getattr(PETSc.SNES.ConvergedReason, name): name for name in dir(PETSc.SNES.ConvergedReason) if name.isupper()}

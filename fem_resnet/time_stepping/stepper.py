@@ -11,18 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-from petsc4py import PETSc
 
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import LayerTrace
-from fem_resnet.options import last_words
+from fem_resnet.options import last_words, reason_name
 
 __all__ = ["LayerSequence", "StepFailure", "Stepper"]
-
-#: PETSc's names of the reasons with which a TS ends. petsc4py lacks the name for an adjoint.
-TS_REASONS: dict[int, str] = {-4: "ADJOINT_DIVERGED_LINEAR_SOLVE"} | {
-    getattr(PETSc.TS.ConvergedReason, name): name for name in dir(PETSc.TS.ConvergedReason) if name.isupper()
-}
 
 
 class StepFailure(ArithmeticError):
@@ -236,7 +230,7 @@ class Stepper(ABC):
         self._renew()
         if isinstance(what, PETSc.Error):
             return StepFailure(self.layer, self.time(s), error_reason(what))
-        return StepFailure(self.layer, self.time(s), TS_REASONS.get(what, f"PETSc's reason {what}"))
+        return StepFailure(self.layer, self.time(s), reason_name(PETSc.TS, what))
 
 
 class LayerSequence:

@@ -13,9 +13,10 @@ from petsc4py import PETSc
 
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.layers.stage import LayerTrace, Stage
+from fem_resnet.options import reason_name
 from fem_resnet.petsc import converged_reason
 from fem_resnet.time_stepping.methods import Method
-from fem_resnet.time_stepping.stepper import TS_REASONS, StepFailure, Stepper
+from fem_resnet.time_stepping.stepper import StepFailure, Stepper
 from fem_resnet.time_stepping.ts_layer import LayerTS
 
 __all__ = ["TSStepper"]
@@ -107,7 +108,7 @@ class TSStepper(Stepper):
         expected = made if free else solver.steps if steps is None else len(steps)
         if abs(t - 1.0) <= 1e-9 and made == expected:
             return
-        reason = TS_REASONS[converged_reason(solver.ts)]
+        reason = reason_name(PETSc.TS, converged_reason(solver.ts))
         where = f"it made {made} steps{'' if free else f' of {expected}'}, and the layer ends at t = {self.time(1.0):.6g}"
         if free:
             where += "; give a larger 'ts_max_steps', larger tolerances or smaller parameters"

@@ -37,7 +37,7 @@ from pyadjoint.reduced_functional import AbstractReducedFunctional
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import LARGEST
-from fem_resnet.options import checked_prefix, petsc_refusals, refuse_unread, unread
+from fem_resnet.options import checked_prefix, petsc_refusals, reason_name, refuse_unread, unread
 from fem_resnet.parameters.space_basis import SpaceBasis
 from fem_resnet.petsc import take_function_lower_bound
 
@@ -269,7 +269,7 @@ class Minimiser:
                 if iteration >= 0:
                     self._assign_reached()
             value = float(self._functional(self._functions))
-        return Outcome(value, norm, reason > 0, _reasons().get(reason, str(reason)))
+        return Outcome(value, norm, reason > 0, reason_name(PETSc.TAO, reason))
 
     def _assign_reached(self) -> None:
         self._interface.from_petsc(self._reached, self._functions)
@@ -493,8 +493,3 @@ def _options_of_the_matrix(parameters: dict):
     finally:
         for name in added:
             options.delValue(name)
-
-
-def _reasons() -> dict[int, str]:
-    names = PETSc.TAO.ConvergedReason
-    return {getattr(names, name): name for name in dir(names) if name.isupper()}

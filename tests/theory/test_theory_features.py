@@ -1,4 +1,4 @@
-"""Every tool of the theory on every way to hold and step a network: what a plain network with the same a(t), b(t) has, or refused.
+"""Every tool of the theory on every way to hold and step a network: the same as on a plain network, or refused.
 
 Each feature has a twin: the same coefficients, held or stepped as plainly as can be.
 """
@@ -189,7 +189,7 @@ NUMBERS = {
     "LinearisedFlow": of_flow,
     "stability_report": of_report,
     "lipschitz_bound": lambda net: [(bound := lipschitz_bound(net)).discrete, bound.continuous, *bound.norms],
-    "to_network": lambda net: [part for part in to_network(net)],
+    "to_network": lambda net: list(to_network(net)),
     "depth_limit": of_limit,
     "energy_conditions": lambda net: [float(condition.holds) for condition in energy_conditions(net).values()],
     "energy_step_limit": lambda net: [(limit := energy_step_limit(net)).primitive, limit.potential, limit.kappa],

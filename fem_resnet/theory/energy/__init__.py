@@ -1,5 +1,5 @@
-"""Energies of section 3.3 and growth of section 3.4: statements of Theorem 3.2 and Proposition 3.5, watched on a run.
+"""Sections 3.2 and 3.4: energies that fall along solutions (Theorem 3.2) and bounds of growth (Proposition 3.5).
 
-`EnergyMonitor` and `GrowthMonitor` are given to a trajectory; `energy_step_limit` and `convex_energy_radius` say up to which
-step an energy falls in the discrete solution too; `fit_growth` fits rates.
+`EnergyMonitor` and `GrowthMonitor` measure a trajectory or a run and compare it with the statements. `energy_step_limit`
+and `convex_energy_radius` give the longest step for which the discrete solution keeps them. `fit_growth` fits rates.
 """

@@ -1,48 +1,48 @@
-r"""The energies of 3.2 along a solution, and what Theorem 3.2 says of them.
+r"""The energies of section 3.2 along a solution, and what Theorem 3.2 says of them.
 
-With u = a - B f, so that u_t = -B sigma(u), and Sigma the primitive of sigma, two functionals fall:
+Let u = a - B f, so that u_t = -B sigma(u). Let Sigma be the primitive of sigma with Sigma(0) = 0, and B_s the symmetric
+part of B. Two energies fall along solutions:
 
     d/dt int Sigma(u) dy                        = -(B_s sigma(u), sigma(u)) <= 0      if B_s >= 0,
     d/dt ( 1/2 |B^(1/2) f|^2 - (a, f) )         = -(sigma(u), u)            <= 0      if B = B^T, s sigma(s) >= 0.
 
-Theorem 3.2 takes from the first, where B_s >= 0,
+From the first energy Theorem 3.2 concludes, where B_s >= 0,
 
     (i)    int Sigma(u(t)) dy <= int Sigma(u_I) dy,
-    (ii)   int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I) dy           if s sigma(s) >= 0, (3.4), so Sigma >= 0,
+    (ii)   int_0^t |B_s^(1/2) sigma(u)|^2 ds <= int Sigma(u_I) dy           if s sigma(s) >= 0, (3.4), so Sigma >= 0.
 
-and from the second, where B = B^T >= 0, s sigma(s) >= 0 and a is in R(B^(1/2)), with alpha = |B^(-1/2) a| and F_I the
-functional at f_I, which is at least -alpha^2 / 2,
+The second energy needs B = B^T >= 0, s sigma(s) >= 0 and a in R(B^(1/2)). Let alpha = |B^(-1/2) a|, and let F_I be the
+energy at f_I, which is at least -alpha^2 / 2. Then
 
     (iii)  |B^(1/2) f(t)| + |(a, f(t))| <= (1 + alpha) (alpha + (alpha^2 + 2 F_I)^(1/2)),
     (iv)   int_0^t (sigma(u), u) ds <= F_I + alpha^2 / 2.
 
-Before it, also where B_s >= 0 and (3.4) holds, two bounds of B f: if |sigma| grows linearly, so that
-Sigma(s) >= C_3 s^2 for |s| >= C_4,
+Before the theorem the paper bounds B f, also where B_s >= 0 and (3.4) holds. If |sigma| grows linearly, so that
+Sigma(s) >= C_3 s^2 for |s| >= C_4, then
 
-    int |B f|^2 dy <= 2 int a^2 dy + 2 (C_4^2 |Y| + int Sigma(u_I) dy / C_3),
+    int |B f|^2 dy <= 2 int a^2 dy + 2 (C_4^2 |Y| + int Sigma(u_I) dy / C_3).
 
-and if no more than |sigma(s)| >= C_1 for |s| >= C_2,
+If only |sigma(s)| >= C_1 for |s| >= C_2, then
 
     int |B f| dy <= int |a| dy + C_2 |Y| + int Sigma(u_I) dy / C_1.
 
-The constants are those that make the bound least. All of this is said of the autonomous problem (3.2a), (3.2b).
+The code takes the constants that make the bound least. All statements are about the autonomous problem (3.2a), (3.2b).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.arguments import choice, instance
+from fem_resnet.arguments import choice
 from fem_resnet.costate.trajectory import LayerTrajectory
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.fixed import Fixed
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.network.run import Run
 from fem_resnet.ranks import same
+from fem_resnet.theory.energy.step_monitor import StepMonitor
 from fem_resnet.theory.spectra.assumptions import (
     AUTONOMOUS,
     BELOW,
@@ -60,29 +60,29 @@ __all__ = ["EnergyMonitor", "EnergyStatement"]
 
 #: Round-off in sums over nodes, relative to their size.
 _ROUND_OFF = 1e-12
-#: |s| at which activations are looked at; neighbours differ by less than 1 %.
+#: The values of |s| at which an activation is sampled; neighbours differ by less than 1 %.
 _SIZES = np.geomspace(1e-6, 1e4, 4001)
 
 
 @dataclass(frozen=True)
 class EnergyStatement:
-    """A statement of 3.2 about one solution.
+    """A statement of section 3.2, compared with one solution.
 
     Attributes
     ----------
     name, says : str
-        Its name in Theorem 3.2, or what it is about, and what it says.
+        The name of the statement in Theorem 3.2, or the quantity that it is about; and what it says.
     unmet : tuple of str
-        Conditions that fail, each with the reason. Empty if the statement applies.
+        Conditions that fail, each with the reason. The statement applies if the tuple is empty.
     observed : numpy.ndarray
-        The left-hand side at its largest, shape (samples,).
+        The largest value of the left-hand side, shape (samples,).
     bound : numpy.ndarray or None
         The right-hand side, shape (samples,); None where a condition fails without which there is no number.
     holds : bool or None
-        Whether what was observed is within the bound, for all samples. The bound of a time integral is widened by the
-        defect of its energy identity, which is the error of the time steps, others by round-off.
+        Whether `observed` is at most `bound`, for all samples; None without a bound. Round-off is allowed for. For a time
+        integral the defect of its energy identity is allowed for too: that is the error of the time steps.
     caveats : tuple of str
-        What of sigma the conditions rest on that is sampled, not proved.
+        Which properties of sigma the conditions use that are sampled and not proved.
     """
 
     name: str
@@ -103,32 +103,32 @@ class EnergyStatement:
         bound = "" if self.bound is None else f", bound {self.bound.max():.4g}"
         lines = [f"{self.name}: {self.says}", f"    {verdict}: observed {self.observed.max():.4g}{bound}"]
         if self.unmet:
-            lines.append(f"    does not apply: {'; '.join(self.unmet)}")
+            lines.append(f"    the statement does not apply: {'; '.join(self.unmet)}")
         elif self.holds is False:
-            lines.append("    applies to the solution: it is the time steps that break it; take shorter ones")
+            lines.append("    the statement applies, but the time steps break it: take shorter steps")
         lines += [f"    {caveat}" for caveat in self.caveats]
         return "\n".join(lines)
 
 
-class EnergyMonitor(Fixed):
-    """The energies of 3.2 after each step of a solution of (3.2a), (3.2b).
+class EnergyMonitor(StepMonitor):
+    """The energies of section 3.2 after each step of a solution of (3.2a), (3.2b).
 
-    A monitor for `follow_trajectory`, which rides on the TS: it measures at the ends of all steps, and integrates in
-    time by the method's own stages. Or of a run of any method (`watch`), measured at the layer times, with time
-    integrals by the rules that make the energy identities exact for the discrete gradient and for the implicit midpoint
-    rule at one step a layer: (B_s d, d) / tau and ((u_0 + u_1) / 2, d) for d = f_1 - f_0. Numbers are kept, no fields.
+    As a monitor for `follow_trajectory` it measures after each step of the TS, and integrates in time with the stages of
+    the method. It can also measure a run of any method at the layer times (`watch`). There the time integrals over a
+    layer are (B_s d, d) / tau and ((u_0 + u_1) / 2, d) with d = f_1 - f_0: with these the energy identities are exact for
+    the discrete gradient, and for the implicit midpoint rule with one step a layer. The monitor keeps numbers and no fields.
 
     Parameters
     ----------
     net
-        The network, at its present coefficients. Collective.
+        The network, at its present coefficients. Collective over the ranks of the label domain.
 
     Attributes
     ----------
     conditions : dict of str to EnergyCondition
-        See `energy_conditions`.
+        What `energy_conditions` returns.
     times : list of float
-        When it was measured.
+        The times of the measurements so far, in the unit of t.
 
     Examples
     --------
@@ -145,60 +145,37 @@ class EnergyMonitor(Fixed):
 
     @supports(*HELD, *STEPPED)
     def __init__(self, net: ResidualNetwork):
-        self._net, self._Y, self._sigma = net, net.Y, net.activation
+        super().__init__(net)
         self._problem, _ = problem_at_start(net)
         self.conditions = energy_conditions(net)
-        self.times: list[float] = []
         self._rows: list[dict[str, np.ndarray]] = []
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def __call__(self, layer: LayerTrajectory, step: Step) -> None:
-        """Measure after a step. Collective."""
-        instance("layer", layer, LayerTrajectory)
-        instance("step", step, Step)
-        start = layer.inputs.start
-        if not self._rows:
-            self._keep(start, self._measured(layer, start, step.first), 0.0, 0.0)
+    def _measure_start(self, layer: LayerTrajectory, t: float, f: np.ndarray) -> None:
+        self._keep(t, self._measured(layer, t, f), 0.0, 0.0)
+
+    def _measure_step(self, layer: LayerTrajectory, end: float, step: Step) -> None:
         integrals = [0.0, 0.0]
         for time, weight, f in zip(step.times, step.weights, step.values, strict=True):
             if weight != 0.0:
-                stage = self._measured(layer, start + time, f)
+                stage = self._measured(layer, layer.inputs.start + time, f)
                 integrals[0] += step.length * weight * stage["dissipation"]
                 integrals[1] += step.length * weight * stage["power"]
-        end = start + step.start + step.length
         self._keep(end, self._measured(layer, end, step.last), *integrals)
 
-    def watch(self, run: Run) -> EnergyMonitor:
-        """Measure a run at its layer times, and return the monitor. Collective.
+    def _measure_layer(self, layer: LayerTrajectory, before: np.ndarray, f: np.ndarray) -> None:
+        tau = layer.inputs.length
+        d, middle = f - before, layer.inputs.start + tau / 2
+        Bd = layer.inputs.factors.apply(layer.beta(middle), d)
+        u = layer.argument(middle, (before + f) / 2)
+        dissipated, spent = self._Y.sum(np.array([self._Y.weights @ (Bd * d) / tau, self._Y.weights @ (u * d)]))
+        self._keep(layer.end, self._measured(layer, layer.end, f), dissipated, spent)
 
-        Parameters
-        ----------
-        run
-            A run of this network.
-
-        Raises
-        ------
-        ValueError
-            If it is another network's.
-        """
-        if instance("run", run, Run).net is not self._net:
-            raise ValueError(f"run: expected one of {self._net!r}, got one of {run.net!r}")
-        states = (self._Y.values(f) for f in run.states())
-        before = next(states)
-        for part, f in zip(self._net.layer_inputs(), states, strict=True):
-            layer, tau = LayerTrajectory(part, None, []), part.length
-            if not self._rows:
-                self._keep(part.start, self._measured(layer, part.start, before), 0.0, 0.0)
-            d, middle = f - before, part.start + tau / 2
-            Bd = part.factors.apply(layer.beta(middle), d)
-            u = layer.argument(middle, (before + f) / 2)
-            dissipated, spent = self._Y.sum(np.array([self._Y.weights @ (Bd * d) / tau, self._Y.weights @ (u * d)]))
-            self._keep(layer.end, self._measured(layer, layer.end, f), dissipated, spent)
-            before = f
-        return self
-
-    def _keep(self, t: float, measured: dict[str, np.ndarray], dissipated, spent) -> None:
+    def _keep(
+        self, t: float, measured: dict[str, np.ndarray], dissipated: float | np.ndarray, spent: float | np.ndarray
+    ) -> None:
+        """Keep a row; `dissipated` and `spent` are integrals since the last one."""
         last = self._rows[-1] if self._rows else {"dissipated": 0.0, "spent": 0.0}
         zero = np.zeros_like(measured["primitive"])
         measured |= {"dissipated": last["dissipated"] + dissipated + zero, "spent": last["spent"] + spent + zero}
@@ -229,44 +206,57 @@ class EnergyMonitor(Fixed):
         }
 
     def values(self, name: str) -> np.ndarray:
-        """What was measured, shape (times, samples).
+        """One of the measured quantities, shape (times, samples).
 
         Parameters
         ----------
         name
-            "primitive": int Sigma(u). "dissipation": (B_s sigma(u), sigma(u)); "dissipated": its time integral, (ii).
-            "potential": (B f, f) / 2 - (a, f), which is 1/2 |B^(1/2) f|^2 - (a, f) where there is a root. "power":
-            (sigma(u), u); "spent": its time integral, (iv). "root": |B^(1/2) f|. "coupling": (a, f). "Bf_1", "Bf_2":
-            int |B f| and int |B f|^2. "size": int |Sigma(u)| + |sigma(u)| (|a| + |B f|), relative to which int Sigma(u)
-            has round-off.
+            "primitive": int Sigma(u). "dissipation": (B_s sigma(u), sigma(u)). "dissipated": its time integral, as in (ii).
+            "potential": (B f, f) / 2 - (a, f), which is 1/2 |B^(1/2) f|^2 - (a, f) where B has a root. "power":
+            (sigma(u), u). "spent": its time integral, as in (iv). "root": |B^(1/2) f|. "coupling": (a, f). "Bf_1" and
+            "Bf_2": int |B f| and int |B f|^2. "size": int |Sigma(u)| + |sigma(u)| (|a| + |B f|); round-off in int Sigma(u)
+            is relative to it.
 
         Raises
         ------
         ValueError
-            If nothing was measured, or there is no such name.
+            If nothing was measured, or `name` is another name.
         """
         same(self._Y.comm, name=name)
-        if not self._rows:
-            raise ValueError("name: nothing was measured yet: let follow_trajectory call the monitor, or watch a run")
+        self._refuse_nothing()
         choice("name", name, self._rows[0])
         return np.array([row[name] for row in self._rows])
 
-    # -- what 3.2 says ------------------------------------------------------------------------------------------------
+    # -- the statements of 3.2 ----------------------------------------------------------------------------------------
 
     def statements(self) -> list[EnergyStatement]:
-        """What 3.2 says of the solution up to the last time: Theorem 3.2, what it comes from, the bounds before it.
+        """Compare the statements of section 3.2 with the solution up to the last time that was measured.
+
+        Returns
+        -------
+        list of EnergyStatement
+            That both energies fall, (i) to (iv) of Theorem 3.2, and the bounds of B f before it.
 
         Raises
         ------
         ValueError
             If nothing was measured.
         """
+        self._refuse_nothing()
         return [*self._of_primitive(), *self._of_potential(), *self._of_Bf()]
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.statements()))
 
-    def _statement(self, name, says, conditions, observed, bound, slack) -> EnergyStatement:
+    def _statement(
+        self,
+        name: str,
+        says: str,
+        conditions: Sequence[str],
+        observed: np.ndarray,
+        bound: np.ndarray | None,
+        slack: np.ndarray,
+    ) -> EnergyStatement:
         failing = [what for what in conditions if not self.conditions[what].holds]
         unmet = tuple(f"{what} fails: {self.conditions[what].reason}" for what in failing)
         holds = None if bound is None else bool((observed <= bound + slack).all())
@@ -313,7 +303,7 @@ class EnergyMonitor(Fixed):
         )  # fmt: skip
 
     def _squared_root_inverse(self) -> float:
-        """alpha^2 = |B^(-1/2) a|^2 of a in R(B), by the matrix of B there."""
+        """alpha^2 = |B^(-1/2) a|^2 for a in R(B), from the matrix of B on R(B)."""
         B = self._problem.system
         c = B.left_coefficients(self._problem.bias[:, None])[:, 0]
         return float(c @ np.linalg.solve(B.matrix, c)) if B.rank else 0.0
@@ -348,8 +338,8 @@ def _largest_rise(values: np.ndarray) -> np.ndarray:
 
 
 def _smallest_beyond(sigma: Activation) -> np.ndarray:
-    """C_3 for each C_4 of `_SIZES`: the least Sigma(s) / s^2 for |s| from there to 1e4, between the sizes too."""
+    """For each C_4 in `_SIZES` the constant C_3: the least Sigma(s) / s^2 for |s| from C_4 to 1e4, also between the sizes."""
     quotients = np.minimum(sigma.primitive(_SIZES), sigma.primitive(-_SIZES)) / _SIZES**2
-    # Sigma rises with |s|, so between two sizes the quotient is at least Sigma at the smaller over the larger squared.
+    # Sigma rises with |s|. Between two sizes the quotient is at least Sigma(smaller) / larger^2.
     quotients *= (_SIZES[0] / _SIZES[1]) ** 2
     return np.minimum.accumulate(quotients[::-1])[::-1]

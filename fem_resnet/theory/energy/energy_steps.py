@@ -1,32 +1,32 @@
-r"""How long time steps may be for the energies of 3.2 to fall in the discrete solution too.
+r"""How long time steps may be so that the energies of 3.2 fall in the discrete solution too.
 
-Euler's method, u_1 = u_0 - h B sigma(u_0). With L = sup |sigma'|,
+Euler's method is u_1 = u_0 - h B sigma(u_0). With L = sup |sigma'|,
 
     int Sigma(u_1) dy <= int Sigma(u_0) dy - h (B_s sigma, sigma) + (L / 2) h^2 |B sigma|^2,
 
-so int Sigma(u) falls for h <= 2 kappa / L, kappa = inf (B_s v, v) / |B v|^2. If B = B^T >= 0, kappa is 1 / |B|; and if
-also s sigma(s) >= 0, so that sigma(0) = 0 and s sigma(s) >= sigma(s)^2 / L, the same steps let
-1/2 |B^(1/2) f|^2 - (a, f) of (iii) in Theorem 3.2 fall. Both are sharp. On v = v_1 + v_2, v_2 in N(B), (B_s v, v) is
-linear in v_2: kappa is -infinity unless R(B) = R(B^T), and else the smallest eigenvalue of the symmetric part of the
-inverse of B there: for an antisymmetric B it is 0, and no step works.
+so int Sigma(u) falls for h <= 2 kappa / L, where kappa = inf (B_s v, v) / |B v|^2. If B = B^T >= 0, kappa is 1 / |B|. If
+also s sigma(s) >= 0, then sigma(0) = 0 and s sigma(s) >= sigma(s)^2 / L. With the same steps the energy
+1/2 |B^(1/2) f|^2 - (a, f) in (iii) of Theorem 3.2 then falls too. Both limits are sharp. On v = v_1 + v_2 with v_2 in
+N(B), (B_s v, v) is linear in v_2. So kappa is -infinity unless R(B) = R(B^T). If these are equal, kappa is the smallest
+eigenvalue of the symmetric part of the inverse of B on R(B). For an antisymmetric B it is 0, and no step is short enough.
 
-Another Runge-Kutta method, B = B^T >= 0, sigma non-decreasing. With u = u_I + B^(1/2) w,
+Other explicit Runge-Kutta methods, for B = B^T >= 0 and a non-decreasing sigma. With u = u_I + B^(1/2) w,
 
-    w_t = -grad G(w),        G(w) = int Sigma(u_I + B^(1/2) w) dy,
+    w_t = -grad G(w),        G(w) = int Sigma(u_I + B^(1/2) w) dy.
 
-G convex and grad G Lipschitz with the constant L |B|; Runge-Kutta methods commute with affine maps. For points w_i (the
-stages and the end, p_i = grad G(w_i)) convexity says
+G is convex, grad G has the Lipschitz constant L |B|, and Runge-Kutta methods commute with affine maps. Let w_i be the
+stages and the end of a step, and p_i = grad G(w_i). Convexity says
 
     Q_ij = G_j - G_i + (p_j, w_i - w_j) + |p_i - p_j|^2 / (2 L |B|) <= 0.
 
-G falls over a step if there are numbers lambda_ij >= 0 with sum lambda_ij (G_j - G_i) = G_end - G_start for which the
-quadratic form that is left of sum lambda_ij Q_ij is non-negative: a small semidefinite problem, which depends on the
-method and on h L |B| alone. `convex_energy_radius` is the largest h L |B| for which it has been solved.
+G falls over a step if there are numbers lambda_ij >= 0 such that sum lambda_ij (G_j - G_i) = G_end - G_start, and such that
+the rest of sum lambda_ij Q_ij is a non-negative quadratic form. Whether they exist is a small semidefinite problem. It
+depends on the method and on h L |B| alone. `convex_energy_radius` is the largest h L |B| for which it was solved.
 
-Implicit methods, any h: the discrete gradient lets int Sigma(u) fall if B_s >= 0; the implicit midpoint rule lets
-1/2 (B f, f) - (a, f) fall if B = B^T and s sigma(s) >= 0; neither does what the other does. Backward Euler, of order 1,
-lets int Sigma(u) fall if B_s >= 0, and the other functional if B = B^T >= 0 and s sigma(s) >= 0, both for a
-non-decreasing sigma, for it makes them convex.
+Implicit methods, for any h. With the discrete gradient int Sigma(u) falls if B_s >= 0. With the implicit midpoint rule
+1/2 (B f, f) - (a, f) falls if B = B^T and s sigma(s) >= 0. Neither method makes the other energy fall. With backward
+Euler, of order 1, and a non-decreasing sigma, int Sigma(u) falls if B_s >= 0, and the other energy falls if B = B^T >= 0
+and s sigma(s) >= 0, because both energies are convex then.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ from fem_resnet.theory.spectra.singular_values import SingularSystem
 
 __all__ = ["EnergyStepLimit", "convex_energy_radius", "dissipation_ratio", "energy_step_limit"]
 
-#: An angle between R(B) and R(B^T) whose cosine is one to this is none.
+#: R(B) and R(B^T) count as equal if the cosine of the angle between them differs from 1 by at most this.
 _SAME_RANGE = 1e-12
-#: Of eigenvalues, relative to the norm of the matrix.
+#: Round-off in eigenvalues, relative to the norm of the matrix.
 _ROUND_OFF = 1e-12
-#: Methods of more stages have semidefinite problems that take minutes.
+#: The semidefinite problem of a method with more stages takes minutes.
 _MOST_STAGES = 8
 
 
 @dataclass(frozen=True)
 class EnergyStepLimit:
-    """How long the steps of a network may be for its energies to fall. Get one from `energy_step_limit`.
+    """How long the steps of a network may be so that its energies fall. Get one from `energy_step_limit`.
 
     Attributes
     ----------
     step : float
-        The longest step that the network makes, in t; with adapted steps, a layer.
+        The longest step of the network, in the unit of t; the longest layer if the steps are adapted.
     primitive : float
-        Up to this step int Sigma(u) is known to fall; 0 if for none, infinite if for all. In the unit of t.
+        int Sigma(u) is known to fall for steps up to this one, in the unit of t; 0 if no step is known, infinite if all are.
     potential : float
         The same for 1/2 (B f, f) - (a, f).
     kappa : float
         inf (B_s v, v) / |B v|^2, in the unit of 1 / B.
     why : dict of str to str
-        For "primitive" and "potential", what the number rests on, or why there is none.
+        For "primitive" and for "potential", what the number is derived from, or why there is none.
     """
 
     step: float
@@ -82,22 +82,22 @@ class EnergyStepLimit:
     why: dict[str, str]
 
 
-# With bases of each layer a network is not known to be autonomous.
-@supports(
-    "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED
-)  # fmt: skip
+# Bases that differ between layers are left out: with them a network is not known to be autonomous.
+@supports("learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED)
 def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
-    """Up to which time step the energies of 3.2 are known to fall in a network's discrete solution. Collective.
+    """The longest time step for which the energies of 3.2 are known to fall in a network's discrete solution.
+
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
     net
-        An autonomous network, at its present coefficients: the method and the steps are its own.
+        An autonomous network, at its present coefficients. The method and the steps are those of the network.
 
     Raises
     ------
     ValueError
-        If its bias or kernel depends on t, or it has no layers.
+        If the bias or the kernel depends on t, or the network has no layers.
 
     Examples
     --------
@@ -126,7 +126,15 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
 
 
 def dissipation_ratio(system: SingularSystem) -> float:
-    """Kappa = inf (B_s v, v) / |B v|^2; -infinity if R(B) is not R(B^T), infinity for B = 0."""
+    """The number kappa = inf (B_s v, v) / |B v|^2, in the unit of 1 / B.
+
+    It is -infinity if R(B) is not R(B^T), and infinity for B = 0.
+
+    Raises
+    ------
+    TypeError
+        If `system` is no SingularSystem.
+    """
     instance("system", system, SingularSystem, "singular_system(kernel, beta) makes one")
     if not system.rank:
         return math.inf
@@ -138,7 +146,7 @@ def dissipation_ratio(system: SingularSystem) -> float:
 
 
 def _limits(net: ResidualNetwork, met: set[str], kappa: float, scale: float) -> list[tuple[float, str]]:
-    """For both functionals, the limit and what it rests on."""
+    """For both energies, the limit of the step and what it is derived from."""
     properties = net.activation.properties
 
     def given(limit: float, text: str, *conditions: str, rising: bool = False):
@@ -146,24 +154,24 @@ def _limits(net: ResidualNetwork, met: set[str], kappa: float, scale: float) -> 
         if rising and not properties.non_decreasing:
             missing.append("sigma non-decreasing")
         if missing:
-            return 0.0, f"{text}, but it wants {', '.join(missing)}"
+            return 0.0, f"{text}, but the network lacks: {', '.join(missing)}"
         rests_on = ["lipschitz", *(["sign_preserving"] if SIGN in conditions else []), *(["non_decreasing"] if rising else [])]
         return limit, text + sampled(net.activation, *rests_on)
 
-    none = 0.0, "no statement about this method"
+    none = 0.0, "there is no statement about this method"
     if net.solver_parameters["ts_type"] == "discrete_gradient":
-        return [given(math.inf, "the discrete gradient takes any step", NON_NEGATIVE), none]
+        return [given(math.inf, "the discrete gradient allows any step", NON_NEGATIVE), none]
     if net.tableau is None:
         return [none, none]
     A, b = _used_stages(*net.tableau)
     if len(b) == 1 and A[0, 0] == 1.0:
-        any_step = "backward Euler takes any step"
+        any_step = "backward Euler allows any step"
         return [
             given(math.inf, any_step, NON_NEGATIVE, rising=True),
             given(math.inf, any_step, NON_NEGATIVE, SYMMETRIC, SIGN, rising=True),
         ]
     if len(b) == 1 and A[0, 0] == 0.5:
-        return [none, given(math.inf, "the implicit midpoint rule takes any step", SYMMETRIC, SIGN)]
+        return [none, given(math.inf, "the implicit midpoint rule allows any step", SYMMETRIC, SIGN)]
     if np.triu(A).any():
         return [none, none]
     if len(b) == 1:
@@ -174,14 +182,14 @@ def _limits(net: ResidualNetwork, met: set[str], kappa: float, scale: float) -> 
             given(of_norm, "2 / (sup |sigma'| |B|)", NON_NEGATIVE, SYMMETRIC, SIGN),
         ]
     if len(b) > _MOST_STAGES:
-        return [(0.0, f"the constant of a method of {len(b)} stages is not looked for"), none]
+        return [(0.0, f"the constant of a method of {len(b)} stages is not computed"), none]
     radius = convex_energy_radius(A, b)
     of_norm = radius / scale if scale else math.inf
     return [given(of_norm, f"{radius:.3f} / (sup |sigma'| |B|)", NON_NEGATIVE, SYMMETRIC, rising=True), none]
 
 
 def _used_stages(A: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The method without stages that are made for other purposes (FSAL) or weigh nothing."""
+    """The method without the stages that the result of a step does not depend on, such as those of FSAL methods."""
     used = b != 0
     while True:
         more = used | A[used].any(axis=0)
@@ -191,21 +199,22 @@ def _used_stages(A: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def convex_energy_radius(A: ArrayLike, b: ArrayLike) -> float:
-    """The constant of an explicit Runge-Kutta method by which convex energies fall over a step of a gradient flow.
+    """The largest step, relative to the Lipschitz constant, for which convex energies are known to fall.
 
-    w_t = -grad G(w), G convex, grad G Lipschitz with the constant K: G(w_1) <= G(w_0) for h K up to this number, for
-    every such G. It is found to three digits, from below; for the usual methods it is as large as the linear G, for
-    which it is the interval of stability, lets it be: 2 for Euler, 2.78 for the classical method.
+    Let w_t = -grad G(w) with a convex G, and let grad G have the Lipschitz constant K. A step of length h of the explicit
+    Runge-Kutta method then has G(w_1) <= G(w_0) for h K up to this number, for every such G. The number is computed to three
+    digits, from below. For the usual methods it equals the limit for quadratic G, the length of the interval of stability
+    on the negative axis: 2 for Euler's method, 2.78 for the classical one.
 
     Parameters
     ----------
     A, b
-        The tableau, shapes (stages, stages) and (stages,); the first stage is the start of the step.
+        The tableau, shapes (stages, stages) and (stages,); no unit. The first stage is the start of the step.
 
     Returns
     -------
     float
-        The largest h K for which there are multipliers that prove it; 0 if none were found.
+        The largest h K for which multipliers were found that prove it; 0 if none were found.
 
     Raises
     ------
@@ -226,7 +235,7 @@ def convex_energy_radius(A: ArrayLike, b: ArrayLike) -> float:
 @cache
 def _convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...]) -> float:
     method = np.array(A), np.array(b)
-    # Points at which a form was negative show the same of its neighbours.
+    # Where the quadratic form of one z is negative, those of its neighbours are negative too: cuts are kept.
     directions = [*np.eye(len(b) + 1), np.full(len(b) + 1, (len(b) + 1) ** -0.5)]
     low, high = 0.0, 1.0
     while high < 1e3 and _falls(*method, high, directions):
@@ -238,20 +247,21 @@ def _convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...]
 
 
 def _falls(A: np.ndarray, b: np.ndarray, z: float, directions: list[np.ndarray]) -> bool:
-    """Whether multipliers prove that G falls for h K = z. By cutting planes: `directions` gets the vectors of the cuts.
+    """Whether there are multipliers that prove that G falls for h K = z, by cutting planes.
 
-    Lengths are such that K = 1. The form of lambda is sum lambda_ij ((p_j, w_i - w_j) + |p_i - p_j|^2 / 2).
+    The function appends the vectors of the cuts to `directions`. It scales to K = 1. The quadratic form of the multipliers
+    lambda is sum lambda_ij ((p_j, w_i - w_j) + |p_i - p_j|^2 / 2).
     """
     points = len(b) + 1
     w = -z * np.hstack([np.vstack([A, b]), np.zeros((points, 1))])
     p = np.eye(points)
     pairs = [(i, j) for i in range(points) for j in range(points) if i != j]
-    forms, flow = [], np.zeros((points, len(pairs)))
+    products, flow = [], np.zeros((points, len(pairs)))
     for k, (i, j) in enumerate(pairs):
         product = np.outer(p[j], w[i] - w[j])
-        forms.append((product + product.T + np.outer(p[i] - p[j], p[i] - p[j])) / 2)
+        products.append((product + product.T + np.outer(p[i] - p[j], p[i] - p[j])) / 2)
         flow[j, k], flow[i, k] = 1.0, -1.0
-    forms, size = np.array(forms), len(pairs)
+    forms, size = np.array(products), len(pairs)
     balance = np.zeros(points)
     balance[0], balance[-1] = -1.0, 1.0
     for _ in range(100):

@@ -1,13 +1,14 @@
 """Adaptive cross approximation of a kernel: from some of its rows and columns, without a matrix of all values.
 
-A step takes the row of the residual R_k = b - b_k through a node y* and the column through the node z* where that row
+A step takes the row of the residual R_k = b - b_k through a node y*, and the column through the node z* where that row
 is largest in the label measure,
 
-    b_(k+1)(y, z) = b_k(y, z) + R_k(y, z*) R_k(y*, z) / R_k(y*, z*),
+    b_(k+1)(y, z) = b_k(y, z) + R_k(y, z*) R_k(y*, z) / R_k(y*, z*).
 
-then goes on with the row where that column is largest (partial pivoting). That alone may miss a part of Y x Z: rows
-that it never sees. So pairs (y, z) are drawn at random, and it ends when their mean says so, with a confidence, not
-before; else it goes on where the residual of the pairs is largest. Ranks hold the columns and rows at their own nodes.
+The next row is the one where that column is largest (partial pivoting). This alone may miss a part of Y x Z, whose rows
+it never meets. Therefore pairs (y, z) are drawn at random. The approximation ends when their mean shows, with a
+confidence, that the error is small enough; until then it continues with the row where the residual of the pairs is largest.
+Each rank holds the columns and rows at its own nodes.
 """
 
 from __future__ import annotations
@@ -15,35 +16,64 @@ from __future__ import annotations
 import numpy as np
 import scipy.stats
 
-from fem_resnet.theory.limits.kernel_values import KernelValues, draw_pairs
+from fem_resnet.theory.limits.kernel_values import KernelValues, Nodes, draw_pairs
 
 __all__ = ["CrossApproximation", "upper_limit"]
 
 
 def upper_limit(squares: np.ndarray, confidence: float) -> float:
-    """Limit of the mean that a sample of it is taken from, by Student's distribution."""
+    """An upper limit of a mean, from a sample of shape (n,), by Student's distribution; infinite for n < 2."""
     if squares.size < 2:
         return np.inf
     return float(squares.mean() + scipy.stats.t.ppf(confidence, squares.size - 1) * squares.std(ddof=1) / squares.size**0.5)
 
 
+class _Watched:
+    """Pairs (y, z) drawn at random, and the residual b - b_k there. Collective."""
+
+    def __init__(self, b: KernelValues, factors: list[np.ndarray], count: int, seed: int):
+        sides = b.y, b.z
+        self._measure = b.y.Y.measure * b.z.Y.measure
+        self._samples = draw_pairs(*sides, count, seed)
+        values = b.pairs(*(sample.rows(nodes.places) for sample, nodes in zip(self._samples, sides)))
+        #: The largest |b| at the pairs.
+        self.size = float(np.abs(values).max(initial=0.0))
+        self._residual = values - np.einsum("ik,ik->i", *(part.rows(f) for part, f in zip(self._samples, factors)))
+
+    def subtract(self, column: np.ndarray, row: np.ndarray) -> None:
+        """Take a new cross into account."""
+        at_pairs = [sample.rows(new[:, None])[:, 0] for sample, new in zip(self._samples, (column, row))]
+        self._residual = self._residual - at_pairs[0] * at_pairs[1]
+
+    def error(self, confidence: float) -> float:
+        """An upper limit of the norm of b - b_k in L2(Y x Z)."""
+        return (self._measure * upper_limit(self._residual**2, confidence)) ** 0.5
+
+    def worst(self, round_off: float) -> tuple[int, int] | None:
+        """The node y of the pair with the largest residual; None where all residuals are round-off."""
+        if not np.abs(self._residual).max(initial=0.0) > round_off:
+            return None
+        return self._samples[0].node(int(np.argmax(np.abs(self._residual))))
+
+
 class CrossApproximation:
-    """b_k = U V^T at the nodes, which grows by a row and a column a step.
+    """b_k = U V^T at the nodes, which grows by a row and a column in each step.
 
     Parameters
     ----------
     b
-        The kernel's values.
+        The values of the kernel.
     pairs
-        About how many pairs (y, z) watch over the residual.
+        About how many pairs (y, z) are drawn to watch the residual.
     confidence
-        With which confidence their mean is taken for that of all pairs, between 0 and 1.
+        The confidence with which their mean bounds the mean over all pairs, between 0 and 1.
     largest_rank
-        Where it gives up.
+        The largest rank that is allowed.
 
     Attributes
     ----------
     rank : int
+        The number k of crosses so far.
     """
 
     def __init__(self, b: KernelValues, *, pairs: int, confidence: float, largest_rank: int):
@@ -52,74 +82,85 @@ class CrossApproximation:
         self._free = [np.ones(nodes.Y.nodes) for nodes in (b.y, b.z)]
         self._grams = [np.empty((0, 0)), np.empty((0, 0))]
         self.rank = 0
-        #: Residuals below this are round-off.
+        #: Residuals up to this are round-off.
         self._round_off = 0.0
 
     @property
-    def _sides(self):
+    def _sides(self) -> tuple[Nodes, Nodes]:
         return self._b.y, self._b.z
 
     @property
     def factors(self) -> list[np.ndarray]:
-        """U and V at the owned nodes, shape (nodes, rank)."""
+        """U and V at the owned nodes, shape (nodes, rank) each."""
         return [factor[:, : self.rank] for factor in self._factors]
 
     @property
     def norm(self) -> float:
-        """Norm of b_k in L2(Y x Z)."""
+        """The norm of b_k in L2(Y x Z)."""
         return float(np.sqrt(max(np.sum(self._grams[0] * self._grams[1]), 0.0)))
 
-    def error(self) -> float:
-        """Upper limit of the norm of b - b_k in L2(Y x Z), from the pairs that watch over it."""
-        measure = self._b.y.Y.measure * self._b.z.Y.measure
-        return (measure * upper_limit(self._watched**2, self._confidence)) ** 0.5
-
     def extend(self, tolerance: float, seed: int) -> None:
-        """Add rows and columns until the error is at most `tolerance` of the norm. Collective.
+        """Add rows and columns until the error is at most `tolerance` times the norm. Collective.
 
-        Pairs are drawn for `seed`: those of an earlier call have had rows and columns taken through them.
+        Each call draws new pairs, because an earlier call took rows and columns through its own pairs.
+
+        Parameters
+        ----------
+        tolerance
+            Of the error relative to the norm; no unit.
+        seed
+            The seed of the pairs.
 
         Raises
         ------
         RuntimeError
             If the rank would exceed the largest one.
         """
-        self._samples = draw_pairs(*self._sides, self._pairs, seed)
-        values = self._b.pairs(*(sample.rows(nodes.places) for sample, nodes in zip(self._samples, self._sides)))
-        self._round_off = max(self._round_off, 1e-14 * np.abs(values).max(initial=0.0))
-        self._watched = values - np.einsum("ik,ik->i", *(part.rows(f) for part, f in zip(self._samples, self.factors)))
-        row = self._worst_row()
+        watched = _Watched(self._b, self.factors, self._pairs, seed)
+        self._round_off = max(self._round_off, 1e-14 * watched.size)
+        full = min(self._b.y.Y.size, self._b.z.Y.size)
+        row = self._worst_row(watched)
         while row is not None:
-            if self.rank >= min(self._largest_rank, self._b.y.Y.size, self._b.z.Y.size):
-                if self.rank >= min(self._b.y.Y.size, self._b.z.Y.size):
-                    return
+            if self.rank >= full:
+                return
+            if self.rank >= self._largest_rank:
+                error = watched.error(self._confidence)
                 raise RuntimeError(
-                    f"compress: at rank {self.rank} the error is {self.error():.2g} of a norm {self.norm:.3g}, a part "
-                    f"expected {tolerance:.2g}; take a larger tolerance, or a larger 'largest_rank'"
+                    f"compress: expected an error of {tolerance:.2g} of the norm, got {error:.2g} for the norm "
+                    f"{self.norm:.3g} at rank {self.rank}, the largest one allowed; take a larger tolerance, or a larger "
+                    f"'largest_rank'"
                 )
-            column, added = self._add(row)
+            column, added = self._add(row, watched)
             small = added <= tolerance * self.norm
-            if small and self.error() <= tolerance * self.norm:
+            if small and watched.error(self._confidence) <= tolerance * self.norm:
                 return
             row = None if column is None or small else self._b.y.largest(np.abs(column) * self._free[0])
-            row = row or self._worst_row()
+            row = row or self._worst_row(watched)
 
-    def _worst_row(self) -> tuple[int, int] | None:
-        """The node y of the watched pair with the largest residual; None where there is round-off alone."""
-        if not np.abs(self._watched).max(initial=0.0) > self._round_off:
+    def _worst_row(self, watched: _Watched) -> tuple[int, int] | None:
+        """The node y of the pair with the largest residual, unless its row was taken or all residuals are round-off."""
+        node = watched.worst(self._round_off)
+        if node is None:
             return None
-        node = self._samples[0].node(int(np.argmax(np.abs(self._watched))))
         (free,) = self._b.y.from_owner(node, self._free[0])
         return node if free else None
 
-    def _add(self, row: tuple[int, int]) -> tuple[np.ndarray | None, float]:
-        """Take the cross through a node y*: the new column of U in the label measure, and the norm of what is added."""
+    def _add(self, row: tuple[int, int], watched: _Watched) -> tuple[np.ndarray | None, float]:
+        """Take the cross through a node y*.
+
+        Returns
+        -------
+        column : numpy.ndarray or None
+            The new column of U times M^(1/2), shape (nodes,); None where the row is round-off.
+        added : float
+            The norm of what is added.
+        """
         b, (U, V) = self._b, self.factors
         root_y, root_z = (np.sqrt(nodes.Y.weights) for nodes in self._sides)
         place, u = b.y.from_owner(row, b.y.places, U)
         self._take(0, row)
         residual_row = b.block(place[None], b.z.places)[0] - V @ u
-        # A node is drawn on, but where its row is nothing but round-off.
+        # Entries that are round-off are no pivots.
         pivot = b.z.largest(np.abs(residual_row) * (np.abs(residual_row) > self._round_off) * root_z * self._free[1])
         if pivot is None:
             return None, 0.0
@@ -127,6 +168,7 @@ class CrossApproximation:
         self._take(1, pivot)
         column = (b.block(b.y.places, place[None])[:, 0] - U @ v) / value
         self._append(column, residual_row)
+        watched.subtract(column, residual_row)
         return column * root_y, float(np.sqrt(self._grams[0][-1, -1] * self._grams[1][-1, -1]))
 
     def _take(self, side: int, node: tuple[int, int]) -> None:
@@ -135,7 +177,6 @@ class CrossApproximation:
             self._free[side][index] = 0.0
 
     def _append(self, column: np.ndarray, row: np.ndarray) -> None:
-        drawn = []
         for side, (nodes, new) in enumerate(zip(self._sides, (column, row))):
             factor = self._factors[side]
             if self.rank == factor.shape[1]:
@@ -145,6 +186,4 @@ class CrossApproximation:
             factor[:, self.rank] = new
             products = nodes.Y.sum(factor[:, : self.rank + 1].T @ (nodes.Y.weights * new))
             self._grams[side] = np.block([[self._grams[side], products[:-1, None]], [products[None]]])
-            drawn.append(self._samples[side].rows(new[:, None])[:, 0])
         self.rank += 1
-        self._watched = self._watched - drawn[0] * drawn[1]

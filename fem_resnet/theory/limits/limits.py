@@ -1,18 +1,18 @@
 """How far a network is from its limits: infinite depth, Theorem 2.1, and infinite width, Theorem 2.2.
 
-In depth, coefficients a(t), b(t) are kept and steps become short: (2.1), or any other scheme, tends to (2.3). In width,
-coefficients a(y, t), b(y, z, t) and f_I(y) are kept and the mesh of Y becomes fine: (2.7) tends to (2.8), in the sense
-of distributions, by the theorem as it is printed; strongly in L2(Y) where sigma is Lipschitz, since u = a - B f then
-converges strongly with a_h and b_h.
+In depth, the coefficients a(t), b(t) are kept and the steps become short: (2.1), or any other scheme, tends to (2.3). In
+width, a(y, t), b(y, z, t) and f_I(y) are kept and the mesh of Y becomes fine: (2.7) tends to (2.8). The theorem as it is
+printed says so in the sense of distributions. The convergence is strong in L2(Y) where sigma is Lipschitz, since
+u = a - B f then converges strongly with a_h and b_h.
 
-Both theorems want the coefficients of all networks of a sequence to converge almost everywhere and to have one bound,
-(A2) of 2.1 and (A3) of 2.1, and sigma to be continuous and to grow no faster than a line, (A1) of 2.1 with abs(s): all
-built-in activations do, with C1 = abs(sigma(0)) and C2 = `Activation.properties.lipschitz`. Where coefficients do not
-converge, there may be another limit than one would think, or none (`demos/limits.py`); networks of several sizes, each
-trained on its own, are no such sequence.
+Both theorems suppose that the coefficients of the networks in a sequence converge almost everywhere and have a common
+bound, (A2) and (A3) of 2.1, and that sigma is continuous and grows at most linearly, (A1) of 2.1 with abs(s). All built-in
+activations do, with C1 = abs(sigma(0)) and C2 = `Activation.properties.lipschitz`. Where the coefficients do not converge,
+the limit may be another one than expected, or there may be none (`demos/limits.py`). Networks of several sizes that are
+trained separately are no such sequence.
 
-Between the layer times z^tau goes on by starts between them, with interpolated coefficients (2.2); at the layer times,
-where distances are taken here, it is z_l.
+Between the layer times z^tau continues by interpolation of the coefficients, (2.2). Distances are measured at the layer
+times, where z^tau is z_l.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = ["Convergence", "depth_limit", "width_limit"]
 
 @dataclass(frozen=True)
 class Convergence:
-    """Errors over sizes that fall.
+    """Errors for a falling sequence of sizes.
 
     Attributes
     ----------
     sizes : numpy.ndarray
-        The longest step tau, no unit, or the mesh size h, in the unit of length; shape (n,).
+        The longest step tau, in the unit of t, or the mesh size h, in the unit of length; shape (n,).
     errors : numpy.ndarray
-        Shape (n,).
+        The errors, in the unit of f, shape (n,).
     """
 
     sizes: np.ndarray
@@ -53,7 +53,7 @@ class Convergence:
 
     @property
     def orders(self) -> np.ndarray:
-        """Slopes from one size to the next, shape (n - 1,)."""
+        """The orders of convergence from one size to the next, shape (n - 1,); no unit."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.diff(np.log(self.errors)) / np.diff(np.log(self.sizes))
 
@@ -67,13 +67,13 @@ class Convergence:
 def depth_limit(
     net: ResidualNetwork, initial: fd.Function, *, halvings: int = 3, solver_parameters: dict | None = None
 ) -> Convergence:
-    """The network against (2.3), Theorem 2.1: its own coefficients as functions of t, its steps and shorter ones.
+    """Compare a network with (2.3), Theorem 2.1, whose coefficients are those of the network, with its steps and shorter ones.
 
-    The first error is the network's own: how far it is from the ODE that its layers are steps of. `costate_check` has
-    the same for co-states and gradients of a learning problem. The others show at which order that falls: at that of
-    the scheme, if no coefficient jumps inside of a layer, which those of a network do not. Distances are those at the
-    layer times, where z^tau of (2.2) is z_l. The network's coefficients have a bound, (A2) of 2.1; (A1) of 2.1 is
-    supposed of sigma. Collective.
+    The first error is that of the network itself: how far it is from the ODE that its layers discretise.
+    (`costate_check` compares co-states and gradients of a learning problem in the same way.) The other errors show the
+    order of convergence. It is the order of the scheme if no coefficient jumps inside of a layer, and the coefficients of
+    a network do not. The coefficients of a network are bounded, (A2) of 2.1; that sigma satisfies (A1) of 2.1 is supposed.
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
@@ -84,7 +84,8 @@ def depth_limit(
     halvings
         How often the steps are halved, at least 0.
     solver_parameters
-        Of what (2.3) is solved with, over `evolution.SOLVER_PARAMETERS`; 8 of its steps go into one of the shortest.
+        PETSc options for (2.3), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`. It is solved with steps of an
+        eighth of the shortest ones.
 
     Returns
     -------
@@ -94,7 +95,7 @@ def depth_limit(
     Raises
     ------
     ValueError
-        If the network adapts its steps, or has no layers.
+        If an argument does not fit, the network adapts its steps, or it has no layers.
 
     Examples
     --------
@@ -119,7 +120,8 @@ def depth_limit(
 
 
 @supports(
-    "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time", *STEPPED,
+    "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
+    *STEPPED,
 )  # fmt: skip
 def width_limit(
     net: ResidualNetwork,
@@ -128,33 +130,35 @@ def width_limit(
     *,
     terminal: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Convergence:
-    """The network on finer and finer label spaces of the same Y, against that on the finest of them: Theorem 2.2.
+    """Compare a network on finer and finer label spaces of the same Y with the network on the finest one: Theorem 2.2.
 
-    Its bases are moved there (`ResidualNetwork.on`), so that kernels (2.7) converge and have one bound, (A3) of 2.1.
-    Collective.
+    The bases of the network are moved to each space (`ResidualNetwork.on`), so that the kernels (2.7) converge and have a
+    common bound, (A3) of 2.1. Collective over the ranks of the label domain.
 
     Parameters
     ----------
     net
-        A network that knows no mesh: bias and kernel in bases that can be moved, as `laplace_basis`.
+        A network whose bias and kernel have bases that can be moved to another mesh, such as `laplace_basis`.
     initial
-        f_I of coordinates: arrays of shape (nodes, geometric dimension) to (nodes,) or (nodes, samples).
+        f_I as a function of coordinates, from arrays of shape (nodes, geometric dimension) to (nodes,) or (nodes, samples).
     spaces
-        Label spaces, at least two, the finest one last; on meshes whose largest cells become small.
+        At least two label spaces, from coarse to fine.
     terminal
-        r(T) of coordinates, as many samples as f_I: then it is r(0) of (4.2) that is compared, in place of f(T).
+        r(T) as a function of coordinates, with arrays of the same shapes and as many samples as f_I. If it is given,
+        r(0) of (4.2) is compared instead of f(T).
 
     Returns
     -------
     Convergence
-        Of what f(T), or r(0), is as a distribution: the distance of its inner products with the functions phi, which
-        for orthonormal ones is that in L2(Y) of its parts in their span; of all samples together. One error less than
-        spaces.
+        Distances of f(T), or r(0), as distributions: distances of their inner products with the functions phi. For
+        orthonormal phi that is the distance in L2(Y) of the projections onto their span. All samples are taken together.
+        There is one error less than spaces.
 
     Raises
     ------
     TypeError, ValueError
-        If fewer than two spaces are given, they do not become finer, or the network is tied to its mesh.
+        If an argument does not fit, fewer than two spaces are given, they do not become finer, or the network is tied to
+        its mesh.
 
     Examples
     --------
@@ -177,7 +181,7 @@ def width_limit(
         raise ValueError(f"spaces: expected at least two LabelSpaces, got {spaces!r}")
     sizes = np.array([(Y.measure / Y.size) ** (1 / Y.V.mesh().topological_dimension) for Y in spaces])
     if not (np.diff(sizes) < 0).all():
-        raise ValueError(f"spaces: they are to become finer, their mean mesh sizes are {sizes.tolist()}")
+        raise ValueError(f"spaces: expected falling mesh sizes, from coarse to fine, got mean sizes {sizes.tolist()}")
     with stop_annotating():
         moments = []
         for Y in spaces:

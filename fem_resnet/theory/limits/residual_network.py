@@ -1,19 +1,19 @@
-"""Residual networks in arrays as networks on a label domain, and back.
+"""Residual networks given as arrays, as networks on a label domain, and back.
 
-A residual network of N neurons and L layers has a bias a_l and a matrix B_l a layer,
+A residual network with N neurons and L layers has in each layer a bias a_l and a matrix B_l,
 
     z_(l+1) = z_l + tau_l sigma(a_l - B_l z_l),      l = 0 .. L - 1.                                              (2.1)
 
-Its neurons become the cells of a partition Y_1 .. Y_N of Y, its states piecewise constant functions,
+Its neurons become the cells Y_1 .. Y_N of a partition of Y, and its states piecewise constant functions,
 
-    a(y) = a^i,      b(y, z) = B^ij / |Y_j|,      f(y) = z^i      for y in Y_i, z in Y_j,                         (2.4)
+    a(y) = a^i,      b(y, z) = B^ij / |Y_j|,      f(y) = z^i      for y in Y_i, z in Y_j.                         (2.4)
 
-so that `int_Y b(y, z) f(z) dz = sum_j B^ij z^j`: (2.1) is one Euler step a layer of (2.5), and the network's own ODE
-(2.3), stepped by any other scheme, is (2.5) too. On M^d cubes of width h a matrix that is scaled as in (2.6), `h^d
-B_h`, has the kernel (2.7), with values b_h = B_h that stay of one size as h -> 0; on other partitions |Y_j| takes the
-place of h^d.
+Then `int_Y b(y, z) f(z) dz = sum_j B^ij z^j`, so that (2.1) is (2.5) with one Euler step in each layer. With any other
+scheme (2.5) discretises the ODE (2.3) of the network. On M^d cubes of width h, a matrix `h^d B_h` scaled as in (2.6) has
+the kernel (2.7), with values b_h = B_h whose size does not change as h -> 0. On other partitions |Y_j| takes the place of
+h^d.
 
-The way back asks for the Euler scheme: no other one is a residual network (2.1).
+The way back needs Euler's method: no other scheme is a residual network (2.1).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ EULER = {"ts_type": "rk", "ts_rk_type": "1fe"}
 
 
 class NetworkArrays(NamedTuple):
-    """A residual network (2.1): ``z = z + tau[l] * sigma(a[l] - B[l] @ z)`` for l = 0 .. L - 1.
+    """The arrays of a residual network (2.1): ``z = z + tau[l] * sigma(a[l] - B[l] @ z)`` for l = 0 .. L - 1.
 
     Attributes
     ----------
     a : numpy.ndarray
-        Shape (L, N), float64.
+        Biases, shape (L, N), float64.
     B : numpy.ndarray
-        Shape (L, N, N), float64.
+        Matrices, shape (L, N, N), float64.
     tau : numpy.ndarray
-        Shape (L,), float64; no unit.
+        Step sizes, shape (L,), float64; in the unit of t.
     """
 
     a: np.ndarray
@@ -58,43 +58,43 @@ class NetworkArrays(NamedTuple):
 def from_network(
     a: ArrayLike, B: ArrayLike, z_0: ArrayLike, partition: LabelSpace, *, tau: float | Sequence[float] = 1.0, **options
 ) -> tuple[ResidualNetwork, fd.Function]:
-    """The residual network (2.1) as a network on a partition of a label domain, by (2.4); equal to round-off.
+    """A residual network (2.1) as a network on a partition of a label domain, by (2.4); equal to round-off.
 
-    What the network steps is (2.5), which for (2.6) on cubes is (2.7).
+    The equation that the network discretises is (2.5), which for (2.6) on cubes is (2.7).
 
-    Neuron number k is cell number k of the partition, in the order of `node_numbers`. A module of PyTorch that computes
+    Neuron k is cell k of the partition, in the order of `node_numbers`. A module of PyTorch that computes
     ``z + tau * sigma(linear(z))`` has a = ``linear.bias.detach()`` and B = ``-linear.weight.detach()``; its batches are
-    turned, ``z_0 = batch.T``.
+    transposed, ``z_0 = batch.T``.
 
-    The arrays are the same on every rank. Collective over the communicator of the partition.
+    All ranks give the same arrays. Collective over the communicator of the partition.
 
     Parameters
     ----------
     a
         Biases, shape (L, N); or (N,), shared by all layers.
     B
-        Matrices, shape (L, N, N), which a layer subtracts; or (N, N), shared by all layers. With (2.6) it is `h^d B_h`.
+        Matrices, shape (L, N, N), which the layers subtract; or (N, N), shared by all layers. With (2.6) these are `h^d B_h`.
     z_0
         Initial states, shape (N,) or (N, samples).
     partition
         DG of degree 0 on a mesh of N cells; `point_space` makes one from the measures |Y_k| alone.
     tau
-        tau > 0, or one a layer, shape (L,); no unit.
+        A step size tau > 0 for all layers, or one for each layer, shape (L,); in the unit of t.
     options
-        What `ResidualNetwork` takes else, as `activation`. With "solver_parameters" of another scheme, and "steps", it
-        is the ODE (2.3) that is solved, in place of (2.1).
+        Other arguments of `ResidualNetwork`, such as `activation`. If "solver_parameters" name another scheme, or "steps" is
+        given, the network solves the ODE (2.3) instead of (2.1).
 
     Returns
     -------
     net : ResidualNetwork
-        With a value of a and b on each layer, or shared ones.
+        With values of a and b for each layer, or shared ones.
     initial : Function
         f_I, a batch; ``state_array(partition, net(initial))`` is z_L.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what is said above; the message names it.
+        If an argument is not as described above; the message names it.
 
     Examples
     --------
@@ -114,13 +114,15 @@ def from_network(
     N = cells.rank
     a, B, z_0 = (real_array(name, array) for name, array in (("a", a), ("B", B), ("z_0", z_0)))
     if z_0.shape[:1] != (N,) or z_0.ndim not in (1, 2):
-        raise ValueError(f"z_0: expected shape ({N},) or ({N}, samples), one row a cell; got {z_0.shape}")
-    tau = real_array("tau", tau, above=0)
-    layers = _layers(partition, {"a": (a, (N,)), "B": (B, (N, N)), "tau": (tau, ())})
-    times = np.append(0.0, np.cumsum(np.broadcast_to(tau, layers)))
+        raise ValueError(f"z_0: expected shape ({N},) or ({N}, samples), with a row for each cell; got shape {z_0.shape}")
+    steps = real_array("tau", tau, above=0)
+    layers = _layers(partition, {"a": (a, (N,)), "B": (B, (N, N)), "tau": (steps, ())})
+    times = np.append(0.0, np.cumsum(np.broadcast_to(steps, layers))).tolist()
     options = {"solver_parameters": EULER} | options
     if options.get("gradient_flow"):
-        raise ValueError("gradient_flow: expected layers (2.1), z + tau sigma(a - B z); make a ResidualNetwork of such a flow")
+        raise ValueError(
+            "gradient_flow: expected False, as the layers of (2.1) are z + tau sigma(a - B z); use ResidualNetwork for a flow"
+        )
     net = ResidualNetwork(
         cells,
         times=times,
@@ -137,28 +139,28 @@ def from_network(
 
 
 def _layers(Y: LabelSpace, given: dict[str, tuple[np.ndarray, tuple[int, ...]]]) -> int:
-    """L, on which all arrays that have a first axis for the layers agree; 1 where none has."""
+    """The number L of layers of all arrays that have an axis for the layers; 1 if no array has one."""
     found = {}
     for name, (array, shape) in given.items():
         if array.shape == (*array.shape[:1], *shape) and array.ndim == len(shape) + 1 and len(array):
             found[name] = len(array)
         elif array.shape != shape:
             raise ValueError(
-                f"{name}: expected shape {shape}, or (L, {', '.join(map(str, shape))}) for L >= 1 layers with "
-                f"{Y.size} cells; got {array.shape}"
+                f"{name}: expected shape {shape}, or (L, {', '.join(map(str, shape))}) for L >= 1 layers, on "
+                f"{Y.size} cells; got shape {array.shape}"
             )
     if len(set(found.values())) > 1:
-        raise ValueError(f"{', '.join(found)}: expected one number of layers, got {list(found.values())}")
+        raise ValueError(f"{', '.join(found)}: expected the same number of layers, got {list(found.values())}")
     return max(found.values(), default=1)
 
 
 def state_array(Y: LabelSpace, function: fd.Function) -> np.ndarray:
-    """A state or batch as an array that is the same on every rank, row k the node number k. Collective.
+    """A state or a batch as an array with the values at node k in row k, the same on every rank. Collective.
 
     Parameters
     ----------
     Y
-        Label domain, with nodes that `node_numbers` can number.
+        The label domain, whose nodes `node_numbers` can number.
     function
         A Function of `Y.V` or a batch.
 
@@ -166,6 +168,11 @@ def state_array(Y: LabelSpace, function: fd.Function) -> np.ndarray:
     -------
     numpy.ndarray
         z, shape (N, samples), float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of another class, or `function` is none of these.
     """
     check_label_space(Y)
     Y.check_batch(function, "function")
@@ -173,6 +180,7 @@ def state_array(Y: LabelSpace, function: fd.Function) -> np.ndarray:
 
 
 def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
+    """Values at all nodes in the order of `node_numbers`, shape (N, any), from those at the owned nodes. Collective."""
     everywhere = np.zeros((Y.size, values.shape[1]))
     everywhere[node_numbers(Y)] = values
     return Y.sum(everywhere)
@@ -180,11 +188,12 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
 
 @supports("no_layers", *HELD, "single_precision")
 def to_network(net: ResidualNetwork) -> NetworkArrays:
-    """The residual network (2.1) that a network stepped by Euler's method is: the inverse of `from_network`.
+    """The arrays of the residual network (2.1) that a network with Euler's method is: the inverse of `from_network`.
 
-    On any label space, with the weights of its nodes: `B^ij = b(y_i, z_j) w_j`. Several steps a layer are as many
-    layers, in which a parameter that varies in t has its value at the step's start. Collective; the arrays, of L N^2
-    numbers, are the same on every rank. States go along by `state_array`.
+    The label space may be any one; the weights of its nodes enter the matrices, `B^ij = b(y_i, z_j) w_j`. Several steps in a
+    layer become as many layers of (2.1). A parameter that varies in t has there its value at the start of the step.
+    The arrays have L N^2 numbers and are the same on every rank; `state_array` gives the states. Collective over the ranks
+    of the label domain.
 
     Parameters
     ----------
@@ -198,8 +207,7 @@ def to_network(net: ResidualNetwork) -> NetworkArrays:
     Raises
     ------
     ValueError
-        If the network is a gradient flow, which has B^T in front of sigma, is stepped by another scheme, or adapts its steps;
-        the message says why.
+        If the network is a gradient flow, which has B^T in front of sigma, has another scheme, or adapts its steps.
 
     Examples
     --------
@@ -230,7 +238,7 @@ def _check_scheme(parameters: dict) -> None:
     if kind not in ("rk", "euler") or (kind == "rk" and method != "1fe"):
         name = f"'rk' with 'ts_rk_type' {method!r}" if kind == "rk" else repr(kind)
         raise ValueError(
-            f"net: it is stepped by {name}; z + tau sigma(a - B z) has one sigma, of the state at the layer's start, "
-            f"which is Euler's method alone: other explicit schemes nest several sigma in a layer, implicit ones solve "
-            f"an equation. Give the network {{'ts_rk_type': '1fe'}}, with 'steps' enough that it is as exact"
+            f"net: expected Euler's method, got {name}. In z + tau sigma(a - B z) one sigma is taken of the state at the "
+            f"start of the layer; other explicit schemes nest several sigma, and implicit ones solve an equation. Make the "
+            f"network with {{'ts_rk_type': '1fe'}}, and with more 'steps' if it is to be as accurate"
         )

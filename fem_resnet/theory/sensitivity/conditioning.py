@@ -1,29 +1,28 @@
 """Conditioning of the forward problem (section 3.5): the linearised flow M(t, s) of a network.
 
-A perturbation w of f moves with the network as
+A perturbation w of f obeys
 
     w_t = - sigma'(u) B w,      u = a - B f                                                               (3.6)
 
-and M(t, s) takes w(s) to w(t). For two layer times it is here the derivative of the discrete network. A layer sees f
-through its coefficients Psi^T M f alone, M without arguments being the label measure, and so does what a run of layers
-with one psi adds to f. With Z orthonormal functions of the span of psi,
+and M(t, s) maps w(s) to w(t). For two layer times it is here the derivative of the discrete network. A layer sees f only
+through its coefficients Psi^T M f, where M without arguments is the label measure. So what consecutive layers with the same
+psi add to f depends on these coefficients alone. With orthonormal functions Z of the span of psi,
 
     M(t, s) = I + A Z^T M,      A = M(t, s) Z - Z,
 
-from as many tangents as psi has functions. Where psi changes between the layers, each layer sees f through its own psi,
-M(t, s) is the identity plus a sum of such terms, and Z spans the functions of all psi: the rank is the sum of theirs,
-if they are independent. M(t, s) maps the span of Z and A to itself and is the identity on its complement, so that all
-its singular values in L2(Y) are those of a matrix of at most twice the rank, and ones. The transpose takes co-states
-back, r(s) = M(t, s)^T r(t), as (4.2a) does: forward and backward problem have the same singular values (section 5.1).
-`propagator` has M(t, s) in that form.
+which takes as many tangents as psi has functions. If psi changes between the layers, M(t, s) is the identity plus a sum of
+such terms. Then Z spans the functions of all psi, and the rank is the sum of their ranks if they are independent. M(t, s)
+maps the span of Z and A to itself and is the identity on its complement. So all its singular values in L2(Y) are those of a
+matrix of at most twice the rank, and ones. The transpose maps co-states back, r(s) = M(t, s)^T r(t), as (4.2a) does: the
+forward and the backward problem have the same singular values (section 5.1). `propagator` has M(t, s) in that form.
 
 The generator -sigma'(u) B is bounded on L2(Y) by sup |sigma'| norm(b, L2(Y x Y)), so that
 
     norm(M(t, s)) <= exp( int_s^t sup |sigma'| norm(b) dt ).
 
-The gradient flow f_t = B^T sigma(a - B f) has w_t = -B^T sigma'(u) B w: M(t, s) has the same form, A in the span of psi too, and
-norm(b)^2 stands for norm(b) in its bound, which holds whatever the sign of sigma' is. Where sigma' >= 0, M(t, s) does not make
-anything larger, nor does the discrete one in steps that are short enough (`contraction`).
+The gradient flow f_t = B^T sigma(a - B f) has w_t = -B^T sigma'(u) B w. M(t, s) has the same form, and A is in the span of psi
+too. In its bound norm(b)^2 takes the place of norm(b); this bound holds for any sign of sigma'. Where sigma' >= 0, M(t, s)
+does not enlarge any perturbation, nor does the discrete one in steps that are short enough (`contraction`).
 """
 
 from __future__ import annotations
@@ -39,35 +38,39 @@ from fem_resnet.costate.trajectory import like
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.orthonormal import joint_span
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
 from fem_resnet.ranks import same
 from fem_resnet.tape.operator import made
-from fem_resnet.theory.sensitivity.propagator import Propagator, joint_span
+from fem_resnet.theory.sensitivity.propagator import Propagator
 from fem_resnet.theory.spectra.frozen_spectra import frozen_eigenvalues
 
 __all__ = ["LinearisedFlow"]
 
-#: So many tangents go through the layers together: enough for the processor, and few fields.
+#: The number of tangents that go through the layers together: enough to use the processor, and few fields.
 _TOGETHER = 16
 
 
 class LinearisedFlow(OnMesh):
-    """The linearisation (3.6) of a network, or that of a gradient flow, along its solutions, between any two layer times.
+    """The linearisation (3.6) of a network, or of a gradient flow, along its solutions, between any two layer times.
 
-    It is that of the discrete network, at the coefficients that the network has when this is made; collective.
+    It is the derivative of the discrete network, at the coefficients that the network has at construction. Collective over
+    the ranks of the label domain.
 
     Parameters
     ----------
     net
         The network.
     initial
-        f_I, as for ``net.run``; each sample has a solution, and so a linearisation, of its own.
+        f_I, as for ``net.run``. Each sample has its own solution, and so its own linearisation.
 
     Attributes
     ----------
+    net : ResidualNetwork
+        The network.
     states : list of numpy.ndarray
-        f(t_0) .. f(t_L) at the owned nodes, shape (nodes, samples).
+        f(t_0) .. f(t_L) at the owned nodes, shape (nodes, samples) each.
     basis : Basis
         Z: orthonormal functions of the span of the psi of all layers.
 
@@ -117,14 +120,14 @@ class LinearisedFlow(OnMesh):
         return joint_span(self.net.Y, psi or self.net.bases["psi"])
 
     def tangent(self, direction: fd.Function, start: int = 0, end: int | None = None) -> fd.Function:
-        """`M(t_end, t_start) w`: (3.6) solved forwards, for one perturbation a sample. Collective.
+        """`M(t_end, t_start) w`: solve (3.6) forwards, for one perturbation of each sample. Collective.
 
         Parameters
         ----------
         direction
-            w at t_start, a Function of the space of the initial state.
+            w at t_start, a Function of the space of `initial`.
         start, end
-            Numbers of layer times, 0 .. L; L if left out.
+            The numbers of two layer times, 0 .. L; `end` is L if left out.
 
         Raises
         ------
@@ -138,14 +141,14 @@ class LinearisedFlow(OnMesh):
         return like(direction, w)
 
     def adjoint(self, costate: fd.Function, start: int = 0, end: int | None = None) -> fd.Function:
-        """`M(t_end, t_start)^T r`: from r(t_end) the discrete r(t_start) of (4.2a), by PETSc's TSAdjoint. Collective.
+        """`M(t_end, t_start)^T r`: the discrete co-state r(t_start) of (4.2a) from r(t_end), by PETSc's TSAdjoint. Collective.
 
         Parameters
         ----------
         costate
-            r at t_end, a Function of the space of the initial state.
+            r at t_end, a Function of the space of `initial`.
         start, end
-            Numbers of layer times, 0 .. L; L if left out.
+            As for `tangent`.
 
         Raises
         ------
@@ -154,25 +157,25 @@ class LinearisedFlow(OnMesh):
         """
         start, end = self._interval(start, end)
         weights = self.net.Y.weights[:, None]
-        dual = weights * self._read(costate, "costate")
-        segments = self._of_samples(dual.shape[1])
+        functional = weights * self._read(costate, "costate")
+        segments = self._of_samples(functional.shape[1])
         for layer in reversed(range(start, end)):
             arrays = [self.states[layer], *self._coefficients[layer]]
             segments[layer].forward(arrays, save=True)
-            dual = made(segments[layer].adjoint(arrays, dual)[0])
-        return like(costate, dual / weights)
+            functional = made(segments[layer].adjoint(arrays, functional)[0])
+        return like(costate, functional / weights)
 
     def propagator(self, start: int = 0, end: int | None = None, *, sample: int = 0) -> Propagator:
         """M(t_end, t_start) along the solution of one sample, with its singular values. Collective.
 
-        It takes as many tangents as `basis` has functions, and memory for some seven fields a function at its peak.
+        It takes as many tangents as `basis` has functions, and at its peak memory for about seven fields for each function.
 
         Parameters
         ----------
         start, end
-            Numbers of layer times, 0 .. L; L if left out.
+            As for `tangent`.
         sample
-            Which sample.
+            The number of the sample.
 
         Raises
         ------
@@ -187,7 +190,7 @@ class LinearisedFlow(OnMesh):
         added = np.empty_like(Z)
         for first in range(0, Z.shape[1], together):
             columns = slice(first, min(first + together, Z.shape[1]))
-            # The last run is filled up with zeros: another number of samples would want steppers of its own.
+            # The last batch is filled up with zeros, because another number of samples would need steppers of its own.
             w = np.zeros((len(Z), together))
             w[:, : columns.stop - first] = Z[:, columns]
             for layer in range(start, end):
@@ -196,35 +199,40 @@ class LinearisedFlow(OnMesh):
         return Propagator(self.basis, added, (self.net.times[start], self.net.times[end]))
 
     def bound(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
-        """`exp(exponent)`, a bound of the norm of M(t_end, t_start). Collective.
+        """`exp(exponent)`, a bound of the norm of M(t_end, t_start); no unit. Collective.
 
-        It holds for the solution of (3.6); where b is constant in each layer, for the steps of Euler's and of the classical
-        Runge-Kutta method too, whose 1 + x + .. is below e^x. Arguments as for `exponent`.
+        It holds for the solution of (3.6). If b is constant in each layer, it also holds for the steps of Euler's and of the
+        classical Runge-Kutta method, whose 1 + x + .. is below e^x.
+
+        Parameters
+        ----------
+        start, end, operator_norm
+            As for `exponent`.
         """
         with np.errstate(over="ignore"):
             return float(np.exp(self.exponent(start, end, operator_norm=operator_norm)))
 
     def exponent(self, start: int = 0, end: int | None = None, *, operator_norm: bool = False) -> float:
-        """`int sup |sigma'| norm(b) dt` from t_start to t_end; where b is linear in t, from above. Collective.
+        """`int sup |sigma'| norm(b) dt` from t_start to t_end, or an upper bound if b is linear in t; no unit. Collective.
 
-        Of a gradient flow `int sup |sigma'| norm(b)^2 dt`.
+        For a gradient flow `int sup |sigma'| norm(b)^2 dt`.
 
         Parameters
         ----------
         start, end
-            Numbers of layer times, 0 .. L; L if left out.
+            As for `tangent`.
         operator_norm
-            Whether norm(b) is that of the operator B on L2(Y), which is smaller, in place of that of b in L2(Y x Y).
+            Whether norm(b) is the norm of the operator B on L2(Y), which is smaller, instead of the norm in L2(Y x Y).
 
         Raises
         ------
         ValueError
-            If `start` and `end` do not fit.
+            If an argument does not fit.
         """
         start, end = self._interval(start, end, operator_norm=operator_norm)
         operator_norm, total = flag("operator_norm", operator_norm), 0.0
         for inputs in self._layers[start:end]:
-            # A norm is convex in t here, so that the trapezoidal rule is not below the integral.
+            # The norm is convex in t here, so that the trapezoidal rule gives an upper bound.
             parts = 1 if inputs.beta.is_constant else 16
             fractions = np.linspace(0, 1, parts + 1)
             kind = "operator" if operator_norm else "hs"
@@ -234,39 +242,68 @@ class LinearisedFlow(OnMesh):
 
     @property
     def power(self) -> int:
-        """1, or 2 of a gradient flow: the power of norm(b) in bounds."""
+        """The power of norm(b) in bounds: 1, or 2 for a gradient flow."""
         return 2 if self.net.gradient_flow else 1
 
     def by_bias(self, layer: int, r: np.ndarray) -> np.ndarray:
-        """What (4.3) has of a co-state at the start of a layer, sigma'(u) r, or sigma'(u) B r of a gradient flow. Collective."""
+        """sigma'(u) r of (4.3) at the start of a layer, or sigma'(u) B r for a gradient flow. Collective.
+
+        Parameters
+        ----------
+        layer
+            The number of the layer.
+        r
+            The co-state there at the owned nodes, shape (nodes, samples) or (nodes, 1).
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (nodes, samples).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument does not fit.
+        """
         inputs, Y = self._layers[self._layer(layer)], self.net.Y
         r = real_array("r", r, (Y.nodes, "samples"), comm=Y.comm)
         if r.shape[1] not in (1, self.states[0].shape[1]):
-            raise ValueError(f"r: expected one sample, or as many as f has, {self.states[0].shape[1]}, got {r.shape[1]}")
+            raise ValueError(f"r: expected 1 or {self.states[0].shape[1]} samples, the number of f, got {r.shape[1]}")
         if self.net.gradient_flow:
             r = inputs.factors.apply(inputs.beta.coefficients(0.0), r)
         return self.slope(layer) * r
 
     def slope(self, layer: int) -> np.ndarray:
-        """sigma'(u) at the start of a layer, u = a - B f, at the owned nodes, shape (nodes, samples). Collective."""
+        """sigma'(u) with u = a - B f at the start of a layer, at the owned nodes, shape (nodes, samples). Collective."""
         layer = self._layer(layer)
         inputs, f = self._layers[layer], self.states[layer]
         Bf = inputs.factors.apply(inputs.beta.coefficients(0.0), f)
         return self.net.activation.derivative(inputs.bias.coefficients(0.0)[:, None] - Bf)
 
     def frozen_eigenvalues(self, layer: int, *, sample: int = 0) -> np.ndarray:
-        """Eigenvalues of -sigma'(u) B, frozen at the start of a layer, but for zeros: see `frozen_spectra.frozen_eigenvalues`.
+        """The eigenvalues of -sigma'(u) B frozen at the start of a layer, without zeros. Collective.
 
-        Of a gradient flow those of -B^T sigma'(u) B. Frozen eigenvalues do not decide about (3.6), whose
-        coefficients depend on t; they tell what one step of the scheme meets. (Section 3.5 prints sigma'((y, t_0)), b
-        replaced by sigma(u) b, and the operator -sigma'(w) B: it is sigma'(u) in all three.) Collective.
+        For a gradient flow those of -B^T sigma'(u) B. Frozen eigenvalues do not decide about (3.6), whose coefficients depend
+        on t. They describe the equation that one step of the scheme solves. (Section 3.5 prints sigma'((y, t_0)), sigma(u) b
+        in place of b, and the operator -sigma'(w) B. It is sigma'(u) in all three places.)
 
         Parameters
         ----------
         layer
-            Number of the layer.
+            The number of the layer.
         sample
-            Which sample.
+            The number of the sample.
+
+        Returns
+        -------
+        numpy.ndarray
+            Complex, real parts falling, shape (rank,), in the unit of 1/t; `rank` is the smaller rank of phi and psi, or that
+            of psi for a gradient flow.
+
+        Raises
+        ------
+        ValueError
+            If an argument does not fit.
         """
         slope = self.slope(layer)
         same(self.net.Y.comm, sample=sample)
@@ -275,11 +312,11 @@ class LinearisedFlow(OnMesh):
     def _step(self, layer: int, f: np.ndarray, w: np.ndarray) -> np.ndarray:
         segment, coefficients = self._of_samples(w.shape[1])[layer], self._coefficients[layer]
         if segment.scheme.adaptive:
-            segment.forward([f, *coefficients], save=False)  # the tangent takes the steps of the latest one
+            segment.forward([f, *coefficients], save=False)  # the tangent repeats the steps of the latest solve
         return segment.tangent([f, *coefficients], [w, *map(np.zeros_like, coefficients)])
 
     def _of_samples(self, samples: int) -> list[Segment]:
-        """The layers for so many samples, taking the steps that have been taken."""
+        """The layers for this number of samples; they repeat the steps of the first solve."""
         if samples not in self._segments:
             segments = self.net.layer_segments(self.net.Y.batch_space(samples))
             for segment, steps in zip(segments, self._steps):
@@ -288,7 +325,7 @@ class LinearisedFlow(OnMesh):
         return self._segments[samples]
 
     def _interval(self, start: int, end: int | None, **others: object) -> tuple[int, int]:
-        """Numbers of layer times from outside, compared between the ranks with the door's other arguments."""
+        """Numbers of layer times from outside; the ranks compare these and the other arguments of the call."""
         same(self.net.Y.comm, start=start, end=end, **others)
         last = self.net.layers
         start = integer("start", start, least=0, most=last)

@@ -1,24 +1,26 @@
-"""How far two solutions part: contraction of gradient flows (end of section 3.5), and bounds where there is none.
+"""How far two solutions move apart: contraction of gradient flows (end of section 3.5), and bounds for other networks.
 
-Gradient flow `f_t = B^T sigma(a - B f)`. Where sigma' >= 0 (the paper prints <= 0),
+For the gradient flow `f_t = B^T sigma(a - B f)` with sigma' >= 0 (the paper prints <= 0),
 
     d/dt norm(f_1 - f_2)^2 / 2 = -(sigma(u_1) - sigma(u_2), u_1 - u_2) <= 0,
 
-whatever a and B do in time. As sigma is then the gradient of a convex function, F = B^T sigma(a - B f) has more,
+for any a and B that may depend on t. As sigma is the derivative of a convex function, F = B^T sigma(a - B f) satisfies more:
 (F_1 - F_2, f_1 - f_2) <= -norm(F_1 - F_2)^2 / L with L = sup sigma' norm(B)^2. For a Runge-Kutta step of length h with
 weights b_i > 0 and m_ij = b_i a_ij + b_j a_ji - b_i b_j,
 
     norm(f_1' - f_2')^2 <= norm(f_1 - f_2)^2 - h^2 sum_ij (m_ij + 2 / (h L) b_i delta_ij) (F_1i - F_2i, F_1j - F_2j),
 
-over the stages i, j, so that the discrete network contracts for `h <= 2 R / L`, 1/R being minus the smallest eigenvalue of
-m_ij / sqrt(b_i b_j): the radius of Dahlquist and Jeltsch's generalised disk of contractivity.
+where the sum is over the stages. So the discrete network contracts for `h <= 2 R / L`, where 1/R is minus the smallest
+eigenvalue of m_ij / sqrt(b_i b_j). R is the radius of the generalised disk of contractivity of Dahlquist and Jeltsch.
 
-The network (2.8) with B = B^T >= 0 and a, B constant in time is such a flow in v = B^(1/2) f, v_t = B^(1/2) sigma(a -
-B^(1/2) v): it contracts in norm(B^(1/2) .), in steps h <= 2 R / (sup sigma' norm(B)), and need not in L2. Any other one has
+The network (2.8) with B = B^T >= 0 and with a and B constant in time is a gradient flow for v = B^(1/2) f,
+v_t = B^(1/2) sigma(a - B^(1/2) v). It contracts in norm(B^(1/2) .), in steps h <= 2 R / (sup sigma' norm(B)), but not always
+in L2(Y). For any other network
 
-    norm(f_1 - f_2)(T) <= exp(int_0^T sup sigma' norm(B) dt) norm(f_1 - f_2)(0),
+    norm(f_1 - f_2)(T) <= exp(int_0^T sup sigma' norm(B) dt) norm(f_1 - f_2)(0).
 
-and its discrete one a factor `1 + z |b|^T (1 - z |A|)^-1 (1, .., 1)^T` a step, z = h sup sigma' norm(B).
+The discrete network has in each step the factor `1 + z |b|^T (1 - z |A|)^-1 (1, .., 1)^T` instead, with
+z = h sup sigma' norm(B).
 """
 
 from __future__ import annotations
@@ -38,32 +40,32 @@ from fem_resnet.theory.spectra.autonomous import sampled
 
 __all__ = ["LipschitzBound", "circle_radius", "lipschitz_bound", "tableau"]
 
-#: What is left of exact zeros in products of coefficients of size one.
+#: Round-off in products of coefficients of size one.
 _ROUND_OFF = 1e-12
-#: Fractions of a layer's time between which its coefficients are linear.
+#: The fractions of a layer's time between which its coefficients are linear.
 _ENDS = (0.0, 1.0)
 
 
 def circle_radius(A: ArrayLike, b: ArrayLike) -> float:
-    """Radius R of the disk of contractivity of a Runge-Kutta method.
+    """The radius R of the disk of contractivity of a Runge-Kutta method; no unit.
 
-    A step of length h contracts `y' = F(y)` wherever (F(y) - F(z), y - z) <= -norm(F(y) - F(z))^2 / L and h <= 2 R / L.
+    If (F(y) - F(z), y - z) <= -norm(F(y) - F(z))^2 / L, a step of length h <= 2 R / L contracts `y' = F(y)`.
 
     Parameters
     ----------
     A, b
-        Matrix a_ij, shape (stages, stages), and weights b_i, shape (stages,), of the method; no unit.
+        The matrix a_ij, shape (stages, stages), and the weights b_i, shape (stages,), of the method; no unit.
 
     Returns
     -------
     float
-        R; infinite for an algebraically stable method, 0 where no step length is good enough: where a weight is
-        negative, or a stage of weight 0 acts on others.
+        R. It is infinite for an algebraically stable method. It is 0 if no step is short enough: if a weight is negative, or
+        a stage of weight 0 enters other stages.
 
     Raises
     ------
     TypeError, ValueError
-        If they are no real numbers, or the shapes do not fit.
+        If these are no real numbers, or the shapes do not fit.
 
     Examples
     --------
@@ -82,30 +84,31 @@ def circle_radius(A: ArrayLike, b: ArrayLike) -> float:
 
 
 def tableau(A: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix and weights of a Runge-Kutta method from outside, shapes (stages, stages) and (stages,)."""
+    """The matrix and the weights of a Runge-Kutta method from outside, shapes (stages, stages) and (stages,)."""
     b = real_array("b", b, ("stages",))
     return real_array("A", A, (len(b), len(b))), b
 
 
 @dataclass(frozen=True)
 class LipschitzBound:
-    """What is known of how far two solutions of a network part. Get one from `lipschitz_bound`.
+    """Bounds of the distance of two solutions of a network. Get one from `lipschitz_bound`.
 
     Attributes
     ----------
     discrete, continuous : float
-        Bounds of norm(f_1(T) - f_2(T)) / norm(f_1(0) - f_2(0)) in L2(Y), for the network as it is stepped, and for the
-        equation; no unit. 1 where it contracts.
+        Bounds of norm(f_1(T) - f_2(T)) / norm(f_1(0) - f_2(0)) in L2(Y), for the discrete network and for the equation; no
+        unit. They are 1 where the solutions contract.
     contracts_in : str or None
-        "L2"; "B^(1/2)" where the discrete network contracts in norm(B^(1/2) .) alone; or None.
+        "L2" if the discrete network contracts in L2(Y); "B^(1/2)" if it contracts in norm(B^(1/2) .) only; None otherwise.
     norms : numpy.ndarray
-        Largest operator norm of B on each layer, shape (L,).
+        The largest operator norm of B on each layer, shape (L,).
     step_sizes : numpy.ndarray
-        h on each layer, shape (L,), in the unit of the layer times.
+        The step length h on each layer, shape (L,), in the unit of t.
     largest_steps : numpy.ndarray
-        Up to which h each layer contracts, shape (L,), in L2 or, for (2.8), in norm(B^(1/2) .); 0 where no h is known to.
+        The largest h for which each layer is known to contract, shape (L,), in L2(Y), or for (2.8) in norm(B^(1/2) .); 0
+        where there is none. In the unit of t.
     reason : str
-        Why.
+        Why, in words.
     """
 
     discrete: float
@@ -117,25 +120,26 @@ class LipschitzBound:
     reason: str
 
     def __str__(self) -> str:
-        return f"two solutions part by at most {self.discrete:.6g} (equation: {self.continuous:.6g}): {self.reason}"
+        return f"distances grow by at most {self.discrete:.6g} (equation: {self.continuous:.6g}): {self.reason}"
 
 
 @supports("no_layers", *HELD, "single_precision", "gradient_flow")
 def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
-    """Bound of the Lipschitz constant of f_I -> f(T) in L2(Y), at the network's present coefficients. Collective.
+    """Bound the Lipschitz constant of f_I -> f(T) in L2(Y).
 
-    A gradient flow with sigma' >= 0 has 1, where its steps are short enough; see the module for what holds else. Times the
-    norm of a head it bounds what a perturbation of the input does to the output.
+    For a gradient flow with sigma' >= 0 and steps that are short enough the bound is 1. Other networks have the bounds above
+    by the norm of B. Multiplied by the norm of a head, it bounds the effect of a perturbation of the input on the output.
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
     net
-        The network, stepped by a Runge-Kutta or theta method with fixed steps.
+        The network, at its present coefficients, with a Runge-Kutta or theta method and fixed steps.
 
     Raises
     ------
     ValueError
-        If steps are adapted, or PETSc does not give the coefficients of the method away.
+        If steps are adapted, or PETSc has no function that returns the coefficients of the method.
 
     Examples
     --------
@@ -163,7 +167,7 @@ def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
     falls_in_L2 = falls and net.gradient_flow
     return LipschitzBound(
         discrete=float(np.prod(np.where(short, 1.0, grows) if falls_in_L2 else grows)),
-        # The norm of B is convex in t where B is linear in t, so that the trapezoidal rule is a bound.
+        # The norm of B is convex in t where B is linear in t, so that the trapezoidal rule gives an upper bound.
         continuous=1.0 if falls_in_L2 else float(np.exp(lengths @ rates_at_ends.sum(axis=1) / 2)),
         contracts_in=("L2" if net.gradient_flow else "B^(1/2)") if falls and short.all() else None,
         norms=norms, step_sizes=h, largest_steps=largest, reason=_reason(net, falls, R, short),
@@ -171,7 +175,7 @@ def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
 
 
 def _rates(lipschitz: float, norms: np.ndarray, power: int) -> np.ndarray:
-    """Sup sigma' norm(B), or its square's: 0 where B = 0, be sigma' bounded or not."""
+    """The rates sup sigma' norm(B)^power, shape of `norms`; 0 where B = 0, also for an unbounded sigma'."""
     return np.where(norms > 0, lipschitz, 0.0) * norms**power
 
 
@@ -182,13 +186,13 @@ def _reason(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> s
 
 def _why(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
     if not net.activation.properties.non_decreasing:
-        return f"{net.activation.name} decreases somewhere, so that only the norm of B bounds them"
+        return f"{net.activation.name} decreases somewhere, so that only the norm of B gives a bound"
     if not falls:
-        return "only the norm of B bounds solutions of f_t = sigma(a - B f) with this kernel"
+        return "for f_t = sigma(a - B f) with this kernel only the norm of B gives a bound"
     what = (
         "the gradient flow contracts in L2"
         if net.gradient_flow
-        else "B = B^T >= 0 and a are constant in time, norm(B^(1/2) .) falls"
+        else "B = B^T >= 0 and a are constant in time, so that norm(B^(1/2) .) falls"
     )
     if short.all():
         return f"{what}, and steps are short enough for the method's radius {R:.4g}"
@@ -201,14 +205,14 @@ def _why(net: ResidualNetwork, falls: bool, R: float, short: np.ndarray) -> str:
 def _tableau(net: ResidualNetwork) -> tuple[np.ndarray, np.ndarray]:
     if net.tableau is None:
         raise ValueError(
-            f"net: PETSc does not give the coefficients of {net.solver_parameters['ts_type']!r} away; "
-            f"take 'rk', 'theta', 'beuler', 'cn' or 'irk'"
+            f"net: expected 'ts_type' 'rk', 'theta', 'beuler', 'cn' or 'irk', got {net.solver_parameters['ts_type']!r}, whose "
+            f"coefficients PETSc does not return"
         )
     return net.tableau
 
 
 def _growth(A: np.ndarray, b: np.ndarray, z: float) -> float:
-    """By what a step parts solutions at most; infinite where the stages of an implicit method are not bounded so."""
+    """The factor by which a step enlarges distances at most; infinite where this bound fails for an implicit method."""
     inner = z * np.abs(A)
     if not np.isfinite(z) or np.abs(np.linalg.eigvals(inner)).max() >= 1:
         return np.inf
@@ -216,7 +220,7 @@ def _growth(A: np.ndarray, b: np.ndarray, z: float) -> float:
 
 
 def _is_symmetric_and_constant(Y: LabelSpace, layers: Sequence[LayerInputs]) -> bool:
-    """Whether a and B = B^T >= 0 are the same at all times. Collective."""
+    """Whether a and B are the same at all times, and B = B^T >= 0. Collective."""
     if not layers:
         return True
     first = layers[0]
@@ -233,7 +237,7 @@ def _is_symmetric_and_constant(Y: LabelSpace, layers: Sequence[LayerInputs]) -> 
     ]
     if Y.sum(float(sum(changes))):
         return False
-    root = np.linalg.cholesky(first.factors.phi.gram).T
+    root = first.factors.phi.root
     B = root @ beta @ root.T
     size = np.linalg.norm(B, 2)
     return bool(np.abs(B - B.T).max() <= _ROUND_OFF * size and np.linalg.eigvalsh(B)[0] >= -_ROUND_OFF * size)

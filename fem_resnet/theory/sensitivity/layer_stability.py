@@ -1,4 +1,4 @@
-"""What each layer does to perturbations and to gradients: the numbers of `report`."""
+"""The effect of each layer on perturbations and on gradients: the numbers of `report`."""
 
 from __future__ import annotations
 
@@ -13,52 +13,53 @@ from fem_resnet.time_stepping.evolution import TYPES, FieldStepper, Tableau
 
 __all__ = ["BY_DEPTH", "MORE_STEPS", "LayerStability", "layer_stability", "scheme_of"]
 
-#: A layer amplifies if a network of such layers would by more than this; so for damping.
+#: A layer amplifies if a network of such layers would multiply a perturbation by more than this; it damps likewise.
 BY_DEPTH = 10.0
-#: Below this part of sup |sigma'|, sigma is flat there.
+#: sigma is flat where |sigma'(u)| is at most this part of sup |sigma'|.
 _FLAT = 1e-3
-#: What the steps of a layer may be off, in parts of what the flow does to a mode, or of the mode if that is more.
+#: The error that the steps of a layer may have for a mode, relative to its factor in the flow, or to 1 if that is more.
 _STEP_ERROR = 0.1
-#: More steps a layer than these times the present ones are not looked for.
+#: The search for the number of steps ends at this multiple of the present number.
 MORE_STEPS = 64
 
 
 @dataclass(frozen=True)
 class LayerStability:
-    """One layer: the worst of all samples, in the label measure; no units but those of t.
+    """One layer: the worst of all samples, in the label measure. Numbers have no unit where none is given.
 
     Attributes
     ----------
     layer : int
+        The number of the layer.
     start, end : float
-        Its interval of time.
+        Its interval of time, in the unit of t.
     grows, keeps : float
-        Largest and smallest singular value of M(t_(l+1), t_l).
+        The largest and the smallest singular value of M(t_(l+1), t_l).
     bound : float
-        `exp(int sup |sigma'| norm(b) dt)` over the layer, of a gradient flow with norm(b)^2, which `grows` cannot exceed but by
-        errors of the steps.
+        `exp(int sup |sigma'| norm(b) dt)` over the layer, or with norm(b)^2 for a gradient flow. `grows` exceeds it by errors
+        of the steps at most.
     grown, kept : float
-        Largest and smallest singular value of M(t_(l+1), 0).
+        The largest and the smallest singular value of M(t_(l+1), 0).
     condition : float
-        Condition number of M(t_(l+1), 0); infinite, and `kept` only a bound, where that is beyond double precision.
+        The condition number of M(t_(l+1), 0). Where it is beyond double precision it is infinite, and `kept` is a bound.
     exponents : tuple of float
-        Largest and smallest finite-time Lyapunov exponent, `log(grown) / t_(l+1)` and `log(kept) / t_(l+1)`.
+        The largest and the smallest finite-time Lyapunov exponent, `log(grown) / t_(l+1)` and `log(kept) / t_(l+1)`, in 1/t.
     gradient_grows, gradient_keeps : float
-        Largest and smallest singular value of M(T, t_l).
+        The largest and the smallest singular value of M(T, t_l).
     costate : float
         norm(r(t_l)) / norm(r(T)), of all samples together.
     bias_gradient : float
-        norm(sigma'(u) r) / norm(r(T)) at t_l, (4.3); of a gradient flow with B r in place of r.
+        norm(sigma'(u) r) / norm(r(T)) at t_l, (4.3); with B r in place of r for a gradient flow.
     slope : float
-        Mean of |sigma'(u)| over Y at t_l, in parts of sup |sigma'| where that is finite.
+        The mean of |sigma'(u)| over Y at t_l, relative to sup |sigma'| if that is finite.
     flat : float
-        Part of Y where |sigma'(u)| is below a thousandth of that.
+        The part of Y where |sigma'(u)| is at most a thousandth of sup |sigma'|.
     frozen : float
-        Largest real part of the eigenvalues of -sigma'(u) B, or -B^T sigma'(u) B, at t_l, in 1 / t.
+        The largest real part of the eigenvalues of -sigma'(u) B, or -B^T sigma'(u) B, at t_l, in 1/t.
     wanted_steps : int or None
-        Steps a layer with which the scheme's factor for each of these eigenvalues is right to a tenth: the present
-        number, or the first above it. None if 64 times as many are too few, or the steps are adapted, or of no
-        Runge-Kutta method that is known.
+        The least number of steps in the layer, from the present one on, with which the scheme is right to a tenth for each of
+        these eigenvalues. None if 64 times as many are too few, if the steps are adapted, or if the scheme is no known
+        Runge-Kutta method.
     verdict : str
         "amplifies", "damps", "both" or "neutral".
     """
@@ -85,7 +86,7 @@ class LayerStability:
 
 
 def layer_stability(flow: LinearisedFlow, terminal: np.ndarray) -> list[LayerStability]:
-    """All numbers, layer by layer. Collective.
+    """The numbers of all layers. Collective.
 
     Parameters
     ----------
@@ -95,47 +96,83 @@ def layer_stability(flow: LinearisedFlow, terminal: np.ndarray) -> list[LayerSta
         r(T) at the owned nodes, shape (nodes, samples), not zero.
     """
     net, Y = flow.net, flow.net.Y
-    shape = (net.layers, terminal.shape[1])
-    forward, depth, backward = (np.empty((*shape, 2)) for _ in range(3))
-    condition, costate, gradient = (np.empty(shape) for _ in range(3))
-    # Two sweeps over the layers rather than one that keeps a field a function of the basis and layer.
-    for sample in range(shape[1]):
-        so_far = None
-        for l in range(net.layers):
-            M = flow.propagator(l, l + 1, sample=sample)
-            so_far = M if so_far is None else M @ so_far
-            forward[l, sample], depth[l, sample] = (M.norm, M.smallest), (so_far.norm, so_far.smallest)
-            condition[l, sample] = so_far.condition
-        so_far, r = None, Y.batch(terminal[:, sample])
-        for l in reversed(range(net.layers)):
-            M = flow.propagator(l, l + 1, sample=sample)
-            so_far = M if so_far is None else so_far @ M
-            backward[l, sample] = so_far.norm, so_far.smallest
-            r = M.transpose(r)
-            costate[l, sample] = Y.norm(r) ** 2
-            gradient[l, sample] = Y.sum(Y.weights @ flow.by_bias(l, Y.values(r))[:, sample] ** 2)
+    samples = terminal.shape[1]
+    forward, depth, condition = _forwards(flow, samples)
+    backward, costate, gradient = _backwards(flow, terminal)
     size = np.sqrt(Y.sum(np.sum(Y.weights @ terminal**2)))
     scheme, lipschitz = scheme_of(net), net.activation.properties.lipschitz
     result = []
     for l in range(net.layers):
         start, end = (float(t) for t in net.times[l : l + 2])
         slope = np.abs(flow.slope(l)) / (lipschitz if np.isfinite(lipschitz) else 1.0)
-        eigenvalues = np.concatenate([flow.frozen_eigenvalues(l, sample=s) for s in range(shape[1])])
+        eigenvalues = np.concatenate([flow.frozen_eigenvalues(l, sample=s) for s in range(samples)])
         grown, kept = depth[l, :, 0].max(), depth[l, :, 1].min()
         grows, keeps = forward[l, :, 0].max(), forward[l, :, 1].min()
         with np.errstate(divide="ignore"):
-            exponents = tuple(float(np.log(value) / end) for value in (grown, kept))
+            exponents = float(np.log(grown) / end), float(np.log(kept) / end)
         result.append(
             LayerStability(
-                l, start, end, float(grows), float(keeps), flow.bound(l, l + 1), float(grown), float(kept),
-                float(condition[l].max()),
-                exponents, float(backward[l, :, 0].max()), float(backward[l, :, 1].min()),
-                float(np.sqrt(costate[l].sum()) / size), float(np.sqrt(gradient[l].sum()) / size),
-                _mean(Y, slope), _mean(Y, slope <= _FLAT), float(eigenvalues.real.max()),
-                _wanted_steps(scheme, eigenvalues * (end - start), net.steps), _verdict(grows, keeps, net.layers),
+                layer=l,
+                start=start,
+                end=end,
+                grows=float(grows),
+                keeps=float(keeps),
+                bound=flow.bound(l, l + 1),
+                grown=float(grown),
+                kept=float(kept),
+                condition=float(condition[l].max()),
+                exponents=exponents,
+                gradient_grows=float(backward[l, :, 0].max()),
+                gradient_keeps=float(backward[l, :, 1].min()),
+                costate=float(np.sqrt(costate[l].sum()) / size),
+                bias_gradient=float(np.sqrt(gradient[l].sum()) / size),
+                slope=_mean(Y, slope),
+                flat=_mean(Y, slope <= _FLAT),
+                frozen=float(eigenvalues.real.max()),
+                wanted_steps=_wanted_steps(scheme, eigenvalues * (end - start), net.steps),
+                verdict=_verdict(grows, keeps, net.layers),
             )
-        )  # fmt: skip
+        )
     return result
+
+
+# Two sweeps over the layers make the propagators twice, but keep one of them at a time.
+
+
+def _forwards(flow: LinearisedFlow, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each layer and sample: norm and smallest singular value of M(t_(l+1), t_l) and M(t_(l+1), 0), and its condition.
+
+    Shapes (layers, samples, 2), (layers, samples, 2) and (layers, samples).
+    """
+    layers = flow.net.layers
+    forward, depth, condition = np.empty((layers, samples, 2)), np.empty((layers, samples, 2)), np.empty((layers, samples))
+    for sample in range(samples):
+        so_far = None
+        for l in range(layers):
+            M = flow.propagator(l, l + 1, sample=sample)
+            so_far = M if so_far is None else M @ so_far
+            forward[l, sample], depth[l, sample] = (M.norm, M.smallest), (so_far.norm, so_far.smallest)
+            condition[l, sample] = so_far.condition
+    return forward, depth, condition
+
+
+def _backwards(flow: LinearisedFlow, terminal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each layer and sample: norm and smallest singular value of M(T, t_l), |r|^2 and |sigma'(u) r|^2 at t_l.
+
+    Shapes (layers, samples, 2), (layers, samples) and (layers, samples).
+    """
+    Y, layers, samples = flow.net.Y, flow.net.layers, terminal.shape[1]
+    backward, costate, gradient = np.empty((layers, samples, 2)), np.empty((layers, samples)), np.empty((layers, samples))
+    for sample in range(samples):
+        so_far, r = None, Y.batch(terminal[:, sample])
+        for l in reversed(range(layers)):
+            M = flow.propagator(l, l + 1, sample=sample)
+            so_far = M if so_far is None else so_far @ M
+            backward[l, sample] = so_far.norm, so_far.smallest
+            r = M.transpose(r)
+            costate[l, sample] = Y.norm(r) ** 2
+            gradient[l, sample] = Y.sum(Y.weights @ flow.by_bias(l, Y.values(r))[:, sample] ** 2)
+    return backward, costate, gradient
 
 
 def _mean(Y: LabelSpace, values: np.ndarray) -> float:
@@ -148,7 +185,7 @@ def _verdict(grows: float, keeps: float, layers: int) -> str:
 
 
 def scheme_of(net: ResidualNetwork) -> Tableau | None:
-    """The Runge-Kutta method that steps layers; None where its coefficients are unknown, or its steps adapted."""
+    """The Runge-Kutta method that steps the layers; None if its coefficients are unknown or its steps are adapted."""
     parameters = net.solver_parameters
     if parameters["ts_type"] not in TYPES or parameters["ts_adapt_type"] != "none":
         return None
@@ -157,7 +194,7 @@ def scheme_of(net: ResidualNetwork) -> Tableau | None:
 
 
 def _wanted_steps(scheme: Tableau | None, z: np.ndarray, steps: int) -> int | None:
-    """The least number of steps, from the present one, with which all modes grow as by e^z, up to a tenth."""
+    """The least number of steps, from the present one on, with which all modes grow by e^z up to a tenth."""
     if scheme is None:
         return None
     with np.errstate(over="ignore", invalid="ignore"):

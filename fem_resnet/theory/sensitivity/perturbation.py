@@ -1,31 +1,33 @@
-"""Perturbations of a solution as it is in continuous time: (3.6), the formulas of Duhamel in 4.1, the identity of 3.5.
+"""Perturbations of a solution in continuous time: (3.6), the formulas of Duhamel in 4.1, the identity of 3.5.
 
-Along a solution f of (2.8), u = a - B_b f, with the flow M(t, s) of
+Along a solution f of (2.8), with u = a - B_b f, let M(t, s) be the flow of
 
-    w_t = - sigma'(u) B_b w                                                                               (3.6)
+    w_t = - sigma'(u) B_b w.                                                                              (3.6)
 
-the derivatives of f(T) in directions alpha of a and beta of b, g = D_a f(alpha) and h = D_b f(beta), solve (3.6) with
-the sources sigma'(u) alpha and - sigma'(u) B_beta f, so that (Duhamel, section 4.1)
+The derivatives of f(T) in directions alpha of a and beta of b, g = D_a f(alpha) and h = D_b f(beta), solve (3.6) with the
+sources sigma'(u) alpha and - sigma'(u) B_beta f. So (Duhamel, section 4.1)
 
     g(T) =   int_0^T M(T, s) ( sigma'(u(s)) alpha(s) ) ds,
     h(T) = - int_0^T M(T, s) ( sigma'(u(s)) B_beta f(s) ) ds.
 
-Paired with r(T), and M(T, s)^T r(T) = r(s), these are the gradients (4.3) and (4.4). Where sigma' > 0, (3.6) times
+Paired with r(T), by M(T, s)^T r(T) = r(s), these are the gradients (4.3) and (4.4). Where sigma' > 0, (3.6) times
 w / sigma'(u) is
 
-    1/2 d/dt int w^2 / sigma'(u) dy = - (B w, w) - 1/2 int sigma''(u) u_t w^2 / sigma'(u)^2 dy
+    1/2 d/dt int w^2 / sigma'(u) dy = - (B w, w) - 1/2 int sigma''(u) u_t w^2 / sigma'(u)^2 dy.
 
-(section 3.5, where the formula has u(t) in place of u_t: that does not hold; the sentence below it has u_t).
+(The formula in section 3.5 has u(t) in place of u_t, which is wrong; the sentence below it has u_t.)
 
-Nothing is shared here with the layers' own steps and tangents but the trajectory's way to evaluate (2.8): these are the
-formulas as they stand, to O(h^6) in the trajectory's steps, and a network agrees to the order of its scheme.
-`conditioning` has the flow of the discrete network.
+This module shares no code with the steps and tangents of the layers, except for the evaluation of (2.8) along a trajectory.
+It has the formulas as they stand, to O(h^6) in the steps of the trajectory. A network agrees with them to the order of its
+scheme. `conditioning` has the flow of the discrete network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import firedrake as fd
 import numpy as np
@@ -33,13 +35,17 @@ import numpy as np
 from fem_resnet.arguments import instance, number
 from fem_resnet.costate.trajectory import LayerTrajectory, Trajectory, like
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.time_stepping.evolution import FieldStepper, Moment
 
 __all__ = ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"]
 
-#: Gauss's rule with three points in [0, 1], of order 6 as the trajectory.
+#: Gauss's rule with three points in [0, 1], whose order is 6, as that of the trajectory.
 _POINTS = 0.5 + np.array([-1.0, 0.0, 1.0]) * np.sqrt(0.15)
 _WEIGHTS = np.array([5.0, 8.0, 5.0]) / 18
+
+#: ``advance(layer, w, start, end, steps)``: w at the time `end` from w at `start`, both in one layer.
+Advance = Callable[[LayerTrajectory, np.ndarray, float, float, int], np.ndarray]
 
 
 @supports("no_layers", *HELD, *STEPPED)
@@ -52,19 +58,24 @@ def solve_linearised(
     solver_parameters: dict | None = None,
     options_prefix: str | None = None,
 ) -> fd.Function:
-    """`M(t, s) w` of (3.6) along a trajectory, in continuous time: w at the time `end`. Collective.
+    """`M(t, s) w` of (3.6) along a trajectory, in continuous time. Collective over the ranks of the label domain.
 
     Parameters
     ----------
     trajectory
-        f, from `solve_trajectory`; its steps are those of (3.6).
+        f, from `solve_trajectory`; (3.6) is solved with its steps.
     direction
-        w at the time `start`, a batch as f.
+        w at the time `start`, a Function of the space of f.
     start, end
-        s and t, 0 <= s <= t <= T; T if left out.
+        s and t, 0 <= s <= t <= T; `end` is T if left out.
     solver_parameters, options_prefix
-        PETSc options of the TS of (3.6), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
-        fixed steps.
+        PETSc options of the TS of (3.6), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`, and their prefix:
+        `rk`, `theta`, `beuler` or `cn` with fixed steps.
+
+    Returns
+    -------
+    Function
+        w at the time `end`, a new Function.
 
     Raises
     ------
@@ -75,17 +86,18 @@ def solve_linearised(
     start = number("start", start, least=0, most=final)
     end = final if end is None else number("end", end, least=start, most=final)
     w = _read(trajectory, direction)
-    with _Linearised(trajectory, solver_parameters, options_prefix) as linearised:
+    with _linearised(trajectory, solver_parameters, options_prefix) as advance:
         for layer in trajectory.layers:
             begin, stop = max(start, layer.inputs.start), min(end, layer.end)
             if begin < stop:
                 steps = int(np.ceil(trajectory.steps * (stop - begin) / layer.inputs.length - 1e-9))
-                w = linearised.advance(layer, w, begin, stop, steps)
+                w = advance(layer, w, begin, stop, steps)
     return like(direction, w)
 
 
 @supports(
-    "no_layers", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time", *STEPPED,
+    "no_layers", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
+    *STEPPED,
 )  # fmt: skip
 def duhamel(
     trajectory: Trajectory,
@@ -94,23 +106,25 @@ def duhamel(
     solver_parameters: dict | None = None,
     options_prefix: str | None = None,
 ) -> fd.Function:
-    """D_a f(alpha) + D_b f(beta) at T by Duhamel's integrals of 4.1, whose adjoint is (4.3), (4.4). Collective.
+    """D_a f(alpha) + D_b f(beta) at T by Duhamel's integrals of 4.1, the transposes of (4.3) and (4.4).
+
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
     trajectory
         f, from `solve_trajectory`.
     directions
-        Coefficients of alpha, then of beta: one Function each of ``net.bias.functions`` and ``net.kernel.functions``,
-        of the same spaces.
+        The coefficients of alpha and then of beta: a Function for each one of ``net.bias.functions`` and
+        ``net.kernel.functions``, of the same space.
     solver_parameters, options_prefix
-        PETSc options of the TS of (3.6), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
-        fixed steps.
+        As for `solve_linearised`.
 
     Raises
     ------
-    ValueError
-        If their number or spaces do not fit, the factors of the kernel are learned, or PETSc refuses the options.
+    TypeError, ValueError
+        If the number of the directions or their spaces do not fit, the factors of the kernel are learned, or PETSc refuses
+        the options.
 
     Examples
     --------
@@ -127,7 +141,7 @@ def duhamel(
     net = trajectory.net
     own = [*net.bias.functions, *net.kernel.functions]
     for direction in instance(
-        "directions", directions, Sequence, "one Function each of net.bias.functions and net.kernel.functions"
+        "directions", directions, Sequence, "give a Function for each one of net.bias.functions and net.kernel.functions"
     ):
         instance("directions", direction, fd.Function)
     spaces = [function.function_space() for function in own]
@@ -141,14 +155,16 @@ def duhamel(
         [slot.read(of[id(p)]) for slot, p in zip(coefficients.slots, coefficients.functions)], directions=True
     )
     w = np.zeros_like(net.Y.values(trajectory.final))
-    with _Linearised(trajectory, solver_parameters, options_prefix) as linearised:
+
+    def add_source(layer: LayerTrajectory, direction: LayerInputs, t: float, weight: float, w: np.ndarray) -> None:
+        f, s = layer.path(t), layer.fraction(t)
+        source = direction.bias.coefficients(s)[:, None]
+        source = source - layer.inputs.factors.apply(direction.beta.coefficients(s), f)
+        w += weight * net.activation.derivative(layer.argument(t, f)) * source
+
+    with _linearised(trajectory, solver_parameters, options_prefix) as advance:
         for layer, direction in zip(trajectory.layers, moved):
-            for t, weight, w in linearised.through(layer, w):
-                f, s = layer.path(t), layer.fraction(t)
-                source = direction.bias.coefficients(s)[:, None]
-                source = source - layer.inputs.factors.apply(direction.beta.coefficients(s), f)
-                w += weight * net.activation.derivative(layer.argument(t, f)) * source
-            w = linearised.end
+            w = _through(layer, w, trajectory.steps, advance, partial(add_source, layer, direction))
     return like(trajectory.final, w)
 
 
@@ -156,17 +172,19 @@ def duhamel(
 class WeightedIdentity:
     """The identity of section 3.5, integrated over each layer: `change = kernel + non_autonomous`.
 
+    Get it from `weighted_identity`. All terms are sums over the samples, shape (layers,).
+
     Attributes
     ----------
     change : numpy.ndarray
-        Of 1/2 int w^2 / sigma'(u) dy from start to end of each layer, shape (layers,), summed over the samples. Between
-        two layers the weight may jump, as u does.
+        The change of 1/2 int w^2 / sigma'(u) dy from the start to the end of each layer. Between two layers it may jump, as
+        u does.
     kernel : numpy.ndarray
         - int (B w, w) dt.
     non_autonomous : numpy.ndarray
         - 1/2 int int sigma''(u) u_t w^2 / sigma'(u)^2 dy dt.
     as_printed : numpy.ndarray
-        The same with u for u_t, which does not make up for the change.
+        The same with u in place of u_t, with which the identity does not hold.
     """
 
     change: np.ndarray
@@ -176,7 +194,7 @@ class WeightedIdentity:
 
     @property
     def defect(self) -> np.ndarray:
-        """`change - kernel - non_autonomous`, shape (layers,): the error of the steps in t."""
+        """`change - kernel - non_autonomous`, the error of the steps in t, shape (layers,)."""
         return self.change - self.kernel - self.non_autonomous
 
 
@@ -188,26 +206,27 @@ def weighted_identity(
     solver_parameters: dict | None = None,
     options_prefix: str | None = None,
 ) -> WeightedIdentity:
-    """Both sides of the identity of section 3.5 for the solution w of (3.6) with w(0) = direction. Collective.
+    """Both sides of the identity of section 3.5 for the solution w of (3.6) with w(0) = direction.
+
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
     trajectory
         f, from `solve_trajectory`.
     direction
-        w(0), a batch as f.
+        w(0), a Function of the space of f.
     solver_parameters, options_prefix
-        PETSc options of the TS of (3.6), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
-        fixed steps.
+        As for `solve_linearised`.
 
     Raises
     ------
     TypeError, ValueError
-        If the direction does not fit; or if sigma' is not positive or jumps, or sigma'(u) is 0 up to underflow.
+        If an argument does not fit, sigma' is not positive or jumps, or sigma'(u) underflows to 0.
     """
     Y, sigma = trajectory.net.Y, trajectory.net.activation
     if not sigma.properties.strictly_increasing or sigma.kinks:
-        raise ValueError(f"trajectory: expected sigma' > 0 that does not jump, that of {sigma.name} is not so")
+        raise ValueError(f"trajectory: expected an activation with a continuous sigma' > 0, got {sigma.name}")
     w = _read(trajectory, direction)
 
     def integral(values: np.ndarray) -> float:
@@ -218,25 +237,24 @@ def weighted_identity(
         Y.agree(bool((slope > 0).all()), f"trajectory: sigma'(u) is 0 in double precision at t = {t:g}")
         return integral(w**2 / slope) / 2
 
+    def integrands(layer: LayerTrajectory, terms: np.ndarray, t: float, weight: float, w: np.ndarray) -> None:
+        f = layer.path(t)
+        u = layer.argument(t, f)
+        of_kernel = integral(layer.inputs.factors.apply(layer.beta(t), w) * w)
+        part = sigma.second_derivative(u) * (w / sigma.derivative(u)) ** 2 / 2
+        terms -= weight * np.array([of_kernel, integral(part * _argument_rate(layer, t, f, sigma(u))), integral(part * u)])
+
     rows = []
-    with _Linearised(trajectory, solver_parameters, options_prefix) as linearised:
+    with _linearised(trajectory, solver_parameters, options_prefix) as advance:
         for layer in trajectory.layers:
-            kernel = non_autonomous = as_printed = 0.0
-            before = energy(layer, layer.inputs.start, w)
-            for t, weight, w in linearised.through(layer, w):
-                f = layer.path(t)
-                u = layer.argument(t, f)
-                kernel -= weight * integral(layer.inputs.factors.apply(layer.beta(t), w) * w)
-                part = sigma.second_derivative(u) * (w / sigma.derivative(u)) ** 2 / 2
-                non_autonomous -= weight * integral(part * _argument_rate(layer, t, f, sigma(u)))
-                as_printed -= weight * integral(part * u)
-            w = linearised.end
-            rows.append((energy(layer, layer.end, w) - before, kernel, non_autonomous, as_printed))
+            terms, before = np.zeros(3), energy(layer, layer.inputs.start, w)
+            w = _through(layer, w, trajectory.steps, advance, partial(integrands, layer, terms))
+            rows.append((energy(layer, layer.end, w) - before, *terms))
     return WeightedIdentity(*np.array(rows).reshape(len(rows), 4).T)
 
 
 def _argument_rate(layer: LayerTrajectory, t: float, f: np.ndarray, f_t: np.ndarray) -> np.ndarray:
-    """u_t = a_t - B_t f - B f_t; inside of a layer a and b are linear in t."""
+    """u_t = a_t - B_t f - B f_t, shape (nodes, samples); inside of a layer a and b are linear in t."""
     bias, beta, length = layer.inputs.bias, layer.inputs.beta, layer.inputs.length
     a_t = (bias.coefficients(1.0) - bias.coefficients(0.0)) / length
     beta_t = (beta.coefficients(1.0) - beta.coefficients(0.0)) / length
@@ -244,46 +262,51 @@ def _argument_rate(layer: LayerTrajectory, t: float, f: np.ndarray, f_t: np.ndar
     return a_t[:, None] - apply(beta_t, f) - apply(layer.beta(t), f_t)
 
 
-class _Linearised:
-    """(3.6) along a trajectory, stepped in the nodal values; a context, collective."""
+@contextmanager
+def _linearised(trajectory: Trajectory, solver_parameters: dict | None, options_prefix: str | None) -> Iterator[Advance]:
+    """The function that steps (3.6) along a trajectory, in the nodal values. Collective."""
+    Y, sigma = trajectory.net.Y, trajectory.net.activation
+    layer: LayerTrajectory
+    start: float
 
-    def __init__(self, trajectory: Trajectory, solver_parameters: dict | None, options_prefix: str | None):
-        self._trajectory = trajectory
-        Y = trajectory.net.Y
-        samples = Y.values(trajectory.final).shape[1]
-        self._stepper = FieldStepper(
-            Y, samples, self._rate, lambda moment, w, x: self._rate(moment, x), solver_parameters, options_prefix
-        )
-
-    def __enter__(self) -> _Linearised:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stepper.__exit__(*error)
-
-    def _rate(self, moment: Moment, w: np.ndarray) -> np.ndarray:
-        layer, t = self._layer, self._start + moment.t
-        slope = self._trajectory.net.activation.derivative(layer.argument(t, layer.path(t)))
+    def rate(moment: Moment, w: np.ndarray) -> np.ndarray:
+        t = start + moment.t
+        slope = sigma.derivative(layer.argument(t, layer.path(t)))
         return -slope * layer.inputs.factors.apply(layer.beta(t), w)
 
-    def advance(self, layer: LayerTrajectory, w: np.ndarray, start: float, end: float, steps: int = 1) -> np.ndarray:
-        """W at the time `end` inside of a layer."""
-        self._layer, self._start = layer, start
-        return self._stepper.solve(w, end - start, steps)[-1]
+    samples = Y.values(trajectory.final).shape[1]
+    with FieldStepper(Y, samples, rate, lambda moment, w, x: rate(moment, x), solver_parameters, options_prefix) as stepper:
 
-    def through(self, layer: LayerTrajectory, w: np.ndarray) -> Iterator[tuple[float, float, np.ndarray]]:
-        """Times and weights of a quadrature over the layer, with w, which may be added to; `end` has w afterwards."""
-        start, h = layer.inputs.start, layer.inputs.length / self._trajectory.steps
-        nodes = start + h * np.add.outer(np.arange(self._trajectory.steps), _POINTS).ravel()
-        for t, weight in zip(nodes, np.tile(h * _WEIGHTS, self._trajectory.steps)):
-            w = self.advance(layer, w, start, t)
-            yield t, weight, w
-            start = t
-        #: w at the end of the last layer that was gone through.
-        self.end = self.advance(layer, w, start, layer.end)
+        def advance(of_layer: LayerTrajectory, w: np.ndarray, begin: float, end: float, steps: int) -> np.ndarray:
+            nonlocal layer, start
+            layer, start = of_layer, begin
+            return stepper.solve(w, end - begin, steps)[-1]
+
+        yield advance
+
+
+def _through(
+    layer: LayerTrajectory,
+    w: np.ndarray,
+    steps: int,
+    advance: Advance,
+    visit: Callable[[float, float, np.ndarray], None],
+) -> np.ndarray:
+    """W at the end of a layer, after a visit to all points of Gauss's rule on it.
+
+    ``visit(t, weight, w)`` gets the time, the weight and w there, and may add to w.
+    """
+    start, h = layer.inputs.start, layer.inputs.length / steps
+    times = start + h * np.add.outer(np.arange(steps), _POINTS).ravel()
+    for t, weight in zip(times, np.tile(h * _WEIGHTS, steps)):
+        w = advance(layer, w, start, t, 1)
+        visit(t, weight, w)
+        start = t
+    return advance(layer, w, start, layer.end, 1)
 
 
 def _read(trajectory: Trajectory, direction: fd.Function) -> np.ndarray:
+    """Values of a direction from outside at the owned nodes, shape (nodes, samples)."""
     trajectory.net.Y.check_batch(direction, "direction")
     space = trajectory.final.function_space()
     if direction.function_space() != space:

@@ -1,12 +1,12 @@
 """Picard's iteration, the proof of Theorem 3.1, as an algorithm that measures its own rate.
 
-Under Assumption 1 the iteration f^0 = f_I, f^(n+1) = f_I + int sigma(a - B f^n) ds has in Q = C([0, T]; L2(Y))
+Under Assumption 1 the iteration f^0 = f_I, f^(n+1) = f_I + int sigma(a - B f^n) ds satisfies in Q = C([0, T]; L2(Y))
 
     |f^(n+1) - f^n| <= C_2(T)^n / n! |f^1 - f^0|,
 
-which converges for every C_2(T); the paper has C_2(T) in place of C_2(T)^n / n!, and so wants C_2(T) < 1 on each of the
-pieces that (0, T) is cut into. There |f^n| <= (|f_I| + C_0 T + C_1) / (1 - C_2). (`well_posedness` has the constants, also
-those of the gradient flow, of which f^(n+1) = f_I + int B^T sigma(a - B f^n) ds.)
+and so converges for every C_2(T). The paper has the bound C_2(T)^n, and therefore cuts (0, T) into pieces with C_2(T) < 1. On
+such a piece |f^n| <= (|f_I| + C_0 T + C_1) / (1 - C_2). `well_posedness` has these constants, also those of the gradient
+flow, whose iteration is f^(n+1) = f_I + int B^T sigma(a - B f^n) ds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 
 import firedrake as fd
 import numpy as np
@@ -29,25 +30,26 @@ from fem_resnet.theory.sensitivity.well_posedness import LayerNorms, Rates, drif
 
 __all__ = ["Picard", "PicardPiece", "picard"]
 
-#: Substeps of the iteration: on each C_2 is at most about this. Their points are those of Gauss's rule.
+#: On each substep of the iteration C_2 is at most about this; on each Gauss's rule has this number of points.
 _SUBSTEP = 0.0625
 _POINTS = 4
 
 
 @dataclass(frozen=True)
 class PicardPiece:
-    """Picard's iteration on one piece of (0, T).
+    """Picard's iteration on one piece of (0, T). All norms are in the unit of f.
 
     Attributes
     ----------
     start, end : float
-        The piece.
+        The ends of the piece, in the unit of t.
     C_0, C_1, C_2 : float
-        The constants of the piece: C_0 is |sigma(0)| |Y|^(1/2) times its length, or of a gradient flow int |b| dt.
+        The constants of the piece. C_0 contains the length of the piece: it is |sigma(0)| |Y|^(1/2) times the length, or for
+        a gradient flow times int |b| dt.
     increments : numpy.ndarray
-        |f^(n+1) - f^n| in Q, n = 0, 1, .., shape (iterations, samples).
+        |f^(n+1) - f^n| in Q for n = 0, 1, .., shape (iterations, samples).
     initial, largest : numpy.ndarray
-        |f| at the start of the piece, and the largest |f^n| in Q over all n, shape (samples,).
+        |f| at the start of the piece, and the largest |f^n| in Q over all n, shape (samples,) each.
     """
 
     start: float
@@ -61,19 +63,19 @@ class PicardPiece:
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """C_2^n / n! |f^1 - f^0|, shape (iterations, samples): what the increments are at most."""
+        """The bounds C_2^n / n! |f^1 - f^0| of the increments, shape (iterations, samples)."""
         n = np.arange(len(self.increments))
         return (self.C_2**n / factorial(n))[:, None] * self.increments[0]
 
     @property
     def rates(self) -> np.ndarray:
-        """|f^(n+1) - f^n| / |f^n - f^(n-1)|, n = 1, 2, .., shape (iterations - 1, samples): C_2 / n on the whole."""
+        """|f^(n+1) - f^n| / |f^n - f^(n-1)| for n = 1, 2, .., shape (iterations - 1, samples); roughly C_2 / n."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.increments[1:] / self.increments[:-1]
 
     @property
     def uniform_bound(self) -> np.ndarray:
-        """(|f_I| + C_0 T + C_1) / (1 - C_2) of the proof, shape (samples,); infinite if C_2 >= 1."""
+        """The bound (|f_I| + C_0 T + C_1) / (1 - C_2) of the proof, shape (samples,); infinite if C_2 >= 1."""
         if self.C_2 >= 1:
             return np.full(self.initial.shape, np.inf)
         return (self.initial + self.C_0 + self.C_1) / (1 - self.C_2)
@@ -88,6 +90,7 @@ class Picard:
     final : Function
         f(T).
     pieces : list of PicardPiece
+        The iteration on each piece of (0, T).
     converged : bool
         Whether the iteration met its tolerance on all pieces.
     """
@@ -99,7 +102,7 @@ class Picard:
 
 @dataclass(frozen=True)
 class _Substep:
-    """A part of a layer: fractions of the layer, and C_0, C_1 and C_2 on it."""
+    """A part of a layer from one fraction of its time to another, with its C_0, C_1 and C_2."""
 
     layer: LayerInputs
     start: float
@@ -125,12 +128,12 @@ def picard(
     tolerance: float = 1e-12,
     max_iterations: int = 100,
 ) -> Picard:
-    """Solve (2.8), or a gradient flow, by the iteration of the proof of Theorem 3.1, and measure how fast it converges. Collective.
+    """Solve (2.8), or a gradient flow, by the iteration in the proof of Theorem 3.1, and measure its rate of convergence.
 
-    Integrals in t are those of Gauss's rule with 4 points on substeps of C_2 about 1/16, of its interpolant up to the
-    points between: the limit is Gauss's method of order 8. An iterate is kept by its coefficients (psi, f^n) at these
-    times; some thirty fields of nodes x samples exist at a time, however long the piece. The network's own steps do not
-    matter.
+    Integrals in t are computed by Gauss's rule with 4 points on substeps with C_2 of about 1/16; up to the points in between
+    the interpolant is integrated. So the limit is Gauss's method of order 8. Of an iterate the coefficients (psi, f^n) at
+    these times are kept. About thirty fields of shape (nodes, samples) exist at a time, for a piece of any length. The steps
+    of the network do not matter. Collective over the ranks of the label domain.
 
     Parameters
     ----------
@@ -139,16 +142,16 @@ def picard(
     initial
         f_I, a Function of `Y.V` or a batch.
     split
-        Whether (0, T) is cut into pieces on which C_2 < 1, as in the proof; else the iteration runs on all of it.
+        Whether (0, T) is cut into pieces with C_2 < 1, as in the proof; otherwise the iteration runs on all of (0, T).
     tolerance
-        The iteration ends where |f^(n+1) - f^n| is at most this part of max(|f_I|, |f^1 - f^0|); no unit.
+        The iteration ends when |f^(n+1) - f^n| is at most this part of max(|f_I|, |f^1 - f^0|); no unit.
     max_iterations
-        The most iterations a piece.
+        The largest number of iterations on a piece.
 
     Raises
     ------
     TypeError, ValueError
-        If `initial` does not fit, or sigma is not Lipschitz.
+        If an argument does not fit, or sigma is not Lipschitz.
 
     Examples
     --------
@@ -186,7 +189,7 @@ def _substeps(net: ResidualNetwork) -> list[_Substep]:
 
 
 def _pieces(substeps: list[_Substep], split: bool) -> list[list[_Substep]]:
-    """Consecutive substeps with C_2 < 1 together, as many as go."""
+    """Pieces of consecutive substeps, each as long as C_2 < 1 permits; one piece if they are not to be split."""
     pieces: list[list[_Substep]] = []
     total = np.inf
     for substep in substeps:
@@ -200,7 +203,7 @@ def _pieces(substeps: list[_Substep], split: bool) -> list[list[_Substep]]:
 
 def _gauss() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gauss's points c in [0, 1], A_ij = int_0^c_i of Lagrange's polynomial j, and b_j = int_0^1."""
-    c = (np.sort(Legendre.basis(_POINTS).roots()) + 1) / 2
+    c = (np.sort(np.real(Legendre.basis(_POINTS).roots())) + 1) / 2
     primitives = []
     for j in range(_POINTS):
         lagrange = Polynomial.fromroots(np.delete(c, j))
@@ -214,7 +217,8 @@ _C, _A, _B = _gauss()
 def _rates(net: ResidualNetwork, substep: _Substep, iterates: list[np.ndarray]) -> list[np.ndarray]:
     """The right-hand side at Gauss's points for some iterates (psi, f), shape (nodes, points, samples) each.
 
-    All in one product: Phi is read once. Of a gradient flow one more, and a sum over the ranks.
+    One product with Phi serves all of them, so that Phi is read once. A gradient flow needs another product and a sum over
+    the ranks.
     """
     layer, fractions = substep.layer, substep.start + (substep.end - substep.start) * _C
     C = np.hstack([layer.beta.coefficients(s) @ part for g in iterates for s, part in zip(fractions, g)])
@@ -241,11 +245,13 @@ def _apply(
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
     """One iteration: (psi, f^(n+1)) at all points, f^(n+1) at the end, |f^(n+1) - f^n| and |f^(n+1)| in Q.
 
-    `g` has (psi, f^n), `before` (psi, f^(n-1)), None for the first iteration, which is seen from f^0 = f_I. One
-    Allreduce; of a gradient flow one more a substep.
+    `g` holds (psi, f^n) and `before` holds (psi, f^(n-1)); it is None in the first iteration, where f^0 = f_I. There is one
+    Allreduce, and for a gradient flow another one in each substep.
     """
     Y, samples = net.Y, start.shape[1]
-    f, change, shapes, local = start, np.zeros_like(start), [], []
+    f, change = start, np.zeros_like(start)
+    shapes: list[tuple[int, ...]] = []
+    local: list[np.ndarray] = []
     for k, substep in enumerate(substeps):
         h, psi = substep.length, substep.layer.factors.psi
         now, *earlier = _rates(net, substep, [g[k]] if before is None else [g[k], before[k]])
@@ -260,8 +266,8 @@ def _apply(
         local += [projected.ravel(), squares.ravel()]
     summed, position, new, sizes = Y.sum(np.concatenate(local)), 0, [], []
     for shape in shapes:
-        new.append(summed[position : position + np.prod(shape)].reshape(shape))
-        position += np.prod(shape)
+        new.append(summed[position : position + prod(shape)].reshape(shape))
+        position += prod(shape)
         sizes.append(summed[position : position + (2 * _POINTS + 2) * samples].reshape(-1, samples))
         position += sizes[-1].size
     largest = np.sqrt(np.array(sizes)).max(axis=0)
@@ -269,19 +275,20 @@ def _apply(
 
 
 def _weighted(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sums over the points with weights of shape (sums, points): shape (nodes, sums, samples)."""
+    """Weighted sums over the points, shape (nodes, sums, samples), with weights of shape (sums, points)."""
     return np.einsum("ij,njs->nis", weights, values)
 
 
 def _iterate(
     net: ResidualNetwork, substeps: list[_Substep], start: np.ndarray, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, PicardPiece, bool]:
-    """Picard's iteration on a piece: f at its end, and how it went."""
+    """Picard's iteration on a piece: f at its end, the record of the iteration, and whether it converged."""
     Y = net.Y
     initial = np.sqrt(Y.sum(Y.weights @ start**2))
     seen = {psi: psi.project(start) for psi in dict.fromkeys(substep.layer.factors.psi for substep in substeps)}
     g = [np.array([seen[substep.layer.factors.psi]] * _POINTS) for substep in substeps]
-    before, end, largest, increments, done = None, start, initial, [], False
+    before, end, largest, done = None, start, initial, False
+    increments: list[np.ndarray] = []
     while not done and len(increments) < max_iterations:
         new, end, increment, size = _apply(net, substeps, start, g, before)
         before, g = g, new

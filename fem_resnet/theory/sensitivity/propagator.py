@@ -1,19 +1,17 @@
 """Linear maps of L2(Y) that differ from the identity on few functions: M(t, s) = I + A Z^T M.
 
-The linearised flow of (3.6) is one (`conditioning`); M without arguments is the label measure. On the orthogonal
-complement of the span of Z and A such a map is the identity, and in an orthonormal basis of that span, which starts
-with Z,
+The linearised flow of (3.6) is such a map (`conditioning`); M without arguments is the label measure. On the orthogonal
+complement of the span of Z and A the map is the identity. In an orthonormal basis of that span that starts with Z it is
 
     I + (Z^T M A)        0
-    R                    I          R^T R the Gram matrix of what of A is orthogonal to Z,
+    R                    I          with R^T R the Gram matrix of the part of A that is orthogonal to Z,
 
-has all other singular values. R comes from a QR on each rank and one of their factors, so that small singular values
-keep the digits that a Gram matrix would lose.
+and this matrix has all other singular values. R comes from a QR decomposition, so that small singular values keep the
+digits that a Gram matrix would lose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import firedrake as fd
@@ -23,13 +21,12 @@ from fem_resnet.arguments import instance, integer, real_array
 from fem_resnet.costate.trajectory import like
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.label_domain.orthonormal import orthonormal
+from fem_resnet.label_domain.orthonormal import orthonormal_factors
 from fem_resnet.ranks import same
 
-__all__ = ["Propagator", "joint_span"]
+__all__ = ["Propagator"]
 
-#: Singular functions of values so close to 1 are mixed up with those that the layers leave as they are.
+#: The singular functions of values this close to 1 cannot be separated from the functions that M leaves unchanged.
 _CLEAR_OF_ONE = 1e-8
 
 
@@ -48,10 +45,15 @@ class Propagator(OnMesh):
     Attributes
     ----------
     singular_values : numpy.ndarray
-        Those that belong to the span of Z and A, falling, at most twice the rank; no unit. Below 1e-16 of the largest
-        they are round-off, as any from double precision are.
+        The singular values on the span of Z and A, falling, at most twice as many as the rank, shape (n,); no unit. Values
+        below 1e-16 of the largest one are round-off.
     ones : int
-        How many further singular values there are, all of them 1: M is the identity on as many directions.
+        The number of all other singular values, which are 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
     """
 
     def __init__(self, basis: Basis, added: np.ndarray, times: tuple[float, float]):
@@ -77,12 +79,17 @@ class Propagator(OnMesh):
         return like(function, on_values(self.basis.Y.values(function)))
 
     def __matmul__(self, earlier: Propagator) -> Propagator:
-        """`M(t, s) M(s, q) = M(t, q)`, of two that have one basis. Collective.
+        """`M(t, s) M(s, q) = M(t, q)`, for two propagators with the same basis. Collective.
+
+        Parameters
+        ----------
+        earlier
+            M(s, q).
 
         Raises
         ------
-        ValueError
-            If the second does not end where the first starts, or has another basis.
+        TypeError, ValueError
+            If `earlier` is no Propagator, does not end where this one starts, or has another basis.
         """
         if instance("earlier", earlier, Propagator).basis is not self.basis or earlier.times[1] != self.times[0]:
             raise ValueError(f"earlier: expected a propagator to t = {self.times[0]:g} with the same basis, got {earlier!r}")
@@ -95,7 +102,8 @@ class Propagator(OnMesh):
     def _restricted(self) -> np.ndarray:
         """M on the span of Z and A, in an orthonormal basis that starts with Z."""
         outside, inside = self._outside()
-        _, size, turn = np.linalg.svd(_triangular_factor(self.basis.Y, outside), full_matrices=False)
+        _, R = orthonormal_factors(self.basis.Y, outside)
+        _, size, turn = np.linalg.svd(R, full_matrices=False)
         rank = self.basis.rank
         more = min(len(size), self.basis.Y.size - rank)
         matrix = np.eye(rank + more)
@@ -108,7 +116,7 @@ class Propagator(OnMesh):
         Z = self.basis
         inside = Z.project(self.added)
         outside = self.added - Z.values @ inside
-        again = Z.project(outside)  # once more: what is left of Z is then round-off of what is left of A
+        again = Z.project(outside)  # a second time, after which the part in Z is round-off relative to `outside`
         outside -= Z.values @ again
         return outside, inside + again
 
@@ -122,70 +130,54 @@ class Propagator(OnMesh):
 
     @property
     def norm(self) -> float:
-        """Largest singular value: by how much a perturbation of f(s) grows at most. Collective at first."""
+        """The largest singular value, the largest growth of a perturbation; no unit. Collective at the first access."""
         return float(max(self.singular_values[0], 1.0 if self.ones else 0.0))
 
     @property
     def smallest(self) -> float:
-        """Smallest singular value: what is left at least. Collective at first."""
+        """The smallest singular value, the strongest damping of a perturbation; no unit. Collective at the first access."""
         return float(min(self.singular_values[-1], 1.0 if self.ones else np.inf))
 
     @property
     def condition(self) -> float:
-        """Largest over smallest singular value; infinite where the smallest is round-off. Collective at first."""
+        """`norm / smallest`; infinite if the latter is round-off; no unit. Collective at the first access."""
         lost = len(self.singular_values) * np.finfo(float).eps * self.norm
         return self.norm / self.smallest if self.smallest > lost else np.inf
 
     @property
     def lyapunov_exponents(self) -> np.ndarray:
-        """Finite-time Lyapunov exponents `log(singular values) / (t - s)`, falling, in 1 / t; all others are 0."""
+        """Finite-time Lyapunov exponents `log(singular values) / (t - s)`, falling, shape (n,), in 1/t; all others are 0."""
         with np.errstate(divide="ignore"):
             return np.log(self.singular_values) / (self.times[1] - self.times[0])
 
     def singular_function(self, k: int = 0) -> fd.Function:
-        """The perturbation of f(s), of norm 1, that grows by the k-th singular value. Collective.
+        """The perturbation of f(s) of norm 1 that M(t, s) multiplies by the k-th singular value, a new Function. Collective.
 
-        It is the right singular function; M(t, s) times it has the norm of the singular value.
+        It is the right singular function.
 
         Parameters
         ----------
         k
-            From 0, the most amplified; -1 for the most damped.
+            The number of the singular value: 0 for the strongest growth, -1 for the strongest damping.
 
         Raises
         ------
         ValueError
-            If that singular value is 1 up to round-off, so that many functions are left as they are.
+            If there is no such singular value, or it is 1 up to round-off, so that it has no function of its own.
         """
         same(self.basis.Y.comm, k=k)
         count = len(self.singular_values)
         k = integer("k", k, least=-count, most=count - 1)
         value = self.singular_values[k]
         if abs(value - 1) < _CLEAR_OF_ONE:
-            raise ValueError(f"k: singular value {k} is {value!r}; expected one that is not 1, which has a function")
+            raise ValueError(
+                f"k: expected the number of a singular value that is not 1 and so has a function of its own; number {k} is "
+                f"{value!r}"
+            )
         x = np.linalg.svd(self._restricted)[2][k, : self.basis.rank]
         x = x * np.sign(x[np.argmax(np.abs(x))])
-        # The second row of M^T M v = value^2 v gives the part of v outside of Z.
+        # The second row of M^T M v = value^2 v gives the part of v that is orthogonal to Z.
         v = self.basis.values @ x + self._outside()[0] @ (x / (value**2 - 1))
         function = fd.Function(self.basis.Y.V)
         function.dat.data_wo[...] = v / np.sqrt(self.basis.Y.sum(self.basis.Y.weights @ v**2))
         return function
-
-
-def _triangular_factor(Y: LabelSpace, X: np.ndarray) -> np.ndarray:
-    """R of X = Q R, Q^T M Q = I, on every rank: a QR on each rank, and one of all their factors. Collective."""
-    factor = np.linalg.qr(np.sqrt(Y.weights)[:, None] * X, mode="r")
-    return np.linalg.qr(np.vstack(Y.comm.allgather(factor)), mode="r")
-
-
-def joint_span(Y: LabelSpace, bases: Sequence[Basis]) -> Basis:
-    """An orthonormal basis of all functions of these bases together; what depends on others is left out. Collective."""
-    distinct = list(dict.fromkeys(bases))
-    if len(distinct) == 1:
-        (basis,) = distinct
-    else:
-        functions = np.hstack([basis.values / np.sqrt(np.diag(basis.gram)) for basis in distinct])
-        _, size, turn = np.linalg.svd(_triangular_factor(Y, functions), full_matrices=False)
-        kept = size > 1e-12 * size[0]  # round-off of a sum of so many functions of norm one
-        basis = Basis(Y, functions @ (turn[kept].T / size[kept]), "given")
-    return orthonormal(orthonormal(basis))  # once is not enough for one that is nearly dependent

@@ -1,9 +1,9 @@
-"""What a network does to perturbations and to gradients, layer by layer: one page (section 3.5).
+"""The stability of a network, layer by layer, on one page: section 3.5.
 
-Forward, M(t_(l+1), t_l) says what layer l does to a perturbation of f, M(t_(l+1), 0) what the layers up to it do.
-Backward, r(t_l) = M(T, t_l)^T r(T) is the gradient in f, whatever the loss is: between the smallest and the largest
-singular value of M(T, t_l) times r(T). On the orthogonal complement of few functions M is the identity, so that
-gradients in f do not vanish altogether; those in the bias, sigma'(u) r of (4.3), do where sigma is saturated.
+Forward, M(t_(l+1), t_l) is the effect of layer l on a perturbation of f, and M(t_(l+1), 0) that of all layers up to it.
+Backward, r(t_l) = M(T, t_l)^T r(T) is the gradient in f, for any loss. Its norm lies between the smallest and the largest
+singular value of M(T, t_l), times that of r(T). On the orthogonal complement of few functions M is the identity, so that
+gradients in f do not vanish altogether. Gradients in the bias, sigma'(u) r of (4.3), vanish where sigma is saturated.
 """
 
 from __future__ import annotations
@@ -30,15 +30,23 @@ from fem_resnet.theory.spectra.autonomous import sampled
 
 __all__ = ["StabilityReport", "Suggestion", "stability_report"]
 
-#: Gradients explode or vanish by such a factor against r(T).
+#: Gradients explode or vanish if they differ from r(T) by more than this factor.
 _GRADIENTS = 100.0
-#: sigma is saturated where its slope is this part of the largest on average.
+#: sigma is saturated if its mean slope is below this part of the largest slope.
 _SATURATED = 0.1
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What may help: `kind` is "step", "activation" or "constraint"."""
+    """A change that may help.
+
+    Attributes
+    ----------
+    kind : str
+        "step", "activation" or "constraint".
+    text : str
+        The change, and the finding that is the reason for it.
+    """
 
     kind: str
     text: str
@@ -46,18 +54,22 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class StabilityReport:
-    """One page on the stability of a network. Get one from `stability_report`; its text is a table.
+    """One page on the stability of a network. Get one from `stability_report`; ``print`` shows it as a table.
 
     Attributes
     ----------
     title : str
+        The network, its scheme and the number of samples.
     layers : list of LayerStability
+        The numbers of each layer.
     gradients : str
         "exploding", "vanishing", "both" or "even".
     findings : list of str
+        The main findings, a sentence each.
     suggestions : list of Suggestion
+        Changes that may help.
     seconds : float
-        Wall time.
+        The wall time, in seconds.
     """
 
     title: str
@@ -85,15 +97,28 @@ class StabilityReport:
         return "\n".join([self.title, *table(header, rows, right=True), *notes])
 
     def to_json(self) -> str:
-        """All numbers as JSON: the attributes, with those of each layer and each suggestion."""
+        """All attributes as JSON, with those of each layer and each suggestion."""
         return as_json(asdict(self))
 
     def draw(self, path: str | Path) -> None:
-        """Draw the page, a PNG. Call it on one rank."""
-        instance("path", path, (str, os.PathLike), "the name of a file")
+        """Draw the page as a PNG. Not collective: call it on one rank.
+
+        Parameters
+        ----------
+        path
+            The file to write.
+
+        Raises
+        ------
+        TypeError
+            If `path` is no name of a file.
+        OSError
+            If the file cannot be written.
+        """
+        instance("path", path, (str, os.PathLike), "give the name of a file")
         number = [l.layer for l in self.layers]
 
-        def of(name):
+        def of(name: str) -> list[float]:
             return [getattr(l, name) for l in self.layers]
 
         with picture(path, 8.0, 10.5) as figure:
@@ -127,27 +152,29 @@ def stability_report(
     json: str | Path | None = None,
     png: str | Path | None = None,
 ) -> StabilityReport:
-    """What the layers do to perturbations and gradients along the solutions for f_I, and what may help. Collective.
+    """The effect of the layers on perturbations and gradients along the solutions from f_I, and changes that may help.
+
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
     net
         The network, at its present coefficients.
     initial
-        f_I, as for ``net.run``. Each sample costs twice as many tangents a layer as psi has functions, and is looked at
-        on its own; a few samples are enough.
+        f_I, as for ``net.run``. Each sample has its own linearisation and costs in each layer twice as many tangents as psi
+        has functions; a few samples are enough.
     terminal
-        r(T), a Function of the space of `initial`: the gradient of a loss in f(T), as of `terminal_costate`; if left
-        out f(T), that of 1/2 norm(f(T))^2.
+        r(T), a Function of the space of `initial`: the gradient of a loss in f(T), as from `terminal_costate`. If left out
+        f(T), the gradient of 1/2 norm(f(T))^2.
     json, png
-        Where rank 0 writes numbers and page, if anywhere.
+        The files to which rank 0 writes the numbers and the page; None for no file.
 
     Raises
     ------
     TypeError, ValueError
         If an argument does not fit, or the network has no layer.
     StepFailure
-        If a solution, or a perturbation of it, overflows: it names the layer.
+        If a solution or a perturbation of it overflows; the message names the layer.
     OSError
         If a file cannot be written; on all ranks.
 
@@ -172,7 +199,7 @@ def stability_report(
     gradients = _gradients(layers)
     findings = _findings(layers, gradients)
     if caveat := net.activation.properties.caveat("lipschitz"):
-        findings.append(f"the bounds rest on sup |sigma'|; {caveat}")
+        findings.append(f"the bounds use sup |sigma'|; {caveat}")
     seconds = net.Y.comm.allreduce(time.perf_counter() - began, op=MPI.MAX)
     title = f"{net!r}, {net.solver_parameters['ts_type']}, steps a layer: {net.steps}, samples: {terminal.shape[1]}"
     report = StabilityReport(title, layers, gradients, findings, _suggestions(net, flow, layers), seconds)
@@ -191,7 +218,7 @@ def _terminal(flow: LinearisedFlow, initial: fd.Function, terminal: fd.Function 
         raise ValueError(f"terminal: expected a Function of {initial.function_space()}, got {terminal.function_space()}")
     r = np.array(Y.values(terminal))
     if not Y.sum(np.abs(r).sum()) > 0:
-        raise ValueError("terminal: it is zero, so that no gradient is to be seen")
+        raise ValueError("terminal: expected a co-state that is not zero")
     return r
 
 
@@ -219,8 +246,8 @@ def _findings(layers: Sequence[LayerStability], gradients: str) -> list[str]:
         f"perturbations of f_I are multiplied by {_short(last.kept)} to {_short(last.grown)} over T = {last.end:g}, "
         f"condition {_short(last.condition)}, Lyapunov exponents {last.exponents[1]:.3g} to {last.exponents[0]:.3g}; "
         f"if the layers' directions lined up, by {_short(apart[0])} to {_short(apart[1])}",
-        f"gradients: {gradients}; norm(r(0)) is {_short(first.costate)} times norm(r(T)), in any loss from "
-        f"{_short(first.gradient_keeps)} to {_short(first.gradient_grows)}; the bias's gradient goes "
+        f"gradients: {gradients}; norm(r(0)) is {_short(first.costate)} times norm(r(T)), for any loss "
+        f"{_short(first.gradient_keeps)} to {_short(first.gradient_grows)} times; the gradient of the bias goes "
         f"from {_short(min(sizes))} in layer {np.argmin(sizes)} to {_short(max(sizes))} in layer {np.argmax(sizes)}",
     ]
 
@@ -242,13 +269,13 @@ def _on_steps(net: ResidualNetwork, layers: Sequence[LayerStability]) -> list[st
     if scheme_of(net) is None or not coarse:
         return []
     where = (
-        f"what {net.steps} steps a layer do to a mode of the linearisation is more than a tenth off the flow in layers "
-        f"{_ranges([l.layer for l in coarse])}"
+        f"in layers {_ranges([l.layer for l in coarse])} the factor of a mode of the linearisation over {net.steps} steps "
+        f"differs from that of the flow by more than a tenth"
     )
     wanted = [l.wanted_steps for l in coarse]
     if None in wanted:
-        instead = "make the kernel smaller, or take a method of higher order or an implicit one"
-        return [f"{where}, and so it is with {MORE_STEPS} times as many: {instead}"]
+        instead = "make the kernel smaller, or take a method of higher order or an implicit method"
+        return [f"{where}, also with {MORE_STEPS} times as many steps: {instead}"]
     return [f"{where}: take steps={max(wanted)}"]
 
 
@@ -261,18 +288,18 @@ def _on_activation(net: ResidualNetwork, layers: Sequence[LayerStability]) -> li
         cure = "penalise bias and kernel, so that u stays smaller" if properties.bounded else "move the bias"
         other = "" if name in ("leaky_relu", "identity") else ", or take 'leaky_relu', whose slope is never 0"
         texts.append(
-            f"{name} is saturated in layers {_ranges([l.layer for l in saturated])}, its slope below a tenth of the "
-            f"largest on average, and gradients (4.3) are as small: {cure}{other}"
+            f"{name} is saturated in layers {_ranges([l.layer for l in saturated])}: its mean slope is below a tenth of the "
+            f"largest one, and gradients (4.3) are small in proportion; {cure}{other}"
         )
     if flat:
         texts.append(
-            f"sigma'(u) is below a thousandth of its largest on more than half of Y in layers "
-            f"{_ranges([l.layer for l in flat])}, which learn nothing there: take 'leaky_relu', or move the bias"
+            f"sigma'(u) is below a thousandth of its largest value on more than half of Y in layers "
+            f"{_ranges([l.layer for l in flat])}, which learn nothing there; take 'leaky_relu', or move the bias"
         )
     if not net.gradient_flow and not properties.bounded and layers[-1].grown > _GRADIENTS:
         texts.append(
-            f"{name} is not bounded, so that f may grow exponentially; with 'tanh' or 'arctan' it grows linearly at "
-            f"most (section 3.4)"
+            f"{name} is not bounded, so that f may grow exponentially; with 'tanh' or 'arctan' f grows at most linearly "
+            f"(section 3.4)"
         )
     return texts
 
@@ -280,30 +307,28 @@ def _on_activation(net: ResidualNetwork, layers: Sequence[LayerStability]) -> li
 def _on_constraints(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence[LayerStability]) -> list[str]:
     T, lipschitz = layers[-1].end, net.activation.properties.lipschitz
     texts = []
-    if layers[-1].grown > BY_DEPTH or layers[0].gradient_grows > BY_DEPTH:
-        if 0 < lipschitz < np.inf:
-            largest, mean = (
-                value ** (1 / flow.power) for value in (np.log(BY_DEPTH) / (lipschitz * T), flow.exponent() / (lipschitz * T))
-            )
-            texts.append(
-                f"norm(b) <= {largest:.3g} in L2(Y x Y), now {mean:.3g} on average over t, "
-                f"keeps M(T, 0) below {BY_DEPTH:g} whatever f_I is (section 3.5){sampled(net.activation, 'lipschitz')}; Tikhonov's "
-                f"regulariser draws it there"
-            )
+    if max(layers[-1].grown, layers[0].gradient_grows) > BY_DEPTH and 0 < lipschitz < np.inf:
+        largest, mean = (
+            value ** (1 / flow.power) for value in (np.log(BY_DEPTH) / (lipschitz * T), flow.exponent() / (lipschitz * T))
+        )
+        texts.append(
+            f"norm(b) <= {largest:.3g} in L2(Y x Y), now {mean:.3g} on average over t, keeps M(T, 0) below {BY_DEPTH:g} for "
+            f"any f_I (section 3.5){sampled(net.activation, 'lipschitz')}; Tikhonov's regulariser makes norm(b) smaller"
+        )
     if layers[-1].kept < 1 / _GRADIENTS:
         texts.append(
-            f"inputs that differ by one function come {_short(1 / layers[-1].kept)} times closer: a smaller T or "
-            f"norm(b) keeps them apart"
+            f"inputs that differ by one function come {_short(1 / layers[-1].kept)} times closer; a smaller T or norm(b) "
+            f"keeps them apart"
         )
     return texts
 
 
-def _short(value: float) -> str:
+def _short(value: float | np.floating) -> str:
     return f"{value:.3g}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """ "0-3, 5" for 0, 1, 2, 3, 5; "none" for none."""
+    """Numbers as ranges: "0-3, 5" for 0, 1, 2, 3, 5; "none" for no number."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:

@@ -1,23 +1,25 @@
-"""Well-posedness of the forward problem, 3.1: Assumption 1, the constants of Theorem 3.1, and its stability estimate.
+"""Well-posedness of the forward problem, section 3.1: Assumption 1, the constants of Theorem 3.1, its stability estimate.
 
-Assumption 1 asks that sigma is Lipschitz, and sigma(0) = 0 or |Y| finite, which it is on a mesh; that a is in
-L1(0, T; L2(Y)) and b in L1(0, T; L2(Y x Y)), as are coefficients that are piecewise constant or linear in t. With
+Assumption 1 supposes that sigma is Lipschitz, and that sigma(0) = 0 or |Y| is finite, which it is on a mesh. It also supposes
+a in L1(0, T; L2(Y)) and b in L1(0, T; L2(Y x Y)), which holds for coefficients that are piecewise constant or linear in t.
+With
 
     C_0 = |sigma(0)| |Y|^(1/2)                        (the paper prints |Y|, which is no bound where |Y| < 1)
     C_1(t) = sup |sigma'| int_0^t |a| ds              norm of L2(Y)
     C_2(t) = sup |sigma'| int_0^t |b| ds              norm of L2(Y x Y), or the smaller one of B as an operator
 
-solutions are bounded, |f(t)| <= (|f_I| + C_0 t + C_1(t)) exp(C_2(t)) by Gronwall, and two of them part by no more than
+Gronwall's inequality bounds solutions by |f(t)| <= (|f_I| + C_0 t + C_1(t)) exp(C_2(t)), and the distance of two solutions by
 
-    |f_1(t) - f_2(t)| <= exp(C_2(t)) |f_1(0) - f_2(0)|,                                                           (3.1)
+    |f_1(t) - f_2(t)| <= exp(C_2(t)) |f_1(0) - f_2(0)|.                                                           (3.1)
 
-where the paper has e^(Lt): b is no more than L1 in t, and b ~ t^(-1/2) parts solutions by e^(2 sqrt t).
+The paper has e^(Lt) instead. But b is only L1 in t, and b ~ t^(-1/2) makes solutions move apart by e^(2 sqrt t).
 
-The gradient flow f_t = B^T sigma(a - B f) has the Lipschitz constant sup |sigma'| |B|^2, and B^T in front of what moves f:
+The gradient flow f_t = B^T sigma(a - B f) has the Lipschitz constant sup |sigma'| |B|^2, and B^T also multiplies the forcing:
 
     C_1(t) = sup |sigma'| int_0^t |b| |a| ds,    C_2(t) = sup |sigma'| int_0^t |b|^2 ds,    and C_0 int_0^t |b| ds for C_0 t.
 
-Where sigma' >= 0 its solutions do not part at all (`contraction`); these constants hold for any sigma, and for Picard's iteration.
+Where sigma' >= 0 its solutions never move apart (`contraction`). These constants hold for any sigma, and for Picard's
+iteration.
 """
 
 from __future__ import annotations
@@ -52,17 +54,18 @@ class WellPosedness:
     times : numpy.ndarray
         t_0 .. t_L, shape (L + 1,).
     lipschitz : float
-        sup |sigma'|.
+        sup |sigma'|; no unit.
     C_0 : float
         |sigma(0)| |Y|^(1/2).
     C_1, C_2 : numpy.ndarray
-        C_1(t_l) and, with the norm of L2(Y x Y), C_2(t_l), shape (L + 1,).
+        C_1(t_l), and C_2(t_l) with the norm of L2(Y x Y), shape (L + 1,) each.
     operator : numpy.ndarray
-        C_2 with the operator norm of B: sup |sigma'| int |B| ds, or of a gradient flow sup |sigma'| int |B|^2 ds; at most C_2.
+        C_2(t_l) with the operator norm of B, shape (L + 1,): sup |sigma'| int |B| ds, or for a gradient flow
+        sup |sigma'| int |B|^2 ds. It is at most C_2.
     drift : numpy.ndarray
-        How far sigma(0) drives f: C_0 t_l, or of a gradient flow C_0 int |b| ds; shape (L + 1,).
+        C_0 t_l, or for a gradient flow C_0 int |b| ds, shape (L + 1,): how far sigma(0) moves f.
     caveat : str
-        "sampled, not proved: .." where that is so of `lipschitz`; else empty.
+        "sampled, not proved: .." if `lipschitz` is sampled; else empty.
     """
 
     times: np.ndarray
@@ -76,25 +79,36 @@ class WellPosedness:
 
     @property
     def growth(self) -> np.ndarray:
-        """exp(C_2(t_l)): by how much solutions part at most, (3.1), shape (L + 1,)."""
+        """exp(C_2(t_l)), the factor in (3.1), shape (L + 1,); no unit."""
         return np.exp(self.C_2)
 
     @property
     def sharper_growth(self) -> np.ndarray:
-        """The same with the operator norm of B."""
+        """The same with the operator norm of B, shape (L + 1,); no unit."""
         return np.exp(self.operator)
 
     def solution_bound(self, initial: float | np.ndarray) -> np.ndarray:
-        """(|f_I| + drift + C_1(t)) exp(C_2(t)), shape (L + 1,) or (L + 1, samples), for |f_I| in L2(Y)."""
+        """The bound (|f_I| + drift + C_1(t)) exp(C_2(t)) of |f(t_l)|, shape (L + 1,) or (L + 1, samples).
+
+        Parameters
+        ----------
+        initial
+            |f_I| in L2(Y), at least 0, a number or shape (samples,).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `initial` is nothing of this kind.
+        """
         initial, moved = real_array("initial", initial, least=0), self.drift + self.C_1
         if initial.ndim > 1:
-            raise ValueError(f"initial: expected a number, or shape (samples,), got shape {initial.shape}")
+            raise ValueError(f"initial: expected a number or shape (samples,), got shape {initial.shape}")
         return np.squeeze((np.atleast_1d(initial) + moved[:, None]) * self.growth[:, None])
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of which norms the integrands of Theorem 3.1 are products, for (2.8) and for the gradient flow: see `integrated_norms`."""
+    """The norms whose products are the integrands of Theorem 3.1, for (2.8) or for the gradient flow (`integrated_norms`)."""
 
     drift: tuple[str, ...]
     C_1: tuple[str, ...]
@@ -103,7 +117,7 @@ class Rates:
 
     @classmethod
     def of(cls, net: ResidualNetwork) -> Rates:
-        """Those of a network."""
+        """The norms for a network."""
         if net.gradient_flow:
             return cls(("hs",), ("hs", "bias"), ("hs", "hs"), ("operator", "operator"))
         return cls((), ("bias",), ("hs",), ("operator",))
@@ -111,9 +125,9 @@ class Rates:
 
 @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
-    """Check Assumption 1, and compute C_0, C_1 and C_2 of Theorem 3.1. Collective.
+    """Check Assumption 1 and compute C_0, C_1 and C_2 of Theorem 3.1. Collective over the ranks of the label domain.
 
-    Integrals over a layer where a coefficient varies are taken by adaptive quadrature.
+    Integrals over a layer in which a coefficient varies are computed by adaptive quadrature.
 
     Raises
     ------
@@ -133,28 +147,34 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     """
     lipschitz, rates, C_0 = lipschitz_constant(net), Rates.of(net), drift_constant(net)
     C_1, C_2, operator = (lipschitz * integrated_norms(net, *norms) for norms in (rates.C_1, rates.C_2, rates.operator))
-    return WellPosedness(
-        net.times, lipschitz, C_0, C_1, C_2, operator, C_0 * integrated_norms(net, *rates.drift), net.activation.properties.caveat("lipschitz"),
-    )  # fmt: skip
+    drift, caveat = C_0 * integrated_norms(net, *rates.drift), net.activation.properties.caveat("lipschitz")
+    return WellPosedness(net.times, lipschitz, C_0, C_1, C_2, operator, drift, caveat)
 
 
 @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
-    """int_0^t_l |b| ds in a norm of `LowRankKernel.norm`, or int |a| ds in L2(Y), at the layer times. Collective.
+    """int_0^t_l |b| ds, in a norm of `LowRankKernel.norm`, or int_0^t_l |a| ds in L2(Y), at the layer times.
 
-    Of several norms the integral of their product; of none that of 1, the layer times.
+    For several norms it is the integral of their product, and for no norm that of 1, which gives the layer times. Collective
+    over the ranks of the label domain.
 
     Parameters
     ----------
     net
         The network, at its present coefficients.
     norms
-        "hs", "operator" or "linf" of b, the last alone, and by an upper bound in layers where b varies; or "bias".
+        "hs", "operator" or "linf" of b, or "bias". "linf" must be the only norm, and the result is an upper bound in layers in
+        which b varies.
 
     Returns
     -------
     numpy.ndarray
-        Shape (L + 1,), the first 0.
+        The integrals at t_0 .. t_L, shape (L + 1,); the first one is 0.
+
+    Raises
+    ------
+    ValueError
+        If a norm is none of these, or "linf" is not the only one.
 
     Examples
     --------
@@ -169,35 +189,41 @@ def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     for norm in norms:
         choice("norms", norm, ("hs", "operator", "linf", "bias"))
     if "linf" in norms and len(norms) > 1:
-        raise ValueError(f"norms: expected 'linf' alone, got {norms!r}; of a product trapezoids are no bound")
+        raise ValueError(f"norms: expected 'linf' alone, got {norms!r}; for a product the trapezoidal rule is no upper bound")
     layers = [LayerNorms(net.Y, layer).integral(norms) for layer in net.layer_inputs()]
     return np.concatenate([[0.0], np.cumsum(layers)])
 
 
 def drift_constant(net: ResidualNetwork) -> float:
-    """C_0 = |sigma(0)| |Y|^(1/2)."""
+    """C_0 = |sigma(0)| |Y|^(1/2), in the unit of f over that of t."""
     return float(abs(net.activation(0.0)) * net.Y.measure**0.5)
 
 
 def lipschitz_constant(net: ResidualNetwork) -> float:
-    """Sup |sigma'|; ValueError where there is none."""
+    """The Lipschitz constant sup |sigma'|; no unit.
+
+    Raises
+    ------
+    ValueError
+        If sigma is not Lipschitz.
+    """
     lipschitz = net.activation.properties.lipschitz
     if not np.isfinite(lipschitz):
-        raise ValueError(f"net: {net.activation.name} is not Lipschitz, so that Assumption 1 does not hold")
+        raise ValueError(f"net: expected a Lipschitz activation, as Assumption 1 supposes, got {net.activation.name}")
     return lipschitz
 
 
 class LayerNorms:
     """Norms of a layer's bias, "bias", and kernel, "hs", "operator" or "linf", integrated over parts of its time.
 
-    Collective when it is made, and for "linf"; what else sees the nodes is done when it is made.
+    The constructor is collective, and so is `integral` for "linf"; other norms do not need the nodes any more.
 
     Parameters
     ----------
     Y
         The label domain.
     layer
-        What the layer takes; bias and kernel are affine in its time.
+        The inputs of the layer; bias and kernel are affine in its time.
     """
 
     def __init__(self, Y: LabelSpace, layer: LayerInputs):
@@ -215,7 +241,7 @@ class LayerNorms:
         return self._layer.factors.norm(self._layer.beta.coefficients(s), name)
 
     def integral(self, norms: tuple[str, ...], start: float = 0.0, end: float = 1.0) -> float:
-        """Of the product of norms between two fractions of the layer; of "linf", where b varies, an upper bound by trapezoids."""
+        """The integral of a product of norms between two fractions of the layer; for "linf" an upper bound where b varies."""
         layer = self._layer
 
         def value(s: float) -> float:
@@ -224,7 +250,7 @@ class LayerNorms:
         if all((layer.bias if name == "bias" else layer.beta).is_constant for name in norms):
             return layer.length * (end - start) * value(start)
         if "linf" in norms:
-            # Dear, and full of kinks, but convex along a line.
+            # This norm is expensive and has kinks, but it is convex in t, so that trapezoids give an upper bound.
             points = np.linspace(start, end, _TRAPEZOIDS + 1)
             return layer.length * float(np.trapezoid([value(s) for s in points], points))
         return layer.length * scipy.integrate.quad(value, start, end, epsabs=0, epsrel=1e-9)[0]
@@ -235,11 +261,12 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class StabilityEstimate:
-    """How far two solutions part, beside (3.1). Get one from `stability_estimate`.
+    """The distance of two solutions and its bound (3.1). Get one from `stability_estimate`.
 
     Attributes
     ----------
     constants : WellPosedness
+        The constants of Theorem 3.1.
     distances : numpy.ndarray
         |f_1(t_l) - f_2(t_l)| in L2(Y), shape (L + 1, samples).
     """
@@ -249,34 +276,34 @@ class StabilityEstimate:
 
     @property
     def bounds(self) -> np.ndarray:
-        """exp(C_2(t_l)) |f_1(0) - f_2(0)|, shape (L + 1, samples)."""
+        """The bounds exp(C_2(t_l)) |f_1(0) - f_2(0)|, shape (L + 1, samples)."""
         return self.constants.growth[:, None] * self.distances[0]
 
     @property
     def ratios(self) -> np.ndarray:
-        """|f_1(t_l) - f_2(t_l)| / (exp(C_2) |f_1(0) - f_2(0)|), at most 1, with the operator norm in C_2."""
+        """Distances over their bounds with the operator norm in C_2, at most 1, shape (L + 1, samples); no unit."""
         return self.distances / (self.constants.sharper_growth[:, None] * self.distances[0])
 
 
 @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
 def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Function) -> StabilityEstimate:
-    """Run pairs of solutions and hold their distance against (3.1), corrected. Collective.
+    """Run pairs of solutions and compare their distances with the corrected (3.1).
 
-    (3.1) holds for the discrete network too, if the weights and coefficients of its explicit Runge-Kutta method are not
-    negative, as those of 1fe and 4: then |f_1 - f_2| grows by at most R(tau L) <= e^(tau L) in a step, R the method's
-    stability function.
+    (3.1) also holds for the discrete network if the weights and coefficients of its explicit Runge-Kutta method are not
+    negative, as for 1fe and 4. Then |f_1 - f_2| grows by at most R(tau L) <= e^(tau L) in a step, where R is the stability
+    function of the method. Collective over the ranks of the label domain.
 
     Parameters
     ----------
     net
         The network.
     first, second
-        Initial states, batches of as many samples. They are run without being recorded unless annotation is on.
+        Initial states, two batches with the same number of samples. The runs are recorded only if annotation is on.
 
     Raises
     ------
     ValueError
-        If sigma is not Lipschitz, or the batches do not fit each other.
+        If sigma is not Lipschitz, or the batches do not fit.
     """
     Y = net.Y
     Y.check_batch(first, "first")

@@ -1,7 +1,7 @@
-"""What the statements of 3.2 and 3.4 suppose of a network, and whether it holds: conditions with their reasons.
+"""The conditions of the statements of 3.2 and 3.4, and whether a network meets them.
 
-Of the operator, by its singular system: B_s >= 0, B = B^T, a in R(B^(1/2)). Of the activation: (3.4), and how |sigma| grows.
-And that the network is the autonomous problem (3.2a).
+Some are about the operator, and its singular system decides: B_s >= 0, B = B^T, a in R(B^(1/2)). Others are about the
+activation: (3.4), and how |sigma| grows. The last one is that the network is the autonomous problem (3.2a).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fem_resnet.theory.spectra.autonomous import AutonomousProblem, autonomous_p
 
 __all__ = ["EnergyCondition", "energy_conditions", "problem_at_start"]
 
-#: Round-off of eigenvalues, relative to the norm of B.
+#: Round-off in eigenvalues, relative to the norm of B.
 _ROUND_OFF = 1e-12
-#: A part of a outside of R(B) below this is round-off of the projection.
+#: A part of a outside of R(B) up to this, relative to a, is round-off of the projection.
 _OUTSIDE = 1e-10
 
 AUTONOMOUS, NON_NEGATIVE, SYMMETRIC, SIGN, IN_RANGE, LINEAR, BELOW = (
@@ -28,15 +28,16 @@ AUTONOMOUS, NON_NEGATIVE, SYMMETRIC, SIGN, IN_RANGE, LINEAR, BELOW = (
 
 @dataclass(frozen=True)
 class EnergyCondition:
-    """A condition of a statement of 3.2, for one network.
+    """A condition of a statement of 3.2, for one network. Get it from `energy_conditions`.
 
     Attributes
     ----------
     holds : bool
+        Whether the network meets the condition.
     reason : str
-        What was found, with the numbers.
+        The facts that decide, with the numbers.
     caveat : str
-        "sampled, not proved: .." where that it holds rests on such properties of sigma; else empty.
+        "sampled, not proved: .." if the condition holds because of properties of sigma that are sampled; else empty.
     """
 
     holds: bool
@@ -46,9 +47,9 @@ class EnergyCondition:
 
 @supports(*HELD, *STEPPED)
 def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
-    """What the statements of 3.2 suppose of a network, and whether it holds. Collective.
+    """Check the conditions of the statements of 3.2 for a network. Collective over the ranks of the label domain.
 
-    Spectra are those of matrices of twice the rank at most. Where a or B depends on t, they are those at t = 0.
+    The matrices whose spectra decide have at most twice the rank. If a or B depends on t, they are taken at t = 0.
 
     Parameters
     ----------
@@ -58,7 +59,7 @@ def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
     Returns
     -------
     dict of str to EnergyCondition
-        By what is supposed: "B_s >= 0", "B = B^T", "a in R(B^(1/2))", and so on.
+        The keys are the conditions: "B_s >= 0", "B = B^T", "a in R(B^(1/2))", and so on.
 
     Examples
     --------
@@ -76,11 +77,11 @@ def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
 
 
 def problem_at_start(net: ResidualNetwork) -> tuple[AutonomousProblem, EnergyCondition]:
-    """The autonomous problem of a network, or that at t = 0, and whether the network is autonomous. Collective."""
+    """The autonomous problem of a network, else that at t = 0; and whether the network is autonomous. Collective."""
     try:
         return autonomous_problem(net), EnergyCondition(True, "the network has one bias and one kernel")
     except ValueError as error:
-        return autonomous_problem(net, at=0.0), EnergyCondition(False, str(error).partition("; ")[0])
+        return autonomous_problem(net, at=0.0), EnergyCondition(False, str(error).partition("; ")[0].removeprefix("net: "))
 
 
 def _of_operator(problem: AutonomousProblem) -> dict[str, EnergyCondition]:
@@ -95,7 +96,7 @@ def _of_operator(problem: AutonomousProblem) -> dict[str, EnergyCondition]:
     a = problem.bias[:, None]
     outside, whole = (float(problem.norms(part)[0]) for part in (a - B.left_values(B.left_coefficients(a)), a))
     if not (B.is_symmetric and non_negative):
-        conditions[IN_RANGE] = EnergyCondition(False, "B has no root B^(1/2): it is not symmetric and non-negative")
+        conditions[IN_RANGE] = EnergyCondition(False, "B has no root B^(1/2), as it is not symmetric and non-negative")
     else:
         text = f"the part of a outside of R(B) has the norm {outside:.3g}, a has {whole:.3g}"
         conditions[IN_RANGE] = EnergyCondition(outside <= _OUTSIDE * whole, text)
@@ -111,7 +112,7 @@ def _of_activation(sigma: Activation) -> dict[str, EnergyCondition]:
     if not keeps_sign:
         return {SIGN: sign, LINEAR: sign, BELOW: sign}
     ends = {end: abs(float(sigma(end))) for end in (-1e4, 1e4)}
-    # Of a power s^p the ratio is 2^p.
+    # For a power s^p the ratio is 2^p.
     linear = all(value > 0 and value / abs(float(sigma(end / 2))) > 2**0.99 for end, value in ends.items())
     says = ", ".join(f"|{name}({end:g})| = {value:.4g}" for end, value in ends.items())
     below = sigma.properties.non_decreasing and min(ends.values()) > 0

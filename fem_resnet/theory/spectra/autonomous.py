@@ -1,18 +1,18 @@
-"""The autonomous problem of 3.2: bias and kernel that do not depend on t, or those of a network at one time.
+"""The autonomous problem of section 3.2: a bias and a kernel that do not depend on t, or those of a network at one time.
 
     f_t = sigma(a - B f),    f(0) = f_I,                                                              (3.2a), (3.2b)
     u = a - B f,    u_t = -B sigma(u),    f(t) = f_I + int_0^t sigma(u) ds                                     (3.3)
 
-What is supposed of sigma is (A1) of 3.2: Lipschitz, non-decreasing, s sigma(s) >= 0 as in (3.4), sigma(0) = 0 and
-sigma'(0) > 0. That leaves out sigmoid and softplus, where sigma(0) is not 0, and relu, which has no sigma'(0). (A2) of
-3.2, a in L2(Y) and b in L2(Y x Y), holds for what a network has: finite values at finitely many nodes.
+(A1) of 3.2 supposes that sigma is Lipschitz and non-decreasing, s sigma(s) >= 0 as in (3.4), sigma(0) = 0 and
+sigma'(0) > 0. That excludes sigmoid and softplus, where sigma(0) is not 0, and relu, which has no sigma'(0). (A2) of 3.2
+supposes a in L2(Y) and b in L2(Y x Y). It holds for every network, whose values at finitely many nodes are finite.
 
-Remark 3.1: where a(t) and b(t) have limits as t -> infinity, statements about the autonomous problem are read with the
-limits in place of a and b. Of a network these are bias and kernel at its last time, ``at=net.times[-1]``; at other
-times the problem is the one frozen there.
+Remark 3.1: if a(t) and b(t) have limits as t -> infinity, statements about the autonomous problem hold with the limits in
+place of a and b. For a network these are the bias and the kernel at its last time, ``at=net.times[-1]``. At another time the
+problem is the one frozen at that time.
 
-The gradient flow f_t = B^T sigma(a - B f) of 3.5 has the same u = a - B f, and u_t = -B B^T sigma(u): (3.3) with the symmetric
-B B^T >= 0 in place of B. What 3.2 and 3.3 say of u is said of it too, with that operator (`AutonomousProblem.generator`).
+The gradient flow f_t = B^T sigma(a - B f) of 3.5 has the same u = a - B f, and u_t = -B B^T sigma(u). That is (3.3) with the
+symmetric B B^T >= 0 in place of B (`AutonomousProblem.generator`). So the statements of 3.2 and 3.3 about u hold for it too.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ __all__ = ["AutonomousProblem", "autonomous_problem", "sampled"]
 class AutonomousProblem:
     """`f_t = sigma(a - B f)` of (3.2a), or the gradient flow `f_t = B^T sigma(a - B f)`. Get one from `autonomous_problem`.
 
-    f_I of (3.2b) comes with a solution.
+    f_I of (3.2b) belongs to a solution and not to the problem.
 
     Attributes
     ----------
     kernel : LowRankKernel
+        The bases of b.
     beta : numpy.ndarray
-        Coefficients of b, shape (rank of phi, rank of psi).
+        The coefficients of b, shape (rank of phi, rank of psi).
     bias : numpy.ndarray
         a at the owned nodes, shape (nodes,).
     activation : Activation
         sigma.
     gradient_flow : bool
-        Which of both it is.
+        Whether the problem is the gradient flow.
     """
 
     kernel: LowRankKernel
@@ -66,21 +67,34 @@ class AutonomousProblem:
 
     @cached_property
     def system(self) -> SingularSystem:
-        """The singular system of B. Collective when first asked for."""
+        """The singular system of B. Collective at the first access."""
         return singular_system(self.kernel, self.beta)
 
     @cached_property
     def generator(self) -> SingularSystem:
-        """That of the operator K in u_t = -K sigma(u): B itself, or B B^T of a gradient flow. Collective when first asked for."""
+        """The singular system of K in u_t = -K sigma(u): B, or B B^T for a gradient flow. Collective at the first access."""
         return self.system.squared if self.gradient_flow else self.system
 
     def rate(self, u: np.ndarray) -> np.ndarray:
-        """f_t at the owned nodes: sigma(u), or B^T sigma(u) of a gradient flow, shape (nodes, samples). Collective."""
+        """f_t at the owned nodes: sigma(u), or B^T sigma(u) for a gradient flow, shape (nodes, samples). Collective."""
         s = self.activation(columns(self.Y, "u", u))
         return self.kernel.transpose(self.beta, s) if self.gradient_flow else s
 
     def read(self, function: fd.Function, name: str) -> np.ndarray:
-        """Values at the owned nodes, shape (nodes, samples), of a user's Function; refused if it does not fit."""
+        """Values of a user's Function at the owned nodes, shape (nodes, samples).
+
+        Parameters
+        ----------
+        function
+            A Function of `Y.V` or a batch.
+        name
+            The name of the argument in messages.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `function` is no such Function.
+        """
         self.Y.check_batch(function, instance("name", name, str))
         return self.Y.values(function)
 
@@ -89,12 +103,12 @@ class AutonomousProblem:
         return self.bias[:, None] - self.kernel.apply(self.beta, columns(self.Y, "f", f))
 
     def norms(self, values: np.ndarray) -> np.ndarray:
-        """Norm of L2(Y) of each sample, shape (samples,), for values at the owned nodes. Collective."""
+        """The norm in L2(Y) of each sample, shape (samples,), from values at the owned nodes. Collective."""
         return np.sqrt(self.Y.sum(self.Y.weights @ columns(self.Y, "values", values) ** 2))
 
     @property
     def unmet(self) -> tuple[str, ...]:
-        """What of (A1) of 3.2 does not hold for sigma; empty if all does. (A2) of 3.2 always holds."""
+        """The parts of (A1) of 3.2 that do not hold for sigma; empty if all hold. (A2) of 3.2 always holds."""
         properties = self.activation.properties
         supposed = {
             "sup |sigma'| is finite": np.isfinite(properties.lipschitz),
@@ -107,34 +121,36 @@ class AutonomousProblem:
 
     @property
     def sampled(self) -> str:
-        """Which of the properties that `unmet` looks at are sampled, not proved, in words; empty if none is."""
+        """Which of the properties that `unmet` uses are sampled and not proved, in words; empty if all are proved."""
         return sampled(
             self.activation, "lipschitz", "non_decreasing", "sign_preserving", "zero_at_zero", "positive_slope_at_zero"
         )
 
 
 def sampled(activation: Activation, *names: str) -> str:
-    """What a statement that stands on these properties says of them, `Properties.caveat` in brackets; nothing if all are proved."""
+    """The caveat of a statement that uses these properties (`Properties.caveat`), in brackets; empty if all are proved."""
     caveat = activation.properties.caveat(*names)
     return f" ({caveat})" if caveat else ""
 
 
 @supports(*HELD, *STEPPED, "gradient_flow")
 def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> AutonomousProblem:
-    """The autonomous problem that a network is, or its bias and kernel at one time make. Collective.
+    """The autonomous problem of a network, or the one with its bias and kernel at one time.
+
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
     net
         The network, at its present coefficients.
     at
-        The time, from 0 to T, whose bias and kernel are taken: at a layer time those of the layer that starts there, at
-        T those of the last. None for a network whose bias and kernel do not depend on t.
+        The time of the bias and the kernel, from 0 to T. At a layer time they are those of the layer that starts there, at T
+        those of the last layer. None for a network whose bias and kernel do not depend on t.
 
     Raises
     ------
     ValueError
-        If the network has no layers, the time is not in [0, T], or none is given and bias or kernel depends on t.
+        If the network has no layers, the time is not in [0, T], or no time is given and the bias or the kernel depends on t.
 
     Examples
     --------
@@ -167,6 +183,6 @@ def _refuse_dependence_on_time(net: ResidualNetwork) -> None:
         )
         net.Y.agree(
             same,
-            f"net: its {parameter.name} depends on t; give the time `at` which it is to be taken, T for its limit "
-            f"(Remark 3.1), or make the network with {parameter.name}_in_time='shared'",
+            f"net: its {parameter.name} depends on t; give a time `at`, such as T for the limits of Remark 3.1, or make the "
+            f"network with {parameter.name}_in_time='shared'",
         )

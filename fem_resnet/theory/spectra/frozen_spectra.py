@@ -1,17 +1,17 @@
-"""Spectra of the linearisation frozen in time along a trajectory, 3.5.
+"""Spectra of the linearisation along a trajectory, frozen in time: section 3.5.
 
-Frozen at t_0, perturbations of a solution f obey
+With coefficients frozen at t_0, perturbations w of a solution f obey
 
     w_t = -sigma'(u(y, t_0)) int_Y b(y, z, t_0) w(z) dz,        u = a - B f
 
-(the paper prints sigma(u) b, and leaves u out of the argument; it is the linearisation (3.6), so sigma'(u) b). Its
-operator has the rank of b, and but for 0 the spectrum of -beta Psi^T M diag(sigma'(u)) Phi, a matrix of that size. That of
-the gradient flow is -B^T diag(sigma'(u)) B, which is symmetric: with R^T R = Psi^T M Psi its spectrum, but for 0, is that of
+(The paper prints sigma(u) b, and leaves u out of the argument. As the linearisation (3.6) it is sigma'(u) b.) The operator
+has the rank of b. Its spectrum without 0 is that of -beta Psi^T M diag(sigma'(u)) Phi, a matrix of that size. The operator of
+the gradient flow is -B^T diag(sigma'(u)) B, which is symmetric. With R^T R = Psi^T M Psi its spectrum without 0 is that of
 -R beta^T (Phi^T M diag(sigma'(u)) Phi) beta R^T.
 
-Frozen spectra do not decide stability of (3.6), where the coefficients go on changing: solutions may grow though at
-each time all eigenvalues have negative real parts, as with rotating coefficients, and decay though some have positive
-ones.
+Frozen spectra do not decide about the stability of (3.6), whose coefficients change in time. Solutions may grow although all
+eigenvalues have negative real parts at each time, for example with rotating coefficients. They may decay although some
+eigenvalues have positive real parts.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ from fem_resnet.theory.spectra.singular_values import weighted_gram
 
 __all__ = ["FrozenSpectra", "frozen_eigenvalues", "frozen_spectra"]
 
-#: What a reader of frozen spectra must know; it stands above their plot.
+#: The title of the plot.
 CAVEAT = "Spectra frozen in time do not decide stability: coefficients that change can make decaying modes grow."
 
 
 @dataclass(frozen=True)
 class FrozenSpectra:
-    """Eigenvalues of `w -> -sigma'(u(t_l)) B(t_l) w`, or `w -> -B^T sigma'(u) B w`, along trajectories. Get them from `frozen_spectra`.
+    """Eigenvalues of `w -> -sigma'(u(t_l)) B(t_l) w`, or `w -> -B^T sigma'(u) B w`, along trajectories.
+
+    Get them from `frozen_spectra`.
 
     Attributes
     ----------
     times : numpy.ndarray
-        t_0 .. t_L, shape (L + 1,); at a layer time bias and kernel are those of the layer that starts there.
+        t_0 .. t_L, shape (L + 1,). At a layer time bias and kernel are those of the layer that starts there.
     eigenvalues : list of numpy.ndarray
-        One a time: complex, shape (samples, rank), real parts falling; all others are 0. The smaller rank of phi and
-        psi, or that of psi for a gradient flow, whose eigenvalues are real.
+        For each time a complex array, real parts falling, shape (samples, rank), in the unit of 1/t; all other eigenvalues
+        are 0. `rank` is the smaller rank of phi and psi. For a gradient flow it is that of psi, and the eigenvalues are real.
     """
 
     times: np.ndarray
@@ -52,18 +54,23 @@ class FrozenSpectra:
 
     @property
     def growth(self) -> np.ndarray:
-        """Largest real part at each time, shape (L + 1, samples): that of the fastest frozen mode, 0 if all decay."""
+        """The largest real part at each time, of the fastest growing frozen mode, shape (L + 1, samples); 0 if all decay."""
         return np.array([np.maximum(values.real.max(axis=1, initial=-np.inf), 0.0) for values in self.eigenvalues])
 
     def plot(self, axes: Axes, sample: int = 0) -> None:
-        """Draw the real parts over t, with the sentence on what they do not say. On every rank that calls it.
+        """Draw the real parts over t, with a title that warns of wrong conclusions. Not collective.
 
         Parameters
         ----------
         axes
-            Of matplotlib.
+            Axes of matplotlib.
         sample
-            Which trajectory.
+            The number of the trajectory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `axes` is of another class, or there is no such sample.
         """
         instance("axes", axes, Axes)
         sample = integer("sample", sample, least=0, most=len(self.eigenvalues[0]) - 1)
@@ -78,16 +85,17 @@ class FrozenSpectra:
 
 @supports(*HELD, *STEPPED, "gradient_flow")
 def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
-    """Spectra of the linearisation at the layer times, frozen there, along the trajectories from `initial`. Collective.
+    """Spectra of the linearisation frozen at each layer time, along the trajectories from `initial`.
 
-    They do not decide stability: see above.
+    They do not decide about stability: solutions may grow although all frozen modes decay. Collective over the ranks of the
+    label domain.
 
     Parameters
     ----------
     net
         The network, trained or not, at its present coefficients.
     initial
-        f_I, a Function of `Y.V` or a batch. It is run without being recorded unless annotation is on.
+        f_I, a Function of `Y.V` or a batch. The run is recorded only if annotation is on.
 
     Raises
     ------
@@ -116,27 +124,28 @@ def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
 
 
 def frozen_eigenvalues(net: ResidualNetwork, layer: LayerInputs, fraction: float, slope: np.ndarray) -> np.ndarray:
-    """Eigenvalues of the linearisation in a layer, frozen at a fraction of it, but for zeros. Collective.
+    """The eigenvalues of the linearisation frozen inside of a layer, without zeros. Collective.
 
     Parameters
     ----------
     net
         The network.
     layer
-        What the layer takes.
+        The inputs of the layer.
     fraction
-        From 0 to 1.
+        The time, as a fraction of the layer from 0 to 1.
     slope
-        sigma'(u) there at the owned nodes, shape (nodes,).
+        sigma'(u) at that time at the owned nodes, shape (nodes,).
 
     Returns
     -------
     numpy.ndarray
-        Complex, real parts falling, in 1 / t; as many as the smaller rank of phi and psi, or that of psi for a gradient flow.
+        Complex, real parts falling, in the unit of 1/t, shape (rank,); `rank` is the smaller rank of phi and psi, or that of
+        psi for a gradient flow.
     """
     beta, phi, psi = layer.beta.coefficients(fraction), layer.factors.phi, layer.factors.psi
     if net.gradient_flow:
-        turned = beta @ np.linalg.cholesky(psi.gram)
+        turned = beta @ psi.root.T
         K = weighted_gram(phi, slope, phi)
         values = np.linalg.eigvalsh(-turned.T @ ((K + K.T) / 2) @ turned)
     else:

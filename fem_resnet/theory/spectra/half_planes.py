@@ -1,12 +1,13 @@
-"""How many eigenvalues lie left of a vertical line, for all matrices near one: what a verdict on signs may stand on.
+"""How many eigenvalues lie to the left of a vertical line, for all matrices near a given one.
 
-With X from Lyapunov's equation (A - x)^H X + X (A - x) = I, A - x and X have as many eigenvalues in the left half plane as
-each other (Ostrowski and Schneider), and so has A + E - x for every E with 2 |E| |X| < 1, since
+Let X solve Lyapunov's equation (A - x)^H X + X (A - x) = I. Then A - x and X have the same number of eigenvalues in the left
+half plane (Ostrowski and Schneider). A + E - x has this number too, for every E with 2 |E| |X| < 1, since
 
     (A + E - x)^H X + X (A + E - x) = I + E^H X + X E > 0.
 
-In coordinates S, A becomes S^-1 A S and |E| at most cond(S) |E|: in eigenvectors that is the bound of Bauer and Fike, and sees
-eigenvalues that are small beside |A|; in Schur's vectors, each shorter than the one before, a defective A is seen too.
+In coordinates S, A becomes S^-1 A S, and the perturbation has a norm of at most cond(S) |E|. With eigenvectors as S that is
+the bound of Bauer and Fike, which resolves eigenvalues that are small compared with |A|. With scaled Schur vectors as S,
+each one shorter than the one before, the count also succeeds for a defective A.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ import warnings
 import numpy as np
 import scipy.linalg
 
-#: How much shorter Schur's vectors are made.
+#: By which factor each Schur vector is made shorter than the one before.
 _SHORTER = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 __all__ = ["count_left", "count_left_in_gap"]
 
-#: Parts of a gap between eigenvalues in which a line is tried: some sum of two eigenvalues may be twice x, where X does not exist.
+#: Places in a gap between eigenvalues where a line is tried, in this order. X does not exist if two eigenvalues add up to 2 x.
 _PARTS = (0.5, 0.38, 0.62, 0.25, 0.75)
 
 
 def count_left(A: np.ndarray, x: float, error: float) -> int | None:
-    """How many eigenvalues have a real part below x, the same for all matrices that are `error` or less from A.
+    """The number of eigenvalues with a real part below x, if it is the same for all matrices within `error` of A.
 
     Parameters
     ----------
     A
-        Shape (n, n).
+        The matrix, shape (n, n).
     x
-        The line's real part.
+        The real part of the line.
     error
-        In the spectral norm; round-off in A - x and in what is computed here is added to it.
+        The distance, in the spectral norm. Round-off in A - x and in this function is added to it.
 
     Returns
     -------
     int or None
-        None where they may differ, or it is not known that they do not.
+        None if the number may differ, or is not known to be the same.
 
     Examples
     --------
@@ -71,7 +72,7 @@ def count_left(A: np.ndarray, x: float, error: float) -> int | None:
 
 
 def count_left_in_gap(A: np.ndarray, low: float, high: float, error: float) -> int | None:
-    """`count_left` of some line between two, where one is found; None where none is, or low >= high."""
+    """`count_left` of some line between low and high; None if no line gives a number, or low >= high."""
     for part in _PARTS if low < high else ():
         found = count_left(A, low + part * (high - low), error)
         if found is not None:

@@ -1,85 +1,76 @@
-"""Stability of u = 0, and so of steady states of f: 3.2, Theorem 3.4, and what simulations are held against.
+"""Stability of u = 0, and so of the steady states of f: section 3.2 and Theorem 3.4.
 
-About a steady state w = f - f_inf obeys w_t = -sigma'(0) B w, to first order, and u = -B w in R(B) obeys (3.5a), in
-the coordinates u_l = (phi_l, u) of (3.5b)
+`linearisation` has the linearised equation (3.5a), u_t = -sigma'(0) D T^T u, and `singular_values` has D and T. D T^T has
+the spectrum of D T, so that u decays at the exponential rate
 
-    d/dt u_l = -mu_l (sigma(u), psi_l),        to first order  u_t = -sigma'(0) D T^T u.
+    sigma'(0) min Re eig(D T).
 
-(`singular_values` has D and T.) D T^T has the spectrum of D T, so u decays at the exponential rate
+sigma'(0) times the smallest eigenvalue of the symmetric part of D T is a lower bound of it. The criteria, in the order in
+which they are tried:
 
-    sigma'(0) min Re eig(D T),
-
-for which the smallest eigenvalue of the symmetric part of D T, times sigma'(0), is no more than a lower bound. In the
-order in which things decide:
-
-    min Re eig(D T) > 0      u -> 0 exponentially, f -> a point of f_inf + N(B): asymptotically stable. So it is under
-                             the hypotheses of Theorem 3.4, T invertible and D T positive definite, and not only there.
+    min Re eig(D T) > 0      u -> 0 exponentially and f -> a point of f_inf + N(B): asymptotically stable. The hypotheses of
+                             Theorem 3.4, T invertible and D T positive definite, imply it, but are not necessary.
     min Re eig(D T) < 0      unstable.
-    B_s >= 0                 L(u) = int Sigma(u) dy falls, as dL/dt = -(B_s sigma(u), sigma(u)): stable; if B_s > 0 on
-                             R(B) asymptotically so, also where sigma has no slope at 0, or none that is positive.
+    B_s >= 0                 L(u) = int Sigma(u) dy falls, as dL/dt = -(B_s sigma(u), sigma(u)): stable. If B_s > 0 on R(B),
+                             asymptotically stable, also where sigma has no slope at 0, or no positive one.
     else                     not decided.
 
-Signs of eigenvalues decide where round-off cannot change them (`half_planes`): for all matrices as near to that of B as
-round-off leaves it, the rank of B being the number of singular values that it tells from zero.
+The sign of an eigenvalue decides where round-off cannot change it (`half_planes`), that is, for all matrices that are as
+near to that of B as round-off. The rank of B is the number of singular values that differ from zero by more than round-off.
 
-The paper says that L falls where D T is positive definite. Stability stands, by the linearisation; but L may rise,
-unless B_s >= 0. If T is invertible, u = 0 is the only equilibrium near 0; if not, the linearisation does not say: with
-T = 0 and sigma = tanh it may be isolated, with sigma(s) = s it is not.
+The paper says that L falls where D T is positive definite. Stability follows from the linearisation, but L may rise unless
+B_s >= 0. If T is invertible, u = 0 is the only equilibrium near 0. If T is singular, the linearisation does not tell: for
+T = 0, u = 0 may be isolated with sigma = tanh, and is not with sigma(s) = s.
 
-The gradient flow f_t = B^T sigma(a - B f) with a non-decreasing sigma goes down the convex int Sigma(u) dy, and two solutions
-never part: all its steady states are stable. About one, with u = u_inf + v,
+The gradient flow f_t = B^T sigma(a - B f) with a non-decreasing sigma descends the convex int Sigma(u) dy, and two solutions
+never move apart: all its steady states are stable. About one of them u decays at the rate min eig(D S D) where S > 0, with S
+of `linearisation`. At u_inf = 0 that is sigma'(0) mu_r^2.
 
-    v_t = -B B^T sigma'(u_inf) v,        in the coordinates (phi_l, v)  -D^2 S v,        S = ((phi_k, sigma'(u_inf) phi_l)),
-
-so that v decays at the rate min eig(D S D) where S > 0: sigma'(0) mu_r^2 at u_inf = 0. Steady states need not have u = 0.
-
-What is said of a finite rank does not carry over to infinite rank without change: the rate is at most sigma'(0) mu_r.
+These statements about a finite rank do not carry over to an infinite rank without change: the rate is at most
+sigma'(0) mu_r.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
-import firedrake as fd
 import numpy as np
-from mpi4py import MPI
 
-from fem_resnet.arguments import number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.ranks import same
 from fem_resnet.theory.spectra.autonomous import AutonomousProblem, sampled
 from fem_resnet.theory.spectra.half_planes import count_left, count_left_in_gap
+from fem_resnet.theory.spectra.linearisation import slope_and_rate
 from fem_resnet.theory.spectra.singular_values import SingularSystem
 from fem_resnet.theory.spectra.steady_states import SteadyStates, find_steady_states
 
-__all__ = ["Decay", "EigenExpansion", "Stability", "eigen_expansion", "observed_decay", "stability_verdict"]
+__all__ = ["Stability", "stability_verdict"]
 
-#: Eigenvectors of a larger condition are no basis to compute with.
-_WORST_BASIS = 1e8
-#: A slope below this part of sup |sigma'| is none: the place where sigma vanishes is known to round-off.
+#: A slope below this part of sup |sigma'| counts as zero, because the zero of sigma is known up to round-off.
 _NO_SLOPE = 4 * np.finfo(float).eps
 
 
 @dataclass(frozen=True)
 class Stability:
-    """What the theory says of u = 0. Get one from `stability_verdict`; ``print`` it for a page.
+    """The verdict of the theory about u = 0. Get one from `stability_verdict`; ``print`` shows a page.
 
     Attributes
     ----------
     problem : AutonomousProblem
+        The problem that the verdict is about.
     steady : SteadyStates
+        Its steady states.
     verdict : str
-        "asymptotically stable", "stable", "unstable" or "not decided"; of the steady states of f, for u in R(B).
+        "asymptotically stable", "stable", "unstable" or "not decided": the steady states of f, for perturbations with u in
+        R(B).
     reason : str
-        Which statement decides, with its numbers, and what of sigma it stands on that is sampled.
+        The statement that decides, with its numbers, and the properties of sigma that it uses and that are sampled.
     slope : float
-        sigma' where sigma vanishes; NaN where there is no such slope. Of a gradient flow the least of S: the same at u = 0.
+        sigma' where sigma vanishes; NaN where there is no such slope. For a gradient flow the smallest eigenvalue of S,
+        which is the same at u = 0. No unit.
     rate : float
-        u decays as exp(-rate t), or grows if it is negative: sigma'(0) min Re eig(D T), of a gradient flow min eig(D S D);
-        NaN without a slope.
+        u decays as exp(-rate t), or grows if the rate is negative: sigma'(0) min Re eig(D T), for a gradient flow
+        min eig(D S D); NaN without a slope. In the unit of 1/t.
     """
 
     problem: AutonomousProblem
@@ -91,17 +82,17 @@ class Stability:
 
     @property
     def system(self) -> SingularSystem:
-        """mu_l, T and the spectra, of the K in u_t = -K sigma(u): B, or B B^T of a gradient flow."""
+        """The singular system of the operator K in u_t = -K sigma(u): K = B, or B B^T for a gradient flow."""
         return self.problem.generator
 
     @property
     def rate_bound(self) -> float:
-        """sigma'(0) times the smallest eigenvalue of the symmetric part of D T: at most `rate`."""
+        """sigma'(0) times the smallest eigenvalue of the symmetric part of D T; at most `rate`, in the unit of 1/t."""
         return float(self.slope * self.system.product_minimum)
 
     @property
     def gram_is_invertible(self) -> bool:
-        """(a) of Theorem 3.4: T is invertible; its smallest singular value is `system.gram_minimum`."""
+        """Hypothesis (a) of Theorem 3.4: T is invertible; its smallest singular value is `system.gram_minimum`."""
         return self.system.gram_minimum > self.system.error / self.system.values.min(initial=np.inf)
 
     @property
@@ -116,7 +107,7 @@ class Stability:
 
     @property
     def isolated(self) -> bool | None:
-        """Whether u = 0 is the only equilibrium near 0 in R(B): True if T is invertible, None if that is open."""
+        """Whether u = 0 is the only equilibrium near 0 in R(B): True if T is invertible, None if it is not decided."""
         return True if self.gram_is_invertible and self.slope > 0 else None
 
     def __str__(self) -> str:
@@ -145,23 +136,20 @@ class Stability:
 
 @supports(*HELD, *STEPPED, "gradient_flow")
 def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stability:
-    """Whether steady states of the network are stable: Theorem 3.4 and what 3.2 has beside it. Collective.
+    """Decide whether the steady states of a network are stable, by Theorem 3.4 and the other criteria of section 3.2.
 
-    Of perturbations with u in R(B), which is where u is whenever a is: f then goes to a point of f_inf + N(B), not
-    necessarily the one it started from.
+    The verdict is about perturbations with u in R(B); u is there whenever a is. In that case f tends to a point of
+    f_inf + N(B), not necessarily to the one that it started from. Collective over the ranks of the label domain.
 
     Parameters
     ----------
-    net
-        The network, autonomous if `at` is left out.
-    at
-        A time: the problem frozen there; T for the limits of Remark 3.1.
+    net, at
+        As for `find_steady_states`.
 
     Raises
     ------
     ValueError
-        If the network depends on t and no time is given, or sigma vanishes at several places, or decreases somewhere in a
-        gradient flow.
+        As `find_steady_states` does.
 
     Examples
     --------
@@ -176,7 +164,7 @@ def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stabilit
     """
     steady = find_steady_states(net, at)
     problem, system = steady.problem, steady.problem.generator
-    slope, rate = _slope_and_rate(steady)
+    slope, rate = slope_and_rate(steady)
 
     def result(verdict: str, reason: str) -> Stability:
         return Stability(problem, steady, verdict, reason, slope, rate)
@@ -195,14 +183,14 @@ def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stabilit
     has_slope = abs(slope) > _NO_SLOPE * _finite(problem.activation.properties.lipschitz)
     decided = _by_eigenvalues(system, np.sign(slope)) if has_slope else None
     if decided == "asymptotically stable":
-        cut = f"; rank {system.rank}, as {system.cut:.0e} counts as zero" if system.cut else ""
-        return result(decided, f"{numbers}: exponentially, their product being positive{cut}")
+        cut = f"; the rank is {system.rank}, as the singular value {system.cut:.0e} counts as zero" if system.cut else ""
+        return result(decided, f"{numbers}: u decays exponentially, as their product is positive{cut}")
     if decided == "unstable":
-        return result(decided, f"{numbers}: perturbations grow, their product being negative")
+        return result(decided, f"{numbers}: perturbations grow, as their product is negative")
     if not slope > 0 or not has_slope:
         why = "sigma has no positive slope there"
     else:
-        why = f"min Re eig(D T) = {least:.1g} has no sign that round-off, {system.error:.1g}, could not change"
+        why = f"round-off, {system.error:.1g}, could change the sign of min Re eig(D T) = {least:.1g}"
     if symmetric < -system.error or not _climbs(steady):
         return result("not decided", f"{why}, and inf (B v, v) = {symmetric:.3g}, so that int Sigma(u) may rise")
     on_range, signs = system.symmetric_eigenvalues[0], sampled(problem.activation, "sign_preserving")
@@ -216,10 +204,10 @@ def _finite(lipschitz: float) -> float:
 
 
 def _by_eigenvalues(system: SingularSystem, sign: float) -> str | None:
-    """What the real parts of eig(D T), times a sign, say of u = 0 for all matrices within round-off; None if they do not."""
+    """The verdict by the real parts of eig(D T), times a sign, for all matrices within round-off; None if there is none."""
     A, error, zeros = sign * system.whole, system.error, len(system.whole) - system.rank
     parts = np.sort(np.linalg.eigvals(A).real)
-    # As many eigenvalues as the rank must be on the right; those of what was cut as zero are zero.
+    # As many eigenvalues as the rank must lie on the right. The others belong to the part that was cut as zero.
     if zeros:
         decays = count_left_in_gap(A, max(parts[zeros - 1], 0.0), parts[zeros], error) == zeros
     else:
@@ -233,243 +221,22 @@ def _by_eigenvalues(system: SingularSystem, sign: float) -> str | None:
 
 
 def _of_gradient_flow(steady: SteadyStates, slope: float, rate: float) -> tuple[str, str]:
-    """Verdict and reason, where there is a steady state."""
+    """Verdict and reason for a gradient flow that has a steady state."""
     problem = steady.problem
     system, convex = problem.system, sampled(problem.activation, "non_decreasing")
     if not system.rank:
         return "stable", "B = 0, so that every f is a steady state"
-    # S is an integral with sigma'(u) >= 0, that of orthonormal functions.
+    # Entries of S are integrals of sigma'(u) >= 0 times products of orthonormal functions.
     if slope > system.rank * _NO_SLOPE * _finite(problem.activation.properties.lipschitz):
         return (
             "asymptotically stable",
-            f"min eig(D S D) = {rate:.3g}, S >= {slope:.3g}: exponentially, S being positive{convex}",
+            f"min eig(D S D) = {rate:.3g}, S >= {slope:.3g}: u decays exponentially, as S is positive{convex}",
         )
-    why = "sigma' is not one number there" if np.isnan(slope) else f"S >= {slope:.1g}, zero up to round-off"
-    return "stable", f"{why}, but int Sigma(u) is convex, so that no two solutions part{convex}"
-
-
-def _slopes(steady: SteadyStates) -> float | np.ndarray:
-    """sigma'(u) at the steady state: a number, or of a gradient flow where u is not constant shape (nodes,).
-
-    NaN at a kink, or where sigma vanishes on an interval or nowhere.
-    """
-    problem, sigma = steady.problem, steady.problem.activation
-    if steady.minimiser is None:
-        if steady.zeros is None or steady.zeros[0] != steady.zeros[1]:
-            return np.nan
-        u = steady.zeros[0]
-    elif steady.exist:
-        u = steady.rest[:, 0]
-    else:
-        return np.nan
-    if problem.Y.comm.allreduce(any((np.abs(u - kink) < 1e-12).any() for kink in sigma.kinks), op=MPI.LOR):
-        return np.nan
-    slopes = sigma.derivative(u)
-    return slopes if np.ndim(u) else float(slopes)
-
-
-def _linearised(steady: SteadyStates) -> np.ndarray:
-    """A of u_t = -A u in the coordinates (phi_k, u): sigma'(0) D T^T, or D^2 S of a gradient flow; NaN without a slope."""
-    system, slopes = steady.problem.generator, _slopes(steady)
-    return system.values[:, None] * system.weighted(slopes) if np.ndim(slopes) else slopes * system.matrix
-
-
-def _slope_and_rate(steady: SteadyStates) -> tuple[float, float]:
-    problem, system, slopes = steady.problem, steady.problem.generator, _slopes(steady)
-    if not np.ndim(slopes):
-        slopes = float(slopes)
-        return slopes, float(slopes * system.eigenvalues.real.min(initial=np.inf)) if system.rank else slopes * np.inf
-    S, D = system.weighted(slopes), problem.system.values
-    least = [np.linalg.eigvalsh((X + X.T) / 2).min(initial=np.inf) for X in (S, D[:, None] * S * D)]
-    return float(least[0]), float(least[1])
+    why = "sigma has no single slope there" if np.isnan(slope) else f"S >= {slope:.1g}, which is zero up to round-off"
+    return "stable", f"{why}, but int Sigma(u) is convex, so that two solutions never move apart{convex}"
 
 
 def _climbs(steady: SteadyStates) -> bool:
-    """Whether sigma has the sign of its argument, seen from its one zero: then int Sigma(u) is least there."""
-    # Having no other zero, sigma has one sign on each side.
+    """Whether sigma rises through its one zero, so that int Sigma(u) is least there."""
+    # As sigma has no other zero, it has one sign on each side.
     return bool(np.all(np.array([-1, 1]) * steady.problem.activation(steady.zeros[0] + np.array([-1e-3, 1e-3])) > 0))
-
-
-# -- the linearised flow ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EigenExpansion:
-    """`w(t) = w_0 + sum_l c_l exp(-sigma'(0) omega_l t) v_l`, the solution of w_t = -sigma'(0) B w of 3.2.
-
-    v_l are the eigenfunctions of B in R(B), B v_l = omega_l v_l, and w_0 is the part of w(0) in N(B), along R(B). For
-    B = B^T they are orthonormal and c_l = (w(0), v_l). Of a gradient flow it is w_t = -B^T sigma'(u_inf) B w with 1 for
-    sigma'(0), and v_l orthonormal in R(B^T). Get one from `eigen_expansion`.
-
-    Attributes
-    ----------
-    problem : AutonomousProblem
-    slope : float
-        sigma'(0), or 1.
-    eigenvalues : numpy.ndarray
-        omega_l, complex, shape (r,).
-    vectors : numpy.ndarray
-        (phi_k, v_l), or (psi_k, v_l) of a gradient flow, complex, shape (r, r): coordinates of the eigenfunctions.
-    coefficients : numpy.ndarray
-        c_l, complex, shape (r, samples).
-    at_rest : Function
-        w_0.
-    """
-
-    problem: AutonomousProblem
-    slope: float
-    eigenvalues: np.ndarray
-    vectors: np.ndarray
-    coefficients: np.ndarray
-    at_rest: fd.Function
-
-    def __call__(self, t: float) -> fd.Function:
-        """w(t), t >= 0, a new Function. Collective.
-
-        Raises
-        ------
-        ValueError
-            If t is no such number, or so large that w(t) overflows.
-        """
-        Y = self.problem.Y
-        same(Y.comm, t=t)
-        t = number("t", t, least=0)
-        with np.errstate(over="ignore", invalid="ignore"):
-            factors = np.exp(-self.slope * self.eigenvalues * t)[:, None]
-        if not np.isfinite(factors).all():
-            raise ValueError(f"t: w(t) overflows, got {t!r}")
-        moving = _values_of(self.problem)((self.vectors @ (factors * self.coefficients)).real)
-        return Y.batch(Y.values(self.at_rest) + moving)
-
-
-def _values_of(problem: AutonomousProblem) -> Callable[[np.ndarray], np.ndarray]:
-    """From coordinates of eigenfunctions to values."""
-    return problem.system.right_values if problem.gradient_flow else problem.system.left_values
-
-
-@supports(*HELD, *STEPPED, "gradient_flow")
-def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float | None = None) -> EigenExpansion:
-    """The linearised flow about a steady state, in eigenfunctions of B, or of B^T sigma'(u_inf) B. Collective.
-
-    Parameters
-    ----------
-    net, at
-        As for `stability_verdict`.
-    perturbation
-        w(0) = f_I - f_inf, a Function of `Y.V` or a batch.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `perturbation` does not fit; if sigma has no slope where it vanishes, a gradient flow no steady state, or B no
-        basis of eigenfunctions: T is singular, or eigenvectors of D T are dependent (of a condition above 1e8).
-    """
-    steady = find_steady_states(net, at)
-    problem, system = steady.problem, steady.problem.system
-    slopes, values = _slopes(steady), problem.read(perturbation, "perturbation")
-    if not np.isfinite(slopes).all():
-        what = (
-            f"there is no steady state: {steady.reason}"
-            if problem.gradient_flow and not steady.exist
-            else (f"{problem.activation.name} has no slope where it vanishes, so there is no linearisation")
-        )
-        raise ValueError(f"net: {what}")
-    if problem.gradient_flow:
-        S, D = problem.generator.weighted(slopes * np.ones(problem.Y.nodes)), system.values
-        omega, vectors = np.linalg.eigh(D[:, None] * (S + S.T) / 2 * D)
-        slope, onto = 1.0, vectors
-    else:
-        omega, vectors = np.linalg.eig(system.matrix)
-        slope, onto = slopes, system.gram.T @ vectors
-    if system.rank and not (np.linalg.cond(onto) < _WORST_BASIS and np.linalg.cond(vectors) < _WORST_BASIS):
-        raise ValueError(
-            f"net: B has no basis of eigenfunctions to compute with; smallest singular value of T {system.gram_minimum:.1e}"
-        )
-    # (psi, w) = T^T X c for the part of w in R(B), sum_l c_l v_l; the rest has (psi, w_0) = 0. Of a gradient flow it is X c.
-    c = np.linalg.solve(onto, system.right_coefficients(values).astype(complex))
-    at_rest = problem.Y.batch(values - _values_of(problem)((vectors @ c).real))
-    return EigenExpansion(problem, slope, omega.astype(complex), vectors.astype(complex), c, at_rest)
-
-
-# -- what a simulation shows -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Decay:
-    """How u decays in a simulation. Get one from `observed_decay`.
-
-    Attributes
-    ----------
-    times : numpy.ndarray
-        t_0 .. t_L, shape (L + 1,).
-    sizes : numpy.ndarray
-        Norm of u, less that of the steady state, shape (L + 1, samples): that of its coordinates in eigenvectors of D T^T, or
-        D^2 S of a gradient flow, equivalent to the norm of L2(Y), in which a pair of complex eigenvalues does not swing.
-    used : numpy.ndarray
-        Which times the fit has taken, shape (L + 1, samples), bool.
-    predicted : float
-        `Stability.rate`.
-    """
-
-    times: np.ndarray
-    sizes: np.ndarray
-    used: np.ndarray
-    predicted: float
-
-    @cached_property
-    def rates(self) -> np.ndarray:
-        """Minus the slope of log |u| over t, by least squares, shape (samples,); NaN from less than three times."""
-        return np.array(
-            [
-                -np.polyfit(self.times[keep], np.log(size[keep]), 1)[0] if keep.sum() > 2 else np.nan
-                for size, keep in zip(self.sizes.T, self.used.T)
-            ]
-        )
-
-
-# With bases of each layer a network is not known to be autonomous.
-@supports(
-    "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED,
-    "gradient_flow",
-)  # fmt: skip
-def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
-    """Run an autonomous network, and fit the exponential rate at which u decays in the end. Collective.
-
-    The fit takes the second half of the time up to which u is above round-off. Its rate is that of Theorem 3.4 if by
-    then u is small, so that sigma is linear there, and the fastest of what is left has gone; and if the steps are
-    short: a method's own rate is that of its stability function. u is taken by its coordinates u_l of (3.5a), (3.5b), less
-    those of the steady state.
-
-    Parameters
-    ----------
-    net
-        The network; its layer times are those of the fit.
-    initial
-        f_I, a Function of `Y.V` or a batch. It is run without being recorded unless annotation is on.
-
-    Raises
-    ------
-    ValueError
-        If the network depends on t.
-    """
-    stability = stability_verdict(net)
-    problem, system, steady = stability.problem, stability.problem.system, stability.steady
-    A = _linearised(steady)
-    vectors = np.linalg.eig(A)[1] if np.isfinite(A).all() else np.eye(system.rank)
-    if not np.linalg.cond(vectors) < _WORST_BASIS:
-        vectors = np.eye(system.rank)
-    bias = system.left_coefficients(problem.bias[:, None])
-    if not steady.exist or steady.zeros is None and steady.minimiser is None:
-        rest = 0 * bias
-    elif steady.minimiser is None:
-        rest = system.left_coefficients(np.full((problem.Y.nodes, 1), min(steady.zeros, key=abs)))
-    else:
-        rest = bias - (system.values * steady.minimiser)[:, None]
-    states = net.run(initial).states()
-    coordinates = (bias - rest - system.values[:, None] * system.right_coefficients(net.Y.values(f)) for f in states)
-    sizes = np.array([np.linalg.norm(np.linalg.solve(vectors, u), axis=0) for u in coordinates])
-    times = net.times
-    # Below this u = a - B f is what round-off leaves of a and B f.
-    above = sizes > 1e-10 * (sizes.max(axis=0) + np.linalg.norm(bias))
-    last = np.array([times[keep].max(initial=0.0) for keep in above.T])
-    return Decay(times, sizes, above & (times[:, None] >= last / 2), stability.rate)

@@ -188,7 +188,7 @@ def test_the_partition_does_not_change_what_is_measured(space):
 
 def test_what_was_not_measured_is_refused():
     monitor = EnergyMonitor(network(square()))
-    with pytest.raises(ValueError, match="name: nothing was measured yet: let follow_trajectory call"):
+    with pytest.raises(ValueError, match="EnergyMonitor: nothing was measured yet; give it to follow_trajectory"):
         monitor.statements()
     follow_trajectory(monitor._net, start(monitor._net), monitor)
     with pytest.raises(ValueError, match="name: expected one of 'size', 'primitive', .*, got 'energy'"):
@@ -334,7 +334,7 @@ def test_no_limit_is_given_where_none_is_known_and_the_reason_is_said():
     for options, activation, says in [
         ({"ts_type": "dirk"}, "tanh", "no statement about this method"),
         ({"ts_type": "cn"}, "tanh", "no statement about this method"),
-        ({"ts_rk_type": "8vr"}, "tanh", "the constant of a method of 12 stages is not looked for"),
+        ({"ts_rk_type": "8vr"}, "tanh", "the constant of a method of 12 stages is not computed"),
         ({}, get_activation("tanh"), ""),
     ]:
         limit = energy_step_limit(network(square(), activation=activation, solver_parameters=options))
@@ -342,10 +342,10 @@ def test_no_limit_is_given_where_none_is_known_and_the_reason_is_said():
     net = network(-square(), solver_parameters=DISCRETE_GRADIENT)
     limit = energy_step_limit(net)
     assert net.tableau is None and limit.primitive == 0
-    assert limit.why["primitive"] == "the discrete gradient takes any step, but it wants B_s >= 0"
+    assert limit.why["primitive"] == "the discrete gradient allows any step, but the network lacks: B_s >= 0"
 
 
 def test_a_run_of_another_network_is_refused():
     net, other = (network(square(seed=seed)) for seed in (0, 1))
-    with pytest.raises(ValueError, match="run: expected one of ResidualNetwork.*"):
+    with pytest.raises(ValueError, match="run: expected a run of ResidualNetwork.*"):
         EnergyMonitor(net).watch(other.run(start(other)))

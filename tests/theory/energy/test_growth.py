@@ -21,7 +21,8 @@ from fem_resnet import (
     get_activation,
     given_basis,
 )  # fmt: skip
-from fem_resnet.theory.energy.growth import MARGIN, supremum
+from fem_resnet.theory.energy.growth import supremum
+from fem_resnet.theory.energy.growth_fit import MARGIN
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -283,7 +284,7 @@ def test_a_ratio_is_that_of_the_growth_beyond_the_start():
     falling = by_name(followed(network(np.eye(4), "identity"), steps=2))["Proposition 3.5"]
     assert falling.applies and falling.ratio < 0
     still = by_name(followed(network(np.zeros((1, 1)), "relu"), steps=1))["Proposition 3.5"]
-    assert still.ratio == 0 and "up to 0 of the growth allowed" in str(still)
+    assert still.ratio == 0 and "by up to 0 of what the bound allows" in str(still)
 
 
 def times_and_norms(net, steps):
@@ -297,14 +298,14 @@ def test_supremum_of_bounded_activations():
         assert_allclose(supremum(get_activation(activation)), wanted, rtol=1e-14)
     # From above where it is no limit, by half a spacing times the slope.
     assert 1 <= supremum(Activation.from_sympy(sympy.sin(s))) < 1.01
-    with pytest.raises(ValueError, match="activation: expected a bounded one, got relu"):
+    with pytest.raises(ValueError, match="activation: expected a bounded activation, got relu"):
         supremum(get_activation("relu"))
 
 
 def test_what_cannot_be_fitted_or_was_not_measured_is_refused():
     with pytest.raises(ValueError, match=r"norms: expected numbers of shape \(4, samples\)"):
         fit_growth([0.0, 1.0, 2.0, 3.0], np.ones(4))
-    with pytest.raises(ValueError, match="norms: positive and finite ones"):
+    with pytest.raises(ValueError, match="norms: expected positive and finite norms at positive times"):
         fit_growth([0.0, 1.0, 2.0, 3.0], np.zeros((4, 1)))
     monitor = GrowthMonitor(network(np.eye(1), "relu"))
     with pytest.raises(ValueError, match="nothing was measured"):

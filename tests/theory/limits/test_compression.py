@@ -11,6 +11,7 @@ from problems import gathered, polynomials
 
 from fem_resnet import (
     Compression,
+    KernelSampling,
     LabelSpace,
     LowRankKernel,
     ResidualNetwork,
@@ -26,7 +27,8 @@ from fem_resnet.theory.limits.kernel_values import KernelValues, draw_pairs
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
 #: By either way: all values are affordable, or none is.
-WAYS = {"svd": 10**9, "cross": 0}
+CROSSES = KernelSampling(affordable=0)
+WAYS = {"svd": KernelSampling(affordable=10**9), "cross": CROSSES}
 #: Label domains of y and of z.
 PAIRS = {
     "disk": (("disk", "DG0", 2), None),
@@ -104,7 +106,7 @@ def test_a_repeated_singular_value_is_not_cut():
     for cut in (2, 4):
         # What is left at an even rank, but one more is kept.
         tolerance = 1.01 * np.linalg.norm(s[cut:]) / np.linalg.norm(s)
-        for method in (compress(matrix, tolerance, Y), compress(matrix, tolerance, Y, affordable=0)):
+        for method in (compress(matrix, tolerance, Y), compress(matrix, tolerance, Y, sampling=CROSSES)):
             assert method.rank == cut + 1 and abs(s[cut] - s[cut - 1]) < 1e-12
 
 
@@ -151,7 +153,7 @@ def test_a_method_that_does_not_converge_says_what_to_do():
 def test_cross_approximation_is_within_the_tolerance_and_its_confidence(which, tolerance):
     """Against the whole: the true error is below the sampled limit, and that near enough to be of use."""
     Y, Z = spaces(which)
-    found = compress(lopsided, tolerance, Y, Z, affordable=0)
+    found = compress(lopsided, tolerance, Y, Z, sampling=CROSSES)
     true = np.linalg.norm(everything(Y, Z) - approximation(found))
     assert found.method == "cross" and found.confidence == 0.99
     assert true <= found.hilbert_schmidt.value <= tolerance * found.norm
@@ -180,7 +182,7 @@ def exceeded(b, tolerance, seeds, Y) -> list[float]:
     """True errors in parts of what is stated, for each seed; what is stated is always within the tolerance."""
     whole, parts = everything(Y, Y, b), []
     for seed in seeds:
-        found = compress(b, tolerance, Y, affordable=0, seed=seed)
+        found = compress(b, tolerance, Y, sampling=KernelSampling(affordable=0, seed=seed))
         assert found.hilbert_schmidt.value <= tolerance * found.norm
         parts.append(np.linalg.norm(whole - approximation(found)) / found.hilbert_schmidt.value)
     return parts
@@ -203,16 +205,16 @@ def test_the_stated_error_holds_for_200_seeds(b, tolerance, space):
 
 def test_a_tolerance_that_is_not_known_to_be_met_is_an_error(monkeypatch):
     """It was a line in the log, and the kernel was returned."""
-    monkeypatch.setattr("fem_resnet.theory.limits.compression.FACTOR", 100.0)
+    monkeypatch.setattr("fem_resnet.theory.limits.crosses.FACTOR", 100.0)
     wanted = (
         r"^compress: at rank \d+ the error is only known to be below [0-9.]+ of the norm, with confidence 0.99; expected 0.01"
     )
     with pytest.raises(RuntimeError, match=wanted):
-        compress(gauss, 1e-2, label_space("annulus", "DG0"), affordable=0)
+        compress(gauss, 1e-2, label_space("annulus", "DG0"), sampling=CROSSES)
 
 
 def test_crosses_see_few_values_and_the_rank_does_not_know_the_mesh():
-    coarse, fine = (compress(gauss, 1e-3, label_space("sphere", "DG0", n), affordable=0) for n in (2, 3))
+    coarse, fine = (compress(gauss, 1e-3, label_space("sphere", "DG0", n), sampling=CROSSES) for n in (2, 3))
     N = fine.kernel.phi.Y.size
     assert N == 1280 and fine.evaluations < 0.15 * N**2
     assert abs(fine.rank - coarse.rank) <= 2
@@ -229,7 +231,7 @@ def test_a_part_that_no_cross_meets_is_found_by_the_pairs():
         sectors = (np.floor(np.arctan2(x[..., 1], x[..., 0]) / (np.pi / 4) + 0.1) for x in (y, z))
         return gauss(y, z) * np.equal(*sectors)
 
-    found = compress(patches, 1e-4, Y, affordable=0)
+    found = compress(patches, 1e-4, Y, sampling=CROSSES)
     assert np.linalg.norm(everything(Y, Y, patches) - approximation(found)) < 1e-4 * found.norm
 
 
@@ -258,7 +260,7 @@ def test_the_limit_of_a_mean_holds_as_often_as_it_says():
 @on_ranks
 def test_the_part_where_the_residual_is_larger_is_as_small_as_it_says():
     Y = label_space("sphere", "DG0", 2)
-    found = compress(gauss, 1e-2, Y, affordable=0)
+    found = compress(gauss, 1e-2, Y, sampling=CROSSES)
     largest, part = found.exceeded
     w = gathered(Y, Y.weights)
     residual = np.abs(everything(Y, Y, gauss) - approximation(found)) / np.sqrt(np.outer(w, w))
@@ -270,7 +272,7 @@ def test_the_part_where_the_residual_is_larger_is_as_small_as_it_says():
 def test_the_kernel_does_not_depend_on_the_partition(way):
     """Pivots are the same, also where many nodes are alike, so that crosses agree to round-off, not to a tolerance."""
     for which, b in ((("disk", "DG0", 2), lopsided), (("annulus", "CG1", 1), gauss), (("sphere", "DG0", 1), gauss)):
-        found = [compress(b, 1e-3, label_space(*which, alone=alone), affordable=WAYS[way]) for alone in (False, True)]
+        found = [compress(b, 1e-3, label_space(*which, alone=alone), sampling=WAYS[way]) for alone in (False, True)]
         np.testing.assert_allclose(*map(approximation, found), atol=1e-9)
         errors = [(x.hilbert_schmidt.value, x.operator.value, x.norm, *x.singular_values, x.evaluations) for x in found]
         np.testing.assert_allclose(*errors, rtol=1e-6)
@@ -320,7 +322,7 @@ def test_callback_expression_and_matrix_are_the_same_kernel(way):
     matrix = lopsided(places[0][:, None], places[1][None])
     expected = everything(Y, Z)
     for kernel in (lopsided, (expression, y, z), (fd.replace(expression, {z: constant}), y, constant), matrix):
-        found = compress(kernel, 1e-8, Y, Z, affordable=WAYS[way])
+        found = compress(kernel, 1e-8, Y, Z, sampling=WAYS[way])
         assert np.linalg.norm(approximation(found) - expected) < 1e-8 * found.norm
 
 
@@ -377,11 +379,11 @@ def test_what_is_no_kernel_is_refused_by_name():
     y, z = fd.SpatialCoordinate(Y.V.mesh()), fd.Constant([0.0, 0.0])
     with pytest.raises(ValueError, match="tolerance: expected a number > 0 and < 1, got 1"):
         compress(gauss, 1, Y)
-    with pytest.raises(ValueError, match="confidence: a number > 0 and < 1"):
-        compress(gauss, 0.1, Y, confidence=99)
+    with pytest.raises(ValueError, match="confidence: expected a number > 0 and < 1"):
+        compress(gauss, 0.1, Y, sampling=KernelSampling(confidence=99))
     with pytest.raises(TypeError, match="Y: expected a LabelSpace, got NoneType"):
         compress(gauss, 0.1)
-    with pytest.raises(ValueError, match="beta: it belongs to a LowRankKernel"):
+    with pytest.raises(ValueError, match="beta: expected None, as coefficients belong to a LowRankKernel"):
         compress(gauss, 0.1, Y, beta=np.eye(2))
     with pytest.raises(ValueError, match=r"beta: expected numbers of shape \(3, 3\)"):
         compress(LowRankKernel(polynomials(Y), polynomials(Y)), 0.1, beta=np.eye(2))
@@ -390,14 +392,14 @@ def test_what_is_no_kernel_is_refused_by_name():
     with pytest.raises(ValueError, match="kernel: it is zero"):
         compress(lambda y, z: 0 * gauss(y, z), 0.1, Y)
     with pytest.raises(ValueError, match="kernel: it is zero"):
-        compress(lambda y, z: 0 * gauss(y, z), 0.1, Y, affordable=0)
-    with np.errstate(divide="ignore"), pytest.raises(ValueError, match="kernel: it has values that are not finite"):
+        compress(lambda y, z: 0 * gauss(y, z), 0.1, Y, sampling=CROSSES)
+    with np.errstate(divide="ignore"), pytest.raises(ValueError, match="kernel: expected finite values"):
         compress(lambda y, z: 1 / ((y - z) ** 2).sum(axis=-1), 0.1, Y)
-    with pytest.raises(ValueError, match="as sums over the last axis give them"):
+    with pytest.raises(ValueError, match="such as a sum over the last axis"):
         compress(lambda y, z: y - z, 0.1, Y)
-    with pytest.raises(ValueError, match="kernel: y and z are one symbol"):
+    with pytest.raises(ValueError, match="kernel: expected two symbols y and z, got the same one twice"):
         compress((fd.dot(y, y), y, y), 0.1, Y)
-    with pytest.raises(ValueError, match="its argument z is to be a SpatialCoordinate or a Constant"):
+    with pytest.raises(ValueError, match="kernel: expected a SpatialCoordinate or a Constant of shape .* as the argument z"):
         compress((fd.dot(y, y), y, fd.Constant(0.0)), 0.1, Y)
     with pytest.raises(ValueError, match="kernel: expected a scalar expression"):
         compress((y - z, y, z), 0.1, Y)
@@ -411,4 +413,4 @@ def test_what_is_no_kernel_is_refused_by_name():
 def test_a_kernel_of_too_large_a_rank_is_refused_with_what_was_reached(way):
     Y = label_space("disk", "DG0", 2)
     with pytest.raises(RuntimeError, match="larger 'largest_rank'"):
-        compress(lambda y, z: gauss(20 * y, 20 * z), 1e-6, Y, affordable=WAYS[way], largest_rank=9)
+        compress(lambda y, z: gauss(20 * y, 20 * z), 1e-6, Y, sampling=WAYS[way], largest_rank=9)

@@ -5,7 +5,10 @@ coordinates, in which smooth data have spectral accuracy, and Runge-Kutta steps 
 package is in them.
 """
 
+import runpy
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import firedrake as fd
 import numpy as np
@@ -20,6 +23,7 @@ from scipy.sparse.linalg import svds
 
 from fem_resnet import (
     Basis,
+    KernelSampling,
     LabelSpace,
     ResidualNetwork,
     compress,
@@ -276,56 +280,25 @@ def test_coefficients_without_a_bound_have_another_limit_than_their_pointwise_on
 
 
 # -- Theorem 2.2: width ----------------------------------------------------------------------------------------------
-# Smooth data, as functions of the coordinates, of points in the plane or in space; x is the first, v the last of them.
+# Smooth data, Gauss points and the irregular mesh are those of the demo. Data are functions of the coordinates of points in
+# the plane or in space; x is the first coordinate, v the last one.
+
+demo = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "demos" / "limits.py")))
+bias, kernel, start, end = demo.bias, demo.kernel, demo.start, demo.end
 
 
-def bias(y):
-    return np.sin(y[..., 0] + 2 * y[..., -1])
-
-
-def kernel(y, z):
-    return np.exp(-((y - z) ** 2).sum(axis=-1)) * (1 + 0.5 * y[..., 0] - z[..., -1])
-
-
-def start(y):
-    return np.cos(y[..., 0]) + y[..., -1] ** 2
-
-
-def end(y):
-    """r(T) of a functional int r(T) f(T) dy."""
-    return 1 + y[..., 0] * y[..., -1]
-
-
-def _gauss(n, low, high):
-    x, w = np.polynomial.legendre.leggauss(n)
-    return (low + high) / 2 + (high - low) / 2 * x, (high - low) / 2 * w
-
-
-def _polar(low, n=10):
-    r, w = _gauss(n, low, 1)
-    phi = 2 * np.pi * np.arange(2 * n) / (2 * n)
-    points = np.stack([np.outer(r, np.cos(phi)), np.outer(r, np.sin(phi))], axis=-1).reshape(-1, 2)
-    return points, np.outer(w * r, np.full(2 * n, np.pi / n)).ravel()
-
-
-def _spherical(n=10):
-    c, w = _gauss(n, -1, 1)
-    phi, s = 2 * np.pi * np.arange(2 * n) / (2 * n), np.sqrt(1 - c**2)
-    points = np.stack([np.outer(s, np.cos(phi)), np.outer(s, np.sin(phi)), np.outer(c, np.ones(2 * n))], axis=-1)
-    return points.reshape(-1, 3), np.outer(w, np.full(2 * n, np.pi / n)).ravel()
-
-
-def _square(n=10, cuts=(0.0, 1.0)):
-    x, w = np.hstack([_gauss(n, *piece) for piece in zip(cuts[:-1], cuts[1:])])
-    y, v = _gauss(n, 0, 1)
+def split_square(cut, n=10):
+    """Gauss points and weights on the unit square, on both sides of x = cut."""
+    x, w = np.hstack([demo.gauss(n, 0, cut), demo.gauss(n, cut, 1)])
+    y, v = demo.gauss(n, 0, 1)
     return np.stack(np.meshgrid(x, y, indexing="ij"), axis=-1).reshape(-1, 2), np.outer(w, v).ravel()
 
 
 QUADRATURE = {
-    "disk": lambda: _polar(0.0),
-    "annulus": lambda: _polar(0.4),
-    "sphere": _spherical,
-    "irregular": _square,
+    "disk": lambda: demo.round_points((0, 1)),
+    "annulus": lambda: demo.round_points((0.4, 1)),
+    "sphere": demo.round_points,
+    "irregular": demo.square_points,
 }
 
 
@@ -368,15 +341,7 @@ class Continuum:
 
 @cache
 def irregular(n):
-    """A square of triangles whose inner vertices are moved by up to a third of their distance, no two alike."""
-    mesh = fd.UnitSquareMesh(n, n)
-    x = mesh.coordinates.dat.data_ro
-    inner = ((x > 1e-9) & (x < 1 - 1e-9)).all(axis=1)
-    # By the coordinates alone, so that no partition changes it.
-    moves = np.modf(np.sin(np.round(x, 9) @ [[12.9898, 39.346], [78.233, 11.135]]) * 437.5453)[0]
-    moved = fd.Function(mesh.coordinates)
-    moved.dat.data_wo[:] = x + 0.3 / n * moves * inner[:, None]
-    return LabelSpace(fd.FunctionSpace(fd.Mesh(moved), "DG", 0))
+    return LabelSpace(fd.FunctionSpace(demo.irregular_mesh(n), "DG", 0))
 
 
 #: (label spaces, each of half the mesh size of the one before)
@@ -394,7 +359,7 @@ def partition(mesh):
 
 def network(Y, b=kernel, a=bias, steps=3, **options):
     """One with these functions' values at the midpoints: (2.6) at all times."""
-    found = compress(b, 1e-9, Y, affordable=0)
+    found = compress(b, 1e-9, Y, sampling=KernelSampling(affordable=0))
     net = ResidualNetwork(
         found.kernel.phi, found.kernel.psi, layers=1, final_time=T, steps=steps, solver_parameters=RK8, **options
     )
@@ -513,7 +478,7 @@ def test_partitions_of_random_lengths_converge_with_the_largest_of_them(seed):
 
 
 def _interval(n=10):
-    x, w = _gauss(n, 0, 1)
+    x, w = demo.gauss(n, 0, 1)
     return x[:, None], w
 
 
@@ -526,7 +491,7 @@ def test_a_kernel_that_jumps_in_y_converges_at_order_one_half():
     def jumping(y, z):
         return kernel(y, z) * (1 + 2 * (y[..., 0] > CUT))
 
-    exact = Continuum(_square(cuts=(0.0, CUT, 1.0)), jumping)
+    exact = Continuum(split_square(CUT), jumping)
     found, sizes = [], []
     for n in (6, 12, 24, 48):
         Y = irregular(n)
@@ -545,7 +510,7 @@ def test_a_kernel_that_jumps_along_the_diagonal_loses_order_in_its_means():
     def volterra(y, z):
         return 2.0 * (z[..., 0] < y[..., 0]) * (1 + z[..., 1])
 
-    points, weights = _square()
+    points, weights = demo.square_points()
     exact = Continuum((points, np.ones(len(weights))), lambda y, z: _volterra_weights(y, weights, points))
     found, sizes = [], []
     for n in (4, 8, 16):
@@ -563,7 +528,7 @@ def test_a_kernel_that_jumps_along_the_diagonal_loses_order_in_its_means():
 def _volterra_weights(y, weights, points, n=10):
     """2 int_0^(y_1) int_0^1 l(z) (1 + z_2) dz for the polynomials l that are one at one quadrature point."""
     y = np.broadcast_to(y, (y.shape[0], 1, 2))[:, 0]
-    x, w = _gauss(n, 0, 1)
+    x, w = demo.gauss(n, 0, 1)
     # Legendre polynomials through the points, and their integrals from 0.
     series = np.linalg.inv(np.polynomial.legendre.legvander(2 * x - 1, n - 1))
     antiderivatives = np.polynomial.legendre.legint(series, lbnd=-1) / 2
@@ -800,9 +765,9 @@ def test_what_has_no_limit_here_is_refused():
         depth_limit(own_network(), net.Y.batch(smooth(net.Y)), halvings=-1)
     spaces = [label_space("disk", "CG1", n) for n in (1, 2)]
     in_basis = own_network(bias=net.bases["phi"][0])
-    with pytest.raises(ValueError, match="spaces: at least two LabelSpaces"):
+    with pytest.raises(ValueError, match="spaces: expected at least two LabelSpaces"):
         width_limit(in_basis, start, spaces[:1])
-    with pytest.raises(ValueError, match="spaces: they are to become finer"):
+    with pytest.raises(ValueError, match="spaces: expected falling mesh sizes"):
         width_limit(in_basis, start, spaces[::-1])
     with pytest.raises(ValueError, match="^width_limit: it does not take a bias with a value at every node"):
         width_limit(own_network(), start, spaces)

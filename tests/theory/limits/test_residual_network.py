@@ -159,7 +159,7 @@ def test_layers_of_own_bases_have_own_matrices():
 )
 def test_other_schemes_are_refused_with_the_reason(parameters):
     net = network(solver_parameters=parameters)
-    with pytest.raises(ValueError, match="one sigma, of the state at the layer's start, which is Euler's method alone"):
+    with pytest.raises(ValueError, match="net: expected Euler's method, got .* one sigma is taken of the state at the start"):
         to_network(net)
 
 
@@ -177,13 +177,13 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
         from_network(a, B, z_0, [1.0] * Y.size)
     with pytest.raises(ValueError, match="expected DG of degree 0, which cell indicators span"):
         from_network(a, B, z_0, label_space("disk", "CG1"))
-    with pytest.raises(ValueError, match="z_0: expected shape .*, one row a cell"):
+    with pytest.raises(ValueError, match="z_0: expected shape .*, with a row for each cell"):
         from_network(a, B, z_0.T, Y)
-    with pytest.raises(ValueError, match="a: shape .* for L >= 1 layers"):
+    with pytest.raises(ValueError, match="a: expected shape .* for L >= 1 layers"):
         from_network(a[:, 1:], B, z_0, Y)
-    with pytest.raises(ValueError, match="B: shape .* for L >= 1 layers"):
+    with pytest.raises(ValueError, match="B: expected shape .* for L >= 1 layers"):
         from_network(a, B[:, 1:], z_0, Y)
-    with pytest.raises(ValueError, match=r"a, B: expected one number of layers, got \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"a, B: expected the same number of layers, got \[4, 3\]"):
         from_network(a, B[1:], z_0, Y)
     with pytest.raises(ValueError, match="tau: expected positive numbers"):
         from_network(a, B, z_0, Y, tau=[0.1, 0.2, -0.1, 0.1])

@@ -513,18 +513,20 @@ def test_arguments_that_do_not_fit_are_refused():
     flow = flow_of()
     net, w = flow.net, batch(flow.net)
     for interval, message in [
-        ((0, 4), "end: an integer from 0 to 3"), ((2, 1), "end: an integer from 2 to 3"), ((-1, 2), "start: an integer from 0 to 3"),
-        ((0.5, 1), "start: an integer from 0 to 3"),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=f"^expected {message}"):
+        ((0, 4), "end: expected an integer from 0 to 3"),
+        ((2, 1), "end: expected an integer from 2 to 3"),
+        ((-1, 2), "start: expected an integer from 0 to 3"),
+        ((0.5, 1), "start: expected an integer from 0 to 3"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
             flow.tangent(w, *interval)
     with pytest.raises(ValueError, match="^sample: expected an integer from 0 to 0, got 1"):
         flow.propagator(sample=1)
-    with pytest.raises(ValueError, match="^direction: a Function of"):
+    with pytest.raises(ValueError, match="^direction: expected a Function of"):
         flow.tangent(batch(net, samples=2))
     with pytest.raises(ValueError, match="^earlier: expected a propagator to t = 0.2 with the same basis"):
         _ = flow.propagator(1, 2) @ flow.propagator(0, 2)
-    with pytest.raises(ValueError, match="^k: singular value 0 is .*; one that is not 1, which has a function,"):
+    with pytest.raises(ValueError, match="^k: expected the number of a singular value that is not 1 .*; number 0 is"):
         flow.propagator(1, 1).singular_function()
     with pytest.raises(ValueError, match="PETSc has no adjoint of its method 'bdf'"):
         flow_of(kind="no adjoint", samples=2).adjoint(batch(net, samples=2))
@@ -534,7 +536,7 @@ def test_arguments_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="^directions: expected 6 Functions of the spaces of .*, got 1"):
         duhamel(trajectory, [w])
     relu = network(activation="relu")
-    with pytest.raises(ValueError, match="^trajectory: expected sigma' > 0 that does not jump, that of relu"):
+    with pytest.raises(ValueError, match="^trajectory: expected an activation with a continuous sigma' > 0, got relu"):
         weighted_identity(solve_trajectory(relu, w, steps=2), w)
 
 

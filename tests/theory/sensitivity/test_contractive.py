@@ -345,7 +345,7 @@ def test_the_bounds_are_sharp_for_growth_of_rank_one():
 def test_what_has_no_bound_is_refused():
     with pytest.raises(ValueError, match="^lipschitz_bound: it does not take adapted time steps"):
         lipschitz_bound(network(solver_parameters={"ts_adapt_type": "basic"}))
-    with pytest.raises(ValueError, match="^net: PETSc does not give the coefficients of 'dirk' away"):
+    with pytest.raises(ValueError, match="^net: expected 'ts_type' 'rk', .*, got 'dirk', whose coefficients PETSc"):
         lipschitz_bound(network(solver_parameters=options("dirk")))
 
 

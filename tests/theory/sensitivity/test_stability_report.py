@@ -178,7 +178,7 @@ def test_where_no_number_of_steps_helps_that_is_said():
     net = linear(("disk", "CG1"), [-1.0, 0.0], layers=1, final_time=40.0, solver_parameters=EULER)
     report = stability_report(net, initial(net))
     assert report.layers[0].wanted_steps is None
-    assert f"so it is with {MORE_STEPS} times as many" in next(s.text for s in report.suggestions if s.kind == "step")
+    assert f"also with {MORE_STEPS} times as many steps" in next(s.text for s in report.suggestions if s.kind == "step")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_arguments_that_do_not_fit_are_refused():
     f = initial(net)
     with pytest.raises(ValueError, match="^stability_report: it does not take a network without layers"):
         stability_report(ResidualNetwork(laplace("disk", "CG1", 4), layers=0), f)
-    with pytest.raises(ValueError, match="^terminal: a Function of"):
+    with pytest.raises(ValueError, match="^terminal: expected a Function of"):
         stability_report(net, f, terminal=initial(net, 2))
-    with pytest.raises(ValueError, match="^terminal: it is zero, so that no gradient is to be seen"):
+    with pytest.raises(ValueError, match="^terminal: expected a co-state that is not zero"):
         stability_report(net, f, terminal=net.Y.batch(0 * net.Y.weights))
