@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from numbers import Real
 from types import NoneType
 
@@ -19,7 +20,7 @@ from petsc4py import PETSc
 
 from fem_resnet.arguments import instance
 
-__all__ = ["checked_options", "checked_prefix", "last_words", "petsc_refusals", "refuse_unread", "unread"]
+__all__ = ["checked_options", "checked_prefix", "last_words", "petsc_refusals", "reason_name", "refuse_unread", "unread"]
 
 _NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 #: Options that are read when there is something to see.
@@ -133,3 +134,34 @@ def petsc_refusals(given: Mapping[str, object], name: str = "solver_parameters")
 def last_words(error: PETSc.Error) -> str:
     """The line of PETSc's message that says what is wrong."""
     return str(error).splitlines()[-1].partition("] ")[2]
+
+
+def reason_name(kind: type, reason: int) -> str:
+    """PETSc's name of the reason why a solver ended, such as "DIVERGED_MAX_IT".
+
+    Parameters
+    ----------
+    kind
+        The class of the solver, in petsc4py or slepc4py, such as `PETSc.TS`.
+    reason
+        The number that its ``getConvergedReason`` returns.
+
+    Returns
+    -------
+    str
+        The name, or the number in words where the class has no name for it.
+
+    Examples
+    --------
+    >>> reason_name(PETSc.KSP, 2)
+    'CONVERGED_RTOL'
+    """
+    return _names_of_reasons(kind).get(reason, f"PETSc's reason {reason}")
+
+
+@cache
+def _names_of_reasons(kind: type) -> dict[int, str]:
+    names = kind.ConvergedReason  # type: ignore[attr-defined]  # each solver has it, and PETSc declares no base class that does
+    # petsc4py lacks one name, that of an adjoint.
+    missing = {-4: "ADJOINT_DIVERGED_LINEAR_SOLVE"} if kind is PETSc.TS else {}
+    return missing | {getattr(names, name): name for name in dir(names) if name.isupper()}
