@@ -182,9 +182,9 @@ def _upper(H: Hamiltonian, A: ControlSet, pair: Pair) -> np.ndarray:
 
 
 def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: int = 16) -> np.ndarray:
-    """The maximum over a pool of rows of sum_s sigma(T_s(row)) r_s at each node, which rises as the pool grows: shape (nodes,).
+    """The maximum over a pool of rows of sum_s sigma(T_s(row)) r_s at each node, shape (nodes,).
 
-    Each time `new` rows come, for the nodes where the bracket is widest.
+    It rises as the pool grows. Each time `new` rows come, for the nodes where the bracket is widest.
     """
     Y, (f, r) = H.Y, (pair.f, pair.r)
     best, best_T = np.full(Y.nodes, -np.inf), np.zeros_like(r)

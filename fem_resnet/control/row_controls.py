@@ -21,7 +21,15 @@ import numpy as np
 from fem_resnet.arguments import instance, integer
 from fem_resnet.control.controls import Controls
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair
-from fem_resnet.control.row_sets import RowBall, RowBox, SpanBox, controls_of_rows, rows_of_controls
+from fem_resnet.control.row_sets import (
+    RowBall,
+    RowBox,
+    SpanBox,
+    coefficients_of_controls,
+    controls_of_rows,
+    controls_of_span,
+    rows_of_controls,
+)
 from fem_resnet.ranks import same
 
 __all__ = ["raise_controls"]
@@ -80,18 +88,18 @@ def _raise_together(
     """Ascent in (a, beta) with one step length for all y."""
     Y, phi, psi = H.Y, A.phi, A.psi
     g = psi.project(pair.f)
-    a, beta = A.coefficients(controls)
+    a, beta = coefficients_of_controls(A, controls)
     # A step must not depend on units. So |a|^2 is divided by |Y|, |beta|^2 by its size for b = 1 / |Y|, and H by int |r|.
     unit = phi.rank * psi.rank / (np.trace(phi.gram) * np.trace(psi.gram))
     first = 1 / max(float(Y.sum(Y.weights @ np.sum(np.abs(pair.r), axis=1))), np.finfo(float).tiny)
-    values, length = [H(pair, A.controls(a, beta))], first
+    values, length = [H(pair, controls_of_span(A, a, beta))], first
     for _ in range(iterations):
-        v = H.slope_times_costate(pair, A.controls(a, beta))
+        v = H.slope_times_costate(pair, controls_of_span(A, a, beta))
         in_a, in_beta = Y.measure * np.sum(v, axis=1), -unit * phi.project(v) @ g.T
         while True:
             new_a, new_beta = A.project(a + length * in_a, beta + length * in_beta)
             moved = float(Y.sum(Y.weights @ (new_a - a) ** 2)) / Y.measure + float(np.sum((new_beta - beta) ** 2)) / unit
-            value = H(pair, A.controls(new_a, new_beta))
+            value = H(pair, controls_of_span(A, new_a, new_beta))
             if value >= values[-1] + 1e-4 * moved / length or length < 1e-12 * first:
                 break
             length /= 2
@@ -99,7 +107,7 @@ def _raise_together(
             break
         a, beta, length = new_a, new_beta, 2 * length
         values.append(value)
-    return A.controls(a, beta), np.array(values)
+    return controls_of_span(A, a, beta), np.array(values)
 
 
 def _raise_each_row(

@@ -1,7 +1,7 @@
 """Sets of rows (a(y), b(y, .)) for many samples, in finitely many coefficients.
 
-With a fixed basis psi and b(y, z) = sum_k X_k(y) psi_k(z), a row is (a(y), X(y)) and is free at each y: `RowBox`, `RowBall`. With
-both bases fixed, b = sum_ij phi_i beta_ij psi_j, and all y share the coefficients beta: `SpanBox`.
+With a fixed basis psi and b(y, z) = sum_k X_k(y) psi_k(z), a row is (a(y), X(y)) and is free at each y: `RowBox`,
+`RowBall`. With both bases fixed, b = sum_ij phi_i beta_ij psi_j, and all y share the coefficients beta: `SpanBox`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.retraction import orthonormal
 from fem_resnet.ranks import same
 
-__all__ = ["RowBall", "RowBox", "SpanBox", "controls_of_rows", "distance", "nearest_controls", "rows_of_controls"]
+__all__ = [
+    "RowBall",
+    "RowBox",
+    "SpanBox",
+    "coefficients_of_controls",
+    "controls_of_rows",
+    "controls_of_span",
+    "distance",
+    "nearest_controls",
+    "rows_of_controls",
+]
 
 
 @dataclass(frozen=True)
@@ -161,30 +171,11 @@ class SpanBox:
         beta = real_array("beta", beta, (self.phi.rank, self.psi.rank), finite=False)
         return _clipped(a, self.bias), _clipped(beta, self.kernel)
 
-    def coefficients(self, controls: Controls) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest bias and coefficients of controls, after projection onto the span. Collective.
-
-        The shapes are (nodes,) and (rank of phi, rank of psi).
-        """
-        return self.project(controls.a, _projected(self.phi, controls.phi) @ _projected(self.psi, controls.psi).T)
-
-    def controls(self, a: np.ndarray, beta: np.ndarray) -> Controls:
-        """Controls of this bias and these coefficients.
-
-        Parameters
-        ----------
-        a
-            The bias at this rank's nodes, shape (nodes,).
-        beta
-            The coefficients, shape (rank of phi, rank of psi).
-        """
-        return Controls(a, self.phi.values @ beta, self.psi.values)
-
 
 def nearest_controls(A: RowBox | RowBall | SpanBox, controls: Controls) -> Controls:
     """The nearest controls in A, after projection onto the span of its bases. Collective."""
     if isinstance(A, SpanBox):
-        return A.controls(*A.coefficients(controls))
+        return controls_of_span(A, *coefficients_of_controls(A, controls))
     return controls_of_rows(A, A.project(rows_of_controls(A, controls)))
 
 
@@ -198,11 +189,24 @@ def controls_of_rows(A: RowBox | RowBall, rows: np.ndarray) -> Controls:
     return Controls(rows[:, 0], rows[:, 1:], A.psi.values)
 
 
+def coefficients_of_controls(A: SpanBox, controls: Controls) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest bias and coefficients in A, after projection onto the span of both bases. Collective.
+
+    The shapes are (nodes,) and (rank of phi, rank of psi).
+    """
+    return A.project(controls.a, _projected(A.phi, controls.phi) @ _projected(A.psi, controls.psi).T)
+
+
+def controls_of_span(A: SpanBox, a: np.ndarray, beta: np.ndarray) -> Controls:
+    """Controls of this bias and these coefficients, of shapes (nodes,) and (rank of phi, rank of psi)."""
+    return Controls(a, A.phi.values @ beta, A.psi.values)
+
+
 def distance(Y: LabelSpace, controls: Controls, other: Controls) -> tuple[float, tuple[float, ...]]:
     """The largest distance of the rows (a(y), b(y, .)) of two controls over all nodes y, and that node. Collective.
 
-    The distance in a is divided by the largest abs(a) of both, and that in b by the largest norm of b(y, .) in L2(Y) of both. The
-    larger of the two counts.
+    The distance in a is divided by the largest abs(a) of both, and that in b by the largest norm of b(y, .) in L2(Y) of
+    both. The larger of the two counts.
     """
     _, R = orthonormal_factor(Y, np.hstack([controls.psi, other.psi]))
     mine, theirs = controls.phi @ R[:, : controls.psi.shape[1]].T, other.phi @ R[:, controls.psi.shape[1] :].T

@@ -144,7 +144,7 @@ def controls_within(Y: LabelSpace, A: ControlSet, controls: Controls) -> Control
 
 
 def refuse_controls_outside(Y: LabelSpace, A: ControlSet, controls: Sequence[Controls], remedy: str) -> None:
-    """Raise ValueError if the controls of a layer are not in A. The message says where and ends with the remedy. Collective."""
+    """Raise ValueError if the controls of a layer are not in A. The message says where, then the remedy. Collective."""
     for l, c in enumerate(controls):
         outside = violation(Y, A, c)
         if outside is not None:

@@ -13,7 +13,8 @@ __all__ = ["Cells"]
 class Cells:
     """The nodes of a label domain in an order that does not depend on the partition. Every rank holds the values of all.
 
-    The order is that of `cell_indicators`: by coordinates, the last one slowest. The nodes of `point_space` keep their own order.
+    The order is that of `cell_indicators`: by coordinates, the last one slowest. The nodes of `point_space` keep their own
+    order.
 
     Parameters
     ----------

@@ -5,15 +5,15 @@
 
 These hold where F is smooth (Theorem 4.2). The minimum is taken cell by cell (`speeds`).
 
-The scheme takes monotone differences on a tensor grid of v, backwards in time. A step of length h moves one cell after the other, in
-this order and in the opposite order in turns. The part of cell i is a step of a controlled Markov chain,
+The scheme takes monotone differences on a tensor grid of v, backwards in time. A step of length h moves one cell after the
+other, in this order and in the opposite order in turns. The part of cell i is a step of a controlled Markov chain,
 
     F(v, t) <- min over s, L of  F(v, t) + h ( max(s, 0) D+_i F + min(s, 0) D-_i F + w_i L ),
 
-with one-sided differences D+_i, D-_i and h max abs(s) <= spacing. This is monotone, stable and consistent, so it converges to the
-viscosity solution, which is the value function also where F is not differentiable. The error is of first order in the spacing
-where F is smooth, and of order 1/2 in general. (Each part interpolates F linearly at v + h s e_i, so it is a semi-Lagrangian step
-too.)
+with one-sided differences D+_i, D-_i and h max abs(s) <= spacing. This is monotone, stable and consistent, so it converges
+to the viscosity solution, which is the value function also where F is not differentiable. The error is of first order in
+the spacing where F is smooth, and of order 1/2 in general. (Each part interpolates F linearly at v + h s e_i, so it is a
+semi-Lagrangian step too.)
 
 Work and memory grow as (width / spacing)^n, so four cells are the most. Each rank computes the whole grid.
 """
@@ -76,9 +76,9 @@ def solve_value_function(
     final_time
         T > 0.
     running
-        The running cost L: a `RunningCost`; or the density of L at y, a function L(f), or a function L(f, a, b, w). Here f is an
-        array, a a number, b the values b(y, z) for all z, and w the weights of the cells, so that `b**2 @ w` is int b(y, z)^2
-        dz. If left out, L = 0.
+        The running cost L: a `RunningCost`; or the density of L at y, a function L(f), or a function L(f, a, b, w). Here f
+        is an array, a a number, b the values b(y, z) for all z, and w the weights of the cells, so that `b**2 @ w` is int
+        b(y, z)^2 dz. If left out, L = 0.
     monitor
         Called with t after each step, backwards from T. If it returns True on any rank, the solution stops: F is then known
         from that t on.
@@ -107,9 +107,10 @@ def solve_value_function(
     array([0.5])
     """
     check_label_space(Y)
+    replicated = (grid.spacing, grid.samples, grid.memory) if isinstance(grid, StateGrid) else grid
     same(
-        Y.comm, A=A, activation=activation, grid=(grid.spacing, grid.samples, grid.memory) if isinstance(grid, StateGrid) else grid,
-        final_time=final_time, running=running, monitor=callable(monitor), resume=type(resume),
+        Y.comm, A=A, activation=activation, grid=replicated, final_time=final_time, running=running, monitor=callable(monitor),
+        resume=type(resume),
     )  # fmt: skip
     instance("A", A, ControlSet)
     activation = get_activation(activation)
@@ -229,9 +230,7 @@ def _step_backwards(
             return
 
 
-def _step(
-    here: SpeedsAtStates, F: np.ndarray, boxes: np.ndarray, h: float, spacing: float, order: list[int]
-) -> np.ndarray:
+def _step(here: SpeedsAtStates, F: np.ndarray, boxes: np.ndarray, h: float, spacing: float, order: list[int]) -> np.ndarray:
     """F a step of length h earlier, one cell after the other in this order.
 
     The boxes are that of the result, that of F, in which it lies, and that of `here`, the largest.

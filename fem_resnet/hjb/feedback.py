@@ -5,9 +5,9 @@ The controls at the running state f~(s) attain the minimum of (4.11),
     (a~, b~) = argmin over (a, b) of  int D_v F(f~(s), s) sigma(a - B_b f~(s)) dy + int L(f~(s), a, b) dy
     f~_s = sigma( a~(f~(s)) - B_{b~(f~(s))} f~(s) ),    f~(t) = v.
 
-They are optimal: J is F(v, t), by Theorem 4.3. (Step 2 (ii) prints the controls of the first state v, and (iii) leaves b without its
-tilde. As printed the cost is not F.) The paper's f~ is the target elsewhere; here the target is `target`. Slopes of F are
-one-sided, as in the scheme of `equation`, so at a kink the controls are those of one of its sides.
+They are optimal: J is F(v, t), by Theorem 4.3. (Step 2 (ii) prints the controls of the first state v, and (iii) leaves b
+without its tilde. As printed the cost is not F.) The paper's f~ is the target elsewhere; here the target is `target`.
+Slopes of F are one-sided, as in the scheme of `equation`, so at a kink the controls are those of one of its sides.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class ClosedLoop:
     states : numpy.ndarray
         f~ at this rank's nodes, shape (steps + 1, nodes, samples).
     cost : numpy.ndarray
-        J of section 4.3, the running cost plus the distance from the target at the end, shape (samples,). It is F(v, t) up to the
-        order of the scheme.
+        J of section 4.3, the running cost plus the distance from the target at the end, shape (samples,). It is F(v, t) up
+        to the order of the scheme.
     """
 
     F: ValueFunction
@@ -139,7 +139,8 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
     Raises
     ------
     TypeError, ValueError
-        If F is no value function, v is not in the grid, t not in [0, T), or `steps` is no positive integer; on all ranks alike.
+        If F is no value function, v is not in the grid, t not in [0, T), or `steps` is no positive integer; on all ranks
+        alike.
 
     Examples
     --------

@@ -7,9 +7,9 @@ By the dynamic programming principle the rest of an optimal trajectory is optima
 So `local_feedback` holds at each t_l for the remaining layers, around f(t_l) of the one trajectory that was trained, and
 D_v F(., t_l) = r(t_l).
 
-In a closed loop each layer takes the controls that the feedback gives for the state at the beginning of this layer. (Step 2 (ii) of
-the paper prints the state at which the whole trajectory began.) For a perturbed input alone both are optimal to the same order. For
-a disturbance on the way only the closed loop answers, by the controls of the remaining layers.
+In a closed loop each layer takes the controls that the feedback gives for the state at the beginning of this layer. (Step 2
+(ii) of the paper prints the state at which the whole trajectory began.) For a perturbed input alone both are optimal to the
+same order. For a disturbance on the way only the closed loop answers, by the controls of the remaining layers.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ class LocalClosedLoop(OnMesh):
         self.feedbacks = []
         for layer in range(net.layers):
             state = batch.inputs if layer == 0 else run.state(layer)
-            rest = problem.replace(
-                net=_part(net, range(layer, net.layers)), batch=Batch(state, batch.targets, batch.weights)
-            )
+            rest = problem.replace(net=_part(net, range(layer, net.layers)), batch=Batch(state, batch.targets, batch.weights))
             self.feedbacks.append(LocalFeedback(rest, **options))
 
     def step(self, layer: int, state: fd.Function) -> tuple[list[fd.Function], fd.Function]:

@@ -12,19 +12,19 @@ Lagrangian method. This is one. Let u be optimal for v, with J_uu > 0. Then F is
     u(v + w) = u - J_uu^-1 J_uv w + O(|w|^2)                    the feedback
     F(v + w) = F + (r, w) + 1/2 (w, D^2 F w) + O(|w|^3)
 
-So the method needs Hessian actions of the discrete network along this one trajectory, on a mesh of any size. Above F(v + w) the
-feedback costs O(|w|^4), and the controls of v cost O(|w|^2). Gradients and D^2 F belong to the inner product of the label measure.
-F is the value of a local minimum, and another minimum may be lower. The controls must be free: with active bounds F is not
-smooth.
+So the method needs Hessian actions of the discrete network along this one trajectory, on a mesh of any size. Above F(v + w)
+the feedback costs O(|w|^4), and the controls of v cost O(|w|^2). Gradients and D^2 F belong to the inner product of the
+label measure. F is the value of a local minimum, and another minimum may be lower. The controls must be free: with active
+bounds F is not smooth.
 
-The paper has one sample. In a batch all samples share u, so v stands for all of them together. The formulas hold, each sample's
-co-state has its weight as a factor, and the feedback takes all new inputs at once and returns one u. The feedback of section 4.3
-gives each input controls of its own: for that, take a problem with one sample.
+The paper has one sample. In a batch all samples share u, so v stands for all of them together. The formulas hold, each
+sample's co-state has its weight as a factor, and the feedback takes all new inputs at once and returns one u. The feedback
+of section 4.3 gives each input controls of its own: for that, take a problem with one sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import firedrake as fd
 import numpy as np
@@ -199,7 +199,7 @@ class LocalFeedback(OnMesh):
             b.scale(-1.0)
             with petsctools.inserted_options(self._ksp):
                 self._ksp.solve(b, x)
-            reason = int(self._ksp.getConvergedReason())
+            reason: int = self._ksp.getConvergedReason()  # type: ignore[assignment]  # petsc4py declares a class
             if reason < 0:
                 raise RuntimeError(
                     f"LocalFeedback: the KSP found no solution with J_uu in {self._ksp.getIterationNumber()} iterations, "
@@ -239,8 +239,9 @@ class LocalFeedback(OnMesh):
         if w is not None:
             self.check(w, "w")
         if change is not None:
-            for direction in instance("change", change, (Sequence, type(None))):
-                instance("change", direction, fd.Function)
+            instance("change", change, (Sequence, type(None)))
+            for part in change:
+                instance("change", part, fd.Function)
             if [d.function_space() for d in change] != [f.function_space() for f in self.controls]:
                 raise ValueError(f"change: expected {len(self.controls)} Functions in the spaces of `controls`, got others")
         given = [*(len(self.controls) * [None] if change is None else change), w]
@@ -291,7 +292,7 @@ def _norm(problem: LearningProblem, gradient: Sequence[fd.Function]) -> float:
     return float(np.sqrt(squares))
 
 
-def _solver_with(hessian: ReducedFunctionalHessianMat, given: Mapping[str, object], prefix: str | None) -> PETSc.KSP:
+def _solver_with(hessian: ReducedFunctionalHessianMat, given: dict[str, object], prefix: str | None) -> PETSc.KSP:
     """A KSP with J_uu, and with the options that the user gave."""
     interface = hessian.control_interface
     sizes = (interface.n, interface.N)

@@ -2,17 +2,17 @@
 
 Two facts turn the second derivatives of `local_feedback` into a few columns, on a mesh of any size.
 
-- There are few controls. With controls in bases, J_uu is a small dense matrix, the same on every rank, which is factored once by
-  Cholesky. J_vu has one column for each control, which takes one Hessian action.
-- Layers and head depend on f_I through psi alone: f(T) = v + D(Psi^T M v). So J_vv is l'', the second derivative of the loss in
-  f(T), plus a part of rank at most 2 rank(Psi).
+- There are few controls. With controls in bases, J_uu is a small dense matrix, the same on every rank, which is factored
+  once by Cholesky. J_vu has one column for each control, which takes one Hessian action.
+- Layers and head depend on f_I through psi alone: f(T) = v + D(Psi^T M v). So J_vv is l'', the second derivative of the
+  loss in f(T), plus a part of rank at most 2 rank(Psi).
 
 Together
 
     D^2 F = l'' + X Psi^T M + Psi (M X)^T - J_vu J_uu^-1 J_uv.
 
-Here Psi is an orthonormal basis of the span of psi of all layers and of the head. X follows from one Hessian action for each function
-in Psi. With a head, l'' belongs to the second part, and the first part is 0. Nothing is cut off.
+Here Psi is an orthonormal basis of the span of psi of all layers and of the head. X follows from one Hessian action for
+each function in Psi. With a head, l'' belongs to the second part, and the first part is 0. Nothing is cut off.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class LowRankFeedback(OnMesh):
     Raises
     ------
     TypeError, ValueError
-        If this is no local feedback; if the problem has more than one sample, a running cost, or controls with a value at every
-        node.
+        If this is no local feedback; if the problem has more than one sample, a running cost, or controls with a value at
+        every node.
     RuntimeError
         If J_uu is not positive definite.
 

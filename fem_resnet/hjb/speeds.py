@@ -1,17 +1,17 @@
 """The speeds f_t(y) = sigma(T_f) that controls in K_A allow at a state of few cells, and the cheapest of them.
 
-On n cells with weights w the state is v in R^n. Each cell has its own row (a(y), b(y, .)), and all rows are in the same K_A. So the
-Hamiltonian of (4.11) is a sum over the cells,
+On n cells with weights w the state is v in R^n. Each cell has its own row (a(y), b(y, .)), and all rows are in the same
+K_A. So the Hamiltonian of (4.11) is a sum over the cells,
 
     H(v, r) = sum_i w_i min over rows (a, b(.)) in K_A of  sigma(T_v(a, b)) r_i + L(v_i, a, b).
 
 There are two ways to compute the minimum:
 
-- `ExtremalSpeeds`, where L does not depend on (a, b) and sigma does not decrease. The speed of a cell then lies in the interval
-  [sigma(T^-), sigma(T^+)] of (4.9), the same for all y, and the minimum is over a box. If A is not convex, speeds inside of the
-  interval may belong to relaxed controls only, which do not change the infimum.
-- `SampledSpeeds`, for any L(f, a, b) and any sigma. The rows are all combinations of sampled points of A. For a finite A this is
-  exact.
+- `ExtremalSpeeds`, where L does not depend on (a, b) and sigma does not decrease. The speed of a cell then lies in the
+  interval [sigma(T^-), sigma(T^+)] of (4.9), the same for all y, and the minimum is over a box. If A is not convex, speeds
+  inside of the interval may belong to relaxed controls only, which do not change the infimum.
+- `SampledSpeeds`, for any L(f, a, b) and any sigma. The rows are all combinations of sampled points of A. For a finite A
+  this is exact.
 
 Both minimise against one-sided slopes: a speed s costs `max(s, 0) forward + min(s, 0) backward`. This makes the scheme of
 `equation` monotone.
@@ -186,9 +186,9 @@ class ExtremalSpeeds(Speeds):
     def choose(self, states: States, forward: Slopes, backward: Slopes) -> Choice:
         """The rows that cost least at states of shape (m,), for one-sided slopes in each cell; b has rank 2.
 
-        Where both slopes say that the state should rest, the best speed is 0, which may lie inside of the box. A mixture of the
-        two extremal rows has this speed, and it lies in K_A if A is convex. If A is not, the better end is taken, and the
-        controls switch from step to step.
+        Where both slopes say that the state should rest, the best speed is 0, which may lie inside of the box. A mixture of
+        the two extremal rows has this speed, and it lies in K_A if A is convex. If A is not, the better end is taken, and
+        the controls switch from step to step.
         """
         least, largest = self.extremes(states)
         here = self._at(states, least, largest)
@@ -200,9 +200,7 @@ class ExtremalSpeeds(Speeds):
             shares * largest.a + (1 - shares) * least.a, np.stack([shares, 1 - shares], axis=1), np.stack(b, axis=1),
         )  # fmt: skip
 
-    def _shares(
-        self, here: _ExtremalAt, least: Extreme, largest: Extreme, forward: _Array, backward: _Array
-    ) -> _Array:
+    def _shares(self, here: _ExtremalAt, least: Extreme, largest: Extreme, forward: _Array, backward: _Array) -> _Array:
         """The share of T^+ in the best mixture of T^- and T^+ in one cell."""
         up, down = _upwind(here.high, forward, backward), _upwind(here.low, forward, backward)
         share = np.where(up <= down, 1.0, 0.0)
@@ -212,7 +210,7 @@ class ExtremalSpeeds(Speeds):
         return np.where(rest, self._share_of_rest(least.value, largest.value), share)
 
     def _share_of_rest(self, least: _Array, largest: _Array) -> _Array:
-        """The share of T^+ in the mixture with sigma(T) = 0, where sigma(T^-) <= 0 <= sigma(T^+); by bisection to round-off."""
+        """The share of T^+ in the mixture with sigma(T) = 0, by bisection to round-off, if sigma(T^-) <= 0 <= sigma(T^+)."""
         low, high = np.zeros_like(least), np.ones_like(least)
         for _ in range(54):
             middle = (low + high) / 2

@@ -1,8 +1,8 @@
 """The grids of states on which a value function is computed.
 
-No values at the edge of a grid are made up. F(., t) is computed on a box of states that grows with t. It starts with the box of the
-states at t = 0. In each time step it grows by a cell on each side towards which a state can move. A step of the scheme needs
-exactly these cells, and no state leaves the boxes.
+No values at the edge of a grid are made up. F(., t) is computed on a box of states that grows with t. It starts with the
+box of the states at t = 0. In each time step it grows by a cell on each side towards which a state can move. A step of the
+scheme needs exactly these cells, and no state leaves the boxes.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def boxes_in_time(
         size = 8 * (kept + _WORKING * points(boxes[-1]))
         if size > grid.memory and (len(times) > _COUNTED or times[-1] >= final_time):
             raise ValueError(
-                f"spacing: {_shape(boxes[-1])} states after {len(times) - 1} steps to t = {min(times[-1], final_time):.3g} need "
-                f"{size / 1e6:,.0f} MB, memory allows {grid.memory / 1e6:,.0f}; "
+                f"spacing: expected grids within memory, {grid.memory / 1e6:,.0f} MB, got {_shape(boxes[-1])} states after "
+                f"{len(times) - 1} steps to t = {min(times[-1], final_time):.3g}, which need {size / 1e6:,.0f} MB; "
                 f"take a larger spacing, a smaller start, or more memory"
             )
     log(

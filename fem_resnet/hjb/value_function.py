@@ -1,7 +1,7 @@
 """The value function F(v, t) of section 4.3 on a label domain of few cells, as values on grids of states.
 
-On n cells with weights w, v is in R^n. The gradient in L2(Y) is D_v F = (dF/dv_i) / w_i. It is the r of section 4.1, with r(T) =
-v - ftilde, and minus the r* of section 4.2.
+On n cells with weights w, v is in R^n. The gradient in L2(Y) is D_v F = (dF/dv_i) / w_i. It is the r of section 4.1, with
+r(T) = v - ftilde, and minus the r* of section 4.2.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["ValueFunction"]
 class ValueFunction:
     """F on grids of states v, one grid for each time. Get one from `solve_value_function`.
 
-    Methods take states v by their values at this rank's nodes, shape (nodes,) or (nodes, samples). The grids have all cells, in
-    the order of `cells`.
+    Methods take states v by their values at this rank's nodes, shape (nodes,) or (nodes, samples). The grids have all
+    cells, in the order of `cells`.
 
     Attributes
     ----------
@@ -102,8 +102,9 @@ class ValueFunction:
     def gradient(self, v: np.ndarray, t: float) -> np.ndarray:
         """D_v F(v, t) in L2(Y) (Remark 4.4), which is r of section 4.1: shape (nodes, samples). Collective.
 
-        Computed by central differences. The error is of first order in the spacing where F is smooth, and of order 1/2 where its
-        second derivatives jump, as where a component of v changes its sign. At a kink the result is the mean of both sides.
+        Computed by central differences. The error is of first order in the spacing where F is smooth, and of order 1/2
+        where its second derivatives jump, as where a component of v changes its sign. At a kink the result is the mean of
+        both sides.
 
         Parameters
         ----------
@@ -145,8 +146,8 @@ class ValueFunction:
         if beyond.max() > 1e-9 * self.spacing:
             i, k = np.unravel_index(np.argmax(beyond), beyond.shape)
             raise ValueError(
-                f"v: {states[i, k]:.6g} on cell {i} of sample {k} is outside of [{low[i, 0]:.6g}, {high[i, 0]:.6g}], where F is "
-                f"known at t = {t:.6g}; solve with a `start` that covers it"
+                f"v: expected states where F is known, on cell {i} from {low[i, 0]:.6g} to {high[i, 0]:.6g} at t = {t:.6g}, got "
+                f"{states[i, k]:.6g} in sample {k}; solve with a StateGrid whose `start` covers it"
             )
         return states
 
@@ -156,7 +157,7 @@ class ValueFunction:
         Parameters
         ----------
         states
-            Shape (n, m).
+            States on all cells, of shape (n, m).
         t
             In [0, T].
         """

@@ -4,9 +4,9 @@ A is a compact set in the plane of (a, b). Its sections are the intervals from m
 
     m(a) = min { b : (a, b) in A },        M(a) = max { b : (a, b) in A }.
 
-(4.9) asks for the extremes of T_f(a, b) = a - int b(z) f(z) dz over K_A = { (a, b) : (a, b(z)) in A for all z }. For a fixed a,
-T_f is extreme where each b(z) is at an end of the section. Let F+ and F- be the integrals of the positive and of the negative
-part of f, both >= 0. Then
+(4.9) asks for the extremes of T_f(a, b) = a - int b(z) f(z) dz over K_A = { (a, b) : (a, b(z)) in A for all z }. For a
+fixed a, T_f is extreme where each b(z) is at an end of the section. Let F+ and F- be the integrals of the positive and of
+the negative part of f, both >= 0. Then
 
     T^+ = max_a  a - m(a) F+ + M(a) F-        b(z) = m(a) where f > 0, M(a) where f < 0
     T^- = min_a  a - M(a) F+ + m(a) F-        b(z) = M(a) where f > 0, m(a) where f < 0

@@ -95,9 +95,7 @@ class Sections(ControlSet):
         a, m, M = self._search(lambda a, m, M: M * positive[..., None] - m * negative[..., None] - a, positive.shape)
         return Extreme(a - M * positive + m * negative, a, M, m)
 
-    def _search(
-        self, value: Callable[[Array, Array, Array], Array], shape: tuple[int, ...]
-    ) -> tuple[Array, Array, Array]:
+    def _search(self, value: Callable[[Array, Array, Array], Array], shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
         """The a, of this shape, where ``value(a, m(a), M(a))`` is largest, with m(a) and M(a)."""
         low, high = (np.full(shape, end) for end in self._range)
         number = self._grid
