@@ -75,7 +75,8 @@ class CostateCheck:
 
 @supports(
     "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
-    "discrete_gradient", "single_precision", "head", "regulariser", "running", "running_of_controls", "learned_both", "many_samples", "weights",
+    "discrete_gradient", "single_precision", "head", "regulariser", "running", "running_of_controls", "learned_both",
+    "many_samples", "weights",
 )  # fmt: skip
 def costate_check(
     problem: LearningProblem,

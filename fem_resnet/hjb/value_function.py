@@ -146,8 +146,8 @@ class ValueFunction:
         if beyond.max() > 1e-9 * self.spacing:
             i, k = np.unravel_index(np.argmax(beyond), beyond.shape)
             raise ValueError(
-                f"v: expected states where F is known, on cell {i} from {low[i, 0]:.6g} to {high[i, 0]:.6g} at t = {t:.6g}, got "
-                f"{states[i, k]:.6g} in sample {k}; solve with a StateGrid whose `start` covers it"
+                f"v: expected states where F is known, on cell {i} from {low[i, 0]:.6g} to {high[i, 0]:.6g} at t = {t:.6g}, "
+                f"got {states[i, k]:.6g} in sample {k}; solve with a StateGrid whose `start` covers it"
             )
         return states
 

@@ -337,7 +337,7 @@ def test_the_bracket_is_in_order_and_controls_outside_of_A_are_refused(A, sample
     net.bias.set(1, np.where(x[:, 0] == max(Y.comm.allgather(x[:, 0].max())), 3.0, points[0, 0]))
     with pytest.raises(
         ValueError,
-        match=r"^A: expected a set with the controls of all layers in it; layer 1 has \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it",
+        match=r"^A: expected a set with the controls .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it",
     ):
         pmp_residual(problem, A)
     net.bias.set(1, points[0, 0] + 0 * Y.weights)

@@ -516,7 +516,7 @@ def test_a_solution_goes_on_with_its_own_arguments_alone():
     Y = class_space(1)
     given = dict(A=Box((-1, 1), (0, 0)), activation="identity", target=[2.0], start=[[0.0, 0.5]], spacing=0.05)
     given |= dict(final_time=1.0, running=lambda f: f**2)
-    part = on_grid(Y, **given, monitor=lambda t: t < 0.5)
+    part = on_grid(Y=Y, **given, monitor=lambda t: t < 0.5)
     changes = {
         "running": dict(running=lambda f: 2 * f**2), "A or activation": dict(activation="tanh"), "target": dict(target=[1.0]),
         "final_time": dict(final_time=1.5), "spacing": dict(spacing=0.1), "start": dict(start=[[0.0, 1.0]]),
@@ -524,13 +524,13 @@ def test_a_solution_goes_on_with_its_own_arguments_alone():
     }  # fmt: skip
     for name, change in changes.items():
         with pytest.raises(ValueError, match=f"^resume: .* got one with another {name}; give the arguments"):
-            on_grid(Y, **given | change, resume=part)
+            on_grid(Y=Y, **given | change, resume=part)
     with pytest.raises(ValueError, match="got one with another Y;"):
-        on_grid(class_space(2), **given | dict(target=[2.0, 2.0], start=[[0.0], [0.5]]), resume=part)
+        on_grid(Y=class_space(2), **given | dict(target=[2.0, 2.0], start=[[0.0], [0.5]]), resume=part)
     # Rows that are tried one by one.
     given |= dict(running=lambda f, a, b, w: f**2 + a**2, samples=3)
-    part = on_grid(Y, **given, monitor=lambda t: t < 0.5)
-    whole, on = (on_grid(Y, **given, resume=resume) for resume in (None, part))
+    part = on_grid(Y=Y, **given, monitor=lambda t: t < 0.5)
+    whole, on = (on_grid(Y=Y, **given, resume=resume) for resume in (None, part))
     for ours, theirs in zip(on.values, whole.values, strict=True):
         assert_array_equal(ours, theirs)
     changes = {
@@ -538,4 +538,4 @@ def test_a_solution_goes_on_with_its_own_arguments_alone():
     }  # fmt: skip
     for name, change in changes.items():
         with pytest.raises(ValueError, match=f"^resume: .* got one with another {name};"):
-            on_grid(Y, **given | change, resume=part)
+            on_grid(Y=Y, **given | change, resume=part)

@@ -12,7 +12,7 @@ import scipy.optimize
 from firedrake import COMM_WORLD
 from helpers import laplace
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import CLASSES, coefficients, learning_problem, network, taping
+from problems import CLASSES, coefficients, failing_at, learning_problem, network, taping
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from pyadjoint.tape import annotate_tape
 
