@@ -150,10 +150,7 @@ def train_pam(
     least = gradient_tolerance * (norm if start is None else start.gradient_norms[0])
     options = options_over(INNER_PARAMETERS | {"tao_gatol": 0.1 * least}, solver_parameters)
     groups = _groups(problem, J, options, options_prefix, given)
-    if start is None:
-        first = result_of_no_iteration(groups, float(J.functional), norm, step.tau)
-    else:
-        first = _checked_start(start, groups)
+    first = _first_result(start, groups, float(J.functional), norm, step.tau)
     course = _Course(problem, J, groups, step, batches, first)
 
     def report(done: Iteration | None, tau: float) -> bool:
@@ -209,8 +206,12 @@ def _groups(
     ]
 
 
-def _checked_start(start: PAMResult, groups: Sequence[ProximalGroup]) -> PAMResult:
-    """An earlier result, whose groups and coefficients fit the problem. Collective."""
+def _first_result(
+    start: PAMResult | None, groups: Sequence[ProximalGroup], value: float, norm: float, tau: float
+) -> PAMResult:
+    """The result that is continued: an earlier one that fits the problem, or that of no iteration. Collective."""
+    if start is None:
+        return result_of_no_iteration(groups, value, norm, tau)
     names = tuple(group.name for group in groups)
     if start.groups != names:
         raise ValueError(f"start: expected the groups {names}, as the problem has them, got {start.groups}")
