@@ -149,7 +149,7 @@ def solve(Y, iterations):
     def note(progress):
         history.append((1 + problem.tape.recompute_count, progress.seconds, progress.value))
 
-    result = train_pam(problem, tau=10.0, iterations=iterations // 4, monitor=note)
+    result = train_pam(problem, step=10.0, iterations=iterations // 4, monitor=note)
     assert (result.slacks >= -1e-12 * abs(result.values[0])).all(), "the inequality below (5.1)"
     ways.append(("PAM on J_mod", problem, history))
 

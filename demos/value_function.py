@@ -24,7 +24,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 import firedrake as fd
 import numpy as np
 
-from fem_resnet import Box, LabelSpace, closed_loop, feedback_controls, feedback_speeds, solve_value_function
+from fem_resnet import Box, LabelSpace, StateGrid, closed_loop, feedback_controls, feedback_speeds, solve_value_function
 
 # %% Two halves of a disk
 # A rectangle of two cells is mapped onto the disk by polar coordinates, here polynomials of degree 8: each half is one cell with
@@ -56,7 +56,7 @@ INPUTS = np.array([[-0.9, -0.6, -0.9, 0.2, 0.9, 0.9, 0.1, -0.2], [-0.9, -0.1, 0.
 def value_function(Y, spacing):
     """F, for values on both halves in the order of the cells."""
     own = halves_here(Y)
-    return solve_value_function(Y, CONTROLS, "tanh", TARGET[own], START[own], final_time=T, spacing=spacing)
+    return solve_value_function(Y, CONTROLS, "tanh", TARGET[own], StateGrid(START[own], spacing), final_time=T)
 
 
 def halves_here(Y):

@@ -76,7 +76,7 @@ SHOWN = {
     "(4.10)": "test_extremal_controls_are_determined_where_the_costate_is_not_zero",
     "(4.11)": "test_the_dynamic_programming_identity",
     "(4.12)": "test_on_one_cell_it_is_the_distance_of_the_target_from_the_reachable_interval",
-    "(5.1)": "test_each_block_solves_its_proximal_problem_in_its_turn",
+    "(5.1)": "test_each_group_solves_its_proximal_problem_in_its_turn",
     "(A1) of 2.1": "test_growth_is_bounded_in_the_size_of_s",
     "(A2) of 2.1": "test_coefficients_without_a_bound_have_another_limit_than_their_pointwise_one",
     "Theorem 2.1": "test_depth_converges_at_order_one",

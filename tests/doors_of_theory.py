@@ -50,6 +50,7 @@ from fem_resnet import (
     SpanBox,
     Spectrum,
     StabilityReport,
+    StateGrid,
     SteadyStates,
     Trajectory,
     ValueFunction,
@@ -87,8 +88,6 @@ from fem_resnet import (
     picard,
     pmp_residual,
     raise_controls,
-    raise_rows,
-    raise_span,
     singular_system,
     solve_costate,
     solve_linearised,
@@ -318,7 +317,7 @@ def own(values) -> np.ndarray:
 @cache
 def value_function() -> ValueFunction:
     return solve_value_function(
-        cell(), Box((-1, 1), (0, 0)), "identity", own([2.0]), own([[0.0, 0.5]]), final_time=1.0, spacing=0.25
+        cell(), Box((-1, 1), (0, 0)), "identity", own([2.0]), StateGrid(own([[0.0, 0.5]]), 0.25), final_time=1.0
     )
 
 
@@ -499,20 +498,16 @@ HAMILTONIANS = {
     ),
     **{
         name: Door(
-            raised,
+            raise_controls,
             lambda A=A: {"H": hamiltonian(), "A": A(), "pair": pair(), "controls": controls(), "iterations": 1},
             {"iterations": {"zero"}},
             parted=("H", "controls"),
             another={
-                "A": other,
+                "A": Box((0, 1), (0, 1)),
                 "pair": Pair(np.ones((1, 1)), np.ones((1, 1)), "minimise"),
             },
         )
-        for name, raised, A, other in (
-            ("raise_controls", raise_controls, row_box, Box((0, 1), (0, 1))),
-            ("raise_rows", raise_rows, row_box, Box((0, 1), (0, 1))),
-            ("raise_span", raise_span, span_box, Box((0, 1), (0, 1))),
-        )
+        for name, A in (("raise_controls", row_box), ("raise_controls.span", span_box))
     },
     "ValueFunction.__call__": of(
         value_function, ValueFunction.__call__, lambda: {"v": own([[0.1, 0.2]]), "t": 0.5}, {"t": {"zero"}}, parted=("v",)
@@ -548,26 +543,34 @@ HAMILTONIANS = {
             "A": Box((-1, 1), (0, 0)),
             "activation": "identity",
             "target": own([2.0]),
-            "start": own([[0.0, 0.5]]),
+            "grid": StateGrid(own([[0.0, 0.5]]), 0.25, samples=2, memory=1e8),
             "final_time": 1.0,
-            "spacing": 0.25,
             "running": RunningCost(0.5),
-            "samples": 2,
-            "memory": 1e8,
             "monitor": takes_time,
             "resume": None,
         },
         {
             "final_time": {"a fraction"},
-            "spacing": POSITIVE,
-            "memory": {"a huge integer"},
             "monitor": {"None", "a function"},
             "running": {"None"},
             "resume": {"None"},
         },
-        parted=("Y", "target", "start"),
-        another={"A": Box((-1, 2), (0, 0)), "activation": "tanh", "running": np.abs, "monitor": 3, "resume": 3},
-        called={"final_time": "final_time|spacing", "memory": "memory|spacing"},
+        parted=("Y", "target"),
+        another={
+            "A": Box((-1, 2), (0, 0)),
+            "activation": "tanh",
+            "grid": StateGrid(own([[0.0, 0.5]]), 0.5),
+            "running": np.abs,
+            "monitor": 3,
+            "resume": 3,
+        },
+        called={"final_time": "final_time|spacing"},
+    ),
+    "StateGrid": Door(
+        StateGrid,
+        lambda: {"start": own([[0.0, 0.5]]), "spacing": 0.25, "samples": 2, "memory": 1e8},
+        {"start": {"an empty list"}, "spacing": POSITIVE, "memory": POSITIVE},
+        parted=("start", "spacing", "samples", "memory"),
     ),
     "feedback_speeds": Door(
         feedback_speeds, lambda: {"F": value_function(), "v": own([[0.1, 0.2]]), "t": 0.5}, {"t": {"zero"}}, parted=("F", "v")

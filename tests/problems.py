@@ -1,5 +1,6 @@
 """Learning problems that the tests share, and what compares them on different partitions of one mesh."""
 
+import itertools
 from contextlib import contextmanager
 from functools import cache
 
@@ -13,12 +14,13 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.head import Head
-from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.space_basis import NodalValues
+from fem_resnet.time_stepping.stepper import StepFailure
 
 CLASSES = 3
 #: Layers of unequal lengths, which do not add up to one.
@@ -97,6 +99,19 @@ def learning_problem(
     loss = loss or (cross_entropy if head else least_squares)
     regulariser = None if weight is None else tikhonov(weight)
     return LearningProblem(net, head, loss, regulariser, Batch(inputs, targets))
+
+
+def failing_at(number: int, problem: LearningProblem) -> LearningProblem:
+    """The same problem, whose loss raises a StepFailure at its evaluation of this number."""
+    evaluations = itertools.count(1)
+
+    def value(Y, O, C, prediction):
+        if next(evaluations) == number:
+            raise StepFailure(2, 1.3, "NOT_FINITE")
+        return problem.loss.value(Y, O, C, prediction)
+
+    loss = Loss(f"fails at its evaluation {number}", value, problem.loss.gradient, problem.loss.prediction)
+    return LearningProblem(problem.net, problem.head, loss, problem.regulariser, problem.batch)
 
 
 def directions(J, net: ResidualNetwork, parameters, seed=0) -> list:

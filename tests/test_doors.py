@@ -34,12 +34,14 @@ from fem_resnet import (
     Points,
     Polygon,
     PositiveSemidefinite,
+    ProximalStep,
     ResidualNetwork,
     RowBall,
     RowBox,
     RunningCost,
     Sections,
     SpanBox,
+    StateGrid,
     autonomous_problem,
     circle_radius,
     class_space,
@@ -102,7 +104,7 @@ def cells():
 @cache
 def value_function():
     Y = class_space(1, COMM_SELF)
-    return solve_value_function(Y, Box((-1, 1), (0, 0)), "identity", [2.0], [[0.0, 0.5]], final_time=1.0, spacing=0.25)
+    return solve_value_function(Y, Box((-1, 1), (0, 0)), "identity", [2.0], StateGrid([[0.0, 0.5]], 0.25), final_time=1.0)
 
 
 @cache
@@ -209,14 +211,14 @@ DOORS = {
     "solve_value_function, target": Door(
         "target",
         lambda x: solve_value_function(
-            class_space(1, COMM_SELF), Box((-1, 1), (0, 0)), "identity", x, [[0.0]], final_time=1.0, spacing=0.25
+            class_space(1, COMM_SELF), Box((-1, 1), (0, 0)), "identity", x, StateGrid([[0.0]], 0.25), final_time=1.0
         ),
         plain(1),
     ),
     "solve_value_function, start": Door(
         "start",
         lambda x: solve_value_function(
-            class_space(1, COMM_SELF), Box((-1, 1), (0, 0)), "identity", [1.0], x, final_time=1.0, spacing=0.25
+            class_space(1, COMM_SELF), Box((-1, 1), (0, 0)), "identity", [1.0], StateGrid(x, 0.25), final_time=1.0
         ),
         plain(1, 2),
     ),
@@ -349,10 +351,11 @@ NUMBERS = {
     "count": lambda x: hessian_spectrum(parts()[0], x),
     "count ": lambda x: Box((0, 1), (0, 1)).sample(x),
     "grid": lambda x: Sections((0, 1), np.zeros_like, np.ones_like, grid=x),
-    "tau": lambda x: train_pam(parts()[0], tau=x),
+    "tau": lambda x: ProximalStep(tau=x),
+    "step": lambda x: train_pam(parts()[0], step=x),
     "iterations": lambda x: train_pam(parts()[0], iterations=x),
     "gradient_tolerance": lambda x: train_pam(parts()[0], gradient_tolerance=x),
-    "accuracy": lambda x: train_pam(parts()[0], accuracy=x),
+    "accuracy": lambda x: ProximalStep(accuracy=x),
     "gradient_tolerance ": lambda x: LocalFeedback(parts()[0], gradient_tolerance=x),
     "steps ": lambda x: schedule_of(2, x),
     "tolerance  ": lambda x: compress(np.eye(6), x, cells()),
@@ -384,8 +387,11 @@ def _parts():
 
 
 def _value_function(**options):
-    given = {"final_time": 1.0, "spacing": 0.25} | options
-    return solve_value_function(class_space(1, COMM_SELF), Box((-1, 1), (0, 0)), "identity", [1.0], [[0.0]], **given)
+    final_time = options.pop("final_time", 1.0)
+    grid = StateGrid([[0.0]], **{"spacing": 0.25} | options)
+    return solve_value_function(
+        class_space(1, COMM_SELF), Box((-1, 1), (0, 0)), "identity", [1.0], grid, final_time=final_time
+    )
 
 
 @pytest.mark.parametrize("name", NUMBERS)

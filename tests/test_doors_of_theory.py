@@ -17,8 +17,7 @@ from fem_resnet import (
     msa,
     picard,
     pmp_residual,
-    raise_rows,
-    raise_span,
+    raise_controls,
     solve_trajectory,
     train,
     well_posedness_constants,
@@ -61,9 +60,8 @@ def test_sets_of_rows_and_hamiltonians_are_made_of_what_they_are_made_of():
         Hamiltonian(doors_of_theory.phi(), get_activation("tanh"), "minimise")
     with pytest.raises(TypeError, match="^activation: expected an Activation, got str"):
         Hamiltonian(doors_of_theory.Y(), "tanh", "minimise")
-    for raised in (raise_rows, raise_span):
-        with pytest.raises(TypeError, match="^H: expected a Hamiltonian, got int"):
-            raised(3, None, None, None)
+    with pytest.raises(TypeError, match="^H: expected a Hamiltonian, got int"):
+        raise_controls(3, None, None, None)
 
 
 def test_tolerances_that_are_no_numbers_are_refused():

@@ -8,7 +8,7 @@ from problems import learning_problem, network
 
 from fem_resnet import ResidualNetwork, laplace_basis, train, train_pam
 from fem_resnet.options import checked_options, checked_prefix
-from fem_resnet.training.tao import TYPES
+from fem_resnet.training.tao_types import TYPES
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

@@ -16,6 +16,7 @@ from fem_resnet import (
     Pair,
     RunningCost,
     Sections,
+    StateGrid,
     class_space,
     closed_loop,
     compress,
@@ -83,7 +84,7 @@ def one_cell(values):
 
 def value_function(**options):
     return solve_value_function(
-        cell(), Box((-1, 1), (0, 0)), "identity", one_cell([2.0]), one_cell([[0.0, 0.5]]), final_time=1.0, spacing=0.25,
+        cell(), Box((-1, 1), (0, 0)), "identity", one_cell([2.0]), StateGrid(one_cell([[0.0, 0.5]]), 0.25), final_time=1.0,
         **options,
     )  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""The co-state of (4.2) to (4.4), solved on its own and held against the one that the tape derives.
+"""The co-state of (4.2) to (4.4), solved on its own and compared with the gradient that the tape gives.
 
-`solve_trajectory` gives f at all times, `solve_costate` the co-state along it, and `costate_check` compares a network's
+`solve_trajectory` gives f at all times, and `solve_costate` the co-state along it. `costate_check` compares a network's
 co-state and gradient with these.
 """

@@ -1,7 +1,7 @@
-"""A network's co-state and gradient, by pyadjoint and TSAdjoint, held against those of (4.2).
+"""The co-state and gradient of a network, by pyadjoint and TSAdjoint, compared with those of (4.2).
 
-Over step sizes dt, dt/2, dt/4, .. the differences to an accurate solution of (4.2) fall with the order of the network's
-scheme; where (4.2) is stepped by that scheme's partner they are round-off (`costate`, `evolution`).
+Over step sizes dt, dt/2, dt/4, .. the differences from an accurate solution of (4.2) fall with the order of the network's
+scheme. If (4.2) is stepped by the partner of that scheme, the differences are round-off (`costate`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.arguments import integer, integer_array
-from fem_resnet.costate.costate import Costate, solve_costate, terminal_costate
+from fem_resnet.costate.costate import Costate, solve_costate
+from fem_resnet.costate.terminal import terminal_costate
 from fem_resnet.costate.trajectory import like, solve_trajectory
 from fem_resnet.features import supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.run import Run
 from fem_resnet.time_stepping.evolution import TYPES
 
 __all__ = ["CostateCheck", "costate_check"]
@@ -25,19 +27,19 @@ __all__ = ["CostateCheck", "costate_check"]
 
 @dataclass(frozen=True)
 class CostateCheck:
-    """Differences between a network's co-state and gradient, by pyadjoint and TSAdjoint, and those of (4.2).
+    """Differences between the co-state and gradient of a network, by pyadjoint and TSAdjoint, and those of (4.2).
 
-    All relative: of co-states the largest over the layer interfaces in the norm of L2(Y), of gradients in the norm of
-    all controls.
+    All differences are relative, without unit. For co-states it is the largest one over the layer interfaces, in the norm of
+    L2(Y); for gradients it is one in the norm of bias and kernel together. Each tuple has one entry for each refinement.
 
     Attributes
     ----------
     step_sizes : tuple of float
-        Largest step of the network.
+        The largest step of the network, in the unit of time.
     costate, gradient : tuple of float
-        Difference to an accurate solution of (4.2).
+        Differences from an accurate solution of (4.2).
     partner_costate, partner_gradient : tuple of float
-        Difference where (4.2) is stepped by the partner of the network's scheme: round-off. Empty if there is none.
+        Differences where (4.2) is stepped by the partner of the network's scheme: round-off. Empty if there is no partner.
     """
 
     step_sizes: tuple[float, ...]
@@ -48,12 +50,12 @@ class CostateCheck:
 
     @property
     def costate_orders(self) -> tuple[float, ...]:
-        """Observed orders between neighbouring step sizes."""
+        """The observed orders of the co-state between neighbouring step sizes."""
         return _orders(self.step_sizes, self.costate)
 
     @property
     def gradient_orders(self) -> tuple[float, ...]:
-        """Observed orders between neighbouring step sizes."""
+        """The observed orders of the gradient between neighbouring step sizes."""
         return _orders(self.step_sizes, self.gradient)
 
     def __str__(self) -> str:
@@ -72,8 +74,9 @@ class CostateCheck:
 
 
 @supports(
-    "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time", "discrete_gradient",
-    "single_precision", "head", "regulariser", "running", "running_of_controls", "learned_both", "many_samples", "weights",
+    "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
+    "discrete_gradient", "single_precision", "head", "regulariser", "running", "running_of_controls", "learned_both",
+    "many_samples", "weights",
 )  # fmt: skip
 def costate_check(
     problem: LearningProblem,
@@ -83,26 +86,30 @@ def costate_check(
     solver_parameters: dict | None = None,
     options_prefix: str | None = None,
 ) -> CostateCheck:
-    """Hold a learning problem's co-state and gradient in a and b against (4.2) - (4.4), (4.7). Collective.
+    """Compare the co-state and the gradient in a and b of a learning problem with (4.2) - (4.4), (4.7). Collective.
 
-    The problem itself, its parameters and what is on the tape stay as they are.
+    The problem, its parameters and the tape are not changed.
 
     Parameters
     ----------
     problem
-        The problem, at its present parameters; with a smooth activation.
+        The problem, at its present parameters, with a smooth activation.
     refinements
-        By what the number of the network's steps is multiplied, one after the other.
+        Factors of the number of the network's steps, one after the other: integers, shape (refinements,).
     steps
-        Steps a layer for (4.2); twice the finest of the network's if left out.
+        The number of steps in each layer for (4.2); twice the finest of the network's if left out.
     solver_parameters, options_prefix
         PETSc options of the TS that solves (2.8) and (4.2), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`.
 
+    Returns
+    -------
+    CostateCheck
+
     Raises
     ------
-    ValueError
-        If the network has no layers or adapts its steps, its kernel is made of other controls, so that (4.4) is not the
-        gradient in these, or an option does not fit.
+    TypeError, ValueError
+        If an argument or option does not fit; if the network has no layers or adapts its steps; or if its kernel is made of
+        other controls, for which (4.4) is not the gradient.
 
     Examples
     --------
@@ -145,7 +152,7 @@ def costate_check(
 
 
 def _by_partner(problem: LearningProblem, net: ResidualNetwork, cost: dict) -> Costate | None:
-    """(4.2) by the partner of the network's scheme, with its steps; None if it has none."""
+    """(4.2), stepped by the partner of the network's scheme with the network's steps; None if there is no partner."""
     own = {name: value for name, value in net.solver_parameters.items() if name.startswith("ts_")}
     if own["ts_type"] not in TYPES:
         return None
@@ -156,7 +163,8 @@ def _by_partner(problem: LearningProblem, net: ResidualNetwork, cost: dict) -> C
     return solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True, **cost)
 
 
-def _costate_difference(run, costate: Costate) -> float:
+def _costate_difference(run: Run, costate: Costate) -> float:
+    """The largest difference over the layer interfaces in L2(Y), divided by the largest co-state unless that is 0."""
     Y = run.net.Y
     exact = [costate.at_layer(layer) for layer in range(run.net.layers + 1)]
     size = max(Y.norm(r) for r in exact)
@@ -166,6 +174,7 @@ def _costate_difference(run, costate: Costate) -> float:
 
 
 def _gradient_difference(net: ResidualNetwork, these: Sequence[fd.Function], those: Sequence[fd.Function]) -> float:
+    """The norm of the difference of two gradients, divided by that of the second unless that is 0."""
     owners = [(parameter, k) for parameter in (net.bias, net.kernel) for k in range(len(parameter.functions))]
     squares = np.zeros(2)
     for (parameter, k), this, that in zip(owners, these, those, strict=True):

@@ -1,64 +1,52 @@
-"""The co-state r of section 4.1, solved on its own and held against the discrete network's.
+"""The co-state r of section 4.1, solved on its own.
 
-With u = a - B_b f along a solution f of (2.8), in the sign of section 4.1 (J is minimised; Remark 4.3 and section 4.2
-have r* = -r, for maximising),
+Let u = a - B_b f along a solution f of (2.8). In the sign of section 4.1, where J is minimised,
 
-    r_t = B_bT( sigma'(u) r ) - L_f                                                                       (4.2a)
+    r_t = B_b^T( sigma'(u) r ) - L_f                                                                      (4.2a)
     r(T) = f(T) - ftilde                                                                                  (4.2b)
-    r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy         with an output and least squares             (Remark 4.3)
+    r(z, T) = int (C_pre - C)(y) h'(O(y)) W(y, z) dy         with a head and least squares                (Remark 4.3)
     D_a J(y, t) = sigma'(u) r                                                                             (4.3)
-    D_b J(y, z, t) = - f(z, t) sigma'(u) r(y, t)             of rank one a sample                         (4.4)
+    D_b J(y, z, t) = - f(z, t) sigma'(u) r(y, t)             of rank one for each sample                  (4.4)
 
-Both gradients are Proposition 4.1. A pair (a, b) is stationary for one sample where
+Both gradients are Proposition 4.1. Remark 4.3 and section 4.2 maximise, and have r* = -r. L_f is the gradient of a running
+cost int L(f) dt, if there is one, and (4.7) adds lambda a and lambda b. (Section 5.1 prints (4.3), (4.4) with sigma for
+sigma', and Algorithm 2 prints (4.2a) without r: neither holds.) All gradients belong to the label measure. J is the sum
+over the samples, and r(T) contains their weights.
+
+A pair (a, b) is stationary for one sample where
 
     sigma'(u) r = 0                                                                                       (4.5)
 
-and then D_b J = 0 too. Where sigma' > 0 this is r = 0, a target that is reached; where relu is 0, a <= B f, it holds
-whatever J is (Remark 4.1). For more samples it is the sums over them that vanish, also where targets are not reached.
+and then D_b J = 0 too. If sigma' > 0 this means r = 0: the target is reached. For relu it also holds where a <= B f,
+whatever J is (Remark 4.1). For many samples the sums over the samples vanish, which may happen without reaching the
+targets.
 
-L_f is the gradient of a running cost int L(f) dt, if there is one; (4.7) adds lambda a and lambda b. (Section 5.1
-prints (4.3), (4.4) with sigma for sigma', Algorithm 2 prints (4.2a) without r: neither holds.) All of it is meant in
-the label measure; J is the sum over the samples, whose weights are in r(T).
-
-Here (4.2a) is stepped backwards as it stands, in the nodal values, along an interpolated solution of (2.8) that is
-stepped in the nodal values as well. Nothing is shared with the layers' own stepping and its adjoint, by which
-pyadjoint gets its gradients, but the kernel's transpose and the way that coefficients make a parameter.
-`costate_comparison` compares the two: they agree to the order of the network's scheme, and to round-off where (4.2) is
-stepped by that scheme's partner (`evolution`).
+Here (4.2a) is stepped backwards as it stands, in the nodal values, along an interpolated solution of (2.8) that is stepped
+in the nodal values too. It shares with the layers' own stepping, from whose adjoint pyadjoint gets its gradients, only the
+kernel's transpose and the map from coefficients to parameters. `comparison` compares both: they agree to the order of the
+network's scheme, and to round-off if (4.2) is stepped by the partner of that scheme (`fem_resnet.time_stepping.evolution`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
-from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import flag, function, instance, integer, real_array
-from fem_resnet.costate.trajectory import LayerTrajectory, Trajectory, like
+from fem_resnet.arguments import flag, function, instance, integer
+from fem_resnet.costate.backward import LayerBackward, RunningGradient
+from fem_resnet.costate.trajectory import Trajectory, like
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
-from fem_resnet.learning.head import PREDICTIONS, Prediction
-from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.learning.regulariser import Regulariser
-from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.ranks import same, together
-from fem_resnet.time_stepping.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path, Step
+from fem_resnet.ranks import same
+from fem_resnet.time_stepping.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path
 
-__all__ = ["Costate", "solve_costate", "terminal_costate"]
-
-#: ``L_f(t, f)``: the gradient in L2(Y) of a running cost, arrays of shape (nodes, samples).
-RunningGradient = Callable[[float, np.ndarray], np.ndarray]
-
-
-# -- the co-state ----------------------------------------------------------------------------------------------------
+__all__ = ["Costate", "solve_costate"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +56,7 @@ class Costate:
     Attributes
     ----------
     trajectory : Trajectory
+        f, along which it was solved.
     """
 
     trajectory: Trajectory
@@ -76,20 +65,37 @@ class Costate:
     _functionals: list[np.ndarray]
 
     def at_layer(self, layer: int) -> fd.Function:
-        """r(t_l), l = 0 .. L. Collective."""
+        """r(t_l), l = 0 .. L: a new Function. Collective.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer time, or it differs between ranks.
+        """
         same(self.trajectory.net.Y.comm, layer=layer)
         layer = integer("layer", layer, least=0, most=len(self._interfaces) - 1)
         return like(self.trajectory.final, self._interfaces[layer])
 
     def __call__(self, t: float) -> fd.Function:
-        """r(t), 0 <= t <= T, between the steps by interpolation. Collective."""
+        """r(t), 0 <= t <= T, interpolated between the steps: a new Function. Collective.
+
+        Raises
+        ------
+        ValueError
+            If t is not in [0, T] or differs between ranks, or the network has no layers.
+        """
         return like(self.trajectory.final, self._at(t)[1])
 
     def bias_gradient(self, t: float) -> fd.Function:
-        """D_a J(., t) of (4.3), Proposition 4.1 (i), summed over the samples: a Function of V.
+        """D_a J(., t) of (4.3), Proposition 4.1 (i), summed over the samples: a new Function in V. Collective.
 
-        At t_l that of the layer that starts there. For one sample it is 0 where (a, b) is stationary, (4.5), which for
-        sigma' > 0 is where the target is reached (Remark 4.1).
+        At t_l it belongs to the layer that starts there. For one sample it is 0 where (a, b) is stationary, (4.5); if
+        sigma' > 0, this means that the target is reached (Remark 4.1).
+
+        Raises
+        ------
+        ValueError
+            As for a call.
         """
         v = self._at(t)[2]
         gradient = fd.Function(self.trajectory.net.Y.V)
@@ -97,21 +103,31 @@ class Costate:
         return gradient
 
     def kernel_gradient(self, t: float) -> tuple[fd.Function, fd.Function]:
-        """D_b J(., ., t) of (4.4), Proposition 4.1 (ii): batches p, q with D_b J(y, z) = sum_s p_s(y) q_s(z)."""
+        """D_b J(., ., t) of (4.4), Proposition 4.1 (ii): batches p and q with D_b J(y, z) = sum_s p_s(y) q_s(z). Collective.
+
+        Raises
+        ------
+        ValueError
+            As for a call.
+        """
         f, _, v = self._at(t)
         return like(self.trajectory.final, -v), like(self.trajectory.final, f)
 
     def gradient(self, regulariser: Regulariser | None = None) -> list[fd.Function]:
-        """The gradient in the coefficients of bias and kernel: (4.3) and (4.4) projected onto them; (4.7).
+        """The gradient in the coefficients of bias and kernel: the projections of (4.3) and (4.4), with (4.7). Collective.
 
-        The representatives of ``J.derivative(apply_riesz=True)``, in the order of the controls of bias and kernel. Where
-        factors or layer times are learned too, they are as they stand. The integrals
-        over t are those of the scheme that stepped r. Collective.
+        These are the Functions of ``J.derivative(apply_riesz=True)`` for bias and kernel, in their order. Factors and layer
+        times that are learned too are held fixed. Integrals over t are those of the scheme that stepped r.
 
         Parameters
         ----------
         regulariser
-            R in J + R, if its gradient is to be added: lambda a and lambda b for Tikhonov's.
+            R in J + R, whose gradient is added: lambda a and lambda b for Tikhonov's. None adds nothing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If this is no regulariser, or it differs between ranks.
         """
         net = self.trajectory.net
         same(net.Y.comm, regulariser=regulariser)
@@ -122,18 +138,18 @@ class Costate:
         gradients = []
         for parameter in (net.bias, net.kernel):
             added = _regulariser_functionals(regulariser, parameter)
-            for k, function in enumerate(parameter.functions):
-                dual = fd.Cofunction(function.function_space().dual())
-                slots[id(function)].write(dual, of[id(function)] + added[k])
-                gradients.append(parameter.riesz_map(k)(dual))
+            for k, coefficients_k in enumerate(parameter.functions):
+                functional = fd.Cofunction(coefficients_k.function_space().dual())
+                slots[id(coefficients_k)].write(functional, of[id(coefficients_k)] + added[k])
+                gradients.append(parameter.riesz_map(k)(functional))
         return gradients
 
     def _at(self, t: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """f, r and sigma'(u) r at the time t."""
+        """f, r and sigma'(u) r at the time t, shape (nodes, samples) each."""
         same(self.trajectory.net.Y.comm, t=t)
-        number = self.trajectory.layer_at(t)
-        layer = self.trajectory.layers[number]
-        f, r = layer.path(t), self._paths[number](t)
+        l = self.trajectory.layer_at(t)
+        layer = self.trajectory.layers[l]
+        f, r = layer.path(t), self._paths[l](t)
         return f, r, self.trajectory.net.activation.derivative(layer.argument(t, f)) * r
 
 
@@ -155,26 +171,27 @@ def solve_costate(
     trajectory
         f, along which it is solved.
     terminal
-        r(T), a batch as f: `terminal_costate`.
+        r(T), a batch with the samples of f. `terminal_costate` makes it.
     running
-        A running cost; or L_f alone, its gradient: ``running(t, f)``, arrays of shape (nodes, samples), the nodes of this
-        rank, with the weights of the samples in it.
+        A running cost; or only its gradient L_f, a function ``running(t, f)`` from and to arrays of shape (nodes, samples)
+        at this rank's nodes, which contains the weights of the samples.
     weights
-        Weights of the samples in a `RunningCost`, of which only the proportions matter; equal ones if left out.
+        Weights of the samples in a `RunningCost`, shape (samples,). Only their proportions matter. If left out, all are equal.
     partner
-        Step it by the partner of the scheme that stepped the trajectory, on its stages, which have been kept: this is
-        the discrete adjoint of that scheme. `solver_parameters` then choose no scheme.
+        Whether (4.2) is stepped by the partner of the scheme that stepped the trajectory, on the stages that the trajectory
+        kept. This is the discrete adjoint of that scheme. `solver_parameters` then choose no scheme.
     solver_parameters, options_prefix
-        PETSc options of the TS, over `SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with fixed steps.
+        PETSc options of the TS, over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn`
+        with fixed steps.
 
     Raises
     ------
     TypeError, ValueError
-        If `terminal` does not fit, a scheme has no partner, or the stages have not been kept.
+        If `terminal` or another argument does not fit, the scheme has no partner, or the stages have not been kept.
 
     Examples
     --------
-    With the activation s and b = 1 on a domain of measure one, r_t = int r dy:
+    With the activation sigma(s) = s and b = 1 on a domain of measure one, r_t = int r dy:
 
     >>> from firedrake import FunctionSpace, UnitSquareMesh
     >>> from fem_resnet import LabelSpace, ResidualNetwork, given_basis, solve_trajectory
@@ -189,14 +206,15 @@ def solve_costate(
     Y = net.Y
     Y.check_batch(terminal, "terminal")
     if terminal.function_space().value_size != trajectory.final.function_space().value_size:
-        raise ValueError("terminal: it has another number of samples than the trajectory")
+        samples, given = (f.function_space().value_size for f in (trajectory.final, terminal))
+        raise ValueError(f"terminal: expected {samples} samples, as in the trajectory, got {given}")
     defaults = _partner_parameters(trajectory) if flag("partner", partner) else SOLVER_PARAMETERS
     if not isinstance(running, (RunningCost, type(None))):
         function("running", running, "a RunningCost, a function of t and f, or None")
     omega = sample_weights(weights, trajectory.final.function_space().value_size)
     used = trajectory.scheme.used[::-1] if partner else None
     r = np.array(Y.values(terminal))
-    equation: _Backward
+    equation: LayerBackward
 
     def rate(moment: Moment, r: np.ndarray) -> np.ndarray:
         return equation.rate(moment, r)
@@ -207,7 +225,7 @@ def solve_costate(
     interfaces, paths, functionals = [r], [], []
     with FieldStepper(Y, r.shape[1], rate, linear_part, solver_parameters, options_prefix, defaults) as stepper:
         for layer in reversed(trajectory.layers):
-            equation = _Backward(layer, net, running, omega, used)
+            equation = LayerBackward(layer, net, running, omega, used)
             values = stepper.solve(r, layer.inputs.length, trajectory.steps, equation.integrate)
             r = values[-1]
             interfaces.append(r)
@@ -216,169 +234,23 @@ def solve_costate(
     return Costate(trajectory, interfaces[::-1], paths[::-1], functionals[::-1])
 
 
-class _Backward:
-    """(4.2a) on one layer, in the time s = t_(l+1) - t that runs backwards, and the integrals of (4.3) and (4.4).
-
-    `used` are the numbers of the forward stages in the order in which a partner takes them; without them f comes from
-    the interpolated trajectory.
-    """
-
-    def __init__(
-        self,
-        layer: LayerTrajectory,
-        net: ResidualNetwork,
-        running: RunningCost | RunningGradient | None,
-        omega: np.ndarray,
-        used: np.ndarray | None,
-    ):
-        self._layer, self._inputs, self._running, self._used = layer, layer.inputs, running, used
-        self._omega = omega
-        self._derivative, self._weights, self._comm = net.activation.derivative, net.Y.weights, net.Y.comm
-        self._step = 0
-        #: Of the layer's active coefficients of the bias, then of the kernel.
-        self.functional: np.ndarray | float = 0.0
-
-    def state(self, moment: Moment) -> tuple[float, np.ndarray]:
-        """T and f where the scheme asks for them."""
-        if self._used is None:
-            return self._between_steps(moment.t)
-        step, stage = self._layer.stages[-1 - moment.step], self._used[moment.stage]
-        return self._inputs.start + step.times[stage], step.values[stage]
-
-    def _between_steps(self, s: float) -> tuple[float, np.ndarray]:
-        t = self._layer.end - s
-        return t, self._layer.path(t)
-
-    def _slope_times(self, t: float, f: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """sigma'(u) r."""
-        return self._derivative(self._layer.argument(t, f)) * r
-
-    def linear_part(self, t: float, f: np.ndarray, r: np.ndarray) -> np.ndarray:
-        """- B^T(sigma'(u) r)."""
-        return -self._inputs.factors.transpose(self._layer.beta(t), self._slope_times(t, f, r))
-
-    def rate(self, moment: Moment, r: np.ndarray) -> np.ndarray:
-        """r_s: (4.2a) with the other sign."""
-        return self._rate(*self.state(moment), r)
-
-    def _rate(self, t: float, f: np.ndarray, r: np.ndarray) -> np.ndarray:
-        r_s = self.linear_part(t, f, r)
-        if isinstance(self._running, RunningCost):
-            return r_s + self._cost_slopes(t, f)[0]
-        if self._running is None:
-            return r_s
-        # A user's function: what one rank raises all raise.
-        return r_s + together(self._comm, lambda: real_array("running", self._running(t, f), f.shape))
-
-    def _cost_slopes(self, t: float, f: np.ndarray) -> list[np.ndarray]:
-        """L_f and L_a, each sample with its weight."""
-        a = self._inputs.bias.coefficients(self._layer.fraction(t))
-        return [self._omega * part for part in together(self._comm, lambda: self._running.slopes(f, a))]
-
-    def integrate(self, step: Step) -> None:
-        """Add what a step contributes, by the scheme's own quadrature."""
-        phi, psi = self._inputs.factors.phi, self._inputs.factors.psi
-        for stage, i in enumerate(np.flatnonzero(step.weights)):
-            t, f = self.state(Moment(step.times[i], self._step, stage))
-            v = self._slope_times(t, f, step.values[i])
-            fraction = self._layer.fraction(t)
-            in_a, in_b = v.sum(axis=1), -phi.project(v) @ psi.project(f).T
-            if isinstance(self._running, RunningCost):
-                in_a = in_a + self._cost_slopes(t, f)[1].sum(axis=1)
-                in_b += self._running.kernel * self._inputs.factors.functional(self._layer.beta(t))
-            in_bias = self._inputs.bias.pull_back(fraction, self._weights * in_a)
-            in_kernel = self._inputs.beta.pull_back(fraction, in_b)
-            self.functional = self.functional + step.length * step.weights[i] * np.concatenate([in_bias, in_kernel])
-        self._step += 1
-
-    def path(self, values: np.ndarray) -> Path:
-        """R between the steps, from its values in the order of s."""
-        times = np.linspace(0.0, self._inputs.length, len(values))
-        slopes = np.array([-self._rate(*self._between_steps(s), r) for s, r in zip(times, values)])
-        return Path(self._inputs.start, self._layer.end, values[::-1], slopes[::-1])
-
-
 def _partner_parameters(trajectory: Trajectory) -> dict:
+    """PETSc options of the partner of the scheme that stepped a trajectory."""
     parameters = trajectory.scheme.partner()
     if parameters is None:
         raise ValueError(
-            f"partner: the scheme of the trajectory, {trajectory.scheme.name}, has none: all its b_i must be different "
-            f"from 0, and an implicit one must have one stage, as the implicit midpoint rule"
+            f"partner: expected a trajectory stepped by a scheme with a partner, got {trajectory.scheme.name}; all its b_i "
+            f"must differ from 0, and an implicit scheme must have one stage, like the implicit midpoint rule"
         )
     if trajectory.layers and not trajectory.layers[0].stages:
-        raise ValueError("partner: solve the trajectory with keep_stages=True")
+        raise ValueError("partner: expected a trajectory with its stages, got one without; solve it with keep_stages=True")
     return parameters
 
 
-# -- terminal values -------------------------------------------------------------------------------------------------
-
-
-@supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
-    "learned_initial", "learned_both", "many_samples", "weights",
-)  # fmt: skip
-def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Function:
-    """r(T) of a learning problem by (4.2b) or Remark 4.3, in the sign of section 4.1. Collective.
-
-    For the losses of `fem_resnet.learning.loss` it is written out here; a functional in UFL is asked for its own derivative. The
-    weights of the samples, divided by their sum, are in it.
-
-    Parameters
-    ----------
-    problem
-        Its head, loss and batch.
-    final
-        f(T).
-    """
-    net, head, batch = problem.net, problem.head, problem.batch
-    net.Y.check_batch(final, "final")
-    samples = final.function_space().value_size
-    if samples != batch.samples:
-        raise ValueError(f"final: expected as many samples as the problem's batch has, {batch.samples}, got {samples}")
-    Y = net.Y if head is None else head.Y
-    prediction = PREDICTIONS[problem.loss.prediction or "identity"] if head is None else head.prediction
-    targets = batch.targets if isinstance(batch.targets, fd.Function) else head.observations(batch.targets)
-    with stop_annotating():
-        O = Y.values(final if head is None else head(final))
-    omega = sample_weights(batch.weights, batch.samples)
-    r = omega * _output_costate(Y, problem.loss, prediction, O, Y.values(targets))
-    if head is not None:
-        # int .. W(y, z) dy: the first argument of W is that of the output, here as in (2.9).
-        r = LowRankKernel(head.onto, head.psi).transpose(head.W.get(0), r)
-    return like(final, r)
-
-
-def _output_costate(Y: LabelSpace, loss: Loss, h: Prediction, O: np.ndarray, C: np.ndarray) -> np.ndarray:
-    """The gradient in L2 of a sample's loss in its output O."""
-    if loss == least_squares:
-        p = h.value(Y, O)
-        return _prediction_derivative(Y, h, p, p - C)
-    if loss == cross_entropy:
-        p = PREDICTIONS["softmax"].value(Y, O)
-        return p * Y.sum(Y.weights @ C) - C
-    if loss == binary_cross_entropy:
-        return PREDICTIONS["logistic"].value(Y, O) - C
-    return loss.gradient(Y, O, C, h) / Y.weights[:, None]
-
-
-def _prediction_derivative(Y: LabelSpace, h: Prediction, p: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """h'(O) d, which is symmetric for all predictions, from p = h(O)."""
-    if h.name == "identity":
-        return d
-    if h.name == "logistic":
-        return p * (1 - p) * d
-    if h.name == "softmax":
-        return p * (d - Y.sum(Y.weights @ (p * d)))
-    raise ValueError(f"head: the derivative of the prediction {h.name!r} is not known here")
-
-
-# -- small things ----------------------------------------------------------------------------------------------------
-
-
-def _regulariser_functionals(regulariser: Regulariser | None, parameter: Parameter) -> list:
-    """The gradient of R in the coefficients of a parameter, as functionals."""
+def _regulariser_functionals(regulariser: Regulariser | None, parameter: Parameter) -> Sequence[np.ndarray | float]:
+    """The functionals of R's derivative in the coefficients of a parameter, one for each Function."""
     count = len(parameter.functions)
-    total = [0.0] * count
+    total: list[np.ndarray | float] = [0.0] * count
     if regulariser is not None:
         coefficients = [parameter.get(k) for k in range(count)]
         for weight, form in regulariser.terms:

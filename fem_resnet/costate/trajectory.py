@@ -2,9 +2,9 @@
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),    f(y, 0) = f_I(y)                               (2.8)
 
-A network's run knows f at the layer times, by steps in the coefficients that a layer sees (`time_stepping`). Here f
-itself is stepped, with no more than the kernel's product, and known between the steps too: what (4.2) is solved along
-(`costate`).
+A network's run steps the few coefficients of f that a layer depends on (`time_stepping`), and knows f at the layer times.
+Here f itself is stepped, with the kernel's product as the only tool, and is known between the steps too. The co-state
+equation (4.2) is solved along such a trajectory (`costate`).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class LayerTrajectory:
     Attributes
     ----------
     inputs : LayerInputs
-        What the layer takes.
+        The layer's coefficients, factors and times.
     path : Path or None
-        f, shape (nodes, samples), at all times of the layer; None in the hands of a monitor (`follow_trajectory`).
+        f at all times of the layer, shape (nodes, samples). None in the calls of a monitor (`follow_trajectory`).
     stages : list of Step
-        The steps with their stages, if they have been kept.
+        The steps with their stages, if they were kept.
     """
 
     inputs: LayerInputs
@@ -45,12 +45,20 @@ class LayerTrajectory:
     stages: list[Step]
 
     def argument(self, t: float, f: np.ndarray) -> np.ndarray:
-        """U = a - B f at the time t, shape (nodes, samples)."""
+        """The preactivation u = a - B f at the time t, shape (nodes, samples).
+
+        Parameters
+        ----------
+        t
+            A time in the layer.
+        f
+            The state at this rank's nodes, shape (nodes, samples).
+        """
         return self.inputs.bias.coefficients(self.fraction(t))[:, None] - self.inputs.factors.apply(self.beta(t), f)
 
     @property
     def end(self) -> float:
-        """When the layer ends."""
+        """The time at which the layer ends."""
         return self.inputs.start + self.inputs.length
 
     def fraction(self, t: float) -> float:
@@ -58,24 +66,26 @@ class LayerTrajectory:
         return (t - self.inputs.start) / self.inputs.length
 
     def beta(self, t: float) -> np.ndarray:
-        """The kernel's coefficients at the time t."""
+        """The kernel's coefficients at the time t, shape (rank of phi, rank of psi)."""
         return self.inputs.beta.coefficients(self.fraction(t))
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A solution of (2.8), of which f(t) is known at all times. Get one from `solve_trajectory`.
+    """A solution of (2.8) that is known at all times. Get one from `solve_trajectory`.
 
     Attributes
     ----------
     net : ResidualNetwork
+        The network.
     final : Function
         f(T).
     scheme : Tableau
-        How it was stepped.
+        The scheme that stepped it.
     steps : int
-        Steps a layer.
+        The number of steps in each layer.
     layers : list of LayerTrajectory
+        The solution on each layer.
     """
 
     net: ResidualNetwork
@@ -85,12 +95,18 @@ class Trajectory:
     layers: list[LayerTrajectory]
 
     def __call__(self, t: float) -> fd.Function:
-        """f(t), 0 <= t <= T, between the steps by interpolation: a new Function. Collective."""
+        """f(t), 0 <= t <= T, interpolated between the steps: a new Function. Collective.
+
+        Raises
+        ------
+        ValueError
+            If t is not in [0, T] or differs between ranks, or the network has no layers.
+        """
         same(self.net.Y.comm, t=t)
         return like(self.final, self.layers[self.layer_at(t)].path(t))
 
     def layer_at(self, t: float) -> int:
-        """Number of the layer at the time t; at a layer time that which starts there, at T the last.
+        """The number of the layer at the time t: at a layer time the layer that starts there, at T the last one.
 
         Raises
         ------
@@ -115,7 +131,7 @@ def solve_trajectory(
 ) -> Trajectory:
     """Solve (2.8) in the nodal values, layer by layer, and keep f at the ends of all steps. Collective.
 
-    With its controls and f_I it is (4.1), along which `solve_costate` goes back.
+    This is (4.1a) for the network's bias and kernel. `solve_costate` goes back along the result.
 
     Parameters
     ----------
@@ -124,18 +140,18 @@ def solve_trajectory(
     initial
         f_I, as for ``net.run``.
     steps
-        Steps a layer; 8 times those of the network if left out. If they are even, f between them is right to O(h^6),
-        else to O(h^4). All are kept: steps x layers fields and their slopes.
+        The number of steps in each layer; 8 times that of the network if left out. The interpolation of f between the steps is
+        right to O(h^6) for an even number, to O(h^4) for an odd one. All are kept: steps x layers fields and their slopes.
     keep_stages
-        Keep the stages of all steps as well, for `solve_costate` with `partner`.
+        Whether the stages of all steps are kept too, for `solve_costate` with `partner`.
     solver_parameters, options_prefix
-        PETSc options of the TS, over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn` with
-        fixed steps.
+        PETSc options of the TS, over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`: `rk`, `theta`, `beuler`, `cn`
+        with fixed steps.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit.
+        If an argument does not fit or differs between ranks.
     StepFailure
         If f overflows.
 
@@ -174,21 +190,21 @@ def follow_trajectory(
     solver_parameters: dict | None = None,
     options_prefix: str | None = None,
 ) -> fd.Function:
-    """Solve (2.8) as `solve_trajectory` does, but keep nothing: what is wanted of f, a monitor takes from each step.
+    """Solve (2.8) as `solve_trajectory` does, and show each step to a monitor. Nothing is kept. Collective.
 
-    With the solver parameters and steps of a network that is stepped by rk, theta, beuler or cn, f is that of the
-    network to round-off, for such methods commute with the projection onto coefficients. Collective.
+    With the solver parameters and steps of a network that is stepped by rk, theta, beuler or cn, f is that of the network to
+    round-off, since these methods commute with the projection onto coefficients.
 
     Parameters
     ----------
     net, initial
-        As for `solve_trajectory`.
+        The network and f_I, as for `solve_trajectory`.
     monitor
-        ``monitor(layer, step)``, called after each step: its times count from the start of the layer, ``step.first``
-        and ``step.last`` are f at its ends, ``step.values`` its stages. It must not change them. What it raises on one rank
-        ends the solution on all.
+        ``monitor(layer, step)``, called after each step. Its times count from the start of the layer; ``step.first`` and
+        ``step.last`` are f at its ends, and ``step.values`` its stages, which must not be changed. An error that the monitor
+        raises on one rank ends the solution on all ranks.
     steps
-        Steps a layer; those of the network if left out.
+        The number of steps in each layer; that of the network if left out.
     solver_parameters, options_prefix
         As for `solve_trajectory`.
 
@@ -199,22 +215,19 @@ def follow_trajectory(
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument does not fit.
-    StepFailure
-        If f overflows.
+    TypeError, ValueError, StepFailure
+        As for `solve_trajectory`.
 
     Examples
     --------
-    >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis
-    >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
-    >>> net = ResidualNetwork(laplace_basis(Y, 6), layers=2, activation="identity")
-    >>> _ = net.bias.functions[0].assign(1.0)
-    >>> largest = []
-    >>> _ = follow_trajectory(net, Y.batch(0 * Y.weights), lambda layer, step: largest.append(step.last.max()))
-    >>> [round(float(f), 12) for f in largest]
-    [0.5, 0.5]
+    >>> from fem_resnet import ResidualNetwork, class_space, given_basis
+    >>> Y = class_space(2)
+    >>> net = ResidualNetwork(given_basis(Y, [1.0]), layers=2, activation="identity")
+    >>> net.bias.set(1, [1.0])  # f_t is 0 on the first layer and 1 on the second
+    >>> seen = []
+    >>> _ = follow_trajectory(net, Y.batch(0 * Y.weights), lambda layer, step: seen.append(step.last.max()))
+    >>> [round(float(f), 12) for f in seen]
+    [0.0, 0.5]
     """
     function("monitor", monitor, "a function of layer and step")
 
@@ -233,7 +246,10 @@ def _layer_by_layer(
     options_prefix: str | None,
     one_layer: Callable[[FieldStepper, LayerTrajectory, np.ndarray, int], np.ndarray],
 ) -> tuple[fd.Function, Tableau, int]:
-    """Step through all layers; ``one_layer(stepper, layer, f, steps)`` makes those of one and returns f at its end."""
+    """Step through all layers: ``one_layer(stepper, layer, f, steps)`` takes the steps of one and returns f at its end.
+
+    Returned are f(T), the scheme and the number of steps in each layer.
+    """
     Y, sigma = net.Y, net.activation
     Y.check_batch(initial, "initial")
     steps = 8 * net.steps if steps is None else integer("steps", steps)
@@ -260,7 +276,7 @@ def _layer_by_layer(
 
 
 def like(function: fd.Function, values: np.ndarray) -> fd.Function:
-    """A new Function of the same space with these values at the owned nodes, shape (nodes, samples)."""
+    """A new Function in the space of another one, with these values at this rank's nodes, shape (nodes, samples)."""
     other = fd.Function(function.function_space())
     other.dat.data_wo[...] = values.reshape(other.dat.data_wo.shape)
     return other

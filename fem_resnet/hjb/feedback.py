@@ -1,13 +1,13 @@
-"""The feedback map of a value function, and what it steers: Step 2 of section 4.3.
+"""The feedback map of a value function, and the trajectories that follow it: Step 2 of section 4.3.
 
-At the running state f~(s) the controls are those that attain the minimum of (4.11),
+The controls at the running state f~(s) attain the minimum of (4.11),
 
     (a~, b~) = argmin over (a, b) of  int D_v F(f~(s), s) sigma(a - B_b f~(s)) dy + int L(f~(s), a, b) dy
     f~_s = sigma( a~(f~(s)) - B_{b~(f~(s))} f~(s) ),    f~(t) = v.
 
-They are optimal, J is F(v, t): Theorem 4.3. (Step 2 (ii) prints the controls of the first state v, and (iii) leaves b
-without its tilde: as printed the cost is not F. The paper's f~ is the target elsewhere; here that is `target`.) Slopes of
-F are one-sided, as in the scheme of `value_function`, so that at a kink the controls are those of one of its sides.
+They are optimal: J is F(v, t), by Theorem 4.3. (Step 2 (ii) prints the controls of the first state v, and (iii) leaves b
+without its tilde. As printed the cost is not F.) The paper's f~ is the target elsewhere; here the target is `target`.
+Slopes of F are one-sided, as in the scheme of `equation`, so at a kink the controls are those of one of its sides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.arguments import instance, integer, number
-from fem_resnet.control.hamiltonian import Controls
+from fem_resnet.control.controls import Controls
 from fem_resnet.hjb.speeds import Choice
 from fem_resnet.hjb.value_function import ValueFunction
 from fem_resnet.ranks import same, together
@@ -26,10 +26,10 @@ __all__ = ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"]
 
 
 def _choose(F: ValueFunction, states: np.ndarray, t: float) -> Choice:
-    """The best rows; L and A may be a user's functions, so call it on all ranks together."""
-    # A step of the scheme goes to F at its end, which is known a cell further on each side.
-    slopes = F.slopes(states, F.times[F.level(t) + 1])
-    return F.speeds.choose(list(states), *slopes)
+    """The best rows at states on all cells, shape (n, m). L and A may be a user's functions: call this in `together`."""
+    # A step of the scheme uses F at the end of the step, whose grid has a cell more on each side.
+    forward, backward = F.slopes(states, F.times[F.level(t) + 1])
+    return F.speeds.choose(list(states), forward, backward)
 
 
 def feedback_speeds(F: ValueFunction, v: np.ndarray, t: float) -> np.ndarray:
@@ -40,14 +40,14 @@ def feedback_speeds(F: ValueFunction, v: np.ndarray, t: float) -> np.ndarray:
     F
         The value function.
     v
-        States at the owned nodes, shape (nodes,) or (nodes, samples), in the grid.
+        States at this rank's nodes, shape (nodes,) or (nodes, samples), inside of the grid.
     t
         In [0, T].
 
     Raises
     ------
-    ValueError
-        If v is not in the grid, or t not in [0, T].
+    TypeError, ValueError
+        If F is no value function, v is not in the grid, or t not in [0, T]; on all ranks alike.
     """
     states = _known(F).states(v, t)
     return together(F.cells.Y.comm, lambda: _choose(F, states, t)).speeds[F.cells.own]
@@ -56,8 +56,21 @@ def feedback_speeds(F: ValueFunction, v: np.ndarray, t: float) -> np.ndarray:
 def feedback_controls(F: ValueFunction, v: np.ndarray, t: float) -> Controls:
     """(a~, b~) at one state and time. Collective.
 
-    b~ has rank 2 at most where L does not depend on (a, b), as in (4.10), else one row a cell. Parameters and errors are those
-    of `feedback_speeds`; v has the shape (nodes,).
+    If L does not depend on (a, b), b~ has rank 2 at most, as in (4.10). Otherwise it has one row for each cell.
+
+    Parameters
+    ----------
+    F
+        The value function.
+    v
+        One state at this rank's nodes, shape (nodes,), inside of the grid.
+    t
+        In [0, T].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `feedback_speeds`, and if v has more than one sample.
     """
     states = _known(F).states(v, t)
     if states.shape[1] != 1:
@@ -69,7 +82,7 @@ def feedback_controls(F: ValueFunction, v: np.ndarray, t: float) -> Controls:
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """Trajectories under feedback, of explicit Euler steps. Get them from `closed_loop`.
+    """Trajectories that follow the feedback, by explicit Euler steps. Get them from `closed_loop`.
 
     Attributes
     ----------
@@ -77,9 +90,10 @@ class ClosedLoop:
     times : numpy.ndarray
         Shape (steps + 1,).
     states : numpy.ndarray
-        f~ at the owned nodes, shape (steps + 1, nodes, samples).
+        f~ at this rank's nodes, shape (steps + 1, nodes, samples).
     cost : numpy.ndarray
-        J of section 4.3, running cost and distance at the end, shape (samples,): F(v, t) up to the order of the scheme.
+        J of section 4.3, the running cost plus the distance from the target at the end, shape (samples,). It is F(v, t) up
+        to the order of the scheme.
     """
 
     F: ValueFunction
@@ -88,7 +102,7 @@ class ClosedLoop:
     cost: np.ndarray
 
     def controls(self, step: int, sample: int = 0) -> Controls:
-        """Those of a step, constant on it. Collective.
+        """The controls of one step, which are constant on it. Collective.
 
         Parameters
         ----------
@@ -96,6 +110,11 @@ class ClosedLoop:
             From 0 to steps - 1.
         sample
             From 0 to samples - 1.
+
+        Raises
+        ------
+        ValueError
+            If there is no such step or sample, or they differ between ranks.
         """
         same(self.F.cells.Y.comm, step=step, sample=sample)
         step = integer("step", step, least=0, most=len(self.times) - 2)
@@ -111,22 +130,24 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
     F
         The value function.
     v
-        States at the owned nodes, shape (nodes,) or (nodes, samples).
+        States at this rank's nodes, shape (nodes,) or (nodes, samples).
     t
         In [0, T).
     steps
-        How many, of equal length; those of the value function if left out.
+        The number of steps, of equal length. If left out, the steps of the value function are taken.
 
     Raises
     ------
-    ValueError
-        If v is not in the grid, or t not in [0, T), or `steps` is no positive number.
+    TypeError, ValueError
+        If F is no value function, v is not in the grid, t not in [0, T), or `steps` is no positive integer; on all ranks
+        alike.
 
     Examples
     --------
-    >>> from fem_resnet import Box, class_space, solve_value_function
+    >>> from fem_resnet import Box, StateGrid, class_space, solve_value_function
     >>> Y = class_space(1)
-    >>> F = solve_value_function(Y, Box((-1, 1), (0, 0)), "identity", [2.0], [[0.0, 0.5]], final_time=1.0, spacing=0.01)
+    >>> grid = StateGrid([[0.0, 0.5]], spacing=0.01)
+    >>> F = solve_value_function(Y, Box((-1, 1), (0, 0)), "identity", [2.0], grid, final_time=1.0)
     >>> loop = closed_loop(F, [0.0])
     >>> loop.states[-1].round(2), loop.cost.round(2)
     (array([[1.]]), array([0.5]))
@@ -145,7 +166,7 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
 
 
 def _followed(F: ValueFunction, start: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """States at the times, shape (steps + 1, n, samples), and what they cost, shape (samples,)."""
+    """States at the times, shape (steps + 1, n, samples), and their cost, shape (samples,)."""
     states, cost = [start], 0.0
     for now, length in zip(times, np.diff(times)):
         choice = _choose(F, states[-1], now)

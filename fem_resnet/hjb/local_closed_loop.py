@@ -1,14 +1,15 @@
-"""The feedback at every layer interface: controls that follow the state, section 4.3, Step 2.
+"""The local feedback at every layer interface: controls that follow the state, section 4.3, Step 2.
 
-By the dynamic programming principle the rest of an optimal trajectory is optimal for what is left of the problem,
+By the dynamic programming principle the rest of an optimal trajectory is optimal for the rest of the problem,
 
-    F(v, t_l) = min over the controls of layers l, l + 1, ..  of their cost from f(t_l) = v on,
+    F(v, t_l) = min over the controls of layers l, l + 1, ..  of their cost, starting at f(t_l) = v.
 
-so that `local_feedback` holds there with the remaining layers, around f(t_l) of the one trajectory that was trained:
-D_v F(., t_l) = r(t_l). Closed loop means that each layer takes the controls that the feedback gives for the state at
-which it begins, and not, as Step 2 (ii) of the paper has it printed, for the state at which all began. For a
-perturbed input alone both are optimal to the same order. What disturbs the state on its way is answered by the closed
-loop only, by the controls of the layers that are left.
+So `local_feedback` holds at each t_l for the remaining layers, around f(t_l) of the one trajectory that was trained, and
+D_v F(., t_l) = r(t_l).
+
+In a closed loop each layer takes the controls that the feedback gives for the state at the beginning of this layer. (Step 2
+(ii) of the paper prints the state at which the whole trajectory began.) For a perturbed input alone both are optimal to the
+same order. For a disturbance on the way only the closed loop answers, by the controls of the remaining layers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fem_resnet.ranks import same
 
 __all__ = ["LocalClosedLoop"]
 
-#: Regularisers that are sums over the layers.
+#: The names of regularisers that are sums over the layers.
 _OF_LAYERS = {"tikhonov", "smooth_in_space"}
 
 
@@ -38,19 +39,19 @@ class LocalClosedLoop(OnMesh):
     ----------
     problem
         As for `LocalFeedback`. Each layer has controls of its own (bias_in_time and kernel_in_time "layers"), and the
-        regulariser is a sum over them: `tikhonov`, `smooth_in_space`. A learned head is chosen anew at each interface.
+        regulariser is a sum over the layers: `tikhonov`, `smooth_in_space`. A learned head is chosen anew at each interface.
     **options
-        Those of `LocalFeedback`.
+        The options of `LocalFeedback`.
 
     Attributes
     ----------
     feedbacks : list of LocalFeedback
-        One an interface: F(., t_l), r(t_l) and the controls of all layers from l on, the head's last.
+        One for each interface l: F(., t_l), r(t_l) and the controls of all layers from l on, with the head's at the end.
 
     Raises
     ------
     TypeError, ValueError
-        If the layers hang together, or as for `LocalFeedback`.
+        If layers share parameters or the regulariser couples them, and as for `LocalFeedback`.
 
     Examples
     --------
@@ -69,30 +70,36 @@ class LocalClosedLoop(OnMesh):
         net, batch = problem.net, problem.batch
         with stop_annotating():
             run = net.run(batch.inputs)
-        self._head = problem.head
         self._layers = [_part(net, range(layer, layer + 1)) for layer in range(net.layers)]
         self.feedbacks = []
         for layer in range(net.layers):
             state = batch.inputs if layer == 0 else run.state(layer)
-            rest = _part(net, range(layer, net.layers)), Batch(state, batch.targets, batch.weights)
-            self.feedbacks.append(LocalFeedback(problem.replace(net=rest[0], batch=rest[1]), **options))
+            rest = problem.replace(net=_part(net, range(layer, net.layers)), batch=Batch(state, batch.targets, batch.weights))
+            self.feedbacks.append(LocalFeedback(rest, **options))
 
     def step(self, layer: int, state: fd.Function) -> tuple[list[fd.Function], fd.Function]:
-        """One layer with the controls that the feedback gives for the state at its beginning.
+        """Run one layer with the controls that the feedback gives for the state at its beginning.
 
         Parameters
         ----------
         layer
             l, from 0 to L - 1.
         state
-            f(t_l), of the space of the problem's inputs.
+            f(t_l), in the space of the problem's inputs.
 
         Returns
         -------
         controls
-            Bias and kernel of this layer; at the last one the head's W and mu too, if there is a head.
+            Bias and kernel of this layer; for the last layer also W and mu of the head, if there is a head.
         state
             f(t_(l+1)).
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no such layer, the state is in another space, or the layer differs between ranks.
+        RuntimeError
+            As for `LocalFeedback.change_of_controls`.
         """
         feedback = self.feedbacks[0]
         same(feedback.Y.comm, layer=layer)
@@ -108,7 +115,18 @@ class LocalClosedLoop(OnMesh):
             return chosen + (controls[2:] if left == 1 else []), net(state)
 
     def __call__(self, inputs: fd.Function) -> list[fd.Function]:
-        """All controls that the closed loop takes from these inputs on, in the order of ``problem.functions``."""
+        """All controls that the closed loop takes from these inputs on, in the order of ``problem.functions``.
+
+        Parameters
+        ----------
+        inputs
+            v + w, in the space of the problem's inputs.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As for `step`.
+        """
         self.feedbacks[0].check(inputs, "inputs")
         steps, state = [], inputs
         for layer in range(len(self._layers)):
@@ -118,7 +136,7 @@ class LocalClosedLoop(OnMesh):
 
 
 def _part(net: ResidualNetwork, layers: range) -> ResidualNetwork:
-    """These layers as a network, with the coefficients that they have."""
+    """The network of these layers alone, with their coefficients."""
     times = net.times[layers.start : layers.stop + 1]
     bases = {name: given if len(given) == 1 else given[layers.start : layers.stop] for name, given in net.bases.items()}
     part = net.replace(times=times - times[0], **bases)
@@ -129,10 +147,13 @@ def _part(net: ResidualNetwork, layers: range) -> ResidualNetwork:
 
 
 def _refuse_other_regularisers(regulariser: Regulariser | None) -> None:
+    """Raise ValueError unless the regulariser is a sum over the layers, as far as its name tells."""
     if regulariser is None:
         return
-    for name in (*regulariser.names, *["one without a name"] * (len(regulariser.terms) - len(regulariser.names))):
+    unnamed = len(regulariser.terms) - len(regulariser.names)
+    for name in (*regulariser.names, *["one without a name"] * unnamed):
         if name not in _OF_LAYERS:
             raise ValueError(
-                f"problem: expected regularisers that are sums over the layers, {', '.join(sorted(_OF_LAYERS))}; got {name}"
+                f"problem: expected regularisers that are sums over the layers, {', '.join(sorted(_OF_LAYERS))}; got {name}; "
+                f"LocalFeedback takes any, at t = 0"
             )

@@ -1,26 +1,25 @@
 """The value function near one optimal trajectory, and the feedback that it gives for nearby inputs.
 
-The value function of section 4.3, from t = 0 and for J_mod (2.11), (4.6),
+The value function of section 4.3 from t = 0 on, for J_mod of (2.11), (4.6), is
 
-    F(v) = min_u J(u, v),       u = (a, b), and a learned head,       v = f_I,
+    F(v) = min_u J(u, v),       v = f_I,       u = (a, b), with the head where it is learned.
 
-solves the Hamilton-Jacobi-Bellman equation (4.11) in the space of all inputs. The paper asks, at the end of section
-4.3, for a local, Lagrangian way to it. That is this one: where u is optimal for v and J_uu > 0 there, F is smooth
-near v, and
+It solves the Hamilton-Jacobi-Bellman equation (4.11) in the space of all inputs. The end of section 4.3 asks for a local,
+Lagrangian method. This is one. Let u be optimal for v, with J_uu > 0. Then F is smooth near v, and
 
     D_v F = J_v = r(0)                                          the co-state of (4.2), in the sign of section 4.1
     D^2 F = J_vv - J_vu J_uu^-1 J_uv
     u(v + w) = u - J_uu^-1 J_uv w + O(|w|^2)                    the feedback
     F(v + w) = F + (r, w) + 1/2 (w, D^2 F w) + O(|w|^3)
 
-so all that is wanted are Hessian actions of the discrete network along this one trajectory, on a mesh of any size.
-What the feedback costs above F(v + w) is O(|w|^4), what the controls of v cost above it is O(|w|^2). Gradients and
-D^2 F are those of the inner product of the label measure. F is a local minimum's value: another minimum may be lower,
-and controls must be free (with active bounds F is not smooth).
+So the method needs Hessian actions of the discrete network along this one trajectory, on a mesh of any size. Above F(v + w)
+the feedback costs O(|w|^4), and the controls of v cost O(|w|^2). Gradients and D^2 F belong to the inner product of the
+label measure. F is the value of a local minimum, and another minimum may be lower. The controls must be free: with active
+bounds F is not smooth.
 
-The paper has one sample. For a batch all samples share u, so v stands for all of them together: the formulas hold,
-with one co-state a sample times its weight, and the feedback wants all new inputs at once and answers with one u. To
-answer each input with controls of its own, as the feedback of section 4.3 does, take a problem with one sample.
+The paper has one sample. In a batch all samples share u, so v stands for all of them together. The formulas hold, each
+sample's co-state has its weight as a factor, and the feedback takes all new inputs at once and returns one u. The feedback
+of section 4.3 gives each input controls of its own: for that, take a problem with one sample.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, 
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]
 
-#: What messages add where J_uu is not positive definite.
-NO_MINIMUM = "it is not positive definite where the parameters are no strict minimum (is there a regulariser?)"
-#: Options of the KSP for J_uu where the user gives none.
+#: The end of messages where J_uu is not positive definite.
+NO_MINIMUM = "J_uu is positive definite at a strict minimum only (is there a regulariser?)"
+#: Options of the KSP for J_uu that the user does not give.
 SOLVER_PARAMETERS = {
     "ksp_type": "cg",
     "ksp_rtol": 1e-10,
@@ -58,25 +57,27 @@ SOLVER_PARAMETERS = {
 class LocalFeedback(OnMesh):
     """F, D_v F, D^2 F and the feedback at the optimum of a learning problem, without any matrix.
 
-    It keeps the optimum that it was made at: what later happens to the parameters is not seen. Everything is
+    The object keeps the optimum at which it was made: later changes of the parameters have no effect on it. Everything is
     collective over the communicator of the network.
 
     Parameters
     ----------
     problem
-        A learning problem at a minimum over its parameters, ``learn="parameters"``; v is the inputs of its batch.
+        A learning problem at a minimum over its parameters, ``learn="parameters"``. The inputs of its batch are v.
     gradient_tolerance
-        Up to which norm (label measure) the gradient in the parameters counts as zero; in the unit of J.
+        The largest norm of the gradient in the parameters that counts as zero, in the label measure and in the unit of J.
     solver_parameters, options_prefix
-        Options over `SOLVER_PARAMETERS` of the KSP that solves with J_uu: conjugate gradients with the Riesz maps of
-        the controls as preconditioner. "minres" also solves where J_uu is indefinite, which is no minimum.
+        PETSc options, over `SOLVER_PARAMETERS`, of the KSP that solves with J_uu: conjugate gradients, preconditioned by the
+        Riesz maps of the controls. "minres" solves also if J_uu is indefinite, but then there is no minimum.
 
     Attributes
     ----------
     problem : LearningProblem
-        The one that was given.
+        The given problem.
     batch : Batch
-        Its batch then.
+        Its batch at that time.
+    Y : LabelSpace
+        The label domain.
     controls : list of Function
         u, in the order of ``problem.functions``.
     inputs, final : Function
@@ -84,21 +85,21 @@ class LocalFeedback(OnMesh):
     value : float
         F(v) = J.
     gradient : Function
-        D_v F, of the space of the inputs: for one sample r(0).
+        D_v F, in the space of the inputs. For one sample it is r(0).
     gradient_norm : float
-        That of the gradient in the parameters, at most the tolerance.
+        The norm of the gradient in the parameters, at most the tolerance.
 
     Raises
     ------
     TypeError, ValueError
         If `problem` is no learning problem over the parameters alone, is not at a stationary point, or has first derivatives
-        only: with `Derivatives`, checkpoints or an ensemble.
+        only, as with `Derivatives`, checkpoints or an ensemble; if an option does not fit.
     NotImplementedError
         If its loss has no Hessian.
 
     Examples
     --------
-    Where the input is its own target the best controls are 0. What does it cost to bring 1 + w to 1?
+    The input is its own target, so the best controls are 0. How much does it cost to bring 1 + w to 1?
 
     >>> from firedrake import FunctionSpace, UnitIntervalMesh
     >>> from fem_resnet import Batch, LabelSpace, ResidualNetwork, laplace_basis, least_squares, tikhonov
@@ -118,7 +119,7 @@ class LocalFeedback(OnMesh):
     ...     _ = function.assign(control)
     """
 
-    # Where factors are learned too, those and beta make the same kernel in many ways: no minimum is strict.
+    # Learned factors are not taken: factors and beta make the same kernel in many ways, so no minimum is strict.
     @supports(
         "no_layers", "gradient_flow", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time",
         "shared_in_time", *STEPPED, "head", "regulariser", "running", "running_of_controls", "many_samples", "weights",
@@ -135,7 +136,7 @@ class LocalFeedback(OnMesh):
         given, prefix = checked_options(solver_parameters), checked_prefix(options_prefix)
         self.problem, self.batch = problem, problem.batch
         self.Y = problem.net.Y
-        own = problem.replace()  # nobody gives it another batch
+        own = problem.replace()  # nobody gives this copy another batch
         with stop_annotating():
             functional, run = own.record()
             self.controls = [function.copy(deepcopy=True) for function in own.functions]
@@ -145,43 +146,29 @@ class LocalFeedback(OnMesh):
             self.value = float(self._joint([*self.controls, self.inputs]))
             *gradient, self.gradient = self._joint.derivative(apply_riesz=True)
         self.final = run.final.copy(deepcopy=True)
-        self.gradient_norm = self._norm(gradient)
+        self.gradient_norm = _norm(problem, gradient)
         if not self.gradient_norm <= gradient_tolerance:
             raise ValueError(
-                f"problem: its parameters are not optimal, |gradient| = {self.gradient_norm:.1e} is above "
-                f"gradient_tolerance = {gradient_tolerance:g}; train further, as with 'tao_type': 'nls' and "
+                f"problem: expected optimal parameters, |gradient| up to gradient_tolerance = {gradient_tolerance:g}, "
+                f"got |gradient| = {self.gradient_norm:.1e}; train further, for example with 'tao_type': 'nls' and "
                 f"a smaller 'tao_gatol'"
             )
-        comm = self.Y.comm
-        context = ReducedFunctionalHessianMat(functional, comm=comm)
-        self._interface: PETScVecInterface = context.control_interface
-        sizes = (self._interface.n, self._interface.N)
-        matrix = PETSc.Mat().createPython((sizes, sizes), context, comm=comm)
-        matrix.setUp()
-        self._ksp = PETSc.KSP().create(comm)
-        self._ksp.setOperators(matrix)
-        with petsc_refusals(given):
-            petsctools.set_from_options(
-                self._ksp, parameters=SOLVER_PARAMETERS | given, options_prefix=prefix, default_prefix="fem_resnet_feedback"
-            )
-        refuse_unread(unread(petsctools.get_options(self._ksp), given), f"a KSP of type {self._ksp.getType()!r}")
-
-    def _norm(self, gradient: Sequence[fd.Function]) -> float:
-        of = iter(gradient)
-        squares = 0.0
-        for parameter in self.problem.parameters:
-            for k, basis in enumerate(parameter.space_bases):
-                c = basis.read(next(of))
-                squares += parameter.inner(k, c, c)
-        return float(np.sqrt(squares))
+        hessian = ReducedFunctionalHessianMat(functional, comm=self.Y.comm)
+        self._interface: PETScVecInterface = hessian.control_interface
+        self._ksp = _solver_with(hessian, given, prefix)
 
     def __call__(self, inputs: fd.Function) -> list[fd.Function]:
-        """The feedback: controls for these inputs, in the order of ``problem.functions``; new Functions.
+        """The feedback: new Functions with the controls for these inputs, in the order of ``problem.functions``.
 
         Parameters
         ----------
         inputs
-            v + w, of the space of the problem's inputs.
+            v + w, in the space of the problem's inputs.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As for `change_of_controls`.
         """
         changed = self.change_of_controls(self._difference(inputs))
         for control, change in zip(self.controls, changed):
@@ -189,7 +176,7 @@ class LocalFeedback(OnMesh):
         return changed
 
     def predicted_value(self, inputs: fd.Function) -> float:
-        """F + (r, w) + 1/2 (w, D^2 F w) for the inputs v + w."""
+        """F + (r, w) + 1/2 (w, D^2 F w) for the inputs v + w, in the unit of J."""
         w = self._difference(inputs)
         return self.value + self.Y.inner(self.gradient, w) + 0.5 * self.Y.inner(w, self.hessian(w))
 
@@ -198,8 +185,10 @@ class LocalFeedback(OnMesh):
 
         Raises
         ------
+        TypeError, ValueError
+            If w is not in the space of the problem's inputs.
         RuntimeError
-            If the KSP does not converge, as where J_uu is not positive definite.
+            If the KSP does not converge, for example because J_uu is not positive definite.
         """
         self.check(w, "w")
         with stop_annotating():
@@ -210,39 +199,59 @@ class LocalFeedback(OnMesh):
             b.scale(-1.0)
             with petsctools.inserted_options(self._ksp):
                 self._ksp.solve(b, x)
-            reason = self._ksp.getConvergedReason()
+            reason: int = self._ksp.getConvergedReason()  # type: ignore[assignment]  # petsc4py declares a class
             if reason < 0:
                 raise RuntimeError(
-                    f"LocalFeedback: no solution with J_uu in {self._ksp.getIterationNumber()} iterations, "
-                    f"{reason_name(PETSc.KSP, reason)}; {NO_MINIMUM}, or 'ksp_max_it' in solver_parameters is too small"
+                    f"LocalFeedback: the KSP found no solution with J_uu in {self._ksp.getIterationNumber()} iterations, "
+                    f"{reason_name(PETSc.KSP, reason)}; {NO_MINIMUM}; else take a larger 'ksp_max_it' in solver_parameters"
                 )
             change = [fd.Function(function.function_space()) for function in self.controls]
             self._interface.from_petsc(x, change)
         return change
 
     def hessian(self, w: fd.Function) -> fd.Function:
-        """D^2 F w, in the label measure: a new Function of the space of the inputs."""
+        """D^2 F w in the label measure: a new Function in the space of the inputs."""
         change = self.change_of_controls(w)
         with stop_annotating():
             return self.Y.riesz_map(self.action(change, w)[-1])
 
     def action(self, change: Sequence[fd.Function] | None, w: fd.Function | None) -> list[fd.Cofunction]:
-        """J's second derivative in u and v together, in the direction (change, w), None for zero: Cofunctions. Collective."""
+        """The second derivative of J in u and v together, applied to a direction. Collective.
+
+        Parameters
+        ----------
+        change
+            The direction in u, Functions in the order of ``problem.functions``; None stands for zero.
+        w
+            The direction in v, in the space of the problem's inputs; None stands for zero.
+
+        Returns
+        -------
+        list of Cofunction
+            The functionals in u, in the same order, then the functional in v.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a direction is in another space.
+        """
         functions = [*self.controls, self.inputs]
         if w is not None:
             self.check(w, "w")
         if change is not None:
-            for direction in instance("change", change, (Sequence, type(None))):
-                instance("change", direction, fd.Function)
+            instance("change", change, (Sequence, type(None)))
+            for part in change:
+                instance("change", part, fd.Function)
             if [d.function_space() for d in change] != [f.function_space() for f in self.controls]:
-                raise ValueError(f"change: expected {len(self.controls)} Functions of the spaces of `controls`, got others")
+                raise ValueError(f"change: expected {len(self.controls)} Functions in the spaces of `controls`, got others")
         given = [*(len(self.controls) * [None] if change is None else change), w]
-        # pyadjoint keeps directions on the tape.
-        direction = [
-            fd.Function(function.function_space()) if part is None else part.copy(deepcopy=True)
-            for function, part in zip(functions, given)
-        ]
-        return self._joint.hessian(direction)
+        # pyadjoint keeps directions on the tape, so they are copied.
+        return self._joint.hessian(
+            [
+                fd.Function(function.function_space()) if part is None else part.copy(deepcopy=True)
+                for function, part in zip(functions, given)
+            ]
+        )
 
     def _difference(self, inputs: fd.Function) -> fd.Function:
         self.check(inputs, "inputs")
@@ -251,10 +260,49 @@ class LocalFeedback(OnMesh):
         return w
 
     def check(self, function: fd.Function, name: str) -> None:
-        """Raise unless this is a batch as the problem's inputs. Collective."""
+        """Raise unless a Function is in the space of the problem's inputs. Collective.
+
+        Parameters
+        ----------
+        function
+            The Function.
+        name
+            The name of the argument, for messages.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no Function, has values that are not finite, or is in another space.
+        """
         self.Y.check_batch(function, instance("name", name, str))
         if function.function_space() != self.inputs.function_space():
             raise ValueError(
-                f"{name}: expected a Function of {self.inputs.function_space()}, as the problem's inputs, "
-                f"got {function.function_space()}; many inputs of one sample go to LowRankFeedback"
+                f"{name}: expected a Function of {self.inputs.function_space()}, the space of the problem's inputs, "
+                f"got {function.function_space()}; LowRankFeedback takes many inputs of a problem with one sample"
             )
+
+
+def _norm(problem: LearningProblem, gradient: Sequence[fd.Function]) -> float:
+    """The norm in the label measure of a gradient, in the order of ``problem.functions``."""
+    of, squares = iter(gradient), 0.0
+    for parameter in problem.parameters:
+        for k, basis in enumerate(parameter.space_bases):
+            c = basis.read(next(of))
+            squares += parameter.inner(k, c, c)
+    return float(np.sqrt(squares))
+
+
+def _solver_with(hessian: ReducedFunctionalHessianMat, given: dict[str, object], prefix: str | None) -> PETSc.KSP:
+    """A KSP with J_uu, and with the options that the user gave."""
+    interface = hessian.control_interface
+    sizes = (interface.n, interface.N)
+    matrix = PETSc.Mat().createPython((sizes, sizes), hessian, comm=interface.comm)
+    matrix.setUp()
+    ksp = PETSc.KSP().create(interface.comm)
+    ksp.setOperators(matrix)
+    with petsc_refusals(given):
+        petsctools.set_from_options(
+            ksp, parameters=SOLVER_PARAMETERS | given, options_prefix=prefix, default_prefix="fem_resnet_feedback"
+        )
+    refuse_unread(unread(petsctools.get_options(ksp), given), f"a KSP of type {ksp.getType()!r}")
+    return ksp

@@ -1,20 +1,24 @@
-"""The local feedback of a problem with one sample for many inputs at once: D^2 F and J_uv as a few columns.
+"""The local feedback for many inputs at once, where the problem has one sample.
 
-`local_feedback` has the formulas. Two facts make its second derivatives a few numbers, whatever the mesh. J_uv has at
-most as many independent rows as there are controls: with controls in bases J_uu is a small dense matrix, the same on
-every rank, factored once (Cholesky), and J_vu its columns, one Hessian action each. And layers and head see f_I
-through psi alone, f(T) = v + D(Psi^T M v), so that J_vv is l'', the loss's own second derivative in f(T), and a part
-of rank at most 2 rank(Psi):
+Two facts turn the second derivatives of `local_feedback` into a few columns, on a mesh of any size.
 
-    D^2 F = l'' + X Psi^T M + Psi (M X)^T - J_vu J_uu^-1 J_uv,
+- There are few controls. With controls in bases, J_uu is a small dense matrix, the same on every rank, which is factored
+  once by Cholesky. J_vu has one column for each control, which takes one Hessian action.
+- Layers and head depend on f_I through psi alone: f(T) = v + D(Psi^T M v). So J_vv is l'', the second derivative of the
+  loss in f(T), plus a part of rank at most 2 rank(Psi).
 
-where X follows from one Hessian action a function of Psi (an orthonormal basis of what psi of all layers and the head
-span). With a head l'' is in the second part, and 0 here. Nothing is cut off.
+Together
+
+    D^2 F = l'' + X Psi^T M + Psi (M X)^T - J_vu J_uu^-1 J_uv.
+
+Here Psi is an orthonormal basis of the span of psi of all layers and of the head. X follows from one Hessian action for
+each function in Psi. With a head, l'' belongs to the second part, and the first part is 0. Nothing is cut off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
@@ -26,41 +30,64 @@ from fem_resnet.fixed import OnMesh
 from fem_resnet.hjb.local_feedback import NO_MINIMUM, LocalFeedback
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.learning.head import PREDICTIONS
+from fem_resnet.parameters.space_basis import SpaceBasis
 
 __all__ = ["LowRankFeedback"]
 
 
-class LowRankFeedback(OnMesh):
-    """The feedback of a problem with one sample, for many inputs at once: no network is run for them.
+@dataclass(frozen=True)
+class _Coefficients:
+    """All controls as one vector: the coefficients in the order of ``problem.functions``, each array ravelled."""
 
-    Made by dim u + rank(Psi) Hessian actions; collective, as all that it does.
+    bases: list[SpaceBasis]
+
+    def join(self, functions: Sequence[fd.Function | fd.Cofunction]) -> np.ndarray:
+        return np.concatenate([basis.read(f).ravel() for basis, f in zip(self.bases, functions)])
+
+    def split(self, vector: np.ndarray) -> list[np.ndarray]:
+        """The parts of a vector, or of the first axis of an array, that belong to the bases."""
+        sizes = [int(np.prod(basis.shape)) for basis in self.bases]
+        return np.split(vector, np.cumsum(sizes)[:-1])
+
+    def functions(self, vector: np.ndarray) -> list[fd.Function]:
+        functions = [fd.Function(basis.space) for basis in self.bases]
+        for basis, function, part in zip(self.bases, functions, self.split(vector)):
+            basis.write(function, part.reshape(basis.shape))
+        return functions
+
+
+class LowRankFeedback(OnMesh):
+    """The feedback of a problem with one sample, for many inputs at once, without a run of the network for each.
+
+    To make it takes dim u + rank(Psi) Hessian actions. Everything is collective over the communicator of the network.
 
     Parameters
     ----------
     feedback
-        The local feedback, of a problem with one sample, without a running cost, whose controls are all in bases.
+        The local feedback of a problem with one sample, without running cost, whose controls are all in bases.
 
     Attributes
     ----------
     control_hessian : numpy.ndarray
-        J_uu in the coefficients, shape (dim u, dim u), in the order of ``problem.functions``, each one ravelled.
+        J_uu in the coefficients, shape (dim u, dim u), in the order of ``problem.functions``, each array ravelled.
     rank_bound : int
         2 rank(Psi) + dim u.
 
     Raises
     ------
-    ValueError
-        If the problem has more than one sample, a running cost, or controls with a value at every node.
+    TypeError, ValueError
+        If this is no local feedback; if the problem has more than one sample, a running cost, or controls with a value at
+        every node.
     RuntimeError
         If J_uu is not positive definite.
 
     Examples
     --------
     >>> many = LowRankFeedback(LocalFeedback(problem))  # doctest: +SKIP
-    >>> coefficients = many(net.Y.batch(new_inputs))  # one array (inputs, ..) a set of coefficients  # doctest: +SKIP
+    >>> coefficients = many(net.Y.batch(new_inputs))  # arrays of shape (inputs, ..)  # doctest: +SKIP
     """
 
-    # A running cost sees f itself on its way, so that J_vv has a part of no low rank beside l''.
+    # A running cost depends on f(t) itself, so J_vv has another part, which is not of low rank.
     @supports(
         "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
         *STEPPED, "head", "regulariser", "weights", instead="use LocalFeedback for one input after the other",
@@ -68,46 +95,39 @@ class LowRankFeedback(OnMesh):
     def __init__(self, feedback: LocalFeedback):
         problem, Y = feedback.problem, feedback.Y
         self._feedback, self.Y = feedback, Y
-        self._bases = [basis for parameter in problem.parameters for basis in parameter.space_bases]
-        self._controls = np.concatenate([b.read(c).ravel() for b, c in zip(self._bases, feedback.controls)])
+        self._coefficients = _Coefficients([basis for parameter in problem.parameters for basis in parameter.space_bases])
+        self._controls = self._coefficients.join(feedback.controls)
         self._v, self._r = Y.values(feedback.inputs).copy(), Y.values(feedback.gradient).copy()
         with stop_annotating():
-            self._differentiate_in_controls()
-            self._differentiate_in_state()
+            #: J_uu, and J_vu at the nodes: one column for each control.
+            self.control_hessian, self._mixed = self._derivatives_in_controls()
+            self._factor = _cholesky(self.control_hessian)
+            #: Psi and M X at the nodes, one column for each function of Psi.
+            self._psi = _orthonormal(_seen_bases(feedback))
+            self._X = self._part_of_low_rank()
 
-    def _differentiate_in_controls(self) -> None:
+    def _derivatives_in_controls(self) -> tuple[np.ndarray, np.ndarray]:
         size = self._controls.size
-        self.control_hessian, self._mixed = np.empty((size, size)), np.empty((self.Y.nodes, size))
+        hessian, mixed = np.empty((size, size)), np.empty((self.Y.nodes, size))
         for i, unit in enumerate(np.eye(size)):
-            *of_u, of_v = self._feedback.action(self._functions(unit), None)
-            self.control_hessian[i] = np.concatenate([b.read(c).ravel() for b, c in zip(self._bases, of_u)])
-            self._mixed[:, i] = self.Y.values(of_v)[:, 0]
-        self.control_hessian = (self.control_hessian + self.control_hessian.T) / 2
-        smallest, *_, largest = np.linalg.eigvalsh(self.control_hessian)
-        if not smallest > 1e-13 * largest:
-            raise RuntimeError(
-                f"LowRankFeedback: the smallest eigenvalue of J_uu in the coefficients is {smallest:.1e}, the largest "
-                f"{largest:.1e}; {NO_MINIMUM}"
-            )
-        self._factor = scipy.linalg.cho_factor(self.control_hessian)
+            *in_u, in_v = self._feedback.action(self._coefficients.functions(unit), None)
+            hessian[i] = self._coefficients.join(in_u)
+            mixed[:, i] = self.Y.values(in_v)[:, 0]
+        return (hessian + hessian.T) / 2, mixed
 
-    def _differentiate_in_state(self) -> None:
-        feedback, Y = self._feedback, self.Y
-        head = feedback.problem.head
-        seen = [*feedback.problem.net.bases["psi"], *([] if head is None else [head.psi])]
-        self._psi = _orthonormal(list(dict.fromkeys(seen)))
-        S = -self._of_loss(self._psi)
-        for k in range(self._psi.shape[1]):
+    def _part_of_low_rank(self) -> np.ndarray:
+        feedback, Y, psi = self._feedback, self.Y, self._psi
+        S = -self._of_loss(psi)
+        for k in range(psi.shape[1]):
             w = fd.Function(feedback.inputs.function_space())
-            w.dat.data_wo[...] = self._psi[:, k].reshape(w.dat.data_wo.shape)
+            w.dat.data_wo[...] = psi[:, k].reshape(w.dat.data_wo.shape)
             S[:, k] += Y.values(feedback.action(None, w)[-1])[:, 0]
-        # For C = X Psi^T M + Psi (M X)^T, with functions of Psi orthonormal, S = M C Psi gives M X up to what drops
-        # out of C.
-        symmetric = Y.sum(self._psi.T @ S)
-        self._X = S - 0.5 * Y.weights[:, None] * (self._psi @ symmetric)
+        # For C = X Psi^T M + Psi (M X)^T and orthonormal Psi, S = M C Psi determines M X up to a part that cancels in C.
+        symmetric = Y.sum(psi.T @ S)
+        return S - 0.5 * Y.weights[:, None] * (psi @ symmetric)
 
     def _of_loss(self, W: np.ndarray) -> np.ndarray:
-        """M l'' w for columns w."""
+        """M l'' w for the columns w of W."""
         problem = self._feedback.problem
         if problem.head is not None:
             return np.zeros_like(W)
@@ -119,40 +139,41 @@ class LowRankFeedback(OnMesh):
 
     @property
     def rank_bound(self) -> int:
-        """What the rank of D^2 F - l'' is at most."""
+        """An upper bound of the rank of D^2 F - l''."""
         return 2 * self._psi.shape[1] + self._controls.size
 
     def __call__(self, inputs: fd.Function) -> list[np.ndarray]:
-        """Controls for each input: one array a Function of ``problem.functions``, shape (inputs, of its coefficients).
+        """Controls for each input: one array for each of ``problem.functions``, shape (inputs, *coefficients).
 
-        ``parameter.set(k, array[s])`` gives a parameter its coefficients for the input s.
+        ``parameter.set(k, array[s])`` gives a parameter the coefficients for input s.
 
         Parameters
         ----------
         inputs
-            A batch with one sample an input.
+            A batch whose samples are the inputs.
         """
         changes = scipy.linalg.cho_solve(self._factor, self._mixed_in(self._differences(inputs)))
         columns = self._controls[:, None] - changes
-        return [part.T.reshape(-1, *basis.shape) for part, basis in zip(self._split(columns), self._bases)]
+        parts = self._coefficients.split(columns)
+        return [part.T.reshape(-1, *basis.shape) for part, basis in zip(parts, self._coefficients.bases)]
 
     def predicted_values(self, inputs: fd.Function) -> np.ndarray:
-        """F + (r, w) + 1/2 (w, D^2 F w) for each input, shape (inputs,)."""
+        """F + (r, w) + 1/2 (w, D^2 F w) for each input v + w, shape (inputs,), in the unit of J."""
         W = self._differences(inputs)
         first = self.Y.weights[:, None] * self._r
         return self._feedback.value + self.Y.sum(np.sum((first + 0.5 * self._second(W)) * W, axis=0))
 
     def hessian(self, w: fd.Function) -> fd.Function:
-        """D^2 F w for each sample of a batch of directions, in the label measure: a new batch."""
+        """D^2 F w in the label measure for each sample w of a batch: a new batch."""
         self.Y.check_batch(w, "w")
         return self.Y.batch(self._second(self.Y.values(w)) / self.Y.weights[:, None])
 
     def eigenvalues(self) -> np.ndarray:
-        """Those of D^2 F - l'' that may not be 0, the largest in absolute value first, shape (rank_bound,)."""
+        """The eigenvalues of D^2 F - l'' that may differ from 0, by falling absolute value, shape (rank_bound,)."""
         Y, root = self.Y, np.sqrt(self.Y.weights)[:, None]
         rank, size = self._psi.shape[1], self._controls.size
-        R = np.linalg.qr(np.hstack([root * self._psi, self._X / root, self._mixed / root]), mode="r")
-        R = np.linalg.qr(np.vstack(Y.comm.allgather(R)), mode="r")
+        _, own = np.linalg.qr(np.hstack([root * self._psi, self._X / root, self._mixed / root]))
+        _, R = np.linalg.qr(np.vstack(Y.comm.allgather(own)))
         off, identity = np.zeros((rank, rank)), np.eye(rank)
         inner = scipy.linalg.block_diag(
             np.block([[off, identity], [identity, off]]), -scipy.linalg.cho_solve(self._factor, np.eye(size))
@@ -162,7 +183,7 @@ class LowRankFeedback(OnMesh):
         return values[np.argsort(-np.abs(values))]
 
     def _second(self, W: np.ndarray) -> np.ndarray:
-        """M D^2 F w for columns w."""
+        """M D^2 F w for the columns w of W."""
         Y = self.Y
         kernel = self._X @ Y.sum(self._psi.T @ (Y.weights[:, None] * W)) + Y.weights[:, None] * (
             self._psi @ Y.sum(self._X.T @ W)
@@ -170,25 +191,40 @@ class LowRankFeedback(OnMesh):
         return self._of_loss(W) + kernel - self._mixed @ scipy.linalg.cho_solve(self._factor, self._mixed_in(W))
 
     def _mixed_in(self, W: np.ndarray) -> np.ndarray:
+        """J_uv w for the columns w of W."""
         return self.Y.sum(self._mixed.T @ W)
 
     def _differences(self, inputs: fd.Function) -> np.ndarray:
         self.Y.check_batch(inputs, "inputs")
         return self.Y.values(inputs) - self._v
 
-    def _split(self, coefficients: np.ndarray) -> list[np.ndarray]:
-        sizes = [int(np.prod(basis.shape)) for basis in self._bases]
-        return np.split(coefficients, np.cumsum(sizes)[:-1])
 
-    def _functions(self, coefficients: np.ndarray) -> list[fd.Function]:
-        functions = [fd.Function(basis.space) for basis in self._bases]
-        for basis, function, part in zip(self._bases, functions, self._split(coefficients)):
-            basis.write(function, part.reshape(basis.shape))
-        return functions
+def _cholesky(control_hessian: np.ndarray) -> tuple[np.ndarray, bool]:
+    """The Cholesky factor of J_uu.
+
+    Raises
+    ------
+    RuntimeError
+        If J_uu is not positive definite, up to round-off.
+    """
+    smallest, *_, largest = np.linalg.eigvalsh(control_hessian)
+    if not smallest > 1e-13 * largest:
+        raise RuntimeError(
+            f"LowRankFeedback: the smallest eigenvalue of J_uu in the coefficients is {smallest:.1e}, the largest "
+            f"{largest:.1e}; {NO_MINIMUM}"
+        )
+    return scipy.linalg.cho_factor(control_hessian)
+
+
+def _seen_bases(feedback: LocalFeedback) -> list[Basis]:
+    """The bases psi through which layers and head depend on f_I, each once."""
+    head = feedback.problem.head
+    seen = [*feedback.problem.net.bases["psi"], *([] if head is None else [head.psi])]
+    return list(dict.fromkeys(seen))
 
 
 def _orthonormal(bases: Sequence[Basis]) -> np.ndarray:
-    """Orthonormal functions in the label measure with the span of all these bases, shape (nodes, their number)."""
+    """Functions of the span of all bases that are orthonormal in the label measure: shape (nodes, functions)."""
     Y = bases[0].Y
     values = np.hstack([basis.values for basis in bases])
     gram = Y.sum(values.T @ (Y.weights[:, None] * values))

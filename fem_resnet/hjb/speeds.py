@@ -1,22 +1,25 @@
-"""What speeds f_t(y) = sigma(T_f) controls in K_A allow at a state of few cells, and which of them cost least.
+"""The speeds f_t(y) = sigma(T_f) that controls in K_A allow at a state of few cells, and the cheapest of them.
 
-On n cells with weights w the state is v in R^n, and the Hamiltonian of (4.11) is a sum over the cells,
+On n cells with weights w the state is v in R^n. Each cell has its own row (a(y), b(y, .)), and all rows are in the same
+K_A. So the Hamiltonian of (4.11) is a sum over the cells,
 
-    H(v, r) = sum_i w_i min over rows (a, b(.)) in K_A of  sigma(T_v(a, b)) r_i + L(v_i, a, b),
+    H(v, r) = sum_i w_i min over rows (a, b(.)) in K_A of  sigma(T_v(a, b)) r_i + L(v_i, a, b).
 
-since each cell has a row (a(y), b(y, .)) of its own, and all rows are in the same K_A. Two ways to have the minimum:
+There are two ways to compute the minimum:
 
-- `ExtremalSpeeds`: L does not depend on (a, b) and sigma does not decrease. A cell's speed then lies in the interval
-  [sigma(T^-), sigma(T^+)] of (4.9), the same for all y, and the minimum is over a box. Where A is not convex the speeds between
-  the ends are those of relaxed controls, which do not change the infimum.
-- `SampledSpeeds`: any L(f, a, b), any sigma: the rows are all combinations of points of A, exact for a finite A.
+- `ExtremalSpeeds`, where L does not depend on (a, b) and sigma does not decrease. The speed of a cell then lies in the
+  interval [sigma(T^-), sigma(T^+)] of (4.9), the same for all y, and the minimum is over a box. If A is not convex, speeds
+  inside of the interval may belong to relaxed controls only, which do not change the infimum.
+- `SampledSpeeds`, for any L(f, a, b) and any sigma. The rows are all combinations of sampled points of A. For a finite A
+  this is exact.
 
-Both minimise against one-sided slopes: a speed s costs `max(s, 0) forward + min(s, 0) backward`, which is what makes the scheme
-of `value_function` monotone.
+Both minimise against one-sided slopes: a speed s costs `max(s, 0) forward + min(s, 0) backward`. This makes the scheme of
+`equation` monotone.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -25,60 +28,22 @@ import numpy as np
 
 from fem_resnet.activation.activation import Activation
 from fem_resnet.arguments import real_array
-from fem_resnet.control.control_set import ControlSet, Extreme
-from fem_resnet.label_domain.basis import node_numbers
-from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.control.sets.control_set import ControlSet, Extreme
 
-__all__ = ["Cells", "Choice", "ExtremalSpeeds", "SampledSpeeds", "Speeds"]
+__all__ = ["Choice", "ExtremalSpeeds", "SampledSpeeds", "Speeds", "SpeedsAtStates"]
 
 _Array = np.ndarray
-#: States on n cells: n arrays that broadcast, one a cell; the axes of an open grid, or as many arrays of one shape.
-States = Sequence[np.ndarray]
-#: So many states at a time where their extremes are looked for, since a search holds some hundred numbers a state.
-_BLOCK = 2**13
-
-
-class Cells:
-    """The nodes of a small label domain, in an order that no partition changes; their values are held by every rank.
-
-    The order is that of `cell_indicators`: by coordinates, the last one slowest; points have their own.
-
-    Attributes
-    ----------
-    Y : LabelSpace
-    weights : numpy.ndarray
-        w of all nodes, shape (n,).
-    own : numpy.ndarray
-        Where this rank's nodes are among them, shape (nodes,).
-    """
-
-    def __init__(self, Y: LabelSpace):
-        self.Y = Y
-        self.own = node_numbers(Y)
-        self._all = np.concatenate(Y.comm.allgather(self.own))
-        self.weights = self.gather(Y.weights)
-
-    def gather(self, values: _Array) -> _Array:
-        """Values at this rank's nodes, shape (nodes, ..), as those at all nodes. Collective."""
-        parts = np.concatenate(self.Y.comm.allgather(np.asarray(values, dtype=float)))
-        ordered = np.empty_like(parts)
-        ordered[self._all] = parts
-        return ordered
-
-    def gather_batch(self, values: _Array, name: str) -> _Array:
-        """The same for one sample or many, shape (n, samples), checked. Collective.
-
-        Raises
-        ------
-        ValueError
-            If the shape is not (nodes,) or (nodes, samples), or a value is not finite; on all ranks alike.
-        """
-        return self.gather(self.Y.values(self.Y.batch(values, name)))
+#: States on n cells, one array for each cell. The arrays broadcast: they are the axes of an open grid, or of one shape.
+States = Sequence[np.ndarray] | np.ndarray
+#: The same of slopes: one array for each cell.
+Slopes = Sequence[np.ndarray] | np.ndarray
+#: How many states are searched for extremes at a time. A search holds some hundred numbers for each.
+_AT_ONCE = 2**13
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Rows that cost least at states, one a cell.
+    """The rows that cost least at given states, one row for each cell.
 
     Attributes
     ----------
@@ -89,7 +54,7 @@ class Choice:
     a : numpy.ndarray
         Shape (n, states).
     phi, psi : numpy.ndarray
-        Factors of b(y, z) = sum_k phi_k(y) psi_k(z), shape (n, rank, states).
+        Factors of b(y, z) = sum_k phi_k(y) psi_k(z), shape (n, rank, states) each.
     """
 
     speeds: _Array
@@ -99,15 +64,47 @@ class Choice:
     psi: _Array
 
 
-class Speeds:
-    """What both ways share: T_v, and how fast a state can be.
+class SpeedsAtStates(ABC):
+    """Everything that does not change while the Hamiltonian is minimised at the same states many times.
+
+    Attributes
+    ----------
+    costs : list
+        w_i L on each cell at these states: one array for each cell, or one for each row of it.
+    """
+
+    costs: Sequence
+
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[_Array, _Array]:
+        """Arrays that A and sigma determine, so that ranks can compare them."""
+
+    @abstractmethod
+    def differs(self, other: SpeedsAtStates) -> str | None:
+        """The arguments that give the other other speeds or costs at the same states; None if there are none."""
+
+    @abstractmethod
+    def within(self, box: tuple[slice, ...]) -> SpeedsAtStates:
+        """The same for the states in a box of an open grid."""
+
+    @abstractmethod
+    def least(self, i: int, forward: _Array, backward: _Array) -> _Array:
+        """The part of cell i in the Hamiltonian: the minimum over its speeds, L included.
+
+        The slopes of F in v_i, forward and backward, and the result have the shape of the states' grid.
+        """
+
+
+class Speeds(ABC):
+    """T_v of all rows in K_A, and how fast a state can move.
 
     Parameters
     ----------
     weights
         w, shape (n,).
     A
-        Where (a, b) lies pointwise.
+        The set in which (a, b) lies.
     activation
         sigma.
     """
@@ -115,25 +112,34 @@ class Speeds:
     def __init__(self, weights: _Array, A: ControlSet, activation: Activation):
         self.weights, self.A, self.activation = weights, A, activation
 
+    @abstractmethod
+    def at(self, states: States) -> SpeedsAtStates:
+        """The speeds at these states, to be minimised over many times."""
+
+    @abstractmethod
+    def choose(self, states: States, forward: Slopes, backward: Slopes) -> Choice:
+        """The rows that cost least at states of shape (m,), for one-sided slopes of that shape in each cell."""
+
     def extremes(self, states: States) -> tuple[Extreme, Extreme]:
-        """Where T_v is smallest and where it is largest, at each state."""
+        """The smallest and the largest T_v at each state, and where they are."""
         shape = np.broadcast_shapes(*(v.shape for v in states))
         parts = [
             np.broadcast_to(sum(w * np.maximum(sign * v, 0.0) for w, v in zip(self.weights, states)), shape).ravel()
             for sign in (1, -1)
         ]
-        found = []
-        for extreme in (self.A.smallest, self.A.largest):
-            blocks = [extreme(*(p[k : k + _BLOCK] for p in parts)) for k in range(0, parts[0].size, _BLOCK)]
-            arrays = ([getattr(block, name) for block in blocks] for name in Extreme.__dataclass_fields__)
-            found.append(Extreme(*(np.concatenate(array).reshape(shape) for array in arrays)))
-        return tuple(found)
+
+        def everywhere(extreme: Callable[[_Array, _Array], Extreme]) -> Extreme:
+            pieces = [extreme(*(p[k : k + _AT_ONCE] for p in parts)) for k in range(0, parts[0].size, _AT_ONCE)]
+            arrays = ([getattr(piece, name) for piece in pieces] for name in Extreme.__dataclass_fields__)
+            return Extreme(*(np.concatenate(array).reshape(shape) for array in arrays))
+
+        return everywhere(self.A.smallest), everywhere(self.A.largest)
 
     def range_over(self, low: _Array, high: _Array) -> tuple[float, float]:
-        """The least and the largest speed of a cell while the state is in a box; corners of shape (n,).
+        """The least and the largest speed of a cell while the state is in a box with these corners, shape (n,) each.
 
-        T^+ is convex in F+ and F-, and these lie in the convex hull of their values at states whose components are each at an
-        end of the box or at 0: the largest T^+ is at one of these states; likewise the least T^-.
+        T^+ is convex in F+ and F-. For states in the box these lie in the convex hull of their values at certain states: those
+        whose components are each at an end of the box or at 0. So T^+ is largest at one of them, and T^- is smallest at one.
         """
         ends = [sorted({l, h, min(max(l, 0.0), h)}) for l, h in zip(low, high)]
         least, largest = self.extremes(np.array(list(product(*ends))).T)
@@ -149,12 +155,18 @@ class Speeds:
 
 
 class ExtremalSpeeds(Speeds):
-    """All speeds of the interval [sigma(T^-), sigma(T^+)], for an L of f alone and a sigma that does not decrease.
+    """All speeds in the interval [sigma(T^-), sigma(T^+)], where L is a function of f alone and sigma does not decrease.
 
     Parameters
     ----------
+    weights
+        w, shape (n,).
+    A
+        The set in which (a, b) lies.
+    activation
+        sigma.
     running
-        L(f), arrays to arrays, or None for L = 0.
+        L(f), from an array to an array of its shape, or None for L = 0.
     """
 
     def __init__(
@@ -164,7 +176,6 @@ class ExtremalSpeeds(Speeds):
         self._running = running
 
     def at(self, states: States) -> _ExtremalAt:
-        """What is needed to minimise at these states many times."""
         return self._at(states, *self.extremes(states))
 
     def _at(self, states: States, least: Extreme, largest: Extreme) -> _ExtremalAt:
@@ -172,32 +183,34 @@ class ExtremalSpeeds(Speeds):
         costs = [w * _density(running, v) for w, v in zip(self.weights, states)]
         return _ExtremalAt(self.activation(least.value), self.activation(largest.value), costs)
 
-    def choose(self, states: States, forward: Sequence[_Array], backward: Sequence[_Array]) -> Choice:
-        """The rows that are best at states of shape (m,), for slopes in each cell: b of rank 2.
+    def choose(self, states: States, forward: Slopes, backward: Slopes) -> Choice:
+        """The rows that cost least at states of shape (m,), for one-sided slopes in each cell; b has rank 2.
 
-        A speed strictly inside of the box is 0, where both slopes say stay, and is had by a mixture of the two extremal rows,
-        which lies in K_A for convex A. For other A the better end is taken: controls then switch from step to step.
+        Where both slopes say that the state should rest, the best speed is 0, which may lie inside of the box. A mixture of
+        the two extremal rows has this speed, and it lies in K_A if A is convex. If A is not, the better end is taken, and
+        the controls switch from step to step.
         """
         least, largest = self.extremes(states)
         here = self._at(states, least, largest)
-        shares = []
-        for p, q in zip(forward, backward):
-            up, down = _upwind(here.high, p, q), _upwind(here.low, p, q)
-            share = np.where(up <= down, 1.0, 0.0)
-            if self.A.convex:
-                stay = (np.minimum(up, down) > 0) & (here.low <= 0) & (here.high >= 0)
-                share = np.where(stay, self._share_of_rest(least.value, largest.value), share)
-            shares.append(share)
-        shares = np.array(shares)
+        shares = np.array([self._shares(here, least, largest, *slopes) for slopes in zip(forward, backward)])
         T = least.value + shares * (largest.value - least.value)
         b = [np.where(np.array(states) >= 0, e.where_positive, e.where_negative) for e in (largest, least)]
         return Choice(
-            self.activation(T), sum(here.costs),
+            self.activation(T), np.sum(here.costs, axis=0),
             shares * largest.a + (1 - shares) * least.a, np.stack([shares, 1 - shares], axis=1), np.stack(b, axis=1),
         )  # fmt: skip
 
+    def _shares(self, here: _ExtremalAt, least: Extreme, largest: Extreme, forward: _Array, backward: _Array) -> _Array:
+        """The share of T^+ in the best mixture of T^- and T^+ in one cell."""
+        up, down = _upwind(here.high, forward, backward), _upwind(here.low, forward, backward)
+        share = np.where(up <= down, 1.0, 0.0)
+        if not self.A.convex:
+            return share
+        rest = (np.minimum(up, down) > 0) & (here.low <= 0) & (here.high >= 0)
+        return np.where(rest, self._share_of_rest(least.value, largest.value), share)
+
     def _share_of_rest(self, least: _Array, largest: _Array) -> _Array:
-        """The share of T^+ in a mixture with sigma(T) = 0, where sigma(T^-) <= 0 <= sigma(T^+); by bisection to round-off."""
+        """The share of T^+ in the mixture with sigma(T) = 0, by bisection to round-off, if sigma(T^-) <= 0 <= sigma(T^+)."""
         low, high = np.zeros_like(least), np.ones_like(least)
         for _ in range(54):
             middle = (low + high) / 2
@@ -207,49 +220,45 @@ class ExtremalSpeeds(Speeds):
 
 
 @dataclass(frozen=True)
-class _ExtremalAt:
+class _ExtremalAt(SpeedsAtStates):
     low: _Array
     high: _Array
-    costs: list
+    costs: list[_Array]
 
     @property
     def ends(self) -> tuple[_Array, _Array]:
-        """What of A and sigma the least depends on: ranks are compared by it."""
         return self.low, self.high
 
-    def differs(self, other: _ExtremalAt | _SampledAt) -> str | None:
-        """Which arguments make other speeds or costs at the same states; None if none does."""
+    def differs(self, other: SpeedsAtStates) -> str | None:
         if not isinstance(other, _ExtremalAt):
             return "activation or running"
         same = np.array_equal(self.low, other.low) and np.array_equal(self.high, other.high)
-        return _of_costs(self.costs, other.costs) if same else "A or activation"
+        return _difference_of_costs(self.costs, other.costs) if same else "A or activation"
 
     def within(self, box: tuple[slice, ...]) -> _ExtremalAt:
-        """Of the states of an open grid those in a box of it."""
         costs = [_part(cost, box, i) for i, cost in enumerate(self.costs)]
         return _ExtremalAt(self.low[box], self.high[box], costs)
 
     def least(self, i: int, forward: _Array, backward: _Array) -> _Array:
-        """Cell i's part of the Hamiltonian: the least over its speeds, L included."""
-        # Linear in the speed on both sides of 0: least at an end, or at 0 if that is inside.
+        # The rate is linear in the speed on both sides of 0, so it is least at an end, or at 0 if 0 is in the interval.
         rate = np.minimum(_upwind(self.low, forward, backward), _upwind(self.high, forward, backward))
         return np.where((self.low <= 0) & (self.high >= 0), np.minimum(rate, 0.0), rate) + self.costs[i]
 
 
 def _density(running: Callable[..., _Array], v: _Array, *others) -> _Array:
-    """What a user's L returns at the values v of a cell."""
+    """The values of a user's L at the values v of a cell."""
     values = real_array("running", running(v, *others))
     if values.shape not in ((), v.shape):
         raise ValueError(f"running: expected values of the shape of f, {v.shape}, got {values.shape}")
     return np.broadcast_to(values, v.shape)
 
 
-def _of_costs(these: list[_Array], those: list[_Array]) -> str | None:
+def _difference_of_costs(these: list[_Array], those: list[_Array]) -> str | None:
     return None if all(map(np.array_equal, these, those)) else "running"
 
 
 def _part(values: _Array, box: tuple[slice, ...], i: int) -> _Array:
-    """The part in a box of what depends on the i-th axis of an open grid."""
+    """The values in a box of an open grid, of an array that depends on its i-th axis only."""
     return values[tuple(part if j == i else slice(None) for j, part in enumerate(box))]
 
 
@@ -261,15 +270,21 @@ def _upwind(speed: _Array, forward: _Array, backward: _Array) -> _Array:
 
 
 class SampledSpeeds(Speeds):
-    """The speeds of all rows that can be made of sampled points of A, with what each row costs.
+    """The speeds and costs of all rows whose values are sampled points of A.
 
     Parameters
     ----------
+    weights
+        w, shape (n,).
+    A
+        The set in which (a, b) lies.
+    activation
+        sigma.
     running
-        L(f, a, b, w): f an array, a a number, b the row's values on the cells, shape (n,), and w their weights; to an array
-        of f's shape, or a number.
+        L(f, a, b, w): f is an array, a a number, b the values of the row on the cells, shape (n,), and w the weights of the
+        cells. It returns an array of the shape of f, or a number.
     samples
-        How many values of a, and of b in each section of A, are tried; of a finite set all are.
+        How many values of a, and of b in each section of A, are sampled. Of a finite set all points are.
     """
 
     def __init__(
@@ -288,7 +303,6 @@ class SampledSpeeds(Speeds):
         self.a, self.b = np.array(rows)[:, 0], np.array(rows)[:, 1:]
 
     def at(self, states: States) -> _SampledAt:
-        """What is needed to minimise at these states many times."""
         costs = [
             [w * _density(self._running, v, float(a), b, self.weights) for a, b in zip(self.a, self.b)]
             for w, v in zip(self.weights, states)
@@ -299,35 +313,34 @@ class SampledSpeeds(Speeds):
         """sigma(T_v) of a row."""
         return self.activation(self.a[row] - sum(w * b * v for w, b, v in zip(self.weights, self.b[row], states)))
 
-    def choose(self, states: States, forward: Sequence[_Array], backward: Sequence[_Array]) -> Choice:
-        """The rows that are best at states of shape (m,), for slopes in each cell: b of rank n."""
+    def choose(self, states: States, forward: Slopes, backward: Slopes) -> Choice:
+        """The rows that cost least at states of shape (m,), for one-sided slopes in each cell; b has rank n."""
         here = self.at(states)
         speeds = np.array([self.row_speeds(row, states) for row in range(self.a.size)])
-        rows, cost = [], 0.0
-        for i, (p, q) in enumerate(zip(forward, backward)):
+        chosen, costs = [], []
+        for i, slopes in enumerate(zip(forward, backward)):
             own = np.array(here.costs[i])
-            best = np.argmin(_upwind(speeds, p, q) + own, axis=0)
-            rows.append(best)
-            cost = cost + np.take_along_axis(own, best[None], axis=0)[0]
-        rows = np.array(rows)
+            best = np.argmin(_upwind(speeds, *slopes) + own, axis=0)
+            chosen.append(best)
+            costs.append(np.take_along_axis(own, best[None], axis=0)[0])
+        rows = np.array(chosen)
         n, m = rows.shape
         phi = np.broadcast_to(np.eye(n)[:, :, None], (n, n, m))
-        return Choice(np.take_along_axis(speeds, rows, axis=0), cost, self.a[rows], phi, np.moveaxis(self.b[rows], 2, 0))
+        b = np.moveaxis(self.b[rows], 2, 0)
+        return Choice(np.take_along_axis(speeds, rows, axis=0), np.sum(costs, axis=0), self.a[rows], phi, b)
 
 
 @dataclass(frozen=True)
-class _SampledAt:
+class _SampledAt(SpeedsAtStates):
     rows: SampledSpeeds
     states: States
     costs: list[list[_Array]]
 
     @property
     def ends(self) -> tuple[_Array, _Array]:
-        """As of `_ExtremalAt`."""
         return self.rows.a, self.rows.b
 
-    def differs(self, other: _ExtremalAt | _SampledAt) -> str | None:
-        """As of `_ExtremalAt`."""
+    def differs(self, other: SpeedsAtStates) -> str | None:
         if not isinstance(other, _SampledAt):
             return "activation or running"
         mine, theirs = self.rows, other.rows
@@ -336,16 +349,14 @@ class _SampledAt:
         rows = range(mine.a.size)
         if not all(np.array_equal(mine.row_speeds(row, self.states), theirs.row_speeds(row, self.states)) for row in rows):
             return "activation"
-        return _of_costs(*([cost for costs in at.costs for cost in costs] for at in (self, other)))
+        return _difference_of_costs(*([cost for costs in at.costs for cost in costs] for at in (self, other)))
 
     def within(self, box: tuple[slice, ...]) -> _SampledAt:
-        """Of the states of an open grid those in a box of it."""
         costs = [[_part(cost, box, i) for cost in costs] for i, costs in enumerate(self.costs)]
         return _SampledAt(self.rows, [_part(v, box, i) for i, v in enumerate(self.states)], costs)
 
     def least(self, i: int, forward: _Array, backward: _Array) -> _Array:
-        """Cell i's part of the Hamiltonian: the least over the rows, L included."""
-        best = np.inf
+        best: _Array = np.array(np.inf)
         for row, cost in enumerate(self.costs[i]):
             best = np.minimum(best, _upwind(self.rows.row_speeds(row, self.states), forward, backward) + cost)
         return best

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+from petsc4py import PETSc
 
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import LayerTrace

@@ -1,60 +1,79 @@
-"""The method of successive approximations, Algorithm 2, and what makes it work.
+"""The method of successive approximations: Algorithm 2 of section 5.2, in three variants.
 
-An iteration solves (4.1) forward and (4.2) backward at the present controls, r* = -r with r(T) = ftilde - f(T) in the sign of
-section 4.2, and takes new controls in each layer. (Algorithm 2 prints the backward equation without r: it is
-r_t = B^T(sigma'(u) r).) With theta = (a, b) and e the extremal controls of (4.10):
+An iteration solves (4.1) forwards and (4.2) backwards at the present controls, with r* = -r and r(T) = ftilde - f(T) in the
+sign of section 4.2, and takes new controls in each layer. (Algorithm 2 prints the backward equation without r. It is r_t =
+B^T(sigma'(u) r).) Let theta = (a, b) be the present controls and e the extremal controls of (4.10). The new controls are
 
-    "basic"      theta = e, as printed. J may rise or oscillate.
-    "damped"     theta + s (e - theta), s = 1, 1/2, 1/4, ... until J falls. Convex control sets only.
-    "extended"   Li, Chen, Tai and E (2018): in place of H the augmented Hamiltonian is made larger,
+    "basic"      e, as printed. J may rise or oscillate.
+    "damped"     theta + s (e - theta), with s = 1, 1/2, 1/4, ... until J falls. For convex control sets only.
+    "extended"   theta + s(y) (e(y) - theta(y)), with s(y) in [0, 1] such that the augmented Hamiltonian is no less than at
+    theta
+                 (`augmented_hamiltonian`). Its penalty rho is raised until J falls, and lowered again after that. rho = 0
+                 gives s = 1, the basic variant. For convex control sets only.
 
-                     H(f, r, theta) - rho/2 |f_t - H_r(f, r, theta)|^2 - rho/2 |r_t + H_f(f, r, theta)|^2,
+No layer needs the new controls of another one, so layers could be treated in parallel; here the ranks share the nodes of
+each layer. f and r are taken in the middle of a layer, to second order in its length. So near a stationary point of J no
+rho makes J fall, and the method ends there.
 
-                 with f_t and r_t those of the present controls, in L2(Y); rho is raised until J falls, and lowered again
-                 after that. H_f couples all y, so it is one problem a layer, over theta + s(y) (e(y) - theta(y)) with a share
-                 s(y) in [0, 1] at each y, all y at once, by projected ascent from s = 0, where the augmented Hamiltonian
-                 is H(f, r, theta), below which it never is. rho = 0 gives s = 1, basic MSA. Convex control sets only.
-
-No step needs another layer's, so they can be made in parallel; here the ranks share the nodes of each. f and r are taken at
-a layer's middle, to second order in its length: near a stationary point of J no rho makes J fall, and the method ends there.
-
-For many samples (4.10) does not hold; A is then a box or ball of rows (`row_controls`), and e(y) the row found by ascent
+For many samples (4.10) does not hold. Then A is a box or ball of rows (`row_sets`), and e(y) is the row found by ascent
 from the present one.
 
-New controls leave any fixed span, so each iteration has a new network, whose layers have bases of their own, of least rank:
-2 for basic MSA, for the others 2 more an iteration at most. Head and data stay as they are.
+New controls leave any fixed span. So each iteration makes a new network, whose layers have bases of their own of least
+rank: 2 for the basic variant, for the others 2 more in each iteration at most. Head and data stay as they are.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from petsc4py import PETSc
+from pyadjoint import ReducedFunctional
 
 from fem_resnet.arguments import choice, flag, instance, integer, number
-from fem_resnet.control.control_set import ControlSet
-from fem_resnet.control.hamiltonian import Controls, Hamiltonian, Pair, middle_pairs
-from fem_resnet.control.maximum_principle import controls_within, extremal_controls, refuse_controls_outside
-from fem_resnet.control.row_controls import RowBall, RowBox, SpanBox, distance, nearest_controls, raise_controls
+from fem_resnet.control.controls import Controls
+from fem_resnet.control.extremal_controls import extremal_controls
+from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
+from fem_resnet.control.row_controls import raise_controls
+from fem_resnet.control.row_sets import RowBall, RowBox, SpanBox, distance, nearest_controls
+from fem_resnet.control.sets.control_set import ControlSet
+from fem_resnet.control.violation import controls_within, refuse_controls_outside
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.training.gradient import check_monitor, tell
+from fem_resnet.network.run import Run
+from fem_resnet.training.augmented_hamiltonian import augmented_step
+from fem_resnet.training.progress import check_monitor, tell
 
-__all__ = ["MSAProgress", "MSAResult", "augmented_step", "msa"]
+__all__ = ["MSAProgress", "MSAResult", "msa", "problem_of"]
 
 _VARIANTS = ("basic", "damped", "extended")
-#: Controls this far from a set of rows, in parts of their size, are in it: bases of least rank leave round-off.
+#: Controls that are outside of a set of rows by this part of their size count as inside: bases of least rank leave round-off.
 _ROUND_OFF = 1e-10
+#: The least share s of "damped".
+_LEAST_SHARE = 2.0**-40
 
 
 @dataclass(frozen=True)
 class MSAProgress:
-    """One iteration: its number of at most `iterations`, J, rho or the share s, seconds since the start, networks run so far,
-    and the problem whose parameters these are.
+    """One iteration.
+
+    Attributes
+    ----------
+    iteration, iterations : int
+        Its number, and the largest number that is allowed.
+    value : float
+        J.
+    step : float
+        rho of "extended", the share s of the others.
+    seconds : float
+        Wall time since the start.
+    evaluations : int
+        How many networks have been run.
+    problem : LearningProblem
+        The problem with the network of the present controls.
     """
 
     iteration: int
@@ -74,30 +93,35 @@ class MSAProgress:
 
 @dataclass(frozen=True)
 class MSAResult:
-    """How the method ended. Continue with ``msa(result.problem, ..)``.
+    """How the method ended. ``msa(result.problem, ..)`` continues it.
 
     Attributes
     ----------
     problem : LearningProblem
-        With the network of the last controls, those of least J where `variant` is not "basic".
+        The problem with the network of the last controls; if `variant` is not "basic", of those with the least J.
     controls : list of Controls
-        One a layer.
+        These controls, one for each layer.
     value : float
-        J of these.
+        Their J.
     iterations : int
+        The number of iterations.
     converged : bool
-        Whether nothing was left to gain: no step, or no share, made J fall.
+        Whether no step made J fall.
     reason : str
+        "NO_STEP_LOWERS_J", "ITERATIONS", or "STOPPED" by the monitor.
     values : numpy.ndarray
-        J, the start included.
-    changes, predicted : numpy.ndarray
-        J's change in each iteration, and minus the integral over t of the change of H at fixed f and r, which is what Li et
-        al. estimate it by, to first order in the change of the controls and second in the length of layers.
+        J at the start and after each iteration, shape (iterations + 1,).
+    changes : numpy.ndarray
+        The change of J in each iteration, shape (iterations,).
+    predicted : numpy.ndarray
+        The estimate of Li et al. for the change, minus the integral over t of the change of H at fixed f and r. It is right to
+        first order in the change of the controls and to second order in the length of the layers. Shape (iterations,).
     steps : numpy.ndarray
-        rho of "extended", s of the others.
+        rho of "extended", s of the others, shape (iterations,).
     evaluations : int
         How many networks were run.
     seconds : float
+        Wall time.
     """
 
     problem: LearningProblem
@@ -114,7 +138,7 @@ class MSAResult:
     seconds: float
 
 
-# (4.10) asks for a J that depends on (a, b) through f alone.
+# (4.10) holds where J depends on (a, b) through f alone.
 @supports("nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
 @supports(
     "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
@@ -138,31 +162,35 @@ def msa(
     Parameters
     ----------
     problem
-        Bias and kernel with a value on each layer, no regulariser; any head and loss, which stay. It is not changed: the
-        result has a problem of its own.
+        Bias and kernel have a value on each layer, and there is no regulariser. Any head and loss are taken, and stay as they
+        are. The problem is not changed: the result has a problem of its own.
     A
-        Where (a, b) lies pointwise, for one sample; `RowBox`, `RowBall` or `SpanBox` for any number.
+        The set in which (a, b) lies at all y and z, for one sample; or a `RowBox`, `RowBall` or `SpanBox`, for any number.
     variant
         "basic", "damped" or "extended".
     iterations
-        At most so many.
+        The largest number of iterations.
     rho, largest_rho
-        Where "extended" starts, and above which it gives up.
+        The rho with which "extended" starts, and the one above which it gives up.
     restarts
-        How often, where no step lowers J, it goes on from the extremal controls all the same, a step of basic MSA; J rises
-        there, and the result has the controls of least J.
+        How often the method goes on where no step lowers J: by a step to the extremal controls, as in the basic variant, after
+        which J is higher. The result has the controls of least J.
     project
-        Whether it starts from controls in A that are made of the present ones: the nearest for `RowBox`, `RowBall` and
-        `SpanBox`; else mixtures with a point of A, which is to be convex then.
+        Whether it may start from controls outside of A. It then takes the nearest controls in a `RowBox`, `RowBall` or
+        `SpanBox`; in other sets, which must be convex, mixtures with a point of A.
     monitor
-        Called after each iteration on every rank with its `MSAProgress`; returning True (on one rank at least) stops. If
-        left out, a line is logged on rank 0.
+        Called after each iteration on every rank. If it returns True on any rank, the method stops. If left out, each
+        iteration is logged at level INFO on rank 0.
+
+    Returns
+    -------
+    MSAResult
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not what is said above, or differs between ranks; if the present controls are not in A, or A is not convex and mixtures are
-        asked for.
+        If an argument does not fit or differs between ranks; if the present controls are not in A, or A is not convex and
+        mixtures are needed.
 
     Examples
     --------
@@ -174,74 +202,117 @@ def msa(
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
-    net = problem.net
-    H = Hamiltonian.of(problem, "maximise")
-    lengths = np.diff(net.times)
-    controls = _start(net, A, project)
-    evaluations = 0
-
-    def evaluate(controls: list[Controls]):
-        nonlocal evaluations
-        evaluations += 1
-        changed = problem_of(problem, controls)
-        J, run = changed.record()
-        return changed, J, run, float(J.functional)
-
-    changed, J, run, value = evaluate(controls)
-    best, restarted = (value, changed, controls), 0
-    values, predicted, steps, reason = [value], [], [], "ITERATIONS"
-    for iteration in range(1, iterations + 1):
-        J.derivative()
-        pairs = middle_pairs(run, "maximise")
-        extremal = [_best(H, A, pair, c) for pair, c in zip(pairs, controls)]
-        step = rho if variant == "extended" else 1.0
-        while True:
-            if variant == "extended":
-                new = [augmented_step(H, p, c, e, step)[0] for p, c, e in zip(pairs, controls, extremal)]
-            else:
-                new = [c.towards(e, step) if step < 1 else e for c, e in zip(controls, extremal)]
-            trial = evaluate(new)
-            if variant == "basic" or trial[-1] < value:
-                break
-            step = step * 4 if variant == "extended" else step / 2
-            if step > largest_rho or step < 2.0**-40:
-                break
-        if variant != "basic" and not trial[-1] < value:
-            if restarted == restarts:
+    method = _Method(problem, variant, largest_rho)
+    best = at = method.evaluate(_start(problem.net, A, project))
+    values, reason = [at.value], "ITERATIONS"
+    predicted: list[float] = []
+    steps: list[float] = []
+    while len(steps) < iterations:
+        pairs = at.pairs()
+        extremal = [_best(method.H, A, pair, c) for pair, c in zip(pairs, at.controls)]
+        new, step = method.step(at, pairs, extremal, rho)
+        if variant != "basic" and not new.value < at.value:
+            if restarts == 0:
                 reason = "NO_STEP_LOWERS_J"
                 break
-            restarted += 1
-            new, step = extremal, rho
-            trial = evaluate(new)
-        predicted.append(-sum(tau * (H(p, n) - H(p, c)) for tau, p, n, c in zip(lengths, pairs, new, controls)))
+            restarts -= 1
+            new, step = method.evaluate(extremal), rho
+        predicted.append(method.predicted_change(pairs, at.controls, new.controls))
         steps.append(step)
-        changed, J, run, value = trial
-        controls = [Controls.of_layer(changed.net, l) for l in range(net.layers)]
-        values.append(value)
-        if value <= best[0] or variant == "basic":
-            best = value, changed, controls
+        values.append(new.value)
+        at = new.as_in_its_network()
+        if at.value <= best.value or variant == "basic":
+            best = at
         rho = step / 2 if variant == "extended" else rho
-        progress = MSAProgress(iteration, iterations, value, step, time.perf_counter() - start, evaluations, changed)
-        if tell(net.Y.comm, progress, monitor):
+        seconds = time.perf_counter() - start
+        progress = MSAProgress(len(steps), iterations, at.value, step, seconds, method.evaluations, at.problem)
+        if tell(problem.net.Y.comm, progress, monitor):
             reason = "STOPPED"
             break
-    values = np.array(values)
-    value, changed, controls = best
     return MSAResult(
-        problem=changed, controls=controls, value=value, iterations=len(steps), converged=reason == "NO_STEP_LOWERS_J",
-        reason=reason, values=values, changes=np.diff(values), predicted=np.array(predicted), steps=np.array(steps),
-        evaluations=evaluations, seconds=time.perf_counter() - start,
+        problem=best.problem, controls=best.controls, value=best.value, iterations=len(steps),
+        converged=reason == "NO_STEP_LOWERS_J", reason=reason, values=np.array(values), changes=np.diff(np.array(values)),
+        predicted=np.array(predicted), steps=np.array(steps), evaluations=method.evaluations,
+        seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Controls, one for each layer, with the problem of their network, its recorded functional and run, and J."""
+
+    controls: list[Controls]
+    problem: LearningProblem
+    J: ReducedFunctional
+    run: Run
+    value: float
+
+    def pairs(self) -> list[Pair]:
+        """State and co-state in the middle of each layer."""
+        self.J.derivative()
+        return middle_pairs(self.run, "maximise")
+
+    def as_in_its_network(self) -> _Point:
+        """The same point, with the controls of least rank that its network has."""
+        net = self.problem.net
+        return replace(self, controls=[Controls.of_layer(net, l) for l in range(net.layers)])
+
+
+class _Method:
+    """A variant of the method, and how many networks it has run.
+
+    Attributes
+    ----------
+    H : Hamiltonian
+        The problem's, to be maximised.
+    evaluations : int
+    """
+
+    def __init__(self, problem: LearningProblem, variant: str, largest_rho: float):
+        self._problem, self._variant, self._largest_rho = problem, variant, largest_rho
+        self._lengths = np.diff(problem.net.times)
+        self.H = Hamiltonian.of(problem, "maximise")
+        self.evaluations = 0
+
+    def evaluate(self, controls: list[Controls]) -> _Point:
+        """Record the problem with the network of these controls."""
+        self.evaluations += 1
+        changed = problem_of(self._problem, controls)
+        J, run = changed.record()
+        return _Point(controls, changed, J, run, float(J.functional))
+
+    def step(self, at: _Point, pairs: list[Pair], extremal: list[Controls], rho: float) -> tuple[_Point, float]:
+        """The first trial that lowers J, or the last one if none does, with its rho or share; "basic" has one trial."""
+        if self._variant == "basic":
+            return self.evaluate(extremal), 1.0
+        extended = self._variant == "extended"
+        step = rho if extended else 1.0
+        while True:
+            new = self.evaluate(
+                [augmented_step(self.H, p, c, e, step)[0] for p, c, e in zip(pairs, at.controls, extremal)]
+                if extended else [c.towards(e, step) if step < 1 else e for c, e in zip(at.controls, extremal)]
+            )  # fmt: skip
+            if new.value < at.value:
+                return new, step
+            step = step * 4 if extended else step / 2
+            if step > self._largest_rho or step < _LEAST_SHARE:
+                return new, step
+
+    def predicted_change(self, pairs: list[Pair], controls: list[Controls], new: list[Controls]) -> float:
+        """Minus the integral over t of the change of H at fixed f and r."""
+        H = self.H
+        return -sum(tau * (H(p, n) - H(p, c)) for tau, p, n, c in zip(self._lengths, pairs, new, controls))
+
+
 def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall | SpanBox, pair: Pair, present: Controls) -> Controls:
+    """The extremal controls of (4.10), or rows that are raised from the present ones."""
     if isinstance(A, ControlSet):
         return extremal_controls(H.Y, A, pair).controls
     return raise_controls(H, A, pair, present)[0]
 
 
 def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, project: bool) -> list[Controls]:
-    """The present controls, one a layer, in A."""
+    """The present controls, one for each layer, if they are in A, or controls in A made of them."""
     Y, controls, remedy = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)], "project=True starts within A"
     if isinstance(A, ControlSet):
         if project:
@@ -256,26 +327,26 @@ def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, pro
         if apart > _ROUND_OFF:
             at = ", ".join(f"{x:.4g}" for x in y)
             raise ValueError(
-                f"A: the controls of layer {l} are outside of it, or of the span of its bases, by {apart:.1e} of their size "
-                f"at y = ({at}); {remedy}"
+                f"A: expected a set with the controls of all layers in it and in the span of its bases; those of layer {l} "
+                f"are outside by {apart:.1e} of their size at y = ({at}); {remedy}"
             )
     return controls
 
 
 def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox, variant: str) -> None:
-    net, pointwise = problem.net, isinstance(A, ControlSet)
+    net = problem.net
     instance("A", A, (ControlSet, RowBox, RowBall, SpanBox))
-    if not (pointwise or A.psi.Y is net.Y):
+    if not isinstance(A, ControlSet) and A.psi.Y is not net.Y:
         raise ValueError(f"A: expected rows on the network's label space {net.Y!r}, got rows on {A.psi.Y!r}")
     choice("variant", variant, _VARIANTS)
-    if pointwise and variant != "basic" and not A.convex:
+    if isinstance(A, ControlSet) and variant != "basic" and not A.convex:
         raise ValueError(
             f"A: expected a convex set, as variant {variant!r} mixes controls; use the variant 'basic' with this one"
         )
 
 
 def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningProblem:
-    """The same problem with a new network of these controls, one a layer. Collective."""
+    """The same problem with a new network of these controls, one for each layer. Collective."""
     net = problem.net
     phis, psis, betas = zip(*(c.in_bases(net.Y) for c in controls))
     new = net.replace(phi=list(phis), psi=list(psis), bias=None)
@@ -283,54 +354,3 @@ def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningPr
         new.bias.set(l, c.a)
         new.kernel.set(l, beta)
     return problem.replace(net=new)
-
-
-def augmented_step(
-    H: Hamiltonian, pair: Pair, controls: Controls, extremal: Controls, rho: float, iterations: int = 30
-) -> tuple[Controls, np.ndarray]:
-    """Controls of a larger augmented Hamiltonian, and its values, which never fall, the start included. Collective.
-
-    The values are those without a running cost, which is of f alone and the same for all controls. Over controls + s(y) (extremal - controls), 0 <= s <= 1, by projected ascent with backtracking, from s = 0.
-    """
-    Y, sigma = H.Y, H.activation
-    f, r, weights = pair.f, pair.r, Y.weights[:, None]
-    u, e = controls.argument(Y, f), extremal.argument(Y, f)
-    difference, rate = e - u, sigma(u)
-    slope = -controls.transpose(Y, H.slope_times_costate(pair, controls))  # a running cost of f alone drops out
-
-    def evaluate(s):
-        """The augmented Hamiltonian, and its gradient in s in L2(Y)."""
-        v = u + s[:, None] * difference
-        excess = sigma(v) - rate
-        inner = sigma.derivative(v) * r
-        mine, theirs = (1 - s)[:, None] * inner, s[:, None] * inner
-        change = -controls.transpose(Y, mine) - extremal.transpose(Y, theirs) - slope
-        value = Y.sum(np.sum(weights * (sigma(v) * r - rho / 2 * (excess**2 + change**2))))
-        # d change = -(B_s)^T(sigma'' r du) - (B_e - B_c)^T(sigma' r ds): tested with `change`.
-        B_c, B_e = (-(c.argument(Y, change) - c.a[:, None]) for c in (controls, extremal))
-        B_s = (1 - s)[:, None] * B_c + s[:, None] * B_e
-        gradient = difference * (inner - rho * excess * sigma.derivative(v)) + rho * (
-            B_s * sigma.second_derivative(v) * r * difference + (B_e - B_c) * inner
-        )
-        return float(value), np.sum(gradient, axis=1)
-
-    s = np.zeros(Y.nodes)
-    value, gradient = evaluate(s)
-    history, length = [value], 1.0 / max(1e-300, float(max(Y.comm.allgather(np.abs(gradient).max(initial=0.0)))))
-    if rho == 0:
-        s = np.ones(Y.nodes)
-        return extremal, np.array([value, evaluate(s)[0]])
-    for _ in range(iterations):
-        while True:
-            trial = np.clip(s + length * gradient, 0, 1)
-            new_value, new_gradient = evaluate(trial)
-            moved = float(Y.sum(Y.weights @ (trial - s) ** 2))
-            if new_value >= value + 1e-4 * moved / length or moved == 0 or length < 1e-300:
-                break
-            length /= 2
-        if moved <= 1e-24 * Y.measure or new_value < value:
-            break
-        s, value, gradient = trial, new_value, new_gradient
-        history.append(value)
-        length *= 2
-    return controls.towards(extremal, s), np.array(history)

@@ -1,25 +1,25 @@
 """Proximal alternating minimisation: Algorithm 1 of section 5.1.
 
-With x_1, x_2, .. the blocks of what is learned, the bias a, the kernel b, then the head and whatever else is learned,
+Let x_1, x_2, .. be the groups of parameters: the bias a, the kernel b, then the head and any others. One group after the
+other takes
 
     x_i <- argmin_x  J(.., x, ..) + 1/(2 tau) |x - x_i|^2                                                  (5.1)
 
-one after the other, in the norms of label domain and time. J has the regulariser, so that with Tikhonov's it is J_mod of
-(4.6), with the gradients (4.7). (Section 5.1 prints sigma for sigma' in the gradients of J; those here are (4.3), (4.4).)
+in the norms of label domain and time. J contains the regulariser, so with Tikhonov's it is J_mod of (4.6), with the
+gradients (4.7). (Section 5.1 prints sigma for sigma' in the gradients of J. Those used here are (4.3), (4.4).)
 
-What TAO finds for a block (`proximal`) is taken only if the proximal functional is no higher there than where TAO started,
-evaluated, not estimated. So for any tau > 0, and however inexact TAO was,
+TAO minimises over a group (`proximal`). Its result is taken only if the proximal functional, evaluated there, is no higher
+than at TAO's start. So for any tau > 0, and for any accuracy of TAO,
 
-    J(a^(k+1), b^(k+1)) <= J(a^k, b^k) - 1/(2 tau) ( |a^(k+1) - a^k|^2 + |b^(k+1) - b^k|^2 ),
+    J(a^(k+1), b^(k+1)) <= J(a^k, b^k) - 1/(2 tau) ( |a^(k+1) - a^k|^2 + |b^(k+1) - b^k|^2 ).
 
-the inequality below (5.1), with a square for each block. Its slack, the right-hand side minus the left, is in the result.
+This is the inequality below (5.1), with a square for each group. The result has its slack, the right-hand side minus the left.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from types import NoneType
 from typing import NamedTuple
 
@@ -28,76 +28,33 @@ from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet.arguments import flag, instance, integer, number
+from fem_resnet.arguments import instance, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
-from fem_resnet.training.gradient import Progress, Result, check_monitor, options_over, tell
-from fem_resnet.training.proximal import ProximalBlock
+from fem_resnet.training.gradient import options_over
+from fem_resnet.training.pam_result import (
+    Coefficients,
+    Iteration,
+    PAMProgress,
+    PAMResult,
+    continued,
+    result_of_no_iteration,
+)
+from fem_resnet.training.progress import check_monitor, tell
+from fem_resnet.training.proximal import ProximalGroup, ProximalStep
 
-__all__ = ["INNER_PARAMETERS", "PAMProgress", "PAMResult", "train_pam"]
+__all__ = ["INNER_PARAMETERS", "train_pam"]
 
-#: TAO's options for the inner problems, over `gradient.SOLVER_PARAMETERS`, where the user gives none.
+#: TAO's options for the inner problems, over `gradient.SOLVER_PARAMETERS`, that the user does not give.
 INNER_PARAMETERS = {"tao_max_it": 30}
 
-#: tau grows where every block takes at most so many inner iterations.
+#: tau grows if every group takes at most so many inner iterations.
 _FEW = 5
-#: Round-off of J and the squares in the inequality below (5.1), in parts of J.
+#: Round-off of J and of the squares in the inequality below (5.1), relative to J.
 _ROUND_OFF = 32 * np.finfo(float).eps
-
-_Coefficients = list[np.ndarray]
-
-
-@dataclass(frozen=True)
-class PAMProgress(Progress):
-    """One iteration: what `Progress` says, tau, the slack of the inequality, and TAO's iterations in all blocks together."""
-
-    tau: float
-    slack: float
-    inner_iterations: int
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}   tau = {self.tau:.1e}   slack = {self.slack:.1e}   {self.inner_iterations:3d} inner"
-
-
-@dataclass(frozen=True)
-class PAMResult(Result):
-    """How a proximal alternating minimisation ended, and all that is needed to go on.
-
-    What `Result` has; `values` and `gradient_norms` are of J itself, its gradient that in all blocks. The reason is
-    "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS", where no block could be moved.
-
-    Attributes
-    ----------
-    blocks : tuple of str
-        Names of the blocks, in their order.
-    slacks : numpy.ndarray
-        Of the inequality below (5.1), one an iteration: >= 0 up to round-off, but for inertial steps.
-    step_norms : numpy.ndarray
-        |x_i^(k+1) - x_i^k|, shape (iterations, blocks).
-    inner_iterations : numpy.ndarray
-        Those of TAO, shape (iterations, blocks).
-    taus : numpy.ndarray
-        tau, one an iteration.
-    controls : list of list of numpy.ndarray
-        What was reached: for each block its coefficients, as `Parameter.get` gives them on this rank.
-    previous : list of list of numpy.ndarray
-        The same an iteration before.
-    tau, momentum : float
-        Of the next iteration; the momentum is Nesterov's t_k, 1 after a restart.
-    """
-
-    blocks: tuple[str, ...]
-    slacks: np.ndarray
-    step_norms: np.ndarray
-    inner_iterations: np.ndarray
-    taus: np.ndarray
-    controls: list[_Coefficients]
-    previous: list[_Coefficients]
-    tau: float
-    momentum: float
 
 
 @supports(
@@ -114,57 +71,45 @@ def train_pam(
     problem: LearningProblem,
     solver_parameters: dict | None = None,
     *,
-    tau: float = 1.0,
+    step: ProximalStep | float = 1.0,
     iterations: int = 100,
     gradient_tolerance: float = 1e-6,
-    accuracy: float = 0.1,
-    adapt: bool = False,
-    inertial: bool = False,
     batches: Sequence[Batch] | None = None,
     options_prefix: str | None = None,
     monitor: Callable[[PAMProgress], bool | None] | None = None,
     start: PAMResult | None = None,
 ) -> PAMResult:
-    """Minimise J by Algorithm 1, proximal alternating minimisation (5.1), from the present parameters.
+    """Minimise J by Algorithm 1, proximal alternating minimisation (5.1), from the present parameters. Collective.
 
-    The parameters then hold what was reached; where an evaluation or the monitor raises, or the user interrupts, what the
-    last complete iteration reached, and the error goes on. Collective over the communicator of the network.
+    The parameters then hold the result. If an evaluation or the monitor raises, or the user interrupts, they hold the
+    result of the last complete iteration, and the error goes on.
 
     Parameters
     ----------
     problem
         The learning problem.
     solver_parameters, options_prefix
-        TAO's options for the inner problems, over `SOLVER_PARAMETERS` and `INNER_PARAMETERS`: L-BFGS, or Newton-CG by
-        "tao_type" "nls". How far they are solved says `accuracy`, besides TAO's own tests.
-    tau
-        The step size, positive: 1/tau is the weight of half the squared distance that a block moves.
+        TAO's options for the inner problems, over `gradient.SOLVER_PARAMETERS` and `INNER_PARAMETERS`: L-BFGS, or Newton's
+        method with "tao_type" "nls". An inner problem ends by `ProximalStep.accuracy` or by TAO's own tests.
+    step
+        How a group moves. A positive number stands for ``ProximalStep(tau=number)``.
     iterations
-        At most so many, in this call.
+        The largest number of iterations in this call.
     gradient_tolerance
-        Stops where the gradient of J is no larger than this times that at the start (of the first call, with `start`), in
-        the label measure, or times J, in norms without units (`training.tao`). Not with `batches`.
-    accuracy
-        An inner problem is solved until its gradient is no larger than this times |x - x_i| / tau, which at its minimum is
-        |D_i J|; no unit, 0 for as far as TAO's own tests ask for.
-    adapt
-        Whether tau is doubled after an iteration in which each inner problem took TAO 5 iterations at most, and halved after
-        one in which an inner problem was not solved or its result not taken. The inequality holds with each iteration's tau.
-    inertial
-        Whether blocks move from x^k + (t_k - 1)/t_(k+1) (x^k - x^(k-1)), t_k Nesterov's, which is also the centre of the
-        proximal term then. A block for which J rose so is minimised again from x^k, and the next iteration starts afresh
-        with t = 1. So J never rises, but the inequality below (5.1) does *not* hold in this form; its slack may be negative.
+        The algorithm stops where the gradient of J is no larger than this times the gradient at the start (of the first
+        call, with `start`), in the label measure; or no larger than this times J, in norms without units (`without_units`).
+        Not used with `batches`.
     batches
-        For example ``problem.minibatches(32, seed=1)``: iteration k sees the k-th of them in place of the problem's own,
-        over and over, and value, gradient and slack are those of J of that batch, for which the inequality holds within
-        the iteration. For J of all samples *nothing* is guaranteed then: it may rise, and with a fixed tau the parameters
-        need not converge. Not for a problem that learns its inputs or has `derivatives`.
+        Batches that take the place of the problem's own, for example ``problem.minibatches(32, seed=1)``: iteration k uses the
+        k-th of them, over and over. Value, gradient and slack are then those of J of that batch, for which the inequality
+        holds within the iteration. For J of all samples *nothing* is guaranteed: it may rise, and with a fixed tau the
+        parameters need not converge. Not for a problem that learns its inputs or has `derivatives`.
     monitor
-        Called at every iteration on every rank; returning True (on one rank at least) stops. If left out, a line an
+        Called after every iteration on every rank. If it returns True on any rank, the algorithm stops. If left out, each
         iteration is logged at level INFO on rank 0.
     start
-        The result of an earlier call on as many ranks, which is continued: parameters, momentum, tau and history are taken
-        from it, and what comes out is that of one call. Other arguments should be as before.
+        The result of an earlier call on as many ranks, which is continued: parameters, momentum, tau and history come from it,
+        and the result is that of one call. Other arguments should be as before.
 
     Returns
     -------
@@ -173,101 +118,70 @@ def train_pam(
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit, or differs between ranks; or if TAO does not ask for an option.
+        If an argument does not fit or differs between ranks, or TAO does not ask for an option.
     StepFailure
         If the state overflows in a trial step.
     ArithmeticError
-        If the inequality is violated by more than round-off, which only a J that gives different numbers for the same
-        parameters can do.
+        If the inequality is violated by more than round-off. This happens only if J gives different numbers for the same
+        parameters.
 
     Examples
     --------
-    >>> result = train_pam(problem, tau=10.0, iterations=20)  # doctest: +SKIP
-    >>> result = train_pam(problem, tau=10.0, iterations=20, start=result)  # doctest: +SKIP
+    >>> result = train_pam(problem, step=10.0, iterations=20)  # doctest: +SKIP
+    >>> result = train_pam(problem, step=10.0, iterations=20, start=result)  # doctest: +SKIP
     >>> bool((result.slacks > -1e-14).all())  # doctest: +SKIP
     True
     """
     comm, clock = problem.net.Y.comm, time.perf_counter()
-    # Coefficients in it are parts of this rank, and seconds its own.
-    same(comm, start=(start.blocks, start.iterations, start.tau, start.momentum) if isinstance(start, PAMResult) else start)
-    _check(tau, iterations, gradient_tolerance, accuracy, batches)
-    adapt, inertial = flag("adapt", adapt), flag("inertial", inertial)
-    instance("start", start, (PAMResult, NoneType), "what an earlier call has returned")
+    # Coefficients in `start` are parts of this rank, and seconds its own.
+    same(comm, start=(start.groups, start.iterations, start.tau, start.momentum) if isinstance(start, PAMResult) else start)
+    step = step if isinstance(step, ProximalStep) else ProximalStep(number("step", step, above=0))
+    integer("iterations", iterations, least=0)
+    number("gradient_tolerance", gradient_tolerance, least=0)
+    _check_batches(batches)
+    instance("start", start, (PAMResult, NoneType), "an earlier call returns one")
     checked_prefix(options_prefix)
     check_monitor(monitor)
     given = checked_options(solver_parameters)
     if batches is not None:
         problem = problem.replace(batch=batches[0])
     J, _ = problem.record()
-    norms = _gradient_norms(problem, J)
-    least = gradient_tolerance * (norms[0] if start is None else start.gradient_norms[0])
+    norm, _ = _gradient_norms(problem, J)
+    least = gradient_tolerance * (norm if start is None else start.gradient_norms[0])
     options = options_over(INNER_PARAMETERS | {"tao_gatol": 0.1 * least}, solver_parameters)
-    blocks = _blocks(problem, J, options, options_prefix, given)
-    first = _initial(J, blocks, norms[0], tau) if start is None else start
-    if first.blocks != tuple(block.name for block in blocks):
-        raise ValueError(f"start: its blocks are {first.blocks}, the problem's {tuple(block.name for block in blocks)}")
-    at, before, tau, momentum = first.controls, first.previous, first.tau, first.momentum
-    if start is not None:
-        for block, reached, earlier in zip(blocks, at, before, strict=True):
-            block.checked(reached, "start")
-            block.checked(earlier, "start")
-    for block, coefficients in zip(blocks, at):
-        block.set(coefficients)
-    value, history = J(problem.functions), []
-    norm, free = _gradient_norms(problem, J)
-    most = first.iterations + iterations
+    groups = _groups(problem, J, options, options_prefix, given)
+    first = _first_result(start, groups, float(J.functional), norm, step.tau)
+    course = _Course(problem, J, groups, step, batches, first)
 
-    def report(number: int, step: _Step | None) -> bool:
+    def report(done: Iteration | None, tau: float) -> bool:
         """Whether the monitor stops."""
         seconds = first.seconds + time.perf_counter() - clock
-        slack, inner = (0.0, 0) if step is None else (step.slack, int(sum(step.inner_iterations)))
-        progress = PAMProgress(number, most, float(value), norm, seconds, tau, slack, inner)
-        return tell(comm, progress, monitor)
+        slack, inner = (0.0, 0) if done is None else (done.slack, int(sum(done.inner_iterations)))
+        most = first.iterations + iterations
+        return tell(comm, PAMProgress(course.number, most, course.value, course.norm, seconds, tau, slack, inner), monitor)
 
-    reason = "STOPPED" if start is None and report(0, None) else None
+    reason = "STOPPED" if start is None and report(None, course.tau) else None
     try:
         while reason is None:
-            if batches is None and (norm <= least or free <= gradient_tolerance * abs(value)):
+            if batches is None and (course.norm <= least or course.free <= gradient_tolerance * abs(course.value)):
                 reason = "GRADIENT_TOLERANCE"
-                break
-            if len(history) == iterations:
+            elif len(course.history) == iterations:
                 reason = "ITERATIONS"
-                break
-            number = first.iterations + len(history) + 1
-            if batches is not None:
-                problem.exchange(batches[(number - 1) % len(batches)])
-                value = J(problem.functions)
-            following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-            weight = (momentum - 1) / following if inertial else 0.0
-            step = _iterate(blocks, at, before, tau, weight, accuracy, float(value))
-            if not inertial and step.slack < -_ROUND_OFF * max(abs(value), abs(step.value)):
-                raise ArithmeticError(f"the inequality below (5.1) is violated by {-step.slack:.1e} in iteration {number}")
-            value, (norm, free) = step.value, _gradient_norms(problem, J)
-            history.append((step, tau, norm))
-            at, before, momentum = step.reached, at, 1.0 if step.restart else following
-            stops = report(number, step)
-            if adapt and not step.solved:
-                tau /= 2
-            elif adapt and max(step.inner_iterations) <= _FEW:
-                tau *= 2
-            if stops:
-                reason = "STOPPED"
-            elif batches is None and not any(step.step_norms):
-                reason = "NO_PROGRESS"
+            else:
+                tau, done = course.tau, course.iterate()
+                if report(done, tau):
+                    reason = "STOPPED"
+                elif batches is None and not any(done.step_norms):
+                    reason = "NO_PROGRESS"
     finally:
-        for block, coefficients in zip(blocks, at):
-            block.set(coefficients)
-    return _continued(
-        first, history, reason=reason, seconds=first.seconds + time.perf_counter() - clock, controls=at, previous=before,
-        tau=tau, momentum=momentum,
+        course.set_reached()
+    return continued(
+        first, course.history, reason=reason, seconds=first.seconds + time.perf_counter() - clock, controls=course.at,
+        previous=course.before, tau=course.tau, momentum=course.momentum,
     )  # fmt: skip
 
 
-def _check(tau, iterations, gradient_tolerance, accuracy, batches) -> None:
-    number("tau", tau, above=0)
-    integer("iterations", iterations, least=0)
-    for name, value in (("gradient_tolerance", gradient_tolerance), ("accuracy", accuracy)):
-        number(name, value, least=0)
+def _check_batches(batches: object) -> None:
     if batches is None:
         return
     if not instance("batches", batches, (list, tuple), "minibatches() makes them"):
@@ -276,103 +190,144 @@ def _check(tau, iterations, gradient_tolerance, accuracy, batches) -> None:
         instance("batches", batch, Batch)
 
 
-def _blocks(
+def _groups(
     problem: LearningProblem, J: ReducedFunctional, options: dict, prefix: str | None, given: Iterable[str]
-) -> list[ProximalBlock]:
-    """Bias, kernel, head, then one for each other parameter: those that are learned."""
+) -> list[ProximalGroup]:
+    """Bias, kernel and head, then one group for each other parameter: those that are learned."""
     head = [] if problem.head is None else problem.head.parameters
     groups: dict[str, list[Parameter]] = {"bias": [], "kernel": [], "head": []}
     for parameter in problem.parameters:
         groups.setdefault("head" if parameter in head else parameter.name, []).append(parameter)
     controls = {id(function): control for function, control in zip(problem.functions, J.controls)}
     return [
-        ProximalBlock(name, group, J, [controls[id(f)] for p in group for f in p.functions], options, prefix, given)
+        ProximalGroup(name, group, J, [controls[id(f)] for p in group for f in p.functions], options, prefix, given)
         for name, group in groups.items()
-        if any(parameter.functions for parameter in group)  # a network without layers has none of bias and kernel
+        if any(parameter.functions for parameter in group)  # bias and kernel of a network without layers have no Functions
     ]
 
 
-class _Step(NamedTuple):
-    """One iteration over all blocks."""
-
-    value: float
-    slack: float
-    reached: list[_Coefficients]
-    step_norms: list[float]
-    inner_iterations: list[int]
-    solved: bool
-    restart: bool
-
-
-def _iterate(
-    blocks: Sequence[ProximalBlock],
-    at: Sequence[_Coefficients],
-    before: Sequence[_Coefficients],
-    tau: float,
-    weight: float,
-    accuracy: float,
-    first: float,
-) -> _Step:
-    """Each block in turn, where J is `first`: from x^k, or from x^k + weight (x^k - x^(k-1))."""
-    value, solved, restart = first, True, False
-    squares, inner, reached = [], [], []
-    for block, x, x_before in zip(blocks, at, before):
-        functional, count, taken = block.functional, 0, False
-        if weight > 0:
-            count, converged = block.minimise(tau, [c + weight * (c - d) for c, d in zip(x, x_before)], accuracy)
-            taken = functional.value <= value
-            restart |= not taken
-        if not taken:
-            more, converged = block.minimise(tau, x, accuracy)
-            count += more
-            taken = functional.value + functional.square / (2 * tau) <= value
-        if taken:
-            value = functional.value
-        else:
-            block.put_back(x)
-        solved &= converged and taken
-        squares.append(block.square_from(x))
-        inner.append(count)
-        reached.append(block.get())
-    slack = first - value - sum(squares) / (2 * tau)
-    return _Step(value, slack, reached, [float(np.sqrt(square)) for square in squares], inner, solved, restart)
+def _first_result(
+    start: PAMResult | None, groups: Sequence[ProximalGroup], value: float, norm: float, tau: float
+) -> PAMResult:
+    """The result that is continued: an earlier one that fits the problem, or that of no iteration. Collective."""
+    if start is None:
+        return result_of_no_iteration(groups, value, norm, tau)
+    names = tuple(group.name for group in groups)
+    if start.groups != names:
+        raise ValueError(f"start: expected the groups {names}, as the problem has them, got {start.groups}")
+    for group, reached, earlier in zip(groups, start.controls, start.previous, strict=True):
+        group.checked(reached, "start")
+        group.checked(earlier, "start")
+    return start
 
 
 def _gradient_norms(problem: LearningProblem, J: ReducedFunctional) -> tuple[float, float]:
-    """Of J in all that is learned, where the tape is: in the label measure, and without the controls' units."""
+    """The norm of J's gradient in all parameters, where the tape is: in the label measure, and without the controls' units."""
     gradient = iter(Enlist(J.derivative(apply_riesz=True)))
     parts = [(p, k, p.space_bases[k].read(next(gradient))) for p in problem.parameters for k in range(len(p.functions))]
     squares = [(p.pair(k, g, g), p.space_bases[k].unit) for p, k, g in parts]
     return float(np.sqrt(sum(square for square, _ in squares))), float(np.sqrt(sum(square * unit for square, unit in squares)))
 
 
-def _initial(J: ReducedFunctional, blocks: Sequence[ProximalBlock], norm: float, tau: float) -> PAMResult:
-    """The result of no iteration."""
-    at = [block.get() for block in blocks]
-    value = float(J.functional)
-    none = np.zeros(0)
-    return PAMResult(
-        value=value, gradient_norm=norm, iterations=0, converged=False, reason="", values=np.array([value]),
-        gradient_norms=np.array([norm]), seconds=0.0, blocks=tuple(block.name for block in blocks), slacks=none,
-        step_norms=np.zeros((0, len(blocks))), inner_iterations=np.zeros((0, len(blocks)), dtype=int), taus=none,
-        controls=at, previous=at, tau=float(tau), momentum=1.0,
-    )  # fmt: skip
+class _Move(NamedTuple):
+    """The result of moving one group: J, TAO's iterations, whether it was solved and taken, whether inertia failed."""
+
+    value: float
+    inner_iterations: int
+    solved: bool
+    restart: bool
 
 
-def _continued(first: PAMResult, history: Sequence[tuple[_Step, float, float]], **changed) -> PAMResult:
-    """`first` with iterations added: each with its tau, and the norm of the gradient after it."""
+class _Course:
+    """Algorithm 1 on its way.
 
-    def joined(before: np.ndarray, new: list) -> np.ndarray:
-        return np.concatenate([before, np.reshape(new, (len(new), *before.shape[1:])).astype(before.dtype)])
+    Attributes
+    ----------
+    at, before : list of list of numpy.ndarray
+        The coefficients of each group now, and an iteration before.
+    tau, momentum : float
+        Of the next iteration.
+    value, norm, free : float
+        J, and the norms of `_gradient_norms`.
+    history : list
+        The iterations of this call, each with its tau and the norm of the gradient after it.
+    """
 
-    steps = [step for step, _, _ in history]
-    values = joined(first.values, [step.value for step in steps])
-    norms = joined(first.gradient_norms, [norm for _, _, norm in history])
-    return replace(
-        first, value=float(values[-1]), gradient_norm=float(norms[-1]), iterations=len(values) - 1,
-        converged=changed["reason"] == "GRADIENT_TOLERANCE", values=values, gradient_norms=norms,
-        slacks=joined(first.slacks, [step.slack for step in steps]),
-        step_norms=joined(first.step_norms, [step.step_norms for step in steps]),
-        inner_iterations=joined(first.inner_iterations, [step.inner_iterations for step in steps]),
-        taus=joined(first.taus, [tau for _, tau, _ in history]), **changed,
-    )  # fmt: skip
+    def __init__(
+        self,
+        problem: LearningProblem,
+        J: ReducedFunctional,
+        groups: Sequence[ProximalGroup],
+        step: ProximalStep,
+        batches: Sequence[Batch] | None,
+        first: PAMResult,
+    ):
+        self._problem, self._J, self._groups, self._step, self._batches = problem, J, groups, step, batches
+        self.at, self.before, self.tau, self.momentum = first.controls, first.previous, first.tau, first.momentum
+        self._iterations = first.iterations
+        self.history: list[tuple[Iteration, float, float]] = []
+        self.set_reached()
+        self.value = float(J(problem.functions))
+        self.norm, self.free = _gradient_norms(problem, J)
+
+    @property
+    def number(self) -> int:
+        """The number of the latest iteration, counted from the start of the first call."""
+        return self._iterations + len(self.history)
+
+    def set_reached(self) -> None:
+        """Give the parameters the coefficients that were reached."""
+        for group, coefficients in zip(self._groups, self.at):
+            group.set(coefficients)
+
+    def iterate(self) -> Iteration:
+        """Move each group once, and adapt tau if it is to be adapted."""
+        if self._batches is not None:
+            self._problem.exchange(self._batches[self.number % len(self._batches)])
+            self.value = float(self._J(self._problem.functions))
+        following = (1 + np.sqrt(1 + 4 * self.momentum**2)) / 2
+        weight = (self.momentum - 1) / following if self._step.inertial else 0.0
+        done = self._move_groups(weight)
+        if not self._step.inertial and done.slack < -_ROUND_OFF * max(abs(self.value), abs(done.value)):
+            raise ArithmeticError(
+                f"J: expected the inequality below (5.1), got a violation by {-done.slack:.1e} in iteration "
+                f"{self.number + 1}; evaluate J twice: it must give the same number for the same parameters"
+            )
+        self.value, (self.norm, self.free) = done.value, _gradient_norms(self._problem, self._J)
+        self.history.append((done, self.tau, self.norm))
+        self.at, self.before, self.momentum = done.reached, self.at, 1.0 if done.restart else following
+        if self._step.adapt and not done.solved:
+            self.tau /= 2
+        elif self._step.adapt and max(done.inner_iterations) <= _FEW:
+            self.tau *= 2
+        return done
+
+    def _move_groups(self, weight: float) -> Iteration:
+        """Move each group in turn: from x^k, or from x^k + weight (x^k - x^(k-1))."""
+        value, solved, restart = self.value, True, False
+        squares, inner, reached = [], [], []
+        for group, x, x_before in zip(self._groups, self.at, self.before):
+            moved = self._move(group, x, x_before, weight, value)
+            value, restart = moved.value, restart or moved.restart
+            solved = solved and moved.solved
+            squares.append(group.square_from(x))
+            inner.append(moved.inner_iterations)
+            reached.append(group.get())
+        slack = self.value - value - sum(squares) / (2 * self.tau)
+        return Iteration(value, slack, reached, [float(np.sqrt(square)) for square in squares], inner, solved, restart)
+
+    def _move(self, group: ProximalGroup, x: Coefficients, x_before: Coefficients, weight: float, value: float) -> _Move:
+        """Minimise over one group, where J is `value`, and take the result if it is good enough."""
+        functional, tau, accuracy = group.functional, self.tau, self._step.accuracy
+        count, converged, taken, restart = 0, False, False, False
+        if weight > 0:
+            count, converged = group.minimise(tau, [c + weight * (c - d) for c, d in zip(x, x_before)], accuracy)
+            taken = functional.latest.value <= value
+            restart = not taken
+        if not taken:
+            more, converged = group.minimise(tau, x, accuracy)
+            count += more
+            taken = functional.latest.value + functional.latest.square / (2 * tau) <= value
+        if not taken:
+            group.put_back(x)
+        return _Move(functional.latest.value if taken else value, count, converged and taken, restart)

@@ -1,55 +1,115 @@
-"""One step of (5.1a), (5.1b): J plus a proximal term in some of what is learned, the rest staying as it is.
+"""One step of (5.1a), (5.1b): J plus a proximal term in one group of parameters, while the others do not move.
 
     x <- argmin_x  J(.., x, ..) + 1/(2 tau) |x - centre|^2
 
-in the norm of label domain and time, `Parameter.inner`, whose Riesz maps the controls have. By TAO, from the centre, until
+The norm is the one of label domain and time, `Parameter.inner`, to which the Riesz maps of the controls belong. TAO
+minimises from the centre until
 
-    |gradient| <= accuracy |x - centre| / tau,
+    |gradient| <= accuracy |x - centre| / tau.
 
-|x - centre| / tau being |D_x J| at the minimum.
+At the minimum |x - centre| / tau is |D_x J|.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
-from pyadjoint import AdjFloat, ReducedFunctional
+from pyadjoint import AdjFloat, Control, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 
-from fem_resnet.arguments import instance, real_array
+from fem_resnet.arguments import flag, instance, number, real_array
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
-__all__ = ["ProximalBlock", "ProximalFunctional"]
+__all__ = ["Evaluation", "ProximalFunctional", "ProximalGroup", "ProximalStep"]
+
+
+@dataclass(frozen=True)
+class ProximalStep:
+    """How a group of parameters moves in one iteration of `train_pam`.
+
+    Parameters
+    ----------
+    tau
+        The step size, positive: 1/tau is the weight of half the squared distance that a group moves. Its unit is that of a
+        squared distance over J.
+    accuracy
+        An inner problem is solved until its gradient is no larger than this times |x - x_i| / tau, which at its minimum is
+        |D_i J|. No unit; 0 leaves the end to TAO's own tests.
+    adapt
+        Whether tau changes. It is doubled after an iteration in which each inner problem took TAO 5 iterations at most. It is
+        halved after one in which an inner problem was not solved or its result not taken. The inequality below (5.1) holds
+        with the tau of each iteration.
+    inertial
+        Whether groups move from x^k + (t_k - 1)/t_(k+1) (x^k - x^(k-1)), which is then also the centre of the proximal
+        term; t_k are Nesterov's. If J rises so in a group, the group is minimised again from x^k, and the next iteration
+        starts afresh with t = 1. So J never rises, but the inequality below (5.1) does *not* hold in its form, and its
+        slack may be negative.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is out of its range, or a flag is no bool.
+
+    Examples
+    --------
+    >>> ProximalStep(tau=10.0, adapt=True)
+    ProximalStep(tau=10.0, accuracy=0.1, adapt=True, inertial=False)
+    """
+
+    tau: float = 1.0
+    accuracy: float = 0.1
+    adapt: bool = False
+    inertial: bool = False
+
+    def __post_init__(self):
+        number("tau", self.tau, above=0)
+        number("accuracy", self.accuracy, least=0)
+        flag("adapt", self.adapt)
+        flag("inertial", self.inertial)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """J at coefficients x, the arrays x - centre, and |x - centre|^2."""
+
+    value: float
+    offset: list[np.ndarray]
+    square: float
 
 
 class ProximalFunctional(AbstractReducedFunctional):
-    """J + 1/(2 tau) |x - centre|^2 as a function of the coefficients x of one block; the others are as the tape has them.
+    """J + 1/(2 tau) |x - centre|^2 as a function of the coefficients x of one group; the tape holds all others.
 
     Parameters
     ----------
     J
         The functional of all that is learned, recorded.
     controls
-        Those of the block, among the controls of J.
+        The controls of the group, which are among those of J.
     parameters
-        The block.
+        The group.
 
     Attributes
     ----------
     tau : float
+        The step size; may be set.
     centre : list of numpy.ndarray
-    value, square : float
-        J and |x - centre|^2 at the latest evaluation.
+        The coefficients of the centre; may be set. At first those of the parameters.
+    latest : Evaluation
+        The latest evaluation; at first the recorded one.
     """
 
-    def __init__(self, J: ReducedFunctional, controls: Sequence, parameters: Sequence[Parameter]):
+    def __init__(self, J: ReducedFunctional, controls: Sequence[Control], parameters: Sequence[Parameter]):
         self._J = ReducedFunctional(J.functional, list(controls), tape=J.tape)
         self._sets = [(parameter, k) for parameter in parameters for k in range(len(parameter.functions))]
-        self.tau, self.centre, self._seed = 1.0, [parameter.get(k) for parameter, k in self._sets], 1.0
+        self.tau, self._seed = 1.0, 1.0
+        self.centre: Sequence[np.ndarray] = [parameter.get(k) for parameter, k in self._sets]
+        self.latest = Evaluation(float(J.functional), [np.zeros_like(c) for c in self.centre], 0.0)
 
     @property
     def controls(self):
@@ -57,61 +117,62 @@ class ProximalFunctional(AbstractReducedFunctional):
 
     @property
     def tape(self):
-        """Where J is recorded."""
+        """The tape on which J is recorded."""
         return self._J.tape
 
     def _read(self, functions: Sequence[fd.Function]) -> list[np.ndarray]:
         return [p.space_bases[k].read(function) for (p, k), function in zip(self._sets, functions)]
 
     def inner(self, c: Sequence[np.ndarray], d: Sequence[np.ndarray]) -> float:
-        """(c, d) in the measure of label domain and time. Collective."""
+        """(c, d) in the measure of label domain and time, for coefficients as in `centre`. Collective."""
         return sum(p.pair(k, c_k, d_k) for (p, k), c_k, d_k in zip(self._sets, c, d))
 
     def __call__(self, values) -> AdjFloat:
         values = Enlist(values)
-        self.value = float(self._J(values))
-        self._offset = [c - d for c, d in zip(self._read(values), self.centre)]
-        self.square = self.inner(self._offset, self._offset)
-        return AdjFloat(self.value + self.square / (2 * self.tau))
+        value = float(self._J(values))
+        offset = [c - d for c, d in zip(self._read(values), self.centre)]
+        self.latest = Evaluation(value, offset, self.inner(offset, offset))
+        return AdjFloat(value + self.latest.square / (2 * self.tau))
 
     def derivative(self, adj_input=1.0, apply_riesz=False):
         self._seed = float(adj_input)
-        return self._with_term(self._J.derivative(adj_input), self._offset, self._seed, apply_riesz)
+        return self._with_term(self._J.derivative(adj_input), self.latest.offset, self._seed, apply_riesz)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
-        # As pyadjoint's: that of what was last differentiated.
+        # As in pyadjoint, this is the second derivative with the seed of the latest derivative.
         actions = self._J.hessian(m_dot, hessian_input, evaluate_tlm)
         return self._with_term(actions, self._read(Enlist(m_dot)), self._seed, apply_riesz)
 
-    def _with_term(self, duals, coefficients, scale, apply_riesz):
-        """Functionals of J, with those of the proximal term added, whose gradient is coefficients / tau."""
-        duals = Enlist(duals)
-        for (p, k), dual, c in zip(self._sets, duals, coefficients):
+    def _with_term(self, functionals, coefficients: Sequence[np.ndarray], scale: float, apply_riesz: bool):
+        """Functionals of J plus those of the proximal term, whose gradient is coefficients / tau."""
+        functionals = Enlist(functionals)
+        for (p, k), functional, c in zip(self._sets, functionals, coefficients):
             basis = p.space_bases[k]
-            basis.write(dual, basis.read(dual) + scale * p.time_basis.measures[k] / self.tau * basis.functional(c))
+            term = scale * p.time_basis.measures[k] / self.tau * basis.functional(c)
+            basis.write(functional, basis.read(functional) + term)
         if apply_riesz:
-            duals = [control.riesz_map(dual) for control, dual in zip(self.controls, duals)]
-        return self.controls.delist(duals)
+            functionals = [control.riesz_map(functional) for control, functional in zip(self.controls, functionals)]
+        return self.controls.delist(functionals)
 
     def tlm(self, m_dot):
-        return self._J.tlm(m_dot) + self.inner(self._offset, self._read(Enlist(m_dot))) / self.tau
+        return self._J.tlm(m_dot) + self.inner(self.latest.offset, self._read(Enlist(m_dot))) / self.tau
 
 
-class ProximalBlock:
-    """Parameters that are minimised over together, with the TAO that does it.
+class ProximalGroup:
+    """Parameters that are minimised over together, and the TAO that does it.
 
     Parameters
     ----------
     name
-        What the block is called.
+        The name of the group.
     parameters
-        The block.
+        The group.
     J, controls
-        As in `ProximalFunctional`.
+        As for `ProximalFunctional`.
     solver_parameters, options_prefix
         TAO's options.
     given
-        Names of those that the user gave.
+        The names of the options that the user gave.
     """
 
     def __init__(
@@ -119,7 +180,7 @@ class ProximalBlock:
         name: str,
         parameters: Sequence[Parameter],
         J: ReducedFunctional,
-        controls: Sequence,
+        controls: Sequence[Control],
         solver_parameters: dict,
         options_prefix: str | None,
         given: Iterable[str],
@@ -127,51 +188,53 @@ class ProximalBlock:
         self.name = name
         self.functional = ProximalFunctional(J, controls, parameters)
         self._sets = [(parameter, k) for parameter in parameters for k in range(len(parameter.functions))]
+        self._bases = [parameter.space_bases[k] for parameter, k in self._sets]
         self._functions = [parameter.functions[k] for parameter, k in self._sets]
-        comm = parameters[0].space_bases[0].Y.comm
         self._minimiser = Minimiser(
-            self.functional, self._functions, [parameter.space_bases[k] for parameter, k in self._sets],
-            solver_parameters, comm=comm, options_prefix=options_prefix, given=given,
+            self.functional, self._functions, self._bases, solver_parameters,
+            comm=self._bases[0].Y.comm, options_prefix=options_prefix, given=given,
         )  # fmt: skip
 
     def get(self) -> list[np.ndarray]:
-        """The coefficients that the parameters have."""
+        """The coefficients of the parameters, an array for each Function."""
         return [parameter.read(k) for parameter, k in self._sets]
 
     def set(self, coefficients: Sequence[np.ndarray]) -> None:
-        """Give them to the parameters."""
+        """Give the parameters these coefficients, as from `get`."""
         for (parameter, k), c in zip(self._sets, coefficients):
             parameter.write(k, c)
 
     def checked(self, coefficients: Sequence[np.ndarray], name: str) -> list[np.ndarray]:
-        """Coefficients from outside, on all ranks alike."""
+        """Coefficients from outside, as from `get`. A fault on one rank is raised on all. Collective."""
         instance(name, coefficients, (list, tuple))
         if len(coefficients) != len(self._sets):
             raise ValueError(f"{name}: expected {len(self._sets)} arrays for {self.name}, got {len(coefficients)}")
-        bases = [parameter.space_bases[k] for parameter, k in self._sets]
-        return [real_array(name, c, basis.shape, comm=basis.Y.comm) for c, basis in zip(coefficients, bases)]
+        return [real_array(name, c, basis.shape, comm=basis.Y.comm) for c, basis in zip(coefficients, self._bases)]
 
     def square_from(self, coefficients: Sequence[np.ndarray]) -> float:
-        """|x - coefficients|^2 of what the parameters have."""
+        """|x - coefficients|^2 for the present coefficients x. Collective."""
         offset = [c - d for c, d in zip(self.get(), coefficients)]
         return self.functional.inner(offset, offset)
 
     def put_back(self, coefficients: Sequence[np.ndarray]) -> None:
-        """Give them to parameters and tape."""
+        """Give the parameters and the tape these coefficients, as from `get`. Collective."""
         self.set(coefficients)
         self.functional(self._functions)
 
     def minimise(self, tau: float, centre: Sequence[np.ndarray], accuracy: float) -> tuple[int, bool]:
-        """TAO's iterations, and whether it converged. Parameters, tape and `functional` are then at what it found."""
+        """Minimise from the centre. Returned are the number of TAO's iterations and whether it converged. Collective.
+
+        Parameters, tape and `functional` are then at the result.
+        """
         functional, iterations = self.functional, 0
         functional.tau, functional.centre = tau, centre
         self.set(centre)
 
-        def watch(iteration, value, gradient_norm):
+        def watch(iteration: int, value: float, gradient_norm: float) -> None:
             nonlocal iterations
             iterations = iteration
 
-        def accurate(norm):
+        def accurate(norm: float) -> bool:
             return norm <= accuracy * np.sqrt(self.square_from(centre)) / tau
 
         end = self._minimiser.solve(watch, accurate)

@@ -13,6 +13,7 @@ from fem_resnet import (
     GrowthMonitor,
     LowRankKernel,
     Properties,
+    StateGrid,
     class_space,
     energy_step_limit,
     find_steady_states,
@@ -81,6 +82,8 @@ def test_a_value_function_says_so(caplog):
     for sampled in (PROPERTIES, ()):
         sigma = net_with(sampled).activation
         with caplog.at_level("WARNING", logger="fem_resnet"):
-            solve_value_function(class_space(1), Box((-1, 1), (0, 0)), sigma, [2.0], [[0.0, 0.5]], final_time=0.5, spacing=0.1)
+            solve_value_function(
+                class_space(1), Box((-1, 1), (0, 0)), sigma, [2.0], StateGrid([[0.0, 0.5]], 0.1), final_time=0.5
+            )
         assert ("sampled, not proved: sigma does not decrease" in caplog.text) == bool(sampled)
         caplog.clear()

@@ -13,7 +13,7 @@ import environment
 import numpy as np
 from firedrake import COMM_SELF
 
-from fem_resnet import Box, point_space, solve_value_function
+from fem_resnet import Box, StateGrid, point_space, solve_value_function
 
 A = Box((-0.3, 0.4), (-0.6, 0.5))
 T = 0.5
@@ -34,7 +34,7 @@ MARGIN = 0.3
 def ours(case: str, spacing: float):
     """This package's F, and the axes of the peer's grid."""
     weights, target, start = CASES[case]
-    F = solve_value_function(point_space(weights, comm=COMM_SELF), A, "tanh", target, start, final_time=T, spacing=spacing)
+    F = solve_value_function(point_space(weights, comm=COMM_SELF), A, "tanh", target, StateGrid(start, spacing), final_time=T)
     more = int(np.ceil(MARGIN / spacing))
     return F, [spacing * np.arange(first - more, last + more + 1) for first, last in F.boxes[-1].T]
 

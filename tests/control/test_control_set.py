@@ -109,11 +109,11 @@ def test_what_is_convex():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Box((1, 0), (0, 1)), r"^bias: \(low, high\)"),
-        (lambda: Box((0, np.inf), (0, 1)), "^bias: finite numbers of shape"),
-        (lambda: Polygon([(0, 0), (1, 1), (2, 2)]), "^corners: a polygon with an area"),
-        (lambda: Points([]), "^points: numbers of shape"),
-        (lambda: Ellipse((0, 0), 0.0), "^axes: a disk or ellipse with an area"),
+        (lambda: Box((1, 0), (0, 1)), r"^bias: expected \(low, high\) with low <= high, got \(1.0, 0.0\)$"),
+        (lambda: Box((0, np.inf), (0, 1)), "^bias: expected finite numbers of shape"),
+        (lambda: Polygon([(0, 0), (1, 1), (2, 2)]), "^corners: expected a polygon with an area"),
+        (lambda: Points([]), "^points: expected numbers of shape"),
+        (lambda: Ellipse((0, 0), 0.0), "^axes: expected a disk or ellipse with an area"),
         (lambda: Sections((0, 1), lambda a: 1 + 0 * a, lambda a: 0 * a), "^lower, upper"),
         (lambda: Sections((0, 1), lambda a: -(a**2), lambda a: 0 * a, convex=True), "^convex: m is not convex"),
         (lambda: Ellipse().largest(-1.0, 0.0), "^positive: expected numbers >= 0, the smallest given is -1"),

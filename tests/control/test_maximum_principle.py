@@ -34,7 +34,8 @@ from fem_resnet import (
     pmp_residual,
     train,
 )  # fmt: skip
-from fem_resnet.control.maximum_principle import _best_of_pool, _upper, violation
+from fem_resnet.control.maximum_principle import _best_of_pool, _upper
+from fem_resnet.control.violation import violation
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-0.5, 0.8), (-1.0, 0.7))
@@ -99,7 +100,7 @@ def test_hamiltonian_and_its_derivatives(space):
 def test_conventions_cannot_be_mixed_up():
     Y = label_space("disk", "CG1")
     p, c = pair(Y), some_controls(Y)
-    with pytest.raises(ValueError, match="^pair: its co-state is one to maximise"):
+    with pytest.raises(ValueError, match="^pair: expected one of this Hamiltonian's convention, 'minimise', got 'maximise'"):
         Hamiltonian(Y, TANH, "minimise")(p, c)
     with pytest.raises(ValueError, match="^convention"):
         Hamiltonian(Y, TANH, "max")
@@ -169,7 +170,7 @@ def test_ties_have_a_rule_and_a_measure():
     assert_allclose(found.no_state, Y.sum(Y.weights @ (x > 0.2)), rtol=1e-14)
     assert_allclose(found.no_costate, Y.sum(Y.weights @ (x < -0.2)), rtol=1e-14)
     assert (found.controls.a == np.where(x < -0.2, 0.8, -0.5)).all()
-    with pytest.raises(ValueError, match="^pair: .4.10. holds for one sample, got 2"):
+    with pytest.raises(ValueError, match="^pair: expected one sample, as .4.10. holds for one, got 2; try raise_controls"):
         extremal_controls(Y, BOX, pair(Y, 2))
 
 
@@ -336,12 +337,12 @@ def test_the_bracket_is_in_order_and_controls_outside_of_A_are_refused(A, sample
     net.bias.set(1, np.where(x[:, 0] == max(Y.comm.allgather(x[:, 0].max())), 3.0, points[0, 0]))
     with pytest.raises(
         ValueError,
-        match=r"^A: the controls of layer 1 are outside of it, \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it",
+        match=r"^A: expected a set with the controls .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it",
     ):
         pmp_residual(problem, A)
     net.bias.set(1, points[0, 0] + 0 * Y.weights)
     net.kernel.set(1, [[A.kernel_range[1] * 1.01 + 0.01]])
-    with pytest.raises(ValueError, match="^A: the controls of layer 1 are outside of it"):
+    with pytest.raises(ValueError, match="^A: expected a set with the controls of all layers in it; layer 1 has"):
         pmp_residual(problem, A)
 
 

@@ -18,6 +18,7 @@ from fem_resnet import (
     Pair,
     Points,
     ResidualNetwork,
+    StateGrid,
     cell_indicators,
     closed_loop,
     extremal_controls,
@@ -41,7 +42,7 @@ SPACINGS = (0.08, 0.04, 0.02)
 def far(spacing, target="out of reach", running=None):
     """The value function with the target out of reach, or within, so that F has a flat part."""
     target = {"out of reach": FAR, "within reach": NEAR}[target]
-    return solve_value_function(Y, BOX, "tanh", target, START, final_time=T, spacing=spacing, running=running)
+    return solve_value_function(Y, BOX, "tanh", target, StateGrid(START, spacing), final_time=T, running=running)
 
 
 def square(f):
@@ -101,7 +102,7 @@ def test_the_closed_loop_converges_across_a_kink():
     halves, v, errors = sectors(*HALVES), np.hstack([some_states(-0.2, 0.2, 20, 2), [[0.0, 0.0, 0.1], [0.0, 0.1, 0.0]]]), []
     for spacing in (0.08, 0.04, 0.02):
         F = solve_value_function(
-            halves, Box((0, 0), (-1, 1)), "tanh", [0.6, -0.4], [[-0.2, 0.2]] * 2, final_time=0.6, spacing=spacing
+            halves, Box((0, 0), (-1, 1)), "tanh", [0.6, -0.4], StateGrid([[-0.2, 0.2]] * 2, spacing), final_time=0.6
         )
         errors.append(np.abs(closed_loop(F, v).cost - F(v, 0.0)).max())
     assert order(errors) > 0.5, errors
@@ -209,7 +210,7 @@ def test_where_staying_is_best_the_feedback_stays_by_mixed_rows():
     """Next to a target within reach, convex A: sigma(T) = 0 for controls in A; without convexity an end of the box is taken."""
     target = np.array([0.4, -0.2])
     for A, convex in ((BOX, True), (Points([(-0.3, 0.2), (0.4, -0.3)]), False)):
-        F = solve_value_function(Y, A, "tanh", target, START, final_time=0.5, spacing=0.02)
+        F = solve_value_function(Y, A, "tanh", target, StateGrid(START, 0.02), final_time=0.5)
         controls = feedback_controls(F, target, 0.48)
         b = controls.phi @ controls.psi.T
         assert A.contains(controls.a[:, None], b).all()
@@ -221,7 +222,7 @@ def test_where_staying_is_best_the_feedback_stays_by_mixed_rows():
 def test_feedback_where_the_cost_depends_on_the_controls_is_in_A_and_of_a_row_a_cell():
     halves, A = sectors(*HALVES), Ellipse((0, 0), 0.6)
     F = solve_value_function(
-        halves, A, "tanh", [0.5, -0.5], [[-0.2, 0.2]] * 2, final_time=0.4, spacing=0.05, running=control_cost, samples=5
+        halves, A, "tanh", [0.5, -0.5], StateGrid([[-0.2, 0.2]] * 2, 0.05, samples=5), final_time=0.4, running=control_cost
     )
     v = np.array([0.1, -0.2])
     controls = feedback_controls(F, v, 0.1)

@@ -26,6 +26,7 @@ from fem_resnet import (
     Polygon,
     RunningCost,
     Sections,
+    StateGrid,
     class_space,
     closed_loop,
     feedback_controls,
@@ -33,9 +34,14 @@ from fem_resnet import (
     point_space,
     solve_value_function,
 )  # fmt: skip
-from fem_resnet.hjb.value_function import _step
+from fem_resnet.hjb.equation import _step
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+
+
+def on_grid(*, start, spacing, samples=7, memory=2e9, **problem):
+    """F on the grid of these, with all arguments by their names."""
+    return solve_value_function(grid=StateGrid(start, spacing, samples, memory), **problem)
 
 
 # -- one cell: the reachable interval --------------------------------------------------------------------------------
@@ -95,7 +101,7 @@ def test_on_one_cell_it_is_the_distance_of_the_target_from_the_reachable_interva
     Y = sectors(*DISK)
     v, errors, slopes = some_states(-0.6, 0.6), [], []
     for spacing in (0.01, 0.005, 0.0025):
-        F = solve_value_function(Y, CROSSING, name, [target], [[-0.6, 0.6]], final_time=0.8, spacing=spacing)
+        F = solve_value_function(Y, CROSSING, name, [target], StateGrid([[-0.6, 0.6]], spacing), final_time=0.8)
         exact = [one_cell_value(name, CROSSING, Y.measure, target, x, 0.8) for x in v[0]]
         errors.append(np.abs(F(v, 0.0) - exact).max())
         # (4.12): linear between the grid's points, F is above it by the part of a convex function's chords.
@@ -119,7 +125,7 @@ def test_on_one_cell_it_has_a_kink_where_no_bias_pushes_the_state_through_zero(n
     kink = -w * target * np.exp([w * T, -w * T])
     jumps = []
     for spacing in (0.02, 0.01, 0.005):
-        F = solve_value_function(Y, box, name, [target], [[-0.3, 0.3]], final_time=T, spacing=spacing)
+        F = solve_value_function(Y, box, name, [target], StateGrid([[-0.3, 0.3]], spacing), final_time=T)
         errors.append(np.abs(F(v, 0.0) - [one_cell_value(name, box, w, target, x, T) for x in v[0]]).max())
         slopes = F.slopes(np.zeros((1, 1)), 0.0)
         jumps.append(np.abs(np.ravel(slopes) - kink).max())
@@ -152,7 +158,7 @@ def test_any_control_set_gives_the_distance_from_what_its_extremes_reach(A):
     low, high = (np.array([end(e, x) for x in v[0]]) for e in (A.smallest, A.largest))
     exact = w / 2 * np.maximum(np.maximum(low - target, target - high), 0) ** 2
     for spacing in (0.04, 0.02, 0.01):
-        F = solve_value_function(Y, A, "arctan", [target], [[-0.4, 0.4]], final_time=T, spacing=spacing)
+        F = solve_value_function(Y, A, "arctan", [target], StateGrid([[-0.4, 0.4]], spacing), final_time=T)
         errors.append(np.abs(F(v, 0.0) - exact).max())
         # Where A is not convex the infimum is not attained, and the closed loop goes to and fro by the length of a step.
         assert np.abs(closed_loop(F, v).cost - exact).max() < 3 * spacing
@@ -188,7 +194,7 @@ def test_without_a_kernel_the_cells_do_not_see_each_other(space):
     low, high = v + T * sigma(-0.5), v + T * sigma(0.7)
     exact = Y.weights @ np.maximum(np.maximum(low - target[:, None], target[:, None] - high), 0) ** 2 / 2
     for size in (2 * spacing, spacing):
-        F = solve_value_function(Y, A, name, target, start, final_time=T, spacing=size)
+        F = solve_value_function(Y, A, name, target, StateGrid(start, size), final_time=T)
         errors.append(np.abs(F(v, 0.0) - exact).max())
     # To round-off, where all speeds go to points of the grid.
     assert order(errors) > FIRST_ORDER or errors[-1] < 1e-12, errors
@@ -201,7 +207,7 @@ def test_an_activation_that_falls_again_has_its_speeds_sampled():
     high = v[0] + T
     for spacing in (0.04, 0.02, 0.01):
         F = solve_value_function(
-            Y, Box((-1, 2.5), (0, 0)), sine, [target], [[-0.2, 0.2]], final_time=T, spacing=spacing, samples=65
+            Y, Box((-1, 2.5), (0, 0)), sine, [target], StateGrid([[-0.2, 0.2]], spacing, samples=65), final_time=T
         )
         errors.append(np.abs(F(v, 0.0) - Y.measure / 2 * np.maximum(target - high, 0) ** 2).max())
     # The best of 65 values of a is short of pi/2 by at most 0.027, and the speed of 1 by 4e-4.
@@ -229,10 +235,8 @@ def test_a_quadratic_cost_of_the_bias_gives_a_riccati_equation():
     exact, gradient = np.einsum("is,ij,js->s", v, P, v) / 2 + q @ v + c, (P @ v + q[:, None]) / w[:, None]
     errors = []
     for spacing in (0.08, 0.04, 0.02):
-        F = solve_value_function(
-            Y, Box((-1.5, 1.5), (beta, beta)), "identity", target, [[-0.3, 0.3]] * 2, final_time=T, spacing=spacing,
-            running=RunningCost(weight * sympy.Symbol("a") ** 2 / 2), samples=61,
-        )  # fmt: skip
+        grid, L = StateGrid([[-0.3, 0.3]] * 2, spacing, samples=61), RunningCost(weight * sympy.Symbol("a") ** 2 / 2)
+        F = solve_value_function(Y, Box((-1.5, 1.5), (beta, beta)), "identity", target, grid, final_time=T, running=L)
         loop = closed_loop(F, v[:, :5])
         errors.append([np.abs(F(v, 0.0) - exact).max(), np.abs(F.gradient(v, 0.0) - gradient).max()])
         # 61 values of a miss the best one by at most 0.025, and L by 1.6e-4, in each of two cells of measure pi / 2.
@@ -245,7 +249,7 @@ def test_a_cost_of_the_state_is_the_same_whether_the_minimum_is_explicit_or_samp
     for spacing in (0.08, 0.04):
         F, G = (
             solve_value_function(
-                Y, A, "tanh", [0.4, -0.2], [[-0.3, 0.3]] * 2, final_time=0.6, spacing=spacing, running=L, samples=3
+                Y, A, "tanh", [0.4, -0.2], StateGrid([[-0.3, 0.3]] * 2, spacing, samples=3), final_time=0.6, running=L
             )
             for L in (RunningCost(2 * sympy.Symbol("f") ** 2), lambda f, a, b, w: 2 * f**2)
         )
@@ -310,7 +314,7 @@ def test_no_controls_are_better_and_the_feedback_is_as_good(space, L, spacing):
     Y, box, T = sectors(*space), Box((-0.4, 0.6), (-0.5, 0.4)), 0.8
     n = Y.size
     target, v = np.array([1.0, -0.7, 0.3, 0.8])[:n], some_states(-0.4, 0.4, 3, n, seed=2)
-    F = solve_value_function(Y, box, "tanh", target, [[-0.4, 0.4]] * n, final_time=T, spacing=spacing, running=L)
+    F = solve_value_function(Y, box, "tanh", target, StateGrid([[-0.4, 0.4]] * n, spacing), final_time=T, running=L)
     general = L if L in (None, control_cost) else lambda f, *_: L(f)
     best = [direct(Y.weights, box, np.tanh, target, x, T, general, starts=6) for x in v.T]
     # First order in the spacing.
@@ -345,7 +349,7 @@ def test_the_grids_hold_all_that_controls_reach(A):
     """Trajectories from the corners of the start, under random controls that are constant on each step, stay within."""
     rng, Y, start = np.random.default_rng(0), sectors(*HALVES), np.array([[-0.3, 0.1], [0.0, 0.4]])
     A = SETS.get(A, BOX)
-    F = solve_value_function(Y, A, "arctan", [0.0, 0.0], start, final_time=0.5, spacing=0.1)
+    F = solve_value_function(Y, A, "arctan", [0.0, 0.0], StateGrid(start, 0.1), final_time=0.5)
     f = start[np.arange(2)[:, None], rng.integers(0, 2, (2, 500))]
     points = np.stack(A.sample(9), axis=1)
     farthest = 0.0
@@ -370,7 +374,7 @@ def _random_rows(points, rng, shape):
 
 
 def test_speeds_of_one_sign_make_grids_that_grow_to_one_side():
-    F = solve_value_function(sectors(*DISK), CROSSING, "sigmoid", [1.0], [[0.0, 0.2]], final_time=0.5, spacing=0.1)
+    F = solve_value_function(sectors(*DISK), CROSSING, "sigmoid", [1.0], StateGrid([[0.0, 0.2]], 0.1), final_time=0.5)
     assert (F.boxes[:, 0, 0] == -1).all() and (np.diff(F.boxes[:, 1, 0]) == 1).all()
 
 
@@ -379,7 +383,7 @@ def test_a_step_is_monotone(running):
     """F <= G before a step gives F <= G after it, and constants pass: with consistency, convergence in the viscosity sense."""
     Y, rng = sectors(*ANNULUS), np.random.default_rng(0)
     found = solve_value_function(
-        Y, BOX, "tanh", [0.0] * 3, [[-0.2, 0.2]] * 3, final_time=0.3, spacing=0.1, running=running, samples=2
+        Y, BOX, "tanh", [0.0] * 3, StateGrid([[-0.2, 0.2]] * 3, 0.1, samples=2), final_time=0.3, running=running
     )
     here = found.speeds.at(np.meshgrid(*found.axes(-1), indexing="ij", sparse=True))
     h = np.diff(found.times)
@@ -400,13 +404,16 @@ def test_a_step_is_monotone(running):
 
 def test_too_large_a_grid_is_refused_with_its_memory_and_progress_is_logged(caplog):
     Y = class_space(4, comm=COMM_SELF)
-    arguments = (Y, Box((-1, 1), (-1, 1)), "tanh", np.zeros(4), np.array([[-1.0, 1.0]] * 4))
-    with pytest.raises(ValueError, match=r"^spacing: 403 x 403 x 403 x 403 states after 100 .* need \d\d,\d{3},\d{3} MB"):
-        solve_value_function(*arguments, final_time=1.0, spacing=0.01)
-    with pytest.raises(ValueError, match=r" need \d MB, memory allows 1;"):
-        solve_value_function(*arguments, final_time=1.0, spacing=0.5, memory=1e6)
+    problem, start = (Y, Box((-1, 1), (-1, 1)), "tanh", np.zeros(4)), np.array([[-1.0, 1.0]] * 4)
+    large = (
+        r"^spacing: expected grids within memory, .* got 403 x 403 x 403 x 403 states after 100 .* need \d\d,\d{3},\d{3} MB"
+    )
+    with pytest.raises(ValueError, match=large):
+        solve_value_function(*problem, StateGrid(start, 0.01), final_time=1.0)
+    with pytest.raises(ValueError, match=r"within memory, 1 MB, .* need \d MB;"):
+        solve_value_function(*problem, StateGrid(start, 0.5, memory=1e6), final_time=1.0)
     with caplog.at_level(logging.INFO, "fem_resnet"):
-        solve_value_function(*arguments, final_time=1.0, spacing=0.5)
+        solve_value_function(*problem, StateGrid(start, 0.5), final_time=1.0)
     first, *steps = caplog.messages
     assert first == "value function: up to 11 x 11 x 11 x 11 states, 2 steps, about 2 MB on each rank"
     assert steps == ["value function: t = 0.5, step 1 of 2", "value function: t = 0, step 2 of 2"]
@@ -418,7 +425,7 @@ def test_the_estimate_of_memory_is_an_upper_bound_and_not_far_off(running, caplo
     tracemalloc.start()
     with caplog.at_level(logging.INFO, "fem_resnet"):
         solve_value_function(
-            Y, BOX, "tanh", np.zeros(3), [[-1.0, 1.0]] * 3, final_time=0.2, spacing=0.04, running=running, samples=2
+            Y, BOX, "tanh", np.zeros(3), StateGrid([[-1.0, 1.0]] * 3, 0.04, samples=2), final_time=0.2, running=running
         )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -445,9 +452,9 @@ def test_what_is_refused(name, change):
         "Y": class_space(1, comm=COMM_SELF), "A": CROSSING, "activation": "tanh", "target": [0.0], "start": [[0.0]],
         "final_time": 0.1, "spacing": 0.1,
     }  # fmt: skip
-    F = solve_value_function(**good)
+    F = on_grid(**good)
     with pytest.raises(ValueError, match=f"^{name}: "):
-        solve_value_function(**good | change)
+        on_grid(**good | change)
     for call, name in (
         (lambda: F([3.0], 0.0), "v"), (lambda: F([0.0, 0.0], 0.0), "v"), (lambda: F([0.0], 0.2), "t"),
         (lambda: closed_loop(F, [0.0], 0.1), "t"), (lambda: closed_loop(F, [0.0], steps=0), "steps"),
@@ -467,7 +474,7 @@ def test_no_partition_changes_the_result(running):
         target = 0.5 * x - 0.3 * y + 0.2
         start = np.stack([-0.2 + 0.1 * x, 0.2 + 0.1 * y], axis=1)
         v = np.stack([0.1 * x, 0.1 * y, -0.1 * x], axis=1)
-        F = solve_value_function(Y, BOX, "tanh", target, start, final_time=0.5, spacing=0.1, running=running, samples=2)
+        F = solve_value_function(Y, BOX, "tanh", target, StateGrid(start, 0.1, samples=2), final_time=0.5, running=running)
         loop = closed_loop(F, v)
         controls = loop.controls(1, 2)
         found.append([
@@ -477,7 +484,7 @@ def test_no_partition_changes_the_result(running):
     for here, alone in zip(*found):
         assert_allclose(here, alone, atol=1e-12)
     Y = class_space(2)
-    F = solve_value_function(Y, CROSSING, "tanh", 1.0 * Y.numbers, np.zeros((Y.nodes, 1)), final_time=0.5, spacing=0.1)
+    F = solve_value_function(Y, CROSSING, "tanh", 1.0 * Y.numbers, StateGrid(np.zeros((Y.nodes, 1)), 0.1), final_time=0.5)
     assert_allclose(F.target, [0, 1])
 
 
@@ -485,23 +492,23 @@ def test_no_partition_changes_the_result(running):
 def test_a_solution_that_a_rank_stopped_is_known_from_there_and_goes_on_to_the_same_numbers():
     Y = sectors(*HALVES, alone=False)
     x = Y.coordinates[:, 0]
-    arguments = (Y, BOX, "tanh", 0.5 * x, np.zeros((Y.nodes, 1)))
-    whole = solve_value_function(*arguments, final_time=0.5, spacing=0.05)
+    arguments = (Y, BOX, "tanh", 0.5 * x, StateGrid(np.zeros((Y.nodes, 1)), 0.05))
+    whole = solve_value_function(*arguments, final_time=0.5)
     last = Y.comm.rank == Y.comm.size - 1
-    part = solve_value_function(*arguments, final_time=0.5, spacing=0.05, monitor=lambda t: last and t < 0.3)
+    part = solve_value_function(*arguments, final_time=0.5, monitor=lambda t: last and t < 0.3)
     stopped_at = whole.times[whole.times < 0.3].max()
     assert part.times[0] == stopped_at and len(part.values) == len(part.times) < len(whole.times)
     v = 0.1 * x[:, None]
     assert_array_equal(part(v, 0.4), whole(v, 0.4))
     with pytest.raises(ValueError, match=rf"^t: expected a time in \[{stopped_at:g}, 0.5\]"):
         part(v, 0.0)
-    step = solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part, monitor=lambda t: True)
+    step = solve_value_function(*arguments, final_time=0.5, resume=part, monitor=lambda t: True)
     assert_array_equal(part.times, step.times[1:])
-    on = solve_value_function(*arguments, final_time=0.5, spacing=0.05, resume=part)
+    on = solve_value_function(*arguments, final_time=0.5, resume=part)
     for ours, theirs in zip(on.values, whole.values, strict=True):
         assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="^resume: "):
-        solve_value_function(*arguments, final_time=0.6, spacing=0.05, resume=part)
+        solve_value_function(*arguments, final_time=0.6, resume=part)
 
 
 def test_a_solution_goes_on_with_its_own_arguments_alone():
@@ -509,26 +516,26 @@ def test_a_solution_goes_on_with_its_own_arguments_alone():
     Y = class_space(1)
     given = dict(A=Box((-1, 1), (0, 0)), activation="identity", target=[2.0], start=[[0.0, 0.5]], spacing=0.05)
     given |= dict(final_time=1.0, running=lambda f: f**2)
-    part = solve_value_function(Y, **given, monitor=lambda t: t < 0.5)
+    part = on_grid(Y=Y, **given, monitor=lambda t: t < 0.5)
     changes = {
         "running": dict(running=lambda f: 2 * f**2), "A or activation": dict(activation="tanh"), "target": dict(target=[1.0]),
         "final_time": dict(final_time=1.5), "spacing": dict(spacing=0.1), "start": dict(start=[[0.0, 1.0]]),
         "activation or running": dict(running=lambda f, a, b, w: f**2),
     }  # fmt: skip
     for name, change in changes.items():
-        with pytest.raises(ValueError, match=f"^resume: .* made with another {name}; give the arguments"):
-            solve_value_function(Y, **given | change, resume=part)
-    with pytest.raises(ValueError, match="made with another Y;"):
-        solve_value_function(class_space(2), **given | dict(target=[2.0, 2.0], start=[[0.0], [0.5]]), resume=part)
+        with pytest.raises(ValueError, match=f"^resume: .* got one with another {name}; give the arguments"):
+            on_grid(Y=Y, **given | change, resume=part)
+    with pytest.raises(ValueError, match="got one with another Y;"):
+        on_grid(Y=class_space(2), **given | dict(target=[2.0, 2.0], start=[[0.0], [0.5]]), resume=part)
     # Rows that are tried one by one.
     given |= dict(running=lambda f, a, b, w: f**2 + a**2, samples=3)
-    part = solve_value_function(Y, **given, monitor=lambda t: t < 0.5)
-    whole, on = (solve_value_function(Y, **given, resume=resume) for resume in (None, part))
+    part = on_grid(Y=Y, **given, monitor=lambda t: t < 0.5)
+    whole, on = (on_grid(Y=Y, **given, resume=resume) for resume in (None, part))
     for ours, theirs in zip(on.values, whole.values, strict=True):
         assert_array_equal(ours, theirs)
     changes = {
         "running": dict(running=lambda f, a, b, w: f**2), "A or samples": dict(samples=4), "activation": dict(activation="tanh"),
     }  # fmt: skip
     for name, change in changes.items():
-        with pytest.raises(ValueError, match=f"^resume: .* made with another {name};"):
-            solve_value_function(Y, **given | change, resume=part)
+        with pytest.raises(ValueError, match=f"^resume: .* got one with another {name};"):
+            on_grid(Y=Y, **given | change, resume=part)

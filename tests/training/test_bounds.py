@@ -27,7 +27,8 @@ from fem_resnet import (
     train,
 )  # fmt: skip
 from fem_resnet.parameters.space_basis import NodalValues
-from fem_resnet.training.tao import TYPES, RieszPreconditioner, _HessianAtItsPoint
+from fem_resnet.training.hessian import HessianAtItsPoint, RieszPreconditioner
+from fem_resnet.training.tao_types import TYPES
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-1.0, 1.0), (-0.5, 1.0))
@@ -208,12 +209,12 @@ def test_a_part_of_the_hessian_and_of_its_riesz_map_is_that_part():
     J = P.reduced_functional()
     J.derivative()
     comm = P.net.Y.comm
-    context = _HessianAtItsPoint(J, comm=comm)
+    context = HessianAtItsPoint(J, comm=comm)
     interface = context.control_interface
     interface.to_petsc(x := interface.new_petsc(), P.functions)
     A = PETSc.Mat().createPython(((interface.n, interface.N),) * 2, context, comm=comm)
     A.setUp()
-    _HessianAtItsPoint.update(None, x, A, A)
+    HessianAtItsPoint.update(None, x, A, A)
     start, end = A.getOwnershipRange()
     rows = PETSc.IS().createGeneral(np.arange(start + start % 2, end, 2, dtype=PETSc.IntType), comm=comm)
     part = A.createSubMatrix(rows, rows)
@@ -249,10 +250,10 @@ def test_iterations_do_not_see_the_partition(tao_type):
 @pytest.mark.parametrize(
     "bounds, options, message",
     [
-        ({"bais": (-1, 1)}, {}, "^bounds: 'bais' is not learned; what is: bias, kernel"),
-        ({"bias": (1, -1)}, {}, "^bounds: bias wants .*low <= high"),
-        ({"bias": (np.nan, 1)}, {}, "^bounds: bias wants"),
-        ({"kernel": (0, [1.0, 2.0])}, {}, r"^bounds: kernel wants .*arrays of shape \("),
+        ({"bais": (-1, 1)}, {}, "^bounds: expected names of what is learned, bias, kernel; got 'bais'"),
+        ({"bias": (1, -1)}, {}, "^bounds: expected .low, high. for bias with low <= high"),
+        ({"bias": (np.nan, 1)}, {}, "^bounds: expected .low, high. for bias"),
+        ({"kernel": (0, [1.0, 2.0])}, {}, r"^bounds: expected .low, high. for kernel .*arrays of shape \("),
         ({"bias": (-1, 1)}, {"tao_type": "lmvm"}, "^solver_parameters: TAO's 'lmvm' does not know bounds"),
         ({"bias": (-1, 1)}, {"tao_type": "nls"}, "^solver_parameters: TAO's 'nls' does not know bounds"),
     ],
@@ -339,5 +340,5 @@ def test_the_bound_of_b_takes_a_bound_a_coefficient_and_different_bases():
     assert_allclose(kernel.bound(C), (P @ (Q @ C.T).max(axis=0)).max(), rtol=1e-14)
     assert (P @ C @ Q.T).max() <= kernel.bound(C) <= kernel.bound(C.max())
     for wrong in (-1.0, np.inf, C.T, C[0]):
-        with pytest.raises(ValueError, match="^coefficients: (finite )?numbers >= 0"):
+        with pytest.raises(ValueError, match="^coefficients: expected (finite )?numbers >= 0"):
             kernel.bound(wrong)

@@ -28,11 +28,11 @@ from fem_resnet import (
     least_squares,
     middle_pairs,
     msa,
-    raise_rows,
-    raise_span,
+    raise_controls,
     tikhonov,
 )  # fmt: skip
-from fem_resnet.training.msa import augmented_step, problem_of
+from fem_resnet.training.augmented_hamiltonian import augmented_step
+from fem_resnet.training.msa import problem_of
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-1.0, 1.0), (-1.0, 1.0))
@@ -245,7 +245,7 @@ def test_rows_for_many_samples(kind):
     J.derivative()
     H, pair = Hamiltonian(Y, net.activation, "maximise"), middle_pairs(run, "maximise")[1]
     before = Controls.of_layer(net, 1)
-    after, values = raise_rows(H, A, pair, before, 400)
+    after, values = raise_controls(H, A, pair, before, 400)
     assert (np.diff(values) >= 0).all() and values[-1] > values[0]
     assert (H.density(pair, after) >= H.density(pair, before)).all()
     rows = np.column_stack([after.a, after.phi])
@@ -257,7 +257,7 @@ def test_rows_for_many_samples(kind):
     assert float(Y.sum(Y.weights @ np.maximum(0, best - H.density(pair, after)))) < 0.02 * values[-1]
     found = msa(start, A, iterations=6)
     assert (found.changes < 0).all() and found.value < 0.9 * found.values[0] and found.iterations == 6
-    with pytest.raises(ValueError, match="^A: its rows live on"):
+    with pytest.raises(ValueError, match="^A: expected rows on the network's label space"):
         msa(problem(("sphere", "DG0")), A)
 
 
@@ -272,7 +272,7 @@ def test_a_fixed_span_is_one_problem_a_layer():
     J, run = start.record()
     J.derivative()
     H, pair = Hamiltonian(Y, net.activation, "maximise"), middle_pairs(run, "maximise")[1]
-    found, values = raise_span(H, A, pair, Controls.of_layer(net, 1), 2000)
+    found, values = raise_controls(H, A, pair, Controls.of_layer(net, 1), 2000)
     assert (np.diff(values) > 0).all() and len(values) > 2
     f, r, w, P, Q = (gathered(Y, part) for part in (pair.f, pair.r, Y.weights, phi.values, psi.values))
     g = Q.T @ (w[:, None] * f)
@@ -289,7 +289,7 @@ def test_a_fixed_span_is_one_problem_a_layer():
     assert (np.abs(found.a - 0.05) <= 0.75 + 1e-14).all()
     trained = msa(start, A, iterations=4)
     assert (trained.changes < 0).all() and trained.value < 0.98 * trained.values[0]
-    with pytest.raises(ValueError, match="^kernel: finite"):
+    with pytest.raises(ValueError, match="^kernel: expected .low, high. with low <= high"):
         SpanBox(phi, psi, (-1, 1), (1, -1))
 
 
@@ -307,8 +307,8 @@ def test_restarts_go_on_where_no_step_lowers_J_and_the_best_is_kept():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(variant="fast"), "^variant: one of"),
-        (dict(A=Points([(0, 1), (0, -1)])), "^A: variant 'extended' mixes controls"),
+        (dict(variant="fast"), "^variant: expected one of"),
+        (dict(A=Points([(0, 1), (0, -1)])), "^A: expected a convex set, as variant 'extended' mixes controls"),
     ],
 )
 def test_what_msa_does_not_do_is_refused(change, message):
@@ -322,7 +322,9 @@ def test_a_start_outside_of_A_is_refused_or_brought_into_it():
     for l in range(2):
         start.net.bias.set(l, 0.5 + 0 * start.net.Y.weights)
     start.net.kernel.set(1, [[4.0]])
-    message = r"^A: the controls of layer 1 are outside of it, \(a\(y\), b\(y, z\)\) = \(0.5, 4\) at y = .*project=True"
+    message = (
+        r"^A: expected a set with the controls of all .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(0.5, 4\) at y = .*project=True"
+    )
     with pytest.raises(ValueError, match=message):
         msa(start, BOX, iterations=1)
     found = msa(start, BOX, iterations=2, project=True)
@@ -332,7 +334,7 @@ def test_a_start_outside_of_A_is_refused_or_brought_into_it():
     assert_allclose(gathered(start.net.Y, none.controls[0].a), 0.5, rtol=1e-13)
     assert_allclose(gathered(start.net.Y, none.controls[1].a), 0.5 / 4, rtol=2e-3)
     assert inside(none, BOX) and float(none.problem.evaluate()[0]) == none.value
-    with pytest.raises(ValueError, match="^A: controls cannot be pulled into a set that is not convex"):
+    with pytest.raises(ValueError, match="^A: expected a convex set, as controls outside of it are mixed"):
         msa(start, Points([(0, 1), (0, -1)]), variant="basic", project=True)
 
 
@@ -345,7 +347,9 @@ def test_a_start_outside_of_a_set_of_rows_is_refused_or_the_nearest_within_is_ta
     }[kind]  # fmt: skip
     start = learning_problem(ResidualNetwork(psi, layers=2), head=True, weight=None, samples=3)
     start.net.bias.set(1, smooth(start.net.Y, 1)[:, 0] * 3)
-    with pytest.raises(ValueError, match="^A: the controls of layer 1 are outside of it, or of the span .*project=True"):
+    with pytest.raises(
+        ValueError, match="^A: expected a set .* in the span of its bases; those of layer 1 are outside .*project=True"
+    ):
         msa(start, A, iterations=1)
     none = msa(start, A, iterations=0, project=True)
     again = msa(none.problem, A, iterations=1)  # is within

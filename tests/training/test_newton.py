@@ -16,7 +16,7 @@ from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.training.gradient import train
-from fem_resnet.training.tao import _HessianAtItsPoint
+from fem_resnet.training.hessian import HessianAtItsPoint
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: |gradient| at which a method has arrived.
@@ -130,7 +130,7 @@ def test_the_hessian_stays_where_tao_asked_for_it():
     J = problem.reduced_functional()
     comm = problem.net.Y.comm
     matrix = ReducedFunctionalMat(J, action=RFOperation.HESSIAN, comm=comm)
-    matrix.setPythonContext(_HessianAtItsPoint(J, comm=comm))
+    matrix.setPythonContext(HessianAtItsPoint(J, comm=comm))
     interface = PETScVecInterface(problem.functions, comm=comm)
     x, y, v = interface.new_petsc(), interface.new_petsc(), interface.new_petsc()
     v.set(1.0)

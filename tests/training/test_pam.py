@@ -7,10 +7,10 @@ import pytest
 from firedrake import COMM_WORLD
 from helpers import laplace, set_smooth
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import directions, learning_problem, network
+from problems import directions, failing_at, learning_problem, network
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet import LearningProblem, Loss, PAMResult, ResidualNetwork, StepFailure, train, train_pam
+from fem_resnet import LearningProblem, PAMResult, ProximalStep, ResidualNetwork, StepFailure, train, train_pam
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes
 from fem_resnet.training.proximal import ProximalFunctional
 from fem_resnet.training.tao import Minimiser
@@ -91,7 +91,7 @@ def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau
     problem = make()
     watch = Watch(problem)
     iterations = 4 if alone else 1
-    result = train_pam(problem, {} if alone else {"tao_max_it": 5}, tau=tau, iterations=iterations, monitor=watch)
+    result = train_pam(problem, {} if alone else {"tao_max_it": 5}, step=tau, iterations=iterations, monitor=watch)
     print(f"\n{make.__name__}, tau = {tau}: slack {result.slacks}, J {result.values}")
     assert result.reason == "ITERATIONS" and (result.taus == tau).all()
     assert min(watch.slacks) > -ROUND_OFF and len(watch.slacks) == iterations
@@ -106,7 +106,7 @@ def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau
 def test_the_inequality_holds_however_inexact_the_inner_solves_are(options):
     problem = classes()
     watch = Watch(problem)
-    result = train_pam(problem, options, tau=1e3, iterations=3 if alone else 1, monitor=watch)
+    result = train_pam(problem, options, step=1e3, iterations=3 if alone else 1, monitor=watch)
     assert (result.inner_iterations == 1).all() and min(watch.slacks) > -ROUND_OFF and result.value < result.values[0]
 
 
@@ -126,7 +126,7 @@ def test_an_inner_result_that_does_not_lower_the_proximal_objective_is_not_taken
         return outcome
 
     monkeypatch.setattr(Minimiser, "solve", too_far)
-    result = train_pam(problem, tau=1e-2, monitor=_silent)
+    result = train_pam(problem, step=1e-2, monitor=_silent)
     assert result.reason == "NO_PROGRESS" and result.iterations == 1 and not result.step_norms.any()
     assert result.slacks == 0 and result.value == result.values[0] == problem.evaluate()[0]
     for p, k, c in before:
@@ -135,16 +135,16 @@ def test_an_inner_result_that_does_not_lower_the_proximal_objective_is_not_taken
 
 @on_ranks
 @each_problem
-def test_each_block_solves_its_proximal_problem_in_its_turn(make):
+def test_each_group_solves_its_proximal_problem_in_its_turn(make):
     """(5.1): x_i^(k+1) = x_i^k - tau D_i J_mod there, in the order a, b, head; the gradient (4.7) by the representatives."""
     for accuracy, bound in ((0.1, 0.1), (0.0, 1e-5)) if alone else ((0.1, 0.1),):
         problem, tau = make(), 3.0
         start = _coefficients(problem.parameters)
-        result = train_pam(problem, {"tao_max_it": 200}, tau=tau, iterations=1, accuracy=accuracy, monitor=_silent)
+        result = train_pam(problem, {"tao_max_it": 200}, step=ProximalStep(tau, accuracy), iterations=1, monitor=_silent)
         reached = _coefficients(problem.parameters)
         head = [] if problem.head is None else problem.head.parameters
-        groups = [[problem.net.bias], [problem.net.kernel], head][: len(result.blocks)]
-        assert result.blocks == ("bias", "kernel", "head")[: len(groups)]
+        groups = [[problem.net.bias], [problem.net.kernel], head][: len(result.groups)]
+        assert result.groups == ("bias", "kernel", "head")[: len(groups)]
         for p, k, c in start:
             p.set(k, c)
         for group, norm in zip(groups, result.step_norms[0]):
@@ -164,19 +164,19 @@ def test_each_block_solves_its_proximal_problem_in_its_turn(make):
 
 
 @on_ranks
-@pytest.mark.parametrize("block", ["bias", "kernel", "head"] if alone else ["kernel"])
-def test_taylor_of_the_proximal_functional(block, taylor):
+@pytest.mark.parametrize("name", ["bias", "kernel", "head"] if alone else ["kernel"])
+def test_taylor_of_the_proximal_functional(name, taylor):
     problem = classes()
     J, _ = problem.record()
     net, head = problem.net, problem.head
-    parameters = {"bias": [net.bias], "kernel": [net.kernel], "head": head.parameters}[block]
+    parameters = {"bias": [net.bias], "kernel": [net.kernel], "head": head.parameters}[name]
     functions = [f for p in parameters for f in p.functions]
     controls = [c for c, f in zip(J.controls, problem.functions) if any(f is own for own in functions)]
     functional = ProximalFunctional(J, controls, parameters)
     functional.tau, functional.centre = 0.7, [c + 0.3 for c in functional.centre]
     functional(functions)
     h = directions(functional, net, parameters)
-    taylor(functional, functions, h, "second order", f"proximal, {block}", second_order=True)
+    taylor(functional, functions, h, "second order", f"proximal, {name}", second_order=True)
 
 
 # -- where it goes ---------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_taylor_of_the_proximal_functional(block, taylor):
 @pytest.mark.parametrize("tao_type", ["lmvm", "nls"][: 1 + alone])
 def test_it_comes_to_the_minimum_of_l_bfgs_on_all_parameters(tao_type):
     problem = convex_like()
-    result = train_pam(problem, {"tao_type": tao_type}, tau=10.0, gradient_tolerance=3e-5, monitor=_silent)
+    result = train_pam(problem, {"tao_type": tao_type}, step=10.0, gradient_tolerance=3e-5, monitor=_silent)
     assert result.converged and result.reason == "GRADIENT_TOLERANCE" and result.gradient_norm <= 1e-4
     assert result.gradient_norm <= 3e-5 * result.gradient_norms[0] < result.gradient_norms[-2]
     again = convex_like()
@@ -200,24 +200,24 @@ def test_it_comes_to_the_minimum_of_l_bfgs_on_all_parameters(tao_type):
 def test_an_adapted_tau_grows_while_inner_problems_are_easy_and_falls_where_they_are_not():
     problem, easy = classes(), 5 if alone else 2
     watch = Watch(problem)
-    result = train_pam(problem, tau=0.1, adapt=True, iterations=easy + 1, monitor=watch)
+    result = train_pam(problem, step=ProximalStep(0.1, adapt=True), iterations=easy + 1, monitor=watch)
     assert result.taus[0] == 0.1 and set(result.taus[1:] / result.taus[:-1]) <= {2.0, 1.0, 0.5}
     assert result.taus[easy] == 0.1 * 2**easy and min(watch.slacks) > -ROUND_OFF
     if alone:
-        fixed = train_pam(classes(), tau=0.1, iterations=easy + 1, monitor=_silent)
+        fixed = train_pam(classes(), step=0.1, iterations=easy + 1, monitor=_silent)
         print(f"\ntau {result.taus}, J {result.value:.4f}, with tau fixed {fixed.value:.4f}")
         assert result.value < 0.9 * fixed.value
-    hard = train_pam(classes(), {"tao_max_it": 2}, tau=1e3, adapt=True, iterations=3, monitor=_silent)
+    hard = train_pam(classes(), {"tao_max_it": 2}, step=ProximalStep(1e3, adapt=True), iterations=3, monitor=_silent)
     assert_array_equal(hard.taus, [1e3, 500, 250])
 
 
 @pytest.mark.parallel([1, 2])
 def test_inertial_steps_are_faster_and_j_never_rises_but_the_inequality_does_not_hold():
-    options = {"tau": 0.3, "gradient_tolerance": 0.0}
-    plain = train_pam(convex_like(), iterations=10, monitor=_silent, **options)
+    options = {"gradient_tolerance": 0.0, "monitor": _silent}
+    plain = train_pam(convex_like(), step=0.3, iterations=10, **options)
     problem, result, momenta = convex_like(), None, []
     while len(momenta) < 10:
-        result = train_pam(problem, inertial=True, iterations=1, start=result, monitor=_silent, **options)
+        result = train_pam(problem, step=ProximalStep(0.3, inertial=True), iterations=1, start=result, **options)
         momenta.append(result.momentum)
     best = train(convex_like(), {"tao_gatol": 1e-7}, monitor=_silent).value
     print(
@@ -234,7 +234,7 @@ def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
     own, batches = problem.batch, problem.minibatches(1)
     whole = [float(problem.evaluate()[0])]
     result = train_pam(
-        problem, few, tau=100.0, iterations=4, batches=batches,
+        problem, few, step=100.0, iterations=4, batches=batches,
         monitor=lambda p: whole.append(float(problem.evaluate()[0])) if p.iteration else None,
     )  # fmt: skip
     print(f"\nJ of all samples {np.array(whole)}; slacks {result.slacks}")
@@ -244,8 +244,8 @@ def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
     assert abs(last.evaluate()[0] - result.value) <= ROUND_OFF
     again = classes()
     batches = again.minibatches(1)
-    part = train_pam(again, few, tau=100.0, iterations=3, batches=batches, monitor=_silent)
-    rest = train_pam(again, few, tau=100.0, iterations=1, batches=batches, start=part, monitor=_silent)
+    part = train_pam(again, few, step=100.0, iterations=3, batches=batches, monitor=_silent)
+    rest = train_pam(again, few, step=100.0, iterations=1, batches=batches, start=part, monitor=_silent)
     assert_allclose(rest.values, result.values, rtol=1e-8)  # many iterations of L-BFGS, which amplify round-off
 
 
@@ -276,7 +276,7 @@ def _implicit_in_time():
 
 @on_ranks
 @pytest.mark.parametrize(
-    "make, blocks",
+    "make, names",
     [
         (_factors_and_times, ("bias", "kernel", "head", "phi", "psi", "layer_times")),
         (_initial_state, ("bias", "kernel", "initial")),
@@ -285,11 +285,11 @@ def _implicit_in_time():
     ][: None if alone else 1],
     ids=lambda part: part.__name__.strip("_") if callable(part) else "",
 )
-def test_all_that_a_problem_learns_is_a_block(make, blocks):
+def test_all_that_a_problem_learns_belongs_to_a_group(make, names):
     problem = make()
     watch = Watch(problem)
-    result = train_pam(problem, tau=1.0, iterations=1, monitor=watch)
-    assert set(result.blocks) == set(blocks) and result.blocks[:2] == ("bias", "kernel")
+    result = train_pam(problem, step=1.0, iterations=1, monitor=watch)
+    assert set(result.groups) == set(names) and result.groups[:2] == ("bias", "kernel")
     assert result.step_norms.min() > 0 and min(watch.slacks) > -ROUND_OFF and result.value < result.values[0]
 
 
@@ -297,18 +297,18 @@ def test_all_that_a_problem_learns_is_a_block(make, blocks):
 
 
 @on_ranks
-@pytest.mark.parametrize("options", [{}, {"adapt": True, "inertial": True}][: 1 + alone], ids=str)
-def test_it_can_be_stopped_and_continued_as_if_it_had_not_been(options):
-    whole = train_pam(classes(), iterations=4, monitor=_silent, **options)
+@pytest.mark.parametrize("step", [ProximalStep(), ProximalStep(adapt=True, inertial=True)][: 1 + alone], ids=str)
+def test_it_can_be_stopped_and_continued_as_if_it_had_not_been(step):
+    whole = train_pam(classes(), step=step, iterations=4, monitor=_silent)
     problem = classes()
     # One rank alone asks for the stop.
     stopped = train_pam(
-        problem, iterations=4, monitor=lambda p: p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1, **options
+        problem, step=step, iterations=4, monitor=lambda p: p.iteration == 2 and COMM_WORLD.rank == COMM_WORLD.size - 1
     )
     assert (stopped.reason, stopped.iterations, stopped.converged) == ("STOPPED", 2, False)
     problem.net.kernel.set(0, 0 * problem.net.kernel.get(0))  # what is continued are the result's parameters
     seen = []
-    rest = train_pam(problem, iterations=2, start=stopped, monitor=seen.append, **options)
+    rest = train_pam(problem, step=step, iterations=2, start=stopped, monitor=seen.append)
     assert [p.iteration for p in seen] == [3, 4] and {p.iterations for p in seen} == {4}
     assert (rest.iterations, rest.reason) == (4, "ITERATIONS") and rest.seconds > stopped.seconds
     for name in ("values", "gradient_norms", "slacks", "step_norms", "inner_iterations", "taus"):
@@ -322,7 +322,7 @@ def test_it_can_be_stopped_and_continued_as_if_it_had_not_been(options):
 def test_the_result_has_the_history_and_the_controls():
     problem = classes()
     result = train_pam(problem, iterations=3, monitor=_silent)
-    assert isinstance(result, PAMResult) and result.iterations == 3 and result.blocks == ("bias", "kernel", "head")
+    assert isinstance(result, PAMResult) and result.iterations == 3 and result.groups == ("bias", "kernel", "head")
     assert result.values.shape == result.gradient_norms.shape == (4,) and result.slacks.shape == result.taus.shape == (3,)
     assert result.step_norms.shape == result.inner_iterations.shape == (3, 3)
     assert result.inner_iterations.dtype.kind == "i" and result.inner_iterations.min() > 0
@@ -348,16 +348,8 @@ def test_without_a_monitor_a_line_an_iteration_is_logged_on_rank_0(caplog):
 
 @on_ranks
 def test_an_evaluation_that_raises_leaves_the_parameters_of_the_last_iteration():
-    plain, evaluations, values = classes(), [], []
-
-    def value(Y, O, C, prediction):
-        evaluations.append(1)
-        if len(evaluations) == 40:
-            raise StepFailure(2, 1.3, "NOT_FINITE")
-        return plain.loss.value(Y, O, C, prediction)
-
-    loss = Loss("fails at its 40th evaluation", value, plain.loss.gradient, plain.loss.prediction)
-    problem = LearningProblem(plain.net, plain.head, loss, plain.regulariser, plain.batch)
+    plain, values = classes(), []
+    problem = failing_at(40, plain)
     with pytest.raises(StepFailure, match="the state is not finite in layer 2, t = 1.3"):
         train_pam(problem, {"tao_max_it": 1}, monitor=lambda progress: values.append(progress.value))
     assert len(values) > 2 and abs(plain.evaluate()[0] - values[-1]) <= ROUND_OFF
@@ -367,9 +359,9 @@ def test_an_evaluation_that_raises_leaves_the_parameters_of_the_last_iteration()
 @each_problem
 def test_iterations_do_not_see_the_partition(make):
     """The mesh on all ranks against the whole mesh on each."""
-    results = [train_pam(make(alone=whole), tau=3.0, iterations=2, monitor=_silent) for whole in (False, True)]
+    results = [train_pam(make(alone=whole), step=3.0, iterations=2, monitor=_silent) for whole in (False, True)]
     for name in ("values", "gradient_norms", "slacks", "step_norms"):
-        # L-BFGS amplifies round-off, the more so over its iterations: less than ten a block here.
+        # L-BFGS amplifies round-off, the more so over its iterations: less than ten a group here.
         assert_allclose(getattr(results[0], name), getattr(results[1], name), rtol=1e-8, err_msg=name)
     assert_array_equal(results[0].inner_iterations, results[1].inner_iterations)
 
@@ -377,13 +369,12 @@ def test_iterations_do_not_see_the_partition(make):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tau": 0.0}, "^tau: a positive number"),
-        ({"tau": np.inf}, "^tau: a positive number"),
-        ({"iterations": -1}, "^iterations: an integer >= 0"),
-        ({"iterations": 1.5}, "^iterations: an integer >= 0"),
-        ({"gradient_tolerance": -1.0}, "^gradient_tolerance: a number >= 0"),
-        ({"accuracy": np.nan}, "^accuracy: a number >= 0"),
-        ({"batches": []}, "^batches: at least one"),
+        ({"step": 0.0}, "^step: expected a positive number"),
+        ({"step": "small"}, "^step: expected a positive number"),
+        ({"iterations": -1}, "^iterations: expected an integer >= 0"),
+        ({"iterations": 1.5}, "^iterations: expected an integer >= 0"),
+        ({"gradient_tolerance": -1.0}, "^gradient_tolerance: expected a number >= 0"),
+        ({"batches": []}, "^batches: expected at least one"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, message):
@@ -391,10 +382,16 @@ def test_arguments_that_do_not_fit_are_refused(options, message):
         train_pam(classes(), **options)
 
 
+@pytest.mark.parametrize("name, value", [("tau", 0.0), ("tau", np.inf), ("accuracy", np.nan), ("accuracy", -0.1)])
+def test_steps_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected a"):
+        ProximalStep(**{name: value})
+
+
 def test_a_start_or_batches_that_do_not_fit_are_refused():
     result = train_pam(field(), iterations=0, monitor=_silent)
     assert result.reason == "ITERATIONS" and result.iterations == 0 and result.values.shape == (1,)
-    with pytest.raises(ValueError, match="^start: its blocks are .*'kernel'.*, the problem's .*'head'"):
+    with pytest.raises(ValueError, match="^start: expected the groups .*'head'.*, as the problem has them, got .*'kernel'"):
         train_pam(classes(), start=result)
     initial = _initial_state()
     with pytest.raises(ValueError, match="^train_pam, batches: it does not take an initial state that is learned"):

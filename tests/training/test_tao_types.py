@@ -28,7 +28,7 @@ from fem_resnet import (
     train,
     train_pam,
 )  # fmt: skip
-from fem_resnet.training.tao import TYPES
+from fem_resnet.training.tao_types import TYPES
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 alone = COMM_WORLD.size == 1
@@ -100,7 +100,7 @@ def test_the_walk_goes_over_all_types_that_petsc_registers():
 def test_a_type_is_right_wherever_it_stops_or_refused_by_name(tao_type, bounds):
     allowed = [name for name, kind in TYPES.items() if kind.bounds or bounds is None]
     if tao_type not in allowed:
-        with pytest.raises(ValueError, match=f"^solver_parameters: TAO's '{tao_type}' .*'tao_type' one of .*'blmvm'"):
+        with pytest.raises(ValueError, match=f"^solver_parameters: TAO's '{tao_type}' .*'tao_type' of .*'blmvm'"):
             train(problem(), {"tao_type": tao_type}, bounds=bounds)
         return
     values = []
@@ -249,7 +249,7 @@ def test_pam_stops_relative_to_its_start_in_every_unit_of_length():
         targets = P.batch.targets
         loss = _times(unit)
         P = LearningProblem(P.net, None, loss, None, Batch(P.batch.inputs, targets))
-        results.append(train_pam(P, tau=1.0 / unit, gradient_tolerance=0.3, iterations=20, monitor=lambda p: None))
+        results.append(train_pam(P, step=1.0 / unit, gradient_tolerance=0.3, iterations=20, monitor=lambda p: None))
     for found in results:
         assert (found.iterations, found.reason) == (results[1].iterations, "GRADIENT_TOLERANCE")
         assert_allclose(_falls(found.values), _falls(results[1].values), rtol=1e-6)

@@ -12,16 +12,15 @@ import scipy.optimize
 from firedrake import COMM_WORLD
 from helpers import laplace
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import CLASSES, coefficients, learning_problem, network, taping
+from problems import CLASSES, coefficients, failing_at, learning_problem, network, taping
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from pyadjoint.tape import annotate_tape
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.learning.loss import Loss
-from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.time_stepping.stepper import StepFailure
-from fem_resnet.training.gradient import SOLVER_PARAMETERS, TOLERANCES, Progress, train
+from fem_resnet.training.gradient import SOLVER_PARAMETERS, TOLERANCES, train
+from fem_resnet.training.progress import Progress
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -129,16 +128,8 @@ def test_a_line_search_that_cannot_go_on_leaves_the_best_parameters_and_its_reas
 @on_ranks
 def test_an_evaluation_that_raises_leaves_the_parameters_of_the_last_iteration():
     """A state that overflows in a trial step: what is raised is what was raised, and nothing reached is lost."""
-    plain, evaluations, values = classes(), [], []
-
-    def value(Y, O, C, prediction):
-        evaluations.append(1)
-        if len(evaluations) == 12:
-            raise StepFailure(2, 1.3, "NOT_FINITE")
-        return plain.loss.value(Y, O, C, prediction)
-
-    loss = Loss("fails at its 12th evaluation", value, plain.loss.gradient, plain.loss.prediction)
-    problem = LearningProblem(plain.net, plain.head, loss, plain.regulariser, plain.batch)
+    plain, values = classes(), []
+    problem = failing_at(12, plain)
     with pytest.raises(StepFailure, match="the state is not finite in layer 2, t = 1.3"):
         train(problem, monitor=lambda progress: values.append(progress.value))
     assert len(values) > 3 and not annotate_tape()

@@ -1,0 +1,126 @@
+"""Reports and results of proximal alternating minimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from fem_resnet.training.gradient import Result
+from fem_resnet.training.progress import Progress
+from fem_resnet.training.proximal import ProximalGroup
+
+__all__ = ["Iteration", "PAMProgress", "PAMResult", "continued", "result_of_no_iteration"]
+
+#: The coefficients of one group, as from `ProximalGroup.get`.
+Coefficients = list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class PAMProgress(Progress):
+    """One iteration over all groups.
+
+    Attributes
+    ----------
+    iteration, iterations, value, gradient_norm, seconds
+        As of `Progress`.
+    tau : float
+        The step size of this iteration.
+    slack : float
+        The slack of the inequality below (5.1): its right-hand side minus its left.
+    inner_iterations : int
+        TAO's iterations in all groups together.
+    """
+
+    tau: float
+    slack: float
+    inner_iterations: int
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}   tau = {self.tau:.1e}   slack = {self.slack:.1e}   {self.inner_iterations:3d} inner"
+
+
+@dataclass(frozen=True)
+class PAMResult(Result):
+    """How a proximal alternating minimisation ended, with everything that is needed to continue it.
+
+    It has the attributes of `Result`. There `values` and `gradient_norms` are those of J itself and of its gradient in all
+    groups. The reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS" if no group could
+    be moved.
+
+    Attributes
+    ----------
+    groups : tuple of str
+        The names of the groups, in their order.
+    slacks : numpy.ndarray
+        The slack of the inequality below (5.1) in each iteration: >= 0 up to round-off, except for inertial steps.
+    step_norms : numpy.ndarray
+        |x_i^(k+1) - x_i^k|, shape (iterations, groups).
+    inner_iterations : numpy.ndarray
+        TAO's iterations, shape (iterations, groups).
+    taus : numpy.ndarray
+        tau in each iteration.
+    controls : list of list of numpy.ndarray
+        The coefficients that were reached: for each group, as `Parameter.get` gives them on this rank.
+    previous : list of list of numpy.ndarray
+        The coefficients one iteration before.
+    tau, momentum : float
+        tau of the next iteration, and its Nesterov number t_k, which is 1 after a restart.
+    """
+
+    groups: tuple[str, ...]
+    slacks: np.ndarray
+    step_norms: np.ndarray
+    inner_iterations: np.ndarray
+    taus: np.ndarray
+    previous: list[Coefficients]
+    tau: float
+    momentum: float
+
+
+class Iteration(NamedTuple):
+    """One iteration: J after it, its slack, and for each group the result, the norm of its step and TAO's iterations.
+
+    `solved` is whether all inner problems were solved and their results taken, `restart` whether an inertial step was not.
+    """
+
+    value: float
+    slack: float
+    reached: list[Coefficients]
+    step_norms: list[float]
+    inner_iterations: list[int]
+    solved: bool
+    restart: bool
+
+
+def result_of_no_iteration(groups: Sequence[ProximalGroup], value: float, norm: float, tau: float) -> PAMResult:
+    """The result before the first iteration, at the present coefficients, where J and its gradient's norm are these."""
+    at = [group.get() for group in groups]
+    none = np.zeros(0)
+    return PAMResult(
+        value=value, gradient_norm=norm, iterations=0, converged=False, reason="", values=np.array([value]),
+        gradient_norms=np.array([norm]), seconds=0.0, groups=tuple(group.name for group in groups), slacks=none,
+        step_norms=np.zeros((0, len(groups))), inner_iterations=np.zeros((0, len(groups)), dtype=int), taus=none,
+        controls=at, previous=at, tau=float(tau), momentum=1.0,
+    )  # fmt: skip
+
+
+def continued(first: PAMResult, history: Sequence[tuple[Iteration, float, float]], **changed) -> PAMResult:
+    """A result with more iterations: each with its tau, and with the norm of the gradient after it."""
+
+    def joined(before: np.ndarray, new: list) -> np.ndarray:
+        return np.concatenate([before, np.reshape(new, (len(new), *before.shape[1:])).astype(before.dtype)])
+
+    steps = [step for step, _, _ in history]
+    values = joined(first.values, [step.value for step in steps])
+    norms = joined(first.gradient_norms, [norm for _, _, norm in history])
+    return replace(
+        first, value=float(values[-1]), gradient_norm=float(norms[-1]), iterations=len(values) - 1,
+        converged=changed["reason"] == "GRADIENT_TOLERANCE", values=values, gradient_norms=norms,
+        slacks=joined(first.slacks, [step.slack for step in steps]),
+        step_norms=joined(first.step_norms, [step.step_norms for step in steps]),
+        inner_iterations=joined(first.inner_iterations, [step.inner_iterations for step in steps]),
+        taus=joined(first.taus, [tau for _, tau, _ in history]), **changed,
+    )  # fmt: skip
