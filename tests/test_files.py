@@ -27,7 +27,7 @@ from helpers import label_space, laplace, without_mpi
 from numpy.testing import assert_allclose
 from problems import learning_problem
 
-import fem_resnet.io
+import fem_resnet.io.writing
 import fem_resnet.label_domain.laplace
 from fem_resnet import (
     Activation,
@@ -628,7 +628,7 @@ def test_a_file_is_an_HDF5_file_that_h5py_opens_and_says_nothing_of_ranks(folder
 @pytest.mark.parametrize("make", MAKERS if COMM_WORLD.size == 1 else MAKERS[:1])
 def test_room_is_kept_for_all_of_a_file(make, tmp_path, monkeypatch):
     sizes, reserve = [], files.reserve
-    monkeypatch.setattr(fem_resnet.io, "reserve", lambda path, size: sizes.append(size) or reserve(path, size))
+    monkeypatch.setattr(fem_resnet.io.writing, "reserve", lambda path, size: sizes.append(size) or reserve(path, size))
     save(tmp_path / "network.h5", *make())
     if COMM_WORLD.rank == 0:
         assert (tmp_path / "network.h5").stat().st_size < sizes[0]
@@ -660,7 +660,7 @@ def _fails(error):
 
 #: What fails, and on which rank; on all ranks where it is collective.
 FAILURES = [
-    (fem_resnet.io, "reserve", 0), (files.os, "fsync", LAST), (files.os, "replace", 0), (fd.CheckpointFile, "save_function", None),
+    (fem_resnet.io.writing, "reserve", 0), (files.os, "fsync", LAST), (files.os, "replace", 0), (fd.CheckpointFile, "save_function", None),
     (fd.CheckpointFile, "close", None),
 ]  # fmt: skip
 
@@ -697,7 +697,7 @@ ENDS = """
 import os, subprocess, sys
 from firedrake import COMM_WORLD as comm, FunctionSpace, UnitIntervalMesh
 from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis, load, save, stability_report
-import fem_resnet.io, fem_resnet.ranks
+import fem_resnet.io.writing, fem_resnet.ranks
 fem_resnet.ranks._PATIENCE = 1.0
 place = os.environ["PLACE"]
 path, filler = place + "/n.h5", place + "/filler"
@@ -746,7 +746,7 @@ ends("read-only report", report(json=path, png=place + "/page.png"))
 on_first(lambda: subprocess.run(["mount", "-o", "remount,rw", place], check=True))
 on_first(fill)
 if "unreserved" in sys.argv:
-    fem_resnet.io.reserve = lambda path, size: None
+    fem_resnet.io.writing.reserve = lambda path, size: None
 save(path, net)
 """
 

@@ -16,7 +16,8 @@ from pyadjoint.tape import annotate_tape
 
 from fem_resnet import files
 from fem_resnet.activation.activation import get_activation
-from fem_resnet.io import load, save
+from fem_resnet.io.reading import load
+from fem_resnet.io.writing import save
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.learning.head import Head
 from fem_resnet.network.network import ResidualNetwork

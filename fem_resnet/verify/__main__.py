@@ -19,7 +19,7 @@ from types import ModuleType
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from fem_resnet.io import load
+from fem_resnet.io.reading import load
 from fem_resnet.ranks import in_step, on_first
 from fem_resnet.reporting import check_files, write
 from fem_resnet.verify.suite import problem_of, verify
