@@ -392,7 +392,7 @@ def test_what_is_no_number_is_refused_by_name(name):
     for wrong in ("1", None, True, 1j, np.nan, [1.0, 2.0], -1e9):
         if (wrong is None and name in OPTIONAL) or (wrong == -1e9 and name == "functions"):
             continue
-        with pytest.raises(ValueError, match=rf"^{name.strip()}(, end)?: .* (is|are) wanted, .*{re.escape(repr(wrong))}"):
+        with pytest.raises(ValueError, match=rf"^{name.strip()}(, end)?: expected .*, got {re.escape(repr(wrong))}"):
             NUMBERS[name](wrong)
             pytest.fail(f"{name} took {wrong!r}")
 
@@ -438,7 +438,7 @@ def test_numbers_and_names_are_what_they_are():
         (lambda: integer("n", 9, most=4), "n: expected an integer from 1 to 4, got 9"),
         (lambda: integer("n", 1.0), "n: expected a positive integer, got 1.0"),
         (lambda: choice("c", {}, ("a", "b")), "c: expected one of 'a', 'b', got {}"),
-        (lambda: real_array("w", [1, -2], least=0), "w: expected numbers >= 0, the smallest given is -2"),
+        (lambda: real_array("w", [1, -2], least=0), "w: expected numbers >= 0, got -2 among them"),
         (lambda: real_array("w", 1j * np.ones(1)), "w: expected real numbers, got complex ones; take .real"),
     ]:
         with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
@@ -495,7 +495,7 @@ def test_a_batch_of_functions_has_their_node_values_side_by_side():
     assert copy is not together and (Y.values(together) == values).all()
     elsewhere, sphere = fd.Function(label_space("disk", "DG0").V), fd.Function(label_space("sphere", "CG1").V)
     for wrong, kind, message in [
-        (sphere, ValueError, "pictures: it lives on .*, a Function on the mesh"),
+        (sphere, ValueError, "pictures: .*a Function on the mesh .*, got one on "),
         ([functions[0], elsewhere], ValueError, "pictures: got .*DG0.*; expected a Function of .*CG1.*"),
         ([functions[0], values[:, 0]], TypeError, "pictures: expected a Function, got ndarray"),
         ([functions[0], 1.0], TypeError, "pictures: expected a Function, got float"),
@@ -545,7 +545,7 @@ def test_a_weight_that_coordinates_cannot_hold_is_refused():
     for weights, points in [([1e10, 1e-10], None), ([1.0, 1e-9], [[0.0], [1e6]])]:
         with pytest.raises(ValueError, match="^weights: 1e-.*, that of point 1, is lost in the round-off of its coordinate"):
             point_space(weights, points)
-    with pytest.raises(ValueError, match="^weights: numbers with a finite sum"):
+    with pytest.raises(ValueError, match="^weights: expected numbers with a finite sum"):
         point_space([1e308] * 7)
     assert_allclose(point_space([1.0, 1e-9], [[1e6], [0.0]]).measure, 1.0 + 1e-9, rtol=1e-9)
 
@@ -590,10 +590,10 @@ RIGHT_SPACES = {
 }
 
 REFUSED_SPACES = {
-    "VectorFunctionSpace.sub(0)": (lambda: fd.VectorFunctionSpace(disk(), "CG", 1).sub(0), "V: a space of its own.*collapse"),
+    "VectorFunctionSpace.sub(0)": (lambda: fd.VectorFunctionSpace(disk(), "CG", 1).sub(0), "V: expected a space of its own.*collapse"),
     "part of a mixed one": (
         lambda: (fd.FunctionSpace(disk(), "CG", 1) * fd.FunctionSpace(disk(), "DG", 0)).sub(1),
-        "V: a space of its own.*collapse",
+        "V: expected a space of its own.*collapse",
     ),
     "restricted": (
         lambda: fd.RestrictedFunctionSpace(fd.FunctionSpace(disk(), "CG", 1), ["on_boundary"]),
@@ -680,7 +680,7 @@ def test_files_say_what_they_take(tmp_path):
     for arguments, message in [
         (
             (tmp_path / "net.h5", problem.head),
-            "net: expected a ResidualNetwork, got Head; save.path, net, head. wants it second",
+            "net: expected a ResidualNetwork, got Head; the network is the second argument: save.path, net, head.",
         ),
         ((net, problem.head), "net: expected a ResidualNetwork"),
         ((net, net), "path: expected a str or PathLike, got ResidualNetwork"),

@@ -640,7 +640,7 @@ def test_where_no_room_can_be_kept_it_is_asked_for(tmp_path, monkeypatch):
     path.write_bytes(b"")
     files.reserve(path, 1000)
     assert path.stat().st_blocks == 0
-    with pytest.raises(OSError, match="No space left on device: expected 1.15e[+]12 MB"):
+    with pytest.raises(OSError, match="No space left on device: 1.15e[+]12 MB are needed"):
         files.reserve(path, 1 << 60)
 
 
@@ -753,7 +753,7 @@ save(path, net)
 #: What each case says, on all ranks.
 SENTENCES = {
     "damaged": "ValueError: path: .*n.h5 holds no network of format 3: it does not end with a checksum",
-    "picture": "ValueError: png: the name of a file that ends with .png",
+    "picture": "ValueError: png: expected the name of a file that ends with .png",
     "full save": "OSError: path: .*n.h5 was not written, and stays as it was: .*No space left on device",
     "full report": "OSError: .*No space left on device",
     "read-only save": "OSError: path: .*n.h5 was not written, and stays as it was: .*Read-only file system",

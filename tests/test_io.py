@@ -319,7 +319,7 @@ def test_refuses_to_write_onto_a_folder(tmp_path):
     if COMM_WORLD.rank == 0:
         (tmp_path / "network.h5").mkdir()
     COMM_WORLD.barrier()
-    with pytest.raises(IsADirectoryError, match="^path: expected the name of a file, and .*network.h5 is a folder"):
+    with pytest.raises(IsADirectoryError, match="^path: expected the name of a file, got that of the folder .*network.h5"):
         save(tmp_path / "network.h5", *_made(_cube_cg1))
 
 
@@ -395,6 +395,6 @@ def test_refuses_a_head_of_another_network(tmp_path):
 def test_refuses_an_output_on_another_label_domain(tmp_path):
     net, _ = _made(_sphere_cg1)
     _, head = _with_head(net, net.kernel.space_basis.kernel.phi, laplace("disk", "DG0", 4))
-    with pytest.raises(ValueError, match="^head: its output is a function on .*; only classes and .* can be saved$"):
+    with pytest.raises(ValueError, match="^head: expected classes or a function on .* as its output, got a function on "):
         save(tmp_path / "network.h5", net, head)
     assert not list(tmp_path.iterdir())

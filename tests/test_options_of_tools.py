@@ -57,7 +57,7 @@ TOOLS = {
 def test_options_that_a_tool_reads_are_taken_and_others_refused(name):
     call, read, unread = TOOLS[name]
     call(read)
-    with pytest.raises(ValueError, match=rf"^solver_parameters: {list(unread)[-1]}: no option of "):
+    with pytest.raises(ValueError, match=rf"^solver_parameters: expected an option of .*, got {list(unread)[-1]};"):
         call(unread)
     for wrong in ({"ts_type": 1j}, {3: 4}, [("ksp_rtol", 1.0)], {"ksp_rtol": float("nan")}):
         with pytest.raises((TypeError, ValueError), match="^solver_parameters: "):
