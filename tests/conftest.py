@@ -24,6 +24,7 @@ from threading import Lock
 
 # PETSc would take pytest's arguments for its own options, and complain about them at the end.
 arguments, sys.argv = sys.argv, sys.argv[:1]
+import firedrake  # noqa: E402, F401
 
 sys.argv = arguments
 

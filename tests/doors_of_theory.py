@@ -386,7 +386,8 @@ CONTROL_SETS = {
     ),
 }
 A_SETS = {
-    "ControlSet": (Ellipse, ControlSet), "Box": (box, Box), "Polygon": (lambda: Polygon([(0, 0), (1, 0), (0.2, 0.2), (0, 1)]), Polygon),
+    "ControlSet": (Ellipse, ControlSet), "Box": (box, Box),
+    "Polygon": (lambda: Polygon([(0, 0), (1, 0), (0.2, 0.2), (0, 1)]), Polygon),
     "Points": (lambda: Points([(0.0, -1.0), (0.0, 1.0)]), Points), "Ellipse": (Ellipse, Ellipse),
     "Sections": (lambda: Sections((0, 1), np.zeros_like, np.ones_like), Sections),
 }  # fmt: skip

@@ -27,7 +27,7 @@ FIRST_ORDER = 0.85
 
 
 def order(errors) -> float:
-    """The least over the columns of a table of errors, one row a spacing, each half of the one before: observed over all rows."""
+    """The order observed over all rows of a table of errors, the least of its columns; each row has half the spacing."""
     return float(np.min(np.log2(np.divide(errors[0], errors[-1])) / (len(errors) - 1)))
 
 

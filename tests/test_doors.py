@@ -590,7 +590,10 @@ RIGHT_SPACES = {
 }
 
 REFUSED_SPACES = {
-    "VectorFunctionSpace.sub(0)": (lambda: fd.VectorFunctionSpace(disk(), "CG", 1).sub(0), "V: expected a space of its own.*collapse"),
+    "VectorFunctionSpace.sub(0)": (
+        lambda: fd.VectorFunctionSpace(disk(), "CG", 1).sub(0),
+        "V: expected a space of its own.*collapse",
+    ),
     "part of a mixed one": (
         lambda: (fd.FunctionSpace(disk(), "CG", 1) * fd.FunctionSpace(disk(), "DG", 0)).sub(1),
         "V: expected a space of its own.*collapse",

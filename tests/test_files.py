@@ -1,7 +1,7 @@
-"""What a file does to whoever reads it: nothing. And what a failure does to a file: nothing.
+"""A file does no harm to whoever reads it, and a failure does no harm to a file.
 
-Damaged and malicious files, full disks and read-only folders end in one sentence on all ranks. `FIELDS` are all groups, datasets
-and attributes of files of three networks, which together have all kinds of fields; the tests put into each what is wrong.
+Damaged and malicious files, full disks and read-only folders end in one sentence on all ranks. The files of three networks
+together have all kinds of groups, datasets and attributes; the tests put wrong values into each of them.
 """
 
 import errno
@@ -581,7 +581,7 @@ for place in map(int, sys.argv[3:]):
 
 @pytest.mark.slow
 def test_flipped_bits_with_a_right_checksum_crash_nothing_but_HDF5(folder, rng, tmp_path):
-    """HDF5 1.10 follows a few addresses in its own tables unseen; what it reads whole is looked at, and then crashes nobody."""
+    """HDF5 1.10 follows some addresses in its own tables unchecked. The fields of the file are checked, and crash nothing."""
     source = _file(folder, _learned)
     (tmp_path / "flips.py").write_text(FLIPS)
     places, crashes = [str(place) for place in rng.integers(8 * (source.stat().st_size - 200), size=200)], 0
@@ -660,8 +660,8 @@ def _fails(error):
 
 #: What fails, and on which rank; on all ranks where it is collective.
 FAILURES = [
-    (fem_resnet.io.writing, "reserve", 0), (files.os, "fsync", LAST), (files.os, "replace", 0), (fd.CheckpointFile, "save_function", None),
-    (fd.CheckpointFile, "close", None),
+    (fem_resnet.io.writing, "reserve", 0), (files.os, "fsync", LAST), (files.os, "replace", 0),
+    (fd.CheckpointFile, "save_function", None), (fd.CheckpointFile, "close", None),
 ]  # fmt: skip
 
 

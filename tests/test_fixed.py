@@ -235,7 +235,8 @@ REPLACED = {
     "name": (dataclasses.replace(get_activation("tanh"), name="arctan"), get_activation("tanh").kernels),
     "expression": (dataclasses.replace(get_activation("tanh"), expression=sympy.sin(S)), get_activation("tanh").kernels),
     "another expression": (
-        dataclasses.replace(Activation.from_sympy(sympy.sin(S)), expression=sympy.atan(S)), Activation.from_sympy(sympy.sin(S)).kernels,
+        dataclasses.replace(Activation.from_sympy(sympy.sin(S)), expression=sympy.atan(S)),
+        Activation.from_sympy(sympy.sin(S)).kernels,
     ),
     "one kernel": (
         dataclasses.replace(get_activation("tanh"), kernels=(*get_activation("tanh").kernels[:1], *MINE[1:])),

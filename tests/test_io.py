@@ -181,7 +181,10 @@ def _bases(net, head):
 @each_network
 def test_bases_are_those_that_were_written_and_one_basis_stays_one(make, folder):
     found, expected = _bases(*_read(folder, make)), _bases(*_written(make))
-    number = lambda bases: [next(k for k, other in enumerate(bases) if other is basis) for basis in bases]
+
+    def number(bases):
+        return [next(k for k, other in enumerate(bases) if other is basis) for basis in bases]
+
     assert number(found) == number(expected), "bases that were one are two, or two are one"
     for one, other in zip(found, expected):
         if other is not None:

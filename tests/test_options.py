@@ -113,7 +113,8 @@ def test_options_are_flat_and_prefixes_as_they_were():
         and checked_prefix("a.b-c_") == "a.b-c_"
     )
     for wrong, error in (
-        ({"-tao_type": "lmvm"}, ValueError), ({3: 1}, ValueError), ({"a": 1j}, TypeError), ({"a": [1]}, TypeError), ({"a": int}, TypeError),
+        ({"-tao_type": "lmvm"}, ValueError), ({3: 1}, ValueError), ({"a": 1j}, TypeError), ({"a": [1]}, TypeError),
+        ({"a": int}, TypeError),
         ([("a", 1)], TypeError), ("a", TypeError),
     ):  # fmt: skip
         with pytest.raises(error, match="^given: "):

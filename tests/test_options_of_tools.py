@@ -1,4 +1,4 @@
-"""Options of PETSc that a tool of control, co-state or theory does not ask for are refused, and those that it asks for are taken."""
+"""Tools of control, co-state and theory take the options of PETSc that they ask for, and refuse all others."""
 
 import pytest
 from doors_of_theory import euler, field, net, one_sample, problem, strict, trajectory

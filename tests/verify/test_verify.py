@@ -231,17 +231,21 @@ def _is_silent(problem, found):
     assert report.passed, "\n" + str(report)
 
 
-#: Lines of C with a branch that may stay untaken: without memory; on several ranks; where TS fails; asked for ahead or not, which
-#: a copy of the code knows when it is compiled; a second slab together with each remainder of tiles. All cases of tiles are taken.
+#: Lines of C with a branch that may stay untaken: without memory; on several ranks; where TS fails; asked for ahead or not,
+#: which a copy of the code knows when it is compiled; a second slab together with each remainder of tiles. All cases of tiles
+#: are taken.
 NOT_REACHED_IN_C = (
-    "kept_size = kept ? size : 0;", "if (!memory) return 0;", "if (!get_scratch(", "if (size > 1) {", "PetscMPIIntCast(", "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;",
-    "if (!WENT_WELL(outcome)) break;", "layer->step < layer->steps)", "__builtin_prefetch(", "for (int i = 0; i < ranks; i++)", "(a ? a[i] + (vec){0} : get(place))", "ALL_TILES(",
+    "kept_size = kept ? size : 0;", "if (!memory) return 0;", "if (!get_scratch(", "if (size > 1) {", "PetscMPIIntCast(",
+    "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;", "if (!WENT_WELL(outcome)) break;", "layer->step < layer->steps)",
+    "__builtin_prefetch(", "for (int i = 0; i < ranks; i++)", "(a ? a[i] + (vec){0} : get(place))", "ALL_TILES(",
 )  # fmt: skip
-#: And statements of Python: without a compiler; on several ranks; of what was not solved yet.
+#: And statements of Python: without a compiler; on several ranks; where nothing was solved yet.
 NOT_REACHED_IN_PYTHON = (
-    "compiled_stage.py: return Stage(Y, activation, samples, precision)", "segment.py: self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)",
-    "compiled_layer.py: return LayerTrace()", "segment.py: return None",
-)  # fmt: skip
+    "compiled_stage.py: return Stage(Y, activation, samples, precision)",
+    "segment.py: self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)",
+    "compiled_layer.py: return LayerTrace()",
+    "segment.py: return None",
+)
 
 
 @pytest.mark.slow
@@ -331,9 +335,9 @@ def test_confident_classifiers_are_sound(apart, loss, prediction):
 
 
 def test_what_is_no_problem_is_refused():
-    with pytest.raises(TypeError, match="^problem: a LearningProblem, or a function that makes one"):
+    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, or a function that makes one"):
         verify(3)
-    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, got int; that is what the function returned"):
+    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, got int; this is what the function returned"):
         verify(lambda: 3)
     with pytest.raises(ValueError, match="^time_limit: expected a number > 0 and < 2.14748e.09, got 0"):
         verify(built_in, time_limit=0)
