@@ -30,8 +30,9 @@ from scipy.optimize import nnls
 FACTORS = ("N", "r", "S", "L", "n")
 #: Factor -> the size that stays, and the factor's values. They are chosen so that work that is linear in the factor takes
 #: nearly all of the time. For r, products take far longer than sigmas, and products with beta, r^2 S, far less. For S,
-#: products take far longer than reads of Phi. For both there are so many layers that the passes over f at the ends do not count. All
-#: fields are smaller than 32 MB: larger arrays get new pages from the system each time, and the model has no such term.
+#: products take far longer than reads of Phi. For both there are so many layers that the passes over f at the ends do not
+#: count. All fields are smaller than 32 MB: larger arrays get new pages from the system each time, and the model has no such
+#: term.
 SWEEPS = {
     "N": ((None, 16, 32, 4, 1), (4096, 8192, 16384, 32768, 65536)),
     # If N were a power of two, the rows of all functions would fall into a few sets of the caches.

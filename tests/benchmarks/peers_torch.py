@@ -107,7 +107,7 @@ class Torchdiffeq(Torch):
 
 
 class TorchdiffeqAdjoint(Torchdiffeq):
-    """`odeint_adjoint`: the equation of the co-state is solved on its own, so the gradient has an error of the step's order."""
+    """`odeint_adjoint`: the co-state is solved on its own, so the gradient has an error of the order of the step."""
 
     def solve(self, rate, a, beta):
         return torchdiffeq.odeint_adjoint(rate, self._inputs, self.times(a), adjoint_params=(a, beta), **self.options)
