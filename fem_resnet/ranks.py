@@ -62,11 +62,7 @@ def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:
     """
     if comm is None or comm.size == 1:
         return run()
-    result = error = None
-    try:
-        result = run()
-    except BaseException as raised:
-        error = raised
+    result, error = _caught(run)
     _raise_first(comm, error)
     return result
 
@@ -93,11 +89,7 @@ def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
     """
     if comm.size == 1:
         return run()
-    result = error = None
-    try:
-        result = run()
-    except BaseException as raised:
-        error = raised
+    result, error = _caught(run)
     everyone, since = comm.Ibarrier(), time.monotonic()
     while not everyone.Test():
         if error is not None and time.monotonic() - since > _PATIENCE:
@@ -108,6 +100,14 @@ def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
         time.sleep(1e-3)
     _raise_first(comm, error)
     return result
+
+
+def _caught(run: Callable[[], _T]) -> tuple[_T | None, BaseException | None]:
+    """The result of a function, or its error."""
+    try:
+        return run(), None
+    except BaseException as error:
+        return None, error
 
 
 def _raise_first(comm: MPI.Comm, error: BaseException | None) -> None:

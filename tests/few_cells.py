@@ -11,7 +11,7 @@ from fem_resnet import Box, LabelSpace
 
 @cache
 def sectors(number: int, inner: float, alone: bool = True) -> LabelSpace:
-    """A disk or annulus of outer radius 1 in so many sectors, each one cell with curved sides, and piecewise constants."""
+    """A disk or annulus of outer radius 1, cut into sectors; each is one cell with curved sides, and carries a constant."""
     comm = COMM_SELF if alone else COMM_WORLD
     flat = fd.RectangleMesh(1, number, 1.0, 1.0, quadrilateral=True, comm=comm)
     radius, angle = (x for x in fd.SpatialCoordinate(flat))
@@ -22,7 +22,7 @@ def sectors(number: int, inner: float, alone: bool = True) -> LabelSpace:
 
 
 DISK, HALVES, ANNULUS = (1, 0.0), (2, 0.0), (3, 0.4)
-#: What a first-order scheme shows on such grids: halving the spacing halves the error, up to what is not asymptotic yet.
+#: The order that a scheme of first order shows at least on such grids, which are not quite in the asymptotic range.
 FIRST_ORDER = 0.85
 
 

@@ -218,6 +218,19 @@ def _walk(folder):
                 yield make, name or path, case, edit
 
 
+def _all_refused(folder, cases, every, expected):
+    """Cases and their messages, of every so many-th case; all must be refused by a message with the expected words."""
+    messages, wrong = [], []
+    for case, make, edit in list(cases)[::every]:
+        try:
+            messages.append((case, _refused(folder, make, edit)))
+        except BaseException as error:
+            wrong.append(f"{case}: {type(error).__name__} {str(error)[:300]}")
+    wrong += [f"{case}: {message}" for case, message in messages if not re.search(expected, message)]
+    assert not wrong, f"{len(wrong)} wrong, {len(messages)} refused\n" + "\n".join(wrong)
+    return messages
+
+
 #: The walks have some two thousand cases: the default run takes a part of them, of every field and of every kind.
 every = pytest.mark.parametrize("every", [11 if COMM_WORLD.size == 1 else 97, pytest.param(1, marks=pytest.mark.slow)])
 
@@ -225,22 +238,12 @@ every = pytest.mark.parametrize("every", [11 if COMM_WORLD.size == 1 else 97, py
 @on_ranks
 @every
 def test_whatever_is_wrong_with_a_field_is_one_error_that_names_it(every, folder):
-    wrong, count, named = [], 0, 0
-    for number, (make, field, case, edit) in enumerate(_walk(folder)):
-        if number % every:
-            continue
-        count += 1
-        try:
-            message = _refused(folder, make, edit)
-        except BaseException as error:
-            wrong.append(f"{make.__name__} {field} {case}: {type(error).__name__} {str(error)[:300]}")
-        else:
-            # Where two do not fit together, either is named.
-            named += field.rsplit("/", 1)[-1] in message
-            if not re.search(r"/(fem_resnet|topologies|dmplex_storage_version|petsc_version_git)\b", message):
-                wrong.append(f"{make.__name__} {field} {case}: {message}")
-    assert not wrong, f"{len(wrong)} of {count}\n" + "\n".join(wrong)
-    assert count > 700 / every and named > 0.9 * count
+    fields = r"/(fem_resnet|topologies|dmplex_storage_version|petsc_version_git)\b"
+    cases = (((make, field, case), make, edit) for make, field, case, edit in _walk(folder))
+    messages = _all_refused(folder, cases, every, fields)
+    # Where two fields do not fit together, either is named.
+    named = sum(field.rsplit("/", 1)[-1] in message for (_, field, _), message in messages)
+    assert len(messages) > 700 / every and named > 0.9 * len(messages)
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -317,20 +320,8 @@ def _cases_of_settings(folder):
 @on_ranks
 @every
 def test_whatever_is_wrong_with_a_setting_is_one_error(every, folder):
-    wrong, count = [], 0
-    for number, (make, path, value, edit) in enumerate(_cases_of_settings(folder)):
-        if number % every:
-            continue
-        count += 1
-        try:
-            message = _refused(folder, make, edit)
-        except BaseException as error:
-            wrong.append(f"{make.__name__} {path} {value!r}: {type(error).__name__} {str(error)[:300]}")
-        else:
-            if not re.search("/fem_resnet|/topologies|solver_parameters", message):
-                wrong.append(f"{make.__name__} {path} {value!r}: {message}")
-    assert not wrong, f"{len(wrong)} of {count}\n" + "\n".join(wrong)
-    assert count > 400 / every
+    cases = (((make, path, value), make, edit) for make, path, value, edit in _cases_of_settings(folder))
+    assert len(_all_refused(folder, cases, every, "/fem_resnet|/topologies|solver_parameters")) > 400 / every
 
 
 # -- what files did --------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_options_that_nothing_reads_are_refused_by_name(door):
     call, unread = UNREAD[door]
     for parameters in unread:
         name = list(checked_options(parameters))[-1]
-        with pytest.raises(ValueError, match=f"^solver_parameters: expected an option of .*, got {name}; .*leave it out"):
+        with pytest.raises(ValueError, match=f"^solver_parameters: .*{name}"):
             call(parameters)
 
 

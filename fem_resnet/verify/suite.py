@@ -90,7 +90,7 @@ def verify(
     comm = problem.net.Y.comm if isinstance(problem, LearningProblem) else MPI.COMM_WORLD
     same(comm, problem=problem, quick=quick, exit_first=exit_first, time_limit=time_limit)
     if not isinstance(problem, (LearningProblem, type(None))):
-        function("problem", problem, "a LearningProblem, or a function that makes one,")
+        function("problem", problem, "a LearningProblem, or a function that makes one")
     quick, exit_first = flag("quick", quick), flag("exit_first", exit_first)
     if time_limit is None:
         time_limit = _TIME_LIMIT if comm.size > 1 else math.inf

@@ -72,7 +72,7 @@ def compiled(right: str, wrong: str) -> Callable:
 
 
 def formula(right: str, wrong: str) -> Callable:
-    """The same in the formulas of activations in C."""
+    """Plants `wrong` in the formulas of activations in C."""
 
     def plant(patch):
         made = fem_resnet.layers.compiled_stage.activation_code
