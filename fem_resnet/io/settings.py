@@ -57,7 +57,7 @@ def written_settings(
             "roles": roles,
             "kinds": [basis.kind for basis in bases],
             "mesh": net.Y.V.mesh().name,
-            # The times that the network was made with: learned ones are coefficients, as those of bias and kernel.
+            # The times that the network was made with. Learned times are coefficients, like those of bias and kernel.
             "network": net.settings
             | {"times": net.settings["times"].tolist(), "options_prefix": None, "activation": net.activation.description}
             | {"stable_kernel": None if net.stable_kernel is None else net.stable_kernel.description},
@@ -73,7 +73,7 @@ def written_settings(
 
 
 def _as_number(value: Any) -> Any:
-    """A number of NumPy's, such as options may have, as one of Python's."""
+    """A number of NumPy, which an option may have, as a number of Python."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"net: expected settings of numbers and text, got {type(value).__name__}, which no file can hold")

@@ -193,12 +193,12 @@ class _Factors:
 
 
 def _points(nodes: int) -> Any:
-    """Typed Any, since a stage that expects a LabelSpace uses nothing else of it."""
+    """Typed Any: a stage expects a LabelSpace, and uses nothing of it that `_Points` lacks."""
     return _Points(nodes)
 
 
 def _factors(phi: _Functions, psi: _Functions) -> Any:
-    """Typed Any, since a stage that expects a LowRankKernel uses nothing else of it."""
+    """Typed Any: a stage expects a LowRankKernel, and uses nothing of it that `_Factors` lacks."""
     return _Factors(phi, psi)
 
 

@@ -172,7 +172,7 @@ def second_order(point: Point, quick: bool) -> Checks:
             defects = point.lengths(np.split(limit - flat, cuts))
         sizes = point.lengths(action)
         slopes = point.lengths(point.gradient)
-        # Each part is compared with its own size, or with what round-off in the gradient, or in the whole, makes of it.
+        # Each part is compared with its own size, or if that is larger with the round-off of the gradient or of the whole.
         scale = sizes + 1e-3 * np.linalg.norm(sizes) + 1e-5 * slopes + 1e-8 * np.linalg.norm(slopes)
         allowed = bound * scale + 3 * np.minimum(errors, 1e-3 * scale) + 1e2 * accuracy * 1e-2 * np.linalg.norm(slopes) * 1e-3
         allowed += 4 * point.coarseness * np.linalg.norm(slopes) / steps[-1]

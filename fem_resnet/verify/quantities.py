@@ -210,7 +210,8 @@ def _basis(basis: Basis, name: str) -> Checks:
     yield Check.of("projection", name, relative(basis.project(f), measure.integrals(basis.values, f), Y.comm), _ROUND_OFF)
     if Y.graph is None and Y.V.ufl_element() not in fd.H1:
         return
-    # Of constants it is 0, up to round-off of terms that cancel. So its size is at least that of functions of Y's own length.
+    # The stiffness of constants is 0, up to round-off of terms that cancel. So differences are relative to the stiffness of
+    # functions that vary over the length of Y, at least.
     apart = Y.coordinates - measure.total(measure.weights @ Y.coordinates) / Y.measure
     unit = Y.measure / measure.total(measure.weights @ apart**2).sum() if Y.graph is None else Y.graph.max()
     expected = measure.basis_stiffness(basis)
