@@ -56,7 +56,7 @@ def public(tree: ast.Module) -> Iterator[tuple[str, Function, str | None]]:
     for node in tree.body:
         if getattr(node, "name", None) not in names:
             continue
-        if isinstance(node, Function):
+        if isinstance(node, Function) and not _is(node, "overload"):
             yield node.name, node, ast.get_docstring(node)
         elif isinstance(node, ast.ClassDef):
             for method in node.body:

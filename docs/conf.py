@@ -85,7 +85,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(fem_resnet\.[\w.]+\.)?_\w+"),
     ("py:class", r"fem_resnet\.[\w.]+\.(Part|EndFunctionals)"),
     ("py:class", r"(checkpoint_schedules|h5py|petsctools|pyadjoint|MPI)\.[\w.]+"),
-    ("py:class", r"firedrake\.(ensemble|adjoint)\.[\w.]+"),
+    ("py:class", r"firedrake\.(adjoint|checkpointing|ensemble)\.[\w.]+"),
     ("py:class", r"scipy\.sparse\._\w+\.\w+"),
     ("py:class", r"type\[.*numpy\._typing.*"),
 ]

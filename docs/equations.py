@@ -220,10 +220,11 @@ def pages() -> dict[str, str]:
     statements = [(section, name) for section, names in STATEMENTS.items() for name in names]
     text = f"""# The mathematics next to the code
 
-The numbers are those of H. Liu and P. Markowich, *Selection dynamics for deep neural networks*. What stands under "code" names the
-number in its docstring: public names where there are any, else modules. The test under "shown by" fails if the statement does not
-hold, and it names the number too. The page is made from the sources: {len(names()) - len(gaps())} of {len(names())} numbers have
-code and such a test. What was measured is in [Sections 2 to 5](../explanation/theory.md).
+The numbers are those of H. Liu and P. Markowich, *Selection dynamics for deep neural networks*. The column "code" lists
+what names the number in its docstring: public names if there are any, otherwise modules. The test in the column "shown by"
+names the number too, and fails if the statement does not hold. The page is made from the sources:
+{len(names()) - len(gaps())} of {len(names())} numbers have code and such a test.
+Measurements are in [Sections 2 to 5](../explanation/theory.md).
 
 ## Equations
 

@@ -1,6 +1,6 @@
 """The map of the package: its rooms, one above the other, and who imports whom, drawn from the imports themselves.
 
-A room is a folder of modules, or a module that stands in the package itself. It stands one floor above the highest room that it
+A room is a folder of modules, or a module in the package itself. It stands one floor above the highest room that it
 imports. An arrow that other arrows imply is left out.
 
     containers/run python docs/import_map.py FILE          draws the map

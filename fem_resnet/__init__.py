@@ -84,7 +84,8 @@ _MODULES = {
     "theory.sensitivity.layer_stability": ["LayerStability"],
     "theory.sensitivity.report": ["StabilityReport", "Suggestion", "stability_report"],
     "theory.sensitivity.contraction": ["LipschitzBound", "circle_radius", "lipschitz_bound"],
-    "io": ["load", "save"],
+    "io.reading": ["load"],
+    "io.writing": ["save"],
     "verify.suite": ["verify"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

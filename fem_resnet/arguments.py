@@ -1,10 +1,11 @@
-"""What comes from outside: arrays, numbers and names, each checked once, where it enters.
+"""Arguments from outside: arrays, numbers, flags, names and objects. Each is checked once, where a user gives it.
 
-Inside of the package an array is real, finite, float64 and C-contiguous; nothing there looks again. What NumPy would make
-so by leaving something out (an imaginary part, a mask) is refused, and so is what has another shape or range
-than expected. Messages name the argument, what is expected, and what was given: `layers: expected an integer >= 0, got -1`.
+Inside of the package an array is real, finite, float64 and C-contiguous, and nothing checks it again. Some values NumPy would
+make real by leaving something out, such as an imaginary part or a mask; these are refused. So are other shapes, and numbers
+out of range. A message names the argument, what is expected and what was given, and where it helps what to do:
+`layers: expected an integer >= 0, got -1`.
 
-Values that the ranks hold in parts are checked on all ranks together: what is wrong on one is raised on all.
+Arrays of which each rank holds a part are checked on all ranks together: an error on one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import scipy.sparse
@@ -23,7 +24,7 @@ __all__ = ["choice", "flag", "function", "instance", "integer", "integer_array",
 
 _T = TypeVar("_T")
 
-#: A length that may be anything from 1 on is None, or what messages call it.
+#: The shape of an array. A length that may be any from 1 on is None, or the name that messages give it.
 Shape = tuple[int | str | None, ...]
 
 
@@ -37,18 +38,18 @@ def real_array(
     above: float = -np.inf,
     finite: bool = True,
 ) -> np.ndarray:
-    """An array from outside as float64, C-contiguous; the given one itself where it is that.
+    """An array from outside as float64, C-contiguous. If the given array is that, it is returned itself.
 
     Parameters
     ----------
     name
-        What messages call it.
+        The name of the argument in messages.
     value
-        What `numpy.asarray` takes: lists, arrays, what has ``__array__``.
+        What `numpy.asarray` takes: lists, arrays, objects with ``__array__``.
     shape
-        The one that is expected; any if left out. A length that may be anything from 1 on is None, or what messages call it.
+        The expected shape; any if left out. A length that may be any from 1 on is None, or the name that messages give it.
     comm
-        A communicator, on all ranks of which an error is raised alike; then collective.
+        A communicator, if an error of one rank is to be raised on all of them; then the call is collective.
     least, above
         All entries are >= `least` and > `above`.
     finite
@@ -57,7 +58,7 @@ def real_array(
     Raises
     ------
     TypeError
-        If it is not of real numbers: complex, sparse, of strings or objects, no array at all.
+        If the entries are no real numbers, or the value is sparse or no array.
     ValueError
         If entries are masked, rows have different lengths, the shape is another one, or an entry is out of range.
 
@@ -76,16 +77,16 @@ def real_array(
             array = np.asarray(array, dtype=float, order="C")
         if finite and not np.isfinite(array).all():
             bad = np.count_nonzero(~np.isfinite(array))
-            raise ValueError(f"{name}: expected finite {expected()}, {bad} of {array.size} are not finite")
+            raise ValueError(f"{name}: expected finite {expected()}, got {bad} of {array.size} that are not finite")
         if array.size and max(least, above) > -np.inf and not (array.min() >= least and array.min() > above):
-            raise ValueError(f"{name}: expected {expected()}, the smallest given is {array.min():g}")
+            raise ValueError(f"{name}: expected {expected()}, got {array.min():g} among them")
         return array
 
     return together(comm, check)
 
 
 def integer_array(name: str, value: Any, shape: Shape | None = None, *, comm=None) -> np.ndarray:
-    """An array of integers from outside; otherwise as `real_array`."""
+    """An array of integers from outside, checked as by `real_array`."""
 
     def expected() -> str:
         return f"integers{_written(shape)}"
@@ -94,22 +95,18 @@ def integer_array(name: str, value: Any, shape: Shape | None = None, *, comm=Non
 
 
 def _numbers(name: str, value: Any, expected: Callable[[], str], shape: Shape | None, kinds: str) -> np.ndarray:
-    """`numpy.asarray`, refusing what it would leave out or cannot read, and other shapes and kinds of numbers.
+    """The value as an array. Refused are values of which `numpy.asarray` drops a part, and other shapes and types.
 
-    Most arrays are right, so `expected` is written only where one is not.
+    `expected` makes the text of a message, and is called only where an array is wrong: most are right.
     """
     if scipy.sparse.issparse(value):
         raise TypeError(f"{name}: expected {expected()}, got a sparse {type(value).__name__}; .toarray() makes it dense")
     if _has_masked(value):
-        raise ValueError(
-            f"{name}: expected {expected()}, some of those given are masked; fill them (.filled) or leave them out"
-        )
+        raise ValueError(f"{name}: expected {expected()}, got masked entries; fill them with .filled, or leave them out")
     try:
         array = np.asarray(value)
     except Exception as error:  # whatever an object's __array__ raises
-        raise ValueError(
-            f"{name}: expected {expected()}, {type(value).__name__} cannot be read as an array: {error}"
-        ) from error
+        raise ValueError(f"{name}: expected {expected()}, got {type(value).__name__}, which is no array: {error}") from error
     if shape is not None and not _fits(array.shape, shape):
         raise ValueError(f"{name}: expected {expected()}, got shape {array.shape}")
     if array.dtype.kind == "c":
@@ -121,7 +118,7 @@ def _numbers(name: str, value: Any, expected: Callable[[], str], shape: Shape | 
 
 
 def _has_masked(value: Any) -> bool:
-    """Whether NumPy would drop a mask: that of an array, or of one in a list of arrays."""
+    """Whether NumPy would drop the mask of an array, or of an array in a list."""
     if isinstance(value, np.ma.MaskedArray):
         return bool(np.ma.getmaskarray(value).any())
     return isinstance(value, (list, tuple)) and any(map(_has_masked, value))
@@ -139,14 +136,14 @@ def _written(shape: Shape | None) -> str:
 
 
 def number(
-    name: str, value: Any, *, least: float = -np.inf, above: float = -np.inf, most: float = np.inf, below: float = np.inf
+    name: str, value: object, *, least: float = -np.inf, above: float = -np.inf, most: float = np.inf, below: float = np.inf
 ) -> float:
     """A finite real number from outside, >= `least`, > `above`, <= `most` and < `below`.
 
     Raises
     ------
     ValueError
-        If it is anything else: a string, a bool, an array, complex, not finite, out of range.
+        If it is out of range, not finite, or no real number; a bool is none.
 
     Examples
     --------
@@ -154,15 +151,14 @@ def number(
     2.0
     """
     given = _scalar(value)
-    fits = (
-        isinstance(given, Real)
-        and not isinstance(given, (bool, np.bool_))
-        and least <= given <= most
-        and above < given < below
-    )
-    if not (fits and _is_finite(given)):
-        raise ValueError(f"{name}: expected {_range('a number', least, above, most, below)}, got {value!r}")
-    return float(given)
+    if isinstance(given, Real) and not isinstance(given, (bool, np.bool_)):
+        try:
+            found = float(given)
+        except OverflowError:  # a large integer
+            found = math.inf
+        if math.isfinite(found) and least <= found <= most and above < found < below:
+            return found
+    raise ValueError(f"{name}: expected {_range('a number', least, above, most, below)}, got {value!r}")
 
 
 #: The largest integer that PETSc and MPI take for a size.
@@ -175,16 +171,17 @@ def integer(name: str, value: Any, *, least: int = 1, most: float = LARGEST) -> 
     Raises
     ------
     ValueError
-        If it is anything else: a float, a bool, a string, out of range.
+        If it is out of range, or no integer; a bool and a float are none.
     """
     given = _scalar(value)
-    if not (isinstance(given, Integral) and not isinstance(given, bool) and least <= given <= most):
-        end = np.inf if most == LARGEST else most
-        expected = "a positive integer" if (least, end) == (1, np.inf) else _range("an integer", least, most=end)
-        if most == LARGEST and isinstance(given, Integral) and given > most:
-            expected += f" of at most {most}"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return int(given)
+    found = int(given) if isinstance(given, Integral) and not isinstance(given, bool) else None
+    if found is not None and least <= found <= most:
+        return found
+    end = np.inf if most == LARGEST else most
+    expected = "a positive integer" if (least, end) == (1, np.inf) else _range("an integer", least, most=end)
+    if most == LARGEST and found is not None and found > most:
+        expected += f" of at most {most}"
+    raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -193,7 +190,7 @@ def flag(name: str, value: Any) -> bool:
     Raises
     ------
     TypeError
-        If it is anything else: 0, None, "no".
+        If it is anything else, such as 0, None or "no".
     """
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -201,49 +198,63 @@ def flag(name: str, value: Any) -> bool:
 
 
 def function(name: str, value: Any, expected: str) -> Callable:
-    """A function from outside, or another object that is called.
+    """A function from outside, or another object that can be called.
 
     Parameters
     ----------
+    name
+        The name of the argument in messages.
+    value
+        What was given.
     expected
-        What it is a function of: "a function of prediction and observation".
+        The expected function in words: "a function of prediction and observation".
 
     Raises
     ------
     TypeError
-        If it is called by nobody, or is a class.
+        If it cannot be called, or is a class.
     """
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     return value
 
 
-def choice(name: str, value: Any, allowed: Iterable[_T]) -> _T:
-    """A value from outside that is one of those allowed.
+def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """A name from outside that is one of those allowed.
 
     Raises
     ------
     ValueError
         If it is none of them; the message lists them.
     """
-    allowed = list(allowed)
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    names = list(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
     return value
 
 
-def instance(name: str, value: Any, kind: type[_T] | tuple[type, ...], remedy: str = "") -> _T:
-    """A value from outside that is an object of a class, or of one of several; None among these is written ``type(None)``.
+@overload
+def instance(name: str, value: object, kind: type[_T], remedy: str = "") -> _T: ...
+@overload
+def instance(name: str, value: object, kind: tuple[type, ...], remedy: str = "") -> Any: ...
+def instance(name: str, value: object, kind: type | tuple[type, ...], remedy: str = "") -> Any:
+    """An object from outside that is of a class, or of one of several.
 
     Parameters
     ----------
+    name
+        The name of the argument in messages.
+    value
+        What was given.
+    kind
+        The class, or a tuple of classes. ``type(None)`` among them allows None.
     remedy
         What to do, as the end of the message: "laplace_basis(Y, rank) makes one".
 
     Raises
     ------
     TypeError
-        If it is anything else.
+        If it is an object of another class.
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -254,19 +265,12 @@ def instance(name: str, value: Any, kind: type[_T] | tuple[type, ...], remedy: s
     return value
 
 
-def _is_finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a large integer
-        return False
-
-
 def _scalar(value: Any) -> Any:
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
 def _range(kind: str, least: float, above: float = -np.inf, most: float = np.inf, below: float = np.inf) -> str:
-    """Such as "a positive number", "numbers >= 0", "a number > 0 and < 1", "an integer from 1 to 5"."""
+    """A range in words: "a positive number", "numbers >= 0", "a number > 0 and < 1", "an integer from 1 to 5"."""
     if (least, above, most, below) == (-np.inf, 0, np.inf, np.inf):
         return " ".join([*kind.split()[:-1], "positive", kind.split()[-1]])
     if least > -np.inf and most < np.inf:

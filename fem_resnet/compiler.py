@@ -1,11 +1,12 @@
-"""C code as a library that all ranks load: compiled once a machine, kept on disk with a checksum.
+"""C code as a library that all ranks load: compiled once on each machine, and kept on disk with a checksum.
 
-The first rank of each machine decides: it takes the library from PyOP2's cache folder if that is whole, and compiles it if
-not. What fails on one rank is raised on all, so that all can do without. PyOP2's own `load` is not used: its ranks wait for
-ever for one that finds no compiler, or for those that find a library where others find none; and it runs what it finds.
+The first rank of each machine takes the library from PyOP2's cache folder if it is complete there, and compiles it
+otherwise. An error on one rank is raised on all, so that all of them can do without the library. PyOP2's own `load` is not
+used for two reasons: if one rank finds no compiler, or only some ranks find a library, its ranks wait for each other for ever;
+and it runs whatever file it finds.
 
-What Python takes for granted of C is C code too, behind the rest: prototypes, and assertions on structs. So the compiler
-compares them. Arguments of a call are checked by ctypes against the same prototypes.
+What Python assumes about the C code is appended to it as C code: prototypes, and assertions about structs. So the compiler
+checks the assumptions. ctypes checks the arguments of a call against the same prototypes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fem_resnet.ranks import together
 __all__ = ["declared", "layout", "library"]
 
 _HANDLES = ("DM", "Mat", "TS", "TSAdapt", "TSTrajectory", "Tao", "Vec")
-#: Types that C passes by value, by their names there; any pointer is a c_void_p.
+#: Types that C passes by value, by their names in C; any pointer is a c_void_p.
 _TYPES = {
     "int": ctypes.c_int,
     "long": ctypes.c_long,
@@ -44,8 +45,8 @@ _TYPES = {
     "PetscReal": np.ctypeslib.as_ctypes_type(PETSc.RealType),
     **dict.fromkeys(_HANDLES, ctypes.c_void_p),
 }
-#: What __builtin_classify_type says of them.
-_POINTER, _REAL, _INTEGER = 5, 8, 1
+#: Their numbers in __builtin_classify_type.
+_KINDS, _INTEGER = {ctypes.c_void_p: 5, ctypes.c_double: 8}, 1
 _DIGEST = 32
 
 
@@ -56,25 +57,27 @@ def library(
     libraries: Sequence[str],
     prototypes: Iterable[str],
 ) -> SimpleNamespace:
-    """The functions of C code by their names, with the types of their arguments. Collective.
+    """The functions of C code by their names, with the types of their arguments. Collective over `comm`.
 
     Parameters
     ----------
     comm
-        All its ranks get functions, or all an error.
+        Either all its ranks get the functions, or all get the error.
     code
-        Called on one rank a machine, for the text.
-    flags, libraries
-        For the compiler, behind those that PyOP2 has for it; for the linker.
+        Returns the code; called on one rank of each machine.
+    flags
+        Flags of the compiler, after those of PyOP2.
+    libraries
+        Flags of the linker.
     prototypes
-        As `declared` takes them; they are compared with the code.
+        Prototypes as `declared` takes them; the compiler compares them with the code.
 
     Raises
     ------
     pyop2.exceptions.CompilationError
         If the compiler fails, or the prototypes are not those of the code.
     OSError
-        If there is no compiler, the cache folder cannot be written to, or the library not be loaded.
+        If there is no compiler, the cache folder is read-only, or the library cannot be loaded.
     """
     prototypes = list(prototypes)
 
@@ -96,17 +99,19 @@ def _machine(comm: MPI.Comm) -> MPI.Comm:
 
 
 def declared(code: ctypes.CDLL, prototypes: Iterable[str]) -> SimpleNamespace:
-    """Functions of a library by their names, as ctypes calls them.
+    """The functions of a library by their names, ready to be called by ctypes.
 
     Parameters
     ----------
+    code
+        The library.
     prototypes
-        As C writes them, without names of arguments and the semicolon: "int rate(const struct basis *, double)".
+        Declarations in C without names of arguments and without a semicolon: "int rate(const struct basis *, double)".
     """
     functions = {}
     for prototype in prototypes:
         result, name, arguments = re.fullmatch(r"(\w+) (\w+)\((.*)\)", prototype).groups()
-        function = code[name]  # an object of its own: the attribute would be everybody's
+        function = code[name]  # a new object: all users of the library share the attribute `code.name`
         function.restype = _TYPES[result]
         taken = [] if arguments == "void" else re.split(r", (?![^()]*\))", arguments)
         function.argtypes = [ctypes.c_void_p if "*" in kind else _TYPES[kind] for kind in taken]
@@ -115,17 +120,22 @@ def declared(code: ctypes.CDLL, prototypes: Iterable[str]) -> SimpleNamespace:
 
 
 def layout(**structs: type[ctypes.Structure]) -> str:
-    """C code, for behind the structs of these names, which does not compile unless ctypes has them with the same fields.
+    """Assertions in C that structs have the fields that ctypes takes them to have; to be appended to their definitions.
 
-    Sizes, places, and kinds of the fields (pointer, integer, floating point) are compared.
+    The size and offset of each field is compared, and its kind: pointer, integer or floating point.
+
+    Parameters
+    ----------
+    **structs
+        The structs of ctypes, by their names in C.
     """
     lines = ["#include <stddef.h>"]
     for name, struct in structs.items():
         message = f"struct {name} has the size and the fields that Python takes it to have"
         claims = [f"sizeof(struct {name}) == {ctypes.sizeof(struct)}"]
-        for field, kind in struct._fields_:
+        for field, kind, *_ in struct._fields_:
             here, member = getattr(struct, field), f"((struct {name} *)0)->{field}"
-            number = {"P": _POINTER, "d": _REAL}.get(kind._type_, _INTEGER)
+            number = _KINDS.get(kind, _INTEGER)
             claims.append(f"offsetof(struct {name}, {field}) == {here.offset} && sizeof({member}) == {here.size}")
             claims.append(f"__builtin_classify_type({member}) == {number}")
         lines += [f'_Static_assert({claim}, "{message}");' for claim in claims]
@@ -133,7 +143,7 @@ def layout(**structs: type[ctypes.Structure]) -> str:
 
 
 def _on_disk(code: str, flags: tuple[str, ...], libraries: tuple[str, ...]) -> Path:
-    """The library with its checksum behind it, which no loader looks at."""
+    """The path of the library. Its file ends with a checksum, which the loader ignores."""
     compiler = get_petscvariables()["CC"], flags, libraries, *(configuration[name] for name in ("cflags", "ldflags", "debug"))
     name = blake2b(repr((compiler, code)).encode(), digest_size=16).hexdigest()
     path = Path(configuration["cache_dir"], "fem_resnet", f"{name}.so")
@@ -143,14 +153,14 @@ def _on_disk(code: str, flags: tuple[str, ...], libraries: tuple[str, ...]) -> P
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder, path.name)
             whole.write_bytes(made + blake2b(made, digest_size=_DIGEST).digest())
-            os.replace(whole, path)  # others who run now see the old one or the new one
+            os.replace(whole, path)  # processes that run now see the old file or the new one
     return path
 
 
 def _is_whole(path: Path) -> bool:
     try:
         found = path.read_bytes()
-    except OSError:  # to write it will say what is wrong
+    except OSError:  # writing the file will say what is wrong
         return False
     return blake2b(found[:-_DIGEST], digest_size=_DIGEST).digest() == found[-_DIGEST:]
 

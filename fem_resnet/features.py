@@ -1,4 +1,4 @@
-"""What each algorithm takes of a network and of a learning problem, and the one place that refuses the rest.
+"""Features of networks and learning problems, and the one place that refuses those that an algorithm does not take.
 
 A feature is what makes a network or a problem more than (2.8) with the loss (2.10): a running cost, an ensemble, learned
 times, the gradient flow in place of (2.8). An algorithm declares the features that it takes,
@@ -6,11 +6,11 @@ times, the gradient flow in place of (2.8). An algorithm declares the features t
     @supports("head", "regulariser", "many_samples")
     def train_so(problem, ...):
 
-and is refused all others by name, before it does anything. A feature that is new is refused everywhere until an algorithm
-declares it. `TOOLS` is the table of all declarations; a test runs every row against every feature.
+and before it does anything, all other features are refused by name. A new feature is refused everywhere until an algorithm
+declares it. `TOOLS` is the table of all declarations. A test runs every row against every feature.
 
-The same decorator is the door of these algorithms: it looks at the argument that carries the features, and so the
-communicator, first, and then compares all others between the ranks.
+The decorator also checks the arguments of these algorithms. It first checks the argument that has the features, and with
+them the communicator; then it compares all other arguments between the ranks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Feature:
     remedy
         How to make the same object without it.
     of
-        "net" or "problem": what `present` looks at.
+        Which object has it: "net" or "problem".
     present
-        Whether an object has it.
+        A function that says whether such an object has it.
     """
 
     what: str
@@ -161,35 +161,36 @@ FEATURES: dict[str, Feature] = {
     ),
 }
 
-#: How parameters are held in space and in time: what asks layers for their coefficients (`layer_inputs`) takes them all.
+#: How parameters are held in space and in time. What asks layers for their coefficients (`layer_inputs`) takes all of these.
 HELD = (
     "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
 )  # fmt: skip
 
-#: How a network is stepped: what steps by its own layers, or not at all, takes them all.
+#: How a network is stepped. What steps by the network's own layers, or does not step at all, takes all of these.
 STEPPED = ("adapted_steps", "discrete_gradient", "single_precision")
 
-#: What each algorithm takes: its name, and the features that it declares.
+#: The features that each algorithm declares, by the name of the algorithm.
 TOOLS: dict[str, frozenset[str]] = {}
 
 
 def _problem_of(subject):
-    """The LearningProblem that an object is, or was made of; None if there is none."""
+    """The LearningProblem that an object is, or has as `problem`; None if there is none."""
     candidates = (subject, getattr(subject, "problem", None))
     return next((each for each in candidates if hasattr(each, "batch") and hasattr(each, "net")), None)
 
 
 def _net_of(subject):
-    """The network that an object is, or was made of or for."""
+    """The network that an object is, or has as `net`, itself or by its problem."""
     problem = _problem_of(subject)
     return getattr(subject if problem is None else problem, "net", subject)
 
 
 def features_of(subject) -> list[str]:
-    """Which features an object has, by name.
+    """The names of the features of an object.
 
-    Of a LearningProblem, and of what was made of one and has it as `problem`, all; of a ResidualNetwork, and of a run, a
-    trajectory and whatever else has a `net`, those of the network; of anything else none.
+    A LearningProblem, and any object that has one as `problem`, has the features of the problem and its network. A
+    ResidualNetwork, and any object that has one as `net` (a run, a trajectory), has those of the network. Other objects have
+    no features.
     """
     net = _net_of(subject)
     objects = {"net": net if hasattr(net, "layer_inputs") else None, "problem": _problem_of(subject)}
@@ -197,7 +198,17 @@ def features_of(subject) -> list[str]:
 
 
 def refuse_unsupported(tool: str, subject, instead: str | None = None) -> None:
-    """Raise ValueError where `subject` has a feature that the tool does not declare; the message names both."""
+    """Raise ValueError if an object has a feature that an algorithm does not declare.
+
+    Parameters
+    ----------
+    tool
+        The name of the algorithm, a key of `TOOLS`.
+    subject
+        The object.
+    instead
+        What the user can do instead, as an end of the message beside the feature's remedy.
+    """
     for name in features_of(subject):
         if name not in TOOLS[tool]:
             feature = FEATURES[name]
@@ -212,35 +223,37 @@ def supports(
     instead: str | None = None,
     parted: tuple[str, ...] = (),
 ):
-    """Decorate a function or method with what it takes of the problems, networks and runs among its arguments.
+    """Declare which features of its arguments a function or method takes; a decorator.
 
-    Of a function, a constructor and a class method the first argument must be of the class that its annotation says, and on its
-    communicator all others are compared (`ranks.same`). For another method the object that it belongs to has the features too,
-    and nothing is compared; nor is anything where the first argument is no object with features, as in ``save(path, net)``.
+    All arguments that are problems, networks or runs are checked for other features; for a method, the object itself too.
+
+    The first argument of a function, a constructor or a class method must be of the class that its annotation names. Then all
+    other arguments are compared between the ranks of its communicator (`ranks.same`). Nothing is compared for other methods,
+    and where the annotation names no class, as in ``save(path, net)``.
 
     Parameters
     ----------
-    names
-        Features, keys of `FEATURES`.
+    *names
+        The features that the function takes, keys of `FEATURES`.
     tool
-        What messages and `TOOLS` call it: the function's name if left out, with that of its class for a method, and that of
-        the class alone for ``__init__``.
+        Its name in messages and in `TOOLS`. If left out, the name of the function, of a method with the name of its class; for
+        ``__init__`` the name of the class alone.
     when
-        Whether the declaration holds for a call's arguments: a tool that takes less with some of them has a declaration
-        for these too, of another name.
+        A function of the arguments of a call: whether the declaration holds for this call. A function that takes less
+        with some arguments has a second declaration, of another name.
     instead
-        What else a message is to say may be done.
+        What the user can do instead, as an end of the message.
     parted
-        Arguments of which each rank has its own part: they are not compared.
+        Names of arguments of which each rank has its own part: they are not compared.
 
     Raises
     ------
     KeyError
-        If a name is none of `FEATURES`.
+        If a name is not a key of `FEATURES`.
     """
     unknown = set(names) - set(FEATURES)
     if unknown:
-        raise KeyError(f"supports: features {sorted(unknown)} are unknown; those known are {sorted(FEATURES)}")
+        raise KeyError(f"supports: expected names among {sorted(FEATURES)}, got {sorted(unknown)}")
 
     def decorate(function):
         name = tool or function.__qualname__.removesuffix(".__init__")
@@ -249,7 +262,7 @@ def supports(
 
         @wraps(function)
         def checked(*args, **kwargs):
-            # Of several declarations the outermost looks at the arguments, before any of them asks for features.
+            # Of several declarations, the outermost checks the arguments, before any of them asks for features.
             if checked._door is not None:
                 checked._door.check(args, kwargs)
             if when is None or when(*args, **kwargs):
@@ -264,28 +277,31 @@ def supports(
 
 
 class _Door:
-    """What a decorated function asks of its arguments."""
+    """The check of the arguments of a decorated function."""
 
     def __init__(self, function: Callable, parted: tuple[str, ...]):
-        self._signature, self._first = inspect.signature(function), None
+        self._signature = inspect.signature(function)
         parameters = self._signature.parameters
-        # Of a Function each rank has its part, and so it has of node values given in its place, which the tool refuses.
+        # Each rank has its own part of a Function, and of node values given in its place, which the function itself refuses.
         self._parted = {*parted, *(name for name, one in parameters.items() if one.annotation == "fd.Function")}
-        names = list(parameters)
+        self._first = self._named_class(function, list(parameters))
+
+    def _named_class(self, function: Callable, names: list[str]) -> tuple[str, type] | None:
+        """The first argument and the class that its annotation names; None if nothing is to be checked."""
         if names[0] == "self" and function.__name__ != "__init__":
-            return
+            return None
         first = names[names[0] in ("self", "cls")]
-        kind = inspect.unwrap(function).__globals__.get(parameters[first].annotation)
-        if isinstance(kind, type):
-            self._first, self._kind = first, kind
+        kind = inspect.unwrap(function).__globals__.get(self._signature.parameters[first].annotation)
+        return (first, kind) if isinstance(kind, type) else None
 
     def check(self, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._first is None:
             return
+        name, kind = self._first
         given = self._signature.bind(*args, **kwargs)
         given.apply_defaults()
-        first = instance(self._first, given.arguments.pop(self._first), self._kind)
+        first: Any = instance(name, given.arguments.pop(name), kind)
         compared = {name: value for name, value in given.arguments.items() if name not in ("self", "cls", *self._parted)}
-        if "monitor" in compared:  # one that prints on rank 0 may be another function there
+        if "monitor" in compared:  # a monitor that prints on rank 0 may be another function there
             compared["monitor"] = callable(compared["monitor"])
         same(_net_of(first).Y.comm, **compared)

@@ -1,10 +1,11 @@
-"""Files that are whole or not there, and say themselves whether they are whole.
+"""Files that are complete or not there, and that show themselves whether they are complete.
 
-A file is written under another name, synced, and renamed onto its own: whatever fails, the old file stays as it was. A sealed
-file ends with a checksum of all bytes before it, which is compared before anything else reads the file. HDF5 and zip files may
-have bytes after their end, so that h5py and NumPy read sealed files as they are.
+A file is written under another name, synced, and renamed to its own name. Whatever fails, the old file stays as it was. A
+sealed file ends with a checksum of all bytes before it, which is compared before anything else reads the file. HDF5 and zip
+files may have bytes after their end, so h5py and NumPy read sealed files as they are.
 
-The checksum is that of the checksums of pieces of fixed length, which the ranks share: it does not depend on their number.
+The ranks compute the checksum together: it is the checksum of the checksums of pieces of fixed length. So it does not
+depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ __all__ = ["Damaged", "aside", "let_go", "put_in_place", "reserve", "seal", "sea
 
 _MARK = b"\nfem_resnet BLAKE2b "
 _SEAL_LENGTH = len(_MARK) + 64 + 1
-#: Bytes of a piece, each of which one rank reads.
+#: Bytes of a piece; one rank reads it.
 _PIECE = 4 << 20
 
 
 class Damaged(ValueError):
-    """A file is not what was written: it has no seal, or other bytes than those sealed."""
+    """A file is not what was written: it has no seal, or its bytes are not the bytes that were sealed."""
 
 
 def _checksum(comm: MPI.Comm | None, path: Path, length: int) -> bytes:
-    """Of the first bytes of a file, in hexadecimal digits. Collective."""
+    """The checksum of the first `length` bytes of a file, in hexadecimal digits. Collective."""
     rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
 
     def mine() -> list[bytes]:
@@ -54,7 +55,7 @@ def _checksum(comm: MPI.Comm | None, path: Path, length: int) -> bytes:
 
 
 def seal(comm: MPI.Comm | None, path: Path) -> None:
-    """Append the checksum of a closed file. Collective over `comm`; None stands for this rank alone."""
+    """Append its checksum to a closed file. Collective over `comm`; None stands for this rank alone."""
     length = _first(comm, lambda: path.stat().st_size)
     mark = _MARK + _checksum(comm, path, length) + b"\n"
 
@@ -66,12 +67,12 @@ def seal(comm: MPI.Comm | None, path: Path) -> None:
 
 
 def sealed(comm: MPI.Comm | None, path: Path) -> None:
-    """Compare a file with its seal. Collective over `comm`.
+    """Compare a file with its seal. Collective over `comm`; None stands for this rank alone.
 
     Raises
     ------
     Damaged
-        If it has none, or is not what was sealed; on all ranks alike.
+        If it has no seal, or is not what was sealed; on all ranks alike.
     OSError
         If it cannot be read.
     """
@@ -84,32 +85,32 @@ def sealed(comm: MPI.Comm | None, path: Path) -> None:
 
     length, mark = _first(comm, end)
     if length < 0 or not mark.startswith(_MARK):
-        raise Damaged("it does not end with a checksum, as it would if it were whole")
+        raise Damaged("it does not end with a checksum, so it is not complete")
     if mark != _MARK + _checksum(comm, path, length) + b"\n":
-        raise Damaged("its checksum is not that of its bytes: it was damaged or changed since it was written")
+        raise Damaged("its checksum is not that of its bytes: it was damaged or changed after it was written")
 
 
 def unsealed(path: Path) -> bytes:
-    """All bytes of a sealed file before its seal, on this rank alone, read once.
+    """All bytes of a sealed file before its seal, on this rank alone.
 
     Raises
     ------
     Damaged, OSError
-        As `sealed`.
+        As in `sealed`.
     """
     sealed(None, path)
     return path.read_bytes()[:-_SEAL_LENGTH]
 
 
 def reserve(path: Path, size: int) -> None:
-    """Have the file system keep room for a file that will grow to `size` bytes, on one rank.
+    """Reserve room on the disk for a file that will grow to `size` bytes; on one rank.
 
-    Its length stays. Where the file system does not keep room for files, it is asked how much there is.
+    The length of the file stays. Where the file system cannot reserve room, its free room is compared with `size`.
 
     Raises
     ------
     OSError
-        If there is no such room.
+        If there is not enough room.
     """
     keep_size = 1
     with open(path, "r+b") as file:
@@ -128,9 +129,9 @@ def reserve(path: Path, size: int) -> None:
 
 
 def let_go(path: Path) -> None:
-    """Have what is still written to a file, which this process has open, go to memory instead.
+    """Redirect a file that this process has open to memory, so that later writes go there.
 
-    HDF5 keeps a file that it cannot write out, tries once more when the process ends, and crashes where MPI has ended before.
+    HDF5 keeps a file that it could not write. It tries again when the process ends, and crashes if MPI has ended before.
     """
     if not (hasattr(os, "memfd_create") and path.exists()):
         return
@@ -145,8 +146,18 @@ def let_go(path: Path) -> None:
 
 
 def put_in_place(comm: MPI.Comm | None, part: Path, path: Path) -> None:
-    """Sync a file that has been written, and rename it. Collective over `comm`."""
-    together(comm, lambda: _sync(part))  # each rank what it has written
+    """Sync a file that was written, and give it its name. Collective over `comm`; None stands for this rank alone.
+
+    Parameters
+    ----------
+    comm
+        The ranks that wrote it.
+    part
+        The name under which it was written.
+    path
+        Its own name; an old file is replaced.
+    """
+    together(comm, lambda: _sync(part))  # each rank syncs what it has written
 
     def rename() -> None:
         os.replace(part, path)
@@ -157,9 +168,9 @@ def put_in_place(comm: MPI.Comm | None, part: Path, path: Path) -> None:
 
 @contextmanager
 def aside(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
-    """Another name for a file while it is written, on one rank; afterwards it is put in place, or, on an error, removed.
+    """Another name for a file while it is written; on one rank. At the end it gets its own name; on an error it is removed.
 
-    What is no regular file, such as /dev/stdout, is written to as it is.
+    A path that is no regular file, such as /dev/stdout, is written to directly.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -180,7 +191,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems without a sync of folders
+        if error.errno != errno.EINVAL:  # some file systems do not sync folders
             raise
     finally:
         os.close(file)

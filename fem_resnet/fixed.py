@@ -1,8 +1,8 @@
-"""Objects that stay what they were made with.
+"""Objects whose public attributes cannot be set after they were made.
 
-What a network computes with is made of its settings once: steppers, compiled stages, tapes. A setting that changed later
-would be seen by some of these and not by others, so public attributes cannot be set; each class says what to do instead.
-Values that are meant to change, such as coefficients, are held in Functions.
+A network makes what it computes with, such as steppers, compiled stages and tapes, from its settings once. If a setting
+changed later, some of these would see the change and others would not. So public attributes cannot be set, and each class
+says what to do instead. Values that are meant to change, such as coefficients, are held in Functions.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ class Fixed:
     def _refuse(self, name: str) -> None:
         if not name.startswith("_") and "_is_made" in vars(self):
             raise AttributeError(
-                f"{name}: a {type(self).__name__} stays what it was made with, as what follows from it is made once; "
-                f"{self._instead}"
+                f"{name}: a {type(self).__name__} stays what it was made with, since others were made from it; {self._instead}"
             )
 
 
 def _ending(constructor: Callable) -> Callable:
-    """The constructor, which says of an object of its own class that it is made; that of a base class does not."""
+    """The constructor, after which an object of its own class is fixed; an object of a derived class is not fixed yet."""
 
     @wraps(constructor)
     def __init__(self, *args, **kwargs):
@@ -56,10 +55,10 @@ def _ending(constructor: Callable) -> Callable:
 
 
 class OnMesh(Fixed):
-    """One that lives on a mesh, which neither pickles nor is copied: a deep copy is the object itself, which never changes."""
+    """A fixed object that lives on a mesh. It does not pickle. A deep copy is the object itself, since it never changes."""
 
     #: What a message says to do instead of pickling.
-    _instead_of_pickling = "store what it was made of, and make it again"
+    _instead_of_pickling = "store the arguments it was made with, and make it again"
 
     def __copy__(self) -> Self:
         other = object.__new__(type(self))
@@ -77,6 +76,6 @@ class OnMesh(Fixed):
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
-    """The array, which nobody may write into any more."""
+    """The array itself, made read-only."""
     array.flags.writeable = False
     return array

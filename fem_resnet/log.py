@@ -12,6 +12,6 @@ _logger = logging.getLogger("fem_resnet")
 
 
 def log(comm: MPI.Comm, level: int, message: str, *arguments) -> None:
-    """Log `message % arguments` on rank 0 of `comm`; levels as in `logging`."""
+    """Log ``message % arguments`` on rank 0 of `comm`, at a level of `logging`."""
     if comm.rank == 0:
         _logger.log(level, message, *arguments)

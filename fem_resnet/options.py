@@ -1,8 +1,8 @@
-"""PETSc options that users give: looked at where they enter, refused where nothing asks for them.
+"""PETSc options from users: checked where they are given, and refused where no object reads them.
 
-PETSc takes any name, and says nothing of one that it never reads: "tao_maxit" in place of "tao_max_it" would be lost without a
-word. So once an object has read its options, those given by the user that it has not asked for are refused. Options that only
-say what is to be seen ("tao_view") are read when there is something to see, and are left alone.
+PETSc takes any name and says nothing of an option that it never reads: "tao_maxit" in place of "tao_max_it" would have no
+effect and no message. So once an object has read its options, those that it did not ask for are refused. Options that only
+show something, such as "tao_view", are read when there is something to show; these are accepted.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from fem_resnet.arguments import instance
 __all__ = ["checked_options", "checked_prefix", "last_words", "petsc_refusals", "reason_name", "refuse_unread", "unread"]
 
 _NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
-#: Options that are read when there is something to see.
+#: Options that are read when there is something to show.
 _SEEN_LATER = re.compile(r"(^|_)(view|monitor)(_|$)|(^|_)converged_reason$")
 
 
 def checked_options(given: Mapping | None, name: str = "solver_parameters") -> dict[str, object]:
-    """Options from outside as a new, flat dictionary: those of a dictionary within have its name before theirs.
+    """Options from outside as a new, flat dictionary. Options in an inner dictionary get its name as a prefix.
 
     Parameters
     ----------
     given
-        Names of options without a hyphen, and values: strings, numbers, bools, None for an option without a value, or
-        dictionaries of these; classes for what ends in "python_type".
+        Names of options without a hyphen, and their values: strings, numbers, bools, None for an option without a value, or
+        dictionaries of these. An option that ends in "python_type" may have a class as its value.
     name
-        What messages call it.
+        The name of the argument in messages.
 
     Raises
     ------
     TypeError
-        If it is no dictionary, or a value is none of these.
+        If it is no dictionary, or a value is of another type.
     ValueError
-        If a name cannot be one of an option, or a number is NaN.
+        If a name cannot be the name of an option, or a number is NaN.
 
     Examples
     --------
@@ -54,7 +54,7 @@ def checked_options(given: Mapping | None, name: str = "solver_parameters") -> d
     flat: dict[str, object] = {}
     for key, value in (given or {}).items():
         if not (isinstance(key, str) and _NAME.fullmatch(key)):
-            raise ValueError(f"{name}: expected names of options, as 'ksp_rtol' without a hyphen, got {key!r}")
+            raise ValueError(f"{name}: expected names of options without a hyphen, such as 'ksp_rtol', got {key!r}")
         if isinstance(value, Mapping):
             inner = checked_options(value, name)
             flat |= {f"{key}{'' if key.endswith('_') else '_'}{end}": one for end, one in inner.items()}
@@ -65,8 +65,9 @@ def checked_options(given: Mapping | None, name: str = "solver_parameters") -> d
 
 
 def _check_value(name: str, key: str, value: object) -> None:
-    of_class = isinstance(value, type) and key.endswith("python_type")
-    if not (value is None or isinstance(value, (str, Real)) or of_class):
+    if value is None or isinstance(value, type) and key.endswith("python_type"):
+        return
+    if not isinstance(value, (str, Real)):
         raise TypeError(f"{name}: expected a string, a number, a bool or None for {key!r}, got {type(value).__name__}")
     try:
         number = float(value)
@@ -77,21 +78,29 @@ def _check_value(name: str, key: str, value: object) -> None:
 
 
 def checked_prefix(given: str | None, name: str = "options_prefix") -> str | None:
-    """A prefix of options from outside: letters, digits, ``_``, ``-`` and dots, a letter first; "" or None for none.
+    """A prefix of options from outside: a letter, then letters, digits, ``_``, ``-`` and dots; "" or None for none.
 
     Raises
     ------
     TypeError, ValueError
         If it is anything else.
     """
-    instance(name, given, (str, NoneType), "such as 'mine_'")
+    instance(name, given, (str, NoneType), "give a prefix such as 'mine_'")
     if given and not _NAME.fullmatch(given):
-        raise ValueError(f"{name}: expected letters, digits and '_', a letter first, such as 'mine_'; got {given!r}")
+        raise ValueError(f"{name}: expected a letter, then letters, digits and '_', got {given!r}; take one such as 'mine_'")
     return given
 
 
 def unread(options: petsctools.OptionsManager, given: Iterable[str]) -> list[str]:
-    """Those of the user's options that PETSc has not asked for, while or after their manager has them inserted."""
+    """The user's options that PETSc has not asked for so far, while or after their manager has inserted them.
+
+    Parameters
+    ----------
+    options
+        The manager of the options.
+    given
+        The names of the user's options, without the manager's prefix.
+    """
     used = PETSc.Options().used
     return [
         key
@@ -106,22 +115,26 @@ def refuse_unread(names: Sequence[str], what: str, name: str = "solver_parameter
     Parameters
     ----------
     names
-        What `unread` found.
+        The options that `unread` found.
     what
-        What did not ask for them: "a TAO of type 'lmvm'".
+        The object that did not ask for them: "a TAO of type 'lmvm'".
+    name
+        The name of the argument in messages.
 
     Raises
     ------
     ValueError
-        With all of them.
+        The message lists all of them.
     """
     if names:
-        raise ValueError(f"{name}: {', '.join(names)}: no option of {what}; drop it")
+        several = len(names) > 1
+        kind, remedy = ("options", "leave them out") if several else ("an option", "leave it out")
+        raise ValueError(f"{name}: expected {kind} of {what}, got {', '.join(names)}; correct the name, or {remedy}")
 
 
 @contextmanager
 def petsc_refusals(given: Mapping[str, object], name: str = "solver_parameters") -> Iterator[None]:
-    """Where PETSc reads options: what it refuses of them is a ValueError of the argument."""
+    """Around code in which PETSc reads options: raise what PETSc refuses as a ValueError that names the argument."""
     try:
         yield
     except (PETSc.Error, SystemError) as error:

@@ -1,12 +1,13 @@
-"""What ranks decide together: errors that all raise, work that rank 0 does alone, arguments that all must give alike.
+"""Decisions of all ranks: errors that all raise, work that rank 0 does alone, arguments that must be the same on all.
 
-An error on one rank alone would leave the others waiting in their next collective call for ever. What can fail on one rank
-(a file, a plot, a cache, a compiler, a user's function, an environment variable) runs in `together` or `on_first`; what
-every rank must give alike is compared by `same`. After `same` a check of these arguments needs no communicator: all ranks
-come to the same result. What communicates all the time and may still fail on one rank, as parallel HDF5 does, runs `in_step`.
+If one rank alone raised an error, the others would wait for it in their next collective call for ever. So whatever can fail
+on one rank (a file, a plot, a cache, a compiler, a user's function, an environment variable) runs in `together` or
+`on_first`. Arguments that must be the same on all ranks are compared by `same`. After that, a check of these
+arguments needs no communicator: all ranks come to the same result. Code that communicates all the time and may still fail on
+one rank, such as parallel HDF5, runs `in_step`.
 
-A failure outside of the package (a user's own line, an import, Firedrake) can still end one rank alone. Scripts on several
-ranks are therefore started with ``mpiexec -n 4 python -m mpi4py script.py``, which then ends them all.
+A failure outside of the package (a user's own line, an import, Firedrake) can still end one rank alone. Therefore start a
+script on several ranks with ``mpiexec -n 4 python -m mpi4py script.py``, which then ends them all.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ import numpy as np
 import scipy.sparse
 import sympy
 
-if TYPE_CHECKING:  # an activation, whose arguments are looked at too, needs no MPI
+if TYPE_CHECKING:  # an activation, whose arguments are checked too, needs no MPI
     from mpi4py import MPI
 
 __all__ = ["in_step", "may_fail_alone", "on_first", "same", "together"]
 
 _T = TypeVar("_T")
 
-#: Seconds that a rank with an error waits for the others, before it takes them for waiting in a call that it has left.
+#: Seconds that a rank with an error waits for the others. Then it assumes that they wait in a call that it has left.
 _PATIENCE = 30.0
 
 
 def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:
-    """What ``run()`` returns on this rank; what it raises on one rank is raised on all. Collective.
+    """Call a function on each rank and return its result; an error on one rank is raised on all. Collective.
 
-    Where several ranks raise, the error of the first of them is raised everywhere. `run` may communicate over `comm` only
-    where no rank can fail before.
+    If several ranks raise, the error of the first of them is raised everywhere. `run` may communicate over `comm` only as
+    long as no rank can have failed before.
 
     Parameters
     ----------
     comm
         The communicator; None stands for this rank alone.
     run
-        Called once on each rank. KeyboardInterrupt and SystemExit are passed on too.
+        The function. KeyboardInterrupt and SystemExit are passed on too.
 
     Raises
     ------
     RuntimeError
-        In place of an error of a type that cannot be sent to other ranks.
+        In place of an error whose type cannot be sent to other ranks.
 
     Examples
     --------
@@ -61,22 +62,18 @@ def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:
     """
     if comm is None or comm.size == 1:
         return run()
-    result = error = None
-    try:
-        result = run()
-    except BaseException as raised:
-        error = raised
+    result, error = _caught(run)
     _raise_first(comm, error)
     return result
 
 
 def may_fail_alone(*functions: Callable) -> bool:
-    """Whether one of these is not of this package: its own fail on all ranks or on none, and need no reduction for it."""
+    """Whether one of the functions is a user's. Functions of this package fail on all ranks or on none."""
     return not all(str(getattr(function, "__module__", "")).startswith(f"{__package__}.") for function in functions)
 
 
 def on_first(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
-    """What ``run()`` returns on rank 0, where alone it is called, on every rank; what it raises is raised on all. Collective.
+    """Call a function on rank 0 alone, and return its result, or raise its error, on all ranks. Collective.
 
     The result is pickled: keep it small.
     """
@@ -85,28 +82,32 @@ def on_first(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
 
 
 def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
-    """As `together`, for what communicates within: where others cannot come, all ranks are ended, with exit code 1.
+    """Call a function that communicates, with errors as in `together`. Collective.
 
-    A rank that has left a collective call of another library by an error cannot wake those that wait in it. It says on
-    standard error what the error was, and ends them.
+    A rank that leaves a collective call of another library by an error cannot wake the ranks that wait in this call. If they
+    do not come, it writes the error to standard error and ends all ranks with exit code 1.
     """
     if comm.size == 1:
         return run()
-    result = error = None
-    try:
-        result = run()
-    except BaseException as raised:
-        error = raised
+    result, error = _caught(run)
     everyone, since = comm.Ibarrier(), time.monotonic()
     while not everyone.Test():
         if error is not None and time.monotonic() - since > _PATIENCE:
-            words = (str(error).splitlines() or [""])[-1]  # of PETSc's traceback what is wrong
+            words = (str(error).splitlines() or [""])[-1]  # the last line of PETSc's traceback says what is wrong
             sys.stderr.write(f"{type(error).__name__} on rank {comm.rank}, while the others wait for it: {words}\n")
             sys.stderr.flush()
             comm.Abort(1)
         time.sleep(1e-3)
     _raise_first(comm, error)
     return result
+
+
+def _caught(run: Callable[[], _T]) -> tuple[_T | None, BaseException | None]:
+    """The result of a function, or its error."""
+    try:
+        return run(), None
+    except BaseException as error:
+        return None, error
 
 
 def _raise_first(comm: MPI.Comm, error: BaseException | None) -> None:
@@ -132,21 +133,22 @@ def same(comm: MPI.Comm | None, **arguments: Any) -> None:
     """Raise unless all ranks give the same arguments. Collective: one reduction of 16 bytes an argument.
 
     Numbers, strings, paths, arrays, sequences, mappings, dataclasses and None are compared by a hash of their values and
-    types, SymPy's expressions by what they are made of; a function by its name; any other object by its type and, where it has one, its `description`.
+    types, expressions of SymPy by a hash of their tree, functions by their names. Any other object is compared by its type
+    and, if it has one, its `description`.
 
     Parameters
     ----------
     comm
         The communicator; None stands for this rank alone.
     **arguments
-        The arguments by the names that messages call them.
+        The arguments, by their names in messages.
 
     Raises
     ------
     ValueError
         If an argument differs between ranks; on all ranks.
     Exception
-        What an argument's own description raises on one rank; on all ranks.
+        Whatever the `description` of an argument raises on one rank; on all ranks.
 
     Examples
     --------
@@ -163,13 +165,12 @@ def same(comm: MPI.Comm | None, **arguments: Any) -> None:
         _raise_first(comm, errors[0] if errors else None)
     for name, differs in zip(arguments, largest != ~smallest):
         if differs:
-            raise ValueError(f"{name}: all ranks must give the same; give what rank 0 has, as by comm.bcast")
+            raise ValueError(f"{name}: all ranks must give the same; comm.bcast sends what rank 0 has to the others")
 
 
 _PLAIN = (bool, int, float, str, type(None))
 
-
-#: In place of the hash of an argument whose own description fails.
+#: In place of the hash of an argument whose `description` raises an error.
 _FAILED = 2**64 - 1
 
 
@@ -190,7 +191,7 @@ def _digest(value: Any) -> int:
 
 
 def _parts(value: Any) -> Iterator[bytes]:
-    """What a value is made of, as bytes: the same on every rank for equal values."""
+    """The parts of a value as bytes; for equal values they are the same on every rank."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, os.PathLike):

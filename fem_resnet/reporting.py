@@ -1,4 +1,4 @@
-"""What reports have in common: tables as text, JSON, pictures, and files that rank 0 writes."""
+"""Reports: tables as text, JSON, pictures, and files that rank 0 writes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ __all__ = ["Page", "as_json", "check_files", "picture", "table", "write"]
 
 
 class Page(Protocol):
-    """A report: a table as its text, all numbers as JSON, a picture."""
+    """A report. Its text is a table; all its numbers can be had as JSON, and the main ones as a picture."""
 
     def __str__(self) -> str: ...
 
     def to_json(self) -> str:
-        """All numbers."""
+        """All numbers, as JSON."""
 
     def draw(self, path: str | Path) -> None:
         """Draw the picture, a PNG. Call it on one rank."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
-    """Lines of a table, header first.
+    """The lines of a table, the header first.
 
     Parameters
     ----------
-    header, rows
-        Cells, one a column.
+    header
+        The cells of the first line, one a column.
+    rows
+        The cells of the other lines.
     right
-        Whether numbers stand to the right in their columns.
+        Whether cells are aligned to the right.
 
     Examples
     --------
@@ -59,7 +61,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = Fa
 
 
 def as_json(values: dict) -> str:
-    """JSON of nested dicts, lists and numbers; NaN and infinity, which JSON has not, are null."""
+    """Nested dicts, lists and numbers as JSON. NaN and infinity become null, since JSON does not know them."""
     return json.dumps(_finite(values), indent=1)
 
 
@@ -73,9 +75,17 @@ def _finite(value):
 
 @contextmanager
 def picture(path: str | Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw on, without a display, saved afterwards; sizes in inches.
+    """A figure to draw on, without a display, which is saved at the end.
 
-    Its kind is that of the file's suffix, a PNG without one. An old file is replaced by a whole new one, or stays.
+    The suffix of the file says which kind of picture it is; without a suffix it is a PNG. An old file is replaced by a
+    complete new one, or stays.
+
+    Parameters
+    ----------
+    path
+        The name of the file.
+    width, height
+        The size of the figure in inches.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -95,18 +105,25 @@ def _kind_of_picture(name: str, path: str | Path) -> str:
 
 
 def check_files(comm: MPI.Comm, *, json: str | Path | None = None, png: str | Path | None = None) -> None:
-    """Look at the names of files to which a report is to go, before the work that it is about. Collective.
+    """Check the names of the files of a report, before the work that it reports on. Collective over `comm`.
+
+    Parameters
+    ----------
+    comm
+        The communicator.
+    json, png
+        The files of its numbers and of its picture; None for no file.
 
     Raises
     ------
     TypeError, ValueError
-        If they are no names of files, the ranks give different ones, or pictures have no such suffix.
+        If they are no names of files, differ between ranks, or the suffix of `png` belongs to no kind of picture.
     OSError
-        If there is no such folder, or a name is that of a folder; on all ranks.
+        If the folder does not exist, or a name is the name of a folder; on all ranks.
     """
     same(comm, json=json, png=png)
     for name, path in (("json", json), ("png", png)):
-        instance(name, path, (str, os.PathLike, type(None)), "the name of a file")
+        instance(name, path, (str, os.PathLike, type(None)), "give the name of a file")
 
     def check() -> None:
         for name, path in (("json", json), ("png", png)):
@@ -115,7 +132,7 @@ def check_files(comm: MPI.Comm, *, json: str | Path | None = None, png: str | Pa
             if not Path(path).absolute().parent.is_dir():
                 raise FileNotFoundError(f"{name}: the folder {Path(path).absolute().parent} does not exist")
             if Path(path).is_dir():
-                raise IsADirectoryError(f"{name}: expected the name of a file, and {path} is a folder")
+                raise IsADirectoryError(f"{name}: expected the name of a file, got that of the folder {path}")
         if png is not None:
             _kind_of_picture("png", png)
 
@@ -125,7 +142,7 @@ def check_files(comm: MPI.Comm, *, json: str | Path | None = None, png: str | Pa
 def write(
     page: Page, comm: MPI.Comm, *, as_text: bool = True, json: str | Path | None = None, png: str | Path | None = None
 ) -> None:
-    """Print a report, and write its files, on rank 0 of `comm`. Collective.
+    """Print a report, and write its files, on rank 0 of `comm`. Collective over `comm`.
 
     Parameters
     ----------
@@ -134,17 +151,18 @@ def write(
     comm
         The communicator.
     as_text
-        Whether its text goes to standard output.
+        Whether to print its text to standard output.
     json, png
-        Where its numbers and its picture go, if anywhere. An old file is replaced by a whole new one, or stays.
+        The files of its numbers and of its picture; None for no file. An old file is replaced by a complete new one, or
+        stays.
 
     Raises
     ------
     TypeError, ValueError, OSError
-        As `check_files`, or if a file cannot be written; on all ranks.
+        As in `check_files`, or if a file cannot be written; on all ranks.
     """
     check_files(comm, json=json, png=png)
-    gc.collect()  # drawing may set the collector off on one rank alone, and freeing meshes is collective
+    gc.collect()  # drawing may start the garbage collector on one rank alone, and freeing meshes is collective
 
     def write() -> None:
         if as_text:

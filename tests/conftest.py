@@ -42,7 +42,7 @@ TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 #: The same on one rank, where a test may wait for what runs beside, or start a session on several ranks.
 TIME_LIMIT_ALONE = 1500
 
-#: Of each test so many sets of parameters run by default, by the number of ranks: what differs between ranks is the test's.
+#: By the number of ranks: how many sets of parameters of each test run by default.
 PARAMETERS = {2: 4, 3: 2}
 
 TAYLOR_RATES = pytest.StashKey[dict]()
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def spread(items, most):
-    """Of each test function at most so many items, from the first to the last; all of those that are marked `whole`."""
+    """At most `most` items of each test function, spread from the first to the last; all items that are marked `whole`."""
     alike = defaultdict(list)
     for item in items:
         alike[item.nodeid.split("[")[0]].append(item)
@@ -105,7 +105,7 @@ class OnRanks:
 
     @pytest.hookimpl(trylast=True)
     def pytest_exception_interact(self):
-        self.watch()  # pytest has just called the watch off
+        self.watch()  # pytest has just stopped the watch
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -149,7 +149,7 @@ class Beside:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        """Tests that wait for what runs beside come late; those that want the machine for themselves come last."""
+        """Tests that wait for a command beside come late; tests that need both cores come last."""
         items.sort(key=lambda item: 2 * ("second_core" in item.fixturenames) + any(item.iter_markers("beside")))
 
     def pytest_collection_finish(self, session):
@@ -163,7 +163,7 @@ class Beside:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """What `verify` caught, and the smallest Taylor rates of the session: rows with the same columns make a table."""
+    """The faults that `verify` caught, and the smallest Taylor rates: rows with the same columns make a table."""
     faults, sound = config.stash[VERIFIED].values()
     if faults or sound:
         terminalreporter.section("verify")
@@ -199,13 +199,13 @@ def tape():
 
 @pytest.fixture
 def found(request):
-    """Lists of what `verify` did: ``found["faults"].append(caught)``, ``found["sound"].append(silent)``."""
+    """Lists of the outcomes of `verify`: ``found["faults"].append(caught)``, ``found["sound"].append(silent)``."""
     return request.config.stash[VERIFIED]
 
 
 @pytest.fixture
 def printed(request):
-    """Lines that the command of the test's marker `beside` has printed; it must have ended with code 0."""
+    """The lines that the command of the marker `beside` has printed; it must end with code 0."""
     result = request.node.stash[BESIDE].result()
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout.splitlines()

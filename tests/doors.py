@@ -1,4 +1,4 @@
-"""Every public door: how it is called soundly, and how `test_public_doors.py` calls it wrongly.
+"""Every public door, the right arguments for it, and the wrong ones with which `test_public_doors.py` calls it.
 
 A door is a public function, class or method. Its row says how it is called with every argument given. The tests replace one
 argument after the other: by what no argument can be, which must be refused by name; and on one rank alone by another sound
@@ -57,15 +57,15 @@ class Door:
     dear: bool = False
 
     def names(self, argument: str, error: Exception) -> bool:
-        """Whether the message of an error begins with what it calls an argument."""
+        """Whether the message of an error begins with the name of an argument."""
         return re.match(rf"({self.called.get(argument, argument)})\b", str(error)) is not None
 
     def arguments(self) -> list[str]:
-        """What is given, but for the object of a method."""
+        """The arguments, without the object of a method."""
         return [name for name in self.sound() if name != "self"]
 
     def differing(self) -> Iterator[tuple[str, Any]]:
-        """Each argument that ranks are to give alike, with another value of it."""
+        """Each argument that must be the same on all ranks, with another value of it."""
         given = self.sound()
         for name in self.arguments():
             other = self.another[name] if name in self.another else another(given[name])
@@ -73,7 +73,7 @@ class Door:
                 yield name, other
 
     def signature(self) -> list[str] | None:
-        """Names in the signature, but for those that stand for others; None where there is none to be had."""
+        """The names in the signature, without * and **; None if there is no signature."""
         try:
             parameters = inspect.signature(self.call).parameters.values()
         except ValueError:
@@ -82,13 +82,13 @@ class Door:
 
 
 class Anything:
-    """An object that no argument can be."""
+    """An object that is right for no argument."""
 
     def __repr__(self) -> str:
         return "<anything>"
 
 
-#: What arguments are replaced by. An argument that may be one of these says so in `Door.takes`.
+#: Arguments are replaced by these. `Door.takes` lists those that a door takes.
 WRONG: dict[str, Callable[[], Any]] = {
     "an object": Anything,
     "a class": lambda: Anything,
@@ -121,7 +121,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 
 def another(value: Any) -> Any:
-    """Another value of the same kind, which a door takes as well as the given one; None where there is none to be had."""
+    """Another value of the same kind, which a door takes too; None if there is none."""
     if isinstance(value, (bool, np.bool_)):
         return not value
     if isinstance(value, (int, np.integer)):
@@ -154,7 +154,7 @@ def holds_nan(result: Any, depth: int = 3) -> bool:
 
 
 def fault(door: Door, wrong: Mapping[str, str]) -> str | None:
-    """What is amiss with a call in which these arguments are of these kinds of `WRONG`; None if it ends as it should.
+    """The fault of a call in which arguments are replaced by these kinds of `WRONG`; None if it ends as it should.
 
     It is refused by the name of one of the arguments that do not take their kind; or taken where all take theirs, and then
     has no NaN in its result.

@@ -71,7 +71,7 @@ TEXT = {"a string", "an empty string"}
 OPTIONS = {"None", "an empty dict"}
 PATH = {"a string", "an empty string", "a path"}
 PREFIX = {"None", "an empty string"}
-#: What casts safely to doubles.
+#: Types that NumPy casts safely to doubles.
 SAFE = {
     "a bool", "NaN", "infinity", "a negative number", "zero", "a fraction", "an empty list", "an array of NaN",
     "an array of another shape",
@@ -116,7 +116,7 @@ def net() -> ResidualNetwork:
 
 @cache
 def points() -> fd.FunctionSpace:
-    """The space of a set of four points, and the numbers of this rank's."""
+    """The space of a set of four points, and the numbers of the points on this rank."""
     Y = point_space(np.ones(4))
     return Y.V, Y.numbers
 

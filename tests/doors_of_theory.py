@@ -115,18 +115,18 @@ FLAG = {"a bool"}
 NUMBER = {"zero", "a negative number", "a fraction", "a huge integer"}
 POSITIVE = {"a fraction", "a huge integer"}
 NOT_NEGATIVE = POSITIVE | {"zero"}
-#: What an array of no axes may be.
+#: Values that an array without axes may have.
 ENTRY = NUMBER - {"a huge integer"} | {"a bool"}
 OPTIONS = {"None", "an empty dict"}
 PREFIX = {"None", "an empty string"}
-#: A name of a file, or what the operating system refuses as one.
+#: A name of a file, or one that the operating system refuses.
 FILE = {"a string", "an empty string", "a path"}
 OF_SOLVER = {"solver_parameters": OPTIONS, "options_prefix": PREFIX}
 ANOTHER_SOLVER = {"solver_parameters": {"ts_rk_type": "5dp"}, "options_prefix": "another_"}
 
 
 def of(make: Callable, function: Callable, sound: Callable, takes=(), **more) -> Door:
-    """The door of a method, of what `make` makes."""
+    """The door of a method of the object that `make` makes."""
     return Door(function, lambda: {"self": make()} | sound(), dict(takes), **more)
 
 
@@ -160,7 +160,7 @@ def phi():
 
 @cache
 def euler() -> ResidualNetwork:
-    """Autonomous, of one kernel on the span of four functions, in Euler's steps."""
+    """An autonomous network with one kernel on the span of four functions, in steps of Euler."""
     return autonomous_network(
         LowRankKernel(phi(), phi()), np.diag([1.0, 2.0, 0.5, 3.0]), solver_parameters=EULER, times=[0.0, 0.4, 1.0]
     )
@@ -226,7 +226,7 @@ def axes():
 
 @cache
 def monitored(kind) -> tuple:
-    """A monitor that has measured, and what it was called with last."""
+    """A monitor that has measured, and its last arguments."""
     monitor, calls = kind(net()), []
     follow_trajectory(net(), field(), lambda layer, step: (calls.append((layer, step)), monitor(layer, step)))
     return monitor, *calls[-1]
@@ -310,7 +310,7 @@ def cell() -> LabelSpace:
 
 
 def own(values) -> np.ndarray:
-    """Values of the one cell, on the rank that has it."""
+    """The values of the one cell, on the rank that has it."""
     return np.array(values)[: cell().nodes]
 
 
@@ -386,7 +386,8 @@ CONTROL_SETS = {
     ),
 }
 A_SETS = {
-    "ControlSet": (Ellipse, ControlSet), "Box": (box, Box), "Polygon": (lambda: Polygon([(0, 0), (1, 0), (0.2, 0.2), (0, 1)]), Polygon),
+    "ControlSet": (Ellipse, ControlSet), "Box": (box, Box),
+    "Polygon": (lambda: Polygon([(0, 0), (1, 0), (0.2, 0.2), (0, 1)]), Polygon),
     "Points": (lambda: Points([(0.0, -1.0), (0.0, 1.0)]), Points), "Ellipse": (Ellipse, Ellipse),
     "Sections": (lambda: Sections((0, 1), np.zeros_like, np.ones_like), Sections),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from fem_resnet import Box, LabelSpace
 
 @cache
 def sectors(number: int, inner: float, alone: bool = True) -> LabelSpace:
-    """A disk or annulus of outer radius 1 in so many sectors, each one cell with curved sides, and piecewise constants."""
+    """A disk or annulus of outer radius 1, cut into sectors; each is one cell with curved sides, and carries a constant."""
     comm = COMM_SELF if alone else COMM_WORLD
     flat = fd.RectangleMesh(1, number, 1.0, 1.0, quadrilateral=True, comm=comm)
     radius, angle = (x for x in fd.SpatialCoordinate(flat))
@@ -22,12 +22,12 @@ def sectors(number: int, inner: float, alone: bool = True) -> LabelSpace:
 
 
 DISK, HALVES, ANNULUS = (1, 0.0), (2, 0.0), (3, 0.4)
-#: What a first-order scheme shows on such grids: halving the spacing halves the error, up to what is not asymptotic yet.
+#: The order that a scheme of first order shows at least on such grids, which are not quite in the asymptotic range.
 FIRST_ORDER = 0.85
 
 
 def order(errors) -> float:
-    """The least over the columns of a table of errors, one row a spacing, each half of the one before: observed over all rows."""
+    """The order observed over all rows of a table of errors, the least of its columns; each row has half the spacing."""
     return float(np.min(np.log2(np.divide(errors[0], errors[-1])) / (len(errors) - 1)))
 
 

@@ -44,7 +44,7 @@ class Polygon:
         return float(total)
 
 
-#: What the files' meshes fill: meshes/polygon.geo, and the ground of meshes/block.geo (height 1/2).
+#: The domains of the meshes in files: meshes/polygon.geo, and the ground of meshes/block.geo (height 1/2).
 POLYGON = Polygon([(0, 0), (2, 0.2), (1.8, 1.1), (1, 0.9), (0.9, 1.7), (-0.2, 1.5)], [(0.3, 0.6), (0.4, 1.0), (0.7, 0.5)])
 BLOCK = Polygon([(0, 0), (1.5, 0), (1.4, 0.6), (0.7, 0.5), (0.6, 1.2), (-0.1, 1.1)])
 UNIT_SQUARE = Polygon([(0, 0), (1, 0), (1, 1), (0, 1)])
@@ -54,7 +54,7 @@ MESHES = Path(__file__).parents[1] / "meshes"
 
 
 def without_mpi() -> dict[str, str]:
-    """This process's environment, less what MPI left in it: that must not reach another process that initialises MPI."""
+    """The environment of this process without what MPI left in it, which must not reach another process of MPI."""
     leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_|PMI_)")
     return {name: value for name, value in os.environ.items() if not leaked.match(name)}
 
@@ -122,7 +122,7 @@ def laplace(domain: str, element: str, rank: int, alone: bool = False) -> Basis:
     return _laplace(domain, element, rank, alone)
 
 
-# The cache would take laplace("disk", "CG1", 4) and laplace("disk", "CG1", rank=4) for different things.
+# A cache of the functions above would tell laplace("disk", "CG1", 4) from laplace("disk", "CG1", rank=4).
 
 
 @cache

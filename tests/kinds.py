@@ -1,4 +1,4 @@
-"""Networks of every kind, and what is asked of them: methods of time stepping, learned factors, bases of each layer."""
+"""Networks of every kind: methods of time stepping, learned factors, bases of each layer; and functions of them."""
 
 import firedrake as fd
 import numpy as np
@@ -54,7 +54,7 @@ def options(name):
 
 
 def recorded(net, annotation):
-    """J = 1/2 |f(T) - target|^2 as a function of everything, and the run."""
+    """J = 1/2 |f(T) - target|^2 as a function of all parameters and the input, and the run."""
     initial, target = net.Y.batch(smooth(net.Y)), net.Y.batch(smooth(net.Y, seed=7))
     with annotation():
         run = net.run(initial)
@@ -188,7 +188,7 @@ def with_stable_kernel():
     return net
 
 
-#: What may meet states at inner times: a network, and how it is run.
+#: Networks whose states at inner times are looked at, and how each is run.
 KINDS = {
     "Runge-Kutta": lambda: (classifier("disk", "CG1", layers_per_block=None), {}),
     "a Block a layer": lambda: (classifier("sphere", "CG1", layers_per_block=1), {}),
@@ -211,7 +211,7 @@ KINDS = {
 
 
 def observed_problem(net, psi=None, *, samples=4, head=True, learn="parameters", layers=(0, 1, 3), loss=None, **options):
-    """Classes at t_0, t_1 and T besides those of the batch, seen through `psi`; or a field by least squares."""
+    """Observations at t_0, t_1 and T in addition to the batch: classes seen through `psi`, or a field by least squares."""
     rng = np.random.default_rng(11)
     inputs = net.Y.batch(smooth(net.Y, samples))
     if head:

@@ -1,4 +1,4 @@
-"""Learning problems that the tests share, and what compares them on different partitions of one mesh."""
+"""Learning problems that the tests share, and their comparison on different partitions of one mesh."""
 
 import itertools
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ LOSSES = {
 
 @contextmanager
 def taping():
-    """Annotation on, and as it was afterwards."""
+    """Switch annotation on, and afterwards back to what it was."""
     was_on = annotate_tape()
     continue_annotation()
     try:
@@ -135,7 +135,7 @@ def towards(gradient, random):
 
 
 def gathered(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
-    """Values at the nodes of all ranks, shape (size, ..), ordered by the nodes' coordinates. Collective."""
+    """Values at the nodes of all ranks, shape (size, ..), ordered by the coordinates of the nodes. Collective."""
     x = np.concatenate(Y.comm.allgather(Y.coordinates))
     # Round-off in coordinates depends on how a cell's vertices are numbered; it must not decide an order.
     return np.concatenate(Y.comm.allgather(np.asarray(values)))[np.lexsort(np.round(x, 9).T)]
@@ -149,7 +149,7 @@ def coefficients(parameter, function) -> np.ndarray:
 
 
 def gradients(problem: LearningProblem, derivative) -> list[np.ndarray]:
-    """What `derivative` of a reduced functional of all parameters returned, as `coefficients`."""
+    """The derivative of a reduced functional in all parameters, ordered as by `coefficients`."""
     owners = [parameter for parameter in problem.parameters for _ in parameter.functions]
     return [coefficients(parameter, function) for parameter, function in zip(owners, derivative)]
 

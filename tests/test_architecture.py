@@ -1,4 +1,4 @@
-"""The rooms of docs/explanation/map.md: imports between folders go down only, and what needs no PETSc does not load it."""
+"""The rooms of docs/explanation/map.md: imports between folders go down only; parts that need no PETSc do not load it."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ each_module = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path
 
 @cache
 def _rooms() -> list[str]:
-    """Folders, and modules that lie in none, from the ground up: the first column of the table."""
+    """The rooms, which are folders and modules outside of folders, from the ground up: the first column of the table."""
     text = (PACKAGE.parent / "docs" / "explanation" / "map.md").read_text()
     table = text.split("## Rooms", 1)[1].split("\n## ", 1)[0]
     return [room.rstrip("/").replace("/", ".") for room in re.findall(r"^\| `([\w/]+)` \|", table, flags=re.MULTILINE)]
@@ -31,7 +31,7 @@ def _module(path: Path) -> str:
 
 
 def _room(module: str) -> str:
-    """The folder of a module, or the module where it lies in none."""
+    """The folder of a module, or the module itself if it is in no folder."""
     return module if "." not in module else module.rpartition(".")[0]
 
 
@@ -50,7 +50,7 @@ def _imports(path: Path) -> list[tuple[int, str, tuple[str, ...]]]:
 
 
 def _used(path: Path) -> list[tuple[int, str, tuple[str, ...]]]:
-    """Line, module and names of the imports from the package, the module without the package's name."""
+    """Line, module and names of the imports from the package; modules without the name of the package."""
     found = []
     modules = {_module(source) for source in SOURCES}
     for line, module, names in _imports(path):

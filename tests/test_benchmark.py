@@ -1,4 +1,4 @@
-"""The benchmarks run, their sides agree, their JSON says what was measured; and the package is as fast as it was."""
+"""The benchmarks run, their sides agree, their JSON has the measurements; and the package is as fast as it was."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from test_demos import run
 from fem_resnet.parameters.slots import read_all
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
-#: (N, rank, samples, layers): with one sample and several; nodes that fill more than one block of the reference.
+#: (N, rank, samples, layers): with one sample and several, and with more nodes than one block of the reference has.
 SIZES = [(8192, 3, 1, 2), (128, 4, 3, 3)]
 #: Size, and how many times faster than each of these the package was on one rank, through the tape: on a Xeon with AVX-512,
 #: or on an EPYC with AVX2 where that was less (JAX on the first size; 1.9 on the Xeon).
@@ -30,7 +30,7 @@ REACHED = [
 
 @pytest.fixture(scope="module")
 def modules():
-    """The benchmark's own modules, which are no part of a package."""
+    """The modules of the benchmarks, which are no package."""
     sys.path.insert(0, str(BENCHMARKS))
     names = (
         "blocked",
@@ -49,7 +49,7 @@ def modules():
 
 
 def benchmark(tmp_path, sides, *sizes):
-    """What --json wrote, and what was printed."""
+    """The file of --json, and the printed text."""
     file = tmp_path / "found.json"
     sizes = [",".join(map(str, size)) for size in sizes]
     lines = run(
@@ -264,7 +264,7 @@ def test_the_disk_has_as_many_nodes_as_were_asked_for(modules):
 
 
 def scripted(tmp_path, script, *arguments):
-    """What a script's --json wrote, and what it printed."""
+    """The file of a script's --json, and its printed text."""
     file = tmp_path / "found.json"
     lines = run(sys.executable, str(BENCHMARKS / script), *arguments, "--json", str(file), timeout=240)
     return json.loads(file.read_text()), lines

@@ -1,4 +1,4 @@
-"""What a function of the user's raises on one rank is raised on all; what ranks change or give otherwise is seen by all."""
+"""An error in a user's function on one rank is raised on all; so is a difference between what ranks give or change."""
 
 from dataclasses import replace
 from functools import cache
@@ -46,7 +46,7 @@ def fields():
 
 
 class Falls:
-    """A function that raises at its n-th call, on the last rank alone; before that it does what another does."""
+    """A function that calls another one, and at its n-th call raises an error, on the last rank alone."""
 
     def __init__(self, n, error, instead=lambda *_: None):
         self._left, self._error, self._instead = n, error, instead

@@ -1,4 +1,4 @@
-"""The container recipes know no package: they copy the tree and call `containers/run`."""
+"""The recipes of containers name no package: they copy the tree and call `containers/run`."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ each_recipe = pytest.mark.parametrize("name", ["Dockerfile", "fem_resnet.def"])
 
 
 def recipe(name):
-    """The lines that are no comments."""
+    """The lines without comments."""
     lines = (ROOT / "containers" / name).read_text().splitlines()
     return "\n".join(line for line in lines if not line.lstrip().startswith("#"))
 
@@ -40,7 +40,7 @@ def test_what_runs_in_a_container_runs_by_the_script():
 
 
 def test_docker_copies_what_it_installs_from_before_the_rest():
-    """Everything that the script reads is there when it is called, so that its stamps hold for the whole tree."""
+    """All files that the script reads are there when it is called, so its stamps are those of the whole tree."""
     before, after = recipe("Dockerfile").split("containers/run true")
     copied = re.findall(r"^COPY (.*) /opt/fem_resnet/(\S*)$", before, re.MULTILINE)
     assert copied == [("containers/run containers/constraints.txt", "containers/"), ("pyproject.toml", "")]

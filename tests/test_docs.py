@@ -64,7 +64,7 @@ def test_docs_are_built_without_a_warning(printed):
 
 @pytest.mark.slow
 def test_the_gallery_runs_every_demo_in_its_short_form():
-    """Some minutes; in the default run test_demos.py runs them, each in a process of its own."""
+    """It takes some minutes. In the default run, test_demos.py runs the demos, each in a process of its own."""
     command = [*SPHINX[:-1], "-D", "plot_gallery=1", str(BUILT.with_name("gallery"))]
     result = subprocess.run(command, env=without_mpi(), cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
@@ -230,7 +230,7 @@ def test_what_the_docs_need_is_pinned_and_installed():
 
 @pytest.mark.parametrize("page", ["README.md", *map(str, PAGES)])
 def test_links_lead_to_files(page):
-    """Those of the repository; what docs/conf.py makes is Sphinx's affair, which warns."""
+    """Links into the repository; Sphinx itself warns of links to pages that docs/conf.py makes."""
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     links = [link for link in links if not re.match(r"(\.\./)?generated/", link)]
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []

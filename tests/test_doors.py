@@ -1,4 +1,4 @@
-"""What comes from outside is right, or refused by name where it enters: every door against every kind of what is wrong."""
+"""Every argument of a user is right, or refused by its name: all doors against all kinds of wrong arguments."""
 
 import re
 from collections.abc import Callable
@@ -125,7 +125,7 @@ def trajectory():
 
 @dataclass(frozen=True)
 class Door:
-    """A function of one array, what messages call that, and an array that is welcome."""
+    """A function of one array, the name of the array in messages, and an array that it takes."""
 
     argument: str
     call: Callable
@@ -259,7 +259,7 @@ BAD = {
 
 
 class Readable:
-    """What NumPy reads by `__array__`, as data frames are."""
+    """An object that NumPy reads by `__array__`, such as a data frame."""
 
     def __init__(self, values):
         self._values = values
@@ -279,7 +279,7 @@ GOOD = {
 
 
 def refusals(name: str, of_all: bool) -> None:
-    """Every kind of bad array at a door, of all ranks, or of the last one alone."""
+    """Every kind of wrong array at a door, on all ranks, or on the last one alone."""
     door = DOORS[name]
     good = door.good()
     for kind, change in BAD.items():
@@ -325,7 +325,7 @@ def _initial():
     return parts()[0].batch.inputs
 
 
-#: Every number that a public function takes, by what messages call it.
+#: Every number that a public function takes, by its name in messages.
 NUMBERS = {
     "final_time": lambda x: _net(final_time=x),
     "layers": lambda x: _net(layers=x),
@@ -399,7 +399,7 @@ def test_what_is_no_number_is_refused_by_name(name):
     for wrong in ("1", None, True, 1j, np.nan, [1.0, 2.0], -1e9):
         if (wrong is None and name in OPTIONAL) or (wrong == -1e9 and name == "functions"):
             continue
-        with pytest.raises(ValueError, match=rf"^{name.strip()}(, end)?: .* (is|are) wanted, .*{re.escape(repr(wrong))}"):
+        with pytest.raises(ValueError, match=rf"^{name.strip()}(, end)?: expected .*, got {re.escape(repr(wrong))}"):
             NUMBERS[name](wrong)
             pytest.fail(f"{name} took {wrong!r}")
 
@@ -445,7 +445,7 @@ def test_numbers_and_names_are_what_they_are():
         (lambda: integer("n", 9, most=4), "n: expected an integer from 1 to 4, got 9"),
         (lambda: integer("n", 1.0), "n: expected a positive integer, got 1.0"),
         (lambda: choice("c", {}, ("a", "b")), "c: expected one of 'a', 'b', got {}"),
-        (lambda: real_array("w", [1, -2], least=0), "w: expected numbers >= 0, the smallest given is -2"),
+        (lambda: real_array("w", [1, -2], least=0), "w: expected numbers >= 0, got -2 among them"),
         (lambda: real_array("w", 1j * np.ones(1)), "w: expected real numbers, got complex ones; take .real"),
     ]:
         with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
@@ -502,8 +502,8 @@ def test_a_batch_of_functions_has_their_node_values_side_by_side():
     assert copy is not together and (Y.values(together) == values).all()
     elsewhere, sphere = fd.Function(label_space("disk", "DG0").V), fd.Function(label_space("sphere", "CG1").V)
     for wrong, kind, message in [
-        (sphere, ValueError, "pictures: it lives on .*, a Function on the mesh"),
-        ([functions[0], elsewhere], ValueError, "pictures: got .*DG0.*; expected a Function of .*CG1.*"),
+        (sphere, ValueError, "pictures: .*a Function on the mesh .*, got one on "),
+        ([functions[0], elsewhere], ValueError, "pictures: expected a Function of .*CG1.*, got one of .*DG0"),
         ([functions[0], values[:, 0]], TypeError, "pictures: expected a Function, got ndarray"),
         ([functions[0], 1.0], TypeError, "pictures: expected a Function, got float"),
         (fd.Cofunction(Y.V.dual()), TypeError, "pictures: expected numbers"),
@@ -519,7 +519,7 @@ def test_a_batch_of_functions_has_their_node_values_side_by_side():
 
 @on_two_ranks
 def test_the_order_of_points_is_of_no_consequence():
-    """A network on a cloud, and the eigenvectors of a graph, are those of the points, whatever follows what."""
+    """A network on a cloud, and the eigenvectors of a graph, do not depend on the order of the points."""
     rng = np.random.default_rng(7)
     K, order = 11, rng.permutation(11)
     w, x, f = rng.uniform(0.2, 2.0, K), rng.normal(size=(K, 2)), rng.normal(size=(K, 3))
@@ -552,7 +552,7 @@ def test_a_weight_that_coordinates_cannot_hold_is_refused():
     for weights, points in [([1e10, 1e-10], None), ([1.0, 1e-9], [[0.0], [1e6]])]:
         with pytest.raises(ValueError, match="^weights: expected .*, got 1e-.* for point 1, which is lost in the round-off"):
             point_space(weights, points)
-    with pytest.raises(ValueError, match="^weights: numbers with a finite sum"):
+    with pytest.raises(ValueError, match="^weights: expected numbers with a finite sum"):
         point_space([1e308] * 7)
     assert_allclose(point_space([1.0, 1e-9], [[1e6], [0.0]]).measure, 1.0 + 1e-9, rtol=1e-9)
 
@@ -561,13 +561,13 @@ def test_a_weight_that_coordinates_cannot_hold_is_refused():
 
 
 def moved(start: fd.MeshGeometry, family: str, degree: int, to: Callable) -> fd.MeshGeometry:
-    """A mesh whose coordinates, of that degree, are functions of the given ones."""
+    """A mesh whose coordinates are functions of the given ones, and have this degree."""
     x = fd.SpatialCoordinate(start)
     return fd.Mesh(fd.Function(fd.VectorFunctionSpace(start, family, degree)).interpolate(fd.as_vector(to(x))))
 
 
 def flat(name: str):
-    """A closed surface or curve without its last coordinate, as a file is read with too small a `dim`."""
+    """A closed surface or curve without its last coordinate, as read from a file with too small a `dim`."""
     closed = {
         "torus": lambda: fd.TorusMesh(8, 6, 1.0, 0.4),
         "sphere of quadrilaterals": lambda: fd.UnitCubedSphereMesh(1),
@@ -588,7 +588,7 @@ def disk():
     return mesh("disk")
 
 
-#: Spaces that are right: what makes them, and a space with the same integrals.
+#: Spaces that are taken: a function that makes each, and a space with the same integrals.
 RIGHT_SPACES = {
     "a component, collapsed": (lambda: fd.VectorFunctionSpace(disk(), "CG", 1).sub(0).collapse(), None),
     "broken": (lambda: fd.FunctionSpace(disk(), element("broken", disk())), ("DG", 1)),
@@ -656,7 +656,7 @@ def test_a_space_that_has_no_nodes_of_its_own_is_refused_at_once(kind):
     "family, degree, quadrilateral", [("CG", 1, False), ("DG", 0, False), ("DG", 1, False), ("CG", 2, True)]
 )
 def test_curved_cells_have_the_weights_of_their_own_shape(family, degree, quadrilateral):
-    """(x, y) -> (x + y^2 / 5, y) moves all cells, of which none then has straight edges alone, and keeps every area."""
+    """The map (x, y) -> (x + y^2 / 5, y) keeps every area, and gives every cell a curved edge."""
     straight = fd.UnitSquareMesh(3, 4, quadrilateral=quadrilateral)
     curved = moved(straight, "CG", 2, lambda x: [x[0] + x[1] ** 2 / 5, x[1]])
     before, after = (LabelSpace(fd.FunctionSpace(each, family, degree)) for each in (straight, curved))
@@ -693,11 +693,11 @@ def test_files_say_what_they_take(tmp_path):
     for arguments, message in [
         (
             (tmp_path / "net.h5", problem.head),
-            "net: expected a ResidualNetwork, got Head; save.path, net, head. wants it second",
+            "net: expected a ResidualNetwork, got Head; the network is the second argument: save.path, net, head.",
         ),
         ((net, problem.head), "net: expected a ResidualNetwork"),
         ((net, net), "path: expected a str or PathLike, got ResidualNetwork"),
-        ((tmp_path / "net.h5", net, net), "head: got .*ResidualNetwork"),
+        ((tmp_path / "net.h5", net, net), "head: expected a Head or None, got ResidualNetwork"),
     ]:
         with pytest.raises(TypeError, match=f"^{message}"):
             save(*arguments)

@@ -1,4 +1,4 @@
-"""What an object was made with stays: no attribute can be set that some paths would see and others would not."""
+"""An object stays as it was made: no attribute can be set of which some code would see the change and other code not."""
 
 import copy
 import dataclasses
@@ -55,7 +55,7 @@ def test_attributes_of_every_public_class_cannot_be_set(name):
 
 
 def _objects():
-    """One of each kind that a user makes, or gets at the start."""
+    """One object of each kind that a user makes, or gets at the start."""
     net = network("disk", "CG1")
     problem = learning_problem(net)
     yield from (net, net.Y, net.bias, net.kernel, net.bases["phi"][0], net.kernel.space_basis.kernel, net.activation)
@@ -74,7 +74,7 @@ def _objects():
 
 
 def _public(thing):
-    """Names and values of public attributes and properties, but for methods."""
+    """Names and values of public attributes and properties, without methods."""
     for name in dir(thing):
         if not name.startswith("_") and not callable(getattr(type(thing), name, None)):
             try:
@@ -235,7 +235,8 @@ REPLACED = {
     "name": (dataclasses.replace(get_activation("tanh"), name="arctan"), get_activation("tanh").kernels),
     "expression": (dataclasses.replace(get_activation("tanh"), expression=sympy.sin(S)), get_activation("tanh").kernels),
     "another expression": (
-        dataclasses.replace(Activation.from_sympy(sympy.sin(S)), expression=sympy.atan(S)), Activation.from_sympy(sympy.sin(S)).kernels,
+        dataclasses.replace(Activation.from_sympy(sympy.sin(S)), expression=sympy.atan(S)),
+        Activation.from_sympy(sympy.sin(S)).kernels,
     ),
     "one kernel": (
         dataclasses.replace(get_activation("tanh"), kernels=(*get_activation("tanh").kernels[:1], *MINE[1:])),
@@ -286,7 +287,7 @@ def _alive(kind):
 
 
 def test_running_costs_and_numbers_of_samples_keep_no_steppers_for_ever():
-    """As many as of the latest few, whatever a user goes through."""
+    """Only a few of the latest are kept, however many a user makes."""
     net = network("disk", "CG1", layers_per_block=None)
     initial = net.Y.batch(smooth(net.Y, 2))
     net.run(initial, RunningCost(sympy.Symbol("f") ** 2))

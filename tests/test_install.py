@@ -74,7 +74,7 @@ def wait_for(condition):
 
 
 def test_steps_run_once_in_order_and_say_how_long_they_took(clone):
-    # the lock is free again while the command runs: it may run for days
+    # the lock is free while the command runs, which may take days
     code, out, err = run(clone, "flock", "--nonblock", str(clone / "home" / "lock"), "echo", "hello")
     assert (code, out) == (0, "hello\n"), err
     assert re.fullmatch(r"(\[\d/3\] step \w+ \.\.\. \d+ s\n){3}", err)
@@ -128,7 +128,7 @@ def test_a_killed_call_leaves_nothing_running_that_the_next_one_meets(clone, by)
     pid = int(file.read_text())
     process.send_signal(by)
     process.communicate(timeout=30)
-    if by == signal.SIGTERM:  # which it hears: nothing goes on until a next call comes
+    if by == signal.SIGTERM:  # the script handles it: nothing goes on until the next call
         wait_for(lambda: ended(pid))
     (clone / "containers" / "second").write_text("true\n")
     assert run(clone, "true")[0] == 0
@@ -188,7 +188,7 @@ def test_two_clones_share_what_was_built_and_never_see_each_others_code(tmp_path
             [tmp_path / name / "containers" / "run", "python", "-c", program],
             env=os.environ | {"FEM_RESNET_HOME": str(home)}, cwd="/", capture_output=True, text=True, check=True,
         )  # fmt: skip
-        # "within half a second" is for the script alone; Python's start and a busy machine are granted the rest
+        # the script alone takes half a second; the rest is for the start of Python and a busy machine
         assert time.monotonic() - started < 5
         assert result.stdout.split() == [str(tmp_path / name / "fem_resnet" / "__init__.py"), sys.prefix]
 
@@ -222,7 +222,7 @@ def test_the_script_installs_all_dependencies_and_all_extras():
 
 
 def _imported(*folders):
-    """Names of the distributions of other people's modules that files in the folders import, also inside of functions."""
+    """The distributions that files in the folders import, also inside of functions."""
     files = [
         path for folder in folders for path in (ROOT / folder).rglob("*.py") if not {"generated", "_build"} & set(path.parts)
     ]
@@ -248,13 +248,13 @@ def test_dependencies_are_what_the_package_imports_and_extras_what_the_rest_does
     assert not _imported("docs") - needed - of["docs"] - brought
 
 
-#: Benchmarked against, and installed by hand: tests/benchmarks/README.md.
+#: Packages that the benchmarks compare with; they are installed by hand (tests/benchmarks/README.md).
 PEERS = {"torch", "jax", "torchdiffeq", "diffrax", "hj-reachability"}
 
 
 @pytest.fixture
 def machine(clone):
-    """The clone, checking a machine of which single commands are made up: `machine(df="...")`."""
+    """The clone, which checks a machine with some made-up commands: `machine(df="...")`."""
     script = clone / "containers" / "run"
     script.write_text(script.read_text().replace("check_machine() { :; }\n", ""))
     commands = clone / "commands"

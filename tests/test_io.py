@@ -1,4 +1,4 @@
-"""Networks in files: written on all ranks or one, read on all ranks and on each alone, they are the same networks."""
+"""A network in a file is the same network, whether all ranks wrote it or one, and all ranks read it or each alone."""
 
 import json
 from functools import cache
@@ -16,7 +16,8 @@ from pyadjoint.tape import annotate_tape
 
 from fem_resnet import files
 from fem_resnet.activation.activation import get_activation
-from fem_resnet.io import load, save
+from fem_resnet.io.reading import load
+from fem_resnet.io.writing import save
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.learning.head import Head
 from fem_resnet.network.network import ResidualNetwork
@@ -37,7 +38,7 @@ def _with_head(net, psi, onto=3, prediction="softmax"):
 
 
 def _disk_dg0(alone=False):
-    """Any matrix between cells, a value of the bias at every node, an activation with a parameter, no head."""
+    """A kernel with any matrix between cells, a bias with a value at every node, an activation with a parameter, no head."""
     cells = cell_indicators(label_space("disk", "DG0", alone=alone))
     return ResidualNetwork(cells, times=TIMES, activation=get_activation("elu", alpha=0.3)), None
 
@@ -109,19 +110,19 @@ def _assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """For files that several tests read; that of rank 0, on every rank."""
+    """A folder for files that several tests read; the same on every rank."""
     return Path(COMM_WORLD.bcast(str(tmp_path_factory.mktemp("networks"))))
 
 
 @cache
 def _written(make):
-    """The network that stands in `_file`."""
+    """The network in `_file`."""
     return _made(make)
 
 
 @cache
 def _file(folder, make, writer="all ranks"):
-    """A file that the writer has written."""
+    """A file, written by all ranks or by one."""
     path = folder / f"{make.__name__}, {writer}.h5"
     if writer == "all ranks":
         save(path, *_written(make))
@@ -133,7 +134,7 @@ def _file(folder, make, writer="all ranks"):
 
 @cache
 def _read(folder, make):
-    """What all ranks read of what all ranks have written."""
+    """The network that all ranks read from a file that all ranks wrote."""
     return load(_file(folder, make))
 
 
@@ -180,7 +181,10 @@ def _bases(net, head):
 @each_network
 def test_bases_are_those_that_were_written_and_one_basis_stays_one(make, folder):
     found, expected = _bases(*_read(folder, make)), _bases(*_written(make))
-    number = lambda bases: [next(k for k, other in enumerate(bases) if other is basis) for basis in bases]
+
+    def number(bases):
+        return [next(k for k, other in enumerate(bases) if other is basis) for basis in bases]
+
     assert number(found) == number(expected), "bases that were one are two, or two are one"
     for one, other in zip(found, expected):
         if other is not None:
@@ -194,7 +198,7 @@ def test_bases_are_those_that_were_written_and_one_basis_stays_one(make, folder)
 
 @on_ranks
 def test_written_again_the_file_holds_the_same_network(folder):
-    """Onto the file that it was read from."""
+    """The network replaces the file from which it was read."""
     path = _file(folder, _sphere_cg1)
     save(path, *load(path))
     _assert_same(load(path), _written(_sphere_cg1))
@@ -314,11 +318,11 @@ def test_refuses_a_folder_that_does_not_exist(tmp_path):
 
 @on_ranks
 def test_refuses_to_write_onto_a_folder(tmp_path):
-    """On all ranks: the one that renames must not leave the others waiting."""
+    """The error is raised on all ranks, although one rank alone renames the file."""
     if COMM_WORLD.rank == 0:
         (tmp_path / "network.h5").mkdir()
     COMM_WORLD.barrier()
-    with pytest.raises(IsADirectoryError, match="^path: expected the name of a file, and .*network.h5 is a folder"):
+    with pytest.raises(IsADirectoryError, match="^path: expected the name of a file, got that of the folder .*network.h5"):
         save(tmp_path / "network.h5", *_made(_cube_cg1))
 
 
@@ -368,7 +372,7 @@ def test_refuses_another_format(tmp_path):
 
 @on_ranks
 def test_refuses_a_file_that_was_changed(tmp_path):
-    """Whatever writes to it with h5py, the checksum is lost."""
+    """Any write by h5py loses the checksum."""
     path = tmp_path / "network.h5"
     save(path, *_made(_cube_cg1))
     if COMM_WORLD.rank == 0:
@@ -394,6 +398,6 @@ def test_refuses_a_head_of_another_network(tmp_path):
 def test_refuses_an_output_on_another_label_domain(tmp_path):
     net, _ = _made(_sphere_cg1)
     _, head = _with_head(net, net.kernel.space_basis.kernel.phi, laplace("disk", "DG0", 4))
-    with pytest.raises(ValueError, match="^head: its output is a function on .*; only classes and .* can be saved$"):
+    with pytest.raises(ValueError, match="^head: expected classes or a function on .* as its output, got a function on "):
         save(tmp_path / "network.h5", net, head)
     assert not list(tmp_path.iterdir())

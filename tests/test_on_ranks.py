@@ -1,4 +1,4 @@
-"""The tests that are marked for two and three ranks, one launch of mpiexec a number of ranks.
+"""The tests that are marked for two and three ranks, one run of mpiexec for each number of ranks.
 
 These are tests like others: ``-k`` and file names leave them out unless they are named. File arguments are handed on,
 so that
@@ -25,14 +25,14 @@ KEPT = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rm
 
 
 def _environment(logs: Path) -> dict[str, str]:
-    """This one's without what MPI left in it when it was initialised here; ranks that wait let others work."""
+    """The environment of this process without what MPI left in it; with it, ranks that wait give their core to others."""
     leaked = re.compile("(OMPI|PMIX|OPAL|ORTE|PRTE|PMI)_")
     clean = {name: value for name, value in os.environ.items() if name in KEPT or not leaked.match(name)}
     return clean | {"FEM_RESNET_TEST_LOGS": str(logs), "OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
 def _selection(config) -> list[str]:
-    """File arguments but this one: none where it is the only one, so that all tests are meant."""
+    """The file arguments of the session without this file; none if it is the only one, so that all tests run."""
     if config.args_source != config.ArgsSource.ARGS:
         return []
     files = [argument for argument in config.args if Path(argument.split("::")[0]).name != HERE.name]
@@ -40,7 +40,7 @@ def _selection(config) -> list[str]:
 
 
 def _launch(ranks: int, selection: list[str], logs: Path, **environment: str) -> int | None:
-    """Exit code of the job, None if it took too long; each rank writes a log of its own."""
+    """The exit code of the job, or None if it took too long; each rank writes a log of its own."""
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "-m", f"parallel[{ranks}]"]
     to_log = 'log=$FEM_RESNET_TEST_LOGS/$OMPI_COMM_WORLD_RANK; exec "$@" --basetemp "$log.tmp" >"$log" 2>&1'
     job = subprocess.Popen(
@@ -63,7 +63,7 @@ def _launch(ranks: int, selection: list[str], logs: Path, **environment: str) ->
 
 
 def _report(logs: Path) -> str:
-    """The end of what each rank and mpiexec said, without the tests that passed and pytest's own frames."""
+    """The end of the output of each rank and of mpiexec, without tests that passed and without frames of pytest."""
     dull = re.compile(r".* PASSED +\[ *\d+%\]$|  File .*/site-packages/(_pytest|pluggy)/|  File .<frozen runpy>")
     ends = []
     for log in sorted(path for path in logs.iterdir() if path.is_file()):
@@ -96,7 +96,7 @@ def test_that_fails_on_one_rank():
 
 
 def test_a_rank_that_fails_while_another_waits_ends_the_job(tmp_path):
-    """Every rank tells why it failed or where it waits; see `conftest.OnRanks`."""
+    """Every rank says why it failed or where it waits; see `conftest.OnRanks`."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "test_hangs.py").write_text(HANGS)
     selection = ["-p", "conftest", "--rootdir", str(tmp_path), str(tmp_path / "test_hangs.py")]

@@ -1,4 +1,4 @@
-"""Options of PETSc that a tool of control, co-state or theory does not ask for are refused, and those that it asks for are taken."""
+"""Tools of control, co-state and theory take the options of PETSc that they ask for, and refuse all others."""
 
 import pytest
 from doors_of_theory import euler, field, net, one_sample, problem, strict, trajectory
@@ -57,7 +57,7 @@ TOOLS = {
 def test_options_that_a_tool_reads_are_taken_and_others_refused(name):
     call, read, unread = TOOLS[name]
     call(read)
-    with pytest.raises(ValueError, match=rf"^solver_parameters: {list(unread)[-1]}: no option of "):
+    with pytest.raises(ValueError, match=rf"^solver_parameters: expected an option of .*, got {list(unread)[-1]};"):
         call(unread)
     for wrong in ({"ts_type": 1j}, {3: 4}, [("ksp_rtol", 1.0)], {"ksp_rtol": float("nan")}):
         with pytest.raises((TypeError, ValueError), match="^solver_parameters: "):

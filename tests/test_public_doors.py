@@ -1,4 +1,4 @@
-"""Every public door refuses what is wrong by the name of the argument, and all ranks refuse together.
+"""Every public door refuses a wrong argument by its name, and all ranks refuse it together.
 
 The doors stand in `doors_of_networks.py` and `doors_of_theory.py`. A wrong argument ends in a TypeError or a ValueError
 whose message begins with the argument's name; where an argument is taken, no result is NaN. An argument that must be the
@@ -17,7 +17,7 @@ import fem_resnet
 DOORS = doors_of_networks.DOORS | doors_of_theory.DOORS
 #: Public names that are not called with arguments from outside: what they are.
 NO_DOORS = doors_of_networks.NO_DOORS | doors_of_theory.NO_DOORS
-#: What stays in the default run of a door whose calls take seconds.
+#: The kinds of wrong arguments that the default run tries at a door whose calls take seconds.
 FEW = ("an object", "a string", "NaN", "an array of another shape")
 
 EVERY = [pytest.param(name, id=name) for name in DOORS]
@@ -26,7 +26,7 @@ BUT_DEAR = [pytest.param(name, id=name, marks=[pytest.mark.slow] if door.dear el
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """What takes a name of a file or folder does not make it here."""
+    """Functions that take the name of a file or folder do not make it in the working folder."""
     monkeypatch.chdir(tmp_path)
 
 

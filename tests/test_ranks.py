@@ -1,4 +1,4 @@
-"""What ranks decide together: one error is everyone's, rank 0 works for all, arguments are compared."""
+"""Decisions of all ranks: an error of one is raised on all, rank 0 works for all, arguments are compared."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ class CannotBeSent(Exception):
 
 
 def on_last(error):
-    """What raises `error` on the last rank alone."""
+    """A function that raises `error` on the last rank alone."""
 
     def run():
         if COMM_WORLD.rank == LAST:

@@ -92,7 +92,7 @@ DOMAIN = "annulus", "CG1"
 TIMES = (0.0, 0.4, 1.0)
 f, a = sympy.symbols("f a")
 
-#: What makes a network with a feature, and a problem.
+#: For each feature, a network and a problem that have it.
 NET = {
     "no_layers": {"times": [0.0]},
     "gradient_flow": {"gradient_flow": True},
@@ -185,12 +185,12 @@ def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=Fal
 
 
 def value(p) -> float:
-    """J of all that the problem has."""
+    """J with all parts of the problem."""
     return float(p.evaluate()[0])
 
 
 def moved(functions, h, step):
-    """The Functions moved along h, and what puts them back."""
+    """The Functions moved along h, and a function that puts them back."""
     before = [np.array(function.dat.data_ro) for function in functions]
     for function, values, direction in zip(functions, before, h):
         function.dat.data_wo[...] = values + step * direction
@@ -203,7 +203,7 @@ def put_back(functions, before):
 
 
 def slope(of, functions, h, step=1e-4) -> float:
-    """The derivative of a function of the Functions' values in a direction, by central differences."""
+    """The derivative in a direction of a function of the values of Functions, by central differences."""
     values = []
     for sign in (1, -1):
         before = moved(functions, h, sign * step)
@@ -213,7 +213,7 @@ def slope(of, functions, h, step=1e-4) -> float:
 
 
 def directions(functions, seed=5):
-    """Arrays of the Functions' shapes."""
+    """Arrays of the shapes of the Functions."""
     rng = np.random.default_rng(seed)
     return [rng.normal(size=function.dat.data_ro.shape) for function in functions]
 
@@ -280,7 +280,7 @@ def norm(Y, values):
 
 # -- the tools --------------------------------------------------------------------------------------------------------
 
-#: For each tool: whether it is given the network alone, options of the problem, what is done before, the call, the check.
+#: For each tool: whether it takes the network alone, options of the problem, preparations, the call, the check.
 RUNS = {}
 
 
@@ -379,7 +379,7 @@ def _near(p, size):
 
 
 def _change_of_gradient(p, inputs, controls):
-    """By how much J's gradient in the parameters is another at these inputs and controls."""
+    """The change of the gradient of J in the parameters, at these inputs and controls."""
     gradients = []
     for batch, values in ((p.batch, p.functions), (Batch(inputs, p.batch.targets, p.batch.weights), controls)):
         J = p.replace(batch=batch).reduced_functional()
@@ -395,7 +395,7 @@ def _nearly_reached_targets(p):
     targets.assign(p.net.Y.batch(p.net.Y.values(targets) + 0.02 * smooth(p.net.Y, p.batch.samples, seed=50)))
 
 
-# The formulas are held against differences of J's gradient, which need no minimum.
+# The formulas are compared with differences of the gradient of J, which need no minimum.
 feedback_of = partial(runs, regulariser=tikhonov(10.0), before=_nearly_reached_targets, net={"steps": 1})
 
 
@@ -882,7 +882,7 @@ def _subject(tool, feature, **more):
 
 
 def _concerns(tool):
-    """Features that what the tool is given can have."""
+    """The features that the arguments of a tool can have."""
     return [name for name, feature in FEATURES.items() if feature.of == "net" or not RUNS[tool][0]]
 
 
@@ -947,7 +947,7 @@ def takes_something_featured(function) -> bool:
 
 
 def test_every_public_tool_declares_what_it_takes():
-    """Functions and constructors; a dataclass holds what a tool has found."""
+    """Functions and constructors; a dataclass holds results of a tool."""
     for name in fem_resnet.__all__:
         public = getattr(fem_resnet, name)
         if not callable(public) or name in NO_TOOLS or hasattr(public, "__dataclass_fields__"):
@@ -970,7 +970,7 @@ def test_a_feature_that_is_new_is_refused_by_all_tools(monkeypatch):
 
 
 def test_features_that_are_unknown_are_refused():
-    with pytest.raises(KeyError, match=r"supports: features \['heads'\] are unknown"):
+    with pytest.raises(KeyError, match=r"supports: expected names among .*, got \['heads'\]"):
         supports("heads")
 
 

@@ -1,4 +1,4 @@
-"""What a user's function raises on one rank ends the call on all ranks: errors, and Ctrl-C."""
+"""An error or Ctrl-C in a user's function on one rank ends the call on all ranks."""
 
 from functools import cache
 
@@ -37,7 +37,7 @@ LAST = COMM_WORLD.size - 1
 
 
 class Fails:
-    """A function that raises, on the last rank alone, once it has been told to."""
+    """A function that raises an error on the last rank alone, once it is told to."""
 
     def __init__(self, run, error=None):
         self._run, self.error = run, error
@@ -199,7 +199,7 @@ def test_where_none_raises_the_call_is_as_ever(name):
 
 @on_ranks
 def test_a_density_that_differs_between_ranks_is_refused():
-    """Each rank computes the whole value function: with another density on one of them it would have another one."""
+    """Each rank computes the whole value function. With another density, one rank would have another value function."""
     factor = 1.0 if COMM_WORLD.rank < LAST or LAST == 0 else 2.0
     if LAST == 0:
         value_function(running=lambda f: factor * f**2)

@@ -21,11 +21,11 @@ from fem_resnet.arguments import choice, flag, instance, integer, number, real_a
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.orthonormal import orthonormal
-from fem_resnet.parameters.stable_kernels import StableKernel, stable_kernel_from
+from fem_resnet.parameters.stable_kernels import StableKernel
 from fem_resnet.parameters.time_basis import get_time_basis
 from fem_resnet.ranks import same
 
-__all__ = ["Bias", "Kernel", "Layers", "Settings", "checked_times", "settings_from", "settings_of"]
+__all__ = ["Bias", "Kernel", "Layers", "Settings", "checked_times", "settings_of"]
 
 
 def _frozen(given: object) -> object:
@@ -194,26 +194,6 @@ class Settings:
             and (ours.times, ours.learn_times) == (theirs.times, theirs.learn_times)
         )  # fmt: skip
 
-    @property
-    def description(self) -> dict[str, Any]:
-        """All but the bases, as plain values that a file can hold; `settings_from` reads it."""
-        return {
-            "times": list(self.layers.times),
-            "bias_in_time": self.bias.in_time,
-            "kernel_in_time": self.kernel.in_time,
-            "activation": self.activation.description,
-            "steps": self.layers.steps,
-            "layers_per_block": self.layers.per_block,
-            "solver_parameters": dict(self.solver_parameters),
-            "options_prefix": None,
-            "learn_factors": self.kernel.learn_factors,
-            "learn_times": self.layers.learn_times,
-            "replay_steps": self.replay_steps,
-            "gradient_flow": self.gradient_flow,
-            "stable_kernel": None if self.kernel.among is None else self.kernel.among.description,
-            "precision": self.precision,
-        }
-
 
 def settings_of(
     kernel: Kernel | Basis | Sequence[Basis],
@@ -271,24 +251,6 @@ def settings_of(
         replay_steps=flag("replay_steps", others["replay_steps"]),
         precision=choice("precision", others["precision"], ("double", "single")),
     )  # fmt: skip
-
-
-def settings_from(
-    description: Mapping[str, Any], phi: Sequence[Basis], psi: Sequence[Basis], bias: Sequence[Basis | None]
-) -> dict:
-    """The arguments of `ResidualNetwork` from a `Settings.description` and the bases."""
-    return {
-        "kernel": Kernel(
-            phi, psi, in_time=description["kernel_in_time"], learn_factors=description["learn_factors"],
-            among=stable_kernel_from(description["stable_kernel"]),
-        ),
-        "bias": Bias(bias, in_time=description["bias_in_time"]),
-        "layers": Layers(
-            description["times"], steps=description["steps"], per_block=description["layers_per_block"],
-            learn_times=description["learn_times"],
-        ),
-        "activation": Activation.from_description(description["activation"]),
-    } | {name: description[name] for name in ("gradient_flow", "solver_parameters", "replay_steps", "precision")}  # fmt: skip
 
 
 def _bases(name: str, given: object, *, or_nodes: bool = False) -> tuple[Basis | None, ...]:

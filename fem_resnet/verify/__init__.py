@@ -1,4 +1,8 @@
-"""Verification of a learning problem: `verify(problem)`, and `python -m fem_resnet.verify` for files and modules."""
+"""Verification of a learning problem: `verify(problem)`, or `python -m fem_resnet.verify` for files and modules.
+
+All numbers of a problem are compared with formulas that are written out a second time (`reference`), and all derivatives with
+differences. Users import `verify`; `built_in` is a problem to try it on.
+"""
 
 import sys
 from types import ModuleType
@@ -11,7 +15,7 @@ __all__ = ["BUILT_IN", "Check", "Line", "Report", "built_in", "problem_of", "ver
 
 
 class _Callable(ModuleType):
-    """Folder and function have one name: `fem_resnet.verify` is both, whichever was imported first."""
+    """`fem_resnet.verify` is this folder and the function, whichever is imported first."""
 
     def __call__(self, *arguments, **options):
         return verify(*arguments, **options)

@@ -1,9 +1,10 @@
 """`python -m fem_resnet.verify [FILE.h5 | MODULE] [--json FILE] [--png FILE] [--quick] [--exitfirst] [--time-limit SECONDS]`.
 
-What is verified: a saved network (`fem_resnet.save`), with smooth inputs and targets; a Python module, by name or path,
-with a function `problem()` or `problem(comm)` that returns a LearningProblem; or the built-in problems. The table goes to
-standard output on rank 0. Exit code 0 if all checks passed, 1 if one failed, 2 if there was nothing to verify. Where one
-check takes longer than the limit, each rank says on standard error which it is and where it waits, and all are ended.
+Verifies a saved network (`fem_resnet.save`), with smooth inputs and targets; or the problem of a Python module, given by
+name or path, whose function `problem()` or `problem(comm)` returns a LearningProblem; or the built-in problems. Rank 0
+prints the table to standard output. The exit code is 0 if all checks passed, 1 if one failed, 2 if there was nothing to
+verify. If one check takes longer than the limit, each rank says on standard error which check it is and where it waits, and
+all ranks are ended.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from types import ModuleType
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from fem_resnet.io import load
+from fem_resnet.io.reading import load
 from fem_resnet.ranks import in_step, on_first
 from fem_resnet.reporting import check_files, write
 from fem_resnet.verify.suite import problem_of, verify
@@ -28,11 +29,22 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, the same on all ranks."""
+    """Run the command.
+
+    Parameters
+    ----------
+    arguments
+        Its arguments; those of the process if left out.
+
+    Returns
+    -------
+    int
+        The exit code, the same on all ranks.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fem_resnet.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", help="a saved network, or a module with problem(); built-in ones if left out")
+    parser.add_argument("what", nargs="?", help="a saved network or a module with problem(); built-in problems if left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the convergence lines there")
     parser.add_argument("--quick", action="store_true", help="fewer directions, no convergence of co-states")
@@ -41,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="what a check may take; 600 on several ranks if left out, no limit on one",
+        help="time limit of each check; if left out, 600 on several ranks and none on one",
     )
     given = parser.parse_args(arguments)
-    PETSc.Options().setValue("options_left", "no")  # PETSc has seen these arguments too, and would complain about them
+    PETSc.Options().setValue("options_left", "no")  # PETSc would complain about the arguments, which it sees too
     comm = MPI.COMM_WORLD
     try:
         what = None if given.what is None else _what(given.what, comm)
@@ -66,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _what(name: str, comm: MPI.Comm):
-    """What a file holds, or the function of a module. Collective."""
+    """The network and head in a file, or the function of a module. Collective."""
     path = Path(name)
     is_file = on_first(comm, path.is_file)
     if path.suffix in (".h5", ".hdf5") or is_file and path.suffix != ".py":
         return load(path, comm)
-    module = in_step(comm, lambda: _module(name, path))  # which may make meshes
+    module = in_step(comm, lambda: _module(name, path))  # it may make meshes
     if not callable(getattr(module, "problem", None)):
-        raise AttributeError(f"the module {name} has no function problem(), which returns the LearningProblem to verify")
+        raise AttributeError(f"the module {name}: expected a function problem() that returns a LearningProblem, found none")
     return module.problem
 
 

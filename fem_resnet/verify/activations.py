@@ -1,33 +1,36 @@
-"""sigma, sigma', sigma'' and the primitive over the whole range; and stages of every shape, in C and NumPy, against formulas.
+"""Sigma, its derivatives and its primitive over the whole range; stages of every shape, in C and in NumPy.
 
-Exact values come from SymPy with as many digits as they take. A stage is asked for without a mesh: what it sees of a label
-space are nodes, weights and a sum. All paths of `stage.c` are those of some shape: few samples or many, whole tiles and
-parts of them, blocks of nodes that are full or not, bases of more functions than a slab has.
+Exact values come from SymPy with as many digits as they take. Stages are made without a mesh: of a label space, a stage uses
+the nodes, their weights and sums over ranks. Each path of `stage.c` is taken for some shape: few samples or many, whole
+tiles and parts of tiles, node blocks that are full or not, bases with more functions than a slab has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import sympy
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 from scipy.integrate import quad
 
 from fem_resnet.activation.activation import Activation
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
 from fem_resnet.layers.stage import Argument, Stage, StageFunctional, StageValue
 from fem_resnet.learning.objective import LearningProblem
-from fem_resnet.verify.derivatives import extrapolated
-from fem_resnet.verify.reference import NotWrittenOut, relative, sigma
-from fem_resnet.verify.report import Check
+from fem_resnet.verify.differences import extrapolated
+from fem_resnet.verify.formulas import NotWrittenOut, sigma
+from fem_resnet.verify.measure import relative
+from fem_resnet.verify.report import Check, Checks
 
 __all__ = ["activation", "compiled_stages"]
 
 _S = sympy.Symbol("s", real=True)
 _LEAK = sympy.Rational(1, 10)
-#: Value and slope: left of 0, and right of it where that is another formula. Slopes in a form that cancels nowhere.
+#: Value and slope, left of 0, and right of it if the formulas differ there. No digits cancel in the formulas of slopes.
 _EXACT = {
     "tanh": [(sympy.tanh(_S), 1 / sympy.cosh(_S) ** 2)],
     "arctan": [(sympy.atan(_S), 1 / (1 + _S**2))],
@@ -40,7 +43,7 @@ _EXACT = {
     "leaky_relu": [(_LEAK * _S, _LEAK), (_S, sympy.Integer(1))],
     "identity": [(_S, sympy.Integer(1))],
 }
-#: Both tails, next to 0, and between: where formulas change over to others.
+#: Distances from 0: in both tails, next to 0, and between, where compiled code changes from one formula to another.
 _SIZES = (
     0.0,
     1e-300,
@@ -71,12 +74,11 @@ PROBES = tuple(sorted({sign * size for size in _SIZES for sign in (-1.0, 1.0)}))
 
 
 @lru_cache(maxsize=64)
-def _exact(name: str, parameters: tuple, expression: sympy.Expr | None) -> tuple[np.ndarray, ...] | None:
-    """sigma, sigma' and sigma'' at `PROBES`, from the left at 0; None where there is no formula."""
+def _exact(name: str, parameters: tuple, expression: sympy.Expr | None) -> np.ndarray | None:
+    """Values of sigma, sigma' and sigma'' at `PROBES`, shape (3, probes), at 0 from the left; None without a formula."""
     if expression is not None:
-        symbols = sorted(expression.free_symbols, key=str)
-        pieces = [(expression.subs(dict.fromkeys(symbols, _S)),)]
-        pieces[0] += (sympy.diff(pieces[0][0], _S),)
+        formula = expression.subs(dict.fromkeys(sorted(expression.free_symbols, key=str), _S))
+        pieces = [(formula, sympy.diff(formula, _S))]
     elif name == "elu":
         alpha = sympy.Rational(dict(parameters)["alpha"])
         pieces = [(alpha * (sympy.exp(_S) - 1), alpha * sympy.exp(_S)), (_S, sympy.Integer(1))]
@@ -84,17 +86,17 @@ def _exact(name: str, parameters: tuple, expression: sympy.Expr | None) -> tuple
         pieces = _EXACT[name]
     else:
         return None
-    values = [[], [], []]
-    for s in PROBES:
+    values = np.empty((3, len(PROBES)))
+    for n, s in enumerate(PROBES):
         value, slope = pieces[-1 if s > 0 else 0]
         for order, formula in enumerate((value, slope, sympy.diff(slope, _S))):
             found = formula.subs(_S, sympy.Rational(s)).evalf(20, maxn=4000)
-            values[order].append(float(found) if found.is_real else np.nan)
-    return tuple(map(np.array, values))
+            values[order, n] = float(found) if found.is_real else np.nan
+    return values
 
 
-def activation(problem: LearningProblem) -> Iterator[Check]:
-    """Sigma by another formula, its derivatives by differences, its primitive by quadrature; all to digits at both tails."""
+def activation(problem: LearningProblem) -> Checks:
+    """Compare sigma with another formula, its derivatives with differences, its primitive with quadrature; both tails too."""
     given = problem.net.activation
     s = np.linspace(-60.3, 60.5, 4001)
     s = s[np.all([np.abs(s - joint) > 0.05 for joint in given.joints] or [s == s], axis=0)]
@@ -109,9 +111,13 @@ def activation(problem: LearningProblem) -> Iterator[Check]:
         ("sigma'", given, given.derivative),
         ("sigma''", given.derivative, given.second_derivative),
     ):
-        limit, error = extrapolated(lambda e, F=function: (F(s + e) - F(s - e)) / (2 * e), steps, 1.0)
+
+        def central(e: float, F: Callable[[np.ndarray], np.ndarray] = function) -> np.ndarray:
+            return (F(s + e) - F(s - e)) / (2 * e)
+
+        limit, gap = extrapolated(central, steps, 1.0)
         size = max(np.abs(limit).max(), 1.0)
-        yield Check.of("activation", name, np.abs(limit - derivative(s)).max() / size, 1e-8 + min(10 * error / size, 1e-3))
+        yield Check.of("activation", name, np.abs(limit - derivative(s)).max() / size, 1e-8 + min(10 * gap / size, 1e-3))
     points = np.array([-40.0, -23.0, *np.linspace(-3.7, 3.9, 7), 17.0, 45.0])
     integrals = [
         quad(
@@ -132,23 +138,23 @@ def activation(problem: LearningProblem) -> Iterator[Check]:
     yield from _digits(given)
 
 
-def _digits(given: Activation) -> Iterator[Check]:
+def _digits(given: Activation) -> Checks:
+    """Compare sigma, sigma' and sigma'' with exact values, also in both tails."""
     exact = _exact(given.name, given.parameters, given.expression)
     if exact is None:
         yield Check.left_out("activation", "digits", f"{given.name!r} has no formula")
         return
-    for name, function, right in zip(
-        ("sigma", "sigma'", "sigma''"), (given, given.derivative, given.second_derivative), exact
-    ):
+    orders: tuple[Callable[[np.ndarray], np.ndarray], ...] = given, given.derivative, given.second_derivative
+    for name, function, right in zip(("sigma", "sigma'", "sigma''"), orders, exact):
         yield Check.of("activation", f"{name} at both tails", _to_digits(given, function(np.array(PROBES)), right), 1e-12)
 
 
 def _to_digits(given: Activation, values: np.ndarray, exact: np.ndarray) -> float:
-    """Largest error at `PROBES`, in parts of the value: for the built-ins down to the smallest numbers."""
+    """The largest error at `PROBES`, relative to the value; for built-in activations also of the smallest values."""
     probes, tiny = np.array(PROBES), np.finfo(float).tiny
     known = np.isfinite(exact)
     for joint in given.joints:
-        if given.expression is not None:  # its formulas are not told apart there
+        if given.expression is not None:  # a probe next to its joint may be on either side
             known &= np.abs(probes - joint) > 1e-6
     least = tiny * max([1.0, *(value for _, value in given.parameters)]) if given.expression is None else 1.0
     error = np.abs(values - exact) / np.maximum(np.abs(exact), least)
@@ -159,7 +165,7 @@ def _to_digits(given: Activation, values: np.ndarray, exact: np.ndarray) -> floa
 
 
 class _Points:
-    """What a stage sees of a label space: some nodes, on this rank alone."""
+    """Nodes on this rank alone, in the place of a label space."""
 
     comm = MPI.COMM_SELF
 
@@ -167,12 +173,12 @@ class _Points:
         self.nodes = nodes
         self.weights = 0.5 + np.random.default_rng(nodes).random(nodes)
 
-    def sum(self, x):
+    def sum(self, x: ArrayLike) -> np.ndarray:
         return np.asarray(x, dtype=float)
 
 
 class _Functions:
-    """What it sees of a basis."""
+    """Random functions, in the place of a basis."""
 
     def __init__(self, Y: _Points, rank: int, seed: int):
         self.values = np.asfortranarray(np.random.default_rng([seed, rank]).normal(size=(Y.nodes, rank)) / rank**0.5)
@@ -180,28 +186,39 @@ class _Functions:
 
 
 class _Factors:
-    """And of a kernel."""
+    """Two bases, in the place of a kernel."""
 
     def __init__(self, phi: _Functions, psi: _Functions):
         self.phi, self.psi = phi, psi
 
 
-#: Samples, nodes, rank of phi, rank of psi (0 for phi itself). With vectors of 2, 4, 8 or 16 numbers there are among these
-#: few samples and many, and chunks that end in every number of vectors; nodes leave 0 to 3 behind blocks of 64 and tiles of
-#: 4; ranks leave 0 to 3 behind tiles of 4 and 8, and a slab of 64.
+def _points(nodes: int) -> Any:
+    """Typed Any: a stage expects a LabelSpace, and uses nothing of it that `_Points` lacks."""
+    return _Points(nodes)
+
+
+def _factors(phi: _Functions, psi: _Functions) -> Any:
+    """Typed Any: a stage expects a LowRankKernel, and uses nothing of it that `_Factors` lacks."""
+    return _Factors(phi, psi)
+
+
+#: Samples, nodes, rank of phi, rank of psi (0 for phi itself). Whether vectors have 2, 4, 8 or 16 numbers, there are few
+#: samples and many among these, and chunks that end with every number of vectors. After whole node blocks of 64 and tiles of
+#: 4, 0 to 3 nodes are left; after tiles of 4 and 8 functions and a slab of 64, 0 to 3 functions are left.
 _SHAPES = (
-    (1, 61, 5, 9), (1, 128, 9, 5), (2, 64, 6, 11), (2, 67, 11, 6), (3, 66, 5, 7), (3, 130, 7, 0), (7, 65, 6, 5), (7, 129, 4, 9),
+    (1, 61, 5, 9), (1, 128, 9, 5), (2, 64, 6, 11), (2, 67, 11, 6), (3, 66, 5, 7), (3, 130, 7, 0),
+    (7, 65, 6, 5), (7, 129, 4, 9),
     *((samples, nodes, phi, psi) for samples in (13, 20, 35) for nodes, phi, psi in ((65, 5, 6), (66, 6, 7), (67, 7, 5))),
     (5, 63, 6, 6), (17, 63, 5, 5), (4, 61, 66, 70), (33, 131, 70, 66), (35, 64, 68, 0), (71, 66, 4, 0),
 )  # fmt: skip
 
 
-def compiled_stages(problem: LearningProblem) -> Iterator[Check]:
-    """Values, transpose and quadrature of compiled stages, for every shape, and at both tails."""
+def compiled_stages(problem: LearningProblem) -> Checks:
+    """Check values, transpose and quadrature of compiled stages, for every shape and in both tails."""
     net = problem.net
     given, precision = net.activation, net.precision
     if net.solver_parameters["ts_type"] == "discrete_gradient" or not isinstance(
-        new_stage(_Points(1), given, 1, precision), CompiledStage
+        new_stage(_points(1), given, 1, precision), CompiledStage
     ):
         yield Check.left_out("compiled stage", "all", "stages are not compiled")
         return
@@ -209,7 +226,7 @@ def compiled_stages(problem: LearningProblem) -> Iterator[Check]:
     for what, make, shapes in (("", new_stage, _SHAPES), (" in NumPy", Stage, _SHAPES[:8])):
         worst: dict[str, float] = {}
         for samples, nodes, *ranks in shapes:
-            Y = _Points(nodes)
+            Y = _points(nodes)
             for name, error in _stage_errors(given, make(Y, given, samples, precision), *ranks):
                 worst[name] = max(worst.get(name, 0.0), error)
         for name, error in worst.items():
@@ -218,10 +235,11 @@ def compiled_stages(problem: LearningProblem) -> Iterator[Check]:
 
 
 def _stage_errors(given: Activation, stage: Stage, phi: int, psi: int) -> Iterator[tuple[str, float]]:
-    Y, samples = stage.Y, stage.samples
+    Y: Any = stage.Y
+    samples = stage.samples
     nodes, rng = Y.nodes, np.random.default_rng([samples, Y.nodes])
     left = _Functions(Y, phi, 1)
-    factors = _Factors(left, _Functions(Y, psi, 2) if psi else left)
+    factors = _factors(left, _Functions(Y, psi, 2) if psi else left)
     P, Q, w = factors.phi.values, factors.psi.values, Y.weights[:, None]
     length = 0.7
     at = Argument(factors, (length,), (rng.normal(size=nodes),), (rng.normal(size=(phi, samples)),))
@@ -231,12 +249,12 @@ def _stage_errors(given: Activation, stage: Stage, phi: int, psi: int) -> Iterat
     yield "rate, its field", relative(stage.rate(at, [out])[0], Q.T @ (w * s)) + relative(out, s)
     yield "rate", relative(stage.rate(at)[0], Q.T @ (w * s))
     x, x_q, adjoint = rng.normal(size=(factors.psi.rank, samples)), rng.normal(size=samples), rng.normal(size=(nodes, samples))
-    for name, dual, v in (
+    for name, functional, v in (
         ("transpose", StageFunctional((x,), x_q, (adjoint,)), w * (Q @ x) + x_q * adjoint),
         ("transpose without lambda", StageFunctional((x,), None, ()), w * (Q @ x)),
     ):
         for with_length in (False, True):
-            found, slope = stage.transpose(at, dual, with_length), length * given.derivative(u) * v
+            found, slope = stage.transpose(at, functional, with_length), length * given.derivative(u) * v
             error = relative(found.D[0], P.T @ slope) + relative(found.bias, slope.sum(axis=1))
             if with_length:
                 error += abs(found.length - np.sum(v * given(u))) / np.sum(np.abs(v * given(u)))
@@ -248,13 +266,13 @@ def _stage_errors(given: Activation, stage: Stage, phi: int, psi: int) -> Iterat
     yield "quadrature", relative(moved, expected) + float(not np.array_equal(start, adjoint))
 
 
-def _stage_at_probes(given: Activation, precision: str) -> Iterator[Check]:
-    """Sigma and sigma' in C at both tails and next to joints, and what they make of a NaN; u = a, since C = 0."""
+def _stage_at_probes(given: Activation, precision: str) -> Checks:
+    """Check sigma and sigma' in C in both tails, next to joints, and for NaN. Here u = a, since C = 0."""
     real, exact = np.dtype(precision), _exact(given.name, given.parameters, given.expression)
     joints = [joint + e for joint in given.joints for e in (-1e-3, 0.0, 1e-3)]
     dense = np.array([*np.linspace(-60.0, 60.0, 1999), *joints])
     least, bound = (np.finfo(real).tiny, 1e-13) if precision == "double" else (1e-30, 2e-6)
-    for samples in (1, 13):  # lanes are nodes, and samples
+    for samples in (1, 13):  # vectors go along nodes, and along samples
         values, slopes = _in_c(given, precision, samples, dense.astype(real).astype(float))
         for name, found, function in (("sigma", values, given), ("sigma'", slopes, given.derivative)):
             right = function(dense.astype(real).astype(float))
@@ -280,11 +298,11 @@ def _stage_at_probes(given: Activation, precision: str) -> Iterator[Check]:
 
 
 def _in_c(given: Activation, precision: str, samples: int, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and slopes at points, (points, samples)."""
-    Y = _Points(points.size)
+    """Values and slopes of sigma at points, in C, both of shape (points, samples)."""
+    Y = _points(points.size)
     one = _Functions(Y, 1, 0)
     stage, out = new_stage(Y, given, samples, precision), np.empty((points.size, samples))
-    at = Argument(_Factors(one, one), (1.0,), (points,), (np.zeros((1, samples)),))
+    at = Argument(_factors(one, one), (1.0,), (points,), (np.zeros((1, samples)),))
     stage.rate(at, [out])
     slopes = []
     for s in range(samples):

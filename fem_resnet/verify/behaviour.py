@@ -1,8 +1,8 @@
-"""That the same question gets the same answer: again, on another tape, in other Blocks, on other ranks."""
+"""The same question gets the same answer: asked again, on another tape, in other Blocks, on other ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import firedrake as fd
 import numpy as np
@@ -13,24 +13,22 @@ from pyadjoint.tape import continue_annotation, pause_annotation
 
 from fem_resnet.arguments import instance
 from fem_resnet.costate.comparison import costate_check
-from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.loss import least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.ranks import together
 from fem_resnet.tape.checkpoints import is_leaf
 from fem_resnet.time_stepping.evolution import TYPES
 from fem_resnet.time_stepping.methods import METHODS
-from fem_resnet.verify.derivatives import extrapolated
+from fem_resnet.verify.differences import extrapolated
+from fem_resnet.verify.measure import raw
 from fem_resnet.verify.point import Point, close, names, own, part
-from fem_resnet.verify.reference import raw, relative
-from fem_resnet.verify.report import Check, Line
+from fem_resnet.verify.report import Check, Checks, Line
 
-__all__ = ["blocks", "controls", "convergence", "failure", "moved", "ranks", "recorded_states", "replay", "reproducibility"]
+__all__ = ["blocks", "controls", "convergence", "failure", "ranks", "recorded_states", "replay", "reproducibility"]
 
 
-def _difference(comm, these, those) -> float:
-    """Largest difference of arrays over all ranks, in parts of the largest entry of its array."""
+def _difference(comm: MPI.Comm, these: list[np.ndarray], those: list[np.ndarray]) -> float:
+    """The largest difference of arrays over all ranks, relative to the largest entry of the array. Collective."""
     pairs = [
         (
             comm.allreduce(float(np.abs(a - b).max(initial=0.0)), op=MPI.MAX),
@@ -46,10 +44,10 @@ def _answer(point: Point) -> list[np.ndarray]:
     return [np.array([point.value()]), *point.derivative()]
 
 
-def reproducibility(point: Point) -> Iterator[Check]:
-    """The same bits: again, after an evaluation elsewhere, after an unrecorded run, recorded again."""
+def reproducibility(point: Point) -> Checks:
+    """Check that J and its gradient are the same to the bit: after other evaluations, after other runs, recorded again."""
     problem, comm = point.problem, point.comm
-    # Where a method begins Newton's iteration with what an earlier solve ended with, its last step squared may differ.
+    # Some methods begin Newton's iteration where an earlier solve ended. Then results differ by the square of its last step.
     bits = 1e-12 if METHODS[problem.net.solver_parameters["ts_type"]].solves_for_first_slope else 0.0
     first = _answer(point)
     yield Check.of("same bits", "again", _difference(comm, _answer(point), first), bits)
@@ -70,7 +68,7 @@ def reproducibility(point: Point) -> Iterator[Check]:
     yield Check.of("same bits", "derivative of a used trajectory", _difference(comm, derivative, first[1:]), bits)
     unrecorded = float(problem.evaluate()[0])
     bound = 1e-12 + part(point.round_off, abs(value))
-    # Adapted steps are those of the recording, here of its first evaluation, at the same point.
+    # Adapted steps are those of the first evaluation of the recording, which was at the same point.
     yield Check.of("same bits", "unrecorded", part(abs(unrecorded - value), abs(value)), bound)
     J, _ = problem.record()
     again = [np.array([float(J(problem.functions))]), *(np.array(d.dat.data_ro) for d in Enlist(J.derivative()))]
@@ -82,8 +80,8 @@ def reproducibility(point: Point) -> Iterator[Check]:
     yield Check.of("parameters", "left as they were", _difference(comm, unchanged, point.base), 0.0)
 
 
-def controls(point: Point) -> Iterator[Check]:
-    """The leaves of the tape are what is learned, and data: no control is missing there, and nothing else stands there."""
+def controls(point: Point) -> Checks:
+    """Check that the leaves of the tape are the controls and the data: none is missing, and there are no others."""
     problem = point.problem
     leaves = {
         id(variable): variable.output
@@ -101,18 +99,18 @@ def controls(point: Point) -> Iterator[Check]:
         given = [*problem.net.parameters, *([] if problem.head is None else problem.head.parameters)]
         data += [function for parameter in given for function in parameter.functions]
     known = own | {id(function.block_variable) for function in data}
-    strange = sorted(str(leaf) for key, leaf in leaves.items() if key not in known and np.any(_values(leaf)))
+    strange = sorted(str(leaf) for key, leaf in leaves.items() if key not in known and _largest(leaf))
     yield Check("controls", "nothing else on the tape", float(len(strange)), 0.0, not strange, ", ".join(strange))
 
 
-def _values(leaf) -> np.ndarray:
-    """Of a Function, everywhere; what is 0 stands for nothing."""
+def _largest(leaf: fd.Function) -> float:
+    """The largest absolute value of a Function. Collective."""
     comm = leaf.function_space().mesh().comm
-    return np.array(comm.allreduce(float(np.abs(leaf.dat.data_ro).max(initial=0.0)), op=MPI.MAX))
+    return comm.allreduce(float(np.abs(leaf.dat.data_ro).max(initial=0.0)), op=MPI.MAX)
 
 
-def failure(point: Point) -> Iterator[Check]:
-    """Parameters that no state can follow are refused, and the tape is then as it was."""
+def failure(point: Point) -> Checks:
+    """Check that parameters with which the state is not finite are refused, and that the tape is then as it was."""
     problem = point.problem
     if not problem.net.layers or problem.learn == "initial" or problem.checkpoints is not None:
         return
@@ -133,8 +131,8 @@ def failure(point: Point) -> Iterator[Check]:
     )
 
 
-def recorded_states(point: Point) -> Iterator[Check]:
-    """Where states at layer times are outputs of a tape, a functional of one has the derivative that differences have."""
+def recorded_states(point: Point) -> Checks:
+    """Check the derivative of a functional of the state at a layer time, where that state is on the tape."""
     problem, net = point.problem, point.problem.net
     if problem.checkpoints is not None or net.layers < 2 or problem.learn == "initial":
         return
@@ -161,7 +159,7 @@ def recorded_states(point: Point) -> Iterator[Check]:
     functional(point.at())
     slope = point.pair([np.array(d.dat.data_ro) for d in Enlist(functional.derivative())], h)
     bound = 1e-4 if net.activation.joints or net.precision == "single" else 1e-6
-    # Where sigma has joints, long steps cross some.
+    # Where sigma has joints, long steps would cross some of them.
     steps = np.array([1e-6]) if net.activation.joints else 0.02 * 0.4 ** np.arange(6)
     limit, _ = extrapolated(
         lambda e: (float(functional(point.at(h, e))) - float(functional(point.at(h, -e)))) / (2 * e), steps, 1.0
@@ -170,84 +168,15 @@ def recorded_states(point: Point) -> Iterator[Check]:
     yield Check.of("states", "on a tape: derivative", part(abs(float(limit) - slope), abs(slope)), bound)
 
 
-def moved(point: Point) -> Iterator[Check]:
-    """`on`: the same network on another label space of the very same nodes; J, gradient, inner products and lengths."""
-    problem, net, head = point.problem, point.problem.net, point.problem.head
-    if net.Y.graph is not None or net.Y.numbers is not None or problem.derivatives is not None:
-        return
-    Y = LabelSpace(net.Y.V)
-    try:
-        there, output = net.on(Y), None if head is None else head.on(Y)
-    except ValueError as error:
-        yield Check.left_out("on other nodes", "all", str(error))
-        return
-    # Eigenfunctions are computed again and turned onto the others: exact but where a repeated eigenvalue is cut.
-    apart = 0.0
-    for ours, theirs in zip(_bases(problem.net, head), _bases(there, output), strict=True):
-        if ours.Y is net.Y:
-            apart = max(apart, relative(theirs.values, ours.values, point.comm))
-    yield Check.of("on other nodes", "bases", apart, 0.05)
-    inputs = Y.batch(net.Y.values(problem.batch.inputs).copy())
-    if head is None:
-        targets = Y.batch(net.Y.values(problem.batch.targets).copy())
-    else:
-        targets = problem.batch.targets
-        if output.Y is not head.Y and isinstance(targets, fd.Function):
-            targets = output.Y.batch(head.Y.values(targets).copy())
-    other = LearningProblem(
-        there, output, problem.loss, problem.regulariser, Batch(inputs, targets, problem.batch.weights), learn=problem.learn,
-        running=problem.running,
-    )  # fmt: skip
-    for ours, theirs in zip(problem.parameters, other.parameters, strict=True):
-        measures = ours.time_basis.measures, theirs.time_basis.measures
-        yield Check.of("on other nodes", f"lengths in time, {ours.name}", relative(measures[1], measures[0]), 1e-12)
-    kept = (
-        "layers",
-        "steps",
-        "layers_per_block",
-        "activation",
-        "precision",
-        "gradient_flow",
-        "stable_kernel",
-        "solver_parameters",
-    )
-    lost = [name for name in kept if getattr(there, name) != getattr(net, name)]
-    yield Check("on other nodes", "settings", float(len(lost)), 0.0, not lost, ", ".join(lost))
-    adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
-    J, _ = other.record()
-    gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
-    value, expected = float(J.functional), point.value()
-    bound = max(1e-3 if adapts else 1e-10, 10 * close(problem), 10 * apart)
-    yield Check.of(
-        "on other nodes", "J", part(abs(value - expected), abs(expected)), bound + part(point.round_off, abs(expected))
-    )
-    if not adapts:
-        gaps = point.lengths([a - b for a, b in zip(gradient, point.derivative(), strict=True)])
-        size = float(np.linalg.norm(point.lengths(point.gradient)))
-        yield Check.of(
-            "on other nodes",
-            "gradient",
-            part(float(gaps.max()), size),
-            max(1e-7, 10 * close(problem), 10 * apart, point.coarseness),
-        )
-
-
-def _bases(net, head) -> list[Basis]:
-    """Those of a network, one a layer, and of a head."""
-    return [basis for bases in net.bases.values() for basis in bases if basis is not None] + (
-        [] if head is None else [head.psi, head.onto]
-    )
-
-
-def _half(problem: LearningProblem):
-    """Other inputs, of the same shape."""
+def _half(problem: LearningProblem) -> fd.Function:
+    """The inputs, halved."""
     inputs = problem.batch.inputs.copy(deepcopy=True)
     inputs.dat.data_wo[...] *= 0.5
     return inputs
 
 
-def blocks(point: Point) -> Iterator[Check]:
-    """One Block a layer against one Block for all: J, gradient, Hessian action, co-states."""
+def blocks(point: Point) -> Checks:
+    """Compare J, gradient, Hessian action and co-states with one layer a Block, two layers a Block, and all in one Block."""
     problem = point.problem
     net = problem.net
     if net.layers < 2:
@@ -260,7 +189,7 @@ def blocks(point: Point) -> Iterator[Check]:
         J, run = other.record()
         value = float(J(other.functions))
         gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
-        # Derivatives of the output depend on the states that start a Block, beside the layers.
+        # With derivatives of the output, J depends on the states at the start of a Block in another way too.
         costates = (
             []
             if problem.derivatives is not None
@@ -284,8 +213,8 @@ def blocks(point: Point) -> Iterator[Check]:
                 yield Check.of("layers a Block", f"1 and {size}: {name}", difference, bound)
 
 
-def replay(point: Point) -> Iterator[Check]:
-    """Replay of checkpoints: J and gradient where one state in memory has to do for all layers."""
+def replay(point: Point) -> Checks:
+    """Check J and gradient where layers are replayed from a checkpoint: one state in memory for all layers."""
     problem, net = point.problem, point.problem.net
     if (
         net.layers < 2
@@ -294,7 +223,9 @@ def replay(point: Point) -> Iterator[Check]:
         or problem.derivatives is not None
         or problem.checkpoints is not None
     ):
-        yield Check.left_out("checkpoints", "replay", "one layer, or what goes with no schedule")
+        yield Check.left_out(
+            "checkpoints", "replay", "the network has one layer, or a part that no schedule of checkpoints takes"
+        )
         return
     other = problem.replace(net=net.replace(layers_per_block=1), checkpoints=1)
     J, _ = other.record()
@@ -307,8 +238,8 @@ def replay(point: Point) -> Iterator[Check]:
     yield Check.of("checkpoints", "of a recording", _difference(point.comm, recorded, expected[1:]), bound)
 
 
-def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Iterator[Check]:
-    """Co-state and gradient against (4.2) - (4.4) solved on their own, by `costate_check`."""
+def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Checks:
+    """Compare co-state and gradient with (4.2) - (4.4) solved on their own, by `costate_check`."""
     net = problem.net
     kind, what = net.solver_parameters["ts_type"], "co-state orders"
     reasons = {
@@ -338,14 +269,14 @@ def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Ite
                 f"{name} against (4.2)", max(1, round(orders[-1])) if np.isfinite(orders[-1]) else 1, check.step_sizes, values
             )
         )
-        # It falls, or is round-off already.
+        # It falls with the step, or is round-off already.
         fall = values[-1] / max(values[0], 1e-300)
         shown = "orders " + " / ".join(f"{order:.2f}" for order in orders)
         yield Check("co-state orders", name, fall, 0.6, bool(fall < 0.6 or values[-1] < 1e-8), shown)
 
 
-def ranks(point: Point, make: Callable | None) -> Iterator[Check]:
-    """Replicated numbers on all ranks; and the same problem on one rank alone, where it can be made."""
+def ranks(point: Point, make: Callable | None) -> Checks:
+    """Check that all ranks hold the same replicated numbers; compare with the same problem on one rank alone."""
     comm, problem = point.comm, point.problem
     replicated = [np.array([point.value()])]
     for parameter in problem.parameters:
@@ -359,11 +290,13 @@ def ranks(point: Point, make: Callable | None) -> Iterator[Check]:
     yield Check.of("ranks", f"replicated numbers on {comm.size}", float(comm.allreduce(differs, op=MPI.LOR)), 0.0)
     if comm.size == 1 or make is None:
         reason = (
-            "this is one rank" if comm.size == 1 else "the problem cannot be made on one rank; give `verify` what makes it"
+            "this is one rank"
+            if comm.size == 1
+            else "the problem cannot be made on one rank; give `verify` a function that makes it"
         )
         yield Check.left_out("ranks", "against one rank", reason)
         return
-    # Whatever the user's function raises on one rank is a finding on all.
+    # Whatever the user's function raises on one rank is a failed check on all.
     alone = together(comm, lambda: Point(own(instance("problem", make(MPI.COMM_SELF), LearningProblem))))
     try:
         bound = max(1e-9, 10 * close(problem))
@@ -377,7 +310,7 @@ def ranks(point: Point, make: Callable | None) -> Iterator[Check]:
 
 
 def _probes(point: Point) -> tuple[list[str], list[float]]:
-    """Numbers that no partition changes: J, its slopes in each control, and their changes."""
+    """Numbers that no partition changes, with their names: J, its slope in each control, its curvature, the sum of f(T)."""
     rng, point._rng = point._rng, np.random.default_rng(31)
     h = [point.random(function) for function in point.functions]
     point._rng = rng

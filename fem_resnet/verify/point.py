@@ -9,14 +9,17 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.parameters.space_basis import LayerTimes
 from fem_resnet.time_stepping.methods import METHODS
-from fem_resnet.verify.reference import NotWrittenOut, Reference, raw
+from fem_resnet.verify.formulas import NotWrittenOut
+from fem_resnet.verify.measure import raw
+from fem_resnet.verify.reference import Reference
 
 __all__ = ["Point", "close", "names", "own", "part"]
 
-#: A part of their size by which parameters are moved.
+#: Parameters are moved by this part of their size.
 _MOVE = 0.1
 
 
@@ -26,12 +29,12 @@ def own(problem: LearningProblem) -> LearningProblem:
 
 
 def names(problem: LearningProblem) -> list[str]:
-    """One a control."""
+    """The names of the controls."""
     return [f"{parameter.name}_{k}" for parameter in problem.parameters for k in range(len(parameter.functions))]
 
 
 def close(problem: LearningProblem) -> float:
-    """Relative accuracy of what a network computes: round-off, or that of the solves of an implicit type."""
+    """The relative accuracy of a network's numbers: round-off, or the tolerance of the solves of an implicit type."""
     if problem.net.precision == "single":
         return 1e-6
     parameters = problem.net.solver_parameters
@@ -42,27 +45,35 @@ def close(problem: LearningProblem) -> float:
 
 
 def part(defect: float, size: float) -> float:
-    """A defect in parts of a size, both maybe 0."""
+    """A defect relative to a size; either may be 0."""
     return float(defect / size) if size > 0 else float(defect > 0)
 
 
 class Point:
     """J, its derivatives and directions at the problem's parameters, moved by a tenth of their size.
 
-    Where all parameters are zero, or at a minimum, gradients vanish and derivatives say nothing. Collective; `restore`
-    puts the parameters back.
+    The parameters are moved, since gradients vanish where all parameters are zero, or at a minimum. `restore` puts them back.
+    All methods are collective.
 
     Parameters
     ----------
     problem
-        See `own`.
+        The problem, from `own`.
     seed
-        Of the move, the same on every rank.
+        The seed of the move, the same on every rank.
 
     Attributes
     ----------
+    base : list of ndarray
+        The values of the controls at the point, on this rank.
+    gradient : list of ndarray
+        J' there: functionals as they lie in their Cofunctions, on this rank.
+    sizes : list of float
+        The size of each control.
     round_off : float
-        What J may be wrong by, absolutely, beside round-off in parts of its size (`Reference.round_off`).
+        A bound of the absolute error of J by cancellation (`Reference.round_off`).
+    coarseness : float
+        A bound of the relative error of gradients by cancellation; large where the loss is next to nothing.
     """
 
     def __init__(self, problem: LearningProblem, seed: int = 0):
@@ -85,7 +96,6 @@ class Point:
             except NotWrittenOut:
                 self.round_off = 0.0
         loss = abs(float(self.J.functional))
-        #: What gradients may be wrong by, in parts of their size: more than round-off where the loss is next to nothing.
         self.coarseness = min(self.round_off / loss, 1.0) if loss > 0 else float(self.round_off > 0)
 
     def _final(self) -> np.ndarray:
@@ -107,26 +117,27 @@ class Point:
 
     # -- directions ---------------------------------------------------------------------------------------------------
 
-    def _sum(self, value: float) -> float:
+    def sum(self, value: float) -> float:
+        """The sum of a number over the ranks. Collective."""
         return float(self.comm.allreduce(float(value)))
 
     def _rms(self, function: fd.Function) -> float:
         values = function.dat.data_ro
-        return (self._sum(np.sum(values**2)) / max(self._sum(values.size), 1)) ** 0.5
+        return (self.sum(np.sum(values**2)) / max(self.sum(values.size), 1)) ** 0.5
 
     def random(self, like: fd.Function) -> fd.Function:
-        """A Function of size one that no partition changes: smooth over the label domain, else random numbers."""
+        """A Function of size one that no partition changes: smooth on the label domain, random numbers elsewhere."""
         return random_like(like, self._rng, self.Y)
 
     def direction(self, k: int) -> fd.Function:
         """A direction for control k, of its size, along which J rises: half random, half the gradient."""
         random = self.random(self.functions[k])
         g = self.gradient[k]
-        length = self._sum(np.sum(g**2)) ** 0.5
+        length = self.sum(np.sum(g**2)) ** 0.5
         values = random.dat.data_ro.copy()
         if length > 0:
-            sign = 1.0 if self._sum(np.sum(g * values)) >= 0 else -1.0
-            values = sign * values + g / length * self._sum(values.size) ** 0.5
+            sign = 1.0 if self.sum(np.sum(g * values)) >= 0 else -1.0
+            values = sign * values + g / length * self.sum(values.size) ** 0.5
         random.dat.data_wo[...] = self.sizes[k] * values
         return random
 
@@ -137,7 +148,7 @@ class Point:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def at(self, h: Sequence[fd.Function] | None = None, step: float = 0.0) -> list[fd.Function]:
-        """M + step h."""
+        """The controls m + step h, in new Functions."""
         result = []
         for k, values in enumerate(self.base):
             function = fd.Function(self.functions[k].function_space())
@@ -146,11 +157,11 @@ class Point:
         return result
 
     def value(self, h: Sequence[fd.Function] | None = None, step: float = 0.0) -> float:
-        """J(m + step h); the tape then stands there."""
+        """J(m + step h); afterwards the tape holds the values there."""
         return float(self.J(self.at(h, step)))
 
     def derivative(self) -> list[np.ndarray]:
-        """J' where the tape stands: functionals as they lie in their Cofunctions, on this rank."""
+        """J' at the values that the tape holds: functionals as they lie in their Cofunctions, on this rank."""
         return [np.array(d.dat.data_ro) for d in Enlist(self.J.derivative())]
 
     def hessian(self, h: Sequence[fd.Function], step: float = 0.0) -> list[np.ndarray]:
@@ -161,20 +172,30 @@ class Point:
 
     def pair(self, functionals: Sequence[np.ndarray], h: Sequence[fd.Function]) -> float:
         """<d, h>: plain sums over what all ranks own."""
-        return self._sum(sum(np.sum(d * v.dat.data_ro) for d, v in zip(functionals, h, strict=True)))
+        return self.sum(sum(np.sum(d * v.dat.data_ro) for d, v in zip(functionals, h, strict=True)))
 
     def lengths(self, functionals: Sequence[np.ndarray]) -> np.ndarray:
-        """Root of the sum of squares of each."""
-        return np.array([self._sum(np.sum(d**2)) ** 0.5 for d in functionals])
+        """The root of the sum of squares of each functional, shape (controls,)."""
+        return np.array([self.sum(np.sum(d**2)) ** 0.5 for d in functionals])
 
 
 def _size_of_times(times: np.ndarray) -> float:
-    """Of a direction of t_1 .. t_L along which they stay in order."""
+    """The size of a direction of t_1 .. t_L along which they stay in order."""
     return 0.05 * float(np.diff(times, prepend=0.0).min(initial=1.0))
 
 
-def random_like(like: fd.Function, rng: np.random.Generator, Y) -> fd.Function:
-    """See `Point.random`."""
+def random_like(like: fd.Function, rng: np.random.Generator, Y: LabelSpace) -> fd.Function:
+    """A Function of size one that no partition changes, as in `Point.random`.
+
+    Parameters
+    ----------
+    like
+        A Function of the same space.
+    rng
+        The source of random numbers, the same on all ranks.
+    Y
+        The label domain.
+    """
     function = fd.Function(like.function_space())
     space, values = function.function_space(), function.dat.data_wo
     if space.mesh() is Y.V.mesh():
@@ -185,7 +206,7 @@ def random_like(like: fd.Function, rng: np.random.Generator, Y) -> fd.Function:
         ]
         extent = (ends[0] - ends[1]) / 2 or 1.0
         columns = space.value_size
-        # Two waves a column, so that none is in the span of a few.
+        # Three waves a column, so that no column is in the span of a few others.
         waves = sum(
             np.cos(x @ rng.normal(scale=3 / extent, size=(x.shape[1], columns)) + rng.uniform(0, 6, columns)) for _ in range(3)
         )

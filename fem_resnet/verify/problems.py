@@ -1,8 +1,8 @@
-"""The built-in problems: each small, and together through every path that compiled layers and stages have.
+"""The built-in problems: each is small, and together they take every path of compiled layers and stages.
 
-Meshes are few and coarse, since each element and batch size compiles kernels; layers are of unequal lengths that do not add
-up to one, no domain has the measure one, bases are not orthonormal where they need not be, and parameters are smooth
-functions of the coordinates, so that no partition changes them.
+Meshes are few and coarse, since kernels are compiled for each element and batch size. Nothing is one by accident: layers have
+unequal lengths that do not add up to one, no domain has measure one, and bases are orthonormal only where they must be.
+Parameters are smooth functions of the coordinates, so that no partition changes them.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _TIMES = [0.0, 0.3, 0.7, 1.2]
 
 
 def _disk(comm: MPI.Comm) -> LabelSpace:
-    """61 nodes: less than a block of compiled stages, and |Y| = 3.1."""
+    """A disk of 61 nodes, fewer than a node block of compiled stages; |Y| = 3.1."""
     return LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(2, comm=comm), "CG", 1))
 
 
 def _line(comm: MPI.Comm) -> LabelSpace:
-    """131 cells: two blocks and three nodes, and |Y| = 1.7."""
+    """A line of 131 cells, which are two node blocks and three nodes; |Y| = 1.7."""
     return LabelSpace(fd.FunctionSpace(fd.IntervalMesh(131, 1.7, comm=comm), "DG", 0))
 
 
 def _functions(Y: LabelSpace, rank: int, shift: float = 0.0) -> Basis:
-    """So many functions that are not orthonormal, and can be had on any mesh."""
+    """As many functions as `rank`, not orthonormal, given by formulas that hold on any mesh."""
     x, *others = fd.SpatialCoordinate(Y.V.mesh())
     y = others[0] if others else 1.0
     start = [fd.Constant(1.0) + 0 * x, x + 0.5, 0.7 * y + x**2]
@@ -52,11 +52,11 @@ def _functions(Y: LabelSpace, rank: int, shift: float = 0.0) -> Basis:
 
 
 def filled(parameters, Y: LabelSpace, seed: int, size: float = 0.5) -> None:
-    """Give parameters values of that size that no partition changes."""
+    """Give parameters random values of that size, which no partition changes."""
     rng = np.random.default_rng(seed)
     for parameter in parameters:
         for function, basis in zip(parameter.functions, parameter.space_bases):
-            # Of many coefficients each is smaller, so that sigma is not in its tails.
+            # The more coefficients, the smaller each is: so sigma does not end up in its tails.
             share = 1.0 if function.function_space().mesh() is Y.V.mesh() else max(basis.shape[-1] / 4, 1.0) ** -0.5
             function.dat.data_wo[...] += size * share * random_like(function, rng, Y).dat.data_ro
 
@@ -66,7 +66,7 @@ def _batch(Y: LabelSpace, samples: int, targets=None, seed: int = 2) -> Batch:
     inputs = random_like(fd.Function(Y.batch_space(samples)), rng, Y)
     if targets is None:
         targets = random_like(fd.Function(Y.batch_space(samples)), rng, Y)
-    return Batch(inputs, targets, 0.5 + np.arange(samples) % 3)
+    return Batch(inputs, targets, (0.5 + np.arange(samples) % 3).tolist())
 
 
 def _problem(
@@ -95,7 +95,7 @@ def built_in(comm: MPI.Comm = MPI.COMM_WORLD) -> LearningProblem:
 
 
 def _layers(comm: MPI.Comm) -> LearningProblem:
-    """Compiled layers of one sample, with a field at their end and what the tiles of one sample leave over."""
+    """Compiled layers of one sample, with a field at their end, and sizes that are no whole number of tiles."""
     Y = _disk(comm)
     net = ResidualNetwork(_functions(Y, 6), _functions(Y, 11, 0.4), times=_TIMES, steps=2, activation="arctan")
     return _problem(net, samples=1, regulariser=tikhonov(0.05) + smooth_in_space(0.01) + smooth_in_time(0.02), learn="both")
@@ -104,7 +104,7 @@ def _layers(comm: MPI.Comm) -> LearningProblem:
 def _seen(comm: MPI.Comm) -> LearningProblem:
     """Compiled layers that step what a head sees, of 7 samples, by a method whose last slope is the next step's first.
 
-    It can be had on another mesh: the first five modes cut no repeated eigenvalue.
+    The network can be moved to another mesh: between the fifth mode and the sixth the eigenvalue changes.
     """
     Y = _disk(comm)
     psi = laplace_basis(Y, 5)
@@ -116,7 +116,7 @@ def _seen(comm: MPI.Comm) -> LearningProblem:
 
 
 def _many(comm: MPI.Comm) -> LearningProblem:
-    """Compiled layers of many samples, whose psi changes from one to the next."""
+    """Compiled layers of many samples; psi changes from one layer to the next."""
     Y = _line(comm)
     phi, psi, other = _functions(Y, 5), _functions(Y, 6, 0.4), _functions(Y, 4, 1.3)
     net = ResidualNetwork(
@@ -132,7 +132,7 @@ def _many(comm: MPI.Comm) -> LearningProblem:
 
 
 def _large(comm: MPI.Comm) -> LearningProblem:
-    """More than 512 samples, so that fields are packed, and bases of more functions than a slab, phi being psi."""
+    """More than 512 samples, so that fields are packed; phi = psi with more functions than a slab has."""
     Y = _line(comm)
     basis = laplace_basis(Y, 66)
     net = ResidualNetwork(basis, bias=_functions(Y, 3), times=[0.0, 0.7])
@@ -140,7 +140,7 @@ def _large(comm: MPI.Comm) -> LearningProblem:
 
 
 def _costs(comm: MPI.Comm) -> LearningProblem:
-    """A running cost of many samples, weighted."""
+    """A running cost of many weighted samples."""
     Y = _line(comm)
     f, a = sympy.symbols("f a")
     net = ResidualNetwork(
@@ -150,7 +150,7 @@ def _costs(comm: MPI.Comm) -> LearningProblem:
 
 
 def _adapted(comm: MPI.Comm) -> LearningProblem:
-    """Adapted steps of a field, with the kernel linear in t."""
+    """Adapted steps of a field; the kernel is linear in t."""
     Y = _disk(comm)
     options = {"ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-5, "ts_atol": 1e-5}
     net = ResidualNetwork(
@@ -160,7 +160,7 @@ def _adapted(comm: MPI.Comm) -> LearningProblem:
 
 
 def _implicit(comm: MPI.Comm) -> LearningProblem:
-    """Crank and Nicolson, all linear in t, onto another label domain."""
+    """The method of Crank and Nicolson, with a bias and a kernel linear in t, and a head onto another label domain."""
     Y = _disk(comm)
     there = LabelSpace(fd.FunctionSpace(fd.IntervalMesh(12, 2.3, comm=comm), "CG", 1))
     net = ResidualNetwork(
@@ -178,7 +178,7 @@ def _implicit(comm: MPI.Comm) -> LearningProblem:
 
 
 def _carried(comm: MPI.Comm) -> LearningProblem:
-    """A method without known weights, so that f is stepped too, and with it a running cost."""
+    """A method whose weights are not known, so that f is stepped too, with a running cost."""
     Y = _line(comm)
     f, a = sympy.symbols("f a")
     net = ResidualNetwork(
@@ -192,7 +192,7 @@ def _carried(comm: MPI.Comm) -> LearningProblem:
 
 
 def _learned(comm: MPI.Comm) -> LearningProblem:
-    """Learned factors and times, with a running cost; few samples."""
+    """Learned factors and times, with a running cost and few samples."""
     Y = _disk(comm)
     f, a = sympy.symbols("f a")
     net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, learn_factors=True, learn_times=True)
@@ -206,7 +206,7 @@ def _learned(comm: MPI.Comm) -> LearningProblem:
 
 
 def _lengths(comm: MPI.Comm) -> LearningProblem:
-    """Learned times, of many samples; elu, which has a joint, and groups of layers."""
+    """Learned times with many samples; elu, which has a joint; layers that share a bias."""
     Y = _line(comm)
     net = ResidualNetwork(
         _functions(Y, 4), _functions(Y, 5, 0.4), bias=_functions(Y, 3), times=_TIMES, bias_in_time=[0, 1, 1],
@@ -215,7 +215,7 @@ def _lengths(comm: MPI.Comm) -> LearningProblem:
     return _problem(net, samples=20, regulariser=tikhonov(0.05) + smooth_in_time(0.04))
 
 
-def _stable(choice) -> Callable[[MPI.Comm], LearningProblem]:
+def _stable(choice: PositiveSemidefinite | DampedAntisymmetric | NormBounded) -> Callable[[MPI.Comm], LearningProblem]:
     def make(comm: MPI.Comm) -> LearningProblem:
         Y = _disk(comm)
         phi = _functions(Y, 3)
@@ -263,9 +263,9 @@ def _single(comm: MPI.Comm) -> LearningProblem:
 
 
 def _graph(comm: MPI.Comm) -> LearningProblem:
-    """The vertices of a graph, and a density over them that is observed but for its size; f_I is learned too."""
+    """The vertices of a graph, and a density on them that is observed up to a factor; f_I is learned too."""
     ring = np.roll(np.eye(12), 1, axis=0)
-    Y = point_space(np.random.default_rng(3).uniform(0.5, 1.5, 12), graph=ring + ring.T, comm=comm)
+    Y = point_space(np.random.default_rng(3).uniform(0.5, 1.5, 12).tolist(), graph=ring + ring.T, comm=comm)
     phi = laplace_basis(Y, 4)
     net = ResidualNetwork(phi, times=_TIMES[:3], activation="leaky_relu", kernel_in_time="shared")
     head = Head(phi, phi, "softmax")
@@ -274,7 +274,7 @@ def _graph(comm: MPI.Comm) -> LearningProblem:
     return _problem(net, head, cross_entropy, samples=3, targets=targets, regulariser=regulariser, learn="both")
 
 
-#: Problems by name; each is called with a communicator. Those that see most come first.
+#: Problems by name, as functions of a communicator. Those that find most faults come first.
 BUILT_IN: Mapping[str, Callable[[MPI.Comm], LearningProblem]] = MappingProxyType(
     {
         "classes": built_in,

@@ -1,8 +1,8 @@
-"""J, states, norms, Gram matrices and Riesz maps, held against the same written out a second time (`reference`)."""
+"""J, states, norms, Gram matrices and Riesz maps, compared with the same written out a second time (`reference`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import firedrake as fd
 import numpy as np
@@ -11,20 +11,25 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.network.run import Run
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients
+from fem_resnet.verify.formulas import NotWrittenOut
+from fem_resnet.verify.measure import Measure, raw, relative
+from fem_resnet.verify.parameters import Parameters
 from fem_resnet.verify.point import Point, close, names, part, random_like
-from fem_resnet.verify.reference import Measure, NotWrittenOut, Reference, raw, relative
-from fem_resnet.verify.report import Check
+from fem_resnet.verify.reference import Reference
+from fem_resnet.verify.report import Check, Checks
 
 __all__ = ["forward", "measures", "other_data", "riesz_maps", "stable_kernel", "taken_steps"]
 
-#: Sums of some thousand numbers.
+#: Bound of relative differences by round-off, in sums of some thousand numbers.
 _ROUND_OFF = 1e-10
 
 
-def taken_steps(problem: LearningProblem, run) -> list[list[float]] | None:
-    """Steps of each layer, where they were adapted."""
+def taken_steps(problem: LearningProblem, run: Run) -> list[list[float]] | None:
+    """The steps of each layer in parts of it, where they were adapted, else None."""
     if problem.net.solver_parameters.get("ts_adapt_type", "none") == "none":
         return None
     return [trace.steps for piece in run._pieces for trace in piece.segment.traces()]
@@ -33,8 +38,11 @@ def taken_steps(problem: LearningProblem, run) -> list[list[float]] | None:
 # -- the network and J -----------------------------------------------------------------------------------------------
 
 
-def forward(problem: LearningProblem, point: Point | None = None) -> Iterator[Check]:
-    """States at all layer times, output, prediction, loss, regulariser and J; where the tape stands, or unrecorded."""
+def forward(problem: LearningProblem, point: Point | None = None) -> Checks:
+    """Check states at all layer times, output, prediction, regulariser and J.
+
+    With `point` they are those of its tape, else those of a run without a tape.
+    """
     net, comm = problem.net, problem.net.Y.comm
     where = "here" if point is None else "nearby, recorded"
     bound = max(_ROUND_OFF, close(problem))
@@ -59,7 +67,7 @@ def forward(problem: LearningProblem, point: Point | None = None) -> Iterator[Ch
             yield Check.of("adapted steps", "add up to a layer", gap, 1e-10)
         size = abs(value) + abs(reference.loss(f)) + abs(reference.regulariser())
         noise = reference.round_off(reference.output(f))
-        noise += 1e-8 * reference.mismatch(reference.initial, taken)  # a difference there
+        noise += 1e-8 * reference.mismatch(reference.initial, taken)  # which `reference` computes by differences
         yield Check.of("J", where, part(abs(float(J) - value), size), bound + part(noise, size))
         if problem.regulariser is not None:
             with stop_annotating():
@@ -75,8 +83,8 @@ def forward(problem: LearningProblem, point: Point | None = None) -> Iterator[Ch
             yield Check.of("head", f"scores, {where}", relative(scores, O, comm), bound)
 
 
-def other_data(problem: LearningProblem, point: Point) -> Iterator[Check]:
-    """Another batch in the place of the present one: samples in another order, with weights of their own; pieces of it."""
+def other_data(problem: LearningProblem, point: Point) -> Checks:
+    """Check J and its gradient after an exchange of the batch: samples in another order, with other weights; minibatches."""
     net, samples = problem.net, problem.batch.samples
     if problem.learn != "parameters" or problem.derivatives is not None:
         yield Check.left_out("exchange", "batch", "the inputs are learned, or derivatives belong to them")
@@ -94,7 +102,7 @@ def other_data(problem: LearningProblem, point: Point) -> Iterator[Check]:
     if inputs.function_space() != batch.inputs.function_space():
         yield Check.left_out("exchange", "batch", "one Function is the batch")
         return
-    other, bound = Batch(inputs, targets, omega), max(_ROUND_OFF, close(problem))
+    other, bound = Batch(inputs, targets, omega.tolist()), max(_ROUND_OFF, close(problem))
     J, run = problem.record()
     problem.exchange(other)
     try:
@@ -122,11 +130,11 @@ def other_data(problem: LearningProblem, point: Point) -> Iterator[Check]:
         problem.exchange(batch)
 
 
-def _pieces(problem: LearningProblem, bound: float, noise: float) -> Iterator[Check]:
-    """Minibatches: the mean of their losses, weighted, is the loss of the batch."""
+def _pieces(problem: LearningProblem, bound: float, noise: float) -> Checks:
+    """Check that the weighted mean of the losses of minibatches is the loss of the batch."""
     whole = problem.batch
     omega = np.asarray(whole.weights) / np.sum(whole.weights)
-    # A size that leaves the last piece to be padded.
+    # With this size the last piece is padded.
     pieces = problem.minibatches(whole.samples - 1 if whole.samples > 2 else whole.samples + 1, seed=1)
     total, weight = 0.0, 0.0
     try:
@@ -142,8 +150,8 @@ def _pieces(problem: LearningProblem, bound: float, noise: float) -> Iterator[Ch
         return
     if problem.net.solver_parameters.get("ts_adapt_type", "none") != "none":
         return
-    error = part(abs(total - expected), abs(expected)) + abs(weight / omega.sum() - 1)
-    yield Check.of("minibatches", "loss", error, bound + part(noise, abs(expected)))
+    defect = part(abs(total - expected), abs(expected)) + abs(weight / omega.sum() - 1)
+    yield Check.of("minibatches", "loss", defect, bound + part(noise, abs(expected)))
 
 
 def _listed(derivative) -> list:
@@ -153,8 +161,8 @@ def _listed(derivative) -> list:
 # -- measures and norms ----------------------------------------------------------------------------------------------
 
 
-def measures(problem: LearningProblem) -> Iterator[Check]:
-    """Weights, |Y|, inner products; Gram matrices, projections, stiffness; kernels and their norms."""
+def measures(problem: LearningProblem) -> Checks:
+    """Check weights, |Y| and inner products; Gram matrices, projections and stiffness; kernels and their norms."""
     net, head = problem.net, problem.head
     spaces = {"Y": net.Y} | ({} if head is None or head.Y is net.Y else {"output": head.Y})
     for name, Y in spaces.items():
@@ -162,20 +170,20 @@ def measures(problem: LearningProblem) -> Iterator[Check]:
     bases: dict[Basis, str] = {}
     kernels: dict[LowRankKernel, str] = {}
     for parameter in problem.net.parameters + ([] if head is None else head.parameters):
-        for basis in parameter.space_bases:
-            if isinstance(basis, BasisCoefficients):
-                bases.setdefault(basis.basis, f"basis of {parameter.name}")
-            if isinstance(basis, KernelCoefficients):
-                kernels.setdefault(basis.kernel, parameter.name)
-                bases.setdefault(basis.kernel.phi, f"phi of {parameter.name}")
-                bases.setdefault(basis.kernel.psi, f"psi of {parameter.name}")
+        for space_basis in parameter.space_bases:
+            if isinstance(space_basis, BasisCoefficients):
+                bases.setdefault(space_basis.basis, f"basis of {parameter.name}")
+            if isinstance(space_basis, KernelCoefficients):
+                kernels.setdefault(space_basis.kernel, parameter.name)
+                bases.setdefault(space_basis.kernel.phi, f"phi of {parameter.name}")
+                bases.setdefault(space_basis.kernel.psi, f"psi of {parameter.name}")
     for basis, name in bases.items():
         yield from _basis(basis, name)
     for kernel, name in kernels.items():
         yield from _kernel(kernel, name)
 
 
-def _label_space(name: str, Y: LabelSpace) -> Iterator[Check]:
+def _label_space(name: str, Y: LabelSpace) -> Checks:
     measure, rng = Measure(Y), np.random.default_rng(5)
     with stop_annotating():
         volume = fd.assemble(fd.Constant(1.0) * fd.dx(domain=Y.V.mesh()))
@@ -187,22 +195,23 @@ def _label_space(name: str, Y: LabelSpace) -> Iterator[Check]:
     size = measure.norm(a) * measure.norm(b)
     yield Check.of("inner product", name, abs(Y.inner(f, g) - measure.inner(a, b)) / size, _ROUND_OFF)
     yield Check.of("norm", name, abs(Y.norm(f) / measure.norm(a) - 1), _ROUND_OFF)
-    dual = fd.Cofunction(like.function_space().dual())
-    dual.dat.data_wo[...] = g.dat.data_ro
-    found = measure.inner(np.array(Y.riesz_map(dual).dat.data_ro).reshape(a.shape), a)
+    functional = fd.Cofunction(like.function_space().dual())
+    functional.dat.data_wo[...] = g.dat.data_ro
+    found = measure.inner(np.array(Y.riesz_map(functional).dat.data_ro).reshape(a.shape), a)
     expected = float(measure.total(np.sum(a * b)))
     yield Check.of("Riesz map", f"functions on {name}", abs(found - expected) / max(abs(expected), size), _ROUND_OFF)
     yield Check.of("sum over ranks", name, abs(float(Y.sum(1.0)) - Y.comm.size), 0.0)
 
 
-def _basis(basis: Basis, name: str) -> Iterator[Check]:
+def _basis(basis: Basis, name: str) -> Checks:
     Y, measure = basis.Y, Measure(basis.Y)
     yield Check.of("Gram matrix", name, relative(basis.gram, measure.gram(basis), Y.comm), _ROUND_OFF)
     f = random_like(fd.Function(Y.batch_space(2)), np.random.default_rng(6), Y).dat.data_ro.reshape(Y.nodes, 2)
     yield Check.of("projection", name, relative(basis.project(f), measure.integrals(basis.values, f), Y.comm), _ROUND_OFF)
     if Y.graph is None and Y.V.ufl_element() not in fd.H1:
         return
-    # That of constants is 0 up to round-off of what cancels: relative to that of functions of Y's own length, if it is smaller.
+    # The stiffness of constants is 0, up to round-off of terms that cancel. So differences are relative to the stiffness of
+    # functions that vary over the length of Y, at least.
     apart = Y.coordinates - measure.total(measure.weights @ Y.coordinates) / Y.measure
     unit = Y.measure / measure.total(measure.weights @ apart**2).sum() if Y.graph is None else Y.graph.max()
     expected = measure.basis_stiffness(basis)
@@ -210,7 +219,7 @@ def _basis(basis: Basis, name: str) -> Iterator[Check]:
     yield Check.of("stiffness", name, np.abs(basis.stiffness - expected).max() / size, _ROUND_OFF)
 
 
-def _kernel(kernel: LowRankKernel, name: str) -> Iterator[Check]:
+def _kernel(kernel: LowRankKernel, name: str) -> Checks:
     rng = np.random.default_rng(11)
     beta, gamma = rng.normal(size=(2, *kernel.shape))
     spaces = kernel.phi.Y, kernel.psi.Y
@@ -221,20 +230,20 @@ def _kernel(kernel: LowRankKernel, name: str) -> Iterator[Check]:
     size = max(on_y.norm(Bf) * on_y.norm(r), 1e-300)
     defect = on_y.inner(Bf, r) - on_z.inner(kernel.transpose(beta, r), f)
     yield Check.of("(B f, r) = (f, B^T r)", name, abs(defect) / size, _ROUND_OFF)
-    # The norm of b in L2(Y x Z) without Gram matrices: rows of Psi seen through orthonormal functions.
+    # The norm of b in L2(Y x Z) is the norm of the coefficients in orthonormal functions.
     G, H = on_y.gram(kernel.phi), on_z.gram(kernel.psi)
-    square = np.linalg.norm(np.linalg.cholesky(G).T @ beta @ np.linalg.cholesky(H)) ** 2
+    square = float(np.linalg.norm(np.linalg.cholesky(G).T @ beta @ np.linalg.cholesky(H))) ** 2
     yield Check.of("norm of a kernel", name, abs(kernel.norm(beta) ** 2 / square - 1), _ROUND_OFF)
     yield Check.of("functional of a kernel", name, relative(kernel.functional(beta), G @ beta @ H), _ROUND_OFF)
     yield Check.of("Riesz map", f"kernels, {name}", relative(kernel.riesz(G @ gamma @ H), gamma), 1e-6)
 
 
-def stable_kernel(problem: LearningProblem) -> Iterator[Check]:
-    """beta, made of its controls X, by the formula of its set (`fem_resnet.parameters.stable_kernels`)."""
+def stable_kernel(problem: LearningProblem) -> Checks:
+    """Check beta, which is made of other controls X, by the formula of its set (`fem_resnet.parameters.stable_kernels`)."""
     kernel, choice = problem.net.kernel, problem.net.stable_kernel
     if choice is None:
         return
-    described = choice.description
+    described: dict[str, Any] = choice.description
     for k, function in enumerate(kernel.learned.functions):
         basis = kernel.space_bases[k]
         X = raw(function, problem.net.Y, kernel.learned.space_bases[k].shape)
@@ -242,22 +251,23 @@ def stable_kernel(problem: LearningProblem) -> Iterator[Check]:
             beta = X @ X.T
         elif described["set"] == "DampedAntisymmetric":
             beta = (X - X.T) / 2 + described["damping"] * np.eye(len(X))
-        else:  # singular values x of X become 2 c x / (1 + x^2), seen through orthonormal functions
+        else:  # in orthonormal functions, singular values x of X become 2 c x / (1 + x^2)
             measure = Measure(problem.net.Y)
             U, x, V = np.linalg.svd(X, full_matrices=False)
             seen = (U * (2 * described["bound"] * x / (1 + x**2))) @ V
-            roots = [np.linalg.cholesky(measure.gram(factor)) for factor in (basis.kernel.phi, basis.kernel.psi)]
+            factors = Parameters.kernel(kernel, k)
+            roots = [np.linalg.cholesky(measure.gram(factor)) for factor in (factors.phi, factors.psi)]
             beta = np.linalg.solve(roots[0].T, np.linalg.solve(roots[1].T, seen.T).T)
         found = raw(kernel.functions[k], problem.net.Y, basis.shape)
         yield Check.of("stable kernel", f"beta_{k} of its controls", relative(found, beta), _ROUND_OFF)
-        yield Check.of("stable kernel", f"what is said of beta_{k}", relative(kernel.get(k), beta), _ROUND_OFF)
+        yield Check.of("stable kernel", f"beta_{k} as it is read", relative(kernel.get(k), beta), _ROUND_OFF)
 
 
 # -- controls --------------------------------------------------------------------------------------------------------
 
 
-def riesz_maps(point: Point) -> Iterator[Check]:
-    """Of each control: <R^-1 d, c> = d(c) in the inner product of label domain and time; norms; lengths in time."""
+def riesz_maps(point: Point) -> Checks:
+    """Check for each control: (R^-1 d, c) = d(c) in the inner product of label domain and time; norms; lengths in time."""
     problem, rng = point.problem, np.random.default_rng(21)
     controls, labels, position = problem.controls(), names(problem), 0
     point.value()
@@ -265,17 +275,19 @@ def riesz_maps(point: Point) -> Iterator[Check]:
     with_riesz = _listed(point.J.derivative(apply_riesz=True))
     with Reference(problem) as reference:
         for parameter in problem.parameters:
-            tau = reference.lengths(parameter)
+            tau = reference.parameters.lengths(parameter)
             yield Check.of("lengths in time", parameter.name, relative(parameter.time_basis.measures, tau), 1e-12)
             for k, function in enumerate(parameter.functions):
                 control, label, shape = controls[position], labels[position], parameter.space_bases[k].shape
                 c, d = (random_like(function, rng, point.Y) for _ in range(2))
-                dual = fd.Cofunction(function.function_space().dual())
-                dual.dat.data_wo[...] = d.dat.data_ro
-                values = [raw(x, point.Y, shape) for x in (control.riesz_map(dual), c, d)]
+                functional = fd.Cofunction(function.function_space().dual())
+                functional.dat.data_wo[...] = d.dat.data_ro
+                values = [raw(x, point.Y, shape) for x in (control.riesz_map(functional), c, d)]
 
-                def inner(x, y, k=k, parameter=parameter, tau=tau):
-                    return tau[k] * reference.product(parameter, k, x, y)
+                def inner(
+                    x: np.ndarray, y: np.ndarray, k: int = k, parameter: Parameter = parameter, tau: np.ndarray = tau
+                ) -> float:
+                    return tau[k] * reference.parameters.product(parameter, k, x, y)
 
                 expected = point.pair([np.array(d.dat.data_ro)], [c])
                 size = (

@@ -1,7 +1,8 @@
-"""What a verification found: one line a check, a table, JSON, and a picture of the convergence lines."""
+"""The result of a verification: checks, a table with one line for each, JSON, and a picture of the convergence lines."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -9,29 +10,29 @@ import numpy as np
 
 from fem_resnet.reporting import as_json, picture, table
 
-__all__ = ["Check", "Line", "Report"]
+__all__ = ["Check", "Checks", "Line", "Report"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One number that was held against a bound.
+    """One number, compared with a bound.
 
     Attributes
     ----------
     group : str
-        What kind of check it is.
+        The kind of check.
     name : str
-        Of what.
+        What is checked.
     value : float or None
-        What was found, mostly a relative difference; None where nothing could be, or need be, measured.
+        The number that was found, mostly a relative difference; None if there is none.
     bound : float or None
         The largest value that passes.
     passed : bool
-        A check that was left out has passed; `note` says why it was.
+        Whether the check passed. A check that was left out has passed; `note` says why it was left out.
     note : str
         More numbers, such as observed rates; or a reason.
     problem : str
-        Of which built-in problem, where these are what was verified.
+        The name of the built-in problem, if the built-in problems were verified.
     """
 
     group: str
@@ -44,12 +45,12 @@ class Check:
 
     @classmethod
     def of(cls, group: str, name: str, value: float, bound: float, note: str = "") -> Check:
-        """A value that must not exceed its bound; NaN does."""
+        """A check that a value does not exceed its bound; NaN does."""
         return cls(group, name, float(value), float(bound), bool(value <= bound), note)
 
     @classmethod
     def left_out(cls, group: str, name: str, reason: str) -> Check:
-        """A check that does not apply."""
+        """A check that does not apply, with the reason."""
         return cls(group, name, None, None, True, f"left out: {reason}")
 
     @classmethod
@@ -59,24 +60,30 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """ "ok", "FAIL" or "-" for what was left out."""
+        """One of "ok", "FAIL" and "-", which stands for a check that was left out."""
         if not self.passed:
             return "FAIL"
         return "-" if self.value is None else "ok"
 
 
+#: What a group of checks is: they are made one by one.
+Checks = Generator[Check, None, None]
+
+
 @dataclass(frozen=True)
 class Line:
-    """A remainder that falls with a step: what a convergence line is drawn from.
+    """A remainder at several steps, from which a convergence line is drawn.
 
     Attributes
     ----------
     name : str
+        What remains.
     order : int
-        At which rate it falls where all is well.
+        The rate at which it falls if all is right.
     steps, values : tuple of float
+        The steps, and the remainder at each of them.
     problem : str
-        As of a `Check`.
+        As in `Check`.
     """
 
     name: str
@@ -87,7 +94,7 @@ class Line:
 
     @property
     def rate(self) -> float | None:
-        """Observed rate: the median between neighbouring steps, of values above round-off; None if there are too few."""
+        """The observed rate: the median over neighbouring steps with values above round-off; None if there are too few."""
         values, steps = np.array(self.values), np.array(self.steps)
         keep = values > 0
         if keep.sum() < 2:
@@ -104,6 +111,7 @@ class Report:
     title : str
         What was verified.
     checks : list of Check
+        All checks, in the order in which they were made.
     lines : list of Line
         Remainders of the Taylor tests, and differences of co-states.
     seconds : float
@@ -117,12 +125,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks have."""
+        """Whether all checks have passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def failures(self) -> list[Check]:
-        """Those that have not."""
+        """The checks that have not passed."""
         return [check for check in self.checks if not check.passed]
 
     def __str__(self) -> str:
@@ -145,7 +153,7 @@ class Report:
         return "\n".join([self.title, *lines, f"{len(rows)} checks in {self.seconds:.1f} s: {verdict}"])
 
     def to_json(self) -> str:
-        """The same as JSON: `title`, `passed`, `seconds`, `checks` and `lines` with their fields."""
+        """The report as JSON: `title`, `passed`, `seconds`, `checks` and `lines` with their fields."""
         return as_json(
             {
                 "title": self.title,

@@ -1,11 +1,11 @@
-"""The whole battery of checks on a learning problem, or on the built-in ones."""
+"""All checks of a learning problem, or of the built-in ones."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 
@@ -24,16 +24,19 @@ from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.ranks import same, together
 from fem_resnet.time_stepping.methods import METHODS
-from fem_resnet.verify import activations, behaviour, derivatives, quantities
+from fem_resnet.verify import activations, adjoints, behaviour, derivatives, quantities
+from fem_resnet.verify.costates import costates
+from fem_resnet.verify.formulas import NotWrittenOut
+from fem_resnet.verify.gauss_newton import gauss_newton
+from fem_resnet.verify.other_nodes import moved
 from fem_resnet.verify.point import Point, own, random_like
 from fem_resnet.verify.problems import BUILT_IN, built_in
-from fem_resnet.verify.reference import NotWrittenOut
-from fem_resnet.verify.report import Check, Report
+from fem_resnet.verify.report import Check, Checks, Report
 from fem_resnet.verify.watch import Watch
 
 __all__ = ["BUILT_IN", "built_in", "problem_of", "verify"]
 
-#: Seconds that a check may take on several ranks.
+#: Seconds that a check may take on several ranks, if no limit is given.
 _TIME_LIMIT = 600.0
 
 
@@ -44,36 +47,39 @@ def verify(
     exit_first: bool = False,
     time_limit: float | None = None,
 ) -> Report:
-    """Hold a learning problem against what it says it is. Collective; parameters are put back at the end.
+    """Check a learning problem: its value, its derivatives, its measures. Collective over its communicator.
 
-    Derivatives are taken at the problem's parameters, moved by a tenth of their size, since at zero or at a minimum they
-    say nothing. Each check is a number with a bound; `report` says which. What J and its gradient share, and no Taylor
-    test sees, is held against the problem written out a second time.
+    Each check compares a number with a bound; the report lists both. Derivatives are checked at the problem's parameters,
+    moved by a tenth of their size: at zero or at a minimum they vanish, and a check would show nothing. If J and its
+    gradient had the same mistake, no Taylor test would see it; so J is also compared with formulas that are written out a
+    second time. At the end the parameters have their values again.
 
     Parameters
     ----------
     problem
-        The problem; or a function that makes it, called as ``problem(comm)`` if it takes an argument, which on several
-        ranks is also made on one rank alone; the built-in ones, which together run all of the package's layers, if left out.
+        The problem, or a function that makes it. A function with an argument is called as ``problem(comm)``; on several
+        ranks it also makes the problem on one rank, for comparison. If left out, the built-in problems, which together run
+        all layers of the package.
     quick
         Whether to test fewer directions, and no convergence of co-states.
     exit_first
         Whether to stop at the first check that fails.
     time_limit
-        Seconds that one check may take before all ranks are ended with a message and their stacks: where one rank leaves
-        out what is collective, the others wait for ever. 600 on several ranks, none on one, if left out.
+        Seconds that one check may take. Then all ranks are ended, with a message and their stacks: if one rank leaves out a
+        collective call, the others wait in it for ever. If left out, 600 on several ranks, and no limit on one.
 
     Returns
     -------
     Report
-        With `passed`, `failures`, a table as its text, `to_json` and `draw`.
+        It has `passed`, `failures`, a table as its text, `to_json` and `draw`.
 
     Raises
     ------
     TypeError
-        If `problem` is, or makes, no LearningProblem.
+        If `problem` is not a LearningProblem, and does not make one.
     ValueError
-        If `time_limit` is not positive, or the problem has checkpoints, an ensemble or observations before T.
+        If `time_limit` is not positive, an argument differs between ranks, or the problem has checkpoints, an ensemble or
+        observations before T.
 
     Examples
     --------
@@ -84,7 +90,7 @@ def verify(
     comm = problem.net.Y.comm if isinstance(problem, LearningProblem) else MPI.COMM_WORLD
     same(comm, problem=problem, quick=quick, exit_first=exit_first, time_limit=time_limit)
     if not isinstance(problem, (LearningProblem, type(None))):
-        function("problem", problem, "a LearningProblem, or a function that makes one,")
+        function("problem", problem, "a LearningProblem, or a function that makes one")
     quick, exit_first = flag("quick", quick), flag("exit_first", exit_first)
     if time_limit is None:
         time_limit = _TIME_LIMIT if comm.size > 1 else math.inf
@@ -104,41 +110,46 @@ def verify(
         return whole
 
 
-def _verified(made: LearningProblem | Callable, quick: bool, exit_first: bool, watch: Watch, name: str = "") -> Report:
-    """The report on one problem, or on what makes it; one of `BUILT_IN` that cannot be made is a finding."""
-    make, start = None, time.perf_counter()
+def _verified(given: LearningProblem | Callable, quick: bool, exit_first: bool, watch: Watch, name: str = "") -> Report:
+    """The report on a problem, or on the problem that a function makes.
+
+    If a problem of `BUILT_IN`, which has a name, cannot be made, that is a failed check and no error.
+    """
+    start, make = time.perf_counter(), None
     watch.begin(f"{name}: making the problem")
-    if not isinstance(made, LearningProblem):
-        takes_comm = _takes_communicator(made)
-        make = made if takes_comm else None
+    if isinstance(given, LearningProblem):
+        problem = given
+    else:
+        function, takes_comm = given, _takes_communicator(given)
+        make = given if takes_comm else None
         try:
-            made = together(MPI.COMM_WORLD, lambda: _problem_by(make or made, *[MPI.COMM_WORLD] * takes_comm))
+            problem = together(MPI.COMM_WORLD, lambda: _problem_by(function, *[MPI.COMM_WORLD] * takes_comm))
         except Exception as error:
             if not name:
                 raise
             return Report(name, [Check.broken("problem", "made", error)])
     was_annotating = annotate_tape()
-    report = Report(_title(made))
+    report = Report(_title(problem))
     pause_annotation()
     try:
         with set_working_tape(Tape()):
-            _all_checks(own(made), make, quick, exit_first, report, lambda what: watch.begin(f"{name}: {what}"))
+            _all_checks(own(problem), make, quick, exit_first, report, lambda what: watch.begin(f"{name}: {what}"))
     finally:
         if was_annotating:
             continue_annotation()
-    report.seconds = made.net.Y.comm.allreduce(time.perf_counter() - start, op=MPI.MAX)
+    report.seconds = problem.net.Y.comm.allreduce(time.perf_counter() - start, op=MPI.MAX)
     return report
 
 
 def _problem_by(make: Callable[..., LearningProblem], *arguments: MPI.Comm) -> LearningProblem:
-    return instance("problem", make(*arguments), LearningProblem, "that is what the function returned")
+    return instance("problem", make(*arguments), LearningProblem, "this is what the function returned")
 
 
 def _takes_communicator(make: Callable) -> bool:
-    """Whether the first argument is `comm`, or one that must be given."""
+    """Whether the first argument is `comm`, or has no default."""
     for name, parameter in inspect.signature(make).parameters.items():
-        wanted = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        return wanted and (name == "comm" or parameter.default is parameter.empty)
+        is_positional = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        return is_positional and (name == "comm" or parameter.default is parameter.empty)
     return False
 
 
@@ -149,27 +160,32 @@ def _title(problem: LearningProblem) -> str:
 
 
 class _Failed(Exception):
-    """A check has failed, and no more are wanted."""
+    """A check has failed, and the verification is to end there."""
 
 
-# Nothing here writes out a second time what observations, or the members of an ensemble, add to J; with a schedule of
-# checkpoints there are no states on the tape to look at.
+# Observations before T and the members of an ensemble add terms to J that `reference` does not have. With a schedule of
+# checkpoints, no states are on the tape to be checked.
 @supports(
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
     "learned_initial", "learned_both", "many_samples", "weights", tool="verify",
 )  # fmt: skip
 def _all_checks(
-    problem: LearningProblem, make, quick: bool, exit_first: bool, report: Report, begin: Callable[[str], None]
+    problem: LearningProblem,
+    make: Callable | None,
+    quick: bool,
+    exit_first: bool,
+    report: Report,
+    begin: Callable[[str], None],
 ) -> None:
     comm = problem.net.Y.comm
 
     def keep(check: Check) -> None:
         report.checks.append(check)
-        begin(f"{check.group}, what comes after {check.name!r}")
+        begin(f"{check.group}, after {check.name!r}")
         if exit_first and comm.allreduce(not check.passed, op=MPI.LOR):
             raise _Failed
 
-    def run(group: str, checks: Callable[[], Iterator[Check]]) -> None:
+    def run(group: str, checks: Callable[[], Checks]) -> None:
         begin(group)
         try:
             with closing(checks()) as found:
@@ -179,7 +195,7 @@ def _all_checks(
             raise
         except NotWrittenOut as error:
             keep(Check.left_out(group, "all", str(error)))
-        except Exception as error:  # whatever a fault raises is a finding
+        except Exception as error:  # whatever a mistake raises is a failed check
             keep(Check.broken(group, "all", error))
 
     with suppress(_Failed):
@@ -194,11 +210,11 @@ def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run
     run("forward", lambda: quantities.forward(problem))
     instead = METHODS[problem.net.solver_parameters["ts_type"]].instead
     if problem.net.layers and instead is not None:
-        report.checks.append(Check.left_out("derivatives", "all", f"PETSc has no adjoint of this method; {instead} has"))
+        report.checks.append(Check.left_out("derivatives", "all", f"PETSc has no adjoint of this method; {instead} has one"))
         return
     points: list[Point] = []
 
-    def record() -> Iterator[Check]:
+    def record() -> Checks:
         points.append(Point(problem))
         yield from ()
 
@@ -214,17 +230,17 @@ def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run
         run("failure", lambda: behaviour.failure(point))
         run("Taylor", lambda: derivatives.taylor(point, quick, report.lines))
         run("Hessian", lambda: derivatives.second_order(point, quick))
-        run("Gauss-Newton", lambda: derivatives.gauss_newton(point))
+        run("Gauss-Newton", lambda: gauss_newton(point))
         run("elsewhere", lambda: derivatives.elsewhere(point))
-        run("adjoint identity", lambda: derivatives.adjoint_identities(point))
-        run("given steps", lambda: derivatives.given_steps(point))
-        run("Jacobian", lambda: derivatives.jacobians(point))
+        run("adjoint identity", lambda: adjoints.adjoint_identities(point))
+        run("given steps", lambda: adjoints.given_steps(point))
+        run("Jacobian", lambda: adjoints.jacobians(point))
         run("Riesz map", lambda: quantities.riesz_maps(point))
-        run("co-state", lambda: derivatives.costates(point, taken))
+        run("co-state", lambda: costates(point, taken))
         run("layers a Block", lambda: behaviour.blocks(point))
         run("checkpoints", lambda: behaviour.replay(point))
         run("states", lambda: behaviour.recorded_states(point))
-        run("on other nodes", lambda: behaviour.moved(point))
+        run("on other nodes", lambda: moved(point))
         run("exchange", lambda: quantities.other_data(problem, point))
         run("co-state orders", lambda: behaviour.convergence(problem, quick, report.lines))
         run("ranks", lambda: behaviour.ranks(point, make))
@@ -233,7 +249,22 @@ def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run
 
 
 def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> LearningProblem:
-    """A learning problem for a network without data: smooth inputs, and targets that the head's prediction can have."""
+    """A learning problem for a network without data.
+
+    Parameters
+    ----------
+    net
+        The network.
+    head
+        Its head, or None.
+    samples
+        The number of samples.
+
+    Returns
+    -------
+    LearningProblem
+        With smooth inputs, and with targets that the prediction of the head can reach.
+    """
     rng = np.random.default_rng(4)
     inputs = random_like(fd.Function(net.Y.batch_space(samples)), rng, net.Y)
     if head is None:

@@ -1,7 +1,8 @@
-"""A watch on checks: a rank that leaves out a sum over the ranks has the others wait in theirs for ever.
+"""A time limit for each check: if one rank leaves out a sum over the ranks, the others wait in it for ever.
 
-What waits may hold Python's lock, or sit in C. So the stacks come from `faulthandler`, which needs no lock; a thread says
-which check it was and ends all ranks; and where that thread cannot run on any rank, the operating system's alarm ends them.
+A rank that waits may hold Python's lock, or be inside of C code. So `faulthandler`, which needs no lock, writes the stacks. A
+thread says which check it was and ends all ranks. If that thread cannot run on any rank, an alarm of the operating system
+ends them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from mpi4py import MPI
 __all__ = ["Watch"]
 
 _STANDARD_ERROR = 2
-#: Seconds that the ranks have to say where they are, before they are ended, and before the alarm ends them.
+#: Seconds after the limit at which the thread ends all ranks, and at which the alarm does.
 _GRACE, _LAST = 2.0, 6.0
 
 
 class Watch:
-    """Ends all ranks, with a message, if one check takes longer than a limit. A context; at its end nothing is watched.
+    """Ends all ranks with a message if one check takes longer than a limit. A context manager.
 
     Parameters
     ----------
@@ -37,10 +38,11 @@ class Watch:
         self._comm, self._limit = comm, limit
         self._what, self._since = "", 0.0
         self._over = threading.Event()
+        #: The seconds that are left of an alarm that was set before, and when this was read.
+        self._alarm = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
 
     def __enter__(self) -> Watch:
         if math.isfinite(self._limit):
-            self._alarm = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
             self.begin("making the problem")
             threading.Thread(target=self._look, daemon=True).start()
         return self
@@ -54,7 +56,7 @@ class Watch:
         signal.setitimer(signal.ITIMER_REAL, max(before + since - time.monotonic(), 1.0) if before else 0.0)
 
     def begin(self, what: str) -> None:
-        """From now on this is what may take so long."""
+        """Say which check begins; from now on it may take as long as the limit."""
         if math.isfinite(self._limit):
             self._what, self._since = what, time.monotonic()
             faulthandler.dump_traceback_later(self._limit, file=_STANDARD_ERROR)
@@ -65,7 +67,7 @@ class Watch:
             if time.monotonic() - self._since > self._limit:
                 text = (
                     f"fem_resnet.verify: rank {self._comm.rank} of {self._comm.size} has waited for {self._limit:g} s in: "
-                    f"{self._what}. Is there something collective that one rank leaves out? The stacks show where each rank is\n"
+                    f"{self._what}. Perhaps one rank leaves out a collective call: the stacks show where each rank is\n"
                 )
                 os.write(_STANDARD_ERROR, text.encode())
                 time.sleep(_GRACE)

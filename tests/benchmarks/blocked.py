@@ -1,6 +1,6 @@
-"""The same network in plain NumPy, nodes passed in blocks: what the other sides have to agree with.
+"""The same network in plain NumPy, by blocks of nodes: the reference with which all other sides must agree.
 
-Steps f itself and keeps it at the layers' starts; the stages of a layer are computed again on the way back.
+It steps f itself and keeps f at the starts of layers. On the way back it computes the stages of a layer again.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ class Blocked:
         return sum(self._weighted[block].T @ f[block] for block in self._blocks)
 
     def _stages(self, f, a, beta):
-        """Slopes of classical Runge-Kutta and the coefficients that each sees."""
+        """The slopes of classical Runge-Kutta, and the coefficients from which each is computed."""
         slopes, seen = [], []
         for part in (0.0, 0.5, 0.5, 1.0):
             g = self._project(f)
@@ -62,12 +62,12 @@ class Blocked:
         return J
 
     def _back(self, layer, f, adjoint):
-        """The derivatives in a and beta of a layer; turns `adjoint` into that at the layer's start."""
+        """The derivatives in a and beta of a layer; `adjoint` becomes the adjoint at the start of the layer."""
         h, beta = self._h, self._beta[layer]
         slopes, seen = self._stages(f, self._a[layer], beta)
         a_bar, beta_bar, later = np.zeros(len(f)), np.zeros_like(beta), np.zeros_like(seen[0])
         total = np.zeros_like(later)
-        # Functionals of stage values are M Psi x, and x is all that is kept of them.
+        # Functionals of stage values are M Psi x; only x is kept.
         for k, g, weight, reach in zip(slopes[::-1], seen[::-1], (1, 2, 2, 1), (0.0, 1.0, 0.5, 0.5)):
             D = np.zeros_like(g)
             for block in self._blocks:

@@ -2,17 +2,18 @@
 
     containers/run python tests/benchmarks/cost_model.py [--quick] [--json FILE]
 
-First one factor at a time, in a range where work and not latency should be what takes the time: the slope of log t over the
-log of that factor is wanted to be 1.00 +- 0.05. Nothing is subtracted from t. Then a model is fitted to all that was
-measured, those sizes and a grid down to small ones, by least squares of the relative error with coefficients >= 0:
+First one factor is changed at a time, in a range where work and not latency should take the time. The slope of log t over
+the log of that factor should be 1.00 +- 0.05. Nothing is subtracted from t. Then a model is fitted to all measured times,
+also of a grid of sizes down to small ones, by least squares of the relative error with coefficients >= 0:
 
     t = c_0 + c_control 2 L + c_copy L N + c_field N S
         + stages (c_latency + c_read N r + c_sigma N S + c_flop N r S + c_state r S + c_small r^2 S),
     stages = 4 n L,
 
-for classical Runge-Kutta: the tape once, a control, the traffic of a bias and of the state; and a stage, forward and backward
-together, its calls, its reads of Phi, its sigmas, its products of nodes, and what it does with coefficients, once a number and
-as products with beta. From the coefficients follows where one of these overtakes another.
+for classical Runge-Kutta. The first line has the tape, the controls, and the traffic of biases and of the state. The second
+line has a stage, forward and backward together: its calls, its reads of Phi, its sigmas, its products over nodes, and its work
+on coefficients, in proportion to their number and as products with beta. The coefficients of the model say at which sizes
+one of these terms overtakes another.
 """
 
 import argparse
@@ -27,19 +28,20 @@ import roofline
 from scipy.optimize import nnls
 
 FACTORS = ("N", "r", "S", "L", "n")
-#: Factor -> the size that stays, and the factor's values: where what is linear in it is nearly all of the time. In r that is
-#: where products take far more than sigmas and far less than products with beta, r^2 S; in S where they take far more than reads
-#: of Phi; in both there are layers enough for the passes over f at the ends not to count. No field has 32 MB: from there on each
-#: array gets new pages from the system, which is no part of the model.
+#: Factor -> the size that stays, and the factor's values. They are chosen so that work that is linear in the factor takes
+#: nearly all of the time. For r, products take far longer than sigmas, and products with beta, r^2 S, far less. For S,
+#: products take far longer than reads of Phi. For both there are so many layers that the passes over f at the ends do not
+#: count. All fields are smaller than 32 MB: larger arrays get new pages from the system each time, and the model has no such
+#: term.
 SWEEPS = {
     "N": ((None, 16, 32, 4, 1), (4096, 8192, 16384, 32768, 65536)),
-    # With N a power of two the nodes' rows of all functions would meet in a few sets of the caches.
+    # If N were a power of two, the rows of all functions would fall into a few sets of the caches.
     "r": ((40000, None, 32, 4, 1), (128, 192, 256, 384)),
     "S": ((4096, 16, None, 8, 1), (32, 64, 128, 256, 512)),
     "L": ((8192, 16, 32, None, 1), (32, 64, 128, 256)),
     "n": ((8192, 16, 32, 4, None), (8, 16, 32, 64)),
 }
-#: Down to sizes where latency, or reads, or what ranks do not share, take most of the time.
+#: Down to sizes where latency, reads or work that ranks do not share takes most of the time.
 GRID = [
     *((N, r, S, 8, 1) for N, r, S in product((256, 2048, 16384, 131072), (8, 32), (1, 4, 16))),
     *((512, 16, 1, L, n) for L, n in ((1, 1), (4, 1), (32, 1), (4, 8))),
@@ -50,7 +52,7 @@ QUICK_SWEEPS = {
     "L": ((4096, 8, 32, None, 1), (1, 2)),
 }
 QUICK_GRID = [(256, r, S, L, 1) for r, S, L in product((4, 16), (1, 16), (1, 4))]
-#: Slopes are wanted to be 1 up to this.
+#: Slopes should be 1 up to this.
 BOUND_SLOPE = 0.05
 
 #: Coefficient -> how often it counts at a size.

@@ -1,4 +1,4 @@
-"""The numbers that all sides get: one network, one batch, as .npy files in a folder."""
+"""One network and one batch for all sides, as .npy files in a folder."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ NAMES = ("weights", "phi", "a", "beta", "inputs", "targets")
 def write(folder: Path, nodes: int, rank: int, samples: int, layers: int) -> None:
     """A network on a label domain of measure one, with kernels and states of size one.
 
-    The points have the weights 1/2, 3/2, 1/2, .. over N, which for N a power of two are exact, as the ends of their
-    cells are: the package reads weights off its mesh, and the others are told. Phi = Psi are cosines.
+    The points have the weights 1/2, 3/2, 1/2, .. over N. For N a power of two these and the ends of their cells are exact.
+    This matters, since the package computes weights from its mesh, and other sides read them. Phi = Psi are cosines.
     """
     rng = np.random.default_rng(nodes + rank + samples + layers)
     weights = np.tile([0.5, 1.5], (nodes + 1) // 2)[:nodes] / nodes
@@ -30,7 +30,7 @@ def write(folder: Path, nodes: int, rank: int, samples: int, layers: int) -> Non
 
 
 class Data:
-    """The arrays of a folder, read when they are asked for; `rows` are those of some nodes alone."""
+    """The arrays of a folder, read when they are asked for; `rows` reads the rows of some nodes alone."""
 
     def __init__(self, folder: str):
         self._folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The peers' environment: a venv of its own below ${FEM_RESNET_HOME:-$HOME/.fem-resnet}, made when it is missing."""
+"""The environment of the peers: a venv below ${FEM_RESNET_HOME:-$HOME/.fem-resnet}, made if it is missing."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ PINS = Path(__file__).with_name("peers.txt")
 
 
 def python() -> Path:
-    """Its interpreter, whether it is there or not; another one for other pins."""
+    """The path of its interpreter, which may not exist yet; other pins have another path."""
     home = Path(os.environ.get("FEM_RESNET_HOME", Path.home() / ".fem-resnet"))
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     mark = hashlib.sha256(PINS.read_bytes() + version.encode()).hexdigest()[:12]
@@ -22,7 +22,7 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Make it; without CUDA where the index of CPU builds can be reached or pip finds one elsewhere."""
+    """Make it; without CUDA, if the index of CPU builds can be reached or pip finds a CPU build elsewhere."""
     if is_installed():
         return
     folder = python().parent.parent

@@ -1,4 +1,4 @@
-"""Best times of J and its gradient at many sizes, on ranks of one thread each: what the scripts on cost and scaling measure.
+"""Best times of J and its gradient at many sizes, on ranks of one thread each, for the scripts on cost and scaling.
 
 A size is (N nodes, rank, samples, layers, steps a layer); `ours` evaluates it, through the tape.
 """
@@ -15,12 +15,16 @@ Size = tuple[int, int, int, int, int]
 
 
 def best_seconds(sizes: list[Size], ranks: int = 1, budget: float = 1.0) -> list[float]:
-    """Of one evaluation at each size, in a run of its own on so many ranks; by the slowest rank.
+    """The best time of one evaluation at each size, by the slowest rank, in a process for each size.
 
     Parameters
     ----------
+    sizes
+        The sizes.
+    ranks
+        The number of ranks.
     budget
-        Seconds of evaluations a size, of which there are 3 at least and 50 at most.
+        Seconds of evaluations at each size; there are at least 3 and at most 50.
     """
     from sides import on_ranks, ranks_environment
 
@@ -53,7 +57,7 @@ def _best(size: Size, folder: Path, budget: float, comm) -> float:
 
 
 def main(sizes: str, budget: str) -> None:
-    """Print the seconds as JSON, on rank 0."""
+    """Print the seconds as JSON on rank 0."""
     import firedrake as fd
 
     comm = fd.COMM_WORLD

@@ -1,4 +1,4 @@
-"""J and its whole gradient: this package against what a user would pick instead.
+"""J and its whole gradient: this package compared with the tools that a user would take instead.
 
     containers/run python tests/benchmarks/gradient.py [--quick] [--json FILE] [--sizes N,r,S,L ...] [--only SIDE,SIDE ..] \
         [--one-at-a-time]
@@ -25,7 +25,7 @@ SIZES = [
     (1024, 16, 1, 16), (65536, 16, 1, 16), (4096, 16, 256, 16), (65536, 16, 32, 16), (512, 32, 1257, 8),
     (1048576, 32, 4, 8),
 ]  # fmt: skip
-#: What all are held against; run and timed always.
+#: The reference for all sides; always run and timed.
 REFERENCE = "numpy"
 
 
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     given.sizes = [tuple(map(int, size.split(","))) for size in given.sizes] if given.sizes else SIZES
     if given.quick:
         given.sizes = sorted(given.sizes, key=lambda size: roofline.work(*size)["flops"])[:3]
-    names = [name for name in given.only.split(",")] if given.only else list(SIDES)
+    names = given.only.split(",") if given.only else list(SIDES)
     if "fem_resnet" in names:
         names[names.index("fem_resnet") : names.index("fem_resnet") + 1] = OURS + OUR_LAYERS
     if unknown := set(names) - set(SIDES):
@@ -53,12 +53,12 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-#: Seconds of a turn with short evaluations, and how many these may be.
+#: Seconds of a turn with short evaluations, and the largest number of these.
 TURN, MOST_A_TURN = 0.1, 20
 
 
 def take_turns(sides: list[Side], repetitions: int, budget: float) -> dict[str, str]:
-    """Evaluate each side a turn, at other parameters each time; then ask for its memory.
+    """Let the sides take turns, with new parameters for each evaluation; then ask for their memory.
 
     Where an evaluation is short it is repeated in its turn, as it is in training: else caches are those of the side before.
 
@@ -96,7 +96,7 @@ def take_turns(sides: list[Side], repetitions: int, budget: float) -> dict[str, 
 
 
 class Measurement:
-    """One size: sides are held against the reference, and timed where they agree."""
+    """Measure one size: sides are compared with the reference, and timed if they agree."""
 
     def __init__(self, size: tuple[int, int, int, int], folder: Path, given: argparse.Namespace):
         self._folder, self._given = folder, given
@@ -125,7 +125,7 @@ class Measurement:
                 self.failed[name] += f"; among the others: {why}"
 
     def _together(self, names: list[str], budget: float) -> None:
-        """Start these, and let those that agree with the reference take turns."""
+        """Start these sides, and let all that agree with the reference take turns."""
         ready: list[Side] = []
         self._ended: dict[str, str] = {}
         try:
@@ -156,7 +156,7 @@ class Measurement:
 
 
 def fit_together(size: tuple[int, int, int, int], names: list[str]) -> bool:
-    """Whether memory lasts for all of them at once, as far as one can know.
+    """Whether memory suffices for all sides at once, as far as one can know.
 
     Peers keep about five fields a stage, as PyTorch was seen to do, and do not give back all of what they have freed.
     """
@@ -176,7 +176,7 @@ def measure(size: tuple[int, int, int, int], given: argparse.Namespace, rates: d
 
 
 def record(size, sides: list[Side], failed: dict[str, str], rates: dict) -> dict:
-    """What --json writes of one size."""
+    """The measurements of one size for --json."""
     found = {
         "size": list(size),
         "seconds": {side.name: min(side.seconds) for side in sides},
@@ -213,7 +213,7 @@ def record(size, sides: list[Side], failed: dict[str, str], rates: dict) -> dict
 
 def main() -> None:
     given = arguments()
-    # Two cores for each side, also where there are more.
+    # Each side gets two cores, even if there are more.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     if any(is_peer(name) for name in given.sides):
         environment.install()

@@ -1,4 +1,4 @@
-"""The package through its public interface, a recorded `ReducedFunctional`; and its layers alone, without the tape."""
+"""The package by its public interface, a recorded `ReducedFunctional`; and its layers without the tape."""
 
 import firedrake as fd
 import numpy as np
@@ -36,7 +36,7 @@ class FemResnet:
 
 
 class FemResnetLayers(FemResnet):
-    """What the tape calls, called without it: the operators of a recorded J, from arrays to arrays."""
+    """The operators of a recorded J, called without the tape, from arrays to arrays."""
 
     def prepare(self) -> None:
         super().prepare()

@@ -1,18 +1,18 @@
-"""Whether a reduction that runs while the other half of the samples is computed would make a stage faster.
+"""Would a stage be faster if the reduction of one half of the samples ran while the other half is computed?
 
     containers/run python tests/benchmarks/overlap.py [--ranks K] [--quick] [--json FILE]
 
-A stage's rate, g_t = Psi^T M sigma(a - Phi C), with the sum over the ranks of its r x S numbers in four ways:
+The rate of a stage is g_t = Psi^T M sigma(a - Phi C). Its r x S numbers are summed over the ranks in four ways:
 
 | | |
 |---|---|
-| whole | all samples, then one Allreduce: what the package does |
-| halves | half of the samples, its Allreduce, the other half, its Allreduce |
-| overlap | half of the samples, an Iallreduce that runs while the other half is computed, then that one's Allreduce |
-| local | no sum at all: what could be gained at most |
+| whole | all samples, then one Allreduce, as in the package |
+| halves | one half of the samples and its Allreduce, then the other half and its Allreduce |
+| overlap | one half and its Iallreduce, which runs while the other half is computed, then the Allreduce of the other half |
+| local | no sum at all: the largest possible gain |
 
-Each rank has its share of the nodes as a label domain of its own, so that the script does the sums. Ways take turns;
-times are those of the slowest rank, the median over many.
+Each rank has its share of the nodes as a label domain of its own, so that the script makes the sums. The four ways take
+turns. Times are medians over many runs, by the slowest rank.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from sides import on_ranks, ranks_environment
 
 #: (rank, samples): from 16 to 40,192 numbers a reduction.
 REDUCTIONS = [(8, 2), (16, 16), (16, 64), (16, 256), (32, 314), (32, 1256)]
-#: Of all ranks together.
+#: Numbers of nodes, of all ranks together.
 NODES = [4096, 16384, 65536]
 QUICK = [(8, 2), (16, 64)], [4096]
 
 
 def ways(nodes: int, rank: int, samples: int, comm) -> dict:
-    """A stage in each way; `nodes` on this rank. Each returns g_t."""
+    """A stage in each of the ways, with `nodes` on this rank; each returns g_t."""
     import numpy as np
     from mpi4py import MPI
 
@@ -84,7 +84,7 @@ def measure(all_nodes: list[int], reductions: list[tuple[int, int]], budget: flo
             of = ways(nodes // comm.size, rank, samples, comm)
             wanted = of["whole"]()
             for name in ("halves", "overlap"):
-                # Other sums of blocks of samples: round-off.
+                # Blocks of samples are summed in another order, so results differ by round-off.
                 assert np.allclose(of[name](), wanted, rtol=1e-12, atol=1e-12 * abs(wanted).max()), name
             times = {name: [] for name in of}
             start = time.perf_counter()
@@ -108,8 +108,9 @@ def main() -> None:
     parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        sys.argv = sys.argv[:1]  # PETSc would take them for options
-        return measure(*json.loads(given.measure))
+        sys.argv = sys.argv[:1]  # PETSc would take the others for options
+        measure(*json.loads(given.measure))
+        return
     reductions, nodes = QUICK if given.quick else (REDUCTIONS, NODES)
     command = [sys.executable, __file__, "--measure", json.dumps([nodes, reductions, 0.1 if given.quick else 2.0])]
     done = subprocess.run(
@@ -118,7 +119,8 @@ def main() -> None:
     rows = json.loads([line for line in done.stdout.splitlines() if line.startswith("[")][-1])
     print(f"{given.ranks} ranks; microseconds a stage; a ratio above 1: the overlap is faster than the whole")
     print(
-        f"  {'nodes':>7}{'r':>5}{'S':>6}{'r S':>7}{'whole':>10}{'halves':>10}{'overlap':>10}{'local':>10}{'ratio':>8}{'at most':>9}"
+        f"  {'nodes':>7}{'r':>5}{'S':>6}{'r S':>7}{'whole':>10}{'halves':>10}{'overlap':>10}{'local':>10}{'ratio':>8}"
+        f"{'at most':>9}"
     )
     for row in rows:
         s = row["seconds"]

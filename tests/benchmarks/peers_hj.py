@@ -1,7 +1,8 @@
-"""The value function by hj-reachability, in a process of the peers' environment: `python peers_hj.py PROBLEM.npz FOUND.npz ..`.
+"""The value function by hj-reachability: `python peers_hj.py PROBLEM.npz FOUND.npz ..`, in the environment of the peers.
 
-Each PROBLEM has the cells' `weights`, the `bias` and `kernel` ranges of a box A, the `target`, T and the grid's `axes`; sigma is tanh
-and L = 0. its FOUND gets F(., 0) and dF/dv_i on the grid. WENO differences of order 5, Runge-Kutta steps of order 3.
+Each PROBLEM has the `weights` of the cells, the `bias` and `kernel` ranges of a box A, the `target`, T, and the `axes` of the
+grid; sigma is tanh and L = 0. F(., 0) and dF/dv_i on the grid are written to FOUND. Differences are WENO of order 5, and
+steps Runge-Kutta of order 3.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The same network in JAX, its layers a scan, and in diffrax."""
+"""The same network in JAX, with a scan over its layers, and in diffrax."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def loss(weights, f, targets):
 
 
 class Jax:
-    """jit and scan."""
+    """The network by jit and scan."""
 
     def __init__(self, data):
         self._arrays = {name: jnp.asarray(data.read(name)) for name in ("phi", "weights", "inputs", "targets")}
@@ -36,7 +36,7 @@ class Jax:
         self._parameters = jnp.asarray(data.read("a")), jnp.asarray(data.read("beta"))
 
     def prepare(self) -> None:
-        # Arrays are arguments: as constants they would be folded while compiling.
+        # Arrays are arguments, since the compiler would fold constants.
         self._compiled = jax.jit(jax.value_and_grad(self.value))
 
     def final(self, layers, arrays):
@@ -62,7 +62,7 @@ class Jax:
 
 
 class JaxCheckpoint(Jax):
-    """A layer's stages are computed again on the way back."""
+    """The same; the stages of a layer are computed again on the way back."""
 
     layer_of = staticmethod(jax.checkpoint)
 
@@ -70,8 +70,8 @@ class JaxCheckpoint(Jax):
 class ClassicalRK4(diffrax.AbstractERK):
     """diffrax has no classical Runge-Kutta."""
 
-    # The last stage is put a little before the step's end, by less than diffrax checks: the next layer begins there. Time
-    # serves to look the layer up and for nothing else.
+    # At the end of the step the next layer begins. So the last stage stands a little before the end, by less than diffrax
+    # checks. Time only serves to look up the layer.
     tableau = diffrax.ButcherTableau(
         a_lower=(np.array([0.5]), np.array([0.0, 0.5]), np.array([0.0, 0.0, 1.0])),
         b_sol=np.array([1, 2, 2, 1]) / 6,
@@ -85,7 +85,7 @@ class ClassicalRK4(diffrax.AbstractERK):
 
 
 class Diffrax(Jax):
-    """One solve over all layers, a step each of length one; checkpoints are its own."""
+    """One solve over all layers, with one step of length one for each; diffrax chooses the checkpoints."""
 
     def final(self, layers, arrays):
         a, beta = layers

@@ -25,7 +25,7 @@ def step(phi, weighted, h: float, f, a, beta):
 
 
 class Torch:
-    """Eager."""
+    """The network in eager mode."""
 
     def __init__(self, data):
         self._phi, self._w, self._inputs, self._targets = (
@@ -51,7 +51,7 @@ class Torch:
 
     def evaluate(self) -> float:
         J = 0.5 * (self._w[:, None] * (self.final(*self._parameters) - self._targets) ** 2).sum() / self._inputs.shape[1]
-        # Not `backward`: what it adds to would have to be cleared.
+        # Not `backward`, which adds to gradients that would have to be cleared.
         self._gradient = torch.autograd.grad(J, self._parameters)
         return float(J)
 
@@ -60,7 +60,7 @@ class Torch:
 
 
 class TorchCompile(Torch):
-    """`torch.compile` of a layer; the layers are a loop in Python."""
+    """A layer by `torch.compile`, in a loop of Python over the layers."""
 
     def prepare(self) -> None:
         self._step = torch.compile(step, fullgraph=True)
@@ -78,7 +78,7 @@ SOLVERS["classical_rk4"] = ClassicalRK4
 
 
 class Rate(torch.nn.Module):
-    """The right-hand side, each layer an interval of length one."""
+    """The right-hand side; each layer is an interval of length one."""
 
     def __init__(self, phi, weighted, a, beta):
         super().__init__()
@@ -91,7 +91,7 @@ class Rate(torch.nn.Module):
 
 
 class Torchdiffeq(Torch):
-    """`odeint` over all layers, a step each; its "perturb" tells a layer's end from the next one's start."""
+    """`odeint` with one step a layer; by its "perturb" the end of a layer differs from the start of the next one."""
 
     def solve(self, rate, a, beta):
         return torchdiffeq.odeint(rate, self._inputs, self.times(a), **self.options)
@@ -107,7 +107,7 @@ class Torchdiffeq(Torch):
 
 
 class TorchdiffeqAdjoint(Torchdiffeq):
-    """`odeint_adjoint`: the co-state's equation solved on its own, so that the gradient is right to the step's order only."""
+    """`odeint_adjoint`: the co-state is solved on its own, so the gradient has an error of the order of the step."""
 
     def solve(self, rate, a, beta):
         return torchdiffeq.odeint_adjoint(rate, self._inputs, self.times(a), adjoint_params=(a, beta), **self.options)

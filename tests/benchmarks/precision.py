@@ -1,9 +1,9 @@
-"""What single precision loses, and what it gains: J and its whole gradient, against double precision in the same process.
+"""Errors and times of single precision: J and its whole gradient, compared with double precision in the same process.
 
     containers/run python tests/benchmarks/precision.py [--sizes N,r,S,L ...]
 
-One rank; a random network on points, tanh, Runge-Kutta 4. Errors are relative, of each kind of coefficients together; times
-are the best of turns.
+On one rank, for a random network on points, tanh, Runge-Kutta 4. Errors are relative, one for each kind of coefficients. Times
+are the best of several turns.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""What this machine can do, measured, and what the algorithm asks of it.
+"""The measured rates of this machine, and the work of the algorithm.
 
-`python roofline.py` prints the rates of one core as JSON; the benchmark runs it once alone and twice at the same time.
+`python roofline.py` prints the rates of one core as JSON. The benchmark runs it once alone, and twice at the same time.
 """
 
 import json
@@ -23,7 +23,7 @@ def _best(work, seconds: float) -> float:
 
 
 def rates(seconds: float = 0.2) -> dict[str, float]:
-    """Of one thread of NumPy: dgemm in flop/s, tanh in elements/s from the cache, copy in bytes/s read and written."""
+    """Rates of one thread of NumPy: dgemm in flop/s, tanh in elements/s from the cache, copy in bytes/s read and written."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -39,7 +39,7 @@ def rates(seconds: float = 0.2) -> dict[str, float]:
 
 
 def machine() -> dict[str, dict[str, float]]:
-    """Rates of one core, and of two together: the best of three, since others may be using the machine."""
+    """Rates of one core, and of two together. The best of three counts, since others may be using the machine."""
 
     def at_once(processes: int) -> dict[str, float]:
         env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -57,9 +57,9 @@ def machine() -> dict[str, dict[str, float]]:
 def work(nodes: int, rank: int, samples: int, layers: int) -> dict[str, float]:
     """Flops, sigmas and bytes of one J and its gradient.
 
-    A stage: two products nodes x rank x samples forward and three backward, and a sigma each. Bytes: Phi, which is Psi here too,
-    is read once forward and once backward; the bias and the weights with it; the functional of the bias is read and written;
-    f is read and written, forward, and its adjoint read, backward.
+    A stage takes two products nodes x rank x samples forward and three backward, and one sigma each way. Phi, which is
+    also Psi here, is read once forward and once backward, and with it the bias and the weights. The functional of the bias is
+    read and written. f is read and written forward, and its adjoint is read backward.
     """
     stages, field, factors, nodal = STAGES * layers, 8.0 * nodes * samples, 8.0 * nodes * rank, 8.0 * nodes
     return {

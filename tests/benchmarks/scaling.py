@@ -2,8 +2,8 @@
 
     containers/run python tests/benchmarks/scaling.py [--ranks K ...] [--quick] [--json FILE]
 
-Strong: the sizes of `gradient.py`; weak: nodes a rank fixed. Numbers of ranks take turns; the best of all turns counts.
-More ranks than cores say nothing.
+Strong scaling has the sizes of `gradient.py`; weak scaling has a fixed number of nodes a rank. Numbers of ranks take turns,
+and the best of all turns counts. Times of more ranks than cores mean nothing.
 """
 
 import argparse
@@ -19,13 +19,13 @@ QUICK_STRONG, QUICK_WEAK = [(2048, 8, 4, 2)], [(1024, 8, 4, 2)]
 
 
 def measure(sizes: dict[int, list[evaluations.Size]], budget: float, rounds: int) -> dict[int, list[float]]:
-    """Best seconds for each number of ranks at its sizes."""
+    """The best times for each number of ranks at its sizes, in seconds."""
     runs = [{ranks: evaluations.best_seconds(each, ranks, budget) for ranks, each in sizes.items()} for _ in range(rounds)]
     return {ranks: [min(times) for times in zip(*(run[ranks] for run in runs))] for ranks in sizes}
 
 
 def table(kind: str, sizes: list[tuple], seconds: dict[int, list[float]]) -> list[dict]:
-    """Print and return a row a size; efficiency against one rank."""
+    """Print and return one row a size, with the efficiency compared with one rank."""
     rows = []
     columns = "".join(f"{f'{ranks} rank' + 's' * (ranks > 1) + ', s':>14}{'efficiency':>12}" for ranks in seconds)
     print(f"{kind} scaling\n  {'':28}{columns}")

@@ -1,4 +1,4 @@
-"""Sides as the benchmark holds them: processes that are started, asked, checked and ended."""
+"""Sides of the benchmark: processes that it starts, asks, checks and ends."""
 
 import json
 import os
@@ -15,14 +15,14 @@ import numpy as np
 from worker import SIDES
 
 HERE = Path(__file__).parent
-#: The gradient of these is right to the order of the step only: timed all the same, and marked.
+#: Their gradients have an error of the order of the step: they are timed all the same, and marked.
 INEXACT = {"torchdiffeq_adjoint"}
-#: J relative, gradient relative in the norm of each kind of parameter.
+#: Bounds of relative errors: of J, and of the gradient in the norm of each kind of parameter.
 BOUND_J, BOUND_GRADIENT = 1e-12, 1e-10
-#: Above so many nodes x samples x layers a side would take minutes an evaluation.
+#: The largest nodes x samples x layers of a side: above, an evaluation would take minutes.
 LARGEST = {"ufl": 2**15}
 OURS = ("fem_resnet_1", "fem_resnet_2")
-#: The same without the tape.
+#: The same sides without the tape.
 OUR_LAYERS = ("fem_resnet_layers_1", "fem_resnet_layers_2")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _TWO_THREADS = {
@@ -37,19 +37,19 @@ class SideFailed(Exception):
 
 
 def _without_mpi() -> dict:
-    """This environment without what MPI left in it, which must not reach another mpiexec."""
+    """The environment of this process without the variables that MPI left in it: they must not reach another mpiexec."""
     leaked = re.compile(r"(OMPI_(?!MCA_rmaps|ALLOW)|PMIX_|OPAL_|PRTE_)")
     return {key: value for key, value in os.environ.items() if not leaked.match(key)}
 
 
 def ranks_environment() -> dict:
-    """An environment for processes of MPI, of one thread each."""
-    # A rank that waits for one that was put aside lets others work.
+    """An environment for processes of MPI with one thread each."""
+    # A rank that waits gives its core to others.
     return _without_mpi() | _ONE_THREAD | {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
 def on_ranks(ranks: int, command: list[str]) -> list[str]:
-    """The command on so many ranks."""
+    """The command, on a number of ranks."""
     return ["mpiexec", "-n", str(ranks), "--bind-to", "none", *command]
 
 
@@ -59,7 +59,7 @@ def is_peer(side: str) -> bool:
 
 @dataclass
 class Side:
-    """A worker's process, and what was measured of it."""
+    """The process of a worker, and its measurements."""
 
     name: str
     process: subprocess.Popen
@@ -110,7 +110,7 @@ class Side:
         return f"{what}: {lines[-1][:200]}" if lines else what
 
     def gradient(self, folder: Path) -> dict[str, np.ndarray]:
-        """Its last gradient: that in a, shape (layers, nodes), and that in beta."""
+        """The last gradient: in a, shape (layers, nodes), and in beta, shape (layers, rank, rank)."""
         self.ask(f"gradient {folder / self.name}")
         files = sorted(folder.glob(f"{self.name}.*.npz"))
         parts = [dict(np.load(file)) for file in files]
@@ -120,7 +120,7 @@ class Side:
         return {"a": np.concatenate([part["a"] for part in parts], axis=1)[:, order], "beta": parts[0]["beta"]}
 
     def compare(self, J: float, gradient: dict[str, np.ndarray], folder: Path) -> None:
-        """Note by how much J and the gradient differ from these."""
+        """Store the errors of J and of the gradient, compared with these."""
         own = self.gradient(folder)
         self.errors = {"J": abs(self.first["J"] - J) / abs(J)}
         for name, wanted in gradient.items():

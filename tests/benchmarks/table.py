@@ -1,4 +1,4 @@
-"""What was measured, for people."""
+"""Tables of the measurements."""
 
 import os
 import platform
@@ -12,7 +12,8 @@ def _processor() -> str:
 
 def print_machine(rates: dict) -> None:
     print(
-        f"{date.today()}, {_processor()}, {len(os.sched_getaffinity(0))} cores used, load {os.getloadavg()[0]:.1f} at the start"
+        f"{date.today()}, {_processor()}, {len(os.sched_getaffinity(0))} cores used, "
+        f"load {os.getloadavg()[0]:.1f} at the start"
     )
     for cores, of in rates.items():
         print(

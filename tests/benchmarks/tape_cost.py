@@ -1,13 +1,13 @@
-"""What the tape itself costs: seconds a Block and a control, J and gradient through it less the same operators without it.
+"""The time that the tape itself takes, per Block and per control: J and gradient with the tape and without it.
 
     containers/run python tests/benchmarks/tape_cost.py [--size N,r,S,L] [--quick] [--json FILE]
 
-The same network is recorded with more or fewer layers a Block, and with more or fewer controls (layers that share theirs).
-What is left of the time through the tape after that of the layers and the loss, called directly, is fitted by
+The same network is recorded with more or fewer layers a Block, and with more or fewer controls, which layers share. The
+layers and the loss are also called directly. The difference of the times is fitted by
 
     seconds = c_0 + c_block Blocks + c_control controls,    all c >= 0.
 
-One rank, one thread. A Block also keeps the state at its end, which is in c_block: sizes should be small.
+One rank, one thread. A Block also keeps the state at its end, and c_block has the time of this: sizes should be small.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SIZE = (1024, 16, 1, 16)
 
 
 def groups(layers: int, number: int) -> list[int]:
-    """So many groups of consecutive layers."""
+    """The group of each layer, where layers are cut into `number` groups of consecutive ones."""
     return [layer * number // layers for layer in range(layers)]
 
 
@@ -47,7 +47,7 @@ def seconds(side) -> float:
 
 
 def measure(numbers: data.Data, setting: dict, turns: int) -> dict:
-    """Best times of both ways, taking turns."""
+    """The best times with and without the tape, which take turns."""
     import ours
 
     sides = {"through": ours.FemResnet(numbers, **setting), "layers": ours.FemResnetLayers(numbers, **setting)}

@@ -1,4 +1,4 @@
-"""The same network as a Firedrake program that pyadjoint annotates: a Function a stage, an assembly an inner product."""
+"""The same network as a Firedrake program on pyadjoint's tape, with a Function a stage and an assembly an inner product."""
 
 import firedrake as fd
 import numpy as np

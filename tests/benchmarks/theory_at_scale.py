@@ -1,14 +1,14 @@
-"""The tools of `fem_resnet.theory` on large label domains: seconds and memory over the number of cells.
+"""Time and memory of the tools of `fem_resnet.theory` on large label domains, over the number of cells.
 
     containers/run python tests/benchmarks/theory_at_scale.py [--ranks K] [--cells N ...] [--only NAME ..] [--json FILE]
 
-An annulus of N quadrilaterals, DG0, a kernel of rank 32, 4 layers of classical Runge-Kutta, tanh, one sample. Each tool
-at each size is measured on k ranks in processes of its own: its wall time, the processors' time of all ranks, in which
-a rank that waits for another is included but what else the machine does is not, and the largest resident memory of all
-ranks above what mesh, bases and network take. An exponent of N, from the last two sizes, says how they grow; 1 is
-linear.
+The label domain is an annulus of N quadrilaterals, DG0. The network has a kernel of rank 32, 4 layers of classical
+Runge-Kutta, tanh and one sample. Each tool is measured at each size on k ranks in processes of its own. Measured are the wall
+time; the processor time of all ranks, with the time that ranks wait for each other; and the largest resident memory of
+all ranks, without that of mesh, bases and network. An exponent of N, from the last two sizes, says how time and memory grow;
+1 is linear.
 
-A tool is a function of (net, initial) in TOOLS: what it does is measured, what it returns is printed with the figures.
+A tool is a function of (net, initial) in TOOLS. Its result is printed with the measurements.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CELLS = (62_500, 250_000, 1_000_000)
 
 
 def propagator(net, initial) -> dict:
-    """M(T, 0) with all its singular values."""
+    """The propagator M(T, 0) with all its singular values."""
     from fem_resnet import LinearisedFlow
 
     M = LinearisedFlow(net, initial).propagator()
@@ -39,7 +39,7 @@ def propagator(net, initial) -> dict:
 
 
 def stability_report(net, initial) -> dict:
-    """The whole report."""
+    """The whole report of stability."""
     from fem_resnet import stability_report
 
     report = stability_report(net, initial)
@@ -63,7 +63,7 @@ def weighted_identity(net, initial) -> dict:
 
 
 def spectra(net, initial) -> dict:
-    """Constants of 3.1, norms of b but for the exact supremum, and the verdict of Theorem 3.4 at the end."""
+    """The constants of 3.1, all norms of b except the exact supremum, and the verdict of Theorem 3.4 at the end."""
     from fem_resnet import stability_verdict, well_posedness_constants
 
     constants = well_posedness_constants(net)
@@ -81,7 +81,7 @@ def picard(net, initial) -> dict:
 
 
 def steady_states(net, initial) -> dict:
-    """Whether the problem at the end has steady states, and which."""
+    """The steady states of the problem at the end, if there are any."""
     from fem_resnet import find_steady_states
 
     return {"exist": find_steady_states(net, at=net.times[-1]).exist}
@@ -108,7 +108,7 @@ TOOLS = [propagator, stability_report, duhamel, weighted_identity, spectra, pica
 
 
 def network(cells: int):
-    """The network and an initial state; values do not depend on the partition."""
+    """The network and an initial state, with values that do not depend on the partition."""
     import firedrake as fd
     import numpy as np
 
@@ -160,7 +160,7 @@ def measure(tool, cells: int) -> None:
 
 
 def exponent(name: str, rows: list[dict]) -> float:
-    """Of N, from the last two sizes."""
+    """The exponent of N, from the last two sizes."""
     (a, b) = rows[-2:]
     return math.log(b[name] / a[name]) / math.log(b["cells"] / a["cells"])
 

@@ -1,8 +1,10 @@
-"""F and its gradient against hj-reachability, on one and two cells: `containers/run python tests/benchmarks/value_function.py`.
+"""F and its gradient compared with hj-reachability, on one cell and on two cells.
+
+    containers/run python tests/benchmarks/value_function.py
 
 Both solve (4.11), (4.12) for the same box A, sigma = tanh and L = 0 on the same grids: this package by monotone differences of
-first order, the peer by WENO differences of order 5, whose error is far below. So the table shows this package's order. States
-are those of the start box; the peer's environment is made by the first run (README).
+first order, the peer by WENO differences of order 5, whose error is far smaller. So the table shows the order of this
+package. The states are those of the start box. The first run makes the environment of the peer (README).
 """
 
 import subprocess
@@ -17,17 +19,13 @@ from fem_resnet import Box, StateGrid, point_space, solve_value_function
 
 A = Box((-0.3, 0.4), (-0.6, 0.5))
 T = 0.5
-#: Weights of the cells, targets out of reach, and the start box: where no component of v changes its sign, F is smooth.
+#: Weights of the cells, targets out of reach, and the start box. No component of v changes its sign, so F is smooth.
 CASES = {
     "one cell": ([1.6], [1.5], [[0.1, 0.6]]),
     "two cells": ([1.0, 0.6], [1.5, -1.4], [[0.1, 0.6], [-0.5, -0.1]]),
 }
 SPACINGS = (0.05, 0.025, 0.0125, 0.00625)
-#: How much larger the peer's grid is on each side, which has values made up at its edge.
-MARGIN = 0.3
-
-
-#: How much larger the peer's grid is on each side, which has values made up at its edge.
+#: By how much the peer's grid is larger on each side: it makes up values at its edge.
 MARGIN = 0.3
 
 

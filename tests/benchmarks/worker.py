@@ -2,15 +2,15 @@
 
 Reads commands from stdin, one a line, and answers each with a line of JSON on stdout:
 
-    prepare         recording or compiling, with a first evaluation: seconds, and those of setting up before
+    prepare         records or compiles, and evaluates once: seconds, and the seconds of setting up before
     scale FACTOR    multiplies all parameters; a power of two is exact
     evaluate        J and its gradient at these parameters: seconds, J
     gradient PREFIX writes the last gradient to PREFIX.<rank>.npz
-    memory          bytes of the largest resident memory above that after the imports, summed over the ranks; and of the
+    memory          the largest resident memory in bytes above that after the imports, summed over the ranks; and the
                     largest since the first evaluation above that before it
     quit
 
-A side that waits sleeps. The resident memory is VmHWM: ru_maxrss is inherited from what started the process.
+A side that waits sleeps. The resident memory is VmHWM, since a process inherits ru_maxrss from the process that started it.
 """
 
 import ctypes
@@ -51,20 +51,20 @@ def largest_memory() -> int:
 
 
 def forget_largest_memory() -> None:
-    """From here on the largest memory is that since now."""
+    """Begin anew to record the largest memory."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def memory_in_use() -> int:
-    """Resident memory without what was freed, which glibc keeps and would hand out again without its being seen."""
+    """Resident memory, after glibc has returned all freed memory, which it could hand out again unseen."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident("VmRSS")
 
 
 class Alone:
-    """One process."""
+    """A side in one process."""
 
     rank = 0
 
@@ -79,7 +79,7 @@ class Alone:
 
 
 class Ranks:
-    """Ranks of MPI, the first of which reads the commands; the others sleep rather than wait in a broadcast."""
+    """A side on ranks of MPI. The first reads the commands; the others sleep, and do not wait in a broadcast."""
 
     def __init__(self, comm):
         self._comm, self.rank = comm, comm.rank
@@ -115,7 +115,7 @@ class Worker:
         prepared, _ = self._timed(self._side.prepare)
         self._before = memory_in_use()
         evaluated, J = self._timed(self._side.evaluate)
-        # What compiling takes for a while is no part of what an evaluation takes.
+        # The memory of compilation is no part of the memory of an evaluation.
         self._largest = largest_memory()
         forget_largest_memory()
         self._evaluations = 0
@@ -148,10 +148,10 @@ class Worker:
 def main() -> None:
     side, folder = sys.argv[1:]
     del sys.argv[1:]  # PETSc would take them for options
-    # Where memory does not last, it is a side that ends, and nothing else on this machine.
+    # If memory runs out, the system ends a side, and nothing else on this machine.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
-    # Answers go where stdout went; what libraries print goes to stderr.
+    # Answers go to the stdout of the process; what libraries print goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module, name = SIDES[side]

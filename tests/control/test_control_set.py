@@ -116,7 +116,7 @@ def test_what_is_convex():
         (lambda: Ellipse((0, 0), 0.0), "^axes: expected a disk or ellipse with an area"),
         (lambda: Sections((0, 1), lambda a: 1 + 0 * a, lambda a: 0 * a), "^lower, upper"),
         (lambda: Sections((0, 1), lambda a: -(a**2), lambda a: 0 * a, convex=True), "^convex: m is not convex"),
-        (lambda: Ellipse().largest(-1.0, 0.0), "^positive: expected numbers >= 0, the smallest given is -1"),
+        (lambda: Ellipse().largest(-1.0, 0.0), "^positive: expected numbers >= 0, got -1 among them"),
     ],
 )
 def test_what_is_no_control_set_is_refused(make, message):

@@ -74,7 +74,7 @@ def compiled(right: str, wrong: str) -> Callable:
 
 
 def formula(right: str, wrong: str) -> Callable:
-    """The same in the formulas of activations in C."""
+    """Plants `wrong` in the formulas of activations in C."""
 
     def plant(patch):
         made = fem_resnet.layers.compiled_stage.activation_code
@@ -444,8 +444,8 @@ FAULTS = [
         "compiled: the bias's functional is weighted as the forward stage",
         LAYERS,
         compiled(
-            "h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[stages - 1 - layer->asked % stages];",
-            "h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[(layer->asked + 1) % stages];",
+            "h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[stages - 1 - layer->asked % stages];",  # noqa: E501
+            "h = layer->lengths[layer->steps - 1 - layer->asked / stages];\n    const double b = layer->weights[(layer->asked + 1) % stages];",  # noqa: E501
         ),
         True,
     ),
@@ -505,7 +505,7 @@ FAULTS = [
             inputs.OnLayer,
             "__init__",
             "self._basis.expand(c) for c in coefficients",
-            "(lambda m: (m + m.T) / 2 if m.ndim == 2 and m.shape[0] == m.shape[1] else m)(self._basis.expand(c)) for c in coefficients",
+            "(lambda m: (m + m.T) / 2 if m.ndim == 2 and m.shape[0] == m.shape[1] else m)(self._basis.expand(c)) for c in coefficients",  # noqa: E501
         ),
     ),
     Fault(
@@ -566,7 +566,7 @@ FAULTS = [
             LayerTS,
             "_configure",
             'configure(ts, self._options, ("mat_type",))',
-            'configure(ts, self._options, ("mat_type",))\n    if self.method.implicit:\n        ts.getSNES().setTolerances(rtol=1e-1, max_it=50)',
+            'configure(ts, self._options, ("mat_type",))\n    if self.method.implicit:\n        ts.getSNES().setTolerances(rtol=1e-1, max_it=50)',  # noqa: E501
         ),
     ),
     Fault(
@@ -982,7 +982,7 @@ FAULTS = [
             fem_resnet.network.network.ResidualNetwork,
             "_segments",
             "if annotate_tape():",
-            "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape, running, seen_by, observed] = make()\n    if False:",
+            "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape, running, seen_by, observed] = make()\n    if False:",  # noqa: E501
         ),
     ),
     Fault(
@@ -1101,7 +1101,7 @@ FURTHER = [
         "C: functions behind the last whole tile are not projected on",
         BUILT_IN,
         compiled(
-            "        for (; k < rank; k++) PROJECT(1, samples);                                                                         \\\n",
+            "        for (; k < rank; k++) PROJECT(1, samples);                                                                         \\\n",  # noqa: E501
             "        (void)k;\\\n",
         ),
         True,
@@ -1222,7 +1222,7 @@ FURTHER = [
         BUILT_IN,
         compiled(
             "PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));",
-            "if (!layer->asked && LD(layer) * layer->Y->samples > KEPT_STATE) PetscCall(VecScale(layer->adjoint, 1.0 + 1e-6));\n    PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));",
+            "if (!layer->asked && LD(layer) * layer->Y->samples > KEPT_STATE) PetscCall(VecScale(layer->adjoint, 1.0 + 1e-6));\n    PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));",  # noqa: E501
         ),
         True,
     ),
@@ -1292,7 +1292,7 @@ FURTHER = [
             inputs.LayerCoefficients,
             "__init__",
             "[parameters[name].functions[k] for name, k in keys]",
-            "[type(f)(f.function_space(), val=f.dat.data_ro.copy()) for f in (parameters[name].functions[k] for name, k in keys)]",
+            "[type(f)(f.function_space(), val=f.dat.data_ro.copy()) for f in (parameters[name].functions[k] for name, k in keys)]",  # noqa: E501
         ),
         True,
     ),

@@ -1,4 +1,4 @@
-"""Networks in which nothing is wrong: random ones of any kind, and Laplace bases of many ranks on several meshes."""
+"""Networks without a fault: random ones of any kind, and with Laplace bases of many ranks on several meshes."""
 
 import numpy as np
 from firedrake import H1, dx, inner
@@ -64,7 +64,7 @@ def _space(rng):
 
 
 def _head(rng, Y, phi):
-    """Head, loss and what makes targets of samples."""
+    """Head, loss, and a function that makes targets for a number of samples."""
     kind = _pick(rng, ["none", "none", "classes", "classes", "least squares of classes", "field", "logistic field"])
     if kind == "none":
         loss = least_squares
@@ -129,7 +129,7 @@ LAPLACE_RANKS = range(4, 81, 4)
 
 
 def laplace_problem(mesh: str, rank: int) -> LearningProblem:
-    """Layers and a head in the first Laplace modes, as many as that."""
+    """Layers and a head in the first `rank` Laplace modes."""
     rng = np.random.default_rng([78, rank, len(mesh)])
     Y = label_space(*LAPLACE_MESHES[mesh])
     modes = laplace_basis(Y, rank)

@@ -159,7 +159,7 @@ def test_faults_have_names_of_their_own_and_are_many():
     "fault", [pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * (k % 2)) for k, fault in enumerate(FAULTS)]
 )
 def test_caught(fault, monkeypatch, found):
-    """Every other one by default: all take minutes."""
+    """By default every second fault, since all take minutes."""
     monkeypatch.setenv("FEM_RESNET_COMPILED", str(int(fault.compiled)))
     fault.plant(monkeypatch)
     report = verify(PROBLEMS[fault.problem], quick=True, exit_first=True)
@@ -167,7 +167,7 @@ def test_caught(fault, monkeypatch, found):
     assert not report.passed, f"not seen: {fault.name}"
 
 
-#: What the built-in problems do not show: no adjoint of layers reads again what this leaves behind.
+#: Faults that the built-in problems do not show: no adjoint of their layers reads what these faults leave behind.
 NOT_SEEN = ("under checkpoints a recording keeps what is overwritten", "settings forget the number of steps")
 
 
@@ -187,7 +187,7 @@ def test_caught_by_the_built_in_problems(fault, monkeypatch, found):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FURTHER, ids=lambda fault: fault.name)
 def test_all_further_faults_are_caught_by_the_built_in_problems(fault, monkeypatch, found):
-    """At least 58 of 60: those that are not are named above."""
+    """At least 58 of 60; the others are named above."""
     assert len(NOT_SEEN) <= 2
     _is_caught_by_the_built_in_problems(fault, monkeypatch, found)
 
@@ -231,22 +231,26 @@ def _is_silent(problem, found):
     assert report.passed, "\n" + str(report)
 
 
-#: Lines of C with a branch that may stay untaken: without memory; on several ranks; where TS fails; asked for ahead or not, which
-#: a copy of the code knows when it is compiled; a second slab together with each remainder of tiles. All cases of tiles are taken.
+#: Lines of C with a branch that may stay untaken: without memory; on several ranks; where TS fails; asked for ahead or not,
+#: which a copy of the code knows when it is compiled; a second slab together with each remainder of tiles. All cases of tiles
+#: are taken.
 NOT_REACHED_IN_C = (
-    "kept_size = kept ? size : 0;", "if (!memory) return 0;", "if (!get_scratch(", "if (size > 1) {", "PetscMPIIntCast(", "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;",
-    "if (!WENT_WELL(outcome)) break;", "layer->step < layer->steps)", "__builtin_prefetch(", "for (int i = 0; i < ranks; i++)", "(a ? a[i] + (vec){0} : get(place))", "ALL_TILES(",
+    "kept_size = kept ? size : 0;", "if (!memory) return 0;", "if (!get_scratch(", "if (size > 1) {", "PetscMPIIntCast(",
+    "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;", "if (!WENT_WELL(outcome)) break;", "layer->step < layer->steps)",
+    "__builtin_prefetch(", "for (int i = 0; i < ranks; i++)", "(a ? a[i] + (vec){0} : get(place))", "ALL_TILES(",
 )  # fmt: skip
-#: And statements of Python: without a compiler; on several ranks; of what was not solved yet.
+#: And statements of Python: without a compiler; on several ranks; where nothing was solved yet.
 NOT_REACHED_IN_PYTHON = (
-    "compiled_stage.py: return Stage(Y, activation, samples, precision)", "segment.py: self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)",
-    "compiled_layer.py: return LayerTrace()", "segment.py: return None",
-)  # fmt: skip
+    "compiled_stage.py: return Stage(Y, activation, samples, precision)",
+    "segment.py: self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)",
+    "compiled_layer.py: return LayerTrace()",
+    "segment.py: return None",
+)
 
 
 @pytest.mark.slow
 def test_the_built_in_problems_reach_every_compiled_path(tmp_path):
-    """All branches of stage.c and layer.c, all lines of what calls them, but for those that end in an error."""
+    """All branches of stage.c and layer.c, and all lines that call them, except those that end in an error."""
     script = Path(__file__).with_name("coverage_of_layers.py")
     subprocess.run([sys.executable, script, tmp_path], check=True, env=_environment(), timeout=3000)
     found = json.loads((tmp_path / "missed.json").read_text())
@@ -316,7 +320,7 @@ def test_networks_at_zero_with_a_trained_minimum_can_be_verified():
 @pytest.mark.parametrize("apart", [17.0, 800.0])
 @pytest.mark.parametrize("loss, prediction", [("cross_entropy", "softmax"), ("binary_cross_entropy", "logistic")])
 def test_confident_classifiers_are_sound(apart, loss, prediction):
-    """J is 1e-7 or 0: differences of scores that cancel are no mistakes."""
+    """J is 1e-7 or 0; differences of scores that cancel are not reported."""
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
     net = ResidualNetwork(_bases(Y)[0], times=[0.0, 0.3, 0.7])
     _fill(net.parameters, Y, 3)
@@ -331,9 +335,9 @@ def test_confident_classifiers_are_sound(apart, loss, prediction):
 
 
 def test_what_is_no_problem_is_refused():
-    with pytest.raises(TypeError, match="^problem: a LearningProblem, or a function that makes one"):
+    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, or a function that makes one, got 3"):
         verify(3)
-    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, got int; that is what the function returned"):
+    with pytest.raises(TypeError, match="^problem: expected a LearningProblem, got int; this is what the function returned"):
         verify(lambda: 3)
     with pytest.raises(ValueError, match="^time_limit: expected a number > 0 and < 2.14748e.09, got 0"):
         verify(built_in, time_limit=0)

@@ -1,0 +1,155 @@
+"""The arrays and functions that belong to the settings of a file, with the shapes that follow from its bases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import h5py
+import numpy as np
+
+from fem_resnet.io.group import Group, Wrong, are_all, slices
+from fem_resnet.io.meshes import Values
+from fem_resnet.io.settings import GROUP
+from fem_resnet.parameters.stable_kernels import stable_kernel_from
+from fem_resnet.parameters.time_basis import get_time_basis
+
+__all__ = ["GRAPH", "check_arrays"]
+
+#: The arrays of a graph, a sparse matrix by rows.
+GRAPH = ("data", "indices", "indptr")
+#: How many entries the matrix of cell indicators may have, where no kernel of the file has as many coefficients.
+_MOST_INDICATORS = 1 << 27
+
+
+def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[str, Values]) -> None:
+    """Check that a file holds the arrays and functions that its settings ask for, and no others.
+
+    Parameters
+    ----------
+    group
+        The arrays.
+    settings
+        From `checked_settings`.
+    functions
+        From `check_meshes`.
+
+    Raises
+    ------
+    Wrong
+        The message begins with the field that is wrong.
+    """
+    held = _Functions(functions)
+    _check_label_space(group, held)
+    ranks = _check_bases(group, settings, held)
+    stable = stable_kernel_from(settings["network"]["stable_kernel"])
+    for k, active in enumerate(_active_bases(settings, "bias")):
+        if active["bias"] is None:
+            held.take(f"bias_{k}", 1)
+        else:
+            group.array(f"bias_{k}", "f8", (ranks[active["bias"]],))
+    for k, active in enumerate(_active_bases(settings, "kernel")):
+        shape = ranks[active["phi"]], ranks[active["psi"]]
+        if stable is None:
+            group.array(f"kernel_{k}", "f8", shape)
+        else:
+            group.array(f"kernel_controls_{k}", "f8", stable.shape(*shape))
+    network, roles, head = settings["network"], settings["roles"], settings["head"]
+    if network["learn_times"]:
+        group.array("layer_times_0", "f8", (len(network["times"]) - 1,))
+    if network["learn_factors"]:
+        for name in ("phi", "psi"):
+            held.take(f"{name}_0", ranks[roles[name][0]])
+    if head is not None:
+        outputs = head["classes"] or ranks[roles["onto"][0]]
+        group.array("W_0", "f8", (outputs, ranks[roles["head"][0]]))
+        group.array("mu_0", "f8", (outputs,))
+    held.refuse_rest()
+
+
+class _Functions:
+    """The functions of a file, of which each is to be asked for once."""
+
+    def __init__(self, functions: Mapping[str, Values]):
+        self._left = dict(functions)
+        self.places = self._pop("label_space").data
+        self.nodes = self.places.size
+
+    def _pop(self, name: str) -> Values:
+        if name not in self._left:
+            raise Wrong(f"/{GROUP}: expected the function {name!r}, found none")
+        return self._left.pop(name)
+
+    def take(self, name: str, numbers: int | None = None) -> int:
+        """How many numbers a function has at each node; `numbers`, where that is given."""
+        block_size, data = self._pop(name)
+        if numbers not in (None, block_size) or data.size != block_size * self.nodes:
+            expected = block_size if numbers is None else numbers
+            raise Wrong(f"{data.name}: expected {expected} numbers at each of {self.nodes} nodes, got {data.size} in all")
+        return block_size
+
+    def refuse_rest(self) -> None:
+        if self._left:
+            raise Wrong(f"/{GROUP}: expected no function {min(self._left)!r}; the settings ask for none of this name")
+
+
+def _check_label_space(group: Group, held: _Functions) -> None:
+    """Check the numbers of the points, and their graph."""
+    are_points = _are_points(held.places)
+    if any(f"graph_{name}" in group for name in GRAPH):
+        if not are_points:
+            raise Wrong(f"{group.name}/graph_{GRAPH[0]}: expected a graph of numbered points, got one of a mesh")
+        _check_graph(group, held.nodes)
+
+
+def _are_points(places: h5py.Dataset) -> bool:
+    """Whether nodes have numbers, which are then 0, 1, 2, ..., each once; otherwise all numbers are -1."""
+    if all((part < -0.5).all() for part in slices(places)):  # -1, or what a projection makes of it
+        return False
+    whole = all((part == np.rint(part)).all() and part.min() >= 0 for part in slices(places))
+    if not (whole and are_all(slices(places), places.size)):
+        raise Wrong(f"{places.name}: expected the numbers of all points, each once, or -1 everywhere")
+    return True
+
+
+def _check_graph(group: Group, nodes: int) -> None:
+    entries = group.array(f"graph_{GRAPH[0]}", "f8", (None,), 0.0).size
+    group.array(f"graph_{GRAPH[1]}", "i", (entries,), 0, nodes)
+    starts = group.array(f"graph_{GRAPH[2]}", "i", (nodes + 1,), 0, entries + 1)
+    last = 0
+    for part in slices(starts):
+        if part[0] < last or (np.diff(part) < 0).any():
+            raise Wrong(f"{starts.name}: expected numbers that do not fall")
+        last = part[-1]
+    if starts[0] != 0 or last != entries:
+        raise Wrong(f"{starts.name}: expected numbers from 0 to {entries}, got {starts[0]} to {last}")
+
+
+def _check_bases(group: Group, settings: Mapping[str, Any], held: _Functions) -> list[int]:
+    """The ranks of all bases."""
+    ranks = []
+    for position, kind in enumerate(settings["kinds"]):
+        rank = held.nodes if kind == "cells" else held.take(f"basis_{position}")
+        if f"eigenvalues_{position}" in group or f"stiffness_{position}" in group:
+            group.array(f"eigenvalues_{position}", "f8", (rank,))
+            group.array(f"stiffness_{position}", "f8", (rank, rank))
+        ranks.append(rank)
+    if "cells" in settings["kinds"] and held.nodes**2 > _MOST_INDICATORS:
+        cells = settings["kinds"].index("cells")
+        if cells not in settings["roles"]["phi"] or cells not in settings["roles"]["psi"]:
+            raise Wrong(f"/{GROUP}/settings/kinds: expected indicators of {held.nodes} cells in a kernel, got them elsewhere")
+    return ranks
+
+
+def _active_bases(settings: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """For each function in time of the bias or the kernel, the bases by their roles on the layers where it is active."""
+    network, roles = settings["network"], settings["roles"]
+    times = get_time_basis(network[f"{name}_in_time"], network["times"])
+    first_layer: dict[int, int] = {}
+    for layer in range(len(network["times"]) - 1):
+        for k in times.active(layer):
+            first_layer.setdefault(k, layer)
+    return [
+        {role: of[first_layer.get(k, 0) if len(of) > 1 else 0] for role, of in roles.items()}
+        for k in range(len(times.measures))
+    ]

@@ -1,0 +1,169 @@
+"""`load`: a network and its head are read from a file, after all of the file was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import firedrake as fd
+import h5py
+import numpy as np
+import scipy.sparse
+from mpi4py import MPI
+from petsc4py import PETSc
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.arguments import instance
+from fem_resnet.files import Damaged, sealed
+from fem_resnet.io.arrays import GRAPH, check_arrays
+from fem_resnet.io.firedrake_file import file_path, opened, words_of
+from fem_resnet.io.group import Group, Wrong
+from fem_resnet.io.meshes import check_meshes
+from fem_resnet.io.settings import FORMAT, GROUP, checked_settings, network_arguments
+from fem_resnet.label_domain.basis import Basis, cell_indicators
+from fem_resnet.label_domain.graph import checked_graph
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.laplace import move_laplace
+from fem_resnet.learning.head import Head
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.petsc import check_plex
+from fem_resnet.ranks import in_step, on_first, same, together
+
+__all__ = ["load"]
+
+
+def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNetwork, Head | None]:
+    """Read what `save` wrote, on any number of ranks. Collective over `comm`.
+
+    Whoever wrote a file, it runs no code: its options are on a list of harmless ones, and all its other fields are data.
+
+    Parameters
+    ----------
+    path
+        The name of the file.
+    comm
+        The communicator of the mesh.
+
+    Returns
+    -------
+    net : ResidualNetwork
+        The network, on a new label space.
+    head : Head or None
+        Its head, if it was saved with one.
+
+    Raises
+    ------
+    TypeError
+        If `path` is no path, or `comm` no communicator.
+    OSError
+        If there is no such file, or it cannot be read; on all ranks alike.
+    ValueError
+        If it holds no network, or one of another format, was damaged or changed, or has a field that `save` does not write.
+    """
+    path = file_path(path)
+    instance("comm", comm, MPI.Comm)
+    same(comm, path=path)
+    if not on_first(comm, path.is_file):
+        raise FileNotFoundError(f"path: there is no file {path}")
+    with _naming(path):
+        sealed(comm, path)
+        settings, topology = on_first(comm, lambda: _check_file(path))
+        with stop_annotating(), opened(path, "r", comm) as file:
+            return in_step(comm, lambda: _read_all(file, settings, topology))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise whatever is wrong with a file as a ValueError with the name of the file."""
+    try:
+        yield
+    except Damaged as error:
+        raise ValueError(f"path: {path} holds no network of format {FORMAT}: {error}") from error
+    except Exception as error:  # also of Firedrake and PETSc, where all fields fit together but are no mesh
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:  # h5py's has none
+            raise
+        raise ValueError(f"path: {path} holds no network as save writes it: {words_of(error)}") from error
+
+
+def _check_file(path: Path) -> tuple[dict[str, Any], str]:
+    """Check all of a file, on one rank; its settings, and the name of the topology of its mesh."""
+    try:
+        with h5py.File(path, "r") as file, Group(file) as root, root.group(GROUP) as group:
+            settings = checked_settings(group.text("settings"))
+            functions, topology = check_meshes(root, settings["mesh"])
+            check_arrays(group, settings, functions)
+            return settings, topology
+    except OSError as error:  # of HDF5: the bytes of the file could be read
+        raise Wrong(f"it is no whole HDF5 file: {error}") from error
+
+
+def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: str) -> tuple[ResidualNetwork, Head | None]:
+    _check_topology(file, topology)
+    mesh = file.load_mesh(settings["mesh"])
+    Y = _load_label_space(file, mesh)
+    bases = [_load_basis(file, mesh, Y, index, kind) for index, kind in enumerate(settings["kinds"])]
+    # None stands for no basis: of a bias with a value at every node, or of a head that does not exist.
+    role = {
+        name: [None if index is None else bases[index] for index in indices] for name, indices in settings["roles"].items()
+    }
+    net = ResidualNetwork(**network_arguments(settings["network"], role["phi"], role["psi"], role["bias"]))
+    head = None
+    if settings["head"] is not None:
+        head = Head(role["head"][0], settings["head"]["classes"] or role["onto"][0], settings["head"]["prediction"])
+    for parameter in net.parameters + ([] if head is None else head.parameters):
+        for k in range(len(parameter.functions)):
+            if isinstance(parameter.space_bases[k], (NodalValues, StateValues)):
+                parameter.set(k, file.load_function(mesh, f"{parameter.name}_{k}").dat.data_ro)
+            else:
+                parameter.set(k, _read(file, f"{parameter.name}_{k}"))
+    return net, head
+
+
+def _check_topology(file: fd.CheckpointFile, name: str) -> None:
+    """Check that cones fit together, as each rank sees them. `check_meshes` has checked that indices are in range."""
+    plex = PETSc.DMPlex().create(comm=file.comm)
+    plex.setName(name)
+    file.viewer.pushFormat(PETSc.Viewer.Format.HDF5_PETSC)
+    numbering = plex.topologyLoad(file.viewer)
+    file.viewer.popFormat()
+    try:
+        together(file.comm, lambda: check_plex(plex))
+    except PETSc.Error:
+        plex.incRef()  # a check that fails leaves a work array checked out, and then no DM can be destroyed
+        raise
+    numbering.destroy()
+    plex.destroy()
+
+
+def _load_label_space(file: fd.CheckpointFile, mesh: fd.MeshGeometry) -> LabelSpace:
+    function = file.load_function(mesh, "label_space")
+    V = function.function_space()
+    numbers = np.rint(function.dat.data_ro).astype(int)
+    if V.mesh().comm.allreduce(numbers.max(initial=-1), op=MPI.MAX) < 0:
+        return LabelSpace(V)
+    size = V.dof_dset.layout_vec.getSize()
+    parts = tuple(_read(file, f"graph_{name}") for name in GRAPH)
+    graph = None if parts[0] is None else checked_graph(scipy.sparse.csr_array(parts, shape=(size, size)), size)
+    return LabelSpace(V, numbers=numbers, graph=graph)
+
+
+def _load_basis(file: fd.CheckpointFile, mesh: fd.MeshGeometry, Y: LabelSpace, index: int, kind: str) -> Basis:
+    if kind == "cells":
+        return cell_indicators(Y)
+    return Basis(
+        Y,
+        Y.values(file.load_function(mesh, f"basis_{index}")),
+        kind,
+        _read(file, f"eigenvalues_{index}"),
+        move_laplace if kind == "laplace" and Y.graph is None else None,
+        _read(file, f"stiffness_{index}"),
+    )
+
+
+def _read(file: fd.CheckpointFile, name: str) -> np.ndarray | None:
+    # HDF5 closes a file only when nothing in it is open. So no object of h5py may outlive this call.
+    group = file.h5pyfile[GROUP]
+    return group[name][...] if name in group else None

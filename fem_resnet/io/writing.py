@@ -1,0 +1,182 @@
+"""`save`: a network and its head are written to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import firedrake as fd
+import numpy as np
+from firedrake.embedding import get_embedding_element_for_checkpointing
+from petsc4py import PETSc
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.arguments import instance
+from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.files import put_in_place, reserve, seal
+from fem_resnet.io.arrays import GRAPH
+from fem_resnet.io.firedrake_file import file_path, opened, words_of
+from fem_resnet.io.settings import GROUP, written_settings
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.learning.head import Head
+from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.ranks import in_step, on_first, same, together
+
+__all__ = ["save"]
+
+#: Labels of a DMPlex that Firedrake makes anew, and that depend on the partition.
+_LABELS_MADE_ANEW = ("celltype", "exterior_facets", "interior_facets", "pyop2_core", "pyop2_owned", "pyop2_ghost")
+
+
+@supports("no_layers", "gradient_flow", *HELD, *STEPPED)
+def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> None:
+    """Write a network, and its head if there is one. Collective over the communicator of the network.
+
+    Parameters
+    ----------
+    path
+        The name of the file. An old file is replaced at the very end, so that there is a complete file at any time.
+    net
+        The network.
+    head
+        Its head.
+
+    Raises
+    ------
+    OSError
+        If the folder does not exist or is read-only, `path` is a folder, or there is no room; on all ranks alike. The old
+        file then stays as it was.
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If the head reads another label space, or its output is a function on another one; if no file can hold the
+        activation or an option of the network.
+    """
+    instance("net", net, ResidualNetwork, "the network is the second argument: save(path, net, head)")
+    instance("head", head, (Head, type(None)))
+    path, comm = file_path(path), net.Y.comm
+    same(comm, path=path)
+    on_first(comm, lambda: _check_place(path))
+    if head is not None and head.psi.Y is not net.Y:
+        raise ValueError(
+            f"head: expected one that reads the network's label space {net.Y!r}, got one that reads {head.psi.Y!r}"
+        )
+    if head is not None and head.classes is None and head.Y is not net.Y:
+        raise ValueError(f"head: expected classes or a function on {net.Y!r} as its output, got a function on {head.Y!r}")
+    bases, roles = _bases(net, head)
+    settings = written_settings(net, head, bases, roles)
+    part = path.with_name(path.name + ".part")
+    try:
+        on_first(comm, lambda: part.write_bytes(b""))
+        together(comm, lambda: open(part, "r+b").close())  # all ranks see it
+        with stop_annotating(), opened(part, "w", comm) as file:
+            _write_all(file, part, net, head, bases, settings)
+        seal(comm, part)
+        put_in_place(comm, part, path)
+    except BaseException as error:
+        if comm.rank == 0:
+            with suppress(OSError):
+                part.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # of the system, HDF5 and PETSc
+            kind = type(error) if isinstance(error, OSError) else OSError
+            raise kind(f"path: {path} was not written, and stays as it was: {words_of(error)}") from error
+        raise
+
+
+def _check_place(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"path: expected the name of a file, got that of the folder {path}")
+
+
+def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[str, list[int | None]]]:
+    """The bases, each once, and which of them play which part."""
+    parts = net.bases | {
+        "head": [None if head is None else head.psi],
+        "onto": [None if head is None or head.classes else head.onto],
+    }
+    bases = list(dict.fromkeys(basis for part in parts.values() for basis in part if basis is not None))
+    position = {basis: index for index, basis in enumerate(bases)}
+    return bases, {name: [position.get(basis) for basis in part] for name, part in parts.items()}
+
+
+def _write_all(
+    file: fd.CheckpointFile, part: Path, net: ResidualNetwork, head: Head | None, bases: list[Basis], settings: str
+) -> None:
+    Y, comm = net.Y, net.Y.comm
+    # By name: how many numbers a node has, and what makes the Function. All Functions at once would take much memory.
+    functions: dict[str, tuple[int, Callable[[], fd.Function]]] = {"label_space": (1, lambda: _label_space(Y))}
+    arrays: dict[str, np.ndarray] = {}
+    for index, basis in enumerate(bases):
+        if basis.kind != "cells":
+            functions[f"basis_{index}"] = basis.rank, partial(Y.batch, basis.values)
+        if basis.eigenvalues is not None:
+            arrays |= {f"eigenvalues_{index}": basis.eigenvalues, f"stiffness_{index}": basis.stiffness}
+    if Y.graph is not None:
+        arrays |= {f"graph_{name}": getattr(Y.graph, name) for name in GRAPH}
+    for parameter in net.parameters + ([] if head is None else head.parameters):
+        for k, function in enumerate(parameter.functions):
+            name = f"{parameter.name}_{k}"
+            if isinstance(parameter.space_bases[k], (NodalValues, StateValues)):
+                functions[name] = function.function_space().value_size, partial(_itself, function)
+            else:
+                arrays[name] = parameter.get(k)
+    size = _largest_size(Y, [numbers for numbers, _ in functions.values()], [array.size for array in arrays.values()])
+    # Errors of a collective write come on some ranks alone. So room for the whole file is reserved before the first write.
+    on_first(comm, lambda: reserve(part, size))
+
+    def write() -> None:
+        file.require_group(GROUP)
+        file.save_mesh(Y.V.mesh())
+        for name, (_, make) in functions.items():
+            file.save_function(make(), name=name)
+        file.set_attr(GROUP, "settings", settings)
+        for name, array in arrays.items():
+            file.h5pyfile[GROUP].create_dataset(name, data=array)
+        for topology in file.h5pyfile["topologies"].values():
+            for group, names in ((topology, ["distributions"]), (topology.get("labels", {}), _LABELS_MADE_ANEW)):
+                for name in names:
+                    if name in group:
+                        del group[name]
+
+    in_step(comm, write)
+
+
+def _itself(function: fd.Function) -> fd.Function:
+    return function
+
+
+def _largest_size(Y: LabelSpace, functions: Sequence[int], arrays: Sequence[int]) -> int:
+    """A bound of the size of a file in bytes. Collective.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    functions
+        How many numbers each function has at a node.
+    arrays
+        How many numbers each array has.
+    """
+    mesh, element = Y.V.mesh(), Y.V.ufl_element()
+    held = get_embedding_element_for_checkpointing(element, ())
+    nodes = Y.size if held == element else fd.FunctionSpace(mesh, held).dim()
+    start, end = mesh.topology_dm.getChart()
+    points = Y.comm.allreduce(end - start)
+    # Integers of each point: three a function space, one a label, cones with orientations, and those of a distribution.
+    integers = 3 * (3 + 2 * len(set(functions))) + mesh.topology_dm.getNumLabels() + 3 + 2 * 6 + 8
+    numbers = 2 * mesh.coordinates.function_space().dim() + nodes * sum(functions) + sum(arrays)
+    overhead = (1 << 20) + (len(functions) + len(arrays)) * (1 << 14)
+    return 8 * numbers + points * integers * np.dtype(PETSc.IntType).itemsize + overhead
+
+
+def _label_space(Y: LabelSpace) -> fd.Function:
+    """A Function on the space of the label domain: the numbers of the points, or -1 where nodes are not numbered."""
+    function = fd.Function(Y.V, name="label_space")
+    function.dat.data_wo[...] = -1.0 if Y.numbers is None else Y.numbers
+    return function

@@ -1,0 +1,73 @@
+"""The operator of Gauss and Newton, compared with the curvature of the loss written out a second time."""
+
+from __future__ import annotations
+
+import numpy as np
+from pyadjoint.enlisting import Enlist
+
+from fem_resnet.verify.differences import STEPS, extrapolated
+from fem_resnet.verify.point import Point, close, part
+from fem_resnet.verify.reference import Reference
+from fem_resnet.verify.report import Check, Checks
+
+__all__ = ["gauss_newton"]
+
+
+def gauss_newton(point: Point) -> Checks:
+    """Compare <h, A h> with the curvature of the loss along the derivative of the output; check that A is symmetric.
+
+    A is the operator of Gauss and Newton.
+    """
+    problem = point.problem
+    loss, joints = problem.loss.name, problem.net.activation.joints
+    if loss not in ("least_squares", "cross_entropy", "binary_cross_entropy"):
+        yield Check.left_out("Gauss-Newton", "all controls", f"the loss {loss!r} is the user's own")
+        return
+    if problem.running is not None or problem.derivatives is not None or problem.checkpoints is not None:
+        yield Check.left_out(
+            "Gauss-Newton", "all controls", "a running cost, derivatives of the output and checkpoints have none"
+        )
+        return
+    h = [point.direction(k) for k in range(len(point.functions))]
+    other = [point.random(function) for function in point.functions]
+    J, run = problem.record(gauss_newton=True)
+    actions = []
+    for direction in (h, other):
+        J.derivative()
+        actions.append([np.array(d.dat.data_ro) for d in Enlist(J.hessian(direction))])
+    adapted = problem.net.solver_parameters.get("ts_adapt_type", "none") != "none"
+    taken = [trace.steps for piece in run._pieces for trace in piece.segment.traces()] if adapted else None
+
+    def move(step: float) -> None:
+        for function, values, direction in zip(point.functions, point.base, h):
+            function.dat.data_wo[...] = values + step * direction.dat.data_ro
+
+    def seen(step: float) -> np.ndarray:
+        """The quantity in which the loss is convex: C_pre for least squares, O for entropies."""
+        move(step)
+        O = reference.output(reference.states(reference.initial, taken)[-1])
+        return reference.prediction(O) if loss == "least_squares" else O
+
+    def penalty(step: float) -> float:
+        move(step)
+        return reference.regulariser()
+
+    with Reference(problem) as reference:
+        try:
+            steps = np.array([1e-6]) if joints else STEPS[:6]
+            change, _ = extrapolated(lambda step: (seen(step) - seen(-step)) / (2 * step), steps, 1.0, point.comm)
+            R = penalty(0.0)
+            expected = penalty(1.0) + penalty(-1.0) - 2 * R + float(reference.omega @ reference.curvature(seen(0.0), change))
+        finally:
+            move(0.0)
+    value, size = point.pair(actions[0], h), abs(expected) + 1e-9 * abs(R)
+    if problem.net.stable_kernel is not None and problem.regulariser is not None:
+        why = "the kernel is made of other controls, and the regulariser is not quadratic in them"
+        yield Check.left_out("Gauss-Newton", "<h, A h>", why)
+    else:
+        bound = max(1e-5 if joints else 1e-6, 10 * close(problem), point.coarseness)
+        yield Check.of("Gauss-Newton", "<h, A h>", part(abs(value - expected), size), bound)
+    forth, back = point.pair(actions[0], other), point.pair(actions[1], h)
+    size = max(abs(forth), abs(back), 1e-6 * size)
+    yield Check.of("Gauss-Newton", "symmetric", part(abs(forth - back), size), max(1e-8, close(problem), point.coarseness))
+    point.value()
