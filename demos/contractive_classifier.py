@@ -59,7 +59,7 @@ def networks(basis):
     common = dict(bias=basis, layers=LAYERS, final_time=FINAL_TIME, activation="tanh")
     plain = ResidualNetwork(basis, **common)
     bound = (2 * circle_radius(*plain.tableau) / (FINAL_TIME / LAYERS)) ** 0.5
-    contractive = ResidualNetwork(basis, gradient_flow=True, stable_kernel=NormBounded(bound), **common)
+    contractive = ResidualNetwork(Kernel(basis, among=NormBounded(bound)), gradient_flow=True, **common)
     random = np.random.default_rng(0)
     for k in range(LAYERS):  # at B = 0 the gradient flow stands still
         contractive.kernel.set(k, 0.1 * bound * random.normal(size=(basis.rank, basis.rank)) / basis.rank**0.5)

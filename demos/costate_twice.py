@@ -30,6 +30,7 @@ from fem_resnet import (
     Batch,
     Head,
     LabelSpace,
+    Layers,
     LearningProblem,
     ResidualNetwork,
     costate_check,
@@ -77,7 +78,7 @@ def learning_problem(Y, rank, scheme, samples=4):
     """A network with smooth inputs, classes, cross entropy and Tikhonov's regularisation."""
     random = np.random.default_rng(0)
     phi = laplace_basis(Y, rank)
-    net = ResidualNetwork(phi, bias=phi, times=[0.0, 0.2, 0.9, 1.3], steps=4, solver_parameters=SCHEMES[scheme][1])
+    net = ResidualNetwork(phi, bias=phi, layers=Layers([0.0, 0.2, 0.9, 1.3], steps=4), solver_parameters=SCHEMES[scheme][1])
     for layer in range(net.layers):
         net.kernel.set(layer, random.normal(size=(rank, rank)) / rank**0.5)
         net.bias.set(layer, random.normal(size=rank) / rank**0.5)

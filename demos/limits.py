@@ -29,7 +29,7 @@ import numpy as np
 from firedrake.adjoint import Control, continue_annotation, pause_annotation
 from pyadjoint import ReducedFunctional, Tape, set_working_tape
 
-from fem_resnet import Basis, LabelSpace, ResidualNetwork, compress, from_network, state_array
+from fem_resnet import Basis, Kernel, LabelSpace, Layers, ResidualNetwork, compress, from_network, state_array
 
 T = 1.0
 EULER, RK4, RK8 = ({"ts_rk_type": name} for name in ("1fe", "4", "8vr"))
@@ -269,10 +269,8 @@ class Limit:
 def network(Y, **options):
     """One with these coefficients, at all times."""
     found = compress(kernel, 1e-9, Y)
-    options = {"layers": 1, "steps": 3, "solver_parameters": RK8} | options
-    net = ResidualNetwork(
-        found.kernel.phi, found.kernel.psi, final_time=T, bias_in_time="shared", kernel_in_time="shared", **options
-    )
+    options = {"layers": Layers(1, T, steps=3), "solver_parameters": RK8} | options
+    net = ResidualNetwork(Kernel(found.kernel.phi, found.kernel.psi, in_time="shared"), bias=Bias(in_time="shared"), **options)
     net.kernel.set(0, found.beta)
     net.bias.set(0, bias(Y.coordinates))
     return net
@@ -373,7 +371,7 @@ def checkerboard(counts):
         for signs in ((s, 1 + 0 * s), (1 + 0 * s, s)):
             given = [net.bases[name][0].values for name in ("phi", "psi")]
             bases = [Basis(Y, x[:, None] * values, "given") for x, values in zip(signs, given)]
-            other = ResidualNetwork(*bases, layers=1, final_time=T, steps=3, solver_parameters=RK8)
+            other = ResidualNetwork(Kernel(*bases), layers=Layers(1, T, steps=3), solver_parameters=RK8)
             other.kernel.set(0, net.kernel.get(0))
             other.bias.set(0, bias(Y.coordinates))
             f_h = Y.values(other(Y.batch(start(Y.coordinates))))

@@ -69,7 +69,7 @@ def waves(Y, seed):
 
 def learning_problem(Y, times, kind=LearningProblem):
     """Network and data, as a problem of this kind."""
-    net = ResidualNetwork(laplace_basis(Y, RANK), times=times, activation="tanh")
+    net = ResidualNetwork(laplace_basis(Y, RANK), layers=times, activation="tanh")
     return kind(net, None, least_squares, tikhonov(TIKHONOV), Batch(waves(Y, 1), waves(Y, 2)))
 
 

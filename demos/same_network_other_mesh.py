@@ -25,7 +25,7 @@ import firedrake as fd
 import numpy as np
 from scipy.spatial import cKDTree
 
-from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis
+from fem_resnet import LabelSpace, Layers, ResidualNetwork, laplace_basis
 
 # %% Meshes and spaces
 # Triangles with continuous piecewise linear or piecewise constant functions, mass-lumped quadratic ones on the disk, and
@@ -85,7 +85,7 @@ def network(domain):
     _, mesh, family, degree, _ = SPACES[domain][0]
     Y = label_space(mesh, family, degree, 3)
     basis = laplace_basis(Y, RANK[domain])
-    net = ResidualNetwork(basis, bias=basis, layers=4, final_time=2.0, activation="tanh", steps=2)
+    net = ResidualNetwork(basis, bias=basis, layers=Layers(4, 2.0, steps=2), activation="tanh")
     random = np.random.default_rng(0)
     for layer in range(net.layers):
         net.kernel.set(layer, random.normal(size=(basis.rank, basis.rank)) / basis.rank**0.5)

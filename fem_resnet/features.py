@@ -63,16 +63,19 @@ FEATURES: dict[str, Feature] = {
         lambda net: net.gradient_flow,
     ),
     "learned_factors": Feature(
-        "learned factors of the kernel", "make the network without learn_factors", "net", lambda net: bool(net.factors)
+        "learned factors of the kernel",
+        "make the network of a Kernel without learn_factors",
+        "net",
+        lambda net: bool(net.factors),
     ),
     "learned_times": Feature(
-        "learned layer times", "make the network without learn_times", "net", lambda net: net.layer_times is not None
+        "learned layer times", "make the network of Layers without learn_times", "net", lambda net: net.layer_times is not None
     ),
     "stable_kernel": Feature(
         "a kernel made of other controls",
-        "make the network without stable_kernel",
+        "make the network of a Kernel without `among`",
         "net",
-        lambda net: net.stable_kernel is not None,
+        lambda net: net.settings.kernel.among is not None,
     ),
     "nodal_bias": Feature(
         "a bias with a value at every node", "give the bias a basis", "net", lambda net: None in net.bases["bias"]
@@ -85,13 +88,13 @@ FEATURES: dict[str, Feature] = {
     ),
     "linear_in_time": Feature(
         "parameters linear in time on a layer",
-        'take "layers" for bias_in_time and kernel_in_time',
+        'take in_time="layers" for its Bias and Kernel',
         "net",
         lambda net: "linear" in (net.bias.time_basis.description, net.kernel.time_basis.description),
     ),
     "shared_in_time": Feature(
         "parameters that layers share",
-        'take "layers" for bias_in_time and kernel_in_time',
+        'take in_time="layers" for its Bias and Kernel',
         "net",
         lambda net: any(p.time_basis.description not in ("layers", "linear") for p in (net.bias, net.kernel)),
     ),
@@ -108,7 +111,7 @@ FEATURES: dict[str, Feature] = {
         lambda net: net.solver_parameters["ts_type"] == "discrete_gradient",
     ),
     "single_precision": Feature(
-        "single precision", 'make the network with precision="double"', "net", lambda net: net.precision == "single"
+        "single precision", 'make the network with precision="double"', "net", lambda net: net.settings.precision == "single"
     ),
     "head": Feature("a head", "make the problem with head=None", "problem", lambda problem: problem.head is not None),
     "regulariser": Feature(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from unittest import mock
 
@@ -865,7 +866,7 @@ THEORY = {
     "width_limit": Door(
         width_limit,
         lambda: {
-            "net": net().replace(psi=phi(), bias=phi()),
+            "net": net().replace(kernel=replace(net().settings.kernel, psi=phi()), bias=phi()),
             "initial": of_coordinates,
             "spaces": [label_space("disk", "CG1"), label_space("disk", "CG1", 2)],
             "terminal": of_coordinates,

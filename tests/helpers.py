@@ -10,7 +10,7 @@ import numpy as np
 import sympy
 from firedrake import COMM_SELF, COMM_WORLD
 
-from fem_resnet import Basis, LabelSpace, ResidualNetwork, laplace_basis, read_mesh
+from fem_resnet import Basis, Bias, Kernel, LabelSpace, Layers, ResidualNetwork, laplace_basis, read_mesh
 from fem_resnet.parameters.slots import BatchValues
 from fem_resnet.tape.recording import apply
 
@@ -162,12 +162,34 @@ def set_smooth(net, rng, size: float = 1.0) -> None:
                 net.bias.set(k, size * rng.normal(size=bias.shape) / bias.shape[0] ** 0.5)
 
 
+def flat_network(phi, psi=None, **options) -> ResidualNetwork:
+    """A network from options in one flat list, as tests vary them: those of Kernel, Bias and Layers by names of their own."""
+    given = {name: options.pop(name) for name in list(options) if name in _FLAT}
+
+    def of(kind: str) -> dict:
+        return {_FLAT[name][1]: value for name, value in given.items() if _FLAT[name][0] == kind}
+
+    times = options.pop("times", None)
+    layers = Layers(options.pop("layers", 8) if times is None else times, options.pop("final_time", None), **of("layers"))
+    return ResidualNetwork(
+        Kernel(phi, psi, **of("kernel")), bias=Bias(options.pop("bias", None), **of("bias")), layers=layers, **options
+    )
+
+
+#: What `flat_network` calls the parts of Kernel, Bias and Layers.
+_FLAT = {
+    "kernel_in_time": ("kernel", "in_time"), "learn_factors": ("kernel", "learn_factors"), "stable_kernel": ("kernel", "among"),
+    "bias_in_time": ("bias", "in_time"),
+    "steps": ("layers", "steps"), "layers_per_block": ("layers", "per_block"), "learn_times": ("layers", "learn_times"),
+}  # fmt: skip
+
+
 def network(space=("disk", "CG1"), *, alone=False, size=1.0, basis_for_bias=False, **options) -> ResidualNetwork:
     """Three layers whose phi and psi differ in rank, psi not orthonormal, with parameters that no partition changes."""
     phi, psi = laplace(*space, rank=6, alone=alone), laplace(*space, rank=4, alone=alone)
     psi = Basis(psi.Y, psi.values @ np.diag([1.0, 2.0, 3.0, 4.0]) + psi.values[:, :1], "given")
     bias = laplace(*space, rank=5, alone=alone) if basis_for_bias else None
-    net = ResidualNetwork(phi, psi, **{"times": TIMES, "activation": "tanh", "bias": bias} | options)
+    net = flat_network(phi, psi, **{"times": TIMES, "activation": "tanh", "bias": bias} | options)
     set_smooth(net, np.random.default_rng(0), size)
     return net
 

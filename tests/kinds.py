@@ -5,7 +5,17 @@ import numpy as np
 import sympy
 from firedrake import COMM_WORLD
 from firedrake.adjoint import Control, ReducedFunctional
-from helpers import TIMES, half_square_distance, label_space, laplace, network, set_smooth, smooth, smooth_direction
+from helpers import (
+    TIMES,
+    flat_network,
+    half_square_distance,
+    label_space,
+    laplace,
+    network,
+    set_smooth,
+    smooth,
+    smooth_direction,
+)
 from mpi4py import MPI
 from problems import network as classifier
 from problems import polynomials
@@ -14,6 +24,8 @@ from fem_resnet import (
     Batch,
     DampedAntisymmetric,
     Head,
+    Kernel,
+    Layers,
     LearningProblem,
     Observations,
     ResidualNetwork,
@@ -99,7 +111,7 @@ def smooth_values(basis, seed):
 
 
 def with_learned_factors(space=("disk", "CG1"), *, rank=4, size=0.3, **more):
-    net = ResidualNetwork(
+    net = flat_network(
         laplace(*space, rank=rank), laplace(*space, rank=3), bias=laplace(*space, rank=3),
         **{"times": TIMES, "activation": "tanh", "learn_factors": True, "learn_times": True} | more,
     )  # fmt: skip
@@ -134,7 +146,7 @@ def with_layer_bases(space=("disk", "CG1"), bias="mixed", seed=0, **options):
     biases = {"mixed": [None, psi, poly], "bases": [phi, psi, phi]}[bias]
     if bias == "bases":
         poly = phi
-    net = ResidualNetwork([phi, psi, phi], [psi, poly, poly], bias=biases, times=TIMES, activation="tanh", **options)
+    net = flat_network([phi, psi, phi], [psi, poly, poly], bias=biases, times=TIMES, activation="tanh", **options)
     rng = np.random.default_rng(seed)
     for parameter in net.parameters:
         for k, basis in enumerate(parameter.space_bases):
@@ -180,7 +192,7 @@ COST = RunningCost(f**2 * sympy.cos(a) / 2, kernel=0.1)
 
 def with_stable_kernel():
     phi = laplace("annulus", "CG1", 5)
-    net = ResidualNetwork(phi, times=TIMES, stable_kernel=DampedAntisymmetric(0.1), layers_per_block=2)
+    net = ResidualNetwork(Kernel(phi, among=DampedAntisymmetric(0.1)), layers=Layers(TIMES, per_block=2))
     rng = np.random.default_rng(5)
     for k, function in enumerate(net.kernel.learned.functions):
         net.kernel.learned.set(k, 0.5 * rng.normal(size=net.kernel.learned.space_bases[k].shape))

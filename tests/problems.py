@@ -6,7 +6,7 @@ from functools import cache
 
 import firedrake as fd
 import numpy as np
-from helpers import laplace, set_smooth, smooth, smooth_direction
+from helpers import flat_network, laplace, set_smooth, smooth, smooth_direction
 from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
@@ -69,14 +69,14 @@ def network(domain, element, *, bias="nodes", alone=False, seed=0, size=1.0, **o
     """A network with kernel factors of different rank, parameters of that size, the same on every partition."""
     phi = laplace(domain, element, RANK.get(domain, 4), alone)
     options = {"times": TIMES, "layers_per_block": 2} | options
-    net = ResidualNetwork(phi, polynomials(phi.Y), bias=phi if bias == "basis" else None, **options)
+    net = flat_network(phi, polynomials(phi.Y), bias=phi if bias == "basis" else None, **options)
     set_smooth(net, np.random.default_rng(seed), size)
     return net
 
 
 def autonomous_network(kernel: LowRankKernel, beta, bias=0.0, **options) -> ResidualNetwork:
     """A network with this kernel and bias at all times; `bias` is a number or values at the nodes."""
-    net = ResidualNetwork(kernel.phi, kernel.psi, kernel_in_time="shared", bias_in_time="shared", **options)
+    net = flat_network(kernel.phi, kernel.psi, kernel_in_time="shared", bias_in_time="shared", **options)
     net.kernel.set(0, beta)
     net.bias.set(0, np.zeros(net.Y.nodes) + bias)
     return net

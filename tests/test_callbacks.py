@@ -14,6 +14,7 @@ from problems import learning_problem, network
 
 from fem_resnet import (
     Batch,
+    Kernel,
     LearningProblem,
     Loss,
     PositiveSemidefinite,
@@ -150,7 +151,7 @@ def test_a_schedule_that_one_rank_cannot_make_is_refused_on_all():
 
 @on_ranks
 def test_a_kernel_of_other_controls_follows_them_though_one_rank_alone_has_touched_them():
-    net = ResidualNetwork(laplace("disk", "CG1", 4), layers=2, stable_kernel=PositiveSemidefinite())
+    net = ResidualNetwork(Kernel(laplace("disk", "CG1", 4), among=PositiveSemidefinite()), layers=2)
     controls, before = net.kernel.learned, net.kernel.get(0)
     assert len(net.kernel.functions) == 2  # which are at the controls now
     if LAST:

@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse
 from checkpoint_schedules import NoneCheckpointSchedule
 from firedrake import COMM_SELF, COMM_WORLD
-from helpers import label_space, laplace, mesh, smooth
+from helpers import flat_network, label_space, laplace, mesh, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import learning_problem, network, taping
 
@@ -23,6 +23,7 @@ from fem_resnet import (
     Derivatives,
     Ellipse,
     Head,
+    Kernel,
     KernelSampling,
     LabelSpace,
     LearningProblem,
@@ -109,7 +110,7 @@ def value_function():
 
 @cache
 def stable():
-    return ResidualNetwork(laplace("disk", "CG1", 4), layers=1, stable_kernel=PositiveSemidefinite())
+    return ResidualNetwork(Kernel(laplace("disk", "CG1", 4), among=PositiveSemidefinite()), layers=1)
 
 
 def weights_in_a_problem(weights):
@@ -157,7 +158,7 @@ DOORS = {
     "bias.set": Door("coefficients of bias_0", lambda x: parts()[1].bias.set(0, x), nodal(), in_parts=True),
     "W.set": Door("coefficients of W_0", lambda x: parts()[0].head.W.set(0, x), plain(3, 4)),
     "stable kernel.set": Door("coefficients of kernel_0", lambda x: stable().kernel.set(0, x), lambda: np.eye(4)),
-    "times": Door("times", lambda x: ResidualNetwork(laplace("disk", "CG1", 4), times=x), lambda: np.array([0.0, 0.5, 1.0])),
+    "times": Door("times", lambda x: ResidualNetwork(laplace("disk", "CG1", 4), layers=x), lambda: np.array([0.0, 0.5, 1.0])),
     "labels": Door("labels", lambda x: parts()[0].head.observations(x), lambda: np.array([0, 2, 1])),
     "weights of a problem": Door("weights", weights_in_a_problem, plain(4)),
     "weights of a loss": Door(
@@ -318,7 +319,7 @@ def test_what_reads_as_an_array_of_real_numbers_is_welcome(name):
 
 
 def _net(**options):
-    return ResidualNetwork(laplace("disk", "CG1", 4), **{"layers": 1} | options)
+    return flat_network(laplace("disk", "CG1", 4), **{"layers": 1} | options)
 
 
 def _initial():

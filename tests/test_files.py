@@ -33,6 +33,8 @@ from fem_resnet import (
     Activation,
     Basis,
     Head,
+    Kernel,
+    Layers,
     NormBounded,
     ResidualNetwork,
     cell_indicators,
@@ -52,10 +54,7 @@ LAST = COMM_WORLD.size - 1
 def _learned(alone=False):
     """Learned factors and times, a bias in a basis, a head onto classes."""
     phi = laplace("disk", "CG1", 3, alone)
-    net = ResidualNetwork(
-        phi, bias=Basis(phi.Y, phi.values[:, :2], "given"), layers=2, learn_factors=True, learn_times=True,
-        solver_parameters={"ts_rk_type": "3bs"},
-    )  # fmt: skip
+    net = ResidualNetwork(Kernel(phi, learn_factors=True), bias=Basis(phi.Y, phi.values[:, :2], "given"), layers=Layers(2, learn_times=True), solver_parameters={"ts_rk_type": "3bs"})  # fmt: skip
     return net, Head(net.bases["psi"][0], 3)
 
 
@@ -65,13 +64,13 @@ def _graph(alone=False):
     Y = point_space(np.ones(6), graph=ring + ring.T, comm=COMM_SELF if alone else COMM_WORLD)
     s = sympy.Symbol("s")
     cells = cell_indicators(Y)
-    net = ResidualNetwork(cells, times=[0.0, 0.5, 2.0], stable_kernel=NormBounded(2.0), activation=s / (1 + sympy.exp(-s)))
+    net = ResidualNetwork(Kernel(cells, among=NormBounded(2.0)), layers=[0.0, 0.5, 2.0], activation=s / (1 + sympy.exp(-s)))
     return net, Head(cells, laplace_basis(Y, 2), "identity")
 
 
 def _extruded(alone=False):
     phi = laplace("annulus", "CG2", 3, alone)
-    return ResidualNetwork(phi, bias=phi, layers=1, kernel_in_time="linear"), None
+    return ResidualNetwork(Kernel(phi, in_time="linear"), bias=phi, layers=1), None
 
 
 MAKERS = [_learned, _graph, _extruded]
@@ -903,7 +902,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_eigenfunctions(ki
 @on_ranks
 @pytest.mark.parametrize("name", ["pwrite", "preadv", "TemporaryFile"])
 def test_a_checkpoint_that_one_rank_cannot_store_or_read_is_an_error_on_all(name, monkeypatch):
-    net = ResidualNetwork(laplace("disk", "CG1", 3), layers=3, layers_per_block=1)
+    net = ResidualNetwork(laplace("disk", "CG1", 3), layers=Layers(3, per_block=1))
     problem = learning_problem(net, head=False).replace(checkpoints=SingleDiskStorageSchedule())
     if COMM_WORLD.rank == LAST:
         module = tempfile if name == "TemporaryFile" else os

@@ -6,6 +6,7 @@ import gc
 import inspect
 import pickle
 import weakref
+from dataclasses import replace
 from typing import Protocol
 
 import firedrake as fd
@@ -26,6 +27,7 @@ from fem_resnet import (
     Derivatives,
     Ellipse,
     Head,
+    Layers,
     Observations,
     Points,
     Polygon,
@@ -116,7 +118,7 @@ def test_another_number_of_steps_is_that_of_recorded_and_unrecorded_runs():
     net = network("disk", "CG1", size=2.0)
     problem = learning_problem(net, head=False)
     before = float(problem.evaluate()[0])
-    finer = problem.replace(net=net.replace(steps=8))
+    finer = problem.replace(net=net.replace(layers=replace(net.settings.layers, steps=8)))
     J, _ = finer.record()
     assert_allclose(float(J(finer.functions)), float(finer.evaluate()[0]), rtol=1e-12)
     assert float(problem.evaluate()[0]) == before and abs(float(finer.evaluate()[0]) - before) > 1e-6
@@ -153,10 +155,10 @@ def test_inner_products_stay_those_of_the_given_times_whatever_a_network_goes_th
     save(tmp_path / "net.h5", net)
     ways = {
         "load": load(tmp_path / "net.h5")[0], "truncated": net.truncated(0.0), "deepcopy": copy.deepcopy(net),
-        "replace": net.replace(steps=1),
+        "replace": net.replace(layers=replace(net.settings.layers, steps=1)),
     }  # fmt: skip
     laplace_net = fem_resnet.ResidualNetwork(
-        laplace("disk", "CG1", 4), bias=laplace("disk", "CG1", 4), times=[0.0, 0.25, 0.5], learn_times=True
+        laplace("disk", "CG1", 4), bias=laplace("disk", "CG1", 4), layers=Layers([0.0, 0.25, 0.5], learn_times=True)
     )
     set_smooth(laplace_net, np.random.default_rng(0))
     laplace_net.layer_times.set(0, [0.6, 1.5])

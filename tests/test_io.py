@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import TIMES, coefficients, gathered, gradients, learning_problem, polynomials, taping
 from pyadjoint.tape import annotate_tape
 
-from fem_resnet import files
+from fem_resnet import Kernel, Layers, files
 from fem_resnet.activation.activation import get_activation
 from fem_resnet.io.reading import load
 from fem_resnet.io.writing import save
@@ -40,7 +40,7 @@ def _with_head(net, psi, onto=3, prediction="softmax"):
 def _disk_dg0(alone=False):
     """A kernel with any matrix between cells, a bias with a value at every node, an activation with a parameter, no head."""
     cells = cell_indicators(label_space("disk", "DG0", alone=alone))
-    return ResidualNetwork(cells, times=TIMES, activation=get_activation("elu", alpha=0.3)), None
+    return ResidualNetwork(cells, layers=TIMES, activation=get_activation("elu", alpha=0.3)), None
 
 
 def _sphere_cg1(alone=False):
@@ -53,17 +53,14 @@ def _square_cg3(alone=False):
     """Four different bases on a spectral element; another Runge-Kutta method, steps, and cut into Blocks."""
     phi = laplace("square", "CG3", 4, alone)
     bias = Basis(phi.Y, phi.values[:, :2] + 1.0, "given")
-    net = ResidualNetwork(
-        phi, polynomials(phi.Y), bias=bias, times=TIMES, activation="arctan", steps=2, layers_per_block=2,
-        solver_parameters={"ts_rk_type": "3bs"},
-    )  # fmt: skip
+    net = ResidualNetwork(Kernel(phi, polynomials(phi.Y)), bias=bias, layers=Layers(TIMES, steps=2, per_block=2), activation="arctan", solver_parameters={"ts_rk_type": "3bs"})  # fmt: skip
     return _with_head(net, Basis(phi.Y, phi.values[:, 1:3], "given"), 2)
 
 
 def _annulus_cg2(alone=False):
     """An extruded mesh that was bent."""
     phi = laplace("annulus", "CG2", 5, alone)
-    return _with_head(ResidualNetwork(phi, polynomials(phi.Y), layers=2), phi, 1)
+    return _with_head(ResidualNetwork(Kernel(phi, polynomials(phi.Y)), layers=2), phi, 1)
 
 
 def _cube_cg1(alone=False):
@@ -155,7 +152,7 @@ def test_settings_and_coefficients_are_those_that_were_written(make, folder):
     (net, head), (found, found_head) = _written(make), _read(folder, make)
     assert_array_equal(found.times, net.times)
     assert found.activation == net.activation
-    assert (found.steps, found.layers_per_block) == (net.steps, net.layers_per_block)
+    assert (found.steps, found.layers_per_block) == (net.steps, net.settings.layers.per_block)
     assert found.solver_parameters == net.solver_parameters
     assert found.Y.V.ufl_element() == net.Y.V.ufl_element() and found.Y.size == net.Y.size
     assert abs(found.Y.measure / net.Y.measure - 1) < 1e-13

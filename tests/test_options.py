@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import label_space, laplace
+from helpers import flat_network, label_space, laplace
 from petsc4py import PETSc
 from problems import learning_problem, network
 
@@ -30,7 +30,7 @@ def functions(parameters, **options):
 
 
 def stepped(parameters, **options):
-    return ResidualNetwork(laplace("disk", "CG1", 4), layers=1, solver_parameters=parameters, **options)
+    return flat_network(laplace("disk", "CG1", 4), layers=1, solver_parameters=parameters, **options)
 
 
 #: Doors that take options, with options that nothing reads, though PETSc knows some of them in other places.

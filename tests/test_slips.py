@@ -8,12 +8,12 @@ from functools import cache
 import firedrake as fd
 import numpy as np
 import pytest
-from helpers import label_space, laplace, smooth
+from helpers import flat_network, label_space, laplace, smooth
 from numpy.testing import assert_allclose
 from problems import polynomials
 from scipy.linalg import expm, sqrtm
 
-from fem_resnet import ACTIVATIONS, Basis, LabelSpace, LowRankKernel, ResidualNetwork, cell_indicators
+from fem_resnet import ACTIVATIONS, Basis, LabelSpace, Layers, LowRankKernel, ResidualNetwork, cell_indicators
 
 on_ranks = pytest.mark.parallel([1, 2])
 
@@ -24,7 +24,7 @@ ROUND_OFF = 1e-12
 
 def autonomous(kernel, beta, bias, **options) -> ResidualNetwork:
     """A network with this kernel and bias at all times; `bias` is a number or values at the nodes."""
-    net = ResidualNetwork(kernel.phi, kernel.psi, kernel_in_time="shared", bias_in_time="shared", **options)
+    net = flat_network(kernel.phi, kernel.psi, kernel_in_time="shared", bias_in_time="shared", **options)
     net.kernel.set(0, beta)
     net.bias.set(0, np.zeros(net.Y.nodes) + bias)
     return net
@@ -180,7 +180,7 @@ def test_two_solutions_part_as_fast_as_the_integral_of_the_norm_of_b_says():
     Y = label_space("disk", "CG1")
     kernel = LowRankKernel(constants(Y), constants(Y))
     times = np.concatenate([[0], np.geomspace(1e-8, 1, 17)])
-    net = ResidualNetwork(kernel.phi, times=times, activation="identity", steps=4)
+    net = ResidualNetwork(kernel.phi, layers=Layers(times, steps=4), activation="identity")
     for l in range(net.layers):
         mean = 2 * (times[l + 1] ** 0.5 - times[l] ** 0.5) / (times[l + 1] - times[l])
         net.kernel.set(l, np.array([[-mean / Y.measure]]))

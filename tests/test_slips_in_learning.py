@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from helpers import label_space, laplace, smooth
+from helpers import flat_network, label_space, laplace, smooth
 from numpy.testing import assert_allclose
 from problems import polynomials
 from test_slips import EULER, ROUND_OFF, apply, constants, integral, norm, transpose
@@ -47,7 +47,7 @@ def pair(domain="sphere", target=None, size=1.0, **options) -> Pair:
     """phi is not orthonormal, and the layers are unequal; controls are random, far from optimal."""
     options = {"times": [0, 0.2, 0.5, 0.6, 1.1], "solver_parameters": EULER} | options
     Y = label_space(domain, "CG1")
-    net = ResidualNetwork(polynomials(Y), laplace(domain, "CG1", 4), **options)
+    net = flat_network(polynomials(Y), laplace(domain, "CG1", 4), **options)
     rng = np.random.default_rng(5)
     for l in range(len(net.kernel.functions)):
         net.kernel.set(l, 0.3 * rng.normal(size=net.kernel.space_basis.shape))

@@ -8,6 +8,7 @@ with dense matrices. A feature that is declared wrongly, or lost on the way, mak
 
 import inspect
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import sympy
-from helpers import label_space, laplace, set_smooth, smooth
+from helpers import flat_network, label_space, laplace, set_smooth, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import gathered
 from pyadjoint.enlisting import Enlist
@@ -136,7 +137,7 @@ def network_with(feature=None, alone=False, autonomous=False, **options) -> Resi
     for name in ("phi", "psi", "bias"):
         given = options.get(name)
         options[name] = [basis(rank, alone) for rank in given] if isinstance(given, list) else basis(given, alone)
-    net = ResidualNetwork(**options)
+    net = flat_network(**options)
     rng = np.random.default_rng(0)
     set_smooth(net, rng, 0.8)
     if autonomous:
@@ -358,7 +359,7 @@ def _gauss_newton(p, J, close, start):
 @runs("hessian_spectrum", net={"steps": 1}, call=lambda p: hessian_spectrum(p, 1))
 def _hessian_spectrum(p, found, close, start):
     loss = p.replace(regulariser=None)
-    single = p.net.precision == "single"
+    single = p.net.settings.precision == "single"
     step = 0.05 if single else 3e-3
     m = loss.functions
     for mu, direction in zip(found.values, found.directions):
@@ -402,7 +403,7 @@ feedback_of = partial(runs, regulariser=tikhonov(10.0), before=_nearly_reached_t
 @feedback_of("LocalFeedback", call=lambda p: LocalFeedback(p, gradient_tolerance=1e9))
 def _local_feedback(p, feedback, close, start):
     assert_allclose(feedback.value, start, rtol=close)
-    single = p.net.precision == "single"
+    single = p.net.settings.precision == "single"
     w = smooth(p.net.Y, p.batch.samples, seed=9)
     expected = slope(
         lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 0.05 if single else 1e-3
@@ -415,7 +416,7 @@ def _local_feedback(p, feedback, close, start):
 
 @feedback_of("LowRankFeedback", call=lambda p: LowRankFeedback(LocalFeedback(p, gradient_tolerance=1e9)))
 def _low_rank_feedback(p, many, close, start):
-    one, inputs, rtol = many._feedback, _near(p, 0.1), 1e-2 if p.net.precision == "single" else 1e-6
+    one, inputs, rtol = many._feedback, _near(p, 0.1), 1e-2 if p.net.settings.precision == "single" else 1e-6
     for found, expected, basis in zip(many(inputs), one(inputs), many._bases):
         assert_allclose(found[0], basis.read(expected), atol=rtol)
     assert_allclose(many.predicted_values(inputs)[0], one.predicted_value(inputs), rtol=rtol)
@@ -428,7 +429,7 @@ def _local_closed_loop(p, loop, close, start):
     for layer in range(p.net.layers):
         _, state = loop.step(layer, state)
     assert_allclose(p.net.Y.values(state), p.net.Y.values(p.net(p.batch.inputs)), atol=max(10 * close, 1e-6))
-    inputs = _near(p, 0.1 if p.net.precision == "single" else 1e-2)
+    inputs = _near(p, 0.1 if p.net.settings.precision == "single" else 1e-2)
     assert _change_of_gradient(p, inputs, loop(inputs)) < 0.2 * _change_of_gradient(p, inputs, p.functions)
 
 
@@ -436,7 +437,7 @@ def _local_closed_loop(p, loop, close, start):
 def _costate_check(p, check, close, start):
     if check.partner_costate:
         assert max(check.partner_costate + check.partner_gradient) < 10 * close
-    if p.net.precision != "single":
+    if p.net.settings.precision != "single":
         assert check.costate[1] < 0.4 * check.costate[0] < 0.1
         assert check.gradient[1] < 0.4 * check.gradient[0] < 0.1
 
@@ -521,7 +522,7 @@ def _pmp_residual(p, residual, close, start):
         T = 9 * (1 + Y.weights @ np.abs(state))
         best = np.maximum(np.tanh(T) * r, np.tanh(-T) * r).sum(axis=1)
         upper += tau * (Y.weights @ (best - (np.tanh(bias[:, None] - B @ state) * r).sum(axis=1)))
-    assert_allclose(residual.absolute[1], upper, rtol=1e-4 if p.net.precision == "single" else 1e-6)
+    assert_allclose(residual.absolute[1], upper, rtol=1e-4 if p.net.settings.precision == "single" else 1e-6)
 
 
 def _by_msa(p, result, close, start):
@@ -646,8 +647,8 @@ def _moved_controls(net):
 
 @on_net("duhamel", call=lambda net: duhamel(solve_trajectory(net, state(net)), _moved_controls(net)))
 def _duhamel(net, w, close, start):
-    if net.stable_kernel is not None:  # the same coefficients, free
-        free = net.replace(stable_kernel=None)
+    if net.settings.kernel.among is not None:  # the same coefficients, free
+        free = net.replace(kernel=replace(net.settings.kernel, among=None))
         for parameter, other in ((net.bias, free.bias), (net.kernel, free.kernel)):
             for k in range(len(parameter.functions)):
                 other.set(k, parameter.get(k))
@@ -815,7 +816,7 @@ def _lipschitz_bound(net, bound, close, start):
 def _depth_limit(net, found, close, start):
     run = net.run(state(net))
     far = max(norm(net.Y, net.Y.values(run.state(l)) - y) for l, y in enumerate(exact(net, state(net))))
-    assert_allclose(found.errors[0], far, rtol=0.2 if net.precision == "single" else 1e-3)
+    assert_allclose(found.errors[0], far, rtol=0.2 if net.settings.precision == "single" else 1e-3)
 
 
 @on_net(
@@ -842,10 +843,10 @@ def _to_network(net, arrays, close, start):
 
 @on_net("LinearisedFlow", call=lambda net: LinearisedFlow(net, state(net)))
 def _linearised_flow(net, flow, close, start):
-    step, Y = 0.03 if net.precision == "single" else 1e-3, net.Y
+    step, Y = 0.03 if net.settings.precision == "single" else 1e-3, net.Y
     ends = [Y.values(net(Y.batch(smooth(Y, 1) + sign * step * smooth(Y, 1, seed=9)))) for sign in (1, -1)]
     expected = (ends[0] - ends[1]) / (2 * step)
-    assert_allclose(Y.values(flow.tangent(state(net, 9))), expected, atol=1e-3 if net.precision == "single" else 1e-5)
+    assert_allclose(Y.values(flow.tangent(state(net, 9))), expected, atol=1e-3 if net.settings.precision == "single" else 1e-5)
     exponent = flow.exponent()
     assert np.log(flow.propagator().norm) <= exponent + 1e-9
     assert_allclose(flow.bound(), np.exp(exponent))
@@ -1008,7 +1009,7 @@ def test_a_network_with_one_argument_replaced_keeps_all_others():
 def test_a_network_that_steps_otherwise_has_the_very_same_parameters():
     for feature in (None, *NET):
         net = network_with(feature)
-        finer = net.replace(steps=4, layers_per_block=1)
+        finer = net.replace(layers=replace(net.settings.layers, steps=4, layers_per_block=1))
         assert finer.parameters == net.parameters and finer.bases == net.bases
         assert np.abs(of_net(finer) - of_net(net)).max() < 1e-2
         assert finer.steps == 4 and net.steps == 2
@@ -1045,6 +1046,6 @@ def test_J_of_a_feature_is_that_written_out_and_its_gradient_the_slope(feature):
     derivative = Enlist(J.derivative())
     h = [0.1 * v for v in directions(p.functions)]
     if p.functions:
-        rtol, step = (1e-2, 0.05) if p.net.precision == "single" else (1e-4, 1e-3)
+        rtol, step = (1e-2, 0.05) if p.net.settings.precision == "single" else (1e-4, 1e-3)
         expected = slope(lambda: value(p), p.functions, h, step)
         assert_allclose(pairing(derivative, h, p.net.Y.comm), expected, rtol=rtol)

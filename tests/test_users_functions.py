@@ -172,7 +172,7 @@ CALLS = {
 @cache
 def of_psi():
     phi = laplace("disk", "CG1", 4)
-    return network("disk", "CG1", bias="basis").replace(psi=phi)
+    return flat_network(phi, phi, bias=phi)
 
 
 @on_ranks

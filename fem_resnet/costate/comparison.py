@@ -7,7 +7,7 @@ scheme. If (4.2) is stepped by the partner of that scheme, the differences are r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import firedrake as fd
 import numpy as np
@@ -137,7 +137,7 @@ def costate_check(
     exact_gradient = exact.gradient(problem.regulariser)
     sizes, costates, gradients, by_partner = [], [], [], []
     for refinement in refinements:
-        finer = net.replace(steps=refinement * net.steps)
+        finer = net.replace(layers=replace(net.settings.layers, steps=refinement * net.steps))
         J, run = problem.replace(net=finer).record()
         gradient = J.derivative(apply_riesz=True)[: len(exact_gradient)]
         sizes.append(float(np.diff(net.times).max()) / finer.steps)

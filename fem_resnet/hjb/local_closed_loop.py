@@ -14,6 +14,8 @@ same order. For a disturbance on the way only the closed loop answers, by the co
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import firedrake as fd
 from pyadjoint.tape import stop_annotating
 
@@ -38,7 +40,7 @@ class LocalClosedLoop(OnMesh):
     Parameters
     ----------
     problem
-        As for `LocalFeedback`. Each layer has controls of its own (bias_in_time and kernel_in_time "layers"), and the
+        As for `LocalFeedback`. Each layer has controls of its own (in_time="layers" of Bias and Kernel), and the
         regulariser is a sum over the layers: `tikhonov`, `smooth_in_space`. A learned head is chosen anew at each interface.
     **options
         The options of `LocalFeedback`.
@@ -138,8 +140,16 @@ class LocalClosedLoop(OnMesh):
 def _part(net: ResidualNetwork, layers: range) -> ResidualNetwork:
     """The network of these layers alone, with their coefficients."""
     times = net.times[layers.start : layers.stop + 1]
-    bases = {name: given if len(given) == 1 else given[layers.start : layers.stop] for name, given in net.bases.items()}
-    part = net.replace(times=times - times[0], **bases)
+    settings = net.settings
+
+    def of(bases: tuple) -> tuple:
+        return bases if len(bases) == 1 else bases[layers.start : layers.stop]
+
+    part = net.replace(
+        kernel=replace(settings.kernel, phi=of(settings.kernel.phi), psi=of(settings.kernel.psi)),
+        bias=replace(settings.bias, basis=of(settings.bias.basis)),
+        layers=replace(settings.layers, times=times - times[0]),
+    )
     for ours, theirs in zip(part.parameters, net.parameters):
         for k, layer in enumerate(layers):
             ours.set(k, theirs.get(layer))

@@ -219,7 +219,7 @@ class LearningProblem(OnMesh):
         Of several members, each with the whole label domain on its own communicator and a batch of its own samples: J is
         that of all samples together, its gradient the same on every member. Then no Hessian actions.
     checkpoints
-        How derivatives find the states at interfaces between Blocks of layers (``layers_per_block`` of the network):
+        How derivatives find the states at interfaces between Blocks of layers (``per_block`` of the network's `Layers`):
         all are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
         `checkpoint_schedules`, or a function that makes one for a number of Blocks; on disk too. With it there are
         first derivatives only, and no states or co-states of the run. See `checkpoints.schedule_of`.

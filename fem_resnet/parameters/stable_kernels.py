@@ -108,9 +108,9 @@ class PositiveSemidefinite(StableKernel):
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, ResidualNetwork, laplace_basis
+    >>> from fem_resnet import Kernel, LabelSpace, ResidualNetwork, laplace_basis
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
-    >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=1, stable_kernel=PositiveSemidefinite(rank=1))
+    >>> net = ResidualNetwork(Kernel(laplace_basis(Y, 3), among=PositiveSemidefinite(rank=1)), layers=1)
     >>> net.kernel.get(0).round(3).tolist()
     [[0.1, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """

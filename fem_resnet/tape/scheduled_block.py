@@ -114,5 +114,5 @@ class ScheduledBlock(OperatorBlock):
     def _method(self, name, what):
         raise NotImplementedError(
             f"{what} are not implemented under a schedule of checkpoints, only first derivatives: record without "
-            "checkpoints. With all layers in one Block (layers_per_block left out) no field is kept inside of a network"
+            "checkpoints. With all layers in one Block (per_block of Layers left out) no field is kept inside of a network"
         )

@@ -44,6 +44,7 @@ from fem_resnet.features import STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
+from fem_resnet.network.settings import Kernel
 from fem_resnet.training.augmented_hamiltonian import augmented_step
 from fem_resnet.training.progress import check_monitor, tell
 
@@ -349,7 +350,7 @@ def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningPr
     """The same problem with a new network of these controls, one for each layer. Collective."""
     net = problem.net
     phis, psis, betas = zip(*(c.in_bases(net.Y) for c in controls))
-    new = net.replace(phi=list(phis), psi=list(psis), bias=None)
+    new = net.replace(kernel=Kernel(list(phis), list(psis)), bias=None)
     for l, (c, beta) in enumerate(zip(controls, betas)):
         new.bias.set(l, c.a)
         new.kernel.set(l, beta)

@@ -216,7 +216,7 @@ _SHAPES = (
 def compiled_stages(problem: LearningProblem) -> Checks:
     """Check values, transpose and quadrature of compiled stages, for every shape and in both tails."""
     net = problem.net
-    given, precision = net.activation, net.precision
+    given, precision = net.activation, net.settings.precision
     if net.solver_parameters["ts_type"] == "discrete_gradient" or not isinstance(
         new_stage(_points(1), given, 1, precision), CompiledStage
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import firedrake as fd
 import numpy as np
@@ -158,7 +159,7 @@ def recorded_states(point: Point) -> Checks:
     h = [point.direction(k) for k in range(len(point.functions))]
     functional(point.at())
     slope = point.pair([np.array(d.dat.data_ro) for d in Enlist(functional.derivative())], h)
-    bound = 1e-4 if net.activation.joints or net.precision == "single" else 1e-6
+    bound = 1e-4 if net.activation.joints or net.settings.precision == "single" else 1e-6
     # Where sigma has joints, long steps would cross some of them.
     steps = np.array([1e-6]) if net.activation.joints else 0.02 * 0.4 ** np.arange(6)
     limit, _ = extrapolated(
@@ -185,7 +186,7 @@ def blocks(point: Point) -> Checks:
     answers = []
     sizes = sorted({1, 2, net.layers})
     for size in sizes:
-        other = problem.replace(net=net.replace(layers_per_block=size))
+        other = problem.replace(net=net.replace(layers=replace(net.settings.layers, per_block=size)))
         J, run = other.record()
         value = float(J(other.functions))
         gradient = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
@@ -219,7 +220,7 @@ def replay(point: Point) -> Checks:
     if (
         net.layers < 2
         or net.factors
-        or net.stable_kernel is not None
+        or net.settings.kernel.among is not None
         or problem.derivatives is not None
         or problem.checkpoints is not None
     ):
@@ -227,12 +228,12 @@ def replay(point: Point) -> Checks:
             "checkpoints", "replay", "the network has one layer, or a part that no schedule of checkpoints takes"
         )
         return
-    other = problem.replace(net=net.replace(layers_per_block=1), checkpoints=1)
+    other = problem.replace(net=net.replace(layers=replace(net.settings.layers, per_block=1)), checkpoints=1)
     J, _ = other.record()
     recorded = [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
     answer = [np.array([float(J(other.functions))]), *(np.array(d.dat.data_ro) for d in Enlist(J.derivative()))]
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
-    bound = max(10 * close(problem) if net.precision == "single" else 1e-9 if adapts else 1e-10, point.coarseness)
+    bound = max(10 * close(problem) if net.settings.precision == "single" else 1e-9 if adapts else 1e-10, point.coarseness)
     expected = _answer(point)
     yield Check.of("checkpoints", "replay", _difference(point.comm, answer, expected), bound)
     yield Check.of("checkpoints", "of a recording", _difference(point.comm, recorded, expected[1:]), bound)
@@ -245,7 +246,7 @@ def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Che
     reasons = {
         "the network has no layers": not net.layers,
         "(4.2) belongs to (2.8), and the network is a gradient flow": net.gradient_flow,
-        "the kernel is made of other controls": net.stable_kernel is not None,
+        "the kernel is made of other controls": net.settings.kernel.among is not None,
         f"(4.2) is not stepped on its own by {kind!r}": kind not in TYPES,
         "steps are adapted": net.solver_parameters.get("ts_adapt_type", "none") != "none",
         "sigma' or sigma'' jumps": bool(net.activation.joints),

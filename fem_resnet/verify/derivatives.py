@@ -138,7 +138,7 @@ def second_order(point: Point, quick: bool) -> Checks:
     """Compare Hessian actions with differences of gradients, control by control; check that the Hessian is symmetric."""
     joints, labels = point.problem.net.activation.joints, names(point.problem)
     accuracy = close(point.problem)
-    if point.problem.net.precision == "single":
+    if point.problem.net.settings.precision == "single":
         yield Check.left_out("Hessian", "against differences", "gradients in single precision are too coarse; see 'double'")
         return
     bound = max(BETWEEN_JOINTS if joints else SMOOTH, accuracy * 100)
@@ -206,7 +206,7 @@ def elsewhere(point: Point) -> Checks:
             "elsewhere", "tangent = adjoint", part(abs(tangent - slope), size), max(1e-9, close(problem), point.coarseness)
         )
     action = None
-    if problem.net.precision == "double":
+    if problem.net.settings.precision == "double":
         try:
             action = point.hessian(h, step)
         except NotImplementedError as error:

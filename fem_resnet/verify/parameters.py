@@ -57,7 +57,7 @@ class Parameters:
 
     @property
     def _given_times(self) -> np.ndarray:
-        return np.array(self.net._given_times)
+        return np.array(self.net.settings.layers.times)
 
     @staticmethod
     def _in_time(parameter: Parameter) -> str | list[int]:

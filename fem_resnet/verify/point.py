@@ -35,7 +35,7 @@ def names(problem: LearningProblem) -> list[str]:
 
 def close(problem: LearningProblem) -> float:
     """The relative accuracy of a network's numbers: round-off, or the tolerance of the solves of an implicit type."""
-    if problem.net.precision == "single":
+    if problem.net.settings.precision == "single":
         return 1e-6
     parameters = problem.net.solver_parameters
     if not METHODS[parameters["ts_type"]].implicit:

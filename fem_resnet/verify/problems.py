@@ -25,6 +25,7 @@ from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, 
 from fem_resnet.learning.objective import Batch, Derivatives, LearningProblem
 from fem_resnet.learning.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.settings import Bias, Kernel, Layers
 from fem_resnet.parameters.stable_kernels import DampedAntisymmetric, NormBounded, PositiveSemidefinite
 from fem_resnet.verify.point import random_like
 
@@ -88,7 +89,7 @@ def built_in(comm: MPI.Comm = MPI.COMM_WORLD) -> LearningProblem:
     phi = laplace_basis(Y, 4)
     psi = _functions(Y, 3)
     net = ResidualNetwork(
-        phi, psi, times=_TIMES, bias_in_time="linear", kernel_in_time="layers", activation="tanh", layers_per_block=2
+        Kernel(phi, psi, in_time="layers"), bias=Bias(in_time="linear"), layers=Layers(_TIMES, per_block=2), activation="tanh"
     )
     regulariser = tikhonov(0.03) + smooth_in_space(0.01) + smooth_in_time(0.02)
     return _problem(net, Head(phi, 3), cross_entropy, regulariser, 4, [0, 2, 1, 2])
@@ -97,7 +98,9 @@ def built_in(comm: MPI.Comm = MPI.COMM_WORLD) -> LearningProblem:
 def _layers(comm: MPI.Comm) -> LearningProblem:
     """Compiled layers of one sample, with a field at their end, and sizes that are no whole number of tiles."""
     Y = _disk(comm)
-    net = ResidualNetwork(_functions(Y, 6), _functions(Y, 11, 0.4), times=_TIMES, steps=2, activation="arctan")
+    net = ResidualNetwork(
+        Kernel(_functions(Y, 6), _functions(Y, 11, 0.4)), layers=Layers(_TIMES, steps=2), activation="arctan"
+    )
     return _problem(net, samples=1, regulariser=tikhonov(0.05) + smooth_in_space(0.01) + smooth_in_time(0.02), learn="both")
 
 
@@ -108,10 +111,7 @@ def _seen(comm: MPI.Comm) -> LearningProblem:
     """
     Y = _disk(comm)
     psi = laplace_basis(Y, 5)
-    net = ResidualNetwork(
-        psi, bias=psi, times=_TIMES, kernel_in_time=[0, 1, 0], steps=2, activation="sigmoid",
-        solver_parameters={"ts_rk_type": "5dp"}, layers_per_block=1,
-    )  # fmt: skip
+    net = ResidualNetwork(Kernel(psi, in_time=[0, 1, 0]), bias=psi, layers=Layers(_TIMES, steps=2, per_block=1), activation="sigmoid", solver_parameters={"ts_rk_type": "5dp"})  # fmt: skip
     return _problem(net, Head(psi, 3, "logistic"), binary_cross_entropy, samples=7, targets=_classes(7))
 
 
@@ -120,11 +120,9 @@ def _many(comm: MPI.Comm) -> LearningProblem:
     Y = _line(comm)
     phi, psi, other = _functions(Y, 5), _functions(Y, 6, 0.4), _functions(Y, 4, 1.3)
     net = ResidualNetwork(
-        phi,
-        [psi, psi, other],
+        Kernel(phi, [psi, psi, other]),
         bias=[phi, None, phi],
-        times=_TIMES,
-        steps=2,
+        layers=Layers(_TIMES, steps=2),
         activation="softplus",
         solver_parameters={"ts_rk_type": "3bs"},
     )
@@ -135,7 +133,7 @@ def _large(comm: MPI.Comm) -> LearningProblem:
     """More than 512 samples, so that fields are packed; phi = psi with more functions than a slab has."""
     Y = _line(comm)
     basis = laplace_basis(Y, 66)
-    net = ResidualNetwork(basis, bias=_functions(Y, 3), times=[0.0, 0.7])
+    net = ResidualNetwork(basis, bias=_functions(Y, 3), layers=[0.0, 0.7])
     return _problem(net, samples=515, regulariser=tikhonov(0.01))
 
 
@@ -144,7 +142,9 @@ def _costs(comm: MPI.Comm) -> LearningProblem:
     Y = _line(comm)
     f, a = sympy.symbols("f a")
     net = ResidualNetwork(
-        _functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, bias_in_time="linear", layers_per_block=2
+        Kernel(_functions(Y, 3), _functions(Y, 4, 0.4)),
+        bias=Bias(_functions(Y, 4), in_time="linear"),
+        layers=Layers(_TIMES, per_block=2),
     )
     return _problem(net, samples=12, running=RunningCost(sympy.cos(f) * a + f**2 / 2, kernel=0.4))
 
@@ -154,7 +154,7 @@ def _adapted(comm: MPI.Comm) -> LearningProblem:
     Y = _disk(comm)
     options = {"ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-5, "ts_atol": 1e-5}
     net = ResidualNetwork(
-        _functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, kernel_in_time="linear", solver_parameters=options
+        Kernel(_functions(Y, 3), _functions(Y, 4, 0.4), in_time="linear"), layers=_TIMES, solver_parameters=options
     )
     return _problem(net, samples=2)
 
@@ -164,11 +164,9 @@ def _implicit(comm: MPI.Comm) -> LearningProblem:
     Y = _disk(comm)
     there = LabelSpace(fd.FunctionSpace(fd.IntervalMesh(12, 2.3, comm=comm), "CG", 1))
     net = ResidualNetwork(
-        _functions(Y, 3),
-        _functions(Y, 4, 0.4),
-        times=_TIMES,
-        bias_in_time="linear",
-        kernel_in_time="linear",
+        Kernel(_functions(Y, 3), _functions(Y, 4, 0.4), in_time="linear"),
+        bias=Bias(in_time="linear"),
+        layers=_TIMES,
         solver_parameters={"ts_type": "cn"},
     )
     head = Head(_functions(Y, 3, 0.2), _functions(there, 4), "logistic")
@@ -182,10 +180,9 @@ def _carried(comm: MPI.Comm) -> LearningProblem:
     Y = _line(comm)
     f, a = sympy.symbols("f a")
     net = ResidualNetwork(
-        _functions(Y, 3),
-        times=_TIMES[:3],
+        Kernel(_functions(Y, 3), in_time="linear"),
         bias=_functions(Y, 4),
-        kernel_in_time="linear",
+        layers=_TIMES[:3],
         solver_parameters={"ts_type": "dirk"},
     )
     return _problem(net, samples=2, learn="both", running=RunningCost(f**2 / 2 + sympy.sin(f) * a, kernel=0.3))
@@ -195,7 +192,9 @@ def _learned(comm: MPI.Comm) -> LearningProblem:
     """Learned factors and times, with a running cost and few samples."""
     Y = _disk(comm)
     f, a = sympy.symbols("f a")
-    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES, learn_factors=True, learn_times=True)
+    net = ResidualNetwork(
+        Kernel(_functions(Y, 3), _functions(Y, 4, 0.4), learn_factors=True), layers=Layers(_TIMES, learn_times=True)
+    )
     return _problem(
         net,
         Head(_functions(Y, 3), 3, "identity"),
@@ -208,10 +207,7 @@ def _learned(comm: MPI.Comm) -> LearningProblem:
 def _lengths(comm: MPI.Comm) -> LearningProblem:
     """Learned times with many samples; elu, which has a joint; layers that share a bias."""
     Y = _line(comm)
-    net = ResidualNetwork(
-        _functions(Y, 4), _functions(Y, 5, 0.4), bias=_functions(Y, 3), times=_TIMES, bias_in_time=[0, 1, 1],
-        kernel_in_time="shared", learn_times=True, activation="elu", steps=2,
-    )  # fmt: skip
+    net = ResidualNetwork(Kernel(_functions(Y, 4), _functions(Y, 5, 0.4), in_time="shared"), bias=Bias(_functions(Y, 3), in_time=[0, 1, 1]), layers=Layers(_TIMES, steps=2, learn_times=True), activation="elu")  # fmt: skip
     return _problem(net, samples=20, regulariser=tikhonov(0.05) + smooth_in_time(0.04))
 
 
@@ -220,7 +216,7 @@ def _stable(choice: PositiveSemidefinite | DampedAntisymmetric | NormBounded) ->
         Y = _disk(comm)
         phi = _functions(Y, 3)
         psi = None if choice.symmetric else _functions(Y, 4, 0.4)
-        net = ResidualNetwork(phi, psi, bias=phi, times=_TIMES[:3], kernel_in_time="linear", stable_kernel=choice)
+        net = ResidualNetwork(Kernel(phi, psi, in_time="linear", among=choice), bias=phi, layers=_TIMES[:3])
         return _problem(net, samples=2, regulariser=tikhonov(0.05) + smooth_in_time(0.03))
 
     return make
@@ -230,7 +226,11 @@ def _flow(comm: MPI.Comm) -> LearningProblem:
     """A gradient flow."""
     Y = _disk(comm)
     net = ResidualNetwork(
-        _functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 4), times=_TIMES, gradient_flow=True, activation="softplus"
+        Kernel(_functions(Y, 3), _functions(Y, 4, 0.4)),
+        bias=_functions(Y, 4),
+        layers=_TIMES,
+        gradient_flow=True,
+        activation="softplus",
     )
     return _problem(net, samples=2)
 
@@ -238,17 +238,16 @@ def _flow(comm: MPI.Comm) -> LearningProblem:
 def _energy(comm: MPI.Comm) -> LearningProblem:
     """The discrete gradient."""
     Y = _disk(comm)
-    net = ResidualNetwork(
-        _functions(Y, 3), _functions(Y, 4, 0.4), times=_TIMES[:3], bias_in_time="linear", steps=2, learn_times=True,
-        solver_parameters={"ts_type": "discrete_gradient"},
-    )  # fmt: skip
+    net = ResidualNetwork(Kernel(_functions(Y, 3), _functions(Y, 4, 0.4)), bias=Bias(in_time="linear"), layers=Layers(_TIMES[:3], steps=2, learn_times=True), solver_parameters={"ts_type": "discrete_gradient"})  # fmt: skip
     return _problem(net, samples=2)
 
 
 def _informed(comm: MPI.Comm) -> LearningProblem:
     """Derivatives of the target map, through a head."""
     Y = _disk(comm)
-    net = ResidualNetwork(_functions(Y, 3), _functions(Y, 4, 0.4), bias=_functions(Y, 3), times=_TIMES, layers_per_block=2)
+    net = ResidualNetwork(
+        Kernel(_functions(Y, 3), _functions(Y, 4, 0.4)), bias=_functions(Y, 3), layers=Layers(_TIMES, per_block=2)
+    )
     rng = np.random.default_rng(6)
     directions, targets = (random_like(fd.Function(Y.batch_space(2)), rng, Y) for _ in range(2))
     head = Head(_functions(Y, 3), _functions(Y, 4, 0.2), "identity")
@@ -258,7 +257,7 @@ def _informed(comm: MPI.Comm) -> LearningProblem:
 def _single(comm: MPI.Comm) -> LearningProblem:
     """Compiled layers in single precision."""
     Y = _line(comm)
-    net = ResidualNetwork(_functions(Y, 4), _functions(Y, 5, 0.4), times=_TIMES[:3], precision="single")
+    net = ResidualNetwork(Kernel(_functions(Y, 4), _functions(Y, 5, 0.4)), layers=_TIMES[:3], precision="single")
     return _problem(net, samples=7)
 
 
@@ -267,7 +266,7 @@ def _graph(comm: MPI.Comm) -> LearningProblem:
     ring = np.roll(np.eye(12), 1, axis=0)
     Y = point_space(np.random.default_rng(3).uniform(0.5, 1.5, 12).tolist(), graph=ring + ring.T, comm=comm)
     phi = laplace_basis(Y, 4)
-    net = ResidualNetwork(phi, times=_TIMES[:3], activation="leaky_relu", kernel_in_time="shared")
+    net = ResidualNetwork(Kernel(phi, in_time="shared"), layers=_TIMES[:3], activation="leaky_relu")
     head = Head(phi, phi, "softmax")
     targets = Y.batch(np.random.default_rng(4).uniform(0.5, 1.5, (12, 3))[Y.numbers])
     regulariser = tikhonov(0.05) + smooth_in_space(0.02)

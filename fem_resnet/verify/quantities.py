@@ -240,7 +240,7 @@ def _kernel(kernel: LowRankKernel, name: str) -> Checks:
 
 def stable_kernel(problem: LearningProblem) -> Checks:
     """Check beta, which is made of other controls X, by the formula of its set (`fem_resnet.parameters.stable_kernels`)."""
-    kernel, choice = problem.net.kernel, problem.net.stable_kernel
+    kernel, choice = problem.net.kernel, problem.net.settings.kernel.among
     if choice is None:
         return
     described: dict[str, Any] = choice.description

@@ -7,7 +7,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import sympy
-from helpers import label_space, smooth
+from helpers import flat_network, label_space, smooth
 from numpy.testing import assert_allclose
 from problems import gathered, learning_problem, network
 
@@ -218,7 +218,7 @@ def test_the_hamiltonian_is_constant_to_1e_10_with_a_fine_step():
 def bounded(layers, target=3.0, **options):
     """One sample whose target lies out of reach of a box, by full-rank controls on cells; started in the box."""
     Y = label_space("disk", "DG0")
-    net = ResidualNetwork(cell_indicators(Y), layers=layers, activation="tanh", **options)
+    net = flat_network(cell_indicators(Y), layers=layers, activation="tanh", **options)
     inputs, targets = Y.batch(smooth(Y, 1)), Y.batch(target * smooth(Y, 1, seed=50))
     return LearningProblem(net, None, least_squares, None, Batch(inputs, targets))
 
@@ -256,7 +256,7 @@ def test_max_H_is_constant_to_the_order_of_the_scheme_where_no_switch_is_inside_
 def switching(times):
     """f_t = a, L = f^2/2, |a| <= 1, from f = 1/2: a = -1 up to t = 1/2, then a = 0; solved in these layers."""
     Y = label_space("annulus", "CG1")
-    net = ResidualNetwork(given_basis(Y, [1.0]), bias=given_basis(Y, [1.0]), times=times, activation="identity")
+    net = ResidualNetwork(given_basis(Y, [1.0]), bias=given_basis(Y, [1.0]), layers=times, activation="identity")
     batch = Batch(Y.batch(0.5 + 0 * Y.weights), Y.batch(0 * Y.weights))
     cost = RunningCost(sympy.Symbol("f") ** 2 / 2)
     problem = LearningProblem(net, None, least_squares, None, batch, running=cost)

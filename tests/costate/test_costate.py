@@ -4,6 +4,8 @@ What they are held against here is pyadjoint's and TSAdjoint's, and in part neit
 SciPy's solver near round-off.
 """
 
+from dataclasses import replace
+
 import firedrake as fd
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from scipy.integrate import solve_ivp
 from fem_resnet import (
     Batch,
     Head,
+    Kernel,
+    Layers,
     LearningProblem,
     ResidualNetwork,
     binary_cross_entropy,
@@ -177,7 +181,7 @@ def test_a_refined_network_has_the_same_parameters():
     net = network("disk", "CG1", steps=2)
     f = net.Y.batch(smooth(net.Y))
     before = net.Y.values(net(f)).copy()
-    finer, direct = net.replace(steps=6), network("disk", "CG1", steps=6)
+    finer, direct = net.replace(layers=replace(net.settings.layers, steps=6)), network("disk", "CG1", steps=6)
     assert finer.kernel is net.kernel and finer.steps == 6
     assert (net.Y.values(finer(f)) == net.Y.values(direct(f))).all()
     assert (net.Y.values(net(f)) == before).all() and np.abs(before - net.Y.values(direct(f))).max() > 1e-8
@@ -431,7 +435,7 @@ def test_controls_that_vary_inside_of_the_layers():
 
 def test_layers_with_bases_of_their_own():
     phi, psi = laplace("disk", "CG1", 4), polynomials(label_space("disk", "CG1"))
-    net = ResidualNetwork([phi, psi, phi], [psi, phi, phi], bias=[None, phi, psi], times=TIMES, steps=4)
+    net = ResidualNetwork(Kernel([phi, psi, phi], [psi, phi, phi]), bias=[None, phi, psi], layers=Layers(TIMES, steps=4))
     rng = np.random.default_rng(1)
     for layer in range(3):
         net.kernel.set(layer, 0.5 * rng.normal(size=net.kernel.space_bases[layer].shape))

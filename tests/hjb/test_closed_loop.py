@@ -127,7 +127,7 @@ def network_of(loop, sample):
     F = loop.F
     phi = cell_indicators(Y)
     euler = {"ts_type": "rk", "ts_rk_type": "1fe"}
-    net = ResidualNetwork(phi, times=loop.times, activation="tanh", solver_parameters=euler)
+    net = ResidualNetwork(phi, layers=loop.times, activation="tanh", solver_parameters=euler)
     batch = Batch(Y.batch(loop.states[0][:, sample]), Y.batch(F.target[F.cells.own]))
     problem = LearningProblem(net, None, least_squares, None, batch)
     problem = problem_of(problem, [loop.controls(k, sample) for k in range(len(loop.times) - 1)])

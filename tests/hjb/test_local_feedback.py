@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from helpers import laplace, set_smooth, smooth
+from helpers import flat_network, laplace, set_smooth, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import gathered
 from scipy.spatial import cKDTree
@@ -41,7 +41,7 @@ def problem(domain="annulus", *, bias="basis", onto=None, loss=None, weight=0.1,
     basis = laplace(domain, SPACES[domain], RANK[domain], alone)
     psi = Basis(basis.Y, basis.values @ np.diag(1.0 + np.arange(basis.rank)) + basis.values[:, :1], "given")
     wider = laplace(domain, SPACES[domain], 5, alone) if domain == "annulus" else basis
-    net = ResidualNetwork(
+    net = flat_network(
         [basis, basis][:layers], [psi, wider][:layers], bias=None if bias == "nodes" else basis,
         times=(0.0, 0.4, 1.0)[: layers + 1], **options,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from fem_resnet import (
     Basis,
     Batch,
     LabelSpace,
+    Layers,
     LearningProblem,
     ResidualNetwork,
     laplace_basis,
@@ -76,7 +77,7 @@ def basis(kind, element, scale=1.0, alone=False) -> Basis:
 
 def network(phi: Basis) -> ResidualNetwork:
     """Fixed coefficients that stand for the same values of bias and kernel whatever the unit."""
-    net = ResidualNetwork(phi, bias=phi, layers=2, final_time=2.0, activation="tanh", steps=2)
+    net = ResidualNetwork(phi, bias=phi, layers=Layers(2, 2.0, steps=2), activation="tanh")
     random = np.random.default_rng(0)
     for layer in range(net.layers):
         net.kernel.set(layer, random.normal(size=(phi.rank, phi.rank)) / phi.rank**0.5)

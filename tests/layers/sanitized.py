@@ -24,6 +24,7 @@ from fem_resnet.layers.compiled_stage import CompiledStage
 from fem_resnet.learning.loss import least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.settings import Kernel, Layers
 from fem_resnet.time_stepping.compiled_layer import CompiledStepper
 from fem_resnet.verify import verify
 from fem_resnet.verify.activations import _SHAPES, _Points, _stage_errors
@@ -86,7 +87,7 @@ def run_layers(precision: str, samples: int, ranks: tuple[int, int]) -> None:
     found = []
     for compiled in ("1", "0"):
         os.environ["FEM_RESNET_COMPILED"] = compiled
-        net = ResidualNetwork(phi, psi, times=[0, 0.3, 0.7], precision=precision, steps=2)
+        net = ResidualNetwork(Kernel(phi, psi), layers=Layers([0, 0.3, 0.7], steps=2), precision=precision)
         rng = np.random.default_rng(3)
         for k in range(2):
             net.kernel.set(k, rng.normal(size=ranks) / ranks[1] ** 0.5)

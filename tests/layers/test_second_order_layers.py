@@ -120,7 +120,7 @@ def test_tangent_is_the_adjoint_of_the_adjoint_and_a_difference(name, annotation
 @pytest.mark.parametrize("method", [{}, {"ts_type": "cn"}, {"ts_type": "arkimex"}], ids=["rk", "cn", "arkimex"])
 def test_hessian_agrees_with_dense_differences_of_the_gradient(method):
     basis = laplace("annulus", "DG0", 3)
-    net = ResidualNetwork(basis, bias=basis, times=TIMES[:3], activation="tanh", solver_parameters=method)
+    net = ResidualNetwork(basis, bias=basis, layers=TIMES[:3], activation="tanh", solver_parameters=method)
     batch = Batch(net.Y.batch(smooth(net.Y, 2)), net.Y.batch(smooth(net.Y, 2, seed=9)))
     J = LearningProblem(net, None, least_squares, tikhonov(0.1), batch).reduced_functional()
     array = ReducedFunctionalNumPy(J)

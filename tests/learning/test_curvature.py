@@ -17,7 +17,7 @@ TIMES = (0.0, 0.2, 0.9)
 def problem(bias="basis", learn="parameters", alone=False):
     basis = laplace("disk", "CG1", 3, alone)
     phi = Basis(basis.Y, basis.values @ np.diag([1.0, 2.0, 3.0]), "given")  # not orthonormal: Gram matrices matter
-    net = ResidualNetwork(phi, bias=phi if bias == "basis" else None, times=TIMES)
+    net = ResidualNetwork(phi, bias=phi if bias == "basis" else None, layers=TIMES)
     set_smooth(net, np.random.default_rng(0))
     batch = Batch(net.Y.batch(smooth(net.Y, 4)), net.Y.batch(smooth(net.Y, 4, seed=9)))
     return LearningProblem(net, None, least_squares, tikhonov(0.1), batch, learn=learn)

@@ -20,6 +20,7 @@ from fem_resnet.learning.loss import Loss, cross_entropy, least_squares
 from fem_resnet.learning.objective import Batch, LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.settings import Kernel, Layers
 from fem_resnet.tape.recording import apply
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -424,7 +425,7 @@ def _one_step_networks(alone=False):
     """Explicit Euler on layers of unequal lengths, the kernel any matrix between the cells: b(y, z) is beta itself."""
     Y = label_space("disk", "DG0", alone=alone)
     net = ResidualNetwork(
-        cell_indicators(Y), times=TIMES, activation="tanh", solver_parameters={"ts_rk_type": "1fe"}, layers_per_block=2
+        cell_indicators(Y), layers=Layers(TIMES, per_block=2), activation="tanh", solver_parameters={"ts_rk_type": "1fe"}
     )
     rng = np.random.default_rng(5)
     for layer in range(net.layers):
@@ -508,7 +509,7 @@ def test_costate_is_the_gradient_in_the_state_of_its_layer(layer):
     J.derivative()
     state, Y = run.state(layer), net.Y
     kernel = net.kernel.space_basis.kernel
-    rest = ResidualNetwork(kernel.phi, kernel.psi, times=np.array(TIMES[layer:]) - TIMES[layer])
+    rest = ResidualNetwork(Kernel(kernel.phi, kernel.psi), layers=np.array(TIMES[layer:]) - TIMES[layer])
     for l in range(rest.layers):
         rest.bias.set(l, net.bias.get(layer + l))
         rest.kernel.set(l, net.kernel.get(layer + l))

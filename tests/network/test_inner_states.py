@@ -17,6 +17,7 @@ from pyadjoint.enlisting import Enlist
 
 from fem_resnet import (
     Batch,
+    Kernel,
     LearningProblem,
     Observations,
     ResidualNetwork,
@@ -100,7 +101,7 @@ def test_a_loss_at_an_inner_time_is_that_of_the_network_of_the_first_layers(laye
     """Value, derivative, Hessian action and the co-state at every layer time before, by a network that ends there."""
     whole = network("annulus", "CG1", layers_per_block=layers_per_block)
     for l in (1, 2):
-        part = ResidualNetwork(*(whole.bases[name] for name in ("phi", "psi")), times=TIMES[: l + 1])
+        part = ResidualNetwork(Kernel(*(whole.bases[name] for name in ("phi", "psi"))), layers=TIMES[: l + 1])
         for k in range(l):
             part.bias.set(k, whole.bias.get(k))
             part.kernel.set(k, whole.kernel.get(k))
@@ -150,7 +151,9 @@ def test_the_costate_jumps_where_a_loss_is(kind):
 
 def _tail(net, start, layer, options):
     """The same J from t_layer on, as that of a network."""
-    part = ResidualNetwork(*(net.bases[name] for name in ("phi", "psi")), times=np.array(TIMES[layer:]) - TIMES[layer])
+    part = ResidualNetwork(
+        Kernel(*(net.bases[name] for name in ("phi", "psi"))), layers=np.array(TIMES[layer:]) - TIMES[layer]
+    )
     for k in range(part.layers):
         part.bias.set(k, net.bias.get(layer + k))
         part.kernel.set(k, net.kernel.get(layer + k))

@@ -3,7 +3,7 @@
 import firedrake as fd
 import numpy as np
 import pytest
-from helpers import laplace, smooth
+from helpers import flat_network, laplace, smooth
 from kinds import with_layer_bases as network
 from numpy.testing import assert_allclose
 from problems import gathered
@@ -113,7 +113,7 @@ def test_bases_of_each_layer_move_to_another_mesh():
 )  # fmt: skip
 def test_refuses(change, error, message):
     with pytest.raises(error, match=message):
-        ResidualNetwork(**change(laplace("disk", "CG1", 4)), times=TIMES)
+        flat_network(**change(laplace("disk", "CG1", 4)), times=TIMES)
 
 
 def test_smoothness_in_time_wants_one_basis():

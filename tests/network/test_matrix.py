@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from firedrake import COMM_WORLD
 from firedrake.adjoint import taylor_to_dict
-from helpers import laplace, set_smooth, smooth
+from helpers import flat_network, laplace, set_smooth, smooth
 from kinds import GRADIENT, options, smooth_values
 from problems import head_onto
 
@@ -61,7 +61,7 @@ def problem(method, controls, loss, space):
     phi, small = laplace(*space, rank=3), laplace(*space, rank=2)
     keywords = {"bias": small} | keywords
     psi = [small, phi] if keywords.pop("psi", None) else small
-    net = ResidualNetwork(
+    net = flat_network(
         phi, psi, times=TIMES, activation="tanh", solver_parameters=options(method), layers_per_block=1, **keywords
     )
     set_smooth(net, np.random.default_rng(0))

@@ -6,11 +6,11 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from helpers import SWISH, TIMES, half_square_distance, label_space, laplace, name, network, smooth
+from helpers import SWISH, TIMES, flat_network, half_square_distance, label_space, laplace, name, network, smooth
 from numpy.testing import assert_allclose
 from petsc4py import PETSc
 
-from fem_resnet import ACTIVATIONS, ResidualNetwork, StepFailure, cell_indicators
+from fem_resnet import ACTIVATIONS, Kernel, ResidualNetwork, StepFailure, cell_indicators
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -44,7 +44,7 @@ def test_one_euler_step_a_layer_with_cell_indicators_is_the_residualnetwork(doma
     """(2.1): z_{l+1} = z_l + tau_l sigma(a_l - B_l z_l), with B = beta diag(w) by the cells' areas w."""
     Y = label_space(domain, "DG0")
     cells = cell_indicators(Y)
-    net = ResidualNetwork(cells, times=TIMES, activation=sigma, solver_parameters={"ts_rk_type": "1fe"})
+    net = ResidualNetwork(cells, layers=TIMES, activation=sigma, solver_parameters={"ts_rk_type": "1fe"})
     z, w = (Y.sum(cells.values.T @ values) for values in (smooth(Y), Y.weights))
     for layer, tau in enumerate(np.diff(TIMES)):
         a, beta = rng.normal(size=Y.size), rng.normal(size=(Y.size, Y.size)) * Y.size**0.5 / Y.measure
@@ -274,11 +274,11 @@ def test_bases_of_another_label_space_are_refused():
     phi, other = laplace("disk", "CG1", 6), laplace("sphere", "CG1", 9)
     for which in ("psi", "bias"):
         with pytest.raises(ValueError, match=rf"{which}: expected the label space of phi, .*, got a basis on .*"):
-            ResidualNetwork(phi, **{which: other})
+            flat_network(phi, **{which: other})
     with pytest.raises(TypeError, match="phi: expected a Basis, or one a layer, got LabelSpace"):
         ResidualNetwork(phi.Y)
     with pytest.raises(TypeError, match="psi: expected a Basis, or one a layer, got ndarray"):
-        ResidualNetwork(phi, phi.values)
+        ResidualNetwork(Kernel(phi, phi.values))
 
 
 @on_ranks

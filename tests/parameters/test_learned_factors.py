@@ -14,7 +14,19 @@ from problems import coefficients, polynomials, taping
 from pyadjoint import Control
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
-from fem_resnet import Batch, LearningProblem, ResidualNetwork, StepFailure, least_squares, load, save, tikhonov, train
+from fem_resnet import (
+    Batch,
+    Kernel,
+    Layers,
+    LearningProblem,
+    ResidualNetwork,
+    StepFailure,
+    least_squares,
+    load,
+    save,
+    tikhonov,
+    train,
+)
 from fem_resnet.label_domain.orthonormal import orthonormal
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.retraction import Retraction
@@ -120,7 +132,7 @@ def test_any_number_of_ranks_gives_the_same_gradient_of_factors_and_times():
     found = []
     for alone in (False, True):
         phi, psi = laplace("disk", "CG1", 4, alone), laplace("disk", "CG1", 3, alone)
-        net = ResidualNetwork(phi, psi, bias=psi, times=TIMES, learn_factors=True, learn_times=True)
+        net = ResidualNetwork(Kernel(phi, psi, learn_factors=True), bias=psi, layers=Layers(TIMES, learn_times=True))
         set_smooth(net, np.random.default_rng(0))
         for k, parameter in enumerate(net.factors):
             parameter.set(0, 0.3 * smooth_values(parameter.space_basis, 20 + k))
@@ -161,13 +173,13 @@ def test_learned_factors_reach_what_fixed_ones_cannot():
     """Targets of a network whose factors are others: those of rank one that are given can be turned into them."""
     Y, values = label_space("disk", "CG1"), []
     x, y = Y.coordinates.T
-    teacher = ResidualNetwork(polynomials(Y), bias=polynomials(Y), layers=2, kernel_in_time="shared")
+    teacher = ResidualNetwork(Kernel(polynomials(Y), in_time="shared"), bias=polynomials(Y), layers=2)
     teacher.kernel.set(0, [[0, 0, 0], [0, 1.0, 0.5], [0, 0, 0]])
     inputs = Y.batch(smooth(Y, 12))
     targets = teacher(inputs)
     for learn in (False, True):
         basis = laplace("disk", "CG1", 1)
-        net = ResidualNetwork(basis, bias=basis, layers=2, kernel_in_time="shared", learn_factors=learn)
+        net = ResidualNetwork(Kernel(basis, in_time="shared", learn_factors=learn), bias=basis, layers=2)
         net.kernel.set(0, [[0.3]])
         result = train(
             LearningProblem(net, None, least_squares, tikhonov(1e-8), Batch(inputs, targets)),
@@ -180,7 +192,7 @@ def test_learned_factors_reach_what_fixed_ones_cannot():
 def test_newton_sees_no_gauge():
     """At a minimum only what P leaves out has no curvature, r^2 directions a factor; Newton's method is quadratic."""
     Y, basis, rng = label_space("disk", "CG1"), laplace("disk", "CG1", 2), np.random.default_rng(0)
-    teacher, net = (ResidualNetwork(basis, bias=basis, layers=1, final_time=2.0, learn_factors=True) for _ in range(2))
+    teacher, net = (ResidualNetwork(Kernel(basis, learn_factors=True), bias=basis, layers=1, final_time=2.0) for _ in range(2))
     for one in (teacher, net):
         one.kernel.set(0, np.diag([1.5, 0.8]))
     for parameter in teacher.factors:
@@ -263,6 +275,6 @@ def test_what_learned_factors_cannot_do_is_refused():
     with pytest.raises(ValueError, match="^ResidualNetwork.on: it does not take learned factors"):
         net.on(label_space("disk", "CG1", 2))
     with pytest.raises(ValueError, match="^learn_factors: expected one phi and one psi for all layers"):
-        ResidualNetwork([laplace("disk", "CG1", 4)] * 3, times=TIMES, learn_factors=True)
+        ResidualNetwork(Kernel([laplace("disk", "CG1", 4)] * 3, learn_factors=True), layers=TIMES)
     with pytest.raises(ValueError, match="^tolerance: expected a number >= 0 and < 1, got 2"):
         net.truncated(2)

@@ -499,7 +499,7 @@ def test_all_that_is_the_same_on_every_rank_is_broadcast_at_once(monkeypatch):
 def test_gradient_in_the_bias_is_the_costate_whatever_the_length_of_a_layer(domain, element):
     """f_t = a: every D_a J(., t) is r = f(T) - ftilde (4.3), a function, on layers of any length and cells of any size."""
     phi = laplace(domain, element, 4)
-    net = ResidualNetwork(phi, times=TIMES, activation="identity")
+    net = ResidualNetwork(phi, layers=TIMES, activation="identity")
     for k in range(net.layers):
         net.bias.set(k, smooth(net.Y, 1, seed=k)[:, 0])
     initial, target = (net.Y.batch(smooth(net.Y, 1, seed=seed)) for seed in (8, 9))

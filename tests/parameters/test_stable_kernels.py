@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import TIMES, label_space, laplace, smooth
+from helpers import TIMES, flat_network, label_space, laplace, smooth
 from helpers import name as space_name
 from kinds import directions_of as directions
 from kinds import distances, largest, pairs, states
@@ -14,6 +14,8 @@ from problems import learning_problem
 from fem_resnet import (
     Basis,
     DampedAntisymmetric,
+    Kernel,
+    Layers,
     LearningProblem,
     NormBounded,
     PositiveSemidefinite,
@@ -50,7 +52,7 @@ def skewed(space):
 
 def network(choice, space=("disk", "CG1"), *, basis=None, psi=None, size=1.0, **more):
     phi = laplace(*space, rank=4) if basis is None else basis
-    net = ResidualNetwork(phi, psi, bias=laplace(*space, rank=3), **{"times": TIMES, "stable_kernel": choice} | more)
+    net = flat_network(phi, psi, bias=laplace(*space, rank=3), **{"times": TIMES, "stable_kernel": choice} | more)
     rng = np.random.default_rng(0)
     for parameter in net.parameters:
         for k, held in enumerate(parameter.space_bases):
@@ -175,7 +177,7 @@ def test_any_number_of_ranks_gives_the_same_gradient(choice):
     found = []
     for alone in (False, True):
         phi = laplace("disk", "CG1", 4, alone)
-        net = ResidualNetwork(phi, bias=phi, times=TIMES, stable_kernel=choice)
+        net = ResidualNetwork(Kernel(phi, among=choice), bias=phi, layers=TIMES)
         rng = np.random.default_rng(0)
         for parameter in net.parameters:
             for k, held in enumerate(parameter.space_bases):
@@ -236,7 +238,7 @@ def growing(net, f):
 def steep(choice, space, **more):
     """A network that does not change in time, whose bias makes sigma' differ over Y, small steps."""
     phi = laplace(*space, rank=4)
-    net = ResidualNetwork(
+    net = flat_network(
         phi, bias=phi, layers=4, final_time=0.4, stable_kernel=choice, kernel_in_time="shared", bias_in_time="shared", **more
     )
     net.bias.set(0, [0.0, 3.0, -2.0, 1.0])
@@ -292,7 +294,7 @@ def test_positive_kernels_contract_in_the_norm_of_their_root(space):
 def test_the_root_norm_falls_for_constant_coefficients_only():
     """A kernel that turns from layer to layer is said to have no norm that falls; in that of the first it rises."""
     phi = laplace("disk", "CG1", 3)
-    net = ResidualNetwork(phi, layers=2, activation="identity", final_time=1.0, stable_kernel=PositiveSemidefinite(rank=1))
+    net = ResidualNetwork(Kernel(phi, among=PositiveSemidefinite(rank=1)), layers=2, final_time=1.0, activation="identity")
     for k, c in enumerate(([1.0, 0.3, 0.0], [-1.0, 2.0, 0.0])):
         net.kernel.set(k, np.outer(c, c))
     assert lipschitz_bound(net).contracts_in is None
@@ -329,9 +331,9 @@ def test_training_stays_in_the_set(choice):
 def test_a_bound_that_is_active_is_reached():
     """Targets of a kernel of norm 2: the best one of norm at most 1 has norm 1."""
     phi = laplace("disk", "CG1", 2)
-    teacher = ResidualNetwork(phi, bias=phi, layers=1, activation="identity", steps=4)
+    teacher = ResidualNetwork(phi, bias=phi, layers=Layers(1, steps=4), activation="identity")
     teacher.kernel.set(0, [[0.0, 2.0], [-2.0, 0.0]])
-    net = ResidualNetwork(phi, bias=phi, layers=1, activation="identity", steps=4, stable_kernel=NormBounded(1.0))
+    net = ResidualNetwork(Kernel(phi, among=NormBounded(1.0)), bias=phi, layers=Layers(1, steps=4), activation="identity")
     net.kernel.set(0, [[0.0, 0.1], [-0.1, 0.0]])
     p = problem(net, None)
     p = LearningProblem(net, None, p.loss, None, type(p.batch)(p.batch.inputs, teacher(p.batch.inputs)))

@@ -7,13 +7,13 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from helpers import TIMES, half_square_distance, laplace, smooth
+from helpers import TIMES, flat_network, half_square_distance, laplace, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import coefficients, directions, gathered, learning_problem, polynomials, taping
 from pyadjoint import ReducedFunctional
 from scipy.integrate import solve_ivp
 
-from fem_resnet import LabelSpace, ResidualNetwork, load, save, smooth_in_time, tikhonov, train
+from fem_resnet import Bias, Kernel, LabelSpace, ResidualNetwork, load, save, smooth_in_time, tikhonov, train
 from fem_resnet.parameters.time_basis import Groups, Hats, LayerIndicators, Once, Shared, get_time_basis
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -96,7 +96,7 @@ def test_once_has_one_function_of_measure_one():
 @pytest.mark.parametrize("kind", ["layers", "linear", "shared", []])
 def test_without_layers_there_are_no_functions(kind):
     phi = laplace("disk", "CG1", 4)
-    net = ResidualNetwork(phi, layers=0, bias_in_time=kind, kernel_in_time=kind)
+    net = ResidualNetwork(Kernel(phi, in_time=kind), bias=Bias(in_time=kind), layers=0)
     assert net.bias.functions == net.kernel.functions == ()
     f = net.Y.batch(smooth(net.Y))
     assert_array_equal(net(f).dat.data_ro, f.dat.data_ro)
@@ -109,7 +109,7 @@ def network(bias_in_time, kernel_in_time, bias="nodes", seed=0, domain="disk", *
     """Parameters that no partition changes; the bias at the nodes, or in a basis whose Gram matrix matters."""
     phi = laplace(domain, "CG1" if domain != "annulus" else "DG0", 5 if domain == "annulus" else 4)
     psi = polynomials(phi.Y)
-    net = ResidualNetwork(
+    net = flat_network(
         phi, psi, bias=psi if bias == "basis" else None, bias_in_time=bias_in_time, kernel_in_time=kernel_in_time,
         **{"times": TIMES} | options,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def _sampled(layers, in_time, ratio=1.0, **options):
     phi = laplace("disk", "CG1", 4)
     lengths = np.where(np.arange(layers) % 2, 1.0, ratio)
     times = np.append(0.0, np.cumsum(lengths)) * FINAL / lengths.sum()
-    net = ResidualNetwork(phi, times=times, activation="tanh", bias_in_time=in_time, kernel_in_time=in_time, **options)
+    net = flat_network(phi, times=times, activation="tanh", bias_in_time=in_time, kernel_in_time=in_time, **options)
     for k in range(len(net.bias.functions)):
         net.bias.set(k, _bias(net.Y, times[k]))
         net.kernel.set(k, _beta(phi, times[k]))
@@ -318,12 +318,12 @@ def test_smoothness_of_groups_counts_the_jumps():
 def test_layers_that_share_a_value_share_a_basis():
     phi, psi = laplace("disk", "CG1", 6), laplace("disk", "CG1", 4)
     net = ResidualNetwork(
-        [phi, psi, phi], psi, bias=[None, psi, None], times=TIMES, kernel_in_time=[0, 1, 0], bias_in_time=[1, 0, 1]
+        Kernel([phi, psi, phi], psi, in_time=[0, 1, 0]), bias=Bias([None, psi, None], in_time=[1, 0, 1]), layers=TIMES
     )
     assert [basis.shape for basis in net.kernel.space_bases] == [(6, 4), (4, 4)]
     assert [net.kernel.on_layer(layer).shape for layer in range(3)] == [(6, 4), (4, 4), (6, 4)]
     assert [basis.space == net.Y.V for basis in net.bias.space_bases] == [False, True]
-    one = ResidualNetwork([phi] * 3, psi, times=TIMES, kernel_in_time="linear")
+    one = ResidualNetwork(Kernel([phi] * 3, psi, in_time="linear"), layers=TIMES)
     assert [basis.shape for basis in one.kernel.space_bases] == [(6, 4)] * 4
     assert one.kernel.space_basis is one.kernel.space_bases[0]
 
@@ -331,7 +331,7 @@ def test_layers_that_share_a_value_share_a_basis():
 @on_ranks
 def test_gradient_with_bases_of_groups(taylor, rng):
     phi, psi = laplace("disk", "CG1", 6), laplace("disk", "CG1", 4)
-    net = ResidualNetwork([phi, psi, phi], psi, bias=psi, times=TIMES, kernel_in_time=[0, 1, 0], bias_in_time="linear")
+    net = ResidualNetwork(Kernel([phi, psi, phi], psi, in_time=[0, 1, 0]), bias=Bias(psi, in_time="linear"), layers=TIMES)
     for parameter in net.parameters:
         for k, basis in enumerate(parameter.space_bases):
             parameter.set(k, rng.normal(size=basis.shape) / 2)
@@ -360,7 +360,7 @@ def test_layers_of_different_bases_cannot_share_a_value(arguments, message):
     if arguments["bias"]:
         arguments["bias"] = [None, None, psi]
     with pytest.raises(ValueError, match=message):
-        ResidualNetwork([phi, psi, phi], psi, times=TIMES, **arguments)
+        flat_network([phi, psi, phi], psi, times=TIMES, **arguments)
 
 
 @on_two_ranks
@@ -383,7 +383,7 @@ def test_layers_of_different_bases_cannot_share_a_value(arguments, message):
 )
 def test_refuses(argument, given, error, message):
     with pytest.raises(error, match=f"^{argument}: {message}"):
-        ResidualNetwork(laplace("disk", "CG1", 4), times=TIMES, **{argument: given})
+        flat_network(laplace("disk", "CG1", 4), times=TIMES, **{argument: given})
 
 
 @on_ranks
@@ -404,7 +404,7 @@ def test_files_keep_the_choice(bias, kernel, tmp_path):
 @on_ranks
 def test_a_network_on_another_mesh_keeps_the_choice():
     phi = laplace("disk", "CG1", 4)
-    net = ResidualNetwork(phi, bias=phi, times=TIMES, bias_in_time="linear", kernel_in_time="shared")
+    net = ResidualNetwork(Kernel(phi, in_time="shared"), bias=Bias(phi, in_time="linear"), layers=TIMES)
     rng = np.random.default_rng(0)
     for parameter in net.parameters:
         for k, basis in enumerate(parameter.space_bases):

@@ -7,13 +7,15 @@ from functools import cache
 
 import numpy as np
 import pytest
-from helpers import laplace, smooth
+from helpers import flat_network, laplace, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
     Basis,
     EnergyMonitor,
     GrowthMonitor,
+    Kernel,
+    Layers,
     LinearisedFlow,
     PositiveSemidefinite,
     ResidualNetwork,
@@ -61,7 +63,7 @@ def bias(Y):
 
 def made(phi, beta, **options):
     """With a and B the same at all times."""
-    net = ResidualNetwork(phi, **{"times": TIMES, "steps": 2} | options)
+    net = flat_network(phi, **{"times": TIMES, "steps": 2} | options)
     for k in range(len(net.kernel.functions)):
         net.kernel.set(k, beta)
     for k in range(len(net.bias.functions)):
@@ -76,7 +78,7 @@ def with_factors(euler):
     for factor in net.factors:
         factor.set(0, 0.2 * smooth(net.Y, 3, seed=3))
     moved = net.learned_factors()
-    plain = ResidualNetwork(moved.phi, moved.psi, times=TIMES, steps=2, solver_parameters=euler)
+    plain = ResidualNetwork(Kernel(moved.phi, moved.psi), layers=Layers(TIMES, steps=2), solver_parameters=euler)
     for k in range(LAYERS):
         plain.kernel.set(k, net.kernel.get(k))
         plain.bias.set(k, net.bias.get(k))

@@ -15,7 +15,7 @@ from problems import network as classifier
 from pyadjoint import Tape, taylor_to_dict
 from pyadjoint.tape import set_working_tape
 
-from fem_resnet import ACTIVATIONS, Activation, ResidualNetwork, StepFailure, verify
+from fem_resnet import ACTIVATIONS, Activation, Bias, ResidualNetwork, StepFailure, verify
 from fem_resnet.activation.secant import Secant
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -210,7 +210,7 @@ def test_gradients_and_hessians_pass_taylors_test_for_all_that_is_learned(learne
 def test_gradients_pass_taylors_test_on_a_sphere_where_steps_are_large():
     """h |B| = 30: far beyond what an explicit method could take."""
     phi = laplace("sphere", "CG1", 4)
-    net = ResidualNetwork(phi, layers=3, final_time=90.0, bias_in_time="shared", solver_parameters=OPTIONS)
+    net = ResidualNetwork(phi, bias=Bias(in_time="shared"), layers=3, final_time=90.0, solver_parameters=OPTIONS)
     set_smooth(net, np.random.default_rng(0))
     for k in range(3):
         net.kernel.set(k, np.eye(4) + 0.1 * net.kernel.get(k))

@@ -14,7 +14,7 @@ from problems import learning_problem
 from problems import network as classifier
 from pyadjoint.tape import annotate_tape
 
-from fem_resnet import Basis, ResidualNetwork, StepFailure, train
+from fem_resnet import Basis, Layers, ResidualNetwork, StepFailure, train
 from fem_resnet.time_stepping.methods import METHODS
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -260,7 +260,7 @@ def test_steps_are_judged_by_the_error_of_f_in_the_label_measure():
     basis = Basis(Y, np.ones((Y.nodes, 1)), "given")
     counts = {}
     for size in (0.0, 3.0):
-        net = ResidualNetwork(basis, layers=1, final_time=4.0, activation="tanh", steps=1, solver_parameters={
+        net = ResidualNetwork(basis, layers=Layers(1, 4.0, steps=1), activation="tanh", solver_parameters={
             "ts_rk_type": "3bs", "ts_adapt_type": "basic", "ts_rtol": 1e-6, "ts_atol": 1e-6})  # fmt: skip
         net.kernel.set(0, [[size]])
         # f moves where a is large, at a few nodes; the mean of f, which is g, stays.

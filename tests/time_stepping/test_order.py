@@ -4,10 +4,10 @@ from functools import cache
 
 import numpy as np
 import pytest
-from helpers import BLOCK, POLYGON, UNIT_SQUARE, label_space, laplace, set_smooth, smooth
+from helpers import BLOCK, POLYGON, UNIT_SQUARE, flat_network, label_space, laplace, set_smooth, smooth
 from scipy.integrate import solve_ivp
 
-from fem_resnet import Basis, ResidualNetwork
+from fem_resnet import Basis, Kernel, Layers, ResidualNetwork
 
 # -- order in t ------------------------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ TIMES = [0.0, 2.4, 6.0]
 
 
 def _network(**options):
-    net = ResidualNetwork(laplace("disk", "CG1", 6), times=TIMES, activation="tanh", **options)
+    net = flat_network(laplace("disk", "CG1", 6), times=TIMES, activation="tanh", **options)
     set_smooth(net, np.random.default_rng(0))
     return net
 
@@ -151,7 +151,7 @@ def test_order_in_space_at_the_nodes(domain, element, problem, refinements, orde
         activation, phi, a, exact = solution(problem, Y)
         phi, psi = (Basis(Y, values[:, None], "given") for values in (phi, problem.psi(Y.coordinates)))
         net = ResidualNetwork(
-            phi, psi, times=[0.0, T], activation=activation, steps=32, solver_parameters={"ts_rk_type": "8vr"}
+            Kernel(phi, psi), layers=Layers([0.0, T], steps=32), activation=activation, solver_parameters={"ts_rk_type": "8vr"}
         )
         net.kernel.set(0, [[BETA]])
         net.bias.set(0, a)

@@ -9,7 +9,18 @@ from helpers import set_smooth, smooth
 from problems import ROUND_DOMAINS, coefficients, directions, network, polynomials
 from pyadjoint import taylor_to_dict
 
-from fem_resnet import Basis, Batch, Head, LabelSpace, LearningProblem, ResidualNetwork, cross_entropy, least_squares, tikhonov
+from fem_resnet import (
+    Basis,
+    Batch,
+    Head,
+    LabelSpace,
+    Layers,
+    LearningProblem,
+    ResidualNetwork,
+    cross_entropy,
+    least_squares,
+    tikhonov,
+)
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.segment import Segment
 
@@ -224,7 +235,7 @@ def test_no_field_is_made_in_an_evaluation_and_its_derivative(compiled, layers_p
     Y = LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(60, 60), "CG", 1))
     samples, field = 400, Y.nodes * 400 * 8
     psi = polynomials(Y)
-    net = ResidualNetwork(psi, layers=3, layers_per_block=layers_per_block)
+    net = ResidualNetwork(psi, layers=Layers(3, per_block=layers_per_block))
     set_smooth(net, np.random.default_rng(0))
     problem = _problem(net, psi, samples=samples)
     J, _ = problem.record()

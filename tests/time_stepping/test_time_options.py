@@ -12,7 +12,7 @@ from helpers import half_square_distance, laplace, network, smooth, smooth_direc
 from petsc4py import PETSc
 from scipy.integrate import solve_ivp
 
-from fem_resnet import ResidualNetwork, StepFailure, solve_trajectory
+from fem_resnet import Bias, Layers, ResidualNetwork, StepFailure, solve_trajectory
 from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.time_stepping.options import OPTIONS, refuse_time_options
 
@@ -33,10 +33,7 @@ SAMPLES = 2
 def own_network(problem="smooth", steps=1, options_prefix=None, **parameters):
     """Kernels are symmetric and positive; the bias is linear in t. phi does not span all: f has a part that no layer sees."""
     activation, times, size = PROBLEMS[problem]
-    net = ResidualNetwork(
-        laplace("interval", "DG0", 3), times=times, activation=activation, steps=steps, bias_in_time="linear",
-        solver_parameters=parameters, options_prefix=options_prefix,
-    )  # fmt: skip
+    net = ResidualNetwork(laplace("interval", "DG0", 3), bias=Bias(in_time="linear"), layers=Layers(times, steps=steps), activation=activation, solver_parameters=parameters, options_prefix=options_prefix)  # fmt: skip
     for layer in range(net.layers):
         net.kernel.set(layer, size * np.diag([1.0, 0.5, 2.0]) * (1 + layer))
     for k in range(net.layers + 1):

@@ -42,7 +42,7 @@ def basis(refinement, alone=False):
 @cache
 def iterations(refinement, times, kind=LearningProblem, fall=1e-6, alone=False):
     """From zero until the gradient has fallen so far: smooth functions carried to others, the bias at the nodes."""
-    net = ResidualNetwork(basis(refinement, alone), times=times)
+    net = ResidualNetwork(basis(refinement, alone), layers=times)
     batch = Batch(net.Y.batch(smooth(net.Y, 5, seed=1)), net.Y.batch(smooth(net.Y, 5, seed=2)))
     problem = kind(net, None, least_squares, tikhonov(0.1), batch)
     assert not any(parameter.get(k).any() for parameter in problem.parameters for k in range(len(parameter.functions)))

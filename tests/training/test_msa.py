@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from helpers import label_space, laplace, smooth
+from helpers import flat_network, label_space, laplace, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import gathered, learning_problem
 from scipy.optimize import minimize
@@ -16,6 +16,7 @@ from fem_resnet import (
     Controls,
     Ellipse,
     Hamiltonian,
+    Kernel,
     LearningProblem,
     Pair,
     Points,
@@ -41,7 +42,7 @@ BOX = Box((-1.0, 1.0), (-1.0, 1.0))
 def problem(space=("annulus", "CG1"), layers=6, target=1.0, alone=False, **options):
     """One sample, whose target is within reach of BOX or nearly so; controls start at zero."""
     Y = label_space(*space, alone=alone)
-    net = ResidualNetwork(given_basis(Y, [1.0]), layers=layers, final_time=2.0, **options)
+    net = flat_network(given_basis(Y, [1.0]), layers=layers, final_time=2.0, **options)
     batch = Batch(Y.batch(smooth(Y, 1)), Y.batch(target * smooth(Y, 1, seed=50)))
     return LearningProblem(net, None, least_squares, None, batch)
 
@@ -267,7 +268,7 @@ def test_a_fixed_span_is_one_problem_a_layer():
     Y = label_space("annulus", "CG1")
     phi, psi = laplace("annulus", "CG1", 2), laplace("annulus", "CG1", 3)
     A = SpanBox(phi, psi, (-0.7, 0.8), (-1, 1.5))
-    net = ResidualNetwork(phi, psi, layers=4)
+    net = ResidualNetwork(Kernel(phi, psi), layers=4)
     start = learning_problem(net, head=True, weight=None, samples=4)
     J, run = start.record()
     J.derivative()

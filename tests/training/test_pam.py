@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import directions, failing_at, learning_problem, network
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet import LearningProblem, PAMResult, ProximalStep, ResidualNetwork, StepFailure, train, train_pam
+from fem_resnet import Kernel, Layers, LearningProblem, PAMResult, ProximalStep, ResidualNetwork, StepFailure, train, train_pam
 from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes
 from fem_resnet.training.proximal import ProximalFunctional
 from fem_resnet.training.tao import Minimiser
@@ -251,7 +251,7 @@ def test_batches_keep_the_inequality_of_their_own_j_and_no_other():
 
 def _factors_and_times():
     phi, psi = laplace("annulus", "CG1", 5), laplace("annulus", "CG1", 3)
-    net = ResidualNetwork(phi, psi, times=(0.0, 0.2, 0.9, 1.3), learn_factors=True, learn_times=True)
+    net = ResidualNetwork(Kernel(phi, psi, learn_factors=True), layers=Layers((0.0, 0.2, 0.9, 1.3), learn_times=True))
     set_smooth(net, np.random.default_rng(0))
     return learning_problem(net)
 

@@ -174,7 +174,7 @@ def in_unit(length, kind):
     Y = LabelSpace(fd.FunctionSpace(mesh, "DG", 0))
     x = Y.coordinates / length
     phi = Basis(Y, np.column_stack([np.ones(Y.nodes), x, x[:, 0] * x[:, 1]]), "given")
-    net = ResidualNetwork(phi, times=(0.0, 0.3, 1.0))
+    net = ResidualNetwork(phi, layers=(0.0, 0.3, 1.0))
     rng = np.random.default_rng(7)
     for k in range(2):
         net.bias.set(k, 0.3 * np.cos(x @ [1.0, 2.0] + k))

@@ -13,7 +13,7 @@ import sympy
 from coverage_of_layers import missed_in_c
 from faults import BUILT_IN, FAULTS, FURTHER
 from firedrake import COMM_WORLD
-from helpers import without_mpi
+from helpers import flat_network, without_mpi
 from sound import LAPLACE_MESHES, LAPLACE_RANKS, laplace_problem, sound_problem
 
 import fem_resnet
@@ -24,8 +24,11 @@ import fem_resnet.verify.problems
 from fem_resnet import (
     Basis,
     Batch,
+    Bias,
     Head,
+    Kernel,
     LabelSpace,
+    Layers,
     LearningProblem,
     ResidualNetwork,
     RunningCost,
@@ -67,7 +70,7 @@ def _bases(Y):
 def _network(mesh, element, **options):
     Y = LabelSpace(fd.FunctionSpace(_mesh(mesh), *element))
     phi, psi = _bases(Y)
-    net = ResidualNetwork(phi, psi, times=[0.0, 0.3, 0.5, 1.1], **options)
+    net = flat_network(phi, psi, times=[0.0, 0.3, 0.5, 1.1], **options)
     _fill(net.parameters, Y, 0)
     return net
 
@@ -99,10 +102,7 @@ def field():
     """A field by a logistic head and least squares, bias in a basis, controls shared by layers."""
     Y = LabelSpace(fd.FunctionSpace(_mesh("annulus"), "CG", 1))
     phi, psi = _bases(Y)
-    net = ResidualNetwork(
-        phi, psi, bias=psi, times=[0.0, 0.3, 0.5, 1.1], bias_in_time=[0, 1, 1], kernel_in_time=[1, 0, 1],
-        layers_per_block=2,
-    )  # fmt: skip
+    net = ResidualNetwork(Kernel(phi, psi, in_time=[1, 0, 1]), bias=Bias(psi, in_time=[0, 1, 1]), layers=Layers([0.0, 0.3, 0.5, 1.1], per_block=2))  # fmt: skip
     head = Head(psi, phi, "logistic")
     _fill([*net.parameters, *head.parameters], Y, 1)
     targets = Y.batch(0.5 + 0.4 * _waves(Y, 3, 9))
@@ -308,7 +308,7 @@ def test_methods_without_an_adjoint_are_verified_as_far_as_they_go():
 def test_networks_at_zero_with_a_trained_minimum_can_be_verified():
     """All parameters are zero and so are most gradients: derivatives are taken nearby."""
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
-    net = ResidualNetwork(*_bases(Y), layers=2)
+    net = ResidualNetwork(Kernel(*_bases(Y)), layers=2)
     problem = LearningProblem(
         net, None, fem_resnet.learning.loss.least_squares, None, _batch(net, 2, Y.batch(_waves(Y, 2, 3)))
     )
@@ -322,7 +322,7 @@ def test_networks_at_zero_with_a_trained_minimum_can_be_verified():
 def test_confident_classifiers_are_sound(apart, loss, prediction):
     """J is 1e-7 or 0; differences of scores that cancel are not reported."""
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
-    net = ResidualNetwork(_bases(Y)[0], times=[0.0, 0.3, 0.7])
+    net = ResidualNetwork(_bases(Y)[0], layers=[0.0, 0.3, 0.7])
     _fill(net.parameters, Y, 3)
     head, labels = Head(_bases(Y)[0], 3, prediction), [1, 1]
     head.mu.set(0, apart * np.array([-0.5, 0.5, -0.5]))
@@ -444,7 +444,7 @@ fem_resnet.learning.regulariser._RegulariserOperator.forward = lambda self, arra
 @pytest.mark.parallel([1, 2])
 def test_command_on_a_saved_network(tmp_path, capsys):
     Y = LabelSpace(fd.FunctionSpace(_mesh("disk"), "CG", 1))
-    net = ResidualNetwork(*_bases(Y), layers=2)
+    net = ResidualNetwork(Kernel(*_bases(Y)), layers=2)
     head = Head(net.bases["psi"][0], 3)
     _fill([*net.parameters, *head.parameters], Y, 3)
     for name, parts in (("net", (net,)), ("both", (net, head))):

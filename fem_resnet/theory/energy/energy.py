@@ -133,9 +133,9 @@ class EnergyMonitor(StepMonitor):
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, follow_trajectory, laplace_basis
+    >>> from fem_resnet import Bias, Kernel, LabelSpace, follow_trajectory, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared")
+    >>> net = ResidualNetwork(Kernel(phi, in_time="shared"), bias=Bias(in_time="shared"))
     >>> net.kernel.set(0, np.diag([1.0, 0.5, 0.5]))
     >>> monitor = EnergyMonitor(net)
     >>> _ = follow_trajectory(net, net.Y.batch(phi.values[:, 1]), monitor)

@@ -102,10 +102,10 @@ def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import Bias, Kernel, LabelSpace, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
     >>> euler = {"ts_type": "rk", "ts_rk_type": "1fe"}
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", solver_parameters=euler)
+    >>> net = ResidualNetwork(Kernel(phi, in_time="shared"), bias=Bias(in_time="shared"), solver_parameters=euler)
     >>> net.kernel.set(0, np.diag([1.0, 2.0, 4.0]))
     >>> limit = energy_step_limit(net)
     >>> round(limit.primitive, 12), round(limit.potential, 12)

@@ -124,11 +124,9 @@ class GrowthMonitor(StepMonitor):
     The exponential bound is sharp for a kernel of rank one; |Y| is 2.83 on this mesh:
 
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, follow_trajectory, given_basis
+    >>> from fem_resnet import Bias, Kernel, LabelSpace, follow_trajectory, given_basis
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(1), "CG", 1))
-    >>> net = ResidualNetwork(
-    ...     given_basis(Y, [1.0]), layers=1, bias_in_time="shared", kernel_in_time="shared", activation="relu"
-    ... )
+    >>> net = ResidualNetwork(Kernel(given_basis(Y, [1.0]), in_time="shared"), bias=Bias(in_time="shared"), layers=1, activation="relu")
     >>> net.kernel.set(0, [[-0.5]])
     >>> monitor = GrowthMonitor(net)
     >>> _ = follow_trajectory(net, Y.batch(1 + 0 * Y.weights), monitor, steps=16)

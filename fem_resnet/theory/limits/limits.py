@@ -18,7 +18,7 @@ times, where z^tau is z_l.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import firedrake as fd
 import numpy as np
@@ -114,7 +114,7 @@ def depth_limit(
         at_layers = [exact(t) for t in net.times]
         errors = []
         for steps in counts:
-            run = net.replace(steps=int(steps)).run(initial)
+            run = net.replace(layers=replace(net.settings.layers, steps=int(steps))).run(initial)
             errors.append(max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers)))
     return Convergence(np.diff(net.times).max() / counts, np.array(errors))
 

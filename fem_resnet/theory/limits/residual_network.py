@@ -30,6 +30,7 @@ from fem_resnet.features import HELD, supports
 from fem_resnet.label_domain.basis import cell_indicators, node_numbers
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.network.settings import Bias, Kernel
 from fem_resnet.ranks import same
 
 __all__ = ["NetworkArrays", "from_network", "state_array", "to_network"]
@@ -124,10 +125,9 @@ def from_network(
             "gradient_flow: expected False, as the layers of (2.1) are z + tau sigma(a - B z); use ResidualNetwork for a flow"
         )
     net = ResidualNetwork(
-        cells,
-        times=times,
-        bias_in_time="layers" if a.ndim == 2 else "shared",
-        kernel_in_time="layers" if B.ndim == 3 else "shared",
+        Kernel(cells, in_time="layers" if B.ndim == 3 else "shared"),
+        bias=Bias(in_time="layers" if a.ndim == 2 else "shared"),
+        layers=times,
         **options,
     )
     numbers, measures = node_numbers(partition), cells.project(np.ones((partition.nodes, 1)))[:, 0]
@@ -212,9 +212,9 @@ def to_network(net: ResidualNetwork) -> NetworkArrays:
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import LabelSpace, Layers, laplace_basis
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
-    >>> net = ResidualNetwork(laplace_basis(Y, 6), layers=2, steps=2, solver_parameters={"ts_rk_type": "1fe"})
+    >>> net = ResidualNetwork(laplace_basis(Y, 6), layers=Layers(2, steps=2), solver_parameters={"ts_rk_type": "1fe"})
     >>> a, B, tau = to_network(net)
     >>> B.shape == (4, Y.size, Y.size), tau.tolist()
     (True, [0.25, 0.25, 0.25, 0.25])

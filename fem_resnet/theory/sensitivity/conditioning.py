@@ -85,9 +85,9 @@ class LinearisedFlow(OnMesh):
     --------
     >>> import numpy as np
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, LinearisedFlow, ResidualNetwork, laplace_basis
+    >>> from fem_resnet import Kernel, LabelSpace, LinearisedFlow, ResidualNetwork, laplace_basis
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
-    >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=4, activation="identity", kernel_in_time="shared")
+    >>> net = ResidualNetwork(Kernel(laplace_basis(Y, 3), in_time="shared"), layers=4, activation="identity")
     >>> net.kernel.set(0, np.diag([1.0, -2.0, 0.0]))
     >>> M = LinearisedFlow(net, Y.batch(0 * Y.weights)).propagator()
     >>> M.lyapunov_exponents[[0, -1]].round(2).tolist(), len(M.singular_values), M.ones == Y.size - 6

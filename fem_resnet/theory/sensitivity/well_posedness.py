@@ -137,9 +137,9 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import Kernel, LabelSpace, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
-    >>> net = ResidualNetwork(phi, layers=2, final_time=2.0, kernel_in_time="shared")
+    >>> net = ResidualNetwork(Kernel(phi, in_time="shared"), layers=2, final_time=2.0)
     >>> net.kernel.set(0, np.diag([4.0, 3.0, 0.0, 0.0]))
     >>> constants = well_posedness_constants(net)
     >>> constants.C_2.round(12).tolist(), constants.operator.round(12).tolist()
@@ -179,9 +179,9 @@ def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import Kernel, LabelSpace, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
-    >>> net = ResidualNetwork(phi, layers=2, final_time=2.0, kernel_in_time="linear")
+    >>> net = ResidualNetwork(Kernel(phi, in_time="linear"), layers=2, final_time=2.0)
     >>> net.kernel.set(1, np.eye(4))
     >>> integrated_norms(net, "hs").round(9).tolist(), integrated_norms(net, "operator").round(9).tolist()
     ([0.0, 1.0, 2.0], [0.0, 0.5, 1.0])

@@ -64,9 +64,9 @@ def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import Bias, Kernel, LabelSpace, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 3)
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", activation="relu")
+    >>> net = ResidualNetwork(Kernel(phi, in_time="shared"), bias=Bias(in_time="shared"), activation="relu")
     >>> net.kernel.set(0, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -2.0]])
     >>> conditions = energy_conditions(net)
     >>> conditions["B = B^T"].holds, conditions["B_s >= 0"].reason

@@ -155,9 +155,9 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import Bias, Kernel, LabelSpace, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared", activation="relu")
+    >>> net = ResidualNetwork(Kernel(phi, in_time="shared"), bias=Bias(in_time="shared"), activation="relu")
     >>> autonomous_problem(net).unmet
     ("sigma'(0) > 0",)
     """

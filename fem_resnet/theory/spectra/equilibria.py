@@ -295,9 +295,9 @@ def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: fl
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import Bias, Kernel, LabelSpace, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 4)
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared")
+    >>> net = ResidualNetwork(Kernel(phi, in_time="shared"), bias=Bias(in_time="shared"))
     >>> net.kernel.set(0, np.diag([0.0, 1.0, 0.0, 0.0]))
     >>> find_equilibria(net).contain(phi.function(np.eye(4)[:, :2])).tolist()
     [True, False]

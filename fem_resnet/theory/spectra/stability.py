@@ -154,9 +154,9 @@ def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stabilit
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
-    >>> from fem_resnet import LabelSpace, laplace_basis
+    >>> from fem_resnet import Bias, Kernel, LabelSpace, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 2)
-    >>> net = ResidualNetwork(phi, bias_in_time="shared", kernel_in_time="shared")
+    >>> net = ResidualNetwork(Kernel(phi, in_time="shared"), bias=Bias(in_time="shared"))
     >>> net.kernel.set(0, np.array([[1.0, 2.0], [-2.0, 1.0]]))
     >>> stability = stability_verdict(net)
     >>> stability.verdict, round(stability.rate, 12), stability.theorem_holds, stability.lyapunov_falls

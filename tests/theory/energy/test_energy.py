@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import laplace, smooth
+from helpers import flat_network, laplace, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
@@ -53,7 +53,7 @@ def network(beta, bias=None, space=("sphere", "CG1"), *, layers=16, final_time=4
     """An autonomous network in orthonormal functions, with the bias in R(B) if that is all of their span."""
     phi = laplace(*space, rank=len(beta), alone=alone)
     times = {"layers": layers, "final_time": final_time}
-    net = ResidualNetwork(phi, bias=phi, bias_in_time="shared", kernel_in_time="shared", **(times | options))
+    net = flat_network(phi, bias=phi, bias_in_time="shared", kernel_in_time="shared", **(times | options))
     net.kernel.set(0, beta)
     net.bias.set(0, np.random.default_rng(2).normal(size=len(beta)) if bias is None else bias)
     return net
@@ -200,7 +200,7 @@ def test_what_was_not_measured_is_refused():
 
 def stepped(net, h, initial, layers=1):
     """Measured along steps of length h of the network's method."""
-    other = ResidualNetwork(
+    other = flat_network(
         net.bases["phi"][0], bias=net.bases["bias"][0], **(net.settings | {"times": h * np.arange(layers + 1.0)})
     )
     other.kernel.set(0, net.kernel.get(0))

@@ -7,13 +7,15 @@ import firedrake as fd
 import numpy as np
 import pytest
 import sympy
-from helpers import laplace, smooth
+from helpers import flat_network, laplace, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import (
     Activation,
     Basis,
+    Bias,
     GrowthMonitor,
+    Kernel,
     LabelSpace,
     ResidualNetwork,
     fit_growth,
@@ -32,7 +34,7 @@ SPACES = [("disk", "CG1"), ("annulus", "DG0"), ("sphere", "CG1")]
 def network(beta, activation, space=("sphere", "CG1"), *, final_time=32.0, alone=False, bias=0.0, **options):
     """An autonomous network in orthonormal functions, with a constant bias."""
     times = {"bias_in_time": "shared", "kernel_in_time": "shared", "layers": 32, "final_time": final_time}
-    net = ResidualNetwork(laplace(*space, rank=len(beta), alone=alone), activation=activation, **(times | options))
+    net = flat_network(laplace(*space, rank=len(beta), alone=alone), activation=activation, **(times | options))
     net.kernel.set(0, beta)
     net.bias.set(0, bias + np.zeros(net.Y.nodes))
     return net
@@ -126,10 +128,7 @@ def test_a_kernel_of_rank_one_makes_the_exponential_bound_sharp(domain):
     """b = -c, a = 0, f_I = 1 and relu: f = exp(c |Y| t), for a sharper B there is no room."""
     Y = disk_of_measure_one_half() if domain == "small disk" else laplace("sphere", "CG1", 1).Y
     c = 2.0 / Y.measure
-    net = ResidualNetwork(
-        given_basis(Y, [1.0]), layers=3, final_time=3.0, activation="relu", bias_in_time="shared",
-        kernel_in_time="shared",
-    )  # fmt: skip
+    net = ResidualNetwork(Kernel(given_basis(Y, [1.0]), in_time="shared"), bias=Bias(in_time="shared"), layers=3, final_time=3.0, activation="relu")  # fmt: skip
     net.kernel.set(0, [[-c]])
     monitor = GrowthMonitor(net)
     final = follow_trajectory(net, Y.batch(1 + 0 * Y.weights), monitor, steps=16)
@@ -146,7 +145,9 @@ def test_norms_of_coefficients_that_depend_on_time_are_integrated():
     """a and b linear within layers, against the integrals by hand; from above where |b| has a kink."""
     phi = laplace("sphere", "CG1", 1)
     measure = phi.Y.measure
-    net = ResidualNetwork(phi, times=(0.0, 0.5, 2.0), activation="relu", bias_in_time="linear", kernel_in_time="linear")
+    net = ResidualNetwork(
+        Kernel(phi, in_time="linear"), bias=Bias(in_time="linear"), layers=(0.0, 0.5, 2.0), activation="relu"
+    )
     for k, (a, beta) in enumerate([(1.0, 0.2), (3.0, 0.6), (2.0, 0.4)]):
         net.bias.set(k, a + np.zeros(phi.Y.nodes))
         net.kernel.set(k, [[beta]])
@@ -168,7 +169,7 @@ def test_layers_of_different_bases_have_different_norms():
     """The same coefficients, with factors of twice the size in the second layer: sup |b| is twice as large there."""
     phi = laplace("sphere", "CG1", 1)
     twice = Basis(phi.Y, 2 * phi.values, "given")
-    net = ResidualNetwork([phi, twice], phi, layers=2, final_time=2.0, activation="relu")
+    net = ResidualNetwork(Kernel([phi, twice], phi), layers=2, final_time=2.0, activation="relu")
     for k in range(2):
         net.kernel.set(k, [[0.1]])
     bound = by_name(followed(net, steps=1))["Gronwall"]

@@ -10,7 +10,9 @@ from helpers import label_space, laplace
 from problems import gathered, polynomials
 
 from fem_resnet import (
+    Bias,
     Compression,
+    Kernel,
     KernelSampling,
     LabelSpace,
     LowRankKernel,
@@ -354,10 +356,8 @@ def test_a_dense_layer_of_arrays_becomes_a_layer_of_low_rank():
     found = compress(dense.learned_factors(), 0.05, beta=dense.kernel.get(0))
     assert found.rank == 2
     small = ResidualNetwork(
-        found.kernel.phi,
-        found.kernel.psi,
-        kernel_in_time="shared",
-        bias_in_time="shared",
+        Kernel(found.kernel.phi, found.kernel.psi, in_time="shared"),
+        bias=Bias(in_time="shared"),
         layers=5,
         solver_parameters={"ts_rk_type": "1fe"},
     )

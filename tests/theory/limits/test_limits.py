@@ -14,7 +14,7 @@ import firedrake as fd
 import numpy as np
 import pytest
 from firedrake.adjoint import Control
-from helpers import label_space, set_smooth, smooth
+from helpers import flat_network, label_space, set_smooth, smooth
 from helpers import network as own_network
 from problems import taping
 from pyadjoint import ReducedFunctional
@@ -23,8 +23,11 @@ from scipy.sparse.linalg import svds
 
 from fem_resnet import (
     Basis,
+    Bias,
+    Kernel,
     KernelSampling,
     LabelSpace,
+    Layers,
     ResidualNetwork,
     compress,
     depth_limit,
@@ -360,7 +363,7 @@ def partition(mesh):
 def network(Y, b=kernel, a=bias, steps=3, **options):
     """One with these functions' values at the midpoints: (2.6) at all times."""
     found = compress(b, 1e-9, Y, sampling=KernelSampling(affordable=0))
-    net = ResidualNetwork(
+    net = flat_network(
         found.kernel.phi, found.kernel.psi, layers=1, final_time=T, steps=steps, solver_parameters=RK8, **options
     )
     net.kernel.set(0, found.beta)
@@ -441,10 +444,7 @@ def test_the_costate_converges_in_depth_at_the_order_of_the_scheme(method, order
 
     def at(layers, method):
         found = compress(kernel, 1e-9, Y)
-        net = ResidualNetwork(
-            found.kernel.phi, found.kernel.psi, layers=layers, kernel_in_time="shared", bias_in_time="shared",
-            solver_parameters={"ts_rk_type": method},
-        )  # fmt: skip
+        net = ResidualNetwork(Kernel(found.kernel.phi, found.kernel.psi, in_time="shared"), bias=Bias(in_time="shared"), layers=layers, solver_parameters={"ts_rk_type": method})  # fmt: skip
         net.kernel.set(0, found.beta)
         net.bias.set(0, bias(Y.coordinates))
         return Y.values(costate(net, Y))[:, 0]
@@ -552,7 +552,7 @@ def oscillating(n, in_y):
     factors = [
         Basis(Y, (s[:, None] if signed else 1) * basis.values, "given") for basis, signed in ((phi, in_y), (psi, not in_y))
     ]
-    other = ResidualNetwork(*factors, layers=1, final_time=T, steps=3, solver_parameters=RK8)
+    other = ResidualNetwork(Kernel(*factors), layers=Layers(1, T, steps=3), solver_parameters=RK8)
     other.kernel.set(0, net.kernel.get(0))
     other.bias.set(0, net.bias.get(0))
     return Y, Y.values(other(Y.batch(start(Y.coordinates))))[:, 0]

@@ -5,7 +5,16 @@ import pytest
 from helpers import label_space, laplace, network, set_smooth, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fem_resnet import ACTIVATIONS, ResidualNetwork, cell_indicators, from_network, point_space, state_array, to_network
+from fem_resnet import (
+    ACTIVATIONS,
+    Layers,
+    ResidualNetwork,
+    cell_indicators,
+    from_network,
+    point_space,
+    state_array,
+    to_network,
+)
 from fem_resnet.label_domain.basis import node_numbers
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -71,7 +80,7 @@ def test_the_ode_on_cubes_and_the_equation_with_kernel_values_are_one():
     a, B_h, z_0 = random_arrays(M**d, layers=1)
     by_arrays, initial = from_network(a, h**d * B_h, z_0, Y, steps=5, solver_parameters=rk4)
     assert_allclose(by_arrays.kernel.get(0), B_h[0], rtol=1e-13)
-    by_values = ResidualNetwork(cell_indicators(Y), layers=1, steps=5, solver_parameters=rk4)
+    by_values = ResidualNetwork(cell_indicators(Y), layers=Layers(1, steps=5), solver_parameters=rk4)
     by_values.kernel.set(0, B_h[0])
     by_values.bias.set(0, a[0][node_numbers(Y)])
     assert_allclose(state_array(Y, by_arrays(initial)), state_array(Y, by_values(initial)), atol=ROUND_OFF)

@@ -12,6 +12,9 @@ from pyadjoint.tape import get_working_tape
 
 from fem_resnet import (
     Basis,
+    Bias,
+    Kernel,
+    Layers,
     LinearisedFlow,
     ResidualNetwork,
     cell_indicators,
@@ -57,7 +60,7 @@ def psi_changes(space=("disk", "CG1")):
     """A network whose layers have two, then one, then three functions psi."""
     P = laplace(*space, 6)
     psi = [Basis(P.Y, P.values[:, columns], "given") for columns in ([0, 1], [2], [3, 4, 5])]
-    net = ResidualNetwork(P, psi, times=TIMES)
+    net = ResidualNetwork(Kernel(P, psi), layers=TIMES)
     set_smooth(net, np.random.default_rng(0))
     return net
 
@@ -181,7 +184,7 @@ def test_the_rank_of_the_flow_less_the_identity_is_that_of_all_psi(net):
 def test_functions_that_layers_share_count_once():
     P = laplace("disk", "CG1", 6)
     psi = [Basis(P.Y, P.values[:, columns], "given") for columns in ([0, 1, 2], [2, 1], [0, 3])]
-    net = ResidualNetwork(P, psi, times=TIMES)
+    net = ResidualNetwork(Kernel(P, psi), layers=TIMES)
     set_smooth(net, np.random.default_rng(0))
     flow = LinearisedFlow(net, batch(net))
     assert flow.basis.rank == 4
@@ -209,7 +212,7 @@ def test_all_singular_values_are_those_of_the_whole_matrix(space, size):
 def test_singular_values_of_a_kernel_of_full_rank():
     Y = label_space("annulus", "DG0")
     P = cell_indicators(Y)
-    net = ResidualNetwork(P, times=TIMES)
+    net = ResidualNetwork(P, layers=TIMES)
     for layer in range(net.layers):
         net.kernel.set(layer, 8 * np.cos(np.add.outer(np.arange(Y.size), 2.3 * np.arange(Y.size)) + layer))
     M = LinearisedFlow(net, batch(net)).propagator()
@@ -257,7 +260,7 @@ def test_a_singular_function_grows_by_its_singular_value(space):
 def test_small_singular_values_keep_their_digits():
     """B = mu phi phi^T, sigma the identity: one singular value is what rk4 makes of e^(-mu T), the others are 1."""
     P = laplace("sphere", "CG1", 4)
-    net = ResidualNetwork(P, activation="identity", layers=40, final_time=20.0, kernel_in_time="shared")
+    net = ResidualNetwork(Kernel(P, in_time="shared"), layers=40, final_time=20.0, activation="identity")
     net.kernel.set(0, np.diag([1.0, 0.5, 0.0, -0.25]))
     M = LinearisedFlow(net, batch(net)).propagator()
     expected = rk4_step(-0.5 * np.array([1.0, 0.5, 0.0, -0.25])) ** 40
@@ -453,7 +456,7 @@ def test_the_flow_is_bounded_by_the_exponential_of_the_kernels_norm(space, kind)
 def test_the_bound_takes_the_norm_over_the_layer():
     """From -b to b, linearly: the integral of the norm is half of that at the ends."""
     P = laplace("disk", "CG1", 4)
-    net = ResidualNetwork(P, layers=1, final_time=0.8, kernel_in_time="linear")
+    net = ResidualNetwork(Kernel(P, in_time="linear"), layers=1, final_time=0.8)
     for k, sign in enumerate((-1, 1)):
         net.kernel.set(k, sign * np.diag([3.0, 4.0, 0.0, 0.0]))
     flow = LinearisedFlow(net, batch(net))
@@ -464,7 +467,7 @@ def test_the_bound_takes_the_norm_over_the_layer():
 def test_the_bound_is_reached_by_a_kernel_of_rank_one(space):
     """b = - mu phi(y) phi(z), sigma the identity: M phi = e^(mu T) phi."""
     phi = laplace_basis(label_space(*space), 1)
-    net = ResidualNetwork(phi, activation="identity", layers=1, final_time=0.7, steps=16)
+    net = ResidualNetwork(phi, layers=Layers(1, 0.7, steps=16), activation="identity")
     net.kernel.set(0, [[-1.5]])
     flow = LinearisedFlow(net, batch(net))
     assert_allclose(flow.propagator().norm, flow.bound(), rtol=1e-6)  # rk4 with h mu = 0.07
@@ -495,7 +498,7 @@ def test_near_the_stationary_state_the_flow_is_that_of_the_linearised_autonomous
     """Section 3.5: for large t, u near 0 and M(T, t) near e^(-sigma'(0) B (T - t)); before, the flow is another one."""
     P = laplace(*space, RANK[space[0]])
     mu = 1.0 + 0.5 * np.arange(P.rank)
-    net = ResidualNetwork(P, layers=40, final_time=20.0, kernel_in_time="shared", bias_in_time="shared", bias=P)
+    net = ResidualNetwork(Kernel(P, in_time="shared"), bias=Bias(P, in_time="shared"), layers=40, final_time=20.0)
     net.kernel.set(0, np.diag(mu))
     net.bias.set(0, mu * np.cos(np.arange(P.rank)))  # a in R(B)
     flow = LinearisedFlow(net, net.Y.batch(2 * P.values @ np.ones(P.rank)))

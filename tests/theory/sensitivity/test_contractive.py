@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import sympy
-from helpers import TIMES, label_space, laplace, network, set_smooth, smooth
+from helpers import TIMES, flat_network, label_space, laplace, network, set_smooth, smooth
 from helpers import name as space_name
 from kinds import (
     FORWARD,
@@ -26,6 +26,8 @@ from fem_resnet import (
     Activation,
     Basis,
     Box,
+    Kernel,
+    Layers,
     ResidualNetwork,
     circle_radius,
     lipschitz_bound,
@@ -49,7 +51,7 @@ def gradient_flow(space=("disk", "CG1"), **more):
 
 def learned(space=("disk", "CG1"), **more):
     """Factors and times learned as well."""
-    net = ResidualNetwork(
+    net = flat_network(
         laplace(*space, rank=4), laplace(*space, rank=3), bias=laplace(*space, rank=3), times=TIMES,
         learn_factors=True, learn_times=True, gradient_flow=True, **more,
     )  # fmt: skip
@@ -293,10 +295,7 @@ def test_the_midpoint_rule_may_part_solutions_in_a_quarter_of_the_largest_step_o
     worst = psi.values @ np.linalg.svd(np.eye(2) - 0.5 * H[1] @ (np.eye(2) - 0.25 * H[0]))[2][:1].T
     ratios = {}
     for method in ("2b", "2a"):
-        net = ResidualNetwork(
-            phi, psi, bias=phi, layers=1, final_time=0.5, activation=sigma, gradient_flow=True,
-            solver_parameters={"ts_rk_type": method},
-        )  # fmt: skip
+        net = ResidualNetwork(Kernel(phi, psi), bias=phi, layers=1, final_time=0.5, activation=sigma, gradient_flow=True, solver_parameters={"ts_rk_type": method})  # fmt: skip
         net.kernel.set(0, beta)
         net.bias.set(0, a)
         found = distances(net, 0 * worst, 1e-5 * worst)[:, 0]
@@ -333,7 +332,7 @@ def test_the_bounds_are_sharp_for_growth_of_rank_one():
     """B = -c phi phi^T M, sigma(s) = s: f = phi grows by e^(c T), stepped by its polynomial."""
     phi = laplace("annulus", "DG0", 3)
     phi = Basis(phi.Y, phi.values[:, 2:], "given")
-    net = ResidualNetwork(phi, times=TIMES, steps=2, activation="identity")
+    net = ResidualNetwork(phi, layers=Layers(TIMES, steps=2), activation="identity")
     for k, c in enumerate((0.5, 1.0, 2.0)):
         net.kernel.set(k, [[-c]])
     found, bound = distances(net, 0 * phi.values, phi.values)[:, 0], lipschitz_bound(net)
@@ -375,6 +374,6 @@ def test_files_and_other_meshes_keep_the_equation(tmp_path):
     assert loaded.gradient_flow
     assert_allclose(*moments, rtol=0, atol=ROUND_OFF)
     phi = laplace("disk", "CG1", 6)
-    coarse = ResidualNetwork(phi, bias=phi, times=TIMES, gradient_flow=True)
+    coarse = ResidualNetwork(phi, bias=phi, layers=TIMES, gradient_flow=True)
     set_smooth(coarse, np.random.default_rng(0))
     assert coarse.on(label_space("disk", "CG1", 2)).gradient_flow

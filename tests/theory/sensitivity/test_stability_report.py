@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from helpers import laplace, network, smooth
+from helpers import flat_network, laplace, network, smooth
 from numpy.testing import assert_allclose
 
 from fem_resnet import Basis, LayerStability, LinearisedFlow, ResidualNetwork, stability_report
@@ -25,7 +25,7 @@ def linear(space, mu, layers=8, final_time=2.0, activation="identity", **options
     mu = np.array([mu] * layers if np.ndim(mu) == 1 else mu, dtype=float)
     P = laplace(*space, 5 if space[0] == "annulus" else 4)
     P = Basis(P.Y, P.values[:, : mu.shape[1]], "given")
-    net = ResidualNetwork(P, layers=layers, final_time=final_time, activation=activation, **options)
+    net = flat_network(P, layers=layers, final_time=final_time, activation=activation, **options)
     for layer in range(layers):
         net.kernel.set(layer, np.diag(mu[layer]))
     return net

@@ -13,6 +13,7 @@ from fem_resnet import (
     Activation,
     Basis,
     LabelSpace,
+    Layers,
     LowRankKernel,
     Properties,
     ResidualNetwork,
@@ -172,7 +173,7 @@ def test_the_estimate_is_sharp_and_no_rate_bounds_it(domain):
     """(3.1) prints e^(Lt): b ~ t^(-1/2), in L1(0, T), parts solutions by e^(2 sqrt t), as the corrected form says."""
     Y = label_space(domain, "CG1")
     times = np.concatenate([[0], np.geomspace(1e-8, 1, 17)])
-    net = ResidualNetwork(constants_on(Y), times=times, activation="identity", steps=4)
+    net = ResidualNetwork(constants_on(Y), layers=Layers(times, steps=4), activation="identity")
     for l in range(net.layers):
         mean = 2 * (times[l + 1] ** 0.5 - times[l] ** 0.5) / (times[l + 1] - times[l])
         net.kernel.set(l, np.array([[-mean / Y.measure]]))

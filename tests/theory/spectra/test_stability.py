@@ -14,6 +14,8 @@ from problems import ROUND_DOMAINS, autonomous_network, gathered, polynomials
 from fem_resnet import (
     Activation,
     Basis,
+    Bias,
+    Kernel,
     LowRankKernel,
     ResidualNetwork,
     autonomous_problem,
@@ -365,7 +367,9 @@ def test_the_rate_is_lost_as_the_rank_grows():
 def test_a_network_with_limits_behaves_as_the_limit_says(domain):
     """Remark 3.1: a(t) and b(t) converge, and u decays at the rate of a_inf and b_inf."""
     kernel, limit = kernel_with([[0.8, -0.3], [0.3, 0.8]], (1.0, 0.3), domain)
-    net = ResidualNetwork(kernel.phi, kernel.psi, layers=80, final_time=40.0, kernel_in_time="linear", bias_in_time="shared")
+    net = ResidualNetwork(
+        Kernel(kernel.phi, kernel.psi, in_time="linear"), bias=Bias(in_time="shared"), layers=80, final_time=40.0
+    )
     for k, t in enumerate(net.times):
         net.kernel.set(k, limit + np.exp(-t) * np.array([[-3.0, 1.0], [1.0, -2.0]]))
     net.bias.set(0, kernel.phi.values @ [0.3, 0.2])
@@ -469,7 +473,7 @@ def rotating(domain, matrix, final_time, layers):
     """w_t = A(t) w in the plane of two orthonormal functions: sigma(s) = s, a = 0, B = -A."""
     phi = laplace(domain, "CG1", 5 if domain == "annulus" else 4)
     plane = Basis(phi.Y, phi.values[:, :2], "given")
-    net = ResidualNetwork(plane, layers=layers, final_time=final_time, kernel_in_time="linear", activation="identity")
+    net = ResidualNetwork(Kernel(plane, in_time="linear"), layers=layers, final_time=final_time, activation="identity")
     for k, t in enumerate(net.times):
         net.kernel.set(k, -matrix(t))
     return net

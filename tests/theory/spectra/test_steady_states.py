@@ -12,6 +12,8 @@ from fem_resnet import (
     ACTIVATIONS,
     Activation,
     Basis,
+    Bias,
+    Kernel,
     LowRankKernel,
     ResidualNetwork,
     autonomous_problem,
@@ -271,7 +273,7 @@ def test_without_a_kernel_only_a_zero_bias_stands_still():
 def test_a_network_that_depends_on_time_is_read_at_a_time():
     """Remark 3.1: with the limits of a and b in place of a and b."""
     phi = eigenfunctions("disk")
-    net = ResidualNetwork(phi, layers=2, final_time=2.0, bias_in_time="shared", kernel_in_time="linear")
+    net = ResidualNetwork(Kernel(phi, in_time="linear"), bias=Bias(in_time="shared"), layers=2, final_time=2.0)
     for k, size in enumerate((1.0, 2.0, 4.0)):
         net.kernel.set(k, size * np.eye(4))
     net.bias.set(0, phi.values[:, 1])
@@ -288,7 +290,7 @@ def test_a_network_that_depends_on_time_is_read_at_a_time():
 @on_two_ranks
 def test_steady_states_see_learned_factors():
     phi = eigenfunctions("disk")
-    net = ResidualNetwork(phi, layers=1, learn_factors=True)
+    net = ResidualNetwork(Kernel(phi, learn_factors=True), layers=1)
     net.kernel.set(0, np.eye(4))
     net.factors[0].set(0, smooth(net.Y, 4))
     system = autonomous_problem(net).system
