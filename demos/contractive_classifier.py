@@ -33,6 +33,7 @@ from digits_on_a_disk import SCALE, TIKHONOV, accuracy, digits, label_space, loo
 from fem_resnet import (
     Batch,
     Head,
+    Kernel,
     LearningProblem,
     NormBounded,
     ResidualNetwork,

@@ -29,7 +29,7 @@ import numpy as np
 from firedrake.adjoint import Control, continue_annotation, pause_annotation
 from pyadjoint import ReducedFunctional, Tape, set_working_tape
 
-from fem_resnet import Basis, Kernel, LabelSpace, Layers, ResidualNetwork, compress, from_network, state_array
+from fem_resnet import Basis, Bias, Kernel, LabelSpace, Layers, ResidualNetwork, compress, from_network, state_array
 
 T = 1.0
 EULER, RK4, RK8 = ({"ts_rk_type": name} for name in ("1fe", "4", "8vr"))

@@ -24,6 +24,7 @@ _MODULES = {
     "tape.checkpoints": ["enable_checkpointing"],
     "network.run": ["Run"],
     "parameters.stable_kernels": ["DampedAntisymmetric", "NormBounded", "PositiveSemidefinite"],
+    "network.settings": ["Bias", "Kernel", "Layers"],
     "network.network": ["ResidualNetwork"],
     "learning.head": ["Head"],
     "learning.loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],

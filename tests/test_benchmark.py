@@ -255,8 +255,8 @@ def test_the_fit_of_the_tape_s_cost_finds_what_a_block_and_a_control_take(module
     found = tape.fit(rows)
     assert [found[name] for name in ("once", "block", "control")] == pytest.approx([1e-3, 2e-4, 7e-5], rel=1e-6)
     settings = tape.settings(16)
-    assert {setting["layers_per_block"] for setting in settings} == {1, 2, 4, 8, 16}
-    assert {max(setting["bias_in_time"]) + 1 for setting in settings} == {1, 4, 16}
+    assert {setting["per_block"] for setting in settings} == {1, 2, 4, 8, 16}
+    assert {max(setting["in_time"]) + 1 for setting in settings} == {1, 4, 16}
 
 
 def test_the_disk_has_as_many_nodes_as_were_asked_for(modules):

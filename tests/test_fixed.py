@@ -151,7 +151,7 @@ def _with_learned_times(bias="basis"):
 def test_inner_products_stay_those_of_the_given_times_whatever_a_network_goes_through(tmp_path):
     """Saved and read, on another label space, truncated, copied: R, a gradient's length, and f(T) are the same."""
     net = _with_learned_times()
-    assert net.settings["times"].tolist() == [0.0, 0.25, 0.5] and net.times.tolist() == [0.0, 0.6, 1.5]
+    assert net.settings.layers.times == (0.0, 0.25, 0.5) and net.times.tolist() == [0.0, 0.6, 1.5]
     save(tmp_path / "net.h5", net)
     ways = {
         "load": load(tmp_path / "net.h5")[0], "truncated": net.truncated(0.0), "deepcopy": copy.deepcopy(net),
@@ -166,7 +166,7 @@ def test_inner_products_stay_those_of_the_given_times_whatever_a_network_goes_th
     for name, other in ways.items():
         ours = laplace_net if name == "on" else net
         assert other.times.tolist() == [0.0, 0.6, 1.5], name
-        assert other.settings["times"].tolist() == [0.0, 0.25, 0.5], name
+        assert other.settings.layers.times == (0.0, 0.25, 0.5), name
         R = [float(tikhonov(1.0)([p for p in n.parameters if p.penalised])) for n in (ours, other)]
         # Another mesh has another measure.
         assert_allclose(*R, rtol=1e-2 if name == "on" else 1e-10, err_msg=name)

@@ -6,7 +6,7 @@ from helpers import flat_network, label_space, laplace
 from petsc4py import PETSc
 from problems import learning_problem, network
 
-from fem_resnet import ResidualNetwork, laplace_basis, train, train_pam
+from fem_resnet import laplace_basis, train, train_pam
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.training.tao_types import TYPES
 

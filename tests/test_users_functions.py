@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
-from helpers import label_space, laplace
+from helpers import flat_network, label_space, laplace
 from problems import learning_problem, network
 
 from fem_resnet import (

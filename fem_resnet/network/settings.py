@@ -234,7 +234,8 @@ def settings_of(
             raise ValueError("kernel.learn_factors: expected one phi and one psi for all layers, got lists")
         if among is not None and among.symmetric:
             raise ValueError(
-                f"kernel.among: a {type(among).__name__} kernel has phi = psi, and learned factors part; set learn_factors to False"
+                f"kernel.among: a {type(among).__name__} kernel has phi = psi, and learned factors part; "
+                f"set learn_factors to False"
             )
         phi, psi = ((orthonormal(basis),) for basis in (phi[0], psi[0]))
     return Settings(

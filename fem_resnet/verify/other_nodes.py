@@ -49,17 +49,10 @@ def moved(point: Point) -> Checks:
     for here, elsewhere in zip(problem.parameters, other.parameters, strict=True):
         lengths = relative(elsewhere.time_basis.measures, here.time_basis.measures)
         yield Check.of("on other nodes", f"lengths in time, {here.name}", lengths, 1e-12)
-    kept = (
-        "layers",
-        "steps",
-        "layers_per_block",
-        "activation",
-        "precision",
-        "gradient_flow",
-        "stable_kernel",
-        "solver_parameters",
-    )
-    lost = [name for name in kept if getattr(there, name) != getattr(net, name)]
+    ours, theirs = net.settings, there.settings
+    moved_kernel = replace(ours.kernel, phi=theirs.kernel.phi, psi=theirs.kernel.psi)
+    kept = ours.arguments | {"kernel": moved_kernel, "bias": replace(ours.bias, basis=theirs.bias.basis)}
+    lost = [name for name, setting in theirs.arguments.items() if setting != kept[name]]
     yield Check("on other nodes", "settings", float(len(lost)), 0.0, not lost, ", ".join(lost))
     adapts = net.solver_parameters.get("ts_adapt_type", "none") != "none"
     J, _ = other.record()

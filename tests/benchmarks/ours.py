@@ -6,13 +6,15 @@ from pyadjoint.enlisting import Enlist
 
 from fem_resnet import Basis, Batch, LearningProblem, ResidualNetwork, least_squares, point_space
 from fem_resnet.tape.operator_block import OperatorBlock
+from fem_resnet import Basis, Batch, Bias, Kernel, Layers, LearningProblem, ResidualNetwork, least_squares, point_space
+from fem_resnet.tape.blocks import OperatorBlock
 
 COMM = fd.COMM_WORLD
 
 
 class FemResnet:
     def __init__(self, data, **settings):
-        self._problem = _problem(point_space(data.read("weights")), data, settings)
+        self._problem = _problem(point_space(data.read("weights")), data, **settings)
 
     def prepare(self) -> None:
         self._J = self._problem.reduced_functional()
@@ -77,8 +79,11 @@ class FemResnetLayers(FemResnet):
         return net.Y.numbers, a, beta
 
 
-def _problem(Y, data, settings) -> LearningProblem:
-    net = ResidualNetwork(Basis(Y, data.rows("phi", Y.numbers), "given"), layers=data.layers, **settings)
+def _problem(Y, data, *, steps=1, per_block=None, in_time="layers", precision="double") -> LearningProblem:
+    net = ResidualNetwork(
+        Kernel(Basis(Y, data.rows("phi", Y.numbers), "given"), in_time=in_time), bias=Bias(in_time=in_time),
+        layers=Layers(data.layers, steps=steps, per_block=per_block), precision=precision,
+    )  # fmt: skip
     beta = data.read("beta")
     for layer in range(len(net.bias.functions)):
         net.bias.set(layer, data.bias(layer, Y.numbers))

@@ -33,11 +33,7 @@ def settings(layers: int) -> list[dict]:
     """Blocks of 1, 2, .. layers, each with 1, 2, .. controls a parameter."""
     powers = [2**k for k in range(layers.bit_length()) if layers % 2**k == 0]
     few = sorted({powers[0], powers[len(powers) // 2], powers[-1]})
-    return [
-        {"layers_per_block": each, "bias_in_time": groups(layers, number), "kernel_in_time": groups(layers, number)}
-        for each in powers
-        for number in few
-    ]
+    return [{"per_block": each, "in_time": groups(layers, number)} for each in powers for number in few]
 
 
 def seconds(side) -> float:

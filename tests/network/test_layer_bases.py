@@ -8,7 +8,7 @@ from kinds import with_layer_bases as network
 from numpy.testing import assert_allclose
 from problems import gathered
 
-from fem_resnet import Batch, LabelSpace, LearningProblem, ResidualNetwork, least_squares, load, save, smooth_in_time, tikhonov
+from fem_resnet import Batch, LabelSpace, LearningProblem, least_squares, load, save, smooth_in_time, tikhonov
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 

@@ -15,7 +15,6 @@ from problems import head_onto
 from fem_resnet import (
     Batch,
     LearningProblem,
-    ResidualNetwork,
     binary_cross_entropy,
     cross_entropy,
     functional_loss,
