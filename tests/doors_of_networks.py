@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import firedrake as fd
@@ -12,17 +12,20 @@ import sympy
 from doors import Door
 from firedrake import COMM_WORLD
 from helpers import MESHES, label_space, laplace, smooth
-from problems import learning_problem, network
+from problems import learning_problem, network, polynomials
 from pyadjoint import Tape
 
 from fem_resnet import (
     Activation,
     Basis,
     Batch,
+    Bias,
     DampedAntisymmetric,
     Derivatives,
     Head,
+    Kernel,
     LabelSpace,
+    Layers,
     LearningProblem,
     Loss,
     LowRankKernel,
@@ -182,6 +185,16 @@ def laplace_net() -> ResidualNetwork:
     return ResidualNetwork(phi(), bias=phi(), layers=1)
 
 
+def in_a_network(kind: type, argument: str):
+    """What makes a network with a Kernel, a Bias or Layers: their parts are checked there."""
+
+    @wraps(kind)
+    def network_of(**given):
+        return ResidualNetwork(**{"kernel": phi(), "bias": phi(), "layers": 2} | {argument: kind(**given)})
+
+    return network_of
+
+
 DOORS = {
     # -- activations, without a communicator --
     "get_activation": Door(
@@ -310,59 +323,63 @@ DOORS = {
         enable_checkpointing, lambda: {"tape": Tape(), "checkpoints": 2, "steps": 3}, parted=("tape", "checkpoints", "steps")
     ),
     # -- networks --
+    "Kernel": Door(
+        in_a_network(Kernel, "kernel"),
+        lambda: {"phi": phi(), "psi": phi(), "in_time": "layers", "learn_factors": False, "among": None},
+        takes={"psi": {"None"}, "learn_factors": FLAG, "among": {"None"}},
+        parted=("phi",),
+        another={"psi": polynomials(phi().Y), "in_time": [0, 0], "among": PositiveSemidefinite(2)},
+        called={name: rf"kernel\.{name}" for name in ("phi", "psi", "in_time", "learn_factors", "among")},
+    ),
+    "Bias": Door(
+        in_a_network(Bias, "bias"),
+        lambda: {"basis": phi(), "in_time": "layers"},
+        takes={"basis": {"None"}},
+        another={"basis": None, "in_time": "linear"},
+        called={name: rf"bias\.{name}" for name in ("basis", "in_time")},
+    ),
+    "Layers": Door(
+        in_a_network(Layers, "layers"),
+        lambda: {"times": 2, "final_time": 1.5, "steps": 1, "per_block": 1, "learn_times": False},
+        takes={"times": {"zero"}, "final_time": POSITIVE, "per_block": {"None"}, "learn_times": FLAG},
+        another={"times": 3},
+        called={name: rf"layers\.{name}" for name in ("times", "final_time", "steps", "per_block", "learn_times")},
+    ),
     "ResidualNetwork": Door(
         ResidualNetwork,
         lambda: {
-            "phi": phi(),
-            "psi": phi(),
+            "kernel": phi(),
             "bias": phi(),
             "layers": 2,
             "final_time": 1.5,
-            "times": None,
-            "bias_in_time": "layers",
-            "kernel_in_time": "layers",
             "activation": "tanh",
-            "steps": 1,
-            "layers_per_block": 1,
+            "gradient_flow": False,
             "solver_parameters": None,
             "options_prefix": None,
-            "learn_factors": False,
-            "learn_times": False,
             "replay_steps": True,
-            "gradient_flow": False,
-            "stable_kernel": None,
             "precision": "double",
         },
         takes={
-            "psi": {"None"},
             "bias": {"None"},
             "layers": {"zero"},
             "final_time": POSITIVE,
-            "times": {"None"},
-            "layers_per_block": {"None"},
             "solver_parameters": OPTIONS,
             "options_prefix": PREFIX,
-            "learn_factors": FLAG,
-            "learn_times": FLAG,
             "replay_steps": FLAG,
             "gradient_flow": FLAG,
-            "stable_kernel": {"None"},
         },
-        parted=("phi",),
+        parted=("kernel",),
         another={
-            "psi": None,
             "bias": None,
-            "times": [0.0, 0.5, 1.5],
-            "bias_in_time": "linear",
-            "kernel_in_time": [0, 0],
+            "layers": 3,
             "activation": sympy.sin(S),
             "solver_parameters": {"ts_type": "cn"},
             "options_prefix": "mine",
-            "stable_kernel": PositiveSemidefinite(2),
             "precision": "single",
         },
+        called={"final_time": r"layers\.final_time"},
     ),
-    "ResidualNetwork.replace": Door(ResidualNetwork.replace, lambda: {"self": net(), "steps": 2}),
+    "ResidualNetwork.replace": Door(ResidualNetwork.replace, lambda: {"self": net(), "activation": "tanh"}),
     "ResidualNetwork.run": Door(
         ResidualNetwork.run,
         lambda: {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import firedrake as fd
 import numpy as np
@@ -22,9 +22,6 @@ from fem_resnet.parameters.slots import Replicated
 from fem_resnet.ranks import same
 from fem_resnet.tape.operator_block import OperatorBlock
 from fem_resnet.tape.recording import apply
-
-if TYPE_CHECKING:
-    from fem_resnet.network.network import ResidualNetwork
 
 __all__ = ["Piece", "Run", "Solved"]
 
@@ -123,7 +120,7 @@ class Run(OnMesh):
         The running cost, weighted over the samples, where the run was given one; else 0.
     """
 
-    def __init__(self, net: ResidualNetwork, new_segments: Callable[..., list[Segment]], solved: Solved):
+    def __init__(self, net, new_segments: Callable[..., list[Segment]], solved: Solved):
         self.net = net
         self.cost = solved.cost
         self._new_segments = new_segments

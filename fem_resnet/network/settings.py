@@ -216,13 +216,17 @@ def settings_of(
     TypeError, ValueError
         If one does not fit, or differs between ranks; the message names it.
     """
-    if not isinstance(kernel, Kernel):
-        kernel = Kernel(kernel)
-    phi = _bases("kernel.phi", kernel.phi)
-    same(phi[0].Y.comm, kernel=kernel, bias=bias, layers=layers, final_time=final_time, **others)
-    layers = _checked_layers(layers, final_time)
-    number = len(layers.times) - 1
+    kernel = kernel if isinstance(kernel, Kernel) else Kernel(kernel)
     bias = bias if isinstance(bias, Bias) else Bias(bias)
+    if isinstance(layers, Layers) and final_time is not None:
+        raise ValueError(
+            f"layers.final_time: expected None where `layers` are Layers, which have their own, got {final_time!r}"
+        )
+    layers = layers if isinstance(layers, Layers) else Layers(layers, final_time)
+    phi = _bases("kernel.phi", kernel.phi)
+    same(phi[0].Y.comm, **_parts("kernel", kernel), **_parts("bias", bias), **_parts("layers", layers), **others)
+    layers = _checked_layers(layers)
+    number = len(layers.times) - 1
     psi = phi if kernel.psi is None else _bases("kernel.psi", kernel.psi)
     on = _bases("bias.basis", bias.basis, or_nodes=True)
     for name, bases in (("kernel.phi", phi), ("kernel.psi", psi), ("bias.basis", on)):
@@ -275,11 +279,13 @@ def _check_bases(name: str, bases: Sequence[Basis | None], layers: int, Y: Label
             raise ValueError(f"{name}: expected a basis on the label space of phi, {Y!r}, got one on {basis.Y!r}")
 
 
-def _checked_layers(given: Layers | int | Sequence[float], final_time: float | None) -> Layers:
+def _parts(name: str, given: Kernel | Bias | Layers) -> dict[str, Any]:
+    """The parts by the names that messages call them."""
+    return {f"{name}.{field.name}": getattr(given, field.name) for field in fields(given)}
+
+
+def _checked_layers(layers: Layers) -> Layers:
     """The layers in one form: with their times, a number of steps and of layers a Block."""
-    if isinstance(given, Layers) and final_time is not None:
-        raise ValueError(f"final_time: expected None where `layers` are Layers, which have their own, got {final_time!r}")
-    layers = given if isinstance(given, Layers) else Layers(given, final_time)
     times = _checked_times(layers.times, layers.final_time)
     most = max(len(times) - 1, 1)
     return Layers(
@@ -293,11 +299,13 @@ def _checked_layers(given: Layers | int | Sequence[float], final_time: float | N
 def _checked_times(times: object, final_time: float | None) -> tuple[float, ...]:
     """Layer times, from these or from the number of layers and T."""
     if not isinstance(times, (Sequence, np.ndarray)) or isinstance(times, (str, bytes)):
-        number_of_layers = integer("layers", times, least=0)
-        end = 1.0 if final_time is None else number("final_time", final_time, above=0)
+        number_of_layers = integer("layers.times", times, least=0)
+        end = 1.0 if final_time is None else number("layers.final_time", final_time, above=0)
         return tuple(np.linspace(0.0, end, number_of_layers + 1).tolist()) if number_of_layers else (0.0,)
     if final_time is not None:
-        raise ValueError(f"final_time: expected None where layer times are given, whose last one is T, got {final_time!r}")
+        raise ValueError(
+            f"layers.final_time: expected None where layer times are given, whose last one is T, got {final_time!r}"
+        )
     return tuple(checked_times(times).tolist())
 
 

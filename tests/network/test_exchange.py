@@ -209,8 +209,8 @@ def test_spaces_that_do_not_hold_a_basis_are_refused():
     tiny = LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(1, 1), "CG", 1))
     wrong = [
         (tiny, ValueError, "Y: expected at least 6 nodes, one a function; LabelSpace.* has 4$"),
-        (label_space("sphere", "CG1"), ValueError, "Y: a label space of the same Y, .* in a space of 3 dimensions, not 2$"),
-        (point_space(np.ones(9), np.ones((9, 2))), ValueError, "Y: a label space of the same Y, .* is a set of points$"),
+        (label_space("sphere", "CG1"), ValueError, "Y: expected a label space of the same Y, .* in a space of 3 dimensions, not 2$"),
+        (point_space(np.ones(9), np.ones((9, 2))), ValueError, "Y: expected a label space of the same Y, .* is a set of points$"),
         (tiny.V, TypeError, "Y: expected a LabelSpace, got .*"),
     ]
     for Y, error, message in wrong:

@@ -303,14 +303,14 @@ def test_what_does_not_go_with_observations_is_refused_by_name():
         verify(problem)
     labels = np.arange(4) % 3
     for given, message in (
-        (Observations([4], [labels]), r"observations.layers: expected increasing integers from 0 to L = 3, \(4,\)"),
+        (Observations([4], [labels]), r"observations.layers: expected increasing integers from 0 to L = 3, got \(4,\)"),
         (Observations([1], [labels[:3]]), "observations.targets: expected 4 samples, as many as inputs, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
             problem.replace(observations=given)
     for wrong, message in (
-        (([1, 1], [labels, labels]), r"^layers: expected increasing integers, \(1, 1\)"),
-        (([1.0], [labels]), "^layers: expected an integer >= 0, 1.0"),
+        (([1, 1], [labels, labels]), r"^layers: expected increasing integers, got \(1, 1\)"),
+        (([1.0], [labels]), "^layers: expected an integer >= 0, got 1.0"),
         (([1, 2], [labels]), "^targets: expected 2, one a layer time, got 1"),
         (([1], [labels], [-1.0]), "^weights: expected a number >= 0, got -1.0"),
         (([1], [labels], [1.0, 2.0]), "^weights: expected 1, one a layer time, got 2"),
@@ -321,7 +321,7 @@ def test_what_does_not_go_with_observations_is_refused_by_name():
         problem.replace(observations=[1])
     for layers in ([1, 1], [4], [-1]):
         with pytest.raises(
-            ValueError, match="observed: (different integers from 0 to L = 3 are|an integer from 0 to 3 is) wanted"
+            ValueError, match="observed: expected (different integers from 0 to L = 3|an integer from 0 to 3), got"
         ):
             net.run(problem.batch.inputs, observed=layers)
 

@@ -95,19 +95,19 @@ def test_bases_of_each_layer_move_to_another_mesh():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (lambda b: dict(phi=[b, b]), ValueError, "^phi: expected one Basis, or 3, one a layer; got 2$"),
-        (lambda b: dict(phi=[]), ValueError, "^phi: expected one Basis, or one a layer; got none$"),
-        (lambda b: dict(phi=b, psi=[b] * 4), ValueError, "^psi: one Basis, or 3, got .* 4$"),
-        (lambda b: dict(phi=b, bias=[None, b]), ValueError, "^bias: one Basis, or 3, got .* 2$"),
-        (lambda b: dict(phi=[b, None, b]), TypeError, "^phi: expected a Basis, or one a layer, got NoneType$"),
-        (lambda b: dict(phi=b, bias=[b, 1, b]), TypeError, "^bias: expected a Basis or None .*, or one a layer, int"),
+        (lambda b: dict(phi=[b, b]), ValueError, "^kernel.phi: expected one Basis, or 3, one a layer, got 2$"),
+        (lambda b: dict(phi=[]), ValueError, "^kernel.phi: expected a Basis, or one a layer, got an empty list$"),
+        (lambda b: dict(phi=b, psi=[b] * 4), ValueError, "^kernel.psi: expected one Basis, or 3, .* got 4$"),
+        (lambda b: dict(phi=b, bias=[None, b]), ValueError, "^bias.basis: expected one Basis, or 3, .* got 2$"),
+        (lambda b: dict(phi=[b, None, b]), TypeError, "^kernel.phi: expected a Basis, or a list with one a layer, got NoneType$"),
+        (lambda b: dict(phi=b, bias=[b, 1, b]), TypeError, "^bias.basis: expected a Basis or None .*, or a list with one a layer, got int"),
         (
             lambda b: dict(phi=[b, b, laplace("annulus", "DG0", 5)]), ValueError,
-            "^phi: expected the label space of phi, .*, got a basis on .*$",
+            "^kernel.phi: expected a basis on the label space of phi, .*, got one on .*$",
         ),
         (
             lambda b: dict(phi=[b, laplace("disk", "CG1", 3), b], psi=b, kernel_in_time="shared"), ValueError,
-            "^kernel_in_time: layers 0 and 1 share coefficients of kernel, but have different bases in space; give both",
+            "^kernel.in_time: layers 0 and 1 share coefficients of kernel, but have different bases in space; give both",
         ),
     ],
 )  # fmt: skip

@@ -74,7 +74,7 @@ def test_verification_knows_what_single_precision_can_be_held_to():
 def test_precision_is_kept_in_files(tmp_path):
     path = f"{COMM_WORLD.bcast(str(tmp_path))}/network.h5"
     save(path, network("annulus", "CG1", precision="single"))
-    assert load(path)[0].precision == "single"
+    assert load(path)[0].settings.precision == "single"
 
 
 @on_ranks
