@@ -341,7 +341,7 @@ DOORS = {
     "Layers": Door(
         in_a_network(Layers, "layers"),
         lambda: {"times": 2, "final_time": 1.5, "steps": 1, "per_block": 1, "learn_times": False},
-        takes={"times": {"zero"}, "final_time": POSITIVE, "per_block": {"None"}, "learn_times": FLAG},
+        takes={"times": {"zero"}, "final_time": POSITIVE | {"None"}, "per_block": {"None"}, "learn_times": FLAG},
         another={"times": 3},
         called={name: rf"layers\.{name}" for name in ("times", "final_time", "steps", "per_block", "learn_times")},
     ),
@@ -362,7 +362,7 @@ DOORS = {
         takes={
             "bias": {"None"},
             "layers": {"zero"},
-            "final_time": POSITIVE,
+            "final_time": POSITIVE | {"None"},
             "solver_parameters": OPTIONS,
             "options_prefix": PREFIX,
             "replay_steps": FLAG,

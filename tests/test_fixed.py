@@ -304,7 +304,7 @@ def test_running_costs_and_numbers_of_samples_keep_no_steppers_for_ever():
     assert sum(reference() is not None for reference in costs) <= 4
     for samples in range(1, 7):
         net(net.Y.batch(smooth(net.Y, samples)))
-    assert len(net._stages) <= 4 and _alive(Stepper) <= most
+    assert len(net._solver._stages) <= 4 and _alive(Stepper) <= most
 
 
 def test_a_loss_in_ufl_keeps_no_label_space_alive():

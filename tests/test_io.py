@@ -152,7 +152,7 @@ def test_settings_and_coefficients_are_those_that_were_written(make, folder):
     (net, head), (found, found_head) = _written(make), _read(folder, make)
     assert_array_equal(found.times, net.times)
     assert found.activation == net.activation
-    assert (found.steps, found.layers_per_block) == (net.steps, net.settings.layers.per_block)
+    assert found.settings.layers == net.settings.layers
     assert found.solver_parameters == net.solver_parameters
     assert found.Y.V.ufl_element() == net.Y.V.ufl_element() and found.Y.size == net.Y.size
     assert abs(found.Y.measure / net.Y.measure - 1) < 1e-13

@@ -302,11 +302,10 @@ def _checked_times(times: object, final_time: float | None) -> tuple[float, ...]
         number_of_layers = integer("layers.times", times, least=0)
         end = 1.0 if final_time is None else number("layers.final_time", final_time, above=0)
         return tuple(np.linspace(0.0, end, number_of_layers + 1).tolist()) if number_of_layers else (0.0,)
+    times = tuple(checked_times(times).tolist())
     if final_time is not None:
-        raise ValueError(
-            f"layers.final_time: expected None where layer times are given, whose last one is T, got {final_time!r}"
-        )
-    return tuple(checked_times(times).tolist())
+        raise ValueError(f"layers.final_time: expected None where layer times are given, whose last one is T, got {final_time!r}")
+    return times
 
 
 def checked_times(times: Sequence[float], name: str = "layers.times") -> np.ndarray:
