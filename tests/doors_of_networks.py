@@ -480,10 +480,21 @@ DOORS = {
     },
     "Batch": Door(
         Batch,
-        lambda: {"inputs": one(), "targets": [0, 1, 2, 1], "weights": np.ones(4)},
-        takes={"weights": {"None"}},
+        lambda: {
+            "inputs": one(),
+            "targets": [0, 1, 2, 1],
+            "weights": np.ones(4),
+            "observations": None,
+            "derivatives": None,
+        },  # fmt: skip
+        takes={name: {"None"} for name in ("weights", "observations", "derivatives")},
         parted=("inputs",),
-        another={"targets": [0, 1, 2, 2], "weights": np.arange(1.0, 5.0)},
+        another={
+            "targets": [0, 1, 2, 2],
+            "weights": np.arange(1.0, 5.0),
+            "observations": Observations([1], [[0, 1, 2, 1]]),
+            "derivatives": Derivatives(one(), one()),
+        },  # fmt: skip
     ),
     "Derivatives": Door(
         Derivatives,
@@ -507,15 +518,11 @@ DOORS = {
             "regulariser": None,
             "batch": classes().batch,
             "learn": "parameters",
-            "derivatives": None,
-            "observations": None,
             "running": None,
             "ensemble": None,
             "checkpoints": None,
         },
-        takes={
-            name: {"None"} for name in ("regulariser", "derivatives", "observations", "running", "ensemble", "checkpoints")
-        },
+        takes={name: {"None"} for name in ("regulariser", "running", "ensemble", "checkpoints")},
         parted=("net",),
         called={"head": "head|batch"},
         another={
@@ -524,8 +531,6 @@ DOORS = {
             "regulariser": tikhonov(0.5),
             "batch": Batch(classes().batch.inputs, [0, 1, 2, 2]),
             "learn": "both",
-            "derivatives": Derivatives(one(), one()),
-            "observations": Observations([1], [[0, 1, 2, 1]]),
             "running": RunningCost(0.5),
             "checkpoints": 1,
         },

@@ -234,6 +234,6 @@ def observed_problem(net, psi=None, *, samples=4, head=True, learn="parameters",
     else:
         head, targets = None, [net.Y.batch(smooth(net.Y, samples, seed=70 + l)) for l in range(4)]
     seen = Observations(layers, [targets[l] for l in layers], [0.5 + l for l in layers])
-    batch = Batch(inputs, targets[2], np.arange(1.0, samples + 1))
+    batch = Batch(inputs, targets[2], np.arange(1.0, samples + 1), observations=seen)
     loss = loss or (cross_entropy if head else least_squares)
-    return LearningProblem(net, head, loss, tikhonov(0.05), batch, learn=learn, observations=seen, **options)
+    return LearningProblem(net, head, loss, tikhonov(0.05), batch, learn=learn, **options)

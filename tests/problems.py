@@ -13,9 +13,10 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.kernel import LowRankKernel

@@ -130,8 +130,8 @@ def test_lists_and_arrays_of_the_users_may_change_afterwards():
     head = Head(net.bases["phi"][0], 3)
     head.W.set(0, np.random.default_rng(0).normal(size=head.W.space_basis.shape))
     seen = Observations(layers, [labels, labels], [1.0, 2.0])
-    batch = Batch(net.Y.batch(smooth(net.Y, 4)), labels, weights)
-    problem = fem_resnet.LearningProblem(net, head, cross_entropy, None, batch, observations=seen)
+    batch = Batch(net.Y.batch(smooth(net.Y, 4)), labels, weights, observations=seen)
+    problem = fem_resnet.LearningProblem(net, head, cross_entropy, None, batch)
     J, _ = problem.record()
     value = float(problem.evaluate()[0])
     labels[0], weights[0], layers[0], times[1] = 2, 100.0, 0, 0.5

@@ -170,16 +170,16 @@ def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=Fal
     # So near that a step of any method stays where layers can be stepped.
     output = Y.values(net(inputs) if head is None else head(net(inputs)))
     targets = Y.batch(output + 0.2 * smooth(Y, samples, seed=50)[:, chosen])
-    given = {"regulariser": None} | options | PROBLEM.get(feature, {})
+    given, more = {"regulariser": None} | options | PROBLEM.get(feature, {}), {}
     if feature == "derivatives":
         v, C = (Y.batch(smooth(Y, samples, seed=seed)[:, chosen]) for seed in (3, 4))
-        given["derivatives"] = Derivatives(v, C, 0.5)
+        more["derivatives"] = Derivatives(v, C, 0.5)
     if feature == "observed_times":
-        given["observations"] = Observations((1,), (Y.batch(smooth(Y, samples, seed=5)[:, chosen]),), (0.5,))
+        more["observations"] = Observations((1,), (Y.batch(smooth(Y, samples, seed=5)[:, chosen]),), (0.5,))
     if feature == "ensemble":
         given["ensemble"] = ensemble or fd.Ensemble(fd.COMM_WORLD, fd.COMM_WORLD.size)
     regulariser = given.pop("regulariser")
-    return LearningProblem(net, head, least_squares, regulariser, Batch(inputs, targets, weights), **given)
+    return LearningProblem(net, head, least_squares, regulariser, Batch(inputs, targets, weights, **more), **given)
 
 
 # -- what the tools are held against ----------------------------------------------------------------------------------
@@ -1026,7 +1026,7 @@ def test_what_is_no_argument_is_no_change():
 @pytest.mark.parametrize("feature", [None, *FEATURES])
 def test_J_of_a_feature_is_that_written_out_and_its_gradient_the_slope(feature):
     p = problem_with(feature)
-    plain = p.replace(derivatives=None, observations=None)
+    plain = p.replace(batch=replace(p.batch, derivatives=None, observations=None))
     written_out = [check.name for check in forward(plain) if not check.passed]
     assert written_out == []
     if feature == "derivatives":

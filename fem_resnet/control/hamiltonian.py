@@ -30,7 +30,7 @@ from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.run import Run
 from fem_resnet.ranks import same, together
 

@@ -23,7 +23,7 @@ from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.control.violation import refuse_controls_outside
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.ranks import same, together
 
 __all__ = ["Residual", "pmp_residual"]

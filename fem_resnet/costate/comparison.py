@@ -17,7 +17,7 @@ from fem_resnet.costate.costate import Costate, solve_costate
 from fem_resnet.costate.terminal import terminal_costate
 from fem_resnet.costate.trajectory import like, solve_trajectory
 from fem_resnet.features import supports
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.time_stepping.evolution import TYPES

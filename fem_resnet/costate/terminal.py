@@ -12,7 +12,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.head import PREDICTIONS, Prediction
 from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.kernel import LowRankKernel
 
 __all__ = ["terminal_costate"]

@@ -23,7 +23,8 @@ from fem_resnet.arguments import integer
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.hjb.local_feedback import LocalFeedback
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.batch import Batch
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.ranks import same

@@ -37,7 +37,7 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.arguments import instance, number
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, reason_name, refuse_unread, unread
 
 __all__ = ["NO_MINIMUM", "SOLVER_PARAMETERS", "LocalFeedback"]

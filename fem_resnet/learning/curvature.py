@@ -24,7 +24,7 @@ from slepc4py import SLEPc
 
 from fem_resnet.arguments import flag, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.petsc import shell
 

@@ -253,7 +253,7 @@ class Run(OnMesh):
     def tangent(self, direction: fd.Function) -> fd.Function:
         """F'(f_I) v: the derivative of the final state in a direction v of the initial one; recorded while annotating.
 
-        Exact for the discrete network, and differentiable itself, once: a loss may have it (`objective.Derivatives`). Of a
+        Exact for the discrete network, and differentiable itself, once: a loss may have it (`learning.batch.Derivatives`). Of a
         recorded run it is that at the tape's values.
 
         Parameters

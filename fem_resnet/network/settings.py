@@ -304,7 +304,9 @@ def _checked_times(times: object, final_time: float | None) -> tuple[float, ...]
         return tuple(np.linspace(0.0, end, number_of_layers + 1).tolist()) if number_of_layers else (0.0,)
     times = tuple(checked_times(times).tolist())
     if final_time is not None:
-        raise ValueError(f"layers.final_time: expected None where layer times are given, whose last one is T, got {final_time!r}")
+        raise ValueError(
+            f"layers.final_time: expected None where layer times are given, whose last one is T, got {final_time!r}"
+        )
     return times
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fem_resnet.arguments import instance, real_array
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.slots import Replicated
 

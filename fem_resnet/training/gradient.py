@@ -17,7 +17,7 @@ from petsc4py import PETSc
 
 from fem_resnet.arguments import flag
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 from fem_resnet.training.bounds import Bounds, bounds_of_controls, replicated_bounds

@@ -41,7 +41,7 @@ from fem_resnet.control.row_sets import RowBall, RowBox, SpanBox, distance, near
 from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.control.violation import controls_within, refuse_controls_outside
 from fem_resnet.features import STEPPED, supports
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.network.settings import Kernel

@@ -30,7 +30,8 @@ from pyadjoint.enlisting import Enlist
 
 from fem_resnet.arguments import instance, integer, number
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.batch import Batch
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same

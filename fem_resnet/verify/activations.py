@@ -20,7 +20,7 @@ from scipy.integrate import quad
 from fem_resnet.activation.activation import Activation
 from fem_resnet.layers.compiled_stage import CompiledStage, new_stage
 from fem_resnet.layers.stage import Argument, Stage, StageFunctional, StageValue
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.verify.differences import extrapolated
 from fem_resnet.verify.formulas import NotWrittenOut, sigma
 from fem_resnet.verify.measure import relative

@@ -9,7 +9,7 @@ import numpy as np
 
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.slots import SeenBatch

@@ -15,7 +15,7 @@ from pyadjoint.tape import continue_annotation, pause_annotation
 from fem_resnet.arguments import instance
 from fem_resnet.costate.comparison import costate_check
 from fem_resnet.learning.loss import least_squares
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.ranks import together
 from fem_resnet.tape.checkpoints import is_leaf
 from fem_resnet.time_stepping.evolution import TYPES

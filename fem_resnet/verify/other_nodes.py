@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import firedrake as fd
 import numpy as np
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.verify.measure import relative
 from fem_resnet.verify.point import Point, close, part

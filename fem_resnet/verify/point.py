@@ -10,7 +10,7 @@ from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.learning.objective import LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.space_basis import LayerTimes
 from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.verify.formulas import NotWrittenOut

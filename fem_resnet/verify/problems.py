@@ -8,6 +8,7 @@ Parameters are smooth functions of the coordinates, so that no partition changes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import firedrake as fd
@@ -20,9 +21,10 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import laplace_basis
 from fem_resnet.label_domain.points import point_space
 from fem_resnet.layers.running_cost import RunningCost
+from fem_resnet.learning.batch import Batch, Derivatives
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.learning.objective import Batch, Derivatives, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers
@@ -72,11 +74,12 @@ def _batch(Y: LabelSpace, samples: int, targets=None, seed: int = 2) -> Batch:
 
 def _problem(
     net: ResidualNetwork, head: Head | None = None, loss: Loss = least_squares, regulariser: Regulariser | None = None,
-    samples: int = 3, targets=None, seed: int = 1, **options,
+    samples: int = 3, targets=None, seed: int = 1, derivatives: Derivatives | None = None, **options,
 ) -> LearningProblem:  # fmt: skip
     parameters = [net.bias, net.kernel.learned, *net.factors, *([] if head is None else head.parameters)]
     filled(parameters, net.Y, seed)
-    return LearningProblem(net, head, loss, regulariser or tikhonov(0.05), _batch(net.Y, samples, targets), **options)
+    batch = replace(_batch(net.Y, samples, targets), derivatives=derivatives)
+    return LearningProblem(net, head, loss, regulariser or tikhonov(0.05), batch, **options)
 
 
 def _classes(samples: int) -> list[int]:

@@ -10,7 +10,8 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.batch import Batch
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.run import Run
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter

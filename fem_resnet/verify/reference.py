@@ -16,7 +16,8 @@ import numpy as np
 import scipy.special
 from mpi4py import MPI
 
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.batch import Batch
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients
 from fem_resnet.verify.formulas import NotWrittenOut, sigma

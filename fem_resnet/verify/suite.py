@@ -17,9 +17,10 @@ from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.arguments import flag, function, instance, number
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.ranks import same, together

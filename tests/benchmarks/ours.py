@@ -4,10 +4,8 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet import Basis, Batch, LearningProblem, ResidualNetwork, least_squares, point_space
-from fem_resnet.tape.operator_block import OperatorBlock
 from fem_resnet import Basis, Batch, Bias, Kernel, Layers, LearningProblem, ResidualNetwork, least_squares, point_space
-from fem_resnet.tape.blocks import OperatorBlock
+from fem_resnet.tape.operator_block import OperatorBlock
 
 COMM = fd.COMM_WORLD
 

@@ -21,8 +21,9 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers import compiled_stage
 from fem_resnet.layers.compiled_stage import CompiledStage
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.loss import least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Kernel, Layers
 from fem_resnet.time_stepping.compiled_layer import CompiledStepper

@@ -1,5 +1,7 @@
 """The network's own directional derivative as part of the loss: (f, f_1) stepped together, differentiated once more."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import laplace, network, set_smooth, smooth
@@ -19,9 +21,9 @@ on_two_ranks = pytest.mark.parallel([1, 2])
 def problem(net, head=None, weight=2.0, learn="parameters"):
     Y = net.Y
     out = Y if head is None else head.Y
-    batch = Batch(Y.batch(smooth(Y)), out.batch(smooth(out, seed=9)), [1, 2, 1])
     derivatives = Derivatives(Y.batch(smooth(Y, seed=3)), out.batch(smooth(out, seed=4)), weight)
-    return LearningProblem(net, head, least_squares, tikhonov(0.05), batch, learn=learn, derivatives=derivatives)
+    batch = Batch(Y.batch(smooth(Y)), out.batch(smooth(out, seed=9)), [1, 2, 1], derivatives=derivatives)
+    return LearningProblem(net, head, least_squares, tikhonov(0.05), batch, learn=learn)
 
 
 @on_ranks
@@ -80,8 +82,7 @@ def test_derivatives_are_learned_where_they_are_asked_for():
     for weight in (0.0, 1.0):
         net = ResidualNetwork(basis, bias=basis, layers=2, final_time=2.0)
         p = LearningProblem(
-            net, None, least_squares, tikhonov(1e-5), Batch(x, run.final),
-            derivatives=Derivatives(v, run.tangent(v), weight),
+            net, None, least_squares, tikhonov(1e-5), Batch(x, run.final, derivatives=Derivatives(v, run.tangent(v), weight)),
         )  # fmt: skip
         train(p, {"tao_max_it": 150}, monitor=lambda progress: None)
         errors[weight] = Y.norm(Y.batch(Y.values(net.run(new).tangent(w)) - exact)) / Y.norm(Y.batch(exact))
@@ -97,14 +98,14 @@ def test_what_does_not_fit_is_refused(annotation):
     with pytest.raises(ValueError, match="exchange: it does not take derivatives of the target; .*replace"):
         p.exchange(p.batch)
     with pytest.raises(TypeError, match="derivatives: expected a Derivatives or None, got tuple"):
-        LearningProblem(net, None, least_squares, None, p.batch, derivatives=(1, 2))
+        replace(p.batch, derivatives=(1, 2))
     for bad, message in (
-        (Derivatives(Y.batch(smooth(Y, 2)), Y.batch(smooth(Y))), "derivatives.directions: expected 3 samples, .* 2 were"),
+        (Derivatives(Y.batch(smooth(Y, 2)), Y.batch(smooth(Y))), "derivatives.directions: expected 3 samples, .* got 2"),
         (Derivatives(Y.batch(smooth(Y)), Y.batch(smooth(Y, 2))), "derivatives.targets: expected 3 samples"),
     ):
         with pytest.raises(ValueError, match=message):
-            LearningProblem(net, None, least_squares, None, p.batch, derivatives=bad)
-    with pytest.raises(ValueError, match="^weight: expected a number >= 0, -1.0"):
+            LearningProblem(net, None, least_squares, None, replace(p.batch, derivatives=bad))
+    with pytest.raises(ValueError, match="^weight: expected a number >= 0, got -1.0"):
         Derivatives(Y.batch(smooth(Y)), Y.batch(smooth(Y)), -1.0)
     with pytest.raises(ValueError, match="direction: expected a Function of .*"):
         net.run(Y.batch(smooth(Y))).tangent(Y.batch(smooth(Y, 2)))

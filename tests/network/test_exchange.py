@@ -15,8 +15,9 @@ from fem_resnet.label_domain.basis import cell_indicators, given_basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import laplace_basis
 from fem_resnet.label_domain.points import point_space
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -209,8 +210,16 @@ def test_spaces_that_do_not_hold_a_basis_are_refused():
     tiny = LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(1, 1), "CG", 1))
     wrong = [
         (tiny, ValueError, "Y: expected at least 6 nodes, one a function; LabelSpace.* has 4$"),
-        (label_space("sphere", "CG1"), ValueError, "Y: expected a label space of the same Y, .* in a space of 3 dimensions, not 2$"),
-        (point_space(np.ones(9), np.ones((9, 2))), ValueError, "Y: expected a label space of the same Y, .* is a set of points$"),
+        (
+            label_space("sphere", "CG1"),
+            ValueError,
+            "Y: expected a label space of the same Y, .* in a space of 3 dimensions, not 2$",
+        ),
+        (
+            point_space(np.ones(9), np.ones((9, 2))),
+            ValueError,
+            "Y: expected a label space of the same Y, .* is a set of points$",
+        ),
         (tiny.V, TypeError, "Y: expected a LabelSpace, got .*"),
     ]
     for Y, error, message in wrong:

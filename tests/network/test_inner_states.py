@@ -1,6 +1,7 @@
 """States at layer times as outputs of the tape, also inside of a Block, and observations there as losses."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import firedrake as fd
 import numpy as np
@@ -17,6 +18,7 @@ from pyadjoint.enlisting import Enlist
 
 from fem_resnet import (
     Batch,
+    Derivatives,
     Kernel,
     LearningProblem,
     Observations,
@@ -193,10 +195,10 @@ def test_observations_add_a_loss_at_each_layer_time(head):
     net = network("annulus", "CG1", layers_per_block=None)
     problem = _observed(net, head=head)
     J, _ = problem.evaluate()
-    expected = float(problem.replace(observations=None).evaluate()[0])
+    expected = float(problem.replace(batch=replace(problem.batch, observations=None)).evaluate()[0])
     run = net.run(problem.batch.inputs)
     for l, targets, weight in zip(*(getattr(problem.observations, name) for name in ("layers", "targets", "weights"))):
-        at_l = problem.replace(observations=None, batch=Batch(problem.batch.inputs, targets, problem.batch.weights))
+        at_l = problem.replace(batch=Batch(problem.batch.inputs, targets, problem.batch.weights))
         output, C = run.state(l), targets
         if head:
             output, C = problem.head(output), problem.head.observations(targets)
@@ -280,14 +282,33 @@ def _quadratic(problem, h):
     return R
 
 
+@on_ranks
+@pytest.mark.parametrize("head", [True, False], ids=["classes", "field"])
+def test_minibatches_take_observations_and_derivatives_with_their_samples(head):
+    """The mean of J over the minibatches is J, with the sums of omega for weights; the last is padded."""
+    net = network("annulus", "CG1", layers_per_block=None)
+    problem = _observed(net, head=head)
+    if not head:
+        Y, samples = net.Y, problem.batch.samples
+        derivatives = Derivatives(Y.batch(smooth(Y, samples, seed=3)), Y.batch(smooth(Y, samples, seed=4)), 0.7)
+        problem = problem.replace(batch=replace(problem.batch, derivatives=derivatives))
+    problem = problem.replace(regulariser=None)
+    parts = problem.minibatches(3, seed=1)
+    assert [part.samples for part in parts] == [3, 3]
+    values = [float(problem.replace(batch=part).evaluate()[0]) for part in parts]
+    assert_allclose(
+        np.average(values, weights=[sum(part.weights) for part in parts]), float(problem.evaluate()[0]), rtol=1e-12
+    )
+
+
 def test_training_finds_an_initial_state_from_what_was_seen_on_the_way():
     """Data assimilation: nothing but observations before T and weights that leave little of the loss at T."""
     net = network("disk", "CG1", layers_per_block=None)
     truth = net.Y.batch(smooth(net.Y, 2, seed=5))
     run = net.run(truth)
-    batch = Batch(net.Y.batch(0 * smooth(net.Y, 2)), run.final)
     seen = Observations([0, 1, 2], [run.state(l) for l in range(3)], [1.0, 2.0, 2.0])
-    problem = LearningProblem(net, None, least_squares, None, batch, learn="initial", observations=seen)
+    batch = Batch(net.Y.batch(0 * smooth(net.Y, 2)), run.final, observations=seen)
+    problem = LearningProblem(net, None, least_squares, None, batch, learn="initial")
     assert train(problem, {"tao_gatol": 1e-9}).converged
     assert net.Y.norm(fd.Function(truth).assign(batch.inputs - truth)) < 1e-6
 
@@ -307,7 +328,7 @@ def test_what_does_not_go_with_observations_is_refused_by_name():
         (Observations([1], [labels[:3]]), "observations.targets: expected 4 samples, as many as inputs, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            problem.replace(observations=given)
+            problem.replace(batch=replace(problem.batch, observations=given))
     for wrong, message in (
         (([1, 1], [labels, labels]), r"^layers: expected increasing integers, got \(1, 1\)"),
         (([1.0], [labels]), "^layers: expected an integer >= 0, got 1.0"),
@@ -318,7 +339,7 @@ def test_what_does_not_go_with_observations_is_refused_by_name():
         with pytest.raises(ValueError, match=message):
             Observations(*wrong)
     with pytest.raises(TypeError, match="observations: expected an Observations or None, got list"):
-        problem.replace(observations=[1])
+        replace(problem.batch, observations=[1])
     for layers in ([1, 1], [4], [-1]):
         with pytest.raises(
             ValueError, match="observed: expected (different integers from 0 to L = 3|an integer from 0 to 3), got"

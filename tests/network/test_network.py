@@ -246,7 +246,11 @@ def test_unknown_names_are_refused(option, name):
             ValueError,
             r"^layers.times: expected finite numbers of shape \(layers \+ 1,\), 1 of 2 are not finite",
         ),
-        ({"times": [0.1, 0.5]}, ValueError, r"^layers.times: expected increasing layer times 0 = t_0 < .. < t_L, got \[0.1, 0.5\]"),
+        (
+            {"times": [0.1, 0.5]},
+            ValueError,
+            r"^layers.times: expected increasing layer times 0 = t_0 < .. < t_L, got \[0.1, 0.5\]",
+        ),
         ({"times": []}, ValueError, r"^layers.times: expected numbers of shape \(layers \+ 1,\), got shape \(0,\)"),
         (
             {"times": [[0.0, 1.0]]},
@@ -273,7 +277,9 @@ def test_bad_arguments_are_named(options, error, message):
 def test_bases_of_another_label_space_are_refused():
     phi, other = laplace("disk", "CG1", 6), laplace("sphere", "CG1", 9)
     for which in ("psi", "basis"):
-        with pytest.raises(ValueError, match=rf"^(kernel|bias).{which}: expected a basis on the label space of phi, .*, got one on .*"):
+        with pytest.raises(
+            ValueError, match=rf"^(kernel|bias).{which}: expected a basis on the label space of phi, .*, got one on .*"
+        ):
             flat_network(phi, **{"bias" if which == "basis" else which: other})
     with pytest.raises(TypeError, match="^kernel.phi: expected a Basis, or a list with one a layer, got LabelSpace"):
         ResidualNetwork(phi.Y)

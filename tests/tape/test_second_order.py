@@ -13,9 +13,10 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import PREDICTIONS
 from fem_resnet.learning.loss import Loss, functional_loss, least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.slots import BatchValues

@@ -9,8 +9,9 @@ from numpy.testing import assert_allclose
 from pyadjoint import Control
 
 from fem_resnet.label_domain.laplace import laplace_basis
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.loss import least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.training.gradient import train

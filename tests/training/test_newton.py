@@ -10,9 +10,10 @@ from problems import learning_problem, observations
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalMat, RFOperation
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.training.gradient import train

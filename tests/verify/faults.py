@@ -26,7 +26,7 @@ import fem_resnet.layers.stage
 import fem_resnet.layers.transposed_stage
 import fem_resnet.learning.head
 import fem_resnet.learning.loss
-import fem_resnet.learning.objective
+import fem_resnet.learning.problem
 import fem_resnet.learning.regulariser
 import fem_resnet.network.coefficient_segment
 import fem_resnet.network.network
@@ -880,7 +880,7 @@ FAULTS = [
         "stale observations after an exchange",
         CLASSES,
         line(
-            fem_resnet.learning.objective.LearningProblem,
+            fem_resnet.learning.problem.LearningProblem,
             "exchange",
             "block.operator.observe(observation, batch.weights)",
             "pass",
@@ -890,7 +890,7 @@ FAULTS = [
         "stale inputs after an exchange",
         CLASSES,
         line(
-            fem_resnet.learning.objective.LearningProblem,
+            fem_resnet.learning.problem.LearningProblem,
             "exchange",
             "variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro",
             "pass",
@@ -900,7 +900,7 @@ FAULTS = [
         "padded samples of minibatches count",
         CLASSES,
         line(
-            fem_resnet.learning.objective.LearningProblem,
+            fem_resnet.learning.problem.LearningProblem,
             "minibatches",
             "np.where(np.arange(size) < len(chosen), weights[padded], 0.0)",
             "weights[padded]",
@@ -931,7 +931,7 @@ FAULTS = [
         "regularisers forget the head",
         CLASSES,
         line(
-            fem_resnet.learning.objective.LearningProblem,
+            fem_resnet.learning.problem.LearningProblem,
             "penalised",
             "for parameter in self.parameters if",
             "for parameter in self.net.parameters if",
@@ -1010,7 +1010,7 @@ def _over_samples(Y, O):
 
 #: For `Fault.problem`: nothing is known of where the fault shows.
 BUILT_IN = "built-in"
-Network, Problem = fem_resnet.network.network.ResidualNetwork, fem_resnet.learning.objective.LearningProblem
+Network, Problem = fem_resnet.network.network.ResidualNetwork, fem_resnet.learning.problem.LearningProblem
 CompiledStage = fem_resnet.layers.compiled_stage.CompiledStage
 EnergyStage = fem_resnet.layers.discrete_gradient_stage.DiscreteGradientStage
 Flow, Retraction = fem_resnet.layers.transposed_stage.TransposedStage, fem_resnet.parameters.retraction.Retraction

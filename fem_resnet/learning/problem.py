@@ -2,23 +2,24 @@
 
     min  J = sum_s omega_s loss(h(O_s), C_s) + R(m),        m = (a, b, W, mu),   sum_s omega_s = 1            (2.11)
 
-With a running cost L of section 4.3, J has the term sum_s omega_s int_0^T L(f_s, a, b) dt too.
+Three things add a term to J:
 
-With `Observations` at layer times before T, J has the term sum_l weight_l sum_s omega_s loss(h(O_s(t_l)), C_sl) too, O(t_l) the
-output that the head reads from f(t_l).
+- a running cost L of section 4.3:                 sum_s omega_s int_0^T L(f_s, a, b) dt,
+- `Observations` at layer times before T:          sum_l weight_l sum_s omega_s loss(h(O_s(t_l)), C_sl),
+- `Derivatives` of the target map in directions v: weight sum_s omega_s 1/2 |O'(f_I,s) v_s - C'_s|^2.
 
-With `Derivatives` of the target map, J has the term weight sum_s omega_s 1/2 |O'(f_I,s) v_s - C'_s|^2 too, O' v the derivative of
-the output, before its prediction, in a direction v of the initial state.
+O(t_l) is the output that the head reads from f(t_l). O' v is the derivative of the output, before its prediction, in a
+direction v of the initial state.
 
-What each part is says its module: `network`, `head`, `loss`, `regulariser`. What is minimised over may also be the
-initial state f_I, alone (data assimilation: f_I from what is known of f(T)) or with m; its gradient is the co-state
-r(0) of (4.2), and R takes it as one more parameter, with the sum over samples of int |f_I|^2 dy for its squared norm.
+J may also be minimised over the initial state f_I, alone (data assimilation: f_I from what is known of f(T)) or with m. Its
+gradient is the co-state r(0) of (4.2). R takes f_I as one more parameter, whose squared norm is the sum over the samples of
+int |f_I|^2 dy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from inspect import signature
 from types import NoneType
 
@@ -30,12 +31,14 @@ from pyadjoint import AdjFloat, Control, ReducedFunctional, Tape, set_working_ta
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation, stop_annotating
 
-from fem_resnet.arguments import choice, flag, instance, integer, integer_array, number
+from fem_resnet.arguments import choice, flag, instance, integer
 from fem_resnet.features import HELD, STEPPED, supports
-from fem_resnet.fixed import OnMesh, read_only
+from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
+from fem_resnet.learning.batch import Batch, Derivatives, Observations
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.learning.loss import Loss, least_squares
 from fem_resnet.learning.regulariser import Regulariser
@@ -49,143 +52,9 @@ from fem_resnet.tape.checkpoints import Checkpoints, enable_checkpointing, manag
 from fem_resnet.tape.operator_block import DERIVATIVE_FIRST, OperatorBlock
 from fem_resnet.tape.recording import gauss_newton
 
-__all__ = ["Batch", "Derivatives", "LearningProblem", "Observations"]
+__all__ = ["LearningProblem"]
 
 _LEARN = ("parameters", "initial", "both")
-
-
-def _comm_of(name: str, batch: object) -> MPI.Comm:
-    """That of a batch from outside."""
-    return instance(name, batch, fd.Function, "Y.batch(values) makes one").function_space().mesh().comm
-
-
-def _frozen(given: object) -> object:
-    """A copy of a list or an array, which nobody can change."""
-    if isinstance(given, np.ndarray):
-        return read_only(given.copy())
-    return tuple(given) if isinstance(given, list) else given
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples to learn from.
-
-    Parameters
-    ----------
-    inputs
-        f_I, a batch on the network's label domain.
-    targets
-        Class labels, one integer a sample, for a head onto classes; else a batch C on the output's label domain.
-    weights
-        omega, one number >= 0 a sample, of which only the proportions matter; equal ones if left out.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the inputs are no Function, or labels or weights not one a sample; or they differ between ranks.
-    """
-
-    inputs: fd.Function
-    targets: Sequence[int] | fd.Function
-    weights: Sequence[float] | None = None
-
-    def __post_init__(self):
-        same(_comm_of("inputs", self.inputs), targets=self.targets, weights=self.weights)
-        if not isinstance(self.targets, fd.Function):
-            integer_array("targets", self.targets, (self.samples,))
-        sample_weights(self.weights, self.samples)
-        # Copies: what is recorded would not see that a list of the user's has changed, and what is evaluated would.
-        for name in ("targets", "weights"):
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
-
-    @property
-    def samples(self) -> int:
-        """Number of samples."""
-        return self.inputs.function_space().value_size
-
-
-@dataclass(frozen=True)
-class Derivatives:
-    """Directional derivatives of the target map, for derivative-informed training.
-
-    Parameters
-    ----------
-    directions
-        v, a batch on the network's label domain, as many samples as the batch has.
-    targets
-        C' = derivative of the target in v, a batch on the output's label domain.
-    weight
-        What the half squared difference counts, >= 0; no unit.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If directions or targets are no Functions, or the weight is no such number, or differs between ranks.
-    """
-
-    directions: fd.Function
-    targets: fd.Function
-    weight: float = 1.0
-
-    def __post_init__(self):
-        same(_comm_of("directions", self.directions), weight=self.weight)
-        instance("targets", self.targets, fd.Function, "Y.batch(values) makes one")
-        object.__setattr__(self, "weight", number("weight", self.weight, least=0))
-
-
-@dataclass(frozen=True)
-class Observations:
-    """What is observed at layer times, besides the targets of the batch at T.
-
-    Parameters
-    ----------
-    layers
-        Numbers l of the layer times t_l, from 0 (f_I itself) to L, in increasing order.
-    targets
-        C_l, one an entry of `layers`: as the targets of a batch, for the same samples.
-    weights
-        What each counts beside the loss at T, finite numbers >= 0, not divided by their sum; ones if left out. For an
-        integral over time, the lengths of layers.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the layers are no increasing integers >= 0, the weights no finite numbers >= 0, or there is not one of targets and
-        weights a layer. `LearningProblem` compares them on all ranks.
-
-    Examples
-    --------
-    >>> seen = Observations([2, 4], [half_way, later], [0.5, 1.0])  # doctest: +SKIP
-    >>> problem = LearningProblem(net, head, least_squares, None, batch, observations=seen)  # doctest: +SKIP
-    """
-
-    layers: Sequence[int]
-    targets: Sequence[Sequence[int] | fd.Function]
-    weights: Sequence[float] | None = None
-
-    def __post_init__(self):
-        layers = tuple(integer("layers", layer, least=0) for layer in _entries("layers", self.layers))
-        if list(layers) != sorted(set(layers)):
-            raise ValueError(f"layers: expected increasing integers, got {layers}")
-        targets = tuple(map(_frozen, _entries("targets", self.targets)))
-        weights = self.weights
-        if weights is not None:
-            weights = tuple(number("weights", weight, least=0) for weight in _entries("weights", weights))
-        for name, given in (("targets", targets), ("weights", weights)):
-            if given is not None and len(given) != len(layers):
-                raise ValueError(f"{name}: expected {len(layers)}, one a layer time, got {len(given)}")
-        for target in targets:
-            if not isinstance(target, fd.Function):
-                integer_array("targets", target, ("samples",))
-        for name, value in (("layers", layers), ("targets", targets), ("weights", weights)):
-            object.__setattr__(self, name, value)
-
-
-def _entries(name: str, given: object) -> list:
-    """Those of a list from outside."""
-    if isinstance(instance(name, given, (list, tuple, np.ndarray)), np.ndarray) and given.ndim == 0:
-        raise TypeError(f"{name}: expected a list, got {given!r}")
-    return list(given)
 
 
 class LearningProblem(OnMesh):
@@ -209,10 +78,6 @@ class LearningProblem(OnMesh):
     learn
         What is learned: "parameters", those of network and head; "initial", the initial state f_I, from the inputs of
         the batch on, which training overwrites; or "both". The regulariser takes what is learned.
-    derivatives
-        Directional derivatives that the output is to match too; J then has first derivatives only.
-    observations
-        What is observed before T; there are all derivatives then, but no checkpoints.
     running
         A running cost, integrated by the network's own TS.
     ensemble
@@ -255,24 +120,20 @@ class LearningProblem(OnMesh):
         batch: Batch,
         *,
         learn: str = "parameters",
-        derivatives: Derivatives | None = None,
-        observations: Observations | None = None,
         running: RunningCost | None = None,
         ensemble: fd.Ensemble | None = None,
         checkpoints: Checkpoints | None = None,
     ):
         comm = instance("net", net, ResidualNetwork).Y.comm
         same(
-            comm, head=head, loss=loss, regulariser=regulariser, batch=batch, learn=learn, derivatives=derivatives,
-            observations=observations, running=running, ensemble=ensemble, checkpoints=checkpoints,
+            comm, head=head, loss=loss, regulariser=regulariser, batch=batch, learn=learn, running=running, ensemble=ensemble,
+            checkpoints=checkpoints,
         )  # fmt: skip
         for name, value, kind in (
             ("head", head, (Head, NoneType)),
             ("loss", loss, Loss),
             ("regulariser", regulariser, (Regulariser, NoneType)),
             ("batch", batch, Batch),
-            ("derivatives", derivatives, (Derivatives, NoneType)),
-            ("observations", observations, (Observations, NoneType)),
             ("running", running, (RunningCost, NoneType)),
             ("ensemble", ensemble, (fd.Ensemble, NoneType)),
         ):
@@ -293,10 +154,8 @@ class LearningProblem(OnMesh):
         self.running, self.ensemble = running, ensemble
         self._recorded: tuple[BlockVariable, OperatorBlock, Run] | None = None
         self._batch, self._observation = batch, self._observed(batch)
-        self.derivatives = derivatives
-        self._check_derivatives()
-        self.observations = observations
-        self._inner = [] if observations is None else self._observed_inside(observations)
+        self._inner = self._observed_inside(batch)
+        self._check_derivatives(batch)
         self._initial: list[Parameter] = []
         if learn != "parameters":
             states = StateValues(net.Y, batch.inputs.function_space())
@@ -319,23 +178,35 @@ class LearningProblem(OnMesh):
             )
         return targets
 
-    def _observed_inside(self, given: Observations) -> list[tuple[int, fd.Function, float]]:
-        """Layer, targets and weight of each observation, which are checked."""
+    def _observed_inside(self, batch: Batch) -> list[tuple[int, fd.Function, float]]:
+        """Layer, targets and weight of each observation before T of a batch, which are checked."""
+        if batch.observations is None:
+            return []
         if self.checkpoints is not None:
             raise ValueError(
                 "observations: a schedule of checkpoints keeps no states inside of the network; make the problem without one"
             )
-        L, layers = self.net.layers, given.layers
-        weights = (1.0,) * len(layers) if given.weights is None else given.weights
+        L, layers, weights = self.net.layers, batch.observations.layers, batch.observations.weights
+        weights = (1.0,) * len(layers) if weights is None else weights
         if layers and layers[-1] > L:
             raise ValueError(f"observations.layers: expected increasing integers from 0 to L = {L}, got {layers}")
-        targets = [self._targets(part, self.batch.samples, "observations.targets") for part in given.targets]
+        targets = [self._targets(part, batch.samples, "observations.targets") for part in batch.observations.targets]
         return list(zip(layers, targets, weights))
 
     @property
     def batch(self) -> Batch:
         """The data; `exchange` puts others in their place."""
         return self._batch
+
+    @property
+    def observations(self) -> Observations | None:
+        """What is observed before T."""
+        return self.batch.observations
+
+    @property
+    def derivatives(self) -> Derivatives | None:
+        """Directional derivatives that the output is to match."""
+        return self.batch.derivatives
 
     def replace(self, **changes) -> LearningProblem:
         """The problem with some arguments of the constructor changed, and all others the very same objects.
@@ -432,17 +303,17 @@ class LearningProblem(OnMesh):
         """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
         return [parameter.acting() for parameter in self.parameters if parameter.penalised]
 
-    def _check_derivatives(self) -> None:
-        if self.derivatives is None:
+    def _check_derivatives(self, batch: Batch) -> None:
+        if batch.derivatives is None:
             return
         for name, Y, function in (
-            ("directions", self.net.Y, self.derivatives.directions),
-            ("targets", self._output, self.derivatives.targets),
+            ("directions", self.net.Y, batch.derivatives.directions),
+            ("targets", self._output, batch.derivatives.targets),
         ):
             Y.check_batch(function, f"derivatives.{name}")
-            if function.function_space().value_size != self.batch.samples:
+            if function.function_space().value_size != batch.samples:
                 raise ValueError(
-                    f"derivatives.{name}: expected {self.batch.samples} samples, as many as inputs, "
+                    f"derivatives.{name}: expected {batch.samples} samples, as many as inputs, "
                     f"got {function.function_space().value_size}"
                 )
 
@@ -517,12 +388,17 @@ class LearningProblem(OnMesh):
         Raises
         ------
         TypeError, ValueError
-            If it does not fit, or has another number of samples; or if the inputs are learned, the problem has derivatives,
-            which belong to the present batch, or an ensemble, whose other members would not know.
+            If it does not fit, has another number of samples, or observations or derivatives; or if the inputs are learned, or
+            the problem has observations, derivatives, or an ensemble, whose other members would not know.
         """
         same(self.net.Y.comm, batch=batch)
         instance("batch", batch, Batch)
         observation = self._observed(batch)
+        if batch.observations is not None or batch.derivatives is not None:
+            raise ValueError(
+                "batch: expected one without observations and derivatives, which are recorded; make another problem: "
+                "replace(batch=..)"
+            )
         if batch.inputs.function_space() != self.batch.inputs.function_space():
             raise ValueError(
                 f"batch: expected {self.batch.samples} samples, as many as before, got {batch.samples}; "
@@ -540,12 +416,13 @@ class LearningProblem(OnMesh):
         """The present batch in pieces of `size` samples, the last padded with samples of weight 0.
 
         Samples of weight 0 are in none of them, so that each has a J. With omega the weights of the batch, J of the batch is
-        the mean of theirs with the sums of omega over their samples for weights.
+        the mean of theirs with the sums of omega over their samples for weights. Observations and derivatives go with their
+        samples.
 
         Parameters
         ----------
         size
-            Number of samples in each, at least 1. Observations and derivatives are no part of a Batch.
+            Number of samples in each, at least 1.
         seed
             Shuffles the samples first, the same way on every rank; left in order without one.
 
@@ -561,14 +438,31 @@ class LearningProblem(OnMesh):
         if seed is not None:
             order = np.random.default_rng(integer("seed", seed, least=0, most=np.inf)).permutation(weights.size)
         order = order[weights[order] > 0]
-        inputs, observations = self.net.Y.values(self.batch.inputs), self._output.values(self._observation)
         batches = []
         for start in range(0, order.size, size):
             chosen = order[start : start + size]
             padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
             omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)
-            batches.append(Batch(self.net.Y.batch(inputs[:, padded]), self._output.batch(observations[:, padded]), omega))
+            batches.append(self._samples(padded, omega))
         return batches
+
+    def _samples(self, chosen: np.ndarray, weights: np.ndarray) -> Batch:
+        """A batch of these samples, with these weights. Collective."""
+
+        def of(Y: LabelSpace, batch: fd.Function) -> fd.Function:
+            return Y.batch(Y.values(batch)[:, chosen])
+
+        given = self.batch
+        observations, derivatives = given.observations, given.derivatives
+        if observations is not None:
+            observations = replace(observations, targets=[of(self._output, targets) for _, targets, _ in self._inner])
+        if derivatives is not None:
+            v, C = of(self.net.Y, derivatives.directions), of(self._output, derivatives.targets)
+            derivatives = replace(derivatives, directions=v, targets=C)
+        return Batch(
+            of(self.net.Y, given.inputs), of(self._output, self._observation), weights,
+            observations=observations, derivatives=derivatives,
+        )  # fmt: skip
 
     def reduced_functional(self, *, gauss_newton: bool = False) -> ReducedFunctional:
         """J as a function of all that is learned: for `taylor_test`, TAO, SciPy. See `record`."""

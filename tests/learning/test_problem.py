@@ -15,9 +15,10 @@ from scipy.special import logsumexp, softmax
 
 from fem_resnet.label_domain.basis import cell_indicators
 from fem_resnet.label_domain.points import class_space
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import Loss, cross_entropy, least_squares
-from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Kernel, Layers
@@ -733,10 +734,10 @@ def _parts():
         (dict(loss="cross_entropy"), TypeError, r"^loss: expected a Loss, got str$"),
         (dict(loss=lambda Y, O, C: 0.0), TypeError, r"^loss: expected a Loss, got function$"),
         (dict(batch=([0], [1])), TypeError, r"^batch: expected a Batch, got tuple$"),
-        (dict(head="softmax"), TypeError, r"^head: got .*Head.* str"),
-        (dict(head=3), TypeError, r"^head: got .*Head.* int"),
-        (dict(regulariser=1e-3), TypeError, r"^regulariser: got .*float"),
-        (dict(regulariser=tikhonov), TypeError, r"^regulariser: got .*function"),
+        (dict(head="softmax"), TypeError, r"^head: expected a Head or None, got str"),
+        (dict(head=3), TypeError, r"^head: expected a Head or None, got int"),
+        (dict(regulariser=1e-3), TypeError, r"^regulariser: expected a Regulariser or None, got float"),
+        (dict(regulariser=tikhonov), TypeError, r"^regulariser: expected a Regulariser or None, got function"),
     ],
     ids=str,
 )
@@ -766,8 +767,8 @@ def test_refuses_inputs_that_do_not_fit():
         values[-1, 1] = np.inf
     for inputs, error, message in [
         (smooth(net.Y), TypeError, "^inputs: expected a Function, got ndarray; Y.batch"),
-        (elsewhere, ValueError, "^batch.inputs: it lives on .*, a Function on the mesh"),
-        (other, ValueError, "^batch.inputs: got .*; a Function of .* or a batch of it"),
+        (elsewhere, ValueError, "^batch.inputs: expected a Function on the mesh .*, got one on"),
+        (other, ValueError, "^batch.inputs: expected a Function of .* or a batch of it .*, got one of"),
         (ill, ValueError, r"^batch.inputs: sample 1 has values that are not finite \(1 samples have\)$"),
     ]:
         with pytest.raises(error, match=message):
@@ -789,7 +790,7 @@ def test_refuses_targets_that_do_not_fit():
         ),
         (None, net.Y.batch(smooth(net.Y, 3)), ValueError, "^batch.targets: expected 4 samples, .*, got 3$"),
         (None, nan, ValueError, "^batch.targets: sample 2 has values that are not finite"),
-        (head, net.Y.batch(smooth(net.Y, 4)), ValueError, "^batch.targets: it lives on"),
+        (head, net.Y.batch(smooth(net.Y, 4)), ValueError, "^batch.targets: expected a Function on the mesh"),
     ]:
         with pytest.raises(error, match=message):
             LearningProblem(net, head, least_squares, None, Batch(inputs, targets))
@@ -829,8 +830,8 @@ def test_head_refuses_states_that_do_not_fit(verb):
     nan.dat.data_wo[:, 1:] = np.nan
     for f, error, message in [
         (smooth(head.psi.Y), TypeError, "^f: expected a Function, got ndarray$"),
-        (fd.Function(label_space("sphere", "CG1").V), ValueError, "^f: it lives on"),
-        (fd.Function(label_space("disk", "DG0").V), ValueError, "^f: got .*; a Function of"),
+        (fd.Function(label_space("sphere", "CG1").V), ValueError, "^f: expected a Function on the mesh"),
+        (fd.Function(label_space("disk", "DG0").V), ValueError, "^f: expected a Function of .*, got one of"),
         (nan, ValueError, r"^f: sample 1 has values that are not finite \(2 samples have\)$"),
     ]:
         with pytest.raises(error, match=message):
