@@ -53,7 +53,7 @@ def properties_of(expression: sympy.Expr) -> Properties:
 
 @lru_cache(maxsize=256)
 def size(expression: sympy.Expr) -> tuple[float, bool]:
-    """Sup |sigma|, infinite if there is no bound, and whether that is proved."""
+    """sup |sigma|, infinite if there is no bound, and whether that is proved."""
     sampled = _supremum(expression, 0)
     bound = None if math.isinf(sampled) else _bound(expression, 0)
     return (sampled, math.isinf(sampled)) if bound is None else (bound, True)
@@ -229,7 +229,7 @@ def _by_samples(expression: sympy.Expr) -> dict[str, Any]:
 
 
 def _supremum(expression: sympy.Expr, order: int) -> float:
-    """Sup |sigma| or sup |sigma'|."""
+    """sup |sigma| or sup |sigma'|."""
     s = np.sort(sample_points(expression))
     size = np.broadcast_to(np.abs(evaluate(expression, order, s)), s.shape)
     peak = int(np.argmax(size))

@@ -84,7 +84,7 @@ def supremum(
     tolerance: float = 1e-9,
     cells: int = CELLS,
 ) -> tuple[float, float]:
-    """Low <= sup g <= high of a function that is given in pieces.
+    """low <= sup g <= high of a function that is given in pieces.
 
     Parameters
     ----------

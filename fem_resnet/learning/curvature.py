@@ -5,9 +5,9 @@ and time),
 
     H v_i = mu_i R v_i,       <R v_i, v_j> = delta_ij,       mu_1 >= mu_2 >= ..
 
-At a minimum of J = loss + lambda/2 <R m, m>, Tikhonov's (2.11), the Gaussian that has J's second derivative (the Laplace
-approximation of the posterior with the prior (lambda R)^-1) has the variance 1 / (lambda + mu_i) in the direction v_i,
-which without data were 1 / lambda: directions with mu_i >> lambda are determined by the data, the others by the prior.
+At a minimum of J = loss + lambda/2 <R m, m> of (2.11), take the Gaussian with the second derivative of J: the Laplace
+approximation of the posterior with the prior (lambda R)^-1. Its variance in the direction v_i is 1 / (lambda + mu_i); without
+data it would be 1 / lambda. So the data determine the directions with mu_i >> lambda, and the prior the others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Spectrum:
     directions : list of list of Function
         v_i, one Function a control, in the order of ``problem.functions``.
     residuals : numpy.ndarray
-        |R^-1 H v_i - mu_i v_i| in the norm of R.
+        |R^-1 H v_i - mu_i v_i| in the norm of R, shape (count,).
     """
 
     values: np.ndarray
@@ -52,7 +52,18 @@ class Spectrum:
     residuals: np.ndarray
 
     def variance(self, weight: float) -> np.ndarray:
-        """Lambda / (lambda + mu_i): what is left of the prior's variance in v_i, for Tikhonov's weight lambda > 0."""
+        """The part lambda / (lambda + mu_i) of the prior's variance that is left in each v_i, shape (count,).
+
+        Parameters
+        ----------
+        weight
+            lambda > 0 of Tikhonov's functional.
+
+        Raises
+        ------
+        ValueError
+            If the weight is not positive.
+        """
         weight = number("weight", weight, above=0)
         return weight / (weight + self.values)
 
@@ -76,9 +87,9 @@ def hessian_spectrum(
     problem
         The learning problem; its regulariser is left out.
     count
-        How many, at least 1.
+        Number of eigenvalues, at least 1.
     gauss_newton
-        Whether the Hessian is that of Gauss and Newton, which has no negative eigenvalues (`recording.gauss_newton`).
+        Whether to take the Hessian of Gauss and Newton, which has no negative eigenvalues (`blocks.gauss_newton`).
     solver_parameters, options_prefix
         Options of SLEPc's EPS, over `EIGENSOLVER_PARAMETERS`.
 

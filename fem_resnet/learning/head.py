@@ -1,4 +1,4 @@
-"""Outputs: what is read from the final state of a network.
+"""Heads: what is read from the final state of a network.
 
     O(y) = int W(y, z) f(z, T) dz + mu(y),     C_pre(y) = h(O(y))                                            (2.9)
 
@@ -10,7 +10,7 @@ so that the terminal co-state of section 4.1 (Remark 4.3) is r(z, T) = int (C_pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import firedrake as fd
@@ -60,7 +60,7 @@ class Prediction:
 
 
 def log_density(Y: LabelSpace, O: np.ndarray) -> np.ndarray:
-    """Log p, p = e^O / int e^O, free of overflow; over classes p is the softmax. Collective."""
+    """log p, p = e^O / int e^O, free of overflow; over classes p is the softmax. Collective."""
     largest = O.max(axis=0, initial=-np.inf)
     Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
     shifted = O - largest
@@ -72,7 +72,7 @@ def _softmax(Y, O):
 
 
 def _centred(Y, p, d):
-    """D minus its mean in the density p, for functionals d: what softmax' sees of them."""
+    """d minus its mean in the density p, for functionals d: what softmax' sees of them."""
     return d - Y.weights[:, None] * Y.sum((d * p).sum(axis=0))
 
 
@@ -151,7 +151,7 @@ class Head(OnMesh):
     def __repr__(self) -> str:
         return f"Head({self.prediction.name}, from {self.psi!r} onto {self.onto!r})"
 
-    def __deepcopy__(self, memo: dict) -> Head:
+    def __deepcopy__(self, memo: Mapping) -> Head:
         other = self.__copy__()
         vars(other).update(W=copy.deepcopy(self.W, memo), mu=copy.deepcopy(self.mu, memo))
         return other
@@ -170,15 +170,23 @@ class Head(OnMesh):
         return self.of_state(f)
 
     def of_state(self, f: fd.Function) -> fd.Function:
-        """As `__call__`, for what is known to be a batch there."""
+        """As `__call__`, for a state that is known to live there. Collective."""
         return self._output(self._seen(f), f, self.mu.functions[0])
 
     def of_coefficients(self, g: fd.Function, slot: Replicated) -> fd.Function:
-        """O, from a Function that holds g = Psi^T M f(T), shape (rank of psi, samples), by a slot."""
+        """O, a batch on the head's own label domain, from g = Psi^T M f(T); recorded while annotating. Collective.
+
+        Parameters
+        ----------
+        g
+            Holds g.
+        slot
+            How it holds g, shape (rank of psi, samples).
+        """
         return self._output(slot, g, self.mu.functions[0])
 
     def linear(self, f: fd.Function) -> fd.Function:
-        """`X W psi^T M f`: O without mu, its derivative in a direction of the final state; recorded while annotating."""
+        """`X W Psi^T M f`: O without mu, which is the derivative of O in a direction f; recorded while annotating. Collective."""
         self.psi.Y.check_where(f, "f")
         return self._output(self._seen(f), f, fd.Function(self.mu.functions[0].function_space()))
 
@@ -195,7 +203,7 @@ class Head(OnMesh):
         return self.Y.batch(self.prediction.value(self.Y, values))
 
     def scores(self, f: fd.Function) -> np.ndarray:
-        """O by basis function of the output, which for K classes is by class: (samples, K), on every rank. Collective."""
+        """O in the basis of the output, for K classes the score of each: shape (samples, K), on every rank. Collective."""
         return self._coefficients(f).T
 
     def _coefficients(self, f: fd.Function) -> np.ndarray:
@@ -224,7 +232,7 @@ class Head(OnMesh):
         Parameters
         ----------
         labels
-            Integers from 0 to K - 1, one a sample, the same on every rank.
+            Integers from 0 to K - 1, shape (samples,), the same on every rank.
 
         Raises
         ------
@@ -235,14 +243,27 @@ class Head(OnMesh):
         return self.labelled(labels)
 
     def labelled(self, labels: Sequence[int], name: str = "labels") -> fd.Function:
-        """As `observations`, for what is known to be the same on every rank; messages call it by a name."""
+        """As `observations`, for labels that are known to be the same on every rank.
+
+        Parameters
+        ----------
+        labels
+            Integers from 0 to K - 1, shape (samples,).
+        name
+            What messages call them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `observations`.
+        """
         if self.classes is None:
             raise ValueError(f"{name}: the output is a function in {self.onto!r}; expected observations as a batch on it")
-        labels = integer_array(name, labels, ("samples",))
-        if labels.min() < 0 or labels.max() >= self.classes:
-            bad = int(np.flatnonzero((labels < 0) | (labels >= self.classes))[0])
-            raise ValueError(f"{name}: expected classes 0 to {self.classes - 1}, sample {bad} has {labels[bad]}")
-        return self.Y.batch(self.onto.values[:, labels], "observations")
+        numbers = integer_array(name, labels, ("samples",))
+        if numbers.min() < 0 or numbers.max() >= self.classes:
+            bad = int(np.flatnonzero((numbers < 0) | (numbers >= self.classes))[0])
+            raise ValueError(f"{name}: expected classes 0 to {self.classes - 1}, got {numbers[bad]} for sample {bad}")
+        return self.Y.batch(self.onto.values[:, numbers], "observations")
 
 
 class _HeadOperator:

@@ -1,14 +1,14 @@
-"""Losses: how far an output is from what was observed.
+"""Losses: how far an output is from an observation.
 
-For one sample with output O, prediction C_pre = h(O) and observation C,
+For one sample with output O, prediction C_pre = h(O) and observation C, the losses are
 
     least squares           1/2 int |C_pre - C|^2 dy                                                  (section 2.4)
     cross entropy           - int C log p dy,                            p = e^O / int e^O   (softmax)
     binary cross entropy    - int C log p + (1 - C) log(1 - p) dy,       p = 1/(1 + e^-O)    (logistic)
     a functional in UFL     F(C_pre, C)
 
-and for a batch the mean of these with weights of the samples, sum_s omega_s loss_s / sum_s omega_s. Over K classes, cells
-of length one, the integrals are sums over the classes.
+For a batch the loss is the weighted mean over the samples, sum_s omega_s loss_s / sum_s omega_s. K classes are cells of
+length one, so that the integrals are sums over the classes.
 """
 
 from __future__ import annotations
@@ -50,23 +50,24 @@ class Loss:
     value : callable
         ``value(Y, O, C, prediction)``: this rank's part of each sample's loss, shape (samples,).
     gradient : callable
-        ``gradient(Y, O, C, prediction)``: its derivative in O, dual to the node values.
+        ``gradient(Y, O, C, prediction)``: its derivative in O as a functional of the node values, shape (nodes, samples).
     prediction : str or None
-        The only prediction that it goes with, one of `head.PREDICTIONS`, or None for any.
+        The only prediction that the loss goes with, one of `head.PREDICTIONS`; None for any.
     hessian : callable or None
-        ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O; wanted for Hessian
-        actions.
+        ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O. Hessian actions need it.
     gauss_newton : callable or None
         The same without the curvature of the prediction, for the actions of Gauss and Newton (`recording.gauss_newton`):
         h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out.
 
-    The functions are called on all ranks together. What one raises on one rank is raised on all; one that is collective itself,
-    as by ``Y.sum``, must not fail on one rank alone before that, where the others would wait for it.
+    Notes
+    -----
+    The functions are called on all ranks together. What a function raises on one rank is raised on all. A function that
+    communicates itself, as by ``Y.sum``, must not fail on one rank before that: the others would wait.
 
     Raises
     ------
     TypeError, ValueError
-        If the functions are none, or the prediction is unknown.
+        If a function is not callable, or the prediction is unknown.
     """
 
     name: str
@@ -102,14 +103,14 @@ class Loss:
         output, observation
             Batches of equal numbers of samples.
         weights
-            omega, one a sample, not negative, the same on every rank; ones if left out.
+            omega, shape (samples,), numbers >= 0, the same on every rank; ones if left out.
         prediction
-            h; what the loss goes with, or the identity, if left out.
+            h; if left out, the prediction that the loss goes with, or the identity.
 
         Raises
         ------
         TypeError, ValueError
-            If output and observation are no such batches, the weights do not fit or differ between ranks, or the loss goes with
+            If output or observation is not such a batch, the weights do not fit or differ between ranks, or the loss goes with
             another prediction.
         """
         check_label_space(Y)
@@ -119,8 +120,23 @@ class Loss:
         Y.check_where(observation, "observation")
         return self.record(Y, output, observation, weights, prediction)[0]
 
-    def record(self, Y, output, observation, weights=None, prediction=None) -> tuple[AdjFloat, OperatorBlock | None]:
-        """As `__call__`, with the Block; its operator's `observe` exchanges observation and weights."""
+    def record(
+        self,
+        Y: LabelSpace,
+        output: fd.Function,
+        observation: fd.Function,
+        weights: Sequence[float] | None = None,
+        prediction: Prediction | None = None,
+    ) -> tuple[AdjFloat, OperatorBlock | None]:
+        """As `__call__`, for arguments that are checked already; with the Block, None while nothing annotates. Collective.
+
+        `observe` of the Block's operator exchanges observation and weights.
+
+        Parameters
+        ----------
+        Y, output, observation, weights, prediction
+            As for `__call__`; weights of shape (samples,).
+        """
         if prediction is None:
             prediction = PREDICTIONS[self.prediction or "identity"]
         self.check_prediction(prediction)
@@ -130,10 +146,16 @@ class Loss:
         return apply(operator, [output])
 
     def check_prediction(self, prediction: Prediction) -> None:
-        """Raise a ValueError if the loss goes with another prediction."""
+        """Refuse a prediction that the loss does not go with.
+
+        Raises
+        ------
+        ValueError
+            If the loss goes with another one.
+        """
         if self.prediction not in (None, prediction.name):
             raise ValueError(
-                f"loss: {self.name} goes with a head of prediction {self.prediction!r}, the head has {prediction.name!r}"
+                f"loss: {self.name} expects a head with prediction {self.prediction!r}, got one with {prediction.name!r}"
             )
 
 
@@ -145,6 +167,7 @@ class _LossOperator:
         self._loss, self._Y, self._prediction = loss, Y, prediction
         self._values = BatchValues(Y, space)
         self.inputs = [self._values]
+        self._observation = self._weights = np.empty(0)  # until `observe`
 
     def observe(self, observation: fd.Function, weights: Sequence[float] | None) -> None:
         self._Y.check_values(observation, "observation")
@@ -166,7 +189,7 @@ class _LossOperator:
     def _asked(
         self, what: str, output: np.ndarray, *direction: np.ndarray, shape: tuple[int, ...] | None = None
     ) -> np.ndarray:
-        """What a function of the loss gives, which may be the user's: what it raises on one rank is raised on all."""
+        """What a function of the loss returns. It may be the user's: what it raises on one rank is raised on all."""
         asked = getattr(self._loss, what)
 
         def ask() -> np.ndarray:
@@ -187,25 +210,25 @@ class _LossOperator:
 
     def _second_adjoint(self, what, arrays, directions, dual, dual_dot):
         if getattr(self._loss, what) is None:
-            raise NotImplementedError(f"loss: {self._loss.name} has no `hessian`, which Hessian actions ask for; give it one")
+            raise NotImplementedError(f"loss: {self._loss.name} has no `hessian`, which Hessian actions need; give it one")
         change = self._asked(what, arrays[0], directions[0])
         return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
 
 
-def _of_prediction(name: str, value: Callable, dual: Callable, curvature: Callable) -> Loss:
-    """The loss l(h(O), C) by ``value(Y, p, C)``, its derivative ``dual(Y, p, C)`` in p, and that of it along v."""
+def _of_prediction(name: str, value: Callable, functional: Callable, curvature: Callable) -> Loss:
+    """The loss l(h(O), C) from l(p, C), its derivative in p as a functional, and the derivative of that in a direction v."""
 
     def of_output(Y, O, C, h):
         return value(Y, h.value(Y, O), C)
 
     def gradient(Y, O, C, h):
-        return h.transpose(Y, O, dual(Y, h.value(Y, O), C))
+        return h.transpose(Y, O, functional(Y, h.value(Y, O), C))
 
     def gauss_newton(Y, O, C, h, v):
         return h.transpose(Y, O, curvature(Y, h.value(Y, O), C, h.derivative(Y, O, v)))
 
     def hessian(Y, O, C, h, v):
-        return gauss_newton(Y, O, C, h, v) + h.second_transpose(Y, O, v, dual(Y, h.value(Y, O), C))
+        return gauss_newton(Y, O, C, h, v) + h.second_transpose(Y, O, v, functional(Y, h.value(Y, O), C))
 
     return Loss(name, of_output, gradient, hessian=hessian, gauss_newton=gauss_newton)
 
@@ -216,10 +239,10 @@ def _half_square(Y, p, C):
     return 0.5 * (Y.weights @ squares)
 
 
-def _half_square_dual(Y, p, C):
-    dual = p - C
-    dual *= Y.weights[:, None]
-    return dual
+def _half_square_functional(Y, p, C):
+    functional = p - C
+    functional *= Y.weights[:, None]
+    return functional
 
 
 def _half_square_curvature(Y, p, C, v):
@@ -254,7 +277,7 @@ def _binary_cross_entropy_hessian(Y, O, C, prediction, v):
 
 
 #: 1/2 int |h(O) - C|^2 dy, the choice of section 2.4.
-least_squares = _of_prediction("least_squares", _half_square, _half_square_dual, _half_square_curvature)
+least_squares = _of_prediction("least_squares", _half_square, _half_square_functional, _half_square_curvature)
 #: - int C log p dy, p the softmax of O; stable for large O. Convex in O.
 cross_entropy = Loss("cross_entropy", _cross_entropy, _cross_entropy_gradient, "softmax", _cross_entropy_hessian)
 #: - int C log p + (1 - C) log(1 - p) dy, p = 1/(1 + e^-O); stable for large O. Convex in O.
@@ -303,17 +326,17 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
         # A sum over the ranks follows, assemble has made one already.
         return np.array(on(Y).assemble("value", p, C), dtype=float) / Y.comm.size
 
-    def dual(Y, p, C):
+    def derivative(Y, p, C):
         return on(Y).columns("derivative", p, C)
 
     def curvature(Y, p, C, v):
         return on(Y).columns("second", p, C, v)
 
-    return _of_prediction(name, value, dual, curvature)
+    return _of_prediction(name, value, derivative, curvature)
 
 
 class _SampleForms:
-    """A functional F(p, C) in UFL of one sample, its first derivative in p, and its second in a direction v."""
+    """A functional F(p, C) in UFL of one sample, its first derivative in p, and its second in a direction v of p."""
 
     def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
         self._slots = [fd.Function(Y.V) for _ in range(3)]
@@ -321,7 +344,7 @@ class _SampleForms:
         form = together(Y.comm, lambda: _checked_form(functional(p, C)))
         derivative = fd.derivative(form, p)
         self._forms = {"value": form, "derivative": derivative, "second": fd.derivative(derivative, p, v)}
-        # By itself UFL takes another quadrature for the derivative of what is no polynomial, such as cos(p).
+        # UFL would take another quadrature for the derivative of a form that is not polynomial, such as cos(p).
         degree = estimate_total_polynomial_degree(_expanded(form))
         self._rule = {"quadrature_degree": degree}
         # Where a derivative is zero, there is nothing to assemble.

@@ -4,11 +4,13 @@
     smooth in y      lambda/2 ( int |grad_y a|^2 dy dt + int |grad_y b|^2 + |grad_z b|^2 dy dz dt )
     smooth in t      lambda/2 sum_k ( ||a_(k+1) - a_k||^2 + ||b_(k+1) - b_k||^2 ) / d_k
 
-d_k the distance in t of what follows each other (centres of layers, or of groups of layers, with a value of their own;
-layer times for controls that are linear in t), so that the last is the integral of the squared derivative of the
-interpolant. Integrals over t are lumped, as the Riesz maps are. The initial state f_I, where it is learned, has the
-first two without the integral over t, added up over the samples. The factor 1/2 makes (4.7) hold to the letter: the
-gradient of Tikhonov's in a is lambda a. (The paper prints Remark 4.2 without it.) Sums of regularisers are regularisers.
+d_k is the distance in t between neighbours: between the centres of layers, or of groups of layers, with a value each; between
+layer times where controls are linear in t. So the last one is the integral of the squared derivative of the interpolant.
+Integrals over t are lumped, as the Riesz maps are. The initial state f_I, where it is learned, has the first two without
+the integral over t, added up over the samples.
+
+The factor 1/2 makes (4.7) hold: the gradient of Tikhonov's functional in a is lambda a. (The paper prints Remark 4.2 without
+it.) The sum of two regularisers is a regulariser.
 """
 
 from __future__ import annotations
@@ -40,12 +42,12 @@ class Regulariser:
     terms : tuple of (float, callable)
         Weights and forms.
     names : tuple of str
-        What each form is called, as far as it has a name: what a verification holds it against.
+        Names of the forms, "" for none; `verify` knows a form by its name.
 
     Raises
     ------
     TypeError, ValueError
-        If the terms are no pairs of a weight >= 0 and a function, or the names no strings, or more than the terms.
+        If a term is not a pair of a weight >= 0 and a function, a name is not a string, or there are more names than terms.
     """
 
     terms: tuple[tuple[float, Form], ...]
@@ -78,7 +80,7 @@ class Regulariser:
         Raises
         ------
         TypeError
-            If they are no list of parameters.
+            If this is not a list of parameters.
         """
         for parameter in instance("parameters", parameters, (list, tuple), "LearningProblem.penalised() gives them"):
             instance("parameters", parameter, Parameter)
@@ -113,8 +115,8 @@ class _RegulariserOperator:
                 for sum_so_far, functional in zip(total, form(parameter, coefficients)):
                     if np.shape(functional) != sum_so_far.shape:
                         raise ValueError(
-                            f"terms: expected a functional of shape {sum_so_far.shape} of {parameter.name}, {form} gave one of "
-                            f"shape {np.shape(functional)}"
+                            f"terms: expected a functional of shape {sum_so_far.shape} for {parameter.name}, got shape "
+                            f"{np.shape(functional)} from {form}"
                         )
                     sum_so_far += dual * weight * functional
             functionals += total
@@ -135,7 +137,7 @@ def _mass(parameter, coefficients):
 
 def _stiffness(parameter, coefficients):
     if isinstance(parameter.time_basis, Once):
-        return []  # of the head: an output over classes has no gradient
+        return []  # a head: an output over classes has no gradient
     return [
         tau * basis.stiffness(c) for tau, basis, c in zip(parameter.time_basis.measures, parameter.space_bases, coefficients)
     ]
@@ -157,9 +159,9 @@ def _variation(parameter, coefficients):
 
 
 def tikhonov(weight: float) -> Regulariser:
-    """Tikhonov regularisation (2.11), (4.6) of all parameters, in the label measure, with the factor 1/2.
+    """Tikhonov regularisation (2.11), (4.6) of all parameters, in the label measure.
 
-    Remark 4.2 prints R without it, and (4.7) with it.
+    It has the factor 1/2, without which the paper prints Remark 4.2, and with which (4.7) holds.
 
     Parameters
     ----------
@@ -170,9 +172,9 @@ def tikhonov(weight: float) -> Regulariser:
 
 
 def smooth_in_space(weight: float) -> Regulariser:
-    """Squared gradients of bias, kernel and initial state over the label domain (H1 seminorm), not of the head.
+    """Squared gradients of bias, kernel and initial state over the label domain (H1 seminorm); heads are left out.
 
-    Wants continuous spaces or Laplace bases.
+    It needs continuous spaces or Laplace bases.
 
     Parameters
     ----------
@@ -183,7 +185,9 @@ def smooth_in_space(weight: float) -> Regulariser:
 
 
 def smooth_in_time(weight: float) -> Regulariser:
-    """Squared differences of bias and kernel between neighbours in time, over their distance; zero where shared by all.
+    """Squared differences of bias and kernel between neighbours in time, divided by their distance.
+
+    It is zero where all layers share one value.
 
     Parameters
     ----------

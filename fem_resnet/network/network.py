@@ -69,8 +69,8 @@ class ResidualNetwork(OnMesh):
     solver_parameters, options_prefix
         PETSc options of the TS and its SNES and KSP: Runge-Kutta of order 4 with fixed steps if left out. Types with a
         gradient are rk, theta, beuler, cn, arkimex and dirk, and the package's own discrete_gradient, which is
-        energy-stable at any step size; `fem_resnet.time_stepping.methods` lists all. For PETSc's implicit ones "mat_type" may be
-        "matfree". With the "ts_adapt_type" "basic" or "dsp", steps are judged by the error of f in the label measure.
+        energy-stable at any step size; `fem_resnet.time_stepping.methods` lists all types. For PETSc's implicit types
+        "mat_type" may be "matfree". With the "ts_adapt_type" "basic" or "dsp", steps are judged by the error of f in the label measure.
         Options that would change start, end or steps without a word are refused (`time_stepping.options`).
     replay_steps
         Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
@@ -154,7 +154,7 @@ class ResidualNetwork(OnMesh):
 
     @property
     def activation(self) -> Activation:
-        """sigma."""
+        """The activation sigma."""
         return self.settings.activation
 
     @property
@@ -190,17 +190,17 @@ class ResidualNetwork(OnMesh):
 
     @property
     def bias(self) -> Parameter:
-        """a."""
+        """The bias a."""
         return self._parameters.bias
 
     @property
     def kernel(self) -> Parameter:
-        """beta."""
+        """The coefficients beta of the kernel."""
         return self._parameters.kernel
 
     @property
     def layer_times(self) -> Parameter | None:
-        """t_1 .. t_L, where they are learned."""
+        """The layer times t_1 .. t_L, where they are learned."""
         return self._parameters.layer_times
 
     @property
@@ -255,14 +255,14 @@ class ResidualNetwork(OnMesh):
             A running cost, to be integrated on the way: `cost` of the Run. The TS then steps f, not its coefficients
             alone.
         weights
-            Weights of the samples in that cost, one number >= 0 a sample, of which only the proportions matter; equal
+            Weights of the samples in that cost, shape (samples,), numbers >= 0 of which only the proportions matter; equal
             ones if left out.
         seen_by
-            A basis for which `steps_what_is_seen_by` is true: what is recorded is then g(T), `coefficients` of the Run, and
-            not f(T), and nothing of size nodes x samples is computed.
+            A basis for which `steps_what_is_seen_by` is true. The run then records g(T) = Psi^T M f(T) in place of f(T), and
+            computes nothing of size nodes x samples.
         observed
-            Numbers l of layer times t_l at which the state is asked for while annotating, each once: then layers are solved
-            once, where `Run.state` alone makes the first derivative solve them again.
+            Numbers l of layer times t_l, shape (times,), each once. While annotating, the states there become outputs of the
+            tape at once. `Run.state` makes them outputs too, but the first derivative then solves the layers again.
 
         Returns
         -------
@@ -297,11 +297,19 @@ class ResidualNetwork(OnMesh):
         seen_by: Basis | None = None,
         observed: Sequence[int] = (),
     ) -> Run:
-        """As `run`, for arguments that are known to be of their kinds, and the same on all ranks."""
+        """As `run`, for arguments that are checked already. Collective.
+
+        Parameters
+        ----------
+        initial, running, weights, seen_by, observed
+            As for `run`: weights of shape (samples,), observed layer times of shape (times,).
+        """
         return Run(self, self._solver.new_segments, self._solver.solve(initial, running, weights, seen_by, observed))
 
     def steps_what_is_seen_by(self, psi: Basis) -> bool:
-        """Whether layers step nothing but g = Psi^T M f: psi is the very Basis of them all, fixed, and steps have f nowhere.
+        """Whether layers step nothing but g = Psi^T M f.
+
+        They do where psi is the same Basis object for all layers, is not learned, and the steps need f nowhere.
 
         Raises
         ------
@@ -322,16 +330,16 @@ class ResidualNetwork(OnMesh):
         running: RunningCost | None = None,
         omega: np.ndarray | None = None,
     ) -> list[Segment]:
-        """Each layer as an operator of its own between arrays, that of no tape.
+        """Each layer as an operator between arrays, outside of any tape.
 
-        They share steppers: what one has kept of its last solve is good until the next one is used.
+        The segments share steppers: a segment can be adjoined until another one is solved.
 
         Parameters
         ----------
         space
             Of the state: `Y.V`, or `Y.batch_space(samples)`.
         running, omega
-            A running cost, and the weights of the samples in it, which add up to 1.
+            A running cost, and the weights of the samples in it, shape (samples,), which add up to 1.
         """
         return self._solver.layer_segments(space, running, omega)
 

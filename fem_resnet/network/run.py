@@ -28,9 +28,10 @@ __all__ = ["Piece", "Run", "Solved"]
 
 @dataclass
 class Piece:
-    """What a run keeps of one segment: on the tape the Block knows the latest evaluation, else arrays and traces are ours.
+    """What a run keeps of one segment.
 
-    Where the start is held by its coefficients, f there follows from the piece before.
+    On the tape the Block knows the latest evaluation; else the arrays and traces are kept here. Where the start is held by its
+    coefficients, f there follows from the piece before.
     """
 
     segment: Segment
@@ -47,10 +48,11 @@ class Piece:
         return self.first + len(self.segment.steppers)
 
     def state(self, layers: int) -> np.ndarray:
+        """f after so many layers, shape (nodes, samples)."""
         return self.segment.advance(self.at_start(), self._traces()[:layers])
 
     def states(self, before: np.ndarray | None) -> Iterator[np.ndarray]:
-        """F at the ends of all layers, each from that before; `before`, that at the start, where the start has not f."""
+        """f at the ends of all layers, each from that before; `before`, that at the start, where the start has not f."""
         f = self.at_start() if self.before is None else before
         for trace in self._traces():
             f = self.segment.advance(f, [trace])
@@ -60,7 +62,7 @@ class Piece:
         return self.traces if self.block is None else self.segment.traces()
 
     def at_start(self) -> np.ndarray:
-        """F at the start, of the latest evaluation."""
+        """f at the start, of the latest evaluation."""
         if self.block is not None:
             self.block.refuse_changed("run")
         if self.before is not None:
@@ -70,6 +72,7 @@ class Piece:
         return self.segment.values.read(self.block.get_dependencies()[0].saved_output)
 
     def costate(self, layer: int) -> np.ndarray | None:
+        """r at a layer time, shape (nodes, samples); None where no derivative has reached it. Collective."""
         # What waits for the garbage collector may keep an adjoint value alive on some ranks only.
         comm = self.segment.values.Y.comm
         current = comm.allreduce(self.block.adjoint_is_current, op=MPI.LAND)
@@ -106,16 +109,25 @@ class Solved(NamedTuple):
 class Run(OnMesh):
     """One solution of (2.8).
 
-    What an unrecorded run gives is of the inputs and parameters that it was made with, whatever becomes of them. On the tape,
-    states and co-states are those of the tape's latest evaluation and derivative; where an input has changed since that,
-    they are refused.
+    An unrecorded run belongs to the inputs and parameters that it was made with, also where these change later. On the tape,
+    states and co-states are those of the tape's latest evaluation and derivative. Where an input has changed since, asking for
+    them is an error.
+
+    Parameters
+    ----------
+    net
+        The network that was run.
+    new_segments
+        Makes new segments of its layers.
+    solved
+        What solving (2.8) has given.
 
     Attributes
     ----------
     net : ResidualNetwork
         The network that was run.
     initial : Function
-        f_I. Of a recorded run the Function that was given, for Controls and derivatives; `state(0)` has what was run.
+        f_I. For a recorded run it is the Function that was given, for Controls and derivatives; `state(0)` is what was run.
     cost : AdjFloat
         The running cost, weighted over the samples, where the run was given one; else 0.
     """
@@ -135,25 +147,25 @@ class Run(OnMesh):
 
     @property
     def omega(self) -> np.ndarray | None:
-        """Weights of the samples in the running cost, where there is one: those of the next evaluation on the tape."""
+        """Weights of the samples in the running cost of the next evaluation, shape (samples,); None without such a cost."""
         return None if self._omega is None else self._omega.copy()
 
     def exchange_weights(self, omega: np.ndarray) -> None:
-        """Have the next evaluation on the tape take these for `omega`."""
+        """Let the next evaluation on the tape take these weights, shape (samples,)."""
         self._omega[...] = omega
 
     @property
     def final(self) -> fd.Function:
         """f(T); differentiate functionals of it.
 
-        Where the network was run for what psi sees alone, it is `state(L)`, of the latest evaluation, which no tape knows.
+        Where the run was recorded for what psi sees alone (`seen_by`), it is `state(L)` of the latest evaluation, which is on no tape.
         """
         return self.state(self.net.layers) if self._by_coefficients else self._held[self.net.layers]
 
     def held(self, layer: int) -> tuple[fd.Function, Replicated | None]:
-        """What holds f(t_l), or g(t_l) and its slot where the network was run for what psi sees alone; for functionals.
+        """The Function that holds f(t_l); or, where the run was recorded for what psi sees alone, g(t_l) and its slot.
 
-        Of the layer times that `ResidualNetwork.run` was to observe, and of T.
+        For functionals of T and of the layer times that `ResidualNetwork.run` observes.
         """
         self._handed_out.add(layer)
         return self._held[layer], self._pieces[-1].segment.output_of_state if self._by_coefficients else None
@@ -161,16 +173,16 @@ class Run(OnMesh):
     def state(self, layer: int) -> fd.Function:
         """f(t_l), l = 0 .. L.
 
-        While the tape annotates on which the run was recorded, it is an output of the tape: differentiate functionals of it,
-        as of `final`. Else it is rebuilt from the nearest segment's start by (3.3), a new Function.
+        While the tape of the run annotates, the state is an output of the tape: differentiate functionals of it, as of `final`.
+        Else it is a new Function, rebuilt from the start of its segment by (3.3).
 
         Raises
         ------
         ValueError
             If there is no such layer, or ranks ask for different ones.
         RuntimeError
-            If the run was recorded under a schedule of checkpoints, or an input on the tape has changed since its latest
-            evaluation; or if the state is to be an output, and the network was run for what psi sees alone.
+            If the run was recorded under a schedule of checkpoints, an input on the tape has changed since its latest
+            evaluation, or the tape annotates and the run was recorded for what psi sees alone.
         """
         self._check(layer)
         self._refuse_schedule("state", "run the network with annotation off, and ask that Run")
@@ -182,7 +194,7 @@ class Run(OnMesh):
         return self._function(piece.state(layer - piece.first))
 
     def states(self) -> Iterator[fd.Function]:
-        """f(t_0), .., f(t_L), one after the other: each layer is gone through once, where `state` starts anew each time.
+        """f(t_0), .., f(t_L), one after the other, at the cost of one pass; `state` starts anew each time.
 
         Raises
         ------
@@ -209,7 +221,7 @@ class Run(OnMesh):
         return annotate_tape() and self._is_recorded and self._pieces[0].block in get_working_tape().get_blocks()
 
     def _output(self, layer: int) -> fd.Function:
-        """f(t_l) as an output of the Block of its layers, which is given that output if it has it not yet."""
+        """f(t_l) as an output of the Block of its layers, which gets that output at the first call."""
         if self._by_coefficients:
             raise RuntimeError(
                 f"state: this run was recorded for what psi sees alone, so that f(t_{layer}) is on no tape; record "
@@ -226,8 +238,8 @@ class Run(OnMesh):
     def costate(self, layer: int) -> fd.Function:
         """r(t_l), l = 0 .. L: the adjoint value of f(t_l) on the tape, as its representative in the label measure.
 
-        It is that of the functional last differentiated, in the sign of section 4.1 (J is minimised): for
-        J = 1/2 int (f(T) - ftilde)^2 it is the discrete network's r of (4.2), r(T) = f(T) - ftilde. Where J has a term in
+        It belongs to the functional J that was differentiated last, in the sign of section 4.1, where J is minimised. For
+        J = 1/2 int (f(T) - ftilde)^2 it is the discrete network's r of (4.2), with r(T) = f(T) - ftilde. Where J has a term in
         f(t_l) itself, r jumps there, and this is its value on the left.
 
         Raises
@@ -253,8 +265,8 @@ class Run(OnMesh):
     def tangent(self, direction: fd.Function) -> fd.Function:
         """F'(f_I) v: the derivative of the final state in a direction v of the initial one; recorded while annotating.
 
-        Exact for the discrete network, and differentiable itself, once: a loss may have it (`learning.batch.Derivatives`). Of a
-        recorded run it is that at the tape's values.
+        It is exact for the discrete network, and can be differentiated once: a loss may contain it (`Derivatives`). For a recorded
+        run it is the derivative at the tape's values.
 
         Parameters
         ----------
@@ -303,10 +315,7 @@ class Run(OnMesh):
             )
 
     def _piece(self, layer: int, ending: bool = False) -> Piece:
-        """That of a layer time; an interface belongs to the segment that it starts, where the state needs no rebuilding.
-
-        Or to that which it ends.
-        """
+        """The piece of a layer time. An interface belongs to the piece that starts there, or with `ending` to the one that ends."""
         found = [piece for piece in self._pieces if piece.first <= layer <= piece.end]
         return found[0 if ending else -1]
 

@@ -125,7 +125,7 @@ class Segment:
 
     @PETSc.Log.EventDecorator("fem_resnet:forward")
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray | tuple[np.ndarray, float]:
-        """F at the end, a new array of shape (nodes, samples); `advance` then gives f at any layer. Collective.
+        """f at the end, a new array of shape (nodes, samples); `advance` then gives f at any layer. Collective.
 
         With a running cost, that and the cost.
 
@@ -270,7 +270,7 @@ class Segment:
         return [stepper.trace for stepper in self.steppers]
 
     def advance(self, f: np.ndarray, traces: Sequence[LayerTrace]) -> np.ndarray:
-        """F after layers that left these traces, by the quadrature (3.3)."""
+        """f after layers that left these traces, by the quadrature (3.3)."""
         return self._advance([f], traces)[0][: self._nodes]
 
     def _advance(self, f: list[np.ndarray], traces: Sequence[LayerTrace]) -> list[np.ndarray]:
@@ -339,13 +339,13 @@ class Segment:
         return [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
 
     def _adjoint_end(self, psi: Basis, duals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Gamma and lambda at the end, from adjoint values of the output and its tangent."""
+        """gamma and lambda at the end, from adjoint values of the output and its tangent."""
         return self._nothing(psi, duals), [self._stage.arranged(dual) for dual in duals]  # every stage reads them
 
     def _add_observed(
         self, gamma: list[np.ndarray], duals: Sequence[np.ndarray], state: Sequence[np.ndarray]
     ) -> tuple[list[np.ndarray], Sequence[np.ndarray]]:
-        """Gamma and lambda below an interface where the state is an output, from adjoint values of that."""
+        """gamma and lambda below an interface where the state is an output, from adjoint values of that."""
         return gamma, [self._stage.arranged(dual + part) for dual, part in zip(duals, state)]
 
     def _adjoint_start(self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray], order: int) -> np.ndarray:
@@ -353,13 +353,13 @@ class Segment:
         return self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]
 
     def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
+        """lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
         if self.omega is None:
             return [psi.functional(part) + dual for part, dual in zip(gamma, duals)]
         return [self._with_row(psi.functional(part) + dual[:-1], dual[-1]) for part, dual in zip(gamma, duals)]
 
     def costate(self, layer: int) -> np.ndarray | None:
-        """R = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
+        """r = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
 
         None if there was no adjoint since the last forward solve.
         """

@@ -298,7 +298,7 @@ class KernelMap:
         self.output = coefficients
 
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
-        """Beta."""
+        """beta."""
         return self._choice.value(self._kernel, arrays[0])
 
     def adjoint(self, arrays: Sequence[np.ndarray], functional: np.ndarray) -> list[np.ndarray]:

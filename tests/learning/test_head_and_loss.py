@@ -166,7 +166,7 @@ def test_losses_refuse_what_does_not_fit():
         (least_squares, (O, elsewhere), ValueError, "^observation: expected a Function on the mesh"),
         (least_squares, (elsewhere, C), ValueError, "^output: expected a Function on the mesh"),
         (binary_cross_entropy, (O, C, None, PREDICTIONS["softmax"]), ValueError, "^loss: .* prediction 'logistic', the"),
-        (functional_loss(lambda p, C: p * C), (O, C), TypeError, "^functional: it returned Product; a form without"),
+        (functional_loss(lambda p, C: p * C), (O, C), TypeError, "^functional: it returned Product; expected a form without"),
         (functional_loss(lambda p, C: fd.TestFunction(Y.V) * dx), (O, C), TypeError, "^functional: .* one with 1; a"),
     ]
     for loss, given, error, message in arguments:

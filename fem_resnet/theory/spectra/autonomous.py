@@ -99,7 +99,7 @@ class AutonomousProblem:
         return self.Y.values(function)
 
     def argument(self, f: np.ndarray) -> np.ndarray:
-        """U = a - B f at the owned nodes, shape (nodes, samples). Collective."""
+        """u = a - B f at the owned nodes, shape (nodes, samples). Collective."""
         return self.bias[:, None] - self.kernel.apply(self.beta, columns(self.Y, "f", f))
 
     def norms(self, values: np.ndarray) -> np.ndarray:
