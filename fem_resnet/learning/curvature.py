@@ -89,7 +89,7 @@ def hessian_spectrum(
     count
         Number of eigenvalues, at least 1.
     gauss_newton
-        Whether to take the Hessian of Gauss and Newton, which has no negative eigenvalues (`blocks.gauss_newton`).
+        Whether to take the Hessian of Gauss and Newton, which has no negative eigenvalues (`tape.recording.gauss_newton`).
     solver_parameters, options_prefix
         Options of SLEPc's EPS, over `EIGENSOLVER_PARAMETERS`.
 

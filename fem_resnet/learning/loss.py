@@ -56,7 +56,7 @@ class Loss:
     hessian : callable or None
         ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O. Hessian actions need it.
     gauss_newton : callable or None
-        The same without the curvature of the prediction, for the actions of Gauss and Newton (`recording.gauss_newton`):
+        The same without the curvature of the prediction, for the actions of Gauss and Newton (`tape.recording.gauss_newton`):
         h'^T l'' h' in place of h'^T l'' h' + l' h''. The Hessian itself if left out.
 
     Notes

@@ -79,7 +79,7 @@ class StableKernelParameter(Parameter):
         for basis in self._of_beta:
             if choice.symmetric and basis.kernel.phi is not basis.kernel.psi:
                 raise ValueError(
-                    f"stable_kernel: expected one basis for phi and psi with {type(choice).__name__}, got two; leave psi out"
+                    f"kernel.among: expected one basis for phi and psi with {type(choice).__name__}, got two; leave psi out"
                 )
             if basis not in made:
                 made[basis] = choice.controls(basis.kernel)

@@ -699,8 +699,8 @@ def test_every_rank_has_the_same_bits_of_j():
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([0, 1, 5, 7], r"^batch.targets: expected classes 0 to 2, sample 2 has 5$"),
-        ([0, -1, 1, 2], r"^batch.targets: expected classes 0 to 2, sample 1 has -1$"),
+        ([0, 1, 5, 7], r"^batch.targets: expected classes 0 to 2, got 5 for sample 2$"),
+        ([0, -1, 1, 2], r"^batch.targets: expected classes 0 to 2, got -1 for sample 1$"),
         ([], r"^targets: expected integers of shape \(4,\), got shape \(0,\)$"),
         (np.zeros(0, dtype=int), r"^targets: expected integers of shape \(4,\), got shape \(0,\)$"),
         ([0.0, 1.0, 2.0, 1.0], r"^targets: expected integers of shape \(4,\), got list with entries of type float64$"),

@@ -365,5 +365,5 @@ def test_tapes_that_do_not_fit_are_refused(tape, annotation):
     tape.clear_tape()
     with annotation():
         net(f)
-    with pytest.raises(ValueError, match="^tape: expected an empty one, and it has Blocks"):
+    with pytest.raises(ValueError, match="^tape: expected a tape without Blocks"):
         enable_checkpointing(tape, 2, LAYERS)

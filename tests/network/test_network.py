@@ -244,7 +244,7 @@ def test_unknown_names_are_refused(option, name):
         (
             {"times": [0.0, np.nan]},
             ValueError,
-            r"^layers.times: expected finite numbers of shape \(layers \+ 1,\), 1 of 2 are not finite",
+            r"^layers.times: expected finite numbers of shape \(layers \+ 1,\), got 1 of 2 that are not finite",
         ),
         (
             {"times": [0.1, 0.5]},
@@ -257,8 +257,8 @@ def test_unknown_names_are_refused(option, name):
             ValueError,
             r"^layers.times: expected numbers of shape \(layers \+ 1,\), got shape \(1, 2\)",
         ),
-        ({"times": None, "layers": -1}, ValueError, r"layers: expected an integer >= 0, got -1"),
-        ({"times": None, "layers": 2.0}, ValueError, r"layers: expected an integer >= 0, got 2.0"),
+        ({"times": None, "layers": -1}, ValueError, r"^layers.times: expected an integer >= 0, got -1"),
+        ({"times": None, "layers": 2.0}, ValueError, r"^layers.times: expected an integer >= 0, got 2.0"),
         ({"times": None, "final_time": 0.0}, ValueError, r"final_time: expected a positive number, got 0.0"),
         ({"times": None, "final_time": np.inf}, ValueError, r"final_time: expected a positive number, got inf"),
         ({"steps": 0}, ValueError, r"^layers.steps: expected a positive integer, got 0"),

@@ -82,5 +82,5 @@ def test_unknown_precisions_and_implicit_methods_are_refused():
     phi = laplace("disk", "CG1", 4)
     with pytest.raises(ValueError, match="precision: expected one of 'double', 'single', got 'half'"):
         ResidualNetwork(phi, precision="half")
-    with pytest.raises(ValueError, match="precision: stages of 'cn' are solved to round-off"):
+    with pytest.raises(ValueError, match="precision: expected 'double' with 'cn'"):
         ResidualNetwork(phi, precision="single", solver_parameters={"ts_type": "cn"})

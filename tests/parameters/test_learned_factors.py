@@ -274,7 +274,7 @@ def test_what_learned_factors_cannot_do_is_refused():
     net = network()
     with pytest.raises(ValueError, match="^ResidualNetwork.on: it does not take learned factors"):
         net.on(label_space("disk", "CG1", 2))
-    with pytest.raises(ValueError, match="^learn_factors: expected one phi and one psi for all layers"):
+    with pytest.raises(ValueError, match="^kernel.learn_factors: expected one phi and one psi for all layers"):
         ResidualNetwork(Kernel([laplace("disk", "CG1", 4)] * 3, learn_factors=True), layers=TIMES)
     with pytest.raises(ValueError, match="^tolerance: expected a number >= 0 and < 1, got 2"):
         net.truncated(2)

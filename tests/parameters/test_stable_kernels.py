@@ -132,14 +132,14 @@ def test_what_a_set_cannot_be_made_of_is_refused():
         (lambda: network(PositiveSemidefinite(rank=7)), "^rank: expected at most that of phi, 4, got 7"),
         (
             lambda: network(DampedAntisymmetric(), psi=laplace("disk", "CG1", 3)),
-            "^stable_kernel: expected one basis for phi and psi with DampedAntisymmetric",
+            "^kernel.among: expected one basis for phi and psi with DampedAntisymmetric",
         ),
-        (lambda: network(PositiveSemidefinite(), learn_factors=True), "^stable_kernel: .* learned factors part"),
+        (lambda: network(PositiveSemidefinite(), learn_factors=True), "^kernel.among: .* learned factors part"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(
-        TypeError, match="^stable_kernel: expected a StableKernel or None, got str; such as PositiveSemidefinite"
+        TypeError, match="^kernel.among: expected a StableKernel or None, got str; such as PositiveSemidefinite"
     ):
         network("positive")
 
@@ -346,7 +346,7 @@ def test_files_keep_the_set_and_the_kernel(choice, tmp_path):
     net = network(choice, ("annulus", "DG0"))
     save(tmp_path / "net.h5", net)
     loaded, _ = load(tmp_path / "net.h5")
-    assert loaded.stable_kernel == choice == stable_kernel_from(choice.description)
+    assert loaded.settings.kernel.among == choice == stable_kernel_from(choice.description)
     for k in range(3):
         assert_allclose(loaded.kernel.get(k), net.kernel.get(k), rtol=0, atol=1e-14)
     moments = [n.Y.sum((smooth(n.Y, 4, seed=2) * n.Y.weights[:, None]).T @ states(n)) for n in (net, loaded)]
@@ -357,10 +357,10 @@ def test_files_keep_the_set_and_the_kernel(choice, tmp_path):
 def test_the_network_moves_to_another_mesh_and_is_truncated(choice):
     net = network(choice)
     finer = net.on(label_space("disk", "CG1", 2))
-    assert finer.stable_kernel == choice
+    assert finer.settings.kernel.among == choice
     assert_allclose(finer.kernel.get(1), net.kernel.get(1), rtol=0, atol=1e-10)
     cut = net.truncated(0.0)
-    assert cut.stable_kernel is None
+    assert cut.settings.kernel.among is None
     assert_allclose(states(cut), states(net), rtol=0, atol=ROUND_OFF)
 
 

@@ -382,7 +382,8 @@ def test_layers_of_different_bases_cannot_share_a_value(arguments, message):
     ids=str,
 )
 def test_refuses(argument, given, error, message):
-    with pytest.raises(error, match=f"^{argument}: {message}"):
+    part = argument.replace("_in_time", ".in_time")
+    with pytest.raises(error, match=f"^{part}: {message}"):
         flat_network(laplace("disk", "CG1", 4), times=TIMES, **{argument: given})
 
 
