@@ -280,10 +280,10 @@ def test_a_machine_that_has_what_it_takes_is_installed_on(machine):
 @pytest.mark.parametrize(
     "programs, message",
     [
-        ({"df": "echo head; echo /dev/x 9 9 1048576 9% /"}, "1 GiB free in .*, 4 GiB wanted: make room or set FEM_RES"),
+        ({"df": "echo head; echo /dev/x 9 9 1048576 9% /"}, "expected 4 GiB free in .*, found 1: make room or set FEM_RES"),
         (
             dict.fromkeys(("python3", "python3.11", "python3.12", "python3.13"), "test $# = 1 && echo Python 3.9.2; exit 1"),
-            "Python 3.9.2 found, Python 3.11, 3.12 or 3.13 wanted",
+            "expected Python 3.11, 3.12 or 3.13, found Python 3.9.2: put",
         ),
     ],
     ids=["too little disk", "wrong Python"],

@@ -96,7 +96,8 @@ def _check_place(path: Path) -> None:
 
 def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[str, list[int | None]]]:
     """The bases, each once, and which of them play which part."""
-    parts = net.bases | {
+    parts = {
+        **net.bases,
         "head": [None if head is None else head.psi],
         "onto": [None if head is None or head.classes else head.onto],
     }

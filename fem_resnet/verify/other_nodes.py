@@ -34,9 +34,9 @@ def moved(point: Point) -> Checks:
         return
     # Eigenfunctions are computed again and turned onto the given ones; exactly, unless the basis cuts a repeated eigenvalue.
     apart = 0.0
-    for ours, theirs in zip(_bases(problem.net, head), _bases(there, output), strict=True):
-        if ours.Y is net.Y:
-            apart = max(apart, relative(theirs.values, ours.values, point.comm))
+    for before, after in zip(_bases(problem.net, head), _bases(there, output), strict=True):
+        if before.Y is net.Y:
+            apart = max(apart, relative(after.values, before.values, point.comm))
     yield Check.of("on other nodes", "bases", apart, 0.05)
     inputs = Y.batch(net.Y.values(problem.batch.inputs).copy())
     if head is None:
