@@ -147,8 +147,8 @@ def _part(net: ResidualNetwork, layers: range) -> ResidualNetwork:
         return bases if len(bases) == 1 else bases[layers.start : layers.stop]
 
     part = net.replace(
-        kernel=replace(settings.kernel, phi=of(settings.kernel.phi), psi=of(settings.kernel.psi)),
-        bias=replace(settings.bias, basis=of(settings.bias.basis)),
+        kernel=replace(settings.kernel, phi=of(settings.phi), psi=of(settings.psi)),
+        bias=replace(settings.bias, basis=of(settings.bias_bases)),
         layers=replace(settings.layers, times=times - times[0]),
     )
     for ours, theirs in zip(part.parameters, net.parameters):

@@ -75,7 +75,7 @@ def _of_network(settings: Settings) -> dict[str, Any]:
     """All that a network is made of but its bases, in one flat list of numbers and text; `network_arguments` reads it."""
     kernel, layers = settings.kernel, settings.layers
     return {
-        "times": list(layers.times),
+        "times": list(settings.times),
         "bias_in_time": settings.bias.in_time,
         "kernel_in_time": kernel.in_time,
         "activation": settings.activation.description,

@@ -18,7 +18,7 @@ import numpy as np
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import KernelCoefficients, NodalValues, SpaceBasis, StateValues
+from fem_resnet.parameters.space_basis import NodalValues, SpaceBasis, kernel_coefficients
 from fem_resnet.parameters.time_basis import TimeBasis
 
 __all__ = ["FactorDirections", "LayerCoefficients", "LayerInputs", "LayerUse", "OnLayer"]
@@ -177,19 +177,19 @@ class LayerCoefficients:
         self,
         bias: Parameter,
         kernel: Parameter,
-        times: Sequence[float] | Parameter,
+        times: Sequence[float] | np.ndarray | Parameter,
         layers: range,
-        factors: Sequence[StateValues] = (),
+        factors: Sequence[SpaceBasis] = (),
     ):
         self.layers = layers
         self._factors = list(factors)
         #: The factors of each layer's kernel, where they are fixed.
-        self._kernels = [_factors_of(kernel.on_layer(layer)) for layer in layers]
+        self._kernels = [kernel_coefficients(kernel.on_layer(layer)).kernel for layer in layers]
         uses = [[(p, LayerUse(p, layer)) for p in (bias, kernel)] for layer in layers]
         keys = list(dict.fromkeys((p.name, k) for layer in uses for p, use in layer for k in use.active))
         parameters = {bias.name: bias, kernel.name: kernel}
         #: The layer times where they are fixed, else None; and where they are learned, their position among the slots.
-        self._fixed_times: Sequence[float] | None = None
+        self._fixed_times: Sequence[float] | np.ndarray | None = None
         self._times_at: int | None = None
         if isinstance(times, Parameter):
             self._times_at = len(keys)
@@ -296,8 +296,3 @@ class LayerCoefficients:
             for at in range(len(total) - len(self._factors), len(total)):
                 add(at)
         return total
-
-
-def _factors_of(basis: SpaceBasis) -> LowRankKernel:
-    assert isinstance(basis, KernelCoefficients), "a kernel is expanded in factors"
-    return basis.kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import NoneType
+from typing import Any
 
 import firedrake as fd
 import numpy as np
@@ -107,8 +108,8 @@ class Observations:
             object.__setattr__(self, name, value)
 
 
-def _entries(name: str, given: object) -> list:
-    """Those of a list from outside."""
+def _entries(name: str, given: Any) -> list:
+    """The entries of a list from outside."""
     if isinstance(instance(name, given, (list, tuple, np.ndarray)), np.ndarray) and given.ndim == 0:
         raise TypeError(f"{name}: expected a list, got {given!r}")
     return list(given)

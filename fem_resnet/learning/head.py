@@ -10,7 +10,7 @@ so that the terminal co-state of section 4.1 (Remark 4.3) is r(z, T) = int (C_pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import firedrake as fd
@@ -151,7 +151,7 @@ class Head(OnMesh):
     def __repr__(self) -> str:
         return f"Head({self.prediction.name}, from {self.psi!r} onto {self.onto!r})"
 
-    def __deepcopy__(self, memo: Mapping) -> Head:
+    def __deepcopy__(self, memo: dict) -> Head:  # type: ignore[override]  # `copy` hands over a dict
         other = self.__copy__()
         vars(other).update(W=copy.deepcopy(self.W, memo), mu=copy.deepcopy(self.mu, memo))
         return other

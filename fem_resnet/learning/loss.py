@@ -37,7 +37,7 @@ from fem_resnet.ranks import may_fail_alone, same, together
 from fem_resnet.tape.operator_block import OperatorBlock
 from fem_resnet.tape.recording import apply
 
-__all__ = ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"]
+__all__ = ["Loss", "LossOperator", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Loss:
             prediction = PREDICTIONS[self.prediction or "identity"]
         self.check_prediction(prediction)
         Y.check_values(output, "output")
-        operator = _LossOperator(self, Y, output.function_space(), prediction)
+        operator = LossOperator(self, Y, output.function_space(), prediction)
         operator.observe(observation, weights)
         return apply(operator, [output])
 
@@ -159,7 +159,9 @@ class Loss:
             )
 
 
-class _LossOperator:
+class LossOperator:
+    """A loss of outputs against an observation, as an operator on the tape (`tape.operator`)."""
+
     ready = True
     output = None
 
@@ -170,6 +172,7 @@ class _LossOperator:
         self._observation = self._weights = np.empty(0)  # until `observe`
 
     def observe(self, observation: fd.Function, weights: Sequence[float] | None) -> None:
+        """Take another observation and other weights, for the next evaluation."""
         self._Y.check_values(observation, "observation")
         values = self._Y.values(observation)
         if values.shape[1] != self._values.samples:

@@ -18,7 +18,7 @@ int |f_I|^2 dy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from types import NoneType
@@ -40,7 +40,7 @@ from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.batch import Batch, Derivatives, Observations
 from fem_resnet.learning.head import PREDICTIONS, Head
-from fem_resnet.learning.loss import Loss, least_squares
+from fem_resnet.learning.loss import Loss, LossOperator, least_squares
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
@@ -232,7 +232,7 @@ class LearningProblem(OnMesh):
             raise TypeError(f"replace: expected some of {', '.join(given)}, got {', '.join(unknown)}")
         return type(self)(**given | changes)
 
-    def __deepcopy__(self, memo: dict):
+    def __deepcopy__(self, memo: Mapping):
         raise TypeError("deepcopy: replace(net=.., head=..) with deep copies of these makes another problem of the same data")
 
     @property
@@ -294,8 +294,8 @@ class LearningProblem(OnMesh):
     @property
     def _share(self) -> float:
         """The part of all weights that this member's samples have."""
-        comm, weights = self.ensemble.ensemble_comm, self.batch.weights
-        weights = np.ones(self.batch.samples) if weights is None else np.asarray(weights, dtype=float)
+        comm, given = self.ensemble.ensemble_comm, self.batch.weights
+        weights = np.ones(self.batch.samples) if given is None else np.asarray(given, dtype=float)
         own = float(np.sum(weights / comm.allreduce(weights.max(), op=MPI.MAX)))  # the sum of large ones may overflow
         return own / comm.allreduce(own)
 
@@ -328,8 +328,9 @@ class LearningProblem(OnMesh):
         return [control for parameter in self.parameters for control in parameter.controls()]
 
     @supports(
-        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial", "learned_both",
-        "many_samples", "weights", tool="Gauss-Newton", when=lambda self, *, gauss_newton=False: isinstance(gauss_newton, (bool, np.bool_)) and gauss_newton,
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial",
+        "learned_both", "many_samples", "weights", tool="Gauss-Newton",
+        when=lambda self, *, gauss_newton=False: isinstance(gauss_newton, (bool, np.bool_)) and bool(gauss_newton),
     )  # fmt: skip
     def record(self, *, gauss_newton: bool = False) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
         """J as a function of all that is learned, on a tape of its own, and the run recorded there.
@@ -408,6 +409,7 @@ class LearningProblem(OnMesh):
         if self._recorded is not None:
             variable, block, run = self._recorded
             variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
+            assert isinstance(block.operator, LossOperator)
             block.operator.observe(observation, batch.weights)
             if run.omega is not None:
                 run.exchange_weights(sample_weights(batch.weights, batch.samples))
@@ -460,7 +462,7 @@ class LearningProblem(OnMesh):
             v, C = of(self.net.Y, derivatives.directions), of(self._output, derivatives.targets)
             derivatives = replace(derivatives, directions=v, targets=C)
         return Batch(
-            of(self.net.Y, given.inputs), of(self._output, self._observation), weights,
+            of(self.net.Y, given.inputs), of(self._output, self._observation), weights.tolist(),
             observations=observations, derivatives=derivatives,
         )  # fmt: skip
 

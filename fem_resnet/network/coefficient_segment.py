@@ -1,13 +1,13 @@
-"""Segments of which all that follows sees f through the layers' own psi: from g = Psi^T M f to g, which is what TS steps.
+"""Segments from g = Psi^T M f to g, for networks of which all that follows sees f through the layers' own psi.
 
-Backward lambda is 0 and gamma all there is, so that nothing at all is of size nodes x samples; states and co-states are
-rebuilt when asked for, as those of any segment.
+Backward, the functional of g is all there is, so that nothing is of size nodes x samples. States and co-states are rebuilt on
+request, as in any segment.
 """
 
 from __future__ import annotations
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.network.segment import Segment
+from fem_resnet.network.segment import Functional, Segment
 from fem_resnet.parameters.slots import Replicated, SeenBatch
 
 __all__ = ["CoefficientSegment"]
@@ -19,11 +19,11 @@ class CoefficientSegment(Segment):
     Parameters
     ----------
     psi
-        Theirs.
+        The basis psi of all layers.
     first
-        Whether the input is held as f, seen through psi; else as g.
+        Whether the input is f, seen through psi; else it is g.
     arguments
-        As for `Segment`; there is no running cost.
+        As for `Segment`. There is no running cost.
     """
 
     _steps_f = False
@@ -44,11 +44,11 @@ class CoefficientSegment(Segment):
         self._check_ranks_agree(g)
         return [g, *(states[l] for l in self.observed)]
 
-    def _adjoint_end(self, psi, state):
-        return state, []
+    def _at_end(self, psi, state):
+        return Functional([], psi, state)
 
-    def _add_observed(self, gamma, duals, state):
-        return [part + other for part, other in zip(gamma, state)], duals
+    def _add_observed(self, at, state):
+        return at._replace(by_g=[part + other for part, other in zip(at.by_g, state)])
 
-    def _adjoint_start(self, psi, gamma, duals, order):
-        return gamma[order]
+    def _at_start(self, at, order):
+        return at.by_g[order]

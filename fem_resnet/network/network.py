@@ -69,8 +69,9 @@ class ResidualNetwork(OnMesh):
     solver_parameters, options_prefix
         PETSc options of the TS and its SNES and KSP: Runge-Kutta of order 4 with fixed steps if left out. Types with a
         gradient are rk, theta, beuler, cn, arkimex and dirk, and the package's own discrete_gradient, which is
-        energy-stable at any step size; `fem_resnet.time_stepping.methods` lists all types. For PETSc's implicit types
-        "mat_type" may be "matfree". With the "ts_adapt_type" "basic" or "dsp", steps are judged by the error of f in the label measure.
+        energy-stable at any step size; `time_stepping.methods` lists all types. For PETSc's implicit types
+        "mat_type" may be "matfree". With the "ts_adapt_type" "basic" or "dsp", steps are judged by the error of f in the label
+        measure.
         Options that would change start, end or steps without a word are refused (`time_stepping.options`).
     replay_steps
         Whether evaluations and derivatives of a recorded run take the steps that were adapted when it was recorded.
@@ -145,7 +146,7 @@ class ResidualNetwork(OnMesh):
     @property
     def layers(self) -> int:
         """The number L of layers."""
-        return len(self.settings.layers.times) - 1
+        return len(self.settings.times) - 1
 
     @property
     def steps(self) -> int:
@@ -166,7 +167,7 @@ class ResidualNetwork(OnMesh):
     def bases(self) -> Mapping[str, tuple[Basis | None, ...]]:
         """The bases "phi", "psi" and "bias": each a tuple of one for all layers, or of one a layer."""
         settings = self.settings
-        return MappingProxyType({"phi": settings.kernel.phi, "psi": settings.kernel.psi, "bias": settings.bias.basis})
+        return MappingProxyType({"phi": settings.phi, "psi": settings.psi, "bias": settings.bias_bases})
 
     @property
     def solver_parameters(self) -> dict:
@@ -205,7 +206,7 @@ class ResidualNetwork(OnMesh):
 
     @property
     def factors(self) -> tuple[Parameter, ...]:
-        """ "phi" and "psi", where they are learned."""
+        """The parameters "phi" and "psi", where they are learned."""
         return self._parameters.factors
 
     @property

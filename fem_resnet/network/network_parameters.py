@@ -6,8 +6,10 @@ is here too: `coefficients` says which coefficients a layer takes, `layer_inputs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,11 +20,20 @@ from fem_resnet.network.settings import Settings
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.retraction import Retraction
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes, NodalValues, SpaceBasis
+from fem_resnet.parameters.space_basis import (
+    BasisCoefficients,
+    KernelCoefficients,
+    LayerTimes,
+    NodalValues,
+    SpaceBasis,
+    kernel_coefficients,
+)
 from fem_resnet.parameters.time_basis import Once, TimeBasis, get_time_basis
 from fem_resnet.tape.kernel_controls import StableKernelParameter
 
 __all__ = ["NetworkParameters"]
+
+_T = TypeVar("_T", bound=SpaceBasis)
 
 
 class NetworkParameters:
@@ -45,15 +56,15 @@ class NetworkParameters:
 
     def __init__(self, settings: Settings):
         kernel, bias, layers = settings.kernel, settings.bias, settings.layers
-        self._Y, self._given_times = settings.Y, read_only(np.array(layers.times))
-        self._given_factors = {"phi": kernel.phi[0], "psi": kernel.psi[0]} if kernel.learn_factors else {}
-        self.bias = Parameter("bias", _one_or_one_a_layer(self._bias_basis, bias.basis), self._in_time(bias.in_time))
-        of_kernel = (
-            _one_or_one_a_layer(partial(_kernel_basis, kernel.learn_factors), kernel.phi, kernel.psi),
-            self._in_time(kernel.in_time),
-        )
-        self.kernel = (
-            Parameter("kernel", *of_kernel) if kernel.among is None else StableKernelParameter(kernel.among, *of_kernel)
+        self._Y, self._given_times = settings.Y, read_only(np.array(settings.times))
+        self._given_factors = {"phi": settings.phi[0], "psi": settings.psi[0]} if kernel.learn_factors else {}
+        self.bias = Parameter("bias", _one_or_one_a_layer(self._bias_basis, settings.bias_bases), self._in_time(bias.in_time))
+        in_space = _one_or_one_a_layer(partial(_kernel_basis, kernel.learn_factors), settings.phi, settings.psi)
+        in_time = self._in_time(kernel.in_time)
+        self.kernel: Parameter = (
+            Parameter("kernel", in_space, in_time)
+            if kernel.among is None
+            else StableKernelParameter(kernel.among, in_space, in_time)
         )
         self.layer_times = self._learned_times() if layers.learn_times else None
         self.factors = tuple(
@@ -65,7 +76,7 @@ class NetworkParameters:
         return NodalValues(self._Y) if basis is None else BasisCoefficients(basis)
 
     def _in_time(self, choice: str | Sequence[int]) -> TimeBasis:
-        return get_time_basis(choice, self._given_times)
+        return get_time_basis(choice, self._given_times.tolist())
 
     def _learned_times(self) -> Parameter:
         times = Parameter("layer_times", LayerTimes(self._Y, self._given_times.size - 1), Once(), penalised=False)
@@ -113,13 +124,17 @@ class NetworkParameters:
     def learned_factors(self) -> LowRankKernel:
         """The factors at present: the given ones, or what training has made of them. Collective."""
         if not self.factors:
-            return self.kernel.space_basis.kernel
+            return kernel_coefficients(self.kernel.space_basis).kernel
         return LowRankKernel(
             *(
                 Basis(self._Y, retraction.forward([p.get(0)], False), "given")
                 for retraction, p in zip(self.retractions(), self.factors)
             )
         )
+
+    def factors_on(self, layer: int) -> LowRankKernel:
+        """The factors of a layer's kernel, where they are fixed."""
+        return kernel_coefficients(self.kernel.on_layer(layer)).kernel
 
     def is_constant(self, layer: int) -> bool:
         """Whether a layer takes nothing that varies in its time, and no times or factors that are learned."""
@@ -128,19 +143,18 @@ class NetworkParameters:
 
     def kind(self, layer: int) -> tuple[int, ...]:
         """What of a layer its stepper depends on: the rank of psi, and the numbers of coefficients."""
-        rank = self.kernel.on_layer(layer).kernel.psi.rank
-        return rank, *(
-            sum(int(np.prod(p.space_bases[k].shape)) for k in p.time_basis.active(layer)) for p in (self.bias, self.kernel)
-        )
+        rank = self.factors_on(layer).psi.rank
+        uses = (LayerUse(p, layer) for p in (self.bias, self.kernel))
+        return rank, *(len(use.active) * math.prod(use.basis.shape) for use in uses)
 
 
-def _one_or_one_a_layer(make: Callable[..., SpaceBasis], *bases: Sequence[Basis | None]) -> SpaceBasis | list[SpaceBasis]:
+def _one_or_one_a_layer(make: Callable[..., _T], *bases: Sequence[Basis | None]) -> _T | list[_T]:
     """Space bases from bases that are one for all layers, or one a layer; the same object from the same bases."""
     layers = max(map(len, bases))
-    columns = [given * layers if len(given) == 1 else given for given in bases]
+    columns = [list(given) * layers if len(given) == 1 else given for given in bases]
     made = {key: make(*key) for key in dict.fromkeys(zip(*columns))}
     return [made[key] for key in zip(*columns)] if layers > 1 else next(iter(made.values()))
 
 
-def _kernel_basis(learned: bool, phi: Basis, psi: Basis) -> SpaceBasis:
+def _kernel_basis(learned: bool, phi: Basis, psi: Basis) -> KernelCoefficients:
     return KernelCoefficients(LowRankKernel(phi, psi), learned)

@@ -17,7 +17,8 @@ from fem_resnet.arguments import integer
 from fem_resnet.fixed import OnMesh
 from fem_resnet.layers.stage import LayerTrace
 from fem_resnet.network.coefficient_segment import CoefficientSegment
-from fem_resnet.network.segment import Segment, TangentSegment
+from fem_resnet.network.segment import Segment
+from fem_resnet.network.tangent_segment import TangentSegment
 from fem_resnet.parameters.slots import Replicated
 from fem_resnet.ranks import same
 from fem_resnet.tape.operator_block import OperatorBlock
@@ -158,7 +159,7 @@ class Run(OnMesh):
     def final(self) -> fd.Function:
         """f(T); differentiate functionals of it.
 
-        Where the run was recorded for what psi sees alone (`seen_by`), it is `state(L)` of the latest evaluation, which is on no tape.
+        Where the run was recorded for what psi sees alone (`seen_by`), it is `state(L)` of the latest evaluation, and on no tape.
         """
         return self.state(self.net.layers) if self._by_coefficients else self._held[self.net.layers]
 
@@ -168,13 +169,16 @@ class Run(OnMesh):
         For functionals of T and of the layer times that `ResidualNetwork.run` observes.
         """
         self._handed_out.add(layer)
-        return self._held[layer], self._pieces[-1].segment.output_of_state if self._by_coefficients else None
+        if not self._by_coefficients:
+            return self._held[layer], None
+        slot = self._pieces[-1].segment.output_of_state
+        assert isinstance(slot, Replicated), "coefficients are the same on all ranks"
+        return self._held[layer], slot
 
     def state(self, layer: int) -> fd.Function:
         """f(t_l), l = 0 .. L.
 
-        While the tape of the run annotates, the state is an output of the tape: differentiate functionals of it, as of `final`.
-        Else it is a new Function, rebuilt from the start of its segment by (3.3).
+        While the tape of the run annotates, the state is an output of it: differentiate functionals of it, as of `final`. Else it is a new Function, rebuilt from the start of its segment by (3.3).
 
         Raises
         ------
@@ -265,8 +269,8 @@ class Run(OnMesh):
     def tangent(self, direction: fd.Function) -> fd.Function:
         """F'(f_I) v: the derivative of the final state in a direction v of the initial one; recorded while annotating.
 
-        It is exact for the discrete network, and can be differentiated once: a loss may contain it (`Derivatives`). For a recorded
-        run it is the derivative at the tape's values.
+        It is exact for the discrete network, and can be differentiated once: a loss may contain it (`Derivatives`). For a
+        recorded run it is the derivative at the tape's values.
 
         Parameters
         ----------
@@ -315,7 +319,7 @@ class Run(OnMesh):
             )
 
     def _piece(self, layer: int, ending: bool = False) -> Piece:
-        """The piece of a layer time. An interface belongs to the piece that starts there, or with `ending` to the one that ends."""
+        """The piece of a layer time: at an interface the piece that starts there, or with `ending` the one that ends."""
         found = [piece for piece in self._pieces if piece.first <= layer <= piece.end]
         return found[0 if ending else -1]
 

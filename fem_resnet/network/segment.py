@@ -1,13 +1,15 @@
-"""Segments: consecutive layers as one operator on the tape (see `operator.Operator`).
+"""Segments: consecutive layers as one operator on the tape (see `tape.operator.Operator`).
 
-Forward, f at the end follows from f at the start and the stages of all layers in one pass (3.3). Backward, layers with the
-same psi hand on gamma, the adjoint of g, alone, so that inside a segment nothing of size nodes x samples is touched but
-what the stages read; states and co-states at inner interfaces are rebuilt when asked for.
+Forward, f at the end follows from f at the start and the stages of all layers in one pass (3.3).
 
-With a running cost the layers carry f and c (`running_cost`), in arrays with a row more, and lambda changes from layer to
-layer; the segment then has a second output, the cost of its time, summed over the samples with their weights.
+Backward, the functional of f at an interface is kept in two parts, by_f + M Psi by_g: by_g is the functional of g = Psi^T M f,
+the coefficients that the layers step. Layers with the same psi hand on by_g alone. So inside a segment nothing of size
+nodes x samples is touched but what the stages read, and states and co-states at inner interfaces are rebuilt on request.
 
-States at inner interfaces may be outputs too (`Segment.observe`): their adjoint values are added to lambda there.
+With a running cost the layers carry f and c (`running_cost`), in arrays with one more row, and by_f changes from layer to
+layer. The segment then has a second output: the cost of its time, summed over the samples with their weights.
+
+States at inner interfaces may be outputs too (`Segment.observe`): their functionals are added to by_f there.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -24,11 +27,29 @@ from petsc4py import PETSc
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.stage import LayerTrace, Stage
-from fem_resnet.parameters.slots import BatchValues
+from fem_resnet.parameters.slots import BatchValues, Replicated
 from fem_resnet.time_stepping.scheme import Scheme
 from fem_resnet.time_stepping.stepper import LayerSequence, Stepper
 
-__all__ = ["Segment", "TangentSegment"]
+__all__ = ["Functional", "Segment"]
+
+
+class Functional(NamedTuple):
+    """The functional of f at an interface, by_f + M Psi by_g, and with a tangent that of the tangent's f too.
+
+    Attributes
+    ----------
+    by_f
+        One array an order, shape (nodes, samples); empty where it is 0.
+    psi
+        The basis Psi.
+    by_g
+        One array an order, shape (rank of psi, samples).
+    """
+
+    by_f: Sequence[np.ndarray]
+    psi: Basis
+    by_g: Sequence[np.ndarray]
 
 
 def _nothing() -> None:
@@ -41,19 +62,19 @@ class Segment:
     Parameters
     ----------
     scheme
-        How they are stepped.
+        The scheme that steps the layers.
     steppers
-        ``steppers(orders)`` makes the layers' steppers, in order, at least one; with a tangent for 2 orders.
+        ``steppers(orders)`` makes one stepper a layer, in order; at least one. With 2 orders they step a tangent too.
     stage
-        Their stage evaluations.
+        The stage evaluations of the layers.
     coefficients
-        What these layers see of bias and kernel.
+        The coefficients that the layers take.
     values
         How Functions hold the state.
     replay
         Whether adapted steps are kept from the first solve on.
     omega
-        Weights of the samples, where the steppers have a running cost; else None.
+        Weights of the samples, shape (samples,), where the steppers have a running cost; else None.
     """
 
     _steps_f = True
@@ -85,28 +106,30 @@ class Segment:
         #: Weights of the samples in the running cost.
         self.omega = omega
         #: How Functions hold a state that is an output.
-        self.output_of_state = values
+        self.output_of_state: BatchValues | Replicated = values
         #: After how many layers the state is an output too; these outputs follow f at the end, and the cost.
         self.observed: list[int] = []
         self.inputs = [values, *coefficients.slots]
         #: The Functions that hold the coefficients, but for learned factors, which `forward` gets last.
         self.functions = coefficients.functions
-        # At the start of each layer, and at the end: lambda, unless it is 0, and psi and gamma for M Psi gamma.
-        self._costates: list[tuple[Sequence[np.ndarray], Basis, Sequence[np.ndarray]]] = []
+        #: What each layer took in the last forward solve.
+        self._layers: list[tuple[LayerInputs, ...]] = []
+        #: Of the last adjoint solve: the functionals of f at the start of each layer, and at the end.
+        self._at_interfaces: list[Functional] = []
         # The array that held the input last, psi, and its coefficients.
         self._input: tuple[Callable[[], np.ndarray | None], Basis | None, np.ndarray | None] = _nothing, None, None
         self._mark = object()  # on the steppers, says who used them last
 
     @property
     def output(self):
-        """One slot an output: f at the end, the cost where there is one (None), f where it is observed."""
+        """One slot an output: for f at the end, for the cost where there is one (None), for f where it is observed."""
         slots = self.output_of_state, *(() if self.omega is None else (None,)), *(self.output_of_state for _ in self.observed)
         return slots if len(slots) > 1 else self.output_of_state
 
     def observe(self, layers: int) -> None:
-        """Make the state after so many layers an output, the last one.
+        """Make the state after so many layers the last output.
 
-        What the last solve has kept for its adjoint is then of no use (`ready`); its traces are.
+        The segment is then not `ready`: an adjoint solves forward again. The traces of the last solve stay good.
         """
         self.observed.append(layers)
         self._sequences, self._mark = {}, object()
@@ -117,17 +140,17 @@ class Segment:
         return all(stepper.has_trajectory and stepper.user is self._mark for stepper in self.steppers)
 
     def release(self) -> None:
-        """Forget what the last solves left: steppers may be shared, states and co-states are of no use then."""
-        self._layers, self._costates, self._tangent_steppers = [], [], None
+        """Forget the last solves; states and co-states cannot be rebuilt any more."""
+        self._layers, self._at_interfaces, self._tangent_steppers = [], [], None
         self._sequences.pop(2, None)
         for stepper in self.steppers:
             stepper.release()
 
     @PETSc.Log.EventDecorator("fem_resnet:forward")
     def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray | tuple[np.ndarray, float]:
-        """f at the end, a new array of shape (nodes, samples); `advance` then gives f at any layer. Collective.
+        """f at the end, a new array of shape (nodes, samples); with a running cost the cost too. Collective.
 
-        With a running cost, that and the cost.
+        `advance` then gives f at any layer.
 
         Parameters
         ----------
@@ -148,7 +171,7 @@ class Segment:
         f, *coefficients = arrays
         for stepper, number in zip(self.steppers, self._numbers):
             stepper.layer, stepper.user = number, self._mark
-        self._costates = []
+        self._at_interfaces = []
         self._layers = [(inputs,) for inputs in self._coefficients.on_layers(coefficients)]
         total = f.copy() if self.omega is None and self._steps_f else None
         states = self._run(self.steppers, [f], self._layers, save, self._steps, total)
@@ -167,26 +190,26 @@ class Segment:
         end, *observed = states
         return end[: self._nodes], float(self.omega @ end[-1]), *(state[: self._nodes] for state in observed)
 
-    def _functionals(self, dual) -> list[np.ndarray]:
-        """Adjoint values of the states, with those of c in the same arrays, from those of the outputs."""
+    def _of_states(self, functional) -> list[np.ndarray]:
+        """Functionals of the states, with a row for c, from functionals of the outputs."""
         if self.omega is None:
-            return list(dual) if self.observed else [dual]
-        end, cost, *observed = dual
+            return list(functional) if self.observed else [functional]
+        end, cost, *observed = functional
         return [self._with_row(end, self.omega * cost), *map(self._with_row, observed)]
 
     def replay(self, steps: Sequence[list[float] | None]) -> None:
-        """Take these steps from now on: for each layer those of a trace, or None for equal ones."""
+        """Take these steps from now on: for each layer the steps of a trace, or None for equal steps."""
         self._steps = list(steps)
 
     def taken_steps(self) -> list[list[float] | None]:
-        """The steps of the last forward solve, in parts of each layer, where they were adapted or given; else None."""
+        """The steps of each layer in the last forward solve, in parts of its length; None where equal steps were taken."""
         return [
             stepper.trace.steps if self.scheme.adaptive or given is not None else None
             for stepper, given in zip(self.steppers, self._steps)
         ]
 
     def refuse_without_adjoint(self) -> None:
-        """Raise ValueError if PETSc cannot adjoin the method."""
+        """Raise a ValueError if PETSc has no adjoint of the method."""
         instead = self.scheme.method.instead
         if instead is not None:
             raise ValueError(
@@ -203,14 +226,15 @@ class Segment:
         taken: Sequence[list[float] | None],
         total: np.ndarray | None = None,
     ) -> list[list[np.ndarray]]:
-        """Step all layers from f, with its tangent if there is one: states at the end and where they are observed.
+        """Step all layers; return the states at the end, and where they are observed.
 
-        States are lists with one entry an order, and have rows for c. `total`, f too, has added what layers add on the way.
+        A state is a list of arrays: f, and its tangent where there is one, each with a row for c where there is a running
+        cost. `total` starts as a copy of f; layers that can add their integral to it in passing do so.
         """
         fields, reached, states, psi, l = [self._with_row(part) for part in f], 0, {}, None, 0
 
         def reach(l: int) -> list[np.ndarray]:
-            """The state after l layers: what has been added up, or from the latest one that is known."""
+            """The state after l layers: `total`, or else by quadrature from the latest state that is known."""
             nonlocal fields, reached
             traces = [stepper.trace for stepper in steppers[:l]]
             if total is not None and all(trace.added for trace in traces):
@@ -234,7 +258,7 @@ class Segment:
         return [reach(l), *(states[l] for l in self.observed)]
 
     def _split(self, steppers: Sequence[Stepper], layers: Sequence[tuple[LayerInputs, ...]]) -> list[LayerSequence]:
-        """The layers in sequences with one psi, without an observed state inside; which these are is so until one is added."""
+        """The layers in sequences with one psi and no observed state inside; kept until another state is observed."""
         orders = len(layers[0])
         if orders not in self._sequences:
             psis = [inputs[0].factors.psi for inputs in layers]
@@ -245,7 +269,7 @@ class Segment:
         return self._sequences[orders]
 
     def _seen(self, psi: Basis, f: np.ndarray) -> np.ndarray:
-        """Psi^T M f, kept for as long as f is the same array and nobody may write into it. Collective."""
+        """Psi^T M f, kept while f is the same array and read-only. Collective."""
         known = self._input[0]() is f and self._input[1] is psi
         if not self._Y.comm.allreduce(known, op=MPI.LAND):  # one rank alone may have looked at the data
             g = psi.project(f)
@@ -266,7 +290,7 @@ class Segment:
             )
 
     def traces(self) -> list[LayerTrace]:
-        """What each layer left in the last forward solve: what f is rebuilt from."""
+        """The traces of the layers in the last forward solve, from which f is rebuilt."""
         return [stepper.trace for stepper in self.steppers]
 
     def advance(self, f: np.ndarray, traces: Sequence[LayerTrace]) -> np.ndarray:
@@ -282,100 +306,105 @@ class Segment:
 
     @PETSc.Log.EventDecorator("fem_resnet:adjoint")
     def adjoint(
-        self, arrays: Sequence[np.ndarray], dual: np.ndarray | Sequence
+        self, arrays: Sequence[np.ndarray], functional: np.ndarray | Sequence
     ) -> list[np.ndarray | Callable[[], np.ndarray]]:
-        """What makes lambda at the start, then functionals of the coefficients, all new arrays. Collective.
+        """A function that makes the functional of f at the start, then functionals of the coefficients. Collective.
 
         Parameters
         ----------
         arrays
-            Those of the last forward solve.
-        dual
-            lambda at the end, dual to the node values, shape (nodes, samples); kept for `costate`. Where there are several
-            outputs, their dual values. Of a `CoefficientSegment` gamma, shape (rank, samples).
+            The arrays of the last forward solve.
+        functional
+            The functional of f at the end, shape (nodes, samples), kept for `costate`; one an output where there are several.
+            For a `CoefficientSegment` the functional of g, shape (rank, samples).
         """
-        states = [[part] for part in self._functionals(dual)]
-        (start,), functionals, self._costates = self._adjoint(self.steppers, states, self._layers, arrays[:1])
+        states = [[part] for part in self._of_states(functional)]
+        (start,), functionals, self._at_interfaces = self._adjoint(self.steppers, states, self._layers, arrays[:1])
         return [start, *functionals]
 
-    def _adjoint(self, steppers, states: Sequence[list[np.ndarray]], layers, f: Sequence[np.ndarray]):
-        """Adjoint values of the input and of its tangent, functionals, and what co-states are made of.
+    def _adjoint(
+        self,
+        steppers: Sequence[Stepper],
+        states: Sequence[list[np.ndarray]],
+        layers: Sequence[tuple[LayerInputs, ...]],
+        f: Sequence[np.ndarray],
+    ) -> tuple[list[Callable[[], np.ndarray]], list[np.ndarray], list[Functional]]:
+        """Functionals of the input, and of its tangent; functionals of the coefficients; functionals at the interfaces.
 
-        `states` are adjoint values of what `_run` gave.
+        `states` are functionals of what `_run` returned, `f` the input and its tangent.
         """
-        psi, l = layers[-1][0].factors.psi, len(layers)
+        l = len(layers)
         end, *others = states
         observed = dict(zip(self.observed, others))
-        gamma, duals = self._adjoint_end(psi, end)
-        functionals, costates = [], [(duals, psi, gamma)]
+        at = self._at_end(layers[-1][0].factors.psi, end)
+        functionals, interfaces = [], [at]
         for sequence in reversed(self._split(steppers, layers)):
-            if layers[l - 1][0].factors.psi is not psi:
-                duals = self._unfold(psi, gamma, duals)
-                psi = layers[l - 1][0].factors.psi
-                gamma = self._nothing(psi, duals)
-            for gamma, duals, functional in sequence.adjoint(gamma, duals):
+            psi = layers[l - 1][0].factors.psi
+            if psi is not at.psi:
+                at = self._without_g(psi, self._unfold(at))
+            for by_g, by_f, functional in sequence.adjoint(list(at.by_g), at.by_f):
                 functionals.append(functional)
-                costates.append((duals, psi, gamma))
+                at = Functional(by_f, psi, by_g)
+                interfaces.append(at)
             l -= len(sequence.steppers)
             if l in observed:
-                gamma, duals = self._add_observed(gamma, duals, observed[l])
-                costates[-1] = duals, psi, gamma
+                at = interfaces[-1] = self._add_observed(at, observed[l])
         collected = self._coefficients.collect(functionals[::-1])
         turning = None
         if layers[0][0].learns_factors:  # the start is seen through Psi too
             fields = (part[: self._nodes] for part in f)
-            collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(fields, gamma))
-            turning = layers[0][1].factor_directions if len(duals) == 2 else None
+            collected[-1] += self._Y.weights[:, None] * sum(part @ x.T for part, x in zip(fields, at.by_g))
+            turning = layers[0][1].factor_directions if len(at.by_f) == 2 else None
 
         def start(order: int) -> np.ndarray:
-            value = self._adjoint_start(psi, gamma, duals, order)
+            value = self._at_start(at, order)
             if order == 0 and turning is not None:
-                value += turning.weighted @ gamma[1]
+                value += turning.weighted @ at.by_g[1]
             return value
 
-        return [partial(start, order) for order in range(len(gamma))], collected, costates[::-1]
+        return [partial(start, order) for order in range(len(at.by_g))], collected, interfaces[::-1]
 
-    def _nothing(self, psi: Basis, duals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [np.zeros((psi.rank, self._stage.samples)) for _ in duals]
+    def _without_g(self, psi: Basis, by_f: Sequence[np.ndarray]) -> Functional:
+        """The functional by_f, for layers with this psi."""
+        return Functional(by_f, psi, [np.zeros((psi.rank, self._stage.samples)) for _ in by_f])
 
-    def _adjoint_end(self, psi: Basis, duals: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """gamma and lambda at the end, from adjoint values of the output and its tangent."""
-        return self._nothing(psi, duals), [self._stage.arranged(dual) for dual in duals]  # every stage reads them
+    def _at_end(self, psi: Basis, state: Sequence[np.ndarray]) -> Functional:
+        """The functional at the end, from that of the output and of its tangent."""
+        return self._without_g(psi, [self._stage.arranged(part) for part in state])  # every stage reads them
 
-    def _add_observed(
-        self, gamma: list[np.ndarray], duals: Sequence[np.ndarray], state: Sequence[np.ndarray]
-    ) -> tuple[list[np.ndarray], Sequence[np.ndarray]]:
-        """gamma and lambda below an interface where the state is an output, from adjoint values of that."""
-        return gamma, [self._stage.arranged(dual + part) for dual, part in zip(duals, state)]
+    def _add_observed(self, at: Functional, state: Sequence[np.ndarray]) -> Functional:
+        """The functional below an interface where the state is an output, with that output's functional."""
+        return at._replace(by_f=[self._stage.arranged(part + other) for part, other in zip(at.by_f, state)])
 
-    def _adjoint_start(self, psi: Basis, gamma: list[np.ndarray], duals: Sequence[np.ndarray], order: int) -> np.ndarray:
-        """Adjoint values of the input, or of its tangent."""
-        return self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]
+    def _at_start(self, at: Functional, order: int) -> np.ndarray:
+        """The functional of the input, or of its tangent, from the functional at the start."""
+        one = at._replace(by_f=at.by_f[order : order + 1], by_g=at.by_g[order : order + 1])
+        return self._unfold(one)[0][: self._nodes]
 
-    def _unfold(self, psi: Basis, gamma: Sequence[np.ndarray], duals: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """lambda + M Psi gamma: the adjoint values of f when g is no state of its own any more."""
+    def _unfold(self, at: Functional) -> list[np.ndarray]:
+        """by_f + M Psi by_g in one array an order."""
         if self.omega is None:
-            return [psi.functional(part) + dual for part, dual in zip(gamma, duals)]
-        return [self._with_row(psi.functional(part) + dual[:-1], dual[-1]) for part, dual in zip(gamma, duals)]
+            return [at.psi.functional(by_g) + by_f for by_g, by_f in zip(at.by_g, at.by_f)]
+        return [self._with_row(at.psi.functional(by_g) + by_f[:-1], by_f[-1]) for by_g, by_f in zip(at.by_g, at.by_f)]
 
     def costate(self, layer: int) -> np.ndarray | None:
-        """r = M^-1 lambda after so many layers of the segment, shape (nodes, samples).
+        """r after so many layers of the segment, shape (nodes, samples): M r is the functional of f.
 
         None if there was no adjoint since the last forward solve.
         """
-        if not self._costates:
+        if not self._at_interfaces:
             return None
-        duals, psi, gamma = self._costates[layer]
-        r = psi.values @ gamma[0]
-        if duals:
-            r += duals[0][: self._nodes] / self._Y.weights[:, None]
+        at = self._at_interfaces[layer]
+        r = at.psi.values @ at.by_g[0]
+        if at.by_f:
+            r += at.by_f[0][: self._nodes] / self._Y.weights[:, None]
         return r
 
     # -- second order -------------------------------------------------------------------------------------------------
 
     @PETSc.Log.EventDecorator("fem_resnet:tangent")
     def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]):
-        """Derivative of `forward` at these arrays, in these directions: that of the discrete network. Collective."""
+        """The derivative of `forward` at these arrays in these directions, exact for the discrete network. Collective."""
         states, _ = self._run_with_tangent(arrays, directions, save=False)
         return self._values([state[1] for state in states])
 
@@ -392,64 +421,30 @@ class Segment:
         self,
         arrays: Sequence[np.ndarray],
         directions: Sequence[np.ndarray],
-        dual: np.ndarray | Sequence,
-        dual_dot: np.ndarray | Sequence,
-    ) -> list[np.ndarray]:
-        """`F'(m)^T dual_dot + d/de F'(m + e m_dot)^T dual` at e = 0, by the adjoint of the tangent. Collective.
+        functional: np.ndarray | Sequence,
+        functional_dot: np.ndarray | Sequence,
+    ) -> list[np.ndarray | Callable[[], np.ndarray]]:
+        """`F'(m)^T l_dot + d/de F'(m + e m_dot)^T l` at e = 0, by the adjoint of the tangent. Collective.
 
         Parameters
         ----------
         arrays, directions
             m and m_dot.
-        dual, dual_dot
-            Adjoint values of the outputs, and their own derivatives.
+        functional, functional_dot
+            l and l_dot: functionals of the outputs, and their derivatives.
         """
-        start, functionals = self.adjoint_of_pair(arrays, directions, dual_dot, dual)
+        start, functionals = self.adjoint_of_pair(arrays, directions, functional_dot, functional)
         return [start[0], *functionals]
 
     def adjoint_of_pair(
-        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], dual, dual_of_tangent
+        self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], functional, functional_of_tangent
     ) -> tuple[list[Callable[[], np.ndarray]], list[np.ndarray]]:
-        """Adjoint of (value, tangent): what makes functionals of f and of its tangent at the start, and of the coefficients."""
+        """The adjoint of (value, tangent). Collective.
+
+        Returned are functions that make the functionals of f and of its tangent at the start, and the functionals of the
+        coefficients.
+        """
         _, layers = self._run_with_tangent(arrays, directions, save=True)
-        states = [list(pair) for pair in zip(self._functionals(dual), self._functionals(dual_of_tangent))]
+        states = [list(pair) for pair in zip(self._of_states(functional), self._of_states(functional_of_tangent))]
         start, functionals, _ = self._adjoint(self._tangent_steppers, states, layers, [arrays[0], directions[0]])
         return start, functionals
-
-
-class TangentSegment:
-    """The tangent of a segment in f as an operator of its own: (f, f_1, coefficients) -> f_1 at the end.
-
-    Its adjoint is that of the pair (f, f_1); coefficients have no directions here.
-
-    Parameters
-    ----------
-    segment
-        The layers; this operator's alone.
-    """
-
-    #: The adjoint solves by itself.
-    ready = True
-
-    def __init__(self, segment: Segment):
-        self._segment = segment
-        self.inputs = [segment.inputs[0], *segment.inputs]
-        self.output = segment.inputs[0]
-
-    def _split(self, arrays):
-        f, f_1, *coefficients = arrays
-        return [f, *coefficients], [f_1, *(np.zeros_like(part) for part in coefficients)]
-
-    def forward(self, arrays: Sequence[np.ndarray], save: bool) -> np.ndarray:
-        """f_1 at the end. Collective."""
-        if save:
-            self._segment.refuse_without_adjoint()
-        values, directions = self._split(arrays)
-        self._segment.forward(values, False)  # where steps are adapted, it is the value that adapts them
-        return self._segment.tangent(values, directions)
-
-    def adjoint(self, arrays: Sequence[np.ndarray], dual: np.ndarray) -> list[np.ndarray]:
-        """Functionals of f, f_1 and the coefficients. Collective."""
-        values, directions = self._split(arrays)
-        (f, f_1), functionals = self._segment.adjoint_of_pair(values, directions, np.zeros_like(dual), dual)
-        return [f, f_1, *functionals]

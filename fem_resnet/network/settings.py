@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -179,7 +179,29 @@ class Settings:
     @property
     def Y(self) -> LabelSpace:
         """The label space that the network lives on."""
-        return self.kernel.phi[0].Y
+        return self.phi[0].Y
+
+    # What `settings_of` has brought to one form; its classes take other forms too.
+
+    @property
+    def phi(self) -> tuple[Basis, ...]:
+        """One basis of the kernel in y, or one a layer."""
+        return cast(tuple[Basis, ...], self.kernel.phi)
+
+    @property
+    def psi(self) -> tuple[Basis, ...]:
+        """One basis of the kernel in z, or one a layer."""
+        return cast(tuple[Basis, ...], self.kernel.psi)
+
+    @property
+    def bias_bases(self) -> tuple[Basis | None, ...]:
+        """One basis of the bias, or one a layer; None for a value at every node."""
+        return cast(tuple[Basis | None, ...], self.bias.basis)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The layer times t_0 .. t_L that the network was made with; no unit."""
+        return cast(tuple[float, ...], self.layers.times)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -225,14 +247,16 @@ def settings_of(
     layers = layers if isinstance(layers, Layers) else Layers(layers, final_time)
     phi = _bases("kernel.phi", kernel.phi)
     same(phi[0].Y.comm, **_parts("kernel", kernel), **_parts("bias", bias), **_parts("layers", layers), **others)
-    layers = _checked_layers(layers)
-    number = len(layers.times) - 1
+    times = _checked_times(layers.times, layers.final_time)
+    count = len(times) - 1
     psi = phi if kernel.psi is None else _bases("kernel.psi", kernel.psi)
     on = _bases("bias.basis", bias.basis, or_nodes=True)
     for name, bases in (("kernel.phi", phi), ("kernel.psi", psi), ("bias.basis", on)):
-        _check_bases(name, bases, number, phi[0].Y)
+        _check_bases(name, bases, count, phi[0].Y)
     learn_factors = flag("kernel.learn_factors", kernel.learn_factors)
-    among = instance("kernel.among", kernel.among, (StableKernel, NoneType), "such as PositiveSemidefinite()")
+    among: StableKernel | None = instance(
+        "kernel.among", kernel.among, (StableKernel, NoneType), "such as PositiveSemidefinite()"
+    )
     if learn_factors:
         if len(phi) > 1 or len(psi) > 1:
             raise ValueError("kernel.learn_factors: expected one phi and one psi for all layers, got lists")
@@ -244,11 +268,16 @@ def settings_of(
         phi, psi = ((orthonormal(basis),) for basis in (phi[0], psi[0]))
     return Settings(
         kernel=replace(
-            kernel, phi=phi, psi=psi, in_time=get_time_basis(kernel.in_time, layers.times, "kernel.in_time").description,
+            kernel, phi=phi, psi=psi, in_time=get_time_basis(kernel.in_time, times, "kernel.in_time").description,
             learn_factors=learn_factors,
         ),
-        bias=Bias(on, in_time=get_time_basis(bias.in_time, layers.times, "bias.in_time").description),
-        layers=layers,
+        bias=Bias(on, in_time=get_time_basis(bias.in_time, times, "bias.in_time").description),
+        layers=Layers(
+            times,
+            steps=integer("layers.steps", layers.steps),
+            per_block=max(count, 1) if layers.per_block is None else integer("layers.per_block", layers.per_block),
+            learn_times=flag("layers.learn_times", layers.learn_times),
+        ),
         activation=get_activation(others["activation"]),
         gradient_flow=flag("gradient_flow", others["gradient_flow"]),
         solver_parameters=others["solver_parameters"],
@@ -284,41 +313,41 @@ def _parts(name: str, given: Kernel | Bias | Layers) -> dict[str, Any]:
     return {f"{name}.{field.name}": getattr(given, field.name) for field in fields(given)}
 
 
-def _checked_layers(layers: Layers) -> Layers:
-    """The layers in one form: with their times, a number of steps and of layers a Block."""
-    times = _checked_times(layers.times, layers.final_time)
-    most = max(len(times) - 1, 1)
-    return Layers(
-        times,
-        steps=integer("layers.steps", layers.steps),
-        per_block=most if layers.per_block is None else integer("layers.per_block", layers.per_block),
-        learn_times=flag("layers.learn_times", layers.learn_times),
-    )
-
-
-def _checked_times(times: object, final_time: float | None) -> tuple[float, ...]:
+def _checked_times(times: int | Sequence[float], final_time: float | None) -> tuple[float, ...]:
     """Layer times, from these or from the number of layers and T."""
     if not isinstance(times, (Sequence, np.ndarray)) or isinstance(times, (str, bytes)):
-        number_of_layers = integer("layers.times", times, least=0)
+        count = integer("layers.times", times, least=0)
         end = 1.0 if final_time is None else number("layers.final_time", final_time, above=0)
-        return tuple(np.linspace(0.0, end, number_of_layers + 1).tolist()) if number_of_layers else (0.0,)
-    times = tuple(checked_times(times).tolist())
+        return tuple(np.linspace(0.0, end, count + 1).tolist()) if count else (0.0,)
+    checked = tuple(checked_times(times).tolist())
     if final_time is not None:
         raise ValueError(
             f"layers.final_time: expected None where layer times are given, whose last one is T, got {final_time!r}"
         )
-    return times
+    return checked
 
 
-def checked_times(times: Sequence[float], name: str = "layers.times") -> np.ndarray:
-    """Layer times, a copy, shape (L + 1,), float64.
+def checked_times(times: Sequence[float] | np.ndarray, name: str = "layers.times") -> np.ndarray:
+    """Layer times, a copy.
+
+    Parameters
+    ----------
+    times
+        From outside, shape (L + 1,).
+    name
+        What messages call them.
+
+    Returns
+    -------
+    numpy.ndarray
+        The times, shape (L + 1,), float64.
 
     Raises
     ------
     TypeError, ValueError
         If they do not start at 0, or do not increase.
     """
-    times = real_array(name, times, ("layers + 1",)).copy()
-    if times[0] != 0.0 or not (np.diff(times) > 0).all():
-        raise ValueError(f"{name}: expected increasing layer times 0 = t_0 < .. < t_L, got {times.tolist()}")
-    return times
+    checked = real_array(name, times, ("layers + 1",)).copy()
+    if checked[0] != 0.0 or not (np.diff(checked) > 0).all():
+        raise ValueError(f"{name}: expected increasing layer times 0 = t_0 < .. < t_L, got {checked.tolist()}")
+    return checked

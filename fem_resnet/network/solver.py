@@ -10,6 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import firedrake as fd
 import numpy as np
@@ -54,7 +55,7 @@ class Solver:
 
     def __init__(self, settings: Settings, parameters: NetworkParameters, scheme: Scheme):
         self._settings, self._parameters, self._scheme = settings, parameters, scheme
-        self._Y, self._layers = settings.Y, len(settings.layers.times) - 1
+        self._Y, self._layers = settings.Y, len(settings.times) - 1
         self._stages, self._scratch = _Latest(), _Latest()
         if self._layers:
             self._stepper(self._stage(1), 0)  # now, so that options are refused here rather than at the first run
@@ -77,13 +78,15 @@ class Solver:
         omega = None if running is None else omega
         self._refuse(running, seen_by, observed, manager)
         if manager is not None:
-            end, cost = self._record_steps(initial, manager, running, omega)
-            return Solved(initial, space, None, {self._layers: end}, cost, omega)
+            end, recorded_cost = self._record_steps(initial, manager, running, omega)
+            return Solved(initial, space, None, {self._layers: end}, recorded_cost, omega)
         # What the caller has may change later: an unrecorded run has a copy.
         state = given = initial if annotate_tape() else read_only(np.array(self._Y.values(initial)))
         functions_of = self._functions()
         segments = self._segments(space, running, omega, seen_by, observed)
-        pieces, held, cost = [], {} if self._layers else {0: state}, 0.0
+        pieces: list[Piece] = []
+        held: dict[int, Any] = {} if self._layers else {0: state}
+        cost: AdjFloat | float = 0.0
         for segment in segments:
             before = pieces[-1] if pieces and seen_by is not None else None
             first, seen = pieces[-1].end if pieces else 0, state
@@ -154,7 +157,7 @@ class Solver:
 
     def steps_what_is_seen_by(self, psi: Basis) -> bool:
         """Whether layers step nothing but g = Psi^T M f: see `ResidualNetwork.steps_what_is_seen_by`."""
-        bases = {self._parameters.kernel.on_layer(layer).kernel.psi for layer in range(self._layers)}
+        bases = {self._parameters.factors_on(layer).psi for layer in range(self._layers)}
         return bases == {psi} and not self._parameters.factors and not self._scheme.carries_f
 
     @property
@@ -240,7 +243,7 @@ class Solver:
         )
 
     def _stepper(self, stage: Stage, layer: int, orders: int = 1, running: RunningCost | None = None) -> Stepper:
-        kernel, constant = self._parameters.kernel.on_layer(layer).kernel, self._parameters.is_constant(layer)
+        kernel, constant = self._parameters.factors_on(layer), self._parameters.is_constant(layer)
         return self._scheme.new_stepper(layer, stage, kernel, orders, running, sees_constants=constant)
 
 

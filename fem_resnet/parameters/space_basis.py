@@ -28,9 +28,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.slots import BatchValues, Replicated, Slot, new_cofunction
 
-__all__ = [
-    "BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues",
-]  # fmt: skip
+__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues", "kernel_coefficients"]  # fmt: skip
 
 
 class SpaceBasis(Slot):
@@ -238,6 +236,12 @@ class KernelCoefficients(ReplicatedCoefficients):
                 "formula here; fix the factors, or regularise by smooth_in_time or tikhonov"
             )
         return self.kernel.stiffness(coefficients)
+
+
+def kernel_coefficients(basis: SpaceBasis) -> KernelCoefficients:
+    """The space basis of a kernel, of which more is known than of any space basis."""
+    assert isinstance(basis, KernelCoefficients), "a kernel is expanded in factors"
+    return basis
 
 
 class MatrixControls(ReplicatedCoefficients):

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from pyadjoint import Control
 
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls, SpaceBasis
+from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls, kernel_coefficients
 from fem_resnet.parameters.stable_kernels import KernelMap, StableKernel
 from fem_resnet.parameters.time_basis import TimeBasis
 from fem_resnet.tape.recording import apply
@@ -74,7 +74,7 @@ class StableKernelParameter(Parameter):
         self._choice = choice
         self._versions: list[int] | None = None
         super().__init__("kernel", space_basis, time_basis)
-        self._of_beta = [_of_kernel(basis) for basis in self.space_bases]
+        self._of_beta = [kernel_coefficients(basis) for basis in self.space_bases]
         made: dict[KernelCoefficients, MatrixControls] = {}
         for basis in self._of_beta:
             if choice.symmetric and basis.kernel.phi is not basis.kernel.psi:
@@ -135,8 +135,3 @@ class StableKernelParameter(Parameter):
     def controls(self) -> list[Control]:
         """The pyadjoint Controls of the free controls."""
         return self._learned.controls()
-
-
-def _of_kernel(basis: SpaceBasis) -> KernelCoefficients:
-    assert isinstance(basis, KernelCoefficients), "a kernel is expanded in factors"
-    return basis

@@ -182,7 +182,7 @@ def train_pam(
     )  # fmt: skip
 
 
-def _check_batches(batches: object) -> None:
+def _check_batches(batches: Sequence[Batch] | None) -> None:
     if batches is None:
         return
     if not instance("batches", batches, (list, tuple), "minibatches() makes them"):

@@ -13,7 +13,7 @@ from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.slots import SeenBatch
-from fem_resnet.tape.operator import Operator, made
+from fem_resnet.tape.operator import SecondOrderOperator, made
 from fem_resnet.time_stepping.ts_stepper import TSStepper
 from fem_resnet.verify.measure import relative
 from fem_resnet.verify.point import Point, close
@@ -90,7 +90,7 @@ def _replicated(slot, Y: LabelSpace) -> bool:
 
 
 def _identity(
-    name: str, operator: Operator | Segment, arrays: list, point: Point, rng: np.random.Generator, shared: np.random.Generator,
+    name: str, operator: SecondOrderOperator | Segment, arrays: list, point: Point, rng: np.random.Generator, shared: np.random.Generator,
     bound: float,
 ) -> Check:  # fmt: skip
     """Check the adjoint of an operator at given inputs. `rng` differs between ranks, `shared` does not."""
