@@ -237,7 +237,8 @@ def main(short=False):
         histories[domain] = solve(Y, 12 if short else 120)
         say(f"\n{domain}, {Y.size} cells, {LAYERS} layers, {SAMPLES} samples")
         say(
-            f"{'':20s}{'J':>11s}{'in box':>8s}{'PMP residual':>22s}{'|DJ|':>10s}{'test error':>12s}{'evaluations':>13s}{'s':>7s}"
+            f"{'':20s}{'J':>11s}{'in box':>8s}{'PMP residual':>22s}{'|DJ|':>10s}{'test error':>12s}"
+            f"{'evaluations':>13s}{'s':>7s}"
         )
         J[domain] = {}
         for name, problem, history in histories[domain]:

@@ -76,7 +76,7 @@ def label_space(mesh, family, degree, refinement):
 
 
 # %% One network
-# Four layers with fixed random coefficients, made on a mesh of some hundred nodes. What it is given are smooth functions of the
+# Four layers with fixed random coefficients, made on a mesh of some hundred nodes. Its inputs are smooth functions of the
 # coordinates.
 
 

@@ -27,8 +27,8 @@ import numpy as np
 from fem_resnet import Box, LabelSpace, StateGrid, closed_loop, feedback_controls, feedback_speeds, solve_value_function
 
 # %% Two halves of a disk
-# A rectangle of two cells is mapped onto the disk by polar coordinates, here polynomials of degree 8: each half is one cell with
-# a curved side.
+# A rectangle of two cells is mapped onto the disk by polar coordinates, here polynomials of degree 8: each half is one cell
+# with a curved side.
 
 
 def halves_of_a_disk():
@@ -41,8 +41,8 @@ def halves_of_a_disk():
 
 
 # %% The problem
-# Controls a(y) in [-0.4, 0.5] and b(y, z) in [-0.5, 0.3] for all y and z, sigma = tanh, no running cost. At a state v each half
-# has the same interval of speeds, from (4.9). The cells are numbered from below: v_1 is the value on the lower half.
+# Controls a(y) in [-0.4, 0.5] and b(y, z) in [-0.5, 0.3] for all y and z, sigma = tanh, no running cost. At a state v each
+# half has the same interval of speeds, from (4.9). The cells are numbered from below: v_1 is the value on the lower half.
 
 CONTROLS = Box((-0.4, 0.5), (-0.5, 0.3))
 TARGET = np.array([0.7, -0.4])
@@ -84,7 +84,8 @@ def table(Y, spacings, say):
     """One row a spacing; returns the finest F, the order over all rows, and by how much frozen controls cost more."""
     v = np.hstack([INPUTS, np.random.default_rng(0).uniform(-1, 1, (2, 40))])
     say(
-        f"{'spacing':>8s}{'states':>14s}{'steps':>7s}{'largest F':>12s}{'closed loop - F':>18s}{'order':>8s}{'frozen - F':>13s}"
+        f"{'spacing':>8s}{'states':>14s}{'steps':>7s}{'largest F':>12s}{'closed loop - F':>18s}"
+        f"{'order':>8s}{'frozen - F':>13s}"
     )
     apart = []
     for spacing in spacings:
@@ -100,10 +101,10 @@ def table(Y, spacings, say):
 
 
 # %% What is drawn
-# Where D_v F changes its sign in a half, a and b(y, .) of that half switch from one end of the box to the other (4.10): the first
-# two kinds of lines. Where v changes its sign in a half z, b(., z) switches for all y: the axes. Arrows are the feedback field
-# v_t = sigma(a~ - B v); where the target is in reach F is zero, and staying is as good as going. What is drawn is gathered from
-# the ranks: two numbers a state.
+# Where D_v F changes its sign in a half, a and b(y, .) of that half switch from one end of the box to the other (4.10): the
+# first two kinds of lines. Where v changes its sign in a half z, b(., z) switches for all y: the axes. Arrows are the feedback field
+# v_t = sigma(a~ - B v); where the target is in reach F is zero, and staying is as good as going. The states are gathered
+# from the ranks: two numbers a state.
 
 
 class Picture:

@@ -54,7 +54,12 @@ LAST = COMM_WORLD.size - 1
 def _learned(alone=False):
     """Learned factors and times, a bias in a basis, a head onto classes."""
     phi = laplace("disk", "CG1", 3, alone)
-    net = ResidualNetwork(Kernel(phi, learn_factors=True), bias=Basis(phi.Y, phi.values[:, :2], "given"), layers=Layers(2, learn_times=True), solver_parameters={"ts_rk_type": "3bs"})  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(phi, learn_factors=True),
+        bias=Basis(phi.Y, phi.values[:, :2], "given"),
+        layers=Layers(2, learn_times=True),
+        solver_parameters={"ts_rk_type": "3bs"},
+    )
     return net, Head(net.bases["psi"][0], 3)
 
 

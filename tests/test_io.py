@@ -53,7 +53,13 @@ def _square_cg3(alone=False):
     """Four different bases on a spectral element; another Runge-Kutta method, steps, and cut into Blocks."""
     phi = laplace("square", "CG3", 4, alone)
     bias = Basis(phi.Y, phi.values[:, :2] + 1.0, "given")
-    net = ResidualNetwork(Kernel(phi, polynomials(phi.Y)), bias=bias, layers=Layers(TIMES, steps=2, per_block=2), activation="arctan", solver_parameters={"ts_rk_type": "3bs"})  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(phi, polynomials(phi.Y)),
+        bias=bias,
+        layers=Layers(TIMES, steps=2, per_block=2),
+        activation="arctan",
+        solver_parameters={"ts_rk_type": "3bs"},
+    )
     return _with_head(net, Basis(phi.Y, phi.values[:, 1:3], "given"), 2)
 
 

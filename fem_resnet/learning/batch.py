@@ -71,8 +71,8 @@ class Observations:
     targets
         C_l, one an entry of `layers`: as the targets of a batch, for the same samples.
     weights
-        Shape (observations,): what each counts beside the loss at T, finite numbers >= 0, not divided by their sum; ones if left out. For an
-        integral over time, the lengths of layers.
+        Shape (observations,): what each counts beside the loss at T. Finite numbers >= 0, not divided by their sum; ones if
+        left out. The lengths of layers make an integral over time.
 
     Raises
     ------

@@ -186,7 +186,10 @@ class Head(OnMesh):
         return self._output(slot, g, self.mu.functions[0])
 
     def linear(self, f: fd.Function) -> fd.Function:
-        """`X W Psi^T M f`: O without mu, which is the derivative of O in a direction f; recorded while annotating. Collective."""
+        """`X W Psi^T M f`: O without mu, which is the derivative of O in a direction f. Collective.
+
+        Recorded while annotating.
+        """
         self.psi.Y.check_where(f, "f")
         return self._output(self._seen(f), f, fd.Function(self.mu.functions[0].function_space()))
 

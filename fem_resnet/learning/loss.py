@@ -183,11 +183,13 @@ class LossOperator:
         self._weights = sample_weights(weights, self._values.samples)
 
     def forward(self, arrays, save):
+        """The weighted mean over the samples. Collective."""
         values = self._asked("value", arrays[0], shape=(self._values.samples,))
         return float(self._weights @ self._Y.sum(values))
 
-    def adjoint(self, arrays, dual):
-        return [(dual * self._weights) * self._asked("gradient", arrays[0])]
+    def adjoint(self, arrays, functional):
+        """The functional of the output. Collective."""
+        return [(functional * self._weights) * self._asked("gradient", arrays[0])]
 
     def _asked(
         self, what: str, output: np.ndarray, *direction: np.ndarray, shape: tuple[int, ...] | None = None
@@ -202,20 +204,23 @@ class LossOperator:
         return together(self._Y.comm if may_fail_alone(asked) else None, ask)
 
     def tangent(self, arrays, directions):
+        """The derivative in a direction of the output. Collective."""
         return float(self._Y.sum(np.sum(self.adjoint(arrays, 1.0)[0] * directions[0])))
 
-    def second_adjoint(self, arrays, directions, dual, dual_dot):
-        return self._second_adjoint("hessian", arrays, directions, dual, dual_dot)
+    def second_adjoint(self, arrays, directions, functional, functional_dot):
+        """The derivative of `adjoint` in directions of the output and of the functional. Collective."""
+        return self._second_adjoint("hessian", arrays, directions, functional, functional_dot)
 
-    def gauss_newton(self, arrays, directions, dual, dual_dot):
+    def gauss_newton(self, arrays, directions, functional, functional_dot):
+        """The same without the curvature of the prediction. Collective."""
         what = "hessian" if self._loss.gauss_newton is None else "gauss_newton"
-        return self._second_adjoint(what, arrays, directions, dual, dual_dot)
+        return self._second_adjoint(what, arrays, directions, functional, functional_dot)
 
-    def _second_adjoint(self, what, arrays, directions, dual, dual_dot):
+    def _second_adjoint(self, what, arrays, directions, functional, functional_dot):
         if getattr(self._loss, what) is None:
             raise NotImplementedError(f"loss: {self._loss.name} has no `hessian`, which Hessian actions need; give it one")
         change = self._asked(what, arrays[0], directions[0])
-        return [self.adjoint(arrays, dual_dot)[0] + (dual * self._weights) * change]
+        return [self.adjoint(arrays, functional_dot)[0] + (functional * self._weights) * change]
 
 
 def _of_prediction(name: str, value: Callable, functional: Callable, curvature: Callable) -> Loss:

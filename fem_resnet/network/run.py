@@ -159,7 +159,8 @@ class Run(OnMesh):
     def final(self) -> fd.Function:
         """f(T); differentiate functionals of it.
 
-        Where the run was recorded for what psi sees alone (`seen_by`), it is `state(L)` of the latest evaluation, and on no tape.
+        Where the run was recorded for what psi sees alone (`seen_by`), it is `state(L)` of the latest evaluation, on no
+        tape.
         """
         return self.state(self.net.layers) if self._by_coefficients else self._held[self.net.layers]
 
@@ -178,7 +179,8 @@ class Run(OnMesh):
     def state(self, layer: int) -> fd.Function:
         """f(t_l), l = 0 .. L.
 
-        While the tape of the run annotates, the state is an output of it: differentiate functionals of it, as of `final`. Else it is a new Function, rebuilt from the start of its segment by (3.3).
+        While the tape of the run annotates, the state is an output of it: differentiate functionals of it, as of `final`.
+        Else it is a new Function, rebuilt from the start of its segment by (3.3).
 
         Raises
         ------

@@ -28,7 +28,16 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.slots import BatchValues, Replicated, Slot, new_cofunction
 
-__all__ = ["BasisCoefficients", "KernelCoefficients", "LayerTimes", "MatrixControls", "NodalValues", "SpaceBasis", "StateValues", "kernel_coefficients"]  # fmt: skip
+__all__ = [
+    "BasisCoefficients",
+    "KernelCoefficients",
+    "LayerTimes",
+    "MatrixControls",
+    "NodalValues",
+    "SpaceBasis",
+    "StateValues",
+    "kernel_coefficients",
+]
 
 
 class SpaceBasis(Slot):

@@ -90,7 +90,8 @@ def _replicated(slot, Y: LabelSpace) -> bool:
 
 
 def _identity(
-    name: str, operator: SecondOrderOperator | Segment, arrays: list, point: Point, rng: np.random.Generator, shared: np.random.Generator,
+    name: str, operator: SecondOrderOperator | Segment, arrays: list, point: Point,
+    rng: np.random.Generator, shared: np.random.Generator,
     bound: float,
 ) -> Check:  # fmt: skip
     """Check the adjoint of an operator at given inputs. `rng` differs between ranks, `shared` does not."""

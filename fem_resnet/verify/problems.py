@@ -114,7 +114,13 @@ def _seen(comm: MPI.Comm) -> LearningProblem:
     """
     Y = _disk(comm)
     psi = laplace_basis(Y, 5)
-    net = ResidualNetwork(Kernel(psi, in_time=[0, 1, 0]), bias=psi, layers=Layers(_TIMES, steps=2, per_block=1), activation="sigmoid", solver_parameters={"ts_rk_type": "5dp"})  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(psi, in_time=[0, 1, 0]),
+        bias=psi,
+        layers=Layers(_TIMES, steps=2, per_block=1),
+        activation="sigmoid",
+        solver_parameters={"ts_rk_type": "5dp"},
+    )
     return _problem(net, Head(psi, 3, "logistic"), binary_cross_entropy, samples=7, targets=_classes(7))
 
 
@@ -210,7 +216,12 @@ def _learned(comm: MPI.Comm) -> LearningProblem:
 def _lengths(comm: MPI.Comm) -> LearningProblem:
     """Learned times with many samples; elu, which has a joint; layers that share a bias."""
     Y = _line(comm)
-    net = ResidualNetwork(Kernel(_functions(Y, 4), _functions(Y, 5, 0.4), in_time="shared"), bias=Bias(_functions(Y, 3), in_time=[0, 1, 1]), layers=Layers(_TIMES, steps=2, learn_times=True), activation="elu")  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(_functions(Y, 4), _functions(Y, 5, 0.4), in_time="shared"),
+        bias=Bias(_functions(Y, 3), in_time=[0, 1, 1]),
+        layers=Layers(_TIMES, steps=2, learn_times=True),
+        activation="elu",
+    )
     return _problem(net, samples=20, regulariser=tikhonov(0.05) + smooth_in_time(0.04))
 
 
@@ -241,7 +252,12 @@ def _flow(comm: MPI.Comm) -> LearningProblem:
 def _energy(comm: MPI.Comm) -> LearningProblem:
     """The discrete gradient."""
     Y = _disk(comm)
-    net = ResidualNetwork(Kernel(_functions(Y, 3), _functions(Y, 4, 0.4)), bias=Bias(in_time="linear"), layers=Layers(_TIMES[:3], steps=2, learn_times=True), solver_parameters={"ts_type": "discrete_gradient"})  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(_functions(Y, 3), _functions(Y, 4, 0.4)),
+        bias=Bias(in_time="linear"),
+        layers=Layers(_TIMES[:3], steps=2, learn_times=True),
+        solver_parameters={"ts_type": "discrete_gradient"},
+    )
     return _problem(net, samples=2)
 
 

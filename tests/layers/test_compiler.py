@@ -212,7 +212,8 @@ def test_a_struct_that_ctypes_has_alike_compiles(folder):
 
 @pytest.mark.parametrize(
     "fields",
-    ["char *first; long number; double size, more;", "char *first; double size; long number;", "char *first; int number; double size;",
+    ["char *first; long number; double size, more;", "char *first; double size; long number;",
+     "char *first; int number; double size;",
      "long first, number; double size;", "char *first; long number, size;", "char *first; long number; char *size;"],
     ids=["size", "order", "width", "integer for pointer", "integer for number", "pointer for number"],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Samples over one communicator, the label domain over the other: J, its gradient and training are those of one communicator."""
+"""Samples over one communicator, the label domain over the other: J, its gradient and training are as on one."""
 
 import firedrake as fd
 import numpy as np

@@ -447,7 +447,10 @@ def test_gradients_of_explicit_euler_are_those_of_section_4():
     problem = LearningProblem(net, None, least_squares, tikhonov(weight), batch)
     J, run = problem.record()
     derivative = J.derivative(apply_riesz=True)
-    order = lambda function: Y.values(function)[:, 0]
+
+    def order(function):
+        return Y.values(function)[:, 0]
+
     number = np.concatenate(Y.comm.allgather(net.kernel.space_basis.kernel.phi.values.argmax(axis=1)))
     place = np.argsort(number)  # of each cell indicator in the order of all ranks' nodes
 

@@ -27,7 +27,12 @@ def memory(what: str) -> float:
 def problem(phi, layers, layers_per_block=1, in_time="shared", samples=64, checkpoints=None) -> LearningProblem:
     """Least squares at the end of layers of Euler's method, with weights of size 1/2."""
     rng, Y = np.random.default_rng(0), phi.Y
-    net = ResidualNetwork(Kernel(phi, in_time=in_time), bias=Bias(phi, in_time=in_time), layers=Layers(layers, per_block=layers_per_block), solver_parameters={"ts_type": "rk", "ts_rk_type": "1fe", "ts_adapt_type": "none"})  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(phi, in_time=in_time),
+        bias=Bias(phi, in_time=in_time),
+        layers=Layers(layers, per_block=layers_per_block),
+        solver_parameters={"ts_type": "rk", "ts_rk_type": "1fe", "ts_adapt_type": "none"},
+    )
     for parameter in net.parameters:
         for k in range(len(parameter.functions)):
             parameter.set(k, rng.normal(scale=0.5, size=parameter.space_bases[k].shape))

@@ -211,7 +211,7 @@ def test_observations_add_a_loss_at_each_layer_time(head):
 @pytest.mark.parametrize("layers_per_block", [2, 1, None][: None if COMM_WORLD.size == 1 else 1])
 @pytest.mark.parametrize("learn", ["both", "parameters"][: None if COMM_WORLD.size == 1 else 1])
 def test_observations_have_all_derivatives_seen_by_the_layers_own_psi(layers_per_block, learn, rng, taylor):
-    """The head reads what layers step: no state is ever made of nodal values, and the numbers are those of the way through f."""
+    """The head reads what layers step: no state has nodal values, and the numbers are those of the way through f."""
     net = network("annulus", "CG1", layers_per_block=layers_per_block)
     answers = []
     for psi in (net.bases["psi"][0], type(net.bases["psi"][0])(net.Y, net.bases["psi"][0].values, "given")):

@@ -99,8 +99,8 @@ def test_bases_of_each_layer_move_to_another_mesh():
         (lambda b: dict(phi=[]), ValueError, "^kernel.phi: expected a Basis, or one a layer, got an empty list$"),
         (lambda b: dict(phi=b, psi=[b] * 4), ValueError, "^kernel.psi: expected one Basis, or 3, .* got 4$"),
         (lambda b: dict(phi=b, bias=[None, b]), ValueError, "^bias.basis: expected one Basis, or 3, .* got 2$"),
-        (lambda b: dict(phi=[b, None, b]), TypeError, "^kernel.phi: expected a Basis, or a list with one a layer, got NoneType$"),
-        (lambda b: dict(phi=b, bias=[b, 1, b]), TypeError, "^bias.basis: expected a Basis or None .*, or a list with one a layer, got int"),
+        (lambda b: dict(phi=[b, None, b]), TypeError, "^kernel.phi: expected a Basis, .*, got NoneType$"),
+        (lambda b: dict(phi=b, bias=[b, 1, b]), TypeError, "^bias.basis: expected a Basis or None .*, got int"),
         (
             lambda b: dict(phi=[b, b, laplace("annulus", "DG0", 5)]), ValueError,
             "^kernel.phi: expected a basis on the label space of phi, .*, got one on .*$",

@@ -33,7 +33,14 @@ SAMPLES = 2
 def own_network(problem="smooth", steps=1, options_prefix=None, **parameters):
     """Kernels are symmetric and positive; the bias is linear in t. phi does not span all: f has a part that no layer sees."""
     activation, times, size = PROBLEMS[problem]
-    net = ResidualNetwork(laplace("interval", "DG0", 3), bias=Bias(in_time="linear"), layers=Layers(times, steps=steps), activation=activation, solver_parameters=parameters, options_prefix=options_prefix)  # fmt: skip
+    net = ResidualNetwork(
+        laplace("interval", "DG0", 3),
+        bias=Bias(in_time="linear"),
+        layers=Layers(times, steps=steps),
+        activation=activation,
+        solver_parameters=parameters,
+        options_prefix=options_prefix,
+    )
     for layer in range(net.layers):
         net.kernel.set(layer, size * np.diag([1.0, 0.5, 2.0]) * (1 + layer))
     for k in range(net.layers + 1):

@@ -97,7 +97,18 @@ def sound_problem(seed: int) -> LearningProblem:
     in_time = ["layers", "linear", "shared", [0, *([1] * (layers - 1))]]
     method = _pick(rng, METHODS)
     with_adjoint = method.get("ts_type") not in ("irk", "euler", "ssp", "rosw", "bdf", "alpha", "glle")
-    net = ResidualNetwork(Kernel(phi, psi, in_time=_pick(rng, in_time), learn_factors=bool(with_adjoint and rng.random() < 0.15)), bias=Bias(_pick(rng, [None, modes, mixed]), in_time=_pick(rng, in_time)), layers=Layers(times, steps=int(rng.integers(1, 4)), per_block=_pick(rng, [None, 1, 2]), learn_times=bool(with_adjoint and rng.random() < 0.15)), activation=_pick(rng, ACTIVATIONS), solver_parameters=method)  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(phi, psi, in_time=_pick(rng, in_time), learn_factors=bool(with_adjoint and rng.random() < 0.15)),
+        bias=Bias(_pick(rng, [None, modes, mixed]), in_time=_pick(rng, in_time)),
+        layers=Layers(
+            times,
+            steps=int(rng.integers(1, 4)),
+            per_block=_pick(rng, [None, 1, 2]),
+            learn_times=bool(with_adjoint and rng.random() < 0.15),
+        ),
+        activation=_pick(rng, ACTIVATIONS),
+        solver_parameters=method,
+    )
     head, loss, targets = _head(rng, Y, modes)
     size = rng.uniform(0.2, 1.2)
     for parameter in [net.bias, net.kernel, *([] if head is None else head.parameters)]:
@@ -131,7 +142,13 @@ def laplace_problem(mesh: str, rank: int) -> LearningProblem:
     rng = np.random.default_rng([78, rank, len(mesh)])
     Y = label_space(*LAPLACE_MESHES[mesh])
     modes = laplace_basis(Y, rank)
-    net = ResidualNetwork(Kernel(modes, in_time=_pick(rng, ["layers", "linear", "shared"])), bias=modes, layers=[0.0, 0.3, 0.8][: 3 - rank // 48], activation=_pick(rng, ACTIVATIONS), solver_parameters=_pick(rng, [{}, {"ts_rk_type": "3bs"}, {"ts_rk_type": "5dp"}]))  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(modes, in_time=_pick(rng, ["layers", "linear", "shared"])),
+        bias=modes,
+        layers=[0.0, 0.3, 0.8][: 3 - rank // 48],
+        activation=_pick(rng, ACTIVATIONS),
+        solver_parameters=_pick(rng, [{}, {"ts_rk_type": "3bs"}, {"ts_rk_type": "5dp"}]),
+    )
     head = _pick(rng, [None, Head(modes, 3)])
     for parameter in [net.bias, net.kernel, *([] if head is None else head.parameters)]:
         for k, basis in enumerate(parameter.space_bases):

@@ -102,7 +102,11 @@ def field():
     """A field by a logistic head and least squares, bias in a basis, controls shared by layers."""
     Y = LabelSpace(fd.FunctionSpace(_mesh("annulus"), "CG", 1))
     phi, psi = _bases(Y)
-    net = ResidualNetwork(Kernel(phi, psi, in_time=[1, 0, 1]), bias=Bias(psi, in_time=[0, 1, 1]), layers=Layers([0.0, 0.3, 0.5, 1.1], per_block=2))  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(phi, psi, in_time=[1, 0, 1]),
+        bias=Bias(psi, in_time=[0, 1, 1]),
+        layers=Layers([0.0, 0.3, 0.5, 1.1], per_block=2),
+    )
     head = Head(psi, phi, "logistic")
     _fill([*net.parameters, *head.parameters], Y, 1)
     targets = Y.batch(0.5 + 0.4 * _waves(Y, 3, 9))

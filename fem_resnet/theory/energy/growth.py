@@ -126,7 +126,8 @@ class GrowthMonitor(StepMonitor):
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import Bias, Kernel, LabelSpace, follow_trajectory, given_basis
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(1), "CG", 1))
-    >>> net = ResidualNetwork(Kernel(given_basis(Y, [1.0]), in_time="shared"), bias=Bias(in_time="shared"), layers=1, activation="relu")
+    >>> kernel, bias = Kernel(given_basis(Y, [1.0]), in_time="shared"), Bias(in_time="shared")
+    >>> net = ResidualNetwork(kernel, bias=bias, layers=1, activation="relu")
     >>> net.kernel.set(0, [[-0.5]])
     >>> monitor = GrowthMonitor(net)
     >>> _ = follow_trajectory(net, Y.batch(1 + 0 * Y.weights), monitor, steps=16)

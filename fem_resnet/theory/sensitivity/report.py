@@ -184,7 +184,8 @@ def stability_report(
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import Kernel, LabelSpace, Layers, ResidualNetwork, laplace_basis, stability_report
     >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
-    >>> net = ResidualNetwork(Kernel(laplace_basis(Y, 3), in_time="shared"), layers=Layers(2, 2.0, steps=4), activation="identity")
+    >>> kernel = Kernel(laplace_basis(Y, 3), in_time="shared")
+    >>> net = ResidualNetwork(kernel, layers=Layers(2, 2.0, steps=4), activation="identity")
     >>> net.kernel.set(0, np.diag([2.0, -1.5, 0.0]))  # modes do e^(-2 t) and e^(1.5 t)
     >>> report = stability_report(net, Y.batch(0.1 * Y.coordinates[:, 0]))
     >>> [layer.verdict for layer in report.layers], [suggestion.kind for suggestion in report.suggestions]

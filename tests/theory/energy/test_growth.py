@@ -128,7 +128,13 @@ def test_a_kernel_of_rank_one_makes_the_exponential_bound_sharp(domain):
     """b = -c, a = 0, f_I = 1 and relu: f = exp(c |Y| t), for a sharper B there is no room."""
     Y = disk_of_measure_one_half() if domain == "small disk" else laplace("sphere", "CG1", 1).Y
     c = 2.0 / Y.measure
-    net = ResidualNetwork(Kernel(given_basis(Y, [1.0]), in_time="shared"), bias=Bias(in_time="shared"), layers=3, final_time=3.0, activation="relu")  # fmt: skip
+    net = ResidualNetwork(
+        Kernel(given_basis(Y, [1.0]), in_time="shared"),
+        bias=Bias(in_time="shared"),
+        layers=3,
+        final_time=3.0,
+        activation="relu",
+    )
     net.kernel.set(0, [[-c]])
     monitor = GrowthMonitor(net)
     final = follow_trajectory(net, Y.batch(1 + 0 * Y.weights), monitor, steps=16)

@@ -444,7 +444,12 @@ def test_the_costate_converges_in_depth_at_the_order_of_the_scheme(method, order
 
     def at(layers, method):
         found = compress(kernel, 1e-9, Y)
-        net = ResidualNetwork(Kernel(found.kernel.phi, found.kernel.psi, in_time="shared"), bias=Bias(in_time="shared"), layers=layers, solver_parameters={"ts_rk_type": method})  # fmt: skip
+        net = ResidualNetwork(
+            Kernel(found.kernel.phi, found.kernel.psi, in_time="shared"),
+            bias=Bias(in_time="shared"),
+            layers=layers,
+            solver_parameters={"ts_rk_type": method},
+        )
         net.kernel.set(0, found.beta)
         net.bias.set(0, bias(Y.coordinates))
         return Y.values(costate(net, Y))[:, 0]

@@ -295,7 +295,15 @@ def test_the_midpoint_rule_may_part_solutions_in_a_quarter_of_the_largest_step_o
     worst = psi.values @ np.linalg.svd(np.eye(2) - 0.5 * H[1] @ (np.eye(2) - 0.25 * H[0]))[2][:1].T
     ratios = {}
     for method in ("2b", "2a"):
-        net = ResidualNetwork(Kernel(phi, psi), bias=phi, layers=1, final_time=0.5, activation=sigma, gradient_flow=True, solver_parameters={"ts_rk_type": method})  # fmt: skip
+        net = ResidualNetwork(
+            Kernel(phi, psi),
+            bias=phi,
+            layers=1,
+            final_time=0.5,
+            activation=sigma,
+            gradient_flow=True,
+            solver_parameters={"ts_rk_type": method},
+        )
         net.kernel.set(0, beta)
         net.bias.set(0, a)
         found = distances(net, 0 * worst, 1e-5 * worst)[:, 0]
