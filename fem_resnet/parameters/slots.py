@@ -1,8 +1,8 @@
 """Slots: how Functions hold the arrays that Blocks on the tape work with.
 
 A Block (`tape.operator_block`) takes Functions and gives Functions; its operator works with arrays. A slot stands between
-the two, one for each input and output. Batches are held as node values (`BatchValues`), or as a basis sees them (`SeenBatch`); a
-few numbers that all ranks share are held by one cell of a mesh of its own (`Replicated`). Coefficients of parameters are slots
+the two, one for each input and output. Batches are held as node values (`BatchValues`), or as a basis sees them (`SeenBatch`);
+a few numbers that all ranks share are held by one cell of a mesh of its own (`Replicated`). Coefficients of parameters are slots
 too, with an inner product: see `space_basis`.
 """
 
