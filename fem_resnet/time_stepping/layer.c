@@ -7,7 +7,7 @@
 
    TS asks for the stages in the order of the tableau: forward from the first stage on, backwards from the last one. So f is
    added up on the way, with the weights of the method, and in the adjoint the functional in the bias is added up on the way
-   too. Both have the size of the mesh, and TS would go over them five times a stage. A parameter of derivative one, whose
+   too. These two have the size of the mesh, and TS would go over them five times a stage. A parameter of derivative one, whose
    functional TS adds up itself, shows whether TS has weighted the stages as this file assumes. */
 
 #include <petscblaslapack.h>
