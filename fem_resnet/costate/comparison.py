@@ -1,7 +1,7 @@
 """A network's co-state and gradient, by pyadjoint and TSAdjoint, held against those of (4.2).
 
 Over step sizes dt, dt/2, dt/4, .. the differences to an accurate solution of (4.2) fall with the order of the network's
-scheme; where (4.2) is stepped by that scheme's partner they are round-off (`costate`, `evolution`).
+scheme; where (4.2) is stepped by that scheme's partner they are round-off (`costate`, `tableau`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ Here (4.2a) is stepped backwards as it stands, in the nodal values, along an int
 stepped in the nodal values as well. Nothing is shared with the layers' own stepping and its adjoint, by which
 pyadjoint gets its gradients, but the kernel's transpose and the way that coefficients make a parameter.
 `costate_comparison` compares the two: they agree to the order of the network's scheme, and to round-off where (4.2) is
-stepped by that scheme's partner (`evolution`).
+stepped by that scheme's partner (`tableau`).
 """
 
 from __future__ import annotations

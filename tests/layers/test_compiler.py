@@ -212,8 +212,9 @@ def test_a_struct_that_ctypes_has_alike_compiles(folder):
 
 @pytest.mark.parametrize(
     "fields",
-    ["char *first; long number; double size, more;", "char *first; double size; long number;", "char *first; int number; double size;",
-     "long first, number; double size;", "char *first; long number, size;", "char *first; long number; char *size;"],
+    ["char *first; long number; double size, more;", "char *first; double size; long number;",
+     "char *first; int number; double size;", "long first, number; double size;", "char *first; long number, size;",
+     "char *first; long number; char *size;"],
     ids=["size", "order", "width", "integer for pointer", "integer for number", "pointer for number"],
 )  # fmt: skip
 def test_a_struct_that_ctypes_has_otherwise_does_not_compile(fields, folder):

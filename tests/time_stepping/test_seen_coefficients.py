@@ -1,4 +1,4 @@
-"""Networks of which the head sees f(T) through the layers' psi: coefficients on the tape in place of f, and the same numbers."""
+"""Networks whose head sees f(T) through the layers' psi: the tape has coefficients in the place of f, and the same numbers."""
 
 import tracemalloc
 
@@ -36,8 +36,7 @@ def _both(net, **options):
 
 def _numbers(problem, derivative):
     owners = [parameter for parameter in problem.parameters for _ in parameter.functions]
-    parts = [problem.net.Y.values(d) if p.name == "initial" else coefficients(p, d) for p, d in zip(owners, derivative)]
-    return parts
+    return [problem.net.Y.values(d) if p.name == "initial" else coefficients(p, d) for p, d in zip(owners, derivative)]
 
 
 def _assert_close(found, expected, tolerance=ROUND_OFF):
