@@ -136,8 +136,7 @@ class StageValue(Generic[At]):
 class Stage(Generic[At]):
     """Stage evaluations for layers on one label domain, with one activation and one number of samples.
 
-    Collective over the communicator of the label domain: each call of `rate`, `transpose` or `jacobian` makes one Allreduce.
-    Arrays of nodes hold the nodes of this rank. The kernel's factors Phi and Psi are inputs, as a and C are.
+    Collective over the label domain's communicator: one Allreduce a call. Arrays of nodes hold the nodes of this rank.
 
     Parameters
     ----------
