@@ -102,8 +102,8 @@ def table(Y, spacings, say):
 
 # %% What is drawn
 # Where D_v F changes its sign in a half, a and b(y, .) of that half switch from one end of the box to the other (4.10): the
-# first two kinds of lines. Where v changes its sign in a half z, b(., z) switches for all y: the axes. Arrows are the feedback field
-# v_t = sigma(a~ - B v); where the target is in reach F is zero, and staying is as good as going. The states are
+# first two kinds of lines. Where v changes its sign in a half z, b(., z) switches for all y: the axes. Arrows are the feedback
+# field v_t = sigma(a~ - B v); where the target is in reach F is zero, and staying is as good as going. The states are
 # gathered from the ranks: two numbers a state.
 
 

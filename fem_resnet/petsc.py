@@ -197,7 +197,7 @@ def shell(context: object, sizes: tuple[int, int], comm: PETSc.Comm | None = Non
     sizes
         Numbers of rows and of columns on this rank.
     comm
-        The communicator; that of this rank alone if left out.
+        The communicator; this rank alone if left out.
     """
     rows, columns = sizes
     comm = PETSc.COMM_SELF if comm is None else comm

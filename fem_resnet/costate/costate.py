@@ -24,7 +24,7 @@ targets.
 Here (4.2a) is stepped backwards as it stands, in the nodal values, along an interpolated solution of (2.8) that is stepped
 in the nodal values too. It shares with the layers' own stepping, from whose adjoint pyadjoint gets its gradients, only the
 kernel's transpose and the map from coefficients to parameters. `comparison` compares both: they agree to the order of the
-network's scheme, and to round-off if (4.2) is stepped by the partner of that scheme (`fem_resnet.time_stepping.evolution`).
+network's scheme, and to round-off if (4.2) is stepped by the partner of that scheme (`time_stepping.tableau`).
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.ranks import same, together
-from fem_resnet.time_stepping.evolution import FieldStepper, Moment, Path, Step, Tableau
+from fem_resnet.time_stepping.evolution import FieldStepper, Moment, Path, Step
 from fem_resnet.time_stepping.stepper import StepFailure
+from fem_resnet.time_stepping.tableau import Tableau
 
 __all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "like", "solve_trajectory"]
 

@@ -136,7 +136,7 @@ class LayerInputs(NamedTuple):
     learns_length, learns_factors : bool
         Whether the length, and the factors' values, are learned, so that an adjoint computes functionals in them.
     factor_directions : FactorDirections or None
-        In a direction, that of the factors; None where they are fixed.
+        In a direction, the directions of the factors; None where the factors are fixed.
     """
 
     start: float

@@ -1,17 +1,21 @@
-/* Stage of a layer, compiled: what layer.Stage does for values, in the same notation, and to the same numbers.
+/* Stage of a layer, compiled: what `Stage` of stage.py does for values, in the same notation and to the same numbers.
 
-   Put in front: REAL, the type of what is evaluated at the nodes; the vectorised functions of the C library; VALUE(s) and
-   SLOPE(s), which are sigma and sigma'. Coefficients, sums over nodes and f are doubles whatever REAL is.
+   Python puts in front of this file: REAL, the type of values at the nodes; the vectorised functions of the C library;
+   VALUE(s) and SLOPE(s), which are sigma and sigma'. Coefficients, sums over nodes and f are doubles whatever REAL is.
 
-   A block of nodes goes through all of a stage while u, sigma and the block's rows of Phi and Psi are in the first-level
-   cache: nothing of size nodes x samples is but f and lambda, where they are wanted. With few samples lanes of a vector
-   are nodes, and sums over nodes are kept one a lane; with many they are samples. In both orders products are tiles in
-   registers of 4 x 4 vectors; 4 x 3 where there are 16 registers, not 32, and lanes are samples.
+   NODES nodes, a node block, go through all of a stage while u, sigma and the block's rows of Phi and Psi are in the
+   first-level cache. So of all arrays with nodes x samples numbers only f and lambda exist, where they are needed. With few
+   samples, the lanes of a vector are nodes, and a sum over nodes is kept for each lane. With many samples, the lanes are
+   samples. In both cases products are made of tiles of 4 x 4 vectors, which stay in registers; of 4 x 3 vectors where there
+   are 16 registers instead of 32 and the lanes are samples.
 
-   f and lambda may be packed, one chunk of samples after the other: where a node's samples fill a page, a chunk's part of
-   each is on a page of its own, and a stage would wait for nearly every line of it.
+   f and lambda may be packed, one chunk of samples after the other. Where the samples of a node fill a page of memory, the
+   part of each node that belongs to a chunk is on a page of its own, and without packing a stage would wait for nearly every
+   line of it.
 
-   Coefficients have one sample after the other: those of sample s begin at `C + s * ld`, ld at least the rank. */
+   Coefficients of one sample stand together: those of sample s begin at `C + s * ldc`, with ldc at least the rank.
+
+   Sections: types and memory; few samples; many samples; the functions that Python and layer.c call. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -24,19 +28,19 @@
 #define VECTOR 16
 #endif
 
-#define LINE 64 /* bytes of a cache line, and of the widest vector: what is kept begins there */
+#define LINE 64 /* bytes of a cache line, and of the widest vector: arrays begin at multiples of it */
 #define LANES ((int)(VECTOR / sizeof(REAL)))
-#define BLOCK 64  /* nodes */
-#define WIDE (BLOCK / LANES < 8 ? BLOCK / LANES : 8)
+#define NODES 64  /* nodes of a node block */
+#define WIDE (NODES / LANES < 8 ? NODES / LANES : 8)
 #define ACROSS (VECTOR == 64 ? 4 : 3)  /* vectors of samples in a tile: its sums, operands and a factor stay in registers */
-#define CHUNK (ACROSS * LANES)  /* samples, where they are many */
-#define SLAB 64  /* functions of a basis */
+#define CHUNK (ACROSS * LANES)  /* samples of a chunk, where there are many samples */
+#define SLAB 64  /* functions of a basis that are multiplied before the next ones */
 #define UNROLL _Pragma("GCC unroll 8")
 #define ALWAYS static inline __attribute__((always_inline))
 
 typedef REAL vec __attribute__((vector_size(VECTOR)));
 typedef REAL loose __attribute__((vector_size(VECTOR), aligned(sizeof(REAL)), may_alias));
-/* As many as a vector has lanes: one vector, or two where REAL is float; never aligned to more than their size. */
+/* One double for each lane of a vector: one vector, or two where REAL is float. Never aligned to more than its size. */
 typedef double sums __attribute__((vector_size(LANES * sizeof(double)), aligned(VECTOR)));
 typedef double loose_sums __attribute__((vector_size(LANES * sizeof(double)), aligned(sizeof(double)), may_alias));
 _Static_assert(LINE % VECTOR == 0 && sizeof(sums) % VECTOR == 0, "arrays of vectors have each of them aligned");
@@ -54,24 +58,24 @@ struct label_space {
     long nodes;
     long samples;
     const REAL *weights;
-    long packed; /* whether f and lambda have one chunk of samples after the other, or are nodes x samples: 1 or 0 */
+    long packed; /* 1 if f and lambda are packed, 0 if they are nodes x samples */
 };
 
 struct scratch {
-    REAL *coefficients[2]; /* of many samples, chunk by chunk: rank x CHUNK */
-    sums *sums;            /* rank x LANES; or doubles, chunk by chunk: rank x CHUNK */
-    REAL *phi, *psi;       /* of the last block, filled up by zeros */
-    REAL a[BLOCK], weights[BLOCK];
+    REAL *coefficients[2]; /* with many samples, chunk by chunk: rank x CHUNK */
+    sums *sums;            /* rank x LANES; with many samples doubles, chunk by chunk: rank x CHUNK */
+    REAL *phi, *psi;       /* the last node block, filled up by zeros; so are a and the weights */
+    REAL a[NODES], weights[NODES];
 };
 
-/* Kept from stage to stage: to free it each time leaves holes that the system does not get back. */
+/* This memory is kept from stage to stage. Freeing it each time would leave holes that the system does not get back. */
 static _Thread_local char *kept;
 static _Thread_local size_t kept_size;
 
 static int get_scratch(struct scratch *scratch, long phi, long psi, long samples) {
     const long rank = phi > psi ? phi : psi, chunks = (samples + CHUNK - 1) / CHUNK;
     const size_t chunk = rank * CHUNK, few = rank * LANES * sizeof(sums), many = chunks * chunk * sizeof(double);
-    const size_t size = (few > many ? few : many) + 2 * chunks * chunk * sizeof(REAL) + (phi + psi) * BLOCK * sizeof(REAL);
+    const size_t size = (few > many ? few : many) + 2 * chunks * chunk * sizeof(REAL) + (phi + psi) * NODES * sizeof(REAL);
     if (size > kept_size) {
         free(kept);
         kept = aligned_alloc(LINE, (size + LINE - 1) / LINE * LINE);
@@ -83,14 +87,14 @@ static int get_scratch(struct scratch *scratch, long phi, long psi, long samples
     memory += few > many ? few : many;
     for (int i = 0; i < 2; i++, memory += chunks * chunk * sizeof(REAL)) scratch->coefficients[i] = (REAL *)memory;
     scratch->phi = (REAL *)memory;
-    scratch->psi = scratch->phi + phi * BLOCK;
+    scratch->psi = scratch->phi + phi * NODES;
     return 1;
 }
 
-/* -- few samples: lanes are nodes; u, here, is samples x BLOCK ---------------------------------------------------------- */
+/* -- few samples: lanes are nodes, and u is samples x NODES ------------------------------------------------------------- */
 
-/* What a block of nodes reads; the last block, if it is not full, from copies that zeros fill up. */
-struct block {
+/* The data of a node block. If the last block is not full, they are copies, filled up by zeros. */
+struct node_block {
     long start, nodes;
     const REAL *phi, *psi, *a, *weights;
     long phi_stride, psi_stride;
@@ -98,22 +102,22 @@ struct block {
 
 static void fill_up(REAL *copy, const REAL *values, long columns, long stride, long nodes) {
     for (long k = 0; k < columns; k++) {
-        memset(copy + k * BLOCK, 0, BLOCK * sizeof(REAL));
-        memcpy(copy + k * BLOCK, values + k * stride, nodes * sizeof(REAL));
+        memset(copy + k * NODES, 0, NODES * sizeof(REAL));
+        memcpy(copy + k * NODES, values + k * stride, nodes * sizeof(REAL));
     }
 }
 
-static struct block block_at(long start, const struct label_space *Y, const struct basis *phi, const struct basis *psi,
-                             const REAL *a, struct scratch *scratch) {
+static struct node_block node_block_at(long start, const struct label_space *Y, const struct basis *phi,
+                                       const struct basis *psi, const REAL *a, struct scratch *scratch) {
     long nodes = Y->nodes - start;
-    if (nodes >= BLOCK)
-        return (struct block){start, BLOCK, phi->values + start, psi->values + start, a + start, Y->weights + start,
-                              phi->stride, psi->stride};
+    if (nodes >= NODES)
+        return (struct node_block){start, NODES, phi->values + start, psi->values + start, a + start, Y->weights + start,
+                                   phi->stride, psi->stride};
     fill_up(scratch->phi, phi->values + start, phi->rank, phi->stride, nodes);
     fill_up(scratch->psi, psi->values + start, psi->rank, psi->stride, nodes);
     fill_up(scratch->a, a + start, 1, 0, nodes);
     fill_up(scratch->weights, Y->weights + start, 1, 0, nodes);
-    return (struct block){start, nodes, scratch->phi, scratch->psi, scratch->a, scratch->weights, BLOCK, BLOCK};
+    return (struct node_block){start, nodes, scratch->phi, scratch->psi, scratch->a, scratch->weights, NODES, NODES};
 }
 
 /* u = a - Phi C on a tile of `vectors` <= 8 vectors of nodes and of `samples` <= 4 samples. */
@@ -129,7 +133,7 @@ ALWAYS void affine_tile(int samples, int vectors, int ahead, const REAL *restric
         UNROLL
         for (int v = 0; v < vectors; v++) {
             p[v] = get(phi + k * stride + v * LANES);
-            if (ahead) __builtin_prefetch(phi + k * stride + v * LANES + BLOCK, 0, 2);
+            if (ahead) __builtin_prefetch(phi + k * stride + v * LANES + NODES, 0, 2);
         }
         UNROLL
         for (int s = 0; s < samples; s++) {
@@ -141,14 +145,14 @@ ALWAYS void affine_tile(int samples, int vectors, int ahead, const REAL *restric
     UNROLL
     for (int s = 0; s < samples; s++)
         UNROLL
-        for (int v = 0; v < vectors; v++) put(u + s * BLOCK + v * LANES, sum[s][v]);
+        for (int v = 0; v < vectors; v++) put(u + s * NODES + v * LANES, sum[s][v]);
 }
 
 ALWAYS void affine(int ahead, long samples, const REAL *phi, long stride, long rank, const REAL *a, const double *C, long ldc,
                    REAL *u) {
 #define AFFINE(count, vectors)                                                                                            \
-    for (long n = 0; n < BLOCK; n += vectors * LANES)                                                                      \
-    affine_tile(count, vectors, ahead, phi + n, stride, rank, a + n, C + s * ldc, ldc, u + s * BLOCK + n)
+    for (long n = 0; n < NODES; n += vectors * LANES)                                                                      \
+    affine_tile(count, vectors, ahead, phi + n, stride, rank, a + n, C + s * ldc, ldc, u + s * NODES + n)
     long s = 0;
     for (; s + 4 <= samples; s += 4) AFFINE(4, 4);
     switch (samples - s) {
@@ -158,14 +162,14 @@ ALWAYS void affine(int ahead, long samples, const REAL *phi, long stride, long r
     }
 }
 
-/* total += Psi^T v for `ranks` <= 8 functions and `samples` <= 4 samples, over a block of nodes. */
+/* total += Psi^T v for `ranks` <= 8 functions and `samples` <= 4 samples, over a node block. */
 ALWAYS void project_tile(int ranks, int samples, const REAL *restrict psi, long stride, const REAL *restrict v,
                          sums *restrict total) {
     vec sum[8][4] = {{{0}}};
-    for (int n = 0; n < BLOCK; n += LANES) {
+    for (int n = 0; n < NODES; n += LANES) {
         vec q[4];
         UNROLL
-        for (int s = 0; s < samples; s++) q[s] = get(v + s * BLOCK + n);
+        for (int s = 0; s < samples; s++) q[s] = get(v + s * NODES + n);
         UNROLL
         for (int k = 0; k < ranks; k++) {
             vec p = get(psi + k * stride + n);
@@ -179,7 +183,7 @@ ALWAYS void project_tile(int ranks, int samples, const REAL *restrict psi, long 
         for (int s = 0; s < samples; s++) total[k * LANES + s] += __builtin_convertvector(sum[k][s], sums);
 }
 
-#define PROJECT(ranks, samples) project_tile(ranks, samples, psi + k * stride, stride, v + s * BLOCK, total + k * LANES + s)
+#define PROJECT(ranks, samples) project_tile(ranks, samples, psi + k * stride, stride, v + s * NODES, total + k * LANES + s)
 #define PROJECT_ROWS(samples, most)                                                                                       \
     do {                                                                                                                   \
         long k = 0;                                                                                                        \
@@ -211,21 +215,21 @@ static void rate_of_few(const struct label_space *Y, const struct basis *phi, co
                         struct scratch *scratch) {
     const long samples = Y->samples;
     const REAL length = tau;
-    REAL u[LANES * BLOCK];
+    REAL u[LANES * NODES];
     memset(scratch->sums, 0, psi->rank * LANES * sizeof(sums));
-    for (long start = 0; start < Y->nodes; start += BLOCK) {
-        struct block b = block_at(start, Y, phi, psi, a, scratch);
+    for (long start = 0; start < Y->nodes; start += NODES) {
+        struct node_block b = node_block_at(start, Y, phi, psi, a, scratch);
         affine(1, samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
         for (long s = 0; s < samples; s++) {
-            REAL *row = u + s * BLOCK;
+            REAL *row = u + s * NODES;
 #pragma omp simd
-            for (int n = 0; n < BLOCK; n++) row[n] = length * VALUE(row[n]);
+            for (int n = 0; n < NODES; n++) row[n] = length * VALUE(row[n]);
             if (s_out)
                 for (long n = 0; n < b.nodes; n++) s_out[(start + n) * samples + s] = row[n];
             if (f)
                 for (long n = 0; n < b.nodes; n++) f[(start + n) * samples + s] += weight * row[n];
 #pragma omp simd
-            for (int n = 0; n < BLOCK; n++) row[n] *= b.weights[n];
+            for (int n = 0; n < NODES; n++) row[n] *= b.weights[n];
         }
         if (Q) project(samples, b.psi, b.psi_stride, psi->rank, u, scratch->sums);
     }
@@ -235,35 +239,35 @@ static void rate_of_few(const struct label_space *Y, const struct basis *phi, co
 static void transpose_of_few(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
                              const double *C, long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D,
                              double *bias, double weight, double *length, struct scratch *scratch) {
-    static const REAL zero[BLOCK];
+    static const REAL zero[NODES];
     const long samples = Y->samples;
     const REAL tau_ = tau;
-    REAL u[LANES * BLOCK], w[LANES * BLOCK];
+    REAL u[LANES * NODES], w[LANES * NODES];
     double paired = 0.0;
     memset(scratch->sums, 0, phi->rank * LANES * sizeof(sums));
-    for (long start = 0; start < Y->nodes; start += BLOCK) {
-        struct block b = block_at(start, Y, phi, psi, a, scratch);
-        REAL sum[BLOCK] = {0};
+    for (long start = 0; start < Y->nodes; start += NODES) {
+        struct node_block b = node_block_at(start, Y, phi, psi, a, scratch);
+        REAL sum[NODES] = {0};
         affine(1, samples, b.phi, b.phi_stride, phi->rank, b.a, C, ldc, u);
         affine(0, samples, b.psi, b.psi_stride, psi->rank, zero, x, ldx, w); /* -Psi x */
         for (long s = 0; s < samples; s++) {
-            REAL *row = u + s * BLOCK, *dual = w + s * BLOCK;
+            REAL *row = u + s * NODES, *back = w + s * NODES;
 #pragma omp simd
-            for (int n = 0; n < BLOCK; n++) dual[n] *= -b.weights[n];
+            for (int n = 0; n < NODES; n++) back[n] *= -b.weights[n];
             if (lambda) {
                 const REAL *column = lambda + s * Y->nodes + start;
                 const REAL factor = x[s * ldx + psi->rank];
 #pragma omp simd
-                for (int n = 0; n < b.nodes; n++) dual[n] += factor * column[n];
+                for (int n = 0; n < b.nodes; n++) back[n] += factor * column[n];
             }
             if (length) {
 #pragma omp simd reduction(+ : paired)
-                for (int n = 0; n < BLOCK; n++) paired += dual[n] * VALUE(row[n]);
+                for (int n = 0; n < NODES; n++) paired += back[n] * VALUE(row[n]);
             }
 #pragma omp simd
-            for (int n = 0; n < BLOCK; n++) {
-                REAL v = tau_ * SLOPE(row[n]) * dual[n];
-                dual[n] = v;
+            for (int n = 0; n < NODES; n++) {
+                REAL v = tau_ * SLOPE(row[n]) * back[n];
+                back[n] = v;
                 sum[n] += v;
             }
         }
@@ -274,11 +278,10 @@ static void transpose_of_few(const struct label_space *Y, const struct basis *ph
     if (length) *length = paired;
 }
 
-/* -- many samples: lanes are samples; u, here, is nodes x CHUNK --------------------------------------------------------- */
+/* -- many samples: lanes are samples, and u is nodes x CHUNK ------------------------------------------------------------ */
 
-
-/* sum_i = sum over l of x[l * by_l + i * by_i] y_l for `rows` <= 4 rows, each of `vectors` <= 4 vectors of samples. If not
-   0, `ahead` says how far behind x begins what is asked for on the way. */
+/* sum_i = sum over l of x[l * by_l + i * by_i] y_l for `rows` <= 4 rows, each of `vectors` <= 4 vectors of samples. Unless
+   `ahead` is 0, the numbers at this distance behind x are fetched into the cache on the way. */
 ALWAYS void product_tile(int rows, int vectors, const REAL *restrict x, long by_l, long by_i, const REAL *restrict y,
                          long length, long ahead, vec sum[4][4]) {
     UNROLL
@@ -299,10 +302,11 @@ ALWAYS void product_tile(int rows, int vectors, const REAL *restrict x, long by_
     }
 }
 
-/* With many functions a block of Phi is more than a processor foresees by itself. So that of the next block, `ahead` nodes
-   on, is asked for while the first samples are multiplied, and Psi's too if it is another; where `ahead` is 0, nothing is.
+/* u = a + Phi c, or u += Phi c if a is NULL, on a tile of nodes.
 
-   u = a + Phi c, or u += Phi c if a is NULL, on a tile of nodes. */
+   With many functions, a processor does not fetch the rows of Phi early enough by itself. So the rows of the next node
+   block, `ahead` nodes further on, are fetched while the first samples are multiplied; those of Psi too, if Psi is not Phi.
+   Nothing is fetched where `ahead` is 0. */
 ALWAYS void affine_rows(int nodes, int vectors, long ahead, const REAL *phi, long stride, long rank, const REAL *a,
                         const REAL *c, REAL *u) {
     vec sum[4][4];
@@ -316,13 +320,13 @@ ALWAYS void affine_rows(int nodes, int vectors, long ahead, const REAL *phi, lon
         }
 }
 
-/* total += Psi^T v for `ranks` <= 4 functions, over a block of nodes. */
+/* total += Psi^T v for `ranks` <= 4 functions, over a node block. */
 ALWAYS void project_columns(int ranks, int vectors, long ahead, const REAL *psi, long stride, long nodes, const REAL *v,
                             double *total) {
     vec sum[4][4];
     if (ahead)
         for (int i = 0; i < ranks; i++)
-            for (int n = 0; n < BLOCK; n += LINE / sizeof(REAL)) __builtin_prefetch(psi + i * stride + ahead + n, 0, 2);
+            for (int n = 0; n < NODES; n += LINE / sizeof(REAL)) __builtin_prefetch(psi + i * stride + ahead + n, 0, 2);
     product_tile(ranks, vectors, psi, 1, stride, v, nodes, 0, sum);
     UNROLL
     for (int i = 0; i < ranks; i++)
@@ -353,7 +357,7 @@ static void affine_of_many(int vectors, long ahead, const REAL *phi, long stride
                            const REAL *c, REAL *u) {
 #define AFFINE_ROWS(rows, vectors) \
     affine_rows(rows, vectors, ahead, phi + k * stride + i, stride, slab, k ? NULL : a + i, c + k * CHUNK, u + i * CHUNK)
-    /* A slab's rows of c are in the first-level cache, and its pages are known. */
+    /* The rows of c that belong to a slab are in the first-level cache, and its pages are known to the processor. */
     for (long k = 0; k < rank; k += SLAB) {
         const long slab = rank - k < SLAB ? rank - k : SLAB;
         ALL_TILES(AFFINE_ROWS, nodes)
@@ -367,13 +371,13 @@ static void project_many(int vectors, long ahead, const REAL *psi, long stride, 
     ALL_TILES(PROJECT_COLUMNS, rank)
 }
 
-/* A chunk of samples, the last filled up by zeros to whole vectors. */
+/* Loop over chunks of samples. The last chunk is filled up by zeros to whole vectors. */
 #define CHUNKS(Y)                                                                                                         \
     for (long first = 0, samples, vectors; samples = Y->samples - first < CHUNK ? Y->samples - first : CHUNK,               \
               vectors = (samples + LANES - 1) / LANES, first < Y->samples; first += CHUNK)
 
-#define BLOCKS(Y) \
-    for (long start = 0, nodes; nodes = Y->nodes - start < BLOCK ? Y->nodes - start : BLOCK, start < Y->nodes; start += BLOCK)
+#define NODE_BLOCKS(Y) \
+    for (long start = 0, nodes; nodes = Y->nodes - start < NODES ? Y->nodes - start : NODES, start < Y->nodes; start += NODES)
 
 static void turn(long samples, long rank, const double *C, long ldc, double factor, REAL *c) {
     memset(c, 0, rank * CHUNK * sizeof(REAL));
@@ -386,10 +390,10 @@ static void turn_back(long samples, long rank, const double *total, double *Q, l
         for (long k = 0; k < rank; k++) Q[s * ldq + k] = total[k * CHUNK + s];
 }
 
-/* Where the coefficients or sums of a chunk begin. */
+/* The beginning of the coefficients, or of the sums, of a chunk. */
 #define OF(chunk, rank) ((chunk) + first * (rank))
 
-/* Where f or lambda has the samples of a chunk at a node. */
+/* The position in f or lambda of the samples of a chunk at a node. */
 ALWAYS long place(const struct label_space *Y, long node, long first, long samples) {
     return Y->packed ? first * Y->nodes + node * samples : node * Y->samples + first;
 }
@@ -397,17 +401,17 @@ ALWAYS long place(const struct label_space *Y, long node, long first, long sampl
 static void rate_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
                          const double *C, long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight,
                          struct scratch *scratch) {
-    REAL u[BLOCK * CHUNK] __attribute__((aligned(LINE))), *c = scratch->coefficients[0];
+    REAL u[NODES * CHUNK] __attribute__((aligned(LINE))), *c = scratch->coefficients[0];
     double *total = (double *)scratch->sums;
     const REAL length = tau;
-    const long psi_ahead = psi->values == phi->values ? 0 : BLOCK;
+    const long psi_ahead = psi->values == phi->values ? 0 : NODES;
     CHUNKS(Y) {
         turn(samples, phi->rank, C + first * ldc, ldc, -1.0, OF(c, phi->rank));
         memset(OF(total, psi->rank), 0, psi->rank * CHUNK * sizeof(double));
     }
-    BLOCKS(Y)
+    NODE_BLOCKS(Y)
         CHUNKS(Y) {
-            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start,
+            affine_of_many(vectors, first ? 0 : NODES, phi->values + start, phi->stride, phi->rank, nodes, a + start,
                            OF(c, phi->rank), u);
             for (long n = 0; n < nodes; n++) {
                 REAL *row = u + n * CHUNK;
@@ -433,44 +437,44 @@ static void rate_of_many(const struct label_space *Y, const struct basis *phi, c
 static void transpose_of_many(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a,
                               const double *C, long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D,
                               double *bias, double weight, double *length, struct scratch *scratch) {
-    static const REAL zero[BLOCK];
-    REAL u[BLOCK * CHUNK] __attribute__((aligned(LINE))), w[BLOCK * CHUNK] __attribute__((aligned(LINE))), factor[CHUNK];
+    static const REAL zero[NODES];
+    REAL u[NODES * CHUNK] __attribute__((aligned(LINE))), w[NODES * CHUNK] __attribute__((aligned(LINE))), factor[CHUNK];
     REAL *c = scratch->coefficients[0], *y = scratch->coefficients[1];
     double *total = (double *)scratch->sums, paired = 0.0;
     const REAL tau_ = tau;
-    const long psi_ahead = psi->values == phi->values ? 0 : BLOCK;
+    const long psi_ahead = psi->values == phi->values ? 0 : NODES;
     CHUNKS(Y) {
         turn(samples, phi->rank, C + first * ldc, ldc, -1.0, OF(c, phi->rank));
         turn(samples, psi->rank, x + first * ldx, ldx, 1.0, OF(y, psi->rank));
         memset(OF(total, phi->rank), 0, phi->rank * CHUNK * sizeof(double));
     }
-    BLOCKS(Y)
+    NODE_BLOCKS(Y)
         CHUNKS(Y) {
             const long width = vectors * LANES;
             if (lambda)
                 for (long s = 0; s < samples; s++) factor[s] = x[(first + s) * ldx + psi->rank];
-            affine_of_many(vectors, first ? 0 : BLOCK, phi->values + start, phi->stride, phi->rank, nodes, a + start,
+            affine_of_many(vectors, first ? 0 : NODES, phi->values + start, phi->stride, phi->rank, nodes, a + start,
                            OF(c, phi->rank), u);
             affine_of_many(vectors, first ? 0 : psi_ahead, psi->values + start, psi->stride, psi->rank, nodes, zero,
                            OF(y, psi->rank), w); /* Psi x */
             for (long n = 0; n < nodes; n++) {
-                REAL *row = u + n * CHUNK, *dual = w + n * CHUNK, sum = 0;
+                REAL *row = u + n * CHUNK, *back = w + n * CHUNK, sum = 0;
                 const REAL node = Y->weights[start + n];
 #pragma omp simd
-                for (int s = 0; s < width; s++) dual[s] *= node;
+                for (int s = 0; s < width; s++) back[s] *= node;
                 if (lambda) {
-                    const REAL *adjoint = lambda + place(Y, start + n, first, samples);
+                    const REAL *row_of_lambda = lambda + place(Y, start + n, first, samples);
 #pragma omp simd
-                    for (int s = 0; s < samples; s++) dual[s] += factor[s] * adjoint[s];
+                    for (int s = 0; s < samples; s++) back[s] += factor[s] * row_of_lambda[s];
                 }
                 if (length) {
 #pragma omp simd reduction(+ : paired)
-                    for (int s = 0; s < samples; s++) paired += dual[s] * VALUE(row[s]);
+                    for (int s = 0; s < samples; s++) paired += back[s] * VALUE(row[s]);
                 }
 #pragma omp simd reduction(+ : sum)
                 for (int s = 0; s < width; s++) {
-                    REAL v = tau_ * SLOPE(row[s]) * dual[s];
-                    dual[s] = v;
+                    REAL v = tau_ * SLOPE(row[s]) * back[s];
+                    back[s] = v;
                     sum += v;
                 }
                 bias[start + n] += weight * sum;
@@ -481,16 +485,17 @@ static void transpose_of_many(const struct label_space *Y, const struct basis *p
     if (length) *length = paired;
 }
 
-/* -- either ----------------------------------------------------------------------------------------------------------- */
+/* -- the functions that Python and layer.c call ------------------------------------------------------------------------- */
 
-/* Whether lambda is wanted with the nodes innermost; else the samples are. */
+/* Whether lambda must have the nodes innermost in memory; else the samples. */
 int nodes_are_innermost(const struct label_space *Y) { return Y->samples < LANES; }
 
-/* Samples of a chunk. */
+/* The number of samples of a chunk. */
 long chunk(void) { return CHUNK; }
 
-/* Q = Psi^T M s for s = tau sigma(u), this rank's part; not if Q is NULL. `s_out` takes s, f, both nodes x samples, has
-   weight * s added; either may be NULL, `s_out` is where fields are packed. */
+/* The value of a stage, s = tau sigma(u): Q = Psi^T M s, the part of this rank, unless Q is NULL. Writes s into `s_out` and
+   adds weight * s to f, both nodes x samples; either may be NULL, and `s_out` must be NULL where fields are packed.
+   Returns 1 if there is no memory, else 0. */
 int rate(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a, const double *C,
          long ldc, double tau, double *Q, long ldq, double *s_out, double *f, double weight) {
     struct scratch scratch;
@@ -499,9 +504,10 @@ int rate(const struct label_space *Y, const struct basis *phi, const struct basi
     return 0;
 }
 
-/* For w = M Psi x + x_q lambda, x_q behind the coefficients x of each sample, and v = tau sigma'(u) w: D = Phi^T v, this
-   rank's part, and weight * sum over samples of v added to `bias`; `length`, or NULL, takes <w, sigma(u)>, this rank's
-   part. lambda may be NULL for 0. */
+/* The transpose of a stage, for w = M Psi x + x_q lambda and v = tau sigma'(u) w, where x_q stands behind the coefficients x
+   of each sample: D = Phi^T v, the part of this rank. Adds weight * (sum over samples of v) to `bias`. Unless `length` is
+   NULL, it becomes <w, sigma(u)>, the part of this rank. lambda may be NULL for 0. Returns 1 if there is no memory, else
+   0. */
 int transpose(const struct label_space *Y, const struct basis *phi, const struct basis *psi, const REAL *a, const double *C,
               long ldc, double tau, const double *x, long ldx, const REAL *lambda, double *D, double *bias, double weight,
               double *length) {

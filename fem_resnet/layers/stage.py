@@ -18,16 +18,14 @@ The functional w_k in s_k is M Psi x_k + x_q lambda_k. Learned factors have dire
     d/dPhi = -(v_0 C_0^T + v_1 C_1^T),     d/dPsi = M (s_0 x_0^T + s_1 x_1^T).
 
 The index 1 marks directions and tangents. A value alone has one order, a value with its tangent has two: all tuples here have
-one entry or two.
-
-The only operations are those on arrays, with weights, and a sum over the ranks. Nodes go through a stage in blocks that fit
-the cache, so that u, sigma(u) and sigma'(u) never exist as whole arrays.
+one entry or two. Nodes go through a stage in blocks that fit the cache, so that u, sigma(u) and sigma'(u) never exist as whole
+arrays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -37,7 +35,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers.inputs import FactorDirections
 from fem_resnet.parameters.kernel import LowRankKernel
 
-__all__ = ["Argument", "Functionals", "LayerTrace", "Stage", "StageFunctional", "StageValue"]
+__all__ = ["Argument", "Functionals", "Stage", "StageFunctional", "StageValue"]
 
 #: Bytes of u on one node block. Two such arrays and the rows of Phi and Psi stay in the second-level cache of usual
 #: processors.
@@ -63,7 +61,7 @@ class Argument:
     directions : FactorDirections or None
         Phi_1 and Psi_1, where there is a tangent and the factors are learned.
     beta : tuple of numpy.ndarray
-        The kernel's coefficients, shape (rank of phi, rank of psi). Only the stage of a gradient flow reads them, as it
+        The kernel's coefficients, shape (rank of phi, rank of psi). The stage of a gradient flow alone reads them, as it
         applies B^T too (`transposed_stage`).
     """
 
@@ -75,7 +73,7 @@ class Argument:
     beta: tuple[np.ndarray, ...] = ()
 
 
-#: The kind of point at which a stage is evaluated: the stage of a discrete gradient has two ends.
+#: The kind of point at which a stage is evaluated; a step by the discrete gradient has two ends.
 At = TypeVar("At", bound=Argument)
 
 
@@ -92,8 +90,7 @@ class StageFunctional:
     by_f : tuple of numpy.ndarray
         lambda_k, the functional in f_k at the end of the segment, shape (nodes, samples); empty for 0.
     by_c : numpy.ndarray or None
-        The functional in the samples' running costs, shape (orders, samples), where there is a running cost. The stage itself
-        does not read it.
+        The functional in the samples' running costs, shape (orders, samples), if there are such; no stage reads it.
     """
 
     x: tuple[np.ndarray, ...]
@@ -136,33 +133,10 @@ class StageValue(Generic[At]):
     argument: At
 
 
-@dataclass
-class LayerTrace:
-    """What a forward solve of a layer leaves: f at the end of the layer follows from it and from f at the start.
-
-    Attributes
-    ----------
-    stages : iterable of StageValue
-        The terms of the quadrature (3.3); none where the state of TS had f itself.
-    end : list of numpy.ndarray or None
-        f at the end, and its tangent, where the state of TS had them; a running cost adds a row for c.
-    steps : list of float
-        The accepted steps, as fractions of the layer.
-    added : bool
-        Whether the solve itself has added the integral of f_t to an array, so that f at the end needs no stages.
-    """
-
-    stages: Iterable[StageValue] = field(default_factory=list)
-    end: list[np.ndarray] | None = None
-    steps: list[float] = field(default_factory=list)
-    added: bool = False
-
-
 class Stage(Generic[At]):
     """Stage evaluations for layers on one label domain, with one activation and one number of samples.
 
-    Collective over the communicator of the label domain: each call of `rate`, `transpose` or `jacobian` makes one Allreduce.
-    Arrays of nodes hold the nodes of this rank. The kernel's factors Phi and Psi are inputs, as a and C are.
+    Collective over the label domain's communicator: one Allreduce a call. Arrays of nodes hold the nodes of this rank.
 
     Parameters
     ----------
@@ -220,7 +194,7 @@ class Stage(Generic[At]):
         return self._rounded(np.subtract(at.a[order][nodes, None], u, out=u))
 
     def _values(self, nodes: slice, at: At) -> Iterator[np.ndarray]:
-        """s_0, then s_1, on a node block. The next one overwrites the memory of the one before."""
+        """s_0, then s_1, on a node block, each in memory that the next call overwrites."""
         u = self._affine(nodes, at)
         if len(at.a) == 1:
             self.activation(u, out=u)

@@ -15,7 +15,6 @@ from pyadjoint.tape import annotate_tape, get_working_tape
 
 from fem_resnet.arguments import integer
 from fem_resnet.fixed import OnMesh
-from fem_resnet.layers.stage import LayerTrace
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.tangent_segment import TangentSegment
@@ -23,6 +22,7 @@ from fem_resnet.parameters.slots import Replicated
 from fem_resnet.ranks import same
 from fem_resnet.tape.operator_block import OperatorBlock
 from fem_resnet.tape.recording import apply
+from fem_resnet.time_stepping.stepper import LayerTrace
 
 __all__ = ["Piece", "Run", "Solved"]
 

@@ -26,10 +26,10 @@ from petsc4py import PETSc
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
-from fem_resnet.layers.stage import LayerTrace, Stage
+from fem_resnet.layers.stage import Stage
 from fem_resnet.parameters.slots import BatchValues, Replicated
 from fem_resnet.time_stepping.scheme import Scheme
-from fem_resnet.time_stepping.stepper import LayerSequence, Stepper
+from fem_resnet.time_stepping.stepper import LayerSequence, LayerTrace, Stepper
 
 __all__ = ["Functional", "Segment"]
 

@@ -28,7 +28,7 @@ class Operator(Protocol):
     so that the last one is F'(m)^T l_1 + (F''(m) v)^T l. A read-only array that is the very object of the latest `forward` has
     not changed since.
 
-    `tangent` and `second_adjoint` are those of `SecondOrderOperator`. An operator without them has first derivatives alone,
+    `SecondOrderOperator` has `tangent` and `second_adjoint`. An operator without them has first derivatives alone,
     and its Block says so if more is asked for. An operator may have a method `release`, which lets go of what `forward` has
     kept.
     """
@@ -69,8 +69,8 @@ class SecondOrderOperator(Operator, Protocol):
     def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray], /) -> Any:
         """Derivative of `forward` in these directions, in a new array.
 
-        The arrays are those of the latest `forward`. What `forward` has kept for an adjoint must survive, or `ready` become
-        False. What `adjoint` has kept must survive.
+        The arrays are the arguments of the latest `forward`. What `forward` has kept for an adjoint must survive, or `ready`
+        become False. What `adjoint` has kept must survive.
         """
 
     def second_adjoint(

@@ -54,7 +54,7 @@ class OperatorBlock(Block):
     operator : Operator
         As above.
     gauss_newton : bool
-        Whether Hessian actions are those of `recording.gauss_newton`.
+        Whether `recording.gauss_newton` is in force, which changes Hessian actions.
     """
 
     def __init__(self, operator: Operator, functions: Sequence[fd.Function | BlockVariable]):
@@ -112,7 +112,7 @@ class OperatorBlock(Block):
         )
 
     def _has_changed(self, inputs: Sequence[fd.Function]) -> bool:
-        """Whether these inputs are not those of the latest solve. Collective: one rank alone may have touched the data."""
+        """Whether the inputs have changed since the latest solve. Collective: one rank alone may have touched the data."""
         changed = self._solved != [version_of(function) for function in inputs]
         comm = inputs[0].function_space().mesh().comm if inputs else MPI.COMM_SELF
         return comm.allreduce(changed, op=MPI.LOR) if comm.size > 1 else changed

@@ -80,7 +80,7 @@ def _renew_if_changed(function: fd.Function) -> None:
 
 @contextmanager
 def gauss_newton(tape: Tape) -> Iterator[None]:
-    """Make Hessian actions on a tape those of Gauss and Newton. Values and first derivatives do not change.
+    """Replace Hessian actions on a tape by Gauss-Newton actions. Values and first derivatives do not change.
 
     An action leaves out the curvature of all operators between arrays. An operator whose output is a number, a convex function
     l of an inner map, leaves out the curvature of the inner map too, if it has the method `gauss_newton`. What remains is

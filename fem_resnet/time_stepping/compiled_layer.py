@@ -17,11 +17,11 @@ from petsc4py import PETSc
 
 from fem_resnet.layers.compiled_stage import CompiledStage, LayerStruct, Outcome, address
 from fem_resnet.layers.inputs import LayerInputs
-from fem_resnet.layers.stage import Argument, LayerTrace, StageValue
+from fem_resnet.layers.stage import Argument, StageValue
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.petsc import converged_reason, new_ts, rk_tableau
 from fem_resnet.time_stepping.options import configure
-from fem_resnet.time_stepping.stepper import LayerSequence, Stepper
+from fem_resnet.time_stepping.stepper import LayerSequence, LayerTrace, Stepper
 
 __all__ = ["CompiledLayer", "CompiledLayers", "CompiledStepper"]
 

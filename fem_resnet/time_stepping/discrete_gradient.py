@@ -32,12 +32,12 @@ import petsctools
 from petsc4py import PETSc
 
 from fem_resnet.layers.discrete_gradient_stage import DiscreteGradientStage, Ends
-from fem_resnet.layers.stage import Argument, LayerTrace, StageFunctional, StageValue
+from fem_resnet.layers.stage import Argument, StageFunctional, StageValue
 from fem_resnet.options import reason_name
 from fem_resnet.petsc import converged_reason, weakly
 from fem_resnet.time_stepping.jacobian import SampleMatrices, acting, by_coefficients, pulled
 from fem_resnet.time_stepping.options import set_from_options
-from fem_resnet.time_stepping.stepper import StepFailure, Stepper
+from fem_resnet.time_stepping.stepper import LayerTrace, StepFailure, Stepper
 
 __all__ = ["DiscreteGradientStepper"]
 
@@ -80,8 +80,8 @@ class DiscreteGradientStepper(Stepper):
     steps
         Number of equal steps.
     options
-        PETSc options, from `options.solver_options`: those of a SNES and its KSP. Options of the line search act on all
-        samples together.
+        PETSc options of a SNES and its KSP, from `options.solver_options`. Options of the line search act on all samples
+        together.
     orders
         1; or 2, to step the tangent too.
 

@@ -2,15 +2,6 @@
 
 Layers step g, the coefficients through which they see f (`ts_layer`). Independently of layers, state and co-state of (2.8) and
 (4.2) are stepped here as they are written, on the communicator of the mesh, where each rank has the nodes that it owns.
-
-A Runge-Kutta method with weights b_i and coefficients A_ij in t has one *partner* for the adjoint equation: with the partner,
-the discrete adjoint of the method is the method applied to the adjoint equation. The partner has the same b_i, uses the stages
-of the forward solve, and
-
-    A^_ij = b_j - b_j A_ji / b_i,        b_i not 0.
-
-In the time s = T - t, which runs backwards, this is b_j A_ji / b_i. It is explicit, with the stages in reversed order, if A
-is.
 """
 
 from __future__ import annotations
@@ -27,10 +18,11 @@ from scipy.interpolate import KroghInterpolator
 from fem_resnet.arguments import integer
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
-from fem_resnet.petsc import adapt_type, converged_reason, new_ts, register_rk, rk_tableau, shell, stage_values, weakly
+from fem_resnet.petsc import adapt_type, converged_reason, new_ts, shell, stage_values, weakly
 from fem_resnet.time_stepping.options import in_force, refuse_time_options
+from fem_resnet.time_stepping.tableau import tableau_of
 
-__all__ = ["SOLVER_PARAMETERS", "TYPES", "FieldStepper", "Moment", "Path", "Step", "Tableau"]
+__all__ = ["SOLVER_PARAMETERS", "TYPES", "FieldStepper", "Moment", "Path", "Step"]
 
 #: A method of order 6, the order of `Path`.
 SOLVER_PARAMETERS = {"ts_type": "rk", "ts_rk_type": "6vr"}
@@ -82,71 +74,6 @@ class Step:
     values: list[np.ndarray]
     first: np.ndarray
     last: np.ndarray
-
-
-@dataclass(frozen=True)
-class Tableau:
-    """A Runge-Kutta method as TS makes it: A_ij, b_i, c_i, and the kind of TS.
-
-    Attributes
-    ----------
-    kind : str
-        "rk", "theta" (one stage) or "endpoint".
-    name : str
-        Name of the TS's type and method.
-    A, b, c : numpy.ndarray
-        Coefficients, weights and nodes, shapes (stages, stages) and (stages,).
-    """
-
-    kind: str
-    name: str
-    A: np.ndarray
-    b: np.ndarray
-    c: np.ndarray
-
-    @property
-    def used(self) -> np.ndarray:
-        """Numbers of the stages with b_i not 0, shape (number of them,)."""
-        return np.flatnonzero(self.b)
-
-    def factor(self, z: np.ndarray) -> np.ndarray:
-        """The stability function `R(z) = 1 + z b^T (I - z A)^-1 1`: the factor of y in one step of y_t = c y, for z = h c.
-
-        Parameters
-        ----------
-        z
-            Complex numbers, any shape.
-
-        Returns
-        -------
-        numpy.ndarray
-            R(z), of the same shape.
-        """
-        z = np.asarray(z, dtype=complex)[..., None, None]
-        stages = np.linalg.solve(np.eye(len(self.b)) - z * self.A, np.ones((*z.shape[:-2], len(self.b), 1)))
-        return 1 + (z * (self.b @ stages)[..., None])[..., 0, 0]
-
-    def partner(self) -> dict | None:
-        """PETSc options of the partner: a TS that steps the adjoint equation backwards as the discrete adjoint does.
-
-        The partner needs the forward stages in reversed order, without those with b_i = 0. There is no partner, and this is
-        None, if another stage uses a stage with b_i = 0, or if no type of TS is the partner (the partner of Crank-Nicolson is
-        not Crank-Nicolson).
-        """
-        if self.kind == "theta":
-            return {"ts_type": "theta", "ts_theta_theta": float(self.c[-1])}
-        used, unused = self.used, np.flatnonzero(self.b == 0)
-        if self.kind != "rk" or self.A[np.ix_(used, unused)].any():
-            return None
-        A, b = self.A[np.ix_(used, used)], self.b[used]
-        backwards = (b[None, :] * A.T / b[:, None])[::-1, ::-1]
-        name = register_rk(
-            f"fem_resnet_partner_of_{self.name}",
-            tuple(map(tuple, backwards.tolist())),
-            tuple(b[::-1].tolist()),
-            tuple(backwards.sum(axis=1).tolist()),
-        )
-        return {"ts_type": "rk", "ts_rk_type": name}
 
 
 AfterStep = Callable[[Step], None]
@@ -234,7 +161,7 @@ class FieldStepper:
                 f"solver_parameters: expected one of {', '.join(map(repr, TYPES))} as 'ts_type' and 'none' as 'ts_adapt_type' "
                 f"for fields, got {ts.getType()!r} and {adapt_type(ts)!r}"
             )
-        self.scheme = _tableau(ts)
+        self.scheme = tableau_of(ts)
         if self.scheme.kind == "rk":
             ts.setRHSFunction(weakly(self._rhs), self._work)
         else:
@@ -363,20 +290,6 @@ class _Shifted:
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         moment, at = self._at
         y.array_w[:] = self._shift * x.array_r - self._derivative(moment, at, x.array_r.reshape(at.shape)).ravel()
-
-
-def _tableau(ts: PETSc.TS) -> Tableau:
-    """The method of a TS, with the stages that TSGetStages gives."""
-    if ts.getType() == "rk":
-        return Tableau("rk", ts.getRKType(), *rk_tableau(ts))
-    theta, endpoint = ts.getTheta(), ts.getThetaEndpoint()
-    name = f"theta {theta:g}"
-    if endpoint and theta < 1:
-        A = np.array([[0.0, 0.0], [1 - theta, theta]])
-        return Tableau("endpoint", f"{name}, endpoint", A, np.array([1 - theta, theta]), np.array([0.0, 1.0]))
-    if theta == 1:
-        return Tableau("theta", name, np.diag([0.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]))
-    return Tableau("theta", name, np.array([[theta]]), np.ones(1), np.array([theta]))
 
 
 class Path:

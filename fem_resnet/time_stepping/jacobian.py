@@ -47,7 +47,7 @@ class LinearLayer:
     Attributes
     ----------
     by_f : tuple of numpy.ndarray or None
-        In an adjoint solve the functional lambda and that of the tangent, shape (nodes, samples), empty for 0. In a forward
+        In an adjoint solve lambda, the functionals in f and in its tangent, shape (nodes, samples), empty for 0. In a forward
         solve None.
     shift, scale : float
         The numbers in the matrix `scale (shift I - R')`.
@@ -230,7 +230,7 @@ def pulled(beta: Sequence[np.ndarray], D: Sequence[np.ndarray]) -> list[np.ndarr
 
 
 def by_coefficients(inputs: LayerInputs, t: float, by_stage: Functionals, by_beta: np.ndarray) -> list[np.ndarray]:
-    """The functionals in what a layer takes, from those of a stage at the fraction t of the layer. Collective."""
+    """The functionals in what a layer takes, from the functionals in a stage's arguments at the fraction t. Collective."""
     functionals = [inputs.bias.pull_back(t, by_stage.bias), inputs.beta.pull_back(t, by_beta)]
     if inputs.learns_length:
         functionals.append(np.array([by_stage.length]))

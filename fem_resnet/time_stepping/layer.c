@@ -1,18 +1,20 @@
-/* A layer as PETSc TS steps it, compiled: (3.5a) for the coefficients g, its transposed Jacobian, and that in the parameters.
+/* A layer as PETSc TS steps it, compiled: (3.5a) for g, its transposed Jacobian, and the transposed Jacobian in the
+   parameters.
 
-   Behind stage.c. For one explicit layer whose bias and kernel do not vary in it: what layer_state, layer_jacobian and
-   time_stepping do in Python, to the same numbers. A state vector is samples x (rank of psi + 1), g and q.
+   This file stands behind stage.c. It is for one explicit layer whose bias and kernel do not vary in time, and does there
+   what state.py, jacobian.py and ts_layer.py do in Python, to the same numbers. A state vector is samples x (rank of psi +
+   1) numbers, g and q.
 
-   TS knows each stage by what it asks for, in the tableau's order: forward from the first stage on, backwards from the last.
-   So f is added up with the method's weights on the way, and in the adjoint so is the functional of the bias, which has the
-   size of the mesh: TS would go over it five times a stage. That TS has weighted the stages as is taken for granted here is
-   seen from a parameter of derivative one, which it adds up itself. */
+   TS asks for the stages in the order of the tableau: forward from the first stage on, backwards from the last one. So f is
+   added up on the way, with the weights of the method, and in the adjoint the functional in the bias is added up on the way
+   too. These two have the size of the mesh, and TS would go over them five times a stage. A parameter of derivative one, whose
+   functional TS adds up itself, shows whether TS has weighted the stages as this file assumes. */
 
 #include <petscblaslapack.h>
 #include <petscts.h>
 
 #if defined PETSC_USE_COMPLEX || !defined PETSC_USE_REAL_DOUBLE
-#error "PETSc: expected real numbers of double precision, this one has others"
+#error "PETSc: expected a build with real numbers of double precision, got another; set PETSC_DIR and PETSC_ARCH"
 #endif
 
 struct layer {
@@ -20,27 +22,27 @@ struct layer {
     const struct basis *phi, *psi;
     const REAL *a;
     const double *beta;         /* rank of phi x rank of psi */
-    const REAL *lambda_;        /* of the adjoint; NULL for 0 */
-    double *f;                  /* takes the integral of f_t in the forward solve; may be NULL */
+    const REAL *lambda_;        /* the functional in f at the end of the segment; NULL for 0 */
+    double *f;                  /* the integral of f_t is added to it in the forward solve; may be NULL */
     const double *weights;      /* b_i of the method */
-    double *C, *D;              /* at the stage where derivatives are taken: samples x rank of phi */
-    double *bias, *by_beta;     /* functionals of the parameters: at a, of all stages; at beta, of one */
-    double *stages, *lengths;   /* of all steps: C of all stages, one after the other; their lengths, to be and as they were */
+    double *C, *D;              /* beta g, and minus the functional in it, at the present stage: samples x rank of phi */
+    double *bias, *by_beta;     /* functionals in a, of all stages together, and in beta, of the present stage */
+    double *stages, *lengths;   /* C of all stages of all steps; the steps' lengths, first as planned and then as made */
     double length;
     TS ts;
-    Vec y, adjoint, parameters; /* the state, its adjoint, functionals of beta and of the parameter of derivative one */
-    Vec point;                  /* where derivatives are taken */
+    Vec y, adjoint, parameters; /* the state; functionals in the state, in beta and in the parameter of derivative one */
+    Vec point;                  /* the state at which derivatives are taken */
     long method_stages;
-    long reuses;                /* whether the last slope of a step is the next one's first: 1 or 0 */
+    long reuses;                /* 1 if the last slope of a step is the first of the next step, else 0 */
     long step, steps;
-    long replays;               /* whether the steps are given one by one, and not equal */
+    long replays;               /* 1 if the steps are given one by one, 0 if they are equal */
     long max_steps;
-    long asked;                 /* stages evaluated in this solve, or adjoined */
-    long reductions;            /* how many sums over the ranks there were */
+    long asked;                 /* number of stages that TS has asked for in this solve, or in its adjoint */
+    long reductions;            /* number of sums over the ranks */
     MPI_Fint comm;
 };
 
-#define KEPT_STATE 4096 /* numbers of a state up to which TS keeps what it works with in the adjoint */
+#define KEPT_STATE 4096 /* size of a state up to which TS keeps the vectors with which it works in the adjoint */
 #define RANK(layer) ((layer)->psi->rank)
 #define LD(layer) ((layer)->psi->rank + 1)
 
@@ -89,7 +91,8 @@ static void clear_q(const struct layer *layer, double *state) {
     for (long s = 0; s < layer->Y->samples; s++) state[s * LD(layer) + RANK(layer)] = 0.0;
 }
 
-/* What f takes of the slope that TS asks for next: h b_i; a slope that is the next step's first too has that one's weight. */
+/* The weight h b_i with which f takes the slope that TS asks for next. A slope that is the first one of the next step too
+   has its weight there. */
 static double forward_weight(struct layer *layer, double h) {
     const long later = layer->method_stages - layer->reuses, last = layer->method_stages - 1;
     long step = 0, stage = layer->asked++;
@@ -129,7 +132,7 @@ static PetscErrorCode layer_point(TS ts, PetscReal t, Vec y, Mat J, Mat P, void 
 
 static PetscErrorCode layer_nothing(TS ts, PetscReal t, Vec y, Mat J, void *context) { return PETSC_SUCCESS; }
 
-/* What TS weighs the stage by that it asks for next in the adjoint, or 1 where b_i = 0. */
+/* The weight that TS gives to the stage that it asks for next in the adjoint: h b_i, or h where b_i = 0. */
 static double adjoint_weight(struct layer *layer) {
     const long stages = layer->method_stages - layer->reuses;
     const double h = layer->lengths[layer->steps - 1 - layer->asked / stages];
@@ -138,7 +141,8 @@ static double adjoint_weight(struct layer *layer) {
     return b != 0.0 ? h * b : h;
 }
 
-/* The transposed Jacobian; PETSc asks for the parameters' at the same stage next, and what that needs is kept. */
+/* The product with the transposed Jacobian. PETSc asks for the product in the parameters at the same stage next, which needs
+   by_beta. */
 static PetscErrorCode layer_transpose(Mat J, Vec x, Vec y) {
     struct layer *layer;
     const double *adjoint, *g;
@@ -221,7 +225,7 @@ PetscErrorCode layer_attach(struct layer *layer, Mat J, Mat by_parameters) {
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-/* A state holds g, samples x rank of psi, and a number behind that of each sample. */
+/* A state holds g, rank of psi numbers for each sample, and one number q behind them. */
 static PetscErrorCode write_state(const struct layer *layer, Vec state, const double *g, double q) {
     double *values;
     PetscFunctionBeginUser;
@@ -244,7 +248,7 @@ static PetscErrorCode read_state(const struct layer *layer, Vec state, double *g
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-/* The trajectory, if it is saved, stays in memory: by its own options it goes to files, one a step. */
+/* Solve. The trajectory, if it is saved, stays in memory; the default is one file a step. */
 static PetscErrorCode solve(struct layer *layer, int save) {
     TS ts = layer->ts;
     PetscFunctionBeginUser;
@@ -260,7 +264,7 @@ static PetscErrorCode solve(struct layer *layer, int save) {
     PetscCall(TSSetMaxSteps(ts, (PetscInt)layer->max_steps));
     PetscCall(TSSetStepNumber(ts, 0));
     PetscCall(TSSetTimeStep(ts, layer->lengths[0]));
-    PetscCall(TSRestartStep(ts)); /* the last slope of an earlier solve is no first one of this */
+    PetscCall(TSRestartStep(ts)); /* the last slope of an earlier solve is not the first one of this solve */
     PetscCall(TSSolve(ts, layer->y));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
@@ -270,12 +274,12 @@ static PetscErrorCode solve_back(struct layer *layer) {
     PetscCall(VecSet(layer->parameters, 0.0));
     PetscCall(TSSetCostGradients(layer->ts, 1, &layer->adjoint, &layer->parameters));
     PetscCall(TSAdjointSolve(layer->ts));
-    /* Five states a layer, which no other layer could use; to make small ones again would take longer than they are worth. */
+    /* These are five states a layer, which no other layer could use. Small ones are kept, as making them takes long. */
     if (LD(layer) * layer->Y->samples > KEPT_STATE) PetscCall(TSAdjointReset(layer->ts));
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-/* How a solve of several layers ended: at which, with which reason of TS, and whether its state is finite. */
+/* How a solve of several layers ended: the last layer, the reason of TS there, and whether its state is finite. */
 struct outcome {
     long layer, reason, finite;
 };
@@ -307,8 +311,8 @@ PetscErrorCode layers_forward(struct layer **layers, long count, double *g, long
     PetscFunctionReturn(PETSC_SUCCESS);
 }
 
-/* From gamma at the end of the layers, the last of count + 1, to gamma at the start of each. lambda comes with the number
-   behind the coefficients. */
+/* From gamma at the end of the layers to gamma at the start of each; the array has count + 1 of them, the end last. The
+   number behind the coefficients, 1, brings lambda to every stage. */
 PetscErrorCode layers_adjoint(struct layer **layers, long count, double *gamma, struct outcome *outcome) {
     PetscFunctionBeginUser;
     for (long l = count - 1; l >= 0; l--) {

@@ -210,7 +210,7 @@ _BY_TYPE["rosw"] = {}  # it solves linear systems only
 
 
 def solver_options(parameters: Mapping | None, prefix: str | None) -> petsctools.OptionsManager:
-    """Options of a layer's TS: those of the user, and defaults of the type that they name.
+    """Options of a layer's TS: the user's options, and defaults of the type that these name.
 
     Parameters
     ----------

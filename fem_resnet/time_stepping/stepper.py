@@ -8,16 +8,18 @@ consecutive layers one after the other. `scheme.Scheme` chooses and makes steppe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from petsc4py import PETSc
 
 from fem_resnet.layers.inputs import LayerInputs
-from fem_resnet.layers.stage import LayerTrace
+from fem_resnet.layers.stage import StageValue
 from fem_resnet.options import last_words, reason_name
+from fem_resnet.time_stepping.stepper import LayerTrace
 
-__all__ = ["LayerSequence", "StepFailure", "Stepper"]
+__all__ = ["LayerSequence", "LayerTrace", "StepFailure", "Stepper"]
 
 
 class StepFailure(ArithmeticError):
@@ -54,6 +56,28 @@ class StepFailure(ArithmeticError):
 
     def __reduce__(self):
         return type(self), (self.layer, self.time, self.reason, self._remedy)
+
+
+@dataclass
+class LayerTrace:
+    """What a forward solve of a layer leaves: f at the end of the layer follows from it and from f at the start.
+
+    Attributes
+    ----------
+    stages : iterable of StageValue
+        The terms of the quadrature (3.3); none where the state of TS had f itself.
+    end : list of numpy.ndarray or None
+        f at the end, and its tangent, where the state of TS had them; a running cost adds a row for c.
+    steps : list of float
+        The accepted steps, as fractions of the layer.
+    added : bool
+        Whether the solve itself has added the integral of f_t to an array, so that f at the end needs no stages.
+    """
+
+    stages: Iterable[StageValue] = field(default_factory=list)
+    end: list[np.ndarray] | None = None
+    steps: list[float] = field(default_factory=list)
+    added: bool = False
 
 
 class Stepper(ABC):

@@ -4,7 +4,7 @@ A layer sees f only through g = Psi^T M f. So TS steps (3.5a), for a general low
 
     g_t = Psi^T M sigma(a - Phi beta g),        f(t_1) = f(t_0) + int sigma(a - Phi beta g) dt.
 
-The quadrature is that of the method itself, f(t_1) = f(t_0) + sum_n h_n sum_i b_i sigma(u_ni). Where PETSc does not give its
+The quadrature is the method's own, f(t_1) = f(t_0) + sum_n h_n sum_i b_i sigma(u_ni). Where PETSc does not give its
 weights away, TS steps f too (`state`). Runge-Kutta methods commute with the projection f -> g, so these are the numbers that
 stepping f would give. They also commute with linearisation: stepping g and its tangent g_1 gives the derivative of the
 discrete layer, and the adjoint of both gives its second derivative. Backwards
@@ -26,7 +26,7 @@ from petsc4py import PETSc
 
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.running_cost import RunningCost
-from fem_resnet.layers.stage import LayerTrace, Stage, StageValue
+from fem_resnet.layers.stage import Stage, StageValue
 from fem_resnet.petsc import (
     converged_reason,
     keep_trajectory_in_memory,
@@ -41,6 +41,7 @@ from fem_resnet.time_stepping.jacobian import Elimination, LinearLayer, SampleMa
 from fem_resnet.time_stepping.methods import Method
 from fem_resnet.time_stepping.options import configure
 from fem_resnet.time_stepping.state import CarriedState, CoefficientState, LayerState
+from fem_resnet.time_stepping.stepper import LayerTrace
 
 __all__ = ["LayerTS"]
 

@@ -12,11 +12,11 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from fem_resnet.layers.running_cost import RunningCost
-from fem_resnet.layers.stage import LayerTrace, Stage
+from fem_resnet.layers.stage import Stage
 from fem_resnet.options import reason_name
 from fem_resnet.petsc import converged_reason
 from fem_resnet.time_stepping.methods import Method
-from fem_resnet.time_stepping.stepper import StepFailure, Stepper
+from fem_resnet.time_stepping.stepper import LayerTrace, StepFailure, Stepper
 from fem_resnet.time_stepping.ts_layer import LayerTS
 
 __all__ = ["TSStepper"]

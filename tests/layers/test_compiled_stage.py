@@ -48,7 +48,7 @@ class Case:
             Argument(self.kernel, (0.3 + k,), (np.sin(3 * x[:, 0] + k),), (random.standard_normal((ranks[0], samples)),))
             for k in range(2)
         ]
-        self.dual = StageFunctional(
+        self.by_s = StageFunctional(
             (random.standard_normal((ranks[1], samples)),), random.standard_normal(samples), (self.f.copy(),)
         )
         self.compiled, self.numpy = CompiledStage(Y, activation, samples), Stage(Y, activation, samples)
@@ -58,11 +58,11 @@ class Case:
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *EXPRESSIONS])
 def test_compiled_and_numpy_stages_are_equal(name):
     case = Case(label_space("disk", "CG1"), _activation(name), 5)
-    at, dual = case.at[0], case.dual
+    at, by_s = case.at[0], case.by_s
     s = [[np.empty_like(case.f)] for _ in range(2)]
     assert_allclose(case.compiled.rate(at, s[0]), case.numpy.rate(at, s[1]), **ROUND_OFF)
     assert_allclose(s[0], s[1], **ROUND_OFF)
-    for given in (dual, StageFunctional(dual.x, None, ())):
+    for given in (by_s, StageFunctional(by_s.x, None, ())):
         ours, theirs = (stage.transpose(at, given, True) for stage in (case.compiled, case.numpy))
         assert_allclose(ours.D, theirs.D, **ROUND_OFF)
         assert_allclose(ours.bias, theirs.bias, **ROUND_OFF)
@@ -76,7 +76,7 @@ def test_every_number_of_samples_and_rank_fits_the_tiles(samples, ranks):
     case = Case(label_space("annulus", "DG0"), get_activation("tanh"), samples, ranks)
     at, stages = case.at[0], [StageValue(0.5 - k, at) for k, at in enumerate(case.at)]
     assert_allclose(case.compiled.rate(at), case.numpy.rate(at), **ROUND_OFF)
-    ours, theirs = (stage.transpose(at, case.dual) for stage in (case.compiled, case.numpy))
+    ours, theirs = (stage.transpose(at, case.by_s) for stage in (case.compiled, case.numpy))
     assert_allclose(ours.D, theirs.D, **ROUND_OFF)
     assert_allclose(ours.bias, theirs.bias, **ROUND_OFF)
     given = case.f.copy()
@@ -93,14 +93,14 @@ def test_every_number_of_nodes_fits_the_blocks(nodes):
     random = np.random.default_rng(0)
     kernel = LowRankKernel(*(Basis(Y, np.cos(Y.coordinates * (k + 1)), "given") for k in range(2)))
     at = Argument(kernel, (1.0,), (np.sin(Y.coordinates[:, 0]),), (random.standard_normal((1, 3)),))
-    dual = StageFunctional((random.standard_normal((1, 3)),), np.ones(3), (np.tile(Y.coordinates, 3),))
+    by_s = StageFunctional((random.standard_normal((1, 3)),), np.ones(3), (np.tile(Y.coordinates, 3),))
     compiled, numpy = CompiledStage(Y, get_activation("sigmoid"), 3), Stage(Y, get_activation("sigmoid"), 3)
     assert_allclose(compiled.rate(at), numpy.rate(at), **ROUND_OFF)
-    ours, theirs = (stage.transpose(at, dual) for stage in (compiled, numpy))
+    ours, theirs = (stage.transpose(at, by_s) for stage in (compiled, numpy))
     assert_allclose(ours.D, theirs.D, **ROUND_OFF)
     assert_allclose(ours.bias, theirs.bias, **ROUND_OFF)
     assert_allclose(
-        compiled.advance(dual.adjoint, [StageValue(2.0, at)]), numpy.advance(dual.adjoint, [StageValue(2.0, at)]), **ROUND_OFF
+        compiled.advance(by_s.by_f, [StageValue(2.0, at)]), numpy.advance(by_s.by_f, [StageValue(2.0, at)]), **ROUND_OFF
     )
 
 

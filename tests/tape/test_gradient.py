@@ -1,11 +1,11 @@
 """The gradient by TSAdjoint and the tape: Taylor tests, Riesz maps, co-states, and what a Block may not do."""
 
-import sys
 from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
 import pytest
+from created import created_functions
 from firedrake import COMM_WORLD
 from firedrake.adjoint import Control, ReducedFunctional
 from helpers import SAMPLES, SWISH, TIMES, half_square_distance, laplace, name, network, smooth, smooth_direction
@@ -444,24 +444,7 @@ def test_a_derivative_belongs_to_whoever_asked_for_it(record):
 def test_evaluations_create_no_blocks_and_no_functions_but_what_users_get(layers_per_block, record, tape, monkeypatch):
     problem = record(layers_per_block=layers_per_block)
     J, m = problem.reduced(), problem.point()
-    created = []
-
-    def counted(kind):
-        create = kind.__init__
-
-        def __init__(self, *args, **kwargs):
-            frame = sys._getframe(1)
-            while frame is not None:
-                if frame.f_globals.get("__name__", "").startswith("fem_resnet"):
-                    created.append(frame.f_code.co_qualname)
-                    break
-                frame = frame.f_back
-            create(self, *args, **kwargs)
-
-        monkeypatch.setattr(kind, "__init__", __init__)
-
-    counted(fd.Function)
-    counted(fd.Cofunction)
+    created = created_functions(monkeypatch)
     blocks = len(tape.get_blocks())
     J(m), J.derivative()
     assert created, "the first derivative makes the Blocks' Cofunctions; else this test counts nothing"

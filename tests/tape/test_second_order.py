@@ -1,10 +1,9 @@
 """Tangents, Hessian actions and those of Gauss and Newton, of all that is no layer: networks without layers."""
 
-import sys
-
 import firedrake as fd
 import numpy as np
 import pytest
+from created import created_functions
 from firedrake import COMM_WORLD, dx, grad, inner
 from helpers import SAMPLES, half_square_distance, label_space, laplace, smooth
 from numpy.testing import assert_allclose, assert_array_equal
@@ -469,24 +468,7 @@ def test_hessian_actions_create_no_functions_and_do_not_alias(monkeypatch):
     assert_array_equal(values(first), kept)
     assert_array_equal(values(gradient), before)
     assert_array_equal(values(J.derivative()), before)
-    created = []
-
-    def counted(kind):
-        create = kind.__init__
-
-        def __init__(self, *args, **kwargs):
-            frame = sys._getframe(1)
-            while frame is not None:
-                if frame.f_globals.get("__name__", "").startswith("fem_resnet"):
-                    created.append(frame.f_code.co_qualname)
-                    break
-                frame = frame.f_back
-            create(self, *args, **kwargs)
-
-        monkeypatch.setattr(kind, "__init__", __init__)
-
-    counted(fd.Function)
-    counted(fd.Cofunction)
+    created = created_functions(monkeypatch)
     blocks = len(J.tape.get_blocks())
     for _ in range(3):
         J.hessian(u), J.tlm(u)

@@ -357,7 +357,7 @@ FAULTS = [
     Fault(
         "compiled: sigma' is dropped in the transpose",
         LAYERS,
-        compiled("tau_ * SLOPE(row[n]) * dual[n]", "tau_ * dual[n]"),
+        compiled("tau_ * SLOPE(row[n]) * back[n]", "tau_ * back[n]"),
         True,
     ),
     Fault("compiled: sign of b", LAYERS, compiled("sum[s][v] -= c * p[v]", "sum[s][v] += c * p[v]"), True),
@@ -367,8 +367,8 @@ FAULTS = [
         "compiled: a block that is not full is left out",
         LAYERS,
         compiled(
-            "start < Y->nodes; start += BLOCK) {\n        struct block b",
-            "start + BLOCK <= Y->nodes; start += BLOCK) {\n        struct block b",
+            "start < Y->nodes; start += NODES) {\n        struct node_block b",
+            "start + NODES <= Y->nodes; start += NODES) {\n        struct node_block b",
         ),
         True,
     ),
@@ -385,9 +385,9 @@ FAULTS = [
         compiled("n++) f[(start + n) * samples + s] +=", "n++) if (s + 1 < samples) f[(start + n) * samples + s] +="),
         True,
     ),
-    Fault("compiled: lengths pair with sigma'", TIMES, compiled("dual[n] * VALUE(row[n])", "dual[n] * SLOPE(row[n])"), True),
+    Fault("compiled: lengths pair with sigma'", TIMES, compiled("back[n] * VALUE(row[n])", "back[n] * SLOPE(row[n])"), True),
     Fault(
-        "compiled: many samples, sigma' is dropped", MANY, compiled("tau_ * SLOPE(row[s]) * dual[s]", "tau_ * dual[s]"), True
+        "compiled: many samples, sigma' is dropped", MANY, compiled("tau_ * SLOPE(row[s]) * back[s]", "tau_ * back[s]"), True
     ),
     Fault(
         "compiled: many samples, sign of b",
@@ -418,7 +418,7 @@ FAULTS = [
     Fault(
         "compiled: many samples, lengths pair with sigma'",
         MANY_TIMES,
-        compiled("dual[s] * VALUE(row[s])", "dual[s] * SLOPE(row[s])"),
+        compiled("back[s] * VALUE(row[s])", "back[s] * SLOPE(row[s])"),
         True,
     ),
     Fault(

@@ -9,7 +9,8 @@ import numpy as np
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.theory.sensitivity.conditioning import LinearisedFlow
-from fem_resnet.time_stepping.evolution import TYPES, FieldStepper, Tableau
+from fem_resnet.time_stepping.evolution import TYPES, FieldStepper
+from fem_resnet.time_stepping.tableau import Tableau
 
 __all__ = ["BY_DEPTH", "MORE_STEPS", "LayerStability", "layer_stability", "scheme_of"]
 
