@@ -904,7 +904,7 @@ FAULTS = [
         CLASSES,
         line(
             fem_resnet.learning.regulariser._RegulariserOperator,
-            "adjoint",
+            "_functionals",
             "dual * weight * functional",
             "2 * dual * weight * functional",
         ),
