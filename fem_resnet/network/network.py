@@ -38,17 +38,10 @@ from fem_resnet.log import log
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.run import Piece, Run
 from fem_resnet.network.segment import Segment
-from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.retraction import Retraction
-from fem_resnet.parameters.slots import BatchValues, read_all
-from fem_resnet.parameters.space_basis import (
-    BasisCoefficients,
-    KernelCoefficients,
-    LayerTimes,
-    NodalValues,
-    SpaceBasis,
-)
+from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, LayerTimes, NodalValues, SpaceBasis, read_all
 from fem_resnet.parameters.stable_kernels import StableKernel
 from fem_resnet.parameters.time_basis import Once, get_time_basis
 from fem_resnet.ranks import same

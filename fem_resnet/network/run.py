@@ -17,7 +17,7 @@ from fem_resnet.fixed import OnMesh
 from fem_resnet.layers.stage import LayerTrace
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.segment import Segment, TangentSegment
-from fem_resnet.parameters.slots import Replicated
+from fem_resnet.parameters.space_basis import Replicated
 from fem_resnet.ranks import same
 from fem_resnet.tape.blocks import OperatorBlock, apply
 

@@ -24,7 +24,7 @@ from petsc4py import PETSc
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.stage import LayerTrace, Stage
-from fem_resnet.parameters.slots import BatchValues
+from fem_resnet.parameters.space_basis import BatchValues
 from fem_resnet.time_stepping.scheme import Scheme
 from fem_resnet.time_stepping.sequence import LayerSequence
 from fem_resnet.time_stepping.stepper import Stepper

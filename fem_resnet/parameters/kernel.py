@@ -1,4 +1,4 @@
-"""Low-rank integral operators between label domains.
+"""Low-rank integral operators between label domains, and their coefficients beta.
 
 A kernel b(y, z) = sum_ij phi_i(y) beta_ij psi_j(z) maps functions of z to functions of y. With the bases at the nodes
 and the measure M of the domain of z,
@@ -27,9 +27,10 @@ from fem_resnet.arguments import choice, instance, real_array
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.log import log
+from fem_resnet.parameters.space_basis import Replicated, SpaceBasis
 from fem_resnet.ranks import same
 
-__all__ = ["EXACT_SUPREMUM", "LowRankKernel"]
+__all__ = ["EXACT_SUPREMUM", "KernelCoefficients", "LowRankKernel"]
 
 #: The largest number of pairs of nodes (y, z) for which sup |b| is found from all of them: 20,000 nodes of y and of z.
 EXACT_SUPREMUM = 20_000**2
@@ -242,6 +243,45 @@ class LowRankKernel(OnMesh):
         """By `|b(y, z)|^2 <= sum_k mu_k phi_k(y)^2 sum_k mu_k psi_k(z)^2`."""
         left, values, right = self.svd(beta)
         return float(np.sqrt(_largest_row(self.phi, left, values) * _largest_row(self.psi, right, values)))
+
+
+class KernelCoefficients(Replicated, SpaceBasis):
+    """The matrix beta of a low-rank kernel, shape (rank of phi, rank of psi): R = G_Phi x G_Psi.
+
+    Parameters
+    ----------
+    kernel
+        The factors; where they are learned, the orthonormal ones at the start.
+    learned
+        Whether the factors are learned.
+    """
+
+    def __init__(self, kernel: LowRankKernel, learned: bool = False):
+        super().__init__(kernel.phi.Y, kernel.shape)
+        self.kernel = kernel
+        self._learned = learned
+
+    @property
+    def amplitude(self):
+        return 1 / self.kernel.psi.Y.measure  # b is integrated over it
+
+    @property
+    def unit(self):
+        return self.kernel.phi.Y.measure / self.kernel.psi.Y.measure
+
+    def functional(self, coefficients):
+        return self.kernel.functional(coefficients)
+
+    def riesz(self, functional):
+        return self.kernel.riesz(functional)
+
+    def stiffness(self, coefficients):
+        if self._learned:
+            raise ValueError(
+                "smooth_in_space: expected a kernel with fixed factors, got learned ones, for whose gradients there is no "
+                "formula here; fix the factors, or regularise by smooth_in_time or tikhonov"
+            )
+        return self.kernel.stiffness(coefficients)
 
 
 def _largest_row(basis: Basis, coefficients: np.ndarray, values: np.ndarray) -> float:

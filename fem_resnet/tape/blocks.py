@@ -27,8 +27,7 @@ from pyadjoint import AdjFloat, Block, Tape
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
-from fem_resnet.parameters.slots import Slot, read_all
-from fem_resnet.parameters.space_basis import NodalValues
+from fem_resnet.parameters.space_basis import NodalValues, Slot, read_all
 from fem_resnet.tape.checkpoints import Manager, add_leaf, is_leaf, manager_of
 
 __all__ = ["Operator", "OperatorBlock", "ScheduledBlock", "apply", "gauss_newton", "made"]

@@ -25,7 +25,7 @@ from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.slots import Replicated
+from fem_resnet.parameters.space_basis import Replicated
 from fem_resnet.ranks import same, together
 from fem_resnet.training.tao import Minimiser
 

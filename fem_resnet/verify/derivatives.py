@@ -20,7 +20,7 @@ from mpi4py import MPI
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.label_domain.sample_weights import sample_weights
-from fem_resnet.parameters.slots import SeenBatch
+from fem_resnet.parameters.space_basis import SeenBatch
 from fem_resnet.tape.blocks import made
 from fem_resnet.time_stepping.ts_stepper import TSStepper
 from fem_resnet.verify.point import Point, close, names, part, random_like

@@ -11,8 +11,8 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.objective import Batch, LearningProblem
-from fem_resnet.parameters.kernel import LowRankKernel
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
+from fem_resnet.parameters.space_basis import BasisCoefficients
 from fem_resnet.verify.point import Point, close, names, part, random_like
 from fem_resnet.verify.reference import Measure, NotWrittenOut, Reference, raw, relative
 from fem_resnet.verify.report import Check

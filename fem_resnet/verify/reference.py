@@ -29,8 +29,10 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.objective import Batch, LearningProblem
+from fem_resnet.parameters.kernel import KernelCoefficients
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, MatrixControls, NodalValues, StateValues
+from fem_resnet.parameters.space_basis import BasisCoefficients, NodalValues, StateValues
+from fem_resnet.parameters.stable_kernels import MatrixControls
 
 __all__ = ["Measure", "NotWrittenOut", "Reference", "raw", "relative", "sigma"]
 

@@ -13,10 +13,9 @@ from fem_resnet.label_domain.basis import cell_indicators
 from fem_resnet.label_domain.points import class_space
 from fem_resnet.layers.inputs import LayerCoefficients, LayerUse, OnLayer
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.slots import read_all
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
+from fem_resnet.parameters.space_basis import BasisCoefficients, NodalValues, StateValues, read_all
 from fem_resnet.parameters.time_basis import Groups, Hats, LayerIndicators, Once, Shared, TimeBasis
 
 on_ranks = pytest.mark.parallel([1, 2, 3])

@@ -11,7 +11,8 @@ from problems import directions, learning_problem, network
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet import LearningProblem, Loss, PAMResult, ResidualNetwork, StepFailure, train, train_pam
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes
+from fem_resnet.parameters.kernel import KernelCoefficients
+from fem_resnet.parameters.space_basis import BasisCoefficients, LayerTimes
 from fem_resnet.training.proximal import ProximalFunctional
 from fem_resnet.training.tao import Minimiser
 
