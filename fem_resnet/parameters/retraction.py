@@ -32,7 +32,7 @@ def _upper(S: np.ndarray) -> np.ndarray:
 
 
 class Retraction:
-    """The operator X -> Phi(X) on node values, shape (nodes, rank): see `tape.blocks.Operator`.
+    """The operator X -> Phi(X) on node values, shape (nodes, rank): see `operator.Operator`.
 
     Parameters
     ----------

@@ -312,7 +312,7 @@ def stable_kernel_from(description: Mapping[str, Any] | None) -> StableKernel | 
 
 
 class KernelMap:
-    """The operator X -> beta: see `tape.blocks.Operator`.
+    """The operator X -> beta: see `operator.Operator`.
 
     Parameters
     ----------

@@ -167,7 +167,7 @@ def test_more_ranks_than_points_are_no_harm():
     "arguments, message",
     [
         (dict(weights=[]), "^weights: expected positive numbers of shape .points,., got shape .0,."),
-        (dict(weights=[1.0, 0.0]), "^weights: expected positive numbers.*the smallest given is 0$"),
+        (dict(weights=[1.0, 0.0]), "^weights: expected positive numbers of shape .points,., .* 0"),
         (dict(weights=[1.0, np.nan]), "^weights: expected finite positive numbers"),
         (dict(weights=[1.0, 2.0], points=np.zeros((3, 2))), r"^points: expected numbers of shape \(2, d\), got shape"),
         (dict(weights=[1.0, 2.0], points=[[0.0, np.inf]] * 2), r"^points: expected finite numbers of shape \(2, d\)"),
@@ -178,7 +178,7 @@ def test_more_ranks_than_points_are_no_harm():
             r"^graph: expected numbers >= 0 of shape \(2, 2\), got shape \(3, 3\)$",
         ),
         (dict(weights=[1.0, 2.0], graph=np.array([[0, 1], [2, 0]])), "^graph: expected a symmetric matrix"),
-        (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: expected numbers >= 0 .*, the smallest given is -1$"),
+        (dict(weights=[1.0, 2.0], graph=-np.ones((2, 2))), "^graph: expected numbers >= 0 .*, .* -1"),
     ],
 )
 def test_refuses(arguments, message):
