@@ -222,7 +222,8 @@ class LowRankKernel(OnMesh):
         return scipy.linalg.solve_triangular(R_phi, U), values, scipy.linalg.solve_triangular(R_psi, Vt.T)
 
     def _roots(self) -> list[np.ndarray]:
-        """R_Phi and R_Psi. Entries below the diagonal that `cho_factor` leaves there are no part of R."""
+        """R_Phi and R_Psi, the factors that `riesz` uses; they differ from `Basis.root` by round-off."""
+        # Entries below the diagonal that `cho_factor` leaves there are no part of R.
         return [np.triu(factor) for factor, _ in self._factors]
 
     def _supremum(self, beta: np.ndarray) -> float:

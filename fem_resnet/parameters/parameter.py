@@ -293,7 +293,7 @@ def _references(variable: BlockVariable) -> int:
     return sys.getrefcount(variable.checkpoint)
 
 
-#: Their number where the tape alone has a checkpoint; it differs between versions of Python.
+#: The number of references to a checkpoint that the tape alone holds; it differs between versions of Python.
 _OWN_REFERENCES = _references(_with_checkpoint(object()))
 
 
