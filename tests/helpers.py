@@ -11,7 +11,7 @@ import sympy
 from firedrake import COMM_SELF, COMM_WORLD
 
 from fem_resnet import Basis, Bias, Kernel, LabelSpace, Layers, ResidualNetwork, laplace_basis, read_mesh
-from fem_resnet.parameters.slots import BatchValues
+from fem_resnet.parameters.space_basis import BatchValues
 from fem_resnet.tape.recording import apply
 
 #: Number of samples of all batches, unless a test is about that number.

@@ -15,7 +15,7 @@ from pyadjoint import AdjFloat, Block, Control, ReducedFunctional, Tape
 from pyadjoint.tape import set_working_tape
 from test_demos import run
 
-from fem_resnet.parameters.slots import read_all
+from fem_resnet.parameters.space_basis import read_all
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 #: (N, rank, samples, layers): with one sample and several, and with more nodes than one block of the reference has.

@@ -7,8 +7,6 @@ Tangents and adjoints use sigma', Hessians sigma'', the energies of section 3 th
 Where two formulas meet, at a *joint*, both derivatives are those *from the left*. A joint is a *kink* if sigma' jumps there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -152,7 +150,7 @@ class Activation:
         )
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> Activation:
+    def from_description(cls, description: Mapping[str, Any]) -> "Activation":
         """The activation of a `description`, which may come from a file: no text is evaluated.
 
         Raises
@@ -170,7 +168,7 @@ class Activation:
                 for key in set(given) - {"sampled", "lipschitz"}:
                     instance(key, given[key], bool)
                 instance("lipschitz", given["lipschitz"], (int, float))
-                return cls.from_sympy(cast("sympy.Expr", from_tree(tree)), Properties(**given))
+                return cls.from_sympy(cast(sympy.Expr, from_tree(tree)), Properties(**given))
         raise ValueError(
             f"description: expected what Activation.description gives, name and parameters or expression and properties; "
             f"got {description!r}"

@@ -5,8 +5,6 @@
 expression is written to a file.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache

@@ -3,8 +3,6 @@
 A tree is rebuilt from a fixed list of functions, within bounds. No text is evaluated.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import cycle
 
@@ -40,7 +38,7 @@ def to_tree(expression: sympy.Basic) -> Tree:
 
     Examples
     --------
-    >>> to_tree(normal_form(2 * sympy.tanh(sympy.Symbol("s"))))
+    >>> to_tree(2 * sympy.tanh(S))
     ['Mul', 2, ['tanh', 's']]
     """
     if expression in _LEAF_NAMES:

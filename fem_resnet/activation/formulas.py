@@ -4,8 +4,6 @@ SymPy's formulas overflow where a function itself does not: e^-s / (1 + e^-s)^2 
 formula is brought to two others, rational in e^(c s) for s <= 0 and in e^(-c s) for s > 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from itertools import chain
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from fem_resnet.activation.pieces import REACH, S, cuts, right_of, smooth_formulas
 
-__all__ = ["Part", "compiled", "evaluate", "function_of", "in_decaying_powers", "parts", "sample_points", "select"]
+__all__ = ["compiled", "evaluate", "function_of", "in_decaying_powers", "parts", "sample_points", "select"]
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]

@@ -5,8 +5,6 @@ An expression changes where a condition of a `Piecewise` changes, or the argumen
 differentiated. So at a cut all values are those *from the left*, and no delta arises, as the expression may not jump there.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable

@@ -8,8 +8,6 @@ and from the second cell on SymPy's antiderivative, if there is one that agrees 
 values of an antiderivative would lose its digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -50,6 +50,8 @@ class Properties:
 
     Examples
     --------
+    >>> from dataclasses import replace
+    >>> from fem_resnet import get_activation
     >>> properties = get_activation("tanh").properties
     >>> properties.caveat("lipschitz", "bounded")
     ''

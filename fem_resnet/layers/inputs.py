@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.kernel import LowRankKernel, kernel_coefficients
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import NodalValues, SpaceBasis, kernel_coefficients
+from fem_resnet.parameters.space_basis import NodalValues, SpaceBasis
 from fem_resnet.parameters.time_basis import TimeBasis
 
 __all__ = ["FactorDirections", "LayerCoefficients", "LayerInputs", "LayerUse", "OnLayer"]

@@ -23,10 +23,9 @@ from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.points import class_space
-from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.slots import BatchValues, Replicated, SeenBatch
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients
+from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import same
 from fem_resnet.tape.recording import apply

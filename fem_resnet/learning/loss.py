@@ -32,7 +32,7 @@ from fem_resnet.arguments import choice, function, instance, real_array
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.head import PREDICTIONS, Prediction, log_density
-from fem_resnet.parameters.slots import BatchValues
+from fem_resnet.parameters.space_basis import BatchValues
 from fem_resnet.ranks import may_fail_alone, same, together
 from fem_resnet.tape.operator_block import OperatorBlock
 from fem_resnet.tape.recording import apply

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.network.segment import Functional, Segment
-from fem_resnet.parameters.slots import Replicated, SeenBatch
+from fem_resnet.parameters.space_basis import Replicated, SeenBatch
 
 __all__ = ["CoefficientSegment"]
 

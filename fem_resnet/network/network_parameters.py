@@ -17,17 +17,10 @@ from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs, LayerUse
 from fem_resnet.network.settings import Settings
-from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel, kernel_coefficients
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.retraction import Retraction
-from fem_resnet.parameters.space_basis import (
-    BasisCoefficients,
-    KernelCoefficients,
-    LayerTimes,
-    NodalValues,
-    SpaceBasis,
-    kernel_coefficients,
-)
+from fem_resnet.parameters.space_basis import BasisCoefficients, LayerTimes, NodalValues, SpaceBasis
 from fem_resnet.parameters.time_basis import Once, TimeBasis, get_time_basis
 from fem_resnet.tape.kernel_controls import StableKernelParameter
 

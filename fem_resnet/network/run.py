@@ -18,7 +18,7 @@ from fem_resnet.fixed import OnMesh
 from fem_resnet.network.coefficient_segment import CoefficientSegment
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.tangent_segment import TangentSegment
-from fem_resnet.parameters.slots import Replicated
+from fem_resnet.parameters.space_basis import Replicated
 from fem_resnet.ranks import same
 from fem_resnet.tape.operator_block import OperatorBlock
 from fem_resnet.tape.recording import apply

@@ -27,7 +27,7 @@ from petsc4py import PETSc
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.stage import Stage
-from fem_resnet.parameters.slots import BatchValues, Replicated
+from fem_resnet.parameters.space_basis import BatchValues, Replicated
 from fem_resnet.time_stepping.scheme import Scheme
 from fem_resnet.time_stepping.stepper import LayerSequence, LayerTrace, Stepper
 

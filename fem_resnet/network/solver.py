@@ -28,7 +28,7 @@ from fem_resnet.network.network_parameters import NetworkParameters
 from fem_resnet.network.run import Piece, Solved
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.settings import Settings
-from fem_resnet.parameters.slots import BatchValues, read_all
+from fem_resnet.parameters.space_basis import BatchValues, read_all
 from fem_resnet.tape.checkpoints import Manager, manager_of
 from fem_resnet.tape.recording import apply
 from fem_resnet.time_stepping.scheme import Scheme

@@ -1,4 +1,4 @@
-"""Low-rank integral operators between label domains.
+"""Low-rank integral operators between label domains, and their coefficients beta.
 
 A kernel b(y, z) = sum_ij phi_i(y) beta_ij psi_j(z) maps functions of z to functions of y. With the bases at the nodes
 and the measure M of the domain of z,
@@ -27,9 +27,10 @@ from fem_resnet.arguments import choice, instance, real_array
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.log import log
+from fem_resnet.parameters.space_basis import Replicated, SpaceBasis
 from fem_resnet.ranks import same
 
-__all__ = ["EXACT_SUPREMUM", "LowRankKernel"]
+__all__ = ["EXACT_SUPREMUM", "KernelCoefficients", "LowRankKernel", "kernel_coefficients"]
 
 #: The largest number of pairs of nodes (y, z) for which sup |b| is found from all of them: 20,000 nodes of y and of z.
 EXACT_SUPREMUM = 20_000**2
@@ -221,7 +222,8 @@ class LowRankKernel(OnMesh):
         return scipy.linalg.solve_triangular(R_phi, U), values, scipy.linalg.solve_triangular(R_psi, Vt.T)
 
     def _roots(self) -> list[np.ndarray]:
-        """R_Phi and R_Psi. Entries below the diagonal that `cho_factor` leaves there are no part of R."""
+        """R_Phi and R_Psi, the factors that `riesz` uses; they differ from `Basis.root` by round-off."""
+        # Entries below the diagonal that `cho_factor` leaves there are no part of R.
         return [np.triu(factor) for factor, _ in self._factors]
 
     def _supremum(self, beta: np.ndarray) -> float:
@@ -244,6 +246,45 @@ class LowRankKernel(OnMesh):
         return float(np.sqrt(_largest_row(self.phi, left, values) * _largest_row(self.psi, right, values)))
 
 
+class KernelCoefficients(Replicated, SpaceBasis):
+    """The matrix beta of a low-rank kernel, shape (rank of phi, rank of psi): R = G_Phi x G_Psi.
+
+    Parameters
+    ----------
+    kernel
+        The factors; where they are learned, the orthonormal ones at the start.
+    learned
+        Whether the factors are learned.
+    """
+
+    def __init__(self, kernel: LowRankKernel, learned: bool = False):
+        super().__init__(kernel.phi.Y, kernel.shape)
+        self.kernel = kernel
+        self._learned = learned
+
+    @property
+    def amplitude(self):
+        return 1 / self.kernel.psi.Y.measure  # b is integrated over it
+
+    @property
+    def unit(self):
+        return self.kernel.phi.Y.measure / self.kernel.psi.Y.measure
+
+    def functional(self, coefficients):
+        return self.kernel.functional(coefficients)
+
+    def riesz(self, functional):
+        return self.kernel.riesz(functional)
+
+    def stiffness(self, coefficients):
+        if self._learned:
+            raise ValueError(
+                "smooth_in_space: expected a kernel with fixed factors, got learned ones, for whose gradients there is no "
+                "formula here; fix the factors, or regularise by smooth_in_time or tikhonov"
+            )
+        return self.kernel.stiffness(coefficients)
+
+
 def _largest_row(basis: Basis, coefficients: np.ndarray, values: np.ndarray) -> float:
     """The largest `sum_k mu_k p_k(y)^2` over the nodes."""
     largest = 0.0
@@ -257,3 +298,9 @@ def _largest(basis: Basis, values: np.ndarray) -> np.ndarray:
     largest = np.asarray(values.max(axis=0, initial=0.0))
     basis.Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
     return largest
+
+
+def kernel_coefficients(basis: SpaceBasis) -> KernelCoefficients:
+    """The space basis of a kernel, of which more is known than of any space basis."""
+    assert isinstance(basis, KernelCoefficients), "a kernel is expanded in factors"
+    return basis

@@ -16,19 +16,20 @@ with R_k of the space basis (M; a Gram matrix; a pair of these). Every Control c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import firedrake as fd
 import numpy as np
+from mpi4py import MPI
 from pyadjoint import Control
+from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import flag, instance, integer, real_array
 from fem_resnet.fixed import OnMesh
-from fem_resnet.parameters.control import CoefficientControl
-from fem_resnet.parameters.slots import Replicated
-from fem_resnet.parameters.space_basis import SpaceBasis
+from fem_resnet.parameters.space_basis import Replicated, SpaceBasis, new_cofunction
 from fem_resnet.parameters.time_basis import PointInTime, TimeBasis
 from fem_resnet.ranks import same
 
@@ -211,7 +212,7 @@ class Parameter(OnMesh):
 
     def controls(self) -> list[Control]:
         """One Control of pyadjoint's for each function in time, with the Riesz map of label domain and time."""
-        return [CoefficientControl(function, riesz_map=self._riesz_map(k)) for k, function in enumerate(self.functions)]
+        return [_Control(function, riesz_map=self._riesz_map(k)) for k, function in enumerate(self.functions)]
 
     def riesz_map(self, k: int) -> Callable[[fd.Cofunction], fd.Function]:
         """The map from functionals of c_k (Cofunctions) to gradients, `d -> R^-1 d / tau_k`. Collective.
@@ -280,6 +281,56 @@ def _check_functions(functions: Sequence[fd.Function], bases: Sequence[SpaceBasi
     for function, basis in zip(functions, bases):
         if instance("functions", function, fd.Function).function_space() != basis.space:
             raise ValueError(f"functions: expected a Function of {basis.space}, got one of {function.function_space()}")
+
+
+def _with_checkpoint(checkpoint: object) -> BlockVariable:
+    variable = BlockVariable(None)
+    variable.checkpoint = checkpoint
+    return variable
+
+
+def _references(variable: BlockVariable) -> int:
+    return sys.getrefcount(variable.checkpoint)
+
+
+#: The number of references to a checkpoint that the tape alone holds; it differs between versions of Python.
+_OWN_REFERENCES = _references(_with_checkpoint(object()))
+
+
+class _Control(Control):
+    """pyadjoint's Control, with one new Function an evaluation in place of five: with few nodes, making them costs most."""
+
+    def update(self, value):
+        if self._may_overwrite(value):
+            self.block_variable.checkpoint.dat.data_wo[...] = value.dat.data_ro
+        else:
+            super().update(value)
+
+    def _may_overwrite(self, value: object) -> bool:
+        """Whether the tape has a Function for such values that no Block made and that nobody else holds. Collective."""
+        variable = self.block_variable
+        if not (
+            variable.creation_timestep == -1
+            and isinstance(variable.checkpoint, fd.Function)
+            and isinstance(value, fd.Function)
+            and value.function_space() is variable.checkpoint.function_space()
+        ):
+            return False
+        # All ranks make a new Function, or none does: objects that wait for the garbage collector may hold it on some ranks.
+        alone = _references(variable) == _OWN_REFERENCES
+        return value.function_space().mesh().comm.allreduce(alone, op=MPI.LAND)
+
+    def get_derivative(self, apply_riesz=False):
+        functional = self.block_variable.adj_value
+        if apply_riesz or not isinstance(functional, fd.Cofunction):
+            return super().get_derivative(apply_riesz)
+        unshared = getattr(self.block_variable, "unshared", None)
+        if unshared is not None and unshared() is functional:  # a Block made it for this, and nothing else reads it
+            self.block_variable.unshared = None
+            return functional
+        values, owned = np.zeros(functional.dat.shape), functional.dat.data_ro
+        values[: len(owned)] = owned
+        return new_cofunction(functional.function_space(), values)
 
 
 def _of_time_functions(name: str, bases: Sequence[SpaceBasis], time_basis: TimeBasis | PointInTime) -> list[SpaceBasis]:

@@ -21,8 +21,7 @@ import numpy as np
 import scipy.linalg
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.parameters.slots import BatchValues
-from fem_resnet.parameters.space_basis import StateValues
+from fem_resnet.parameters.space_basis import BatchValues, StateValues
 
 __all__ = ["Retraction"]
 

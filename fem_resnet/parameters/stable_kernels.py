@@ -30,15 +30,50 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from fem_resnet.arguments import choice, integer, number
-from fem_resnet.parameters.kernel import LowRankKernel
-from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
+from fem_resnet.parameters.space_basis import Replicated, SpaceBasis
 
 __all__ = [
-    "DampedAntisymmetric", "KernelMap", "NormBounded", "PositiveSemidefinite", "StableKernel", "stable_kernel_from",
+    "DampedAntisymmetric", "KernelMap", "MatrixControls", "NormBounded", "PositiveSemidefinite", "StableKernel",
+    "stable_kernel_from",
 ]  # fmt: skip
 
 #: How far from a set coefficients may lie and still count as its members, in parts of their size.
 _ROUND_OFF = 1e-10
+
+
+class MatrixControls(Replicated, SpaceBasis):
+    """A matrix X of controls of which a kernel is made: R = G x H for Gram matrices, or 1 for either.
+
+    Parameters
+    ----------
+    Y
+        The label domain.
+    shape
+        Shape of X.
+    left, right
+        G and H, square, shapes (rows of X,) * 2 and (columns of X,) * 2; the identity if left out.
+    """
+
+    def __init__(self, Y: LabelSpace, shape: tuple[int, int], left: np.ndarray | None = None, right: np.ndarray | None = None):
+        super().__init__(Y, shape)
+        self.grams = [np.eye(size) if gram is None else gram for size, gram in zip(shape, (left, right))]
+
+    @property
+    def unit(self):
+        return 1.0
+
+    def functional(self, coefficients):
+        left, right = self.grams
+        return left @ coefficients @ right
+
+    def riesz(self, functional):
+        left, right = self.grams
+        return np.linalg.solve(right, np.linalg.solve(left, functional).T).T
+
+    def stiffness(self, coefficients):
+        return np.zeros(self.shape)
 
 
 class StableKernel(ABC):

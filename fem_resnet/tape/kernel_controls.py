@@ -13,9 +13,9 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint import Control
 
+from fem_resnet.parameters.kernel import KernelCoefficients, kernel_coefficients
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import KernelCoefficients, MatrixControls, kernel_coefficients
-from fem_resnet.parameters.stable_kernels import KernelMap, StableKernel
+from fem_resnet.parameters.stable_kernels import KernelMap, MatrixControls, StableKernel
 from fem_resnet.parameters.time_basis import TimeBasis
 from fem_resnet.tape.recording import apply
 

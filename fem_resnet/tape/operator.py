@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fem_resnet.parameters.slots import Slot
+from fem_resnet.parameters.space_basis import Slot
 
 __all__ = ["Operator", "SecondOrderOperator", "made", "parts"]
 

@@ -22,8 +22,7 @@ from mpi4py import MPI
 from pyadjoint import AdjFloat, Block
 from pyadjoint.block_variable import BlockVariable
 
-from fem_resnet.parameters.slots import Slot, read_all
-from fem_resnet.parameters.space_basis import NodalValues
+from fem_resnet.parameters.space_basis import NodalValues, Slot, read_all
 from fem_resnet.tape.checkpoints import is_leaf
 from fem_resnet.tape.operator import Operator, made, parts
 

@@ -17,7 +17,6 @@ from petsc4py import PETSc
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.stage import StageValue
 from fem_resnet.options import last_words, reason_name
-from fem_resnet.time_stepping.stepper import LayerTrace
 
 __all__ = ["LayerSequence", "LayerTrace", "StepFailure", "Stepper"]
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from fem_resnet.arguments import instance, real_array
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.slots import Replicated
+from fem_resnet.parameters.space_basis import Replicated
 
 __all__ = ["Bounds", "bounds_of_controls", "replicated_bounds"]
 

@@ -12,7 +12,7 @@ from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
-from fem_resnet.parameters.slots import SeenBatch
+from fem_resnet.parameters.space_basis import SeenBatch
 from fem_resnet.tape.operator import SecondOrderOperator, made
 from fem_resnet.time_stepping.ts_stepper import TSStepper
 from fem_resnet.verify.measure import relative

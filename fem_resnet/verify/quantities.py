@@ -13,9 +13,9 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.run import Run
-from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients
+from fem_resnet.parameters.space_basis import BasisCoefficients
 from fem_resnet.verify.formulas import NotWrittenOut
 from fem_resnet.verify.measure import Measure, raw, relative
 from fem_resnet.verify.parameters import Parameters

@@ -47,7 +47,7 @@ def _swish_primitive(s):
 
 
 def _formulas(sigma):
-    """(formula for s <= 0, formula for s > 0), whose derivatives sympy takes: nothing here is shared with the code."""
+    """(formula for s <= 0, formula for s > 0). SymPy differentiates them, so that nothing is shared with the code."""
     alpha = sympy.Rational(dict(sigma.parameters).get("alpha", 0.0))
     return {
         "tanh": (sympy.tanh(S), sympy.tanh(S)),
@@ -120,7 +120,7 @@ RTOL = 16 * np.finfo(float).eps
 
 
 def _atol(sigma):
-    # Below the smallest normal number a double has fewer digits to be right in; alpha multiplies such an e^s.
+    # Below the smallest normal number doubles have fewer digits; for elu alpha multiplies such an e^s.
     return np.finfo(float).tiny * max([1.0, *dict(sigma.parameters).values()])
 
 
@@ -141,7 +141,7 @@ def _grid():
 
 
 def _exact(formula, s):
-    """The formula at s, to 50 digits or to 1e-400: the digits that it loses by cancellation are carried on top."""
+    """The formula at s, to 50 digits or to 1e-400, with as many further digits as cancellation takes."""
     lost = min(abs(s), 800.0) + (2 * max(0.0, -math.log10(abs(s))) if s else 0.0)
     with mpmath.workdps(50 + math.ceil(lost)):
         return float(formula(mpmath.mpf(s)))
@@ -156,14 +156,14 @@ def test_agrees_with_50_digits_from_minus_1e4_to_1e4(sigma, order):
 
 @cache
 def _exact_values(*formulas):
-    """What the formulas for s <= 0 and for s > 0 are on the grid: SymPy's, or functions of mpmath."""
+    """Values on the grid of the formulas for s <= 0 and for s > 0, given as SymPy expressions or functions of mpmath."""
     left, right = (
         sympy.lambdify(S, formula, "mpmath") if isinstance(formula, sympy.Expr) else formula for formula in formulas
     )
     return np.array([_exact(right if s > 0 else left, float(s)) for s in _grid()])
 
 
-# Of a SymPy expression numpy evaluates what SymPy wrote: 1 - tanh^2 loses digits that sech^2 does not. In these forms
+# NumPy evaluates an expression as SymPy writes it: 1 - tanh^2 loses digits that sech^2 does not. In these forms
 # no term is much above max(1, |s|), and few are added.
 @pytest.mark.parametrize("order", [0, 1, 2], ids=["value", "derivative", "second_derivative"])
 @pytest.mark.parametrize("name", ["swish", "sin", "softplus", "tanh"])
@@ -250,7 +250,7 @@ def test_derivatives_at_a_joint_are_those_from_the_left(name, parameters, first,
     sigma = get_activation(name, **parameters)
     assert sigma.joints == (0.0,)
     assert (sigma.derivative(0.0), sigma.second_derivative(0.0)) == (first, second)
-    # The smallest normal number: what is below it is 0 to this process once PyOP2 has loaded a kernel.
+    # The smallest normal number: smaller ones are 0 to this process once PyOP2 has loaded a kernel.
     assert (sigma.derivative(2.3e-308), sigma.second_derivative(2.3e-308)) == (1.0, 0.0)
 
 
@@ -393,7 +393,7 @@ def test_expressions_tell_activations_apart():
 
 @cache
 def _observed(sigma):
-    """Properties as the values of sigma tell them: by differences, and by what grows from |s| = 1e2 to 1e4."""
+    """Properties that values of sigma show: by differences, and by growth from |s| = 1e2 to 1e4."""
     near = np.linspace(-5.0, 5.0, 1001)
     far = np.concatenate([-np.geomspace(1e4, 5.0, 4001), near, np.geomspace(5.0, 1e4, 4001)])
     slopes = np.abs(sigma.derivative(np.concatenate([far, 1e-9 + near])))
@@ -416,7 +416,7 @@ def _observed(sigma):
 
 
 def _contradicted(sigma, declared):
-    """The properties of which the values of sigma tell otherwise."""
+    """The names of the properties that values of sigma refute."""
     observed = _observed(sigma)
     names = [field.name for field in fields(Properties) if field.name not in ("lipschitz", "sampled")]
     wrong = {name for name in names if getattr(declared, name) != getattr(observed, name)}
@@ -451,7 +451,7 @@ def test_properties_given_by_the_user_are_kept():
 
 @pytest.mark.parametrize("name", FROM_SYMPY)
 def test_properties_that_values_disprove_are_refused(name):
-    """What does not hold may not be claimed; what does need not be, and a bound need not be the least one."""
+    """A property that does not hold may not be claimed. One that holds need not be, and a bound need not be the least."""
     found = FROM_SYMPY[name].properties
     wrong = [{claim: True} for claim, holds in vars(found).items() if holds is False and claim != "bounded"]
     wrong += [{"lipschitz": 1e3 if math.isinf(found.lipschitz) else 0.9 * found.lipschitz}] * (found.lipschitz > 0)
@@ -479,7 +479,7 @@ def test_properties_that_values_disprove_are_refused(name):
 )
 def test_bounds_that_are_reached_far_out_or_not_at_all(expression, lipschitz, bounded):
     properties = Activation.from_sympy(expression).properties
-    # What is beyond 1e4 is estimated from the last decades.
+    # The supremum beyond 1e4 is estimated from the last decades.
     assert_allclose(properties.lipschitz, lipschitz, rtol=1e-5)
     assert properties.bounded == bounded
 

@@ -1,4 +1,4 @@
-"""Whatever the theory says that rests on properties of sigma which are sampled says so: "sampled, not proved"."""
+"""Statements of the theory that rest on sampled properties of sigma say so: "sampled, not proved"."""
 
 from dataclasses import fields, replace
 
@@ -30,7 +30,7 @@ PROPERTIES = {field.name for field in fields(Properties)} - {"sampled"}
 
 
 def net_with(sampled, activation="tanh", **more):
-    """B = B^T >= 0, which every statement takes; of sigma nothing is proved but what is left out."""
+    """A network with B = B^T >= 0, as every statement supposes. These properties of sigma are sampled, the others proved."""
     sigma = get_activation(activation)
     sigma = replace(sigma, declared=replace(sigma.properties, sampled=frozenset(sampled)))
     phi = laplace("disk", "CG1", 4)
@@ -45,7 +45,7 @@ def growth(net):
     return str(GrowthMonitor(net).watch(net.run(net.Y.batch(smooth(net.Y, 1)))))
 
 
-#: What is said, and the network it is said of.
+#: Statements, as functions of a network, and options of that network.
 SAID = {
     "stability_verdict, Theorem 3.4": (lambda net: str(stability_verdict(net)), {}),
     "stability_verdict, B_s >= 0": (lambda net: stability_verdict(net).reason, {"activation": "leaky_relu"}),

@@ -30,7 +30,7 @@ PROVED = [
     (sympy.log(1 + sympy.exp(s)), 1.0, True),
     (sympy.Max(-1, sympy.Min(s, 1)), 1.0, True),
 ]
-#: What vanishes where.
+#: Expressions and their zeros.
 ZEROS = [
     (sympy.Max(s - 20, 0), (-math.inf, 20.0)),
     ((s - 3) ** 2 * sympy.exp(-(s**2) / 100), (3.0, 3.0)),
@@ -101,7 +101,7 @@ def test_the_size_of_a_bounded_activation_is_proved():
 
 @pytest.mark.parametrize("expression, expected", ZEROS, ids=lambda value: str(value)[:40])
 def test_zeros_are_found_wherever_they_are(expression, expected):
-    """Far out, touching, next to cuts, on half lines; what only decays to 0 has none."""
+    """Far out, touching, next to cuts, on half lines. A function that only decays to 0 has none."""
     found = zero_set(Activation.from_sympy(expression))
     assert (found is None) == (expected is None)
     if found is not None:

@@ -1,4 +1,4 @@
-"""Laplace bases over meshes x ranks x units: what fixed coefficients stand for depends on Y and its unit of length alone."""
+"""Laplace bases on meshes x ranks x units: functions of fixed coefficients depend on Y and its unit of length alone."""
 
 from functools import cache
 
@@ -30,7 +30,7 @@ on_ranks = pytest.mark.parallel([1, 2, 3])
 
 
 def pieces(n, comm, count=2):
-    """Squares side by side, which do not hang together."""
+    """Squares that do not touch each other."""
     grid = np.linspace(0, 1, 3 * n + 1)
     square = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=2).reshape(-1, 2)
     number = np.arange(len(square)).reshape(len(grid), -1)
@@ -181,7 +181,7 @@ def test_moved_eigenfunctions_keep_their_eigenvalues(kind):
     """Functions of other eigenvalues are not mixed in: constants stay constant where Y hangs together."""
     phi = laplace_basis(space(kind, "CG1", 1), MESHES[kind][1])
     moved = phi.on(space(kind, "CG1", 3))
-    # What meshes of 6 cells a period, 3 a side, miss of them: 9 and 16 per cent. The next eigenvalue is twice as large.
+    # Meshes of 6 cells a period, 3 a side, miss 9 and 16 per cent. The next eigenvalue is twice as large.
     assert_allclose(moved.eigenvalues, phi.eigenvalues, rtol=0, atol=0.2 * phi.eigenvalues[-1])
     assert abs(moved.eigenvalues[0]) < 1e-3 * moved.eigenvalues[-1]
     assert_allclose(moved.stiffness, moved.Y.sum(moved.values.T @ moved.Y.apply_stiffness(moved.values)), atol=1e-11 * 30)
@@ -241,7 +241,7 @@ def test_a_file_keeps_the_stiffness(element, tmp_path):
     assert_allclose(kept.stiffness, net.bases["phi"][0].stiffness, rtol=0, atol=1e-15)
 
 
-# -- what cannot be had ----------------------------------------------------------------------------------------------
+# -- bases that are refused -----------------------------------------------------------------------------------------
 
 
 @on_ranks
@@ -263,7 +263,7 @@ def test_a_discontinuous_space_says_how_many_eigenfunctions_it_tells_apart():
 
 @on_ranks
 def test_a_domain_that_lies_upon_itself_is_refused():
-    """No function of the coordinates sees what is odd about a fold."""
+    """No function of the coordinates sees a function that is odd across a fold."""
     straight = fd.UnitIntervalMesh(8)
     x = fd.Function(fd.VectorFunctionSpace(straight, "CG", 1, dim=2))
     x.dat.data_wo[:, 0] = np.abs(straight.coordinates.dat.data_ro - 0.5)

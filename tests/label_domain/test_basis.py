@@ -19,7 +19,7 @@ each_space = pytest.mark.parametrize("space", SPACES, ids=name)
 
 @pytest.fixture
 def directory(tmp_path):
-    """One for all ranks."""
+    """A directory that all ranks share."""
     return COMM_WORLD.bcast(tmp_path)
 
 
@@ -57,7 +57,7 @@ def test_a_cache_gives_the_same_bits_to_the_same_question_only(directory, monkey
 def test_eigenfunctions_are_orthonormal(space):
     basis = laplace(*space, rank=5)
     assert_allclose(basis.gram, np.eye(5), rtol=0, atol=1e-12)
-    # The gram matrix of the basis is what its values say.
+    # The basis's own Gram matrix is that of its values.
     assert_allclose(basis.project(basis.values), np.eye(5), rtol=0, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Meshes from Gmsh files: right, or refused from the first line that sees them, on all ranks."""
+"""Meshes from Gmsh files: read as they are, or refused at once on all ranks."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def test_a_closed_surface_keeps_its_third_coordinate(tmp_path):
     mesh = read_mesh(write(tmp_path / "torus.msh", *torus()), COMM_WORLD)
     Y = LabelSpace(fd.FunctionSpace(mesh, "CG", 1))
     assert (mesh.topological_dimension, mesh.geometric_dimension) == (2, 3)
-    # Of a polyhedron in the torus a little less than its area 4 pi^2 0.4.
+    # The area of a polyhedron in the torus is a little less than 4 pi^2 0.4.
     assert 0.85 < Y.measure / (4 * np.pi**2 * 0.4) < 1
     assert laplace_basis(Y, 3).eigenvalues[0] == pytest.approx(0, abs=1e-10)
 

@@ -88,7 +88,7 @@ def test_laplace_basis_of_a_graph_solves_its_eigenproblem_whatever_the_partition
     assert np.abs(residual).max() < 1e-10
     assert_allclose(basis.gram, np.eye(rank), rtol=0, atol=1e-11)
     alone = laplace_basis(point_space(weights, graph=A, comm=fd.COMM_SELF), rank)
-    # What fixes rotations is well conditioned to about 1e3.
+    # The rule that fixes rotations has a condition of about 1e3.
     assert_allclose(values, alone.values[np.argsort(alone.Y.numbers)], rtol=0, atol=1e-9)
 
 
@@ -99,7 +99,7 @@ def test_laplace_basis_of_a_graph_stays_there():
 
 
 def graph_problem(kind="graph"):
-    """On a graph in its eigenvectors; on a cloud in functions of the coordinates, the bias a value at every point."""
+    """On a graph the bases are its eigenvectors; on a cloud functions of the coordinates, with a bias at every point."""
     Y = point_space(WEIGHTS, CLOUDS[2], ring() if kind == "graph" else None)
     x = CLOUDS[2].T[:, Y.numbers]
     basis = laplace_basis(Y, 5) if kind == "graph" else Basis(Y, np.stack([1 + 0 * x[0], *x, *np.sin(x)], axis=1), "given")

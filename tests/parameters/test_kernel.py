@@ -11,7 +11,7 @@ from fem_resnet.label_domain.points import class_space
 from fem_resnet.parameters.kernel import LowRankKernel
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
-#: For what sees no partition, and for messages: once on several ranks is enough.
+#: For tests of messages, and of code that sees no partition: once on several ranks is enough.
 on_two_ranks = pytest.mark.parallel([1, 2])
 
 # Sums of some hundred numbers of size one.
@@ -35,7 +35,7 @@ def kernel(request):
 
 
 def _all(Y, values):
-    """Of all ranks."""
+    """Rows of all ranks, one below the other."""
     return np.concatenate(Y.comm.allgather(values))
 
 
@@ -99,7 +99,7 @@ def test_norm_of_zero_is_zero(kernel):
 
 
 def _singular_values(kernel, beta):
-    """Of B: L2(Z) -> L2(Y)."""
+    """The norm of B: L2(Z) -> L2(Y)."""
     b, w_y, w_z = _dense(kernel, beta)
     return np.linalg.svd(np.sqrt(w_y)[:, None] * b * np.sqrt(w_z), compute_uv=False)
 
@@ -119,7 +119,7 @@ def test_operator_norm_is_bounded_by_the_norm_of_b_and_equals_it_at_rank_one_onl
 
 @on_ranks
 def test_operator_norm_is_the_largest_singular_value(kernel, rng):
-    """Proof of Theorem 3.1: at most the Hilbert-Schmidt norm, which is what the paper's proof uses for it."""
+    """Proof of Theorem 3.1: the operator norm is at most the Hilbert-Schmidt norm, which the proof uses in its place."""
     beta = rng.normal(size=kernel.shape)
     singular_values = _singular_values(kernel, beta)
     assert abs(kernel.norm(beta, "operator") / singular_values[0] - 1) < 1e-12
@@ -151,7 +151,7 @@ def test_supremum_of_b_is_found_in_blocks_of_nodes(kernel, rng, monkeypatch):
 
 @on_ranks
 def test_on_many_nodes_the_supremum_is_an_upper_bound_which_says_so(kernel, rng, monkeypatch, caplog):
-    """By Cauchy and Schwarz; equal at rank one."""
+    """The upper bound by Cauchy and Schwarz is exact at rank one."""
     monkeypatch.setattr("fem_resnet.parameters.kernel._TOGETHER", 5)
     beta = rng.normal(size=kernel.shape)
     rank_one = np.outer(rng.normal(size=kernel.shape[0]), rng.normal(size=kernel.shape[1]))

@@ -111,7 +111,7 @@ def test_taylor_of_each_alone_with_time_bases(which, in_time, taylor):
     p = problem(network(kernel_in_time=in_time, bias_in_time=in_time))
     J = p.reduced_functional()
     chosen = [parameter.name == which for parameter in p.parameters for _ in parameter.functions]
-    # One alone bends J little: longer directions, or the third remainder is round-off.
+    # One control alone bends J little. So directions are longer, else the third remainder is round-off.
     h = [v._ad_mul(8.0 if c else 0.0) for v, c in zip(directions(p), chosen, strict=True)]
     taylor(J, p.functions, h, f"{which}, {in_time}", "alone", second_order=True)
 
@@ -170,7 +170,7 @@ def test_derivative_in_the_final_time_is_the_rate_against_the_costate():
 
 @on_two_ranks
 def test_learned_factors_reach_what_fixed_ones_cannot():
-    """Targets of a network whose factors are others: those of rank one that are given can be turned into them."""
+    """Targets come from a network with other factors, into which the given ones of rank one can be turned."""
     Y, values = label_space("disk", "CG1"), []
     x, y = Y.coordinates.T
     teacher = ResidualNetwork(Kernel(polynomials(Y), in_time="shared"), bias=polynomials(Y), layers=2)
@@ -190,7 +190,7 @@ def test_learned_factors_reach_what_fixed_ones_cannot():
 
 
 def test_newton_sees_no_gauge():
-    """At a minimum only what P leaves out has no curvature, r^2 directions a factor; Newton's method is quadratic."""
+    """At a minimum only directions that P leaves out, r^2 a factor, have no curvature; Newton's method is quadratic."""
     Y, basis, rng = label_space("disk", "CG1"), laplace("disk", "CG1", 2), np.random.default_rng(0)
     teacher, net = (ResidualNetwork(Kernel(basis, learn_factors=True), bias=basis, layers=1, final_time=2.0) for _ in range(2))
     for one in (teacher, net):

@@ -13,14 +13,13 @@ from fem_resnet.label_domain.basis import cell_indicators
 from fem_resnet.label_domain.points import class_space
 from fem_resnet.layers.inputs import LayerCoefficients, LayerUse, OnLayer
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.slots import read_all
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, NodalValues, StateValues
+from fem_resnet.parameters.space_basis import BasisCoefficients, NodalValues, StateValues, read_all
 from fem_resnet.parameters.time_basis import Groups, Hats, LayerIndicators, Once, Shared, TimeBasis
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
-#: For what sees no partition, and for messages: once on several ranks is enough.
+#: For tests of messages, and of code that sees no partition: once on several ranks is enough.
 on_two_ranks = pytest.mark.parallel([1, 2])
 
 # Sums of some hundred numbers of size one; Gram matrices of condition below 100 a factor.
@@ -65,7 +64,7 @@ def basis(request):
 
 
 def _label_space(basis):
-    """Where a nodal array of what a layer takes lives; None for the matrix of a kernel."""
+    """The label domain of the node values that a layer takes; None for the matrix of a kernel."""
     if isinstance(basis, KernelCoefficients):
         return None
     return basis.Y if isinstance(basis, NODAL) else basis.basis.Y
@@ -79,7 +78,7 @@ def _coefficients(basis, seed):
 
 
 def _taken(basis, seed):
-    """Something of the form that a layer takes: node values, or the matrix of a kernel."""
+    """A random array of the form that a layer takes: node values, or the matrix of a kernel."""
     Y = _label_space(basis)
     return _coefficients(basis, seed) if Y is None or isinstance(basis, NODAL) else smooth(Y, 1, seed=seed)[:, 0]
 
@@ -152,7 +151,7 @@ def test_pair_with_dual_is_the_inner_product_in_the_label_measure(basis):
 @pytest.mark.parametrize("basis", [n for n in SPACE_BASES if "nodes" not in n and n != "states"], indirect=True)
 def test_coefficients_in_a_basis_are_the_same_bits_on_every_rank(basis):
     function = fd.Function(basis.space)
-    # Only the owner's numbers count: what other ranks bring must not matter.
+    # Only the owner's numbers count: numbers on other ranks must not matter.
     basis.write(function, _coefficients(basis, 6) + COMM_WORLD.rank)
     all_ranks = COMM_WORLD.allgather(basis.read(function))
     for other in all_ranks:
@@ -427,7 +426,7 @@ def test_the_values_of_the_tape_may_be_handed_to_it():
 
 
 def test_a_derivative_without_evaluation_at_changed_values_is_refused():
-    """Also where only the values of one Function of the tape have changed, as `Control.update` changes them."""
+    """Also where only the values of a Function on the tape have changed, as `Control.update` changes them."""
     J, functions, other = _recorded_with_another_point()
     J(functions)
     J.controls[0].update(other[0])
@@ -437,7 +436,7 @@ def test_a_derivative_without_evaluation_at_changed_values_is_refused():
 
 @on_two_ranks
 def test_a_function_that_a_block_made_is_not_written_into():
-    """The Function behind it may be another one's checkpoint, as that of an assignment is."""
+    """A checkpoint may be another Function's too, as after an assignment."""
     net = network("disk", "CG1")
     source, bias = fd.Function(net.Y.V), net.bias
     source.assign(0.5)

@@ -1,4 +1,4 @@
-"""Kernels made of free controls: that they are in their sets, derivatives, what contracts and what does not."""
+"""Kernels made of free controls: they stay in their sets; derivatives; which flows contract, and which do not."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_kernels_are_in_their_sets_whatever_the_controls(choice, space):
 @each_set
 @pytest.mark.parametrize("skew", [False, True], ids=["orthonormal", "skewed"])
 def test_every_kernel_of_a_set_is_reached(choice, skew):
-    """Those of largest norm too; coefficients are given and read as beta."""
+    """Kernels of largest norm are reached too; coefficients are given and read as beta."""
     basis = skewed(("disk", "CG1")) if skew else laplace("disk", "CG1", 4)
     net, other = network(choice, basis=basis), network(choice, basis=basis, size=0.3)
     for k in range(3):
@@ -216,7 +216,7 @@ def test_hessians_are_symmetric(choice):
     assert abs(left - right) < 1e-10 * abs(left)
 
 
-# -- what contracts, and what does not -------------------------------------------------------------------------------
+# -- contraction ----------------------------------------------------------------------------------------------------
 
 
 def growing(net, f):
@@ -260,7 +260,7 @@ def falls_through_the_kernel(net, one, two):
 @pytest.mark.parametrize("space", SPACES, ids=space_name)
 @each_set
 def test_none_of_the_sets_contracts_in_L2(space, choice):
-    """Two near states that part at once: their distance rises as the linearisation says."""
+    """Two near states that part at once: their distance rises at the rate of the linearised flow."""
     net = steep(choice, space, steps=4)
     f = 0 * smooth(net.Y, 1)
     w, rate = growing(net, f)
@@ -292,7 +292,7 @@ def test_positive_kernels_contract_in_the_norm_of_their_root(space):
 
 
 def test_the_root_norm_falls_for_constant_coefficients_only():
-    """A kernel that turns from layer to layer is said to have no norm that falls; in that of the first it rises."""
+    """Where the kernel turns from layer to layer, the distance in the norm of the first layer rises; the report says so."""
     phi = laplace("disk", "CG1", 3)
     net = ResidualNetwork(Kernel(phi, among=PositiveSemidefinite(rank=1)), layers=2, final_time=1.0, activation="identity")
     for k, c in enumerate(([1.0, 0.3, 0.0], [-1.0, 2.0, 0.0])):
@@ -329,7 +329,7 @@ def test_training_stays_in_the_set(choice):
 
 
 def test_a_bound_that_is_active_is_reached():
-    """Targets of a kernel of norm 2: the best one of norm at most 1 has norm 1."""
+    """Targets come from a kernel of norm 2: the best kernel of norm at most 1 has norm 1."""
     phi = laplace("disk", "CG1", 2)
     teacher = ResidualNetwork(phi, bias=phi, layers=Layers(1, steps=4), activation="identity")
     teacher.kernel.set(0, [[0.0, 2.0], [-2.0, 0.0]])

@@ -22,7 +22,7 @@ on_two_ranks = pytest.mark.parallel([1, 2])
 # Sums of some hundred numbers of size one.
 ROUND_OFF = 1e-12
 
-#: For the three layers of TIMES. In the last group a value comes back.
+#: Time bases for the three layers of TIMES. In the last one a value comes back.
 CHOICES = {"layers": "layers", "linear": "linear", "shared": "shared", "0 0 1": [0, 0, 1], "0 1 0": (0, 1, 0)}
 COUNTS = {"layers": 3, "linear": 4, "shared": 1, "0 0 1": 2, "0 1 0": 2}
 
@@ -169,7 +169,7 @@ def test_an_autonomous_network_is_one_layer_of_many_steps(method):
 
 @on_ranks
 def test_the_gradient_in_a_shared_value_is_the_sum_over_its_layers():
-    """Functionals add up; representatives in label domain and time are their mean in time."""
+    """Functionals add up; gradients in label domain and time are means in time."""
     groups, layers = network("layers", [0, 1, 0]), network("layers", "layers")
     for layer, k in enumerate([0, 1, 0]):
         layers.kernel.set(layer, groups.kernel.get(k))
@@ -222,7 +222,7 @@ def _exact():
 
 
 def _sampled(layers, in_time, ratio=1.0, **options):
-    """The network whose coefficients are a(t_k), b(t_k); `ratio` is that of neighbouring layers' lengths."""
+    """The network whose coefficients are a(t_k), b(t_k); `ratio` is the ratio of neighbouring layers' lengths."""
     phi = laplace("disk", "CG1", 4)
     lengths = np.where(np.arange(layers) % 2, 1.0, ratio)
     times = np.append(0.0, np.cumsum(lengths)) * FINAL / lengths.sum()
@@ -293,7 +293,7 @@ def test_the_gradient_of_tikhonov_is_lambda_times_the_control(choice):
 
 @on_ranks
 def test_smoothness_of_a_linear_control_is_the_integral_of_its_squared_derivative():
-    """Of a(y, t) = x + t y, given at the layer times: int int |a_t|^2 dy dt = T int y^2 dy."""
+    """For a(y, t) = x + t y at the layer times, int int |a_t|^2 dy dt = T int y^2 dy."""
     net = network("linear", "shared")
     x, y = net.Y.coordinates.T
     for k, t in enumerate(TIMES):

@@ -18,7 +18,7 @@ from fem_resnet.learning.loss import Loss, functional_loss, least_squares
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.parameters.slots import BatchValues
+from fem_resnet.parameters.space_basis import BatchValues
 from fem_resnet.tape.recording import apply, gauss_newton
 
 on_ranks = pytest.mark.parallel([1, 2, 3])

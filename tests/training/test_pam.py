@@ -10,8 +10,19 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import directions, failing_at, learning_problem, network
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet import Kernel, Layers, LearningProblem, PAMResult, ProximalStep, ResidualNetwork, StepFailure, train, train_pam
-from fem_resnet.parameters.space_basis import BasisCoefficients, KernelCoefficients, LayerTimes
+from fem_resnet import (
+    Kernel,
+    Layers,
+    LearningProblem,
+    PAMResult,
+    ProximalStep,
+    ResidualNetwork,
+    StepFailure,
+    train,
+    train_pam,
+)
+from fem_resnet.parameters.kernel import KernelCoefficients
+from fem_resnet.parameters.space_basis import BasisCoefficients, LayerTimes
 from fem_resnet.training.proximal import ProximalFunctional
 from fem_resnet.training.tao import Minimiser
 

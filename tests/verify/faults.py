@@ -35,7 +35,6 @@ import fem_resnet.network.segment
 import fem_resnet.parameters.kernel
 import fem_resnet.parameters.parameter
 import fem_resnet.parameters.retraction
-import fem_resnet.parameters.slots
 import fem_resnet.parameters.space_basis
 import fem_resnet.parameters.stable_kernels
 import fem_resnet.parameters.time_basis
@@ -114,8 +113,7 @@ LayerTS = fem_resnet.time_stepping.ts_layer.LayerTS
 Linear = fem_resnet.time_stepping.jacobian.LinearLayer
 Segment, CoefficientSegment = fem_resnet.network.segment.Segment, fem_resnet.network.coefficient_segment.CoefficientSegment
 CostRate = fem_resnet.layers.running_cost.CostRate
-space, slots, time_basis = fem_resnet.parameters.space_basis, fem_resnet.parameters.slots, fem_resnet.parameters.time_basis
-inputs = fem_resnet.layers.inputs
+space, time_basis, inputs = fem_resnet.parameters.space_basis, fem_resnet.parameters.time_basis, fem_resnet.layers.inputs
 Loss = fem_resnet.learning.loss._LossOperator
 HeadOperator = fem_resnet.learning.head._HeadOperator
 Kernel, Basis, LabelSpace = (
@@ -259,9 +257,9 @@ def _prediction(name, **changes):
 
 
 def _mixed_columns(patch):
-    read = fem_resnet.parameters.slots.BatchValues.write
+    read = fem_resnet.parameters.space_basis.BatchValues.write
     patch.setattr(
-        fem_resnet.parameters.slots.BatchValues,
+        fem_resnet.parameters.space_basis.BatchValues,
         "write",
         lambda self, function, array: read(self, function, array[:, ::-1]),
     )
@@ -663,12 +661,12 @@ FAULTS = [
         line(Segment, "_seen", "self._input[0]() is f and", "self._input[2] is not None and"),
     ),
     Fault(
-        "kept coefficients outlive their input", FIELD, line(slots.SeenBatch, "read", "kept == version", "kept is not None")
+        "kept coefficients outlive their input", FIELD, line(space.SeenBatch, "read", "kept == version", "kept is not None")
     ),
     Fault(
         "a functional of what is seen comes back without the measure",
         CLASSES,
-        line(slots.SeenBatch, "write", "self._basis.functional(gamma)", "self._basis.values @ gamma"),
+        line(space.SeenBatch, "write", "self._basis.functional(gamma)", "self._basis.values @ gamma"),
     ),
     Fault(
         "segments of coefficients give what they took",
@@ -736,7 +734,7 @@ FAULTS = [
         "read transposes",
         FIELD,
         line(
-            space.KernelCoefficients,
+            fem_resnet.parameters.kernel.KernelCoefficients,
             "expand",
             "return coefficients",
             "return coefficients.T.copy() if coefficients.shape[0] == coefficients.shape[1] else coefficients",
@@ -916,7 +914,7 @@ FAULTS = [
         CLASSES,
         line(
             fem_resnet.learning.regulariser._RegulariserOperator,
-            "adjoint",
+            "_functionals",
             "dual * weight * functional",
             "2 * dual * weight * functional",
         ),
