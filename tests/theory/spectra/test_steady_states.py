@@ -142,7 +142,7 @@ def test_what_is_no_batch_of_the_label_domain_is_refused():
         (set_of_u.describe, "u"), (set_of_u.found_from, "f"), (set_of_u.velocity, "f"),
         (lambda w: eigen_expansion(net, w), "perturbation"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^{name}: it lives on "):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a Function on the mesh "):
             verb(other.batch(smooth(other, 1)))
 
 
