@@ -1,8 +1,8 @@
 """Slots, through which Functions hold arrays, and space bases: slots of coefficients, with an inner product.
 
 A Block on the tape (`tape.operator_block`) takes Functions and gives Functions; its operator works with arrays. A slot stands
-between the two, one for each input and output. Batches are held as node values (`BatchValues`), or as a basis sees them (`SeenBatch`);
-a few numbers that all ranks share are held by one cell of a mesh of its own (`Replicated`).
+between the two, one for each input and output. Batches are held as node values (`BatchValues`), or as a basis sees them
+(`SeenBatch`); a few numbers that all ranks share are held by one cell of a mesh of its own (`Replicated`).
 
 A space basis is a slot of the coefficients c in space of a parameter. It knows what a layer takes, E c, and R of the inner
 product `(c, d) = <R c, d>`, in the label measure M or by Gram matrices G. R takes coefficients to functionals, and its inverse

@@ -55,7 +55,7 @@ on_two_ranks = pytest.mark.parallel([1, 2])
 
 
 class Dense:
-    """A gradient flow in arrays over all nodes, the same on every rank: nothing of the package but a, beta, Phi, Psi, w."""
+    """A gradient flow in arrays over all nodes, the same on every rank, made of a, beta, Phi, Psi and w alone."""
 
     def __init__(self, net):
         self.net, self.sigma = net, net.activation
@@ -103,7 +103,7 @@ class Dense:
 
 
 def alone() -> bool:
-    """On several ranks less is done: what differs there is the partition."""
+    """On several ranks fewer cases suffice, as only the partition differs."""
     return COMM_WORLD.size == 1
 
 
@@ -113,7 +113,7 @@ def moving(**more):
 
 
 def still(beta=None, bias=None, *, domain="disk", **more):
-    """An autonomous one with phi and psi of different rank; the bias lies in R(B) unless it is given."""
+    """An autonomous flow with phi and psi of different rank; the bias is in R(B) unless it is given."""
     phi = laplace(domain, "CG1", 4)
     kernel = LowRankKernel(
         phi, Basis(phi.Y, phi.values @ (np.eye(4, 3) + 0.3 * np.sin(np.arange(12.0)).reshape(4, 3)), "given")
@@ -125,13 +125,13 @@ def still(beta=None, bias=None, *, domain="disk", **more):
 
 
 def away(activation="tanh", **more):
-    """One whose steady states have sigma(u) != 0: the bias is not in R(B)."""
+    """A flow whose steady states have sigma(u) != 0, as the bias is not in R(B)."""
     Y = label_space("disk", "CG1")
     return still(bias=1 + smooth(Y, 1)[:, 0], activation=activation, **more)
 
 
 def of_mean_zero(activation, bias):
-    """R(B) has functions of mean zero alone, so that no u is negative everywhere that has a positive mean."""
+    """R(B) has only functions of mean zero, so that a u with a positive mean is not negative everywhere."""
     phi = laplace("disk", "CG1", 4)
     mean_zero = Basis(phi.Y, phi.values[:, 1:], "given")
     return autonomous_network(
@@ -162,7 +162,7 @@ def check_constants():
         f = smooth(net.Y)
         sizes = np.array([dense.size(state) for state in dense.solve(dense.everywhere(f))])
         assert (sizes <= found.solution_bound(sizes[0]) * (1 + 1e-9)).all()
-    # What is printed for (2.8), |f_I| + C_0 t + C_1 with the norm of b once, is no bound: large b and little else.
+    # The formula for (2.8), |f_I| + C_0 t + C_1 with the norm of b once, is no bound here: b is large.
     net = still(10 * np.eye(4, 3), 1 + 0 * label_space("disk", "CG1").weights, final_time=0.1, steps=200)
     grown = net.Y.norm(net(net.Y.batch(0 * net.Y.weights)))
     of_2_8 = net.Y.norm(net.Y.batch(net.bias.get(0))) * 0.1
@@ -189,7 +189,7 @@ def check_stability_estimate():
     wanted = np.array([dense.size(f - g) for f, g in zip(first, second)])
     assert_allclose(estimate.distances, wanted, rtol=1e-5)
     assert (estimate.distances <= estimate.bounds * (1 + 1e-12)).all() and (estimate.ratios <= 1 + 1e-12).all()
-    # In steps that are too long the discrete network parts solutions, and not by more than this.
+    # In steps that are too long distances grow in the discrete network, but not by more than this.
     net = moving(size=3.0)
     estimate = stability_estimate(net, *map(net.Y.batch, pair))
     assert (estimate.distances[-1] > estimate.distances[0]).any()
@@ -231,7 +231,7 @@ def check_steady_states():
     steady, dense = find_steady_states(net), Dense(net)
     a, B, BT = dense.at(0)
     assert steady.exist and steady.minimiser is None
-    # a in R(B): as of (2.8).
+    # a in R(B): as for (2.8).
     assert_allclose(
         dense.everywhere(net.Y.values(steady.least_norm))[:, 0],
         np.linalg.pinv(B * dense.w**-0.5, 1e-9) @ a * dense.w**-0.5,
@@ -251,7 +251,7 @@ def check_steady_states():
         inside = np.linalg.pinv(B * dense.w**-0.5, 1e-9) @ B @ (near - dense.everywhere(f)) * dense.w[:, None] ** -0.5
         assert_allclose(near - dense.everywhere(f), inside, atol=1e-7)
         assert steady.contain(steady.nearest(net.Y.batch(f))).all() and not steady.contain(net.Y.batch(f)).any()
-        # SciPy's least of the convex integral.
+        # SciPy's minimum of the convex integral.
         U = np.linalg.svd(B, full_matrices=False)[0][:, :3]
         least = scipy.optimize.minimize(
             lambda x: dense.w @ net.activation.primitive(a - U @ x), np.zeros(3), options={"gtol": 1e-9}
@@ -283,7 +283,7 @@ def check_equilibria():
 
 
 def linearised(dense, u):
-    """Of w_t = -B^T sigma'(u) B w, on the values at the nodes."""
+    """The matrix of w_t = -B^T sigma'(u) B w, on the values at the nodes."""
     _, B, BT = dense.at(0)
     return -BT @ (dense.sigma.derivative(u)[:, None] * B)
 
@@ -388,11 +388,11 @@ def check_stability_report():
     for layer in report.layers:
         assert np.exp(0.5 * 3.0) < layer.grows <= layer.bound
         assert layer.frozen <= 0 and layer.wanted_steps > 1
-    # In steps that are short nothing grows, and no page says that it does.
+    # In short steps nothing grows, and the report does not say that it does.
     net = moving(steps=16)
     report = stability_report(net, net.Y.batch(smooth(net.Y, 2)))
     assert all(layer.grows <= 1 + 1e-9 and layer.verdict in ("damps", "neutral") for layer in report.layers)
-    # What a layer's bias does to <r(T), f(T)>: by differences of the network, over a short layer.
+    # The derivative of <r(T), f(T)> in the bias of a layer, by differences of the network over a short layer.
     net = moving(times=(0.0, 0.5, 0.501, 1.0), steps=8, bias_in_time="layers", kernel_in_time="layers")
     Y, f, r = net.Y, smooth(net.Y, 1), smooth(net.Y, 1, seed=2)
     report = stability_report(net, Y.batch(f), terminal=Y.batch(r))
@@ -469,7 +469,7 @@ REFUSED = {
 
 
 def tools_of_the_theory() -> dict[str, object]:
-    """What is public in the theory and has a network, or a solution of one, among its arguments."""
+    """The public names of the theory whose first argument is a network or a solution of one."""
     found = walk_packages(fem_resnet.theory.__path__, "fem_resnet.theory.")
     modules = [import_module(module.name) for module in found if not module.ispkg]
     public = {name: getattr(module, name) for module in modules for name in module.__all__}
@@ -479,7 +479,7 @@ def tools_of_the_theory() -> dict[str, object]:
     }  # fmt: skip
 
 
-#: Parts of tools, each with a network that its tool has taken: they have no declaration of their own.
+#: Parts of tools. The tool has checked the network, so that they have no declaration of their own.
 INSIDE = {"problem_at_start", "frozen_eigenvalues", "scheme_of", "lipschitz_constant", "drift_constant", "StepMonitor"}
 
 
@@ -523,7 +523,7 @@ def test_steady_states_of_gradient_flows_say_what_they_do_not_know():
         steady.least_norm
     with pytest.raises(ValueError, match=r"^net: expected a non-decreasing sigma for a gradient flow"):
         find_steady_states(still(activation=sympy.sin(sympy.Symbol("s"))))
-    # Functions of mean zero: int Sigma(u) of sigmoid has a least value, where sigma(u) is not 0.
+    # Functions of mean zero: int Sigma(u) of sigmoid has a minimum, where sigma(u) is not 0.
     phi = laplace("disk", "CG1", 4)
     net = of_mean_zero("sigmoid", 0.3 + phi.values[:, 1])
     steady, dense = find_steady_states(net), Dense(net)

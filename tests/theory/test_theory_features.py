@@ -47,7 +47,7 @@ LAYERS = 2
 TIMES = (0.0, 0.6, 1.0)
 EULER = {"ts_rk_type": "1fe"}
 BETA = np.array([[1.0, 0.3, 0.0], [-0.2, 0.8, 0.1], [0.0, 0.2, 0.6]])
-#: Symmetric and positive, as one of the sets of kernels has it.
+#: Symmetric and positive, as one of the sets of kernels requires.
 SYMMETRIC = BETA @ BETA.T
 
 
@@ -62,7 +62,7 @@ def bias(Y):
 
 
 def made(phi, beta, **options):
-    """With a and B the same at all times."""
+    """A network with a and B that do not depend on t."""
     net = flat_network(phi, **{"times": TIMES, "steps": 2} | options)
     for k in range(len(net.kernel.functions)):
         net.kernel.set(k, beta)
@@ -108,7 +108,7 @@ def pair(feature, euler):
         case "nodal_bias":
             return plain, made(phi, BETA, bias=phi, **own)
         case "bases_by_layer":
-            # The same functions, turned in the second layer; statements about one problem want one basis.
+            # The same functions, rotated in the second layer; statements about an autonomous problem need one basis.
             turn, _ = np.linalg.qr(np.cos(np.arange(9.0)).reshape(3, 3))
             net = made([phi, Basis(phi.Y, phi.values @ turn, "given")], BETA, **own)
             net.kernel.set(1, turn.T @ BETA @ turn)
@@ -175,7 +175,7 @@ def of_verdict(net):
     return [found.rate, found.rate_bound, len(found.verdict)]
 
 
-#: Numbers, or lists of arrays of them, that each tool gives of a network.
+#: The results of each tool for a network, as numbers or lists of arrays.
 NUMBERS = {
     "well_posedness_constants": lambda net: [(c := well_posedness_constants(net)).C_1, c.C_2, c.operator, c.drift],
     "integrated_norms": lambda net: integrated_norms(net, "hs"),
@@ -202,7 +202,7 @@ NUMBERS = {
     ),
     "weighted_identity": lambda net: weighted_identity(solve_trajectory(net, start(net), steps=16), start(net, seed=2)).kernel,
 }
-#: Those that see one a and B for all times, or the steps themselves.
+#: Tools that depend on an autonomous problem, or on the steps themselves.
 OF_THE_STEPS = {"energy_step_limit", "depth_limit", "lipschitz_bound"}
 OF_ONE_PROBLEM = {"energy_conditions", "EnergyMonitor", "GrowthMonitor", "energy_step_limit", "observed_decay"}
 WAYS = [name for name in FEATURES if FEATURES[name].of == "net" and name not in ("no_layers", "gradient_flow")]
@@ -220,7 +220,7 @@ def test_each_tool_says_of_each_way_what_it_says_of_a_plain_one_or_refuses(tool,
     if feature in ("adapted_steps", "discrete_gradient") and tool in OF_THE_STEPS:
         pytest.skip("it is about these very steps; tests of its own have it")
     if tool in OF_ONE_PROBLEM and feature == "bases_by_layer":
-        # One problem for all times is one basis for all times.
+        # An autonomous problem has one basis for all times.
         assert "its kernel depends on t" in energy_conditions(net)["a and B do not depend on t"].reason
         return
     tolerance = {"single_precision": 1e-4, "adapted_steps": 1e-7, "discrete_gradient": 1e-3}.get(feature, 1e-9)

@@ -290,7 +290,7 @@ class EnergyMonitor(StepMonitor):
         K = limit = None
         if self.conditions[IN_RANGE].holds:
             squared = self._squared_root_inverse()
-            # F_I >= -alpha^2 / 2 but for round-off.
+            # F_I >= -alpha^2 / 2 up to round-off.
             K = (1 + squared**0.5) * (squared**0.5 + np.sqrt(np.maximum(squared + 2 * F[0], 0.0)))
             limit = F[0] + squared / 2
         yield self._statement(

@@ -235,7 +235,7 @@ def convex_energy_radius(A: ArrayLike, b: ArrayLike) -> float:
 @cache
 def _convex_energy_radius(A: tuple[tuple[float, ...], ...], b: tuple[float, ...]) -> float:
     method = np.array(A), np.array(b)
-    # Where the quadratic form of one z is negative, those of its neighbours are negative too: cuts are kept.
+    # Directions in which a form is negative are kept: forms of a neighbouring z are often negative there too.
     directions = [*np.eye(len(b) + 1), np.full(len(b) + 1, (len(b) + 1) ** -0.5)]
     low, high = 0.0, 1.0
     while high < 1e3 and _falls(*method, high, directions):

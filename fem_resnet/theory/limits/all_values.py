@@ -95,7 +95,7 @@ def _matrix(b: KernelValues, roots: tuple[np.ndarray, np.ndarray]) -> PETSc.Mat:
     places, root = (np.concatenate(Z.comm.allgather(part)) for part in (b.z.places, roots[1][:, 0]))
     A = PETSc.Mat().createDense(((Y.nodes, Y.size), (Z.nodes, Z.size)), comm=Y.comm)
     local = A.getDenseArray()
-    local[...] = b.block(b.y.places, places)
+    local[...] = b.between(b.y.places, places)
     local *= roots[0] * root
     A.assemble()
     return A

@@ -107,7 +107,7 @@ def low_rank_kernel(spaces: Sequence[LabelSpace], factors: Sequence[np.ndarray])
 
 
 def norms_of_rest(s: np.ndarray, beyond: float = 0.0) -> np.ndarray:
-    """Hilbert-Schmidt norms of what is left at rank 0, 1, .., shape (n + 1,), if `beyond` is left at rank n."""
+    """Hilbert-Schmidt norms of the rest after rank 0, 1, .., n, shape (n + 1,); `beyond` is the norm after rank n."""
     return np.sqrt(np.append(np.cumsum(s[::-1] ** 2)[::-1], 0.0) + beyond**2)
 
 
@@ -119,7 +119,7 @@ def least_rank(s: np.ndarray, rest: np.ndarray, tolerance: float, largest_rank: 
     s
         Singular values, falling, shape (n,).
     rest
-        The norm of what is left at rank 0 .. n, shape (n + 1,).
+        The norms of the rest after rank 0 .. n, shape (n + 1,).
     tolerance
         Largest norm of the rest, divided by the norm of the kernel.
     largest_rank
@@ -185,7 +185,7 @@ def decompose(
     singular_values : numpy.ndarray
         Falling, shape (n,).
     rest : numpy.ndarray
-        The Hilbert-Schmidt norms of what is left at rank 0 .. n, shape (n + 1,).
+        The Hilbert-Schmidt norms of the rest after rank 0 .. n, shape (n + 1,).
     """
     Q, R = zip(*(orthonormal_factors(Y, values) for Y, values in zip(spaces, factors)))
     left, s, right = np.linalg.svd(R[0] @ beta @ R[1].T, full_matrices=False)

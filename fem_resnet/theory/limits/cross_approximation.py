@@ -107,7 +107,7 @@ class CrossApproximation:
         Parameters
         ----------
         tolerance
-            Of the error relative to the norm; no unit.
+            The error relative to the norm; no unit.
         seed
             The seed of the pairs.
 
@@ -153,20 +153,20 @@ class CrossApproximation:
         column : numpy.ndarray or None
             The new column of U times M^(1/2), shape (nodes,); None where the row is round-off.
         added : float
-            The norm of what is added.
+            The norm of the new cross.
         """
         b, (U, V) = self._b, self.factors
         root_y, root_z = (np.sqrt(nodes.Y.weights) for nodes in self._sides)
         place, u = b.y.from_owner(row, b.y.places, U)
         self._take(0, row)
-        residual_row = b.block(place[None], b.z.places)[0] - V @ u
+        residual_row = b.between(place[None], b.z.places)[0] - V @ u
         # Entries that are round-off are no pivots.
         pivot = b.z.largest(np.abs(residual_row) * (np.abs(residual_row) > self._round_off) * root_z * self._free[1])
         if pivot is None:
             return None, 0.0
         place, v, value = b.z.from_owner(pivot, b.z.places, V, residual_row)
         self._take(1, pivot)
-        column = (b.block(b.y.places, place[None])[:, 0] - U @ v) / value
+        column = (b.between(b.y.places, place[None])[:, 0] - U @ v) / value
         self._append(column, residual_row)
         watched.subtract(column, residual_row)
         return column * root_y, float(np.sqrt(self._grams[0][-1, -1] * self._grams[1][-1, -1]))

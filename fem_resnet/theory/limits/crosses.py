@@ -88,7 +88,7 @@ class _Judge:
         self._pairs = draw_pairs(b.y, b.z, _JUDGING, next(seeds))
         self._at_pairs = b.pairs(*(sample.rows(nodes.places) for sample, nodes in zip(self._pairs, (b.y, b.z))))
         self._rows, _ = draw_pairs(b.y, b.y, _ROWS, next(seeds))
-        self._in_rows = b.block(self._rows.rows(b.y.places), b.z.places)
+        self._in_rows = b.between(self._rows.rows(b.y.places), b.z.places)
 
     def limit(self, factors: Sequence[np.ndarray], s: np.ndarray, confidence: float) -> tuple[float, np.ndarray]:
         """An upper limit of the norm of b - b_r, and the residuals at the pairs, shape (pairs,)."""

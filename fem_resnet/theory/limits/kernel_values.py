@@ -25,7 +25,7 @@ from fem_resnet.ranks import together
 __all__ = ["KernelValues", "Nodes", "Sample", "draw_pairs"]
 
 #: The number of values in one call of a callback; its temporaries are d times as large in d dimensions.
-_BLOCK = 2**18
+_CHUNK = 2**18
 #: The number of values of a UFL expression in one interpolation.
 _CELLS = 2**14
 #: The most rounds of `draw_pairs`.
@@ -201,16 +201,16 @@ class KernelValues:
         y, z = (nodes.from_owner(nodes.largest(nodes.Y.weights), nodes.places)[0] for nodes in (self.y, self.z))
         together(self._comm, lambda: self._evaluated(np.tile(y, (2, 1, 1)), np.tile(z, (1, 3, 1))))
 
-    def block(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    def between(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """The values of b for all places y of shape (m, d) and z of shape (n, d), shape (m, n). Collective."""
-        values = together(self._comm, lambda: self._block(y, z))
+        values = together(self._comm, lambda: self._between(y, z))
         self.evaluations += values.size
         return self._finite(values)
 
-    def _block(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    def _between(self, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         values = np.empty((len(y), len(z)))
-        rows = max(1, _BLOCK // max(len(z), 1))
-        columns = _BLOCK
+        rows = max(1, _CHUNK // max(len(z), 1))
+        columns = _CHUNK
         for i in range(0, len(y), rows):
             for j in range(0, len(z), columns):
                 here = y[i : i + rows, None], z[None, j : j + columns]

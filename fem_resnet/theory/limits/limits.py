@@ -67,9 +67,9 @@ class Convergence:
 def depth_limit(
     net: ResidualNetwork, initial: fd.Function, *, halvings: int = 3, solver_parameters: dict | None = None
 ) -> Convergence:
-    """Compare a network with (2.3), Theorem 2.1, whose coefficients are those of the network, with its steps and shorter ones.
+    """Compare a network, with its own steps and with shorter ones, with the ODE (2.3) of the same coefficients: Theorem 2.1.
 
-    The first error is that of the network itself: how far it is from the ODE that its layers discretise.
+    The first error is the error of the network itself, how far it is from the ODE that its layers discretise.
     (`costate_check` compares co-states and gradients of a learning problem in the same way.) The other errors show the
     order of convergence. It is the order of the scheme if no coefficient jumps inside of a layer, and the coefficients of
     a network do not. The coefficients of a network are bounded, (A2) of 2.1; that sigma satisfies (A1) of 2.1 is supposed.

@@ -240,5 +240,5 @@ def _check_scheme(parameters: dict) -> None:
         raise ValueError(
             f"net: expected Euler's method, got {name}. In z + tau sigma(a - B z) one sigma is taken of the state at the "
             f"start of the layer; other explicit schemes nest several sigma, and implicit ones solve an equation. Make the "
-            f"network with {{'ts_rk_type': '1fe'}}, and with more 'steps' if it is to be as accurate"
+            f"network with {{'ts_rk_type': '1fe'}}, and with more 'steps' for the same accuracy"
         )

@@ -12,9 +12,10 @@ psi add to f depends on these coefficients alone. With orthonormal functions Z o
 
 which takes as many tangents as psi has functions. If psi changes between the layers, M(t, s) is the identity plus a sum of
 such terms. Then Z spans the functions of all psi, and the rank is the sum of their ranks if they are independent. M(t, s)
-maps the span of Z and A to itself and is the identity on its complement. So all its singular values in L2(Y) are those of a
-matrix of at most twice the rank, and ones. The transpose maps co-states back, r(s) = M(t, s)^T r(t), as (4.2a) does: the
-forward and the backward problem have the same singular values (section 5.1). `propagator` has M(t, s) in that form.
+maps the span of Z and A to itself and is the identity on its complement. So all its singular values in L2(Y) are ones and
+the singular values of a matrix of at most twice the rank. The transpose maps co-states back, r(s) = M(t, s)^T r(t), as
+(4.2a) does: the forward and the backward problem have the same singular values (section 5.1). `propagator` has M(t, s) in
+that form.
 
 The generator -sigma'(u) B is bounded on L2(Y) by sup |sigma'| norm(b, L2(Y x Y)), so that
 
@@ -283,9 +284,9 @@ class LinearisedFlow(OnMesh):
     def frozen_eigenvalues(self, layer: int, *, sample: int = 0) -> np.ndarray:
         """The eigenvalues of -sigma'(u) B frozen at the start of a layer, without zeros. Collective.
 
-        For a gradient flow those of -B^T sigma'(u) B. Frozen eigenvalues do not decide about (3.6), whose coefficients depend
-        on t. They describe the equation that one step of the scheme solves. (Section 3.5 prints sigma'((y, t_0)), sigma(u) b
-        in place of b, and the operator -sigma'(w) B. It is sigma'(u) in all three places.)
+        For a gradient flow the eigenvalues of -B^T sigma'(u) B. Frozen eigenvalues do not decide about (3.6), whose
+        coefficients depend on t. They describe the equation that one step of the scheme solves. (Section 3.5 prints
+        sigma'((y, t_0)), sigma(u) b in place of b, and the operator -sigma'(w) B. It is sigma'(u) in all three places.)
 
         Parameters
         ----------
@@ -297,8 +298,8 @@ class LinearisedFlow(OnMesh):
         Returns
         -------
         numpy.ndarray
-            Complex, real parts falling, shape (rank,), in the unit of 1/t; `rank` is the smaller rank of phi and psi, or that
-            of psi for a gradient flow.
+            Complex, real parts falling, shape (rank,), in the unit of 1/t; `rank` is the smaller rank of phi and psi, or the
+            rank of psi for a gradient flow.
 
         Raises
         ------

@@ -40,7 +40,7 @@ from fem_resnet.time_stepping.evolution import FieldStepper, Moment
 
 __all__ = ["WeightedIdentity", "duhamel", "solve_linearised", "weighted_identity"]
 
-#: Gauss's rule with three points in [0, 1], whose order is 6, as that of the trajectory.
+#: Gauss's rule with three points in [0, 1]. Its order is 6, the order of the trajectory.
 _POINTS = 0.5 + np.array([-1.0, 0.0, 1.0]) * np.sqrt(0.15)
 _WEIGHTS = np.array([5.0, 8.0, 5.0]) / 18
 

@@ -5,7 +5,7 @@ Under Assumption 1 the iteration f^0 = f_I, f^(n+1) = f_I + int sigma(a - B f^n)
     |f^(n+1) - f^n| <= C_2(T)^n / n! |f^1 - f^0|,
 
 and so converges for every C_2(T). The paper has the bound C_2(T)^n, and therefore cuts (0, T) into pieces with C_2(T) < 1. On
-such a piece |f^n| <= (|f_I| + C_0 T + C_1) / (1 - C_2). `well_posedness` has these constants, also those of the gradient
+such a piece |f^n| <= (|f_I| + C_0 T + C_1) / (1 - C_2). `well_posedness` has these constants, also for the gradient
 flow, whose iteration is f^(n+1) = f_I + int B^T sigma(a - B f^n) ds.
 """
 

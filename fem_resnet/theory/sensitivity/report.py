@@ -1,8 +1,8 @@
 """The stability of a network, layer by layer, on one page: section 3.5.
 
-Forward, M(t_(l+1), t_l) is the effect of layer l on a perturbation of f, and M(t_(l+1), 0) that of all layers up to it.
+Forward, M(t_(l+1), t_l) is the effect of layer l on a perturbation of f, and M(t_(l+1), 0) the effect of all layers up to it.
 Backward, r(t_l) = M(T, t_l)^T r(T) is the gradient in f, for any loss. Its norm lies between the smallest and the largest
-singular value of M(T, t_l), times that of r(T). On the orthogonal complement of few functions M is the identity, so that
+singular value of M(T, t_l), times the norm of r(T). On the orthogonal complement of few functions M is the identity, so that
 gradients in f do not vanish altogether. Gradients in the bias, sigma'(u) r of (4.3), vanish where sigma is saturated.
 """
 
@@ -97,7 +97,7 @@ class StabilityReport:
         return "\n".join([self.title, *table(header, rows, right=True), *notes])
 
     def to_json(self) -> str:
-        """All attributes as JSON, with those of each layer and each suggestion."""
+        """All attributes as JSON, including the attributes of each layer and each suggestion."""
         return as_json(asdict(self))
 
     def draw(self, path: str | Path) -> None:
@@ -270,7 +270,7 @@ def _on_steps(net: ResidualNetwork, layers: Sequence[LayerStability]) -> list[st
         return []
     where = (
         f"in layers {_ranges([l.layer for l in coarse])} the factor of a mode of the linearisation over {net.steps} steps "
-        f"differs from that of the flow by more than a tenth"
+        f"differs from its factor in the flow by more than a tenth"
     )
     wanted = [l.wanted_steps for l in coarse]
     if None in wanted:

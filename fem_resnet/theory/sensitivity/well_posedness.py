@@ -155,8 +155,8 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
 def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     """int_0^t_l |b| ds, in a norm of `LowRankKernel.norm`, or int_0^t_l |a| ds in L2(Y), at the layer times.
 
-    For several norms it is the integral of their product, and for no norm that of 1, which gives the layer times. Collective
-    over the ranks of the label domain.
+    For several norms it is the integral of their product. For no norm it is the integral of 1, which gives the layer times.
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
 
 
 def drift_constant(net: ResidualNetwork) -> float:
-    """C_0 = |sigma(0)| |Y|^(1/2), in the unit of f over that of t."""
+    """C_0 = |sigma(0)| |Y|^(1/2), in the unit of f_t."""
     return float(abs(net.activation(0.0)) * net.Y.measure**0.5)
 
 

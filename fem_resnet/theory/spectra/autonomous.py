@@ -1,4 +1,4 @@
-"""The autonomous problem of section 3.2: a bias and a kernel that do not depend on t, or those of a network at one time.
+"""The autonomous problem of section 3.2: a bias and a kernel that do not depend on t, or a network at one time.
 
     f_t = sigma(a - B f),    f(0) = f_I,                                                              (3.2a), (3.2b)
     u = a - B f,    u_t = -B sigma(u),    f(t) = f_I + int_0^t sigma(u) ds                                     (3.3)
@@ -144,8 +144,8 @@ def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> Autonom
     net
         The network, at its present coefficients.
     at
-        The time of the bias and the kernel, from 0 to T. At a layer time they are those of the layer that starts there, at T
-        those of the last layer. None for a network whose bias and kernel do not depend on t.
+        The time of the bias and the kernel, from 0 to T. At a layer time the layer that starts there counts, at T the
+        last layer. None for a network whose bias and kernel do not depend on t.
 
     Raises
     ------

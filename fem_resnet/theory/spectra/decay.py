@@ -25,7 +25,7 @@ class Decay:
     times : numpy.ndarray
         t_0 .. t_L, shape (L + 1,).
     sizes : numpy.ndarray
-        Norms of u minus its value in the steady state, shape (L + 1, samples). The norm is that of the coordinates in
+        Norms of u minus its value in the steady state, shape (L + 1, samples). The norm is taken of the coordinates in
         eigenvectors of D T^T, or of D^2 S for a gradient flow. It is equivalent to the norm of L2(Y), and a pair of complex
         eigenvalues does not make it oscillate.
     used : numpy.ndarray
@@ -58,10 +58,10 @@ class Decay:
 def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:
     """Run an autonomous network, and fit the exponential rate at which u decays in the end.
 
-    The fit uses the second half of the time up to which u is above round-off. Its rate is that of Theorem 3.4 under two
+    The fit uses the second half of the time up to which u is above round-off. It is the rate of Theorem 3.4 under two
     conditions. By then u must be so small that sigma is linear there, and only the slowest mode may be left. And the steps
     must be short, since a method decays at the rate of its own stability function. u is measured by its coordinates u_l of
-    (3.5a) and (3.5b), minus those of the steady state. Collective over the ranks of the label domain.
+    (3.5a) and (3.5b), minus the coordinates of the steady state. Collective over the ranks of the label domain.
 
     Parameters
     ----------

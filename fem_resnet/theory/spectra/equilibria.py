@@ -51,7 +51,7 @@ class Equilibrium:
     outside : float
         The norm in L2(Y) of the part of u outside of R(B).
     eigenvalues : numpy.ndarray
-        The eigenvalues of -K sigma'(u) on R(B), with K = B or B B^T: those of u_t = -K sigma(u) linearised at u. Complex,
+        The eigenvalues of -K sigma'(u) on R(B), with K = B or B B^T: u_t = -K sigma(u) linearised at u. Complex,
         real parts falling, shape (r,), in the unit of 1/t.
     """
 

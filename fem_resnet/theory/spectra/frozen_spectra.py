@@ -5,9 +5,9 @@ With coefficients frozen at t_0, perturbations w of a solution f obey
     w_t = -sigma'(u(y, t_0)) int_Y b(y, z, t_0) w(z) dz,        u = a - B f
 
 (The paper prints sigma(u) b, and leaves u out of the argument. As the linearisation (3.6) it is sigma'(u) b.) The operator
-has the rank of b. Its spectrum without 0 is that of -beta Psi^T M diag(sigma'(u)) Phi, a matrix of that size. The operator of
-the gradient flow is -B^T diag(sigma'(u)) B, which is symmetric. With R^T R = Psi^T M Psi its spectrum without 0 is that of
--R beta^T (Phi^T M diag(sigma'(u)) Phi) beta R^T.
+has the rank of b. Its spectrum without 0 is the spectrum of the matrix -beta Psi^T M diag(sigma'(u)) Phi, of the size of the
+rank. The operator of the gradient flow is -B^T diag(sigma'(u)) B, which is symmetric. With R^T R = Psi^T M Psi its spectrum
+without 0 is the spectrum of -R beta^T (Phi^T M diag(sigma'(u)) Phi) beta R^T.
 
 Frozen spectra do not decide about the stability of (3.6), whose coefficients change in time. Solutions may grow although all
 eigenvalues have negative real parts at each time, for example with rotating coefficients. They may decay although some
@@ -43,10 +43,11 @@ class FrozenSpectra:
     Attributes
     ----------
     times : numpy.ndarray
-        t_0 .. t_L, shape (L + 1,). At a layer time bias and kernel are those of the layer that starts there.
+        t_0 .. t_L, shape (L + 1,). At a layer time the bias and the kernel of the layer that starts there count.
     eigenvalues : list of numpy.ndarray
         For each time a complex array, real parts falling, shape (samples, rank), in the unit of 1/t; all other eigenvalues
-        are 0. `rank` is the smaller rank of phi and psi. For a gradient flow it is that of psi, and the eigenvalues are real.
+        are 0. `rank` is the smaller rank of phi and psi. For a gradient flow it is the rank of psi, and the eigenvalues are
+        real.
     """
 
     times: np.ndarray
@@ -140,8 +141,8 @@ def frozen_eigenvalues(net: ResidualNetwork, layer: LayerInputs, fraction: float
     Returns
     -------
     numpy.ndarray
-        Complex, real parts falling, in the unit of 1/t, shape (rank,); `rank` is the smaller rank of phi and psi, or that of
-        psi for a gradient flow.
+        Complex, real parts falling, in the unit of 1/t, shape (rank,); `rank` is the smaller rank of phi and psi, or the
+        rank of psi for a gradient flow.
     """
     beta, phi, psi = layer.beta.coefficients(fraction), layer.factors.phi, layer.factors.psi
     if net.gradient_flow:

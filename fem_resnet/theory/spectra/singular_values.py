@@ -4,9 +4,9 @@ Let phi_l and psi_l be orthonormal in L2(Y), let Phi and Psi be their values at 
 
     B f = sum_l mu_l (psi_l, f) phi_l,        T = ((phi_k, psi_l)),        B = Phi D Psi^T M.
 
-On R(B), in the coordinates u_k = (phi_k, u), B is the matrix D T^T. So the spectrum of B without 0 is that of D T^T. It is
-also that of D T, since (T D)^T = D T^T and D (T D) D^-1 = D T. The eigenvalue 0 belongs to N(B), whose codimension in L2(Y)
-is r.
+On R(B), in the coordinates u_k = (phi_k, u), B is the matrix D T^T. So the spectrum of B without 0 is the spectrum of D
+T^T, which is also the spectrum of D T, since (T D)^T = D T^T and D (T D) D^-1 = D T. The eigenvalue 0 belongs to N(B),
+whose codimension in L2(Y) is r.
 
 Consider the span of all phi_k and psi_l. Let K = [[I, T], [T^T, I]] be their Gram matrix, and P = [P_Phi, P_Psi] a root of
 it, P^T P = K. In an orthonormal basis of the span,

@@ -29,7 +29,7 @@ MIDPOINT = {"ts_type": "theta", "ts_theta_theta": 0.5}
 BACKWARD_EULER = {"ts_type": "beuler"}
 DISCRETE_GRADIENT = {"ts_type": "discrete_gradient"}
 
-#: What of 3.2 applies to B = B^T >= 0 and a in R(B): all, but for one bound or both that want more of sigma.
+#: Statements of 3.2 that apply to B = B^T >= 0 and a in R(B): all but one bound, or both, which suppose more of sigma.
 ALL = [
     "int Sigma(u) falls", "(i)", "(ii)", "1/2 |B^(1/2) f|^2 - (a, f) falls", "(iii)", "(iv)",
     "int |B f|^2", "int |B f|",
@@ -50,7 +50,7 @@ def skew(rank=4, seed=1):
 
 
 def network(beta, bias=None, space=("sphere", "CG1"), *, layers=16, final_time=4.0, alone=False, **options):
-    """An autonomous network in orthonormal functions, with the bias in R(B) if that is all of their span."""
+    """An autonomous network in orthonormal functions; the bias is in R(B) if R(B) is their whole span."""
     phi = laplace(*space, rank=len(beta), alone=alone)
     times = {"layers": layers, "final_time": final_time}
     net = flat_network(phi, bias=phi, bias_in_time="shared", kernel_in_time="shared", **(times | options))
@@ -64,7 +64,7 @@ def start(net, size=1.0, samples=3):
 
 
 def followed(net, initial, **options):
-    """Measured along the network's own steps, by its own method."""
+    """A monitor that has measured the network's own steps."""
     monitor = EnergyMonitor(net)
     follow_trajectory(net, initial, monitor, solver_parameters=net.solver_parameters, **options)
     return monitor
@@ -75,7 +75,7 @@ def by_name(monitor):
 
 
 def rises(monitor, name):
-    """The largest rise over a step of all samples, relative to the size of what rises."""
+    """The largest rise over a step, of all samples, relative to the size of the values."""
     values = monitor.values(name)
     return float(np.diff(values, axis=0).max() / np.abs(values).max())
 
@@ -171,7 +171,7 @@ def test_a_run_has_the_energies_of_the_nodal_values_stepped_by_the_same_method(m
     along, at_layers = followed(net, initial), EnergyMonitor(net).watch(net.run(initial))
     assert_allclose(at_layers.times, along.times, atol=1e-12)
     for name in ("primitive", "dissipation", "potential", "power", "root", "coupling", "Bf_1", "Bf_2"):
-        # Newton's steps in the nodal values and in the coefficients end differently, below 1e-8 squared.
+        # Newton's method ends differently in the nodal values and in the coefficients, below 1e-8 squared.
         assert_allclose(at_layers.values(name), along.values(name), rtol=1e-10, atol=1e-10)
 
 
@@ -266,7 +266,7 @@ def test_no_step_of_euler_works_for_an_antisymmetric_kernel(h):
 
 @pytest.mark.parametrize("name, radius", [("2a", 2.0), ("3", 2.5127), ("3bs", 2.5127), ("4", 2.7853), ("5dp", None)])
 def test_other_methods_let_the_primitive_fall_up_to_a_constant_of_their_own(name, radius):
-    """B = B^T >= 0: up to the interval of stability for most, which no constant can exceed."""
+    """B = B^T >= 0: for most methods up to the interval of stability, which no constant can exceed."""
     net = network(square(), np.zeros(4), ("annulus", "DG0"), solver_parameters={"ts_type": "rk", "ts_rk_type": name})
     h, norm = energy_step_limit(net).primitive, np.linalg.norm(square(), 2)
     if radius is not None:
@@ -288,7 +288,7 @@ def test_the_discrete_gradient_keeps_the_law_of_the_primitive_at_any_step_size(h
     monitor = stepped(net, h, start(net, 3.0), layers=6)
     E, lost = monitor.values("primitive"), monitor.values("dissipated")
     assert np.diff(E, axis=0).max() < 0 and np.diff(lost, axis=0).min() > 0
-    # What Newton's method leaves in u, times |sigma|, and round-off of h D.
+    # The residual of Newton's method in u, times |sigma|, and round-off in h D.
     assert_allclose(E + lost, E[:1] + 0 * E, rtol=1e-9)
     assert by_name(monitor)["(ii)"].holds
     assert energy_step_limit(net).primitive == math.inf

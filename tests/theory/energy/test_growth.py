@@ -125,7 +125,7 @@ def disk_of_measure_one_half():
 @on_ranks
 @pytest.mark.parametrize("domain", ["small disk", "sphere"])
 def test_a_kernel_of_rank_one_makes_the_exponential_bound_sharp(domain):
-    """b = -c, a = 0, f_I = 1 and relu: f = exp(c |Y| t), for a sharper B there is no room."""
+    """b = -c, a = 0, f_I = 1 and relu: f = exp(c |Y| t) is the bound itself."""
     Y = disk_of_measure_one_half() if domain == "small disk" else laplace("sphere", "CG1", 1).Y
     c = 2.0 / Y.measure
     net = ResidualNetwork(
@@ -148,7 +148,7 @@ def test_a_kernel_of_rank_one_makes_the_exponential_bound_sharp(domain):
 
 
 def test_norms_of_coefficients_that_depend_on_time_are_integrated():
-    """a and b linear within layers, against the integrals by hand; from above where |b| has a kink."""
+    """a and b linear within layers, against integrals by hand; an upper bound where |b| has a kink."""
     phi = laplace("sphere", "CG1", 1)
     measure = phi.Y.measure
     net = ResidualNetwork(
@@ -224,7 +224,7 @@ def test_conditions_that_fail_are_flagged():
 @pytest.mark.parametrize("space", SPACES, ids="-".join)
 @pytest.mark.parametrize("name", ["relu", "leaky_relu"])
 def test_where_the_symmetric_part_is_nonnegative_the_fitted_power_is_one(name, space):
-    """Proposition 3.5: an antisymmetric B turns u for ever; what sigma(u) has in N(B) on the average adds up in f."""
+    """Proposition 3.5: an antisymmetric B rotates u for ever, and the mean of sigma(u) in N(B) adds up in f."""
     beta = random(rank=3) - random(rank=3).T
     fit = fit_growth(*times_and_norms(network(beta, name, space, bias=1.0, final_time=64.0), steps=2))
     assert_allclose(fit.power, 1.0, atol=0.1)
@@ -281,7 +281,7 @@ def test_few_or_noisy_norms_decide_nothing():
 
 
 def test_a_ratio_is_that_of_the_growth_beyond_the_start():
-    """f_I is large, and f hardly grows: the norm at t = 0 is the bound's, which said nothing."""
+    """f_I is large and f hardly grows: norm over bound is 1 at t = 0 whatever f does."""
     net = network(1e-3 * random(), "tanh", bias=300.0)
     bound = by_name(followed(net, 100.0, steps=1))["bounded"]
     observed, values = bound.observed, bound.values
@@ -303,7 +303,7 @@ def test_supremum_of_bounded_activations():
     s = sympy.Symbol("s")
     for activation, wanted in [("tanh", 1.0), ("arctan", np.pi / 2), ("sigmoid", 1.0)]:
         assert_allclose(supremum(get_activation(activation)), wanted, rtol=1e-14)
-    # From above where it is no limit, by half a spacing times the slope.
+    # For a function that is not monotone it is an upper bound, by half a spacing times the slope.
     assert 1 <= supremum(Activation.from_sympy(sympy.sin(s))) < 1.01
     with pytest.raises(ValueError, match="activation: expected a bounded activation, got relu"):
         supremum(get_activation("relu"))

@@ -1,4 +1,4 @@
-"""Full kernels in low rank: the best one by SVD in the label measure, cross approximation, what is known of errors."""
+"""Kernels of low rank in place of full ones: the SVD in the label measure, cross approximation, and their errors."""
 
 import resource
 from functools import cache
@@ -28,7 +28,7 @@ from fem_resnet.theory.limits.kernel_values import KernelValues, draw_pairs
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
-#: By either way: all values are affordable, or none is.
+#: Both ways: all values are affordable, or none.
 CROSSES = KernelSampling(affordable=0)
 WAYS = {"svd": KernelSampling(affordable=10**9), "cross": CROSSES}
 #: Label domains of y and of z.
@@ -45,19 +45,19 @@ def gauss(y, z):
 
 
 def lopsided(y, z):
-    """Not symmetric, so that an exchange of y and z shows; all values of it matter."""
+    """Not symmetric, so that an exchange of y and z changes results."""
     return np.exp(-((y - 0.3 * z) ** 2).sum(axis=-1)) * (2 + z[..., 0]) + 0.3 * np.sin(3 * y[..., 1] * z[..., 0])
 
 
 def everything(Y, Z, b=lopsided) -> np.ndarray:
-    """M^(1/2) b N^(1/2), all of it on all ranks, in an order that no partition changes."""
+    """M^(1/2) b N^(1/2), whole on each rank, in an order that does not depend on the partition."""
     y, z = (gathered(X, X.coordinates) for X in (Y, Z))
     w, v = (gathered(X, X.weights) for X in (Y, Z))
     return np.sqrt(w)[:, None] * b(y[:, None], z[None]) * np.sqrt(v)
 
 
 def approximation(found: Compression) -> np.ndarray:
-    """The same of b_r."""
+    """M^(1/2) b_r N^(1/2), in the same order."""
     (Y, phi), (Z, psi) = ((basis.Y, basis.values) for basis in (found.kernel.phi, found.kernel.psi))
     b = gathered(Y, phi) @ found.beta @ gathered(Z, psi).T
     return np.sqrt(gathered(Y, Y.weights))[:, None] * b * np.sqrt(gathered(Z, Z.weights))
@@ -106,7 +106,7 @@ def test_a_repeated_singular_value_is_not_cut():
     matrix = np.exp(np.cos(angle[:, None] - angle))
     s = np.linalg.svd(0.3 * matrix, compute_uv=False)
     for cut in (2, 4):
-        # What is left at an even rank, but one more is kept.
+        # The tolerance allows an even rank, which would cut a pair in two: one more is kept.
         tolerance = 1.01 * np.linalg.norm(s[cut:]) / np.linalg.norm(s)
         for method in (compress(matrix, tolerance, Y), compress(matrix, tolerance, Y, sampling=CROSSES)):
             assert method.rank == cut + 1 and abs(s[cut] - s[cut - 1]) < 1e-12
@@ -153,7 +153,7 @@ def test_a_method_that_does_not_converge_says_what_to_do():
 @pytest.mark.parametrize("which", PAIRS)
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-4, 1e-9])
 def test_cross_approximation_is_within_the_tolerance_and_its_confidence(which, tolerance):
-    """Against the whole: the true error is below the sampled limit, and that near enough to be of use."""
+    """Against all values: the true error is below the sampled limit, and at least half of it."""
     Y, Z = spaces(which)
     found = compress(lopsided, tolerance, Y, Z, sampling=CROSSES)
     true = np.linalg.norm(everything(Y, Z) - approximation(found))
@@ -167,12 +167,12 @@ def test_cross_approximation_is_within_the_tolerance_and_its_confidence(which, t
 
 
 def steep(y, z):
-    """A kink at y = z, where alone its residuals are large."""
+    """A kernel with a kink at y = z; residuals are large there only."""
     return np.exp(-6 * np.sqrt(((y - z) ** 2).sum(axis=-1) + 1e-12))
 
 
 def bump(y, z):
-    """Something on a small set besides."""
+    """A smooth kernel with a bump on a small set."""
     return gauss(y, z) + 3 * np.exp(-200 * ((y - 0.3) ** 2).sum(axis=-1) - 200 * ((z + 0.2) ** 2).sum(axis=-1))
 
 
@@ -181,7 +181,7 @@ def jump(y, z):
 
 
 def exceeded(b, tolerance, seeds, Y) -> list[float]:
-    """True errors in parts of what is stated, for each seed; what is stated is always within the tolerance."""
+    """True errors over stated errors, for each seed; stated errors are always within the tolerance."""
     whole, parts = everything(Y, Y, b), []
     for seed in seeds:
         found = compress(b, tolerance, Y, sampling=KernelSampling(affordable=0, seed=seed))
@@ -201,12 +201,12 @@ def test_the_stated_error_holds_for_25_seeds(b, tolerance):
     "b, tolerance", [(gauss, 1e-1), (gauss, 1e-3), (lopsided, 1e-1), (lopsided, 1e-2), (lopsided, 1e-3), (bump, 1e-2)]
 )
 def test_the_stated_error_holds_for_200_seeds(b, tolerance, space):
-    """Confidence 0.99: 2 of 200 are allowed; with the factor none is seen."""
+    """Confidence 0.99: 2 failures of 200 are allowed; the factor in the stated error makes them fewer."""
     assert sum(part > 1 for part in exceeded(b, tolerance, range(200), label_space(*space))) <= 2
 
 
 def test_a_tolerance_that_is_not_known_to_be_met_is_an_error(monkeypatch):
-    """It was a line in the log, and the kernel was returned."""
+    """The kernel is not returned with a line in the log."""
     monkeypatch.setattr("fem_resnet.theory.limits.crosses.FACTOR", 100.0)
     wanted = (
         r"^compress: at rank \d+ the error is only known to be below [0-9.]+ of the norm, with confidence 0.99; expected 0.01"
@@ -220,13 +220,13 @@ def test_crosses_see_few_values_and_the_rank_does_not_know_the_mesh():
     N = fine.kernel.phi.Y.size
     assert N == 1280 and fine.evaluations < 0.15 * N**2
     assert abs(fine.rank - coarse.rank) <= 2
-    # Pairs apart, a row and a column a step.
+    # Without the pairs: a row and a column in each step.
     assert fine.evaluations - 4096 - 16384 < 2.5 * fine.rank * 2 * N
 
 
 @on_ranks
 def test_a_part_that_no_cross_meets_is_found_by_the_pairs():
-    """Sectors that do not see each other: rows of one are zero in the others, so partial pivoting ends too early."""
+    """Rows through one sector are zero in all other sectors, so that partial pivoting alone ends too early."""
     Y = label_space("disk", "DG0", 2)
 
     def patches(y, z):
@@ -283,7 +283,7 @@ def test_the_kernel_does_not_depend_on_the_partition(way):
 @pytest.mark.slow
 @pytest.mark.parallel([1, 2])
 def test_memory_and_evaluations_are_linear_in_the_number_of_nodes():
-    """180,000 cells: all values would be 260 GB; it takes rows and columns of the rank, and at most twice as many."""
+    """180,000 cells: all values would take 260 GB; at most twice as many rows and columns are made as the rank."""
     Y = LabelSpace(fd.FunctionSpace(fd.UnitSquareMesh(300, 300), "DG", 0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = compress(gauss, 1e-4, Y)
@@ -291,13 +291,13 @@ def test_memory_and_evaluations_are_linear_in_the_number_of_nodes():
     assert found.method == "cross" and found.rank < 25
     assert found.hilbert_schmidt.value <= 1e-4 * found.norm
     assert found.evaluations < 4 * found.rank * 2 * Y.size
-    # Both factors with room for twice as many, and copies for QR and SVD; and what a block of values takes.
+    # Both factors with room for twice the rank, copies for QR and SVD, and a block of values.
     assert grown < 16 * 8 * 2 * 32 * Y.nodes + 1e8
 
 
 @on_ranks
 def test_round_off_does_not_choose_a_pivot():
-    """Of nodes that are equal up to 1e-13 always the same one is taken, on any partition that of the whole mesh."""
+    """Of nodes that are equal up to 1e-13 always the same one is taken, on any partition."""
     places = set()
     for alone in (False, True):
         Y = label_space("sphere", "DG0", alone=alone)

@@ -1,4 +1,4 @@
-"""Limits of residual networks (2.1): in depth, Theorem 2.1, and in width, Theorem 2.2, with what lies outside of them.
+"""Limits of residual networks (2.1): in depth, Theorem 2.1, in width, Theorem 2.2, and where the theorems do not apply.
 
 The exact solutions are those of Nystroem's method on the curved domain itself: Gauss quadrature in the polar
 coordinates, in which smooth data have spectral accuracy, and Runge-Kutta steps between the jumps. Nothing of the
@@ -39,7 +39,7 @@ from fem_resnet import (
     width_limit,
 )
 
-#: One on which the ranks differ from each other in what they own.
+#: On two ranks, which own different nodes.
 on_ranks = pytest.mark.parallel([1, 2])
 
 RK8 = {"ts_rk_type": "8vr"}
@@ -52,7 +52,7 @@ def orders(sizes, errors):
 
 
 def slope(sizes, errors):
-    """That of the line through all of them, for errors that scatter."""
+    """The slope of the line through all of them, for errors that scatter."""
     return np.polyfit(np.log(sizes), np.log(errors), 1)[0]
 
 
@@ -60,7 +60,7 @@ def slope(sizes, errors):
 
 T = 1.0
 THIRD = 1 / 3
-#: (c(t), where it jumps or has a kink). L = 8, 32, 128 leave all of them the same distance of a jump from a layer time.
+#: c(t), and where it jumps or has a kink. For L = 8, 32, 128 a jump has the same distance from a layer time, in layers.
 IN_TIME = {
     "smooth": (lambda t: np.cos(5 * t), []),
     "piecewise linear": (lambda t: np.abs(t - THIRD) * 4 - 1, [THIRD]),
@@ -110,12 +110,12 @@ class InDepth:
 
 
 def distance(Y, z, x):
-    """In L2(Y), of arrays by number."""
+    """The distance in L2(Y) of two arrays in the order of `node_numbers`."""
     return float(state_array(Y, Y.batch(Y.weights))[:, 0] @ (z - x) ** 2) ** 0.5
 
 
 def runge_kutta(rate, z, times, jumps=(), steps=200):
-    """z at these times by classical Runge-Kutta; at a jump of the rate a step ends, and sees either side as it is."""
+    """z at these times by classical Runge-Kutta; a step ends at each jump of the rate and takes the value on its own side."""
     values = [z]
     for start, end in zip(times[:-1], times[1:]):
         knots = np.unique([start, *[t for t in jumps if start < t < end], end])
@@ -160,7 +160,7 @@ def test_runge_kutta_falls_to_order_one_at_a_jump_unless_an_interface_sits_there
 
 
 def test_piecewise_linear_interpolants_of_the_coefficients_have_the_same_limit():
-    """a^tau, B^tau of section 2.1 are no jumps, but lines, between the layers: (2.2a) from starts between them too."""
+    """a^tau and B^tau of section 2.1 are piecewise linear in t: (2.2a), also from starts between the layer times."""
     c, jumps = IN_TIME["smooth"]
     problem, errors = InDepth(c), []
     for L in DEPTHS:
@@ -189,7 +189,7 @@ def test_coefficients_of_unbounded_variation_converge_more_slowly():
         return np.sign(np.sin(2 * np.pi / np.maximum(t, 1e-300) ** 2))
 
     problem = InDepth(c)
-    # It jumps at sqrt(2 / k); before t = 0.02 it is its mean, 0, up to one half period there, below 1e-5.
+    # It jumps at sqrt(2 / k). Before t = 0.02 its mean 0 takes its place, with an error of half a period, below 1e-5.
     k = np.arange(2, 5001)
     jumps = np.sqrt(2 / k)[::-1]
     rate = problem.rate
@@ -200,7 +200,7 @@ def test_coefficients_of_unbounded_variation_converge_more_slowly():
     exact = problem.exact(np.array([0.0, T]), jumps, steps=200)[-1]
     depths, errors = [16, 64, 256], []
     for L in depths:
-        # Each depth samples the swarm of jumps at 0 anew: the mean of squares over some, primes, at which none is hit.
+        # The jumps near 0 make errors scatter with the depth: take the mean square over some primes, which hit no jump.
         squares = []
         for M in primes(L)[:4]:
             net, initial = problem.network(np.linspace(0, T, M + 1))
@@ -212,7 +212,7 @@ def test_coefficients_of_unbounded_variation_converge_more_slowly():
     assert 0 < found < 0.85 < slope(T / np.array(depths), alike), f"errors {errors} fall at {found}"
     assert errors[-1] < 0.7 * errors[0]
 
-    # With sigma(s) = s, B = 0 and a = c, (2.1) is a sum, for which depths can be such that the order shows.
+    # With sigma(s) = s, B = 0 and a = c, (2.1) is a sum, which can be computed for depths that show the order.
     k = np.arange(2, 1000001)
     integral = np.sum((-1.0) ** k * (np.sqrt(2 / k) - np.sqrt(2 / (k + 1))))
     depths = 4 ** np.arange(2, 9)
@@ -221,7 +221,7 @@ def test_coefficients_of_unbounded_variation_converge_more_slowly():
 
 
 def primes(least):
-    """The first ones from `least` on."""
+    """The first primes from `least` on."""
     return [n for n in range(least, least + 150) if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
@@ -361,7 +361,7 @@ def partition(mesh):
 
 
 def network(Y, b=kernel, a=bias, steps=3, **options):
-    """One with these functions' values at the midpoints: (2.6) at all times."""
+    """The network (2.6) with the values of these functions at the midpoints, constant in time."""
     found = compress(b, 1e-9, Y, sampling=KernelSampling(affordable=0))
     net = flat_network(
         found.kernel.phi, found.kernel.psi, layers=1, final_time=T, steps=steps, solver_parameters=RK8, **options
@@ -372,7 +372,7 @@ def network(Y, b=kernel, a=bias, steps=3, **options):
 
 
 def errors_on_cells(f, exact):
-    """Of a piecewise constant function in L2(Y) against a function of points, and against its means over the cells."""
+    """Distances in L2(Y) of a piecewise constant function from a function of points, and from its means over the cells."""
     V = f.function_space()
     mesh = V.mesh()
     fine = fd.FunctionSpace(mesh, "DG" if mesh.ufl_cell() == fd.triangle else "DQ", 2)
@@ -387,7 +387,7 @@ def errors_on_cells(f, exact):
 
 
 def scalar(Y, function):
-    """A batch of one as a Function of Y.V."""
+    """A batch of one sample as a Function of Y.V."""
     f = fd.Function(Y.V)
     f.dat.data_wo[:] = Y.values(function)[:, 0]
     return f
@@ -465,7 +465,7 @@ def test_partitions_of_random_lengths_converge_with_the_largest_of_them(seed):
     exact = Continuum(_interval())
     found, sizes = [], []
     for N in (30, 90, 270):
-        # Longest to shortest as uniform numbers are, in any order.
+        # Uniform random lengths, in any order.
         lengths = np.random.default_rng(seed).uniform(0.05, 1, N)
         ends = np.append(0, np.cumsum(lengths)) / lengths.sum()
         y, w = (ends[1:] + ends[:-1])[:, None] / 2, np.diff(ends)
@@ -491,7 +491,7 @@ CUT = 2**0.5 - 1
 
 
 def test_a_kernel_that_jumps_in_y_converges_at_order_one_half():
-    """f jumps where b does: a strip of cells of width h is wrong by one, also in its means."""
+    """f jumps where b does: on a strip of cells of width h the error is of size one, also in the means."""
 
     def jumping(y, z):
         return kernel(y, z) * (1 + 2 * (y[..., 0] > CUT))
@@ -501,7 +501,7 @@ def test_a_kernel_that_jumps_in_y_converges_at_order_one_half():
     for n in (6, 12, 24, 48):
         Y = irregular(n)
         f = scalar(Y, network(Y, jumping)(Y.batch(start(Y.coordinates))))
-        # Means over cells that the jump crosses are those of a polynomial: good enough for an error of size one there.
+        # Means over cells that the jump crosses are computed from a polynomial, which suffices for an error of size one.
         found.append(errors_on_cells(f, exact.state))
         sizes.append(mesh_size(Y))
     strong, means = np.transpose(found)
@@ -510,7 +510,7 @@ def test_a_kernel_that_jumps_in_y_converges_at_order_one_half():
 
 
 def test_a_kernel_that_jumps_along_the_diagonal_loses_order_in_its_means():
-    """b = 1 for z_1 < y_1: its integral is smooth in y, but cells that z_1 = y_1 crosses count whole or not."""
+    """b = 1 for z_1 < y_1: its integral is smooth in y, but a cell that z_1 = y_1 crosses counts as a whole or not at all."""
 
     def volterra(y, z):
         return 2.0 * (z[..., 0] < y[..., 0]) * (1 + z[..., 1])
@@ -601,7 +601,7 @@ def test_a_kernel_that_oscillates_in_y_has_another_limit_than_its_weak_one():
 
 
 def test_a_kernel_that_oscillates_in_z_does_no_harm():
-    """Outside of Theorem 2.2 too, but f, which it is integrated against, does not oscillate: B_h f tends to 0."""
+    """Theorem 2.2 does not apply either, but the kernel is integrated against an f that does not oscillate: B_h f -> 0."""
     errors = []
     for refinement in (1, 2, 4):
         Y, f_h = oscillating(refinement, in_y=False)
@@ -621,7 +621,7 @@ def test_kernels_without_a_bound_have_another_limit_than_their_pointwise_one():
         B[:, k] = 1.0
         net, initial = from_network(bias(y), B, start(y), Y, steps=4, solver_parameters=RK8)
         f = state_array(Y, net(initial))[:, 0]
-        # The neurons see the one at the point, which sees itself.
+        # B_h f is the value of f at the point.
         point = np.array([[0.7, 0.0], *y])
         exact = runge_kutta(lambda t, f: np.tanh(bias(point) - f[0]), start(point), np.array([0, T]), steps=40)[-1]
         errors.append(distance(Y, f, exact[1:]))
@@ -631,11 +631,11 @@ def test_kernels_without_a_bound_have_another_limit_than_their_pointwise_one():
 
 
 def graphon(y, z):
-    """Of edges between points of a sphere, in (0, 1)."""
+    """The probability of an edge between two points of a sphere, in (0, 1)."""
     return 0.5 + 0.4 * (y * z).sum(axis=-1)
 
 
-#: Of a size with which sigma is not flat on a sphere, |Y| = 12.6.
+#: With this factor sigma is not flat on a sphere, |Y| = 12.6.
 GAIN = 0.2
 
 
@@ -680,7 +680,7 @@ def test_a_graph_drawn_from_a_graphon_converges_in_the_operator_norm_alone():
 
 
 def cells_of_the_sphere(refinement):
-    """Label space, midpoints and measures by number."""
+    """Label space, midpoints and measures in the order of `node_numbers`."""
     Y = label_space("sphere", "DG0", refinement)
     return Y, state_array(Y, Y.batch(Y.coordinates)), state_array(Y, Y.batch(Y.weights))[:, 0]
 
@@ -690,7 +690,7 @@ def drawn(y, seed):
     return (np.random.default_rng([seed, len(y)]).random((len(y), len(y))) < graphon(y[:, None], y[None])).astype(float)
 
 
-# -- the limits of a network that one has ----------------------------------------------------------------------------
+# -- the limits of a given network -----------------------------------------------------------------------------------
 
 LAPLACE_RANK = {"disk": 6, "annulus": 5, "sphere": 9}
 
@@ -710,7 +710,7 @@ def test_the_depth_limit_of_a_network_is_reached_at_the_order_of_its_scheme(meth
 
 @on_ranks
 def test_the_first_error_in_depth_is_that_of_the_network_itself():
-    """Against SciPy's solution at T, the last layer time; learned factors and times are taken as they are."""
+    """Against SciPy's solution at T; learned factors and times keep their present values."""
     net = own_network(learn_factors=True, learn_times=True, steps=2, solver_parameters=EULER)
     for factor in net.factors:
         factor.set(0, 0.3 * smooth(net.Y, factor.space_basis.shape[1], seed=8))
@@ -734,7 +734,7 @@ def test_the_first_error_in_depth_is_that_of_the_network_itself():
 @pytest.mark.parametrize("terminal", [None, end], ids=["state", "co-state"])
 @pytest.mark.parametrize("domain", LAPLACE_RANK)
 def test_the_width_limit_of_a_network_is_reached_at_order_two(domain, terminal):
-    """In distributions, on DG0; the finest space stands in for the limit, so it is left out of the last order."""
+    """As distributions, on DG0. The finest space takes the place of the limit and is left out of the orders."""
     refinements = {"disk": (2, 3, 4), "annulus": (2, 3, 5), "sphere": (1, 2, 3)}
     spaces = [label_space(domain, "DG0", n) for n in refinements[domain]]
     rank = LAPLACE_RANK[domain]
@@ -758,7 +758,7 @@ def test_limits_are_the_same_on_ranks():
         both = [*depth.errors, *(x for r in (None, end) for x in width_limit(net, start, spaces, terminal=r).errors)]
         if not alone:
             on_all = both
-    # Eigenfunctions are found to 1e-13 or so.
+    # Eigenfunctions are accurate to about 1e-13.
     np.testing.assert_allclose(on_all, both, rtol=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""Residual networks in arrays are networks on a partition, by (2.4), and the way back."""
+"""Residual networks given as arrays are networks on a partition, by (2.4), and back."""
 
 import numpy as np
 import pytest
@@ -20,13 +20,13 @@ from fem_resnet.label_domain.basis import node_numbers
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
 EULER = {"ts_rk_type": "1fe"}
-#: Some hundred products of numbers of size one a layer, a few layers.
+#: Round-off in some hundred products of numbers of size one, over a few layers.
 ROUND_OFF = 1e-13
 TAU = np.array([0.1, 0.3, 0.05, 0.2])
 
 
 def residual_network(a, B, z, tau, sigma):
-    """(2.1), the way a network is written in NumPy; shared a and B have no first axis."""
+    """(2.1) in NumPy; shared a and B have no first axis."""
     for l in range(len(tau)):
         a_l, B_l = (a[l] if a.ndim == 2 else a), (B[l] if B.ndim == 3 else B)
         z = z + tau[l] * sigma((a_l - (B_l @ z).T).T)
@@ -120,7 +120,7 @@ def test_arrays_go_there_and_back():
     assert_array_equal(state_array(Y, initial), z_0)
 
 
-#: What a network may have: each is a residual network of arrays as long as Euler's method steps it.
+#: Options of networks; with Euler's method each is a residual network given by arrays.
 NETWORKS = {
     "low rank, bias at nodes": {},
     "bias in a basis": {"basis_for_bias": True},

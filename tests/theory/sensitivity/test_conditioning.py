@@ -27,14 +27,14 @@ from fem_resnet import (
 )
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
-#: No repeated eigenvalue is cut.
+#: With these numbers no repeated eigenvalue is cut.
 RANK = {"disk": 3, "annulus": 3, "sphere": 4}
 SPACES = [("disk", "CG1"), ("annulus", "DG0"), ("sphere", "CG1")]
 on_spaces = pytest.mark.parametrize("space", SPACES, ids="-".join)
-#: Sums of some hundred numbers of size one.
+#: Round-off in sums of some hundred numbers of size one.
 ROUND_OFF = 1e-12
 
-#: Networks of every kind that a layer's linearisation depends on.
+#: The kinds of networks on which the linearisation of a layer depends.
 KINDS = {
     "rk4": {},
     "linear in t": {"kernel_in_time": "linear", "bias_in_time": "linear"},
@@ -74,7 +74,7 @@ def dense(M):
 
 
 def jacobian(net, f):
-    """The same of the whole network, one tangent of a run a node: nothing of it comes from `LinearisedFlow`."""
+    """The same for the whole network by a tangent of a run for each node, without `LinearisedFlow`."""
     Y = net.Y
     copies = Y.batch(np.repeat(Y.values(f), Y.size, axis=1))
     matrix = Y.values(net.run(copies).tangent(Y.batch(np.eye(Y.size))))
@@ -83,7 +83,7 @@ def jacobian(net, f):
 
 
 def rk4_step(z):
-    """What a step of Runge-Kutta 4 makes of e^z."""
+    """The stability function of Runge-Kutta 4."""
     return 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24
 
 
@@ -118,7 +118,7 @@ def test_tangent_is_that_of_a_run_and_the_propagator_does_the_same(kind):
     assert_allclose(found, net.Y.values(net.run(f).tangent(w)), rtol=0, atol=ROUND_OFF)
     assert np.abs(found - net.Y.values(w)).max() > 0.1
     for sample in range(2):
-        # Steps that were adapted to both samples are taken for each alone.
+        # Each sample alone repeats the steps that were adapted to both.
         M = flow.propagator(sample=sample)
         assert_allclose(net.Y.values(M.apply(w))[:, sample], found[:, sample], rtol=0, atol=ROUND_OFF)
 
@@ -157,7 +157,7 @@ def test_the_flow_between_layer_times_is_a_product_and_does_not_touch_the_tape()
 
 @on_spaces
 def test_what_no_psi_sees_passes_unchanged(space):
-    """f' depends on f through Psi^T M f alone: M w = w where that is zero, and M - I has the rank of psi."""
+    """f' depends on f through Psi^T M f only: M w = w where that is zero, and M - I has the rank of psi."""
     flow = flow_of(space)
     Y, psi = flow.net.Y, flow.net.bases["psi"][0]
     w = smooth(Y, 1, seed=3)
@@ -204,7 +204,7 @@ def test_all_singular_values_are_those_of_the_whole_matrix(space, size):
     expected = np.linalg.svd(jacobian(net, batch(net)), compute_uv=False)
     assert expected[0] > 1.5 and expected[-1] < 0.7
     assert M.ones == net.Y.size - 2 * 4
-    # absolute, in parts of the largest: what a singular value decomposition promises
+    # absolute, relative to the largest one, as for any singular value decomposition
     assert_allclose(all_singular_values(M), expected, rtol=0, atol=1e-13 * expected[0])
     assert_allclose(M.condition, expected[0] / expected[-1], rtol=1e-10)
 
@@ -258,17 +258,17 @@ def test_a_singular_function_grows_by_its_singular_value(space):
 
 
 def test_small_singular_values_keep_their_digits():
-    """B = mu phi phi^T, sigma the identity: one singular value is what rk4 makes of e^(-mu T), the others are 1."""
+    """B = mu phi phi^T, sigma the identity: one singular value is the approximation of e^(-mu T) by rk4, the others are 1."""
     P = laplace("sphere", "CG1", 4)
     net = ResidualNetwork(Kernel(P, in_time="shared"), layers=40, final_time=20.0, activation="identity")
     net.kernel.set(0, np.diag([1.0, 0.5, 0.0, -0.25]))
     M = LinearisedFlow(net, batch(net)).propagator()
     expected = rk4_step(-0.5 * np.array([1.0, 0.5, 0.0, -0.25])) ** 40
     found = np.sort(M.singular_values)[[0, 1, -1]]
-    # 1e-16 of the largest, 150; a Gram matrix would know the smallest, 2e-9, to some 1e-6 of it only
-    # The largest, 148, by its own round-off.
+    # 1e-16 of the largest, 150; with a Gram matrix the smallest, 2e-9, would have a relative error of about 1e-6
+    # The round-off of the largest, 148.
     assert_allclose(found, np.sort(expected)[[0, 1, -1]], rtol=1e-14, atol=1e-13)
-    # rk4 with z = -0.5 is right to 3e-4 a step
+    # rk4 with z = -0.5 has an error of 3e-4 in each step
     assert_allclose(M.lyapunov_exponents[[0, -1]], [0.25, -1.0], rtol=2e-3)
 
 
@@ -283,13 +283,13 @@ SCHEMES = {
 
 
 def in_time(space, **options):
-    """A network with controls linear in t, small enough for orders to be seen with few steps."""
+    """A network with controls linear in t, so small that few steps show the order."""
     return network(space, size=0.25, kernel_in_time="linear", bias_in_time="linear", **options)
 
 
 @cache
 def path(space):
-    """Its solution, by steps whose error, O(h^6), is below that of all networks here."""
+    """Its solution, whose error of O(h^6) is below that of all networks here."""
     net = in_time(space)
     return solve_trajectory(net, batch(net), steps=16)
 
@@ -320,7 +320,7 @@ def test_3_6_between_any_two_times():
     trajectory = solve_trajectory(net, batch(net), steps=8)
     w = batch(net, 3)
     parts = solve_linearised(trajectory, solve_linearised(trajectory, w, 0.0, 0.5), 0.5)
-    # steps that start at 0.5 differ: what is left is their error, O(h^6)
+    # steps that start at 0.5 are other steps: the difference is their error, O(h^6)
     assert_allclose(net.Y.values(parts), net.Y.values(solve_linearised(trajectory, w)), rtol=0, atol=1e-8)
     assert_allclose(net.Y.values(solve_linearised(trajectory, w, 0.3, 0.3)), net.Y.values(w), rtol=0, atol=0)
 
@@ -344,7 +344,7 @@ def test_3_6_is_stepped_by_the_method_that_is_asked_for(parameters, expected):
 
 
 def directions(net, which):
-    """Directions of bias and kernel, one of them zero unless both are asked for."""
+    """Directions of bias and kernel; one of them is zero unless both are requested."""
     rng, made = np.random.default_rng(7), []
     for name, parameter in (("a", net.bias), ("b", net.kernel)):
         for k in range(len(parameter.functions)):
@@ -398,7 +398,7 @@ def test_the_adjoint_of_duhamels_formulas_is_4_3_and_4_4(space):
             back += layer.length * weight * (Y.inner(alpha, costate.bias_gradient(t)) + Y.inner(moved, p))
     assert abs(forth) > 0.1
     assert_allclose(forth, back, rtol=1e-7)  # both to O(h^6) in the trajectory's steps
-    # And their projections onto coefficients, the gradients that training takes.
+    # And their projections onto coefficients, the gradients for training.
     owners = [(p, k) for p in (net.bias, net.kernel) for k in range(len(p.functions))]
     paired = sum(
         p.inner(k, p.space_bases[k].read(g), p.space_bases[k].read(d))
@@ -495,7 +495,7 @@ def test_the_generator_is_bounded_and_frozen_eigenvalues_are_those_of_the_whole_
 
 @on_spaces
 def test_near_the_stationary_state_the_flow_is_that_of_the_linearised_autonomous_problem(space):
-    """Section 3.5: for large t, u near 0 and M(T, t) near e^(-sigma'(0) B (T - t)); before, the flow is another one."""
+    """Section 3.5: for large t, u is near 0 and M(T, t) near e^(-sigma'(0) B (T - t)); for small t it is not."""
     P = laplace(*space, RANK[space[0]])
     mu = 1.0 + 0.5 * np.arange(P.rank)
     net = ResidualNetwork(Kernel(P, in_time="shared"), bias=Bias(P, in_time="shared"), layers=40, final_time=20.0)

@@ -1,4 +1,4 @@
-"""Networks f_t = B^T sigma(a - B f): what they step, their derivatives, and that solutions do not part (end of 3.5)."""
+"""Networks f_t = B^T sigma(a - B f): their steps, derivatives, and that solutions never move apart (end of 3.5)."""
 
 import numpy as np
 import pytest
@@ -45,12 +45,12 @@ SPACES = [("disk", "CG1"), ("annulus", "DG0"), ("sphere", "CG1")]
 
 
 def gradient_flow(space=("disk", "CG1"), **more):
-    """Three layers, phi and psi of different rank, psi not orthonormal; so small that steps of a layer are short."""
+    """Three layers, phi and psi of different rank, psi not orthonormal; the kernel is so small that steps are short."""
     return network(space, gradient_flow=True, **{"size": 0.4} | more)
 
 
 def learned(space=("disk", "CG1"), **more):
-    """Factors and times learned as well."""
+    """Factors and times are learned too."""
     net = flat_network(
         laplace(*space, rank=4), laplace(*space, rank=3), bias=laplace(*space, rank=3), times=TIMES,
         learn_factors=True, learn_times=True, gradient_flow=True, **more,
@@ -62,7 +62,7 @@ def learned(space=("disk", "CG1"), **more):
 
 
 def by_hand(net, f, steps):
-    """Classical Runge-Kutta in the nodal values, B and B^T applied as they are written."""
+    """Classical Runge-Kutta in the nodal values, with B and B^T as dense matrices."""
     kernel = net.kernel.space_basis.kernel
     for layer in range(net.layers):
         beta, a = net.kernel.get(layer), net.bias.space_basis.expand(net.bias.get(layer))[:, None]
@@ -150,7 +150,7 @@ def test_compiled_and_numpy_stages_are_the_same(monkeypatch):
 @pytest.mark.parametrize("space, layers_per_block", [*zip(SPACES, (1, 2, None))])
 def test_taylor_of_gradient_flows(space, layers_per_block, taylor):
     p = problem(gradient_flow(space, layers_per_block=layers_per_block))
-    # Half as long as elsewhere: B acts twice, and bends J more.
+    # Half as long as in other tests: B acts twice, so that J has larger second derivatives.
     h = [v._ad_mul(0.5) for v in directions_with_factors(p, seed=1)]
     row, column = f"gradient flow, {space_name(space)}", f"{layers_per_block} a Block"
     taylor(p.reduced_functional(), p.functions, h, row, column, second_order=True)
@@ -179,7 +179,7 @@ RALSTON = [[0, 0], [2 / 3, 0]], [1 / 4, 3 / 4]
 
 
 def with_steps(net, part):
-    """The same network with a kernel of such a size that its steps are this part of the largest that contract."""
+    """The network with a kernel for which its steps are this part of the largest steps that contract."""
     for k in range(len(net.kernel.functions)):
         net.kernel.set(k, 1e-3 * net.kernel.get(k))
     bound = lipschitz_bound(net)
@@ -190,7 +190,7 @@ def with_steps(net, part):
 
 
 def test_radii_of_petscs_methods():
-    """Three digits of the radius; PETSc's 2b is the midpoint rule, whose first stage has no weight, and not Ralston's."""
+    """Three digits of the radius. PETSc's 2b is the midpoint rule, whose first stage has weight 0, not Ralston's method."""
     found = {name: circle_radius(*network(solver_parameters={"ts_rk_type": name}).tableau) for name in RADII}
     assert {name: round(R, 3) for name, R in found.items()} == RADII
     assert_allclose(network(solver_parameters={"ts_rk_type": "2b"}).tableau[1], [0, 1])
@@ -198,7 +198,7 @@ def test_radii_of_petscs_methods():
 
 
 def test_radii_of_implicit_methods():
-    """Algebraically stable ones have no bound; the trapezoidal rule is not, and has one."""
+    """Algebraically stable methods have an infinite radius; the trapezoidal rule is not one of them."""
     for name in ("theta", "theta 0.7", "beuler", "irk"):
         assert circle_radius(*network(solver_parameters=options(name)).tableau) == np.inf, name
     assert_allclose(circle_radius(*network(solver_parameters=options("cn")).tableau), 2.0)
@@ -236,7 +236,7 @@ def test_every_method_with_a_radius_contracts_up_to_its_largest_step(method, act
 
 
 def contract_up_to_the_largest_step(space, method, activation):
-    """In L2, with a and B that change in time, at the very step that the radius allows."""
+    """In L2(Y), with a and B that change in time, at the largest step that the radius allows."""
     more = {"kernel_in_time": "linear", "bias_in_time": "linear", "steps": 2, "activation": activation}
     net = with_steps(gradient_flow(space, solver_parameters={"ts_rk_type": method}, **more), 1.0)
     bound = lipschitz_bound(net)
@@ -313,7 +313,7 @@ def test_the_midpoint_rule_may_part_solutions_in_a_quarter_of_the_largest_step_o
 
 
 def test_solutions_part_where_sigma_decreases():
-    """The paper prints sigma' <= 0: then distances rise, and only the norm of B bounds them."""
+    """The paper prints sigma' <= 0. With that sign distances rise, and only the norm of B bounds them."""
     falling = Activation.from_sympy(-sympy.tanh(sympy.Symbol("s")))
     net = with_steps(gradient_flow(("sphere", "CG1")), 1.0)
     other = gradient_flow(("sphere", "CG1"), activation=falling)

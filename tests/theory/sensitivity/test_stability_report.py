@@ -1,4 +1,4 @@
-"""`stability_report`: what it says of networks of which it is known, its page, the same numbers on any partition."""
+"""`stability_report`: networks whose stability is known, its page, and the same numbers on any partition."""
 
 import json
 from dataclasses import fields, replace
@@ -21,7 +21,7 @@ EULER = {"ts_rk_type": "1fe"}
 
 
 def linear(space, mu, layers=8, final_time=2.0, activation="identity", **options):
-    """f_t = - B f, B = sum mu_k phi_k phi_k^T: every mode does e^(-mu t). One mu for all layers, or a row for each."""
+    """f_t = - B f with B = sum mu_k phi_k phi_k^T: modes are e^(-mu t). One set of mu for all layers, or a row for each."""
     mu = np.array([mu] * layers if np.ndim(mu) == 1 else mu, dtype=float)
     P = laplace(*space, 5 if space[0] == "annulus" else 4)
     P = Basis(P.Y, P.values[:, : mu.shape[1]], "given")
@@ -88,7 +88,7 @@ def test_a_report_sees_no_partition():
 
 @on_spaces
 def test_the_gradient_of_a_loss_is_followed(space):
-    """r(t_l) of the terminal value that is given: a mode that grows by e^(mu T) forwards does so backwards."""
+    """r(t_l) for a given r(T): a mode that grows by e^(mu T) forwards also grows so backwards."""
     net = linear(space, [-1.0, 0.5])
     phi = net.bases["phi"][0]
     for k, rate in ((0, 1.0), (1, -0.5)):
@@ -126,7 +126,7 @@ def test_exploding_gradients_are_found_and_a_bound_on_the_kernel_is_suggested():
     constraint = next(s.text for s in report.suggestions if s.kind == "constraint")
     # the norm of b in L2(Y x Y) is that of the eigenvalues; log 10 / T
     assert f"norm(b) <= {np.log(10) / 2:.3g} in L2(Y x Y), now 3 on average" in constraint
-    # With that the flow stays below 10, as is said.
+    # With such a kernel the flow stays below 10, as the report says.
     for layer in range(net.layers):
         net.kernel.set(layer, net.kernel.get(layer) * np.log(10) / 2 / 3.0)
     tamed = stability_report(net, initial(net))
@@ -142,7 +142,7 @@ def test_gradients_that_vanish_by_saturation_are_found():
     report = stability_report(net, initial(net, size=0.1))
     assert report.gradients == "vanishing"
     assert max(l.bias_gradient for l in report.layers[:4]) < 1e-3 and all(abs(l.flat - 1.0) < 1e-12 for l in report.layers[:4])
-    # In f they do not vanish: M is the identity off few functions.
+    # Gradients in f do not vanish: M is the identity except on few functions.
     assert min(l.costate for l in report.layers) > 0.5
     activation = next(s.text for s in report.suggestions if s.kind == "activation")
     assert "tanh is saturated in layers" in activation and "leaky_relu" in activation
@@ -167,7 +167,7 @@ def test_steps_at_which_euler_is_unstable_are_found(space, mu, stable):
     text = next(s.text for s in report.suggestions if s.kind == "step")
     wanted = report.layers[0].wanted_steps
     assert text.endswith(f"take steps={wanted}")
-    # What is suggested is enough, and one less is not.
+    # The suggested number of steps is enough, and one step less is not.
     for steps, enough in ((wanted, True), (wanted - 1, False)):
         again = stability_report(m := linear(space, [mu, 0.0], steps=steps, solver_parameters=EULER), initial(m))
         assert ("step" not in kinds(again)) == enough, steps
@@ -198,7 +198,7 @@ def test_inputs_that_become_alike_are_found():
 
 
 def test_a_condition_beyond_double_precision_is_infinite():
-    """e^20 over e^(-20); up to T / 2 it is e^20, and known."""
+    """The condition is e^20 over e^(-20), beyond double precision; up to T / 2 it is e^20."""
     net = linear(("sphere", "CG1"), [10.0, -10.0], steps=8)
     layers = stability_report(net, initial(net)).layers
     assert layers[-1].condition == np.inf and layers[-1].kept < 1e-6

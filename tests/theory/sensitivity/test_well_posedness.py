@@ -71,7 +71,7 @@ def test_constants_are_integrals_of_norms_over_time(domain, in_time):
             C_1[layer + 1 :] += weight * norms(Y, Y.batch(a))[0]
             C_2[layer + 1 :] += weight * kernel.norm(beta)
             operator[layer + 1 :] += weight * kernel.norm(beta, "operator")
-    # The operator norm of a line of matrices has kinks, where Gauss's rule loses digits.
+    # The operator norm of matrices that are linear in t has kinks, where Gauss's rule loses digits.
     assert_allclose(found.C_1, C_1, rtol=1e-8)
     assert_allclose(found.C_2, C_2, rtol=1e-8)
     assert_allclose(found.operator, operator, rtol=1e-4)
@@ -105,7 +105,7 @@ def test_solutions_are_bounded_by_the_constants(domain, activation):
 
 @on_ranks
 def test_the_drift_of_sigma_at_zero_has_the_root_of_the_measure():
-    """The proof of Theorem 3.1 prints C_0 = |sigma(0)| |Y|: where |Y| < 1 solutions outrun it."""
+    """The proof of Theorem 3.1 prints C_0 = |sigma(0)| |Y|: where |Y| < 1 solutions exceed that bound."""
     Y = small_disk()
     assert 0.49 < Y.measure < 0.51
     net = autonomous_network(LowRankKernel(constants_on(Y), constants_on(Y)), np.zeros((1, 1)), layers=2, activation="sigmoid")
@@ -142,7 +142,7 @@ def test_constants_are_those_of_functions_and_not_of_a_mesh():
         constants = well_posedness_constants(autonomous_network(kernel, beta, np.cos(x), layers=1))
         found.append([constants.C_1[-1], constants.C_2[-1], constants.operator[-1], kernel.norm(beta, "linf")])
     changes = np.abs(np.diff(found, axis=0)) / found[-1]
-    # Midpoints approach the boundary at first order, where |b| is largest; integrals are of second.
+    # sup |b| is at the boundary, which midpoints approach at first order; integrals converge at second order.
     assert (changes[1] < 0.5 * changes[0]).all() and (changes[1] < [0.02, 0.02, 0.02, 0.1]).all(), changes
 
 
@@ -153,7 +153,7 @@ def test_constants_are_those_of_functions_and_not_of_a_mesh():
 @each_domain
 @pytest.mark.parametrize("scheme", ["1fe", "4"])
 def test_random_pairs_of_solutions_part_by_no_more_than_the_estimate(domain, scheme):
-    """(3.1) with exp(sup |sigma'| int |b| ds), for the discrete network, on pairs that differ by much and by little."""
+    """(3.1) with exp(sup |sigma'| int |b| ds), for the discrete network, on pairs with large and small differences."""
     options = {"solver_parameters": {"ts_type": "rk", "ts_rk_type": scheme}}
     net = network((domain, "CG1"), size=1.5, kernel_in_time="linear", **options)
     Y = net.Y
@@ -170,7 +170,7 @@ def test_random_pairs_of_solutions_part_by_no_more_than_the_estimate(domain, sch
 @on_ranks
 @each_domain
 def test_the_estimate_is_sharp_and_no_rate_bounds_it(domain):
-    """(3.1) prints e^(Lt): b ~ t^(-1/2), in L1(0, T), parts solutions by e^(2 sqrt t), as the corrected form says."""
+    """(3.1) prints e^(Lt): with b ~ t^(-1/2), in L1(0, T), distances grow by e^(2 sqrt t), the corrected form."""
     Y = label_space(domain, "CG1")
     times = np.concatenate([[0], np.geomspace(1e-8, 1, 17)])
     net = ResidualNetwork(constants_on(Y), layers=Layers(times, steps=4), activation="identity")
@@ -179,7 +179,7 @@ def test_the_estimate_is_sharp_and_no_rate_bounds_it(domain):
         net.kernel.set(l, np.array([[-mean / Y.measure]]))
     estimate = stability_estimate(net, Y.batch(0 * Y.weights), Y.batch(1 + 0 * Y.weights))
     assert_allclose(estimate.constants.C_2, 2 * times**0.5)
-    # What rk4 loses in steps with a growth of up to e^0.3.
+    # The error of rk4 in steps with a growth of up to e^0.3.
     assert_allclose(estimate.ratios, 1.0, rtol=1e-3)
     grown = estimate.distances[:, 0] / estimate.distances[0, 0]
     for L in (1, 10, 100):
@@ -200,14 +200,14 @@ def test_the_iteration_ends_at_the_solution(domain, in_time):
     for split in (True, False):
         solution = picard(net, initial, split=split)
         assert solution.converged
-        # What Gauss's rule leaves where the bias changes most.
+        # The error of Gauss's rule where the bias changes most.
         assert_allclose(net.Y.values(solution.final), exact, atol=2e-9)
         assert (len(solution.pieces) > 1) == split
         assert solution.pieces[0].start == 0 and solution.pieces[-1].end == net.times[-1]
 
 
 def test_its_limit_is_of_order_eight_in_the_substeps(monkeypatch):
-    """That of Gauss's method with four points."""
+    """The order is 8, as of Gauss's method with four points."""
     net = network(kernel_in_time="linear", bias_in_time="linear")
     initial = net.Y.batch(smooth(net.Y))
     exact = net.Y.values(solve_trajectory(net, initial, steps=128).final)
@@ -215,7 +215,7 @@ def test_its_limit_is_of_order_eight_in_the_substeps(monkeypatch):
     for substep in (0.15, 0.1, 0.05):
         monkeypatch.setattr("fem_resnet.theory.sensitivity.picard_iteration._SUBSTEP", substep)
         errors.append(net.Y.norm(net.Y.batch(net.Y.values(picard(net, initial).final) - exact)))
-    # From the first to the last; between them it is erratic, as ever at high order.
+    # From the first to the last error; single orders scatter, as usual for a high order.
     assert np.log(errors[0] / errors[-1]) / np.log(3) > 7, errors
 
 
@@ -228,7 +228,7 @@ def test_increments_fall_as_the_factorial_says(domain, activation):
     (piece,) = picard(net, net.Y.batch(smooth(net.Y)), split=False).pieces
     assert piece.C_2 > 2
     assert_allclose(piece.C_2, well_posedness_constants(net).C_2[-1])
-    # Round-off of the sums; the printed form has C_2^n, which says nothing here.
+    # Round-off in the sums. The printed bound C_2^n is no bound of use here.
     floor = 1e-14 * piece.increments[0]
     assert (piece.increments <= piece.bounds + floor).all()
     assert_allclose(piece.bounds[3], piece.C_2**3 / 6 * piece.increments[0])

@@ -1,4 +1,4 @@
-"""Singular systems, spectra, Theorem 3.4 and what simulations say of it, on a disk, an annulus and a sphere."""
+"""Singular systems, spectra, Theorem 3.4 and simulations beside it, on a disk, an annulus and a sphere."""
 
 import re
 
@@ -60,7 +60,7 @@ def kernels(domain):
 @on_ranks
 @each_domain
 def test_singular_system_and_spectra_are_those_of_the_dense_operator(domain, rng):
-    """3.3: mu_l, the spectrum of B on R(B), that of B_s on all of L2(Y) but for zeros."""
+    """3.3: mu_l, the spectrum of B on R(B), and the spectrum of B_s on L2(Y) without zeros."""
     for kernel in kernels(domain):
         beta = rng.normal(size=kernel.shape)
         B, system = dense(kernel, beta), singular_system(kernel, beta)
@@ -68,7 +68,7 @@ def test_singular_system_and_spectra_are_those_of_the_dense_operator(domain, rng
         assert_allclose(system.values, np.linalg.svd(B, compute_uv=False)[:r], rtol=1e-11)
         exact = np.linalg.eigvals(B)
         exact = np.sort_complex(exact[np.argsort(-np.abs(exact))[:r]])
-        # Eigenvalues of matrices that are not normal: some digits less.
+        # Eigenvalues of matrices that are not normal have some digits less.
         assert_allclose(np.sort_complex(system.eigenvalues), exact, atol=1e-10)
         symmetric = np.linalg.eigvalsh((B + B.T) / 2)
         padded = np.sort(np.append(system.symmetric_eigenvalues, np.zeros(len(B) - system.symmetric_eigenvalues.size)))
@@ -119,7 +119,7 @@ def test_D_T_of_the_functions_with_positive_mu_does_not_make_the_symmetric_part_
     assert_allclose(system.product_minimum, 0.8)
     # B on span(phi, psi) is [[0.8, 0.6], [0, 0]], twice: (0.8 - 1) / 2.
     assert_allclose(system.symmetric_minimum, -0.1)
-    # D T of psi_l that are complete, here in the span of the four functions, as the paper has it: as indefinite as B.
+    # With psi_l that are complete in the span of the four functions, as the paper supposes, D T is as indefinite as B.
     rest = np.hstack([turned, phi.values[:, :2] * 0.6 - phi.values[:, 2:4] * 0.8])
     complete = np.vstack([first.project(rest), np.zeros((2, 4))])
     assert_allclose(np.linalg.eigvalsh((complete + complete.T) / 2)[0], -0.1)
@@ -148,7 +148,7 @@ def test_refuses_a_kernel_between_two_label_domains():
 # -- Theorem 3.4 -----------------------------------------------------------------------------------------------------
 
 PLANE = np.eye(2)
-#: T, mu, and what is to be said of them: verdict, whether Theorem 3.4 applies, whether int Sigma(u) falls.
+#: T, mu, the verdict, whether Theorem 3.4 applies, and whether int Sigma(u) falls.
 VERDICTS = {
     "symmetric and positive": (PLANE, (1.0, 0.5), "asymptotically stable", True, True),
     "Theorem 3.4": ([[0.8, -0.3], [0.3, 0.8]], (1.0, 0.5), "asymptotically stable", True, False),
@@ -163,7 +163,7 @@ each_verdict = pytest.mark.parametrize("name", VERDICTS)
 
 
 def root(G):
-    """Of a symmetric matrix whose eigenvalues are not negative."""
+    """The root of a symmetric matrix whose eigenvalues are not negative."""
     values, turn = np.linalg.eigh(G)
     return turn * np.sqrt(np.maximum(values, 0)) @ turn.T
 
@@ -186,7 +186,7 @@ def about_zero(name, domain, **options) -> ResidualNetwork:
 
 
 def start(net, u) -> object:
-    """f_I with a - B f_I = sum u_l phi_l, one column a sample."""
+    """f_I with a - B f_I = sum u_l phi_l, a column for each sample."""
     system = autonomous_problem(net).system
     kernel = net.kernel.space_basis.kernel
     u = kernel.phi.values @ u
@@ -203,7 +203,7 @@ def smooth_in_null_space(system, samples):
 @each_domain
 @each_verdict
 def test_verdicts_and_what_decides(name, domain):
-    """Theorem 3.4 with its hypotheses (a), (b), and what 3.2 says beside it."""
+    """Theorem 3.4 with its hypotheses (a) and (b), and the other criteria of 3.2."""
     _, mu, verdict, applies, falls = VERDICTS[name]
     stability = stability_verdict(about_zero(name, domain))
     assert stability.verdict == verdict, stability
@@ -229,14 +229,14 @@ def test_simulations_do_what_the_verdict_says(name, domain):
         final = net(initial)
         assert (sizes[-1] < 2e-3 * np.exp(-0.9 * stability.rate * 120) + 1e-12).all()
         assert (stability.steady.distance(final) < 1e-2).all()
-        # What of f - f_inf is in N(B) and R(B) does not reach stays as it was.
+        # The part of f - f_inf in N(B) that R(B) does not reach does not change.
         system = stability.system
         moved = net.Y.values(final) - net.Y.values(initial)
         assert name != "symmetric and positive" or np.abs(system.null_part(moved)).max(initial=0) < 1e-4
     elif stability.verdict == "unstable":
         assert sizes.max() > 0.1
     else:
-        # But for the damping of rk4 with steps of 1/4 u keeps its size.
+        # Except for the damping of rk4 with steps of 1/4, u keeps its size.
         assert_allclose(sizes, 1e-3, rtol=1e-2)
 
 
@@ -315,7 +315,7 @@ def test_a_singular_T_leaves_it_open_whether_zero_is_isolated(domain):
     ],
 )
 def test_where_sigma_has_a_kink_int_Sigma_decides(beta, verdict, reason):
-    """(A1) of 3.2 asks for sigma'(0) > 0, which leaky relu has not; s sigma(s) >= 0, (3.4), it has."""
+    """(A1) of 3.2 supposes sigma'(0) > 0, which leaky relu violates; it satisfies s sigma(s) >= 0, (3.4)."""
     phi = laplace("sphere", "CG1", 4)
     plane = Basis(phi.Y, phi.values[:, :2], "given")
     net = autonomous_network(
@@ -390,7 +390,7 @@ def test_a_network_with_limits_behaves_as_the_limit_says(domain):
 @each_domain
 @pytest.mark.parametrize("name", ["symmetric and positive", "Theorem 3.4", "D T not definite", "unstable spiral"])
 def test_the_expansion_in_eigenfunctions_is_the_linearised_flow(name, domain):
-    """3.2: w_t = -sigma'(0) B w, which a network with sigma(s) = s and a = 0 steps."""
+    """3.2: w_t = -sigma'(0) B w, against a network with sigma(s) = s and a = 0."""
     net = about_zero(name, domain, activation="tanh")
     w = smooth(net.Y, 2)
     expansion = eigen_expansion(net, net.Y.batch(w))
@@ -406,7 +406,7 @@ def test_the_expansion_in_eigenfunctions_is_the_linearised_flow(name, domain):
 @on_ranks
 @each_domain
 def test_of_a_symmetric_operator_the_coefficients_are_inner_products(domain):
-    """3.2: w(t) = sum exp(-sigma'(0) omega_l t) (w_I, phi_l) phi_l, and what is in N(B) stays."""
+    """3.2: w(t) = sum exp(-sigma'(0) omega_l t) (w_I, phi_l) phi_l, and the part in N(B) is constant."""
     phi = laplace(domain, "CG1", 5 if domain == "annulus" else 4)
     omega = np.array([2.0, 1.0, 0.5] + [0.0] * (phi.rank - 3))
     net = autonomous_network(LowRankKernel(phi, phi), np.diag(omega))
@@ -499,7 +499,7 @@ def test_frozen_spectra_do_not_decide_stability(domain):
     initial = net.Y.batch(net.bases["phi"][0].values[:, :1])
     spectra = frozen_spectra(net, initial)
     assert all(values.real.max() < -0.24 for values in spectra.eigenvalues) and spectra.growth.max() == 0
-    # Between the 60 layer times the matrix goes along a chord.
+    # Between the 60 layer times the matrix is linear in t.
     assert_allclose(net.Y.norm(net(initial)), np.exp(3.0), rtol=3e-2)
     net = rotating(domain, decaying, 3.0, 180)
     initial = net.Y.batch(net.bases["phi"][0].values[:, :2])
@@ -541,7 +541,7 @@ def plane_network(beta, **options):
     return autonomous_network(LowRankKernel(plane, plane), beta, **options)
 
 
-#: Kernels in orthonormal functions, and what exact arithmetic says of u = 0; "not decided" is right for all but what is sure.
+#: Kernels in orthonormal functions and the verdict in exact arithmetic; "not decided" is also right where it is not certain.
 SIGNS = {
     "a small unstable eigenvalue": ([[2e-7, 1], [0, -1e-7]], "unstable", True),
     "the same, stable": ([[2e-6, 1], [0, 1e-6]], "asymptotically stable", True),
@@ -577,7 +577,7 @@ def test_what_has_a_small_unstable_eigenvalue_grows():
 
 
 def test_counts_of_eigenvalues_hold_for_all_matrices_within_the_error(rng):
-    """Random matrices, defective and normal, at lines near their eigenvalues: what is counted no perturbation changes."""
+    """Random matrices, defective and normal, at lines near their eigenvalues: no perturbation changes a count."""
     counted = 0
     for _ in range(60):
         n = rng.integers(2, 6)
@@ -601,7 +601,7 @@ def test_counts_of_eigenvalues_hold_for_all_matrices_within_the_error(rng):
 
 @on_two_ranks
 def test_a_slope_of_round_off_is_none(monkeypatch):
-    """(s - 7/3)^3 has no slope where it vanishes, which is known to round-off."""
+    """(s - 7/3)^3 has no slope where it vanishes; the place is known up to round-off."""
     s = sympy.Symbol("s")
     monkeypatch.setattr("fem_resnet.theory.spectra.steady_states.zero_set", lambda sigma: (7 / 3 + 1e-9,) * 2)
     cubic = Activation.from_sympy(sympy.tanh((s - sympy.Rational(7, 3)) ** 3))

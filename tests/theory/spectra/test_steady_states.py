@@ -1,4 +1,4 @@
-"""Steady states of (3.2a) and equilibria of u_t = -B sigma(u), on a disk, an annulus and a sphere: none has the measure 1."""
+"""Steady states of (3.2a) and equilibria of u_t = -B sigma(u), on a disk, an annulus and a sphere, none of measure 1."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def dense(kernel, beta):
 
 @on_two_ranks
 def test_where_activations_vanish():
-    """(A1) of 3.2 leaves sigma = 0 at 0 alone, or on an interval about it; sigmoid and softplus vanish nowhere."""
+    """By (A1) of 3.2 sigma vanishes at 0 only, or on an interval around it; sigmoid and softplus vanish nowhere."""
     at_zero = ("tanh", "arctan", "elu", "leaky_relu", "identity")
     expected = dict.fromkeys(at_zero, (0.0, 0.0)) | {"relu": (-np.inf, 0.0), "sigmoid": None, "softplus": None}
     assert {name: zero_set(sigma) for name, sigma in ACTIVATIONS.items()} == expected
@@ -68,7 +68,7 @@ def test_where_activations_vanish():
 
 @on_two_ranks
 def test_what_of_the_assumptions_on_sigma_does_not_hold_is_named():
-    """(A1) of 3.2, and (A2) of 3.2 by what a network is: finite values at finitely many nodes."""
+    """(A1) of 3.2; (A2) of 3.2 holds for every network, which has finite values at finitely many nodes."""
     kernel = kernel_on("disk")
     unmet = {
         name: autonomous_problem(autonomous_network(kernel, np.ones((4, 3)), activation=name)).unmet for name in ACTIVATIONS
@@ -97,7 +97,7 @@ def test_steady_states_are_those_of_the_dense_equation(domain, rng):
     found = root[:, 0] * gathered(Y, Y.values(steady.least_norm))[:, 0]
     assert_allclose(found, exact, atol=1e-9 * np.linalg.norm(exact))
     assert steady.null_space_dimension == Y.size - np.linalg.matrix_rank(B, 1e-8)
-    # f_1, from which a was made, is steady; the others are not, and their distance is that of their part outside N(B).
+    # a = B f_1, so that f_1 is steady. Other f are not, and their distance is the norm of their part outside of N(B).
     batch = Y.batch(f)
     assert steady.contain(batch).tolist() == [True, False, False, False]
     apart = root * gathered(Y, f) - exact[:, None]
@@ -113,7 +113,7 @@ def test_a_network_at_a_steady_state_stays_there(domain, rng):
     beta, Y = 0.2 * rng.normal(size=kernel.shape), kernel.phi.Y
     net = autonomous_network(kernel, beta, kernel.apply(beta, smooth(Y, 1))[:, 0], layers=3, final_time=5.0)
     start = find_steady_states(net).nearest(Y.batch(smooth(Y, 2, seed=7)))
-    # sigma of round-off, times the growth of what is unstable.
+    # Round-off in u, times the growth of unstable modes.
     assert_allclose(Y.values(net(start)), Y.values(start), atol=1e-8)
 
 
@@ -144,7 +144,7 @@ def test_what_is_no_batch_of_the_label_domain_is_refused():
         (set_of_u.describe, "u"), (set_of_u.found_from, "f"), (set_of_u.velocity, "f"),
         (lambda w: eigen_expansion(net, w), "perturbation"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^{name}: it lives on "):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a Function on the mesh "):
             verb(other.batch(smooth(other, 1)))
 
 
@@ -170,7 +170,7 @@ def test_an_activation_that_vanishes_elsewhere_shifts_the_bias():
 @on_ranks
 @each_domain
 def test_steady_states_of_relu_are_where_B_f_is_at_least_a(domain, rng):
-    """3.2 by activation: the convex set B f >= a; the nearest point to f against a general solver on all nodes."""
+    """3.2 for relu: the convex set B f >= a; the point nearest to f against a general solver on all nodes."""
     kernel = kernel_on(domain)
     Y, beta = kernel.phi.Y, rng.normal(size=kernel.shape)
     psi = kernel.psi
@@ -183,7 +183,7 @@ def test_steady_states_of_relu_are_where_B_f_is_at_least_a(domain, rng):
     assert steady.contain(Y.batch(np.column_stack([member, member + starts[:, 0]]))).tolist()[0]
     nearest = Y.values(steady.nearest(Y.batch(starts)))
     assert steady.contain(Y.batch(nearest)).all()
-    # The same in the three coefficients that B sees, with a constraint at every node.
+    # The same problem in the three coefficients (psi, f), with a constraint at every node.
     phi_all, a_all = gathered(Y, kernel.phi.values), gathered(Y, bias[:, None])[:, 0]
     root = np.linalg.cholesky(psi.gram)
     for k in range(2):
@@ -207,7 +207,7 @@ def test_steady_states_of_relu_are_where_B_f_is_at_least_a(domain, rng):
 @on_ranks
 @each_domain
 def test_relu_has_no_steady_state_where_B_f_cannot_reach_a(domain):
-    """Functions of mean zero do not reach a = 1: of all of them 0 misses it least."""
+    """Functions of mean zero do not reach a = 1; the nearest of them is 0."""
     phi = eigenfunctions(domain)
     beta = np.diag([0.0] + [1.0] * (phi.rank - 1))
     steady = find_steady_states(autonomous_network(LowRankKernel(phi, phi), beta, 1.0, activation="relu"))
@@ -221,27 +221,27 @@ def test_relu_has_no_steady_state_where_B_f_cannot_reach_a(domain):
 @on_two_ranks
 @pytest.mark.parametrize("seed", [0, 26, 34, 42])
 def test_the_nearest_steady_state_is_found_where_there_is_no_other(seed):
-    """u is on an end of [-2, 1], where sigma vanishes, at every node: the set has no interior, and it raised."""
+    """u is at an end of [-2, 1], where sigma vanishes, at every node: the set has no interior."""
     phi, rng = eigenfunctions("disk"), np.random.default_rng(seed)
     dead_zone = Activation.from_sympy(sympy.Max(s - 1, 0) + sympy.Min(s + 2, 0))
     kernel = LowRankKernel(phi, phi)
     beta = rng.normal(size=kernel.shape) * 10.0 ** rng.uniform(-3, 3, size=(1, 4))
     member = smooth(phi.Y, 1, seed=seed)
-    # Which end it is changes from node to node, so that nothing in R(B) leads inside.
+    # The end differs from node to node, so that no direction in R(B) leads inside.
     ends = np.where(np.sin(1e3 * phi.Y.coordinates @ [1.0, 0.7] + seed) > 0, 1.0, -2.0)
     net = autonomous_network(kernel, beta, kernel.apply(beta, member)[:, 0] + ends, activation=dead_zone)
     steady, starts = find_steady_states(net), phi.Y.batch(100 * smooth(phi.Y, 2, seed=seed + 1))
     assert steady.exist
     nearest = steady.nearest(starts)
     assert steady.contain(nearest).all()
-    # All steady states have the B f of the one that the bias was made of.
+    # All steady states have the same B f as the one that defines the bias.
     B_f = [kernel.apply(beta, f) for f in (phi.Y.values(nearest), member)]
     assert_allclose(*np.broadcast_arrays(*B_f), atol=1e-7 * np.linalg.norm(beta, 2))
 
 
 @pytest.mark.slow
 def test_the_nearest_steady_state_is_found_wherever_there_is_one():
-    """Random feasible problems: with room, with little, with none; badly scaled kernels; starts near and far."""
+    """Random feasible problems: with a large, a small and no interior; badly scaled kernels; starts near and far."""
     phi = eigenfunctions("disk")
     dead_zone = Activation.from_sympy(sympy.Max(s - 1, 0) + sympy.Min(s + 2, 0))
     for seed in range(300):
@@ -333,7 +333,7 @@ def test_f_drifts_for_ever_where_u_stands_still(domain, activation):
     velocity = set_of_u.velocity(Y.batch(f))
     assert_allclose(Y.values(velocity), net.activation(kernel.phi.values), atol=1e-12)
     for t, state in zip(net.times, net.run(Y.batch(f)).states()):
-        # Round-off, at most times the growth of what is unstable there.
+        # Round-off, times the growth of unstable modes.
         assert_allclose(Y.values(state), f + t * Y.values(velocity), atol=1e-9)
     # Not a steady state, though a is in R(B) and steady states exist.
     steady = find_steady_states(net)
@@ -345,7 +345,7 @@ def test_f_drifts_for_ever_where_u_stands_still(domain, activation):
 @on_ranks
 @each_domain
 def test_equilibria_of_a_symmetric_operator_vanish_where_sigma_does_not(domain, rng):
-    """Lemma 3.3: u sigma(u) = 0 for u in R(B). Without the symmetry the example of 3.3 breaks it; outside R(B) others do."""
+    """Lemma 3.3: u sigma(u) = 0 for u in R(B). It fails without symmetry, by the example of 3.3, and outside of R(B)."""
     phi = eigenfunctions(domain)
     turn, _ = np.linalg.qr(np.cos(np.arange(9.0)).reshape(3, 3))
     beta = np.zeros((phi.rank, phi.rank))
@@ -358,11 +358,11 @@ def test_equilibria_of_a_symmetric_operator_vanish_where_sigma_does_not(domain, 
     for equilibrium in found:
         assert equilibrium.outside < 1e-7 and abs(equilibrium.pairing) < 1e-12
         assert phi.Y.norm(equilibrium.u) < 1e-6  # tanh vanishes at 0 alone
-    # As (phi_1, sigma(1)) = 0, constants are equilibria too, outside R(B): the lemma says nothing of them.
+    # As (phi_1, sigma(1)) = 0, constants outside of R(B) are equilibria too; the lemma is not about them.
     (constant,) = find_equilibria(net).describe(phi.Y.batch(np.ones((phi.Y.nodes, 1))))
     assert find_equilibria(net).contain(constant.u).all() and constant.outside > 1 and constant.pairing > 1
     assert find_equilibria(net).lemma_applies
-    # B not symmetric: in R(B), s sigma(s) >= 0, and yet u sigma(u) is not 0.
+    # B is not symmetric: u is in R(B) and s sigma(s) >= 0, but u sigma(u) is not 0.
     example = drifting(domain)
     (broken,) = find_equilibria(example).describe(example.Y.batch(example.kernel.space_basis.kernel.phi.values))
     assert broken.outside < 1e-12 and broken.pairing > 0.1 and not find_equilibria(example).lemma_applies
@@ -381,7 +381,7 @@ def test_equilibria_are_found_from_starts_and_judged_by_their_spectrum(domain):
     c = [kernel.phi.project(Y.values(equilibrium.u))[0, 0] for equilibrium in found]
     assert_allclose(sorted(c), [-1, 0, 1], atol=1e-7)
     for value, equilibrium in zip(c, found):
-        # -(psi, sigma'(c phi) phi), where u grows or decays.
+        # -(psi, sigma'(c phi) phi) is the rate of growth or decay of u.
         slope = net.activation.derivative(value * kernel.phi.values) * kernel.phi.values
         rate = -kernel.psi.project(slope)[0, 0]
         assert_allclose(equilibrium.eigenvalues, [rate], rtol=1e-6)
@@ -402,7 +402,7 @@ def test_the_nearest_equilibrium_is_one_and_is_reached_at_right_angles(domain, r
     nearest = set_of_u.nearest(Y.batch(u))
     v = Y.values(nearest)
     assert set_of_u.contain(nearest).all() and not set_of_u.contain(Y.batch(u)).any()
-    # v - u = sigma'(v) psi c: no direction in the set leads nearer.
+    # v - u = sigma'(v) psi c: no direction along the set leads nearer.
     for k in range(2):
         slope = net.activation.derivative(v[:, k : k + 1])
         moved = (v - u)[:, k : k + 1] / slope
@@ -435,7 +435,7 @@ def test_the_nearest_equilibrium_is_that_of_a_general_solver():
 @each_domain
 @pytest.mark.parametrize("activation", ["tanh", "leaky_relu", "relu", "arctan"])
 def test_an_equilibrium_is_found_from_anywhere(domain, activation):
-    """Where Newton's method does not find the nearest one, at kinks and far from the set, there are others."""
+    """Where Newton's method fails, at kinks and far from the set, other equilibria are returned."""
     phi = eigenfunctions(domain)
     beta = np.eye(phi.rank) + 0.3 * np.cos(np.arange(phi.rank**2.0)).reshape(phi.rank, -1)
     net = autonomous_network(LowRankKernel(phi, phi), beta, 0.1, activation=activation)
@@ -445,13 +445,13 @@ def test_an_equilibrium_is_found_from_anywhere(domain, activation):
     assert set_of_u.contain(near).all()
     assert (set_of_u.distance(u) <= autonomous_problem(net).norms(Y.values(u)) * (1 + 1e-12)).all()
     if activation == "relu":
-        # (1, relu(v)) = 0 leaves v <= 0, and the nearest of these is u cut to them.
+        # (1, relu(v)) = 0 implies v <= 0, and the nearest such v is min(u, 0).
         assert_allclose(Y.values(near), np.minimum(Y.values(u), 0), atol=1e-9)
 
 
 @on_two_ranks
 def test_says_so_where_no_equilibrium_is_near():
-    """With sigmoid and B f = (f, 1) 1 there is none at all: (1, sigma(u)) > 0."""
+    """With sigmoid and B f = (f, 1) 1 there is no equilibrium: (1, sigma(u)) > 0."""
     phi = eigenfunctions("disk")
     constant = Basis(phi.Y, phi.values[:, :1], "given")
     net = autonomous_network(LowRankKernel(constant, constant), np.ones((1, 1)), activation="sigmoid")
