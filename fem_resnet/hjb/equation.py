@@ -149,7 +149,7 @@ def _terminal_values(weights: np.ndarray, states: Sequence[np.ndarray], target: 
 
 
 def _refuse_other(solution: ValueFunction, expected: ValueFunction, of_speeds: str | None) -> None:
-    """Raise ValueError unless a solution is one of the same problem, from some time on. The message says what differs.
+    """Raise ValueError unless a solution belongs to the same problem, from some time on. The message names the difference.
 
     `of_speeds` names the arguments in which the speeds differ, if they do.
     """
@@ -175,7 +175,7 @@ def _refuse_other(solution: ValueFunction, expected: ValueFunction, of_speeds: s
 
 
 def _speeds(cells: Cells, A: ControlSet, activation: Activation, running: object, samples: int) -> Speeds:
-    """The speeds that controls in A allow, with what they cost: explicit if they can be."""
+    """The speeds that controls in A allow, with their costs: extremal ones if L and sigma allow it, else sampled ones."""
     density = _density(running)
     arguments = 1 if density is None else len(inspect.signature(density).parameters)
     if arguments not in (1, 4):
@@ -233,7 +233,7 @@ def _step_backwards(
 def _step(here: SpeedsAtStates, F: np.ndarray, boxes: np.ndarray, h: float, spacing: float, order: list[int]) -> np.ndarray:
     """F a step of length h earlier, one cell after the other in this order.
 
-    The boxes are that of the result, that of F, in which it lies, and that of `here`, the largest.
+    `boxes` has the box of the result, the larger box of F, and the largest box, to which `here` belongs.
     """
     to, box, (origin, _) = boxes[0], boxes[1].copy(), boxes[2]
     for i in order:

@@ -1,4 +1,4 @@
-"""Bounds on the coefficients of what is learned, as pairs of Functions."""
+"""Bounds on the coefficients of learned parameters, as pairs of Functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bounds_of_controls(problem: LearningProblem, bounds: Bounds) -> list[tuple[f
     names = [parameter.name for parameter in problem.parameters]
     for name, ends in instance("bounds", bounds, Mapping, 'such as {"bias": (-1.0, 1.0)}').items():
         if name not in names:
-            raise ValueError(f"bounds: expected names of what is learned, {', '.join(names)}; got {name!r}")
+            raise ValueError(f"bounds: expected names of learned parameters, {', '.join(names)}; got {name!r}")
         if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
             raise ValueError(f"bounds: expected a pair (low, high) for {name}, got {ends!r}")
     return [

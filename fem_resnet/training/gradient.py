@@ -101,11 +101,11 @@ def train(
           "tao_gttol" have no unit: the gradient relative to J, and relative to the first gradient. If none of these is given,
           `TOLERANCES` holds; else those that are not given are 0.
     monitor
-        Called at every iteration on every rank, while the problem's parameters are those of that iteration. If it returns True
+        Called at every iteration on every rank, while the parameters hold the result of that iteration. If it returns True
         on any rank, the training stops; another call goes on from there. If left out, each iteration is logged at level
         INFO on rank 0.
     gauss_newton
-        Whether Newton methods get Gauss-Newton actions in place of those of the Hessian.
+        Whether Newton methods get Gauss-Newton actions in place of Hessian actions.
     bounds
         Least and largest coefficients by the name of a learned parameter, such as ``{"bias": (-1.0, 1.0), "kernel":
         (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end. They hold at all times.

@@ -101,7 +101,7 @@ def train_pam(
         Not used with `batches`.
     batches
         Batches that take the place of the problem's own, for example ``problem.minibatches(32, seed=1)``: iteration k uses the
-        k-th of them, over and over. Value, gradient and slack are then those of J of that batch, for which the inequality
+        k-th of them, over and over. Value, gradient and slack then belong to J of that batch, for which the inequality
         holds within the iteration. For J of all samples *nothing* is guaranteed: it may rise, and with a fixed tau the
         parameters need not converge. Not for a problem that learns its inputs or has `derivatives`.
     monitor
@@ -109,7 +109,7 @@ def train_pam(
         iteration is logged at level INFO on rank 0.
     start
         The result of an earlier call on as many ranks, which is continued: parameters, momentum, tau and history come from it,
-        and the result is that of one call. Other arguments should be as before.
+        and the result is the same as from one call. Other arguments should be as before.
 
     Returns
     -------
@@ -209,7 +209,7 @@ def _groups(
 def _first_result(
     start: PAMResult | None, groups: Sequence[ProximalGroup], value: float, norm: float, tau: float
 ) -> PAMResult:
-    """The result that is continued: an earlier one that fits the problem, or that of no iteration. Collective."""
+    """The result that is continued: an earlier one that fits the problem, or one without iterations. Collective."""
     if start is None:
         return result_of_no_iteration(groups, value, norm, tau)
     names = tuple(group.name for group in groups)
@@ -281,7 +281,7 @@ class _Course:
             group.set(coefficients)
 
     def iterate(self) -> Iteration:
-        """Move each group once, and adapt tau if it is to be adapted."""
+        """Move each group once, then adapt tau if the step says so."""
         if self._batches is not None:
             self._problem.exchange(self._batches[self.number % len(self._batches)])
             self.value = float(self._J(self._problem.functions))

@@ -46,9 +46,8 @@ class PAMProgress(Progress):
 class PAMResult(Result):
     """How a proximal alternating minimisation ended, with everything that is needed to continue it.
 
-    It has the attributes of `Result`. There `values` and `gradient_norms` are those of J itself and of its gradient in all
-    groups. The reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS" if no group could
-    be moved.
+    It has the attributes of `Result`. There `values` has J itself, and `gradient_norms` has its gradient in all groups. The
+    reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS" if no group could be moved.
 
     Attributes
     ----------

@@ -250,7 +250,7 @@ def test_iterations_do_not_see_the_partition(tao_type):
 @pytest.mark.parametrize(
     "bounds, options, message",
     [
-        ({"bais": (-1, 1)}, {}, "^bounds: expected names of what is learned, bias, kernel; got 'bais'"),
+        ({"bais": (-1, 1)}, {}, "^bounds: expected names of learned parameters, bias, kernel; got 'bais'"),
         ({"bias": (1, -1)}, {}, "^bounds: expected .low, high. for bias with low <= high"),
         ({"bias": (np.nan, 1)}, {}, "^bounds: expected .low, high. for bias"),
         ({"kernel": (0, [1.0, 2.0])}, {}, r"^bounds: expected .low, high. for kernel .*arrays of shape \("),

@@ -346,7 +346,7 @@ def test_a_start_outside_of_a_set_of_rows_is_refused_or_the_nearest_within_is_ta
     start = learning_problem(ResidualNetwork(psi, layers=2), head=True, weight=None, samples=3)
     start.net.bias.set(1, smooth(start.net.Y, 1)[:, 0] * 3)
     with pytest.raises(
-        ValueError, match="^A: expected a set .* in the span of its bases; those of layer 1 are outside .*project=True"
+        ValueError, match="^A: expected a set .* in the span of its bases; layer 1 has controls outside .*project=True"
     ):
         msa(start, A, iterations=1)
     none = msa(start, A, iterations=0, project=True)
