@@ -534,7 +534,8 @@ def test_a_solution_goes_on_with_its_own_arguments_alone():
     for ours, theirs in zip(on.values, whole.values, strict=True):
         assert_array_equal(ours, theirs)
     changes = {
-        "running": dict(running=lambda f, a, b, w: f**2), "A or samples": dict(samples=4), "activation": dict(activation="tanh"),
+        "running": dict(running=lambda f, a, b, w: f**2), "A or samples": dict(samples=4),
+        "activation": dict(activation="tanh"),
     }  # fmt: skip
     for name, change in changes.items():
         with pytest.raises(ValueError, match=f"^resume: .* got one with another {name};"):

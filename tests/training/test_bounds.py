@@ -292,7 +292,8 @@ def test_the_averaged_first_order_residual_is_zero_and_the_pointwise_one_falls_w
         result = train(P, {"tao_gatol": 1e-7}, bounds=bounds, monitor=_silent)
         pointwise = pointwise_residual(P, A), pointwise_first_order_residual(P, A)
         rows.append((
-            layers, averaged_residual(P, bounds), *pointwise, pmp_residual(P, A).upper, spread_of_the_maximum(P, A), result.value
+            layers, averaged_residual(P, bounds), *pointwise, pmp_residual(P, A).upper, spread_of_the_maximum(P, A),
+            result.value,
         ))  # fmt: skip
     print(f"\n{space}: layers, averaged first-order residual, max H - H at ends of layers, to first order, max H - H in their")
     print("middles, spread of max H, J")

@@ -322,7 +322,7 @@ def test_a_start_outside_of_A_is_refused_or_brought_into_it():
     for l in range(2):
         start.net.bias.set(l, 0.5 + 0 * start.net.Y.weights)
     start.net.kernel.set(1, [[4.0]])
-    message = r"^A: expected a set with the controls of all .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(0.5, 4\) at y = .*project=True"
+    message = r"^A: expected a set with .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(0.5, 4\) at y = .*project=True"
     with pytest.raises(ValueError, match=message):
         msa(start, BOX, iterations=1)
     found = msa(start, BOX, iterations=2, project=True)
