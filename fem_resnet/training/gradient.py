@@ -83,8 +83,8 @@ def train(
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign the result to them. Collective.
 
-    If TAO stops at its limit of iterations, cannot go on, or an evaluation raises, the parameters hold the result of its last
-    iteration, and `Result.reason` says why it stopped.
+    The parameters always hold the result of TAO's last iteration: also if TAO stops at its limit of iterations or cannot go
+    on, which `Result.reason` says, and if an evaluation or the monitor raises, in which case the error goes on.
 
     Parameters
     ----------
