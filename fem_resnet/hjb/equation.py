@@ -32,7 +32,7 @@ from fem_resnet.arguments import function, instance, number
 from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.hjb.cells import Cells
 from fem_resnet.hjb.speeds import ExtremalSpeeds, SampledSpeeds, Speeds, SpeedsAtStates
-from fem_resnet.hjb.state_grid import StateGrid, axes_of, boxes_in_time
+from fem_resnet.hjb.state_grid import StateGrid, axes_of, boxes_in_time, first_box
 from fem_resnet.hjb.value_function import ValueFunction
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.layers.running_cost import RunningCost
@@ -127,7 +127,8 @@ def solve_value_function(
         raise ValueError(f"target: expected shape (nodes,), got {of_target.shape[1]} samples")
     start = cells.gather_batch(grid.start, "start")
     speeds = together(Y.comm, lambda: _speeds(cells, A, activation, running, grid.samples))
-    boxes, times = together(Y.comm, lambda: boxes_in_time(Y.comm, speeds, grid.first_box(start), grid, final_time))
+    box = first_box(start, grid.spacing)
+    boxes, times = together(Y.comm, lambda: boxes_in_time(Y.comm, speeds, box, grid, final_time))
     states = np.meshgrid(*axes_of(boxes[-1], grid.spacing), indexing="ij", sparse=True)
     here = together(Y.comm, lambda: speeds.at(states))
     # Each rank computes all of F: with another density on one of them it would have another F.
