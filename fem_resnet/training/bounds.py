@@ -13,14 +13,15 @@ from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import Replicated
 
-__all__ = ["Bounds", "bounds_of_controls", "replicated_bounds"]
-
-#: Least and largest coefficients by the name of a parameter; None stands for no end.
-Bounds = Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
+__all__ = ["bounds_of_controls", "replicated_bounds"]
 
 
-def bounds_of_controls(problem: LearningProblem, bounds: Bounds) -> list[tuple[fd.Function, fd.Function]]:
+def bounds_of_controls(
+    problem: LearningProblem, bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
+) -> list[tuple[fd.Function, fd.Function]]:
     """A pair of Functions for each of ``problem.functions``. Collective.
+
+    `bounds` has the least and largest coefficients by the name of a parameter; None stands for no end.
 
     Raises
     ------

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
 from fem_resnet.arguments import flag
@@ -20,7 +21,7 @@ from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.objective import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
-from fem_resnet.training.bounds import Bounds, bounds_of_controls, replicated_bounds
+from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
 from fem_resnet.training.progress import Progress, check_monitor, tell
 from fem_resnet.training.tao import Minimiser
 
@@ -79,7 +80,7 @@ def train(
     options_prefix: str | None = None,
     monitor: Callable[[Progress], bool | None] | None = None,
     gauss_newton: bool = False,
-    bounds: Bounds | None = None,
+    bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign the result to them. Collective.
 

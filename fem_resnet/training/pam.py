@@ -36,7 +36,6 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
 from fem_resnet.training.gradient import options_over
 from fem_resnet.training.pam_result import (
-    Coefficients,
     Iteration,
     PAMProgress,
     PAMResult,
@@ -316,7 +315,9 @@ class _Course:
         slack = self.value - value - sum(squares) / (2 * self.tau)
         return Iteration(value, slack, reached, [float(np.sqrt(square)) for square in squares], inner, solved, restart)
 
-    def _move(self, group: ProximalGroup, x: Coefficients, x_before: Coefficients, weight: float, value: float) -> _Move:
+    def _move(
+        self, group: ProximalGroup, x: list[np.ndarray], x_before: list[np.ndarray], weight: float, value: float
+    ) -> _Move:
         """Minimise over one group, where J is `value`, and take the result if it is good enough."""
         functional, tau, accuracy = group.functional, self.tau, self._step.accuracy
         count, converged, taken, restart = 0, False, False, False

@@ -14,9 +14,6 @@ from fem_resnet.training.proximal import ProximalGroup
 
 __all__ = ["Iteration", "PAMProgress", "PAMResult", "continued", "result_of_no_iteration"]
 
-#: The coefficients of one group, as from `ProximalGroup.get`.
-Coefficients = list[np.ndarray]
-
 
 @dataclass(frozen=True)
 class PAMProgress(Progress):
@@ -74,7 +71,7 @@ class PAMResult(Result):
     step_norms: np.ndarray
     inner_iterations: np.ndarray
     taus: np.ndarray
-    previous: list[Coefficients]
+    previous: list[list[np.ndarray]]
     tau: float
     momentum: float
 
@@ -87,7 +84,7 @@ class Iteration(NamedTuple):
 
     value: float
     slack: float
-    reached: list[Coefficients]
+    reached: list[list[np.ndarray]]
     step_norms: list[float]
     inner_iterations: list[int]
     solved: bool
