@@ -224,7 +224,7 @@ def follow_trajectory(
     >>> from fem_resnet import ResidualNetwork, class_space, given_basis
     >>> Y = class_space(2)
     >>> net = ResidualNetwork(given_basis(Y, [1.0]), layers=2, activation="identity")
-    >>> net.bias.set(1, [1.0])  # f_t is 0 on the first layer and 1 on the second
+    >>> net.bias.set(1, 1 + 0 * Y.weights)  # f_t is 0 on the first layer and 1 on the second
     >>> seen = []
     >>> _ = follow_trajectory(net, Y.batch(0 * Y.weights), lambda layer, step: seen.append(step.last.max()))
     >>> [round(float(f), 12) for f in seen]
