@@ -11,7 +11,7 @@ import numpy as np
 import sympy
 from doors import Door
 from firedrake import COMM_WORLD
-from helpers import MESHES, label_space, laplace, smooth
+from helpers import MESHES, flat_network, label_space, laplace, smooth
 from problems import learning_problem, network, polynomials
 from pyadjoint import Tape
 
@@ -190,7 +190,7 @@ def in_a_network(kind: type, argument: str):
 
     @wraps(kind)
     def network_of(**given):
-        return ResidualNetwork(**{"kernel": phi(), "bias": phi(), "layers": 2} | {argument: kind(**given)})
+        return flat_network(**{"kernel": phi(), "bias": phi(), "layers": 2} | {argument: kind(**given)})
 
     return network_of
 

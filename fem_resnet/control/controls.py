@@ -162,7 +162,7 @@ class Controls:
             If `net` is no network, a number is out of its range, or they differ between ranks.
         """
         layer, fraction = integer("layer", layer, least=0, most=net.layers - 1), number("fraction", fraction, least=0, most=1)
-        coefficients = LayerCoefficients(net.bias, net.kernel, net.times, range(layer, layer + 1))
+        coefficients = LayerCoefficients(net.bias, net.kernel, net.times.tolist(), range(layer, layer + 1))
         (inputs,) = coefficients.on_layers([s.read(p) for s, p in zip(coefficients.slots, coefficients.functions)])
         factors = net.learned_factors() if net.factors else inputs.factors
         return cls(

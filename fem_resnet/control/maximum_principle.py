@@ -169,7 +169,7 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
 def _bounds(H: Hamiltonian, A: ControlSet, pair: Pair, h: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray]:
     """A lower and an upper bound of max h at the nodes, without the running cost, where h is the present density."""
     upper = _upper(H, A, pair)
-    # The present controls and the pool are in A, so max h is no less than theirs, whatever round-off says.
+    # The present controls and the pool are in A, so max h is at least h of both, also where round-off says less.
     at_least = np.maximum(h, upper if pair.f.shape[1] == 1 else _best_of_pool(H, A, pair, rounds))
     return at_least, np.maximum(upper, at_least)
 

@@ -104,18 +104,7 @@ class RowBall(Fixed):
         return self.radius
 
     def project(self, rows: np.ndarray) -> np.ndarray:
-        """The nearest rows of the ball, shape (any, 1 + rank).
-
-        Parameters
-        ----------
-        rows
-            (a, X), shape (any, 1 + rank).
-
-        Raises
-        ------
-        TypeError, ValueError
-            If the rows have another shape or are not real numbers; on the rank with the fault only.
-        """
+        """The nearest rows (a, X) of the ball, of the shape of `rows`, (any, 1 + rank); it raises as `RowBox.project` does."""
         rows = _checked_rows(self, rows)
         return rows / np.maximum(1.0, np.linalg.norm(rows, axis=1) / self.radius)[:, None]
 

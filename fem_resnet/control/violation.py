@@ -68,7 +68,7 @@ def violation(Y: LabelSpace, A: ControlSet, controls: Controls, tolerance: float
     x = Y.coordinates  # all ranks make the coordinates when they are first asked for
     worst: tuple | None = None
     for owner in range(Y.comm.size):
-        # The nodes z of one rank after the other are sent to all: no rank ever holds those of two others.
+        # The nodes z of one rank after the other are sent to all: no rank ever holds the nodes of two others.
         psi, z = Y.comm.bcast((controls.psi, x) if Y.comm.rank == owner else None, root=owner)
         pieces = np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(z) // _PAIRS))
         far = together(Y.comm, lambda: [

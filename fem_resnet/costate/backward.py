@@ -51,7 +51,7 @@ class LayerBackward:
         self._omega = omega
         self._derivative, self._weights, self._comm = net.activation.derivative, net.Y.weights, net.Y.comm
         self._step = 0
-        #: The functional in the active coefficients of the bias, followed by those of the kernel; 0 before the first step.
+        #: The functional in the layer's coefficients of the bias, then of the kernel; 0 before the first step.
         self.functional: np.ndarray = np.zeros(())
 
     def state(self, moment: Moment) -> tuple[float, np.ndarray]:

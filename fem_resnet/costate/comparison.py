@@ -1,4 +1,4 @@
-"""The co-state and gradient of a network, by pyadjoint and TSAdjoint, compared with those of (4.2).
+"""The co-state and gradient of a network, by pyadjoint and TSAdjoint, compared with solutions of (4.2).
 
 Over step sizes dt, dt/2, dt/4, .. the differences from an accurate solution of (4.2) fall with the order of the network's
 scheme. If (4.2) is stepped by the partner of that scheme, the differences are round-off (`costate`).
@@ -27,7 +27,7 @@ __all__ = ["CostateCheck", "costate_check"]
 
 @dataclass(frozen=True)
 class CostateCheck:
-    """Differences between the co-state and gradient of a network, by pyadjoint and TSAdjoint, and those of (4.2).
+    """Differences of a network's co-state and gradient, by pyadjoint and TSAdjoint, from those that (4.2) gives.
 
     All differences are relative, without unit. For co-states it is the largest one over the layer interfaces, in the norm of
     L2(Y); for gradients it is one in the norm of bias and kernel together. Each tuple has one entry for each refinement.
@@ -164,7 +164,7 @@ def _by_partner(problem: LearningProblem, net: ResidualNetwork, cost: dict) -> C
 
 
 def _costate_difference(run: Run, costate: Costate) -> float:
-    """The largest difference over the layer interfaces in L2(Y), divided by the largest co-state unless that is 0."""
+    """The largest difference over the layer interfaces in L2(Y), divided by the largest co-state unless this is 0."""
     Y = run.net.Y
     exact = [costate.at_layer(layer) for layer in range(run.net.layers + 1)]
     size = max(Y.norm(r) for r in exact)
@@ -174,7 +174,7 @@ def _costate_difference(run: Run, costate: Costate) -> float:
 
 
 def _gradient_difference(net: ResidualNetwork, these: Sequence[fd.Function], those: Sequence[fd.Function]) -> float:
-    """The norm of the difference of two gradients, divided by that of the second unless that is 0."""
+    """The norm of the difference of two gradients, divided by the norm of the second unless this is 0."""
     owners = [(parameter, k) for parameter in (net.bias, net.kernel) for k in range(len(parameter.functions))]
     squares = np.zeros(2)
     for (parameter, k), this, that in zip(owners, these, those, strict=True):

@@ -117,7 +117,7 @@ class Costate:
         """The gradient in the coefficients of bias and kernel: the projections of (4.3) and (4.4), with (4.7). Collective.
 
         These are the Functions of ``J.derivative(apply_riesz=True)`` for bias and kernel, in their order. Factors and layer
-        times that are learned too are held fixed. Integrals over t are those of the scheme that stepped r.
+        times that are learned too are held fixed. The scheme that stepped r gives the integrals over t.
 
         Parameters
         ----------

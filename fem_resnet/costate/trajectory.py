@@ -107,7 +107,7 @@ class Trajectory:
         return like(self.final, self.layers[self.layer_at(t)].path(t))
 
     def layer_at(self, t: float) -> int:
-        """The number of the layer at the time t: at a layer time the layer that starts there, at T the last one.
+        """The number of the layer at the time t. A layer time belongs to the layer that starts there, T to the last one.
 
         Raises
         ------
@@ -141,8 +141,9 @@ def solve_trajectory(
     initial
         f_I, as for ``net.run``.
     steps
-        The number of steps in each layer; 8 times that of the network if left out. The interpolation of f between the steps is
-        right to O(h^6) for an even number, to O(h^4) for an odd one. All are kept: steps x layers fields and their slopes.
+        The number of steps in each layer. If left out, 8 times as many as the network takes. The interpolation of f between
+        the steps is right to O(h^6) for an even number, to O(h^4) for an odd one. All are kept: steps x layers fields and
+        their slopes.
     keep_stages
         Whether the stages of all steps are kept too, for `solve_costate` with `partner`.
     solver_parameters, options_prefix
@@ -193,8 +194,8 @@ def follow_trajectory(
 ) -> fd.Function:
     """Solve (2.8) as `solve_trajectory` does, and show each step to a monitor. Nothing is kept. Collective.
 
-    With the solver parameters and steps of a network that is stepped by rk, theta, beuler or cn, f is that of the network to
-    round-off, since these methods commute with the projection onto coefficients.
+    With the solver parameters and steps of a network that is stepped by rk, theta, beuler or cn, f equals the state of the
+    network up to round-off, since these methods commute with the projection onto coefficients.
 
     Parameters
     ----------
@@ -205,7 +206,7 @@ def follow_trajectory(
         ``step.last`` are f at its ends, and ``step.values`` its stages, which must not be changed. An error that the monitor
         raises on one rank ends the solution on all ranks.
     steps
-        The number of steps in each layer; that of the network if left out.
+        The number of steps in each layer. If left out, as many as the network takes.
     solver_parameters, options_prefix
         As for `solve_trajectory`.
 
@@ -224,7 +225,7 @@ def follow_trajectory(
     >>> from fem_resnet import ResidualNetwork, class_space, given_basis
     >>> Y = class_space(2)
     >>> net = ResidualNetwork(given_basis(Y, [1.0]), layers=2, activation="identity")
-    >>> net.bias.set(1, [1.0])  # f_t is 0 on the first layer and 1 on the second
+    >>> net.bias.set(1, 1 + 0 * Y.weights)  # f_t is 0 on the first layer and 1 on the second
     >>> seen = []
     >>> _ = follow_trajectory(net, Y.batch(0 * Y.weights), lambda layer, step: seen.append(step.last.max()))
     >>> [round(float(f), 12) for f in seen]

@@ -32,7 +32,7 @@ from fem_resnet.arguments import function, instance, number
 from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.hjb.cells import Cells
 from fem_resnet.hjb.speeds import ExtremalSpeeds, SampledSpeeds, Speeds, SpeedsAtStates
-from fem_resnet.hjb.state_grid import StateGrid, axes_of, boxes_in_time
+from fem_resnet.hjb.state_grid import StateGrid, axes_of, boxes_in_time, first_box
 from fem_resnet.hjb.value_function import ValueFunction
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.layers.running_cost import RunningCost
@@ -127,7 +127,8 @@ def solve_value_function(
         raise ValueError(f"target: expected shape (nodes,), got {of_target.shape[1]} samples")
     start = cells.gather_batch(grid.start, "start")
     speeds = together(Y.comm, lambda: _speeds(cells, A, activation, running, grid.samples))
-    boxes, times = together(Y.comm, lambda: boxes_in_time(Y.comm, speeds, grid.first_box(start), grid, final_time))
+    box = first_box(start, grid.spacing)
+    boxes, times = together(Y.comm, lambda: boxes_in_time(Y.comm, speeds, box, grid, final_time))
     states = np.meshgrid(*axes_of(boxes[-1], grid.spacing), indexing="ij", sparse=True)
     here = together(Y.comm, lambda: speeds.at(states))
     # Each rank computes all of F: with another density on one of them it would have another F.
@@ -149,7 +150,7 @@ def _terminal_values(weights: np.ndarray, states: Sequence[np.ndarray], target: 
 
 
 def _refuse_other(solution: ValueFunction, expected: ValueFunction, of_speeds: str | None) -> None:
-    """Raise ValueError unless a solution is one of the same problem, from some time on. The message says what differs.
+    """Raise ValueError unless a solution belongs to the same problem, from some time on. The message names the difference.
 
     `of_speeds` names the arguments in which the speeds differ, if they do.
     """
@@ -175,7 +176,7 @@ def _refuse_other(solution: ValueFunction, expected: ValueFunction, of_speeds: s
 
 
 def _speeds(cells: Cells, A: ControlSet, activation: Activation, running: object, samples: int) -> Speeds:
-    """The speeds that controls in A allow, with what they cost: explicit if they can be."""
+    """The speeds that controls in A allow, with their costs: extremal ones if L and sigma allow it, else sampled ones."""
     density = _density(running)
     arguments = 1 if density is None else len(inspect.signature(density).parameters)
     if arguments not in (1, 4):
@@ -233,7 +234,7 @@ def _step_backwards(
 def _step(here: SpeedsAtStates, F: np.ndarray, boxes: np.ndarray, h: float, spacing: float, order: list[int]) -> np.ndarray:
     """F a step of length h earlier, one cell after the other in this order.
 
-    The boxes are that of the result, that of F, in which it lies, and that of `here`, the largest.
+    `boxes` has the box of the result, the larger box of F, and the largest box, to which `here` belongs.
     """
     to, box, (origin, _) = boxes[0], boxes[1].copy(), boxes[2]
     for i in order:

@@ -7,7 +7,7 @@ The controls at the running state f~(s) attain the minimum of (4.11),
 
 They are optimal: J is F(v, t), by Theorem 4.3. (Step 2 (ii) prints the controls of the first state v, and (iii) leaves b
 without its tilde. As printed the cost is not F.) The paper's f~ is the target elsewhere; here the target is `target`.
-Slopes of F are one-sided, as in the scheme of `equation`, so at a kink the controls are those of one of its sides.
+Slopes of F are one-sided, as in the scheme of `equation`, so at a kink the controls belong to one of its sides.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class LocalClosedLoop(OnMesh):
     >>> loop = LocalClosedLoop(problem)  # doctest: +SKIP
     >>> state = new_input  # doctest: +SKIP
     >>> for layer in range(problem.net.layers):  # doctest: +SKIP
-    ...     controls, state = loop.step(layer, state)  # and what disturbs the state
+    ...     controls, state = loop.step(layer, state)  # and a disturbance of the state, if there is one
     """
 
     @supports(

@@ -159,12 +159,8 @@ class ExtremalSpeeds(Speeds):
 
     Parameters
     ----------
-    weights
-        w, shape (n,).
-    A
-        The set in which (a, b) lies.
-    activation
-        sigma.
+    weights, A, activation
+        As for `Speeds`.
     running
         L(f), from an array to an array of its shape, or None for L = 0.
     """
@@ -274,12 +270,8 @@ class SampledSpeeds(Speeds):
 
     Parameters
     ----------
-    weights
-        w, shape (n,).
-    A
-        The set in which (a, b) lies.
-    activation
-        sigma.
+    weights, A, activation
+        As for `Speeds`.
     running
         L(f, a, b, w): f is an array, a a number, b the values of the row on the cells, shape (n,), and w the weights of the
         cells. It returns an array of the shape of f, or a number.

@@ -17,7 +17,7 @@ from fem_resnet.arguments import integer, number, real_array
 from fem_resnet.hjb.speeds import Speeds
 from fem_resnet.log import log
 
-__all__ = ["StateGrid", "axes_of", "boxes_in_time"]
+__all__ = ["StateGrid", "axes_of", "boxes_in_time", "first_box"]
 
 #: How many arrays of the size of the largest grid a step needs, beside the arrays that are kept.
 _WORKING = 12
@@ -71,14 +71,15 @@ class StateGrid:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def first_box(self, start: np.ndarray) -> np.ndarray:
-        """The first and the last grid point in each cell, as multiples of the spacing: integers of shape (2, n).
 
-        `start` has the states on all cells, shape (n, samples). The box has a cell more on each side, for differences.
-        """
-        first = np.floor(start.min(axis=1) / self.spacing + 1e-9).astype(int) - 1
-        last = np.ceil(start.max(axis=1) / self.spacing - 1e-9).astype(int) + 1
-        return np.stack([first, last])
+def first_box(start: np.ndarray, spacing: float) -> np.ndarray:
+    """The first and the last grid point in each cell, as multiples of the spacing: integers of shape (2, n).
+
+    `start` has the states at t = 0 on all cells, shape (n, samples). The box has a cell more on each side, for differences.
+    """
+    first = np.floor(start.min(axis=1) / spacing + 1e-9).astype(int) - 1
+    last = np.ceil(start.max(axis=1) / spacing - 1e-9).astype(int) + 1
+    return np.stack([first, last])
 
 
 def axes_of(box: np.ndarray, spacing: float) -> list[np.ndarray]:

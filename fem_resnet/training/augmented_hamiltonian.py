@@ -2,7 +2,7 @@
 
     H(f, r, theta) - rho/2 |f_t - H_r(f, r, theta)|^2 - rho/2 |r_t + H_f(f, r, theta)|^2
 
-Here theta = (a, b), f_t and r_t are those of the present controls, and the norms are those of L2(Y). H_f couples all y, so
+Here theta = (a, b), f_t and r_t belong to the present controls, and the norms to L2(Y). H_f couples all y, so
 there is one problem for each layer.
 """
 

@@ -1,4 +1,4 @@
-"""Bounds on the coefficients of what is learned, as pairs of Functions."""
+"""Bounds on the coefficients of learned parameters, as pairs of Functions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import Replicated
 
-__all__ = ["Bounds", "bounds_of_controls", "replicated_bounds"]
-
-#: Least and largest coefficients by the name of a parameter; None stands for no end.
-Bounds = Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
+__all__ = ["bounds_of_controls", "replicated_bounds"]
 
 
-def bounds_of_controls(problem: LearningProblem, bounds: Bounds) -> list[tuple[fd.Function, fd.Function]]:
+def bounds_of_controls(
+    problem: LearningProblem, bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
+) -> list[tuple[fd.Function, fd.Function]]:
     """A pair of Functions for each of ``problem.functions``. Collective.
+
+    `bounds` has the least and largest coefficients by the name of a parameter; None stands for no end.
 
     Raises
     ------
@@ -30,7 +31,7 @@ def bounds_of_controls(problem: LearningProblem, bounds: Bounds) -> list[tuple[f
     names = [parameter.name for parameter in problem.parameters]
     for name, ends in instance("bounds", bounds, Mapping, 'such as {"bias": (-1.0, 1.0)}').items():
         if name not in names:
-            raise ValueError(f"bounds: expected names of what is learned, {', '.join(names)}; got {name!r}")
+            raise ValueError(f"bounds: expected names of learned parameters, {', '.join(names)}; got {name!r}")
         if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
             raise ValueError(f"bounds: expected a pair (low, high) for {name}, got {ends!r}")
     return [

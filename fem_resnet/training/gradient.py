@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
 from fem_resnet.arguments import flag
@@ -20,7 +21,7 @@ from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
-from fem_resnet.training.bounds import Bounds, bounds_of_controls, replicated_bounds
+from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
 from fem_resnet.training.progress import Progress, check_monitor, tell
 from fem_resnet.training.tao import Minimiser
 
@@ -79,12 +80,12 @@ def train(
     options_prefix: str | None = None,
     monitor: Callable[[Progress], bool | None] | None = None,
     gauss_newton: bool = False,
-    bounds: Bounds | None = None,
+    bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign the result to them. Collective.
 
-    If TAO stops at its limit of iterations, cannot go on, or an evaluation raises, the parameters hold the result of its last
-    iteration, and `Result.reason` says why it stopped.
+    The parameters always hold the result of TAO's last iteration: also if TAO stops at its limit of iterations or cannot go
+    on, which `Result.reason` says, and if an evaluation or the monitor raises, in which case the error goes on.
 
     Parameters
     ----------
@@ -101,11 +102,11 @@ def train(
           "tao_gttol" have no unit: the gradient relative to J, and relative to the first gradient. If none of these is given,
           `TOLERANCES` holds; else those that are not given are 0.
     monitor
-        Called at every iteration on every rank, while the problem's parameters are those of that iteration. If it returns True
+        Called at every iteration on every rank, while the parameters hold the result of that iteration. If it returns True
         on any rank, the training stops; another call goes on from there. If left out, each iteration is logged at level
         INFO on rank 0.
     gauss_newton
-        Whether Newton methods get Gauss-Newton actions in place of those of the Hessian.
+        Whether Newton methods get Gauss-Newton actions in place of Hessian actions.
     bounds
         Least and largest coefficients by the name of a learned parameter, such as ``{"bias": (-1.0, 1.0), "kernel":
         (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end. They hold at all times.

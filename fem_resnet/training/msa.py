@@ -328,8 +328,8 @@ def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, pro
         if apart > _ROUND_OFF:
             at = ", ".join(f"{x:.4g}" for x in y)
             raise ValueError(
-                f"A: expected a set with the controls of all layers in it and in the span of its bases; those of layer {l} "
-                f"are outside by {apart:.1e} of their size at y = ({at}); {remedy}"
+                f"A: expected a set with the controls of all layers in it and in the span of its bases; layer {l} has "
+                f"controls outside by {apart:.1e} of their size at y = ({at}); {remedy}"
             )
     return controls
 

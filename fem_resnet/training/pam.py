@@ -37,7 +37,6 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
 from fem_resnet.training.gradient import options_over
 from fem_resnet.training.pam_result import (
-    Coefficients,
     Iteration,
     PAMProgress,
     PAMResult,
@@ -102,7 +101,7 @@ def train_pam(
         Not used with `batches`.
     batches
         Batches that take the place of the problem's own, for example ``problem.minibatches(32, seed=1)``: iteration k uses the
-        k-th of them, over and over. Value, gradient and slack are then those of J of that batch, for which the inequality
+        k-th of them, over and over. Value, gradient and slack then belong to J of that batch, for which the inequality
         holds within the iteration. For J of all samples *nothing* is guaranteed: it may rise, and with a fixed tau the
         parameters need not converge. Not for a problem that learns its inputs or has `derivatives`.
     monitor
@@ -110,7 +109,7 @@ def train_pam(
         iteration is logged at level INFO on rank 0.
     start
         The result of an earlier call on as many ranks, which is continued: parameters, momentum, tau and history come from it,
-        and the result is that of one call. Other arguments should be as before.
+        and the result is the same as from one call. Other arguments should be as before.
 
     Returns
     -------
@@ -210,7 +209,7 @@ def _groups(
 def _first_result(
     start: PAMResult | None, groups: Sequence[ProximalGroup], value: float, norm: float, tau: float
 ) -> PAMResult:
-    """The result that is continued: an earlier one that fits the problem, or that of no iteration. Collective."""
+    """The result that is continued: an earlier one that fits the problem, or one without iterations. Collective."""
     if start is None:
         return result_of_no_iteration(groups, value, norm, tau)
     names = tuple(group.name for group in groups)
@@ -282,7 +281,7 @@ class _Course:
             group.set(coefficients)
 
     def iterate(self) -> Iteration:
-        """Move each group once, and adapt tau if it is to be adapted."""
+        """Move each group once, then adapt tau if the step says so."""
         if self._batches is not None:
             self._problem.exchange(self._batches[self.number % len(self._batches)])
             self.value = float(self._J(self._problem.functions))
@@ -317,7 +316,9 @@ class _Course:
         slack = self.value - value - sum(squares) / (2 * self.tau)
         return Iteration(value, slack, reached, [float(np.sqrt(square)) for square in squares], inner, solved, restart)
 
-    def _move(self, group: ProximalGroup, x: Coefficients, x_before: Coefficients, weight: float, value: float) -> _Move:
+    def _move(
+        self, group: ProximalGroup, x: list[np.ndarray], x_before: list[np.ndarray], weight: float, value: float
+    ) -> _Move:
         """Minimise over one group, where J is `value`, and take the result if it is good enough."""
         functional, tau, accuracy = group.functional, self.tau, self._step.accuracy
         count, converged, taken, restart = 0, False, False, False

@@ -14,9 +14,6 @@ from fem_resnet.training.proximal import ProximalGroup
 
 __all__ = ["Iteration", "PAMProgress", "PAMResult", "continued", "result_of_no_iteration"]
 
-#: The coefficients of one group, as from `ProximalGroup.get`.
-Coefficients = list[np.ndarray]
-
 
 @dataclass(frozen=True)
 class PAMProgress(Progress):
@@ -46,9 +43,8 @@ class PAMProgress(Progress):
 class PAMResult(Result):
     """How a proximal alternating minimisation ended, with everything that is needed to continue it.
 
-    It has the attributes of `Result`. There `values` and `gradient_norms` are those of J itself and of its gradient in all
-    groups. The reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS" if no group could
-    be moved.
+    It has the attributes of `Result`. There `values` has J itself, and `gradient_norms` has its gradient in all groups. The
+    reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS" if no group could be moved.
 
     Attributes
     ----------
@@ -75,7 +71,7 @@ class PAMResult(Result):
     step_norms: np.ndarray
     inner_iterations: np.ndarray
     taus: np.ndarray
-    previous: list[Coefficients]
+    previous: list[list[np.ndarray]]
     tau: float
     momentum: float
 
@@ -88,7 +84,7 @@ class Iteration(NamedTuple):
 
     value: float
     slack: float
-    reached: list[Coefficients]
+    reached: list[list[np.ndarray]]
     step_norms: list[float]
     inner_iterations: list[int]
     solved: bool

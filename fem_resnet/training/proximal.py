@@ -35,8 +35,8 @@ class ProximalStep:
     Parameters
     ----------
     tau
-        The step size, positive: 1/tau is the weight of half the squared distance that a group moves. Its unit is that of a
-        squared distance over J.
+        The step size, positive: 1/tau is the weight of half the squared distance that a group moves. Its unit is the
+        unit of a squared distance over J.
     accuracy
         An inner problem is solved until its gradient is no larger than this times |x - x_i| / tau, which at its minimum is
         |D_i J|. No unit; 0 leaves the end to TAO's own tests.
@@ -90,7 +90,7 @@ class ProximalFunctional(AbstractReducedFunctional):
     J
         The functional of all that is learned, recorded.
     controls
-        The controls of the group, which are among those of J.
+        The controls of the group, some of the controls of J.
     parameters
         The group.
 
@@ -99,7 +99,7 @@ class ProximalFunctional(AbstractReducedFunctional):
     tau : float
         The step size; may be set.
     centre : list of numpy.ndarray
-        The coefficients of the centre; may be set. At first those of the parameters.
+        The coefficients of the centre; may be set. At first the coefficients of the parameters.
     latest : Evaluation
         The latest evaluation; at first the recorded one.
     """
@@ -139,12 +139,12 @@ class ProximalFunctional(AbstractReducedFunctional):
         return self._with_term(self._J.derivative(adj_input), self.latest.offset, self._seed, apply_riesz)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
-        # As in pyadjoint, this is the second derivative with the seed of the latest derivative.
+        # pyadjoint differentiates the latest derivative again, with its seed.
         actions = self._J.hessian(m_dot, hessian_input, evaluate_tlm)
         return self._with_term(actions, self._read(Enlist(m_dot)), self._seed, apply_riesz)
 
     def _with_term(self, functionals, coefficients: Sequence[np.ndarray], scale: float, apply_riesz: bool):
-        """Functionals of J plus those of the proximal term, whose gradient is coefficients / tau."""
+        """Functionals of J plus the proximal term, whose gradient is coefficients / tau."""
         functionals = Enlist(functionals)
         for (p, k), functional, c in zip(self._sets, functionals, coefficients):
             basis = p.space_bases[k]

@@ -64,7 +64,7 @@ class _Solver:
     least_value
         J at which the minimisation ends.
     pyadjoint
-        The solver that keeps what the TAO points to.
+        pyadjoint's solver, which owns the objects to which the TAO points.
     """
 
     tao: PETSc.TAO
@@ -81,7 +81,7 @@ class Minimiser:
     Parameters
     ----------
     functional
-        What is minimised, a function of its controls.
+        The functional that is minimised, a function of its controls.
     functions
         The Functions where a solve starts, and to which its result is assigned: one for each control.
     bases
@@ -234,7 +234,7 @@ class Minimiser:
         return self._scaled.scale * of_tao
 
     def gradient_norms(self, tao: PETSc.TAO) -> tuple[float, float]:
-        """The norm of J's gradient in the label measure, and that of the gradient without units."""
+        """The norm of J's gradient in the label measure, and the norm of the gradient without units."""
         functional, _ = tao.getGradient()
         gradient = functional.duplicate()
         tao.getGradientNorm().mult(functional, gradient)
@@ -245,14 +245,14 @@ class Minimiser:
 
 
 class _Course:
-    """One solve: the callbacks that TAO gets, and what they keep from one iteration to the next.
+    """One solve: the callbacks that TAO gets, and the numbers that they keep from one iteration to the next.
 
     Attributes
     ----------
     iteration
         The number of the latest iteration; -1 before the first.
     norm, free, first
-        The norm of the gradient in the label measure, that without units, and the first one without units.
+        The norm of the gradient in the label measure, the norm without units, and the first norm without units.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from fem_resnet.training.hessian import RieszPreconditioner
 
 __all__ = ["TYPES", "TAOType", "checked_limit", "checked_type", "defaults_of"]
 
-#: What Newton methods take for round-off of J, where J is one at the start.
+#: The round-off of J that Newton methods assume, where J is one at the start.
 _ROUND_OFF = 1e-12
 
 

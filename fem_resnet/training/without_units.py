@@ -65,7 +65,7 @@ class WithoutUnits(AbstractReducedFunctional):
         self._controls = Enlist([self._in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)])
 
     def start(self) -> None:
-        """Take the next evaluation and the next derivative as those of the start, which scale all that follow."""
+        """Take the next evaluation and the next derivative for the start, which scales all that follow."""
         self._scales = _Scales()
 
     @property
@@ -132,7 +132,7 @@ class WithoutUnits(AbstractReducedFunctional):
         return self._in_amplitudes(functionals, apply_riesz)
 
     def hessian(self, m_dot, hessian_input=None, evaluate_tlm=True, apply_riesz=False):
-        # pyadjoint's second derivative is that of the latest derivative, whose seed was divided already.
+        # pyadjoint differentiates the latest derivative again, whose seed was divided already.
         directions = self._multiplied(m_dot)
         actions = self._J.hessian(directions, hessian_input=hessian_input, evaluate_tlm=evaluate_tlm)
         return self._in_amplitudes(actions, apply_riesz)

@@ -322,7 +322,7 @@ def test_bracket_for_many_samples():
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("A", SETS.values(), ids=SETS.keys())
 def test_the_bracket_is_in_order_and_controls_outside_of_A_are_refused(A, samples, rng):
-    """Random constant controls at points of A: 0 <= lower <= upper. A little outside they are refused, by layer and node."""
+    """Random constant controls in A have 0 <= lower <= upper. A little outside of A they are refused by layer and node."""
     Y = label_space("annulus", "CG1")
     points = np.column_stack(A.sample(5))
     net = ResidualNetwork(given_basis(Y, [1.0]), layers=2)
@@ -337,7 +337,7 @@ def test_the_bracket_is_in_order_and_controls_outside_of_A_are_refused(A, sample
     net.bias.set(1, np.where(x[:, 0] == max(Y.comm.allgather(x[:, 0].max())), 3.0, points[0, 0]))
     with pytest.raises(
         ValueError,
-        match=r"^A: expected a set with the controls .*; layer 1 has .* = \(3, .*at y = \(1, .*train within it",
+        match=r"^A: expected a set with .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(3, .*at y = \(1, .*train within it",
     ):
         pmp_residual(problem, A)
     net.bias.set(1, points[0, 0] + 0 * Y.weights)

@@ -31,8 +31,8 @@ from fem_resnet import (
 )  # fmt: skip
 from fem_resnet.training.msa import problem_of
 
-#: Two points of unequal weights, a target out of reach: F is smooth, with jumps of its second derivatives where a component of
-#: v is 0, or will be when another is.
+#: Two points of unequal weights, and a target out of reach. F is smooth except for jumps of its second derivatives: where a
+#: component of v is 0, or will be 0 at the same time as another one.
 Y = point_space((1.0, 0.6), comm=COMM_SELF)
 FAR, NEAR, START, T = np.array([1.8, -1.6]), np.array([0.5, -0.3]), [[-0.5, 0.5]] * 2, 1.0
 SPACINGS = (0.08, 0.04, 0.02)
@@ -207,7 +207,7 @@ def test_the_feedback_is_the_control_of_the_maximum_principle():
 
 
 def test_where_staying_is_best_the_feedback_stays_by_mixed_rows():
-    """Next to a target within reach, convex A: sigma(T) = 0 for controls in A; else an end of the box is taken."""
+    """Near a target within reach sigma(T) = 0 for controls in a convex A. If A is not convex an end of the box is taken."""
     target = np.array([0.4, -0.2])
     for A, convex in ((BOX, True), (Points([(-0.3, 0.2), (0.4, -0.3)]), False)):
         F = solve_value_function(Y, A, "tanh", target, StateGrid(START, 0.02), final_time=0.5)

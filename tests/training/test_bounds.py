@@ -250,7 +250,7 @@ def test_iterations_do_not_see_the_partition(tao_type):
 @pytest.mark.parametrize(
     "bounds, options, message",
     [
-        ({"bais": (-1, 1)}, {}, "^bounds: expected names of what is learned, bias, kernel; got 'bais'"),
+        ({"bais": (-1, 1)}, {}, "^bounds: expected names of learned parameters, bias, kernel; got 'bais'"),
         ({"bias": (1, -1)}, {}, "^bounds: expected .low, high. for bias with low <= high"),
         ({"bias": (np.nan, 1)}, {}, "^bounds: expected .low, high. for bias"),
         ({"kernel": (0, [1.0, 2.0])}, {}, r"^bounds: expected .low, high. for kernel .*arrays of shape \("),
@@ -293,7 +293,7 @@ def test_the_averaged_first_order_residual_is_zero_and_the_pointwise_one_falls_w
         pointwise = pointwise_residual(P, A), pointwise_first_order_residual(P, A)
         rows.append((
             layers, averaged_residual(P, bounds), *pointwise, pmp_residual(P, A).upper, spread_of_the_maximum(P, A),
-            result.value
+            result.value,
         ))  # fmt: skip
     print(f"\n{space}: layers, averaged first-order residual, max H - H at ends of layers, to first order, max H - H in their")
     print("middles, spread of max H, J")

@@ -323,9 +323,7 @@ def test_a_start_outside_of_A_is_refused_or_brought_into_it():
     for l in range(2):
         start.net.bias.set(l, 0.5 + 0 * start.net.Y.weights)
     start.net.kernel.set(1, [[4.0]])
-    message = (
-        r"^A: expected a set with the controls of all .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(0.5, 4\) at y = .*project=True"
-    )
+    message = r"^A: expected a set with .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(0.5, 4\) at y = .*project=True"
     with pytest.raises(ValueError, match=message):
         msa(start, BOX, iterations=1)
     found = msa(start, BOX, iterations=2, project=True)
@@ -349,7 +347,7 @@ def test_a_start_outside_of_a_set_of_rows_is_refused_or_the_nearest_within_is_ta
     start = learning_problem(ResidualNetwork(psi, layers=2), head=True, weight=None, samples=3)
     start.net.bias.set(1, smooth(start.net.Y, 1)[:, 0] * 3)
     with pytest.raises(
-        ValueError, match="^A: expected a set .* in the span of its bases; those of layer 1 are outside .*project=True"
+        ValueError, match="^A: expected a set .* in the span of its bases; layer 1 has controls outside .*project=True"
     ):
         msa(start, A, iterations=1)
     none = msa(start, A, iterations=0, project=True)

@@ -1,4 +1,4 @@
-"""What control theory asks of a control set A: its sections, its support function and the extremes of T_f.
+"""A control set A as control theory uses it: its sections, its support function and the extremes of T_f.
 
 A is a compact set in the plane of (a, b). Its sections are the intervals from m(a) to M(a),
 

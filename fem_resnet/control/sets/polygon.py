@@ -57,7 +57,7 @@ class Polygon(VertexSet):
     def _crossings(self, a: Array) -> tuple[Array, Array]:
         """The lower and upper end, in any order, of the piece of each edge over a; nan where an edge does not pass over a.
 
-        The shape is that of a with the edges as the last axis.
+        The shape is the shape of a, with the edges as the last axis.
         """
         (a0, b0), (a1, b1) = self._vertices.T, np.roll(self._vertices, -1, axis=0).T
         a = a[..., None]
