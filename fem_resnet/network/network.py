@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from types import MappingProxyType, NoneType
 
 import firedrake as fd
@@ -30,6 +29,7 @@ from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.network.network_parameters import NetworkParameters
+from fem_resnet.network.other_networks import copy_coefficients, moved, truncated
 from fem_resnet.network.run import Run
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.settings import Bias, Kernel, Layers, settings_of
@@ -382,7 +382,7 @@ class ResidualNetwork(OnMesh):
 
     def __deepcopy__(self, memo: Mapping) -> ResidualNetwork:
         other = ResidualNetwork(**self.settings.arguments)
-        other._parameters.take(self._parameters)
+        copy_coefficients(self, other)
         return other
 
     @supports(
@@ -408,12 +408,7 @@ class ResidualNetwork(OnMesh):
             is, or cannot be had on that one.
         """
         check_label_space(Y)
-        moved = {basis: basis.on(Y) for basis in dict.fromkeys(chain.from_iterable(self.bases.values()))}
-        phi, psi, bias = ([moved[basis] for basis in bases] for bases in self.bases.values())
-        settings = self.settings
-        net = self.replace(kernel=replace(settings.kernel, phi=phi, psi=psi), bias=replace(settings.bias, basis=bias))
-        net._parameters.take(self._parameters)
-        return net
+        return moved(self, Y)
 
     @supports(
         "gradient_flow", "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time",
@@ -437,21 +432,4 @@ class ResidualNetwork(OnMesh):
         """
         same(self.Y.comm, tolerance=tolerance)
         tolerance = number("tolerance", tolerance, least=0, below=1)
-        factors = self.learned_factors()
-        measures = self.kernel.time_basis.measures
-        R = [np.linalg.cholesky(basis.gram).T for basis in (factors.phi, factors.psi)]
-        betas = [R[0] @ self.kernel.get(k) @ R[1].T for k in range(len(measures))]
-        weighted = [np.sqrt(tau) * beta for tau, beta in zip(measures, betas)]
-        bases, turns = [], []
-        for basis, root, stacked in zip((factors.phi, factors.psi), R, (np.hstack(weighted), np.vstack(weighted).T)):
-            U, S, _ = np.linalg.svd(stacked, full_matrices=False)
-            turns.append(U[:, : max(1, np.count_nonzero(tolerance * S[0] < S))])
-            bases.append(Basis(self.Y, basis.values @ np.linalg.solve(root, turns[-1]), "given"))
-        net = self.replace(kernel=replace(self.settings.kernel, phi=bases[0], psi=bases[1], among=None))
-        for parameter, other in zip(self.parameters, net.parameters):
-            for k in range(len(parameter.functions)):
-                if parameter is self.kernel.learned:
-                    other.set(k, turns[0].T @ betas[k] @ turns[1])
-                elif parameter not in self.factors:
-                    other.set(k, parameter.get(k))
-        return net
+        return truncated(self, tolerance)

@@ -90,12 +90,6 @@ class NetworkParameters:
         """New operators from the parameters "phi" and "psi" to the values of learned factors."""
         return list(map(Retraction, self._given_factors.values()))
 
-    def take(self, other: NetworkParameters) -> None:
-        """Take the coefficients of other parameters of the same kinds."""
-        for ours, theirs in zip(self.learned, other.learned, strict=True):
-            for k in range(len(ours.functions)):
-                ours.set(k, theirs.get(k))
-
     def coefficients(self) -> LayerCoefficients:
         """Which coefficients of bias and kernel each layer takes, at the present layer times."""
         return LayerCoefficients(self.bias, self.kernel, self.times, range(self._given_times.size - 1))

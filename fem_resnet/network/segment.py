@@ -14,7 +14,6 @@ States at inner interfaces may be outputs too (`Segment.observe`): their functio
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, pairwise
@@ -27,6 +26,7 @@ from petsc4py import PETSc
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.stage import Stage
+from fem_resnet.network.seen_input import SeenInput
 from fem_resnet.parameters.space_basis import BatchValues, Replicated
 from fem_resnet.time_stepping.scheme import Scheme
 from fem_resnet.time_stepping.stepper import LayerSequence, LayerTrace, Stepper
@@ -50,10 +50,6 @@ class Functional(NamedTuple):
     by_f: Sequence[np.ndarray]
     psi: Basis
     by_g: Sequence[np.ndarray]
-
-
-def _nothing() -> None:
-    """As a weak reference whose array is gone."""
 
 
 class Segment:
@@ -116,8 +112,7 @@ class Segment:
         self._layers: list[tuple[LayerInputs, ...]] = []
         #: Of the last adjoint solve: the functionals of f at the start of each layer, and at the end.
         self._at_interfaces: list[Functional] = []
-        # The array that held the input last, psi, and its coefficients.
-        self._input: tuple[Callable[[], np.ndarray | None], Basis | None, np.ndarray | None] = _nothing, None, None
+        self._seen = SeenInput(values.Y.comm)
         self._mark = object()  # on the steppers, says who used them last
 
     @property
@@ -249,7 +244,7 @@ class Segment:
                 states[l] = [part.copy() for part in at_start]
             if first[0].factors.psi is not psi:
                 psi, inside = first[0].factors.psi, [part[: self._nodes] for part in at_start]
-                g = [psi.project(part) if l or order else self._seen(psi, f[0]) for order, part in enumerate(inside)]
+                g = [psi.project(part) if l or order else self._seen.through(psi, f[0]) for order, part in enumerate(inside)]
                 if len(first) == 2 and first[1].factor_directions is not None:
                     g[1] += self._Y.sum(first[1].factor_directions.weighted.T @ inside[0])
             g = sequence.forward(g, at_start, layers[l:end], save, taken[l:end], total)
@@ -267,15 +262,6 @@ class Segment:
                 self.scheme.new_sequence(steppers[start:end]) for start, end in pairwise([*starts, len(layers)])
             ]
         return self._sequences[orders]
-
-    def _seen(self, psi: Basis, f: np.ndarray) -> np.ndarray:
-        """Psi^T M f, kept while f is the same array and read-only. Collective."""
-        known = self._input[0]() is f and self._input[1] is psi
-        if not self._Y.comm.allreduce(known, op=MPI.LAND):  # one rank alone may have looked at the data
-            g = psi.project(f)
-            g.flags.writeable = False
-            self._input = (_nothing if f.flags.writeable else weakref.ref(f)), psi, g
-        return self._input[2]
 
     def _check_ranks_agree(self, g: Sequence[np.ndarray]) -> None:
         # Every rank steps its own copy of g. If they ever differ, all that follows is wrong without a word.
