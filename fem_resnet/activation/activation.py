@@ -51,7 +51,7 @@ class Activation:
     declared : Properties, or callable
         What holds for sigma; if that depends on the parameters, a function ``declared(**parameters)``.
     parameters : tuple of (str, float)
-        All parameters by name; ``dict(parameters)`` is what `get_activation` takes.
+        All parameters by name; `get_activation` takes ``**dict(parameters)``.
     joints : tuple of float
         The points where two formulas meet, so that sigma' or sigma'' may jump. Both are given from the left there.
     expression : sympy.Expr or None
@@ -156,7 +156,7 @@ class Activation:
         Raises
         ------
         TypeError, ValueError
-            If it is no description, or `get_activation` or `from_sympy` refuses what it describes.
+            If it is no description, or `get_activation` or `from_sympy` refuses the activation.
         """
         match description:
             case {"name": str(name), "parameters": Mapping() as parameters, **rest} if not rest:

@@ -150,7 +150,7 @@ def _power(base, exponent: sympy.Expr):
         whole = base ** abs(int(exponent))
         return whole if exponent >= 0 else _inverse(whole)
     if not exponent.is_Rational or base.a < 0:
-        raise Unproved("a root of what may be negative")
+        raise Unproved("a root of a number that may be negative")
     root = _increasing(lambda x: x ** (_MP.mpf(int(abs(exponent.p))) / int(exponent.q)), least=0.0)(base)
     return root if exponent > 0 else _inverse(root)
 

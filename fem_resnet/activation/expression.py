@@ -1,8 +1,8 @@
 """An activation from one SymPy expression in s: sigma, sigma', sigma'' and the primitive Sigma as functions of arrays.
 
 `pieces` cuts the expression into smooth formulas, `formulas` evaluates these and their derivatives without overflow, and
-`primitive` integrates. `expression_properties` finds what the theory asks of sigma, and `expression_tree` is how an
-expression is written to a file.
+`primitive` integrates. `expression_properties` proves properties of sigma, and `expression_tree` has the form of an
+expression in files.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Properties of an activation: what the statements of the paper suppose of sigma."""
+"""Properties of an activation, which statements of the paper suppose."""
 
 from __future__ import annotations
 

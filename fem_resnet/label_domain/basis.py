@@ -247,7 +247,7 @@ def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) ->
         try:
             return fd.Function(Y.V).interpolate(fd.as_ufl(given))
         except Exception as error:  # whatever UFL and its compiler say of an expression
-            raise ValueError(f"functions: expected what {Y.V} can interpolate, got {given}: {error}") from error
+            raise ValueError(f"functions: expected expressions that {Y.V} can interpolate, got {given} ({error})") from error
 
     return together(Y.comm, interpolate).dat.data_ro.copy()
 

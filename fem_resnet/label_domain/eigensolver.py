@@ -84,7 +84,7 @@ def whole_eigenspaces(
     for _ in range(10):
         if len(eigenvalues) == C.size:
             return eigenvalues * unit, modes / C.measure**0.5
-        # The last eigenspace may go on beyond what was found.
+        # The last eigenspace may have more eigenpairs than were found.
         complete = eigenspace_ends(eigenvalues)[-2:-1]
         if not complete or complete[0] < rank:
             wanted = min(wanted + max(4, wanted // 2), C.size)
@@ -94,7 +94,7 @@ def whole_eigenspaces(
         missing = _count_below(K, M, (eigenvalues[end - 1] + eigenvalues[end]) / 2) - end
         if missing == 0:
             return eigenvalues[:end] * unit, modes[:, :end] / C.measure**0.5
-        # Krylov spaces may hold one copy only of a repeated eigenvalue: the others are orthogonal to what was found.
+        # Krylov spaces may hold one copy only of a repeated eigenvalue: the others are orthogonal to those that were found.
         more, more_modes = _smallest_eigenpairs(K, M, missing, parameters, prefix, orthogonal_to=modes)
         order = np.argsort(np.concatenate([eigenvalues, more]), kind="stable")
         eigenvalues = np.concatenate([eigenvalues, more])[order]

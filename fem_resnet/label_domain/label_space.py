@@ -218,7 +218,7 @@ class LabelSpace(OnMesh):
         """
         same(self.comm, name=name, values=_has_functions(values))
         if not instance("name", name, str):
-            raise ValueError("name: expected a name for messages, got an empty string; give what the values are")
+            raise ValueError("name: expected a name for messages, got an empty string")
         if _has_functions(values):
             values = self._columns(values, name)
         values = real_array(name, values, comm=self.comm, finite=False)

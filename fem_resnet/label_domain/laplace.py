@@ -74,7 +74,7 @@ def laplace_basis(
     cache
         A directory where eigenfunctions are kept, and looked for first: files of each rank, by a key made of the mesh's
         nodes and cells on all ranks, the space, the rank and `solver_parameters` (not of options on the command line). A file
-        that is damaged, or not what was written, is made anew; where none can be written, a warning says so.
+        that is damaged or was changed is made anew; where none can be written, a warning says so.
 
     Returns
     -------
@@ -175,7 +175,7 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
 
 
 def _turn(basis: Basis, new: PlaneWaves, values: np.ndarray, stiffness: np.ndarray) -> tuple[np.ndarray, float]:
-    """U V^T, by which new functions become those of the basis, and the largest part of a function that is lost."""
+    """U V^T, which turns the new functions onto the basis, and the largest part of a function that is lost."""
     # Waves that depend on the original alone, so that all its copies have one limit.
     old = PlaneWaves(basis.Y)
     # Pieces that do not hang together, or hardly, are told apart by waves of their size.
@@ -186,5 +186,5 @@ def _turn(basis: Basis, new: PlaneWaves, values: np.ndarray, stiffness: np.ndarr
     B = new.integrals(values, frequencies, old.centre)
     U, _, V = np.linalg.svd(cross_gram(A, B, basis.stiffness, stiffness, old.unit), full_matrices=False)
     turn = U @ V
-    # The original as waves see it, out of what became of it.
+    # The waves see each original function as a mixture of the turned ones, of singular values 1 where nothing is lost.
     return turn, float(np.abs(1 - np.linalg.svdvals(np.linalg.lstsq(B.T @ turn, A.T)[0])).max())

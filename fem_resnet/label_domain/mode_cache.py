@@ -50,7 +50,7 @@ def cache_key(Y: LabelSpace, rank: int, parameters: dict | None) -> str:
 
 
 def cached(directory: Path, key: str, Y: LabelSpace, find: Callable[[], Modes]) -> Modes:
-    """What an earlier call has left in files; else what `find` finds, kept for later calls. Collective.
+    """Eigenfunctions from the files of an earlier call; else those that `find` finds, kept for later calls. Collective.
 
     Parameters
     ----------
@@ -92,13 +92,13 @@ def cached(directory: Path, key: str, Y: LabelSpace, find: Callable[[], Modes]) 
         return None
 
     failures = [failure for failure in Y.comm.allgather(together(Y.comm, write)) if failure]
-    if failures:  # what was found is not thrown away for that
+    if failures:  # the eigenfunctions are good all the same
         log(Y.comm, logging.WARNING, "cache: eigenfunctions are not kept: %s", failures[0])
     return modes
 
 
 def _read(file: Path, name: str, Y: LabelSpace) -> Modes:
-    """What a file of the cache holds, if it is what was written under this name."""
+    """The eigenfunctions in a file of the cache; an error if the file holds something else."""
     with np.load(io.BytesIO(unsealed(file))) as arrays:
         if set(arrays.files) != {"name", *Modes._fields} or arrays["name"] != name:
             raise ValueError("it holds something else")

@@ -36,8 +36,8 @@ class Modes(NamedTuple):
     ends : numpy.ndarray
         How many functions lie in the first eigenspace, the first two, and so on, ascending.
     values : numpy.ndarray
-        Values at the owned nodes, shape (nodes, count). On a discontinuous space they are at first what the space sees of the
-        continuous functions, and not orthonormal.
+        Values at the owned nodes, shape (nodes, count). On a discontinuous space these are means or nodal values of the
+        continuous functions, and not orthonormal before `made_orthonormal`.
     stiffness : numpy.ndarray
         Gram matrix of the gradients of the continuous functions, shape (count, count). In an eigenspace that the mesh has
         split, rotated functions are no eigenfunctions, and the matrix is diagonal only up to these eigenspaces.
@@ -50,7 +50,7 @@ class Modes(NamedTuple):
 
 
 def eigenfunctions(Y: LabelSpace, rank: int, parameters: dict, prefix: str | None) -> Modes:
-    """The first `rank` eigenpairs, and what else belongs to the last one's eigenspace. Collective.
+    """The first `rank` eigenpairs, and the others of the last one's eigenspace. Collective.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def made_orthonormal(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
     Y
         The label domain.
     values
-        What Y sees of eigenfunctions, shape (nodes, functions).
+        `Modes.values`, or the first columns of these, shape (nodes, functions).
     """
     return values if _has_gradients(Y) else closest_orthonormal(Y, values)
 

@@ -1,7 +1,7 @@
 """Functions on Y as plane waves see them: integrals with waves fix rotations, signs and maps between meshes of one Y.
 
-The waves cos(k . (x - centre) + phase) depend on the coordinates alone, so that no partition and no numbering changes what
-they see. Where the coordinates jump between cells, as at the seam of a periodic mesh, an integral with a wave goes cell by
+The waves cos(k . (x - centre) + phase) depend on the coordinates alone, so that no partition and no numbering changes the
+integrals. Where the coordinates jump between cells, as at the seam of a periodic mesh, an integral with a wave goes cell by
 cell, so that it has a limit under refinement. A graph is seen by waves in the numbers of its points.
 """
 
@@ -20,8 +20,9 @@ __all__ = ["PlaneWaves", "cross_gram", "fix_rotation"]
 #: A direction of an eigenspace of which no wave sees more than this part has no rotation that round-off does not change.
 _INVISIBLE = 1e-5
 
-#: How much more equal eigenvalues count than what waves see, where a basis moves to another mesh. With 1 periodic meshes still
-#: mix in modes far off; from 100 on modes of a mesh of 25 nodes, whose eigenvalues are off by a tenth, are taken for others.
+#: How much more equal eigenvalues count than integrals with waves, where a basis moves to another mesh. With 1 periodic meshes
+#: still mix in modes far off; from 100 on modes of a mesh of 25 nodes, whose eigenvalues are off by a tenth, are taken for
+#: others.
 _SAME_EIGENVALUE = 10.0
 
 #: How many waves are held at a time.

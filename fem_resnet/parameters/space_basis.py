@@ -70,7 +70,7 @@ class Slot(ABC):
 
 
 class BatchValues(Slot):
-    """Batches by their values at the owned nodes, shape (nodes, samples); what is read is a read-only view.
+    """Batches by their values at the owned nodes, shape (nodes, samples); `read` gives a read-only view.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ class Replicated(Slot):
         return read_all([self], [function])[0]
 
     def read_owned(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """A copy of what this rank has, of the slot's shape: the numbers on the owner, arbitrary ones on other ranks."""
+        """The copy of this rank, of the slot's shape: the numbers on the owner, arbitrary ones on other ranks."""
         if self.Y.comm.rank != self._owner:
             return np.empty(self.shape)
         return function.dat.data_ro.reshape(self.shape).copy()
@@ -212,8 +212,8 @@ def new_cofunction(space: fd.functionspaceimpl.FiredrakeDualSpace, values: np.nd
 class SpaceBasis(Slot):
     """A slot whose arrays are coefficients in space, with an inner product.
 
-    Laws: `expand` is linear and `pull_back` its transpose, `<d, expand(c)> = <pull_back(d), c>` with the plain sums
-    over what all ranks own; `riesz(functional(c)) = c`.
+    Laws: `expand` is linear and `pull_back` its transpose, `<d, expand(c)> = <pull_back(d), c>`, where <., .> is the plain sum
+    of products over all ranks; `riesz(functional(c)) = c`.
     """
 
     @property
@@ -231,7 +231,7 @@ class SpaceBasis(Slot):
         return coefficients
 
     def pull_back(self, functional: np.ndarray) -> np.ndarray:
-        """`E^T d`: a functional of the coefficients, of their shape, from one of what a layer takes. Collective."""
+        """`E^T d`, of the shape of the coefficients: their functional, from a functional d of E c. Collective."""
         return functional
 
     @abstractmethod
@@ -248,7 +248,7 @@ class SpaceBasis(Slot):
 
     @abstractmethod
     def pair(self, functional: np.ndarray, coefficients: np.ndarray) -> float:
-        """`<d, c>`, the sum over what all ranks own. Collective."""
+        """`<d, c>`, the sum of products over all ranks. Collective."""
 
 
 class NodalValues(SpaceBasis):
@@ -284,7 +284,7 @@ class NodalValues(SpaceBasis):
         """A new Cofunction that holds a functional, shape (nodes,), in that very array where it has no halo. Collective."""
         values, size = functional, self.space.dof_dset.total_size
         if size > self.Y.nodes:
-            # As large as what the functional came in: then what is freed of one has room for the other.
+            # As large as the array of the functional: malloc then reuses the memory of one for the other.
             came_in = functional if functional.base is None else functional.base
             values = np.zeros(max(size, came_in.size))[:size]
             values[: self.Y.nodes] = functional

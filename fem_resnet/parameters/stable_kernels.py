@@ -138,7 +138,7 @@ class PositiveSemidefinite(StableKernel):
     Parameters
     ----------
     rank
-        Number of functions C_k, from 1; that of phi if left out.
+        Number of functions C_k, from 1; the rank of phi if left out.
 
     Examples
     --------
@@ -163,7 +163,7 @@ class PositiveSemidefinite(StableKernel):
     def controls(self, kernel):
         shape = self.shape(*kernel.shape)
         if shape[1] > kernel.phi.rank:
-            raise ValueError(f"rank: expected at most that of phi, {kernel.phi.rank}, got {shape[1]}")
+            raise ValueError(f"rank: expected at most the rank of phi, {kernel.phi.rank}, got {shape[1]}")
         return MatrixControls(kernel.phi.Y, shape, kernel.phi.gram)
 
     def start(self, kernel):
@@ -239,7 +239,7 @@ class NormBounded(StableKernel):
     Parameters
     ----------
     bound
-        c > 0, in the unit of B: that of 1 / time.
+        c > 0, in the unit of B, 1 / time.
     """
 
     bound: float = 1.0

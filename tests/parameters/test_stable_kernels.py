@@ -129,7 +129,7 @@ def test_what_a_set_cannot_be_made_of_is_refused():
         (lambda: PositiveSemidefinite(rank=0), "^rank: expected a positive integer, got 0"),
         (lambda: DampedAntisymmetric(-1.0), "^damping: expected a number >= 0"),
         (lambda: NormBounded(0.0), "^bound: expected a positive number"),
-        (lambda: network(PositiveSemidefinite(rank=7)), "^rank: expected at most that of phi, 4, got 7"),
+        (lambda: network(PositiveSemidefinite(rank=7)), "^rank: expected at most the rank of phi, 4, got 7"),
         (
             lambda: network(DampedAntisymmetric(), psi=laplace("disk", "CG1", 3)),
             "^kernel.among: expected one basis for phi and psi with DampedAntisymmetric",
