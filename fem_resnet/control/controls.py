@@ -10,10 +10,11 @@ from fem_resnet.arguments import instance, integer, number, real_array
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.label_domain.orthonormal import orthonormal_factors
 from fem_resnet.layers.inputs import LayerCoefficients
 from fem_resnet.network.network import ResidualNetwork
 
-__all__ = ["Controls", "orthonormal_factor"]
+__all__ = ["Controls"]
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class Controls:
             The coefficients, shape (rank, rank).
         """
         check_label_space(Y)
-        phi, R = orthonormal_factor(Y, self.phi)
-        psi, S = orthonormal_factor(Y, self.psi)
+        phi, R = orthonormal_factors(Y, self.phi)
+        psi, S = orthonormal_factors(Y, self.psi)
         U, sizes, V = np.linalg.svd(R @ S.T)
         rank = int(np.count_nonzero(sizes > 1e-13 * max(sizes.max(initial=0.0), 1e-300)))
         if rank == 0:
@@ -168,16 +169,3 @@ class Controls:
         return cls(
             inputs.bias.coefficients(fraction), factors.phi.values @ inputs.beta.coefficients(fraction), factors.psi.values
         )
-
-
-def orthonormal_factor(Y: LabelSpace, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Q and R with P = Q R and Q^T M Q = 1. Collective.
-
-    Each rank factors its own rows, then all ranks factor the R of all ranks. P and Q have shape (nodes, rank).
-    """
-    root = np.sqrt(Y.weights)[:, None]
-    q, r = np.linalg.qr(root * P)
-    stacked = Y.comm.allgather(r)
-    first = sum(len(part) for part in stacked[: Y.comm.rank])
-    Q, R = np.linalg.qr(np.vstack(stacked))
-    return (q @ Q[first : first + len(r)]) / root, R

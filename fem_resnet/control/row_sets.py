@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fem_resnet.arguments import instance, number, real_array
-from fem_resnet.control.controls import Controls, orthonormal_factor
+from fem_resnet.control.controls import Controls
 from fem_resnet.control.sets.control_set import interval
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.label_domain.orthonormal import orthonormal
+from fem_resnet.label_domain.orthonormal import orthonormal, orthonormal_factors
 from fem_resnet.ranks import same
 
 __all__ = [
@@ -197,7 +197,7 @@ def distance(Y: LabelSpace, controls: Controls, other: Controls) -> tuple[float,
     The distance in a is divided by the largest abs(a) of both, and that in b by the largest norm of b(y, .) in L2(Y) of
     both. The larger of the two counts.
     """
-    _, R = orthonormal_factor(Y, np.hstack([controls.psi, other.psi]))
+    _, R = orthonormal_factors(Y, np.hstack([controls.psi, other.psi]))
     mine, theirs = controls.phi @ R[:, : controls.psi.shape[1]].T, other.phi @ R[:, controls.psi.shape[1] :].T
 
     def largest(*parts):

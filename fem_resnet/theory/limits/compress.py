@@ -38,7 +38,8 @@ class KernelSampling:
         The largest number N_y N_z of values that is computed. For more values, cross approximation computes some rows and
         columns: about rank (N_y + N_z) values.
     confidence
-        The probability with which a sampled error holds, between 0 and 1.
+        The probability with which a sampled error holds, between 0 and 1. It supposes that the sample has met what is large:
+        a bump of b on less than a hundredth of Y and of Z may be missed by all pairs and rows.
     seed
         The seed of what is drawn at random.
 
