@@ -266,11 +266,15 @@ class Limit:
         return self._stepped(end(y), np.array([-at_y @ (s * r) for s, r in zip(slope[::-1], kept)]))
 
 
-def network(Y, **options):
-    """One with these coefficients, at all times."""
+def network(Y, layers=1, steps=3, solver_parameters=RK8):
+    """A network with these coefficients, at all times."""
     found = compress(kernel, 1e-9, Y)
-    options = {"layers": Layers(1, T, steps=3), "solver_parameters": RK8} | options
-    net = ResidualNetwork(Kernel(found.kernel.phi, found.kernel.psi, in_time="shared"), bias=Bias(in_time="shared"), **options)
+    net = ResidualNetwork(
+        Kernel(found.kernel.phi, found.kernel.psi, in_time="shared"),
+        bias=Bias(in_time="shared"),
+        layers=Layers(layers, T, steps=steps),
+        solver_parameters=solver_parameters,
+    )
     net.kernel.set(0, found.beta)
     net.bias.set(0, bias(Y.coordinates))
     return net

@@ -883,6 +883,7 @@ THEORY = {
             "z_0": np.array([1.0, 2.0, 3.0]),
             "partition": three_points(),
             "tau": 0.5,
+            "steps": 1,
         },
         {"tau": {"a fraction", "a bool"}},
         parted=("partition",),

@@ -19,18 +19,18 @@ The way back needs Euler's method: no other scheme is a residual network (2.1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import firedrake as fd
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fem_resnet.arguments import real_array
+from fem_resnet.arguments import integer, real_array
 from fem_resnet.features import HELD, supports
 from fem_resnet.label_domain.basis import cell_indicators, node_numbers
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.network.settings import Bias, Kernel
+from fem_resnet.network.settings import Bias, Kernel, Layers
 from fem_resnet.ranks import same
 
 __all__ = ["NetworkArrays", "from_network", "state_array", "to_network"]
@@ -57,7 +57,14 @@ class NetworkArrays(NamedTuple):
 
 
 def from_network(
-    a: ArrayLike, B: ArrayLike, z_0: ArrayLike, partition: LabelSpace, *, tau: float | Sequence[float] = 1.0, **options
+    a: ArrayLike,
+    B: ArrayLike,
+    z_0: ArrayLike,
+    partition: LabelSpace,
+    *,
+    tau: float | Sequence[float] = 1.0,
+    steps: int = 1,
+    **options: Any,
 ) -> tuple[ResidualNetwork, fd.Function]:
     """A residual network (2.1) as a network on a partition of a label domain, by (2.4); equal to round-off.
 
@@ -81,9 +88,11 @@ def from_network(
         DG of degree 0 on a mesh of N cells; `point_space` makes one from the measures |Y_k| alone.
     tau
         A step size tau > 0 for all layers, or one for each layer, shape (L,); in the unit of t.
+    steps
+        Number of time steps a layer. With more than one the network solves the ODE (2.3) instead of (2.1).
     options
-        Other arguments of `ResidualNetwork`, such as `activation`. If "solver_parameters" name another scheme, or "steps" is
-        given, the network solves the ODE (2.3) instead of (2.1).
+        Other arguments of `ResidualNetwork`, such as `activation`. If "solver_parameters" name another scheme than Euler's,
+        the network solves (2.3) too.
 
     Returns
     -------
@@ -110,15 +119,15 @@ def from_network(
     True
     """
     check_label_space(partition, "partition")
-    same(partition.comm, a=a, B=B, z_0=z_0, tau=tau)
+    same(partition.comm, a=a, B=B, z_0=z_0, tau=tau, steps=steps)
     cells = cell_indicators(partition)
     N = cells.rank
     a, B, z_0 = (real_array(name, array) for name, array in (("a", a), ("B", B), ("z_0", z_0)))
     if z_0.shape[:1] != (N,) or z_0.ndim not in (1, 2):
         raise ValueError(f"z_0: expected shape ({N},) or ({N}, samples), with a row for each cell; got shape {z_0.shape}")
-    steps = real_array("tau", tau, above=0)
-    layers = _layers(partition, {"a": (a, (N,)), "B": (B, (N, N)), "tau": (steps, ())})
-    times = np.append(0.0, np.cumsum(np.broadcast_to(steps, layers))).tolist()
+    lengths, steps = real_array("tau", tau, above=0), integer("steps", steps)
+    layers = _layers(partition, {"a": (a, (N,)), "B": (B, (N, N)), "tau": (lengths, ())})
+    times = np.append(0.0, np.cumsum(np.broadcast_to(lengths, layers))).tolist()
     options = {"solver_parameters": EULER} | options
     if options.get("gradient_flow"):
         raise ValueError(
@@ -127,7 +136,7 @@ def from_network(
     net = ResidualNetwork(
         Kernel(cells, in_time="layers" if B.ndim == 3 else "shared"),
         bias=Bias(in_time="layers" if a.ndim == 2 else "shared"),
-        layers=times,
+        layers=Layers(times, steps=steps),
         **options,
     )
     numbers, measures = node_numbers(partition), cells.project(np.ones((partition.nodes, 1)))[:, 0]
