@@ -30,8 +30,13 @@ import fem_resnet.learning.problem
 import fem_resnet.learning.regulariser
 import fem_resnet.network.coefficient_segment
 import fem_resnet.network.network
+import fem_resnet.network.network_parameters
+import fem_resnet.network.other_networks
 import fem_resnet.network.run
+import fem_resnet.network.seen_input
 import fem_resnet.network.segment
+import fem_resnet.network.settings
+import fem_resnet.network.solver
 import fem_resnet.parameters.kernel
 import fem_resnet.parameters.parameter
 import fem_resnet.parameters.retraction
@@ -114,7 +119,7 @@ Linear = fem_resnet.time_stepping.jacobian.LinearLayer
 Segment, CoefficientSegment = fem_resnet.network.segment.Segment, fem_resnet.network.coefficient_segment.CoefficientSegment
 CostRate = fem_resnet.layers.running_cost.CostRate
 space, time_basis, inputs = fem_resnet.parameters.space_basis, fem_resnet.parameters.time_basis, fem_resnet.layers.inputs
-Loss = fem_resnet.learning.loss._LossOperator
+Loss = fem_resnet.learning.loss.LossOperator
 HeadOperator = fem_resnet.learning.head._HeadOperator
 Kernel, Basis, LabelSpace = (
     fem_resnet.parameters.kernel.LowRankKernel,
@@ -609,8 +614,8 @@ FAULTS = [
         line(
             Segment,
             "_adjoint",
-            "costates.append((duals, psi, gamma))",
-            "costates.append((duals, psi, gamma))\n        gamma = [0 * part for part in gamma]",
+            "interfaces.append(at)",
+            "interfaces.append(at)\n        at = at._replace(by_g=[0 * part for part in at.by_g])",
         ),
     ),
     Fault(
@@ -618,26 +623,28 @@ FAULTS = [
         CLASSES,
         line(
             Segment,
-            "_adjoint_start",
-            "self._unfold(psi, gamma[order : order + 1], duals[order : order + 1])[0][: self._nodes]",
-            "duals[order][: self._nodes].copy()",
+            "_at_start",
+            "self._unfold(one)[0][: self._nodes]",
+            "at.by_f[order][: self._nodes].copy()",
         ),
     ),
     Fault(
         "gamma comes without the measure",
         CLASSES,
-        line(Segment, "_unfold", "return [psi.functional(part) + dual for", "return [psi.values @ part + dual for"),
+        line(Segment, "_unfold", "return [at.psi.functional(by_g) + by_f for", "return [at.psi.values @ by_g + by_f for"),
     ),
     Fault(
         "co-states without gamma",
         CLASSES,
-        line(Segment, "costate", "r = psi.values @ gamma[0]", "r = 0 * (psi.values @ gamma[0])"),
+        line(Segment, "costate", "r = at.psi.values @ at.by_g[0]", "r = 0 * (at.psi.values @ at.by_g[0])"),
     ),
     Fault("sign of r", CLASSES, line(Segment, "costate", "return r", "return -r")),
     Fault(
         "the co-state is the functional itself",
         CLASSES,
-        line(Segment, "costate", "r += duals[0][: self._nodes] / self._Y.weights[:, None]", "r += duals[0][: self._nodes]"),
+        line(
+            Segment, "costate", "r += at.by_f[0][: self._nodes] / self._Y.weights[:, None]", "r += at.by_f[0][: self._nodes]"
+        ),
     ),
     Fault(
         "states of a layer too early",
@@ -645,9 +652,9 @@ FAULTS = [
         line(fem_resnet.network.run.Piece, "state", "self._traces()[:layers]", "self._traces()[: max(layers - 1, 0)]"),
     ),
     Fault(
-        "the second adjoint mixes its two duals",
+        "the second adjoint mixes its two functionals",
         CLASSES,
-        line(Segment, "second_adjoint", "directions, dual_dot, dual)", "directions, dual, dual_dot)"),
+        line(Segment, "second_adjoint", "directions, functional_dot, functional)", "directions, functional, functional_dot)"),
     ),
     # what the head sees of f(T) alone
     Fault(
@@ -658,7 +665,7 @@ FAULTS = [
     Fault(
         "coefficients of any input are taken for those of this one",
         LAYERS,
-        line(Segment, "_seen", "self._input[0]() is f and", "self._input[2] is not None and"),
+        line(fem_resnet.network.seen_input.SeenInput, "through", "self._array() is f and", "self._g is not None and"),
     ),
     Fault(
         "kept coefficients outlive their input", FIELD, line(space.SeenBatch, "read", "kept == version", "kept is not None")
@@ -676,7 +683,7 @@ FAULTS = [
     Fault(
         "segments of coefficients start their adjoint at zero",
         FIELD,
-        line(CoefficientSegment, "_adjoint_end", "return state, []", "return self._nothing(psi, state), []"),
+        line(CoefficientSegment, "_at_end", "Functional([], psi, state)", "Functional([], psi, [0 * part for part in state])"),
     ),
     Fault(
         "states do not go on from the piece before",
@@ -964,7 +971,7 @@ FAULTS = [
     Fault(
         "a running cost ignores the weights of samples",
         COSTS,
-        line(Segment, "_functionals", "self.omega * cost", "np.full(len(self.omega), cost / len(self.omega))"),
+        line(Segment, "_of_states", "self.omega * cost", "np.full(len(self.omega), cost / len(self.omega))"),
     ),
     # reproducibility
     Fault("J drifts with each evaluation", CLASSES, _counted_up(Loss, "forward")),
@@ -977,7 +984,7 @@ FAULTS = [
         "an unrecorded run spoils a trajectory",
         CLASSES,
         line(
-            fem_resnet.network.network.ResidualNetwork,
+            fem_resnet.network.solver.Solver,
             "_segments",
             "if annotate_tape():",
             "if not self._scratch and annotate_tape():\n        self._scratch[space.value_shape, running, seen_by, observed] = make()\n    if False:",  # noqa: E501
@@ -1256,13 +1263,18 @@ FURTHER = [
     Fault(
         "gamma is lost where psi changes",
         BUILT_IN,
-        line(Segment, "_adjoint", "duals = self._unfold(psi, gamma, duals)", "duals = list(duals)"),
+        line(Segment, "_adjoint", "self._without_g(psi, self._unfold(at))", "self._without_g(psi, list(at.by_f))"),
         True,
     ),
     Fault(
         "a co-state is that of the next layer",
         BUILT_IN,
-        line(Segment, "costate", "self._costates[layer]", "self._costates[min(layer + 1, len(self._costates) - 1)]"),
+        line(
+            Segment,
+            "costate",
+            "self._at_interfaces[layer]",
+            "self._at_interfaces[min(layer + 1, len(self._at_interfaces) - 1)]",
+        ),
         True,
     ),
     Fault(
@@ -1297,17 +1309,30 @@ FURTHER = [
     Fault(
         "learned times are no controls",
         BUILT_IN,
-        line(Network, "parameters", "[] if self.layer_times is None else [self.layer_times]", "[]"),
+        line(
+            fem_resnet.network.network_parameters.NetworkParameters,
+            "learned",
+            "[] if self.layer_times is None else [self.layer_times]",
+            "[]",
+        ),
         True,
     ),
     Fault(
         "on another space coefficients come in the other order",
         BUILT_IN,
-        line(Network, "_take", "theirs.get(k)", "theirs.get(len(theirs.functions) - 1 - k)"),
+        line(fem_resnet.network.other_networks, "copy_coefficients", "ours.get(k)", "ours.get(len(ours.functions) - 1 - k)"),
         True,
     ),
     Fault(
-        "settings forget the number of steps", BUILT_IN, line(Network, "settings", '"steps": self.steps', '"steps": 1'), True
+        "settings forget the number of steps",
+        BUILT_IN,
+        line(
+            fem_resnet.network.settings.Settings,
+            "arguments",
+            "for field in fields(self)}",
+            'for field in fields(self)} | {"layers": replace(self.layers, steps=1)}',
+        ),
+        True,
     ),
     Fault(
         "on another space a head loses mu",
