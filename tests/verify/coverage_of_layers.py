@@ -51,7 +51,7 @@ def _statements(node: ast.AST, inside: bool = False) -> set[int]:
         if isinstance(part, (ast.Raise, ast.ExceptHandler)):
             continue
         function = isinstance(part, ast.FunctionDef)
-        text = isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
+        text = isinstance(part, ast.Nonlocal) or isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
         if inside and isinstance(part, ast.stmt) and not (function or text):
             found.add(part.lineno)
         found |= _statements(part, inside or function)
