@@ -243,14 +243,15 @@ NOT_REACHED_IN_C = (
     "MPI_Allreduce(MPI_IN_PLACE", "layer->reductions++;", "if (!WENT_WELL(outcome)) break;", "layer->step < layer->steps)",
     "__builtin_prefetch(", "for (int i = 0; i < ranks; i++)", "(a ? a[i] + (vec){0} : get(place))", "ALL_TILES(",
 )  # fmt: skip
-#: And statements of Python: without a compiler; on several ranks; before a solve; after a failure; for one compiled layer between
-#: others, which the built-in problems have not.
+#: And statements of Python: without a compiler; on several ranks; before a solve; after a failure; for one compiled layer
+#: between others, which the built-in problems have not.
 NOT_REACHED_IN_PYTHON = (
     "compiled_stage.py: return Stage(Y, activation, samples, precision)",
     "segment.py: self._Y.comm.Allreduce(MPI.IN_PLACE, probe, op=MPI.MAX)",
     "compiled_layer.py: return LayerTrace()", "segment.py: return None",
     "compiled_layer.py: stepper = self.steppers[layer]",
-    "compiled_layer.py: return stepper.failed(what, stepper.solver.ts.getTime())", "compiled_layer.py: self.solver = self._new()",
+    "compiled_layer.py: return stepper.failed(what, stepper.solver.ts.getTime())",
+    "compiled_layer.py: self.solver = self._new()",
     "compiled_layer.py: return CompiledLayers([self]).forward(g, f, [inputs], save, [steps])",
     "compiled_layer.py: (result,) = CompiledLayers([self]).adjoint(by_g, by_f)", "compiled_layer.py: return result",
 )  # fmt: skip
