@@ -1,5 +1,6 @@
-"""Residual networks as solutions of (2.8): segments of layers on the tape, `ResidualNetwork` and its `Run`.
+"""Residual networks as solutions of (2.8): `ResidualNetwork` and its `Run`, made of a `Kernel`, a `Bias` and `Layers`.
 
-A segment is one or more consecutive layers, one step on pyadjoint's tape; `coefficient_segment` is one of which all that
-follows sees f through psi. Users import `ResidualNetwork` and `Run`.
+`settings` says what a network is made of, `network_parameters` what it learns, `solver` how it is run, and `other_networks` which
+networks are made of it. A `segment` is one or more consecutive layers, one step on pyadjoint's tape. Users import
+`ResidualNetwork`, `Kernel`, `Bias`, `Layers` and `Run`; folders above also use `layer_segments` of a network.
 """
