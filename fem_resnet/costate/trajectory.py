@@ -132,7 +132,7 @@ def solve_trajectory(
 ) -> Trajectory:
     """Solve (2.8) in the nodal values, layer by layer, and keep f at the ends of all steps. Collective.
 
-    This is (4.1a) for the network's bias and kernel. `solve_costate` goes back along the result.
+    For the network's bias and kernel, and f_I, this is (4.1). `solve_costate` goes back along the result.
 
     Parameters
     ----------

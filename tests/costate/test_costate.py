@@ -151,7 +151,7 @@ def test_nothing_is_shared_with_the_adjoint_of_the_layers(monkeypatch):
     for owner in (
         "layers.stage.Stage.transpose", "time_stepping.ts_stepper.TSStepper.adjoint",
         "time_stepping.compiled_layer.CompiledLayers.adjoint", "network.segment.Segment.adjoint",
-        "learning.head._HeadOperator.adjoint", "learning.loss._LossOperator.adjoint",
+        "learning.head._HeadOperator.adjoint", "learning.loss.LossOperator.adjoint",
     ):  # fmt: skip
         monkeypatch.setattr(f"fem_resnet.{owner}", forbidden)
     trajectory = solve_trajectory(problem.net, problem.batch.inputs)

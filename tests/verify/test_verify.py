@@ -384,9 +384,9 @@ def _others_bias(patch):
 
 
 def _loss_of_rank_0(patch):
-    forward = fem_resnet.learning.loss._LossOperator.forward
+    forward = fem_resnet.learning.loss.LossOperator.forward
     patch.setattr(
-        fem_resnet.learning.loss._LossOperator,
+        fem_resnet.learning.loss.LossOperator,
         "forward",
         lambda self, arrays, save: forward(self, arrays, save) * (1.0 + 1e-9 * self._Y.comm.rank),
     )

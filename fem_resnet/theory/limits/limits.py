@@ -72,7 +72,8 @@ def depth_limit(
     The first error is the error of the network itself, how far it is from the ODE that its layers discretise.
     (`costate_check` compares co-states and gradients of a learning problem in the same way.) The other errors show the
     order of convergence. It is the order of the scheme if no coefficient jumps inside of a layer, and the coefficients of
-    a network do not. The coefficients of a network are bounded, (A2) of 2.1; that sigma satisfies (A1) of 2.1 is supposed.
+    a network do not. Distances are measured at the layer times, where z^tau of (2.2) is z_l. The coefficients of a network
+    are bounded, (A2) of 2.1; that sigma satisfies (A1) of 2.1 is supposed.
     Collective over the ranks of the label domain.
 
     Parameters
