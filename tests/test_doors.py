@@ -158,7 +158,9 @@ DOORS = {
     "bias.set": Door("coefficients of bias_0", lambda x: parts()[1].bias.set(0, x), nodal(), in_parts=True),
     "W.set": Door("coefficients of W_0", lambda x: parts()[0].head.W.set(0, x), plain(3, 4)),
     "stable kernel.set": Door("coefficients of kernel_0", lambda x: stable().kernel.set(0, x), lambda: np.eye(4)),
-    "times": Door("times", lambda x: ResidualNetwork(laplace("disk", "CG1", 4), layers=x), lambda: np.array([0.0, 0.5, 1.0])),
+    "times": Door(
+        "layers.times", lambda x: ResidualNetwork(laplace("disk", "CG1", 4), layers=x), lambda: np.array([0.0, 0.5, 1.0])
+    ),
     "labels": Door("labels", lambda x: parts()[0].head.observations(x), lambda: np.array([0, 2, 1])),
     "weights of a problem": Door("weights", weights_in_a_problem, plain(4)),
     "weights of a loss": Door(
@@ -328,10 +330,10 @@ def _initial():
 
 #: Every number that a public function takes, by its name in messages.
 NUMBERS = {
-    "final_time": lambda x: _net(final_time=x),
-    "layers": lambda x: _net(layers=x),
-    "steps": lambda x: _net(steps=x),
-    "layers_per_block": lambda x: _net(layers_per_block=x),
+    "layers.final_time": lambda x: _net(final_time=x),
+    "layers.times": lambda x: _net(layers=x),
+    "layers.steps": lambda x: _net(steps=x),
+    "layers.per_block": lambda x: _net(layers_per_block=x),
     "tolerance": lambda x: _net().truncated(x),
     "classes": class_space,
     "onto": lambda x: Head(laplace("disk", "CG1", 4), x),
@@ -379,7 +381,7 @@ NUMBERS = {
     "memory": lambda x: _value_function(memory=x),
 }
 #: Where None has a meaning.
-OPTIONAL = {"layers_per_block", "seed", "rank ", "at", "steps  "}
+OPTIONAL = {"layers.per_block", "layers.final_time", "seed", "rank ", "at", "steps  "}
 
 
 def _parts():
@@ -410,8 +412,8 @@ CHOICES = {
     "prediction ": (lambda x: Loss("mine", least_squares.value, least_squares.gradient, x), "'softmax'"),
     "learn": (lambda x: LearningProblem(*_parts(), learn=x), "'initial'"),
     "precision": (lambda x: _net(precision=x), "'single'"),
-    "bias_in_time": (lambda x: _net(bias_in_time=x), "'linear'"),
-    "kernel_in_time": (lambda x: _net(kernel_in_time=x), "'linear'"),
+    "bias.in_time": (lambda x: _net(bias_in_time=x), "'linear'"),
+    "kernel.in_time": (lambda x: _net(kernel_in_time=x), "'linear'"),
     "kind": (lambda x: LowRankKernel(*[laplace("disk", "CG1", 4)] * 2).norm(np.eye(4), x), "'operator'"),
     "norm": (lambda x: integrated_norms(_net(), x), "'operator'"),
     "name": (lambda x: GrowthMonitor(_net()).norms(x), "'L1'"),

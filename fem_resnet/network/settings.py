@@ -18,6 +18,7 @@ import numpy as np
 
 from fem_resnet.activation.activation import Activation, get_activation
 from fem_resnet.arguments import choice, flag, instance, integer, number, real_array
+from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.orthonormal import orthonormal
@@ -29,9 +30,9 @@ __all__ = ["Bias", "Kernel", "Layers", "Settings", "checked_times", "settings_of
 
 
 def _frozen(given: object) -> object:
-    """A copy of a list or of an array with one axis that nobody can change."""
-    if isinstance(given, np.ndarray) and given.ndim == 1:
-        given = given.tolist()
+    """A copy of a list or an array that nobody can change."""
+    if isinstance(given, np.ndarray):
+        return read_only(given.copy())
     return tuple(given) if isinstance(given, list) else given
 
 
@@ -315,7 +316,8 @@ def _parts(name: str, given: Kernel | Bias | Layers) -> dict[str, Any]:
 
 def _checked_times(times: int | Sequence[float], final_time: float | None) -> tuple[float, ...]:
     """Layer times, from these or from the number of layers and T."""
-    if not isinstance(times, (Sequence, np.ndarray)) or isinstance(times, (str, bytes)):
+    reads_as_array = isinstance(times, Sequence) or hasattr(times, "__array__")
+    if not reads_as_array or isinstance(times, (str, bytes, np.generic)):
         count = integer("layers.times", times, least=0)
         end = 1.0 if final_time is None else number("layers.final_time", final_time, above=0)
         return tuple(np.linspace(0.0, end, count + 1).tolist()) if count else (0.0,)

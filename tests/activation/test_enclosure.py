@@ -113,7 +113,8 @@ def test_zeros_are_found_wherever_they_are(expression, expected):
 )
 def test_several_zeros_are_refused(expression):
     with pytest.raises(
-        ValueError, match="^activation: expected an activation that vanishes on one interval, .* vanishes at several places, among them"
+        ValueError,
+        match="^activation: expected an activation that vanishes on one interval, .* vanishes at several places, among them",
     ):
         zero_set(Activation.from_sympy(expression))
 

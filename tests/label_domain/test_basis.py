@@ -185,7 +185,9 @@ def test_a_rank_that_the_continuous_space_has_not_is_refused():
 
 @on_ranks
 def test_an_eigensolver_that_gives_up_is_told():
-    with pytest.raises(RuntimeError, match=r"SLEPc found \d+ of \d+ eigenvalues in 1 iterations, DIVERGED_ITS; .* 'eps_max_it'"):
+    with pytest.raises(
+        RuntimeError, match=r"SLEPc found \d+ of \d+ eigenvalues in 1 iterations, DIVERGED_ITS; .* 'eps_max_it'"
+    ):
         laplace_basis(label_space("disk", "CG1", 3), 8, solver_parameters={"eps_max_it": 1})
 
 

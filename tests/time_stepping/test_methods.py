@@ -136,10 +136,10 @@ def test_a_compiled_layer_alone_is_one_of_a_sequence():
 
 def test_one_linear_solve_a_newton_step_and_no_matrix_of_the_nodes():
     net = network(solver_parameters={"ts_type": "cn"})
-    stepper = net._stepper(net._stage(3), 0, 1)
+    stepper = net._solver._stepper(net._solver._stage(3), 0, 1)
     assert stepper.solver.jacobian.getSize() == (3 * 5, 3 * 5)
     assert stepper.solver.jacobian.getInfo()["nz_used"] == 3 * 5**2
-    segment = net._new_segments(net.Y.batch_space(3))[0]
+    segment = net._solver.new_segments(net.Y.batch_space(3))[0]
     segment.forward([smooth(net.Y), *(basis.read(f) for basis, f in zip(segment.inputs[1:], segment.functions))], False)
     snes = segment.steppers[0].solver.ts.getSNES()
     assert snes.getLinearSolveIterations() == snes.getIterationNumber() > 0

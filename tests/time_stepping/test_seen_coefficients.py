@@ -201,7 +201,7 @@ def test_a_users_own_run_has_f_on_the_tape():
     problem = _problem(net, net.bases["psi"][0])
     assert not _is_short(net.run(problem.batch.inputs))
     assert _is_short(problem.evaluate()[1])
-    with pytest.raises(ValueError, match="^seen_by: .* is not what this network steps"):
+    with pytest.raises(ValueError, match="^seen_by: .* is not the psi of all layers"):
         net.run(problem.batch.inputs, seen_by=net.bases["phi"][0])
 
 
@@ -250,8 +250,8 @@ def test_no_field_is_made_in_an_evaluation_and_its_derivative(compiled, layers_p
 
 def test_the_adjoint_at_the_start_is_made_where_it_is_wanted_alone(monkeypatch):
     """Through f as well: where f_I is learned, and at an interface between two Blocks."""
-    calls, start = [], Segment._adjoint_start
-    monkeypatch.setattr(Segment, "_adjoint_start", lambda *arguments: (calls.append(1), start(*arguments))[1])
+    calls, start = [], Segment._at_start
+    monkeypatch.setattr(Segment, "_at_start", lambda *arguments: (calls.append(1), start(*arguments))[1])
     for layers_per_block, learn, expected in ((None, "parameters", 0), (2, "parameters", 1), (2, "both", 2)):
         problem = _both(network("disk", "CG1", layers_per_block=layers_per_block), learn=learn)[1]
         J, _ = problem.record()

@@ -4,6 +4,7 @@ The domains are a disk, an annulus and a sphere; none has the measure 1.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,9 +201,7 @@ def test_what_was_not_measured_is_refused():
 
 def stepped(net, h, initial, layers=1):
     """Measured along steps of length h of the network's method."""
-    other = flat_network(
-        net.bases["phi"][0], bias=net.bases["bias"][0], **(net.settings | {"times": h * np.arange(layers + 1.0)})
-    )
+    other = net.replace(layers=replace(net.settings.layers, times=h * np.arange(layers + 1.0)))
     other.kernel.set(0, net.kernel.get(0))
     other.bias.set(0, net.bias.get(0))
     return EnergyMonitor(other).watch(other.run(initial))
