@@ -190,7 +190,7 @@ def in_a_network(kind: type, argument: str):
 
     @wraps(kind)
     def network_of(**given):
-        return flat_network(**{"kernel": phi(), "bias": phi(), "layers": 2} | {argument: kind(**given)})
+        return ResidualNetwork(**{"kernel": phi(), "bias": phi(), "layers": 2} | {argument: kind(**given)})
 
     return network_of
 

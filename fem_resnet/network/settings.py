@@ -314,7 +314,7 @@ def _parts(name: str, given: Kernel | Bias | Layers) -> dict[str, Any]:
     return {f"{name}.{field.name}": getattr(given, field.name) for field in fields(given)}
 
 
-def _checked_times(times: int | Sequence[float], final_time: float | None) -> tuple[float, ...]:
+def _checked_times(times: Any, final_time: float | None) -> tuple[float, ...]:
     """Layer times, from these or from the number of layers and T."""
     reads_as_array = isinstance(times, Sequence) or hasattr(times, "__array__")
     if not reads_as_array or isinstance(times, (str, bytes, np.generic)):
