@@ -417,7 +417,7 @@ def _local_feedback(p, feedback, close, start):
 @feedback_of("LowRankFeedback", call=lambda p: LowRankFeedback(LocalFeedback(p, gradient_tolerance=1e9)))
 def _low_rank_feedback(p, many, close, start):
     one, inputs, rtol = many._feedback, _near(p, 0.1), 1e-2 if p.net.settings.precision == "single" else 1e-6
-    for found, expected, basis in zip(many(inputs), one(inputs), many._bases):
+    for found, expected, basis in zip(many(inputs), one(inputs), many._coefficients.bases):
         assert_allclose(found[0], basis.read(expected), atol=rtol)
     assert_allclose(many.predicted_values(inputs)[0], one.predicted_value(inputs), rtol=rtol)
 

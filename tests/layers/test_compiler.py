@@ -369,7 +369,7 @@ folder = tempfile.TemporaryDirectory()
 fem_resnet.compiler.configuration = fem_resnet.compiler.configuration | {"cache_dir": folder.name}  # for it alone
 for repeat in range(2):
     before = len(started)
-    net = fem_resnet.ResidualNetwork(Kernel(basis, basis), layers=2, activation="relu")
+    net = fem_resnet.ResidualNetwork(fem_resnet.Kernel(basis, basis), layers=2, activation="relu")
     net(Y.batch([[1.0]] * Y.nodes))
     counts.append([program for program, ours in started[before:] if ours])
 print(repr((at_import, len(started), counts)))
