@@ -83,7 +83,9 @@ intersphinx_mapping = inventories.mapping(DOCS / "inventories", DOCS / "generate
 # Names that no inventory has: private ones, and those of packages without pages of their classes.
 nitpick_ignore_regex = [
     ("py:class", r"(fem_resnet\.[\w.]+\.)?_\w+"),
-    ("py:class", r"fem_resnet\.[\w.]+\.(Part|EndFunctionals)"),
+    ("py:class", r"fem_resnet\.[\w.]+\.(At|Part|EndFunctionals)"),
+    # Annotations of fields of named tuples are shown as they are written.
+    ("py:class", r"(fd\.[\w.]+|AdjFloat|weakref\.ReferenceType)"),
     ("py:class", r"(checkpoint_schedules|h5py|petsctools|pyadjoint|MPI)\.[\w.]+"),
     ("py:class", r"firedrake\.(adjoint|checkpointing|ensemble)\.[\w.]+"),
     ("py:class", r"scipy\.sparse\._\w+\.\w+"),

@@ -5,8 +5,8 @@ these states, in memory or on disk, and computes the others again on its way bac
 this. This module adds what they lack for this package:
 
 - Leaves, the Functions that no Block made (parameters, f_I), are never cleared, so no step stores them. pyadjoint stores a
-leaf in
-  every step up to its first use, so that with own controls in each layer the size of the tape would grow quadratically.
+  leaf in every step up to its first use, so that with own controls in each layer the size of the tape would grow
+  quadratically.
 - A Block can ask whether an adjoint follows what it computes now (`Manager.adjoint_follows`).
 - Checkpoints on disk go to a file without a name, one a rank, in the folder of temporary files (TMPDIR). The operating system
   frees it when the process ends, however that happens.
