@@ -173,8 +173,8 @@ class HeadSolve:
     solution : tuple of numpy.ndarray
         W and mu of the latest evaluation, of shapes (rank of X, rank of psi) and (rank of X,).
     condition : float
-        The condition number of the least squares problem that they solve, Tikhonov's rows included; the one of the normal
-        equations is its square.
+        The condition number of the least squares problem that they solve, Tikhonov's rows included, in the label measure;
+        infinite if `determined` is less than all. The one of the normal equations would be its square.
     determined : int
         How many of its (rank of psi + 1) unknowns samples and Tikhonov determine.
     """
@@ -241,7 +241,7 @@ class HeadSolve:
         left, sizes, directions = scipy.linalg.svd(np.vstack([triangle, self._ridges]), full_matrices=False)
         known = sizes > np.finfo(float).eps * len(rows) * sizes[0]
         self.determined = int(known.sum())
-        self.condition = float(sizes[0] / sizes[-1]) if sizes[-1] > 0 else np.inf
+        self.condition = float(sizes[0] / sizes[-1]) if known.all() else np.inf
         inner = right @ left[: len(triangle), known]
         solved = (inner / sizes[known]) @ directions[known]
         return scipy.linalg.solve_triangular(self._root, solved[:, :-1].T).T, solved[:, -1]
