@@ -14,7 +14,8 @@ in each coefficient of X alone, so that all of them share one matrix with (rank 
 times before T, and for derivatives of the output, in which mu has no part, stand below those for T.
 
 The matrix is taken apart by QR, and its triangle together with Tikhonov's rows by its singular values, in the label measure.
-Normal equations would square its condition. What samples and Tikhonov do not determine gets the least norm.
+Normal equations would square its condition. What samples and Tikhonov do not determine gets the least norm. On several ranks
+each solves the whole problem, as each has all of g.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ __all__ = ["HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_elimi
 
 #: Sizes of W and mu at which a regulariser is asked what it is: one that is not quadratic shows it there.
 _SIZES = (1e-3, 1.0, 1e3)
+#: Singular values below this part of the largest are taken for round-off in g, on which no W should live: coefficients of W
+#: would be 1e10 times as large as others, and round-off in O too.
+_ROUND_OFF = 1e-10
 _FIRST = "{what}: J with eliminate='head' has first derivatives only; record it without eliminate"
 
 
@@ -239,7 +243,7 @@ class HeadSolve:
         # From here on W stands for W root^T, the size of which is the norm of the kernel.
         triangle[:, :-1] = scipy.linalg.solve_triangular(self._root, triangle[:, :-1].T, trans="T").T
         left, sizes, directions = scipy.linalg.svd(np.vstack([triangle, self._ridges]), full_matrices=False)
-        known = sizes > np.finfo(float).eps * len(rows) * sizes[0]
+        known = sizes > _ROUND_OFF * sizes[0]
         self.determined = int(known.sum())
         self.condition = float(sizes[0] / sizes[-1]) if known.all() else np.inf
         inner = right @ left[: len(triangle), known]
