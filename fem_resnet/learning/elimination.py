@@ -81,7 +81,8 @@ class SolvedHead(NamedTuple):
     outputs : list of Function
         The output of each reading.
     parameters : dict of Parameter to Parameter
-        W and mu of the head, and the same in the Functions of the tape that hold what was solved.
+        W and mu of the head, and the same in the Functions of the tape that hold what was solved; empty where no regulariser
+        asks for them.
     operator : HeadSolve
         What solves it, in each evaluation.
     """
@@ -130,17 +131,18 @@ def solve_head(
     ValueError
         If the regulariser is another function of W or mu.
     """
-    operator = HeadSolve(head, readings, [_ridge(regulariser, parameter) for parameter in head.parameters])
+    ridges = None if regulariser is None else [_ridge(regulariser, parameter) for parameter in head.parameters]
+    operator = HeadSolve(head, readings, ridges)
     operator.observe([reading.targets for reading in readings], weights)
-    *outputs, W, mu = apply(operator, [reading.state for reading in readings])[0]  # type: ignore[misc]  # several outputs
-    parameters = {own: Parameter(own.name, own.space_basis, Once(), [solved]) for own, solved in zip(head.parameters, (W, mu))}
+    given = apply(operator, [reading.state for reading in readings])[0]
+    assert isinstance(given, list), "there are several outputs"
+    outputs, solved = given[: len(readings)], given[len(readings) :]
+    parameters = {own: Parameter(own.name, own.space_basis, Once(), [each]) for own, each in zip(head.parameters, solved)}
     return SolvedHead(outputs, parameters, operator)
 
 
-def _ridge(regulariser: Regulariser | None, parameter: Parameter) -> float:
+def _ridge(regulariser: Regulariser, parameter: Parameter) -> float:
     """lambda such that the regulariser is lambda/2 |c|^2 of this parameter. Collective."""
-    if regulariser is None:
-        return 0.0
     basis, rng = parameter.space_basis, np.random.default_rng(0)
     probe = Parameter(parameter.name, basis, Once())
     ratios = []
@@ -170,7 +172,7 @@ class HeadSolve:
     readings
         What it reads.
     ridges
-        lambda_W and lambda_mu.
+        lambda_W and lambda_mu; None for no regulariser. Else W and mu are outputs too, for the regulariser.
 
     Attributes
     ----------
@@ -181,24 +183,26 @@ class HeadSolve:
         infinite if `determined` is less than all. The one of the normal equations would be its square.
     determined : int
         How many of its (rank of psi + 1) unknowns samples and Tikhonov determine.
+    current : bool
+        Whether these belong to the targets and weights that were observed last.
     """
 
     ready = True  # the Block adjoins at the inputs of the latest evaluation, or not at all
 
-    def __init__(self, head: Head, readings: Sequence[Reading], ridges: Sequence[float]):
+    def __init__(self, head: Head, readings: Sequence[Reading], ridges: Sequence[float] | None):
         self._onto, self._Y = head.onto, head.psi.Y
         self.inputs = [
             SeenBatch(head.psi, reading.state.function_space()) if reading.slot is None else reading.slot
             for reading in readings
         ]
         outputs = [BatchValues(head.Y, reading.targets.function_space()) for reading in readings]
-        self.output = (*outputs, head.W.space_basis, head.mu.space_basis)
+        self.output = (*outputs, *([] if ridges is None else [parameter.space_basis for parameter in head.parameters]))
         self._weights = [reading.weight for reading in readings]
         self._shifted = [float(reading.shifted) for reading in readings]
         self._root = scipy.linalg.cholesky(head.psi.gram)  # G_psi = root^T root
-        self._ridges = np.diag(np.sqrt(np.repeat(ridges, (head.psi.rank, 1))))
+        self._ridges = np.diag(np.sqrt(np.repeat(ridges or (0.0, 0.0), (head.psi.rank, 1))))
         self.solution = np.empty(head.W.space_basis.shape), np.empty(head.mu.space_basis.shape)  # until `forward`
-        self.condition, self.determined = np.nan, 0
+        self.condition, self.determined, self.current = np.nan, 0, False
 
     def observe(self, targets: Sequence[fd.Function], weights: Sequence[float] | None) -> None:
         """Take other targets, one batch a reading, and other weights of shape (samples,), for the next evaluation.
@@ -210,18 +214,19 @@ class HeadSolve:
         for batch, root in zip(targets, self._roots):
             coefficients = scipy.linalg.solve(self._onto.gram, self._onto.project(self._onto.Y.values(batch)), assume_a="pos")
             projected.append(root * coefficients)
-        self._targets = np.hstack(projected)
+        self._targets, self.current = np.hstack(projected), False
 
     def forward(self, arrays, save):
-        """The outputs, W and mu, from g of each reading, shape (rank of psi, samples). Collective."""
+        """The outputs, and W and mu if they are outputs, from g of each reading, shape (rank of psi, samples). Collective."""
         solved = np.hstack([part.reshape(self._onto.rank, -1) for part in self._solve(arrays)])
         # The same bits on all ranks, also where they run on processors of two kinds.
         self._Y.comm.Bcast(solved, root=0)
         W, mu = self.solution = np.ascontiguousarray(solved[:, :-1]), solved[:, -1].copy()
+        self.current = True
         outputs = [
             self._onto.values @ (W @ g + shifted * mu[:, None]) for g, shifted in zip(arrays, self._shifted, strict=True)
         ]
-        return [*outputs, W, mu]
+        return [*outputs, W, mu][: len(self.output)]
 
     def adjoint(self, arrays, functionals):
         """The functionals of g at fixed W and mu. Collective."""
@@ -296,10 +301,10 @@ class ReducedToOthers(ReducedFunctional):
     def give_head(self) -> None:
         """Assign the W and mu that belong to the present values of the parameters to the head. Collective.
 
-        J is evaluated if its latest evaluation was elsewhere.
+        J is evaluated if its latest evaluation was elsewhere, or another batch has come since.
         """
         functions = [function for parameter in self.parameters for function in parameter.functions]
-        here = all(
+        here = self._operator.current and all(
             np.array_equal(control.tape_value().dat.data_ro, function.dat.data_ro)
             for control, function in zip(self.controls, functions)
         )

@@ -408,7 +408,7 @@ class LearningProblem(OnMesh):
                     pause_annotation()
             self._recorded = self.batch.inputs.block_variable, block, run, None if solved is None else solved.operator
             if solved is not None:
-                others = [parameter for parameter in self.parameters if parameter not in solved.parameters]
+                others = [parameter for parameter in self.parameters if parameter not in self.head.parameters]
                 return ReducedToOthers(J, others, self.head, solved.operator, tape), run
             if self.ensemble is not None:
                 return EnsembleReducedFunctional(J, self.controls(), self.ensemble, tape=tape), run

@@ -1,6 +1,7 @@
 """The head eliminated: W and mu of least J in every evaluation, and the gradient of what is left."""
 
 import logging
+from dataclasses import replace
 from functools import cache
 
 import firedrake as fd
@@ -190,6 +191,24 @@ def test_a_partition_changes_nothing(kind):
         assert_allclose(ours, expected, rtol=1e-8, atol=1e-10)
 
 
+@on_ranks
+@pytest.mark.parametrize("regulariser", [None, tikhonov(0.02)], ids=["alone", "tikhonov"])
+def test_a_schedule_of_checkpoints_changes_nothing(regulariser):
+    found = []
+    for checkpoints in (None, 1):
+        p = problem("sphere to disk", regulariser)
+        net = p.net.replace(layers=replace(p.net.settings.layers, per_block=1))
+        J, functions = eliminated(p.replace(net=net, checkpoints=checkpoints))
+        for size in (1.0, 1.1):
+            functions[-1].dat.data[...] *= size
+            found.append([float(J(functions)), *(d.dat.data_ro.copy() for d in Enlist(J.derivative()))])
+            J.give_head()
+            found[-1] += [p.head.W.get(0), p.head.mu.get(0)]
+    for plain, scheduled in zip(found[:2], found[2:]):
+        for expected, ours in zip(plain, scheduled):
+            assert_allclose(ours, expected, rtol=1e-10, atol=1e-13)
+
+
 def test_training_ends_at_the_joint_optimum():
     values, coefficients = [], []
     for eliminate in ("head", None):
@@ -272,12 +291,15 @@ def test_another_batch_is_solved_for_with_its_own_weights():
     p = problem()
     J, functions = eliminated(p)
     Y, Z = p.net.Y, p.head.Y
+    J(functions)
     p.exchange(Batch(Y.batch(smooth(Y, SAMPLES, seed=31)), Z.batch(smooth(Z, SAMPLES, seed=32)), OMEGA[::-1]))
+    J.give_head()
+    at_once = float(p.evaluate()[0])
     value, found = float(J(functions)), [d.dat.data_ro.copy() for d in Enlist(J.derivative())]
     J.give_head()
     assert_allclose(value, float(p.evaluate()[0]), rtol=1e-13)
     fresh, functions = eliminated(p)
-    assert_allclose(float(fresh(functions)), value, rtol=1e-13)
+    assert_allclose([float(fresh(functions)), at_once], value, rtol=1e-13)
     for ours, expected in zip(found, Enlist(fresh.derivative())):
         assert_allclose(ours, expected.dat.data_ro, rtol=1e-9, atol=1e-13)
 
