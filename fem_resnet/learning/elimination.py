@@ -21,7 +21,7 @@ each solves the whole problem, as each has all of g.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
@@ -49,7 +49,8 @@ _ROUND_OFF = 1e-10
 _FIRST = "{what}: J with eliminate='head' has first derivatives only; record it without eliminate"
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """What the head reads at one layer time, and what its output there should be.
 
     Attributes
@@ -73,7 +74,8 @@ class Reading(NamedTuple):
     shifted: bool
 
 
-class SolvedHead(NamedTuple):
+@dataclass(frozen=True)
+class SolvedHead:
     """A head that has been solved on the tape.
 
     Attributes
