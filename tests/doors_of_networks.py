@@ -539,7 +539,10 @@ DOORS = {
         LearningProblem.replace, lambda: {"self": classes(), "learn": "parameters"}, another={"learn": "both"}
     ),
     "LearningProblem.record": Door(
-        LearningProblem.record, lambda: {"self": classes(), "gauss_newton": False}, takes={"gauss_newton": FLAG}
+        LearningProblem.record,
+        lambda: {"self": classes(), "gauss_newton": False, "eliminate": None},
+        takes={"gauss_newton": FLAG, "eliminate": {"None"}},
+        another={"eliminate": "head"},
     ),
     "LearningProblem.reduced_functional": Door(
         LearningProblem.reduced_functional, lambda: {"self": classes(), "gauss_newton": False}, takes={"gauss_newton": FLAG}
@@ -564,6 +567,7 @@ DOORS = {
             "monitor": stop,
             "gauss_newton": False,
             "bounds": None,
+            "eliminate": None,
         },
         takes={
             "solver_parameters": OPTIONS,
@@ -571,9 +575,11 @@ DOORS = {
             "monitor": {"None", "a function"},
             "gauss_newton": FLAG,
             "bounds": OPTIONS,
+            "eliminate": {"None"},
         },
         parted=("problem",),
         another={
+            "eliminate": "head",
             "solver_parameters": {"tao_max_it": 2},
             "options_prefix": "mine",
             "monitor": None,

@@ -152,8 +152,10 @@ def network_with(feature=None, alone=False, autonomous=False, **options) -> Resi
     return net
 
 
-def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=False, ensemble=None, chosen=None, **options):
-    """A problem with this feature, and no other that the tool does not take."""
+def problem_with(
+    feature=None, *, net=None, takes=frozenset(FEATURES), alone=False, ensemble=None, chosen=None, headed=False, **options
+):
+    """A problem with this feature, and no other that the tool does not take; with a head if it needs one."""
     net = network_with(feature, alone, **(net or {}))
     Y, rng = net.Y, np.random.default_rng(1)
     many = feature == "many_samples" or chosen is not None or feature in ("weights", "ensemble") and "many_samples" in takes
@@ -163,7 +165,7 @@ def problem_with(feature=None, *, net=None, takes=frozenset(FEATURES), alone=Fal
     weights = np.array([1.0, 3.0, 0.5])[:samples][chosen] if feature == "weights" else None
     head = None
     # Without layers a head is all that is learned.
-    if feature == "head" or feature == "no_layers" and "head" in takes:
+    if headed or feature == "head" or feature == "no_layers" and "head" in takes:
         head = Head(net.bases["psi"][0], basis(3, alone), "identity")
         head.W.set(0, rng.normal(size=head.W.space_basis.shape))
         head.mu.set(0, rng.normal(size=head.mu.space_basis.shape))
@@ -354,6 +356,29 @@ def _gauss_newton(p, J, close, start):
         actions.append(pairing(functional.hessian(h), [v.dat.data_ro for v in h], p.net.Y.comm))
     assert_allclose(*actions, rtol=max(close, 1e-6))
     assert actions[0] > 0
+
+
+@runs("eliminate", headed=True, regulariser=tikhonov(1.0), call=lambda p: p.record(eliminate="head")[0])
+def _eliminate(p, J, close, start):
+    m = [function for parameter in J.parameters for function in parameter.functions]
+    found, derivative = float(J(m)), [np.array(d.dat.data_ro) for d in Enlist(J.derivative())]
+    J.give_head()
+    assert found < start
+    assert_allclose(found, value(p), rtol=close)
+    # At the minimum in W and mu the derivative of the whole J is zero there, and the same elsewhere.
+    whole = p.reduced_functional()
+    whole(p.functions)
+    expected = {f: d.dat.data_ro for f, d in zip(p.functions, Enlist(whole.derivative()))}
+    size = max(p.net.Y.comm.allgather(max(np.abs(d).max(initial=0) for d in expected.values())))
+    for function, d in zip(m, derivative):
+        assert_allclose(d, expected.pop(function), rtol=0, atol=max(close, 1e-10) * size)
+    assert len(expected) == 2
+    for d in expected.values():
+        assert_allclose(d, 0, atol=max(close, 1e-10) * size)
+    single = p.net.settings.precision == "single"
+    h = [0.3 * v for v in directions(m)]
+    along = p.net.Y.comm.allreduce(float(sum(np.sum(d * v) for d, v in zip(derivative, h))))
+    assert_allclose(along, slope(lambda: float(J(m)), m, h, 1e-2 if single else 1e-4), rtol=1e-2 if single else 1e-5)
 
 
 @runs("hessian_spectrum", net={"steps": 1}, call=lambda p: hessian_spectrum(p, 1))

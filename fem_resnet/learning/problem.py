@@ -18,7 +18,7 @@ int |f_I|^2 dy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from types import NoneType
@@ -39,6 +39,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.batch import Batch, Derivatives, Observations
+from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers, SolvedHead, check_eliminable, solve_head
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.learning.loss import Loss, LossOperator, least_squares
 from fem_resnet.learning.regulariser import Regulariser
@@ -152,7 +153,7 @@ class LearningProblem(OnMesh):
             # Refuse it now rather than at the first recording.
             together(comm, lambda: schedule_of(checkpoints, max(net.blocks, 1)))
         self.running, self.ensemble = running, ensemble
-        self._recorded: tuple[BlockVariable, OperatorBlock, Run] | None = None
+        self._recorded: tuple[BlockVariable, OperatorBlock, Run, HeadSolve | None] | None = None
         self._batch, self._observation = batch, self._observed(batch)
         self._inner = self._observed_inside(batch)
         self._check_derivatives(batch)
@@ -249,7 +250,7 @@ class LearningProblem(OnMesh):
 
     def evaluate(self) -> tuple[AdjFloat, Run]:
         """J at the current parameters, and the run behind it; recorded while annotating, but for the sum over an ensemble."""
-        J, run, _ = self._evaluate(None if annotate_tape() else self._seen_by)  # a user's tape may go on from f(T)
+        J, run, *_ = self._evaluate(None if annotate_tape() else self._seen_by)  # a user's tape may go on from f(T)
         return J if self.ensemble is None else AdjFloat(self.ensemble.ensemble_comm.allreduce(float(J))), run
 
     @property
@@ -259,25 +260,44 @@ class LearningProblem(OnMesh):
             return None
         return self.head.psi if self.net.steps_what_is_seen_by(self.head.psi) else None
 
-    def _evaluate(self, seen_by: Basis | None) -> tuple[AdjFloat, Run, OperatorBlock | None]:
+    def _evaluate(
+        self, seen_by: Basis | None, eliminate: str | None = None
+    ) -> tuple[AdjFloat, Run, OperatorBlock | None, SolvedHead | None]:
         weights = self.batch.weights
         layers = [layer for layer, *_ in self._inner]
         run = self.net.solve(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
-        output = self._output_at(run, self.net.layers)
-        J, block = self.loss.record(self._output, output, self._observation, weights, self._prediction)
-        for layer, targets, weight in self._inner:
-            output = self._output_at(run, layer)
-            J = J + weight * self.loss.record(self._output, output, targets, weights, self._prediction)[0]
+        solved = None if eliminate is None else solve_head(self.head, self._readings(run), weights, self.regulariser)
+        outputs = iter(self._outputs(run) if solved is None else solved.outputs)
+        J, block = self.loss.record(self._output, next(outputs), self._observation, weights, self._prediction)
+        for _, targets, weight in self._inner:
+            J = J + weight * self.loss.record(self._output, next(outputs), targets, weights, self._prediction)[0]
         if self.running is not None:
             J = J + run.cost
         if self.derivatives is not None:
-            J = J + self.derivatives.weight * self._mismatch_of_derivatives(run)
+            J = J + self.derivatives.weight * self._mismatch_of_derivatives(next(outputs))
         if self.ensemble is not None:
             J = J * self._share
         if self.regulariser is not None:
-            R = self.regulariser(self.penalised())
+            R = self.regulariser(self._penalised({} if solved is None else solved.parameters))
             J = J + (R if self.ensemble is None else R / self.ensemble.ensemble_comm.size)
-        return J, run, block
+        return J, run, block, solved
+
+    def _outputs(self, run: Run) -> Iterator[fd.Function]:
+        """The outputs at T and where else they are observed, and their derivatives; each recorded when it is asked for."""
+        for layer in (self.net.layers, *(layer for layer, *_ in self._inner)):
+            yield self._output_at(run, layer)
+        if self.derivatives is not None:
+            derivative = run.tangent(self.derivatives.directions)
+            yield derivative if self.head is None else self.head.linear(derivative)
+
+    def _readings(self, run: Run) -> list[Reading]:
+        """What the head reads for the same outputs, in the same order."""
+        observed = [(self.net.layers, self._observation, 1.0), *self._inner]
+        readings = [Reading(*run.held(layer), targets, weight, True) for layer, targets, weight in observed]
+        if self.derivatives is not None:
+            state, targets = run.tangent(self.derivatives.directions), self.derivatives.targets
+            readings.append(Reading(state, None, targets, self.derivatives.weight, False))
+        return readings
 
     def _output_at(self, run: Run, layer: int) -> fd.Function:
         state, slot = run.held(layer)
@@ -301,7 +321,11 @@ class LearningProblem(OnMesh):
 
     def penalised(self) -> list[Parameter]:
         """What the regulariser takes; recorded while annotating where a kernel is made of other controls."""
-        return [parameter.acting() for parameter in self.parameters if parameter.penalised]
+        return self._penalised({})
+
+    def _penalised(self, solved: Mapping[Parameter, Parameter]) -> list[Parameter]:
+        """The same, with what was solved for in the place of W and mu."""
+        return [solved.get(parameter, parameter).acting() for parameter in self.parameters if parameter.penalised]
 
     def _check_derivatives(self, batch: Batch) -> None:
         if batch.derivatives is None:
@@ -317,10 +341,7 @@ class LearningProblem(OnMesh):
                     f"got {function.function_space().value_size}"
                 )
 
-    def _mismatch_of_derivatives(self, run: Run) -> AdjFloat:
-        derivative = run.tangent(self.derivatives.directions)
-        if self.head is not None:
-            derivative = self.head.linear(derivative)
+    def _mismatch_of_derivatives(self, derivative: fd.Function) -> AdjFloat:
         return least_squares.record(self._output, derivative, self.derivatives.targets, self.batch.weights)[0]
 
     def controls(self) -> list[Control]:
@@ -330,9 +351,16 @@ class LearningProblem(OnMesh):
     @supports(
         "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial",
         "learned_both", "many_samples", "weights", tool="Gauss-Newton",
-        when=lambda self, *, gauss_newton=False: isinstance(gauss_newton, (bool, np.bool_)) and bool(gauss_newton),
+        when=lambda self, *, gauss_newton=False, **_: isinstance(gauss_newton, (bool, np.bool_)) and bool(gauss_newton),
     )  # fmt: skip
-    def record(self, *, gauss_newton: bool = False) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
+    @supports(
+        "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
+        "observed_times", "checkpoints", "learned_both", "many_samples", "weights", tool="eliminate",
+        when=lambda self, *, eliminate=None, **_: eliminate is not None,
+    )  # fmt: skip
+    def record(
+        self, *, gauss_newton: bool = False, eliminate: str | None = None
+    ) -> tuple[ReducedFunctional | EnsembleReducedFunctional, Run]:
         """J as a function of all that is learned, on a tape of its own, and the run recorded there.
 
         The working tape and whether annotation is on are left as they were.
@@ -342,16 +370,28 @@ class LearningProblem(OnMesh):
         gauss_newton
             Whether `hessian` of the functional is to be the action of Gauss and Newton, which is positive semidefinite
             for convex losses: see `recording.gauss_newton`.
+        eliminate
+            "head": J is a function of all that is learned but W and mu, which take the values of least J in every
+            evaluation (`elimination`). For the loss `least_squares` and a head with prediction "identity". J then has first
+            derivatives only. The head itself keeps its W and mu until `give_head` of the functional.
 
         Raises
         ------
         ValueError
             If Gauss-Newton is asked for with a running cost, which has no residual whose curvature could be left out, or
             where J has first derivatives only: with an ensemble, `Derivatives` or checkpoints; or if ranks ask for different
-            things.
+            things. If `eliminate` is not "head", is asked for with `gauss_newton`, with another loss or prediction, or with a
+            regulariser that is not Tikhonov's on W and mu.
         """
-        same(self.net.Y.comm, gauss_newton=gauss_newton)
+        same(self.net.Y.comm, gauss_newton=gauss_newton, eliminate=eliminate)
         flag("gauss_newton", gauss_newton)
+        if eliminate is not None:
+            choice("eliminate", eliminate, ["head"])
+            check_eliminable(self.head, self.loss)
+            if gauss_newton:
+                raise ValueError(
+                    "gauss_newton: J with eliminate='head' has first derivatives only; leave gauss_newton or eliminate out"
+                )
         # Variables of its own too: what another recording does to the same Functions must not be seen here.
         for function in (self.batch.inputs, *self.functions):
             function.clear_block_variable()
@@ -362,11 +402,14 @@ class LearningProblem(OnMesh):
                 together(self.net.Y.comm, lambda: enable_checkpointing(tape, self.checkpoints, steps))
             continue_annotation()
             try:
-                J, run, block = self._evaluate(self._seen_by)
+                J, run, block, solved = self._evaluate(self._seen_by, eliminate)
             finally:
                 if not was_annotating:
                     pause_annotation()
-            self._recorded = self.batch.inputs.block_variable, block, run
+            self._recorded = self.batch.inputs.block_variable, block, run, None if solved is None else solved.operator
+            if solved is not None:
+                others = [parameter for parameter in self.parameters if parameter not in self.head.parameters]
+                return ReducedToOthers(J, others, self.head, solved.operator, tape), run
             if self.ensemble is not None:
                 return EnsembleReducedFunctional(J, self.controls(), self.ensemble, tape=tape), run
             functional = _GaussNewtonFunctional if gauss_newton else _Functional
@@ -407,10 +450,12 @@ class LearningProblem(OnMesh):
             )
         self._batch, self._observation = batch, observation
         if self._recorded is not None:
-            variable, block, run = self._recorded
+            variable, block, run, solver = self._recorded
             variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
             assert isinstance(block.operator, LossOperator)
             block.operator.observe(observation, batch.weights)
+            if solver is not None:
+                solver.observe([observation], batch.weights)
             if run.omega is not None:
                 run.exchange_weights(sample_weights(batch.weights, batch.samples))
 

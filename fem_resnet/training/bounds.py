@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import firedrake as fd
 import numpy as np
@@ -17,26 +17,27 @@ __all__ = ["bounds_of_controls", "replicated_bounds"]
 
 
 def bounds_of_controls(
-    problem: LearningProblem, bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]]
+    parameters: Sequence[Parameter], bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]], eliminated: bool = False
 ) -> list[tuple[fd.Function, fd.Function]]:
-    """A pair of Functions for each of ``problem.functions``. Collective.
+    """A pair of Functions for each Function of the parameters. Collective.
 
-    `bounds` has the least and largest coefficients by the name of a parameter; None stands for no end.
+    `bounds` has the least and largest coefficients by the name of a parameter; None stands for no end. `eliminated` says
+    that W and mu of the head are solved for, and so have no bounds.
 
     Raises
     ------
     TypeError, ValueError
         If a name is not learned, or the ends are no pair (low, high) of numbers or arrays with low <= high.
     """
-    names = [parameter.name for parameter in problem.parameters]
+    names = [parameter.name for parameter in parameters]
     for name, ends in instance("bounds", bounds, Mapping, 'such as {"bias": (-1.0, 1.0)}').items():
+        if eliminated and name in ("W", "mu"):
+            raise ValueError(f"bounds: expected none on {name}, which eliminate='head' solves for; leave one of the two out")
         if name not in names:
             raise ValueError(f"bounds: expected names of learned parameters, {', '.join(names)}; got {name!r}")
         if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
             raise ValueError(f"bounds: expected a pair (low, high) for {name}, got {ends!r}")
-    return [
-        pair for parameter in problem.parameters for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))
-    ]
+    return [pair for parameter in parameters for pair in _bounds_of(parameter, *bounds.get(parameter.name, (None, None)))]
 
 
 def replicated_bounds(problem: LearningProblem, bounds: object) -> object:

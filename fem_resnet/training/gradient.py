@@ -8,9 +8,10 @@ The steps do not depend on the units of Y and J (`without_units`).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,7 +19,9 @@ from petsc4py import PETSc
 
 from fem_resnet.arguments import flag
 from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.learning.elimination import ReducedToOthers
 from fem_resnet.learning.problem import LearningProblem
+from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
@@ -54,6 +57,9 @@ class Result:
         The coefficients that were reached, as from `Parameter.get`: one array for each of `LearningProblem.functions`.
     seconds : float
         Wall time.
+    condition : float or None
+        With ``eliminate="head"``: the condition number of the least squares problem for W and mu at the end, Tikhonov's rows
+        included, in the label measure; infinite where these do not determine W and mu. Else None.
     """
 
     value: float
@@ -65,6 +71,7 @@ class Result:
     gradient_norms: np.ndarray
     controls: list
     seconds: float
+    condition: float | None = field(default=None, kw_only=True)
 
 
 @supports(
@@ -81,6 +88,7 @@ def train(
     monitor: Callable[[Progress], bool | None] | None = None,
     gauss_newton: bool = False,
     bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
+    eliminate: str | None = None,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign the result to them. Collective.
 
@@ -118,6 +126,11 @@ def train(
         Bounds on the bias bound a(y, t) itself if its coefficients are values at nodes or of `cell_indicators`. Bounds on beta
         bound b(y, z, t) itself *only if phi and psi are indicators*. Otherwise `LowRankKernel.bound` says how large abs(b) may
         be.
+    eliminate
+        "head": W and mu of the head take the values of least J in every evaluation, and TAO minimises over all others
+        (variable projection, see `LearningProblem.record`). It takes the loss `least_squares`, a head with prediction
+        "identity", and types of TAO that use first derivatives alone. It often needs far fewer iterations. The head has its W
+        and mu at every iteration, and at the end; their values at the start do not matter.
 
     Returns
     -------
@@ -127,7 +140,7 @@ def train(
     ------
     TypeError, ValueError
         If an argument does not fit or differs between ranks; if TAO's type is not taken, does not know bounds, or does not ask
-        for an option.
+        for an option; or if J has no W and mu that can be eliminated.
     ArithmeticError
         If J is not finite at the start.
     StepFailure
@@ -138,24 +151,28 @@ def train(
     >>> result = train(problem, {"tao_max_it": 100})  # doctest: +SKIP
     >>> result = train(problem, {"tao_type": "nls", "tao_gatol": 1e-10})  # doctest: +SKIP
     >>> result = train(problem, bounds={"bias": (-1, 1), "kernel": (-1, 1)})  # doctest: +SKIP
+    >>> result = train(fields, {"tao_max_it": 100}, eliminate="head")  # doctest: +SKIP
     """
     comm = problem.net.Y.comm
     same(comm, bounds=replicated_bounds(problem, bounds))
     checked_prefix(options_prefix)
     check_monitor(monitor)
     flag("gauss_newton", gauss_newton)
-    pairs = None if bounds is None else bounds_of_controls(problem, bounds)
     options = options_over({} if bounds is None else {"tao_type": "blmvm"}, solver_parameters)
-    functional, _ = problem.record(gauss_newton=gauss_newton)
+    functional, _ = problem.record(gauss_newton=gauss_newton, eliminate=eliminate)
+    projected = functional if isinstance(functional, ReducedToOthers) else None
+    parameters = problem.parameters if projected is None else projected.parameters
+    pairs = None if bounds is None else bounds_of_controls(parameters, bounds, eliminated=projected is not None)
     minimiser = Minimiser(
         functional,
-        problem.functions,
-        [basis for parameter in problem.parameters for basis in parameter.space_bases],
+        [function for parameter in parameters for function in parameter.functions],
+        [basis for parameter in parameters for basis in parameter.space_bases],
         options,
         comm=comm,
         options_prefix=options_prefix,
         bounds=pairs,
         given=checked_options(solver_parameters),
+        twice=projected is None,
     )
     history: list[Progress] = []
     start, stopped = time.perf_counter(), False
@@ -163,9 +180,18 @@ def train(
     def watch(iteration, value, gradient_norm):
         nonlocal stopped
         history.append(Progress(iteration, minimiser.limit, value, gradient_norm, time.perf_counter() - start))
+        if projected is not None:
+            projected.give_head()
         stopped = tell(comm, history[-1], monitor)
 
     end = minimiser.solve(watch, lambda gradient_norm: stopped)
+    if projected is not None:
+        projected.give_head()
+        if projected.undetermined:
+            log(
+                comm, logging.WARNING, "train: samples and regulariser leave %d of %d unknowns of the head open, which took "
+                "the least norm; add tikhonov(..), or give more samples", projected.undetermined, projected.unknowns,
+            )  # fmt: skip
     return Result(
         value=end.value,
         gradient_norm=end.gradient_norm,
@@ -176,6 +202,7 @@ def train(
         gradient_norms=np.array([entry.gradient_norm for entry in history[:-1]] + [end.gradient_norm]),
         controls=[p.get(k) for p in problem.parameters for k in range(len(p.functions))],
         seconds=time.perf_counter() - start,
+        condition=None if projected is None else projected.condition,
     )
 
 

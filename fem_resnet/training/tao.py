@@ -94,14 +94,17 @@ class Minimiser:
         A pair of Functions for each control; None for no bounds.
     given
         The names of the options that the user gave.
+    twice
+        Whether the functional has second derivatives.
 
     Raises
     ------
     TypeError
         If the options are no dictionary.
     ValueError
-        If the type of TAO is none of `tao_types.TYPES`, does not keep to bounds where there are bounds, or does not ask for
-        one of `given`; or if the limit of iterations is no integer >= 0.
+        If the type of TAO is none of `tao_types.TYPES`, does not keep to bounds where there are bounds, asks for second
+        derivatives where there are none, or does not ask for one of `given`; or if the limit of iterations is no integer
+        >= 0.
     """
 
     def __init__(
@@ -115,13 +118,14 @@ class Minimiser:
         options_prefix: str | None = None,
         bounds: Sequence[tuple[fd.Function, fd.Function]] | None = None,
         given: Iterable[str] = (),
+        twice: bool = True,
     ):
         self._functional, self._functions, self._comm, self._bounds = functional, functions, comm, bounds
         self._amplitudes = [2.0 ** round(np.log2(basis.amplitude)) for basis in bases]
         units = [basis.unit for basis in bases]
         self._scaled = WithoutUnits(functional, self._amplitudes, units)
         self._parameters, self._prefix, self._given = dict(parameters), checked_prefix(options_prefix), tuple(given)
-        self._type = checked_type(str(self._option("tao_type")), bounded=bounds is not None)
+        self._type = checked_type(str(self._option("tao_type")), bounded=bounds is not None, twice=twice)
         #: TAO's limit of iterations.
         self.limit = checked_limit(self._option("tao_max_it"))
         self._interface = PETScVecInterface(functions, comm=comm)

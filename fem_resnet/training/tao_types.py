@@ -54,12 +54,17 @@ TYPES = {
 }
 
 
-def checked_type(given: str, *, bounded: bool) -> str:
-    """A type of TAO from the options, if it is taken, and knows bounds where there are bounds."""
-    allowed = {name: kind for name, kind in TYPES.items() if kind.bounds or not bounded}
+def checked_type(given: str, *, bounded: bool, twice: bool = True) -> str:
+    """A type of TAO from the options, if it is taken, and knows bounds where there are bounds.
+
+    `twice` says whether the functional has the second derivatives that Newton methods ask for.
+    """
+    allowed = {name: kind for name, kind in TYPES.items() if (kind.bounds or not bounded) and (twice or kind.newton is None)}
     if given in allowed:
         return given
     fault = "does not know bounds" if given in TYPES else "is not taken"
+    if given in TYPES and not twice and TYPES[given].newton is not None:
+        fault = "asks for second derivatives, which J does not have with eliminate='head'"
     raise ValueError(
         f"solver_parameters: TAO's {given!r} {fault}; expected a 'tao_type' of "
         + ", ".join(f"{name!r} ({kind.what})" for name, kind in allowed.items())

@@ -1,0 +1,323 @@
+"""The head eliminated: W and mu solved exactly in every evaluation, so that J depends on the other parameters alone.
+
+Where the loss is the half square of the output itself, J is quadratic in W and mu. Its minimum over them solves a linear least
+squares problem in what the head reads of the states, g = Psi^T M f(T):
+
+    j(theta) = min_(W, mu) J(theta, W, mu),        j'(theta) = dJ/dtheta (theta, W, mu) at the minimum.
+
+This is variable projection. The derivative has no term from the change of W and mu, since dJ/dW = dJ/dmu = 0 there. With P C
+the projection of the targets onto the basis X of the output, and G the Gram matrices, the minimum is that of
+
+    sum_s omega_s |W g_s + mu - (P C)_s|^2 + lambda_W tr(W G_psi W^T) + lambda_mu |mu|^2,
+
+in each coefficient of X alone, so that all of them share one matrix with (rank of psi + 1) columns. Rows for outputs at layer
+times before T, and for derivatives of the output, in which mu has no part, stand below those for T.
+
+The matrix is taken apart by QR, and its triangle together with Tikhonov's rows by its singular values, in the label measure.
+Normal equations would square its condition. What samples and Tikhonov do not determine gets the least norm. On several ranks
+each solves the whole problem, as each has all of g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import firedrake as fd
+import numpy as np
+import scipy.linalg
+from mpi4py import MPI
+from pyadjoint import AdjFloat, ReducedFunctional, Tape
+from pyadjoint.tape import stop_annotating
+
+from fem_resnet.label_domain.sample_weights import sample_weights
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.loss import Loss, least_squares
+from fem_resnet.learning.regulariser import Regulariser
+from fem_resnet.parameters.parameter import Parameter
+from fem_resnet.parameters.space_basis import BatchValues, Replicated, SeenBatch
+from fem_resnet.parameters.time_basis import Once
+from fem_resnet.tape.recording import apply
+
+__all__ = ["HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_eliminable", "solve_head"]
+
+#: Sizes of W and mu at which a regulariser is asked what it is: one that is not quadratic shows it there.
+_SIZES = (1e-3, 1.0, 1e3)
+#: Singular values below this part of the largest are taken for round-off in g, on which no W should live: coefficients of W
+#: would be 1e10 times as large as others, and round-off in O too.
+_ROUND_OFF = 1e-10
+_FIRST = "{what}: J with eliminate='head' has first derivatives only; record it without eliminate"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the head reads at one layer time, and what its output there should be.
+
+    Attributes
+    ----------
+    state : Function
+        Holds f, or g = Psi^T M f.
+    slot : Replicated or None
+        How it holds g; None where it holds f.
+    targets : Function
+        A batch on the label domain of the output.
+    weight : float
+        What its half square counts.
+    shifted : bool
+        Whether mu is a part of the output; else it is ``X W g``, a derivative.
+    """
+
+    state: fd.Function
+    slot: Replicated | None
+    targets: fd.Function
+    weight: float
+    shifted: bool
+
+
+@dataclass(frozen=True)
+class SolvedHead:
+    """A head that has been solved on the tape.
+
+    Attributes
+    ----------
+    outputs : list of Function
+        The output of each reading.
+    parameters : dict of Parameter to Parameter
+        W and mu of the head, and the same in the Functions of the tape that hold what was solved; empty where no regulariser
+        asks for them.
+    operator : HeadSolve
+        What solves it, in each evaluation.
+    """
+
+    outputs: list[fd.Function]
+    parameters: dict[Parameter, Parameter]
+    operator: HeadSolve
+
+
+def check_eliminable(head: Head | None, loss: Loss) -> Head:
+    """The head of a problem, if its W and mu can be eliminated.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or its outputs are not fitted by least squares of the outputs themselves.
+    """
+    if head is None:
+        raise ValueError("eliminate: expected a problem with a head, got head=None, where there are no W and mu to solve for")
+    if loss != least_squares or head.prediction.name != "identity":
+        raise ValueError(
+            f"eliminate: expected the loss least_squares of a head with prediction 'identity', whose W and mu solve a linear "
+            f"problem, got {loss.name} and {head.prediction.name!r}; leave eliminate out"
+        )
+    return head
+
+
+def solve_head(
+    head: Head, readings: Sequence[Reading], weights: Sequence[float] | None, regulariser: Regulariser | None
+) -> SolvedHead:
+    """Solve for W and mu, and read the outputs with them; recorded while annotating. Collective.
+
+    Parameters
+    ----------
+    head
+        The head, whose own W and mu are neither read nor changed.
+    readings
+        What it reads, and its targets.
+    weights
+        omega, shape (samples,), of each reading; equal ones if None.
+    regulariser
+        It must be a multiple of Tikhonov's where it acts on W and mu.
+
+    Raises
+    ------
+    ValueError
+        If the regulariser is another function of W or mu.
+    """
+    ridges = None if regulariser is None else [_ridge(regulariser, parameter) for parameter in head.parameters]
+    operator = HeadSolve(head, readings, ridges)
+    operator.observe([reading.targets for reading in readings], weights)
+    given = apply(operator, [reading.state for reading in readings])[0]
+    assert isinstance(given, list), "there are several outputs"
+    outputs, solved = given[: len(readings)], given[len(readings) :]
+    parameters = {own: Parameter(own.name, own.space_basis, Once(), [each]) for own, each in zip(head.parameters, solved)}
+    return SolvedHead(outputs, parameters, operator)
+
+
+def _ridge(regulariser: Regulariser, parameter: Parameter) -> float:
+    """lambda such that the regulariser is lambda/2 |c|^2 of this parameter. Collective."""
+    basis, rng = parameter.space_basis, np.random.default_rng(0)
+    probe = Parameter(parameter.name, basis, Once())
+    ratios = []
+    with stop_annotating():
+        for size in _SIZES:
+            c = size * basis.amplitude * rng.normal(size=basis.shape)
+            probe.write(0, c)
+            ratios.append(float(regulariser([probe])) / (0.5 * probe.pair(0, c, c)))
+    if not np.allclose(ratios, ratios[0], rtol=1e-9, atol=0) or not 0 <= ratios[0] < np.inf:
+        raise ValueError(
+            f"eliminate: expected a regulariser that is a multiple of the squared norm of {parameter.name}, or leaves it out, "
+            f"so that W and mu solve a small linear problem; got another; take tikhonov, or leave eliminate out"
+        )
+    return ratios[0]
+
+
+class HeadSolve:
+    """From what a head reads to its outputs with the best W and mu, and these: an operator on the tape (`tape.operator`).
+
+    Its adjoint is that at fixed W and mu, and takes no functional of them: the tape adds up all of J, whose derivative in W
+    and mu is zero. It has first derivatives alone.
+
+    Parameters
+    ----------
+    head
+        The head.
+    readings
+        What it reads.
+    ridges
+        lambda_W and lambda_mu; None for no regulariser. Else W and mu are outputs too, for the regulariser.
+
+    Attributes
+    ----------
+    solution : tuple of numpy.ndarray
+        W and mu of the latest evaluation, of shapes (rank of X, rank of psi) and (rank of X,).
+    condition : float
+        The condition number of the least squares problem that they solve, Tikhonov's rows included, in the label measure;
+        infinite if `determined` is less than all. The one of the normal equations would be its square.
+    determined : int
+        How many of its (rank of psi + 1) unknowns samples and Tikhonov determine.
+    current : bool
+        Whether these belong to the targets and weights that were observed last.
+    """
+
+    ready = True  # the Block adjoins at the inputs of the latest evaluation, or not at all
+
+    def __init__(self, head: Head, readings: Sequence[Reading], ridges: Sequence[float] | None):
+        self._onto, self._Y = head.onto, head.psi.Y
+        self.inputs = [
+            SeenBatch(head.psi, reading.state.function_space()) if reading.slot is None else reading.slot
+            for reading in readings
+        ]
+        outputs = [BatchValues(head.Y, reading.targets.function_space()) for reading in readings]
+        self.output = (*outputs, *([] if ridges is None else [parameter.space_basis for parameter in head.parameters]))
+        self._weights = [reading.weight for reading in readings]
+        self._shifted = [float(reading.shifted) for reading in readings]
+        self._root = scipy.linalg.cholesky(head.psi.gram)  # G_psi = root^T root
+        self._ridges = np.diag(np.sqrt(np.repeat(ridges or (0.0, 0.0), (head.psi.rank, 1))))
+        self.solution = np.empty(head.W.space_basis.shape), np.empty(head.mu.space_basis.shape)  # until `forward`
+        self.condition, self.determined, self.current = np.nan, 0, False
+
+    def observe(self, targets: Sequence[fd.Function], weights: Sequence[float] | None) -> None:
+        """Take other targets, one batch a reading, and other weights of shape (samples,), for the next evaluation.
+
+        Collective.
+        """
+        omega, projected = sample_weights(weights, self.inputs[0].shape[1]), []
+        self._roots = [np.sqrt(weight * omega) for weight in self._weights]
+        for batch, root in zip(targets, self._roots):
+            coefficients = scipy.linalg.solve(self._onto.gram, self._onto.project(self._onto.Y.values(batch)), assume_a="pos")
+            projected.append(root * coefficients)
+        self._targets, self.current = np.hstack(projected), False
+
+    def forward(self, arrays, save):
+        """The outputs, and W and mu if they are outputs, from g of each reading, shape (rank of psi, samples). Collective."""
+        solved = np.hstack([part.reshape(self._onto.rank, -1) for part in self._solve(arrays)])
+        # The same bits on all ranks, also where they run on processors of two kinds.
+        self._Y.comm.Bcast(solved, root=0)
+        W, mu = self.solution = np.ascontiguousarray(solved[:, :-1]), solved[:, -1].copy()
+        self.current = True
+        outputs = [
+            self._onto.values @ (W @ g + shifted * mu[:, None]) for g, shifted in zip(arrays, self._shifted, strict=True)
+        ]
+        return [*outputs, W, mu][: len(self.output)]
+
+    def adjoint(self, arrays, functionals):
+        """The functionals of g at fixed W and mu. Collective."""
+        W, _ = self.solution
+        return [W.T @ self._onto.Y.sum(self._onto.values.T @ functional) for functional in functionals[: len(arrays)]]
+
+    def _solve(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """W and mu of least J, and of least norm among those."""
+        rank, samples = arrays[0].shape
+        rows = np.empty((samples * len(arrays), rank + 1), order="F")
+        for k, (g, root, shifted) in enumerate(zip(arrays, self._roots, self._shifted)):
+            part = rows[k * samples : (k + 1) * samples]
+            np.multiply(g.T, root[:, None], out=part[:, :-1])
+            part[:, -1] = shifted * root
+        if not np.isfinite(rows).all():  # a trial step went too far: J is not finite either
+            self.condition, self.determined = np.nan, 0
+            return np.full((self._onto.rank, rank), np.nan), np.full(self._onto.rank, np.nan)
+        right, triangle = scipy.linalg.qr_multiply(rows, self._targets, mode="right", overwrite_a=True)
+        # From here on W stands for W root^T, the size of which is the norm of the kernel.
+        triangle[:, :-1] = scipy.linalg.solve_triangular(self._root, triangle[:, :-1].T, trans="T").T
+        left, sizes, directions = scipy.linalg.svd(np.vstack([triangle, self._ridges]), full_matrices=False)
+        known = sizes > _ROUND_OFF * sizes[0]
+        self.determined = int(known.sum())
+        self.condition = float(sizes[0] / sizes[-1]) if known.all() else np.inf
+        inner = right @ left[: len(triangle), known]
+        solved = (inner / sizes[known]) @ directions[known]
+        return scipy.linalg.solve_triangular(self._root, solved[:, :-1].T).T, solved[:, -1]
+
+
+class ReducedToOthers(ReducedFunctional):
+    """J as a function of all that is learned but W and mu, at the W and mu of least J. First derivatives only.
+
+    Parameters
+    ----------
+    J
+        J on the tape.
+    parameters
+        Those that are its controls.
+    head
+        The head whose W and mu are solved for.
+    operator
+        What solves for them on the tape.
+    tape
+        The tape.
+
+    Attributes
+    ----------
+    parameters : list of Parameter
+        As above.
+    """
+
+    def __init__(self, J: AdjFloat, parameters: Sequence[Parameter], head: Head, operator: HeadSolve, tape: Tape):
+        self.parameters = list(parameters)
+        self._head, self._operator = head, operator
+        super().__init__(J, [control for parameter in self.parameters for control in parameter.controls()], tape=tape)
+
+    @property
+    def condition(self) -> float:
+        """The condition number of the least squares problem for W and mu in the latest evaluation."""
+        return self._operator.condition
+
+    @property
+    def unknowns(self) -> int:
+        """How many unknowns the problem has for each coefficient of the output: (rank of psi + 1)."""
+        return self._head.psi.rank + 1
+
+    @property
+    def undetermined(self) -> int:
+        """How many of these had to take the least norm in the latest evaluation."""
+        return self.unknowns - self._operator.determined
+
+    def give_head(self) -> None:
+        """Assign the W and mu that belong to the present values of the parameters to the head. Collective.
+
+        J is evaluated if its latest evaluation was elsewhere, or another batch has come since.
+        """
+        functions = [function for parameter in self.parameters for function in parameter.functions]
+        here = self._operator.current and all(
+            np.array_equal(control.tape_value().dat.data_ro, function.dat.data_ro)
+            for control, function in zip(self.controls, functions)
+        )
+        if not self._head.psi.Y.comm.allreduce(here, op=MPI.LAND):
+            with stop_annotating():
+                self(functions)
+        for parameter, coefficients in zip(self._head.parameters, self._operator.solution):
+            parameter.write(0, coefficients)
+
+    def hessian(self, m_dot, **options):
+        raise NotImplementedError(_FIRST.format(what="hessian"))
+
+    def tlm(self, m_dot):
+        raise NotImplementedError(_FIRST.format(what="tlm"))
