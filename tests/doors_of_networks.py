@@ -11,7 +11,7 @@ import numpy as np
 import sympy
 from doors import Door
 from firedrake import COMM_WORLD
-from helpers import MESHES, flat_network, label_space, laplace, smooth
+from helpers import MESHES, label_space, laplace, smooth
 from problems import learning_problem, network, polynomials
 from pyadjoint import Tape
 

@@ -18,7 +18,7 @@ class HessianAtItsPoint(ReducedFunctionalHessianMat):
     def __init__(self, rf, **options):
         super().__init__(rf, **options)
         #: How many evaluations the tape had made at the point of the Hessian; None until TAO has asked for one.
-        self._evaluation: int | None = None
+        self._evaluation = None
 
     def update_tape_values(self, *, update_adjoint: bool = True):
         super().update_tape_values(update_adjoint=update_adjoint)
