@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import firedrake as fd
 import numpy as np
 import ufl
+from firedrake.assemble import get_assembler
 from pyadjoint.tape import stop_annotating
+from ufl.algorithms import expand_derivatives
 
 from fem_resnet.arguments import choice, flag, function, number
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -86,15 +89,19 @@ class _Forms:
     def __init__(self, Y: LabelSpace, density: Callable[[fd.Function], ufl.Form], name: str):
         with stop_annotating():
             self._a, self._v = fd.Function(Y.V), fd.Function(Y.V)
-            self._value = together(Y.comm, lambda: _checked(density(self._a), name))
-            self._functional = fd.derivative(self._value, self._a)
-            self._action = fd.derivative(self._functional, self._a, self._v)
+            value = together(Y.comm, lambda: _checked(density(self._a), name))
+            functional = expand_derivatives(fd.derivative(value, self._a))
+            action = expand_derivatives(fd.derivative(functional, self._a, self._v))
+            # Assemblers keep what UFL makes of a form, which takes longer than to assemble it. None is zero.
+            self._value, self._functional, self._action = (
+                None if form.empty() else get_assembler(form) for form in (expand_derivatives(value), functional, action)
+            )
         self._nodes = Y.nodes
 
     def value(self, a: np.ndarray) -> float:
         with stop_annotating():
             self._a.dat.data_wo[...] = a
-            return float(fd.assemble(self._value))
+            return 0.0 if self._value is None else float(self._value.assemble())
 
     def functional(self, a: np.ndarray) -> np.ndarray:
         return self._assembled(self._functional, a, np.zeros(self._nodes))
@@ -102,12 +109,12 @@ class _Forms:
     def action(self, a: np.ndarray, v: np.ndarray) -> np.ndarray:
         return self._assembled(self._action, a, v)
 
-    def _assembled(self, form: ufl.Form, a: np.ndarray, v: np.ndarray) -> np.ndarray:
-        if form.empty():  # of a functional that is linear
+    def _assembled(self, assembler: Any, a: np.ndarray, v: np.ndarray) -> np.ndarray:
+        if assembler is None:  # as of a functional that is linear
             return np.zeros(self._nodes)
         with stop_annotating():
             self._a.dat.data_wo[...], self._v.dat.data_wo[...] = a, v
-            return fd.assemble(form).dat.data_ro.copy()
+            return assembler.assemble().dat.data_ro.copy()
 
 
 def _checked(form: object, name: str) -> ufl.Form:

@@ -82,7 +82,7 @@ class Locality(Term):
                 raise ValueError("locality: expected a label domain with a mesh, got points; give an embedding")
             if mesh.coordinates.function_space().finat_element.is_dg():
                 raise ValueError(
-                    "locality: expected coordinates that do not jump, got those of a periodic mesh; give an embedding, such as "
+                    "locality: expected coordinates that do not jump, got those of a periodic mesh; give an embedding: "
                     "lambda x: np.column_stack([np.cos(2 * np.pi * x[:, 0]), np.sin(2 * np.pi * x[:, 0])])"
                 )
             return Y.coordinates

@@ -209,8 +209,10 @@ class _RegulariserOperator:
         return sum(slot.pair(d, v) for slot, d, v in zip(self.inputs, self.adjoint(arrays, 1.0), directions))
 
     def second_adjoint(self, arrays, directions, dual, dual_dot):
-        functionals = [a + b for a, b in zip(self.adjoint(arrays, dual_dot), self._of_forms(directions, dual))]
+        functionals = [a + b for a, b in zip(self._of_forms(arrays, dual_dot), self._of_forms(directions, dual))]
         for weight, penalty, part in self._penalties:
+            if dual_dot != 0:  # it is 0 where R is a term of J alone
+                _add(functionals[part], dual_dot * weight, penalty.functionals(arrays[part]))
             _add(functionals[part], dual * weight, penalty.actions(arrays[part], directions[part]))
         return functionals
 

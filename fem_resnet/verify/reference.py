@@ -14,6 +14,7 @@ from functools import cached_property
 import firedrake as fd
 import numpy as np
 import scipy.special
+from firedrake.assemble import get_assembler
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
@@ -255,13 +256,14 @@ class Reference:
     def _total_variation(self, basis: SpaceBasis, c: np.ndarray, epsilon: float) -> float:
         """int (|grad a|^2 + epsilon^2)^(1/2) - epsilon, with as many points as integrate the squared gradient exactly."""
         columns = basis.basis.values @ c if isinstance(basis, BasisCoefficients) else c
-        total, a = 0.0, fd.Function(basis.Y.V)
+        a = fd.Function(basis.Y.V)
         degree = max(2 * a.function_space().ufl_element().embedded_superdegree - 2, 1)
+        root = fd.sqrt(fd.inner(fd.grad(a), fd.grad(a)) + epsilon**2)
+        total, assembler = 0.0, get_assembler((root - epsilon) * fd.dx(degree=degree))
         for column in columns.reshape(basis.Y.nodes, -1).T:
             a.dat.data_wo[...] = column
-            root = fd.sqrt(fd.inner(fd.grad(a), fd.grad(a)) + epsilon**2)
             with stop_annotating():
-                total += float(fd.assemble((root - epsilon) * fd.dx(degree=degree)))
+                total += float(assembler.assemble())
         return total
 
     def _locality(self, phi: Basis, beta: np.ndarray, term: Locality) -> float:
