@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import firedrake as fd
 import numpy as np
@@ -19,6 +20,7 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.field_terms import FieldTerm, TotalVariation
 from fem_resnet.learning.locality import Locality
@@ -63,6 +65,8 @@ class Reference:
         self.measure = self.parameters.measure
         self._sigma = sigma(self.net.activation)
         self._steppers: list[FieldTS] = []
+        #: A Function and the assembler of its total variation, by label domain and epsilon.
+        self._variations: dict[tuple[LabelSpace, float], tuple[fd.Function, Any]] = {}
 
     def __enter__(self) -> Reference:
         return self
@@ -256,10 +260,12 @@ class Reference:
     def _total_variation(self, basis: SpaceBasis, c: np.ndarray, epsilon: float) -> float:
         """int (|grad a|^2 + epsilon^2)^(1/2) - epsilon, with as many points as integrate the squared gradient exactly."""
         columns = basis.basis.values @ c if isinstance(basis, BasisCoefficients) else c
-        a = fd.Function(basis.Y.V)
-        degree = max(2 * a.function_space().ufl_element().embedded_superdegree - 2, 1)
-        root = fd.sqrt(fd.inner(fd.grad(a), fd.grad(a)) + epsilon**2)
-        total, assembler = 0.0, get_assembler((root - epsilon) * fd.dx(degree=degree))
+        if (basis.Y, epsilon) not in self._variations:
+            a = fd.Function(basis.Y.V)
+            degree = max(2 * a.function_space().ufl_element().embedded_superdegree - 2, 1)
+            root = fd.sqrt(fd.inner(fd.grad(a), fd.grad(a)) + epsilon**2)
+            self._variations[basis.Y, epsilon] = a, get_assembler((root - epsilon) * fd.dx(degree=degree))
+        (a, assembler), total = self._variations[basis.Y, epsilon], 0.0
         for column in columns.reshape(basis.Y.nodes, -1).T:
             a.dat.data_wo[...] = column
             with stop_annotating():
