@@ -325,12 +325,16 @@ def test_locality_sees_neither_turned_eigenfunctions_nor_another_basis_of_the_sa
 
 
 @on_ranks
-def test_locality_of_a_graph_by_an_embedding():
+def test_terms_on_a_graph_and_locality_by_an_embedding():
     A = np.diag(np.ones(7), 1)
     Y = point_space(np.full(8, 0.5), graph=A + A.T)
     numbers = Y.numbers
     net = flat_network(laplace_basis(Y, 3), layers=1, final_time=1.0)
     net.kernel.set(0, np.diag([1.0, 0.5, -1.0]))
+    net.bias.set(0, numbers - 3.0)
+    assert float(smoothed_l1(2.0, 1e-9)([net.bias])) == pytest.approx(2 * 0.5 * (3 + 2 + 1 + 0 + 1 + 2 + 3 + 4), rel=1e-7)
+    with pytest.raises(ValueError, match="^total_variation: expected a function on a label domain with a mesh"):
+        total_variation(1.0, 0.1)([net.bias])
     with pytest.raises(ValueError, match="^locality: expected a label domain with a mesh, got points; give an embedding"):
         locality(1.0)([net.kernel])
     phi = gathered(Y, np.column_stack([net.kernel.space_basis.kernel.phi.values, numbers]))
