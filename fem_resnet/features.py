@@ -24,7 +24,7 @@ from typing import Any
 from fem_resnet.arguments import instance
 from fem_resnet.ranks import same
 
-__all__ = ["FEATURES", "HELD", "STEPPED", "TOOLS", "Feature", "features_of", "refuse_unsupported", "supports"]
+__all__ = ["FEATURES", "HELD", "REGULARISED", "STEPPED", "TOOLS", "Feature", "features_of", "refuse_unsupported", "supports"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,18 @@ FEATURES: dict[str, Feature] = {
     "regulariser": Feature(
         "a regulariser", "make the problem with regulariser=None", "problem", lambda problem: problem.regulariser is not None
     ),
+    "regulariser_not_quadratic": Feature(
+        "a regulariser that is not quadratic",
+        "take tikhonov, smooth_in_space, smooth_in_time, locality",
+        "problem",
+        lambda problem: problem.regulariser is not None and not problem.regulariser.quadratic,
+    ),
+    "regulariser_not_convex": Feature(
+        "a regulariser that need not be convex",
+        "say convex=True of a ufl_functional that is",
+        "problem",
+        lambda problem: problem.regulariser is not None and not problem.regulariser.convex,
+    ),
     "running": Feature(
         "a running cost", "make the problem without running", "problem", lambda problem: problem.running is not None
     ),
@@ -168,6 +180,9 @@ FEATURES: dict[str, Feature] = {
 HELD = (
     "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
 )  # fmt: skip
+
+#: Regularisers of all kinds. What evaluates J, or leaves the regulariser out, takes all of these.
+REGULARISED = ("regulariser", "regulariser_not_quadratic", "regulariser_not_convex")
 
 #: How a network is stepped. What steps by the network's own layers, or does not step at all, takes all of these.
 STEPPED = ("adapted_steps", "discrete_gradient", "single_precision")

@@ -48,18 +48,23 @@ from fem_resnet import (
     functional_loss,
     get_activation,
     given_basis,
+    huber,
     laplace_basis,
     least_squares,
     load,
+    locality,
     msa,
     point_space,
     read_mesh,
     save,
     smooth_in_space,
     smooth_in_time,
+    smoothed_l1,
     tikhonov,
+    total_variation,
     train,
     train_pam,
+    ufl_functional,
 )  # fmt: skip
 from fem_resnet.learning.head import PREDICTIONS
 from fem_resnet.learning.regulariser import _mass
@@ -163,6 +168,15 @@ def gradient(Y, O, C, h):
 
 def difference(p, C):
     return (p - C) ** 2 * fd.dx
+
+
+def double_well(a):
+    return (a**2 - 1) ** 2 * fd.dx
+
+
+def coefficients_of_bias() -> list[np.ndarray]:
+    bias = classes().net.bias
+    return [bias.get(k) for k in range(len(bias.functions))]
 
 
 def ring() -> np.ndarray:
@@ -475,9 +489,40 @@ DOORS = {
         parted=("parameters",),
     ),
     **{
-        term.__name__: Door(term, lambda: {"weight": 0.5}, takes={"weight": NOT_NEGATIVE}, parted=("weight",))
+        term.__name__: Door(
+            term,
+            lambda: {"weight": 0.5, "kernel": 0.3},
+            takes={"weight": NOT_NEGATIVE, "kernel": NOT_NEGATIVE},
+            parted=("weight", "kernel"),
+        )
         for term in (tikhonov, smooth_in_space, smooth_in_time)
     },
+    **{
+        term.__name__: Door(
+            term,
+            lambda scale=scale: {"weight": 0.5, scale: 0.1, "bias": 0.3},
+            takes={"weight": NOT_NEGATIVE, scale: POSITIVE, "bias": NOT_NEGATIVE},
+            parted=("weight", scale, "bias"),
+        )
+        for term, scale in ((smoothed_l1, "epsilon"), (huber, "delta"), (total_variation, "epsilon"))
+    },
+    "ufl_functional": Door(
+        ufl_functional,
+        lambda: {"weight": 0.5, "density": double_well, "of": "bias", "convex": False},
+        takes={"weight": NOT_NEGATIVE, "density": {"a function"}, "convex": {"a bool"}},
+        parted=("weight", "density", "of", "convex"),
+    ),
+    "locality": Door(
+        locality,
+        lambda: {"weight": 0.5, "embedding": None},
+        takes={"weight": NOT_NEGATIVE, "embedding": {"None", "a function"}},
+        parted=("weight", "embedding"),
+    ),
+    "Regulariser.functionals": Door(
+        Regulariser.functionals,
+        lambda: {"self": tikhonov(0.5), "parameter": classes().net.bias, "coefficients": coefficients_of_bias()},
+        parted=("parameter", "coefficients"),
+    ),
     "Batch": Door(
         Batch,
         lambda: {

@@ -68,6 +68,7 @@ from fem_resnet import (
     picard,
     pmp_residual,
     save,
+    smoothed_l1,
     solve_costate,
     solve_linearised,
     solve_trajectory,
@@ -79,6 +80,7 @@ from fem_resnet import (
     to_network,
     train,
     train_pam,
+    ufl_functional,
     verify,
     weighted_identity,
     well_posedness_constants,
@@ -111,6 +113,10 @@ NET = {
 PROBLEM = {
     "head": {},
     "regulariser": {"regulariser": tikhonov(1.0)},
+    "regulariser_not_quadratic": {"regulariser": tikhonov(1.0) + smoothed_l1(0.5, 0.3)},
+    "regulariser_not_convex": {
+        "regulariser": tikhonov(1.0) + ufl_functional(0.05, lambda a: (a**2 - 0.2) ** 2 * fd.dx, "bias")
+    },
     "running": {"running": RunningCost(f**2)},
     "running_of_controls": {"running": RunningCost(f**2 + a**2 / 20, kernel=0.1)},
     "ensemble": {},

@@ -25,7 +25,7 @@ import numpy as np
 from fem_resnet.activation.activation import Activation
 from fem_resnet.arguments import choice, instance, real_array
 from fem_resnet.control.controls import Controls
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.sample_weights import sample_weights
@@ -128,7 +128,7 @@ class Hamiltonian(Fixed):
 
     @classmethod
     @supports(
-        *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints", "learned_initial",
+        *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints", "learned_initial",
         "learned_both", "many_samples", "weights",
     )  # fmt: skip
     def of(cls, problem: LearningProblem, convention: str) -> Hamiltonian:

@@ -16,7 +16,7 @@ from fem_resnet.arguments import integer, integer_array
 from fem_resnet.costate.costate import Costate, solve_costate
 from fem_resnet.costate.terminal import terminal_costate
 from fem_resnet.costate.trajectory import like, solve_trajectory
-from fem_resnet.features import supports
+from fem_resnet.features import REGULARISED, supports
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
@@ -75,7 +75,7 @@ class CostateCheck:
 
 @supports(
     "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
-    "discrete_gradient", "single_precision", "head", "regulariser", "running", "running_of_controls", "learned_both",
+    "discrete_gradient", "single_precision", "head", *REGULARISED, "running", "running_of_controls", "learned_both",
     "many_samples", "weights",
 )  # fmt: skip
 def costate_check(

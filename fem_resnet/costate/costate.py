@@ -42,7 +42,6 @@ from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.regulariser import Regulariser
-from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
 from fem_resnet.time_stepping.evolution import SOLVER_PARAMETERS, FieldStepper, Moment, Path
 
@@ -137,7 +136,9 @@ class Costate:
         slots = {id(p): slot for p, slot in zip(coefficients.functions, coefficients.slots)}
         gradients = []
         for parameter in (net.bias, net.kernel):
-            added = _regulariser_functionals(regulariser, parameter)
+            count = len(parameter.functions)
+            coefficients_now = [parameter.get(k) for k in range(count)]
+            added = [0.0] * count if regulariser is None else regulariser.functionals(parameter, coefficients_now)
             for k, coefficients_k in enumerate(parameter.functions):
                 functional = fd.Cofunction(coefficients_k.function_space().dual())
                 slots[id(coefficients_k)].write(functional, of[id(coefficients_k)] + added[k])
@@ -245,14 +246,3 @@ def _partner_parameters(trajectory: Trajectory) -> dict:
     if trajectory.layers and not trajectory.layers[0].stages:
         raise ValueError("partner: expected a trajectory with its stages, got one without; solve it with keep_stages=True")
     return parameters
-
-
-def _regulariser_functionals(regulariser: Regulariser | None, parameter: Parameter) -> Sequence[np.ndarray | float]:
-    """The functionals of R's derivative in the coefficients of a parameter, one for each Function."""
-    count = len(parameter.functions)
-    total: list[np.ndarray | float] = [0.0] * count
-    if regulariser is not None:
-        coefficients = [parameter.get(k) for k in range(count)]
-        for weight, form in regulariser.terms:
-            total = [sum_so_far + weight * d for sum_so_far, d in zip(total, form(parameter, coefficients))]
-    return total

@@ -7,7 +7,7 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.costate.trajectory import like
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.head import PREDICTIONS, Prediction
@@ -19,7 +19,7 @@ __all__ = ["terminal_costate"]
 
 
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
     "learned_initial", "learned_both", "many_samples", "weights",
 )  # fmt: skip
 def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Function:

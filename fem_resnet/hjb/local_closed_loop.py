@@ -20,7 +20,7 @@ import firedrake as fd
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import integer
-from fem_resnet.features import STEPPED, supports
+from fem_resnet.features import REGULARISED, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.hjb.local_feedback import LocalFeedback
 from fem_resnet.learning.batch import Batch
@@ -32,7 +32,9 @@ from fem_resnet.ranks import same
 __all__ = ["LocalClosedLoop"]
 
 #: The names of regularisers that are sums over the layers.
-_OF_LAYERS = {"tikhonov", "smooth_in_space"}
+_OF_LAYERS = {
+    "tikhonov", "smooth_in_space", "smoothed_l1", "huber", "total_variation", "ufl_functional", "locality",
+}  # fmt: skip
 
 
 class LocalClosedLoop(OnMesh):
@@ -42,7 +44,7 @@ class LocalClosedLoop(OnMesh):
     ----------
     problem
         As for `LocalFeedback`. Each layer has controls of its own (in_time="layers" of Bias and Kernel), and the
-        regulariser is a sum over the layers: `tikhonov`, `smooth_in_space`. A learned head is chosen anew at each interface.
+        regulariser is a sum over the layers, as all but `smooth_in_time` are. A learned head is chosen anew at each interface.
     **options
         The options of `LocalFeedback`.
 
@@ -65,7 +67,7 @@ class LocalClosedLoop(OnMesh):
     """
 
     @supports(
-        "gradient_flow", "stable_kernel", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running",
+        "gradient_flow", "stable_kernel", "nodal_bias", "bases_by_layer", *STEPPED, "head", *REGULARISED, "running",
         "running_of_controls", "many_samples", "weights", instead="take LocalFeedback, at t = 0",
     )  # fmt: skip
     def __init__(self, problem: LearningProblem, **options):

@@ -35,7 +35,7 @@ from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunction
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import instance, number
-from fem_resnet.features import STEPPED, supports
+from fem_resnet.features import REGULARISED, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, reason_name, refuse_unread, unread
@@ -122,7 +122,7 @@ class LocalFeedback(OnMesh):
     # Learned factors are not taken: factors and beta make the same kernel in many ways, so no minimum is strict.
     @supports(
         "no_layers", "gradient_flow", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time",
-        "shared_in_time", *STEPPED, "head", "regulariser", "running", "running_of_controls", "many_samples", "weights",
+        "shared_in_time", *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "many_samples", "weights",
     )  # fmt: skip
     def __init__(
         self,

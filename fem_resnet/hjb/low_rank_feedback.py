@@ -25,7 +25,7 @@ import numpy as np
 import scipy.linalg
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.features import STEPPED, supports
+from fem_resnet.features import REGULARISED, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.hjb.local_feedback import NO_MINIMUM, LocalFeedback
 from fem_resnet.label_domain.basis import Basis
@@ -90,7 +90,7 @@ class LowRankFeedback(OnMesh):
     # A running cost depends on f(t) itself, so J_vv has another part, which is not of low rank.
     @supports(
         "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
-        *STEPPED, "head", "regulariser", "weights", instead="use LocalFeedback for one input after the other",
+        *STEPPED, "head", *REGULARISED, "weights", instead="use LocalFeedback for one input after the other",
     )  # fmt: skip
     def __init__(self, feedback: LocalFeedback):
         problem, Y = feedback.problem, feedback.Y

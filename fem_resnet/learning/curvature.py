@@ -23,7 +23,7 @@ from pyadjoint.tape import stop_annotating
 from slepc4py import SLEPc
 
 from fem_resnet.arguments import flag, integer, number
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix, petsc_refusals, refuse_unread, unread
 from fem_resnet.petsc import shell
@@ -69,7 +69,7 @@ class Spectrum:
 
 
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "observed_times",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "observed_times",
     "learned_initial", "learned_both", "many_samples", "weights",
 )  # fmt: skip
 def hessian_spectrum(

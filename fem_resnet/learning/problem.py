@@ -32,7 +32,7 @@ from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation, stop_annotating
 
 from fem_resnet.arguments import choice, flag, instance, integer
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -349,8 +349,8 @@ class LearningProblem(OnMesh):
         return [control for parameter in self.parameters for control in parameter.controls()]
 
     @supports(
-        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "observed_times", "learned_initial",
-        "learned_both", "many_samples", "weights", tool="Gauss-Newton",
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "regulariser_not_quadratic", "observed_times",
+        "learned_initial", "learned_both", "many_samples", "weights", tool="Gauss-Newton",
         when=lambda self, *, gauss_newton=False, **_: isinstance(gauss_newton, (bool, np.bool_)) and bool(gauss_newton),
     )  # fmt: skip
     @supports(
@@ -416,7 +416,7 @@ class LearningProblem(OnMesh):
             return functional(J, self.controls(), tape=tape), run
 
     @supports(
-        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
         "many_samples", "weights", instead="make another problem: replace(batch=..)",
     )  # fmt: skip
     def exchange(self, batch: Batch) -> None:

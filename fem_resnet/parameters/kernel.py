@@ -255,12 +255,17 @@ class KernelCoefficients(Replicated, SpaceBasis):
         The factors; where they are learned, the orthonormal ones at the start.
     learned
         Whether the factors are learned.
+
+    Attributes
+    ----------
+    has_learned_factors : bool
+        Whether they are.
     """
 
     def __init__(self, kernel: LowRankKernel, learned: bool = False):
         super().__init__(kernel.phi.Y, kernel.shape)
         self.kernel = kernel
-        self._learned = learned
+        self.has_learned_factors = learned
 
     @property
     def amplitude(self):
@@ -277,7 +282,7 @@ class KernelCoefficients(Replicated, SpaceBasis):
         return self.kernel.riesz(functional)
 
     def stiffness(self, coefficients):
-        if self._learned:
+        if self.has_learned_factors:
             raise ValueError(
                 "smooth_in_space: expected a kernel with fixed factors, got learned ones, for whose gradients there is no "
                 "formula here; fix the factors, or regularise by smooth_in_time or tikhonov"

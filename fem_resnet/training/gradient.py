@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
 from fem_resnet.arguments import flag
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.elimination import ReducedToOthers
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
@@ -75,7 +75,7 @@ class Result:
 
 
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "ensemble",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "ensemble",
     "derivatives", "observed_times", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
     parted=("bounds",),
 )  # fmt: skip

@@ -29,7 +29,7 @@ from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.arguments import instance, integer, number
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
@@ -58,11 +58,11 @@ _ROUND_OFF = 32 * np.finfo(float).eps
 
 
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "derivatives",
     "observed_times", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
 )  # fmt: skip
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
     "many_samples", "weights", tool="train_pam, batches", when=lambda *given, batches=None, **options: batches is not None,
     parted=("start",),
 )  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.verify.differences import BETWEEN_JOINTS, SHORT, SMOOTH, STEPS, extrapolated
-from fem_resnet.verify.point import Point, close, names, part
+from fem_resnet.verify.point import Point, close, has_joints, names, part
 from fem_resnet.verify.report import Check, Checks, Line
 
 __all__ = ["elsewhere", "second_order", "taylor"]
@@ -57,7 +57,7 @@ def taylor(point: Point, quick: bool, lines: list[Line]) -> Checks:
 
     The remainders R0, R1 and R2 of Taylor's formula are added to `lines`.
     """
-    joints = point.problem.net.activation.joints
+    joints = has_joints(point.problem)
     J0, tiny = point.value(), np.finfo(float).eps
     # A bound of the error of a difference of two values of J.
     noise = max(64 * tiny, 1e-2 * close(point.problem) if close(point.problem) > 1e-10 else 0.0)
@@ -136,7 +136,7 @@ def _rates(
 
 def second_order(point: Point, quick: bool) -> Checks:
     """Compare Hessian actions with differences of gradients, control by control; check that the Hessian is symmetric."""
-    joints, labels = point.problem.net.activation.joints, names(point.problem)
+    joints, labels = has_joints(point.problem), names(point.problem)
     accuracy = close(point.problem)
     if point.problem.net.settings.precision == "single":
         yield Check.left_out("Hessian", "against differences", "gradients in single precision are too coarse; see 'double'")
@@ -219,7 +219,7 @@ def elsewhere(point: Point) -> Checks:
         curvature, found = (slopes[0] - slopes[1]) / (2 * short), point.pair(action, h)
         size = abs(curvature) + 1e-3 * abs(slope)
         bound = 1e-5 + max(1e-13, 1e-2 * close(problem) if close(problem) > 1e-10 else 0.0) / short
-        if not problem.net.activation.joints:  # a short step may cross one
+        if not has_joints(problem):  # a short step may cross one
             yield Check.of("elsewhere", "Hessian", part(abs(found - curvature), size), bound + point.coarseness / short)
     if problem.net.solver_parameters.get("ts_adapt_type", "none") != "none":
         return  # a new tape adapts its steps anew

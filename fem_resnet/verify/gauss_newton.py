@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.verify.differences import STEPS, extrapolated
-from fem_resnet.verify.point import Point, close, part
+from fem_resnet.verify.point import Point, close, has_joints, part
 from fem_resnet.verify.reference import Reference
 from fem_resnet.verify.report import Check, Checks
 
@@ -19,7 +21,10 @@ def gauss_newton(point: Point) -> Checks:
     A is the operator of Gauss and Newton.
     """
     problem = point.problem
-    loss, joints = problem.loss.name, problem.net.activation.joints
+    if problem.regulariser is not None and not problem.regulariser.convex:
+        yield Check.left_out("Gauss-Newton", "all controls", "the regulariser need not be convex")
+        return
+    loss, joints = problem.loss.name, has_joints(problem)
     if loss not in ("least_squares", "cross_entropy", "binary_cross_entropy"):
         yield Check.left_out("Gauss-Newton", "all controls", f"the loss {loss!r} is the user's own")
         return
@@ -52,18 +57,29 @@ def gauss_newton(point: Point) -> Checks:
         move(step)
         return reference.regulariser()
 
+    def curved(penalty: Callable[[float], float], R: float) -> float:
+        """<h, R'' h>: of a quadratic R by its values, of another one by differences that shrink."""
+        if problem.regulariser is None or problem.regulariser.quadratic:
+            return penalty(1.0) + penalty(-1.0) - 2 * R
+        second, _ = extrapolated(
+            lambda step: np.array([(penalty(step) - 2 * R + penalty(-step)) / step**2]), STEPS[:6], abs(R), point.comm
+        )
+        return float(second[0])
+
     with Reference(problem) as reference:
         try:
             steps = np.array([1e-6]) if joints else STEPS[:6]
             change, _ = extrapolated(lambda step: (seen(step) - seen(-step)) / (2 * step), steps, 1.0, point.comm)
             R = penalty(0.0)
-            expected = penalty(1.0) + penalty(-1.0) - 2 * R + float(reference.omega @ reference.curvature(seen(0.0), change))
+            expected = curved(penalty, R) + float(reference.omega @ reference.curvature(seen(0.0), change))
         finally:
             move(0.0)
     value, size = point.pair(actions[0], h), abs(expected) + 1e-9 * abs(R)
     if problem.net.settings.kernel.among is not None and problem.regulariser is not None:
         why = "the kernel is made of other controls, and the regulariser is not quadratic in them"
         yield Check.left_out("Gauss-Newton", "<h, A h>", why)
+    elif problem.regulariser is not None and not problem.regulariser.quadratic and joints:
+        yield Check.left_out("Gauss-Newton", "<h, A h>", "second differences of the regulariser may cross joints")
     else:
         bound = max(1e-5 if joints else 1e-6, 10 * close(problem), point.coarseness)
         yield Check.of("Gauss-Newton", "<h, A h>", part(abs(value - expected), size), bound)

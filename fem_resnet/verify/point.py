@@ -17,7 +17,7 @@ from fem_resnet.verify.formulas import NotWrittenOut
 from fem_resnet.verify.measure import raw
 from fem_resnet.verify.reference import Reference
 
-__all__ = ["Point", "close", "names", "own", "part"]
+__all__ = ["Point", "close", "has_joints", "names", "own", "part"]
 
 #: Parameters are moved by this part of their size.
 _MOVE = 0.1
@@ -42,6 +42,12 @@ def close(problem: LearningProblem) -> float:
         return 1e-11
     theirs = [float(parameters.get(name, 0.0)) for name in ("snes_rtol", "ksp_rtol")]
     return max(1e-8, 1e2 * max(theirs), 1e2 * float(parameters.get("snes_stol", 0.0)) ** 2)
+
+
+def has_joints(problem: LearningProblem) -> bool:
+    """Whether second derivatives of J jump: those of sigma, or of a term of the regulariser."""
+    terms = () if problem.regulariser is None else problem.regulariser.terms
+    return bool(problem.net.activation.joints) or not all(getattr(term, "smooth", True) for _, term in terms)
 
 
 def part(defect: float, size: float) -> float:

@@ -23,7 +23,9 @@ from fem_resnet.label_domain.points import point_space
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.batch import Batch, Derivatives
 from fem_resnet.learning.head import Head
+from fem_resnet.learning.locality import locality
 from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.learning.pointwise_terms import smoothed_l1
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
@@ -104,7 +106,9 @@ def _layers(comm: MPI.Comm) -> LearningProblem:
     net = ResidualNetwork(
         Kernel(_functions(Y, 6), _functions(Y, 11, 0.4)), layers=Layers(_TIMES, steps=2), activation="arctan"
     )
-    return _problem(net, samples=1, regulariser=tikhonov(0.05) + smooth_in_space(0.01) + smooth_in_time(0.02), learn="both")
+    quadratic = tikhonov(0.05) + smooth_in_space(0.01, kernel=0.02) + smooth_in_time(0.02)
+    convex = smoothed_l1(0.02, 0.5, kernel=0.03)
+    return _problem(net, samples=1, regulariser=quadratic + convex, learn="both")
 
 
 def _seen(comm: MPI.Comm) -> LearningProblem:
@@ -121,7 +125,8 @@ def _seen(comm: MPI.Comm) -> LearningProblem:
         activation="sigmoid",
         solver_parameters={"ts_rk_type": "5dp"},
     )
-    return _problem(net, Head(psi, 3, "logistic"), binary_cross_entropy, samples=7, targets=_classes(7))
+    regulariser = tikhonov(0.05, mu=0.02) + locality(0.04)
+    return _problem(net, Head(psi, 3, "logistic"), binary_cross_entropy, regulariser, 7, _classes(7))
 
 
 def _many(comm: MPI.Comm) -> LearningProblem:

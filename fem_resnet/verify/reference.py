@@ -10,16 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import firedrake as fd
 import numpy as np
 import scipy.special
+from firedrake.assemble import get_assembler
 from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
 
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.batch import Batch
+from fem_resnet.learning.field_terms import FieldTerm, TotalVariation
+from fem_resnet.learning.locality import Locality
+from fem_resnet.learning.pointwise_terms import Huber, SmoothedModulus
 from fem_resnet.learning.problem import LearningProblem
+from fem_resnet.learning.term import Term, Weights
+from fem_resnet.parameters.kernel import KernelCoefficients
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BasisCoefficients
+from fem_resnet.parameters.space_basis import BasisCoefficients, SpaceBasis
 from fem_resnet.verify.formulas import NotWrittenOut, sigma
 from fem_resnet.verify.layer_equation import FieldTS, LayerEquation
 from fem_resnet.verify.measure import Measure, raw
@@ -55,6 +65,8 @@ class Reference:
         self.measure = self.parameters.measure
         self._sigma = sigma(self.net.activation)
         self._steppers: list[FieldTS] = []
+        #: A Function and the assembler of its total variation, by label domain and epsilon.
+        self._variations: dict[tuple[LabelSpace, float], tuple[fd.Function, Any]] = {}
 
     def __enter__(self) -> Reference:
         return self
@@ -209,10 +221,68 @@ class Reference:
         penalised = [p for p in self.problem.parameters if p.penalised]
         penalised = [self.net.kernel if p is self.net.kernel.learned else p for p in penalised]
         total = 0.0
-        for (weight, form), name in zip(regulariser.terms, [*regulariser.names, *[""] * len(regulariser.terms)]):
+        for (weight, term), name in zip(regulariser.terms, [*regulariser.names, *[""] * len(regulariser.terms)]):
             for parameter in penalised:
-                total += weight * self._penalty(parameter, name, form) / 2
+                own = dict(weight.own).get(parameter.name, weight.others) if isinstance(weight, Weights) else weight
+                if own == 0:
+                    continue
+                if isinstance(term, Term):
+                    total += own * self._functional(parameter, term)
+                else:
+                    total += own * self._penalty(parameter, name, term) / 2
         return float(total)
+
+    def _functional(self, parameter: Parameter, term: Term) -> float:
+        """What a term that is no form has of one parameter; by the term itself where it is a user's own."""
+        if isinstance(term, FieldTerm):
+            penalty = term.on(parameter)
+            c = [self.parameters.coefficients(parameter, k) for k in range(len(parameter.functions))]
+            return 0.0 if penalty is None else penalty.value(c)
+        tau = self.parameters.lengths(parameter)
+        return sum(tau[k] * self._of_function(parameter, term, k) for k in range(len(tau)))
+
+    def _of_function(self, parameter: Parameter, term: Term, k: int) -> float:
+        """What a term has of the function k in time of one parameter, without tau_k."""
+        c, basis = self.parameters.coefficients(parameter, k), parameter.space_bases[k]
+        if isinstance(term, TotalVariation):
+            return self._total_variation(basis, c, term.epsilon) if parameter.name in ("bias", "initial") else 0.0
+        if isinstance(term, Locality):
+            return self._locality(self.parameters.kernel(parameter, k).phi, c, term) if parameter.name == "kernel" else 0.0
+        if not isinstance(basis, KernelCoefficients):
+            measure = self.parameters.measure_of(basis.Y)
+            values = basis.basis.values @ c if isinstance(basis, BasisCoefficients) else c
+            return float(measure.total(np.sum(measure.weights * _convex(term, values).T)))
+        phi, psi = basis.kernel.phi, basis.kernel.psi
+        in_y, in_z = (self.parameters.measure_of(of.Y) for of in (phi, psi))
+        b = phi.values @ c @ np.concatenate(in_z.comm.allgather(psi.values)).T
+        return float(in_y.total(in_y.weights @ _convex(term, b) @ np.concatenate(in_z.comm.allgather(in_z.weights))))
+
+    def _total_variation(self, basis: SpaceBasis, c: np.ndarray, epsilon: float) -> float:
+        """int (|grad a|^2 + epsilon^2)^(1/2) - epsilon, with as many points as integrate the squared gradient exactly."""
+        columns = basis.basis.values @ c if isinstance(basis, BasisCoefficients) else c
+        if (basis.Y, epsilon) not in self._variations:
+            a = fd.Function(basis.Y.V)
+            degree = max(2 * a.function_space().ufl_element().embedded_superdegree - 2, 1)
+            root = fd.sqrt(fd.inner(fd.grad(a), fd.grad(a)) + epsilon**2)
+            self._variations[basis.Y, epsilon] = a, get_assembler((root - epsilon) * fd.dx(degree=degree))
+        (a, assembler), total = self._variations[basis.Y, epsilon], 0.0
+        for column in columns.reshape(basis.Y.nodes, -1).T:
+            a.dat.data_wo[...] = column
+            with stop_annotating():
+                total += float(assembler.assemble())
+        return total
+
+    def _locality(self, phi: Basis, beta: np.ndarray, term: Locality) -> float:
+        """1/2 the squared norms of (x_d(y) - x_d(z)) b(y, z), projected onto phi: at all pairs of nodes."""
+        x = phi.Y.coordinates if term.embedding is None else term.embedding(phi.Y.coordinates.copy())
+        gather = self.measure.comm.allgather
+        values, w, x = (np.concatenate(gather(part)) for part in (phi.values, self.measure.weights, x))
+        b, seen = values @ beta @ values.T, np.linalg.solve(self.parameters.gram(phi), (values * w[:, None]).T)
+        G, total = self.parameters.gram(phi), 0.0
+        for x_d in x.T:
+            kappa = seen @ ((x_d[:, None] - x_d) * b) @ seen.T
+            total += float(np.trace(kappa.T @ G @ kappa @ G)) / 2
+        return total
 
     def _penalty(self, parameter: Parameter, name: str, form: Callable) -> float:
         """The square that a term of the regulariser has of one parameter; by `form` where the term is a user's own."""
@@ -266,3 +336,12 @@ class Reference:
     def value(self, taken: Sequence | None = None) -> float:
         """J."""
         return self.of_state(self.states(self.initial, taken)[-1], taken)
+
+
+def _convex(term: Term, x: np.ndarray) -> np.ndarray:
+    """The function of the values whose integral a term is."""
+    if isinstance(term, SmoothedModulus):
+        return np.sqrt(x**2 + term.epsilon**2) - term.epsilon
+    if isinstance(term, Huber):
+        return np.where(np.abs(x) <= term.delta, x**2 / 2, term.delta * (np.abs(x) - term.delta / 2))
+    raise NotWrittenOut(f"the term {term!r} has no second formula")

@@ -16,7 +16,7 @@ from pyadjoint import Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
 from fem_resnet.arguments import flag, function, instance, number
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, least_squares
@@ -167,7 +167,7 @@ class _Failed(Exception):
 # Observations before T and the members of an ensemble add terms to J that `reference` does not have. With a schedule of
 # checkpoints, no states are on the tape to be checked.
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "derivatives",
     "learned_initial", "learned_both", "many_samples", "weights", tool="verify",
 )  # fmt: skip
 def _all_checks(

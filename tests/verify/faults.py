@@ -24,8 +24,11 @@ import fem_resnet.layers.inputs
 import fem_resnet.layers.running_cost
 import fem_resnet.layers.stage
 import fem_resnet.layers.transposed_stage
+import fem_resnet.learning.field_terms
 import fem_resnet.learning.head
+import fem_resnet.learning.locality
 import fem_resnet.learning.loss
+import fem_resnet.learning.pointwise_terms
 import fem_resnet.learning.problem
 import fem_resnet.learning.regulariser
 import fem_resnet.network.coefficient_segment
@@ -127,6 +130,9 @@ Kernel, Basis, LabelSpace = (
     fem_resnet.label_domain.label_space.LabelSpace,
 )
 regulariser = fem_resnet.learning.regulariser
+localities = fem_resnet.learning.locality
+Pairs, Modulus = fem_resnet.learning.pointwise_terms._Pairs, fem_resnet.learning.pointwise_terms.SmoothedModulus
+Field, Variation = fem_resnet.learning.field_terms._OfField, fem_resnet.learning.field_terms.TotalVariation
 CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, TIMES, LAYERS, KINKS, COSTS, MANY, MANY_TIMES = (
     "classes", "field", "carried", "adapted", "implicit", "learned", "times", "layers", "kinks", "costs", "many samples",
     "many samples, times",
@@ -1001,6 +1007,20 @@ FAULTS = [
         line(
             Stage, "_affine", "np.subtract(at.a[order][nodes, None], u, out=u)", "np.add(at.a[order][nodes, None], u, out=u)"
         ),
+    ),
+    # terms of regularisers
+    *(
+        Fault(name, "terms", line(owner, function, right, wrong))
+        for name, owner, function, right, wrong in (
+            ("all parameters have one weight", regulariser, "weight_on", "weight.own", "()"),
+            ("an integral of pairs without the weights of z", Pairs, "functional", " * self._in_z[z, None]", ""),
+            ("total variation without tau", Field, "functionals", "tau * _pull_back", "_pull_back"),
+            ("L1 without the weights of y in its value", Pairs, "integral", "self._in_y[y] @", "np.ones(len(rows[y])) @"),
+            ("total variation without epsilon outside", Variation, "_form", "+ self.epsilon)", ")"),
+            ("a commutator that is a product", localities, "_form", " - beta @ S.T", ""),
+            ("L1's curvature is that of another power", Modulus, "curvature", ") ** 2 / size", ") / size"),
+            ("a half of the commutator's functional", localities, "_form", " - D @ S", ""),
+        )
     ),
 ]
 

@@ -32,10 +32,13 @@ from fem_resnet import (
     LearningProblem,
     ResidualNetwork,
     RunningCost,
+    locality,
     save,
     smooth_in_space,
     smooth_in_time,
+    smoothed_l1,
     tikhonov,
+    total_variation,
     verify,
 )
 from fem_resnet.verify import Check, Line, Report, built_in, problem_of
@@ -125,6 +128,19 @@ def _costs():
     return _plain(running=RunningCost(sympy.cos(f) * a + f**2 / 2, kernel=0.4))
 
 
+def _terms():
+    """Every term of a regulariser that is no form, with weights of single parameters."""
+    Y = LabelSpace(fd.FunctionSpace(_mesh("annulus"), "CG", 1))
+    phi, psi = _bases(Y)
+    net, head = flat_network(psi, times=[0.0, 0.3, 1.1]), Head(psi, 3)
+    _fill([*net.parameters, *head.parameters], Y, 2)
+    regulariser = (
+        tikhonov(0.01, W=0.2) + smoothed_l1(0.3, 0.5, kernel=0.1) + locality(0.3) + total_variation(0.1, 0.8, bias=0.2)
+    )  # fmt: skip
+    batch = _batch(net, 2, [0, 2])
+    return LearningProblem(net, head, fem_resnet.learning.loss.cross_entropy, regulariser, batch)
+
+
 #: Small, and rich enough that what is planted acts.
 PROBLEMS = {
     "classes": classes,
@@ -141,6 +157,7 @@ PROBLEMS = {
     "many samples, times": lambda: _plain(samples=35, learn_times=True, learn="parameters"),
     "kinks": lambda: _plain(activation="relu"),
     "costs": _costs,
+    "terms": _terms,
 }
 
 
