@@ -216,7 +216,9 @@ def _factors(problem: LearningProblem, schedule: str | Callable[[float], float],
     if isinstance(schedule, str):
         factor = SCHEDULES[choice("schedule", schedule, SCHEDULES)]
     else:
-        factor = function("schedule", schedule, f"one of {', '.join(map(repr, SCHEDULES))} or a function of a number in [0, 1)")
+        factor = function(
+            "schedule", schedule, f"one of {', '.join(map(repr, SCHEDULES))} or a function of a number in [0, 1)"
+        )
     return np.array(
         on_first(problem.net.Y.comm, lambda: [number("schedule", factor(k / steps), least=0) for k in range(steps)])
     )
@@ -246,7 +248,8 @@ class _Course:
         self.descent = Descent(problem.parameters, step)
         self.kept = self.descent.get()
         self.epoch, self.best, self.steps = 0, 0, 0
-        self.values, self.validation = [self.whole()], []
+        self.values = [self.whole()]
+        self.validation: list[float] = []
         if not np.isfinite(self.values[0]):
             raise ArithmeticError(f"J is {self.values[0]} at the start; begin with other parameters, or scale the data")
         self._validate()
