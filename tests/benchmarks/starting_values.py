@@ -1,12 +1,12 @@
 """Starting values compared: a map from fields to fields on an annulus, by L-BFGS and by Adam.
 
-    containers/run python tests/benchmarks/starting_values.py [--seeds 3] [--iterations 200] [--epochs 100] [--pairs 100]
+    containers/run python tests/benchmarks/starting_values.py [--seeds 2] [--iterations 150] [--epochs 60] [--pairs 100]
 
-The map takes g to the u with -div(e^g grad u) = 1, u = 0 on the outer circle, e^g du/dn = 0 on the inner one. g is a random
-field in the first 39 Laplace modes with coefficients that fall like 1 / (1 + lambda / 20), of size one. The network has one
-channel, two layers and T = 1; its head and kernel are dense in 39 modes, 4,700 coefficients or so. Printed is the relative
-error in L2 of new samples, the mean over seeds of data and starting values with the smallest and the largest; beside it that
-of the affine map between the coefficients found by ridge regression, whose weight is the best one *for the test samples*.
+The map takes g to the u with -0.02 Laplace u + u + 4 u^3 = 3 g and du/dn = 0 on both circles. g is a random field in the first
+39 Laplace modes with coefficients that fall like 1 / (1 + lambda / 20), of size one. The network has one channel, two layers
+and T = 1; its head and kernel are dense in 39 modes, 4,700 coefficients or so. Printed is the relative error in L2 of new
+samples, the mean over seeds of data and starting values with the smallest and the largest; beside it that of the affine map
+between the coefficients found by ridge regression, whose weight is the best one *for the test samples*.
 """
 
 import argparse
@@ -33,13 +33,10 @@ MODES, TEST = 39, 100
 #: Each rule with its gain.
 STARTS = {
     "zero": ("zero", 1.0),
-    "plus identity": ("minus identity", -1.0),
     "minus identity": ("minus identity", 1.0),
-    "minus identity, gain 2": ("minus identity", 2.0),
     "local": ("local", 1.0),
-    "local, gain 2": ("local", 2.0),
     "random smooth": ("random smooth", 1.0),
-    "random smooth, gain 3": ("random smooth", 3.0),
+    "plus identity": ("minus identity", -1.0),
 }
 
 
@@ -49,15 +46,14 @@ def pairs(phi, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     coefficients = rng.normal(size=(phi.rank, samples)) / (1 + phi.eigenvalues[:, None] / 20)
     inputs = phi.values @ (coefficients / np.sqrt(np.mean(np.sum(coefficients**2, axis=0)) / Y.measure))
     g, u, v = fd.Function(Y.V), fd.Function(Y.V), fd.TestFunction(Y.V)
-    F = fd.inner(fd.exp(g) * fd.grad(u), fd.grad(v)) * fd.dx - v * fd.dx
-    problem = fd.NonlinearVariationalProblem(F, u, fd.DirichletBC(Y.V, 0.0, 1))
-    solver = fd.NonlinearVariationalSolver(problem, solver_parameters={"snes_type": "ksponly", "pc_type": "lu"})
+    F = 0.02 * fd.inner(fd.grad(u), fd.grad(v)) * fd.dx + (u + 4 * u**3 - 3 * g) * v * fd.dx
+    solver = fd.NonlinearVariationalSolver(fd.NonlinearVariationalProblem(F, u), solver_parameters={"pc_type": "lu"})
     targets = np.empty_like(inputs)
     for s in range(samples):
         g.dat.data_wo[...] = inputs[:, s]
         solver.solve()
         targets[:, s] = u.dat.data_ro
-    return inputs, targets / 0.1
+    return inputs, targets
 
 
 def error(Y, found, u) -> float:
@@ -77,16 +73,15 @@ def trained(phi, start, seed, train_pairs, test_pairs, how) -> float:
     Y, (rule, gain) = phi.Y, start
     net, head = ResidualNetwork(phi, bias=phi, layers=2, final_time=1.0), Head(phi, phi, "identity")
     net.start(rule, seed, gain=gain)
-    # As a mean square over Y; J does not grow with it.
     batch = Batch(*(Y.batch(part) for part in train_pairs))
-    problem = LearningProblem(net, head, least_squares, tikhonov(1e-5), batch)
+    problem = LearningProblem(net, head, least_squares, tikhonov(1e-4), batch)
     how(problem)
     return error(Y, Y.values(head(net(Y.batch(test_pairs[0])))), test_pairs[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, number in (("seeds", 3), ("iterations", 200), ("epochs", 200), ("pairs", 100)):
+    for name, number in (("seeds", 2), ("iterations", 150), ("epochs", 60), ("pairs", 100)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--only", nargs="+", choices=STARTS, default=list(STARTS))
     given = parser.parse_args()

@@ -133,13 +133,12 @@ def test_the_iterates_are_those_of_formulas_written_out(step, bias):
     assert_allclose(result.value, problem.evaluate()[0], rtol=1e-13)
 
 
-@on_ranks
 @pytest.mark.parametrize("step", [SGD(0.5, momentum=0.9), Adam(0.3)], ids=["SGD", "Adam"])
 def test_a_convex_problem_is_solved(step):
     """To the minimum that Newton's method finds: all samples in one batch, the rate falling to zero."""
     found = [linear_problem(), linear_problem()]
     train(found[0], {"tao_type": "nls", "tao_gatol": 1e-11}, monitor=silent)
-    result = train_stochastic(found[1], step, batch_size=SAMPLES, epochs=250, monitor=silent)
+    result = train_stochastic(found[1], step, batch_size=SAMPLES, epochs=120, monitor=silent)
     least = float(found[0].evaluate()[0])
     assert result.values[0] > 1.2 * least
     assert_allclose(result.value, least, rtol=1e-5)
@@ -153,14 +152,14 @@ def held_back(problem, samples=5):
 
 
 @pytest.mark.parallel([2, 3])
-@pytest.mark.parametrize("options", [{}, {"bias": "basis"}, {"learn_times": True}], ids=str)
+@pytest.mark.parametrize("options", [{"learn_times": True}, {"bias": "basis"}], ids=str)
 def test_ranks_make_the_steps_that_one_rank_makes(options):
     results, reached = [], []
     for alone in (False, True):
         problem = learning_problem(network("annulus", "CG1", alone=alone, **options), samples=7)
         results.append(
             train_stochastic(
-                problem, Adam(0.02, decay=0.01), batch_size=3, epochs=4, seed=8, monitor=silent,
+                problem, Adam(0.02, decay=0.01), batch_size=3, epochs=3, seed=8, monitor=silent,
                 validation=held_back(problem), patience=2,
             )
         )  # fmt: skip
@@ -178,10 +177,10 @@ def test_early_stopping_keeps_the_best_state():
     problem = learning_problem(network("annulus", "CG1"), samples=7, weight=None)
     validation, seen = held_back(problem), []
     result = train_stochastic(
-        problem, Adam(0.05), batch_size=4, epochs=60, validation=validation, patience=4, schedule="constant",
+        problem, Adam(0.1), batch_size=4, epochs=60, validation=validation, patience=2, schedule="constant",
         monitor=lambda progress: seen.append([progress.validation, *(p.get(0) for p in problem.parameters)]),
     )  # fmt: skip
-    assert result.reason == "PATIENCE" and result.epochs == result.best + 4 < 60
+    assert result.reason == "PATIENCE" and result.epochs == result.best + 2 < 60
     assert result.best == np.argmin(result.validation) and len(result.validation) == len(result.values) == result.epochs + 1
     assert [entry[0] for entry in seen] == list(result.validation)
     assert result.value > result.values[-1], "J of the samples fell on, and the parameters were put back"
@@ -208,9 +207,9 @@ def test_nothing_is_recorded_again_and_the_problem_stays(monkeypatch):
     assert len(recordings) == 1 and problem.batch is batch and result.steps == 9
     again = learning_problem(network("annulus", "CG1"), samples=7)
     for found, expected in zip(train_stochastic(again, batch_size=3, epochs=3, monitor=silent).controls, result.controls):
-        assert_array_equal(found, expected)
+        assert_allclose(found, expected, atol=1e-13)  # on several ranks sums of other addresses differ by round-off
     other = learning_problem(network("annulus", "CG1"), samples=7)
-    assert train_stochastic(other, batch_size=3, epochs=3, seed=1, monitor=silent).value != result.value
+    assert train_stochastic(other, batch_size=3, epochs=1, seed=1, monitor=silent).value != result.value
 
 
 @on_ranks
@@ -262,7 +261,7 @@ def test_after_an_error_the_parameters_hold_what_was_kept():
         train_stochastic(problem, batch_size=3, epochs=2, monitor=silent, schedule="constant")
     found = [p.get(k) for p in problem.parameters for k in range(len(p.functions))]
     for reached, kept in zip(found, expected, strict=True):
-        assert_array_equal(reached, kept)
+        assert_allclose(reached, kept, atol=1e-13)  # far from what a further step would give
 
 
 @pytest.mark.parallel([1, 2])
