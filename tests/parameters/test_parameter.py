@@ -136,10 +136,8 @@ def test_coordinates_are_values_at_points_or_orthonormal(basis):
     c = _coefficients(basis, 3)
     x = basis.coordinates(c)
     assert_allclose(basis.from_coordinates(x), c, rtol=0, atol=10 * ROUND_OFF)
-    if not isinstance(basis, NODAL):
-        square = np.sum(x**2)
-    else:
-        square = basis.Y.sum(basis.Y.weights @ x**2) / basis.Y.measure
+    Y = basis.Y
+    square = Y.sum(Y.weights @ x**2) / Y.measure if isinstance(basis, NODAL) else np.sum(x**2)
     assert_allclose(np.sum(square) * basis.unit, basis.pair(basis.functional(c), c), rtol=1e-12)
 
 
