@@ -61,6 +61,8 @@ _MODULES = {
     "training.proximal": ["ProximalStep"],
     "training.pam_result": ["PAMProgress", "PAMResult"],
     "training.pam": ["train_pam"],
+    "training.stochastic_steps": ["SGD", "Adam"],
+    "training.stochastic": ["StochasticProgress", "StochasticResult", "train_stochastic"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "theory.sensitivity.well_posedness": [
         "StabilityEstimate",

@@ -16,7 +16,9 @@ from problems import learning_problem, network, polynomials
 from pyadjoint import Tape
 
 from fem_resnet import (
+    SGD,
     Activation,
+    Adam,
     Basis,
     Batch,
     Bias,
@@ -64,6 +66,7 @@ from fem_resnet import (
     total_variation,
     train,
     train_pam,
+    train_stochastic,
     ufl_functional,
 )  # fmt: skip
 from fem_resnet.learning.head import PREDICTIONS
@@ -197,6 +200,18 @@ def free() -> LearningProblem:
 @cache
 def laplace_net() -> ResidualNetwork:
     return ResidualNetwork(phi(), bias=phi(), layers=1)
+
+
+@cache
+def moved_net() -> ResidualNetwork:
+    """A network of its own, whose coefficients change."""
+    return ResidualNetwork(phi(), layers=1)
+
+
+@cache
+def moved_head() -> Head:
+    """A head of its own, whose coefficients change."""
+    return Head(phi(), 3)
 
 
 def in_a_network(kind: type, argument: str):
@@ -420,6 +435,12 @@ DOORS = {
     "ResidualNetwork.truncated": Door(
         ResidualNetwork.truncated, lambda: {"self": net(), "tolerance": 0.5}, takes={"tolerance": {"zero"}}
     ),
+    "ResidualNetwork.start": Door(
+        ResidualNetwork.start,
+        lambda: {"self": moved_net(), "rule": "local", "seed": 3, "gain": 0.5, "width": 1.5},
+        takes={"seed": {"zero", "a huge integer"}, "gain": NUMBER, "width": POSITIVE},
+        another={"rule": "zero"},
+    ),
     "Run.state": Door(Run.state, lambda: {"self": run(), "layer": 1}, takes={"layer": {"zero"}}),
     "Run.costate": Door(Run.costate, lambda: {"self": run(), "layer": 1}, takes={"layer": {"zero"}}),
     "Run.tangent": Door(Run.tangent, lambda: {"self": run(), "direction": fields().batch.inputs}, parted=("direction",)),
@@ -432,6 +453,12 @@ DOORS = {
     "Head.predict": Door(Head.predict, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
     "Head.scores": Door(Head.scores, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
     "Head.on": Door(Head.on, lambda: {"self": classes().head, "Y": disk()}, parted=("Y",)),
+    "Head.start": Door(
+        Head.start,
+        lambda: {"self": moved_head(), "rule": "random smooth", "seed": 3, "gain": 0.5},
+        takes={"seed": {"zero", "a huge integer"}, "gain": NUMBER},
+        another={"rule": "zero"},
+    ),
     "Head.observations": Door(
         Head.observations, lambda: {"self": classes().head, "labels": [0, 1, 2, 1]}, another={"labels": [0, 1, 2, 2]}
     ),
@@ -669,6 +696,53 @@ DOORS = {
         takes={"tau": POSITIVE, "accuracy": NOT_NEGATIVE, "adapt": FLAG, "inertial": FLAG},
         parted=("tau", "accuracy", "adapt", "inertial"),
     ),
+    "train_stochastic": Door(
+        train_stochastic,
+        lambda: {
+            "problem": classes(),
+            "step": Adam(rate=0.5),
+            "batch_size": 2,
+            "epochs": 1,
+            "schedule": "constant",
+            "validation": classes().batch,
+            "patience": 3,
+            "seed": 3,
+            "monitor": stop,
+        },
+        takes={
+            "step": {"None"},
+            "epochs": {"zero"},
+            "patience": {"None"},
+            "seed": {"zero", "a huge integer"},
+            "monitor": {"None", "a function"},
+        },
+        parted=("problem",),
+        called={"validation": "validation|patience"},
+        another={
+            "step": Adam(rate=0.25),
+            "schedule": "cosine",
+            "validation": Batch(classes().batch.inputs, [0, 1, 2, 2]),
+            "monitor": None,
+        },
+    ),
+    "SGD": Door(
+        SGD,
+        lambda: {"rate": 0.5, "momentum": 0.5, "decay": 0.5},
+        takes={"rate": POSITIVE, "momentum": {"zero"}, "decay": NOT_NEGATIVE},
+        parted=("rate", "momentum", "decay"),
+    ),
+    "Adam": Door(
+        Adam,
+        lambda: {"rate": 0.5, "beta_1": 0.5, "beta_2": 0.5, "epsilon": 0.5, "decay": 0.5},
+        takes={
+            "rate": POSITIVE,
+            "beta_1": {"zero"},
+            "beta_2": {"zero"},
+            "epsilon": POSITIVE,
+            "decay": NOT_NEGATIVE,
+        },
+        parted=("rate", "beta_1", "beta_2", "epsilon", "decay"),
+    ),
     "msa": Door(
         msa,
         lambda: {
@@ -778,6 +852,7 @@ NO_DOORS = {
     "Density": "a protocol: what a density of the user's has",
     "StepFailure": "an error that a layer raises",
     **dict.fromkeys(
-        ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress"), "what training gives, with what it computed"
+        ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress", "StochasticProgress", "StochasticResult"),
+        "what training gives, with what it computed",
     ),
 }

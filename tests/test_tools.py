@@ -26,6 +26,7 @@ from pyadjoint.enlisting import Enlist
 
 import fem_resnet
 from fem_resnet import (
+    Adam,
     Batch,
     Box,
     Controls,
@@ -80,6 +81,7 @@ from fem_resnet import (
     to_network,
     train,
     train_pam,
+    train_stochastic,
     ufl_functional,
     verify,
     weighted_identity,
@@ -307,6 +309,13 @@ on_net = partial(runs, net_alone=True)
 
 @runs("train", call=lambda p: train(p, {"tao_max_it": 3}))
 def _train(p, result, close, start):
+    assert_allclose(result.value, value(p), rtol=close)
+    assert_allclose(result.values[0], start, rtol=close)
+    assert result.value < start
+
+
+@runs("train_stochastic", call=lambda p: train_stochastic(p, Adam(1e-3), batch_size=1, epochs=2))
+def _train_stochastic(p, result, close, start):
     assert_allclose(result.value, value(p), rtol=close)
     assert_allclose(result.values[0], start, rtol=close)
     assert result.value < start

@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from fem_resnet.activation.activation import get_activation
-from fem_resnet.arguments import choice, instance, integer, integer_array
+from fem_resnet.arguments import choice, instance, integer, integer_array, number
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -26,6 +26,7 @@ from fem_resnet.label_domain.points import class_space
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch
+from fem_resnet.parameters.starting_values import diagonal_kernel, random_kernel
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import same
 from fem_resnet.tape.recording import apply
@@ -159,6 +160,48 @@ class Head(OnMesh):
     def parameters(self) -> list[Parameter]:
         """W and mu."""
         return [self.W, self.mu]
+
+    def start(self, rule: str = "random smooth", seed: int = 0, *, gain: float = 1.0) -> None:
+        """Give W and mu starting values; mu is 0. Collective.
+
+        While W is 0 a loss of the output has no gradient in the network.
+
+        Parameters
+        ----------
+        rule
+            - "zero": W is 0.
+            - "identity": W is gain times the identity on the span of psi, projected onto that of `onto`, which lives on the
+              same label domain.
+            - "random smooth": random coefficients in orthonormal functions, which fall like 1/k with the number k of the
+              function, for classes in that of psi alone. The norm of W in L2 is `gain` in the mean square.
+        seed
+            Of random numbers: the same coefficients on any number of ranks.
+        gain
+            The factor of W, in its unit.
+
+        Raises
+        ------
+        ValueError
+            If an argument does not fit or differs between ranks, or the output lives on another label domain than the state,
+            so that there is no identity.
+        """
+        same(self.psi.Y.comm, rule=rule, seed=seed, gain=gain)
+        choice("rule", rule, ("zero", "identity", "random smooth"))
+        seed, gain = integer("seed", seed, least=0, most=np.inf), number("gain", gain)
+        kernel = LowRankKernel(self.onto, self.psi)
+        if rule == "zero":
+            W = np.zeros(kernel.shape)
+        elif rule == "random smooth":
+            W = gain * random_kernel(kernel, np.random.default_rng(seed), smooth_in_y=self.classes is None)
+        elif self.Y is self.psi.Y:
+            W = gain * diagonal_kernel(kernel)
+        else:
+            raise ValueError(
+                f"rule: expected 'zero' or 'random smooth' for an output on {self.Y!r}, another label domain than that of "
+                f"the state, got {rule!r}"
+            )
+        self.W.write(0, W)
+        self.mu.write(0, np.zeros(self.onto.rank))
 
     def __call__(self, f: fd.Function) -> fd.Function:
         """O, a batch on the head's own label domain, for a final state or batch of them; recorded while annotating.

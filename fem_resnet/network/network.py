@@ -21,7 +21,7 @@ import sympy
 from petsc4py import PETSc
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.arguments import instance, integer, number
+from fem_resnet.arguments import choice, instance, integer, number
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
@@ -34,6 +34,7 @@ from fem_resnet.network.run import Run
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.settings import Bias, Kernel, Layers, settings_of
 from fem_resnet.network.solver import Solver
+from fem_resnet.network.starting_values import RULES, start
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
@@ -230,6 +231,51 @@ class ResidualNetwork(OnMesh):
     def learned_factors(self) -> LowRankKernel:
         """The factors at present: the given ones, or what training has made of them. Collective."""
         return self._parameters.learned_factors()
+
+    def start(self, rule: str = "minus identity", seed: int = 0, *, gain: float = 1.0, width: float = 2.0) -> None:
+        """Give bias and kernel starting values; layer times and learned factors stay. Collective.
+
+        A network whose kernel is zero acts linearly, and its first steps stay near that: `stability_report` says so. Which
+        rule is good for which data is measured in docs/explanation/decisions.md.
+
+        Parameters
+        ----------
+        rule
+            - "zero": all coefficients are 0.
+            - "minus identity": B = -gain times the identity on the span of psi, projected onto that of phi. The bias is 0.
+            - "local": B = -gain times a heat kernel, e^(t Laplace) on the span of psi, whose `eigenvalues` must be known.
+              The bias is 0.
+            - "random smooth": random coefficients in orthonormal functions, which fall like 1/k with the number k of the
+              function. The norm of b in L2(Y x Y), and the root of the mean of a^2 over Y, are `gain` in the mean square.
+              A bias at the nodes is made of the functions of phi.
+        seed
+            Of random numbers: the same coefficients on any number of ranks.
+        gain
+            The factor of all values; those of B have the unit of 1/f. A negative one gives plus the identity.
+        width
+            Of the heat kernel: t = width^2 / (largest eigenvalue of psi). 2 makes it two or three nodes wide where the nodes
+            are just as many as the basis needs.
+
+        Raises
+        ------
+        ValueError
+            If an argument does not fit or differs between ranks; if the kernel stays in a set (`Kernel(among=..)`) that does
+            not have such a kernel, or "local" does not know the eigenvalues. Nothing is changed then.
+
+        Examples
+        --------
+        >>> from firedrake import FunctionSpace, UnitDiskMesh
+        >>> from fem_resnet import LabelSpace, laplace_basis
+        >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+        >>> net = ResidualNetwork(laplace_basis(Y, 3), layers=1)
+        >>> net.start("minus identity")
+        >>> (net.kernel.get(0).round(12) + 0.0).tolist()
+        [[-1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, -1.0]]
+        """
+        same(self.Y.comm, rule=rule, seed=seed, gain=gain, width=width)
+        choice("rule", rule, RULES)
+        seed = integer("seed", seed, least=0, most=np.inf)
+        start(self, rule, seed, number("gain", gain), number("width", width, above=0))
 
     # -- what it does --------------------------------------------------------------------------------------------------
 

@@ -221,6 +221,16 @@ class LowRankKernel(OnMesh):
         U, values, Vt = np.linalg.svd(R_phi @ beta @ R_psi.T, full_matrices=False)
         return scipy.linalg.solve_triangular(R_phi, U), values, scipy.linalg.solve_triangular(R_psi, Vt.T)
 
+    def orthonormal(self, beta: np.ndarray) -> np.ndarray:
+        """`R_Phi beta R_Psi^T`, of the shape of beta: coefficients in the orthonormal functions Phi R_Phi^-1, Psi R_Psi^-1."""
+        R_phi, R_psi = self._roots()
+        return R_phi @ beta @ R_psi.T
+
+    def from_orthonormal(self, X: np.ndarray) -> np.ndarray:
+        """beta, of the shape of X, the coefficients in orthonormal functions: the inverse of `orthonormal`."""
+        R_phi, R_psi = self._roots()
+        return scipy.linalg.solve_triangular(R_psi, scipy.linalg.solve_triangular(R_phi, X).T).T
+
     def _roots(self) -> list[np.ndarray]:
         """R_Phi and R_Psi, the factors that `riesz` uses; they differ from `Basis.root` by round-off."""
         # Entries below the diagonal that `cho_factor` leaves there are no part of R.
@@ -280,6 +290,12 @@ class KernelCoefficients(Replicated, SpaceBasis):
 
     def riesz(self, functional):
         return self.kernel.riesz(functional)
+
+    def coordinates(self, coefficients):
+        return self.kernel.orthonormal(coefficients) / np.sqrt(self.unit)
+
+    def from_coordinates(self, coordinates):
+        return self.kernel.from_orthonormal(coordinates) * np.sqrt(self.unit)
 
     def stiffness(self, coefficients):
         if self.has_learned_factors:

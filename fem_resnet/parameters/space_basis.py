@@ -243,6 +243,19 @@ class SpaceBasis(Slot):
         """`R^-1 d`, of the shape of d: the coefficients that represent a functional."""
 
     @abstractmethod
+    def coordinates(self, coefficients: np.ndarray) -> np.ndarray:
+        """`x = Q c`, of the shape of c: coordinates of size one for a parameter of size one, whatever the unit of length in Y.
+
+        For coefficients in a basis they are orthonormal, `Q^T Q = R / unit`. For values at points they are these values, over
+        the root of `unit` / |Y|. So a method that treats each coordinate by itself sees no basis but its orthonormal one, and
+        acts point by point on functions given at the nodes, whatever the mesh.
+        """
+
+    @abstractmethod
+    def from_coordinates(self, coordinates: np.ndarray) -> np.ndarray:
+        """`Q^-1 x`, of the shape of x: the coefficients that have these coordinates."""
+
+    @abstractmethod
     def stiffness(self, coefficients: np.ndarray) -> np.ndarray:
         """`S c`, of the shape of c, so that `<S c, c>` is the integral of the squared gradients. Collective."""
 
@@ -296,6 +309,12 @@ class NodalValues(SpaceBasis):
     def riesz(self, functional):
         return functional / self.Y.weights
 
+    def coordinates(self, coefficients):
+        return coefficients.copy()
+
+    def from_coordinates(self, coordinates):
+        return coordinates.copy()
+
     def stiffness(self, coefficients):
         return self.Y.apply_stiffness(coefficients[:, None])[:, 0]
 
@@ -333,6 +352,12 @@ class StateValues(BatchValues, SpaceBasis):
     def riesz(self, functional):
         return functional / self.Y.weights[:, None]
 
+    def coordinates(self, coefficients):
+        return coefficients * np.sqrt(self.Y.measure / self.unit)
+
+    def from_coordinates(self, coordinates):
+        return coordinates / np.sqrt(self.Y.measure / self.unit)
+
     def stiffness(self, coefficients):
         return self.Y.apply_stiffness(coefficients)
 
@@ -366,6 +391,12 @@ class BasisCoefficients(Replicated, SpaceBasis):
     def riesz(self, functional):
         return scipy.linalg.cho_solve(self._factor, functional)
 
+    def coordinates(self, coefficients):
+        return self.basis.root @ coefficients / np.sqrt(self.unit)
+
+    def from_coordinates(self, coordinates):
+        return scipy.linalg.solve_triangular(self.basis.root, coordinates) * np.sqrt(self.unit)
+
     def stiffness(self, coefficients):
         return self.basis.stiffness @ coefficients
 
@@ -393,6 +424,12 @@ class LayerTimes(Replicated, SpaceBasis):
 
     def riesz(self, functional):
         return functional.copy()
+
+    def coordinates(self, coefficients):
+        return coefficients.copy()
+
+    def from_coordinates(self, coordinates):
+        return coordinates.copy()
 
     def stiffness(self, coefficients):
         return np.zeros(self.shape)

@@ -59,6 +59,7 @@ class MatrixControls(Replicated, SpaceBasis):
     def __init__(self, Y: LabelSpace, shape: tuple[int, int], left: np.ndarray | None = None, right: np.ndarray | None = None):
         super().__init__(Y, shape)
         self.grams = [np.eye(size) if gram is None else gram for size, gram in zip(shape, (left, right))]
+        self._roots = [np.linalg.cholesky(gram).T for gram in self.grams]
 
     @property
     def unit(self):
@@ -71,6 +72,14 @@ class MatrixControls(Replicated, SpaceBasis):
     def riesz(self, functional):
         left, right = self.grams
         return np.linalg.solve(right, np.linalg.solve(left, functional).T).T
+
+    def coordinates(self, coefficients):
+        left, right = self._roots
+        return left @ coefficients @ right.T
+
+    def from_coordinates(self, coordinates):
+        left, right = self._roots
+        return solve_triangular(right, solve_triangular(left, coordinates).T).T
 
     def stiffness(self, coefficients):
         return np.zeros(self.shape)

@@ -130,6 +130,17 @@ def test_primal_inverts_dual(basis):
     assert_allclose(basis.functional(basis.riesz(c)), c, rtol=0, atol=10 * ROUND_OFF)
 
 
+@on_two_ranks
+def test_coordinates_are_values_at_points_or_orthonormal(basis):
+    """|x|^2 unit = <R c, c> in orthonormal ones, |Y|^-1 sum_i w_i |x_i|^2 unit in values at the nodes."""
+    c = _coefficients(basis, 3)
+    x = basis.coordinates(c)
+    assert_allclose(basis.from_coordinates(x), c, rtol=0, atol=10 * ROUND_OFF)
+    Y = basis.Y
+    square = Y.sum(Y.weights @ x**2) / Y.measure if isinstance(basis, NODAL) else np.sum(x**2)
+    assert_allclose(np.sum(square) * basis.unit, basis.pair(basis.functional(c), c), rtol=1e-12)
+
+
 @on_ranks
 def test_pair_with_dual_is_the_inner_product_in_the_label_measure(basis):
     """int p q dy for node values and bases, int b c dy dz for kernels."""

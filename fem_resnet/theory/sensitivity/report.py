@@ -4,6 +4,9 @@ Forward, M(t_(l+1), t_l) is the effect of layer l on a perturbation of f, and M(
 Backward, r(t_l) = M(T, t_l)^T r(T) is the gradient in f, for any loss. Its norm lies between the smallest and the largest
 singular value of M(T, t_l), times the norm of r(T). On the orthogonal complement of few functions M is the identity, so that
 gradients in f do not vanish altogether. Gradients in the bias, sigma'(u) r of (4.3), vanish where sigma is saturated.
+
+A network acts linearly where sigma' is the same for u = a, which is that of f = 0, and for u = a - B f of all samples, node by
+node: as with a kernel that is zero, or so small that sigma is linear to round-off. f(T) is then affine in f_I.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ __all__ = ["StabilityReport", "Suggestion", "stability_report"]
 _GRADIENTS = 100.0
 #: sigma is saturated if its mean slope is below this part of the largest slope.
 _SATURATED = 0.1
+#: sigma is linear between two numbers if sigma' changes by no more than this part of its size, at so many points there.
+_ROUND_OFF, _POINTS = 1e-12, 9
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Suggestion:
     Attributes
     ----------
     kind : str
-        "step", "activation" or "constraint".
+        "step", "activation", "constraint" or "start".
     text : str
         The change, and the finding that is the reason for it.
     """
@@ -198,11 +203,16 @@ def stability_report(
     layers = layer_stability(flow, terminal)
     gradients = _gradients(layers)
     findings = _findings(layers, gradients)
+    linear = _acts_linearly(flow)
+    if linear:
+        findings.append(
+            "this network acts linearly on these inputs: between f = 0 and the states sigma' does not change at any node"
+        )
     if caveat := net.activation.properties.caveat("lipschitz"):
         findings.append(f"the bounds use sup |sigma'|; {caveat}")
     seconds = net.Y.comm.allreduce(time.perf_counter() - began, op=MPI.MAX)
     title = f"{net!r}, {net.solver_parameters['ts_type']}, steps a layer: {net.steps}, samples: {terminal.shape[1]}"
-    report = StabilityReport(title, layers, gradients, findings, _suggestions(net, flow, layers), seconds)
+    report = StabilityReport(title, layers, gradients, findings, _suggestions(net, flow, layers, linear), seconds)
     if json is not None or png is not None:
         write(report, net.Y.comm, as_text=False, json=json, png=png)
     return report
@@ -220,6 +230,20 @@ def _terminal(flow: LinearisedFlow, initial: fd.Function, terminal: fd.Function 
     if not Y.sum(np.abs(r).sum()) > 0:
         raise ValueError("terminal: expected a co-state that is not zero")
     return r
+
+
+def _acts_linearly(flow: LinearisedFlow) -> bool:
+    """Whether sigma' is the same for all f between 0 and the states, at all nodes and layer times. Collective."""
+    net, linear = flow.net, True
+    for layer, inputs in enumerate(net.layer_inputs()):
+        for s in (0.0, 1.0):
+            a = inputs.bias.coefficients(s)[:, None]
+            u = np.hstack([a, a - inputs.factors.apply(inputs.beta.coefficients(s), flow.states[layer + int(s)])])
+            low, high = u.min(axis=1), u.max(axis=1)
+            slopes = np.array([net.activation.derivative(low + part * (high - low)) for part in np.linspace(0, 1, _POINTS)])
+            change = np.ptp(slopes, axis=0) - _ROUND_OFF * np.abs(slopes).max(axis=0)
+            linear = linear and bool((change <= 0).all())
+    return net.Y.comm.allreduce(linear, op=MPI.LAND)
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
@@ -252,13 +276,16 @@ def _findings(layers: Sequence[LayerStability], gradients: str) -> list[str]:
     ]
 
 
-def _suggestions(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence[LayerStability]) -> list[Suggestion]:
+def _suggestions(
+    net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence[LayerStability], linear: bool
+) -> list[Suggestion]:
     return [
         Suggestion(kind, text)
         for kind, texts in (
             ("step", _on_steps(net, layers)),
             ("activation", _on_activation(net, layers)),
             ("constraint", _on_constraints(net, flow, layers)),
+            ("start", _on_start(net, linear)),
         )
         for text in texts
     ]
@@ -321,6 +348,14 @@ def _on_constraints(net: ResidualNetwork, flow: LinearisedFlow, layers: Sequence
             f"keeps them apart"
         )
     return texts
+
+
+def _on_start(net: ResidualNetwork, linear: bool) -> list[str]:
+    if not linear or net.activation.name == "identity":
+        return []
+    return [
+        "training that begins where the network acts linearly may stay near that: net.start() gives the kernel other values"
+    ]
 
 
 def _short(value: float | np.floating) -> str:
