@@ -190,7 +190,7 @@ f, a = sympy.symbols("f a")
 COST = RunningCost(f**2 * sympy.cos(a) / 2, kernel=0.1)
 
 
-def with_stable_kernel():
+def with_kernel_set():
     phi = laplace("annulus", "CG1", 5)
     net = ResidualNetwork(Kernel(phi, among=DampedAntisymmetric(0.1)), layers=Layers(TIMES, per_block=2))
     rng = np.random.default_rng(5)
@@ -217,7 +217,7 @@ KINDS = {
     "gradient flow": lambda: (classifier("disk", "CG1", layers_per_block=None, gradient_flow=True), {}),
     "learned factors": lambda: (classifier("disk", "CG1", layers_per_block=None, learn_factors=True), {}),
     "learned times": lambda: (classifier("disk", "CG1", learn_times=True), {}),
-    "stable kernel": lambda: (with_stable_kernel(), {}),
+    "kernel set": lambda: (with_kernel_set(), {}),
     "running cost": lambda: (classifier("disk", "CG1", layers_per_block=None), {"running": COST, "weights": [1.0, 2.0, 0.5]}),
 }  # fmt: skip
 
