@@ -25,6 +25,7 @@ from fem_resnet import (
     Head,
     Kernel,
     LabelSpace,
+    LaplaceFunctions,
     Layers,
     LearningProblem,
     Loss,
@@ -40,6 +41,7 @@ from fem_resnet import (
     RowBox,
     Run,
     RunningCost,
+    Symmetric,
     binary_cross_entropy,
     cell_indicators,
     class_space,
@@ -94,6 +96,19 @@ def cells() -> LabelSpace:
 
 def phi() -> Basis:
     return laplace("disk", "CG1", 4)
+
+
+@cache
+def functions() -> LaplaceFunctions:
+    return LaplaceFunctions(phi())
+
+
+def reflected(x):
+    return x * [1.0, -1.0]
+
+
+def rotated(x):
+    return -x
 
 
 @cache
@@ -289,6 +304,7 @@ DOORS = {
     # -- parameters --
     "RunningCost": Door(
         RunningCost,
+        Symmetric,
         lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5},
         takes={"density": NUMBER, "kernel": NOT_NEGATIVE},
         parted=("density", "kernel"),
@@ -298,6 +314,30 @@ DOORS = {
         DampedAntisymmetric, lambda: {"damping": 0.5}, takes={"damping": NOT_NEGATIVE}, parted=("damping",)
     ),
     "NormBounded": Door(NormBounded, lambda: {"bound": 0.5}, takes={"bound": POSITIVE}, parted=("bound",)),
+    "LaplaceFunctions": Door(LaplaceFunctions, lambda: {"phi": phi()}, parted=("phi",)),
+    "LaplaceFunctions.kernel": Door(
+        LaplaceFunctions.kernel,
+        lambda: {"self": functions(), "multipliers": [1.0] * functions().count},
+        parted=("multipliers",),
+    ),
+    "LaplaceFunctions.multipliers": Door(
+        LaplaceFunctions.multipliers,
+        lambda: {"self": functions(), "beta": np.eye(functions().rank), "eigenvalues": [1.0, 2.0]},
+        takes={"eigenvalues": {"None"}},
+        parted=("beta", "eigenvalues"),
+    ),
+    "Symmetric": Door(
+        lambda phi, symmetry, tolerance: Symmetric(phi, symmetry, tolerance=tolerance),
+        lambda: {"phi": laplace("disk", "CG1", 3), "symmetry": reflected, "tolerance": 0.1},
+        parted=("phi",),
+        another={"symmetry": rotated},
+        called={"symmetry": "symmetries"},
+    ),
+    "Symmetric.projected": Door(
+        Symmetric.projected,
+        lambda: {"self": Symmetric(laplace("disk", "CG1", 3), reflected), "beta": np.eye(3)},
+        parted=("beta",),
+    ),
     "Parameter": Door(
         Parameter,
         lambda: {

@@ -41,11 +41,11 @@ _MIXED = 0.05
 #: Functions whose frequencies, the roots of eigenvalues, differ by this part may be of one eigenspace that a mesh splits.
 _NEAR = 0.08
 #: The highest frequency of waves by which a function is seen, relative to its own.
-_HIGHEST = 1.1
+_HIGHEST = 1.3
 #: A block of eigenvalues that differ by more than this part is no eigenspace that a mesh has split.
 _SPREAD = 0.3
-#: What may be missed of the image of a function, relative to the function times its frequency.
-_MISSED = 0.5
+#: What may be missed of the image of a function. Of a map of order m a basis that cuts an eigenspace misses 1/2 at least.
+_MISSED = 0.4
 #: A frequency below this part of the largest one is taken for 0.
 _ZERO = 5e-3
 
@@ -123,8 +123,8 @@ def symmetry_matrices(phi: Basis, symmetries: Sequence[Any]) -> SymmetryMatrices
         if parts[worst] > _MISSED:
             raise ValueError(
                 f"symmetries[{n}]: expected a symmetry of Y that takes the basis into itself, got one that takes a part of "
-                f"{min(parts[worst], 1.0):.2g} of function {worst}, of the eigenvalue {phi.eigenvalues[worst]:.6g}, elsewhere; take a "
-                f"rank that keeps eigenspaces whole, fewer functions, or a finer mesh"
+                f"{min(parts[worst], 1.0):.2g} of function {worst}, of the eigenvalue {phi.eigenvalues[worst]:.6g}, "
+                f"elsewhere; take a rank that keeps eigenspaces whole, fewer functions, or a finer mesh"
             )
         missed = max(missed, float(parts[worst]))
         matrices.append(A / image.frequency)
@@ -176,11 +176,12 @@ class _Seen:
     def missed(self, A: np.ndarray) -> np.ndarray:
         """How much of the images A does not explain, shape (rank,).
 
-        That is relative to the function times its own frequency, or the smallest one where that is larger.
+        That is relative to the function times the smallest frequency; of a field, times its own where that is larger.
         """
         rest = np.linalg.norm((self.after - A.T @ self.before) * self.by, axis=1)
-        own = np.maximum(np.linalg.norm(A, axis=0), self.frequency)
-        return rest / (own * np.linalg.norm(self.before * self.by, axis=1))
+        # The frequencies of a field grow, and the errors of the mesh with them.
+        own = 0.0 if self.is_map else np.linalg.norm(A, axis=0)
+        return rest / (np.maximum(own, self.frequency) * np.linalg.norm(self.before * self.by, axis=1))
 
 
 def _smallest_frequency(sizes: np.ndarray) -> float:
@@ -224,8 +225,15 @@ def _seen(name: str, phi: Basis, waves: PlaneWaves, given: Any) -> _Seen:
 
 def _mapped(name: str, phi: Basis, given: Callable, x: np.ndarray) -> np.ndarray:
     """The places where a user's map takes places, shape (places, dimension). Collective."""
-    image = together(phi.Y.comm, lambda: given(x.copy()))
-    return together(phi.Y.comm, lambda: real_array(name, image, x.shape))
+
+    def image() -> np.ndarray:
+        try:
+            places = given(x.copy())
+        except Exception as error:  # whatever a user's function raises
+            raise ValueError(f"{name}: expected a map of arrays of shape {x.shape}, got {error!r} from it") from error
+        return real_array(name, places, x.shape)
+
+    return together(phi.Y.comm, image)
 
 
 def _permuted(name: str, phi: Basis, given: Any) -> _Seen:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+import ufl
 from numpy.typing import ArrayLike
 
 from fem_resnet.arguments import instance, integer, integer_array, number, real_array
@@ -303,7 +304,8 @@ class Symmetric(LinearKernels):
     def __init__(self, phi: Basis, *symmetries: Any, tolerance: float = 0.1):
         instance("phi", phi, Basis, "laplace_basis(Y, rank) makes one")
         comm = phi.Y.comm
-        same(comm, symmetries=len(symmetries), tolerance=tolerance)
+        kinds = ["a field" if isinstance(each, ufl.core.expr.Expr) else each for each in symmetries]
+        same(comm, symmetries=kinds, tolerance=tolerance)
         tolerance = number("tolerance", tolerance, above=0, most=0.25)
         if not symmetries:
             raise ValueError("symmetries: expected at least one Killing field, map or permutation, got none")
