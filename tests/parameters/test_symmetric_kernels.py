@@ -124,7 +124,7 @@ def network(name, *, alone=False, size=1.0, **more):
     rng = np.random.default_rng(0)
     for parameter in net.parameters:
         for k, held in enumerate(parameter.space_bases):
-            if parameter is not net.bias or net.bases["bias"] != [None]:
+            if parameter is not net.bias or net.bases["bias"] != (None,):
                 parameter.set(k, size * rng.normal(size=held.shape) / held.shape[0] ** 0.25)
     return net
 
