@@ -304,7 +304,6 @@ DOORS = {
     # -- parameters --
     "RunningCost": Door(
         RunningCost,
-        Symmetric,
         lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5},
         takes={"density": NUMBER, "kernel": NOT_NEGATIVE},
         parted=("density", "kernel"),
