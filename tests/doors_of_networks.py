@@ -313,7 +313,9 @@ DOORS = {
         DampedAntisymmetric, lambda: {"damping": 0.5}, takes={"damping": NOT_NEGATIVE}, parted=("damping",)
     ),
     "NormBounded": Door(NormBounded, lambda: {"bound": 0.5}, takes={"bound": POSITIVE}, parted=("bound",)),
-    "LaplaceFunctions": Door(LaplaceFunctions, lambda: {"phi": phi()}, parted=("phi",)),
+    "LaplaceFunctions": Door(
+        LaplaceFunctions, lambda: {"phi": phi(), "split": 0.01}, takes={"split": {"zero"}}, parted=("phi",)
+    ),
     "LaplaceFunctions.kernel": Door(
         LaplaceFunctions.kernel,
         lambda: {"self": functions(), "multipliers": [1.0] * functions().count},

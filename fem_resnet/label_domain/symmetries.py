@@ -69,8 +69,15 @@ class SymmetryMatrices:
     broken: float
 
 
-def eigenspaces(phi: Basis) -> list[np.ndarray]:
+def eigenspaces(phi: Basis, split: float = 1e-3) -> list[np.ndarray]:
     """The numbers of the functions of each eigenspace of a Laplace basis. Collective.
+
+    Parameters
+    ----------
+    phi
+        The basis.
+    split
+        Neighbouring eigenvalues that differ by less than this part of their value count as one.
 
     Raises
     ------
@@ -80,7 +87,7 @@ def eigenspaces(phi: Basis) -> list[np.ndarray]:
     if phi.eigenvalues is None or np.abs(phi.gram - np.eye(phi.rank)).max() > 1e-8:
         raise ValueError(f"phi: expected orthonormal eigenfunctions, as laplace_basis makes them, got {phi!r}")
     order = np.argsort(phi.eigenvalues, kind="stable")
-    ends = eigenspace_ends(phi.eigenvalues[order] / PlaneWaves(phi.Y).unit)
+    ends = eigenspace_ends(phi.eigenvalues[order] / PlaneWaves(phi.Y).unit, split)
     return [np.sort(part) for part in np.split(order, ends[:-1])]
 
 

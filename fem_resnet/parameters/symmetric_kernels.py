@@ -26,7 +26,7 @@ import ufl
 from numpy.typing import ArrayLike
 
 from fem_resnet.arguments import instance, integer, integer_array, number, real_array
-from fem_resnet.fixed import read_only
+from fem_resnet.fixed import Fixed, read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.symmetries import SymmetryMatrices, eigenspaces, symmetry_matrices
 from fem_resnet.parameters.kernel_sets import KernelSet, MatrixControls, refuse_outside
@@ -40,7 +40,7 @@ _DROPPED = 3.0
 _MOST = 1 << 20
 
 
-class LinearKernels(KernelSet):
+class LinearKernels(Fixed, KernelSet):
     """A linear set of kernels, beta = sum_k theta_k E_k with orthonormal E_k.
 
     Parameters
@@ -142,31 +142,35 @@ class LaplaceFunctions(LinearKernels):
     ----------
     phi
         A Laplace basis. A network takes the same basis, or what `Basis.on` makes of it.
+    split
+        Neighbouring eigenvalues that differ by less than this part of their value count as one. Where a mesh splits an
+        eigenspace further, its functions have numbers of their own and the kernels lose the symmetry: give more then.
 
     Raises
     ------
     TypeError
-        If phi is no Basis.
+        If an argument is of another kind.
     ValueError
-        If phi is no basis of orthonormal eigenfunctions.
+        If phi is no basis of orthonormal eigenfunctions, or `split` no number from 0 to 1.
 
     Examples
     --------
     >>> from firedrake import FunctionSpace, UnitDiskMesh
     >>> from fem_resnet import Kernel, LabelSpace, ResidualNetwork, laplace_basis
     >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 6)
-    >>> among = LaplaceFunctions(phi)
+    >>> among = LaplaceFunctions(phi, split=0.05)
     >>> among
     LaplaceFunctions(rank 6, 4 free controls)
     >>> net = ResidualNetwork(Kernel(phi, among=among), layers=1)
     >>> net.kernel.set(0, among.kernel([4.0, 3.0, 2.0, 1.0]))
-    >>> net.kernel.get(0).diagonal().tolist()
+    >>> net.kernel.get(0).diagonal().round(12).tolist()
     [4.0, 3.0, 3.0, 2.0, 2.0, 1.0]
     """
 
-    def __init__(self, phi: Basis):
+    def __init__(self, phi: Basis, *, split: float = 1e-3):
         instance("phi", phi, Basis, "laplace_basis(Y, rank) makes one")
-        spaces = eigenspaces(phi)
+        same(phi.Y.comm, split=split)
+        spaces = eigenspaces(phi, number("split", split, least=0, most=1))
         label = np.empty(phi.rank, dtype=int)
         for k, space in enumerate(spaces):
             label[space] = k

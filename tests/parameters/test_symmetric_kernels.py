@@ -238,6 +238,17 @@ def test_functions_of_the_laplacian_commute_with_all_symmetries():
     assert_allclose(among.multipliers(beta), [3.0, 2.0, 1.0], rtol=1e-14)
 
 
+def test_eigenspaces_that_a_mesh_has_split_count_as_one():
+    """The disk's mesh has the symmetry of a square, which splits angular number 2."""
+    phi = basis("disk", "CG1", 8)
+    counts = [LaplaceFunctions(phi, split=split).count for split in (1e-3, 0.05)]
+    assert counts == [6, 5]
+    wide = LaplaceFunctions(phi, split=0.05)
+    field = Symmetric(phi, rotation(phi))
+    assert all(np.allclose(field.projected(X), X, atol=1e-10) for X in elements(wide))
+    assert not all(np.allclose(field.projected(X), X, atol=1e-3) for X in elements(LaplaceFunctions(phi)))
+
+
 def test_functions_of_the_laplacian_move_to_another_label_domain():
     """From the sphere to the disk: linear in sqrt(lambda) between the first one's eigenvalues 0, 2, 6, beyond constant."""
     _, among = made("functions on the sphere")
