@@ -71,7 +71,7 @@ FEATURES: dict[str, Feature] = {
     "learned_times": Feature(
         "learned layer times", "make the network of Layers without learn_times", "net", lambda net: net.layer_times is not None
     ),
-    "stable_kernel": Feature(
+    "kernel_set": Feature(
         "a kernel made of other controls",
         "make the network of a Kernel without `among`",
         "net",
@@ -178,7 +178,7 @@ FEATURES: dict[str, Feature] = {
 
 #: How parameters are held in space and in time. What asks layers for their coefficients (`layer_inputs`) takes all of these.
 HELD = (
-    "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
+    "learned_factors", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
 )  # fmt: skip
 
 #: Regularisers of all kinds. What evaluates J, or leaves the regulariser out, takes all of these.

@@ -27,6 +27,7 @@ from fem_resnet import (
     Head,
     Kernel,
     LabelSpace,
+    LaplaceFunctions,
     Layers,
     LearningProblem,
     Loss,
@@ -42,6 +43,7 @@ from fem_resnet import (
     RowBox,
     Run,
     RunningCost,
+    Symmetric,
     binary_cross_entropy,
     cell_indicators,
     class_space,
@@ -102,6 +104,19 @@ def cells() -> LabelSpace:
 
 def phi() -> Basis:
     return laplace("disk", "CG1", 4)
+
+
+@cache
+def functions() -> LaplaceFunctions:
+    return LaplaceFunctions(phi())
+
+
+def reflected(x):
+    return x * [1.0, -1.0]
+
+
+def rotated(x):
+    return -x
 
 
 @cache
@@ -327,6 +342,32 @@ DOORS = {
         DampedAntisymmetric, lambda: {"damping": 0.5}, takes={"damping": NOT_NEGATIVE}, parted=("damping",)
     ),
     "NormBounded": Door(NormBounded, lambda: {"bound": 0.5}, takes={"bound": POSITIVE}, parted=("bound",)),
+    "LaplaceFunctions": Door(
+        LaplaceFunctions, lambda: {"phi": phi(), "split": 0.01}, takes={"split": {"zero"}}, parted=("phi",)
+    ),
+    "LaplaceFunctions.kernel": Door(
+        LaplaceFunctions.kernel,
+        lambda: {"self": functions(), "multipliers": [1.0] * functions().count},
+        parted=("multipliers",),
+    ),
+    "LaplaceFunctions.multipliers": Door(
+        LaplaceFunctions.multipliers,
+        lambda: {"self": functions(), "beta": np.eye(functions().rank), "eigenvalues": [1.0, 2.0]},
+        takes={"eigenvalues": {"None"}},
+        parted=("beta", "eigenvalues"),
+    ),
+    "Symmetric": Door(
+        lambda phi, symmetry, tolerance: Symmetric(phi, symmetry, tolerance=tolerance),
+        lambda: {"phi": laplace("disk", "CG1", 3), "symmetry": reflected, "tolerance": 0.1},
+        parted=("phi",),
+        another={"symmetry": rotated},
+        called={"symmetry": "symmetries"},
+    ),
+    "Symmetric.projected": Door(
+        Symmetric.projected,
+        lambda: {"self": Symmetric(laplace("disk", "CG1", 3), reflected), "beta": np.eye(3)},
+        parted=("beta",),
+    ),
     "Parameter": Door(
         Parameter,
         lambda: {

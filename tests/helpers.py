@@ -179,7 +179,7 @@ def flat_network(phi, psi=None, **options) -> ResidualNetwork:
 #: What `flat_network` calls the parts of Kernel, Bias and Layers.
 _FLAT = {
     "kernel_in_time": ("kernel", "in_time"), "learn_factors": ("kernel", "learn_factors"),
-    "stable_kernel": ("kernel", "among"),
+    "kernel_set": ("kernel", "among"),
     "bias_in_time": ("bias", "in_time"),
     "steps": ("layers", "steps"), "layers_per_block": ("layers", "per_block"), "learn_times": ("layers", "learn_times"),
 }  # fmt: skip

@@ -25,11 +25,13 @@ from fem_resnet import (
     DampedAntisymmetric,
     Head,
     Kernel,
+    LaplaceFunctions,
     Layers,
     LearningProblem,
     Observations,
     ResidualNetwork,
     RunningCost,
+    Symmetric,
     cross_entropy,
     least_squares,
     tikhonov,
@@ -184,15 +186,21 @@ def pairs(Y, samples=6):
     return one, two
 
 
+def rotation(basis):
+    """The Killing field that turns the first two coordinates."""
+    x = fd.SpatialCoordinate(basis.Y.V.mesh())
+    return fd.as_vector([-x[1], x[0], *[0] * (len(x) - 2)])
+
+
 # -- one of each kind -------------------------------------------------------------------------------------------------
 
 f, a = sympy.symbols("f a")
 COST = RunningCost(f**2 * sympy.cos(a) / 2, kernel=0.1)
 
 
-def with_stable_kernel():
+def with_kernel_set(among=lambda phi: DampedAntisymmetric(0.1)):
     phi = laplace("annulus", "CG1", 5)
-    net = ResidualNetwork(Kernel(phi, among=DampedAntisymmetric(0.1)), layers=Layers(TIMES, per_block=2))
+    net = ResidualNetwork(Kernel(phi, among=among(phi)), layers=Layers(TIMES, per_block=2))
     rng = np.random.default_rng(5)
     for k, function in enumerate(net.kernel.learned.functions):
         net.kernel.learned.set(k, 0.5 * rng.normal(size=net.kernel.learned.space_bases[k].shape))
@@ -217,7 +225,9 @@ KINDS = {
     "gradient flow": lambda: (classifier("disk", "CG1", layers_per_block=None, gradient_flow=True), {}),
     "learned factors": lambda: (classifier("disk", "CG1", layers_per_block=None, learn_factors=True), {}),
     "learned times": lambda: (classifier("disk", "CG1", learn_times=True), {}),
-    "stable kernel": lambda: (with_stable_kernel(), {}),
+    "kernel set": lambda: (with_kernel_set(), {}),
+    "functions of the Laplacian": lambda: (with_kernel_set(LaplaceFunctions), {}),
+    "symmetric kernel": lambda: (with_kernel_set(lambda phi: Symmetric(phi, rotation(phi))), {}),
     "running cost": lambda: (classifier("disk", "CG1", layers_per_block=None), {"running": COST, "weights": [1.0, 2.0, 0.5]}),
 }  # fmt: skip
 

@@ -268,7 +268,7 @@ VALUES = [None, True, "no such thing", "", -1, 0, 1.5, 10**9, 10**30, [], [1], [
 RIGHT = {
     "steps": [1], "layers_per_block": [10**9, 10**30], "learn_factors": [], "learn_times": [], "replay_steps": [True],
     "gradient_flow": [True],
-    "bound": [1.5, 10**9, 10**30], "options_prefix": [None], "stable_kernel": [], "mesh": [], "solver_parameters": [{}],
+    "bound": [1.5, 10**9, 10**30], "options_prefix": [None], "kernel_set": [], "mesh": [], "solver_parameters": [{}],
     "kinds": ["no such thing", ""], "times": [0, True, 1.5], "lipschitz": [None, 1.5, 10**9, 10**30], "sampled": ["", {}],
     "bounded": [True],
 }  # fmt: skip

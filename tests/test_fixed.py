@@ -64,7 +64,7 @@ def _objects():
     yield from (problem, problem.head, problem.head.W, problem.loss, problem.regulariser, problem.batch)
     yield net.run(problem.batch.inputs)
     yield problem.record()[1]
-    for kind in ("learned factors", "learned times", "stable kernel"):
+    for kind in ("learned factors", "learned times", "kernel set"):
         other, _ = KINDS[kind]()
         yield from (other, *other.parameters)
     yield class_space(3)
@@ -201,7 +201,7 @@ def test_copies_of_a_head_and_of_what_never_changes():
 
 
 def test_what_does_not_copy_or_pickle_says_how():
-    net = KINDS["stable kernel"]()[0]
+    net = KINDS["kernel set"]()[0]
     problem = learning_problem(network("disk", "CG1"))
     with pytest.raises(TypeError, match=r"pickle: a ResidualNetwork lives on a mesh, .*; save\(path, net\) and load\(path\)"):
         pickle.dumps(net)

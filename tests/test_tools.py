@@ -103,7 +103,7 @@ NET = {
     "gradient_flow": {"gradient_flow": True},
     "learned_factors": {"learn_factors": True},
     "learned_times": {"learn_times": True},
-    "stable_kernel": {"stable_kernel": NormBounded(4.0)},
+    "kernel_set": {"kernel_set": NormBounded(4.0)},
     "nodal_bias": {"bias": None},
     "bases_by_layer": {"phi": [3, 5], "psi": [3, 5]},
     "linear_in_time": {"bias_in_time": "linear", "kernel_in_time": "linear"},
@@ -626,7 +626,7 @@ def _on(net, other, close, start):
 def _truncated(net, other, close, start):
     assert_allclose(of_net(other), of_net(net), atol=10 * close)
     # A factorisation by singular functions leaves any set of kernels.
-    assert set(features_of(other)) == set(features_of(net)) - {"stable_kernel"}
+    assert set(features_of(other)) == set(features_of(net)) - {"kernel_set"}
 
 
 @on_net("save", call=lambda net: _saved(net))

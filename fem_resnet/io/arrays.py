@@ -11,7 +11,8 @@ import numpy as np
 from fem_resnet.io.group import Group, Wrong, are_all, slices
 from fem_resnet.io.meshes import Values
 from fem_resnet.io.settings import GROUP
-from fem_resnet.parameters.stable_kernels import stable_kernel_from
+from fem_resnet.parameters.kernel_sets import KernelSet
+from fem_resnet.parameters.known_kernel_sets import ARRAYS, kernel_set_from
 from fem_resnet.parameters.time_basis import get_time_basis
 
 __all__ = ["GRAPH", "check_arrays"]
@@ -42,7 +43,7 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
     held = _Functions(functions)
     _check_label_space(group, held)
     ranks = _check_bases(group, settings, held)
-    stable = stable_kernel_from(settings["network"]["stable_kernel"])
+    among = _kernel_set(group, settings["network"]["kernel_set"])
     for k, active in enumerate(_active_bases(settings, "bias")):
         if active["bias"] is None:
             held.take(f"bias_{k}", 1)
@@ -50,10 +51,14 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
             group.array(f"bias_{k}", "f8", (ranks[active["bias"]],))
     for k, active in enumerate(_active_bases(settings, "kernel")):
         shape = ranks[active["phi"]], ranks[active["psi"]]
-        if stable is None:
+        if among is None:
             group.array(f"kernel_{k}", "f8", shape)
         else:
-            group.array(f"kernel_controls_{k}", "f8", stable.shape(*shape))
+            try:
+                expected = among.shape(*shape)
+            except ValueError as error:
+                raise Wrong(f"/{GROUP}/settings/{error}") from error
+            group.array(f"kernel_controls_{k}", "f8", expected)
     network, roles, head = settings["network"], settings["roles"], settings["head"]
     if network["learn_times"]:
         group.array("layer_times_0", "f8", (len(network["times"]) - 1,))
@@ -65,6 +70,16 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
         group.array("W_0", "f8", (outputs, ranks[roles["head"][0]]))
         group.array("mu_0", "f8", (outputs,))
     held.refuse_rest()
+
+
+def _kernel_set(group: Group, description: Mapping[str, Any] | None) -> KernelSet | None:
+    """The set of kernels, of its description and its arrays."""
+    names = ARRAYS.get((description or {}).get("set", ""), {})
+    arrays = {name: group.array(f"kernel_set_{name}", kind, (None,))[...] for name, kind in names.items()}
+    try:
+        return kernel_set_from(description, arrays)
+    except (TypeError, ValueError, KeyError) as error:
+        raise Wrong(f"{group.name}/kernel_set: it is none: {error}") from error
 
 
 class _Functions:

@@ -28,6 +28,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import move_laplace
 from fem_resnet.learning.head import Head
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.known_kernel_sets import ARRAYS
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
 from fem_resnet.petsc import check_plex
 from fem_resnet.ranks import in_step, on_first, same, together
@@ -109,7 +110,8 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
     role = {
         name: [None if index is None else bases[index] for index in indices] for name, indices in settings["roles"].items()
     }
-    net = ResidualNetwork(**network_arguments(settings["network"], role["phi"], role["psi"], role["bias"]))
+    of_set = {name: _read(file, f"kernel_set_{name}") for name in ARRAYS.get(_set_name(settings), {})}
+    net = ResidualNetwork(**network_arguments(settings["network"], role["phi"], role["psi"], role["bias"], of_set))
     head = None
     if settings["head"] is not None:
         head = Head(role["head"][0], settings["head"]["classes"] or role["onto"][0], settings["head"]["prediction"])
@@ -120,6 +122,11 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
             else:
                 parameter.set(k, _read(file, f"{parameter.name}_{k}"))
     return net, head
+
+
+def _set_name(settings: Mapping[str, Any]) -> str:
+    """The name of the set of kernels; empty where there is none."""
+    return (settings["network"]["kernel_set"] or {}).get("set", "")
 
 
 def _check_topology(file: fd.CheckpointFile, name: str) -> None:

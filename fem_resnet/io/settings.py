@@ -18,7 +18,7 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers, Settings, checked_times
-from fem_resnet.parameters.stable_kernels import stable_kernel_from
+from fem_resnet.parameters.known_kernel_sets import ARRAYS, kernel_set_from
 from fem_resnet.parameters.time_basis import get_time_basis
 from fem_resnet.time_stepping.file_options import refuse_in_file
 
@@ -87,13 +87,17 @@ def _of_network(settings: Settings) -> dict[str, Any]:
         "learn_times": layers.learn_times,
         "replay_steps": settings.replay_steps,
         "gradient_flow": settings.gradient_flow,
-        "stable_kernel": None if kernel.among is None else kernel.among.description,
+        "kernel_set": None if kernel.among is None else kernel.among.description,
         "precision": settings.precision,
     }
 
 
 def network_arguments(
-    given: Mapping[str, Any], phi: Sequence[Basis], psi: Sequence[Basis], bias: Sequence[Basis | None]
+    given: Mapping[str, Any],
+    phi: Sequence[Basis],
+    psi: Sequence[Basis],
+    bias: Sequence[Basis | None],
+    arrays: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """The arguments of `ResidualNetwork`, from its part of the settings and the bases.
 
@@ -103,8 +107,10 @@ def network_arguments(
         Checked by `checked_settings`.
     phi, psi, bias
         One basis, or one a layer.
+    arrays
+        Those of the set of kernels (`KernelSet.arrays`).
     """
-    among = stable_kernel_from(given["stable_kernel"])
+    among = kernel_set_from(given["kernel_set"], arrays)
     return {
         "kernel": Kernel(phi, psi, in_time=given["kernel_in_time"], learn_factors=given["learn_factors"], among=among),
         "bias": Bias(bias, in_time=given["bias_in_time"]),
@@ -132,6 +138,13 @@ def _in_time(name: str, value: Any) -> None:
             integer(name, number, least=0)
 
 
+def _kernel_set(name: str, value: Any) -> None:
+    """Check the description of a set of kernels; where arrays belong to it, `arrays` checks the whole."""
+    description = instance(name, value, (dict, type(None)))
+    if description is None or description.get("set") not in ARRAYS:
+        kernel_set_from(description)
+
+
 def _options(name: str, value: Any) -> None:
     refuse_in_file(instance(name, value, dict))
 
@@ -150,7 +163,7 @@ _OF_NETWORK: dict[str, Callable[[str, Any], object]] = {
     "learn_times": _flag,
     "replay_steps": _flag,
     "gradient_flow": _flag,
-    "stable_kernel": lambda name, value: stable_kernel_from(instance(name, value, (dict, type(None)))),
+    "kernel_set": _kernel_set,
     "precision": lambda name, value: choice(name, value, ("double", "single")),
 }
 
@@ -174,6 +187,8 @@ def checked_settings(text: str) -> dict[str, Any]:
         instance("mesh", settings["mesh"], str)
         for kind in instance("kinds", settings["kinds"], list):
             instance("kinds", kind, str)
+        if "stable_kernel" in instance("network", settings["network"], dict):  # as sets of kernels were called before
+            settings["network"]["kernel_set"] = settings["network"].pop("stable_kernel")
         _check_keys("network", settings["network"], _OF_NETWORK)
         for name, check in _OF_NETWORK.items():
             check(name, settings["network"][name])

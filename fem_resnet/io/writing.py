@@ -120,6 +120,8 @@ def _write_all(
             arrays |= {f"eigenvalues_{index}": basis.eigenvalues, f"stiffness_{index}": basis.stiffness}
     if Y.graph is not None:
         arrays |= {f"graph_{name}": getattr(Y.graph, name) for name in GRAPH}
+    if net.settings.kernel.among is not None:
+        arrays |= {f"kernel_set_{name}": array for name, array in net.settings.kernel.among.arrays.items()}
     for parameter in net.parameters + ([] if head is None else head.parameters):
         for k, function in enumerate(parameter.functions):
             name = f"{parameter.name}_{k}"

@@ -105,15 +105,17 @@ def whole_eigenspaces(
     )
 
 
-def eigenspace_ends(eigenvalues: np.ndarray) -> list[int]:
+def eigenspace_ends(eigenvalues: np.ndarray, split: float = _SPLIT) -> list[int]:
     """How many of these eigenvalues lie in the first eigenspace, the first two, and so on; ascending.
 
     Parameters
     ----------
     eigenvalues
         Ascending, shape (count,), in the unit of `whole_eigenspaces`.
+    split
+        Neighbours that differ by less than this part of their value count as one eigenvalue.
     """
-    gaps = np.diff(eigenvalues) > _SPLIT * np.maximum(np.abs(eigenvalues[1:]), _SMALLEST)
+    gaps = np.diff(eigenvalues) > split * np.maximum(np.abs(eigenvalues[1:]), _SMALLEST)
     return [*(np.flatnonzero(gaps) + 1).tolist(), len(eigenvalues)]
 
 

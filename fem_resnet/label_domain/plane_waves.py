@@ -7,13 +7,20 @@ cell, so that it has a limit under refinement. A graph is seen by waves in the n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+
 import firedrake as fd
 import numpy as np
 import scipy.linalg
+import ufl
+from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
+from pyop2 import op2
 from ufl import H1
 
 from fem_resnet.label_domain.label_space import LabelSpace, apply_columns
+from fem_resnet.ranks import together
 
 __all__ = ["PlaneWaves", "cross_gram", "fix_rotation"]
 
@@ -54,6 +61,7 @@ class PlaneWaves:
             apart = LabelSpace(fd.FunctionSpace(mesh, fd.BrokenElement(Y.V.ufl_element())))
             with stop_annotating():
                 self._to_apart = fd.assemble(fd.interpolate(fd.TrialFunction(Y.V), apart.V)).petscmat
+        self._apart = apart
         self._weights = apart.weights
         self._places = apart.coordinates if Y.graph is None else Y.numbers[:, None]
         self.centre = Y.sum(self._weights @ self._places) / Y.measure
@@ -66,7 +74,63 @@ class PlaneWaves:
             return self.length**-2
         return float(np.real(self.Y.stiffness.getDiagonal().sum())) / self.Y.measure or 1.0
 
-    def integrals(self, values: np.ndarray, frequencies: np.ndarray, centre: np.ndarray | None = None) -> np.ndarray:
+    @cached_property
+    def periods(self) -> np.ndarray:
+        """How far the coordinates jump at the seams of a periodic mesh, shape (dimension,); infinite where they do not."""
+        mesh = self.Y.V.mesh()
+        periods = np.full(self._places.shape[1], np.inf)
+        if mesh.coordinates.function_space().ufl_element() in H1:
+            return periods
+        space = fd.VectorFunctionSpace(mesh, "CG", 1, dim=periods.size)
+        with stop_annotating():
+            low, high = (
+                fd.assemble(fd.interpolate(fd.SpatialCoordinate(mesh), space, access=access)).dat.data_ro.reshape(
+                    -1, periods.size
+                )
+                for access in (op2.MIN, op2.MAX)
+            )
+        jumps = np.max(high - low, axis=0, initial=0.0)
+        self.Y.comm.Allreduce(MPI.IN_PLACE, jumps, op=MPI.MAX)
+        return np.where(jumps > 1e-9 * self.length, jumps, periods)
+
+    def at_places(self, name: str, field: ufl.core.expr.Expr) -> np.ndarray:
+        """A vector field at the places where functions are integrated, shape (places, dimension). Collective.
+
+        Parameters
+        ----------
+        name
+            How messages call the field.
+        field
+            A vector in UFL, of the mesh's coordinates.
+
+        Raises
+        ------
+        ValueError
+            If it has another shape, or cannot be interpolated.
+        """
+        space = fd.VectorFunctionSpace(self._apart.V.mesh(), self._apart.V.ufl_element(), dim=self._places.shape[1])
+
+        def interpolate() -> fd.Function:
+            if field.ufl_shape != space.value_shape:
+                raise ValueError(f"{name}: expected a vector field of shape {space.value_shape}, got {field.ufl_shape}")
+            try:
+                return fd.Function(space).interpolate(field)
+            except Exception as error:  # whatever UFL and its compiler say of an expression
+                raise ValueError(f"{name}: expected a field that {space} can interpolate, got {field} ({error})") from error
+
+        with stop_annotating():
+            return together(self.Y.comm, interpolate).dat.data_ro.reshape(self._places.shape)
+
+    def integrals(
+        self,
+        values: np.ndarray,
+        frequencies: np.ndarray,
+        centre: np.ndarray | None = None,
+        *,
+        periodic: bool = False,
+        to: Callable[[np.ndarray], np.ndarray] | None = None,
+        along: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Integrals of functions times plane waves, shape (functions, waves). Collective.
 
         Parameters
@@ -77,19 +141,36 @@ class PlaneWaves:
             |k| of each wave, shape (waves,).
         centre
             Where the waves have their phase, shape (dimension,); the centre of Y if left out.
+        periodic
+            Whether waves have the periods of the mesh, so that they do not jump at a seam.
+        to
+            Takes places of Y to others: the waves at `to(y)` are taken.
+        along
+            A vector at each place (`at_places`): the derivatives of the waves along it are taken.
         """
-        x = self._places - (self.centre if centre is None else centre)
+        x = (self._places if to is None else to(self._places)) - (self.centre if centre is None else centre)
         # Directions and phases without any symmetry, so that no two waves tie and none misses an eigenspace.
         generator = np.random.default_rng(2020)
         directions = generator.standard_normal((x.shape[1], len(frequencies)))
         directions *= frequencies / np.linalg.norm(directions, axis=0)
+        if periodic:
+            unit = (2 * np.pi / self.periods)[:, None]
+            jump = unit[:, 0] > 0
+            directions[jump] = unit[jump] * np.rint(directions[jump] / unit[jump])
         phases = generator.uniform(0, 2 * np.pi, len(frequencies))
         weighted = (values if self._to_apart is None else apply_columns(self._to_apart, values)) * self._weights[:, None]
         parts = [
-            weighted.T @ np.cos(x @ directions[:, k : k + _WAVES] + phases[k : k + _WAVES])
+            weighted.T @ _waves(x, directions[:, k : k + _WAVES], phases[k : k + _WAVES], along)
             for k in range(0, len(frequencies), _WAVES)
         ]
         return self.Y.sum(np.hstack(parts))
+
+
+def _waves(x: np.ndarray, directions: np.ndarray, phases: np.ndarray, along: np.ndarray | None) -> np.ndarray:
+    """Waves at places, shape (places, waves), or their derivatives along a field."""
+    if along is None:
+        return np.cos(x @ directions + phases)
+    return -np.sin(x @ directions + phases) * (along @ directions)
 
 
 def fix_rotation(modes: np.ndarray, eigenvalue: float, waves: PlaneWaves) -> np.ndarray:

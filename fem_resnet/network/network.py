@@ -432,7 +432,7 @@ class ResidualNetwork(OnMesh):
         return other
 
     @supports(
-        "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
+        "no_layers", "gradient_flow", "learned_times", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time",
         *STEPPED,
     )  # fmt: skip
     def on(self, Y: LabelSpace) -> ResidualNetwork:
@@ -457,7 +457,7 @@ class ResidualNetwork(OnMesh):
         return moved(self, Y)
 
     @supports(
-        "gradient_flow", "learned_factors", "learned_times", "stable_kernel", "nodal_bias", "linear_in_time", "shared_in_time",
+        "gradient_flow", "learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time", "shared_in_time",
         *STEPPED,
     )  # fmt: skip
     def truncated(self, tolerance: float) -> ResidualNetwork:

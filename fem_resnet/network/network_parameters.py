@@ -22,7 +22,7 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.retraction import Retraction
 from fem_resnet.parameters.space_basis import BasisCoefficients, LayerTimes, NodalValues, SpaceBasis
 from fem_resnet.parameters.time_basis import Once, TimeBasis, get_time_basis
-from fem_resnet.tape.kernel_controls import StableKernelParameter
+from fem_resnet.tape.kernel_controls import KernelSetParameter
 
 __all__ = ["NetworkParameters"]
 
@@ -57,7 +57,7 @@ class NetworkParameters:
         self.kernel: Parameter = (
             Parameter("kernel", in_space, in_time)
             if kernel.among is None
-            else StableKernelParameter(kernel.among, in_space, in_time)
+            else KernelSetParameter(kernel.among, in_space, in_time)
         )
         self.layer_times = self._learned_times() if layers.learn_times else None
         self.factors = tuple(

@@ -22,7 +22,7 @@ from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.orthonormal import orthonormal
-from fem_resnet.parameters.stable_kernels import StableKernel
+from fem_resnet.parameters.kernel_sets import KernelSet
 from fem_resnet.parameters.time_basis import get_time_basis
 from fem_resnet.ranks import same
 
@@ -57,8 +57,9 @@ class Kernel:
         QR retraction (`retraction`), after these are made orthonormal, so that b is any kernel of that rank. All layers
         have one phi and one psi then.
     among
-        A set that b stays in: `PositiveSemidefinite`, `DampedAntisymmetric` or `NormBounded` (`stable_kernels`). Free
-        controls are learned in place of beta, and beta is made of them. Regularisers take b itself.
+        A set that b stays in: `PositiveSemidefinite`, `DampedAntisymmetric` or `NormBounded` (`kernel_sets`);
+        `LaplaceFunctions` or `Symmetric`, which know the symmetry of Y (`symmetric_kernels`). Free controls are learned in
+        place of beta, and beta is made of them. Regularisers take b itself.
 
     Examples
     --------
@@ -75,7 +76,7 @@ class Kernel:
     _: KW_ONLY
     in_time: str | Sequence[int] = "layers"
     learn_factors: bool = False
-    among: StableKernel | None = None
+    among: KernelSet | None = None
 
     def __post_init__(self) -> None:
         for name in ("phi", "psi", "in_time"):
@@ -255,9 +256,7 @@ def settings_of(
     for name, bases in (("kernel.phi", phi), ("kernel.psi", psi), ("bias.basis", on)):
         _check_bases(name, bases, count, phi[0].Y)
     learn_factors = flag("kernel.learn_factors", kernel.learn_factors)
-    among: StableKernel | None = instance(
-        "kernel.among", kernel.among, (StableKernel, NoneType), "such as PositiveSemidefinite()"
-    )
+    among: KernelSet | None = instance("kernel.among", kernel.among, (KernelSet, NoneType), "such as PositiveSemidefinite()")
     if learn_factors:
         if len(phi) > 1 or len(psi) > 1:
             raise ValueError("kernel.learn_factors: expected one phi and one psi for all layers, got lists")

@@ -135,7 +135,7 @@ class Parameter(OnMesh):
 
     @property
     def learned(self) -> Parameter:
-        """The parameter that is learned: itself, unless it is made of other controls (`stable_kernels`)."""
+        """The parameter that is learned: itself, unless it is made of other controls (`kernel_sets`)."""
         return self
 
     def acting(self) -> Parameter:

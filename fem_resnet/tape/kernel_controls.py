@@ -1,4 +1,4 @@
-"""A kernel that is made of free controls (`stable_kernels`), as a parameter of a network.
+"""A kernel that is made of free controls (`kernel_sets`), as a parameter of a network.
 
 The controls X_k are learned, one set for each function in time. Layers and regularisers see beta_k = P(X_k), which
 `KernelControls.acting` records on the tape. The methods for coefficients speak of beta.
@@ -14,12 +14,12 @@ from mpi4py import MPI
 from pyadjoint import Control
 
 from fem_resnet.parameters.kernel import KernelCoefficients, kernel_coefficients
+from fem_resnet.parameters.kernel_sets import KernelMap, KernelSet, MatrixControls
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.stable_kernels import KernelMap, MatrixControls, StableKernel
 from fem_resnet.parameters.time_basis import TimeBasis
 from fem_resnet.tape.recording import apply
 
-__all__ = ["KernelControls", "StableKernelParameter"]
+__all__ = ["KernelControls", "KernelSetParameter"]
 
 
 class KernelControls(Parameter):
@@ -33,7 +33,7 @@ class KernelControls(Parameter):
         As for `Parameter`, for X.
     """
 
-    def __init__(self, kernel: StableKernelParameter, space_basis, time_basis: TimeBasis):
+    def __init__(self, kernel: KernelSetParameter, space_basis, time_basis: TimeBasis):
         super().__init__("kernel_controls", space_basis, time_basis)
         self._kernel = kernel
 
@@ -44,7 +44,7 @@ class KernelControls(Parameter):
         return Parameter(kernel.name, kernel._space_basis, self.time_basis, functions)
 
 
-class StableKernelParameter(Parameter):
+class KernelSetParameter(Parameter):
     """The kernel of a network whose coefficients beta are made of free controls.
 
     `get` and `set` speak of beta. The Functions of `functions` hold beta; they follow the controls and are no controls
@@ -69,7 +69,7 @@ class StableKernelParameter(Parameter):
     """
 
     def __init__(
-        self, choice: StableKernel, space_basis: KernelCoefficients | Sequence[KernelCoefficients], time_basis: TimeBasis
+        self, choice: KernelSet, space_basis: KernelCoefficients | Sequence[KernelCoefficients], time_basis: TimeBasis
     ):
         self._choice = choice
         self._versions: list[int] | None = None

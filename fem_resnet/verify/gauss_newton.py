@@ -75,7 +75,8 @@ def gauss_newton(point: Point) -> Checks:
         finally:
             move(0.0)
     value, size = point.pair(actions[0], h), abs(expected) + 1e-9 * abs(R)
-    if problem.net.settings.kernel.among is not None and problem.regulariser is not None:
+    among = problem.net.settings.kernel.among
+    if among is not None and not among.linear and problem.regulariser is not None:
         why = "the kernel is made of other controls, and the regulariser is not quadratic in them"
         yield Check.left_out("Gauss-Newton", "<h, A h>", why)
     elif problem.regulariser is not None and not problem.regulariser.quadratic and joints:

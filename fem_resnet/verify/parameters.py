@@ -10,9 +10,9 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
+from fem_resnet.parameters.kernel_sets import MatrixControls
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, NodalValues, StateValues
-from fem_resnet.parameters.stable_kernels import MatrixControls
 from fem_resnet.parameters.time_basis import TimeBasis
 from fem_resnet.verify.formulas import NotWrittenOut
 from fem_resnet.verify.measure import Measure, raw

@@ -30,7 +30,7 @@ from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers
-from fem_resnet.parameters.stable_kernels import DampedAntisymmetric, NormBounded, PositiveSemidefinite
+from fem_resnet.parameters.kernel_sets import DampedAntisymmetric, NormBounded, PositiveSemidefinite
 from fem_resnet.verify.point import random_like
 
 __all__ = ["BUILT_IN", "built_in", "filled"]

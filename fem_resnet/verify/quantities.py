@@ -23,7 +23,7 @@ from fem_resnet.verify.point import Point, close, names, part, random_like
 from fem_resnet.verify.reference import Reference
 from fem_resnet.verify.report import Check, Checks
 
-__all__ = ["forward", "measures", "other_data", "riesz_maps", "stable_kernel", "taken_steps"]
+__all__ = ["forward", "measures", "other_data", "riesz_maps", "kernel_set", "taken_steps"]
 
 #: Bound of relative differences by round-off, in sums of some thousand numbers.
 _ROUND_OFF = 1e-10
@@ -239,8 +239,8 @@ def _kernel(kernel: LowRankKernel, name: str) -> Checks:
     yield Check.of("Riesz map", f"kernels, {name}", relative(kernel.riesz(G @ gamma @ H), gamma), 1e-6)
 
 
-def stable_kernel(problem: LearningProblem) -> Checks:
-    """Check beta, which is made of other controls X, by the formula of its set (`fem_resnet.parameters.stable_kernels`)."""
+def kernel_set(problem: LearningProblem) -> Checks:
+    """Check beta, which is made of other controls X, by the formula of its set (`kernel_sets`, `symmetric_kernels`)."""
     kernel, choice = problem.net.kernel, problem.net.settings.kernel.among
     if choice is None:
         return
@@ -250,6 +250,13 @@ def stable_kernel(problem: LearningProblem) -> Checks:
         X = raw(function, problem.net.Y, kernel.learned.space_bases[k].shape)
         if described["set"] == "PositiveSemidefinite":
             beta = X @ X.T
+        elif described["set"] == "LaplaceFunctions":  # theta_k of an eigenspace of d functions is k(lambda) sqrt(d)
+            label = np.asarray(choice.arrays["label"])
+            beta = np.diag((X[:, 0] / np.sqrt(np.bincount(label)))[label])
+        elif described["set"] == "Symmetric":
+            beta = np.zeros(basis.shape)
+            parts = choice.arrays["values"] * X[choice.arrays["controls"], 0]
+            np.add.at(beta.reshape(-1), choice.arrays["places"], parts)
         elif described["set"] == "DampedAntisymmetric":
             beta = (X - X.T) / 2 + described["damping"] * np.eye(len(X))
         else:  # in orthonormal functions, singular values x of X become 2 c x / (1 + x^2)
@@ -260,8 +267,8 @@ def stable_kernel(problem: LearningProblem) -> Checks:
             roots = [np.linalg.cholesky(measure.gram(factor)) for factor in (factors.phi, factors.psi)]
             beta = np.linalg.solve(roots[0].T, np.linalg.solve(roots[1].T, seen.T).T)
         found = raw(kernel.functions[k], problem.net.Y, basis.shape)
-        yield Check.of("stable kernel", f"beta_{k} of its controls", relative(found, beta), _ROUND_OFF)
-        yield Check.of("stable kernel", f"beta_{k} as it is read", relative(kernel.get(k), beta), _ROUND_OFF)
+        yield Check.of("kernel set", f"beta_{k} of its controls", relative(found, beta), _ROUND_OFF)
+        yield Check.of("kernel set", f"beta_{k} as it is read", relative(kernel.get(k), beta), _ROUND_OFF)
 
 
 # -- controls --------------------------------------------------------------------------------------------------------

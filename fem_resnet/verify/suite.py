@@ -205,7 +205,7 @@ def _all_checks(
 
 def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run: Callable) -> None:
     run("measures", lambda: quantities.measures(problem))
-    run("stable kernel", lambda: quantities.stable_kernel(problem))
+    run("kernel set", lambda: quantities.kernel_set(problem))
     run("activation", lambda: activations.activation(problem))
     run("compiled stage", lambda: activations.compiled_stages(problem))
     run("forward", lambda: quantities.forward(problem))

@@ -106,7 +106,7 @@ def test_derivatives_of_hubers_term(domain, element, bias, taylor):
 @pytest.mark.parametrize("R", [smoothed_l1(0.3, 0.2), locality(0.4) + smoothed_l1(0.1, 0.2)])
 def test_terms_of_a_kernel_that_is_made_of_controls(R, taylor):
     """They take the kernel, and the chain rule gives the controls their derivatives."""
-    problem = everything("annulus", "CG1", "basis", stable_kernel=PositiveSemidefinite())
+    problem = everything("annulus", "CG1", "basis", kernel_set=PositiveSemidefinite())
     J = recorded(R, problem)
     taylor(J, problem.functions, directions_of(problem, 1), "terms of regularisers", "made of controls", second_order=True)
 

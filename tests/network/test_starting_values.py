@@ -157,7 +157,7 @@ def test_a_set_of_kernels_takes_what_is_in_it_and_refuses_the_rest_by_name():
     phi = basis(("annulus", "CG1"))
 
     def net(among):
-        made = flat_network(phi, layers=2, stable_kernel=among)
+        made = flat_network(phi, layers=2, kernel_set=among)
         return made, [made.kernel.get(k) for k in range(2)]
 
     bounded, _ = net(NormBounded(1.5))

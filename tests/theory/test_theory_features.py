@@ -103,8 +103,8 @@ def pair(feature, euler):
             return with_factors(own.get("solver_parameters"))
         case "learned_times":
             return made(phi, BETA, learn_times=True, **own), plain
-        case "stable_kernel":
-            return made(phi, SYMMETRIC, stable_kernel=PositiveSemidefinite(), **own), made(phi, SYMMETRIC, **own)
+        case "kernel_set":
+            return made(phi, SYMMETRIC, kernel_set=PositiveSemidefinite(), **own), made(phi, SYMMETRIC, **own)
         case "nodal_bias":
             return plain, made(phi, BETA, bias=phi, **own)
         case "bases_by_layer":

@@ -41,10 +41,10 @@ import fem_resnet.network.segment
 import fem_resnet.network.settings
 import fem_resnet.network.solver
 import fem_resnet.parameters.kernel
+import fem_resnet.parameters.kernel_sets
 import fem_resnet.parameters.parameter
 import fem_resnet.parameters.retraction
 import fem_resnet.parameters.space_basis
-import fem_resnet.parameters.stable_kernels
 import fem_resnet.parameters.time_basis
 import fem_resnet.tape.operator_block
 import fem_resnet.tape.scheduled_block
@@ -1039,7 +1039,7 @@ Network, Problem = fem_resnet.network.network.ResidualNetwork, fem_resnet.learni
 CompiledStage = fem_resnet.layers.compiled_stage.CompiledStage
 EnergyStage = fem_resnet.layers.discrete_gradient_stage.DiscreteGradientStage
 Flow, Retraction = fem_resnet.layers.transposed_stage.TransposedStage, fem_resnet.parameters.retraction.Retraction
-stable = fem_resnet.parameters.stable_kernels
+stable = fem_resnet.parameters.kernel_sets
 
 
 def _of_rank(patch):

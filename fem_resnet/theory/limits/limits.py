@@ -121,7 +121,7 @@ def depth_limit(
 
 
 @supports(
-    "no_layers", "gradient_flow", "learned_times", "stable_kernel", "bases_by_layer", "linear_in_time", "shared_in_time",
+    "no_layers", "gradient_flow", "learned_times", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time",
     *STEPPED,
 )  # fmt: skip
 def width_limit(

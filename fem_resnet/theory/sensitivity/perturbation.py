@@ -96,7 +96,7 @@ def solve_linearised(
 
 
 @supports(
-    "no_layers", "learned_times", "stable_kernel", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
+    "no_layers", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
     *STEPPED,
 )  # fmt: skip
 def duhamel(

@@ -1,4 +1,4 @@
-"""Kernels that are stable by construction: sets of kernels as images of free controls X, beta = P(X).
+"""Sets of kernels as images of free controls X, beta = P(X), and kernels that are stable by construction.
 
     B = C C^T                         beta = c c^T,                         phi = psi        B = B^T >= 0
     antisymmetric and damped          beta = (X - X^T) / 2 + eps,           phi = psi        B_s = eps Phi Phi^T M >= 0
@@ -22,21 +22,21 @@ is its own transpose.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from fem_resnet.arguments import choice, integer, number
+from fem_resnet.arguments import integer, number
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.space_basis import Replicated, SpaceBasis
 
 __all__ = [
-    "DampedAntisymmetric", "KernelMap", "MatrixControls", "NormBounded", "PositiveSemidefinite", "StableKernel",
-    "stable_kernel_from",
+    "DampedAntisymmetric", "KernelMap", "KernelSet", "MatrixControls", "NormBounded", "PositiveSemidefinite",
+    "refuse_outside",
 ]  # fmt: skip
 
 #: How far from a set coefficients may lie and still count as its members, in parts of their size.
@@ -85,14 +85,17 @@ class MatrixControls(Replicated, SpaceBasis):
         return np.zeros(self.shape)
 
 
-class StableKernel(ABC):
+class KernelSet(ABC):
     """A set of kernels as the image of free controls X, beta = P(X).
 
-    It is one of `PositiveSemidefinite`, `DampedAntisymmetric` and `NormBounded`.
+    It is one of `PositiveSemidefinite`, `DampedAntisymmetric` and `NormBounded`, or of `LaplaceFunctions` and `Symmetric`
+    (`symmetric_kernels`).
     """
 
     #: Whether phi and psi must be one basis.
     symmetric: bool
+    #: Whether P is linear.
+    linear = False
 
     def shape(self, phi: int, psi: int) -> tuple[int, int]:
         """The shape of X, from the ranks of the bases."""
@@ -134,12 +137,35 @@ class StableKernel(ABC):
 
     @property
     def description(self) -> dict[str, object]:
-        """The set's name and numbers, of which `stable_kernel_from` makes it again."""
+        """The set's name and numbers, of which `kernel_set_from` makes it again, with `arrays`."""
         return {"set": type(self).__name__, **vars(self)}
+
+    @property
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """What the set is made of that is too long for `description`: arrays with one axis, by their names."""
+        return {}
+
+    @classmethod
+    def of_arrays(cls, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> KernelSet:
+        """The set from what `description` and `arrays` give.
+
+        Parameters
+        ----------
+        description
+            `description` without the name of the set.
+        arrays
+            `arrays`, from outside.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they describe no set.
+        """
+        return cls(**description)
 
 
 @dataclass(frozen=True)
-class PositiveSemidefinite(StableKernel):
+class PositiveSemidefinite(KernelSet):
     """B = C C^T: b(y, z) = sum_k C_k(y) C_k(z), C = Phi c, so that B = B^T >= 0.
 
     X = 0 is a stationary point of every J. So training starts at B = 0.1 Phi_k Phi_k^T M with the first functions of phi.
@@ -184,7 +210,7 @@ class PositiveSemidefinite(StableKernel):
         values, vectors = values[::-1], vectors[:, ::-1]
         rank = kernel.phi.rank if self.rank is None else self.rank
         missed = max(np.abs(beta - beta.T).max(), -values[-1], np.abs(values[rank:]).max(initial=0.0))
-        _refuse_outside(missed, size, f"a symmetric, positive semidefinite matrix of rank {rank} or less")
+        refuse_outside(missed, size, f"a symmetric, positive semidefinite matrix of rank {rank} or less")
         return vectors[:, :rank] * np.sqrt(np.maximum(values[:rank], 0.0))
 
     def value(self, kernel, X):
@@ -202,7 +228,7 @@ class PositiveSemidefinite(StableKernel):
 
 
 @dataclass(frozen=True)
-class DampedAntisymmetric(StableKernel):
+class DampedAntisymmetric(KernelSet):
     """beta = (X - X^T) / 2 + damping: B - B^T is free, B_s = damping Phi Phi^T M >= 0.
 
     Parameters
@@ -225,7 +251,7 @@ class DampedAntisymmetric(StableKernel):
 
     def inverse(self, kernel, beta):
         X = beta - self.damping * np.eye(kernel.phi.rank)
-        _refuse_outside(np.abs(X + X.T).max(), np.abs(beta).max(), f"an antisymmetric matrix plus {self.damping:g}")
+        refuse_outside(np.abs(X + X.T).max(), np.abs(beta).max(), f"an antisymmetric matrix plus {self.damping:g}")
         return X
 
     def value(self, kernel, X):
@@ -242,7 +268,7 @@ class DampedAntisymmetric(StableKernel):
 
 
 @dataclass(frozen=True)
-class NormBounded(StableKernel):
+class NormBounded(KernelSet):
     """norm(B) <= bound, the operator norm on L2(Y).
 
     Parameters
@@ -266,7 +292,7 @@ class NormBounded(StableKernel):
     def inverse(self, kernel, beta):
         phi, psi = kernel.phi.root, kernel.psi.root
         U, sizes, V = np.linalg.svd(phi @ beta @ psi.T / self.bound, full_matrices=False)
-        _refuse_outside(sizes[0] - 1, 1.0, f"a kernel of operator norm {self.bound:g} or less")
+        refuse_outside(sizes[0] - 1, 1.0, f"a kernel of operator norm {self.bound:g} or less")
         sizes = np.minimum(sizes, 1.0)
         return (U * (sizes / (1 + np.sqrt(1 - sizes**2)))) @ V
 
@@ -304,20 +330,25 @@ class NormBounded(StableKernel):
         return 2 * self.bound * solve_triangular(psi, solve_triangular(phi, functional, trans="T").T, trans="T").T
 
 
-def _refuse_outside(missed: float, size: float, expected: str) -> None:
+def refuse_outside(missed: float, size: float, expected: str) -> None:
+    """Raise if coefficients are not in a set, up to round-off.
+
+    Parameters
+    ----------
+    missed
+        How far they are from it.
+    size
+        Their size.
+    expected
+        What they should be, for the message.
+
+    Raises
+    ------
+    ValueError
+        If they miss it.
+    """
     if missed > _ROUND_OFF * size:
         raise ValueError(f"coefficients: expected {expected}, got one that misses it by {missed:.1e}")
-
-
-def stable_kernel_from(description: Mapping[str, Any] | None) -> StableKernel | None:
-    """A set of kernels from its description; None from None."""
-    if description is None:
-        return None
-    kinds: dict[str, Callable[..., StableKernel]] = {
-        kind.__name__: kind for kind in (PositiveSemidefinite, DampedAntisymmetric, NormBounded)
-    }
-    arguments = dict(description)
-    return kinds[choice("set", arguments.pop("set", None), kinds)](**arguments)
 
 
 class KernelMap:
@@ -335,7 +366,7 @@ class KernelMap:
 
     ready = True
 
-    def __init__(self, choice: StableKernel, controls: MatrixControls, coefficients: KernelCoefficients):
+    def __init__(self, choice: KernelSet, controls: MatrixControls, coefficients: KernelCoefficients):
         self._choice = choice
         self._kernel = coefficients.kernel
         self.inputs = [controls]

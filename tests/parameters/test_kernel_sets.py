@@ -30,7 +30,7 @@ from fem_resnet import (
     train,
     verify,
 )  # fmt: skip
-from fem_resnet.parameters.stable_kernels import stable_kernel_from
+from fem_resnet.parameters.known_kernel_sets import kernel_set_from
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 on_two_ranks = pytest.mark.parallel([1, 2])
@@ -52,7 +52,7 @@ def skewed(space):
 
 def network(choice, space=("disk", "CG1"), *, basis=None, psi=None, size=1.0, **more):
     phi = laplace(*space, rank=4) if basis is None else basis
-    net = flat_network(phi, psi, bias=laplace(*space, rank=3), **{"times": TIMES, "stable_kernel": choice} | more)
+    net = flat_network(phi, psi, bias=laplace(*space, rank=3), **{"times": TIMES, "kernel_set": choice} | more)
     rng = np.random.default_rng(0)
     for parameter in net.parameters:
         for k, held in enumerate(parameter.space_bases):
@@ -138,9 +138,7 @@ def test_what_a_set_cannot_be_made_of_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(
-        TypeError, match="^kernel.among: expected a StableKernel or None, got str; such as PositiveSemidefinite"
-    ):
+    with pytest.raises(TypeError, match="^kernel.among: expected a KernelSet or None, got str; such as PositiveSemidefinite"):
         network("positive")
 
 
@@ -149,7 +147,7 @@ def test_what_a_set_cannot_be_made_of_is_refused():
 
 @on_ranks
 @each_set_somewhere
-def test_taylor_of_networks_of_stable_kernels(choice, space, taylor):
+def test_taylor_of_networks_of_kernel_sets(choice, space, taylor):
     p = problem(network(choice, space, basis=skewed(space)))
     h = [v._ad_mul(0.5) for v in directions(p, seed=2)]
     taylor(p.reduced_functional(), p.functions, h, f"{choice}", "skewed", second_order=True)
@@ -239,7 +237,7 @@ def steep(choice, space, **more):
     """A network that does not change in time, whose bias makes sigma' differ over Y, small steps."""
     phi = laplace(*space, rank=4)
     net = flat_network(
-        phi, bias=phi, layers=4, final_time=0.4, stable_kernel=choice, kernel_in_time="shared", bias_in_time="shared", **more
+        phi, bias=phi, layers=4, final_time=0.4, kernel_set=choice, kernel_in_time="shared", bias_in_time="shared", **more
     )
     net.bias.set(0, [0.0, 3.0, -2.0, 1.0])
     net.kernel.learned.set(0, np.random.default_rng(3).normal(size=net.kernel.learned.space_basis.shape))
@@ -346,7 +344,7 @@ def test_files_keep_the_set_and_the_kernel(choice, tmp_path):
     net = network(choice, ("annulus", "DG0"))
     save(tmp_path / "net.h5", net)
     loaded, _ = load(tmp_path / "net.h5")
-    assert loaded.settings.kernel.among == choice == stable_kernel_from(choice.description)
+    assert loaded.settings.kernel.among == choice == kernel_set_from(choice.description)
     for k in range(3):
         assert_allclose(loaded.kernel.get(k), net.kernel.get(k), rtol=0, atol=1e-14)
     moments = [n.Y.sum((smooth(n.Y, 4, seed=2) * n.Y.weights[:, None]).T @ states(n)) for n in (net, loaded)]
@@ -365,7 +363,7 @@ def test_the_network_moves_to_another_mesh_and_is_truncated(choice):
 
 
 @pytest.mark.parametrize("choice, weight", [(SETS[0], 0.05), (SETS[2], None), (SETS[3], 0.05)], ids=str)
-def test_networks_of_stable_kernels_pass_the_verification(choice, weight):
+def test_networks_of_kernel_sets_pass_the_verification(choice, weight):
     regulariser = None if weight is None else tikhonov(weight) + smooth_in_time(weight)
     report = verify(problem(network(choice, basis=skewed(("disk", "CG1"))), regulariser), quick=True)
     assert report.passed, report.failures
