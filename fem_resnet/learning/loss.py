@@ -377,7 +377,7 @@ class _SampleForms:
 
 def _checked_form(form: object) -> ufl.Form:
     if not isinstance(form, ufl.Form) or form.arguments():
-        what = f"one with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
+        what = f"a form with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
         raise TypeError(f"functional: it returned {what}; expected a form without arguments, such as (p - C)**2 * dx")
     return form
 
