@@ -89,7 +89,7 @@ class KernelSet(ABC):
     """A set of kernels as the image of free controls X, beta = P(X).
 
     It is one of `PositiveSemidefinite`, `DampedAntisymmetric` and `NormBounded`, or of `LaplaceFunctions` and `Symmetric`
-    (`symmetric_kernels`).
+    (`linear_kernels`, `symmetric_kernels`).
     """
 
     #: Whether phi and psi must be one basis.

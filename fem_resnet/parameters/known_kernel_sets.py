@@ -9,7 +9,8 @@ import numpy as np
 
 from fem_resnet.arguments import choice
 from fem_resnet.parameters.kernel_sets import DampedAntisymmetric, KernelSet, NormBounded, PositiveSemidefinite
-from fem_resnet.parameters.symmetric_kernels import LaplaceFunctions, Symmetric
+from fem_resnet.parameters.linear_kernels import LaplaceFunctions
+from fem_resnet.parameters.symmetric_kernels import Symmetric
 
 __all__ = ["ARRAYS", "kernel_set_from"]
 

@@ -240,7 +240,7 @@ def _kernel(kernel: LowRankKernel, name: str) -> Checks:
 
 
 def kernel_set(problem: LearningProblem) -> Checks:
-    """Check beta, which is made of other controls X, by the formula of its set (`kernel_sets`, `symmetric_kernels`)."""
+    """Check beta, which is made of other controls X, by the formula of its set (`kernel_sets`, `linear_kernels`)."""
     kernel, choice = problem.net.kernel, problem.net.settings.kernel.among
     if choice is None:
         return
