@@ -58,8 +58,8 @@ class Kernel:
         have one phi and one psi then.
     among
         A set that b stays in: `PositiveSemidefinite`, `DampedAntisymmetric` or `NormBounded` (`kernel_sets`);
-        `LaplaceFunctions` or `Symmetric`, which know the symmetry of Y (`linear_kernels`, `symmetric_kernels`). Free controls are learned in
-        place of beta, and beta is made of them. Regularisers take b itself.
+        `LaplaceFunctions` (`linear_kernels`) or `Symmetric` (`symmetric_kernels`), which know the symmetry of Y. Free
+        controls are learned in place of beta, and beta is made of them. Regularisers take b itself.
 
     Examples
     --------
