@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from pyadjoint.enlisting import Enlist
 
+from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.verify.differences import STEPS, extrapolated
 from fem_resnet.verify.point import Point, close, has_joints, part
 from fem_resnet.verify.reference import Reference
@@ -21,18 +22,10 @@ def gauss_newton(point: Point) -> Checks:
     A is the operator of Gauss and Newton.
     """
     problem = point.problem
-    if problem.regulariser is not None and not problem.regulariser.convex:
-        yield Check.left_out("Gauss-Newton", "all controls", "the regulariser need not be convex")
+    if why := _no_operator(problem):
+        yield Check.left_out("Gauss-Newton", "all controls", why)
         return
     loss, joints = problem.loss.name, has_joints(problem)
-    if loss not in ("least_squares", "cross_entropy", "binary_cross_entropy"):
-        yield Check.left_out("Gauss-Newton", "all controls", f"the loss {loss!r} is the user's own")
-        return
-    if problem.running is not None or problem.derivatives is not None or problem.checkpoints is not None:
-        yield Check.left_out(
-            "Gauss-Newton", "all controls", "a running cost, derivatives of the output and checkpoints have none"
-        )
-        return
     h = [point.direction(k) for k in range(len(point.functions))]
     other = [point.random(function) for function in point.functions]
     J, run = problem.record(gauss_newton=True)
@@ -88,3 +81,14 @@ def gauss_newton(point: Point) -> Checks:
     size = max(abs(forth), abs(back), 1e-6 * size)
     yield Check.of("Gauss-Newton", "symmetric", part(abs(forth - back), size), max(1e-8, close(problem), point.coarseness))
     point.value()
+
+
+def _no_operator(problem: LearningProblem) -> str:
+    """Why a problem has no operator of Gauss and Newton that can be compared; nothing if it has."""
+    if problem.regulariser is not None and not problem.regulariser.convex:
+        return "the regulariser need not be convex"
+    if problem.loss.name not in ("least_squares", "cross_entropy", "binary_cross_entropy"):
+        return f"the loss {problem.loss.name!r} is the user's own"
+    if problem.running is not None or problem.derivatives is not None or problem.checkpoints is not None:
+        return "a running cost, derivatives of the output and checkpoints have none"
+    return ""
