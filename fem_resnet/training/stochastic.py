@@ -17,7 +17,7 @@ from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import choice, function, instance, integer, number
-from fem_resnet.features import HELD, STEPPED, supports
+from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
@@ -113,7 +113,7 @@ class StochasticResult:
 
 
 @supports(
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "checkpoints",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
     "many_samples", "weights", instead="train it by `train`",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_stochastic")
