@@ -10,6 +10,8 @@ They exist on each Y, and commute with all isometries.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike
@@ -33,13 +35,16 @@ class LinearKernels(Fixed, KernelSet):
         The rank of phi = psi.
     elements
         The E_k, each as one column, shape (rank^2, count).
+    **known
+        What else the set knows, by name.
     """
 
     symmetric = True
     linear = True
 
-    def __init__(self, rank: int, elements: scipy.sparse.csc_array):
+    def __init__(self, rank: int, elements: scipy.sparse.csc_array, **known: Any):
         self._rank = rank
+        self._known = known
         self._elements = elements
         self._transposed = elements.T.tocsr()
 
@@ -158,17 +163,14 @@ class LaplaceFunctions(LinearKernels):
         label = np.empty(phi.rank, dtype=int)
         for k, space in enumerate(spaces):
             label[space] = k
-        self._set(label, np.array([phi.eigenvalues[space].mean() for space in spaces]))
+        self._make(label, np.array([phi.eigenvalues[space].mean() for space in spaces]))
 
-    def _set(self, label: np.ndarray, eigenvalues: np.ndarray) -> None:
+    def _make(self, label: np.ndarray, eigenvalues: np.ndarray) -> None:
         rank, count = label.size, eigenvalues.size
-        self._eigenvalues, self._label = read_only(eigenvalues), label
-        self._sizes = np.bincount(label, minlength=count)
         places = np.arange(rank) * (rank + 1)
-        values = 1 / np.sqrt(self._sizes[label])
-        LinearKernels.__init__(
-            self, rank, scipy.sparse.csc_array((values, (places, label)), shape=(rank**2, count), dtype=float)
-        )
+        values = 1 / np.sqrt(np.bincount(label)[label])
+        elements = scipy.sparse.csc_array((values, (places, label)), shape=(rank**2, count), dtype=float)
+        super().__init__(rank, elements, label=label, eigenvalues=read_only(eigenvalues))
 
     def __repr__(self) -> str:
         return f"LaplaceFunctions(rank {self.rank}, {self.count} free controls)"
@@ -176,7 +178,7 @@ class LaplaceFunctions(LinearKernels):
     @property
     def eigenvalues(self) -> np.ndarray:
         """The mean eigenvalue of each eigenspace, ascending, shape (count,)."""
-        return self._eigenvalues
+        return self._known["eigenvalues"]
 
     @property
     def description(self):
@@ -184,7 +186,7 @@ class LaplaceFunctions(LinearKernels):
 
     @property
     def arrays(self):
-        return {"label": self._label, "eigenvalues": self.eigenvalues}
+        return dict(self._known)
 
     @classmethod
     def of_arrays(cls, description, arrays):
@@ -205,7 +207,7 @@ class LaplaceFunctions(LinearKernels):
         if not np.array_equal(np.unique(label), np.arange(eigenvalues.size)):
             raise ValueError(f"label: expected each of {eigenvalues.size} eigenspaces, got others")
         made = cls.__new__(cls)
-        made._set(label, eigenvalues.copy())
+        made._make(label, eigenvalues.copy())
         return made
 
     def kernel(self, multipliers: ArrayLike) -> np.ndarray:
@@ -221,7 +223,7 @@ class LaplaceFunctions(LinearKernels):
         TypeError, ValueError
             If these are no such numbers.
         """
-        return np.diag(real_array("multipliers", multipliers, (self.count,))[self._label])
+        return np.diag(real_array("multipliers", multipliers, (self.count,))[self._known["label"]])
 
     def multipliers(self, beta: ArrayLike, eigenvalues: ArrayLike | None = None) -> np.ndarray:
         """k at each of `eigenvalues`, or at other ones: between those of this Y linear in sqrt(lambda), beyond constant.
@@ -242,7 +244,8 @@ class LaplaceFunctions(LinearKernels):
         """
         beta = real_array("beta", beta, (self.rank, self.rank))
         refuse_outside(np.abs(beta - self.projected(beta)).max(), np.abs(beta).max(), f"a kernel of {self!r}")
-        k = np.bincount(self._label, beta.diagonal()) / self._sizes
+        label = self._known["label"]
+        k = np.bincount(label, beta.diagonal()) / np.bincount(label)
         if eigenvalues is None:
             return k
         at = real_array("eigenvalues", eigenvalues, ("any",))

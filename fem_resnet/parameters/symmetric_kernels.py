@@ -81,11 +81,7 @@ class Symmetric(LinearKernels):
         found = symmetry_matrices(phi, symmetries)
         # Rounding must not make other elements on other ranks.
         elements, kept = on_first(comm, lambda: _commutant(found, phi.eigenvalues, tolerance))
-        self._set(elements, found.broken, kept)
-
-    def _set(self, elements: scipy.sparse.csc_array, broken: float, kept: float) -> None:
-        self._broken, self._kept = broken, kept
-        LinearKernels.__init__(self, int(round(elements.shape[0] ** 0.5)), elements)
+        super().__init__(phi.rank, elements, broken=found.broken, kept=kept)
 
     def __repr__(self) -> str:
         return f"Symmetric(rank {self.rank}, {self.count} free controls)"
@@ -96,16 +92,16 @@ class Symmetric(LinearKernels):
 
         It is 0 up to round-off where the mesh has the symmetries.
         """
-        return self._broken
+        return self._known["broken"]
 
     @property
     def kept(self) -> float:
         """The largest singular value taken for 0: how far kernels of the set are from commuting with the symmetries."""
-        return self._kept
+        return self._known["kept"]
 
     @property
     def description(self):
-        return {"set": "Symmetric", "rank": self.rank, "count": self.count, "broken": self.broken, "kept": self.kept}
+        return {"set": "Symmetric", "rank": self.rank, "count": self.count, **self._known}
 
     @property
     def arrays(self):
@@ -139,7 +135,8 @@ class Symmetric(LinearKernels):
         if np.abs(gram.data).max(initial=0.0) > 1e-8:
             raise ValueError("values: expected orthonormal matrices, got others")
         made = cls.__new__(cls)
-        made._set(elements, *(number(name, description[name], least=0) for name in ("broken", "kept")))
+        known = {name: number(name, description[name], least=0) for name in ("broken", "kept")}
+        LinearKernels.__init__(made, rank, elements, **known)
         return made
 
 
