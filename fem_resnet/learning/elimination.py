@@ -134,8 +134,7 @@ def solve_head(
         If the regulariser is another function of W or mu.
     """
     ridges = None if regulariser is None else [_ridge(regulariser, parameter) for parameter in head.parameters]
-    operator = HeadSolve(head, readings, ridges)
-    operator.observe([reading.targets for reading in readings], weights)
+    operator = HeadSolve(head, readings, weights, ridges)
     given = apply(operator, [reading.state for reading in readings])[0]
     assert isinstance(given, list), "there are several outputs"
     outputs, solved = given[: len(readings)], given[len(readings) :]
@@ -172,7 +171,9 @@ class HeadSolve:
     head
         The head.
     readings
-        What it reads.
+        What it reads, and its targets.
+    weights
+        omega, shape (samples,), of each reading; equal ones if None.
     ridges
         lambda_W and lambda_mu; None for no regulariser. Else W and mu are outputs too, for the regulariser.
 
@@ -191,7 +192,9 @@ class HeadSolve:
 
     ready = True  # the Block adjoins at the inputs of the latest evaluation, or not at all
 
-    def __init__(self, head: Head, readings: Sequence[Reading], ridges: Sequence[float] | None):
+    def __init__(
+        self, head: Head, readings: Sequence[Reading], weights: Sequence[float] | None, ridges: Sequence[float] | None
+    ):
         self._onto, self._Y = head.onto, head.psi.Y
         self.inputs = [
             SeenBatch(head.psi, reading.state.function_space()) if reading.slot is None else reading.slot
@@ -205,18 +208,26 @@ class HeadSolve:
         self._ridges = np.diag(np.sqrt(np.repeat(ridges or (0.0, 0.0), (head.psi.rank, 1))))
         self.solution = np.empty(head.W.space_basis.shape), np.empty(head.mu.space_basis.shape)  # until `forward`
         self.condition, self.determined, self.current = np.nan, 0, False
+        self._roots, self._targets = self._right_hand_side([reading.targets for reading in readings], weights)
 
     def observe(self, targets: Sequence[fd.Function], weights: Sequence[float] | None) -> None:
         """Take other targets, one batch a reading, and other weights of shape (samples,), for the next evaluation.
 
         Collective.
         """
+        self._roots, self._targets = self._right_hand_side(targets, weights)
+        self.current = False
+
+    def _right_hand_side(
+        self, targets: Sequence[fd.Function], weights: Sequence[float] | None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The roots of the weights of each reading, and with these the coefficients of all targets. Collective."""
         omega, projected = sample_weights(weights, self.inputs[0].shape[1]), []
-        self._roots = [np.sqrt(weight * omega) for weight in self._weights]
-        for batch, root in zip(targets, self._roots):
+        roots = [np.sqrt(weight * omega) for weight in self._weights]
+        for batch, root in zip(targets, roots):
             coefficients = scipy.linalg.solve(self._onto.gram, self._onto.project(self._onto.Y.values(batch)), assume_a="pos")
             projected.append(root * coefficients)
-        self._targets, self.current = np.hstack(projected), False
+        return roots, np.hstack(projected)
 
     def forward(self, arrays, save):
         """The outputs, and W and mu if they are outputs, from g of each reading, shape (rank of psi, samples). Collective."""
