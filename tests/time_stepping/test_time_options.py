@@ -316,7 +316,7 @@ def test_a_solve_that_ends_elsewhere_is_a_step_failure(in_time):
     net = network(steps=4, bias_in_time=in_time)
     first, again = net.Y.batch(smooth(net.Y)), net.Y.batch(0.5 * smooth(net.Y))
     net.run(first)
-    (segments,) = net._scratch.values()
+    (segments,) = net._solver._scratch.values()
     stepper = segments[0].steppers[1]
     if in_time == "linear":
         stepper.solver._max_steps = 2

@@ -943,7 +943,7 @@ FAULTS = [
         CLASSES,
         line(
             fem_resnet.learning.problem.LearningProblem,
-            "penalised",
+            "_penalised",
             "for parameter in self.parameters if",
             "for parameter in self.net.parameters if",
         ),
