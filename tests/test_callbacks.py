@@ -197,7 +197,7 @@ def test_labels_weights_and_layers_that_one_rank_gives_otherwise_are_refused():
     ):
         with pytest.raises(ValueError, match=f"^{name}: all ranks must give the same"):
             Batch(inputs, *given)
-    with pytest.raises(ValueError, match="^layers: all ranks must give the same"):
+    with pytest.raises(ValueError, match="^layers.times: all ranks must give the same"):
         ResidualNetwork(laplace("disk", "CG1", 4), layers=2 + LAST)
     with pytest.raises(ValueError, match="^weights: all ranks must give the same"):
         least_squares(fields().net.Y, inputs, inputs, [1.0, 1.0, 1.0, 1.0 + LAST])

@@ -105,6 +105,11 @@ class Basis(OnMesh):
                 f"(smallest eigenvalue of their normalised Gram matrix {correlation[0]:.1e}); drop some"
             )
 
+    @property
+    def description(self) -> tuple[str, int]:
+        """Kind and rank: what all ranks must give alike."""
+        return self.kind, self.rank
+
     def __repr__(self) -> str:
         return f"Basis({self.kind}, rank {self.rank}, {self.Y!r})"
 

@@ -24,7 +24,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.orthonormal import orthonormal
 from fem_resnet.parameters.kernel_sets import KernelSet
 from fem_resnet.parameters.time_basis import get_time_basis
-from fem_resnet.ranks import same
+from fem_resnet.ranks import same, together
 
 __all__ = ["Bias", "Kernel", "Layers", "Settings", "checked_times", "settings_of"]
 
@@ -248,11 +248,12 @@ def settings_of(
         )
     layers = layers if isinstance(layers, Layers) else Layers(layers, final_time)
     phi = _bases("kernel.phi", kernel.phi)
-    same(phi[0].Y.comm, **_parts("kernel", kernel), **_parts("bias", bias), **_parts("layers", layers), **others)
+    comm = phi[0].Y.comm
+    psi = together(comm, lambda: phi if kernel.psi is None else _bases("kernel.psi", kernel.psi))
+    on = together(comm, lambda: _bases("bias.basis", bias.basis, or_nodes=True))
+    same(comm, **_parts("kernel", kernel), **_parts("bias", bias), **_parts("layers", layers), **others)
     times = _checked_times(layers.times, layers.final_time)
     count = len(times) - 1
-    psi = phi if kernel.psi is None else _bases("kernel.psi", kernel.psi)
-    on = _bases("bias.basis", bias.basis, or_nodes=True)
     for name, bases in (("kernel.phi", phi), ("kernel.psi", psi), ("bias.basis", on)):
         _check_bases(name, bases, count, phi[0].Y)
     learn_factors = flag("kernel.learn_factors", kernel.learn_factors)
