@@ -89,7 +89,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(checkpoint_schedules|h5py|petsctools|pyadjoint|MPI)\.[\w.]+"),
     ("py:class", r"firedrake\.(adjoint|checkpointing|ensemble)\.[\w.]+"),
     ("py:class", r"scipy\.sparse\._\w+\.\w+"),
-    ("py:class", r"(ufl\.form|numpy\.random\._generator)\.\w+"),
+    ("py:class", r"(ufl\.form|ufl\.core\.expr|numpy\.random\._generator)\.\w+"),
     ("py:class", r"type\[.*numpy\._typing.*"),
 ]
 
