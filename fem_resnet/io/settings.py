@@ -187,8 +187,6 @@ def checked_settings(text: str) -> dict[str, Any]:
         instance("mesh", settings["mesh"], str)
         for kind in instance("kinds", settings["kinds"], list):
             instance("kinds", kind, str)
-        if "stable_kernel" in instance("network", settings["network"], dict):  # as sets of kernels were called before
-            settings["network"]["kernel_set"] = settings["network"].pop("stable_kernel")
         _check_keys("network", settings["network"], _OF_NETWORK)
         for name, check in _OF_NETWORK.items():
             check(name, settings["network"][name])

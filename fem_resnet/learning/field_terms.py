@@ -23,6 +23,7 @@ from ufl.algorithms import expand_derivatives
 
 from fem_resnet.arguments import choice, flag, function, number
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.learning.loss import checked_form
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.learning.term import Penalty, Term, checked_weights
 from fem_resnet.parameters.parameter import Parameter
@@ -89,7 +90,7 @@ class _Forms:
     def __init__(self, Y: LabelSpace, density: Callable[[fd.Function], ufl.Form], name: str):
         with stop_annotating():
             self._a, self._v = fd.Function(Y.V), fd.Function(Y.V)
-            value = together(Y.comm, lambda: _checked(density(self._a), name))
+            value = together(Y.comm, lambda: checked_form(name, density(self._a), "a**4 * dx"))
             functional = expand_derivatives(fd.derivative(value, self._a))
             action = expand_derivatives(fd.derivative(functional, self._a, self._v))
             # Assemblers keep what UFL makes of a form, which takes longer than to assemble it. None is zero.
@@ -115,12 +116,6 @@ class _Forms:
         with stop_annotating():
             self._a.dat.data_wo[...], self._v.dat.data_wo[...] = a, v
             return assembler.assemble().dat.data_ro.copy()
-
-
-def _checked(form: object, name: str) -> ufl.Form:
-    if not isinstance(form, ufl.Form) or form.arguments():
-        raise TypeError(f"{name}: expected a form of UFL without arguments, such as a**4 * dx, got {form!r}")
-    return form
 
 
 @dataclass(frozen=True)

@@ -349,7 +349,7 @@ class _SampleForms:
     def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
         self._slots = [fd.Function(Y.V) for _ in range(3)]
         p, C, v = self._slots
-        form = together(Y.comm, lambda: _checked_form(functional(p, C)))
+        form = together(Y.comm, lambda: checked_form("functional", functional(p, C), "(p - C)**2 * dx"))
         derivative = fd.derivative(form, p)
         self._forms = {"value": form, "derivative": derivative, "second": fd.derivative(derivative, p, v)}
         # UFL would take another quadrature for the derivative of a form that is not polynomial, such as cos(p).
@@ -375,10 +375,11 @@ class _SampleForms:
         return np.column_stack([functional.dat.data_ro for functional in self.assemble(which, *batches)])
 
 
-def _checked_form(form: object) -> ufl.Form:
+def checked_form(name: str, form: object, example: str) -> ufl.Form:
+    """What a user's function returned, if it is a form of UFL without arguments; a TypeError if not."""
     if not isinstance(form, ufl.Form) or form.arguments():
         what = f"a form with {len(form.arguments())}" if isinstance(form, ufl.Form) else type(form).__name__
-        raise TypeError(f"functional: it returned {what}; expected a form without arguments, such as (p - C)**2 * dx")
+        raise TypeError(f"{name}: it returned {what}; expected a form without arguments, such as {example}")
     return form
 
 

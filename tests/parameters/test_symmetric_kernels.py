@@ -8,7 +8,7 @@ import pytest
 import scipy.spatial
 import scipy.special
 from firedrake import COMM_SELF, COMM_WORLD
-from helpers import TIMES, flat_network, laplace, smooth
+from helpers import TIMES, flat_network, smooth
 from kinds import directions_of as directions
 from kinds import field_problem as problem
 from kinds import largest, rotation, states
@@ -18,7 +18,6 @@ from fem_resnet import (
     Kernel,
     LabelSpace,
     LaplaceFunctions,
-    NormBounded,
     ResidualNetwork,
     Symmetric,
     laplace_basis,
@@ -31,7 +30,6 @@ from fem_resnet import (
     train,
     verify,
 )  # fmt: skip
-from fem_resnet.io.settings import checked_settings, written_settings
 from fem_resnet.parameters.known_kernel_sets import kernel_set_from
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -513,14 +511,6 @@ def test_files_keep_the_set_and_the_kernel(name, tmp_path):
     f = [bumps(places(n.Y)) for n in (net, loaded)]
     moments = [n.Y.sum((each * n.Y.weights[:, None]).T @ n.Y.values(n(n.Y.batch(each)))) for n, each in zip((net, loaded), f)]
     assert_allclose(*moments, rtol=0, atol=1e-11)
-
-
-def test_files_of_before_are_read():
-    phi = laplace("disk", "CG1", 4)
-    net = ResidualNetwork(Kernel(phi, among=NormBounded(0.7)), layers=1)
-    text = written_settings(net, None, [phi], {"phi": [0], "psi": [0], "bias": [None], "head": [None], "onto": [None]})
-    old = checked_settings(text.replace('"kernel_set"', '"stable_kernel"'))
-    assert kernel_set_from(old["network"]["kernel_set"]) == NormBounded(0.7)
 
 
 def test_sets_that_no_set_describes_are_refused():
