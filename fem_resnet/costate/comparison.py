@@ -15,7 +15,7 @@ import numpy as np
 from fem_resnet.arguments import integer, integer_array
 from fem_resnet.costate.costate import Costate, solve_costate
 from fem_resnet.costate.terminal import terminal_costate
-from fem_resnet.costate.trajectory import like, solve_trajectory
+from fem_resnet.costate.trajectory import solve_trajectory
 from fem_resnet.features import REGULARISED, supports
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
@@ -170,7 +170,7 @@ def _costate_difference(run: Run, costate: Costate) -> float:
     size = max(Y.norm(r) for r in exact)
     if size == 0.0:
         return max(Y.norm(run.costate(layer)) for layer in range(run.net.layers + 1))
-    return max(Y.norm(like(r, Y.values(run.costate(layer)) - Y.values(r))) for layer, r in enumerate(exact)) / size
+    return max(Y.norm(Y.like(r, Y.values(run.costate(layer)) - Y.values(r))) for layer, r in enumerate(exact)) / size
 
 
 def _gradient_difference(net: ResidualNetwork, these: Sequence[fd.Function], those: Sequence[fd.Function]) -> float:

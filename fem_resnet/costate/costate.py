@@ -37,7 +37,7 @@ import numpy as np
 
 from fem_resnet.arguments import flag, function, instance, integer
 from fem_resnet.costate.backward import LayerBackward, RunningGradient
-from fem_resnet.costate.trajectory import Trajectory, like
+from fem_resnet.costate.trajectory import Trajectory
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
@@ -73,7 +73,7 @@ class Costate:
         """
         same(self.trajectory.net.Y.comm, layer=layer)
         layer = integer("layer", layer, least=0, most=len(self._interfaces) - 1)
-        return like(self.trajectory.final, self._interfaces[layer])
+        return self.trajectory.net.Y.like(self.trajectory.final, self._interfaces[layer])
 
     def __call__(self, t: float) -> fd.Function:
         """r(t), 0 <= t <= T, interpolated between the steps: a new Function. Collective.
@@ -83,7 +83,7 @@ class Costate:
         ValueError
             If t is not in [0, T] or differs between ranks, or the network has no layers.
         """
-        return like(self.trajectory.final, self._at(t)[1])
+        return self.trajectory.net.Y.like(self.trajectory.final, self._at(t)[1])
 
     def bias_gradient(self, t: float) -> fd.Function:
         """D_a J(., t) of (4.3), Proposition 4.1 (i), summed over the samples: a new Function in V. Collective.
@@ -98,7 +98,7 @@ class Costate:
         """
         v = self._at(t)[2]
         gradient = fd.Function(self.trajectory.net.Y.V)
-        gradient.dat.data_wo[...] = v.sum(axis=1)
+        self.trajectory.net.Y.write(gradient, v.sum(axis=1))
         return gradient
 
     def kernel_gradient(self, t: float) -> tuple[fd.Function, fd.Function]:
@@ -110,7 +110,8 @@ class Costate:
             As for a call.
         """
         f, _, v = self._at(t)
-        return like(self.trajectory.final, -v), like(self.trajectory.final, f)
+        Y, final = self.trajectory.net.Y, self.trajectory.final
+        return Y.like(final, -v), Y.like(final, f)
 
     def gradient(self, regulariser: Regulariser | None = None) -> list[fd.Function]:
         """The gradient in the coefficients of bias and kernel: the projections of (4.3) and (4.4), with (4.7). Collective.
@@ -206,13 +207,13 @@ def solve_costate(
     net = trajectory.net
     Y = net.Y
     Y.check_batch(terminal, "terminal")
-    if terminal.function_space().value_size != trajectory.final.function_space().value_size:
-        samples, given = (f.function_space().value_size for f in (trajectory.final, terminal))
+    samples, given = (Y.samples(f.function_space()) for f in (trajectory.final, terminal))
+    if given != samples:
         raise ValueError(f"terminal: expected {samples} samples, as in the trajectory, got {given}")
     defaults = _partner_parameters(trajectory) if flag("partner", partner) else SOLVER_PARAMETERS
     if not isinstance(running, (RunningCost, type(None))):
         function("running", running, "a RunningCost, a function of t and f, or None")
-    omega = sample_weights(weights, trajectory.final.function_space().value_size)
+    omega = sample_weights(weights, samples)
     used = trajectory.scheme.used[::-1] if partner else None
     r = np.array(Y.values(terminal))
     equation: LayerBackward

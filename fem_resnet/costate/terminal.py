@@ -6,7 +6,6 @@ import firedrake as fd
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.costate.trajectory import like
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
@@ -47,7 +46,7 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
     """
     net, head, batch = problem.net, problem.head, problem.batch
     net.Y.check_batch(final, "final")
-    samples = final.function_space().value_size
+    samples = net.Y.samples(final.function_space())
     if samples != batch.samples:
         raise ValueError(f"final: expected {batch.samples} samples, as in the problem's batch, got {samples}")
     Y = net.Y if head is None else head.Y
@@ -60,7 +59,7 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
     if head is not None:
         # int .. W(y, z) dy: the first argument of W is the point of the output, as in (2.9).
         r = LowRankKernel(head.onto, head.psi).transpose(head.W.get(0), r)
-    return like(final, r)
+    return net.Y.like(final, r)
 
 
 def _output_costate(Y: LabelSpace, loss: Loss, h: Prediction, O: np.ndarray, C: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from fem_resnet.time_stepping.evolution import FieldStepper, Moment, Path, Step
 from fem_resnet.time_stepping.stepper import StepFailure
 from fem_resnet.time_stepping.tableau import Tableau
 
-__all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "like", "solve_trajectory"]
+__all__ = ["LayerTrajectory", "Trajectory", "follow_trajectory", "solve_trajectory"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Trajectory:
             If t is not in [0, T] or differs between ranks, or the network has no layers.
         """
         same(self.net.Y.comm, t=t)
-        return like(self.final, self.layers[self.layer_at(t)].path(t))
+        return self.net.Y.like(self.final, self.layers[self.layer_at(t)].path(t))
 
     def layer_at(self, t: float) -> int:
         """The number of the layer at the time t. A layer time belongs to the layer that starts there, T to the last one.
@@ -274,11 +274,4 @@ def _layer_by_layer(
             if Y.sum(not np.isfinite(f).all()):
                 raise StepFailure(l, part.start + part.length, "NOT_FINITE")
         scheme = stepper.scheme
-    return like(initial, f), scheme, steps
-
-
-def like(function: fd.Function, values: np.ndarray) -> fd.Function:
-    """A new Function in the space of another one, with these values at this rank's nodes, shape (nodes, samples)."""
-    other = fd.Function(function.function_space())
-    other.dat.data_wo[...] = values.reshape(other.dat.data_wo.shape)
-    return other
+    return Y.like(initial, f), scheme, steps

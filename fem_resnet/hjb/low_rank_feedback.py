@@ -120,7 +120,7 @@ class LowRankFeedback(OnMesh):
         S = -self._of_loss(psi)
         for k in range(psi.shape[1]):
             w = fd.Function(feedback.inputs.function_space())
-            w.dat.data_wo[...] = psi[:, k].reshape(w.dat.data_wo.shape)
+            Y.write(w, psi[:, k])
             S[:, k] += Y.values(feedback.action(None, w)[-1])[:, 0]
         # For C = X Psi^T M + Psi (M X)^T and orthonormal Psi, S = M C Psi determines M X up to a part that cancels in C.
         symmetric = Y.sum(psi.T @ S)

@@ -20,6 +20,7 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import function, instance, number, real_array
 from fem_resnet.fixed import OnMesh, read_only
+from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.ranks import same, together
 
@@ -138,6 +139,14 @@ class Basis(OnMesh):
             return self._stiffness
         return read_only(self.Y.sum(self.values.T @ self.Y.apply_stiffness(self.values)))
 
+    def expand(self, coefficients: np.ndarray) -> np.ndarray:
+        """`P c` at the owned nodes, shape (nodes,) or (nodes, samples), for c of shape (rank,) or (rank, samples)."""
+        return self.values @ coefficients
+
+    def pull_back(self, functional: np.ndarray) -> np.ndarray:
+        """`P^T d` for functionals d at the owned nodes, of the shape of c: the transpose of `expand`. Collective."""
+        return self.Y.sum(self.values.T @ functional)
+
     def project(self, values: np.ndarray) -> np.ndarray:
         """`P^T M f`: inner products with all functions, shape (rank, samples), on every rank. Collective.
 
@@ -146,7 +155,7 @@ class Basis(OnMesh):
         values
             f at the owned nodes, shape (nodes, samples).
         """
-        return self.Y.sum(self.values.T @ (self.Y.weights[:, None] * values))
+        return self.pull_back(self.Y.weights[:, None] * values)
 
     def functional(self, coefficients: np.ndarray) -> np.ndarray:
         """The functional f -> (P c, f): `M P c` at the owned nodes, shape (nodes, samples). The transpose of `project`.
@@ -156,7 +165,7 @@ class Basis(OnMesh):
         coefficients
             c, shape (rank, samples).
         """
-        values = self.values @ coefficients
+        values = self.expand(coefficients)
         values *= self.Y.weights[:, None]
         return values
 
@@ -198,11 +207,11 @@ class Basis(OnMesh):
             raise ValueError(
                 f"coefficients: expected shape ({self.rank},) or ({self.rank}, samples), got {coefficients.shape}"
             )
-        values = self.values @ coefficients
+        values = self.expand(coefficients)
         if coefficients.ndim == 2:
             return self.Y.batch(values)
         function = fd.Function(self.Y.V)
-        function.dat.data_wo[...] = values
+        self.Y.write(function, values)
         return function
 
 
@@ -246,7 +255,7 @@ def given_basis(Y: LabelSpace, functions: Sequence) -> Basis:
 def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) -> np.ndarray:
     """Values at the owned nodes. Collective."""
     if isinstance(given, fd.Function):
-        return given.dat.data_ro.copy()
+        return Y.values(given)[:, 0].copy()
 
     def interpolate() -> fd.Function:
         try:
@@ -254,7 +263,7 @@ def _at_nodes(Y: LabelSpace, given: fd.Function | ufl.core.expr.Expr | float) ->
         except Exception as error:  # whatever UFL and its compiler say of an expression
             raise ValueError(f"functions: expected expressions that {Y.V} can interpolate, got {given} ({error})") from error
 
-    return together(Y.comm, interpolate).dat.data_ro.copy()
+    return Y.values(together(Y.comm, interpolate))[:, 0].copy()
 
 
 def cell_indicators(Y: LabelSpace) -> Basis:
@@ -292,6 +301,9 @@ def node_numbers(Y: LabelSpace) -> np.ndarray:
     """
     if Y.numbers is not None:
         return Y.numbers
+    if isinstance(Y, Channels):
+        numbers, count = node_numbers(Y.one), Y.one.size
+        return np.concatenate([numbers + c * count for c in range(Y.channels)])
     places = np.concatenate(Y.comm.allgather(Y.coordinates))
     # Round-off in a midpoint depends on how the cell's vertices are numbered; it must not decide an order.
     extent = np.ptp(places, axis=0).max() or 1.0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 
 import firedrake as fd
 import numpy as np
@@ -63,6 +64,8 @@ class LabelSpace(OnMesh):
         The numbers of the owned points, shape (nodes,); None on a mesh.
     graph : scipy.sparse.csr_array or None
         The edge weights between all points, shape (K, K); None where there is no graph.
+    channels : int
+        C of Y x {1 .. C}; 1 unless it is a `Channels`.
 
     Raises
     ------
@@ -79,6 +82,8 @@ class LabelSpace(OnMesh):
     >>> round(Y.measure, 2)
     3.12
     """
+
+    channels = 1
 
     def __init__(
         self,
@@ -192,6 +197,10 @@ class LabelSpace(OnMesh):
         same(self.comm, samples=samples)
         return self._space_of(integer("samples", samples))
 
+    def samples(self, space: fd.functionspaceimpl.WithGeometry) -> int:
+        """How many samples a Function of a space holds: of `V` one, else as `batch_space` made it."""
+        return space.value_size // self.channels
+
     def _space_of(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
         if samples not in self._batch_spaces:
             self._batch_spaces[samples] = fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=samples)
@@ -232,7 +241,7 @@ class LabelSpace(OnMesh):
         self.agree(len(set(samples)) == 1, f"{name}: the ranks give different numbers of samples, {samples}")
         self._refuse_not_finite(values, name)
         function = fd.Function(self._space_of(values.shape[1]), name=name)
-        function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
+        self.write(function, values)
         return function
 
     def _columns(self, functions: fd.Function | Sequence[fd.Function], name: str) -> np.ndarray:
@@ -248,8 +257,27 @@ class LabelSpace(OnMesh):
         return np.column_stack([self.values(function) for function in functions])
 
     def values(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view."""
-        return function.dat.data_ro.reshape(self.nodes, function.function_space().value_size)
+        """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view, with channels a copy."""
+        return self.from_data(function.dat.data_ro)
+
+    def write(self, function: fd.Function | fd.Cofunction, values: np.ndarray) -> None:
+        """Make a Function or batch hold these values at the owned nodes, shape (nodes, samples) or (nodes,)."""
+        data = function.dat.data_wo
+        data[...] = self.to_data(values).reshape(data.shape)
+
+    def like(self, function: fd.Function, values: np.ndarray) -> fd.Function:
+        """A new Function of the space of another one, with these values at the owned nodes, shape (nodes, samples)."""
+        other = fd.Function(function.function_space())
+        self.write(other, values)
+        return other
+
+    def from_data(self, data: np.ndarray) -> np.ndarray:
+        """Values at nodes, shape (nodes, samples), from an array in the order in which Firedrake stores them."""
+        return data.reshape(len(data), prod(data.shape[1:]))
+
+    def to_data(self, values: np.ndarray) -> np.ndarray:
+        """The array in the order in which Firedrake stores these values at nodes; the inverse of `from_data`."""
+        return values
 
     def check_batch(self, function: fd.Function, name: str) -> None:
         """Raise unless `function` is a batch on this label domain, with finite values. Collective.
@@ -303,13 +331,16 @@ class LabelSpace(OnMesh):
         space = function.function_space()
         if space.mesh() is not self.V.mesh():
             raise ValueError(f"{name}: expected a Function on the mesh {self.V.mesh()}, got one on {space.mesh()}")
-        element = space.ufl_element()
-        scalar = element.sub_elements[0] if len(space.value_shape) == 1 else element
-        if scalar != self.V.ufl_element():
+        if not self._holds(space):
             raise ValueError(
                 f"{name}: expected a Function of {self.V.ufl_element()} or a batch of it (LabelSpace.batch_space), "
-                f"got one of {element}"
+                f"got one of {space.ufl_element()}"
             )
+
+    def _holds(self, space: fd.functionspaceimpl.WithGeometry) -> bool:
+        """Whether Functions of a space on this mesh are functions on this label domain, or batches."""
+        element = space.ufl_element()
+        return (element.sub_elements[0] if len(space.value_shape) == 1 else element) == self.V.ufl_element()
 
     def _refuse_not_finite(self, values: np.ndarray, name: str) -> None:
         bad = np.flatnonzero(self.sum((~np.isfinite(values)).any(axis=0)))
@@ -370,7 +401,7 @@ class LabelSpace(OnMesh):
         """
         self.check_where(functional, "functional", fd.Cofunction)
         gradient = fd.Function(functional.function_space().dual())
-        gradient.dat.data_wo[...] = (self.values(functional) / self.weights[:, None]).reshape(gradient.dat.data_wo.shape)
+        self.write(gradient, self.values(functional) / self.weights[:, None])
         return gradient
 
 

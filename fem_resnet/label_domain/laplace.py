@@ -26,10 +26,12 @@ from petsc4py import PETSc
 
 from fem_resnet.arguments import instance, integer
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.mode_cache import cache_key, cached
 from fem_resnet.label_domain.modes import Modes, count_on, eigenfunctions, made_orthonormal, told_apart
 from fem_resnet.label_domain.plane_waves import PlaneWaves, cross_gram
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
@@ -63,9 +65,9 @@ def laplace_basis(
     Parameters
     ----------
     Y
-        The label domain, of any cell type or embedding.
+        The label domain, of any cell type or embedding. With channels, each channel has these functions.
     rank
-        How many functions, at least 1 and at most the number of nodes.
+        How many functions, at least 1 and at most the number of nodes; with channels, in each.
     solver_parameters
         Options of SLEPc's EPS, over `fem_resnet.label_domain.eigensolver.EIGENSOLVER_PARAMETERS`. There eigenvalues are in
         units of 1 / l^2, l the root of the mean squared distance from Y's centre; on a graph, in units of about their mean.
@@ -100,6 +102,9 @@ def laplace_basis(
     array([ 0. ,  9.8,  9.9, 19.7])
     """
     check_label_space(Y)
+    if isinstance(Y, Channels):
+        options = {"solver_parameters": solver_parameters, "options_prefix": options_prefix, "cache": cache}
+        return RepeatedBasis(Y, laplace_basis(Y.one, rank, **options))
     same(Y.comm, rank=rank, solver_parameters=solver_parameters, options_prefix=options_prefix, cache=cache)
     if Y.numbers is not None and Y.graph is None:
         raise ValueError(

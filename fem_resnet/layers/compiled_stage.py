@@ -28,7 +28,9 @@ from fem_resnet.activation.code import activation_code
 from fem_resnet.arguments import choice
 from fem_resnet.compiler import layout, library
 from fem_resnet.label_domain.basis import Basis, spread_columns
+from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers.channel_stage import ChannelStage
 from fem_resnet.layers.stage import Argument, Functionals, Stage
 from fem_resnet.log import log
 from fem_resnet.ranks import on_first
@@ -102,6 +104,13 @@ def new_stage(Y: LabelSpace, activation: Activation, samples: int, precision: st
     ValueError
         If FEM_RESNET_COMPILED is neither 0 nor 1.
     """
+    if isinstance(Y, Channels):
+        return ChannelStage(_of_one, Y, activation, samples, precision)
+    return _of_one(Y, activation, samples, precision)
+
+
+def _of_one(Y: LabelSpace, activation: Activation, samples: int, precision: str) -> Stage:
+    """A stage that does not see channels. Collective."""
     if on_first(Y.comm, _switched_on):
         try:
             return CompiledStage(Y, activation, samples, precision)

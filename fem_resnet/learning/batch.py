@@ -164,4 +164,5 @@ class Batch:
     @property
     def samples(self) -> int:
         """Number of samples."""
-        return self.inputs.function_space().value_size
+        shape = self.inputs.function_space().value_shape
+        return shape[-1] if shape else 1

@@ -237,14 +237,14 @@ class HeadSolve:
         W, mu = self.solution = np.ascontiguousarray(solved[:, :-1]), solved[:, -1].copy()
         self.current = True
         outputs = [
-            self._onto.values @ (W @ g + shifted * mu[:, None]) for g, shifted in zip(arrays, self._shifted, strict=True)
+            self._onto.expand(W @ g + shifted * mu[:, None]) for g, shifted in zip(arrays, self._shifted, strict=True)
         ]
         return [*outputs, W, mu][: len(self.output)]
 
     def adjoint(self, arrays, functionals):
         """The functionals of g at fixed W and mu. Collective."""
         W, _ = self.solution
-        return [W.T @ self._onto.Y.sum(self._onto.values.T @ functional) for functional in functionals[: len(arrays)]]
+        return [W.T @ self._onto.pull_back(functional) for functional in functionals[: len(arrays)]]
 
     def _solve(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """W and mu of least J, and of least norm among those."""

@@ -97,25 +97,26 @@ class _Forms:
             self._value, self._functional, self._action = (
                 None if form.empty() else get_assembler(form) for form in (expand_derivatives(value), functional, action)
             )
-        self._nodes = Y.nodes
+        self._Y = Y
 
     def value(self, a: np.ndarray) -> float:
         with stop_annotating():
-            self._a.dat.data_wo[...] = a
+            self._Y.write(self._a, a)
             return 0.0 if self._value is None else float(self._value.assemble())
 
     def functional(self, a: np.ndarray) -> np.ndarray:
-        return self._assembled(self._functional, a, np.zeros(self._nodes))
+        return self._assembled(self._functional, a, np.zeros(self._Y.nodes))
 
     def action(self, a: np.ndarray, v: np.ndarray) -> np.ndarray:
         return self._assembled(self._action, a, v)
 
     def _assembled(self, assembler: Any, a: np.ndarray, v: np.ndarray) -> np.ndarray:
         if assembler is None:  # as of a functional that is linear
-            return np.zeros(self._nodes)
+            return np.zeros(self._Y.nodes)
         with stop_annotating():
-            self._a.dat.data_wo[...], self._v.dat.data_wo[...] = a, v
-            return assembler.assemble().dat.data_ro.copy()
+            self._Y.write(self._a, a)
+            self._Y.write(self._v, v)
+            return self._Y.values(assembler.assemble())[:, 0].copy()
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ class Head(OnMesh):
 
     def predict(self, f: fd.Function) -> fd.Function:
         """C_pre = h(O), a batch on the head's own label domain. Collective; nothing is recorded."""
-        values = self.onto.values @ self._coefficients(f)
+        values = self.onto.expand(self._coefficients(f))
         return self.Y.batch(self.prediction.value(self.Y, values))
 
     def scores(self, f: fd.Function) -> np.ndarray:
@@ -321,24 +321,21 @@ class _HeadOperator:
 
     def forward(self, arrays, save):
         g, W, mu = arrays
-        return self._phi.values @ (W @ g + mu[:, None])
+        return self._phi.expand(W @ g + mu[:, None])
 
     def adjoint(self, arrays, dual):
         g, W, _ = arrays
-        coefficients = self._pull_back(dual)
+        coefficients = self._phi.pull_back(dual)
         return [W.T @ coefficients, coefficients @ g.T, coefficients.sum(axis=1)]
 
     def tangent(self, arrays, directions):
         (g, W, _), (g_dot, W_dot, mu_dot) = arrays, directions
-        return self._phi.values @ (W_dot @ g + W @ g_dot + mu_dot[:, None])
+        return self._phi.expand(W_dot @ g + W @ g_dot + mu_dot[:, None])
 
     def second_adjoint(self, arrays, directions, dual, dual_dot):
         g, W, mu = self.adjoint(arrays, dual_dot)
         g_dot, W_dot, _ = directions
-        coefficients = self._pull_back(dual)  # what follows is all the curvature of a map bilinear in g and W
+        coefficients = self._phi.pull_back(dual)  # what follows is all the curvature of a map bilinear in g and W
         g += W_dot.T @ coefficients
         W += coefficients @ g_dot.T
         return [g, W, mu]
-
-    def _pull_back(self, dual):
-        return self._phi.Y.sum(self._phi.values.T @ dual)

@@ -347,6 +347,7 @@ class _SampleForms:
     """A functional F(p, C) in UFL of one sample, its first derivative in p, and its second in a direction v of p."""
 
     def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
+        self._Y = Y
         self._slots = [fd.Function(Y.V) for _ in range(3)]
         p, C, v = self._slots
         form = together(Y.comm, lambda: checked_form("functional", functional(p, C), "(p - C)**2 * dx"))
@@ -364,7 +365,7 @@ class _SampleForms:
         with stop_annotating():
             for s in range(batches[0].shape[1]):
                 for slot, values in zip(self._slots, batches):
-                    slot.dat.data_wo[...] = values[:, s]
+                    self._Y.write(slot, values[:, s])
                 assembled.append(fd.assemble(self._forms[which], form_compiler_parameters=self._rule))
         return assembled
 
@@ -372,7 +373,7 @@ class _SampleForms:
         """The same of a form with a test function: functionals of the node values, shape (nodes, samples)."""
         if which in self._vanishing:
             return np.zeros_like(batches[0])
-        return np.column_stack([functional.dat.data_ro for functional in self.assemble(which, *batches)])
+        return np.hstack([self._Y.values(functional) for functional in self.assemble(which, *batches)])
 
 
 def checked_form(name: str, form: object, example: str) -> ufl.Form:

@@ -164,7 +164,10 @@ class LearningProblem(OnMesh):
 
     def _observed(self, batch: Batch) -> fd.Function:
         """The observations of a batch, which is checked."""
-        self.net.Y.check_batch(batch.inputs, "batch.inputs")
+        Y = self.net.Y
+        Y.check_batch(batch.inputs, "batch.inputs")
+        if Y.samples(batch.inputs.function_space()) != batch.samples:  # of channels: one Function looks like a batch on `one`
+            raise ValueError(f"batch.inputs: expected a batch of {Y!r}, got a Function of its space; give Y.batch(inputs)")
         return self._targets(batch.targets, batch.samples, "batch.targets")
 
     def _targets(self, targets: Sequence[int] | fd.Function, samples: int, name: str) -> fd.Function:
@@ -173,10 +176,9 @@ class LearningProblem(OnMesh):
                 raise ValueError(f"{name}: expected a batch on {self._output!r}, as there are no classes; got labels")
             targets = self.head.labelled(targets, name)
         self._output.check_batch(targets, name)
-        if targets.function_space().value_size != samples:
-            raise ValueError(
-                f"{name}: expected {samples} samples, as many as inputs, got {targets.function_space().value_size}"
-            )
+        given = self._output.samples(targets.function_space())
+        if given != samples:
+            raise ValueError(f"{name}: expected {samples} samples, as many as inputs, got {given}")
         return targets
 
     def _observed_inside(self, batch: Batch) -> list[tuple[int, fd.Function, float]]:
@@ -335,11 +337,9 @@ class LearningProblem(OnMesh):
             ("targets", self._output, batch.derivatives.targets),
         ):
             Y.check_batch(function, f"derivatives.{name}")
-            if function.function_space().value_size != batch.samples:
-                raise ValueError(
-                    f"derivatives.{name}: expected {batch.samples} samples, as many as inputs, "
-                    f"got {function.function_space().value_size}"
-                )
+            given = Y.samples(function.function_space())
+            if given != batch.samples:
+                raise ValueError(f"derivatives.{name}: expected {batch.samples} samples, as many as inputs, got {given}")
 
     def _mismatch_of_derivatives(self, derivative: fd.Function) -> AdjFloat:
         return least_squares.record(self._output, derivative, self.derivatives.targets, self.batch.weights)[0]

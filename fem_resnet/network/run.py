@@ -331,5 +331,5 @@ class Run(OnMesh):
 
     def _function(self, values: np.ndarray) -> fd.Function:
         function = fd.Function(self._space)
-        function.dat.data_wo[...] = values.reshape(function.dat.data_wo.shape)
+        self.net.Y.write(function, values)
         return function

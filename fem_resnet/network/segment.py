@@ -381,7 +381,7 @@ class Segment:
         if not self._at_interfaces:
             return None
         at = self._at_interfaces[layer]
-        r = at.psi.values @ at.by_g[0]
+        r = at.psi.expand(at.by_g[0])
         if at.by_f:
             r += at.by_f[0][: self._nodes] / self._Y.weights[:, None]
         return r

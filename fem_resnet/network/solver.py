@@ -74,7 +74,7 @@ class Solver:
         manager = manager_of(get_working_tape()) if annotate_tape() else None
         if running is not None:
             self._scheme.refuse_running()
-        omega = sample_weights(weights, space.value_size)
+        omega = sample_weights(weights, self._Y.samples(space))
         omega = None if running is None else omega
         self._refuse(running, seen_by, observed, manager)
         if manager is not None:

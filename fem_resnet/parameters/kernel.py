@@ -79,7 +79,7 @@ class LowRankKernel(OnMesh):
         f
             Values at the owned nodes of z, shape (nodes of z, samples).
         """
-        return self.phi.values @ (beta @ self.psi.project(f))
+        return self.phi.expand(beta @ self.psi.project(f))
 
     def transpose(self, beta: np.ndarray, r: np.ndarray) -> np.ndarray:
         """`B^T r` at the owned nodes, shape (nodes of z, samples). Collective.
@@ -91,7 +91,7 @@ class LowRankKernel(OnMesh):
         r
             Values at the owned nodes of y, shape (nodes of y, samples).
         """
-        return self.psi.values @ (beta.T @ self.phi.project(r))
+        return self.psi.expand(beta.T @ self.phi.project(r))
 
     def functional(self, beta: np.ndarray) -> np.ndarray:
         """The functional c -> (b, c), `D = G_Phi beta G_Psi`, of the shape of beta: (b, c) = sum_ij D_ij gamma_ij."""

@@ -83,7 +83,7 @@ class BatchValues(Slot):
     def __init__(self, Y: LabelSpace, space: fd.functionspaceimpl.WithGeometry):
         self.Y = Y
         self.space = space
-        self.samples = space.value_size
+        self.samples = Y.samples(space)
         self.shape = (Y.nodes, self.samples)
 
     def read(self, function):
@@ -93,8 +93,7 @@ class BatchValues(Slot):
         return self.Y.values(function)
 
     def write(self, function, array):
-        values = function.dat.data_wo
-        values[...] = array.reshape(values.shape)
+        self.Y.write(function, array)
 
 
 class SeenBatch(Slot):
@@ -288,19 +287,20 @@ class NodalValues(SpaceBasis):
         return self.view(function).copy()
 
     def view(self, function):
-        return function.dat.data_ro
+        return self.Y.values(function)[:, 0]
 
     def write(self, function, coefficients):
-        function.dat.data_wo[...] = coefficients
+        self.Y.write(function, coefficients)
 
     def new_functional(self, functional: np.ndarray) -> fd.Cofunction:
         """A new Cofunction that holds a functional, shape (nodes,), in that very array where it has no halo. Collective."""
-        values, size = functional, self.space.dof_dset.total_size
-        if size > self.Y.nodes:
+        values = self.Y.to_data(functional)
+        own, size = values.size, self.space.dof_dset.total_size * self.Y.channels
+        if size > own:
             # As large as the array of the functional: malloc then reuses the memory of one for the other.
             came_in = functional if functional.base is None else functional.base
             values = np.zeros(max(size, came_in.size))[:size]
-            values[: self.Y.nodes] = functional
+            values[:own] = self.Y.to_data(functional).ravel()
         return new_cofunction(self.dual_space, values)
 
     def functional(self, coefficients):
@@ -380,10 +380,10 @@ class BasisCoefficients(Replicated, SpaceBasis):
         self._factor = scipy.linalg.cho_factor(basis.gram)
 
     def expand(self, coefficients):
-        return self.basis.values @ coefficients
+        return self.basis.expand(coefficients)
 
     def pull_back(self, functional):
-        return self.Y.sum(self.basis.values.T @ functional)
+        return self.basis.pull_back(functional)
 
     def functional(self, coefficients):
         return self.basis.gram @ coefficients

@@ -35,7 +35,6 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import flag, integer, real_array
-from fem_resnet.costate.trajectory import like
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
@@ -139,7 +138,7 @@ class LinearisedFlow(OnMesh):
         w = self._read(direction, "direction")
         for layer in range(start, end):
             w = self._step(layer, self.states[layer], w)
-        return like(direction, w)
+        return self.net.Y.like(direction, w)
 
     def adjoint(self, costate: fd.Function, start: int = 0, end: int | None = None) -> fd.Function:
         """`M(t_end, t_start)^T r`: the discrete co-state r(t_start) of (4.2a) from r(t_end), by PETSc's TSAdjoint. Collective.
@@ -164,7 +163,7 @@ class LinearisedFlow(OnMesh):
             arrays = [self.states[layer], *self._coefficients[layer]]
             segments[layer].forward(arrays, save=True)
             functional = made(segments[layer].adjoint(arrays, functional)[0])
-        return like(costate, functional / weights)
+        return self.net.Y.like(costate, functional / weights)
 
     def propagator(self, start: int = 0, end: int | None = None, *, sample: int = 0) -> Propagator:
         """M(t_end, t_start) along the solution of one sample, with its singular values. Collective.

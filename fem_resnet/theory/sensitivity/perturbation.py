@@ -33,7 +33,7 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.arguments import instance, number
-from fem_resnet.costate.trajectory import LayerTrajectory, Trajectory, like
+from fem_resnet.costate.trajectory import LayerTrajectory, Trajectory
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.time_stepping.evolution import FieldStepper, Moment
@@ -92,7 +92,7 @@ def solve_linearised(
             if begin < stop:
                 steps = int(np.ceil(trajectory.steps * (stop - begin) / layer.inputs.length - 1e-9))
                 w = advance(layer, w, begin, stop, steps)
-    return like(direction, w)
+    return trajectory.net.Y.like(direction, w)
 
 
 @supports(
@@ -165,7 +165,7 @@ def duhamel(
     with _linearised(trajectory, solver_parameters, options_prefix) as advance:
         for layer, direction in zip(trajectory.layers, moved):
             w = _through(layer, w, trajectory.steps, advance, partial(add_source, layer, direction))
-    return like(trajectory.final, w)
+    return net.Y.like(trajectory.final, w)
 
 
 @dataclass(frozen=True)

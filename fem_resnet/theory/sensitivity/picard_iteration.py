@@ -22,7 +22,6 @@ from numpy.polynomial import Legendre, Polynomial
 from scipy.special import factorial
 
 from fem_resnet.arguments import flag, integer, number
-from fem_resnet.costate.trajectory import like
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.network.network import ResidualNetwork
@@ -174,7 +173,7 @@ def picard(
         f, piece, done = _iterate(net, part, f, tolerance, max_iterations)
         pieces.append(piece)
         converged &= done
-    return Picard(like(initial, f), pieces, converged)
+    return Picard(Y.like(initial, f), pieces, converged)
 
 
 def _substeps(net: ResidualNetwork) -> list[_Substep]:

@@ -18,7 +18,6 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.arguments import instance, integer, real_array
-from fem_resnet.costate.trajectory import like
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.orthonormal import orthonormal_factors
@@ -76,7 +75,7 @@ class Propagator(OnMesh):
 
     def _map(self, function: fd.Function, name: str, on_values) -> fd.Function:
         self.basis.Y.check_batch(function, name)
-        return like(function, on_values(self.basis.Y.values(function)))
+        return self.basis.Y.like(function, on_values(self.basis.Y.values(function)))
 
     def __matmul__(self, earlier: Propagator) -> Propagator:
         """`M(t, s) M(s, q) = M(t, q)`, for two propagators with the same basis. Collective.
@@ -179,5 +178,5 @@ class Propagator(OnMesh):
         # The second row of M^T M v = value^2 v gives the part of v that is orthogonal to Z.
         v = self.basis.values @ x + self._outside()[0] @ (x / (value**2 - 1))
         function = fd.Function(self.basis.Y.V)
-        function.dat.data_wo[...] = v / np.sqrt(self.basis.Y.sum(self.basis.Y.weights @ v**2))
+        self.basis.Y.write(function, v / np.sqrt(self.basis.Y.sum(self.basis.Y.weights @ v**2)))
         return function
