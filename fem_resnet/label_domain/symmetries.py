@@ -52,12 +52,16 @@ _ZERO = 5e-3
 
 @dataclass(frozen=True)
 class SymmetryMatrices:
-    """The matrices A of symmetries, scaled so that the smallest frequency is 1.
+    """The matrices A of symmetries.
 
     Attributes
     ----------
     matrices : tuple of numpy.ndarray
-        A of a field, or A - 1 of a map, divided by the smallest frequency, each of shape (rank, rank).
+        A of each symmetry, shape (rank, rank): antisymmetric of a field, orthogonal of a map.
+    frequencies : tuple of float
+        The smallest frequency of each: the least singular value of A, or of A - 1 for a map, that is not 0.
+    are_maps : tuple of bool
+        Whether each is a map, and not a field.
     blocks : tuple of numpy.ndarray
         The numbers of the functions of each invariant block: an eigenspace, or several that the mesh has split.
     broken : float
@@ -65,6 +69,8 @@ class SymmetryMatrices:
     """
 
     matrices: tuple[np.ndarray, ...]
+    frequencies: tuple[float, ...]
+    are_maps: tuple[bool, ...]
     blocks: tuple[np.ndarray, ...]
     broken: float
 
@@ -134,8 +140,10 @@ def symmetry_matrices(phi: Basis, symmetries: Sequence[Any]) -> SymmetryMatrices
                 f"elsewhere; take a rank that keeps eigenspaces whole, fewer functions, or a finer mesh"
             )
         missed = max(missed, float(parts[worst]))
-        matrices.append(A / image.frequency)
-    return SymmetryMatrices(tuple(matrices), tuple(blocks), missed)
+        matrices.append(A + np.eye(phi.rank) if image.is_map else A)
+    return SymmetryMatrices(
+        tuple(matrices), tuple(image.frequency for image in seen), tuple(image.is_map for image in seen), tuple(blocks), missed
+    )
 
 
 class _Seen:

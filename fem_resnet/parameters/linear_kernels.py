@@ -5,7 +5,7 @@ P is its own derivative, its transpose takes a functional d to d(E_k), and the c
 
     functions of the Laplacian     b = k(-Laplace)            beta = k(lambda_j) on the diagonal, one number an eigenspace
 
-They exist on each Y, and commute with all isometries.
+They exist on each Y, and commute with all isometries. With channels, each pair has a function of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike
 
-from fem_resnet.arguments import instance, integer_array, number, real_array
+from fem_resnet.arguments import instance, integer, integer_array, number, real_array
 from fem_resnet.fixed import Fixed, read_only
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.label_domain.symmetries import eigenspaces
 from fem_resnet.parameters.kernel_sets import KernelSet, MatrixControls, refuse_outside
 from fem_resnet.ranks import same
 
-__all__ = ["LaplaceFunctions", "LinearKernels"]
+__all__ = ["MOST_RANK", "LaplaceFunctions", "LinearKernels"]
+
+#: The largest rank of a set in a file.
+MOST_RANK = 1 << 20
 
 
 class LinearKernels(Fixed, KernelSet):
@@ -125,6 +129,8 @@ class LinearKernels(Fixed, KernelSet):
 class LaplaceFunctions(LinearKernels):
     """Kernels b = k(-Laplace): beta = k(lambda) on each eigenspace. They commute with every isometry of Y.
 
+    With C channels, b_cd = k_cd(-Laplace) for each pair of them.
+
     Collective over the communicator of a basis.
 
     Parameters
@@ -159,17 +165,23 @@ class LaplaceFunctions(LinearKernels):
     def __init__(self, phi: Basis, *, split: float = 1e-3):
         instance("phi", phi, Basis, "laplace_basis(Y, rank) makes one")
         same(phi.Y.comm, split=split)
-        spaces = eigenspaces(phi, number("split", split, least=0, most=1))
-        label = np.empty(phi.rank, dtype=int)
+        one = phi.one if isinstance(phi, RepeatedBasis) else phi
+        spaces = eigenspaces(one, number("split", split, least=0, most=1))
+        label = np.empty(one.rank, dtype=int)
         for k, space in enumerate(spaces):
             label[space] = k
-        self._make(label, np.array([phi.eigenvalues[space].mean() for space in spaces]))
+        self._make(label, np.array([one.eigenvalues[space].mean() for space in spaces]), phi.Y.channels)
 
-    def _make(self, label: np.ndarray, eigenvalues: np.ndarray) -> None:
-        rank, count = label.size, eigenvalues.size
-        places = np.arange(rank) * (rank + 1)
-        values = 1 / np.sqrt(np.bincount(label)[label])
-        elements = scipy.sparse.csc_array((values, (places, label)), shape=(rank**2, count), dtype=float)
+    def _make(self, label: np.ndarray, eigenvalues: np.ndarray, channels: int) -> None:
+        self._channels = channels
+        one, rank = label.size, channels * label.size
+        # Control (k, c, d) couples the functions of eigenspace k in channel d with themselves in channel c.
+        c, d, i = np.meshgrid(np.arange(channels), np.arange(channels), np.arange(one), indexing="ij")
+        places = (c * one + i) * rank + d * one + i
+        controls = (label[i] * channels + c) * channels + d
+        values = 1 / np.sqrt(np.bincount(label)[label[i]])
+        shape = (rank**2, eigenvalues.size * channels**2)
+        elements = scipy.sparse.csc_array((values.ravel(), (places.ravel(), controls.ravel())), shape=shape, dtype=float)
         super().__init__(rank, elements, label=label, eigenvalues=read_only(eigenvalues))
 
     def __repr__(self) -> str:
@@ -177,12 +189,12 @@ class LaplaceFunctions(LinearKernels):
 
     @property
     def eigenvalues(self) -> np.ndarray:
-        """The mean eigenvalue of each eigenspace, ascending, shape (count,)."""
+        """The mean eigenvalue of each eigenspace, ascending, shape (eigenspaces,)."""
         return self._known["eigenvalues"]
 
     @property
     def description(self):
-        return {"set": "LaplaceFunctions"}
+        return {"set": "LaplaceFunctions", "channels": self._channels}
 
     @property
     def arrays(self):
@@ -207,7 +219,7 @@ class LaplaceFunctions(LinearKernels):
         if not np.array_equal(np.unique(label), np.arange(eigenvalues.size)):
             raise ValueError(f"label: expected each of {eigenvalues.size} eigenspaces, got others")
         made = cls.__new__(cls)
-        made._make(label, eigenvalues.copy())
+        made._make(label, eigenvalues.copy(), integer("channels", description["channels"], most=MOST_RANK // label.size))
         return made
 
     def kernel(self, multipliers: ArrayLike) -> np.ndarray:
@@ -216,14 +228,16 @@ class LaplaceFunctions(LinearKernels):
         Parameters
         ----------
         multipliers
-            k at each of `eigenvalues`, shape (count,).
+            k at each of `eigenvalues`, shape (eigenspaces,); with channels k_cd, shape (eigenspaces, C, C).
 
         Raises
         ------
         TypeError, ValueError
             If these are no such numbers.
         """
-        return np.diag(real_array("multipliers", multipliers, (self.count,))[self._known["label"]])
+        C, spaces = self._channels, self.eigenvalues.size
+        k = real_array("multipliers", multipliers, (spaces,) if C == 1 else (spaces, C, C)).reshape(spaces, C, C)
+        return np.einsum("icd,ij->cidj", k[self._known["label"]], np.eye(self.rank // C)).reshape(self.rank, self.rank)
 
     def multipliers(self, beta: ArrayLike, eigenvalues: ArrayLike | None = None) -> np.ndarray:
         """k at each of `eigenvalues`, or at other ones: between those of this Y linear in sqrt(lambda), beyond constant.
@@ -237,6 +251,11 @@ class LaplaceFunctions(LinearKernels):
         eigenvalues
             Where k is to be known, in 1 / (unit of length)^2, shape (any,).
 
+        Returns
+        -------
+        numpy.ndarray
+            k, shape (any,); with channels k_cd, shape (any, C, C).
+
         Raises
         ------
         TypeError, ValueError
@@ -244,10 +263,10 @@ class LaplaceFunctions(LinearKernels):
         """
         beta = real_array("beta", beta, (self.rank, self.rank))
         refuse_outside(np.abs(beta - self.projected(beta)).max(), np.abs(beta).max(), f"a kernel of {self!r}")
-        label = self._known["label"]
-        k = np.bincount(label, beta.diagonal()) / np.bincount(label)
-        if eigenvalues is None:
-            return k
-        at = real_array("eigenvalues", eigenvalues, ("any",))
-        own, at = (np.sqrt(np.maximum(each, 0.0)) for each in (self.eigenvalues, at))
-        return np.interp(at, own, k)
+        label, C = self._known["label"], self._channels
+        k = (self.adjoint(None, None, beta).ravel() / np.sqrt(np.repeat(np.bincount(label), C**2))).reshape(-1, C, C)
+        if eigenvalues is not None:
+            at = real_array("eigenvalues", eigenvalues, ("any",))
+            own, at = (np.sqrt(np.maximum(each, 0.0)) for each in (self.eigenvalues, at))
+            k = np.column_stack([np.interp(at, own, one) for one in k.reshape(own.size, -1).T]).reshape(-1, C, C)
+        return k[:, 0, 0] if C == 1 else k
