@@ -58,7 +58,7 @@ def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Functio
     r = omega * _output_costate(Y, problem.loss, prediction, O, Y.values(targets))
     if head is not None:
         # int .. W(y, z) dy: the first argument of W is the point of the output, as in (2.9).
-        r = LowRankKernel(head.onto, head.psi).transpose(head.W.get(0), r)
+        r = LowRankKernel(head.onto, head.psi).transpose(head.matrices()[0], r)
     return net.Y.like(final, r)
 
 

@@ -131,7 +131,9 @@ class Channels(LabelSpace):
         fields = instance("fields", fields, (list, tuple), "one batch a channel, or None")
         same(self.comm, fields=[field is None for field in fields])
         if len(fields) != self.channels or all(field is None for field in fields):
-            raise ValueError(f"fields: expected {self.channels}, one a channel, and at least one that is not None, got {fields!r}")
+            raise ValueError(
+                f"fields: expected {self.channels}, one a channel, and at least one that is not None, got {fields!r}"
+            )
         values = {c: self.one.values(self.one.batch(field, "fields")) for c, field in enumerate(fields) if field is not None}
         samples = {part.shape[1] for part in values.values()}
         if len(samples) > 1:

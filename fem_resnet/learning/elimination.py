@@ -10,8 +10,9 @@ the projection of the targets onto the basis X of the output, and G the Gram mat
 
     sum_s omega_s |W g_s + mu - (P C)_s|^2 + lambda_W tr(W G_psi W^T) + lambda_mu |mu|^2,
 
-in each coefficient of X alone, so that all of them share one matrix with (rank of psi + 1) columns. Rows for outputs at layer
-times before T, and for derivatives of the output, in which mu has no part, stand below those for T.
+in each coefficient of X alone, so that all of them share one matrix with (rank of psi + 1) columns. In a head that keeps
+symmetries only some of the coefficients share unknowns, and each such group has a small problem of its own. Rows for outputs
+at layer times before T, and for derivatives of the output, in which mu has no part, stand below those for T.
 
 The matrix is taken apart by QR, and its triangle together with Tikhonov's rows by its singular values, in the label measure.
 Normal equations would square its condition. What samples and Tikhonov do not determine gets the least norm. On several ranks
@@ -20,15 +21,17 @@ each solves the whole problem, as each has all of g.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import firedrake as fd
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 from mpi4py import MPI
 from pyadjoint import AdjFloat, ReducedFunctional, Tape
 from pyadjoint.tape import stop_annotating
+from scipy.sparse.csgraph import connected_components
 
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.head import Head
@@ -180,12 +183,13 @@ class HeadSolve:
     Attributes
     ----------
     solution : tuple of numpy.ndarray
-        W and mu of the latest evaluation, of shapes (rank of X, rank of psi) and (rank of X,).
+        The coefficients of W and mu of the latest evaluation, of the shapes of the head's parameters.
     condition : float
         The condition number of the least squares problem that they solve, Tikhonov's rows included, in the label measure;
         infinite if `determined` is less than all. The one of the normal equations would be its square.
-    determined : int
-        How many of its (rank of psi + 1) unknowns samples and Tikhonov determine.
+    unknowns, determined : int
+        How many unknowns it has, and how many of these samples and Tikhonov determine. Without symmetries these are the
+        (rank of psi + 1) of each coefficient of the output.
     current : bool
         Whether these belong to the targets and weights that were observed last.
     """
@@ -195,7 +199,7 @@ class HeadSolve:
     def __init__(
         self, head: Head, readings: Sequence[Reading], weights: Sequence[float] | None, ridges: Sequence[float] | None
     ):
-        self._onto, self._Y = head.onto, head.psi.Y
+        self._head, self._onto, self._Y = head, head.onto, head.psi.Y
         self.inputs = [
             SeenBatch(head.psi, reading.state.function_space()) if reading.slot is None else reading.slot
             for reading in readings
@@ -205,8 +209,10 @@ class HeadSolve:
         self._weights = [reading.weight for reading in readings]
         self._shifted = [float(reading.shifted) for reading in readings]
         self._root = scipy.linalg.cholesky(head.psi.gram)  # G_psi = root^T root
-        self._ridges = np.diag(np.sqrt(np.repeat(ridges or (0.0, 0.0), (head.psi.rank, 1))))
-        self.solution = np.empty(head.W.space_basis.shape), np.empty(head.mu.space_basis.shape)  # until `forward`
+        self._ridges = [*(ridges or (0.0, 0.0)), 0.0][:2]
+        self._groups = list(_groups(head)) if head.symmetries else None
+        self.unknowns = head.psi.rank + 1 if self._groups is None else sum(group.unknowns.size for group in self._groups)
+        self.solution = tuple(np.empty(parameter.space_basis.shape) for parameter in head.parameters)  # until `forward`
         self.condition, self.determined, self.current = np.nan, 0, False
         self._roots, self._targets = self._right_hand_side([reading.targets for reading in readings], weights)
 
@@ -231,23 +237,22 @@ class HeadSolve:
 
     def forward(self, arrays, save):
         """The outputs, and W and mu if they are outputs, from g of each reading, shape (rank of psi, samples). Collective."""
-        solved = np.hstack([part.reshape(self._onto.rank, -1) for part in self._solve(arrays)])
-        # The same bits on all ranks, also where they run on processors of two kinds.
-        self._Y.comm.Bcast(solved, root=0)
-        W, mu = self.solution = np.ascontiguousarray(solved[:, :-1]), solved[:, -1].copy()
+        self.solution = self._solve(arrays)
+        for part in self.solution:
+            # The same bits on all ranks, also where they run on processors of two kinds.
+            self._Y.comm.Bcast(part, root=0)
         self.current = True
-        outputs = [
-            self._onto.expand(W @ g + shifted * mu[:, None]) for g, shifted in zip(arrays, self._shifted, strict=True)
-        ]
-        return [*outputs, W, mu][: len(self.output)]
+        W, mu = self._head.whole(*self.solution)
+        outputs = [self._onto.expand(W @ g + shifted * mu[:, None]) for g, shifted in zip(arrays, self._shifted, strict=True)]
+        return [*outputs, *self.solution][: len(self.output)]
 
     def adjoint(self, arrays, functionals):
         """The functionals of g at fixed W and mu. Collective."""
-        W, _ = self.solution
+        W, _ = self._head.whole(*self.solution)
         return [W.T @ self._onto.pull_back(functional) for functional in functionals[: len(arrays)]]
 
-    def _solve(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """W and mu of least J, and of least norm among those."""
+    def _solve(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """The coefficients of W and mu of least J, and of least norm among those."""
         rank, samples = arrays[0].shape
         rows = np.empty((samples * len(arrays), rank + 1), order="F")
         for k, (g, root, shifted) in enumerate(zip(arrays, self._roots, self._shifted)):
@@ -256,17 +261,79 @@ class HeadSolve:
             part[:, -1] = shifted * root
         if not np.isfinite(rows).all():  # a trial step went too far: J is not finite either
             self.condition, self.determined = np.nan, 0
-            return np.full((self._onto.rank, rank), np.nan), np.full(self._onto.rank, np.nan)
+            return tuple(np.full(part.shape, np.nan) for part in self.solution)
         right, triangle = scipy.linalg.qr_multiply(rows, self._targets, mode="right", overwrite_a=True)
+        if self._groups is not None:
+            return self._solve_groups(right, triangle)
         # From here on W stands for W root^T, the size of which is the norm of the kernel.
         triangle[:, :-1] = scipy.linalg.solve_triangular(self._root, triangle[:, :-1].T, trans="T").T
-        left, sizes, directions = scipy.linalg.svd(np.vstack([triangle, self._ridges]), full_matrices=False)
-        known = sizes > _ROUND_OFF * sizes[0]
-        self.determined = int(known.sum())
-        self.condition = float(sizes[0] / sizes[-1]) if known.all() else np.inf
-        inner = right @ left[: len(triangle), known]
-        solved = (inner / sizes[known]) @ directions[known]
-        return scipy.linalg.solve_triangular(self._root, solved[:, :-1].T).T, solved[:, -1]
+        solved, sizes, self.determined = _least(triangle, right.T, np.repeat(self._ridges, (rank, 1)))
+        self.condition = float(sizes[0] / sizes[-1]) if self.determined == sizes.size else np.inf
+        W = scipy.linalg.solve_triangular(self._root, solved[:-1])
+        return np.ascontiguousarray(W.T), solved[-1].copy()
+
+    def _solve_groups(self, right: np.ndarray, triangle: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The coefficients of a head that keeps symmetries, whose bases are orthonormal."""
+        solution = np.zeros(sum(part.size for part in self.solution))
+        largest, smallest, self.determined = 0.0, np.inf, 0
+        of_W = self.solution[0].size
+        for group in self._groups:
+            rows = np.vstack([triangle @ part for part in group.parts])
+            ridges = np.where(group.unknowns < of_W, *self._ridges)
+            solved, sizes, determined = _least(rows, right[group.outputs].reshape(-1, 1), ridges)
+            solution[group.unknowns] = solved[:, 0]
+            self.determined += determined
+            largest, smallest = max(largest, sizes[0]), min(smallest, sizes[-1])
+        self.condition = float(largest / smallest) if self.determined == self.unknowns else np.inf
+        return tuple(part.copy() for part in np.split(solution, [of_W])[: len(self.solution)])
+
+
+def _least(rows: np.ndarray, right: np.ndarray, ridges: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """x of least |rows x - right|^2 + |root(ridges) x|^2, and of least norm among these, one column a right-hand side.
+
+    Also the singular values, and how many of them are no round-off.
+    """
+    left, sizes, directions = scipy.linalg.svd(np.vstack([rows, np.diag(np.sqrt(ridges))]), full_matrices=False)
+    known = sizes > _ROUND_OFF * sizes[0]
+    return directions[known].T @ ((left[: len(rows), known].T @ right) / sizes[known, None]), sizes, int(known.sum())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Coefficients of the output that share unknowns.
+
+    Attributes
+    ----------
+    outputs, unknowns : numpy.ndarray
+        Their numbers.
+    parts : list of numpy.ndarray
+        For each coefficient of the output how the unknowns make its row of (W, mu), shape (rank of psi + 1, unknowns).
+    """
+
+    outputs: np.ndarray
+    unknowns: np.ndarray
+    parts: list[np.ndarray]
+
+
+def _groups(head: Head) -> Iterator[_Group]:
+    """The groups of a head that keeps symmetries. Outputs that no unknown reaches belong to none."""
+    rank = head.psi.rank
+    blocks = [scipy.sparse.csc_array(parameter.space_basis.elements) for parameter in head.parameters]
+    W = blocks[0].tocoo()
+    made = scipy.sparse.lil_array((head.onto.rank * (rank + 1), sum(block.shape[1] for block in blocks)))
+    made[W.coords[0] // rank * (rank + 1) + W.coords[0] % rank, W.coords[1]] = W.data
+    for mu in map(scipy.sparse.csc_array.tocoo, blocks[1:]):
+        made[mu.coords[0] * (rank + 1) + rank, blocks[0].shape[1] + mu.coords[1]] = mu.data
+    made = made.tocsr()
+    entries = made.tocoo()
+    pattern = scipy.sparse.coo_array(
+        (np.ones(entries.nnz), (entries.coords[0] // (rank + 1), entries.coords[1])), shape=(head.onto.rank, made.shape[1])
+    )
+    _, labels = connected_components(scipy.sparse.block_array([[None, pattern], [pattern.T, None]]), directed=False)
+    for label in np.unique(labels[head.onto.rank :]):
+        outputs, unknowns = (np.flatnonzero(part == label) for part in np.split(labels, [head.onto.rank]))
+        parts = [made[o * (rank + 1) : (o + 1) * (rank + 1)][:, unknowns].toarray() for o in outputs]
+        yield _Group(outputs, unknowns, parts)
 
 
 class ReducedToOthers(ReducedFunctional):
@@ -303,8 +370,8 @@ class ReducedToOthers(ReducedFunctional):
 
     @property
     def unknowns(self) -> int:
-        """How many unknowns the problem has for each coefficient of the output: (rank of psi + 1)."""
-        return self._head.psi.rank + 1
+        """How many unknowns the problem has; without symmetries (rank of psi + 1) for each coefficient of the output."""
+        return self._operator.unknowns
 
     @property
     def undetermined(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import firedrake as fd
 import numpy as np
@@ -23,9 +24,10 @@ from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.points import class_space
+from fem_resnet.parameters.equivariant import acting_on, equivariant_maps, invariant_coefficients
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch
+from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch, SpaceBasis, Within
 from fem_resnet.parameters.starting_values import diagonal_kernel, random_kernel
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import same
@@ -121,6 +123,10 @@ class Head(OnMesh):
         X: a Basis, on any label space over the same communicator; or K, for one number a class.
     prediction
         h, one of `PREDICTIONS`.
+    symmetries
+        Symmetries of Y that the output keeps, as for `Symmetric`, for Laplace bases `psi` and `onto`: a state that is turned
+        gives the output turned, if h is a function of single values. W then is a linear image of fewer numbers, and mu of
+        those of the functions that keep the symmetries.
 
     Attributes
     ----------
@@ -129,37 +135,63 @@ class Head(OnMesh):
     classes : int or None
         K, if the output has classes.
     W, mu : Parameter
-        Coefficients of shape (rank of X, rank of psi) and (rank of X,), zero at first.
+        Coefficients of shape (rank of X, rank of psi) and (rank of X,), zero at first. With symmetries these are of shape
+        (count,), and `matrices` has W and mu in the bases; mu is None where only 0 keeps them.
+    symmetries : tuple
+        As above.
 
     Raises
     ------
     TypeError, ValueError
-        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown; or they differ between
-        ranks.
+        If `psi` is no Basis, `onto` neither a Basis nor a positive integer, or `prediction` unknown; if `Symmetric` would
+        refuse the symmetries; or they differ between ranks.
     """
 
-    def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax"):
+    def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax", *, symmetries: Sequence[Any] = ()):
         self.psi = instance("psi", psi, Basis, "laplace_basis(Y, rank) makes one")
         same(psi.Y.comm, onto=onto, prediction=prediction)
         self.classes = None if isinstance(onto, Basis) else integer("onto", onto)
         self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(self.classes, psi.Y.comm))
         self.prediction = PREDICTIONS[choice("prediction", prediction, PREDICTIONS)]
         self.Y = self.onto.Y
-        self.W = Parameter("W", KernelCoefficients(LowRankKernel(self.onto, psi)), Once())
-        self.mu = Parameter("mu", BasisCoefficients(self.onto), Once())
+        self.symmetries = tuple(instance("symmetries", symmetries, (list, tuple)))
+        of_W: SpaceBasis = KernelCoefficients(LowRankKernel(self.onto, psi))
+        of_mu: SpaceBasis | None = BasisCoefficients(self.onto)
+        if self.symmetries:
+            if self.classes is not None:
+                raise ValueError(
+                    f"symmetries: expected an output that they act on, a Basis in `onto`, got {onto} classes; a head onto "
+                    f"classes keeps them if its psi does: invariant_functions(psi, *symmetries)"
+                )
+            to = acting_on("onto", self.onto, self.symmetries, is_output=True)
+            of_W = Within(of_W, equivariant_maps(to, acting_on("psi", psi, self.symmetries))[0])
+            kept = invariant_coefficients(to)
+            of_mu = Within(of_mu, kept) if kept.size else None
+        self.W = Parameter("W", of_W, Once())
+        self.mu = None if of_mu is None else Parameter("mu", of_mu, Once())
 
     def __repr__(self) -> str:
         return f"Head({self.prediction.name}, from {self.psi!r} onto {self.onto!r})"
 
     def __deepcopy__(self, memo: dict) -> Head:  # type: ignore[override]  # `copy` hands over a dict
         other = self.__copy__()
-        vars(other).update(W=copy.deepcopy(self.W, memo), mu=copy.deepcopy(self.mu, memo))
+        vars(other).update(W=copy.deepcopy(self.W, memo), mu=copy.deepcopy(self.mu, memo))  # None is its own copy
         return other
 
     @property
     def parameters(self) -> list[Parameter]:
-        """W and mu."""
-        return [self.W, self.mu]
+        """W, and mu if there is one."""
+        return [self.W] if self.mu is None else [self.W, self.mu]
+
+    def matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        """W, shape (rank of X, rank of psi), and mu, shape (rank of X,), in the bases. Collective."""
+        return self.whole(*(parameter.read(0) for parameter in self.parameters))
+
+    def whole(self, W: np.ndarray, mu: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As `matrices`, for coefficients of `W` and `mu`."""
+        if self.mu is None or mu is None:
+            return self.W.space_basis.whole(W), np.zeros(self.onto.rank)
+        return self.W.space_basis.whole(W), self.mu.space_basis.whole(mu)
 
     def start(self, rule: str = "random smooth", seed: int = 0, *, gain: float = 1.0) -> None:
         """Give W and mu starting values; mu is 0. Collective.
@@ -200,8 +232,9 @@ class Head(OnMesh):
                 f"rule: expected 'zero' or 'random smooth' for an output on {self.Y!r}, another label domain than that of "
                 f"the state, got {rule!r}"
             )
-        self.W.write(0, W)
-        self.mu.write(0, np.zeros(self.onto.rank))
+        self.W.write(0, self.W.space_basis.of_whole(W))  # the nearest one that keeps the symmetries
+        if self.mu is not None:
+            self.mu.write(0, np.zeros(self.mu.space_basis.shape))
 
     def __call__(self, f: fd.Function) -> fd.Function:
         """O, a batch on the head's own label domain, for a final state or batch of them; recorded while annotating.
@@ -213,7 +246,7 @@ class Head(OnMesh):
 
     def of_state(self, f: fd.Function) -> fd.Function:
         """As `__call__`, for a state that is known to live there. Collective."""
-        return self._output(self._seen(f), f, self.mu.functions[0])
+        return self._output(self._seen(f), f)
 
     def of_coefficients(self, g: fd.Function, slot: Replicated) -> fd.Function:
         """O, a batch on the head's own label domain, from g = Psi^T M f(T); recorded while annotating. Collective.
@@ -225,7 +258,7 @@ class Head(OnMesh):
         slot
             How it holds g, shape (rank of psi, samples).
         """
-        return self._output(slot, g, self.mu.functions[0])
+        return self._output(slot, g)
 
     def linear(self, f: fd.Function) -> fd.Function:
         """`X W Psi^T M f`: O without mu, which is the derivative of O in a direction f. Collective.
@@ -233,14 +266,15 @@ class Head(OnMesh):
         Recorded while annotating.
         """
         self.psi.Y.check_where(f, "f")
-        return self._output(self._seen(f), f, fd.Function(self.mu.functions[0].function_space()))
+        return self._output(self._seen(f), f, shifted=False)
 
     def _seen(self, f: fd.Function) -> SeenBatch:
         self.psi.Y.check_values(f, "f")
         return SeenBatch(self.psi, f.function_space())
 
-    def _output(self, slot: SeenBatch | Replicated, state: fd.Function, mu: fd.Function) -> fd.Function:
-        return apply(_HeadOperator(self, slot), [state, self.W.functions[0], mu])[0]
+    def _output(self, slot: SeenBatch | Replicated, state: fd.Function, shifted: bool = True) -> fd.Function:
+        read = self.parameters if shifted else [self.W]
+        return apply(_HeadOperator(self, slot, read), [state, *(parameter.functions[0] for parameter in read)])[0]
 
     def predict(self, f: fd.Function) -> fd.Function:
         """C_pre = h(O), a batch on the head's own label domain. Collective; nothing is recorded."""
@@ -253,7 +287,8 @@ class Head(OnMesh):
 
     def _coefficients(self, f: fd.Function) -> np.ndarray:
         self.psi.Y.check_batch(f, "f")
-        return self.W.get(0) @ self.psi.project(self.psi.Y.values(f)) + self.mu.get(0)[:, None]
+        W, mu = self.matrices()
+        return W @ self.psi.project(self.psi.Y.values(f)) + mu[:, None]
 
     def on(self, Y: LabelSpace) -> Head:
         """The same head for the network on another label space of the same Y (`ResidualNetwork.on`).
@@ -266,7 +301,12 @@ class Head(OnMesh):
             As of `Basis.on`.
         """
         moved = {basis: basis.on(Y) for basis in dict.fromkeys((self.psi, self.onto)) if basis.Y is self.psi.Y}
-        head = Head(moved[self.psi], self.classes or moved.get(self.onto, self.onto), self.prediction.name)
+        if self.symmetries and self.onto not in moved:
+            raise ValueError(
+                f"on: expected a head whose output moves with the network, as it keeps symmetries, got one onto {self.onto!r}"
+            )
+        onto = moved.get(self.onto, self.onto)
+        head = Head(moved[self.psi], self.classes or onto, self.prediction.name, symmetries=self.symmetries)
         for ours, theirs in zip(self.parameters, head.parameters):
             theirs.set(0, ours.get(0))
         return head
@@ -314,28 +354,41 @@ class Head(OnMesh):
 class _HeadOperator:
     ready = True
 
-    def __init__(self, head: Head, seen: SeenBatch | Replicated):
+    def __init__(self, head: Head, seen: SeenBatch | Replicated, read: Sequence[Parameter]):
         self._phi = head.onto
-        self.inputs = [seen, head.W.space_basis, head.mu.space_basis]
+        self._bases = [parameter.space_basis for parameter in read]
+        self.inputs = [seen, *self._bases]
         self.output = BatchValues(head.Y, head.Y.batch_space(seen.shape[1]))
 
+    def _whole(self, coefficients):
+        """W and mu in the bases; mu is 0 where it is not read."""
+        W, *mu = (basis.whole(c) for basis, c in zip(self._bases, coefficients))
+        return W, mu[0][:, None] if mu else 0.0
+
+    def _of_whole(self, *functionals):
+        return [basis.of_whole(d) for basis, d in zip(self._bases, functionals)]
+
     def forward(self, arrays, save):
-        g, W, mu = arrays
-        return self._phi.expand(W @ g + mu[:, None])
+        g, *coefficients = arrays
+        W, mu = self._whole(coefficients)
+        return self._phi.expand(W @ g + mu)
 
     def adjoint(self, arrays, dual):
-        g, W, _ = arrays
-        coefficients = self._phi.pull_back(dual)
-        return [W.T @ coefficients, coefficients @ g.T, coefficients.sum(axis=1)]
+        g, *coefficients = arrays
+        W, _ = self._whole(coefficients)
+        moments = self._phi.pull_back(dual)
+        return [W.T @ moments, *self._of_whole(moments @ g.T, moments.sum(axis=1))]
 
     def tangent(self, arrays, directions):
-        (g, W, _), (g_dot, W_dot, mu_dot) = arrays, directions
-        return self._phi.expand(W_dot @ g + W @ g_dot + mu_dot[:, None])
+        (g, *coefficients), (g_dot, *coefficients_dot) = arrays, directions
+        (W, _), (W_dot, mu_dot) = self._whole(coefficients), self._whole(coefficients_dot)
+        return self._phi.expand(W_dot @ g + W @ g_dot + mu_dot)
 
     def second_adjoint(self, arrays, directions, dual, dual_dot):
-        g, W, mu = self.adjoint(arrays, dual_dot)
-        g_dot, W_dot, _ = directions
-        coefficients = self._phi.pull_back(dual)  # what follows is all the curvature of a map bilinear in g and W
-        g += W_dot.T @ coefficients
-        W += coefficients @ g_dot.T
-        return [g, W, mu]
+        g, W, *mu = self.adjoint(arrays, dual_dot)
+        g_dot, *coefficients_dot = directions
+        W_dot, _ = self._whole(coefficients_dot)
+        moments = self._phi.pull_back(dual)  # what follows is all the curvature of a map bilinear in g and W
+        g += W_dot.T @ moments
+        W += self._bases[0].of_whole(moments @ g_dot.T)
+        return [g, W, *mu]

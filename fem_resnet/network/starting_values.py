@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fem_resnet.parameters.kernel import LowRankKernel, kernel_coefficients
+from fem_resnet.parameters.linear_kernels import LinearKernels
 from fem_resnet.parameters.space_basis import BasisCoefficients, SpaceBasis
 from fem_resnet.parameters.starting_values import diagonal_kernel, heat_factors, random_bias, random_kernel
 
@@ -23,6 +24,9 @@ def start(net, rule: str, seed: int, gain: float, width: float) -> None:
     kernels = [learned or kernel_coefficients(basis).kernel for basis in net.kernel.space_bases]
     make = _maker(rule, random, width)
     betas = [gain * make(kernel) for kernel in kernels]
+    among = net.settings.kernel.among
+    if rule == "random smooth" and isinstance(among, LinearKernels):
+        betas = [_within(among, beta) for beta in betas]
     phi = net.bases["phi"][0] if learned is None else learned.phi
     if rule == "random smooth":
         biases = [gain * _bias(basis, BasisCoefficients(phi), random) for basis in net.bias.space_bases]
@@ -31,6 +35,13 @@ def start(net, rule: str, seed: int, gain: float, width: float) -> None:
     _assign_kernel(net, betas, rule)
     for k, a in enumerate(biases):
         net.bias.write(k, a)
+
+
+def _within(among: LinearKernels, beta: np.ndarray) -> np.ndarray:
+    """The nearest kernel of a linear set, made as large as the given one, in orthonormal functions."""
+    nearest = among.projected(beta)
+    size = np.linalg.norm(nearest)
+    return nearest * (np.linalg.norm(beta) / size) if size > 0 else nearest
 
 
 def _maker(rule: str, random: np.random.Generator, width: float) -> Callable[[LowRankKernel], np.ndarray]:

@@ -108,7 +108,7 @@ class Action:
 
 
 def acting_on(
-    name: str, basis: Basis, symmetries: Sequence[Any], tolerance: float, *, is_output: bool = False
+    name: str, basis: Basis, symmetries: Sequence[Any], tolerance: float = 0.1, *, is_output: bool = False
 ) -> Action:
     """How symmetries from outside act on the functions of a basis. Collective.
 
@@ -202,9 +202,7 @@ def equivariant_maps(to: Action, of: Action) -> tuple[scipy.sparse.csc_array, fl
     return on_first(of.basis.Y.comm, solve)
 
 
-def _couplings(
-    to: Action, of: Action, I: np.ndarray, J: np.ndarray, products: Sequence[int]
-) -> tuple[np.ndarray, float]:
+def _couplings(to: Action, of: Action, I: np.ndarray, J: np.ndarray, products: Sequence[int]) -> tuple[np.ndarray, float]:
     """Orthonormal X with A_I X = s X A_J, each as a row of shape (size of I * size of J,); the largest singular value kept."""
     one, other = np.eye(len(I)), np.eye(len(J))
     rows = [

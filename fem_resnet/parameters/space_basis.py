@@ -16,6 +16,7 @@ space basis                  coefficients c                            a layer t
 `kernel.KernelCoefficients`  the matrix beta of the kernel             the same                 G_Phi x G_Psi
 `StateValues`                a batch, or the values of kernel factors  the same                 M, for each sample
 `LayerTimes`                 the layer times                           the same                 1
+`Within`                     theta of coefficients E theta             of E theta               1
 ===========================  ========================================  =======================  ==================
 """
 
@@ -28,6 +29,7 @@ from weakref import WeakKeyDictionary
 import firedrake as fd
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 from mpi4py import MPI
 
 from fem_resnet.label_domain.basis import Basis
@@ -35,7 +37,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 
 __all__ = [
     "BasisCoefficients", "BatchValues", "LayerTimes", "NodalValues", "Replicated", "SeenBatch", "Slot", "SpaceBasis",
-    "StateValues", "new_cofunction", "read_all",
+    "StateValues", "Within", "new_cofunction", "read_all",
 ]  # fmt: skip
 
 
@@ -225,6 +227,14 @@ class SpaceBasis(Slot):
         """The squared norm of coefficients of that amplitude on all of the label domain."""
         return self.Y.measure
 
+    def whole(self, coefficients: np.ndarray) -> np.ndarray:
+        """The coefficients themselves; of those in a subspace (`Within`), the ones in the whole space."""
+        return coefficients
+
+    def of_whole(self, functional: np.ndarray) -> np.ndarray:
+        """The transpose of `whole`: of a functional of these coefficients that of the learned ones."""
+        return functional
+
     def expand(self, coefficients: np.ndarray) -> np.ndarray:
         """What a layer takes, `E c`: the coefficients themselves, unless they are those of a bias in a basis."""
         return coefficients
@@ -399,6 +409,63 @@ class BasisCoefficients(Replicated, SpaceBasis):
 
     def stiffness(self, coefficients):
         return self.basis.stiffness @ coefficients
+
+
+class Within(Replicated, SpaceBasis):
+    """Coefficients theta, shape (count,), of those in a subspace of another space: `sum_k theta_k E_k`, R = 1.
+
+    Parameters
+    ----------
+    space
+        The whole space, whose coefficients all ranks share.
+    elements
+        The E_k, each as one column, shape (coefficients of `space`, count), orthonormal in the inner product of `space`.
+    """
+
+    def __init__(self, space: SpaceBasis, elements: scipy.sparse.csc_array | np.ndarray):
+        super().__init__(space.Y, (elements.shape[1],))
+        self._space, self._elements = space, elements
+        self._transposed = elements.T.tocsr() if scipy.sparse.issparse(elements) else elements.T
+
+    @property
+    def amplitude(self):
+        return self._space.amplitude
+
+    @property
+    def unit(self):
+        return self._space.unit
+
+    @property
+    def elements(self) -> scipy.sparse.csc_array | np.ndarray:
+        """The E_k, shape (coefficients of the whole space, count)."""
+        return self._elements
+
+    def whole(self, coefficients):
+        return (self._elements @ coefficients).reshape(self._space.shape)
+
+    def of_whole(self, functional):
+        return self._transposed @ np.ravel(functional)
+
+    def expand(self, coefficients):
+        return self._space.expand(self.whole(coefficients))
+
+    def pull_back(self, functional):
+        return self.of_whole(self._space.pull_back(functional))
+
+    def functional(self, coefficients):
+        return coefficients.copy()
+
+    def riesz(self, functional):
+        return functional.copy()
+
+    def coordinates(self, coefficients):
+        return coefficients / np.sqrt(self.unit)
+
+    def from_coordinates(self, coordinates):
+        return coordinates * np.sqrt(self.unit)
+
+    def stiffness(self, coefficients):
+        return self.of_whole(self._space.stiffness(self.whole(coefficients)))
 
 
 class LayerTimes(Replicated, SpaceBasis):

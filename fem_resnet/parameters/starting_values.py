@@ -4,7 +4,8 @@
     local                   B f = -gain P_phi e^(t Laplace) P_psi f,      t = width^2 / (largest eigenvalue of psi)
     random and smooth       b = gain sum_ij xi_ij / (i j) phi_i psi_j / sqrt(sum_ij 1 / (i j)^2)
 
-in orthonormal functions phi_i, psi_j of the spans, xi_ij independent and normal with variance 1. So the random b has the norm
+in orthonormal functions phi_i, psi_j of the spans, xi_ij independent and normal with variance 1; with channels i and j are
+numbers within a channel. So the random b has the norm
 gain in L2(Y x Y) in the mean square. A heat kernel e^(t Laplace) of width 2 takes off e^-4 of the last function of psi: its
 standard deviation is 2.8 lengths 1 / sqrt(largest eigenvalue), which is two or three nodes where the nodes are just as many
 as psi needs.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.space_basis import BasisCoefficients
 
@@ -62,12 +65,18 @@ def random_kernel(kernel: LowRankKernel, random: np.random.Generator, smooth_in_
     smooth_in_y
         Whether coefficients fall with the number of the function of phi too.
     """
-    in_y, in_z = (1 / np.arange(1.0, basis.rank + 1) for basis in (kernel.phi, kernel.psi))
+    in_y, in_z = (1 / _numbers(basis) for basis in (kernel.phi, kernel.psi))
     decay = np.outer(in_y if smooth_in_y else np.ones_like(in_y), in_z)
     return kernel.from_orthonormal(decay / np.linalg.norm(decay) * random.normal(size=decay.shape))
 
 
 def random_bias(basis: BasisCoefficients, random: np.random.Generator) -> np.ndarray:
     """Coefficients of a random, smooth function whose mean square over Y is 1 in the mean, shape (rank,)."""
-    decay = 1 / np.arange(1.0, basis.basis.rank + 1)
+    decay = 1 / _numbers(basis.basis)
     return basis.from_coordinates(decay / np.linalg.norm(decay) * random.normal(size=decay.shape))
+
+
+def _numbers(basis: Basis) -> np.ndarray:
+    """The number of each function from 1, within its channel, shape (rank,)."""
+    channels = basis.Y.channels if isinstance(basis, RepeatedBasis) else 1
+    return np.tile(np.arange(1.0, basis.rank // channels + 1), channels)

@@ -18,7 +18,6 @@ from fem_resnet.parameters.linear_kernels import MOST_RANK, LinearKernels
 __all__ = ["Symmetric"]
 
 
-
 class Symmetric(LinearKernels):
     """Kernels that commute with symmetries of Y. Collective over the communicator of the basis.
 

@@ -157,7 +157,7 @@ class Reference:
         f = f[: self.Y.nodes]
         if self.head is None:
             return f
-        W, mu = (self.parameters.coefficients(parameter, 0) for parameter in (self.head.W, self.head.mu))
+        W, mu = self.head.whole(*(self.parameters.coefficients(parameter, 0) for parameter in self.head.parameters))
         return self.head.onto.values @ (W @ self.measure.integrals(self.head.psi.values, f) + mu[:, None])
 
     def prediction(self, O: np.ndarray) -> np.ndarray:
