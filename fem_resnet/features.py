@@ -56,6 +56,9 @@ def _learns(*kinds: str) -> Callable[[Any], bool]:
 #: All features, by the names that `supports` takes.
 FEATURES: dict[str, Feature] = {
     "no_layers": Feature("a network without layers", "give it a layer", "net", lambda net: net.layers == 0),
+    "channels": Feature(
+        "channels of the label domain", "take a label domain without channels", "net", lambda net: net.Y.channels > 1
+    ),
     "gradient_flow": Feature(
         "the gradient flow f_t = B^T sigma(a - B f)",
         "make the network without gradient_flow, as (2.8)",

@@ -10,7 +10,7 @@ import numpy as np
 import sympy
 from firedrake import COMM_SELF, COMM_WORLD
 
-from fem_resnet import Basis, Bias, Kernel, LabelSpace, Layers, ResidualNetwork, laplace_basis, read_mesh
+from fem_resnet import Basis, Bias, Channels, Kernel, LabelSpace, Layers, ResidualNetwork, laplace_basis, read_mesh
 from fem_resnet.parameters.space_basis import BatchValues
 from fem_resnet.tape.recording import apply
 
@@ -140,12 +140,19 @@ def _laplace(domain, element, rank, alone):
     return laplace_basis(label_space(domain, element, alone=alone), rank)
 
 
+@cache
+def with_channels(domain: str, element: str, rank: int, alone: bool = False) -> Basis:
+    """The same functions on ``label_space(domain, element)`` with two channels."""
+    return laplace_basis(Channels(_laplace(domain, element, rank, alone).Y, 2), rank)
+
+
 def smooth(Y: LabelSpace, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
     """Values of smooth functions of the coordinates, shape (nodes, samples), of size one: no partition changes them."""
     rng = np.random.default_rng(seed)
     dimension = Y.coordinates.shape[1]
     frequencies, phases = rng.normal(scale=2.0, size=(dimension, samples)), rng.uniform(0, 6, samples)
-    return np.cos(Y.coordinates @ frequencies + phases)
+    channel = np.repeat(np.arange(Y.channels), Y.nodes // Y.channels)[:, None]
+    return np.cos(Y.coordinates @ frequencies + phases + channel)
 
 
 def set_smooth(net, rng, size: float = 1.0) -> None:

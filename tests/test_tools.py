@@ -19,7 +19,7 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import sympy
-from helpers import flat_network, label_space, laplace, set_smooth, smooth
+from helpers import flat_network, label_space, laplace, set_smooth, smooth, with_channels
 from numpy.testing import assert_allclose
 from problems import gathered
 from pyadjoint.enlisting import Enlist
@@ -29,6 +29,7 @@ from fem_resnet import (
     Adam,
     Batch,
     Box,
+    Channels,
     Controls,
     Derivatives,
     EnergyMonitor,
@@ -99,6 +100,7 @@ f, a = sympy.symbols("f a")
 
 #: For each feature, a network and a problem that have it.
 NET = {
+    "channels": {},
     "no_layers": {"times": [0.0]},
     "gradient_flow": {"gradient_flow": True},
     "learned_factors": {"learn_factors": True},
@@ -134,17 +136,19 @@ PROBLEM = {
 CLOSE = {"single_precision": 3e-5, "adapted_steps": 1e-6, "discrete_gradient": 1e-7}
 
 
-def basis(rank, alone=False):
-    return None if rank is None else laplace(*DOMAIN, rank, alone)
+def basis(rank, alone=False, channels=False):
+    return None if rank is None else (with_channels if channels else laplace)(*DOMAIN, rank, alone)
 
 
 def network_with(feature=None, alone=False, autonomous=False, **options) -> ResidualNetwork:
     options = {"phi": 3, "bias": 3, "times": TIMES, "steps": 2} | options | NET.get(feature, {})
     if feature in ("adapted_steps", "discrete_gradient") and options.get("layers_per_block") is None:
         options["solver_parameters"] = NET[feature]["solver_parameters"]
+    channels = feature == "channels"
     for name in ("phi", "psi", "bias"):
         given = options.get(name)
-        options[name] = [basis(rank, alone) for rank in given] if isinstance(given, list) else basis(given, alone)
+        listed = isinstance(given, list)
+        options[name] = [basis(rank, alone, channels) for rank in given] if listed else basis(given, alone, channels)
     net = flat_network(**options)
     rng = np.random.default_rng(0)
     set_smooth(net, rng, 0.8)
@@ -174,7 +178,7 @@ def problem_with(
     head = None
     # Without layers a head is all that is learned.
     if headed or feature == "head" or feature == "no_layers" and "head" in takes:
-        head = Head(net.bases["psi"][0], basis(3, alone), "identity")
+        head = Head(net.bases["psi"][0], basis(3, alone, feature == "channels"), "identity")
         head.W.set(0, rng.normal(size=head.W.space_basis.shape))
         head.mu.set(0, rng.normal(size=head.mu.space_basis.shape))
     # So near that a step of any method stays where layers can be stepped.
@@ -211,6 +215,22 @@ def moved(functions, h, step):
 def put_back(functions, before):
     for function, values in zip(functions, before):
         function.dat.data_wo[...] = values
+
+
+def in_data(function, values, Y):
+    """Values at the nodes in the order of a Function's data."""
+    return Y.to_data(values).reshape(function.dat.data_ro.shape)
+
+
+def again(Y):
+    """Another label space on the same mesh."""
+    return LabelSpace(Y.V) if Y.channels == 1 else Channels(LabelSpace(Y.one.V), Y.channels)
+
+
+def finer(Y):
+    """The label space of a finer mesh."""
+    fine = label_space("annulus", "CG1", 2)
+    return fine if Y.channels == 1 else Channels(fine, Y.channels)
 
 
 def slope(of, functions, h, step=1e-4) -> float:
@@ -445,9 +465,7 @@ def _local_feedback(p, feedback, close, start):
     assert_allclose(feedback.value, start, rtol=close)
     single = p.net.settings.precision == "single"
     w = smooth(p.net.Y, p.batch.samples, seed=9)
-    expected = slope(
-        lambda: value(p), [p.batch.inputs], [w.reshape(p.batch.inputs.dat.data_ro.shape)], 0.05 if single else 1e-3
-    )
+    expected = slope(lambda: value(p), [p.batch.inputs], [in_data(p.batch.inputs, w, p.net.Y)], 0.05 if single else 1e-3)
     found = p.net.Y.inner(feedback.gradient, p.net.Y.batch(w))
     assert_allclose(found, expected, rtol=0.1 if single else 1e-3, atol=1e-8)
     inputs = _near(p, 0.1 if single else 1e-2)
@@ -487,10 +505,15 @@ def _terminal_costate(p, r, close, start):
     # The gradient in f_I of the problem without layers whose inputs are f(T).
     last = Batch(p.net.run(p.batch.inputs).final, p.batch.targets, p.batch.weights)
     loss = p.replace(
-        net=network_with("no_layers"), batch=last, learn="initial", regulariser=None, running=None, checkpoints=None
+        net=ResidualNetwork(p.net.bases["phi"][0], layers=[0.0]),
+        batch=last,
+        learn="initial",
+        regulariser=None,
+        running=None,
+        checkpoints=None,
     )
     w = smooth(p.net.Y, p.batch.samples, seed=9)
-    expected = slope(lambda: value(loss), [last.inputs], [w.reshape(last.inputs.dat.data_ro.shape)])
+    expected = slope(lambda: value(loss), [last.inputs], [in_data(last.inputs, w, p.net.Y)])
     assert_allclose(p.net.Y.inner(r, p.net.Y.batch(w)), expected, rtol=1e-6)
 
 
@@ -614,7 +637,7 @@ def _controls(net, controls, close, start):
     assert_allclose(controls.argument(net.Y, y), bias[:, None] - B @ y, atol=1e-12)
 
 
-@on_net("ResidualNetwork.on", call=lambda net: net.on(LabelSpace(net.Y.V)))
+@on_net("ResidualNetwork.on", call=lambda net: net.on(again(net.Y)))
 def _on(net, other, close, start):
     """Another label space on the same mesh: nothing may change."""
     assert other.Y is not net.Y
@@ -792,7 +815,8 @@ def _energy_step_limit(net, limit, close, start):
     w = np.sqrt(net.Y.weights)
     S = w[:, None] * B / w
     U, s, V = np.linalg.svd(S)
-    inverse = np.linalg.inv(U[:, :3].T @ S @ U[:, :3])
+    rank = net.bases["phi"][0].rank
+    inverse = np.linalg.inv(U[:, :rank].T @ S @ U[:, :rank])
     assert_allclose(limit.kappa, np.linalg.eigvalsh((inverse + inverse.T) / 2)[0], rtol=1e-6)
 
 
@@ -861,10 +885,10 @@ def _depth_limit(net, found, close, start):
 
 @on_net(
     "width_limit",
-    call=lambda net: width_limit(net, lambda x: np.cos(x[:, :1]), [net.Y, label_space("annulus", "CG1", 2)]),
+    call=lambda net: width_limit(net, lambda x: np.cos(x[:, :1]), [net.Y, finer(net.Y)]),
 )
 def _width_limit(net, found, close, start):
-    fine = net.on(label_space("annulus", "CG1", 2))
+    fine = net.on(finer(net.Y))
     moments = [
         each.bases["phi"][-1].project(each.Y.values(each(each.Y.batch(np.cos(each.Y.coordinates[:, :1])))))
         for each in (net.on(net.Y), fine)

@@ -144,7 +144,7 @@ class Controls:
         )  # fmt: skip
 
     @classmethod
-    @supports("gradient_flow", *HELD, *STEPPED)
+    @supports("channels", "gradient_flow", *HELD, *STEPPED)
     def of_layer(cls, net: ResidualNetwork, layer: int, fraction: float = 0.5) -> Controls:
         """The controls of one layer of a network, at one time in it. Collective over the network's communicator.
 

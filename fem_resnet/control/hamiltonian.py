@@ -128,7 +128,7 @@ class Hamiltonian(Fixed):
 
     @classmethod
     @supports(
-        *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints", "learned_initial",
+        "channels", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints", "learned_initial",
         "learned_both", "many_samples", "weights",
     )  # fmt: skip
     def of(cls, problem: LearningProblem, convention: str) -> Hamiltonian:
@@ -256,7 +256,7 @@ class Hamiltonian(Fixed):
 # -- along a network's run -------------------------------------------------------------------------------------------
 
 
-@supports(*HELD, *STEPPED)
+@supports("channels", *HELD, *STEPPED)
 def middle_pairs(run: Run, convention: str) -> list[Pair]:
     """State and co-state in the middle of each layer, one pair for each layer. Collective.
 
@@ -281,7 +281,7 @@ def _end_pairs(run: Run, convention: str) -> list[Pair]:
     ]
 
 
-@supports(*HELD, *STEPPED)
+@supports("channels", *HELD, *STEPPED)
 def hamiltonian_along(run: Run, H: Hamiltonian) -> np.ndarray:
     """H along a run, at both ends of each layer with the controls of that layer: shape (L, 2). Collective.
 

@@ -112,7 +112,7 @@ class Residual:
 
 
 # (4.10) holds where J depends on (a, b) through f alone.
-@supports(*HELD, *STEPPED, "head", "running", "learned_initial", "learned_both", "many_samples", "weights")
+@supports("channels", *HELD, *STEPPED, "head", "running", "learned_initial", "learned_both", "many_samples", "weights")
 def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 1e-12, rounds: int = 4) -> Residual:
     """int max H - H dt at the present parameters of a learning problem without regulariser. Collective.
 

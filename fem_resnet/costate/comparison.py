@@ -74,7 +74,7 @@ class CostateCheck:
 
 
 @supports(
-    "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
+    "channels", "learned_factors", "learned_times", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
     "discrete_gradient", "single_precision", "head", *REGULARISED, "running", "running_of_controls", "learned_both",
     "many_samples", "weights",
 )  # fmt: skip

@@ -155,7 +155,7 @@ class Costate:
         return f, r, self.trajectory.net.activation.derivative(layer.argument(t, f)) * r
 
 
-@supports("no_layers", *HELD, *STEPPED)
+@supports("channels", "no_layers", *HELD, *STEPPED)
 def solve_costate(
     trajectory: Trajectory,
     terminal: fd.Function,

@@ -18,6 +18,7 @@ __all__ = ["terminal_costate"]
 
 
 @supports(
+    "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
     "learned_initial", "learned_both", "many_samples", "weights",
 )  # fmt: skip

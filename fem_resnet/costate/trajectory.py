@@ -120,7 +120,7 @@ class Trajectory:
         return min(int(np.searchsorted(times, t, side="right")) - 1, len(self.layers) - 1)
 
 
-@supports("no_layers", *HELD, *STEPPED)
+@supports("channels", "no_layers", *HELD, *STEPPED)
 def solve_trajectory(
     net: ResidualNetwork,
     initial: fd.Function,
@@ -182,7 +182,7 @@ def solve_trajectory(
     return Trajectory(net, final, scheme, steps, layers)
 
 
-@supports("no_layers", *HELD, *STEPPED)
+@supports("channels", "no_layers", *HELD, *STEPPED)
 def follow_trajectory(
     net: ResidualNetwork,
     initial: fd.Function,

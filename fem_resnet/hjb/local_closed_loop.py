@@ -67,7 +67,7 @@ class LocalClosedLoop(OnMesh):
     """
 
     @supports(
-        "gradient_flow", "kernel_set", "nodal_bias", "bases_by_layer", *STEPPED, "head", *REGULARISED, "running",
+        "channels", "gradient_flow", "kernel_set", "nodal_bias", "bases_by_layer", *STEPPED, "head", *REGULARISED, "running",
         "running_of_controls", "many_samples", "weights", instead="take LocalFeedback, at t = 0",
     )  # fmt: skip
     def __init__(self, problem: LearningProblem, **options):

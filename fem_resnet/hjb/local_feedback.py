@@ -121,6 +121,7 @@ class LocalFeedback(OnMesh):
 
     # Learned factors are not taken: factors and beta make the same kernel in many ways, so no minimum is strict.
     @supports(
+        "channels",
         "no_layers", "gradient_flow", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time",
         "shared_in_time", *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "many_samples", "weights",
     )  # fmt: skip

@@ -89,6 +89,7 @@ class LowRankFeedback(OnMesh):
 
     # A running cost depends on f(t) itself, so J_vv has another part, which is not of low rank.
     @supports(
+        "channels",
         "no_layers", "gradient_flow", "learned_times", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time",
         *STEPPED, "head", *REGULARISED, "weights", instead="use LocalFeedback for one input after the other",
     )  # fmt: skip

@@ -349,12 +349,13 @@ class LearningProblem(OnMesh):
         return [control for parameter in self.parameters for control in parameter.controls()]
 
     @supports(
+        "channels",
         "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "regulariser_not_quadratic", "observed_times",
         "learned_initial", "learned_both", "many_samples", "weights", tool="Gauss-Newton",
         when=lambda self, *, gauss_newton=False, **_: isinstance(gauss_newton, (bool, np.bool_)) and bool(gauss_newton),
     )  # fmt: skip
     @supports(
-        "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
+        "channels", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
         "observed_times", "checkpoints", "learned_both", "many_samples", "weights", tool="eliminate",
         when=lambda self, *, eliminate=None, **_: eliminate is not None,
     )  # fmt: skip
@@ -416,8 +417,8 @@ class LearningProblem(OnMesh):
             return functional(J, self.controls(), tape=tape), run
 
     @supports(
-        "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
-        "many_samples", "weights", instead="make another problem: replace(batch=..)",
+        "channels", "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+        "checkpoints", "many_samples", "weights", instead="make another problem: replace(batch=..)",
     )  # fmt: skip
     def exchange(self, batch: Batch) -> None:
         """Put another batch of as many samples in the place of the present one, without recording again.

@@ -247,8 +247,8 @@ class ResidualNetwork(OnMesh):
               The bias is 0.
             - "random smooth": random coefficients in orthonormal functions, which fall like 1/k with the number k of the
               function. The norm of b in L2(Y x Y), and the root of the mean of a^2 over Y, are `gain` in the mean square.
-              A bias at the nodes is made of the functions of phi. A kernel of a linear set, such as `Symmetric`, is the nearest
-              one of the set, made as large.
+              A bias at the nodes is made of the functions of phi. A kernel of a linear set, such as `Symmetric`, is the
+              nearest one of the set, made as large.
         seed
             Of random numbers: the same coefficients on any number of ranks.
         gain
@@ -433,6 +433,7 @@ class ResidualNetwork(OnMesh):
         return other
 
     @supports(
+        "channels",
         "no_layers", "gradient_flow", "learned_times", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time",
         *STEPPED,
     )  # fmt: skip
@@ -458,8 +459,8 @@ class ResidualNetwork(OnMesh):
         return moved(self, Y)
 
     @supports(
-        "gradient_flow", "learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time", "shared_in_time",
-        *STEPPED,
+        "channels", "gradient_flow", "learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time",
+        "shared_in_time", *STEPPED,
     )  # fmt: skip
     def truncated(self, tolerance: float) -> ResidualNetwork:
         """The network with kernels of lower rank: singular values below a part `tolerance` of the largest are cut.

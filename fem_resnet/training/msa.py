@@ -140,9 +140,9 @@ class MSAResult:
 
 
 # (4.10) holds where J depends on (a, b) through f alone.
-@supports("nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
+@supports("channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
 @supports(
-    "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
+    "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
     when=lambda problem, A, **options: isinstance(A, ControlSet), instead="give A as a RowBox, RowBall or SpanBox",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:msa")

@@ -113,6 +113,7 @@ class StochasticResult:
 
 
 @supports(
+    "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
     "many_samples", "weights", instead="train it by `train`",
 )  # fmt: skip

@@ -167,6 +167,7 @@ class _Failed(Exception):
 # Observations before T and the members of an ensemble add terms to J that `reference` does not have. With a schedule of
 # checkpoints, no states are on the tape to be checked.
 @supports(
+    "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "derivatives",
     "learned_initial", "learned_both", "many_samples", "weights", tool="verify",
 )  # fmt: skip

@@ -143,7 +143,7 @@ class EnergyMonitor(StepMonitor):
     ['int Sigma(u) falls', '(i)', '(ii)']
     """
 
-    @supports(*HELD, *STEPPED)
+    @supports("channels", *HELD, *STEPPED)
     def __init__(self, net: ResidualNetwork):
         super().__init__(net)
         self._problem, _ = problem_at_start(net)

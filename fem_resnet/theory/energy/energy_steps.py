@@ -83,7 +83,9 @@ class EnergyStepLimit:
 
 
 # Bases that differ between layers are left out: with them a network is not known to be autonomous.
-@supports("learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED)
+@supports(
+    "channels", "learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED
+)
 def energy_step_limit(net: ResidualNetwork) -> EnergyStepLimit:
     """The longest time step for which the energies of 3.2 are known to fall in a network's discrete solution.
 

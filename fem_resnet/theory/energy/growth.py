@@ -135,7 +135,7 @@ class GrowthMonitor(StepMonitor):
     {'Gronwall': 1.0}
     """
 
-    @supports(*HELD, *STEPPED)
+    @supports("channels", *HELD, *STEPPED)
     def __init__(self, net: ResidualNetwork):
         super().__init__(net)
         self._norms: list[np.ndarray] = []

@@ -63,7 +63,7 @@ class Convergence:
         return "\n".join([f"{'size':>12s}{'error':>14s}{'order':>8s}", *rows])
 
 
-@supports(*HELD, "discrete_gradient", "single_precision")
+@supports("channels", *HELD, "discrete_gradient", "single_precision")
 def depth_limit(
     net: ResidualNetwork, initial: fd.Function, *, halvings: int = 3, solver_parameters: dict | None = None
 ) -> Convergence:
@@ -121,6 +121,7 @@ def depth_limit(
 
 
 @supports(
+    "channels",
     "no_layers", "gradient_flow", "learned_times", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time",
     *STEPPED,
 )  # fmt: skip

@@ -195,7 +195,7 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
     return Y.sum(everywhere)
 
 
-@supports("no_layers", *HELD, "single_precision")
+@supports("channels", "no_layers", *HELD, "single_precision")
 def to_network(net: ResidualNetwork) -> NetworkArrays:
     """The arrays of the residual network (2.1) that a network with Euler's method is: the inverse of `from_network`.
 

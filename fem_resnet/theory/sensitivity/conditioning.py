@@ -94,7 +94,7 @@ class LinearisedFlow(OnMesh):
     ([2.0, -1.0], 6, True)
     """
 
-    @supports("no_layers", *HELD, *STEPPED, "gradient_flow")
+    @supports("channels", "no_layers", *HELD, *STEPPED, "gradient_flow")
     def __init__(self, net: ResidualNetwork, initial: fd.Function):
         net.Y.check_batch(initial, "initial")
         self.net = net

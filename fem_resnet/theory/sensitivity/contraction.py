@@ -123,7 +123,7 @@ class LipschitzBound:
         return f"distances grow by at most {self.discrete:.6g} (equation: {self.continuous:.6g}): {self.reason}"
 
 
-@supports("no_layers", *HELD, "single_precision", "gradient_flow")
+@supports("channels", "no_layers", *HELD, "single_precision", "gradient_flow")
 def lipschitz_bound(net: ResidualNetwork) -> LipschitzBound:
     """Bound the Lipschitz constant of f_I -> f(T) in L2(Y).
 

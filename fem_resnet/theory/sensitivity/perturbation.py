@@ -48,7 +48,7 @@ _WEIGHTS = np.array([5.0, 8.0, 5.0]) / 18
 Advance = Callable[[LayerTrajectory, np.ndarray, float, float, int], np.ndarray]
 
 
-@supports("no_layers", *HELD, *STEPPED)
+@supports("channels", "no_layers", *HELD, *STEPPED)
 def solve_linearised(
     trajectory: Trajectory,
     direction: fd.Function,
@@ -96,7 +96,7 @@ def solve_linearised(
 
 
 @supports(
-    "no_layers", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
+    "channels", "no_layers", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time", "shared_in_time",
     *STEPPED,
 )  # fmt: skip
 def duhamel(
@@ -198,7 +198,7 @@ class WeightedIdentity:
         return self.change - self.kernel - self.non_autonomous
 
 
-@supports("no_layers", *HELD, *STEPPED)
+@supports("channels", "no_layers", *HELD, *STEPPED)
 def weighted_identity(
     trajectory: Trajectory,
     direction: fd.Function,

@@ -118,7 +118,7 @@ class _Substep:
         return self.layer.start + fraction * self.layer.length
 
 
-@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
+@supports("channels", "no_layers", *HELD, *STEPPED, "gradient_flow")
 def picard(
     net: ResidualNetwork,
     initial: fd.Function,

@@ -148,7 +148,7 @@ class StabilityReport:
             panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in notes), va="top", fontsize="x-small")
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+@supports("channels", *HELD, *STEPPED, "gradient_flow")
 def stability_report(
     net: ResidualNetwork,
     initial: fd.Function,

@@ -123,7 +123,7 @@ class Rates:
         return cls((), ("bias",), ("hs",), ("operator",))
 
 
-@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
+@supports("channels", "no_layers", *HELD, *STEPPED, "gradient_flow")
 def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     """Check Assumption 1 and compute C_0, C_1 and C_2 of Theorem 3.1. Collective over the ranks of the label domain.
 
@@ -151,7 +151,7 @@ def well_posedness_constants(net: ResidualNetwork) -> WellPosedness:
     return WellPosedness(net.times, lipschitz, C_0, C_1, C_2, operator, drift, caveat)
 
 
-@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
+@supports("channels", "no_layers", *HELD, *STEPPED, "gradient_flow")
 def integrated_norms(net: ResidualNetwork, *norms: str) -> np.ndarray:
     """int_0^t_l |b| ds, in a norm of `LowRankKernel.norm`, or int_0^t_l |a| ds in L2(Y), at the layer times.
 
@@ -285,7 +285,7 @@ class StabilityEstimate:
         return self.distances / (self.constants.sharper_growth[:, None] * self.distances[0])
 
 
-@supports("no_layers", *HELD, *STEPPED, "gradient_flow")
+@supports("channels", "no_layers", *HELD, *STEPPED, "gradient_flow")
 def stability_estimate(net: ResidualNetwork, first: fd.Function, second: fd.Function) -> StabilityEstimate:
     """Run pairs of solutions and compare their distances with the corrected (3.1).
 

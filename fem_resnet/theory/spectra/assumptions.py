@@ -45,7 +45,7 @@ class EnergyCondition:
     caveat: str = ""
 
 
-@supports(*HELD, *STEPPED)
+@supports("channels", *HELD, *STEPPED)
 def energy_conditions(net: ResidualNetwork) -> dict[str, EnergyCondition]:
     """Check the conditions of the statements of 3.2 for a network. Collective over the ranks of the label domain.
 

@@ -133,7 +133,7 @@ def sampled(activation: Activation, *names: str) -> str:
     return f" ({caveat})" if caveat else ""
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+@supports("channels", *HELD, *STEPPED, "gradient_flow")
 def autonomous_problem(net: ResidualNetwork, at: float | None = None) -> AutonomousProblem:
     """The autonomous problem of a network, or the one with its bias and kernel at one time.
 

@@ -52,7 +52,7 @@ class Decay:
 
 # Bases that differ between layers are left out: with them a network is not known to be autonomous.
 @supports(
-    "learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED,
+    "channels", "learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time", "shared_in_time", *STEPPED,
     "gradient_flow",
 )  # fmt: skip
 def observed_decay(net: ResidualNetwork, initial: fd.Function) -> Decay:

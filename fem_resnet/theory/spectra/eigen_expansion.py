@@ -79,7 +79,7 @@ def _values_of(problem: AutonomousProblem) -> Callable[[np.ndarray], np.ndarray]
     return problem.system.right_values if problem.gradient_flow else problem.system.left_values
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+@supports("channels", *HELD, *STEPPED, "gradient_flow")
 def eigen_expansion(net: ResidualNetwork, perturbation: fd.Function, at: float | None = None) -> EigenExpansion:
     """Expand the linearised flow about a steady state in eigenfunctions of B, or of B^T sigma'(u_inf) B.
 

@@ -273,7 +273,7 @@ def _inverse(problem: AutonomousProblem, values: np.ndarray) -> np.ndarray:
     return (near + far) / 2
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+@supports("channels", *HELD, *STEPPED, "gradient_flow")
 def find_equilibria(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> Equilibria:
     """The equilibria of u_t = -B sigma(u) of section 3.3, or of u_t = -B B^T sigma(u) for a gradient flow.
 

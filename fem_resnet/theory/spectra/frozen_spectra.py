@@ -84,7 +84,7 @@ class FrozenSpectra:
         axes.set_title(CAVEAT, fontsize="small", wrap=True)
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+@supports("channels", *HELD, *STEPPED, "gradient_flow")
 def frozen_spectra(net: ResidualNetwork, initial: fd.Function) -> FrozenSpectra:
     """Spectra of the linearisation frozen at each layer time, along the trajectories from `initial`.
 

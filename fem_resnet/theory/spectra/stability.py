@@ -134,7 +134,7 @@ class Stability:
         return "\n".join([f"{self.verdict}: {self.reason}", *lines])
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+@supports("channels", *HELD, *STEPPED, "gradient_flow")
 def stability_verdict(net: ResidualNetwork, at: float | None = None) -> Stability:
     """Decide whether the steady states of a network are stable, by Theorem 3.4 and the other criteria of section 3.2.
 

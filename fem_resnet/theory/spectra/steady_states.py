@@ -133,7 +133,7 @@ class SteadyStates:
         return self.problem.norms(Y.values(self.nearest(f)) - Y.values(f))
 
 
-@supports(*HELD, *STEPPED, "gradient_flow")
+@supports("channels", *HELD, *STEPPED, "gradient_flow")
 def find_steady_states(net: ResidualNetwork, at: float | None = None, tolerance: float = 1e-8) -> SteadyStates:
     """The steady states of (3.2a), or of a gradient flow. Collective over the ranks of the label domain.
 
