@@ -82,12 +82,18 @@ class Channels(LabelSpace):
 
     @property
     def coordinates(self) -> np.ndarray:
-        """Coordinates of the owned nodes, those of Y in each channel."""
+        """Coordinates of the owned nodes, those of Y in each channel, shape (nodes, geometric dimension)."""
         return np.tile(self.one.coordinates, (self.channels, 1))
 
     @property
     def stiffness(self) -> PETSc.Mat:
-        """There is none: one channel has that of `one`, and `apply_stiffness` applies it to each."""
+        """There is none: one channel has that of `one`, and `apply_stiffness` applies it to each.
+
+        Raises
+        ------
+        AttributeError
+            Always.
+        """
         raise AttributeError("stiffness: each channel has that of `one`; apply_stiffness applies it to all")
 
     def apply_stiffness(self, values: np.ndarray) -> np.ndarray:

@@ -261,12 +261,28 @@ class LabelSpace(OnMesh):
         return self.from_data(function.dat.data_ro)
 
     def write(self, function: fd.Function | fd.Cofunction, values: np.ndarray) -> None:
-        """Make a Function or batch hold these values at the owned nodes, shape (nodes, samples) or (nodes,)."""
+        """Make a Function or batch hold values at the owned nodes.
+
+        Parameters
+        ----------
+        function
+            The Function, or Cofunction.
+        values
+            Shape (nodes, samples), or (nodes,) for one sample.
+        """
         data = function.dat.data_wo
         data[...] = self.to_data(values).reshape(data.shape)
 
     def like(self, function: fd.Function, values: np.ndarray) -> fd.Function:
-        """A new Function of the space of another one, with these values at the owned nodes, shape (nodes, samples)."""
+        """A new Function of the space of another one, with other values at the owned nodes.
+
+        Parameters
+        ----------
+        function
+            The other one.
+        values
+            Shape (nodes, samples).
+        """
         other = fd.Function(function.function_space())
         self.write(other, values)
         return other
@@ -276,7 +292,10 @@ class LabelSpace(OnMesh):
         return data.reshape(len(data), prod(data.shape[1:]))
 
     def to_data(self, values: np.ndarray) -> np.ndarray:
-        """The array in the order in which Firedrake stores these values at nodes; the inverse of `from_data`."""
+        """The array in the order in which Firedrake stores these values at nodes, the inverse of `from_data`.
+
+        Of shape (nodes, samples); with C channels of shape (nodes of one, C, samples).
+        """
         return values
 
     def check_batch(self, function: fd.Function, name: str) -> None:

@@ -66,7 +66,7 @@ class RepeatedBasis(Basis):
         return np.kron(np.eye(self.Y.channels), block)
 
     @cached_property
-    def values(self) -> np.ndarray:
+    def values(self) -> np.ndarray:  # type: ignore[override]  # made where it is asked for, as few places need it
         """P, shape (nodes, rank), mostly zeros."""
         return read_only(spread_columns(self._in_all(self.one.values)))
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import firedrake as fd
 import numpy as np
@@ -38,7 +39,7 @@ from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import Loss, least_squares
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BatchValues, Replicated, SeenBatch
+from fem_resnet.parameters.space_basis import BatchValues, Replicated, SeenBatch, Within
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.tape.recording import apply
 
@@ -318,11 +319,11 @@ class _Group:
 def _groups(head: Head) -> Iterator[_Group]:
     """The groups of a head that keeps symmetries. Outputs that no unknown reaches belong to none."""
     rank = head.psi.rank
-    blocks = [scipy.sparse.csc_array(parameter.space_basis.elements) for parameter in head.parameters]
+    blocks = [cast("Within", parameter.space_basis).elements for parameter in head.parameters]
     W = blocks[0].tocoo()
     made = scipy.sparse.lil_array((head.onto.rank * (rank + 1), sum(block.shape[1] for block in blocks)))
     made[W.coords[0] // rank * (rank + 1) + W.coords[0] % rank, W.coords[1]] = W.data
-    for mu in map(scipy.sparse.csc_array.tocoo, blocks[1:]):
+    for mu in (block.tocoo() for block in blocks[1:]):
         made[mu.coords[0] * (rank + 1) + rank, blocks[0].shape[1] + mu.coords[1]] = mu.data
     made = made.tocsr()
     entries = made.tocoo()

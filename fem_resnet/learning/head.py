@@ -188,7 +188,18 @@ class Head(OnMesh):
         return self.whole(*(parameter.read(0) for parameter in self.parameters))
 
     def whole(self, W: np.ndarray, mu: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As `matrices`, for coefficients of `W` and `mu`."""
+        """As `matrices`, for other coefficients.
+
+        Parameters
+        ----------
+        W, mu
+            Of the shapes of the parameters; mu is left out where there is none.
+
+        Returns
+        -------
+        W, mu : numpy.ndarray
+            Shapes (rank of X, rank of psi) and (rank of X,).
+        """
         if self.mu is None or mu is None:
             return self.W.space_basis.whole(W), np.zeros(self.onto.rank)
         return self.W.space_basis.whole(W), self.mu.space_basis.whole(mu)

@@ -138,7 +138,9 @@ def acting_on(
         raise ValueError("symmetries: expected at least one Killing field, map or permutation, got none")
     channels, columns = basis.Y.channels, []
     for n, each in enumerate(symmetries):
-        given = (each.output if is_output else each.signs) if isinstance(each, Parity) else (1,) * channels
+        given = np.atleast_1d(
+            (each.output if is_output else each.signs) if isinstance(each, Parity) else np.ones(channels, int)
+        )
         if len(given) != channels:
             what = "output" if is_output else "signs"
             raise ValueError(f"symmetries[{n}].{what}: expected {channels}, one a channel of {name}, got {len(given)}")
@@ -183,7 +185,9 @@ def equivariant_maps(to: Action, of: Action) -> tuple[scipy.sparse.csc_array, fl
         return found, largest
 
     def solve() -> tuple[scipy.sparse.csc_array, float]:
-        rows, columns, values, controls, largest = [], [], [], [], 0.0
+        rows, columns, values = [], [], []
+        controls: list[np.ndarray] = []
+        largest = 0.0
         for c, ours in enumerate(to.signs):
             for d, theirs in enumerate(of.signs):
                 found, kept = couplings(tuple((ours * theirs).tolist()))

@@ -424,8 +424,8 @@ class Within(Replicated, SpaceBasis):
 
     def __init__(self, space: SpaceBasis, elements: scipy.sparse.csc_array | np.ndarray):
         super().__init__(space.Y, (elements.shape[1],))
-        self._space, self._elements = space, elements
-        self._transposed = elements.T.tocsr() if scipy.sparse.issparse(elements) else elements.T
+        self._space, self._elements = space, scipy.sparse.csr_array(elements)
+        self._transposed = scipy.sparse.csr_array(self._elements.T)
 
     @property
     def amplitude(self):
@@ -436,7 +436,7 @@ class Within(Replicated, SpaceBasis):
         return self._space.unit
 
     @property
-    def elements(self) -> scipy.sparse.csc_array | np.ndarray:
+    def elements(self) -> scipy.sparse.csr_array:
         """The E_k, shape (coefficients of the whole space, count)."""
         return self._elements
 

@@ -64,8 +64,8 @@ _ROUND_OFF = 32 * np.finfo(float).eps
 )  # fmt: skip
 @supports(
     "channels", "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
-    "checkpoints", "many_samples", "weights", tool="train_pam, batches", when=lambda *given, batches=None, **options: batches is not None,
-    parted=("start",),
+    "checkpoints", "many_samples", "weights", tool="train_pam, batches",
+    when=lambda *given, batches=None, **options: batches is not None, parted=("start",),
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_pam")
 def train_pam(

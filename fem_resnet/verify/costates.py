@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fem_resnet.verify.differences import BETWEEN_JOINTS, SHORT, STEPS, extrapolated
+from fem_resnet.verify.measure import raw
 from fem_resnet.verify.point import Point, close, part, random_like
 from fem_resnet.verify.reference import Reference
 from fem_resnet.verify.report import Check, Checks
@@ -42,7 +43,7 @@ def costates(point: Point, taken: list[list[float]] | None) -> Checks:
                 yield Check.left_out("co-state", f"r(t_{layer})", str(error))
                 continue
             v = random_like(point.run.final, rng, net.Y)
-            v = np.array(v.dat.data_ro).reshape(r.shape)
+            v = raw(v, net.Y, r.shape)
             v += r / max(reference.measure.norm(r), 1e-300) * reference.measure.norm(v)
 
             def central(step: float, layer: int = layer, v: np.ndarray = v) -> float:

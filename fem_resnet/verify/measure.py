@@ -37,8 +37,18 @@ def raw(function: fd.Function | fd.Cofunction, Y: LabelSpace, shape: tuple[int, 
     """
     values = np.array(function.dat.data_ro)
     if function.function_space().mesh() is Y.V.mesh():
-        return values.reshape((values.shape[0], *shape[1:]))
+        return by_channels(values, Y).reshape((len(values) * Y.channels, *shape[1:]))
     return np.concatenate([part.ravel() for part in Y.comm.allgather(values)]).reshape(shape)
+
+
+def by_channels(data: np.ndarray, Y: LabelSpace) -> np.ndarray:
+    """The data of a Function on `Y`, one channel after the other: shape (nodes,), or (nodes, samples)."""
+    return data if Y.channels == 1 else np.concatenate([data[:, c] for c in range(Y.channels)])
+
+
+def by_nodes(values: np.ndarray, Y: LabelSpace) -> np.ndarray:
+    """The data of the Function on `Y` that has these values, as Firedrake stores them; the inverse of `by_channels`."""
+    return values if Y.channels == 1 else np.stack(np.split(values, Y.channels), axis=1)
 
 
 def relative(a: ArrayLike, b: ArrayLike, comm: MPI.Comm | None = None) -> float:
@@ -74,9 +84,10 @@ class Measure:
     def __init__(self, Y: LabelSpace):
         self.Y, self.comm = Y, Y.comm
         with stop_annotating():
-            one = fd.Function(Y.V).assign(1.0)
+            one = fd.Function(Y.V)
+            one.dat.data_wo[...] = 1.0
             form = fd.inner(one, fd.TestFunction(Y.V)) * fd.dx
-            self.weights = fd.assemble(form).dat.data_ro.copy()
+            self.weights = by_channels(fd.assemble(form).dat.data_ro.copy(), Y)
 
     def total(self, values: ArrayLike) -> np.ndarray:
         """The sum of arrays of any one shape over the ranks."""
@@ -116,9 +127,9 @@ class Measure:
         result = np.empty_like(values)
         x, y = self._gradients.createVecRight(), self._gradients.createVecLeft()
         for k in range(values.shape[1]):
-            x.array_w[:] = values[:, k]
+            x.array_w[:] = by_nodes(values[:, k], Y).ravel()
             self._gradients.mult(x, y)
-            result[:, k] = y.array_r
+            result[:, k] = by_channels(y.array_r.reshape(-1, *Y.V.value_shape), Y)
         return result
 
     @cached_property

@@ -9,6 +9,7 @@ import numpy as np
 from pyadjoint.enlisting import Enlist
 
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
@@ -26,7 +27,7 @@ def moved(point: Point) -> Checks:
     problem, net, head = point.problem, point.problem.net, point.problem.head
     if net.Y.graph is not None or net.Y.numbers is not None or problem.derivatives is not None:
         return
-    Y = LabelSpace(net.Y.V)
+    Y = Channels(LabelSpace(net.Y.one.V), net.Y.channels) if isinstance(net.Y, Channels) else LabelSpace(net.Y.V)
     try:
         there, output = net.on(Y), None if head is None else head.on(Y)
     except ValueError as error:

@@ -205,7 +205,7 @@ def random_like(like: fd.Function, rng: np.random.Generator, Y: LabelSpace) -> f
     function = fd.Function(like.function_space())
     space, values = function.function_space(), function.dat.data_wo
     if space.mesh() is Y.V.mesh():
-        x = Y.coordinates
+        x = Y.coordinates[: len(values)]  # of one channel
         ends = [
             Y.comm.allreduce(float(sign * (sign * x).max(initial=-np.inf)), op=op)
             for sign, op in ((1, MPI.MAX), (-1, MPI.MIN))

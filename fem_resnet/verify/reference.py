@@ -32,7 +32,7 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, SpaceBasis
 from fem_resnet.verify.formulas import NotWrittenOut, sigma
 from fem_resnet.verify.layer_equation import FieldTS, LayerEquation
-from fem_resnet.verify.measure import Measure, raw
+from fem_resnet.verify.measure import Measure, by_nodes, raw
 from fem_resnet.verify.parameters import Parameters
 
 __all__ = ["Reference"]
@@ -134,7 +134,7 @@ class Reference:
     def initial(self) -> np.ndarray:
         """f_I, with a row of zeros below it where there is a running cost."""
         inputs = self.batch.inputs
-        f = raw(inputs, self.Y, (self.Y.nodes, inputs.function_space().value_size))
+        f = raw(inputs, self.Y, (self.Y.nodes, self.batch.samples))
         return f if self.problem.running is None else np.pad(f, ((0, 1), (0, 0)))
 
     @cached_property
@@ -149,7 +149,7 @@ class Reference:
         """The observations C at the nodes of the output, shape (output nodes, samples)."""
         Y, targets = (self.Y if self.head is None else self.head.Y), self.batch.targets
         if isinstance(targets, fd.Function):
-            return raw(targets, Y, (Y.nodes, targets.function_space().value_size))
+            return raw(targets, Y, (Y.nodes, self.batch.samples))
         return (Y.numbers[:, None] == np.asarray(targets)[None, :]).astype(float)
 
     def output(self, f: np.ndarray) -> np.ndarray:
@@ -267,7 +267,7 @@ class Reference:
             self._variations[basis.Y, epsilon] = a, get_assembler((root - epsilon) * fd.dx(degree=degree))
         (a, assembler), total = self._variations[basis.Y, epsilon], 0.0
         for column in columns.reshape(basis.Y.nodes, -1).T:
-            a.dat.data_wo[...] = column
+            a.dat.data_wo[...] = by_nodes(column, basis.Y)
             with stop_annotating():
                 total += float(assembler.assemble())
         return total
@@ -306,9 +306,7 @@ class Reference:
         """The directions v, shape (nodes, samples), and the derivatives C' of the target there, of the shape of O."""
         derivatives, Y = self.problem.derivatives, self.Y if self.head is None else self.head.Y
         v, C = derivatives.directions, derivatives.targets
-        return (
-            raw(v, self.Y, (self.Y.nodes, v.function_space().value_size)), raw(C, Y, (Y.nodes, C.function_space().value_size))
-        )  # fmt: skip
+        return raw(v, self.Y, (self.Y.nodes, self.batch.samples)), raw(C, Y, (Y.nodes, self.batch.samples))
 
     def mismatch(self, f: np.ndarray, taken: Sequence | None = None) -> float:
         """The part of J that compares O' v with C', for the initial state f; O' v by central differences of order 6."""

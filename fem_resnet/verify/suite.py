@@ -29,6 +29,7 @@ from fem_resnet.verify import activations, adjoints, behaviour, derivatives, qua
 from fem_resnet.verify.costates import costates
 from fem_resnet.verify.formulas import NotWrittenOut
 from fem_resnet.verify.gauss_newton import gauss_newton
+from fem_resnet.verify.measure import raw
 from fem_resnet.verify.other_nodes import moved
 from fem_resnet.verify.point import Point, own, random_like
 from fem_resnet.verify.problems import BUILT_IN, built_in
@@ -276,7 +277,7 @@ def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> Lea
     if head.classes is not None and head.prediction.name != "identity":
         targets = np.arange(samples) % head.classes
     else:
-        values = random_like(fd.Function(head.Y.batch_space(samples)), rng, head.Y).dat.data_ro.reshape(head.Y.nodes, samples)
+        values = raw(random_like(fd.Function(head.Y.batch_space(samples)), rng, head.Y), head.Y, (head.Y.nodes, samples))
         if head.prediction.name != "identity":
             values = 0.5 + 0.4 * np.tanh(values)
         if head.prediction.name == "softmax":
