@@ -1,6 +1,6 @@
 """A file does no harm to whoever reads it, and a failure does no harm to a file.
 
-Damaged and malicious files, full disks and read-only folders end in one sentence on all ranks. The files of three networks
+Damaged and malicious files, full disks and read-only folders end in one sentence on all ranks. The files of four networks
 together have all kinds of groups, datasets and attributes; the tests put wrong values into each of them.
 """
 
@@ -23,7 +23,7 @@ import pytest
 import sympy
 from checkpoint_schedules import SingleDiskStorageSchedule
 from firedrake import COMM_SELF, COMM_WORLD
-from helpers import label_space, laplace, without_mpi
+from helpers import label_space, laplace, with_channels, without_mpi
 from numpy.testing import assert_allclose
 from problems import learning_problem
 
@@ -34,6 +34,7 @@ from fem_resnet import (
     Basis,
     Head,
     Kernel,
+    LaplaceFunctions,
     Layers,
     NormBounded,
     ResidualNetwork,
@@ -78,7 +79,16 @@ def _extruded(alone=False):
     return ResidualNetwork(Kernel(phi, in_time="linear"), bias=phi, layers=1), None
 
 
-MAKERS = [_learned, _graph, _extruded]
+def _channels(alone=False):
+    """Two channels, a basis that repeats one of them and one that does not, a nodal bias, a kernel of a set."""
+    phi = with_channels("annulus", "CG1", 3, alone)
+    Y = phi.Y
+    first = Basis(Y, phi.values[:, :2], "given")
+    net = ResidualNetwork(Kernel(phi, among=LaplaceFunctions(phi)), layers=[0.0, 0.5, 2.0])
+    return net, Head(phi, first, "identity")
+
+
+MAKERS = [_learned, _graph, _extruded, _channels]
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +559,7 @@ def test_a_flipped_bit_or_a_lost_end_is_seen_before_HDF5_opens_the_file(folder, 
             path.write_bytes(data[:length] if case % 3 == 0 else data)
         COMM_WORLD.barrier()
         with pytest.raises(
-            ValueError, match=r"^path: .*damaged.h5 holds no network of format 3: it(s checksum| does not end)"
+            ValueError, match=r"^path: .*damaged.h5 holds no network of format 4: it(s checksum| does not end)"
         ):
             load(path)
         COMM_WORLD.barrier()
@@ -747,7 +757,7 @@ save(path, net)
 
 #: What each case says, on all ranks.
 SENTENCES = {
-    "damaged": "ValueError: path: .*n.h5 holds no network of format 3: it does not end with a checksum",
+    "damaged": "ValueError: path: .*n.h5 holds no network of format 4: it does not end with a checksum",
     "picture": "ValueError: png: expected the name of a file that ends with .png",
     "full save": "OSError: path: .*n.h5 was not written, and stays as it was: .*No space left on device",
     "full report": "OSError: .*No space left on device",

@@ -40,7 +40,7 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
     Wrong
         The message begins with the field that is wrong.
     """
-    held = _Functions(functions)
+    held = _Functions(functions, settings["channels"] or 1)
     _check_label_space(group, held)
     ranks = _check_bases(group, settings, held)
     among = _kernel_set(group, settings["network"]["kernel_set"])
@@ -85,7 +85,8 @@ def _kernel_set(group: Group, description: Mapping[str, Any] | None) -> KernelSe
 class _Functions:
     """The functions of a file, of which each is to be asked for once."""
 
-    def __init__(self, functions: Mapping[str, Values]):
+    def __init__(self, functions: Mapping[str, Values], channels: int):
+        self.channels = channels
         self._left = dict(functions)
         self.places = self._pop("label_space").data
         self.nodes = self.places.size
@@ -95,13 +96,17 @@ class _Functions:
             raise Wrong(f"/{GROUP}: expected the function {name!r}, found none")
         return self._left.pop(name)
 
-    def take(self, name: str, numbers: int | None = None) -> int:
-        """How many numbers a function has at each node; `numbers`, where that is given."""
+    def take(self, name: str, numbers: int | None = None, repeated: bool = False) -> int:
+        """How many numbers a function has at each node of a channel, of all channels unless it is `repeated`."""
         block_size, data = self._pop(name)
-        if numbers not in (None, block_size) or data.size != block_size * self.nodes:
-            expected = block_size if numbers is None else numbers
-            raise Wrong(f"{data.name}: expected {expected} numbers at each of {self.nodes} nodes, got {data.size} in all")
-        return block_size
+        channels = 1 if repeated else self.channels
+        expected = block_size if numbers is None else numbers * channels
+        if block_size != expected or block_size % channels or data.size != block_size * self.nodes:
+            raise Wrong(
+                f"{data.name}: expected {expected} numbers at each of {self.nodes} nodes, of {channels} channels, got "
+                f"{data.size} in all"
+            )
+        return block_size // channels
 
     def refuse_rest(self) -> None:
         if self._left:
@@ -144,11 +149,12 @@ def _check_bases(group: Group, settings: Mapping[str, Any], held: _Functions) ->
     """The ranks of all bases."""
     ranks = []
     for position, kind in enumerate(settings["kinds"]):
-        rank = held.nodes if kind == "cells" else held.take(f"basis_{position}")
+        repeated = settings["repeated"][position]
+        rank = held.nodes if kind == "cells" else held.take(f"basis_{position}", repeated=repeated)
         if f"eigenvalues_{position}" in group or f"stiffness_{position}" in group:
             group.array(f"eigenvalues_{position}", "f8", (rank,))
             group.array(f"stiffness_{position}", "f8", (rank, rank))
-        ranks.append(rank)
+        ranks.append(rank * held.channels if repeated or kind == "cells" else rank)
     if "cells" in settings["kinds"] and held.nodes**2 > _MOST_INDICATORS:
         cells = settings["kinds"].index("cells")
         if cells not in settings["roles"]["phi"] or cells not in settings["roles"]["psi"]:

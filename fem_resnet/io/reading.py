@@ -23,9 +23,11 @@ from fem_resnet.io.group import Group, Wrong
 from fem_resnet.io.meshes import check_meshes
 from fem_resnet.io.settings import FORMAT, GROUP, checked_settings, network_arguments
 from fem_resnet.label_domain.basis import Basis, cell_indicators
+from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.graph import checked_graph
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import move_laplace
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.known_kernel_sets import ARRAYS
@@ -105,7 +107,10 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
     _check_topology(file, topology)
     mesh = file.load_mesh(settings["mesh"])
     Y = _load_label_space(file, mesh)
-    bases = [_load_basis(file, mesh, Y, index, kind) for index, kind in enumerate(settings["kinds"])]
+    if settings["channels"] is not None:
+        Y = Channels(Y, settings["channels"])
+    kinds = zip(settings["kinds"], settings["repeated"])
+    bases = [_load_basis(file, mesh, Y, index, kind, repeated) for index, (kind, repeated) in enumerate(kinds)]
     # None stands for no basis: of a bias with a value at every node, or of a head that does not exist.
     role = {
         name: [None if index is None else bases[index] for index in indices] for name, indices in settings["roles"].items()
@@ -116,9 +121,9 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
     if settings["head"] is not None:
         head = Head(role["head"][0], settings["head"]["classes"] or role["onto"][0], settings["head"]["prediction"])
     for parameter in net.parameters + ([] if head is None else head.parameters):
-        for k in range(len(parameter.functions)):
-            if isinstance(parameter.space_bases[k], (NodalValues, StateValues)):
-                parameter.set(k, file.load_function(mesh, f"{parameter.name}_{k}").dat.data_ro)
+        for k, basis in enumerate(parameter.space_bases):
+            if isinstance(basis, (NodalValues, StateValues)):
+                parameter.set(k, _of_one(Y, file.load_function(mesh, f"{parameter.name}_{k}")).reshape(basis.shape))
             else:
                 parameter.set(k, _read(file, f"{parameter.name}_{k}"))
     return net, head
@@ -157,17 +162,24 @@ def _load_label_space(file: fd.CheckpointFile, mesh: fd.MeshGeometry) -> LabelSp
     return LabelSpace(V, numbers=numbers, graph=graph)
 
 
-def _load_basis(file: fd.CheckpointFile, mesh: fd.MeshGeometry, Y: LabelSpace, index: int, kind: str) -> Basis:
+def _load_basis(file: fd.CheckpointFile, mesh: fd.MeshGeometry, Y: LabelSpace, index: int, kind: str, repeated: bool) -> Basis:
+    if isinstance(Y, Channels) and repeated:
+        return RepeatedBasis(Y, _load_basis(file, mesh, Y.one, index, kind, False))
     if kind == "cells":
         return cell_indicators(Y)
     return Basis(
         Y,
-        Y.values(file.load_function(mesh, f"basis_{index}")),
+        _of_one(Y, file.load_function(mesh, f"basis_{index}")),
         kind,
         _read(file, f"eigenvalues_{index}"),
         move_laplace if kind == "laplace" and Y.graph is None else None,
         _read(file, f"stiffness_{index}"),
     )
+
+
+def _of_one(Y: LabelSpace, function: fd.Function) -> np.ndarray:
+    """Values at the nodes of all channels, from a batch on one that has them side by side."""
+    return np.vstack(np.split(Y.one.values(function), Y.channels, axis=1))
 
 
 def _read(file: fd.CheckpointFile, name: str) -> np.ndarray | None:

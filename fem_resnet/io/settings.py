@@ -15,6 +15,8 @@ from fem_resnet.activation.activation import Activation
 from fem_resnet.arguments import choice, instance, integer
 from fem_resnet.io.group import Wrong
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.channels import Channels
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers, Settings, checked_times
@@ -26,9 +28,11 @@ __all__ = ["FORMAT", "GROUP", "checked_settings", "network_arguments", "written_
 
 #: The group of a file that holds what Firedrake does not write.
 GROUP = "fem_resnet"
-FORMAT = 3
+FORMAT = 4
 #: The largest number of steps a layer that is accepted: a network takes time and memory in proportion to it.
 _MOST_STEPS = 1_000_000
+#: The largest number of channels that is accepted.
+_MOST_CHANNELS = 1 << 16
 
 
 def written_settings(
@@ -56,7 +60,9 @@ def written_settings(
         {
             "format": FORMAT,
             "roles": roles,
+            "channels": net.Y.channels if isinstance(net.Y, Channels) else None,
             "kinds": [basis.kind for basis in bases],
+            "repeated": [isinstance(basis, RepeatedBasis) for basis in bases],
             "mesh": net.Y.V.mesh().name,
             # The times that the network was made with. Learned times are coefficients, like those of bias and kernel.
             "network": _of_network(net.settings),
@@ -182,11 +188,14 @@ def checked_settings(text: str) -> dict[str, Any]:
         given = instance("settings", settings, dict).get("format")
         if given != FORMAT:
             raise ValueError(f"it has format {str(given)[:20]}, this version reads {FORMAT}")
-        _check_keys("settings", settings, ("format", "roles", "kinds", "mesh", "network", "head"))
+        _check_keys("settings", settings, ("format", "roles", "channels", "kinds", "repeated", "mesh", "network", "head"))
         where += "/"
         instance("mesh", settings["mesh"], str)
+        if settings["channels"] is not None:
+            integer("channels", settings["channels"], most=_MOST_CHANNELS)
         for kind in instance("kinds", settings["kinds"], list):
             instance("kinds", kind, str)
+        _check_repeated(settings)
         _check_keys("network", settings["network"], _OF_NETWORK)
         for name, check in _OF_NETWORK.items():
             check(name, settings["network"][name])
@@ -202,6 +211,15 @@ def checked_settings(text: str) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError, ArithmeticError, MemoryError) as error:
         raise Wrong(f"{where}{error}") from error
     return settings
+
+
+def _check_repeated(settings: Mapping[str, Any]) -> None:
+    """Check which bases repeat that of one channel."""
+    repeated = instance("repeated", settings["repeated"], list)
+    for each in repeated:
+        instance("repeated", each, bool)
+    if len(repeated) != len(settings["kinds"]) or any(repeated) and settings["channels"] is None:
+        raise ValueError("repeated: expected whether each basis repeats that of one channel, and channels where one does")
 
 
 def _refuse_constant(name: str) -> NoReturn:

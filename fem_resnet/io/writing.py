@@ -32,7 +32,7 @@ __all__ = ["save"]
 _LABELS_MADE_ANEW = ("celltype", "exterior_facets", "interior_facets", "pyop2_core", "pyop2_owned", "pyop2_ghost")
 
 
-@supports("no_layers", "gradient_flow", *HELD, *STEPPED)
+@supports("channels", "no_layers", "gradient_flow", *HELD, *STEPPED)
 def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> None:
     """Write a network, and its head if there is one. Collective over the communicator of the network.
 
@@ -43,7 +43,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
     net
         The network.
     head
-        Its head.
+        Its head. One that keeps symmetries is read as one that acts the same, and may be trained to keep them no more.
 
     Raises
     ------
@@ -115,18 +115,22 @@ def _write_all(
     arrays: dict[str, np.ndarray] = {}
     for index, basis in enumerate(bases):
         if basis.kind != "cells":
-            functions[f"basis_{index}"] = basis.rank, partial(Y.batch, basis.values)
-        if basis.eigenvalues is not None:
-            arrays |= {f"eigenvalues_{index}": basis.eigenvalues, f"stiffness_{index}": basis.stiffness}
-    if Y.graph is not None:
-        arrays |= {f"graph_{name}": getattr(Y.graph, name) for name in GRAPH}
+            channels = Y.channels if basis.one is basis else 1
+            functions[f"basis_{index}"] = basis.one.rank * channels, partial(_on_one, Y, basis.one.values, channels)
+        if basis.one.eigenvalues is not None:
+            arrays |= {f"eigenvalues_{index}": basis.one.eigenvalues, f"stiffness_{index}": basis.one.stiffness}
+    if Y.one.graph is not None:
+        arrays |= {f"graph_{name}": getattr(Y.one.graph, name) for name in GRAPH}
     if net.settings.kernel.among is not None:
         arrays |= {f"kernel_set_{name}": array for name, array in net.settings.kernel.among.arrays.items()}
-    for parameter in net.parameters + ([] if head is None else head.parameters):
-        for k, function in enumerate(parameter.functions):
+    if head is not None:
+        arrays |= dict(zip(("W_0", "mu_0"), head.matrices()))
+    for parameter in net.parameters:
+        for k, held in enumerate(parameter.space_bases):
             name = f"{parameter.name}_{k}"
-            if isinstance(parameter.space_bases[k], (NodalValues, StateValues)):
-                functions[name] = function.function_space().value_size, partial(_itself, function)
+            if isinstance(held, (NodalValues, StateValues)):
+                values = parameter.get(k).reshape(Y.nodes, -1)
+                functions[name] = values.shape[1] * Y.channels, partial(_on_one, Y, values, Y.channels)
             else:
                 arrays[name] = parameter.get(k)
     size = _largest_size(Y, [numbers for numbers, _ in functions.values()], [array.size for array in arrays.values()])
@@ -150,8 +154,9 @@ def _write_all(
     in_step(comm, write)
 
 
-def _itself(function: fd.Function) -> fd.Function:
-    return function
+def _on_one(Y: LabelSpace, values: np.ndarray, channels: int) -> fd.Function:
+    """A batch on the label domain of one channel, with the values of so many channels side by side."""
+    return Y.one.batch(np.hstack(np.split(values, channels)))
 
 
 def _largest_size(Y: LabelSpace, functions: Sequence[int], arrays: Sequence[int]) -> int:
@@ -166,9 +171,9 @@ def _largest_size(Y: LabelSpace, functions: Sequence[int], arrays: Sequence[int]
     arrays
         How many numbers each array has.
     """
-    mesh, element = Y.V.mesh(), Y.V.ufl_element()
+    mesh, element = Y.V.mesh(), Y.one.V.ufl_element()
     held = get_embedding_element_for_checkpointing(element, ())
-    nodes = Y.size if held == element else fd.FunctionSpace(mesh, held).dim()
+    nodes = Y.one.size if held == element else fd.FunctionSpace(mesh, held).dim()
     start, end = mesh.topology_dm.getChart()
     points = Y.comm.allreduce(end - start)
     # Integers of each point: three a function space, one a label, cones with orientations, and those of a distribution.
@@ -180,6 +185,6 @@ def _largest_size(Y: LabelSpace, functions: Sequence[int], arrays: Sequence[int]
 
 def _label_space(Y: LabelSpace) -> fd.Function:
     """A Function on the space of the label domain: the numbers of the points, or -1 where nodes are not numbered."""
-    function = fd.Function(Y.V, name="label_space")
-    function.dat.data_wo[...] = -1.0 if Y.numbers is None else Y.numbers
+    function = fd.Function(Y.one.V, name="label_space")
+    function.dat.data_wo[...] = -1.0 if Y.one.numbers is None else Y.one.numbers
     return function

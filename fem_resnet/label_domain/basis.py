@@ -107,6 +107,11 @@ class Basis(OnMesh):
             )
 
     @property
+    def one(self) -> Basis:
+        """The functions of one channel: the basis itself, unless it is a `RepeatedBasis`."""
+        return self
+
+    @property
     def description(self) -> tuple[str, int]:
         """Kind and rank: what all ranks must give alike."""
         return self.kind, self.rank

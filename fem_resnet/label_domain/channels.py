@@ -39,8 +39,6 @@ class Channels(LabelSpace):
 
     Attributes
     ----------
-    one : LabelSpace
-        Y, the label domain of one channel.
     channels : int
         C.
     V : VectorFunctionSpace
@@ -65,10 +63,10 @@ class Channels(LabelSpace):
     def __init__(self, Y: LabelSpace, channels: int):
         check_label_space(Y)
         same(Y.comm, channels=channels)
-        if isinstance(Y, Channels):
+        if Y.one is not Y:
             raise ValueError(f"Y: expected the label domain of one channel, got {Y!r}; give its `one`")
         C = self.channels = integer("channels", channels)
-        self.one = Y
+        self._one = Y
         self.comm = Y.comm
         self.V = fd.VectorFunctionSpace(Y.V.mesh(), Y.V.ufl_element(), dim=C)
         self._batch_spaces = {}
@@ -79,6 +77,11 @@ class Channels(LabelSpace):
 
     def __repr__(self) -> str:
         return f"Channels({self.one!r}, {self.channels})"
+
+    @property
+    def one(self) -> LabelSpace:
+        """Y, the label domain of one channel."""
+        return self._one
 
     @property
     def coordinates(self) -> np.ndarray:

@@ -125,6 +125,11 @@ class LabelSpace(OnMesh):
         return f"LabelSpace({self.size} nodes, {self.V.ufl_element()}, |Y| = {self.measure:.6g})"
 
     @property
+    def one(self) -> LabelSpace:
+        """The label domain of one channel: itself, unless it is a `Channels`."""
+        return self
+
+    @property
     def size(self) -> int:
         """Number of nodes on all ranks."""
         return self.V.dof_dset.layout_vec.getSize()
@@ -268,7 +273,7 @@ class LabelSpace(OnMesh):
         function
             The Function, or Cofunction.
         values
-            Shape (nodes, samples), or (nodes,) for one sample.
+            Values, shape (nodes, samples), or shape (nodes,) for one sample.
         """
         data = function.dat.data_wo
         data[...] = self.to_data(values).reshape(data.shape)
@@ -281,7 +286,7 @@ class LabelSpace(OnMesh):
         function
             The other one.
         values
-            Shape (nodes, samples).
+            Values, shape (nodes, samples).
         """
         other = fd.Function(function.function_space())
         self.write(other, values)

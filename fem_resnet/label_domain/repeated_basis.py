@@ -29,11 +29,6 @@ class RepeatedBasis(Basis):
     one
         The basis of one channel, on `Y.one`.
 
-    Attributes
-    ----------
-    one : Basis
-        As above.
-
     Raises
     ------
     TypeError, ValueError
@@ -55,11 +50,15 @@ class RepeatedBasis(Basis):
         if instance("one", one, Basis, "laplace_basis(Y.one, rank) makes one").Y is not Y.one:
             raise ValueError(f"one: expected a basis on {Y.one!r}, got one on {one.Y!r}")
         self.Y = Y
-        self.one = one
+        self._one = one
         self.kind = one.kind
         self.rank = Y.channels * one.rank
         self.eigenvalues = None if one.eigenvalues is None else read_only(np.tile(one.eigenvalues, Y.channels))
         self.gram = read_only(self._in_all(one.gram))
+
+    @property
+    def one(self) -> Basis:
+        return self._one
 
     def _in_all(self, block: np.ndarray) -> np.ndarray:
         """The matrix that has this block for each channel, and 0 elsewhere."""

@@ -28,7 +28,6 @@ import ufl
 
 from fem_resnet.arguments import instance, integer, number
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.label_domain.symmetries import SymmetryMatrices, symmetry_matrices
 from fem_resnet.ranks import on_first, same
 
@@ -90,8 +89,6 @@ class Action:
     ----------
     basis : Basis
         The basis.
-    one : Basis
-        The functions of one channel.
     found : SymmetryMatrices
         The matrices of the symmetries on these.
     signs : numpy.ndarray
@@ -101,7 +98,6 @@ class Action:
     """
 
     basis: Basis
-    one: Basis
     found: SymmetryMatrices
     signs: np.ndarray
     tolerance: float
@@ -145,12 +141,11 @@ def acting_on(
             what = "output" if is_output else "signs"
             raise ValueError(f"symmetries[{n}].{what}: expected {channels}, one a channel of {name}, got {len(given)}")
         columns.append(given)
-    one = basis.one if isinstance(basis, RepeatedBasis) else basis
-    found = symmetry_matrices(one, [each.map if isinstance(each, Parity) else each for each in symmetries])
+    found = symmetry_matrices(basis.one, [each.map if isinstance(each, Parity) else each for each in symmetries])
     for n, is_map in enumerate(found.are_maps):
         if isinstance(symmetries[n], Parity) and not is_map:
             raise TypeError(f"symmetries[{n}]: expected a map in a Parity, got a field, which has no sign")
-    return Action(basis, one, found, np.array(columns).T, tolerance)
+    return Action(basis, found, np.array(columns).T, tolerance)
 
 
 def equivariant_maps(to: Action, of: Action) -> tuple[scipy.sparse.csc_array, float]:
@@ -194,8 +189,8 @@ def equivariant_maps(to: Action, of: Action) -> tuple[scipy.sparse.csc_array, fl
                 largest = max(largest, kept)
                 for i, j, one in found:
                     entries = np.abs(one) > 1e-14
-                    rows.append(c * to.one.rank + i[entries])
-                    columns.append(d * of.one.rank + j[entries])
+                    rows.append(c * to.basis.one.rank + i[entries])
+                    columns.append(d * of.basis.one.rank + j[entries])
                     controls.append(np.full(np.count_nonzero(entries), len(controls)))
                     values.append(one[entries])
         places = np.concatenate(rows) * of.basis.rank + np.concatenate(columns)
@@ -214,7 +209,7 @@ def _couplings(to: Action, of: Action, I: np.ndarray, J: np.ndarray, products: S
         for A, B, frequency, sign in zip(to.found.matrices, of.found.matrices, of.found.frequencies, products)
     ]
     _, sizes, V = np.linalg.svd(np.vstack(rows), full_matrices=False)
-    return _kept(of, sizes, V, (to.one.eigenvalues[I], of.one.eigenvalues[J]))
+    return _kept(of, sizes, V, (to.basis.one.eigenvalues[I], of.basis.one.eigenvalues[J]))
 
 
 def _kept(of: Action, sizes: np.ndarray, V: np.ndarray, eigenvalues: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
@@ -246,9 +241,9 @@ def invariant_coefficients(action: Action) -> np.ndarray:
                     )
                 ]
                 _, sizes, V = np.linalg.svd(np.vstack(rows), full_matrices=False)
-                for v in _kept(action, sizes, V, (action.one.eigenvalues[I],))[0]:
+                for v in _kept(action, sizes, V, (action.basis.one.eigenvalues[I],))[0]:
                     whole = np.zeros(action.basis.rank)
-                    whole[c * action.one.rank + I] = v
+                    whole[c * action.basis.one.rank + I] = v
                     yield whole
 
     return on_first(action.basis.Y.comm, lambda: np.array([*vectors()]).reshape(-1, action.basis.rank).T)

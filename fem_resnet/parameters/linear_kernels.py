@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 from fem_resnet.arguments import instance, integer, integer_array, number, real_array
 from fem_resnet.fixed import Fixed, read_only
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.label_domain.symmetries import eigenspaces
 from fem_resnet.parameters.kernel_sets import KernelSet, MatrixControls, refuse_outside
 from fem_resnet.ranks import same
@@ -165,7 +164,7 @@ class LaplaceFunctions(LinearKernels):
     def __init__(self, phi: Basis, *, split: float = 1e-3):
         instance("phi", phi, Basis, "laplace_basis(Y, rank) makes one")
         same(phi.Y.comm, split=split)
-        one = phi.one if isinstance(phi, RepeatedBasis) else phi
+        one = phi.one
         spaces = eigenspaces(one, number("split", split, least=0, most=1))
         label = np.empty(one.rank, dtype=int)
         for k, space in enumerate(spaces):

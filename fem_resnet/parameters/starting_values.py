@@ -16,7 +16,6 @@ from __future__ import annotations
 import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.space_basis import BasisCoefficients
 
@@ -78,5 +77,4 @@ def random_bias(basis: BasisCoefficients, random: np.random.Generator) -> np.nda
 
 def _numbers(basis: Basis) -> np.ndarray:
     """The number of each function from 1, within its channel, shape (rank,)."""
-    channels = basis.Y.channels if isinstance(basis, RepeatedBasis) else 1
-    return np.tile(np.arange(1.0, basis.rank // channels + 1), channels)
+    return np.tile(np.arange(1.0, basis.one.rank + 1), basis.rank // basis.one.rank)

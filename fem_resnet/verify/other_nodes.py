@@ -27,7 +27,8 @@ def moved(point: Point) -> Checks:
     problem, net, head = point.problem, point.problem.net, point.problem.head
     if net.Y.graph is not None or net.Y.numbers is not None or problem.derivatives is not None:
         return
-    Y = Channels(LabelSpace(net.Y.one.V), net.Y.channels) if isinstance(net.Y, Channels) else LabelSpace(net.Y.V)
+    Y = LabelSpace(net.Y.one.V)
+    Y = Y if net.Y.one is net.Y else Channels(Y, net.Y.channels)
     try:
         there, output = net.on(Y), None if head is None else head.on(Y)
     except ValueError as error:
