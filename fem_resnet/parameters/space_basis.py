@@ -304,13 +304,13 @@ class NodalValues(SpaceBasis):
 
     def new_functional(self, functional: np.ndarray) -> fd.Cofunction:
         """A new Cofunction that holds a functional, shape (nodes,), in that very array where it has no halo. Collective."""
-        values = self.Y.to_data(functional)
+        values = np.ascontiguousarray(self.Y.to_data(functional))  # PETSc reads it by its address
         own, size = values.size, self.space.dof_dset.total_size * self.Y.channels
         if size > own:
             # As large as the array of the functional: malloc then reuses the memory of one for the other.
             came_in = functional if functional.base is None else functional.base
             values = np.zeros(max(size, came_in.size))[:size]
-            values[:own] = self.Y.to_data(functional).ravel()
+            values[:own] = np.ravel(self.Y.to_data(functional))
         return new_cofunction(self.dual_space, values)
 
     def functional(self, coefficients):
