@@ -44,7 +44,8 @@ _NEAR = 0.08
 _HIGHEST = 1.3
 #: A block of eigenvalues that differ by more than this part is no eigenspace that a mesh has split.
 _SPREAD = 0.3
-#: What may be missed of the image of a function. Of a map of order m a basis that cuts an eigenspace misses 1/2 at least.
+#: What may be missed of the image of a function. A basis that cuts an eigenspace misses more, but for reflections that happen
+#: to keep what is left of it nearly; `broken` shows that.
 _MISSED = 0.4
 #: A frequency below this part of the largest one is taken for 0.
 _ZERO = 5e-3

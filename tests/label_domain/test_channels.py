@@ -271,7 +271,7 @@ def test_a_pooled_head_reads_the_means_of_the_channels():
     assert taylor_test(J, p.functions, [v._ad_mul(0.01) for v in h]) > 1.98
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_verify_takes_channels():
     phi = basis("annulus of cells", channels=2)
     net = network(phi, bias=None, layers_per_block=2)
