@@ -67,6 +67,7 @@ from fem_resnet import (
     tikhonov,
     total_variation,
     train,
+    train_levenberg_marquardt,
     train_pam,
     train_stochastic,
     ufl_functional,
@@ -122,6 +123,15 @@ def rotated(x):
 @cache
 def kernel() -> LowRankKernel:
     return LowRankKernel(phi(), phi())
+
+
+@cache
+def fitted() -> LearningProblem:
+    """Fields of a head, with a bias in a basis."""
+    net = network("disk", "CG1", bias="basis")
+    psi = net.bases["psi"][0]
+    batch = Batch(net.Y.batch(smooth(net.Y)), net.Y.batch(smooth(net.Y, seed=9)))
+    return LearningProblem(net, Head(psi, net.bases["phi"][0], "identity"), least_squares, None, batch)
 
 
 @cache
@@ -736,6 +746,31 @@ DOORS = {
         lambda: {"tau": 0.5, "accuracy": 0.5, "adapt": False, "inertial": False},
         takes={"tau": POSITIVE, "accuracy": NOT_NEGATIVE, "adapt": FLAG, "inertial": FLAG},
         parted=("tau", "accuracy", "adapt", "inertial"),
+    ),
+    "train_levenberg_marquardt": Door(
+        train_levenberg_marquardt,
+        lambda: {
+            "problem": fitted(),
+            "iterations": 1,
+            "eliminate": "head",
+            "damping": 0.5,
+            "tolerance": 0.5,
+            "rows": 0.5,
+            "directions": 2,
+            "seed": 3,
+            "monitor": stop,
+        },
+        takes={
+            "iterations": {"zero"},
+            "eliminate": {"None"},
+            "damping": POSITIVE,
+            "tolerance": NOT_NEGATIVE,
+            "rows": POSITIVE,
+            "seed": {"zero", "a huge integer"},
+            "monitor": {"None", "a function"},
+        },
+        parted=("problem",),
+        another={"eliminate": None, "monitor": None},
     ),
     "train_stochastic": Door(
         train_stochastic,

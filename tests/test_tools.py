@@ -81,6 +81,7 @@ from fem_resnet import (
     tikhonov,
     to_network,
     train,
+    train_levenberg_marquardt,
     train_pam,
     train_stochastic,
     ufl_functional,
@@ -339,6 +340,16 @@ def _train_stochastic(p, result, close, start):
     assert_allclose(result.value, value(p), rtol=close)
     assert_allclose(result.values[0], start, rtol=close)
     assert result.value < start
+
+
+@runs(
+    "train_levenberg_marquardt",
+    headed=True,
+    regulariser=tikhonov(1.0),
+    call=lambda p: train_levenberg_marquardt(p, iterations=2),
+)
+def _train_levenberg_marquardt(p, result, close, start):
+    _train(p, result, close, start)
 
 
 @runs("train_pam", call=lambda p: train_pam(p, iterations=1))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.layers.sample_functionals import SampleFunctionals
 from fem_resnet.parameters.kernel import LowRankKernel, kernel_coefficients
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import NodalValues, SpaceBasis
@@ -137,6 +138,8 @@ class LayerInputs(NamedTuple):
         Whether the length, and the factors' values, are learned, so that an adjoint computes functionals in them.
     factor_directions : FactorDirections or None
         In a direction, the directions of the factors; None where the factors are fixed.
+    apart : SampleFunctionals or None
+        What makes functionals of each sample apart, in an adjoint; None where they are added up over the samples.
     """
 
     start: float
@@ -147,6 +150,7 @@ class LayerInputs(NamedTuple):
     learns_length: bool = False
     learns_factors: bool = False
     factor_directions: FactorDirections | None = None
+    apart: SampleFunctionals | None = None
 
 
 class LayerCoefficients:
@@ -169,6 +173,8 @@ class LayerCoefficients:
         One a set of coefficients. The slots of the factors come last.
     functions : list of Function
         The Functions that hold the coefficients, without the factors.
+    keys : list of (str, int)
+        The names of their parameters, and their numbers there.
     layers : range
         As above.
     """
@@ -208,6 +214,7 @@ class LayerCoefficients:
         self.slots: list[SpaceBasis] = [parameters[name].space_bases[k] for name, k in keys]
         self.slots += self._factors
         self.functions = [parameters[name].functions[k] for name, k in keys]
+        self.keys = keys
 
     def on_layers(self, arrays: Sequence[np.ndarray], directions: bool = False) -> list[LayerInputs]:
         """What each layer takes. Collective.

@@ -21,6 +21,7 @@ each solves the whole problem, as each has all of g.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -43,13 +44,13 @@ from fem_resnet.parameters.space_basis import BatchValues, Replicated, SeenBatch
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.tape.recording import apply
 
-__all__ = ["HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_eliminable", "solve_head"]
+__all__ = ["ROUND_OFF", "HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_eliminable", "ridge", "solve_head"]
 
 #: Sizes of W and mu at which a regulariser is asked what it is: one that is not quadratic shows it there.
 _SIZES = (1e-3, 1.0, 1e3)
 #: Singular values below this part of the largest are taken for round-off in g, on which no W should live: coefficients of W
 #: would be 1e10 times as large as others, and round-off in O too.
-_ROUND_OFF = 1e-10
+ROUND_OFF = 1e-10
 _FIRST = "{what}: J with eliminate='head' has first derivatives only; record it without eliminate"
 
 
@@ -137,7 +138,7 @@ def solve_head(
     ValueError
         If the regulariser is another function of W or mu.
     """
-    ridges = None if regulariser is None else [_ridge(regulariser, parameter) for parameter in head.parameters]
+    ridges = None if regulariser is None else [_ridge_of_head(regulariser, parameter) for parameter in head.parameters]
     operator = HeadSolve(head, readings, weights, ridges)
     given = apply(operator, [reading.state for reading in readings])[0]
     assert isinstance(given, list), "there are several outputs"
@@ -146,22 +147,37 @@ def solve_head(
     return SolvedHead(outputs, parameters, operator)
 
 
-def _ridge(regulariser: Regulariser, parameter: Parameter) -> float:
-    """lambda such that the regulariser is lambda/2 |c|^2 of this parameter. Collective."""
-    basis, rng = parameter.space_basis, np.random.default_rng(0)
-    probe = Parameter(parameter.name, basis, Once())
-    ratios = []
+def ridge(regulariser: Regulariser, parameter: Parameter) -> float | None:
+    """lambda such that the regulariser is lambda/2 |c|^2 of this parameter; None if it is none. Collective.
+
+    Parameters
+    ----------
+    regulariser
+        The regulariser.
+    parameter
+        The parameter, with coefficients that are the same on every rank.
+    """
+    rng, probe, ratios = np.random.default_rng(0), copy.deepcopy(parameter), []
     with stop_annotating():
         for size in _SIZES:
-            c = size * basis.amplitude * rng.normal(size=basis.shape)
-            probe.write(0, c)
-            ratios.append(float(regulariser([probe])) / (0.5 * probe.pair(0, c, c)))
-    if not np.allclose(ratios, ratios[0], rtol=1e-9, atol=0) or not 0 <= ratios[0] < np.inf:
+            squares = 0.0
+            for k, basis in enumerate(probe.space_bases):
+                c = size * basis.amplitude * rng.normal(size=basis.shape)
+                probe.write(k, c)
+                squares += probe.pair(k, c, c)
+            ratios.append(float(regulariser([probe])) / (0.5 * squares))
+    multiple = np.allclose(ratios, ratios[0], rtol=1e-9, atol=0) and 0 <= ratios[0] < np.inf
+    return ratios[0] if multiple else None
+
+
+def _ridge_of_head(regulariser: Regulariser, parameter: Parameter) -> float:
+    found = ridge(regulariser, parameter)
+    if found is None:
         raise ValueError(
             f"eliminate: expected a regulariser that is a multiple of the squared norm of {parameter.name}, or leaves it out, "
             f"so that W and mu solve a small linear problem; got another; take tikhonov, or leave eliminate out"
         )
-    return ratios[0]
+    return found
 
 
 class HeadSolve:
@@ -295,7 +311,7 @@ def _least(rows: np.ndarray, right: np.ndarray, ridges: np.ndarray) -> tuple[np.
     Also the singular values, and how many of them are no round-off.
     """
     left, sizes, directions = scipy.linalg.svd(np.vstack([rows, np.diag(np.sqrt(ridges))]), full_matrices=False)
-    known = sizes > _ROUND_OFF * sizes[0]
+    known = sizes > ROUND_OFF * sizes[0]
     return directions[known].T @ ((left[: len(rows), known].T @ right) / sizes[known, None]), sizes, int(known.sum())
 
 
@@ -379,12 +395,17 @@ class ReducedToOthers(ReducedFunctional):
         """How many of these had to take the least norm in the latest evaluation."""
         return self.unknowns - self._operator.determined
 
+    @property
+    def functions(self) -> list[fd.Function]:
+        """The Functions of the parameters, one a control. Collective."""
+        return [function for parameter in self.parameters for function in parameter.functions]
+
     def give_head(self) -> None:
         """Assign the W and mu that belong to the present values of the parameters to the head. Collective.
 
         J is evaluated if its latest evaluation was elsewhere, or another batch has come since.
         """
-        functions = [function for parameter in self.parameters for function in parameter.functions]
+        functions = self.functions
         here = self._operator.current and all(
             np.array_equal(control.tape_value().dat.data_ro, function.dat.data_ro)
             for control, function in zip(self.controls, functions)

@@ -391,6 +391,27 @@ class ResidualNetwork(OnMesh):
         """
         return self._solver.layer_segments(space, running, omega)
 
+    def sample_segment(self, space: fd.functionspaceimpl.WithGeometry, *, seen_by: Basis | None = None) -> Segment:
+        """All layers as an operator whose adjoint gives functionals of each sample apart, outside of any tape. Collective.
+
+        The bias has bases, times and factors are fixed, and PETSc's TS steps (2.8). The coefficients are all that is learned
+        of bias and kernel, `Segment.functions`. Where the adjoint of other segments gives a functional of the shape of
+        coefficients, it has shape (number of coefficients, samples) here.
+
+        Parameters
+        ----------
+        space
+            Of the state: `Y.V`, or `Y.batch_space(samples)`.
+        seen_by
+            The psi of all layers, where the segment is to take and give g = Psi^T M f: see `steps_what_is_seen_by`.
+
+        Raises
+        ------
+        ValueError
+            If the bias has values at nodes.
+        """
+        return self._solver.sample_segment(space, seen_by)
+
     # -- what other networks are made of it ----------------------------------------------------------------------------
 
     def replace(self, **changes) -> ResidualNetwork:

@@ -21,6 +21,7 @@ from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
+from fem_resnet.layers.sample_coefficients import SampleCoefficients
 from fem_resnet.layers.stage import Stage
 from fem_resnet.log import log
 from fem_resnet.network.coefficient_segment import CoefficientSegment
@@ -169,6 +170,18 @@ class Solver:
         """Each layer as a segment of its own, on no tape: see `ResidualNetwork.layer_segments`."""
         with stop_annotating():
             return self.new_segments(space, running, omega, share=True, per_block=1)
+
+    def sample_segment(self, space, seen_by: Basis | None) -> Segment:
+        """All layers as a segment with functionals of each sample apart: see `ResidualNetwork.sample_segment`."""
+        values, layers = BatchValues(self._Y, space), range(self._layers)
+        stage, parameters = self._stage(values.samples), self._parameters
+        coefficients = SampleCoefficients(parameters.bias, parameters.kernel, parameters.times, layers, values.samples)
+
+        def steppers(orders: int) -> list[Stepper]:
+            return [self._scheme.new_stepper(layer, stage, parameters.factors_on(layer), orders) for layer in layers]
+
+        make = Segment if seen_by is None else partial(CoefficientSegment, seen_by, True)
+        return make(self._scheme, steppers, stage, coefficients, values, False)
 
     def _segments(
         self, space, running: RunningCost | None, omega: np.ndarray | None, seen_by: Basis | None, observed: tuple[int, ...]

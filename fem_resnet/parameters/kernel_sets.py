@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from scipy.linalg import solve_triangular
 
 from fem_resnet.arguments import integer, number
@@ -134,6 +135,11 @@ class KernelSet(ABC):
     @abstractmethod
     def curvature(self, kernel: LowRankKernel, X: np.ndarray, X_1: np.ndarray, functional: np.ndarray) -> np.ndarray:
         """(P''(X) X_1)^T d, for a functional d of beta."""
+
+    def derivative(self, kernel: LowRankKernel, X: np.ndarray) -> np.ndarray | scipy.sparse.sparray:
+        """P'(X) as a matrix, shape (numbers of beta, numbers of X), each in the order of rows; sparse where P is linear."""
+        columns = (self.tangent(kernel, X, unit.reshape(X.shape)).ravel() for unit in np.eye(X.size))
+        return np.column_stack(list(columns))
 
     @property
     def description(self) -> dict[str, object]:
@@ -369,6 +375,8 @@ class KernelMap:
     def __init__(self, choice: KernelSet, controls: MatrixControls, coefficients: KernelCoefficients):
         self._choice = choice
         self._kernel = coefficients.kernel
+        #: Whether it is linear.
+        self.linear = choice.linear
         self.inputs = [controls]
         self.output = coefficients
 
@@ -379,6 +387,10 @@ class KernelMap:
     def adjoint(self, arrays: Sequence[np.ndarray], functional: np.ndarray) -> list[np.ndarray]:
         """A functional of X from a functional of beta."""
         return [self._choice.adjoint(self._kernel, arrays[0], functional)]
+
+    def derivative(self, X: np.ndarray) -> np.ndarray | scipy.sparse.sparray:
+        """The matrix of `tangent`: see `KernelSet.derivative`."""
+        return self._choice.derivative(self._kernel, X)
 
     def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray:
         """beta_1."""

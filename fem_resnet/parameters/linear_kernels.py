@@ -108,6 +108,9 @@ class LinearKernels(Fixed, KernelSet):
     def curvature(self, kernel, X, X_1, functional):
         return np.zeros((self.count, 1))
 
+    def derivative(self, kernel, X):
+        return self._elements
+
     def projected(self, beta: ArrayLike) -> np.ndarray:
         """The nearest kernel of the set, shape (rank, rank).
 

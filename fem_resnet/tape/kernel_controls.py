@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import firedrake as fd
 import numpy as np
+import scipy.sparse
 from mpi4py import MPI
 from pyadjoint import Control
 
@@ -36,6 +37,16 @@ class KernelControls(Parameter):
     def __init__(self, kernel: KernelSetParameter, space_basis, time_basis: TimeBasis):
         super().__init__("kernel_controls", space_basis, time_basis)
         self._kernel = kernel
+
+    @property
+    def linear(self) -> bool:
+        """Whether the kernel is a linear function of them."""
+        return all(self._kernel.map(k).linear for k in range(len(self.functions)))
+
+    def derivative(self) -> scipy.sparse.sparray:
+        """The derivative of all beta_k in all X_k, each in the order of its rows, one block for each k. Collective."""
+        blocks = [self._kernel.map(k).derivative(self.read(k)) for k in range(len(self.functions))]
+        return scipy.sparse.block_diag(blocks, format="csr")
 
     def acting(self) -> Parameter:
         """The kernel in new Functions, whose making is recorded while annotating. Collective."""

@@ -13,6 +13,7 @@ elimination gives its exact inverse as a preconditioner.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +21,7 @@ from petsc4py import PETSc
 
 from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.running_cost import CostRate, RunningCost
+from fem_resnet.layers.sample_functionals import SampleFunctionals
 from fem_resnet.layers.stage import Argument, Functionals, Stage, StageFunctional
 from fem_resnet.petsc import shell
 from fem_resnet.time_stepping.state import LayerState
@@ -175,6 +177,8 @@ class LinearLayer:
         """
         t, g, at, cost = self._point
         inputs = self._inputs[0]
+        if inputs.apart is not None:
+            return self._transpose_apart(inputs.apart, by_s)
         result = self.stage.transpose(at, by_s, inputs.learns_length, inputs.learns_factors)
         beta, D = self._beta(t), result.D
         by_g = pulled(beta, D)
@@ -189,6 +193,16 @@ class LinearLayer:
             if inputs.learns_length:
                 result.length += cost.by_length(by_s.by_c)
         return by_g, by_rest, by_coefficients(inputs, t, result, by_beta)
+
+    def _transpose_apart(self, apart: SampleFunctionals, by_s: StageFunctional):
+        """The same with functionals of each sample in the coefficients, where there is neither a tangent nor a cost."""
+        t, g, at, _ = self._point
+        rank, C = apart.kernel.phi.rank, at.C[0]
+        if apart.factors is not at.factors:
+            more = np.zeros((apart.factors.phi.rank - rank, C.shape[1]))
+            at = replace(at, factors=apart.factors, C=(np.vstack([C, more]),))
+        (D,) = self.stage.transpose(at, by_s).D
+        return pulled(self._beta(t), [D[:rank]]), 0.0, apart.pull_back(t, D, g[0])
 
     def matrices(self) -> np.ndarray:
         """`scale (shift I - dQ/dg)`, one matrix a sample, shape (samples, orders x rank, orders x rank). Collective."""

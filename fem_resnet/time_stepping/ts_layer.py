@@ -246,6 +246,8 @@ class LayerTS:
         parameters = inputs.bias.size + inputs.beta.size + inputs.learns_length
         if inputs.learns_factors:
             parameters += inputs.factors.phi.values.size + inputs.factors.psi.values.size
+        if inputs.apart is not None:
+            parameters = inputs.apart.size * self.stage.samples
         vector = PETSc.Vec().create(self.state.comm)
         vector.setSizes((parameters, PETSc.DETERMINE))
         vector.setUp()

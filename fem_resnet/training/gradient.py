@@ -50,7 +50,7 @@ class Result:
     converged : bool
         Whether a tolerance was met. False if the iterations ran out.
     reason : str
-        The name of TAO's reason to stop, or "STOPPED" if the monitor stopped it.
+        The name of TAO's reason to stop, or "STOPPED" if the monitor stopped it; or of `train_levenberg_marquardt`.
     values, gradient_norms : numpy.ndarray
         J and the norm at the start and after each iteration, shape (iterations + 1,) each.
     controls : list
@@ -60,6 +60,8 @@ class Result:
     condition : float or None
         With ``eliminate="head"``: the condition number of the least squares problem for W and mu at the end, Tikhonov's rows
         included, in the label measure; infinite where these do not determine W and mu. Else None.
+    damping : float or None
+        Of `train_levenberg_marquardt`: the damping at the end, with which another call goes on. Else None.
     """
 
     value: float
@@ -72,6 +74,7 @@ class Result:
     controls: list
     seconds: float
     condition: float | None = field(default=None, kw_only=True)
+    damping: float | None = field(default=None, kw_only=True)
 
 
 @supports(
