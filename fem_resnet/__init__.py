@@ -60,6 +60,7 @@ _MODULES = {
     "hjb.equation": ["solve_value_function"],
     "hjb.feedback": ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"],
     "training.gradient": ["Result", "train"],
+    "training.rank_continuation": ["train_by_ranks"],
     "training.proximal": ["ProximalStep"],
     "training.pam_result": ["PAMProgress", "PAMResult"],
     "training.pam": ["train_pam"],
