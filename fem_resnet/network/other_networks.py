@@ -43,12 +43,10 @@ def in_first(net, rank: int):
         [None if basis is None else basis.first(rank) for basis in bases]
         for bases in (settings.phi, settings.psi, settings.bias_bases)
     )
-    among = settings.kernel.among
-    if among is not None:
-        among = among.first(min(basis.rank for basis in phi))
-    other = net.replace(
-        kernel=replace(settings.kernel, phi=phi, psi=psi, among=among), bias=replace(settings.bias, basis=bias)
-    )
+    kernel = replace(settings.kernel, phi=phi, psi=psi)
+    if kernel.among is not None and kernel != settings.kernel:
+        kernel = replace(kernel, among=kernel.among.first(min(basis.rank for basis in phi)))
+    other = net.replace(kernel=kernel, bias=replace(settings.bias, basis=bias))
     for ours, theirs in _pairs(net, other):
         copy_leading(ours, theirs)
     return other
