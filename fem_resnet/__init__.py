@@ -64,6 +64,7 @@ _MODULES = {
     "hjb.feedback": ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"],
     "training.gradient": ["Result", "train"],
     "training.levenberg_marquardt": ["train_levenberg_marquardt"],
+    "training.rank_continuation": ["train_by_ranks"],
     "training.proximal": ["ProximalStep"],
     "training.pam_result": ["PAMProgress", "PAMResult"],
     "training.pam": ["train_pam"],

@@ -68,6 +68,7 @@ from fem_resnet import (
     total_variation,
     train,
     train_levenberg_marquardt,
+    train_by_ranks,
     train_pam,
     train_stochastic,
     ufl_functional,
@@ -216,6 +217,11 @@ def stop(progress):
     return True
 
 
+def started(problem):
+    """Training that stops at the start."""
+    return train(problem, monitor=stop)
+
+
 @cache
 def free() -> LearningProblem:
     """Three classes, without a regulariser."""
@@ -316,6 +322,7 @@ DOORS = {
         another={"kind": "cells", "move": lambda basis, Y: basis, "stiffness": np.eye(4)},
     ),
     "Basis.on": Door(Basis.on, lambda: {"self": phi(), "Y": disk()}, parted=("Y",)),
+    "Basis.first": Door(Basis.first, lambda: {"self": phi(), "rank": 3}, takes={"rank": {"a huge integer"}}),
     "Basis.function": Door(Basis.function, lambda: {"self": phi(), "coefficients": np.ones(4)}),
     "given_basis": Door(given_basis, lambda: {"Y": disk(), "functions": [2.0]}, parted=("Y",)),
     "cell_indicators": Door(cell_indicators, lambda: {"Y": cells()}, parted=("Y",)),
@@ -483,6 +490,12 @@ DOORS = {
     "ResidualNetwork.on": Door(
         ResidualNetwork.on, lambda: {"self": laplace_net(), "Y": label_space("disk", "DG0")}, parted=("Y",)
     ),
+    "ResidualNetwork.in_first": Door(
+        ResidualNetwork.in_first, lambda: {"self": laplace_net(), "rank": 3}, takes={"rank": {"a huge integer"}}
+    ),
+    "ResidualNetwork.pad": Door(
+        ResidualNetwork.pad, lambda: {"self": moved_net(), "net": moved_net().in_first(3)}, parted=("net",)
+    ),
     "ResidualNetwork.truncated": Door(
         ResidualNetwork.truncated, lambda: {"self": net(), "tolerance": 0.5}, takes={"tolerance": {"zero"}}
     ),
@@ -504,6 +517,8 @@ DOORS = {
     "Head.predict": Door(Head.predict, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
     "Head.scores": Door(Head.scores, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
     "Head.on": Door(Head.on, lambda: {"self": classes().head, "Y": disk()}, parted=("Y",)),
+    "Head.in_first": Door(Head.in_first, lambda: {"self": classes().head, "rank": 3}, takes={"rank": {"a huge integer"}}),
+    "Head.pad": Door(Head.pad, lambda: {"self": moved_head(), "head": moved_head().in_first(3)}, parted=("head",)),
     "Head.start": Door(
         Head.start,
         lambda: {"self": moved_head(), "rule": "random smooth", "seed": 3, "gain": 0.5},
@@ -691,6 +706,7 @@ DOORS = {
             "gauss_newton": False,
             "bounds": None,
             "eliminate": None,
+            "ranks": [3, 4],
         },
         takes={
             "solver_parameters": OPTIONS,
@@ -699,15 +715,24 @@ DOORS = {
             "gauss_newton": FLAG,
             "bounds": OPTIONS,
             "eliminate": {"None"},
+            "ranks": {"None"},
         },
         parted=("problem",),
         another={
+            "ranks": [1, 4],
             "eliminate": "head",
             "solver_parameters": {"tao_max_it": 2},
             "options_prefix": "mine",
             "monitor": None,
             "bounds": {"kernel": (-9.0, 9.0)},
         },
+    ),
+    "train_by_ranks": Door(
+        train_by_ranks,
+        lambda: {"problem": classes(), "ranks": [3, 4], "train": started},
+        takes={"train": {"a function"}},
+        parted=("problem",),
+        another={"ranks": [1, 4], "train": stop},
     ),
     "train_pam": Door(
         train_pam,

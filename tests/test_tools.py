@@ -82,6 +82,7 @@ from fem_resnet import (
     to_network,
     train,
     train_levenberg_marquardt,
+    train_by_ranks,
     train_pam,
     train_stochastic,
     ufl_functional,
@@ -333,6 +334,28 @@ def _train(p, result, close, start):
     assert_allclose(result.value, value(p), rtol=close)
     assert_allclose(result.values[0], start, rtol=close)
     assert result.value < start
+
+
+def _in_first(p):
+    """Take the part of the coefficients that lives in the first function."""
+    if not p.net.factors and p.learn != "initial":
+        p.net.pad(p.net.in_first(1))
+        if p.head is not None:
+            p.head.pad(p.head.in_first(1))
+
+
+def _by_ranks(p):
+    bases = [basis for bases in p.net.bases.values() for basis in bases if basis is not None]
+    return train_by_ranks(p, (1, max(basis.rank for basis in bases)), lambda stage: train(stage, {"tao_max_it": 3}))
+
+
+@runs("train_by_ranks", before=_in_first, call=_by_ranks)
+def _train_by_ranks(p, results, close, start):
+    first, last = results
+    assert_allclose(first.values[0], start, rtol=close)
+    assert_allclose(last.values[0], first.value, rtol=close)
+    assert_allclose(last.value, value(p), rtol=close)
+    assert last.value < start
 
 
 @runs("train_stochastic", call=lambda p: train_stochastic(p, Adam(1e-3), batch_size=1, epochs=2))
@@ -652,6 +675,19 @@ def _controls(net, controls, close, start):
 def _on(net, other, close, start):
     """Another label space on the same mesh: nothing may change."""
     assert other.Y is not net.Y
+    assert_allclose(of_net(other), of_net(net), atol=10 * close)
+    assert set(features_of(other)) == set(features_of(net))
+
+
+@on_net("ResidualNetwork.in_first", call=lambda net: net.in_first(1))
+def _in_the_first_function(net, other, close, start):
+    assert [basis.rank for basis in (*other.bases["phi"], *other.bases["psi"])] == [1] * 2 * len(net.bases["phi"])
+    for k in range(len(net.kernel.functions)):
+        assert_allclose(other.kernel.get(k), net.kernel.get(k)[:1, :1], atol=10 * close)
+        net.kernel.set(k, np.pad(other.kernel.get(k), [(0, n - 1) for n in net.kernel.space_bases[k].shape]))
+    for k, bias in enumerate(net.bias.space_bases):
+        if net.bases["bias"] != (None,):
+            net.bias.set(k, np.pad(net.bias.get(k)[:1], (0, bias.shape[0] - 1)))
     assert_allclose(of_net(other), of_net(net), atol=10 * close)
     assert set(features_of(other)) == set(features_of(net))
 

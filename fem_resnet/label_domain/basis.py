@@ -9,6 +9,7 @@ Functions that do not depend on the mesh, such as Laplace eigenfunctions, can be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -18,10 +19,12 @@ import ufl
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import function, instance, number, real_array
+from fem_resnet.arguments import function, instance, integer, number, real_array
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.channels import Channels
+from fem_resnet.label_domain.eigensolver import eigenspace_ends
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.log import log
 from fem_resnet.ranks import same, together
 
 __all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
@@ -92,6 +95,7 @@ class Basis(OnMesh):
         self.values = read_only(spread_columns(values))
         self._move = move
         self.rank = rank = self.values.shape[1]
+        self._of_rank: dict[int, Basis] = {rank: self}  # shared by all bases of the first functions of one basis
         self._stiffness = None if stiffness is None else read_only(real_array("stiffness", stiffness, (rank, rank)).copy())
         self.eigenvalues = None if eigenvalues is None else read_only(real_array("eigenvalues", eigenvalues, (rank,)).copy())
         self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
@@ -191,7 +195,65 @@ class Basis(OnMesh):
             raise ValueError(
                 f"on: expected functions that can move, those of {self!r} are tied to their mesh; a Laplace basis is not"
             )
-        return self._move(self, Y)
+        moved = self._move(self, Y)
+        if moved.rank != self.rank:
+            raise ValueError(f"move: expected a function that moves the {self.rank} functions of {self!r}, got {moved.rank}")
+        return moved
+
+    def first(self, rank: int) -> Basis:
+        """The basis of the first functions: the same object each time, and this one if it has no more. Collective.
+
+        A rank that cuts an eigenspace of eigenfunctions is logged as a warning.
+
+        Parameters
+        ----------
+        rank
+            How many, at least 1.
+
+        Raises
+        ------
+        ValueError
+            If that is no positive integer or differs between ranks, or the functions have no order: indicators of cells.
+
+        Examples
+        --------
+        >>> from firedrake import FunctionSpace, UnitDiskMesh
+        >>> from fem_resnet import LabelSpace, laplace_basis
+        >>> phi = laplace_basis(LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1)), 6)
+        >>> phi.first(3).rank, phi.first(5).first(3) is phi.first(3), phi.first(9) is phi
+        (3, True, True)
+        """
+        same(self.Y.comm, rank=rank)
+        rank = min(integer("rank", rank, most=np.inf), self.rank)
+        if rank not in self._of_rank:
+            if self.kind == "cells":
+                raise ValueError(
+                    f"rank: expected {self.rank} or more of {self!r}, whose functions have no order, got {rank}; "
+                    f"take a Laplace basis"
+                )
+            self._warn_of_cut(rank)
+            eigenvalues = None if self.eigenvalues is None else self.eigenvalues[:rank]
+            stiffness = None if self._stiffness is None else self._stiffness[:rank, :rank]
+            first = Basis(self.Y, self.values[:, :rank], self.kind, eigenvalues, self._move, stiffness)
+            first._of_rank = self._of_rank
+            self._of_rank[rank] = first
+        return self._of_rank[rank]
+
+    def begins_with(self, other: Basis) -> bool:
+        """Whether `first` gives this other basis."""
+        return other.rank <= self.rank and self._of_rank.get(other.rank) is other
+
+    def _warn_of_cut(self, rank: int) -> None:
+        if self.eigenvalues is None:
+            return
+        ends = eigenspace_ends(self.eigenvalues / (self.eigenvalues.max() or 1.0))
+        if rank not in ends:
+            log(
+                self.Y.comm, logging.WARNING,
+                "rank %d cuts through the repeated eigenvalue %.6g: ranks %d and %d keep it whole",
+                rank, self.eigenvalues[rank - 1], max([end for end in ends if end < rank], default=0),
+                min(end for end in ends if end > rank),
+            )  # fmt: skip
 
     def function(self, coefficients: np.ndarray) -> fd.Function:
         """The function `P c` of `Y.V`, or a batch. Collective.

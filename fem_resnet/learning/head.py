@@ -26,6 +26,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.points import class_space
 from fem_resnet.parameters.equivariant import acting_on, equivariant_maps, invariant_coefficients
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
+from fem_resnet.parameters.padding import copy_leading, pad
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch, SpaceBasis, Within
 from fem_resnet.parameters.starting_values import diagonal_kernel, random_kernel
@@ -321,6 +322,46 @@ class Head(OnMesh):
         for ours, theirs in zip(self.parameters, head.parameters):
             theirs.set(0, ours.get(0))
         return head
+
+    def in_first(self, rank: int) -> Head:
+        """The head in the first functions of its bases, with their coefficients: psi and, but for classes, onto. Collective.
+
+        Parameters
+        ----------
+        rank
+            How many functions, at least 1; bases that have no more stay.
+
+        Raises
+        ------
+        ValueError
+            If that is no positive integer or differs between ranks, or functions have no order: indicators of cells.
+        """
+        same(self.psi.Y.comm, rank=rank)
+        rank = integer("rank", rank, most=np.inf)
+        head = Head(self.psi.first(rank), self.classes or self.onto.first(rank), self.prediction.name)
+        for ours, theirs in zip(self.parameters, head.parameters):
+            copy_leading(ours, theirs)
+        return head
+
+    def pad(self, head: Head) -> None:
+        """Take the coefficients of a head in the first functions of the bases, padded by zeros. Collective.
+
+        Parameters
+        ----------
+        head
+            As `in_first` of this head has made it, or of one in more of these functions.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no such head.
+        """
+        instance("head", head, Head)
+        alike = self.classes == head.classes if self.classes or head.classes else self.onto.begins_with(head.onto)
+        if not (alike and self.psi.begins_with(head.psi)):
+            raise ValueError(f"head: expected a head that in_first(..) of {self!r} has made, got {head!r}")
+        for ours, theirs in zip(self.parameters, head.parameters):
+            pad(ours, theirs)
 
     def observations(self, labels: Sequence[int]) -> fd.Function:
         """C for class labels: the batch of indicators of the classes.

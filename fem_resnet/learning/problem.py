@@ -18,8 +18,7 @@ int |f_I|^2 dy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from types import NoneType
 
@@ -35,7 +34,6 @@ from fem_resnet.arguments import choice, flag, instance, integer
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.batch import Batch, Derivatives, Observations
@@ -43,6 +41,7 @@ from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers,
 from fem_resnet.learning.head import PREDICTIONS, Head
 from fem_resnet.learning.loss import Loss, LossOperator, least_squares
 from fem_resnet.learning.regulariser import Regulariser
+from fem_resnet.learning.samples import Samples
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.parameters.parameter import Parameter
@@ -154,52 +153,20 @@ class LearningProblem(OnMesh):
             together(comm, lambda: schedule_of(checkpoints, max(net.blocks, 1)))
         self.running, self.ensemble = running, ensemble
         self._recorded: tuple[BlockVariable, OperatorBlock, Run, HeadSolve | None] | None = None
-        self._batch, self._observation = batch, self._observed(batch)
-        self._inner = self._observed_inside(batch)
-        self._check_derivatives(batch)
+        if checkpoints is not None and batch.observations is not None:
+            raise ValueError(
+                "observations: a schedule of checkpoints keeps no states inside of the network; make the problem without one"
+            )
+        self._samples = Samples(batch, net, head)
         self._initial: list[Parameter] = []
         if learn != "parameters":
             states = StateValues(net.Y, batch.inputs.function_space())
             self._initial = [Parameter("initial", states, AtStart(), [batch.inputs])]
 
-    def _observed(self, batch: Batch) -> fd.Function:
-        """The observations of a batch, which is checked."""
-        Y = self.net.Y
-        Y.check_batch(batch.inputs, "batch.inputs")
-        if Y.samples(batch.inputs.function_space()) != batch.samples:  # of channels: one Function looks like a batch on `one`
-            raise ValueError(f"batch.inputs: expected a batch of {Y!r}, got a Function of its space; give Y.batch(inputs)")
-        return self._targets(batch.targets, batch.samples, "batch.targets")
-
-    def _targets(self, targets: Sequence[int] | fd.Function, samples: int, name: str) -> fd.Function:
-        if not isinstance(targets, fd.Function):
-            if self.head is None or self.head.classes is None:
-                raise ValueError(f"{name}: expected a batch on {self._output!r}, as there are no classes; got labels")
-            targets = self.head.labelled(targets, name)
-        self._output.check_batch(targets, name)
-        given = self._output.samples(targets.function_space())
-        if given != samples:
-            raise ValueError(f"{name}: expected {samples} samples, as many as inputs, got {given}")
-        return targets
-
-    def _observed_inside(self, batch: Batch) -> list[tuple[int, fd.Function, float]]:
-        """Layer, targets and weight of each observation before T of a batch, which are checked."""
-        if batch.observations is None:
-            return []
-        if self.checkpoints is not None:
-            raise ValueError(
-                "observations: a schedule of checkpoints keeps no states inside of the network; make the problem without one"
-            )
-        L, layers, weights = self.net.layers, batch.observations.layers, batch.observations.weights
-        weights = (1.0,) * len(layers) if weights is None else weights
-        if layers and layers[-1] > L:
-            raise ValueError(f"observations.layers: expected increasing integers from 0 to L = {L}, got {layers}")
-        targets = [self._targets(part, batch.samples, "observations.targets") for part in batch.observations.targets]
-        return list(zip(layers, targets, weights))
-
     @property
     def batch(self) -> Batch:
         """The data; `exchange` puts others in their place."""
-        return self._batch
+        return self._samples.batch
 
     @property
     def observations(self) -> Observations | None:
@@ -266,12 +233,12 @@ class LearningProblem(OnMesh):
         self, seen_by: Basis | None, eliminate: str | None = None
     ) -> tuple[AdjFloat, Run, OperatorBlock | None, SolvedHead | None]:
         weights = self.batch.weights
-        layers = [layer for layer, *_ in self._inner]
+        layers = [layer for layer, *_ in self._samples.before]
         run = self.net.solve(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
         solved = None if eliminate is None else solve_head(self.head, self._readings(run), weights, self.regulariser)
         outputs = iter(self._outputs(run) if solved is None else solved.outputs)
-        J, block = self.loss.record(self._output, next(outputs), self._observation, weights, self._prediction)
-        for _, targets, weight in self._inner:
+        J, block = self.loss.record(self._output, next(outputs), self._samples.at_end, weights, self._prediction)
+        for _, targets, weight in self._samples.before:
             J = J + weight * self.loss.record(self._output, next(outputs), targets, weights, self._prediction)[0]
         if self.running is not None:
             J = J + run.cost
@@ -286,7 +253,7 @@ class LearningProblem(OnMesh):
 
     def _outputs(self, run: Run) -> Iterator[fd.Function]:
         """The outputs at T and where else they are observed, and their derivatives; each recorded when it is asked for."""
-        for layer in (self.net.layers, *(layer for layer, *_ in self._inner)):
+        for layer in (self.net.layers, *(layer for layer, *_ in self._samples.before)):
             yield self._output_at(run, layer)
         if self.derivatives is not None:
             derivative = run.tangent(self.derivatives.directions)
@@ -294,7 +261,7 @@ class LearningProblem(OnMesh):
 
     def _readings(self, run: Run) -> list[Reading]:
         """What the head reads for the same outputs, in the same order."""
-        observed = [(self.net.layers, self._observation, 1.0), *self._inner]
+        observed = [(self.net.layers, self._samples.at_end, 1.0), *self._samples.before]
         readings = [Reading(*run.held(layer), targets, weight, True) for layer, targets, weight in observed]
         if self.derivatives is not None:
             state, targets = run.tangent(self.derivatives.directions), self.derivatives.targets
@@ -311,7 +278,7 @@ class LearningProblem(OnMesh):
         """The loss of the output 0, beside which others are small or not. Collective."""
         zero = self._output.batch(np.zeros((self._output.nodes, self.batch.samples)))
         with stop_annotating():
-            return float(self.loss(self._output, zero, self._observation, self.batch.weights, self._prediction))
+            return float(self.loss(self._output, zero, self._samples.at_end, self.batch.weights, self._prediction))
 
     @property
     def _share(self) -> float:
@@ -328,18 +295,6 @@ class LearningProblem(OnMesh):
     def _penalised(self, solved: Mapping[Parameter, Parameter]) -> list[Parameter]:
         """The same, with what was solved for in the place of W and mu."""
         return [solved.get(parameter, parameter).acting() for parameter in self.parameters if parameter.penalised]
-
-    def _check_derivatives(self, batch: Batch) -> None:
-        if batch.derivatives is None:
-            return
-        for name, Y, function in (
-            ("directions", self.net.Y, batch.derivatives.directions),
-            ("targets", self._output, batch.derivatives.targets),
-        ):
-            Y.check_batch(function, f"derivatives.{name}")
-            given = Y.samples(function.function_space())
-            if given != batch.samples:
-                raise ValueError(f"derivatives.{name}: expected {batch.samples} samples, as many as inputs, got {given}")
 
     def _mismatch_of_derivatives(self, derivative: fd.Function) -> AdjFloat:
         return least_squares.record(self._output, derivative, self.derivatives.targets, self.batch.weights)[0]
@@ -438,7 +393,7 @@ class LearningProblem(OnMesh):
         """
         same(self.net.Y.comm, batch=batch)
         instance("batch", batch, Batch)
-        observation = self._observed(batch)
+        samples = Samples(batch, self.net, self.head)
         if batch.observations is not None or batch.derivatives is not None:
             raise ValueError(
                 "batch: expected one without observations and derivatives, which are recorded; make another problem: "
@@ -449,14 +404,14 @@ class LearningProblem(OnMesh):
                 f"batch: expected {self.batch.samples} samples, as many as before, got {batch.samples}; "
                 f"minibatches() pads the last"
             )
-        self._batch, self._observation = batch, observation
+        self._samples = samples
         if self._recorded is not None:
             variable, block, run, solver = self._recorded
             variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
             assert isinstance(block.operator, LossOperator)
-            block.operator.observe(observation, batch.weights)
+            block.operator.observe(samples.at_end, batch.weights)
             if solver is not None:
-                solver.observe([observation], batch.weights)
+                solver.observe([samples.at_end], batch.weights)
             if run.omega is not None:
                 run.exchange_weights(sample_weights(batch.weights, batch.samples))
 
@@ -480,37 +435,8 @@ class LearningProblem(OnMesh):
             If `size` is no positive integer, or `seed` no integer >= 0; or they differ between ranks.
         """
         same(self.net.Y.comm, size=size, seed=seed)
-        size = integer("size", size)
-        weights = sample_weights(self.batch.weights, self.batch.samples)
-        order = np.arange(weights.size)
-        if seed is not None:
-            order = np.random.default_rng(integer("seed", seed, least=0, most=np.inf)).permutation(weights.size)
-        order = order[weights[order] > 0]
-        batches = []
-        for start in range(0, order.size, size):
-            chosen = order[start : start + size]
-            padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
-            omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)
-            batches.append(self._samples(padded, omega))
-        return batches
-
-    def _samples(self, chosen: np.ndarray, weights: np.ndarray) -> Batch:
-        """A batch of these samples, with these weights. Collective."""
-
-        def of(Y: LabelSpace, batch: fd.Function) -> fd.Function:
-            return Y.batch(Y.values(batch)[:, chosen])
-
-        given = self.batch
-        observations, derivatives = given.observations, given.derivatives
-        if observations is not None:
-            observations = replace(observations, targets=[of(self._output, targets) for _, targets, _ in self._inner])
-        if derivatives is not None:
-            v, C = of(self.net.Y, derivatives.directions), of(self._output, derivatives.targets)
-            derivatives = replace(derivatives, directions=v, targets=C)
-        return Batch(
-            of(self.net.Y, given.inputs), of(self._output, self._observation), weights.tolist(),
-            observations=observations, derivatives=derivatives,
-        )  # fmt: skip
+        seed = None if seed is None else integer("seed", seed, least=0, most=np.inf)
+        return self._samples.minibatches(integer("size", size), seed)
 
     def reduced_functional(self, *, gauss_newton: bool = False) -> ReducedFunctional:
         """J as a function of all that is learned: for `taylor_test`, TAO, SciPy. See `record`."""

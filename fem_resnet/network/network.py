@@ -29,7 +29,7 @@ from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.network.network_parameters import NetworkParameters
-from fem_resnet.network.other_networks import copy_coefficients, moved, truncated
+from fem_resnet.network.other_networks import copy_coefficients, in_first, moved, padded, truncated
 from fem_resnet.network.run import Run
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.settings import Bias, Kernel, Layers, settings_of
@@ -478,6 +478,61 @@ class ResidualNetwork(OnMesh):
         """
         check_label_space(Y)
         return moved(self, Y)
+
+    @supports(
+        "channels", "no_layers", "gradient_flow", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer",
+        "linear_in_time", "shared_in_time", *STEPPED,
+    )  # fmt: skip
+    def in_first(self, rank: int) -> ResidualNetwork:
+        """The network in the first functions of its bases, with their coefficients: of phi, psi and bias. Collective.
+
+        Bases that have no more functions stay, and so does a bias with a value at every node. A kernel stays in its set. `pad`
+        is the way back.
+
+        Parameters
+        ----------
+        rank
+            How many functions, at least 1.
+
+        Raises
+        ------
+        ValueError
+            If that is no positive integer or differs between ranks; if functions have no order (indicators of cells); if the
+            kernel's set does not have the leading coefficients, or has no kernels on these functions alone: where they
+            cut an eigenspace of `Symmetric` or `LaplaceFunctions`, for `DampedAntisymmetric` with damping, and for
+            `PositiveSemidefinite` of a larger rank.
+
+        Examples
+        --------
+        >>> from firedrake import FunctionSpace, UnitDiskMesh
+        >>> from fem_resnet import LabelSpace, laplace_basis
+        >>> Y = LabelSpace(FunctionSpace(UnitDiskMesh(2), "CG", 1))
+        >>> net = ResidualNetwork(laplace_basis(Y, 6), layers=1)
+        >>> small = net.in_first(1)
+        >>> small.kernel.set(0, [[2.0]])
+        >>> net.pad(small)
+        >>> net.kernel.get(0)[:2, :2].tolist()
+        [[2.0, 0.0], [0.0, 0.0]]
+        """
+        same(self.Y.comm, rank=rank)
+        return in_first(self, integer("rank", rank, most=np.inf))
+
+    def pad(self, net: ResidualNetwork) -> None:
+        """Take the coefficients of a network in the first functions of the bases, padded by zeros. Collective.
+
+        Both networks are then the same map.
+
+        Parameters
+        ----------
+        net
+            As `in_first` of this network has made it, or of one in more of these functions.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no such network.
+        """
+        padded(self, instance("net", net, ResidualNetwork))
 
     @supports(
         "channels", "gradient_flow", "learned_factors", "learned_times", "kernel_set", "nodal_bias", "linear_in_time",

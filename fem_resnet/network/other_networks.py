@@ -1,10 +1,11 @@
-"""Networks that are made of a network: on another mesh, and with kernels of lower rank.
+"""Networks that are made of a network: on another mesh, in the first functions of its bases, with kernels of lower rank.
 
 `ResidualNetwork` has them as methods, which check the arguments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -12,8 +13,10 @@ import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.parameters.padding import copy_leading, pad
+from fem_resnet.parameters.parameter import Parameter
 
-__all__ = ["copy_coefficients", "moved", "truncated"]
+__all__ = ["copy_coefficients", "in_first", "moved", "padded", "truncated"]
 
 
 def copy_coefficients(net, to) -> None:
@@ -31,6 +34,48 @@ def moved(net, Y: LabelSpace):
     other = net.replace(kernel=replace(settings.kernel, phi=phi, psi=psi), bias=replace(settings.bias, basis=bias))
     copy_coefficients(net, other)
     return other
+
+
+def in_first(net, rank: int):
+    """The network in the first functions of its bases: see `ResidualNetwork.in_first`."""
+    settings = net.settings
+    phi, psi, bias = (
+        [None if basis is None else basis.first(rank) for basis in bases]
+        for bases in (settings.phi, settings.psi, settings.bias_bases)
+    )
+    kernel = replace(settings.kernel, phi=phi, psi=psi)
+    if kernel.among is not None and kernel != settings.kernel:
+        kernel = replace(kernel, among=kernel.among.first(min(basis.rank for basis in phi)))
+    other = net.replace(kernel=kernel, bias=replace(settings.bias, basis=bias))
+    for ours, theirs in _pairs(net, other):
+        copy_leading(ours, theirs)
+    return other
+
+
+def padded(net, other) -> None:
+    """Give a network the coefficients of one in the first functions of its bases: see `ResidualNetwork.pad`."""
+    of_both = zip(chain(*net.bases.values()), chain(*other.bases.values()))
+    if net.factors or _kinds(net) != _kinds(other) or not all(
+        mine is one or None not in (mine, one) and mine.begins_with(one) for mine, one in of_both
+    ):  # fmt: skip
+        raise ValueError(f"net: expected a network that in_first(..) of {net!r} has made, got {other!r}")
+    for ours, theirs in _pairs(net, other):
+        pad(ours, theirs)
+
+
+def _kinds(net) -> tuple:
+    """What networks have in common whose parameters differ in the ranks of their bases alone."""
+    kernel, bias, layers = net.settings.kernel, net.settings.bias, net.settings.layers
+    numbers = [len(bases) for bases in net.bases.values()]
+    return numbers, kernel.in_time, kernel.learn_factors, bias.in_time, layers.times, layers.learn_times
+
+
+def _pairs(net, other) -> Iterator[tuple[Parameter, Parameter]]:
+    """The parameters of both, beta in place of the controls of which it is made."""
+    yield net.bias, other.bias
+    yield net.kernel, other.kernel
+    if net.layer_times is not None:
+        yield net.layer_times, other.layer_times
 
 
 def truncated(net, tolerance: float):

@@ -141,6 +141,21 @@ class KernelSet(ABC):
         columns = (self.tangent(kernel, X, unit.reshape(X.shape)).ravel() for unit in np.eye(X.size))
         return np.column_stack(list(columns))
 
+    def first(self, rank: int) -> KernelSet:
+        """The set in the first functions of phi and psi, whose kernels, padded by zeros, are kernels of this set.
+
+        Parameters
+        ----------
+        rank
+            How many functions.
+
+        Raises
+        ------
+        ValueError
+            If there is no such set, or training would not leave it.
+        """
+        return self
+
     @property
     def description(self) -> dict[str, object]:
         """The set's name and numbers, of which `kernel_set_from` makes it again, with `arrays`."""
@@ -198,6 +213,14 @@ class PositiveSemidefinite(KernelSet):
         if self.rank is not None:
             integer("rank", self.rank)
 
+    def first(self, rank):
+        if self.rank is None or self.rank > rank:
+            raise ValueError(
+                f"kernel.among: expected PositiveSemidefinite(rank=..) of {rank} or less in the first {rank} functions, got "
+                f"{self!r}; more C_k, padded by zeros, would stay zero, which is a stationary point"
+            )
+        return self
+
     def shape(self, phi, psi):
         return phi, phi if self.rank is None else self.rank
 
@@ -248,6 +271,14 @@ class DampedAntisymmetric(KernelSet):
 
     def __post_init__(self):
         number("damping", self.damping, least=0)
+
+    def first(self, rank):
+        if self.damping:
+            raise ValueError(
+                f"kernel.among: expected DampedAntisymmetric(damping=0) in the first {rank} functions, got {self!r}, whose "
+                f"kernels padded by zeros are not damped in the others"
+            )
+        return self
 
     def controls(self, kernel):
         return MatrixControls(kernel.phi.Y, kernel.shape, kernel.phi.gram, kernel.psi.gram)

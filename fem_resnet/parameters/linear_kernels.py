@@ -88,6 +88,47 @@ class LinearKernels(Fixed, KernelSet):
             )
         return MatrixControls(phi.Y, shape)
 
+    def first(self, rank):
+        """The kernels that live on the first functions: some of the E_k, so that controls are some of the theta_k.
+
+        Parameters
+        ----------
+        rank
+            How many functions.
+
+        Raises
+        ------
+        ValueError
+            If an E_k lives on some of these functions and on others too.
+        """
+        E = self._elements
+        # How many functions it takes to see the first entry of each E_k, and all of them.
+        taken = np.maximum(*np.divmod(E.indices, self.rank)) + 1
+        least, most = (of.reduceat(taken, E.indptr[:-1]) for of in (np.minimum, np.maximum))
+
+        def cut(size: int) -> bool:
+            return bool(((least <= size) & (size < most)).any())
+
+        if cut(rank):
+            below = next((str(size) for size in range(rank - 1, 0, -1) if not cut(size)), None)
+            above = next(str(size) for size in range(rank + 1, self.rank + 1) if not cut(size))
+            whole = above if below is None else f"{below} or {above}"
+            raise ValueError(
+                f"kernel.among: expected a number of functions that cuts no eigenspace of {self!r}, got {rank}; take {whole}"
+            )
+        inside = most <= rank
+        entries = E[:, np.flatnonzero(inside)].tocoo()
+        i, j = np.divmod(entries.coords[0], self.rank)
+        places = i * rank + j, entries.coords[1]
+        elements = scipy.sparse.csc_array((entries.data, places), shape=(rank**2, int(inside.sum())))
+        return self._restricted(rank, elements)
+
+    def _restricted(self, rank: int, elements: scipy.sparse.csc_array) -> LinearKernels:
+        """The set of some of the E_k, on the first functions."""
+        made = type(self).__new__(type(self))
+        LinearKernels.__init__(made, rank, elements, **self._known)
+        return made
+
     def start(self, kernel):
         return np.zeros((self.count, 1))
 
@@ -185,6 +226,12 @@ class LaplaceFunctions(LinearKernels):
         shape = (rank**2, eigenvalues.size * channels**2)
         elements = scipy.sparse.csc_array((values.ravel(), (places.ravel(), controls.ravel())), shape=shape, dtype=float)
         super().__init__(rank, elements, label=label, eigenvalues=read_only(eigenvalues))
+
+    def _restricted(self, rank, elements):
+        spaces, label = np.unique(self._known["label"][:rank], return_inverse=True)
+        made = type(self).__new__(type(self))
+        made._make(label, self.eigenvalues[spaces])
+        return made
 
     def __repr__(self) -> str:
         return f"LaplaceFunctions(rank {self.rank}, {self.count} free controls)"

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
-from fem_resnet.arguments import flag
+from fem_resnet.arguments import flag, instance
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.elimination import ReducedToOthers
 from fem_resnet.learning.problem import LearningProblem
@@ -26,6 +27,7 @@ from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
 from fem_resnet.training.progress import Progress, check_monitor, tell
+from fem_resnet.training.rank_continuation import pad_problem, train_by_ranks
 from fem_resnet.training.tao import Minimiser
 
 __all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Result", "options_over", "train"]
@@ -62,6 +64,9 @@ class Result:
         included, in the label measure; infinite where these do not determine W and mu. Else None.
     damping : float or None
         Of `train_levenberg_marquardt`: the damping at the end, with which another call goes on. Else None.
+    stages : tuple of Result
+        With ``ranks=..``: how the training ended in the first functions of the bases, one Result for each rank but the last,
+        to which all else here belongs. Their `controls` are coefficients in these functions.
     """
 
     value: float
@@ -75,6 +80,7 @@ class Result:
     seconds: float
     condition: float | None = field(default=None, kw_only=True)
     damping: float | None = field(default=None, kw_only=True)
+    stages: tuple[Result, ...] = field(default=(), kw_only=True)
 
 
 @supports(
@@ -86,13 +92,14 @@ class Result:
 @PETSc.Log.EventDecorator("fem_resnet:train")
 def train(
     problem: LearningProblem,
-    solver_parameters: dict | None = None,
+    solver_parameters: dict | Sequence[dict | None] | None = None,
     *,
     options_prefix: str | None = None,
     monitor: Callable[[Progress], bool | None] | None = None,
     gauss_newton: bool = False,
     bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
     eliminate: str | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign the result to them. Collective.
 
@@ -135,6 +142,15 @@ def train(
         (variable projection, see `LearningProblem.record`). It takes the loss `least_squares`, a head with prediction
         "identity", and types of TAO that use first derivatives alone. It often needs far fewer iterations. The head has its W
         and mu at every iteration, and at the end; their values at the start do not matter.
+    ranks
+        Increasing numbers of functions, shape (stages,), such as (9, 17, 33) where 33 is the largest rank of the problem's
+        bases. J is first minimised in the first 9 functions of all bases, from their coefficients, then in 17, at last in all
+        (`train_by_ranks`). Coefficients are padded by zeros from one rank to the next, so J goes on from where it was. This
+        costs far fewer flops where most can be learned in few functions.
+
+        All other arguments serve each rank; `solver_parameters` may be a list, with one dictionary a rank, and bounds are
+        numbers. A monitor that returns True ends the present rank. The problem's parameters hold the result of each iteration,
+        padded by zeros.
 
     Returns
     -------
@@ -156,13 +172,20 @@ def train(
     >>> result = train(problem, {"tao_type": "nls", "tao_gatol": 1e-10})  # doctest: +SKIP
     >>> result = train(problem, bounds={"bias": (-1, 1), "kernel": (-1, 1)})  # doctest: +SKIP
     >>> result = train(fields, {"tao_max_it": 100}, eliminate="head")  # doctest: +SKIP
+    >>> result = train(fields, [{"tao_max_it": 50}, {"tao_max_it": 20}], ranks=(9, 17))  # doctest: +SKIP
     """
     comm = problem.net.Y.comm
     same(comm, bounds=replicated_bounds(problem, bounds))
+    if ranks is not None:
+        return _train_by_ranks(
+            problem, ranks, solver_parameters, bounds, monitor,
+            options_prefix=options_prefix, gauss_newton=gauss_newton, eliminate=eliminate,
+        )  # fmt: skip
     checked_prefix(options_prefix)
     check_monitor(monitor)
     flag("gauss_newton", gauss_newton)
-    options = options_over({} if bounds is None else {"tao_type": "blmvm"}, solver_parameters)
+    given = checked_options(solver_parameters)  # type: ignore[arg-type]  # a list is refused there
+    options = options_over({} if bounds is None else {"tao_type": "blmvm"}, given)
     functional, _ = problem.record(gauss_newton=gauss_newton, eliminate=eliminate)
     projected = functional if isinstance(functional, ReducedToOthers) else None
     parameters = problem.parameters if projected is None else projected.parameters
@@ -175,7 +198,7 @@ def train(
         comm=comm,
         options_prefix=options_prefix,
         bounds=pairs,
-        given=checked_options(solver_parameters),
+        given=given,
         twice=projected is None,
     )
     history: list[Progress] = []
@@ -208,6 +231,39 @@ def train(
         seconds=time.perf_counter() - start,
         condition=None if projected is None else projected.condition,
     )
+
+
+def _train_by_ranks(problem, ranks, solver_parameters, bounds, monitor, **options) -> Result:
+    """`train` with the first functions of all bases, then with more of them."""
+    check_monitor(monitor)
+    start = time.perf_counter()
+    if isinstance(bounds, Mapping) and any(
+        isinstance(ends, (list, tuple, np.ndarray)) and any(np.ndim(end) for end in ends) for ends in bounds.values()
+    ):
+        raise ValueError(f"bounds: expected numbers or None with ranks={ranks!r}, which serve all of them, got arrays")
+    of_ranks: Iterable = repeat(solver_parameters)
+    if isinstance(solver_parameters, (list, tuple)):
+        count = len(instance("ranks", ranks, (list, tuple, range, np.ndarray)))
+        if len(solver_parameters) != count:
+            raise ValueError(
+                f"solver_parameters: expected a dictionary, or {count}, one a rank, got {len(solver_parameters)} in a list"
+            )
+        for each in solver_parameters:
+            checked_options(each)
+        of_ranks = solver_parameters
+    given = iter(of_ranks)
+
+    def train_stage(stage: LearningProblem) -> Result:
+        def watch(progress: Progress) -> bool | None:
+            if stage is not problem:
+                pad_problem(problem, stage)
+            return monitor(progress)
+
+        watched = None if monitor is None else watch
+        return train(stage, next(given), bounds=bounds, monitor=watched, **options)
+
+    *stages, last = train_by_ranks(problem, ranks, train_stage)
+    return replace(last, stages=tuple(stages), seconds=time.perf_counter() - start)
 
 
 def options_over(defaults: Mapping, given: Mapping | None) -> dict:

@@ -95,7 +95,7 @@ def by_dense_least_squares(p, weight):
     net, head = p.net, p.head
     X = gathered(head.Y, head.onto.values)
     w = gathered(head.Y, head.Y.weights)
-    C = gathered(head.Y, head.Y.values(p._observation))
+    C = gathered(head.Y, head.Y.values(p._samples.at_end))
     g = head.psi.project(net.Y.values(net(p.batch.inputs)))
     omega = OMEGA / OMEGA.sum()
     g_1 = np.vstack([g, np.ones(SAMPLES)])

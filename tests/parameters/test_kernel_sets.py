@@ -201,19 +201,6 @@ def test_regularisers_take_the_kernel_and_not_its_controls():
     assert_allclose(*values, rtol=1e-12)
 
 
-@each_set
-def test_hessians_are_symmetric(choice):
-    p = problem(network(choice))
-    J = p.reduced_functional()
-    J(p.functions)
-    J.derivative()
-    u, v = directions(p, 1), directions(p, 2)
-    left, right = (
-        sum(float(b._ad_dot(d)) for d, b in zip(J.hessian(one), other, strict=True)) for one, other in ((u, v), (v, u))
-    )
-    assert abs(left - right) < 1e-10 * abs(left)
-
-
 # -- contraction ----------------------------------------------------------------------------------------------------
 
 

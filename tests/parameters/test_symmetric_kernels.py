@@ -1,6 +1,6 @@
 """Kernels that know the symmetry of Y: what commutes, what a mesh breaks, derivatives, files, other meshes and domains."""
 
-from functools import cache
+from functools import cache, partial
 
 import firedrake as fd
 import numpy as np
@@ -13,6 +13,8 @@ from kinds import directions_of as directions
 from kinds import field_problem as problem
 from kinds import largest, rotation, states
 from numpy.testing import assert_allclose
+from test_kernel_sets import SETS as STABLE
+from test_kernel_sets import network as with_stable_kernels
 
 from fem_resnet import (
     Kernel,
@@ -431,9 +433,14 @@ def test_taylor_with_other_steps_and_time_bases(name, more, taylor):
     taylor(p.reduced_functional(), p.functions, directions(p), f"{name}", f"{more}", second_order=True)
 
 
-@each_set
-def test_hessians_are_symmetric(name):
-    p = problem(network(name))
+#: Networks with a kernel of each set of either kind.
+NETWORKS = {str(choice): partial(with_stable_kernels, choice) for choice in STABLE}
+NETWORKS |= {name: partial(network, name) for name in SETS}
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_hessians_are_symmetric(make):
+    p = problem(make())
     J = p.reduced_functional()
     J(p.functions)
     J.derivative()

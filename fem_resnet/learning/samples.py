@@ -1,0 +1,134 @@
+"""The samples of a learning problem: a batch held against the label domains of network and output, and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import firedrake as fd
+import numpy as np
+
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.sample_weights import sample_weights
+from fem_resnet.learning.batch import Batch
+from fem_resnet.learning.head import Head
+from fem_resnet.network.network import ResidualNetwork
+
+__all__ = ["Samples"]
+
+
+class Samples:
+    """A batch that fits a network and its output.
+
+    Collective over the communicator of the network's label domain.
+
+    Parameters
+    ----------
+    batch
+        The batch, from outside.
+    net, head
+        The network, and its output; None for O = f(T).
+
+    Attributes
+    ----------
+    batch : Batch
+        The batch.
+    at_end : Function
+        The targets at T as a batch on the output's label domain, also where the batch has class labels.
+    before : list of tuple
+        Number of the layer time, targets and weight of each observation before T.
+
+    Raises
+    ------
+    ValueError
+        If the batch does not fit; the message names the part.
+    """
+
+    def __init__(self, batch: Batch, net: ResidualNetwork, head: Head | None):
+        self._Y, self._head = net.Y, head
+        self._output: LabelSpace = net.Y if head is None else head.Y
+        self.batch = batch
+        net.Y.check_batch(batch.inputs, "batch.inputs")
+        if net.Y.samples(batch.inputs.function_space()) != batch.samples:  # with channels one Function has a batch's shape
+            raise ValueError(
+                f"batch.inputs: expected a batch of {net.Y!r}, got a Function of its space; give Y.batch(inputs)"
+            )
+        self.at_end = self._targets(batch.targets, "batch.targets")
+        self.before = self._before_end(net.layers)
+        self._check_derivatives()
+
+    def _targets(self, targets: Sequence[int] | fd.Function, name: str) -> fd.Function:
+        if not isinstance(targets, fd.Function):
+            if self._head is None or self._head.classes is None:
+                raise ValueError(f"{name}: expected a batch on {self._output!r}, as there are no classes; got labels")
+            targets = self._head.labelled(targets, name)
+        self._output.check_batch(targets, name)
+        self._check_number(self._output, targets, name)
+        return targets
+
+    def _check_number(self, Y: LabelSpace, function: fd.Function, name: str) -> None:
+        samples, given = self.batch.samples, Y.samples(function.function_space())
+        if given != samples:
+            raise ValueError(f"{name}: expected {samples} samples, as many as inputs, got {given}")
+
+    def _before_end(self, L: int) -> list[tuple[int, fd.Function, float]]:
+        observations = self.batch.observations
+        if observations is None:
+            return []
+        layers, weights = observations.layers, observations.weights
+        weights = (1.0,) * len(layers) if weights is None else weights
+        if layers and layers[-1] > L:
+            raise ValueError(f"observations.layers: expected increasing integers from 0 to L = {L}, got {layers}")
+        targets = [self._targets(part, "observations.targets") for part in observations.targets]
+        return list(zip(layers, targets, weights))
+
+    def _check_derivatives(self) -> None:
+        derivatives = self.batch.derivatives
+        if derivatives is None:
+            return
+        for name, Y, function in (
+            ("directions", self._Y, derivatives.directions), ("targets", self._output, derivatives.targets),
+        ):  # fmt: skip
+            Y.check_batch(function, f"derivatives.{name}")
+            self._check_number(Y, function, f"derivatives.{name}")
+
+    def minibatches(self, size: int, seed: int | None) -> list[Batch]:
+        """The batch in pieces, the last padded with samples of weight 0: see `LearningProblem.minibatches`.
+
+        Parameters
+        ----------
+        size
+            Number of samples in each.
+        seed
+            Shuffles the samples first; left in order without one.
+        """
+        weights = sample_weights(self.batch.weights, self.batch.samples)
+        order = np.arange(weights.size)
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(weights.size)
+        order = order[weights[order] > 0]
+        batches = []
+        for start in range(0, order.size, size):
+            chosen = order[start : start + size]
+            padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
+            omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)
+            batches.append(self._chosen(padded, omega))
+        return batches
+
+    def _chosen(self, chosen: np.ndarray, weights: np.ndarray) -> Batch:
+        """A batch of these samples, with these weights. Collective."""
+
+        def of(Y: LabelSpace, batch: fd.Function) -> fd.Function:
+            return Y.batch(Y.values(batch)[:, chosen])
+
+        given = self.batch
+        observations, derivatives = given.observations, given.derivatives
+        if observations is not None:
+            observations = replace(observations, targets=[of(self._output, targets) for _, targets, _ in self.before])
+        if derivatives is not None:
+            v, C = of(self._Y, derivatives.directions), of(self._output, derivatives.targets)
+            derivatives = replace(derivatives, directions=v, targets=C)
+        return Batch(
+            of(self._Y, given.inputs), of(self._output, self.at_end), weights.tolist(),
+            observations=observations, derivatives=derivatives,
+        )  # fmt: skip
