@@ -50,11 +50,12 @@ class RepeatedBasis(Basis):
         if instance("one", one, Basis, "laplace_basis(Y.one, rank) makes one").Y is not Y.one:
             raise ValueError(f"one: expected a basis on {Y.one!r}, got one on {one.Y!r}")
         self.Y = Y
-        self._one = one
+        self._channels, self._one = Y, one
         self.kind = one.kind
         self.rank = Y.channels * one.rank
         self.eigenvalues = None if one.eigenvalues is None else read_only(np.tile(one.eigenvalues, Y.channels))
         self.gram = read_only(self._in_all(one.gram))
+        self._of_rank: dict[int, Basis] = {one.rank: self}
 
     @property
     def one(self) -> Basis:
@@ -80,6 +81,23 @@ class RepeatedBasis(Basis):
     def pull_back(self, functional: np.ndarray) -> np.ndarray:
         parts = np.split(functional, self.Y.channels)
         return self.Y.sum(np.concatenate([self.one.values.T @ part for part in parts]))
+
+    def first(self, rank: int) -> Basis:
+        """The first functions in each channel: see `Basis.first`.
+
+        Parameters
+        ----------
+        rank
+            How many in each channel, at least 1.
+        """
+        one = self.one.first(rank)
+        if one.rank not in self._of_rank:
+            first = self._of_rank[one.rank] = RepeatedBasis(self._channels, one)
+            first._of_rank = self._of_rank
+        return self._of_rank[one.rank]
+
+    def begins_with(self, other: Basis) -> bool:
+        return other.one.rank <= self.one.rank and self._of_rank.get(other.one.rank) is other
 
     def on(self, Y: LabelSpace) -> RepeatedBasis:
         if Y is self.Y:

@@ -14,7 +14,9 @@ Where W and mu of the head are eliminated (`elimination`), what is left of H for
     H_tt - H_tw H_ww^-1 H_wt = sum_j A_j^T (1 - G (G^T G + ridge)^-1 G^T) A_j,
 
 with A_j the rows of all samples in the direction e_j, and G what the head reads of them, (g_s, 1). So W and mu take no room in
-H. Samples share directions here. Of a subset of samples the head fits too much, by about its unknowns over their number.
+H. Samples share directions here. Of a subset of samples the head fits too much, by about its unknowns over their number. A
+head that keeps symmetries has few unknowns, which several directions share: they are first assembled with the others, and then
+H_ww is taken out of H.
 
 All rows are adjoints: pairs of a sample and a direction are the samples of one batch, and a segment gives the functionals of
 each apart (`layers.sample_functionals`). What is at the nodes is neither kept nor multiplied by the number of parameters, so
@@ -45,7 +47,7 @@ from fem_resnet.learning.loss import least_squares
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import read_all
+from fem_resnet.parameters.space_basis import Within, read_all
 from fem_resnet.tape.kernel_controls import KernelControls
 
 __all__ = ["LARGEST", "Coordinates", "GaussNewtonMatrix", "Rows", "check_fitted", "draw_rows"]
@@ -213,16 +215,19 @@ class GaussNewtonMatrix:
     """
 
     def __init__(self, problem: LearningProblem, eliminate: bool = False):
-        self._problem, self._head, self._eliminates = problem, check_fitted(problem), eliminate
-        without = self._head.parameters if eliminate else []
-        self._parameters = [parameter for parameter in problem.parameters if parameter not in without]
+        self._problem, self._head = problem, check_fitted(problem)
+        self._takes_out = eliminate and bool(self._head.symmetries)
+        self._eliminates = eliminate and not self._takes_out
+        others = [parameter for parameter in problem.parameters if parameter not in self._head.parameters]
+        self._parameters = others if self._eliminates else [*others, *self._head.parameters]
         count = sum(parameter.dim for parameter in self._parameters)
         if count > LARGEST:
             raise ValueError(
                 f"problem: expected at most {LARGEST} parameters{' beside W and mu' if eliminate else ''}, whose matrix is "
                 f"assembled, got {count}; train(problem, {{'tao_type': 'nls'}}, gauss_newton=True) needs its products alone"
             )
-        self.coordinates = Coordinates(self._parameters)
+        self._assembled = Coordinates(self._parameters)
+        self.coordinates = Coordinates(others) if self._takes_out else self._assembled
         net, psi = problem.net, self._head.psi
         self._seen_by = psi if net.layers and net.steps_what_is_seen_by(psi) else None
         inputs = net.Y.values(problem.batch.inputs)
@@ -231,7 +236,7 @@ class GaussNewtonMatrix:
         self._batch = 0
         self._constant: np.ndarray | None = None
         self._ridges = np.zeros(2)
-        if eliminate and problem.regulariser is not None:
+        if self._eliminates and problem.regulariser is not None:
             self._ridges = np.array(
                 [ridge(problem.regulariser, parameter) for parameter in self._head.parameters], dtype=float
             )
@@ -255,7 +260,7 @@ class GaussNewtonMatrix:
         rows
             From `draw`.
         """
-        size, comm = self.coordinates.size, self._problem.net.Y.comm
+        size, comm = self._assembled.size, self._problem.net.Y.comm
         H, fitted, factor = np.zeros((size, size), order="F"), None, 1.0
 
         def add(sign: float, part: np.ndarray) -> None:
@@ -272,8 +277,17 @@ class GaussNewtonMatrix:
                     add(-1.0, (part.reshape(size, -1, rows.samples.size) @ fitted).reshape(size, -1))
         H = self._problem.net.Y.sum(H.T)
         H += np.triu(H, 1).T
-        S = self.coordinates.matrix
-        return factor * (S.T @ (S.T @ H).T) + self._of_regulariser()
+        S = self._assembled.matrix
+        H = factor * (S.T @ (S.T @ H).T) + self._of_regulariser()
+        return self._without_head(H) if self._takes_out else H
+
+    def _without_head(self, H: np.ndarray) -> np.ndarray:
+        """`H_tt - H_tw H_ww^-1 H_wt` for the head's own w, which come last."""
+        t, w = slice(self.coordinates.size), slice(self.coordinates.size, None)
+        sizes, directions = np.linalg.eigh(H[w, w])
+        known = sizes > ROUND_OFF * sizes[-1]
+        part = (directions[:, known] / np.sqrt(sizes[known])).T @ H[w, t]
+        return H[t, t] - part.T @ part
 
     def _fitted_by_head(self, rows: Rows, g: np.ndarray) -> tuple[np.ndarray, float]:
         """What W and mu fit of the samples' rows in one direction, and a factor for what they leave.
@@ -316,7 +330,7 @@ class GaussNewtonMatrix:
         head, psi = self._head, self._head.psi
         start = np.ascontiguousarray(self._inputs[:, samples])
         found: dict[fd.Function, np.ndarray] = {}
-        W = head.W.read(0)
+        W, _ = head.matrices()
         if self._problem.net.layers:
             segment = self._segment_for(samples.size)
             arrays = [start, *read_all(segment.inputs[1:], segment.functions)]
@@ -328,9 +342,11 @@ class GaussNewtonMatrix:
         else:
             g = start
         if not self._eliminates:
-            found[head.W.functions[0]] = (functionals[:, None] * g[None]).reshape(-1, samples.size)
-            found[head.mu.functions[0]] = functionals
-        rows = [found[p.functions[k]] for p, k in self.coordinates.sets]
+            whole = (functionals[:, None] * g[None]).reshape(-1, samples.size), functionals
+            for parameter, part in zip(head.parameters, whole):
+                basis = parameter.space_basis
+                found[parameter.functions[0]] = basis.elements.T @ part if isinstance(basis, Within) else part
+        rows = [found[p.functions[k]] for p, k in self._assembled.sets]
         return np.concatenate([np.empty((0, samples.size)), *rows]), g
 
     def _segment_for(self, samples: int) -> Segment:
@@ -347,11 +363,11 @@ class GaussNewtonMatrix:
             return 0.0
         if self._constant is not None:
             return self._constant
-        H, changes, place = np.zeros((self.coordinates.size,) * 2), False, 0
+        H, changes, place = np.zeros((self._assembled.size,) * 2), False, 0
         with stop_annotating():
             for parameter in parameters:
                 count = len(parameter.functions)
-                places = self.coordinates.places[place : place + count]
+                places = self._assembled.places[place : place + count]
                 place += count
                 if not parameter.penalised or not places:
                     continue
@@ -362,9 +378,9 @@ class GaussNewtonMatrix:
                 acting = parameter.acting()
                 weight = ridge(regulariser, acting) if linear else None
                 if weight is not None:
-                    H[part, part] = np.diag(weight * self.coordinates.units[part])
+                    H[part, part] = np.diag(weight * self._assembled.units[part])
                 else:
-                    S = self.coordinates.matrix[part, part]
+                    S = self._assembled.matrix[part, part]
                     to_acting = S if controls is None else scipy.sparse.csr_array(controls.derivative() @ S)
                     H[part, part] = _quadratic(regulariser, acting, to_acting)
         if not changes:

@@ -338,7 +338,9 @@ class Head(OnMesh):
         """
         same(self.psi.Y.comm, rank=rank)
         rank = integer("rank", rank, most=np.inf)
-        head = Head(self.psi.first(rank), self.classes or self.onto.first(rank), self.prediction.name)
+        head = Head(
+            self.psi.first(rank), self.classes or self.onto.first(rank), self.prediction.name, symmetries=self.symmetries
+        )
         for ours, theirs in zip(self.parameters, head.parameters):
             copy_leading(ours, theirs)
         return head

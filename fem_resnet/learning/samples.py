@@ -50,9 +50,7 @@ class Samples:
         self.batch = batch
         net.Y.check_batch(batch.inputs, "batch.inputs")
         if net.Y.samples(batch.inputs.function_space()) != batch.samples:  # with channels one Function has a batch's shape
-            raise ValueError(
-                f"batch.inputs: expected a batch of {net.Y!r}, got a Function of its space; give Y.batch(inputs)"
-            )
+            raise ValueError(f"batch.inputs: expected a batch of {net.Y!r}, got a Function of its space; give Y.batch(inputs)")
         self.at_end = self._targets(batch.targets, "batch.targets")
         self.before = self._before_end(net.layers)
         self._check_derivatives()

@@ -247,8 +247,8 @@ class ResidualNetwork(OnMesh):
               The bias is 0.
             - "random smooth": random coefficients in orthonormal functions, which fall like 1/k with the number k of the
               function. The norm of b in L2(Y x Y), and the root of the mean of a^2 over Y, are `gain` in the mean square.
-              A bias at the nodes is made of the functions of phi. A kernel of a linear set, such as `Symmetric`, is the
-              nearest one of the set, made as large.
+              A bias at the nodes is made of the functions of phi. In a linear set of kernels, such as `Symmetric`, the
+              couplings of functions fall like 1/k with the number k of their eigenspace.
         seed
             Of random numbers: the same coefficients on any number of ranks.
         gain

@@ -45,7 +45,7 @@ def in_first(net, rank: int):
     )
     kernel = replace(settings.kernel, phi=phi, psi=psi)
     if kernel.among is not None and kernel != settings.kernel:
-        kernel = replace(kernel, among=kernel.among.first(min(basis.rank for basis in phi)))
+        kernel = replace(kernel, among=kernel.among.first(min(basis.one.rank for basis in phi)))
     other = net.replace(kernel=kernel, bias=replace(settings.bias, basis=bias))
     for ours, theirs in _pairs(net, other):
         copy_leading(ours, theirs)

@@ -7,9 +7,16 @@ from collections.abc import Callable
 import numpy as np
 
 from fem_resnet.parameters.kernel import LowRankKernel, kernel_coefficients
+from fem_resnet.parameters.kernel_sets import KernelSet
 from fem_resnet.parameters.linear_kernels import LinearKernels
 from fem_resnet.parameters.space_basis import BasisCoefficients, SpaceBasis
-from fem_resnet.parameters.starting_values import diagonal_kernel, heat_factors, random_bias, random_kernel
+from fem_resnet.parameters.starting_values import (
+    diagonal_kernel,
+    heat_factors,
+    random_bias,
+    random_kernel,
+    random_kernel_of,
+)
 
 __all__ = ["RULES", "start"]
 
@@ -22,11 +29,8 @@ def start(net, rule: str, seed: int, gain: float, width: float) -> None:
     random = np.random.default_rng(seed)
     learned = net.learned_factors() if net.factors else None
     kernels = [learned or kernel_coefficients(basis).kernel for basis in net.kernel.space_bases]
-    make = _maker(rule, random, width)
+    make = _maker(rule, random, width, net.settings.kernel.among)
     betas = [gain * make(kernel) for kernel in kernels]
-    among = net.settings.kernel.among
-    if rule == "random smooth" and isinstance(among, LinearKernels):
-        betas = [_within(among, beta) for beta in betas]
     phi = net.bases["phi"][0] if learned is None else learned.phi
     if rule == "random smooth":
         biases = [gain * _bias(basis, BasisCoefficients(phi), random) for basis in net.bias.space_bases]
@@ -37,18 +41,15 @@ def start(net, rule: str, seed: int, gain: float, width: float) -> None:
         net.bias.write(k, a)
 
 
-def _within(among: LinearKernels, beta: np.ndarray) -> np.ndarray:
-    """The nearest kernel of a linear set, made as large as the given one, in orthonormal functions."""
-    nearest = among.projected(beta)
-    size = np.linalg.norm(nearest)
-    return nearest * (np.linalg.norm(beta) / size) if size > 0 else nearest
-
-
-def _maker(rule: str, random: np.random.Generator, width: float) -> Callable[[LowRankKernel], np.ndarray]:
+def _maker(
+    rule: str, random: np.random.Generator, width: float, among: KernelSet | None
+) -> Callable[[LowRankKernel], np.ndarray]:
     """The function from the factors of a kernel to beta over the gain."""
     if rule == "zero":
         return lambda kernel: np.zeros(kernel.shape)
     if rule == "random smooth":
+        if isinstance(among, LinearKernels):
+            return lambda kernel: random_kernel_of(among, kernel.phi.one.eigenvalues, random)
         return lambda kernel: random_kernel(kernel, random)
     made: dict[LowRankKernel, np.ndarray] = {}  # layers share factors, and making one communicates
 

@@ -228,7 +228,11 @@ def _kept(of: Action, sizes: np.ndarray, V: np.ndarray, eigenvalues: Sequence[np
 
 
 def invariant_coefficients(action: Action) -> np.ndarray:
-    """Orthonormal coefficients of the functions that keep the symmetries, shape (rank, count), count >= 0. Collective."""
+    """Orthonormal coefficients of the functions that keep the symmetries, shape (rank, count), count >= 0. Collective.
+
+    The functions are in the order of their eigenvalues.
+    """
+    eigenvalues = action.basis.eigenvalues
 
     def vectors() -> Iterator[np.ndarray]:
         for c, signs in enumerate(action.signs):
@@ -246,7 +250,11 @@ def invariant_coefficients(action: Action) -> np.ndarray:
                     whole[c * action.basis.one.rank + I] = v
                     yield whole
 
-    return on_first(action.basis.Y.comm, lambda: np.array([*vectors()]).reshape(-1, action.basis.rank).T)
+    def ordered() -> np.ndarray:
+        found = sorted(vectors(), key=lambda v: round(float(v**2 @ eigenvalues), 9))
+        return np.array(found).reshape(-1, action.basis.rank).T
+
+    return on_first(action.basis.Y.comm, ordered)
 
 
 def invariant_functions(phi: Basis, *symmetries: Any, tolerance: float = 0.1) -> Basis:

@@ -38,6 +38,8 @@ class LinearKernels(Fixed, KernelSet):
         The rank of phi = psi.
     elements
         The E_k, each as one column, shape (rank^2, count).
+    channels
+        C, where phi repeats a basis in each of C channels.
     **known
         What else the set knows, by name.
     """
@@ -45,8 +47,8 @@ class LinearKernels(Fixed, KernelSet):
     symmetric = True
     linear = True
 
-    def __init__(self, rank: int, elements: scipy.sparse.csc_array, **known: Any):
-        self._rank = rank
+    def __init__(self, rank: int, elements: scipy.sparse.csc_array, channels: int = 1, **known: Any):
+        self._rank, self._channels = rank, channels
         self._known = known
         self._elements = elements
         self._transposed = elements.T.tocsr()
@@ -94,16 +96,16 @@ class LinearKernels(Fixed, KernelSet):
         Parameters
         ----------
         rank
-            How many functions.
+            How many functions, with channels in each.
 
         Raises
         ------
         ValueError
             If an E_k lives on some of these functions and on others too.
         """
-        E = self._elements
+        E, one = self._elements, self.rank // self._channels
         # How many functions it takes to see the first entry of each E_k, and all of them.
-        taken = np.maximum(*np.divmod(E.indices, self.rank)) + 1
+        taken = np.maximum(*(number % one for number in np.divmod(E.indices, self.rank))) + 1
         least, most = (of.reduceat(taken, E.indptr[:-1]) for of in (np.minimum, np.maximum))
 
         def cut(size: int) -> bool:
@@ -111,14 +113,15 @@ class LinearKernels(Fixed, KernelSet):
 
         if cut(rank):
             below = next((str(size) for size in range(rank - 1, 0, -1) if not cut(size)), None)
-            above = next(str(size) for size in range(rank + 1, self.rank + 1) if not cut(size))
+            above = next(str(size) for size in range(rank + 1, one + 1) if not cut(size))
             whole = above if below is None else f"{below} or {above}"
             raise ValueError(
                 f"kernel.among: expected a number of functions that cuts no eigenspace of {self!r}, got {rank}; take {whole}"
             )
         inside = most <= rank
         entries = E[:, np.flatnonzero(inside)].tocoo()
-        i, j = np.divmod(entries.coords[0], self.rank)
+        i, j = (number // one * rank + number % one for number in np.divmod(entries.coords[0], self.rank))
+        rank *= self._channels
         places = i * rank + j, entries.coords[1]
         elements = scipy.sparse.csc_array((entries.data, places), shape=(rank**2, int(inside.sum())))
         return self._restricted(rank, elements)
@@ -126,7 +129,7 @@ class LinearKernels(Fixed, KernelSet):
     def _restricted(self, rank: int, elements: scipy.sparse.csc_array) -> LinearKernels:
         """The set of some of the E_k, on the first functions."""
         made = type(self).__new__(type(self))
-        LinearKernels.__init__(made, rank, elements, **self._known)
+        LinearKernels.__init__(made, rank, elements, self._channels, **self._known)
         return made
 
     def start(self, kernel):
@@ -151,6 +154,16 @@ class LinearKernels(Fixed, KernelSet):
 
     def derivative(self, kernel, X):
         return self._elements
+
+    def mean_of(self, values: np.ndarray) -> np.ndarray:
+        """The mean of some values over the entries of each E_k, weighted by their squares, shape (count, 1).
+
+        Parameters
+        ----------
+        values
+            One an entry, shape (rank, rank).
+        """
+        return self._transposed.power(2) @ values.reshape(-1, 1)
 
     def projected(self, beta: ArrayLike) -> np.ndarray:
         """The nearest kernel of the set, shape (rank, rank).
@@ -216,7 +229,6 @@ class LaplaceFunctions(LinearKernels):
         self._make(label, np.array([one.eigenvalues[space].mean() for space in spaces]), phi.Y.channels)
 
     def _make(self, label: np.ndarray, eigenvalues: np.ndarray, channels: int) -> None:
-        self._channels = channels
         one, rank = label.size, channels * label.size
         # Control (k, c, d) couples the functions of eigenspace k in channel d with themselves in channel c.
         c, d, i = np.meshgrid(np.arange(channels), np.arange(channels), np.arange(one), indexing="ij")
@@ -225,12 +237,12 @@ class LaplaceFunctions(LinearKernels):
         values = 1 / np.sqrt(np.bincount(label)[label[i]])
         shape = (rank**2, eigenvalues.size * channels**2)
         elements = scipy.sparse.csc_array((values.ravel(), (places.ravel(), controls.ravel())), shape=shape, dtype=float)
-        super().__init__(rank, elements, label=label, eigenvalues=read_only(eigenvalues))
+        super().__init__(rank, elements, channels, label=label, eigenvalues=read_only(eigenvalues))
 
     def _restricted(self, rank, elements):
-        spaces, label = np.unique(self._known["label"][:rank], return_inverse=True)
+        spaces, label = np.unique(self._known["label"][: rank // self._channels], return_inverse=True)
         made = type(self).__new__(type(self))
-        made._make(label, self.eigenvalues[spaces])
+        made._make(label, self.eigenvalues[spaces], self._channels)
         return made
 
     def __repr__(self) -> str:

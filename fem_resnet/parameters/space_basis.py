@@ -420,20 +420,25 @@ class Within(Replicated, SpaceBasis):
         The whole space, whose coefficients all ranks share.
     elements
         The E_k, each as one column, shape (coefficients of `space`, count), orthonormal in the inner product of `space`.
+
+    Attributes
+    ----------
+    space_of_whole : SpaceBasis
+        The whole space.
     """
 
     def __init__(self, space: SpaceBasis, elements: scipy.sparse.csc_array | np.ndarray):
         super().__init__(space.Y, (elements.shape[1],))
-        self._space, self._elements = space, scipy.sparse.csr_array(elements)
+        self.space_of_whole, self._elements = space, scipy.sparse.csr_array(elements)
         self._transposed = scipy.sparse.csr_array(self._elements.T)
 
     @property
     def amplitude(self):
-        return self._space.amplitude
+        return self.space_of_whole.amplitude
 
     @property
     def unit(self):
-        return self._space.unit
+        return self.space_of_whole.unit
 
     @property
     def elements(self) -> scipy.sparse.csr_array:
@@ -441,16 +446,16 @@ class Within(Replicated, SpaceBasis):
         return self._elements
 
     def whole(self, coefficients):
-        return (self._elements @ coefficients).reshape(self._space.shape)
+        return (self._elements @ coefficients).reshape(self.space_of_whole.shape)
 
     def of_whole(self, functional):
         return self._transposed @ np.ravel(functional)
 
     def expand(self, coefficients):
-        return self._space.expand(self.whole(coefficients))
+        return self.space_of_whole.expand(self.whole(coefficients))
 
     def pull_back(self, functional):
-        return self.of_whole(self._space.pull_back(functional))
+        return self.of_whole(self.space_of_whole.pull_back(functional))
 
     def functional(self, coefficients):
         return coefficients.copy()
@@ -465,7 +470,7 @@ class Within(Replicated, SpaceBasis):
         return coordinates * np.sqrt(self.unit)
 
     def stiffness(self, coefficients):
-        return self.of_whole(self._space.stiffness(self.whole(coefficients)))
+        return self.of_whole(self.space_of_whole.stiffness(self.whole(coefficients)))
 
 
 class LayerTimes(Replicated, SpaceBasis):

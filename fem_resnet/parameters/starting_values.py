@@ -17,9 +17,10 @@ import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.parameters.kernel import LowRankKernel
+from fem_resnet.parameters.linear_kernels import LinearKernels
 from fem_resnet.parameters.space_basis import BasisCoefficients
 
-__all__ = ["diagonal_kernel", "heat_factors", "random_bias", "random_kernel"]
+__all__ = ["diagonal_kernel", "heat_factors", "random_bias", "random_kernel", "random_kernel_of"]
 
 
 def heat_factors(kernel: LowRankKernel, width: float) -> np.ndarray:
@@ -67,6 +68,29 @@ def random_kernel(kernel: LowRankKernel, random: np.random.Generator, smooth_in_
     in_y, in_z = (1 / _numbers(basis) for basis in (kernel.phi, kernel.psi))
     decay = np.outer(in_y if smooth_in_y else np.ones_like(in_y), in_z)
     return kernel.from_orthonormal(decay / np.linalg.norm(decay) * random.normal(size=decay.shape))
+
+
+def random_kernel_of(among: LinearKernels, eigenvalues: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """beta of a random, smooth kernel of a linear set whose norm is 1 in the mean square, shape (rank, rank).
+
+    `beta = sum_k d_k <E_k, xi> E_k` with the orthonormal elements E_k of the set. So it does not depend on how the E_k were
+    chosen, where d_k does not: d_k^2 is the mean of 1 / (m n), m and n the numbers from 0 of the eigenspaces that E_k
+    couples, at least 1.
+
+    Parameters
+    ----------
+    among
+        The set.
+    eigenvalues
+        Those of the functions in one channel, ascending, shape (functions,).
+    random
+        The random numbers.
+    """
+    rises = np.diff(eigenvalues) > 1e-3 * np.abs(eigenvalues[1:])
+    numbers = np.tile(np.maximum(np.cumsum(np.append(False, rises)), 1.0), among.rank // eigenvalues.size)
+    decay = np.sqrt(among.mean_of(np.outer(1 / numbers, 1 / numbers)))
+    controls = among.adjoint(None, None, random.normal(size=(among.rank,) * 2))
+    return among.value(None, decay / np.linalg.norm(decay) * controls)
 
 
 def random_bias(basis: BasisCoefficients, random: np.random.Generator) -> np.ndarray:

@@ -61,7 +61,7 @@ class Symmetric(LinearKernels):
     def __init__(self, phi: Basis, *symmetries: Any, tolerance: float = 0.1):
         action = acting_on("phi", phi, symmetries, tolerance)
         elements, kept = equivariant_maps(action, action)
-        super().__init__(phi.rank, elements, broken=action.found.broken, kept=kept)
+        super().__init__(phi.rank, elements, phi.Y.channels, broken=action.found.broken, kept=kept)
 
     def __repr__(self) -> str:
         return f"Symmetric(rank {self.rank}, {self.count} free controls)"
@@ -81,7 +81,9 @@ class Symmetric(LinearKernels):
 
     @property
     def description(self):
-        return {"set": "Symmetric", "rank": self.rank, "count": self.count, **self._known}
+        return {
+            "set": "Symmetric", "rank": self.rank, "count": self.count, "channels": self._channels, **self._known,
+        }  # fmt: skip
 
     @property
     def arrays(self):
@@ -103,6 +105,9 @@ class Symmetric(LinearKernels):
             If they describe no such set.
         """
         rank, count = integer("rank", description["rank"], most=MOST_RANK), integer("count", description["count"])
+        channels = integer("channels", description["channels"], most=rank)
+        if rank % channels:
+            raise ValueError(f"channels: expected a divisor of the rank {rank}, got {channels}")
         values = real_array("values", arrays["values"], ("entries",))
         if count > values.size:
             raise ValueError(f"count: expected at most one control an entry, {values.size}, got {count}")
@@ -116,5 +121,5 @@ class Symmetric(LinearKernels):
             raise ValueError("values: expected orthonormal matrices, got others")
         made = cls.__new__(cls)
         known = {name: number(name, description[name], least=0) for name in ("broken", "kept")}
-        LinearKernels.__init__(made, rank, elements, **known)
+        LinearKernels.__init__(made, rank, elements, channels, **known)
         return made

@@ -27,7 +27,7 @@ _R = TypeVar("_R")
 
 
 @supports(
-    "no_layers", "gradient_flow", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time",
+    "channels", "no_layers", "gradient_flow", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time",
     "shared_in_time", *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "ensemble", "derivatives",
     "observed_times", "checkpoints", "learned_both", "many_samples", "weights",
 )  # fmt: skip
@@ -44,8 +44,8 @@ def train_by_ranks(problem: LearningProblem, ranks: Sequence[int], train: Callab
     problem
         The learning problem.
     ranks
-        How many functions, increasing integers, shape (stages,). The last one is the largest rank of the problem's bases.
-        Bases with fewer functions, classes, and a bias with a value at every node take part as they are.
+        How many functions (with channels, in each), increasing integers, shape (stages,). The last one is the largest rank of
+        the problem's bases. Bases with fewer functions, classes, and a bias with a value at every node take part as they are.
     train
         Trains a problem, and assigns the result to its parameters: ``lambda p: train_stochastic(p, epochs=20)``.
 
@@ -101,4 +101,4 @@ def _in_first(problem: LearningProblem, rank: int) -> LearningProblem:
 def _largest_rank(problem: LearningProblem) -> int:
     head = problem.head
     of_head = [] if head is None else [head.psi] if head.classes else [head.psi, head.onto]
-    return max(basis.rank for basis in chain(*problem.net.bases.values(), of_head) if basis is not None)
+    return max(basis.one.rank for basis in chain(*problem.net.bases.values(), of_head) if basis is not None)

@@ -113,10 +113,7 @@ def head_of(case, alone=False):
 def bumps(x, channels, samples=3):
     rng = np.random.default_rng(4)
     return np.vstack(
-        [
-            np.cos(x @ rng.normal(scale=2.0, size=(x.shape[1], samples)) + rng.uniform(0, 6, samples))
-            for _ in range(channels)
-        ]
+        [np.cos(x @ rng.normal(scale=2.0, size=(x.shape[1], samples)) + rng.uniform(0, 6, samples)) for _ in range(channels)]
     )
 
 
@@ -175,7 +172,9 @@ def test_kernels_obey_the_signs(case):
 
     assert_allclose(applied(acted(Y, f, map_, signs)), acted(Y, applied(f), map_, signs), atol=ROUND_OFF)
     free = np.random.default_rng(1).normal(size=beta.shape)
-    broken = phi.expand(free @ phi.project(acted(Y, f, map_, signs))) - acted(Y, phi.expand(free @ phi.project(f)), map_, signs)
+    broken = phi.expand(free @ phi.project(acted(Y, f, map_, signs))) - acted(
+        Y, phi.expand(free @ phi.project(f)), map_, signs
+    )
     assert largest(broken) > 0.1
 
 
@@ -349,7 +348,10 @@ def test_what_does_not_fit_is_refused():
         (lambda: Parity(reflected, (1, 0)), "^signs: expected 1 or -1"),
         (lambda: Parity(reflected, ()), "^signs: expected 1 or -1"),
         (lambda: Parity(reflected, (1, 1), output=2), "^output: expected"),
-        (lambda: Symmetric(phi, Parity(reflected, (1, 1))), r"^symmetries\[0\].signs: expected 4, one a channel of phi, got 2"),
+        (
+            lambda: Symmetric(phi, Parity(reflected, (1, 1))),
+            r"^symmetries\[0\].signs: expected 4, one a channel of phi, got 2",
+        ),
         (lambda: Symmetric(phi, Parity(field, (1, 1, 1, 1))), r"^symmetries\[0\]: expected a map in a Parity, got a field"),
         (lambda: Head(phi, 3, symmetries=(field,)), "^symmetries: expected an output that they act on"),
         (lambda: Head(phi, phi.one, "identity", symmetries=field), "^symmetries: expected"),
