@@ -3,10 +3,10 @@
     containers/run python tests/benchmarks/gauss_newton.py [--modes 61] [--samples 1000] [--steps 20] [--at-most 250] [--dense]
 
 The map is that of `starting_values.py`, which commutes with rotations of the annulus: so do the kernels, unless --dense is
-given. The network has one channel, two layers and T = 1; its head is dense. Newton's method ("nls", Hessian actions by pyadjoint)
-makes so many steps, or as many as it can in so many seconds; the time of all is then extrapolated from the mean of those that it
-made, and said so. Levenberg and Marquardt end where J is no larger than where Newton's method came to. All start at the same
-parameters: the kernel minus the identity, the head solved for by least squares.
+given. The network has one channel, two layers and T = 1; its head is dense. Newton's method ("nls", Hessian actions by
+pyadjoint) makes so many steps, or as many as it can in so many seconds; the time of all is then extrapolated from the mean of
+those that it made, and said so. Levenberg and Marquardt end where J is no larger than where Newton's method came to. All start
+at the same parameters: the kernel minus the identity, the head solved for by least squares.
 """
 
 import argparse
@@ -81,7 +81,8 @@ def main():
     whole_time = seconds * given.steps / made
     said = "" if made == given.steps else f", {whole_time:.0f} s for {given.steps}, extrapolated"
     print(
-        f"Newton: J from {history[0][0]:.5f} to {reached:.5f} in {made} steps, {actions[0]} Hessian actions, {seconds:.1f} s{said}",
+        f"Newton: J from {history[0][0]:.5f} to {reached:.5f} in {made} steps, {actions[0]} Hessian actions, "
+        f"{seconds:.1f} s{said}",
         flush=True,
     )
     for eliminate in ("head", None):
