@@ -1,8 +1,8 @@
 """All coefficients of some parameters as one vector, in coordinates in which the Riesz map is the identity.
 
 Coordinates are those of `SpaceBasis.coordinates` times the root of tau_k (`parameter`), in which the inner product of each set
-of coefficients is its `unit` times the identity. So a step that treats all directions alike sees no basis, no unit of length in
-Y and no lengths of layers.
+of coefficients is its `unit` times the identity. A step that treats all directions alike then sees no basis, no unit of length
+in Y and no lengths of layers.
 """
 
 from __future__ import annotations
