@@ -1,6 +1,7 @@
 """The matrix of Gauss and Newton, assembled from rows of the Jacobian, for outputs that are fitted by least squares.
 
-With O_s the output of a head of prediction "identity", x coordinates of all that is learned, and R quadratic,
+With O_s the output of a head of prediction "identity", coordinates of all that is learned (`parameters.coordinates`), and R
+quadratic,
 
     J = sum_s omega_s 1/2 |O_s - C_s|^2 + R,        H = sum_s omega_s O_s'^T M O_s' + R''.
 
@@ -21,16 +22,12 @@ H_ww is taken out of H.
 All rows are adjoints: pairs of a sample and a direction are the samples of one batch, and a segment gives the functionals of
 each apart (`layers.sample_functionals`). What is at the nodes is neither kept nor multiplied by the number of parameters, so
 the rows cost as much as gradients of as many samples, and H the product of their matrix with its transpose.
-
-Coordinates are those of `SpaceBasis.coordinates` times the root of tau_k (`parameters.parameter`), in which the inner product
-of each set of coefficients is its `unit` times the identity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import firedrake as fd
 import numpy as np
@@ -46,22 +43,21 @@ from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import least_squares
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.segment import Segment
+from fem_resnet.parameters.coordinates import Coordinates
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import Within, read_all
 from fem_resnet.tape.kernel_controls import KernelControls
 
-__all__ = ["LARGEST", "Coordinates", "GaussNewtonMatrix", "Rows", "check_fitted", "draw_rows"]
+__all__ = ["LARGEST", "GaussNewtonMatrix", "Rows", "check_fitted", "draw_rows"]
 
 #: The largest number of parameters for which the matrix is assembled: it has this number squared of entries.
-LARGEST = 8000
+LARGEST = 5000
 #: Samples that share directions, over the number of unknowns that the head has for each direction: at least.
 _SAMPLES_AN_UNKNOWN = 4
 #: The largest number of rows that make one batch.
 _BATCH = 512
 #: The largest number of values at the nodes of such a batch, on a rank.
 _VALUES = 2**24
-#: Entries below this part of the largest one are round-off in what is the identity.
-_ROUND_OFF = 1e-15
 
 
 @dataclass(frozen=True)
@@ -135,62 +131,6 @@ def draw_rows(problem: LearningProblem, rows: int, directions: int, rng: np.rand
     functionals = np.ascontiguousarray(np.sqrt(weights) * np.moveaxis(head.onto.root.T @ q, 0, 2))
     problem.net.Y.comm.Bcast(functionals, root=0)  # the same bits on all ranks, also on processors of two kinds
     return Rows(samples, weights, functionals)
-
-
-class Coordinates:
-    """Coordinates of all coefficients of some parameters, as one vector.
-
-    Parameters
-    ----------
-    parameters
-        The parameters, with coefficients that are the same on every rank.
-
-    Attributes
-    ----------
-    sets : list of (Parameter, int)
-        The parameter of each set of coefficients, and its number there.
-    places : list of slice
-        The part of the vector that each set has.
-    size : int
-        Length of the vector.
-    matrix : scipy.sparse.csr_array
-        From coordinates to coefficients, each array of these in the order of its rows, shape (size, size).
-    units : numpy.ndarray
-        Of each coordinate the factor of its square in the squared norm of the label measure, shape (size,).
-    """
-
-    def __init__(self, parameters: Sequence[Parameter]):
-        self.sets = [(p, k) for p in parameters for k in range(len(p.functions))]
-        self._bases = [p.space_bases[k] for p, k in self.sets]
-        self._shapes = [basis.shape for basis in self._bases]
-        ends = np.cumsum([0, *(int(np.prod(shape)) for shape in self._shapes)])
-        self.places = [slice(int(start), int(end)) for start, end in pairwise(ends)]
-        self.size = int(ends[-1])
-        made: dict = {}
-        blocks = []
-        for (p, k), basis in zip(self.sets, self._bases):
-            if basis not in made:
-                made[basis] = _columns(basis.from_coordinates, basis.shape)
-            blocks.append(made[basis] / np.sqrt(p.time_basis.measures[k]))
-        self.matrix = scipy.sparse.block_diag(blocks, format="csr") if blocks else scipy.sparse.csr_array((0, 0))
-        self.units = np.repeat([basis.unit for basis in self._bases], [place.stop - place.start for place in self.places])
-
-    def read(self) -> list[np.ndarray]:
-        """The present coefficients, one array a set. Collective."""
-        return [p.read(k) for p, k in self.sets]
-
-    def moved(self, coefficients: Sequence[np.ndarray], step: np.ndarray) -> list[np.ndarray]:
-        """Coefficients, one array a set, and the step in coordinates, shape (size,), added up."""
-        change = self.matrix @ step
-        return [c + change[place].reshape(c.shape) for c, place in zip(coefficients, self.places)]
-
-    def functional(self, functionals: Sequence[fd.Cofunction]) -> np.ndarray:
-        """The functional of coordinates, shape (size,), from those of the coefficients, one a set. Collective."""
-        return self.matrix.T @ np.concatenate([np.ravel(part) for part in read_all(self._bases, functionals)])
-
-    def norm(self, functional: np.ndarray) -> float:
-        """The norm in the label measure of the gradient of a functional of coordinates, shape (size,)."""
-        return float(np.sqrt(np.sum(functional**2 / self.units)))
 
 
 class GaussNewtonMatrix:
@@ -397,10 +337,3 @@ def _quadratic(regulariser, parameter: Parameter, columns: scipy.sparse.csr_arra
         coefficients = [part.reshape(shape) for part, shape in zip(np.split(column, ends), shapes)]
         images.append(np.concatenate([np.ravel(d) for d in regulariser.functionals(parameter, coefficients)]))
     return columns.T @ np.column_stack(images)
-
-
-def _columns(linear, shape: tuple[int, ...]) -> scipy.sparse.csr_array:
-    """The matrix of a linear map between arrays of one shape, without what is round-off."""
-    matrix = np.column_stack([linear(unit.reshape(shape)).ravel() for unit in np.eye(int(np.prod(shape)))])
-    matrix[np.abs(matrix) <= _ROUND_OFF * np.abs(matrix).max()] = 0.0
-    return scipy.sparse.csr_array(matrix)

@@ -1,6 +1,6 @@
 """Training by the method of Levenberg and Marquardt, where J is a sum of squares.
 
-In coordinates x of all that is learned (`learning.gauss_newton_matrix`) a step p solves
+In coordinates x of all that is learned (`parameters.coordinates`) a step p solves
 
     (H + mu) p = -g,        g = J'(x) of all samples,        H from rows of the Jacobian that are drawn anew for each step.
 

@@ -33,7 +33,8 @@ from fem_resnet import (
 )  # fmt: skip
 from fem_resnet.layers.sample_functionals import JoinedBasis
 from fem_resnet.learning import gauss_newton_matrix
-from fem_resnet.learning.gauss_newton_matrix import Coordinates, GaussNewtonMatrix, Rows, draw_rows
+from fem_resnet.learning.gauss_newton_matrix import GaussNewtonMatrix, Rows, draw_rows
+from fem_resnet.parameters.coordinates import Coordinates
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 #: More rows than there are.
@@ -194,12 +195,15 @@ def test_rows_make_the_matrix_in_the_mean(rows):
     assert 0 < deviation.max() < 0.05 * expected.max()
 
 
-def test_a_few_rows_give_nearly_the_matrix_where_there_are_many_samples():
-    net = smooth_network(disk())
-    net_inputs = net.Y.batch(smooth(net.Y, 400))
-    head = Head(disk(), disk(), "identity")
+def with_many_samples() -> LearningProblem:
+    net, head = smooth_network(disk()), Head(disk(), disk(), "identity")
     head.W.set(0, np.eye(4))
-    p = LearningProblem(net, head, least_squares, None, Batch(net_inputs, net_inputs))
+    inputs = net.Y.batch(smooth(net.Y, 400))
+    return LearningProblem(net, head, least_squares, None, Batch(inputs, inputs))
+
+
+def test_a_few_rows_give_nearly_the_matrix_where_there_are_many_samples():
+    p = with_many_samples()
     H, drawn = matrix_of(p), matrix_of(p, draw_rows(p, 5 * sum(q.dim for q in p.parameters), 2, np.random.default_rng(0)))
     x = np.random.default_rng(1).normal(size=len(H))
     assert 0.02 * largest(H) > largest(H - drawn) / 10 > 0
@@ -233,6 +237,17 @@ def test_so_it_is_whatever_a_network_is_made_of(kind, monkeypatch):
         matrix = GaussNewtonMatrix(p, eliminate=True)
         found = matrix.of(matrix.draw(ALL, 10, np.random.default_rng(0)))
         assert_allclose(found, expected, rtol=0, atol=1e-10 * largest(expected))
+
+
+def test_few_samples_give_the_matrix_without_the_head_in_the_mean():
+    """Twenty samples for five unknowns: without the factor a quarter would be missing."""
+    matrix, rng = GaussNewtonMatrix(with_many_samples(), eliminate=True), np.random.default_rng(0)
+    H = matrix.of(matrix.draw(ALL, 10, rng))
+    drawn = [matrix.draw(20, 4, rng) for _ in range(60)]
+    assert {rows.samples.size for rows in drawn} == {20}
+    found = sum(matrix.of(rows) for rows in drawn) / len(drawn)
+    assert_allclose(np.trace(found), np.trace(H), rtol=0.08)
+    assert_allclose(found, H, rtol=0, atol=0.1 * largest(H))
 
 
 def test_rows_that_share_directions_make_the_matrix_of_the_gauss_newton_in_the_mean():

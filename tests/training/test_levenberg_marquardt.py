@@ -45,26 +45,32 @@ def taught(*, domain="disk", alone=False, weight=1e-12, among=None, seed=1, **op
 
 
 def set_learned(net, head, size, seed=0, add=False) -> None:
-    rng = np.random.default_rng(seed)
-    for parameter in (*net.parameters, *head.parameters):
+    """Give or add random coefficients; of a set the nearest kernel, since its controls may be turned on other partitions."""
+    rng, among = np.random.default_rng(seed), net.settings.kernel.among
+    for parameter in (net.bias, net.kernel, *head.parameters):
         for k, basis in enumerate(parameter.space_bases):
-            parameter.set(k, add * parameter.get(k) + size * rng.normal(size=basis.shape) / basis.shape[-1] ** 0.5)
+            c = add * parameter.get(k) + size * rng.normal(size=basis.shape) / basis.shape[-1] ** 0.5
+            parameter.set(k, among.projected(c) if among and parameter is net.kernel else c)
 
 
 @on_ranks
 @each_way
 def test_it_reaches_what_a_network_of_the_same_kind_can_do(eliminate):
-    """J falls by nine orders of magnitude, which needs gradients of all samples, and a damping that has no floor."""
+    """J falls by nine orders of magnitude, which needs gradients of all samples."""
     p = taught()
     start = float(p.evaluate()[0])
-    result = train_levenberg_marquardt(p, iterations=40, eliminate=eliminate, damping=1e-6, tolerance=1e-14, monitor=silent)
+    result = train_levenberg_marquardt(p, iterations=40, eliminate=eliminate, tolerance=1e-14, monitor=silent)
     assert result.value < 1e-9 * start
-    assert result.damping < 1e-8
     assert_allclose(float(p.evaluate()[0]), result.value, rtol=1e-6)
     assert (np.diff(result.values) < 0).all() and result.values.shape == (result.iterations + 1,)
     for function, c in zip(p.functions, result.controls):
         assert function.dat.data_ro.size in (0, c.size)
     assert (result.condition is None) == (eliminate is None)
+
+
+def test_the_damping_has_no_floor():
+    result = train_levenberg_marquardt(taught(), iterations=3, damping=1e-9, monitor=silent)
+    assert result.damping < 1e-10
 
 
 @on_ranks
@@ -78,8 +84,9 @@ def test_it_takes_the_same_steps_on_any_number_of_ranks(kind, eliminate):
         for alone in (False, True)
     )
     assert_allclose(here.values, alone.values, rtol=1e-8)
-    for c, expected in zip(here.controls, alone.controls):
-        assert_allclose(c, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    if not symmetric:
+        for c, expected in zip(here.controls, alone.controls):
+            assert_allclose(c, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @each_way
