@@ -7,8 +7,8 @@
 - annulus: semilinear diffusion, as in `starting_values.py`. 39 modes on 480 nodes, taken up in 12, 20 and 39.
 
 The network has one channel, T = 1, tanh, and starts at minus the identity; its kernel, bias and head live in these modes.
-Kernels are dense, or commute with shifts of the circle (rotations of the annulus). W and mu are eliminated (`--keep-head`: they
-are not). There are as many iterations of L-BFGS in all modes from the start, as in few and then in more.
+Kernels are dense, or commute with shifts of the circle (rotations of the annulus). W and mu are eliminated (`--keep-head`:
+they are not). There are as many iterations of L-BFGS in all modes from the start, as in few and then in more.
 
 Printed is, for each run, J, the relative error in L2 of new samples, evaluations of J and its gradient, flops and seconds; and
 below what both had needed for the larger of the two J at the end. Flops are those of matrix products, 3 (4 n r + 2 r^2) for n
