@@ -91,13 +91,8 @@ class Meter:
     def __init__(self, nodes: int, ranks: Sequence[int]):
         self._nodes, self._ranks, self._rank, self.rows = nodes, iter(ranks), 0, []
         self._whole = self._of(ranks[-1])
-        self._event, self._first, self._before, self._flops, self._start = (
-            PETSc.Log.Event("fem_resnet:adjoint"),
-            0,
-            0,
-            0.0,
-            0.0,
-        )
+        self._event = PETSc.Log.Event("fem_resnet:adjoint")
+        self._first, self._before, self._flops, self._start = 0, 0, 0.0, 0.0
 
     def __call__(self, progress) -> None:
         count, now = self._event.getPerfInfo()["count"], time.perf_counter()
