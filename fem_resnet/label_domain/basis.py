@@ -95,7 +95,7 @@ class Basis(OnMesh):
         self.values = read_only(spread_columns(values))
         self._move = move
         self.rank = rank = self.values.shape[1]
-        self._of_rank: dict[int, Basis] = {rank: self}  # shared by all bases of the first functions of one basis
+        self._firsts: dict[int, Basis] = {}  # by rank, shared with these; a basis itself is not among them
         self._stiffness = None if stiffness is None else read_only(real_array("stiffness", stiffness, (rank, rank)).copy())
         self.eigenvalues = None if eigenvalues is None else read_only(real_array("eigenvalues", eigenvalues, (rank,)).copy())
         self.gram = read_only(Y.sum(self.values.T @ (self.values * Y.weights[:, None])))
@@ -224,8 +224,10 @@ class Basis(OnMesh):
         (3, True, True)
         """
         same(self.Y.comm, rank=rank)
-        rank = min(integer("rank", rank, most=np.inf), self.rank)
-        if rank not in self._of_rank:
+        rank = integer("rank", rank, most=np.inf)
+        if rank >= self.rank:
+            return self
+        if rank not in self._firsts:
             if self.kind == "cells":
                 raise ValueError(
                     f"rank: expected {self.rank} or more of {self!r}, whose functions have no order, got {rank}; "
@@ -235,13 +237,13 @@ class Basis(OnMesh):
             eigenvalues = None if self.eigenvalues is None else self.eigenvalues[:rank]
             stiffness = None if self._stiffness is None else self._stiffness[:rank, :rank]
             first = Basis(self.Y, self.values[:, :rank], self.kind, eigenvalues, self._move, stiffness)
-            first._of_rank = self._of_rank
-            self._of_rank[rank] = first
-        return self._of_rank[rank]
+            first._firsts = self._firsts
+            self._firsts[rank] = first
+        return self._firsts[rank]
 
     def begins_with(self, other: Basis) -> bool:
         """Whether `first` gives this other basis."""
-        return other.rank <= self.rank and self._of_rank.get(other.rank) is other
+        return other is self or other.rank < self.rank and self._firsts.get(other.rank) is other
 
     def _warn_of_cut(self, rank: int) -> None:
         if self.eigenvalues is None:

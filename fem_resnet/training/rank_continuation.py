@@ -73,16 +73,17 @@ def train_by_ranks(problem: LearningProblem, ranks: Sequence[int], train: Callab
         raise ValueError(
             f"ranks: expected increasing integers up to {largest}, the largest rank of the problem's bases, got {ranks}"
         )
-    stages = [_in_first(problem, rank) for rank in ranks[:-1]]
-    results = []
-    for rank, stage, larger in zip(ranks, stages, [*stages[1:], problem]):
-        log(problem.net.Y.comm, logging.INFO, "the first %d functions of all bases", rank)
+    comm, results = problem.net.Y.comm, []
+    stages = [*(_in_first(problem, rank) for rank in ranks[:-1]), problem]
+    for rank in ranks[:-1]:
+        stage = stages.pop(0)  # so that its tape and its steppers go when it has been trained
+        log(comm, logging.INFO, "the first %d functions of all bases", rank)
         try:
-            results.append(together(problem.net.Y.comm, partial(train, stage)))
+            results.append(together(comm, partial(train, stage)))
         finally:
             pad_problem(problem, stage)
-        pad_problem(larger, stage)
-    log(problem.net.Y.comm, logging.INFO, "all %d functions", largest)
+        pad_problem(stages[0], stage)
+    log(comm, logging.INFO, "all %d functions", largest)
     return [*results, train(problem)]
 
 

@@ -1,6 +1,8 @@
 """Training in the first functions of all bases, then in more: J goes on where it was; right, or refused, for all kernels."""
 
+import gc
 import logging
+import weakref
 from functools import cache
 
 import firedrake as fd
@@ -245,9 +247,12 @@ def test_the_first_functions_of_a_basis_are_one_basis_that_moves_and_is_saved(tm
     fine = LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(3), "CG", 1))
     expected = fd.assemble(first.on(fine).function(np.eye(5)[3]) ** 4 * fd.dx)
     assert_allclose(expected, fd.assemble(phi.on(fine).function(np.eye(8)[3]) ** 4 * fd.dx), rtol=1e-2)
-    net = problem("disk").net.in_first(5)
-    save(tmp_path / "first.h5", net)
-    assert_array_equal(load(tmp_path / "first.h5")[0].kernel.get(1), net.kernel.get(1))
+    for kind in ("free", "functions of the Laplacian", "symmetric"):
+        net = problem("disk", kind).net.in_first(5)
+        save(tmp_path / "first.h5", net)
+        loaded = load(tmp_path / "first.h5")[0]
+        assert_allclose(loaded.kernel.get(1), net.kernel.get(1), rtol=0, atol=ROUND_OFF)
+        assert loaded.settings.kernel.among == net.settings.kernel.among
 
 
 def test_functions_on_a_discontinuous_space_keep_the_gradients_of_the_continuous_ones():
@@ -368,9 +373,12 @@ def test_Gauss_Newton_bounds_and_an_initial_state_that_is_learned():
 
 @on_ranks
 def test_another_trainer_takes_its_place():
-    p, ranks = problem("disk", size=0.2), []
+    p, ranks, nets = problem("disk", size=0.2), [], []
 
     def adam(stage):
+        gc.collect()
+        assert not any(net() for net in nets[:-1])  # no more than one rank is kept
+        nets.append(weakref.ref(stage.net))
         ranks.append(stage.net.bases["phi"][0].rank)
         return train_stochastic(stage, Adam(1e-3), batch_size=2, epochs=3, monitor=silent)
 

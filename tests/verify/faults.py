@@ -31,6 +31,7 @@ import fem_resnet.learning.loss
 import fem_resnet.learning.pointwise_terms
 import fem_resnet.learning.problem
 import fem_resnet.learning.regulariser
+import fem_resnet.learning.samples
 import fem_resnet.network.coefficient_segment
 import fem_resnet.network.network
 import fem_resnet.network.network_parameters
@@ -893,7 +894,7 @@ FAULTS = [
         line(
             fem_resnet.learning.problem.LearningProblem,
             "exchange",
-            "block.operator.observe(observation, batch.weights)",
+            "block.operator.observe(samples.at_end, batch.weights)",
             "pass",
         ),
     ),
@@ -911,7 +912,7 @@ FAULTS = [
         "padded samples of minibatches count",
         CLASSES,
         line(
-            fem_resnet.learning.problem.LearningProblem,
+            fem_resnet.learning.samples.Samples,
             "minibatches",
             "np.where(np.arange(size) < len(chosen), weights[padded], 0.0)",
             "weights[padded]",
