@@ -33,7 +33,6 @@ import firedrake as fd
 import numpy as np
 import scipy.linalg
 import scipy.sparse
-from numpy.typing import NDArray
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
@@ -74,7 +73,7 @@ class Rows:
         Of each row the functional in the coefficients of the output, shape (rank of X, directions, samples).
     """
 
-    samples: NDArray[np.integer]
+    samples: np.ndarray
     weights: np.ndarray
     functionals: np.ndarray
 

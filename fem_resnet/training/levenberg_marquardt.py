@@ -63,8 +63,8 @@ def train_levenberg_marquardt(
 
     For the loss `least_squares` of a head with prediction "identity", on any label domain, with quadratic regularisers, and a
     bias in a basis. The matrix of Gauss and Newton is assembled, so parameters are some thousands at most. Where J can become
-    small it needs far fewer evaluations than L-BFGS. Collective. Where an evaluation or the monitor raises, the parameters
-    hold the result of the last iteration, and the error goes on.
+    small it needs far fewer evaluations than L-BFGS; where a large part of J stays, its steps are no better. Collective. Where
+    an evaluation or the monitor raises, the parameters hold the result of the last iteration, and the error goes on.
 
     Parameters
     ----------
