@@ -11,7 +11,7 @@ import numpy as np
 import sympy
 from doors import Door
 from firedrake import COMM_WORLD
-from helpers import MESHES, label_space, laplace, smooth
+from helpers import MESHES, label_space, laplace, smooth, with_channels
 from problems import learning_problem, network, polynomials
 from pyadjoint import Tape
 
@@ -22,6 +22,7 @@ from fem_resnet import (
     Basis,
     Batch,
     Bias,
+    Channels,
     DampedAntisymmetric,
     Derivatives,
     Head,
@@ -35,10 +36,12 @@ from fem_resnet import (
     NormBounded,
     Observations,
     Parameter,
+    Parity,
     PositiveSemidefinite,
     Properties,
     ProximalStep,
     Regulariser,
+    RepeatedBasis,
     ResidualNetwork,
     RowBox,
     Run,
@@ -53,6 +56,7 @@ from fem_resnet import (
     get_activation,
     given_basis,
     huber,
+    invariant_functions,
     laplace_basis,
     least_squares,
     load,
@@ -106,6 +110,10 @@ def cells() -> LabelSpace:
 
 def phi() -> Basis:
     return laplace("disk", "CG1", 4)
+
+
+def channels() -> Basis:
+    return with_channels("disk", "CG1", 3)
 
 
 @cache
@@ -380,6 +388,29 @@ DOORS = {
         another={"symmetry": rotated},
         called={"symmetry": "symmetries"},
     ),
+    "Parity": Door(
+        Parity,
+        lambda: {"map": reflected, "signs": (1, -1), "output": 1},
+        takes={"map": {"a class", "a function"}},
+        parted=("map", "signs", "output"),
+    ),
+    "invariant_functions": Door(
+        lambda phi, symmetry, tolerance: invariant_functions(phi, symmetry, tolerance=tolerance),
+        lambda: {"phi": laplace("disk", "CG1", 3), "symmetry": reflected, "tolerance": 0.1},
+        parted=("phi",),
+        another={"symmetry": rotated},
+        called={"symmetry": "symmetries"},
+    ),
+    "Channels": Door(Channels, lambda: {"Y": disk(), "channels": 2}, parted=("Y",)),
+    "Channels.join": Door(
+        Channels.join, lambda: {"self": channels().Y, "fields": [disk().batch(smooth(disk())), None]}, parted=("fields",)
+    ),
+    "Channels.part": Door(
+        Channels.part,
+        lambda: {"self": channels().Y, "function": channels().Y.batch(smooth(channels().Y))},
+        parted=("function",),
+    ),
+    "RepeatedBasis": Door(RepeatedBasis, lambda: {"Y": channels().Y, "one": channels().one}, parted=("Y", "one")),
     "Symmetric.projected": Door(
         Symmetric.projected,
         lambda: {"self": Symmetric(laplace("disk", "CG1", 3), reflected), "beta": np.eye(3)},
@@ -510,7 +541,11 @@ DOORS = {
     "Run.tangent": Door(Run.tangent, lambda: {"self": run(), "direction": fields().batch.inputs}, parted=("direction",)),
     # -- problems --
     "Head": Door(
-        Head, lambda: {"psi": phi(), "onto": 3, "prediction": "softmax"}, parted=("psi",), another={"prediction": "logistic"}
+        Head,
+        lambda: {"psi": phi(), "onto": 3, "prediction": "softmax", "symmetries": ()},
+        takes={"symmetries": {"an empty list"}},
+        parted=("psi", "symmetries"),
+        another={"prediction": "logistic"},
     ),
     "Head.__call__": Door(Head.__call__, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),
     "Head.linear": Door(Head.linear, lambda: {"self": classes().head, "f": classes().batch.inputs}, parted=("f",)),

@@ -305,14 +305,19 @@ class Head(OnMesh):
     def on(self, Y: LabelSpace) -> Head:
         """The same head for the network on another label space of the same Y (`ResidualNetwork.on`).
 
-        An output on the network's own label space moves with it, one on another label domain stays where it is.
+        An output on the network's own label space moves with it, also one on a channel of that. One on another label domain
+        stays where it is.
 
         Raises
         ------
         TypeError, ValueError
             As of `Basis.on`.
         """
-        moved = {basis: basis.on(Y) for basis in dict.fromkeys((self.psi, self.onto)) if basis.Y is self.psi.Y}
+        moved = {self.psi: self.psi.on(Y)}
+        moved[self.psi.one] = moved[self.psi].one
+        for state, there in ((self.psi.Y, Y), (self.psi.Y.one, Y.one)):
+            if self.onto.Y is state and self.onto not in moved:
+                moved[self.onto] = self.onto.on(there)
         if self.symmetries and self.onto not in moved:
             raise ValueError(
                 f"on: expected a head whose output moves with the network, as it keeps symmetries, got one onto {self.onto!r}"
@@ -320,7 +325,8 @@ class Head(OnMesh):
         onto = moved.get(self.onto, self.onto)
         head = Head(moved[self.psi], self.classes or onto, self.prediction.name, symmetries=self.symmetries)
         for ours, theirs in zip(self.parameters, head.parameters):
-            theirs.set(0, ours.get(0))
+            # With symmetries both have numbers of their own choice for the same W.
+            theirs.set(0, theirs.space_basis.of_whole(ours.space_basis.whole(ours.get(0))))
         return head
 
     def in_first(self, rank: int) -> Head:

@@ -26,7 +26,8 @@ import numpy as np
 import scipy.sparse
 import ufl
 
-from fem_resnet.arguments import instance, integer, number
+from fem_resnet.arguments import instance, integer, integer_array, number
+from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.symmetries import SymmetryMatrices, symmetry_matrices
 from fem_resnet.ranks import on_first, same
@@ -58,7 +59,7 @@ class Parity:
     Raises
     ------
     TypeError, ValueError
-        If a sign is neither 1 nor -1.
+        If a sign is neither 1 nor -1, or `map` neither a function nor a list of integers.
 
     Examples
     --------
@@ -73,6 +74,8 @@ class Parity:
     output: int | Sequence[int] = 1
 
     def __post_init__(self) -> None:
+        if not callable(self.map):
+            object.__setattr__(self, "map", read_only(integer_array("map", self.map, ("points",)).copy()))
         output = self.output if isinstance(self.output, (list, tuple, np.ndarray)) else (self.output,)
         for name, given in (("signs", self.signs), ("output", output)):
             signs = tuple(integer(name, sign, least=-1, most=1) for sign in instance(name, given, (list, tuple, np.ndarray)))
