@@ -193,15 +193,13 @@ def features(c, modes):
 def baselines(data, modes=NODES // 2):
     """Test errors and seconds of a linear map and of kernel ridge regression, widths chosen by cross-validation."""
     x, y = (features(c["train"], modes) / s for c, s in zip((data.c, data.w), data.scale))
-    models = {
-        "linear map": KernelRidge(kernel="linear", alpha=1e-6),
-        "kernel ridge": GridSearchCV(
-            KernelRidge(kernel="rbf"), {"gamma": np.logspace(-3, 0.5, 8), "alpha": np.logspace(-10, -4, 4)}, cv=4
-        ),
+    grids = {
+        "linear map": ("linear", {"alpha": np.logspace(-6, 0, 7)}),
+        "kernel ridge": ("rbf", {"gamma": np.logspace(-1.5, 1, 11), "alpha": np.logspace(-10, -4, 3)}),
     }
-    for name, model in models.items():
+    for name, (kernel, grid) in grids.items():
         start = time.perf_counter()
-        model.fit(x, y)
+        model = GridSearchCV(KernelRidge(kernel=kernel), grid, cv=4, scoring="neg_mean_squared_error").fit(x, y)
         found = data.scale[1] * model.predict(features(data.c["test"], modes) / data.scale[0])
         missed = data.w["test"].copy()
         missed[:, :modes] -= found[:, :modes]
