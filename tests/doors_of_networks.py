@@ -391,7 +391,7 @@ DOORS = {
     "Parity": Door(
         Parity,
         lambda: {"map": reflected, "signs": (1, -1), "output": 1},
-        takes={"map": {"a class", "a function"}},
+        takes={"map": {"a class", "a function"}, "output": {"a negative number"}},
         parted=("map", "signs", "output"),
     ),
     "invariant_functions": Door(

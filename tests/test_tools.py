@@ -346,7 +346,7 @@ def _in_first(p):
 
 def _by_ranks(p):
     bases = [basis for bases in p.net.bases.values() for basis in bases if basis is not None]
-    return train_by_ranks(p, (1, max(basis.rank for basis in bases)), lambda stage: train(stage, {"tao_max_it": 3}))
+    return train_by_ranks(p, (1, max(basis.one.rank for basis in bases)), lambda stage: train(stage, {"tao_max_it": 3}))
 
 
 @runs("train_by_ranks", before=_in_first, call=_by_ranks)
@@ -681,13 +681,20 @@ def _on(net, other, close, start):
 
 @on_net("ResidualNetwork.in_first", call=lambda net: net.in_first(1))
 def _in_the_first_function(net, other, close, start):
-    assert [basis.rank for basis in (*other.bases["phi"], *other.bases["psi"])] == [1] * 2 * len(net.bases["phi"])
+    assert [basis.one.rank for basis in (*other.bases["phi"], *other.bases["psi"])] == [1] * 2 * len(net.bases["phi"])
+
+    def kept(coefficients):
+        """The coefficients with those of the first function in each channel alone."""
+        first = [np.arange(size) % (size // net.Y.channels) == 0 for size in coefficients.shape]
+        return np.where(np.logical_and.outer(*first) if len(first) == 2 else first[0], coefficients, 0.0)
+
     for k in range(len(net.kernel.functions)):
-        assert_allclose(other.kernel.get(k), net.kernel.get(k)[:1, :1], atol=10 * close)
-        net.kernel.set(k, np.pad(other.kernel.get(k), [(0, n - 1) for n in net.kernel.space_bases[k].shape]))
-    for k, bias in enumerate(net.bias.space_bases):
+        whole = kept(net.kernel.get(k))
+        assert_allclose(other.kernel.get(k).ravel(), whole[whole != 0], atol=10 * close)
+        net.kernel.set(k, whole)
+    for k in range(len(net.bias.space_bases)):
         if net.bases["bias"] != (None,):
-            net.bias.set(k, np.pad(net.bias.get(k)[:1], (0, bias.shape[0] - 1)))
+            net.bias.set(k, kept(net.bias.get(k)))
     assert_allclose(of_net(other), of_net(net), atol=10 * close)
     assert set(features_of(other)) == set(features_of(net))
 

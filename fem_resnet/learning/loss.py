@@ -332,13 +332,13 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
 
     def value(Y, p, C):
         # A sum over the ranks follows, assemble has made one already.
-        return np.array(on(Y).assemble("value", p, C), dtype=float) / Y.comm.size
+        return np.array(on(Y).assemble(Y, "value", p, C), dtype=float) / Y.comm.size
 
     def derivative(Y, p, C):
-        return on(Y).columns("derivative", p, C)
+        return on(Y).columns(Y, "derivative", p, C)
 
     def curvature(Y, p, C, v):
-        return on(Y).columns("second", p, C, v)
+        return on(Y).columns(Y, "second", p, C, v)
 
     return _of_prediction(name, value, derivative, curvature)
 
@@ -347,7 +347,6 @@ class _SampleForms:
     """A functional F(p, C) in UFL of one sample, its first derivative in p, and its second in a direction v of p."""
 
     def __init__(self, Y: LabelSpace, functional: Callable[[fd.Function, fd.Function], object]):
-        self._Y = Y
         self._slots = [fd.Function(Y.V) for _ in range(3)]
         p, C, v = self._slots
         form = together(Y.comm, lambda: checked_form("functional", functional(p, C), "(p - C)**2 * dx"))
@@ -359,21 +358,21 @@ class _SampleForms:
         # Where a derivative is zero, there is nothing to assemble.
         self._vanishing = [which for which, form in self._forms.items() if _expanded(form).empty()]
 
-    def assemble(self, which: str, *batches: np.ndarray) -> list:
+    def assemble(self, Y: LabelSpace, which: str, *batches: np.ndarray) -> list:
         """The form for each sample of these batches of node values: of p, C and v."""
         assembled = []
         with stop_annotating():
             for s in range(batches[0].shape[1]):
                 for slot, values in zip(self._slots, batches):
-                    self._Y.write(slot, values[:, s])
+                    Y.write(slot, values[:, s])
                 assembled.append(fd.assemble(self._forms[which], form_compiler_parameters=self._rule))
         return assembled
 
-    def columns(self, which: str, *batches: np.ndarray) -> np.ndarray:
+    def columns(self, Y: LabelSpace, which: str, *batches: np.ndarray) -> np.ndarray:
         """The same of a form with a test function: functionals of the node values, shape (nodes, samples)."""
         if which in self._vanishing:
             return np.zeros_like(batches[0])
-        return np.hstack([self._Y.values(functional) for functional in self.assemble(which, *batches)])
+        return np.hstack([Y.values(functional) for functional in self.assemble(Y, which, *batches)])
 
 
 def checked_form(name: str, form: object, example: str) -> ufl.Form:
