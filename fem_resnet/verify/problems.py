@@ -17,6 +17,7 @@ import sympy
 from mpi4py import MPI
 
 from fem_resnet.label_domain.basis import Basis, given_basis
+from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import laplace_basis
 from fem_resnet.label_domain.points import point_space
@@ -30,7 +31,9 @@ from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import Regulariser, smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers
+from fem_resnet.parameters.equivariant import Parity, invariant_functions
 from fem_resnet.parameters.kernel_sets import DampedAntisymmetric, NormBounded, PositiveSemidefinite
+from fem_resnet.parameters.symmetric_kernels import Symmetric
 from fem_resnet.verify.point import random_like
 
 __all__ = ["BUILT_IN", "built_in", "filled"]
@@ -297,6 +300,22 @@ def _graph(comm: MPI.Comm) -> LearningProblem:
     return _problem(net, head, cross_entropy, samples=3, targets=targets, regulariser=regulariser, learn="both")
 
 
+def _mirrored(comm: MPI.Comm) -> LearningProblem:
+    """Two channels, on one of which a reflection acts with the sign -1: kernel, bias and head keep it."""
+    Y = Channels(_disk(comm), 2)
+    phi = laplace_basis(Y, 3)
+    mirror = Parity(lambda x: x * np.array([1.0, -1.0]), (1, -1))
+    net = ResidualNetwork(
+        Kernel(phi, among=Symmetric(phi, mirror)),
+        bias=[invariant_functions(phi, mirror), None],
+        layers=Layers(_TIMES[:3], steps=2),
+        activation="tanh",
+    )
+    head = Head(phi, phi.one, "identity", symmetries=[mirror])
+    targets = random_like(fd.Function(Y.one.batch_space(9)), np.random.default_rng(8), Y.one)
+    return _problem(net, head, samples=9, targets=targets)
+
+
 #: Problems by name, as functions of a communicator. Those that find most faults come first.
 BUILT_IN: Mapping[str, Callable[[MPI.Comm], LearningProblem]] = MappingProxyType(
     {
@@ -316,6 +335,7 @@ BUILT_IN: Mapping[str, Callable[[MPI.Comm], LearningProblem]] = MappingProxyType
         "antisymmetric": _stable(DampedAntisymmetric(0.1)),
         "bounded": _stable(NormBounded(0.8)),
         "informed": _informed,
+        "mirrored": _mirrored,
         "graph": _graph,
         "single": _single,
         "large": _large,

@@ -138,6 +138,14 @@ CLASSES, FIELD, CARRIED, ADAPTED, IMPLICIT, LEARNED, TIMES, LAYERS, KINKS, COSTS
     "classes", "field", "carried", "adapted", "implicit", "learned", "times", "layers", "kinks", "costs", "many samples",
     "many samples, times",
 )  # fmt: skip
+MIRRORED = "mirrored"
+Channels, RepeatedBasis, ChannelStage, LinearKernels, Head = (
+    fem_resnet.label_domain.channels.Channels,
+    fem_resnet.label_domain.repeated_basis.RepeatedBasis,
+    fem_resnet.layers.channel_stage.ChannelStage,
+    fem_resnet.parameters.linear_kernels.LinearKernels,
+    fem_resnet.learning.head.Head,
+)
 
 
 # -- faults that are no single line ----------------------------------------------------------------------------------
@@ -643,7 +651,7 @@ FAULTS = [
     Fault(
         "co-states without gamma",
         CLASSES,
-        line(Segment, "costate", "r = at.psi.values @ at.by_g[0]", "r = 0 * (at.psi.values @ at.by_g[0])"),
+        line(Segment, "costate", "r = at.psi.expand(at.by_g[0])", "r = 0 * (at.psi.values @ at.by_g[0])"),
     ),
     Fault("sign of r", CLASSES, line(Segment, "costate", "return r", "return -r")),
     Fault(
@@ -757,7 +765,7 @@ FAULTS = [
     Fault(
         "the bias's basis is pulled back with weights",
         FIELD,
-        line(space.BasisCoefficients, "pull_back", "self.basis.values.T @ functional", "self.basis.weighted.T @ functional"),
+        line(space.BasisCoefficients, "pull_back", "self.basis.pull_back(functional)", "self.basis.project(functional)"),
     ),
     Fault(
         "the Riesz map without tau", CLASSES, line(fem_resnet.parameters.parameter.Parameter, "_riesz_map", " / measure", "")
@@ -807,21 +815,52 @@ FAULTS = [
     ),
     Fault("projections without weights", CLASSES, line(Basis, "project", "self.Y.weights[:, None] * values", "values")),
     Fault("columns of a batch mixed", CLASSES, _mixed_columns),
+    # channels, symmetries
+    Fault(
+        "channels of a bias in the order of Firedrake", MIRRORED, line(Channels, "to_data", "np.moveaxis(", "np.array("), True
+    ),
+    Fault(
+        "channels of all fields in another order",
+        MIRRORED,
+        line(Channels, "from_data", "parts.transpose(1, 0, 2)", "parts.transpose(1, 0, 2)[::-1]"),
+    ),
+    Fault("weights of one channel alone", MIRRORED, line(RepeatedBasis, "pull_back", "in parts", "in parts[:1] * len(parts)")),
+    Fault(
+        "a stage forgets the last channel's functional",
+        MIRRORED,
+        line(ChannelStage, "transpose", "[one.bias for one in found]", "[one.bias for one in found[:1] * len(found)]"),
+        True,
+    ),
+    Fault(
+        "each channel's stage has the bias of the first",
+        MIRRORED,
+        line(ChannelStage, "_parts", "self._split(at.a)", "list(self._split(at.a))[:1] * self._channels"),
+        True,
+    ),
+    Fault(
+        "the linear image of a head is not transposed",
+        MIRRORED,
+        line(space.Within, "of_whole", "np.ravel(functional)", "np.ravel(functional)[::-1]"),
+    ),
+    Fault(
+        "kernels of a linear set are twice as large on the way back",
+        MIRRORED,
+        line(LinearKernels, "adjoint", "self._transposed @", "2 * self._transposed @"),
+    ),
+    Fault("a head that keeps symmetries has no mu", MIRRORED, line(Head, "whole", "self.mu is None or mu is None", "True")),
     # head, loss, regulariser, problem
     Fault("the head has W transposed", FIELD, line(HeadOperator, "forward", "W @ g", "W.T @ g")),
-    Fault("the head's adjoint has W for W^T", FIELD, line(HeadOperator, "adjoint", "W.T @ coefficients", "W @ coefficients")),
+    Fault("the head's adjoint has W for W^T", FIELD, line(HeadOperator, "adjoint", "W.T @ moments", "W @ moments")),
     Fault(
         "the head's mu is left out of its gradient",
         CLASSES,
-        line(HeadOperator, "adjoint", "coefficients.sum(axis=1)", "0 * coefficients.sum(axis=1)"),
+        line(HeadOperator, "adjoint", "moments.sum(axis=1)", "0 * moments.sum(axis=1)"),
     ),
-    Fault(
-        "the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "g += W_dot.T @ coefficients", "pass")
-    ),
+    Fault("the head's Hessian forgets W_1", CLASSES, line(HeadOperator, "second_adjoint", "g += W_dot.T @ moments", "pass")),
     Fault(
         "predictions without mu",
         CLASSES,
-        line(fem_resnet.learning.head.Head, "_coefficients", " + self.mu.get(0)[:, None]", ""),
+        line(fem_resnet.learning.head.Head, "_coefficients", " + mu[:, None]", ""),
     ),
     Fault(
         "softmax normalised over samples",
@@ -1361,8 +1400,8 @@ FURTHER = [
         line(
             fem_resnet.learning.head.Head,
             "on",
-            "theirs.set(0, ours.get(0))",
-            'theirs.set(0, ours.get(0) * (ours.name == "W"))',
+            "ours.space_basis.whole(ours.get(0))",
+            'ours.space_basis.whole(ours.get(0)) * (ours.name == "W")',
         ),
         True,
     ),
@@ -1461,8 +1500,8 @@ FURTHER = [
         line(
             fem_resnet.learning.head.Head,
             "linear",
-            "fd.Function(self.mu.functions[0].function_space())",
-            "self.mu.functions[0]",
+            "shifted=False",
+            "shifted=True",
         ),
         True,
     ),

@@ -158,6 +158,7 @@ PROBLEMS = {
     "kinks": lambda: _plain(activation="relu"),
     "costs": _costs,
     "terms": _terms,
+    "mirrored": lambda: fem_resnet.verify.problems.BUILT_IN["mirrored"](COMM_WORLD),
 }
 
 
