@@ -13,7 +13,8 @@ is left to learn is a real 4 x 4 matrix a mode and layer. Run
     containers/run python demos/burgers_on_the_circle.py            (about eight minutes; --short for half a minute)
     containers/run python demos/burgers_on_the_circle.py --deep     (eight layers too: half an hour)
 
-It writes a table and a figure to demos/output/. The last line is the largest error over all meshes.
+It writes a table and a figure to demos/output/. The last line is the largest error over all meshes. Published for this benchmark,
+on the authors' own samples: DeepONet 2.15 %, Fourier neural operator 1.4 to 1.9 %.
 """
 
 import sys
@@ -265,7 +266,7 @@ def main(short=False, deep=False):
         row(f"{layers} layers, mean", count, f"{means.mean():.2%}", f"{np.mean([seconds for *_, seconds, _ in found]):.0f}")
     say("")
     say(f"{'points of the mesh':<24}{'inputs as modes':>16}{'at the nodes':>16}")
-    net, head, *_, history = found[int(np.argmin(means))]
+    net, head, *_, history = min(found, key=lambda each: each[-1][-1])  # the smallest J on the training samples
     outputs, errors, worst = data.output(net, head), data.errors(net, head), []
     for nodes in meshes:
         Y = circle(nodes)

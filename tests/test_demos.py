@@ -53,6 +53,19 @@ def test_demos_hold_in_full(demo, ranks):
     assert run("mpiexec", "-n", str(ranks), sys.executable, f"demos/{demo}", timeout=900)
 
 
+def test_the_readme_has_the_errors_of_burgers_that_its_script_wrote():
+    rows = [line.split() for line in (ROOT / "demos" / "burgers_on_the_circle.txt").read_text().splitlines() if "%" in line]
+    of = {" ".join(row[:2]): row[-2] for row in rows[:2]} | {
+        row[3] if row[2] == "seed" else row[2]: row[-2] for row in rows[3:9]
+    }
+    seeds = [float(of[str(seed)].rstrip("%")) for seed in range(5)]
+    expected = (
+        f"| relative test error, % | {of['linear map'].rstrip('%')} | {of['kernel ridge'].rstrip('%')} | 2.15, 1.4 to 1.9 | "
+        f"**{of['mean'].rstrip('%')}** ({min(seeds)} to {max(seeds)}) |"
+    )
+    assert expected in (ROOT / "README.md").read_text()
+
+
 @in_short("digits_table.py")
 def test_the_readme_has_the_table_of_digits_that_its_script_wrote(printed):
     table = (ROOT / "demos" / "digits_table.txt").read_text()
