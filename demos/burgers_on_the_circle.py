@@ -13,8 +13,8 @@ is left to learn is a real 4 x 4 matrix a mode and layer. Run
     containers/run python demos/burgers_on_the_circle.py            (about eight minutes; --short for half a minute)
     containers/run python demos/burgers_on_the_circle.py --deep     (eight layers too: half an hour)
 
-It writes a table and a figure to demos/output/. The last line is the largest error over all meshes. Published for this benchmark,
-on the authors' own samples: DeepONet 2.15 %, Fourier neural operator 1.4 to 1.9 %.
+It writes a table and a figure to demos/output/. The last line is the largest error over all meshes. Published for this
+benchmark, on the authors' own samples: DeepONet 2.15 %, Fourier neural operator 1.4 to 1.9 %.
 """
 
 import sys
