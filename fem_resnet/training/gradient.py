@@ -28,7 +28,7 @@ from fem_resnet.ranks import same
 from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
 from fem_resnet.training.progress import Progress, check_monitor, tell
 from fem_resnet.training.rank_continuation import pad_problem, train_by_ranks
-from fem_resnet.training.tao import Minimiser
+from fem_resnet.training.tao import Minimiser, Outcome
 
 __all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Result", "options_over", "train"]
 
@@ -219,6 +219,14 @@ def train(
                 comm, logging.WARNING, "train: samples and regulariser leave %d of %d unknowns of the head open, which took "
                 "the least norm; add tikhonov(..), or give more samples", projected.undetermined, projected.unknowns,
             )  # fmt: skip
+    condition = None if projected is None else projected.condition
+    return _result(problem, end, history, stopped, time.perf_counter() - start, condition)
+
+
+def _result(
+    problem: LearningProblem, end: Outcome, history: Sequence[Progress], stopped: bool, seconds: float, condition: float | None
+) -> Result:
+    """What TAO's end and the iterations before it come to. Collective."""
     return Result(
         value=end.value,
         gradient_norm=end.gradient_norm,
@@ -228,8 +236,8 @@ def train(
         values=np.array([entry.value for entry in history[:-1]] + [end.value]),
         gradient_norms=np.array([entry.gradient_norm for entry in history[:-1]] + [end.gradient_norm]),
         controls=[p.get(k) for p in problem.parameters for k in range(len(p.functions))],
-        seconds=time.perf_counter() - start,
-        condition=None if projected is None else projected.condition,
+        seconds=seconds,
+        condition=condition,
     )
 
 
