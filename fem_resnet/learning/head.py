@@ -24,7 +24,7 @@ from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.points import class_space
-from fem_resnet.parameters.equivariant import acting_on, equivariant_maps, invariant_coefficients
+from fem_resnet.parameters.equivariant import HeadSymmetries, head_symmetries
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.padding import copy_leading, pad
 from fem_resnet.parameters.parameter import Parameter
@@ -148,28 +148,35 @@ class Head(OnMesh):
         refuse the symmetries; or they differ between ranks.
     """
 
-    def __init__(self, psi: Basis, onto: Basis | int, prediction: str = "softmax", *, symmetries: Sequence[Any] = ()):
+    def __init__(
+        self, psi: Basis, onto: Basis | int, prediction: str = "softmax", *, symmetries: Sequence[Any] | HeadSymmetries = ()
+    ):
         self.psi = instance("psi", psi, Basis, "laplace_basis(Y, rank) makes one")
         same(psi.Y.comm, onto=onto, prediction=prediction)
         self.classes = None if isinstance(onto, Basis) else integer("onto", onto)
         self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(self.classes, psi.Y.comm))
         self.prediction = PREDICTIONS[choice("prediction", prediction, PREDICTIONS)]
         self.Y = self.onto.Y
-        self.symmetries = tuple(instance("symmetries", symmetries, (list, tuple)))
+        kept = self._kept = symmetries if isinstance(symmetries, HeadSymmetries) else self._kept_by(symmetries)
+        self.symmetries: tuple = () if kept is None else kept.symmetries
         of_W: SpaceBasis = KernelCoefficients(LowRankKernel(self.onto, psi))
         of_mu: SpaceBasis | None = BasisCoefficients(self.onto)
-        if self.symmetries:
-            if self.classes is not None:
-                raise ValueError(
-                    f"symmetries: expected an output that they act on, a Basis in `onto`, got {onto} classes; a head onto "
-                    f"classes keeps them if its psi does: invariant_functions(psi, *symmetries)"
-                )
-            to = acting_on("onto", self.onto, self.symmetries, is_output=True)
-            of_W = Within(of_W, equivariant_maps(to, acting_on("psi", psi, self.symmetries))[0])
-            kept = invariant_coefficients(to)
-            of_mu = Within(of_mu, kept) if kept.size else None
+        if kept is not None:
+            of_W = Within(of_W, kept.of_W)
+            of_mu = Within(of_mu, kept.of_mu) if kept.of_mu.size else None
         self.W = Parameter("W", of_W, Once())
         self.mu = None if of_mu is None else Parameter("mu", of_mu, Once())
+
+    def _kept_by(self, symmetries: Sequence[Any]) -> HeadSymmetries | None:
+        """What a head that keeps these may be; None if there are none."""
+        if not instance("symmetries", symmetries, (list, tuple), "a list of them"):
+            return None
+        if self.classes is not None:
+            raise ValueError(
+                f"symmetries: expected an output that they act on, a Basis in `onto`, got {self.classes} classes; a head onto "
+                f"classes keeps them if its psi does: invariant_functions(psi, *symmetries)"
+            )
+        return head_symmetries(self.psi, self.onto, symmetries)
 
     def __repr__(self) -> str:
         return f"Head({self.prediction.name}, from {self.psi!r} onto {self.onto!r})"
@@ -323,10 +330,9 @@ class Head(OnMesh):
                 f"on: expected a head whose output moves with the network, as it keeps symmetries, got one onto {self.onto!r}"
             )
         onto = moved.get(self.onto, self.onto)
-        head = Head(moved[self.psi], self.classes or onto, self.prediction.name, symmetries=self.symmetries)
+        head = Head(moved[self.psi], self.classes or onto, self.prediction.name, symmetries=self._kept or ())
         for ours, theirs in zip(self.parameters, head.parameters):
-            # With symmetries both have numbers of their own choice for the same W.
-            theirs.set(0, theirs.space_basis.of_whole(ours.space_basis.whole(ours.get(0))))
+            theirs.set(0, ours.get(0))
         return head
 
     def in_first(self, rank: int) -> Head:

@@ -33,7 +33,8 @@ from fem_resnet.label_domain.symmetries import SymmetryMatrices, symmetry_matric
 from fem_resnet.ranks import on_first, same
 
 __all__ = [
-    "Action", "Parity", "acting_on", "equivariant_maps", "invariant_coefficients", "invariant_functions",
+    "Action", "HeadSymmetries", "Parity", "acting_on", "equivariant_maps", "head_symmetries", "invariant_coefficients",
+    "invariant_functions",
 ]  # fmt: skip
 
 #: Singular values above this many tolerances belong to couplings that do not commute.
@@ -258,6 +259,45 @@ def invariant_coefficients(action: Action) -> np.ndarray:
         return np.array(found).reshape(-1, action.basis.rank).T
 
     return on_first(action.basis.Y.comm, ordered)
+
+
+@dataclass(frozen=True)
+class HeadSymmetries:
+    """The W and mu of a head that keep symmetries, in Laplace bases: they serve on each mesh that these move to.
+
+    Attributes
+    ----------
+    symmetries : tuple
+        As from the user.
+    of_W : scipy.sparse.csc_array
+        Orthonormal W, each as one column, shape (rank of onto x rank of psi, count).
+    of_mu : numpy.ndarray
+        Orthonormal mu, shape (rank of onto, count), count >= 0.
+    """
+
+    symmetries: tuple
+    of_W: scipy.sparse.csc_array
+    of_mu: np.ndarray
+
+
+def head_symmetries(psi: Basis, onto: Basis, symmetries: Sequence[Any]) -> HeadSymmetries:
+    """What a head from `psi` onto `onto` may be if it keeps symmetries. Collective.
+
+    Parameters
+    ----------
+    psi, onto
+        Laplace bases.
+    symmetries
+        As for `Symmetric`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As of `Symmetric`.
+    """
+    to = acting_on("onto", onto, symmetries, is_output=True)
+    of_W, _ = equivariant_maps(to, acting_on("psi", psi, symmetries))
+    return HeadSymmetries(tuple(symmetries), of_W, invariant_coefficients(to))
 
 
 def invariant_functions(phi: Basis, *symmetries: Any, tolerance: float = 0.1) -> Basis:

@@ -12,12 +12,14 @@ from numpy.testing import assert_allclose
 
 from fem_resnet import (
     Basis,
+    Channels,
     EnergyMonitor,
     GrowthMonitor,
     Kernel,
     Layers,
     LinearisedFlow,
     PositiveSemidefinite,
+    RepeatedBasis,
     ResidualNetwork,
     autonomous_problem,
     depth_limit,
@@ -58,7 +60,16 @@ def basis() -> Basis:
 
 
 def bias(Y):
-    return basis().values @ [0.3, -0.2, 0.4]
+    """Of half the size in each channel that follows."""
+    return np.concatenate([basis().values @ [0.3, -0.2, 0.4] / 2**c for c in range(Y.channels)])
+
+
+def with_channels(repeated, options):
+    """Two channels: a basis repeated in each, or the same functions in a basis that knows nothing of channels."""
+    Y = Channels(basis().Y, 2)
+    phi = RepeatedBasis(Y, basis())
+    phi = phi if repeated else Basis(Y, phi.values, "given")
+    return made(phi, np.block([[BETA, 0.2 * np.eye(3)], [-0.1 * BETA.T, BETA]]), **options)
 
 
 def made(phi, beta, **options):
@@ -99,6 +110,8 @@ def pair(feature, euler):
     """A network with the feature, and its twin without; steps of Euler's method or not."""
     phi, own, plain = basis(), {"solver_parameters": EULER} if euler else {}, plain_network(euler)
     match feature:
+        case "channels":
+            return with_channels(True, own), with_channels(False, own)
         case "learned_factors":
             return with_factors(own.get("solver_parameters"))
         case "learned_times":

@@ -1400,8 +1400,8 @@ FURTHER = [
         line(
             fem_resnet.learning.head.Head,
             "on",
-            "ours.space_basis.whole(ours.get(0))",
-            'ours.space_basis.whole(ours.get(0)) * (ours.name == "W")',
+            "theirs.set(0, ours.get(0))",
+            'theirs.set(0, ours.get(0) * (ours.name == "W"))',
         ),
         True,
     ),
