@@ -36,7 +36,7 @@ class ChannelStage(Stage[Argument]):
         self, new: Callable[..., Stage[Argument]], Y: Channels, activation: Activation, samples: int, precision: str = "double"
     ):
         super().__init__(Y, activation, samples, precision)
-        self._channels, self._nodes = Y.channels, Y.one.nodes
+        self._channels = Y.channels
         self._new, self._one = new, new(Y.one, activation, samples, precision)
         self._latest: tuple[LowRankKernel, LowRankKernel] | None = None
 

@@ -18,7 +18,6 @@ from fem_resnet import (
     Head,
     LearningProblem,
     RepeatedBasis,
-    ResidualNetwork,
     cell_indicators,
     cross_entropy,
     given_basis,
@@ -253,7 +252,7 @@ def test_any_number_of_ranks_gives_the_same(domain):
         assert_allclose(one, other, rtol=0, atol=1e-9 * max(np.abs(other).max(), 1e-3))
 
 
-def test_a_pooled_head_reads_the_means_of_the_channels():
+def test_a_pooled_head_reads_the_means_of_the_channels(taylor):
     phi = basis("disk", channels=3)
     Y, net = phi.Y, network(phi)
     head = Head(RepeatedBasis(Y, given_basis(Y.one, [1.0])), 4)
@@ -264,11 +263,7 @@ def test_a_pooled_head_reads_the_means_of_the_channels():
     means = np.array([Y.one.weights @ part for part in np.split(Y.values(f), 3)])
     assert_allclose(head.scores(f), (W @ means + mu[:, None]).T, atol=ROUND_OFF)
     p = LearningProblem(net, head, cross_entropy, tikhonov(0.01), Batch(Y.batch(smooth(Y)), [0, 3, 1]))
-    h = directions_of(p)
-    J = p.reduced_functional()
-    from firedrake.adjoint import taylor_test
-
-    assert taylor_test(J, p.functions, [v._ad_mul(0.01) for v in h]) > 1.98
+    taylor(p.reduced_functional(), p.functions, directions_of(p), "disk", "three channels, pooled")
 
 
 @pytest.mark.parallel([1, 2])
@@ -303,4 +298,3 @@ def test_gathered_states_do_not_depend_on_how_factors_are_learned():
     nets = [network(each, learn_factors=True, learn_times=True) for each in (phi, dense(phi))]
     one, other = (gathered(net.Y, net.Y.values(net(net.Y.batch(smooth(net.Y))))) for net in nets)
     assert_allclose(one, other, atol=1e-11)
-    assert ResidualNetwork(phi, layers=1).bases["phi"][0] is phi
