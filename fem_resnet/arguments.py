@@ -20,7 +20,7 @@ import scipy.sparse
 
 from fem_resnet.ranks import together
 
-__all__ = ["choice", "flag", "function", "instance", "integer", "integer_array", "number", "real_array"]
+__all__ = ["choice", "flag", "function", "instance", "integer", "integer_array", "number", "real_array", "text"]
 
 _T = TypeVar("_T")
 
@@ -230,6 +230,19 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """A text from outside that says something, as a name for messages.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no string, or is empty.
+    """
+    if not instance(name, value, str):
+        raise ValueError(f"{name}: expected a text, got an empty string")
     return value
 
 

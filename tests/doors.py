@@ -43,6 +43,8 @@ class Door:
         Of an argument, what messages call it, where that is not its own name; of one that is to fit another, both.
     through
         Arguments of which NaN may come out as it went in.
+    fitting
+        Arguments that are right if they fit each other: two that are wrong alone may be right together.
     dear
         Whether a call takes seconds: its walk is then `slow`, and a few kinds of `WRONG` stay in the default run.
     """
@@ -54,6 +56,7 @@ class Door:
     another: Mapping[str, Any] = field(default_factory=dict)
     called: Mapping[str, str] = field(default_factory=dict)
     through: tuple[str, ...] = ()
+    fitting: tuple[str, ...] = ()
     dear: bool = False
 
     def names(self, argument: str, error: Exception) -> bool:

@@ -86,7 +86,7 @@ FLAG = {"a bool"}
 NUMBER = {"a negative number", "zero", "a fraction", "a huge integer"}
 POSITIVE = {"a fraction", "a huge integer"}
 NOT_NEGATIVE = POSITIVE | {"zero"}
-TEXT = {"a string", "an empty string"}
+TEXT = {"a string"}
 OPTIONS = {"None", "an empty dict"}
 PATH = {"a string", "an empty string", "a path"}
 PREFIX = {"None", "an empty string"}
@@ -939,6 +939,7 @@ DOORS = {
             takes={"s": SAFE, "out": {"None"}},
             parted=("s", "out"),
             through=("s",),
+            fitting=("s", "out"),
         )
         for name in ("__call__", "derivative", "second_derivative", "primitive")
     },

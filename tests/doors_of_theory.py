@@ -613,7 +613,7 @@ HAMILTONIANS = {
         feedback,
         LocalFeedback.check,
         lambda: {"function": field(1), "name": "inputs"},
-        {"name": {"a string", "an empty string"}},
+        {"name": {"a string"}},
         parted=("function", "name"),
         called={"function": "inputs"},
     ),

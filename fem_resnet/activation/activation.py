@@ -24,7 +24,7 @@ from fem_resnet.activation.expression_tree import from_tree, to_tree
 from fem_resnet.activation.pieces import REACH, cuts, right_of
 from fem_resnet.activation.pointwise import KERNELS
 from fem_resnet.activation.properties import Properties
-from fem_resnet.arguments import choice, function, instance, number, real_array
+from fem_resnet.arguments import choice, function, instance, number, real_array, text
 
 __all__ = ["ACTIVATIONS", "Activation", "get_activation"]
 
@@ -81,7 +81,7 @@ class Activation:
     expression: sympy.Expr | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        instance("name", self.name, str)
+        text("name", self.name)
         if len(instance("kernels", self.kernels, (tuple, list))) != 4:
             raise ValueError(f"kernels: expected sigma, sigma', sigma'' and the primitive, got {len(self.kernels)} functions")
         for kernel in self.kernels:

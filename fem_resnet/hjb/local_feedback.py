@@ -34,7 +34,7 @@ from pyadjoint import Control, ReducedFunctional
 from pyadjoint.optimization.tao_solver import PETScVecInterface, ReducedFunctionalHessianMat, RieszMapPC
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import instance, number
+from fem_resnet.arguments import instance, number, text
 from fem_resnet.features import REGULARISED, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.learning.problem import LearningProblem
@@ -275,7 +275,7 @@ class LocalFeedback(OnMesh):
         TypeError, ValueError
             If it is no Function, has values that are not finite, or is in another space.
         """
-        self.Y.check_batch(function, instance("name", name, str))
+        self.Y.check_batch(function, text("name", name))
         if function.function_space() != self.inputs.function_space():
             raise ValueError(
                 f"{name}: expected a Function of {self.inputs.function_space()}, the space of the problem's inputs, "

@@ -19,7 +19,7 @@ import ufl
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import function, instance, integer, number, real_array
+from fem_resnet.arguments import function, instance, integer, number, real_array, text
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.eigensolver import eigenspace_ends
@@ -78,7 +78,7 @@ class Basis(OnMesh):
     ):
         check_label_space(Y)
         same(Y.comm, kind=kind, eigenvalues=eigenvalues, move=move, stiffness=stiffness)
-        instance("kind", kind, str)
+        text("kind", kind)
         if move is not None:
             function("move", move, "a function of a basis and a label space, or None,")
         values = real_array("values", values, comm=Y.comm, finite=False)

@@ -25,7 +25,7 @@ from pyadjoint.tape import annotate_tape, stop_annotating
 from pyop2 import op2
 from ufl import H1
 
-from fem_resnet.arguments import instance, integer, real_array
+from fem_resnet.arguments import instance, integer, real_array, text
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.graph import checked_graph, checked_numbers, graph_laplacian
 from fem_resnet.label_domain.nodal_space import WHAT_WORKS, check_space
@@ -231,8 +231,7 @@ class LabelSpace(OnMesh):
             Functions are given while a tape annotates, which would not see them. On all ranks alike.
         """
         same(self.comm, name=name, values=_has_functions(values))
-        if not instance("name", name, str):
-            raise ValueError("name: expected a name for messages, got an empty string")
+        text("name", name)
         if _has_functions(values):
             values = self._columns(values, name)
         values = real_array(name, values, comm=self.comm, finite=False)
@@ -387,9 +386,9 @@ class LabelSpace(OnMesh):
             If `holds` is false on some rank.
         """
         messages = self.comm.allgather(None if holds else message)
-        for text in messages:
-            if text is not None:
-                raise ValueError(text)
+        for one in messages:
+            if one is not None:
+                raise ValueError(one)
 
     def inner(self, f: fd.Function, g: fd.Function) -> float:
         """Inner product `(f, g) = sum_i w_i f_i g_i` in L2(Y), summed over the samples of batches. Collective.

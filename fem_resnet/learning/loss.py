@@ -28,7 +28,7 @@ from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
 from ufl.algorithms.apply_derivatives import apply_derivatives
 
 from fem_resnet.activation.activation import get_activation
-from fem_resnet.arguments import choice, function, instance, real_array
+from fem_resnet.arguments import choice, function, instance, real_array, text
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.head import PREDICTIONS, Prediction, log_density
@@ -78,7 +78,7 @@ class Loss:
     gauss_newton: Callable[[LabelSpace, np.ndarray, np.ndarray, Prediction, np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self):
-        instance("name", self.name, str)
+        text("name", self.name)
         for name in ("value", "gradient", "hessian", "gauss_newton"):
             given = getattr(self, name)
             if given is not None or name in ("value", "gradient"):
@@ -322,7 +322,7 @@ def functional_loss(functional: Callable[[fd.Function, fd.Function], object], na
     'functional'
     """
     function("functional", functional, "a function of prediction and observation")
-    instance("name", name, str)
+    text("name", name)
     forms: WeakKeyDictionary[LabelSpace, _SampleForms] = WeakKeyDictionary()
 
     def on(Y):

@@ -27,7 +27,7 @@ from pyadjoint import Control
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import flag, instance, integer, real_array
+from fem_resnet.arguments import flag, instance, integer, real_array, text
 from fem_resnet.fixed import OnMesh
 from fem_resnet.parameters.space_basis import Replicated, SpaceBasis, new_cofunction
 from fem_resnet.parameters.time_basis import PointInTime, TimeBasis
@@ -88,7 +88,7 @@ class Parameter(OnMesh):
         instance("time_basis", time_basis, (TimeBasis, PointInTime))
         self._comm = bases[0].Y.comm if bases else None
         same(self._comm, name=name, functions=functions, penalised=penalised)
-        self.name = instance("name", name, str)
+        self.name = text("name", name)
         self.penalised = flag("penalised", penalised)
         self.time_basis = time_basis
         self._space_basis = space_basis

@@ -24,7 +24,7 @@ import firedrake as fd
 import numpy as np
 
 from fem_resnet.activation.activation import Activation
-from fem_resnet.arguments import instance, number
+from fem_resnet.arguments import number, text
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.network.network import ResidualNetwork
@@ -95,7 +95,7 @@ class AutonomousProblem:
         TypeError, ValueError
             If `function` is no such Function.
         """
-        self.Y.check_batch(function, instance("name", name, str))
+        self.Y.check_batch(function, text("name", name))
         return self.Y.values(function)
 
     def argument(self, f: np.ndarray) -> np.ndarray:
