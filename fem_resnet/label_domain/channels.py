@@ -69,7 +69,7 @@ class Channels(LabelSpace):
         self._one = Y
         self.comm = Y.comm
         self.V = fd.VectorFunctionSpace(Y.V.mesh(), Y.V.ufl_element(), dim=C)
-        self._batch_spaces = {}
+        self._batch_spaces, self._coefficient_meshes, self._coefficient_spaces = {}, {}, {}
         self.numbers = None if Y.numbers is None else np.concatenate([Y.numbers + c * Y.size for c in range(C)])
         self.graph = None if Y.graph is None else scipy.sparse.block_diag([Y.graph] * C, format="csr")
         self.weights = read_only(np.tile(Y.weights, C))

@@ -37,6 +37,7 @@ from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.label_domain.sample_weights import sample_weights
+from fem_resnet.layers.sample_functionals import outer_products
 from fem_resnet.learning.elimination import ROUND_OFF, ridge
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import least_squares
@@ -171,6 +172,7 @@ class GaussNewtonMatrix:
         self._seen_by = psi if net.layers and net.steps_what_is_seen_by(psi) else None
         inputs = net.Y.values(problem.batch.inputs)
         self._inputs = psi.project(inputs) if self._seen_by or not net.layers else inputs
+        self._of_W = outer_products((self._head.onto.rank, psi.rank), _elements(self._head.W))
         self._segment: Segment | None = None
         self._batch = 0
         self._constant: np.ndarray | None = None
@@ -281,10 +283,11 @@ class GaussNewtonMatrix:
         else:
             g = start
         if not self._eliminates:
-            whole = (functionals[:, None] * g[None]).reshape(-1, samples.size), functionals
-            for parameter, part in zip(head.parameters, whole):
-                basis = parameter.space_basis
-                found[parameter.functions[0]] = basis.elements.T @ part if isinstance(basis, Within) else part
+            of_W, *of_mu = head.parameters
+            found[of_W.functions[0]] = self._of_W(functionals, g)
+            for parameter in of_mu:
+                elements = _elements(parameter)
+                found[parameter.functions[0]] = functionals if elements is None else elements.T @ functionals
         rows = [found[p.functions[k]] for p, k in self._assembled.sets]
         return np.concatenate([np.empty((0, samples.size)), *rows]), g
 
@@ -325,6 +328,12 @@ class GaussNewtonMatrix:
         if not changes:
             self._constant = H
         return H
+
+
+def _elements(parameter: Parameter) -> scipy.sparse.csr_array | None:
+    """The elements of the subspace that a parameter of the head is in; None for the whole space."""
+    basis = parameter.space_basis
+    return basis.elements if isinstance(basis, Within) else None
 
 
 def _quadratic(regulariser, parameter: Parameter, columns: scipy.sparse.csr_array) -> np.ndarray:

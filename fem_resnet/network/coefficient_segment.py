@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.network.segment import Functional, Segment
-from fem_resnet.parameters.space_basis import Replicated, SeenBatch
+from fem_resnet.parameters.space_basis import ReplicatedRows, SeenBatch
 
 __all__ = ["CoefficientSegment"]
 
@@ -30,7 +30,7 @@ class CoefficientSegment(Segment):
 
     def __init__(self, psi: Basis, first: bool, *arguments):
         super().__init__(*arguments)
-        self.output_of_state = Replicated(psi.Y, (psi.rank, self.values.samples))
+        self.output_of_state = ReplicatedRows(psi.Y, (psi.rank, self.values.samples))
         self.inputs[0] = SeenBatch(psi, self.values.space) if first else self.output_of_state
 
     def _run(self, steppers, start, layers, save, taken, total=None):

@@ -16,7 +16,7 @@ import numpy as np
 from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.layers.inputs import LayerCoefficients, LayerInputs, LayerUse
-from fem_resnet.network.settings import Settings
+from fem_resnet.network.settings import Kernel, Settings
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel, kernel_coefficients
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.retraction import Retraction
@@ -52,7 +52,7 @@ class NetworkParameters:
         self._Y, self._given_times = settings.Y, read_only(np.array(settings.times))
         self._given_factors = {"phi": settings.phi[0], "psi": settings.psi[0]} if kernel.learn_factors else {}
         self.bias = Parameter("bias", _one_or_one_a_layer(self._bias_basis, settings.bias_bases), self._in_time(bias.in_time))
-        in_space = _one_or_one_a_layer(partial(_kernel_basis, kernel.learn_factors), settings.phi, settings.psi)
+        in_space = _one_or_one_a_layer(partial(_kernel_basis, kernel), settings.phi, settings.psi)
         in_time = self._in_time(kernel.in_time)
         self.kernel: Parameter = (
             Parameter("kernel", in_space, in_time)
@@ -112,12 +112,11 @@ class NetworkParameters:
         """The factors at present: the given ones, or what training has made of them. Collective."""
         if not self.factors:
             return kernel_coefficients(self.kernel.space_basis).kernel
-        return LowRankKernel(
-            *(
-                Basis(self._Y, retraction.forward([p.get(0)], False), "given")
-                for retraction, p in zip(self.retractions(), self.factors)
-            )
+        phi, psi = (
+            Basis(self._Y, retraction.forward([p.get(0)], False), "given")
+            for retraction, p in zip(self.retractions(), self.factors)
         )
+        return LowRankKernel(phi, psi)
 
     def factors_on(self, layer: int) -> LowRankKernel:
         """The factors of a layer's kernel, where they are fixed."""
@@ -143,5 +142,6 @@ def _one_or_one_a_layer(make: Callable[..., _T], *bases: Sequence[Basis | None])
     return [made[key] for key in zip(*columns)] if layers > 1 else next(iter(made.values()))
 
 
-def _kernel_basis(learned: bool, phi: Basis, psi: Basis) -> KernelCoefficients:
-    return KernelCoefficients(LowRankKernel(phi, psi), learned)
+def _kernel_basis(kernel: Kernel, phi: Basis, psi: Basis) -> KernelCoefficients:
+    couplings = None if kernel.among is None else kernel.among.couplings()
+    return KernelCoefficients(LowRankKernel(phi, psi, couplings), kernel.learn_factors)

@@ -27,6 +27,7 @@ from fem_resnet.arguments import choice, instance, real_array
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.log import log
+from fem_resnet.parameters.couplings import Couplings
 from fem_resnet.parameters.space_basis import Replicated, SpaceBasis
 from fem_resnet.ranks import same
 
@@ -49,6 +50,8 @@ class LowRankKernel(OnMesh):
         Basis in y, where the operator's values live.
     psi
         Basis in z, where its arguments live; both on the same communicator.
+    couplings
+        The functions that the kernels couple, where all beta are zero but for some blocks; else None.
 
     Attributes
     ----------
@@ -58,16 +61,29 @@ class LowRankKernel(OnMesh):
     Raises
     ------
     TypeError
-        If phi or psi is no Basis.
+        If an argument is of another kind.
     """
 
-    def __init__(self, phi: Basis, psi: Basis):
+    def __init__(self, phi: Basis, psi: Basis, couplings: Couplings | None = None):
+        self._couplings = instance("couplings", couplings, (Couplings, type(None)))
         for name, basis in (("phi", phi), ("psi", psi)):
             instance(name, basis, Basis, "laplace_basis(Y, rank) makes one")
         self.phi = phi
         self.psi = psi
         self.shape = (phi.rank, psi.rank)
         self._factors = [scipy.linalg.cho_factor(basis.gram) for basis in (phi, psi)]
+
+    def times(self, beta: np.ndarray, g: np.ndarray) -> np.ndarray:
+        """`beta g`, shape (rank of phi, samples), for g of shape (rank of psi, samples)."""
+        return beta @ g if self._couplings is None else self._couplings.times(beta, g)
+
+    def transposed_times(self, beta: np.ndarray, D: np.ndarray) -> np.ndarray:
+        """`beta^T D`, shape (rank of psi, samples), for D of shape (rank of phi, samples)."""
+        return beta.T @ D if self._couplings is None else self._couplings.transposed_times(beta, D)
+
+    def outer(self, D: np.ndarray, g: np.ndarray) -> np.ndarray:
+        """The entries of `D g^T` that count for these kernels, of the shape of beta, D and g as above."""
+        return D @ g.T if self._couplings is None else self._couplings.outer(D, g)
 
     def apply(self, beta: np.ndarray, f: np.ndarray) -> np.ndarray:
         """`B f` at the owned nodes, shape (nodes of y, samples). Collective.

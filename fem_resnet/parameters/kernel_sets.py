@@ -32,6 +32,7 @@ from scipy.linalg import solve_triangular
 
 from fem_resnet.arguments import integer, number
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.parameters.couplings import Couplings
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.space_basis import Replicated, SpaceBasis
 
@@ -140,6 +141,10 @@ class KernelSet(ABC):
         """P'(X) as a matrix, shape (numbers of beta, numbers of X), each in the order of rows; sparse where P is linear."""
         columns = (self.tangent(kernel, X, unit.reshape(X.shape)).ravel() for unit in np.eye(X.size))
         return np.column_stack(list(columns))
+
+    def couplings(self) -> Couplings | None:
+        """The functions that kernels of the set couple, where these are few; else None."""
+        return None
 
     def first(self, rank: int) -> KernelSet:
         """The set in the first functions of phi and psi, whose kernels, padded by zeros, are kernels of this set.

@@ -20,6 +20,7 @@ from fem_resnet.arguments import instance, integer, integer_array, number, real_
 from fem_resnet.fixed import Fixed, read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.symmetries import eigenspaces
+from fem_resnet.parameters.couplings import Couplings
 from fem_resnet.parameters.kernel_sets import KernelSet, MatrixControls, refuse_outside
 from fem_resnet.ranks import same
 
@@ -89,6 +90,11 @@ class LinearKernels(Fixed, KernelSet):
                 f"got {phi!r}"
             )
         return MatrixControls(phi.Y, shape)
+
+    def couplings(self):
+        entries = np.divmod(np.unique(self._elements.indices), self.rank)
+        pattern = scipy.sparse.coo_array((np.ones(entries[0].size), entries), shape=(self.rank, self.rank))
+        return Couplings.of_pattern(pattern)
 
     def first(self, rank):
         """The kernels that live on the first functions: some of the E_k, so that controls are some of the theta_k.

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import firedrake as fd
@@ -36,8 +37,8 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 
 __all__ = [
-    "BasisCoefficients", "BatchValues", "LayerTimes", "NodalValues", "Replicated", "SeenBatch", "Slot", "SpaceBasis",
-    "StateValues", "Within", "new_cofunction", "read_all",
+    "BasisCoefficients", "BatchValues", "LayerTimes", "NodalValues", "Replicated", "ReplicatedRows", "SeenBatch", "Slot",
+    "SpaceBasis", "StateValues", "Within", "new_cofunction", "read_all",
 ]  # fmt: skip
 
 
@@ -135,7 +136,7 @@ class SeenBatch(Slot):
 
 
 class Replicated(Slot):
-    """A few numbers, the same on every rank: one cell of a mesh of its own holds them, and its owner broadcasts.
+    """A few numbers, the same on every rank: one cell of a mesh of its own holds them, on rank 0, which broadcasts.
 
     Parameters
     ----------
@@ -146,28 +147,45 @@ class Replicated(Slot):
     """
 
     def __init__(self, Y: LabelSpace, shape: tuple[int, ...]):
-        mesh, self._owner = Y.coefficient_mesh
         self.Y = Y
         self.shape = shape
-        self.space = fd.TensorFunctionSpace(mesh, "DG", 0, shape=shape)
+
+    @cached_property
+    def space(self) -> fd.functionspaceimpl.WithGeometry:
+        return self.Y.coefficient_space(self.shape)
 
     def read(self, function):
         return read_all([self], [function])[0]
 
     def read_owned(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
-        """The copy of this rank, of the slot's shape: the numbers on the owner, arbitrary ones on other ranks."""
-        if self.Y.comm.rank != self._owner:
+        """The copy of this rank, of the slot's shape: the numbers on rank 0, arbitrary ones on other ranks."""
+        if self.Y.comm.rank:
             return np.empty(self.shape)
         return function.dat.data_ro.reshape(self.shape).copy()
 
     def write(self, function, array):
         values = function.dat.data_wo
-        if self.Y.comm.rank == self._owner:
+        if self.Y.comm.rank == 0:
             values[...] = np.reshape(array, values.shape)
 
     def pair(self, functional: np.ndarray, coefficients: np.ndarray) -> float:
         """`<d, c>`: the sum of all products."""
         return float(np.sum(functional * coefficients))
+
+
+class ReplicatedRows(Replicated):
+    """Many numbers, shape (rows, columns), the same on every rank: each row stands on a cell of its own.
+
+    Parameters
+    ----------
+    Y, shape
+        As for `Replicated`.
+    """
+
+    @cached_property
+    def space(self):
+        rows, columns = self.shape
+        return self.Y.coefficient_space((columns,), cells=rows)
 
 
 def read_all(slots: Sequence[Slot], functions: Sequence[fd.Function], views: bool = False) -> list[np.ndarray]:
@@ -191,7 +209,7 @@ def read_all(slots: Sequence[Slot], functions: Sequence[fd.Function], views: boo
             arrays.append((slot.view if views else slot.read)(function))
     for Y, parts in replicated.items():
         together = np.concatenate([part.ravel() for part in parts])
-        Y.comm.Bcast(together, root=Y.coefficient_mesh[1])
+        Y.comm.Bcast(together, root=0)
         start = 0
         for part in parts:
             part[...] = together[start : start + part.size].reshape(part.shape)

@@ -34,6 +34,7 @@ from petsc4py import PETSc
 from fem_resnet.layers.discrete_gradient_stage import DiscreteGradientStage, Ends
 from fem_resnet.layers.stage import Argument, StageFunctional, StageValue
 from fem_resnet.options import reason_name
+from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.petsc import converged_reason, weakly
 from fem_resnet.time_stepping.jacobian import SampleMatrices, acting, by_coefficients, pulled
 from fem_resnet.time_stepping.options import set_from_options
@@ -54,16 +55,17 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Equation:
-    """The equation for g at the end of a step: the step's length, beta, g at the start, and the step that stands still."""
+    """The equation for g at the end of a step: its length, the kernel, beta, g at the start, the step that stands still."""
 
     length: float
+    kernel: LowRankKernel
     beta: np.ndarray
     g: np.ndarray
     standing: Ends
 
     def ends(self, g: np.ndarray) -> Ends:
         """The step that ends at g."""
-        return self.standing.with_end((self.beta @ g,))
+        return self.standing.with_end((self.kernel.times(self.beta, g),))
 
 
 class DiscreteGradientStepper(Stepper):
@@ -169,20 +171,20 @@ class DiscreteGradientStepper(Stepper):
     def _step(self, start: float, length: float, g: list[np.ndarray]) -> _Step:
         middle = start + length / 2
         beta = self._beta(middle)
-        C = acting(beta, g)
         lengths = tuple(inputs.length for inputs in self.inputs)
         a = tuple(inputs.bias.coefficients(middle) for inputs in self.inputs)
         factors = self.inputs[0].factors
+        C = acting(factors, beta, g)
         directions = self.inputs[1].factor_directions if self.orders == 2 else None
-        self._equation = _Equation(length, beta[0], g[0], Ends.standing(Argument(factors, lengths[:1], a[:1], C[:1])))
+        self._equation = _Equation(length, factors, beta[0], g[0], Ends.standing(Argument(factors, lengths[:1], a[:1], C[:1])))
         end = [self._solve(start, g[0])]
         ends = Ends.standing(Argument(factors, lengths, a, C, directions))
         if self.orders == 2:
             # The equation of the tangent is linear: one step of Newton's method from the tangent at the start solves it.
-            ends = ends.with_end(acting(beta, [end[0], g[1]]))
+            ends = ends.with_end(acting(factors, beta, [end[0], g[1]]))
             excess = length * self.stage.rate(ends)[1]
             end.append(g[1] + self._solved(self._matrix(length, beta[0], ends), excess))
-        ends = ends.with_end(acting(beta, end))
+        ends = ends.with_end(acting(factors, beta, end))
         return _Step(middle, length, ends, (g, end))
 
     def _solve(self, start: float, g: np.ndarray) -> np.ndarray:
@@ -237,6 +239,7 @@ class DiscreteGradientStepper(Stepper):
     def _step_back(self, step: _Step, by_g: list[np.ndarray], by_f) -> tuple[list[np.ndarray], np.ndarray]:
         """Gamma at the start of a step, and the functionals in what the layer takes, from gamma at its end."""
         inputs, beta, h = self.inputs[0], self._beta(step.middle), step.length
+        kernel = inputs.factors
         weight = np.full(self.stage.samples, h) if by_f else None
         matrix = np.swapaxes(self._matrix(h, beta[0], step.ends), 1, 2)
         x = [np.zeros_like(part) for part in by_g]
@@ -246,9 +249,10 @@ class DiscreteGradientStepper(Stepper):
 
         # The tangent comes first: the equation for the value at the end contains the multiplier x_1 of the tangent.
         for k in reversed(range(self.orders)):
-            at_end = pulled(beta, self.stage.transpose(step.ends, by_s()).D)
+            at_end = pulled(kernel, beta, self.stage.transpose(step.ends, by_s()).D)
             x[k] = self._solved(matrix, by_g[k] + at_end[k])
         result = self.stage.transpose(step.ends, by_s(), inputs.learns_length, inputs.learns_factors)
-        by_beta = -sum(D @ g.T for Ds, gs in zip((result.start_D, result.D), step.g) for D, g in zip(Ds, gs, strict=True))
-        start = [part + other for part, other in zip(x, pulled(beta, result.start_D))]
+        ends = zip((result.start_D, result.D), step.g)
+        by_beta = -np.sum([kernel.outer(D, g) for Ds, gs in ends for D, g in zip(Ds, gs, strict=True)], axis=0)
+        start = [part + other for part, other in zip(x, pulled(kernel, beta, result.start_D))]
         return start, np.concatenate(by_coefficients(inputs, step.middle, result, by_beta))

@@ -23,6 +23,7 @@ from fem_resnet.layers.inputs import LayerInputs
 from fem_resnet.layers.running_cost import CostRate, RunningCost
 from fem_resnet.layers.sample_functionals import SampleFunctionals
 from fem_resnet.layers.stage import Argument, Functionals, Stage, StageFunctional
+from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.petsc import shell
 from fem_resnet.time_stepping.state import LayerState
 
@@ -87,7 +88,7 @@ class LinearLayer:
             self._inputs[0].factors,
             tuple(inputs.length for inputs in self._inputs),
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
-            tuple(acting(beta, g)),
+            acting(self._inputs[0].factors, beta, g),
             self._inputs[1].factor_directions if self.orders == 2 else None,
             tuple(beta),
         )
@@ -139,7 +140,7 @@ class LinearLayer:
             Shape (rank of psi, samples), one an order.
         """
         t, _, at, _ = self._point
-        return self.stage.derivative(at, acting(self._beta(t), g), self._fields(out))
+        return self.stage.derivative(at, acting(self._inputs[0].factors, self._beta(t), g), self._fields(out))
 
     def add_cost(self, f: np.ndarray, factor: float, out: np.ndarray) -> None:
         """Add `factor` times the derivative of the rate of c in a direction of f to the row of c in `out`."""
@@ -181,8 +182,10 @@ class LinearLayer:
             return self._transpose_apart(inputs.apart, by_s)
         result = self.stage.transpose(at, by_s, inputs.learns_length, inputs.learns_factors)
         beta, D = self._beta(t), result.D
-        by_g = pulled(beta, D)
-        by_beta = -(D[0] @ g[0].T) if self.orders == 1 else -(D[0] @ g[0].T + D[1] @ g[1].T)
+        by_g = pulled(at.factors, beta, D)
+        by_beta = -at.factors.outer(D[0], g[0])
+        if self.orders == 2:
+            by_beta -= at.factors.outer(D[1], g[1])
         if result.beta is not None:
             by_beta = by_beta + result.beta
         by_rest: np.ndarray | float = 0.0
@@ -202,7 +205,7 @@ class LinearLayer:
             more = np.zeros((apart.factors.phi.rank - rank, C.shape[1]))
             at = replace(at, factors=apart.factors, C=(np.vstack([C, more]),))
         (D,) = self.stage.transpose(at, by_s).D
-        return pulled(self._beta(t), [D[:rank]]), 0.0, apart.pull_back(t, D, g[0])
+        return pulled(apart.kernel, self._beta(t), [D[:rank]]), 0.0, apart.pull_back(t, D, g[0])
 
     def matrices(self) -> np.ndarray:
         """`scale (shift I - dQ/dg)`, one matrix a sample, shape (samples, orders x rank, orders x rank). Collective."""
@@ -231,16 +234,16 @@ class LinearLayer:
         return A
 
 
-def acting(beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def acting(kernel: LowRankKernel, beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """C_k: beta g, and its tangent beta_1 g + beta g_1, shape (rank of phi, samples)."""
-    return (beta[0] @ g[0],) if len(g) == 1 else (beta[0] @ g[0], beta[1] @ g[0] + beta[0] @ g[1])
+    C = kernel.times(beta[0], g[0])
+    return (C,) if len(g) == 1 else (C, kernel.times(beta[1], g[0]) + kernel.times(beta[0], g[1]))
 
 
-def pulled(beta: Sequence[np.ndarray], D: Sequence[np.ndarray]) -> list[np.ndarray]:
+def pulled(kernel: LowRankKernel, beta: Sequence[np.ndarray], D: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The transpose of `acting`: functionals in g_k, shape (rank of psi, samples), from minus the functionals in C_k."""
-    if len(D) == 1:
-        return [-(beta[0].T @ D[0])]
-    return [-(beta[0].T @ D[0] + beta[1].T @ D[1]), -(beta[0].T @ D[1])]
+    by_g = -kernel.transposed_times(beta[0], D[0])
+    return [by_g] if len(D) == 1 else [by_g - kernel.transposed_times(beta[1], D[1]), -kernel.transposed_times(beta[0], D[1])]
 
 
 def by_coefficients(inputs: LayerInputs, t: float, by_stage: Functionals, by_beta: np.ndarray) -> list[np.ndarray]:

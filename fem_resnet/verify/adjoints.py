@@ -7,12 +7,12 @@ from typing import Any
 import firedrake as fd
 import numpy as np
 
-from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.segment import Segment
-from fem_resnet.parameters.space_basis import SeenBatch
+from fem_resnet.parameters.kernel import KernelCoefficients
+from fem_resnet.parameters.space_basis import Replicated, SeenBatch, Slot
 from fem_resnet.tape.operator import SecondOrderOperator, made
 from fem_resnet.time_stepping.ts_stepper import TSStepper
 from fem_resnet.verify.measure import relative
@@ -84,9 +84,9 @@ def _factor(net: ResidualNetwork, k: int) -> fd.Function:
     return net.Y.batch(basis.values)
 
 
-def _replicated(slot, Y: LabelSpace) -> bool:
+def _replicated(slot: Slot) -> bool:
     """Whether all ranks hold the same numbers, so that sums take them once."""
-    return isinstance(slot, SeenBatch) or slot.space.mesh() is not Y.V.mesh() and slot.space.mesh().cell_set.total_size <= 1
+    return isinstance(slot, (SeenBatch, Replicated))
 
 
 def _identity(
@@ -95,14 +95,15 @@ def _identity(
     bound: float,
 ) -> Check:  # fmt: skip
     """Check the adjoint of an operator at given inputs. `rng` differs between ranks, `shared` does not."""
-    Y = point.Y
 
     def random(slot, shape: tuple[int, ...]) -> np.ndarray:
-        return (shared if _replicated(slot, Y) else rng).normal(size=shape)
+        x = (shared if _replicated(slot) else rng).normal(size=shape)
+        # A kernel of a set is zero where it couples nothing.
+        return slot.kernel.outer(x, np.eye(shape[1])) if isinstance(slot, KernelCoefficients) else x
 
     def paired(slot, x: np.ndarray, y: np.ndarray) -> float:
         mine = float(np.sum(x * y))
-        return mine if _replicated(slot, Y) else point.sum(mine)
+        return mine if _replicated(slot) else point.sum(mine)
 
     v = [random(slot, np.shape(array)) for slot, array in zip(operator.inputs, arrays)]
     value = operator.forward(arrays, save=True)

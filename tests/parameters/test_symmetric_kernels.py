@@ -5,6 +5,7 @@ from functools import cache, partial
 import firedrake as fd
 import numpy as np
 import pytest
+import scipy.sparse
 import scipy.spatial
 import scipy.special
 from firedrake import COMM_SELF, COMM_WORLD
@@ -32,6 +33,7 @@ from fem_resnet import (
     train,
     verify,
 )  # fmt: skip
+from fem_resnet.parameters.couplings import Couplings
 from fem_resnet.parameters.known_kernel_sets import kernel_set_from
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -567,3 +569,24 @@ def test_the_elements_of_a_set_are_sparse():
     phi = basis("finest disk", "CG1", 36)
     among = Symmetric(phi, rotation(phi))
     assert len(among.arrays["values"]) <= 8 * among.count
+
+
+@pytest.mark.parametrize("size", [2, 9, 40], ids=["small blocks", "large blocks", "one block"])
+@pytest.mark.parametrize("more", [0, 3], ids=["square", "with columns alone"])
+def test_products_by_blocks_are_those_of_the_whole_matrix(size, more, rank=40):
+    rng = np.random.default_rng(size)
+    of_rows, of_columns = rng.permutation(rank) // size, np.append(rng.permutation(rank) // size, [-1] * more)
+    pattern = of_rows[:, None] == of_columns
+    couplings = Couplings.of_pattern(scipy.sparse.csr_array(pattern.astype(float)))
+    assert (couplings is None) == (size == 40), "one block is the whole matrix"
+    if couplings is not None:
+        beta, g, D = pattern * rng.normal(size=pattern.shape), *(rng.normal(size=(n, 5)) for n in reversed(pattern.shape))
+        assert_allclose(couplings.times(beta, g), beta @ g, atol=1e-14)
+        assert_allclose(couplings.transposed_times(beta, D), beta.T @ D, atol=1e-14)
+        assert_allclose(couplings.outer(D, g), pattern * (D @ g.T), atol=1e-14)
+
+
+def test_a_set_that_couples_few_functions_multiplies_by_blocks():
+    phi = basis("finer disk", "CG1", 21)
+    assert LaplaceFunctions(phi).couplings() is not None
+    assert Symmetric(phi, rotation(phi)).couplings() is not None

@@ -507,14 +507,14 @@ FAULTS = [
         line(
             fem_resnet.time_stepping.jacobian,
             "pulled",
-            "return [-(beta[0].T @ D[0])]",
-            "return [-(beta[0].T[::-1, ::-1] @ D[0])]",
+            "by_g = -kernel.transposed_times(beta[0], D[0])",
+            "by_g = -kernel.transposed_times(beta[0][::-1, ::-1], D[0])",
         ),
     ),
     Fault(
         "beta's functional has the other sign",
         CLASSES,
-        line(Linear, "transpose", "= -(D[0] @ g[0].T) if", "= D[0] @ g[0].T if"),
+        line(Linear, "transpose", "= -at.factors.outer(", "= at.factors.outer("),
     ),
     Fault(
         "the kernel is symmetrised",
@@ -556,15 +556,15 @@ FAULTS = [
     Fault(
         "the Hessian forgets beta_1 g",
         CLASSES,
-        line(fem_resnet.time_stepping.jacobian, "acting", "beta[1] @ g[0] + beta[0] @ g[1]", "beta[0] @ g[1]"),
+        line(fem_resnet.time_stepping.jacobian, "acting", "kernel.times(beta[1], g[0]) + kernel.times", "kernel.times"),
     ),
     Fault(
         "the second adjoint forgets beta_1",
         CLASSES,
-        line(fem_resnet.time_stepping.jacobian, "pulled", "beta[0].T @ D[0] + beta[1].T @ D[1]", "beta[0].T @ D[0]"),
+        line(fem_resnet.time_stepping.jacobian, "pulled", "[by_g - kernel.transposed_times(beta[1], D[1]), ", "[by_g, "),
     ),
     Fault(
-        "the second adjoint forgets g_1", CLASSES, line(Linear, "transpose", "D[0] @ g[0].T + D[1] @ g[1].T", "D[0] @ g[0].T")
+        "the second adjoint forgets g_1", CLASSES, line(Linear, "transpose", "by_beta -= at.factors.outer(D[1], g[1])", "pass")
     ),
     Fault("mu is not set to zero", CLASSES, line(LayerTS, "adjoint", "self.functionals.set(0.0)", "pass")),
     Fault(
