@@ -96,8 +96,8 @@ def size(c):
 
 SIGNS, LAYERS, FINAL_TIME = (-1, -1, 1, 1), 4, 4.0
 NODES, RANKS = 98, (17, 25, 41)
-#: Iterations of L-BFGS, and steps of Levenberg and Marquardt, for each rank.
-STEPS = {17: (20, 20), 25: (0, 20), 41: (0, 40)}
+#: For each rank: iterations of L-BFGS, steps of Levenberg and Marquardt, rows of the Jacobian a parameter in each.
+STEPS = {17: (20, 20, 3), 25: (0, 20, 3), 41: (0, 40, 5)}
 SYMMETRIES = (fd.as_vector([fd.Constant(1.0)]), Parity(lambda x: -x, SIGNS, output=-1))
 
 
@@ -173,10 +173,10 @@ def learn(data, seed, ranks=RANKS, layers=LAYERS, steps=STEPS):
     def by_rank(smaller):
         if not layers:  # J is quadratic in the head alone
             return train_levenberg_marquardt(smaller, iterations=3, damping=1e-10)
-        first, then = steps[smaller.net.bases["phi"][0].one.rank]
+        first, then, rows = steps[smaller.net.bases["phi"][0].one.rank]
         if first:
             train(smaller, {"tao_max_it": first}, eliminate="head")
-        return train_levenberg_marquardt(smaller, iterations=then, eliminate="head", seed=seed)
+        return train_levenberg_marquardt(smaller, iterations=then, eliminate="head", rows=rows, seed=seed)
 
     results = train_by_ranks(problem, ranks, by_rank)
     count = sum(parameter.dim for parameter in problem.parameters)
@@ -240,7 +240,7 @@ def main(short=False):
     """Returns the largest mean error over the meshes."""
     comm = fd.COMM_WORLD
     data = Data(*((200, 50) if short else (1000, 200)))
-    ranks, steps = ((9, 17), {9: (10, 5), 17: (0, 10)}) if short else (RANKS, STEPS)
+    ranks, steps = ((9, 17), {9: (10, 5, 3), 17: (0, 10, 5)}) if short else (RANKS, STEPS)
     seeds, meshes = (1, (64, 128)) if short else (5, (64, 98, 256, 1024, 8192))
     lines = []
 
