@@ -10,7 +10,7 @@ Y = circle x {1 .. 4}. Burgers' equation knows no place on the circle, and takes
 network keeps both: its kernels commute with translations, and a reflection acts on two of the channels with the sign -1. What
 is left to learn is a real 4 x 4 matrix a mode and layer. Run
 
-    containers/run python demos/burgers_on_the_circle.py            (about seven minutes; --short for 15 s)
+    containers/run python demos/burgers_on_the_circle.py            (about eight minutes; --short for 20 s)
 
 It writes a table and a figure to demos/output/. The last line is the largest error over all meshes. Published for this
 benchmark, on the authors' own samples: DeepONet 2.15 %, Fourier neural operator 1.4 to 1.9 %.
@@ -98,6 +98,8 @@ SIGNS, LAYERS, FINAL_TIME = (-1, -1, 1, 1), 4, 4.0
 NODES, RANKS = 98, (17, 25, 41)
 #: For each rank: iterations of L-BFGS, steps of Levenberg and Marquardt, rows of the Jacobian a parameter in each.
 STEPS = {17: (20, 20, 3), 25: (0, 20, 3), 41: (0, 40, 5)}
+#: Steps of Levenberg and Marquardt for twice as many layers.
+DEEPER_STEPS = 54
 SYMMETRIES = (fd.as_vector([fd.Constant(1.0)]), Parity(lambda x: -x, SIGNS, output=-1))
 
 
@@ -183,6 +185,21 @@ def learn(data, seed, ranks=RANKS, layers=LAYERS, steps=STEPS):
     return net, head, count, time.perf_counter() - start, np.concatenate([result.values for result in results])
 
 
+# A network with each layer cut in two halves is close to the trained one, and has twice as many numbers to improve it by.
+
+
+def learn_deeper(data, seed, net, steps):
+    """The trained network of twice as many layers, its head, how many numbers they have, and seconds."""
+    start = time.perf_counter()
+    deeper, head = network(net.bases["phi"][0].one.rank, 2 * net.layers, seed)
+    for layer in range(deeper.layers):
+        deeper.bias.set(layer, net.bias.get(layer // 2))
+        deeper.kernel.set(layer, net.kernel.get(layer // 2))
+    problem = LearningProblem(deeper, head, least_squares, tikhonov(1e-9), data.batch(deeper.Y, "train"))
+    train_levenberg_marquardt(problem, iterations=steps, eliminate="head", rows=4, damping=1e-6, seed=seed)
+    return deeper, head, sum(parameter.dim for parameter in problem.parameters), time.perf_counter() - start
+
+
 # %% Baselines on the same Fourier coefficients, without symmetries
 
 
@@ -240,7 +257,7 @@ def main(short=False):
     """Returns the largest mean error over the meshes."""
     comm = fd.COMM_WORLD
     data = Data(*((200, 50) if short else (1000, 200)))
-    ranks, steps = ((9, 17), {9: (10, 5, 3), 17: (0, 10, 5)}) if short else (RANKS, STEPS)
+    ranks, steps, deeper_steps = ((9, 17), {9: (10, 5, 3), 17: (0, 10, 5)}, 3) if short else (RANKS, STEPS, DEEPER_STEPS)
     seeds, meshes = (1, (64, 128)) if short else (5, (64, 98, 256, 1024, 8192))
     lines = []
 
@@ -262,15 +279,19 @@ def main(short=False):
     for seed, (mean, (_, _, count, seconds, _)) in enumerate(zip(means, found)):
         row(f"{LAYERS} layers, seed {seed}", count, f"{mean:.2%}", f"{seconds:.0f}")
     row(f"{LAYERS} layers, mean", count, f"{means.mean():.2%}", f"{np.mean([seconds for *_, seconds, _ in found]):.0f}")
+    best = min(range(seeds), key=lambda seed: found[seed][-1][-1])  # by J, which is of the training samples
+    net, head, *_, history = found[best]
+    deeper, head_of_deeper, count, seconds = learn_deeper(data, best, net, deeper_steps)
+    error = data.errors(deeper, head_of_deeper).mean()
+    row(f"{deeper.layers} layers, from seed {best}", count, f"{error:.2%}", f"{seconds:.0f} more")
     say("")
-    say(f"{'points of the mesh':<24}{'inputs as modes':>16}{'at the nodes':>16}")
-    net, head, *_, history = min(found, key=lambda each: each[-1][-1])  # the smallest J on the training samples
+    say(f"{'points of the mesh':<24}{'inputs as modes':>16}{'at the nodes':>16}{f'{deeper.layers} layers':>16}")
     outputs, errors, worst = data.output(net, head), data.errors(net, head), []
     for nodes in meshes:
         Y = circle(nodes)
-        there, read = net.on(Y), head.on(Y)
-        by_modes, at_nodes = (data.errors(there, read, nodal).mean() for nodal in (False, True))
-        say(f"{nodes:<24}{by_modes:>16.4%}{at_nodes:>16.4%}")
+        there = [(one.on(Y), read.on(Y)) for one, read in ((net, head), (deeper, head_of_deeper))]
+        by_modes, at_nodes = (data.errors(*there[0], nodal).mean() for nodal in (False, True))
+        say(f"{nodes:<24}{by_modes:>16.4%}{at_nodes:>16.4%}{data.errors(*there[1]).mean():>16.4%}")
         worst.append(by_modes)
     if comm.rank == 0:
         output = Path(__file__).parent / "output"
