@@ -105,28 +105,31 @@ class Samples:
         if seed is not None:
             order = np.random.default_rng(seed).permutation(weights.size)
         order = order[weights[order] > 0]
-        batches = []
+        chosen, weighted = [], []
         for start in range(0, order.size, size):
-            chosen = order[start : start + size]
-            padded = np.concatenate([chosen, np.repeat(order[:1], size - len(chosen))])
-            omega = np.where(np.arange(size) < len(chosen), weights[padded], 0.0)
-            batches.append(self._chosen(padded, omega))
-        return batches
+            part = order[start : start + size]
+            chosen.append(np.concatenate([part, np.repeat(order[:1], size - len(part))]))
+            weighted.append(np.where(np.arange(size) < len(part), weights[chosen[-1]], 0.0).tolist())
+        return self._parts(chosen, weighted)
 
-    def _chosen(self, chosen: np.ndarray, weights: np.ndarray) -> Batch:
-        """A batch of these samples, with these weights. Collective."""
+    def _parts(self, chosen: Sequence[np.ndarray], weights: Sequence[list[float]]) -> list[Batch]:
+        """One batch for each array of numbers of samples, with these weights. Collective."""
 
-        def of(Y: LabelSpace, batch: fd.Function) -> fd.Function:
-            return Y.batch(Y.values(batch)[:, chosen])
+        def of(Y: LabelSpace, batch: fd.Function) -> list[fd.Function]:
+            values = Y.values(batch)  # read once for all parts: with channels that is a copy of the whole batch
+            return [Y.batch(values.take(numbers, axis=1)) for numbers in chosen]
 
         given = self.batch
-        observations, derivatives = given.observations, given.derivatives
-        if observations is not None:
-            observations = replace(observations, targets=[of(self._output, targets) for _, targets, _ in self.before])
+        inputs, targets = of(self._Y, given.inputs), of(self._output, self.at_end)
+        before = [of(self._output, observed) for _, observed, _ in self.before]
+        derivatives = given.derivatives
         if derivatives is not None:
             v, C = of(self._Y, derivatives.directions), of(self._output, derivatives.targets)
-            derivatives = replace(derivatives, directions=v, targets=C)
-        return Batch(
-            of(self._Y, given.inputs), of(self._output, self.at_end), weights.tolist(),
-            observations=observations, derivatives=derivatives,
-        )  # fmt: skip
+        return [
+            Batch(
+                inputs[k], targets[k], omega,
+                observations=given.observations and replace(given.observations, targets=[part[k] for part in before]),
+                derivatives=derivatives and replace(derivatives, directions=v[k], targets=C[k]),
+            )
+            for k, omega in enumerate(weights)
+        ]  # fmt: skip

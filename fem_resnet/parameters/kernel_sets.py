@@ -22,7 +22,7 @@ is its own transpose.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,35 +56,45 @@ class MatrixControls(Replicated, SpaceBasis):
         Shape of X.
     left, right
         G and H, square, shapes (rows of X,) * 2 and (columns of X,) * 2; the identity if left out.
+
+    Attributes
+    ----------
+    grams : tuple
+        G and H; None for the identity, which is never made: a linear set has thousands of controls in one column.
     """
 
     def __init__(self, Y: LabelSpace, shape: tuple[int, int], left: np.ndarray | None = None, right: np.ndarray | None = None):
         super().__init__(Y, shape)
-        self.grams = [np.eye(size) if gram is None else gram for size, gram in zip(shape, (left, right))]
-        self._roots = [np.linalg.cholesky(gram).T for gram in self.grams]
+        self.grams = left, right
+        self._roots = [None if gram is None else np.linalg.cholesky(gram).T for gram in self.grams]
 
     @property
     def unit(self):
         return 1.0
 
     def functional(self, coefficients):
-        left, right = self.grams
-        return left @ coefficients @ right
+        return _on_both_sides(np.matmul, self.grams, coefficients)
 
     def riesz(self, functional):
-        left, right = self.grams
-        return np.linalg.solve(right, np.linalg.solve(left, functional).T).T
+        return _on_both_sides(np.linalg.solve, self.grams, functional)
 
     def coordinates(self, coefficients):
-        left, right = self._roots
-        return left @ coefficients @ right.T
+        return _on_both_sides(np.matmul, self._roots, coefficients)
 
     def from_coordinates(self, coordinates):
-        left, right = self._roots
-        return solve_triangular(right, solve_triangular(left, coordinates).T).T
+        return _on_both_sides(solve_triangular, self._roots, coordinates)
 
     def stiffness(self, coefficients):
         return np.zeros(self.shape)
+
+
+def _on_both_sides(
+    apply: Callable[[np.ndarray, np.ndarray], np.ndarray], matrices: Sequence[np.ndarray | None], X: np.ndarray
+) -> np.ndarray:
+    """A new matrix: the first matrix applied to the columns of X, the second to the rows; None is the identity."""
+    left, right = matrices
+    X = X.copy() if left is None else apply(left, X)
+    return X if right is None else apply(right, X.T).T
 
 
 class KernelSet(ABC):

@@ -12,6 +12,7 @@ elimination gives its exact inverse as a preconditioner.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -63,13 +64,23 @@ class LinearLayer:
         self.orders = state.orders
         self.by_f: tuple[np.ndarray, ...] | None = None
         self._inputs: Sequence[LayerInputs] = ()
+        self._recent: deque[tuple[float | None, Sequence[np.ndarray], Argument]] = deque(maxlen=1)
         self._point: tuple | None = None
         self.shift, self.scale = 0.0, 1.0
         self._matrices: np.ndarray | None = None
 
+    def remember(self, stages: int) -> None:
+        """Keep the arguments of so many of the latest stages.
+
+        TS asks for a stage for its rate, for the quadrature by which f follows, and in the adjoint. Each argument costs a
+        product with beta.
+        """
+        self._recent = deque(maxlen=stages)
+
     def start(self, inputs: Sequence[LayerInputs]) -> None:
         """Begin a forward solve with these inputs, and their direction if there is a tangent."""
         self._inputs = inputs
+        self._recent.clear()
         self.by_f = None
 
     def release(self) -> None:
@@ -83,8 +94,13 @@ class LinearLayer:
 
     def argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
         """The point at which the stage at t is evaluated, for g of shape (rank of psi, samples), one an order."""
+        constant = all(part.is_constant for inputs in self._inputs for part in (inputs.bias, inputs.beta))
+        when = None if constant else t
+        for then, there, at in self._recent:
+            if then == when and all(map(np.array_equal, there, g)):
+                return at
         beta = self._beta(t)
-        return Argument(
+        at = Argument(
             self._inputs[0].factors,
             tuple(inputs.length for inputs in self._inputs),
             tuple(inputs.bias.coefficients(t) for inputs in self._inputs),
@@ -92,6 +108,8 @@ class LinearLayer:
             self._inputs[1].factor_directions if self.orders == 2 else None,
             tuple(beta),
         )
+        self._recent.append((when, g, at))
+        return at
 
     def cost_rate(self, t: float, at: Argument, rest: np.ndarray) -> CostRate | None:
         """The rate of c at a stage, if there is a running cost. `rest` is the state's, see `state`."""

@@ -137,6 +137,7 @@ class LayerTS:
         if method.quadrature is not None:
             with options.inserted_options():
                 self._weights, self._nodes = method.quadrature(self.ts)
+            self.linear.remember(len(self._weights))
 
     def _configure(self) -> None:
         ts = self.ts

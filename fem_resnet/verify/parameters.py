@@ -137,7 +137,9 @@ class Parameters:
         if isinstance(basis, KernelCoefficients):
             return float(np.trace(c.T @ self.gram(basis.kernel.phi) @ d @ self.gram(basis.kernel.psi)))
         if isinstance(basis, MatrixControls):
-            return float(np.trace(c.T @ basis.grams[0] @ d @ basis.grams[1]))
+            left, right = basis.grams
+            d = d if left is None else left @ d
+            d = d if right is None else d @ right
         return float(np.sum(c * d))
 
     def square_of_gradients(self, parameter: Parameter, k: int, c: np.ndarray) -> float:
