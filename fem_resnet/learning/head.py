@@ -29,7 +29,7 @@ from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
 from fem_resnet.parameters.padding import copy_leading, pad
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch, SpaceBasis, Within
-from fem_resnet.parameters.starting_values import diagonal_kernel, random_kernel
+from fem_resnet.parameters.starting_values import projected_kernel, random_kernel
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import same
 from fem_resnet.tape.recording import apply
@@ -245,7 +245,7 @@ class Head(OnMesh):
         elif rule == "random smooth":
             W = gain * random_kernel(kernel, np.random.default_rng(seed), smooth_in_y=self.classes is None)
         elif self.Y is self.psi.Y:
-            W = gain * diagonal_kernel(kernel)
+            W = gain * projected_kernel(kernel)
         else:
             raise ValueError(
                 f"rule: expected 'zero' or 'random smooth' for an output on {self.Y!r}, another label domain than that of "
