@@ -77,7 +77,7 @@ from fem_resnet import (
     train_stochastic,
     ufl_functional,
 )  # fmt: skip
-from fem_resnet.learning.head import PREDICTIONS
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.regulariser import _mass
 
 S = sympy.Symbol("s")

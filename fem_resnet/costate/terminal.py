@@ -9,8 +9,8 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
-from fem_resnet.learning.head import PREDICTIONS, Prediction
 from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.learning.prediction import PREDICTIONS, Prediction
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.kernel import LowRankKernel
 

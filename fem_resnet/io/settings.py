@@ -17,7 +17,8 @@ from fem_resnet.io.group import Wrong
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
-from fem_resnet.learning.head import PREDICTIONS, Head
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers, Settings, checked_times
 from fem_resnet.parameters.known_kernel_sets import ARRAYS, kernel_set_from

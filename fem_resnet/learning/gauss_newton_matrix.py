@@ -37,17 +37,16 @@ from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.label_domain.sample_weights import sample_weights
-from fem_resnet.learning.elimination import ROUND_OFF, ridge
-from fem_resnet.learning.head import Head
-from fem_resnet.learning.loss import least_squares
+from fem_resnet.learning.elimination import ROUND_OFF, check_least_squares, ridge
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.coordinates import Coordinates
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import Within, read_all
+from fem_resnet.parameters.space_basis import read_all
+from fem_resnet.parameters.subspace import Within
 from fem_resnet.tape.kernel_controls import KernelControls
 
-__all__ = ["LARGEST", "GaussNewtonMatrix", "Rows", "check_fitted", "draw_rows"]
+__all__ = ["LARGEST", "GaussNewtonMatrix", "Rows", "draw_rows"]
 
 #: The largest number of parameters for which the matrix is assembled: it has this number squared of entries.
 LARGEST = 5000
@@ -78,25 +77,6 @@ class Rows:
     functionals: np.ndarray
 
 
-def check_fitted(problem: LearningProblem) -> Head:
-    """The head of a problem whose outputs are fitted by least squares.
-
-    Raises
-    ------
-    ValueError
-        If it has none, or J is another function of the outputs.
-    """
-    head, loss = problem.head, problem.loss
-    if head is None:
-        raise ValueError("problem: expected one with a head, whose output has few directions, got head=None; give it a Head")
-    if loss != least_squares or head.prediction.name != "identity":
-        raise ValueError(
-            f"problem: expected the loss least_squares of a head with prediction 'identity', so that J is a sum of squares, "
-            f"got {loss.name} and {head.prediction.name!r}; train it by `train`"
-        )
-    return head
-
-
 def draw_rows(problem: LearningProblem, rows: int, directions: int, rng: np.random.Generator, shared: bool = False) -> Rows:
     """Draw pairs of samples and directions, scaled so that their squares give the matrix in the mean. Collective.
 
@@ -113,7 +93,7 @@ def draw_rows(problem: LearningProblem, rows: int, directions: int, rng: np.rand
     shared
         Whether all samples have the same directions. There are then more samples than unknowns of the head.
     """
-    head, batch = check_fitted(problem), problem.batch
+    head, batch = problem.head, problem.batch
     omega, rank = sample_weights(batch.weights, batch.samples), head.onto.rank
     all_samples = np.flatnonzero(omega)
     count, least = all_samples.size, _SAMPLES_AN_UNKNOWN * (head.psi.rank + 1) if shared else 1
@@ -154,7 +134,8 @@ class GaussNewtonMatrix:
     """
 
     def __init__(self, problem: LearningProblem, eliminate: bool = False):
-        self._problem, self._head = problem, check_fitted(problem)
+        self._problem = problem
+        self._head = check_least_squares("problem", problem.head, problem.loss, "train it by `train`")
         self._takes_out = eliminate and bool(self._head.symmetries)
         self._eliminates = eliminate and not self._takes_out
         others = [parameter for parameter in problem.parameters if parameter not in self._head.parameters]

@@ -37,9 +37,10 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.batch import Batch, Derivatives, Observations
-from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers, SolvedHead, check_eliminable, solve_head
-from fem_resnet.learning.head import PREDICTIONS, Head
+from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers, SolvedHead, check_least_squares, solve_head
+from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import Loss, LossOperator, least_squares
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.learning.samples import Samples
 from fem_resnet.network.network import ResidualNetwork
@@ -343,7 +344,7 @@ class LearningProblem(OnMesh):
         flag("gauss_newton", gauss_newton)
         if eliminate is not None:
             choice("eliminate", eliminate, ["head"])
-            check_eliminable(self.head, self.loss)
+            check_least_squares("eliminate", self.head, self.loss, "leave eliminate out")
             if gauss_newton:
                 raise ValueError(
                     "gauss_newton: J with eliminate='head' has first derivatives only; leave gauss_newton or eliminate out"
