@@ -20,7 +20,7 @@ __all__ = ["terminal_costate"]
 @supports(
     "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
-    "learned_initial", "learned_both", "many_samples", "weights",
+    "learned_initial", "learned_both", "lift", "many_samples", "weights",
 )  # fmt: skip
 def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Function:
     """r(T) of a learning problem by (4.2b) or Remark 4.3, in the sign of section 4.1. Collective.

@@ -39,12 +39,14 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.elimination import ROUND_OFF, check_least_squares, ridge
 from fem_resnet.learning.problem import LearningProblem
+from fem_resnet.learning.row_starts import RowStarts
 from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.coordinates import Coordinates
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import read_all
 from fem_resnet.parameters.subspace import Within
 from fem_resnet.tape.kernel_controls import KernelControls
+from fem_resnet.tape.operator import made
 
 __all__ = ["LARGEST", "GaussNewtonMatrix", "Rows", "draw_rows"]
 
@@ -150,8 +152,7 @@ class GaussNewtonMatrix:
         self.coordinates = Coordinates(others) if self._takes_out else self._assembled
         net, psi = problem.net, self._head.psi
         self._seen_by = psi if net.layers and net.steps_what_is_seen_by(psi) else None
-        inputs = net.Y.values(problem.batch.inputs)
-        self._inputs = psi.project(inputs) if self._seen_by or not net.layers else inputs
+        self._starts = RowStarts(problem, psi if self._seen_by or not net.layers else None)
         self._segment: Segment | None = None
         self._batch = 0
         self._constant: np.ndarray | None = None
@@ -248,7 +249,7 @@ class GaussNewtonMatrix:
     def _rows(self, samples: np.ndarray, functionals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows in coefficients, shape (size, rows), and g(T)."""
         head, psi = self._head, self._head.psi
-        start = np.ascontiguousarray(self._inputs[:, samples])
+        start, lift = self._starts.at(samples), self._problem.lift
         found: dict[fd.Function, np.ndarray] = {}
         W, _ = head.matrices()
         if self._problem.net.layers:
@@ -258,9 +259,12 @@ class GaussNewtonMatrix:
             g, by_g = end, W.T @ functionals
             if self._seen_by is None:
                 g, by_g = psi.project(end), psi.functional(by_g)
-            found |= zip(segment.functions, segment.adjoint(arrays, by_g)[1:])
+            by_start, *parts = segment.adjoint(arrays, by_g)
+            found |= zip(segment.functions, parts)
         else:
-            g = start
+            g, by_start = start, W.T @ functionals
+        if lift is not None:
+            found[lift.V.functions[0]] = self._starts.rows_of_lift(samples, made(by_start))
         if not self._eliminates:
             whole = (functionals[:, None] * g[None]).reshape(-1, samples.size), functionals
             for parameter, part in zip(head.parameters, whole):

@@ -43,8 +43,8 @@ _LARGEST_DAMPING = 1e16
 
 
 @supports(
-    "channels", "no_layers", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time", "single_precision", "head",
-    "regulariser", "many_samples", "weights", instead="train it by `train`",
+    "channels", "no_layers", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time", "single_precision",
+    "head", "regulariser", "lift", "many_samples", "weights", instead="train it by `train`",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_levenberg_marquardt")
 def train_levenberg_marquardt(
