@@ -705,7 +705,6 @@ DOORS = {
     ),
     "LearningProblem": Door(
         LearningProblem,
-        Lift,
         lambda: {
             "net": net(),
             "head": classes().head,

@@ -79,7 +79,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
             return in_step(comm, lambda: _read_all(file, settings, topology))
 
 
-def load_lift(path: str | Path, net: ResidualNetwork) -> Lift:
+def load_lift(path: str | Path, net: ResidualNetwork) -> Lift | None:
     """Read the lift that `save` wrote with a network. Collective over the communicator of the network.
 
     Parameters
@@ -91,15 +91,16 @@ def load_lift(path: str | Path, net: ResidualNetwork) -> Lift:
 
     Returns
     -------
-    Lift
-        It acts as the one that was saved, into the label space of the network, and may be trained to keep no symmetries.
+    Lift or None
+        It acts as the one that was saved, into the label space of the network, and may be trained to keep no symmetries. None
+        if the network was saved without one.
 
     Raises
     ------
     TypeError, OSError
         As of `load`, or if `net` is no network.
     ValueError
-        As of `load`; or if the file has no lift, or one into another number of channels.
+        As of `load`; or if it lifts into another number of channels.
     """
     comm = instance("net", net, ResidualNetwork).Y.comm
     path = file_path(path)
@@ -110,7 +111,7 @@ def load_lift(path: str | Path, net: ResidualNetwork) -> Lift:
         sealed(comm, path)
         V = on_first(comm, lambda: _checked_lift(path))
     if V is None:
-        raise ValueError(f"path: expected a file with a lift, as save(path, net, head, lift) writes it, got {path}")
+        return None
     if len(V) != net.Y.channels:
         raise ValueError(f"net: expected one with {len(V)} channels, into which {path} lifts, got one on {net.Y!r}")
     lift = Lift(net.Y, V.shape[1])
