@@ -122,8 +122,6 @@ def network(rank, layers, seed):
     )
     head = Head(phi, phi.one, "identity", symmetries=SYMMETRIES)
     net.start("random smooth", seed, gain=3.0)
-    for layer in range(layers):
-        net.bias.set(layer, np.zeros(net.bias.space_bases[layer].shape))
     return net, head
 
 

@@ -32,6 +32,7 @@ _MODULES = {
     "network.settings": ["Bias", "Kernel", "Layers"],
     "network.network": ["ResidualNetwork"],
     "learning.head": ["Head"],
+    "learning.lift": ["Lift"],
     "learning.loss": ["Loss", "binary_cross_entropy", "cross_entropy", "functional_loss", "least_squares"],
     "learning.regulariser": ["Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"],
     "learning.pointwise_terms": ["huber", "smoothed_l1"],
@@ -98,7 +99,7 @@ _MODULES = {
     "theory.sensitivity.layer_stability": ["LayerStability"],
     "theory.sensitivity.report": ["StabilityReport", "Suggestion", "stability_report"],
     "theory.sensitivity.contraction": ["LipschitzBound", "circle_radius", "lipschitz_bound"],
-    "io.reading": ["load"],
+    "io.reading": ["load", "load_lift"],
     "io.writing": ["save"],
     "verify.suite": ["verify"],
 }

@@ -116,6 +116,7 @@ FEATURES: dict[str, Feature] = {
     "single_precision": Feature(
         "single precision", 'make the network with precision="double"', "net", lambda net: net.settings.precision == "single"
     ),
+    "lift": Feature("a lift", "make the problem with lift=None", "problem", lambda problem: problem.lift is not None),
     "head": Feature("a head", "make the problem with head=None", "problem", lambda problem: problem.head is not None),
     "regulariser": Feature(
         "a regulariser", "make the problem with regulariser=None", "problem", lambda problem: problem.regulariser is not None

@@ -31,6 +31,7 @@ from fem_resnet import (
     LaplaceFunctions,
     Layers,
     LearningProblem,
+    Lift,
     Loss,
     LowRankKernel,
     NormBounded,
@@ -60,6 +61,7 @@ from fem_resnet import (
     laplace_basis,
     least_squares,
     load,
+    load_lift,
     locality,
     msa,
     point_space,
@@ -77,7 +79,7 @@ from fem_resnet import (
     train_stochastic,
     ufl_functional,
 )  # fmt: skip
-from fem_resnet.learning.head import PREDICTIONS
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.regulariser import _mass
 
 S = sympy.Symbol("s")
@@ -183,8 +185,13 @@ def shared() -> Path:
 @cache
 def saved() -> Path:
     path = shared() / "net.h5"
-    save(path, net(), classes().head)
+    save(path, net(), classes().head, lifted())
     return path
+
+
+@cache
+def lifted() -> Lift:
+    return Lift(net().Y)
 
 
 def beta(shape=(4, 4)) -> np.ndarray:
@@ -390,9 +397,9 @@ DOORS = {
     ),
     "Parity": Door(
         Parity,
-        lambda: {"map": reflected, "signs": (1, -1), "output": 1},
-        takes={"map": {"a class", "a function"}, "output": {"a negative number"}},
-        parted=("map", "signs", "output"),
+        lambda: {"map": reflected, "signs": (1, -1), "output": 1, "inputs": -1},
+        takes={"map": {"a class", "a function"}, "output": {"a negative number"}, "inputs": {"a negative number"}},
+        parted=("map", "signs", "output", "inputs"),
     ),
     "invariant_functions": Door(
         lambda phi, symmetry, tolerance: invariant_functions(phi, symmetry, tolerance=tolerance),
@@ -563,6 +570,20 @@ DOORS = {
     "Head.observations": Door(
         Head.observations, lambda: {"self": classes().head, "labels": [0, 1, 2, 1]}, another={"labels": [0, 1, 2, 2]}
     ),
+    "Lift": Door(
+        Lift,
+        lambda: {"Y": disk(), "fields": 2, "symmetries": ()},
+        takes={"symmetries": {"an empty list"}},
+        parted=("Y", "symmetries"),
+    ),
+    "Lift.__call__": Door(Lift.__call__, lambda: {"self": lifted(), "u": classes().batch.inputs}, parted=("u",)),
+    "Lift.on": Door(Lift.on, lambda: {"self": lifted(), "Y": disk()}, parted=("Y",)),
+    "Lift.start": Door(
+        Lift.start,
+        lambda: {"self": lifted(), "rule": "apart", "seed": 3, "gain": 0.5},
+        takes={"seed": {"zero", "a huge integer"}, "gain": NUMBER},
+        another={"rule": "random"},
+    ),
     "Loss": Door(
         Loss,
         lambda: {
@@ -694,8 +715,9 @@ DOORS = {
             "running": None,
             "ensemble": None,
             "checkpoints": None,
+            "lift": None,
         },
-        takes={name: {"None"} for name in ("regulariser", "running", "ensemble", "checkpoints")},
+        takes={name: {"None"} for name in ("regulariser", "running", "ensemble", "checkpoints", "lift")},
         parted=("net",),
         called={"head": "head|batch"},
         another={
@@ -706,6 +728,7 @@ DOORS = {
             "learn": "both",
             "running": RunningCost(0.5),
             "checkpoints": 1,
+            "lift": lifted(),
         },
     ),
     "LearningProblem.replace": Door(
@@ -906,11 +929,12 @@ DOORS = {
     # -- files --
     "save": Door(
         save,
-        lambda: {"path": shared() / "another.h5", "net": net(), "head": classes().head},
-        takes={"path": PATH, "head": {"None"}},
+        lambda: {"path": shared() / "another.h5", "net": net(), "head": classes().head, "lift": lifted()},
+        takes={"path": PATH, "head": {"None"}, "lift": {"None"}},
         parted=("net",),
-        another={"head": None},
+        another={"head": None, "lift": None},
     ),
+    "load_lift": Door(load_lift, lambda: {"path": saved(), "net": net()}, takes={"path": PATH}, parted=("net",)),
     "load": Door(load, lambda: {"path": saved(), "comm": COMM_WORLD}, takes={"path": PATH}, parted=("comm",)),
     # -- what activations are made of --
     "Activation": Door(

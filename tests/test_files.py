@@ -36,6 +36,7 @@ from fem_resnet import (
     Kernel,
     LaplaceFunctions,
     Layers,
+    Lift,
     NormBounded,
     ResidualNetwork,
     cell_indicators,
@@ -80,12 +81,12 @@ def _extruded(alone=False):
 
 
 def _channels(alone=False):
-    """Two channels, a basis that repeats one of them and one that does not, a nodal bias, a kernel of a set."""
+    """Two channels, a basis that repeats one of them and one that does not, a nodal bias, a kernel of a set, a lift."""
     phi = with_channels("annulus", "CG1", 3, alone)
     Y = phi.Y
     first = Basis(Y, phi.values[:, :2], "given")
     net = ResidualNetwork(Kernel(phi, among=LaplaceFunctions(phi)), layers=[0.0, 0.5, 2.0])
-    return net, Head(phi, first, "identity")
+    return net, Head(phi, first, "identity"), Lift(Y, 2)
 
 
 MAKERS = [_learned, _graph, _extruded, _channels]
@@ -488,6 +489,8 @@ def _both(*edits):
 FOUND = {
     "18,000 x 18,000 declared": (_learned, _declare("kernel_0", (18_000, 18_000)), "kernel_0"),
     "classes": (_learned, _at(("head", "classes"), 10**7), "W_0"),
+    "fields of a lift": (_channels, _at(("lift", "fields"), 3), "V_0"),
+    "a lift that is a number": (_channels, _at(("lift",), 3), "lift"),
     "steps": (_learned, _at(("network", "steps"), 10**9), "steps"),
     "complex": (_learned, _replace("kernel_0", np.ones((3, 3), complex)), "kernel_0"),
     "NaN": (_learned, _replace("kernel_0", np.full((3, 3), np.nan)), "kernel_0"),
@@ -559,7 +562,7 @@ def test_a_flipped_bit_or_a_lost_end_is_seen_before_HDF5_opens_the_file(folder, 
             path.write_bytes(data[:length] if case % 3 == 0 else data)
         COMM_WORLD.barrier()
         with pytest.raises(
-            ValueError, match=r"^path: .*damaged.h5 holds no network of format 4: it(s checksum| does not end)"
+            ValueError, match=r"^path: .*damaged.h5 holds no network of format 5: it(s checksum| does not end)"
         ):
             load(path)
         COMM_WORLD.barrier()
@@ -757,7 +760,7 @@ save(path, net)
 
 #: What each case says, on all ranks.
 SENTENCES = {
-    "damaged": "ValueError: path: .*n.h5 holds no network of format 4: it does not end with a checksum",
+    "damaged": "ValueError: path: .*n.h5 holds no network of format 5: it does not end with a checksum",
     "picture": "ValueError: png: expected the name of a file that ends with .png",
     "full save": "OSError: path: .*n.h5 was not written, and stays as it was: .*No space left on device",
     "full report": "OSError: .*No space left on device",

@@ -38,6 +38,7 @@ from fem_resnet import (
     Head,
     LabelSpace,
     LearningProblem,
+    Lift,
     LinearisedFlow,
     LocalClosedLoop,
     LocalFeedback,
@@ -117,6 +118,7 @@ NET = {
     "single_precision": {"precision": "single"},
 }
 PROBLEM = {
+    "lift": {},
     "head": {},
     "regulariser": {"regulariser": tikhonov(1.0)},
     "regulariser_not_quadratic": {"regulariser": tikhonov(1.0) + smoothed_l1(0.5, 0.3)},
@@ -175,7 +177,11 @@ def problem_with(
     many = feature == "many_samples" or chosen is not None or feature in ("weights", "ensemble") and "many_samples" in takes
     samples = 3 if many else 1
     chosen = slice(None) if chosen is None else chosen
-    inputs = Y.batch(smooth(Y, samples)[:, chosen])
+    lift = Lift(Y, 2) if feature == "lift" else None
+    if lift is not None:
+        lift.start("random", 6)
+    fields = Y if lift is None else lift.fields
+    inputs = fields.batch(smooth(fields, samples)[:, chosen])
     weights = np.array([1.0, 3.0, 0.5])[:samples][chosen] if feature == "weights" else None
     head = None
     # Without layers a head is all that is learned.
@@ -184,7 +190,8 @@ def problem_with(
         head.W.set(0, rng.normal(size=head.W.space_basis.shape))
         head.mu.set(0, rng.normal(size=head.mu.space_basis.shape))
     # So near that a step of any method stays where layers can be stepped.
-    output = Y.values(net(inputs) if head is None else head(net(inputs)))
+    start = inputs if lift is None else lift(inputs)
+    output = Y.values(net(start) if head is None else head(net(start)))
     targets = Y.batch(output + 0.2 * smooth(Y, samples, seed=50)[:, chosen])
     given, more = {"regulariser": None} | options | PROBLEM.get(feature, {}), {}
     if feature == "derivatives":
@@ -194,7 +201,7 @@ def problem_with(
         more["observations"] = Observations((1,), (Y.batch(smooth(Y, samples, seed=5)[:, chosen]),), (0.5,))
     if feature == "ensemble":
         given["ensemble"] = ensemble or fd.Ensemble(fd.COMM_WORLD, fd.COMM_WORLD.size)
-    regulariser = given.pop("regulariser")
+    regulariser, given["lift"] = given.pop("regulariser"), lift
     return LearningProblem(net, head, least_squares, regulariser, Batch(inputs, targets, weights, **more), **given)
 
 
@@ -397,14 +404,15 @@ def _exchanged(p):
     J = p.reduced_functional()
     Y, batch = p.net.Y, p.batch
     weights = None if batch.weights is None else np.asarray(batch.weights)[::-1] + 1
-    other = Batch(Y.batch(0.5 * Y.values(batch.inputs) + 0.1), Y.batch(Y.values(batch.targets) + 0.2), weights)
+    fields = Y if p.lift is None else p.lift.fields
+    other = Batch(fields.batch(0.5 * fields.values(batch.inputs) + 0.1), Y.batch(Y.values(batch.targets) + 0.2), weights)
     p.exchange(other)
     return J, other
 
 
 def _reached_targets(p):
     """Targets that are reached: the Hessian of the loss is then that of Gauss and Newton."""
-    run = p.net.run(p.batch.inputs)
+    run = p.net.run(p.initial_state())
     output = run.final if p.head is None else p.head(run.final)
     p.batch.targets.assign(output)
     if p.observations is not None:
@@ -534,13 +542,14 @@ def _costate_check(p, check, close, start):
         assert check.gradient[1] < 0.4 * check.gradient[0] < 0.1
 
 
-@runs("terminal_costate", call=lambda p: terminal_costate(p, p.net.run(p.batch.inputs).final))
+@runs("terminal_costate", call=lambda p: terminal_costate(p, p.net.run(p.initial_state()).final))
 def _terminal_costate(p, r, close, start):
     # The gradient in f_I of the problem without layers whose inputs are f(T).
-    last = Batch(p.net.run(p.batch.inputs).final, p.batch.targets, p.batch.weights)
+    last = Batch(p.net.run(p.initial_state()).final, p.batch.targets, p.batch.weights)
     loss = p.replace(
         net=ResidualNetwork(p.net.bases["phi"][0], layers=[0.0]),
         batch=last,
+        lift=None,
         learn="initial",
         regulariser=None,
         running=None,

@@ -9,8 +9,8 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
-from fem_resnet.learning.head import PREDICTIONS, Prediction
 from fem_resnet.learning.loss import Loss, binary_cross_entropy, cross_entropy, least_squares
+from fem_resnet.learning.prediction import PREDICTIONS, Prediction
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.parameters.kernel import LowRankKernel
 
@@ -20,7 +20,7 @@ __all__ = ["terminal_costate"]
 @supports(
     "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
-    "learned_initial", "learned_both", "many_samples", "weights",
+    "learned_initial", "learned_both", "lift", "many_samples", "weights",
 )  # fmt: skip
 def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Function:
     """r(T) of a learning problem by (4.2b) or Remark 4.3, in the sign of section 4.1. Collective.

@@ -29,7 +29,7 @@ from fem_resnet.features import REGULARISED, STEPPED, supports
 from fem_resnet.fixed import OnMesh
 from fem_resnet.hjb.local_feedback import NO_MINIMUM, LocalFeedback
 from fem_resnet.label_domain.basis import Basis
-from fem_resnet.learning.head import PREDICTIONS
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.parameters.space_basis import SpaceBasis
 
 __all__ = ["LowRankFeedback"]

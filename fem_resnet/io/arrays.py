@@ -69,6 +69,8 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
         outputs = head["classes"] or ranks[roles["onto"][0]]
         group.array("W_0", "f8", (outputs, ranks[roles["head"][0]]))
         group.array("mu_0", "f8", (outputs,))
+    if settings["lift"] is not None:
+        group.array("V_0", "f8", (held.channels, settings["lift"]["fields"]))
     held.refuse_rest()
 
 

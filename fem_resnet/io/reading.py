@@ -1,4 +1,4 @@
-"""`load`: a network and its head are read from a file, after all of the file was checked."""
+"""`load`, `load_lift`: a network, its head and its lift are read from a file, after all of the file was checked."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import move_laplace
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
+from fem_resnet.learning.lift import Lift
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.known_kernel_sets import ARRAYS
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
 from fem_resnet.petsc import check_plex
 from fem_resnet.ranks import in_step, on_first, same, together
 
-__all__ = ["load"]
+__all__ = ["load", "load_lift"]
 
 
 def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNetwork, Head | None]:
@@ -55,7 +56,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
     net : ResidualNetwork
         The network, on a new label space.
     head : Head or None
-        Its head, if it was saved with one.
+        Its head, if it was saved with one. Its lift is read by `load_lift`.
 
     Raises
     ------
@@ -76,6 +77,55 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
         settings, topology = on_first(comm, lambda: _check_file(path))
         with stop_annotating(), opened(path, "r", comm) as file:
             return in_step(comm, lambda: _read_all(file, settings, topology))
+
+
+def load_lift(path: str | Path, net: ResidualNetwork) -> Lift | None:
+    """Read the lift that `save` wrote with a network. Collective over the communicator of the network.
+
+    Parameters
+    ----------
+    path
+        The name of the file.
+    net
+        The network that `load` has read from it, or what `ResidualNetwork.on` made of that.
+
+    Returns
+    -------
+    Lift or None
+        It acts as the one that was saved, into the label space of the network, and may be trained to keep no symmetries. None
+        if the network was saved without one.
+
+    Raises
+    ------
+    TypeError, OSError
+        As of `load`, or if `net` is no network.
+    ValueError
+        As of `load`; or if it lifts into another number of channels.
+    """
+    comm = instance("net", net, ResidualNetwork).Y.comm
+    path = file_path(path)
+    same(comm, path=path)
+    if not on_first(comm, path.is_file):
+        raise FileNotFoundError(f"path: there is no file {path}")
+    with _naming(path):
+        sealed(comm, path)
+        V = on_first(comm, lambda: _checked_lift(path))
+    if V is None:
+        return None
+    if len(V) != net.Y.channels:
+        raise ValueError(f"net: expected one with {len(V)} channels, into which {path} lifts, got one on {net.Y!r}")
+    lift = Lift(net.Y, V.shape[1])
+    lift.V.write(0, V)
+    return lift
+
+
+def _checked_lift(path: Path) -> np.ndarray | None:
+    """V in a file, of which all is checked first; None if it has none."""
+    settings, _ = _check_file(path)
+    if settings["lift"] is None:
+        return None
+    with h5py.File(path, "r") as file:
+        return file[GROUP]["V_0"][...]
 
 
 @contextmanager

@@ -17,7 +17,9 @@ from fem_resnet.io.group import Wrong
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
-from fem_resnet.learning.head import PREDICTIONS, Head
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.lift import Lift
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers, Settings, checked_times
 from fem_resnet.parameters.known_kernel_sets import ARRAYS, kernel_set_from
@@ -28,21 +30,21 @@ __all__ = ["FORMAT", "GROUP", "checked_settings", "network_arguments", "written_
 
 #: The group of a file that holds what Firedrake does not write.
 GROUP = "fem_resnet"
-FORMAT = 4
+FORMAT = 5
 #: The largest number of steps a layer that is accepted: a network takes time and memory in proportion to it.
 _MOST_STEPS = 1_000_000
-#: The largest number of channels that is accepted.
+#: The largest number of channels, and of fields of a lift, that is accepted.
 _MOST_CHANNELS = 1 << 16
 
 
 def written_settings(
-    net: ResidualNetwork, head: Head | None, bases: Sequence[Basis], roles: Mapping[str, list[int | None]]
+    net: ResidualNetwork, head: Head | None, lift: Lift | None, bases: Sequence[Basis], roles: Mapping[str, list[int | None]]
 ) -> str:
     """The settings as JSON.
 
     Parameters
     ----------
-    net, head
+    net, head, lift
         What is written.
     bases
         All bases, each once.
@@ -67,6 +69,7 @@ def written_settings(
             # The times that the network was made with. Learned times are coefficients, like those of bias and kernel.
             "network": _of_network(net.settings),
             "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
+            "lift": None if lift is None else {"fields": lift.matrix().shape[1]},
         },
         default=_as_number,
     )
@@ -188,7 +191,9 @@ def checked_settings(text: str) -> dict[str, Any]:
         given = instance("settings", settings, dict).get("format")
         if given != FORMAT:
             raise ValueError(f"it has format {str(given)[:20]}, this version reads {FORMAT}")
-        _check_keys("settings", settings, ("format", "roles", "channels", "kinds", "repeated", "mesh", "network", "head"))
+        _check_keys(
+            "settings", settings, ("format", "roles", "channels", "kinds", "repeated", "mesh", "network", "head", "lift")
+        )
         where += "/"
         instance("mesh", settings["mesh"], str)
         if settings["channels"] is not None:
@@ -207,6 +212,9 @@ def checked_settings(text: str) -> dict[str, Any]:
             choice("prediction", head["prediction"], PREDICTIONS)
             if head["classes"] is not None:
                 integer("classes", head["classes"])
+        if instance("lift", settings["lift"], (dict, type(None))) is not None:
+            _check_keys("lift", settings["lift"], ("fields",))
+            integer("fields", settings["lift"]["fields"], most=_MOST_CHANNELS)
         _check_roles(settings)
     except (TypeError, ValueError, RecursionError, ArithmeticError, MemoryError) as error:
         raise Wrong(f"{where}{error}") from error

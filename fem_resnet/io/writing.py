@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from fem_resnet.io.settings import GROUP, written_settings
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.head import Head
+from fem_resnet.learning.lift import Lift
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
 from fem_resnet.ranks import in_step, on_first, same, together
@@ -33,8 +34,8 @@ _LABELS_MADE_ANEW = ("celltype", "exterior_facets", "interior_facets", "pyop2_co
 
 
 @supports("channels", "no_layers", "gradient_flow", *HELD, *STEPPED)
-def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> None:
-    """Write a network, and its head if there is one. Collective over the communicator of the network.
+def save(path: str | Path, net: ResidualNetwork, head: Head | None = None, lift: Lift | None = None) -> None:
+    """Write a network, and its head and lift if there are any. Collective over the communicator of the network.
 
     Parameters
     ----------
@@ -44,6 +45,8 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         The network.
     head
         Its head. One that keeps symmetries is read as one that acts the same, and may be trained to keep them no more.
+    lift
+        Its lift, which `load_lift` reads. The same holds for its symmetries.
 
     Raises
     ------
@@ -53,11 +56,12 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
     TypeError
         If an argument is of another kind.
     ValueError
-        If the head reads another label space, or its output is a function on another one; if no file can hold the
-        activation or an option of the network.
+        If head or lift belong to another label space, or the head's output is a function on another one; if no file can hold
+        the activation or an option of the network.
     """
     instance("net", net, ResidualNetwork, "the network is the second argument: save(path, net, head)")
     instance("head", head, (Head, type(None)))
+    instance("lift", lift, (Lift, type(None)))
     path, comm = file_path(path), net.Y.comm
     same(comm, path=path)
     on_first(comm, lambda: _check_place(path))
@@ -67,14 +71,17 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None) -> No
         )
     if head is not None and head.classes is None and head.Y is not net.Y:
         raise ValueError(f"head: expected classes or a function on {net.Y!r} as its output, got a function on {head.Y!r}")
+    if lift is not None and lift.Y is not net.Y:
+        raise ValueError(f"lift: expected one into the network's label space {net.Y!r}, got one into {lift.Y!r}")
     bases, roles = _bases(net, head)
-    settings = written_settings(net, head, bases, roles)
+    settings = written_settings(net, head, lift, bases, roles)
+    more = {} if lift is None else {"V_0": lift.matrix()}
     part = path.with_name(path.name + ".part")
     try:
         on_first(comm, lambda: part.write_bytes(b""))
         together(comm, lambda: open(part, "r+b").close())  # all ranks see it
         with stop_annotating(), opened(part, "w", comm) as file:
-            _write_all(file, part, net, head, bases, settings)
+            _write_all(file, part, net, head, bases, settings, more)
         seal(comm, part)
         put_in_place(comm, part, path)
     except BaseException as error:
@@ -107,12 +114,13 @@ def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[s
 
 
 def _write_all(
-    file: fd.CheckpointFile, part: Path, net: ResidualNetwork, head: Head | None, bases: list[Basis], settings: str
-) -> None:
+    file: fd.CheckpointFile, part: Path, net: ResidualNetwork, head: Head | None, bases: list[Basis], settings: str,
+    more: Mapping[str, np.ndarray],
+) -> None:  # fmt: skip
     Y, comm = net.Y, net.Y.comm
     # By name: how many numbers a node has, and what makes the Function. All Functions at once would take much memory.
     functions: dict[str, tuple[int, Callable[[], fd.Function]]] = {"label_space": (1, lambda: _label_space(Y))}
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = dict(more)
     for index, basis in enumerate(bases):
         if basis.kind != "cells":
             channels = Y.channels if basis.one is basis else 1

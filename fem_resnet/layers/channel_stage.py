@@ -108,8 +108,10 @@ class ChannelStage(Stage[Argument]):
         if not all(_repeat(stage.argument.factors) for stage in stages):
             return self._whole.advance(f, stages)
         parts = [[StageValue(stage.weight, part) for part in self._parts(stage.argument)] for stage in stages]
-        fields = zip(self._split(f), zip(*parts) if parts else [()] * self._channels)
-        return _joined([self._one.advance(part, terms) for part, terms in fields])
+        nodes = self.Y.nodes  # below them f has a row for a running cost, which belongs to no channel
+        fields = zip(self._split([part[:nodes] for part in f]), zip(*parts) if parts else [()] * self._channels)
+        moved = _joined([self._one.advance(part, terms) for part, terms in fields])
+        return [np.concatenate([new, part[nodes:]]) if len(part) > nodes else new for new, part in zip(moved, f)]
 
 
 def _repeat(factors: LowRankKernel) -> bool:

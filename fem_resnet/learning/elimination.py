@@ -22,29 +22,27 @@ each solves the whole problem, as each has all of g.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import firedrake as fd
 import numpy as np
 import scipy.linalg
-import scipy.sparse
 from mpi4py import MPI
 from pyadjoint import AdjFloat, ReducedFunctional, Tape
 from pyadjoint.tape import stop_annotating
-from scipy.sparse.csgraph import connected_components
 
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import Loss, least_squares
+from fem_resnet.learning.output_groups import output_groups
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BatchValues, Replicated, SeenBatch, Within
+from fem_resnet.parameters.space_basis import BatchValues, Replicated, SeenBatch
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.tape.recording import apply
 
-__all__ = ["ROUND_OFF", "HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_eliminable", "ridge", "solve_head"]
+__all__ = ["ROUND_OFF", "HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_least_squares", "ridge", "solve_head"]
 
 #: Sizes of W and mu at which a regulariser is asked what it is: one that is not quadratic shows it there.
 _SIZES = (1e-3, 1.0, 1e3)
@@ -99,20 +97,29 @@ class SolvedHead:
     operator: HeadSolve
 
 
-def check_eliminable(head: Head | None, loss: Loss) -> Head:
-    """The head of a problem, if its W and mu can be eliminated.
+def check_least_squares(name: str, head: Head | None, loss: Loss, remedy: str) -> Head:
+    """The head of a problem, if its outputs themselves are fitted by least squares: J is quadratic in W and mu.
+
+    Parameters
+    ----------
+    name
+        What messages name.
+    head, loss
+        Those of the problem.
+    remedy
+        What to do with another loss or prediction.
 
     Raises
     ------
     ValueError
-        If there is none, or its outputs are not fitted by least squares of the outputs themselves.
+        If there is no head, or J is another function of its outputs.
     """
     if head is None:
-        raise ValueError("eliminate: expected a problem with a head, got head=None, where there are no W and mu to solve for")
+        raise ValueError(f"{name}: expected a problem with a head, got head=None; give it a Head")
     if loss != least_squares or head.prediction.name != "identity":
         raise ValueError(
-            f"eliminate: expected the loss least_squares of a head with prediction 'identity', whose W and mu solve a linear "
-            f"problem, got {loss.name} and {head.prediction.name!r}; leave eliminate out"
+            f"{name}: expected the loss least_squares of a head with prediction 'identity', so that J is a sum of squares of "
+            f"what is linear in W and mu, got {loss.name} and {head.prediction.name!r}; {remedy}"
         )
     return head
 
@@ -227,7 +234,7 @@ class HeadSolve:
         self._shifted = [float(reading.shifted) for reading in readings]
         self._root = scipy.linalg.cholesky(head.psi.gram)  # G_psi = root^T root
         self._ridges = [*(ridges or (0.0, 0.0)), 0.0][:2]
-        self._groups = list(_groups(head)) if head.symmetries else None
+        self._groups = list(output_groups(head)) if head.symmetries else None
         self.unknowns = head.psi.rank + 1 if self._groups is None else sum(group.unknowns.size for group in self._groups)
         self.solution = tuple(np.empty(parameter.space_basis.shape) for parameter in head.parameters)  # until `forward`
         self.condition, self.determined, self.current = np.nan, 0, False
@@ -313,44 +320,6 @@ def _least(rows: np.ndarray, right: np.ndarray, ridges: np.ndarray) -> tuple[np.
     left, sizes, directions = scipy.linalg.svd(np.vstack([rows, np.diag(np.sqrt(ridges))]), full_matrices=False)
     known = sizes > ROUND_OFF * sizes[0]
     return directions[known].T @ ((left[: len(rows), known].T @ right) / sizes[known, None]), sizes, int(known.sum())
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Coefficients of the output that share unknowns.
-
-    Attributes
-    ----------
-    outputs, unknowns : numpy.ndarray
-        Their numbers.
-    parts : list of numpy.ndarray
-        For each coefficient of the output how the unknowns make its row of (W, mu), shape (rank of psi + 1, unknowns).
-    """
-
-    outputs: np.ndarray
-    unknowns: np.ndarray
-    parts: list[np.ndarray]
-
-
-def _groups(head: Head) -> Iterator[_Group]:
-    """The groups of a head that keeps symmetries. Outputs that no unknown reaches belong to none."""
-    rank = head.psi.rank
-    blocks = [cast("Within", parameter.space_basis).elements for parameter in head.parameters]
-    W = blocks[0].tocoo()
-    made = scipy.sparse.lil_array((head.onto.rank * (rank + 1), sum(block.shape[1] for block in blocks)))
-    made[W.coords[0] // rank * (rank + 1) + W.coords[0] % rank, W.coords[1]] = W.data
-    for mu in (block.tocoo() for block in blocks[1:]):
-        made[mu.coords[0] * (rank + 1) + rank, blocks[0].shape[1] + mu.coords[1]] = mu.data
-    made = made.tocsr()
-    entries = made.tocoo()
-    pattern = scipy.sparse.coo_array(
-        (np.ones(entries.nnz), (entries.coords[0] // (rank + 1), entries.coords[1])), shape=(head.onto.rank, made.shape[1])
-    )
-    _, labels = connected_components(scipy.sparse.block_array([[None, pattern], [pattern.T, None]]), directed=False)
-    for label in np.unique(labels[head.onto.rank :]):
-        outputs, unknowns = (np.flatnonzero(part == label) for part in np.split(labels, [head.onto.rank]))
-        parts = [made[o * (rank + 1) : (o + 1) * (rank + 1)][:, unknowns].toarray() for o in outputs]
-        yield _Group(outputs, unknowns, parts)
 
 
 class ReducedToOthers(ReducedFunctional):

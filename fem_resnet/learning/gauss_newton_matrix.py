@@ -38,17 +38,18 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.sample_functionals import outer_products
-from fem_resnet.learning.elimination import ROUND_OFF, ridge
-from fem_resnet.learning.head import Head
-from fem_resnet.learning.loss import least_squares
+from fem_resnet.learning.elimination import ROUND_OFF, check_least_squares, ridge
 from fem_resnet.learning.problem import LearningProblem
+from fem_resnet.learning.row_starts import RowStarts
 from fem_resnet.network.segment import Segment
 from fem_resnet.parameters.coordinates import Coordinates
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import Within, read_all
+from fem_resnet.parameters.space_basis import read_all
+from fem_resnet.parameters.subspace import Within
 from fem_resnet.tape.kernel_controls import KernelControls
+from fem_resnet.tape.operator import made
 
-__all__ = ["LARGEST", "GaussNewtonMatrix", "Rows", "check_fitted", "draw_rows"]
+__all__ = ["LARGEST", "GaussNewtonMatrix", "Rows", "draw_rows"]
 
 #: The largest number of parameters for which the matrix is assembled: it has this number squared of entries.
 LARGEST = 5000
@@ -79,25 +80,6 @@ class Rows:
     functionals: np.ndarray
 
 
-def check_fitted(problem: LearningProblem) -> Head:
-    """The head of a problem whose outputs are fitted by least squares.
-
-    Raises
-    ------
-    ValueError
-        If it has none, or J is another function of the outputs.
-    """
-    head, loss = problem.head, problem.loss
-    if head is None:
-        raise ValueError("problem: expected one with a head, whose output has few directions, got head=None; give it a Head")
-    if loss != least_squares or head.prediction.name != "identity":
-        raise ValueError(
-            f"problem: expected the loss least_squares of a head with prediction 'identity', so that J is a sum of squares, "
-            f"got {loss.name} and {head.prediction.name!r}; train it by `train`"
-        )
-    return head
-
-
 def draw_rows(problem: LearningProblem, rows: int, directions: int, rng: np.random.Generator, shared: bool = False) -> Rows:
     """Draw pairs of samples and directions, scaled so that their squares give the matrix in the mean. Collective.
 
@@ -114,7 +96,7 @@ def draw_rows(problem: LearningProblem, rows: int, directions: int, rng: np.rand
     shared
         Whether all samples have the same directions. There are then more samples than unknowns of the head.
     """
-    head, batch = check_fitted(problem), problem.batch
+    head, batch = problem.head, problem.batch
     omega, rank = sample_weights(batch.weights, batch.samples), head.onto.rank
     all_samples = np.flatnonzero(omega)
     count, least = all_samples.size, _SAMPLES_AN_UNKNOWN * (head.psi.rank + 1) if shared else 1
@@ -155,7 +137,8 @@ class GaussNewtonMatrix:
     """
 
     def __init__(self, problem: LearningProblem, eliminate: bool = False):
-        self._problem, self._head = problem, check_fitted(problem)
+        self._problem = problem
+        self._head = check_least_squares("problem", problem.head, problem.loss, "train it by `train`")
         self._takes_out = eliminate and bool(self._head.symmetries)
         self._eliminates = eliminate and not self._takes_out
         others = [parameter for parameter in problem.parameters if parameter not in self._head.parameters]
@@ -170,8 +153,7 @@ class GaussNewtonMatrix:
         self.coordinates = Coordinates(others) if self._takes_out else self._assembled
         net, psi = problem.net, self._head.psi
         self._seen_by = psi if net.layers and net.steps_what_is_seen_by(psi) else None
-        inputs = net.Y.values(problem.batch.inputs)
-        self._inputs = psi.project(inputs) if self._seen_by or not net.layers else inputs
+        self._starts = RowStarts(problem, psi if self._seen_by or not net.layers else None)
         self._of_W = outer_products((self._head.onto.rank, psi.rank), _elements(self._head.W))
         self._segment: Segment | None = None
         self._batch = 0
@@ -269,7 +251,7 @@ class GaussNewtonMatrix:
     def _rows(self, samples: np.ndarray, functionals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows in coefficients, shape (size, rows), and g(T)."""
         head, psi = self._head, self._head.psi
-        start = np.ascontiguousarray(self._inputs[:, samples])
+        start, lift = self._starts.at(samples), self._problem.lift
         found: dict[fd.Function, np.ndarray] = {}
         W, _ = head.matrices()
         if self._problem.net.layers:
@@ -279,9 +261,12 @@ class GaussNewtonMatrix:
             g, by_g = end, W.T @ functionals
             if self._seen_by is None:
                 g, by_g = psi.project(end), psi.functional(by_g)
-            found |= zip(segment.functions, segment.adjoint(arrays, by_g)[1:])
+            by_start, *parts = segment.adjoint(arrays, by_g)
+            found |= zip(segment.functions, parts)
         else:
-            g = start
+            g, by_start = start, W.T @ functionals
+        if lift is not None:
+            found[lift.V.functions[0]] = self._starts.rows_of_lift(samples, made(by_start))
         if not self._eliminates:
             of_W, *of_mu = head.parameters
             found[of_W.functions[0]] = self._of_W(functionals, g)

@@ -10,107 +10,30 @@ so that the terminal co-state of section 4.1 (Remark 4.3) is r(z, T) = int (C_pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import firedrake as fd
 import numpy as np
-from mpi4py import MPI
 
-from fem_resnet.activation.activation import get_activation
 from fem_resnet.arguments import choice, instance, integer, integer_array, number
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.points import class_space
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.parameters.equivariant import HeadSymmetries, head_symmetries
 from fem_resnet.parameters.kernel import KernelCoefficients, LowRankKernel
-from fem_resnet.parameters.padding import copy_leading, pad
+from fem_resnet.parameters.padding import begin_with, copy_leading, pad
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch, SpaceBasis, Within
-from fem_resnet.parameters.starting_values import diagonal_kernel, random_kernel
+from fem_resnet.parameters.space_basis import BasisCoefficients, BatchValues, Replicated, SeenBatch, SpaceBasis
+from fem_resnet.parameters.starting_values import projected_kernel, random_kernel
+from fem_resnet.parameters.subspace import Within
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import same
 from fem_resnet.tape.recording import apply
 
-__all__ = ["PREDICTIONS", "Head", "Prediction", "log_density"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A prediction function h of (2.9), on node values of shape (nodes, samples).
-
-    Attributes
-    ----------
-    name : str
-    value : callable
-        ``value(Y, O)`` is h(O).
-    transpose : callable
-        ``transpose(Y, O, d)`` is h'(O)^T d for functionals d of h(O).
-    derivative : callable
-        ``derivative(Y, O, v)`` is h'(O) v for directions v of O.
-    second_transpose : callable
-        ``second_transpose(Y, O, v, d)`` is (h''(O) v)^T d, the derivative of ``transpose(Y, O, d)`` in the direction v of
-        O. All collective.
-    """
-
-    name: str
-    value: Callable[[LabelSpace, np.ndarray], np.ndarray]
-    transpose: Callable[[LabelSpace, np.ndarray, np.ndarray], np.ndarray]
-    derivative: Callable[[LabelSpace, np.ndarray, np.ndarray], np.ndarray]
-    second_transpose: Callable[[LabelSpace, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-def log_density(Y: LabelSpace, O: np.ndarray) -> np.ndarray:
-    """log p, p = e^O / int e^O, free of overflow; over classes p is the softmax. Collective."""
-    largest = O.max(axis=0, initial=-np.inf)
-    Y.comm.Allreduce(MPI.IN_PLACE, largest, op=MPI.MAX)
-    shifted = O - largest
-    return shifted - np.log(Y.sum(Y.weights @ np.exp(shifted)))
-
-
-def _softmax(Y, O):
-    return np.exp(log_density(Y, O))
-
-
-def _centred(Y, p, d):
-    """d minus its mean in the density p, for functionals d: what softmax' sees of them."""
-    return d - Y.weights[:, None] * Y.sum((d * p).sum(axis=0))
-
-
-def _softmax_transpose(Y, O, d):
-    p = _softmax(Y, O)
-    return p * _centred(Y, p, d)
-
-
-def _softmax_derivative(Y, O, v):
-    p = _softmax(Y, O)
-    return p * (v - Y.sum(Y.weights @ (p * v)))
-
-
-def _softmax_second_transpose(Y, O, v, d):
-    p, p_dot = _softmax(Y, O), _softmax_derivative(Y, O, v)
-    return p_dot * _centred(Y, p, d) - p * Y.weights[:, None] * Y.sum((d * p_dot).sum(axis=0))
-
-
-_sigmoid = get_activation("sigmoid")
-
-#: The prediction functions by name.
-PREDICTIONS = {
-    prediction.name: prediction
-    for prediction in (
-        Prediction("identity", lambda Y, O: O, lambda Y, O, d: d, lambda Y, O, v: v, lambda Y, O, v, d: np.zeros_like(O)),
-        Prediction(
-            "logistic",
-            lambda Y, O: _sigmoid(O),
-            lambda Y, O, d: _sigmoid.derivative(O) * d,
-            lambda Y, O, v: _sigmoid.derivative(O) * v,
-            lambda Y, O, v, d: _sigmoid.second_derivative(O) * v * d,
-        ),
-        Prediction("softmax", _softmax, _softmax_transpose, _softmax_derivative, _softmax_second_transpose),
-    )
-}
+__all__ = ["Head"]
 
 
 class Head(OnMesh):
@@ -245,7 +168,7 @@ class Head(OnMesh):
         elif rule == "random smooth":
             W = gain * random_kernel(kernel, np.random.default_rng(seed), smooth_in_y=self.classes is None)
         elif self.Y is self.psi.Y:
-            W = gain * diagonal_kernel(kernel)
+            W = gain * projected_kernel(kernel)
         else:
             raise ValueError(
                 f"rule: expected 'zero' or 'random smooth' for an output on {self.Y!r}, another label domain than that of "
@@ -353,8 +276,7 @@ class Head(OnMesh):
         head = Head(
             self.psi.first(rank), self.classes or self.onto.first(rank), self.prediction.name, symmetries=self.symmetries
         )
-        for ours, theirs in zip(self.parameters, head.parameters):
-            copy_leading(ours, theirs)
+        copy_leading(self.parameters, head.parameters)
         return head
 
     def pad(self, head: Head) -> None:
@@ -371,11 +293,10 @@ class Head(OnMesh):
             If it is no such head.
         """
         instance("head", head, Head)
-        alike = self.classes == head.classes if self.classes or head.classes else self.onto.begins_with(head.onto)
-        if not (alike and self.psi.begins_with(head.psi)):
+        bases, fewer = ([each.psi] if each.classes else [each.onto, each.psi] for each in (self, head))
+        if self.classes != head.classes or not begin_with(bases, fewer):
             raise ValueError(f"head: expected a head that in_first(..) of {self!r} has made, got {head!r}")
-        for ours, theirs in zip(self.parameters, head.parameters):
-            pad(ours, theirs)
+        pad(self.parameters, head.parameters)
 
     def observations(self, labels: Sequence[int]) -> fd.Function:
         """C for class labels: the batch of indicators of the classes.

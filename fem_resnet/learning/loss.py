@@ -31,7 +31,7 @@ from fem_resnet.activation.activation import get_activation
 from fem_resnet.arguments import choice, function, instance, real_array, text
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.sample_weights import sample_weights
-from fem_resnet.learning.head import PREDICTIONS, Prediction, log_density
+from fem_resnet.learning.prediction import PREDICTIONS, Prediction, log_density
 from fem_resnet.parameters.space_basis import BatchValues
 from fem_resnet.ranks import may_fail_alone, same, together
 from fem_resnet.tape.operator_block import OperatorBlock
@@ -52,7 +52,7 @@ class Loss:
     gradient : callable
         ``gradient(Y, O, C, prediction)``: its derivative in O as a functional of the node values, shape (nodes, samples).
     prediction : str or None
-        The only prediction that the loss goes with, one of `head.PREDICTIONS`; None for any.
+        The only prediction that the loss goes with, one of `prediction.PREDICTIONS`; None for any.
     hessian : callable or None
         ``hessian(Y, O, C, prediction, v)``: the derivative of `gradient` in the direction v of O. Hessian actions need it.
     gauss_newton : callable or None
@@ -115,7 +115,7 @@ class Loss:
         """
         check_label_space(Y)
         same(Y.comm, weights=weights, prediction=prediction)
-        instance("prediction", prediction, (Prediction, NoneType), "such as head.PREDICTIONS['softmax']")
+        instance("prediction", prediction, (Prediction, NoneType), "such as prediction.PREDICTIONS['softmax']")
         Y.check_where(output, "output")
         Y.check_where(observation, "observation")
         return self.record(Y, output, observation, weights, prediction)[0]

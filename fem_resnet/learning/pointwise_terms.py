@@ -215,7 +215,7 @@ def smoothed_l1(weight: float, epsilon: float, **own: float) -> Regulariser:
     epsilon
         epsilon > 0, in the unit of the values. Values far below it have a square, and far above it their modulus.
     **own
-        Weights of single parameters in the place of lambda: bias, kernel, W, mu, initial.
+        Weights of single parameters in the place of lambda: bias, kernel, V, W, mu, initial.
 
     Raises
     ------
@@ -246,7 +246,7 @@ def huber(weight: float, delta: float, **own: float) -> Regulariser:
     delta
         delta > 0, in the unit of the values.
     **own
-        Weights of single parameters in the place of lambda: bias, kernel, W, mu, initial.
+        Weights of single parameters in the place of lambda: bias, kernel, V, W, mu, initial.
 
     Raises
     ------

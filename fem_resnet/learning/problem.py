@@ -37,9 +37,11 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.batch import Batch, Derivatives, Observations
-from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers, SolvedHead, check_eliminable, solve_head
-from fem_resnet.learning.head import PREDICTIONS, Head
+from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers, SolvedHead, check_least_squares, solve_head
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.lift import Lift
 from fem_resnet.learning.loss import Loss, LossOperator, least_squares
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.learning.samples import Samples
 from fem_resnet.network.network import ResidualNetwork
@@ -83,6 +85,9 @@ class LearningProblem(OnMesh):
     ensemble
         Of several members, each with the whole label domain on its own communicator and a batch of its own samples: J is
         that of all samples together, its gradient the same on every member. Then no Hessian actions.
+    lift
+        What makes the initial state of the inputs of the batch, which then are fields on `Lift.fields`; it is learned. None
+        where the inputs are the initial state. It does not go together with `learn` or `checkpoints`.
     checkpoints
         How derivatives find the states at interfaces between Blocks of layers (``per_block`` of the network's `Layers`):
         all are kept if left out. A number k: k of them are, the others are computed again. Or a schedule of the package
@@ -123,11 +128,12 @@ class LearningProblem(OnMesh):
         running: RunningCost | None = None,
         ensemble: fd.Ensemble | None = None,
         checkpoints: Checkpoints | None = None,
+        lift: Lift | None = None,
     ):
         comm = instance("net", net, ResidualNetwork).Y.comm
         same(
             comm, head=head, loss=loss, regulariser=regulariser, batch=batch, learn=learn, running=running, ensemble=ensemble,
-            checkpoints=checkpoints,
+            checkpoints=checkpoints, lift=lift,
         )  # fmt: skip
         for name, value, kind in (
             ("head", head, (Head, NoneType)),
@@ -136,18 +142,21 @@ class LearningProblem(OnMesh):
             ("batch", batch, Batch),
             ("running", running, (RunningCost, NoneType)),
             ("ensemble", ensemble, (fd.Ensemble, NoneType)),
+            ("lift", lift, (Lift, NoneType)),
         ):
             instance(name, value, kind)
         if head is not None and head.psi.Y is not net.Y:
             raise ValueError(
                 f"head: expected one that reads the network's label space {net.Y!r}, got one that reads {head.psi.Y!r}"
             )
-        self.net, self.head, self.loss, self.regulariser = net, head, loss, regulariser
+        self.net, self.head, self.loss, self.regulariser, self.lift = net, head, loss, regulariser, lift
         self._output = net.Y if head is None else head.Y
         self._prediction = PREDICTIONS[loss.prediction or "identity"] if head is None else head.prediction
         loss.check_prediction(self._prediction)
         self.learn = choice("learn", learn, _LEARN)
         self.checkpoints = checkpoints
+        if lift is not None:
+            self._check_lift(lift)
         if checkpoints is not None:
             # Refuse it now rather than at the first recording.
             together(comm, lambda: schedule_of(checkpoints, max(net.blocks, 1)))
@@ -157,11 +166,18 @@ class LearningProblem(OnMesh):
             raise ValueError(
                 "observations: a schedule of checkpoints keeps no states inside of the network; make the problem without one"
             )
-        self._samples = Samples(batch, net, head)
+        self._samples = Samples(batch, net, head, lift)
         self._initial: list[Parameter] = []
         if learn != "parameters":
             states = StateValues(net.Y, batch.inputs.function_space())
             self._initial = [Parameter("initial", states, AtStart(), [batch.inputs])]
+
+    def _check_lift(self, lift: Lift) -> None:
+        if lift.Y is not self.net.Y:
+            raise ValueError(f"lift: expected one into the network's label space {self.net.Y!r}, got one into {lift.Y!r}")
+        for name, other, without in (("learn", self.learn, "parameters"), ("checkpoints", self.checkpoints, None)):
+            if other != without:
+                raise ValueError(f"{name}: expected {without!r} with a lift, got {other!r}; make the problem without a lift")
 
     @property
     def batch(self) -> Batch:
@@ -207,10 +223,11 @@ class LearningProblem(OnMesh):
 
     @property
     def parameters(self) -> list[Parameter]:
-        """Those that are learned: of the network, of the head, then the initial state, called "initial"."""
+        """Those that are learned: of the network, the lift and the head, then the initial state, called "initial"."""
         if self.learn == "initial":
             return self._initial
-        return self.net.parameters + ([] if self.head is None else self.head.parameters) + self._initial
+        parts = [self.net, *(part for part in (self.lift, self.head) if part is not None)]
+        return [parameter for part in parts for parameter in part.parameters] + self._initial
 
     @property
     def functions(self) -> list[fd.Function]:
@@ -221,6 +238,17 @@ class LearningProblem(OnMesh):
         """J at the current parameters, and the run behind it; recorded while annotating, but for the sum over an ensemble."""
         J, run, *_ = self._evaluate(None if annotate_tape() else self._seen_by)  # a user's tape may go on from f(T)
         return J if self.ensemble is None else AdjFloat(self.ensemble.ensemble_comm.allreduce(float(J))), run
+
+    def initial_state(self, inputs: fd.Function | None = None) -> fd.Function:
+        """f_I: the inputs of the batch, or what the lift makes of them; recorded while annotating. Collective.
+
+        Parameters
+        ----------
+        inputs
+            Other inputs in their place, on the same label domain.
+        """
+        inputs = self.batch.inputs if inputs is None else inputs
+        return inputs if self.lift is None else self.lift.of_fields(inputs)
 
     @property
     def _seen_by(self) -> Basis | None:
@@ -234,7 +262,7 @@ class LearningProblem(OnMesh):
     ) -> tuple[AdjFloat, Run, OperatorBlock | None, SolvedHead | None]:
         weights = self.batch.weights
         layers = [layer for layer, *_ in self._samples.before]
-        run = self.net.solve(self.batch.inputs, self.running, weights, seen_by=seen_by, observed=layers)
+        run = self.net.solve(self.initial_state(), self.running, weights, seen_by=seen_by, observed=layers)
         solved = None if eliminate is None else solve_head(self.head, self._readings(run), weights, self.regulariser)
         outputs = iter(self._outputs(run) if solved is None else solved.outputs)
         J, block = self.loss.record(self._output, next(outputs), self._samples.at_end, weights, self._prediction)
@@ -256,7 +284,7 @@ class LearningProblem(OnMesh):
         for layer in (self.net.layers, *(layer for layer, *_ in self._samples.before)):
             yield self._output_at(run, layer)
         if self.derivatives is not None:
-            derivative = run.tangent(self.derivatives.directions)
+            derivative = run.tangent(self.initial_state(self.derivatives.directions))
             yield derivative if self.head is None else self.head.linear(derivative)
 
     def _readings(self, run: Run) -> list[Reading]:
@@ -264,7 +292,7 @@ class LearningProblem(OnMesh):
         observed = [(self.net.layers, self._samples.at_end, 1.0), *self._samples.before]
         readings = [Reading(*run.held(layer), targets, weight, True) for layer, targets, weight in observed]
         if self.derivatives is not None:
-            state, targets = run.tangent(self.derivatives.directions), self.derivatives.targets
+            state, targets = run.tangent(self.initial_state(self.derivatives.directions)), self.derivatives.targets
             readings.append(Reading(state, None, targets, self.derivatives.weight, False))
         return readings
 
@@ -306,12 +334,12 @@ class LearningProblem(OnMesh):
     @supports(
         "channels",
         "no_layers", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "regulariser_not_quadratic", "observed_times",
-        "learned_initial", "learned_both", "many_samples", "weights", tool="Gauss-Newton",
+        "learned_initial", "learned_both", "lift", "many_samples", "weights", tool="Gauss-Newton",
         when=lambda self, *, gauss_newton=False, **_: isinstance(gauss_newton, (bool, np.bool_)) and bool(gauss_newton),
     )  # fmt: skip
     @supports(
         "channels", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
-        "observed_times", "checkpoints", "learned_both", "many_samples", "weights", tool="eliminate",
+        "observed_times", "checkpoints", "learned_both", "lift", "many_samples", "weights", tool="eliminate",
         when=lambda self, *, eliminate=None, **_: eliminate is not None,
     )  # fmt: skip
     def record(
@@ -343,7 +371,7 @@ class LearningProblem(OnMesh):
         flag("gauss_newton", gauss_newton)
         if eliminate is not None:
             choice("eliminate", eliminate, ["head"])
-            check_eliminable(self.head, self.loss)
+            check_least_squares("eliminate", self.head, self.loss, "leave eliminate out")
             if gauss_newton:
                 raise ValueError(
                     "gauss_newton: J with eliminate='head' has first derivatives only; leave gauss_newton or eliminate out"
@@ -373,7 +401,7 @@ class LearningProblem(OnMesh):
 
     @supports(
         "channels", "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
-        "checkpoints", "many_samples", "weights", instead="make another problem: replace(batch=..)",
+        "checkpoints", "lift", "many_samples", "weights", instead="make another problem: replace(batch=..)",
     )  # fmt: skip
     def exchange(self, batch: Batch) -> None:
         """Put another batch of as many samples in the place of the present one, without recording again.
@@ -393,7 +421,7 @@ class LearningProblem(OnMesh):
         """
         same(self.net.Y.comm, batch=batch)
         instance("batch", batch, Batch)
-        samples = Samples(batch, self.net, self.head)
+        samples = Samples(batch, self.net, self.head, self.lift)
         if batch.observations is not None or batch.derivatives is not None:
             raise ValueError(
                 "batch: expected one without observations and derivatives, which are recorded; make another problem: "

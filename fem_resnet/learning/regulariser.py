@@ -49,7 +49,7 @@ from fem_resnet.tape.recording import apply
 __all__ = ["PENALISED", "Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
 
 #: The names of the parameters that regularisers take.
-PENALISED = ("bias", "kernel", "W", "mu", "initial")
+PENALISED = ("bias", "kernel", "V", "W", "mu", "initial")
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def tikhonov(weight: float, **own: float) -> Regulariser:
     weight
         lambda >= 0.
     **own
-        Weights of single parameters in the place of lambda: bias, kernel, W, mu, initial.
+        Weights of single parameters in the place of lambda: bias, kernel, V, W, mu, initial.
 
     Raises
     ------

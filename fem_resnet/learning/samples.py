@@ -12,6 +12,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
+from fem_resnet.learning.lift import Lift
 from fem_resnet.network.network import ResidualNetwork
 
 __all__ = ["Samples"]
@@ -28,6 +29,8 @@ class Samples:
         The batch, from outside.
     net, head
         The network, and its output; None for O = f(T).
+    lift
+        What makes the initial state of the inputs; None where they are it.
 
     Attributes
     ----------
@@ -44,13 +47,14 @@ class Samples:
         If the batch does not fit; the message names the part.
     """
 
-    def __init__(self, batch: Batch, net: ResidualNetwork, head: Head | None):
-        self._Y, self._head = net.Y, head
+    def __init__(self, batch: Batch, net: ResidualNetwork, head: Head | None, lift: Lift | None = None):
+        self._Y, self._head = net.Y if lift is None else lift.fields, head
         self._output: LabelSpace = net.Y if head is None else head.Y
         self.batch = batch
-        net.Y.check_batch(batch.inputs, "batch.inputs")
-        if net.Y.samples(batch.inputs.function_space()) != batch.samples:  # with channels one Function has a batch's shape
-            raise ValueError(f"batch.inputs: expected a batch of {net.Y!r}, got a Function of its space; give Y.batch(inputs)")
+        Y = self._Y
+        Y.check_batch(batch.inputs, "batch.inputs")
+        if Y.samples(batch.inputs.function_space()) != batch.samples:  # with channels one Function has a batch's shape
+            raise ValueError(f"batch.inputs: expected a batch of {Y!r}, got a Function of its space; give Y.batch(inputs)")
         self.at_end = self._targets(batch.targets, "batch.targets")
         self.before = self._before_end(net.layers)
         self._check_derivatives()

@@ -233,7 +233,7 @@ class ResidualNetwork(OnMesh):
         return self._parameters.learned_factors()
 
     def start(self, rule: str = "minus identity", seed: int = 0, *, gain: float = 1.0, width: float = 2.0) -> None:
-        """Give bias and kernel starting values; layer times and learned factors stay. Collective.
+        """Give the kernel starting values, and make the bias 0; layer times and learned factors stay. Collective.
 
         A network whose kernel is zero acts linearly, and its first steps stay near that: `stability_report` says so. Which
         rule is good for which data is measured in docs/explanation/decisions.md.
@@ -242,13 +242,15 @@ class ResidualNetwork(OnMesh):
         ----------
         rule
             - "zero": all coefficients are 0.
-            - "minus identity": B = -gain times the identity on the span of psi, projected onto that of phi. The bias is 0.
+            - "minus identity": B = -gain times the identity on the span of psi, projected onto that of phi. With channels it
+              takes each of them to itself: data in one channel do not come into the others.
             - "local": B = -gain times a heat kernel, e^(t Laplace) on the span of psi, whose `eigenvalues` must be known.
-              The bias is 0.
+              With C channels each pair of them has this kernel, times a random number of variance 1/C. A linear set of
+              kernels, such as `Symmetric`, has the nearest one; or, between channels on which a map acts with different
+              signs, the nearest one to a heat kernel times a smooth function of (y, z).
             - "random smooth": random coefficients in orthonormal functions, which fall like 1/k with the number k of the
-              function. The norm of b in L2(Y x Y), and the root of the mean of a^2 over Y, are `gain` in the mean square.
-              A bias at the nodes is made of the functions of phi. In a linear set of kernels, such as `Symmetric`, the
-              couplings of functions fall like 1/k with the number k of their eigenspace.
+              function. The norm of b in L2(Y x Y) is `gain` in the mean square. In a linear set of kernels
+              the couplings of functions fall like 1/k with the number k of their eigenspace.
         seed
             Of random numbers: the same coefficients on any number of ranks.
         gain

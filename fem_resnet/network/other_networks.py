@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
-from fem_resnet.parameters.padding import copy_leading, pad
+from fem_resnet.parameters.padding import begin_with, copy_leading, pad
 from fem_resnet.parameters.parameter import Parameter
 
 __all__ = ["copy_coefficients", "in_first", "moved", "padded", "truncated"]
@@ -47,20 +46,16 @@ def in_first(net, rank: int):
     if kernel.among is not None and kernel != settings.kernel:
         kernel = replace(kernel, among=kernel.among.first(min(basis.one.rank for basis in phi)))
     other = net.replace(kernel=kernel, bias=replace(settings.bias, basis=bias))
-    for ours, theirs in _pairs(net, other):
-        copy_leading(ours, theirs)
+    copy_leading(_in_bases(net), _in_bases(other))
     return other
 
 
 def padded(net, other) -> None:
     """Give a network the coefficients of one in the first functions of its bases: see `ResidualNetwork.pad`."""
-    of_both = zip(chain(*net.bases.values()), chain(*other.bases.values()))
-    if net.factors or _kinds(net) != _kinds(other) or not all(
-        mine is one or None not in (mine, one) and mine.begins_with(one) for mine, one in of_both
-    ):  # fmt: skip
+    bases, fewer = (chain(*each.bases.values()) for each in (net, other))
+    if net.factors or _kinds(net) != _kinds(other) or not begin_with(bases, fewer):
         raise ValueError(f"net: expected a network that in_first(..) of {net!r} has made, got {other!r}")
-    for ours, theirs in _pairs(net, other):
-        pad(ours, theirs)
+    pad(_in_bases(net), _in_bases(other))
 
 
 def _kinds(net) -> tuple:
@@ -70,12 +65,9 @@ def _kinds(net) -> tuple:
     return numbers, kernel.in_time, kernel.learn_factors, bias.in_time, layers.times, layers.learn_times
 
 
-def _pairs(net, other) -> Iterator[tuple[Parameter, Parameter]]:
-    """The parameters of both, beta in place of the controls of which it is made."""
-    yield net.bias, other.bias
-    yield net.kernel, other.kernel
-    if net.layer_times is not None:
-        yield net.layer_times, other.layer_times
+def _in_bases(net) -> list[Parameter]:
+    """What is learned, but beta in place of the controls of which it is made."""
+    return [net.bias, net.kernel, *([] if net.layer_times is None else [net.layer_times])]
 
 
 def truncated(net, tolerance: float):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 from fem_resnet.parameters.kernel import LowRankKernel, kernel_coefficients
 from fem_resnet.parameters.kernel_sets import KernelSet
 from fem_resnet.parameters.linear_kernels import LinearKernels
-from fem_resnet.parameters.space_basis import BasisCoefficients, SpaceBasis
 from fem_resnet.parameters.starting_values import (
-    diagonal_kernel,
-    heat_factors,
-    random_bias,
+    local_couplings,
+    mixed,
+    projected_kernel,
     random_kernel,
     random_kernel_of,
 )
@@ -31,14 +31,9 @@ def start(net, rule: str, seed: int, gain: float, width: float) -> None:
     kernels = [learned or kernel_coefficients(basis).kernel for basis in net.kernel.space_bases]
     make = _maker(rule, random, width, net.settings.kernel.among)
     betas = [gain * make(kernel) for kernel in kernels]
-    phi = net.bases["phi"][0] if learned is None else learned.phi
-    if rule == "random smooth":
-        biases = [gain * _bias(basis, BasisCoefficients(phi), random) for basis in net.bias.space_bases]
-    else:
-        biases = [np.zeros(basis.shape) for basis in net.bias.space_bases]
     _assign_kernel(net, betas, rule)
-    for k, a in enumerate(biases):
-        net.bias.write(k, a)
+    for k, basis in enumerate(net.bias.space_bases):
+        net.bias.write(k, np.zeros(basis.shape))
 
 
 def _maker(
@@ -51,20 +46,16 @@ def _maker(
         if isinstance(among, LinearKernels):
             return lambda kernel: random_kernel_of(among, kernel.phi.one.eigenvalues, random)
         return lambda kernel: random_kernel(kernel, random)
-    made: dict[LowRankKernel, np.ndarray] = {}  # layers share factors, and making one communicates
+    if rule == "minus identity":
+        return cache(lambda kernel: -projected_kernel(kernel))  # layers share factors, and making one communicates
+    linear = among if isinstance(among, LinearKernels) else None
+    couplings = cache(lambda psi: local_couplings(psi, width, linear))
 
-    def make(kernel: LowRankKernel) -> np.ndarray:
-        if kernel not in made:
-            made[kernel] = -diagonal_kernel(kernel, heat_factors(kernel, width) if rule == "local" else None)
-        return made[kernel]
+    def local(kernel: LowRankKernel) -> np.ndarray:
+        D = mixed(couplings(kernel.psi), kernel.psi.rank // kernel.psi.one.rank, random)
+        return -(projected_kernel(kernel, D) if linear is None else D)
 
-    return make
-
-
-def _bias(basis: SpaceBasis, of_phi: BasisCoefficients, random: np.random.Generator) -> np.ndarray:
-    if isinstance(basis, BasisCoefficients):
-        return random_bias(basis, random)
-    return of_phi.expand(random_bias(of_phi, random))
+    return local
 
 
 def _assign_kernel(net, betas: list[np.ndarray], rule: str) -> None:

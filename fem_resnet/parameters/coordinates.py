@@ -65,6 +65,11 @@ class Coordinates:
         """The present coefficients, one array a set. Collective."""
         return [p.read(k) for p, k in self.sets]
 
+    def write(self, coefficients: Sequence[np.ndarray]) -> None:
+        """Give the parameters coefficients, one array a set."""
+        for (p, k), c in zip(self.sets, coefficients):
+            p.write(k, c)
+
     def moved(self, coefficients: Sequence[np.ndarray], step: np.ndarray) -> list[np.ndarray]:
         """Coefficients, one array a set, and the step in coordinates, shape (size,), added up."""
         change = self.matrix @ step

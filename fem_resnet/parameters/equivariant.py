@@ -56,6 +56,8 @@ class Parity:
         s_c, 1 or -1 a channel, shape (C,).
     output
         The sign of the output of a head that keeps the symmetry; or one a channel of it.
+    inputs
+        The sign of the fields that a `Lift` takes; or one a field.
 
     Raises
     ------
@@ -73,12 +75,15 @@ class Parity:
     map: Callable[[np.ndarray], np.ndarray] | Sequence[int]
     signs: Sequence[int]
     output: int | Sequence[int] = 1
+    inputs: int | Sequence[int] = 1
 
     def __post_init__(self) -> None:
         if not callable(self.map):
             object.__setattr__(self, "map", read_only(integer_array("map", self.map, ("points",)).copy()))
-        output = self.output if isinstance(self.output, (list, tuple, np.ndarray)) else (self.output,)
-        for name, given in (("signs", self.signs), ("output", output)):
+        output, inputs = (
+            given if isinstance(given, (list, tuple, np.ndarray)) else (given,) for given in (self.output, self.inputs)
+        )
+        for name, given in (("signs", self.signs), ("output", output), ("inputs", inputs)):
             signs = tuple(integer(name, sign, least=-1, most=1) for sign in instance(name, given, (list, tuple, np.ndarray)))
             if not signs or 0 in signs:
                 raise ValueError(f"{name}: expected 1 or -1 for each channel, got {given!r}")

@@ -6,34 +6,44 @@ the layer times, is copied.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.parameters.kernel import KernelCoefficients
 from fem_resnet.parameters.parameter import Parameter
-from fem_resnet.parameters.space_basis import BasisCoefficients, SpaceBasis, Within
+from fem_resnet.parameters.space_basis import BasisCoefficients, SpaceBasis
+from fem_resnet.parameters.subspace import Within
 
-__all__ = ["copy_leading", "pad"]
+__all__ = ["begin_with", "copy_leading", "pad"]
 
 
-def copy_leading(parameter: Parameter, to: Parameter) -> None:
-    """Give a parameter in the first functions the leading coefficients of the same one in more. Collective.
+def copy_leading(parameters: Sequence[Parameter], to: Sequence[Parameter]) -> None:
+    """Give parameters in the first functions the leading coefficients of the same ones in more. Collective.
 
     Raises
     ------
     ValueError
-        If it is a kernel of a set that does not have them.
+        If one is a kernel of a set that does not have them.
     """
-    for k, (large, small) in enumerate(zip(parameter.space_bases, to.space_bases)):
-        to.set(k, small.of_whole(large.whole(parameter.get(k))[_leading(large, small)]))
+    for many, few in zip(parameters, to):
+        for k, (large, small) in enumerate(zip(many.space_bases, few.space_bases)):
+            few.set(k, small.of_whole(large.whole(many.get(k))[_leading(large, small)]))
 
 
-def pad(parameter: Parameter, of: Parameter) -> None:
-    """Give a parameter the coefficients of the same one in the first functions, and zero in the others. Collective."""
-    for k, (large, small) in enumerate(zip(parameter.space_bases, of.space_bases)):
-        padded = np.zeros_like(large.whole(parameter.get(k)))
-        padded[_leading(large, small)] = small.whole(of.get(k))
-        parameter.set(k, large.of_whole(padded))
+def pad(parameters: Sequence[Parameter], of: Sequence[Parameter]) -> None:
+    """Give parameters the coefficients of the same ones in the first functions, and zero in the others. Collective."""
+    for many, few in zip(parameters, of):
+        for k, (large, small) in enumerate(zip(many.space_bases, few.space_bases)):
+            padded = np.zeros_like(large.whole(many.get(k)))
+            padded[_leading(large, small)] = small.whole(few.get(k))
+            many.set(k, large.of_whole(padded))
+
+
+def begin_with(bases: Iterable[Basis | None], fewer: Iterable[Basis | None]) -> bool:
+    """Whether each basis begins with the functions of the other one; None, for values at the nodes, with None."""
+    return all(more is one or None not in (more, one) and more.begins_with(one) for more, one in zip(bases, fewer))
 
 
 def _leading(large: SpaceBasis, small: SpaceBasis):

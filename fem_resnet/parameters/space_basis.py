@@ -16,7 +16,7 @@ space basis                  coefficients c                            a layer t
 `kernel.KernelCoefficients`  the matrix beta of the kernel             the same                 G_Phi x G_Psi
 `StateValues`                a batch, or the values of kernel factors  the same                 M, for each sample
 `LayerTimes`                 the layer times                           the same                 1
-`Within`                     theta of coefficients E theta             of E theta               1
+`subspace.Within`            theta of coefficients E theta             of E theta               1
 ===========================  ========================================  =======================  ==================
 """
 
@@ -30,7 +30,6 @@ from weakref import WeakKeyDictionary
 import firedrake as fd
 import numpy as np
 import scipy.linalg
-import scipy.sparse
 from mpi4py import MPI
 
 from fem_resnet.label_domain.basis import Basis
@@ -38,7 +37,7 @@ from fem_resnet.label_domain.label_space import LabelSpace
 
 __all__ = [
     "BasisCoefficients", "BatchValues", "LayerTimes", "NodalValues", "Replicated", "ReplicatedRows", "SeenBatch", "Slot",
-    "SpaceBasis", "StateValues", "Within", "new_cofunction", "read_all",
+    "SpaceBasis", "StateValues", "new_cofunction", "read_all",
 ]  # fmt: skip
 
 
@@ -246,7 +245,7 @@ class SpaceBasis(Slot):
         return self.Y.measure
 
     def whole(self, coefficients: np.ndarray) -> np.ndarray:
-        """The coefficients themselves; of those in a subspace (`Within`), the ones in the whole space."""
+        """The coefficients themselves; of those in a subspace (`subspace.Within`), the ones in the whole space."""
         return coefficients
 
     def of_whole(self, functional: np.ndarray) -> np.ndarray:
@@ -427,68 +426,6 @@ class BasisCoefficients(Replicated, SpaceBasis):
 
     def stiffness(self, coefficients):
         return self.basis.stiffness @ coefficients
-
-
-class Within(Replicated, SpaceBasis):
-    """Coefficients theta, shape (count,), of those in a subspace of another space: `sum_k theta_k E_k`, R = 1.
-
-    Parameters
-    ----------
-    space
-        The whole space, whose coefficients all ranks share.
-    elements
-        The E_k, each as one column, shape (coefficients of `space`, count), orthonormal in the inner product of `space`.
-
-    Attributes
-    ----------
-    space_of_whole : SpaceBasis
-        The whole space.
-    """
-
-    def __init__(self, space: SpaceBasis, elements: scipy.sparse.csc_array | np.ndarray):
-        super().__init__(space.Y, (elements.shape[1],))
-        self.space_of_whole, self._elements = space, scipy.sparse.csr_array(elements)
-        self._transposed = scipy.sparse.csr_array(self._elements.T)
-
-    @property
-    def amplitude(self):
-        return self.space_of_whole.amplitude
-
-    @property
-    def unit(self):
-        return self.space_of_whole.unit
-
-    @property
-    def elements(self) -> scipy.sparse.csr_array:
-        """The E_k, shape (coefficients of the whole space, count)."""
-        return self._elements
-
-    def whole(self, coefficients):
-        return (self._elements @ coefficients).reshape(self.space_of_whole.shape)
-
-    def of_whole(self, functional):
-        return self._transposed @ np.ravel(functional)
-
-    def expand(self, coefficients):
-        return self.space_of_whole.expand(self.whole(coefficients))
-
-    def pull_back(self, functional):
-        return self.of_whole(self.space_of_whole.pull_back(functional))
-
-    def functional(self, coefficients):
-        return coefficients.copy()
-
-    def riesz(self, functional):
-        return functional.copy()
-
-    def coordinates(self, coefficients):
-        return coefficients / np.sqrt(self.unit)
-
-    def from_coordinates(self, coordinates):
-        return coordinates * np.sqrt(self.unit)
-
-    def stiffness(self, coefficients):
-        return self.of_whole(self.space_of_whole.stiffness(self.whole(coefficients)))
 
 
 class LayerTimes(Replicated, SpaceBasis):

@@ -86,7 +86,7 @@ class Result:
 @supports(
     "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "ensemble",
-    "derivatives", "observed_times", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
+    "derivatives", "observed_times", "checkpoints", "learned_initial", "learned_both", "lift", "many_samples", "weights",
     parted=("bounds",),
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train")

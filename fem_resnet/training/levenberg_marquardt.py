@@ -43,8 +43,8 @@ _LARGEST_DAMPING = 1e16
 
 
 @supports(
-    "channels", "no_layers", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time", "single_precision", "head",
-    "regulariser", "many_samples", "weights", instead="train it by `train`",
+    "channels", "no_layers", "kernel_set", "bases_by_layer", "linear_in_time", "shared_in_time", "single_precision",
+    "head", "regulariser", "lift", "many_samples", "weights", instead="train it by `train`",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_levenberg_marquardt")
 def train_levenberg_marquardt(
@@ -168,7 +168,8 @@ class _Course:
         self._start, self._largest = damping, 0.0
         self._mu: float | None = None
         self.condition: float | None = None
-        self._sets = [(p, k) for p in problem.parameters for k in range(len(p.functions))]
+        #: W and mu, where they are solved for.
+        self._solved = [] if self._projected is None else problem.head.parameters
         self.reached = self._read()
         with stop_annotating():
             self.value = self._evaluate()
@@ -178,11 +179,7 @@ class _Course:
         self.first_steepness = self.steepness
 
     def _read(self) -> list[np.ndarray]:
-        return [p.read(k) for p, k in self._sets]
-
-    def _write(self, coefficients: list[np.ndarray]) -> None:
-        for (p, k), c in zip(self._sets, coefficients):
-            p.write(k, c)
+        return [*self._coordinates.read(), *(p.read(0) for p in self._solved)]
 
     def _evaluate(self) -> float:
         """J at the present parameters, as rank 0 has it."""
@@ -223,7 +220,7 @@ class _Course:
 
     def _try(self, p: np.ndarray) -> float:
         """J after a step; infinite where layers cannot be stepped."""
-        self._write(self._coordinates.moved(self.reached, p))
+        self._coordinates.write(self._coordinates.moved(self.reached, p))
         try:
             return self._evaluate()
         except StepFailure:
@@ -231,7 +228,9 @@ class _Course:
 
     def restore(self) -> None:
         """Give the parameters what was reached."""
-        self._write(self.reached)
+        self._coordinates.write(self.reached)
+        for p, c in zip(self._solved, self.reached[len(self._coordinates.sets) :]):
+            p.write(0, c)
 
     def warn(self) -> None:
         """Say where the head is not determined."""

@@ -60,11 +60,11 @@ _ROUND_OFF = 32 * np.finfo(float).eps
 @supports(
     "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "derivatives",
-    "observed_times", "checkpoints", "learned_initial", "learned_both", "many_samples", "weights",
+    "observed_times", "checkpoints", "learned_initial", "learned_both", "lift", "many_samples", "weights",
 )  # fmt: skip
 @supports(
     "channels", "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
-    "checkpoints", "many_samples", "weights", tool="train_pam, batches",
+    "checkpoints", "lift", "many_samples", "weights", tool="train_pam, batches",
     when=lambda *given, batches=None, **options: batches is not None, parted=("start",),
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_pam")

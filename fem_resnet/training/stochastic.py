@@ -115,7 +115,7 @@ class StochasticResult:
 @supports(
     "channels",
     "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
-    "many_samples", "weights", instead="train it by `train`",
+    "lift", "many_samples", "weights", instead="train it by `train`",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_stochastic")
 def train_stochastic(

@@ -20,7 +20,7 @@ from types import ModuleType
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from fem_resnet.io.reading import load
+from fem_resnet.io.reading import load, load_lift
 from fem_resnet.ranks import in_step, on_first
 from fem_resnet.reporting import check_files, write
 from fem_resnet.verify.suite import problem_of, verify
@@ -78,11 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _what(name: str, comm: MPI.Comm):
-    """The network and head in a file, or the function of a module. Collective."""
+    """The network, head and lift in a file, or the function of a module. Collective."""
     path = Path(name)
     is_file = on_first(comm, path.is_file)
     if path.suffix in (".h5", ".hdf5") or is_file and path.suffix != ".py":
-        return load(path, comm)
+        net, head = load(path, comm)
+        return net, head, load_lift(path, net)
     module = in_step(comm, lambda: _module(name, path))  # it may make meshes
     if not callable(getattr(module, "problem", None)):
         raise AttributeError(f"the module {name}: expected a function problem() that returns a LearningProblem, found none")

@@ -35,7 +35,7 @@ def adjoint_identities(point: Point) -> Checks:
             np.array(slot.read(_factor(problem.net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])
         ]
         if state is None:
-            state = np.array(segment.inputs[0].read(problem.batch.inputs))
+            state = np.array(segment.inputs[0].read(problem.initial_state()))
         arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions)), *factors]
         new = segment.forward(arrays, save=True)
         yield _identity(f"layer {layer}", segment, arrays, point, rng, shared, bound)
@@ -64,7 +64,7 @@ def given_steps(point: Point) -> Checks:
         for layer, (segment, f) in enumerate(zip(_layer_segments(problem), expected)):
             segment.replay([lengths])
             if state is None:
-                state = np.array(segment.inputs[0].read(problem.batch.inputs))
+                state = np.array(segment.inputs[0].read(problem.initial_state()))
             arrays = [state, *(slot.read(fn) for slot, fn in zip(segment.inputs[1:], segment.functions))]
             new = segment.forward(arrays, save=True)
             state = new if problem.running is None else new[0]
@@ -74,7 +74,7 @@ def given_steps(point: Point) -> Checks:
 
 def _layer_segments(problem: LearningProblem) -> list[Segment]:
     omega = None if problem.running is None else sample_weights(problem.batch.weights, problem.batch.samples)
-    return problem.net.layer_segments(problem.batch.inputs.function_space(), problem.running, omega)
+    return problem.net.layer_segments(problem.net.Y.batch_space(problem.batch.samples), problem.running, omega)
 
 
 def _factor(net: ResidualNetwork, k: int) -> fd.Function:
@@ -136,7 +136,7 @@ def jacobians(point: Point) -> Checks:
         return
     segment = segments[0]
     factors = [np.array(slot.read(_factor(net, k))) for k, slot in enumerate(segment.inputs[len(segment.functions) + 1 :])]
-    f = np.array(segment.inputs[0].read(point.problem.batch.inputs))
+    f = np.array(segment.inputs[0].read(point.problem.initial_state()))
     segment.forward([f, *(s.read(fn) for s, fn in zip(segment.inputs[1:], segment.functions)), *factors], save=False)
     solver = stepper.solver
     ts, J, u = solver.ts, solver.jacobian, solver.y.copy()

@@ -143,7 +143,7 @@ def recorded_states(point: Point) -> Checks:
     with set_working_tape(Tape()) as tape:
         continue_annotation()
         try:
-            run = net.run(problem.batch.inputs, problem.running, problem.batch.weights)
+            run = net.run(problem.initial_state(), problem.running, problem.batch.weights)
             try:
                 state = run.state(middle)
             except RuntimeError as error:
@@ -170,8 +170,8 @@ def recorded_states(point: Point) -> Checks:
 
 
 def _half(problem: LearningProblem) -> fd.Function:
-    """The inputs, halved."""
-    inputs = problem.batch.inputs.copy(deepcopy=True)
+    """The initial state, halved."""
+    inputs = problem.initial_state().copy(deepcopy=True)
     inputs.dat.data_wo[...] *= 0.5
     return inputs
 
@@ -223,10 +223,9 @@ def replay(point: Point) -> Checks:
         or net.settings.kernel.among is not None
         or problem.derivatives is not None
         or problem.checkpoints is not None
+        or problem.lift is not None
     ):
-        yield Check.left_out(
-            "checkpoints", "replay", "the network has one layer, or a part that no schedule of checkpoints takes"
-        )
+        yield Check.left_out("checkpoints", "replay", "there is one layer, or a part that no schedule of checkpoints takes")
         return
     other = problem.replace(net=net.replace(layers=replace(net.settings.layers, per_block=1)), checkpoints=1)
     J, _ = other.record()
@@ -250,6 +249,7 @@ def convergence(problem: LearningProblem, quick: bool, lines: list[Line]) -> Che
         f"(4.2) is not stepped on its own by {kind!r}": kind not in TYPES,
         "steps are adapted": net.solver_parameters.get("ts_adapt_type", "none") != "none",
         "sigma' or sigma'' jumps": bool(net.activation.joints),
+        "(4.2) - (4.4) have no lift": problem.lift is not None,
         "only the initial state is learned": problem.learn == "initial",
         "left to the full verification": quick,
     }

@@ -40,7 +40,9 @@ def moved(point: Point) -> Checks:
         if before.Y is net.Y:
             apart = max(apart, relative(after.values, before.values, point.comm))
     yield Check.of("on other nodes", "bases", apart, 0.05)
-    inputs = Y.batch(net.Y.values(problem.batch.inputs).copy())
+    lift = None if problem.lift is None else problem.lift.on(Y)
+    given, fields = (net.Y, Y) if lift is None else (problem.lift.fields, lift.fields)
+    inputs = fields.batch(given.values(problem.batch.inputs).copy())
     if head is None:
         targets = Y.batch(net.Y.values(problem.batch.targets).copy())
     else:
@@ -49,7 +51,7 @@ def moved(point: Point) -> Checks:
             targets = output.Y.batch(head.Y.values(targets).copy())
     other = LearningProblem(
         there, output, problem.loss, problem.regulariser, Batch(inputs, targets, problem.batch.weights), learn=problem.learn,
-        running=problem.running,
+        running=problem.running, lift=lift,
     )  # fmt: skip
     for here, elsewhere in zip(problem.parameters, other.parameters, strict=True):
         lengths = relative(elsewhere.time_basis.measures, here.time_basis.measures)

@@ -93,7 +93,8 @@ def other_data(problem: LearningProblem, point: Point) -> Checks:
     rng, batch = np.random.default_rng(99), problem.batch
     order, omega = rng.permutation(samples), rng.uniform(0.5, 2.0, samples)
     shift = 1.0 + 0.3 * rng.normal(size=samples)
-    inputs = net.Y.batch(raw(batch.inputs, net.Y, (net.Y.nodes, samples))[:, order] * shift)
+    Y = net.Y if problem.lift is None else problem.lift.fields
+    inputs = Y.batch(raw(batch.inputs, Y, (Y.nodes, samples))[:, order] * shift)
     targets = batch.targets
     if isinstance(targets, fd.Function):
         Y = problem._output

@@ -133,9 +133,17 @@ class Reference:
     @property
     def initial(self) -> np.ndarray:
         """f_I, with a row of zeros below it where there is a running cost."""
-        inputs = self.batch.inputs
-        f = raw(inputs, self.Y, (self.Y.nodes, self.batch.samples))
+        f = self._lifted(self.batch.inputs)
         return f if self.problem.running is None else np.pad(f, ((0, 1), (0, 0)))
+
+    def _lifted(self, inputs: fd.Function) -> np.ndarray:
+        """f_I at the nodes for inputs, sum_m V_cm u_m where there is a lift, shape (nodes, samples)."""
+        lift, samples = self.problem.lift, self.batch.samples
+        if lift is None:
+            return raw(inputs, self.Y, (self.Y.nodes, samples))
+        V = lift.V.space_basis.whole(self.parameters.coefficients(lift.V, 0))
+        u = np.split(raw(inputs, lift.fields, (lift.fields.nodes, samples)), V.shape[1])
+        return np.vstack([sum((V_cm * u_m for V_cm, u_m in zip(row, u)), start=np.zeros(())) for row in V])
 
     @cached_property
     def omega(self) -> np.ndarray:
@@ -301,12 +309,12 @@ class Reference:
             )
         return sum(basis.pair(d, v) for basis, d, v in zip(parameter.space_bases, form(parameter, c), c))
 
-    @cached_property
+    @property
     def _directions(self) -> tuple[np.ndarray, np.ndarray]:
         """The directions v, shape (nodes, samples), and the derivatives C' of the target there, of the shape of O."""
         derivatives, Y = self.problem.derivatives, self.Y if self.head is None else self.head.Y
         v, C = derivatives.directions, derivatives.targets
-        return raw(v, self.Y, (self.Y.nodes, self.batch.samples)), raw(C, Y, (Y.nodes, self.batch.samples))
+        return self._lifted(v), raw(C, Y, (Y.nodes, self.batch.samples))
 
     def mismatch(self, f: np.ndarray, taken: Sequence | None = None) -> float:
         """The part of J that compares O' v with C', for the initial state f; O' v by central differences of order 6."""

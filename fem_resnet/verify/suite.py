@@ -19,6 +19,7 @@ from fem_resnet.arguments import flag, function, instance, number
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
+from fem_resnet.learning.lift import Lift
 from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, least_squares
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
@@ -169,8 +170,8 @@ class _Failed(Exception):
 # checkpoints, no states are on the tape to be checked.
 @supports(
     "channels",
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "derivatives",
-    "learned_initial", "learned_both", "many_samples", "weights", tool="verify",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+    "derivatives", "learned_initial", "learned_both", "lift", "many_samples", "weights", tool="verify",
 )  # fmt: skip
 def _all_checks(
     problem: LearningProblem,
@@ -251,15 +252,15 @@ def _run_groups(problem: LearningProblem, make, quick: bool, report: Report, run
         point.restore()
 
 
-def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> LearningProblem:
+def problem_of(net: ResidualNetwork, head: Head | None, lift: Lift | None = None, samples: int = 3) -> LearningProblem:
     """A learning problem for a network without data.
 
     Parameters
     ----------
     net
         The network.
-    head
-        Its head, or None.
+    head, lift
+        Its head and its lift, or None.
     samples
         The number of samples.
 
@@ -269,10 +270,12 @@ def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> Lea
         With smooth inputs, and with targets that the prediction of the head can reach.
     """
     rng = np.random.default_rng(4)
-    inputs = random_like(fd.Function(net.Y.batch_space(samples)), rng, net.Y)
+    fields = net.Y if lift is None else lift.fields
+    inputs = random_like(fd.Function(fields.batch_space(samples)), rng, fields)
     if head is None:
         targets = random_like(fd.Function(net.Y.batch_space(samples)), rng, net.Y)
-        return LearningProblem(net, None, least_squares, tikhonov(1e-2), Batch(inputs, targets, [1.0, 2.0, 0.5][:samples]))
+        batch = Batch(inputs, targets, [1.0, 2.0, 0.5][:samples])
+        return LearningProblem(net, None, least_squares, tikhonov(1e-2), batch, lift=lift)
     loss = {"softmax": cross_entropy, "logistic": binary_cross_entropy}.get(head.prediction.name, least_squares)
     if head.classes is not None and head.prediction.name != "identity":
         targets = np.arange(samples) % head.classes
@@ -283,4 +286,4 @@ def problem_of(net: ResidualNetwork, head: Head | None, samples: int = 3) -> Lea
         if head.prediction.name == "softmax":
             values = values / head.Y.sum(head.Y.weights @ values)
         targets = head.Y.batch(values)
-    return LearningProblem(net, head, loss, tikhonov(1e-2), Batch(inputs, targets, [1.0, 2.0, 0.5][:samples]))
+    return LearningProblem(net, head, loss, tikhonov(1e-2), Batch(inputs, targets, [1.0, 2.0, 0.5][:samples]), lift=lift)

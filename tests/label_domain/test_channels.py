@@ -5,6 +5,7 @@ from functools import cache
 import firedrake as fd
 import numpy as np
 import pytest
+import sympy
 from firedrake import COMM_SELF, COMM_WORLD
 from helpers import TIMES, flat_network, label_space, set_smooth, smooth
 from kinds import GRADIENT, directions_of, field_problem, largest, options
@@ -18,6 +19,7 @@ from fem_resnet import (
     Head,
     LearningProblem,
     RepeatedBasis,
+    RunningCost,
     cell_indicators,
     cross_entropy,
     given_basis,
@@ -194,6 +196,22 @@ def test_a_network_is_that_of_the_block_diagonal_matrices(more):
     close = 1e-5 if more.get("precision") == "single" else 1e-10
     for one, other in zip(found, expected, strict=True):
         assert_allclose(one, other, rtol=0, atol=close * max(largest(other), 1e-3))
+
+
+@on_ranks
+@pytest.mark.parametrize("bias", ["basis", "nodes"])
+def test_a_running_cost_is_that_of_the_block_diagonal_matrices(bias):
+    f, a = sympy.symbols("f a")
+    phi, found = basis("disk"), []
+    for each in (phi, dense(phi)):
+        net = network(each, bias=each if bias == "basis" else None, layers_per_block=2)
+        p = field_problem(net).replace(running=RunningCost(f**2 + a**2 / 20, kernel=0.1))
+        J, run = p.record()
+        parts = [np.array(float(J.functional)), *(np.array(d.dat.data_ro) for d in J.derivative())]
+        parts += [net.Y.values(run.costate(0)).copy(), *(np.array(d.dat.data_ro) for d in J.hessian(directions_of(p)))]
+        found.append(parts)
+    for one, other in zip(*found, strict=True):
+        assert_allclose(one, other, rtol=0, atol=1e-10 * max(largest(other), 1e-3))
 
 
 @on_ranks

@@ -275,7 +275,7 @@ def test_a_basis_is_joined_by_what_it_does_not_span():
 
 def test_what_is_no_sum_of_squares_of_few_outputs_is_refused(monkeypatch):
     p = with_output()
-    with pytest.raises(ValueError, match="problem: expected one with a head"):
+    with pytest.raises(ValueError, match="problem: expected a problem with a head"):
         GaussNewtonMatrix(p.replace(head=None, batch=Batch(p.batch.inputs, p.batch.inputs)))
     classes = LearningProblem(p.net, Head(p.head.psi, 3), cross_entropy, None, Batch(p.batch.inputs, [0, 1, 2, 0, 1, 2, 0]))
     with pytest.raises(ValueError, match="problem: expected the loss least_squares of a head with prediction 'identity'"):

@@ -12,8 +12,9 @@ from pyadjoint import Control, ReducedFunctional
 
 from fem_resnet.label_domain.points import class_space
 from fem_resnet.learning.batch import Batch
-from fem_resnet.learning.head import PREDICTIONS, Head
+from fem_resnet.learning.head import Head
 from fem_resnet.learning.loss import binary_cross_entropy, functional_loss, least_squares
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
 

@@ -7,8 +7,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import coefficients, polynomials
 
 from fem_resnet import (
+    Channels,
     DampedAntisymmetric,
     Head,
+    Kernel,
+    LaplaceFunctions,
     NormBounded,
     PositiveSemidefinite,
     ResidualNetwork,
@@ -82,24 +85,65 @@ def test_a_local_kernel_is_a_heat_kernel(space):
         flat_network(psi, polynomials(psi.Y)).start("local")
 
 
+@on_ranks
+@pytest.mark.parametrize("space", SPACES[1:3], ids="-".join)
+def test_a_local_kernel_couples_all_channels(space):
+    """Each pair has the heat kernel times one number; their variance is 1/C."""
+    C, one = 3, basis(space)
+    phi = laplace_basis(Channels(one.Y, C), one.rank)
+    net = ResidualNetwork(phi, layers=2)
+    decay = np.exp(-4 * one.eigenvalues / one.eigenvalues[-1])
+    squares, seen = [], []
+    for seed in range(60):
+        net.start("local", seed, gain=0.5)
+        f = phi.values[:, :: one.rank] + phi.values[:, one.rank - 1 :: one.rank]  # two functions in one channel, in each
+        parts = applied(net, 1, f).reshape(C, -1, C)
+        moments = np.array([one.project(part) for part in parts])  # shape (C, rank, C)
+        xi = -moments[:, 0] / (0.5 * decay[0])
+        expected = -0.5 * xi[:, None] * (one.gram[0] * decay[0] + one.gram[-1] * decay[-1])[None, :, None]
+        assert_allclose(moments, expected, atol=1e-9)
+        squares.append(xi**2)
+        seen.append(xi)
+    assert_allclose(np.mean(squares, axis=0), 1 / C, rtol=0.75)
+    assert_allclose(np.mean(squares), 1 / C, rtol=0.15)
+    assert_allclose(np.mean(seen, axis=0), 0, atol=0.3)
+    moved = ResidualNetwork(Kernel(phi, among=LaplaceFunctions(phi, split=0.05)), layers=2)
+    net.start("local", 5)
+    moved.start("local", 5)
+    assert_allclose(moved.kernel.get(1), net.kernel.get(1), atol=0.05)
+    assert_allclose(moved.kernel.get(1), moved.settings.kernel.among.projected(net.kernel.get(1)), atol=1e-12)
+
+
+@on_ranks
+def test_a_local_kernel_of_channels_reads_other_functions_than_it_writes():
+    """phi in no channel alone: the start is the one on the span of psi, projected onto that of phi."""
+    one = basis(("annulus", "CG1"))
+    Y = Channels(one.Y, 2)
+    psi = laplace_basis(Y, 4)
+    phi = given_basis(Y, [psi.function(c) for c in np.random.default_rng(0).normal(size=(5, psi.rank))])
+    net, free = (ResidualNetwork(Kernel(left, psi), bias=phi, layers=1) for left in (phi, psi))
+    for each in (net, free):
+        each.start("local", 3)
+    f = smooth(Y)
+    assert_allclose(applied(net, 0, f), projected(Y, phi.values, applied(free, 0, f)), atol=1e-11)
+
+
 def test_a_random_kernel_is_smooth_and_of_the_size_that_is_said():
-    """The mean over many seeds of |b|^2, of the mean square of a, and of the coefficients in orthonormal functions."""
+    """The mean over many seeds of |b|^2, and of the coefficients in orthonormal functions."""
     phi, psi = basis(("annulus", "DG0")), polynomials(label_space("annulus", "DG0"))
-    Y = phi.Y
-    for bias in (None, phi, psi):
-        net = flat_network(phi, psi, bias=bias, layers=1)
-        squares, means, entries = [], [], []
-        kernel = net.kernel.space_basis.kernel
-        for seed in range(400):
-            net.start("random smooth", seed, gain=3.0)
-            squares.append(kernel.norm(net.kernel.get(0)) ** 2)
-            entries.append(kernel.orthonormal(net.kernel.get(0)) ** 2)
-            a = net.bias.get(0) if bias is None else bias.values @ net.bias.get(0)
-            means.append(Y.sum(Y.weights @ a**2) / Y.measure)
-        assert_allclose([np.mean(squares), np.mean(means)], 9.0, rtol=0.25)
-        entries = np.mean(entries, axis=0)
-        k = np.arange(1, 4)
-        assert_allclose(entries[:3] / entries[0, 0], 1 / np.outer(k, k) ** 2, rtol=0.5)
+    net = flat_network(phi, psi, bias=phi, layers=1)
+    squares, entries = [], []
+    kernel = net.kernel.space_basis.kernel
+    for seed in range(400):
+        net.bias.set(0, np.ones(phi.rank))
+        net.start("random smooth", seed, gain=3.0)
+        squares.append(kernel.norm(net.kernel.get(0)) ** 2)
+        entries.append(kernel.orthonormal(net.kernel.get(0)) ** 2)
+        assert not net.bias.get(0).any()
+    assert_allclose(np.mean(squares), 9.0, rtol=0.25)
+    entries = np.mean(entries, axis=0)
+    k = np.arange(1, 4)
+    assert_allclose(entries[:3] / entries[0, 0], 1 / np.outer(k, k) ** 2, rtol=0.5)
 
 
 @pytest.mark.parallel([2, 3])
@@ -123,7 +167,7 @@ def test_another_seed_gives_other_values_and_zero_makes_them_zero():
     values = []
     for seed in (0, 0, 1):
         net.start("random smooth", seed)
-        values.append([net.kernel.get(0), net.kernel.get(1), net.bias.get(1)])
+        values.append([net.kernel.get(0), net.kernel.get(1)])
     for first, again, other in zip(*values):
         assert_array_equal(first, again)
         assert np.abs(first - other).max() > 1e-3

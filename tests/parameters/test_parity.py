@@ -360,3 +360,50 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             make()
+
+
+@on_ranks
+@each_case
+def test_a_local_start_reaches_each_channel(case):
+    """Between channels of one sign it is the heat kernel, and from one sign to the other a local kernel as large."""
+    phi, _ = given(case, False)
+    one, C = phi.one, phi.Y.channels
+    net = network(case)
+    net.start("local", seed=3, gain=2.0)
+    heat = np.exp(-4 * one.eigenvalues / one.eigenvalues[-1])
+    xi = np.random.default_rng(3).normal(size=(C, C)) / np.sqrt(C)
+    blocks = net.kernel.get(0).reshape(C, one.rank, C, one.rank).transpose(0, 2, 1, 3)
+    signs = CASES[case][2]
+    for c, d in np.ndindex(C, C):
+        assert_allclose(np.linalg.norm(blocks[c, d]), 2 * abs(xi[c, d]) * np.linalg.norm(heat), rtol=2e-3)
+        if signs[c] == signs[d]:
+            assert_allclose(blocks[c, d], -2 * xi[c, d] * np.diag(heat), atol=2e-2)
+    f = phi.Y.join([one.function(np.ones(one.rank)), *[None] * (C - 1)])
+    reached = [np.sqrt(one.Y.sum(one.Y.weights @ one.Y.values(part) ** 2)) for part in phi.Y.part(net(f))]
+    assert min(reached) > 0.02 * max(reached)
+    alone = network(case, alone=True)
+    alone.start("local", seed=3, gain=2.0)
+    assert_allclose(net.kernel.get(1), alone.kernel.get(1), atol=1e-9)
+
+
+@on_ranks
+def test_a_local_start_between_signs_is_local():
+    """On the circle b(y, z) beyond a quarter of its length, beside all of it; so is a heat kernel, and no random kernel."""
+    phi, _ = given("line")
+    x = places(phi.Y.one)[:, 0]
+    x = np.concatenate(phi.Y.comm.allgather(x))
+    values = np.concatenate(phi.Y.comm.allgather(phi.one.values.copy()))
+    far = np.abs((x[:, None] - x + 1.5) % 3.0 - 1.5) > 0.75
+    net, found = network("line"), {}
+    for rule in ("local", "random smooth"):
+        net.start(rule, seed=1)
+        beta = net.kernel.get(0).reshape(4, 9, 4, 9)
+        for c, d in ((0, 1), (0, 2)):
+            b = values @ beta[c, :, d] @ values.T
+            found[rule, c, d] = np.sum(b[far] ** 2) / np.sum(b**2)
+    assert (
+        max(found["local", 0, 1], found["local", 0, 2])
+        < 0.02
+        < 0.1
+        < min(found["random smooth", 0, 1], found["random smooth", 0, 2])
+    ), found

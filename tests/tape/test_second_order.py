@@ -13,8 +13,8 @@ from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 
 from fem_resnet.learning.batch import Batch
-from fem_resnet.learning.head import PREDICTIONS
 from fem_resnet.learning.loss import Loss, functional_loss, least_squares
+from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import smooth_in_space, smooth_in_time, tikhonov
 from fem_resnet.network.network import ResidualNetwork

@@ -29,6 +29,7 @@ import fem_resnet.learning.head
 import fem_resnet.learning.locality
 import fem_resnet.learning.loss
 import fem_resnet.learning.pointwise_terms
+import fem_resnet.learning.prediction
 import fem_resnet.learning.problem
 import fem_resnet.learning.regulariser
 import fem_resnet.learning.samples
@@ -46,6 +47,7 @@ import fem_resnet.parameters.kernel_sets
 import fem_resnet.parameters.parameter
 import fem_resnet.parameters.retraction
 import fem_resnet.parameters.space_basis
+import fem_resnet.parameters.subspace
 import fem_resnet.parameters.time_basis
 import fem_resnet.tape.operator_block
 import fem_resnet.tape.scheduled_block
@@ -269,7 +271,7 @@ def _loss(name, **changes):
 
 def _prediction(name, **changes):
     def plant(patch):
-        table = fem_resnet.learning.head.PREDICTIONS
+        table = fem_resnet.learning.prediction.PREDICTIONS
         old = table[name]
         patch.setitem(table, name, replace(old, **{key: change(getattr(old, key)) for key, change in changes.items()}))
 
@@ -840,7 +842,7 @@ FAULTS = [
     Fault(
         "the linear image of a head is not transposed",
         MIRRORED,
-        line(space.Within, "of_whole", "np.ravel(functional)", "np.ravel(functional)[::-1]"),
+        line(fem_resnet.parameters.subspace.Within, "of_whole", "np.ravel(functional)", "np.ravel(functional)[::-1]"),
     ),
     Fault(
         "kernels of a linear set are twice as large on the way back",
@@ -866,7 +868,7 @@ FAULTS = [
         "softmax normalised over samples",
         CLASSES,
         lambda patch: (
-            patch.setattr(fem_resnet.learning.head, "log_density", _over_samples),
+            patch.setattr(fem_resnet.learning.prediction, "log_density", _over_samples),
             patch.setattr(fem_resnet.learning.loss, "log_density", _over_samples),
         ),
     ),
@@ -901,7 +903,7 @@ FAULTS = [
         _loss(
             "cross_entropy",
             hessian=lambda old: (
-                lambda Y, O, C, h, v: Y.weights[:, None] * np.exp(fem_resnet.learning.head.log_density(Y, O)) * v
+                lambda Y, O, C, h, v: Y.weights[:, None] * np.exp(fem_resnet.learning.prediction.log_density(Y, O)) * v
             ),
         ),
     ),
@@ -1484,7 +1486,7 @@ FURTHER = [
         _in_loss(
             "cross_entropy",
             "gradient",
-            lambda Y, O, C, h: Y.weights[:, None] * (np.exp(fem_resnet.learning.head.log_density(Y, O)) - C),
+            lambda Y, O, C, h: Y.weights[:, None] * (np.exp(fem_resnet.learning.prediction.log_density(Y, O)) - C),
         ),
         True,
     ),

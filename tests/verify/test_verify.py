@@ -30,6 +30,7 @@ from fem_resnet import (
     LabelSpace,
     Layers,
     LearningProblem,
+    Lift,
     ResidualNetwork,
     RunningCost,
     locality,
@@ -474,7 +475,7 @@ def test_command_on_a_saved_network(tmp_path, capsys):
     net = ResidualNetwork(Kernel(*_bases(Y)), layers=2)
     head = Head(net.bases["psi"][0], 3)
     _fill([*net.parameters, *head.parameters], Y, 3)
-    for name, parts in (("net", (net,)), ("both", (net, head))):
+    for name, parts in (("net", (net,)), ("both", (net, head)), ("lifted", (net, None, Lift(Y, 2)))):
         save(tmp_path / f"{name}.h5", *parts)
         arguments = [
             str(tmp_path / f"{name}.h5"),
