@@ -84,6 +84,11 @@ class OnLayer:
         """Number of active coefficients on this rank."""
         return sum(c.size for c in self._coefficients)
 
+    def equals(self, other: OnLayer) -> bool:
+        """Whether another one is of the same basis and has the same coefficients."""
+        same_basis = self._basis is other._basis and len(self._coefficients) == len(other._coefficients)
+        return same_basis and all(map(np.array_equal, self._coefficients, other._coefficients))
+
     def coefficients(self, s: float) -> np.ndarray:
         """The bias at the nodes, shape (nodes,), or beta, shape (rank of phi, rank of psi), at the fraction s."""
         if self.is_constant:

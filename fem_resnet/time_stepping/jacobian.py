@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,6 +32,16 @@ __all__ = [
     "Elimination", "LinearLayer", "SampleMatrices", "ShiftedJacobian", "Transposed", "Zero", "acting", "by_coefficients",
     "pulled",
 ]  # fmt: skip
+
+
+@dataclass
+class _Known:
+    """A stage: its time, None where the layer does not depend on it, g, the argument, the rates of g once they are known."""
+
+    time: float | None
+    g: Sequence[np.ndarray]
+    argument: Argument
+    rates: list[np.ndarray] | None = None
 
 
 class LinearLayer:
@@ -64,41 +74,52 @@ class LinearLayer:
         self.orders = state.orders
         self.by_f: tuple[np.ndarray, ...] | None = None
         self._inputs: Sequence[LayerInputs] = ()
-        self._recent: deque[tuple[float | None, Sequence[np.ndarray], Argument]] = deque(maxlen=1)
+        self._recent: deque[_Known] = deque(maxlen=1)
         self._point: tuple | None = None
         self.shift, self.scale = 0.0, 1.0
         self._matrices: np.ndarray | None = None
 
     def remember(self, stages: int) -> None:
-        """Keep the arguments of so many of the latest stages.
+        """Keep what is known of so many of the latest stages.
 
         TS asks for a stage for its rate, for the quadrature by which f follows, and in the adjoint. Each argument costs a
-        product with beta.
+        product with beta. Rows of a Jacobian ask for the same solve many times.
         """
         self._recent = deque(maxlen=stages)
 
     def start(self, inputs: Sequence[LayerInputs]) -> None:
-        """Begin a forward solve with these inputs, and their direction if there is a tangent."""
+        """Begin a forward solve with these inputs, and their direction if there is a tangent.
+
+        What is known of the latest stages stays where the inputs are those of the last solve.
+        """
+        if not _the_same(inputs, self._inputs):
+            self._recent.clear()
         self._inputs = inputs
-        self._recent.clear()
         self.by_f = None
 
     def release(self) -> None:
-        """Forget the inputs, the point and all fields."""
-        self.start(())
-        self._point = None
+        """Forget the point and all fields. The latest stages stay, for a solve with the same inputs."""
+        self._point, self.by_f = None, None
         self.set_shift(0.0)
+
+    def forget_stages(self) -> None:
+        """Forget the inputs and the latest stages too."""
+        self._inputs = ()
+        self._recent.clear()
 
     def _beta(self, t: float) -> list[np.ndarray]:
         return [inputs.beta.coefficients(t) for inputs in self._inputs]
 
     def argument(self, t: float, g: Sequence[np.ndarray]) -> Argument:
         """The point at which the stage at t is evaluated, for g of shape (rank of psi, samples), one an order."""
+        return self._known(t, g).argument
+
+    def _known(self, t: float, g: Sequence[np.ndarray]) -> _Known:
         constant = all(part.is_constant for inputs in self._inputs for part in (inputs.bias, inputs.beta))
         when = None if constant else t
-        for then, there, at in self._recent:
-            if then == when and all(map(np.array_equal, there, g)):
-                return at
+        for known in self._recent:
+            if known.time == when and all(map(np.array_equal, known.g, g)):
+                return known
         beta = self._beta(t)
         at = Argument(
             self._inputs[0].factors,
@@ -108,8 +129,8 @@ class LinearLayer:
             self._inputs[1].factor_directions if self.orders == 2 else None,
             tuple(beta),
         )
-        self._recent.append((when, g, at))
-        return at
+        self._recent.append(_Known(when, g, at))
+        return self._recent[-1]
 
     def cost_rate(self, t: float, at: Argument, rest: np.ndarray) -> CostRate | None:
         """The rate of c at a stage, if there is a running cost. `rest` is the state's, see `state`."""
@@ -121,7 +142,12 @@ class LinearLayer:
 
     def rates(self, t: float, g: Sequence[np.ndarray], rest: np.ndarray) -> tuple[list[np.ndarray], ArrayLike]:
         """The right-hand side: the rates of g, shape (rank of psi, samples), and of the rest of the state. Collective."""
-        at, s = self.argument(t, g), self.state.new_rest()
+        known, s = self._known(t, g), self.state.new_rest()
+        if s is None:
+            if known.rates is None:
+                known.rates = self.stage.rate(known.argument)
+            return known.rates, self.state.rates(s)
+        at = known.argument
         Q = self.stage.rate(at, self._fields(s))
         cost = self.cost_rate(t, at, rest)
         if cost is not None:
@@ -250,6 +276,19 @@ class LinearLayer:
             by_g, *_ = self.transpose(StageFunctional(nothing, np.ones(samples), self.by_f))
             A[:, size, :size] = -np.concatenate(by_g).T
         return A
+
+
+def _the_same(inputs: Sequence[LayerInputs], others: Sequence[LayerInputs]) -> bool:
+    """Whether two solves take the same numbers; never where ranks hold parts of them. All ranks say the same."""
+    if len(inputs) != 1 or len(others) != 1 or inputs[0].bias.is_nodal:
+        return False
+    one, other = inputs[0], others[0]
+    return (
+        one.factors is other.factors
+        and one.length == other.length
+        and one.bias.equals(other.bias)
+        and one.beta.equals(other.beta)
+    )
 
 
 def acting(kernel: LowRankKernel, beta: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -190,10 +190,14 @@ class Stepper(ABC):
     def _renew(self) -> None:
         """Make PETSc's objects anew: after a failure, vectors may be locked."""
 
+    def _forget_stages(self) -> None:
+        """Let go of what would serve a solve with the same inputs."""
+
     def release(self) -> None:
         """Forget what the last solve left. Another solve may follow."""
         self.has_trajectory, self.inputs = False, ()
         self._forget()
+        self._forget_stages()
 
     def take(self, inputs: Sequence[LayerInputs]) -> None:
         """Begin a forward solve with these inputs.
@@ -203,8 +207,8 @@ class Stepper(ABC):
         StepFailure
             If the length of the layer is not positive.
         """
-        self.release()
-        self.inputs = inputs
+        self._forget()
+        self.has_trajectory, self.inputs = False, inputs
         start, length = inputs[0].start, inputs[0].length
         if not length > 0:
             raise StepFailure(

@@ -82,6 +82,9 @@ class TSStepper(Stepper):
     def _forget(self) -> None:
         self.solver.release()
 
+    def _forget_stages(self) -> None:
+        self.solver.linear.forget_stages()
+
     def _renew(self) -> None:
         self.solver = self._new()
 

@@ -32,6 +32,7 @@ from fem_resnet import (
     tikhonov,
 )  # fmt: skip
 from fem_resnet.layers.sample_functionals import JoinedBasis
+from fem_resnet.layers.stage import Stage
 from fem_resnet.learning import gauss_newton_matrix
 from fem_resnet.learning.gauss_newton_matrix import GaussNewtonMatrix, Rows, draw_rows
 from fem_resnet.parameters.coordinates import Coordinates
@@ -160,6 +161,23 @@ def test_batches_of_rows_of_any_length_make_one_matrix(monkeypatch):
     for length in (1, 5):
         monkeypatch.setattr(gauss_newton_matrix, "_BATCH", length)
         assert_allclose(matrix_of(p), expected, rtol=0, atol=1e-13 * largest(expected))
+
+
+def test_rows_of_the_same_samples_step_the_layers_once(monkeypatch):
+    """Batches of all samples in one direction each differ in the adjoint alone."""
+    evaluations = []
+    monkeypatch.setenv("FEM_RESNET_COMPILED", "0")
+    monkeypatch.setattr(gauss_newton_matrix, "_BATCH", SAMPLES)
+    problem = fitted(network(basis_for_bias=True))
+    rate = Stage.rate
+    monkeypatch.setattr(Stage, "rate", lambda self, *arguments: evaluations.append(1) or rate(self, *arguments))
+    matrix, rows = GaussNewtonMatrix(problem), draw_rows(problem, ALL, 3, np.random.default_rng(0))
+    first = matrix.of(rows)
+    once = len(evaluations)
+    assert np.array_equal(matrix.of(rows), first) and len(evaluations) == once
+    problem.net.bias.set(0, 1.0 + problem.net.bias.get(0))
+    new = matrix.of(rows)
+    assert len(evaluations) == 2 * once and np.array_equal(new, GaussNewtonMatrix(problem).of(rows))
 
 
 @on_ranks

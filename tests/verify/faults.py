@@ -561,6 +561,16 @@ FAULTS = [
         line(fem_resnet.time_stepping.jacobian, "acting", "kernel.times(beta[1], g[0]) + kernel.times", "kernel.times"),
     ),
     Fault(
+        "stages of an earlier beta are taken",
+        MIRRORED,
+        line(fem_resnet.time_stepping.jacobian, "_the_same", "one.beta.equals(other.beta)", "True"),
+    ),
+    Fault(
+        "stages of an earlier bias are taken",
+        MIRRORED,
+        line(fem_resnet.time_stepping.jacobian, "_the_same", "one.bias.equals(other.bias)", "True"),
+    ),
+    Fault(
         "the second adjoint forgets beta_1",
         CLASSES,
         line(fem_resnet.time_stepping.jacobian, "pulled", "[by_g - kernel.transposed_times(beta[1], D[1]), ", "[by_g, "),
