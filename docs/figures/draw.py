@@ -59,6 +59,20 @@ def digits_table():
     return figure
 
 
+def burgers_table():
+    lines = (DEMOS / "burgers_table.txt").read_text().splitlines()[2:]
+    others = [[word.strip(" *") for word in line.strip("| ").split("|")] for line in lines]
+    ours = rows("burgers_on_the_circle", r"^\d+ layers, seed \d +(\d+) +(\S+)%")
+    figure, axes = new(xlabel="parameters", ylabel="relative test error, %", xscale="log", yscale="log")
+    for mark, name in (("s", "DeepONet"), ("o", "FNO")):
+        there = [row for row in others if name in row[0] and row[3]]  # those of five seeds
+        count, mean, deviation = ([float(row[k].replace(",", "")) for row in there] for k in (1, 2, 3))
+        axes.errorbar(count, mean, yerr=deviation, fmt=f"{mark}--", color="tab:gray", capsize=4, label=name)
+    axes.plot(*zip(*ours), "o", color="tab:blue", markersize=4, label="burgers_on_the_circle, each seed")
+    axes.legend()
+    return figure
+
+
 def digits_cross_validation():
     found = rows("digits_cross_validation", r"^rank.*(accuracy) (\S+)$")
     figure, axes = new(xlabel="setting, in the order of the search", ylabel="accuracy in cross-validation")
@@ -83,5 +97,5 @@ def nearby_inputs():
 
 
 if __name__ == "__main__":
-    for draw in (mesh_independence, costate_twice, digits_table, digits_cross_validation, nearby_inputs):
+    for draw in (mesh_independence, costate_twice, digits_table, burgers_table, digits_cross_validation, nearby_inputs):
         draw().savefig(FIGURES / f"{draw.__name__}.png", dpi=110, metadata={"Software": None})
