@@ -9,7 +9,7 @@ Both follow what was published (FNO: Li et al. 2021; DeepONet: Lu et al. 2022), 
 - The mean of relative errors in L2 is minimised by Adam on batches of 20, with a cosine schedule. Each batch is turned and
   reflected at random, as Burgers' equation allows.
 - FNO sees u alone and not x, so that it commutes with translations. It needs no padding on a circle.
-- DeepONet has nodal values in its branch, cosines and sines in its trunk, and outputs scaled by mean and deviation at each node.
+- DeepONet has nodal values in its branch, cosines and sines in its trunk, and outputs scaled by mean and deviation at a node.
 
 They see 128 points (DeepONet's branch fewer), and no mode that these cannot hold. Widths, modes and rates were chosen by short
 runs of seed 0, on the test samples: this favours them. Errors are those of the demo: in L2, over all modes. The table goes to
