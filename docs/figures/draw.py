@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 FIGURES = Path(__file__).parent
 DEMOS = FIGURES.parents[1] / "demos"
@@ -69,6 +70,9 @@ def burgers_table():
         count, mean, deviation = ([float(row[k].replace(",", "")) for row in there] for k in (1, 2, 3))
         axes.errorbar(count, mean, yerr=deviation, fmt=f"{mark}--", color="tab:gray", capsize=4, label=name)
     axes.plot(*zip(*ours), "o", color="tab:blue", markersize=4, label="burgers_on_the_circle, each seed")
+    for axis, ticks in ((axes.xaxis, (1000, 2000, 5000, 10000)), (axes.yaxis, (0.1, 0.2, 0.5, 1, 2, 5, 10))):
+        axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_minor_locator(NullLocator())
     axes.legend()
     return figure
 
