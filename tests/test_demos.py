@@ -12,7 +12,7 @@ from helpers import without_mpi
 
 ROOT = Path(__file__).parents[1]
 #: Scripts beside the demos that choose their settings and tabulate them; too long to run here.
-OTHERS = ["digits_cross_validation.py", "digits_table.py"]
+OTHERS = ["burgers_table.py", "digits_cross_validation.py", "digits_table.py"]
 #: Every demo: each runs here in its short form, and asserts at its end what it claims.
 DEMOS = sorted(path.name for path in (ROOT / "demos").glob("*.py") if path.name not in OTHERS)
 
@@ -123,3 +123,17 @@ def test_digits_are_read_as_well_in_parallel():
 def test_the_readme_has_the_table_of_ways_that_the_demo_printed():
     table = (ROOT / "demos" / "four_ways_to_train.txt").read_text().split("\n\n")[0]
     assert table in (ROOT / "README.md").read_text()
+
+
+@in_short("burgers_table.py")
+def test_the_table_of_operators_has_the_operators_that_its_script_trains(printed):
+    """Their names and numbers of parameters; and it shows five seeds."""
+
+    def rows(lines):
+        return [line.split(" | ")[:2] for line in lines if line.startswith("| ")]
+
+    table = (ROOT / "demos" / "burgers_table.txt").read_text().splitlines()
+    assert len(rows(table)) == 6 and all(re.search(r"\| \*\*\d\.\d\d\*\* \| (\d\.\d\d)? \|", line) for line in table[2:])
+    if "PyTorch is not there" in printed[-1]:
+        pytest.skip(printed[-1])
+    assert rows(printed) == rows(table)

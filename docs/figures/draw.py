@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 FIGURES = Path(__file__).parent
 DEMOS = FIGURES.parents[1] / "demos"
@@ -59,6 +60,23 @@ def digits_table():
     return figure
 
 
+def burgers_table():
+    lines = (DEMOS / "burgers_table.txt").read_text().splitlines()[2:]
+    others = [[word.strip(" *") for word in line.strip("| ").split("|")] for line in lines]
+    ours = rows("burgers_on_the_circle", r"^\d+ layers, seed \d +(\d+) +(\S+)%")
+    figure, axes = new(xlabel="parameters", ylabel="relative test error, %", xscale="log", yscale="log")
+    for mark, name in (("s", "DeepONet"), ("o", "FNO")):
+        there = [row for row in others if name in row[0] and row[3]]  # those of five seeds
+        count, mean, deviation = ([float(row[k].replace(",", "")) for row in there] for k in (1, 2, 3))
+        axes.errorbar(count, mean, yerr=deviation, fmt=f"{mark}--", color="tab:gray", capsize=4, label=name)
+    axes.plot(*zip(*ours), "o", color="tab:blue", markersize=4, label="burgers_on_the_circle, each seed")
+    for axis, ticks in ((axes.xaxis, (1000, 2000, 5000, 10000)), (axes.yaxis, (0.1, 0.2, 0.5, 1, 2, 5, 10))):
+        axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_minor_locator(NullLocator())
+    axes.legend()
+    return figure
+
+
 def digits_cross_validation():
     found = rows("digits_cross_validation", r"^rank.*(accuracy) (\S+)$")
     figure, axes = new(xlabel="setting, in the order of the search", ylabel="accuracy in cross-validation")
@@ -83,5 +101,5 @@ def nearby_inputs():
 
 
 if __name__ == "__main__":
-    for draw in (mesh_independence, costate_twice, digits_table, digits_cross_validation, nearby_inputs):
+    for draw in (mesh_independence, costate_twice, digits_table, burgers_table, digits_cross_validation, nearby_inputs):
         draw().savefig(FIGURES / f"{draw.__name__}.png", dpi=110, metadata={"Software": None})
