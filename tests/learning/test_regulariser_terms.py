@@ -347,7 +347,7 @@ def test_terms_on_a_graph_and_locality_by_an_embedding():
 
 
 def test_weights_of_other_parameters_are_refused():
-    with pytest.raises(TypeError, match="^kernl: expected weights of bias, kernel, W, mu, initial alone"):
+    with pytest.raises(TypeError, match="^kernl: expected weights of bias, kernel, V, W, mu, initial alone"):
         tikhonov(0.1, kernl=1.0)
     with pytest.raises(TypeError, match="^W: expected weights of bias, kernel alone"):
         smooth_in_time(0.1, W=1.0)
