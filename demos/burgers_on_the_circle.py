@@ -13,7 +13,9 @@ is left to learn is a real 4 x 4 matrix a mode and layer. Run
     containers/run python demos/burgers_on_the_circle.py            (about eight minutes; --short for 20 s)
 
 It writes a table and a figure to demos/output/. The last line is the largest error over all meshes. Published for this
-benchmark, on the authors' own samples: DeepONet 2.15 %, Fourier neural operator 1.4 to 1.9 %.
+benchmark, on the authors' own samples: DeepONet 2.15 %, Fourier neural operator 1.4 to 1.9 %. Well-trained ones, on the
+samples of this page, are in burgers_table.py: Fourier neural operators come to 0.37 % with as many numbers, to 0.17 % with ten
+times as many.
 """
 
 import sys
@@ -95,7 +97,7 @@ def size(c):
 # nor even. The kernel, the bias (constants, of the even channels alone) and the head keep the symmetries.
 
 SIGNS, LAYERS, FINAL_TIME = (-1, -1, 1, 1), 4, 4.0
-NODES, RANKS = 98, (17, 25, 41)
+NODES, RANKS = 128, (17, 25, 41)
 #: For each rank: iterations of L-BFGS, steps of Levenberg and Marquardt, rows of the Jacobian a parameter in each.
 STEPS = {17: (20, 20, 3), 25: (0, 20, 3), 41: (0, 40, 5)}
 #: Steps of Levenberg and Marquardt for twice as many layers.
@@ -165,8 +167,8 @@ class Data:
 
 
 def learn(data, seed, ranks=RANKS, layers=LAYERS, steps=STEPS):
-    """The trained network and head, how many numbers they have, and seconds."""
-    start = time.perf_counter()
+    """The trained network and head, how many numbers they have, and CPU seconds."""
+    start = time.process_time()
     net, head = network(ranks[-1], layers, seed)
     problem = LearningProblem(net, head, least_squares, tikhonov(1e-9), data.batch(net.Y, "train"))
 
@@ -180,22 +182,22 @@ def learn(data, seed, ranks=RANKS, layers=LAYERS, steps=STEPS):
 
     results = train_by_ranks(problem, ranks, by_rank)
     count = sum(parameter.dim for parameter in problem.parameters)
-    return net, head, count, time.perf_counter() - start, np.concatenate([result.values for result in results])
+    return net, head, count, time.process_time() - start, np.concatenate([result.values for result in results])
 
 
 # A network with each layer cut in two halves is close to the trained one, and has twice as many numbers to improve it by.
 
 
 def learn_deeper(data, seed, net, steps):
-    """The trained network of twice as many layers, its head, how many numbers they have, and seconds."""
-    start = time.perf_counter()
+    """The trained network of twice as many layers, its head, how many numbers they have, and CPU seconds."""
+    start = time.process_time()
     deeper, head = network(net.bases["phi"][0].one.rank, 2 * net.layers, seed)
     for layer in range(deeper.layers):
         deeper.bias.set(layer, net.bias.get(layer // 2))
         deeper.kernel.set(layer, net.kernel.get(layer // 2))
     problem = LearningProblem(deeper, head, least_squares, tikhonov(1e-9), data.batch(deeper.Y, "train"))
     train_levenberg_marquardt(problem, iterations=steps, eliminate="head", rows=4, damping=1e-6, seed=seed)
-    return deeper, head, sum(parameter.dim for parameter in problem.parameters), time.perf_counter() - start
+    return deeper, head, sum(parameter.dim for parameter in problem.parameters), time.process_time() - start
 
 
 # %% Baselines on the same Fourier coefficients, without symmetries
@@ -206,20 +208,20 @@ def features(c, modes):
 
 
 def baselines(data, modes=NODES // 2):
-    """Test errors and seconds of a linear map and of kernel ridge regression, widths chosen by cross-validation."""
+    """Test errors and CPU seconds of a linear map and of kernel ridge regression, widths chosen by cross-validation."""
     x, y = (features(c["train"], modes) / s for c, s in zip((data.c, data.w), data.scale))
     grids = {
         "linear map": ("linear", {"alpha": np.logspace(-6, 0, 7)}),
         "kernel ridge": ("rbf", {"gamma": np.logspace(-1.5, 1, 11), "alpha": np.logspace(-10, -4, 3)}),
     }
     for name, (kernel, grid) in grids.items():
-        start = time.perf_counter()
+        start = time.process_time()
         model = GridSearchCV(KernelRidge(kernel=kernel), grid, cv=4, scoring="neg_mean_squared_error").fit(x, y)
         found = data.scale[1] * model.predict(features(data.c["test"], modes) / data.scale[0])
         missed = data.w["test"].copy()
         missed[:, :modes] -= found[:, :modes]
         missed[:, 1:modes] -= 1j * found[:, modes:]
-        yield name, size(missed) / size(data.w["test"]), time.perf_counter() - start
+        yield name, size(missed) / size(data.w["test"]), time.process_time() - start
 
 
 # %% All together
@@ -256,7 +258,7 @@ def main(short=False):
     comm = fd.COMM_WORLD
     data = Data(*((200, 50) if short else (1000, 200)))
     ranks, steps, deeper_steps = ((9, 17), {9: (10, 5, 3), 17: (0, 10, 5)}, 3) if short else (RANKS, STEPS, DEEPER_STEPS)
-    seeds, meshes = (1, (64, 128)) if short else (5, (64, 98, 256, 1024, 8192))
+    seeds, meshes = (1, (64, 98)) if short else (5, (64, 98, 256, 1024, 8192))
     lines = []
 
     def say(text):
@@ -265,9 +267,9 @@ def main(short=False):
             print(text, flush=True)
 
     def row(name, count, error, seconds):
-        say(f"{name:<24}{count:>12}{error:>16}{seconds:>10}")
+        say(f"{name:<24}{count:>12}{error:>16}{seconds:>14}")
 
-    row("", "parameters", "test error", "seconds")
+    row("", "parameters", "test error", "CPU seconds")
     for name, errors, seconds in baselines(data):
         row(name, "", f"{errors.mean():.2%}", f"{seconds:.0f}")
     net, head, count, seconds, _ = learn(data, 0, ranks[-1:], layers=0)

@@ -63,7 +63,7 @@ def digits_table():
 def burgers_table():
     lines = (DEMOS / "burgers_table.txt").read_text().splitlines()[2:]
     others = [[word.strip(" *") for word in line.strip("| ").split("|")] for line in lines]
-    ours = rows("burgers_on_the_circle", r"^\d+ layers, seed \d +(\d+) +(\S+)%")
+    ours = rows("burgers_on_the_circle", r"^\d+ layers, (?:from )?seed \d +(\d+) +(\S+)%")
     figure, axes = new(xlabel="parameters", ylabel="relative test error, %", xscale="log", yscale="log")
     for mark, name in (("s", "DeepONet"), ("o", "FNO")):
         there = [row for row in others if name in row[0] and row[3]]  # those of five seeds

@@ -39,10 +39,10 @@ from fem_resnet.learning.output_groups import output_groups
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BatchValues, Replicated, SeenBatch
-from fem_resnet.parameters.time_basis import Once
-from fem_resnet.tape.recording import apply
 
-__all__ = ["ROUND_OFF", "HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_least_squares", "ridge", "solve_head"]
+__all__ = [
+    "ROUND_OFF", "HeadSolve", "Reading", "ReducedToOthers", "SolvedHead", "check_least_squares", "ridge", "ridge_of_head",
+]  # fmt: skip
 
 #: Sizes of W and mu at which a regulariser is asked what it is: one that is not quadratic shows it there.
 _SIZES = (1e-3, 1.0, 1e3)
@@ -124,36 +124,6 @@ def check_least_squares(name: str, head: Head | None, loss: Loss, remedy: str) -
     return head
 
 
-def solve_head(
-    head: Head, readings: Sequence[Reading], weights: Sequence[float] | None, regulariser: Regulariser | None
-) -> SolvedHead:
-    """Solve for W and mu, and read the outputs with them; recorded while annotating. Collective.
-
-    Parameters
-    ----------
-    head
-        The head, whose own W and mu are neither read nor changed.
-    readings
-        What it reads, and its targets.
-    weights
-        omega, shape (samples,), of each reading; equal ones if None.
-    regulariser
-        It must be a multiple of Tikhonov's where it acts on W and mu.
-
-    Raises
-    ------
-    ValueError
-        If the regulariser is another function of W or mu.
-    """
-    ridges = None if regulariser is None else [_ridge_of_head(regulariser, parameter) for parameter in head.parameters]
-    operator = HeadSolve(head, readings, weights, ridges)
-    given = apply(operator, [reading.state for reading in readings])[0]
-    assert isinstance(given, list), "there are several outputs"
-    outputs, solved = given[: len(readings)], given[len(readings) :]
-    parameters = {own: Parameter(own.name, own.space_basis, Once(), [each]) for own, each in zip(head.parameters, solved)}
-    return SolvedHead(outputs, parameters, operator)
-
-
 def ridge(regulariser: Regulariser, parameter: Parameter) -> float | None:
     """lambda such that the regulariser is lambda/2 |c|^2 of this parameter; None if it is none. Collective.
 
@@ -177,7 +147,14 @@ def ridge(regulariser: Regulariser, parameter: Parameter) -> float | None:
     return ratios[0] if multiple else None
 
 
-def _ridge_of_head(regulariser: Regulariser, parameter: Parameter) -> float:
+def ridge_of_head(regulariser: Regulariser, parameter: Parameter) -> float:
+    """lambda of W or mu, as `ridge`.
+
+    Raises
+    ------
+    ValueError
+        If the regulariser is another function of it.
+    """
     found = ridge(regulariser, parameter)
     if found is None:
         raise ValueError(
@@ -208,9 +185,10 @@ class HeadSolve:
     ----------
     solution : tuple of numpy.ndarray
         The coefficients of W and mu of the latest evaluation, of the shapes of the head's parameters.
-    condition : float
+    condition : float or None
         The condition number of the least squares problem that they solve, Tikhonov's rows included, in the label measure;
-        infinite if `determined` is less than all. The one of the normal equations would be its square.
+        infinite if `determined` is less than all. The one of the normal equations would be its square. None where
+        the problem is not linear.
     unknowns, determined : int
         How many unknowns it has, and how many of these samples and Tikhonov determine. Without symmetries these are the
         (rank of psi + 1) of each coefficient of the output.
@@ -237,7 +215,8 @@ class HeadSolve:
         self._groups = list(output_groups(head)) if head.symmetries else None
         self.unknowns = head.psi.rank + 1 if self._groups is None else sum(group.unknowns.size for group in self._groups)
         self.solution = tuple(np.empty(parameter.space_basis.shape) for parameter in head.parameters)  # until `forward`
-        self.condition, self.determined, self.current = np.nan, 0, False
+        self.condition: float | None = np.nan
+        self.determined, self.current = 0, False
         self._roots, self._targets = self._right_hand_side([reading.targets for reading in readings], weights)
 
     def observe(self, targets: Sequence[fd.Function], weights: Sequence[float] | None) -> None:
@@ -350,8 +329,8 @@ class ReducedToOthers(ReducedFunctional):
         super().__init__(J, [control for parameter in self.parameters for control in parameter.controls()], tape=tape)
 
     @property
-    def condition(self) -> float:
-        """The condition number of the least squares problem for W and mu in the latest evaluation."""
+    def condition(self) -> float | None:
+        """The condition number of the linear problem for W and mu in the latest evaluation; None under a cross entropy."""
         return self._operator.condition
 
     @property

@@ -37,13 +37,14 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.layers.running_cost import RunningCost
 from fem_resnet.learning.batch import Batch, Derivatives, Observations
-from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers, SolvedHead, check_least_squares, solve_head
+from fem_resnet.learning.elimination import HeadSolve, Reading, ReducedToOthers, SolvedHead
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.lift import Lift
 from fem_resnet.learning.loss import Loss, LossOperator, least_squares
 from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.learning.samples import Samples
+from fem_resnet.learning.solved_head import check_eliminable, solve_head
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.parameters.parameter import Parameter
@@ -263,7 +264,9 @@ class LearningProblem(OnMesh):
         weights = self.batch.weights
         layers = [layer for layer, *_ in self._samples.before]
         run = self.net.solve(self.initial_state(), self.running, weights, seen_by=seen_by, observed=layers)
-        solved = None if eliminate is None else solve_head(self.head, self._readings(run), weights, self.regulariser)
+        solved = (
+            None if eliminate is None else solve_head(self.head, self.loss, self._readings(run), weights, self.regulariser)
+        )
         outputs = iter(self._outputs(run) if solved is None else solved.outputs)
         J, block = self.loss.record(self._output, next(outputs), self._samples.at_end, weights, self._prediction)
         for _, targets, weight in self._samples.before:
@@ -356,8 +359,9 @@ class LearningProblem(OnMesh):
             for convex losses: see `recording.gauss_newton`.
         eliminate
             "head": J is a function of all that is learned but W and mu, which take the values of least J in every
-            evaluation (`elimination`). For the loss `least_squares` and a head with prediction "identity". J then has first
-            derivatives only. The head itself keeps its W and mu until `give_head` of the functional.
+            evaluation (`elimination`). For the loss `least_squares` and a head with prediction "identity", and for cross
+            entropies with Tikhonov's term in W (`convex_head`). J then has first derivatives only. The head itself keeps its
+            W and mu until `give_head` of the functional.
 
         Raises
         ------
@@ -371,7 +375,7 @@ class LearningProblem(OnMesh):
         flag("gauss_newton", gauss_newton)
         if eliminate is not None:
             choice("eliminate", eliminate, ["head"])
-            check_least_squares("eliminate", self.head, self.loss, "leave eliminate out")
+            check_eliminable(self.head, self.loss)
             if gauss_newton:
                 raise ValueError(
                     "gauss_newton: J with eliminate='head' has first derivatives only; leave gauss_newton or eliminate out"

@@ -74,15 +74,37 @@ class LowRankKernel(OnMesh):
         self._factors = [scipy.linalg.cho_factor(basis.gram) for basis in (phi, psi)]
 
     def times(self, beta: np.ndarray, g: np.ndarray) -> np.ndarray:
-        """`beta g`, shape (rank of phi, samples), for g of shape (rank of psi, samples)."""
+        """`beta g`, shape (rank of phi, samples).
+
+        Parameters
+        ----------
+        beta
+            Coefficients, zero where the kernels couple nothing, shape (rank of phi, rank of psi).
+        g
+            Shape (rank of psi, samples).
+        """
         return beta @ g if self._couplings is None else self._couplings.times(beta, g)
 
     def transposed_times(self, beta: np.ndarray, D: np.ndarray) -> np.ndarray:
-        """`beta^T D`, shape (rank of psi, samples), for D of shape (rank of phi, samples)."""
+        """`beta^T D`, shape (rank of psi, samples).
+
+        Parameters
+        ----------
+        beta
+            As for `times`.
+        D
+            Shape (rank of phi, samples).
+        """
         return beta.T @ D if self._couplings is None else self._couplings.transposed_times(beta, D)
 
     def outer(self, D: np.ndarray, g: np.ndarray) -> np.ndarray:
-        """The entries of `D g^T` that count for these kernels, of the shape of beta, D and g as above."""
+        """The entries of `D g^T` that count for these kernels, of the shape of beta.
+
+        Parameters
+        ----------
+        D, g
+            Shapes (rank of phi, samples) and (rank of psi, samples).
+        """
         return D @ g.T if self._couplings is None else self._couplings.outer(D, g)
 
     def apply(self, beta: np.ndarray, f: np.ndarray) -> np.ndarray:

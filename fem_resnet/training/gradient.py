@@ -61,7 +61,7 @@ class Result:
         Wall time.
     condition : float or None
         With ``eliminate="head"``: the condition number of the least squares problem for W and mu at the end, Tikhonov's rows
-        included, in the label measure; infinite where these do not determine W and mu. Else None.
+        included, in the label measure; infinite where these do not determine W and mu. Else, and under a cross entropy, None.
     damping : float or None
         Of `train_levenberg_marquardt`: the damping at the end, with which another call goes on. Else None.
     stages : tuple of Result
@@ -139,9 +139,10 @@ def train(
         be.
     eliminate
         "head": W and mu of the head take the values of least J in every evaluation, and TAO minimises over all others
-        (variable projection, see `LearningProblem.record`). It takes the loss `least_squares`, a head with prediction
-        "identity", and types of TAO that use first derivatives alone. It often needs far fewer iterations. The head has its W
-        and mu at every iteration, and at the end; their values at the start do not matter.
+        (variable projection, see `LearningProblem.record`). It takes the loss `least_squares` and a head with prediction
+        "identity", or a cross entropy with Tikhonov's term in W, and types of TAO that use first derivatives alone. It often
+        needs far fewer iterations. The head has its W and mu at every iteration, and at the end; their values at the start do
+        not matter.
     ranks
         Increasing numbers of functions, shape (stages,), such as (9, 17, 33) where 33 is the largest rank of the problem's
         bases. J is first minimised in the first 9 functions of all bases, from their coefficients, then in 17, at last in all
