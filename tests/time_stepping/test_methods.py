@@ -1,6 +1,7 @@
 """PETSc's time stepping methods on layers: order, gradients, f carried or not, adaptive steps, failures."""
 
 import logging
+from collections import deque
 from functools import cache
 
 import numpy as np
@@ -14,7 +15,21 @@ from problems import learning_problem
 from problems import network as classifier
 from pyadjoint.tape import annotate_tape
 
-from fem_resnet import Basis, Layers, ResidualNetwork, StepFailure, train
+from fem_resnet import (
+    Basis,
+    Batch,
+    Channels,
+    Head,
+    Kernel,
+    Layers,
+    LearningProblem,
+    ResidualNetwork,
+    StepFailure,
+    cross_entropy,
+    laplace_basis,
+    train,
+)
+from fem_resnet.time_stepping import jacobian
 from fem_resnet.time_stepping.methods import METHODS
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -360,3 +375,32 @@ def test_a_trial_step_of_a_training_that_fails_keeps_what_was_reached():
     assert caught.value.layer in range(3)
     assert not annotate_tape()
     assert np.isfinite(problem.evaluate()[0]) and abs(problem.evaluate()[0] - values[-1]) < 1e-12
+
+
+@pytest.mark.parametrize("in_time", ["layers", "linear"])
+@pytest.mark.parametrize("name, stages", [("1fe", 1), ("4", 4)])
+def test_a_stage_takes_one_product_with_beta(name, stages, in_time, monkeypatch):
+    """TS asks for a stage for its rate, for the quadrature of f, and in the adjoint; also where kernels change in time."""
+    Y = Channels(label_space("disk", "CG1"), 2)
+    phi, acting, made = laplace_basis(Y, 3), jacobian.acting, []
+    options = {"ts_type": "rk", "ts_rk_type": name}
+    batch = Batch(Y.batch(np.random.default_rng(3).normal(size=(Y.nodes, 3))), [0, 1, 2])
+    monkeypatch.setattr(jacobian, "acting", lambda *arguments: made.append(arguments) or acting(*arguments))
+
+    def gradient_of_new():
+        net = ResidualNetwork(Kernel(phi, in_time=in_time), bias=phi, layers=2, solver_parameters=options)
+        net.start("random smooth", 1)
+        head = Head(phi, 3)
+        head.start("random smooth", 2)
+        problem = LearningProblem(net, head, cross_entropy, None, batch)
+        J = problem.reduced_functional()
+        made.clear()
+        J(problem.functions)
+        return gradient(J), len(made)
+
+    found, products = gradient_of_new()
+    assert products == 2 * stages
+    monkeypatch.setattr(jacobian.LinearLayer, "remember", lambda self, stages: setattr(self, "_recent", deque(maxlen=0)))
+    expected, products = gradient_of_new()
+    assert products == 6 * stages
+    assert_close(found, expected, 1e-13)
