@@ -50,7 +50,7 @@ def costate_twice():
 
 
 def digits_table():
-    names = re.findall(r"^\| (network, L = \d|[^|(]*?)(?: \([^|]*\))? \| \d", (DEMOS / "digits_table.txt").read_text(), re.M)
+    names = re.findall(r"^\| ([^|(]*?)(?: \([^|]*\))? \| \d", (DEMOS / "digits_table.txt").read_text(), re.M)
     found = rows("digits_table", r"\*\*(\S+)\*\* \| (\S+) \|")
     figure, axes = new(xlabel="test accuracy, %")
     for place, (mean, deviation) in enumerate(found):
