@@ -1,7 +1,6 @@
 """PETSc's time stepping methods on layers: order, gradients, f carried or not, adaptive steps, failures."""
 
 import logging
-from collections import deque
 from functools import cache
 
 import numpy as np
@@ -386,21 +385,14 @@ def test_a_stage_takes_one_product_with_beta(name, stages, in_time, monkeypatch)
     options = {"ts_type": "rk", "ts_rk_type": name}
     batch = Batch(Y.batch(np.random.default_rng(3).normal(size=(Y.nodes, 3))), [0, 1, 2])
     monkeypatch.setattr(jacobian, "acting", lambda *arguments: made.append(arguments) or acting(*arguments))
-
-    def gradient_of_new():
-        net = ResidualNetwork(Kernel(phi, in_time=in_time), bias=phi, layers=2, solver_parameters=options)
-        net.start("random smooth", 1)
-        head = Head(phi, 3)
-        head.start("random smooth", 2)
-        problem = LearningProblem(net, head, cross_entropy, None, batch)
-        J = problem.reduced_functional()
+    net, head = ResidualNetwork(Kernel(phi, in_time=in_time), bias=phi, layers=2, solver_parameters=options), Head(phi, 3)
+    head.start("random smooth", 2)
+    problem = LearningProblem(net, head, cross_entropy, None, batch)
+    J = problem.reduced_functional()
+    for seed in (1, 4):  # what is known of stages is not known for other coefficients
+        net.start("random smooth", seed)
         made.clear()
         J(problem.functions)
-        return gradient(J), len(made)
-
-    found, products = gradient_of_new()
-    assert products == 2 * stages
-    monkeypatch.setattr(jacobian.LinearLayer, "remember", lambda self, stages: setattr(self, "_recent", deque(maxlen=0)))
-    expected, products = gradient_of_new()
-    assert products == 6 * stages
-    assert_close(found, expected, 1e-13)
+        found = gradient(J)
+        assert len(made) == 2 * stages
+        assert_close(found, gradient(LearningProblem(net, head, cross_entropy, None, batch).reduced_functional()), 1e-13)
