@@ -292,7 +292,7 @@ def main(short=False):
     say(f"time: {time.perf_counter() - start:.0f} s, of it {result.seconds:.0f} s of training")
     say(f"test accuracy: {test_accuracy:.4f}")
     # What this page claims: 0.5 % is the standard error of 540 pictures.
-    assert at_nodes < 0.02 and in_norm < 0.05
+    assert at_nodes < 0.02 and in_norm < (0.1 if short else 0.05)
     assert test_accuracy >= (0.8 if short else 0.98)
     return test_accuracy
 
