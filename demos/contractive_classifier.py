@@ -28,7 +28,8 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
-from digits_on_a_disk import SCALE, TIKHONOV, accuracy, digits, label_space, look
+from digits_cross_validation import SCALE, TIKHONOV, label_space
+from digits_on_a_disk import accuracy, digits, look
 
 from fem_resnet import (
     Batch,

@@ -1,14 +1,16 @@
 r"""Digits on a disk
 ================
 
-A residual network reads hand-written digits. Its neurons are no list: they fill the unit disk Y, and the network is the
-evolution equation
+A residual network reads hand-written digits. Its neurons are no list: they fill four copies of the unit disk,
+Y = disk x {1 .. 4}, and the network is the evolution equation
 
     f_t(y, t) = sigma( a(y, t) - int_Y b(y, z, t) f(z, t) dz ),      0 < t < T,                                   (2.8)
 
-that carries a picture f_I laid onto the disk to a final state f(., T), in which a linear head reads the digit. Run
+that carries a picture f_I, laid onto one of the four disks, to a final state f(., T), in which a linear head reads the digit.
+Kernels and biases keep rotations of the disk: a picture that is turned gives the state that is turned. Only the head knows
+what is up. Run
 
-    containers/run python demos/digits_on_a_disk.py            (about three minutes; --short for a few seconds)
+    containers/run python demos/digits_on_a_disk.py            (about two minutes; --short for a few seconds)
     containers/run mpiexec -n 2 python -m mpi4py demos/digits_on_a_disk.py
 
 It writes the trained network and one figure to demos/output/.
@@ -25,35 +27,39 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 import firedrake as fd
 import numpy as np
 from scipy.ndimage import map_coordinates
+from scipy.spatial import cKDTree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 from fem_resnet import (
+    Adam,
     Batch,
+    Bias,
+    Channels,
     Head,
+    Kernel,
     LabelSpace,
     LearningProblem,
     ResidualNetwork,
+    Symmetric,
     cross_entropy,
+    invariant_functions,
     laplace_basis,
     save,
-    tikhonov,
-    train,
+    train_stochastic,
 )  # fmt: skip
 
 # %% What was chosen
-# The settings below were chosen by cross-validation on the training part alone (digits_cross_validation.py; its table
-# stands beside it). f_t is at most 1 in size under tanh, so FINAL_TIME says how far the layers can move a picture,
-# whose grey values reach SCALE: after T = 1 the head still sees little but the picture, T = 4 reads better.
+# Channels, rank, layers, T, the rate and the size of mini-batches are those of a study outside of this package, in single
+# precision. The number of epochs, the start, the scale of grey values and a Tikhonov weight (none) were compared there on
+# three folds of the training part of split 0. Differences between settings were hardly larger than those between seeds.
 
-RANK = 78
-LAYERS = 4
-FINAL_TIME = 4.0
-TIKHONOV = 3e-4
-SCALE = 8.0
+CHANNELS, RANK = 4, 78
+LAYERS, FINAL_TIME = 4, 4.0
+RATE, SAMPLES, EPOCHS = 1e-2, 80, 25
+SCALE = 4.0  # grey values reach it
 COPIES = 3
-ITERATIONS = 120
 
 # %% The data
 # 1,797 pictures of 8 x 8 pixels, shipped with scikit-learn. A picture is a function on the square inscribed in the unit
@@ -97,24 +103,64 @@ def with_copies(pictures, labels, copies, seed=0):
 
 
 # %% The label domain, the network and the head
-# The measure of Y, in which all integrals are taken, lives at the nodes of a mesh of the disk. The kernel
-# b(y, z) = sum phi_i(y) beta_ij phi_j(z) and the bias are expanded in eigenfunctions of the Laplacian, the vibrations of
-# a free drum: the network does not know the mesh. The head has O_k = int W_k(z) f(z, T) dz + mu_k for each digit k.
+# The disk is a square that is bent round, of four cells of degree ten: so few nodes show 78 vibrations of a free drum well
+# enough for what comes. The measure of Y, in which all integrals are taken, lives at the nodes. The kernel
+# b(y, z) = sum phi_i(y) beta_ij phi_j(z) is expanded in these eigenfunctions of the Laplacian, four times as many in all: the
+# network does not know the mesh. That it commutes with rotations leaves 4,416 of 97,344 numbers a layer, and of the bias six
+# radial functions a channel. The head has O_k = int W_k(z) f(z, T) dz + mu_k for each digit k.
 
 
-def label_space(refinement=3):
-    """Continuous, piecewise linear functions on a mesh of the unit disk."""
-    return LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(refinement), "CG", 1))
+def label_domain(channels=CHANNELS, cells=2, degree=10):
+    """Copies of the unit disk, one a channel."""
+    square = fd.RectangleMesh(cells, cells, 1.0, 1.0, originX=-1.0, originY=-1.0, quadrilateral=True)
+    x, y = fd.SpatialCoordinate(square)
+    round_ = fd.as_vector([x * fd.sqrt(1 - y**2 / 2), y * fd.sqrt(1 - x**2 / 2)])
+    disk = fd.Mesh(fd.Function(fd.VectorFunctionSpace(square, "CG", degree)).interpolate(round_))
+    return Channels(LabelSpace(fd.FunctionSpace(disk, "CG", degree)), channels)
 
 
-def learn(basis, inputs, labels, *, layers, final_time, weight, iterations):
-    """Train a network and its head on a batch; returns both and the result of TAO."""
-    net = ResidualNetwork(basis, bias=basis, layers=layers, final_time=final_time, activation="tanh")
-    head = Head(basis, onto=10)
-    problem = LearningProblem(net, head, cross_entropy, tikhonov(weight), Batch(inputs, labels))
-    # Training minimises J = cross entropy + Tikhonov by L-BFGS. pyadjoint derives the gradient from what it taped, the
-    # layers' own part by PETSc's adjoint of the time stepping; its inner products are those of L2(Y) and L2(Y x Y).
-    return net, head, train(problem, {"tao_max_it": iterations})
+def network(Y, rank=RANK, layers=LAYERS, seed=0):
+    """The network and its head.
+
+    At the start kernels are local: each pair of channels has a heat kernel, times a random number.
+    """
+    phi = laplace_basis(Y, rank)
+    x, y = fd.SpatialCoordinate(Y.V.mesh())
+    rotation = fd.as_vector([-y, x])
+    among = Symmetric(phi, rotation)
+    net = ResidualNetwork(
+        Kernel(phi, among=among),
+        bias=Bias(invariant_functions(phi, rotation)),
+        layers=layers,
+        final_time=FINAL_TIME,
+        activation="relu",
+        solver_parameters={"ts_type": "rk", "ts_rk_type": "1fe"},  # one step of Euler's method a layer
+        precision="single",
+    )
+    random, eigenvalues = np.random.default_rng(seed), phi.one.eigenvalues
+    heat = np.diag(np.exp(-4 * eigenvalues / eigenvalues.max()))
+    for layer in range(layers):
+        mixed = random.normal(size=(Y.channels, Y.channels)) / np.sqrt(Y.channels)
+        net.kernel.set(layer, among.projected(np.kron(mixed, heat)))
+    return net, Head(phi, onto=10)
+
+
+def batch(Y, pictures, *moves):
+    """Pictures, turned and shifted, in the first channel."""
+    return Y.join([Y.one.batch(SCALE * look(pictures, Y.one.coordinates, *moves)), *[None] * (Y.channels - 1)])
+
+
+# %% Training
+# Each step goes down the gradient of the cross entropy of 80 pictures, by Adam. pyadjoint derives it from what it taped, the
+# layers' own part by PETSc's adjoint of the time stepping; gradients are those of L2(Y) and L2(Y x Y).
+
+
+def learn(Y, inputs, labels, *, rank=RANK, layers=LAYERS, epochs=EPOCHS, seed=0):
+    """Train a network and its head; returns both, how many numbers they have, and the result."""
+    net, head = network(Y, rank, layers, seed)
+    problem = LearningProblem(net, head, cross_entropy, None, Batch(inputs, labels))
+    result = train_stochastic(problem, Adam(RATE), batch_size=SAMPLES, epochs=epochs, seed=seed)
+    return net, head, sum(parameter.dim for parameter in problem.parameters), result
 
 
 def accuracy(net, head, inputs, labels):
@@ -136,44 +182,70 @@ def on_pixels(classifier, pictures, labels, angles, shifts, test_x, test_y):
     return classifier.score(look(test_x, centres).T, test_y)
 
 
+# %% What turns
+# The mesh looks the same after a quarter turn, so there states are compared node by node. After another turn the norm of each
+# channel should stay what it was. Both hold up to what this mesh breaks of the rotations (`Symmetric.broken` and `kept`).
+
+
+def turned_wrongly(net, pictures):
+    """How far the state of a turned picture is from the turned state, and norms from what they were; relative."""
+    Y = net.Y
+
+    def state(angle):
+        values = Y.values(net(batch(Y, pictures, np.full(len(pictures), angle))))
+        values = values.reshape(Y.channels, -1, len(pictures)).transpose(1, 0, 2)
+        return np.concatenate(Y.comm.allgather(values)), np.sqrt(Y.sum(np.einsum("n,ncs->cs", Y.one.weights, values**2)))
+
+    nodes = np.concatenate(Y.comm.allgather(Y.one.coordinates))
+    f, norms = state(0.0)
+    quarter, _ = state(np.pi / 2)
+    _, other = state(0.6)
+    _, to = cKDTree(nodes).query(nodes @ [[0, 1], [-1, 0]])  # from node y to the node at the turned y
+    return np.abs(quarter[to] - f).max() / np.abs(f).max(), (np.abs(other - norms) / np.linalg.norm(norms, axis=0)).max()
+
+
 # %% The figure
 
 
-def draw(path, Y, run, pictures, result, read, labels):
-    """Digits flowing through the layers, the learning curve, and the confusion matrix."""
+def draw(path, run, result, read, labels):
+    """One digit flowing through the channels and layers, the learning curve, and the confusion matrix."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # A figure is drawn by one rank: it is given the few pictures that it shows, and no more.
-    columns = run.net.layers + 1
-    states = [Y.values(run.state(layer))[:, :pictures] for layer in range(columns)]
+    # A figure is drawn by one rank: it is given the one picture that it shows, and no more.
+    Y, columns = run.net.Y, run.net.layers + 1
+    states = [Y.values(run.state(layer))[:, 0].reshape(Y.channels, -1) for layer in range(columns)]
     states = [Y.comm.gather(part) for part in states]
-    nodes = Y.comm.gather(Y.coordinates)
+    nodes = Y.comm.gather(Y.one.coordinates)
     if Y.comm.rank:
         return
     x, y = np.concatenate(nodes).T
-    figure = plt.figure(figsize=(1.6 * columns + 5, 1.7 * pictures), layout="constrained")
+    figure = plt.figure(figsize=(1.6 * columns + 5, 1.7 * Y.channels + 0.3), layout="constrained")
     flow, side = figure.subfigures(1, 2, width_ratios=[1.6 * columns, 5])
-    grid = flow.subplots(pictures, columns)
+    flow.suptitle("f(y, t) of one picture: white is 0, red positive, each disk in its own scale", fontsize=10)
+    grid = flow.subplots(Y.channels, columns)
     for column, state in enumerate(states):
-        for axes, values in zip(grid[:, column], np.concatenate(state).T):
-            bound = np.abs(values).max()
+        for channel, (axes, values) in enumerate(zip(grid[:, column], np.hstack(state))):
+            bound = np.abs(values).max() or 1.0
             axes.tripcolor(x, y, values, shading="gouraud", cmap="RdBu_r", vmin=-bound, vmax=bound)
-            axes.set_aspect("equal")
-            axes.axis("off")
+            axes.set(aspect="equal", xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(f"channel {channel + 1}")
         grid[0, column].set_title(f"t = {run.net.times[column]:g}")
     matrix, curve = side.subplots(2, 1, height_ratios=[2, 1])
-    curve.semilogy(result.values)
-    curve.set(xlabel="iteration", ylabel="J")
+    curve.semilogy(range(1, len(result.values)), result.values[1:])
+    curve.set(xlabel="epoch", ylabel="J", title="learning curve")
     confusion = np.zeros((10, 10), dtype=int)
     np.add.at(confusion, (labels, read), 1)
     matrix.imshow(np.log1p(confusion), cmap="Greys")
     for i, j in zip(*np.nonzero(confusion)):
         matrix.text(j, i, confusion[i, j], ha="center", va="center", fontsize=7, color="w" if i == j else "k")
-    matrix.set(xlabel="read", ylabel="written", xticks=range(10), yticks=range(10))
+    matrix.set(xlabel="read", ylabel="written", xticks=range(10), yticks=range(10), title="test pictures")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 # %% All together
@@ -189,19 +261,13 @@ def main(short=False):
             print(text, flush=True)
 
     train_x, train_y, test_x, test_y = digits()
-    iterations, copies = (15, 0) if short else (ITERATIONS, COPIES)
+    rank, epochs, copies = (21, 10, 0) if short else (RANK, EPOCHS, COPIES)
     augmented = with_copies(train_x, train_y, copies)
     pictures, labels, angles, shifts = augmented
 
-    Y = label_space(refinement=2 if short else 3)
-    basis = laplace_basis(Y, 21 if short else RANK)
-
-    def batch(*pictures):
-        return Y.batch(SCALE * look(pictures[0], Y.coordinates, *pictures[1:]))
-
-    inputs, train_inputs, test_inputs = batch(pictures, angles, shifts), batch(train_x), batch(test_x)
-    settings = dict(final_time=FINAL_TIME, weight=TIKHONOV, iterations=iterations)
-    net, head, result = learn(basis, inputs, labels, layers=LAYERS, **settings)
+    Y = label_domain(degree=6 if short else 10)
+    inputs, train_inputs, test_inputs = batch(Y, pictures, angles, shifts), batch(Y, train_x), batch(Y, test_x)
+    net, head, parameters, result = learn(Y, inputs, labels, rank=rank, epochs=epochs)
 
     output = Path(__file__).parent / "output"
     if comm.rank == 0:
@@ -209,23 +275,25 @@ def main(short=False):
     comm.barrier()
     save(output / "digits.h5", net, head)
     test_accuracy, read = accuracy(net, head, test_inputs, test_y)
-    draw(output / "digits_on_a_disk.png", Y, net.run(batch(test_x[:4])), 4, result, read, test_y)
+    draw(output / "digits_on_a_disk.png", net.run(batch(Y, test_x[:1])), result, read, test_y)
 
-    flat_net, flat_head, _ = learn(basis, inputs, labels, layers=0, **settings)
-    parameters = sum(parameter.dim for parameter in [*net.parameters, *head.parameters])
+    flat_net, flat_head, *_ = learn(Y, inputs, labels, rank=rank, layers=0, epochs=epochs)
+    at_nodes, in_norm = turned_wrongly(net, test_x[:20])
     mlp = None
     if comm.rank == 0:
         mlp = on_pixels(MLPClassifier(**PERCEPTRON), *augmented, test_x, test_y)
     mlp = comm.bcast(mlp)
-    say(f"{Y!r}, {parameters} parameters, {result.reason} after {result.iterations} iterations")
-    say(f"J after 50 iterations: {result.values[min(50, result.iterations)]:.12f}, at the end: {result.value:.12f}")
+    say(f"{Y!r}, {parameters} parameters, {result.reason} after {result.steps} steps")
+    say(f"J in the first epoch: {result.values[1]:.6f}, in the last: {result.values[-1]:.6f}")
+    say(f"turned picture against turned state: {at_nodes:.1e} for a quarter turn, {in_norm:.1e} in norms for another")
     say(f"train accuracy: {accuracy(net, head, train_inputs, train_y)[0]:.4f}")
     say(f"test accuracy of scikit-learn's MLP on the same pictures: {mlp:.4f}")
     say(f"test accuracy of the same head without layers: {accuracy(flat_net, flat_head, test_inputs, test_y)[0]:.4f}")
     say(f"time: {time.perf_counter() - start:.0f} s, of it {result.seconds:.0f} s of training")
     say(f"test accuracy: {test_accuracy:.4f}")
-    # What this page claims: 0.6 % is the standard error of 540 pictures.
-    assert test_accuracy >= (0.8 if short else 0.975)
+    # What this page claims: 0.5 % is the standard error of 540 pictures.
+    assert at_nodes < 0.02 and in_norm < (0.1 if short else 0.05)
+    assert test_accuracy >= (0.8 if short else 0.98)
     return test_accuracy
 
 

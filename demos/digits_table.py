@@ -1,13 +1,14 @@
 """Digits over five splits
 =======================
 
-The README's table of digits: five splits, three depths and two other classifiers at equal data.
+The README's table of digits: five splits, networks with and without symmetries, and two other classifiers at equal data.
 
 A split sets 540 of the 1,797 pictures aside for testing. On the others and their turned and shifted copies the network
-of digits_on_a_disk.py is trained with 0, 1 and 4 layers, and scikit-learn's multilayer perceptron and support vector
-machine (radial basis functions, its own settings) see the same pictures and copies; then they see no copies. The
-network's settings were chosen on the training part of split 0 (digits_cross_validation.py), so only split 0's test
-pictures took no part in any choice. The table goes to digits_table.txt, beside this file. Run (about twenty minutes)
+of digits_on_a_disk.py is trained, with four channels, with two, and without layers; the dense network, one channel without
+symmetries, by L-BFGS (digits_cross_validation.py); scikit-learn's multilayer perceptron and support vector machine (radial
+basis functions, its own settings) see the same pictures and copies; then they see no copies. The networks' settings were
+chosen on the training part of split 0, so only split 0's test pictures took no part in any choice. The table goes to
+digits_table.txt, beside this file. Run (about twenty minutes)
 
     containers/run python demos/digits_table.py            (--short: two splits in seconds, nothing written)
 """
@@ -16,19 +17,20 @@ import logging
 import time
 from pathlib import Path
 
+import digits_cross_validation as dense
 import numpy as np
 from digits_on_a_disk import (
+    CHANNELS,
     COPIES,
-    FINAL_TIME,
-    ITERATIONS,
+    EPOCHS,
+    LAYERS,
     PERCEPTRON,
     RANK,
-    SCALE,
     SHORT,
-    TIKHONOV,
     accuracy,
+    batch,
     digits,
-    label_space,
+    label_domain,
     learn,
     look,
     on_pixels,
@@ -41,21 +43,42 @@ from sklearn.svm import SVC
 from fem_resnet import laplace_basis
 
 # %% What is compared
-# Network and classifiers have the settings of digits_on_a_disk.py, whose functions are used here.
+# Networks and classifiers have the settings of the two other demos, whose functions are used here.
 
-DEPTHS = [0, 1, 4]
+NETWORKS = {
+    f"network, {CHANNELS} channels": dict(channels=CHANNELS, layers=LAYERS),
+    "network, 2 channels": dict(channels=2, layers=LAYERS),
+    "network, no layers": dict(channels=1, layers=0),
+}
 CLASSIFIERS = {"MLP": lambda: MLPClassifier(**PERCEPTRON), "support vector machine": SVC}
 
 
-def networks(basis, batch, augmented, test_x, test_y, iterations):
-    """Name and test accuracy of the network of each depth; collective."""
-    pictures, labels, angles, shifts = augmented
-    inputs, test_inputs = batch(pictures, angles, shifts), batch(test_x)
-    for layers in DEPTHS:
-        settings = dict(layers=layers, final_time=FINAL_TIME, weight=TIKHONOV, iterations=iterations)
-        net, head, _ = learn(basis, inputs, labels, **settings)
-        parameters = sum(parameter.dim for parameter in [*net.parameters, *head.parameters])
-        yield f"network, L = {layers} ({parameters:,} parameters)", accuracy(net, head, test_inputs, test_y)[0]
+def networks(augmented, test_x, test_y, short):
+    """Name and test accuracy of each network whose kernels commute with rotations; collective."""
+    pictures, labels, *moves = augmented
+    for name, settings in NETWORKS.items():
+        Y = label_domain(settings["channels"], degree=6 if short else 10)
+        inputs, test_inputs = batch(Y, pictures, *moves), batch(Y, test_x)
+        rank, epochs = (21, 10) if short else (RANK, EPOCHS)
+        net, head, parameters, _ = learn(Y, inputs, labels, rank=rank, layers=settings["layers"], epochs=epochs)
+        yield f"{name} ({parameters:,} parameters)", accuracy(net, head, test_inputs, test_y)[0]
+
+
+def dense_network(augmented, test_x, test_y, short):
+    """The same for the dense network; collective."""
+    pictures, labels, *moves = augmented
+    Y = dense.label_space(refinement=2 if short else 3)
+
+    def laid_out(pictures, *moves):
+        return Y.batch(dense.SCALE * look(pictures, Y.coordinates, *moves))
+
+    settings = dict(layers=dense.LAYERS, final_time=dense.FINAL_TIME, weight=dense.TIKHONOV)
+    net, head, _ = dense.learn_dense(
+        laplace_basis(Y, 21 if short else dense.RANK), laid_out(pictures, *moves), labels,
+        iterations=15 if short else dense.ITERATIONS, **settings,
+    )  # fmt: skip
+    parameters = sum(parameter.dim for parameter in [*net.parameters, *head.parameters])
+    yield f"dense network, 1 channel ({parameters:,} parameters)", accuracy(net, head, laid_out(test_x), test_y)[0]
 
 
 def classifiers(comm, augmented, plain, test_x, test_y):
@@ -86,30 +109,30 @@ def table(results):
 # %% All together
 
 
+def on_split(split, short=False):
+    """Name, test accuracy and CPU seconds of all that is compared, on one split; collective."""
+    train_x, train_y, test_x, test_y = digits(split)
+    augmented, plain = (with_copies(train_x, train_y, number) for number in (0 if short else COPIES, 0))
+    start = time.process_time()
+    for source in (
+        networks(augmented, test_x, test_y, short),
+        dense_network(augmented, test_x, test_y, short),
+        classifiers(COMM_WORLD, augmented, plain, test_x, test_y),
+    ):
+        for name, score in source:
+            seconds, start = time.process_time() - start, time.process_time()
+            if COMM_WORLD.rank == 0:
+                print(f"split {split}  {name}  {score:.4f}  {seconds:.0f} s", flush=True)
+            yield name, score, seconds
+
+
 def main(short=False):
     """Returns the accuracies and times by name."""
     comm = COMM_WORLD
-    iterations, copies, splits = (15, 0, 2) if short else (ITERATIONS, COPIES, 5)
-    Y = label_space(refinement=2 if short else 3)
-    basis = laplace_basis(Y, 21 if short else RANK)
     results = {}
-
-    def batch(pictures, *moves):
-        return Y.batch(SCALE * look(pictures, Y.coordinates, *moves))
-
-    for split in range(splits):
-        train_x, train_y, test_x, test_y = digits(split)
-        augmented, plain = (with_copies(train_x, train_y, number) for number in (copies, 0))
-        start = time.process_time()
-        for source in (
-            networks(basis, batch, augmented, test_x, test_y, iterations),
-            classifiers(comm, augmented, plain, test_x, test_y),
-        ):
-            for name, score in source:
-                seconds, start = time.process_time() - start, time.process_time()
-                results.setdefault(name, []).append((score, seconds))
-                if comm.rank == 0:
-                    print(f"split {split}  {name}  {score:.4f}  {seconds:.0f} s", flush=True)
+    for split in range(2 if short else 5):
+        for name, score, seconds in on_split(split, short):
+            results.setdefault(name, []).append((score, seconds))
     if comm.rank == 0:
         lines = table(results)
         print("\n".join(lines))

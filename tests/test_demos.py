@@ -74,7 +74,7 @@ def test_the_readme_has_the_table_of_digits_that_its_script_wrote(printed):
     def rows(lines):
         return [re.sub(r" \(.*", "", line.split(" | ")[0]) for line in lines if line.startswith("| ")]
 
-    assert rows(printed) == rows(table.splitlines()) and len(rows(printed)) == 8
+    assert rows(printed) == rows(table.splitlines()) and len(rows(printed)) == 9
 
 
 @pytest.mark.slow
@@ -111,13 +111,13 @@ def test_the_tables_of_iterations_and_orders_are_what_their_demos_print(demo, rt
 
 @pytest.mark.slow
 def test_digits_are_read_as_well_in_parallel():
-    """L-BFGS amplifies round-off: J agrees for 50 iterations, later only what is read does."""
+    """Stages in single precision and Adam amplify round-off: J agrees in the first epoch, later only what is read does."""
     one = run(sys.executable, "demos/digits_on_a_disk.py", timeout=900)
     two = run("mpiexec", "-n", "2", sys.executable, "demos/digits_on_a_disk.py", timeout=900)
-    assert min(accuracy(one), accuracy(two)) >= 0.975
+    assert min(accuracy(one), accuracy(two)) >= 0.98
     assert abs(accuracy(one) - accuracy(two)) <= 5 / 540 + 1e-4
-    after_50 = [float(re.search(r"J after 50 iterations: ([\d.]+)", "\n".join(lines))[1]) for lines in (one, two)]
-    np.testing.assert_allclose(*after_50, rtol=1e-9)
+    first = [float(re.search(r"J in the first epoch: ([\d.]+)", "\n".join(lines))[1]) for lines in (one, two)]
+    np.testing.assert_allclose(*first, rtol=1e-3)
 
 
 def test_the_readme_has_the_table_of_ways_that_the_demo_printed():

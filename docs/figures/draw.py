@@ -50,11 +50,11 @@ def costate_twice():
 
 
 def digits_table():
-    names = re.findall(r"^\| (network, L = \d|[^|(]*?)(?: \([^|]*\))? \| \d", (DEMOS / "digits_table.txt").read_text(), re.M)
+    names = re.findall(r"^\| ([^|(]*?)(?: \([^|]*\))? \| \d", (DEMOS / "digits_table.txt").read_text(), re.M)
     found = rows("digits_table", r"\*\*(\S+)\*\* \| (\S+) \|")
     figure, axes = new(xlabel="test accuracy, %")
     for place, (mean, deviation) in enumerate(found):
-        color = "tab:blue" if names[place].startswith("network") else "tab:gray"
+        color = "tab:blue" if "network" in names[place] else "tab:gray"
         axes.errorbar(mean, -place, xerr=deviation, fmt="o", color=color, capsize=4)
     axes.set_yticks([-place for place in range(len(names))], names)
     return figure

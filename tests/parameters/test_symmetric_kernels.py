@@ -13,7 +13,7 @@ from helpers import TIMES, flat_network, smooth
 from kinds import directions_of as directions
 from kinds import field_problem as problem
 from kinds import largest, rotation, states
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from test_kernel_sets import SETS as STABLE
 from test_kernel_sets import network as with_stable_kernels
 
@@ -34,6 +34,7 @@ from fem_resnet import (
     verify,
 )  # fmt: skip
 from fem_resnet.parameters.couplings import Couplings
+from fem_resnet.parameters.kernel_sets import MatrixControls
 from fem_resnet.parameters.known_kernel_sets import kernel_set_from
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -590,3 +591,12 @@ def test_a_set_that_couples_few_functions_multiplies_by_blocks():
     phi = basis("finer disk", "CG1", 21)
     assert LaplaceFunctions(phi).couplings() is not None
     assert Symmetric(phi, rotation(phi)).couplings() is not None
+
+
+def test_a_set_of_many_controls_makes_no_square_matrix_of_them():
+    """The inner product of the E_k is that of numbers: 100,000 of them would have a Gram matrix of 75 GB."""
+    controls = MatrixControls(basis("disk", "CG1", 3).Y, (100_000, 1))
+    X = np.random.default_rng(0).normal(size=controls.shape)
+    for same in (controls.functional, controls.riesz, controls.coordinates, controls.from_coordinates):
+        assert_array_equal(same(X), X)
+        assert same(X) is not X

@@ -14,7 +14,21 @@ from problems import learning_problem
 from problems import network as classifier
 from pyadjoint.tape import annotate_tape
 
-from fem_resnet import Basis, Layers, ResidualNetwork, StepFailure, train
+from fem_resnet import (
+    Basis,
+    Batch,
+    Channels,
+    Head,
+    Kernel,
+    Layers,
+    LearningProblem,
+    ResidualNetwork,
+    StepFailure,
+    cross_entropy,
+    laplace_basis,
+    train,
+)
+from fem_resnet.time_stepping import jacobian
 from fem_resnet.time_stepping.methods import METHODS
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -360,3 +374,25 @@ def test_a_trial_step_of_a_training_that_fails_keeps_what_was_reached():
     assert caught.value.layer in range(3)
     assert not annotate_tape()
     assert np.isfinite(problem.evaluate()[0]) and abs(problem.evaluate()[0] - values[-1]) < 1e-12
+
+
+@pytest.mark.parametrize("in_time", ["layers", "linear"])
+@pytest.mark.parametrize("name, stages", [("1fe", 1), ("4", 4)])
+def test_a_stage_takes_one_product_with_beta(name, stages, in_time, monkeypatch):
+    """TS asks for a stage for its rate, for the quadrature of f, and in the adjoint; also where kernels change in time."""
+    Y = Channels(label_space("disk", "CG1"), 2)
+    phi, acting, made = laplace_basis(Y, 3), jacobian.acting, []
+    options = {"ts_type": "rk", "ts_rk_type": name}
+    batch = Batch(Y.batch(np.random.default_rng(3).normal(size=(Y.nodes, 3))), [0, 1, 2])
+    monkeypatch.setattr(jacobian, "acting", lambda *arguments: made.append(arguments) or acting(*arguments))
+    net, head = ResidualNetwork(Kernel(phi, in_time=in_time), bias=phi, layers=2, solver_parameters=options), Head(phi, 3)
+    head.start("random smooth", 2)
+    problem = LearningProblem(net, head, cross_entropy, None, batch)
+    J = problem.reduced_functional()
+    for seed in (1, 4):  # what is known of stages is not known for other coefficients
+        net.start("random smooth", seed)
+        made.clear()
+        J(problem.functions)
+        found = gradient(J)
+        assert len(made) == 2 * stages
+        assert_close(found, gradient(LearningProblem(net, head, cross_entropy, None, batch).reduced_functional()), 1e-13)

@@ -7,7 +7,7 @@ from helpers import flat_network, label_space, laplace, set_smooth, smooth
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import coefficients, failing_at, learning_problem, network, polynomials
 
-from fem_resnet import SGD, Adam, Batch, LearningProblem, least_squares, tikhonov, train, train_stochastic
+from fem_resnet import SGD, Adam, Batch, LabelSpace, LearningProblem, least_squares, tikhonov, train, train_stochastic
 from fem_resnet.time_stepping.stepper import StepFailure
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -210,6 +210,21 @@ def test_nothing_is_recorded_again_and_the_problem_stays(monkeypatch):
         assert_allclose(found, expected, atol=1e-13)  # on several ranks sums of other addresses differ by round-off
     other = learning_problem(network("annulus", "CG1"), samples=7)
     assert train_stochastic(other, batch_size=3, epochs=1, seed=1, monitor=silent).value != result.value
+
+
+def test_the_samples_are_read_once_for_all_mini_batches(monkeypatch):
+    """A reading is a view, but with channels a copy of the whole batch: one for each mini-batch took most of the time."""
+    problem, read = learning_problem(network("annulus", "CG1"), samples=7), []
+    values = LabelSpace.values
+
+    def counting(self, function):
+        read.append(function)
+        return values(self, function)
+
+    monkeypatch.setattr(LabelSpace, "values", counting)
+    batches = problem.minibatches(2, seed=1)
+    of_the_whole = [function for function in read if function.function_space().value_size == 7]
+    assert len(batches) == 4 and len(of_the_whole) == 2, "inputs and targets"
 
 
 @on_ranks
