@@ -81,7 +81,7 @@ class LowRankKernel(OnMesh):
         beta
             Coefficients, zero where the kernels couple nothing, shape (rank of phi, rank of psi).
         g
-            Shape (rank of psi, samples).
+            Numbers, shape (rank of psi, samples).
         """
         return beta @ g if self._couplings is None else self._couplings.times(beta, g)
 
@@ -91,9 +91,9 @@ class LowRankKernel(OnMesh):
         Parameters
         ----------
         beta
-            As for `times`.
+            Coefficients, shape (rank of phi, rank of psi).
         D
-            Shape (rank of phi, samples).
+            Numbers, shape (rank of phi, samples).
         """
         return beta.T @ D if self._couplings is None else self._couplings.transposed_times(beta, D)
 
@@ -103,7 +103,7 @@ class LowRankKernel(OnMesh):
         Parameters
         ----------
         D, g
-            Shapes (rank of phi, samples) and (rank of psi, samples).
+            Numbers, of shape (rank of phi, samples) and (rank of psi, samples).
         """
         return D @ g.T if self._couplings is None else self._couplings.outer(D, g)
 

@@ -547,7 +547,7 @@ FAULTS = [
         CLASSES,
         line(
             Linear,
-            "argument",
+            "_known",
             "tuple(inputs.length for inputs in self._inputs)",
             "tuple(inputs.length ** 0 for inputs in self._inputs)",
         ),
@@ -965,8 +965,8 @@ FAULTS = [
         line(
             fem_resnet.learning.samples.Samples,
             "minibatches",
-            "np.where(np.arange(size) < len(chosen), weights[padded], 0.0)",
-            "weights[padded]",
+            "np.where(np.arange(size) < len(part), weights[chosen[-1]], 0.0)",
+            "weights[chosen[-1]]",
         ),
     ),
     Fault(
