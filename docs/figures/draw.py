@@ -69,6 +69,8 @@ def burgers_table():
         there = [row for row in others if name in row[0] and row[3]]  # those of five seeds
         count, mean, deviation = ([float(row[k].replace(",", "")) for row in there] for k in (1, 2, 3))
         axes.errorbar(count, mean, yerr=deviation, fmt=f"{mark}--", color="tab:gray", capsize=4, label=name)
+    for name, count, mean in (row[:3] for row in others if not row[3]):  # one seed, longer
+        axes.plot(float(count.replace(",", "")), float(mean), "o", color="tab:gray", mfc="none", label=name)
     axes.plot(*zip(*ours), "o", color="tab:blue", markersize=4, label="burgers_on_the_circle, each seed")
     for axis, ticks in ((axes.xaxis, (1000, 2000, 5000, 10000)), (axes.yaxis, (0.1, 0.2, 0.5, 1, 2, 5, 10))):
         axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
