@@ -539,8 +539,8 @@ DOORS = {
     ),
     "ResidualNetwork.start": Door(
         ResidualNetwork.start,
-        lambda: {"self": moved_net(), "rule": "local", "seed": 3, "gain": 0.5, "width": 1.5},
-        takes={"seed": {"zero", "a huge integer"}, "gain": NUMBER, "width": POSITIVE},
+        lambda: {"self": moved_net(), "rule": "local", "seed": 3, "gain": 0.5, "width": 1.5, "data": None},
+        takes={"seed": {"zero", "a huge integer"}, "gain": NUMBER, "width": POSITIVE, "data": {"None"}},
         another={"rule": "zero"},
     ),
     "Run.state": Door(Run.state, lambda: {"self": run(), "layer": 1}, takes={"layer": {"zero"}}),

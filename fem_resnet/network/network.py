@@ -34,7 +34,7 @@ from fem_resnet.network.run import Run
 from fem_resnet.network.segment import Segment
 from fem_resnet.network.settings import Bias, Kernel, Layers, settings_of
 from fem_resnet.network.solver import Solver
-from fem_resnet.network.starting_values import RULES, start
+from fem_resnet.network.starting_values import RULES, root_mean_square, start
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
@@ -232,7 +232,15 @@ class ResidualNetwork(OnMesh):
         """The factors at present: the given ones, or what training has made of them. Collective."""
         return self._parameters.learned_factors()
 
-    def start(self, rule: str = "minus identity", seed: int = 0, *, gain: float = 1.0, width: float = 2.0) -> None:
+    def start(
+        self,
+        rule: str = "minus identity",
+        seed: int = 0,
+        *,
+        gain: float = 1.0,
+        width: float = 2.0,
+        data: fd.Function | None = None,
+    ) -> None:
         """Give the kernel starting values, and make the bias 0; layer times and learned factors stay. Collective.
 
         A network whose kernel is zero acts linearly, and its first steps stay near that: `stability_report` says so. Which
@@ -258,12 +266,16 @@ class ResidualNetwork(OnMesh):
         width
             Of the heat kernel: t = width^2 / (largest eigenvalue of psi). 2 makes it two or three nodes wide where the nodes
             are just as many as the basis needs.
+        data
+            Inputs, on Y. The gain is divided by their root mean square over Y and all samples. The kernels then make of them
+            what they make of inputs of size one.
 
         Raises
         ------
-        ValueError
-            If an argument does not fit or differs between ranks; if the kernel stays in a set (`Kernel(among=..)`) that does
-            not have such a kernel, or "local" does not know the eigenvalues. Nothing is changed then.
+        TypeError, ValueError
+            If an argument does not fit or differs between ranks; if all data are 0; if the kernel stays in a set
+            (`Kernel(among=..)`) that does not have such a kernel, or "local" does not know the eigenvalues. Nothing is changed
+            then.
 
         Examples
         --------
@@ -275,10 +287,10 @@ class ResidualNetwork(OnMesh):
         >>> (net.kernel.get(0).round(12) + 0.0).tolist()
         [[-1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, -1.0]]
         """
-        same(self.Y.comm, rule=rule, seed=seed, gain=gain, width=width)
+        same(self.Y.comm, rule=rule, seed=seed, gain=gain, width=width, data=data is None)
         choice("rule", rule, RULES)
-        seed = integer("seed", seed, least=0, most=np.inf)
-        start(self, rule, seed, number("gain", gain), number("width", width, above=0))
+        seed, gain, width = integer("seed", seed, least=0, most=np.inf), number("gain", gain), number("width", width, above=0)
+        start(self, rule, seed, gain if data is None else gain / root_mean_square(self.Y, data), width)
 
     # -- what it does --------------------------------------------------------------------------------------------------
 

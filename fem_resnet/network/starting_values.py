@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import firedrake as fd
 import numpy as np
 
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.parameters.kernel import LowRankKernel, kernel_coefficients
 from fem_resnet.parameters.kernel_sets import KernelSet
 from fem_resnet.parameters.linear_kernels import LinearKernels
@@ -18,7 +20,7 @@ from fem_resnet.parameters.starting_values import (
     random_kernel_of,
 )
 
-__all__ = ["RULES", "start"]
+__all__ = ["RULES", "root_mean_square", "start"]
 
 #: The names of the rules.
 RULES = ("zero", "minus identity", "random smooth", "local")
@@ -34,6 +36,21 @@ def start(net, rule: str, seed: int, gain: float, width: float) -> None:
     _assign_kernel(net, betas, rule)
     for k, basis in enumerate(net.bias.space_bases):
         net.bias.write(k, np.zeros(basis.shape))
+
+
+def root_mean_square(Y: LabelSpace, data: fd.Function) -> float:
+    """The root mean square of a batch over Y and all samples. Collective.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `data` is no batch on Y with finite values, or 0.
+    """
+    Y.check_batch(data, "data")
+    size = float(np.sqrt(Y.sum(Y.weights @ Y.values(data) ** 2).mean() / Y.measure))
+    if not size > 0:
+        raise ValueError("data: expected inputs that are not all 0, got such; leave data out")
+    return size
 
 
 def _maker(

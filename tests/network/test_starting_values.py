@@ -179,6 +179,22 @@ def test_another_seed_gives_other_values_and_zero_makes_them_zero():
 
 
 @on_ranks
+def test_data_set_the_scale():
+    """Inputs in other units give the same preactivation."""
+    phi = basis(("disk", "CG1"))
+    net = flat_network(phi, phi, bias=phi)
+    f = smooth(net.Y, 3)
+    size = np.sqrt(net.Y.sum(net.Y.weights @ f**2).mean() / net.Y.measure)
+    net.start("local", gain=0.7)
+    expected = net.kernel.get(0) / size
+    for unit in (1.0, 1e-3):
+        net.start("local", gain=0.7, data=net.Y.batch(f * unit))
+        assert_allclose(unit * net.kernel.get(0), expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="data: expected inputs that are not all 0"):
+        net.start("local", data=net.Y.batch(np.zeros_like(f)))
+
+
+@on_ranks
 def test_learned_factors_times_and_bases_of_layers():
     """Learned factors stay as they are, and the kernel is made in them."""
     phi = basis(("disk", "CG1"))
