@@ -352,7 +352,12 @@ DOORS = {
         parted=("Y",),
         another={"solver_parameters": {"eps_max_it": 7}, "options_prefix": "mine", "cache": "here"},
     ),
-    "LowRankKernel": Door(LowRankKernel, lambda: {"phi": phi(), "psi": phi()}, parted=("phi", "psi")),
+    "LowRankKernel": Door(
+        LowRankKernel,
+        lambda: {"phi": phi(), "psi": phi(), "couplings": None},
+        takes={"couplings": {"None"}},
+        parted=("phi", "psi", "couplings"),
+    ),
     "LowRankKernel.bound": Door(
         LowRankKernel.bound,
         lambda: {"self": kernel(), "coefficients": beta()},
@@ -934,7 +939,7 @@ DOORS = {
         parted=("net",),
         another={"head": None, "lift": None},
     ),
-    "load_lift": Door(load_lift, lambda: {"path": saved(), "net": net()}, takes={"path": PATH}, parted=("net",)),
+    "load_lift": Door(load_lift, lambda: {"path": saved(), "Y": net().Y}, takes={"path": PATH}, parted=("Y",)),
     "load": Door(load, lambda: {"path": saved(), "comm": COMM_WORLD}, takes={"path": PATH}, parted=("comm",)),
     # -- what activations are made of --
     "Activation": Door(

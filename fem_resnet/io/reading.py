@@ -25,7 +25,7 @@ from fem_resnet.io.settings import FORMAT, GROUP, checked_settings, network_argu
 from fem_resnet.label_domain.basis import Basis, cell_indicators
 from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.graph import checked_graph
-from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.laplace import move_laplace
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
@@ -79,30 +79,31 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
             return in_step(comm, lambda: _read_all(file, settings, topology))
 
 
-def load_lift(path: str | Path, net: ResidualNetwork) -> Lift | None:
-    """Read the lift that `save` wrote with a network. Collective over the communicator of the network.
+def load_lift(path: str | Path, Y: LabelSpace) -> Lift | None:
+    """Read the lift that `save` wrote with a network. Collective over the communicator of the label space.
 
     Parameters
     ----------
     path
         The name of the file.
-    net
-        The network that `load` has read from it, or what `ResidualNetwork.on` made of that.
+    Y
+        The label space of the network that `load` has read from it, or another one with as many channels.
 
     Returns
     -------
     Lift or None
-        It acts as the one that was saved, into the label space of the network, and may be trained to keep no symmetries. None
+        It acts as the one that was saved, into this label space, and may be trained to keep no symmetries. None
         if the network was saved without one.
 
     Raises
     ------
     TypeError, OSError
-        As of `load`, or if `net` is no network.
+        As of `load`, or if `Y` is no label space.
     ValueError
         As of `load`; or if it lifts into another number of channels.
     """
-    comm = instance("net", net, ResidualNetwork).Y.comm
+    check_label_space(Y)
+    comm = Y.comm
     path = file_path(path)
     same(comm, path=path)
     if not on_first(comm, path.is_file):
@@ -112,9 +113,9 @@ def load_lift(path: str | Path, net: ResidualNetwork) -> Lift | None:
         V = on_first(comm, lambda: _checked_lift(path))
     if V is None:
         return None
-    if len(V) != net.Y.channels:
-        raise ValueError(f"net: expected one with {len(V)} channels, into which {path} lifts, got one on {net.Y!r}")
-    lift = Lift(net.Y, V.shape[1])
+    if len(V) != Y.channels:
+        raise ValueError(f"Y: expected one with {len(V)} channels, into which {path} lifts, got {Y!r}")
+    lift = Lift(Y, V.shape[1])
     lift.V.write(0, V)
     return lift
 

@@ -83,7 +83,7 @@ def _what(name: str, comm: MPI.Comm):
     is_file = on_first(comm, path.is_file)
     if path.suffix in (".h5", ".hdf5") or is_file and path.suffix != ".py":
         net, head = load(path, comm)
-        return net, head, load_lift(path, net)
+        return net, head, load_lift(path, net.Y)
     module = in_step(comm, lambda: _module(name, path))  # it may make meshes
     if not callable(getattr(module, "problem", None)):
         raise AttributeError(f"the module {name}: expected a function problem() that returns a LearningProblem, found none")

@@ -346,24 +346,24 @@ def test_files_keep_it(tmp_path):
     p.head.start("random smooth", 1)
     save(f"{folder}/lifted.h5", p.net, p.head, p.lift)
     net, head = load(f"{folder}/lifted.h5")
-    lift = load_lift(f"{folder}/lifted.h5", net)
+    lift = load_lift(f"{folder}/lifted.h5", net.Y)
     assert lift.Y is net.Y and head.psi.Y is net.Y
     assert_array_equal(lift.matrix(), p.lift.matrix())
     found = [one.net.Y.sum(np.abs(one.head.scores(one.net(one.lift(one.u)))).sum()) for one in (
         _Named(p.net, p.head, p.lift), _Named(net, head, lift)
     )]  # fmt: skip
     assert_allclose(found[0], found[1], rtol=1e-12)
-    with pytest.raises(ValueError, match="net: expected one with 3 channels"):
-        load_lift(f"{folder}/lifted.h5", flat_network(basis("sphere").one, layers=1))
+    with pytest.raises(ValueError, match="Y: expected one with 3 channels"):
+        load_lift(f"{folder}/lifted.h5", basis("sphere").one.Y)
     save(f"{folder}/plain.h5", p.net, p.head)
-    assert load_lift(f"{folder}/plain.h5", p.net) is None
+    assert load_lift(f"{folder}/plain.h5", p.net.Y) is None
     with pytest.raises(ValueError, match="lift: expected one into the network's label space"):
         save(f"{folder}/other.h5", p.net, None, lift)
     # One that keeps symmetries is read as one that acts the same.
     mirror_net, _, mirror_lift = mirrored()
     mirror_lift.start("random", 1)
     save(f"{folder}/mirror.h5", mirror_net, None, mirror_lift)
-    assert_array_equal(load_lift(f"{folder}/mirror.h5", load(f"{folder}/mirror.h5")[0]).matrix(), mirror_lift.matrix())
+    assert_array_equal(load_lift(f"{folder}/mirror.h5", load(f"{folder}/mirror.h5")[0].Y).matrix(), mirror_lift.matrix())
 
 
 class _Named:
