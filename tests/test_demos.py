@@ -121,7 +121,7 @@ def test_the_tables_of_iterations_and_orders_are_what_their_demos_print(demo, rt
 
 @pytest.mark.slow
 def test_digits_are_read_as_well_in_parallel():
-    """Stages in single precision and Adam amplify round-off: J agrees in the first epoch, later only what is read does."""
+    """J agrees in the first epoch; later only what is read does, since Adam amplifies round-off."""
     one = run(sys.executable, "demos/digits_on_a_disk.py", timeout=900)
     two = run("mpiexec", "-n", "2", sys.executable, "demos/digits_on_a_disk.py", timeout=900)
     assert min(accuracy(one), accuracy(two)) >= 0.98

@@ -67,11 +67,7 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
     ValueError
         If it holds no network, or one of another format, was damaged or changed, or has a field that `save` does not write.
     """
-    path = file_path(path)
-    instance("comm", comm, MPI.Comm)
-    same(comm, path=path)
-    if not on_first(comm, path.is_file):
-        raise FileNotFoundError(f"path: there is no file {path}")
+    path = _existing(path, instance("comm", comm, MPI.Comm))
     with _naming(path):
         sealed(comm, path)
         settings, topology = on_first(comm, lambda: _check_file(path))
@@ -104,10 +100,7 @@ def load_lift(path: str | Path, Y: LabelSpace) -> Lift | None:
     """
     check_label_space(Y)
     comm = Y.comm
-    path = file_path(path)
-    same(comm, path=path)
-    if not on_first(comm, path.is_file):
-        raise FileNotFoundError(f"path: there is no file {path}")
+    path = _existing(path, comm)
     with _naming(path):
         sealed(comm, path)
         V = on_first(comm, lambda: _checked_lift(path))
@@ -118,6 +111,15 @@ def load_lift(path: str | Path, Y: LabelSpace) -> Lift | None:
     lift = Lift(Y, V.shape[1])
     lift.V.write(0, V)
     return lift
+
+
+def _existing(path: str | Path, comm: MPI.Comm) -> Path:
+    """The path of a file that is there. Collective."""
+    path = file_path(path)
+    same(comm, path=path)
+    if not on_first(comm, path.is_file):
+        raise FileNotFoundError(f"path: there is no file {path}")
+    return path
 
 
 def _checked_lift(path: Path) -> np.ndarray | None:

@@ -4,7 +4,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from helpers import smooth
+from helpers import laplace, smooth
+from kinds import rotation
 from numpy.testing import assert_allclose
 from test_elimination import OMEGA, SAMPLES, directions, eliminated, gradients_by_name, point
 from test_elimination import problem as with_squares
@@ -13,8 +14,11 @@ from fem_resnet import (
     Batch,
     Derivatives,
     Head,
+    Kernel,
     LearningProblem,
     Observations,
+    ResidualNetwork,
+    Symmetric,
     binary_cross_entropy,
     cross_entropy,
     least_squares,
@@ -116,6 +120,25 @@ def test_as_many_iterations_do_more_than_without():
     p, result = trained("head", 20)
     assert result.value < trained(None, 20)[1].value and result.condition is None
     assert_allclose(float(p.evaluate()[0]), result.value, rtol=1e-12)  # the head holds what belongs to the end
+
+
+@on_ranks
+def test_a_head_that_keeps_symmetries_is_solved_for_in_what_they_allow():
+    phi = laplace("annulus", "CG1", 5)
+    among = Symmetric(phi, rotation(phi))
+    net = ResidualNetwork(Kernel(phi, among=among), bias=phi, layers=2)
+    net.start("minus identity")
+    head = Head(phi, phi, "softmax", symmetries=[rotation(phi)])
+    batch = Batch(net.Y.batch(smooth(net.Y, SAMPLES)), probabilities(head.Y), OMEGA)
+    p = LearningProblem(net, head, cross_entropy, tikhonov(0.02), batch)
+    J, functions = eliminated(p)
+    value = float(J(functions))
+    J.give_head()
+    assert_allclose(value, float(p.evaluate()[0]), rtol=1e-13)
+    whole = p.reduced_functional()
+    whole(p.functions)
+    found = gradients_by_name(p, whole.derivative())
+    assert max(np.abs(found[parameter.name]).max() for parameter in head.parameters) < 1e-10 < np.abs(found["bias"]).max()
 
 
 @on_ranks
