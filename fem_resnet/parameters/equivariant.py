@@ -10,9 +10,11 @@ channel c and block I, such that
 
     A_I X - s_c s_d X A_J = 0    for each symmetry.
 
-That is solved for every pair of blocks by a singular value decomposition. A function v of channel c and block I keeps the
-symmetries where s_c A_I v = v, or A_I v = 0 for a field. Frequencies are in parts of the smallest one, so that singular values
-below the tolerance are 0 but for the mesh, and those above three times the tolerance are not. Those in between are an error.
+That is solved for every pair of blocks by a singular value decomposition. It leaves the basis of a null space open, which
+would differ between numbers of ranks: `_gram_schmidt` takes one that is the null space's own. A function v of channel c and
+block I keeps the symmetries where s_c A_I v = v, or A_I v = 0 for a field. Frequencies are in parts of the smallest one, so
+that singular values below the tolerance are 0 but for the mesh, and those above three times the tolerance are not. Those in
+between are an error.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ __all__ = [
 
 #: Singular values above this many tolerances belong to couplings that do not commute.
 _DROPPED = 3.0
+#: A projected unit vector serves if it is this part as long as the longest. Symmetries make many of one length, or of lengths
+#: whose ratio is the root of a simple fraction; of those none is near this number, so that round-off does not choose.
+_LONG_ENOUGH = 0.93
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,21 @@ def _kept(of: Action, sizes: np.ndarray, V: np.ndarray, eigenvalues: Sequence[np
             f"{of.found.broken:.2g} of the symmetries: refine it, take fewer functions, or another tolerance"
         )
     kept = sizes < tolerance
-    return V[kept], float(sizes[kept].max(initial=0.0))
+    return _gram_schmidt(V[kept]), float(sizes[kept].max(initial=0.0))
+
+
+def _gram_schmidt(N: np.ndarray) -> np.ndarray:
+    """Orthonormal rows of the same span as the orthonormal rows N that depend on the span alone, shape as N.
+
+    They come by Gram and Schmidt from projections of unit vectors: in each step of the first one that is long enough.
+    """
+    turn, left = np.empty((len(N), len(N))), N
+    for row in turn:
+        lengths = np.linalg.norm(left, axis=0)
+        first = np.argmax(lengths >= _LONG_ENOUGH * lengths.max())
+        row[:] = left[:, first] / lengths[first]
+        left = left - np.outer(row, row @ left)
+    return turn @ N
 
 
 def invariant_coefficients(action: Action) -> np.ndarray:

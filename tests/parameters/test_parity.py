@@ -95,7 +95,6 @@ def network(case, *, alone=False, seed=0, **more):
     for k in range(net.layers):
         beta = np.random.default_rng([seed, k]).normal(size=(phi.rank, phi.rank))
         net.kernel.set(k, among(case, alone).projected(beta))
-        # By functions: in a space of several functions that keep the symmetries any rotation is as good.
         kept = net.bias.space_bases[k].basis
         net.bias.set(k, kept.project(bumps(places(phi.Y.one), phi.Y.channels, 1))[:, 0])
     return net
@@ -185,6 +184,21 @@ def test_biases_obey_the_signs(case):
     parity, kept = parity_of(case), invariant_functions(phi, *symmetries)
     assert_allclose(kept.gram, np.eye(kept.rank), atol=ROUND_OFF)
     assert_allclose(acted(phi.Y, kept.values, parity.map, parity.signs), kept.values, atol=ROUND_OFF)
+
+
+@pytest.mark.parallel([2, 3])
+@each_case
+def test_free_controls_are_the_same_on_each_number_of_ranks(case):
+    """Of kernels, biases and heads: draws of starting values, and Adam, go by their bases and not by the spans of these."""
+    drawn = []
+    for alone in (False, True):
+        phi, symmetries = given(case, alone)
+        net, head = network(case, alone=alone), head_of(case, alone)
+        net.start("random smooth", seed=3)
+        kept = invariant_functions(phi, *symmetries)
+        drawn.append([phi.project(kept.values), net.kernel.get(0), head.W.get(0)])
+    for world, own in zip(*drawn):
+        assert_allclose(world, own, atol=1e-10)
 
 
 @on_ranks

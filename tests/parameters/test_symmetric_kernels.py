@@ -141,6 +141,13 @@ def elements(among):
 # -- what commutes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parallel([2, 3])
+@each_set
+def test_the_matrices_are_the_same_on_each_number_of_ranks(name):
+    """Not their span alone: Adam and draws of starting values go by the E_k."""
+    assert_allclose(elements(made(name)[1]), elements(made(name, alone=True)[1]), atol=1e-9)
+
+
 @on_ranks
 @pytest.mark.parametrize("element", ["CG1", "DG0"])
 def test_the_circle_has_complex_multipliers(element):
