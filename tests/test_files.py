@@ -38,7 +38,9 @@ from fem_resnet import (
     Layers,
     Lift,
     NormBounded,
+    Parity,
     ResidualNetwork,
+    Symmetric,
     cell_indicators,
     files,
     laplace_basis,
@@ -89,7 +91,17 @@ def _channels(alone=False):
     return net, Head(phi, first, "identity"), Lift(Y, 2)
 
 
-MAKERS = [_learned, _graph, _extruded, _channels]
+def _symmetric(alone=False):
+    """Kernels, a head onto one channel, and a lift that keep a reflection with signs."""
+    phi = with_channels("annulus", "CG1", 3, alone)
+    mirror = Parity(lambda x: x * [1.0, -1.0], (1, -1), output=-1)
+    net = ResidualNetwork(Kernel(phi, among=Symmetric(phi, mirror)), bias=None, layers=[0.0, 0.5, 2.0])
+    head = Head(phi, phi.one, "identity", symmetries=[mirror])
+    head.start("random smooth", seed=1)
+    return net, head, Lift(phi.Y, symmetries=[mirror])
+
+
+MAKERS = [_learned, _graph, _extruded, _channels, _symmetric]
 
 
 @pytest.fixture(scope="module")
@@ -491,6 +503,13 @@ FOUND = {
     "classes": (_learned, _at(("head", "classes"), 10**7), "W_0"),
     "fields of a lift": (_channels, _at(("lift", "fields"), 3), "V_0"),
     "a lift that is a number": (_channels, _at(("lift",), 3), "lift"),
+    "a lift with other entries": (_symmetric, _replace("V_allowed", np.full((2, 1), 7)), "V_allowed"),
+    "a head of no orthonormal W": (_symmetric, _replace("W_values", np.ones(9)), "W_"),
+    "a head of W elsewhere": (_symmetric, _replace("W_places", np.full(9, 10**6)), "W_"),
+    "more W than entries": (_symmetric, _at(("head", "kept", "W"), 10**9), "W_"),
+    "fewer mu": (_symmetric, _at(("head", "kept", "mu"), 0), "mu_"),
+    "classes that symmetries act on": (_symmetric, _at(("head", "classes"), 3), "head"),
+    "an output on a channel where there are none": (_learned, _at(("head", "one_channel"), True), "head"),
     "steps": (_learned, _at(("network", "steps"), 10**9), "steps"),
     "complex": (_learned, _replace("kernel_0", np.ones((3, 3), complex)), "kernel_0"),
     "NaN": (_learned, _replace("kernel_0", np.full((3, 3), np.nan)), "kernel_0"),
@@ -562,7 +581,7 @@ def test_a_flipped_bit_or_a_lost_end_is_seen_before_HDF5_opens_the_file(folder, 
             path.write_bytes(data[:length] if case % 3 == 0 else data)
         COMM_WORLD.barrier()
         with pytest.raises(
-            ValueError, match=r"^path: .*damaged.h5 holds no network of format 5: it(s checksum| does not end)"
+            ValueError, match=r"^path: .*damaged.h5 holds no network of format 6: it(s checksum| does not end)"
         ):
             load(path)
         COMM_WORLD.barrier()
@@ -760,7 +779,7 @@ save(path, net)
 
 #: What each case says, on all ranks.
 SENTENCES = {
-    "damaged": "ValueError: path: .*n.h5 holds no network of format 5: it does not end with a checksum",
+    "damaged": "ValueError: path: .*n.h5 holds no network of format 6: it does not end with a checksum",
     "picture": "ValueError: png: expected the name of a file that ends with .png",
     "full save": "OSError: path: .*n.h5 was not written, and stays as it was: .*No space left on device",
     "full report": "OSError: .*No space left on device",

@@ -368,7 +368,7 @@ def test_refuses_another_format(tmp_path):
         files.seal(None, path)
     COMM_WORLD.barrier()
     with pytest.raises(
-        ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 5"
+        ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 6"
     ):
         load(path)
 
@@ -382,7 +382,7 @@ def test_refuses_a_file_that_was_changed(tmp_path):
         with h5py.File(path, "r+", driver="mpio", comm=COMM_SELF) as file:
             file["fem_resnet/kernel_0"][...] = 1.0
     COMM_WORLD.barrier()
-    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network of format 5: "):
+    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network of format 6: "):
         load(path)
 
 

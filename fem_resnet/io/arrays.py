@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from fem_resnet.io.meshes import Values
 from fem_resnet.io.settings import GROUP
 from fem_resnet.parameters.kernel_sets import KernelSet
 from fem_resnet.parameters.known_kernel_sets import ARRAYS, kernel_set_from
+from fem_resnet.parameters.subspace import ELEMENTS, from_arrays
 from fem_resnet.parameters.time_basis import get_time_basis
 
 __all__ = ["GRAPH", "check_arrays"]
@@ -66,12 +68,29 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
         for name in ("phi", "psi"):
             held.take(f"{name}_0", ranks[roles[name][0]])
     if head is not None:
-        outputs = head["classes"] or ranks[roles["onto"][0]]
-        group.array("W_0", "f8", (outputs, ranks[roles["head"][0]]))
-        group.array("mu_0", "f8", (outputs,))
+        outputs = head["classes"] or ranks[roles["onto"][0]] // (held.channels if head["one_channel"] else 1)
+        _check_head(group, head["kept"], {"W": (outputs, ranks[roles["head"][0]]), "mu": (outputs,)})
     if settings["lift"] is not None:
-        group.array("V_0", "f8", (held.channels, settings["lift"]["fields"]))
+        shape = held.channels, settings["lift"]["fields"]
+        group.array("V_0", "f8", shape)
+        group.array("V_allowed", "i", shape, 0, 2)
     held.refuse_rest()
+
+
+def _check_head(group: Group, kept: Mapping[str, int] | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check W and mu, and what symmetries leave free of them."""
+    for name, shape in shapes.items():
+        if kept is None:
+            group.array(f"{name}_0", "f8", shape)
+            continue
+        if not kept[name]:
+            continue
+        arrays = {each: group.array(f"{name}_{each}", kind, (None,))[...] for each, kind in ELEMENTS.items()}
+        try:
+            from_arrays(math.prod(shape), kept[name], arrays)
+        except (TypeError, ValueError) as error:
+            raise Wrong(f"{group.name}/{name}_{error}") from error
+        group.array(f"{name}_0", "f8", (kept[name],))
 
 
 def _kernel_set(group: Group, description: Mapping[str, Any] | None) -> KernelSet | None:

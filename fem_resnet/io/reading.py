@@ -29,10 +29,12 @@ from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.laplace import move_laplace
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
-from fem_resnet.learning.lift import Lift
+from fem_resnet.learning.lift import FreeEntries, Lift
 from fem_resnet.network.network import ResidualNetwork
+from fem_resnet.parameters.equivariant import HeadSymmetries
 from fem_resnet.parameters.known_kernel_sets import ARRAYS
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.parameters.subspace import ELEMENTS, from_arrays
 from fem_resnet.petsc import check_plex
 from fem_resnet.ranks import in_step, on_first, same, together
 
@@ -88,8 +90,7 @@ def load_lift(path: str | Path, Y: LabelSpace) -> Lift | None:
     Returns
     -------
     Lift or None
-        It acts as the one that was saved, into this label space, and may be trained to keep no symmetries. None
-        if the network was saved without one.
+        The one that was saved, into this label space; None if the network was saved without one.
 
     Raises
     ------
@@ -103,13 +104,14 @@ def load_lift(path: str | Path, Y: LabelSpace) -> Lift | None:
     path = _existing(path, comm)
     with _naming(path):
         sealed(comm, path)
-        V = on_first(comm, lambda: _checked_lift(path))
-    if V is None:
+        found = on_first(comm, lambda: _checked_lift(path))
+    if found is None:
         return None
+    V, allowed = found
     if len(V) != Y.channels:
         raise ValueError(f"Y: expected one with {len(V)} channels, into which {path} lifts, got {Y!r}")
-    lift = Lift(Y, V.shape[1])
-    lift.V.write(0, V)
+    lift = Lift(Y, V.shape[1], symmetries=FreeEntries(allowed))
+    lift.V.write(0, lift.V.space_basis.of_whole(V))
     return lift
 
 
@@ -122,13 +124,13 @@ def _existing(path: str | Path, comm: MPI.Comm) -> Path:
     return path
 
 
-def _checked_lift(path: Path) -> np.ndarray | None:
-    """V in a file, of which all is checked first; None if it has none."""
+def _checked_lift(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """V in a file, of which all is checked first, and which of its entries are free; None if it has none."""
     settings, _ = _check_file(path)
     if settings["lift"] is None:
         return None
     with h5py.File(path, "r") as file:
-        return file[GROUP]["V_0"][...]
+        return file[GROUP]["V_0"][...], file[GROUP]["V_allowed"][...].astype(bool)
 
 
 @contextmanager
@@ -172,7 +174,7 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
     net = ResidualNetwork(**network_arguments(settings["network"], role["phi"], role["psi"], role["bias"], of_set))
     head = None
     if settings["head"] is not None:
-        head = Head(role["head"][0], settings["head"]["classes"] or role["onto"][0], settings["head"]["prediction"])
+        head = _load_head(file, settings["head"], role["head"][0], role["onto"][0])
     for parameter in net.parameters + ([] if head is None else head.parameters):
         for k, basis in enumerate(parameter.space_bases):
             if isinstance(basis, (NodalValues, StateValues)):
@@ -180,6 +182,25 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
             else:
                 parameter.set(k, _read(file, f"{parameter.name}_{k}"))
     return net, head
+
+
+def _load_head(file: fd.CheckpointFile, given: Mapping[str, Any], psi: Basis, onto: Basis | None) -> Head:
+    """A head without the coefficients of W and mu."""
+    if onto is None:
+        return Head(psi, given["classes"], given["prediction"])
+    if given["one_channel"]:
+        onto = onto.one
+    kept: HeadSymmetries | tuple[()] = ()
+    if given["kept"] is not None:
+        sizes, counts = {"W": onto.rank * psi.rank, "mu": onto.rank}, given["kept"]
+        kept = HeadSymmetries(
+            *(
+                from_arrays(size, counts[name], {each: _read(file, f"{name}_{each}") for each in ELEMENTS})
+                if counts[name] else scipy.sparse.csc_array((size, 0))
+                for name, size in sizes.items()
+            )
+        )  # fmt: skip
+    return Head(psi, onto, given["prediction"], symmetries=kept)
 
 
 def _set_name(settings: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ __all__ = ["FORMAT", "GROUP", "checked_settings", "network_arguments", "written_
 
 #: The group of a file that holds what Firedrake does not write.
 GROUP = "fem_resnet"
-FORMAT = 5
+FORMAT = 6
 #: The largest number of steps a layer that is accepted: a network takes time and memory in proportion to it.
 _MOST_STEPS = 1_000_000
 #: The largest number of channels, and of fields of a lift, that is accepted.
@@ -68,7 +68,7 @@ def written_settings(
             "mesh": net.Y.V.mesh().name,
             # The times that the network was made with. Learned times are coefficients, like those of bias and kernel.
             "network": _of_network(net.settings),
-            "head": None if head is None else {"classes": head.classes, "prediction": head.prediction.name},
+            "head": None if head is None else _of_head(net, head),
             "lift": None if lift is None else {"fields": lift.matrix().shape[1]},
         },
         default=_as_number,
@@ -78,6 +78,16 @@ def written_settings(
     except Wrong as error:
         raise ValueError(f"net: it cannot be written to a file: {error}") from error
     return settings
+
+
+def _of_head(net: ResidualNetwork, head: Head) -> dict[str, Any]:
+    kept = None if head.kept is None else {"W": head.kept.of_W.shape[1], "mu": head.kept.of_mu.shape[1]}
+    return {
+        "classes": head.classes,
+        "one_channel": head.classes is None and head.Y is not net.Y,
+        "prediction": head.prediction.name,
+        "kept": kept,
+    }
 
 
 def _of_network(settings: Settings) -> dict[str, Any]:
@@ -208,10 +218,7 @@ def checked_settings(text: str) -> dict[str, Any]:
             get_time_basis(settings["network"][name], settings["network"]["times"], name)
         head = instance("head", settings["head"], (dict, type(None)))
         if head is not None:
-            _check_keys("head", head, ("classes", "prediction"))
-            choice("prediction", head["prediction"], PREDICTIONS)
-            if head["classes"] is not None:
-                integer("classes", head["classes"])
+            _check_head(head)
         if instance("lift", settings["lift"], (dict, type(None))) is not None:
             _check_keys("lift", settings["lift"], ("fields",))
             integer("fields", settings["lift"]["fields"], most=_MOST_CHANNELS)
@@ -219,6 +226,21 @@ def checked_settings(text: str) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError, ArithmeticError, MemoryError) as error:
         raise Wrong(f"{where}{error}") from error
     return settings
+
+
+def _check_head(head: Mapping[str, Any]) -> None:
+    _check_keys("head", head, ("classes", "one_channel", "prediction", "kept"))
+    choice("prediction", head["prediction"], PREDICTIONS)
+    _flag("one_channel", head["one_channel"])
+    kept = instance("kept", head["kept"], (dict, type(None)))
+    if head["classes"] is not None:
+        integer("classes", head["classes"])
+        if head["one_channel"] or kept is not None:
+            raise ValueError("head: expected classes, or an output on a channel or one that symmetries act on; got both")
+    if kept is not None:
+        _check_keys("kept", kept, ("W", "mu"))
+        integer("W", kept["W"])
+        integer("mu", kept["mu"], least=0)
 
 
 def _check_repeated(settings: Mapping[str, Any]) -> None:

@@ -20,11 +20,14 @@ from fem_resnet.io.arrays import GRAPH
 from fem_resnet.io.firedrake_file import file_path, opened, words_of
 from fem_resnet.io.settings import GROUP, written_settings
 from fem_resnet.label_domain.basis import Basis
+from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.lift import Lift
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
+from fem_resnet.parameters.subspace import as_arrays
 from fem_resnet.ranks import in_step, on_first, same, together
 
 __all__ = ["save"]
@@ -44,7 +47,7 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None, lift:
     net
         The network.
     head
-        Its head. One that keeps symmetries is read as one that acts the same, and may be trained to keep them no more.
+        Its head. What symmetries leave free of W and mu is written, the symmetries are not.
     lift
         Its lift, which `load_lift` reads. The same holds for its symmetries.
 
@@ -56,8 +59,8 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None, lift:
     TypeError
         If an argument is of another kind.
     ValueError
-        If head or lift belong to another label space, or the head's output is a function on another one; if no file can hold
-        the activation or an option of the network.
+        If head or lift belong to another label space, or the head's output is a function neither on it nor on one channel of
+        it; if no file can hold the activation or an option of the network.
     """
     instance("net", net, ResidualNetwork, "the network is the second argument: save(path, net, head)")
     instance("head", head, (Head, type(None)))
@@ -69,13 +72,13 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None, lift:
         raise ValueError(
             f"head: expected one that reads the network's label space {net.Y!r}, got one that reads {head.psi.Y!r}"
         )
-    if head is not None and head.classes is None and head.Y is not net.Y:
+    if head is not None and head.classes is None and head.Y not in (net.Y, net.Y.one):
         raise ValueError(f"head: expected classes or a function on {net.Y!r} as its output, got a function on {head.Y!r}")
     if lift is not None and lift.Y is not net.Y:
         raise ValueError(f"lift: expected one into the network's label space {net.Y!r}, got one into {lift.Y!r}")
     bases, roles = _bases(net, head)
     settings = written_settings(net, head, lift, bases, roles)
-    more = {} if lift is None else {"V_0": lift.matrix()}
+    more = {} if lift is None else {"V_0": lift.matrix(), "V_allowed": lift.kept.allowed.astype(int)}
     part = path.with_name(path.name + ".part")
     try:
         on_first(comm, lambda: part.write_bytes(b""))
@@ -106,11 +109,19 @@ def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[s
     parts = {
         **net.bases,
         "head": [None if head is None else head.psi],
-        "onto": [None if head is None or head.classes else head.onto],
+        "onto": [None if head is None or head.classes else _in_all_channels(net, head.onto)],
     }
     bases = list(dict.fromkeys(basis for part in parts.values() for basis in part if basis is not None))
     position = {basis: index for index, basis in enumerate(bases)}
     return bases, {name: [position.get(basis) for basis in part] for name, part in parts.items()}
+
+
+def _in_all_channels(net: ResidualNetwork, onto: Basis) -> Basis:
+    """The basis of the output of a head; of one on a channel the basis that repeats it, the network's if it has such a one."""
+    if onto.Y is net.Y or not isinstance(net.Y, Channels):
+        return onto
+    used = (basis for part in net.bases.values() for basis in part if isinstance(basis, RepeatedBasis))
+    return next((basis for basis in used if basis.one is onto), None) or RepeatedBasis(net.Y, onto)
 
 
 def _write_all(
@@ -131,9 +142,11 @@ def _write_all(
         arrays |= {f"graph_{name}": getattr(Y.one.graph, name) for name in GRAPH}
     if net.settings.kernel.among is not None:
         arrays |= {f"kernel_set_{name}": array for name, array in net.settings.kernel.among.arrays.items()}
-    if head is not None:
-        arrays |= dict(zip(("W_0", "mu_0"), head.matrices()))
-    for parameter in net.parameters:
+    if head is not None and head.kept is not None:
+        for name, elements in (("W", head.kept.of_W), ("mu", head.kept.of_mu)):
+            if elements.shape[1]:
+                arrays |= {f"{name}_{each}": array for each, array in as_arrays(elements).items()}
+    for parameter in net.parameters + ([] if head is None else head.parameters):
         for k, held in enumerate(parameter.space_bases):
             name = f"{parameter.name}_{k}"
             if isinstance(held, (NodalValues, StateValues)):

@@ -212,7 +212,7 @@ class HeadSolve:
         self._shifted = [float(reading.shifted) for reading in readings]
         self._root = scipy.linalg.cholesky(head.psi.gram)  # G_psi = root^T root
         self._ridges = [*(ridges or (0.0, 0.0)), 0.0][:2]
-        self._groups = list(output_groups(head)) if head.symmetries else None
+        self._groups = list(output_groups(head)) if head.kept is not None else None
         self.unknowns = head.psi.rank + 1 if self._groups is None else sum(group.unknowns.size for group in self._groups)
         self.solution = tuple(np.empty(parameter.space_basis.shape) for parameter in head.parameters)  # until `forward`
         self.condition: float | None = np.nan

@@ -139,7 +139,7 @@ class GaussNewtonMatrix:
     def __init__(self, problem: LearningProblem, eliminate: bool = False):
         self._problem = problem
         self._head = check_least_squares("problem", problem.head, problem.loss, "train it by `train`")
-        self._takes_out = eliminate and bool(self._head.symmetries)
+        self._takes_out = eliminate and self._head.kept is not None
         self._eliminates = eliminate and not self._takes_out
         others = [parameter for parameter in problem.parameters if parameter not in self._head.parameters]
         self._parameters = others if self._eliminates else [*others, *self._head.parameters]

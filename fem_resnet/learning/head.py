@@ -61,8 +61,8 @@ class Head(OnMesh):
     W, mu : Parameter
         Coefficients of shape (rank of X, rank of psi) and (rank of X,), zero at first. With symmetries these are of shape
         (count,), and `matrices` has W and mu in the bases; mu is None where only 0 keeps them.
-    symmetries : tuple
-        As above.
+    kept : HeadSymmetries or None
+        The W and mu that keep the symmetries; None if all W and mu serve.
 
     Raises
     ------
@@ -80,13 +80,12 @@ class Head(OnMesh):
         self.onto = onto if isinstance(onto, Basis) else cell_indicators(class_space(self.classes, psi.Y.comm))
         self.prediction = PREDICTIONS[choice("prediction", prediction, PREDICTIONS)]
         self.Y = self.onto.Y
-        kept = self._kept = symmetries if isinstance(symmetries, HeadSymmetries) else self._kept_by(symmetries)
-        self.symmetries: tuple = () if kept is None else kept.symmetries
+        self.kept = kept = symmetries if isinstance(symmetries, HeadSymmetries) else self._kept_by(symmetries)
         of_W: SpaceBasis = KernelCoefficients(LowRankKernel(self.onto, psi))
         of_mu: SpaceBasis | None = BasisCoefficients(self.onto)
         if kept is not None:
             of_W = Within(of_W, kept.of_W)
-            of_mu = Within(of_mu, kept.of_mu) if kept.of_mu.size else None
+            of_mu = Within(of_mu, kept.of_mu) if kept.of_mu.shape[1] else None
         self.W = Parameter("W", of_W, Once())
         self.mu = None if of_mu is None else Parameter("mu", of_mu, Once())
 
@@ -248,12 +247,12 @@ class Head(OnMesh):
         for state, there in ((self.psi.Y, Y), (self.psi.Y.one, Y.one)):
             if self.onto.Y is state and self.onto not in moved:
                 moved[self.onto] = self.onto.on(there)
-        if self.symmetries and self.onto not in moved:
+        if self.kept is not None and self.onto not in moved:
             raise ValueError(
                 f"on: expected a head whose output moves with the network, as it keeps symmetries, got one onto {self.onto!r}"
             )
         onto = moved.get(self.onto, self.onto)
-        head = Head(moved[self.psi], self.classes or onto, self.prediction.name, symmetries=self._kept or ())
+        head = Head(moved[self.psi], self.classes or onto, self.prediction.name, symmetries=self.kept or ())
         for ours, theirs in zip(self.parameters, head.parameters):
             theirs.set(0, ours.get(0))
         return head
@@ -273,9 +272,8 @@ class Head(OnMesh):
         """
         same(self.psi.Y.comm, rank=rank)
         rank = integer("rank", rank, most=np.inf)
-        head = Head(
-            self.psi.first(rank), self.classes or self.onto.first(rank), self.prediction.name, symmetries=self.symmetries
-        )
+        kept = () if self.kept is None else self.kept.in_first(self.psi, self.onto, rank)
+        head = Head(self.psi.first(rank), self.classes or self.onto.first(rank), self.prediction.name, symmetries=kept)
         copy_leading(self.parameters, head.parameters)
         return head
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import firedrake as fd
@@ -21,7 +22,7 @@ import scipy.sparse
 import ufl
 
 from fem_resnet.arguments import choice, instance, integer, integer_array, number
-from fem_resnet.fixed import OnMesh
+from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.parameters.equivariant import Parity
@@ -33,7 +34,20 @@ from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import same
 from fem_resnet.tape.recording import apply
 
-__all__ = ["Lift"]
+__all__ = ["FreeEntries", "Lift"]
+
+
+@dataclass(frozen=True)
+class FreeEntries:
+    """What symmetries leave free of a lift.
+
+    Attributes
+    ----------
+    allowed : numpy.ndarray
+        Which entries of V need not be 0, shape (C, number of fields), bool.
+    """
+
+    allowed: np.ndarray
 
 
 class Lift(OnMesh):
@@ -59,8 +73,8 @@ class Lift(OnMesh):
     V : Parameter
         V, shape (C, number of fields); with symmetries that forbid some entries the others, shape (count,). `matrix` is V
         itself. At first each field stands in a channel of its own, the first whose sign fits, as `Channels.join` puts it.
-    symmetries : tuple
-        As above.
+    kept : FreeEntries
+        The entries of V that the symmetries allow.
 
     Raises
     ------
@@ -81,30 +95,32 @@ class Lift(OnMesh):
     True
     """
 
-    def __init__(self, Y: LabelSpace, fields: int = 1, *, symmetries: Sequence[Any] = ()):
+    def __init__(self, Y: LabelSpace, fields: int = 1, *, symmetries: Sequence[Any] | FreeEntries = ()):
         check_label_space(Y)
-        kinds = ["a field" if isinstance(each, ufl.core.expr.Expr) else each for each in _listed(symmetries)]
-        same(Y.comm, fields=fields, symmetries=kinds)
         self.Y, count = Y, integer("fields", fields)
+        if not isinstance(symmetries, FreeEntries):
+            kinds = ["a field" if isinstance(each, ufl.core.expr.Expr) else each for each in _listed(symmetries)]
+            same(Y.comm, fields=fields, symmetries=kinds)
+            symmetries = FreeEntries(read_only(self._entries(Y, count, symmetries)))
+        self.kept, allowed = symmetries, symmetries.allowed
         self.fields = Y.one if count == 1 else Channels(Y.one, count)
-        self.symmetries = tuple(symmetries)
-        self._allowed = self._entries(count)
-        whole: SpaceBasis = MatrixControls(Y, self._allowed.shape)
-        if not self._allowed.all():
-            places = np.flatnonzero(self._allowed)
+        whole: SpaceBasis = MatrixControls(Y, allowed.shape)
+        if not allowed.all():
+            places = np.flatnonzero(allowed)
             ones = (np.ones(places.size), (places, np.arange(places.size)))
-            whole = Within(whole, scipy.sparse.csc_array(ones, shape=(self._allowed.size, places.size)))
+            whole = Within(whole, scipy.sparse.csc_array(ones, shape=(allowed.size, places.size)))
         self.V = Parameter("V", whole, Once())
         self.start()
 
-    def _entries(self, count: int) -> np.ndarray:
-        """Which entries of V the symmetries allow, shape (channels, fields)."""
-        allowed = np.ones((self.Y.channels, count), bool)
-        for n, parity in enumerate(self.symmetries):
+    @staticmethod
+    def _entries(Y: LabelSpace, count: int, symmetries: Sequence[Any]) -> np.ndarray:
+        """Which entries of V symmetries allow, shape (channels, fields)."""
+        allowed = np.ones((Y.channels, count), bool)
+        for n, parity in enumerate(symmetries):
             if not isinstance(parity, Parity):
                 continue
             signs = np.broadcast_to(parity.inputs, count) if np.size(parity.inputs) == 1 else np.asarray(parity.inputs)
-            for name, given, expected in (("signs", parity.signs, self.Y.channels), ("inputs", signs, count)):
+            for name, given, expected in (("signs", parity.signs, Y.channels), ("inputs", signs, count)):
                 if len(given) != expected:
                     what = "a channel" if name == "signs" else "a field"
                     raise ValueError(f"symmetries[{n}].{name}: expected {expected}, one {what}, got {len(given)}")
@@ -117,7 +133,7 @@ class Lift(OnMesh):
         return allowed
 
     def __repr__(self) -> str:
-        return f"Lift({self._allowed.shape[1]} fields into {self.Y!r})"
+        return f"Lift({self.kept.allowed.shape[1]} fields into {self.Y!r})"
 
     def __deepcopy__(self, memo: dict) -> Lift:  # type: ignore[override]  # `copy` hands over a dict
         other = self.__copy__()
@@ -156,13 +172,13 @@ class Lift(OnMesh):
         same(self.Y.comm, rule=rule, seed=seed, gain=gain)
         choice("rule", rule, ("apart", "random"))
         random = np.random.default_rng(integer("seed", seed, least=0, most=np.inf))
-        V = np.zeros(self._allowed.shape)
+        V = np.zeros(self.kept.allowed.shape)
         if rule == "random":
-            _, count = self._allowed.shape
-            V = random.normal(size=self._allowed.shape) / np.sqrt(count)
+            _, count = self.kept.allowed.shape
+            V = random.normal(size=self.kept.allowed.shape) / np.sqrt(count)
         else:
             taken: list[int] = []
-            for m, allowed in enumerate(self._allowed.T):
+            for m, allowed in enumerate(self.kept.allowed.T):
                 channels = np.flatnonzero(allowed)
                 taken.append(next((int(c) for c in channels if c not in taken), int(channels[0])))
                 V[taken[-1], m] = 1.0
@@ -201,7 +217,7 @@ class Lift(OnMesh):
         check_label_space(Y)
         if Y.channels != self.Y.channels:
             raise ValueError(f"on: expected a label space with {self.Y.channels} channels, got {Y!r}")
-        lift = Lift(Y, self._allowed.shape[1], symmetries=self.symmetries)
+        lift = Lift(Y, self.kept.allowed.shape[1], symmetries=self.kept)
         lift.V.write(0, self.V.read(0))
         return lift
 

@@ -32,6 +32,7 @@ from fem_resnet.arguments import instance, integer, integer_array, number
 from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.symmetries import SymmetryMatrices, symmetry_matrices
+from fem_resnet.parameters.subspace import in_first
 from fem_resnet.ranks import on_first, same
 
 __all__ = [
@@ -291,17 +292,34 @@ class HeadSymmetries:
 
     Attributes
     ----------
-    symmetries : tuple
-        As from the user.
     of_W : scipy.sparse.csc_array
         Orthonormal W, each as one column, shape (rank of onto x rank of psi, count).
-    of_mu : numpy.ndarray
+    of_mu : scipy.sparse.csc_array
         Orthonormal mu, shape (rank of onto, count), count >= 0.
     """
 
-    symmetries: tuple
     of_W: scipy.sparse.csc_array
-    of_mu: np.ndarray
+    of_mu: scipy.sparse.csc_array
+
+    def in_first(self, psi: Basis, onto: Basis, rank: int) -> HeadSymmetries:
+        """Those on the first functions of the bases, in each channel.
+
+        Parameters
+        ----------
+        psi, onto
+            The bases of the head.
+        rank
+            How many functions.
+
+        Raises
+        ------
+        ValueError
+            If they cut an eigenspace.
+        """
+        rows, columns = ((basis.rank, basis.Y.channels) for basis in (onto, psi))
+        return HeadSymmetries(
+            in_first("rank", self.of_W, (rows, columns), rank), in_first("rank", self.of_mu, (rows, (1, 1)), rank)
+        )
 
 
 def head_symmetries(psi: Basis, onto: Basis, symmetries: Sequence[Any]) -> HeadSymmetries:
@@ -321,7 +339,7 @@ def head_symmetries(psi: Basis, onto: Basis, symmetries: Sequence[Any]) -> HeadS
     """
     to = acting_on("onto", onto, symmetries, is_output=True)
     of_W, _ = equivariant_maps(to, acting_on("psi", psi, symmetries))
-    return HeadSymmetries(tuple(symmetries), of_W, invariant_coefficients(to))
+    return HeadSymmetries(of_W, scipy.sparse.csc_array(invariant_coefficients(to)))
 
 
 def invariant_functions(phi: Basis, *symmetries: Any, tolerance: float = 0.1) -> Basis:

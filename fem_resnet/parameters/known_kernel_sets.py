@@ -10,6 +10,7 @@ import numpy as np
 from fem_resnet.arguments import choice
 from fem_resnet.parameters.kernel_sets import DampedAntisymmetric, KernelSet, NormBounded, PositiveSemidefinite
 from fem_resnet.parameters.linear_kernels import LaplaceFunctions
+from fem_resnet.parameters.subspace import ELEMENTS
 from fem_resnet.parameters.symmetric_kernels import Symmetric
 
 __all__ = ["ARRAYS", "kernel_set_from"]
@@ -21,7 +22,7 @@ _KINDS: dict[str, type[KernelSet]] = {
 #: The arrays of each set that has some (`KernelSet.arrays`), with the kinds of their numbers.
 ARRAYS: dict[str, dict[str, str]] = {
     "LaplaceFunctions": {"label": "i", "eigenvalues": "f8"},
-    "Symmetric": {"places": "i", "controls": "i", "values": "f8"},
+    "Symmetric": ELEMENTS,
 }
 
 

@@ -22,6 +22,7 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.symmetries import eigenspaces
 from fem_resnet.parameters.couplings import Couplings
 from fem_resnet.parameters.kernel_sets import KernelSet, MatrixControls, refuse_outside
+from fem_resnet.parameters.subspace import in_first
 from fem_resnet.ranks import same
 
 __all__ = ["MOST_RANK", "LaplaceFunctions", "LinearKernels"]
@@ -109,27 +110,8 @@ class LinearKernels(Fixed, KernelSet):
         ValueError
             If an E_k lives on some of these functions and on others too.
         """
-        E, one = self._elements, self.rank // self._channels
-        # How many functions it takes to see the first entry of each E_k, and all of them.
-        taken = np.maximum(*(number % one for number in np.divmod(E.indices, self.rank))) + 1
-        least, most = (of.reduceat(taken, E.indptr[:-1]) for of in (np.minimum, np.maximum))
-
-        def cut(size: int) -> bool:
-            return bool(((least <= size) & (size < most)).any())
-
-        if cut(rank):
-            below = next((str(size) for size in range(rank - 1, 0, -1) if not cut(size)), None)
-            above = next(str(size) for size in range(rank + 1, one + 1) if not cut(size))
-            whole = above if below is None else f"{below} or {above}"
-            raise ValueError(
-                f"kernel.among: expected a number of functions that cuts no eigenspace of {self!r}, got {rank}; take {whole}"
-            )
-        inside = most <= rank
-        entries = E[:, np.flatnonzero(inside)].tocoo()
-        i, j = (number // one * rank + number % one for number in np.divmod(entries.coords[0], self.rank))
-        rank *= self._channels
-        places = i * rank + j, entries.coords[1]
-        elements = scipy.sparse.csc_array((entries.data, places), shape=(rank**2, int(inside.sum())))
+        elements = in_first(f"kernel.among: {self!r}", self._elements, [(self.rank, self._channels)] * 2, rank)
+        rank = min(rank, self.rank // self._channels) * self._channels
         return self._restricted(rank, elements)
 
     def _restricted(self, rank: int, elements: scipy.sparse.csc_array) -> LinearKernels:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import scipy.sparse
-
-from fem_resnet.arguments import integer, integer_array, number, real_array
+from fem_resnet.arguments import integer, number
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.parameters.equivariant import acting_on, equivariant_maps
 from fem_resnet.parameters.linear_kernels import MOST_RANK, LinearKernels
+from fem_resnet.parameters.subspace import as_arrays, from_arrays
 
 __all__ = ["Symmetric"]
 
@@ -87,8 +85,7 @@ class Symmetric(LinearKernels):
 
     @property
     def arrays(self):
-        E = self._elements.tocoo()
-        return {"places": E.coords[0], "controls": E.coords[1], "values": E.data}
+        return as_arrays(self._elements)
 
     @classmethod
     def of_arrays(cls, description, arrays):
@@ -108,17 +105,7 @@ class Symmetric(LinearKernels):
         channels = integer("channels", description["channels"], most=rank)
         if rank % channels:
             raise ValueError(f"channels: expected a divisor of the rank {rank}, got {channels}")
-        values = real_array("values", arrays["values"], ("entries",))
-        if count > values.size:
-            raise ValueError(f"count: expected at most one control an entry, {values.size}, got {count}")
-        places, controls = (integer_array(name, arrays[name], values.shape).astype(int) for name in ("places", "controls"))
-        for name, array, end in (("places", places, rank**2), ("controls", controls, count)):
-            if array.size and not (0 <= array.min() and array.max() < end):
-                raise ValueError(f"{name}: expected numbers from 0 to {end - 1}, got others among them")
-        elements = scipy.sparse.csc_array((values, (places, controls)), shape=(rank**2, count))
-        gram = (elements.T @ elements - scipy.sparse.eye_array(count)).tocoo()
-        if np.abs(gram.data).max(initial=0.0) > 1e-8:
-            raise ValueError("values: expected orthonormal matrices, got others")
+        elements = from_arrays(rank**2, count, arrays)
         made = cls.__new__(cls)
         known = {name: number(name, description[name], least=0) for name in ("broken", "kept")}
         LinearKernels.__init__(made, rank, elements, channels, **known)

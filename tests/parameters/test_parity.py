@@ -10,7 +10,7 @@ import scipy.spatial
 from firedrake import COMM_SELF, COMM_WORLD
 from helpers import TIMES, label_space, laplace
 from kinds import directions_of, largest, rotation
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from fem_resnet import (
     Batch,
@@ -339,16 +339,25 @@ def test_training_finds_the_teacher():
 
 
 @on_ranks
-def test_a_file_keeps_what_it_computes(tmp_path):
-    net = network("annulus")
-    save(tmp_path / "net.h5", net)
-    loaded, _ = load(tmp_path / "net.h5")
-    assert loaded.Y.channels == 3 and loaded.settings.kernel.among == net.settings.kernel.among
+@each_case
+def test_a_file_keeps_network_and_head(case, tmp_path):
+    """What they compute, and what is free of kernels, W and mu; its output lives on one channel of the network's own."""
+    net, head = network(case), head_of(case)
+    save(tmp_path / "net.h5", net, head)
+    loaded, its_head = load(tmp_path / "net.h5")
+    assert loaded.Y.channels == net.Y.channels and loaded.settings.kernel.among == net.settings.kernel.among
+    assert its_head.Y is loaded.Y.one and its_head.onto is its_head.psi.one
+    assert [p.dim for p in its_head.parameters] == [p.dim for p in head.parameters]
     moments = []
-    for each in (net, loaded):
-        f = each.Y.batch(bumps(places(each.Y.one), 3))
-        moments.append(each.Y.sum((each.Y.weights[:, None] * each.Y.values(f)).T @ each.Y.values(each(f))))
+    for each, output in ((net, head), (loaded, its_head)):
+        f = each.Y.batch(bumps(places(each.Y.one), each.Y.channels))
+        weighted = output.Y.weights[:, None] * output.Y.values(each.Y.part(f)[0])
+        moments.append(output.Y.sum(weighted.T @ output.Y.values(output(each(f)))))
     assert_allclose(*moments, atol=1e-11)
+    rank = {"annulus": 3, "sphere": 4}.get(case, 5)
+    fewer, its_fewer = head.in_first(rank), its_head.in_first(rank)
+    assert_array_equal(fewer.W.get(0), its_fewer.W.get(0))
+    assert fewer.W.dim < head.W.dim
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------

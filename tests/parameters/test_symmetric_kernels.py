@@ -440,7 +440,8 @@ def test_taylor_with_other_steps_and_time_bases(name, more, taylor):
         for k, held in enumerate(parameter.space_bases):
             parameter.set(k, 0.5 * rng.normal(size=held.shape))
     p = problem(net, tikhonov(0.05) + smooth_in_space(0.01) + smooth_in_time(0.02))
-    taylor(p.reduced_functional(), p.functions, directions(p), f"{name}", f"{more}", second_order=True)
+    h = [v._ad_mul(0.4) for v in directions(p)]
+    taylor(p.reduced_functional(), p.functions, h, f"{name}", f"{more}", second_order=True)
 
 
 #: Networks with a kernel of each set of either kind.
