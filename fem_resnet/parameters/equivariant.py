@@ -318,7 +318,8 @@ class HeadSymmetries:
         """
         rows, columns = ((basis.rank, basis.Y.channels) for basis in (onto, psi))
         return HeadSymmetries(
-            in_first("rank", self.of_W, (rows, columns), rank), in_first("rank", self.of_mu, (rows, (1, 1)), rank)
+            in_first("rank", "the head", self.of_W, (rows, columns), rank),
+            in_first("rank", "the head", self.of_mu, (rows, (1, 1)), rank),
         )
 
 

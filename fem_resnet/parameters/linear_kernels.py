@@ -110,7 +110,7 @@ class LinearKernels(Fixed, KernelSet):
         ValueError
             If an E_k lives on some of these functions and on others too.
         """
-        elements = in_first(f"kernel.among: {self!r}", self._elements, [(self.rank, self._channels)] * 2, rank)
+        elements = in_first("kernel.among", repr(self), self._elements, [(self.rank, self._channels)] * 2, rank)
         rank = min(rank, self.rank // self._channels) * self._channels
         return self._restricted(rank, elements)
 

@@ -57,14 +57,14 @@ def from_arrays(size: int, count: int, arrays: Mapping[str, np.ndarray]) -> scip
 
 
 def in_first(
-    name: str, elements: scipy.sparse.csc_array, sides: Sequence[tuple[int, int]], rank: int
+    name: str, of: str, elements: scipy.sparse.csc_array, sides: Sequence[tuple[int, int]], rank: int
 ) -> scipy.sparse.csc_array:
     """The elements that live on the first functions of each channel, as matrices on these.
 
     Parameters
     ----------
-    name
-        What messages call them.
+    name, of
+        What messages call the argument, and what it belongs to.
     elements
         Matrices on two sets of functions, shape (functions x other functions, count).
     sides
@@ -81,7 +81,7 @@ def in_first(
     left = [min(rank, functions) for functions in one]
     # How many functions it takes to see the first entry of each element, and all of them.
     taken = np.maximum(*(number % size for number, size in zip(np.divmod(elements.indices, sides[1][0]), one))) + 1
-    least, most = (of.reduceat(taken, elements.indptr[:-1]) if taken.size else taken for of in (np.minimum, np.maximum))
+    least, most = (end.reduceat(taken, elements.indptr[:-1]) if taken.size else taken for end in (np.minimum, np.maximum))
 
     def cut(size: int) -> bool:
         return bool(((least <= size) & (size < most)).any())
@@ -90,7 +90,7 @@ def in_first(
         below = next((str(size) for size in range(rank - 1, 0, -1) if not cut(size)), None)
         above = next(str(size) for size in range(rank + 1, max(one) + 1) if not cut(size))
         whole = above if below is None else f"{below} or {above}"
-        raise ValueError(f"{name}: expected a number of functions that cuts no eigenspace, got {rank}; take {whole}")
+        raise ValueError(f"{name}: expected a number of functions that cuts no eigenspace of {of}, got {rank}; take {whole}")
     inside = most <= rank
     entries = elements[:, np.flatnonzero(inside)].tocoo()
     i, j = (
