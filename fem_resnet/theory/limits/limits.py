@@ -18,7 +18,7 @@ and at their ends from the left too (`DepthInterpolant`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import firedrake as fd
@@ -27,7 +27,7 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import function, instance, integer
 from fem_resnet.costate.costate import solve_costate
-from fem_resnet.costate.trajectory import solve_trajectory
+from fem_resnet.costate.trajectory import Trajectory, solve_trajectory
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -132,14 +132,21 @@ def depth_limit(
         errors = []
         for steps in counts:
             other = net.replace(layers=replace(net.settings.layers, steps=int(steps)))
-            if between is None:
-                pairs = zip(other.run(initial).states(), at_layers)
-            else:
-                z = DepthInterpolant(other, initial)
-                fractions = np.linspace(0, 1, between + 2)
-                pairs = ((f, exact(min(t, net.times[-1]))) for theta in fractions for t, f in z.at_fraction(theta))
+            pairs = _compared(other, initial, between, at_layers, exact)
             errors.append(max(net.Y.norm(fd.Function(f).assign(f - g)) for f, g in pairs))
     return Convergence(np.diff(net.times).max() / counts, np.array(errors))
+
+
+def _compared(
+    net: ResidualNetwork, initial: fd.Function, between: int | None, at_layers: list[fd.Function], exact: Trajectory
+) -> Iterator[tuple[fd.Function, fd.Function]]:
+    """Pairs of states of the network and of the ODE."""
+    if between is None:
+        yield from zip(net.run(initial).states(), at_layers)
+        return
+    z, T = DepthInterpolant(net, initial), net.times[-1]
+    for theta in np.linspace(0, 1, between + 2):
+        yield from ((f, exact(min(t, T))) for t, f in z.at_fraction(theta))
 
 
 @supports(

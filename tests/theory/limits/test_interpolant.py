@@ -84,29 +84,34 @@ def test_z_tau_jumps_at_the_layer_times_by_the_length_of_a_step():
     assert jumps[1] > 0.01 and abs(jumps[0] / jumps[1] - 2) < 0.2, jumps
 
 
+def on_the_annulus(in_time, **options):
+    return network(
+        space=("annulus", "CG1"), basis_for_bias=True, bias_in_time=in_time, kernel_in_time=in_time, steps=2,
+        solver_parameters=EULER, **options,
+    )  # fmt: skip
+
+
 @on_ranks
-@pytest.mark.parametrize("in_time", ["layers", "linear"])
+@pytest.mark.parametrize("in_time", ["linear", "layers"])
 def test_the_order_over_all_times_is_one(in_time):
     """Theorem 2.1 on an annulus with layers of unequal length; at the layer times alone the distance is smaller."""
-    net = network(
-        space=("annulus", "CG1"), basis_for_bias=True, bias_in_time=in_time, kernel_in_time=in_time, steps=4,
-        solver_parameters=EULER,
-    )  # fmt: skip
+    net = on_the_annulus(in_time)
     assert abs(net.Y.measure - 1) > 1 and np.ptp(np.diff(net.times)) > 0.1
     initial = net.Y.batch(smooth(net.Y))
-    over_all, at_layers = depth_limit(net, initial, halvings=2, between=3), depth_limit(net, initial, halvings=2)
-    assert_array_equal(over_all.sizes, at_layers.sizes)
-    assert abs(over_all.orders[-1] - 1) < 0.1, str(over_all)
-    assert (over_all.errors > 1.2 * at_layers.errors).all(), f"{over_all}\n{at_layers}"
-    # The ends of the steps count where no times are given, from the left too.
-    assert (depth_limit(net, initial, halvings=0, between=0).errors > at_layers.errors[0]).all()
-    if net.Y.comm.size > 1:
-        alone = network(
-            space=("annulus", "CG1"), basis_for_bias=True, bias_in_time=in_time, kernel_in_time=in_time, steps=4,
-            solver_parameters=EULER, alone=True,
-        )  # fmt: skip
-        found = depth_limit(alone, alone.Y.batch(smooth(alone.Y)), halvings=2, between=3)
-        assert_allclose(over_all.errors, found.errors, rtol=1e-8)
+    over_all = depth_limit(net, initial, halvings=2, between=1)
+    assert abs(over_all.orders[-1] - 1) < 0.15, str(over_all)
+    at_layers = depth_limit(net, initial, halvings=0)
+    at_ends = depth_limit(net, initial, halvings=0, between=0)  # of the steps, from the left too
+    assert at_layers.errors[0] < (1 + 1e-12) * at_ends.errors[0] < 0.9 * over_all.errors[0]
+
+
+@pytest.mark.parallel([2, 3])
+def test_the_distance_over_all_times_is_the_same_on_ranks():
+    found = []
+    for alone in (False, True):
+        net = on_the_annulus("linear", alone=alone)
+        found.append(depth_limit(net, net.Y.batch(smooth(net.Y)), halvings=0, between=2).errors)
+    assert_allclose(*found, rtol=1e-10)
 
 
 @on_ranks
