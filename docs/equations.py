@@ -79,7 +79,7 @@ SHOWN = {
     "(5.1)": "test_each_group_solves_its_proximal_problem_in_its_turn",
     "(A1) of 2.1": "test_growth_is_bounded_in_the_size_of_s",
     "(A2) of 2.1": "test_coefficients_without_a_bound_have_another_limit_than_their_pointwise_one",
-    "Theorem 2.1": "test_depth_converges_at_order_one",
+    "Theorem 2.1": "test_z_tau_converges_uniformly_in_t_at_order_one",
     "(A3) of 2.1": "test_kernels_without_a_bound_have_another_limit_than_their_pointwise_one",
     "Theorem 2.2": "test_width_converges_strongly_at_order_one_and_two_against_cell_means",
     "Assumption 1": "test_an_activation_that_is_not_lipschitz_is_refused",

@@ -102,7 +102,7 @@ def test_z_tau_converges_uniformly_in_t_at_order_one(kind):
         for theta in FRACTIONS:
             times, states = zip(*z.at_fraction(theta))
             exact = problem.exact(np.append(0.0, times), jumps)[1:]
-            worst = max(distance(problem.Y, state_array(problem.Y, f)[:, 0], x) for f, x in zip(states, exact))
+            worst = max(worst, *(distance(problem.Y, state_array(problem.Y, f)[:, 0], x) for f, x in zip(states, exact)))
         errors.append(worst)
     found = orders(T / np.array(DEPTHS), errors)
     assert abs(found[-1] - 1) < 0.1, f"errors {errors} fall at {found}"

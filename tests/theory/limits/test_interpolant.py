@@ -1,12 +1,10 @@
 """z^tau of (2.2a), (2.2b): a residual network (2.1) between its layer times. Its limit is in `test_depth_limit.py`."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from exact_limits import EULER
 from helpers import label_space, laplace, network, set_smooth, smooth
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from fem_resnet import DepthInterpolant, ResidualNetwork, StepFailure, depth_limit, from_network, state_array, to_network
 
@@ -66,22 +64,6 @@ def test_z_tau_is_the_extended_recursion(options):
     run = net.run(initial)
     for l, t in enumerate(net.times):
         assert_allclose(state_array(net.Y, z(t)), state_array(net.Y, run.state(l)), atol=ROUND_OFF)
-
-
-@on_ranks
-def test_z_tau_jumps_at_the_layer_times_by_the_length_of_a_step():
-    """(2.2b): the limit from the left at tau is z_0 and the value z_1, so that z^tau is not in C([0, T])."""
-    Y, jumps = label_space("annulus", "CG1"), []
-    net = network(
-        space=("annulus", "CG1"), bias_in_time="linear", kernel_in_time="linear", solver_parameters=EULER, times=TIMES
-    )
-    for steps in (4, 8):
-        z = DepthInterpolant(net.replace(layers=replace(net.settings.layers, steps=steps)), Y.batch(smooth(Y)))
-        from_left, values = ([f for _, f in z.at_fraction(theta)] for theta in (1.0, 0.0))
-        assert_array_equal(Y.values(from_left[0]), Y.values(values[0]))
-        jumps.append(max(float(np.sqrt(Y.sum(Y.weights @ (Y.values(f) - Y.values(g)) ** 2)).max())
-                         for f, g in zip(from_left, values[1:], strict=True)))  # fmt: skip
-    assert jumps[1] > 0.01 and abs(jumps[0] / jumps[1] - 2) < 0.2, jumps
 
 
 def on_the_annulus(in_time, **options):
