@@ -46,7 +46,7 @@ STATEMENTS = {
 #: The test that shows each number; a part of an equation without a row of its own is shown by that of the whole.
 SHOWN = {
     "(2.1)": "test_one_euler_step_a_layer_with_cell_indicators_is_the_residualnetwork",
-    "(2.2)": "test_piecewise_linear_interpolants_of_the_coefficients_have_the_same_limit",
+    "(2.2)": "test_z_tau_is_the_extended_recursion",
     "(2.2b)": "test_a_network_of_L_layers_takes_L_steps_and_moves_in_the_first",
     "(2.3)": "test_depth_converges_at_order_one",
     "(2.4)": "test_a_network_of_arrays_is_one_on_any_partition",
@@ -79,7 +79,7 @@ SHOWN = {
     "(5.1)": "test_each_group_solves_its_proximal_problem_in_its_turn",
     "(A1) of 2.1": "test_growth_is_bounded_in_the_size_of_s",
     "(A2) of 2.1": "test_coefficients_without_a_bound_have_another_limit_than_their_pointwise_one",
-    "Theorem 2.1": "test_depth_converges_at_order_one",
+    "Theorem 2.1": "test_z_tau_converges_uniformly_in_t_at_order_one",
     "(A3) of 2.1": "test_kernels_without_a_bound_have_another_limit_than_their_pointwise_one",
     "Theorem 2.2": "test_width_converges_strongly_at_order_one_and_two_against_cell_means",
     "Assumption 1": "test_an_activation_that_is_not_lipschitz_is_refused",

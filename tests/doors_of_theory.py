@@ -22,6 +22,7 @@ from fem_resnet import (
     Controls,
     ControlSet,
     Costate,
+    DepthInterpolant,
     EigenExpansion,
     Ellipse,
     EnergyMonitor,
@@ -858,10 +859,23 @@ THEORY = {
     "dissipation_ratio": Door(dissipation_ratio, lambda: {"system": system()}, parted=("system",)),
     "depth_limit": Door(
         depth_limit,
-        lambda: {"net": euler(), "initial": field(), "halvings": 0, "solver_parameters": {"ts_rk_type": "4"}},
-        {"halvings": {"zero"}, "solver_parameters": OPTIONS},
+        lambda: {
+            "net": euler(),
+            "initial": field(),
+            "halvings": 0,
+            "between": 1,
+            "solver_parameters": {"ts_rk_type": "4"},
+        },
+        {"halvings": {"zero"}, "between": {"zero", "None"}, "solver_parameters": OPTIONS},
         parted=("net", "initial"),
         another={"solver_parameters": {"ts_rk_type": "5dp"}},
+    ),
+    "DepthInterpolant": Door(DepthInterpolant, lambda: {"net": euler(), "initial": field()}, parted=("net", "initial")),
+    "DepthInterpolant.__call__": of(
+        lambda: DepthInterpolant(euler(), field()), DepthInterpolant.__call__, lambda: {"t": 0.5}, {"t": {"zero"}}
+    ),
+    "DepthInterpolant.at_fraction": of(
+        lambda: DepthInterpolant(euler(), field()), DepthInterpolant.at_fraction, lambda: {"theta": 0.5}, {"theta": {"zero"}}
     ),
     "width_limit": Door(
         width_limit,
@@ -1043,11 +1057,12 @@ NO_DOORS: dict[str, str] = {
     "KernelError": "a part of a Compression",
     "LayerStability": "a part of a StabilityReport",
     "LipschitzBound": "what lipschitz_bound returns",
-    "NetworkArrays": "what to_network returns",
+    "NetworkArrays": "what to_network returns of Euler's method",
     "Picard": "what picard returns",
     "PicardPiece": "a part of a Picard",
     "Stability": "what stability_verdict returns",
     "StabilityEstimate": "what stability_estimate returns",
+    "StageArrays": "what to_network returns of a method with several stages",
     "Suggestion": "a part of a StabilityReport",
     "WeightedIdentity": "what weighted_identity returns",
 }

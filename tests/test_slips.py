@@ -3,6 +3,7 @@
 The domains are a sphere with |Y| = 12 or so and a disk, one of radius 0.4 with |Y| = 1/2: none has the measure 1.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import firedrake as fd
@@ -13,7 +14,17 @@ from numpy.testing import assert_allclose
 from problems import polynomials
 from scipy.linalg import expm, sqrtm
 
-from fem_resnet import ACTIVATIONS, Basis, LabelSpace, Layers, LowRankKernel, ResidualNetwork, cell_indicators
+from fem_resnet import (
+    ACTIVATIONS,
+    Basis,
+    DepthInterpolant,
+    LabelSpace,
+    Layers,
+    LowRankKernel,
+    ResidualNetwork,
+    cell_indicators,
+    depth_limit,
+)
 
 on_ranks = pytest.mark.parallel([1, 2])
 
@@ -114,6 +125,37 @@ def test_a_network_of_L_layers_takes_L_steps_and_moves_in_the_first():
     assert_allclose(f, z[: L + 1], atol=ROUND_OFF)
     assert norm(Y, f[-1] - z[-1]) > 0.1
     assert norm(Y, f[1] - z[0]) > 0.1  # z^tau(tau) is z_1, not z_0
+
+
+@on_ranks
+def test_z_tau_jumps_at_the_layer_times_and_converges_uniformly_all_the_same():
+    """Theorem 2.1 has z^tau in C([0, T]), to which Arzela and Ascoli apply. It jumps at all layer times, by O(tau)."""
+    Y, jumps = label_space("annulus", "CG1"), []
+    phi = laplace("annulus", "CG1", 5)
+    net = flat_network(
+        phi,
+        bias=phi,
+        kernel_in_time="linear",
+        bias_in_time="linear",
+        layers=2,
+        final_time=0.8,
+        steps=2,
+        solver_parameters=EULER,
+    )
+    for t in range(3):
+        net.kernel.set(t, np.cos(np.arange(5)[:, None] + 2.0 * np.arange(5) + t))
+        net.bias.set(t, np.sin(1.0 + np.arange(5) + t))
+    initial = Y.batch(smooth(Y, 1))
+    for steps in (2, 4, 8):
+        z = DepthInterpolant(net.replace(layers=replace(net.settings.layers, steps=steps)), initial)
+        from_left, values = ([Y.values(f)[:, 0] for _, f in z.at_fraction(theta)] for theta in (1.0, 0.0))
+        assert_allclose(from_left[0], values[0])  # z_0 on [0, tau), and z_1 at tau
+        jumps.append([norm(Y, before - after) for before, after in zip(from_left, values[1:], strict=True)])
+    distances = depth_limit(net, initial, halvings=2, between=1).errors
+    assert min(map(min, jumps)) > 0.01
+    largest = [max(each) for each in jumps]
+    assert abs(largest[1] / largest[2] - 2) < 0.2, f"jumps {largest}"
+    assert abs(distances[1] / distances[2] - 2) < 0.3, f"distances {distances}"
 
 
 def recursion(sigma, a, B, z, tau, L) -> float:

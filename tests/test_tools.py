@@ -31,6 +31,7 @@ from fem_resnet import (
     Box,
     Channels,
     Controls,
+    DepthInterpolant,
     Derivatives,
     EnergyMonitor,
     GrowthMonitor,
@@ -958,6 +959,17 @@ def _width_limit(net, found, close, start):
     ]
     assert_allclose(found.errors[0], np.linalg.norm(moments[0] - moments[1]), rtol=1e-6)
     assert found.errors[0] < 0.2
+
+
+@on_net("DepthInterpolant", net={"solver_parameters": EULER, "steps": 1}, call=lambda net: DepthInterpolant(net, state(net)))
+def _depth_interpolant(net, z, close, start):
+    f, Y = net.Y.values(state(net)), net.Y
+    bias, B = (sum(parts) / 2 for parts in zip(*(dense(net, t + 1e-14) for t in net.times[:2])))
+    middles = (net.times[:-1] + np.array(net.times[1:])) / 2
+    moved = f + (middles[1] - middles[0]) * np.tanh(bias[:, None] - B @ f)
+    assert_allclose(Y.values(z(middles[0])), f)
+    assert_allclose(Y.values(z(middles[1])), moved, atol=10 * close)
+    assert_allclose(Y.values(z(net.times[-1])), of_net(net), atol=10 * close)
 
 
 @on_net("to_network", net={"solver_parameters": EULER}, call=to_network)

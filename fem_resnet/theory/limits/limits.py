@@ -11,13 +11,14 @@ activations do, with C1 = abs(sigma(0)) and C2 = `Activation.properties.lipschit
 the limit may be another one than expected, or there may be none (`demos/limits.py`). Networks of several sizes that are
 trained separately are no such sequence.
 
-Between the layer times z^tau continues by interpolation of the coefficients, (2.2). Distances are measured at the layer
-times, where z^tau is z_l.
+Between the layer times z^tau continues by interpolation of the coefficients, (2.2), and Theorem 2.1 is about the supremum over
+all t. `depth_limit` measures distances at the layer times, where z^tau is z_l, and with `between` at times inside of the steps
+and at their ends from the left too (`DepthInterpolant`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import firedrake as fd
@@ -26,12 +27,14 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import function, instance, integer
 from fem_resnet.costate.costate import solve_costate
-from fem_resnet.costate.trajectory import solve_trajectory
+from fem_resnet.costate.trajectory import Trajectory, solve_trajectory
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.ranks import together
+from fem_resnet.theory.limits.interpolant import DepthInterpolant
+from fem_resnet.theory.limits.residual_network import refuse_other_schemes
 
 __all__ = ["Convergence", "depth_limit", "width_limit"]
 
@@ -65,15 +68,20 @@ class Convergence:
 
 @supports("channels", *HELD, "discrete_gradient", "single_precision")
 def depth_limit(
-    net: ResidualNetwork, initial: fd.Function, *, halvings: int = 3, solver_parameters: dict | None = None
+    net: ResidualNetwork,
+    initial: fd.Function,
+    *,
+    halvings: int = 3,
+    between: int | None = None,
+    solver_parameters: dict | None = None,
 ) -> Convergence:
     """Compare a network, with its own steps and with shorter ones, with the ODE (2.3) of the same coefficients: Theorem 2.1.
 
     The first error is the error of the network itself, how far it is from the ODE that its layers discretise.
     (`costate_check` compares co-states and gradients of a learning problem in the same way.) The other errors show the
     order of convergence. It is the order of the scheme if no coefficient jumps inside of a layer, and the coefficients of
-    a network do not. Distances are measured at the layer times, where z^tau of (2.2) is z_l. The coefficients of a network
-    are bounded, (A2) of 2.1; that sigma satisfies (A1) of 2.1 is supposed.
+    a network do not. Distances are measured at the layer times, where z^tau of (2.2) is z_l; or, with `between`, over all
+    of [0, T]. The coefficients of a network are bounded, (A2) of 2.1; that sigma satisfies (A1) of 2.1 is supposed.
     Collective over the ranks of the label domain.
 
     Parameters
@@ -84,6 +92,10 @@ def depth_limit(
         f_I, a Function of `Y.V` or a batch.
     halvings
         How often the steps are halved, at least 0.
+    between
+        For a network with Euler's method: at how many times inside of each step, equally far apart, z^tau is compared too, at
+        least 0, beside both ends of the step; z^tau jumps at an end, and both values count. None compares states at the layer
+        times alone.
     solver_parameters
         PETSc options for (2.3), over `fem_resnet.time_stepping.evolution.SOLVER_PARAMETERS`. It is solved with steps of an
         eighth of the shortest ones.
@@ -91,12 +103,13 @@ def depth_limit(
     Returns
     -------
     Convergence
-        The largest distance at a layer time in L2(Y), of all samples together.
+        The largest distance in L2(Y) at the times that are compared, of all samples together.
 
     Raises
     ------
     ValueError
-        If an argument does not fit, the network adapts its steps, or it has no layers.
+        If an argument does not fit, the network adapts its steps, or it has no layers; with `between` if it has another scheme
+        than Euler's.
 
     Examples
     --------
@@ -109,15 +122,31 @@ def depth_limit(
     array([1., 1., 1.])
     """
     halvings = integer("halvings", halvings, least=0)
+    if between is not None:
+        between = integer("between", between, least=0)
+        refuse_other_schemes(net.solver_parameters)
     counts = net.steps * 2 ** np.arange(halvings + 1)
     with stop_annotating():
         exact = solve_trajectory(net, initial, steps=int(8 * counts[-1]), solver_parameters=solver_parameters)
         at_layers = [exact(t) for t in net.times]
         errors = []
         for steps in counts:
-            run = net.replace(layers=replace(net.settings.layers, steps=int(steps))).run(initial)
-            errors.append(max(net.Y.norm(fd.Function(f).assign(run.state(l) - f)) for l, f in enumerate(at_layers)))
+            other = net.replace(layers=replace(net.settings.layers, steps=int(steps)))
+            pairs = _compared(other, initial, between, at_layers, exact)
+            errors.append(max(net.Y.norm(fd.Function(f).assign(f - g)) for f, g in pairs))
     return Convergence(np.diff(net.times).max() / counts, np.array(errors))
+
+
+def _compared(
+    net: ResidualNetwork, initial: fd.Function, between: int | None, at_layers: list[fd.Function], exact: Trajectory
+) -> Iterator[tuple[fd.Function, fd.Function]]:
+    """Pairs of states of the network and of the ODE."""
+    if between is None:
+        yield from zip(net.run(initial).states(), at_layers)
+        return
+    z, T = DepthInterpolant(net, initial), net.times[-1]
+    for theta in np.linspace(0, 1, between + 2):
+        yield from ((f, exact(min(t, T))) for t, f in z.at_fraction(theta))
 
 
 @supports(

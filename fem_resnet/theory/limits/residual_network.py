@@ -13,7 +13,14 @@ scheme (2.5) discretises the ODE (2.3) of the network. On M^d cubes of width h, 
 the kernel (2.7), with values b_h = B_h whose size does not change as h -> 0. On other partitions |Y_j| takes the place of
 h^d.
 
-The way back needs Euler's method: no other scheme is a residual network (2.1).
+The way back gives (2.1) for Euler's method alone. Another explicit Runge-Kutta method, with Butcher's coefficients A_ij and
+weights b_i, is a network of another form: each step has several evaluations of sigma, and later ones skip back to all earlier
+ones,
+
+    Z_i = z_l + tau_l sum_(j < i) A_ij k_j,      k_i = sigma(a_li - B_li Z_i),      z_(l+1) = z_l + tau_l sum_i b_i k_i,
+
+where a_li, B_li are the coefficients at the times of the stages. Implicit schemes solve an equation in each step: they are
+no finite number of evaluations of sigma.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.settings import Bias, Kernel, Layers
 from fem_resnet.ranks import same
 
-__all__ = ["NetworkArrays", "from_network", "state_array", "to_network"]
+__all__ = ["NetworkArrays", "StageArrays", "from_network", "refuse_other_schemes", "state_array", "to_network"]
 
 EULER = {"ts_type": "rk", "ts_rk_type": "1fe"}
 
@@ -54,6 +61,33 @@ class NetworkArrays(NamedTuple):
     a: np.ndarray
     B: np.ndarray
     tau: np.ndarray
+
+
+class StageArrays(NamedTuple):
+    """The arrays of a network whose layers are the steps of an explicit Runge-Kutta method; not of the form (2.1).
+
+    ``k[i] = sigma(a[l, i] - B[l, i] @ (z + tau[l] * sum(skips[i, j] * k[j] for j in range(i))))`` for all stages i, and then
+    ``z = z + tau[l] * sum(weights[i] * k[i])``, for l = 0 .. L - 1.
+
+    Attributes
+    ----------
+    a : numpy.ndarray
+        Biases, shape (L, stages, N), float64.
+    B : numpy.ndarray
+        Matrices, shape (L, stages, N, N), float64. Stages at the same time have the same matrix.
+    tau : numpy.ndarray
+        Step sizes, shape (L,), float64; in the unit of t.
+    skips : numpy.ndarray
+        Butcher's A_ij, shape (stages, stages), strictly lower triangular: by how much stage j skips to stage i. No unit.
+    weights : numpy.ndarray
+        Butcher's b_i, shape (stages,): by how much stage i goes into the next state. No unit.
+    """
+
+    a: np.ndarray
+    B: np.ndarray
+    tau: np.ndarray
+    skips: np.ndarray
+    weights: np.ndarray
 
 
 def from_network(
@@ -196,22 +230,27 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
 
 
 @supports("channels", "no_layers", *HELD, "single_precision")
-def to_network(net: ResidualNetwork) -> NetworkArrays:
-    """The arrays of the residual network (2.1) that a network with Euler's method is: the inverse of `from_network`.
+def to_network(net: ResidualNetwork) -> NetworkArrays | StageArrays:
+    """The arrays of the network that a network with an explicit method is, for any program that multiplies matrices.
+
+    Euler's method is the residual network (2.1): this is the inverse of `from_network`. Any other "ts_rk_type" has several
+    stages in each step, with weights of their own between them: another form than (2.1), `StageArrays`. Stages that nothing
+    uses, which are there to estimate errors, are left out.
 
     The label space may be any one; the weights of its nodes enter the matrices, `B^ij = b(y_i, z_j) w_j`. Several steps in a
-    layer become as many layers of (2.1). A parameter that varies in t has there its value at the start of the step.
-    The arrays have L N^2 numbers and are the same on every rank; `state_array` gives the states. Collective over the ranks
-    of the label domain.
+    layer become as many layers. A parameter that varies in t has there its value at the start of the step, or at the time of
+    the stage. The arrays have L N^2 numbers, times the stages, and are the same on every rank; `state_array` gives the states.
+    Collective over the ranks of the label domain.
 
     Parameters
     ----------
     net
-        A network with "ts_rk_type": "1fe" and fixed steps.
+        A network with the "ts_type" "rk" or "euler" and fixed steps.
 
     Returns
     -------
-    NetworkArrays
+    NetworkArrays or StageArrays
+        The first for Euler's method, and for no other.
 
     Raises
     ------
@@ -227,22 +266,45 @@ def to_network(net: ResidualNetwork) -> NetworkArrays:
     >>> a, B, tau = to_network(net)
     >>> B.shape == (4, Y.size, Y.size), tau.tolist()
     (True, [0.25, 0.25, 0.25, 0.25])
+    >>> heun = to_network(net.replace(solver_parameters={"ts_rk_type": "2a"}))
+    >>> heun.B.shape == (4, 2, Y.size, Y.size), heun.skips.tolist(), heun.weights.tolist()
+    (True, [[0.0, 0.0], [1.0, 0.0]], [0.5, 0.5])
     """
-    _check_scheme(net.solver_parameters)
+    skips, weights = _explicit_tableau(net)
+    used = weights.astype(bool) | skips.any(axis=0)
+    skips, weights = skips[np.ix_(used, used)], weights[used]
+    nodes = skips.sum(axis=1)
     a, B, tau = [], [], []
     for layer in net.layer_inputs():
         factors = layer.factors
         phi, psi = (_on_all_ranks(net.Y, values) for values in (factors.phi.values, factors.psi.weighted))
         for step in range(net.steps):
-            s = step / net.steps
-            a.append(_on_all_ranks(net.Y, layer.bias.coefficients(s)[:, None])[:, 0])
-            B.append(phi @ layer.beta.coefficients(s) @ psi.T)
+            for s in (step + nodes) / net.steps:
+                a.append(_on_all_ranks(net.Y, layer.bias.coefficients(s)[:, None])[:, 0])
+                B.append(phi @ layer.beta.coefficients(s) @ psi.T)
             tau.append(layer.length / net.steps)
-    N = net.Y.size
-    return NetworkArrays(np.reshape(a, (-1, N)), np.reshape(B, (-1, N, N)), np.array(tau))
+    N, stages = net.Y.size, len(weights)
+    if stages == 1:
+        return NetworkArrays(np.reshape(a, (-1, N)), np.reshape(B, (-1, N, N)), np.array(tau))
+    return StageArrays(np.reshape(a, (-1, stages, N)), np.reshape(B, (-1, stages, N, N)), np.array(tau), skips, weights)
 
 
-def _check_scheme(parameters: dict) -> None:
+def _explicit_tableau(net: ResidualNetwork) -> tuple[np.ndarray, np.ndarray]:
+    """A_ij and b_i of the explicit method of a network; refuse other ones."""
+    kind, tableau = net.solver_parameters["ts_type"], net.tableau
+    if kind == "euler":
+        return np.zeros((1, 1)), np.ones(1)
+    if kind != "rk" or tableau is None:
+        raise ValueError(
+            f"net: expected an explicit Runge-Kutta method, got {kind!r}. Implicit schemes solve an equation in each step, "
+            f"which is no finite number of sigma, and of other explicit ones PETSc does not give the coefficients away. Make "
+            f"the network with {{'ts_type': 'rk'}} and any 'ts_rk_type'"
+        )
+    return tableau
+
+
+def refuse_other_schemes(parameters: dict) -> None:
+    """Raise ValueError unless these PETSc options are those of Euler's method, so that a network is one of (2.1)."""
     kind, method = parameters["ts_type"], parameters.get("ts_rk_type")
     if kind not in ("rk", "euler") or (kind == "rk" and method != "1fe"):
         name = f"'rk' with 'ts_rk_type' {method!r}" if kind == "rk" else repr(kind)

@@ -5,7 +5,7 @@ import pytest
 from exact_limits import T, distance, orders, runge_kutta, slope
 from helpers import label_space
 
-from fem_resnet import from_network, state_array
+from fem_resnet import DepthInterpolant, from_network, state_array
 
 #: On two ranks, which own different nodes.
 on_ranks = pytest.mark.parallel([1, 2])
@@ -87,20 +87,22 @@ def test_runge_kutta_falls_to_order_one_at_a_jump_unless_an_interface_sits_there
     assert along[0] < 1e-3 * across[-1]
 
 
-def test_piecewise_linear_interpolants_of_the_coefficients_have_the_same_limit():
-    """a^tau and B^tau of section 2.1 are piecewise linear in t: (2.2a), also from starts between the layer times."""
-    c, jumps = IN_TIME["smooth"]
+#: Fractions of a step: its ends, from both sides, and three times inside.
+FRACTIONS = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("kind", IN_TIME)
+def test_z_tau_converges_uniformly_in_t_at_order_one(kind):
+    """Theorem 2.1 with z^tau of (2.2a), (2.2b) at all times, also where the interpolants of the coefficients cross a jump."""
+    c, jumps = IN_TIME[kind]
     problem, errors = InDepth(c), []
     for L in DEPTHS:
-        nodes, worst = np.linspace(0, T, L + 1), 0.0
-        for theta in (0.0, 0.5):
-            # z^tau(t + tau) from z^tau(t), t = (l + theta) tau: z_0 on [0, tau) as corrected in (2.2b).
-            shifted = nodes[:-1] + theta / L
-            interpolant = np.interp(shifted, nodes, c(nodes))
-            net, initial = problem.network(np.linspace(0, T, L + 1), c=lambda t: interpolant)
-            z = state_array(problem.Y, net(initial))[:, 0]
-            exact = problem.exact(np.array([0, T + theta / L]), jumps)[-1]
-            worst = max(worst, distance(problem.Y, z, exact))
+        z = DepthInterpolant(*problem.network(np.linspace(0, T, L + 1)))
+        worst = 0.0
+        for theta in FRACTIONS:
+            times, states = zip(*z.at_fraction(theta))
+            exact = problem.exact(np.append(0.0, times), jumps)[1:]
+            worst = max(worst, *(distance(problem.Y, state_array(problem.Y, f)[:, 0], x) for f, x in zip(states, exact)))
         errors.append(worst)
     found = orders(T / np.array(DEPTHS), errors)
     assert abs(found[-1] - 1) < 0.1, f"errors {errors} fall at {found}"
@@ -153,8 +155,8 @@ def primes(least):
     return [n for n in range(least, least + 150) if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
-def alternating(L, sign=lambda l, L: (-1.0) ** l, a_0=0.0):
-    """z_L for a_l = sign(l, L) a, and the problem."""
+def alternating(L, sign=lambda l, L: (-1.0) ** l, a_0=0.0, interpolant=False):
+    """z_L for a_l = sign(l, L) a, or z^tau, and the problem."""
     problem = InDepth(lambda t: 0 * t)
     problem.a_0 = a_0 * np.ones(problem.Y.size)
     times = np.linspace(0, T, L + 1)
@@ -162,7 +164,8 @@ def alternating(L, sign=lambda l, L: (-1.0) ** l, a_0=0.0):
     net, initial = from_network(
         problem.a_0 + sign(l, L)[:, None] * problem.a_1, problem.B_0, problem.z_0, problem.Y, tau=np.diff(times)
     )
-    return state_array(problem.Y, net(initial))[:, 0], problem
+    z = DepthInterpolant(net, initial) if interpolant else state_array(problem.Y, net(initial))[:, 0]
+    return z, problem
 
 
 def test_alternating_coefficients_tend_to_the_averaged_ode_not_to_that_of_the_weak_limit():
@@ -180,6 +183,28 @@ def test_alternating_coefficients_tend_to_the_averaged_ode_not_to_that_of_the_we
         weak.append(distance(problem.Y, z, of_weak))
     assert abs(orders(1 / np.array(depths), averaged)[-1] - 1) < 0.1, f"errors {averaged}"
     assert min(weak) > 0.2 and weak[-1] > 20 * averaged[-1]
+
+
+@on_ranks
+def test_alternating_coefficients_have_another_limit_between_the_layer_times_so_that_z_tau_has_none():
+    """(2.2) where a_l = (-1)^l a: in the middle of a layer a^tau is 0, and z^tau tends to the limit with a = 0.
+
+    At the layer times it tends to the averaged ODE. Uniform convergence in t, as of Theorem 2.1, is more than that at the
+    layer times.
+    """
+    at_ends, in_middles, apart, depths = [], [], [], [16, 64, 256]
+    for L in depths:
+        z, problem = alternating(L, interpolant=True)
+        a, B, ends = problem.a_1, problem.B_0, np.array([0.0, T])
+        mean = runge_kutta(lambda t, z: (np.tanh(a - B @ z) + np.tanh(-a - B @ z)) / 2, problem.z_0, ends)[-1]
+        of_weak = runge_kutta(lambda t, z: np.tanh(-B @ z), problem.z_0, ends)[-1]
+        at_T, near_T = (state_array(problem.Y, z(t))[:, 0] for t in (T, T - T / L / 2))
+        at_ends.append(distance(problem.Y, at_T, mean))
+        in_middles.append(distance(problem.Y, near_T, of_weak))
+        apart.append(distance(problem.Y, at_T, near_T))
+    for errors in (at_ends, in_middles):
+        assert abs(orders(1 / np.array(depths), errors)[-1] - 1) < 0.1, f"errors {errors}"
+    assert min(apart) > 0.2 and apart[-1] > 20 * max(at_ends[-1], in_middles[-1])
 
 
 @on_ranks

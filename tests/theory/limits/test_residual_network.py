@@ -9,6 +9,7 @@ from fem_resnet import (
     ACTIVATIONS,
     Layers,
     ResidualNetwork,
+    StageArrays,
     cell_indicators,
     from_network,
     point_space,
@@ -162,13 +163,57 @@ def test_layers_of_own_bases_have_own_matrices():
     assert_allclose(z, state_array(net.Y, net(initial)), atol=ROUND_OFF)
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [{"ts_rk_type": "4"}, {"ts_rk_type": "2a"}, {"ts_type": "beuler"}, {"ts_type": "cn"}, {"ts_type": "ssp"}],
-)
+#: All explicit tableaus of PETSc with more than one stage, and how many stages they need.
+TABLEAUS = {
+    "2a": 2, "2b": 2, "3": 3, "3bs": 3, "4": 4, "5f": 6, "5dp": 6, "5bs": 7, "6vr": 8, "7vr": 9, "8vr": 12,
+}  # fmt: skip
+
+
+@on_ranks
+@pytest.mark.parametrize("method", TABLEAUS)
+def test_an_explicit_method_is_a_network_of_stages_with_skip_weights(method):
+    """Another form than (2.1), by its arrays alone: the controls move while the stages are taken."""
+    net = network(
+        space=("annulus", "CG1"), steps=2, bias_in_time="linear", kernel_in_time="linear",
+        solver_parameters={"ts_rk_type": method},
+    )  # fmt: skip
+    initial = net.Y.batch(smooth(net.Y))
+    arrays = to_network(net)
+    assert isinstance(arrays, StageArrays) and len(arrays.weights) == TABLEAUS[method]
+    assert not np.triu(arrays.skips).any() and abs(arrays.weights.sum() - 1) < 1e-14
+    assert arrays.a.shape == (6, TABLEAUS[method], net.Y.size) and arrays.B.shape == (*arrays.a.shape, net.Y.size)
+    z = in_stages(arrays, state_array(net.Y, initial), np.tanh)
+    assert_allclose(z, state_array(net.Y, net(initial)), atol=ROUND_OFF)
+
+
+def in_stages(arrays, z, sigma):
+    """The network of stages in NumPy."""
+    for a, B, tau in zip(arrays.a, arrays.B, arrays.tau):
+        k = []
+        for i, row in enumerate(arrays.skips):
+            Z = z + tau * sum((row[j] * k[j] for j in range(i)), 0 * z)
+            k.append(sigma(a[i][:, None] - B[i] @ Z))
+        z = z + tau * sum(weight * each for weight, each in zip(arrays.weights, k))
+    return z
+
+
+@on_ranks
+def test_stages_of_learned_factors_times_and_a_sphere():
+    net = network(space=("sphere", "CG1"), learn_factors=True, learn_times=True, solver_parameters={"ts_rk_type": "4"})
+    for factor in net.factors:
+        factor.set(0, 0.3 * smooth(net.Y, factor.space_basis.shape[1], seed=8))
+    net.layer_times.set(0, [0.3, 0.6, 1.1])
+    initial = net.Y.batch(smooth(net.Y))
+    z = in_stages(to_network(net), state_array(net.Y, initial), np.tanh)
+    assert_allclose(z, state_array(net.Y, net(initial)), atol=ROUND_OFF)
+
+
+@pytest.mark.parametrize("parameters", [{"ts_type": "beuler"}, {"ts_type": "cn"}, {"ts_type": "irk"}, {"ts_type": "ssp"}])
 def test_other_schemes_are_refused_with_the_reason(parameters):
     net = network(solver_parameters=parameters)
-    with pytest.raises(ValueError, match="net: expected Euler's method, got .* one sigma is taken of the state at the start"):
+    with pytest.raises(
+        ValueError, match="net: expected an explicit Runge-Kutta method, got .* solve an equation in each step"
+    ):
         to_network(net)
 
 
