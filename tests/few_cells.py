@@ -7,7 +7,7 @@ import numpy as np
 from firedrake import COMM_SELF, COMM_WORLD
 from scipy.optimize import minimize
 
-from fem_resnet import Box, LabelSpace
+from fem_resnet import Basis, Box, Head, LabelSpace, cell_indicators
 
 
 @cache
@@ -42,6 +42,30 @@ def control_cost(f, a, b, w):
 
 #: A box of controls on both sides of 0.
 BOX = Box((-0.3, 0.4), (-0.6, 0.5))
+
+
+#: W for three classes, in a basis of at most three functions, and mu. Class 1 has large first and small other cells.
+W, MU = np.array([[-0.9, 0.7, 0.2], [1.2, -0.8, -0.4], [0.1, 0.3, 0.5]]), np.array([0.2, -0.1, 0.3])
+
+
+def _functions(n):
+    """The basis that the head reads, in the cells: neither orthonormal nor their indicators."""
+    return 0.8 * np.eye(n) + 0.3 * np.tri(n, k=-1)
+
+
+def reading(Y, prediction) -> Head:
+    """A head onto three classes."""
+    cells = cell_indicators(Y)
+    head = Head(Basis(Y, cells.values @ _functions(cells.rank), "given"), 3, prediction)
+    head.W.set(0, W[:, : cells.rank])
+    head.mu.set(0, MU)
+    return head
+
+
+def scores(w, f):
+    """What that head makes of columns of states on all cells, written out."""
+    n = len(w)
+    return W[:, :n] @ _functions(n).T @ (w[:, None] * f) + MU[:, None]
 
 
 def distance(w, target):
