@@ -91,9 +91,8 @@ def terminal_cost(cells: Cells, target: Any, head: Head | None = None, loss: Los
     instance("head", head, (Head, NoneType))
     instance("loss", loss, (Loss, NoneType))
     if of_states:
-        for name, given in (("head", head), ("loss", loss)):
-            if given is not None:
-                raise ValueError(f"{name}: expected none beside a terminal cost that is a function, got {given!r}")
+        if head is not None or loss is not None:
+            raise ValueError(f"target: expected values or a class beside a head or a loss, got the function {target!r}")
         return _CostOfStates(cells, function("target", target, "values, a class, or a function of states and weights"))
     if head is None and loss in (None, least_squares):
         return _DistanceFromTarget(cells, target)

@@ -306,9 +306,9 @@ def test_what_is_refused():
     for name, given in (
         ("head", {"target": zeros, "head": "softmax"}),
         ("head", {"target": 1, "head": elsewhere}),
-        ("head", {"target": wave, "head": head}),
+        ("target", {"target": wave, "head": head}),
         ("loss", {"target": zeros, "loss": "cross_entropy"}),
-        ("loss", {"target": wave, "loss": least_squares}),
+        ("target", {"target": wave, "loss": least_squares}),
         ("loss", {"target": 1, "head": head, "loss": binary_cross_entropy}),
         ("loss", {"target": 1, "head": head, "loss": Loss("broken", lambda Y, O, C, h: O[:, :1], lambda *_: 0.0)}),
         ("loss", {"target": 1, "head": head, "loss": Loss("NaN", lambda Y, O, C, h: np.nan * O.sum(axis=0), lambda *_: 0.0)}),
