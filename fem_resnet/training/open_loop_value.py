@@ -7,9 +7,10 @@ characteristics of (4.11) are the coupled system of the maximum principle. So at
 solves for the characteristic that begins there, and D_v F(v, 0) = r(0) in the sign of section 4.1, where F is smooth. Work
 grows as one network does. F(v, t) is that of a network of the length T - t, as A and L do not depend on time.
 
-What is found costs what `value` says, so that F is no more than that, up to the time step. It need not be the least: where F
-has kinks, and elsewhere too, several trajectories obey the maximum principle. So the method begins at several controls, and
-all their values are there to be compared.
+What is found costs what `value` says, so that F is no more than that, up to the time step. It need not be the least: several
+trajectories may obey the maximum principle. So the method begins at several controls, and all their values are there to be
+compared. r(0) is right to first order in the length of the layers where a component of f changes its sign, or controls switch,
+inside of a layer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fem_resnet.control.hamiltonian import Pair
 from fem_resnet.control.maximum_principle import Residual, pmp_residual
 from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.features import STEPPED, supports
-from fem_resnet.label_domain.basis import node_numbers
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
 from fem_resnet.training.msa import MSAProgress, msa, problem_of
@@ -93,13 +94,13 @@ def open_loop_value(
         A convex set, in which (a, b) lies at all y and z.
     starts
         From how many controls `msa` begins: the present ones, brought into A, and controls that are extremal at v for random
-        co-states.
+        waves as co-states.
     iterations
         The largest number of its iterations from each of them.
     tolerance
         It ends before that with an iteration that lowers J by less than this part of its value at the present controls.
     seed
-        Of the random co-states: the same on any number of ranks.
+        Of the random waves: the same on any number of ranks.
 
     Returns
     -------
@@ -120,14 +121,14 @@ def open_loop_value(
     net, Y = problem.net, problem.net.Y
     if not net.activation.properties.non_decreasing:
         raise ValueError(f"activation: expected one that does not decrease, got {net.activation.name}")
-    v, numbers, rng = Y.values(problem.batch.inputs), node_numbers(Y), np.random.default_rng(seed)
+    v, rng = Y.values(problem.batch.inputs), np.random.default_rng(seed)
     with stop_annotating():
         least_fall = tolerance * abs(float(problem.evaluate()[0]))
     results = []
     for start in range(starts):
         begin = problem
         if start > 0:
-            pair = Pair(v, rng.normal(size=(Y.size, 1))[numbers], "maximise")
+            pair = Pair(v, _random_wave(Y, rng), "maximise")
             begin = problem_of(problem, [extremal_controls(Y, A, pair).controls] * net.layers)
         results.append(
             msa(
@@ -145,6 +146,18 @@ def open_loop_value(
     return OpenLoopValue(
         best.value, run.costate(0), best.problem, best.controls, values, pmp_residual(best.problem, A)
     )  # fmt: skip
+
+
+def _random_wave(Y: LabelSpace, rng: np.random.Generator) -> np.ndarray:
+    """A wave of the length of Y or so, shape (nodes, 1). Collective."""
+    x = Y.coordinates
+    low, high = (
+        Y.comm.allreduce(end, op=np.maximum)
+        for end in (-x.min(axis=0, initial=np.inf), x.max(axis=0, initial=-np.inf))
+    )  # fmt: skip
+    frequencies = rng.normal(scale=4.0, size=x.shape[1]) / ((low + high).max() or 1.0)
+    phases = np.repeat(rng.uniform(0, 2 * np.pi, Y.channels), Y.nodes // Y.channels)
+    return np.cos((x + low) @ frequencies + phases)[:, None]
 
 
 def _falls_less(least: float) -> Callable[[MSAProgress], bool]:
