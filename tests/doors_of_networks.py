@@ -950,7 +950,7 @@ DOORS = {
             "tolerance": 1e-3,
             "seed": 1,
         },
-        takes={"iterations": {"zero"}, "tolerance": NOT_NEGATIVE, "seed": {"zero"}},
+        takes={"iterations": {"zero"}, "tolerance": NOT_NEGATIVE, "seed": {"zero", "a huge integer"}},
         parted=("problem",),
         another={"A": Box((-9, 8), (-9, 9))},
     ),
@@ -1040,17 +1040,9 @@ NO_DOORS = {
     "ACTIVATIONS": "a table",
     "Density": "a protocol: what a density of the user's has",
     "StepFailure": "an error that a layer raises",
+    "OpenLoopValue": "what open_loop_value gives",
     **dict.fromkeys(
-        (
-            "Result",
-            "PAMResult",
-            "MSAResult",
-            "OpenLoopValue",
-            "PAMProgress",
-            "MSAProgress",
-            "StochasticProgress",
-            "StochasticResult",
-        ),
+        ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress", "StochasticProgress", "StochasticResult"),
         "what training gives, with what it computed",
     ),
 }
