@@ -72,6 +72,7 @@ _MODULES = {
     "training.stochastic_steps": ["SGD", "Adam"],
     "training.stochastic": ["StochasticProgress", "StochasticResult", "train_stochastic"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
+    "training.open_loop_value": ["OpenLoopValue", "open_loop_value"],
     "theory.sensitivity.well_posedness": [
         "StabilityEstimate",
         "WellPosedness",

@@ -22,6 +22,7 @@ from fem_resnet import (
     Basis,
     Batch,
     Bias,
+    Box,
     Channels,
     DampedAntisymmetric,
     Derivatives,
@@ -64,6 +65,7 @@ from fem_resnet import (
     load_lift,
     locality,
     msa,
+    open_loop_value,
     point_space,
     read_mesh,
     save,
@@ -241,6 +243,13 @@ def started(problem):
 def free() -> LearningProblem:
     """Three classes, without a regulariser."""
     return classes().replace(regulariser=None)
+
+
+@cache
+def one_sample() -> LearningProblem:
+    """The same with one sample."""
+    batch = free().batch
+    return free().replace(batch=Batch(net().Y.batch(net().Y.values(batch.inputs)[:, :1]), batch.targets[:1]))
 
 
 @cache
@@ -931,6 +940,20 @@ DOORS = {
         parted=("problem",),
         another={"A": RowBox(phi(), (-9, 8), (-9, 9)), "variant": "extended", "monitor": None},
     ),
+    "open_loop_value": Door(
+        open_loop_value,
+        lambda: {
+            "problem": one_sample(),
+            "A": Box((-9, 9), (-9, 9)),
+            "starts": 1,
+            "iterations": 1,
+            "tolerance": 1e-3,
+            "seed": 1,
+        },
+        takes={"iterations": {"zero"}, "tolerance": NOT_NEGATIVE, "seed": {"zero", "a huge integer"}},
+        parted=("problem",),
+        another={"A": Box((-9, 8), (-9, 9))},
+    ),
     # -- files --
     "save": Door(
         save,
@@ -1017,6 +1040,7 @@ NO_DOORS = {
     "ACTIVATIONS": "a table",
     "Density": "a protocol: what a density of the user's has",
     "StepFailure": "an error that a layer raises",
+    "OpenLoopValue": "what open_loop_value gives",
     **dict.fromkeys(
         ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress", "StochasticProgress", "StochasticResult"),
         "what training gives, with what it computed",

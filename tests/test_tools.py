@@ -69,6 +69,7 @@ from fem_resnet import (
     middle_pairs,
     msa,
     observed_decay,
+    open_loop_value,
     picard,
     pmp_residual,
     save,
@@ -655,6 +656,19 @@ def _msa(p, result, close, start):
 @runs("msa, A pointwise", call=lambda p: msa(p, Box((-9, 9), (-9, 9)), iterations=1))
 def _msa_pointwise(p, result, close, start):
     _by_msa(p, result, close, start)
+
+
+@runs("open_loop_value", call=lambda p: open_loop_value(p, Box((-9, 9), (-9, 9)), starts=1, iterations=1))
+def _open_loop_value(p, found, close, start):
+    assert_allclose(found.value, value(p.replace(net=found.problem.net)), rtol=close)
+    assert found.value <= start * (1 + max(close, 1e-7)) and found.values.tolist() == [found.value]
+    w = smooth(p.net.Y, 1, seed=9)
+    single = p.net.settings.precision == "single"
+    expected = slope(
+        lambda: value(found.problem), [p.batch.inputs], [in_data(p.batch.inputs, w, p.net.Y)], 0.05 if single else 1e-3
+    )
+    slope_found = p.net.Y.inner(found.gradient, p.net.Y.batch(w))
+    assert_allclose(slope_found, expected, rtol=0.1 if single else 1e-3, atol=1e-8)
 
 
 @runs("verify", call=lambda p: verify(p, quick=True))

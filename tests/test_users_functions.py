@@ -13,6 +13,7 @@ from fem_resnet import (
     Controls,
     Hamiltonian,
     KernelSampling,
+    Loss,
     Pair,
     RunningCost,
     Sections,
@@ -82,9 +83,10 @@ def one_cell(values):
     return np.array(values)[: cell().nodes]
 
 
-def value_function(**options):
+def value_function(target=None, **options):
+    target = one_cell([2.0]) if target is None else target
     return solve_value_function(
-        cell(), Box((-1, 1), (0, 0)), "identity", one_cell([2.0]), StateGrid(one_cell([[0.0, 0.5]]), 0.25), final_time=1.0,
+        cell(), Box((-1, 1), (0, 0)), "identity", target, StateGrid(one_cell([[0.0, 0.5]]), 0.25), final_time=1.0,
         **options,
     )  # fmt: skip
 
@@ -103,16 +105,25 @@ def sections(broken, described=True):
     return A
 
 
-def of_value_function(use):
-    """The feedback of a value function whose running cost fails once it is there."""
+def of_value_function(use, **given):
+    """The feedback of a value function, a user's function of which fails once it is there."""
 
     def call(broken):
         broken.error, later = None, broken.error
-        F = value_function(running=lambda f: broken(f))
+        options = {name: make(broken) for name, make in given.items()} or {"running": lambda f: broken(f)}
+        F = value_function(**options)
         broken.error = later
         return use(F)
 
     return call
+
+
+def loss(broken):
+    return Loss("user's", broken, lambda *_: 0.0)
+
+
+def squares(Y, f, C, h):
+    return Y.weights @ (f - C) ** 2
 
 
 def gauss(y, z):
@@ -135,6 +146,13 @@ CALLS = {
     ),
     "solve_value_function, monitor": (lambda broken: value_function(monitor=broken), lambda t: None),
     "solve_value_function, running": (lambda broken: value_function(running=lambda f: broken(f)), lambda f: f**2),
+    "solve_value_function, target": (lambda broken: value_function(lambda v, w: broken(v)), lambda v: v[0] ** 2),
+    "solve_value_function, loss": (lambda broken: value_function(loss=loss(broken)), squares),
+    "closed_loop, target": (
+        of_value_function(lambda F: closed_loop(F, one_cell([[0.1]])), target=lambda broken: lambda v, w: broken(v)),
+        lambda v: v[0] ** 2,
+    ),
+    "closed_loop, loss": (of_value_function(lambda F: closed_loop(F, one_cell([[0.1]])), loss=loss), squares),
     "feedback_speeds": (of_value_function(lambda F: feedback_speeds(F, one_cell([[0.1]]), 0.5)), lambda f: f**2),
     "feedback_controls": (of_value_function(lambda F: feedback_controls(F, one_cell([[0.1]]), 0.5)), lambda f: f**2),
     "closed_loop": (of_value_function(lambda F: closed_loop(F, one_cell([[0.1]]))), lambda f: f**2),

@@ -3,7 +3,8 @@
     F_t + H(v, D_v F) = 0,    H(v, r) = min over (a, b) of  int sigma(a - B_b v) r dy + int L(v, a, b) dy              (4.11)
     F(v, T) = 1/2 int (v - ftilde)^2 dy                                                                               (4.12)
 
-These hold where F is smooth (Theorem 4.2). The minimum is taken cell by cell (`speeds`).
+These hold where F is smooth (Theorem 4.2). The minimum is taken cell by cell (`speeds`). With a head, or another terminal
+cost, F(v, T) is another function (`terminal_cost`).
 
 The scheme takes monotone differences on a tensor grid of v, backwards in time. A step of length h moves one cell after the
 other, in this order and in the opposite order in turns. The part of cell i is a step of a controlled Markov chain,
@@ -24,6 +25,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 
+import firedrake as fd
 import numpy as np
 from mpi4py import MPI
 
@@ -33,9 +35,12 @@ from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.hjb.cells import Cells
 from fem_resnet.hjb.speeds import ExtremalSpeeds, SampledSpeeds, Speeds, SpeedsAtStates
 from fem_resnet.hjb.state_grid import StateGrid, axes_of, boxes_in_time, first_box
+from fem_resnet.hjb.terminal_cost import terminal_cost
 from fem_resnet.hjb.value_function import ValueFunction
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.layers.running_cost import RunningCost
+from fem_resnet.learning.head import Head
+from fem_resnet.learning.loss import Loss
 from fem_resnet.log import log
 from fem_resnet.ranks import same, together
 
@@ -49,10 +54,12 @@ def solve_value_function(
     Y: LabelSpace,
     A: ControlSet,
     activation: str | Activation,
-    target: np.ndarray,
+    target: np.ndarray | fd.Function | int | Callable[[np.ndarray, np.ndarray], np.ndarray],
     grid: StateGrid,
     *,
     final_time: float,
+    head: Head | None = None,
+    loss: Loss | None = None,
     running: RunningCost | Callable | None = None,
     monitor: Callable[[float], bool | None] | None = None,
     resume: ValueFunction | None = None,
@@ -70,11 +77,17 @@ def solve_value_function(
     activation
         sigma, any. If it does not decrease and L is a function of f alone, the minimum in (4.11) is explicit.
     target
-        ftilde at this rank's nodes, shape (nodes,).
+        ftilde at this rank's nodes, shape (nodes,). With a head C: a class, or values at this rank's nodes of `head.Y`. Or the
+        terminal cost itself, a function of the states v on all cells, shape (n, states), in the order of `cell_indicators`,
+        and of the weights of the cells, shape (n,). It returns an array of shape (states,).
     grid
         The states at t = 0, the spacing of the grid and the memory that it may take.
     final_time
         T > 0.
+    head
+        What is read from the final state, by (2.9) and with its W and mu as they are now; O = v if left out.
+    loss
+        The loss of the output, `least_squares` if left out; one in UFL is assembled for each state of the grid.
     running
         The running cost L: a `RunningCost`; or the density of L at y, a function L(f), or a function L(f, a, b, w). Here f
         is an array, a a number, b the values b(y, z) for all z, and w the weights of the cells, so that `b**2 @ w` is int
@@ -105,6 +118,17 @@ def solve_value_function(
     >>> F = solve_value_function(Y, Box((-1, 1), (0, 0)), "identity", [2.0], grid, final_time=1.0)
     >>> F([0.0], 0.0).round(2)  # the speed is at most 1, so that 1 is left of the way to 2
     array([0.5])
+
+    The cost of the wrong class, if O = (v, 0) are the scores of two classes:
+
+    >>> from fem_resnet import Head, cell_indicators, cross_entropy
+    >>> head = Head(cell_indicators(Y), 2)
+    >>> head.W.set(0, [[1.0], [0.0]])
+    >>> F = solve_value_function(
+    ...     Y, Box((-1, 1), (0, 0)), "identity", 0, grid, final_time=1.0, head=head, loss=cross_entropy
+    ... )
+    >>> F([0.0], 0.0).round(2)  # log(1 + 1/e)
+    array([0.31])
     """
     check_label_space(Y)
     replicated = (grid.spacing, grid.samples, grid.memory) if isinstance(grid, StateGrid) else grid
@@ -122,9 +146,7 @@ def solve_value_function(
         function("monitor", monitor, "a function of the time")
     instance("resume", resume, (ValueFunction, type(None)))
     cells = Cells(Y)
-    of_target = cells.gather_batch(target, "target")
-    if of_target.shape[1] != 1:
-        raise ValueError(f"target: expected shape (nodes,), got {of_target.shape[1]} samples")
+    terminal = terminal_cost(cells, target, head, loss)
     start = cells.gather_batch(grid.start, "start")
     speeds = together(Y.comm, lambda: _speeds(cells, A, activation, running, grid.samples))
     box = first_box(start, grid.spacing)
@@ -133,39 +155,44 @@ def solve_value_function(
     here = together(Y.comm, lambda: speeds.at(states))
     # Each rank computes all of F: with another density on one of them it would have another F.
     same(Y.comm, A=here.ends, running=here.costs)
-    solution = ValueFunction(cells, speeds, of_target[:, 0], grid.spacing, times, boxes, [])
+    at_end = terminal.on_grid(states)
+    same(Y.comm, target=at_end)
+    solution = ValueFunction(cells, speeds, terminal, grid.spacing, times, boxes, [])
     if resume is None:
-        values = [_terminal_values(cells.weights, states, solution.target)]
+        values = [at_end]
     else:
-        _refuse_other(resume, solution, here.differs(resume.speeds.at(states)))
+        _refuse_other(resume, solution, states, here, at_end)
         values = resume.values[::-1]
     _step_backwards(solution, here, values, monitor)
     first = len(times) - len(values)
-    return ValueFunction(cells, speeds, solution.target, grid.spacing, times[first:], boxes[first:], values[::-1])
+    return ValueFunction(cells, speeds, terminal, grid.spacing, times[first:], boxes[first:], values[::-1])
 
 
-def _terminal_values(weights: np.ndarray, states: Sequence[np.ndarray], target: np.ndarray) -> np.ndarray:
-    """F(., T) of (4.12) on an open grid of states."""
-    return sum(w * (v - f) ** 2 for w, v, f in zip(weights, states, target)) / 2
-
-
-def _refuse_other(solution: ValueFunction, expected: ValueFunction, of_speeds: str | None) -> None:
+def _refuse_other(
+    solution: ValueFunction, expected: ValueFunction, states: Sequence[np.ndarray], here: SpeedsAtStates, at_end: np.ndarray
+) -> None:
     """Raise ValueError unless a solution belongs to the same problem, from some time on. The message names the difference.
 
-    `of_speeds` names the arguments in which the speeds differ, if they do.
+    `here` and `at_end` are the speeds and F(., T) of the expected one on the open grid `states`.
     """
     levels = len(solution.values)
 
-    def equal(name: str, last: int = 0) -> bool:
-        return np.array_equal(getattr(solution, name), getattr(expected, name)[-last:])
+    def equal(name: str) -> bool:
+        return np.array_equal(getattr(solution, name), getattr(expected, name)[-levels:])
 
+    def same_terminal_cost() -> bool:
+        return np.array_equal(solution.terminal.on_grid(states), at_end)
+
+    same_cells = np.array_equal(solution.cells.weights, expected.cells.weights)
+    of_speeds = here.differs(solution.speeds.at(states))
+    same_kind = type(solution.terminal) is type(expected.terminal)
     differences = {
-        "Y": not np.array_equal(solution.cells.weights, expected.cells.weights),
-        "target": not equal("target"),
+        "Y": not same_cells,
+        expected.terminal.arguments if same_kind else "target, head or loss": same_cells and not same_terminal_cost(),
         "spacing": solution.spacing != expected.spacing,
         "final_time": solution.times[-1] != expected.times[-1],
         of_speeds: of_speeds is not None,
-        "start": not (equal("boxes", levels) and equal("times", levels)),
+        "start": not (equal("boxes") and equal("times")),
     }
     different = [name for name, differs in differences.items() if differs]
     if different:

@@ -92,8 +92,8 @@ class ClosedLoop:
     states : numpy.ndarray
         f~ at this rank's nodes, shape (steps + 1, nodes, samples).
     cost : numpy.ndarray
-        J of section 4.3, the running cost plus the distance from the target at the end, shape (samples,). It is F(v, t) up
-        to the order of the scheme.
+        J of section 4.3, the running cost plus the terminal cost, shape (samples,). It is F(v, t) up to the order of the
+        scheme.
     """
 
     F: ValueFunction
@@ -161,18 +161,18 @@ def closed_loop(F: ValueFunction, v: np.ndarray, t: float = 0.0, *, steps: int |
         steps = integer("steps", steps)
     times = np.append(t, F.times[F.times > t]) if steps is None else np.linspace(t, final, steps + 1)
     start = F.states(v, t)
-    states, cost = together(comm, lambda: _followed(F, start, times))
-    return ClosedLoop(F, times, states[:, F.cells.own], cost)
+    states, running = together(comm, lambda: _followed(F, start, times))
+    return ClosedLoop(F, times, states[:, F.cells.own], running + F.terminal.at(states[-1]))
 
 
 def _followed(F: ValueFunction, start: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """States at the times, shape (steps + 1, n, samples), and their cost, shape (samples,)."""
-    states, cost = [start], 0.0
+    """States at the times, shape (steps + 1, n, samples), and their running cost, shape (samples,)."""
+    states, cost = [start], np.zeros(start.shape[1])
     for now, length in zip(times, np.diff(times)):
         choice = _choose(F, states[-1], now)
         cost = cost + length * choice.cost
         states.append(states[-1] + length * choice.speeds)
-    return np.array(states), cost + F.cells.weights @ (states[-1] - F.target[:, None]) ** 2 / 2
+    return np.array(states), cost
 
 
 def _known(F: ValueFunction) -> ValueFunction:

@@ -1,7 +1,7 @@
 """The value function F(v, t) of section 4.3 on a label domain of few cells, as values on grids of states.
 
 On n cells with weights w, v is in R^n. The gradient in L2(Y) is D_v F = (dF/dv_i) / w_i. It is the r of section 4.1, with
-r(T) = v - ftilde, and minus the r* of section 4.2.
+r(T) = v - ftilde, or with a head that of Remark 4.3 in this sign, and minus the r* of section 4.2.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fem_resnet.arguments import integer, number, real_array
 from fem_resnet.hjb.cells import Cells
 from fem_resnet.hjb.speeds import Speeds
 from fem_resnet.hjb.state_grid import axes_of
+from fem_resnet.hjb.terminal_cost import TerminalCost
 from fem_resnet.ranks import same
 
 __all__ = ["ValueFunction"]
@@ -33,8 +34,8 @@ class ValueFunction:
         All nodes, in an order that does not depend on the partition.
     speeds : ExtremalSpeeds or SampledSpeeds
         The speeds that controls allow.
-    target : numpy.ndarray
-        ftilde on all cells, shape (n,).
+    terminal : TerminalCost
+        F(., T), at any state.
     spacing : float
         The distance of grid points, in the unit of f. Grid points are multiples of it.
     times : numpy.ndarray
@@ -47,11 +48,16 @@ class ValueFunction:
 
     cells: Cells
     speeds: Speeds
-    target: np.ndarray
+    terminal: TerminalCost
     spacing: float
     times: np.ndarray
     boxes: np.ndarray
     values: list[np.ndarray]
+
+    @property
+    def target(self) -> np.ndarray | None:
+        """ftilde on all cells, shape (n,); with a head C at all nodes of the output; None where F(., T) is a function."""
+        return self.terminal.target
 
     def axes(self, level: int) -> list[np.ndarray]:
         """The grid points at `times[level]` in each cell: n arrays, each of shape (points in this cell,).

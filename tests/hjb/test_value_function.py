@@ -11,12 +11,23 @@ import firedrake as fd
 import numpy as np
 import pytest
 import sympy
-from few_cells import ANNULUS, BOX, DISK, FIRST_ORDER, HALVES, control_cost, order, sectors, some_states
+from few_cells import (
+    ANNULUS,
+    BOX,
+    DISK,
+    FIRST_ORDER,
+    HALVES,
+    control_cost,
+    direct,
+    distance,
+    order,
+    sectors,
+    some_states,
+)  # fmt: skip
 from firedrake import COMM_SELF
 from numpy.testing import assert_allclose, assert_array_equal
 from problems import gathered
 from scipy.integrate import solve_ivp
-from scipy.optimize import minimize
 
 from fem_resnet import (
     Box,
@@ -261,43 +272,6 @@ def test_a_cost_of_the_state_is_the_same_whether_the_minimum_is_explicit_or_samp
 # -- against direct optimisation -------------------------------------------------------------------------------------
 
 
-def direct(w, box, sigma, target, v, T, running=None, layers=5, starts=8):
-    """The least J over a and b in the box, constant on layers, by L-BFGS-B from many starts; gradients by complex steps."""
-    n = len(w)
-    size, h = layers * n * (n + 1), T / layers / 4
-
-    def cost(x):  # for a column of parameters each
-        rows = x.reshape(layers, n, n + 1, -1)
-        f, J = np.repeat(v[:, None], x.shape[1], axis=1).astype(complex), 0.0
-        for layer in rows:
-            a, b = layer[:, 0], layer[:, 1:]
-
-            def rate(f):
-                speed = sigma(a - np.einsum("ijk,j,jk->ik", b, w, f))
-                L = 0.0 if running is None else w @ np.array([running(f[i], a[i], b[i], w) for i in range(n)])
-                return speed, L
-
-            for _ in range(4):  # Runge-Kutta 4
-                k1, l1 = rate(f)
-                k2, l2 = rate(f + h / 2 * k1)
-                k3, l3 = rate(f + h / 2 * k2)
-                k4, l4 = rate(f + h * k3)
-                f, J = f + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), J + h / 6 * (l1 + 2 * l2 + 2 * l3 + l4)
-        return J + w @ (f - target[:, None]) ** 2 / 2
-
-    def with_gradient(x):
-        J = cost(x[:, None] + 1e-30j * np.eye(size, size + 1, 1))
-        return J[0].real, J[1:].imag / 1e-30
-
-    bounds = np.array([[box.bias, *[box.kernel] * n]] * (n * layers)).reshape(size, 2)
-    rng = np.random.default_rng(0)
-    found = [
-        minimize(with_gradient, rng.uniform(*bounds.T), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
-        for _ in range(starts)
-    ]
-    return min(result.fun for result in found)
-
-
 #: Number of sectors and inner radius, L, and the spacing.
 DIRECT = [
     pytest.param((2, 0.0), None, 0.02, id="L = 0"),
@@ -316,7 +290,7 @@ def test_no_controls_are_better_and_the_feedback_is_as_good(space, L, spacing):
     target, v = np.array([1.0, -0.7, 0.3, 0.8])[:n], some_states(-0.4, 0.4, 3, n, seed=2)
     F = solve_value_function(Y, box, "tanh", target, StateGrid([[-0.4, 0.4]] * n, spacing), final_time=T, running=L)
     general = L if L in (None, control_cost) else lambda f, *_: L(f)
-    best = [direct(Y.weights, box, np.tanh, target, x, T, general, starts=6) for x in v.T]
+    best = [direct(Y.weights, box, np.tanh, distance(Y.weights, target), x, T, general, starts=6) for x in v.T]
     # First order in the spacing.
     assert_allclose(F(v, 0.0), best, atol=0.5 * spacing)
     loop = closed_loop(F, v).cost
