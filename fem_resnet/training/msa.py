@@ -25,20 +25,21 @@ rank: 2 for the basic variant, for the others 2 more in each iteration at most. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 
-from fem_resnet.arguments import choice, flag, instance, integer, number
+from fem_resnet.arguments import choice, flag, integer, number
 from fem_resnet.control.controls import Controls
 from fem_resnet.control.extremal_controls import extremal_controls
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.row_controls import raise_controls
 from fem_resnet.control.row_sets import RowBall, RowBox, SpanBox, distance, nearest_controls
 from fem_resnet.control.sets.control_set import ControlSet
+from fem_resnet.control.sets_of_layers import AnySet, is_pointwise, sets_of_layers
 from fem_resnet.control.violation import controls_within, refuse_controls_outside
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.learning.problem import LearningProblem
@@ -143,12 +144,12 @@ class MSAResult:
 @supports("channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
 @supports(
     "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
-    when=lambda problem, A, **options: isinstance(A, ControlSet), instead="give A as a RowBox, RowBall or SpanBox",
+    when=lambda problem, A, **options: is_pointwise(A), instead="give A as a RowBox, RowBall or SpanBox",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:msa")
 def msa(
     problem: LearningProblem,
-    A: ControlSet | RowBox | RowBall | SpanBox,
+    A: AnySet | Sequence[AnySet],
     *,
     variant: str = "extended",
     iterations: int = 50,
@@ -166,7 +167,8 @@ def msa(
         Bias and kernel have a value on each layer, and there is no regulariser. Any head and loss are taken, and stay as they
         are. The problem is not changed: the result has a problem of its own.
     A
-        The set in which (a, b) lies at all y and z, for one sample; or a `RowBox`, `RowBall` or `SpanBox`, for any number.
+        The set in which (a, b) lies at all y and z, for one sample, which may depend on y (`NodalBox`, `NodalSets`); or a
+        `RowBox`, `RowBall` or `SpanBox`, for any number. If it depends on t, a list of such sets, one for each layer.
     variant
         "basic", "damped" or "extended".
     iterations
@@ -197,20 +199,20 @@ def msa(
     --------
     >>> result = msa(problem, Box((-1, 1), (-1, 1)), variant="extended")  # doctest: +SKIP
     """
-    _check(problem, A, variant)
+    sets = _checked_sets(problem, A, variant)
     project = flag("project", project)
     check_monitor(monitor)
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
     method = _Method(problem, variant, largest_rho)
-    best = at = method.evaluate(_start(problem.net, A, project))
+    best = at = method.evaluate(_start(problem.net, sets, project))
     values, reason = [at.value], "ITERATIONS"
     predicted: list[float] = []
     steps: list[float] = []
     while len(steps) < iterations:
         pairs = at.pairs()
-        extremal = [_best(method.H, A, pair, c) for pair, c in zip(pairs, at.controls)]
+        extremal = [_best(method.H, *layer) for layer in zip(sets, pairs, at.controls)]
         new, step = method.step(at, pairs, extremal, rho)
         if variant != "basic" and not new.value < at.value:
             if restarts == 0:
@@ -305,26 +307,26 @@ class _Method:
         return -sum(tau * (H(p, n) - H(p, c)) for tau, p, n, c in zip(self._lengths, pairs, new, controls))
 
 
-def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall | SpanBox, pair: Pair, present: Controls) -> Controls:
+def _best(H: Hamiltonian, A: AnySet, pair: Pair, present: Controls) -> Controls:
     """The extremal controls of (4.10), or rows that are raised from the present ones."""
     if isinstance(A, ControlSet):
         return extremal_controls(H.Y, A, pair).controls
     return raise_controls(H, A, pair, present)[0]
 
 
-def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, project: bool) -> list[Controls]:
-    """The present controls, one for each layer, if they are in A, or controls in A made of them."""
-    Y, controls, remedy = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)], "project=True starts within A"
-    if isinstance(A, ControlSet):
-        if project:
-            return [controls_within(Y, A, c) for c in controls]
-        refuse_controls_outside(Y, A, controls, remedy)
-        return controls
-    within = [nearest_controls(A, c) for c in controls]
+def _start(net: ResidualNetwork, sets: list[AnySet], project: bool) -> list[Controls]:
+    """The present controls, one for each layer, if they are in its set, or controls in it made of them."""
+    Y, controls = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)]
     if project:
-        return within
-    for l, (c, nearest) in enumerate(zip(controls, within)):
-        apart, y = distance(Y, c, nearest)
+        return [
+            controls_within(Y, A, c) if isinstance(A, ControlSet) else nearest_controls(A, c) for A, c in zip(sets, controls)
+        ]
+    remedy = "project=True starts within A"
+    for l, (A, c) in enumerate(zip(sets, controls)):
+        if isinstance(A, ControlSet):
+            refuse_controls_outside(Y, l, A, c, remedy)
+            continue
+        apart, y = distance(Y, c, nearest_controls(A, c))
         if apart > _ROUND_OFF:
             at = ", ".join(f"{x:.4g}" for x in y)
             raise ValueError(
@@ -334,16 +336,15 @@ def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, pro
     return controls
 
 
-def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox, variant: str) -> None:
-    net = problem.net
-    instance("A", A, (ControlSet, RowBox, RowBall, SpanBox))
-    if not isinstance(A, ControlSet) and A.psi.Y is not net.Y:
-        raise ValueError(f"A: expected rows on the network's label space {net.Y!r}, got rows on {A.psi.Y!r}")
+def _checked_sets(problem: LearningProblem, A: AnySet | Sequence[AnySet], variant: str) -> list[AnySet]:
+    """The set of each layer."""
+    sets = sets_of_layers(A, problem.net, ControlSet, RowBox, RowBall, SpanBox)
     choice("variant", variant, _VARIANTS)
-    if isinstance(A, ControlSet) and variant != "basic" and not A.convex:
+    if variant != "basic" and not all(one.convex for one in sets if isinstance(one, ControlSet)):
         raise ValueError(
             f"A: expected a convex set, as variant {variant!r} mixes controls; use the variant 'basic' with this one"
         )
+    return sets
 
 
 def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningProblem:

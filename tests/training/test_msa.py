@@ -258,7 +258,7 @@ def test_rows_for_many_samples(kind):
     assert float(Y.sum(Y.weights @ np.maximum(0, best - H.density(pair, after)))) < 0.02 * values[-1]
     found = msa(start, A, iterations=6)
     assert (found.changes < 0).all() and found.value < 0.9 * found.values[0] and found.iterations == 6
-    with pytest.raises(ValueError, match="^A: expected rows on the network's label space"):
+    with pytest.raises(ValueError, match="^A: expected rows on the label space"):
         msa(problem(("sphere", "DG0")), A)
 
 
