@@ -18,6 +18,8 @@ from fem_resnet import (
     Hamiltonian,
     Kernel,
     LearningProblem,
+    NodalBox,
+    NodalSets,
     Pair,
     Points,
     ResidualNetwork,
@@ -335,6 +337,111 @@ def test_a_start_outside_of_A_is_refused_or_brought_into_it():
     assert inside(none, BOX) and float(none.problem.evaluate()[0]) == none.value
     with pytest.raises(ValueError, match="^A: expected a convex set, as controls outside of it are mixed"):
         msa(start, Points([(0, 1), (0, -1)]), variant="basic", project=True)
+
+
+# -- sets that depend on y and t ---------------------------------------------------------------------------------------------
+
+
+def boxes(Y, layers=6):
+    """One box for each layer, whose ends depend on y; 0 lies in all."""
+    x, found = Y.coordinates[:, 0], []
+    for t in (np.arange(layers) + 0.5) / layers:
+        found.append(NodalBox(Y, (-0.6 + 0.4 * t * x, 0.5 + 0.4 * np.cos(3 * x + t)), (-0.5 - t * x**2, 0.9 - 0.5 * t)))
+    return found
+
+
+def halves(Y):
+    """A disk where x > 0.3, a box elsewhere."""
+    return NodalSets(Y, [BOX, Ellipse((0.0, 0.1), 0.6)], (Y.coordinates[:, 0] > 0.3).astype(int))
+
+
+def all_inside(Y, sets, controls):
+    """Whether (a(y), b(y, z)) is in the set of its layer at y, for all y and z. Collective."""
+    psis = [np.concatenate(Y.comm.allgather(c.psi)) for c in controls]
+    mine = all(A.contains(c.a[:, None], c.phi @ psi.T, 1e-10).all() for A, c, psi in zip(sets, controls, psis))
+    return all(Y.comm.allgather(mine))
+
+
+@on_ranks
+@pytest.mark.parametrize("variant", ["basic", "damped", "extended"])
+@pytest.mark.parametrize("space", [("annulus", "CG1"), ("sphere", "DG0")][: None if COMM_WORLD.size == 1 else 1])
+def test_it_ends_in_a_set_that_depends_on_y_and_t(space, variant):
+    """Each layer's controls are in its own set, and some on its boundary; in the sets of other layers they are not."""
+    start = problem(space, target=3.0)
+    Y = start.net.Y
+    sets = boxes(Y)
+    found = msa(start, sets, variant=variant, iterations=4)
+    assert found.values.min() < 0.9 * found.values[0] and (variant == "basic" or (found.changes < 0).all())
+    assert all_inside(Y, sets, found.controls)
+    ends = [np.isclose(c.a, A.bias[0]) | np.isclose(c.a, A.bias[1]) for A, c in zip(sets, found.controls)]
+    assert Y.sum(Y.weights @ np.mean(ends, axis=0)) > (0.1 if variant == "basic" else 1e-3) * Y.measure
+    assert not all_inside(Y, sets[::-1], found.controls)
+    with pytest.raises(ValueError, match="^A: expected one set, or one for each of the 6 layers, got a list of 5"):
+        msa(start, sets[1:])
+
+
+@on_ranks
+def test_one_set_for_all_layers_may_depend_on_y_and_is_as_a_list():
+    start = problem(layers=3, target=3.0)
+    Y = start.net.Y
+    A = halves(Y)
+    found = msa(start, A, iterations=3)
+    assert all_inside(Y, [A] * 3, found.controls) and (found.changes < 0).all()
+    assert_array_equal(msa(start, [A] * 3, iterations=3).values, found.values)
+    # A box with constant ends is the box.
+    for variant in ("basic", "extended"):
+        values = [msa(start, B, variant=variant, iterations=3).values for B in (BOX, NodalBox(Y, BOX.bias, BOX.kernel))]
+        assert_array_equal(*values)
+    with pytest.raises(ValueError, match="^A: expected a convex set, as variant 'extended' mixes controls"):
+        msa(start, NodalSets(Y, [BOX, Points([(0, 1), (0, -1)])], np.zeros(Y.nodes, int)))
+
+
+@pytest.mark.parallel([2, 3])
+def test_sets_that_depend_on_y_and_t_have_the_same_iterates_on_any_number_of_ranks():
+    """Against the whole mesh on each rank alone, as `test_extended_msa_takes_the_same_steps_on_any_number_of_ranks`."""
+    of = [problem(alone=alone) for alone in (False, True)]
+    basic, extended = (
+        [msa(start, boxes(start.net.Y), variant=kind, iterations=3).values for start in of] for kind in ("basic", "extended")
+    )
+    assert_allclose(*basic, rtol=1e-10)
+    assert_allclose(*extended, rtol=1e-6)
+
+
+@on_ranks
+def test_rows_may_have_a_box_for_each_layer():
+    """Many samples: the ascent of each layer stays in its own box."""
+    psi = laplace("annulus", "CG1", 3)
+    sets = [RowBox(psi, (-1 + 0.3 * l, 1 - 0.3 * l), (-2 + 0.5 * l, 1 + 0.5 * l)) for l in range(3)]
+    start = learning_problem(ResidualNetwork(psi, layers=3), head=True, weight=None, samples=4)
+    found = msa(start, sets, iterations=3, project=True)
+    assert (found.changes < 0).all()
+    for A, c in zip(sets, found.controls):
+        rows = np.column_stack([c.a, c.phi @ psi.project(c.psi).T @ np.linalg.inv(psi.gram)])
+        assert_allclose(A.project(rows), rows, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="^A: expected sets on the label space|^A: expected rows on the label space"):
+        msa(start, [*sets[:2], RowBox(laplace("sphere", "DG0", 3), (-1, 1), (-1, 1))])
+
+
+@on_ranks
+def test_a_start_outside_of_a_set_that_depends_on_y_is_brought_into_it_where_it_is_outside():
+    """Each row is mixed with a point of its own set by its own share; rows inside stay as they are."""
+    start = problem(layers=2)
+    Y = start.net.Y
+    x = Y.coordinates[:, 0]
+    for l in range(2):
+        start.net.bias.set(l, 0.5 + 0 * x)
+        start.net.kernel.set(l, [[0.25]])
+    narrow = np.where(x > 0.3, 0.1, 1.0)
+    A = NodalBox(Y, (-narrow, narrow), (-1, 1))
+    with pytest.raises(ValueError, match="^A: .*; layer 0 has .a.y., b.y, z.. = .0.5, 0.25. at y = .*project=True"):
+        msa(start, A)
+    found = msa(start, A, iterations=0, project=True)
+    for c in found.controls:
+        assert_allclose(c.a, np.where(x > 0.3, 0.1, 0.5), rtol=2e-3)
+        b = c.phi @ c.psi.T
+        assert_allclose(b, np.where(x > 0.3, 0.25 * 0.2, 0.25)[:, None] + 0 * b, rtol=2e-3)
+        assert_allclose(b[x <= 0.3], 0.25, rtol=1e-12)
+    assert all_inside(Y, [A] * 2, found.controls)
 
 
 @on_ranks
