@@ -11,9 +11,10 @@ B^T(sigma'(u) r).) Let theta = (a, b) be the present controls and e the extremal
                  (`augmented_hamiltonian`). Its penalty rho is raised until J falls, and lowered again after that. rho = 0
                  gives s = 1, the basic variant. For convex control sets only.
 
-No layer needs the new controls of another one, so layers could be treated in parallel; here the ranks share the nodes of
-each layer. f and r are taken in the middle of a layer, to second order in its length. So near a stationary point of J no
-rho makes J fall, and the method ends there.
+No layer needs the new controls of another one: the maximisation "is decoupled for different network layers". So members of an
+ensemble share the layers out among them (`dealt_layers`), as the ranks of each share the nodes. f and r are taken in the
+middle of a layer, to second order in its length. So near a stationary point of J no rho makes J fall, and the method ends
+there.
 
 For many samples (4.10) does not hold. Then A is a box or ball of rows (`row_sets`), and e(y) is the row found by ascent
 from the present one.
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import firedrake as fd
 import numpy as np
 from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
@@ -47,6 +49,7 @@ from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.network.settings import Kernel
 from fem_resnet.training.augmented_hamiltonian import augmented_step
+from fem_resnet.training.dealt_layers import DealtLayers
 from fem_resnet.training.progress import check_monitor, tell
 
 __all__ = ["MSAProgress", "MSAResult", "msa", "problem_of"]
@@ -158,8 +161,9 @@ def msa(
     restarts: int = 0,
     project: bool = False,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
+    ensemble: fd.Ensemble | None = None,
 ) -> MSAResult:
-    """Train by Algorithm 2 from the present controls, which lie in A. Collective.
+    """Train by Algorithm 2 from the present controls, which lie in A. Collective, over all members of an ensemble.
 
     Parameters
     ----------
@@ -184,6 +188,10 @@ def msa(
     monitor
         Called after each iteration on every rank. If it returns True on any rank, the method stops. If left out, each
         iteration is logged at level INFO on rank 0.
+    ensemble
+        An ensemble whose members share out the layers: each maximises in its own, and all solve (4.1) and (4.2). Each member
+        has the same problem with the same data on its own communicator (``comm=ensemble.comm`` of the mesh), and gets the same
+        result.
 
     Returns
     -------
@@ -192,27 +200,31 @@ def msa(
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit or differs between ranks; if the present controls are not in A, or A is not convex and
-        mixtures are needed.
+        If an argument does not fit or differs between ranks, or between members of an ensemble; if the present controls are
+        not in A, or A is not convex and mixtures are needed.
 
     Examples
     --------
     >>> result = msa(problem, Box((-1, 1), (-1, 1)), variant="extended")  # doctest: +SKIP
     """
+    dealt = DealtLayers(
+        problem, ensemble, A=A, variant=variant, iterations=iterations, rho=rho, largest_rho=largest_rho, restarts=restarts,
+        project=project, monitor=monitor is None,
+    )  # fmt: skip
     sets = _checked_sets(problem, A, variant)
     project = flag("project", project)
     check_monitor(monitor)
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
-    method = _Method(problem, variant, largest_rho)
+    method = _Method(problem, variant, largest_rho, dealt)
     best = at = method.evaluate(_start(problem.net, sets, project))
     values, reason = [at.value], "ITERATIONS"
     predicted: list[float] = []
     steps: list[float] = []
     while len(steps) < iterations:
         pairs = at.pairs()
-        extremal = [_best(method.H, *layer) for layer in zip(sets, pairs, at.controls)]
+        extremal = dealt.each(lambda l: _best(method.H, sets[l], pairs[l], at.controls[l]))
         new, step = method.step(at, pairs, extremal, rho)
         if variant != "basic" and not new.value < at.value:
             if restarts == 0:
@@ -229,7 +241,7 @@ def msa(
         rho = step / 2 if variant == "extended" else rho
         seconds = time.perf_counter() - start
         progress = MSAProgress(len(steps), iterations, at.value, step, seconds, method.evaluations, at.problem)
-        if tell(problem.net.Y.comm, progress, monitor):
+        if tell(dealt.comm, progress, monitor):
             reason = "STOPPED"
             break
     return MSAResult(
@@ -271,7 +283,8 @@ class _Method:
     evaluations : int
     """
 
-    def __init__(self, problem: LearningProblem, variant: str, largest_rho: float):
+    def __init__(self, problem: LearningProblem, variant: str, largest_rho: float, dealt: DealtLayers):
+        self._dealt = dealt
         self._problem, self._variant, self._largest_rho = problem, variant, largest_rho
         self._lengths = np.diff(problem.net.times)
         self.H = Hamiltonian.of(problem, "maximise")
@@ -282,7 +295,7 @@ class _Method:
         self.evaluations += 1
         changed = problem_of(self._problem, controls)
         J, run = changed.record()
-        return _Point(controls, changed, J, run, float(J.functional))
+        return _Point(controls, changed, J, run, self._dealt.first(float(J.functional)))
 
     def step(self, at: _Point, pairs: list[Pair], extremal: list[Controls], rho: float) -> tuple[_Point, float]:
         """The first trial that lowers J, or the last one if none does, with its rho or share; "basic" has one trial."""
@@ -292,7 +305,7 @@ class _Method:
         step = rho if extended else 1.0
         while True:
             new = self.evaluate(
-                [augmented_step(self.H, p, c, e, step)[0] for p, c, e in zip(pairs, at.controls, extremal)]
+                self._dealt.each(lambda l: augmented_step(self.H, pairs[l], at.controls[l], extremal[l], step)[0])
                 if extended else [c.towards(e, step) if step < 1 else e for c, e in zip(at.controls, extremal)]
             )  # fmt: skip
             if new.value < at.value:

@@ -234,9 +234,7 @@ def test_controls_trained_within_bounds_in_time_are_in_the_control_sets_of_the_l
     before = pmp_residual(P, sets)
     result = train(P, {"tao_gatol": 1e-6, "tao_max_it": 300}, bounds=bounds, monitor=_silent)
     residual = pmp_residual(P, sets)
-    print(
-        f"\n{residual} after {result.iterations} iterations; not divided {residual.absolute[1]:.2e}, was {before.absolute[1]:.2e}"
-    )
+    print(f"\n{residual}, {result.iterations} iterations; absolute {before.absolute[1]:.2e}, then {residual.absolute[1]:.2e}")
     assert residual.upper < 1e-3 and residual.absolute[1] < 1e-3 * before.absolute[1]
     with pytest.raises(ValueError, match="^A: expected a set with the controls of all layers in it"):
         pmp_residual(P, sets[::-1])

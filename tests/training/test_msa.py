@@ -1,7 +1,9 @@
 """Algorithm 2: basic, damped and extended, and the relaxed control that bang-bang layers approach."""
 
 import logging
+import sys
 
+import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
@@ -17,6 +19,7 @@ from fem_resnet import (
     Ellipse,
     Hamiltonian,
     Kernel,
+    LabelSpace,
     LearningProblem,
     NodalBox,
     NodalSets,
@@ -28,6 +31,7 @@ from fem_resnet import (
     SpanBox,
     extremal_controls,
     given_basis,
+    laplace_basis,
     least_squares,
     middle_pairs,
     msa,
@@ -294,6 +298,96 @@ def test_a_fixed_span_is_one_problem_a_layer():
     assert (trained.changes < 0).all() and trained.value < 0.98 * trained.values[0]
     with pytest.raises(ValueError, match="^kernel: expected .low, high. with low <= high"):
         SpanBox(phi, psi, (-1, 1), (1, -1))
+
+
+# -- layers dealt to the members of an ensemble ------------------------------------------------------------------------------
+
+
+def dealt_problem(comm, samples=1):
+    """One or more samples on an annulus of this communicator, for controls on five layers."""
+    Y = LabelSpace(fd.FunctionSpace(fd.AnnulusMesh(1, 0.4, 3, 12, comm=comm), "CG", 1))
+    net = flat_network(laplace_basis(Y, 3), layers=5, final_time=2.0)
+    batch = Batch(Y.batch(smooth(Y, samples)), Y.batch(smooth(Y, samples, seed=50)))
+    return LearningProblem(net, None, least_squares, None, batch)
+
+
+def counted(monkeypatch, name):
+    """How often a function of `msa` is called on this rank: a list that grows."""
+    module, calls = sys.modules["fem_resnet.training.msa"], []
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: calls.append(1) or function(*given))
+    return calls
+
+
+def is_as_serially(members, monkeypatch):
+    """Iterates of msa on an ensemble are those of its member alone to 1e-14, and each member maximises on its own layers."""
+    ensemble = fd.Ensemble(COMM_WORLD, members)
+    count, mine = ensemble.ensemble_comm.size, len(range(ensemble.ensemble_comm.rank, 5, ensemble.ensemble_comm.size))
+    cases = [
+        ("basic", 1, lambda start: BOX, "extremal_controls", 1),
+        ("extended", 1, lambda start: boxes(start.net.Y, 5), "extremal_controls", 1),
+        ("damped", 3, lambda start: RowBall(start.net.bases["psi"][0], 1.5), "raise_controls", 1),
+    ]
+    for variant, samples, A, name, each in cases:
+        found = []
+        for given in (None, ensemble):
+            start = dealt_problem(ensemble.comm, samples)
+            with monkeypatch.context() as patch:
+                calls = counted(patch, name)
+                result = msa(start, A(start), variant=variant, iterations=3, ensemble=given, monitor=lambda p: None)
+            assert len(calls) == each * 3 * (mine if given else 5), "layers are dealt out"
+            found.append(result)
+        alone, together = found
+        assert_allclose(together.values, alone.values, rtol=1e-14)
+        assert_array_equal(together.steps, alone.steps)
+        for a, b in zip(together.controls, alone.controls):
+            assert_allclose(a.a, b.a, rtol=0, atol=1e-14)
+            assert_allclose(a.phi @ a.psi.T, b.phi @ b.psi.T, rtol=0, atol=1e-14)
+        assert len(set(ensemble.ensemble_comm.allgather(together.value))) == 1
+    return count
+
+
+@on_ranks
+def test_layers_dealt_to_members_of_one_rank_have_the_iterates_of_one(monkeypatch):
+    assert is_as_serially(1, monkeypatch) == COMM_WORLD.size
+
+
+@pytest.mark.slow  # four ranks on two cores
+@pytest.mark.parallel([4])
+def test_layers_dealt_to_members_of_two_ranks_have_the_iterates_of_one(monkeypatch):
+    assert is_as_serially(2, monkeypatch) == 2
+
+
+@pytest.mark.parallel([2, 3])
+def test_members_that_do_not_fit_are_refused_on_all_and_one_that_fails_or_stops_ends_all(monkeypatch, caplog):
+    ensemble = fd.Ensemble(COMM_WORLD, 1)
+    last = COMM_WORLD.rank == COMM_WORLD.size - 1
+    start = dealt_problem(ensemble.comm)
+    with pytest.raises(ValueError, match="^iterations: all ranks must give the same"):
+        msa(start, BOX, iterations=2 + last, ensemble=ensemble)
+    with pytest.raises(ValueError, match="^ensemble: expected problems on the communicators of the members, of 1 ranks"):
+        msa(problem(), BOX, ensemble=ensemble)
+    with pytest.raises(TypeError, match="^ensemble: expected an Ensemble or None"):
+        msa(start, BOX, ensemble=COMM_WORLD)
+    other = dealt_problem(ensemble.comm)
+    if last:
+        other.net.bias.set(0, 0.5 + 0 * other.net.Y.weights)
+    with pytest.raises(ValueError, match="^problem: expected the same on all members of the ensemble, got different J"):
+        msa(other, BOX, ensemble=ensemble)
+    stopped = msa(start, BOX, iterations=4, ensemble=ensemble, monitor=lambda p: last and p.iteration == 2)
+    assert stopped.reason == "STOPPED" and stopped.iterations == 2
+    with caplog.at_level(logging.INFO, logger="fem_resnet"):
+        msa(start, BOX, iterations=2, ensemble=ensemble)
+    assert len([r for r in caplog.records if r.name == "fem_resnet"]) == (2 if COMM_WORLD.rank == 0 else 0)
+    module = sys.modules["fem_resnet.training.msa"]
+
+    def fails(*given):
+        raise ArithmeticError("on one member")
+
+    if last:
+        monkeypatch.setattr(module, "extremal_controls", fails)
+    with pytest.raises(ArithmeticError, match="^on one member"):
+        msa(start, BOX, iterations=2, ensemble=ensemble)
 
 
 @on_ranks
