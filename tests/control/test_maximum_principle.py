@@ -321,8 +321,10 @@ def test_all_corner_choices_on_four_cells_of_a_box_that_depends_on_y_and_t(sampl
     """As above, at two times: brute force over the corners of each y's own box. No constant box has these maxima."""
     Y = label_space("disk", "DG0")
     keep = Y.coordinates[:, 0] <= np.sort(np.concatenate(Y.comm.allgather(Y.coordinates[:, 0])))[3]
-    p = Pair(np.where(keep[:, None], smooth(Y, samples), 0), smooth(Y, samples, 5), "maximise")
+    signs = np.sign(Y.coordinates[:, 1:])
+    p = Pair(np.where(keep[:, None], signs * np.abs(smooth(Y, samples)), 0), smooth(Y, samples, 5), "maximise")
     f = np.concatenate(Y.comm.allgather((Y.weights[:, None] * p.f)[keep]))
+    assert np.ptp(np.sign(f), axis=0).tolist() == [2] * samples, "f has both signs"
     H, found = Hamiltonian(Y, TANH, "maximise"), []
     for t in (0.0, 1.5):
         a0, a1, b0, b1 = ends(Y, t)
