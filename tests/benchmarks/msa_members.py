@@ -15,6 +15,7 @@ others, 8 (1 + 2 rank) bytes a node and layer, twice in the extended variant.
 
 import argparse
 import math
+import sys
 import time
 
 import firedrake as fd
@@ -41,41 +42,35 @@ class Clock:
 
     def __init__(self):
         self.own = self.shared = 0.0
-        each, first = DealtLayers.each, DealtLayers.first
+        DealtLayers.each = self._shared(lambda dealt, of_layer, each=DealtLayers.each: each(dealt, self._own(of_layer)))
+        DealtLayers.first = self._shared(DealtLayers.first)
+        module = sys.modules[msa.__module__]
+        module.tell = self._shared(module.tell)
 
-        def timed_each(dealt, of_layer):
-            def timed(l):
-                start = time.process_time()
-                found = of_layer(l)
-                self.own += time.process_time() - start
-                return found
-
+    def _own(self, function):
+        def timed(*given):
             start = time.process_time()
-            found = each(dealt, timed)
+            found = function(*given)
+            self.own += time.process_time() - start
+            return found
+
+        return timed
+
+    def _shared(self, function):
+        def timed(*given):
+            start = time.process_time()
+            found = function(*given)
             self.shared += time.process_time() - start
             return found
 
-        def timed_first(dealt, value):
-            start = time.process_time()
-            found = first(dealt, value)
-            self.shared += time.process_time() - start
-            return found
-
-        DealtLayers.each, DealtLayers.first = timed_each, timed_first
+        return timed
 
     def measure(self, start: LearningProblem, A, **options) -> tuple[object, float, float]:
         """The result, and CPU seconds an iteration after the first: of the maximisation here, and of all else."""
-        began = spent = 0.0
-
-        def monitor(progress):
-            nonlocal began, spent
-            if progress.iteration == 1:
-                self.own = self.shared = 0.0
-                began = time.process_time()
-            spent = (time.process_time() - began - self.shared) / max(1, progress.iteration - 1)
-
-        result = msa(start, A, monitor=monitor, **options)
-        return result, self.own / (result.iterations - 1), spent
+        marks = []
+        result = msa(start, A, monitor=lambda p: marks.append((time.process_time(), self.own, self.shared)), **options)
+        (began, own, shared), (ended, own_at_end, shared_at_end), count = marks[0], marks[-1], result.iterations - 1
+        return result, (own_at_end - own) / count, (ended - began - shared_at_end + shared) / count
 
 
 def main() -> None:

@@ -343,7 +343,7 @@ def test_all_corner_choices_on_four_cells_of_a_box_that_depends_on_y_and_t(sampl
             assert violation(Y, A, extremal) is None and violation(Y, box_at(Y, 1.5 - t), extremal) is not None
             continue
         low, high = _best_of_pool(H, A, p, 4), _upper(H, A, p)
-        assert (brute <= high + ROUND_OFF).all() and (low <= high + ROUND_OFF).all()
+        assert (low <= brute + ROUND_OFF).all() and (brute <= high + ROUND_OFF).all()
         assert abs(Y.sum(Y.weights @ (brute - low))) < 0.05 * Y.sum(Y.weights @ np.abs(brute))
     assert float(Y.sum(Y.weights @ np.abs(found[0] - found[1]))) > 0.01
 
