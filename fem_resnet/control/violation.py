@@ -8,6 +8,7 @@ import numpy as np
 
 from fem_resnet.control.controls import Controls
 from fem_resnet.control.sets.control_set import ControlSet
+from fem_resnet.control.sets.nodal_set import at_nodes
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.ranks import together
 
@@ -89,7 +90,7 @@ def _farthest_at_nodes(
             continue
         pieces = np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(others) // _PAIRS))
         for rows, (far, j, there) in zip(pieces, together(Y.comm, lambda: [
-            _farthest(A.part(rows), controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance) for rows in pieces
+            _farthest(at_nodes(A, rows), controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance) for rows in pieces
         ])):  # fmt: skip
             farther = far > worst[rows]
             chosen = rows[farther]

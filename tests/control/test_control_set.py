@@ -21,6 +21,7 @@ from fem_resnet import (
     StateGrid,
     solve_value_function,
 )
+from fem_resnet.control.sets.nodal_set import at_nodes
 
 ARROW = [(-1, -1), (1, 0.2), (-0.5, 1.5), (0.1, 0.1)]  # not convex
 SETS = {
@@ -258,7 +259,7 @@ def test_a_set_that_depends_on_y_is_at_each_node_the_set_there(make, space):
     assert A.convex == all(Y.comm.allgather(all(B.convex for B in each)))
     seen = np.abs(smooth(Y, 3, 36))
     rows = np.arange(Y.nodes)[Y.coordinates[:, 0] > 0]
-    for part, sets, nodes in ((A, each, np.arange(Y.nodes)), (A.part(rows), [each[i] for i in rows], rows)):
+    for part, sets, nodes in ((A, each, np.arange(Y.nodes)), (at_nodes(A, rows), [each[i] for i in rows], rows)):
         for one in (seen[nodes], np.array([[0.3, 1.2, 0.1]])):
             two = one[..., ::-1]
             for i, B in list(enumerate(sets))[::4]:

@@ -517,6 +517,31 @@ def test_rows_may_have_a_box_for_each_layer():
 
 
 @on_ranks
+def test_rows_may_have_a_box_at_each_node():
+    """Many samples: at each y the coefficients stay in their own box and reach it; numbers and equal node values are one box."""
+    psi = laplace("sphere", "DG0", 3)
+    Y = psi.Y
+    x = Y.coordinates[:, 0]
+    A = RowBox(psi, (-0.2 - 0.1 * x, 0.3), (-0.5, 0.3 + 0.2 * x))
+    start = learning_problem(ResidualNetwork(psi, layers=3), head=True, weight=None, samples=4)
+    found = msa(start, A, iterations=3, variant="basic", project=True)
+    a, X = found.controls[1].a, found.controls[1].phi @ psi.project(found.controls[1].psi).T @ np.linalg.inv(psi.gram)
+    high = 0.3 + 0.2 * x
+    assert (a >= -0.2 - 0.1 * x - 1e-12).all() and (a <= 0.3 + 1e-12).all()
+    assert (X >= -0.5 - 1e-10).all() and (X <= high[:, None] + 1e-10).all()
+    assert Y.sum(float(np.sum(np.isclose(X, high[:, None])))) > 0.1 * Y.size
+    same = [
+        msa(start, B, iterations=2).values
+        for B in (RowBox(psi, (-1, 1), (-2, 2)), RowBox(psi, (-1, 1 + 0 * x), (-2, 2 + 0 * x)))
+    ]
+    assert_array_equal(*same)
+    with pytest.raises(ValueError, match="^kernel: expected numbers, or values at the nodes of shape"):
+        RowBox(psi, (-1, 1), (-1, np.ones(Y.nodes + 1)))
+    with pytest.raises(ValueError, match="^rows: expected a row for each of the"):
+        A.project(np.zeros((1 + Y.nodes, 4)))
+
+
+@on_ranks
 def test_a_start_outside_of_a_set_that_depends_on_y_is_brought_into_it_where_it_is_outside():
     """Each row is mixed with a point of its own set by its own share; rows inside stay as they are."""
     start = problem(layers=2)

@@ -72,10 +72,6 @@ class ControlSet(Fixed, ABC):
         """Numbers that differ between sets of one class, so that ranks can compare their sets (`ranks.same`)."""
         return self.bias_range, self.convex, *self.sections(np.linspace(*self.bias_range, 65))
 
-    def part(self, nodes: slice | Array) -> ControlSet:
-        """The sets at some of this rank's nodes y; one set for all y is that everywhere."""
-        return self
-
     @property
     @abstractmethod
     def bias_range(self) -> tuple[float | Array, float | Array]:

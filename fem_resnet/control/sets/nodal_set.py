@@ -24,7 +24,7 @@ from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.ranks import same, together
 
-__all__ = ["NodalBox", "NodalSet", "NodalSets"]
+__all__ = ["NodalBox", "NodalSet", "NodalSets", "at_nodes", "intervals"]
 
 
 class NodalSet(ControlSet):
@@ -57,11 +57,6 @@ class NodalSet(ControlSet):
         if shape and shape[0] not in (1, nodes):
             raise ValueError(f"{names}: expected arrays whose first axis is the {nodes} nodes, or one, got shape {shape}")
         return arrays
-
-    def part(self, nodes):
-        other = copy(self)
-        vars(other)[self._of_node] = vars(self)[self._of_node][nodes]
-        return other
 
 
 class NodalBox(NodalSet):
@@ -97,7 +92,8 @@ class NodalBox(NodalSet):
     def __init__(self, Y: LabelSpace, bias: Sequence[ArrayLike], kernel: Sequence[ArrayLike]):
         check_label_space(Y)
         self.Y = Y
-        self._ends = together(Y.comm, lambda: np.stack([*_ends(Y, "bias", bias), *_ends(Y, "kernel", kernel)], axis=1))
+        pairs = together(Y.comm, lambda: (intervals(Y, "bias", bias), intervals(Y, "kernel", kernel)))
+        self._ends = np.column_stack([np.broadcast_to(end, Y.nodes) for pair in pairs for end in pair])
         read_only(self._ends)
         #: Ranks compare this, as they have other nodes each.
         self._description = Y.sum(np.concatenate([Y.weights @ self._ends, Y.weights @ self._ends**2])).tolist()
@@ -246,8 +242,17 @@ class NodalSets(NodalSet):
         return inside.astype(bool)
 
 
-def _ends(Y: LabelSpace, name: str, ends: Sequence[ArrayLike]) -> tuple[Array, Array]:
-    """The ends of intervals from outside, a pair of numbers or of values at the nodes, as values at the nodes."""
+def at_nodes(A: ControlSet, nodes: slice | Array) -> ControlSet:
+    """The sets at some of this rank's nodes y; one set for all y is that everywhere."""
+    if not isinstance(A, NodalSet):
+        return A
+    part = copy(A)
+    vars(part)[A._of_node] = vars(A)[A._of_node][nodes]
+    return part
+
+
+def intervals(Y: LabelSpace, name: str, ends: Sequence[ArrayLike]) -> tuple[Array, Array]:
+    """The ends of intervals from outside, a pair of numbers or of values at the nodes: each of shape () or (nodes,)."""
     if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
         raise ValueError(f"{name}: expected a pair (low, high), got {ends!r}")
     low, high = (real_array(name, end) for end in ends)
@@ -256,7 +261,7 @@ def _ends(Y: LabelSpace, name: str, ends: Sequence[ArrayLike]) -> tuple[Array, A
             raise ValueError(f"{name}: expected numbers, or values at the nodes of shape {(Y.nodes,)}, got shape {end.shape}")
     if np.any(low > high):
         raise ValueError(f"{name}: expected (low, high) with low <= high at all nodes, got low > high at some")
-    return np.broadcast_to(low, Y.nodes), np.broadcast_to(high, Y.nodes)
+    return low, high
 
 
 def _extreme(a: Array, over_positive: Array, over_negative: Array, positive: Array, negative: Array) -> Extreme:
