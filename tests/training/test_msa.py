@@ -518,7 +518,7 @@ def test_rows_may_have_a_box_for_each_layer():
 
 @on_ranks
 def test_rows_may_have_a_box_at_each_node():
-    """Many samples: at each y the coefficients stay in their own box and reach it; numbers and equal node values are one box."""
+    """Many samples: at each y the coefficients stay in their own box and reach it. Equal node values are as one number."""
     psi = laplace("sphere", "DG0", 3)
     Y = psi.Y
     x = Y.coordinates[:, 0]
