@@ -197,14 +197,20 @@ def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: i
     for _ in range(rounds + 1):
         # The row that maximises sum_s c_s T_s is extremal for the state sum_s c_s f_s, with the bias sum_s c_s times.
         rows = [_row(Y, A, f, c) for c in directions]
-        values = _values(H, r, rows)
-        chosen = np.argmax(values, axis=1)
+        if all(len(row.parts) == 1 for row in rows):  # rows for all y
+            T = np.concatenate([row.T(slice(None)) for row in rows])
+            values = r @ H.activation(T).T
+            chosen = np.argmax(values, axis=1)
+            of_chosen = T[chosen]
+        else:
+            values = np.column_stack([np.sum(r * H.activation(row.T(slice(None))), axis=1) for row in rows])
+            chosen = np.argmax(values, axis=1)
+            of_chosen = np.empty_like(r)
+            for d in np.unique(chosen):
+                of_chosen[chosen == d] = rows[d].T(chosen == d)
         better = np.take_along_axis(values, chosen[:, None], axis=1)[:, 0]
         rises = better > best
-        best = np.where(rises, better, best)
-        for d in np.unique(chosen[rises]):
-            here = rises & (chosen == d)
-            best_T[here] = rows[d].T(here)
+        best, best_T = np.where(rises, better, best), np.where(rises[:, None], of_chosen, best_T)
         gap = Y.weights * (_upper(H, A, pair) - best)
         wide = np.argsort(-gap)[:new]
         mine = [(gap[i], *(H.activation.derivative(best_T[i]) * r[i])) for i in wide]
@@ -229,16 +235,8 @@ class _Row:
     integrals: np.ndarray
 
     def T(self, nodes: slice | np.ndarray) -> np.ndarray:
-        """T_s at some nodes, shape (1 or nodes, samples)."""
-        return (self.parts if len(self.parts) == 1 else self.parts[nodes]) @ self.integrals
-
-
-def _values(H: Hamiltonian, r: np.ndarray, rows: list[_Row]) -> np.ndarray:
-    """sum_s sigma(T_s) r_s of each row at each node, shape (nodes, rows)."""
-    all_nodes = slice(None)
-    if all(len(row.parts) == 1 for row in rows):
-        return r @ H.activation(np.concatenate([row.T(all_nodes) for row in rows])).T
-    return np.column_stack([np.sum(r * H.activation(row.T(all_nodes)), axis=1) for row in rows])
+        """T_s at some nodes, or of the one row, shape (1 or nodes, samples)."""
+        return self.parts[nodes] @ self.integrals
 
 
 def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> _Row:
@@ -253,6 +251,6 @@ def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> _Row:
     parts = [part[None] for part in integrals_of_parts(Y, mixed)]
     extreme = together(Y.comm, lambda: (A.largest if total >= 0 else A.smallest)(*parts))
     plus = mixed >= 0
-    over = Y.sum(np.stack([np.where(plus, Y.weights, 0.0) @ f, np.where(plus, 0.0, Y.weights) @ f]))
+    over = Y.sum(np.stack([np.where(plus, Y.weights, 0.0), np.where(plus, 0.0, Y.weights)]) @ f)
     integrals = np.vstack([np.ones(f.shape[1]), -over])
     return _Row(np.column_stack([extreme.a, extreme.where_positive, extreme.where_negative]), integrals)
