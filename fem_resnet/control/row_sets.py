@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -243,9 +244,11 @@ def _checked_rows(A: RowBox | RowBall, rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _of_all_nodes(ends: object) -> object:
+def _of_all_nodes(ends: Any) -> Any:
     """What all ranks must give alike of a pair of ends: everything but arrays of node values."""
-    return [None if np.ndim(end) else end for end in ends] if isinstance(ends, (list, tuple)) else ends
+    if isinstance(ends, (list, tuple)) and any(np.ndim(end) for end in ends):
+        return [None if np.ndim(end) else end for end in ends]
+    return ends
 
 
 def _check_ends(A: SpanBox) -> None:

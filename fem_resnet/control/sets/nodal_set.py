@@ -253,9 +253,8 @@ def at_nodes(A: ControlSet, nodes: slice | Array) -> ControlSet:
 
 def intervals(Y: LabelSpace, name: str, ends: Sequence[ArrayLike]) -> tuple[Array, Array]:
     """The ends of intervals from outside, a pair of numbers or of values at the nodes: each of shape () or (nodes,)."""
-    if not (isinstance(ends, (list, tuple, np.ndarray)) and len(ends) == 2):
-        raise ValueError(f"{name}: expected a pair (low, high), got {ends!r}")
-    low, high = (real_array(name, end) for end in ends)
+    apart = isinstance(ends, (list, tuple)) and len(ends) == 2 and any(np.ndim(end) for end in ends)
+    low, high = (real_array(name, end) for end in ends) if apart else real_array(name, ends, (2,))
     for end in (low, high):
         if end.shape not in ((), (Y.nodes,)):
             raise ValueError(f"{name}: expected numbers, or values at the nodes of shape {(Y.nodes,)}, got shape {end.shape}")
