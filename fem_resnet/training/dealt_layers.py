@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, TypeVar
 
 import firedrake as fd
+import numpy as np
 from mpi4py import MPI
 
 from fem_resnet.arguments import instance
@@ -44,8 +45,8 @@ class DealtLayers:
     Raises
     ------
     TypeError, ValueError
-        If this is no ensemble, a problem is on another communicator than its member's, or arguments differ between members; on
-        all members alike.
+        If this is no ensemble, a problem is on another communicator than its member's, or nodes or arguments differ between
+        members; on all members alike.
     """
 
     def __init__(self, problem: LearningProblem, ensemble: fd.Ensemble | None, **arguments: Any):
@@ -63,6 +64,10 @@ class DealtLayers:
                 f"ensemble: expected problems on the communicators of the members, of {ensemble.comm.size} ranks, got one of "
                 f"{comm.size} here or elsewhere; make the mesh with comm=ensemble.comm"
             )
+        # Values at nodes are sent from rank to rank.
+        x = net.Y.coordinates
+        if not self.comm.allreduce(np.array_equal(x, ensemble.ensemble_comm.bcast(x)), op=MPI.LAND):
+            raise ValueError("problem: expected the same label domain with the same nodes on all members, got others on one")
         same(self.comm, layers=self._layers, **arguments)
 
     def each(self, of_layer: Callable[[int], _T]) -> list[_T]:

@@ -31,7 +31,6 @@ from fem_resnet import (
     SpanBox,
     extremal_controls,
     given_basis,
-    laplace_basis,
     least_squares,
     middle_pairs,
     msa,
@@ -303,10 +302,14 @@ def test_a_fixed_span_is_one_problem_a_layer():
 # -- layers dealt to the members of an ensemble ------------------------------------------------------------------------------
 
 
-def dealt_problem(comm, samples=1):
-    """One or more samples on an annulus of this communicator, for controls on five layers."""
-    Y = LabelSpace(fd.FunctionSpace(fd.AnnulusMesh(1, 0.4, 3, 12, comm=comm), "CG", 1))
-    net = flat_network(laplace_basis(Y, 3), layers=5, final_time=2.0)
+def dealt_problem(comm, samples=1, around=12):
+    """One or more samples on an annulus of this communicator, for controls on five layers.
+
+    Its basis is given: eigenfunctions on two ranks differ in the last bits from member to member.
+    """
+    mesh = fd.AnnulusMesh(1, 0.4, 3, around, comm=comm)
+    Y, (x, y) = LabelSpace(fd.FunctionSpace(mesh, "CG", 1)), fd.SpatialCoordinate(mesh)
+    net = flat_network(given_basis(Y, [1.0, x, y]), layers=5, final_time=2.0)
     batch = Batch(Y.batch(smooth(Y, samples)), Y.batch(smooth(Y, samples, seed=50)))
     return LearningProblem(net, None, least_squares, None, batch)
 
@@ -329,9 +332,8 @@ def is_as_serially(members, monkeypatch):
         ("damped", 3, lambda start: RowBall(start.net.bases["psi"][0], 1.5), "raise_controls", 1),
     ]
     for variant, samples, A, name, each in cases:
-        found = []
+        found, start = [], dealt_problem(ensemble.comm, samples)
         for given in (None, ensemble):
-            start = dealt_problem(ensemble.comm, samples)
             with monkeypatch.context() as patch:
                 calls = counted(patch, name)
                 result = msa(start, A(start), variant=variant, iterations=3, ensemble=given, monitor=lambda p: None)
@@ -369,6 +371,8 @@ def test_members_that_do_not_fit_are_refused_on_all_and_one_that_fails_or_stops_
         msa(problem(), BOX, ensemble=ensemble)
     with pytest.raises(TypeError, match="^ensemble: expected an Ensemble or None"):
         msa(start, BOX, ensemble=COMM_WORLD)
+    with pytest.raises(ValueError, match="^problem: expected the same label domain with the same nodes on all members"):
+        msa(dealt_problem(ensemble.comm, around=12 + last), BOX, ensemble=ensemble)
     other = dealt_problem(ensemble.comm)
     if last:
         other.net.bias.set(0, 0.5 + 0 * other.net.Y.weights)
