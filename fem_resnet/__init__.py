@@ -11,6 +11,7 @@ _MODULES = {
     "control.sets.ellipse": ["Ellipse"],
     "control.sets.points": ["Points"],
     "control.sets.polygon": ["Polygon"],
+    "control.sets.nodal_set": ["NodalBox", "NodalSets"],
     "control.sets.sections": ["Sections"],
     "label_domain.mesh_file": ["read_mesh"],
     "label_domain.label_space": ["LabelSpace"],

@@ -928,6 +928,7 @@ DOORS = {
             "restarts": 0,
             "project": True,
             "monitor": stop,
+            "ensemble": None,
         },
         takes={
             "iterations": {"zero"},
@@ -936,6 +937,7 @@ DOORS = {
             "restarts": {"zero"},
             "project": FLAG,
             "monitor": {"None", "a function"},
+            "ensemble": {"None"},
         },
         parted=("problem",),
         another={"A": RowBox(phi(), (-9, 8), (-9, 9)), "variant": "extended", "monitor": None},

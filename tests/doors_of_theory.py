@@ -39,6 +39,8 @@ from fem_resnet import (
     LocalFeedback,
     LowRankFeedback,
     LowRankKernel,
+    NodalBox,
+    NodalSets,
     Pair,
     Points,
     Polygon,
@@ -389,6 +391,16 @@ CONTROL_SETS = {
         parted=("bias", "lower", "upper", "convex", "grid"),
     ),
 }
+#: Sets that depend on y.
+NODAL_SETS = {
+    "NodalBox": Door(NodalBox, lambda: {"Y": Y()} | ENDS, parted=("Y", "bias", "kernel")),
+    "NodalSets": Door(
+        NodalSets,
+        lambda: {"Y": Y(), "sets": [Ellipse(), Box((-1, 1), (0, 1))], "number": np.arange(Y().nodes) % 2},
+        parted=("Y", "number"),
+        another={"sets": [Ellipse(), Box((-1, 1), (0, 2))]},
+    ),
+}
 A_SETS = {
     "ControlSet": (Ellipse, ControlSet), "Box": (box, Box),
     "Polygon": (lambda: Polygon([(0, 0), (1, 0), (0.2, 0.2), (0, 1)]), Polygon),
@@ -415,6 +427,21 @@ for name, (make, kind) in A_SETS.items():
     for called, (sound, takes) in PLACES.items():
         if called in vars(kind) and not getattr(vars(kind)[called], "__isabstractmethod__", False):
             CONTROL_SETS[f"{name}.{called}"] = of(make, getattr(kind, called), sound, takes, parted=tuple(sound()))
+#: Their arrays have the nodes as first axis: one of length 0 is refused, by the names of both arrays that broadcast.
+ON_NODES = {
+    "NodalBox": (lambda: NodalBox(Y(), (-1, 1), (0, 1)), NodalBox),
+    "NodalSets": (lambda: NodalSets(Y(), [Ellipse(), box()], np.arange(Y().nodes) % 2), NodalSets),
+}
+for name, (make, kind) in ON_NODES.items():
+    for called in ("sections", "maximise", "largest", "smallest", "contains"):
+        sound, takes = PLACES[called]
+        pair_of = ", ".join(argument for argument in sound() if argument != "tolerance")
+        NODAL_SETS[f"{name}.{called}"] = of(
+            make, getattr(kind, called), sound,
+            {argument: set(kinds) - {"an empty list"} for argument, kinds in takes.items()},
+            called={argument: f"{argument}|{pair_of}" for argument in pair_of.split(", ")},
+            parted=tuple(sound()),
+        )  # fmt: skip
 
 # -- control ----------------------------------------------------------------------------------------------------------
 
@@ -1047,7 +1074,7 @@ THEORY = {
     ),
 }
 
-DOORS: dict[str, Door] = CONTROL_SETS | HAMILTONIANS | COSTATES | THEORY
+DOORS: dict[str, Door] = CONTROL_SETS | NODAL_SETS | HAMILTONIANS | COSTATES | THEORY
 
 #: Public names that are not called with arguments from outside: what they are.
 NO_DOORS: dict[str, str] = {

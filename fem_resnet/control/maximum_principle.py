@@ -10,6 +10,7 @@ and (4.10). For many samples max H is not explicit, and is bracketed:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib.tri
@@ -20,6 +21,7 @@ from fem_resnet.control.controls import Controls
 from fem_resnet.control.extremal_controls import integrals_of_parts
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.sets.control_set import ControlSet
+from fem_resnet.control.sets_of_layers import sets_of_layers
 from fem_resnet.control.violation import refuse_controls_outside
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -113,7 +115,9 @@ class Residual:
 
 # (4.10) holds where J depends on (a, b) through f alone.
 @supports("channels", *HELD, *STEPPED, "head", "running", "learned_initial", "learned_both", "many_samples", "weights")
-def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 1e-12, rounds: int = 4) -> Residual:
+def pmp_residual(
+    problem: LearningProblem, A: ControlSet | Sequence[ControlSet], *, tolerance: float = 1e-12, rounds: int = 4
+) -> Residual:
     """int max H - H dt at the present parameters of a learning problem without regulariser. Collective.
 
     Exact for one sample, bounds for many (see above).
@@ -123,7 +127,8 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     problem
         The learning problem. Its activation does not decrease, and a running cost does not depend on (a, b).
     A
-        The set over which max H is taken. The present controls lie in it.
+        The set over which max H is taken, or a list with one for each layer; each may depend on y (`NodalBox`, `NodalSets`).
+        The present controls lie in it.
     tolerance
         When the target counts as reached: where int int abs(sigma(u)) abs(r*) dy dt is up to this part of J + J_0. Here J_0 is
         the loss of the output 0.
@@ -137,25 +142,25 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
         sigma decreases somewhere; if the controls are not in A at all pairs of nodes, as max H over A then says nothing about
         them. (This check takes nodes^2 x rank operations in each layer.)
     """
-    instance("A", A, ControlSet)
+    sets = sets_of_layers(A, problem.net, ControlSet)
     tolerance, rounds = number("tolerance", tolerance, least=0), integer("rounds", rounds, least=0)
     net = problem.net
     if not net.activation.properties.non_decreasing:
         raise ValueError(f"activation: expected one that does not decrease, got {net.activation.name}")
     Y, all_controls = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)]
-    refuse_controls_outside(
-        Y, A, all_controls, "give a set that they are in, or train within it: train(problem, bounds=..), msa(problem, A)"
-    )
+    remedy = "give a set that they are in, or train within it: train(problem, bounds=..), msa(problem, A)"
+    for l, controls in enumerate(all_controls):
+        refuse_controls_outside(Y, l, sets[l], controls, remedy)
     J, run = problem.record()
     J.derivative()
     H = Hamiltonian.of(problem, "maximise")
     low = high = size = 0.0
     columns = []
-    for l, (pair, controls) in enumerate(zip(middle_pairs(run, "maximise"), all_controls)):
+    for l, (one, pair, controls) in enumerate(zip(sets, middle_pairs(run, "maximise"), all_controls)):
         tau = net.times[l + 1] - net.times[l]
         each = H.in_r(pair, controls) * pair.r
         h = np.sum(each, axis=1)  # a running cost of f alone is in max h and in h, and drops out
-        at_least, at_most = _bounds(H, A, pair, h, rounds)
+        at_least, at_most = _bounds(H, one, pair, h, rounds)
         sums = Y.sum(Y.weights @ np.column_stack([at_least - h, at_most - h, np.sum(np.abs(each), axis=1)]))
         low, high, size = low + tau * sums[0], high + tau * sums[1], size + tau * sums[2]
         columns.append(at_most - h)
@@ -176,8 +181,8 @@ def _bounds(H: Hamiltonian, A: ControlSet, pair: Pair, h: np.ndarray, rounds: in
 
 def _upper(H: Hamiltonian, A: ControlSet, pair: Pair) -> np.ndarray:
     """The sum over the samples of each one's own max h, without the running cost: shape (nodes,)."""
-    parts = integrals_of_parts(H.Y, pair.f)
-    T = together(H.Y.comm, lambda: np.array([A.largest(*parts).value, A.smallest(*parts).value]))
+    parts = [part[None] for part in integrals_of_parts(H.Y, pair.f)]  # for all y alike
+    T = together(H.Y.comm, lambda: (A.largest(*parts).value, A.smallest(*parts).value))
     return np.sum(np.maximum(*(H.activation(t) * pair.r for t in T)), axis=1)
 
 
@@ -191,12 +196,21 @@ def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: i
     directions = np.vstack([np.eye(r.shape[1]), -np.eye(r.shape[1])])
     for _ in range(rounds + 1):
         # The row that maximises sum_s c_s T_s is extremal for the state sum_s c_s f_s, with the bias sum_s c_s times.
-        T = np.array([_row(Y, A, f, c) for c in directions])
-        values = r @ H.activation(T).T
-        chosen = np.argmax(values, axis=1)
+        rows = [_row(Y, A, f, c) for c in directions]
+        if all(len(row.parts) == 1 for row in rows):  # rows for all y
+            T = np.concatenate([row.T(slice(None)) for row in rows])
+            values = r @ H.activation(T).T
+            chosen = np.argmax(values, axis=1)
+            of_chosen = T[chosen]
+        else:
+            values = np.column_stack([np.sum(r * H.activation(row.T(slice(None))), axis=1) for row in rows])
+            chosen = np.argmax(values, axis=1)
+            of_chosen = np.empty_like(r)
+            for d in np.unique(chosen):
+                of_chosen[chosen == d] = rows[d].T(chosen == d)
         better = np.take_along_axis(values, chosen[:, None], axis=1)[:, 0]
         rises = better > best
-        best, best_T = np.where(rises, better, best), np.where(rises[:, None], T[chosen], best_T)
+        best, best_T = np.where(rises, better, best), np.where(rises[:, None], of_chosen, best_T)
         gap = Y.weights * (_upper(H, A, pair) - best)
         wide = np.argsort(-gap)[:new]
         mine = [(gap[i], *(H.activation.derivative(best_T[i]) * r[i])) for i in wide]
@@ -205,8 +219,28 @@ def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: i
     return best
 
 
-def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """T_s of the row that maximises sum_s c_s T_s, shape (samples,).
+@dataclass(frozen=True)
+class _Row:
+    """A row (a, b(.)), or one for each y: b is one number where f >= 0 for some state f, and one where f < 0.
+
+    Attributes
+    ----------
+    parts : numpy.ndarray
+        a and the two numbers, shape (1, 3), or (nodes, 3) where A depends on y.
+    integrals : numpy.ndarray
+        What these are multiplied by in T_s: 1, and minus the integrals of f_s over the two sets, shape (3, samples).
+    """
+
+    parts: np.ndarray
+    integrals: np.ndarray
+
+    def T(self, nodes: slice | np.ndarray) -> np.ndarray:
+        """T_s at some nodes, or of the one row, shape (1 or nodes, samples)."""
+        return self.parts[nodes] @ self.integrals
+
+
+def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> _Row:
+    """The row that maximises sum_s c_s T_s.
 
     For the state sum_s c_s f_s / sum_s c_s it has the largest T if sum_s c_s >= 0, else the smallest. If the c_s cancel each
     other, the divisor is a small part of their sizes.
@@ -214,7 +248,9 @@ def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> np.ndarr
     total = c.sum()
     size = abs(total) if abs(total) > 1e-8 * np.abs(c).max(initial=1e-300) else np.abs(c).sum() * 1e-8 + 1e-300
     mixed = f @ c / size * (1.0 if total >= 0 else -1.0)
-    parts = integrals_of_parts(Y, mixed)
+    parts = [part[None] for part in integrals_of_parts(Y, mixed)]
     extreme = together(Y.comm, lambda: (A.largest if total >= 0 else A.smallest)(*parts))
-    b = np.where(mixed >= 0, extreme.where_positive, extreme.where_negative)
-    return extreme.a - Y.sum((Y.weights * b) @ f)
+    plus = mixed >= 0
+    over = Y.sum(np.stack([np.where(plus, Y.weights, 0.0), np.where(plus, 0.0, Y.weights)]) @ f)
+    integrals = np.vstack([np.ones(f.shape[1]), -over])
+    return _Row(np.column_stack([extreme.a, extreme.where_positive, extreme.where_negative]), integrals)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fem_resnet.arguments import instance, number, real_array
 from fem_resnet.control.controls import Controls
 from fem_resnet.control.sets.control_set import interval
+from fem_resnet.control.sets.nodal_set import NodalBox, intervals
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.orthonormal import orthonormal, orthonormal_factors
-from fem_resnet.ranks import same
+from fem_resnet.ranks import same, together
 
 __all__ = [
     "RowBall",
@@ -33,32 +36,42 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class RowBox:
-    """The rows with a- <= a(y) <= a+ and b- <= X_k(y) <= b+.
+class RowBox(Fixed):
+    """The rows with a-(y) <= a(y) <= a+(y) and b-(y) <= X_k(y) <= b+(y).
 
-    This is a box in the coefficients. It is one in b itself where psi are indicators of cells.
+    This is a box in the coefficients. It is one in b itself where psi are indicators of cells. For a box that depends on t,
+    give `msa` a list with one for each layer.
 
     Parameters
     ----------
     psi
         The basis in z.
     bias, kernel
-        (a-, a+) and (b-, b+), shape (2,) each; no unit.
+        (a-, a+) and (b-, b+): each end is a number, or has a value at each of this rank's nodes, shape (nodes,); no unit.
+
+    Attributes
+    ----------
+    bias, kernel : tuple of numpy.ndarray
+        The ends, each of shape () or (nodes,).
 
     Raises
     ------
     TypeError, ValueError
-        If psi is no basis, the ends are not finite, the first is above the second, or they differ between ranks.
+        If psi is no basis, the ends are not finite or have another shape, the first is above the second at some y, or numbers
+        differ between ranks; on all ranks alike.
     """
 
-    psi: Basis
-    bias: Sequence[float]
-    kernel: Sequence[float]
+    def __init__(self, psi: Basis, bias: Sequence[ArrayLike], kernel: Sequence[ArrayLike]):
+        Y = instance("psi", psi, Basis).Y
+        same(Y.comm, bias=_of_all_nodes(bias), kernel=_of_all_nodes(kernel))
+        self.psi = psi
+        self.bias, self.kernel = together(Y.comm, lambda: (intervals(Y, "bias", bias), intervals(Y, "kernel", kernel)))
+        self._description = NodalBox(Y, self.bias, self.kernel).description
 
-    def __post_init__(self):
-        instance("psi", self.psi, Basis)
-        _check_ends(self)
+    @property
+    def description(self) -> list[float]:
+        """Numbers that differ between boxes on one basis, so that ranks can compare them (`ranks.same`)."""
+        return self._description
 
     def project(self, rows: np.ndarray) -> np.ndarray:
         """The nearest rows of the box, shape (any, 1 + rank).
@@ -66,7 +79,7 @@ class RowBox:
         Parameters
         ----------
         rows
-            (a, X), shape (any, 1 + rank).
+            (a, X), shape (any, 1 + rank); if the box depends on y, shape (nodes, 1 + rank).
 
         Raises
         ------
@@ -74,7 +87,10 @@ class RowBox:
             If the rows have another shape or are not real numbers; on the rank with the fault only.
         """
         rows = _checked_rows(self, rows)
-        return np.column_stack([_clipped(rows[:, 0], self.bias), _clipped(rows[:, 1:], self.kernel)])
+        ends = [np.atleast_1d(end)[:, None] for end in (*self.bias, *self.kernel)]
+        if not all(len(end) in (1, len(rows)) for end in ends):
+            raise ValueError(f"rows: expected a row for each of the {self.psi.Y.nodes} nodes, got shape {rows.shape}")
+        return np.hstack([np.clip(rows[:, :1], *ends[:2]), np.clip(rows[:, 1:], *ends[2:])])
 
 
 class RowBall(Fixed):
@@ -228,7 +244,14 @@ def _checked_rows(A: RowBox | RowBall, rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _check_ends(A: RowBox | SpanBox) -> None:
+def _of_all_nodes(ends: Any) -> Any:
+    """What all ranks must give alike of a pair of ends: everything but arrays of node values."""
+    if isinstance(ends, (list, tuple)) and any(np.ndim(end) for end in ends):
+        return [None if np.ndim(end) else end for end in ends]
+    return ends
+
+
+def _check_ends(A: SpanBox) -> None:
     same(A.psi.Y.comm, bias=A.bias, kernel=A.kernel)
     for name, ends in (("bias", A.bias), ("kernel", A.kernel)):
         interval(name, ends)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fem_resnet.control.controls import Controls
 from fem_resnet.control.sets.control_set import ControlSet
+from fem_resnet.control.sets.nodal_set import at_nodes
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.ranks import together
 
@@ -63,35 +63,49 @@ def violation(Y: LabelSpace, A: ControlSet, controls: Controls, tolerance: float
     tolerance
         How far outside of A counts as inside, as a part of A's size in a and in b.
     """
-    # A may be made of a user's functions.
-    sizes = together(Y.comm, lambda: [_size(*A.bias_range), _size(*A.kernel_range)])
-    x = Y.coordinates  # all ranks make the coordinates when they are first asked for
-    worst: tuple | None = None
-    for owner in range(Y.comm.size):
-        # The nodes z of one rank after the other are sent to all: no rank ever holds the nodes of two others.
-        psi, z = Y.comm.bcast((controls.psi, x) if Y.comm.rank == owner else None, root=owner)
-        pieces = np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(z) // _PAIRS))
-        far = together(Y.comm, lambda: [
-            _farthest(A, controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance) for rows in pieces
-        ])  # fmt: skip
-        for rows, found in zip(pieces, far):
-            if found is not None and (worst is None or found[0] > worst[0]):
-                excess, i, j, b = found
-                worst = excess, float(controls.a[rows[i]]), b, tuple(x[rows[i]]), tuple(z[j])
-    offers = [offer for offer in Y.comm.allgather(worst) if offer is not None]
+    excess, b, z = _farthest_at_nodes(Y, A, controls, tolerance)
+    x = Y.coordinates
+    i = int(np.argmax(excess)) if excess.size else 0
+    mine = (float(excess[i]), float(controls.a[i]), float(b[i]), tuple(x[i]), tuple(z[i])) if excess.any() else None
+    offers = [offer for offer in Y.comm.allgather(mine) if offer is not None]
     return Violation(*max(offers)) if offers else None
 
 
-def _size(low: float, high: float) -> float:
-    return max(high - low, abs(low), abs(high), np.finfo(float).tiny)
+def _farthest_at_nodes(
+    Y: LabelSpace, A: ControlSet, controls: Controls, tolerance: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At each node y of this rank, the largest excess over all z, or 0 if it is in A at all; b(y, z) there, and z. Collective.
+
+    The shapes are (nodes,), (nodes,) and (nodes, dimension).
+    """
+    # A may be made of a user's functions.
+    sizes = together(Y.comm, lambda: [_size(*A.bias_range), _size(*A.kernel_range)])
+    sizes = np.max(Y.comm.allgather(sizes), axis=0)  # a set that depends on y has others at other nodes
+    x = Y.coordinates  # all ranks make the coordinates when they are first asked for
+    worst, b, z = np.zeros(Y.nodes), np.zeros(Y.nodes), np.zeros_like(x)
+    for owner in range(Y.comm.size):
+        # The nodes z of one rank after the other are sent to all: no rank ever holds the nodes of two others.
+        psi, others = Y.comm.bcast((controls.psi, x) if Y.comm.rank == owner else None, root=owner)
+        if not len(others):
+            continue
+        pieces = np.array_split(np.arange(Y.nodes), max(1, Y.nodes * len(others) // _PAIRS))
+        for rows, (far, j, there) in zip(pieces, together(Y.comm, lambda: [
+            _farthest(at_nodes(A, rows), controls.a[rows], controls.phi[rows] @ psi.T, sizes, tolerance) for rows in pieces
+        ])):  # fmt: skip
+            farther = far > worst[rows]
+            chosen = rows[farther]
+            worst[chosen], b[chosen], z[chosen] = far[farther], there[farther], others[j[farther]]
+    return worst, b, z
+
+
+def _size(low: float | np.ndarray, high: float | np.ndarray) -> float:
+    return max(*(float(np.max(part, initial=0.0)) for part in (high - low, np.abs(low), np.abs(high))), np.finfo(float).tiny)
 
 
 def _farthest(
-    A: ControlSet, a: np.ndarray, b: np.ndarray, sizes: Sequence[float], tolerance: float
-) -> tuple[float, int, int, float] | None:
-    """The largest excess of (a_i, b_ij), its indices i and j, and b_ij; None where all pairs are in A."""
-    if not b.size:
-        return None
+    A: ControlSet, a: np.ndarray, b: np.ndarray, sizes: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each i, the largest excess of (a_i, b_ij) over all j, or 0 where all are in A; that j; and b_ij."""
     low, high = A.bias_range
     m, M = (end[:, None] for end in A.sections(np.clip(a, low, high)))
     empty = m > M  # a finite set has no point over most a
@@ -101,12 +115,13 @@ def _farthest(
     # A set may have holes, or sections that are no intervals, so A itself is asked. It has one tolerance for a and b.
     inside = A.contains(a[:, None], b, tolerance * max(sizes))
     excess = np.where((excess <= tolerance) & ~inside, np.maximum(excess, 2 * tolerance), excess)
-    i, j = map(int, np.unravel_index(np.argmax(excess), excess.shape))
-    return (float(excess[i, j]), i, j, float(b[i, j])) if excess[i, j] > tolerance else None
+    j, each = np.argmax(excess, axis=1), np.arange(len(a))
+    largest = excess[each, j]
+    return np.where(largest > tolerance, largest, 0.0), j, b[each, j]
 
 
 def controls_within(Y: LabelSpace, A: ControlSet, controls: Controls) -> Controls:
-    """Mixtures of controls with a point of a convex set A, by the least share that brings them into A. Collective.
+    """Mixtures of controls with points of a convex set A, at each y by the least share that brings them into A. Collective.
 
     These are not the nearest controls in A, whose rank may be the number of nodes. The rank of the mixtures grows by one.
 
@@ -124,28 +139,31 @@ def controls_within(Y: LabelSpace, A: ControlSet, controls: Controls) -> Control
     ValueError
         If the controls are not in A, and A is not convex.
     """
-    if violation(Y, A, controls) is None:
+    out = _farthest_at_nodes(Y, A, controls, _ROUND_OFF)[0] > 0
+    if not _anywhere(Y, out):
         return controls
     if not A.convex:
         raise ValueError(
             "A: expected a convex set, as controls outside of it are mixed with one of its points; "
             "begin with controls in A, for example the same point of A at all y and z"
         )
-    a, one = np.mean(A.bias_range), np.ones((Y.nodes, 1))
-    b = np.mean(together(Y.comm, lambda: A.sections(a)))
-    centre, outside, inside = Controls(np.full(Y.nodes, a), b * one, one), 0.0, 1.0
-    while inside - outside > 1e-3 * inside:
-        share = (outside + inside) / 2 if outside else inside / 2
-        if violation(Y, A, controls.towards(centre, share)) is None:
-            inside = share
-        else:
-            outside = share
+    a, one = np.broadcast_to(sum(A.bias_range) / 2, Y.nodes), np.ones((Y.nodes, 1))
+    b = np.mean(together(Y.comm, lambda: A.sections(a)), axis=0)
+    centre, outside = Controls(a, b[:, None], one), np.zeros(Y.nodes)
+    inside = out.astype(float)
+    while _anywhere(Y, inside - outside > 1e-3 * inside):
+        share = np.where(outside > 0, (outside + inside) / 2, inside / 2)
+        out = _farthest_at_nodes(Y, A, controls.towards(centre, share), _ROUND_OFF)[0] > 0
+        outside, inside = np.where(out, share, outside), np.where(out, inside, share)
     return controls.towards(centre, inside)
 
 
-def refuse_controls_outside(Y: LabelSpace, A: ControlSet, controls: Sequence[Controls], remedy: str) -> None:
-    """Raise ValueError if the controls of a layer are not in A. The message says where, then the remedy. Collective."""
-    for l, c in enumerate(controls):
-        outside = violation(Y, A, c)
-        if outside is not None:
-            raise ValueError(f"A: expected a set with the controls of all layers in it; layer {l} has {outside}; {remedy}")
+def _anywhere(Y: LabelSpace, nodes: np.ndarray) -> bool:
+    return any(Y.comm.allgather(bool(nodes.any())))
+
+
+def refuse_controls_outside(Y: LabelSpace, layer: int, A: ControlSet, controls: Controls, remedy: str) -> None:
+    """Raise ValueError if the controls of a layer are not in its set. It says where, then the remedy. Collective."""
+    outside = violation(Y, A, controls)
+    if outside is not None:
+        raise ValueError(f"A: expected a set with the controls of all layers in it; layer {layer} has {outside}; {remedy}")

@@ -73,7 +73,7 @@ def solve_value_function(
     Y
         The label domain, with at most 4 nodes on all ranks together.
     A
-        The set in which (a(y), b(y, z)) lies for all y and z; any `ControlSet`.
+        The set in which (a(y), b(y, z)) lies for all y and z; any `ControlSet` that does not depend on y.
     activation
         sigma, any. If it does not decrease and L is a function of f alone, the minimum in (4.11) is explicit.
     target
@@ -136,7 +136,8 @@ def solve_value_function(
         Y.comm, A=A, activation=activation, grid=replicated, final_time=final_time, running=running, monitor=callable(monitor),
         resume=type(resume),
     )  # fmt: skip
-    instance("A", A, ControlSet)
+    if instance("A", A, ControlSet).Y is not None:
+        raise ValueError(f"A: expected one set for all y, got a {type(A).__name__}; give a Box or another set")
     activation = get_activation(activation)
     if Y.size > _LARGEST:
         raise ValueError(f"Y: expected at most {_LARGEST} nodes, got {Y.size}: the grid of states has as many dimensions")

@@ -128,7 +128,9 @@ def train(
         Whether Newton methods get Gauss-Newton actions in place of Hessian actions.
     bounds
         Least and largest coefficients by the name of a learned parameter, such as ``{"bias": (-1.0, 1.0), "kernel":
-        (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end. They hold at all times.
+        (None, 0.5)}``: numbers, arrays of the shape of `Parameter.get`, or None for no end. These hold at all times. Bounds
+        that vary in time have one more axis in front: entry k bounds ``Parameter.get(k)``, that is layer k where each layer
+        has a value of its own. The other axes may have length one, as in ``{"bias": (None, 1 + t[:, None])}``.
 
         If no type is given, TAO's is "blmvm", L-BFGS with projections. "bnls" and "bntr", Newton's method with a line search
         and with a trust region, may need far fewer iterations. The start is the nearest set of coefficients within the bounds,

@@ -11,9 +11,10 @@ B^T(sigma'(u) r).) Let theta = (a, b) be the present controls and e the extremal
                  (`augmented_hamiltonian`). Its penalty rho is raised until J falls, and lowered again after that. rho = 0
                  gives s = 1, the basic variant. For convex control sets only.
 
-No layer needs the new controls of another one, so layers could be treated in parallel; here the ranks share the nodes of
-each layer. f and r are taken in the middle of a layer, to second order in its length. So near a stationary point of J no
-rho makes J fall, and the method ends there.
+No layer needs the new controls of another one: the maximisation "is decoupled for different network layers". So members of an
+ensemble share the layers out among them (`dealt_layers`), as the ranks of each share the nodes. f and r are taken in the
+middle of a layer, to second order in its length. So near a stationary point of J no rho makes J fall, and the method ends
+there.
 
 For many samples (4.10) does not hold. Then A is a box or ball of rows (`row_sets`), and e(y) is the row found by ascent
 from the present one.
@@ -25,20 +26,22 @@ rank: 2 for the basic variant, for the others 2 more in each iteration at most. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import firedrake as fd
 import numpy as np
 from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 
-from fem_resnet.arguments import choice, flag, instance, integer, number
+from fem_resnet.arguments import choice, flag, integer, number
 from fem_resnet.control.controls import Controls
 from fem_resnet.control.extremal_controls import extremal_controls
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.row_controls import raise_controls
 from fem_resnet.control.row_sets import RowBall, RowBox, SpanBox, distance, nearest_controls
 from fem_resnet.control.sets.control_set import ControlSet
+from fem_resnet.control.sets_of_layers import AnySet, is_pointwise, sets_of_layers
 from fem_resnet.control.violation import controls_within, refuse_controls_outside
 from fem_resnet.features import STEPPED, supports
 from fem_resnet.learning.problem import LearningProblem
@@ -46,6 +49,7 @@ from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.network.settings import Kernel
 from fem_resnet.training.augmented_hamiltonian import augmented_step
+from fem_resnet.training.dealt_layers import DealtLayers
 from fem_resnet.training.progress import check_monitor, tell
 
 __all__ = ["MSAProgress", "MSAResult", "msa", "problem_of"]
@@ -143,12 +147,12 @@ class MSAResult:
 @supports("channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
 @supports(
     "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
-    when=lambda problem, A, **options: isinstance(A, ControlSet), instead="give A as a RowBox, RowBall or SpanBox",
+    when=lambda problem, A, **options: is_pointwise(A), instead="give A as a RowBox, RowBall or SpanBox",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:msa")
 def msa(
     problem: LearningProblem,
-    A: ControlSet | RowBox | RowBall | SpanBox,
+    A: AnySet | Sequence[AnySet],
     *,
     variant: str = "extended",
     iterations: int = 50,
@@ -157,8 +161,9 @@ def msa(
     restarts: int = 0,
     project: bool = False,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
+    ensemble: fd.Ensemble | None = None,
 ) -> MSAResult:
-    """Train by Algorithm 2 from the present controls, which lie in A. Collective.
+    """Train by Algorithm 2 from the present controls, which lie in A. Collective, over all members of an ensemble.
 
     Parameters
     ----------
@@ -166,7 +171,8 @@ def msa(
         Bias and kernel have a value on each layer, and there is no regulariser. Any head and loss are taken, and stay as they
         are. The problem is not changed: the result has a problem of its own.
     A
-        The set in which (a, b) lies at all y and z, for one sample; or a `RowBox`, `RowBall` or `SpanBox`, for any number.
+        The set in which (a, b) lies at all y and z, for one sample, which may depend on y (`NodalBox`, `NodalSets`); or a
+        `RowBox`, `RowBall` or `SpanBox`, for any number. If it depends on t, a list of such sets, one for each layer.
     variant
         "basic", "damped" or "extended".
     iterations
@@ -182,6 +188,10 @@ def msa(
     monitor
         Called after each iteration on every rank. If it returns True on any rank, the method stops. If left out, each
         iteration is logged at level INFO on rank 0.
+    ensemble
+        An ensemble whose members share out the layers: each maximises in its own, and all solve (4.1) and (4.2). Each member
+        has the same problem with the same data on its own communicator (``comm=ensemble.comm`` of the mesh), and gets the same
+        result.
 
     Returns
     -------
@@ -190,27 +200,31 @@ def msa(
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit or differs between ranks; if the present controls are not in A, or A is not convex and
-        mixtures are needed.
+        If an argument does not fit or differs between ranks, or between members of an ensemble; if the present controls are
+        not in A, or A is not convex and mixtures are needed.
 
     Examples
     --------
     >>> result = msa(problem, Box((-1, 1), (-1, 1)), variant="extended")  # doctest: +SKIP
     """
-    _check(problem, A, variant)
+    dealt = DealtLayers(
+        problem, ensemble, A=A, variant=variant, iterations=iterations, rho=rho, largest_rho=largest_rho, restarts=restarts,
+        project=project, monitor=monitor is None,
+    )  # fmt: skip
+    sets = _checked_sets(problem, A, variant)
     project = flag("project", project)
     check_monitor(monitor)
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
-    method = _Method(problem, variant, largest_rho)
-    best = at = method.evaluate(_start(problem.net, A, project))
+    method = _Method(problem, variant, largest_rho, dealt)
+    best = at = method.evaluate(_start(problem.net, sets, project))
     values, reason = [at.value], "ITERATIONS"
     predicted: list[float] = []
     steps: list[float] = []
     while len(steps) < iterations:
         pairs = at.pairs()
-        extremal = [_best(method.H, A, pair, c) for pair, c in zip(pairs, at.controls)]
+        extremal = dealt.each(lambda l: _best(method.H, sets[l], pairs[l], at.controls[l]))
         new, step = method.step(at, pairs, extremal, rho)
         if variant != "basic" and not new.value < at.value:
             if restarts == 0:
@@ -227,7 +241,7 @@ def msa(
         rho = step / 2 if variant == "extended" else rho
         seconds = time.perf_counter() - start
         progress = MSAProgress(len(steps), iterations, at.value, step, seconds, method.evaluations, at.problem)
-        if tell(problem.net.Y.comm, progress, monitor):
+        if tell(dealt.comm, progress, monitor):
             reason = "STOPPED"
             break
     return MSAResult(
@@ -269,7 +283,8 @@ class _Method:
     evaluations : int
     """
 
-    def __init__(self, problem: LearningProblem, variant: str, largest_rho: float):
+    def __init__(self, problem: LearningProblem, variant: str, largest_rho: float, dealt: DealtLayers):
+        self._dealt = dealt
         self._problem, self._variant, self._largest_rho = problem, variant, largest_rho
         self._lengths = np.diff(problem.net.times)
         self.H = Hamiltonian.of(problem, "maximise")
@@ -280,7 +295,7 @@ class _Method:
         self.evaluations += 1
         changed = problem_of(self._problem, controls)
         J, run = changed.record()
-        return _Point(controls, changed, J, run, float(J.functional))
+        return _Point(controls, changed, J, run, self._dealt.first(float(J.functional)))
 
     def step(self, at: _Point, pairs: list[Pair], extremal: list[Controls], rho: float) -> tuple[_Point, float]:
         """The first trial that lowers J, or the last one if none does, with its rho or share; "basic" has one trial."""
@@ -290,7 +305,7 @@ class _Method:
         step = rho if extended else 1.0
         while True:
             new = self.evaluate(
-                [augmented_step(self.H, p, c, e, step)[0] for p, c, e in zip(pairs, at.controls, extremal)]
+                self._dealt.each(lambda l: augmented_step(self.H, pairs[l], at.controls[l], extremal[l], step)[0])
                 if extended else [c.towards(e, step) if step < 1 else e for c, e in zip(at.controls, extremal)]
             )  # fmt: skip
             if new.value < at.value:
@@ -305,26 +320,26 @@ class _Method:
         return -sum(tau * (H(p, n) - H(p, c)) for tau, p, n, c in zip(self._lengths, pairs, new, controls))
 
 
-def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall | SpanBox, pair: Pair, present: Controls) -> Controls:
+def _best(H: Hamiltonian, A: AnySet, pair: Pair, present: Controls) -> Controls:
     """The extremal controls of (4.10), or rows that are raised from the present ones."""
     if isinstance(A, ControlSet):
         return extremal_controls(H.Y, A, pair).controls
     return raise_controls(H, A, pair, present)[0]
 
 
-def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, project: bool) -> list[Controls]:
-    """The present controls, one for each layer, if they are in A, or controls in A made of them."""
-    Y, controls, remedy = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)], "project=True starts within A"
-    if isinstance(A, ControlSet):
-        if project:
-            return [controls_within(Y, A, c) for c in controls]
-        refuse_controls_outside(Y, A, controls, remedy)
-        return controls
-    within = [nearest_controls(A, c) for c in controls]
+def _start(net: ResidualNetwork, sets: list[AnySet], project: bool) -> list[Controls]:
+    """The present controls, one for each layer, if they are in its set, or controls in it made of them."""
+    Y, controls = net.Y, [Controls.of_layer(net, l) for l in range(net.layers)]
     if project:
-        return within
-    for l, (c, nearest) in enumerate(zip(controls, within)):
-        apart, y = distance(Y, c, nearest)
+        return [
+            controls_within(Y, A, c) if isinstance(A, ControlSet) else nearest_controls(A, c) for A, c in zip(sets, controls)
+        ]
+    remedy = "project=True starts within A"
+    for l, (A, c) in enumerate(zip(sets, controls)):
+        if isinstance(A, ControlSet):
+            refuse_controls_outside(Y, l, A, c, remedy)
+            continue
+        apart, y = distance(Y, c, nearest_controls(A, c))
         if apart > _ROUND_OFF:
             at = ", ".join(f"{x:.4g}" for x in y)
             raise ValueError(
@@ -334,16 +349,15 @@ def _start(net: ResidualNetwork, A: ControlSet | RowBox | RowBall | SpanBox, pro
     return controls
 
 
-def _check(problem: LearningProblem, A: ControlSet | RowBox | RowBall | SpanBox, variant: str) -> None:
-    net = problem.net
-    instance("A", A, (ControlSet, RowBox, RowBall, SpanBox))
-    if not isinstance(A, ControlSet) and A.psi.Y is not net.Y:
-        raise ValueError(f"A: expected rows on the network's label space {net.Y!r}, got rows on {A.psi.Y!r}")
+def _checked_sets(problem: LearningProblem, A: AnySet | Sequence[AnySet], variant: str) -> list[AnySet]:
+    """The set of each layer."""
+    sets = sets_of_layers(A, problem.net, ControlSet, RowBox, RowBall, SpanBox)
     choice("variant", variant, _VARIANTS)
-    if isinstance(A, ControlSet) and variant != "basic" and not A.convex:
+    if variant != "basic" and not all(one.convex for one in sets if isinstance(one, ControlSet)):
         raise ValueError(
             f"A: expected a convex set, as variant {variant!r} mixes controls; use the variant 'basic' with this one"
         )
+    return sets
 
 
 def problem_of(problem: LearningProblem, controls: list[Controls]) -> LearningProblem:

@@ -2,11 +2,26 @@
 
 from itertools import product
 
+import firedrake as fd
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from firedrake import COMM_WORLD
+from helpers import label_space, smooth
+from numpy.testing import assert_allclose, assert_array_equal
 
-from fem_resnet import Box, Ellipse, Points, Polygon, Sections
+from fem_resnet import (
+    Box,
+    Ellipse,
+    LabelSpace,
+    NodalBox,
+    NodalSets,
+    Points,
+    Polygon,
+    Sections,
+    StateGrid,
+    solve_value_function,
+)
+from fem_resnet.control.sets.nodal_set import at_nodes
 
 ARROW = [(-1, -1), (1, 0.2), (-0.5, 1.5), (0.1, 0.1)]  # not convex
 SETS = {
@@ -214,3 +229,72 @@ def test_corners_that_are_no_corners_are_no_harm():
     assert straight.convex and straight.contains(1.0, 2.0) and straight.contains([0, 2, 1], [0, 2, 0]).all()
     assert Polygon([(1e9, 0), (1e9 + 1, 0), (1e9 + 1, 1), (1e9, 1)]).convex
     assert not Polygon(np.array(ARROW) + [1e9, 0]).convex
+
+
+# -- sets that depend on y ---------------------------------------------------------------------------------------------------
+
+
+def nodal_box(Y, shift=0.0):
+    """Ends that vary with y, and a box and its parts at each node; no width where x > 1/2."""
+    low, high = smooth(Y, 1, 31)[:, 0] - 1, smooth(Y, 1, 31)[:, 0] + np.maximum(0.5 - Y.coordinates[:, 0], 0) - 1
+    ends = ((low + shift, high + shift), (-0.7, 0.2 + smooth(Y, 1, 33)[:, 0] ** 2))
+    each = [Box(*(tuple(float(np.broadcast_to(end, Y.nodes)[i]) for end in pair) for pair in ends)) for i in range(Y.nodes)]
+    return NodalBox(Y, *ends), each
+
+
+def nodal_sets(Y):
+    """Sets of all kinds, one of which is nowhere."""
+    kinds = [SETS[name] for name in ("box", "arrow", "lens", "disk", "points", "two humps")]
+    number = np.minimum(np.floor(2.5 * (1 + smooth(Y, 1, 35)[:, 0])).astype(int), 4)
+    return NodalSets(Y, kinds, number), [kinds[k] for k in number]
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("make", [nodal_box, nodal_sets])
+@pytest.mark.parametrize("space", [("annulus", "CG1"), ("sphere", "DG0")])
+def test_a_set_that_depends_on_y_is_at_each_node_the_set_there(make, space):
+    """All that it is asked, against constant sets node by node: for all nodes alike, and for each."""
+    Y = label_space(*space)
+    A, each = make(Y)
+    assert A.convex == all(Y.comm.allgather(all(B.convex for B in each)))
+    seen = np.abs(smooth(Y, 3, 36))
+    rows = np.arange(Y.nodes)[Y.coordinates[:, 0] > 0]
+    for part, sets, nodes in ((A, each, np.arange(Y.nodes)), (at_nodes(A, rows), [each[i] for i in rows], rows)):
+        for one in (seen[nodes], np.array([[0.3, 1.2, 0.1]])):
+            two = one[..., ::-1]
+            for i, B in list(enumerate(sets))[::4]:
+                p, q = (array[i if len(array) > 1 else 0] for array in (one, two))
+                for mine, its in ((part.largest(one, two), B.largest(p, q)), (part.smallest(one, two), B.smallest(p, q))):
+                    for name in ("value", "a", "where_positive", "where_negative"):
+                        assert_array_equal(getattr(mine, name)[i], getattr(its, name))
+                assert_array_equal([end[i] for end in part.maximise(one, -two)], B.maximise(p, -q))
+                assert_array_equal([end[i] for end in part.sections(one - 1)], B.sections(p - 1))
+                assert_array_equal(part.support(one - 0.5, two)[i], B.support(p - 0.5, q))
+                assert_array_equal(part.contains(one - 1, two, 0.1)[i], B.contains(p - 1, q, 0.1))
+                assert_allclose([end[i] for end in part.bias_range + part.kernel_range], B.bias_range + B.kernel_range)
+    a, b = A.maximise(1.0, -1.0)
+    assert a.shape == b.shape == (Y.nodes,) and A.contains(a, b).all() and not A.contains(a + 9, b).any()
+
+
+@pytest.mark.parallel([1, 2])
+def test_sets_that_depend_on_y_are_refused_on_all_ranks_where_they_do_not_fit():
+    Y = label_space("annulus", "CG1")
+    last = COMM_WORLD.rank == COMM_WORLD.size - 1
+    high = np.where(np.arange(Y.nodes) == 3, -1.0 if last else 1.0, 1.0)
+    with pytest.raises(ValueError, match="^bias: expected .low, high. with low <= high at all nodes"):
+        NodalBox(Y, (0.0, high), (0, 1))
+    with pytest.raises(ValueError, match=r"^kernel: expected numbers, or values at the nodes of shape \("):
+        NodalBox(Y, (0.0, 1.0), (0, np.ones(Y.nodes + last)))
+    with pytest.raises(ValueError, match="^number: expected the numbers of 2 sets, from 0"):
+        NodalSets(Y, [SETS["box"], SETS["disk"]], np.full(Y.nodes, 2 * last))
+    A = NodalBox(Y, (-1, 1), (-1, 1))
+    with pytest.raises(ValueError, match="^sets: expected sets that do not depend on y"):
+        NodalSets(Y, [A], np.zeros(Y.nodes, int))
+    with pytest.raises(ValueError, match="^sample: expected one set for all y, got a NodalBox"):
+        A.sample(3)
+    with pytest.raises(ValueError, match="^a, b: expected arrays whose first axis is the .* nodes, or one, got shape"):
+        A.contains(np.zeros(Y.nodes + 1), 0.0)
+    cells = LabelSpace(fd.FunctionSpace(fd.UnitIntervalMesh(2, comm=fd.COMM_SELF), "DG", 0))
+    with pytest.raises(ValueError, match="^A: expected one set for all y, got a NodalBox; give a Box"):
+        grid = StateGrid([[0.0, 0.5]], 0.25)
+        solve_value_function(cells, NodalBox(cells, (-1, 1), (0, 0)), "identity", [2.0], grid, final_time=1.0)

@@ -19,6 +19,8 @@ from fem_resnet import (
     Hamiltonian,
     LabelSpace,
     LearningProblem,
+    NodalBox,
+    NodalSets,
     Pair,
     Points,
     Polygon,
@@ -36,6 +38,7 @@ from fem_resnet import (
 )  # fmt: skip
 from fem_resnet.control.maximum_principle import _best_of_pool, _upper
 from fem_resnet.control.violation import violation
+from fem_resnet.training.msa import problem_of
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-0.5, 0.8), (-1.0, 0.7))
@@ -295,6 +298,132 @@ def test_the_residual_is_zero_where_the_maximum_principle_holds():
         found = pmp_residual(problem, A)
         assert found.lower == found.upper and not found.reached
         assert (abs(found.upper) < ROUND_OFF) == holds and ((np.abs(found.density) < 1e-10).all() == holds)
+
+
+# -- sets that depend on y and t ---------------------------------------------------------------------------------------------
+
+
+def ends(Y, t):
+    """a-, a+, b-, b+ as functions of y and t, with a- < a+ and b- < 0 < b+; shape (nodes,) each."""
+    x = Y.coordinates[:, 0]
+    a = -0.6 + 0.3 * np.sin(3 * x + t), 0.4 + 0.3 * np.cos(2 * x - t)
+    return *a, (-0.5 - 0.2 * t * x**2) / Y.measure, (0.3 + 0.1 * np.cos(5 * x) * t) / Y.measure
+
+
+def box_at(Y, t):
+    low, high, least, largest = ends(Y, t)
+    return NodalBox(Y, (low, high), (least, largest))
+
+
+@on_ranks
+@pytest.mark.parametrize("samples", [1, 2])
+def test_all_corner_choices_on_four_cells_of_a_box_that_depends_on_y_and_t(samples):
+    """As above, at two times: brute force over the corners of each y's own box. No constant box has these maxima."""
+    Y = label_space("disk", "DG0")
+    keep = Y.coordinates[:, 0] <= np.sort(np.concatenate(Y.comm.allgather(Y.coordinates[:, 0])))[3]
+    signs = np.sign(Y.coordinates[:, 1:])
+    p = Pair(np.where(keep[:, None], signs * np.abs(smooth(Y, samples)), 0), smooth(Y, samples, 5), "maximise")
+    f = np.concatenate(Y.comm.allgather((Y.weights[:, None] * p.f)[keep]))
+    assert np.ptp(np.sign(f), axis=0).tolist() == [2] * samples, "f has both signs"
+    H, found = Hamiltonian(Y, TANH, "maximise"), []
+    for t in (0.0, 1.5):
+        a0, a1, b0, b1 = ends(Y, t)
+        brute = np.full(Y.nodes, -np.inf)
+        for a in (a0, a1):
+            for choice in product((b0, b1), repeat=4):
+                T = a[:, None] - np.column_stack(choice) @ f
+                brute = np.maximum(brute, np.sum(p.r * np.tanh(T), axis=1))
+        A = box_at(Y, t)
+        found.append(brute)
+        if samples == 1:
+            extremal = extremal_controls(Y, A, p).controls
+            assert_allclose(H.density(p, extremal), brute, rtol=0, atol=ROUND_OFF)
+            b = extremal.phi @ np.concatenate(Y.comm.allgather(extremal.psi)).T
+            assert A.contains(extremal.a[:, None], b, 0.0).all() and extremal.phi.shape[1] == 2
+            assert violation(Y, A, extremal) is None and violation(Y, box_at(Y, 1.5 - t), extremal) is not None
+            continue
+        low, high = _best_of_pool(H, A, p, 4), _upper(H, A, p)
+        assert (low <= brute + ROUND_OFF).all() and (brute <= high + ROUND_OFF).all()
+        assert abs(Y.sum(Y.weights @ (brute - low))) < 0.05 * Y.sum(Y.weights @ np.abs(brute))
+    assert float(Y.sum(Y.weights @ np.abs(found[0] - found[1]))) > 0.01
+
+
+@on_ranks
+@pytest.mark.parametrize("A", SETS.values(), ids=SETS.keys())
+def test_a_set_that_is_the_same_at_all_y_and_t_is_one_set(A):
+    """Extremal controls and residuals of boxes with constant ends, of one subdomain, and of a list of one set a layer."""
+    Y = label_space("annulus", "CG1")
+    same = [[A] * 2, NodalSets(Y, [Points([(7, 7)]), A], np.ones(Y.nodes, int))]
+    if isinstance(A, Box):
+        same.append((A, NodalBox(Y, A.bias, A.kernel)))
+    p = pair(Y)
+    expected = extremal_controls(Y, A, p).controls
+    for other in (B for B in (same[1], *same[2:])):
+        found = extremal_controls(Y, other[1] if isinstance(other, tuple) else other, p).controls
+        assert all((getattr(found, part) == getattr(expected, part)).all() for part in ("a", "phi", "psi"))
+    points = np.column_stack(A.sample(5))
+    net = ResidualNetwork(given_basis(Y, [1.0]), layers=2)
+    for l, (a, b) in enumerate(points[[0, -1]]):
+        net.bias.set(l, a + 0 * Y.weights)
+        net.kernel.set(l, [[b]])
+    for samples in (1, 3):
+        problem = learning_problem(net, head=True, weight=None, samples=samples)
+        expected = pmp_residual(problem, A)
+        for other in same:
+            found = pmp_residual(problem, other)
+            assert_allclose([found.lower, found.upper], [expected.lower, expected.upper], rtol=1e-10)
+            assert_allclose(found.density, expected.density, rtol=0, atol=1e-12)
+
+
+@on_ranks
+@pytest.mark.parametrize("space", [("sphere", "CG1"), ("annulus", "DG0")])
+def test_the_residual_is_zero_where_the_maximum_principle_holds_for_a_set_that_depends_on_y_and_t(space):
+    """f > 0 and a target far above: at each y and t the controls are the ends a+(y, t) and b-(y, t), and no others."""
+    Y = label_space(*space)
+    layers = 3
+    middles = (np.arange(layers) + 0.5) / layers
+    sets = [box_at(Y, t) for t in middles]
+    one = np.ones((Y.nodes, 1))
+
+    def with_controls(choose):
+        """A network with the controls that `choose` makes of the ends at the middle of each layer."""
+        controls = [Controls(*choose(*ends(Y, t), one)) for t in middles]
+        net = ResidualNetwork(given_basis(Y, [1.0]), layers=layers, final_time=1.0)
+        batch = Batch(Y.batch(1.5 + 0.1 * smooth(Y, 1)), Y.batch(20 * one))
+        return problem_of(LearningProblem(net, None, least_squares, None, batch), controls)
+
+    best = with_controls(lambda low, high, least, largest, one: (high, least[:, None], one))
+    found = pmp_residual(best, sets)
+    assert found.lower == found.upper and abs(found.upper) < 1e-10 and (np.abs(found.density) < 1e-10).all()
+    with pytest.raises(ValueError, match="^A: expected a set with the controls of all layers in it; layer [02] has"):
+        pmp_residual(best, sets[::-1])  # t counts
+    x = Y.coordinates[:, 0]
+    for other in (
+        lambda low, high, least, largest, one: (np.where(x > 0.3, low, high), least[:, None], one),
+        lambda low, high, least, largest, one: (high, (least * (1 - 0.1 * (x > 0)))[:, None], one),
+    ):
+        assert pmp_residual(with_controls(other), sets).upper > 1e-3
+
+
+@on_ranks
+def test_controls_outside_of_a_set_that_depends_on_y_are_refused_by_layer_and_node():
+    """Only at one node of the second layer is the set too small; sets for other numbers of layers, or places, are refused."""
+    Y = label_space("annulus", "CG1")
+    x = Y.coordinates
+    there = x[:, 0] == max(Y.comm.allgather(x[:, 0].max()))
+    net = ResidualNetwork(given_basis(Y, [1.0]), layers=2)
+    net.bias.set(0, 0.5 + 0 * Y.weights)
+    net.bias.set(1, 0.5 + 0 * Y.weights)
+    problem = learning_problem(net, head=True, weight=None, samples=1)
+    wide, narrow = NodalBox(Y, (-1, 1), (0, 1)), NodalBox(Y, (-1, np.where(there, 0.25, 1.0)), (0, 1))
+    assert pmp_residual(problem, [wide, wide]).upper > 0
+    # The size of the set is 2 in a.
+    with pytest.raises(ValueError, match=r"; layer 1 has \(a\(y\), b\(y, z\)\) = \(0.5, 0\) at y = \(1, .*by 1.2e-01 of"):
+        pmp_residual(problem, [wide, narrow])
+    with pytest.raises(ValueError, match="^A: expected one set, or one for each of the 2 layers, got a list of 3"):
+        pmp_residual(problem, [wide] * 3)
+    with pytest.raises(ValueError, match="^A: expected sets on the label space .*, got sets on LabelSpace"):
+        pmp_residual(problem, NodalBox(label_space("sphere", "CG1"), (-1, 1), (0, 1)))
 
 
 @on_ranks

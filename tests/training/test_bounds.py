@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from firedrake import COMM_WORLD
 from helpers import label_space, laplace, smooth
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from petsc4py import PETSc
 from problems import learning_problem, network
 
@@ -17,6 +17,7 @@ from fem_resnet import (
     Hamiltonian,
     LearningProblem,
     LowRankKernel,
+    NodalBox,
     Pair,
     ResidualNetwork,
     cell_indicators,
@@ -33,6 +34,7 @@ from fem_resnet.training.tao_types import TYPES
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-1.0, 1.0), (-0.5, 1.0))
 BOUNDS = {"bias": BOX.bias, "kernel": BOX.kernel}
+RANKS = {"bias": 1, "kernel": 2}
 BOUNDED_TYPES = [name for name, kind in TYPES.items() if kind.bounds]
 
 
@@ -171,6 +173,73 @@ def test_bounds_are_numbers_arrays_or_none_and_blmvm_is_taken_without_a_type():
     assert result.value < result.values[0]
 
 
+def in_time(layers, kernel, Y):
+    """Bounds that vary in time, those of a bias at the nodes with y too, those of a kernel with the coefficient."""
+    t = (np.arange(layers) + 0.5) / layers
+    i = np.arange(np.prod(kernel)).reshape(kernel)
+    x = Y.coordinates[:, 0]
+    return {
+        "bias": (-0.1 - 0.3 * t[:, None], 0.1 + 0.3 * np.multiply.outer(t, x**2)),
+        "kernel": (None, 0.05 + 0.1 * t[:, None, None] * (1 + np.sin(i))),
+    }
+
+
+@on_ranks
+@pytest.mark.parametrize("space", [("annulus", "CG1"), ("sphere", "DG0")])
+@pytest.mark.parametrize("in_layers", ["layers", "linear"])
+def test_bounds_may_vary_in_time(space, in_layers):
+    """They are kept by each layer's coefficients, or those at each layer time, and reached; they count in time."""
+    P = learning_problem(network(*space, times=[0, 0.4, 1.0], bias_in_time=in_layers, kernel_in_time=in_layers))
+    count = len(P.net.kernel.functions)
+    bounds = in_time(count, P.net.kernel.space_basis.shape, P.net.Y)
+    result = train(P, {"tao_max_it": 12}, bounds=bounds, monitor=_silent)
+    low, high = np.broadcast_to(bounds["bias"][0], (count, P.net.Y.nodes)), bounds["bias"][1]
+    a, b = (np.array([p.get(k) for k in range(count)]) for p in (P.net.bias, P.net.kernel))
+    assert (low <= a).all() and (a <= high).all() and (b <= bounds["kernel"][1]).all()
+    pairs = ((a, low), (b, bounds["kernel"][1]))
+    reached = [bool(np.any(values[k] == ends[k])) for values, ends in pairs for k in range(count)]
+    assert np.any(P.net.Y.comm.allgather(reached), axis=0).all()
+    assert (b[-1] > bounds["kernel"][1][0]).any(), "the last bounds are not the first"
+    assert result.value < result.values[0]
+
+
+@pytest.mark.parallel([2, 3])
+def test_bounds_that_vary_in_time_give_the_same_on_any_number_of_ranks():
+    """Against the whole mesh on each rank alone."""
+    values = []
+    for alone in (False, True):
+        P = problem(weight=0.1, alone=alone)
+        bounds = in_time(3, P.net.kernel.space_basis.shape, P.net.Y)
+        values.append(train(P, {"tao_max_it": 4}, bounds=bounds, monitor=_silent).values)
+    assert_allclose(*values, rtol=1e-9)
+
+
+@on_ranks
+def test_bounds_that_are_the_same_at_all_times_are_bounds_for_all_times():
+    found = []
+    for bounds in (BOUNDS, {name: tuple(np.full((3,) + (1,) * n, end) for end in BOUNDS[name]) for name, n in RANKS.items()}):
+        P = problem(weight=0.1)
+        found.append(train(P, {"tao_max_it": 5}, bounds=bounds, monitor=_silent).values)
+    assert_array_equal(*found)
+
+
+@on_ranks
+def test_controls_trained_within_bounds_in_time_are_in_the_control_sets_of_the_layers():
+    """Indicators: bounds of the coefficients are sets A(y, t). At the minimum the principle holds to the layers' length."""
+    P = problem(layers=6)
+    Y, t = P.net.Y, (np.arange(6) + 0.5) / 6
+    low, high = -0.5 - 0.5 * t, 0.4 + 0.6 * t
+    bounds = {"bias": (low[:, None], high[:, None]), "kernel": (-high[:, None, None], -low[:, None, None])}
+    sets = [NodalBox(Y, (l, h), (-h, -l)) for l, h in zip(low, high)]
+    before = pmp_residual(P, sets)
+    result = train(P, {"tao_gatol": 1e-6, "tao_max_it": 300}, bounds=bounds, monitor=_silent)
+    residual = pmp_residual(P, sets)
+    print(f"\n{residual}, {result.iterations} iterations; absolute {before.absolute[1]:.2e}, then {residual.absolute[1]:.2e}")
+    assert residual.upper < 1e-3 and residual.absolute[1] < 1e-3 * before.absolute[1]
+    with pytest.raises(ValueError, match="^A: expected a set with the controls of all layers in it"):
+        pmp_residual(P, sets[::-1])
+
+
 @on_ranks
 def test_it_starts_from_the_nearest_point_within():
     P = problem()
@@ -254,6 +323,9 @@ def test_iterations_do_not_see_the_partition(tao_type):
         ({"bias": (1, -1)}, {}, "^bounds: expected .low, high. for bias with low <= high"),
         ({"bias": (np.nan, 1)}, {}, "^bounds: expected .low, high. for bias"),
         ({"kernel": (0, [1.0, 2.0])}, {}, r"^bounds: expected .low, high. for kernel .*arrays of shape \("),
+        ({"kernel": (None, np.ones((2, 1, 1)))}, {}, r"^bounds: .* with one more axis in front of length 3, one entry a time"),
+        ({"kernel": (None, np.ones((3, 2, 1)))}, {}, r"^bounds: .* with one more axis in front of length 3, one entry a time"),
+        ({"bias": (np.ones((3, 1)), 0.0)}, {}, r"^bounds: expected .low, high. for bias with low <= high"),
         ({"bias": (-1, 1)}, {"tao_type": "lmvm"}, "^solver_parameters: TAO's 'lmvm' does not know bounds"),
         ({"bias": (-1, 1)}, {"tao_type": "nls"}, "^solver_parameters: TAO's 'nls' does not know bounds"),
     ],

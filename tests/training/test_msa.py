@@ -1,7 +1,9 @@
 """Algorithm 2: basic, damped and extended, and the relaxed control that bang-bang layers approach."""
 
 import logging
+import sys
 
+import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_WORLD
@@ -17,7 +19,10 @@ from fem_resnet import (
     Ellipse,
     Hamiltonian,
     Kernel,
+    LabelSpace,
     LearningProblem,
+    NodalBox,
+    NodalSets,
     Pair,
     Points,
     ResidualNetwork,
@@ -258,7 +263,7 @@ def test_rows_for_many_samples(kind):
     assert float(Y.sum(Y.weights @ np.maximum(0, best - H.density(pair, after)))) < 0.02 * values[-1]
     found = msa(start, A, iterations=6)
     assert (found.changes < 0).all() and found.value < 0.9 * found.values[0] and found.iterations == 6
-    with pytest.raises(ValueError, match="^A: expected rows on the network's label space"):
+    with pytest.raises(ValueError, match="^A: expected rows on the label space"):
         msa(problem(("sphere", "DG0")), A)
 
 
@@ -292,6 +297,101 @@ def test_a_fixed_span_is_one_problem_a_layer():
     assert (trained.changes < 0).all() and trained.value < 0.98 * trained.values[0]
     with pytest.raises(ValueError, match="^kernel: expected .low, high. with low <= high"):
         SpanBox(phi, psi, (-1, 1), (1, -1))
+
+
+# -- layers dealt to the members of an ensemble ------------------------------------------------------------------------------
+
+
+def dealt_problem(comm, samples=1, around=12):
+    """One or more samples on an annulus of this communicator, for controls on five layers.
+
+    Its basis is given: eigenfunctions on two ranks differ in the last bits from member to member.
+    """
+    mesh = fd.AnnulusMesh(1, 0.4, 3, around, comm=comm)
+    Y, (x, y) = LabelSpace(fd.FunctionSpace(mesh, "CG", 1)), fd.SpatialCoordinate(mesh)
+    net = flat_network(given_basis(Y, [1.0, x, y]), layers=5, final_time=2.0)
+    batch = Batch(Y.batch(smooth(Y, samples)), Y.batch(smooth(Y, samples, seed=50)))
+    return LearningProblem(net, None, least_squares, None, batch)
+
+
+def counted(monkeypatch, name):
+    """How often a function of `msa` is called on this rank: a list that grows."""
+    module, calls = sys.modules["fem_resnet.training.msa"], []
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: calls.append(1) or function(*given))
+    return calls
+
+
+def is_as_serially(members, monkeypatch):
+    """Iterates of msa on an ensemble are those of its member alone to 1e-14, and each member maximises on its own layers."""
+    ensemble = fd.Ensemble(COMM_WORLD, members)
+    count, mine = ensemble.ensemble_comm.size, len(range(ensemble.ensemble_comm.rank, 5, ensemble.ensemble_comm.size))
+    cases = [
+        ("basic", 1, lambda start: BOX, "extremal_controls", 1),
+        ("extended", 1, lambda start: boxes(start.net.Y, 5), "extremal_controls", 1),
+        ("damped", 3, lambda start: RowBall(start.net.bases["psi"][0], 1.5), "raise_controls", 1),
+    ]
+    for variant, samples, A, name, each in cases:
+        found, start = [], dealt_problem(ensemble.comm, samples)
+        for given in (None, ensemble):
+            with monkeypatch.context() as patch:
+                calls = counted(patch, name)
+                result = msa(start, A(start), variant=variant, iterations=3, ensemble=given, monitor=lambda p: None)
+            assert len(calls) == each * 3 * (mine if given else 5), "layers are dealt out"
+            found.append(result)
+        alone, together = found
+        assert_allclose(together.values, alone.values, rtol=1e-14)
+        assert_array_equal(together.steps, alone.steps)
+        for a, b in zip(together.controls, alone.controls):
+            assert_allclose(a.a, b.a, rtol=0, atol=1e-14)
+            assert_allclose(a.phi @ a.psi.T, b.phi @ b.psi.T, rtol=0, atol=1e-14)
+        assert len(set(ensemble.ensemble_comm.allgather(together.value))) == 1
+    return count
+
+
+@on_ranks
+def test_layers_dealt_to_members_of_one_rank_have_the_iterates_of_one(monkeypatch):
+    assert is_as_serially(1, monkeypatch) == COMM_WORLD.size
+
+
+@pytest.mark.slow  # four ranks on two cores
+@pytest.mark.parallel([4])
+def test_layers_dealt_to_members_of_two_ranks_have_the_iterates_of_one(monkeypatch):
+    assert is_as_serially(2, monkeypatch) == 2
+
+
+@pytest.mark.parallel([2, 3])
+def test_members_that_do_not_fit_are_refused_on_all_and_one_that_fails_or_stops_ends_all(monkeypatch, caplog):
+    ensemble = fd.Ensemble(COMM_WORLD, 1)
+    last = COMM_WORLD.rank == COMM_WORLD.size - 1
+    start = dealt_problem(ensemble.comm)
+    with pytest.raises(ValueError, match="^iterations: all ranks must give the same"):
+        msa(start, BOX, iterations=2 + last, ensemble=ensemble)
+    with pytest.raises(ValueError, match="^ensemble: expected problems on the communicators of the members, of 1 ranks"):
+        msa(problem(), BOX, ensemble=ensemble)
+    with pytest.raises(TypeError, match="^ensemble: expected an Ensemble or None"):
+        msa(start, BOX, ensemble=COMM_WORLD)
+    with pytest.raises(ValueError, match="^problem: expected the same label domain with the same nodes on all members"):
+        msa(dealt_problem(ensemble.comm, around=12 + last), BOX, ensemble=ensemble)
+    other = dealt_problem(ensemble.comm)
+    if last:
+        other.net.bias.set(0, 0.5 + 0 * other.net.Y.weights)
+    with pytest.raises(ValueError, match="^problem: expected the same on all members of the ensemble, got different J"):
+        msa(other, BOX, ensemble=ensemble)
+    stopped = msa(start, BOX, iterations=4, ensemble=ensemble, monitor=lambda p: last and p.iteration == 2)
+    assert stopped.reason == "STOPPED" and stopped.iterations == 2
+    with caplog.at_level(logging.INFO, logger="fem_resnet"):
+        msa(start, BOX, iterations=2, ensemble=ensemble)
+    assert len([r for r in caplog.records if r.name == "fem_resnet"]) == (2 if COMM_WORLD.rank == 0 else 0)
+    module = sys.modules["fem_resnet.training.msa"]
+
+    def fails(*given):
+        raise ArithmeticError("on one member")
+
+    if last:
+        monkeypatch.setattr(module, "extremal_controls", fails)
+    with pytest.raises(ArithmeticError, match="^on one member"):
+        msa(start, BOX, iterations=2, ensemble=ensemble)
 
 
 @on_ranks
@@ -335,6 +435,136 @@ def test_a_start_outside_of_A_is_refused_or_brought_into_it():
     assert inside(none, BOX) and float(none.problem.evaluate()[0]) == none.value
     with pytest.raises(ValueError, match="^A: expected a convex set, as controls outside of it are mixed"):
         msa(start, Points([(0, 1), (0, -1)]), variant="basic", project=True)
+
+
+# -- sets that depend on y and t ---------------------------------------------------------------------------------------------
+
+
+def boxes(Y, layers=6):
+    """One box for each layer, whose ends depend on y; 0 lies in all."""
+    x, found = Y.coordinates[:, 0], []
+    for t in (np.arange(layers) + 0.5) / layers:
+        found.append(NodalBox(Y, (-0.6 + 0.4 * t * x, 0.5 + 0.4 * np.cos(3 * x + t)), (-0.5 - t * x**2, 0.9 - 0.5 * t)))
+    return found
+
+
+def halves(Y):
+    """A disk where x > 0.3, a box elsewhere."""
+    return NodalSets(Y, [BOX, Ellipse((0.0, 0.1), 0.6)], (Y.coordinates[:, 0] > 0.3).astype(int))
+
+
+def all_inside(Y, sets, controls):
+    """Whether (a(y), b(y, z)) is in the set of its layer at y, for all y and z. Collective."""
+    psis = [np.concatenate(Y.comm.allgather(c.psi)) for c in controls]
+    mine = all(A.contains(c.a[:, None], c.phi @ psi.T, 1e-10).all() for A, c, psi in zip(sets, controls, psis))
+    return all(Y.comm.allgather(mine))
+
+
+@on_ranks
+@pytest.mark.parametrize("variant", ["basic", "damped", "extended"])
+@pytest.mark.parametrize("space", [("annulus", "CG1"), ("sphere", "DG0")][: None if COMM_WORLD.size == 1 else 1])
+def test_it_ends_in_a_set_that_depends_on_y_and_t(space, variant):
+    """Each layer's controls are in its own set, and some on its boundary; in the sets of other layers they are not."""
+    start = problem(space, target=3.0)
+    Y = start.net.Y
+    sets = boxes(Y)
+    found = msa(start, sets, variant=variant, iterations=4)
+    assert found.values.min() < 0.9 * found.values[0] and (variant == "basic" or (found.changes < 0).all())
+    assert all_inside(Y, sets, found.controls)
+    ends = [np.isclose(c.a, A.bias[0]) | np.isclose(c.a, A.bias[1]) for A, c in zip(sets, found.controls)]
+    assert Y.sum(Y.weights @ np.mean(ends, axis=0)) > (0.1 if variant == "basic" else 1e-3) * Y.measure
+    assert not all_inside(Y, sets[::-1], found.controls)
+    with pytest.raises(ValueError, match="^A: expected one set, or one for each of the 6 layers, got a list of 5"):
+        msa(start, sets[1:])
+
+
+@on_ranks
+def test_one_set_for_all_layers_may_depend_on_y_and_is_as_a_list():
+    start = problem(layers=3, target=3.0)
+    Y = start.net.Y
+    A = halves(Y)
+    found = msa(start, A, iterations=3)
+    assert all_inside(Y, [A] * 3, found.controls) and (found.changes < 0).all()
+    assert_array_equal(msa(start, [A] * 3, iterations=3).values, found.values)
+    # A box with constant ends is the box.
+    for variant in ("basic", "extended"):
+        values = [msa(start, B, variant=variant, iterations=3).values for B in (BOX, NodalBox(Y, BOX.bias, BOX.kernel))]
+        assert_array_equal(*values)
+    with pytest.raises(ValueError, match="^A: expected a convex set, as variant 'extended' mixes controls"):
+        msa(start, NodalSets(Y, [BOX, Points([(0, 1), (0, -1)])], np.zeros(Y.nodes, int)))
+
+
+@pytest.mark.parallel([2, 3])
+def test_sets_that_depend_on_y_and_t_have_the_same_iterates_on_any_number_of_ranks():
+    """Against the whole mesh on each rank alone, as `test_extended_msa_takes_the_same_steps_on_any_number_of_ranks`."""
+    of = [problem(alone=alone) for alone in (False, True)]
+    basic, extended = (
+        [msa(start, boxes(start.net.Y), variant=kind, iterations=3).values for start in of] for kind in ("basic", "extended")
+    )
+    assert_allclose(*basic, rtol=1e-10)
+    assert_allclose(*extended, rtol=1e-6)
+
+
+@on_ranks
+def test_rows_may_have_a_box_for_each_layer():
+    """Many samples: the ascent of each layer stays in its own box."""
+    psi = laplace("annulus", "CG1", 3)
+    sets = [RowBox(psi, (-1 + 0.3 * l, 1 - 0.3 * l), (-2 + 0.5 * l, 1 + 0.5 * l)) for l in range(3)]
+    start = learning_problem(ResidualNetwork(psi, layers=3), head=True, weight=None, samples=4)
+    found = msa(start, sets, iterations=3, project=True)
+    assert (found.changes < 0).all()
+    for A, c in zip(sets, found.controls):
+        rows = np.column_stack([c.a, c.phi @ psi.project(c.psi).T @ np.linalg.inv(psi.gram)])
+        assert_allclose(A.project(rows), rows, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="^A: expected sets on the label space|^A: expected rows on the label space"):
+        msa(start, [*sets[:2], RowBox(laplace("sphere", "DG0", 3), (-1, 1), (-1, 1))])
+
+
+@on_ranks
+def test_rows_may_have_a_box_at_each_node():
+    """Many samples: at each y the coefficients stay in their own box and reach it. Equal node values are as one number."""
+    psi = laplace("sphere", "DG0", 3)
+    Y = psi.Y
+    x = Y.coordinates[:, 0]
+    A = RowBox(psi, (-0.2 - 0.1 * x, 0.3), (-0.5, 0.3 + 0.2 * x))
+    start = learning_problem(ResidualNetwork(psi, layers=3), head=True, weight=None, samples=4)
+    found = msa(start, A, iterations=3, variant="basic", project=True)
+    a, X = found.controls[1].a, found.controls[1].phi @ psi.project(found.controls[1].psi).T @ np.linalg.inv(psi.gram)
+    high = 0.3 + 0.2 * x
+    assert (a >= -0.2 - 0.1 * x - 1e-12).all() and (a <= 0.3 + 1e-12).all()
+    assert (X >= -0.5 - 1e-10).all() and (X <= high[:, None] + 1e-10).all()
+    assert Y.sum(float(np.sum(np.isclose(X, high[:, None])))) > 0.1 * Y.size
+    same = [
+        msa(start, B, iterations=2).values
+        for B in (RowBox(psi, (-1, 1), (-2, 2)), RowBox(psi, (-1, 1 + 0 * x), (-2, 2 + 0 * x)))
+    ]
+    assert_array_equal(*same)
+    with pytest.raises(ValueError, match="^kernel: expected numbers, or values at the nodes of shape"):
+        RowBox(psi, (-1, 1), (-1, np.ones(Y.nodes + 1)))
+    with pytest.raises(ValueError, match="^rows: expected a row for each of the"):
+        A.project(np.zeros((1 + Y.nodes, 4)))
+
+
+@on_ranks
+def test_a_start_outside_of_a_set_that_depends_on_y_is_brought_into_it_where_it_is_outside():
+    """Each row is mixed with a point of its own set by its own share; rows inside stay as they are."""
+    start = problem(layers=2)
+    Y = start.net.Y
+    x = Y.coordinates[:, 0]
+    for l in range(2):
+        start.net.bias.set(l, 0.5 + 0 * x)
+        start.net.kernel.set(l, [[0.25]])
+    narrow = np.where(x > 0.3, 0.1, 1.0)
+    A = NodalBox(Y, (-narrow, narrow), (-1, 1))
+    with pytest.raises(ValueError, match="^A: .*; layer 0 has .a.y., b.y, z.. = .0.5, 0.25. at y = .*project=True"):
+        msa(start, A)
+    found = msa(start, A, iterations=0, project=True)
+    for c in found.controls:
+        assert_allclose(c.a, np.where(x > 0.3, 0.1, 0.5), rtol=2e-3)
+        b = c.phi @ c.psi.T
+        assert_allclose(b, np.where(x > 0.3, 0.25 * 0.2, 0.25)[:, None] + 0 * b, rtol=2e-3)
+        assert_allclose(b[x <= 0.3], 0.25, rtol=1e-12)
+    assert all_inside(Y, [A] * 2, found.controls)
 
 
 @on_ranks

@@ -1,5 +1,5 @@
 """Control sets A of section 4.2: compact sets of pairs (a, b), in which (a(y), b(y, z)) lies for all y and z.
 
 `ControlSet` has the operations that the maximum principle needs. Its kinds are `Box`, `Polygon`, `Points`, `Ellipse` and
-`Sections`. Nothing here depends on the label domain.
+`Sections`, which know nothing of the label domain, and `NodalBox` and `NodalSets`, which are another set at each y.
 """

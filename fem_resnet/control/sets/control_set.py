@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 
 from fem_resnet.arguments import integer, number, real_array
 from fem_resnet.fixed import Fixed
+from fem_resnet.label_domain.label_space import LabelSpace
 
 __all__ = ["ControlSet", "Extreme", "interval", "pair_of_arrays", "parts_of_state", "places"]
 
@@ -59,9 +60,12 @@ class ControlSet(Fixed, ABC):
     ----------
     convex : bool
         Whether A is convex. If it is not, mixtures of controls may leave it.
+    Y : LabelSpace or None
+        The label space on whose nodes A depends (`NodalSet`); None for one set for all y.
     """
 
     convex: bool
+    Y: LabelSpace | None = None
 
     @cached_property
     def description(self) -> tuple:
@@ -70,12 +74,12 @@ class ControlSet(Fixed, ABC):
 
     @property
     @abstractmethod
-    def bias_range(self) -> tuple[float, float]:
-        """The smallest and the largest a of A."""
+    def bias_range(self) -> tuple[float | Array, float | Array]:
+        """The smallest and the largest a of A: numbers, or of a set that depends on y arrays of shape (nodes,)."""
 
     @property
-    def kernel_range(self) -> tuple[float, float]:
-        """The smallest and the largest b of A."""
+    def kernel_range(self) -> tuple[float | Array, float | Array]:
+        """The smallest and the largest b of A, as `bias_range`."""
         return float(-self.support(0.0, -1.0)), float(self.support(0.0, 1.0))
 
     @abstractmethod
@@ -189,9 +193,11 @@ class ControlSet(Fixed, ABC):
         Raises
         ------
         ValueError
-            If `count` is not a positive integer.
+            If `count` is not a positive integer, or A depends on y.
         """
         count = integer("count", count)
+        if self.Y is not None:
+            raise ValueError(f"sample: expected one set for all y, got a {type(self).__name__}; ask the set of one region")
         a = np.linspace(*self.bias_range, count)
         m, M = self.sections(a)
         a, b = np.repeat(a, count), np.linspace(m, M, count, axis=1).ravel()
