@@ -1044,7 +1044,16 @@ NO_DOORS = {
     "Density": "a protocol: what a density of the user's has",
     "StepFailure": "an error that a layer raises",
     **dict.fromkeys(
-        ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress", "StochasticProgress", "StochasticResult"),
+        (
+            "Result",
+            "LambdaChoice",
+            "PAMResult",
+            "MSAResult",
+            "PAMProgress",
+            "MSAProgress",
+            "StochasticProgress",
+            "StochasticResult",
+        ),
         "what training gives, with what it computed",
     ),
 }
