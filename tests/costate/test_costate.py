@@ -140,6 +140,13 @@ def test_the_same_scheme_for_both_equations_differs_at_its_order():
             found.append(np.abs(Y.values(same.at_layer(0)) - Y.values(partner.at_layer(0))).max())
         assert min(found) > 1e-9
         assert abs(np.log2(found[-2] / found[-1]) - order) < 0.35, f"{scheme}: {found}"
+        # The partner is the architecture that belongs to the network: exact with the network's own steps.
+        J, run = problem.record()
+        J.derivative()
+        options["steps"] = problem.net.steps
+        trajectory = solve_trajectory(problem.net, problem.batch.inputs, **options)
+        partner = solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True)
+        assert_allclose(Y.values(partner.at_layer(0)), Y.values(run.costate(0)), rtol=0, atol=ROUND_OFF)
 
 
 def test_nothing_is_shared_with_the_adjoint_of_the_layers(monkeypatch):
