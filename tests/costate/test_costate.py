@@ -658,7 +658,6 @@ def test_the_gradient_in_b_is_that_in_a_times_the_state():
     assert max(check.partner_gradient) < ROUND_OFF
 
 
-@on_ranks
 def test_with_tikhonov_a_target_within_reach_is_not_reached():
     """Remark 4.2: at the minimum of J_mod sigma'(u) r = - lambda a, (4.7), and r is not 0 as it is without R."""
     teacher, left = network("disk", "CG1", size=0.5), []
