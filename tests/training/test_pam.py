@@ -115,7 +115,7 @@ def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau
 @on_ranks
 @pytest.mark.parametrize("options", [{"tao_max_it": 1}, {"tao_type": "nls", "tao_max_it": 1}], ids=str)
 def test_the_inequality_holds_however_inexact_the_inner_solves_are(options):
-    for tau in (1e3, 1e-2):  # hardly a proximal term, and hardly anything else
+    for tau in (1e3, 1e-2)[: 2 if alone else 1]:  # hardly a proximal term, and hardly anything else
         problem = classes()
         watch = Watch(problem)
         result = train_pam(problem, options, step=tau, iterations=3 if alone else 1, monitor=watch)
