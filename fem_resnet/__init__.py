@@ -67,6 +67,7 @@ _MODULES = {
     "training.gradient": ["Result", "train"],
     "training.levenberg_marquardt": ["train_levenberg_marquardt"],
     "training.rank_continuation": ["train_by_ranks"],
+    "training.lambda_choice": ["LambdaChoice", "choose_lambda"],
     "training.proximal": ["ProximalStep"],
     "training.pam_result": ["PAMProgress", "PAMResult"],
     "training.pam": ["train_pam"],

@@ -51,6 +51,7 @@ from fem_resnet import (
     Symmetric,
     binary_cross_entropy,
     cell_indicators,
+    choose_lambda,
     class_space,
     cross_entropy,
     enable_checkpointing,
@@ -767,6 +768,11 @@ DOORS = {
         lambda: {"self": classes(), "size": 2, "seed": 3},
         takes={"seed": {"None", "zero", "a huge integer"}},
     ),
+    "LearningProblem.folds": Door(
+        LearningProblem.folds,
+        lambda: {"self": classes(), "count": 2, "seed": 3},
+        takes={"seed": {"None", "zero", "a huge integer"}},
+    ),
     # -- training; the monitor stops at the start --
     "train": Door(
         train,
@@ -805,6 +811,26 @@ DOORS = {
         takes={"train": {"a function"}},
         parted=("problem",),
         another={"ranks": [1, 4], "train": stop},
+    ),
+    "choose_lambda": Door(
+        choose_lambda,
+        lambda: {
+            "problem": classes(),
+            "weights": [0.5, 0.1],
+            "train": started,
+            "rule": "cross validation",
+            "noise": None,
+            "folds": 2,
+            "seed": 3,
+        },
+        takes={
+            "train": {"a function"},
+            "noise": {"None"},
+            "folds": {"None"},
+            "seed": {"None", "zero", "a huge integer"},
+        },
+        parted=("problem",),
+        another={"train": stop, "rule": "discrepancy", "noise": 0.5},
     ),
     "train_pam": Door(
         train_pam,
@@ -1044,7 +1070,16 @@ NO_DOORS = {
     "StepFailure": "an error that a layer raises",
     "OpenLoopValue": "what open_loop_value gives",
     **dict.fromkeys(
-        ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress", "StochasticProgress", "StochasticResult"),
+        (
+            "Result",
+            "LambdaChoice",
+            "PAMResult",
+            "MSAResult",
+            "PAMProgress",
+            "MSAProgress",
+            "StochasticProgress",
+            "StochasticResult",
+        ),
         "what training gives, with what it computed",
     ),
 }

@@ -256,10 +256,17 @@ def test_the_page_of_sections_2_to_5_lacks_none_of_their_numbers(docs):
     files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     for row in re.findall(r"^\| .* \|$", page, re.M):
         _, code, shown, _ = (cell.strip() for cell in row[1:-1].split("|"))
-        for name in re.findall(r"`(test_\w+(?:\.py)?)`", shown):
+        named = re.findall(r"`(test_\w+(?:\.py)?)`", shown)
+        assert named or shown == "test", row
+        for name in named:
             assert name in files or name in equations.tests(), row
-        for name in re.findall(r"`(\w+)[`.(]", code):
+        for name, attribute in re.findall(r"`(\w+)(?:\.(\w+))?[`(]", code):
+            assert hasattr(getattr(fem_resnet, name, None), attribute or "__doc__") or name == "gradient_flow", row
             assert hasattr(fem_resnet, name) or name == "gradient_flow", row
+        for name in re.findall(r"demos/(\w+)\.rst|`(\w+)\.py`", row):
+            assert (
+                name[1] in {test.removesuffix(".py") for test in named} or (ROOT / "demos" / f"{''.join(name)}.py").exists()
+            ), row
 
 
 def test_the_readme_is_short():

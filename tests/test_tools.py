@@ -50,6 +50,7 @@ from fem_resnet import (
     RowBox,
     RunningCost,
     autonomous_problem,
+    choose_lambda,
     costate_check,
     depth_limit,
     duhamel,
@@ -365,6 +366,29 @@ def _train_by_ranks(p, results, close, start):
     assert_allclose(last.values[0], first.value, rtol=close)
     assert_allclose(last.value, value(p), rtol=close)
     assert last.value < start
+
+
+def _two_steps(p):
+    return train(p, {"tao_max_it": 2})
+
+
+def _with_noise(p):
+    """The noise is the misfit with the second lambda."""
+    before = [np.array(function.dat.data_ro) for function in p.functions]
+    for weight in (3.0, 0.1):
+        _two_steps(p.replace(regulariser=weight * p.regulariser))
+    noise = 1.001 * value(p.replace(regulariser=None))  # one percent is near enough
+    put_back(p.functions, before)
+    return choose_lambda(p, [3.0, 0.1], _two_steps, rule="discrepancy", noise=noise)
+
+
+@runs("choose_lambda", regulariser=tikhonov(1.0), call=_with_noise)
+def _choose_lambda(p, found, close, start):
+    assert_allclose(found.chosen, 0.1)
+    assert_allclose(found.misfits[-1], value(p.replace(regulariser=None)), rtol=close)
+    assert_allclose(value(found.problem), found.misfits[-1] + 0.1 * found.penalties[-1], rtol=close)
+    assert_allclose(value(found.problem), found.results[-1].value, rtol=close)
+    assert found.misfits[-1] < found.misfits[0]
 
 
 @runs("train_stochastic", call=lambda p: train_stochastic(p, Adam(1e-3), batch_size=1, epochs=2))

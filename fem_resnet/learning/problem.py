@@ -470,6 +470,33 @@ class LearningProblem(OnMesh):
         seed = None if seed is None else integer("seed", seed, least=0, most=np.inf)
         return self._samples.minibatches(integer("size", size), seed)
 
+    def folds(self, count: int, seed: int | None = None) -> list[tuple[Batch, Batch]]:
+        """The present batch without one of its parts, and that part, for each of `count` parts: for cross-validation.
+
+        Parts are as large as each other up to one sample. Samples of weight 0 are in none of them. Observations and
+        derivatives go with their samples. ``replace(batch=..)`` makes the problem of a batch.
+
+        Parameters
+        ----------
+        count
+            Number of parts, from 2 to the number of samples.
+        seed
+            Shuffles the samples first, the same way on every rank; left in order without one.
+
+        Returns
+        -------
+        list of (Batch, Batch)
+            Shape (count,): all other samples, and those of the part.
+
+        Raises
+        ------
+        ValueError
+            If `count` is no such integer, or `seed` no integer >= 0; or they differ between ranks.
+        """
+        same(self.net.Y.comm, count=count, seed=seed)
+        seed = None if seed is None else integer("seed", seed, least=0, most=np.inf)
+        return self._samples.folds(integer("count", count, least=2), seed)
+
     def reduced_functional(self, *, gauss_newton: bool = False) -> ReducedFunctional:
         """J as a function of all that is learned: for `taylor_test`, TAO, SciPy. See `record`."""
         return self.record(gauss_newton=gauss_newton)[0]

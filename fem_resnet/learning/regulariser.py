@@ -12,7 +12,7 @@ Integrals over t are lumped, as the Riesz maps are. The initial state f_I, where
 the integral over t, added up over the samples.
 
 The factor 1/2 makes (4.7) hold: the gradient of Tikhonov's functional in a is lambda a. (The paper prints Remark 4.2 without
-it.) The sum of two regularisers is a regulariser. Further terms stand in files of their own:
+it.) Sums of regularisers are regularisers, and so are their multiples ``lam * R``. Further terms stand in files of their own:
 
 ========================================  ==========================================  ====================  =================
 term                                      parameters                                  quadratic, convex     needs
@@ -35,12 +35,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from pyadjoint import AdjFloat
 
 from fem_resnet.arguments import function, instance, number, real_array
-from fem_resnet.learning.term import Coefficients, Form, Term, Weights, checked_weights, weight_on
+from fem_resnet.learning.term import Coefficients, Form, Term, Weights, checked_weights, scaled_weight, weight_on
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import may_fail_alone, together
@@ -55,6 +56,8 @@ PENALISED = ("bias", "kernel", "V", "W", "mu", "initial")
 @dataclass(frozen=True)
 class Regulariser:
     """A sum of weighted terms. Get one from `tikhonov`, `smooth_in_space`, `huber` and their relatives; add them.
+
+    A number >= 0 times a regulariser is one too.
 
     Attributes
     ----------
@@ -92,6 +95,14 @@ class Regulariser:
         if not isinstance(other, Regulariser):
             return NotImplemented
         return Regulariser(self.terms + other.terms, self._all_names() + other._all_names())
+
+    def __mul__(self, factor: float) -> Regulariser:
+        if isinstance(factor, (bool, np.bool_)) or not isinstance(factor, Real):
+            return NotImplemented
+        factor = number("factor", factor, least=0)
+        return Regulariser(tuple((scaled_weight(weight, factor), term) for weight, term in self.terms), self.names)
+
+    __rmul__ = __mul__
 
     @property
     def quadratic(self) -> bool:

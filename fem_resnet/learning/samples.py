@@ -104,11 +104,7 @@ class Samples:
         seed
             Shuffles the samples first; left in order without one.
         """
-        weights = sample_weights(self.batch.weights, self.batch.samples)
-        order = np.arange(weights.size)
-        if seed is not None:
-            order = np.random.default_rng(seed).permutation(weights.size)
-        order = order[weights[order] > 0]
+        weights, order = self._ordered(seed)
         chosen, weighted = [], []
         for start in range(0, order.size, size):
             part = order[start : start + size]
@@ -116,7 +112,41 @@ class Samples:
             weighted.append(np.where(np.arange(size) < len(part), weights[chosen[-1]], 0.0).tolist())
         return self._parts(chosen, weighted)
 
-    def _parts(self, chosen: Sequence[np.ndarray], weights: Sequence[list[float]]) -> list[Batch]:
+    def folds(self, count: int, seed: int | None) -> list[tuple[Batch, Batch]]:
+        """The batch without each of its parts, and that part: see `LearningProblem.folds`.
+
+        Parameters
+        ----------
+        count
+            Number of parts, at most that of the samples with a positive weight.
+        seed
+            Shuffles the samples first; left in order without one.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer samples than parts.
+        """
+        weights, order = self._ordered(seed)
+        if count > order.size:
+            raise ValueError(f"count: expected an integer from 2 to {order.size}, the number of samples, got {count}")
+        parts = np.array_split(order, count)
+        chosen = [np.sort(part) for held_out in range(count) for part in (
+            np.concatenate([*parts[:held_out], *parts[held_out + 1 :]]), parts[held_out],
+        )]  # fmt: skip
+        given = None if self.batch.weights is None else weights
+        batches = self._parts(chosen, [None if given is None else given[part].tolist() for part in chosen])
+        return list(zip(batches[::2], batches[1::2]))
+
+    def _ordered(self, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The weights of all samples, and the numbers of those whose weight is positive, shuffled by a seed."""
+        weights = sample_weights(self.batch.weights, self.batch.samples)
+        order = np.arange(weights.size)
+        if seed is not None:
+            order = np.random.default_rng(seed).permutation(weights.size)
+        return weights, order[weights[order] > 0]
+
+    def _parts(self, chosen: Sequence[np.ndarray], weights: Sequence[list[float] | None]) -> list[Batch]:
         """One batch for each array of numbers of samples, with these weights. Collective."""
 
         def of(Y: LabelSpace, batch: fd.Function) -> list[fd.Function]:

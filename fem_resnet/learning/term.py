@@ -15,7 +15,7 @@ import numpy as np
 from fem_resnet.arguments import number
 from fem_resnet.parameters.parameter import Parameter
 
-__all__ = ["Coefficients", "Form", "Penalty", "Quadratic", "Term", "Weights", "checked_weights", "weight_on"]
+__all__ = ["Coefficients", "Form", "Penalty", "Quadratic", "Term", "Weights", "checked_weights", "scaled_weight", "weight_on"]
 
 #: Coefficients of a parameter, or functionals of them: one array a function in time.
 Coefficients = Sequence[np.ndarray]
@@ -110,6 +110,13 @@ class Weights:
 def weight_on(weight: float | Weights, parameter: Parameter) -> float:
     """The weight of a term at one parameter."""
     return dict(weight.own).get(parameter.name, weight.others) if isinstance(weight, Weights) else weight
+
+
+def scaled_weight(weight: float | Weights, factor: float) -> float | Weights:
+    """The weight of a term, at all parameters times a number."""
+    if isinstance(weight, Weights):
+        return Weights(factor * weight.others, tuple((name, factor * own) for name, own in weight.own))
+    return factor * weight
 
 
 def checked_weights(weight: float, own: Mapping[str, float], names: Sequence[str]) -> float | Weights:

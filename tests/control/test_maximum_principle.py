@@ -33,6 +33,7 @@ from fem_resnet import (
     given_basis,
     hamiltonian_along,
     least_squares,
+    middle_pairs,
     pmp_residual,
     train,
 )  # fmt: skip
@@ -442,6 +443,14 @@ def test_bracket_for_many_samples():
     found = pmp_residual(problem, wide)
     longer = pmp_residual(problem, wide, rounds=8)
     assert 0 <= found.lower <= longer.lower <= longer.upper == found.upper and found.density.min() >= 0
+    # The upper end is the sum over the samples of each one's own max H, T = +-(1.5 + 9 int |f|), less H.
+    J, run = problem.record()
+    J.derivative()
+    Y, H, expected = problem.net.Y, Hamiltonian.of(problem, "maximise"), 0.0
+    for l, (p, tau) in enumerate(zip(middle_pairs(run, "maximise"), np.diff(problem.net.times))):
+        own = H.activation(1.5 + 9 * Y.sum(Y.weights @ np.abs(p.f))) * np.abs(p.r)
+        expected += tau * (Y.sum(Y.weights @ own).sum() - H(p, Controls.of_layer(problem.net, l)))
+    assert_allclose(found.absolute[1], expected, rtol=1e-10)
     problem = learning_problem(problem.net, weight=0.1)
     with pytest.raises(ValueError, match="^pmp_residual: it does not take a regulariser"):
         pmp_residual(problem, wide)

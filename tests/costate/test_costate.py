@@ -32,6 +32,7 @@ from fem_resnet import (
     solve_trajectory,
     terminal_costate,
     tikhonov,
+    train,
 )  # fmt: skip
 from fem_resnet.time_stepping.evolution import Path
 
@@ -139,6 +140,13 @@ def test_the_same_scheme_for_both_equations_differs_at_its_order():
             found.append(np.abs(Y.values(same.at_layer(0)) - Y.values(partner.at_layer(0))).max())
         assert min(found) > 1e-9
         assert abs(np.log2(found[-2] / found[-1]) - order) < 0.35, f"{scheme}: {found}"
+        # The partner is the architecture that belongs to the network: exact with the network's own steps.
+        J, run = problem.record()
+        J.derivative()
+        options["steps"] = problem.net.steps
+        trajectory = solve_trajectory(problem.net, problem.batch.inputs, **options)
+        partner = solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True)
+        assert_allclose(Y.values(partner.at_layer(0)), Y.values(run.costate(0)), rtol=0, atol=ROUND_OFF)
 
 
 def test_nothing_is_shared_with_the_adjoint_of_the_layers(monkeypatch):
@@ -632,6 +640,41 @@ def test_relu_below_its_kink_is_stationary():
     value = float(J(problem.functions))
     moved = [function._ad_mul(1.05) for function in problem.functions]
     assert value > 0.01 and float(J(moved)) == value
+
+
+@on_ranks
+def test_the_gradient_in_b_is_that_in_a_times_the_state():
+    """Proposition 4.1: D_b J(y, z) = - D_a J(y) f(z) for one sample. So (4.5) is enough: (ii) adds nothing to it."""
+    net = network("disk", "CG1")
+    problem = _one_sample(net, net.Y.batch(smooth(net.Y, 1, seed=5)))
+    trajectory = solve_trajectory(net, problem.batch.inputs, steps=8)
+    costate = solve_costate(trajectory, terminal_costate(problem, trajectory.final))
+    for t in (0.0, 0.1, 0.5, 1.3):
+        p, q = (net.Y.values(part)[:, 0] for part in costate.kernel_gradient(t))
+        assert_allclose(p, -costate.bias_gradient(t).dat.data_ro, rtol=0, atol=1e-14)
+        assert_allclose(q, net.Y.values(trajectory(t))[:, 0], rtol=0, atol=1e-14)
+    # What the tape has of b is the projection of just that: of D_a J where f is orthogonal to psi nothing is seen.
+    check = costate_check(problem, refinements=[1])
+    assert max(check.partner_gradient) < ROUND_OFF
+
+
+def test_with_tikhonov_a_target_within_reach_is_not_reached():
+    """Remark 4.2: at the minimum of J_mod sigma'(u) r = - lambda a, (4.7), and r is not 0 as it is without R."""
+    teacher, left = network("disk", "CG1", size=0.5), []
+    inputs = teacher.Y.batch(smooth(teacher.Y, 1))
+    target = teacher(inputs)
+    for R in (None, tikhonov(0.1)):
+        problem = LearningProblem(network("disk", "CG1", size=0.4, seed=1), None, least_squares, R, Batch(inputs, target))
+        result = train(problem, {"tao_gatol": 1e-8, "tao_max_it": 500}, monitor=lambda progress: None)
+        assert result.converged
+        trajectory = solve_trajectory(
+            problem.net, inputs, steps=problem.net.steps, keep_stages=True, solver_parameters={"ts_rk_type": "4"}
+        )
+        costate = solve_costate(trajectory, terminal_costate(problem, trajectory.final), partner=True)
+        without, with_R = (np.sqrt(sum(fd.assemble(fd.inner(g, g) * fd.dx) for g in costate.gradient(r))) for r in (None, R))
+        left.append((problem.net.Y.norm(costate.at_layer(problem.net.layers)), without, with_R))
+    assert max(left[0]) < 1e-6
+    assert left[1][0] > 0.01 and left[1][1] > 1e-3 and left[1][2] < 1e-6
 
 
 # -- conditioning ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pyadjoint import Control, ReducedFunctional
 from fem_resnet.label_domain.points import class_space
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.head import Head
-from fem_resnet.learning.loss import binary_cross_entropy, functional_loss, least_squares
+from fem_resnet.learning.loss import binary_cross_entropy, cross_entropy, functional_loss, least_squares
 from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.learning.regulariser import tikhonov
@@ -92,6 +92,16 @@ def test_softmax_is_a_density_over_any_label_domain():
         p = PREDICTIONS["softmax"].value(Y, 1e4 * smooth(Y, SAMPLES))
         np.testing.assert_allclose(Y.sum(Y.weights @ p), 1, rtol=1e-12)
         assert (p >= 0).all()
+
+
+@pytest.mark.parametrize("loss", [least_squares, cross_entropy, binary_cross_entropy], ids=lambda loss: loss.name)
+def test_losses_are_convex(loss):
+    """Section 2.4: in C_pre for least squares; the entropies in O, whose C_pre is h(O). And strictly, but for constants."""
+    Y, h = label_space("disk", "CG1"), PREDICTIONS[loss.prediction or "identity"]
+    p, q = 3 * smooth(Y, 20), 3 * smooth(Y, 20, seed=1)
+    C = PREDICTIONS["softmax"].value(Y, smooth(Y, 20, seed=2))
+    between = [Y.sum(loss.value(Y, (1 - s) * p + s * q, C, h)) for s in np.linspace(0, 1, 9)]
+    assert (np.diff(between, 2, axis=0) > 1e-6).all()
 
 
 def test_binary_cross_entropy_is_stable_and_right():

@@ -230,7 +230,7 @@ def test_finer_meshes_have_the_same_value_to_the_order_of_the_mesh(R):
 
 
 @on_ranks
-@pytest.mark.parametrize("R", CONVEX)
+@pytest.mark.parametrize("R", [*CONVEX, tikhonov(0.7), smooth_in_space(0.7), smooth_in_time(0.7)])
 def test_convex_terms_are_convex(R):
     problem = everything("annulus", "CG1", "nodes")
     J, rng = recorded(R, problem), np.random.default_rng(0)

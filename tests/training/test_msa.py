@@ -35,6 +35,9 @@ from fem_resnet import (
     middle_pairs,
     msa,
     raise_controls,
+    solve_costate,
+    solve_trajectory,
+    terminal_costate,
     tikhonov,
 )  # fmt: skip
 from fem_resnet.training.augmented_hamiltonian import augmented_step
@@ -75,17 +78,37 @@ def test_basic_msa_rises_where_extended_msa_falls_at_every_iteration(space):
 @on_ranks
 def test_basic_msa_is_the_algorithm_as_printed():
     """One iteration of Algorithm 2: (4.10) at the middle of each layer, r* of the sign of section 4.2."""
-    start = problem(layers=3)
+    start = msa(problem(layers=3, target=5.0), BOX, variant="damped", iterations=1).problem
+    before = [start.net.bias.get(l) for l in range(3)]
     J, run = start.record()
     J.derivative()
     found = msa(start, BOX, variant="basic", iterations=1)
     Y = start.net.Y
+    f = np.array(Y.values(run.final))
+    first, _, last = found.controls  # of layers that differ, so that each has its own pair
+    assert Y.sum(Y.weights @ (first.argument(Y, f) - last.argument(Y, f)) ** 2)[0] > 1e-2
     for pair, controls in zip(middle_pairs(run, "maximise"), found.controls):
         expected = extremal_controls(Y, BOX, pair).controls
         assert_allclose(controls.a, expected.a, rtol=0, atol=1e-13)
         assert_allclose(*(gathered(Y, c.phi) @ gathered(Y, c.psi).T for c in (controls, expected)), rtol=0, atol=1e-12)
     assert max(basis.rank for basis in found.problem.net.bases["phi"]) <= 2
-    assert (start.net.bias.get(0) == 0).all()  # the given problem stays
+    assert all((start.net.bias.get(l) == before[l]).all() for l in range(3))  # the given problem stays
+
+
+@on_ranks
+def test_state_and_costate_are_all_that_an_iteration_needs():
+    """Algorithm 2 "does not rely on gradients with respect to the trainable parameters": (4.1) and (4.2) solved alone."""
+    start = msa(problem(layers=3, target=5.0), BOX, variant="damped", iterations=1).problem
+    net, scheme = start.net, {"ts_rk_type": "4"}
+    trajectory = solve_trajectory(net, start.batch.inputs, steps=net.steps, keep_stages=True, solver_parameters=scheme)
+    costate = solve_costate(trajectory, terminal_costate(start, trajectory.final), partner=True)
+    f, r = ([np.array(net.Y.values(of(t))) for t in net.times] for of in (trajectory, costate))
+    found = msa(start, BOX, variant="basic", iterations=1)
+    for l, controls in enumerate(found.controls):
+        pair = Pair((f[l] + f[l + 1]) / 2, -(r[l] + r[l + 1]) / 2, "maximise")
+        expected = extremal_controls(net.Y, BOX, pair).controls
+        assert_allclose(controls.a, expected.a, rtol=0, atol=1e-12)
+        assert_allclose(*(gathered(net.Y, c.phi) @ gathered(net.Y, c.psi).T for c in (controls, expected)), rtol=0, atol=1e-12)
 
 
 @on_ranks

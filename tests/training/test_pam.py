@@ -115,10 +115,11 @@ def test_the_inequality_below_5_1_holds_at_every_iteration_for_any_tau(make, tau
 @on_ranks
 @pytest.mark.parametrize("options", [{"tao_max_it": 1}, {"tao_type": "nls", "tao_max_it": 1}], ids=str)
 def test_the_inequality_holds_however_inexact_the_inner_solves_are(options):
-    problem = classes()
-    watch = Watch(problem)
-    result = train_pam(problem, options, step=1e3, iterations=3 if alone else 1, monitor=watch)
-    assert (result.inner_iterations == 1).all() and min(watch.slacks) > -ROUND_OFF and result.value < result.values[0]
+    for tau in (1e3, 1e-2)[: 2 if alone else 1]:  # hardly a proximal term, and hardly anything else
+        problem = classes()
+        watch = Watch(problem)
+        result = train_pam(problem, options, step=tau, iterations=3 if alone else 1, monitor=watch)
+        assert (result.inner_iterations == 1).all() and min(watch.slacks) > -ROUND_OFF and result.value < result.values[0]
 
 
 @on_ranks
