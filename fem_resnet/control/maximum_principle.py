@@ -6,6 +6,10 @@ and (4.10). For many samples max H is not explicit, and is bracketed:
 - it is at most the integral over y of sum_s max(sigma(T_s^-) r_s, sigma(T_s^+) r_s), the best controls of each sample alone;
 - it is at least the value of the best controls of a pool of rows (a, b(y, .)), chosen at each y. The pool starts with the rows
   that are extremal for one sample, and grows by rows that maximise a linearisation of H.
+
+Where controls have a cost (Tikhonov's terms, a running cost of them), A is a box. For one sample the maximum is a search over one
+number at each y (`costly_controls`). For many samples each one bears a part of the cost in the upper bound. These parts are
+chosen at each y, and add up to one.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import numpy as np
 
 from fem_resnet.arguments import instance, integer, number
 from fem_resnet.control.controls import Controls
+from fem_resnet.control.costly_controls import Cheapest, check_costly, own_maximum, row_of_multipliers, state_cost
 from fem_resnet.control.extremal_controls import integrals_of_parts
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.sets.control_set import ControlSet
@@ -37,7 +42,8 @@ class Residual:
     ----------
     lower, upper : float
         Bounds of int max H - H dt, divided by int int abs(sigma(u)) abs(r*) dy dt, so without unit: 0 <= lower <= upper. For
-        one sample they are equal.
+        one sample they are equal. Where controls have a cost, the divisor is the integral of the larger of two densities:
+        that plus the cost, and max h.
     absolute : tuple of float
         The same bounds, not divided.
     density : numpy.ndarray
@@ -48,9 +54,10 @@ class Residual:
     times : numpy.ndarray
         Layer times, shape (L + 1,).
     reached : bool
-        Whether r* = 0. Then the target is reached, and the maximum principle says nothing.
+        Whether r* = 0 and controls cost nothing. Then the target is reached, and the maximum principle says nothing.
     caveat : str
-        A property of sigma that the upper bound needs and that is sampled, not proved. Empty if there is none.
+        What the upper bound needs and what is sampled, not proved: a property of sigma; where controls have a cost, the
+        maximum over one number at each y. Empty if there is none.
     """
 
     lower: float
@@ -111,19 +118,23 @@ class Residual:
         return pictures
 
 
-# (4.10) holds where J depends on (a, b) through f alone.
-@supports("channels", *HELD, *STEPPED, "head", "running", "learned_initial", "learned_both", "many_samples", "weights")
+@supports(
+    "channels", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "learned_initial", "learned_both",
+    "many_samples", "weights",
+)  # fmt: skip
 def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 1e-12, rounds: int = 4) -> Residual:
-    """int max H - H dt at the present parameters of a learning problem without regulariser. Collective.
+    """int max H - H dt at the present parameters of a learning problem. Collective.
 
     Exact for one sample, bounds for many (see above).
 
     Parameters
     ----------
     problem
-        The learning problem. Its activation does not decrease, and a running cost does not depend on (a, b).
+        The learning problem. Its activation does not decrease. Where it acts on bias and kernel, its regulariser is
+        Tikhonov's.
     A
-        The set over which max H is taken. The present controls lie in it.
+        The set over which max H is taken. The present controls lie in it. It is a `Box` where controls have a cost:
+        Tikhonov's, or a running cost l_0(f) + c_1 a + c_2/2 a^2.
     tolerance
         When the target counts as reached: where int int abs(sigma(u)) abs(r*) dy dt is up to this part of J + J_0. Here J_0 is
         the loss of the output 0.
@@ -133,8 +144,8 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of this kind or differs between ranks; if there is a regulariser or a running cost of (a, b), or
-        sigma decreases somewhere; if the controls are not in A at all pairs of nodes, as max H over A then says nothing about
+        If an argument is not of this kind or differs between ranks; if the cost of (a, b) is another one, or sigma decreases
+        somewhere; if the controls are not in A at all pairs of nodes, as max H over A then says nothing about
         them. (This check takes nodes^2 x rank operations in each layer.)
     """
     instance("A", A, ControlSet)
@@ -146,23 +157,33 @@ def pmp_residual(problem: LearningProblem, A: ControlSet, *, tolerance: float = 
     refuse_controls_outside(
         Y, A, all_controls, "give a set that they are in, or train within it: train(problem, bounds=..), msa(problem, A)"
     )
+    H = Hamiltonian.of(problem, "maximise")
+    if H.charges_controls:
+        check_costly(H, A)
     J, run = problem.record()
     J.derivative()
-    H = Hamiltonian.of(problem, "maximise")
     low = high = size = 0.0
     columns = []
     for l, (pair, controls) in enumerate(zip(middle_pairs(run, "maximise"), all_controls)):
         tau = net.times[l + 1] - net.times[l]
         each = H.in_r(pair, controls) * pair.r
         h = np.sum(each, axis=1)  # a running cost of f alone is in max h and in h, and drops out
+        sizes = np.sum(np.abs(each), axis=1)
+        if H.charges_controls:
+            cost = H.cost(pair, controls) - state_cost(H, pair)
+            h, sizes = h - cost, sizes + np.abs(cost)
         at_least, at_most = _bounds(H, A, pair, h, rounds)
-        sums = Y.sum(Y.weights @ np.column_stack([at_least - h, at_most - h, np.sum(np.abs(each), axis=1)]))
+        if H.charges_controls:
+            sizes = np.maximum(sizes, np.abs(at_most))
+        sums = Y.sum(Y.weights @ np.column_stack([at_least - h, at_most - h, sizes]))
         low, high, size = low + tau * sums[0], high + tau * sums[1], size + tau * sums[2]
         columns.append(at_most - h)
-    reached = size <= tolerance * (abs(float(J.functional)) + abs(problem.loss_of_zero()))
+    reached = not H.charges_controls and size <= tolerance * (abs(float(J.functional)) + abs(problem.loss_of_zero()))
     scale = 0.0 if reached or size == 0 else 1 / size
     density = np.column_stack(columns) if columns else np.zeros((Y.nodes, 0))
-    caveat = net.activation.properties.caveat("non_decreasing")
+    caveat = net.activation.properties.caveat("non_decreasing", *(["lipschitz"] if H.charges_controls else []))
+    if H.charges_controls:
+        caveat = "; ".join(filter(None, [caveat, "sampled and refined: the maximum over one number at each y"]))
     return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached, caveat)
 
 
@@ -175,29 +196,37 @@ def _bounds(H: Hamiltonian, A: ControlSet, pair: Pair, h: np.ndarray, rounds: in
 
 
 def _upper(H: Hamiltonian, A: ControlSet, pair: Pair) -> np.ndarray:
-    """The sum over the samples of each one's own max h, without the running cost: shape (nodes,)."""
+    """The sum over the samples of each one's own max h, without the cost of the state: shape (nodes,)."""
+    if H.charges_controls:
+        sizes = np.abs(pair.r) + 1e-6 * np.abs(pair.r).max(axis=1, keepdims=True) + np.finfo(float).tiny
+        shares = sizes / sizes.sum(axis=1, keepdims=True)  # of the cost
+        states = [Cheapest(H, A, f) for f in pair.f.T]
+        return np.sum([own_maximum(H, *each)[0] for each in zip(states, pair.r.T, shares.T)], axis=0)
     parts = integrals_of_parts(H.Y, pair.f)
     T = together(H.Y.comm, lambda: np.array([A.largest(*parts).value, A.smallest(*parts).value]))
     return np.sum(np.maximum(*(H.activation(t) * pair.r for t in T)), axis=1)
 
 
 def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: int = 16) -> np.ndarray:
-    """The maximum over a pool of rows of sum_s sigma(T_s(row)) r_s at each node, shape (nodes,).
+    """The maximum over a pool of rows of sum_s sigma(T_s(row)) r_s - cost(row) at each node, shape (nodes,).
 
     It rises as the pool grows. Each time `new` rows come, for the nodes where the bracket is widest.
     """
     Y, (f, r) = H.Y, (pair.f, pair.r)
-    best, best_T = np.full(Y.nodes, -np.inf), np.zeros_like(r)
+    best, best_T, upper = np.full(Y.nodes, -np.inf), np.zeros_like(r), _upper(H, A, pair)
     directions = np.vstack([np.eye(r.shape[1]), -np.eye(r.shape[1])])
+    if H.charges_controls:  # then the lengths of directions count
+        directions *= max(Y.comm.allgather(float(np.abs(r).max(initial=0.0))))
+    row = _row_with_cost if H.charges_controls else _row
     for _ in range(rounds + 1):
         # The row that maximises sum_s c_s T_s is extremal for the state sum_s c_s f_s, with the bias sum_s c_s times.
-        T = np.array([_row(Y, A, f, c) for c in directions])
-        values = r @ H.activation(T).T
+        T, costs = zip(*(row(H, A, f, c) for c in directions))
+        values = r @ H.activation(np.array(T)).T - np.array(costs)
         chosen = np.argmax(values, axis=1)
         better = np.take_along_axis(values, chosen[:, None], axis=1)[:, 0]
         rises = better > best
-        best, best_T = np.where(rises, better, best), np.where(rises[:, None], T[chosen], best_T)
-        gap = Y.weights * (_upper(H, A, pair) - best)
+        best, best_T = np.where(rises, better, best), np.where(rises[:, None], np.array(T)[chosen], best_T)
+        gap = Y.weights * (upper - best)
         wide = np.argsort(-gap)[:new]
         mine = [(gap[i], *(H.activation.derivative(best_T[i]) * r[i])) for i in wide]
         offers = [offer for part in Y.comm.allgather(mine) for offer in part]
@@ -205,16 +234,22 @@ def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: i
     return best
 
 
-def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """T_s of the row that maximises sum_s c_s T_s, shape (samples,).
+def _row(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, float]:
+    """T_s of the row that maximises sum_s c_s T_s, shape (samples,), and its cost 0.
 
     For the state sum_s c_s f_s / sum_s c_s it has the largest T if sum_s c_s >= 0, else the smallest. If the c_s cancel each
     other, the divisor is a small part of their sizes.
     """
-    total = c.sum()
+    Y, total = H.Y, c.sum()
     size = abs(total) if abs(total) > 1e-8 * np.abs(c).max(initial=1e-300) else np.abs(c).sum() * 1e-8 + 1e-300
     mixed = f @ c / size * (1.0 if total >= 0 else -1.0)
     parts = integrals_of_parts(Y, mixed)
     extreme = together(Y.comm, lambda: (A.largest if total >= 0 else A.smallest)(*parts))
     b = np.where(mixed >= 0, extreme.where_positive, extreme.where_negative)
-    return extreme.a - Y.sum((Y.weights * b) @ f)
+    return extreme.a - Y.sum((Y.weights * b) @ f), 0.0
+
+
+def _row_with_cost(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, float]:
+    """T_s of the row of a box that maximises sum_s c_s T_s - cost, and its cost."""
+    a, b, cost = row_of_multipliers(H, A, f, c)
+    return a - H.Y.sum((H.Y.weights * b) @ f), cost

@@ -18,8 +18,16 @@ rho makes J fall, and the method ends there.
 For many samples (4.10) does not hold. Then A is a box or ball of rows (`row_sets`), and e(y) is the row found by ascent
 from the present one.
 
+J may have Tikhonov's terms and a running cost of the controls. They are a part of H (`hamiltonian`), and e is not bang-bang then:
+in a box the controls of `costly_controls`, in sets of rows those of the same ascent.
+
+With `learn_head` W and mu are controls of the last step. An iteration first makes J smaller over (W, mu) at f(T), by L-BFGS,
+and solves (4.2) from there: as Remark 4.3 says, they change no more than the terminal value of r*. The network is not
+stepped for that, and J does not rise by it.
+
 New controls leave any fixed span. So each iteration makes a new network, whose layers have bases of their own of least
-rank: 2 for the basic variant, for the others 2 more in each iteration at most. Head and data stay as they are.
+rank: 2 for the basic variant, for the others 2 more in each iteration at most. (Controls with a cost have more: see
+`costly_controls`.) Data stay as they are, and the head without `learn_head`.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from pyadjoint import ReducedFunctional
 
 from fem_resnet.arguments import choice, flag, instance, integer, number
 from fem_resnet.control.controls import Controls
+from fem_resnet.control.costly_controls import check_costly, controls_with_cost
 from fem_resnet.control.extremal_controls import extremal_controls
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.row_controls import raise_controls
@@ -41,11 +50,13 @@ from fem_resnet.control.row_sets import RowBall, RowBox, SpanBox, distance, near
 from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.control.violation import controls_within, refuse_controls_outside
 from fem_resnet.features import STEPPED, supports
+from fem_resnet.learning.head import Head
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.network.settings import Kernel
 from fem_resnet.training.augmented_hamiltonian import augmented_step
+from fem_resnet.training.last_step import better_head
 from fem_resnet.training.progress import check_monitor, tell
 
 __all__ = ["MSAProgress", "MSAResult", "msa", "problem_of"]
@@ -139,10 +150,13 @@ class MSAResult:
     seconds: float
 
 
-# (4.10) holds where J depends on (a, b) through f alone.
-@supports("channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
 @supports(
-    "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
+    "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running", "running_of_controls",
+    "many_samples", "weights",
+)  # fmt: skip
+@supports(
+    "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running", "running_of_controls", "weights",
+    tool="msa, A pointwise",
     when=lambda problem, A, **options: isinstance(A, ControlSet), instead="give A as a RowBox, RowBall or SpanBox",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:msa")
@@ -156,6 +170,7 @@ def msa(
     largest_rho: float = 1e8,
     restarts: int = 0,
     project: bool = False,
+    learn_head: bool = False,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
 ) -> MSAResult:
     """Train by Algorithm 2 from the present controls, which lie in A. Collective.
@@ -163,10 +178,11 @@ def msa(
     Parameters
     ----------
     problem
-        Bias and kernel have a value on each layer, and there is no regulariser. Any head and loss are taken, and stay as they
-        are. The problem is not changed: the result has a problem of its own.
+        Bias and kernel have a value on each layer. Where it acts on these, a regulariser is Tikhonov's. Any head and loss are
+        taken. The problem is not changed: the result has a problem of its own.
     A
         The set in which (a, b) lies at all y and z, for one sample; or a `RowBox`, `RowBall` or `SpanBox`, for any number.
+        The former is a `Box` where controls have a cost: Tikhonov's, or a running cost l_0(f) + c_1 a + c_2/2 a^2.
     variant
         "basic", "damped" or "extended".
     iterations
@@ -179,6 +195,8 @@ def msa(
     project
         Whether it may start from controls outside of A. It then takes the nearest controls in a `RowBox`, `RowBall` or
         `SpanBox`; in other sets, which must be convex, mixtures with a point of A.
+    learn_head
+        Whether W and mu are controls too, of the last step. If left out, the head stays as it is.
     monitor
         Called after each iteration on every rank. If it returns True on any rank, the method stops. If left out, each
         iteration is logged at level INFO on rank 0.
@@ -191,40 +209,50 @@ def msa(
     ------
     TypeError, ValueError
         If an argument does not fit or differs between ranks; if the present controls are not in A, or A is not convex and
-        mixtures are needed.
+        mixtures are needed; if the cost of the controls is another than above, or there is no head to learn.
 
     Examples
     --------
     >>> result = msa(problem, Box((-1, 1), (-1, 1)), variant="extended")  # doctest: +SKIP
     """
     _check(problem, A, variant)
-    project = flag("project", project)
+    project, learn_head = flag("project", project), flag("learn_head", learn_head)
+    if learn_head and problem.head is None:
+        raise ValueError("learn_head: expected a problem with a head, got head=None; give it a Head, or leave learn_head out")
     check_monitor(monitor)
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
     method = _Method(problem, variant, largest_rho)
+    if isinstance(A, ControlSet) and method.H.charges_controls:
+        check_costly(method.H, A)
     best = at = method.evaluate(_start(problem.net, A, project))
     values, reason = [at.value], "ITERATIONS"
     predicted: list[float] = []
     steps: list[float] = []
     while len(steps) < iterations:
+        before = at
+        at = method.with_better_head(at) if learn_head else at
         pairs = at.pairs()
         extremal = [_best(method.H, A, pair, c) for pair, c in zip(pairs, at.controls)]
         new, step = method.step(at, pairs, extremal, rho)
         if variant != "basic" and not new.value < at.value:
-            if restarts == 0:
+            if at.value < before.value:
+                new = at  # the head alone has made J fall: rho stays
+            elif restarts == 0:
                 reason = "NO_STEP_LOWERS_J"
                 break
-            restarts -= 1
-            new, step = method.evaluate(extremal), rho
-        predicted.append(method.predicted_change(pairs, at.controls, new.controls))
+            else:
+                restarts -= 1
+                new, step = method.evaluate(extremal, at.problem.head), rho
+        # The change by the head is no estimate.
+        predicted.append(at.value - before.value + method.predicted_change(pairs, at.controls, new.controls))
         steps.append(step)
         values.append(new.value)
+        rho = step / 2 if variant == "extended" and new is not at else rho
         at = new.as_in_its_network()
         if at.value <= best.value or variant == "basic":
             best = at
-        rho = step / 2 if variant == "extended" else rho
         seconds = time.perf_counter() - start
         progress = MSAProgress(len(steps), iterations, at.value, step, seconds, method.evaluations, at.problem)
         if tell(problem.net.Y.comm, progress, monitor):
@@ -275,23 +303,30 @@ class _Method:
         self.H = Hamiltonian.of(problem, "maximise")
         self.evaluations = 0
 
-    def evaluate(self, controls: list[Controls]) -> _Point:
-        """Record the problem with the network of these controls."""
+    def evaluate(self, controls: list[Controls], head: Head | None = None) -> _Point:
+        """Record the problem with the network of these controls, and this head in the place of the problem's."""
         self.evaluations += 1
-        changed = problem_of(self._problem, controls)
+        problem = self._problem if head is None else self._problem.replace(head=head)
+        changed = problem_of(problem, controls)
         J, run = changed.record()
         return _Point(controls, changed, J, run, float(J.functional))
+
+    def with_better_head(self, at: _Point) -> _Point:
+        """The same controls with W and mu that make J smaller, or the same point if none were found."""
+        new = self.evaluate(at.controls, better_head(at.problem, at.run.final))
+        return new if new.value < at.value else at
 
     def step(self, at: _Point, pairs: list[Pair], extremal: list[Controls], rho: float) -> tuple[_Point, float]:
         """The first trial that lowers J, or the last one if none does, with its rho or share; "basic" has one trial."""
         if self._variant == "basic":
-            return self.evaluate(extremal), 1.0
+            return self.evaluate(extremal, at.problem.head), 1.0
         extended = self._variant == "extended"
         step = rho if extended else 1.0
         while True:
             new = self.evaluate(
                 [augmented_step(self.H, p, c, e, step)[0] for p, c, e in zip(pairs, at.controls, extremal)]
-                if extended else [c.towards(e, step) if step < 1 else e for c, e in zip(at.controls, extremal)]
+                if extended else [c.towards(e, step) if step < 1 else e for c, e in zip(at.controls, extremal)],
+                at.problem.head,
             )  # fmt: skip
             if new.value < at.value:
                 return new, step
@@ -306,8 +341,10 @@ class _Method:
 
 
 def _best(H: Hamiltonian, A: ControlSet | RowBox | RowBall | SpanBox, pair: Pair, present: Controls) -> Controls:
-    """The extremal controls of (4.10), or rows that are raised from the present ones."""
+    """The extremal controls of (4.10), those of a box with a cost, or rows that are raised from the present ones."""
     if isinstance(A, ControlSet):
+        if H.charges_controls:
+            return controls_with_cost(H, check_costly(H, A), pair, present).controls
         return extremal_controls(H.Y, A, pair).controls
     return raise_controls(H, A, pair, present)[0]
 
