@@ -918,6 +918,7 @@ DOORS = {
             "largest_rho": 1e8,
             "restarts": 0,
             "project": True,
+            "learn_head": True,
             "monitor": stop,
         },
         takes={
@@ -926,6 +927,7 @@ DOORS = {
             "largest_rho": POSITIVE,
             "restarts": {"zero"},
             "project": FLAG,
+            "learn_head": FLAG,
             "monitor": {"None", "a function"},
         },
         parted=("problem",),

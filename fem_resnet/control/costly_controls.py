@@ -9,13 +9,14 @@ u, so among all controls of one u the cheapest count. These have a multiplier q 
 
     a = clip((q - c_1) / c_2, a-, a+),        b(y, z) = clip(-q f(z) / kappa, b-, b+).
 
-(Where c_2 = 0, a is at the end of the sign of q, and where kappa = 0, b is, as in (4.10).) The maximiser has q = r sigma'(u), as
-h_u says. So q lies between 0 and r sup sigma', and at each y a search over this one number remains. Only for linear sigma it is
-known: q = r. The integrals over z as functions of q are sums up to the places where b comes to its ends. They are sorted once.
+(Where c_2 = 0, a is at the end of the sign of q, and where kappa = 0, b is so too, as in (4.10).) The maximiser has q = r
+sigma'(u). So q lies between 0 and r sup sigma', and at each y a search over this one number remains, as h need not be concave in
+it. Only for linear sigma it is known: q = r. The integrals over z are piecewise polynomials of q. Its pieces end where b(z)
+comes to an end of the box, and are sorted once for all y.
 
-The kernel has rank one where it is nowhere at its ends, b = -q(y) f(z) / kappa. Else its rank is as large as the number of nodes. A
-kernel of few functions takes its place: b of the nearest two of several multipliers, mixed. It lies in the box too. H is
-less by the third power of the distance of the multipliers.
+The kernel has rank one where it is nowhere at its ends, b = -q(y) f(z) / kappa. Else its rank may be the number of nodes. Then a
+kernel of few functions takes its place, which at each y mixes the nearest two of several b(z). It lies in the box too. H is less
+by the third power of the distance of these b, where the mesh is fine beside it.
 """
 
 from __future__ import annotations
@@ -29,16 +30,24 @@ from fem_resnet.control.controls import Controls
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair
 from fem_resnet.control.sets.box import Box
 from fem_resnet.control.sets.control_set import ControlSet
-from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.ranks import same
 
 __all__ = [
-    "Cheapest", "CostlyControls", "check_costly", "controls_with_cost", "cost_of_bias", "own_maximum", "row_of_multipliers", "state_cost",
+    "Cheapest",
+    "CostlyControls",
+    "check_costly",
+    "controls_with_cost",
+    "cost_of_bias",
+    "own_maximum",
+    "row_of_multipliers",
+    "state_cost",
 ]  # fmt: skip
 
 #: How many values of q / (r sup sigma') are tried at each y, and how often the bracket of the best is cut.
-_TRIED, _CUTS = 65, 60
+_TRIED, _CUTS = 65, 40
 _GOLDEN = (5**0.5 - 1) / 2
+#: How near to the largest value its place is found by values, which are flat there.
+_NEAR = 1e-7
 
 
 @dataclass(frozen=True)
@@ -50,17 +59,15 @@ class CostlyControls:
     controls : Controls
         In the box. H is no less than at the controls that were there before, at every y.
     largest : numpy.ndarray
-        The largest density of H at the nodes, shape (nodes,), that of a kernel of any rank: values of q are tried, and the best
-        is refined.
+        The largest density of H over all controls in the box, at the nodes, shape (nodes,). Values of q are tried, and the best
+        one is refined.
     """
 
     controls: Controls
     largest: np.ndarray
 
 
-def controls_with_cost(
-    H: Hamiltonian, A: Box, pair: Pair, controls: Controls, *, functions: int = 33
-) -> CostlyControls:
+def controls_with_cost(H: Hamiltonian, A: Box, pair: Pair, controls: Controls, *, functions: int = 33) -> CostlyControls:
     """Controls in a box that maximise H with its costs, for one sample. Collective over H's communicator.
 
     Parameters
@@ -94,7 +101,7 @@ def controls_with_cost(
     check_costly(H, A)
     instance("pair", pair, Pair)
     instance("controls", controls, Controls)
-    functions = integer("functions", functions, least=2, most=np.inf)
+    functions = integer("functions", functions, least=2)
     if pair.f.shape[1] != 1:
         raise ValueError(
             f"pair: expected one sample, got {pair.f.shape[1]}; raise_controls takes many, in a RowBox, RowBall or SpanBox"
@@ -147,7 +154,8 @@ def check_costly(H: Hamiltonian, A: ControlSet) -> Box:
     TypeError, ValueError
         If it is no box, or as of `cost_of_bias`.
     """
-    if not isinstance(instance("A", A, ControlSet), Box):
+    instance("A", A, ControlSet)
+    if not isinstance(A, Box):
         raise ValueError(
             f"A: expected a Box where the controls have a cost, got {A!r}; give a Box, or a RowBox, RowBall or SpanBox to "
             f"raise_controls and msa"
@@ -229,9 +237,19 @@ class Cheapest:
         if not Y.sum(float(np.any((free < low) | (free > high)))) and low <= 0 <= high:
             return -q[:, None] / self._kappa, f[:, None]
         if len(all_q) > functions:
-            all_q = np.linspace(all_q[0], all_q[-1], functions)
+            all_q = self._spread(all_q, functions)
         phi = np.column_stack([np.interp(q, all_q, one) for one in np.eye(len(all_q))])
         return phi, np.clip(-np.outer(f, all_q) / self._kappa, low, high)
+
+    def _spread(self, q: np.ndarray, number: int) -> np.ndarray:
+        """Multipliers in the range of the sorted q, between which b moves by equal lengths in L2(Y)."""
+        places = np.concatenate([q, self._starts.places, self._stops.places])
+        places = np.unique(places[(q[0] <= places) & (places <= q[-1])])
+        middles = (places[:-1] + places[1:]) / 2
+        speeds = np.sqrt(np.maximum(self._starts(middles)[2] - self._stops(middles)[2], 0.0))  # kappa |db/dq|
+        length = np.append(0.0, np.cumsum(speeds * np.diff(places)))
+        moving = np.append(True, np.diff(length) > 0)
+        return np.unique(np.interp(np.linspace(0.0, length[-1], number), length[moving], places[moving]))
 
 
 def row_of_multipliers(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarray) -> tuple[float, np.ndarray, float]:
@@ -254,9 +272,9 @@ def row_of_multipliers(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarr
     cost : float
         c(a) + kappa/2 int b^2 dz.
     """
-    A = check_costly(H, A)
+    box = check_costly(H, A)
     (c_1, c_2), kappa, total, mixed = cost_of_bias(H), H.kernel_weight, float(c.sum()), f @ c
-    (a_low, a_high), (b_low, b_high) = A.bias, A.kernel
+    (a_low, a_high), (b_low, b_high) = box.bias, box.kernel
     a = float(np.clip((total - c_1) / c_2, a_low, a_high)) if c_2 > 0 else (a_high if total >= 0 else a_low)
     b = np.clip(-mixed / kappa, b_low, b_high) if kappa > 0 else np.where(mixed >= 0, b_low, b_high)
     return a, b, c_1 * a + c_2 / 2 * a**2 + kappa / 2 * float(H.Y.sum(H.Y.weights @ b**2))
@@ -267,11 +285,11 @@ class _Sums:
 
     def __init__(self, places: np.ndarray, *terms: np.ndarray):
         order = np.argsort(places)
-        self._places = places[order]
+        self.places = places[order]
         self._totals = [np.append(0.0, np.cumsum(term[order])) for term in terms]
 
     def __call__(self, q: np.ndarray) -> list[np.ndarray]:
-        number = np.searchsorted(self._places, q)
+        number = np.searchsorted(self.places, q)
         return [total[number] for total in self._totals]
 
 
@@ -306,6 +324,11 @@ def own_maximum(
         u, cost = cheapest.argument_and_cost(m * largest, up)
         return r * sigma(u) - share * cost
 
+    def rises(m: np.ndarray) -> np.ndarray:
+        """Where the value rises with m: as r sigma'(u) is beyond the share of q."""
+        u = cheapest.argument_and_cost(m * largest, up)[0]
+        return np.abs(r * sigma.derivative(u)) > share * np.abs(m * largest)
+
     m = np.linspace(0.0, 1.0, _TRIED)
     best = np.argmax(np.column_stack([value(np.full(r.shape, part)) for part in m]), axis=1)
     low, high = m[np.maximum(best - 1, 0)], m[np.minimum(best + 1, _TRIED - 1)]
@@ -313,7 +336,16 @@ def own_maximum(
         left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         falls = value(left) >= value(right)
         low, high = np.where(falls, low, left), np.where(falls, right, high)
-    tried = np.column_stack([m[best], (low + high) / 2])
+    near = (low + high) / 2
+    low, high = np.maximum(near - _NEAR, 0.0), np.minimum(near + _NEAR, 1.0)  # values tell no more than that
+    for _ in range(_CUTS):
+        middle = (low + high) / 2
+        further = rises(middle)
+        low, high = np.where(further, middle, low), np.where(further, high, middle)
+    tried = np.column_stack([m[best], near, (low + high) / 2])
     values = np.column_stack([value(part) for part in tried.T])
-    found = np.argmax(values, axis=1)[:, None]
-    return np.take_along_axis(values, found, axis=1)[:, 0], np.take_along_axis(tried, found, axis=1)[:, 0] * largest
+    most = values.max(axis=1)
+    # The last one that is the largest up to round-off, as sums up to q have it.
+    round_off = 1e-11 * (np.abs(most) + np.abs(r))
+    found = 2 - np.argmax((values >= (most - round_off)[:, None])[:, ::-1], axis=1)
+    return most, np.take_along_axis(tried, found[:, None], axis=1)[:, 0] * largest

@@ -154,7 +154,7 @@ class Hamiltonian(Fixed):
         Parameters
         ----------
         problem
-            The learning problem. Its regulariser is Tikhonov's where it acts on bias and kernel; elsewhere it has no part in H.
+            The learning problem. Where its regulariser acts on bias and kernel it is Tikhonov's. The rest has no part in H.
         convention
             "minimise" or "maximise".
 

@@ -7,9 +7,9 @@ and (4.10). For many samples max H is not explicit, and is bracketed:
 - it is at least the value of the best controls of a pool of rows (a, b(y, .)), chosen at each y. The pool starts with the rows
   that are extremal for one sample, and grows by rows that maximise a linearisation of H.
 
-Where controls have a cost (Tikhonov's terms, a running cost of them), A is a box. For one sample the maximum is a search over one
-number at each y (`costly_controls`). For many samples each one bears a part of the cost in the upper bound. These parts are
-chosen at each y, and add up to one.
+Where controls have a cost (Tikhonov's terms, a running cost of them), A is a box. For one sample the maximum is a search over
+one number at each y (`costly_controls`). For many samples each one bears a part of the cost in the upper bound. These parts
+are chosen at each y, and add up to one.
 """
 
 from __future__ import annotations

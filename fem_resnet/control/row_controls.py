@@ -13,9 +13,8 @@ Where both bases are fixed, X = Phi beta, and all y share beta. There is one pro
 
 Projected ascent with one step length makes H larger.
 
-Tikhonov's terms and running costs of the controls are a part of H (`hamiltonian`). They are integrals over y of functions of the
-row at y, so h and H have them too, and nothing else changes. With a strictly convex cost that is large enough h is concave,
-and the ascent finds its maximum.
+Tikhonov's terms and running costs of the controls are a part of H (`hamiltonian`). They are integrals over y of functions of
+the row at y, so h has them too, and nothing else changes. Where a strictly convex cost is large enough h is concave.
 """
 
 from __future__ import annotations

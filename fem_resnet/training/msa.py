@@ -18,8 +18,8 @@ rho makes J fall, and the method ends there.
 For many samples (4.10) does not hold. Then A is a box or ball of rows (`row_sets`), and e(y) is the row found by ascent
 from the present one.
 
-J may have Tikhonov's terms and a running cost of the controls. They are a part of H (`hamiltonian`), and e is not bang-bang then:
-in a box the controls of `costly_controls`, in sets of rows those of the same ascent.
+J may have Tikhonov's terms and a running cost of the controls. They are a part of H (`hamiltonian`), and e is not bang-bang
+then: in a box the controls of `costly_controls`, in sets of rows those of the same ascent.
 
 With `learn_head` W and mu are controls of the last step. An iteration first makes J smaller over (W, mu) at f(T), by L-BFGS,
 and solves (4.2) from there: as Remark 4.3 says, they change no more than the terminal value of r*. The network is not
