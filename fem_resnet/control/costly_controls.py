@@ -10,13 +10,13 @@ u, so among all controls of one u the cheapest count. These have a multiplier q 
     a = clip((q - c_1) / c_2, a-, a+),        b(y, z) = clip(-q f(z) / kappa, b-, b+).
 
 (Where c_2 = 0, a is at the end of the sign of q, and where kappa = 0, b is so too, as in (4.10).) The maximiser has q = r
-sigma'(u). So q lies between 0 and r sup sigma', and at each y a search over this one number remains, as h need not be concave in
-it. Only for linear sigma it is known: q = r. The integrals over z are piecewise polynomials of q. Its pieces end where b(z)
-comes to an end of the box, and are sorted once for all y.
+sigma'(u). So q lies between 0 and r sup sigma'. At each y a search over this one number remains, as h need not be concave
+in it. Only for linear sigma it is known: q = r. The integrals over z are piecewise polynomials of q. Its pieces end where
+b(z) comes to an end of the box, and are sorted once for all y.
 
-The kernel has rank one where it is nowhere at its ends, b = -q(y) f(z) / kappa. Else its rank may be the number of nodes. Then a
-kernel of few functions takes its place, which at each y mixes the nearest two of several b(z). It lies in the box too. H is less
-by the third power of the distance of these b, where the mesh is fine beside it.
+The kernel has rank one where it is nowhere at its ends, b = -q(y) f(z) / kappa. Else its rank may be the number of nodes.
+Then a kernel of few functions takes its place, which at each y mixes the nearest two of several b(z). It lies in the box too.
+H is less by the third power of the distance of these b, where the mesh is fine beside it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class CostlyControls:
     controls : Controls
         In the box. H is no less than at the controls that were there before, at every y.
     largest : numpy.ndarray
-        The largest density of H over all controls in the box, at the nodes, shape (nodes,). Values of q are tried, and the best
-        one is refined.
+        The largest density of H over all controls in the box, at the nodes, shape (nodes,). Values of q are tried, and the
+        best one is refined.
     """
 
     controls: Controls
@@ -185,10 +185,11 @@ class Cheapest:
     """
 
     def __init__(self, H: Hamiltonian, A: ControlSet, f: np.ndarray):
-        self._Y, self._f, self._A = H.Y, f, check_costly(H, A)
+        box = check_costly(H, A)
+        self._Y, self._f, self._box = H.Y, f, box
         self._c_1, self._c_2 = cost_of_bias(H)
         self._kappa = kappa = H.kernel_weight
-        low, high = A.kernel
+        low, high = box.kernel
         state, w = (np.concatenate(H.Y.comm.allgather(part)) for part in (f, H.Y.weights))
         if kappa == 0:
             F = float(w @ np.maximum(state, 0)), float(w @ np.maximum(-state, 0))
@@ -205,7 +206,7 @@ class Cheapest:
 
     def bias(self, q: np.ndarray, up: np.ndarray) -> np.ndarray:
         """a, of the shape of q."""
-        low, high = self._A.bias
+        low, high = self._box.bias
         if self._c_2 == 0:
             return np.where(up, high, low)
         return np.clip((q - self._c_1) / self._c_2, low, high)
@@ -228,7 +229,7 @@ class Cheapest:
 
     def kernel(self, q: np.ndarray, up: np.ndarray, functions: int) -> tuple[np.ndarray, np.ndarray]:
         """phi and psi of b(y, .) with the multipliers q(y), shape (nodes,), of that many functions at most. Collective."""
-        (low, high), f, Y = self._A.kernel, self._f, self._Y
+        (low, high), f, Y = self._box.kernel, self._f, self._Y
         if self._kappa == 0:
             at = [np.where(f >= 0, *ends) for ends in ((low, high), (high, low))]
             return np.column_stack([up, ~up]).astype(float), np.column_stack(at)

@@ -233,7 +233,7 @@ class Hamiltonian(Fixed):
         """
         self._check(pair, controls)
         cost = self.tikhonov[0] / 2 * controls.a**2
-        if self.kernel_weight > 0:
+        if self.kernel_weight > 0 and controls.phi.shape[1] > 0:
             gram = self.Y.sum((self.Y.weights[:, None] * controls.psi).T @ controls.psi)
             rows = np.sum(controls.phi @ gram * controls.phi, axis=1)  # int b(y, z)^2 dz
             cost = cost + self.kernel_weight / 2 * rows
@@ -340,7 +340,8 @@ class Hamiltonian(Fixed):
 
     def _of_running(self, method: Callable[[np.ndarray, np.ndarray], _T], pair: Pair, controls: Controls) -> _T:
         """A method of the running cost at f and a. A user's density may fail on one rank: then all raise."""
-        return together(self.Y.comm, lambda: method(pair.f, controls.a))
+        assert self.running is not None
+        return together(None if self.running.is_formula else self.Y.comm, lambda: method(pair.f, controls.a))
 
     def slope_times_costate(self, pair: Pair, controls: Controls) -> np.ndarray:
         """The product sigma'(u) r, shape (nodes, samples).

@@ -126,14 +126,20 @@ def _raise_each_row(
     features = np.column_stack([np.ones(r.shape[1]), -psi.project(pair.f).T])
     rows = A.project(rows_of_controls(A, controls))
 
+    def bias(rows: np.ndarray) -> Controls:
+        return Controls(rows[:, 0], np.zeros((Y.nodes, 0)), np.zeros((Y.nodes, 0)))
+
+    def cost(rows: np.ndarray) -> np.ndarray:
+        return H.cost(pair, bias(rows)) + H.kernel_weight / 2 * np.sum(rows[:, 1:] @ psi.gram * rows[:, 1:], axis=1)
+
     def density(rows: np.ndarray) -> np.ndarray:
         h = np.sum(r * sigma(rows @ features.T), axis=1)  # a running cost of f alone is the same for all rows
-        return h - H.cost(pair, controls_of_rows(A, rows)) if H.charges_controls else h
+        return h - cost(rows) if H.charges_controls else h
 
     def slope(rows: np.ndarray) -> np.ndarray:
         gradient = (r * sigma.derivative(rows @ features.T)) @ features
         if H.charges_controls:
-            gradient[:, 0] -= H.cost_in_a(pair, controls_of_rows(A, rows))
+            gradient[:, 0] -= H.cost_in_a(pair, bias(rows))
             gradient[:, 1:] -= H.kernel_weight * rows[:, 1:] @ psi.gram
         return gradient
 
@@ -153,7 +159,7 @@ def _raise_each_row(
             break
     sizes = np.sum(np.abs(r) * (1 + np.abs(sigma(rows @ features.T))), axis=1)
     if H.charges_controls:
-        sizes += np.abs(H.cost(pair, controls_of_rows(A, rows)))
+        sizes += np.abs(cost(rows))
     size = float(Y.sum(Y.weights @ sizes))
     if np.any(np.diff(values) < -1e-12 * size):
         raise AssertionError("raise_controls: H fell, which is a fault of this package; please report it")

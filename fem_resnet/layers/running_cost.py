@@ -150,6 +150,11 @@ class RunningCost(Fixed):
         return self.kernel == 0.0 and getattr(self.density, "of_state_alone", False)
 
     @property
+    def is_formula(self) -> bool:
+        """Whether l is given by an expression, and not by an object of the user's, which may fail on one rank alone."""
+        return isinstance(self.density, _Formula)
+
+    @property
     def in_bias(self) -> tuple[float, float] | None:
         """c_1 and c_2 >= 0 where l(f, a) = l_0(f) + c_1 a + c_2/2 a^2, None where l is no such function.
 
@@ -290,8 +295,7 @@ class CostRate:
 
     def _asked(self, part: Callable[[np.ndarray, np.ndarray], _T]) -> _T:
         """A part of the cost at f and a. An error that the user's density raises on one rank is raised on all."""
-        formula = isinstance(self._cost.density, _Formula)
-        return together(None if formula else self._Y.comm, lambda: part(self._f[0], self._a[0]))
+        return together(None if self._cost.is_formula else self._Y.comm, lambda: part(self._f[0], self._a[0]))
 
     @cached_property
     def _slopes(self) -> list[np.ndarray]:

@@ -174,7 +174,7 @@ def test_rows_with_a_cost_are_raised_at_every_step(kind):
     H, p = charged(Y), pair(Y, 4)
     start = Controls(0.2 * smooth(Y, 1)[:, 0], 0.1 * smooth(Y, 3, 8), psi.values)
     before = raise_controls(H, A, p, start, 0)[0]  # within A
-    after, values = raise_controls(H, A, p, start, 3000)
+    after, values = raise_controls(H, A, p, start, 300)
     assert_allclose(values[0], H(p, before), rtol=1e-13)
     assert (np.diff(values) >= (0 if kind == "span" else -1e-13 * abs(values[0]))).all() and values[-1] > values[0] + 0.1
     assert_allclose(values[-1], H(p, after), rtol=1e-13)
