@@ -27,6 +27,7 @@ from fem_resnet import (
     get_activation,
     hamiltonian_along,
     least_squares,
+    middle_pairs,
     pmp_residual,
     raise_controls,
     smooth_in_time,
@@ -174,7 +175,7 @@ def test_rows_with_a_cost_are_raised_at_every_step(kind):
     H, p = charged(Y), pair(Y, 4)
     start = Controls(0.2 * smooth(Y, 1)[:, 0], 0.1 * smooth(Y, 3, 8), psi.values)
     before = raise_controls(H, A, p, start, 0)[0]  # within A
-    after, values = raise_controls(H, A, p, start, 300)
+    after, values = raise_controls(H, A, p, start, 300 if kind == "span" else 60)
     assert_allclose(values[0], H(p, before), rtol=1e-13)
     assert (np.diff(values) >= (0 if kind == "span" else -1e-13 * abs(values[0]))).all() and values[-1] > values[0] + 0.1
     assert_allclose(values[-1], H(p, after), rtol=1e-13)
@@ -211,22 +212,21 @@ def test_rows_with_a_cost_are_raised_at_every_step(kind):
 WIDE = Box((-4.0, 4.0), (-4.0, 4.0))
 
 
-def regularised(layers, weight=0.3, samples=1, running=None, domain="disk", **options):
+def regularised(layers, weight=0.3, samples=1, running=None, alone=False, **options):
     """Full-rank controls on cells, at zero."""
-    Y = label_space(domain, "DG0")
+    Y = label_space("disk", "DG0", alone=alone)
     net = ResidualNetwork(Kernel(cell_indicators(Y)), layers=layers, activation="tanh", **options)
     batch = Batch(Y.batch(smooth(Y, samples)), Y.batch(2 * smooth(Y, samples, seed=50)))
     return LearningProblem(net, None, least_squares, None if weight is None else tikhonov(weight), batch, running=running)
 
 
 def trained(problem):
-    options = {"tao_gatol": 1e-10, "tao_grtol": 0.0, "tao_gttol": 0.0}
+    options = {"tao_gatol": 1e-6, "tao_grtol": 0.0, "tao_gttol": 0.0}  # the residual is of its square
     result = train(problem, options, monitor=lambda progress: None)
-    assert result.gradient_norm < 1e-9
+    assert result.gradient_norm < 1e-6
     return problem
 
 
-@on_ranks
 @pytest.mark.parametrize("running", [None, RunningCost(f**2 / 5 + a**2 / 4, kernel=0.5)], ids=["tikhonov", "running"])
 def test_at_a_stationary_point_the_residual_is_zero_to_the_fourth_power_of_the_layers(running):
     """`train` on the same J. f and r are means of a layer's ends, to second order, and H is stationary there.
@@ -254,17 +254,41 @@ def test_at_a_stationary_point_the_residual_is_zero_to_the_fourth_power_of_the_l
 
 @on_ranks
 def test_many_samples_have_a_bracket():
-    """Of the maximum that rows of all cells attain at the stationary point, and above it elsewhere."""
-    problem = regularised(4, samples=3)
+    problem = regularised(2, samples=3)
     first = pmp_residual(problem, WIDE)
     assert 0.1 < first.lower < first.upper
-    rounds = [pmp_residual(problem, WIDE, rounds=n).lower for n in (0, 2, 8)]
-    assert rounds[0] <= rounds[1] <= rounds[2] <= first.upper and rounds[2] > rounds[0]
+    rounds = [pmp_residual(problem, WIDE, rounds=n).lower for n in (0, 8)]
+    assert rounds[0] < rounds[1] <= first.upper
     Y, H = problem.net.Y, Hamiltonian.of(problem, "maximise")
     assert H.tikhonov == (0.3, 0.3) and H.charges_controls and H.kernel_weight == 0.3
-    last = pmp_residual(trained(problem), WIDE)
-    assert 0 <= last.lower < 1e-3 * first.lower and last.lower <= last.upper
-    assert last.density.shape == (Y.nodes, 4) and last.density.min() >= 0
+    assert first.density.shape == (Y.nodes, 2) and first.density.min() >= 0
+    # What the bracket is of: rows of all cells that ascent finds are between its ends.
+    J, run = problem.record()
+    J.derivative()
+    A, gained = RowBox(cell_indicators(Y), *([end / 4 for end in ends] for ends in (WIDE.bias, WIDE.kernel))), 0.0
+    for layer, (tau, p) in enumerate(zip(np.diff(problem.net.times), middle_pairs(run, "maximise"))):
+        values = raise_controls(H, A, p, Controls.of_layer(problem.net, layer), 30)[1]
+        gained += tau * (values[-1] - values[0])
+    assert 0 < gained <= first.absolute[1] and gained > 0.5 * first.absolute[0]
+
+
+def test_many_samples_at_a_stationary_point_have_a_bracket_about_zero():
+    problem = regularised(2, samples=3)
+    first, last = pmp_residual(problem, WIDE), pmp_residual(trained(problem), WIDE)
+    assert 0 <= last.lower < 1e-2 * first.lower and last.lower <= last.upper
+
+
+@pytest.mark.parallel([2, 3])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_residual_is_the_same_on_any_number_of_ranks(samples):
+    """Against the whole mesh on each rank alone, with bias and kernel away from zero."""
+    found = []
+    for alone in (False, True):
+        problem = regularised(2, samples=samples, running=RunningCost(f**2 / 5 + a**2 / 4, kernel=0.5), alone=alone)
+        for layer in range(2):
+            problem.net.bias.set(layer, 0.3 * smooth(problem.net.Y, 1, seed=layer)[:, 0])
+        found.append(pmp_residual(problem, WIDE).absolute)
+    assert_allclose(*found, rtol=1e-9)
 
 
 def test_costs_that_no_box_takes_are_refused():
