@@ -202,7 +202,7 @@ def test_rows_with_a_cost_are_raised_at_every_step(kind):
         assert_allclose(values[-1], -best, rtol=1e-5)
         return
     assert_allclose(w @ h(gathered(Y, after.a), gathered(Y, after.phi)), values[-1], rtol=1e-12)
-    tried = A.project(np.random.default_rng(0).uniform(-1, 1, (2000, 4)))
+    tried = A.project(np.random.default_rng(0).uniform(-1, 1, (300, 4)))
     best = np.max([h(np.full(len(w), x[0]), np.tile(x[1:], (len(w), 1))) for x in tried], axis=0)
     assert w @ np.maximum(0, best - gathered(Y, H.density(p, after))) < 0.01 * abs(values[-1])
 
