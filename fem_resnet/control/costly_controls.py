@@ -39,7 +39,7 @@ __all__ = [
     "controls_with_cost",
     "cost_of_bias",
     "own_maximum",
-    "row_of_multipliers",
+    "rows_of_multipliers",
     "state_cost",
 ]  # fmt: skip
 
@@ -253,8 +253,8 @@ class Cheapest:
         return np.unique(np.interp(np.linspace(0.0, length[-1], number), length[moving], places[moving]))
 
 
-def row_of_multipliers(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarray) -> tuple[float, np.ndarray, float]:
-    """The row of a box of the largest sum_s c_s u_s - cost, for the states f, shape (nodes, samples). Collective.
+def rows_of_multipliers(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """u_s and cost of the rows of a box of the largest sum_s c_s u_s - cost, for states f of (nodes, samples). Collective.
 
     Parameters
     ----------
@@ -263,22 +263,20 @@ def row_of_multipliers(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarr
     f
         The states.
     c
-        The multipliers, shape (samples,), the same on every rank.
+        The multipliers of each row, shape (rows, samples), the same on every rank.
 
     Returns
     -------
-    a : float
-    b : numpy.ndarray
-        Of shape (nodes,).
-    cost : float
-        c(a) + kappa/2 int b^2 dz.
+    u, cost : numpy.ndarray
+        Shapes (rows, samples) and (rows,).
     """
-    box = check_costly(H, A)
-    (c_1, c_2), kappa, total, mixed = cost_of_bias(H), H.kernel_weight, float(c.sum()), f @ c
+    box, Y, kappa = check_costly(H, A), H.Y, H.kernel_weight
+    (c_1, c_2), total, mixed = cost_of_bias(H), c.sum(axis=1), f @ c.T
     (a_low, a_high), (b_low, b_high) = box.bias, box.kernel
-    a = float(np.clip((total - c_1) / c_2, a_low, a_high)) if c_2 > 0 else (a_high if total >= 0 else a_low)
+    a = np.clip((total - c_1) / c_2, a_low, a_high) if c_2 > 0 else np.where(total >= 0, a_high, a_low)
     b = np.clip(-mixed / kappa, b_low, b_high) if kappa > 0 else np.where(mixed >= 0, b_low, b_high)
-    return a, b, c_1 * a + c_2 / 2 * a**2 + kappa / 2 * float(H.Y.sum(H.Y.weights @ b**2))
+    sums = Y.sum((Y.weights[:, None] * b).T @ f), Y.sum(Y.weights @ b**2)
+    return a[:, None] - sums[0], c_1 * a + c_2 / 2 * a**2 + kappa / 2 * sums[1]
 
 
 class _Sums:

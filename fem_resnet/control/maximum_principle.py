@@ -21,7 +21,7 @@ import numpy as np
 
 from fem_resnet.arguments import instance, integer, number
 from fem_resnet.control.controls import Controls
-from fem_resnet.control.costly_controls import Cheapest, check_costly, own_maximum, row_of_multipliers, state_cost
+from fem_resnet.control.costly_controls import Cheapest, check_costly, own_maximum, rows_of_multipliers, state_cost
 from fem_resnet.control.extremal_controls import integrals_of_parts
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.sets.control_set import ControlSet
@@ -32,6 +32,9 @@ from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.ranks import same, together
 
 __all__ = ["Residual", "pmp_residual"]
+
+#: Where controls have a cost: parts of r* that rows of the pool have for multipliers, as values of sigma' are.
+_PARTS = 2.0 ** -np.arange(8)
 
 
 @dataclass(frozen=True)
@@ -216,40 +219,42 @@ def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: i
     best, best_T, upper = np.full(Y.nodes, -np.inf), np.zeros_like(r), _upper(H, A, pair)
     directions = np.vstack([np.eye(r.shape[1]), -np.eye(r.shape[1])])
     if H.charges_controls:  # then the lengths of directions count
-        directions *= max(Y.comm.allgather(float(np.abs(r).max(initial=0.0))))
-    row = _row_with_cost if H.charges_controls else _row
+        directions = np.vstack([part * _largest(Y, r) * directions for part in _PARTS])
     for _ in range(rounds + 1):
         # The row that maximises sum_s c_s T_s is extremal for the state sum_s c_s f_s, with the bias sum_s c_s times.
-        T, costs = zip(*(row(H, A, f, c) for c in directions))
-        values = r @ H.activation(np.array(T)).T - np.array(costs)
+        if H.charges_controls:
+            T, costs = rows_of_multipliers(H, A, f, directions)
+            values = r @ H.activation(T).T - costs
+        else:
+            T = np.array([_row(Y, A, f, c) for c in directions])
+            values = r @ H.activation(T).T
         chosen = np.argmax(values, axis=1)
         better = np.take_along_axis(values, chosen[:, None], axis=1)[:, 0]
         rises = better > best
-        best, best_T = np.where(rises, better, best), np.where(rises[:, None], np.array(T)[chosen], best_T)
+        best, best_T = np.where(rises, better, best), np.where(rises[:, None], T[chosen], best_T)
         gap = Y.weights * (upper - best)
         wide = np.argsort(-gap)[:new]
-        mine = [(gap[i], *(H.activation.derivative(best_T[i]) * r[i])) for i in wide]
+        mine = [(gap[i], *(H.activation.derivative(best_T[i]) * r[i]), *r[i]) for i in wide]
         offers = [offer for part in Y.comm.allgather(mine) for offer in part]
-        directions = np.array([offer[1:] for offer in sorted(offers, reverse=True)[:new]])
+        slopes, costates = np.split(np.array([offer[1:] for offer in sorted(offers, reverse=True)[:new]]), 2, axis=1)
+        directions = np.vstack([slopes, *(part * costates for part in _PARTS)]) if H.charges_controls else slopes
     return best
 
 
-def _row(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, float]:
-    """T_s of the row that maximises sum_s c_s T_s, shape (samples,), and its cost 0.
+def _largest(Y: LabelSpace, values: np.ndarray) -> float:
+    return max(Y.comm.allgather(float(np.abs(values).max(initial=0.0))))
+
+
+def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """T_s of the row that maximises sum_s c_s T_s, shape (samples,).
 
     For the state sum_s c_s f_s / sum_s c_s it has the largest T if sum_s c_s >= 0, else the smallest. If the c_s cancel each
     other, the divisor is a small part of their sizes.
     """
-    Y, total = H.Y, c.sum()
+    total = c.sum()
     size = abs(total) if abs(total) > 1e-8 * np.abs(c).max(initial=1e-300) else np.abs(c).sum() * 1e-8 + 1e-300
     mixed = f @ c / size * (1.0 if total >= 0 else -1.0)
     parts = integrals_of_parts(Y, mixed)
     extreme = together(Y.comm, lambda: (A.largest if total >= 0 else A.smallest)(*parts))
     b = np.where(mixed >= 0, extreme.where_positive, extreme.where_negative)
-    return extreme.a - Y.sum((Y.weights * b) @ f), 0.0
-
-
-def _row_with_cost(H: Hamiltonian, A: ControlSet, f: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, float]:
-    """T_s of the row of a box that maximises sum_s c_s T_s - cost, and its cost."""
-    a, b, cost = row_of_multipliers(H, A, f, c)
-    return a - H.Y.sum((H.Y.weights * b) @ f), cost
+    return extreme.a - Y.sum((Y.weights * b) @ f)

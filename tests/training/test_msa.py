@@ -151,6 +151,8 @@ def test_the_gradient_of_the_augmented_hamiltonian(cost):
     """Steps so short that backtracking is not needed gain what the gradient says: s is stationary at the end."""
     start = problem(("disk", "DG0"), layers=2)
     net = start.net
+    net.bias.set(0, 0.3 + 0 * net.Y.weights)
+    net.kernel.set(0, [[-0.6]])
     J, run = start.record()
     J.derivative()
     charges = [] if cost == "none" else [RunningCost(f**2 * a / 5 + a**2 / 4, kernel=0.1), None, (0.1, 0.2)]
