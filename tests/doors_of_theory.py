@@ -1063,6 +1063,7 @@ NO_DOORS: dict[str, str] = {
     "EnergyStepLimit": "what energy_step_limit returns",
     "Equilibrium": "what Equilibria.describe returns",
     "Extremal": "what extremal_controls returns",
+    "CostlyControls": "what controls_with_cost returns",
     "GrowthBound": "what GrowthMonitor.bounds returns",
     "GrowthFit": "what fit_growth returns",
     "KernelError": "a part of a Compression",
