@@ -51,6 +51,7 @@ _MODULES = {
     "hjb.local_closed_loop": ["LocalClosedLoop"],
     "control.controls": ["Controls"],
     "control.hamiltonian": ["Hamiltonian", "Pair", "hamiltonian_along", "middle_pairs"],
+    "control.costly_controls": ["CostlyControls", "controls_with_cost"],
     "control.extremal_controls": ["Extremal", "extremal_controls"],
     "control.maximum_principle": ["Residual", "pmp_residual"],
     "control.row_sets": ["RowBall", "RowBox", "SpanBox"],

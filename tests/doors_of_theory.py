@@ -66,6 +66,7 @@ from fem_resnet import (
     class_space,
     closed_loop,
     compress,
+    controls_with_cost,
     convex_energy_radius,
     costate_check,
     depth_limit,
@@ -206,6 +207,12 @@ def controls() -> Controls:
 @cache
 def hamiltonian() -> Hamiltonian:
     return Hamiltonian(Y(), net().activation, "maximise")
+
+
+@cache
+def charging() -> Hamiltonian:
+    """With a cost of the controls."""
+    return Hamiltonian(Y(), net().activation, "maximise", None, None, (0.5, 0.2))
 
 
 def box() -> Box:
@@ -479,6 +486,7 @@ HAMILTONIANS = {
             "convention": "minimise",
             "running": RunningCost(0.5),
             "weights": [1.0, 2.0],
+            "tikhonov": [0.5, 0.2],
         },
         {"running": {"None"}, "weights": {"None"}},
         parted=("Y",),
@@ -497,7 +505,18 @@ HAMILTONIANS = {
             lambda: {"pair": pair(), "controls": controls()},
             parted=("pair", "controls"),
         )
-        for name in ("density", "__call__", "in_r", "in_f", "in_a", "in_b", "slope_times_costate")
+        for name in (
+            "density",
+            "__call__",
+            "cost",
+            "cost_in_a",
+            "cost_in_f",
+            "in_r",
+            "in_f",
+            "in_a",
+            "in_b",
+            "slope_times_costate",
+        )
     },
     "middle_pairs": Door(
         middle_pairs, lambda: {"run": run(), "convention": "minimise"}, parted=("run",), another={"convention": "maximise"}
@@ -509,6 +528,12 @@ HAMILTONIANS = {
         {"tie": NOT_NEGATIVE},
         parted=("Y",),
         another={"A": Box((-9, 9), (-9, 8)), "pair": Pair(np.ones((1, 1)), np.ones((1, 1)), "minimise")},
+    ),
+    "controls_with_cost": Door(
+        controls_with_cost,
+        lambda: {"H": charging(), "A": box(), "pair": pair(), "controls": controls(), "functions": 5},
+        parted=("H", "controls"),
+        another={"A": Ellipse(), "pair": Pair(np.ones((1, 1)), np.ones((1, 1)), "minimise")},
     ),
     "pmp_residual": Door(
         pmp_residual,
@@ -1087,6 +1112,7 @@ NO_DOORS: dict[str, str] = {
     "EnergyStepLimit": "what energy_step_limit returns",
     "Equilibrium": "what Equilibria.describe returns",
     "Extremal": "what extremal_controls returns",
+    "CostlyControls": "what controls_with_cost returns",
     "GrowthBound": "what GrowthMonitor.bounds returns",
     "GrowthFit": "what fit_growth returns",
     "KernelError": "a part of a Compression",

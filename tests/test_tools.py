@@ -623,7 +623,7 @@ def _along(p, result, close, start):
     along = hamiltonian_along(run, H)
     if p.net.bias.time_basis.description != "linear":  # H is constant where controls are
         assert np.abs(along[:, 1] - along[:, 0]).max() < 1e-3 * np.abs(along).max()
-    _slope_is_that_of_H(p.replace(regulariser=None, checkpoints=None), H)
+    _slope_is_that_of_H(p.replace(checkpoints=None), H)
 
 
 def _slope_is_that_of_H(p, H):
@@ -643,7 +643,8 @@ def _slope_is_that_of_H(p, H):
 
 @runs("pmp_residual", call=lambda p: pmp_residual(p, Box((-9, 9), (-9, 9))))
 def _pmp_residual(p, residual, close, start):
-    _slope_is_that_of_H(p, Hamiltonian.of(p, "minimise"))
+    H = Hamiltonian.of(p, "minimise")
+    _slope_is_that_of_H(p, H)
     run = _run_of(p)
     Y, upper = p.net.Y, 0.0
     ends = [(Y.values(run.state(l)), -Y.values(run.costate(l))) for l in range(p.net.layers + 1)]
@@ -651,10 +652,41 @@ def _pmp_residual(p, residual, close, start):
         state, r = ((x + y) / 2 for x, y in zip(ends[layer], ends[layer + 1]))
         t = (p.net.times[layer] + p.net.times[layer + 1]) / 2
         bias, B = dense(p.net, t)
-        T = 9 * (1 + Y.weights @ np.abs(state))
-        best = np.maximum(np.tanh(T) * r, np.tanh(-T) * r).sum(axis=1)
-        upper += tau * (Y.weights @ (best - (np.tanh(bias[:, None] - B @ state) * r).sum(axis=1)))
+        if H.charges_controls:
+            best, cost = _best_with_cost(p, state[:, 0], r[:, 0]), _cost_of_controls(p, bias, B)
+        else:
+            T = 9 * (1 + Y.weights @ np.abs(state))
+            best, cost = np.maximum(np.tanh(T) * r, np.tanh(-T) * r).sum(axis=1), 0.0
+        upper += tau * (Y.weights @ (best + cost - (np.tanh(bias[:, None] - B @ state) * r).sum(axis=1)))
     assert_allclose(residual.absolute[1], upper, rtol=1e-4 if p.net.settings.precision == "single" else 1e-6)
+
+
+def _weights_of_controls(p):
+    """c_2 and kappa: what half the squares of a and b cost. The problems here have no other cost of (a, b)."""
+    tikhonov_of_all = 0.0 if p.regulariser is None else 1.0
+    return (tikhonov_of_all + 0.1 * (p.running is not None), tikhonov_of_all + 0.1 * (p.running is not None))
+
+
+def _cost_of_controls(p, bias, B):
+    c_2, kappa = _weights_of_controls(p)
+    b = B / p.net.Y.weights
+    return c_2 / 2 * bias**2 + kappa / 2 * b**2 @ p.net.Y.weights
+
+
+def _best_with_cost(p, state, r):
+    """max over (a, b) of r tanh(u) - cost at each node, where the ends +-9 are far away.
+
+    The cheapest (a, b) of a given u cost u^2 / (2 (1 / c_2 + |f|^2 / kappa)).
+    """
+    c_2, kappa = _weights_of_controls(p)
+    reach = 1 / c_2 + p.net.Y.weights @ state**2 / kappa
+    u = np.linspace(-1, 1, 20001)[:, None] * np.abs(r) * reach
+    best = u[np.argmax(r * np.tanh(u) - u**2 / (2 * reach), axis=0), np.arange(r.size)]
+    for _ in range(20):  # Newton's method for the slope in u
+        T = np.tanh(best)
+        slope, bend = r * (1 - T**2) - best / reach, -2 * r * T * (1 - T**2) - 1 / reach
+        best = best - slope / bend
+    return r * np.tanh(best) - best**2 / (2 * reach)
 
 
 def _by_msa(p, result, close, start):

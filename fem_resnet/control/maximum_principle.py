@@ -6,6 +6,10 @@ and (4.10). For many samples max H is not explicit, and is bracketed:
 - it is at most the integral over y of sum_s max(sigma(T_s^-) r_s, sigma(T_s^+) r_s), the best controls of each sample alone;
 - it is at least the value of the best controls of a pool of rows (a, b(y, .)), chosen at each y. The pool starts with the rows
   that are extremal for one sample, and grows by rows that maximise a linearisation of H.
+
+Where controls have a cost (Tikhonov's terms, a running cost of them), A is a box. For one sample the maximum is a search over
+one number at each y (`costly_controls`). For many samples each one bears a part of the cost in the upper bound. These parts
+are chosen at each y, and add up to one.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import numpy as np
 
 from fem_resnet.arguments import instance, integer, number
 from fem_resnet.control.controls import Controls
+from fem_resnet.control.costly_controls import Cheapest, check_costly, own_maximum, rows_of_multipliers, state_cost
 from fem_resnet.control.extremal_controls import integrals_of_parts
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.sets.control_set import ControlSet
@@ -30,6 +35,9 @@ from fem_resnet.ranks import same, together
 
 __all__ = ["Residual", "pmp_residual"]
 
+#: Where controls have a cost: parts of r* that rows of the pool have for multipliers, as values of sigma' are.
+_PARTS = 2.0 ** -np.arange(8)
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -39,7 +47,8 @@ class Residual:
     ----------
     lower, upper : float
         Bounds of int max H - H dt, divided by int int abs(sigma(u)) abs(r*) dy dt, so without unit: 0 <= lower <= upper. For
-        one sample they are equal.
+        one sample they are equal. Where controls have a cost, the divisor is the integral of the larger of two densities:
+        that plus the cost, and max h.
     absolute : tuple of float
         The same bounds, not divided.
     density : numpy.ndarray
@@ -50,9 +59,10 @@ class Residual:
     times : numpy.ndarray
         Layer times, shape (L + 1,).
     reached : bool
-        Whether r* = 0. Then the target is reached, and the maximum principle says nothing.
+        Whether r* = 0 and controls cost nothing. Then the target is reached, and the maximum principle says nothing.
     caveat : str
-        A property of sigma that the upper bound needs and that is sampled, not proved. Empty if there is none.
+        What the upper bound needs and what is sampled, not proved: a property of sigma; where controls have a cost, the
+        maximum over one number at each y. Empty if there is none.
     """
 
     lower: float
@@ -113,22 +123,26 @@ class Residual:
         return pictures
 
 
-# (4.10) holds where J depends on (a, b) through f alone.
-@supports("channels", *HELD, *STEPPED, "head", "running", "learned_initial", "learned_both", "many_samples", "weights")
+@supports(
+    "channels", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "learned_initial", "learned_both",
+    "many_samples", "weights",
+)  # fmt: skip
 def pmp_residual(
     problem: LearningProblem, A: ControlSet | Sequence[ControlSet], *, tolerance: float = 1e-12, rounds: int = 4
 ) -> Residual:
-    """int max H - H dt at the present parameters of a learning problem without regulariser. Collective.
+    """int max H - H dt at the present parameters of a learning problem. Collective.
 
     Exact for one sample, bounds for many (see above).
 
     Parameters
     ----------
     problem
-        The learning problem. Its activation does not decrease, and a running cost does not depend on (a, b).
+        The learning problem. Its activation does not decrease. Where it acts on bias and kernel, its regulariser is
+        Tikhonov's.
     A
         The set over which max H is taken, or a list with one for each layer; each may depend on y (`NodalBox`, `NodalSets`).
-        The present controls lie in it.
+        The present controls lie in it. It is a `Box` where controls have a cost: Tikhonov's, or a running cost
+        l_0(f) + c_1 a + c_2/2 a^2.
     tolerance
         When the target counts as reached: where int int abs(sigma(u)) abs(r*) dy dt is up to this part of J + J_0. Here J_0 is
         the loss of the output 0.
@@ -138,8 +152,8 @@ def pmp_residual(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of this kind or differs between ranks; if there is a regulariser or a running cost of (a, b), or
-        sigma decreases somewhere; if the controls are not in A at all pairs of nodes, as max H over A then says nothing about
+        If an argument is not of this kind or differs between ranks; if the cost of (a, b) is another one, or sigma decreases
+        somewhere; if the controls are not in A at all pairs of nodes, as max H over A then says nothing about
         them. (This check takes nodes^2 x rank operations in each layer.)
     """
     sets = sets_of_layers(A, problem.net, ControlSet)
@@ -151,23 +165,34 @@ def pmp_residual(
     remedy = "give a set that they are in, or train within it: train(problem, bounds=..), msa(problem, A)"
     for l, controls in enumerate(all_controls):
         refuse_controls_outside(Y, l, sets[l], controls, remedy)
+    H = Hamiltonian.of(problem, "maximise")
+    if H.charges_controls:
+        for one in sets:
+            check_costly(H, one)
     J, run = problem.record()
     J.derivative()
-    H = Hamiltonian.of(problem, "maximise")
     low = high = size = 0.0
     columns = []
     for l, (one, pair, controls) in enumerate(zip(sets, middle_pairs(run, "maximise"), all_controls)):
         tau = net.times[l + 1] - net.times[l]
         each = H.in_r(pair, controls) * pair.r
         h = np.sum(each, axis=1)  # a running cost of f alone is in max h and in h, and drops out
+        sizes = np.sum(np.abs(each), axis=1)
+        if H.charges_controls:
+            cost = H.cost(pair, controls) - state_cost(H, pair)
+            h, sizes = h - cost, sizes + np.abs(cost)
         at_least, at_most = _bounds(H, one, pair, h, rounds)
-        sums = Y.sum(Y.weights @ np.column_stack([at_least - h, at_most - h, np.sum(np.abs(each), axis=1)]))
+        if H.charges_controls:
+            sizes = np.maximum(sizes, np.abs(at_most))
+        sums = Y.sum(Y.weights @ np.column_stack([at_least - h, at_most - h, sizes]))
         low, high, size = low + tau * sums[0], high + tau * sums[1], size + tau * sums[2]
         columns.append(at_most - h)
-    reached = size <= tolerance * (abs(float(J.functional)) + abs(problem.loss_of_zero()))
+    reached = not H.charges_controls and size <= tolerance * (abs(float(J.functional)) + abs(problem.loss_of_zero()))
     scale = 0.0 if reached or size == 0 else 1 / size
     density = np.column_stack(columns) if columns else np.zeros((Y.nodes, 0))
-    caveat = net.activation.properties.caveat("non_decreasing")
+    caveat = net.activation.properties.caveat("non_decreasing", *(["lipschitz"] if H.charges_controls else []))
+    if H.charges_controls:
+        caveat = "; ".join(filter(None, [caveat, "sampled and refined: the maximum over one number at each y"]))
     return Residual(scale * low, scale * high, (low, high), density, Y, net.times, reached, caveat)
 
 
@@ -180,43 +205,55 @@ def _bounds(H: Hamiltonian, A: ControlSet, pair: Pair, h: np.ndarray, rounds: in
 
 
 def _upper(H: Hamiltonian, A: ControlSet, pair: Pair) -> np.ndarray:
-    """The sum over the samples of each one's own max h, without the running cost: shape (nodes,)."""
+    """The sum over the samples of each one's own max h, without the cost of the state: shape (nodes,)."""
+    if H.charges_controls:
+        sizes = np.abs(pair.r) + 1e-6 * np.abs(pair.r).max(axis=1, keepdims=True) + np.finfo(float).tiny
+        shares = sizes / sizes.sum(axis=1, keepdims=True)  # of the cost
+        states = [Cheapest(H, A, f) for f in pair.f.T]
+        return np.sum([own_maximum(H, *each)[0] for each in zip(states, pair.r.T, shares.T)], axis=0)
     parts = [part[None] for part in integrals_of_parts(H.Y, pair.f)]  # for all y alike
     T = together(H.Y.comm, lambda: (A.largest(*parts).value, A.smallest(*parts).value))
     return np.sum(np.maximum(*(H.activation(t) * pair.r for t in T)), axis=1)
 
 
 def _best_of_pool(H: Hamiltonian, A: ControlSet, pair: Pair, rounds: int, new: int = 16) -> np.ndarray:
-    """The maximum over a pool of rows of sum_s sigma(T_s(row)) r_s at each node, shape (nodes,).
+    """The maximum over a pool of rows of sum_s sigma(T_s(row)) r_s - cost(row) at each node, shape (nodes,).
 
     It rises as the pool grows. Each time `new` rows come, for the nodes where the bracket is widest.
     """
     Y, (f, r) = H.Y, (pair.f, pair.r)
-    best, best_T = np.full(Y.nodes, -np.inf), np.zeros_like(r)
+    best, best_T, upper = np.full(Y.nodes, -np.inf), np.zeros_like(r), _upper(H, A, pair)
     directions = np.vstack([np.eye(r.shape[1]), -np.eye(r.shape[1])])
+    if H.charges_controls:  # then the lengths of directions count
+        directions = np.vstack([part * _largest(Y, r) * directions for part in _PARTS])
     for _ in range(rounds + 1):
         # The row that maximises sum_s c_s T_s is extremal for the state sum_s c_s f_s, with the bias sum_s c_s times.
-        rows = [_row(Y, A, f, c) for c in directions]
-        if all(len(row.parts) == 1 for row in rows):  # rows for all y
-            T = np.concatenate([row.T(slice(None)) for row in rows])
-            values = r @ H.activation(T).T
-            chosen = np.argmax(values, axis=1)
-            of_chosen = T[chosen]
+        if H.charges_controls:
+            T, costs = rows_of_multipliers(H, A, f, directions)
+            values = r @ H.activation(T).T - costs
         else:
-            values = np.column_stack([np.sum(r * H.activation(row.T(slice(None))), axis=1) for row in rows])
-            chosen = np.argmax(values, axis=1)
-            of_chosen = np.empty_like(r)
-            for d in np.unique(chosen):
-                of_chosen[chosen == d] = rows[d].T(chosen == d)
+            rows = [_row(Y, A, f, c) for c in directions]
+            T = np.concatenate([row.T(slice(None)) for row in rows]) if all(len(row.parts) == 1 for row in rows) else None
+            values = (
+                np.column_stack([np.sum(r * H.activation(row.T(slice(None))), axis=1) for row in rows])
+                if T is None else r @ H.activation(T).T
+            )  # fmt: skip
+        chosen = np.argmax(values, axis=1)
         better = np.take_along_axis(values, chosen[:, None], axis=1)[:, 0]
         rises = better > best
+        of_chosen = _of_rows(rows, chosen) if T is None else T[chosen]
         best, best_T = np.where(rises, better, best), np.where(rises[:, None], of_chosen, best_T)
-        gap = Y.weights * (_upper(H, A, pair) - best)
+        gap = Y.weights * (upper - best)
         wide = np.argsort(-gap)[:new]
-        mine = [(gap[i], *(H.activation.derivative(best_T[i]) * r[i])) for i in wide]
+        mine = [(gap[i], *(H.activation.derivative(best_T[i]) * r[i]), *r[i]) for i in wide]
         offers = [offer for part in Y.comm.allgather(mine) for offer in part]
-        directions = np.array([offer[1:] for offer in sorted(offers, reverse=True)[:new]])
+        slopes, costates = np.split(np.array([offer[1:] for offer in sorted(offers, reverse=True)[:new]]), 2, axis=1)
+        directions = np.vstack([slopes, *(part * costates for part in _PARTS)]) if H.charges_controls else slopes
     return best
+
+
+def _largest(Y: LabelSpace, values: np.ndarray) -> float:
+    return max(Y.comm.allgather(float(np.abs(values).max(initial=0.0))))
 
 
 @dataclass(frozen=True)
@@ -237,6 +274,14 @@ class _Row:
     def T(self, nodes: slice | np.ndarray) -> np.ndarray:
         """T_s at some nodes, or of the one row, shape (1 or nodes, samples)."""
         return self.parts[nodes] @ self.integrals
+
+
+def _of_rows(rows: list[_Row], chosen: np.ndarray) -> np.ndarray:
+    """T_s at each node of the row that is chosen there, shape (nodes, samples)."""
+    T = np.empty((len(chosen), rows[0].integrals.shape[1]))
+    for d in np.unique(chosen):
+        T[chosen == d] = rows[d].T(chosen == d)
+    return T
 
 
 def _row(Y: LabelSpace, A: ControlSet, f: np.ndarray, c: np.ndarray) -> _Row:

@@ -12,6 +12,9 @@ Where both bases are fixed, X = Phi beta, and all y share beta. There is one pro
     H(a, beta) = sum_s int r*_s sigma(a - Phi beta g_s) dy,        H_beta = - sum_s Phi^T M (r*_s sigma'(u_s)) g_s^T.
 
 Projected ascent with one step length makes H larger.
+
+Tikhonov's terms and running costs of the controls are a part of H (`hamiltonian`). They are integrals over y of functions of
+the row at y, so h has them too, and nothing else changes. Where a strictly convex cost is large enough h is concave.
 """
 
 from __future__ import annotations
@@ -91,11 +94,16 @@ def _raise_together(
     a, beta = coefficients_of_controls(A, controls)
     # A step must not depend on units. So |a|^2 is divided by |Y|, |beta|^2 by its size for b = 1 / |Y|, and H by int |r|.
     unit = phi.rank * psi.rank / (np.trace(phi.gram) * np.trace(psi.gram))
-    first = 1 / max(float(Y.sum(Y.weights @ np.sum(np.abs(pair.r), axis=1))), np.finfo(float).tiny)
+    size = float(Y.sum(Y.weights @ np.sum(np.abs(pair.r), axis=1))) + Y.measure * H.tikhonov[0] + H.kernel_weight
+    first = 1 / max(size, np.finfo(float).tiny)
     values, length = [H(pair, controls_of_span(A, a, beta))], first
     for _ in range(iterations):
-        v = H.slope_times_costate(pair, controls_of_span(A, a, beta))
+        here = controls_of_span(A, a, beta)
+        v = H.slope_times_costate(pair, here)
         in_a, in_beta = Y.measure * np.sum(v, axis=1), -unit * phi.project(v) @ g.T
+        if H.charges_controls:
+            in_a -= Y.measure * H.cost_in_a(pair, here)
+            in_beta -= unit * H.kernel_weight * (phi.gram @ beta @ psi.gram)
         while True:
             new_a, new_beta = A.project(a + length * in_a, beta + length * in_beta)
             moved = float(Y.sum(Y.weights @ (new_a - a) ** 2)) / Y.measure + float(np.sum((new_beta - beta) ** 2)) / unit
@@ -118,16 +126,30 @@ def _raise_each_row(
     features = np.column_stack([np.ones(r.shape[1]), -psi.project(pair.f).T])
     rows = A.project(rows_of_controls(A, controls))
 
+    def bias(rows: np.ndarray) -> Controls:
+        return Controls(rows[:, 0], np.zeros((Y.nodes, 0)), np.zeros((Y.nodes, 0)))
+
+    def cost(rows: np.ndarray) -> np.ndarray:
+        return H.cost(pair, bias(rows)) + H.kernel_weight / 2 * np.sum(rows[:, 1:] @ psi.gram * rows[:, 1:], axis=1)
+
     def density(rows: np.ndarray) -> np.ndarray:
-        return np.sum(r * sigma(rows @ features.T), axis=1)
+        h = np.sum(r * sigma(rows @ features.T), axis=1)  # a running cost of f alone is the same for all rows
+        return h - cost(rows) if H.charges_controls else h
+
+    def slope(rows: np.ndarray) -> np.ndarray:
+        gradient = (r * sigma.derivative(rows @ features.T)) @ features
+        if H.charges_controls:
+            gradient[:, 0] -= H.cost_in_a(pair, bias(rows))
+            gradient[:, 1:] -= H.kernel_weight * rows[:, 1:] @ psi.gram
+        return gradient
 
     h = density(rows)
     values = [H(pair, controls_of_rows(A, rows))]
     # Where sigma'' is of size one, 1 / length bounds the slope of the gradient. Steps adapt from there.
-    length = 1 / np.maximum(np.abs(r) @ np.sum(features**2, axis=1), 1e-300)
+    bend = H.tikhonov[0] + H.kernel_weight * np.linalg.norm(psi.gram, 2)
+    length = 1 / np.maximum(np.abs(r) @ np.sum(features**2, axis=1) + bend, 1e-300)
     for _ in range(iterations):
-        gradient = (r * sigma.derivative(rows @ features.T)) @ features
-        trial = A.project(rows + length[:, None] * gradient)
+        trial = A.project(rows + length[:, None] * slope(rows))
         new = density(trial)
         rises = new > h
         rows, h = np.where(rises[:, None], trial, rows), np.where(rises, new, h)
@@ -135,7 +157,10 @@ def _raise_each_row(
         values.append(H(pair, controls_of_rows(A, rows)))
         if not Y.sum(float(np.any(rises))):
             break
-    size = float(Y.sum(Y.weights @ np.sum(np.abs(r) * (1 + np.abs(sigma(rows @ features.T))), axis=1)))
+    sizes = np.sum(np.abs(r) * (1 + np.abs(sigma(rows @ features.T))), axis=1)
+    if H.charges_controls:
+        sizes += np.abs(cost(rows))
+    size = float(Y.sum(Y.weights @ sizes))
     if np.any(np.diff(values) < -1e-12 * size):
         raise AssertionError("raise_controls: H fell, which is a fault of this package; please report it")
     return controls_of_rows(A, rows), np.array(values)

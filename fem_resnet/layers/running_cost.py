@@ -149,6 +149,21 @@ class RunningCost(Fixed):
         """
         return self.kernel == 0.0 and getattr(self.density, "of_state_alone", False)
 
+    @property
+    def is_formula(self) -> bool:
+        """Whether l is given by an expression, and not by an object of the user's, which may fail on one rank alone."""
+        return isinstance(self.density, _Formula)
+
+    @property
+    def in_bias(self) -> tuple[float, float] | None:
+        """c_1 and c_2 >= 0 where l(f, a) = l_0(f) + c_1 a + c_2/2 a^2, None where l is no such function.
+
+        A density that is an object states this by an attribute `in_bias`; without one it is None where l depends on a.
+        """
+        if getattr(self.density, "of_state_alone", False):
+            return 0.0, 0.0
+        return getattr(self.density, "in_bias", None)
+
     def integrand(self, f: np.ndarray, a: np.ndarray) -> np.ndarray:
         """The density at the nodes of this rank.
 
@@ -226,11 +241,18 @@ class _Formula:
         self.of_state_alone = symbols[1] not in expression.free_symbols
         first = [expression.diff(symbol) for symbol in symbols]
         second = [first[0].diff(symbols[0]), first[0].diff(symbols[1]), first[1].diff(symbols[1])]
+        self._in_a = first[1].subs(symbols[1], 0), second[2]
         made = (sympy.lambdify(symbols, part, modules=["scipy", "numpy"], cse=True) for part in (expression, first, second))
         self.value, self.gradient, self.hessian = made
 
     def __repr__(self) -> str:
         return str(self.expression)
+
+    @cached_property
+    def in_bias(self) -> tuple[float, float] | None:
+        """As of `RunningCost`."""
+        slope, bend = map(sympy.simplify, self._in_a)
+        return (float(slope), float(bend)) if slope.is_number and bend.is_number and bend >= 0 else None
 
 
 class CostRate:
@@ -273,8 +295,7 @@ class CostRate:
 
     def _asked(self, part: Callable[[np.ndarray, np.ndarray], _T]) -> _T:
         """A part of the cost at f and a. An error that the user's density raises on one rank is raised on all."""
-        formula = isinstance(self._cost.density, _Formula)
-        return together(None if formula else self._Y.comm, lambda: part(self._f[0], self._a[0]))
+        return together(None if self._cost.is_formula else self._Y.comm, lambda: part(self._f[0], self._a[0]))
 
     @cached_property
     def _slopes(self) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ from fem_resnet.parameters.time_basis import Once
 from fem_resnet.ranks import may_fail_alone, together
 from fem_resnet.tape.recording import apply
 
-__all__ = ["PENALISED", "Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov"]
+__all__ = ["PENALISED", "Regulariser", "smooth_in_space", "smooth_in_time", "tikhonov", "tikhonov_weight"]
 
 #: The names of the parameters that regularisers take.
 PENALISED = ("bias", "kernel", "V", "W", "mu", "initial")
@@ -324,3 +324,25 @@ def smooth_in_time(weight: float, **own: float) -> Regulariser:
         If a weight is not >= 0, or one of a parameter that the term does not take.
     """
     return Regulariser(((checked_weights(weight, own, ("bias", "kernel")), _variation),), ("smooth_in_time",))
+
+
+def tikhonov_weight(regulariser: Regulariser | None, parameter: Parameter) -> float | None:
+    """lambda where all terms that act on a parameter are Tikhonov's, 0 where none acts; None where another one does.
+
+    Parameters
+    ----------
+    regulariser
+        The regulariser, or None.
+    parameter
+        The parameter, of which the terms see `Parameter.acting`.
+    """
+    total = 0.0
+    for weights, term in () if regulariser is None else regulariser.terms:
+        weight = weight_on(weights, parameter)
+        if weight == 0:
+            continue
+        if term is _mass:
+            total += weight
+        elif not isinstance(term, Term) or term.on(parameter.acting()) is not None:
+            return None
+    return total

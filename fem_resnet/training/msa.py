@@ -19,8 +19,16 @@ there.
 For many samples (4.10) does not hold. Then A is a box or ball of rows (`row_sets`), and e(y) is the row found by ascent
 from the present one.
 
+J may have Tikhonov's terms and a running cost of the controls. They are a part of H (`hamiltonian`), and e is not bang-bang
+then: in a box the controls of `costly_controls`, in sets of rows those of the same ascent.
+
+With `learn_head` W and mu are controls of the last step. An iteration first makes J smaller over (W, mu) at f(T), by L-BFGS,
+and solves (4.2) from there: as Remark 4.3 says, they change no more than the terminal value of r*. The network is not
+stepped for that, and J does not rise by it.
+
 New controls leave any fixed span. So each iteration makes a new network, whose layers have bases of their own of least
-rank: 2 for the basic variant, for the others 2 more in each iteration at most. Head and data stay as they are.
+rank: 2 for the basic variant, for the others 2 more in each iteration at most. (Controls with a cost have more: see
+`costly_controls`.) Data stay as they are, and the head without `learn_head`.
 """
 
 from __future__ import annotations
@@ -36,6 +44,7 @@ from pyadjoint import ReducedFunctional
 
 from fem_resnet.arguments import choice, flag, integer, number
 from fem_resnet.control.controls import Controls
+from fem_resnet.control.costly_controls import check_costly, controls_with_cost
 from fem_resnet.control.extremal_controls import extremal_controls
 from fem_resnet.control.hamiltonian import Hamiltonian, Pair, middle_pairs
 from fem_resnet.control.row_controls import raise_controls
@@ -44,12 +53,14 @@ from fem_resnet.control.sets.control_set import ControlSet
 from fem_resnet.control.sets_of_layers import AnySet, is_pointwise, sets_of_layers
 from fem_resnet.control.violation import controls_within, refuse_controls_outside
 from fem_resnet.features import STEPPED, supports
+from fem_resnet.learning.head import Head
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
 from fem_resnet.network.settings import Kernel
 from fem_resnet.training.augmented_hamiltonian import augmented_step
 from fem_resnet.training.dealt_layers import DealtLayers
+from fem_resnet.training.last_step import better_head
 from fem_resnet.training.progress import check_monitor, tell
 
 __all__ = ["MSAProgress", "MSAResult", "msa", "problem_of"]
@@ -143,10 +154,13 @@ class MSAResult:
     seconds: float
 
 
-# (4.10) holds where J depends on (a, b) through f alone.
-@supports("channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "many_samples", "weights")
 @supports(
-    "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "running", "weights", tool="msa, A pointwise",
+    "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running", "running_of_controls",
+    "many_samples", "weights",
+)  # fmt: skip
+@supports(
+    "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running", "running_of_controls", "weights",
+    tool="msa, A pointwise",
     when=lambda problem, A, **options: is_pointwise(A), instead="give A as a RowBox, RowBall or SpanBox",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:msa")
@@ -160,6 +174,7 @@ def msa(
     largest_rho: float = 1e8,
     restarts: int = 0,
     project: bool = False,
+    learn_head: bool = False,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
     ensemble: fd.Ensemble | None = None,
 ) -> MSAResult:
@@ -168,11 +183,12 @@ def msa(
     Parameters
     ----------
     problem
-        Bias and kernel have a value on each layer, and there is no regulariser. Any head and loss are taken, and stay as they
-        are. The problem is not changed: the result has a problem of its own.
+        Bias and kernel have a value on each layer. Where it acts on these, a regulariser is Tikhonov's. Any head and loss are
+        taken. The problem is not changed: the result has a problem of its own.
     A
         The set in which (a, b) lies at all y and z, for one sample, which may depend on y (`NodalBox`, `NodalSets`); or a
-        `RowBox`, `RowBall` or `SpanBox`, for any number. If it depends on t, a list of such sets, one for each layer.
+        `RowBox`, `RowBall` or `SpanBox`, for any number. If it depends on t, a list of such sets, one for each layer. Sets of
+        the first kind are a `Box` where controls have a cost: Tikhonov's, or a running cost l_0(f) + c_1 a + c_2/2 a^2.
     variant
         "basic", "damped" or "extended".
     iterations
@@ -185,6 +201,8 @@ def msa(
     project
         Whether it may start from controls outside of A. It then takes the nearest controls in a `RowBox`, `RowBall` or
         `SpanBox`; in other sets, which must be convex, mixtures with a point of A.
+    learn_head
+        Whether W and mu are controls too, of the last step. If left out, the head stays as it is.
     monitor
         Called after each iteration on every rank. If it returns True on any rank, the method stops. If left out, each
         iteration is logged at level INFO on rank 0.
@@ -201,7 +219,8 @@ def msa(
     ------
     TypeError, ValueError
         If an argument does not fit or differs between ranks, or between members of an ensemble; if the present controls are
-        not in A, or A is not convex and mixtures are needed.
+        not in A, or A is not convex and mixtures are needed; if the cost of the controls is another than above, or there is no
+        head to learn.
 
     Examples
     --------
@@ -209,36 +228,47 @@ def msa(
     """
     dealt = DealtLayers(
         problem, ensemble, A=A, variant=variant, iterations=iterations, rho=rho, largest_rho=largest_rho, restarts=restarts,
-        project=project, monitor=monitor is None,
+        project=project, learn_head=learn_head, monitor=monitor is None,
     )  # fmt: skip
     sets = _checked_sets(problem, A, variant)
-    project = flag("project", project)
+    project, learn_head = flag("project", project), flag("learn_head", learn_head)
+    if learn_head and problem.head is None:
+        raise ValueError("learn_head: expected a problem with a head, got head=None; give it a Head, or leave learn_head out")
     check_monitor(monitor)
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
     method = _Method(problem, variant, largest_rho, dealt)
+    for one in sets if method.H.charges_controls else []:
+        if isinstance(one, ControlSet):
+            check_costly(method.H, one)
     best = at = method.evaluate(_start(problem.net, sets, project))
     values, reason = [at.value], "ITERATIONS"
     predicted: list[float] = []
     steps: list[float] = []
     while len(steps) < iterations:
+        before = at
+        at = method.with_better_head(at) if learn_head else at
         pairs = at.pairs()
         extremal = dealt.each(lambda l: _best(method.H, sets[l], pairs[l], at.controls[l]))
         new, step = method.step(at, pairs, extremal, rho)
         if variant != "basic" and not new.value < at.value:
-            if restarts == 0:
+            if at.value < before.value:
+                new = at  # the head alone has made J fall: rho stays
+            elif restarts == 0:
                 reason = "NO_STEP_LOWERS_J"
                 break
-            restarts -= 1
-            new, step = method.evaluate(extremal), rho
-        predicted.append(method.predicted_change(pairs, at.controls, new.controls))
+            else:
+                restarts -= 1
+                new, step = method.evaluate(extremal, at.problem.head), rho
+        # The change by the head is no estimate.
+        predicted.append(at.value - before.value + method.predicted_change(pairs, at.controls, new.controls))
         steps.append(step)
         values.append(new.value)
+        rho = step / 2 if variant == "extended" and new is not at else rho
         at = new.as_in_its_network()
         if at.value <= best.value or variant == "basic":
             best = at
-        rho = step / 2 if variant == "extended" else rho
         seconds = time.perf_counter() - start
         progress = MSAProgress(len(steps), iterations, at.value, step, seconds, method.evaluations, at.problem)
         if tell(dealt.comm, progress, monitor):
@@ -290,23 +320,30 @@ class _Method:
         self.H = Hamiltonian.of(problem, "maximise")
         self.evaluations = 0
 
-    def evaluate(self, controls: list[Controls]) -> _Point:
-        """Record the problem with the network of these controls."""
+    def evaluate(self, controls: list[Controls], head: Head | None = None) -> _Point:
+        """Record the problem with the network of these controls, and this head in the place of the problem's."""
         self.evaluations += 1
-        changed = problem_of(self._problem, controls)
+        problem = self._problem if head is None else self._problem.replace(head=head)
+        changed = problem_of(problem, controls)
         J, run = changed.record()
         return _Point(controls, changed, J, run, self._dealt.first(float(J.functional)))
+
+    def with_better_head(self, at: _Point) -> _Point:
+        """The same controls with W and mu that make J smaller, or the same point if none were found."""
+        new = self.evaluate(at.controls, better_head(at.problem, at.run.final))
+        return new if new.value < at.value else at
 
     def step(self, at: _Point, pairs: list[Pair], extremal: list[Controls], rho: float) -> tuple[_Point, float]:
         """The first trial that lowers J, or the last one if none does, with its rho or share; "basic" has one trial."""
         if self._variant == "basic":
-            return self.evaluate(extremal), 1.0
+            return self.evaluate(extremal, at.problem.head), 1.0
         extended = self._variant == "extended"
         step = rho if extended else 1.0
         while True:
             new = self.evaluate(
                 self._dealt.each(lambda l: augmented_step(self.H, pairs[l], at.controls[l], extremal[l], step)[0])
-                if extended else [c.towards(e, step) if step < 1 else e for c, e in zip(at.controls, extremal)]
+                if extended else [c.towards(e, step) if step < 1 else e for c, e in zip(at.controls, extremal)],
+                at.problem.head,
             )  # fmt: skip
             if new.value < at.value:
                 return new, step
@@ -321,8 +358,10 @@ class _Method:
 
 
 def _best(H: Hamiltonian, A: AnySet, pair: Pair, present: Controls) -> Controls:
-    """The extremal controls of (4.10), or rows that are raised from the present ones."""
+    """The extremal controls of (4.10), those of a box with a cost, or rows that are raised from the present ones."""
     if isinstance(A, ControlSet):
+        if H.charges_controls:
+            return controls_with_cost(H, check_costly(H, A), pair, present).controls
         return extremal_controls(H.Y, A, pair).controls
     return raise_controls(H, A, pair, present)[0]
 

@@ -73,11 +73,11 @@ def test_hamiltonian_and_its_derivatives(space):
     Y = label_space(*space)
     symbols = sympy.symbols("f a")
     cost = RunningCost(symbols[0] ** 4 / 4 + symbols[0] * symbols[1], kernel=0.3)
-    H, p, c = Hamiltonian(Y, TANH, "maximise", cost, [1, 2, 1]), pair(Y, 3), some_controls(Y)
+    H, p, c = Hamiltonian(Y, TANH, "maximise", cost, [1, 2, 1], (0.4, 0.5)), pair(Y, 3), some_controls(Y)
     a, b = rows(Y, c)
     f, r, w = (gathered(Y, x) for x in (p.f, p.r, Y.weights))
     u = a[:, None] - b @ (w[:, None] * f)
-    L = (w @ (f**4 / 4 + f * a[:, None])) @ [0.25, 0.5, 0.25] + 0.15 * np.einsum("i,ij,j", w, b**2, w)
+    L = (w @ (f**4 / 4 + f * a[:, None])) @ [0.25, 0.5, 0.25] + 0.2 * w @ a**2 + 0.4 * np.einsum("i,ij,j", w, b**2, w)
     assert_allclose(H(p, c), np.sum(w[:, None] * np.tanh(u) * r) - L, rtol=ROUND_OFF)
     assert_allclose(gathered(Y, H.in_r(p, c)), np.tanh(u), rtol=0, atol=ROUND_OFF)
     in_b, e = H.in_b(p, c), 1e-6
@@ -98,6 +98,8 @@ def test_hamiltonian_and_its_derivatives(space):
         central(lambda s: (p, Controls(c.a, c.phi + s * db, c.psi))),
     ]
     assert_allclose(differences, exact, rtol=0, atol=1e-8)  # a central difference of step 1e-6
+    up, down = (H.cost_in_f(p, Controls(c.a + s * da, c.phi, c.psi))[0] for s in (e, -e))
+    assert_allclose((up - down) / (2 * e), H.cost_in_f(p, c)[1] * da[:, None], rtol=0, atol=1e-8)
 
 
 @on_ranks
@@ -451,9 +453,6 @@ def test_bracket_for_many_samples():
         own = H.activation(1.5 + 9 * Y.sum(Y.weights @ np.abs(p.f))) * np.abs(p.r)
         expected += tau * (Y.sum(Y.weights @ own).sum() - H(p, Controls.of_layer(problem.net, l)))
     assert_allclose(found.absolute[1], expected, rtol=1e-10)
-    problem = learning_problem(problem.net, weight=0.1)
-    with pytest.raises(ValueError, match="^pmp_residual: it does not take a regulariser"):
-        pmp_residual(problem, wide)
 
 
 @on_ranks

@@ -229,9 +229,8 @@ def test_msa_lowers_a_cost_of_the_states_and_comes_to_the_maximum_principle():
     result = msa(of, A, iterations=12)
     assert (result.changes < 0).all() and result.values[-1] < 0.7 * result.values[0]
     assert pmp_residual(result.problem, A).absolute[1] < 0.3 * pmp_residual(of, A).absolute[1]
-    for cost in (RunningCost(f * a), RunningCost(f, kernel=1.0)):
-        with pytest.raises(ValueError, match="^msa: it does not take a running cost of the controls"):
-            msa(LearningProblem(net, None, least_squares, None, batch, running=cost), A)
+    with pytest.raises(ValueError, match="^running: expected a density"):
+        msa(LearningProblem(net, None, least_squares, None, batch, running=RunningCost(f * a)), A)
 
 
 def test_what_is_refused():

@@ -6,6 +6,7 @@ import sys
 import firedrake as fd
 import numpy as np
 import pytest
+import sympy
 from firedrake import COMM_WORLD
 from helpers import flat_network, label_space, laplace, smooth
 from numpy.testing import assert_allclose, assert_array_equal
@@ -18,6 +19,7 @@ from fem_resnet import (
     Controls,
     Ellipse,
     Hamiltonian,
+    Head,
     Kernel,
     LabelSpace,
     LearningProblem,
@@ -28,31 +30,53 @@ from fem_resnet import (
     ResidualNetwork,
     RowBall,
     RowBox,
+    RunningCost,
     SpanBox,
+    cell_indicators,
+    cross_entropy,
     extremal_controls,
     given_basis,
     least_squares,
     middle_pairs,
     msa,
+    pmp_residual,
     raise_controls,
+    smooth_in_time,
+    smoothed_l1,
     solve_costate,
     solve_trajectory,
     terminal_costate,
     tikhonov,
+    train,
 )  # fmt: skip
 from fem_resnet.training.augmented_hamiltonian import augmented_step
+from fem_resnet.training.last_step import better_head
 from fem_resnet.training.msa import problem_of
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 BOX = Box((-1.0, 1.0), (-1.0, 1.0))
+f, a = sympy.symbols("f a")
+#: What the controls cost beside the terminal loss, as arguments of `LearningProblem.replace`.
+COSTS = {
+    "none": {},
+    "tikhonov": {"regulariser": tikhonov(0.1, kernel=0.05)},
+    "running": {"running": RunningCost(f**2 / 5 + a**2 / 10 - a / 20, kernel=0.1), "regulariser": tikhonov(0.05)},
+}
+charged = pytest.mark.parametrize("cost", ["tikhonov", "running"])
 
 
-def problem(space=("annulus", "CG1"), layers=6, target=1.0, alone=False, **options):
+def problem(space=("annulus", "CG1"), layers=6, target=1.0, alone=False, cost=(), **options):
     """One sample, whose target is within reach of BOX or nearly so; controls start at zero."""
     Y = label_space(*space, alone=alone)
     net = flat_network(given_basis(Y, [1.0]), layers=layers, final_time=2.0, **options)
     batch = Batch(Y.batch(smooth(Y, 1)), Y.batch(target * smooth(Y, 1, seed=50)))
-    return LearningProblem(net, None, least_squares, None, batch)
+    return LearningProblem(net, None, least_squares, None, batch).replace(**dict(cost))
+
+
+def classifier(A, weight=0.01, samples=6, alone=False):
+    """A head of three classes on the state of a network with A's psi, and Tikhonov's term of all; controls start at zero."""
+    psi = laplace("annulus", "CG1", 3, alone)
+    return learning_problem(ResidualNetwork(psi, layers=3), head=True, weight=weight, samples=samples)
 
 
 def inside(result, A):
@@ -125,14 +149,19 @@ def test_the_wrong_sign_of_the_costate_raises_J():
 
 
 @on_ranks
+@pytest.mark.parametrize("cost", ["none", "tikhonov", "mixed"])
 @pytest.mark.parametrize("rho", [0.0, 0.3, 30.0])
-def test_the_augmented_hamiltonian_never_falls(rho):
-    """At its start it is H; its maximum over the shares is no less; without the augmentation it is max H."""
+def test_the_augmented_hamiltonian_never_falls(rho, cost):
+    """At its start it is H; its maximum over the shares is no less; without the augmentation it is max H.
+
+    With costs of the controls too, also where L_f depends on them.
+    """
     start = msa(problem(layers=3), BOX, variant="damped", iterations=2).problem
     net = start.net
     J, run = start.record()
     J.derivative()
-    H = Hamiltonian(net.Y, net.activation, "maximise")
+    running = RunningCost(f**2 * a / 5 + a**2 / 4, kernel=0.1) if cost == "mixed" else None
+    H = Hamiltonian(net.Y, net.activation, "maximise", running, None, (0.0, 0.0) if cost == "none" else (0.1, 0.2))
     for l, pair in enumerate(middle_pairs(run, "maximise")):
         controls, extremal = Controls.of_layer(net, l), extremal_controls(net.Y, BOX, pair).controls
         new, history = augmented_step(H, pair, controls, extremal, rho)
@@ -140,18 +169,22 @@ def test_the_augmented_hamiltonian_never_falls(rho):
         assert_allclose(history[0], H(pair, controls), rtol=0, atol=1e-13)
         penalty = sum(net.Y.sum(net.Y.weights @ (of(pair, new) - of(pair, controls)) ** 2)[0] for of in (H.in_r, H.in_f))
         assert_allclose(history[-1], H(pair, new) - rho / 2 * penalty, rtol=0, atol=1e-12)
-        if rho == 0:
+        if rho == 0 and cost == "none":
             assert_allclose(H(pair, new), H(pair, extremal), rtol=0, atol=1e-13)
 
 
 @on_ranks
-def test_the_gradient_of_the_augmented_hamiltonian():
+@pytest.mark.parametrize("cost", ["none", "mixed"])
+def test_the_gradient_of_the_augmented_hamiltonian(cost):
     """Steps so short that backtracking is not needed gain what the gradient says: s is stationary at the end."""
     start = problem(("disk", "DG0"), layers=2)
     net = start.net
+    net.bias.set(0, 0.3 + 0 * net.Y.weights)
+    net.kernel.set(0, [[-0.6]])
     J, run = start.record()
     J.derivative()
-    H, pair = Hamiltonian(net.Y, net.activation, "maximise"), middle_pairs(run, "maximise")[0]
+    charges = [] if cost == "none" else [RunningCost(f**2 * a / 5 + a**2 / 4, kernel=0.1), None, (0.1, 0.2)]
+    H, pair = Hamiltonian(net.Y, net.activation, "maximise", *charges), middle_pairs(run, "maximise")[0]
     controls, extremal = Controls.of_layer(net, 0), extremal_controls(net.Y, BOX, pair).controls
     rho = 1.0
 
@@ -170,11 +203,12 @@ def test_the_gradient_of_the_augmented_hamiltonian():
 
 
 @on_ranks
-def test_the_change_of_J_is_that_of_the_hamiltonian_to_first_order():
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_change_of_J_is_that_of_the_hamiltonian_to_first_order(cost):
     """Li et al.'s estimate: relative error falls with the step, i.e. with 1/rho, up to the layer length squared."""
     errors = []
     for rho in (1.0, 10.0, 100.0):
-        found = msa(problem(layers=12), BOX, iterations=1, rho=rho)
+        found = msa(problem(layers=12, cost=COSTS[cost]), BOX, iterations=1, rho=rho)
         errors.append(abs(found.predicted[0] / found.changes[0] - 1))
     print("\nrelative error of the predicted change", errors)
     assert errors[2] < errors[1] < errors[0] and errors[2] < 0.05
@@ -220,13 +254,144 @@ def test_without_a_monitor_a_line_an_iteration_is_logged_on_rank_0(variant, capl
 
 
 @pytest.mark.parallel([2, 3])
-def test_extended_msa_takes_the_same_steps_on_any_number_of_ranks():
+@pytest.mark.parametrize("cost", COSTS)
+def test_extended_msa_takes_the_same_steps_on_any_number_of_ranks(cost):
     """Against the whole mesh on each rank alone.
 
     Shares and extremes come of scalar searches, which find a largest value's place to the root of round-off, 1.5e-8.
     """
-    together, alone = (msa(problem(alone=alone), BOX, iterations=3).values for alone in (False, True))
+    together, alone = (msa(problem(alone=alone, cost=COSTS[cost]), BOX, iterations=3).values for alone in (False, True))
     assert_allclose(together, alone, rtol=1e-6)
+
+
+@pytest.mark.parallel([2, 3])
+def test_a_whole_classifier_is_trained_alike_on_any_number_of_ranks():
+    values = []
+    for alone in (False, True):
+        A = RowBox(laplace("annulus", "CG1", 3, alone), (-1, 1), (-2, 2))
+        values.append(msa(classifier(A, alone=alone), A, variant="damped", iterations=3, learn_head=True).values)
+    assert_allclose(*values, rtol=1e-5)
+
+
+# -- costs of the controls -------------------------------------------------------------------------------------------
+
+
+@on_ranks
+@charged
+@pytest.mark.parametrize("variant", ["damped", "extended"])
+def test_with_a_cost_of_the_controls_J_falls_and_its_controls_are_not_bang_bang(cost, variant):
+    """Its controls lie in the box; where this is wide, J comes to the minimum that `train` finds."""
+    narrow = Box((-0.3, 0.2), (-0.15, 0.2))
+    found = msa(problem(cost=COSTS[cost]), narrow, variant=variant, iterations=4)
+    assert (found.changes < 0).all() and found.iterations >= 2 and inside(found, narrow)
+    assert found.value == pytest.approx(float(found.problem.evaluate()[0]), rel=1e-13)
+    bias = np.concatenate([gathered(found.problem.net.Y, c.a) for c in found.controls])
+    assert ((bias > -0.29) & (bias < 0.19)).any() and found.problem.regulariser is COSTS[cost]["regulariser"]
+
+
+@on_ranks
+def test_msa_comes_to_the_minimum_of_train_with_a_cost_of_the_controls():
+    """The same J, full-rank controls within a wide set: value and PMP residual, up to the square of a layer's length."""
+    Y = label_space("disk", "DG0")
+    wide, cost = Box((-4.0, 4.0), (-4.0, 4.0)), RunningCost(f**2 / 5 + a**2 / 4, kernel=0.5)
+    start = problem(("disk", "DG0"), target=2.0, cost={"running": cost, "regulariser": tikhonov(0.1)})
+    start = start.replace(net=ResidualNetwork(cell_indicators(Y), layers=4))
+    found = msa(start, wide, variant="damped", iterations=6)
+    before, after = (pmp_residual(each, wide).upper for each in (start, found.problem))
+    least = train(start, monitor=lambda progress: None).value
+    print(f"\nJ by msa {found.value:.6f}, by L-BFGS {least:.6f}; PMP residual {before:.1e} to {after:.1e}")
+    assert (found.changes < 0).all() and 0 <= found.value - least < 1e-3 * (found.values[0] - least)
+    assert after < 1e-4 * before
+
+
+@on_ranks
+@pytest.mark.parametrize("kind", ["box", "ball", "span"])
+def test_rows_with_a_cost_that_mixes_f_and_a(kind):
+    """Several samples, a head, Tikhonov's terms, a running cost of (f, a) that no formula takes: J falls at each iteration."""
+    psi = laplace("annulus", "CG1", 3)
+    A = {
+        "box": RowBox(psi, (-1, 1), (-2, 2)), "ball": RowBall(psi, 1.5), "span": SpanBox(psi, psi, (-1, 1), (-2, 2)),
+    }[kind]  # fmt: skip
+    start = classifier(A, samples=3).replace(running=RunningCost(f * a / 5 + a**4 / 4, kernel=0.02))
+    found = msa(start, A, iterations=3)
+    assert (found.changes < 0).all() and found.iterations == 3 and found.value < 0.95 * found.values[0]
+    assert_allclose(found.value, float(found.problem.evaluate()[0]), rtol=1e-13)
+    assert found.problem.head is start.head
+
+
+@on_ranks
+@charged
+def test_costly_controls_that_start_outside_of_A_are_refused_or_brought_into_it(cost):
+    start = problem(layers=2, cost=COSTS[cost])
+    start.net.bias.set(1, 3 + 0 * start.net.Y.weights)
+    with pytest.raises(
+        ValueError, match=r"^A: expected a set with .*; layer 1 has \(a\(y\), b\(y, z\)\) = \(3, 0\).*project=True"
+    ):
+        msa(start, BOX, iterations=1)
+    found = msa(start, BOX, iterations=2, project=True)
+    assert inside(found, BOX) and (found.changes < 0).all() and found.iterations == 2
+
+
+# -- the head as a control of the last step ---------------------------------------------------------------------------
+
+
+@on_ranks
+@pytest.mark.parametrize("variant, kind", [("extended", "box"), ("damped", "span"), ("damped", "ball")])
+def test_a_whole_classifier_is_trained_to_a_lower_J_than_with_a_fixed_head(variant, kind):
+    """J falls at every iteration, the head of the given problem stays, and that of the result is the one of least J."""
+    psi = laplace("annulus", "CG1", 3)
+    A = {
+        "box": RowBox(psi, (-1, 1), (-2, 2)), "ball": RowBall(psi, 1.5), "span": SpanBox(psi, psi, (-1, 1), (-2, 2)),
+    }[kind]  # fmt: skip
+    start = classifier(A)
+    W = start.head.W.get(0)
+    fixed = msa(start, A, variant=variant, iterations=3)
+    heads = []
+    found = msa(
+        start, A, variant=variant, iterations=3, learn_head=True, monitor=lambda p: heads.append(p.problem.head.W.get(0))
+    )
+    print(f"\n{variant}, {kind}: fixed head {fixed.values}, learned {found.values}")
+    assert (fixed.changes < 0).all() and (found.changes < 0).all() and found.iterations == 3
+    assert found.value < 0.5 * fixed.value and found.values[0] == fixed.values[0]
+    assert_array_equal(start.head.W.get(0), W)
+    assert fixed.problem.head is start.head and not np.allclose(found.problem.head.W.get(0), W)
+    assert all(np.abs(x - y).max() > 1e-3 for x, y in zip([W, *heads], heads))  # improved in each iteration
+    assert_allclose(float(found.problem.evaluate()[0]), found.value, rtol=1e-13)
+    # The head alone does less: layers have a part in what is gained.
+    alone = start.replace(head=better_head(start, start.net(start.batch.inputs), 200))
+    assert found.value < 0.95 * float(alone.evaluate()[0])
+
+
+@on_ranks
+@pytest.mark.parametrize(
+    "loss, prediction", [(least_squares, "identity"), (least_squares, "logistic"), (cross_entropy, "softmax")]
+)
+def test_a_better_head_has_a_smaller_J_for_any_loss(loss, prediction):
+    """At the same controls; for least squares it is the head of least J, which `eliminate` solves for."""
+    Y = label_space("disk", "CG1")
+    start = learning_problem(ResidualNetwork(laplace("disk", "CG1", 4), layers=2), weight=0.05, samples=5)
+    head = Head(start.head.psi, 3, prediction)
+    head.start("random smooth", 3)
+    start = start.replace(head=head, loss=loss)
+    before, run = start.evaluate()
+    better = better_head(start, run.final, iterations=100)
+    after = float(start.replace(head=better).evaluate()[0])
+    assert after < 0.9 * float(before) and better is not head and start.head is head and Y.size > 0
+    if prediction == "identity":
+        J, _ = start.record(eliminate="head")
+        assert_allclose(after, float(J.functional), rtol=1e-8)
+
+
+@on_ranks
+def test_where_controls_are_at_their_ends_the_head_alone_makes_J_fall():
+    """A of one point: controls cannot move. rho stays, and the predicted change is that of the head."""
+    psi = laplace("annulus", "CG1", 3)
+    A = RowBox(psi, (0, 0), (0, 0))
+    found = msa(classifier(A), A, iterations=3, learn_head=True, largest_rho=4.0)
+    assert (found.changes < 0).all() and found.changes.size >= 1
+    assert_allclose(found.predicted, found.changes, rtol=1e-12)
+    fixed = msa(classifier(A), A, iterations=3, largest_rho=4.0)
+    assert fixed.converged and fixed.iterations == 0
 
 
 @on_ranks
@@ -624,9 +789,17 @@ def test_the_monitor_is_told_of_the_problem_whose_J_it_is_told():
 def test_problems_that_msa_does_not_solve_are_refused():
     start = problem()
     for other, message in (
-        (LearningProblem(start.net, None, least_squares, tikhonov(0.1), start.batch), "a regulariser"),
+        (start.replace(regulariser=smoothed_l1(0.1, 0.1)), "a regulariser that is not quadratic"),
         (learning_problem(start.net, head=False, weight=None), "more than one sample; .* RowBox"),
         (problem(bias_in_time="linear"), "parameters linear in time"),
     ):
         with pytest.raises(ValueError, match=f"^msa.*: it does not take {message}"):
             msa(other, BOX)
+    for changes, A, options, message in (
+        ({"regulariser": tikhonov(0.1)}, Ellipse(), {}, "^A: expected a Box where the controls have a cost"),
+        ({"running": RunningCost(f * a)}, BOX, {}, r"^running: expected a density l_0\(f\)"),
+        ({"regulariser": smooth_in_time(0.1)}, BOX, {}, r"^regulariser: expected tikhonov\(..\) of bias and kernel"),
+        ({}, BOX, {"learn_head": True}, "^learn_head: expected a problem with a head, got head=None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            msa(start.replace(**changes), A, **options)
