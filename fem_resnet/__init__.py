@@ -72,6 +72,7 @@ _MODULES = {
     "training.stochastic_steps": ["SGD", "Adam"],
     "training.stochastic": ["StochasticProgress", "StochasticResult", "train_stochastic"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
+    "training.coupled_system": ["CoupledSolution", "CoupledStage", "solve_maximum_principle"],
     "theory.sensitivity.well_posedness": [
         "StabilityEstimate",
         "WellPosedness",
