@@ -20,6 +20,7 @@ _MODULES = {
     "label_domain.basis": ["Basis", "cell_indicators", "given_basis"],
     "label_domain.laplace": ["laplace_basis"],
     "parameters.kernel": ["LowRankKernel"],
+    "layers.pair_cost": ["PairDensity"],
     "layers.running_cost": ["Density", "RunningCost"],
     "parameters.parameter": ["Parameter"],
     "time_stepping.stepper": ["StepFailure"],

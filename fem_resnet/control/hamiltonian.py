@@ -120,7 +120,8 @@ class Hamiltonian(Fixed):
         check_label_space(Y)
         same(Y.comm, activation=activation, convention=convention, running=running, weights=weights)
         instance("activation", activation, Activation, "get_activation(name) makes one")
-        instance("running", running, (RunningCost, type(None)))
+        if instance("running", running, (RunningCost, type(None))) is not None:
+            running.refuse_pairs("Hamiltonian")
         self.Y, self.activation, self.convention = Y, activation, _checked(convention)
         self._running = running
         self._weights = None if weights is None else real_array("weights", weights, ("samples",), least=0).tolist()
