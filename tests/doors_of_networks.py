@@ -70,6 +70,7 @@ from fem_resnet import (
     smooth_in_space,
     smooth_in_time,
     smoothed_l1,
+    solve_maximum_principle,
     tikhonov,
     total_variation,
     train,
@@ -370,9 +371,9 @@ DOORS = {
     # -- parameters --
     "RunningCost": Door(
         RunningCost,
-        lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5},
-        takes={"density": NUMBER, "kernel": NOT_NEGATIVE},
-        parted=("density", "kernel"),
+        lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5, "pairs": F.func("b") ** 2},
+        takes={"density": NUMBER, "kernel": NOT_NEGATIVE, "pairs": NUMBER | {"None"}},
+        parted=("density", "kernel", "pairs"),
     ),
     "PositiveSemidefinite": Door(PositiveSemidefinite, lambda: {"rank": 2}, takes={"rank": {"None"}}, parted=("rank",)),
     "DampedAntisymmetric": Door(
@@ -930,6 +931,19 @@ DOORS = {
         },
         parted=("problem",),
         another={"A": RowBox(phi(), (-9, 8), (-9, 9)), "variant": "extended", "monitor": None},
+    ),
+    "solve_maximum_principle": Door(
+        solve_maximum_principle,
+        lambda: {
+            "problem": free(),
+            "A": RowBox(phi(), (-9, 9), (-9, 9)),
+            "smoothing": 30.0,
+            "solver_parameters": {"snes_max_it": 1},
+            "options_prefix": "coupled_",
+        },
+        takes={"smoothing": POSITIVE, "solver_parameters": OPTIONS, "options_prefix": PREFIX},
+        parted=("problem",),
+        another={"A": RowBox(phi(), (-9, 8), (-9, 9))},
     ),
     # -- files --
     "save": Door(

@@ -74,6 +74,7 @@ from fem_resnet import (
     smoothed_l1,
     solve_costate,
     solve_linearised,
+    solve_maximum_principle,
     solve_trajectory,
     stability_estimate,
     stability_report,
@@ -127,6 +128,7 @@ PROBLEM = {
     },
     "running": {"running": RunningCost(f**2)},
     "running_of_controls": {"running": RunningCost(f**2 + a**2 / 20, kernel=0.1)},
+    "running_of_pairs": {"running": RunningCost(f**2, pairs=sympy.Symbol("b") ** 4 / 4)},
     "ensemble": {},
     "derivatives": {},
     "observed_times": {},
@@ -654,6 +656,32 @@ def _msa(p, result, close, start):
 @runs("msa, A pointwise", call=lambda p: msa(p, Box((-9, 9), (-9, 9)), iterations=1))
 def _msa_pointwise(p, result, close, start):
     _by_msa(p, result, close, start)
+
+
+def _by_the_coupled_system(p, result, close, start):
+    """The solution is of the problem with all its parts: J falls to its own value, and v is minus J's derivative in a."""
+    assert result.converged, result
+    assert_allclose(result.value, value(p.replace(net=result.problem.net)), rtol=close)
+    assert_allclose(result.stages[-1].value, result.value, rtol=1e-9)
+    assert result.value < start
+    assert set(features_of(result.problem)) - {"nodal_bias", "bases_by_layer"} == set(features_of(p)) - {
+        "nodal_bias", "bases_by_layer"
+    }  # fmt: skip
+
+
+@runs("solve_maximum_principle", call=lambda p: solve_maximum_principle(p, _rows(p.net), smoothing=30.0))
+def _coupled(p, result, close, start):
+    _by_the_coupled_system(p, result, close, start)
+
+
+@runs(
+    "solve_maximum_principle, A pointwise",
+    call=lambda p: solve_maximum_principle(p, Box((-0.5, 0.5), (-0.5, 0.5)), smoothing=30.0),
+)
+def _coupled_pointwise(p, result, close, start):
+    assert result.converged, result
+    assert_allclose(result.value, value(p.replace(net=result.problem.net)), rtol=close)
+    assert_allclose(result.stages[-1].value, result.value, rtol=1e-9)
 
 
 @runs("verify", call=lambda p: verify(p, quick=True))

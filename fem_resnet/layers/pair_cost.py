@@ -129,6 +129,8 @@ class PairCost:
     def __init__(self, density: PairDensity):
         self.density = density
         self._known: list[tuple[LowRankKernel, tuple[np.ndarray, ...], object]] = []
+        #: The latest psi, its values, coordinates and weights at the nodes of all ranks, and the number of pieces.
+        self._gathered: tuple | None = None
 
     def rate(self, kernel: LowRankKernel, beta: np.ndarray) -> PairRate:
         """P and its functional in beta.
@@ -210,9 +212,12 @@ class PairCost:
                 f"pairs: expected a label domain of at most {LARGEST} nodes, as b is looked at in all pairs of nodes, got "
                 f"{Y.size}; take a coarser mesh, or the norm of b: RunningCost(kernel=..)"
             )
+        if self._gathered is None or self._gathered[0] is not kernel.psi:
+            parts = Y.comm.allgather((kernel.psi.values, Y.coordinates, Y.weights))
+            count = -(-max(len(part[2]) for part in parts) * Y.size // _PAIRS)
+            self._gathered = kernel.psi, *map(np.concatenate, zip(*parts)), count
+        _, psi, z, w, count = self._gathered
         x = Y.coordinates
-        psi, z, w = (np.concatenate(Y.comm.allgather(part)) for part in (kernel.psi.values, x, Y.weights))
-        count = max(Y.comm.allgather(-(-Y.nodes * len(z) // _PAIRS)))
         ends = np.linspace(0, Y.nodes, count + 1).astype(int)
         for first, last in zip(ends, ends[1:]):
             rows = slice(first, last)

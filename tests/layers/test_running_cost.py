@@ -278,8 +278,8 @@ def test_costs_at_pairs_are_integrals_over_Y_x_Y():
 def test_training_lowers_a_cost_at_pairs():
     of = problem("disk", "DG0", cost=RunningCost(0, pairs=sympy.sqrt(b**2 + 1e-4)), bias="basis", size=0.3)
     before = of.evaluate()[1].cost
-    train(of, {"tao_max_it": 20})
-    assert float(of.evaluate()[1].cost) < 0.5 * float(before)
+    train(of, {"tao_max_it": 4})
+    assert float(of.evaluate()[1].cost) < 0.9 * float(before)
 
 
 def test_what_is_refused_of_costs_at_pairs(monkeypatch):

@@ -139,7 +139,9 @@ def test_newton_and_accelerated_successive_approximations_come_to_one_solution()
 
 @pytest.mark.parallel([2, 3])
 def test_ranks_find_the_same():
-    values = [solve_maximum_principle(fields(alone=alone), row_box(fields(alone=alone)), smoothing=1.0).value for alone in (0, 1)]
+    values = [
+        solve_maximum_principle(fields(alone=alone), row_box(fields(alone=alone)), smoothing=1.0).value for alone in (0, 1)
+    ]
     assert_allclose(*values, rtol=1e-9)
 
 
