@@ -371,7 +371,7 @@ DOORS = {
     # -- parameters --
     "RunningCost": Door(
         RunningCost,
-        lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5, "pairs": F.func("b") ** 2},
+        lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5, "pairs": sympy.Symbol("b") ** 2},
         takes={"density": NUMBER, "kernel": NOT_NEGATIVE, "pairs": NUMBER | {"None"}},
         parted=("density", "kernel", "pairs"),
     ),
@@ -1030,9 +1030,20 @@ DOORS = {
 NO_DOORS = {
     "ACTIVATIONS": "a table",
     "Density": "a protocol: what a density of the user's has",
+    "PairDensity": "a protocol: what a density of the user's has",
     "StepFailure": "an error that a layer raises",
     **dict.fromkeys(
-        ("Result", "PAMResult", "MSAResult", "PAMProgress", "MSAProgress", "StochasticProgress", "StochasticResult"),
+        (
+            "Result",
+            "PAMResult",
+            "MSAResult",
+            "PAMProgress",
+            "MSAProgress",
+            "StochasticProgress",
+            "StochasticResult",
+            "CoupledSolution",
+            "CoupledStage",
+        ),
         "what training gives, with what it computed",
     ),
 }

@@ -7,15 +7,15 @@ A layer has one control and several stages i of its time steps, with states f_i.
 weight in the layer, and let v_i = sigma'(u_i) r*_i, so that H_a = sum_i v_i and H_b(y, z) = - sum_i v_i(y) f_i(z) are the
 derivatives of the discrete J in the direction of (4.3), (4.4), with the sign of section 4.2.
 
-`SmoothedRows`, for rows (a, X)(y) with b(y, z) = sum_k X_k(y) psi_k(z), and any number of samples. Let G be the derivative of H in
-(a, X). The row at y maximises
+`SmoothedRows`, for rows (a, X)(y) with b(y, z) = sum_k X_k(y) psi_k(z), and any number of samples. Let G be the derivative of
+H in (a, X). The row at y maximises
 
     G . (a, X) + epsilon sum_k c_k sqrt(1 - xi_k^2)      over a `RowBox`:    xi_k = s(G_k h_k / (epsilon c_k))
     G . (a, X) + epsilon sqrt(1 - xi . xi)               over a `RowBall`:   xi = s(G R / epsilon), with the norm in s
 
-where h_k is half the length of an edge of the box, xi the row over h or R, from the middle of the box, and c_k = 1 for a. For X_k
-it is the part of Y on which psi_k lives, (int abs(psi_k))^2 / (abs(Y) int psi_k^2), so that epsilon has one meaning on all meshes.
-Where G belongs to the rows themselves, they are stationary for H + epsilon sum_k c_k sqrt(1 - xi_k^2): that is the
+where h_k is half the length of an edge of the box, xi the row over h or R, from the middle of the box, and c_k = 1 for a. For
+X_k it is the part of Y on which psi_k lives, (int abs(psi_k))^2 / (abs(Y) int psi_k^2), so that epsilon has one meaning on all
+meshes. Where G belongs to the rows themselves, they are stationary for H + epsilon sum_k c_k sqrt(1 - xi_k^2): that is the
 first-order condition of (4.8), which for many samples is necessary and not sufficient.
 
 `SmoothedBox`, for a box A and one sample. With bars for means over the stages, (4.10) becomes
@@ -77,7 +77,7 @@ class SmoothedControls(Protocol):
         """
 
 
-class SmoothedRows:
+class SmoothedRows(SmoothedControls):
     """Rows of a box or a ball that are smooth functions of f and v; see above.
 
     Parameters
@@ -128,7 +128,7 @@ class SmoothedRows:
         return self._middle + self._half * s, self._half * per_unit * slope * G_1
 
 
-class SmoothedBox:
+class SmoothedBox(SmoothedControls):
     """(4.10) for a box and one sample, as a smooth function of f and v; see above.
 
     Parameters

@@ -50,6 +50,11 @@ class PairDensity(Protocol):
             The kernel, shape (nodes, all nodes).
         y, z
             Coordinates, shapes (nodes, 1, dimensions) and (1, all nodes, dimensions).
+
+        Returns
+        -------
+        numpy.ndarray
+            p, of the shape of b.
         """
 
     def gradient(self, b: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -57,8 +62,15 @@ class PairDensity(Protocol):
 
         Parameters
         ----------
-        b, y, z
-            As for `value`.
+        b
+            The kernel, shape (nodes, all nodes).
+        y, z
+            Coordinates, shapes (nodes, 1, dimensions) and (1, all nodes, dimensions).
+
+        Returns
+        -------
+        numpy.ndarray
+            p_b, of the shape of b.
         """
 
     def hessian(self, b: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -66,8 +78,15 @@ class PairDensity(Protocol):
 
         Parameters
         ----------
-        b, y, z
-            As for `value`.
+        b
+            The kernel, shape (nodes, all nodes).
+        y, z
+            Coordinates, shapes (nodes, 1, dimensions) and (1, all nodes, dimensions).
+
+        Returns
+        -------
+        numpy.ndarray
+            p_bb, of the shape of b.
         """
 
 
@@ -173,9 +192,9 @@ class PairCost:
 
     def _remembered(self, kernel: LowRankKernel, at: tuple[np.ndarray, ...], compute: Callable):
         for known, where, result in reversed(self._known):
-            if known.phi is kernel.phi and known.psi is kernel.psi and len(where) == len(at):
-                if all(map(np.array_equal, where, at)):
-                    return result
+            same_bases = known.phi is kernel.phi and known.psi is kernel.psi
+            if same_bases and len(where) == len(at) and all(map(np.array_equal, where, at)):
+                return result
         result = compute()
         self._known = [*self._known[1 - _KEPT :], (kernel, tuple(np.array(part) for part in at), result)]
         return result
@@ -205,7 +224,7 @@ class PairCost:
         return [np.broadcast_to(part, pieces.pairs[0].shape) for part in parts]
 
     def _pieces(self, kernel: LowRankKernel, beta: np.ndarray) -> Iterator[tuple[slice, _Pieces]]:
-        """This rank's nodes y in pieces, with all nodes z: as many pieces on every rank, of which some may be empty."""
+        """The nodes y of this rank in pieces, with all nodes z: as many pieces on every rank, of which some may be empty."""
         Y = kernel.phi.Y
         if Y.size > LARGEST:
             raise ValueError(

@@ -2,9 +2,9 @@ r"""Running costs (section 4.3): the cost of a state and its controls while time
 
     J = int_0^T sum_s omega_s L(f_s, a, b) dt + ..,        L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2 + P(b),
 
-with the norm of L2(Y x Y), and P(b) = int int p(y, z, b(y, z)) dz dy, which `pair_cost` computes. Each sample has a number c with c_t = L(f, a, b) and c(0) = 0. TS steps c together with f, so that
-the time stepping method itself integrates L, and steps may be adapted. The equation (4.2) of the co-state then has the source
-L_f; with the sign of section 4.1 it reads
+with the norm of L2(Y x Y), and P(b) = int int p(y, z, b(y, z)) dz dy, which `pair_cost` computes. Each sample has a number c
+with c_t = L(f, a, b) and c(0) = 0. TS steps c together with f, so that the time stepping method itself integrates L, and steps
+may be adapted. The equation (4.2) of the co-state then has the source L_f; with the sign of section 4.1 it reads
 
     r_t = B^T(sigma'(u) r) - L_f.
 
@@ -93,7 +93,7 @@ class Density(Protocol):
 
 
 class RunningCost(Fixed):
-    """The running cost L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2 + int int p(y, z, b(y, z)) dz dy of section 4.3.
+    """The running cost L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2 + int int p(y, z, b(y, z)) dz dy.
 
     Parameters
     ----------
@@ -168,6 +168,11 @@ class RunningCost(Fixed):
         ----------
         tool
             The name of what does not take it.
+
+        Raises
+        ------
+        ValueError
+            If there is such a cost.
         """
         if self.pairs is not None:
             raise ValueError(
@@ -242,7 +247,7 @@ def _pair_density(pairs: sympy.Expr | PairDensity) -> PairDensity:
         pairs = sympy.sympify(number("pairs", pairs))
     if isinstance(pairs, sympy.Expr):
         return PairFormula(pairs)
-    if isinstance(pairs, type) or not all(callable(getattr(pairs, name, None)) for name in ("value", "gradient")):
+    if isinstance(pairs, (type, Number)) or not all(callable(getattr(pairs, name, None)) for name in ("value", "gradient")):
         raise TypeError(
             f"pairs: expected a SymPy expression in b, or an object with the methods value(b, y, z) and gradient(b, y, z), "
             f"got {pairs!r}"

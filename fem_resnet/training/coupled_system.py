@@ -1,12 +1,12 @@
 r"""The coupled forward-backward system of the maximum principle, solved as one system of equations by PETSc's SNES.
 
-Section 4.2 couples the state and the co-state by the controls: f_t = sigma(a - B f) goes forwards from f_I, r*_t = B^T(sigma'(u) r*)
-goes backwards from r*(T), and at all times (a, b) is given by f and r*, (4.10). MSA (`msa`) goes forwards and backwards in turn.
-Here all times are unknown together. Both equations are stepped by the network's explicit Runge-Kutta method and its discrete
-adjoint, so that a solution is stationary for the J that the network itself computes.
+Section 4.2 couples the state and the co-state by the controls: f_t = sigma(a - B f) goes forwards from f_I, r*_t =
+B^T(sigma'(u) r*) goes backwards from r*(T), and at all times (a, b) is given by f and r*, (4.10). MSA (`msa`) goes forwards
+and backwards in turn. Here all times are unknown together. Both equations are stepped by the network's explicit Runge-Kutta
+method and its discrete adjoint, so that a solution is stationary for the J that the network itself computes.
 
-The controls are the smoothed ones of `smoothed_controls`, with a width epsilon that falls in stages. Over sets of rows a solution
-is then exactly a stationary point of
+The controls are the smoothed ones of `smoothed_controls`, with a width epsilon that falls in stages. Over sets of rows a
+solution is then exactly a stationary point of
 
     J_epsilon = J - epsilon int int sum_k c_k sqrt(1 - xi_k^2) dy dt                   (for a ball: with |xi|^2 in the root)
 
@@ -14,14 +14,15 @@ where xi is the row, from the middle of A and over its half width. The term keep
 point methods do. As epsilon -> 0 this is the first-order condition for the least J in A. J_epsilon - J is at most
 epsilon T abs(Y) (1 + sum_k c_k).
 
-The unknowns x = (f, v) are the states at all stages of all steps of all layers, and v = sigma'(u) r* there: 2 x layers x steps x
-stages fields. The equations are x = S(x), where S takes the controls of x, goes forwards with them, and then backwards. A zero
-of F(x) = x - S(x) solves the whole system. Newton's method has the exact derivative of F by its products, from the tangent of S,
-and solves with GMRES. "nrichardson" is the method of successive approximations with smoothed controls, damped by the line search;
-"anderson" accelerates it, and costs least while epsilon is large. Types of SNES that want a transpose fail.
+The unknowns x = (f, v) are the states at all stages of all steps of all layers, and v = sigma'(u) r* there: 2 x layers x steps
+x stages fields. The equations are x = S(x), where S takes the controls of x, goes forwards with them, and then backwards. A
+zero of F(x) = x - S(x) solves the whole system. Newton's method has the exact derivative of F by its products, from the
+tangent of S, and solves with GMRES. "nrichardson" is the method of successive approximations with smoothed controls, damped by
+the line search; "anderson" accelerates it, and costs least while epsilon is large. Types of SNES that want a transpose fail.
 
-A stage starts where the polynomial in log epsilon through the last three solutions leads. If it fails, a width between it and the
-last one is inserted. A branch of solutions may end at some epsilon > 0, in a fold: for many samples J_epsilon is not convex.
+A stage starts where the polynomial in log epsilon through the last three solutions leads. If it fails, a width between it and
+the last one is inserted. A branch of solutions may end at some epsilon > 0, in a fold: for many samples J_epsilon is not
+convex.
 
 PETSc's vectors hold the nodes of each rank, over the communicator of Y. An entry is f or v over a size, times the root of its
 part of all weights: so norms of F are root mean squares without a unit, and do not depend on the mesh.
@@ -31,15 +32,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 
 import numpy as np
 import petsctools
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import instance, real_array
+from fem_resnet.arguments import instance, number, real_array
 from fem_resnet.control.controls import Controls
 from fem_resnet.control.row_sets import RowBall, RowBox
 from fem_resnet.control.sets.box import Box
@@ -197,7 +199,8 @@ def solve_maximum_principle(
     >>> finer = solve_maximum_principle(result.problem, Box((-1, 1), (-1, 1)), smoothing=widths)  # doctest: +SKIP
     """
     start = time.perf_counter()
-    widths = real_array("smoothing", np.atleast_1d(np.asarray(smoothing)), ("stages",))
+    single = isinstance(smoothing, (Number, np.bool_))
+    widths = np.array([number("smoothing", smoothing, above=0)]) if single else real_array("smoothing", smoothing, ("stages",))
     if not (len(widths) and (widths > 0).all()):
         raise ValueError(f"smoothing: expected widths > 0, got {smoothing!r}; give one, or one for each stage")
     _check(problem, A)
@@ -275,7 +278,9 @@ class _Sweep:
     def _run(self) -> tuple[list[StagePairs], np.ndarray]:
         system = self._system
         sigma, (A, b) = system.sigma, (system.scheme.A, system.scheme.b)
-        f, states, self._u = system.initial, [], []
+        f = system.initial
+        states: list[list[np.ndarray]] = []
+        self._u: list[list[np.ndarray]] = []
         for controls, h in zip(self.controls, system.step_lengths):
             states.append([])
             self._u.append([])
@@ -307,7 +312,9 @@ class _Sweep:
         system, sigma = self._system, self._system.sigma
         A, b = system.scheme.A, system.scheme.b
         moved = [system.smoothed.tangent(at, along) for at, along in zip(self._x, direction)]
-        f_1, states, u_1 = np.zeros_like(system.initial), [], []
+        f_1 = np.zeros_like(system.initial)
+        states: list[list[np.ndarray]] = []
+        u_1: list[list[np.ndarray]] = []
         for l, (controls, change, h) in enumerate(zip(self.controls, moved, system.step_lengths)):
             states.append([])
             u_1.append([])
@@ -458,7 +465,7 @@ class _Path:
         return sum(factor * value for factor, value in zip(factors, values))
 
 
-class _Given:
+class _Given(SmoothedControls):
     """Controls that do not depend on x, in their order."""
 
     def __init__(self, controls: list[Controls]):
@@ -466,6 +473,9 @@ class _Given:
 
     def value(self, at: StagePairs) -> Controls:
         return next(self._controls)
+
+    def tangent(self, at: StagePairs, along: StagePairs) -> Controls:
+        raise NotImplementedError("controls that are given have no derivative here")
 
 
 class _Terminal:
@@ -531,8 +541,9 @@ class _Solver:
         found = self._x.array_r.copy()
         residual = self._F.duplicate()
         residual.array_w[:] = system.residual(found)
+        norm = float(np.sqrt(residual.dot(residual)))
         stage = CoupledStage(
-            width, system.terminal.value, residual.norm(), snes.getIterationNumber(), snes.getLinearSolveIterations(),
+            width, system.terminal.value, norm, snes.getIterationNumber(), snes.getLinearSolveIterations(),
             reason_name(PETSc.SNES, converged_reason(snes)),
         )  # fmt: skip
         residual.destroy()
