@@ -21,6 +21,7 @@ _MODULES = {
     "label_domain.basis": ["Basis", "cell_indicators", "given_basis"],
     "label_domain.laplace": ["laplace_basis"],
     "parameters.kernel": ["LowRankKernel"],
+    "layers.pair_cost": ["PairDensity"],
     "layers.running_cost": ["Density", "RunningCost"],
     "parameters.parameter": ["Parameter"],
     "time_stepping.stepper": ["StepFailure"],
@@ -76,6 +77,7 @@ _MODULES = {
     "training.stochastic": ["StochasticProgress", "StochasticResult", "train_stochastic"],
     "training.msa": ["MSAProgress", "MSAResult", "msa"],
     "training.open_loop_value": ["OpenLoopValue", "open_loop_value"],
+    "training.coupled_system": ["CoupledSolution", "CoupledStage", "solve_maximum_principle"],
     "theory.sensitivity.well_posedness": [
         "StabilityEstimate",
         "WellPosedness",

@@ -142,6 +142,12 @@ FEATURES: dict[str, Feature] = {
         "problem",
         lambda problem: problem.running is not None and not problem.running.of_state_alone,
     ),
+    "running_of_pairs": Feature(
+        "a running cost of b at pairs of nodes",
+        "make the RunningCost without pairs",
+        "problem",
+        lambda problem: problem.running is not None and problem.running.pairs is not None,
+    ),
     "ensemble": Feature(
         "an ensemble", "put all samples on one communicator", "problem", lambda problem: problem.ensemble is not None
     ),

@@ -73,6 +73,7 @@ from fem_resnet import (
     smooth_in_space,
     smooth_in_time,
     smoothed_l1,
+    solve_maximum_principle,
     tikhonov,
     total_variation,
     train,
@@ -380,9 +381,9 @@ DOORS = {
     # -- parameters --
     "RunningCost": Door(
         RunningCost,
-        lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5},
-        takes={"density": NUMBER, "kernel": NOT_NEGATIVE},
-        parted=("density", "kernel"),
+        lambda: {"density": F**2 / 2 + A**2 / 20, "kernel": 0.5, "pairs": sympy.Symbol("b") ** 2},
+        takes={"density": NUMBER, "kernel": NOT_NEGATIVE, "pairs": NUMBER | {"None"}},
+        parted=("density", "kernel", "pairs"),
     ),
     "PositiveSemidefinite": Door(PositiveSemidefinite, lambda: {"rank": 2}, takes={"rank": {"None"}}, parted=("rank",)),
     "DampedAntisymmetric": Door(
@@ -984,6 +985,19 @@ DOORS = {
         parted=("problem",),
         another={"A": Box((-9, 8), (-9, 9))},
     ),
+    "solve_maximum_principle": Door(
+        solve_maximum_principle,
+        lambda: {
+            "problem": free(),
+            "A": RowBox(phi(), (-9, 9), (-9, 9)),
+            "smoothing": 30.0,
+            "solver_parameters": {"snes_max_it": 1},
+            "options_prefix": "coupled_",
+        },
+        takes={"smoothing": POSITIVE, "solver_parameters": OPTIONS, "options_prefix": PREFIX},
+        parted=("problem",),
+        another={"A": RowBox(phi(), (-9, 8), (-9, 9))},
+    ),
     # -- files --
     "save": Door(
         save,
@@ -1069,6 +1083,7 @@ DOORS = {
 NO_DOORS = {
     "ACTIVATIONS": "a table",
     "Density": "a protocol: what a density of the user's has",
+    "PairDensity": "a protocol: what a density of the user's has",
     "StepFailure": "an error that a layer raises",
     "OpenLoopValue": "what open_loop_value gives",
     **dict.fromkeys(
@@ -1081,6 +1096,8 @@ NO_DOORS = {
             "MSAProgress",
             "StochasticProgress",
             "StochasticResult",
+            "CoupledSolution",
+            "CoupledStage",
         ),
         "what training gives, with what it computed",
     ),

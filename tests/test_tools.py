@@ -77,6 +77,7 @@ from fem_resnet import (
     smoothed_l1,
     solve_costate,
     solve_linearised,
+    solve_maximum_principle,
     solve_trajectory,
     stability_estimate,
     stability_report,
@@ -130,6 +131,7 @@ PROBLEM = {
     },
     "running": {"running": RunningCost(f**2)},
     "running_of_controls": {"running": RunningCost(f**2 + a**2 / 20, kernel=0.1)},
+    "running_of_pairs": {"running": RunningCost(f**2, pairs=sympy.Symbol("b") ** 4 / 4)},
     "ensemble": {},
     "derivatives": {},
     "observed_times": {},
@@ -725,6 +727,37 @@ def _open_loop_value(p, found, close, start):
     )
     slope_found = p.net.Y.inner(found.gradient, p.net.Y.batch(w))
     assert_allclose(slope_found, expected, rtol=0.1 if single else 1e-3, atol=1e-8)
+
+
+def _by_the_coupled_system(p, result, close, start):
+    """J that the system's own sweep has is that of the whole problem, with the controls found."""
+    assert result.converged, result
+    assert_allclose(result.value, value(p.replace(net=result.problem.net)), rtol=close)
+    assert_allclose(result.stages[-1].value, result.value, rtol=1e-9)
+    assert set(features_of(result.problem)) - {"nodal_bias", "bases_by_layer"} == set(features_of(p)) - {
+        "nodal_bias", "bases_by_layer"
+    }  # fmt: skip
+
+
+def _wide(A):
+    return lambda p: solve_maximum_principle(p, A(p.net), smoothing=1e3)
+
+
+def _small_rows(net):
+    return RowBox(net.bases["psi"][0], (-0.5, 0.5), (-0.5, 0.5))
+
+
+@runs(
+    "solve_maximum_principle",
+    call=_wide(lambda net: _small_rows(net) if len(net.bases["psi"]) == 1 else Box((-1, 1), (-1, 1))),
+)
+def _coupled(p, result, close, start):
+    _by_the_coupled_system(p, result, close, start)
+
+
+@runs("solve_maximum_principle, A pointwise", call=_wide(lambda net: Box((-0.5, 0.5), (-0.5, 0.5))))
+def _coupled_pointwise(p, result, close, start):
+    _by_the_coupled_system(p, result, close, start)
 
 
 @runs("verify", call=lambda p: verify(p, quick=True))

@@ -135,7 +135,8 @@ class Hamiltonian(Fixed):
         check_label_space(Y)
         same(Y.comm, activation=activation, convention=convention, running=running, weights=weights, tikhonov=tikhonov)
         instance("activation", activation, Activation, "get_activation(name) makes one")
-        instance("running", running, (RunningCost, type(None)))
+        if instance("running", running, (RunningCost, type(None))) is not None:
+            running.refuse_pairs("Hamiltonian")
         self.Y, self.activation, self.convention = Y, activation, _checked(convention)
         self.running = running
         lambda_a, lambda_b = real_array("tikhonov", tikhonov, (2,), least=0).tolist()

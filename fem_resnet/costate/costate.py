@@ -213,6 +213,8 @@ def solve_costate(
     defaults = _partner_parameters(trajectory) if flag("partner", partner) else SOLVER_PARAMETERS
     if not isinstance(running, (RunningCost, type(None))):
         function("running", running, "a RunningCost, a function of t and f, or None")
+    if isinstance(running, RunningCost):
+        running.refuse_pairs("solve_costate")
     omega = sample_weights(weights, samples)
     used = trajectory.scheme.used[::-1] if partner else None
     r = np.array(Y.values(terminal))

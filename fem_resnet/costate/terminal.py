@@ -19,7 +19,8 @@ __all__ = ["terminal_costate"]
 
 @supports(
     "channels",
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+    "running_of_pairs", "checkpoints",
     "learned_initial", "learned_both", "lift", "many_samples", "weights",
 )  # fmt: skip
 def terminal_costate(problem: LearningProblem, final: fd.Function) -> fd.Function:

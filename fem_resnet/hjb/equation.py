@@ -227,6 +227,7 @@ def _density(running: object) -> Callable[..., np.ndarray] | None:
         return None
     if not isinstance(running, RunningCost):
         return function("running", running, "a RunningCost, or a function L(f) or L(f, a, b, w)")
+    running.refuse_pairs("solve_value_function")
     l, kappa = running.density.value, running.kernel
     if running.of_state_alone:
         return lambda f: l(f, np.zeros(1))

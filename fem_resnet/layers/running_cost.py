@@ -1,17 +1,17 @@
 r"""Running costs (section 4.3): the cost of a state and its controls while time goes on.
 
-    J = int_0^T sum_s omega_s L(f_s, a, b) dt + ..,        L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2,
+    J = int_0^T sum_s omega_s L(f_s, a, b) dt + ..,        L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2 + P(b),
 
-with the norm of L2(Y x Y). Each sample has a number c with c_t = L(f, a, b) and c(0) = 0. TS steps c together with f, so that
-the time stepping method itself integrates L, and steps may be adapted. The equation (4.2) of the co-state then has the source
-L_f; with the sign of section 4.1 it reads
+with the norm of L2(Y x Y), and P(b) = int int p(y, z, b(y, z)) dz dy, which `pair_cost` computes. Each sample has a number c
+with c_t = L(f, a, b) and c(0) = 0. TS steps c together with f, so that the time stepping method itself integrates L, and steps
+may be adapted. The equation (4.2) of the co-state then has the source L_f; with the sign of section 4.1 it reads
 
     r_t = B^T(sigma'(u) r) - L_f.
 
 Where a layer has a tangent f_1, c has a tangent c_1:
 
     value       c_t   = tau L
-    tangent     c_1,t = tau (l_f f_1 + l_a a_1 + kappa (b, b_1)) + tau_1 L,       with integrals over Y left out.
+    tangent     c_1,t = tau (l_f f_1 + l_a a_1 + kappa (b, b_1) + p_b b_1) + tau_1 L,       with integrals over Y left out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sympy
 from fem_resnet.arguments import number
 from fem_resnet.fixed import Fixed
 from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.layers.pair_cost import PairCost, PairDensity, PairFormula
 from fem_resnet.parameters.kernel import LowRankKernel
 from fem_resnet.ranks import together
 
@@ -92,7 +93,7 @@ class Density(Protocol):
 
 
 class RunningCost(Fixed):
-    """The running cost L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2 of section 4.3.
+    """The running cost L(f, a, b) = int_Y l(f(y), a(y)) dy + kappa/2 norm(b)^2 + int int p(y, z, b(y, z)) dz dy.
 
     Parameters
     ----------
@@ -101,13 +102,17 @@ class RunningCost(Fixed):
         an object with the methods of `Density`, which may also know a target at the nodes.
     kernel
         kappa >= 0, the weight of half the squared Hilbert-Schmidt norm of b; no unit.
+    pairs
+        p, for costs of b that are no such norm: a SymPy expression in ``b = sympy.Symbol("b")``, or an object with the methods
+        of `PairDensity`, which also knows y and z. b is then looked at in all pairs of nodes, up to 4,096 nodes
+        (`pair_cost.LARGEST`), with fixed factors. None for 0.
 
     Raises
     ------
     TypeError
-        If `density` is neither an expression, a number nor an object with these methods, or `kernel` is no number.
+        If `density` or `pairs` is neither an expression, a number nor an object with these methods, or `kernel` is no number.
     ValueError
-        If the expression has other symbols or numbers that are not finite, or `kernel` is negative.
+        If an expression has other symbols or numbers that are not finite, or `kernel` is negative.
 
     Examples
     --------
@@ -116,9 +121,10 @@ class RunningCost(Fixed):
     >>> cost = RunningCost(f**2 / 2 + a**2 / 20, kernel=0.1)
     >>> [float(part[0, 0]) for part in cost.density.gradient(np.ones((1, 1)), 2 * np.ones((1, 1)))]
     [1.0, 0.2]
+    >>> few_connections = RunningCost(f**2 / 2, pairs=sympy.sqrt(sympy.Symbol("b") ** 2 + 1e-4))
     """
 
-    def __init__(self, density: sympy.Expr | Density, kernel: float = 0.0):
+    def __init__(self, density: sympy.Expr | Density, kernel: float = 0.0, pairs: sympy.Expr | PairDensity | None = None):
         if isinstance(density, (type, bool, np.bool_)):
             raise TypeError(f"density: expected an expression, a number or an object, got {density!r}")
         if isinstance(density, Number):
@@ -132,14 +138,20 @@ class RunningCost(Fixed):
             )
         self.density = density
         self.kernel = number("kernel", kernel, least=0)
+        self.pairs = None if pairs is None else PairCost(_pair_density(pairs))
 
     @property
     def description(self) -> dict[str, object]:
-        """What distinguishes it from other running costs: density and kappa."""
-        return {"density": getattr(self.density, "expression", self.density), "kernel": self.kernel}
+        """What distinguishes it from other running costs: density, kappa and p."""
+        p = None if self.pairs is None else self.pairs.density
+        return {
+            "density": getattr(self.density, "expression", self.density), "kernel": self.kernel,
+            "pairs": getattr(p, "expression", p),
+        }  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"RunningCost({self.density!r}, kernel={self.kernel:g})"
+        pairs = "" if self.pairs is None else f", pairs={self.pairs.density!r}"
+        return f"RunningCost({self.density!r}, kernel={self.kernel:g}{pairs})"
 
     @property
     def of_state_alone(self) -> bool:
@@ -147,7 +159,25 @@ class RunningCost(Fixed):
 
         A density that is an object states this by an attribute `of_state_alone`; without the attribute it counts as False.
         """
-        return self.kernel == 0.0 and getattr(self.density, "of_state_alone", False)
+        return self.kernel == 0.0 and self.pairs is None and getattr(self.density, "of_state_alone", False)
+
+    def refuse_pairs(self, tool: str) -> None:
+        """Raise ValueError if b is looked at in pairs of nodes, for what takes norms of b alone.
+
+        Parameters
+        ----------
+        tool
+            The name of what does not take it.
+
+        Raises
+        ------
+        ValueError
+            If there is such a cost.
+        """
+        if self.pairs is not None:
+            raise ValueError(
+                f"{tool}: it does not take a running cost of b at pairs of nodes; make the RunningCost without pairs"
+            )
 
     @property
     def is_formula(self) -> bool:
@@ -226,6 +256,20 @@ class RunningCost(Fixed):
         return [np.broadcast_to(part, f.shape) for part in self.density.hessian(f, a[:, None])]
 
 
+def _pair_density(pairs: sympy.Expr | PairDensity) -> PairDensity:
+    """p from outside."""
+    if isinstance(pairs, Number) and not isinstance(pairs, (bool, np.bool_)):
+        pairs = sympy.sympify(number("pairs", pairs))
+    if isinstance(pairs, sympy.Expr):
+        return PairFormula(pairs)
+    if isinstance(pairs, (type, Number)) or not all(callable(getattr(pairs, name, None)) for name in ("value", "gradient")):
+        raise TypeError(
+            f"pairs: expected a SymPy expression in b, or an object with the methods value(b, y, z) and gradient(b, y, z), "
+            f"got {pairs!r}"
+        )
+    return pairs
+
+
 class _Formula:
     """The density that a SymPy expression in f and a describes."""
 
@@ -292,6 +336,8 @@ class CostRate:
         self._cost, self._Y, self._kernel = cost, Y, kernel
         self._length, self._f, self._a, self._beta = length, f, a, beta
         self.orders = len(f)
+        if kernel is None:
+            cost.refuse_pairs("learned factors")
 
     def _asked(self, part: Callable[[np.ndarray, np.ndarray], _T]) -> _T:
         """A part of the cost at f and a. An error that the user's density raises on one rank is raised on all."""
@@ -309,14 +355,31 @@ class CostRate:
         return [ff * f_1 + fa * a_1, fa * f_1 + aa * a_1]
 
     def _by_beta(self, beta: np.ndarray) -> np.ndarray:
-        """The functional in beta of kappa/2 norm(b)^2."""
+        """The functional in beta of kappa/2 norm(b)^2, a linear function of beta."""
         return self._cost.kernel * (beta if self._kernel is None else self._kernel.functional(beta))
+
+    @cached_property
+    def _of_kernel(self) -> tuple[float, np.ndarray]:
+        """What L has of b alone, and its functional in beta."""
+        beta = self._beta[0]
+        by_beta = self._by_beta(beta)
+        value = 0.5 * np.sum(by_beta * beta)
+        if self._cost.pairs is None:
+            return value, by_beta
+        pairs = self._cost.pairs.rate(self._kernel, beta)
+        return value + pairs.value, by_beta + pairs.by_beta
+
+    @cached_property
+    def _moved_by_beta(self) -> np.ndarray:
+        """The derivative of the functional in beta along the tangent."""
+        moved = self._by_beta(self._beta[1])
+        return moved if self._cost.pairs is None else moved + self._cost.pairs.moved(self._kernel, *self._beta)
 
     def _rates(self) -> list[np.ndarray]:
         """L of each sample, and its derivative along the tangent, without the factor tau."""
         parts = [self._asked(self._cost.integrand)]
-        by_beta = self._by_beta(self._beta[0])
-        norms = [0.5 * np.sum(by_beta * self._beta[0])]
+        value, by_beta = self._of_kernel
+        norms = [value]
         if self.orders == 2:
             l_f, l_a = self._slopes
             parts.append(l_f * self._f[1] + l_a * self._a[1][:, None])
@@ -352,7 +415,7 @@ class CostRate:
         return self._Y.sum(np.array([self._Y.weights @ part for part in result]))
 
     def transpose(self, x: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Apply the transpose of the derivative of `value`.
+        """Apply the transpose of the derivative of `value`. Collective.
 
         Parameters
         ----------
@@ -370,13 +433,13 @@ class CostRate:
         """
         tau, w, (l_f, l_a) = self._length, self._Y.weights[:, None], self._slopes
         by_f, by_a = tau[0] * x[0] * l_f, tau[0] * x[0] * l_a
-        by_beta = tau[0] * x[0].sum() * self._by_beta(self._beta[0])
+        by_beta = tau[0] * x[0].sum() * self._of_kernel[1]
         if self.orders == 1:
             return [w * by_f], np.sum(w * by_a, axis=1), by_beta
         moved_f, moved_a = self._moved_slopes
         by_f += x[1] * (tau[0] * moved_f + tau[1] * l_f)
         by_a += x[1] * (tau[0] * moved_a + tau[1] * l_a)
-        by_beta += x[1].sum() * (tau[0] * self._by_beta(self._beta[1]) + tau[1] * self._by_beta(self._beta[0]))
+        by_beta += x[1].sum() * (tau[0] * self._moved_by_beta + tau[1] * self._of_kernel[1])
         return [w * by_f, w * (tau[0] * x[1] * l_f)], np.sum(w * by_a, axis=1), by_beta
 
     def by_length(self, x: np.ndarray) -> float:

@@ -70,7 +70,8 @@ class Spectrum:
 
 @supports(
     "channels",
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "observed_times",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+    "running_of_pairs", "observed_times",
     "learned_initial", "learned_both", "lift", "many_samples", "weights",
 )  # fmt: skip
 def hessian_spectrum(

@@ -341,7 +341,8 @@ class LearningProblem(OnMesh):
         when=lambda self, *, gauss_newton=False, **_: isinstance(gauss_newton, (bool, np.bool_)) and bool(gauss_newton),
     )  # fmt: skip
     @supports(
-        "channels", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls", "derivatives",
+        "channels", "gradient_flow", *HELD, *STEPPED, "head", "regulariser", "running", "running_of_controls",
+        "running_of_pairs", "derivatives",
         "observed_times", "checkpoints", "learned_both", "lift", "many_samples", "weights", tool="eliminate",
         when=lambda self, *, eliminate=None, **_: eliminate is not None,
     )  # fmt: skip
@@ -405,6 +406,7 @@ class LearningProblem(OnMesh):
 
     @supports(
         "channels", "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+        "running_of_pairs",
         "checkpoints", "lift", "many_samples", "weights", instead="make another problem: replace(batch=..)",
     )  # fmt: skip
     def exchange(self, batch: Batch) -> None:

@@ -85,7 +85,8 @@ class Result:
 
 @supports(
     "channels",
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "ensemble",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+    "running_of_pairs", "ensemble",
     "derivatives", "observed_times", "checkpoints", "learned_initial", "learned_both", "lift", "many_samples", "weights",
     parted=("bounds",),
 )  # fmt: skip

@@ -28,7 +28,8 @@ _R = TypeVar("_R")
 
 @supports(
     "channels", "no_layers", "gradient_flow", "learned_times", "kernel_set", "nodal_bias", "bases_by_layer", "linear_in_time",
-    "shared_in_time", *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "ensemble", "derivatives",
+    "shared_in_time", *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+    "running_of_pairs", "ensemble", "derivatives",
     "observed_times", "checkpoints", "learned_both", "lift", "many_samples", "weights",
 )  # fmt: skip
 def train_by_ranks(problem: LearningProblem, ranks: Sequence[int], train: Callable[[LearningProblem], _R]) -> list[_R]:

@@ -114,7 +114,8 @@ class StochasticResult:
 
 @supports(
     "channels",
-    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls", "checkpoints",
+    "no_layers", "gradient_flow", *HELD, *STEPPED, "head", *REGULARISED, "running", "running_of_controls",
+    "running_of_pairs", "checkpoints",
     "lift", "many_samples", "weights", instead="train it by `train`",
 )  # fmt: skip
 @PETSc.Log.EventDecorator("fem_resnet:train_stochastic")

@@ -84,6 +84,15 @@ class LayerEquation:
     def _density(self, cost: RunningCost, t: float, f: np.ndarray) -> np.ndarray:
         return np.broadcast_to(cost.density.value(f, self.bias(self._fraction(t))[:, None]), f.shape)
 
+    def _pairs(self, cost: RunningCost, rows: np.ndarray) -> np.ndarray | float:
+        """The integral of p(y, z, b(y, z)) over z at this rank's y, shape (nodes,), where b(y, .) = rows psi(.)."""
+        if cost.pairs is None:
+            return 0.0
+        measure, y = self.measure, self.measure.Y.coordinates
+        psi, z, w = (np.concatenate(measure.comm.allgather(part)) for part in (self.psi, y, measure.weights))
+        p = cost.pairs.density.value(rows @ psi.T, y[:, None], z[None])
+        return np.broadcast_to(p, (len(rows), len(w))) @ w
+
     def rate(self, t: float, f: np.ndarray) -> np.ndarray:
         """f_t, of the shape of f."""
         f = self._fields(f)
@@ -93,7 +102,8 @@ class LayerEquation:
         # b at this rank's y and at all z: the integral of its square over z is a sum over i, j of int psi_i psi_j dz.
         rows, measure = self.phi @ self.beta(self._fraction(t)), self.measure
         squares = np.sum((rows @ measure.integrals(self.psi, self.psi)) * rows, axis=1)
-        L = measure.weights @ (self._density(self.cost, t, f) + self.cost.kernel / 2 * squares[:, None])
+        of_b = self.cost.kernel / 2 * squares + self._pairs(self.cost, rows)
+        L = measure.weights @ (self._density(self.cost, t, f) + of_b[:, None])
         return np.vstack([s, L[None]])
 
     def slope(self, t: float, f: np.ndarray) -> _Slope:

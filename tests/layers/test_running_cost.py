@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import sympy
 from firedrake import COMM_SELF
-from helpers import label_space, laplace, smooth
+from helpers import flat_network, label_space, laplace, set_smooth, smooth
 from numpy.testing import assert_allclose
-from problems import directions, gradients, learning_problem, network
+from problems import directions, gathered, gradients, learning_problem, network
 from pyadjoint import taylor_to_dict
 
 from fem_resnet import (
@@ -15,6 +15,7 @@ from fem_resnet import (
     Hamiltonian,
     LearningProblem,
     LocalFeedback,
+    NormBounded,
     ResidualNetwork,
     RunningCost,
     costate_check,
@@ -23,6 +24,8 @@ from fem_resnet import (
     least_squares,
     msa,
     pmp_residual,
+    solve_costate,
+    solve_trajectory,
     train,
     train_pam,
 )  # fmt: skip
@@ -188,6 +191,115 @@ def test_a_callback_may_know_a_target_at_the_nodes():
     plain.derivative()
     with pytest.raises(NotImplementedError, match="^density: expected an object with the method hessian"):
         plain.hessian(directions(plain, made[1].net, made[1].parameters))
+
+
+# -- costs of b at pairs of nodes ------------------------------------------------------------------------------------
+
+b = sympy.Symbol("b")
+#: No norm of b, and no derivative of it is constant.
+PAIRS = RunningCost(f**2 / 2, kernel=0.3, pairs=sympy.sqrt(b**2 + 0.01) + sympy.sin(3 * b))
+
+
+class Distances:
+    """p(y, z, b) = abs(y - z)^2 b^4 / 4: connections cost more the farther they reach."""
+
+    def value(self, b, y, z):
+        return np.sum((y - z) ** 2, axis=-1) * b**4 / 4
+
+    def gradient(self, b, y, z):
+        return np.sum((y - z) ** 2, axis=-1) * b**3
+
+    def hessian(self, b, y, z):
+        return np.sum((y - z) ** 2, axis=-1) * 3 * b**2
+
+
+PAIR_KINDS = {
+    "rk": ("annulus", "DG0", PAIRS, {}),
+    "linear in time, a Block a layer": ("sphere", "CG1", PAIRS, {"layers_per_block": 1, "kernel_in_time": "linear"}),
+    "Crank-Nicolson": ("disk", "CG1", PAIRS, {"solver_parameters": {"ts_type": "cn"}}),
+    "learned times, gradient flow": ("disk", "DG0", PAIRS, {"learn_times": True, "gradient_flow": True}),
+    "a set of kernels": ("disk", "CG1", PAIRS, {"kernel_set": NormBounded(4.0)}),
+    "of y and z, adapted steps": (
+        "annulus", "CG1", RunningCost(0, pairs=Distances()),
+        {"solver_parameters": {"ts_rk_type": "3bs", "ts_adapt_type": "basic"}},
+    ),
+}  # fmt: skip
+
+
+@on_ranks
+@pytest.mark.parametrize("kind", PAIR_KINDS)
+def test_taylor_of_costs_at_pairs(kind):
+    domain, element, cost, options = PAIR_KINDS[kind]
+    if kind == "a set of kernels":
+        Y = label_space(domain, element)
+        net = flat_network(laplace(domain, element, 4), times=(0.0, 0.5, 1.3), **options)
+        set_smooth(net, np.random.default_rng(0))
+        batch = Batch(Y.batch(smooth(Y, 2)), Y.batch(smooth(Y, 2, seed=50)), [1, 2])
+        of = LearningProblem(net, None, least_squares, None, batch, running=cost)
+    else:
+        of = problem(domain, element, cost=cost, **options)
+    J = of.reduced_functional()
+    J.derivative()
+    h = directions(J, of.net, of.parameters)
+    rates = taylor_to_dict(J, of.functions, _small(h))
+    assert rates["R1"]["Rate"][-1] > 1.95 and rates["R2"]["Rate"][-1] > 2.95, rates
+
+
+@on_ranks
+def test_half_the_square_of_b_at_pairs_is_half_the_square_of_its_norm():
+    """On a sphere: J, gradient and Hessian are those with kappa, which takes Gram matrices."""
+    found = []
+    for cost in (RunningCost(f * a, kernel=0.7), RunningCost(f * a, pairs=0.35 * b**2)):
+        of = problem("sphere", "CG1", cost=cost)
+        J = of.reduced_functional()
+        gradient = gradients(of, J.derivative())
+        found.append((float(J.functional), gradient, gradients(of, J.hessian(directions(J, of.net, of.parameters, 1)))))
+    assert_allclose(found[0][0], found[1][0], rtol=ROUND_OFF)
+    for part in 1, 2:
+        for norm, pairs in zip(found[0][part], found[1][part]):
+            assert_allclose(pairs, norm, rtol=0, atol=1e-11 * np.abs(norm).max())
+
+
+@on_ranks
+def test_costs_at_pairs_are_integrals_over_Y_x_Y():
+    """By dense sums over all nodes; the cost does not depend on f, so the scheme's integral over t is exact."""
+    of = problem("annulus", "DG0", cost=RunningCost(0, pairs=Distances()))
+    net, total = of.net, 0.0
+    x, w = gathered(net.Y, net.Y.coordinates), gathered(net.Y, net.Y.weights)
+    phi, psi = (gathered(net.Y, basis.values) for basis in (net.bases["phi"][0], net.bases["psi"][0]))
+    for l, tau in enumerate(np.diff(net.times)):
+        p = np.sum((x[:, None] - x[None]) ** 2, axis=-1) * (phi @ net.kernel.get(l) @ psi.T) ** 4 / 4
+        total += tau * w @ p @ w
+    assert total > 0.01
+    assert_allclose(float(of.evaluate()[1].cost), total, rtol=ROUND_OFF)
+
+
+@on_ranks
+def test_training_lowers_a_cost_at_pairs():
+    of = problem("disk", "DG0", cost=RunningCost(0, pairs=sympy.sqrt(b**2 + 1e-4)), bias="basis", size=0.3)
+    before = of.evaluate()[1].cost
+    train(of, {"tao_max_it": 4})
+    assert float(of.evaluate()[1].cost) < 0.9 * float(before)
+
+
+def test_what_is_refused_of_costs_at_pairs(monkeypatch):
+    with pytest.raises(ValueError, match="^pairs: expected an expression in the symbol b alone, got f too"):
+        RunningCost(f, pairs=f * b)
+    with pytest.raises(TypeError, match="^pairs: expected a SymPy expression in b, or an object"):
+        RunningCost(f, pairs="b**2")
+    with pytest.raises(ValueError, match="^learned factors: it does not take a running cost of b at pairs of nodes"):
+        problem("disk", "CG1", cost=PAIRS, learn_factors=True).evaluate()
+    of = problem("disk", "CG1", cost=PAIRS, weight=None)
+    with pytest.raises(ValueError, match="^Hamiltonian: it does not take a running cost of b at pairs of nodes"):
+        Hamiltonian(of.net.Y, of.net.activation, "minimise", PAIRS)
+    with pytest.raises(ValueError, match="^costate_check: it does not take a running cost of b at pairs of nodes"):
+        costate_check(of)
+    trajectory = solve_trajectory(of.net, of.batch.inputs)
+    with pytest.raises(ValueError, match="^solve_costate: it does not take a running cost of b at pairs of nodes"):
+        solve_costate(trajectory, trajectory.final, running=PAIRS)
+    monkeypatch.setattr("fem_resnet.layers.pair_cost.LARGEST", of.net.Y.size - 1)
+    with pytest.raises(ValueError, match=f"^pairs: expected a label domain of at most {of.net.Y.size - 1} nodes"):
+        problem("disk", "CG1", cost=RunningCost(0, pairs=b**4)).evaluate()
 
 
 # -- what takes a learning problem -----------------------------------------------------------------------------------
