@@ -307,6 +307,7 @@ def test_costly_controls_that_start_outside_of_A_are_refused_or_brought_into_it(
 # -- the head as a control of the last step ---------------------------------------------------------------------------
 
 
+@on_ranks
 @pytest.mark.parametrize("variant, kind", [("extended", "box"), ("damped", "span"), ("damped", "ball")])
 def test_a_whole_classifier_is_trained_to_a_lower_J_than_with_a_fixed_head(variant, kind):
     """J falls at every iteration, the head of the given problem stays, and that of the result is the one of least J."""
