@@ -18,6 +18,7 @@ from problems import autonomous_network
 import fem_resnet.theory
 from fem_resnet import (
     Basis,
+    DepthInterpolant,
     EnergyMonitor,
     GrowthMonitor,
     LinearisedFlow,
@@ -458,6 +459,7 @@ RIGHT = {
 REFUSED = {
     "to_network": to_network,
     "depth_limit": lambda net: depth_limit(net, net.Y.batch(0 * net.Y.weights)),
+    "DepthInterpolant": lambda net: DepthInterpolant(net, net.Y.batch(0 * net.Y.weights)),
     "energy_conditions": energy_conditions,
     "energy_step_limit": energy_step_limit,
     "EnergyMonitor": EnergyMonitor,
