@@ -154,8 +154,7 @@ class _OnSurface(LocatedPoints):
         x = coordinates.dat.data_ro_with_halos.reshape(-1, points.shape[1])[coordinates.cell_node_map().values_with_halo]
         # The diameter of a cell's box over the root of two or three: about its side.
         sizes = np.linalg.norm(np.ptp(x, axis=1), axis=1) / dimension**0.5
-        cells, places = np.full(len(points), -1), np.zeros((len(points), dimension))
-        nearest = np.full(len(points), np.inf)
+        candidates: list[tuple[np.ndarray, ...]] = []
         asked = np.full((len(points), 1), -1)
         while True:
             found, at, beyond = Y.V.mesh().locate_cells_ref_coords_and_dists(points, tolerance, asked)
@@ -164,16 +163,27 @@ class _OnSurface(LocatedPoints):
                 break
             cell, at = found[here], at[here, :dimension]
             off = np.einsum("kp,pkd->pd", _table(self._element, at, 0)[0], x[cell]) - points[here]
-            # In parts of the cell's size, as the reference cell measures: beyond its edges, and off its plane.
-            distance = np.maximum(np.linalg.norm(off, axis=1), beyond[here] * sizes[cell])
-            closer = (distance < nearest[here]) & (np.linalg.norm(off, axis=1) <= tolerance * sizes[cell])
-            cells[here[closer]], places[here[closer]] = cell[closer], at[closer]
-            nearest[here[closer]] = distance[closer]
+            height = np.linalg.norm(off, axis=1)
+            # Off the cell's plane, or beyond its edges, where the reference cell measures in parts of the cell's size.
+            distance = np.maximum(height, beyond[here] * sizes[cell])
+            near = height <= tolerance * sizes[cell]
+            candidates.append((here[near], cell[near], at[near], distance[near]))
             asked = np.ascontiguousarray(np.column_stack([asked, found]))
-        ranks = np.array(Y.comm.allgather(nearest))
-        mine = np.flatnonzero((ranks.argmin(axis=0) == Y.comm.rank) & np.isfinite(ranks.min(axis=0)))
-        self._cells, self._places, self._x = cells[mine], places[mine], x[cells[mine]]
-        super().__init__(Y, len(points), mine)
+        empty = (np.zeros(0, int), np.zeros(0, int), np.zeros((0, dimension)), np.zeros(0))
+        number, cell, at, distance = (np.concatenate(parts) for parts in zip(empty, *candidates))
+        nearest = _smallest(Y, len(points), number, distance)
+        # In front of an edge two cells are as near. The one whose middle comes first is taken, on any number of ranks.
+        middle = x[cell].mean(axis=1) @ np.sqrt(1.0 + np.arange(points.shape[1]))
+        middle = np.where(distance <= nearest[number] + 1e-8 * sizes[cell], middle, np.inf)
+        first = _smallest(Y, len(points), number, middle)
+        chosen = np.flatnonzero(np.isfinite(middle) & (middle <= first[number] + 1e-8 * sizes[cell]))
+        mine = np.full(len(points), -1)
+        mine[number[chosen]] = chosen
+        owner = np.array(Y.comm.allgather(mine >= 0)).argmax(axis=0)
+        mine = mine[(mine >= 0) & (owner == Y.comm.rank)]
+        numbers, cells, places = number[mine], cell[mine], at[mine]
+        self._cells, self._places, self._x = cells, places, x[cells]
+        super().__init__(Y, len(points), numbers)
 
     def _interpolation(self) -> PETSc.Mat:
         return self._matrix(_table(self._of_functions, self._places, 0)[0].T)
@@ -195,7 +205,15 @@ class _OnSurface(LocatedPoints):
         entries = [np.take_along_axis(each, order, axis=1).ravel() for each in (columns, rows)]
         starts = np.arange(len(rows) + 1, dtype=PETSc.IntType) * rows.shape[1]
         sizes = ((len(rows), None), V.dof_dset.layout_vec.getSizes())
-        return PETSc.Mat().createAIJ(sizes, csr=(starts, entries[0].astype(PETSc.IntType), entries[1]), comm=self.Y.comm)
+        csr = (starts, entries[0].astype(PETSc.IntType), entries[1])
+        return PETSc.Mat().createAIJ(sizes, csr=csr, comm=self.Y.comm)  # type: ignore[arg-type]  # stubs lack arrays
+
+
+def _smallest(Y: LabelSpace, size: int, numbers: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The smallest of the values with each number, of all ranks, shape (size,); infinite where there are none. Collective."""
+    smallest = np.full(size, np.inf)
+    np.minimum.at(smallest, numbers, values)
+    return Y.comm.allreduce(smallest, op=np.minimum)
 
 
 def _table(element, places: np.ndarray, order: int) -> np.ndarray:

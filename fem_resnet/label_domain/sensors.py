@@ -80,7 +80,7 @@ class Sensors(OnMesh):
     basis
         The functions that `fit` makes of values; its Y is that of all functions. With channels, each has the same points.
     points
-        Shape (points, geometric dimension). Or a list of such arrays, one a sample, of as many points as each has.
+        Where they are, shape (points, geometric dimension). Or a list of such arrays, one a sample, each of its own length.
     weights
         Weights >= 0 of the points in `fit`, of which only the proportions count: shape (points,), or a list of such arrays,
         one a sample. Equal if left out.
@@ -185,7 +185,7 @@ class Sensors(OnMesh):
         Returns
         -------
         numpy.ndarray or list
-            Shape (points, samples); with C channels (points, C, samples). Where each sample has points of its own, a list
+            Values, shape (points, samples); with C channels (points, C, samples). Where each sample has its own points, a list
             of arrays, without the last axis.
 
         Raises
