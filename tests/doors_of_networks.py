@@ -323,6 +323,13 @@ DOORS = {
         another={"name": "faces"},
         called={"values": "pictures"},
     ),
+    "LabelSpace.function": Door(
+        LabelSpace.function,
+        lambda: {"self": disk(), "batch": one(), "sample": 1},
+        takes={"sample": {"zero"}},
+        parted=("batch",),
+        another={"sample": 0},
+    ),
     "LabelSpace.batch_space": Door(LabelSpace.batch_space, lambda: {"self": disk(), "samples": 3}),
     "LabelSpace.inner": Door(LabelSpace.inner, lambda: {"self": disk(), "f": one(), "g": one()}, parted=("f", "g")),
     "LabelSpace.norm": Door(LabelSpace.norm, lambda: {"self": disk(), "f": one()}, parted=("f",)),
