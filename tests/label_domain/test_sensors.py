@@ -185,6 +185,25 @@ def test_discontinuous_functions_have_no_gradient():
         sensors.gradients(sensors.basis.function(np.ones(6)))
 
 
+@on_ranks
+@pytest.mark.parametrize("scale", [1e-6, 6371220.0])
+@pytest.mark.parametrize("domain", ["disk", "sphere"])
+def test_neither_points_nor_fits_see_the_unit_of_length(domain, scale):
+    """The coefficients of functions that are orthonormal on a surface go as a length."""
+    mesh = fd.UnitDiskMesh(1) if domain == "disk" else fd.UnitIcosahedralSphereMesh(1)
+    mesh.coordinates.assign(scale * mesh.coordinates)
+    points = BASES[domain][1](np.random.default_rng(0), 40)
+    d = np.random.default_rng(1).normal(size=(40, 2))
+    basis, one = laplace_basis(LabelSpace(fd.FunctionSpace(mesh, "CG", 1)), 4), laplace(domain, "CG1", 4)
+    sensors, unit = Sensors(basis, scale * points), Sensors(one, points)
+    fit, expected = sensors.fit(d, 0.1 * scale**2), unit.fit(d, 0.1)
+    assert_allclose(fit.coefficients / scale, expected.coefficients, rtol=0, atol=1e-8)
+    assert_allclose(fit.conditions, expected.conditions, rtol=1e-8)
+    assert_allclose(sensors.evaluate(fit.functions), unit.evaluate(expected.functions), rtol=0, atol=1e-8)
+    slopes = scale * sensors.gradients(fit.functions), unit.gradients(expected.functions)
+    assert_allclose(*slopes, rtol=0, atol=1e-7)
+
+
 # -- from values to functions ------------------------------------------------------------------------------------------
 
 
