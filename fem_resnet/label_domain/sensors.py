@@ -72,8 +72,8 @@ class Sensors(OnMesh):
     Collective over the communicator of the mesh. Points and values are the same on every rank, and in the user's order.
 
     A point is taken that is outside of all cells, but near one: Y is often round, and its mesh a polygon. The functions of the
-    nearest cell go on to the point; on a surface, to the nearest point of its plane. At a point between two cells a gradient, or
-    a discontinuous function, is that of one of them; off surfaces, which one may depend on how ranks share the mesh.
+    nearest cell go on to the point; on a surface, to the nearest point of its plane. A gradient at a point between two cells,
+    or a discontinuous function there, is that of one: of which may depend on how ranks share the mesh, unless it is a surface.
 
     Parameters
     ----------
