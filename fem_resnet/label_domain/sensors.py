@@ -233,7 +233,7 @@ class Sensors(OnMesh):
         channels = (self.Y.channels,) if self.Y.one is not self.Y else ()
 
         def at_points(part: np.ndarray) -> np.ndarray:  # (points, d, C, samples)
-            columns = np.ascontiguousarray(part).reshape(len(part), -1)
+            columns = np.ascontiguousarray(part).reshape(len(part), part.shape[1] * part.shape[2])  # there may be no node here
             rows = np.stack([located.apply(matrix, columns) for matrix in matrices], axis=1)
             return rows.reshape(len(rows), *shape, *channels, part.shape[2])
 
