@@ -20,6 +20,7 @@ _MODULES = {
     "label_domain.points": ["class_space", "point_space"],
     "label_domain.basis": ["Basis", "cell_indicators", "given_basis"],
     "label_domain.laplace": ["laplace_basis"],
+    "label_domain.sensors": ["SensorFit", "Sensors"],
     "parameters.kernel": ["LowRankKernel"],
     "layers.pair_cost": ["PairDensity"],
     "layers.running_cost": ["Density", "RunningCost"],

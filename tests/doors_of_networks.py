@@ -48,6 +48,7 @@ from fem_resnet import (
     RowBox,
     Run,
     RunningCost,
+    Sensors,
     Symmetric,
     binary_cross_entropy,
     cell_indicators,
@@ -120,6 +121,16 @@ def phi() -> Basis:
 
 def channels() -> Basis:
     return with_channels("disk", "CG1", 3)
+
+
+def places() -> np.ndarray:
+    """Points on the disk."""
+    return np.array([[0.0, 0.0], [0.5, 0.1], [-0.3, 0.4], [0.2, -0.6], [-0.5, -0.5], [0.6, 0.6]])
+
+
+@cache
+def sensors() -> Sensors:
+    return Sensors(phi(), places())
 
 
 @cache
@@ -312,6 +323,13 @@ DOORS = {
         another={"name": "faces"},
         called={"values": "pictures"},
     ),
+    "LabelSpace.function": Door(
+        LabelSpace.function,
+        lambda: {"self": disk(), "batch": one(), "sample": 1},
+        takes={"sample": {"zero"}},
+        parted=("batch",),
+        another={"sample": 0},
+    ),
     "LabelSpace.batch_space": Door(LabelSpace.batch_space, lambda: {"self": disk(), "samples": 3}),
     "LabelSpace.inner": Door(LabelSpace.inner, lambda: {"self": disk(), "f": one(), "g": one()}, parted=("f", "g")),
     "LabelSpace.norm": Door(LabelSpace.norm, lambda: {"self": disk(), "f": one()}, parted=("f",)),
@@ -362,6 +380,22 @@ DOORS = {
         },
         parted=("Y",),
         another={"solver_parameters": {"eps_max_it": 7}, "options_prefix": "mine", "cache": "here"},
+    ),
+    "Sensors": Door(
+        lambda basis, points, weights, tolerance: Sensors(basis, points, weights=weights, tolerance=tolerance),
+        lambda: {"basis": phi(), "points": places(), "weights": np.ones(6), "tolerance": 0.25},
+        takes={"weights": {"None"}},
+        parted=("basis",),
+        another={"points": places() / 2, "weights": np.arange(1.0, 7.0), "tolerance": 0.5},
+    ),
+    "Sensors.evaluate": Door(Sensors.evaluate, lambda: {"self": sensors(), "batch": one()}, parted=("batch",)),
+    "Sensors.gradients": Door(Sensors.gradients, lambda: {"self": sensors(), "batch": one()}, parted=("batch",)),
+    "Sensors.fit": Door(
+        lambda self, values, lam, penalty, gaps: self.fit(values, lam, penalty=penalty, gaps=gaps),
+        lambda: {"self": sensors(), "values": np.ones((6, 2)), "lam": 0.1, "penalty": "identity", "gaps": False},
+        takes={"lam": NOT_NEGATIVE, "gaps": FLAG},
+        parted=("self",),
+        another={"penalty": "gradient"},
     ),
     "LowRankKernel": Door(
         LowRankKernel,
@@ -1086,6 +1120,7 @@ NO_DOORS = {
     "PairDensity": "a protocol: what a density of the user's has",
     "StepFailure": "an error that a layer raises",
     "OpenLoopValue": "what open_loop_value gives",
+    "SensorFit": "what Sensors.fit gives",
     **dict.fromkeys(
         (
             "Result",

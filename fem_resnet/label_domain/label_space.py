@@ -293,6 +293,30 @@ class LabelSpace(OnMesh):
         """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view, with channels a copy."""
         return self.from_data(function.dat.data_ro)
 
+    def function(self, batch: fd.Function, sample: int = 0) -> fd.Function:
+        """One sample of a batch as a new Function of `V`, to be plotted or evaluated, of which no tape knows. Collective.
+
+        A batch of one sample has vectors of one component as values, of which Firedrake plots the size.
+
+        Parameters
+        ----------
+        batch
+            A Function of `V`, or a batch.
+        sample
+            The number of the sample, from 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the batch is none on this label domain, or there is no such sample; if the number differs between ranks.
+        """
+        same(self.comm, sample=sample)
+        self.check_batch(batch, "batch")
+        values = self.values(batch)
+        function = fd.Function(self.V, name=batch.name())
+        self.write(function, values[:, integer("sample", sample, least=0, most=values.shape[1] - 1)])
+        return function
+
     def write(self, function: fd.Function | fd.Cofunction, values: np.ndarray) -> None:
         """Make a Function or batch hold values at the owned nodes.
 

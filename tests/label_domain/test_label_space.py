@@ -7,7 +7,7 @@ from firedrake import COMM_WORLD
 from helpers import BLOCK, POLYGON, SAMPLES, SPACES, label_space, mesh, name, smooth
 from numpy.testing import assert_allclose
 
-from fem_resnet import LabelSpace, class_space
+from fem_resnet import Channels, LabelSpace, class_space
 
 each_space = pytest.mark.parametrize("space", SPACES, ids=name)
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -292,3 +292,24 @@ def test_a_weight_that_is_negative_on_this_mesh_is_refused():
 def test_what_is_no_scalar_space_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
         LabelSpace(make(mesh("disk")))
+
+
+@on_ranks
+@pytest.mark.parametrize("space", [("disk", "DG0"), ("sphere", "CG1"), ("block", "CG1")], ids=name)
+def test_a_sample_is_a_function_of_its_own(space):
+    Y = label_space(*space)
+    values = smooth(Y) - 1
+    batch = Y.batch(values)
+    f = Y.function(batch, 2)
+    assert f.function_space() == Y.V and f.ufl_shape == ()
+    assert_allclose(Y.values(f)[:, 0], values[:, 2], rtol=0, atol=0)
+    assert fd.assemble(f * fd.dx) == pytest.approx(float(Y.sum(Y.weights @ values[:, 2])), rel=1e-12)
+    f.assign(7.0)
+    assert_allclose(Y.values(batch), values, rtol=0, atol=0)
+    assert Y.function(Y.batch(values[:, 0])).ufl_shape == ()
+    with pytest.raises(ValueError, match=rf"sample: expected an integer from 0 to {SAMPLES - 1}, got {SAMPLES}"):
+        Y.function(batch, SAMPLES)
+    product = Channels(Y, 2)
+    both = product.function(product.batch(np.vstack([values, 2 * values])), 1)
+    assert both.ufl_shape == (2,)
+    assert_allclose(both.dat.data_ro, np.column_stack([values[:, 1], 2 * values[:, 1]]), rtol=0, atol=0)

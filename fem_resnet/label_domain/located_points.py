@@ -1,0 +1,229 @@
+"""Points of a user in the cells of a mesh: what takes values at the nodes to values and gradients at these points.
+
+Firedrake's `VertexOnlyMesh` looks for the cells on all ranks. It takes a point that is a little outside of all cells to the
+nearest one, by the distance in the reference cell; the functions of that cell go on beyond it. On a surface that distance
+does not see how far a point is from the cell's plane, and the first cell that has the point above or below it is taken, on a
+torus also one across the hole. So there all cells near a point are asked for, and the nearest in space is taken.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import firedrake as fd
+import numpy as np
+from finat.element_factory import create_element
+from petsc4py import PETSc
+from pyadjoint.tape import stop_annotating
+from ufl import H1
+
+from fem_resnet.fixed import OnMesh
+from fem_resnet.label_domain.label_space import LabelSpace, apply_columns
+
+__all__ = ["LocatedPoints", "located_points"]
+
+
+class LocatedPoints(OnMesh):
+    """Points in the cells of a mesh, and the matrices that evaluate there.
+
+    Parameters
+    ----------
+    Y
+        A label domain on a mesh, of one channel.
+    size
+        How many points there are.
+    numbers
+        Those of the points that this rank has in its cells, or near them; each rank has others.
+
+    Attributes
+    ----------
+    missing : numpy.ndarray
+        Numbers of the points that are in no cell and not near one, ascending. Nothing is evaluated where there are some.
+    """
+
+    def __init__(self, Y: LabelSpace, size: int, numbers: np.ndarray):
+        self.Y = Y
+        self._size, self._numbers = size, numbers
+        found = np.zeros(size)
+        found[numbers] = 1
+        self.missing = np.flatnonzero(Y.sum(found) == 0)
+
+    @cached_property
+    def interpolation(self) -> PETSc.Mat:
+        """The matrix from values at nodes to values at this rank's points."""
+        return self._interpolation()
+
+    @cached_property
+    def gradient(self) -> list[PETSc.Mat]:
+        """The matrices from values at nodes to the partial derivatives at points; on a surface, of the tangential gradient.
+
+        Raises
+        ------
+        ValueError
+            If the functions are discontinuous.
+        """
+        if self.Y.V.ufl_element() not in H1:
+            raise ValueError(f"Y: expected continuous functions, which have gradients, got {self.Y.V.ufl_element()}; use CG")
+        return self._gradient()
+
+    def _interpolation(self) -> PETSc.Mat:
+        raise NotImplementedError
+
+    def _gradient(self) -> list[PETSc.Mat]:
+        raise NotImplementedError
+
+    def apply(self, matrix: PETSc.Mat, values: np.ndarray) -> np.ndarray:
+        """One of the matrices applied to values at the owned nodes, the same on all ranks. Collective.
+
+        Parameters
+        ----------
+        matrix
+            `interpolation`, or one of `gradient`.
+        values
+            Shape (nodes, columns).
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (points, columns), in the order in which the points were given.
+        """
+        result = np.zeros((self._size, values.shape[1]))
+        result[self._numbers] = apply_columns(matrix, values)
+        return self.Y.sum(result)
+
+
+def located_points(Y: LabelSpace, points: np.ndarray, tolerance: float) -> LocatedPoints:
+    """Points in the cells of a mesh; they are the same on every rank. Collective.
+
+    Parameters
+    ----------
+    Y
+        A label domain on a mesh, of one channel.
+    points
+        Shape (points, geometric dimension).
+    tolerance
+        How far a point may be from the nearest cell, as a part of the cell's size.
+
+    Raises
+    ------
+    ValueError
+        If the mesh is an extruded surface.
+    """
+    mesh = Y.V.mesh()
+    surface = mesh.topological_dimension < mesh.geometric_dimension
+    if surface and mesh.extruded:
+        raise ValueError("basis: expected functions on a surface of triangles, quadrilaterals or edges, got an extruded one")
+    before = mesh.tolerance
+    with stop_annotating():
+        try:
+            return _OnSurface(Y, points, tolerance) if surface else _InSpace(Y, points, tolerance)
+        finally:
+            mesh.tolerance = before
+
+
+class _InSpace(LocatedPoints):
+    """Points in a mesh of the dimension of its space."""
+
+    def __init__(self, Y: LabelSpace, points: np.ndarray, tolerance: float):
+        vertices = fd.VertexOnlyMesh(Y.V.mesh(), points, missing_points_behaviour="ignore", tolerance=tolerance)
+        given, self._space = fd.FunctionSpace(vertices.input_ordering, "DG", 0), fd.FunctionSpace(vertices, "DG", 0)
+        numbers = fd.Function(given)
+        numbers.dat.data_wo[:] = np.arange(numbers.dat.data_ro.size)
+        here = fd.assemble(fd.interpolate(numbers, self._space)).dat.data_ro.astype(int)
+        super().__init__(Y, len(points), here)
+
+    def _interpolation(self) -> PETSc.Mat:
+        return self._matrix(fd.TrialFunction(self.Y.V))
+
+    def _gradient(self) -> list[PETSc.Mat]:
+        slope = fd.grad(fd.TrialFunction(self.Y.V))
+        return [self._matrix(slope[j] if slope.ufl_shape else slope) for j in range(self.Y.V.mesh().geometric_dimension)]
+
+    def _matrix(self, of_nodes) -> PETSc.Mat:
+        with stop_annotating():
+            return fd.assemble(fd.interpolate(of_nodes, self._space)).petscmat
+
+
+class _OnSurface(LocatedPoints):
+    """Points on a curve or surface, or near it: each in the cell that is nearest in space."""
+
+    def __init__(self, Y: LabelSpace, points: np.ndarray, tolerance: float):
+        coordinates = Y.V.mesh().coordinates
+        dimension = Y.V.mesh().topological_dimension
+        self._element = create_element(coordinates.function_space().ufl_element().sub_elements[0]).fiat_equivalent
+        x = coordinates.dat.data_ro_with_halos.reshape(-1, points.shape[1])[coordinates.cell_node_map().values_with_halo]
+        # The diameter of a cell's box over the root of two or three: about its side.
+        sizes = np.linalg.norm(np.ptp(x, axis=1), axis=1) / dimension**0.5
+        candidates: list[tuple[np.ndarray, ...]] = []
+        asked = np.full((len(points), 1), -1)
+        while True:
+            found, at, beyond = Y.V.mesh().locate_cells_ref_coords_and_dists(points, tolerance, asked)
+            here = np.flatnonzero(found >= 0)
+            if not here.size:
+                break
+            cell, at = found[here], at[here, :dimension]
+            off = np.einsum("kp,pkd->pd", _table(self._element, at, 0)[0], x[cell]) - points[here]
+            height = np.linalg.norm(off, axis=1)
+            # Off the cell's plane, or beyond its edges, where the reference cell measures in parts of the cell's size.
+            distance = np.maximum(height, beyond[here] * sizes[cell])
+            near = height <= tolerance * sizes[cell]
+            candidates.append((here[near], cell[near], at[near], distance[near]))
+            asked = np.ascontiguousarray(np.column_stack([asked, found]))
+        empty = (np.zeros(0, int), np.zeros(0, int), np.zeros((0, dimension)), np.zeros(0))
+        number, cell, at, distance = (np.concatenate(parts) for parts in zip(empty, *candidates))
+        nearest = _smallest(Y, len(points), number, distance)
+        # In front of an edge two cells are as near. The one whose middle comes first is taken, on any number of ranks.
+        middle = x[cell].mean(axis=1) @ np.sqrt(1.0 + np.arange(points.shape[1]))
+        middle = np.where(distance <= nearest[number] + 1e-8 * sizes[cell], middle, np.inf)
+        first = _smallest(Y, len(points), number, middle)
+        chosen = np.flatnonzero(np.isfinite(middle) & (middle <= first[number] + 1e-8 * sizes[cell]))
+        mine = np.full(len(points), -1)
+        mine[number[chosen]] = chosen
+        owner = np.array(Y.comm.allgather(mine >= 0)).argmax(axis=0)
+        mine = mine[(mine >= 0) & (owner == Y.comm.rank)]
+        numbers, cells, places = number[mine], cell[mine], at[mine]
+        self._cells, self._places, self._x = cells, places, x[cells]
+        super().__init__(Y, len(points), numbers)
+
+    def _interpolation(self) -> PETSc.Mat:
+        return self._matrix(_table(self._of_functions, self._places, 0)[0].T)
+
+    def _gradient(self) -> list[PETSc.Mat]:
+        jacobians = np.einsum("tkp,pkd->pdt", _table(self._element, self._places, 1), self._x)
+        slopes = np.einsum("tkp,ptd->dpk", _table(self._of_functions, self._places, 1), np.linalg.pinv(jacobians))
+        return [self._matrix(slope) for slope in slopes]
+
+    @property
+    def _of_functions(self):
+        return create_element(self.Y.V.ufl_element()).fiat_equivalent
+
+    def _matrix(self, rows: np.ndarray) -> PETSc.Mat:
+        """The matrix of which row p has these entries, shape (points, nodes of a cell), at the nodes of the point's cell."""
+        V = self.Y.V
+        columns = V.dof_dset.lgmap.apply(V.cell_node_map().values_with_halo[self._cells].ravel()).reshape(rows.shape)
+        order = np.argsort(columns, axis=1)
+        entries = [np.take_along_axis(each, order, axis=1).ravel() for each in (columns, rows)]
+        starts = np.arange(len(rows) + 1, dtype=PETSc.IntType) * rows.shape[1]
+        sizes = ((len(rows), None), V.dof_dset.layout_vec.getSizes())
+        csr = (starts, entries[0].astype(PETSc.IntType), entries[1])
+        return PETSc.Mat().createAIJ(sizes, csr=csr, comm=self.Y.comm)  # type: ignore[arg-type]  # stubs lack arrays
+
+
+def _smallest(Y: LabelSpace, size: int, numbers: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The smallest of the values with each number, of all ranks, shape (size,); infinite where there are none. Collective."""
+    smallest = np.full(size, np.inf)
+    np.minimum.at(smallest, numbers, values)
+    return Y.comm.allreduce(smallest, op=np.minimum)
+
+
+def _table(element, places: np.ndarray, order: int) -> np.ndarray:
+    """The nodal functions of an element at places in the reference cell, or their partial derivatives (order 1).
+
+    Shape (1 or reference dimension, nodes of a cell, places).
+    """
+    dimension = places.shape[1]
+    which = np.eye(dimension, dtype=int) if order else np.zeros((1, dimension), int)
+    if not len(places):
+        return np.zeros((len(which), element.space_dimension(), 0))
+    values = element.tabulate(order, places)
+    return np.array([values[tuple(map(int, one))] for one in which])
