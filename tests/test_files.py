@@ -504,6 +504,7 @@ FOUND = {
     "fields of a lift": (_channels, _at(("lift", "fields"), 3), "V_0"),
     "a lift that is a number": (_channels, _at(("lift",), 3), "lift"),
     "a lift with other entries": (_symmetric, _replace("V_allowed", np.full((2, 1), 7)), "V_allowed"),
+    "a field that no channel takes": (_symmetric, _replace("V_allowed", np.zeros((2, 1), int)), "V_allowed"),
     "a head of no orthonormal W": (_symmetric, _replace("W_values", np.ones(9)), "W_"),
     "a head of W elsewhere": (_symmetric, _replace("W_places", np.full(9, 10**6)), "W_"),
     "more W than entries": (_symmetric, _at(("head", "kept", "W"), 10**9), "W_"),

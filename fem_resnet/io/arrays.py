@@ -73,7 +73,8 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
     if settings["lift"] is not None:
         shape = held.channels, settings["lift"]["fields"]
         group.array("V_0", "f8", shape)
-        group.array("V_allowed", "i", shape, 0, 2)
+        if not group.array("V_allowed", "i", shape, 0, 2)[...].any(axis=0).all():
+            raise Wrong(f"{group.name}/V_allowed: expected a channel for each field, got a field that none takes")
     held.refuse_rest()
 
 
