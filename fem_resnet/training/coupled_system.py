@@ -40,6 +40,7 @@ import numpy as np
 import petsctools
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
+from scipy.interpolate import krogh_interpolate
 
 from fem_resnet.arguments import instance, number, real_array
 from fem_resnet.control.controls import Controls
@@ -460,9 +461,7 @@ class _Path:
         if len(self.points) < 2:
             return x
         at, values = zip(*self.points)
-        t = np.log(width)
-        factors = [np.prod([(t - b) / (a - b) for b in at if b != a]) for a in at]
-        return sum(factor * value for factor, value in zip(factors, values))
+        return krogh_interpolate(at, values, np.log(width))
 
 
 class _Given(SmoothedControls):
