@@ -6,8 +6,9 @@ that it has been started on: `test_on_ranks.py` starts one on two ranks and one 
 
     containers/run mpiexec -n 2 pytest -m "parallel[2]" tests/test_network.py
 
-does the same. Of a test with many parameters several ranks take a few, spread over all. Tests marked `slow` run where -m
-names them: ``pytest -m slow``; on several ranks ``-m "parallel[2] or slow"`` takes all parameters too.
+does the same. Of a test with many parameters the default run takes a few, spread over all: the fewer, the more ranks. Tests
+that list what there is are marked `whole` and take all. Tests marked `slow` run where -m names them: ``pytest -m slow``.
+All tests with all parameters are ``-m "slow or not slow"``, on several ranks ``-m "parallel[2] or slow"``.
 """
 
 import faulthandler
@@ -43,7 +44,7 @@ TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 TIME_LIMIT_ALONE = 1500
 
 #: By the number of ranks: how many sets of parameters of each test run by default.
-PARAMETERS = {2: 4, 3: 2}
+PARAMETERS = {1: 16, 2: 2, 3: 1}
 
 TAYLOR_RATES = pytest.StashKey[dict]()
 VERIFIED = pytest.StashKey[dict]()

@@ -13,6 +13,9 @@ import pytest
 
 import fem_resnet
 
+#: They list what there is.
+pytestmark = pytest.mark.whole
+
 PACKAGE = Path(fem_resnet.__file__).parent
 SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 each_module = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

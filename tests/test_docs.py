@@ -12,6 +12,9 @@ from helpers import without_mpi
 
 import fem_resnet
 
+#: They list what there is.
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -8,6 +8,9 @@ import pytest
 
 import fem_resnet
 
+#: They list what there is.
+pytestmark = pytest.mark.whole
+
 PACKAGE = Path(fem_resnet.__file__).parent
 MODULES = [
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)

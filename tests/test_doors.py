@@ -298,6 +298,7 @@ def refusals(name: str, of_all: bool) -> None:
         assert len(set(COMM_WORLD.allgather(said))) == 1, kind
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", DOORS)
 def test_an_array_that_is_none_of_real_finite_numbers_is_refused_by_name(name):
     refusals(name, of_all=True)
@@ -309,6 +310,7 @@ def test_what_is_wrong_with_the_part_of_one_rank_is_refused_on_all(name):
     refusals(name, of_all=False)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", DOORS)
 def test_what_reads_as_an_array_of_real_numbers_is_welcome(name):
     door = DOORS[name]
@@ -397,6 +399,7 @@ def _value_function(**options):
     )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NUMBERS)
 def test_what_is_no_number_is_refused_by_name(name):
     for wrong in ("1", None, True, 1j, np.nan, [1.0, 2.0], -1e9):

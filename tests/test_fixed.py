@@ -49,6 +49,7 @@ on_ranks = pytest.mark.parallel([1, 2, 3])
 CLASSES = {name: getattr(fem_resnet, name) for name in fem_resnet.__all__ if inspect.isclass(getattr(fem_resnet, name))}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", CLASSES)
 def test_attributes_of_every_public_class_cannot_be_set(name):
     cls = CLASSES[name]

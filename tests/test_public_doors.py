@@ -36,6 +36,7 @@ def test_each_public_name_has_a_door_or_says_why_it_has_none():
     assert not doors & set(NO_DOORS)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", EVERY)
 def test_a_row_gives_every_argument(name):
     door = DOORS[name]
@@ -51,12 +52,14 @@ def faults(name, kinds) -> list[str]:
     return [f"{argument}, {kind}: {amiss}" for argument, kind, amiss in each if amiss is not None]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", EVERY)
 def test_a_sound_call_is_taken(name):
     door = DOORS[name]
     door.call(**door.sound())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", EVERY)
 def test_a_wrong_argument_is_refused_by_name(name):
     amiss = faults(name, FEW if DOORS[name].dear else WRONG)

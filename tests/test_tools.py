@@ -1151,6 +1151,7 @@ def walk(tool, features, **more):
             raise
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("tool", [pytest.param(t, marks=pytest.mark.slow) if t == "verify" else t for t in sorted(TOOLS)])
 def test_a_tool_is_right_or_refuses_by_name(tool):
     walk(tool, [None, *_concerns(tool)])
@@ -1265,6 +1266,7 @@ def test_what_is_no_argument_is_no_change():
 # -- what all are held against ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("feature", [None, *FEATURES])
 def test_J_of_a_feature_is_that_written_out_and_its_gradient_the_slope(feature):
     p = problem_with(feature)

@@ -22,6 +22,9 @@ from fem_resnet.activation.expression import normal_form
 from fem_resnet.activation.expression_tree import from_tree, to_tree
 from fem_resnet.activation.properties import Properties
 
+#: They list what there is.
+pytestmark = pytest.mark.whole
+
 S = sympy.Symbol("s", real=True)
 
 

@@ -45,6 +45,9 @@ from fem_resnet import (
 )  # fmt: skip
 from fem_resnet.features import FEATURES, TOOLS, features_of
 
+#: They list what there is.
+pytestmark = pytest.mark.whole
+
 LAYERS = 2
 TIMES = (0.0, 0.6, 1.0)
 EULER = {"ts_rk_type": "1fe"}

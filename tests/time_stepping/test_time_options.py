@@ -200,6 +200,7 @@ def refused_or_right(parameters):
     return None
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("adapts", [False, True], ids=["fixed", "adapted"])
 @pytest.mark.parametrize("name", PETSCS_TYPES)
 def test_every_option_is_right_or_refused_by_name(name, adapts):

@@ -178,6 +178,7 @@ def test_faults_have_names_of_their_own_and_are_many():
     assert len(FURTHER) == 60 and {fault.problem for fault in FURTHER} == {BUILT_IN}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "fault", [pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * (k % 2)) for k, fault in enumerate(FAULTS)]
 )
