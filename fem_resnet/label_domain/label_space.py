@@ -216,7 +216,9 @@ class LabelSpace(OnMesh):
         return x
 
     def batch_space(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
-        """Space of a batch: one function on Y a sample, as the components of a vector-valued Function.
+        """Space of a batch: one function on Y a sample, as the components of a vector-valued Function; `V` for one sample.
+
+        With C channels it has values of shape (C, samples), for one sample too: shape (C,) is that of C samples of one channel.
 
         Parameters
         ----------
@@ -232,12 +234,14 @@ class LabelSpace(OnMesh):
         return self._space_of(integer("samples", samples))
 
     def samples(self, space: fd.functionspaceimpl.WithGeometry) -> int:
-        """How many samples a Function of a space holds: of `V` one, else as `batch_space` made it."""
+        """How many samples a Function of a space holds: of `V` one, else as many as it has components for each channel."""
         return space.value_size // self.channels
 
     def _space_of(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
+        """Of one sample `V` itself, whose Functions Firedrake plots and integrates as numbers."""
         if samples not in self._batch_spaces:
-            self._batch_spaces[samples] = fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=samples)
+            one, V = samples == 1, self.V
+            self._batch_spaces[samples] = V if one else fd.VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=samples)
         return self._batch_spaces[samples]
 
     def batch(self, values: np.ndarray | fd.Function | Sequence[fd.Function], name: str = "values") -> fd.Function:
@@ -295,8 +299,6 @@ class LabelSpace(OnMesh):
 
     def function(self, batch: fd.Function, sample: int = 0) -> fd.Function:
         """One sample of a batch as a new Function of `V`, to be plotted or evaluated, of which no tape knows. Collective.
-
-        A batch of one sample has vectors of one component as values, of which Firedrake plots the size.
 
         Parameters
         ----------
