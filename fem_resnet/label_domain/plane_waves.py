@@ -19,7 +19,8 @@ from pyadjoint.tape import stop_annotating
 from pyop2 import op2
 from ufl import H1
 
-from fem_resnet.label_domain.label_space import LabelSpace, apply_columns
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.petsc import apply_columns
 from fem_resnet.ranks import together
 
 __all__ = ["PlaneWaves", "cross_gram", "fix_rotation"]
