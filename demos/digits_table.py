@@ -31,8 +31,8 @@ from digits_on_a_disk import (
     batch,
     digits,
     label_domain,
-    learn,
     lay,
+    learn,
     on_pixels,
     with_copies,
 )  # fmt: skip

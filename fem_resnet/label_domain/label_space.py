@@ -225,7 +225,7 @@ class LabelSpace(OnMesh):
     def batch_space(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
         """Space of a batch: one function on Y a sample, as the components of a vector-valued Function; `V` for one sample.
 
-        With C channels it has values of shape (C, samples), for one sample too: shape (C,) is that of C samples of one channel.
+        With C channels its values have shape (C, samples), for one sample too: shape (C,) is that of C samples of one channel.
 
         Parameters
         ----------
@@ -355,7 +355,7 @@ class LabelSpace(OnMesh):
             One picture, shape (rows, columns), or many, shape (samples, rows, columns); with C channels one more length, C.
             Row 0 is on top, as matplotlib's `imshow` shows a picture. The same on every rank.
         extent
-            (left, right, bottom, top): where the edges of the picture are in the coordinates of Y, as for `imshow`.
+            (left, right, bottom, top), shape (4,): where the edges of the picture are in Y's coordinates, as for `imshow`.
         method
             "linear": linear between the centres of pixels. "mean": the mean over the square around a node whose area is the
             node's weight, for pictures that are finer than the mesh.
@@ -397,7 +397,7 @@ class LabelSpace(OnMesh):
         shape
             (rows, columns).
         extent
-            As for `image`.
+            As for `image`, shape (4,).
 
         Returns
         -------
@@ -427,8 +427,8 @@ class LabelSpace(OnMesh):
         if self.numbers is not None or (mesh.topological_dimension, mesh.geometric_dimension) != (2, 2):
             what = "a set of points" if self.numbers is not None else f"in space of {mesh.geometric_dimension} dimensions"
             raise ValueError(
-                f"Y: expected a label domain in the plane, onto which pictures can be laid, got {self!r}, {what}; evaluate the "
-                f"picture at Y.coordinates, and give the values to Y.batch"
+                f"Y: expected a label domain in the plane, onto which pictures can be laid, got {self!r}, {what}; evaluate "
+                f"the picture at Y.coordinates, and give the values to Y.batch"
             )
 
     def write(self, function: fd.Function | fd.Cofunction, values: np.ndarray) -> None:

@@ -153,8 +153,8 @@ class _InSpace(LocatedPoints):
         with stop_annotating():
             if not (mesh.extruded and mesh.extruded_periodic):
                 return fd.assemble(fd.interpolate(of(fd.TrialFunction(V)), self._space)).petscmat
-            # The last layer's nodes are those of the first, which Firedrake's map from points to nodes does not know; the nodes
-            # of a broken space are each one cell's own.
+            # The last layer's nodes are those of the first, which Firedrake's map from points to nodes does not know; the
+            # nodes of a broken space are each one cell's own.
             broken = fd.FunctionSpace(mesh, fd.BrokenElement(V.ufl_element()))
             to_points = fd.assemble(fd.interpolate(of(fd.TrialFunction(broken)), self._space)).petscmat
             return to_points.matMult(fd.assemble(fd.interpolate(fd.TrialFunction(V), broken)).petscmat)

@@ -49,6 +49,8 @@ class PlaneWaves:
     ----------
     centre : numpy.ndarray
         The mean of the coordinates, shape (dimension,).
+    spread : numpy.ndarray
+        The covariance matrix of the coordinates, shape (dimension, dimension).
     length : float
         The root of the mean squared distance from the centre.
     """
@@ -66,7 +68,9 @@ class PlaneWaves:
         self._weights = apart.weights
         self._places = apart.coordinates if Y.graph is None else Y.numbers[:, None]
         self.centre = Y.sum(self._weights @ self._places) / Y.measure
-        self.length = float(Y.sum(self._weights @ (self._places - self.centre) ** 2).sum() / Y.measure) ** 0.5
+        off = self._places - self.centre
+        self.spread = Y.sum(off.T @ (off * self._weights[:, None])) / Y.measure
+        self.length = float(np.trace(self.spread)) ** 0.5
 
     @property
     def unit(self) -> float:
