@@ -342,7 +342,7 @@ DOORS = {
             "outside": 0.0,
             "places": disk().coordinates[None],
         },
-        takes={"outside": NUMBER, "places": {"None"}},
+        takes={"outside": NUMBER | {"None"}, "places": {"None"}},
         parted=("places",),
         another={"method": "linear", "outside": 1.0},
     ),
