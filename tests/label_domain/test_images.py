@@ -84,7 +84,7 @@ def test_a_picture_is_seen_as_matplotlib_shows_it():
     assert_allclose(found, seen, rtol=0, atol=1 / 255)
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_means_are_those_over_squares():
     """Of the picture x at its own pixels, where the integral is known; and a picture finer than the mesh keeps its mean."""
     Y = label_space("disk", "CG1", 2)
@@ -105,7 +105,7 @@ def test_means_are_those_over_squares():
     assert_allclose(surrounded, inside + 5 * (1 - inside), rtol=0, atol=1e-12)
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_around_a_picture_is_nothing_or_one_value():
     Y = label_space("disk", "CG1", 2)
     extent = (-0.5, 0.5, -0.5, 0.5)
@@ -120,7 +120,7 @@ def test_around_a_picture_is_nothing_or_one_value():
     assert ((values[inside] > 2 - 1e-12) & (values[inside] < 7)).all()
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_turned_pictures_are_seen_from_other_places():
     Y = label_space("disk", "CG1", 2)
     angles, pixels = np.array([0.3, 2.0]), picture((9, 9), (-2, 2, -2, 2))
@@ -162,7 +162,7 @@ def test_pixels_of_a_function_are_those_of_one_rank_and_missing_where_there_is_n
     assert np.isfinite(found[0][(r < np.cos(np.pi / 12)) & (r > 0.4)]).all()
 
 
-@on_ranks
+@pytest.mark.parallel([1, 2])
 def test_pictures_are_laid_onto_the_plane_alone():
     for Y, what in (
         (label_space("sphere", "CG1"), "in space of 3 dimensions"),

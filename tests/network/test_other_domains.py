@@ -96,7 +96,7 @@ def test_channels_go_with_their_couplings():
         net.on(space("disk", shift=3.0))
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("domain, other", [("disk", "sphere"), ("annulus", "disk"), ("sphere", "cube"), ("cube", "interval")])
 def test_on_another_domain_eigenfunctions_decay_by_their_own_multipliers(domain, other, channels):
@@ -134,13 +134,12 @@ def of_two_ways(refinement):
     return float(np.sqrt(finer.sum(finer.weights @ (one - other) ** 2).sum()))
 
 
-@on_two_ranks
 def test_on_the_same_domain_both_ways_agree_up_to_the_order_of_the_mesh():
     errors = [of_two_ways(refinement) for refinement in (2, 3, 4)]
     assert np.log2(errors[1] / errors[2]) > 1.7 and errors[2] < 0.01, errors
 
 
-@on_ranks
+@on_two_ranks
 def test_a_loaded_network_goes_too(tmp_path):
     Y, there = space("disk"), space("sphere")
     net = network(Y, 6)
@@ -170,7 +169,7 @@ def test_learned_times_and_shared_coefficients_go_too():
     assert_allclose(there.values(moved(there.batch(f))), Y.values(net(Y.batch(f))), rtol=0, atol=1e-8)
 
 
-@on_ranks
+@on_two_ranks
 def test_from_a_graph_to_another():
     def ring(n):
         A = np.roll(np.eye(n), 1, axis=0)
@@ -193,7 +192,7 @@ def test_from_a_graph_to_another():
         net.on(space("disk"))
 
 
-@on_ranks
+@on_two_ranks
 def test_what_has_no_meaning_on_another_domain_is_refused_by_name():
     disk, annulus, sphere = space("disk", 3), space("annulus", 3), space("sphere", 2)
     phi = laplace_basis(disk, 6)
@@ -221,7 +220,7 @@ def test_what_has_no_meaning_on_another_domain_is_refused_by_name():
         nodal.on(annulus)
 
 
-@on_ranks
+@on_two_ranks
 def test_a_pooled_head_reads_integrals_on_another_domain():
     disk, sphere = space("disk"), space("sphere")
     head = Head(given_basis(disk, [2.0]), 3)
