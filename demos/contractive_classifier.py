@@ -29,7 +29,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 import firedrake as fd
 import numpy as np
 from digits_cross_validation import SCALE, TIKHONOV, label_space
-from digits_on_a_disk import accuracy, digits, look
+from digits_on_a_disk import accuracy, digits, lay
 
 from fem_resnet import (
     Batch,
@@ -166,7 +166,7 @@ def main(short=False):
         test_x, test_y = test_x[:100], test_y[:100]
     Y = label_space(refinement=2 if short else 3)
     basis = laplace_basis(Y, 21 if short else RANK)
-    inputs, clean = Y.batch(SCALE * look(train_x, Y.coordinates)), SCALE * look(test_x, Y.coordinates)
+    inputs, clean = lay(Y, SCALE * train_x), Y.values(lay(Y, SCALE * test_x))
     unit = norms(Y, clean).mean()
     disturbance = noise(basis, clean.shape[1])
     found = {}

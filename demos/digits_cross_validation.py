@@ -20,7 +20,7 @@ sys.argv = [argument for argument in sys.argv if argument not in CHOSEN]  # PETS
 
 import firedrake as fd
 import numpy as np
-from digits_on_a_disk import PERCEPTRON, accuracy, digits, look, on_pixels, with_copies
+from digits_on_a_disk import PERCEPTRON, accuracy, digits, lay, on_pixels, with_copies
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
@@ -107,8 +107,8 @@ def validate(Y, pictures, labels, *, rank, scale, copies, **settings):
     scores = []
     for x, y, held_x, held_y in folds(pictures, labels):
         x, y, angles, shifts = with_copies(x, y, copies)
-        net, head, _ = learn_dense(basis, Y.batch(scale * look(x, Y.coordinates, angles, shifts)), y, **settings)
-        scores.append(accuracy(net, head, Y.batch(scale * look(held_x, Y.coordinates)), held_y)[0])
+        net, head, _ = learn_dense(basis, lay(Y, scale * x, angles, shifts), y, **settings)
+        scores.append(accuracy(net, head, lay(Y, scale * held_x), held_y)[0])
     return float(np.mean(scores))
 
 

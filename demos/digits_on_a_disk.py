@@ -26,7 +26,6 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
-from scipy.ndimage import map_coordinates
 from scipy.spatial import cKDTree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -67,6 +66,7 @@ COPIES = 3
 # picture comes with a few copies, slightly turned and shifted.
 
 HALF_SIDE = np.sqrt(0.5)
+SQUARE = (-HALF_SIDE, HALF_SIDE, -HALF_SIDE, HALF_SIDE)  # left, right, bottom, top
 TURN, SHIFT = 0.15, 0.05  # standard deviations, in radians and in radii of the disk
 
 
@@ -79,18 +79,18 @@ def digits(random_state=0):
     return train_x, train_y, test_x, test_y
 
 
-def look(pictures, points, angles=None, shifts=None):
-    """Values of turned and shifted pictures at points of the disk: (points, pictures)."""
-    angles = np.zeros(len(pictures)) if angles is None else angles
+def seen_from(points, angles, shifts):
+    """Where turned and shifted pictures are seen from points of the disk, shape (pictures, points, 2)."""
+    x, y = np.moveaxis(points - shifts[:, None], 2, 0)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    return np.stack([cos * x + sin * y, cos * y - sin * x], axis=2)
+
+
+def lay(Y, pictures, angles=None, shifts=None):
+    """Pictures, turned and shifted, as functions on Y."""
     shifts = np.zeros((len(pictures), 2)) if shifts is None else shifts
-    values = np.empty((len(points), len(pictures)))
-    for k, picture in enumerate(pictures):
-        x, y = (points - shifts[k]).T
-        cos, sin = np.cos(angles[k]), np.sin(angles[k])
-        column = (cos * x + sin * y + HALF_SIDE) / (2 * HALF_SIDE) * 8 - 0.5
-        row = (HALF_SIDE - (cos * y - sin * x)) / (2 * HALF_SIDE) * 8 - 0.5
-        values[:, k] = map_coordinates(picture, [row, column], order=1, mode="grid-constant")
-    return values
+    places = None if angles is None else seen_from(Y.coordinates, angles, shifts)
+    return Y.image(pictures, extent=SQUARE, outside=0.0, places=places)
 
 
 def with_copies(pictures, labels, copies, seed=0):
@@ -147,7 +147,7 @@ def network(Y, rank=RANK, layers=LAYERS, seed=0):
 
 def batch(Y, pictures, *moves):
     """Pictures, turned and shifted, in the first channel."""
-    return Y.join([Y.one.batch(SCALE * look(pictures, Y.one.coordinates, *moves)), *[None] * (Y.channels - 1)])
+    return Y.join([lay(Y.one, SCALE * pictures, *moves), *[None] * (Y.channels - 1)])
 
 
 # %% Training
@@ -175,11 +175,14 @@ PERCEPTRON = dict(random_state=0, max_iter=400)  # scikit-learn's: one hidden la
 
 
 def on_pixels(classifier, pictures, labels, angles, shifts, test_x, test_y):
-    """Test accuracy of a classifier of scikit-learn, which sees the pictures at the 64 centres of their pixels."""
-    pixel = (np.arange(8) - 3.5) / 4 * HALF_SIDE
-    centres = np.array([(x, -y) for y in pixel for x in pixel])
-    classifier.fit(look(pictures, centres, angles, shifts).T, labels)
-    return classifier.score(look(test_x, centres).T, test_y)
+    """Test accuracy of a classifier of scikit-learn, which sees turned and shifted pictures as pixels too."""
+    square = fd.RectangleMesh(
+        8, 8, HALF_SIDE, HALF_SIDE, originX=-HALF_SIDE, originY=-HALF_SIDE, quadrilateral=True, comm=fd.COMM_SELF
+    )
+    Y = LabelSpace(fd.FunctionSpace(square, "DG", 0))  # a neuron a pixel
+    copies = Y.pixels(lay(Y, pictures, angles, shifts), (8, 8), extent=SQUARE)
+    classifier.fit(copies.reshape(len(copies), -1), labels)
+    return classifier.score(test_x.reshape(len(test_x), -1), test_y)
 
 
 # %% What turns

@@ -31,8 +31,8 @@ from digits_on_a_disk import (
     batch,
     digits,
     label_domain,
+    lay,
     learn,
-    look,
     on_pixels,
     with_copies,
 )  # fmt: skip
@@ -70,7 +70,7 @@ def dense_network(augmented, test_x, test_y, short):
     Y = dense.label_space(refinement=2 if short else 3)
 
     def laid_out(pictures, *moves):
-        return Y.batch(dense.SCALE * look(pictures, Y.coordinates, *moves))
+        return lay(Y, dense.SCALE * pictures, *moves)
 
     settings = dict(layers=dense.LAYERS, final_time=dense.FINAL_TIME, weight=dense.TIKHONOV)
     net, head, _ = dense.learn_dense(

@@ -14,8 +14,8 @@ from petsc4py import PETSc
 from fem_resnet.compiler import declared
 
 __all__ = [
-    "adapt_type", "check_plex", "converged_reason", "keep_trajectory_in_memory", "never_adapt", "new_ts", "on_pre_stage",
-    "register_rk", "rk_tableau", "shell", "stage_values", "take_function_lower_bound", "weakly",
+    "adapt_type", "apply_columns", "check_plex", "converged_reason", "keep_trajectory_in_memory", "never_adapt", "new_ts",
+    "on_pre_stage", "register_rk", "rk_tableau", "shell", "stage_values", "take_function_lower_bound", "weakly",
 ]  # fmt: skip
 
 if (PETSc.ScalarType, PETSc.RealType) != (np.float64, np.float64):
@@ -214,3 +214,22 @@ def weakly(method: Callable) -> Callable:
     """
     reference = weakref.WeakMethod(method)
     return lambda *arguments: reference()(*arguments)
+
+
+def apply_columns(A: PETSc.Mat, values: np.ndarray) -> np.ndarray:
+    """`A x` for each column x of some values: the rows that this rank owns, shape (rows, columns). Collective.
+
+    Parameters
+    ----------
+    A
+        An assembled matrix.
+    values
+        Columns, the rows that this rank owns.
+    """
+    x, y = A.createVecRight(), A.createVecLeft()
+    result = np.empty((y.getLocalSize(), values.shape[1]))
+    for k in range(values.shape[1]):
+        x.array_w[:] = values[:, k]
+        A.mult(x, y)
+        result[:, k] = y.array_r
+    return result

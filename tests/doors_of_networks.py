@@ -330,6 +330,28 @@ DOORS = {
         parted=("batch",),
         another={"sample": 0},
     ),
+    "LabelSpace.image": Door(
+        lambda self, pixels, extent, method, outside, places: self.image(
+            pixels, extent=extent, method=method, outside=outside, places=places
+        ),
+        lambda: {
+            "self": disk(),
+            "pixels": np.arange(12.0).reshape(3, 4),
+            "extent": (-1.0, 1.0, -1.0, 1.0),
+            "method": "mean",
+            "outside": 0.0,
+            "places": disk().coordinates[None],
+        },
+        takes={"outside": NUMBER | {"None"}, "places": {"None"}},
+        parted=("places",),
+        another={"method": "linear", "outside": 1.0},
+    ),
+    "LabelSpace.pixels": Door(
+        lambda self, batch, shape, extent: self.pixels(batch, shape, extent=extent),
+        lambda: {"self": disk(), "batch": one(), "shape": (3, 4), "extent": (-0.5, 0.5, -0.5, 0.5)},
+        parted=("batch",),
+        another={"shape": (4, 3)},
+    ),
     "LabelSpace.batch_space": Door(LabelSpace.batch_space, lambda: {"self": disk(), "samples": 3}),
     "LabelSpace.inner": Door(LabelSpace.inner, lambda: {"self": disk(), "f": one(), "g": one()}, parted=("f", "g")),
     "LabelSpace.norm": Door(LabelSpace.norm, lambda: {"self": disk(), "f": one()}, parted=("f",)),

@@ -16,6 +16,7 @@ from functools import cached_property
 import firedrake as fd
 import numpy as np
 import ufl
+from mpi4py import MPI
 from numpy.typing import DTypeLike
 from pyadjoint.tape import stop_annotating
 
@@ -181,6 +182,8 @@ class Basis(OnMesh):
     def on(self, Y: LabelSpace) -> Basis:
         """The same functions on another label space of the same Y: finer, coarser, of other cells. Collective.
 
+        One function that is constant goes to any label domain.
+
         Raises
         ------
         TypeError
@@ -192,6 +195,8 @@ class Basis(OnMesh):
         if Y is self.Y:
             return self
         if self._move is None:
+            if (constant := self._constant()) is not None:
+                return Basis(Y, np.full((Y.nodes, 1), constant), "given")
             raise ValueError(
                 f"on: expected functions that can move, those of {self!r} are tied to their mesh; a Laplace basis is not"
             )
@@ -199,6 +204,14 @@ class Basis(OnMesh):
         if moved.rank != self.rank:
             raise ValueError(f"move: expected a function that moves the {self.rank} functions of {self!r}, got {moved.rank}")
         return moved
+
+    def _constant(self) -> float | None:
+        """The value of the only function, if that is constant on Y; else None. Collective."""
+        if self.rank > 1 or self.kind == "cells":
+            return None
+        mean = float(self.project(np.ones((self.Y.nodes, 1)))[0, 0]) / self.Y.measure
+        off = self.Y.comm.allreduce(float(np.abs(self.values - mean).max(initial=0.0)), op=MPI.MAX)
+        return mean if off <= 1e-12 * abs(mean) else None
 
     def first(self, rank: int) -> Basis:
         """The basis of the first functions: the same object each time, and this one if it has no more. Collective.

@@ -115,9 +115,11 @@ class Channels(LabelSpace):
             self._batch_spaces[samples] = fd.TensorFunctionSpace(one.mesh(), one.ufl_element(), shape=(self.channels, samples))
         return self._batch_spaces[samples]
 
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) in (1, 2) and shape[0] == self.channels
+
     def _holds(self, space: fd.functionspaceimpl.WithGeometry) -> bool:
-        shape, elements = space.value_shape, space.ufl_element().sub_elements
-        return len(shape) in (1, 2) and shape[0] == self.channels and elements[0] == self.one.V.ufl_element()
+        return self._fits(space.value_shape) and space.ufl_element().sub_elements[0] == self.one.V.ufl_element()
 
     def join(self, fields: Sequence[fd.Function | None]) -> fd.Function:
         """A batch from one batch a channel. Collective.

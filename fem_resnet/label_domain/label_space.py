@@ -28,10 +28,17 @@ from ufl import H1
 from fem_resnet.arguments import instance, integer, real_array, text
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.graph import checked_graph, checked_numbers, graph_laplacian
+from fem_resnet.label_domain.images import Extent, as_pictures, pictures_at, pixel_centres
+from fem_resnet.label_domain.located_points import located_points
 from fem_resnet.label_domain.nodal_space import WHAT_WORKS, check_space
+from fem_resnet.label_domain.other_spaces import AtNodes
+from fem_resnet.petsc import apply_columns
 from fem_resnet.ranks import same, together
 
-__all__ = ["LabelSpace", "apply_columns", "check_label_space"]
+__all__ = ["LabelSpace", "check_label_space"]
+
+#: How far from a cell the centre of a pixel may be, as a part of the cell's size: round-off.
+_IN_A_CELL = 1e-6
 
 
 class LabelSpace(OnMesh):
@@ -216,7 +223,9 @@ class LabelSpace(OnMesh):
         return x
 
     def batch_space(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
-        """Space of a batch: one function on Y a sample, as the components of a vector-valued Function.
+        """Space of a batch: one function on Y a sample, as the components of a vector-valued Function; `V` for one sample.
+
+        With C channels its values have shape (C, samples), for one sample too: shape (C,) is that of C samples of one channel.
 
         Parameters
         ----------
@@ -232,12 +241,14 @@ class LabelSpace(OnMesh):
         return self._space_of(integer("samples", samples))
 
     def samples(self, space: fd.functionspaceimpl.WithGeometry) -> int:
-        """How many samples a Function of a space holds: of `V` one, else as `batch_space` made it."""
+        """How many samples a Function of a space holds: of `V` one, else as many as it has components for each channel."""
         return space.value_size // self.channels
 
     def _space_of(self, samples: int) -> fd.functionspaceimpl.WithGeometry:
+        """Of one sample `V` itself, whose Functions Firedrake plots and integrates as numbers."""
         if samples not in self._batch_spaces:
-            self._batch_spaces[samples] = fd.VectorFunctionSpace(self.V.mesh(), self.V.ufl_element(), dim=samples)
+            one, V = samples == 1, self.V
+            self._batch_spaces[samples] = V if one else fd.VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=samples)
         return self._batch_spaces[samples]
 
     def batch(self, values: np.ndarray | fd.Function | Sequence[fd.Function], name: str = "values") -> fd.Function:
@@ -247,7 +258,9 @@ class LabelSpace(OnMesh):
         ----------
         values
             Real and finite, of shape (nodes, samples), or (nodes,) for one sample. Or a Function of `V`, a batch, or a list
-            of these, each a sample or more.
+            of these, each a sample or more. They may also be continuous Functions of other spaces and on other meshes of Y,
+            of all ranks or of each rank alone: their values at the nodes are taken, and at nodes near their mesh those of the
+            nearest cell. `image` takes pictures, `Sensors` values at points.
         name
             How messages call the array.
 
@@ -256,8 +269,9 @@ class LabelSpace(OnMesh):
         TypeError
             If `values` is no array of real numbers, or a list with Functions and something else.
         ValueError
-            If the shape does not fit, there is no sample, a value is not finite, or a Function lives on another space; or if
-            Functions are given while a tape annotates, which would not see them. On all ranks alike.
+            If the shape does not fit, there is no sample, a value is not finite, or a Function's mesh does not cover Y, or
+            its values at the nodes are not one number each; or if Functions are given while a tape annotates, which would not
+            see them. On all ranks alike.
         """
         same(self.comm, name=name, values=_has_functions(values))
         text("name", name)
@@ -285,9 +299,18 @@ class LabelSpace(OnMesh):
                 f"before, or use a Function of Y.V or Y.batch_space(samples) as the batch itself"
             )
         functions = [functions] if isinstance(functions, fd.Function) else list(functions)
-        for function in functions:
-            self.check_batch(function, name)
-        return np.column_stack([self.values(function) for function in functions])
+        at_nodes = AtNodes(self.one.V, self.one.coordinates)
+        return np.column_stack([self._values_of(function, name, at_nodes) for function in functions])
+
+    def _values_of(self, function: fd.Function, name: str, at_nodes: AtNodes) -> np.ndarray:
+        """Node values of a Function of any space, shape (nodes, samples)."""
+        together(self.comm, lambda: instance(name, function, fd.Function))
+        space = function.function_space()
+        if self.comm.allreduce(space.mesh() is self.V.mesh() and self._holds(space), op=MPI.LAND):
+            return self.values(function)
+        if not self._fits(space.value_shape):
+            raise ValueError(f"{name}: expected Functions whose values fit those of {self!r}, got shape {space.value_shape}")
+        return self.from_data(at_nodes.values(function, name))
 
     def values(self, function: fd.Function | fd.Cofunction) -> np.ndarray:
         """Values of a Function or batch at the owned nodes, shape (nodes, samples); a read-only view, with channels a copy."""
@@ -295,8 +318,6 @@ class LabelSpace(OnMesh):
 
     def function(self, batch: fd.Function, sample: int = 0) -> fd.Function:
         """One sample of a batch as a new Function of `V`, to be plotted or evaluated, of which no tape knows. Collective.
-
-        A batch of one sample has vectors of one component as values, of which Firedrake plots the size.
 
         Parameters
         ----------
@@ -316,6 +337,99 @@ class LabelSpace(OnMesh):
         function = fd.Function(self.V, name=batch.name())
         self.write(function, values[:, integer("sample", sample, least=0, most=values.shape[1] - 1)])
         return function
+
+    def image(
+        self,
+        pixels: np.ndarray,
+        *,
+        extent: Sequence[float],
+        method: str = "linear",
+        outside: float | None = None,
+        places: np.ndarray | None = None,
+    ) -> fd.Function:
+        """A batch from pictures, on a label domain in the plane. Collective; `pixels` is the way back.
+
+        Parameters
+        ----------
+        pixels
+            One picture, shape (rows, columns), or many, shape (samples, rows, columns); with C channels one more length, C.
+            Row 0 is on top, as matplotlib's `imshow` shows a picture. The same on every rank.
+        extent
+            (left, right, bottom, top), shape (4,): where the edges of the picture are in Y's coordinates, as for `imshow`.
+        method
+            "linear": linear between the centres of pixels. "mean": the mean over the square around a node whose area is the
+            node's weight, for pictures that are finer than the mesh.
+        outside
+            The value of all pixels around the picture. If left out, there are none: the picture must cover all nodes.
+        places
+            Where each picture is seen in place of the owned nodes' `coordinates`, shape (samples, nodes, 2): pictures that
+            are turned or shifted.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If Y is not in the plane, an argument does not fit or differs between ranks, or a node is outside of the picture.
+
+        Examples
+        --------
+        >>> from firedrake import FunctionSpace, RectangleMesh
+        >>> Y = LabelSpace(FunctionSpace(RectangleMesh(2, 2, 2.0, 2.0, quadrilateral=True), "DG", 0))
+        >>> Y.pixels(Y.image([[1, 2], [3, 4]], extent=(0, 2, 0, 2)), (2, 2), extent=(0, 2, 0, 2)).tolist()
+        [[[1.0, 2.0], [3.0, 4.0]]]
+        """
+        same(self.comm, pixels=pixels, extent=extent, method=method, outside=outside, places=places is None)
+        self._refuse_out_of_plane()
+        one, edges = self.one, Extent(extent)
+        pictures = as_pictures(pixels, None if one is self else self.channels)
+        at = one.coordinates
+        if places is not None:
+            at = real_array("places", places, (len(pictures), one.nodes, 2), comm=self.comm)
+        values = together(self.comm, lambda: pictures_at(at, pictures, edges, method, outside, one.weights))
+        return self.batch(values.reshape(self.nodes, len(pictures)))
+
+    def pixels(self, batch: fd.Function, shape: tuple[int, int], *, extent: Sequence[float]) -> np.ndarray:
+        """Pictures of functions on a label domain in the plane: values at the centres of pixels. Collective.
+
+        Parameters
+        ----------
+        batch
+            A Function of `V`, or a batch.
+        shape
+            (rows, columns).
+        extent
+            As for `image`, shape (4,).
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (samples, rows, columns), with C channels (samples, rows, columns, C), the same on every rank; NaN where
+            there is no cell.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If Y is not in the plane, or an argument does not fit or differs between ranks.
+        """
+        same(self.comm, shape=shape, extent=extent)
+        self._refuse_out_of_plane()
+        self.check_batch(batch, "batch")
+        centres, (m, n) = pixel_centres(Extent(extent), shape)
+        located, values = located_points(self.one.V, centres, _IN_A_CELL), self.values(batch)
+        samples = values.shape[1]
+        columns = np.moveaxis(values.reshape(self.channels, self.one.nodes, samples), 0, 1)
+        pictures = located.apply(located.interpolation, np.ascontiguousarray(columns).reshape(-1, self.channels * samples))
+        pictures[located.missing] = np.nan
+        pictures = pictures.reshape(m, n, self.channels, samples).transpose(3, 0, 1, 2)
+        return np.ascontiguousarray(pictures if self.one is not self else pictures[..., 0])
+
+    def _refuse_out_of_plane(self) -> None:
+        mesh = self.V.mesh()
+        if self.numbers is not None or (mesh.topological_dimension, mesh.geometric_dimension) != (2, 2):
+            what = "a set of points" if self.numbers is not None else f"in space of {mesh.geometric_dimension} dimensions"
+            raise ValueError(
+                f"Y: expected a label domain in the plane, onto which pictures can be laid, got {self!r}, {what}; evaluate "
+                f"the picture at Y.coordinates, and give the values to Y.batch"
+            )
 
     def write(self, function: fd.Function | fd.Cofunction, values: np.ndarray) -> None:
         """Make a Function or batch hold values at the owned nodes.
@@ -413,6 +527,10 @@ class LabelSpace(OnMesh):
                 f"got one of {space.ufl_element()}"
             )
 
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether values of this shape are those of a function on this label domain, or of a batch."""
+        return len(shape) <= 1
+
     def _holds(self, space: fd.functionspaceimpl.WithGeometry) -> bool:
         """Whether Functions of a space on this mesh are functions on this label domain, or batches."""
         element = space.ufl_element()
@@ -484,17 +602,6 @@ class LabelSpace(OnMesh):
 def check_label_space(Y: LabelSpace, name: str = "Y") -> None:
     """Raise a TypeError unless Y is a LabelSpace."""
     instance(name, Y, LabelSpace, "LabelSpace(V) makes one of a FunctionSpace V")
-
-
-def apply_columns(A: PETSc.Mat, values: np.ndarray) -> np.ndarray:
-    """`A x` for each column x of some values: the rows that this rank owns, shape (rows, columns). Collective."""
-    x, y = A.createVecRight(), A.createVecLeft()
-    result = np.empty((y.getLocalSize(), values.shape[1]))
-    for k in range(values.shape[1]):
-        x.array_w[:] = values[:, k]
-        A.mult(x, y)
-        result[:, k] = y.array_r
-    return result
 
 
 def _has_functions(values: object) -> bool:

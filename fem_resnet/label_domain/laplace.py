@@ -30,13 +30,17 @@ from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.mode_cache import cache_key, cached
 from fem_resnet.label_domain.modes import Modes, count_on, eigenfunctions, made_orthonormal, told_apart
+from fem_resnet.label_domain.other_domains import difference
 from fem_resnet.label_domain.plane_waves import PlaneWaves, cross_gram
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 
-__all__ = ["laplace_basis", "move_laplace"]
+__all__ = ["laplace_basis", "laplace_up_to", "move_laplace"]
+
+#: By how much eigenvalues of a mesh may exceed those of the domain.
+_MESHES = 1.05
 
 
 @PETSc.Log.EventDecorator("fem_resnet:laplace_basis")
@@ -155,12 +159,13 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     Raises
     ------
     ValueError
-        If Y is a set of points, lies in a space of another dimension, or tells fewer eigenfunctions apart than the basis has.
+        If Y is clearly another domain, a set of points among them, or tells fewer eigenfunctions apart than the basis has.
     """
-    dimensions = [space.coordinates.shape[1] for space in (basis.Y, Y)]
-    if Y.numbers is not None or dimensions[0] != dimensions[1]:
-        what = "a set of points" if Y.numbers is not None else "in a space of {1} dimensions, not {0}".format(*dimensions)
-        raise ValueError(f"Y: expected a label space of the same Y, {basis.Y!r}; {Y!r} is {what}")
+    if (what := difference(basis.Y, Y)) is not None:
+        raise ValueError(
+            f"Y: expected a label space of the same Y, {basis.Y!r}; {Y!r} is {what}. Kernels of LaplaceFunctions and "
+            f"functions that are constant go to other domains, other eigenfunctions do not"
+        )
     available = count_on(Y)
     if available < basis.rank:
         raise ValueError(f"Y: expected at least {basis.rank} nodes, one a function; {Y!r} has {available}")
@@ -177,6 +182,44 @@ def move_laplace(basis: Basis, Y: LabelSpace) -> Basis:
     )  # fmt: skip
     stiffness = turn.T @ stiffness @ turn
     return Basis(Y, values @ turn, "laplace", np.diag(stiffness).copy(), move_laplace, stiffness)
+
+
+def laplace_up_to(Y: LabelSpace, highest: float, about: int) -> Basis:
+    """The eigenfunctions of all eigenvalues up to one, in whole eigenspaces. Collective.
+
+    Parameters
+    ----------
+    Y
+        The label domain, with channels or without: then each channel has these functions.
+    highest
+        The eigenvalue, in 1 / (unit of length)^2; those of a mesh may exceed it by a twentieth.
+    about
+        How many there may be.
+
+    Raises
+    ------
+    ValueError
+        If the space does not tell them apart.
+    """
+    if isinstance(Y, Channels):
+        return RepeatedBasis(Y, laplace_up_to(Y.one, highest, about))
+    available, count = count_on(Y), about
+    while True:
+        modes = eigenfunctions(Y, min(count, available), {}, None)
+        if count >= available or modes.eigenvalues[-1] > _MESHES * highest:
+            break
+        count *= 2
+    # At least the constants, of the eigenvalue 0.
+    rank = max(end for end in modes.ends.tolist() if end == modes.ends[0] or modes.eigenvalues[end - 1] <= _MESHES * highest)
+    seen = told_apart(Y, modes.values[:, :rank])
+    if seen < rank:
+        raise ValueError(
+            f"Y: expected one that tells {rank} eigenfunctions apart, as many as have eigenvalues up to {highest:.6g}, {Y!r} "
+            f"tells {seen}; refine its mesh"
+        )
+    move = move_laplace if Y.graph is None else None
+    values = made_orthonormal(Y, modes.values[:, :rank])
+    return Basis(Y, values, "laplace", modes.eigenvalues[:rank], move, modes.stiffness[:rank, :rank])
 
 
 def _turn(basis: Basis, new: PlaneWaves, values: np.ndarray, stiffness: np.ndarray) -> tuple[np.ndarray, float]:

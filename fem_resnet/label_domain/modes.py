@@ -16,9 +16,10 @@ from pyadjoint.tape import stop_annotating
 from ufl import H1
 
 from fem_resnet.label_domain.eigensolver import eigenspace_ends, whole_eigenspaces
-from fem_resnet.label_domain.label_space import LabelSpace, apply_columns
+from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.orthonormal import closest_orthonormal, gram_matrix
 from fem_resnet.label_domain.plane_waves import PlaneWaves, fix_rotation
+from fem_resnet.petsc import apply_columns
 
 __all__ = ["Modes", "count_on", "eigenfunctions", "made_orthonormal", "told_apart"]
 

@@ -19,7 +19,8 @@ from pyadjoint.tape import stop_annotating
 from pyop2 import op2
 from ufl import H1
 
-from fem_resnet.label_domain.label_space import LabelSpace, apply_columns
+from fem_resnet.label_domain.label_space import LabelSpace
+from fem_resnet.petsc import apply_columns
 from fem_resnet.ranks import together
 
 __all__ = ["PlaneWaves", "cross_gram", "fix_rotation"]
@@ -48,6 +49,8 @@ class PlaneWaves:
     ----------
     centre : numpy.ndarray
         The mean of the coordinates, shape (dimension,).
+    spread : numpy.ndarray
+        The covariance matrix of the coordinates, shape (dimension, dimension).
     length : float
         The root of the mean squared distance from the centre.
     """
@@ -65,7 +68,9 @@ class PlaneWaves:
         self._weights = apart.weights
         self._places = apart.coordinates if Y.graph is None else Y.numbers[:, None]
         self.centre = Y.sum(self._weights @ self._places) / Y.measure
-        self.length = float(Y.sum(self._weights @ (self._places - self.centre) ** 2).sum() / Y.measure) ** 0.5
+        off = self._places - self.centre
+        self.spread = Y.sum(off.T @ (off * self._weights[:, None])) / Y.measure
+        self.length = float(np.trace(self.spread)) ** 0.5
 
     @property
     def unit(self) -> float:

@@ -139,7 +139,7 @@ class Sensors(OnMesh):
         #: Of each sample, or of all.
         self._weights = [read_only(sample_weights(w, size)) for w, size in zip(given, self._sizes)]
         self._ends = np.cumsum(self._sizes)[:-1]
-        self._located = located_points(Y.one, np.concatenate(parts), tolerance)
+        self._located = located_points(Y.one.V, np.concatenate(parts), tolerance)
         self._refuse_missing(np.concatenate(parts), tolerance)
         rows = self._located.apply(self._located.interpolation, basis.one.values)
         #: The functions at the points, of each sample or of all, shape (points, rank of one channel).

@@ -433,7 +433,7 @@ class LearningProblem(OnMesh):
                 "batch: expected one without observations and derivatives, which are recorded; make another problem: "
                 "replace(batch=..)"
             )
-        if batch.inputs.function_space() != self.batch.inputs.function_space():
+        if batch.samples != self.batch.samples:
             raise ValueError(
                 f"batch: expected {self.batch.samples} samples, as many as before, got {batch.samples}; "
                 f"minibatches() pads the last"
@@ -441,7 +441,8 @@ class LearningProblem(OnMesh):
         self._samples = samples
         if self._recorded is not None:
             variable, block, run, solver = self._recorded
-            variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro
+            fields = self.net.Y if self.lift is None else self.lift.fields
+            fields.write(variable.checkpoint, fields.values(batch.inputs))
             assert isinstance(block.operator, LossOperator)
             block.operator.observe(samples.at_end, batch.weights)
             if solver is not None:

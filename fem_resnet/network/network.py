@@ -473,14 +473,18 @@ class ResidualNetwork(OnMesh):
         *STEPPED,
     )  # fmt: skip
     def on(self, Y: LabelSpace) -> ResidualNetwork:
-        """The same network on another label space of the same Y: finer, coarser, of other cells or another space.
+        """The same network on another label space of the same Y, finer, coarser, of other cells; or on another label domain.
 
-        Its bases are moved there (`Basis.on`), its coefficients copied.
+        Its bases are moved there (`Basis.on`), its coefficients copied. To another domain only functions of the Laplacian go,
+        kernels of `LaplaceFunctions`: phi are the eigenfunctions there, up to the largest eigenvalue here, and multipliers are
+        linear in sqrt(lambda) between the eigenvalues here. A bias must be constant then. Two spaces are of different domains
+        if they differ in dimension, holes, measure, centre or spread by more than a coarse mesh does; a graph differs from
+        every other.
 
         Parameters
         ----------
         Y
-            The other label space.
+            The other label space, of as many channels.
 
         Raises
         ------
@@ -488,7 +492,22 @@ class ResidualNetwork(OnMesh):
             If `Y` is no LabelSpace.
         ValueError
             If the bias has a value at every node or factors are learned, so that the network is tied to its mesh; or a basis
-            is, or cannot be had on that one.
+            is, or cannot be had on that one; or Y is another domain and the kernels are no functions of the Laplacian, or a
+            bias is not constant.
+
+        Examples
+        --------
+        >>> from firedrake import FunctionSpace, UnitDiskMesh, UnitIcosahedralSphereMesh
+        >>> from fem_resnet import Bias, Kernel, LabelSpace, LaplaceFunctions, given_basis, laplace_basis
+        >>> disk, sphere = (
+        ...     LabelSpace(FunctionSpace(mesh, "CG", 1)) for mesh in (UnitDiskMesh(3), UnitIcosahedralSphereMesh(2))
+        ... )
+        >>> phi = laplace_basis(disk, 6)
+        >>> among = LaplaceFunctions(phi, split=0.05)
+        >>> net = ResidualNetwork(Kernel(phi, among=among), bias=Bias(given_basis(disk, [1.0])), layers=1)
+        >>> net.kernel.set(0, among.kernel([1.0, 2.0, 3.0, 4.0]))  # k at 0, 3.4, 9.3 and 14.4
+        >>> net.on(sphere).kernel.get(0).diagonal()[[0, 1, 4, 9]].round(1).tolist()  # at 0, 2, 6 and 12
+        [1.0, 1.8, 2.5, 3.4]
         """
         check_label_space(Y)
         return moved(self, Y)

@@ -34,6 +34,12 @@ def on_torus(rng, count):
     return np.column_stack([(3 + np.cos(v)) * np.cos(u), (3 + np.cos(v)) * np.sin(u), np.sin(v)])
 
 
+def on_annulus(rng, count):
+    """Its mesh is extruded and periodic: the last layer of cells has nodes of the first."""
+    r, angle = rng.uniform(0.45, 0.95, count), rng.uniform(0, 2 * np.pi, count)
+    return np.column_stack([r * np.cos(angle), r * np.sin(angle)])
+
+
 def in_box(rng, count):
     return rng.uniform(0.02, 0.98, (count, 3)) * [0.5, 0.5, 0.5]
 
@@ -50,6 +56,8 @@ BASES = {
     "cells of the disk": (lambda alone: laplace("disk", "DG0", 6, alone=alone), on_disk),
     "sphere": (lambda alone: laplace("sphere", "CG1", 9, alone=alone), on_sphere),
     "torus": (torus, on_torus),
+    "annulus": (lambda alone: laplace("annulus", "CG1", 5, alone=alone), on_annulus),
+    "cells of the annulus": (lambda alone: laplace("annulus", "DG0", 5, alone=alone), on_annulus),
     "cube": (lambda alone: laplace("cube", "CG1", 5, alone=alone), in_box),
     "hexes": (lambda alone: laplace("hexes", "CG2", 5, alone=alone), in_box),
     "prisms": (lambda alone: laplace("prisms", "CG1", 4, alone=alone), in_box),
@@ -94,7 +102,7 @@ def polynomial(x, degree):
 
 
 @on_ranks
-@pytest.mark.parametrize(("domain", "degree"), [("disk", 3), ("cube", 1), ("hexes", 2), ("prisms", 1)])
+@pytest.mark.parametrize(("domain", "degree"), [("disk", 3), ("annulus", 1), ("cube", 1), ("hexes", 2), ("prisms", 1)])
 def test_polynomials_of_the_space_and_their_gradients_are_exact_also_beyond_the_polygon(domain, degree):
     sensors = made(domain)
     Y = sensors.Y
