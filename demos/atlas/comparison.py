@@ -76,6 +76,16 @@ class Result:
         """Of the errors."""
         return float(np.mean(self.errors))
 
+    @property
+    def ours(self) -> bool:
+        """Whether the method is the network."""
+        return "network" in self.method or "kernels" in self.method
+
+    def short(self) -> str:
+        """The error in per cent, and whose."""
+        count = "" if self.parameters is None else f", {self.parameters:,} parameters"
+        return f"{100 * self.mean:.2f} ({self.method}{count})"
+
     def cells(self) -> list[str]:
         """A row of the table: method, parameters, error and deviation in per cent, seconds."""
         deviation = f"{100 * np.std(self.errors, ddof=1):.2f}" if len(self.errors) > 1 else ""

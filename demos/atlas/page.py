@@ -36,9 +36,21 @@ def section(name: str, experiment: Experiment) -> str:
 
 
 def page() -> str:
-    """All sections whose demos have been run."""
-    there = [name for name in NAMES if (FOLDER / f"{name}.json").exists()]
-    return HEAD + "".join(section(name, Experiment.read(name)) for name in there)
+    """All sections."""
+    return HEAD + "".join(section(name, Experiment.read(name)) for name in NAMES)
+
+
+def summary() -> str:
+    """The README's table: of each problem the best network and the best of the others, with their parameters."""
+    rows = [["problem", "test error, %", "network", "best of the others"], ["---"] * 4]
+    for name in NAMES[:4]:
+        experiment = Experiment.read(name)
+        both = [[one for one in experiment.results if one.ours == is_ours] for is_ours in (True, False)]
+        ours, others = (min(each, key=lambda one: one.mean) for each in both)
+        cells = [one.short() for one in (ours, others)]
+        cells[ours.mean > others.mean] = f"**{cells[ours.mean > others.mean]}**"
+        rows.append([f"[{name}](demos/{name}.py)", experiment.measure, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":
