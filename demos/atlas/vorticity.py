@@ -20,7 +20,7 @@ from scipy.special import assoc_legendre_p_all, roots_legendre
 
 OMEGA, VISCOSITY, TIME, SIZE = 3.0, 0.01, 1.0, 0.8
 #: Degrees of the inputs and of the solution, steps of the solution, latitudes of the samples.
-INPUT_DEGREE, DEGREE, STEPS, LATITUDES = 4, 21, 40, 24
+INPUT_DEGREE, DEGREE, STEPS, LATITUDES = 4, 21, 40, 16
 #: So many samples at once.
 BATCH = 50
 
