@@ -66,7 +66,7 @@ FIRST, TRAINED_ON, MESHES = 2, 3, (2, 3, 4)
 #: All harmonics of the degrees below 5, 7 and 8.
 RANKS = (25, 49, 64)
 #: For each rank: iterations of L-BFGS, steps of Levenberg and Marquardt. At last iterations of L-BFGS on the finer mesh.
-STEPS, LAST = {25: (20, 15), 49: (20, 12), 64: (0, 4)}, 8
+STEPS, LAST = {25: (20, 15), 49: (20, 10), 64: (0, 3)}, 8
 ROWS, WEIGHT = 3, 1e-8
 
 
@@ -204,10 +204,10 @@ def deeponet(epochs, **of_model):
 
 
 #: Settings of operators_torch.py, by name.
-FNOS = {"FNO": fno(110, width=8, modes=6), "small FNO": fno(80, width=4, modes=4, projection=16)}
+FNOS = {"FNO": fno(90, width=8, modes=6), "small FNO": fno(60, width=4, modes=4, projection=16)}
 DEEPONETS = {
-    "DeepONet": deeponet(1000, branch=(120,), trunk=(60, 60), terms=120, every=4),
-    "small DeepONet": deeponet(1000, branch=(24,), trunk=(24,), terms=24, every=8),
+    "DeepONet": deeponet(600, branch=(120,), trunk=(60, 60), terms=120, every=4),
+    "small DeepONet": deeponet(600, branch=(24,), trunk=(24,), terms=24, every=8),
 }
 
 
@@ -327,7 +327,7 @@ def main(short=False):
     for result in baselines(data, short):
         results.append(result)
         if comm.rank == 0:
-            print(*result.cells(), flush=True)
+            print(result, flush=True)
     experiment = comparison.Experiment(
         problem="Vorticity on a rotating sphere, from one time to a later one: Rossby waves and nonlinear advection",
         domain="the sphere; icosahedral mesh, KMV elements of degree 2",
