@@ -10,11 +10,17 @@ and latitude y to minus its solution there. The network keeps both, as in burger
 copies of an icosahedral sphere. Kernels, bias and head commute with turns about the axis, and with the reflection at the
 equator, which acts on each copy with a sign. A kernel then couples harmonics of one order m, of all degrees. Run
 
-    containers/run python demos/waves_on_the_sphere.py            (about half an hour; --short for 20 s)
+    containers/run python demos/waves_on_the_sphere.py            (about fifteen minutes; --short for 20 s)
 
 It writes a table and a figure to demos/output/. The last line is the mean error. Samples are known at 512 points of a grid of
 latitudes and longitudes. `Sensors` lay inputs onto a mesh by least squares, and evaluate outputs at these points. So the
 trained network is taken to a coarser and to a finer icosahedron as it is.
+
+The network has an error of 6.9 % with 3,132 numbers. Two methods come near it: kernel ridge regression that sees 16 turned
+and reflected copies of each sample, in a fifth of the time, and a Fourier neural operator with eleven times as many numbers,
+in half of the time: 7.6 % each. Neither the network nor the operators are trained to their end: all settings were chosen on
+40 of the training samples, by few runs. On 160 samples the operator came to 6.0 % there in 64 s, the network to 5.9 % in 94
+s. DeepONet does not fit turned samples in its ten seconds.
 """
 
 import logging
