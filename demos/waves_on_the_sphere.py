@@ -323,7 +323,7 @@ def main(short=False):
         rows.append((Y.one.V.dim(), np.mean(errors)))
         where = ", trained" if n == TRAINED_ON else ""
         lines.append(
-            f"icosahedron refined {n} times, {Y.one.V.dim():,} nodes{where}: {np.mean(errors):.2%} "
+            f"- icosahedron refined {n} times, {Y.one.V.dim():,} nodes{where}: {np.mean(errors):.2%} "
             f"(deviation {np.std(errors, ddof=1 if seeds > 1 else 0):.2%})"
         )
         if n == TRAINED_ON:
