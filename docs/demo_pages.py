@@ -22,12 +22,13 @@ _ORDER = [
     "digits_on_a_disk", "digits_table", "digits_cross_validation", "contractive_classifier", "four_ways_to_train",
     "choice_of_lambda", "what_the_data_determine", "mesh_independence", "same_network_other_mesh", "costate_twice",
     "limits", "architectures", "value_function", "nearby_inputs", "burgers_on_the_circle", "burgers_table",
+    "waves_on_the_sphere",
 ]  # fmt: skip
 
 #: Which part of a figure's width is the picture in the gallery; all of it where nothing is said.
 _CROPS = {
     "contractive_classifier": (0.0, 0.345), "digits_on_a_disk": (0.0, 0.605), "same_network_other_mesh": (0.0, 0.252),
-    "value_function": (0.64, 1.0), "what_the_data_determine": (0.215, 0.395),
+    "value_function": (0.64, 1.0), "what_the_data_determine": (0.215, 0.395), "waves_on_the_sphere": (0.335, 0.665),
 }  # fmt: skip
 
 #: Scripts that run when the gallery does: all but the search for settings, which has no short form.

@@ -65,6 +65,18 @@ def test_fno_commutes_with_translations_where_it_is_not_told_the_place(trained, 
     assert np.array_equal(again["outputs"], same["outputs"]) and relative(other["outputs"], same["outputs"]) > 0.01
 
 
+def test_fno_commutes_with_the_translations_that_places_do_not_change(trained):
+    """As on a grid of latitudes and longitudes, where it is told the latitude alone."""
+    inputs, targets = heat(20, (12, 10), 0)
+    places = np.tile(np.sin(np.arange(12.0))[:, None, None], (1, 10, 1))
+    for axis in (1, 2):
+        data = {"inputs": inputs, "targets": targets, "places": places, "test_inputs": np.roll(inputs, 3, axis)}
+        (moved,) = trained(data, fno(coordinates=True))
+        (here,) = trained(data | {"test_inputs": inputs}, fno(coordinates=True))
+        assert here["parameters"] == 3 * (2 * 28 * 25 + 25 + 5) + (5 * 7 + 7) + (7 + 1) + 5 * 2 + 5
+        assert (relative(np.roll(here["outputs"], 3, axis), moved["outputs"]) < 1e-5) == (axis == 2)
+
+
 def test_deeponet_learns_on_nodes_anywhere_and_minimises_the_norm_of_their_weights(trained):
     """From values at some nodes in the plane to values of a map of them, where nodes without weight are not looked at."""
     random = np.random.default_rng(0)

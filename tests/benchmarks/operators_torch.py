@@ -7,6 +7,7 @@ Runs in the environment of the peers, by `operators.py`. FOLDER/data.npz holds
 - `inputs`, `targets` and `test_inputs`: (samples, points), or (samples, points, points) on a grid of two dimensions;
 - `nodes`: (points, dimension), for DeepONet;
 - `weights`, shaped as a sample: those of the norm in L2, where they are not all the same;
+- `places`, shaped as a sample with one axis more: what FNO is told of each point, if not its numbers on the grid;
 - `moves` and `signs`: (moves, points) and (moves,). Inputs and targets `signs[k] * values[moves[k]]` are samples too, where a
   grid is flat; a run that is `moved` takes one of these at random for each batch.
 
@@ -64,8 +65,9 @@ class FNO(nn.Module):
         super().__init__()
         self.scale = data.inputs.std(), data.targets.std()
         grid = data.inputs.shape[1:]
-        places = torch.stack(torch.meshgrid(*(torch.arange(n) / n for n in grid), indexing="ij"), dim=-1)
-        self.places = places[..., : len(grid) if coordinates else 0]
+        numbers = torch.stack(torch.meshgrid(*(torch.arange(n) / n for n in grid), indexing="ij"), dim=-1)
+        places = numbers if data.places is None else data.places
+        self.places = places if coordinates else places[..., :0]
         self.lift = nn.Linear(1 + self.places.shape[-1], width)
         self.spectral = nn.ModuleList(SpectralConvolution(width, modes, len(grid)) for _ in range(layers))
         self.pointwise = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -125,7 +127,7 @@ class Data:
         with np.load(path) as arrays:
             found = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
         self.inputs, self.targets, self.test_inputs = (found[name] for name in ("inputs", "targets", "test_inputs"))
-        self.nodes, self.signs = found.get("nodes"), found.get("signs")
+        self.nodes, self.signs, self.places = (found.get(name) for name in ("nodes", "signs", "places"))
         self.moves = found["moves"].long() if "moves" in found else None
         self.weights = found.get("weights", torch.ones(self.targets.shape[1:]))
 
