@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import scipy.sparse
 
 from fem_resnet.arguments import function, number, real_array
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.learning.regulariser import Regulariser
 from fem_resnet.learning.term import Penalty, Quadratic, Term
 from fem_resnet.parameters.kernel import KernelCoefficients
+from fem_resnet.parameters.linear_kernels import LinearKernels
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import together
+from fem_resnet.tape.kernel_controls import KernelSetParameter, MadeKernel
 
 __all__ = ["Locality", "locality"]
 
@@ -51,7 +54,8 @@ class Locality(Term):
     def on(self, parameter: Parameter) -> Penalty | None:
         if parameter.name != "kernel":
             return None
-        made: dict[Basis, list[np.ndarray]] = {}
+        made: dict[Basis, Callable[[np.ndarray], np.ndarray]] = {}
+        kernels = parameter.among if isinstance(parameter, (KernelSetParameter, MadeKernel)) else None
         forms = []
         for basis in parameter.space_bases:
             assert isinstance(basis, KernelCoefficients), "a kernel is expanded in factors"
@@ -62,8 +66,12 @@ class Locality(Term):
                     f"locality: expected a kernel with one fixed basis for phi and psi, got {what}; leave psi out"
                 )
             if phi not in made:
-                made[phi] = [np.linalg.solve(phi.gram, X) for X in self.multiplications(phi)]
-            forms.append(partial(_form, phi.gram, made[phi]))
+                multiplications = [np.linalg.solve(phi.gram, X) for X in self.multiplications(phi)]
+                if isinstance(kernels, LinearKernels):
+                    made[phi] = _form_on(kernels, multiplications)
+                else:
+                    made[phi] = partial(_form, phi.gram, multiplications)
+            forms.append(made[phi])
         return Quadratic(parameter, forms)
 
     def multiplications(self, phi: Basis) -> list[np.ndarray]:
@@ -102,6 +110,24 @@ def _form(G: np.ndarray, multiplications: list[np.ndarray], beta: np.ndarray) ->
         D = G @ (S @ beta - beta @ S.T) @ G
         d += S.T @ D - D @ S
     return d
+
+
+def _form_on(kernels: LinearKernels, multiplications: list[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """The same for beta = sum_k theta_k E_k, where G is the identity: a sparse matrix in theta, made once."""
+    E, r = kernels.elements, kernels.rank
+    transposed = np.arange(r**2).reshape(r, r).T.ravel()
+
+    def product(S: scipy.sparse.csr_array, columns: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+        """S beta for each beta that is a column."""
+        return (S @ columns.reshape((r, -1)).tocsr()).reshape(columns.shape).tocsr()
+
+    A = scipy.sparse.csr_array((kernels.count, kernels.count))
+    for X in multiplications:
+        # Round-off apart, a place couples no channels, and on a circle neighbouring modes alone.
+        S = scipy.sparse.csr_array(np.where(np.abs(X) > 1e-14 * np.abs(X).max(), X, 0.0))
+        commutators = product(S, E.tocsr()) - product(S, E.tocsr()[transposed])[transposed]
+        A += commutators.T @ commutators
+    return lambda beta: (E @ (A @ (E.T @ beta.reshape(-1)))).reshape(beta.shape)
 
 
 def locality(weight: float, embedding: Callable[[np.ndarray], np.ndarray] | None = None) -> Regulariser:

@@ -65,6 +65,11 @@ class LinearKernels(Fixed, KernelSet):
         """How many free controls theta_k there are."""
         return self._elements.shape[1]
 
+    @property
+    def elements(self) -> scipy.sparse.csc_array:
+        """The E_k, each as one column, shape (rank^2, count)."""
+        return self._elements
+
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented

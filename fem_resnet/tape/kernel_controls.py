@@ -23,6 +23,14 @@ from fem_resnet.tape.recording import apply
 __all__ = ["KernelControls", "KernelSetParameter"]
 
 
+class MadeKernel(Parameter):
+    """A kernel that knows the set `among` that it is of."""
+
+    def __init__(self, among: KernelSet, *arguments):
+        self.among = among
+        super().__init__(*arguments)
+
+
 class KernelControls(Parameter):
     """The free controls X of a kernel, which are learned. A regulariser takes the kernel that they make, see `acting`.
 
@@ -52,7 +60,7 @@ class KernelControls(Parameter):
         """The kernel in new Functions, whose making is recorded while annotating. Collective."""
         kernel = self._kernel
         functions = [apply(kernel.map(k), [function])[0] for k, function in enumerate(self.functions)]
-        return Parameter(kernel.name, kernel._space_basis, self.time_basis, functions)
+        return MadeKernel(kernel.among, kernel.name, kernel._space_basis, self.time_basis, functions)
 
 
 class KernelSetParameter(Parameter):
@@ -106,6 +114,11 @@ class KernelSetParameter(Parameter):
     @property
     def learned(self) -> KernelControls:
         return self._learned
+
+    @property
+    def among(self) -> KernelSet:
+        """The set of kernels."""
+        return self._choice
 
     def map(self, k: int) -> KernelMap:
         """A new operator from X_k to beta_k."""

@@ -12,9 +12,13 @@ from pyadjoint import ReducedFunctional
 
 from fem_resnet import (
     Basis,
+    Channels,
+    Kernel,
     LabelSpace,
     PositiveSemidefinite,
     Regulariser,
+    ResidualNetwork,
+    Symmetric,
     given_basis,
     huber,
     laplace_basis,
@@ -298,6 +302,28 @@ def test_locality_on_a_circle_is_the_squared_differences_of_neighbouring_multipl
         locality(3.0)([net.kernel])
     around = locality(3.0, lambda x: 0.7 * np.column_stack([np.cos(x[:, 0] / 0.7), np.sin(x[:, 0] / 0.7)]))
     assert float(around([net.kernel])) == pytest.approx(expected, rel=1e-9)
+
+
+@on_ranks
+def test_locality_of_a_linear_set_is_that_of_its_kernels_with_channels():
+    """Functionals pair with kernels of the set alone, so that they are compared in its controls."""
+    mesh = fd.PeriodicIntervalMesh(24, 2 * np.pi)
+    phi = laplace_basis(Channels(LabelSpace(fd.FunctionSpace(mesh, "CG", 1)), 2), 7)
+    among = Symmetric(phi, fd.as_vector([fd.Constant(1.0)]))
+    R = locality(3.0, lambda x: np.column_stack([np.cos(x[:, 0]), np.sin(x[:, 0])]))
+    random = np.random.default_rng(0)
+    beta, other = (among.projected(random.normal(size=(14, 14))) for _ in range(2))
+    found, forms = [], []
+    for kernel in (Kernel(phi), Kernel(phi, among=among)):
+        penalty = R.terms[0][1].on(ResidualNetwork(kernel, layers=1).kernel.learned.acting())
+        forms.append(penalty.functionals([beta])[0])
+        found.append([penalty.value([beta]), np.sum(forms[-1] * other)])
+    assert_allclose(found[1], found[0], rtol=1e-10)
+    assert found[0][0] > 1
+    # It is the part in the set: this other way was taken.
+    assert_allclose(forms[1], among.projected(forms[0]), atol=1e-12)
+    outside = np.random.default_rng(1).normal(size=(14, 14))
+    assert_allclose(penalty.functionals([outside])[0], penalty.functionals([among.projected(outside)])[0], atol=1e-12)
 
 
 @on_ranks
