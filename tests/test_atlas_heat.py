@@ -19,6 +19,13 @@ def heat():
 
 
 @pytest.fixture(scope="module")
+def rivals(heat):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "demos" / "atlas")
+        yield import_module("heat_rivals")
+
+
+@pytest.fixture(scope="module")
 def gear(heat):
     return heat.Gear()
 
@@ -101,20 +108,48 @@ def test_a_finer_mesh_and_shorter_steps_find_the_same_temperatures(heat, gear):
     assert np.linalg.norm(shorter - coarse) < 1e-10 * np.linalg.norm(coarse)
 
 
-def test_derivatives_are_those_of_the_map(heat):
+def test_derivatives_are_those_of_the_map(heat, gear):
     """A Taylor test: what is left after the derivative falls with the square of the step. The steps of all are the same."""
-    found = heat.derivatives(3, 5, 2)
-    gear = heat.Gear()
-    assert {name: found[name].shape for name in ("inputs", "directions")} == {
-        "inputs": (3, 1104), "directions": (3, 2, 1104),
-    }  # fmt: skip
-    np.testing.assert_array_equal(found["inputs"], heat.samples(3, 5)["inputs"])
-    np.testing.assert_allclose(found["targets"], heat.samples(3, 5)["targets"], atol=1e-12)
-    for number in range(2):
-        direction, derivative = (found[name][:, number] for name in ("directions", "derivatives"))
-        rest = []
-        for step in (2e-3, 1e-3, 5e-4):
-            moved = gear.heat((found["inputs"] + step * direction).T).T
-            rest.append(np.linalg.norm(moved - found["targets"] - step * derivative))
-        rates = np.log2(np.divide(rest[:-1], rest[1:]))
-        assert (np.abs(rates - 2) < 0.1).all(), rates
+    found = heat.derivatives(2, 5, 2)
+    assert found["directions"].shape == found["derivatives"].shape == (2, 2, len(gear.points))
+    np.testing.assert_array_equal(found["inputs"], gear.fields(2, np.random.default_rng([5, 0])).T)  # as `samples` has them
+    direction, derivative = (found[name][:, 1] for name in ("directions", "derivatives"))
+    steps = np.array([2e-3, 1e-3, 5e-4])
+    moved = [gear.heat((found["inputs"] + step * direction).T).T for step in steps]
+    rest = [np.linalg.norm(u - found["targets"] - step * derivative) for u, step in zip(moved, steps)]
+    rates = np.log2(np.divide(rest[:-1], rest[1:]))
+    assert (np.abs(rates - 2) < 0.1).all(), rates
+    assert np.linalg.norm(found["derivatives"][:, 0] - derivative) > 0.5 * np.linalg.norm(derivative)
+
+
+def test_the_positions_are_all_of_the_group(rivals, gear):
+    moves = rivals.positions(gear.points)
+    assert len({tuple(move) for move in moves}) == 16 and (moves[0] == np.arange(moves.shape[1])).all()
+    assert {tuple(one[other]) for one in moves for other in moves} == {tuple(move) for move in moves}
+    assert np.abs(np.linalg.norm(gear.points[moves], axis=2) - np.linalg.norm(gear.points, axis=1)).max() < 1e-11
+
+
+def test_kernel_ridge_in_all_positions_is_kernel_ridge_on_all_moved_samples(rivals, gear):
+    moves, random = rivals.positions(gear.points), np.random.default_rng(0)
+    x, y, x_test = (gear.fields(count, random).T / 30 for count in (4, 4, 3))
+    all_x, all_y = (np.concatenate([values[:, move] for move in moves]) for values in (x, y))
+    kernel = rivals.odd_kernel(all_x, all_x, 0.3) + 1e-3 * np.eye(len(all_x))
+    expected = rivals.odd_kernel(x_test, all_x, 0.3) @ np.linalg.solve(kernel, all_y)
+    found = rivals.RidgeInAllPositions(x, y, moves, 0.3, 1e-3).predict(x_test)
+    np.testing.assert_allclose(found, expected, atol=1e-10 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        rivals.RidgeInAllPositions(x, y, moves, 0.3, 1e-3).predict(-x_test[:, moves[3]]), -found[:, moves[3]], atol=1e-12
+    )
+
+
+def test_samples_on_the_grid_are_moved_as_on_the_mesh(rivals, gear):
+    """A quarter turn and a reflection of values at the nodes are moves of the grid; an eighth of a turn is none."""
+    u = gear.fields(1, np.random.default_rng(0)).T
+    seen = rivals.on_the_grid({"points": gear.points, "inputs": u, "targets": u}, 1)
+    mask, grid = seen["weights"].ravel(), seen["inputs"][0].ravel()
+    assert np.abs(mask[seen["moves"]] - mask).max() == 0 and abs(mask.mean() - 0.485) < 0.02  # 2.139 of 4.41 is gear
+    moved = rivals.grid_values(u[0][rivals.positions(gear.points)[[2, 8, 1]]])[0].reshape(3, -1)
+    moves = seen["signs"][:, None] * grid[seen["moves"]]
+    distances = np.abs(moved[:, None] - moves).max(axis=2).min(axis=1)
+    assert distances[0] < 1e-9 and distances[1] < 1e-9 and distances[2] > 0.1
+    np.testing.assert_allclose(moved[2], seen["inputs"][1].ravel(), atol=1e-12)  # so it is a sample of its own
