@@ -157,7 +157,6 @@ OPERATORS = {
     "small FNO": (on_the_grid, fno(14, 1e-2, width=3, modes=5, projection=32)),
     "DeepONet": (at_the_nodes, deeponet(120, 3e-3, branch=(40, 40), trunk=(40, 40), terms=40, every=2)),
     "small DeepONet": (at_the_nodes, deeponet(150, 5e-3, branch=(12,), trunk=(16,), terms=16, every=6)),
-    "FNO, four times as long": (on_the_grid, fno(56, 1e-2, width=6, modes=8, projection=32)),
 }
 
 
