@@ -216,7 +216,7 @@ def one_run(data, phi, size, seed, weight, symmetric, share=1.0):
 
 # %% All together
 
-WITH, ANY, ALL = "network, kernels with the symmetries", "network, any kernels", "kernel ridge, in all positions"
+WITH, ANY = "network, kernels with the symmetries", "network, any kernels"
 #: Trained with one seed.
 ONCE = (ANY, "FNO", "small FNO", "DeepONet", "small DeepONet")
 
@@ -273,10 +273,11 @@ def draw(path, data, curves, output):
     sizes = list(next(iter(curves.values())))
     axes.set(xlabel="samples", ylabel="test error, per cent", xticks=sizes, xticklabels=sizes)
     axes.minorticks_off()
+    axes.set_ylim(top=2 * axes.get_ylim()[1])  # for the legend
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if axes.get_ylim()[0] < tick < axes.get_ylim()[1]]
     axes.set_yticks(ticks, ticks)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=2, loc="upper right")
     u, v = data.u[data.test][0], data.v[data.test][0]
     bound = np.abs(v).max()
     parts = {
