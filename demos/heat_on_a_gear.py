@@ -353,8 +353,8 @@ def main(short=False):
             f"Outputs of turned, mirrored and negative inputs are so up to {kept[WITH]:.0e}, those with any kernels up to "
             f"{kept[ANY]:.0e}.",
             "",
-            "The neural operators get about as many CPU seconds as the network. Errors of FNO are as large on training samples "
-            "as on test samples: more time would help it.",
+            "The neural operators get about as many CPU seconds as the network. Errors of FNO are as large on training "
+            "samples as on test samples: more time would help it.",
             *remarks,
         ],
     )
