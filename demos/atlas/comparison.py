@@ -63,13 +63,14 @@ class Result:
     """What a method came to: an error and CPU seconds of training for each seed, one where nothing is drawn.
 
     `parameters` is the number of real numbers that are learned; None where that says nothing, as for kernel ridge. `seconds`
-    is empty for what others have published.
+    is empty for what others have published. `problem` says of which problem it is, where an experiment has several.
     """
 
     method: str
     errors: list[float]
     seconds: list[float] = field(default_factory=list)
     parameters: int | None = None
+    problem: str = ""
 
     @property
     def mean(self) -> float:
@@ -91,7 +92,8 @@ class Result:
         deviation = f"{100 * np.std(self.errors, ddof=1):.2f}" if len(self.errors) > 1 else ""
         count = "" if self.parameters is None else f"{self.parameters:,}"
         seconds = f"{np.mean(self.seconds):.0f}" if self.seconds else ""
-        return [self.method, count, f"{100 * self.mean:.2f}", deviation, seconds]
+        method = f"{self.problem}: {self.method}" if self.problem else self.method
+        return [method, count, f"{100 * self.mean:.2f}", deviation, seconds]
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class Experiment:
     measure: str = "relative error in L2"
 
     def table(self) -> str:
-        """Markdown; the smallest mean error is marked, whosever it is."""
-        best = min(result.mean for result in self.results)
+        """Markdown; the smallest mean error of each problem is marked, whosever it is."""
+        best = {
+            result.problem: min(one.mean for one in self.results if one.problem == result.problem) for result in self.results
+        }
         rows = [["", "parameters", f"{self.measure}, %", "deviation", "CPU seconds"], ["---"] * 5]
         for result in self.results:
             cells = result.cells()
-            cells[2] = f"**{cells[2]}**" if result.mean == best else cells[2]
+            cells[2] = f"**{cells[2]}**" if result.mean == best[result.problem] else cells[2]
             rows.append(cells)
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
