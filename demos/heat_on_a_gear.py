@@ -218,7 +218,7 @@ def one_run(data, phi, size, seed, weight, symmetric, share=1.0):
 
 WITH, ANY = "network, kernels with the symmetries", "network, any kernels"
 #: Trained with one seed.
-ONCE = (ANY, "FNO", "small FNO", "DeepONet", "small DeepONet")
+ONCE = (ANY, "small FNO", "small DeepONet")
 
 
 def add(name, runs, results, remarks):
