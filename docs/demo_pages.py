@@ -22,6 +22,7 @@ _ORDER = [
     "digits_on_a_disk", "digits_table", "digits_cross_validation", "contractive_classifier", "four_ways_to_train",
     "choice_of_lambda", "what_the_data_determine", "mesh_independence", "same_network_other_mesh", "costate_twice",
     "limits", "architectures", "value_function", "nearby_inputs", "burgers_on_the_circle", "burgers_table",
+    "darcy_on_a_plate",
 ]  # fmt: skip
 
 #: Which part of a figure's width is the picture in the gallery; all of it where nothing is said.

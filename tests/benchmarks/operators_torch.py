@@ -7,6 +7,7 @@ Runs in the environment of the peers, by `operators.py`. FOLDER/data.npz holds
 - `inputs`, `targets` and `test_inputs`: (samples, points), or (samples, points, points) on a grid of two dimensions;
 - `nodes`: (points, dimension), for DeepONet;
 - `weights`, shaped as a sample: those of the norm in L2, where they are not all the same;
+- `told`: (points, points, channels) on a grid; what FNO is told beside the places, as where a domain is;
 - `moves` and `signs`: (moves, points) and (moves,). Inputs and targets `signs[k] * values[moves[k]]` are samples too, where a
   grid is flat; a run that is `moved` takes one of these at random for each batch.
 
@@ -55,7 +56,7 @@ class SpectralConvolution(nn.Module):
 
 
 class FNO(nn.Module):
-    """Li et al. (2021) on a torus: no padding; with `coordinates` it is told the places of the points too.
+    """Li et al. (2021) on a torus: no padding; with `coordinates` it is told the places of the points too, and `told`.
 
     Without them it commutes with translations of the grid. Channels come last.
     """
@@ -65,7 +66,8 @@ class FNO(nn.Module):
         self.scale = data.inputs.std(), data.targets.std()
         grid = data.inputs.shape[1:]
         places = torch.stack(torch.meshgrid(*(torch.arange(n) / n for n in grid), indexing="ij"), dim=-1)
-        self.places = places[..., : len(grid) if coordinates else 0]
+        told = [places] if data.told is None else [places, data.told]
+        self.places = torch.cat(told, dim=-1) if coordinates else places[..., :0]
         self.lift = nn.Linear(1 + self.places.shape[-1], width)
         self.spectral = nn.ModuleList(SpectralConvolution(width, modes, len(grid)) for _ in range(layers))
         self.pointwise = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -125,7 +127,7 @@ class Data:
         with np.load(path) as arrays:
             found = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
         self.inputs, self.targets, self.test_inputs = (found[name] for name in ("inputs", "targets", "test_inputs"))
-        self.nodes, self.signs = found.get("nodes"), found.get("signs")
+        self.nodes, self.told, self.signs = (found.get(name) for name in ("nodes", "told", "signs"))
         self.moves = found["moves"].long() if "moves" in found else None
         self.weights = found.get("weights", torch.ones(self.targets.shape[1:]))
 
