@@ -273,14 +273,14 @@ def draw(path, data, found, history, meshes):
     axes[1, 2].set(
         xlabel="nodes of the mesh", ylabel="relative error in L2, %", title="trained on the second mesh", ylim=(0, None)
     )
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def main(short=False):
     """Returns the mean error on the mesh of the points."""
     comm = fd.COMM_WORLD
-    data = Data(*((120, 20) if short else (1000, 200)))
+    data = Data(*((80, 20) if short else (1000, 200)))
     plates = [LabelSpace(fd.FunctionSpace(mesh, "CG", 1)) for mesh in darcy.plates(comm, 1 if short else 2)]
     plates = [Channels(Y, CHANNELS) for Y in plates]
     Y, seeds, rank, iterations = (plates[1], 1, 16, 30) if short else (plates[1], comparison.SEEDS, RANK, ITERATIONS)

@@ -65,6 +65,17 @@ def test_fno_commutes_with_translations_where_it_is_not_told_the_place(trained, 
     assert np.array_equal(again["outputs"], same["outputs"]) and relative(other["outputs"], same["outputs"]) > 0.01
 
 
+def test_fno_sees_what_it_is_told_of_the_places(trained):
+    """Targets that depend on a field which is no input: they are learned where it is told, and not where it is not."""
+    inputs, _ = heat(60, (16, 14), 0)
+    told = np.random.default_rng(1).standard_normal((16, 14, 1))
+    data = {"inputs": inputs, "targets": inputs * told[..., 0], "test_inputs": inputs}
+    (alone,) = trained(data, fno(60, coordinates=True))
+    (seen,) = trained(data | {"told": told}, fno(60, coordinates=True))
+    assert seen["parameters"] == alone["parameters"] + 5
+    assert relative(seen["outputs"], data["targets"]) < 0.5 * relative(alone["outputs"], data["targets"])
+
+
 def test_deeponet_learns_on_nodes_anywhere_and_minimises_the_norm_of_their_weights(trained):
     """From values at some nodes in the plane to values of a map of them, where nodes without weight are not looked at."""
     random = np.random.default_rng(0)
