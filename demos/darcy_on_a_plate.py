@@ -10,7 +10,7 @@ each known at 2,319 points. The domain has no symmetry and no coordinates of its
 kernels and inputs are made of eigenfunctions of the Laplacian on the plate. So a network that was trained on one mesh runs on
 a coarser and on a finer one. Run
 
-    containers/run python demos/darcy_on_a_plate.py            (about half an hour; --short for 20 s)
+    containers/run python demos/darcy_on_a_plate.py            (about a quarter of an hour; --short for 20 s)
 
 A problem of this kind is in Chen et al. 2024, *Learning neural operators on Riemannian manifolds*: 2,290 nodes, 1,000 and 200
 samples, and errors of 1.05 % (NORM), 1.30 % (POD-DeepONet), 1.36 % (DeepONet) and 3.8 % (FNO). Its permeability has two values
@@ -181,8 +181,8 @@ def learn(data, Y, rank, iterations, seed, some=slice(None)):
 # Linear map and kernel ridge take the first 128 mode coefficients of both fields to coefficients of the outputs. FNO and
 # DeepONet see exp(-K). FNO has a grid over the bounding box, is told what belongs to the plate, and nothing else counts. The
 # branch of DeepONet has the first 64 mode coefficients: with values at the points it learns the samples by heart (12 % on
-# held-out samples in place of 6 %). It is trained and judged at each fourth point. A run takes about as much time as one of
-# the network; FNO would go on improving.
+# held-out samples in place of 6 %). It is trained and judged at each fourth point. No run takes more than twice the
+# time of one of the network; FNO, whose training error is near that of new samples, would go on improving.
 
 GRID, MODES, SEEN, EACH = (42, 30), 128, 64, 4
 
@@ -191,7 +191,7 @@ def run_of(model, epochs, rate, batch, **of_model):
     return {"model": model, "epochs": epochs, "rate": rate, "batch": batch, "of_model": of_model}
 
 
-#: Settings of operators_torch.py, by name; chosen by short runs on 100 of the training samples.
+#: Settings of operators_torch.py, by name; chosen after a few short runs with 100 held-out training samples.
 ON_GRID = {
     "FNO": run_of("FNO", 8, 5e-3, 20, width=22, modes=8, projection=32, coordinates=True),
     "small FNO": run_of("FNO", 15, 1e-2, 20, width=7, modes=8, projection=32, coordinates=True),
