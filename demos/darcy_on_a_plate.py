@@ -179,9 +179,9 @@ def learn(data, Y, rank, iterations, seed, some=slice(None)):
 
 # %% Baselines
 # Linear map and kernel ridge take the first 128 mode coefficients of both fields to coefficients of the outputs. FNO and
-# DeepONet see exp(-K). FNO has a grid over the bounding box, is told places and what belongs to the plate; nothing else counts. The
-# branch of DeepONet has the first 64 mode coefficients: with values at the points it learns the samples by heart (12 % on
-# held-out samples in place of 6 %). It is trained and judged at each fourth point. No run takes more than twice the
+# DeepONet see exp(-K). FNO has a grid over the bounding box, is told the places and what belongs to the plate, and is judged
+# there. The branch of DeepONet has the first 64 mode coefficients: with values at the points it learns the samples by heart
+# (12 % on held-out samples in place of 6 %). It is trained and judged at each fourth point. No run takes more than twice the
 # time of one of the network; FNO, whose training error is near that of new samples, would go on improving.
 
 GRID, MODES, SEEN, EACH = (42, 30), 128, 64, 4

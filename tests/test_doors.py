@@ -508,8 +508,8 @@ def test_a_batch_of_functions_has_their_node_values_side_by_side():
     assert copy is not together and (Y.values(together) == values).all()
     elsewhere, sphere = fd.Function(label_space("disk", "DG0").V), fd.Function(label_space("sphere", "CG1").V)
     for wrong, kind, message in [
-        (sphere, ValueError, "pictures: .*a Function on the mesh .*, got one on "),
-        ([functions[0], elsewhere], ValueError, "pictures: expected a Function of .*CG1.*, got one of .*DG0"),
+        (sphere, ValueError, "pictures: expected Functions on a mesh in space of 2 dimensions, got one of 3"),
+        ([functions[0], elsewhere], ValueError, "pictures: expected continuous Functions, .*, got one of .*DG0"),
         ([functions[0], values[:, 0]], TypeError, "pictures: expected a Function, got ndarray"),
         ([functions[0], 1.0], TypeError, "pictures: expected a Function, got float"),
         (fd.Cofunction(Y.V.dual()), TypeError, "pictures: expected numbers"),

@@ -6,13 +6,14 @@ The controls X_k are learned, one set for each function in time. Layers and regu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import firedrake as fd
 import numpy as np
 import scipy.sparse
 from mpi4py import MPI
 from pyadjoint import Control
+from pyadjoint.tape import stop_annotating
 
 from fem_resnet.parameters.kernel import KernelCoefficients, kernel_coefficients
 from fem_resnet.parameters.kernel_sets import KernelMap, KernelSet, MatrixControls
@@ -29,6 +30,11 @@ class MadeKernel(Parameter):
     def __init__(self, among: KernelSet, *arguments):
         self.among = among
         super().__init__(*arguments)
+
+    def __deepcopy__(self, memo: Mapping) -> MadeKernel:
+        with stop_annotating():
+            functions = [function.copy(deepcopy=True) for function in self.functions]
+        return MadeKernel(self.among, self.name, self._space_basis, self.time_basis, functions)
 
 
 class KernelControls(Parameter):
