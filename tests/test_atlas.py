@@ -53,7 +53,7 @@ def test_a_result_is_read_as_it_was_written_and_the_best_is_marked(comparison, t
     ]
     one = comparison.Experiment("P", "D", "L", "S", results, ["more"])
     one.write("p")
-    assert comparison.Experiment.read("p") == one
+    assert comparison.Experiment.read("p") == one and [result.ours for result in results] == [True, False]
     assert one.table().splitlines()[2:] == ["| network | 1,234 | 1.50 | 0.71 | 6 |", "| kernel ridge |  | **1.20** |  | 1 |"]
 
 

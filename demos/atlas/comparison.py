@@ -80,7 +80,7 @@ class Result:
     @property
     def ours(self) -> bool:
         """Whether the method is the network."""
-        return "network" in self.method or "kernels" in self.method
+        return self.method.startswith(("network", "five networks"))
 
     def short(self) -> str:
         """The error in per cent, and whose."""

@@ -42,7 +42,7 @@ def page() -> str:
 
 def summary() -> str:
     """The README's table: of each problem the best network and the best of the others, with their parameters."""
-    rows = [["problem", "test error, %", "network", "best of the others"], ["---"] * 4]
+    rows = [["problem", "test error", "network, %", "best of the others, %"], ["---"] * 4]
     for name in NAMES[:4]:
         experiment = Experiment.read(name)
         both = [[one for one in experiment.results if one.ours == is_ours] for is_ours in (True, False)]
