@@ -13,8 +13,8 @@ a coarser and on a finer one. Run
     containers/run python demos/darcy_on_a_plate.py            (about a quarter of an hour; --short for 20 s)
 
 A problem of this kind is in Chen et al. 2024, *Learning neural operators on Riemannian manifolds*: 2,290 nodes, 1,000 and 200
-samples; their network has an error of 1.05 %. Their permeability has two values and their plate a slit, so errors can be compared
-in kind alone.
+samples; their network has an error of 1.05 %. Their permeability has two values and their plate a slit, so errors can be
+compared in kind alone.
 """
 
 import logging
