@@ -220,21 +220,16 @@ def one_run(data, phi, size, seed, weight, symmetric, share=1.0):
 # %% All together
 
 WITH, ANY = "network, kernels with the symmetries", "network, any kernels"
-#: Trained with one seed.
-ONCE: tuple[str, ...] = ()
 
 
-def add(name, runs, results, remarks):
-    """A row of the table, or a remark where one seed says only what other settings bring."""
+def row(name, runs):
+    """Of the table."""
     errors, seconds = ([run[of] for run in runs] for of in ("error", "seconds"))
-    if name in ONCE and not SHORT:
-        remarks += ["", f"{name}, {runs[0]['parameters']:,} parameters, one seed: {errors[0]:.2%} in {seconds[0]:.0f} s."]
-    else:
-        results.append(comparison.Result(name, errors, seconds, runs[0]["parameters"]))
+    return comparison.Result(name, errors, seconds, runs[0]["parameters"])
 
 
 def rivals(data, sizes, short):
-    """Results with all samples, errors by method and number of samples, and remarks; on rank 0."""
+    """Results with all samples, and errors by method and number of samples; on rank 0."""
     count = sizes[-1]
 
     def kept(compute, *what):
@@ -247,17 +242,15 @@ def rivals(data, sizes, short):
             if size == count:
                 results.append(comparison.Result(name, [error], [seconds]))
     if short and not comparison.environment.is_installed():
-        return results, curves, []
+        return results, curves
     comparison.environment.install()
     if short:
-        add("FNO", [kept(heat_rivals.operator, "FNO", count, 0, short)], results, [])
-        return results, curves, []
-    remarks = []
+        results.append(row("FNO", [kept(heat_rivals.operator, "FNO", count, 0, short)]))
+        return results, curves
     for name in heat_rivals.OPERATORS:
-        seeds = 1 if name in ONCE else comparison.SEEDS
-        add(name, [kept(heat_rivals.operator, name, count, seed, short) for seed in range(seeds)], results, remarks)
+        results.append(row(name, [kept(heat_rivals.operator, name, count, seed, short) for seed in range(comparison.SEEDS)]))
     curves["FNO"] = {size: kept(heat_rivals.operator, "FNO", size, 0, short)["error"] for size in sizes}
-    return results, curves, remarks
+    return results, curves
 
 
 def draw(path, data, curves, output):
@@ -306,7 +299,7 @@ def main(short=False):
     data = Data(40 if short else SAMPLES, TEST)
     sizes = (10, 40) if short else SIZES
     phi = laplace_basis(two_copies(read_mesh(heat.MESH)), 22 if short else RANK)
-    lines, results, remarks, curves, shown = [], [], [], {}, {}
+    lines, results, curves, shown = [], [], {}, {}
 
     def say(text):
         lines.append(text)
@@ -323,17 +316,16 @@ def main(short=False):
             what = size, seed, weights[size], symmetric
             return one_run(data, phi, *what, 0.2) if short else once(one_run, *what)
 
-        runs = [found(all_samples, seed) for seed in range(1 if short or name in ONCE else comparison.SEEDS)]
-        add(name, runs, results, remarks)
+        runs = [found(all_samples, seed) for seed in range(1 if short else comparison.SEEDS)]
+        results.append(row(name, runs))
         curves[name] = {size: found(size, 0)["error"] for size in sizes[:-1]} | {all_samples: runs[0]["error"]}
         shown[name] = runs[0]
     flat, read, count, seconds = learn(data, phi, slice(0, all_samples), 0, WEIGHTS[1], layers=0)
     results.append(comparison.Result("linear map, with the symmetries", [data.error(flat, read, data.test)], [seconds], count))
     held = Sensors(phi.one, data.points).evaluate(data.coefficients(phi.one, data.v[data.test])).T
     floor = comparison.relative_errors(held, data.v[data.test], data.weights).mean()
-    more, their_curves, others = comm.bcast(rivals(data, sizes, short) if comm.rank == 0 else None)
+    more, their_curves = comm.bcast(rivals(data, sizes, short) if comm.rank == 0 else None)
     results += more
-    remarks += others
     curves |= their_curves
     kept = {name: run["missed"] for name, run in shown.items()}
     on_finer = "" if short else f" On the mesh refined once the network with the symmetries has {shown[WITH]['refined']:.2%}."
@@ -357,8 +349,7 @@ def main(short=False):
             f"{kept[ANY]:.0e}.",
             "",
             "The neural operators get about as many CPU seconds as the network. Errors of FNO are as large on training "
-            "samples as on test samples: more time would help it.",
-            *remarks,
+            "samples as on test samples: more time would help it. The network's settings were found on 200 other test samples.",
         ],
     )
     say(experiment.table())
