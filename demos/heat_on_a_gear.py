@@ -349,7 +349,8 @@ def main(short=False):
             f"{kept[ANY]:.0e}.",
             "",
             "The neural operators get about as many CPU seconds as the network. Errors of FNO are as large on training "
-            "samples as on test samples: more time would help it. The network's settings were found on 200 other test samples.",
+            "samples as on test samples: more time would help it. "
+            "The network's settings were found on 200 other test samples.",
         ],
     )
     say(experiment.table())
