@@ -955,7 +955,7 @@ FAULTS = [
         line(
             fem_resnet.learning.problem.LearningProblem,
             "exchange",
-            "variable.checkpoint.dat.data_wo[...] = batch.inputs.dat.data_ro",
+            "fields.write(variable.checkpoint, fields.values(batch.inputs))",
             "pass",
         ),
     ),
