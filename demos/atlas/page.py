@@ -12,8 +12,8 @@ HEAD = """# An atlas of functions
 
 Problems on domains that are no cubes, and what methods come to on them. The network is ours; the others are trained beside
 it, on the same samples, on one core. Errors are those of test samples. Numbers are means of five seeds, where something is
-drawn, with the deviation of a seed. **The best mean is marked**, whosever it is. Each section is what its demo has found, in
-one command; `demos/atlas/page.py` makes the page.
+drawn, with the deviation of a seed. **The best mean is marked**, whosever it is. Each section is what its demo has found;
+`demos/atlas/page.py` makes the page.
 
 FNO: Li et al. 2021, on a grid of the bounding box or of latitude and longitude. DeepONet: Lu et al. 2022, at the nodes. Both
 by PyTorch, with at most ten minutes of a core a run.

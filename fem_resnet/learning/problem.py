@@ -441,8 +441,8 @@ class LearningProblem(OnMesh):
         self._samples = samples
         if self._recorded is not None:
             variable, block, run, solver = self._recorded
-            fields = self.net.Y if self.lift is None else self.lift.fields
-            fields.write(variable.checkpoint, fields.values(batch.inputs))
+            recorded = variable.checkpoint.dat.data_wo
+            recorded[...] = batch.inputs.dat.data_ro.reshape(recorded.shape)  # one sample may be a number or a vector of one
             assert isinstance(block.operator, LossOperator)
             block.operator.observe(samples.at_end, batch.weights)
             if solver is not None:

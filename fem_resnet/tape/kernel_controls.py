@@ -21,7 +21,7 @@ from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.time_basis import TimeBasis
 from fem_resnet.tape.recording import apply
 
-__all__ = ["KernelControls", "KernelSetParameter"]
+__all__ = ["KernelControls", "KernelSetParameter", "MadeKernel"]
 
 
 class MadeKernel(Parameter):
