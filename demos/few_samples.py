@@ -19,7 +19,9 @@ It writes a table and a figure to demos/output/. Errors are relative, in L2, mea
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 SHORT = "--short" in sys.argv
@@ -29,9 +31,10 @@ sys.path.append(str(Path(__file__).parent / "atlas"))
 import comparison
 import firedrake as fd
 import heat
+import heat_rivals
 import numpy as np
 import vorticity
-from scipy.spatial import cKDTree
+import waves_on_the_sphere
 
 from fem_resnet import (
     Batch,
@@ -77,9 +80,8 @@ class Law:
     Y: Channels
     rank: int
     symmetries: tuple
-    #: Copies of samples, one a symmetry: values at points numbered `moves[k]` times `signs[k]`.
-    moves: np.ndarray
-    signs: np.ndarray
+    #: Predictions and CPU seconds of kernel ridge regression that sees moved copies of the samples too.
+    copied_ridge: Callable
 
     def __post_init__(self):
         self.phi = laplace_basis(self.Y, self.rank)
@@ -113,18 +115,14 @@ class Law:
 
 
 def heat_in_a_gear(samples, tests):
-    """The law of heat.py: eight turns and their reflections."""
+    """The law of heat.py: eight turns and their reflections, all of which make copies."""
     mesh = read_mesh(heat.MESH, fd.COMM_WORLD)
     data, tested = comparison.made_once(heat.derivatives, samples, 2, 1), comparison.made_once(heat.samples, tests, 5)
-    angle = 2 * np.pi / 8
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     signs = (1, 1, -1)
-    symmetries = Parity(lambda places: places @ turn, (1, 1, 1)), Parity(lambda places: places * [1, -1], signs)
-    nearest = cKDTree(data["points"])
-    copies = [data["points"] @ np.linalg.matrix_power(turn, k) * [1, way] for k in range(8) for way in (1, -1)]
-    moves = np.array([nearest.query(places)[1] for places in copies])
+    symmetries = Parity(heat_rivals.turn, (1, 1, 1)), Parity(heat_rivals.mirror, signs)
+    copied = partial(heat_rivals.ridge_in_all_positions, moves=heat_rivals.positions(data["points"]))
     Y = Channels(LabelSpace(fd.FunctionSpace(mesh, "CG", 1)), len(signs))
-    return Law("heat in a gear", data, tested, Y, 40, symmetries, moves, np.ones(len(moves)))
+    return Law("heat in a gear", data, tested, Y, 40, symmetries, copied)
 
 
 def waves_on_a_sphere(samples, tests):
@@ -134,12 +132,9 @@ def waves_on_a_sphere(samples, tests):
     x, y, z = fd.SpatialCoordinate(V.mesh())
     signs = (-1, -1, 1)
     symmetries = fd.as_vector([-y, x, 0 * z]), Parity(lambda places: places * [1, 1, -1], signs, output=-1)
-    grid = vorticity.LATITUDES, 2 * vorticity.LATITUDES
-    numbers = np.arange(np.prod(grid)).reshape(grid)
-    turned = [np.roll(numbers, k, axis=1) for k in range(0, grid[1], grid[1] // 8)]
-    moves = np.array([[one, one[::-1]] for one in turned]).reshape(16, -1)
+    copied = partial(waves_on_the_sphere.turned_copies, grid=(vorticity.LATITUDES, 2 * vorticity.LATITUDES))
     Y = Channels(LabelSpace(V), len(signs))
-    return Law("waves on a sphere", data, tested, Y, 49, symmetries, moves, np.tile([1.0, -1.0], 8))
+    return Law("waves on a sphere", data, tested, Y, 49, symmetries, copied)
 
 
 # %% The networks
@@ -175,21 +170,20 @@ NETWORKS = {
 }
 
 # %% Kernel ridge regression
-# It sees the same samples; then, while these are not more than 1,600, the turned and reflected copies too.
+# It sees the same samples; then copies of them in all positions too, in the ways of the two other demos. On the sphere the
+# copies make one large system, so there are at most 300 samples.
 
-MOST_COPIES = 1600
+MOST_COPIED = {"heat in a gear": 1000, "waves on a sphere": 300}
 
 
-def ridge(law, count, copies):
-    """The error and CPU seconds of kernel ridge regression."""
-    root, few = np.sqrt(law.weights), slice(count)
-    x, y = law.data["inputs"][few], law.data["targets"][few]
-    if copies:
-        # Copies of a sample stand side by side: so a part of the cross-validation has all copies of its samples, or nearly so.
-        x, y = ((law.signs[:, None] * values[:, law.moves]).reshape(-1, values.shape[1]) for values in (x, y))
-    found = {name: (y, seconds) for name, y, seconds in comparison.ridges(root * x, root * y, root * law.tests["inputs"])}
-    predicted, seconds = found["kernel ridge"]
-    return law.error(predicted / root), seconds
+def ridges(law, count):
+    """Errors and CPU seconds of kernel ridge regression, by name."""
+    root = np.sqrt(law.weights)
+    values = [root * law.data[name][:count] for name in ("inputs", "targets")] + [root * law.tests["inputs"]]
+    found = {name: result for name, *result in comparison.ridges(*values) if name == "kernel ridge"}
+    if count <= MOST_COPIED[law.name]:
+        found["kernel ridge, copies"] = law.copied_ridge(*values)
+    return {name: (law.error(predicted / root), seconds) for name, (predicted, seconds) in found.items()}
 
 
 # %% All together
@@ -204,10 +198,8 @@ def curves(law, sizes, five_seeds, iterations):
             runs = [learn(law, count, symmetric, informed, seed, iterations) for seed in range(seeds)]
             found[name, count] = [run[0] for run in runs], [run[2] for run in runs]
             counts[name] = runs[0][1]
-        for name, copies in (("kernel ridge", 1), ("kernel ridge, copies", len(law.moves))):
-            if count * copies <= MOST_COPIES or copies == 1:
-                error, seconds = ridge(law, count, copies > 1)
-                found[name, count] = [error], [seconds]
+        for name, (error, seconds) in ridges(law, count).items():
+            found[name, count] = [error], [seconds]
     return found, counts
 
 

@@ -16,9 +16,6 @@ It writes a table and a figure to demos/output/. The law and its discretisation 
 atlas/heat_rivals.py.
 """
 
-import hashlib
-import inspect
-import json
 import logging
 import sys
 import time
@@ -185,25 +182,6 @@ def not_kept(data, net, head, which):
     return max(np.abs(found - expected).max() for found, expected in pairs) / np.abs(plain).max()
 
 
-# A run takes minutes where other people use the machine too. So what it has found is kept.
-
-
-def once(make, *what):
-    """What `make(.., *what)` returns, from a file if a former run has found it with the same recipe. Collective."""
-    comm = fd.COMM_WORLD
-    recipe = "".join(inspect.getsource(part) for part in (Data, network, learn, make)) + repr(
-        (CHANNELS, LAYERS, FINAL_TIME, RANK, FIRST, STEPS, WITHOUT, WEIGHTS, what)
-    )
-    path = comparison.OUTPUT / "data" / f"heat-{make.__name__}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.json"
-    if comm.bcast(path.exists() if comm.rank == 0 else None):
-        return json.loads(path.read_text())
-    found = make(Data(SAMPLES, TEST), laplace_basis(two_copies(read_mesh(heat.MESH)), RANK), *what)
-    if comm.rank == 0:
-        path.write_text(json.dumps(found))
-    comm.barrier()
-    return found
-
-
 def one_run(data, phi, size, seed, weight, symmetric, share=1.0):
     """Test error, seconds and parameters; with the first seed and all samples, what is shown of the network."""
     net, head, count, seconds = learn(data, phi, slice(0, size), seed, weight, symmetric, share=share)
@@ -230,26 +208,27 @@ def row(name, runs):
 
 def rivals(data, sizes, short):
     """Results with all samples, and errors by method and number of samples; on rank 0."""
-    count = sizes[-1]
-
-    def kept(compute, *what):
-        return heat_rivals.kept(compute, *what, data=data.made)
-
+    *fewer, count = sizes
     curves, results = {}, []
     for size in sizes:
-        for name, (error, seconds) in kept(heat_rivals.ridges, size).items():
+        for name, (error, seconds) in heat_rivals.ridges(size, data.made).items():
             curves.setdefault(name, {})[size] = error
             if size == count:
                 results.append(comparison.Result(name, [error], [seconds]))
     if short and not comparison.environment.is_installed():
         return results, curves
     comparison.environment.install()
-    if short:
-        results.append(row("FNO", [kept(heat_rivals.operator, "FNO", count, 0, short)]))
-        return results, curves
-    for name in heat_rivals.OPERATORS:
-        results.append(row(name, [kept(heat_rivals.operator, name, count, seed, short) for seed in range(comparison.SEEDS)]))
-    curves["FNO"] = {size: kept(heat_rivals.operator, "FNO", size, 0, short)["error"] for size in sizes}
+
+    def operator(name, size, seed=0):
+        return heat_rivals.operator(name, size, seed, short, data.made)
+
+    seeds = 1 if short else comparison.SEEDS
+    runs = {
+        name: [operator(name, count, seed) for seed in range(seeds)] for name in (["FNO"] if short else heat_rivals.OPERATORS)
+    }
+    results += [row(name, of_seeds) for name, of_seeds in runs.items()]
+    if not short:
+        curves["FNO"] = {size: operator("FNO", size)["error"] for size in fewer} | {count: runs["FNO"][0]["error"]}
     return results, curves
 
 
@@ -310,11 +289,10 @@ def main(short=False):
     for name, symmetric in ((WITH, True), (ANY, False)):
         # All samples determine any kernels much better than MOST do: their weight is another.
         few = {n: n if n == all_samples and not symmetric else min(n, MOST) for n in sizes}
-        weights = {n: WEIGHTS[1] if short else once(best_weight, few[n], symmetric) for n in sizes}
+        weights = {n: WEIGHTS[1] if short else best_weight(data, phi, n, symmetric) for n in sorted(set(few.values()))}
 
         def found(size, seed):
-            what = size, seed, weights[size], symmetric
-            return one_run(data, phi, *what, 0.2) if short else once(one_run, *what)
+            return one_run(data, phi, size, seed, weights[few[size]], symmetric, 0.2 if short else 1.0)
 
         runs = [found(all_samples, seed) for seed in range(1 if short else comparison.SEEDS)]
         results.append(row(name, runs))

@@ -173,26 +173,25 @@ def moves(grid, turns):
     return both, np.tile([1.0, -1.0], turns)
 
 
-def turned_copies(data, turns=8):
+def turned_copies(x, y, x_test, grid, turns=8):
     """Predictions and CPU seconds of kernel ridge regression that sees turned and reflected copies of the samples too.
 
-    Width and damping are chosen on a fifth of the training samples, of which no copies are seen then.
+    Samples are rows of values times roots of weights. Width and damping are chosen on a fifth of the training samples, of
+    which no copies are seen then.
     """
     start = time.process_time()
-    to, signs = moves(data.grid, turns)
-    root = np.sqrt(data.weights)
-    x, y = ((signs[:, None, None] * one["train"][:, to].swapaxes(0, 1) * root) for one in (data.u, data.v))
+    to, signs = moves(grid, turns)
+    x, y = (signs[:, None, None] * one[:, to].swapaxes(0, 1) for one in (x, y))
     number = np.arange(x.shape[0] * x.shape[1]).reshape(x.shape[:2])
     held = x.shape[1] // 5
     x, y = x.reshape(number.size, -1), y.reshape(number.size, -1)
     size = np.sqrt((x**2).sum(axis=1).mean())
-    grid = {"gamma": np.logspace(-2, 0, 5), "alpha": [1e-8, 1e-6, 1e-4, 1e-2]}
+    settings = {"gamma": np.logspace(-2, 0, 5), "alpha": [1e-8, 1e-6, 1e-4, 1e-2]}
     split = [(number[:, held:].ravel(), number[0, :held])]
-    model = GridSearchCV(KernelRidge(kernel="rbf"), grid, cv=split, scoring="neg_mean_squared_error").fit(
+    model = GridSearchCV(KernelRidge(kernel="rbf"), settings, cv=split, scoring="neg_mean_squared_error").fit(
         x / size, y / y.std()
     )
-    found = model.predict(root * data.u["test"] / size) * y.std() / root
-    return found, time.process_time() - start
+    return model.predict(x_test / size) * y.std(), time.process_time() - start
 
 
 # The Fourier neural operator needs a torus, and the sphere gives one: beyond a pole the latitudes go on at the opposite
@@ -246,10 +245,10 @@ def at_points(data):
 def baselines(data, short):
     """Results of all methods but ours."""
     root = np.sqrt(data.weights)
-    for name, found, seconds in comparison.ridges(root * data.u["train"], root * data.v["train"], root * data.u["test"]):
+    values = [root * one for one in (data.u["train"], data.v["train"], data.u["test"])]
+    copied = "kernel ridge, turned copies", *turned_copies(*values, data.grid, 2 if short else 8)
+    for name, found, seconds in (*comparison.ridges(*values), copied):
         yield comparison.Result(name, [float(data.errors(found / root).mean())], [seconds])
-    found, seconds = turned_copies(data, 2 if short else 8)
-    yield comparison.Result("kernel ridge, turned copies", [float(data.errors(found).mean())], [seconds])
     n, m = data.grid
     for arrays, settings, points in (
         (on_the_torus(data), FNOS, lambda found: found[:, :n].reshape(-1, n * m)),

@@ -6,12 +6,8 @@ batch. FNO sees the temperature on a square grid, 0 outside of the gear, and the
 of the 16 positions at random, and samples that are turned by an eighth are new samples on it.
 """
 
-import hashlib
 import itertools
-import json
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import comparison
 import firedrake as fd
@@ -183,12 +179,3 @@ def ridges(count: int, data: dict[str, np.ndarray]) -> dict:
     found.append(("kernel ridge, in all positions", *ridge_in_all_positions(x, y, x_test, positions(data["points"]))))
     targets = data["targets"][-TEST:]
     return {name: [float(relative_errors(y / root, targets, data["weights"]).mean()), s] for name, y, s in found}
-
-
-def kept(compute: Callable[..., dict], *what, data: dict[str, np.ndarray]) -> dict:
-    """What `compute(*what, data)` returns; from a file, if a former run has found it. On one rank."""
-    law = Path(heat.__file__).read_text() + Path(__file__).read_text() + repr((compute.__name__, what, data["inputs"].shape))
-    path = comparison.OUTPUT / "data" / f"heat-{compute.__name__}-{hashlib.sha256(law.encode()).hexdigest()[:16]}.json"
-    if not path.exists():
-        path.write_text(json.dumps(compute(*what, data)))
-    return json.loads(path.read_text())
