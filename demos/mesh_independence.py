@@ -98,7 +98,7 @@ def iterations(problem, fall):
     """How many iterations it takes; more than `LIMIT` where they did not suffice."""
     options = {"tao_gatol": 0.0, "tao_gttol": fall, "tao_max_it": LIMIT}
     result = train(problem, options, monitor=lambda progress: None)
-    assert result.reason in ("CONVERGED_GTTOL", "DIVERGED_MAXITS"), result.reason
+    assert result.reason in ("CONVERGED_GTTOL", "ITERATIONS"), result.reason
     return result.iterations if result.converged else LIMIT + 1
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypeVar, overload
 
@@ -20,7 +21,18 @@ import scipy.sparse
 
 from fem_resnet.ranks import together
 
-__all__ = ["choice", "flag", "function", "instance", "integer", "integer_array", "number", "real_array", "text"]
+__all__ = [
+    "choice",
+    "did_you_mean",
+    "flag",
+    "function",
+    "instance",
+    "integer",
+    "integer_array",
+    "number",
+    "real_array",
+    "text",
+]
 
 _T = TypeVar("_T")
 
@@ -225,12 +237,24 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     Raises
     ------
     ValueError
-        If it is none of them; the message lists them.
+        If it is none of them; the message lists them, and says which is near.
     """
     names = list(allowed)
     if not isinstance(value, str) or value not in names:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}{did_you_mean(value, names)}")
     return value
+
+
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """The end of a message about a wrong name: the nearest right one, or nothing where none is near.
+
+    Examples
+    --------
+    >>> did_you_mean("thanh", ["relu", "tanh"])
+    "; did you mean 'tanh'?"
+    """
+    near = get_close_matches(value, list(names), 1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def text(name: str, value: Any) -> str:

@@ -28,7 +28,7 @@ import sympy
 if TYPE_CHECKING:  # an activation, whose arguments are checked too, needs no MPI
     from mpi4py import MPI
 
-__all__ = ["in_step", "may_fail_alone", "on_first", "same", "together"]
+__all__ = ["in_step", "leave_together", "may_fail_alone", "on_first", "same", "together"]
 
 _T = TypeVar("_T")
 
@@ -90,16 +90,34 @@ def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
     if comm.size == 1:
         return run()
     result, error = _caught(run)
+    if error is None:
+        leave_together(comm)
+    else:
+        words = (str(error).splitlines() or [""])[-1]  # the last line of PETSc's traceback says what is wrong
+        leave_together(comm, f"{type(error).__name__} on rank {comm.rank}, while the others wait for it: {words}", _PATIENCE)
+    _raise_first(comm, error)
+    return result
+
+
+def leave_together(comm: MPI.Comm, words: str = "", patience: float = float("inf")) -> None:
+    """Wait until all ranks are here. Collective.
+
+    Parameters
+    ----------
+    comm
+        The communicator.
+    words
+        What a rank that has lost patience writes to standard error, before it ends all ranks with exit code 1.
+    patience
+        Seconds that this rank waits, for others that may wait for it in a call that it has left.
+    """
     everyone, since = comm.Ibarrier(), time.monotonic()
     while not everyone.Test():
-        if error is not None and time.monotonic() - since > _PATIENCE:
-            words = (str(error).splitlines() or [""])[-1]  # the last line of PETSc's traceback says what is wrong
-            sys.stderr.write(f"{type(error).__name__} on rank {comm.rank}, while the others wait for it: {words}\n")
+        if time.monotonic() - since > patience:
+            sys.stderr.write(f"{words}\n")
             sys.stderr.flush()
             comm.Abort(1)
         time.sleep(1e-3)
-    _raise_first(comm, error)
-    return result
 
 
 def _caught(run: Callable[[], _T]) -> tuple[_T | None, BaseException | None]:

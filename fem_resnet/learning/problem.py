@@ -123,7 +123,7 @@ class LearningProblem(OnMesh):
         head: Head | None,
         loss: Loss,
         regulariser: Regulariser | None,
-        batch: Batch,
+        batch: Batch = None,  # no batch is an error below, so that a forgotten head, which moves the others up, has one too
         *,
         learn: str = "parameters",
         running: RunningCost | None = None,
@@ -136,6 +136,12 @@ class LearningProblem(OnMesh):
             comm, head=head, loss=loss, regulariser=regulariser, batch=batch, learn=learn, running=running, ensemble=ensemble,
             checkpoints=checkpoints, lift=lift,
         )  # fmt: skip
+        given: object = head
+        if isinstance(given, Loss):  # LearningProblem(net, loss, ..)
+            raise TypeError(
+                f"head: expected a Head or None, got the loss {given.name}; was the head forgotten? "
+                "LearningProblem(net, head, loss, regulariser, batch), with head=None where f(T) itself is the output"
+            )
         for name, value, kind in (
             ("head", head, (Head, NoneType)),
             ("loss", loss, Loss),
@@ -153,6 +159,10 @@ class LearningProblem(OnMesh):
         self.net, self.head, self.loss, self.regulariser, self.lift = net, head, loss, regulariser, lift
         self._output = net.Y if head is None else head.Y
         self._prediction = PREDICTIONS[loss.prediction or "identity"] if head is None else head.prediction
+        if head is None and not isinstance(batch.targets, fd.Function):
+            raise ValueError(
+                "head: expected a Head onto classes, as the batch has class labels, got None; give Head(psi, onto=..)"
+            )
         loss.check_prediction(self._prediction)
         self.learn = choice("learn", learn, _LEARN)
         self.checkpoints = checkpoints
@@ -179,6 +189,11 @@ class LearningProblem(OnMesh):
         for name, other, without in (("learn", self.learn, "parameters"), ("checkpoints", self.checkpoints, None)):
             if other != without:
                 raise ValueError(f"{name}: expected {without!r} with a lift, got {other!r}; make the problem without a lift")
+
+    @property
+    def comm(self) -> MPI.Comm:
+        """The communicator of all ranks that take part: those of all members of an ensemble."""
+        return self.net.Y.comm if self.ensemble is None else self.ensemble.global_comm
 
     @property
     def batch(self) -> Batch:
@@ -218,6 +233,11 @@ class LearningProblem(OnMesh):
         if unknown:
             raise TypeError(f"replace: expected some of {', '.join(given)}, got {', '.join(unknown)}")
         return type(self)(**given | changes)
+
+    def __repr__(self) -> str:
+        loss = self.loss.name if self.regulariser is None else f"{self.loss.name} with a regulariser"
+        learned = ", ".join(parameter.name for parameter in self.parameters)
+        return f"LearningProblem({loss}, {self.batch.samples} samples, {self.net!r}, {self.head!r}, learns {learned})"
 
     def __deepcopy__(self, memo: Mapping):
         raise TypeError("deepcopy: replace(net=.., head=..) with deep copies of these makes another problem of the same data")

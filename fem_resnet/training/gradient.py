@@ -26,7 +26,7 @@ from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
-from fem_resnet.training.progress import Progress, check_monitor, tell
+from fem_resnet.training.progress import Progress, Watch, check_monitor
 from fem_resnet.training.rank_continuation import pad_problem, train_by_ranks
 from fem_resnet.training.tao import Minimiser, Outcome
 
@@ -38,7 +38,7 @@ SOLVER_PARAMETERS = {"tao_type": "lmvm", "tao_max_it": 200}
 TOLERANCES = {"tao_gatol": 0.0, "tao_grtol": 1e-8, "tao_gttol": 1e-8}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """How a training ended.
 
@@ -52,7 +52,8 @@ class Result:
     converged : bool
         Whether a tolerance was met. False if the iterations ran out.
     reason : str
-        The name of TAO's reason to stop, or "STOPPED" if the monitor stopped it; or of `train_levenberg_marquardt`.
+        "ITERATIONS" if these ran out, "STOPPED" if the monitor stopped it, "INTERRUPTED" if Ctrl-C did; else the name of TAO's
+        reason, or of `train_levenberg_marquardt`.
     values, gradient_norms : numpy.ndarray
         J and the norm at the start and after each iteration, shape (iterations + 1,) each.
     controls : list
@@ -82,6 +83,12 @@ class Result:
     damping: float | None = field(default=None, kw_only=True)
     stages: tuple[Result, ...] = field(default=(), kw_only=True)
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(J = {self.value:.6g}, |gradient| = {self.gradient_norm:.1e}, "
+            f"{self.iterations} iterations, {self.reason}, {self.seconds:.1f} s)"
+        )
+
 
 @supports(
     "channels",
@@ -97,6 +104,7 @@ def train(
     *,
     options_prefix: str | None = None,
     monitor: Callable[[Progress], bool | None] | None = None,
+    quiet: bool = False,
     gauss_newton: bool = False,
     bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
     eliminate: str | None = None,
@@ -105,7 +113,8 @@ def train(
     """Minimise J by TAO from the present parameters, and assign the result to them. Collective.
 
     The parameters always hold the result of TAO's last iteration: also if TAO stops at its limit of iterations or cannot go
-    on, which `Result.reason` says, and if an evaluation or the monitor raises, in which case the error goes on.
+    on, which `Result.reason` says, and if an evaluation or the monitor raises, in which case the error goes on. Ctrl-C stops
+    after the present iteration, on all ranks; a second one raises KeyboardInterrupt at once.
 
     Parameters
     ----------
@@ -123,8 +132,10 @@ def train(
           `TOLERANCES` holds; else those that are not given are 0.
     monitor
         Called at every iteration on every rank, while the parameters hold the result of that iteration. If it returns True
-        on any rank, the training stops; another call goes on from there. If left out, each iteration is logged at level
-        INFO on rank 0.
+        on any rank, the training stops; another call goes on from there. If left out, rank 0 shows each iteration: in the log
+        if `logging` takes messages of level INFO, else on a terminal, else every ten seconds on standard error.
+    quiet
+        Whether nothing is shown.
     gauss_newton
         Whether Newton methods get Gauss-Newton actions in place of Hessian actions.
     bounds
@@ -182,11 +193,11 @@ def train(
     same(comm, bounds=replicated_bounds(problem, bounds))
     if ranks is not None:
         return _train_by_ranks(
-            problem, ranks, solver_parameters, bounds, monitor,
+            problem, ranks, solver_parameters, bounds, monitor, quiet,
             options_prefix=options_prefix, gauss_newton=gauss_newton, eliminate=eliminate,
         )  # fmt: skip
     checked_prefix(options_prefix)
-    check_monitor(monitor)
+    check_monitor(monitor, quiet)
     flag("gauss_newton", gauss_newton)
     given = checked_options(solver_parameters)  # type: ignore[arg-type]  # a list is refused there
     options = options_over({} if bounds is None else {"tao_type": "blmvm"}, given)
@@ -206,16 +217,17 @@ def train(
         twice=projected is None,
     )
     history: list[Progress] = []
-    start, stopped = time.perf_counter(), False
+    start, reason = time.perf_counter(), None
 
-    def watch(iteration, value, gradient_norm):
-        nonlocal stopped
+    def tell(iteration, value, gradient_norm):
+        nonlocal reason
         history.append(Progress(iteration, minimiser.limit, value, gradient_norm, time.perf_counter() - start))
         if projected is not None:
             projected.give_head()
-        stopped = tell(comm, history[-1], monitor)
+        reason = watch.reason(history[-1])
 
-    end = minimiser.solve(watch, lambda gradient_norm: stopped)
+    with Watch(problem.comm, monitor, quiet) as watch:
+        end = minimiser.solve(tell, lambda gradient_norm: reason is not None)
     if projected is not None:
         projected.give_head()
         if projected.undetermined:
@@ -224,19 +236,24 @@ def train(
                 "the least norm; add tikhonov(..), or give more samples", projected.undetermined, projected.unknowns,
             )  # fmt: skip
     condition = None if projected is None else projected.condition
-    return _result(problem, end, history, stopped, time.perf_counter() - start, condition)
+    return _result(problem, end, history, reason, time.perf_counter() - start, condition)
 
 
 def _result(
-    problem: LearningProblem, end: Outcome, history: Sequence[Progress], stopped: bool, seconds: float, condition: float | None
+    problem: LearningProblem,
+    end: Outcome,
+    history: Sequence[Progress],
+    reason: str | None,
+    seconds: float,
+    condition: float | None,
 ) -> Result:
-    """What TAO's end and the iterations before it come to. Collective."""
+    """What TAO's end, the reason why it was stopped, and the iterations before it come to. Collective."""
     return Result(
         value=end.value,
         gradient_norm=end.gradient_norm,
         iterations=history[-1].iteration,
-        converged=end.converged and not stopped,
-        reason="STOPPED" if stopped else end.reason,
+        converged=end.converged and reason is None,
+        reason=reason or end.reason,
         values=np.array([entry.value for entry in history[:-1]] + [end.value]),
         gradient_norms=np.array([entry.gradient_norm for entry in history[:-1]] + [end.gradient_norm]),
         controls=[p.get(k) for p in problem.parameters for k in range(len(p.functions))],
@@ -245,9 +262,9 @@ def _result(
     )
 
 
-def _train_by_ranks(problem, ranks, solver_parameters, bounds, monitor, **options) -> Result:
+def _train_by_ranks(problem, ranks, solver_parameters, bounds, monitor, quiet, **options) -> Result:
     """`train` with the first functions of all bases, then with more of them."""
-    check_monitor(monitor)
+    check_monitor(monitor, quiet)
     start = time.perf_counter()
     if isinstance(bounds, Mapping) and any(
         isinstance(ends, (list, tuple, np.ndarray)) and any(np.ndim(end) for end in ends) for ends in bounds.values()
@@ -272,7 +289,7 @@ def _train_by_ranks(problem, ranks, solver_parameters, bounds, monitor, **option
             return monitor(progress)
 
         watched = None if monitor is None else watch
-        return train(stage, next(given), bounds=bounds, monitor=watched, **options)
+        return train(stage, next(given), bounds=bounds, monitor=watched, quiet=quiet, **options)
 
     *stages, last = train_by_ranks(problem, ranks, train_stage)
     return replace(last, stages=tuple(stages), seconds=time.perf_counter() - start)

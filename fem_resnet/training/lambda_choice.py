@@ -30,10 +30,12 @@ from scipy.optimize import brentq
 from fem_resnet.arguments import choice, function, integer, number, real_array
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.label_domain.sample_weights import sample_weights
+from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
 from fem_resnet.ranks import together
 from fem_resnet.training.gradient import train
+from fem_resnet.training.signals import Signals
 
 __all__ = ["LambdaChoice", "choose_lambda"]
 
@@ -46,7 +48,7 @@ _CLOSE = 0.01
 _FOLDS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LambdaChoice:
     """A lambda of (2.11a), and what it was chosen by.
 
@@ -80,6 +82,9 @@ class LambdaChoice:
     results: tuple
     errors: np.ndarray | None
     scores: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"LambdaChoice(lambda = {self.chosen:.4g} of {self.weights.size}, by {self.rule}, {self.problem!r})"
 
 
 @supports(
@@ -139,6 +144,8 @@ def choose_lambda(
         "cross validation" if an initial state is learned, which samples held out do not have, or samples are spread over an
         ensemble. After the trainings: if `noise` is not between the misfits, or the L-curve has no corner at the inner
         lambdas.
+    KeyboardInterrupt
+        After Ctrl-C, when the present training has ended; the parameters hold what was reached.
     Exception
         Whatever `train` raises; the parameters hold what was reached.
 
@@ -156,15 +163,18 @@ def choose_lambda(
         folds = integer("folds", min(_FOLDS, samples) if folds is None else folds, least=2, most=samples)
         seed = None if seed is None else integer("seed", seed, least=0, most=np.inf)
     start = _coefficients(problem)
-    path = _Path(problem, train)
-    minima = [path.minimum(weight) for weight in lambdas]
     errors = None
+    with Signals(problem.comm) as signals:
+        path = _Path(problem, train, signals)
+        minima = [path.minimum(weight) for weight in lambdas]
+        if rule == "cross validation":
+            errors, scores = _cross_validated(path, lambdas, start, folds, seed)
+        elif rule == "discrepancy":
+            minima = path.until(number("noise", noise, above=0), minima)
     if rule == "cross validation":
-        errors, scores = _cross_validated(problem, train, lambdas, start, folds, seed)
         best = int(np.nanargmin(scores))
         _warn_at_the_ends(problem, lambdas, best)
     elif rule == "discrepancy":
-        minima = path.until(number("noise", noise, above=0), minima)
         scores = np.array([minimum.misfit for minimum in minima]) / noise
         best = int(np.argmin(np.abs(scores - 1)))
     else:
@@ -238,14 +248,20 @@ class _Minimum:
 class _Path:
     """Trainings of one problem with one lambda after the other, each from where its parameters are."""
 
-    def __init__(self, problem: LearningProblem, train: Callable[[LearningProblem], Any]):
-        self._problem, self._train = problem, train
+    def __init__(self, problem: LearningProblem, train: Callable[[LearningProblem], Any], signals: Signals):
+        self.problem, self._train, self._signals = problem, train, signals
         self._plain = problem.replace(regulariser=None)
+
+    def on(self, batch: Batch) -> _Path:
+        """The same with other samples."""
+        return _Path(self.problem.replace(batch=batch), self._train, self._signals)
 
     def minimum(self, weight: float) -> _Minimum:
         """Train with this lambda."""
-        problem, comm = self._problem, self._problem.net.Y.comm
+        problem, comm = self.problem, self.problem.net.Y.comm
         result = together(comm, partial(self._train, problem.replace(regulariser=float(weight) * problem.regulariser)))
+        if self._signals.reason():
+            raise KeyboardInterrupt  # nothing can be chosen among trainings of which one has no end
         misfit, penalty = _misfit(self._plain), self._penalty()
         log(comm, logging.INFO, "lambda = %.4g: misfit %.6g, R %.6g", weight, misfit, penalty)
         return _Minimum(float(weight), misfit, penalty, result, _coefficients(problem))
@@ -253,8 +269,8 @@ class _Path:
     def _penalty(self) -> float:
         """R; the mean over an ensemble, whose members may learn initial states of their own."""
         with stop_annotating():
-            R = float(self._problem.regulariser(self._problem.penalised()))
-        ensemble = self._problem.ensemble
+            R = float(self.problem.regulariser(self.problem.penalised()))
+        ensemble = self.problem.ensemble
         return R if ensemble is None else ensemble.ensemble_comm.allreduce(R) / ensemble.ensemble_comm.size
 
     def until(self, noise: float, minima: list[_Minimum]) -> list[_Minimum]:
@@ -274,7 +290,7 @@ class _Path:
         def excess(s: float) -> float:
             minimum = next((end for end in ends if np.log(end.weight) == s), None)
             if minimum is None:
-                _write(self._problem, ends[0].coefficients)
+                _write(self.problem, ends[0].coefficients)
                 minimum = self.minimum(np.exp(s))
                 found.append(minimum)
             ratio = np.log(max(minimum.misfit / noise, np.finfo(float).tiny))
@@ -283,7 +299,7 @@ class _Path:
         brentq(excess, *(np.log(end.weight) for end in ends), xtol=1e-4, disp=False)
         if all(abs(each.misfit / noise - 1) > 2 * _CLOSE for each in (*ends, *found)):
             log(
-                self._problem.net.Y.comm, logging.WARNING, "choose_lambda: the misfit jumps over the noise %.6g near "
+                self.problem.net.Y.comm, logging.WARNING, "choose_lambda: the misfit jumps over the noise %.6g near "
                 "lambda = %.4g; train closer to the minimum, or in the other order", noise, found[-1].weight,
             )  # fmt: skip
         return minima + found
@@ -304,13 +320,14 @@ def _write(problem: LearningProblem, coefficients: Sequence[np.ndarray]) -> None
         each.dat.data_wo[...] = values
 
 
-def _cross_validated(problem, train, lambdas, start, folds, seed) -> tuple[np.ndarray, np.ndarray]:
+def _cross_validated(whole: _Path, lambdas, start, folds, seed) -> tuple[np.ndarray, np.ndarray]:
     """The misfits of what was held out, shape (count, folds), and their means, shape (count,)."""
+    problem = whole.problem
     parts = problem.folds(folds, seed)
     errors = np.empty((len(lambdas), len(parts)))
     for k, (rest, held_out) in enumerate(parts):
         _write(problem, start)
-        path, other = _Path(problem.replace(batch=rest), train), problem.replace(batch=held_out, regulariser=None)
+        path, other = whole.on(rest), problem.replace(batch=held_out, regulariser=None)
         for row, weight in zip(errors, lambdas):
             path.minimum(weight)
             row[k] = _misfit(other)

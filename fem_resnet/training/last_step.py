@@ -38,5 +38,5 @@ def better_head(problem: LearningProblem, final: fd.Function, iterations: int = 
         start = final.copy(deepcopy=True)  # recording takes a Function from the tape that it was on
     batch = Batch(start, problem.batch.targets, problem.batch.weights)
     last = LearningProblem(nothing, head, problem.loss, problem.regulariser, batch)
-    train(last, {"tao_max_it": iterations}, monitor=lambda progress: None)
+    train(last, {"tao_max_it": iterations}, quiet=True)
     return head

@@ -34,7 +34,7 @@ from fem_resnet.log import log
 from fem_resnet.ranks import on_first
 from fem_resnet.time_stepping.stepper import StepFailure
 from fem_resnet.training.gradient import Result
-from fem_resnet.training.progress import Progress, check_monitor, tell
+from fem_resnet.training.progress import Progress, Watch, check_monitor
 
 __all__ = ["train_levenberg_marquardt"]
 
@@ -58,13 +58,15 @@ def train_levenberg_marquardt(
     directions: int = 10,
     seed: int = 0,
     monitor: Callable[[Progress], bool | None] | None = None,
+    quiet: bool = False,
 ) -> Result:
     """Minimise J by the method of Levenberg and Marquardt from the present parameters, and assign the result to them.
 
     For the loss `least_squares` of a head with prediction "identity", on any label domain, with quadratic regularisers, and a
     bias in a basis. The matrix of Gauss and Newton is assembled, so parameters are some thousands at most. Where J can become
     small it needs far fewer evaluations than L-BFGS; where a large part of J stays, its steps are no better. Collective. Where
-    an evaluation or the monitor raises, the parameters hold the result of the last iteration, and the error goes on.
+    an evaluation or the monitor raises, the parameters hold the result of the last iteration, and the error goes on. Ctrl-C
+    stops after the present iteration, as in `train`.
 
     Parameters
     ----------
@@ -88,13 +90,15 @@ def train_levenberg_marquardt(
         Of what is drawn: the same on any number of ranks.
     monitor
         Called at the start and after each step on every rank, while the parameters hold its result. If it returns True on any
-        rank, the training stops. If left out, each iteration is logged at level INFO on rank 0.
+        rank, the training stops. If left out, each iteration is shown on rank 0, as by `train`.
+    quiet
+        Whether nothing is shown.
 
     Returns
     -------
     Result
-        Its reasons are "GRADIENT", where the tolerance is met, "ITERATIONS", "STOPPED" by the monitor, and "NO_DESCENT", where
-        no step makes J smaller.
+        Its reasons are "GRADIENT", where the tolerance is met, "ITERATIONS", "STOPPED" by the monitor, "INTERRUPTED" by
+        Ctrl-C, and "NO_DESCENT", where no step makes J smaller.
 
     Raises
     ------
@@ -115,7 +119,7 @@ def train_levenberg_marquardt(
     damping, tolerance = number("damping", damping, above=0), number("tolerance", tolerance, least=0)
     rows, directions = number("rows", rows, above=0), integer("directions", directions)
     random = np.random.default_rng(integer("seed", seed, least=0, most=np.inf))
-    check_monitor(monitor)
+    check_monitor(monitor, quiet)
     clock, comm = time.perf_counter(), problem.net.Y.comm
     matrix = GaussNewtonMatrix(problem, eliminate is not None)
     count = -int(-rows * matrix.coordinates.size // 1)
@@ -123,13 +127,14 @@ def train_levenberg_marquardt(
     history: list[Progress] = []
     reason = None
     try:
-        with stop_annotating():
+        with stop_annotating(), Watch(comm, monitor, quiet) as watch:
             while reason is None:
                 progress = Progress(len(history), iterations, course.value, course.norm, time.perf_counter() - clock)
                 history.append(progress)
-                if tell(comm, progress, monitor):
-                    reason = "STOPPED"
-                elif course.steepness <= tolerance * max(abs(course.value), course.first_steepness):
+                reason = watch.reason(progress)
+                if reason is not None:
+                    break
+                if course.steepness <= tolerance * max(abs(course.value), course.first_steepness):
                     reason = "GRADIENT"
                 elif len(history) > iterations:
                     reason = "ITERATIONS"

@@ -61,7 +61,7 @@ from fem_resnet.network.settings import Kernel
 from fem_resnet.training.augmented_hamiltonian import augmented_step
 from fem_resnet.training.dealt_layers import DealtLayers
 from fem_resnet.training.last_step import better_head
-from fem_resnet.training.progress import check_monitor, tell
+from fem_resnet.training.progress import Report, Watch, check_monitor
 
 __all__ = ["MSAProgress", "MSAResult", "msa", "problem_of"]
 
@@ -73,7 +73,7 @@ _LEAST_SHARE = 2.0**-40
 
 
 @dataclass(frozen=True)
-class MSAProgress:
+class MSAProgress(Report):
     """One iteration.
 
     Attributes
@@ -100,14 +100,16 @@ class MSAProgress:
     evaluations: int
     problem: LearningProblem = field(repr=False)
 
-    def __str__(self) -> str:
-        return (
-            f"iteration {self.iteration:4d} of {self.iterations}   J = {self.value:.8e}   "
-            f"step {self.step:.2e}   {self.seconds:.1f} s"
-        )
+    @property
+    def counted(self) -> tuple[str, int, int]:
+        return "iteration", self.iteration, self.iterations
+
+    @property
+    def numbers(self) -> str:
+        return f"J = {self.value:.8e}   step {self.step:.2e}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MSAResult:
     """How the method ended. ``msa(result.problem, ..)`` continues it.
 
@@ -124,7 +126,7 @@ class MSAResult:
     converged : bool
         Whether no step made J fall.
     reason : str
-        "NO_STEP_LOWERS_J", "ITERATIONS", or "STOPPED" by the monitor.
+        "NO_STEP_LOWERS_J", "ITERATIONS", "STOPPED" by the monitor, or "INTERRUPTED" by Ctrl-C.
     values : numpy.ndarray
         J at the start and after each iteration, shape (iterations + 1,).
     changes : numpy.ndarray
@@ -153,6 +155,12 @@ class MSAResult:
     evaluations: int
     seconds: float
 
+    def __repr__(self) -> str:
+        return (
+            f"MSAResult(J = {self.value:.6g}, {self.iterations} iterations, {self.evaluations} evaluations, {self.reason}, "
+            f"{self.seconds:.1f} s)"
+        )
+
 
 @supports(
     "channels", "nodal_bias", "bases_by_layer", *STEPPED, "head", "regulariser", "running", "running_of_controls",
@@ -176,6 +184,7 @@ def msa(
     project: bool = False,
     learn_head: bool = False,
     monitor: Callable[[MSAProgress], bool | None] | None = None,
+    quiet: bool = False,
     ensemble: fd.Ensemble | None = None,
 ) -> MSAResult:
     """Train by Algorithm 2 from the present controls, which lie in A. Collective, over all members of an ensemble.
@@ -205,7 +214,9 @@ def msa(
         Whether W and mu are controls too, of the last step. If left out, the head stays as it is.
     monitor
         Called after each iteration on every rank. If it returns True on any rank, the method stops. If left out, each
-        iteration is logged at level INFO on rank 0.
+        iteration is shown on rank 0, as by `train`; Ctrl-C stops after the present one.
+    quiet
+        Whether nothing is shown.
     ensemble
         An ensemble whose members share out the layers: each maximises in its own, and all solve (4.1) and (4.2). Each member
         has the same problem with the same data on its own communicator (``comm=ensemble.comm`` of the mesh), and gets the same
@@ -234,7 +245,7 @@ def msa(
     project, learn_head = flag("project", project), flag("learn_head", learn_head)
     if learn_head and problem.head is None:
         raise ValueError("learn_head: expected a problem with a head, got head=None; give it a Head, or leave learn_head out")
-    check_monitor(monitor)
+    check_monitor(monitor, quiet)
     iterations, restarts = integer("iterations", iterations, least=0), integer("restarts", restarts, least=0)
     rho, largest_rho = number("rho", rho, above=0), number("largest_rho", largest_rho, above=0)
     start = time.perf_counter()
@@ -243,40 +254,42 @@ def msa(
         if isinstance(one, ControlSet):
             check_costly(method.H, one)
     best = at = method.evaluate(_start(problem.net, sets, project))
-    values, reason = [at.value], "ITERATIONS"
+    values, reason = [at.value], None  # None where the iterations run out
     predicted: list[float] = []
     steps: list[float] = []
-    while len(steps) < iterations:
-        before = at
-        at = method.with_better_head(at) if learn_head else at
-        pairs = at.pairs()
-        extremal = dealt.each(lambda l: _best(method.H, sets[l], pairs[l], at.controls[l]))
-        new, step = method.step(at, pairs, extremal, rho)
-        if variant != "basic" and not new.value < at.value:
-            if at.value < before.value:
-                new = at  # the head alone has made J fall: rho stays
-            elif restarts == 0:
-                reason = "NO_STEP_LOWERS_J"
+    with Watch(dealt.comm, monitor, quiet) as watch:
+        while len(steps) < iterations:
+            before = at
+            at = method.with_better_head(at) if learn_head else at
+            pairs = at.pairs()
+            extremal = dealt.each(lambda l: _best(method.H, sets[l], pairs[l], at.controls[l]))
+            new, step = method.step(at, pairs, extremal, rho)
+            if variant != "basic" and not new.value < at.value:
+                if at.value < before.value:
+                    new = at  # the head alone has made J fall: rho stays
+                elif restarts == 0:
+                    reason = "NO_STEP_LOWERS_J"
+                    break
+                else:
+                    restarts -= 1
+                    new, step = method.evaluate(extremal, at.problem.head), rho
+            # The change by the head is no estimate.
+            predicted.append(at.value - before.value + method.predicted_change(pairs, at.controls, new.controls))
+            steps.append(step)
+            values.append(new.value)
+            rho = step / 2 if variant == "extended" and new is not at else rho
+            at = new.as_in_its_network()
+            if at.value <= best.value or variant == "basic":
+                best = at
+            seconds = time.perf_counter() - start
+            progress = MSAProgress(len(steps), iterations, at.value, step, seconds, method.evaluations, at.problem)
+            reason = watch.reason(progress)
+            if reason is not None:
                 break
-            else:
-                restarts -= 1
-                new, step = method.evaluate(extremal, at.problem.head), rho
-        # The change by the head is no estimate.
-        predicted.append(at.value - before.value + method.predicted_change(pairs, at.controls, new.controls))
-        steps.append(step)
-        values.append(new.value)
-        rho = step / 2 if variant == "extended" and new is not at else rho
-        at = new.as_in_its_network()
-        if at.value <= best.value or variant == "basic":
-            best = at
-        seconds = time.perf_counter() - start
-        progress = MSAProgress(len(steps), iterations, at.value, step, seconds, method.evaluations, at.problem)
-        if tell(dealt.comm, progress, monitor):
-            reason = "STOPPED"
-            break
     return MSAResult(
         problem=best.problem, controls=best.controls, value=best.value, iterations=len(steps),
-        converged=reason == "NO_STEP_LOWERS_J", reason=reason, values=np.array(values), changes=np.diff(np.array(values)),
+        converged=reason == "NO_STEP_LOWERS_J", reason=reason or "ITERATIONS",
+        values=np.array(values), changes=np.diff(np.array(values)),
         predicted=np.array(predicted), steps=np.array(steps), evaluations=method.evaluations,
         seconds=time.perf_counter() - start,
     )  # fmt: skip

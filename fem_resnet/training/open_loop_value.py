@@ -33,7 +33,8 @@ from fem_resnet.features import STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
-from fem_resnet.training.msa import MSAProgress, msa, problem_of
+from fem_resnet.training.msa import MSAProgress, MSAResult, msa, problem_of
+from fem_resnet.training.signals import Signals
 
 __all__ = ["OpenLoopValue", "open_loop_value"]
 
@@ -84,6 +85,8 @@ def open_loop_value(
 ) -> OpenLoopValue:
     """F(v, 0) and D_v F(v, 0) at the input v of a learning problem of one sample, for controls in A. Collective.
 
+    Ctrl-C stops after the present iteration, with the best of the starts made so far.
+
     Parameters
     ----------
     problem
@@ -124,21 +127,25 @@ def open_loop_value(
     v, rng = Y.values(problem.batch.inputs), np.random.default_rng(seed)
     with stop_annotating():
         least_fall = tolerance * abs(float(problem.evaluate()[0]))
-    results = []
-    for start in range(starts):
-        begin = problem
-        if start > 0:
-            pair = Pair(v, _random_wave(Y, rng), "maximise")
-            begin = problem_of(problem, [extremal_controls(Y, A, pair).controls] * net.layers)
-        results.append(
-            msa(
-                begin, A, iterations=iterations, project=start == 0, largest_rho=_LARGEST_RHO, monitor=_falls_less(least_fall)
-            )
-        )  # fmt: skip
-        log(
-            Y.comm, logging.INFO, "open-loop value: start %d of %d, J = %.8e after %d iterations",
-            start + 1, starts, results[-1].value, results[-1].iterations,
-        )  # fmt: skip
+    results: list[MSAResult] = []
+    with Signals(Y.comm) as signals:
+        for start in range(starts):
+            begin = problem
+            if start > 0:
+                pair = Pair(v, _random_wave(Y, rng), "maximise")
+                begin = problem_of(problem, [extremal_controls(Y, A, pair).controls] * net.layers)
+            results.append(
+                msa(
+                    begin, A, iterations=iterations, project=start == 0, largest_rho=_LARGEST_RHO,
+                    monitor=_falls_less(least_fall),
+                )
+            )  # fmt: skip
+            log(
+                Y.comm, logging.INFO, "open-loop value: start %d of %d, J = %.8e after %d iterations",
+                start + 1, starts, results[-1].value, results[-1].iterations,
+            )  # fmt: skip
+            if signals.reason():
+                break
     best = min(results, key=lambda result: result.value)
     J, run = best.problem.record()
     J.derivative()

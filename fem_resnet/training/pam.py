@@ -43,7 +43,7 @@ from fem_resnet.training.pam_result import (
     continued,
     result_of_no_iteration,
 )
-from fem_resnet.training.progress import check_monitor, tell
+from fem_resnet.training.progress import Watch, check_monitor
 from fem_resnet.training.proximal import ProximalGroup, ProximalStep
 
 __all__ = ["INNER_PARAMETERS", "train_pam"]
@@ -80,12 +80,13 @@ def train_pam(
     batches: Sequence[Batch] | None = None,
     options_prefix: str | None = None,
     monitor: Callable[[PAMProgress], bool | None] | None = None,
+    quiet: bool = False,
     start: PAMResult | None = None,
 ) -> PAMResult:
     """Minimise J by Algorithm 1, proximal alternating minimisation (5.1), from the present parameters. Collective.
 
-    The parameters then hold the result. If an evaluation or the monitor raises, or the user interrupts, they hold the
-    result of the last complete iteration, and the error goes on.
+    The parameters then hold the result. If an evaluation or the monitor raises, they hold the result of the last complete
+    iteration, and the error goes on. Ctrl-C stops after the present iteration, as in `train`.
 
     Parameters
     ----------
@@ -109,7 +110,9 @@ def train_pam(
         parameters need not converge. Not for a problem that learns its inputs or has `derivatives`.
     monitor
         Called after every iteration on every rank. If it returns True on any rank, the algorithm stops. If left out, each
-        iteration is logged at level INFO on rank 0.
+        iteration is shown on rank 0, as by `train`.
+    quiet
+        Whether nothing is shown.
     start
         The result of an earlier call on as many ranks, which is continued: parameters, momentum, tau and history come from it,
         and the result is the same as from one call. Other arguments should be as before.
@@ -144,7 +147,7 @@ def train_pam(
     _check_batches(batches)
     instance("start", start, (PAMResult, NoneType), "an earlier call returns one")
     checked_prefix(options_prefix)
-    check_monitor(monitor)
+    check_monitor(monitor, quiet)
     given = checked_options(solver_parameters)
     if batches is not None:
         problem = problem.replace(batch=batches[0])
@@ -156,26 +159,27 @@ def train_pam(
     first = _first_result(start, groups, float(J.functional), norm, step.tau)
     course = _Course(problem, J, groups, step, batches, first)
 
-    def report(done: Iteration | None, tau: float) -> bool:
-        """Whether the monitor stops."""
+    def report(done: Iteration | None, tau: float) -> str | None:
+        """The reason to stop, if there is one."""
         seconds = first.seconds + time.perf_counter() - clock
         slack, inner = (0.0, 0) if done is None else (done.slack, int(sum(done.inner_iterations)))
         most = first.iterations + iterations
-        return tell(comm, PAMProgress(course.number, most, course.value, course.norm, seconds, tau, slack, inner), monitor)
+        return watch.reason(PAMProgress(course.number, most, course.value, course.norm, seconds, tau, slack, inner))
 
-    reason = "STOPPED" if start is None and report(None, course.tau) else None
+    watch = Watch(comm, monitor, quiet)
     try:
-        while reason is None:
-            if batches is None and (course.norm <= least or course.free <= gradient_tolerance * abs(course.value)):
-                reason = "GRADIENT_TOLERANCE"
-            elif len(course.history) == iterations:
-                reason = "ITERATIONS"
-            else:
-                tau, done = course.tau, course.iterate()
-                if report(done, tau):
-                    reason = "STOPPED"
-                elif batches is None and not any(done.step_norms):
-                    reason = "NO_PROGRESS"
+        with watch:
+            reason = report(None, course.tau) if start is None else None
+            while reason is None:
+                if batches is None and (course.norm <= least or course.free <= gradient_tolerance * abs(course.value)):
+                    reason = "GRADIENT_TOLERANCE"
+                elif len(course.history) == iterations:
+                    reason = "ITERATIONS"
+                else:
+                    tau, done = course.tau, course.iterate()
+                    reason = report(done, tau)
+                    if reason is None and batches is None and not any(done.step_norms):
+                        reason = "NO_PROGRESS"
     finally:
         course.set_reached()
     return continued(

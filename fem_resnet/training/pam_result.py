@@ -35,16 +35,18 @@ class PAMProgress(Progress):
     slack: float
     inner_iterations: int
 
-    def __str__(self) -> str:
-        return f"{super().__str__()}   tau = {self.tau:.1e}   slack = {self.slack:.1e}   {self.inner_iterations:3d} inner"
+    @property
+    def numbers(self) -> str:
+        return f"{super().numbers}   tau = {self.tau:.1e}   slack = {self.slack:.1e}   {self.inner_iterations:3d} inner"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PAMResult(Result):
     """How a proximal alternating minimisation ended, with everything that is needed to continue it.
 
     It has the attributes of `Result`. There `values` has J itself, and `gradient_norms` has its gradient in all groups. The
-    reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, or "NO_PROGRESS" if no group could be moved.
+    reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, "INTERRUPTED" by Ctrl-C, or "NO_PROGRESS" if no
+    group could be moved.
 
     Attributes
     ----------

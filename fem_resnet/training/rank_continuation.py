@@ -20,6 +20,7 @@ from fem_resnet.features import REGULARISED, STEPPED, supports
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
 from fem_resnet.ranks import together
+from fem_resnet.training.signals import Signals
 
 __all__ = ["pad_problem", "train_by_ranks"]
 
@@ -76,16 +77,17 @@ def train_by_ranks(problem: LearningProblem, ranks: Sequence[int], train: Callab
         )
     comm, results = problem.net.Y.comm, []
     stages = [*(_in_first(problem, rank) for rank in ranks[:-1]), problem]
-    for rank in ranks[:-1]:
-        stage = stages.pop(0)  # so that its tape and its steppers go when it has been trained
-        log(comm, logging.INFO, "the first %d functions of all bases", rank)
-        try:
-            results.append(together(comm, partial(train, stage)))
-        finally:
-            pad_problem(problem, stage)
-        pad_problem(stages[0], stage)
-    log(comm, logging.INFO, "all %d functions", largest)
-    return [*results, train(problem)]
+    with Signals(problem.comm):  # of all ranks, so that those after an interrupted one end where they begin
+        for rank in ranks[:-1]:
+            stage = stages.pop(0)  # so that its tape and its steppers go when it has been trained
+            log(comm, logging.INFO, "the first %d functions of all bases", rank)
+            try:
+                results.append(together(comm, partial(train, stage)))
+            finally:
+                pad_problem(problem, stage)
+            pad_problem(stages[0], stage)
+        log(comm, logging.INFO, "all %d functions", largest)
+        return [*results, train(problem)]
 
 
 def pad_problem(problem: LearningProblem, stage: LearningProblem) -> None:

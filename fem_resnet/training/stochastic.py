@@ -22,7 +22,7 @@ from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.ranks import on_first
-from fem_resnet.training.progress import check_monitor, tell
+from fem_resnet.training.progress import Report, Watch, check_monitor
 from fem_resnet.training.stochastic_steps import Adam, Descent, StochasticStep
 
 __all__ = ["SCHEDULES", "StochasticProgress", "StochasticResult", "train_stochastic"]
@@ -35,7 +35,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True)
-class StochasticProgress:
+class StochasticProgress(Report):
     """One epoch: a pass over all samples.
 
     Attributes
@@ -62,16 +62,17 @@ class StochasticProgress:
     rate: float
     seconds: float
 
-    def __str__(self) -> str:
-        left = self.seconds / max(self.epoch, 1) * (self.epochs - self.epoch)
+    @property
+    def counted(self) -> tuple[str, int, int]:
+        return "epoch", self.epoch, self.epochs
+
+    @property
+    def numbers(self) -> str:
         validation = "" if self.validation is None else f"validation {self.validation:.4e} (best: {self.best})   "
-        return (
-            f"epoch {self.epoch:4d} of {self.epochs}   J = {self.value:.6e}   {validation}rate {self.rate:.1e}   "
-            f"{left:4.0f} s left"
-        )
+        return f"J = {self.value:.6e}   {validation}rate {self.rate:.1e}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StochasticResult:
     """How a training by stochastic gradients ended.
 
@@ -85,8 +86,8 @@ class StochasticResult:
         The epoch after which these coefficients were reached, 0 for the start: that of the least validation loss, or the last
         complete one without a validation batch.
     reason : str
-        "EPOCHS"; "PATIENCE", where the validation loss did not fall for so many epochs; "STOPPED" by the monitor; or
-        "NOT_FINITE", where J of a mini-batch was not.
+        "EPOCHS"; "PATIENCE", where the validation loss did not fall for so many epochs; "STOPPED" by the monitor;
+        "INTERRUPTED" by Ctrl-C; or "NOT_FINITE", where J of a mini-batch was not.
     values : numpy.ndarray
         J of all samples at the start, and after it the mean of J over the mini-batches of each epoch, each before its step;
         shape (epochs + 1,).
@@ -111,6 +112,12 @@ class StochasticResult:
     controls: list
     seconds: float
 
+    def __repr__(self) -> str:
+        return (
+            f"StochasticResult(J = {self.value:.6g}, {self.epochs} epochs, {self.steps} steps, best after {self.best}, "
+            f"{self.reason}, {self.seconds:.1f} s)"
+        )
+
 
 @supports(
     "channels",
@@ -130,10 +137,12 @@ def train_stochastic(
     patience: int | None = None,
     seed: int = 0,
     monitor: Callable[[StochasticProgress], bool | None] | None = None,
+    quiet: bool = False,
 ) -> StochasticResult:
     """Minimise J by stochastic gradients of mini-batches from the present parameters, and assign the result to them.
 
     Collective. Where an evaluation or the monitor raises, the parameters hold what was kept last, and the error goes on.
+    Ctrl-C stops after the present epoch, as in `train`.
 
     Parameters
     ----------
@@ -158,7 +167,9 @@ def train_stochastic(
         Of the order of the samples: the same on any number of ranks.
     monitor
         Called at the start and after each epoch on every rank, while the parameters hold the result of that epoch. If it
-        returns True on any rank, the training stops. If left out, each epoch is logged at level INFO on rank 0.
+        returns True on any rank, the training stops. If left out, each epoch is shown on rank 0, as by `train`.
+    quiet
+        Whether nothing is shown.
 
     Returns
     -------
@@ -187,17 +198,18 @@ def train_stochastic(
     if patience is not None and validation is None:
         raise ValueError(f"patience: expected None without a validation batch, got {patience}; give validation=..")
     random = np.random.default_rng(integer("seed", seed, least=0, most=np.inf))
-    check_monitor(monitor)
+    check_monitor(monitor, quiet)
     clock = time.perf_counter()
     rates = step.rate * _factors(problem, schedule, epochs * -(-weighted // batch_size))
     course = _Course(problem, step, batch_size, rates, validation)
     reason = None
     try:
-        with stop_annotating():
+        with stop_annotating(), Watch(problem.net.Y.comm, monitor, quiet) as watch:
             while reason is None:
-                if tell(problem.net.Y.comm, course.progress(epochs, time.perf_counter() - clock), monitor):
-                    reason = "STOPPED"
-                elif patience is not None and course.epoch - course.best >= patience:
+                reason = watch.reason(course.progress(epochs, time.perf_counter() - clock))
+                if reason is not None:
+                    break
+                if patience is not None and course.epoch - course.best >= patience:
                     reason = "PATIENCE"
                 elif course.epoch == epochs:
                     reason = "EPOCHS"

@@ -38,6 +38,8 @@ __all__ = ["Minimiser", "Outcome"]
 #: PETSc's code for an operation that a matrix does not have.
 _UNSUPPORTED = 83
 _Reason = PETSc.TAO.ConvergedReason
+#: Reasons that all algorithms have, by the names that all of them use.
+_NAMES = {_Reason.DIVERGED_MAXITS: "ITERATIONS"}
 
 
 class Outcome(NamedTuple):
@@ -208,7 +210,7 @@ class Minimiser:
                 if course.iteration >= 0:
                     self.assign(solver.reached)
             value = float(self._functional(self._functions))
-        return Outcome(value, course.norm, reason > 0, reason_name(PETSc.TAO, reason))
+        return Outcome(value, course.norm, reason > 0, _NAMES.get(reason) or reason_name(PETSc.TAO, reason))
 
     def _run(self, tao: PETSc.TAO, course: _Course) -> int:
         """The reason why the TAO ended, a number of `PETSc.TAO.ConvergedReason`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fem_resnet.arguments import LARGEST
+from fem_resnet.arguments import LARGEST, did_you_mean
 from fem_resnet.training.hessian import RieszPreconditioner
 
 __all__ = ["TYPES", "TAOType", "checked_limit", "checked_type", "defaults_of"]
@@ -65,9 +65,11 @@ def checked_type(given: str, *, bounded: bool, twice: bool = True) -> str:
     fault = "does not know bounds" if given in TYPES else "is not taken"
     if given in TYPES and not twice and TYPES[given].newton is not None:
         fault = "asks for second derivatives, which J does not have with eliminate='head'"
+    stochastic = "; Adam and SGD are steps of train_stochastic" if given.lower() in ("adam", "adamw", "sgd") else ""
     raise ValueError(
         f"solver_parameters: TAO's {given!r} {fault}; expected a 'tao_type' of "
         + ", ".join(f"{name!r} ({kind.what})" for name, kind in allowed.items())
+        + (stochastic or did_you_mean(given, allowed))
     )
 
 

@@ -789,7 +789,7 @@ def test_refuses_targets_that_do_not_fit():
             None,
             [0, 1, 2, 0],
             ValueError,
-            "^batch.targets: expected a batch on .*, as there are no classes; got labels$",
+            "^head: expected a Head onto classes, as the batch has class labels, got None; give Head",
         ),
         (None, net.Y.batch(smooth(net.Y, 3)), ValueError, "^batch.targets: expected 4 samples, .*, got 3$"),
         (None, nan, ValueError, "^batch.targets: sample 2 has values that are not finite"),

@@ -352,7 +352,7 @@ def test_options_of_each_rank_and_what_a_monitor_sees():
     of_ranks = [{"tao_max_it": 3}, {"tao_max_it": 9}, {"tao_type": "nls", "tao_max_it": 1}]
     result = train(p, of_ranks, ranks=(3, 5, 8), monitor=monitor)
     assert seen == [[0, 1, 2, 3], [0, 1], [0, 1]]
-    assert [stage.reason for stage in result.stages] == ["DIVERGED_MAXITS", "STOPPED"]
+    assert [stage.reason for stage in result.stages] == ["ITERATIONS", "STOPPED"]
     assert p.head.W.get(0).shape == (3, 8) and p.head.in_first(5).W.get(0).shape == (3, 5)
 
 

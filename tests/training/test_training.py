@@ -71,7 +71,7 @@ def test_the_limit_of_iterations_is_survived_and_the_result_assigned(make):
     problem = make()
     start, _ = problem.evaluate()
     result = train(problem, {"tao_max_it": 5}, monitor=_silent)
-    assert (result.iterations, result.converged, result.reason) == (5, False, "DIVERGED_MAXITS")
+    assert (result.iterations, result.converged, result.reason) == (5, False, "ITERATIONS")
     assert result.value < 0.9 * start
     assert abs(problem.evaluate()[0] - result.value) <= ROUND_OFF
     assert abs(_gradient_norm(problem) / result.gradient_norm - 1) < 1e-10
