@@ -1,5 +1,6 @@
 """Residual neural networks as evolution equations on a meshed label domain, trained as PDE-constrained optimisation."""
 
+from difflib import get_close_matches
 from importlib import import_module
 
 # Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
@@ -119,7 +120,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        near = "".join(f"; did you mean {each!r}?" for each in get_close_matches(name, _HOME, 1))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{near}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

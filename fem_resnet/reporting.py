@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Protocol
 
@@ -20,13 +21,16 @@ from fem_resnet.arguments import instance
 from fem_resnet.files import aside
 from fem_resnet.ranks import on_first, same
 
-__all__ = ["Page", "as_json", "check_files", "picture", "table", "write"]
+__all__ = ["Page", "as_html", "as_json", "check_files", "picture", "table", "write"]
 
 
 class Page(Protocol):
     """A report. Its text is a table; all its numbers can be had as JSON, and the main ones as a picture."""
 
     def __str__(self) -> str: ...
+
+    def _repr_html_(self) -> str:
+        """The text as HTML, which notebooks show."""
 
     def to_json(self) -> str:
         """All numbers, as JSON."""
@@ -58,6 +62,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = Fa
         return cell.rjust(width) if right else cell.ljust(width)
 
     return ["  ".join(map(pad, row, widths)).rstrip() for row in [header, *rows]]
+
+
+def as_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A report as HTML, for notebooks: its title, a table as for `table`, and notes under it, a line each.
+
+    Examples
+    --------
+    >>> as_html("Layers", ("layer", "grows"), [("0", "<1")], ["even"])
+    '<h4>Layers</h4><table><tr><th>layer</th><th>grows</th></tr><tr><td>0</td><td>&lt;1</td></tr></table><p>even</p>'
+    """
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = [row(header, "th"), *(row(cells, "td") for cells in rows)]
+    return f"<h4>{escape(title)}</h4><table>{''.join(lines)}</table><p>{'<br>'.join(map(escape, notes))}</p>"
 
 
 def as_json(values: dict) -> str:

@@ -237,7 +237,8 @@ class LearningProblem(OnMesh):
     def __repr__(self) -> str:
         loss = self.loss.name if self.regulariser is None else f"{self.loss.name} with a regulariser"
         learned = ", ".join(parameter.name for parameter in self.parameters)
-        return f"LearningProblem({loss}, {self.batch.samples} samples, {self.net!r}, {self.head!r}, learns {learned})"
+        head = "" if self.head is None else f"{self.head.prediction.name} of {self.head.onto!r}, "
+        return f"LearningProblem({loss}, {self.batch.samples} samples, {self.net!r}, {head}learns {learned})"
 
     def __deepcopy__(self, memo: Mapping):
         raise TypeError("deepcopy: replace(net=.., head=..) with deep copies of these makes another problem of the same data")

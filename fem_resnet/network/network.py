@@ -42,6 +42,16 @@ from fem_resnet.time_stepping.scheme import get_scheme
 
 __all__ = ["ResidualNetwork"]
 
+#: What PETSc's option `-citations` prints of a program that has made a network, beside the citations of Firedrake and PETSc.
+_PAPER = """@article{LiuMarkowich2020,
+  author = {Liu, Hailiang and Markowich, Peter},
+  title = {Selection dynamics for deep neural networks},
+  journal = {Journal of Differential Equations},
+  volume = {269},
+  year = {2020}
+}
+"""
+
 
 class ResidualNetwork(OnMesh):
     """A network on a label domain; its parameters start at zero.
@@ -132,6 +142,7 @@ class ResidualNetwork(OnMesh):
             kernel, bias, layers, final_time, activation=activation, gradient_flow=gradient_flow,
             solver_parameters=solver_parameters, options_prefix=options_prefix, replay_steps=replay_steps, precision=precision,
         )  # fmt: skip
+        PETSc.Sys.registerCitation(_PAPER)
         self.Y = settings.Y
         self._scheme = get_scheme(solver_parameters, options_prefix, settings.layers.steps)
         self.settings = replace(settings, solver_parameters=MappingProxyType(self._scheme.solver_parameters))

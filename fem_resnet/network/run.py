@@ -142,6 +142,10 @@ class Run(OnMesh):
         self._by_coefficients = bool(self._pieces) and isinstance(self._pieces[-1].segment, CoefficientSegment)
         self._handed_out: set[int] = set()
 
+    def __repr__(self) -> str:
+        samples = self.net.Y.samples(self._space)
+        return f"Run({samples} samples, {'recorded, ' if self._is_recorded else ''}{self.net!r})"
+
     @cached_property
     def initial(self) -> fd.Function:
         return self._function(self._given) if isinstance(self._given, np.ndarray) else self._given

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpi4py import MPI
+from petsc4py import PETSc
 from tqdm import tqdm
 
 from fem_resnet.arguments import flag, function
@@ -86,7 +87,7 @@ def check_monitor(monitor: object, quiet: object) -> None:
 class Watch:
     """What watches an algorithm on its way, and may end it: the user's monitor and Ctrl-C; a context manager. Collective.
 
-    Without a monitor rank 0 shows each iteration: to the logger if it takes messages of level INFO, else as a bar on a
+    While it goes on PETSc logs into a stage of its own, which `-log_view` shows. Without a monitor rank 0 shows each iteration: to the logger if it takes messages of level INFO, else as a bar on a
     terminal, else now and then as a line on standard error.
 
     Parameters
@@ -101,13 +102,16 @@ class Watch:
 
     def __init__(self, comm: MPI.Comm, monitor: Callable[[Any], bool | None] | None, quiet: bool):
         self._comm, self._monitor, self._signals = comm, monitor, Signals(comm)
+        self._stage = PETSc.Log.Stage("fem_resnet training")
         self._shown = None if monitor is not None or quiet or comm.rank else _Shown(comm)
 
     def __enter__(self) -> Watch:
         self._signals.__enter__()
+        self._stage.push()
         return self
 
     def __exit__(self, *error) -> None:
+        self._stage.pop()
         if self._shown is not None:
             self._shown.end()
         self._signals.__exit__(*error)

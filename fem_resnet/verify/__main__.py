@@ -10,20 +10,16 @@ all ranks are ended.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from fem_resnet.io.reading import load, load_lift
-from fem_resnet.ranks import in_step, on_first
 from fem_resnet.reporting import check_files, write
-from fem_resnet.verify.suite import problem_of, verify
+from fem_resnet.verify.subject import subject
+from fem_resnet.verify.suite import verify
 
 __all__ = ["main"]
 
@@ -59,10 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     PETSc.Options().setValue("options_left", "no")  # PETSc would complain about the arguments, which it sees too
     comm = MPI.COMM_WORLD
     try:
-        what = None if given.what is None else _what(given.what, comm)
+        what = None if given.what is None else subject(given.what, comm)
         check_files(comm, json=given.json, png=given.png)
-        if not (what is None or callable(what)):
-            what = problem_of(*what)
     except (OSError, ImportError, ValueError, AttributeError) as error:
         if comm.rank == 0:
             sys.stderr.write(f"fem_resnet.verify: {error}\n")
@@ -75,32 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     write(report, comm, json=given.json, png=given.png)
     return 0 if report.passed else 1
-
-
-def _what(name: str, comm: MPI.Comm):
-    """The network, head and lift in a file, or the function of a module. Collective."""
-    path = Path(name)
-    is_file = on_first(comm, path.is_file)
-    if path.suffix in (".h5", ".hdf5") or is_file and path.suffix != ".py":
-        net, head = load(path, comm)
-        return net, head, load_lift(path, net.Y)
-    module = in_step(comm, lambda: _module(name, path))  # it may make meshes
-    if not callable(getattr(module, "problem", None)):
-        raise AttributeError(f"the module {name}: expected a function problem() that returns a LearningProblem, found none")
-    return module.problem
-
-
-def _module(name: str, path: Path) -> ModuleType:
-    if path.suffix != ".py":
-        sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fem_resnet.reporting import as_json, picture, table
+from fem_resnet.reporting import as_html, as_json, picture, table
 
 __all__ = ["Check", "Checks", "Line", "Report"]
 
@@ -102,7 +102,7 @@ class Line:
         return float(np.median(np.diff(np.log(values[keep])) / np.diff(np.log(steps[keep]))))
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """All checks of one verification.
 
@@ -133,7 +133,23 @@ class Report:
         """The checks that have not passed."""
         return [check for check in self.checks if not check.passed]
 
+    @property
+    def _verdict(self) -> str:
+        failed = len(self.failures)
+        verdict = "all passed" if self.passed else f"{failed} FAILED"
+        return f"{len(self.checks)} checks in {self.seconds:.1f} s: {verdict}"
+
+    def __repr__(self) -> str:
+        return f"Report({self.title}; {self._verdict})"
+
     def __str__(self) -> str:
+        return "\n".join([self.title, *table(*self._table()), self._verdict])
+
+    def _repr_html_(self) -> str:
+        return as_html(self.title, *self._table(), [self._verdict])
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The header and the rows, one a check."""
         several = any(check.problem for check in self.checks)
         rows = [
             (
@@ -147,10 +163,7 @@ class Report:
             )
             for check in self.checks
         ]
-        lines = table((*(["problem"] if several else []), "check", "of", "found", "bound", "", ""), rows)
-        failed = len(self.failures)
-        verdict = "all passed" if self.passed else f"{failed} FAILED"
-        return "\n".join([self.title, *lines, f"{len(rows)} checks in {self.seconds:.1f} s: {verdict}"])
+        return (*(["problem"] if several else []), "check", "of", "found", "bound", "", ""), rows
 
     def to_json(self) -> str:
         """The report as JSON: `title`, `passed`, `seconds`, `checks` and `lines` with their fields."""

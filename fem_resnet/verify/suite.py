@@ -123,7 +123,7 @@ def _verified(given: LearningProblem | Callable, quick: bool, exit_first: bool, 
     if isinstance(given, LearningProblem):
         problem = given
     else:
-        function, takes_comm = given, _takes_communicator(given)
+        function, takes_comm = given, takes_communicator(given)
         make = given if takes_comm else None
         try:
             problem = together(MPI.COMM_WORLD, lambda: _problem_by(function, *[MPI.COMM_WORLD] * takes_comm))
@@ -148,7 +148,7 @@ def _problem_by(make: Callable[..., LearningProblem], *arguments: MPI.Comm) -> L
     return instance("problem", make(*arguments), LearningProblem, "this is what the function returned")
 
 
-def _takes_communicator(make: Callable) -> bool:
+def takes_communicator(make: Callable) -> bool:
     """Whether the first argument is `comm`, or has no default."""
     for name, parameter in inspect.signature(make).parameters.items():
         is_positional = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)

@@ -26,7 +26,7 @@ from mpi4py import MPI
 from fem_resnet.arguments import instance
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.network.network import ResidualNetwork
-from fem_resnet.reporting import as_json, check_files, picture, table, write
+from fem_resnet.reporting import as_html, as_json, check_files, picture, table, write
 from fem_resnet.theory.sensitivity.conditioning import LinearisedFlow
 from fem_resnet.theory.sensitivity.layer_stability import BY_DEPTH, MORE_STEPS, LayerStability, layer_stability, scheme_of
 from fem_resnet.theory.spectra.autonomous import sampled
@@ -57,7 +57,7 @@ class Suggestion:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StabilityReport:
     """One page on the stability of a network. Get one from `stability_report`; ``print`` shows it as a table.
 
@@ -84,7 +84,22 @@ class StabilityReport:
     suggestions: list[Suggestion]
     seconds: float
 
+    def __repr__(self) -> str:
+        return f"StabilityReport({self.title}; gradients: {self.gradients}; {len(self.suggestions)} suggestions)"
+
     def __str__(self) -> str:
+        header, rows = self._table()
+        return "\n".join([self.title, *table(header, rows, right=True), *self._notes])
+
+    def _repr_html_(self) -> str:
+        return as_html(self.title, *self._table(), self._notes)
+
+    @property
+    def _notes(self) -> list[str]:
+        return [*self.findings, *(f"{suggestion.kind}: {suggestion.text}" for suggestion in self.suggestions)]
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The header and the rows, one a layer."""
         header = (
             "layer", "t", "grows", "keeps", "bound", "grown", "kept", "condition", "exponents", "M(T,t)", "", "|r|",
             "|D_a J|", "slope", "flat", "",
@@ -98,8 +113,7 @@ class StabilityReport:
             )
             for l in self.layers
         ]  # fmt: skip
-        notes = [*self.findings, *(f"{suggestion.kind}: {suggestion.text}" for suggestion in self.suggestions)]
-        return "\n".join([self.title, *table(header, rows, right=True), *notes])
+        return header, rows
 
     def to_json(self) -> str:
         """All attributes as JSON, including the attributes of each layer and each suggestion."""
@@ -143,9 +157,8 @@ class StabilityReport:
                 axes.axhline(1.0, color="grey", lw=0.5)
                 axes.legend(fontsize="small")
             panels[2].set_xlabel("layer")
-            notes = [*self.findings, *(f"{suggestion.kind}: {suggestion.text}" for suggestion in self.suggestions)]
             panels[3].axis("off")
-            panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in notes), va="top", fontsize="x-small")
+            panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in self._notes), va="top", fontsize="x-small")
 
 
 @supports("channels", *HELD, *STEPPED, "gradient_flow")
