@@ -43,9 +43,12 @@ def test_docker_copies_what_it_installs_from_before_the_rest():
     """All files that the script reads are there when it is called, so its stamps are those of the whole tree."""
     before, after = recipe("Dockerfile").split("containers/run true")
     copied = re.findall(r"^COPY (.*) /opt/fem_resnet/(\S*)$", before, re.MULTILINE)
-    assert copied == [("containers/run containers/constraints.txt", "containers/"), ("pyproject.toml", "")]
+    assert copied == [
+        ("containers/run containers/constraints.txt containers/hashes.txt", "containers/"),
+        ("pyproject.toml", ""),
+    ]
     read = set(re.findall(r"\$tree/([\w./-]+)", (ROOT / "containers" / "run").read_text()))
-    assert read == {"containers/run", "containers/constraints.txt", "pyproject.toml"}
+    assert read == {"containers/run", "containers/constraints.txt", "containers/hashes.txt", "pyproject.toml"}
     assert re.search(r"^COPY --chown=fem:fem \. /opt/fem_resnet$", after, re.MULTILINE)
 
 

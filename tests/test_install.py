@@ -41,16 +41,17 @@ def clone(tmp_path):
     return tmp_path
 
 
-def start(clone, *command):
-    environment = os.environ | {"FEM_RESNET_HOME": str(clone / "home")}
+def start(clone, *command, **variables):
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PIP_CONSTRAINT")}
+    environment = inherited | {"FEM_RESNET_HOME": str(clone / "home")} | variables
     return subprocess.Popen(
         ["bash", str(clone / "containers" / "run"), *command],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def run(clone, *command):
-    process = start(clone, *command)
+def run(clone, *command, **variables):
+    process = start(clone, *command, **variables)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
@@ -191,6 +192,159 @@ def test_two_clones_share_what_was_built_and_never_see_each_others_code(tmp_path
         # the script alone takes half a second; the rest is for the start of Python and a busy machine
         assert time.monotonic() - started < 5
         assert result.stdout.split() == [str(tmp_path / name / "fem_resnet" / "__init__.py"), sys.prefix]
+
+
+def test_the_user_s_own_modules_come_after_the_tree(clone):
+    code, out, err = run(clone, "bash", "-c", "echo $PYTHONPATH $PIP_CONSTRAINT", PYTHONPATH="/mine:/other")
+    assert (code, out.split()) == (0, [f"{clone}:/mine:/other", str(clone / "containers" / "constraints.txt")]), err
+    code, out, _ = run(clone, "bash", "-c", "echo $PYTHONPATH", PYTHONPATH="")
+    assert out == f"{clone}\n"
+
+
+def test_help_is_the_head_of_the_script_and_unknown_options_are_refused(clone):
+    code, out, _ = run(clone, "--help")
+    assert code == 0 and "--doctor" in out and "--clean" in out and "#" not in out
+    code, _, err = run(clone, "--docter")
+    assert code == 1 and "expected a command, --doctor, --clean or --help, got --docter" in err
+    assert not (clone / "home").exists()
+
+
+def test_clean_removes_kernels_and_logs_and_with_all_the_environment(clone):
+    code, _, err = run(clone, "--clean")
+    assert code == 1 and "nothing is installed" in err
+    run(clone, "true")
+    home = clone / "home"
+    (home / "cache").mkdir()
+    (home / "mine").touch()
+    code, _, err = run(clone, "--clean", "all", "of", "it")
+    assert code == 1 and "expected --clean or --clean all" in err
+    assert run(clone, "--clean")[0] == 0
+    assert not (home / "cache").exists() and not (home / "log").exists() and (home / "env").exists()
+    assert run(clone, "true")[0] == 0 and steps_run(clone) == ["first", "second", "third"]
+    assert run(clone, "--clean", "all")[0] == 0
+    assert sorted(path.name for path in home.iterdir()) == ["mine", "ran"]  # what is not ours stays
+
+
+def test_clean_waits_for_nobody_who_installs(clone):
+    (clone / "containers" / "second").write_text("sleep 60\n")
+    process = start(clone, "true")
+    wait_for(lambda: (clone / "home" / "ran").exists() and len(steps_run(clone)) == 2)
+    code, _, err = run(clone, "--clean", "all")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert code == 1 and "another call is installing" in err and (clone / "home" / "env").exists()
+
+
+def test_doctor_examines_and_says_what_to_try(clone):
+    """With commands that stand for Python and mpiexec, of which one fails."""
+    commands = clone / "home" / "env" / "bin"
+    run(clone, "true")
+    commands.mkdir(parents=True, exist_ok=True)
+    (commands / "python").write_text('#!/bin/sh\ncase "$*" in *taylor_test*) echo the rate is 1; exit 1;; esac\necho "$*"\n')
+    (commands / "mpiexec").write_text('#!/bin/sh\nshift 2\n"$@"\n')
+    for name in ("python", "mpiexec"):
+        (commands / name).chmod(0o755)
+    code, out, err = run(clone, "--doctor")
+    assert code == 1, err
+    assert re.search(r"^ok +MPI starts two ranks \(\d+ s\)$", out, re.MULTILINE)
+    assert re.search(r"^ok +a kernel is compiled", out, re.MULTILINE)
+    assert re.search(r"^FAILED +an adjoint is right: run .*\n +the rate is 1$", out, re.MULTILINE)
+    assert out.endswith("-m fem_resnet info\n")
+    (commands / "python").write_text("#!/bin/sh\n")
+    assert run(clone, "--doctor")[0] == 0
+
+
+@pytest.fixture
+def own(clone):
+    """A PETSc as a user may have one, with the compiler wrapper of its MPI, and steps of the usual names."""
+    petsc, wrapper = clone / "petsc", clone / "mpi" / "bin" / "mpicc"
+    (petsc / "include").mkdir(parents=True)
+    (petsc / "opt" / "lib" / "petsc" / "conf").mkdir(parents=True)
+    (petsc / "opt" / "include").mkdir()
+    version = re.search(r"^petsc==(\d+)\.(\d+)", (ROOT / "containers" / "constraints.txt").read_text(), re.MULTILINE)
+    (petsc / "include" / "petscversion.h").write_text(
+        f"#define PETSC_VERSION_MAJOR      {version[1]}\n#define PETSC_VERSION_MINOR {version[2]}\n"
+    )
+    (petsc / "opt" / "include" / "hdf5.h").touch()
+    wrapper.parent.mkdir(parents=True)
+    wrapper.write_text("#!/bin/sh\n")
+    wrapper.chmod(0o755)
+    (petsc / "opt" / "lib" / "petsc" / "conf" / "petscvariables").write_text(f"PCC = {wrapper}\nPETSC_SCALAR = real\n")
+    shutil.copy(ROOT / "containers" / "constraints.txt", clone / "containers")
+    script = clone / "containers" / "run"
+    text = (
+        script.read_text()
+        .replace("check_machine() { :; }\n", "")
+        .replace(
+            "steps=(first second third)",
+            "steps=(debian petsc third)\ninstall_debian() { exit 9; }\ninstall_petsc() { exit 9; }",
+        )
+        .replace('declare -A packages=([debian]="some-library"', 'declare -A packages=([debian]="no-such-package"')
+    )
+    script.write_text(text.replace('pins() { cat "$tree/containers/pins/$1"; }', 'pins() { echo "$1"; }'))
+    return {"PETSC_DIR": str(petsc), "PETSC_ARCH": "opt"}
+
+
+def test_a_petsc_of_the_user_s_own_is_used_without_debian_packages_and_kept(clone, own):
+    show = "echo $PETSC_DIR $PETSC_ARCH; command -v mpicc"
+    expected = [own["PETSC_DIR"], "opt", str(clone / "mpi" / "bin" / "mpicc")]
+    code, out, err = run(clone, "bash", "-c", show, **own)
+    assert (code, out.split()) == (0, expected), err
+    assert "[1/1] step third" in err and steps_run(clone) == ["third"]
+    for later in ({}, {"PETSC_DIR": "/another", "PETSC_ARCH": ""}):  # what was chosen stays
+        code, out, err = run(clone, "bash", "-c", show, **later)
+        assert (code, out.split(), err) == (0, expected, "")
+
+
+def test_a_petsc_in_the_shell_does_not_change_what_is_installed_already(clone, own):
+    (clone / "containers" / "run").write_text((clone / "containers" / "run").read_text().replace("exit 9", "true"))
+    (clone / "home" / "stamps").mkdir(parents=True)
+    code, out, _ = run(clone, "bash", "-c", "echo ${PETSC_DIR:-none}", **own)
+    assert not (clone / "home" / "own").exists() and (code == 1 or out == "none\n")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"PETSC_DIR": "/nowhere"},
+            "PETSC_DIR: expected a PETSc with include/petscversion.h and opt/lib/petsc/conf",
+        ),
+        ({"PETSC_ARCH": "debug"}, "PETSC_DIR: expected a PETSc with .*debug/lib/petsc/conf"),
+        ({"version": "3.1"}, r"PETSC_DIR: expected PETSc [\d.]+, with which Firedrake [\d.]+ goes, found 3.1"),
+        ({"MPICC": "/nowhere/mpicc"}, "MPICC: expected the compiler wrapper of the MPI"),
+        ({"HDF5_DIR": "/nowhere"}, "HDF5_DIR: expected a parallel HDF5 with include/hdf5.h, found none in /nowhere"),
+        ({"scalar": "complex"}, "PETSC_DIR: expected a PETSc of real numbers"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_petsc_that_does_not_fit_is_refused_before_anything_is_installed(clone, own, change, message):
+    petsc = Path(own["PETSC_DIR"])
+    if "version" in change:
+        (petsc / "include" / "petscversion.h").write_text("#define PETSC_VERSION_MAJOR 3\n#define PETSC_VERSION_MINOR 1\n")
+    if "scalar" in change:
+        conf = petsc / "opt" / "lib" / "petsc" / "conf" / "petscvariables"
+        conf.write_text(conf.read_text().replace("real", "complex"))
+    code, _, err = run(clone, "true", **own | {name: value for name, value in change.items() if name.isupper()})
+    assert code == 1 and re.search(message, err), err
+    assert not (clone / "home").exists()
+
+
+def test_every_pinned_version_has_the_hashes_of_its_files():
+    """Made by `uv pip compile --universal --no-deps --generate-hashes`; another version asks for others (CONTRIBUTING.md)."""
+    pins = {
+        _name(line.replace("==", " ")): line.split("==")[1]
+        for line in (ROOT / "containers" / "constraints.txt").read_text().split("\n")
+        if re.match(r"\w", line)
+    }
+    blocks = (ROOT / "containers" / "hashes.txt").read_text().replace("\\\n", " ").splitlines()
+    hashed = {_name(line.replace("==", " ")): line.split() for line in blocks if re.match(r"\w", line)}
+    assert pins == {name: parts[0].split("==")[1] for name, parts in hashed.items()}
+    for name, parts in hashed.items():
+        assert parts[1:] and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", part) for part in parts[1:]), name
+    assert re.search(
+        r"^pip_install\(\) \{.* --require-hashes -c \"\$hashes\"", (ROOT / "containers" / "run").read_text(), re.MULTILINE
+    )
 
 
 def _name(requirement):

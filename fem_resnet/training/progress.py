@@ -87,8 +87,9 @@ def check_monitor(monitor: object, quiet: object) -> None:
 class Watch:
     """What watches an algorithm on its way, and may end it: the user's monitor and Ctrl-C; a context manager. Collective.
 
-    While it goes on PETSc logs into a stage of its own, which `-log_view` shows. Without a monitor rank 0 shows each iteration: to the logger if it takes messages of level INFO, else as a bar on a
-    terminal, else now and then as a line on standard error.
+    While it goes on PETSc logs into a stage of its own, which `-log_view` shows. Without a monitor rank 0 shows each
+    iteration: to the logger if it takes messages of level INFO, else as a bar on a terminal, else now and then as a line on
+    standard error.
 
     Parameters
     ----------
