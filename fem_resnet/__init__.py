@@ -118,6 +118,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
+    if name == "plot":  # not among the names of a star import: Firedrake has a function of that name
+        return import_module(f"{__name__}.plot")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

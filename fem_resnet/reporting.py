@@ -20,7 +20,7 @@ from fem_resnet.arguments import instance
 from fem_resnet.files import aside
 from fem_resnet.ranks import on_first, same
 
-__all__ = ["Page", "as_json", "check_files", "picture", "table", "write"]
+__all__ = ["Page", "as_json", "check_files", "picture", "print_figure", "table", "write"]
 
 
 class Page(Protocol):
@@ -88,11 +88,32 @@ def picture(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         The size of the figure in inches.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     yield figure
-    kind = _kind_of_picture("path", path)
+    print_figure("path", figure, path)
+
+
+def print_figure(name: str, figure: Figure, path: str | Path) -> None:
+    """Write a figure into a file, as `picture` does.
+
+    Parameters
+    ----------
+    name
+        The name of the argument that `path` is, in messages.
+    figure
+        The figure.
+    path
+        The name of the file.
+
+    Raises
+    ------
+    ValueError
+        If its suffix belongs to no kind of picture.
+    OSError
+        If the file cannot be written.
+    """
+    kind = _kind_of_picture(name, path)
     with aside(path) as part:
-        canvas.print_figure(str(part), dpi=120, format=kind)
+        FigureCanvasAgg(figure).print_figure(str(part), dpi=120, format=kind)
 
 
 def _kind_of_picture(name: str, path: str | Path) -> str:
