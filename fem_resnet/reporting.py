@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from mpi4py import MPI
 
 from fem_resnet.arguments import instance
 from fem_resnet.files import aside
-from fem_resnet.ranks import on_first, same
+from fem_resnet.ranks import draw_on_first, on_first, same
 
 __all__ = ["Page", "as_json", "check_files", "picture", "print_figure", "table", "write"]
 
@@ -183,7 +182,6 @@ def write(
         As in `check_files`, or if a file cannot be written; on all ranks.
     """
     check_files(comm, json=json, png=png)
-    gc.collect()  # drawing may start the garbage collector on one rank alone, and freeing meshes is collective
 
     def write() -> None:
         if as_text:
@@ -195,4 +193,4 @@ def write(
         if png is not None:
             page.draw(png)
 
-    on_first(comm, write)
+    draw_on_first(comm, write)

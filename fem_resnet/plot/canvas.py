@@ -6,10 +6,9 @@ viridis, values of both signs a map from blue to red whose white is 0.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from matplotlib.figure import Figure
 from mpi4py import MPI
 
 from fem_resnet.arguments import instance, number
-from fem_resnet.ranks import on_first, same, together
+from fem_resnet.ranks import draw_on_first, same, together
 from fem_resnet.reporting import print_figure
 
 __all__ = [
-    "DASHES", "LINES", "Colours", "checked_axes", "colour_bar", "draw_on_first", "has_pyvista", "has_vtk", "limits_of",
+    "DASHES", "LINES", "Colours", "checked_axes", "colour_bar", "has_pyvista", "has_vtk", "limits_of",
     "panels", "save",
 ]  # fmt: skip
 
@@ -104,13 +103,6 @@ def checked_axes(comm: MPI.Comm, name: str, given: Any, count: int) -> np.ndarra
     axes = together(comm, check)
     same(comm, **{name: axes is None})
     return axes
-
-
-def draw_on_first(comm: MPI.Comm, draw: Callable[[], None]) -> None:
-    """Draw on rank 0; an error there is raised on all ranks. Collective over `comm`."""
-    if comm.size > 1:
-        gc.collect()  # drawing may start the garbage collector on one rank alone, and freeing meshes is collective
-    together(comm, draw if comm.rank == 0 else lambda: None)
 
 
 class Colours:
@@ -209,14 +201,14 @@ def save(path: str | Path, axes: Axes | Sequence[Axes] | Figure, *, comm: MPI.Co
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     plot.save(f"{folder}/curve.png", plot.learning_curve([1.0, 0.3, 0.1]))
     """
-    same(comm, path=path)
+    same(instance("comm", comm, MPI.Comm), path=path)
     instance("path", path, (str, os.PathLike), "give the name of a file")
 
     def figure() -> Figure:
         given = axes if isinstance(axes, Figure) else next(iter(np.ravel(np.asarray(axes, dtype=object))), None)
-        return given if isinstance(given, Figure) else instance("axes", given, Axes, "plot's functions return them").figure
+        if isinstance(given, Figure):
+            return given
+        return instance("axes", given, Axes, "plot's functions return them").get_figure(root=True)
 
     found = together(comm, figure)
-    if comm.size > 1:
-        gc.collect()
-    on_first(comm, lambda: print_figure("path", found, path))
+    draw_on_first(comm, lambda: print_figure("path", found, path))

@@ -122,12 +122,12 @@ def learning_curve(results: Any, *, ax: Axes | None = None, xlabel: str = "itera
         raise ValueError("results: expected at least one training, got an empty dict")
     curves = {name: _curve(result) for name, result in named.items()}
     for k, (name, (x, values, changes, validation)) in enumerate(curves.items()):
-        style = {"color": LINES[k % len(LINES)], "linestyle": DASHES[k // len(LINES) % len(DASHES)]}
-        ax.plot(x, values, label=name, **style)
+        colour = LINES[k % len(LINES)]
+        ax.plot(x, values, label=name, color=colour, linestyle=DASHES[k // len(LINES) % len(DASHES)])
         for change in changes:
             ax.axvline(change, color="0.6", linestyle=":", linewidth=0.9)
         if validation.size:
-            ax.plot(x, validation, color=style["color"], linestyle="--", label=f"{name or ylabel}, validation")
+            ax.plot(x, validation, color=colour, linestyle="--", label=f"{name or ylabel}, validation")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if all((line > 0).all() for _, *lines in curves.values() for line in (lines[0], lines[2])):
         ax.set_yscale("log")

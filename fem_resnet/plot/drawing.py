@@ -40,7 +40,9 @@ def needs_space(shown: Shown) -> bool:
     return shown.space == 3 and shown.dimension > 0
 
 
-def draw(ax: Axes, shown: Shown, values: np.ndarray, colours: Colours, mark: Sequence[float] | None = None) -> None:
+def draw(
+    ax: Axes, shown: Shown, values: np.ndarray, colours: Colours, mark: Sequence[float] | np.ndarray | None = None
+) -> None:
     """Draw a function on rank 0.
 
     Parameters
@@ -73,17 +75,23 @@ def draw(ax: Axes, shown: Shown, values: np.ndarray, colours: Colours, mark: Seq
                 *corners[:, 0].T, c=values[:, 0], norm=colours.norm, cmap=colours.cmap, edgecolors="0.4", linewidths=0.5
             )
         elif shown.dimension == 1:
-            ax.add_collection(LineCollection(corners, array=values.mean(axis=1), norm=colours.norm, cmap=colours.cmap, lw=5))
+            ax.add_collection(
+                LineCollection(list(corners), array=values.mean(axis=1), norm=colours.norm, cmap=colours.cmap, lw=5)
+            )
             ax.autoscale_view()
         else:
-            pieces = Triangulation(*corners.reshape(-1, 2).T, np.arange(corners.shape[0] * 3).reshape(-1, 3))
+            pieces = Triangulation(
+                corners[..., 0].ravel(), corners[..., 1].ravel(), np.arange(corners.shape[0] * 3).reshape(-1, 3)
+            )
             ax.tripcolor(pieces, values.ravel(), shading="gouraud", norm=colours.norm, cmap=colours.cmap, rasterized=True)
         if mark is not None:
             ax.plot(*mark, "k*", markersize=11, markeredgecolor="w")
         ax.set(xlabel="$y_1$", ylabel="$y_2$", aspect="equal")
 
 
-def _draw_graph(ax: Axes, shown: Shown, values: np.ndarray, colours: Colours, mark: Sequence[float] | None) -> None:
+def _draw_graph(
+    ax: Axes, shown: Shown, values: np.ndarray, colours: Colours, mark: Sequence[float] | np.ndarray | None
+) -> None:
     low, high = colours.low, colours.high
     room = 0.05 * (high - low)
     if shown.dimension == 0:
@@ -99,7 +107,9 @@ def _draw_graph(ax: Axes, shown: Shown, values: np.ndarray, colours: Colours, ma
     ax.set(xlabel="y", ylim=(low - room, high + room))
 
 
-def _draw_in_space(ax: Axes, corners: np.ndarray, values: np.ndarray, colours: Colours, mark: Sequence[float] | None) -> None:
+def _draw_in_space(
+    ax: Axes, corners: np.ndarray, values: np.ndarray, colours: Colours, mark: Sequence[float] | np.ndarray | None
+) -> None:
     if isinstance(ax, Axes3D):
         kind = Line3DCollection if corners.shape[1] == 2 else Poly3DCollection
         ax.add_collection3d(kind(corners, array=values.mean(axis=1), norm=colours.norm, cmap=colours.cmap))
@@ -118,7 +128,7 @@ def _draw_in_space(ax: Axes, corners: np.ndarray, values: np.ndarray, colours: C
         side.set_visible(False)
 
 
-def _views(corners: np.ndarray, values: np.ndarray, colours: Colours, mark: Sequence[float] | None) -> np.ndarray:
+def _views(corners: np.ndarray, values: np.ndarray, colours: Colours, mark: Sequence[float] | np.ndarray | None) -> np.ndarray:
     """A surface from two opposite sides, as a picture, shape (pixels, 2 pixels, 3)."""
     if not has_pyvista():
         raise ValueError(f"ax: expected {WITHOUT_PYVISTA}")
@@ -134,7 +144,9 @@ def _views(corners: np.ndarray, values: np.ndarray, colours: Colours, mark: Sequ
         return np.hstack([_view(pyvista, surface, colours, mark, (middle, radius), azimuth) for azimuth in (0, 180)])
 
 
-def _view(pyvista, surface, colours: Colours, mark: Sequence[float] | None, ball: tuple, azimuth: float) -> np.ndarray:
+def _view(
+    pyvista, surface, colours: Colours, mark: Sequence[float] | np.ndarray | None, ball: tuple, azimuth: float
+) -> np.ndarray:
     """A surface inside of a ball, from one side."""
     plotter = pyvista.Plotter(off_screen=True, window_size=(_PIXELS, _PIXELS))
     plotter.set_background("white")

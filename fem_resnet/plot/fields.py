@@ -15,10 +15,10 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.network.run import Run
-from fem_resnet.plot.canvas import Colours, checked_axes, colour_bar, draw_on_first, has_pyvista, limits_of, panels
+from fem_resnet.plot.canvas import Colours, checked_axes, colour_bar, has_pyvista, limits_of, panels
 from fem_resnet.plot.drawing import draw, is_graph, needs_space
 from fem_resnet.plot.shown import Shown
-from fem_resnet.ranks import same
+from fem_resnet.ranks import draw_on_first, same
 
 __all__ = ["basis", "bias", "chosen_times", "column", "costate", "function", "kernel_row", "new_panels", "state"]
 
@@ -287,7 +287,7 @@ def kernel_row(
     rows = np.split(factors.phi.values, Y.channels)[here][at]
     totals = Y.sum(np.append(rows.sum(axis=0), len(rows)))  # of nodes of several cells at one place the mean
     row = (totals[:-1] / totals[-1]) @ beta @ np.split(factors.psi.values, Y.channels)[there].T
-    named = f"point {y0}" if Y.numbers is not None else "(" + ", ".join(f"{x:.2g}" for x in place + 0.0) + ")"
+    named = f"point {y0!r}" if Y.numbers is not None else "(" + ", ".join(f"{x:.2g}" for x in place + 0.0) + ")"
     title = f"$y_0$ = {named}, t = {net.times[layer]:.3g}"
     return _pictures(Y, row[:, None], [title], "kernel b($y_0$, z)", "ax", ax, limits, place)[0]
 
@@ -443,7 +443,7 @@ def _pictures(
     name: str,
     axes: Sequence[Axes] | Axes | None,
     limits: Sequence[float] | None,
-    mark: np.ndarray | None = None,
+    mark: Sequence[float] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Functions of one channel side by side, from values at the owned nodes, shape (nodes, functions). Collective."""
     given = checked_axes(Y.comm, name, axes, len(titles))

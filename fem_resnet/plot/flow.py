@@ -16,11 +16,11 @@ from pyadjoint.tape import stop_annotating
 from fem_resnet.arguments import instance, number
 from fem_resnet.files import aside
 from fem_resnet.network.run import Run
-from fem_resnet.plot.canvas import LINES, Colours, colour_bar, draw_on_first
+from fem_resnet.plot.canvas import LINES, Colours, colour_bar
 from fem_resnet.plot.drawing import draw, is_graph
 from fem_resnet.plot.fields import column, new_panels
 from fem_resnet.plot.shown import Shown
-from fem_resnet.ranks import same
+from fem_resnet.ranks import draw_on_first, same
 
 __all__ = ["flow"]
 
@@ -43,7 +43,7 @@ def flow(path: str | Path, run: Run, sample: int = 0, channel: int = 0, *, secon
     sample, channel
         Which sample, and which channel, from 0.
     seconds
-        How long T takes.
+        How long T takes, at most 600.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def flow(path: str | Path, run: Run, sample: int = 0, channel: int = 0, *, secon
     same(Y.comm, path=path, seconds=seconds)
     if not isinstance(path, (str, os.PathLike)) or Path(path).suffix.lower() != ".gif":
         raise ValueError(f"path: expected the name of a file that ends with .gif, got {path!r}")
-    seconds = number("seconds", seconds, above=0)
+    seconds = number("seconds", seconds, above=0, most=600)
     with stop_annotating():
         columns = [column(Y, f, "run", sample, channel) for f in run.states()]
     shown = Shown(Y.one)
