@@ -85,7 +85,7 @@ def on_first(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
 def draw_on_first(comm: MPI.Comm, draw: Callable[[], None]) -> None:
     """Call a function that draws on rank 0 alone; an error there is raised on all ranks. Collective.
 
-    Drawing makes so many objects that the garbage collector would start on rank 0 alone, and free meshes there. Freeing them is
+    Drawing makes so many objects that the garbage collector would start on rank 0 alone, and free meshes there, which is
     collective. So all ranks collect garbage before and after, and none does meanwhile.
 
     Parameters

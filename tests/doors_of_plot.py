@@ -50,7 +50,8 @@ DOORS: dict[str, Door] = {
     "plot.function": Door(
         plot.function,
         lambda: {
-            "Y": run().net.Y, "f": run().state(0), "sample": 0, "channel": 0, "ax": panels(1), "limits": (0.0, 1.0), "label": "f",
+            "Y": run().net.Y, "f": run().state(0), "sample": 0, "channel": 0, "ax": panels(1), "limits": (0.0, 1.0),
+            "label": "f",
         },
         takes=SHOWN | SCALED | {"ax": NOTHING, "label": TEXT},
         parted=("Y", "f", "ax"),

@@ -1,8 +1,8 @@
 """Every public door refuses a wrong argument by its name, and all ranks refuse it together.
 
 The doors stand in `doors_of_networks.py`, `doors_of_theory.py` and `doors_of_plot.py`. A wrong argument ends in a TypeError or
-a ValueError whose message begins with the argument's name; where an argument is taken, no result is NaN. An argument that must be the
-same on all ranks, given otherwise on one, is a ValueError of its name on all of them.
+a ValueError whose message begins with the argument's name; where an argument is taken, no result is NaN. An argument that must
+be the same on all ranks, given otherwise on one, is a ValueError of its name on all of them.
 """
 
 import doors_of_networks

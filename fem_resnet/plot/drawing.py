@@ -71,9 +71,8 @@ def draw(
         _draw_in_space(ax, corners, values, colours, mark)
     else:
         if shown.dimension == 0:
-            ax.scatter(
-                *corners[:, 0].T, c=values[:, 0], norm=colours.norm, cmap=colours.cmap, edgecolors="0.4", linewidths=0.5
-            )
+            x, y = corners[:, 0].T
+            ax.scatter(x, y, c=values[:, 0], norm=colours.norm, cmap=colours.cmap, edgecolors="0.4")
         elif shown.dimension == 1:
             ax.add_collection(
                 LineCollection(list(corners), array=values.mean(axis=1), norm=colours.norm, cmap=colours.cmap, lw=5)
@@ -153,7 +152,7 @@ def _view(
     plotter.enable_parallel_projection()
     plotter.add_mesh(
         surface, scalars="values", cmap=colours.cmap, clim=(colours.norm.vmin, colours.norm.vmax), show_scalar_bar=False,
-        ambient=0.6, diffuse=0.45, line_width=6,
+        ambient=0.75, diffuse=0.3, line_width=6,
     )  # fmt: skip
     if mark is not None:
         plotter.add_points(np.reshape(mark, (1, 3)), color="black", point_size=16, render_points_as_spheres=True)
