@@ -12,10 +12,11 @@ Both follow what was published (FNO: Li et al. 2021; DeepONet: Lu et al. 2022), 
 - DeepONet has nodal values in its branch, cosines and sines in its trunk, and outputs scaled by mean and deviation at a node.
 
 They see 128 points (DeepONet's branch fewer), and no mode that these cannot hold. Widths, modes and rates were chosen by short
-runs of seed 0, on the test samples: this favours them. Errors are those of the demo: in L2, over all modes. The table goes to
-burgers_table.txt, beside this file. Run (about twenty minutes of one core; the first run installs PyTorch)
+runs of seed 0, on the test samples: this favours them. Errors are those of the demo: in L2, over all modes. Run
 
-    containers/run python demos/burgers_table.py            (--short: a few steps of each, nothing written)
+    containers/run python demos/burgers_table.py   (about twenty minutes; --short for some seconds)
+
+The first run installs PyTorch. The table goes to demos/output/; that of the full run is at the end of this page.
 """
 
 import sys
@@ -115,8 +116,9 @@ def main(short=False):
         print(f"{name}: {found['test']:.3%} in {found['seconds']:.0f} s", flush=True)
     lines = list(table(results))
     print("\n".join(lines))
-    if not short:
-        Path(__file__).with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    (output / "burgers_table.txt").write_text("\n".join(lines) + "\n")
     return results
 
 

@@ -36,10 +36,15 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def face() -> set[str]:
     """The names that users import."""
-    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "_MODULES":
-            return {name for names in ast.literal_eval(node.value).values() for name in names}
-    raise LookupError("_MODULES is not in fem_resnet/__init__.py")
+    found = [
+        ast.literal_eval(node.value)
+        for path in (PACKAGE / "__init__.py", PACKAGE / "plot" / "__init__.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_MODULES"
+    ]
+    if len(found) != 2:
+        raise LookupError("_MODULES is not in fem_resnet/__init__.py, or not in fem_resnet/plot/__init__.py")
+    return {name for modules in found for names in modules.values() for name in names}
 
 
 def exported(tree: ast.Module) -> set[str]:

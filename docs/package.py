@@ -53,11 +53,17 @@ def home(name: str) -> str:
 
 @cache
 def exports() -> dict[str, list[str]]:
-    """Public modules and their public names: `_MODULES` of the package."""
-    for node in ast.parse((ROOT / PACKAGE / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_MODULES":
-            return {f"{PACKAGE}.{name}": names for name, names in ast.literal_eval(node.value).items()}
-    raise LookupError(f"_MODULES: no such assignment in {PACKAGE}/__init__.py")
+    """Public modules and their public names: `_MODULES` of the package, and of the rooms that have one."""
+    found = {
+        f"{PACKAGE}.{name}": names
+        for path in sorted((ROOT / PACKAGE).rglob("__init__.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_MODULES"
+        for name, names in ast.literal_eval(node.value).items()
+    }
+    if not found:
+        raise LookupError(f"_MODULES: no such assignment in {PACKAGE}/__init__.py")
+    return found
 
 
 def public_names(tree: ast.Module) -> list[str]:

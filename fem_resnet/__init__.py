@@ -119,6 +119,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
+    if name == "plot":  # not among the names of a star import: Firedrake has a function of that name
+        return import_module(f"{__name__}.plot")
     if name not in _HOME:
         near = "".join(f"; did you mean {each!r}?" for each in get_close_matches(name, _HOME, 1))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{near}")

@@ -13,6 +13,7 @@ script on several ranks with ``mpiexec -n 4 python -m mpi4py script.py``, which 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import os
 import pickle
@@ -28,7 +29,7 @@ import sympy
 if TYPE_CHECKING:  # an activation, whose arguments are checked too, needs no MPI
     from mpi4py import MPI
 
-__all__ = ["in_step", "leave_together", "may_fail_alone", "on_first", "same", "together"]
+__all__ = ["draw_on_first", "in_step", "leave_together", "may_fail_alone", "on_first", "same", "together"]
 
 _T = TypeVar("_T")
 
@@ -79,6 +80,33 @@ def on_first(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
     """
     result = together(comm, run if comm.rank == 0 else lambda: None)
     return comm.bcast(result) if comm.size > 1 else result
+
+
+def draw_on_first(comm: MPI.Comm, draw: Callable[[], None]) -> None:
+    """Call a function that draws on rank 0 alone; an error there is raised on all ranks. Collective.
+
+    Drawing makes so many objects that the garbage collector would start on rank 0 alone, and free meshes there, which is
+    collective. So all ranks collect garbage before and after, and none does meanwhile.
+
+    Parameters
+    ----------
+    comm
+        The communicator.
+    draw
+        The function.
+    """
+    if comm.size == 1:
+        draw()
+        return
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        together(comm, draw if comm.rank == 0 else lambda: None)
+    finally:
+        gc.collect()
+        if enabled:
+            gc.enable()
 
 
 def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -19,9 +18,9 @@ from mpi4py import MPI
 
 from fem_resnet.arguments import instance
 from fem_resnet.files import aside
-from fem_resnet.ranks import on_first, same
+from fem_resnet.ranks import draw_on_first, on_first, same
 
-__all__ = ["Page", "as_html", "as_json", "check_files", "picture", "table", "write"]
+__all__ = ["Page", "as_html", "as_json", "check_files", "picture", "print_figure", "table", "write"]
 
 
 class Page(Protocol):
@@ -108,11 +107,32 @@ def picture(path: str | Path, width: float, height: float) -> Iterator[Figure]:
         The size of the figure in inches.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     yield figure
-    kind = _kind_of_picture("path", path)
+    print_figure("path", figure, path)
+
+
+def print_figure(name: str, figure: Figure, path: str | Path) -> None:
+    """Write a figure into a file, as `picture` does.
+
+    Parameters
+    ----------
+    name
+        The name of the argument that `path` is, in messages.
+    figure
+        The figure.
+    path
+        The name of the file.
+
+    Raises
+    ------
+    ValueError
+        If its suffix belongs to no kind of picture.
+    OSError
+        If the file cannot be written.
+    """
+    kind = _kind_of_picture(name, path)
     with aside(path) as part:
-        canvas.print_figure(str(part), dpi=120, format=kind)
+        FigureCanvasAgg(figure).print_figure(str(part), dpi=120, format=kind)
 
 
 def _kind_of_picture(name: str, path: str | Path) -> str:
@@ -182,7 +202,6 @@ def write(
         As in `check_files`, or if a file cannot be written; on all ranks.
     """
     check_files(comm, json=json, png=png)
-    gc.collect()  # drawing may start the garbage collector on one rank alone, and freeing meshes is collective
 
     def write() -> None:
         if as_text:
@@ -194,4 +213,4 @@ def write(
         if png is not None:
             page.draw(png)
 
-    on_first(comm, write)
+    draw_on_first(comm, write)

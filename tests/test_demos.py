@@ -13,6 +13,13 @@ from helpers import without_mpi
 ROOT = Path(__file__).parents[1]
 #: Scripts beside the demos that choose their settings and tabulate them; too long to run here.
 OTHERS = ["burgers_table.py", "digits_cross_validation.py", "digits_table.py"]
+#: Those of the demos' files that Git keeps and that a demo might write, with the time of their last change.
+KEPT = {
+    path: path.stat().st_mtime_ns
+    for folder in ("demos", "demos/atlas", "docs/figures")
+    for path in (ROOT / folder).iterdir()
+    if path.suffix in (".txt", ".json", ".png")
+}
 #: Their full runs train baselines too: half an hour or more.
 ATLAS = ["heat_on_a_gear.py", "darcy_on_a_plate.py", "waves_on_the_sphere.py", "outlines_on_the_circle.py", "few_samples.py"]
 #: Every demo: each runs here in its short form, and asserts at its end what it claims.
@@ -36,6 +43,25 @@ def in_short(demo):
 @pytest.mark.parametrize("demo", [pytest.param(demo, marks=in_short(demo)) for demo in DEMOS])
 def test_demos_run_in_their_short_form(demo, printed):
     assert printed
+    assert [str(path) for path, changed in KEPT.items() if path.stat().st_mtime_ns != changed] == []
+
+
+@in_short("digits_cross_validation.py")
+def test_the_search_for_settings_has_a_short_form(printed):
+    """One step of one search: the start, another value, and what was chosen."""
+    assert len(printed) > 2 and printed[-1].startswith("chosen: ")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("demo", [*DEMOS, *OTHERS])
+def test_demos_know_the_short_form_and_write_below_their_own_folder(demo):
+    """Whatever a demo names relative to itself is the folder of what it writes, or something that it reads."""
+    text = (ROOT / "demos" / demo).read_text()
+    assert "--short" in text
+    named = re.findall(r"__file__\)(.*)", text)
+    written = [part for part in named if part.startswith('.parent / "output"')]
+    read = [part for part in named if re.match(r'\.parent / "atlas"|\.parents\[1\] / "(meshes|tests)"', part)]
+    assert written and len(written) + len(read) == len(named), named
 
 
 @pytest.mark.parametrize("demo", DEMOS)

@@ -362,7 +362,7 @@ def test_every_pinned_package_is_pinned_once_and_every_dependency_is_pinned():
     assert not set(map(_name, wanted)) - set(names)
 
 
-def test_the_script_installs_all_dependencies_and_all_extras():
+def test_the_script_installs_all_dependencies_and_all_extras_but_that_of_600_megabytes():
     script = (ROOT / "containers" / "run").read_text()
     command = re.search(r"^requirements\(\) \{\n(.*?)^\}", script, re.DOTALL | re.MULTILINE)[1]
     listed = subprocess.run(
@@ -370,7 +370,7 @@ def test_the_script_installs_all_dependencies_and_all_extras():
     ).stdout
     project = _project()
     assert listed.split() == project["dependencies"] + [
-        name for extra in project["optional-dependencies"].values() for name in extra
+        name for extra, names in project["optional-dependencies"].items() if extra != "vtk" for name in names
     ]
 
 
