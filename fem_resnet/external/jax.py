@@ -145,7 +145,7 @@ def sum_over_ranks(x: jax.Array, comm: MPI.Comm) -> jax.Array:
     TypeError
         If `comm` is no communicator.
     """
-    return _sum.bind(jnp.asarray(x), comm=instance("comm", comm, MPI.Comm))
+    return _sum.bind(jnp.asarray(x), ranks=_Ranks(comm))
 
 
 def to_nodes(x: jax.Array, comm: MPI.Comm) -> jax.Array:
@@ -163,7 +163,7 @@ def to_nodes(x: jax.Array, comm: MPI.Comm) -> jax.Array:
     TypeError
         If `comm` is no communicator.
     """
-    return _to_nodes.bind(jnp.asarray(x), comm=instance("comm", comm, MPI.Comm))
+    return _to_nodes.bind(jnp.asarray(x), ranks=_Ranks(comm))
 
 
 def _checked(name: str, value: Any, shape: tuple[int | str, ...]) -> jax.Array:
@@ -173,6 +173,24 @@ def _checked(name: str, value: Any, shape: tuple[int | str, ...]) -> jax.Array:
     if array.ndim != len(shape) or not all(n == given or isinstance(n, str) and given for n, given in zip(shape, array.shape)):
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, shape))}), got {array.shape}")
     return array
+
+
+class _Ranks:
+    """A communicator that has a hash, as parameters of primitives must."""
+
+    def __init__(self, comm: MPI.Comm):
+        self._comm = instance("comm", comm, MPI.Comm)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Ranks) and self._comm == other._comm
+
+    def __hash__(self) -> int:
+        return hash(self._comm.handle)
+
+    def sum(self, x: np.ndarray) -> np.ndarray:
+        total = np.array(x)
+        self._comm.Allreduce(MPI.IN_PLACE, total)
+        return total
 
 
 # -- primitives ------------------------------------------------------------------------------------------------------------
@@ -245,18 +263,10 @@ _second_tangent = _primitive(
     partial(_refuse, "derivative forward over forward"),
     lambda *mvw, function: _output(mvw, function),
 )
-_sum = _primitive("sum_over_ranks", lambda x, comm: _summed(x, comm), lambda x, comm: x)
-_to_nodes = _primitive("to_nodes", lambda x, comm: x, lambda x, comm: x)
-
-
-def _summed(x: np.ndarray, comm: MPI.Comm) -> np.ndarray:
-    total = np.array(x)
-    comm.Allreduce(MPI.IN_PLACE, total)
-    return total
-
-
-ad.deflinear2(_sum, lambda l, x, comm: [_to_nodes.bind(l, comm=comm)])
-ad.deflinear2(_to_nodes, lambda l, x, comm: [_sum.bind(l, comm=comm)])
+_sum = _primitive("sum_over_ranks", lambda x, ranks: ranks.sum(x), lambda x, ranks: x)
+_to_nodes = _primitive("to_nodes", lambda x, ranks: x, lambda x, ranks: x)
+ad.deflinear2(_sum, lambda l, x, ranks: [_to_nodes.bind(l, ranks=ranks)])
+ad.deflinear2(_to_nodes, lambda l, x, ranks: [_sum.bind(l, ranks=ranks)])
 
 
 # -- derivatives -----------------------------------------------------------------------------------------------------------
