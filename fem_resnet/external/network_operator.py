@@ -16,12 +16,14 @@ and U follows from as many tangents as Z has columns. As a matrix it is full: fo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import firedrake as fd
 import numpy as np
 import ufl
+from firedrake.assemble import BaseFormAssembler
 from firedrake.external_operators import AbstractExternalOperator, assemble_method
 from firedrake.matrix import Matrix
 from petsc4py import PETSc
@@ -233,8 +235,8 @@ class NetworkOperator(AbstractExternalOperator):
     def assemble_adjoint_action(self, *_, **__) -> fd.Cofunction:
         """The transpose of the derivative in an operand, on a functional of N(u). Collective."""
         with stop_annotating():
-            functional = np.array(self._output.values(self.argument_slots()[0]))
             packing = self.operator_data["packing"]
+            functional = np.array(self._output.values(self.argument_slots()[0]))
             u, *coefficients = self._function.adjoint(self._point(), functional)
             replicated, at_nodes = packing.parted(coefficients)
             array = [u, packing.forward(replicated, False), *at_nodes][self._operand]
@@ -266,9 +268,9 @@ class NetworkOperator(AbstractExternalOperator):
         samples = Y.samples(self.ufl_operands[0].function_space())
         if samples > 1 or max(Y.size, self._output.size) > LARGEST_MATRIX:
             raise ValueError(
-                f"u: expected one sample on at most {LARGEST_MATRIX} nodes for a Jacobian that is a full matrix, got {samples} on "
-                f'{Y.size}; solve with {{"mat_type": "matfree", "ksp_type": "gmres"}}, and Jp the derivative of a residual '
-                f"without the network"
+                f"u: expected one sample on at most {LARGEST_MATRIX} nodes for a Jacobian that is a full matrix, got "
+                f'{samples} on {Y.size}; solve with {{"mat_type": "matfree", "ksp_type": "gmres"}}, and Jp the derivative of '
+                f"a residual without the network"
             )
         U, weighted = self._low_rank()
         rows = _in_order(self._output, U)
@@ -278,7 +280,7 @@ class NetworkOperator(AbstractExternalOperator):
         if head is None:
             own = np.arange(len(rows))
             values[own, first + own] += 1.0
-        sizes = tuple((space.dof_dset.layout_vec.getSizes()) for space in (self._output.V, Y.V))
+        sizes = tuple(space.dof_dset.layout_vec.getSizes() for space in (self._output.V, Y.V))
         full = np.arange(len(values) + 1, dtype=PETSc.IntType) * values.shape[1]
         numbers = np.tile(np.arange(values.shape[1], dtype=PETSc.IntType), len(values))
         return PETSc.Mat().createAIJ(sizes, csr=(full, numbers, values.ravel()), comm=Y.comm)
@@ -291,6 +293,31 @@ class NetworkOperator(AbstractExternalOperator):
         still = [np.zeros_like(part) for part in m[1:]]
         U = function.tangent(many, [np.array(Z.values), *still])
         return (U - Z.values if function.head is None else U), function.Y.weights[:, None] * Z.values
+
+
+def _restructured(rule: Callable) -> Callable:
+    """Firedrake's rule for a node of a form before it is assembled, with what it lacks for forms with networks.
+
+    The adjoint of a solve asks for A^T w and (A N')^T w, where A is the derivative of a form in its functions or in N.
+    Firedrake 2026.10 has no rule for these, and fails as it assembles A as a matrix. They are vectors: N'^T (A^T w).
+    """
+
+    @wraps(rule)
+    def restructure(expr: Any, visited: dict | None = None) -> Any:
+        if not (isinstance(expr, ufl.Action) and isinstance(expr.left(), ufl.Adjoint)):
+            return rule(expr, visited)
+        form, w = expr.left().form(), expr.right()
+        if isinstance(form, ufl.Form):
+            return ufl.action(ufl.adjoint(form), w)
+        if isinstance(form, ufl.Action) and isinstance(form.right(), NetworkOperator):
+            moved = ufl.action(ufl.adjoint(form.left()), w)
+            return rule(ufl.Action(rule(ufl.Adjoint(form.right()), visited), moved), visited)
+        return rule(expr, visited)
+
+    return restructure
+
+
+BaseFormAssembler.restructure_base_form = staticmethod(_restructured(BaseFormAssembler.restructure_base_form))
 
 
 def _in_order(Y: LabelSpace, values: np.ndarray) -> np.ndarray:

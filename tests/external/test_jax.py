@@ -48,7 +48,7 @@ def of_replicated(model, x, net):
 def test_jax_checks_first_and_second_derivatives(head):
     net, head = net_and_head(head)
     F, at = of_replicated(inside.Model(net, head), inputs(net), net)
-    np.random.seed(0)  # check_grads takes its directions from here
+    np.random.seed(0)  # noqa: NPY002 - check_grads takes its directions from here
     check_grads(F, at, order=1, modes=["fwd", "rev"], rtol=1e-6, atol=1e-6)
     check_grads(F, at, order=2, modes=["rev"], rtol=1e-5, atol=1e-5)
 

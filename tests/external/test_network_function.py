@@ -1,4 +1,4 @@
-"""A network as a function of arrays: it is the network, and its four maps are derivatives of each other, wherever it is asked."""
+"""A network as a function of arrays: it is the network, and its maps are derivatives of each other, wherever it is asked."""
 
 import numpy as np
 import pytest
