@@ -110,7 +110,7 @@ _MODULES = {
     "io.reading": ["load", "load_lift"],
     "io.writing": ["save"],
     "verify.suite": ["verify"],
-    "external.network_operator": ["NetworkOperator", "network_operator"],
+    "external.network_operator": ["network_operator"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
