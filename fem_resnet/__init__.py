@@ -111,6 +111,7 @@ _MODULES = {
     "io.reading": ["load", "load_lift"],
     "io.writing": ["save"],
     "verify.suite": ["verify"],
+    "external.network_operator": ["network_operator"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
