@@ -384,7 +384,7 @@ DOORS = {
             "reach": None,
             "comm": COMM_WORLD,
         },
-        takes={"source": PATH, "family": set(), "extent": {"None"}, "reach": {"None"}},
+        takes={"extent": {"None"}, "reach": {"None"}},
         parted=("comm",),
         another={
             "source": np.ones((2, 2), dtype=bool),

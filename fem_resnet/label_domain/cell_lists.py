@@ -118,11 +118,11 @@ def _checked(given: CellList) -> CellList:
     if not len(cells):
         raise ValueError(f"{name}: expected cells, got none")
     used, cells = np.unique(cells, return_inverse=True)
-    points, cells = points[used], cells.reshape(given.cells.shape)
+    points, cells, corners = points[used], cells.reshape(given.cells.shape), given.cells.shape[1]
     if not np.isfinite(points).all():
         raise ValueError(f"{name}: expected finite coordinates, got others")
     repeated = (np.diff(np.sort(cells, axis=1), axis=1) == 0).any(axis=1)
-    if cells.shape[1] == dimension + 1:
+    if corners == dimension + 1:
         volumes, longest = simplex_sizes(points[cells])
         repeated |= ~(volumes > _FLAT * longest**dimension)
     if repeated.any():
@@ -131,7 +131,7 @@ def _checked(given: CellList) -> CellList:
             f"{name}: expected cells with a volume, got {np.count_nonzero(repeated)} of {len(cells)} without, the first with "
             f"the corners {points[cells[first]].round(6).tolist()}; leave them out"
         )
-    all_facets = [cells[:, corners] for corners in _FACETS[dimension, cells.shape[1]]]
+    all_facets = [cells[:, facet] for facet in _FACETS[dimension, corners]]
     facets, count = np.unique(np.sort(np.concatenate(all_facets), axis=1), axis=0, return_counts=True)
     if count.max() > 2 and dimension > 1:  # edges may branch
         worst = points[facets[count.argmax()]].round(6).tolist()

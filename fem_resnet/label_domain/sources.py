@@ -131,7 +131,10 @@ def _kind(source: Any) -> str:
         return "a file"
     if scipy.sparse.issparse(source):
         return "a graph"
-    return "a mask" if np.ma.getdata(source).dtype == bool else "points"
+    try:
+        return "a mask" if np.ma.asarray(source).dtype == bool else "points"
+    except ValueError:  # a list with rows of different lengths, which the check of points refuses
+        return "points"
 
 
 def _refuse_unused(source: Any, **given: Any) -> None:

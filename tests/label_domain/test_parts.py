@@ -164,6 +164,83 @@ def test_taylor_of_a_network_and_a_head_in_parts(taylor):
     taylor(problem.reduced_functional(), problem.functions, directions, "in parts", "kernel, bias, head", second_order=True)
 
 
+#: Two squares in format 4.1; the left one is in two groups.
+OVERLAPPING = """\
+$MeshFormat
+4.1 0 8
+$EndMeshFormat
+$PhysicalNames
+3
+1 3 "edge"
+2 1 "all"
+2 2 "left"
+$EndPhysicalNames
+$Entities
+6 7 2 0
+1 0 0 0 0
+2 1 0 0 0
+3 2 0 0 0
+4 2 1 0 0
+5 1 1 0 0
+6 0 1 0 0
+1 0 0 0 1 0 0 0 2 1 -2
+2 1 0 0 2 0 0 0 2 2 -3
+3 2 0 0 2 1 0 0 2 3 -4
+4 1 1 0 2 1 0 0 2 4 -5
+5 0 1 0 1 1 0 0 2 5 -6
+6 0 0 0 0 1 0 1 3 2 6 -1
+7 1 0 0 1 1 0 0 2 2 -5
+1 0 0 0 1 1 0 2 1 2 4 1 7 5 6
+2 1 0 0 2 1 0 1 1 4 2 3 4 -7
+$EndEntities
+$Nodes
+9 6 1 6
+0 1 0 1
+1
+0 0 0
+0 2 0 1
+2
+1 0 0
+0 3 0 1
+3
+2 0 0
+0 4 0 1
+4
+2 1 0
+0 5 0 1
+5
+1 1 0
+0 6 0 1
+6
+0 1 0
+1 6 0 0
+2 1 0 0
+2 2 0 0
+$EndNodes
+$Elements
+3 5 1 5
+1 6 1 1
+1 6 1
+2 1 2 2
+2 1 2 6
+3 6 2 5
+2 2 2 2
+4 2 3 5
+5 5 3 4
+$EndElements
+"""
+
+
+@on_ranks
+def test_groups_may_overlap_in_format_4(tmp_path):
+    if COMM_WORLD.rank == 0:
+        (tmp_path / "two.msh").write_text(OVERLAPPING)
+    COMM_WORLD.barrier()
+    Y = LabelSpace(fd.FunctionSpace(read_mesh(tmp_path / "two.msh", COMM_WORLD), "CG", 1))
+    measures = [Part(Y, which).space.measure for which in ("all", "left", 1, 2)]
+    assert measures == pytest.approx([2.0, 1.0, 2.0, 1.0], rel=1e-14)
+
+
 WRONG = {
     "no such name": (
         "l_shape.msh",
