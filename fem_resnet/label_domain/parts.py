@@ -25,7 +25,7 @@ from pyadjoint.tape import stop_annotating
 from pyop2 import op2
 from ufl import H1
 
-from fem_resnet.arguments import instance, text
+from fem_resnet.arguments import did_you_mean, instance, text
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.basis import Basis, in_order
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
@@ -235,7 +235,7 @@ def _labelled(Y: LabelSpace, which: str | int) -> tuple[np.ndarray, int]:
     known_names, known_numbers = (sorted(set().union(*Y.comm.allgather(each))) for each in (names, numbers))
     raise ValueError(
         f"which: expected a part of {Y!r}, by name {', '.join(map(repr, known_names)) or '(it has none)'}, or by number "
-        f"{', '.join(map(str, known_numbers)) or '(it has none)'}, got {which!r}"
+        f"{', '.join(map(str, known_numbers)) or '(it has none)'}, got {which!r}{did_you_mean(which, known_names)}"
     )
 
 
