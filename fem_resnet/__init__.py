@@ -17,6 +17,8 @@ _MODULES = {
     "label_domain.mesh_file": ["read_mesh"],
     "label_domain.label_space": ["LabelSpace"],
     "label_domain.channels": ["Channels"],
+    "label_domain.parts": ["Part"],
+    "label_domain.sources": ["label_domain"],
     "label_domain.repeated_basis": ["RepeatedBasis"],
     "label_domain.points": ["class_space", "point_space"],
     "label_domain.basis": ["Basis", "cell_indicators", "given_basis"],

@@ -39,6 +39,7 @@ from fem_resnet import (
     Observations,
     Parameter,
     Parity,
+    Part,
     PositiveSemidefinite,
     Properties,
     ProximalStep,
@@ -85,6 +86,7 @@ from fem_resnet import (
     train_stochastic,
     ufl_functional,
 )  # fmt: skip
+from fem_resnet.label_domain.sources import label_domain
 from fem_resnet.learning.prediction import PREDICTIONS
 from fem_resnet.learning.regulariser import _mass
 
@@ -118,6 +120,12 @@ def cells() -> LabelSpace:
 
 def phi() -> Basis:
     return laplace("disk", "CG1", 4)
+
+
+@cache
+def everything() -> Part:
+    """All cells of a mesh, as a part."""
+    return Part(label_space("polygon", "CG1"), "Y")
 
 
 def channels() -> Basis:
@@ -366,6 +374,43 @@ DOORS = {
         takes={"path": PATH},
         parted=("comm",),
         another={"path": MESHES / "block.msh"},
+    ),
+    "label_domain": Door(
+        label_domain,
+        lambda: {
+            "source": np.array([[True, False], [True, True]]),
+            "family": "CG",
+            "degree": 1,
+            "extent": (0.0, 1.0, 0.0, 1.0),
+            "reach": None,
+            "comm": COMM_WORLD,
+        },
+        takes={"extent": {"None"}, "reach": {"None"}},
+        parted=("comm",),
+        another={
+            "source": np.ones((2, 2), dtype=bool),
+            "family": "DG",
+            "degree": 2,
+            "extent": (0.0, 1.0, 0.0, 2.0),
+            "reach": 1.0,
+        },
+        called={"family": "(family|V)", "degree": "(degree|family|V)", "source": "(source|extent)"},
+    ),
+    "Part": Door(
+        Part,
+        lambda: {"Y": label_space("polygon", "CG1"), "which": "Y"},
+        parted=("Y",),
+        another={"which": 1},
+    ),
+    "Part.extend": Door(
+        Part.extend,
+        lambda: {"self": everything(), "function": everything().space.batch(smooth(everything().space))},
+        parted=("function",),
+    ),
+    "Part.restrict": Door(
+        Part.restrict,
+        lambda: {"self": everything(), "function": everything().Y.batch(smooth(everything().Y))},
+        parted=("function",),
     ),
     "point_space": Door(
         point_space,

@@ -28,7 +28,7 @@ from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.log import log
 from fem_resnet.ranks import same, together
 
-__all__ = ["Basis", "cell_indicators", "given_basis", "node_numbers", "spread_columns"]
+__all__ = ["Basis", "cell_indicators", "given_basis", "in_order", "node_numbers", "spread_columns"]
 
 
 class Basis(OnMesh):
@@ -386,7 +386,23 @@ def node_numbers(Y: LabelSpace) -> np.ndarray:
     if isinstance(Y, Channels):
         numbers, count = node_numbers(Y.one), Y.one.size
         return np.concatenate([numbers + c * count for c in range(Y.channels)])
-    places = np.concatenate(Y.comm.allgather(Y.coordinates))
+    first = Y.comm.exscan(Y.nodes) or 0
+    return np.argsort(in_order(np.concatenate(Y.comm.allgather(Y.coordinates))))[first : first + Y.nodes]
+
+
+def in_order(places: np.ndarray) -> np.ndarray:
+    """The numbers of places in the order of their coordinates, the last one slowest, shape (places,).
+
+    Parameters
+    ----------
+    places
+        Shape (places, dimension).
+
+    Raises
+    ------
+    ValueError
+        If two places are the same.
+    """
     # Round-off in a midpoint depends on how the cell's vertices are numbered; it must not decide an order.
     extent = np.ptp(places, axis=0).max() or 1.0
     keys = np.round((places - places.min(axis=0)) / extent, 9)
@@ -396,8 +412,7 @@ def node_numbers(Y: LabelSpace) -> np.ndarray:
             "Y: expected nodes (or midpoints of cells) at different places, got two that coincide, so they cannot be numbered "
             "the same on every partition; point_space numbers them itself"
         )
-    first = Y.comm.exscan(Y.nodes) or 0
-    return np.argsort(order)[first : first + Y.nodes]
+    return order
 
 
 def spread_columns(values: np.ndarray, dtype: DTypeLike = float) -> np.ndarray:

@@ -96,6 +96,20 @@ def damaged(path):
     return path
 
 
+def named(path):
+    write(path, *torus())
+    if COMM_WORLD.rank == 0:
+        group = '$PhysicalNames\n1\n2 1 "depth"\n$EndPhysicalNames\n'
+        path.write_text(path.read_text().replace("$Nodes", group + "$Nodes"))
+    COMM_WORLD.barrier()
+    return path
+
+
+def twice(path):
+    points, cells = torus()
+    return write(path, points, cells + cells)
+
+
 REFUSED = {
     "cells of two kinds": (
         lambda path: write(path, at_height(0), MIXED),
@@ -105,7 +119,8 @@ REFUSED = {
     "curved cells": (curve, ValueError, "expected straight cells"),
     "a damaged file": (damaged, ValueError, "PETSc cannot read"),
     "no file": (lambda path: path, FileNotFoundError, "there is no file"),
-    "another format": (lambda path: write(path.with_suffix(".vtk"), *torus()), ValueError, "expected a Gmsh file .msh"),
+    "a name that PETSc has": (named, ValueError, "expected other names of physical groups than 'depth'"),
+    "cells written twice": (twice, ValueError, "expected facets of one or two cells, .* has one of 4"),
     "no path": (lambda path: 3, TypeError, "expected a str or PathLike, got int"),
 }
 
