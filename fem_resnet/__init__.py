@@ -118,7 +118,7 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 # Modules that need a package of an extra: `from fem_resnet import *` goes without them where it is not installed.
-_EXTRAS = {name: ("sklearn", "estimators") for name in ("estimators.classifier", "estimators.regressor")}
+_EXTRAS = dict.fromkeys(("estimators.classifier", "estimators.regressor"), ("sklearn", "estimators"))
 
 __all__ = sorted(name for name, home in _HOME.items() if home not in _EXTRAS or find_spec(_EXTRAS[home][0]))
 __version__ = "0.1.0"

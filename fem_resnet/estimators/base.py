@@ -35,8 +35,6 @@ __all__ = ["LabelFieldEstimator"]
 
 #: What functions of `rank` modes leave of the variance of the training samples, if no rank is given.
 _LEFT = 1e-3
-#: The size of kernels at the start.
-_GAIN = 3.0
 #: Samples of a step of `partial_fit`.
 _MINI_BATCH = 32
 
@@ -55,7 +53,7 @@ class LabelFieldEstimator(BaseEstimator):
         layers: int = 4,
         activation: str = "tanh",
         tikhonov: float | None = None,
-        max_iter: int = 60,
+        max_iter: int = 40,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 10,
@@ -110,12 +108,8 @@ class LabelFieldEstimator(BaseEstimator):
         problem = LearningProblem(model.net, model.head, self._loss, None, batch, lift=model.lift)
         seed, stopping = self._seed, held.size > 0
         stop = Stop(self.max_iter, self.n_iter_no_change if stopping else None, seed)
-
-        def start() -> None:
-            model.start(seed, _GAIN)
-
-        self.tikhonov_ = search(problem, model, start, stop) if self.tikhonov is None else float(self.tikhonov)
-        start()
+        self.tikhonov_ = search(problem, model, stop) if self.tikhonov is None else float(self.tikhonov)
+        model.start(seed)
         validation = self._batch(model, values, targets, weights, held) if stopping else None
         found = fit(problem.replace(regulariser=regulariser_of(self.tikhonov_, model)), validation, stop)
         self.loss_curve_, self.validation_curve_ = found.values, found.validation
@@ -132,7 +126,7 @@ class LabelFieldEstimator(BaseEstimator):
             values, targets = self._kind.values(self.domain_, X), self._seen_targets(y, weights.size)
         else:
             values, targets, weights = self._begin(X, y, sample_weight)
-            self._model.start(self._seed, _GAIN)
+            self._model.start(self._seed)
             self.tikhonov_, self.n_iter_ = USUAL if self.tikhonov is None else float(self.tikhonov), 0
         model = self._network()
         batch = self._batch(model, values, targets, weights, np.flatnonzero(weights))
@@ -154,7 +148,12 @@ class LabelFieldEstimator(BaseEstimator):
         kind = kind_of(X, self.points, self.extent, self.domain)
         recipe = kind.recipe() if self.domain is None else self.domain
         comm = recipe.label_space().comm
-        same(comm, sample_weight=sample_weight, **{name: getattr(self, name) for name in self._replicated})
+        same(
+            comm,
+            y=None if are_functions(y) else y,
+            sample_weight=sample_weight,
+            **{name: getattr(self, name) for name in self._replicated},
+        )
         self._kind, self.domain_ = kind.prepared(recipe, X, weights), recipe
         values = self._kind.values(recipe, X)
         targets, outputs = self._prepared_targets(y, weights)

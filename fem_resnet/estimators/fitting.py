@@ -24,7 +24,7 @@ from fem_resnet.training.progress import Progress
 __all__ = ["USUAL", "Fitted", "Stop", "fit", "regulariser_of", "search"]
 
 #: Tikhonov's weights that are tried.
-WEIGHTS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+WEIGHTS = tuple(10.0**-k for k in range(8))
 #: Up to so many samples each is held out once, and among more a part of them.
 _FEW, _FOLDS = 150, 4
 #: With fewer samples nothing is searched for, and this is the weight.
@@ -109,10 +109,10 @@ def minimise(problem: LearningProblem, stop: Stop, monitor: Callable[[Progress],
     return train(problem, {"tao_max_it": stop.iterations}, eliminate="head", monitor=monitor)
 
 
-def search(problem: LearningProblem, model: Model, start: Callable[[], None], stop: Stop) -> float:
+def search(problem: LearningProblem, model: Model, stop: Stop) -> float:
     """Tikhonov's weight with the least loss of samples that were held out. Collective.
 
-    Weights are tried from the largest on, until one is worse than the one before.
+    Weights are tried from the largest on, each from where the one before has ended, until one is worse than one before.
 
     Parameters
     ----------
@@ -120,33 +120,29 @@ def search(problem: LearningProblem, model: Model, start: Callable[[], None], st
         The problem of all samples; its regulariser does not matter.
     model
         Its parts.
-    start
-        Gives these their starting values.
     stop
-        When the training ends that follows; these end after half as many iterations.
+        When the training ends that follows; here each has a quarter of its iterations.
     """
     samples = problem.batch.samples if problem.batch.weights is None else int(np.count_nonzero(problem.batch.weights))
     if samples < _TOO_FEW:
         return USUAL
     folds = problem.folds(_FOLDS, stop.seed)[: _FOLDS if samples <= _FEW else 1]
-    short = Stop(-(-stop.iterations // 2), None, stop.seed)
+    short = Stop(-(-stop.iterations // 4), None, stop.seed)
+    model.start(stop.seed)
+    states = [model.arrays()] * len(folds)
     errors: list[float] = []
     for weight in WEIGHTS:
-        errors.append(np.mean([_held_out(problem, part, weight, model, start, short) for part in folds]))
+        found = []
+        for k, (others, held) in enumerate(folds):
+            model.write(states[k])
+            minimise(problem.replace(batch=others, regulariser=regulariser_of(weight, model)), short, None)
+            states[k] = model.arrays()
+            with stop_annotating():
+                found.append(float(problem.replace(batch=held, regulariser=None).evaluate()[0]))
+        errors.append(float(np.mean(found)))
         if errors[-1] > min(errors):
             break
     return WEIGHTS[int(np.argmin(errors))]
-
-
-def _held_out(
-    problem: LearningProblem, part: tuple[Batch, Batch], weight: float, model: Model, start: Callable[[], None], stop: Stop
-) -> float:
-    """The loss of samples that a training with the others, and with this weight, has not seen. Collective."""
-    others, held = part
-    start()
-    minimise(problem.replace(batch=others, regulariser=regulariser_of(weight, model)), stop, None)
-    with stop_annotating():
-        return float(problem.replace(batch=held, regulariser=None).evaluate()[0])
 
 
 def fit(problem: LearningProblem, validation: Batch | None, stop: Stop) -> Fitted:

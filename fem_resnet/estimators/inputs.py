@@ -47,8 +47,8 @@ __all__ = [
 
 #: Weights of the squared gradient, times the smallest eigenvalue: `Sensors` gets the one that predicts left-out values best.
 _SMOOTHING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-#: So many samples are enough to choose it.
-_TRIED = 200
+#: So many samples are enough to choose it. A value that the others do not determine counts as missed by this, in parts of it.
+_TRIED, _NOT_AT_ALL = 200, 1e3
 #: A picture gets a node a pixel, but no more than so many in a row.
 _MOST_NODES = 32
 
@@ -86,7 +86,7 @@ class InputKind:
             "inputs", or "output": of which a `Parity` says the sign.
         """
         Y = recipe.label_space()
-        kind = self._learned(recipe, X)
+        kind = self._learned(recipe, X, weights)
         values = kind._raw(recipe, X).reshape(self.fields, Y.nodes, -1)
         means, squares = (Y.sum(np.einsum("n,fns,s->f", Y.weights, part, weights)) / Y.measure for part in (values, values**2))
         signs = [sign for each in recipe.kept_symmetries() if isinstance(each, Parity) for sign in getattr(each, part)]
@@ -110,7 +110,7 @@ class InputKind:
         scaled = values.reshape(self.fields, -1, values.shape[1]) - np.reshape(self.offset, (-1, 1, 1))
         return (scaled / np.reshape(self.size, (-1, 1, 1))).reshape(values.shape)
 
-    def _learned(self, recipe: DomainRecipe, X: Any) -> InputKind:
+    def _learned(self, recipe: DomainRecipe, X: Any, weights: np.ndarray) -> InputKind:
         """The kind, with all but its scaling. Collective."""
         return self
 
@@ -152,7 +152,7 @@ class _Measured(InputKind):
     smoothing: float = 0.0
     modes: int = 1
 
-    def _learned(self, recipe, X):
+    def _learned(self, recipe, X, weights):
         modes = recipe.basis(min(MOST_MODES, self._most_points(X))).rank
         kind = replace(self, modes=modes)
         eigenvalues = recipe.basis(modes).eigenvalues
@@ -160,8 +160,12 @@ class _Measured(InputKind):
             return kind
         first = eigenvalues[eigenvalues > 1e-6 * eigenvalues[-1]][0]
         kinds = [replace(kind, smoothing=part / first) for part in _SMOOTHING]
-        few = X[:_TRIED]
-        missed = [np.mean([np.minimum(fit.left_out, 1e3).mean() for fit in each._fits(recipe, few)]) for each in kinds]
+        few = np.flatnonzero(weights)[:_TRIED]
+        X = X[few] if isinstance(X, np.ndarray) else [X[k] for k in few]
+        missed = []
+        for each in kinds:
+            left_out = [np.minimum(fit.left_out, _NOT_AT_ALL) for fit in each._fits(recipe, X)]
+            missed.append(np.mean(left_out, axis=0) @ weights[few])
         return kinds[int(np.argmin(missed))]
 
     def _raw(self, recipe, X):

@@ -28,6 +28,9 @@ from fem_resnet.parameters.symmetric_kernels import Symmetric
 
 __all__ = ["Design", "Model"]
 
+#: The size of kernels at the start.
+GAIN = 3.0
+
 
 @dataclass(frozen=True)
 class Design:
@@ -95,17 +98,15 @@ class Model:
         """Those of the network, the lift and the head."""
         return [*self.net.parameters, *self.lift.parameters, *self.head.parameters]
 
-    def start(self, seed: int, gain: float) -> None:
+    def start(self, seed: int) -> None:
         """Starting values that depend on the seed alone. Collective.
 
         Parameters
         ----------
         seed
             Of random numbers.
-        gain
-            Of the kernels.
         """
-        self.net.start("random smooth", seed, gain=gain)
+        self.net.start("random smooth", seed, gain=GAIN)
         self.lift.start("apart" if self.net.Y.channels == 1 else "random", seed)
         self.head.start("zero")
 

@@ -47,8 +47,8 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
     activation
         The name of sigma, one of `ACTIVATIONS`.
     tikhonov
-        lambda > 0 of Tikhonov's term for functions of size one. If left out, it is the one of 1e-2 .. 1e-5 with the least
-        loss of samples that are held out, each once of up to 300 samples, or a quarter of more; of fewer than 20 it is 1e-3.
+        lambda > 0 of Tikhonov's term for functions of size one. If left out, it is the one of 1, 1e-1 .. 1e-7 with the least
+        loss of samples that are held out, each once of up to 150 samples, or a quarter of more; of fewer than 20 it is 1e-3.
     max_iter
         The largest number of iterations of each training.
     early_stopping
@@ -111,7 +111,7 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
         layers: int = 4,
         activation: str = "tanh",
         tikhonov: float | None = None,
-        max_iter: int = 60,
+        max_iter: int = 40,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 10,
@@ -225,3 +225,8 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
 
     def _strata(self, targets):
         return None
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
