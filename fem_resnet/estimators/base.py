@@ -18,7 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fem_resnet.activation.activation import ACTIVATIONS
-from fem_resnet.arguments import choice, flag, instance, integer, number
+from fem_resnet.arguments import choice, flag, instance, integer, number, real_array
 from fem_resnet.estimators.domain import MOST_MODES, DomainRecipe, whole_ranks
 from fem_resnet.estimators.fitting import USUAL, Stop, fit, regulariser_of, search
 from fem_resnet.estimators.inputs import Table, are_functions, are_pairs, kind_of, samples_of
@@ -160,7 +160,7 @@ class LabelFieldEstimator(BaseEstimator):
         fields = [values.reshape(kind.fields, -1, weights.size)] + ([] if outputs else [targets[None]])
         self.rank_ = self._rank(recipe, fields, weights)
         self._design = Design(self.rank_, self.channels, self.layers, self.activation, kind.fields, outputs, self._prediction)
-        self._seed = on_first(comm, lambda: int(check_random_state(self.random_state).randint(2**31 - 1)))
+        self._seed = on_first(comm, self._drawn_seed)
         self._model = Model(recipe, self._design)
         return values, targets, weights
 
@@ -225,9 +225,20 @@ class LabelFieldEstimator(BaseEstimator):
         choice("activation", self.activation, ACTIVATIONS)
         if self.tikhonov is not None:
             number("tikhonov", self.tikhonov, above=0)
+        if self.extent is not None:
+            real_array("extent", self.extent, (4,))
         flag("early_stopping", self.early_stopping)
         number("validation_fraction", self.validation_fraction, above=0, below=1)
         number("learning_rate", self.learning_rate, above=0)
+
+    def _drawn_seed(self) -> int:
+        """From `random_state`."""
+        try:
+            return int(check_random_state(self.random_state).randint(2**31 - 1))
+        except ValueError as error:
+            raise ValueError(
+                f"random_state: expected an integer from 0 to 2^32 - 1, NumPy's generator or None: {error}"
+            ) from None
 
     #: Parameters that all ranks give alike.
     _replicated = (

@@ -103,8 +103,12 @@ class LabelFieldClassifier(ClassifierMixin, LabelFieldEstimator):
 
         Parameters
         ----------
-        X, y, sample_weight
+        X
             As for `fit`.
+        y
+            Classes, shape (samples,).
+        sample_weight
+            Weights >= 0 of the samples, shape (samples,); equal ones if left out.
         classes
             All classes that there will be, shape (classes,): in the first call, if `fit` was not called before.
 

@@ -128,6 +128,11 @@ class DomainRecipe(Fixed):
         ----------
         most
             How many there may be.
+
+        Raises
+        ------
+        ValueError
+            If that is no positive integer.
         """
         count = max(integer("most", most), MOST_MODES)
         if count not in self._bases:
@@ -136,7 +141,13 @@ class DomainRecipe(Fixed):
         return phi.first(max(end for end in whole_ranks(phi) if end <= max(most, whole_ranks(phi)[0])))
 
     def kept_symmetries(self) -> list:
-        """What `symmetries` returns for the mesh; nothing where there are none."""
+        """What `symmetries` returns for the mesh; nothing where there are none. Collective.
+
+        Raises
+        ------
+        TypeError
+            If it returns no list.
+        """
         if self.symmetries is None:
             return []
         if self._found is None:

@@ -35,7 +35,8 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
     points
         Where values of X are on the label domain, shape (points, dimension) or (points,); None where X says it itself.
     target_points
-        Where values of y are on the label domain, as `points`: y then is a function. None where y are numbers, or Functions.
+        Where values of y are on the label domain, shape (points, dimension) or (points,): y then is a function. None where y
+        are numbers, or Functions.
     extent
         (left, right, bottom, top), shape (4,): where the edges of pictures are, as for `LabelSpace.image`, with zeros around
         them. If left out, they are laid onto the bounding box of the label domain.
@@ -134,8 +135,10 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
 
         Parameters
         ----------
-        X, y, sample_weight
+        X, y
             As for `fit`.
+        sample_weight
+            Weights >= 0 of the samples, shape (samples,); equal ones if left out.
 
         Returns
         -------
@@ -184,8 +187,10 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
 
         Parameters
         ----------
-        X, y, sample_weight
+        X, y
             As for `fit`.
+        sample_weight
+            Weights >= 0 of the samples, shape (samples,); equal ones if left out.
 
         Raises
         ------
