@@ -33,7 +33,7 @@ from fem_resnet.training.stochastic_steps import Adam
 
 __all__ = ["LabelFieldEstimator"]
 
-#: What functions of `rank` modes leave of the variance of the training samples, if no rank is given.
+#: What functions of `rank` modes may leave of the squares of the training samples, if no rank is given.
 _LEFT = 1e-3
 #: Samples of a step of `partial_fit`.
 _MINI_BATCH = 32
@@ -142,6 +142,7 @@ class LabelFieldEstimator(BaseEstimator):
 
     def _begin(self, X: Any, y: Any, sample_weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find out what X and y are, and make the network; node values, targets and weights. Collective."""
+        vars(self).pop("_arrays", None)  # an error from here on leaves an estimator that is not fitted
         self._check_settings()
         X, y = self._read(X, y, reset=True)
         weights = checked_weights(sample_weight, samples_of(X))

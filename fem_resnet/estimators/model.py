@@ -79,6 +79,7 @@ class Model:
         one, symmetries = recipe.basis(design.rank), recipe.kept_symmetries()
         phi: Basis = RepeatedBasis(Channels(one.Y, design.channels), one) if design.channels > 1 else one
         seen = invariant_functions(phi, *symmetries) if symmetries else phi
+        self._of_bias = seen
         self.net = ResidualNetwork(
             Kernel(phi, among=Symmetric(phi, *symmetries) if symmetries else None),
             bias=Bias(seen),
@@ -101,12 +102,19 @@ class Model:
     def start(self, seed: int) -> None:
         """Starting values that depend on the seed alone. Collective.
 
+        Biases are a random constant in each channel. Without them a network with an odd sigma is an odd map, and where it
+        commutes with turns that take waves to minus themselves, no gradient leads away from that.
+
         Parameters
         ----------
         seed
             Of random numbers.
         """
         self.net.start("random smooth", seed, gain=GAIN)
+        random, Y = np.random.default_rng(seed), self.net.Y
+        for k in range(self.net.layers):
+            constants = np.repeat(random.normal(size=Y.channels), Y.one.nodes)[:, None]
+            self.net.bias.write(k, np.linalg.solve(self._of_bias.gram, self._of_bias.project(constants))[:, 0])
         self.lift.start("apart" if self.net.Y.channels == 1 else "random", seed)
         self.head.start("zero")
 

@@ -42,14 +42,15 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
         them. If left out, they are laid onto the bounding box of the label domain.
     rank
         How many Laplace eigenfunctions a channel has, at most: as many as leave no eigenspace cut. If left out, as many as
-        hold all but a thousandth of the variance of inputs and functions y, up to 64; of a table all.
+        hold all but a thousandth of the squares of inputs and functions y, or all but twice what 64 leave; of a table 64.
     channels, layers
         Channels of the label domain, and layers, of length one each.
     activation
         The name of sigma, one of `ACTIVATIONS`.
     tikhonov
-        lambda > 0 of Tikhonov's term for functions of size one. If left out, it is the one of 1, 1e-1 .. 1e-7 with the least
-        loss of samples that are held out, each once of up to 150 samples, or a quarter of more; of fewer than 20 it is 1e-3.
+        lambda > 0 of Tikhonov's term for functions of size one. If left out, it is the one of 1, 3e-2, 1e-3, 3e-5 and 1e-6
+        with the least loss of samples that are held out, each once of up to 150 samples, or a third of more; of fewer than 20
+        it is 1e-3.
     max_iter
         The largest number of iterations of each training.
     early_stopping
