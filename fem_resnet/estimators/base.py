@@ -142,7 +142,7 @@ class LabelFieldEstimator(BaseEstimator):
 
     def _begin(self, X: Any, y: Any, sample_weight: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find out what X and y are, and make the network; node values, targets and weights. Collective."""
-        vars(self).pop("_arrays", None)  # an error from here on leaves an estimator that is not fitted
+        self.__dict__.pop("_arrays", None)  # an error from here on leaves an estimator that is not fitted
         self._check_settings()
         X, y = self._read(X, y, reset=True)
         weights = checked_weights(sample_weight, samples_of(X))
@@ -176,7 +176,7 @@ class LabelFieldEstimator(BaseEstimator):
         left = np.zeros(len(ends))
         for field in fields:
             whole = sum(float(phi.Y.sum(np.einsum("n,ns,s->", phi.Y.weights, part**2, weights))) for part in field)
-            held = sum(np.cumsum((phi.project(part) ** 2) @ weights) for part in field)
+            held = np.sum([np.cumsum((phi.project(part) ** 2) @ weights) for part in field], axis=0)
             left = np.maximum(left, 1 - held[np.array(ends) - 1] / (whole or 1.0))
         return next((end for end, part in zip(ends, left) if part <= max(_LEFT, 2 * left[-1])), ends[-1])
 
@@ -242,7 +242,7 @@ class LabelFieldEstimator(BaseEstimator):
             ) from None
 
     #: Parameters that all ranks give alike.
-    _replicated = (
+    _replicated: tuple[str, ...] = (
         "points", "extent", "rank", "channels", "layers", "activation", "tikhonov", "max_iter", "early_stopping",
         "validation_fraction", "n_iter_no_change", "learning_rate",
     )  # fmt: skip

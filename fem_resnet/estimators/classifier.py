@@ -131,7 +131,7 @@ class LabelFieldClassifier(ClassifierMixin, LabelFieldEstimator):
         try:
             return self._partial_fit(X, y, sample_weight)
         finally:
-            vars(self).pop("_given_classes", None)
+            self.__dict__.pop("_given_classes", None)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, shape (samples, classes), in the order of `classes_`. Collective.

@@ -177,7 +177,7 @@ class LabelFieldRegressor(RegressorMixin, LabelFieldEstimator):
             return target.original(model.head.scores(final))
         batch = Y.batch(target.offset + target.size * np.sqrt(Y.measure) * Y.values(model.head(final)))
         if isinstance(target, AtPoints):
-            return Sensors(self.domain_.basis(1), target.points).evaluate(batch).T
+            return np.transpose(Sensors(self.domain_.basis(1), target.points).evaluate(batch))
         return [Y.function(batch, k) for k in range(samples_of(batch))]
 
     def score(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> float:
