@@ -159,24 +159,22 @@ class _Measured(InputKind):
         if modes == 1 or not eigenvalues[-1] > 0:
             return kind
         first = eigenvalues[eigenvalues > 1e-6 * eigenvalues[-1]][0]
-        kinds = [replace(kind, smoothing=part / first) for part in _SMOOTHING]
         few = np.flatnonzero(weights)[:_TRIED]
         X = X[few] if isinstance(X, np.ndarray) else [X[k] for k in few]
         missed = []
-        for each in kinds:
-            left_out = [np.minimum(fit.left_out, _NOT_AT_ALL) for fit in each._fits(recipe, X)]
-            missed.append(np.mean(left_out, axis=0) @ weights[few])
-        return kinds[int(np.argmin(missed))]
+        for fits in kind._fits(recipe, X, [part / first for part in _SMOOTHING]):
+            missed.append(np.mean([np.minimum(fit.left_out, _NOT_AT_ALL) for fit in fits], axis=0) @ weights[few])
+        return replace(kind, smoothing=_SMOOTHING[int(np.argmin(missed))] / first)
 
     def _raw(self, recipe, X):
-        return np.vstack([recipe.label_space().values(fit.functions) for fit in self._fits(recipe, X)])
+        return np.vstack([recipe.label_space().values(fit.functions) for fit in self._fits(recipe, X, [self.smoothing])[0]])
 
     def _most_points(self, X) -> int:
         """How many points a sample has at most."""
         raise NotImplementedError
 
-    def _fits(self, recipe, X) -> list[SensorFit]:
-        """Functions of each field. Collective."""
+    def _fits(self, recipe, X, smoothings: Sequence[float]) -> list[list[SensorFit]]:
+        """Functions of each field, for each weight of the squared gradient. Collective."""
         raise NotImplementedError
 
 
@@ -192,10 +190,11 @@ class AtPoints(_Measured):
     def _most_points(self, X):
         return len(self.points)
 
-    def _fits(self, recipe, X):
+    def _fits(self, recipe, X, smoothings):
         values = _with_fields("X", X, ("samples", len(self.points)), self.fields)
         sensors = Sensors(recipe.basis(self.modes), self.points)
-        return [sensors.fit(np.ascontiguousarray(values[:, :, k].T), self.smoothing, gaps=True) for k in range(self.fields)]
+        parts = [np.ascontiguousarray(values[:, :, k].T) for k in range(self.fields)]
+        return [[sensors.fit(part, lam, gaps=True) for part in parts] for lam in smoothings]
 
 
 @dataclass(frozen=True)
@@ -211,13 +210,12 @@ class OwnPoints(_Measured):
     def _most_points(self, X):
         return max(len(points) for points, _ in _pairs(X))
 
-    def _fits(self, recipe, X):
+    def _fits(self, recipe, X, smoothings):
         pairs = _pairs(X)
         values = [_with_fields("X", v, (len(x),), self.fields) for x, v in pairs]
         sensors = Sensors(recipe.basis(self.modes), [x for x, _ in pairs])
-        return [
-            sensors.fit([np.ascontiguousarray(v[:, k]) for v in values], self.smoothing, gaps=True) for k in range(self.fields)
-        ]
+        parts = [[np.ascontiguousarray(v[:, k]) for v in values] for k in range(self.fields)]
+        return [[sensors.fit(part, lam, gaps=True) for part in parts] for lam in smoothings]
 
 
 @dataclass(frozen=True)

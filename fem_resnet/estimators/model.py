@@ -84,7 +84,7 @@ class Model:
             Kernel(phi, among=Symmetric(phi, *symmetries) if symmetries else None),
             bias=Bias(seen),
             layers=design.layers,
-            final_time=float(design.layers) or None,
+            final_time=float(design.layers),
             activation=design.activation,
             solver_parameters={"ts_type": "rk", "ts_rk_type": "1fe"},
         )
