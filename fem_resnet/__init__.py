@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 
 # Names are imported when they are first asked for (PEP 562), so that parts that need no PETSc work without it.
 _MODULES = {
@@ -110,6 +111,9 @@ _MODULES = {
     "theory.sensitivity.layer_stability": ["LayerStability"],
     "theory.sensitivity.report": ["StabilityReport", "Suggestion", "stability_report"],
     "theory.sensitivity.contraction": ["LipschitzBound", "circle_radius", "lipschitz_bound"],
+    "estimators.domain": ["DomainRecipe"],
+    "estimators.classifier": ["LabelFieldClassifier"],
+    "estimators.regressor": ["LabelFieldRegressor"],
     "io.reading": ["load", "load_lift"],
     "io.writing": ["save"],
     "verify.suite": ["verify"],
@@ -117,7 +121,10 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_HOME)
+# Modules that need a package of an extra: `from fem_resnet import *` goes without them where it is not installed.
+_EXTRAS = dict.fromkeys(("estimators.classifier", "estimators.regressor"), ("sklearn", "estimators"))
+
+__all__ = sorted(name for name, home in _HOME.items() if home not in _EXTRAS or find_spec(_EXTRAS[home][0]))
 __version__ = "0.1.0"
 
 
@@ -127,6 +134,9 @@ def __getattr__(name: str):
     if name not in _HOME:
         near = "".join(f"; did you mean {each!r}?" for each in get_close_matches(name, _HOME, 1))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{near}")
+    package, extra = _EXTRAS.get(_HOME[name], (None, None))
+    if package is not None and find_spec(package) is None:
+        raise ImportError(f"{name} needs the package {package}, which is not installed: pip install 'fem_resnet[{extra}]'")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 
 import firedrake as fd
@@ -26,8 +26,11 @@ from fem_resnet import (
     Channels,
     DampedAntisymmetric,
     Derivatives,
+    DomainRecipe,
     Head,
     Kernel,
+    LabelFieldClassifier,
+    LabelFieldRegressor,
     LabelSpace,
     LaplaceFunctions,
     Layers,
@@ -140,6 +143,50 @@ def places() -> np.ndarray:
 @cache
 def sensors() -> Sensors:
     return Sensors(phi(), places())
+
+
+#: Where curves are measured.
+MOMENTS = np.linspace(0, 1, 8, endpoint=False)
+CIRCLE = DomainRecipe(fd.PeriodicIntervalMesh, 12, 1.0)
+
+
+def estimated(estimator, **parameters):
+    """An estimator that has these parameters, fitted to curves on a circle: their numbers of waves, or their squares."""
+    waves = np.arange(24) % 2 + 1
+    X = np.cos(2 * np.pi * waves[:, None] * (MOMENTS + np.arange(24)[:, None] / 24))
+    return estimator(**parameters).fit(X, waves if estimator is LabelFieldClassifier else X**2)
+
+
+def of_estimator() -> dict:
+    return {
+        "domain": CIRCLE,
+        "points": MOMENTS,
+        "extent": np.array([0.0, 1.0, 0.0, 1.0]),
+        "rank": 3,
+        "channels": 1,
+        "layers": 1,
+        "activation": "tanh",
+        "tikhonov": 0.1,
+        "max_iter": 1,
+        "early_stopping": False,
+        "validation_fraction": 0.2,
+        "n_iter_no_change": 2,
+        "learning_rate": 0.01,
+        "random_state": 0,
+    }
+
+
+TAKEN_BY_ESTIMATORS = {
+    "domain": {"None"},
+    "points": set(),
+    "extent": {"None"},
+    "rank": {"None"},
+    "tikhonov": {"None"} | POSITIVE,
+    "max_iter": {"zero"},
+    "early_stopping": FLAG,
+    "learning_rate": POSITIVE,
+    "random_state": {"None", "zero", "a bool"},
+}
 
 
 @cache
@@ -1115,6 +1162,32 @@ DOORS = {
         takes={"smoothing": POSITIVE, "solver_parameters": OPTIONS, "options_prefix": PREFIX},
         parted=("problem",),
         another={"A": RowBox(phi(), (-9, 8), (-9, 9))},
+    ),
+    # -- estimators --
+    "DomainRecipe": Door(
+        DomainRecipe,
+        lambda: {"make": fd.UnitDiskMesh, "family": "CG", "degree": 1, "symmetries": None},
+        takes={
+            "make": {"a function"},
+            "family": TEXT,
+            "degree": {"zero"},
+            "symmetries": {"None", "a function"},
+        },
+        parted=("make", "family", "degree", "symmetries"),
+    ),
+    "LabelFieldClassifier": Door(
+        partial(estimated, LabelFieldClassifier),
+        of_estimator,
+        takes=TAKEN_BY_ESTIMATORS,
+        parted=("domain", "random_state"),
+        dear=True,
+    ),
+    "LabelFieldRegressor": Door(
+        partial(estimated, LabelFieldRegressor),
+        lambda: of_estimator() | {"target_points": MOMENTS},
+        takes=TAKEN_BY_ESTIMATORS | {"target_points": {"None"}},
+        parted=("domain", "random_state"),
+        dear=True,
     ),
     # -- files --
     "save": Door(

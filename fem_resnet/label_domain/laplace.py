@@ -37,7 +37,7 @@ from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 
-__all__ = ["laplace_basis", "laplace_up_to", "move_laplace"]
+__all__ = ["laplace_at_most", "laplace_basis", "laplace_up_to", "move_laplace"]
 
 #: By how much eigenvalues of a mesh may exceed those of the domain.
 _MESHES = 1.05
@@ -217,6 +217,26 @@ def laplace_up_to(Y: LabelSpace, highest: float, about: int) -> Basis:
             f"Y: expected one that tells {rank} eigenfunctions apart, as many as have eigenvalues up to {highest:.6g}, {Y!r} "
             f"tells {seen}; refine its mesh"
         )
+    return _of_modes(Y, modes, rank)
+
+
+def laplace_at_most(Y: LabelSpace, most: int) -> Basis:
+    """As many eigenfunctions of whole eigenspaces as there are, up to `most`; the first eigenspace in any case. Collective.
+
+    Parameters
+    ----------
+    Y
+        The label domain, without channels.
+    most
+        How many there may be.
+    """
+    modes = eigenfunctions(Y, min(most, count_on(Y)), {}, None)
+    most = min(most, told_apart(Y, modes.values))
+    return _of_modes(Y, modes, max(end for end in modes.ends.tolist() if end == modes.ends[0] or end <= most))
+
+
+def _of_modes(Y: LabelSpace, modes: Modes, rank: int) -> Basis:
+    """The basis of the first `rank` eigenfunctions, which are whole eigenspaces. Collective."""
     move = move_laplace if Y.graph is None else None
     values = made_orthonormal(Y, modes.values[:, :rank])
     return Basis(Y, values, "laplace", modes.eigenvalues[:rank], move, modes.stiffness[:rank, :rank])
