@@ -46,7 +46,12 @@ from fem_resnet.time_stepping.stepper import Stepper
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
-CLASSES = {name: getattr(fem_resnet, name) for name in fem_resnet.__all__ if inspect.isclass(getattr(fem_resnet, name))}
+#: Estimators follow scikit-learn's protocol, in which parameters are set.
+CLASSES = {
+    name: getattr(fem_resnet, name)
+    for name in fem_resnet.__all__
+    if inspect.isclass(getattr(fem_resnet, name)) and not hasattr(getattr(fem_resnet, name), "set_params")
+}
 
 
 @pytest.mark.whole

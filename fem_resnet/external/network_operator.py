@@ -98,7 +98,7 @@ def network_operator(net: ResidualNetwork, u: fd.Function | ufl.Interpolate, hea
     packing = _Packing(function)
     replicated, at_nodes = packing.parted(function.functions())
     packed = apply(packing, replicated)[0]
-    samples = Y.samples(u.function_space())
+    samples = Y.samples(u.function_space())  # type: ignore[union-attr]  # an Interpolate has one, which its stubs miss
     return NetworkOperator(
         u, packed, *at_nodes,
         function_space=output.V if samples == 1 else output.batch_space(samples),
@@ -283,7 +283,8 @@ class NetworkOperator(AbstractExternalOperator):
         sizes = tuple(space.dof_dset.layout_vec.getSizes() for space in (self._output.V, Y.V))
         full = np.arange(len(values) + 1, dtype=PETSc.IntType) * values.shape[1]
         numbers = np.tile(np.arange(values.shape[1], dtype=PETSc.IntType), len(values))
-        return PETSc.Mat().createAIJ(sizes, csr=(full, numbers, values.ravel()), comm=Y.comm)
+        csr: Any = full, numbers, values.ravel()  # arrays, which petsc4py's stubs do not know
+        return PETSc.Mat().createAIJ(sizes, csr=csr, comm=Y.comm)
 
     def _low_rank(self) -> tuple[np.ndarray, np.ndarray]:
         """U and M Z of N'(u) = s I + U Z^T M, shapes (nodes of the output, rank) and (nodes, rank)."""
