@@ -9,7 +9,7 @@ The network knows functions and no points. It is trained on outlines that are me
 which 64 points are known, or of which a third of the values is missing, in each sample another one: `Sensors` makes functions
 of them, and nothing is trained again. Run
 
-    containers/run python demos/outlines_on_the_circle.py            (about eight minutes of a core; --short for 10 s)
+    containers/run python demos/outlines_on_the_circle.py            (about 35 minutes of a core; --short for 10 s)
 
 It writes a table and a figure to demos/output/. The last line is what the test error grows by at most, with less data. The
 outlines are fetched by pip (6 MB). Where that fails, the short form takes outlines that are made up, and says so.
@@ -59,15 +59,16 @@ from fem_resnet import (
 )  # fmt: skip
 
 # %% What was chosen
-# Channels, layers, modes, the rate and the weight of the penalty were compared by cross-validation on four folds of the 200
-# training outlines, in a study outside of this package, with one seed. The setting below came to an accuracy of 0.88 there,
-# on 150 outlines. Larger networks came to 0.89, and to 0.91 with six layers or smoothed labels: differences that chance makes
-# too. More was gained by reversed outlines as further samples (0.72 without, 0.81 with them), and then by the penalty on
-# kernels that are not local (0.87). The number of epochs was found here, on one fold: 60 came to 0.78, 180 to 0.84. No setting
-# was chosen on test outlines.
+# Channels, layers, modes, the rate, the weight of the penalty and the number of passes were compared by cross-validation on
+# four folds of the 200 training outlines, in copies of this network in JAX and PyTorch, some 60 settings in all. By chance
+# alone two settings differ by two points. These gained most: reversed outlines as further samples (0.72 without, 0.81 with
+# them), the penalty on kernels that are not local (0.87), and warped outlines with more than twice as many passes (0.92).
+# Larger networks and smoothed labels gained no more than chance does. No setting was chosen on test outlines.
 
 CHANNELS, LAYERS, MODES, NODES = 12, 4, 61, 96
-RATE, SAMPLES, EPOCHS, LOCALITY = 3e-2, 40, 130, 1e-2
+RATE, SAMPLES, EPOCHS, LOCALITY = 3e-2, 40, 30, 1e-2
+#: Each outline is a sample so often, warped but for the first time; and the deviation of the warp.
+COPIES, WARP = 6, 0.02
 #: Weights of the squared gradient among which `Sensors` gets the one that predicts left-out values best.
 WEIGHTS = (0.0, 1e-7, 1e-6, 1e-5, 1e-4)
 
@@ -130,6 +131,8 @@ class Data:
         self.x_test, self.y_test = arrays["test_inputs"], arrays["test_labels"]
         # A leaf that is seen from behind is reversed.
         self.both, self.labels = np.concatenate([self.x, self.x[:, ::-1]]), np.tile(self.y, 2)
+        warped = [outlines.warped(self.both, WARP, seed) for seed in range(1, COPIES)]
+        self.copies, self.labels_of_copies = np.concatenate([self.both, *warped]), np.tile(self.labels, COPIES)
         self.circle = LabelSpace(fd.FunctionSpace(fd.PeriodicIntervalMesh(NODES, 1.0), "CG", 1))
         self.sensors = Sensors(laplace_basis(self.circle, modes), PLACES)
 
@@ -177,10 +180,10 @@ def learn(data, seed, *, channels=CHANNELS, layers=LAYERS, modes=MODES, epochs=E
     )
     net.start("local", seed, width=4.0)
     head, lift = Head(RepeatedBasis(Y, given_basis(Y.one, [1.0])), outlines.CLASSES), Lift(Y)
-    lift.start("random", seed=seed)
+    lift.start("random", seed=1000 + seed)  # other numbers than those of the kernel
     penalty = locality((2 * np.pi) ** 2 * LOCALITY, around)  # on a circle of radius one the weight is LOCALITY
-    inputs = data.sensors.fit(data.both.T).functions
-    problem = LearningProblem(net, head, cross_entropy, penalty, Batch(inputs, data.labels), lift=lift)
+    inputs = data.sensors.fit(data.copies.T).functions
+    problem = LearningProblem(net, head, cross_entropy, penalty, Batch(inputs, data.labels_of_copies), lift=lift)
     result = train_stochastic(problem, Adam(RATE), batch_size=SAMPLES, epochs=epochs, seed=seed)
     count = sum(parameter.dim for parameter in problem.parameters)
     return net, lift, head, count, time.process_time() - start, result.values
@@ -195,7 +198,13 @@ def scores(found, functions):
 # %% Baselines
 # They see the 427 values, and the reversed outlines too, except where reversing changes nothing. Settings are chosen by
 # cross-validation. A support vector machine may see amplitudes of modes, which know no beginning. The nearest neighbour is
-# nearest after the best turn, in one of both directions.
+# nearest after the best turn, in one of both directions. Convolutional networks and FNO commute with translations and read
+# means, as the network does. A network without layers would see the mean of an outline alone, which is 0; the linear
+# classifier, which is no mean over the circle, stands in its place, and the perceptron in that of DeepONet, whose output is
+# no function here.
+#
+# The convolutional network is that of Wang et al. 2017 with fewer channels; what it comes to with all of them, in more
+# time, is published. FNO has about as many parameters as the network, and ten times as many.
 
 
 def spectrum(values):
@@ -250,6 +259,15 @@ def baselines(data, seeds):
     yield timed("support vector machine", lambda _: machine(data.x, data.y, data.x_test))
     count = (outlines.POINTS + 1) * 100 + 101 * 100 + 101 * outlines.CLASSES
     yield timed("multilayer perceptron", perceptron, seeds=seeds, count=count)
+    arrays = {"inputs": data.both, "targets": data.labels, "test_inputs": data.x_test}
+    yield from comparison.operators(arrays, IN_PYTORCH, lambda found: np.mean(found.argmax(axis=1) != data.y_test))
+
+
+IN_PYTORCH = {
+    "convolutional network": dict(model="convolutions", epochs=100, batch=20, of_model=dict(widths=(48, 96, 48))),
+    "FNO": dict(model="FNO", epochs=40, batch=20, of_model=dict(width=38, modes=31)),
+    "small FNO": dict(model="FNO", epochs=130, batch=20, of_model=dict(width=12, modes=31)),
+}
 
 
 # What others have published, accuracies on the very same samples: files of results that their authors keep.
@@ -373,8 +391,8 @@ def main(short=False):
     return largest
 
 
-#: A bound of the test error, set after a first run; cross-validation had promised 0.12.
-MOST = 0.2
+#: A bound of the test error, half as much again as cross-validation had promised.
+MOST = 0.12
 
 
 def finish(data, lines, found, read, errors, at_points):
@@ -408,11 +426,11 @@ def finish(data, lines, found, read, errors, at_points):
 
 def remark(results):
     """What the tables do not say by themselves."""
-    best = min((result for result in results if "(published)" in result.method), key=lambda result: result.mean)
+    best = min(results, key=lambda result: result.mean)
     return (
         "The weight of the smoothing, for each way to know an outline, is the one that predicts left-out values of training "
         "outlines best. Points at random and gaps are others in each sample. What others have published is not of this "
-        f"machine. The network misses the best of it by {100 * (results[0].mean - best.mean):.1f} points."
+        f"machine. The network misses the {best.method} by {100 * (results[0].mean - best.mean):.1f} points."
     )
 
 

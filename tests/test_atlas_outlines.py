@@ -66,3 +66,15 @@ def test_made_up_outlines_have_their_lobes(outlines):
         assert np.abs(np.exp(1j * np.angle(modes[range(len(y)), y + 3])).mean()) < 0.3
     assert np.array_equal(data["inputs"], outlines.made_up(120, 60)["inputs"])
     assert not np.array_equal(data["inputs"][:60], data["test_inputs"])
+
+
+def test_warped_outlines_are_the_outlines_along_another_parameter(outlines):
+    s = np.arange(outlines.POINTS) / outlines.POINTS
+    x = np.array([np.cos(2 * np.pi * k * s) for k in (1, 2, 3)])
+    assert np.abs(outlines.warped(x, 0.0, 0) - x).max() < 1e-12
+    found = outlines.warped(x, 0.02, 0)
+    # It is cos(k v): so no value is new, and the size of what moves them is what was asked for.
+    moved = np.unwrap(np.arctan2(*[outlines.warped(f(2 * np.pi * s)[None].repeat(400, 0), 0.02, 1) for f in (np.sin, np.cos)]))
+    w = moved / (2 * np.pi) - s
+    assert np.abs(found).max() <= 1 and abs(np.sqrt(np.mean(w**2)) - 0.02) < 1e-3
+    assert np.array_equal(found, outlines.warped(x, 0.02, 0)) and not np.array_equal(found, outlines.warped(x, 0.02, 1))

@@ -102,6 +102,26 @@ def test_deeponet_learns_on_nodes_anywhere_and_minimises_the_norm_of_their_weigh
         next(there)
 
 
+def test_convolutions_and_fno_read_classes_on_a_circle_whatever_the_beginning(trained):
+    """Waves of 2, 3 or 4 lobes that begin anywhere; a convolution with 3 and 5 points tells them apart by their slopes."""
+    random, s = np.random.default_rng(0), np.arange(24) / 24
+    labels = random.integers(0, 3, 120)
+    inputs = np.cos(2 * np.pi * ((labels[:, None] + 2) * s + random.uniform(size=(120, 1))))
+    data = {"inputs": inputs, "targets": labels, "test_inputs": np.concatenate([inputs, np.roll(inputs, 5, axis=1)])}
+    convolutions = {"model": "convolutions", "epochs": 10, "rate": 1e-2, "of_model": {"widths": (6, 4), "sizes": (5, 3)}}
+    counts = (
+        (5 * 6 + 6 + 3 * 6 * 4 + 4) + 2 * (6 + 4) + (4 * 3 + 3),
+        3 * (2 * 4 * 25 + 25 + 5) + 5 + 5 + (5 * 7 + 7) + (7 * 3 + 3),
+    )
+    for found, count in zip(trained(data, convolutions, fno(30)), counts):
+        here, there = np.split(found["outputs"], 2)
+        assert found["parameters"] == count and here.shape == (120, 3) and relative(here, there) < 1e-5
+        assert np.mean(here.argmax(axis=1) == labels) > 0.95
+        scores = here - here.max(axis=1, keepdims=True)
+        cross_entropy = np.log(np.exp(scores).sum(axis=1)) - scores[range(120), labels]
+        assert found["training"] == pytest.approx(cross_entropy.mean(), rel=1e-3)
+
+
 def test_the_errors_of_operators_are_those_of_the_demo_and_their_moves_are_symmetries_of_burgers(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "demos")
     table, demo = (import_module(name) for name in ("burgers_table", "burgers_on_the_circle"))

@@ -7,6 +7,9 @@ checksum, and read as an archive: nothing is installed.
 
 The made-up outlines are u(s) = cos(2 pi k (s + w(s))) + noise(s) with k = 3 .. 8 lobes, one number a class, from a random
 starting point. The warp w and the noise are random Fourier series that fall as 1/m^2, with deviations of 0.1/k and 0.3.
+
+Leaves of one kind differ in where along the outline their parts lie. `warped` makes further samples of an outline u by
+u(s + w(s)), where w is such a series that falls as 1/m, with six modes.
 """
 
 import hashlib
@@ -67,18 +70,29 @@ def leaves(folder: str) -> dict[str, np.ndarray]:
     return {"inputs": x, "labels": y, "test_inputs": x_test, "test_labels": y_test}
 
 
+def series(random: np.random.Generator, number: int, modes: int, fall: float) -> np.ndarray:
+    """Random Fourier series of mean square 1 at the points, shape (number, points); amplitudes fall as m^-fall."""
+    s, m = np.arange(POINTS) / POINTS, np.arange(1, modes + 1)
+    a, b = random.standard_normal((2, number, modes)) * m**-fall / np.sqrt(np.sum(m ** (-2 * fall)))
+    return a @ np.cos(2 * np.pi * np.outer(m, s)) + b @ np.sin(2 * np.pi * np.outer(m, s))
+
+
+def warped(x: np.ndarray, deviation: float, seed: int) -> np.ndarray:
+    """Outlines u(s + w(s)) of outlines u, samples first; w has this deviation, the whole outline has the length one."""
+    s = np.arange(POINTS + 1) / POINTS
+    places = (s[:-1] + deviation * series(np.random.default_rng(seed), len(x), 6, 1.0)) % 1
+    return np.array([np.interp(at, s, np.append(u, u[0])) for at, u in zip(places, x)])
+
+
 def made_up(samples: int, test: int) -> dict[str, np.ndarray]:
     """The same of outlines by the law above."""
-    random, s, m = np.random.default_rng(0), np.arange(POINTS) / POINTS, np.arange(1, 21)
-
-    def series(number):
-        a, b = random.standard_normal((2, number, m.size)) / m**2 / np.sqrt(np.sum(m**-4.0))
-        return a @ np.cos(2 * np.pi * np.outer(m, s)) + b @ np.sin(2 * np.pi * np.outer(m, s))
+    random, s = np.random.default_rng(0), np.arange(POINTS) / POINTS
 
     def drawn(number):
         labels = np.arange(number) % CLASSES
         lobes, start = labels[:, None] + 3, random.uniform(size=(number, 1))
-        u = np.cos(2 * np.pi * lobes * (s + start) + 2 * np.pi * 0.1 * series(number)) + 0.3 * series(number)
+        u = np.cos(2 * np.pi * lobes * (s + start) + 2 * np.pi * 0.1 * series(random, number, 20, 2.0))
+        u += 0.3 * series(random, number, 20, 2.0)
         return (u - u.mean(axis=1, keepdims=True)) / u.std(axis=1, keepdims=True), labels
 
     (x, y), (x_test, y_test) = drawn(samples), drawn(test)

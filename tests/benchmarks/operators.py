@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("operators_torch.py")
 def trained(data: dict[str, np.ndarray], runs: list[dict]) -> Iterator[dict]:
     """Train on arrays and with settings that SCRIPT describes, one run after the other, each on one core.
 
-    Yields of each run the number of real `parameters`, CPU `seconds` of training, the mean of relative errors in L2 on the
+    Yields of each run the number of real `parameters`, CPU `seconds` of training, the mean of what is minimised on the
     `training` samples, and the `outputs` for the test inputs. `environment.install` makes the environment that this needs.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,13 @@
-"""Operators between functions in PyTorch: FNO on grids of one and two dimensions, DeepONet on nodes that lie anywhere.
+"""Maps of functions in PyTorch: FNO on grids of one and two dimensions, DeepONet on nodes that lie anywhere.
+
+A convolutional network and FNO also read classes of functions on a circle.
 
     python operators_torch.py FOLDER SETTINGS
 
 Runs in the environment of the peers, by `operators.py`. FOLDER/data.npz holds
 
-- `inputs`, `targets` and `test_inputs`: (samples, points), or (samples, points, points) on a grid of two dimensions;
+- `inputs`, `targets` and `test_inputs`: (samples, points), or (samples, points, points) on a grid of two dimensions; classes
+  are `targets` of shape (samples,), numbers from 0;
 - `nodes`: (points, dimension), for DeepONet;
 - `weights`, shaped as a sample: those of the norm in L2, where they are not all the same;
 - `places`, shaped as a sample with one axis more: what FNO is told of each point, if not its numbers on the grid;
@@ -25,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import gelu
+from torch.nn.functional import cross_entropy, gelu
 
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
@@ -58,7 +61,7 @@ class SpectralConvolution(nn.Module):
 class FNO(nn.Module):
     """Li et al. (2021) on a torus: no padding; with `coordinates` it is told the places of the points too.
 
-    Without them it commutes with translations of the grid. Channels come last.
+    Without them it commutes with translations of the grid. Channels come last. Scores of classes are means over the grid.
     """
 
     def __init__(self, data, width=10, modes=16, layers=4, projection=32, coordinates=False):
@@ -71,14 +74,16 @@ class FNO(nn.Module):
         self.lift = nn.Linear(1 + self.places.shape[-1], width)
         self.spectral = nn.ModuleList(SpectralConvolution(width, modes, len(grid)) for _ in range(layers))
         self.pointwise = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.project = nn.Sequential(nn.Linear(width, projection), nn.GELU(), nn.Linear(projection, 1))
+        self.project = nn.Sequential(nn.Linear(width, projection), nn.GELU(), nn.Linear(projection, data.classes or 1))
+        self.reads_classes = bool(data.classes)
 
     def forward(self, u):
         f = self.lift(torch.cat([u[..., None] / self.scale[0], self.places.expand(len(u), *self.places.shape)], dim=-1))
         for layer, (spectral, pointwise) in enumerate(zip(self.spectral, self.pointwise)):
             f = spectral(f) + pointwise(f)
             f = gelu(f) if layer < len(self.spectral) - 1 else f
-        return self.scale[1] * self.project(f)[..., 0]
+        f = self.project(f)
+        return f.flatten(1, -2).mean(dim=1) if self.reads_classes else self.scale[1] * f[..., 0]
 
 
 def perceptron(*widths):
@@ -117,7 +122,18 @@ class DeepONet(nn.Module):
         return self.scale[1] * found + self.scale[2]
 
 
-MODELS = {"FNO": FNO, "DeepONet": DeepONet}
+class Convolutions(nn.Sequential):
+    """The fully convolutional network of Wang et al. (2017) on a circle: means over the circle are read at the end."""
+
+    def __init__(self, data, widths=(128, 256, 128), sizes=(8, 5, 3)):
+        layers, before = [nn.Unflatten(1, (1, -1))], 1
+        for width, size in zip(widths, sizes):
+            convolution = nn.Conv1d(before, width, size, padding="same", padding_mode="circular")
+            layers, before = [*layers, convolution, nn.BatchNorm1d(width), nn.ReLU()], width
+        super().__init__(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(before, data.classes))
+
+
+MODELS = {"FNO": FNO, "DeepONet": DeepONet, "convolutions": Convolutions}
 
 
 class Data:
@@ -129,6 +145,7 @@ class Data:
         self.inputs, self.targets, self.test_inputs = (found[name] for name in ("inputs", "targets", "test_inputs"))
         self.nodes, self.signs, self.places = (found.get(name) for name in ("nodes", "signs", "places"))
         self.moves = found["moves"].long() if "moves" in found else None
+        self.classes = int(self.targets.max()) + 1 if self.targets.ndim == 1 else 0
         self.weights = found.get("weights", torch.ones(self.targets.shape[1:]))
 
     def moved(self, values, move):
@@ -155,8 +172,15 @@ def relative_errors(found, targets, weights):
     return ((weights * (found - targets) ** 2).sum(axes) / (weights * targets**2).sum(axes)).sqrt()
 
 
+def losses(data: Data, found, targets):
+    """What is minimised: of each sample the relative error in L2, or the cross entropy of its class."""
+    if data.classes:
+        return cross_entropy(found, targets.long(), reduction="none")
+    return relative_errors(found, targets, data.weights)
+
+
 def train(data: Data, settings: Settings):
-    """The trained model; the mean of relative errors in L2 is minimised."""
+    """The trained model."""
     torch.manual_seed(settings.seed)
     model = MODELS[settings.model](data, **settings.of_model)
     samples = len(data.inputs)
@@ -170,10 +194,10 @@ def train(data: Data, settings: Settings):
                 move = torch.randint(len(data.moves), ())
                 inputs, targets = (data.moved(values, move) for values in (inputs, targets))
             optimiser.zero_grad()
-            relative_errors(model(inputs), targets, data.weights).mean().backward()
+            losses(data, model(inputs), targets).mean().backward()
             optimiser.step()
             schedule.step()
-    return model
+    return model.eval()
 
 
 def main(folder: Path, runs: list[dict]) -> None:
@@ -184,7 +208,7 @@ def main(folder: Path, runs: list[dict]) -> None:
         seconds = time.process_time() - start
         with torch.no_grad():
             np.save(folder / f"found{number}.npy", model(data.test_inputs).numpy())
-            training = relative_errors(model(data.inputs), data.targets, data.weights).mean()
+            training = losses(data, model(data.inputs), data.targets).mean()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(json.dumps({"parameters": parameters, "seconds": seconds, "training": float(training)}), flush=True)
 
