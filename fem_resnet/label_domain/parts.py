@@ -81,10 +81,10 @@ class Part(OnMesh):
     >>> Y = label_domain("meshes/disk.msh")
     >>> inside, ring = Part(Y, "inside"), Part(Y, "ring")
     >>> ring
-    Part('ring', |D| = 2.34807 of |Y| = 3.13146)
-    >>> phi, psi = (part.extend(laplace_basis(part.space, 6)) for part in (ring, inside))
+    Part('ring', |D| = 2.35513 of |Y| = 3.13395)
+    >>> phi, psi = (part.extend(laplace_basis(part.space, 5)) for part in (ring, inside))
     >>> net = ResidualNetwork(Kernel(phi, psi), bias=phi, layers=2)
-    >>> head = Head(phi, onto=laplace_basis(ring.space, 6), prediction="identity")
+    >>> head = Head(phi, onto=laplace_basis(ring.space, 5), prediction="identity")
     >>> head(net(inside.extend(inside.space.batch(inside.space.coordinates)))).function_space() == ring.space.batch_space(2)
     True
     """

@@ -84,11 +84,11 @@ def label_domain(
     Examples
     --------
     >>> label_domain("meshes/letter.msh")
-    LabelSpace(382 nodes, <CG1 on a triangle>, |Y| = 1.93453)
+    LabelSpace(382 nodes, <CG1 on a triangle>, |Y| = 1.77146)
     >>> import numpy as np
     >>> ring = np.ones((3, 3), dtype=bool)
     >>> ring[1, 1] = False
-    >>> label_domain(ring, "DG", 0, extent=(0, 6, 0, 6)).weights.tolist()
+    >>> label_domain(ring, "DG", 0, extent=(0, 6, 0, 6)).weights.round(9).tolist()
     [4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
 
     Data at the points of a cloud become a batch by the nearest point of each node:
