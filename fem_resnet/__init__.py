@@ -71,6 +71,7 @@ _MODULES = {
     "hjb.value_function": ["ValueFunction"],
     "hjb.equation": ["solve_value_function"],
     "hjb.feedback": ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"],
+    "training.checkpoint": ["TrainingCheckpoint"],
     "training.gradient": ["Result", "train"],
     "training.levenberg_marquardt": ["train_levenberg_marquardt"],
     "training.rank_continuation": ["train_by_ranks"],
