@@ -117,6 +117,7 @@ _MODULES = {
     "estimators.regressor": ["LabelFieldRegressor"],
     "io.reading": ["load", "load_lift"],
     "io.writing": ["save"],
+    "export.writing": ["export"],
     "verify.suite": ["verify"],
     "external.network_operator": ["network_operator"],
 }

@@ -61,6 +61,7 @@ from fem_resnet import (
     class_space,
     cross_entropy,
     enable_checkpointing,
+    export,
     functional_loss,
     get_activation,
     given_basis,
@@ -1209,6 +1210,19 @@ DOORS = {
         dear=True,
     ),
     # -- files --
+    "export": Door(
+        export,
+        lambda: {
+            "net": net(),
+            "head": classes().head,
+            "path": shared() / "network.npz",
+            "lift": lifted(),
+            "precision": "double",
+        },
+        takes={"head": {"None"}, "lift": {"None"}},
+        parted=("net",),
+        another={"head": None, "lift": None, "precision": "single"},
+    ),
     "save": Door(
         save,
         lambda: {"path": shared() / "another.h5", "net": net(), "head": classes().head, "lift": lifted()},
