@@ -103,7 +103,7 @@ TAO = {
 
 
 @on_ranks
-@pytest.mark.parametrize("case", TAO)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] if name == "Newton" else []) for name in TAO])
 def test_train_goes_on_with_the_same_bits(case, tmp_path):
     make, options = TAO[case]
     options = {"solver_parameters": {}} | options
