@@ -64,7 +64,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # -- pages from docstrings -------------------------------------------------------------------------------------------
 
 autodoc_default_options = {"members": True, "member-order": "bysource", "special-members": "__call__"}
-autodoc_mock_imports = ["torch", "jax"]  # what fem_resnet.external needs for its pages
+autodoc_mock_imports = ["torch", "jax", "onnx"]  # what fem_resnet.external and fem_resnet.export need for their pages
 autodoc_docstring_signature = False  # a docstring that begins with f(T) has no signature
 python_maximum_signature_line_length = 100
 autosummary_generate = False

@@ -71,6 +71,7 @@ _MODULES = {
     "hjb.value_function": ["ValueFunction"],
     "hjb.equation": ["solve_value_function"],
     "hjb.feedback": ["ClosedLoop", "closed_loop", "feedback_controls", "feedback_speeds"],
+    "training.checkpoint": ["TrainingCheckpoint"],
     "training.gradient": ["Result", "train"],
     "training.levenberg_marquardt": ["train_levenberg_marquardt"],
     "training.rank_continuation": ["train_by_ranks"],
@@ -116,6 +117,7 @@ _MODULES = {
     "estimators.regressor": ["LabelFieldRegressor"],
     "io.reading": ["load", "load_lift"],
     "io.writing": ["save"],
+    "export.writing": ["export"],
     "verify.suite": ["verify"],
     "external.network_operator": ["network_operator"],
 }

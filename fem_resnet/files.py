@@ -66,8 +66,13 @@ def seal(comm: MPI.Comm | None, path: Path) -> None:
     _first(comm, append)
 
 
-def sealed(comm: MPI.Comm | None, path: Path) -> None:
+def sealed(comm: MPI.Comm | None, path: Path) -> int:
     """Compare a file with its seal. Collective over `comm`; None stands for this rank alone.
+
+    Returns
+    -------
+    int
+        The length of the file before its seal, in bytes.
 
     Raises
     ------
@@ -88,6 +93,7 @@ def sealed(comm: MPI.Comm | None, path: Path) -> None:
         raise Damaged("it does not end with a checksum, so it is not complete")
     if mark != _MARK + _checksum(comm, path, length) + b"\n":
         raise Damaged("its checksum is not that of its bytes: it was damaged or changed after it was written")
+    return length
 
 
 def unsealed(path: Path) -> bytes:

@@ -57,6 +57,7 @@ from fem_resnet import (
     eigen_expansion,
     energy_conditions,
     energy_step_limit,
+    export,
     find_equilibria,
     find_steady_states,
     follow_trajectory,
@@ -82,6 +83,7 @@ from fem_resnet import (
     stability_estimate,
     stability_report,
     stability_verdict,
+    state_array,
     terminal_costate,
     tikhonov,
     to_network,
@@ -96,6 +98,7 @@ from fem_resnet import (
     well_posedness_constants,
     width_limit,
 )  # fmt: skip
+from fem_resnet.export.predict import output
 from fem_resnet.features import FEATURES, TOOLS, features_of, supports
 from fem_resnet.label_domain.basis import node_numbers
 from fem_resnet.theory.limits.residual_network import EULER
@@ -831,6 +834,18 @@ def _saved(net):
     with TemporaryDirectory() as folder:
         save(Path(folder) / "net.h5", net)
         return load(Path(folder) / "net.h5", net.Y.comm)
+
+
+@on_net("export", call=lambda net: _exported(net))
+def _export(net, arrays, close, start):
+    inputs = state_array(net.Y, state(net)).T
+    assert_allclose(output(arrays, inputs).T[node_numbers(net.Y)], of_net(net), atol=10 * close)
+
+
+def _exported(net):
+    with TemporaryDirectory() as folder:
+        export(net, None, Path(folder) / "net.npz")
+        return dict(np.load(Path(folder) / "net.npz"))
 
 
 def _against_scipy(net, final, close, start, tolerance=1e-6):

@@ -62,10 +62,11 @@ def activation_code(activation: Activation, real: str = "double") -> str:
 def _function(name: str, expression: sympy.Expr, order: int) -> str:
     found = parts(expression, order)
     expand = create_expand_pow_optimization(16)
-    shared, formulas = sympy.cse([expand(part.formula) for part in found], symbols=sympy.numbered_symbols("x"))
+    shared, formulas = sympy.cse([part.formula for part in found], symbols=sympy.numbered_symbols("x"))
     # All formulas are evaluated, outside of their intervals too: compilers vectorise loops without branches.
     values = [*shared, *((f"part_{k}", formula) for k, formula in enumerate(formulas))]
-    body = [f"    const REAL {symbol} = {_print(value)};" for symbol, value in values]
+    # Powers are expanded last: in 2 s + s s with a product that is not evaluated, cse takes 2 s for s s.
+    body = [f"    const REAL {symbol} = {_print(expand(value))};" for symbol, value in values]
     # In this order a NaN takes the last formula, and is one there too.
     choice = "".join(f"s <= {part.right!r} ? part_{k} : " for k, part in enumerate(found[:-1]))
     return "\n".join([f"static inline REAL {name}(REAL s) {{", *body, f"    return {choice}part_{len(found) - 1};", "}"])

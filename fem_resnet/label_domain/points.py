@@ -25,6 +25,8 @@ from fem_resnet.ranks import same
 
 __all__ = ["class_space", "point_space"]
 
+#: As many points on each rank, in their order.
+_IN_ORDER = {"partitioner_type": "simple"}
 _COMM = "give firedrake.COMM_WORLD or firedrake.COMM_SELF"
 
 
@@ -88,7 +90,8 @@ def point_space(
             f"the round-off of its coordinate {points[lost[0], 0]:g}; give points nearer to 0, or larger weights"
         )
     with stop_annotating():
-        cells = fd.IntervalMesh(size, float(size), comm=comm)  # cell i is (i, i + 1)
+        # Cell i is (i, i + 1). PT-Scotch would deal out the same points otherwise in each call, and sums change.
+        cells = fd.IntervalMesh(size, float(size), comm=comm, distribution_parameters=_IN_ORDER)
         middle = fd.Function(fd.FunctionSpace(cells, "DG", 0)).interpolate(fd.SpatialCoordinate(cells)[0])
         at_ends = fd.FiniteElement("DG", fd.interval, 1, variant="equispaced")
         places = fd.Function(fd.VectorFunctionSpace(cells, at_ends, dim=points.shape[1]))

@@ -199,6 +199,18 @@ class ResidualNetwork(OnMesh):
         """
         return self._scheme.tableau
 
+    def explicit_tableau(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A_ij, b_i and c_i of an explicit method with fixed steps, shapes (stages, stages), (stages,), (stages,); no unit.
+
+        Of every explicit "ts_type" of PETSc. Stages that nothing uses, which are there to estimate errors, are left out.
+
+        Raises
+        ------
+        ValueError
+            If the method is implicit, or adapts its steps.
+        """
+        return self._scheme.explicit_tableau()
+
     # -- what it has learned -------------------------------------------------------------------------------------------
 
     @property

@@ -26,6 +26,7 @@ from fem_resnet.time_stepping.discrete_gradient import DiscreteGradientStepper
 from fem_resnet.time_stepping.methods import METHODS
 from fem_resnet.time_stepping.options import set_from_options, solver_options
 from fem_resnet.time_stepping.stepper import LayerSequence, Stepper
+from fem_resnet.time_stepping.tableau import probed_tableau
 from fem_resnet.time_stepping.ts_stepper import TSStepper
 
 __all__ = ["Scheme", "get_scheme"]
@@ -99,6 +100,33 @@ class Scheme:
             found = self.method.matrix(ts), self.method.quadrature(ts)[0]
         ts.destroy()
         return found
+
+    def explicit_tableau(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A_ij, b_i and c_i of an explicit method with fixed steps, shapes (stages, stages), (stages,), (stages,).
+
+        Stages that nothing uses, which are there to estimate errors, are left out.
+
+        Raises
+        ------
+        ValueError
+            If the method is implicit, or adapts its steps.
+        """
+        if self.method.implicit or self.adaptive:
+            raise ValueError(
+                f"net: expected an explicit Runge-Kutta method with fixed steps, got {self.ts_type!r}"
+                f"{' with steps that are adapted' if self.adaptive else ''}. Implicit schemes solve an equation in each step, "
+                f"which is no finite number of sigma, and adapted steps depend on the inputs. Make the network with "
+                f"{{'ts_type': 'rk'}} and any 'ts_rk_type'"
+            )
+
+        def new_ts() -> PETSc.TS:
+            ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
+            set_from_options(ts, self._options)
+            return ts
+
+        A, b, c = probed_tableau(new_ts)
+        used = b.astype(bool) | A.any(axis=0)
+        return A[np.ix_(used, used)], b[used], c[used]
 
     def refuse(self, *, precision: str, gradient_flow: bool) -> None:
         """Refuse a network of this precision, or a gradient flow, if the method cannot step it.

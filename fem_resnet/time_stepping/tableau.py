@@ -12,6 +12,7 @@ is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from petsc4py import PETSc
 
 from fem_resnet.petsc import register_rk, rk_tableau
 
-__all__ = ["Tableau", "tableau_of"]
+__all__ = ["Tableau", "probed_tableau", "tableau_of"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,43 @@ def tableau_of(ts: PETSc.TS) -> Tableau:
     if theta == 1:
         return Tableau("theta", name, np.diag([0.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]))
     return Tableau("theta", name, np.array([[theta]]), np.ones(1), np.array([theta]))
+
+
+def probed_tableau(new_ts: Callable[[], PETSc.TS]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A_ij, b_i and c_i of an explicit Runge-Kutta method, found from one step of it.
+
+    The right-hand side answers its call number j with the unit vector e_j, whatever it is asked. A step of length one from 0
+    then asks at stage i for the state sum_j A_ij e_j at the time c_i, and ends in sum_j b_j e_j. So it serves types that keep
+    their coefficients to themselves, such as ssp.
+
+    Parameters
+    ----------
+    new_ts
+        Makes a TS with its options, whose steps are fixed, on this process alone.
+
+    Returns
+    -------
+    A, b, c : numpy.ndarray
+        Shapes (stages, stages), (stages,), (stages,).
+    """
+
+    def step(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        asked: list[tuple[np.ndarray, float]] = []
+
+        def slope(ts: PETSc.TS, t: float, y: PETSc.Vec, f: PETSc.Vec) -> None:
+            f.array_w[...] = np.arange(size) == len(asked)
+            asked.append((y.array_r.copy(), t))
+
+        ts, y = new_ts(), PETSc.Vec().createSeq(size, comm=PETSc.COMM_SELF)
+        ts.setRHSFunction(slope, y.duplicate())
+        ts.setTime(0.0)
+        ts.setTimeStep(1.0)
+        ts.setMaxTime(1.0)
+        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)  # type: ignore[arg-type]  # an int, against petsc4py's stubs
+        ts.solve(y)
+        ts.destroy()
+        rows, nodes = zip(*asked)
+        return np.array(rows), y.array_r.copy(), np.array(nodes)
+
+    _, _, nodes = step(1)
+    return step(len(nodes))

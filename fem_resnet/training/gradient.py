@@ -12,13 +12,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import repeat
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
-from fem_resnet.arguments import flag, instance
+from fem_resnet.arguments import flag, instance, integer, number
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.elimination import ReducedToOthers
 from fem_resnet.learning.problem import LearningProblem
@@ -26,9 +29,10 @@ from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
+from fem_resnet.training.checkpoint import Numbers, State, TrainingCheckpoint, checked_checkpoint, read_state, write_state
 from fem_resnet.training.progress import Progress, Watch, check_monitor
 from fem_resnet.training.rank_continuation import pad_problem, train_by_ranks
-from fem_resnet.training.tao import Minimiser, Outcome
+from fem_resnet.training.tao import Minimiser, Outcome, Start
 
 __all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Result", "options_over", "train"]
 
@@ -109,6 +113,8 @@ def train(
     bounds: Mapping[str, tuple[ArrayLike | None, ArrayLike | None]] | None = None,
     eliminate: str | None = None,
     ranks: Sequence[int] | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
+    resume: str | Path | None = None,
 ) -> Result:
     """Minimise J by TAO from the present parameters, and assign the result to them. Collective.
 
@@ -166,6 +172,14 @@ def train(
         All other arguments serve each rank; `solver_parameters` may be a list, with one dictionary a rank, and bounds are
         numbers. A monitor that returns True ends the present rank. The problem's parameters hold the result of each iteration,
         padded by zeros.
+    checkpoint
+        Where all that the training goes on from is written, and every how many iterations. At each checkpoint J is recorded
+        anew, and TAO begins anew: L-BFGS forgets its pairs. It does so whether or not the run is interrupted.
+    resume
+        The file of a checkpoint, from which the training goes on in place of the present parameters. With the same arguments,
+        on as many ranks, all that follows has the same bits as in the run that wrote it. Iterations after the last checkpoint
+        are made again. If `checkpoint` is left out, checkpoints go on to the same file. `Result` counts from the first start;
+        its `seconds` are those of this call.
 
     Returns
     -------
@@ -175,7 +189,10 @@ def train(
     ------
     TypeError, ValueError
         If an argument does not fit or differs between ranks; if TAO's type is not taken, does not know bounds, or does not ask
-        for an option; or if J has no W and mu that can be eliminated.
+        for an option; if J has no W and mu that can be eliminated; or if `resume` is no checkpoint of such a problem, with
+        values at nodes on these ranks.
+    OSError
+        If a checkpoint cannot be written, or is not there.
     ArithmeticError
         If J is not finite at the start.
     StepFailure
@@ -188,10 +205,15 @@ def train(
     >>> result = train(problem, bounds={"bias": (-1, 1), "kernel": (-1, 1)})  # doctest: +SKIP
     >>> result = train(fields, {"tao_max_it": 100}, eliminate="head")  # doctest: +SKIP
     >>> result = train(fields, [{"tao_max_it": 50}, {"tao_max_it": 20}], ranks=(9, 17))  # doctest: +SKIP
+    >>> result = train(problem, checkpoint=TrainingCheckpoint("training.checkpoint", every=20))  # doctest: +SKIP
+    >>> result = train(problem, resume="training.checkpoint")  # doctest: +SKIP
     """
     comm = problem.net.Y.comm
     same(comm, bounds=replicated_bounds(problem, bounds))
+    checkpoint, path = checked_checkpoint(comm, checkpoint, resume)
     if ranks is not None:
+        if checkpoint is not None:
+            raise ValueError("ranks: expected None with checkpoint or resume, which serve one rank; train one rank a call")
         return _train_by_ranks(
             problem, ranks, solver_parameters, bounds, monitor, quiet,
             options_prefix=options_prefix, gauss_newton=gauss_newton, eliminate=eliminate,
@@ -201,33 +223,39 @@ def train(
     flag("gauss_newton", gauss_newton)
     given = checked_options(solver_parameters)  # type: ignore[arg-type]  # a list is refused there
     options = options_over({} if bounds is None else {"tao_type": "blmvm"}, given)
-    functional, _ = problem.record(gauss_newton=gauss_newton, eliminate=eliminate)
-    projected = functional if isinstance(functional, ReducedToOthers) else None
-    parameters = problem.parameters if projected is None else projected.parameters
-    pairs = None if bounds is None else bounds_of_controls(parameters, bounds, eliminated=projected is not None)
-    minimiser = Minimiser(
-        functional,
-        [function for parameter in parameters for function in parameter.functions],
-        [basis for parameter in parameters for basis in parameter.space_bases],
-        options,
-        comm=comm,
-        options_prefix=options_prefix,
-        bounds=pairs,
-        given=given,
-        twice=projected is None,
-    )
-    history: list[Progress] = []
-    start, reason = time.perf_counter(), None
+    clock = time.perf_counter()
 
-    def tell(iteration, value, gradient_norm):
-        nonlocal reason
-        history.append(Progress(iteration, minimiser.limit, value, gradient_norm, time.perf_counter() - start))
-        if projected is not None:
-            projected.give_head()
-        reason = watch.reason(history[-1])
+    def record() -> tuple[Minimiser, ReducedToOthers | None]:
+        functional, _ = problem.record(gauss_newton=gauss_newton, eliminate=eliminate)
+        projected = functional if isinstance(functional, ReducedToOthers) else None
+        parameters = problem.parameters if projected is None else projected.parameters
+        pairs = None if bounds is None else bounds_of_controls(parameters, bounds, eliminated=projected is not None)
+        minimiser = Minimiser(
+            functional,
+            [function for parameter in parameters for function in parameter.functions],
+            [basis for parameter in parameters for basis in parameter.space_bases],
+            options,
+            comm=comm,
+            options_prefix=options_prefix,
+            bounds=pairs,
+            given=given,
+            twice=projected is None,
+        )
+        return minimiser, projected
 
+    course = _Course(problem, clock)
+    since = None if path is None else course.go_on(path)
     with Watch(problem.comm, monitor, quiet) as watch:
-        end = minimiser.solve(tell, lambda gradient_norm: reason is not None)
+        while True:
+            minimiser, projected = record()
+            left = max(minimiser.limit - course.iteration, 0)
+            limit = left if checkpoint is None else min(checkpoint.every, left)
+            tell = course.teller(minimiser, projected, watch)
+            end = minimiser.solve(tell, lambda gradient_norm: course.reason is not None, limit=limit, since=since)
+            since = end.start
+            if checkpoint is None or end.converged or not course.moved(limit) or limit == left:
+                break
+            course.write(checkpoint, since)
     if projected is not None:
         projected.give_head()
         if projected.undetermined:
@@ -236,7 +264,75 @@ def train(
                 "the least norm; add tikhonov(..), or give more samples", projected.undetermined, projected.unknowns,
             )  # fmt: skip
     condition = None if projected is None else projected.condition
-    return _result(problem, end, history, reason, time.perf_counter() - start, condition)
+    return _result(problem, end, course.history, course.reason, time.perf_counter() - clock, condition)
+
+
+class _Course:
+    """A training on its way from checkpoint to checkpoint. Collective.
+
+    Attributes
+    ----------
+    history : list of Progress
+        One for each iteration, from the first start.
+    reason : str or None
+        Why the monitor or Ctrl-C has stopped it; None if nothing has.
+    """
+
+    _NUMBERS: ClassVar[Numbers] = {
+        "iteration": partial(integer, least=0), "scale": partial(number, above=0), "share": partial(number, above=0),
+        "first": partial(number, least=0),
+    }  # fmt: skip
+
+    def __init__(self, problem: LearningProblem, clock: float):
+        self._problem, self._clock = problem, clock
+        self._sets = [(p, k) for p in problem.parameters for k in range(len(p.functions))]
+        self._begun = 0
+        self.history: list[Progress] = []
+        self.reason: str | None = None
+
+    @property
+    def iteration(self) -> int:
+        """The number of iterations that were made."""
+        return max(len(self.history) - 1, 0)
+
+    def teller(
+        self, minimiser: Minimiser, projected: ReducedToOthers | None, watch: Watch
+    ) -> Callable[[int, float, float], None]:
+        """What a minimisation calls at each iteration."""
+        self._begun = self.iteration
+
+        def tell(iteration: int, value: float, gradient_norm: float) -> None:
+            if projected is not None:
+                projected.give_head()
+            if iteration == 0 and self.history:  # the one at which the checkpoint was written
+                return
+            seconds = time.perf_counter() - self._clock
+            self.history.append(Progress(self._begun + iteration, minimiser.limit, value, gradient_norm, seconds))
+            self.reason = watch.reason(self.history[-1])
+
+        return tell
+
+    def moved(self, iterations: int) -> bool:
+        """Whether the latest minimisation made so many iterations, and the monitor lets it go on."""
+        return self.reason is None and self.iteration - self._begun == iterations
+
+    def write(self, checkpoint: TrainingCheckpoint, since: Start) -> None:
+        """Write a checkpoint."""
+        numbers = {"iteration": self.iteration, **since._asdict()}
+        series = {name: np.array([getattr(each, name) for each in self.history]) for name in ("value", "gradient_norm")}
+        state = State(numbers, series, {"controls": [p.read(k) for p, k in self._sets]})
+        write_state(self._problem, "train", checkpoint, state)
+
+    def go_on(self, path: Path) -> Start:
+        """Take everything from a checkpoint."""
+        state = read_state(self._problem, "train", path, self._NUMBERS, ("value", "gradient_norm"), ["controls"])
+        iteration, values, norms = state.numbers["iteration"], *state.series.values()
+        if not len(values) == len(norms) == iteration + 1:
+            raise ValueError(f"resume: {path} is no checkpoint to go on from: expected {iteration + 1} values of J")
+        for (p, k), c in zip(self._sets, state.coefficients["controls"]):
+            p.write(k, c)
+        self.history = [Progress(n, iteration, float(J), float(g), 0.0) for n, (J, g) in enumerate(zip(values, norms))]
+        return Start(*(state.numbers[name] for name in Start._fields))
 
 
 def _result(

@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import NoneType
 
 import numpy as np
@@ -22,6 +24,14 @@ from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.ranks import on_first
+from fem_resnet.training.checkpoint import (
+    Numbers,
+    State,
+    TrainingCheckpoint,
+    checked_checkpoint,
+    read_state,
+    write_state,
+)
 from fem_resnet.training.progress import Report, Watch, check_monitor
 from fem_resnet.training.stochastic_steps import Adam, Descent, StochasticStep
 
@@ -138,6 +148,8 @@ def train_stochastic(
     seed: int = 0,
     monitor: Callable[[StochasticProgress], bool | None] | None = None,
     quiet: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
+    resume: str | Path | None = None,
 ) -> StochasticResult:
     """Minimise J by stochastic gradients of mini-batches from the present parameters, and assign the result to them.
 
@@ -170,6 +182,11 @@ def train_stochastic(
         returns True on any rank, the training stops. If left out, each epoch is shown on rank 0, as by `train`.
     quiet
         Whether nothing is shown.
+    checkpoint
+        Where all that the training goes on from is written, and every how many epochs; J is recorded anew there.
+    resume
+        The file of a checkpoint, from which the training goes on in place of the present parameters, as of `train`: with the
+        same arguments, on as many ranks, bit by bit. Epochs after the last checkpoint are made again.
 
     Returns
     -------
@@ -178,7 +195,10 @@ def train_stochastic(
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit or differs between ranks; if there is patience and no validation batch.
+        If an argument does not fit or differs between ranks; if there is patience and no validation batch; or if `resume` is
+        no checkpoint of such a problem, with values at nodes on these ranks.
+    OSError
+        If a checkpoint cannot be written, or is not there.
     ArithmeticError
         If J is not finite at the start.
     StepFailure
@@ -199,14 +219,20 @@ def train_stochastic(
         raise ValueError(f"patience: expected None without a validation batch, got {patience}; give validation=..")
     random = np.random.default_rng(integer("seed", seed, least=0, most=np.inf))
     check_monitor(monitor, quiet)
+    checkpoint, path = checked_checkpoint(problem.net.Y.comm, checkpoint, resume)
     clock = time.perf_counter()
     rates = step.rate * _factors(problem, schedule, epochs * -(-weighted // batch_size))
-    course = _Course(problem, step, batch_size, rates, validation)
-    reason = None
+    course = _Course(problem, step, batch_size, rates, validation, path)
+    for _ in range(course.epoch):
+        random.integers(2**31)  # those of the epochs before
+    reason, begun = None, course.epoch
     try:
         with stop_annotating(), Watch(problem.net.Y.comm, monitor, quiet) as watch:
             while reason is None:
-                reason = watch.reason(course.progress(epochs, time.perf_counter() - clock))
+                if checkpoint is not None and course.epoch > begun and course.epoch % checkpoint.every == 0:
+                    course.write(checkpoint)
+                seen = course.epoch == begun > 0  # by the monitor, before the training went on
+                reason = None if seen else watch.reason(course.progress(epochs, time.perf_counter() - clock))
                 if reason is not None:
                     break
                 if patience is not None and course.epoch - course.best >= patience:
@@ -252,21 +278,56 @@ class _Course:
     """
 
     def __init__(
-        self, problem: LearningProblem, step: StochasticStep, batch_size: int, rates: np.ndarray, validation: Batch | None
-    ):
+        self, problem: LearningProblem, step: StochasticStep, batch_size: int, rates: np.ndarray, validation: Batch | None,
+        path: Path | None,
+    ):  # fmt: skip
         self._problem, self._size, self._rates = problem, batch_size, rates
         # Before anything is recorded: a batch that does not fit is refused.
         self._validated = None if validation is None else _with_batch(problem, validation)
-        self._mini = problem.replace(batch=problem.minibatches(batch_size)[0])
-        self._J = self._mini.reduced_functional()
         self.descent = Descent(problem.parameters, step)
-        self.kept = self.descent.get()
         self.epoch, self.best, self.steps = 0, 0, 0
-        self.values = [self.whole()]
+        self.values: list[float] = []
         self.validation: list[float] = []
-        if not np.isfinite(self.values[0]):
-            raise ArithmeticError(f"J is {self.values[0]} at the start; begin with other parameters, or scale the data")
-        self._validate()
+        if path is None:
+            self.kept = self.descent.get()
+            self._record()
+            self.values.append(self.whole())
+            if not np.isfinite(self.values[0]):
+                raise ArithmeticError(f"J is {self.values[0]} at the start; begin with other parameters, or scale the data")
+            self._validate()
+        else:
+            self._go_on(path)
+            self._record()
+
+    def _record(self) -> None:
+        """Record J of a mini-batch, in which the others take their places."""
+        self._mini = self._problem.replace(batch=self._problem.minibatches(self._size)[0])
+        self._J = self._mini.reduced_functional()
+
+    def write(self, checkpoint: TrainingCheckpoint) -> None:
+        """Write a checkpoint, and begin anew as one who reads it."""
+        numbers = {"epoch": self.epoch, "best": self.best, "steps": self.steps}
+        series = {"values": np.array(self.values), "validation": np.array(self.validation)}
+        state = State(numbers, series, self.descent.state | {"kept": self.kept})
+        write_state(self._problem, "train_stochastic", checkpoint, state)
+        self._record()
+
+    def _go_on(self, path: Path) -> None:
+        """Take everything from a checkpoint."""
+        known: Numbers = dict.fromkeys(("epoch", "best", "steps"), partial(integer, least=0))
+        groups = [*self.descent.state, "kept"]
+        state = read_state(self._problem, "train_stochastic", path, known, ("values", "validation"), groups)
+        self.epoch, self.best, self.steps = (state.numbers[name] for name in known)
+        self.values, self.validation = (series.tolist() for series in state.series.values())
+        expected = self.epoch + 1, 0 if self._validated is None else self.epoch + 1
+        if (len(self.values), len(self.validation)) != expected or self.steps > len(self._rates):
+            raise ValueError(
+                f"resume: expected a checkpoint of as many epochs and steps, with a validation batch or without one as here, "
+                f"got epoch {self.epoch} with {self.steps} steps of {len(self._rates)} in {path}"
+            )
+        *moments, kept = state.coefficients.values()
+        self.descent.go_on(moments, self.steps)
+        self.kept = list(kept)
 
     def whole(self) -> float:
         """J of all samples at the present parameters, a mini-batch after the other."""

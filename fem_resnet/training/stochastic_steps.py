@@ -198,6 +198,17 @@ class Descent:
         for (p, k), c in zip(self._sets, coefficients):
             p.write(k, c)
 
+    @property
+    def state(self) -> dict[str, Sequence[np.ndarray]]:
+        """All that the next step depends on: the coefficients, and each moment that the method remembers."""
+        return {"controls": self._at} | {f"moment_{k}": moments for k, moments in enumerate(zip(*self._memory))}
+
+    def go_on(self, state: Sequence[Sequence[np.ndarray]], number: int) -> None:
+        """Take the arrays of `state` after so many steps, and give the parameters their coefficients."""
+        at, *moments = state
+        self._at, self._memory, self._number = list(at), list(zip(*moments)), number
+        self.set(self._at)
+
     def step(self, J: ReducedFunctional, rate: float) -> None:
         """Move all parameters by the derivative of J at its last evaluation.
 

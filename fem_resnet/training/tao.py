@@ -33,7 +33,7 @@ from fem_resnet.training.hessian import HessianAtItsPoint
 from fem_resnet.training.tao_types import checked_limit, checked_type, defaults_of
 from fem_resnet.training.without_units import WithoutUnits, scaled
 
-__all__ = ["Minimiser", "Outcome"]
+__all__ = ["Minimiser", "Outcome", "Start"]
 
 #: PETSc's code for an operation that a matrix does not have.
 _UNSUPPORTED = 83
@@ -42,13 +42,25 @@ _Reason = PETSc.TAO.ConvergedReason
 _NAMES = {_Reason.DIVERGED_MAXITS: "ITERATIONS"}
 
 
+class Start(NamedTuple):
+    """What tolerances and units are relative to: |J| at the start, the factor of Riesz maps, the first gradient's norm."""
+
+    scale: float
+    share: float
+    first: float
+
+
 class Outcome(NamedTuple):
-    """The end of a minimisation: J and its gradient's norm at the Functions, whether a test was met, the reason's name."""
+    """The end of a minimisation: J and its gradient's norm at the Functions, whether a test was met, the reason's name.
+
+    `start` is what another minimisation needs in order to go on with the same units and tolerances.
+    """
 
     value: float
     gradient_norm: float
     converged: bool
     reason: str
+    start: Start
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,9 @@ class Minimiser:
         self,
         watch: Callable[[int, float, float], None],
         stop: Callable[[float], bool] | None = None,
+        *,
+        limit: int | None = None,
+        since: Start | None = None,
     ) -> Outcome:
         """Minimise from the values of the Functions, and assign the result of the last iteration to them, whatever happens.
 
@@ -181,6 +196,10 @@ class Minimiser:
         stop
             Called once in each iteration with that norm, while the Functions hold what was reached. It returns whether this is
             good enough; TAO's own tests are made too.
+        limit
+            The largest number of iterations, no larger than `limit` of the minimiser, which holds if left out.
+        since
+            `Outcome.start` of an earlier minimisation that this one goes on with.
 
         Returns
         -------
@@ -195,8 +214,8 @@ class Minimiser:
             An error of an evaluation or of a callback.
         """
         solver = self._solver = self._solver or self._new_solver()
-        self._scaled.start()
-        course = _Course(self, solver, watch, stop)
+        self._scaled.start(*(since or ())[:2])
+        course = _Course(self, solver, watch, stop, self.limit if limit is None else limit, since)
         solver.tao.cancelMonitor()
         solver.tao.setMonitor(course.monitor)
         solver.tao.setConvergenceTest(course.test)  # type: ignore[arg-type]  # petsc4py declares reasons as a class, not int
@@ -210,7 +229,8 @@ class Minimiser:
                 if course.iteration >= 0:
                     self.assign(solver.reached)
             value = float(self._functional(self._functions))
-        return Outcome(value, course.norm, reason > 0, _NAMES.get(reason) or reason_name(PETSc.TAO, reason))
+        reached = Start(self._scaled.scale, self._scaled.share, course.first)
+        return Outcome(value, course.norm, reason > 0, _NAMES.get(reason) or reason_name(PETSc.TAO, reason), reached)
 
     def _run(self, tao: PETSc.TAO, course: _Course) -> int:
         """The reason why the TAO ended, a number of `PETSc.TAO.ConvergedReason`."""
@@ -267,9 +287,12 @@ class _Course:
         solver: _Solver,
         watch: Callable[[int, float, float], None],
         stop: Callable[[float], bool] | None,
+        limit: int,
+        since: Start | None,
     ):
-        self._minimiser, self._solver, self._watch, self._stop = minimiser, solver, watch, stop
-        self.iteration, self.norm, self.free, self.first = -1, np.nan, np.nan, np.nan
+        self._minimiser, self._solver, self._watch, self._stop, self._limit = minimiser, solver, watch, stop, limit
+        self.iteration, self.norm, self.free = -1, np.nan, np.nan
+        self._goes_on, self.first = since is not None, np.nan if since is None else since.first
 
     def monitor(self, tao: PETSc.TAO) -> None:
         repeated = self.iteration == tao.getIterationNumber()
@@ -277,7 +300,7 @@ class _Course:
         tao.getSolution().copy(self._solver.reached)
         self._minimiser.assign(self._solver.reached)
         self.norm, self.free = self._minimiser.gradient_norms(tao)
-        if self.iteration == 0:
+        if self.iteration == 0 and not self._goes_on:
             self.first = self.free
         if not repeated:  # some types report their start twice, and some go on from a better one
             self._watch(self.iteration, self._minimiser.value(tao.getSolutionStatus()[1]), self.norm)
@@ -295,7 +318,7 @@ class _Course:
             return _Reason.CONVERGED_GTTOL
         if self._stop is not None and self._stop(self.norm):
             return _Reason.CONVERGED_USER
-        out_of_steps = tao.getConvergedReason() == 0 and self.iteration >= self._minimiser.limit
+        out_of_steps = tao.getConvergedReason() == 0 and self.iteration >= self._limit
         return _Reason.DIVERGED_MAXITS if out_of_steps else None
 
 

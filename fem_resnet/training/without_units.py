@@ -64,9 +64,15 @@ class WithoutUnits(AbstractReducedFunctional):
         self._J, self._amplitudes, self._scales = J, amplitudes, _Scales()
         self._controls = Enlist([self._in_units(*each) for each in zip(J.controls, amplitudes, units, strict=True)])
 
-    def start(self) -> None:
-        """Take the next evaluation and the next derivative for the start, which scales all that follow."""
-        self._scales = _Scales()
+    def start(self, scale: float | None = None, share: float | None = None) -> None:
+        """Take the next evaluation and the next derivative for the start, which scales all that follow.
+
+        Parameters
+        ----------
+        scale, share
+            Those of an earlier start, where a minimisation goes on.
+        """
+        self._scales = _Scales(scale, share)
 
     @property
     def scale(self) -> float:

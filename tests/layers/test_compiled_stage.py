@@ -25,6 +25,7 @@ S = sympy.Symbol("s")
 EXPRESSIONS = {
     "swish": S / (1 + sympy.exp(-S)),
     "gelu": S * (1 + sympy.erf(S / sympy.sqrt(2))) / 2,
+    "a quotient": sympy.Piecewise((sympy.sin(S) / 3, S < 0), (S**2 / (1 + S), True)),  # 2 s + s s in its derivative
     "pieces": sympy.Piecewise((sympy.sin(S), S < -1), (sympy.sin(-1) + (S + 1) ** 3, S < 1), (S + 7 + sympy.sin(-1), True)),
 }
 #: Sums of some hundred numbers of size one.

@@ -233,7 +233,7 @@ def _on_all_ranks(Y: LabelSpace, values: np.ndarray) -> np.ndarray:
 def to_network(net: ResidualNetwork) -> NetworkArrays | StageArrays:
     """The arrays of the network that a network with an explicit method is, for any program that multiplies matrices.
 
-    Euler's method is the residual network (2.1): this is the inverse of `from_network`. Any other "ts_rk_type" has several
+    Euler's method is the residual network (2.1): this is the inverse of `from_network`. Any other explicit method has several
     stages in each step, with weights of their own between them: another form than (2.1), `StageArrays`. Stages that nothing
     uses, which are there to estimate errors, are left out.
 
@@ -245,7 +245,7 @@ def to_network(net: ResidualNetwork) -> NetworkArrays | StageArrays:
     Parameters
     ----------
     net
-        A network with the "ts_type" "rk" or "euler" and fixed steps.
+        A network with an explicit "ts_type" of PETSc and fixed steps.
 
     Returns
     -------
@@ -270,10 +270,7 @@ def to_network(net: ResidualNetwork) -> NetworkArrays | StageArrays:
     >>> heun.B.shape == (4, 2, Y.size, Y.size), heun.skips.tolist(), heun.weights.tolist()
     (True, [[0.0, 0.0], [1.0, 0.0]], [0.5, 0.5])
     """
-    skips, weights = _explicit_tableau(net)
-    used = weights.astype(bool) | skips.any(axis=0)
-    skips, weights = skips[np.ix_(used, used)], weights[used]
-    nodes = skips.sum(axis=1)
+    skips, weights, nodes = net.explicit_tableau()
     a, B, tau = [], [], []
     for layer in net.layer_inputs():
         factors = layer.factors
@@ -287,20 +284,6 @@ def to_network(net: ResidualNetwork) -> NetworkArrays | StageArrays:
     if stages == 1:
         return NetworkArrays(np.reshape(a, (-1, N)), np.reshape(B, (-1, N, N)), np.array(tau))
     return StageArrays(np.reshape(a, (-1, stages, N)), np.reshape(B, (-1, stages, N, N)), np.array(tau), skips, weights)
-
-
-def _explicit_tableau(net: ResidualNetwork) -> tuple[np.ndarray, np.ndarray]:
-    """A_ij and b_i of the explicit method of a network; refuse other ones."""
-    kind, tableau = net.solver_parameters["ts_type"], net.tableau
-    if kind == "euler":
-        return np.zeros((1, 1)), np.ones(1)
-    if kind != "rk" or tableau is None:
-        raise ValueError(
-            f"net: expected an explicit Runge-Kutta method, got {kind!r}. Implicit schemes solve an equation in each step, "
-            f"which is no finite number of sigma, and of other explicit ones PETSc does not give the coefficients away. Make "
-            f"the network with {{'ts_type': 'rk'}} and any 'ts_rk_type'"
-        )
-    return tableau
 
 
 def refuse_other_schemes(parameters: dict) -> None:

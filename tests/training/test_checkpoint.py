@@ -1,0 +1,292 @@
+"""A training that was interrupted and goes on from its checkpoint is, bit by bit, the one that nothing interrupted."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from firedrake import COMM_SELF, COMM_WORLD
+from helpers import laplace, without_mpi
+from kinds import adaptive, with_learned_factors
+from numpy.testing import assert_array_equal
+from problems import learning_problem, network
+
+from fem_resnet import (
+    SGD,
+    Adam,
+    Batch,
+    Head,
+    LearningProblem,
+    ResidualNetwork,
+    TrainingCheckpoint,
+    cross_entropy,
+    tikhonov,
+    train,
+    train_stochastic,
+)
+from fem_resnet.files import seal
+
+on_ranks = pytest.mark.parallel([1, 2, 3])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def plain():
+    """A bias with a value at every node, so that each rank has its own part."""
+    return learning_problem(network("disk", "CG1"), samples=8)
+
+
+def adapted():
+    """Steps that are adapted when J is recorded, and kept until it is recorded again."""
+    return learning_problem(adaptive("rk"))
+
+
+def factors():
+    """Kernel factors, and times: Functions of all kinds."""
+    return learning_problem(with_learned_factors(), head=False)
+
+
+def initial():
+    """The input is learned too."""
+    problem = plain()
+    return problem.replace(learn="both")
+
+
+def until(number):
+    """A monitor that ends the run at this iteration or epoch, as a crash would."""
+
+    def monitor(progress):
+        if getattr(progress, "iteration", getattr(progress, "epoch", None)) == number:
+            raise Interrupted
+
+    return monitor
+
+
+def both(make, run, path):
+    """A run that nothing interrupts; and what is left of one that ended at 5 of 8, continued from its checkpoint at 3."""
+    whole = run(make(), checkpoint=TrainingCheckpoint(path.with_name("whole"), 3), monitor=until(None))
+    with pytest.raises(Interrupted):
+        run(make(), checkpoint=TrainingCheckpoint(path, 3), monitor=until(5))
+    other = make()
+    for parameter in other.parameters:  # nothing of where it starts is used
+        for k in range(len(parameter.functions)):
+            parameter.write(k, 0.9 * parameter.read(k))
+    return whole, run(other, resume=path, monitor=until(None)), other
+
+
+def assert_same_bits(one, other):
+    for name in ("value", "values", "gradient_norms", "gradient_norm", "reason", "iterations", "steps", "best", "validation"):
+        if hasattr(one, name):
+            assert_array_equal(getattr(one, name), getattr(other, name), name)
+    for c, d in zip(one.controls, other.controls, strict=True):
+        assert_array_equal(c, d)
+
+
+TAO = {
+    "L-BFGS": (plain, {}),
+    "Newton": (plain, {"solver_parameters": {"tao_type": "nls"}}),
+    "bounds": (plain, {"bounds": {"bias": (-0.2, 0.3)}}),
+    "the head eliminated": (plain, {"eliminate": "head"}),
+    "adapted steps": (adapted, {}),
+    "learned factors": (factors, {}),
+    "learned input": (initial, {}),
+}
+
+
+@on_ranks
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] if name == "Newton" else []) for name in TAO])
+def test_train_goes_on_with_the_same_bits(case, tmp_path):
+    make, options = TAO[case]
+    options = {"solver_parameters": {}} | options
+    options["solver_parameters"] = {"tao_max_it": 8} | options["solver_parameters"]
+    whole, other, problem = both(make, lambda problem, **more: train(problem, **options, **more), tmp_path / "part")
+    assert whole.iterations == 8 or whole.converged
+    assert whole.iterations > 3
+    assert_same_bits(whole, other)
+    for c, d in zip(other.controls, [p.get(k) for p in problem.parameters for k in range(len(p.functions))], strict=True):
+        assert_array_equal(c, d)
+
+
+@on_ranks
+@pytest.mark.parametrize("step", [Adam(0.02, decay=0.1), SGD(0.5)], ids=["Adam", "SGD"])
+@pytest.mark.parametrize("make", [plain, adapted])
+def test_stochastic_gradients_go_on_with_the_same_bits(make, step, tmp_path):
+    def run(problem, **more):
+        size = problem.batch.samples - 1  # the last mini-batch of an epoch is filled up
+        held_back = problem.batch if make is plain else None
+        return train_stochastic(problem, step, batch_size=size, epochs=8, validation=held_back, seed=4, **more)
+
+    whole, other, _ = both(make, run, tmp_path / "part")
+    assert whole.epochs == 8
+    assert_same_bits(whole, other)
+
+
+def test_l_bfgs_forgets_its_pairs_at_a_checkpoint(tmp_path):
+    """As the docstring says: else bits could not be the same. The first three iterations know no checkpoint."""
+    without = train(plain(), {"tao_max_it": 8})
+    with_them = train(plain(), {"tao_max_it": 8}, checkpoint=TrainingCheckpoint(tmp_path / "file", 3))
+    assert_array_equal(without.values[:4], with_them.values[:4])
+    assert without.values[5] != with_them.values[5]
+
+
+def test_tolerances_stay_relative_to_the_first_start(tmp_path):
+    """Where "tao_gttol" is reached after a checkpoint, it is relative to the gradient at the very start."""
+    norms = train(plain(), {"tao_max_it": 8}, checkpoint=TrainingCheckpoint(tmp_path / "file", 3)).gradient_norms
+    part = 1.01 * norms[5] / norms[0]
+    found = train(plain(), {"tao_gttol": part}, checkpoint=TrainingCheckpoint(tmp_path / "file", 3))
+    # TAO's norm has no unit, and so is not quite proportional to that in the label measure.
+    assert found.reason == "CONVERGED_GTTOL" and 3 < found.iterations <= 8
+
+
+@on_ranks
+def test_a_training_goes_on_further_than_it_was_to_go(tmp_path):
+    whole = train(plain(), {"tao_max_it": 7}, checkpoint=TrainingCheckpoint(tmp_path / "whole", 3))
+    train(plain(), {"tao_max_it": 6}, checkpoint=TrainingCheckpoint(tmp_path / "part", 2 + 1))
+    assert_same_bits(whole, train(plain(), {"tao_max_it": 7}, resume=tmp_path / "part"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The bytes of a checkpoint of `plain` before its seal, from one rank."""
+    path = tmp_path_factory.mktemp("checkpoint") / "file"
+    train(plain(), {"tao_max_it": 4}, checkpoint=TrainingCheckpoint(path, 3))
+    data = path.read_bytes()
+    return data[: data.index(b"\nfem_resnet BLAKE2b ")]
+
+
+def changed(data, **changes):
+    """The bytes with other entries in their line."""
+    line, rest = data.split(b"\n", 1)
+    fields = json.loads(line)
+    head = json.dumps(fields | {name: change(fields[name]) for name, change in changes.items()}).encode() + b"\n"
+    numbers = rest[-(-(len(line) + 1) // 8) * 8 - len(line) - 1 :]
+    return head + b" " * (-len(head) % 8) + numbers
+
+
+FAULTS = {
+    "its line": (lambda data: b"no line" + data, "does not begin with the line of a checkpoint"),
+    "no end of the line": (lambda data: data.replace(b"\n", b" ", 1), "does not begin with the line"),
+    "format": (lambda data: changed(data, **{"fem_resnet checkpoint": lambda n: n + 1}), "checkpoint of format 1"),
+    "a list": (lambda data: b"[" * 100_000 + b"\n", "does not begin with the line"),
+    "tool": (lambda data: changed(data, tool=lambda _: "msa"), "expected one that train wrote, got one of msa"),
+    "every": (lambda data: changed(data, every=lambda _: 0), "every: expected a positive integer"),
+    "iteration": (lambda data: changed(data, numbers=lambda n: n | {"iteration": 5}), "expected 6 values of J"),
+    "scale": (lambda data: changed(data, numbers=lambda n: n | {"scale": 0.0}), "scale: expected a positive number, got 0.0"),
+    "numbers": (lambda data: changed(data, numbers=lambda n: n | {"more": 0}), "numbers: expected iteration, "),
+    "groups": (lambda data: changed(data, coefficients=lambda _: []), "coefficients: expected controls"),
+    "series": (lambda data: changed(data, series=lambda s: {"value": 4}), "series: expected value, gradient_norm"),
+    "a long series": (lambda data: changed(data, series=lambda s: s | {"value": 2**31 - 1}), "bytes of numbers, got"),
+    "sizes": (lambda data: changed(data, sizes=lambda s: s[1:]), "coefficients of other sizes"),
+    "nodes": (lambda data: changed(data, nodes=lambda s: ["0" * 32]), "belong to the mesh and its partition"),
+    "NaN": (lambda data: data[:-8] + np.array([np.nan]).tobytes(), "expected finite coefficients"),
+    "cut off": (lambda data: data[:-8], "bytes of numbers, got"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_no_training_wrote_is_refused(fault, written, tmp_path):
+    path = tmp_path / "file"
+    change, message = FAULTS[fault]
+    path.write_bytes(change(written))
+    seal(COMM_SELF, path)
+    problem = plain()
+    before = [p.get(k) for p in problem.parameters for k in range(len(p.functions))]
+    with pytest.raises(ValueError, match=f"^resume: {path} is no checkpoint to go on from: .*{message}"):
+        train(problem, {"tao_max_it": 4}, resume=path)
+    for c, d in zip(before, [p.get(k) for p in problem.parameters for k in range(len(p.functions))]):
+        assert_array_equal(c, d)
+
+
+def test_a_damaged_file_is_refused(written, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(written)
+    with pytest.raises(ValueError, match="^resume: .* it does not end with a checksum"):
+        train(plain(), resume=path)
+    seal(COMM_SELF, path)
+    data = bytearray(path.read_bytes())
+    data[len(written) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="^resume: .* its checksum is not that of its bytes"):
+        train(plain(), resume=path)
+
+
+@on_ranks
+def test_arguments_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(FileNotFoundError, match="^resume: there is no file "):
+        train(plain(), resume=path)
+    with pytest.raises(FileNotFoundError, match="^checkpoint: the folder .* does not exist"):
+        train(plain(), checkpoint=TrainingCheckpoint(tmp_path / "no" / "file"))
+    with pytest.raises(ValueError, match="^ranks: expected None with checkpoint"):
+        train(plain(), ranks=(4,), checkpoint=TrainingCheckpoint(path))
+    with pytest.raises(TypeError, match="^checkpoint: expected "):
+        train(plain(), checkpoint=str(path))
+    with pytest.raises(ValueError, match="^every: expected a positive integer, got 0"):
+        TrainingCheckpoint(path, 0)
+    train(plain(), {"tao_max_it": 3}, checkpoint=TrainingCheckpoint(path, 2))
+    with pytest.raises(ValueError, match="^checkpoint: expected every=2, as of the training that .*, got every=3"):
+        train(plain(), checkpoint=TrainingCheckpoint(path, 3), resume=path)
+    with pytest.raises(ValueError, match="expected one that train_stochastic wrote, got one of train"):
+        train_stochastic(plain(), batch_size=8, resume=path)
+
+
+@on_ranks
+def test_without_values_at_nodes_it_goes_on_on_other_ranks(tmp_path):
+    """Then up to round-off: a file from rank 0 alone is read by all."""
+
+    def make(alone):
+        phi = laplace("disk", "CG1", 4, alone)
+        net = ResidualNetwork(phi, bias=phi, layers=2)
+        net.start(gain=0.3)
+        head = Head(phi, 2)
+        head.start(seed=1)
+        x, y = phi.Y.coordinates.T
+        batch = Batch(phi.Y.batch(np.column_stack([x, y, x * y, x - y])), [0, 1, 0, 1])
+        return LearningProblem(net, head, cross_entropy, tikhonov(0.05), batch)
+
+    path = tmp_path / "file"
+    if COMM_WORLD.rank == 0:
+        train(make(True), {"tao_max_it": 4}, checkpoint=TrainingCheckpoint(path, 3))
+    COMM_WORLD.barrier()
+    found, whole = train(make(False), {"tao_max_it": 6}, resume=path), make(True)
+    expected = train(whole, {"tao_max_it": 6}, checkpoint=TrainingCheckpoint(f"{path}{COMM_WORLD.rank}", 3))
+    # Sums over the nodes in another order, after three iterations.
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("tool", ["train", "train_stochastic"])
+def test_killed_at_any_moment_it_goes_on_with_the_same_bits(tool, ranks, tmp_path):
+    """SIGKILL to all ranks at random moments, and again after going on, until one run comes to its end."""
+    command = ["mpiexec", "-n", str(ranks), sys.executable, str(Path(__file__).with_name("killed.py")), tool]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    subprocess.run([*command, str(tmp_path / "whole")], env=without_mpi(), check=True, timeout=300)
+    moments, kills = random.Random(ranks), 0
+    while not (tmp_path / "killed" / "result.npz").exists():
+        resumed = [*command, str(tmp_path / "killed"), "resume"]
+        with subprocess.Popen(resumed, env=without_mpi(), stdout=subprocess.PIPE, text=True) as process:
+            if kills < 4:
+                for _ in range(moments.randint(2, 7)):
+                    process.stdout.readline()
+                time.sleep(moments.random() * 0.05)
+                for rank in range(ranks):
+                    with suppress(ProcessLookupError):
+                        os.kill(int((tmp_path / "killed" / f"process {rank}").read_text()), signal.SIGKILL)
+                kills += 1
+            process.communicate(timeout=300)
+    assert kills == 4
+    one, other = (np.load(tmp_path / name / "result.npz") for name in ("whole", "killed"))
+    assert one.files == other.files and len(one["values"]) == 21
+    for name in one.files:
+        assert_array_equal(one[name], other[name], name)
