@@ -29,13 +29,11 @@ from firedrake.matrix import Matrix
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
-from fem_resnet.arguments import instance
 from fem_resnet.external.network_function import NetworkFunction
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.head import Head
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.space_basis import BatchValues, Slot
-from fem_resnet.ranks import together
 from fem_resnet.tape.recording import apply
 
 __all__ = ["NetworkOperator", "network_operator"]
@@ -89,7 +87,7 @@ def network_operator(net: ResidualNetwork, u: fd.Function | ufl.Interpolate, hea
     """
     function = NetworkFunction(net, head)
     Y = net.Y
-    together(Y.comm, lambda: _check(u, Y))
+    Y.check_where(u, "u", (fd.Function, ufl.Interpolate))  # type: ignore[arg-type]  # one of these
     if head is not None and head.classes is not None:
         raise ValueError(f"head: expected an output on the mesh, a Basis in `onto`, got {head.classes} classes")
     output = Y if head is None else head.Y
@@ -98,21 +96,12 @@ def network_operator(net: ResidualNetwork, u: fd.Function | ufl.Interpolate, hea
     packing = _Packing(function)
     replicated, at_nodes = packing.parted(function.functions())
     packed = apply(packing, replicated)[0]
-    samples = Y.samples(u.function_space())  # type: ignore[union-attr]  # an Interpolate has one, which its stubs miss
+    samples = Y.samples(u.function_space())  # type: ignore[union-attr]  # Firedrake gives Interpolate this method
     return NetworkOperator(
         u, packed, *at_nodes,
         function_space=output.V if samples == 1 else output.batch_space(samples),
         operator_data={"function": function, "packing": packing},
     )  # fmt: skip
-
-
-def _check(u: Any, Y: LabelSpace) -> None:
-    instance("u", u, (fd.Function, ufl.Interpolate), "interpolate(u, net.Y.V) takes an expression")
-    space = u.function_space()
-    if space.mesh() is not Y.V.mesh() or Y.batch_space(Y.samples(space)) != space and space != Y.V:
-        raise ValueError(
-            f"u: expected a Function of net.Y.V, {Y.V}, or a batch, got one of {space}; interpolate(u, net.Y.V) is one"
-        )
 
 
 class _Spread(Slot):
@@ -283,8 +272,7 @@ class NetworkOperator(AbstractExternalOperator):
         sizes = tuple(space.dof_dset.layout_vec.getSizes() for space in (self._output.V, Y.V))
         full = np.arange(len(values) + 1, dtype=PETSc.IntType) * values.shape[1]
         numbers = np.tile(np.arange(values.shape[1], dtype=PETSc.IntType), len(values))
-        csr: Any = full, numbers, values.ravel()  # arrays, which petsc4py's stubs do not know
-        return PETSc.Mat().createAIJ(sizes, csr=csr, comm=Y.comm)
+        return PETSc.Mat().createAIJ(sizes, csr=(full, numbers, values.ravel()), comm=Y.comm)  # type: ignore[arg-type]  # arrays
 
     def _low_rank(self) -> tuple[np.ndarray, np.ndarray]:
         """U and M Z of N'(u) = s I + U Z^T M, shapes (nodes of the output, rank) and (nodes, rank)."""

@@ -214,12 +214,12 @@ def test_coefficients_are_those_at_the_call_and_nothing_stays_on_the_tape():
 def test_what_does_not_fit_is_refused_on_all_ranks():
     net = network()
     last = COMM_WORLD.rank == COMM_WORLD.size - 1
-    u = Function(net.Y.V)
-    with pytest.raises(ValueError, match=r"^u: expected a Function of net.Y.V"):
-        network_operator(net, Function(label_space("disk", "DG0").V) if last else u)
-    with pytest.raises(ValueError, match=r"^u: expected a Function of net.Y.V"):
+    u, cells = Function(net.Y.V), Function(label_space("disk", "DG0").V)
+    with pytest.raises(ValueError, match=r"^u: expected a Function of .* or a batch of it"):
+        network_operator(net, cells if last else u)
+    with pytest.raises(ValueError, match=r"^u: expected a Function on the mesh"):
         network_operator(net, Function(label_space("sphere", "CG1").V))
-    with pytest.raises(TypeError, match=r"^u: expected a Function or Interpolate, got .*; interpolate\(u, net.Y.V\)"):
+    with pytest.raises(TypeError, match=r"^u: expected a Function or Interpolate, got"):
         network_operator(net, 2 * u)
     with pytest.raises(ValueError, match=r"^head: expected an output on the mesh, a Basis in `onto`, got 3 classes"):
         network_operator(net, u, Head(net.bases["psi"][0], 3))
