@@ -415,6 +415,9 @@ def random_graph(refinements, draws=6):
 
 # %% The figure
 
+#: Of domains: blue, vermilion, green and orange of Okabe and Ito.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00")
+
 
 def draw(path, panels):
     """Errors over 1 / L or h, a panel each. Names say the order between the last two errors."""
@@ -427,7 +430,7 @@ def draw(path, panels):
         for number, (name, line) in enumerate(zip(curves, panel.lines)):
             if isinstance(sizes, dict):  # a colour a domain, a mark for what is compared
                 domain, what = name.split(": ")
-                line.set(color=f"C{list(DOMAINS).index(domain)}", linestyle="--" if "means" in what else "-")
+                line.set(color=COLOURS[list(DOMAINS).index(domain)], linestyle="--" if "means" in what else "-")
                 line.set(marker="s" if "co-state" in what else "o", markerfacecolor="none" if "means" in what else None)
             else:
                 line.set(marker="osv^D"[number], markersize=8 - number)
