@@ -26,6 +26,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -45,6 +46,7 @@ from fem_resnet import (
     cross_entropy,
     invariant_functions,
     laplace_basis,
+    plot,
     save,
     train_stochastic,
 )  # fmt: skip
@@ -212,43 +214,19 @@ def turned_wrongly(net, pictures):
 
 def draw(path, run, result, read, labels):
     """One digit flowing through the channels and layers, the learning curve, and the confusion matrix."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # A figure is drawn by one rank: it is given the one picture that it shows, and no more.
-    Y, columns = run.net.Y, run.net.layers + 1
-    states = [Y.values(run.state(layer))[:, 0].reshape(Y.channels, -1) for layer in range(columns)]
-    states = [Y.comm.gather(part) for part in states]
-    nodes = Y.comm.gather(Y.one.coordinates)
-    if Y.comm.rank:
-        return
-    x, y = np.concatenate(nodes).T
-    figure = plt.figure(figsize=(1.6 * columns + 5, 1.7 * Y.channels + 0.3), layout="constrained")
-    flow, side = figure.subfigures(1, 2, width_ratios=[1.6 * columns, 5])
-    flow.suptitle("f(y, t) of one picture: white is 0, red positive, each disk in its own scale", fontsize=10)
-    grid = flow.subplots(Y.channels, columns)
-    for column, state in enumerate(states):
-        for channel, (axes, values) in enumerate(zip(grid[:, column], np.hstack(state))):
-            bound = np.abs(values).max() or 1.0
-            axes.tripcolor(x, y, values, shading="gouraud", cmap="RdBu_r", vmin=-bound, vmax=bound)
-            axes.set(aspect="equal", xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(f"channel {channel + 1}")
-        grid[0, column].set_title(f"t = {run.net.times[column]:g}")
+    channels, columns = run.net.Y.channels, run.net.layers + 1
+    figure = Figure(figsize=(1.9 * columns + 5.5, 1.8 * channels + 0.5), layout="constrained")
+    flow, side = figure.subfigures(1, 2, width_ratios=[1.9 * columns, 5.5])
+    flow.suptitle("f(y, t) of one picture, each channel in its own colours", fontsize=10)
+    for channel, row in enumerate(flow.subplots(channels, columns, squeeze=False)):
+        plot.state(run, channel=channel, layers=range(columns), axes=row)
+        for place, panel in enumerate(row):
+            panel.set(xticks=[], yticks=[], xlabel="", ylabel="" if place else f"channel {channel + 1}")
+            panel.set_title(panel.get_title() if channel == 0 else "")
     matrix, curve = side.subplots(2, 1, height_ratios=[2, 1])
-    curve.semilogy(range(1, len(result.values)), result.values[1:])
-    curve.set(xlabel="epoch", ylabel="J", title="learning curve")
-    confusion = np.zeros((10, 10), dtype=int)
-    np.add.at(confusion, (labels, read), 1)
-    matrix.imshow(np.log1p(confusion), cmap="Greys")
-    for i, j in zip(*np.nonzero(confusion)):
-        matrix.text(j, i, confusion[i, j], ha="center", va="center", fontsize=7, color="w" if i == j else "k")
-    matrix.set(xlabel="read", ylabel="written", xticks=range(10), yticks=range(10), title="test pictures")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plot.learning_curve(np.column_stack([range(1, len(result.values)), result.values[1:]]), ax=curve, xlabel="epoch")
+    plot.confusion(labels, read, ax=matrix).set_title("test pictures")
+    plot.save(path, figure)
 
 
 # %% All together

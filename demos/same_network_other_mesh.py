@@ -12,7 +12,6 @@ It writes the errors on the disk and on the sphere to demos/output/, and draws o
 full run are demos/same_network_other_mesh.txt, at the end of this page.
 """
 
-import gc
 import logging
 import sys
 import time
@@ -23,9 +22,10 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
 
-from fem_resnet import LabelSpace, Layers, ResidualNetwork, laplace_basis
+from fem_resnet import LabelSpace, Layers, ResidualNetwork, laplace_basis, plot
 
 # %% Meshes and spaces
 # Triangles with continuous piecewise linear or piecewise constant functions, mass-lumped quadratic ones on the disk, and
@@ -151,40 +151,17 @@ def table(domain, net, compared, finest, short, say):
 # %% The figure
 
 
-def panels(net):
-    """A title, the nodes and the state's values there for each of four label spaces of the disk, on rank 0."""
-    found = []
-    for family, degree, refinement in [("CG", 1, 2), ("DG", 0, 3), ("KMV", 2, 2), ("CG", 1, 5)]:
-        Y = label_space(fd.UnitDiskMesh, family, degree, refinement)
-        values = np.array(Y.values(net.on(Y)(inputs(Y)))[:, 0])
-        parts = Y.comm.gather((Y.coordinates, values))
-        if Y.comm.rank == 0:
-            found.append((f"{family}{degree}, {Y.size} nodes", *(np.concatenate(part) for part in zip(*parts))))
-    return found
-
-
 def draw(path, net):
-    """The same state on four label spaces of the disk."""
-    found = panels(net)
-    # Rank 0 alone draws. Meshes that Python throws away meanwhile would be freed there and not on the other ranks, which
-    # PETSc does not survive: they go now, on all ranks.
-    gc.collect()
-    if fd.COMM_WORLD.rank:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.5), layout="constrained")
-    low, high = found[-1][2].min(), found[-1][2].max()
-    for panel, (title, points, values) in zip(axes, found):
-        panel.tripcolor(*points.T, values, shading="gouraud", cmap="RdBu_r", vmin=low, vmax=high)
-        panel.plot(*points.T, "k.", markersize=1 if len(points) < 1000 else 0.1)
-        panel.set(title=title, aspect="equal")
-        panel.axis("off")
+    """The same state on four label spaces of the disk: continuous, constant on cells, and continuous of degree two."""
+    figure = Figure(figsize=(14, 3.4), layout="constrained")
+    for panel, (family, degree, refinement) in zip(
+        figure.subplots(1, 4, sharey=True), [("CG", 1, 2), ("DG", 0, 3), ("KMV", 2, 2), ("CG", 1, 5)]
+    ):
+        Y = label_space(fd.UnitDiskMesh, family, degree, refinement)
+        plot.function(Y, net.on(Y)(inputs(Y)), ax=panel, limits=(-2.5, 2.5), label="f(T)").label_outer()
+        panel.set_title(f"{family}{degree}, {Y.size} nodes")
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    plot.save(path, figure)
 
 
 # %% All together

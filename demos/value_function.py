@@ -13,7 +13,6 @@ It prints what the closed loop costs against F, on finer and finer grids, and dr
 trajectories, switching lines and the feedback field to demos/output/.
 """
 
-import gc
 import sys
 import time
 from pathlib import Path
@@ -23,8 +22,12 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from fem_resnet import Box, LabelSpace, StateGrid, closed_loop, feedback_controls, feedback_speeds, solve_value_function
+from fem_resnet import Box, LabelSpace, StateGrid, closed_loop, feedback_controls, feedback_speeds, plot, solve_value_function
 
 # %% Two halves of a disk
 # A rectangle of two cells is mapped onto the disk by polar coordinates, here polynomials of degree 8: each half is one cell
@@ -126,17 +129,31 @@ class Picture:
         drawn = panel.contourf(self.v, self.v, self.values, np.append(0.0, levels), cmap="Blues", extend="max", norm="asinh")
         panel.contour(self.v, self.v, self.values, levels, colors="k", linewidths=0.3)
         # Where F is flat, the sign of its gradient is round-off.
-        for part, colour in zip(self.gradient, ("tab:red", "tab:orange")):
+        for part, colour in zip(self.gradient, SWITCHES):
             steep = np.where(np.abs(self.gradient).max(axis=0) > 1e-3, part, np.nan)
-            panel.contour(self.v, self.v, steep, [0.0], colors=colour, linewidths=1.5)
-        panel.axhline(0, color="0.4", linestyle=":", linewidth=1)
-        panel.axvline(0, color="0.4", linestyle=":", linewidth=1)
-        panel.quiver(*self.at, *self.field, color="0.25", scale=12, width=0.003)
-        panel.plot(*np.moveaxis(paths[: done + 1], 1, 0), color="tab:green", linewidth=1.2)
-        panel.plot(*paths[done], "o", color="tab:green", markersize=4)
-        panel.plot(*TARGET, "*", color="gold", markeredgecolor="k", markersize=12)
-        panel.set(title=f"t = {self.t:.2f}", xlabel="$v_1$", ylabel="$v_2$", aspect="equal", xlim=(-1, 1), ylim=(-1, 1))
+            panel.contour(self.v, self.v, steep, [0.0], colors=colour, linewidths=2.5)
+        panel.axhline(0, color="0.4", linestyle=":", linewidth=1.2)
+        panel.axvline(0, color="0.4", linestyle=":", linewidth=1.2)
+        panel.quiver(*self.at, *self.field, color="0.45", scale=14, width=0.003)
+        panel.plot(*np.moveaxis(paths[: done + 1], 1, 0), color=PATH, linewidth=1.8)
+        panel.plot(*paths[done], "o", color=PATH, markersize=5)
+        panel.plot(*TARGET, "*", color="gold", markeredgecolor="k", markersize=14)
+        panel.set(xlabel="$v_1$, on the lower half", ylabel="$v_2$, on the upper half", title=f"t = {self.t:.2f}")
+        panel.set(aspect="equal", xlim=(-1, 1), ylim=(-1, 1))
         return drawn
+
+
+#: Vermilion, orange and green of Okabe and Ito, which people who are colour-blind tell apart.
+SWITCHES, PATH = ("#D55E00", "#E69F00"), "#009E73"
+#: What the lines and marks are.
+SIGNS = {
+    "trajectory under the feedback": Line2D([], [], color=PATH, marker="o"),
+    "target": Line2D([], [], color="gold", marker="*", markeredgecolor="k", markersize=12, linestyle=""),
+    "feedback field $v_t$": Line2D([], [], color="0.45", marker=r"$\rightarrow$", markersize=12, linestyle=""),
+    "a, b of the lower half switch": Line2D([], [], color=SWITCHES[0], linewidth=2.5),
+    "a, b of the upper half switch": Line2D([], [], color=SWITCHES[1], linewidth=2.5),
+    "b(., z) switches": Line2D([], [], color="0.4", linestyle=":"),
+}
 
 
 def draw(folder, F, frames):
@@ -145,31 +162,31 @@ def draw(folder, F, frames):
     paths = np.array([F.cells.gather(state) for state in loop.states])
     steps = np.unique(np.linspace(0, len(loop.times) - 1, frames).round().astype(int))
     pictures = [Picture(F, loop.times[step]) for step in steps]
-    # Rank 0 alone draws. Meshes that Python throws away meanwhile would be freed there and not on the other ranks, which
-    # PETSc does not survive: they go now, on all ranks.
-    gc.collect()
-    if fd.COMM_WORLD.rank:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation, PillowWriter
-
-    folder.mkdir(exist_ok=True)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure = Figure(figsize=(14, 5.4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     for panel, k in zip(axes, (0, len(steps) // 2, -1)):
         drawn = pictures[k].draw(panel, paths, steps[k])
-    figure.colorbar(drawn, ax=axes, label="F(v, t)")
-    figure.savefig(folder / "value_function.png", dpi=110)
+        panel.label_outer()
+    figure.colorbar(drawn, ax=axes, label="F(v, t), the least cost from v on")
+    figure.legend(SIGNS.values(), SIGNS.keys(), loc="outside lower center", ncols=6)
+    folder.mkdir(exist_ok=True)
+    plot.save(folder / "value_function.png", figure)
+    if fd.COMM_WORLD.rank == 0:
+        animate(folder / "value_function.gif", pictures, paths, steps)
+    fd.COMM_WORLD.barrier()
 
-    figure, panel = plt.subplots(figsize=(5, 5), layout="constrained")
+
+def animate(path, pictures, paths, steps):
+    """All pictures, one after the other."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    panel = figure.subplots()
 
     def frame(k):
         panel.clear()
         pictures[k].draw(panel, paths, steps[k])
 
-    FuncAnimation(figure, frame, frames=len(steps)).save(folder / "value_function.gif", PillowWriter(fps=8), dpi=80)
+    FigureCanvasAgg(figure)
+    FuncAnimation(figure, frame, frames=len(steps)).save(path, PillowWriter(fps=8), dpi=80)
 
 
 # %% All together

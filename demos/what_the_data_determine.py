@@ -11,10 +11,9 @@ low-rank posteriors cheap, whatever the mesh. The actions of H are exact for the
 
     containers/run python demos/what_the_data_determine.py            (half a minute; --short for a few seconds)
 
-It draws the leading kernels b(y, z) to demos/output/.
+It draws the spectrum and the leading directions, as rows b(y0, z) of the kernel, to demos/output/.
 """
 
-import gc
 import logging
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 
 from fem_resnet import (
     Batch,
@@ -33,12 +33,14 @@ from fem_resnet import (
     hessian_spectrum,
     laplace_basis,
     least_squares,
+    plot,
     tikhonov,
     train,
 )  # fmt: skip
 
 LAMBDA = 0.1
 SAMPLES = 6
+Y0 = (0.5, 0.0)  # whose rows of the kernel are drawn
 
 # %% The problem
 # On a disk, a network of two layers is to carry a few bumps to the same bumps turned by a right angle.
@@ -72,29 +74,17 @@ def minimise(learning):
 # %% The picture
 
 
-def draw(path, Y, kernel, spectrum, names):
-    """The leading directions in the kernel of the first layer, as b(y, z) for z at a few nodes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    gc.collect()  # on all ranks, before one of them draws alone
-    chosen = [direction[names.index("kernel_0")] for direction in spectrum.directions[:4]]
-    parts = [kernel.phi.values @ _coefficients(Y, d, kernel.shape) @ kernel.psi.values.T[:, :1] for d in chosen]
-    parts, nodes = Y.comm.gather(np.hstack(parts)), Y.comm.gather(Y.coordinates)
-    if Y.comm.rank:
-        return
-    figure, axes = plt.subplots(1, 5, figsize=(15, 3), layout="constrained")
-    axes[0].semilogy(np.arange(1, len(spectrum.values) + 1), np.maximum(spectrum.values, 1e-12), "o")
-    axes[0].axhline(LAMBDA, color="k", linewidth=0.5)
-    axes[0].set(title="mu, and lambda", xlabel="number")
-    x, y = np.concatenate(nodes).T
-    for k, values in enumerate(np.concatenate(parts).T):
-        axes[k + 1].tricontourf(x, y, values, 20, cmap="RdBu_r")
-        axes[k + 1].set(title=f"b(., z) of direction {k + 1}", aspect="equal")
-        axes[k + 1].axis("off")
-    figure.savefig(path, dpi=110)
+def draw(path, net, spectrum, names):
+    """The spectrum, and the leading directions in the kernel of the first layer: their rows b(y0, z) at one y0."""
+    figure = Figure(figsize=(17, 3.4), layout="constrained")
+    first, *panels = figure.subplots(1, 5, width_ratios=[1.5, 1, 1, 1, 1])
+    plot.spectrum(spectrum, weight=LAMBDA, ax=first)
+    rows = net.replace(layers=1)
+    for k, (panel, direction) in enumerate(zip(panels, spectrum.directions)):
+        kernel = direction[names.index("kernel_0")]
+        rows.kernel.set(0, _coefficients(net.Y, kernel, rows.kernel.get(0).shape))
+        plot.kernel_row(rows, Y0, ax=panel).set_title(f"direction {k + 1}, $\\mu$ = {spectrum.values[k]:.2g}")
+    plot.save(path, figure)
 
 
 def _coefficients(Y, function, shape):
@@ -124,7 +114,7 @@ def main(short=False):
     if fd.COMM_WORLD.rank == 0:
         output.mkdir(exist_ok=True)
     names = [function.name() for function in learning.functions]
-    draw(output / "what_the_data_determine.png", learning.net.Y, learning.net.kernel.space_basis.kernel, spectrum, names)
+    draw(output / "what_the_data_determine.png", learning.net, spectrum, names)
     # What this page claims: few directions, and as many on either mesh.
     assert 0 < determined[0] < size / 2 and abs(determined[0] - determined[1]) <= 1
     return determined

@@ -43,6 +43,8 @@ def over_time(call) -> Door:
         takes=SHOWN | SCALED | {"axes": NOTHING},
         parted=("run", "axes"),
         another={"layers": [1, 2]},
+        called={"layers": "layers|axes"},
+        fitting=("layers", "axes"),
     )  # fmt: skip
 
 
@@ -65,6 +67,8 @@ DOORS: dict[str, Door] = {
         takes=SCALED | {"channel": ZERO, "axes": NOTHING},
         parted=("net", "axes"),
         another={"layers": [0, 1]},
+        called={"layers": "layers|axes"},
+        fitting=("layers", "axes"),
     ),
     "plot.kernel_row": Door(
         plot.kernel_row,

@@ -354,15 +354,20 @@ def _project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
+def _extras(*but):
+    """What the extras ask for. That of onnx is pinned, and installed, with the peers."""
+    return {extra: names for extra, names in _project()["optional-dependencies"].items() if extra not in but}
+
+
 def test_every_pinned_package_is_pinned_once_and_every_dependency_is_pinned():
     lines = (ROOT / "containers" / "constraints.txt").read_text().splitlines()
     names = [line.split("==")[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")]
     assert len(names) == len(set(names))
-    wanted = _project()["dependencies"] + [name for extra in _project()["optional-dependencies"].values() for name in extra]
+    wanted = _project()["dependencies"] + [name for names in _extras("onnx").values() for name in names]
     assert not set(map(_name, wanted)) - set(names)
 
 
-def test_the_script_installs_all_dependencies_and_all_extras_but_that_of_600_megabytes():
+def test_the_script_installs_all_dependencies_and_all_extras_but_those_of_600_megabytes_and_of_the_peers():
     script = (ROOT / "containers" / "run").read_text()
     command = re.search(r"^requirements\(\) \{\n(.*?)^\}", script, re.DOTALL | re.MULTILINE)[1]
     listed = subprocess.run(
@@ -370,7 +375,7 @@ def test_the_script_installs_all_dependencies_and_all_extras_but_that_of_600_meg
     ).stdout
     project = _project()
     assert listed.split() == project["dependencies"] + [
-        name for extra, names in project["optional-dependencies"].items() if extra != "vtk" for name in names
+        name for names in _extras("vtk", "onnx").values() for name in names
     ]
 
 
@@ -393,7 +398,8 @@ def test_dependencies_are_what_the_package_imports_and_extras_what_the_rest_does
     project = _project()
     of = {extra: set(map(_name, names)) for extra, names in project["optional-dependencies"].items()}
     needed = set(map(_name, project["dependencies"]))
-    assert _imported("fem_resnet") == needed
+    optional = of["estimators"] | of["meshes"] | of["vtk"] | of["onnx"] | PEERS
+    assert needed <= _imported("fem_resnet") <= needed | optional
     assert _imported("demos") - needed == of["demos"]
     by_tests = _imported("tests") - needed - PEERS
     brought = {"docutils", "jinja2", "pillow"}  # by Sphinx and matplotlib
@@ -402,7 +408,7 @@ def test_dependencies_are_what_the_package_imports_and_extras_what_the_rest_does
 
 
 #: Packages that the benchmarks compare with; they are installed by hand (tests/benchmarks/README.md).
-PEERS = {"torch", "jax", "torchdiffeq", "diffrax", "hj-reachability"}
+PEERS = {"torch", "jax", "torchdiffeq", "diffrax", "hj-reachability", "onnx", "onnxruntime"}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ nothing else, and draws; the axes of other ranks stay empty. So a script needs n
 file. Surfaces and bodies in space are drawn by PyVista without a display (extra `vtk`), or by matplotlib's `mplot3d`.
 
 `shown` says what of a mesh is drawn, `canvas` makes axes and colours, `drawing` draws one function on one panel, `fields` and
-`curves` are what users call, `flow` makes animations, and `paraview` files for ParaView.
+`curves` are what users call, `animation` and `series` write files.
 """
 
 from importlib import import_module
@@ -15,8 +15,8 @@ _MODULES = {
     "plot.canvas": ["save"],
     "plot.fields": ["basis", "bias", "costate", "function", "kernel_row", "state"],
     "plot.curves": ["confusion", "learning_curve", "norms", "spectrum"],
-    "plot.flow": ["flow"],
-    "plot.paraview": ["paraview"],
+    "plot.animation": ["flow"],
+    "plot.series": ["paraview"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

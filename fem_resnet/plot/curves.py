@@ -210,7 +210,7 @@ def spectrum(found: Any, *, weight: float | None = None, sample: int = 0, ax: Ax
         ax.axhline(
             weight, color=LINES[1], linestyle="--", label=rf"$\lambda$ = {weight:g}; above it: {above} of {len(values)}"
         )
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", loc="lower left")
     return ax
 
 

@@ -31,6 +31,7 @@ from fem_resnet import (
 from fem_resnet.plot import canvas
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
+on_two_ranks = pytest.mark.parallel([1, 2])
 
 
 def gathered(Y, values):
@@ -69,7 +70,7 @@ def test_a_function_in_the_plane_is_a_coloured_picture(space):
     assert bar.get_ylabel() == "height"
 
 
-@on_ranks
+@on_two_ranks
 def test_functions_on_lines_circles_and_points():
     interval, circle, points = space_of("interval", "DG0"), space_of("circle", "CG1"), class_space(4, COMM_WORLD)
     line, ring, bars = (
@@ -91,7 +92,7 @@ def test_functions_on_lines_circles_and_points():
     assert [bar.get_height() for bar in bars.patches] == [1, 2, 3, 4] and bars.get_xlabel() == "point"
 
 
-@on_ranks
+@on_two_ranks
 @pytest.mark.parametrize("space", [("sphere", "CG1"), ("torus", "DG0"), ("cube", "CG1"), ("prisms", "CG1")])
 def test_surfaces_and_bodies_by_matplotlib(space, without_pyvista):
     Y = space_of(*space)
@@ -105,7 +106,7 @@ def test_surfaces_and_bodies_by_matplotlib(space, without_pyvista):
 
 
 @pytest.mark.skipif(not canvas.has_pyvista(), reason="PyVista is not installed")
-@on_ranks
+@on_two_ranks
 def test_surfaces_from_two_sides_by_pyvista():
     Y = space_of("sphere", "DG0")
     ax = plot.function(Y, Y.batch(np.where(Y.coordinates[:, 0] > 0, 1.0, -1.0)), limits=(-1, 1))
@@ -166,7 +167,7 @@ def test_a_row_of_the_kernel_is_that_of_the_node_that_is_marked():
     assert f"t = {net.times[1]:.3g}" in ax.get_title()
 
 
-@on_ranks
+@on_two_ranks
 def test_a_row_between_channels_and_of_points():
     phi = with_channels("disk", "CG1", 3)
     net = ResidualNetwork(Kernel(phi), bias=Bias(phi, in_time="shared"), layers=2)
@@ -187,7 +188,7 @@ def test_a_row_between_channels_and_of_points():
     assert len(plot.bias(net)) == 1  # shared by all layers
 
 
-@on_ranks
+@on_two_ranks
 def test_a_basis_with_its_eigenvalues():
     phi = laplace("disk", "CG1", 4)
     axes = plot.basis(phi, 3)
@@ -197,7 +198,7 @@ def test_a_basis_with_its_eigenvalues():
         assert axes[1].get_title() == rf"$\phi_{{2}}$, $\lambda$ = {phi.eigenvalues[1]:.3g}"
 
 
-@on_ranks
+@on_two_ranks
 def test_norms_over_time():
     net = network()
     f = net.Y.batch(smooth(net.Y, 2))
@@ -245,7 +246,7 @@ def test_what_is_taken_for_what():
         plot.confusion([0, 1, 2], [0, 1, 2], ["a", "b"])
 
 
-@on_ranks
+@on_two_ranks
 def test_the_flow_of_a_sample_is_an_animation_with_a_frame_for_each_layer_time(tmp_path):
     path = COMM_WORLD.bcast(tmp_path / "flow.gif")
     net = network()
@@ -263,7 +264,7 @@ def test_the_flow_of_a_sample_is_an_animation_with_a_frame_for_each_layer_time(t
         assert len(frames) == net.layers + 1 and all(0.0 < share < 0.5 for share in moved)
 
 
-@on_ranks
+@on_two_ranks
 def test_a_picture_is_saved_by_rank_0(tmp_path):
     path = COMM_WORLD.bcast(tmp_path / "picture.png")
     Y = label_space("disk", "CG1")
@@ -276,7 +277,7 @@ def test_a_picture_is_saved_by_rank_0(tmp_path):
         plot.save(path.with_suffix(".nothing"), Figure())
 
 
-@on_ranks
+@on_two_ranks
 def test_new_pictures_and_given_axes():
     Y = label_space("disk", "CG1")
     given = Figure().subplots(1, 2)
@@ -299,7 +300,7 @@ def test_paraview_says_what_is_missing(tmp_path):
 
 
 @pytest.mark.skipif(not canvas.has_vtk(), reason="VTK is not installed")
-@on_ranks
+@on_two_ranks
 def test_paraview_gets_a_series_with_names_and_times(tmp_path):
     from importlib import import_module
 

@@ -140,23 +140,32 @@ class StabilityReport:
         def of(name: str) -> list[float]:
             return [getattr(l, name) for l in self.layers]
 
-        with picture(path, 8.0, 10.5) as figure:
+        with picture(path, 10.5, 10.5) as figure:
             panels = figure.subplots(4, 1, height_ratios=[1, 1, 1, 0.8])
-            panels[0].fill_between(number, of("keeps"), of("grows"), alpha=0.3, step="mid", label="M($t_{l+1}$, $t_l$)")
+            panels[0].fill_between(
+                number, of("keeps"), of("grows"), alpha=0.3, step="mid", label="singular values of\nM($t_{l+1}$, $t_l$)"
+            )
             bound = np.minimum(of("bound"), 1e3 * max(of("grows")))
             panels[0].step(number, bound, "k:", where="mid", label="bound of 3.5")
             panels[0].set_title(textwrap.fill(self.title, 100), fontsize="small")
-            panels[1].fill_between(number, of("kept"), of("grown"), alpha=0.3, label="M($t_{l+1}$, 0)")
-            panels[1].plot(number, of("condition"), "C1.-", label="condition")
-            panels[2].fill_between(number, of("gradient_keeps"), of("gradient_grows"), alpha=0.3, label="M(T, $t_l$)")
-            panels[2].plot(number, of("costate"), "C1.-", label="|r|")
-            panels[2].plot(number, of("bias_gradient"), "C2.-", label=r"|$\sigma'(u)$ r|, the bias's gradient")
+            panels[0].set_ylabel("factor of a perturbation\nin one layer")
+            panels[1].set_ylabel("factor of a perturbation\nsince t = 0")
+            panels[2].set_ylabel("factor of a gradient\nsince T, backwards")
+            panels[1].fill_between(number, of("kept"), of("grown"), alpha=0.3, label="singular values of\nM($t_{l+1}$, 0)")
+            panels[1].plot(number, of("condition"), ".-", color="#D55E00", label="condition number")
+            panels[2].fill_between(
+                number, of("gradient_keeps"), of("gradient_grows"), alpha=0.3, label="singular values of\nM(T, $t_l$)"
+            )
+            panels[2].plot(number, of("costate"), ".-", color="#D55E00", label="|r|, the co-state")
+            panels[2].plot(
+                number, of("bias_gradient"), ".-", color="#009E73", label="|$\\sigma'(u)$ r|, the gradient\nof the bias"
+            )
             for axes in panels[:3]:
                 axes.set_yscale("log")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.axhline(1.0, color="grey", lw=0.5)
-                axes.legend(fontsize="small")
-            panels[2].set_xlabel("layer")
+                axes.set_xlabel("layer l")
+                axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
             panels[3].axis("off")
             panels[3].text(0, 1, "\n".join(textwrap.fill(note, 120) for note in self._notes), va="top", fontsize="x-small")
 
