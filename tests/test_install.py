@@ -374,9 +374,7 @@ def test_the_script_installs_all_dependencies_and_all_extras_but_those_of_600_me
         ["bash", "-c", command], env=os.environ | {"tree": str(ROOT)}, capture_output=True, text=True, check=True
     ).stdout
     project = _project()
-    assert listed.split() == project["dependencies"] + [
-        name for names in _extras("vtk", "onnx").values() for name in names
-    ]
+    assert listed.split() == project["dependencies"] + [name for names in _extras("vtk", "onnx").values() for name in names]
 
 
 def _imported(*folders):
