@@ -132,7 +132,7 @@ def print_figure(name: str, figure: Figure, path: str | Path) -> None:
     """
     kind = _kind_of_picture(name, path)
     with aside(path) as part:
-        FigureCanvasAgg(figure).print_figure(str(part), dpi=120, format=kind)
+        FigureCanvasAgg(figure).print_figure(str(part), dpi=120, format=kind, bbox_inches="tight")  # nothing is cut off
 
 
 def _kind_of_picture(name: str, path: str | Path) -> str:
