@@ -308,7 +308,10 @@ def main(short=False):
                 Path(__file__).with_suffix(".txt").write_text("\n".join(table(found)) + "\n")
     if first:
         print("\n".join(table(found)))
-    return {name: np.mean(found[name, "estimator"], axis=0)[0] for name in PROBLEMS}
+    ours = {name: float(np.mean(found[name, "estimator"], axis=0)[0]) for name in PROBLEMS}
+    # Far better than the most frequent class, and than the mean of numbers and functions.
+    assert short or max(ours.values()) < 0.6
+    return ours
 
 
 if __name__ == "__main__":
