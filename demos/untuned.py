@@ -51,7 +51,14 @@ from sklearn.svm import SVC, SVR
 
 from fem_resnet import DomainRecipe, LabelFieldClassifier, LabelFieldRegressor
 
-SEEDS = 5
+SEEDS = 4
+
+NOTE = """\
+Mean and deviation of test errors, and CPU seconds of fits and predictions on a loaded machine, of four seeds. Nothing of the estimator is tuned;
+the others are tuned by cross-validation on the same samples. On sphere, Burgers and outlines the estimator also knows that the
+label domain may be turned; the others do not. On digits the estimator stays behind the best of them by more than a factor of
+1.5, and it takes more CPU seconds; no better default has been looked for.
+"""
 
 # %% The problems
 # A problem has samples for the estimator, and the same as rows of a table for the others.
@@ -286,7 +293,7 @@ def draw(path, found):
     axes.set(yscale="log", ylabel="test error, %", title="untuned estimator, and tuned ones of scikit-learn; dots are seeds")
     axes.set_xticks(range(len(PROBLEMS)), PROBLEMS)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(ncols=3, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -305,7 +312,7 @@ def main(short=False):
             output.mkdir(exist_ok=True)
             draw(output / "untuned.png", found)
             if not short:  # after each seed: a run may be cut short
-                Path(__file__).with_suffix(".txt").write_text("\n".join(table(found)) + "\n")
+                Path(__file__).with_suffix(".txt").write_text("\n".join(table(found)) + "\n\n" + NOTE)
     if first:
         print("\n".join(table(found)))
     ours = {name: float(np.mean(found[name, "estimator"], axis=0)[0]) for name in PROBLEMS}
