@@ -23,6 +23,7 @@ _ORDER = [
     "choice_of_lambda", "what_the_data_determine", "mesh_independence", "same_network_other_mesh", "costate_twice",
     "limits", "architectures", "value_function", "nearby_inputs", "burgers_on_the_circle", "burgers_table",
     "heat_on_a_gear", "darcy_on_a_plate", "waves_on_the_sphere", "outlines_on_the_circle", "few_samples",
+    "untuned",
 ]  # fmt: skip
 
 #: Which part of a figure's width is the picture in the gallery; all of it where nothing is said.

@@ -75,7 +75,7 @@ def test_demos_end_with_an_assertion_of_what_they_claim(demo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("demo", [demo for demo in DEMOS if demo not in ("digits_on_a_disk.py", *ATLAS)])
+@pytest.mark.parametrize("demo", [demo for demo in DEMOS if demo not in ("digits_on_a_disk.py", "untuned.py", *ATLAS)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_demos_hold_in_full(demo, ranks):
     assert run("mpiexec", "-n", str(ranks), sys.executable, f"demos/{demo}", timeout=900)

@@ -6,6 +6,7 @@ holds arrays and the recipe of its label domain, and makes the network again whe
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Self
 
 import firedrake as fd
@@ -19,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from fem_resnet.activation.activation import ACTIVATIONS
 from fem_resnet.arguments import choice, flag, instance, integer, number, real_array
-from fem_resnet.estimators.domain import MOST_MODES, DomainRecipe, whole_ranks
+from fem_resnet.estimators.domain import MOST_MODES, DomainRecipe
 from fem_resnet.estimators.fitting import USUAL, Stop, fit, regulariser_of, search
 from fem_resnet.estimators.inputs import Table, are_functions, are_pairs, kind_of, samples_of
 from fem_resnet.estimators.model import Design, Model
@@ -27,6 +28,7 @@ from fem_resnet.estimators.targets import checked_weights
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.loss import Loss
 from fem_resnet.learning.problem import LearningProblem
+from fem_resnet.log import log
 from fem_resnet.ranks import on_first, same
 from fem_resnet.training.stochastic import train_stochastic
 from fem_resnet.training.stochastic_steps import Adam
@@ -168,9 +170,15 @@ class LabelFieldEstimator(BaseEstimator):
     def _rank(self, recipe: DomainRecipe, fields: list[np.ndarray], weights: np.ndarray) -> int:
         """How many functions hold the samples, in whole eigenspaces. Collective."""
         if self.rank is not None:
-            return recipe.basis(self.rank).rank
-        phi = recipe.basis(MOST_MODES)
-        ends = whole_ranks(phi)
+            found = recipe.basis(self.rank).rank
+            if found != self.rank:
+                log(
+                    recipe.label_space().comm, logging.WARNING,
+                    "rank: a channel has %d functions, not %d: as many as leave no eigenspace cut, on this mesh",
+                    found, self.rank,
+                )  # fmt: skip
+            return found
+        phi, ends = recipe.basis(MOST_MODES), recipe.ranks()
         if isinstance(self._kind, Table):
             return phi.rank
         left = np.zeros(len(ends))

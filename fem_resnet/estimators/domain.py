@@ -19,11 +19,16 @@ from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.eigensolver import eigenspace_ends
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.label_domain.laplace import laplace_at_most
+from fem_resnet.label_domain.symmetries import symmetry_matrices
+from fem_resnet.parameters.equivariant import Parity
 
-__all__ = ["MOST_MODES", "DomainRecipe", "whole_ranks"]
+__all__ = ["MOST_MODES", "DomainRecipe"]
 
 #: So many eigenfunctions are looked for, if no more are asked for.
 MOST_MODES = 64
+#: What is no symmetry may seem to be one on the first two eigenspaces, as the turns of a square do; a mesh shows more of a
+#: symmetry than so many functions.
+_SEEMING = 4
 
 
 class DomainRecipe(Fixed):
@@ -80,7 +85,7 @@ class DomainRecipe(Fixed):
         self.symmetries = symmetries
         self._Y: LabelSpace | None = None
         self._found: list | None = None
-        self._bases: dict[int, Basis] = {}
+        self._bases: dict[int, tuple[Basis, list[int]]] = {}
 
     def __repr__(self) -> str:
         named = [f"{name}={value!r}" for name, value in self.options.items()]
@@ -122,7 +127,9 @@ class DomainRecipe(Fixed):
     def basis(self, most: int) -> Basis:
         """Laplace eigenfunctions of whole eigenspaces, at least one and otherwise at most `most`. Collective.
 
-        They are the first of a larger number, which the same `most` always gives: on a discontinuous space these depend on it.
+        Eigenspaces are those of the domain where symmetries are given, also if the mesh splits them: symmetries take the span
+        of the functions into itself. They are the first of a larger number, which the same `most` always gives: on a
+        discontinuous space these depend on it.
 
         Parameters
         ----------
@@ -131,14 +138,48 @@ class DomainRecipe(Fixed):
 
         Raises
         ------
-        ValueError
-            If that is no positive integer.
+        TypeError, ValueError
+            If that is no positive integer; or `symmetries` returns some that are none of the label domain.
         """
-        count = max(integer("most", most), MOST_MODES)
+        phi, ranks = self._whole(max(integer("most", most), MOST_MODES))
+        return phi.first(max(rank for rank in ranks if rank <= max(most, ranks[0])))
+
+    def ranks(self) -> list[int]:
+        """How many functions `basis` may have, up to 64: ascending. Collective.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `basis`.
+        """
+        return self._whole(MOST_MODES)[1]
+
+    def _whole(self, count: int) -> tuple[Basis, list[int]]:
+        """At most `count` eigenfunctions, and how many of them are whole eigenspaces. Collective."""
         if count not in self._bases:
-            self._bases[count] = laplace_at_most(self.label_space(), count)
-        phi = self._bases[count]
-        return phi.first(max(end for end in whole_ranks(phi) if end <= max(most, whole_ranks(phi)[0])))
+            phi = laplace_at_most(self.label_space(), count)
+            ranks = eigenspace_ends(phi.eigenvalues / (phi.eigenvalues.max() or 1.0))
+            self._bases[count] = phi, self._kept_ranks(phi, ranks)
+        return self._bases[count]
+
+    def _kept_ranks(self, phi: Basis, ranks: list[int]) -> list[int]:
+        """Those of ascending ranks whose functions the symmetries take into their own span. Collective.
+
+        A mesh may split an eigenspace, and resolves a symmetry on so many functions only.
+        """
+        maps = [each.map if isinstance(each, Parity) else each for each in self.kept_symmetries()]
+        if not maps:
+            return ranks
+        seen = [rank for rank in ranks if rank > _SEEMING] or ranks[-1:]
+        for most in reversed(seen):
+            try:
+                blocks = symmetry_matrices(phi.first(most), maps).blocks
+                break
+            except ValueError:
+                if most == seen[0]:
+                    raise
+        cut = {rank for block in blocks for rank in range(block.min() + 1, block.max() + 1)}
+        return [rank for rank in ranks if rank <= most and rank not in cut]
 
     def kept_symmetries(self) -> list:
         """What `symmetries` returns for the mesh; nothing where there are none. Collective.
@@ -154,14 +195,3 @@ class DomainRecipe(Fixed):
             found = self.symmetries(self.label_space().V.mesh())
             self._found = list(instance("symmetries", found, (list, tuple), "a list of symmetries"))
         return self._found
-
-
-def whole_ranks(phi: Basis) -> list[int]:
-    """How many functions the first eigenspace has, the first two, and so on, ascending.
-
-    Parameters
-    ----------
-    phi
-        A Laplace basis of whole eigenspaces.
-    """
-    return eigenspace_ends(phi.eigenvalues / (phi.eigenvalues.max() or 1.0))

@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from fem_resnet import DomainRecipe, LabelFieldClassifier, LabelFieldRegressor, LabelSpace, Parity, laplace_basis, read_mesh
+from fem_resnet.label_domain.symmetries import symmetry_matrices
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
 
@@ -336,3 +337,56 @@ def test_a_basis_of_a_recipe_keeps_eigenspaces_whole():
     assert ranks == [1, 1, 3, 3, 5, 5, 7]  # the constants, then two waves of each number
     phi = laplace_basis(LabelSpace(CIRCLE.label_space().V), 5)
     assert_allclose(CIRCLE.basis(6).values, phi.values, atol=1e-7)
+
+
+def turns_about_the_axis(mesh):
+    x = fd.SpatialCoordinate(mesh)
+    return [fd.as_vector([-x[1], x[0], *[0 * x[0]] * (len(x) - 2)])]
+
+
+SPHERE = DomainRecipe(fd.UnitIcosahedralSphereMesh, 1, family="KMV", degree=2, symmetries=turns_about_the_axis)
+
+
+@on_ranks
+def test_a_basis_keeps_eigenspaces_whole_that_the_mesh_splits_where_symmetries_are_given():
+    """An icosahedral mesh splits spherical harmonics of a degree l from 3 on; (l + 1)^2 functions are whole eigenspaces."""
+    assert SPHERE.ranks() == [1, 4, 9, 16, 25, 36, 49]
+    split = DomainRecipe(fd.UnitIcosahedralSphereMesh, 1, family="KMV", degree=2)
+    assert not set(split.ranks()) <= set(SPHERE.ranks())
+    assert [SPHERE.basis(most).rank for most in (3, 12, 40, 48)] == [1, 9, 36, 36]
+    disk = DomainRecipe(fd.UnitDiskMesh, 2, symmetries=turns_about_the_axis)  # on fewer functions than it tells apart
+    ranks = disk.ranks()
+    assert ranks[:5] == [1, 3, 5, 6, 8] and ranks[-1] < disk.label_space().size
+    for recipe in (SPHERE, disk):
+        for rank in recipe.ranks():
+            assert len(symmetry_matrices(recipe.basis(rank), recipe.kept_symmetries()).blocks) > 0  # none is refused
+
+
+@on_ranks
+def test_estimators_take_ranks_that_cut_no_eigenspace(rng, caplog):
+    """Also where the user asks for another one, and then with a message."""
+    Y = SPHERE.label_space()
+    x, y, z = Y.coordinates.T[..., None]
+    a, b = rng.normal(size=(2, 12))
+    X = Y.batch(a * (5 * z**3 - 3 * z) + b * x * y * z)  # of degree 3, which the mesh splits
+    few = dict(domain=SPHERE, channels=1, layers=1, max_iter=2, tikhonov=1e-3, random_state=0)
+    split = DomainRecipe(fd.UnitIcosahedralSphereMesh, 1, family="KMV", degree=2)
+    assert (
+        LabelFieldRegressor(**few | dict(domain=split)).fit(X, a).rank_ not in SPHERE.ranks()
+    )  # the samples ask for a cut one
+    assert LabelFieldRegressor(**few).fit(X, a).rank_ == 16
+    assert not caplog.records
+    found = LabelFieldRegressor(**few, rank=12).fit(X, a)
+    assert found.rank_ == 9
+    said = (
+        []
+        if COMM_WORLD.rank
+        else ["rank: a channel has 9 functions, not 12: as many as leave no eigenspace cut, on this mesh"]
+    )
+    assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_what_is_no_symmetry_is_refused_and_not_met_by_fewer_functions():
+    square = DomainRecipe(fd.RectangleMesh, 4, 4, 1.0, 1.0, -1.0, -1.0, symmetries=turns_about_the_axis)
+    with pytest.raises(ValueError, match="^symmetries.*: expected"):
+        square.basis(9)
