@@ -54,6 +54,8 @@ def _plain(text):
 
 def skip_foreign(app, what, name, obj, skip, options):
     """Handler of autodoc-skip-member: methods with a docstring from outside of the package."""
+    if what == "class" and name.startswith("set_") and name.endswith("_request"):
+        return True  # scikit-learn makes these for every estimator, with references to its own pages
     module = getattr(obj, "__module__", None) or ""
     if skip or what != "class" or getattr(obj, "__doc__", None) or not module.startswith(PACKAGE):
         return None

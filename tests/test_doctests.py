@@ -17,8 +17,9 @@ MODULES = [
     for path in sorted(PACKAGE.rglob("*.py"))
     if ">>>" in path.read_text()
 ]
-#: tests/external/test_pages.py has them, where PyTorch and JAX are.
-MODULES = [name for name in MODULES if name not in ("fem_resnet.external.torch", "fem_resnet.external.jax")]
+#: tests/external/test_pages.py has those that need PyTorch or JAX.
+ELSEWHERE = ("fem_resnet.external.torch", "fem_resnet.external.jax", "fem_resnet.export.torch_module")
+MODULES = [name for name in MODULES if name not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", MODULES)

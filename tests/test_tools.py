@@ -70,6 +70,7 @@ from fem_resnet import (
     load,
     middle_pairs,
     msa,
+    network_operator,
     observed_decay,
     open_loop_value,
     picard,
@@ -1096,6 +1097,11 @@ def _to_network(net, arrays, close, start):
     for bias, B, tau in zip(*arrays):
         z = z + tau * np.tanh(bias[:, None] - B @ z)
     assert_allclose(z[node_numbers(net.Y)], of_net(net), atol=10 * close)
+
+
+@on_net("network_operator", call=lambda net: fd.assemble(network_operator(net, state(net))))
+def _network_operator(net, found, close, start):
+    assert_allclose(net.Y.values(found), of_net(net), atol=10 * close)
 
 
 @on_net("LinearisedFlow", call=lambda net: LinearisedFlow(net, state(net)))

@@ -228,7 +228,7 @@ def _primitive(name: str, compute: Callable[..., Any], shapes: Callable[..., Any
     primitive.def_impl(call)
     primitive.def_abstract_eval(lambda *arguments, **parameters: results(arguments, parameters, jax.core.ShapedArray))
     mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=several))
-    batching.primitive_batchers[primitive] = batched
+    batching.primitive_batchers.update({primitive: batched})
     return primitive
 
 

@@ -193,7 +193,7 @@ def test_a_tableau_that_one_step_shows_is_that_of_petsc(method):
     used = b.astype(bool) | A.any(axis=0)
     assert_allclose(found, A[np.ix_(used, used)], rtol=0, atol=1e-15)
     assert_allclose(weights, b[used], rtol=0, atol=1e-15)
-    assert_allclose(nodes, found.sum(axis=1), rtol=0, atol=1e-15)
+    assert_allclose(nodes, found.sum(axis=1), rtol=0, atol=1e-14)  # numbers up to 9 cancel in the sums
 
 
 @pytest.mark.parametrize("method, stages", [("rks2", 5), ("rks3", 9), ("rk104", 10)])
