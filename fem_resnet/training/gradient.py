@@ -12,16 +12,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 from petsc4py import PETSc
 
-from fem_resnet.arguments import flag, instance, integer, number
+from fem_resnet.arguments import flag, instance
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.elimination import ReducedToOthers
 from fem_resnet.learning.problem import LearningProblem
@@ -29,10 +27,11 @@ from fem_resnet.log import log
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.ranks import same
 from fem_resnet.training.bounds import bounds_of_controls, replicated_bounds
-from fem_resnet.training.checkpoint import Numbers, State, TrainingCheckpoint, checked_checkpoint, read_state, write_state
+from fem_resnet.training.checkpoint import TrainingCheckpoint, checked_checkpoint
+from fem_resnet.training.course import Course
 from fem_resnet.training.progress import Progress, Watch, check_monitor
 from fem_resnet.training.rank_continuation import pad_problem, train_by_ranks
-from fem_resnet.training.tao import Minimiser, Outcome, Start
+from fem_resnet.training.tao import Minimiser, Outcome
 
 __all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Result", "options_over", "train"]
 
@@ -178,8 +177,8 @@ def train(
     resume
         The file of a checkpoint, from which the training goes on in place of the present parameters. With the same arguments,
         on as many ranks, all that follows has the same bits as in the run that wrote it. Iterations after the last checkpoint
-        are made again. If `checkpoint` is left out, checkpoints go on to the same file. `Result` counts from the first start;
-        its `seconds` are those of this call.
+        are made again. If `checkpoint` is left out, checkpoints go on to the same file. `Result` counts iterations and seconds
+        from the first start.
 
     Returns
     -------
@@ -223,7 +222,7 @@ def train(
     flag("gauss_newton", gauss_newton)
     given = checked_options(solver_parameters)  # type: ignore[arg-type]  # a list is refused there
     options = options_over({} if bounds is None else {"tao_type": "blmvm"}, given)
-    clock = time.perf_counter()
+    course = Course(problem)
 
     def record() -> tuple[Minimiser, ReducedToOthers | None]:
         functional, _ = problem.record(gauss_newton=gauss_newton, eliminate=eliminate)
@@ -243,7 +242,6 @@ def train(
         )
         return minimiser, projected
 
-    course = _Course(problem, clock)
     since = None if path is None else course.go_on(path)
     with Watch(problem.comm, monitor, quiet) as watch:
         while True:
@@ -264,75 +262,7 @@ def train(
                 "the least norm; add tikhonov(..), or give more samples", projected.undetermined, projected.unknowns,
             )  # fmt: skip
     condition = None if projected is None else projected.condition
-    return _result(problem, end, course.history, course.reason, time.perf_counter() - clock, condition)
-
-
-class _Course:
-    """A training on its way from checkpoint to checkpoint. Collective.
-
-    Attributes
-    ----------
-    history : list of Progress
-        One for each iteration, from the first start.
-    reason : str or None
-        Why the monitor or Ctrl-C has stopped it; None if nothing has.
-    """
-
-    _NUMBERS: ClassVar[Numbers] = {
-        "iteration": partial(integer, least=0), "scale": partial(number, above=0), "share": partial(number, above=0),
-        "first": partial(number, least=0),
-    }  # fmt: skip
-
-    def __init__(self, problem: LearningProblem, clock: float):
-        self._problem, self._clock = problem, clock
-        self._sets = [(p, k) for p in problem.parameters for k in range(len(p.functions))]
-        self._begun = 0
-        self.history: list[Progress] = []
-        self.reason: str | None = None
-
-    @property
-    def iteration(self) -> int:
-        """The number of iterations that were made."""
-        return max(len(self.history) - 1, 0)
-
-    def teller(
-        self, minimiser: Minimiser, projected: ReducedToOthers | None, watch: Watch
-    ) -> Callable[[int, float, float], None]:
-        """What a minimisation calls at each iteration."""
-        self._begun = self.iteration
-
-        def tell(iteration: int, value: float, gradient_norm: float) -> None:
-            if projected is not None:
-                projected.give_head()
-            if iteration == 0 and self.history:  # the one at which the checkpoint was written
-                return
-            seconds = time.perf_counter() - self._clock
-            self.history.append(Progress(self._begun + iteration, minimiser.limit, value, gradient_norm, seconds))
-            self.reason = watch.reason(self.history[-1])
-
-        return tell
-
-    def moved(self, iterations: int) -> bool:
-        """Whether the latest minimisation made so many iterations, and the monitor lets it go on."""
-        return self.reason is None and self.iteration - self._begun == iterations
-
-    def write(self, checkpoint: TrainingCheckpoint, since: Start) -> None:
-        """Write a checkpoint."""
-        numbers = {"iteration": self.iteration, **since._asdict()}
-        series = {name: np.array([getattr(each, name) for each in self.history]) for name in ("value", "gradient_norm")}
-        state = State(numbers, series, {"controls": [p.read(k) for p, k in self._sets]})
-        write_state(self._problem, "train", checkpoint, state)
-
-    def go_on(self, path: Path) -> Start:
-        """Take everything from a checkpoint."""
-        state = read_state(self._problem, "train", path, self._NUMBERS, ("value", "gradient_norm"), ["controls"])
-        iteration, values, norms = state.numbers["iteration"], *state.series.values()
-        if not len(values) == len(norms) == iteration + 1:
-            raise ValueError(f"resume: {path} is no checkpoint to go on from: expected {iteration + 1} values of J")
-        for (p, k), c in zip(self._sets, state.coefficients["controls"]):
-            p.write(k, c)
-        self.history = [Progress(n, iteration, float(J), float(g), 0.0) for n, (J, g) in enumerate(zip(values, norms))]
-        return Start(*(state.numbers[name] for name in Start._fields))
+    return _result(problem, end, course.history, course.reason, course.seconds, condition)
 
 
 def _result(

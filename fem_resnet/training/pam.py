@@ -19,7 +19,8 @@ This is the inequality below (5.1), with a square for each group. The result has
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import NamedTuple
 
@@ -28,20 +29,23 @@ from petsc4py import PETSc
 from pyadjoint import ReducedFunctional
 from pyadjoint.enlisting import Enlist
 
-from fem_resnet.arguments import instance, integer, number
+from fem_resnet.arguments import instance, integer, number, real_array
 from fem_resnet.features import HELD, REGULARISED, STEPPED, supports
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.options import checked_options, checked_prefix
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.ranks import same
+from fem_resnet.training.checkpoint import TrainingCheckpoint, checked_checkpoint
 from fem_resnet.training.gradient import options_over
 from fem_resnet.training.pam_result import (
     Iteration,
     PAMProgress,
     PAMResult,
     continued,
+    read_result,
     result_of_no_iteration,
+    write_result,
 )
 from fem_resnet.training.progress import Watch, check_monitor
 from fem_resnet.training.proximal import ProximalGroup, ProximalStep
@@ -82,6 +86,8 @@ def train_pam(
     monitor: Callable[[PAMProgress], bool | None] | None = None,
     quiet: bool = False,
     start: PAMResult | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
+    resume: str | Path | None = None,
 ) -> PAMResult:
     """Minimise J by Algorithm 1, proximal alternating minimisation (5.1), from the present parameters. Collective.
 
@@ -98,7 +104,7 @@ def train_pam(
     step
         How a group moves. A positive number stands for ``ProximalStep(tau=number)``.
     iterations
-        The largest number of iterations in this call.
+        The largest number of iterations in this call; with `resume` since the start of the first one.
     gradient_tolerance
         The algorithm stops where the gradient of J is no larger than this times the gradient at the start (of the first
         call, with `start`), in the label measure; or no larger than this times J, in norms without units (`without_units`).
@@ -116,6 +122,11 @@ def train_pam(
     start
         The result of an earlier call on as many ranks, which is continued: parameters, momentum, tau and history come from it,
         and the result is the same as from one call. Other arguments should be as before.
+    checkpoint
+        Where the result so far is written, and every how many iterations; J is recorded anew there.
+    resume
+        The file of a checkpoint, from which the training goes on in place of the present parameters, as of `train`: with the
+        same arguments, on as many ranks, up to round-off. Iterations after the last checkpoint are made again.
 
     Returns
     -------
@@ -124,7 +135,10 @@ def train_pam(
     Raises
     ------
     TypeError, ValueError
-        If an argument does not fit or differs between ranks, or TAO does not ask for an option.
+        If an argument does not fit or differs between ranks, or TAO does not ask for an option; or if `resume` is no
+        checkpoint of such a problem, with values at nodes on these ranks.
+    OSError
+        If a checkpoint cannot be written, or is not there.
     StepFailure
         If the state overflows in a trial step.
     ArithmeticError
@@ -137,6 +151,8 @@ def train_pam(
     >>> result = train_pam(problem, step=10.0, iterations=20, start=result)  # doctest: +SKIP
     >>> bool((result.slacks > -1e-14).all())  # doctest: +SKIP
     True
+    >>> result = train_pam(problem, checkpoint=TrainingCheckpoint("training.checkpoint"))  # doctest: +SKIP
+    >>> result = train_pam(problem, resume="training.checkpoint")  # doctest: +SKIP
     """
     comm, clock = problem.net.Y.comm, time.perf_counter()
     # Coefficients in `start` are parts of this rank, and seconds its own.
@@ -149,21 +165,39 @@ def train_pam(
     checked_prefix(options_prefix)
     check_monitor(monitor, quiet)
     given = checked_options(solver_parameters)
+    checkpoint, path = checked_checkpoint(comm, checkpoint, resume)
+    if path is not None and start is not None:
+        raise ValueError(f"start: expected None with resume={str(path)!r}, from which all comes; got {start!r}")
     if batches is not None:
         problem = problem.replace(batch=batches[0])
-    J, _ = problem.record()
-    norm, _ = _gradient_norms(problem, J)
-    least = gradient_tolerance * (norm if start is None else start.gradient_norms[0])
-    options = options_over(INNER_PARAMETERS | {"tao_gatol": 0.1 * least}, solver_parameters)
-    groups = _groups(problem, J, options, options_prefix, given)
-    first = _first_result(start, groups, float(J.functional), norm, step.tau)
-    course = _Course(problem, J, groups, step, batches, first)
+    members = _members(problem)
+    functions = {name: [f for p in group for f in p.functions] for name, group in members.items()}
+    most = iterations if start is None else start.iterations + iterations
+    if path is not None:
+        start = read_result(problem, functions, path)
+    if start is not None:
+        _check_start(start, members)
+        for group, coefficients in zip(members.values(), start.controls):
+            for (parameter, k), c in zip(((p, k) for p in group for k in range(len(p.functions))), coefficients):
+                parameter.write(k, c)
+
+    def begin(first: PAMResult | None) -> tuple[_Course, float]:
+        """Record J, and go on from a result; also the norm of the gradient that is small enough."""
+        J, _ = problem.record()
+        norm, _ = _gradient_norms(problem, J)
+        least = gradient_tolerance * (norm if first is None else first.gradient_norms[0])
+        options = options_over(INNER_PARAMETERS | {"tao_gatol": 0.1 * least}, solver_parameters)
+        groups = _groups(problem, members, J, options, options_prefix, given)
+        first = first or result_of_no_iteration(groups, float(J.functional), norm, step.tau)
+        return _Course(problem, J, groups, step, batches, first), least
+
+    course, least = begin(start)
+    clock -= 0.0 if start is None else start.seconds
 
     def report(done: Iteration | None, tau: float) -> str | None:
         """The reason to stop, if there is one."""
-        seconds = first.seconds + time.perf_counter() - clock
+        seconds = time.perf_counter() - clock
         slack, inner = (0.0, 0) if done is None else (done.slack, int(sum(done.inner_iterations)))
-        most = first.iterations + iterations
         return watch.reason(PAMProgress(course.number, most, course.value, course.norm, seconds, tau, slack, inner))
 
     watch = Watch(comm, monitor, quiet)
@@ -173,19 +207,21 @@ def train_pam(
             while reason is None:
                 if batches is None and (course.norm <= least or course.free <= gradient_tolerance * abs(course.value)):
                     reason = "GRADIENT_TOLERANCE"
-                elif len(course.history) == iterations:
+                elif course.number >= most:
                     reason = "ITERATIONS"
                 else:
                     tau, done = course.tau, course.iterate()
                     reason = report(done, tau)
                     if reason is None and batches is None and not any(done.step_norms):
                         reason = "NO_PROGRESS"
+                    if reason is None and checkpoint is not None and course.number % checkpoint.every == 0:
+                        reached = course.result("", time.perf_counter() - clock)
+                        write_result(problem, functions, checkpoint, reached)
+                        course.set_reached()
+                        course, least = begin(reached)
     finally:
         course.set_reached()
-    return continued(
-        first, course.history, reason=reason, seconds=first.seconds + time.perf_counter() - clock, controls=course.at,
-        previous=course.before, tau=course.tau, momentum=course.momentum,
-    )  # fmt: skip
+    return course.result(reason, time.perf_counter() - clock)
 
 
 def _check_batches(batches: Sequence[Batch] | None) -> None:
@@ -197,35 +233,41 @@ def _check_batches(batches: Sequence[Batch] | None) -> None:
         instance("batches", batch, Batch)
 
 
-def _groups(
-    problem: LearningProblem, J: ReducedFunctional, options: dict, prefix: str | None, given: Iterable[str]
-) -> list[ProximalGroup]:
-    """Bias, kernel and head, then one group for each other parameter: those that are learned."""
+def _members(problem: LearningProblem) -> dict[str, list[Parameter]]:
+    """The parameters of each group: bias, kernel and head, then one group for each other parameter; those that are learned."""
     head = [] if problem.head is None else problem.head.parameters
     groups: dict[str, list[Parameter]] = {"bias": [], "kernel": [], "head": []}
     for parameter in problem.parameters:
         groups.setdefault("head" if parameter in head else parameter.name, []).append(parameter)
+    # Bias and kernel of a network without layers have no Functions.
+    return {name: group for name, group in groups.items() if any(parameter.functions for parameter in group)}
+
+
+def _groups(
+    problem: LearningProblem, members: Mapping[str, Sequence[Parameter]], J: ReducedFunctional, options: dict,
+    prefix: str | None, given: Iterable[str],
+) -> list[ProximalGroup]:  # fmt: skip
+    """The groups, with a functional of each."""
     controls = {id(function): control for function, control in zip(problem.functions, J.controls)}
     return [
         ProximalGroup(name, group, J, [controls[id(f)] for p in group for f in p.functions], options, prefix, given)
-        for name, group in groups.items()
-        if any(parameter.functions for parameter in group)  # bias and kernel of a network without layers have no Functions
+        for name, group in members.items()
     ]
 
 
-def _first_result(
-    start: PAMResult | None, groups: Sequence[ProximalGroup], value: float, norm: float, tau: float
-) -> PAMResult:
-    """The result that is continued: an earlier one that fits the problem, or one without iterations. Collective."""
-    if start is None:
-        return result_of_no_iteration(groups, value, norm, tau)
-    names = tuple(group.name for group in groups)
+def _check_start(start: PAMResult, members: Mapping[str, Sequence[Parameter]]) -> None:
+    """Raise unless an earlier result fits the problem. Collective."""
+    names = tuple(members)
     if start.groups != names:
         raise ValueError(f"start: expected the groups {names}, as the problem has them, got {start.groups}")
-    for group, reached, earlier in zip(groups, start.controls, start.previous, strict=True):
-        group.checked(reached, "start")
-        group.checked(earlier, "start")
-    return start
+    for name, *lists in zip(names, start.controls, start.previous, strict=True):
+        bases = [basis for parameter in members[name] for basis in parameter.space_bases]
+        for coefficients in lists:
+            instance("start", coefficients, (list, tuple))
+            if len(coefficients) != len(bases):
+                raise ValueError(f"start: expected {len(bases)} arrays for {name}, got {len(coefficients)}")
+            for c, basis in zip(coefficients, bases):
+                real_array("start", c, basis.shape, comm=basis.Y.comm)
 
 
 def _gradient_norms(problem: LearningProblem, J: ReducedFunctional) -> tuple[float, float]:
@@ -270,8 +312,8 @@ class _Course:
         first: PAMResult,
     ):
         self._problem, self._J, self._groups, self._step, self._batches = problem, J, groups, step, batches
+        self._first = first
         self.at, self.before, self.tau, self.momentum = first.controls, first.previous, first.tau, first.momentum
-        self._iterations = first.iterations
         self.history: list[tuple[Iteration, float, float]] = []
         self.set_reached()
         self.value = float(J(problem.functions))
@@ -280,7 +322,14 @@ class _Course:
     @property
     def number(self) -> int:
         """The number of the latest iteration, counted from the start of the first call."""
-        return self._iterations + len(self.history)
+        return self._first.iterations + len(self.history)
+
+    def result(self, reason: str, seconds: float) -> PAMResult:
+        """What was reached."""
+        return continued(
+            self._first, self.history, reason=reason, seconds=seconds, controls=self.at, previous=self.before, tau=self.tau,
+            momentum=self.momentum,
+        )  # fmt: skip
 
     def set_reached(self) -> None:
         """Give the parameters the coefficients that were reached."""

@@ -1,18 +1,34 @@
-"""Reports and results of proximal alternating minimisation."""
+"""Reports, results and checkpoints of proximal alternating minimisation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import firedrake as fd
 import numpy as np
 
+from fem_resnet.arguments import integer, number
+from fem_resnet.learning.problem import LearningProblem
+from fem_resnet.training.checkpoint import Numbers, State, TrainingCheckpoint, read_state, write_state
 from fem_resnet.training.gradient import Result
 from fem_resnet.training.progress import Progress
 from fem_resnet.training.proximal import ProximalGroup
 
-__all__ = ["Iteration", "PAMProgress", "PAMResult", "continued", "result_of_no_iteration"]
+__all__ = ["Iteration", "PAMProgress", "PAMResult", "continued", "read_result", "result_of_no_iteration", "write_result"]
+
+_TOOL = "train_pam"
+#: Numbers of a result by name, and the names of its arrays: those with an entry for each iteration and the start, those with
+#: one for each iteration, and those with one for each iteration and group.
+_NUMBERS: Numbers = {
+    "iterations": partial(integer, least=0), "tau": partial(number, above=0), "momentum": partial(number, least=1),
+    "seconds": partial(number, least=0),
+}  # fmt: skip
+_WITH_START, _OF_ITERATIONS, _OF_GROUPS = ("values", "gradient_norms"), ("slacks", "taus"), ("step_norms", "inner_iterations")
+_SERIES = (*_WITH_START, *_OF_ITERATIONS, *_OF_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -121,4 +137,64 @@ def continued(first: PAMResult, history: Sequence[tuple[Iteration, float, float]
         step_norms=joined(first.step_norms, [step.step_norms for step in steps]),
         inner_iterations=joined(first.inner_iterations, [step.inner_iterations for step in steps]),
         taus=joined(first.taus, [tau for _, tau, _ in history]), **changed,
+    )  # fmt: skip
+
+
+def write_result(
+    problem: LearningProblem, groups: Mapping[str, Sequence[fd.Function]], checkpoint: TrainingCheckpoint, result: PAMResult
+) -> None:
+    """Write a result as a checkpoint. Collective.
+
+    Parameters
+    ----------
+    problem, checkpoint, result
+        The learning problem, where, and what.
+    groups
+        The Functions of each group by its name, in the order of the groups.
+
+    Raises
+    ------
+    OSError
+        As of `write_state`.
+    """
+    numbers = {name: getattr(result, name) for name in _NUMBERS}
+    numbers["seconds"] = problem.net.Y.comm.bcast(result.seconds)  # the others are the same on all ranks
+    series = {name: np.ravel(getattr(result, name)) for name in _SERIES}
+    coefficients = {}
+    for name, of_groups in (("controls", result.controls), ("previous", result.previous)):
+        found = {id(f): c for functions, arrays in zip(groups.values(), of_groups) for f, c in zip(functions, arrays)}
+        coefficients[name] = [found[id(f)] for f in problem.functions]
+    write_state(problem, _TOOL, checkpoint, State(numbers, series, coefficients))
+
+
+def read_result(problem: LearningProblem, groups: Mapping[str, Sequence[fd.Function]], path: Path) -> PAMResult:
+    """Read what `write_result` wrote. Collective.
+
+    Parameters
+    ----------
+    problem, groups
+        As for `write_result`.
+    path
+        An existing file.
+
+    Raises
+    ------
+    ValueError
+        As of `read_state`.
+    """
+    state = read_state(problem, _TOOL, path, _NUMBERS, _SERIES, ["controls", "previous"])
+    count = state.numbers["iterations"]
+    shapes = dict.fromkeys(_WITH_START, (count + 1,)) | dict.fromkeys(_OF_ITERATIONS, (count,))
+    shapes |= dict.fromkeys(_OF_GROUPS, (count, len(groups)))
+    if any(array.size != np.prod(shapes[name]) for name, array in state.series.items()):
+        raise ValueError(f"resume: {path} is no checkpoint to go on from: expected the numbers of {count} iterations")
+    arrays: dict[str, Any] = {name: array.reshape(shapes[name]) for name, array in state.series.items()}
+    arrays["inner_iterations"] = arrays["inner_iterations"].astype(int)
+    lists: dict[str, Any] = {}
+    for name, coefficients in state.coefficients.items():
+        found = {id(f): c for f, c in zip(problem.functions, coefficients, strict=True)}
+        lists[name] = [[found[id(f)] for f in functions] for functions in groups.values()]
+    return PAMResult(
+        value=float(arrays["values"][-1]), gradient_norm=float(arrays["gradient_norms"][-1]), converged=False, reason="",
+        groups=tuple(groups), **state.numbers, **arrays, **lists,
     )  # fmt: skip

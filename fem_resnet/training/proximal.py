@@ -21,7 +21,7 @@ from pyadjoint import AdjFloat, Control, ReducedFunctional
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 
-from fem_resnet.arguments import flag, instance, number, real_array
+from fem_resnet.arguments import flag, number
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.training.tao import Minimiser
 
@@ -203,13 +203,6 @@ class ProximalGroup:
         """Give the parameters these coefficients, as from `get`."""
         for (parameter, k), c in zip(self._sets, coefficients):
             parameter.write(k, c)
-
-    def checked(self, coefficients: Sequence[np.ndarray], name: str) -> list[np.ndarray]:
-        """Coefficients from outside, as from `get`. A fault on one rank is raised on all. Collective."""
-        instance(name, coefficients, (list, tuple))
-        if len(coefficients) != len(self._sets):
-            raise ValueError(f"{name}: expected {len(self._sets)} arrays for {self.name}, got {len(coefficients)}")
-        return [real_array(name, c, basis.shape, comm=basis.Y.comm) for c, basis in zip(coefficients, self._bases)]
 
     def square_from(self, coefficients: Sequence[np.ndarray]) -> float:
         """|x - coefficients|^2 for the present coefficients x. Collective."""

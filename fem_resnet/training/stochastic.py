@@ -220,7 +220,6 @@ def train_stochastic(
     random = np.random.default_rng(integer("seed", seed, least=0, most=np.inf))
     check_monitor(monitor, quiet)
     checkpoint, path = checked_checkpoint(problem.net.Y.comm, checkpoint, resume)
-    clock = time.perf_counter()
     rates = step.rate * _factors(problem, schedule, epochs * -(-weighted // batch_size))
     course = _Course(problem, step, batch_size, rates, validation, path)
     for _ in range(course.epoch):
@@ -232,7 +231,7 @@ def train_stochastic(
                 if checkpoint is not None and course.epoch > begun and course.epoch % checkpoint.every == 0:
                     course.write(checkpoint)
                 seen = course.epoch == begun > 0  # by the monitor, before the training went on
-                reason = None if seen else watch.reason(course.progress(epochs, time.perf_counter() - clock))
+                reason = None if seen else watch.reason(course.progress(epochs))
                 if reason is not None:
                     break
                 if patience is not None and course.epoch - course.best >= patience:
@@ -246,7 +245,7 @@ def train_stochastic(
     return StochasticResult(
         value=course.whole(), epochs=course.epoch, steps=course.steps, best=course.best, reason=reason,
         values=np.array(course.values), validation=np.array(course.validation), rates=rates[: course.steps],
-        controls=course.kept, seconds=time.perf_counter() - clock,
+        controls=course.kept, seconds=course.seconds,
     )  # fmt: skip
 
 
@@ -281,7 +280,7 @@ class _Course:
         self, problem: LearningProblem, step: StochasticStep, batch_size: int, rates: np.ndarray, validation: Batch | None,
         path: Path | None,
     ):  # fmt: skip
-        self._problem, self._size, self._rates = problem, batch_size, rates
+        self._problem, self._size, self._rates, self._clock = problem, batch_size, rates, time.perf_counter()
         # Before anything is recorded: a batch that does not fit is refused.
         self._validated = None if validation is None else _with_batch(problem, validation)
         self.descent = Descent(problem.parameters, step)
@@ -299,6 +298,11 @@ class _Course:
             self._go_on(path)
             self._record()
 
+    @property
+    def seconds(self) -> float:
+        """Wall time since the first start, without the time between runs."""
+        return time.perf_counter() - self._clock
+
     def _record(self) -> None:
         """Record J of a mini-batch, in which the others take their places."""
         self._mini = self._problem.replace(batch=self._problem.minibatches(self._size)[0])
@@ -306,7 +310,8 @@ class _Course:
 
     def write(self, checkpoint: TrainingCheckpoint) -> None:
         """Write a checkpoint, and begin anew as one who reads it."""
-        numbers = {"epoch": self.epoch, "best": self.best, "steps": self.steps}
+        seconds = self._problem.net.Y.comm.bcast(self.seconds)
+        numbers = {"epoch": self.epoch, "best": self.best, "steps": self.steps, "seconds": seconds}
         series = {"values": np.array(self.values), "validation": np.array(self.validation)}
         state = State(numbers, series, self.descent.state | {"kept": self.kept})
         write_state(self._problem, "train_stochastic", checkpoint, state)
@@ -314,10 +319,12 @@ class _Course:
 
     def _go_on(self, path: Path) -> None:
         """Take everything from a checkpoint."""
-        known: Numbers = dict.fromkeys(("epoch", "best", "steps"), partial(integer, least=0))
+        counts = dict.fromkeys(("epoch", "best", "steps"), partial(integer, least=0))
+        known: Numbers = counts | {"seconds": partial(number, least=0)}
         groups = [*self.descent.state, "kept"]
         state = read_state(self._problem, "train_stochastic", path, known, ("values", "validation"), groups)
-        self.epoch, self.best, self.steps = (state.numbers[name] for name in known)
+        self.epoch, self.best, self.steps = (state.numbers[name] for name in counts)
+        self._clock -= state.numbers["seconds"]
         self.values, self.validation = (series.tolist() for series in state.series.values())
         expected = self.epoch + 1, 0 if self._validated is None else self.epoch + 1
         if (len(self.values), len(self.validation)) != expected or self.steps > len(self._rates):
@@ -367,12 +374,12 @@ class _Course:
         self._validate()
         return True
 
-    def progress(self, epochs: int, seconds: float) -> StochasticProgress:
+    def progress(self, epochs: int) -> StochasticProgress:
         """Where it is."""
         return StochasticProgress(
             epoch=self.epoch, epochs=epochs, value=self.values[-1],
             validation=self.validation[-1] if self.validation else None, best=self.best,
-            rate=float(self._rates[max(self.steps - 1, 0)]) if self._rates.size else 0.0, seconds=seconds,
+            rate=float(self._rates[max(self.steps - 1, 0)]) if self._rates.size else 0.0, seconds=self.seconds,
         )  # fmt: skip
 
 

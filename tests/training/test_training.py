@@ -234,11 +234,6 @@ def test_without_a_monitor_a_line_an_iteration_is_logged_on_rank_0(caplog):
         assert line.startswith(f"iteration {number:4d} of 3   J = {result.values[number]:.8e}")
 
 
-def test_progress_says_how_much_time_is_left():
-    text = str(Progress(iteration=5, iterations=20, value=0.25, gradient_norm=1e-3, seconds=10.0))
-    assert text == "iteration    5 of 20   J = 2.50000000e-01   |gradient| = 1.00e-03     30 s left"
-
-
 # -- the label measure -----------------------------------------------------------------------------------------------
 
 
