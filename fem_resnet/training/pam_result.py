@@ -184,8 +184,9 @@ def read_result(problem: LearningProblem, groups: Mapping[str, Sequence[fd.Funct
     """
     state = read_state(problem, _TOOL, path, _NUMBERS, _SERIES, ["controls", "previous"])
     count = state.numbers["iterations"]
-    shapes = dict.fromkeys(_WITH_START, (count + 1,)) | dict.fromkeys(_OF_ITERATIONS, (count,))
-    shapes |= dict.fromkeys(_OF_GROUPS, (count, len(groups)))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_WITH_START, (count + 1,))
+    shapes |= dict.fromkeys(_OF_ITERATIONS, (count,))
+    shapes |= {name: (count, len(groups)) for name in _OF_GROUPS}
     if any(array.size != np.prod(shapes[name]) for name, array in state.series.items()):
         raise ValueError(f"resume: {path} is no checkpoint to go on from: expected the numbers of {count} iterations")
     arrays: dict[str, Any] = {name: array.reshape(shapes[name]) for name, array in state.series.items()}
