@@ -75,7 +75,7 @@ def sigma_formulas(activation: Activation) -> tuple[list, list[float]]:
         if activation.name == "elu":
             alpha = dict(activation.parameters)["alpha"]
             return [["Mul", alpha, ["Add", ["exp", "s"], -1.0]], "s"], [0.0]
-        return _BUILT_IN[activation.name]
+        return _BUILT_IN[activation.name]  # type: ignore[return-value]  # lists, the second of numbers
     found = parts(activation.expression, 0)
     return [_numbers(part.formula) for part in found], [part.right for part in found[:-1]]
 

@@ -92,7 +92,7 @@ def _write(path: Path, kind: str, arrays: dict[str, np.ndarray], precision: str)
             part.write_bytes(model.SerializeToString())
         return
     with aside(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
     with aside(path.with_name("predict.py")) as part:
         part.write_text((files("fem_resnet.export") / "predict.py").read_text())
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 from mpi4py import MPI
 
 from fem_resnet.arguments import instance
@@ -208,11 +209,17 @@ def _primitive(name: str, compute: Callable[..., Any], shapes: Callable[..., Any
         found = shapes(*(x.shape for x in arguments), **parameters)
         return [make(shape, jnp.float64) for shape in found] if several else make(found, jnp.float64)
 
-    def call(*arguments, **parameters):
-        def run(*given):
-            return compute(*(np.ascontiguousarray(x) for x in given), **parameters)
+    def run(*arguments, **parameters):
+        return compute(*(np.ascontiguousarray(x) for x in arguments), **parameters)
 
-        return jax.pure_callback(run, results(arguments, parameters, jax.ShapeDtypeStruct), *arguments)
+    def now(*arguments, **parameters):
+        # Outside of `jit` Python calls Python: a callback would be compiled anew at each call.
+        found = run(*arguments, **parameters)
+        return list(map(jnp.asarray, found)) if several else jnp.asarray(found)
+
+    def later(*arguments, **parameters):
+        shapes = results(arguments, parameters, jax.ShapeDtypeStruct)
+        return jax.pure_callback(partial(run, **parameters), shapes, *arguments)
 
     def batched(arguments, dims, **parameters):
         front = [x if dim is None else jnp.moveaxis(x, dim, 0) for x, dim in zip(arguments, dims)]
@@ -222,12 +229,15 @@ def _primitive(name: str, compute: Callable[..., Any], shapes: Callable[..., Any
             rest = iter(rest)
             return primitive.bind(*(x if dim is None else next(rest) for x, dim in zip(front, dims)), **parameters)
 
-        found = jax.lax.map(one, mapped)
+        if any(isinstance(x, DynamicJaxprTracer) for x in mapped):
+            found = jax.lax.map(one, mapped)  # in `jit`, where it keeps the order of the calls
+        else:
+            found = jax.tree.map(lambda *each: jnp.stack(each), *map(one, zip(*mapped)))
         return found, [0] * len(found) if several else 0
 
-    primitive.def_impl(call)
+    primitive.def_impl(now)
     primitive.def_abstract_eval(lambda *arguments, **parameters: results(arguments, parameters, jax.core.ShapedArray))
-    mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=several))
+    mlir.register_lowering(primitive, mlir.lower_fun(later, multiple_results=several))
     batching.primitive_batchers.update({primitive: batched})
     return primitive
 

@@ -158,7 +158,7 @@ def _write(problem: LearningProblem, comm: MPI.Comm, path: Path, tool: str, ever
     part = path.with_name(path.name + ".part")
     try:
         on_first(comm, lambda: part.write_bytes(head))
-        file = in_step(comm, lambda: MPI.File.Open(comm, str(part), MPI.MODE_WRONLY))
+        file = in_step(comm, lambda: MPI.File.Open(comm, str(part), MPI.MODE_WRONLY))  # type: ignore[arg-type]
 
         def write() -> None:
             for place, parted, array in zip(layout.places, layout.parted, arrays):
