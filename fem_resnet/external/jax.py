@@ -360,16 +360,20 @@ def _curvature_transpose(w, l, *mv, function):
     return [None] * (1 + len(m)) + _only_where_asked(_curvature.bind(l, *m, *_filled(w), function=function), v)
 
 
-ad.primitive_jvps |= {
-    _value: _value_jvp,
-    _tangent: _tangent_jvp,
-    _adjoint: _adjoint_jvp,
-    _curvature: _curvature_jvp,
-    _second_tangent: partial(_refuse, "third derivative"),
-}
-ad.primitive_transposes |= {
-    _tangent: _tangent_transpose,
-    _adjoint: _adjoint_transpose,
-    _curvature: _curvature_transpose,
-    _second_tangent: _second_tangent_transpose,
-}
+ad.primitive_jvps.update(
+    {
+        _value: _value_jvp,
+        _tangent: _tangent_jvp,
+        _adjoint: _adjoint_jvp,
+        _curvature: _curvature_jvp,
+        _second_tangent: partial(_refuse, "third derivative"),
+    }
+)
+ad.primitive_transposes.update(
+    {
+        _tangent: _tangent_transpose,
+        _adjoint: _adjoint_transpose,
+        _curvature: _curvature_transpose,
+        _second_tangent: _second_tangent_transpose,
+    }
+)
