@@ -91,7 +91,7 @@ nitpick_ignore_regex = [
     ("py:class", r"firedrake\.(adjoint|checkpointing|ensemble)\.[\w.]+"),
     ("py:class", r"scipy\.sparse\._\w+\.\w+"),
     ("py:class", r"(ufl\.form|ufl\.core\.expr|numpy\.random\._generator)\.\w+"),
-    ("py:class", r"(torch\.Tensor|onnx\.ModelProto|firedrake\.matrix\.Matrix|ufl\.core\.interpolate\.Interpolate)"),
+    ("py:class", r"(torch\.Tensor|jax\.Array|onnx\.ModelProto|firedrake\.matrix\.Matrix|ufl\.core\.interpolate\.Interpolate)"),
     ("py:class", r"(numpy\.random\.mtrand\.RandomState|matplotlib\.colorizer\._ScalarMappable|tuple\[float)"),
     ("py:class", r"type\[.*numpy\._typing.*"),
 ]

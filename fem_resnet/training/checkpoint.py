@@ -1,4 +1,4 @@
-"""Checkpoints of a training: files from which it goes on bit by bit, on the same ranks.
+"""Checkpoints of a training: files from which it goes on with the same numbers, on the same ranks.
 
 A training with checkpoints begins anew at each of them: its functional is recorded again, and a method that remembers earlier
 steps without giving them away, such as L-BFGS, forgets them. It does so in a run that nothing interrupts too. So what follows

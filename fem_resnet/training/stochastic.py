@@ -186,7 +186,7 @@ def train_stochastic(
         Where all that the training goes on from is written, and every how many epochs; J is recorded anew there.
     resume
         The file of a checkpoint, from which the training goes on in place of the present parameters, as of `train`: with the
-        same arguments, on as many ranks, bit by bit. Epochs after the last checkpoint are made again.
+        same arguments, on as many ranks, as in one run. Epochs after the last checkpoint are made again.
 
     Returns
     -------
