@@ -177,8 +177,8 @@ def train(
     resume
         The file of a checkpoint, from which the training goes on in place of the present parameters. With the same arguments,
         on as many ranks, all that follows is as in the run that wrote it, but for a last digit. Iterations after the last
-        checkpoint are made again. If `checkpoint` is left out, checkpoints go on to the same file. `Result` counts iterations and seconds
-        from the first start.
+        checkpoint are made again. If `checkpoint` is left out, checkpoints go on to the same file. `Result` counts iterations
+        and seconds from the first start.
 
     Returns
     -------
