@@ -17,7 +17,7 @@ MODULES = [
     for path in sorted(PACKAGE.rglob("*.py"))
     if ">>>" in path.read_text()
 ]
-#: tests/external/test_pages.py has those that need PyTorch or JAX.
+#: tests/external/test_pages.py has those on PyTorch and JAX; that of exports reads a file that is not there.
 ELSEWHERE = ("fem_resnet.external.torch", "fem_resnet.external.jax", "fem_resnet.export.torch_module")
 MODULES = [name for name in MODULES if name not in ELSEWHERE]
 

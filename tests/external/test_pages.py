@@ -20,7 +20,7 @@ def test_the_code_on_the_page_runs_and_prints_what_it_says():
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", ["external.torch", "external.jax", "export.torch_module"])
+@pytest.mark.parametrize("name", ["external.torch", "external.jax"])
 def test_examples_in(name, capsys):
     module = import_module(f"fem_resnet.{name}")
     tested = doctest.testmod(module)
