@@ -79,7 +79,7 @@ def test_a_fitted_estimator_pickles_and_a_clone_learns_the_same(rng):
     assert_allclose(again.predict_proba(X), fitted.predict_proba(X), atol=1e-8)  # two runs of the eigensolver
     other = clone(fitted)
     assert not hasattr(other, "domain_") and other.get_params()["domain"] is CIRCLE
-    assert_array_equal(other.fit(X, y).predict_proba(X), fitted.predict_proba(X))
+    assert_allclose(other.fit(X, y).predict_proba(X), fitted.predict_proba(X), atol=1e-10)  # round-off, after ten iterations
 
 
 def test_it_stands_in_pipelines_and_searches_in_two_processes(rng):
