@@ -18,7 +18,7 @@ The others need values at the same points: days are interpolated linearly to eve
 
     containers/run python demos/untuned.py            (about a quarter of an hour of a core; --short for 20 s)
 
-It writes a table to untuned.txt, beside this file, and a figure to demos/output/. Errors are those of test samples: the part
+It writes a table and a figure to demos/output/. Errors are those of test samples: the part
 of wrong classes, the root mean square error over the deviation of the numbers, the mean of relative errors in L2 of functions.
 """
 
@@ -313,7 +313,7 @@ def main(short=False):
             output.mkdir(exist_ok=True)
             draw(output / "untuned.png", found)
             if not short:  # after each seed: a run may be cut short
-                Path(__file__).with_suffix(".txt").write_text("\n".join(table(found)) + "\n\n" + NOTE)
+                (output / "untuned.txt").write_text("\n".join(table(found)) + "\n\n" + NOTE)
     if first:
         print("\n".join(table(found)))
     ours = {name: float(np.mean(found[name, "estimator"], axis=0)[0]) for name in PROBLEMS}
