@@ -1011,6 +1011,8 @@ DOORS = {
             "monitor": stop,
             "quiet": False,
             "start": None,
+            "checkpoint": None,
+            "resume": None,
         },
         takes={
             "solver_parameters": OPTIONS,
@@ -1022,6 +1024,8 @@ DOORS = {
             "monitor": {"None", "a function"},
             "quiet": FLAG,
             "start": {"None"},
+            "checkpoint": {"None"},
+            "resume": PATH | {"None"},
         },
         parted=("problem",),
         another={
@@ -1030,6 +1034,8 @@ DOORS = {
             "batches": [classes().batch],
             "options_prefix": "mine",
             "monitor": None,
+            "checkpoint": TrainingCheckpoint("another"),
+            "resume": "another",
         },
     ),
     "ProximalStep": Door(
