@@ -29,12 +29,46 @@ import sympy
 if TYPE_CHECKING:  # an activation, whose arguments are checked too, needs no MPI
     from mpi4py import MPI
 
-__all__ = ["draw_on_first", "in_step", "leave_together", "may_fail_alone", "on_first", "same", "together"]
+__all__ = ["draw_on_first", "in_step", "leave_together", "may_fail_alone", "on_first", "same", "together", "watched"]
 
 _T = TypeVar("_T")
+_Comm = TypeVar("_Comm", bound="MPI.Comm")
 
 #: Seconds that a rank with an error waits for the others. Then it assumes that they wait in a call that it has left.
 _PATIENCE = 30.0
+#: Seconds that a rank waits for the others before a collective call that is watched; 0 where none is.
+_WATCH = float(os.environ.get("FEM_RESNET_WATCH") or 0)
+
+
+def watched(comm: _Comm) -> _Comm:
+    """The communicator, whose collective calls are watched where ``FEM_RESNET_WATCH`` is set. Collective then.
+
+    ``FEM_RESNET_WATCH=30 mpiexec -n 4 python script.py`` looks for what hangs. Before each collective call of the package the
+    ranks tell each other what they are about to call, and from which line. Where these differ, all raise a RuntimeError that
+    lists them. Where a rank does not come within 30 seconds, those that wait write their stacks to standard error and end the
+    job; the ranks that did not come write theirs when MPI ends them.
+
+    Parameters
+    ----------
+    comm
+        A communicator.
+
+    Returns
+    -------
+    mpi4py.MPI.Comm
+        The same communicator of MPI; without the variable, or with one rank, the same object too.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI
+    >>> watched(MPI.COMM_SELF).allreduce(3)
+    3
+    """
+    if not _WATCH or comm.size == 1:
+        return comm
+    from fem_resnet.watch import Watched  # needs MPI, which numbers alone do not
+
+    return comm if isinstance(comm, Watched) else Watched(comm, _WATCH)  # type: ignore[arg-type, return-value]  # the same to MPI
 
 
 def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:
@@ -63,6 +97,7 @@ def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:
     """
     if comm is None or comm.size == 1:
         return run()
+    comm = watched(comm)
     result, error = _caught(run)
     _raise_first(comm, error)
     return result
@@ -79,7 +114,7 @@ def on_first(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
     The result is pickled: keep it small.
     """
     result = together(comm, run if comm.rank == 0 else lambda: None)
-    return comm.bcast(result) if comm.size > 1 else result
+    return watched(comm).bcast(result) if comm.size > 1 else result
 
 
 def draw_on_first(comm: MPI.Comm, draw: Callable[[], None]) -> None:
@@ -117,6 +152,7 @@ def in_step(comm: MPI.Comm, run: Callable[[], _T]) -> _T:
     """
     if comm.size == 1:
         return run()
+    comm = watched(comm)
     result, error = _caught(run)
     if error is None:
         leave_together(comm)
@@ -203,6 +239,7 @@ def same(comm: MPI.Comm | None, **arguments: Any) -> None:
     """
     if comm is None or comm.size == 1:
         return
+    comm = watched(comm)
     errors: list[BaseException] = []
     mine = np.array([_digest_or_failed(value, errors) for value in arguments.values()], dtype=np.uint64)
     # All are equal where the largest of the complements is the complement of the largest.

@@ -1,5 +1,6 @@
 """Decisions of all ranks: an error of one is raised on all, rank 0 works for all, arguments are compared."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from helpers import without_mpi
 
 from fem_resnet import NormBounded, get_activation
 from fem_resnet.arguments import instance
-from fem_resnet.ranks import in_step, on_first, same, together
+from fem_resnet.ranks import in_step, on_first, same, together, watched
 from fem_resnet.time_stepping.stepper import StepFailure
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -90,13 +91,57 @@ fem_resnet.ranks.in_step(comm, run)
 """
 
 
+def on_two_ranks(script, **environment):
+    command = ["mpiexec", "-n", "2", sys.executable, "-c", script]
+    environment |= without_mpi() | {"OMPI_MCA_mpi_yield_when_idle": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
 def test_in_step_a_rank_for_which_others_wait_ends_them_with_a_sentence(second_core):
-    command = ["mpiexec", "-n", "2", sys.executable, "-c", WAITS]
-    result = subprocess.run(
-        command, env=without_mpi() | {"OMPI_MCA_mpi_yield_when_idle": "1"}, capture_output=True, text=True, timeout=60
-    )
+    result = on_two_ranks(WAITS)
     assert result.returncode == 1
     assert "OSError on rank 1, while the others wait for it: no room\n" in result.stderr
+
+
+#: What rank 1 does while rank 0 calls `allreduce`.
+WATCHED = """
+import firedrake as fd
+from fem_resnet import LabelSpace
+from fem_resnet.ranks import on_first, same
+Y = LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(2), "DG", 0))
+
+def other_line():
+    return Y.comm.allreduce(2)
+
+on_first(Y.comm, lambda: 3)
+same(Y.comm, what=4)
+if Y.comm.rank == 1:
+    {}
+else:
+    Y.comm.allreduce(1)
+"""
+
+
+def test_watched_ranks_that_make_different_calls_are_told_of_both(second_core):
+    result = on_two_ranks(WATCHED.format("other_line()"), FEM_RESNET_WATCH="20")
+    assert result.returncode != 0
+    told = "got\nrank 0: allreduce in <string>, line 15\nrank 1: allreduce in <string>, line 8\n"
+    assert result.stderr.count(f"RuntimeError: ranks: expected the same collective call from the same line, {told}") == 2, (
+        result.stderr
+    )
+
+
+def test_watched_ranks_that_wait_and_one_that_does_not_come_write_where_they_are(second_core):
+    result = on_two_ranks(WATCHED.format("fd.COMM_WORLD.recv(source=0)"), FEM_RESNET_WATCH="3")
+    assert result.returncode != 0
+    waits, misses = result.stderr.split("Current thread", 1)
+    assert "rank 0 has waited 3 s for others to call allreduce in <string>, line 15" in waits, result.stderr
+    assert re.search(r'File "<string>", line 13 in <module>', misses), result.stderr
+
+
+@pytest.mark.parallel([1, 2])
+def test_nothing_is_watched_unless_it_is_asked_for():
+    assert watched(COMM_WORLD) is COMM_WORLD
 
 
 @on_ranks

@@ -36,7 +36,7 @@ from fem_resnet.parameters.known_kernel_sets import ARRAYS
 from fem_resnet.parameters.space_basis import NodalValues, StateValues
 from fem_resnet.parameters.subspace import ELEMENTS, from_arrays
 from fem_resnet.petsc import check_plex
-from fem_resnet.ranks import in_step, on_first, same, together
+from fem_resnet.ranks import in_step, on_first, same, together, watched
 
 __all__ = ["load", "load_lift"]
 
@@ -228,7 +228,7 @@ def _load_label_space(file: fd.CheckpointFile, mesh: fd.MeshGeometry) -> LabelSp
     function = file.load_function(mesh, "label_space")
     V = function.function_space()
     numbers = np.rint(function.dat.data_ro).astype(int)
-    if V.mesh().comm.allreduce(numbers.max(initial=-1), op=MPI.MAX) < 0:
+    if watched(V.mesh().comm).allreduce(numbers.max(initial=-1), op=MPI.MAX) < 0:
         return LabelSpace(V)
     size = V.dof_dset.layout_vec.getSize()
     parts = tuple(_read(file, f"graph_{name}") for name in GRAPH)

@@ -33,7 +33,7 @@ from fem_resnet.label_domain.located_points import located_points
 from fem_resnet.label_domain.nodal_space import WHAT_WORKS, check_space
 from fem_resnet.label_domain.other_spaces import AtNodes
 from fem_resnet.petsc import apply_columns
-from fem_resnet.ranks import same, together
+from fem_resnet.ranks import same, together, watched
 
 __all__ = ["LabelSpace", "check_label_space"]
 
@@ -101,7 +101,7 @@ class LabelSpace(OnMesh):
     ):
         if not isinstance(V, fd.functionspaceimpl.WithGeometry):
             raise TypeError(f"V: expected a FunctionSpace, got {type(V).__name__}")
-        self.comm = V.mesh().comm
+        self.comm = watched(V.mesh().comm)
         same(self.comm, numbers=numbers is None, graph=graph)
         check_space(V, neighbours=numbers is None)
         self.V = V

@@ -21,6 +21,7 @@ from ufl import H1
 
 from fem_resnet.fixed import OnMesh
 from fem_resnet.petsc import apply_columns
+from fem_resnet.ranks import watched
 
 __all__ = ["LocatedPoints", "located_points"]
 
@@ -44,7 +45,7 @@ class LocatedPoints(OnMesh):
     """
 
     def __init__(self, V: fd.functionspaceimpl.WithGeometry, size: int, numbers: np.ndarray):
-        self.V, self.comm = V, V.mesh().comm
+        self.V, self.comm = V, watched(V.mesh().comm)
         self._size, self._numbers = size, numbers
         found = np.zeros(size)
         found[numbers] = 1
@@ -187,15 +188,15 @@ class _OnSurface(LocatedPoints):
             asked = np.ascontiguousarray(np.column_stack([asked, found]))
         empty = (np.zeros(0, int), np.zeros(0, int), np.zeros((0, dimension)), np.zeros(0))
         number, cell, at, distance = (np.concatenate(parts) for parts in zip(empty, *candidates))
-        nearest = _smallest(V.mesh().comm, len(points), number, distance)
+        nearest = _smallest(watched(V.mesh().comm), len(points), number, distance)
         # In front of an edge two cells are as near. The one whose middle comes first is taken, on any number of ranks.
         middle = x[cell].mean(axis=1) @ np.sqrt(1.0 + np.arange(points.shape[1]))
         middle = np.where(distance <= nearest[number] + 1e-8 * sizes[cell], middle, np.inf)
-        first = _smallest(V.mesh().comm, len(points), number, middle)
+        first = _smallest(watched(V.mesh().comm), len(points), number, middle)
         chosen = np.flatnonzero(np.isfinite(middle) & (middle <= first[number] + 1e-8 * sizes[cell]))
         mine = np.full(len(points), -1)
         mine[number[chosen]] = chosen
-        owner = np.array(V.mesh().comm.allgather(mine >= 0)).argmax(axis=0)
+        owner = np.array(watched(V.mesh().comm).allgather(mine >= 0)).argmax(axis=0)
         mine = mine[(mine >= 0) & (owner == V.mesh().comm.rank)]
         numbers, cells, places = number[mine], cell[mine], at[mine]
         self._cells, self._places, self._x = cells, places, x[cells]

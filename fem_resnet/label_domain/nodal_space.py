@@ -15,6 +15,8 @@ import ufl
 from finat.element_factory import create_element
 from mpi4py import MPI
 
+from fem_resnet.ranks import watched
+
 __all__ = ["WHAT_WORKS", "check_space"]
 
 #: A weight of the reference cell below this part of the cell's measure is zero up to round-off.
@@ -123,7 +125,7 @@ def _is_folded(mesh: fd.MeshGeometry) -> bool:
         sides.append(inward[:, 0] if dimension == 1 else along[k][:, 0] * inward[:, 1] - along[k][:, 1] * inward[:, 0])
     if dimension == 2:  # the two cells may go along their facet in opposite directions
         sides[1] = sides[1] * np.sign(np.sum(along[0] * along[1], axis=1))
-    return mesh.comm.allreduce(bool((sides[0] * sides[1] >= 0).any()), op=MPI.LOR)
+    return watched(mesh.comm).allreduce(bool((sides[0] * sides[1] >= 0).any()), op=MPI.LOR)
 
 
 def _corner_nodes(mesh: fd.MeshGeometry) -> tuple[np.ndarray, np.ndarray] | None:

@@ -14,7 +14,7 @@ from pyadjoint.tape import stop_annotating
 from ufl import H1
 
 from fem_resnet.label_domain.located_points import LocatedPoints, located_points
-from fem_resnet.ranks import together
+from fem_resnet.ranks import together, watched
 
 __all__ = ["AtNodes"]
 
@@ -35,7 +35,7 @@ class AtNodes:
 
     def __init__(self, V: fd.functionspaceimpl.WithGeometry, coordinates: np.ndarray):
         self._V, self._coordinates = V, coordinates
-        self._comm = V.mesh().comm
+        self._comm = watched(V.mesh().comm)
         self._located: dict[fd.functionspaceimpl.WithGeometry, tuple[LocatedPoints, slice]] = {}
 
     def values(self, function: fd.Function, name: str) -> np.ndarray:

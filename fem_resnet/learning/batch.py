@@ -14,14 +14,14 @@ from mpi4py import MPI
 from fem_resnet.arguments import instance, integer, integer_array, number
 from fem_resnet.fixed import read_only
 from fem_resnet.label_domain.sample_weights import sample_weights
-from fem_resnet.ranks import same
+from fem_resnet.ranks import same, watched
 
 __all__ = ["Batch", "Derivatives", "Observations"]
 
 
 def _comm_of(name: str, batch: object) -> MPI.Comm:
     """That of a batch from outside."""
-    return instance(name, batch, fd.Function, "Y.batch(values) makes one").function_space().mesh().comm
+    return watched(instance(name, batch, fd.Function, "Y.batch(values) makes one").function_space().mesh().comm)
 
 
 def _frozen(given: object) -> object:

@@ -50,7 +50,7 @@ from fem_resnet.network.run import Run
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import StateValues
 from fem_resnet.parameters.time_basis import AtStart
-from fem_resnet.ranks import same, together
+from fem_resnet.ranks import same, together, watched
 from fem_resnet.tape.checkpoints import Checkpoints, enable_checkpointing, manager_of, schedule_of
 from fem_resnet.tape.operator_block import DERIVATIVE_FIRST, OperatorBlock
 from fem_resnet.tape.recording import gauss_newton
@@ -193,7 +193,7 @@ class LearningProblem(OnMesh):
     @property
     def comm(self) -> MPI.Comm:
         """The communicator of all ranks that take part: those of all members of an ensemble."""
-        return self.net.Y.comm if self.ensemble is None else self.ensemble.global_comm
+        return self.net.Y.comm if self.ensemble is None else watched(self.ensemble.global_comm)
 
     @property
     def batch(self) -> Batch:
@@ -259,7 +259,7 @@ class LearningProblem(OnMesh):
     def evaluate(self) -> tuple[AdjFloat, Run]:
         """J at the current parameters, and the run behind it; recorded while annotating, but for the sum over an ensemble."""
         J, run, *_ = self._evaluate(None if annotate_tape() else self._seen_by)  # a user's tape may go on from f(T)
-        return J if self.ensemble is None else AdjFloat(self.ensemble.ensemble_comm.allreduce(float(J))), run
+        return J if self.ensemble is None else AdjFloat(watched(self.ensemble.ensemble_comm).allreduce(float(J))), run
 
     def initial_state(self, inputs: fd.Function | None = None) -> fd.Function:
         """f_I: the inputs of the batch, or what the lift makes of them; recorded while annotating. Collective.
@@ -335,7 +335,7 @@ class LearningProblem(OnMesh):
     @property
     def _share(self) -> float:
         """The part of all weights that this member's samples have."""
-        comm, given = self.ensemble.ensemble_comm, self.batch.weights
+        comm, given = watched(self.ensemble.ensemble_comm), self.batch.weights
         weights = np.ones(self.batch.samples) if given is None else np.asarray(given, dtype=float)
         own = float(np.sum(weights / comm.allreduce(weights.max(), op=MPI.MAX)))  # the sum of large ones may overflow
         return own / comm.allreduce(own)

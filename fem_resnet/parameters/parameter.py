@@ -31,7 +31,7 @@ from fem_resnet.arguments import flag, instance, integer, real_array, text
 from fem_resnet.fixed import OnMesh
 from fem_resnet.parameters.space_basis import Replicated, SpaceBasis, new_cofunction
 from fem_resnet.parameters.time_basis import PointInTime, TimeBasis
-from fem_resnet.ranks import same
+from fem_resnet.ranks import same, watched
 
 __all__ = ["Parameter"]
 
@@ -318,7 +318,7 @@ class _Control(Control):
             return False
         # All ranks make a new Function, or none does: objects that wait for the garbage collector may hold it on some ranks.
         alone = _references(variable) == _OWN_REFERENCES
-        return value.function_space().mesh().comm.allreduce(alone, op=MPI.LAND)
+        return watched(value.function_space().mesh().comm).allreduce(alone, op=MPI.LAND)
 
     def get_derivative(self, apply_riesz=False):
         functional = self.block_variable.adj_value

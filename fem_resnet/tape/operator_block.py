@@ -23,6 +23,7 @@ from pyadjoint import AdjFloat, Block
 from pyadjoint.block_variable import BlockVariable
 
 from fem_resnet.parameters.space_basis import NodalValues, Slot, read_all
+from fem_resnet.ranks import watched
 from fem_resnet.tape.checkpoints import is_leaf
 from fem_resnet.tape.operator import Operator, made, parts
 
@@ -113,7 +114,7 @@ class OperatorBlock(Block):
     def _has_changed(self, inputs: Sequence[fd.Function]) -> bool:
         """Whether the inputs have changed since the latest solve. Collective: one rank alone may have touched the data."""
         changed = self._solved != [version_of(function) for function in inputs]
-        comm = inputs[0].function_space().mesh().comm if inputs else MPI.COMM_SELF
+        comm = watched(inputs[0].function_space().mesh().comm) if inputs else MPI.COMM_SELF
         return comm.allreduce(changed, op=MPI.LOR) if comm.size > 1 else changed
 
     def refuse_changed(self, what: str) -> None:

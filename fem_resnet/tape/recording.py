@@ -12,6 +12,7 @@ from pyadjoint import AdjFloat, Tape
 from pyadjoint.block_variable import BlockVariable
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
+from fem_resnet.ranks import watched
 from fem_resnet.tape.checkpoints import manager_of
 from fem_resnet.tape.operator import Operator, parts
 from fem_resnet.tape.operator_block import OperatorBlock, read
@@ -74,7 +75,7 @@ def _renew_if_changed(function: fd.Function) -> None:
     variable = function.block_variable
     if variable.creation_timestep == -1 and isinstance(variable.checkpoint, fd.Function):
         same = np.array_equal(variable.checkpoint.dat.data_ro, function.dat.data_ro)
-        if not function.function_space().mesh().comm.allreduce(same, op=MPI.LAND):
+        if not watched(function.function_space().mesh().comm).allreduce(same, op=MPI.LAND):
             function.clear_block_variable()
 
 

@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from fem_resnet.arguments import instance
 from fem_resnet.learning.problem import LearningProblem
-from fem_resnet.ranks import same, together
+from fem_resnet.ranks import same, together, watched
 
 __all__ = ["DealtLayers"]
 
@@ -52,8 +52,8 @@ class DealtLayers:
     def __init__(self, problem: LearningProblem, ensemble: fd.Ensemble | None, **arguments: Any):
         instance("ensemble", ensemble, (fd.Ensemble, NoneType))
         net = problem.net
-        self._members = None if ensemble is None else ensemble.ensemble_comm
-        self.comm = net.Y.comm if ensemble is None else ensemble.global_comm
+        self._members = None if ensemble is None else watched(ensemble.ensemble_comm)
+        self.comm = net.Y.comm if ensemble is None else watched(ensemble.global_comm)
         self._layers = net.layers
         if ensemble is None:
             return
@@ -66,7 +66,7 @@ class DealtLayers:
             )
         # Values at nodes are sent from rank to rank.
         x = net.Y.coordinates
-        if not self.comm.allreduce(np.array_equal(x, ensemble.ensemble_comm.bcast(x)), op=MPI.LAND):
+        if not self.comm.allreduce(np.array_equal(x, watched(ensemble.ensemble_comm).bcast(x)), op=MPI.LAND):
             raise ValueError("problem: expected the same label domain with the same nodes on all members, got others on one")
         same(self.comm, layers=self._layers, **arguments)
 

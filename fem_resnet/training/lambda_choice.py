@@ -33,7 +33,7 @@ from fem_resnet.label_domain.sample_weights import sample_weights
 from fem_resnet.learning.batch import Batch
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
-from fem_resnet.ranks import together
+from fem_resnet.ranks import together, watched
 from fem_resnet.training.gradient import train
 from fem_resnet.training.signals import Signals
 
@@ -271,7 +271,7 @@ class _Path:
         with stop_annotating():
             R = float(self.problem.regulariser(self.problem.penalised()))
         ensemble = self.problem.ensemble
-        return R if ensemble is None else ensemble.ensemble_comm.allreduce(R) / ensemble.ensemble_comm.size
+        return R if ensemble is None else watched(ensemble.ensemble_comm).allreduce(R) / ensemble.ensemble_comm.size
 
     def until(self, noise: float, minima: list[_Minimum]) -> list[_Minimum]:
         """With more minima, among which is one whose misfit is the noise."""

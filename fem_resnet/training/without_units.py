@@ -25,6 +25,8 @@ from pyadjoint import AdjFloat, Control
 from pyadjoint.enlisting import Enlist
 from pyadjoint.reduced_functional import AbstractReducedFunctional
 
+from fem_resnet.ranks import watched
+
 __all__ = ["WithoutUnits", "scaled"]
 
 
@@ -109,7 +111,7 @@ class WithoutUnits(AbstractReducedFunctional):
         """The factor of Riesz maps for this first derivative."""
         steepness = 0.0
         for control, functional in zip(self._controls, functionals):
-            comm = control.control.function_space().mesh().comm
+            comm = watched(control.control.function_space().mesh().comm)
             steepness += comm.allreduce(float(np.sum(functional.dat.data_ro * control.riesz_map(functional).dat.data_ro)))
         return 2 / max(2.0, steepness)
 

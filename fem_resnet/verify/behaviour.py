@@ -16,7 +16,7 @@ from fem_resnet.arguments import instance
 from fem_resnet.costate.comparison import costate_check
 from fem_resnet.learning.loss import least_squares
 from fem_resnet.learning.problem import LearningProblem
-from fem_resnet.ranks import together
+from fem_resnet.ranks import together, watched
 from fem_resnet.tape.checkpoints import is_leaf
 from fem_resnet.time_stepping.evolution import TYPES
 from fem_resnet.time_stepping.methods import METHODS
@@ -106,7 +106,7 @@ def controls(point: Point) -> Checks:
 
 def _largest(leaf: fd.Function) -> float:
     """The largest absolute value of a Function. Collective."""
-    comm = leaf.function_space().mesh().comm
+    comm = watched(leaf.function_space().mesh().comm)
     return comm.allreduce(float(np.abs(leaf.dat.data_ro).max(initial=0.0)), op=MPI.MAX)
 
 
