@@ -39,6 +39,9 @@ _PATIENCE = 30.0
 #: Seconds that a rank waits for the others before a collective call that is watched; 0 where none is.
 _WATCH = float(os.environ.get("FEM_RESNET_WATCH") or 0)
 
+if _WATCH:  # it needs MPI, as numbers alone do not
+    from fem_resnet.watch import Watched
+
 
 def watched(comm: _Comm) -> _Comm:
     """The communicator, whose collective calls are watched where ``FEM_RESNET_WATCH`` is set. Collective then.
@@ -64,11 +67,9 @@ def watched(comm: _Comm) -> _Comm:
     >>> watched(MPI.COMM_SELF).allreduce(3)
     3
     """
-    if not _WATCH or comm.size == 1:
+    if not _WATCH or comm.size == 1 or isinstance(comm, Watched):
         return comm
-    from fem_resnet.watch import Watched  # needs MPI, which numbers alone do not
-
-    return comm if isinstance(comm, Watched) else Watched(comm, _WATCH)  # type: ignore[arg-type, return-value]  # the same to MPI
+    return Watched(comm, _WATCH)  # type: ignore[arg-type, return-value]  # to MPI it is the same
 
 
 def together(comm: MPI.Comm | None, run: Callable[[], _T]) -> _T:

@@ -42,6 +42,7 @@ class Watched(MPI.Intracomm):
         Seconds that a rank waits for the others.
     """
 
+    __module__ = MPI.__name__  # petsc4py takes no communicators of other modules
     patience: float
 
     def __new__(cls, comm: MPI.Intracomm, patience: float) -> Watched:

@@ -13,7 +13,7 @@ from helpers import without_mpi
 
 from fem_resnet import NormBounded, get_activation
 from fem_resnet.arguments import instance
-from fem_resnet.ranks import in_step, on_first, same, together, watched
+from fem_resnet.ranks import in_step, on_first, same, together
 from fem_resnet.time_stepping.stepper import StepFailure
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -137,11 +137,6 @@ def test_watched_ranks_that_wait_and_one_that_does_not_come_write_where_they_are
     waits, misses = result.stderr.split("Current thread", 1)
     assert "rank 0 has waited 3 s for others to call allreduce in <string>, line 15" in waits, result.stderr
     assert re.search(r'File "<string>", line 13 in <module>', misses), result.stderr
-
-
-@pytest.mark.parallel([1, 2])
-def test_nothing_is_watched_unless_it_is_asked_for():
-    assert watched(COMM_WORLD) is COMM_WORLD
 
 
 @on_ranks
