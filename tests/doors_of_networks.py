@@ -1057,6 +1057,8 @@ DOORS = {
             "seed": 3,
             "monitor": stop,
             "quiet": False,
+            "checkpoint": None,
+            "resume": None,
         },
         takes={
             "iterations": {"zero"},
@@ -1067,9 +1069,16 @@ DOORS = {
             "seed": {"zero", "a huge integer"},
             "monitor": {"None", "a function"},
             "quiet": FLAG,
+            "checkpoint": {"None"},
+            "resume": PATH | {"None"},
         },
         parted=("problem",),
-        another={"eliminate": None, "monitor": None},
+        another={
+            "eliminate": None,
+            "monitor": None,
+            "checkpoint": TrainingCheckpoint("another"),
+            "resume": "another",
+        },
     ),
     "train_stochastic": Door(
         train_stochastic,

@@ -172,3 +172,13 @@ def observations(head: Head, prediction: str, samples: int) -> fd.Function:
     if prediction == "softmax":
         C = C / head.Y.sum(head.Y.weights @ C)
     return head.Y.batch(C)
+
+
+def squares():
+    """A map from fields to fields."""
+    phi = laplace("disk", "CG1", 6)
+    net = ResidualNetwork(phi, bias=phi, layers=2)
+    net.start("random smooth", gain=1.0)
+    head = Head(phi, onto=phi, prediction="identity")
+    inputs = phi.Y.batch(phi.values @ np.random.default_rng(3).normal(size=(6, 8)))
+    return LearningProblem(net, head, least_squares, tikhonov(1e-4), Batch(inputs, phi.Y.batch(phi.Y.values(inputs) ** 2)))

@@ -32,8 +32,10 @@ import fem_resnet.label_domain.laplace
 from fem_resnet import (
     Activation,
     Basis,
+    Channels,
     Head,
     Kernel,
+    LabelSpace,
     LaplaceFunctions,
     Layers,
     Lift,
@@ -49,6 +51,7 @@ from fem_resnet import (
     save,
     stability_report,
 )  # fmt: skip
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.time_stepping.file_options import refuse_in_file
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -101,7 +104,23 @@ def _symmetric(alone=False):
     return net, head, Lift(phi.Y, symmetries=[mirror])
 
 
-MAKERS = [_learned, _graph, _extruded, _channels, _symmetric]
+def _elsewhere(alone=False):
+    """A head onto two channels of an extruded mesh of its own, with Laplace eigenfunctions of each."""
+    phi, comm = laplace("disk", "CG1", 3, alone), COMM_SELF if alone else COMM_WORLD
+    one = LabelSpace(fd.FunctionSpace(fd.AnnulusMesh(1, 0.4, 3, 12, comm=comm, name="outputs"), "CG", 1))
+    onto = RepeatedBasis(Channels(one, 2), laplace_basis(one, 3))
+    return ResidualNetwork(phi, layers=1), Head(phi, onto, "identity")
+
+
+def _onto_a_graph(alone=False):
+    """A head onto the points of a graph."""
+    phi, comm = laplace("disk", "CG1", 3, alone), COMM_SELF if alone else COMM_WORLD
+    ring = np.roll(np.eye(6), 1, axis=0)
+    points = point_space(np.ones(6), graph=ring + ring.T, comm=comm)
+    return ResidualNetwork(phi, layers=1), Head(phi, laplace_basis(points, 2), "identity")
+
+
+MAKERS = [_learned, _graph, _extruded, _channels, _symmetric, _elsewhere, _onto_a_graph]
 
 
 @pytest.fixture(scope="module")
@@ -582,7 +601,7 @@ def test_a_flipped_bit_or_a_lost_end_is_seen_before_HDF5_opens_the_file(folder, 
             path.write_bytes(data[:length] if case % 3 == 0 else data)
         COMM_WORLD.barrier()
         with pytest.raises(
-            ValueError, match=r"^path: .*damaged.h5 holds no network of format 6: it(s checksum| does not end)"
+            ValueError, match=r"^path: .*damaged.h5 holds no network of format 7: it(s checksum| does not end)"
         ):
             load(path)
         COMM_WORLD.barrier()
@@ -780,7 +799,7 @@ save(path, net)
 
 #: What each case says, on all ranks.
 SENTENCES = {
-    "damaged": "ValueError: path: .*n.h5 holds no network of format 6: it does not end with a checksum",
+    "damaged": "ValueError: path: .*n.h5 holds no network of format 7: it does not end with a checksum",
     "picture": "ValueError: png: expected the name of a file that ends with .png",
     "full save": "OSError: path: .*n.h5 was not written, and stays as it was: .*No space left on device",
     "full report": "OSError: .*No space left on device",

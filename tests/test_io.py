@@ -14,11 +14,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from problems import TIMES, coefficients, gathered, gradients, learning_problem, polynomials, taping
 from pyadjoint.tape import annotate_tape
 
-from fem_resnet import Kernel, Layers, files
+from fem_resnet import Channels, Kernel, LabelSpace, Layers, files, laplace_basis, point_space
 from fem_resnet.activation.activation import get_activation
 from fem_resnet.io.reading import load
 from fem_resnet.io.writing import save
 from fem_resnet.label_domain.basis import Basis, cell_indicators
+from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
 from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.space_basis import NodalValues
@@ -81,9 +82,33 @@ def _no_layers(alone=False):
     return _with_head(ResidualNetwork(phi, layers=0), phi)
 
 
-MAKERS = [_disk_dg0, _sphere_cg1, _square_cg3, _annulus_cg2, _cube_cg1, _no_layers]
+def _onto_another_space(alone=False):
+    """A head from cells to continuous functions on the same mesh."""
+    phi = laplace("disk", "DG0", 4, alone)
+    onto = laplace_basis(LabelSpace(fd.FunctionSpace(phi.Y.V.mesh(), "CG", 1)), 3)
+    return _with_head(ResidualNetwork(phi, layers=2), phi, onto, "identity")
+
+
+def _onto_another_mesh(alone=False):
+    """A head from a sphere onto two channels of an extruded mesh, one basis for both of them."""
+    phi, comm = laplace("sphere", "CG1", 4, alone), COMM_SELF if alone else COMM_WORLD
+    mesh = fd.AnnulusMesh(1, 0.4, 3, 12, comm=comm, name="outputs")
+    one = LabelSpace(fd.FunctionSpace(mesh, "CG", 1))
+    onto = RepeatedBasis(Channels(one, 2), laplace_basis(one, 3))
+    return _with_head(ResidualNetwork(phi, layers=2), phi, onto, "identity")
+
+
+def _onto_points(alone=False):
+    """A head onto three numbered points with weights."""
+    phi, comm = laplace("sphere", "CG1", 4, alone), COMM_SELF if alone else COMM_WORLD
+    points = point_space(weights=[0.5, 1.0, 2.0], comm=comm)
+    return _with_head(ResidualNetwork(phi, layers=2), phi, cell_indicators(points), "identity")
+
+
+MAKERS = [_disk_dg0, _onto_another_mesh, _sphere_cg1, _square_cg3, _onto_points, _annulus_cg2, _cube_cg1, _no_layers]
+MAKERS[1:1] = [_onto_another_space]
 if COMM_WORLD.size > 1:
-    MAKERS = MAKERS[:4]
+    MAKERS = MAKERS[:7]
 each_network = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.strip("_"))
 
 
@@ -368,7 +393,7 @@ def test_refuses_another_format(tmp_path):
         files.seal(None, path)
     COMM_WORLD.barrier()
     with pytest.raises(
-        ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 6"
+        ValueError, match=r"^path: .*network.h5 holds no network.*/settings.* has format 99, this version reads 7"
     ):
         load(path)
 
@@ -382,7 +407,7 @@ def test_refuses_a_file_that_was_changed(tmp_path):
         with h5py.File(path, "r+", driver="mpio", comm=COMM_SELF) as file:
             file["fem_resnet/kernel_0"][...] = 1.0
     COMM_WORLD.barrier()
-    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network of format 6: "):
+    with pytest.raises(ValueError, match=r"^path: .*network.h5 holds no network of format 7: "):
         load(path)
 
 
@@ -398,9 +423,9 @@ def test_refuses_a_head_of_another_network(tmp_path):
 
 
 @on_ranks
-def test_refuses_an_output_on_another_label_domain(tmp_path):
+def test_refuses_an_output_on_a_mesh_of_the_same_name(tmp_path):
     net, _ = _made(_sphere_cg1)
-    _, head = _with_head(net, net.kernel.space_basis.kernel.phi, laplace("disk", "DG0", 4))
-    with pytest.raises(ValueError, match="^head: expected classes or a function on .* as its output, got a function on "):
+    _, head = _with_head(net, net.kernel.space_basis.kernel.phi, laplace("disk", "DG0", 4), "identity")
+    with pytest.raises(ValueError, match="^head: expected an output on the network's mesh or on one of another name, got "):
         save(tmp_path / "network.h5", net, head)
     assert not list(tmp_path.iterdir())

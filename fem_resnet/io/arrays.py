@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -17,12 +17,19 @@ from fem_resnet.parameters.known_kernel_sets import ARRAYS, kernel_set_from
 from fem_resnet.parameters.subspace import ELEMENTS, from_arrays
 from fem_resnet.parameters.time_basis import get_time_basis
 
-__all__ = ["GRAPH", "check_arrays"]
+__all__ = ["GRAPH", "OUTPUT", "check_arrays", "of_laplace"]
 
+#: With this begin the names of what belongs to the label space of a head's output, where that is another one.
+OUTPUT = "output_"
 #: The arrays of a graph, a sparse matrix by rows.
 GRAPH = ("data", "indices", "indptr")
 #: How many entries the matrix of cell indicators may have, where no kernel of the file has as many coefficients.
 _MOST_INDICATORS = 1 << 27
+
+
+def of_laplace(basis: str) -> tuple[str, str]:
+    """The names of the eigenvalues and the stiffness of a basis, from the name of its functions."""
+    return basis.replace("basis", "eigenvalues"), basis.replace("basis", "stiffness")
 
 
 def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[str, Values]) -> None:
@@ -42,9 +49,13 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
     Wrong
         The message begins with the field that is wrong.
     """
-    held = _Functions(functions, settings["channels"] or 1)
+    of_output = {name: values for name, values in functions.items() if name.startswith(OUTPUT)}
+    held = _Functions({name: functions[name] for name in functions if name not in of_output}, settings["channels"] or 1)
     _check_label_space(group, held)
     ranks = _check_bases(group, settings, held)
+    output = settings["output"] and _check_output(group, settings["output"], of_output)
+    if of_output and not output:
+        raise Wrong(f"/{GROUP}: expected no function {min(of_output)!r}, since no head leads onto another label space")
     among = _kernel_set(group, settings["network"]["kernel_set"])
     for k, active in enumerate(_active_bases(settings, "bias")):
         if active["bias"] is None:
@@ -68,7 +79,7 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
         for name in ("phi", "psi"):
             held.take(f"{name}_0", ranks[roles[name][0]])
     if head is not None:
-        outputs = head["classes"] or ranks[roles["onto"][0]] // (held.channels if head["one_channel"] else 1)
+        outputs = head["classes"] or output or ranks[roles["onto"][0]] // (held.channels if head["one_channel"] else 1)
         _check_head(group, head["kept"], {"W": (outputs, ranks[roles["head"][0]]), "mu": (outputs,)})
     if settings["lift"] is not None:
         shape = held.channels, settings["lift"]["fields"]
@@ -76,6 +87,17 @@ def check_arrays(group: Group, settings: Mapping[str, Any], functions: Mapping[s
         if not group.array("V_allowed", "i", shape, 0, 2)[...].any(axis=0).all():
             raise Wrong(f"{group.name}/V_allowed: expected a channel for each field, got a field that none takes")
     held.refuse_rest()
+
+
+def _check_output(group: Group, given: Mapping[str, Any], functions: Mapping[str, Values]) -> int:
+    """Check the label space and the basis of a head's output; the rank of the basis."""
+    held = _Functions(functions, given["channels"] or 1, OUTPUT)
+    _check_label_space(group, held)
+    rank = _check_basis(group, held, f"{OUTPUT}basis", given["kind"], given["repeated"])
+    if given["kind"] == "cells" and held.nodes**2 > _MOST_INDICATORS:
+        raise Wrong(f"/{GROUP}/settings/output: expected fewer than {held.nodes} cells, each with its indicator")
+    held.refuse_rest()
+    return rank
 
 
 def _check_head(group: Group, kept: Mapping[str, int] | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -107,10 +129,10 @@ def _kernel_set(group: Group, description: Mapping[str, Any] | None) -> KernelSe
 class _Functions:
     """The functions of a file, of which each is to be asked for once."""
 
-    def __init__(self, functions: Mapping[str, Values], channels: int):
-        self.channels = channels
+    def __init__(self, functions: Mapping[str, Values], channels: int, prefix: str = ""):
+        self.channels, self.prefix = channels, prefix
         self._left = dict(functions)
-        self.places = self._pop("label_space").data
+        self.places = self._pop(f"{prefix}label_space").data
         self.nodes = self.places.size
 
     def _pop(self, name: str) -> Values:
@@ -138,10 +160,11 @@ class _Functions:
 def _check_label_space(group: Group, held: _Functions) -> None:
     """Check the numbers of the points, and their graph."""
     are_points = _are_points(held.places)
-    if any(f"graph_{name}" in group for name in GRAPH):
+    names = [f"{held.prefix}graph_{name}" for name in GRAPH]
+    if any(name in group for name in names):
         if not are_points:
-            raise Wrong(f"{group.name}/graph_{GRAPH[0]}: expected a graph of numbered points, got one of a mesh")
-        _check_graph(group, held.nodes)
+            raise Wrong(f"{group.name}/{names[0]}: expected a graph of numbered points, got one of a mesh")
+        _check_graph(group, names, held.nodes)
 
 
 def _are_points(places: h5py.Dataset) -> bool:
@@ -154,10 +177,11 @@ def _are_points(places: h5py.Dataset) -> bool:
     return True
 
 
-def _check_graph(group: Group, nodes: int) -> None:
-    entries = group.array(f"graph_{GRAPH[0]}", "f8", (None,), 0.0).size
-    group.array(f"graph_{GRAPH[1]}", "i", (entries,), 0, nodes)
-    starts = group.array(f"graph_{GRAPH[2]}", "i", (nodes + 1,), 0, entries + 1)
+def _check_graph(group: Group, names: Sequence[str], nodes: int) -> None:
+    data, indices, indptr = names
+    entries = group.array(data, "f8", (None,), 0.0).size
+    group.array(indices, "i", (entries,), 0, nodes)
+    starts = group.array(indptr, "i", (nodes + 1,), 0, entries + 1)
     last = 0
     for part in slices(starts):
         if part[0] < last or (np.diff(part) < 0).any():
@@ -169,19 +193,25 @@ def _check_graph(group: Group, nodes: int) -> None:
 
 def _check_bases(group: Group, settings: Mapping[str, Any], held: _Functions) -> list[int]:
     """The ranks of all bases."""
-    ranks = []
-    for position, kind in enumerate(settings["kinds"]):
-        repeated = settings["repeated"][position]
-        rank = held.nodes if kind == "cells" else held.take(f"basis_{position}", repeated=repeated)
-        if f"eigenvalues_{position}" in group or f"stiffness_{position}" in group:
-            group.array(f"eigenvalues_{position}", "f8", (rank,))
-            group.array(f"stiffness_{position}", "f8", (rank, rank))
-        ranks.append(rank * held.channels if repeated or kind == "cells" else rank)
+    ranks = [
+        _check_basis(group, held, f"basis_{position}", kind, repeated)
+        for position, (kind, repeated) in enumerate(zip(settings["kinds"], settings["repeated"]))
+    ]
     if "cells" in settings["kinds"] and held.nodes**2 > _MOST_INDICATORS:
         cells = settings["kinds"].index("cells")
         if cells not in settings["roles"]["phi"] or cells not in settings["roles"]["psi"]:
             raise Wrong(f"/{GROUP}/settings/kinds: expected indicators of {held.nodes} cells in a kernel, got them elsewhere")
     return ranks
+
+
+def _check_basis(group: Group, held: _Functions, name: str, kind: str, repeated: bool) -> int:
+    """The rank of a basis."""
+    rank = held.nodes if kind == "cells" else held.take(name, repeated=repeated)
+    eigenvalues, stiffness = of_laplace(name)
+    if eigenvalues in group or stiffness in group:
+        group.array(eigenvalues, "f8", (rank,))
+        group.array(stiffness, "f8", (rank, rank))
+    return rank * held.channels if repeated or kind == "cells" else rank
 
 
 def _active_bases(settings: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ is a base mesh, of which each point occurs on several levels, and between them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import h5py
@@ -64,22 +64,22 @@ class _Layers(NamedTuple):
     between: int = 0
 
 
-def check_meshes(root: Group, name: str) -> tuple[dict[str, Values], str]:
-    """Check the mesh of that name, and all functions on it.
+def check_meshes(root: Group, names: Iterable[str]) -> tuple[dict[str, Values], list[str]]:
+    """Check the meshes of these names, and all functions on them.
 
     Parameters
     ----------
     root
         The file.
-    name
-        The name of the mesh.
+    names
+        The names of the meshes, each once. They share nothing.
 
     Returns
     -------
     functions : dict of Values
-        The functions by their names.
-    topology : str
-        The name of the DMPlex.
+        The functions of all meshes by their names.
+    topologies : list of str
+        The name of the DMPlex of each mesh.
 
     Raises
     ------
@@ -89,17 +89,31 @@ def check_meshes(root: Group, name: str) -> tuple[dict[str, Values], str]:
     if root.text("dmplex_storage_version") != "3.0.0":
         raise Wrong("/dmplex_storage_version: expected 3.0.0, got another version")
     root.text("petsc_version_git")
+    functions: dict[str, Values] = {}
+    plexes = []
     with root.group("topologies") as topologies:
         topology_names = topologies.names(_MAP)
-        if name not in topology_names:
-            raise Wrong(f"{topologies.name}/{_MAP}: expected the mesh {name!r} in it, found none")
-        topology_name = topology_names[name]
-        with topologies.group(topology_name) as topology:
-            if "firedrake_extruded" in topology:
-                return _check_extruded(topology, topologies, name, topology_name, topology_names)
-            plex = _check_base(topology)
-            vectors = _check_sections(topology, plex, _Layers())
-            return _check_mesh(topology, name, plex, vectors, of_functions=True), topology_name
+        for name in names:
+            if name not in topology_names:
+                raise Wrong(f"{topologies.name}/{_MAP}: expected the mesh {name!r} in it, found none")
+            found, plex = _check_one(topologies, name, topology_names[name], topology_names)
+            if plex in plexes or not functions.keys().isdisjoint(found):
+                raise Wrong(f"{topologies.name}/{_MAP}: expected meshes that share nothing, got {name!r} and another one")
+            functions |= found
+            plexes.append(plex)
+    return functions, plexes
+
+
+def _check_one(
+    topologies: Group, name: str, topology_name: str, topology_names: Mapping[str, str]
+) -> tuple[dict[str, Values], str]:
+    """The functions of one mesh, and the name of its DMPlex."""
+    with topologies.group(topology_name) as topology:
+        if "firedrake_extruded" in topology:
+            return _check_extruded(topology, topologies, name, topology_name, topology_names)
+        plex = _check_base(topology)
+        vectors = _check_sections(topology, plex, _Layers())
+        return _check_mesh(topology, name, plex, vectors, of_functions=True), topology_name
 
 
 _MAP = "firedrake_mesh_name_topology_name_map"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import instance
 from fem_resnet.files import Damaged, sealed
-from fem_resnet.io.arrays import GRAPH, check_arrays
+from fem_resnet.io.arrays import GRAPH, OUTPUT, check_arrays, of_laplace
 from fem_resnet.io.firedrake_file import file_path, opened, words_of
 from fem_resnet.io.group import Group, Wrong
 from fem_resnet.io.meshes import check_meshes
@@ -72,9 +72,9 @@ def load(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> tuple[ResidualNet
     path = _existing(path, instance("comm", comm, MPI.Comm))
     with _naming(path):
         sealed(comm, path)
-        settings, topology = on_first(comm, lambda: _check_file(path))
+        settings, topologies = on_first(comm, lambda: _check_file(path))
         with stop_annotating(), opened(path, "r", comm) as file:
-            return in_step(comm, lambda: _read_all(file, settings, topology))
+            return in_step(comm, lambda: _read_all(file, settings, topologies))
 
 
 def load_lift(path: str | Path, Y: LabelSpace) -> Lift | None:
@@ -146,26 +146,28 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"path: {path} holds no network as save writes it: {words_of(error)}") from error
 
 
-def _check_file(path: Path) -> tuple[dict[str, Any], str]:
-    """Check all of a file, on one rank; its settings, and the name of the topology of its mesh."""
+def _check_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Check all of a file, on one rank; its settings, and the names of the topologies of its meshes."""
     try:
         with h5py.File(path, "r") as file, Group(file) as root, root.group(GROUP) as group:
             settings = checked_settings(group.text("settings"))
-            functions, topology = check_meshes(root, settings["mesh"])
+            output = settings["output"] or settings
+            functions, topologies = check_meshes(root, dict.fromkeys([settings["mesh"], output["mesh"]]))
             check_arrays(group, settings, functions)
-            return settings, topology
+            return settings, topologies
     except OSError as error:  # of HDF5: the bytes of the file could be read
         raise Wrong(f"it is no whole HDF5 file: {error}") from error
 
 
-def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: str) -> tuple[ResidualNetwork, Head | None]:
-    _check_topology(file, topology)
+def _read_all(
+    file: fd.CheckpointFile, settings: Mapping[str, Any], topologies: Iterable[str]
+) -> tuple[ResidualNetwork, Head | None]:
+    for topology in topologies:
+        _check_topology(file, topology)
     mesh = file.load_mesh(settings["mesh"])
-    Y = _load_label_space(file, mesh)
-    if settings["channels"] is not None:
-        Y = Channels(Y, settings["channels"])
+    Y = _load_label_space(file, mesh, settings["channels"])
     kinds = zip(settings["kinds"], settings["repeated"])
-    bases = [_load_basis(file, mesh, Y, index, kind, repeated) for index, (kind, repeated) in enumerate(kinds)]
+    bases = [_load_basis(file, Y, f"basis_{index}", kind, repeated) for index, (kind, repeated) in enumerate(kinds)]
     # None stands for no basis: of a bias with a value at every node, or of a head that does not exist.
     role = {
         name: [None if index is None else bases[index] for index in indices] for name, indices in settings["roles"].items()
@@ -174,7 +176,12 @@ def _read_all(file: fd.CheckpointFile, settings: Mapping[str, Any], topology: st
     net = ResidualNetwork(**network_arguments(settings["network"], role["phi"], role["psi"], role["bias"], of_set))
     head = None
     if settings["head"] is not None:
-        head = _load_head(file, settings["head"], role["head"][0], role["onto"][0])
+        onto, output = role["onto"][0], settings["output"]
+        if output is not None:
+            other = mesh if output["mesh"] == settings["mesh"] else file.load_mesh(output["mesh"])
+            there = _load_label_space(file, other, output["channels"], OUTPUT)
+            onto = _load_basis(file, there, f"{OUTPUT}basis", output["kind"], output["repeated"])
+        head = _load_head(file, settings["head"], role["head"][0], onto)
     for parameter in net.parameters + ([] if head is None else head.parameters):
         for k, basis in enumerate(parameter.space_bases):
             if isinstance(basis, (NodalValues, StateValues)):
@@ -224,30 +231,37 @@ def _check_topology(file: fd.CheckpointFile, name: str) -> None:
     plex.destroy()
 
 
-def _load_label_space(file: fd.CheckpointFile, mesh: fd.MeshGeometry) -> LabelSpace:
-    function = file.load_function(mesh, "label_space")
+def _load_label_space(file: fd.CheckpointFile, mesh: fd.MeshGeometry, channels: int | None, prefix: str = "") -> LabelSpace:
+    one = _load_one(file, mesh, prefix)
+    return one if channels is None else Channels(one, channels)
+
+
+def _load_one(file: fd.CheckpointFile, mesh: fd.MeshGeometry, prefix: str) -> LabelSpace:
+    """The label space of one channel."""
+    function = file.load_function(mesh, f"{prefix}label_space")
     V = function.function_space()
     numbers = np.rint(function.dat.data_ro).astype(int)
     if watched(V.mesh().comm).allreduce(numbers.max(initial=-1), op=MPI.MAX) < 0:
         return LabelSpace(V)
     size = V.dof_dset.layout_vec.getSize()
-    parts = tuple(_read(file, f"graph_{name}") for name in GRAPH)
+    parts = tuple(_read(file, f"{prefix}graph_{name}") for name in GRAPH)
     graph = None if parts[0] is None else checked_graph(scipy.sparse.csr_array(parts, shape=(size, size)), size)
     return LabelSpace(V, numbers=numbers, graph=graph)
 
 
-def _load_basis(file: fd.CheckpointFile, mesh: fd.MeshGeometry, Y: LabelSpace, index: int, kind: str, repeated: bool) -> Basis:
+def _load_basis(file: fd.CheckpointFile, Y: LabelSpace, name: str, kind: str, repeated: bool) -> Basis:
     if isinstance(Y, Channels) and repeated:
-        return RepeatedBasis(Y, _load_basis(file, mesh, Y.one, index, kind, False))
+        return RepeatedBasis(Y, _load_basis(file, Y.one, name, kind, False))
+    eigenvalues, stiffness = of_laplace(name)
     if kind == "cells":
         return cell_indicators(Y)
     return Basis(
         Y,
-        _of_one(Y, file.load_function(mesh, f"basis_{index}")),
+        _of_one(Y, file.load_function(Y.V.mesh(), name)),
         kind,
-        _read(file, f"eigenvalues_{index}"),
+        _read(file, eigenvalues),
         move_laplace if kind == "laplace" and Y.graph is None else None,
-        _read(file, f"stiffness_{index}"),
+        _read(file, stiffness),
     )
 
 

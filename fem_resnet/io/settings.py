@@ -30,7 +30,7 @@ __all__ = ["FORMAT", "GROUP", "checked_settings", "network_arguments", "written_
 
 #: The group of a file that holds what Firedrake does not write.
 GROUP = "fem_resnet"
-FORMAT = 6
+FORMAT = 7
 #: The largest number of steps a layer that is accepted: a network takes time and memory in proportion to it.
 _MOST_STEPS = 1_000_000
 #: The largest number of channels, and of fields of a lift, that is accepted.
@@ -38,8 +38,9 @@ _MOST_CHANNELS = 1 << 16
 
 
 def written_settings(
-    net: ResidualNetwork, head: Head | None, lift: Lift | None, bases: Sequence[Basis], roles: Mapping[str, list[int | None]]
-) -> str:
+    net: ResidualNetwork, head: Head | None, lift: Lift | None, bases: Sequence[Basis], roles: Mapping[str, list[int | None]],
+    output: Basis | None,
+) -> str:  # fmt: skip
     """The settings as JSON.
 
     Parameters
@@ -50,6 +51,8 @@ def written_settings(
         All bases, each once.
     roles
         For each part that a basis plays, the positions in `bases`, one or one a layer.
+    output
+        The basis of the head's output where that is on another label space.
 
     Raises
     ------
@@ -66,6 +69,7 @@ def written_settings(
             "kinds": [basis.kind for basis in bases],
             "repeated": [isinstance(basis, RepeatedBasis) for basis in bases],
             "mesh": net.Y.V.mesh().name,
+            "output": None if output is None else _of_output(output),
             # The times that the network was made with. Learned times are coefficients, like those of bias and kernel.
             "network": _of_network(net.settings),
             "head": None if head is None else _of_head(net, head),
@@ -80,11 +84,22 @@ def written_settings(
     return settings
 
 
+def _of_output(basis: Basis) -> dict[str, Any]:
+    """A basis on another label space than the network's."""
+    Y = basis.Y
+    return {
+        "mesh": Y.V.mesh().name,
+        "channels": Y.channels if isinstance(Y, Channels) else None,
+        "kind": basis.kind,
+        "repeated": isinstance(basis, RepeatedBasis),
+    }
+
+
 def _of_head(net: ResidualNetwork, head: Head) -> dict[str, Any]:
     kept = None if head.kept is None else {"W": head.kept.of_W.shape[1], "mu": head.kept.of_mu.shape[1]}
     return {
         "classes": head.classes,
-        "one_channel": head.classes is None and head.Y is not net.Y,
+        "one_channel": head.classes is None and head.Y is net.Y.one and head.Y is not net.Y,
         "prediction": head.prediction.name,
         "kept": kept,
     }
@@ -202,7 +217,9 @@ def checked_settings(text: str) -> dict[str, Any]:
         if given != FORMAT:
             raise ValueError(f"it has format {str(given)[:20]}, this version reads {FORMAT}")
         _check_keys(
-            "settings", settings, ("format", "roles", "channels", "kinds", "repeated", "mesh", "network", "head", "lift")
+            "settings",
+            settings,
+            ("format", "roles", "channels", "kinds", "repeated", "mesh", "output", "network", "head", "lift"),
         )
         where += "/"
         instance("mesh", settings["mesh"], str)
@@ -219,6 +236,8 @@ def checked_settings(text: str) -> dict[str, Any]:
         head = instance("head", settings["head"], (dict, type(None)))
         if head is not None:
             _check_head(head)
+        if instance("output", settings["output"], (dict, type(None))) is not None:
+            _check_output(settings["output"], head)
         if instance("lift", settings["lift"], (dict, type(None))) is not None:
             _check_keys("lift", settings["lift"], ("fields",))
             integer("fields", settings["lift"]["fields"], most=_MOST_CHANNELS)
@@ -241,6 +260,19 @@ def _check_head(head: Mapping[str, Any]) -> None:
         _check_keys("kept", kept, ("W", "mu"))
         integer("W", kept["W"])
         integer("mu", kept["mu"], least=0)
+
+
+def _check_output(output: Mapping[str, Any], head: Mapping[str, Any] | None) -> None:
+    _check_keys("output", output, ("mesh", "channels", "kind", "repeated"))
+    for name in ("mesh", "kind"):
+        instance(name, output[name], str)
+    if output["channels"] is not None:
+        integer("channels", output["channels"], most=_MOST_CHANNELS)
+    _flag("repeated", output["repeated"])
+    if output["repeated"] and output["channels"] is None:
+        raise ValueError("output: expected channels where the basis repeats that of one channel, got none")
+    if head is None or head["classes"] is not None or head["one_channel"]:
+        raise ValueError("output: expected a head onto it, got none")
 
 
 def _check_repeated(settings: Mapping[str, Any]) -> None:
@@ -271,7 +303,8 @@ def _check_roles(settings: Mapping[str, Any]) -> None:
         lengths = (1,) if name in ("head", "onto") else (1, layers)
         if len(instance("roles", positions, list)) not in lengths:
             raise ValueError(f"roles: expected one basis, or one a layer, for {name!r}, got {len(positions)}")
-        has_one = {"head": head is not None, "onto": head is not None and head["classes"] is None}.get(name, True)
+        onto = head is not None and head["classes"] is None and settings["output"] is None
+        has_one = {"head": head is not None, "onto": onto}.get(name, True)
         for position in positions:
             if position is None and (name == "bias" or not has_one):
                 continue

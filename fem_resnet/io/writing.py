@@ -10,13 +10,14 @@ from pathlib import Path
 import firedrake as fd
 import numpy as np
 from firedrake.embedding import get_embedding_element_for_checkpointing
+from mpi4py import MPI
 from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.arguments import instance
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.files import put_in_place, reserve, seal
-from fem_resnet.io.arrays import GRAPH
+from fem_resnet.io.arrays import GRAPH, OUTPUT, of_laplace
 from fem_resnet.io.firedrake_file import file_path, opened, words_of
 from fem_resnet.io.settings import GROUP, written_settings
 from fem_resnet.label_domain.basis import Basis
@@ -59,8 +60,8 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None, lift:
     TypeError
         If an argument is of another kind.
     ValueError
-        If head or lift belong to another label space, or the head's output is a function neither on it nor on one channel of
-        it; if no file can hold the activation or an option of the network.
+        If head or lift belong to another label space; if the head's output is on another mesh of the same name, or on one
+        made from the network's; if no file can hold the activation or an option of the network.
     """
     instance("net", net, ResidualNetwork, "the network is the second argument: save(path, net, head)")
     instance("head", head, (Head, type(None)))
@@ -72,19 +73,20 @@ def save(path: str | Path, net: ResidualNetwork, head: Head | None = None, lift:
         raise ValueError(
             f"head: expected one that reads the network's label space {net.Y!r}, got one that reads {head.psi.Y!r}"
         )
-    if head is not None and head.classes is None and head.Y not in (net.Y, net.Y.one):
-        raise ValueError(f"head: expected classes or a function on {net.Y!r} as its output, got a function on {head.Y!r}")
+    output = None if head is None or head.classes or head.Y in (net.Y, net.Y.one) else head.onto
+    if output is not None:
+        _check_output(net.Y.V.mesh(), output.Y.V.mesh())
     if lift is not None and lift.Y is not net.Y:
         raise ValueError(f"lift: expected one into the network's label space {net.Y!r}, got one into {lift.Y!r}")
-    bases, roles = _bases(net, head)
-    settings = written_settings(net, head, lift, bases, roles)
+    bases, roles = _bases(net, head, output)
+    settings = written_settings(net, head, lift, bases, roles, output)
     more = {} if lift is None else {"V_0": lift.matrix(), "V_allowed": lift.kept.allowed.astype(int)}
     part = path.with_name(path.name + ".part")
     try:
         on_first(comm, lambda: part.write_bytes(b""))
         together(comm, lambda: open(part, "r+b").close())  # all ranks see it
         with stop_annotating(), opened(part, "w", comm) as file:
-            _write_all(file, part, net, head, bases, settings, more)
+            _write_all(file, part, net, head, bases, output, settings, more)
         seal(comm, part)
         put_in_place(comm, part, path)
     except BaseException as error:
@@ -104,12 +106,30 @@ def _check_place(path: Path) -> None:
         raise IsADirectoryError(f"path: expected the name of a file, got that of the folder {path}")
 
 
-def _bases(net: ResidualNetwork, head: Head | None) -> tuple[list[Basis], dict[str, list[int | None]]]:
+def _check_output(mesh: fd.MeshGeometry, other: fd.MeshGeometry) -> None:
+    """Check that a file can hold the mesh of an output beside that of a network."""
+    if other is mesh:
+        return
+    if MPI.Comm.Compare(mesh.comm, other.comm) not in (MPI.IDENT, MPI.CONGRUENT):
+        raise ValueError("head: expected an output on the ranks of the network, got one on a mesh with another communicator")
+    if other.name == mesh.name or {mesh.topology.name, _plex(mesh)} & {other.topology.name, _plex(other)}:
+        raise ValueError(
+            f"head: expected an output on the network's mesh or on one of another name, got two meshes {mesh.name!r}, which a "
+            'file cannot tell apart; give the second one a name when you make it: UnitDiskMesh(3, name="outputs")'
+        )
+
+
+def _plex(mesh: fd.MeshGeometry) -> str:
+    """The name of the DMPlex, which an extruded mesh has from its base mesh."""
+    return getattr(mesh.topology, "_base_mesh", mesh.topology).name
+
+
+def _bases(net: ResidualNetwork, head: Head | None, output: Basis | None) -> tuple[list[Basis], dict[str, list[int | None]]]:
     """The bases, each once, and which of them play which part."""
     parts = {
         **net.bases,
         "head": [None if head is None else head.psi],
-        "onto": [None if head is None or head.classes else _in_all_channels(net, head.onto)],
+        "onto": [None if head is None or head.classes or output else _in_all_channels(net, head.onto)],
     }
     bases = list(dict.fromkeys(basis for part in parts.values() for basis in part if basis is not None))
     position = {basis: index for index, basis in enumerate(bases)}
@@ -125,21 +145,14 @@ def _in_all_channels(net: ResidualNetwork, onto: Basis) -> Basis:
 
 
 def _write_all(
-    file: fd.CheckpointFile, part: Path, net: ResidualNetwork, head: Head | None, bases: list[Basis], settings: str,
-    more: Mapping[str, np.ndarray],
+    file: fd.CheckpointFile, part: Path, net: ResidualNetwork, head: Head | None, bases: list[Basis], output: Basis | None,
+    settings: str, more: Mapping[str, np.ndarray],
 ) -> None:  # fmt: skip
     Y, comm = net.Y, net.Y.comm
-    # By name: how many numbers a node has, and what makes the Function. All Functions at once would take much memory.
-    functions: dict[str, tuple[int, Callable[[], fd.Function]]] = {"label_space": (1, lambda: _label_space(Y))}
-    arrays: dict[str, np.ndarray] = dict(more)
-    for index, basis in enumerate(bases):
-        if basis.kind != "cells":
-            channels = Y.channels if basis.one is basis else 1
-            functions[f"basis_{index}"] = basis.one.rank * channels, partial(_on_one, Y, basis.one.values, channels)
-        if basis.one.eigenvalues is not None:
-            arrays |= {f"eigenvalues_{index}": basis.one.eigenvalues, f"stiffness_{index}": basis.one.stiffness}
-    if Y.one.graph is not None:
-        arrays |= {f"graph_{name}": getattr(Y.one.graph, name) for name in GRAPH}
+    functions, arrays = _of_label_space(Y, {f"basis_{index}": basis for index, basis in enumerate(bases)})
+    arrays |= more
+    on_output, of_output = ({}, {}) if output is None else _of_label_space(output.Y, {f"{OUTPUT}basis": output}, OUTPUT)
+    arrays |= of_output
     if net.settings.kernel.among is not None:
         arrays |= {f"kernel_set_{name}": array for name, array in net.settings.kernel.among.arrays.items()}
     if head is not None and head.kept is not None:
@@ -155,13 +168,16 @@ def _write_all(
             else:
                 arrays[name] = parameter.get(k)
     size = _largest_size(Y, [numbers for numbers, _ in functions.values()], [array.size for array in arrays.values()])
+    if output is not None:
+        size += _largest_size(output.Y, [numbers for numbers, _ in on_output.values()], [])
     # Errors of a collective write come on some ranks alone. So room for the whole file is reserved before the first write.
     on_first(comm, lambda: reserve(part, size))
 
     def write() -> None:
         file.require_group(GROUP)
-        file.save_mesh(Y.V.mesh())
-        for name, (_, make) in functions.items():
+        for mesh in dict.fromkeys([Y.V.mesh(), (Y if output is None else output.Y).V.mesh()]):
+            file.save_mesh(mesh)
+        for name, (_, make) in (functions | on_output).items():
             file.save_function(make(), name=name)
         file.set_attr(GROUP, "settings", settings)
         for name, array in arrays.items():
@@ -173,6 +189,26 @@ def _write_all(
                         del group[name]
 
     in_step(comm, write)
+
+
+def _of_label_space(
+    Y: LabelSpace, bases: Mapping[str, Basis], prefix: str = ""
+) -> tuple[dict[str, tuple[int, Callable[[], fd.Function]]], dict[str, np.ndarray]]:
+    """The functions and arrays of a label space and of its bases by their names.
+
+    A function is given by how many numbers a node has, and by what makes it: all of them at once would take much memory.
+    """
+    functions: dict[str, tuple[int, Callable[[], fd.Function]]] = {f"{prefix}label_space": (1, partial(_label_space, Y))}
+    arrays: dict[str, np.ndarray] = {}
+    for name, basis in bases.items():
+        if basis.kind != "cells":
+            channels = Y.channels if basis.one is basis else 1
+            functions[name] = basis.one.rank * channels, partial(_on_one, Y, basis.one.values, channels)
+        if basis.one.eigenvalues is not None:
+            arrays |= zip(of_laplace(name), (basis.one.eigenvalues, basis.one.stiffness))
+    if Y.one.graph is not None:
+        arrays |= {f"{prefix}graph_{name}": getattr(Y.one.graph, name) for name in GRAPH}
+    return functions, arrays
 
 
 def _on_one(Y: LabelSpace, values: np.ndarray, channels: int) -> fd.Function:

@@ -91,14 +91,14 @@ def point_space(
         )
     with stop_annotating():
         # Cell i is (i, i + 1). PT-Scotch would deal out the same points otherwise in each call, and sums change.
-        cells = fd.IntervalMesh(size, float(size), comm=comm, distribution_parameters=_IN_ORDER)
+        cells = fd.IntervalMesh(size, float(size), comm=comm, distribution_parameters=_IN_ORDER, name="points")
         middle = fd.Function(fd.FunctionSpace(cells, "DG", 0)).interpolate(fd.SpatialCoordinate(cells)[0])
         at_ends = fd.FiniteElement("DG", fd.interval, 1, variant="equispaced")
         places = fd.Function(fd.VectorFunctionSpace(cells, at_ends, dim=points.shape[1]))
     numbers = middle.dat.data_ro_with_halos.astype(int)
     nodes = places.cell_node_map().values_with_halo
     places.dat.data_wo_with_halos.reshape(-1, points.shape[1])[nodes] = ends[numbers]
-    V = fd.FunctionSpace(fd.Mesh(places, comm=comm), "DG", 0)
+    V = fd.FunctionSpace(fd.Mesh(places, name="points", comm=comm), "DG", 0)
     return LabelSpace(V, numbers=numbers[: V.dof_dset.size], graph=graph)
 
 

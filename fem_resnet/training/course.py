@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fem_resnet.arguments import integer, number
+from fem_resnet.arguments import number
 from fem_resnet.learning.elimination import ReducedToOthers
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.training.checkpoint import Numbers, State, TrainingCheckpoint, read_state, write_state
 from fem_resnet.training.progress import Progress, Watch
 from fem_resnet.training.tao import Minimiser, Start
 
-__all__ = ["Course"]
+__all__ = ["Course", "read_progress", "write_progress"]
+
+_SERIES = ("value", "gradient_norm")
+
+
+def write_progress(
+    problem: LearningProblem, tool: str, checkpoint: TrainingCheckpoint, numbers: Mapping[str, float], history: list[Progress]
+) -> None:
+    """Write the present coefficients, what the iterations so far came to, and numbers of an algorithm. Collective."""
+    seconds = problem.net.Y.comm.bcast(history[-1].seconds)
+    series = {name: np.array([getattr(each, name) for each in history]) for name in _SERIES}
+    coefficients = [p.read(k) for p in problem.parameters for k in range(len(p.functions))]
+    write_state(problem, tool, checkpoint, State({"seconds": seconds, **numbers}, series, {"controls": coefficients}))
+
+
+def read_progress(
+    problem: LearningProblem, tool: str, path: Path, numbers: Numbers
+) -> tuple[Mapping[str, Any], list[Progress]]:
+    """Take the coefficients of a checkpoint; the numbers of the algorithm, and the iterations that were made. Collective.
+
+    Raises
+    ------
+    ValueError
+        As of `read_state`.
+    """
+    state = read_state(problem, tool, path, {"seconds": partial(number, least=0), **numbers}, _SERIES, ["controls"])
+    values, norms = state.series.values()
+    if len(values) != len(norms) or not len(values):
+        raise ValueError(
+            f"resume: {path} is no checkpoint to go on from: expected as many gradients as values of J, one or more, got "
+            f"{len(norms)} and {len(values)}"
+        )
+    sets = [(p, k) for p in problem.parameters for k in range(len(p.functions))]
+    for (p, k), c in zip(sets, state.coefficients["controls"]):
+        p.write(k, c)
+    seconds, most = state.numbers["seconds"], len(values) - 1
+    return state.numbers, [Progress(n, most, float(J), float(g), seconds) for n, (J, g) in enumerate(zip(values, norms))]
 
 
 class Course:
@@ -32,13 +68,11 @@ class Course:
     """
 
     _NUMBERS: ClassVar[Numbers] = {
-        "iteration": partial(integer, least=0), "scale": partial(number, above=0), "share": partial(number, above=0),
-        "first": partial(number, least=0), "seconds": partial(number, least=0),
+        "scale": partial(number, above=0), "share": partial(number, above=0), "first": partial(number, least=0)
     }  # fmt: skip
 
     def __init__(self, problem: LearningProblem):
         self._problem, self._clock = problem, time.perf_counter()
-        self._sets = [(p, k) for p in problem.parameters for k in range(len(p.functions))]
         self._begun = 0
         self.history: list[Progress] = []
         self.reason: str | None = None
@@ -75,20 +109,10 @@ class Course:
 
     def write(self, checkpoint: TrainingCheckpoint, since: Start) -> None:
         """Write a checkpoint."""
-        seconds = self._problem.net.Y.comm.bcast(self.seconds)
-        numbers = {"iteration": self.iteration, "seconds": seconds, **since._asdict()}
-        series = {name: np.array([getattr(each, name) for each in self.history]) for name in ("value", "gradient_norm")}
-        state = State(numbers, series, {"controls": [p.read(k) for p, k in self._sets]})
-        write_state(self._problem, "train", checkpoint, state)
+        write_progress(self._problem, "train", checkpoint, since._asdict(), self.history)
 
     def go_on(self, path: Path) -> Start:
         """Take everything from a checkpoint."""
-        state = read_state(self._problem, "train", path, self._NUMBERS, ("value", "gradient_norm"), ["controls"])
-        iteration, values, norms = state.numbers["iteration"], *state.series.values()
-        if not len(values) == len(norms) == iteration + 1:
-            raise ValueError(f"resume: {path} is no checkpoint to go on from: expected {iteration + 1} values of J")
-        for (p, k), c in zip(self._sets, state.coefficients["controls"]):
-            p.write(k, c)
-        self.history = [Progress(n, iteration, float(J), float(g), 0.0) for n, (J, g) in enumerate(zip(values, norms))]
-        self._clock -= state.numbers["seconds"]
-        return Start(*(state.numbers[name] for name in Start._fields))
+        numbers, self.history = read_progress(self._problem, "train", path, self._NUMBERS)
+        self._clock -= numbers["seconds"]
+        return Start(*(numbers[name] for name in Start._fields))

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import scipy.linalg
@@ -33,6 +34,8 @@ from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
 from fem_resnet.ranks import on_first
 from fem_resnet.time_stepping.stepper import StepFailure
+from fem_resnet.training.checkpoint import Numbers, TrainingCheckpoint, checked_checkpoint
+from fem_resnet.training.course import read_progress, write_progress
 from fem_resnet.training.gradient import Result
 from fem_resnet.training.progress import Progress, Watch, check_monitor
 
@@ -59,6 +62,8 @@ def train_levenberg_marquardt(
     seed: int = 0,
     monitor: Callable[[Progress], bool | None] | None = None,
     quiet: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
+    resume: str | Path | None = None,
 ) -> Result:
     """Minimise J by the method of Levenberg and Marquardt from the present parameters, and assign the result to them.
 
@@ -93,6 +98,12 @@ def train_levenberg_marquardt(
         rank, the training stops. If left out, each iteration is shown on rank 0, as by `train`.
     quiet
         Whether nothing is shown.
+    checkpoint
+        Where all that the training goes on from is written, and every how many steps.
+    resume
+        The file of a checkpoint, from which the training goes on in place of the present parameters, as of `train`: with the
+        same arguments, on as many ranks, up to round-off. Steps after the last checkpoint are made again. `iterations` counts
+        from the first start.
 
     Returns
     -------
@@ -104,7 +115,9 @@ def train_levenberg_marquardt(
     ------
     TypeError, ValueError
         If an argument does not fit or differs between ranks; if J is no sum of squares of outputs of a head, or has too many
-        parameters.
+        parameters; or if `resume` is no checkpoint of such a problem.
+    OSError
+        If a checkpoint cannot be written, or is not there.
     ArithmeticError
         If J is not finite at the start.
     StepFailure
@@ -121,25 +134,39 @@ def train_levenberg_marquardt(
     random = np.random.default_rng(integer("seed", seed, least=0, most=np.inf))
     check_monitor(monitor, quiet)
     clock, comm = time.perf_counter(), problem.net.Y.comm
+    checkpoint, path = checked_checkpoint(comm, checkpoint, resume)
+    begun = None if path is None else read_progress(problem, _TOOL, path, _NUMBERS)
     matrix = GaussNewtonMatrix(problem, eliminate is not None)
     count = -int(-rows * matrix.coordinates.size // 1)
     course = _Course(problem, matrix, eliminate, damping)
     history: list[Progress] = []
-    reason = None
+    if begun is not None:
+        numbers, history = begun
+        course.go_on(numbers)
+        clock -= numbers["seconds"]
+        for _ in history[1:]:  # what the steps that were made have drawn
+            matrix.draw(count, directions, random)
+
+    def tell() -> str | None:
+        """The reason to stop, if there is one."""
+        seconds = time.perf_counter() - clock
+        history.append(Progress(len(history), iterations, course.value, course.norm, seconds))
+        return watch.reason(history[-1])
+
     try:
         with stop_annotating(), Watch(comm, monitor, quiet) as watch:
+            reason = None if history else tell()
             while reason is None:
-                progress = Progress(len(history), iterations, course.value, course.norm, time.perf_counter() - clock)
-                history.append(progress)
-                reason = watch.reason(progress)
-                if reason is not None:
-                    break
                 if course.steepness <= tolerance * max(abs(course.value), course.first_steepness):
                     reason = "GRADIENT"
                 elif len(history) > iterations:
                     reason = "ITERATIONS"
                 elif not course.step(matrix.draw(count, directions, random)):
                     reason = "NO_DESCENT"
+                else:
+                    reason = tell()
+                    if checkpoint is not None and history[-1].iteration % checkpoint.every == 0:
+                        write_progress(problem, _TOOL, checkpoint, course.numbers, history)
     finally:
         course.restore()
     course.warn()
@@ -149,6 +176,13 @@ def train_levenberg_marquardt(
         gradient_norms=np.array([each.gradient_norm for each in history]), controls=course.reached,
         seconds=time.perf_counter() - clock, condition=course.condition, damping=course.damping,
     )  # fmt: skip
+
+
+_TOOL = "train_levenberg_marquardt"
+#: What its checkpoints have of their own: mu, the largest entry on the diagonal of H, the first gradient without units.
+_NUMBERS: Numbers = {
+    "mu": partial(number, above=0), "largest": partial(number, above=0), "first": partial(number, least=0)
+}  # fmt: skip
 
 
 class _Course:
@@ -182,6 +216,16 @@ class _Course:
                 raise ArithmeticError(f"J is {self.value} at the start; begin with other parameters, or scale the data")
             self._arrive()
         self.first_steepness = self.steepness
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a checkpoint has of it, once a step was made."""
+        assert self._mu is not None
+        return {"mu": self._mu, "largest": self._largest, "first": self.first_steepness}
+
+    def go_on(self, numbers: Mapping[str, float]) -> None:
+        """Take `numbers` from a checkpoint."""
+        self._mu, self._largest, self.first_steepness = (numbers[name] for name in ("mu", "largest", "first"))
 
     def _read(self) -> list[np.ndarray]:
         return [*self._coordinates.read(), *(p.read(0) for p in self._solved)]

@@ -17,7 +17,7 @@ from firedrake import COMM_SELF, COMM_WORLD
 from helpers import laplace, without_mpi
 from kinds import adaptive, with_learned_factors
 from numpy.testing import assert_allclose, assert_array_equal
-from problems import learning_problem, network
+from problems import learning_problem, network, squares
 
 from fem_resnet import (
     SGD,
@@ -31,6 +31,7 @@ from fem_resnet import (
     cross_entropy,
     tikhonov,
     train,
+    train_levenberg_marquardt,
     train_pam,
     train_stochastic,
 )
@@ -158,6 +159,19 @@ ROUND_OFF = 1e-10
 
 
 @on_ranks
+@pytest.mark.parametrize("eliminate", [None, "head"])
+def test_levenberg_and_marquardt_go_on_with_the_same_numbers(eliminate, tmp_path):
+    """With the same damping, and the rows that the interrupted run would have drawn."""
+
+    def run(problem, **more):
+        return train_levenberg_marquardt(problem, iterations=ALL, eliminate=eliminate, rows=0.5, directions=2, **more)
+
+    whole, other, _ = both(squares, run, tmp_path / "part")
+    assert whole.iterations == ALL and whole.value < 0.9 * whole.values[0]
+    assert_same(whole, other)
+
+
+@on_ranks
 @pytest.mark.parametrize("make", [adapted, initial][-1 if COMM_WORLD.size > 1 else 0 :])
 def test_alternating_minimisation_goes_on_as_if_nothing_had_been(make, tmp_path):
     """With momentum and tau, which change from one iteration to the next."""
@@ -253,9 +267,12 @@ FAULTS = {
     "a list": (lambda data: b"[" * 100_000 + b"\n", "does not begin with the line"),
     "tool": (lambda data: changed(data, tool=lambda _: "msa"), "expected one that train wrote, got one of msa"),
     "every": (lambda data: changed(data, every=lambda _: 0), "every: expected a positive integer"),
-    "iteration": (lambda data: changed(data, numbers=lambda n: n | {"iteration": 5}), "expected 6 values of J"),
+    "one gradient more": (
+        lambda data: changed(data, series=lambda s: {"value": s["value"] - 1, "gradient_norm": s["gradient_norm"] + 1}),
+        "expected as many gradients as values of J, one or more, got 5 and 3",
+    ),
     "scale": (lambda data: changed(data, numbers=lambda n: n | {"scale": 0.0}), "scale: expected a positive number, got 0.0"),
-    "numbers": (lambda data: changed(data, numbers=lambda n: n | {"more": 0}), "numbers: expected iteration, "),
+    "numbers": (lambda data: changed(data, numbers=lambda n: n | {"more": 0}), "numbers: expected seconds, "),
     "groups": (lambda data: changed(data, coefficients=lambda _: []), "coefficients: expected controls"),
     "series": (lambda data: changed(data, series=lambda s: {"value": 4}), "series: expected value, gradient_norm"),
     "a long series": (lambda data: changed(data, series=lambda s: s | {"value": 2**31 - 1}), "bytes of numbers, got"),
@@ -339,7 +356,7 @@ def test_without_values_at_nodes_it_goes_on_on_other_ranks(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("tool", ["train", "train_stochastic"])
+@pytest.mark.parametrize("tool", ["train", "train_stochastic", "train_pam", "train_levenberg_marquardt"])
 def test_killed_at_any_moment_it_goes_on_with_the_same_numbers(tool, ranks, tmp_path):
     """SIGKILL to all ranks at random moments, and again after going on, until one run comes to its end."""
     command = ["mpiexec", "-n", str(ranks), sys.executable, str(Path(__file__).with_name("killed.py")), tool]
