@@ -31,6 +31,7 @@ from fem_resnet.training.checkpoint import TrainingCheckpoint, checked_checkpoin
 from fem_resnet.training.course import Course
 from fem_resnet.training.progress import Progress, Watch, check_monitor
 from fem_resnet.training.rank_continuation import pad_problem, train_by_ranks
+from fem_resnet.training.signals import SIGNALLED
 from fem_resnet.training.tao import Minimiser, Outcome
 
 __all__ = ["SOLVER_PARAMETERS", "TOLERANCES", "Result", "options_over", "train"]
@@ -55,8 +56,8 @@ class Result:
     converged : bool
         Whether a tolerance was met. False if the iterations ran out.
     reason : str
-        "ITERATIONS" if these ran out, "STOPPED" if the monitor stopped it, "INTERRUPTED" if Ctrl-C did; else the name of TAO's
-        reason, or of `train_levenberg_marquardt`.
+        "ITERATIONS" if these ran out, "STOPPED" if the monitor stopped it, "INTERRUPTED" if Ctrl-C did, "TERMINATED" if
+        SIGTERM did; else the name of TAO's reason, or of `train_levenberg_marquardt`.
     values, gradient_norms : numpy.ndarray
         J and the norm at the start and after each iteration, shape (iterations + 1,) each.
     controls : list
@@ -256,11 +257,13 @@ def train(
             course.write(checkpoint, since)
     if projected is not None:
         projected.give_head()
-        if projected.undetermined:
-            log(
-                comm, logging.WARNING, "train: samples and regulariser leave %d of %d unknowns of the head open, which took "
-                "the least norm; add tikhonov(..), or give more samples", projected.undetermined, projected.unknowns,
-            )  # fmt: skip
+    if checkpoint is not None and course.reason in SIGNALLED:
+        course.write(checkpoint, since)
+    if projected is not None and projected.undetermined:
+        log(
+            comm, logging.WARNING, "train: samples and regulariser leave %d of %d unknowns of the head open, which took "
+            "the least norm; add tikhonov(..), or give more samples", projected.undetermined, projected.unknowns,
+        )  # fmt: skip
     condition = None if projected is None else projected.condition
     return _result(problem, end, course.history, course.reason, course.seconds, condition)
 

@@ -38,6 +38,7 @@ from fem_resnet.training.checkpoint import Numbers, TrainingCheckpoint, checked_
 from fem_resnet.training.course import read_progress, write_progress
 from fem_resnet.training.gradient import Result
 from fem_resnet.training.progress import Progress, Watch, check_monitor
+from fem_resnet.training.signals import SIGNALLED
 
 __all__ = ["train_levenberg_marquardt"]
 
@@ -109,7 +110,7 @@ def train_levenberg_marquardt(
     -------
     Result
         Its reasons are "GRADIENT", where the tolerance is met, "ITERATIONS", "STOPPED" by the monitor, "INTERRUPTED" by
-        Ctrl-C, and "NO_DESCENT", where no step makes J smaller.
+        Ctrl-C, "TERMINATED" by SIGTERM, and "NO_DESCENT", where no step makes J smaller.
 
     Raises
     ------
@@ -165,7 +166,7 @@ def train_levenberg_marquardt(
                     reason = "NO_DESCENT"
                 else:
                     reason = tell()
-                    if checkpoint is not None and history[-1].iteration % checkpoint.every == 0:
+                    if checkpoint and (reason in SIGNALLED or history[-1].iteration % checkpoint.every == 0):
                         write_progress(problem, _TOOL, checkpoint, course.numbers, history)
     finally:
         course.restore()

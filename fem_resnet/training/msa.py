@@ -111,7 +111,10 @@ class MSAProgress(Report):
 
 @dataclass(frozen=True, repr=False)
 class MSAResult:
-    """How the method ended. ``msa(result.problem, ..)`` continues it.
+    """How the method ended. ``msa(result.problem, ..)`` continues it, with ``rho=result.steps[-1] / 2`` for "extended".
+
+    `save` writes its network and head to a file, from which a new script goes on, with data on the label space that `load` makes.
+    So a monitor writes checkpoints: ``lambda progress: save("msa.h5", progress.problem.net, progress.problem.head)``.
 
     Attributes
     ----------
@@ -126,7 +129,7 @@ class MSAResult:
     converged : bool
         Whether no step made J fall.
     reason : str
-        "NO_STEP_LOWERS_J", "ITERATIONS", "STOPPED" by the monitor, or "INTERRUPTED" by Ctrl-C.
+        "NO_STEP_LOWERS_J", "ITERATIONS", "STOPPED" by the monitor, "INTERRUPTED" by Ctrl-C, or "TERMINATED" by SIGTERM.
     values : numpy.ndarray
         J at the start and after each iteration, shape (iterations + 1,).
     changes : numpy.ndarray

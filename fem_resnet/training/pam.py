@@ -49,6 +49,7 @@ from fem_resnet.training.pam_result import (
 )
 from fem_resnet.training.progress import Watch, check_monitor
 from fem_resnet.training.proximal import ProximalGroup, ProximalStep
+from fem_resnet.training.signals import SIGNALLED
 
 __all__ = ["INNER_PARAMETERS", "train_pam"]
 
@@ -214,7 +215,8 @@ def train_pam(
                     reason = report(done, tau)
                     if reason is None and batches is None and not any(done.step_norms):
                         reason = "NO_PROGRESS"
-                    if reason is None and checkpoint is not None and course.number % checkpoint.every == 0:
+                    due = reason in SIGNALLED or reason is None and checkpoint and course.number % checkpoint.every == 0
+                    if checkpoint is not None and due:
                         reached = course.result("", time.perf_counter() - clock)
                         write_result(problem, functions, checkpoint, reached)
                         course.set_reached()

@@ -61,8 +61,8 @@ class PAMResult(Result):
     """How a proximal alternating minimisation ended, with everything that is needed to continue it.
 
     It has the attributes of `Result`. There `values` has J itself, and `gradient_norms` has its gradient in all groups. The
-    reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, "INTERRUPTED" by Ctrl-C, or "NO_PROGRESS" if no
-    group could be moved.
+    reason is "GRADIENT_TOLERANCE", "ITERATIONS", "STOPPED" by the monitor, "INTERRUPTED" by Ctrl-C, "TERMINATED" by SIGTERM,
+    or "NO_PROGRESS" if no group could be moved.
 
     Attributes
     ----------

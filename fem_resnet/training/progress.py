@@ -118,8 +118,9 @@ class Watch:
         self._signals.__exit__(*error)
 
     def reason(self, report: Report) -> str | None:
-        """The reason to stop: "STOPPED" where the monitor says so on any rank, "INTERRUPTED" after Ctrl-C. Collective.
+        """The reason to stop, if there is one. Collective.
 
+        "STOPPED" where the monitor says so on any rank, "INTERRUPTED" after Ctrl-C, "TERMINATED" after SIGTERM.
         An error that the monitor raises on one rank is raised on all.
         """
         monitor = self._monitor

@@ -1,5 +1,8 @@
 """Ctrl-C ends a training after the iteration, on all ranks, with what was reached; a second Ctrl-C ends it at once.
 
+So does SIGTERM, by which a cluster announces the end of a job, unless the user's program handles it. Either way a training
+with checkpoints writes one.
+
 A signal reaches one rank, or all of them. So a handler only notes it, and the ranks agree in each iteration whether any of
 them has had one.
 """
@@ -15,16 +18,17 @@ from mpi4py import MPI
 
 from fem_resnet.ranks import leave_together
 
-__all__ = ["REASONS", "Signals"]
+__all__ = ["SIGNALLED", "Signals"]
 
 #: The signals that end a training in good order, and the reason that its result then names.
-REASONS = {signal.SIGINT: "INTERRUPTED"}
+_REASONS = {signal.SIGINT: "INTERRUPTED", signal.SIGTERM: "TERMINATED"}
+SIGNALLED = frozenset(_REASONS.values())
 #: Seconds that an interrupted rank waits for the others, before it ends them.
 _PATIENCE = 5.0
 
 
 class Signals:
-    """The handlers of the signals of `REASONS`, for the time of a training; a context manager. Collective.
+    """The handlers of these signals, for the time of a training; a context manager. Collective.
 
     A training inside of another one shares the handlers and what they have noted: where one is interrupted, both are. In a
     thread that is not the main one Python gives no signals, and nothing is handled.
@@ -55,12 +59,14 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in REASONS:
+        for number in _REASONS:
             handler = signal.getsignal(number)
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, Signals):
                 self._outer = outer
-            elif handler is not None:  # None: somebody's in C, which Python could not put back
+            elif (
+                handler == signal.SIG_DFL or number == signal.SIGINT and handler is not None
+            ):  # None: in C, and cannot be put back
                 self._before[number] = handler
                 signal.signal(number, self._note)
         return self
@@ -84,4 +90,4 @@ class Signals:
         holder = self._outer or self
         if self._comm.size == holder._comm.size:  # else these are some of the ranks, such as a member, and decide nothing
             holder._agreed = self._comm.allreduce(holder._noted, op=MPI.MAX) if self._comm.size > 1 else holder._noted
-        return REASONS[signal.Signals(holder._agreed)] if holder._agreed else None
+        return _REASONS[signal.Signals(holder._agreed)] if holder._agreed else None

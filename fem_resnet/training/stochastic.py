@@ -33,6 +33,7 @@ from fem_resnet.training.checkpoint import (
     write_state,
 )
 from fem_resnet.training.progress import Report, Watch, check_monitor
+from fem_resnet.training.signals import SIGNALLED
 from fem_resnet.training.stochastic_steps import Adam, Descent, StochasticStep
 
 __all__ = ["SCHEDULES", "StochasticProgress", "StochasticResult", "train_stochastic"]
@@ -97,7 +98,7 @@ class StochasticResult:
         complete one without a validation batch.
     reason : str
         "EPOCHS"; "PATIENCE", where the validation loss did not fall for so many epochs; "STOPPED" by the monitor;
-        "INTERRUPTED" by Ctrl-C; or "NOT_FINITE", where J of a mini-batch was not.
+        "INTERRUPTED" by Ctrl-C; "TERMINATED" by SIGTERM; or "NOT_FINITE", where J of a mini-batch was not.
     values : numpy.ndarray
         J of all samples at the start, and after it the mean of J over the mini-batches of each epoch, each before its step;
         shape (epochs + 1,).
@@ -233,6 +234,8 @@ def train_stochastic(
                 seen = course.epoch == begun > 0  # by the monitor, before the training went on
                 reason = None if seen else watch.reason(course.progress(epochs))
                 if reason is not None:
+                    if checkpoint is not None and reason in SIGNALLED:
+                        course.write(checkpoint)
                     break
                 if patience is not None and course.epoch - course.best >= patience:
                     reason = "PATIENCE"

@@ -218,6 +218,35 @@ def test_seconds_are_those_of_all_runs(tmp_path):
     assert result.seconds > 1e4 and reports[-1].iteration == 3 and reports[-1].seconds > 1e4
 
 
+TOOLS = {
+    "train": (plain, lambda problem, **more: train(problem, {"tao_max_it": ALL}, **more)),
+    "train_pam": (plain, lambda problem, **more: train_pam(problem, {"tao_max_it": 1}, iterations=ALL, **more)),
+    "train_stochastic": (plain, lambda problem, **more: train_stochastic(problem, Adam(), batch_size=4, epochs=ALL, **more)),
+    "train_levenberg_marquardt": (
+        squares,
+        lambda problem, **more: train_levenberg_marquardt(problem, iterations=ALL, rows=0.5, directions=2, **more),
+    ),
+}
+
+
+@on_ranks
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_signal_writes_a_checkpoint_where_it_stops(tool, tmp_path):
+    """The next job then has all iterations. L-BFGS, which forgets its pairs there, takes other ones from there on."""
+    make, run = TOOLS[tool]
+
+    def monitor(progress):
+        if progress.counted[1] == 3 and COMM_WORLD.rank == COMM_WORLD.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoint = TrainingCheckpoint(tmp_path / "file", 100)
+    ended = run(make(), checkpoint=checkpoint, monitor=monitor)
+    assert ended.reason == "TERMINATED" and len(ended.values) in (3, 4)
+    resumed = run(make(), resume=tmp_path / "file", quiet=True)
+    whole = run(make(), checkpoint=TrainingCheckpoint(tmp_path / "whole", 3), quiet=True)
+    assert_same(whole, resumed)
+
+
 def test_l_bfgs_forgets_its_pairs_at_a_checkpoint(tmp_path):
     """As the docstring says: else bits could not be the same. The first three iterations know no checkpoint."""
     without = train(plain(), {"tao_max_it": 8})

@@ -37,10 +37,12 @@ from fem_resnet import (
     extremal_controls,
     given_basis,
     least_squares,
+    load,
     middle_pairs,
     msa,
     pmp_residual,
     raise_controls,
+    save,
     smooth_in_time,
     smoothed_l1,
     solve_costate,
@@ -97,6 +99,19 @@ def test_basic_msa_rises_where_extended_msa_falls_at_every_iteration(space):
     for found in (extended, damped):
         assert (found.changes < 0).all() and found.values[-1] < 0.1 * found.values[0]
         assert found.value == found.values[-1] and inside(found, BOX)
+
+
+@on_ranks
+def test_a_result_in_a_file_is_continued_as_one_that_was_kept(tmp_path):
+    """Its layers have bases of their own."""
+    begun = msa(problem(), BOX, variant="damped", iterations=2)
+    save(tmp_path / "msa.h5", begun.problem.net)
+    net, _ = load(tmp_path / "msa.h5")
+    batch = Batch(net.Y.batch(smooth(net.Y, 1)), net.Y.batch(smooth(net.Y, 1, seed=50)))
+    read = msa(LearningProblem(net, None, least_squares, None, batch), BOX, variant="damped", iterations=2)
+    kept = msa(begun.problem, BOX, variant="damped", iterations=2)
+    assert_allclose(read.values, kept.values, rtol=1e-9)
+    assert len(set(kept.values)) == 3
 
 
 @on_ranks

@@ -167,6 +167,24 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_iteration_and_keeps_the_best(nam
 
 
 @on_ranks
+def test_a_scheduler_s_signal_stops_all_too_unless_the_program_handles_it():
+    problem, training = ALGORITHMS["L-BFGS"]()
+
+    def monitor(progress):
+        if progress.iteration == 2 and LAST:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert training(monitor=monitor).reason == "TERMINATED"
+    noted = []
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
+    try:
+        assert training(monitor=monitor).reason != "TERMINATED"
+    finally:
+        assert signal.signal(signal.SIGTERM, before) is not before
+    assert noted == [True] * LAST
+
+
+@on_ranks
 @pytest.mark.parametrize("name", ["L-BFGS", "PAM", "stochastic"])
 def test_a_second_ctrl_c_ends_it_at_once(name):
     problem, training = ALGORITHMS[name]()
