@@ -113,7 +113,7 @@ class MSAProgress(Report):
 class MSAResult:
     """How the method ended. ``msa(result.problem, ..)`` continues it, with ``rho=result.steps[-1] / 2`` for "extended".
 
-    `save` writes its network and head to a file, from which a new script goes on, with data on the label space that `load` makes.
+    `save` writes its network and head to a file. A new script goes on from it, with data on the label space that `load` makes.
     So a monitor writes checkpoints: ``lambda progress: save("msa.h5", progress.problem.net, progress.problem.head)``.
 
     Attributes
