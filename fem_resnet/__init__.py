@@ -139,7 +139,14 @@ def __getattr__(name: str):
     package, extra = _EXTRAS.get(_HOME[name], (None, None))
     if package is not None and find_spec(package) is None:
         raise ImportError(f"{name} needs the package {package}, which is not installed: pip install 'fem_resnet[{extra}]'")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name} needs the package {error.name}, which is not installed; where Firedrake is missing, networks that `export` "
+            "wrote predict, and containers/run installs it",
+            name=error.name,
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import pytest
 import sympy
 import torch_beside
 from firedrake import COMM_WORLD
-from helpers import TIMES, label_space, laplace, network, set_smooth, smooth, with_channels
+from helpers import TIMES, label_space, laplace, network, set_smooth, smooth, with_channels, without_mpi
 from kinds import rotation, with_kernel_set, with_layer_bases, with_learned_factors
 from numpy.testing import assert_allclose
 from problems import head_onto, polynomials
 from problems import network as classifier
 from pyadjoint.enlisting import Enlist
 
+import fem_resnet
 from fem_resnet import (
     ACTIVATIONS,
     Activation,
@@ -174,6 +177,31 @@ def test_arrays_and_the_predictor_compute_what_the_network_does(name, tmp_path):
     assert abs(O).max() > 1e-3 and np.ptp(O) > 1e-3
     COMM_WORLD.barrier()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["network.npz", "predict.py"]
+
+
+def test_an_exported_network_predicts_where_nothing_but_numpy_is(tmp_path):
+    """There the package can be imported too, and says what else its names need."""
+    net, head, lift = made("channels")
+    export(net, head, tmp_path / "network.npz", lift)
+    inputs, O, _ = computed(net, head, lift)
+    np.save(tmp_path / "inputs.npy", inputs)
+    script = """
+import sys
+for name in ("firedrake", "petsc4py", "slepc4py", "mpi4py", "pyadjoint", "scipy", "sympy", "sklearn", "matplotlib", "h5py"):
+    sys.modules[name] = None
+import numpy as np, fem_resnet, predict
+np.save("output.npy", predict.output(dict(np.load("network.npz")), np.load("inputs.npy")))
+try:
+    fem_resnet.LabelSpace
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    environment = without_mpi() | {"PYTHONPATH": str(Path(fem_resnet.__file__).parents[1])}
+    told = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert_allclose(np.load(tmp_path / "output.npy"), O, rtol=0, atol=CLOSE * max(1, abs(O).max()))
+    assert told.startswith("LabelSpace needs the package firedrake, which is not installed; "), told
 
 
 def test_every_built_in_activation_is_exported():
