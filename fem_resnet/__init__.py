@@ -143,8 +143,8 @@ def __getattr__(name: str):
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{name} needs the package {error.name}, which is not installed; where Firedrake is missing, networks that `export` "
-            "wrote predict, and containers/run installs it",
+            f"{name} needs the package {error.name}, which is not installed; containers/run installs all, and what `export` wrote "
+            "predicts without it",
             name=error.name,
         ) from error
 
