@@ -143,8 +143,8 @@ def __getattr__(name: str):
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{name} needs the package {error.name}, which is not installed; containers/run installs all, and what `export` wrote "
-            "predicts without it",
+            f"{name} needs the package {error.name}, which is not installed; containers/run installs all of them, and what "
+            "`export` has written predicts without",
             name=error.name,
         ) from error
 
