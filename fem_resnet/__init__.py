@@ -104,6 +104,7 @@ _MODULES = {
     "theory.limits.compression": ["Compression", "KernelError"],
     "theory.limits.compress": ["KernelSampling", "compress"],
     "theory.limits.limits": ["Convergence", "depth_limit", "width_limit"],
+    "theory.limits.blocks": ["from_blocks"],
     "theory.limits.residual_network": ["NetworkArrays", "StageArrays", "from_network", "state_array", "to_network"],
     "theory.limits.interpolant": ["DepthInterpolant"],
     "theory.sensitivity.propagator": ["Propagator"],

@@ -82,6 +82,7 @@ from fem_resnet import (
     find_steady_states,
     fit_growth,
     follow_trajectory,
+    from_blocks,
     from_network,
     frozen_spectra,
     get_activation,
@@ -948,6 +949,25 @@ THEORY = {
         {"terminal": {"None"}},
         parted=("net",),
         another={"initial": another_of_coordinates, "terminal": another_of_coordinates, "spaces": [3]},
+    ),
+    "from_blocks": Door(
+        from_blocks,
+        lambda: {
+            "blocks": [(np.ones(2), np.ones((2, 3)), np.ones((3, 2)), np.ones(3))],
+            "z_0": np.array([1.0, 2.0, 3.0]),
+            "readout": (np.ones((2, 3)), np.ones(2)),
+            "tau": 0.5,
+            "activation": "relu",
+            "prediction": "softmax",
+            "comm": fd.COMM_WORLD,
+        },
+        {"readout": {"None"}, "tau": {"a fraction", "a huge integer"}},
+        parted=("comm",),
+        another={
+            "blocks": [(np.zeros(2), np.ones((2, 3)), np.ones((3, 2)), np.ones(3))],
+            "activation": "leaky_relu",
+            "readout": (np.zeros((2, 3)), np.ones(2)),
+        },
     ),
     "from_network": Door(
         from_network,
