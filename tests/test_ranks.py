@@ -90,7 +90,7 @@ fem_resnet.ranks.in_step(comm, run)
 """
 
 
-def test_in_step_a_rank_for_which_others_wait_ends_them_with_a_sentence(second_core):
+def test_in_step_a_rank_for_which_others_wait_ends_them_with_a_sentence(alone):
     command = ["mpiexec", "-n", "2", sys.executable, "-c", WAITS]
     result = subprocess.run(
         command, env=without_mpi() | {"OMPI_MCA_mpi_yield_when_idle": "1"}, capture_output=True, text=True, timeout=60
