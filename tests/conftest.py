@@ -54,8 +54,8 @@ SUMMARY = pytest.StashKey[dict]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """A run of all tests on one rank has workers. They begin with an equal part each, and take from others when they are done."""
-    everything = config.args_source != config.ArgsSource.ARGS
-    if COMM_WORLD.size == 1 and everything and getattr(config.option, "numprocesses", 0) is None:
+    everything, worker = config.args_source != config.ArgsSource.ARGS, hasattr(config, "workerinput")
+    if COMM_WORLD.size == 1 and everything and not worker and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = "auto", "worksteal"
 
 
