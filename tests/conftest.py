@@ -1,5 +1,7 @@
 """How the tests are run; `containers/run pytest` is the whole default run.
 
+A run of all tests has a worker on each core (pytest-xdist); ``-n 0`` has none, and so has a run of files that are named.
+
 Every test is written for any number of ranks. ``@pytest.mark.parallel([1, 2, 3])`` only says on which numbers of ranks
 the default run repeats it; without the marker a test runs on one. A session runs what is marked for the number of ranks
 that it has been started on: `test_on_ranks.py` starts one on two ranks and one on three, and by hand
@@ -12,16 +14,15 @@ All tests with all parameters are ``-m "slow or not slow"``, on several ranks ``
 """
 
 import faulthandler
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import zlib
 from collections import defaultdict
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 
 # PETSc would take pytest's arguments for its own options, and complain about them at the end.
 arguments, sys.argv = sys.argv, sys.argv[:1]
@@ -40,22 +41,28 @@ from pyadjoint.enlisting import Enlist  # noqa: E402
 #: Seconds after which a test on several ranks counts as hanging: its stacks are printed, then the ranks are killed.
 TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 
-#: The same on one rank, where a test may wait for what runs beside, or start a session on several ranks.
+#: The same on one rank, where a test may start a session on several ranks.
 TIME_LIMIT_ALONE = 1500
 
 #: By the number of ranks: how many sets of parameters of each test run by default.
 PARAMETERS = {1: 16, 2: 2, 3: 1}
 
-TAYLOR_RATES = pytest.StashKey[dict]()
-VERIFIED = pytest.StashKey[dict]()
-BESIDE = pytest.StashKey[Future]()
+#: What tests found out for the summary: the smallest Taylor rates by row and column, what `verify` caught, lines of text.
+SUMMARY = pytest.StashKey[dict]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A run of all tests on one rank has workers. They begin with an equal part each, and take from others when they are done."""
+    everything, worker = config.args_source != config.ArgsSource.ARGS, hasattr(config, "workerinput")
+    if COMM_WORLD.size == 1 and everything and not worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = "auto", "worksteal"
 
 
 def pytest_configure(config):
-    config.stash[TAYLOR_RATES] = defaultdict(dict)
-    config.stash[VERIFIED] = {"faults": [], "sound": []}
-    config.addinivalue_line("markers", "beside(*command): started with the session, for the fixture `printed`")
-    config.pluginmanager.register(OnRanks(os.dup(2)) if COMM_WORLD.size > 1 else Beside(), "sides")
+    config.stash[SUMMARY] = {"rates": {}, "faults": [], "sound": [], "lines": []}
+    config.addinivalue_line("markers", "command(*words): what the fixture `printed` runs")
+    config.pluginmanager.register(OnRanks(os.dup(2)) if COMM_WORLD.size > 1 else OnOneRank(), "ranks")
 
 
 @pytest.hookimpl(trylast=True)
@@ -118,60 +125,65 @@ class OnRanks:
         return report
 
 
-class Beside:
-    """A session on one rank leaves a core idle: it takes the commands that tests are marked with, one after the other.
+class OnOneRank:
+    """A session on one rank, or one of its workers. A test with the fixture `alone` waits until no other runs, and others for it.
 
-    Sessions on several ranks do not run beside it: ranks that wait for each other with less than a core each take minutes for
-    what else takes seconds (MUMPS: 170 s for 0.4 s).
+    Ranks that wait for each other with less than a core each take minutes for what else takes seconds (MUMPS: 170 s for 0.4 s).
     """
-
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(1)
-        self.second_core = Lock()
-
-    def run(self, command: tuple[str, ...]) -> subprocess.CompletedProcess:
-        with self.second_core:
-            return subprocess.run(
-                command, cwd=Path(__file__).parents[1], env=without_mpi(), capture_output=True, text=True, timeout=600
-            )
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         def stop(*_):
             raise TimeoutError(f"{item.nodeid} takes longer than {TIME_LIMIT_ALONE} s")
 
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.alarm(TIME_LIMIT_ALONE)
-        try:
-            return (yield)
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        with open(__file__) as file:
+            fcntl.flock(file, fcntl.LOCK_EX if "alone" in item.fixturenames else fcntl.LOCK_SH)
+            before = signal.signal(signal.SIGALRM, stop)
+            signal.alarm(TIME_LIMIT_ALONE)
+            try:
+                return (yield)
+            finally:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, before)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
-        """Tests that wait for a command beside come late; tests that need both cores come last."""
-        items.sort(key=lambda item: 2 * ("second_core" in item.fixturenames) + any(item.iter_markers("beside")))
+        """Tests that run alone come last."""
+        items.sort(key=lambda item: "alone" in item.fixturenames)
 
-    def pytest_collection_finish(self, session):
-        if not session.config.option.collectonly:
-            for item in session.items:
-                for marker in item.iter_markers("beside"):
-                    item.stash[BESIDE] = self.pool.submit(self.run, marker.args)
+    def pytest_sessionfinish(self, session):
+        """What a worker found goes to the session that prints it."""
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["summary"] = session.config.stash[SUMMARY]
 
-    def pytest_sessionfinish(self):
-        self.pool.shutdown(cancel_futures=True)
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        found, summary = getattr(node, "workeroutput", {}).get("summary", {}), node.config.stash[SUMMARY]
+        for row, columns in found.pop("rates", {}).items():
+            for column, rates in columns.items():
+                note(summary["rates"], row, column, rates)
+        for name, each in found.items():
+            summary[name] += each
+
+
+def note(rates, row, column, found):
+    """Note Taylor rates in the table of the summary, if they are the smallest of their row and column."""
+    known = rates.setdefault(row, {})
+    known[column] = tuple(map(min, found, known.get(column, found)))
 
 
 def pytest_terminal_summary(terminalreporter, config):
     """The faults that `verify` caught, and the smallest Taylor rates: rows with the same columns make a table."""
-    faults, sound = config.stash[VERIFIED].values()
+    summary = config.stash[SUMMARY]
+    for line in summary["lines"]:
+        terminalreporter.line(line)
+    faults, sound = summary["faults"], summary["sound"]
     if faults or sound:
         terminalreporter.section("verify")
         terminalreporter.line(f"faults: {sum(faults)} caught of {len(faults)} planted")
         terminalreporter.line(f"false alarms: {len(sound) - sum(sound)} in {len(sound)} random sound networks")
     tables = defaultdict(dict)
-    for name, row in config.stash[TAYLOR_RATES].items():
+    for name, row in summary["rates"].items():
         tables[tuple(row)][name] = row
     if tables:
         terminalreporter.section("Taylor rates R0 / R1 / R2, the last where Hessians are tested")
@@ -200,23 +212,22 @@ def tape():
 
 @pytest.fixture
 def found(request):
-    """Lists of the outcomes of `verify`: ``found["faults"].append(caught)``, ``found["sound"].append(silent)``."""
-    return request.config.stash[VERIFIED]
+    """Lists of the outcomes of `verify`, ``found["faults"].append(caught)``, ``found["sound"].append(silent)``; and of lines."""
+    return request.config.stash[SUMMARY]
 
 
 @pytest.fixture
 def printed(request):
-    """The lines that the command of the marker `beside` has printed; it must end with code 0."""
-    result = request.node.stash[BESIDE].result()
+    """The lines that the command of the marker `command` prints; it must end with code 0."""
+    command, root = request.node.get_closest_marker("command").args, Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=without_mpi(), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout.splitlines()
 
 
 @pytest.fixture
-def second_core(request):
-    """Nothing runs beside a test that starts several ranks itself, or measures times."""
-    with request.config.pluginmanager.get_plugin("sides").second_core:
-        yield
+def alone():
+    """No other test runs beside one that starts several ranks itself, or measures times; see `OnOneRank`."""
 
 
 @pytest.fixture
@@ -257,7 +268,7 @@ def taylor(request):
     short enough for a direction in which one derivative happens to be small beside the next one, and long enough for
     round-off to be 1e-5 of the remainders or less. For the third remainder they are ten times as long for that reason.
     """
-    rates = request.config.stash[TAYLOR_RATES]
+    rates = request.config.stash[SUMMARY]["rates"]
 
     def taylor(J, m, h, row, column, second_order=False):
         h = [direction._ad_mul(0.1 if second_order else 0.01) for direction in Enlist(h)]
@@ -271,7 +282,7 @@ def taylor(request):
             found = first[-1], min(second), min(third)
         else:
             found = taylor_test(J, m, h, dJdm=0), taylor_test(J, m, h)
-        rates[row][column] = tuple(map(min, found, rates[row].get(column, found)))
+        note(rates, row, column, tuple(map(float, found)))
         assert abs(found[0] - 1) < (0.05 if second_order else 0.02), (
             f"{row}, {column}: R0 falls at rate {found[0]:.3f}, expected 1.00"
         )

@@ -60,7 +60,7 @@ def benchmark(tmp_path, sides, *sizes):
 
 
 @pytest.mark.slow
-def test_ours_on_one_and_two_ranks_agrees_with_the_reference_and_is_tabulated(tmp_path, second_core):
+def test_ours_on_one_and_two_ranks_agrees_with_the_reference_and_is_tabulated(tmp_path, alone):
     results, lines = benchmark(tmp_path, "fem_resnet_1,fem_resnet_2,fem_resnet_layers_1", *SIZES)
     assert [found["size"] for found in results] == [list(size) for size in SIZES]
     for found in results:
@@ -190,7 +190,7 @@ def _best(side, turns=7):
 
 
 @pytest.mark.parametrize("size, reached", REACHED, ids=lambda x: str(x) if isinstance(x, tuple) else "")
-def test_the_package_keeps_its_distance_from_numpy_in_blocks_and_from_jax(size, reached, tmp_path, modules, second_core):
+def test_the_package_keeps_its_distance_from_numpy_in_blocks_and_from_jax(size, reached, tmp_path, modules, alone):
     """Through the tape, on one rank; half of what was reached is asked for, since the machine is shared."""
     modules["data"].write(tmp_path, *size)
     data = modules["data"].Data(tmp_path)
@@ -287,7 +287,7 @@ def test_the_tape_s_cost_is_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_scaling_is_measured_on_one_and_two_ranks(tmp_path, second_core):
+def test_scaling_is_measured_on_one_and_two_ranks(tmp_path, alone):
     rows, lines = scripted(tmp_path, "scaling.py", "--quick")
     assert [row["kind"] for row in rows] == ["strong", "weak"]
     for row in rows:
@@ -296,7 +296,7 @@ def test_scaling_is_measured_on_one_and_two_ranks(tmp_path, second_core):
 
 
 @pytest.mark.slow
-def test_overlapping_reductions_give_the_same_and_are_measured(tmp_path, second_core):
+def test_overlapping_reductions_give_the_same_and_are_measured(tmp_path, alone):
     rows, lines = scripted(tmp_path, "overlap.py", "--quick")
     assert [row["rank"] * row["samples"] for row in rows] == [16, 1024]
     assert all(min(row["seconds"].values()) > 0 for row in rows)
@@ -336,7 +336,7 @@ def _of_an_empty_block(functions):
     return lambda: (J(functions), J.derivative())
 
 
-def test_the_tape_costs_less_than_that_of_pyadjoint_alone(tmp_path, modules, second_core):
+def test_the_tape_costs_less_than_that_of_pyadjoint_alone(tmp_path, modules, alone):
     """Few nodes: what two Blocks and 32 controls cost above the layers' own work, in parts of one Block without work.
 
     pyadjoint's Controls alone take 2.5 ms for these (Xeon, an idle core), so that 0.25 ms a Block and 0.1 ms a control

@@ -37,7 +37,7 @@ def accuracy(lines):
 
 
 def in_short(demo):
-    return pytest.mark.beside(sys.executable, f"demos/{demo}", "--short")
+    return pytest.mark.command(sys.executable, f"demos/{demo}", "--short")
 
 
 @pytest.mark.parametrize("demo", [pytest.param(demo, marks=in_short(demo)) for demo in DEMOS])

@@ -36,7 +36,7 @@ BUILT = ROOT / "docs" / "_build" / "tested"
 SPHINX = (sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-E", "-a", "-b", "html", "docs", str(BUILT))
 
 
-@pytest.mark.beside(*SPHINX)
+@pytest.mark.command(*SPHINX)
 def test_docs_are_built_without_a_warning(printed):
     pages = BUILT / "generated"
     home = fem_resnet.ResidualNetwork.__module__
@@ -86,7 +86,7 @@ def test_every_demo_has_a_picture_in_the_gallery(docs):
         assert f"'generated/thumbnails/{name}.png'" in sources[f"demo_sources/{name}.py"]
 
 
-@pytest.mark.beside(*RUN_PAGES)
+@pytest.mark.command(*RUN_PAGES)
 def test_the_code_on_pages_runs_and_prints_what_they_say(printed):
     assert printed == WITH_CODE and "docs/tutorial.md" in printed and "README.md" in printed
 

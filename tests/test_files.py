@@ -815,7 +815,7 @@ SENTENCES = {
 @pytest.mark.parametrize(
     "ranks, how", [(1, "unreserved"), (2, "reserved"), pytest.param(2, "unreserved", marks=pytest.mark.slow)]
 )
-def test_damage_and_disks_that_take_nothing_are_one_sentence_on_all_ranks_and_exit_code_1(ranks, how, tmp_path, second_core):
+def test_damage_and_disks_that_take_nothing_are_one_sentence_on_all_ranks_and_exit_code_1(ranks, how, tmp_path, alone):
     """On a small file system; in the end a disk is full, also where no room could be kept, and one rank alone sees it."""
     (tmp_path / "small").mkdir()
     (tmp_path / "script.py").write_text(ENDS)

@@ -41,7 +41,7 @@ def _selection(config) -> list[str]:
 
 def _launch(ranks: int, selection: list[str], logs: Path, **environment: str) -> int | None:
     """The exit code of the job, or None if it took too long; each rank writes a log of its own."""
-    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "-m", f"parallel[{ranks}]"]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", f"parallel[{ranks}]"]
     to_log = 'log=$FEM_RESNET_TEST_LOGS/$OMPI_COMM_WORLD_RANK; exec "$@" --basetemp "$log.tmp" >"$log" 2>&1'
     job = subprocess.Popen(
         ["mpiexec", "-n", str(ranks), "sh", "-c", to_log, "sh", *command, *selection],
@@ -73,15 +73,14 @@ def _report(logs: Path) -> str:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_same_tests_on_several_ranks(ranks, tmp_path, request, capsys, second_core):
+def test_same_tests_on_several_ranks(ranks, tmp_path, request, found, alone):
     code = _launch(ranks, _selection(request.config), tmp_path)
     what = "took too long and was stopped" if code is None else f"ended with code {code}"
     assert code == 0, f"the run on {ranks} ranks {what}\n{_report(tmp_path)}"
     closing = (tmp_path / "0").read_text().splitlines()[-1]
     passed = re.search(r"(\d+) passed", closing)
     assert passed, f"no test ran on {ranks} ranks: {closing}"
-    with capsys.disabled():
-        print(f"\n{ranks} ranks: {closing.strip('= ')}")
+    found["lines"].append(f"{ranks} ranks: {closing.strip('= ')}")
 
 
 HANGS = """

@@ -97,7 +97,7 @@ def on_two_ranks(script, **environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_in_step_a_rank_for_which_others_wait_ends_them_with_a_sentence(second_core):
+def test_in_step_a_rank_for_which_others_wait_ends_them_with_a_sentence(alone):
     result = on_two_ranks(WAITS)
     assert result.returncode == 1
     assert "OSError on rank 1, while the others wait for it: no room\n" in result.stderr
@@ -122,7 +122,7 @@ else:
 """
 
 
-def test_watched_ranks_that_make_different_calls_are_told_of_both(second_core):
+def test_watched_ranks_that_make_different_calls_are_told_of_both(alone):
     result = on_two_ranks(WATCHED.format("other_line()"), FEM_RESNET_WATCH="20")
     assert result.returncode != 0
     told = "got\nrank 0: allreduce in <string>, line 15\nrank 1: allreduce in <string>, line 8\n"
@@ -131,7 +131,7 @@ def test_watched_ranks_that_make_different_calls_are_told_of_both(second_core):
     )
 
 
-def test_watched_ranks_that_wait_and_one_that_does_not_come_write_where_they_are(second_core):
+def test_watched_ranks_that_wait_and_one_that_does_not_come_write_where_they_are(alone):
     result = on_two_ranks(WATCHED.format("fd.COMM_WORLD.recv(source=0)"), FEM_RESNET_WATCH="3")
     assert result.returncode != 0
     waits, misses = result.stderr.split("Current thread", 1)

@@ -196,7 +196,7 @@ def test_expression_agrees_with_the_built_in(name, order):
         (EXPRESSIONS["cubic"], S**4 / 12 + S**2 / 2, S**4 / 12 + S**2 / 2),
         (sympy.tanh(900 * s), sympy.log(sympy.cosh(900 * S)) / 900, sympy.log(sympy.cosh(900 * S)) / 900),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_primitive_of_an_expression_is_accurate_to_14_digits(expression, left, right):
     exact = _exact_values(left, right)

@@ -141,7 +141,7 @@ def test_another_path_on_one_rank_is_refused_on_all(tmp_path):
         read_mesh(path, COMM_WORLD)
 
 
-def test_under_mpi4py_an_error_on_one_rank_alone_ends_all(second_core, tmp_path):
+def test_under_mpi4py_an_error_on_one_rank_alone_ends_all(alone, tmp_path):
     """Firedrake raises on the rank that has a cell of the other kind, and not on the other one, which waits for it."""
     script = tmp_path / "script.py"
     script.write_text(

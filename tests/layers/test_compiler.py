@@ -381,7 +381,7 @@ print(repr((at_import, len(started), counts)))
 """
 
 
-@pytest.mark.beside(sys.executable, "-c", STARTED)
+@pytest.mark.command(sys.executable, "-c", STARTED)
 def test_nothing_but_the_compiler_is_started_and_that_only_where_nothing_is_on_disk(printed):
     """Firedrake, PyOP2 and petsctools start others, at import and for kernels of their own."""
     at_import, in_all, (cold, warm) = ast.literal_eval(printed[-1])

@@ -742,7 +742,6 @@ def _parts():
         (dict(regulariser=1e-3), TypeError, r"^regulariser: expected a Regulariser or None, got float"),
         (dict(regulariser=tikhonov), TypeError, r"^regulariser: expected a Regulariser or None, got function"),
     ],
-    ids=str,
 )
 def test_refuses_parts_of_the_wrong_type(change, error, message):
     with pytest.raises(error, match=message):

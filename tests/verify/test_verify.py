@@ -528,7 +528,7 @@ def problem(comm):
 """
 
 
-def test_a_rank_that_leaves_out_a_sum_ends_in_a_message(tmp_path, second_core):
+def test_a_rank_that_leaves_out_a_sum_ends_in_a_message(tmp_path, alone):
     (tmp_path / "hangs.py").write_text(HANGS)
     run = subprocess.run(
         ["mpiexec", "-n", "2", sys.executable, "-m", "fem_resnet.verify", "hangs.py", "--quick", "--time-limit", "8"],
