@@ -8,8 +8,8 @@ that it has been started on: `test_on_ranks.py` starts one on two ranks and one 
 
     containers/run mpiexec -n 2 pytest -m "parallel[2]" tests/test_network.py
 
-does the same. Of a test with many parameters the default run takes a few, spread over all: the fewer, the more ranks. Tests
-that list what there is are marked `whole` and take all. Tests marked `slow` run where -m names them: ``pytest -m slow``.
+does the same. Of a test with many parameters the default run takes a few on one rank and one on more, on three ranks of every
+second test. Tests that list what there is are marked `whole` and take all. Tests marked `slow` run where -m names them: ``pytest -m slow``.
 All tests with all parameters are ``-m "slow or not slow"``, on several ranks ``-m "parallel[2] or slow"``.
 """
 
@@ -44,8 +44,8 @@ TIME_LIMIT = int(os.environ.get("FEM_RESNET_TEST_TIME_LIMIT", 180))
 #: The same on one rank, where a test may start a session on several ranks.
 TIME_LIMIT_ALONE = 1500
 
-#: By the number of ranks: how many sets of parameters of each test run by default.
-PARAMETERS = {1: 16, 2: 2, 3: 1}
+#: By the number of ranks: how many sets of parameters of a test run by default, and of every how many-th test.
+SAMPLES = {1: (16, 1), 2: (1, 1), 3: (1, 2)}
 
 #: What tests found out for the summary: the smallest Taylor rates by row and column, what `verify` caught, lines of text.
 SUMMARY = pytest.StashKey[dict]()
@@ -74,19 +74,21 @@ def pytest_collection_modifyitems(config, items):
         return f"parallel[{COMM_WORLD.size}]" in markers and ("slow" not in markers or "slow" in config.option.markexpr)
 
     kept = [item for item in items if selected(item)]
-    if COMM_WORLD.size in PARAMETERS and "slow" not in config.option.markexpr:
-        kept = spread(kept, PARAMETERS[COMM_WORLD.size])
+    if COMM_WORLD.size in SAMPLES and "slow" not in config.option.markexpr:
+        kept = sample(kept, *SAMPLES[COMM_WORLD.size])
     config.hook.pytest_deselected(items=list(set(items) - set(kept)))
     items[:] = kept
 
 
-def spread(items, most):
-    """At most `most` items of each test function, spread from the first to the last; all items that are marked `whole`."""
+def sample(items, most, every):
+    """At most `most` items of every so many-th test function, from the last to the first; all items that are marked `whole`."""
     alike = defaultdict(list)
     for item in items:
         alike[item.nodeid.split("[")[0]].append(item)
     chosen = {
-        each[k] for each in alike.values() for k in np.linspace(0, len(each) - 1, min(most, len(each))).round().astype(int)
+        each[k]
+        for each in list(alike.values())[::every]
+        for k in np.linspace(len(each) - 1, 0, min(most, len(each))).round().astype(int)
     }
     return [item for item in items if item in chosen or item.get_closest_marker("whole")]
 

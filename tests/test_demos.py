@@ -40,6 +40,7 @@ def in_short(demo):
     return pytest.mark.command(sys.executable, f"demos/{demo}", "--short")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("demo", [pytest.param(demo, marks=in_short(demo)) for demo in DEMOS])
 def test_demos_run_in_their_short_form(demo, printed):
     assert printed

@@ -96,7 +96,7 @@ def test_of_several_wrong_arguments_one_is_named(calls=3000):
 
 
 @pytest.mark.whole
-@pytest.mark.parallel([2, 3])
+@pytest.mark.parallel(2)
 @pytest.mark.parametrize("name", BUT_DEAR)
 def test_an_argument_that_one_rank_gives_otherwise_is_refused_on_all(name):
     door = DOORS[name]
