@@ -239,7 +239,7 @@ def draw(path, data, found, history, rows):
         start, end = (np.stack([x, at(c["test"], x, MODES)[:, sample]], axis=1) for c in (data.c, data.w))
         said = np.stack([few, at(found, few, found.shape[1])[:, sample]], axis=1)
         plot.lines(
-            {}, points={"network": said}, reference={"u(x, 1)": end, "u(x, 0)": start}, xlabel="x", ylabel="u", ax=axes[place],
+            {"u(x, 1)": end}, points={"network": said}, reference={"u(x, 0)": start}, xlabel="x", ylabel="u", ax=axes[place],
             legend=place == "B",
         ).set(title=f"test sample {sample + 1}", ylim=(-1.3, 1.3))  # fmt: skip
     plot.learning_curve(history, ax=axes["D"], xlabel="step").set_title(f"training of {LAYERS} layers, by ranks")
@@ -247,8 +247,8 @@ def draw(path, data, found, history, rows):
     names = (f"{LAYERS} layers, inputs as modes", f"{LAYERS} layers, inputs at the nodes", f"{2 * LAYERS} layers")
     curves = {name: np.stack([nodes, error], axis=1) for name, error in zip(names, errors)}
     plot.lines(
-        curves, log="xy", xlabel="points of the mesh", ylabel="relative test error, %", ax=axes["E"]
-    ).set_title(f"on other meshes, trained on {NODES} points")  # fmt: skip
+        curves, log="x", xlabel="points of the mesh", ylabel="relative test error, %", ax=axes["E"]
+    ).set(title=f"on other meshes, trained on {NODES} points", ylim=(0, None))  # fmt: skip
     plot.save(path, figure)
 
 

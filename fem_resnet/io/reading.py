@@ -27,6 +27,7 @@ from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.graph import checked_graph
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.laplace import move_laplace
+from fem_resnet.label_domain.parts import mover_of
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.lift import FreeEntries, Lift
@@ -246,7 +247,7 @@ def _load_basis(file: fd.CheckpointFile, mesh: fd.MeshGeometry, Y: LabelSpace, i
         _of_one(Y, file.load_function(mesh, f"basis_{index}")),
         kind,
         _read(file, f"eigenvalues_{index}"),
-        move_laplace if kind == "laplace" and Y.graph is None else None,
+        move_laplace if kind == "laplace" and Y.graph is None else mover_of(kind),
         _read(file, f"stiffness_{index}"),
     )
 

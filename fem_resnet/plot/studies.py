@@ -42,7 +42,7 @@ def lines(
     ----------
     curves
         Places and values by name, shape (points, 2); with deviations in a third column, which are drawn as bars, shape
-        (points, 3). A curve of few points has a mark at each, one of many points some marks.
+        (points, 3). A curve of few points has a mark at each, one of many has some, where there are others.
     points
         What is drawn by marks alone, of the same shapes.
     reference
@@ -89,9 +89,10 @@ def lines(
         alone = k >= len(named["curves"])
         style = "none" if alone else DASHES[k // len(LINES) % len(DASHES)]
         # Of curves that coincide all are seen: the first is the widest, and marks between many points are at other places.
-        few = alone or len(x) <= _FEW
+        few, only = alone or len(x) <= _FEW, not alone and len(named["curves"]) == 1
         ax.errorbar(
-            x, y, *deviations, label=name, color=LINES[k % len(LINES)], linestyle=style, marker=_MARKS[k % len(_MARKS)],
+            x, y, *deviations, label=name, color=LINES[k % len(LINES)], linestyle=style,
+            marker=None if only and not few else _MARKS[k % len(_MARKS)],
             markersize=max(9 - 2 * k, 4), markevery=1 if few else (_STEP * k / len(drawn), _STEP),
             linewidth=max(2.4 - 0.3 * k, 1.2), capsize=3, elinewidth=1,
         )  # fmt: skip
@@ -103,7 +104,9 @@ def lines(
         _say(ax.yaxis)
     if legend:
         columns = 2 if max(map(len, ax.get_legend_handles_labels()[1])) <= _SHORT else 1
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize="small", frameon=False)
+        ax.legend(
+            loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncols=columns, fontsize="small", frameon=False
+        )
     return ax
 
 
