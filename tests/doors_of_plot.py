@@ -131,14 +131,20 @@ DOORS: dict[str, Door] = {
             "reference": {"c": [(1.0, 1.0), (2.0, 1.0)]}, "log": "xy", "xlabel": "x", "ylabel": "y", "legend": True,
             "ax": panels(1),
         },
-        takes={"points": NOTHING, "reference": NOTHING, "legend": FLAG, "ax": NOTHING, "log": {"an empty string"}}
+        takes={
+            "curves": {"an empty dict"}, "points": {"an empty dict"} | NOTHING, "reference": {"an empty dict"} | NOTHING,
+            "legend": FLAG, "ax": NOTHING, "log": {"an empty string"},
+        }
         | dict.fromkeys(("xlabel", "ylabel"), {"a string", "an empty string"}),
         parted=("curves", "points", "reference", "log", "xlabel", "ylabel", "legend", "ax"),
     ),
     "plot.comparison": Door(
         plot.comparison,
         lambda: {"runs": {"a": [1.0, 2.0], "b": [3.0]}, "marked": ["a"], "log": True, "xlabel": "error", "ax": panels(1)},
-        takes={"log": FLAG, "ax": NOTHING, "xlabel": {"a string", "an empty string"}},
+        takes={
+            "marked": {"an empty list", "a list of strings"}, "log": FLAG, "ax": NOTHING,
+            "xlabel": {"a string", "an empty string"},
+        },
         parted=("runs", "marked", "log", "xlabel", "ax"),
     ),
 }  # fmt: skip

@@ -79,7 +79,7 @@ def lines(
     xlabel, ylabel = instance("xlabel", xlabel, str), instance("ylabel", ylabel, str)
     legend, ax = flag("legend", legend), given_or_new(ax)
     given = {"curves": curves, "points": points, "reference": reference}
-    named = {kind: {} if one is None else _arrays(kind, one) for kind, one in given.items()}
+    named = {kind: {} if one is None and kind != "curves" else _arrays(kind, one) for kind, one in given.items()}
     drawn = [*named["curves"].items(), *named["points"].items()]
     if not drawn:
         raise ValueError("curves: expected at least one, by its name, got none")
