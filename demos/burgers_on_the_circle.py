@@ -248,7 +248,7 @@ def draw(path, data, found, history, rows):
     curves = {name: np.stack([nodes, error], axis=1) for name, error in zip(names, errors)}
     plot.lines(
         curves, log="x", xlabel="points of the mesh", ylabel="relative test error, %", ax=axes["E"]
-    ).set(title=f"on other meshes, trained on {NODES} points", ylim=(0, None))  # fmt: skip
+    ).set(title=f"on other meshes, trained on {NODES} points", ylim=(0, 1.1 * np.max(errors)))  # fmt: skip
     plot.save(path, figure)
 
 

@@ -282,7 +282,8 @@ def draw(path, net, data, found, rows, results):
         ax.view_init(25, -30)
     meshes, methods = right.subplots(2, 1, height_ratios=[1, 1.4])
     plot.lines({"network": rows}, log="x", xlabel="nodes of the icosahedral mesh", legend=False, ax=meshes)
-    meshes.set(ylabel="relative error, %", ylim=(0, None), title=f"on other meshes, trained on {Y.size:,} nodes")
+    highest = 1.1 * np.max(rows, axis=0)[1]
+    meshes.set(ylabel="relative error, %", ylim=(0, highest), title=f"on other meshes, trained on {Y.size:,} nodes")
     ours = [name for name in results if "network" in name]
     plot.comparison(results, marked=ours, log=True, xlabel="relative error in L2, %", ax=methods)
     methods.set_title("all methods; a dot is a seed")
