@@ -315,7 +315,7 @@ def draw(path, data, fit, read, errors, histories):
             legend=label == 4,
         ).set(aspect="equal", xticks=[], yticks=[])  # fmt: skip
         for line in ax.lines:
-            line.set(markersize=2 if line.get_linestyle() == "None" else 0)
+            line.set(markersize=2 if line.get_linestyle() == "None" else 0, linewidth=1)
         ax.set_title(f"class {label + 1}, read as {read[sample] + 1}", fontsize="medium")
     by_known, curve = right.subplots(2, 1, height_ratios=[1.4, 1])
     per_cent = {name: 100 * np.array(each) for name, each in errors.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from fem_resnet.arguments import choice, flag, instance, real_array
@@ -127,7 +127,7 @@ def _apart(places: np.ndarray) -> bool:
 
 
 def _say(axis: Axis, places: np.ndarray | None = None) -> None:
-    """Plain numbers on a logarithmic axis: these places; or 1, 2, 5, where powers of ten alone would be too few."""
+    """Plain numbers on a logarithmic axis: these places; or 1, 2, 5, or finer ones, where powers of ten would be too few."""
     if places is None:
         low, high = axis.get_view_interval()
         if not 0 < low < high < 1000 * low:  # powers of ten are enough
@@ -135,6 +135,9 @@ def _say(axis: Axis, places: np.ndarray | None = None) -> None:
         first, last = np.floor(np.log10([low, high])).astype(int)
         steps = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
         places = np.array([step for step in steps if low <= step <= high])
+        if places.size < 3:
+            steps = MaxNLocator(4).tick_values(low, high)
+            places = np.array([step for step in steps if low <= step <= high])
     axis.set_ticks(places, [f"{place:,.0f}" if place >= 1000 else f"{place:.3g}" for place in places])
     axis.set_minor_locator(NullLocator())
 

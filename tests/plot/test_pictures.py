@@ -282,6 +282,8 @@ def test_methods_beside_each_other_have_a_dot_a_run_and_their_mean():
     assert_allclose(mean.get_xdata(), 3.0)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["network", "linear map"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first stands on top
+    near = plot.comparison({"a": [7.1, 9.4]}, log=True).get_xticklabels()
+    assert [label.get_text() for label in near][:2] == ["7.2", "8"]
     assert dots.get_color() != ax.lines[2].get_color() and ax.get_xscale() == "log"
     with pytest.raises(ValueError, match="^marked: expected one of 'a', got 'b'"):
         plot.comparison({"a": [1.0]}, marked=["b"])
