@@ -141,7 +141,10 @@ def main(short=False):
     output.mkdir(exist_ok=True)
     (output / "burgers_table.txt").write_text("\n".join(lines) + "\n")
     errors_of = {name: 100 * np.array([run["test"] for run in runs]) for name, runs in results.items()}
-    rows = [(name, runs[0]["parameters"], errors_of[name].mean(), errors_of[name].std()) for name, runs in results.items()]
+    rows = [
+        (name, runs[0]["parameters"], errors_of[name].mean(), errors_of[name].std(ddof=min(1, len(runs) - 1)))
+        for name, runs in results.items()
+    ]
     draw(output / "burgers_table.png", rows)
     return results
 

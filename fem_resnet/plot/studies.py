@@ -105,7 +105,7 @@ def lines(
     if legend:
         columns = 2 if max(map(len, ax.get_legend_handles_labels()[1])) <= _SHORT else 1
         ax.legend(
-            loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncols=columns, fontsize="small", frameon=False
+            loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5.0, ncols=columns, fontsize="small", frameon=False
         )
     return ax
 
