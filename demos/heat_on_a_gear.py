@@ -251,7 +251,7 @@ def draw(path, data, curves, output):
     for ax, (title, (values, limits)) in zip(right.subplots(2, 2).flat, parts.items()):
         plot.function(Y, Y.batch(values), ax=ax, limits=limits, label="temperature").set_title(title)
         ax.label_outer()
-    plot.save(path, figure, comm=fd.COMM_SELF)
+    plot.save(path, figure)
 
 
 def main(short=False):
@@ -316,10 +316,10 @@ def main(short=False):
     say(experiment.table())
     for line in experiment.lines:
         say(line)
+    folder = Path(__file__).parent / "output"
+    folder.mkdir(exist_ok=True)
+    draw(folder / "heat_on_a_gear.png", data, curves, np.array(shown[WITH]["output"]))
     if comm.rank == 0:
-        folder = Path(__file__).parent / "output"
-        folder.mkdir(exist_ok=True)
-        draw(folder / "heat_on_a_gear.png", data, curves, np.array(shown[WITH]["output"]))
         (folder / "heat_on_a_gear.txt").write_text("\n".join(lines) + "\n")
         if not short:
             experiment.write("heat_on_a_gear")

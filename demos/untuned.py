@@ -283,7 +283,7 @@ def draw(path, found):
     for ax, problem in zip(figure.subplots(1, len(PROBLEMS), sharey=True), PROBLEMS):
         runs = {method: 100 * np.array(rows)[:, 0] for (name, method), rows in found.items() if name == problem}
         plot.comparison(runs, marked=["estimator"], log=True, xlabel="test error, %", ax=ax).set_title(problem)
-    plot.save(path, figure, comm=fd.COMM_SELF)
+    plot.save(path, figure)
 
 
 def main(short=False):
@@ -296,11 +296,10 @@ def main(short=False):
                 found.setdefault((name, method), []).append((error, seconds))
                 if first:
                     print(f"seed {seed}, {name}: {method} {error:.2%} in {seconds:.0f} s", flush=True)
-        if first:
-            output.mkdir(exist_ok=True)
-            draw(output / "untuned.png", found)
-            if not short:  # after each seed: a run may be cut short
-                (output / "untuned.txt").write_text("\n".join(table(found)) + "\n\n" + NOTE)
+        output.mkdir(exist_ok=True)
+        draw(output / "untuned.png", found)
+        if first and not short:  # after each seed: a run may be cut short
+            (output / "untuned.txt").write_text("\n".join(table(found)) + "\n\n" + NOTE)
     if first:
         print("\n".join(table(found)))
     ours = {name: float(np.mean(found[name, "estimator"], axis=0)[0]) for name in PROBLEMS}
