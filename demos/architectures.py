@@ -15,7 +15,6 @@ It writes one figure and its table to demos/output/; the table of the full run i
 this page.
 """
 
-import gc
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 
 from fem_resnet import (
     Batch,
@@ -39,6 +39,7 @@ from fem_resnet import (
     ResidualNetwork,
     laplace_basis,
     least_squares,
+    plot,
     singular_system,
     state_array,
     tikhonov,
@@ -218,46 +219,25 @@ def predicted_step(net, scheme, most):
 
 # %% The figure
 
-STYLES = {
-    "Euler": {"color": "#D55E00", "marker": "o", "markersize": 5},
-    "Heun": {"color": "#E69F00", "marker": "s", "markersize": 5},
-    "Runge-Kutta 4": {"color": "#009E73", "marker": "^", "markersize": 5},
-    "implicit midpoint": {"color": "#0072B2", "marker": "D", "markersize": 8, "markerfacecolor": "none"},
-    "discrete gradient": {"color": "black", "marker": "x", "markersize": 5, "linestyle": ":"},
-}
 
-
-def draw(path, counts, found, falls, equation, limits, norm, long_step):
-    """Errors, energies, and longest steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+def draw(path, counts, found, falls, equation, limits, long_step, norm):
+    """Errors over steps, energies over time, and longest stable steps; limits have the one found and the predicted one."""
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     t = long_step / norm * np.arange(len(equation))
-    middle.semilogy(t, equation, color="0.7", linewidth=4, label="the equation")
-    for scheme, style in STYLES.items():
-        left.loglog(counts, found[scheme], label=scheme, **style)
-        middle.semilogy(t, falls[scheme], **style)
-    left.set(title="accuracy", xlabel=f"steps from 0 to T = {FINAL_TIME:g}", ylabel="relative error of f(T)")
-    left.set_xticks(counts[::2], counts[::2])
-    left.minorticks_off()
-    left.legend()
-    middle.set(title=f"energy in steps of {long_step:g} / |B|", xlabel="t", ylabel=r"$\int_Y\, \Sigma(u)\, dy$")
-    middle.legend(loc="lower left")
-    for place, (scheme, (measured, predicted, most)) in enumerate(limits.items()):
-        limited = measured < most
-        right.barh(-place, measured, color=STYLES[scheme]["color"], height=0.55)
-        if predicted < most:
-            right.plot([predicted] * 2, [-place - 0.4, -place + 0.4], color="0.3", linewidth=2.5)
-        text = f"{measured:.2f}" if limited else f"every step that was tried, up to {most:g}"
-        right.text(measured + 0.15 if limited else 0.15, -place, text, va="center", color="black" if limited else "white")
-    right.plot([], [], color="0.3", linewidth=2.5, label="where |R| = 1")
-    right.set_yticks([-place for place in range(len(limits))], list(limits))
-    right.set(title="longest stable step", xlabel="step times |B|", xlim=(0, 6))
-    right.legend(loc="upper right")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plot.lines(
+        {scheme: np.stack([counts, errors], axis=1) for scheme, errors in found.items()}, log="xy", ax=left, legend=False,
+        xlabel=f"steps from 0 to T = {FINAL_TIME:g}", ylabel="relative error of f(T)",
+    ).set_title("accuracy")  # fmt: skip
+    plot.lines(
+        {scheme: np.stack([t, energies], axis=1) for scheme, energies in falls.items()}, log="y", ax=middle, legend=False,
+        reference={"the equation": np.stack([t, equation], axis=1)}, xlabel="t", ylabel=r"energy $\int_Y\, \Sigma(u)\, dy$",
+    ).set_title(f"energy in steps of {long_step:g} / |B|")  # fmt: skip
+    plot.comparison(
+        {scheme: both for scheme, (*both, _) in limits.items()}, marked=IMPLICIT, log=True, xlabel="step times |B|", ax=right
+    ).set_title(f"longest stable step of those up to {limits['Euler'][-1]:g},\nfound and by |R| = 1")
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    plot.save(path, figure)
 
 
 # %% All together
@@ -308,12 +288,11 @@ def main(short=False):
         )
     exact = "round-off" if max(apart.values()) < 1e-12 else f"{max(apart.values()):.1e}"
     say(f"\nas networks of arrays in NumPy, all five differ from the package by {exact}")
-    gc.collect()  # on all ranks, before one of them draws alone
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    draw(output / "architectures.png", counts, found, falls, equation, limits, long_step, norm)
     if comm.rank == 0:
-        output = Path(__file__).parent / "output"
-        output.mkdir(exist_ok=True)
         (output / "architectures.txt").write_text("\n".join(lines) + "\n")
-        draw(output / "architectures.png", counts, found, falls, equation, limits, norm, long_step)
         print(f"time: {time.perf_counter() - start:.0f} s")
 
     # What this page claims.

@@ -28,6 +28,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.model_selection import GridSearchCV
 
@@ -45,6 +46,7 @@ from fem_resnet import (
     invariant_functions,
     laplace_basis,
     least_squares,
+    plot,
     tikhonov,
     train,
     train_by_ranks,
@@ -228,30 +230,26 @@ def baselines(data, modes=NODES // 2):
 # %% All together
 
 
-def draw(path, data, found, errors, history):
-    """Three test samples, the history of J and the errors of all test samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    x, few = np.linspace(0, LENGTH, 400), np.linspace(0, LENGTH, 40)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for sample, colour in zip(range(3), ("C0", "C1", "C2")):
-        axes[0].plot(x, at(data.c["test"], x, MODES)[:, sample], ":", color=colour)
-        axes[0].plot(x, at(data.w["test"], x, MODES)[:, sample], color=colour)
-        axes[0].plot(few, at(found, few, found.shape[1])[:, sample], ".", color=colour, markersize=5)
-    axes[0].plot([], [], "k:", label="u(x, 0)")
-    axes[0].plot([], [], "k-", label="u(x, 1)")
-    axes[0].plot([], [], "k.", label="network")
-    axes[0].set(xlabel="x", title="three test samples")
-    axes[0].legend()
-    axes[1].semilogy(history)
-    axes[1].set(xlabel="step", ylabel="J", title="Levenberg and Marquardt, by ranks")
-    axes[2].hist(100 * errors, 30)
-    axes[2].set(xlabel="relative error in L2, per cent", ylabel="test samples", title="errors of the test samples")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def draw(path, data, found, history, rows):
+    """Three test samples, the history of J, and errors on all meshes: rows of points, and three errors in per cent."""
+    x, few = np.linspace(0, LENGTH, 400), np.linspace(0, LENGTH, 25)
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplot_mosaic("AABBCC;DDDEEE")
+    for sample, place in enumerate("ABC"):
+        start, end = (np.stack([x, at(c["test"], x, MODES)[:, sample]], axis=1) for c in (data.c, data.w))
+        said = np.stack([few, at(found, few, found.shape[1])[:, sample]], axis=1)
+        plot.lines(
+            {"u(x, 1)": end}, points={"network": said}, reference={"u(x, 0)": start}, xlabel="x", ylabel="u", ax=axes[place],
+            legend=place == "B",
+        ).set(title=f"test sample {sample + 1}", ylim=(-1.3, 1.3))  # fmt: skip
+    plot.learning_curve(history, ax=axes["D"], xlabel="step").set_title(f"training of {LAYERS} layers, by ranks")
+    nodes, *errors = np.transpose(rows)
+    names = (f"{LAYERS} layers, inputs as modes", f"{LAYERS} layers, inputs at the nodes", f"{2 * LAYERS} layers")
+    curves = {name: np.stack([nodes, error], axis=1) for name, error in zip(names, errors)}
+    plot.lines(
+        curves, log="x", xlabel="points of the mesh", ylabel="relative test error, %", ax=axes["E"]
+    ).set(title=f"on other meshes, trained on {NODES} points", ylim=(0, 1.1 * np.max(errors)))  # fmt: skip
+    plot.save(path, figure)
 
 
 def main(short=False):
@@ -287,17 +285,19 @@ def main(short=False):
     row(f"{deeper.layers} layers, from seed {best}", count, f"{error:.2%}", f"{seconds:.0f} more")
     say("")
     say(f"{'points of the mesh':<24}{'inputs as modes':>16}{'at the nodes':>16}{f'{deeper.layers} layers':>16}")
-    outputs, errors, worst = data.output(net, head), data.errors(net, head), []
+    outputs, rows = data.output(net, head), []
     for nodes in meshes:
         Y = circle(nodes)
         there = [(one.on(Y), read.on(Y)) for one, read in ((net, head), (deeper, head_of_deeper))]
         by_modes, at_nodes = (data.errors(*there[0], nodal).mean() for nodal in (False, True))
-        say(f"{nodes:<24}{by_modes:>16.4%}{at_nodes:>16.4%}{data.errors(*there[1]).mean():>16.4%}")
-        worst.append(by_modes)
+        of_deeper = data.errors(*there[1]).mean()
+        say(f"{nodes:<24}{by_modes:>16.4%}{at_nodes:>16.4%}{of_deeper:>16.4%}")
+        rows.append((nodes, 100 * by_modes, 100 * at_nodes, 100 * of_deeper))
+    worst = np.array(rows)[:, 1] / 100
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    draw(output / "burgers_on_the_circle.png", data, outputs, history, rows)
     if comm.rank == 0:
-        output = Path(__file__).parent / "output"
-        output.mkdir(exist_ok=True)
-        draw(output / "burgers_on_the_circle.png", data, outputs, errors, history)
         (output / "burgers_on_the_circle.txt").write_text("\n".join(lines) + "\n")
         print(f"relative error: {max(worst):.4f}")
     # The error is small, and the same on all meshes but the coarsest, which hardly holds the modes of the layers.

@@ -16,7 +16,7 @@ runs of seed 0, on the test samples: this favours them. Errors are those of the 
 
     containers/run python demos/burgers_table.py   (about twenty minutes; --short for some seconds)
 
-The first run installs PyTorch. The table goes to demos/output/; that of the full run is at the end of this page.
+The first run installs PyTorch. A figure and the table go to demos/output/; that of the full run is at the end of this page.
 """
 
 import sys
@@ -24,7 +24,10 @@ from pathlib import Path
 
 import numpy as np
 from burgers_on_the_circle import LENGTH, MODES, SHORT, Data, at, size
-from firedrake import COMM_WORLD
+from firedrake import COMM_SELF, COMM_WORLD
+from matplotlib.figure import Figure
+
+from fem_resnet import plot
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "benchmarks"))
 import environment
@@ -90,6 +93,24 @@ def table(results):
         yield f"| {name} | {' | '.join(row)} | {seconds.mean():.0f} |"
 
 
+# %% The figure
+
+
+def draw(path, rows, ours=()):
+    """Errors in per cent over parameters; rows have a name, both, and a deviation, and ours the last two without it."""
+    curves, points = {}, {}
+    for name, *numbers in rows:
+        base = name.removeprefix("small ")
+        (curves if base in ("FNO", "DeepONet") else points).setdefault(base, []).append(numbers)
+    if len(ours):
+        points["network of burgers_on_the_circle, each seed"] = ours
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    plot.lines(
+        curves, points=points, log="xy", xlabel="parameters", ylabel="relative test error, %", ax=figure.subplots()
+    ).margins(0.1)  # fmt: skip
+    plot.save(path, figure, comm=COMM_SELF)
+
+
 # %% All together
 
 
@@ -119,6 +140,12 @@ def main(short=False):
     output = Path(__file__).parent / "output"
     output.mkdir(exist_ok=True)
     (output / "burgers_table.txt").write_text("\n".join(lines) + "\n")
+    errors_of = {name: 100 * np.array([run["test"] for run in runs]) for name, runs in results.items()}
+    rows = [
+        (name, runs[0]["parameters"], errors_of[name].mean(), errors_of[name].std(ddof=min(1, len(runs) - 1)))
+        for name, runs in results.items()
+    ]
+    draw(output / "burgers_table.png", rows)
     return results
 
 

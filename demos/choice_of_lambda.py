@@ -18,9 +18,8 @@ SHORT = "--short" in sys.argv
 sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc would take it for an option of its own
 
 import firedrake as fd
-import matplotlib.figure
 import numpy as np
-from matplotlib.ticker import NullLocator
+from matplotlib.figure import Figure
 
 from fem_resnet import (
     Batch,
@@ -30,6 +29,7 @@ from fem_resnet import (
     choose_lambda,
     laplace_basis,
     least_squares,
+    plot,
     tikhonov,
     train,
 )  # fmt: skip
@@ -96,36 +96,31 @@ def test_errors(phi, result):
 
 def draw(results, errors, noise):
     """Misfits over lambda, and the L-curve, with the three choices."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     crossed, searched, curved = results.values()
-    folds = crossed.errors.shape[1]
-    left.errorbar(
-        crossed.weights,
-        crossed.scores,
-        crossed.errors.std(axis=1) / folds**0.5,
-        fmt="o-",
-        capsize=3,
-        label="held out, mean of folds",
-    )
-    left.loglog(crossed.weights, errors, "s-", color="k", label="samples without noise")
-    left.loglog(searched.weights, searched.misfits, "^-", color="tab:green", label="samples trained")
-    left.axhline(noise, color="tab:green", linestyle=":", label="noise")
-    right.loglog(curved.misfits, curved.penalties, "o-", color="tab:gray")
-    for (rule, result), color in zip(results.items(), ("tab:blue", "tab:green", "tab:red")):
-        k = list(result.weights).index(result.chosen)
-        left.axvline(result.chosen, color=color, linewidth=0.8)
-        label = f"{rule}: {result.chosen:.2g}"
-        right.plot(result.misfits[k], result.penalties[k], "o", markersize=10, mfc="none", mew=2, color=color, label=label)
-    left.set(xlabel="lambda", ylabel="misfit")
-    right.set(xlabel="misfit", ylabel="R")
-    for axis, ticks in ((left.yaxis, (0.1, 0.2, 0.5)), (right.xaxis, (0.2, 0.3, 0.5, 0.7))):
-        axis.set_ticks(ticks, map(str, ticks))
-        axis.set_minor_locator(NullLocator())
-    left.legend(fontsize=8)
-    right.legend(title="lambda", fontsize=8)
+    lambdas, deviations = crossed.weights, crossed.errors.std(axis=1) / crossed.errors.shape[1] ** 0.5
+    misfits = {
+        "held out, mean of folds": np.stack([lambdas, crossed.scores, deviations], axis=1),
+        "samples without noise": np.stack([lambdas, errors], axis=1),
+        "samples trained": np.stack([searched.weights, searched.misfits], axis=1),
+    }
+    noises = {"misfit of the noise": [(lambdas.min(), noise), (lambdas.max(), noise)]}
+    plot.lines(misfits, reference=noises, log="xy", xlabel=r"$\lambda$", ylabel="misfit", ax=left)
+    chosen = {
+        rf"{rule}: $\lambda$ = {result.chosen:.2g}": [
+            (misfit, penalty)
+            for weight, misfit, penalty in zip(result.weights, result.misfits, result.penalties)
+            if weight == result.chosen
+        ]
+        for rule, result in results.items()
+    }
+    curve = {"all lambdas": np.stack([curved.misfits, curved.penalties], axis=1)}
+    plot.lines(curve, points=chosen, log="xy", xlabel="misfit of the samples trained", ylabel="R", ax=right)
+    left.set_title("misfits; bars are errors of the mean")
+    right.set_title("the L-curve, and what three rules choose")
     OUTPUT.mkdir(exist_ok=True)
-    figure.savefig(OUTPUT / "choice_of_lambda.png", dpi=110)
+    plot.save(OUTPUT / "choice_of_lambda.png", figure)
 
 
 # %% All together
@@ -162,8 +157,7 @@ def main(short=False):
         k = list(result.weights).index(result.chosen)
         found[rule] = result.misfits[k], errors[rule][k]
         say(f"{rule:20s}{result.chosen:9.2e}{found[rule][0]:10.4f}{found[rule][1]:15.4f}")
-    if fd.COMM_WORLD.rank == 0:
-        draw(results, of_all, noise)
+    draw(results, of_all, noise)
 
     # What this page claims: each choice is better than no regularisation and a strong one; the noise is found again.
     assert all(error < 0.8 * min(of_all[0], of_all[-1]) for _, error in found.values())

@@ -13,7 +13,8 @@ paper prints it, and the two are compared. Run
     containers/run python demos/costate_twice.py               (about a minute; --short for a few seconds)
     containers/run mpiexec -n 2 python -m mpi4py demos/costate_twice.py
 
-It writes its table to demos/output/; that of the full run is demos/costate_twice.txt, at the end of this page.
+It writes a figure and its table to demos/output/; the table of the full run is demos/costate_twice.txt, at the end of this
+page.
 """
 
 import sys
@@ -25,6 +26,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 
 from fem_resnet import (
     Batch,
@@ -36,6 +38,7 @@ from fem_resnet import (
     costate_check,
     cross_entropy,
     laplace_basis,
+    plot,
     tikhonov,
 )  # fmt: skip
 
@@ -117,6 +120,25 @@ def compare(domains, schemes, say):
     return checks
 
 
+# %% The figure
+
+
+def draw(path, at_last, where, steps, costate, gradient):
+    """Differences over the step, with the scheme of order 4; and by scheme those at the last step, a dot a label domain."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, costate = np.array(steps), np.array(costate)
+    plot.lines(
+        {"co-state": np.stack([steps, costate], axis=1), "gradient": np.stack([steps, gradient], axis=1)},
+        reference={"order 4": np.stack([steps, costate[0] / 2 * (steps / steps[0]) ** 4], axis=1)},
+        log="xy", xlabel="step dt", ylabel="relative difference", ax=left,
+    ).set_title(f"{where}, Runge and Kutta's scheme of order 4")  # fmt: skip
+    named = {f"{scheme}, order {SCHEMES[scheme][0]}": differences for scheme, differences in at_last.items()}
+    plot.comparison(named, log=True, xlabel="relative difference at dt/8", ax=right)
+    right.set_title("co-state, all schemes; a dot is a label domain")
+    plot.save(path, figure)
+
+
 # %% All together
 
 
@@ -135,9 +157,12 @@ def main(short=False):
     first = next(iter(domains))
     say(f"\n{first}, scheme 4, all step sizes; differences relative to co-state and gradient:")
     say(str(checks[first, "4"]))
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    at_last = {scheme: [checks[domain, scheme].costate[-1] for domain in domains] for scheme in schemes}
+    shown = checks[first, "4"]
+    draw(output / "costate_twice.png", at_last, first, shown.step_sizes, shown.costate, shown.gradient)
     if comm.rank == 0:
-        output = Path(__file__).parent / "output"
-        output.mkdir(exist_ok=True)
         (output / "costate_twice.txt").write_text("\n".join(lines) + "\n")
         print(f"time: {time.perf_counter() - start:.0f} s")
     orders = {

@@ -9,7 +9,7 @@ time around a start, the best one kept, and so on; each further search starts fr
 
     containers/run python demos/digits_cross_validation.py     (an hour and a half on one core; --short for some seconds)
 
-``--search=3`` runs the third search alone. The lines go to demos/output/; those of the full run are at the end of this page.
+``--search=3`` runs the third search alone. Its lines and a figure go to demos/output/; those of the full run are on this page.
 """
 
 import logging
@@ -24,6 +24,7 @@ sys.argv = [argument for argument in sys.argv if argument not in ("--short", *CH
 import firedrake as fd
 import numpy as np
 from digits_on_a_disk import PERCEPTRON, accuracy, digits, lay, on_pixels, with_copies
+from matplotlib.figure import Figure
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
@@ -36,6 +37,7 @@ from fem_resnet import (
     ResidualNetwork,
     cross_entropy,
     laplace_basis,
+    plot,
     tikhonov,
     train,
 )  # fmt: skip
@@ -136,6 +138,23 @@ def search(Y, pictures, labels, start, steps, say):
     return best
 
 
+# %% The figure
+
+
+def draw(path, accuracies):
+    """Accuracies of all settings in the order of the searches, and the best so far."""
+    numbers = np.arange(1, len(accuracies) + 1)
+    best = np.maximum.accumulate(accuracies)
+    steps = np.repeat(np.stack([numbers, best], axis=1), 2, axis=0)[1:]
+    steps[1::2, 1] = steps[:-1:2, 1]  # it stays until the next setting
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    plot.lines(
+        {}, points={"a setting": np.stack([numbers, accuracies], axis=1)}, reference={"best so far": steps},
+        xlabel="setting, in the order of the searches", ylabel="accuracy in cross-validation", ax=figure.subplots(),
+    )  # fmt: skip
+    plot.save(path, figure)
+
+
 # %% All together
 
 
@@ -153,8 +172,7 @@ def main(chosen=None, short=False):
     if short:
         pictures, labels = pictures[:300], labels[:300]
     output, lines = Path(__file__).parent / "output", []
-    if fd.COMM_WORLD.rank == 0:
-        output.mkdir(exist_ok=True)
+    output.mkdir(exist_ok=True)
 
     def say(line):
         lines.append(line)
@@ -165,6 +183,8 @@ def main(chosen=None, short=False):
     searches = SEARCHES[chosen - 1 : chosen] if chosen else SEARCHES
     for start, steps in [shortened(*searches[0])] if short else searches:
         best = search(Y, pictures, labels, start, steps, say)
+    tried = [float(line.split()[-1]) for line in lines if "accuracy" in line]
+    draw(output / "digits_cross_validation.png", tried)
     if chosen in (None, len(SEARCHES)) and fd.COMM_WORLD.rank == 0 and not short:
         for name, classifier in OTHERS.items():
             scores = [

@@ -27,6 +27,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 import firedrake as fd
 import numpy as np
 from matplotlib.figure import Figure
+from mpi4py import MPI
 from scipy.spatial import cKDTree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -217,9 +218,11 @@ def draw(path, run, result, read, labels):
     channels, columns = run.net.Y.channels, run.net.layers + 1
     figure = Figure(figsize=(1.9 * columns + 5.5, 1.8 * channels + 0.5), layout="constrained")
     flow, side = figure.subfigures(1, 2, width_ratios=[1.9 * columns, 5.5])
-    flow.suptitle("f(y, t) of one picture, each channel in its own colours", fontsize=10)
+    flow.suptitle("f(y, t) of one picture; the colours of a channel end at a third of its largest value", fontsize=10)
     for channel, row in enumerate(flow.subplots(channels, columns, squeeze=False)):
-        plot.state(run, channel=channel, layers=range(columns), axes=row)
+        largest = max(np.abs(np.split(run.net.Y.values(f), channels)[channel]).max(initial=0.0) for f in run.states())
+        end = run.net.Y.comm.allreduce(largest, op=MPI.MAX) / 3
+        plot.state(run, channel=channel, layers=range(columns), axes=row, limits=(-end, end))
         for place, panel in enumerate(row):
             panel.set(xticks=[], yticks=[], xlabel="", ylabel="" if place else f"channel {channel + 1}")
             panel.set_title(panel.get_title() if channel == 0 else "")

@@ -35,6 +35,7 @@ import heat_rivals
 import numpy as np
 import vorticity
 import waves_on_the_sphere
+from matplotlib.figure import Figure
 
 from fem_resnet import (
     Batch,
@@ -52,6 +53,7 @@ from fem_resnet import (
     invariant_functions,
     laplace_basis,
     least_squares,
+    plot,
     read_mesh,
     tikhonov,
     train,
@@ -217,31 +219,15 @@ def table(law, found, sizes):
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def draw(path, all_found, sizes):
-    """Errors over numbers of samples, a panel for each law."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    styles = {
-        "free kernels": "C1o--", "free kernels, derivatives": "C1o-", "symmetric kernels": "C0s--",
-        "symmetric kernels, derivatives": "C0s-", "kernel ridge": "C7^:", "kernel ridge, copies": "C7v-.",
-    }  # fmt: skip
-    figure, axes = plt.subplots(1, len(all_found), figsize=(10, 4.6), layout="constrained", squeeze=False)
-    for panel, (name, found) in zip(axes[0], all_found.items()):
-        for method, style in styles.items():
-            there = [count for count in sizes if (method, count) in found]
-            panel.loglog(there, [100 * np.mean(found[method, count][0]) for count in there], style, label=method, markersize=5)
-        panel.set(title=name, xlabel="training samples", ylabel="relative test error, %")
-        panel.set_xticks(sizes, [f"{count:,}" for count in sizes])
-        panel.set_yticks([tick for tick in (3, 5, 10, 20, 50) if panel.get_ylim()[0] < tick < panel.get_ylim()[1]])
-        panel.yaxis.set_major_formatter("{x:.0f}")
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def draw(path, laws):
+    """Errors over numbers of samples, a panel a law: by law and method pairs of both, errors in per cent."""
+    figure = Figure(figsize=(5 * len(laws), 4.6), layout="constrained")
+    for ax, (name, errors) in zip(figure.subplots(1, len(laws), squeeze=False)[0], laws.items()):
+        plot.lines(
+            errors, log="xy", xlabel="training samples", ylabel="relative test error, %", legend=False, ax=ax
+        ).set_title(name)  # fmt: skip
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    plot.save(path, figure)
 
 
 def main(short=False):
@@ -267,12 +253,16 @@ def main(short=False):
         lines=lines[1:],
         measure=f"relative error in L2 with {AT} samples",
     )
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    laws = {}
+    for law, found in all_found.items():
+        for (name, count), (errors, _) in found.items():
+            laws.setdefault(law, {}).setdefault(name, []).append((count, 100 * np.mean(errors)))
+    draw(output / f"{NAME}.png", laws)
     if fd.COMM_WORLD.rank == 0:
-        output = Path(__file__).parent / "output"
-        output.mkdir(exist_ok=True)
         text = "\n".join([experiment.table(), *lines])
         print(text)
-        draw(output / f"{NAME}.png", all_found, sizes)
         (output / f"{NAME}.txt").write_text(text + "\n")
         if not short:
             experiment.write(NAME)

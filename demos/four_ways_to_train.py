@@ -19,8 +19,8 @@ SHORT = "--short" in sys.argv
 sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc would take it for an option of its own
 
 import firedrake as fd
-import matplotlib.figure
 import numpy as np
+from matplotlib.figure import Figure
 
 from fem_resnet import (
     Batch,
@@ -32,6 +32,7 @@ from fem_resnet import (
     cell_indicators,
     least_squares,
     msa,
+    plot,
     pmp_residual,
     tikhonov,
     train,
@@ -207,18 +208,17 @@ def _inside(problem):
 
 def draw(histories):
     """J over evaluations and over time, one row of pictures a domain."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4 * len(histories)), layout="constrained")
-    axes = figure.subplots(len(histories), 2, squeeze=False)
-    for (domain, ways), row in zip(histories.items(), axes):
-        for name, _, history in ways:
-            evaluations, seconds, values = np.array(history).T
-            row[0].loglog(evaluations, values, label=name)
-            row[1].loglog(np.maximum(seconds, 1e-3), values, label=name)
-        row[0].set(title=domain, xlabel="evaluations of J", ylabel="J")
-        row[1].set(title=domain, xlabel="seconds")
-        row[0].legend(fontsize=8)
+    figure = Figure(figsize=(11, 4 * len(histories) + 0.8), layout="constrained")
+    for (domain, ways), row in zip(histories.items(), figure.subplots(len(histories), 2, squeeze=False)):
+        seen = {name: np.maximum(history, [1, 1e-3, 0]) for name, _, history in ways}
+        for ax, column, xlabel in zip(row, (0, 1), ("evaluations of J", "seconds")):
+            plot.lines(
+                {name: each[:, [column, 2]] for name, each in seen.items()}, log="xy", xlabel=xlabel, ylabel="J", legend=False,
+                ax=ax,
+            ).set_title(domain)  # fmt: skip
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     OUTPUT.mkdir(exist_ok=True)
-    figure.savefig(OUTPUT / "four_ways_to_train.png", dpi=120)
+    plot.save(OUTPUT / "four_ways_to_train.png", figure)
 
 
 # %% All together
@@ -250,8 +250,7 @@ def main(short=False):
                 f"{history[-1][0]:13d}{history[-1][1]:7.1f}"
             )
             J[domain][name] = value
-    if fd.COMM_WORLD.rank == 0:
-        draw(histories)
+    draw(histories)
 
     # What this page claims: function space is ahead of plain numbers, and the augmented Hamiltonian of the printed one.
     assert all(values["L-BFGS in the box"] < values["gradient descent"] for values in J.values())

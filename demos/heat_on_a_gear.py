@@ -26,6 +26,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 
 from fem_resnet import (
     Batch,
@@ -42,6 +43,7 @@ from fem_resnet import (
     invariant_functions,
     laplace_basis,
     least_squares,
+    plot,
     read_mesh,
     tikhonov,
     train,
@@ -234,42 +236,22 @@ def rivals(data, sizes, short):
 
 def draw(path, data, curves, output):
     """Errors over the number of samples; and of one test sample input, output, what the network says, and its error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cells = heat.Gear().V.cell_node_map().values
-    figure = plt.figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[5, 6])
-    axes = left.subplots()
-    for (name, errors), style in zip(curves.items(), ("o-", "s-", "k:", "^--", "v--", "D--")):
-        axes.loglog(list(errors), [100 * error for error in errors.values()], style, label=name)
-    sizes = list(next(iter(curves.values())))
-    axes.set(xlabel="samples", ylabel="test error, per cent", xticks=sizes, xticklabels=sizes)
-    axes.minorticks_off()
-    axes.set_ylim(top=2 * axes.get_ylim()[1])  # for the legend
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100) if axes.get_ylim()[0] < tick < axes.get_ylim()[1]]
-    axes.set_yticks(ticks, ticks)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2, loc="upper right")
-    u, v = data.u[data.test][0], data.v[data.test][0]
+    errors = {name: [(size, 100 * error) for size, error in each.items()] for name, each in curves.items()}
+    plot.lines(errors, log="xy", xlabel="samples", ylabel="relative test error, %", ax=left.subplots())
+    Y, u, v = LabelSpace(heat.Gear().V), data.u[data.test][0], data.v[data.test][0]
     bound = np.abs(v).max()
     parts = {
-        "u(., 0)": (u, np.abs(u).max()),
-        "u(., 1)": (v, bound),
-        "network": (output, bound),
-        "its error": (output - v, np.abs(output - v).max()),
+        "u(., 0)": (u, None),
+        "u(., 1)": (v, (-bound, bound)),
+        "network": (output, (-bound, bound)),
+        "network - u(., 1)": (output - v, None),
     }
-    for axes, (title, (values, most)) in zip(right.subplots(2, 2).flat, parts.items()):
-        shown = axes.tripcolor(
-            *data.points.T, values, triangles=cells, shading="gouraud", cmap="RdBu_r", vmin=-most, vmax=most
-        )
-        axes.set(aspect="equal", title=title)
-        axes.axis("off")
-        right.colorbar(shown, ax=axes, shrink=0.8)
-    figure.savefig(path, dpi=86)
-    plt.close(figure)
+    for ax, (title, (values, limits)) in zip(right.subplots(2, 2).flat, parts.items()):
+        plot.function(Y, Y.batch(values), ax=ax, limits=limits, label="temperature").set_title(title)
+        ax.label_outer()
+    plot.save(path, figure)
 
 
 def main(short=False):
@@ -334,10 +316,10 @@ def main(short=False):
     say(experiment.table())
     for line in experiment.lines:
         say(line)
+    folder = Path(__file__).parent / "output"
+    folder.mkdir(exist_ok=True)
+    draw(folder / "heat_on_a_gear.png", data, curves, np.array(shown[WITH]["output"]))
     if comm.rank == 0:
-        folder = Path(__file__).parent / "output"
-        folder.mkdir(exist_ok=True)
-        draw(folder / "heat_on_a_gear.png", data, curves, np.array(shown[WITH]["output"]))
         (folder / "heat_on_a_gear.txt").write_text("\n".join(lines) + "\n")
         if not short:
             experiment.write("heat_on_a_gear")

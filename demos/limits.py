@@ -415,29 +415,14 @@ def random_graph(refinements, draws=6):
 
 # %% The figure
 
-#: Of domains: blue, vermilion, green and orange of Okabe and Ito.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00")
-
 
 def draw(path, panels):
-    """Errors over 1 / L or h, a panel each. Names say the order between the last two errors."""
-    figure = Figure(figsize=(14, 10.5), layout="constrained")
-    for panel, (title, sizes, curves) in zip(figure.subplots(2, 3).flat, panels):
-        x = {name: sizes[name] if isinstance(sizes, dict) else sizes for name in curves}
-        named = {f"{name} ({order(x[name], errors):.1f})": (x[name], errors) for name, errors in curves.items()}
-        over = "h" if title.endswith("over h") else "1 / L"
-        plot.learning_curve({k: np.transpose(v) for k, v in named.items()}, ax=panel, xlabel=over, ylabel="error in L2(Y)")
-        for number, (name, line) in enumerate(zip(curves, panel.lines)):
-            if isinstance(sizes, dict):  # a colour a domain, a mark for what is compared
-                domain, what = name.split(": ")
-                line.set(color=COLOURS[list(DOMAINS).index(domain)], linestyle="--" if "means" in what else "-")
-                line.set(marker="s" if "co-state" in what else "o", markerfacecolor="none" if "means" in what else None)
-            else:
-                line.set(marker="osv^D"[number], markersize=8 - number)
-        panel.set(title=title, xscale="log")
-        panel.grid(alpha=0.3)
-        panel.xaxis.set_minor_formatter("")
-        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, fontsize="x-small", title="(order)")
+    """Errors over numbers of layers or sizes of cells, a panel each. Names say the order between the last two errors."""
+    figure = Figure(figsize=(14, 13.5), layout="constrained")
+    for ax, (title, xlabel, curves) in zip(figure.subplots(3, 3).flat, panels):
+        named = {f"{name} ({abs(order(*curve)):.1f})": np.transpose(curve) for name, curve in curves.items()}
+        plot.lines(named, log="xy", xlabel=xlabel, ylabel="error in L2(Y)", ax=ax).set_title(f"{title} (order)")
+        ax.grid(alpha=0.3)
     path.parent.mkdir(exist_ok=True)
     plot.save(path, figure)
 
@@ -475,21 +460,31 @@ def main(short=False):
     for domain in ("disk", "irregular") if short else DOMAINS:
         h, curves = width(domain, 3 if short else 4)
         by_domain |= table(h, curves)
-        sizes |= dict.fromkeys(curves, h)
+        sizes[domain] = h
     counts = (1, 2, 4) if short else (1, 2, 4, 8)
     signs = table(1 / np.array(counts), checkerboard(counts))
     h_graph, graph = random_graph((0, 1, 2) if short else (1, 2, 3))
     table(h_graph, graph)
 
-    parts = [
-        ("Depth, coefficients converge", 1 / depths, {k: v for k, v in in_depth.items() if "signs" not in k}),
-        ("Depth, coefficients oscillate", 1 / depths, {k: v for k, v in in_depth.items() if "signs" in k}),
-        ("Co-state in depth", 1 / few, costates),
-        ("Width, over h", sizes, by_domain),
-        ("Width, signs on a checkerboard, over h", 1 / np.array(counts), signs),
-        ("Width, random graphs, over h", h_graph, graph),
-    ]
-    draw(Path(__file__).parent / "output" / "limits.png", parts)
+    def of_width(what):
+        """Of each domain, sizes of cells and errors."""
+        found = {name.partition(": ")[0]: errors for name, errors in by_domain.items() if name.partition(": ")[2] == what}
+        return {domain: (sizes[domain], errors) for domain, errors in found.items()}
+
+    def over(x, curves, signs=None):
+        return {name: (x, errors) for name, errors in curves.items() if signs is None or ("signs" in name) == signs}
+
+    draw(Path(__file__).parent / "output" / "limits.png", [
+        ("Depth, coefficients converge", "layers L", over(depths, in_depth, False)),
+        ("Depth, coefficients oscillate", "layers L", over(depths, in_depth, True)),
+        ("Depth, the co-state", "layers L", over(few, costates)),
+        ("Width, the state", "h", of_width("state")),
+        ("Width, the state's means on cells", "h", of_width("state, cell means")),
+        ("Width, signs on a checkerboard", "h", over(1 / np.array(counts), signs)),
+        ("Width, the co-state", "h", of_width("co-state")),
+        ("Width, the co-state's means on cells", "h", of_width("co-state, cell means")),
+        ("Width, random graphs", "h", over(h_graph, graph)),
+    ])  # fmt: skip
     say(f"time: {time.perf_counter() - begin:.0f} s")
 
     expected = {"Euler, smooth": 1, "Euler, one jump": 1, "rk 4, one jump": 1, "rk 4, interface at the jump": 4}

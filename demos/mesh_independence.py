@@ -13,7 +13,8 @@ of a layer: the same problem gets harder with each refinement. Run
     containers/run python demos/mesh_independence.py           (about four minutes; --short for 10 s)
     containers/run mpiexec -n 2 python -m mpi4py demos/mesh_independence.py
 
-It writes its table to demos/output/; that of the full run is demos/mesh_independence.txt, at the end of this page.
+It writes a figure and its table to demos/output/; the table of the full run is demos/mesh_independence.txt, at the end of this
+page.
 """
 
 import logging
@@ -26,6 +27,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 from pyadjoint import Control
 
 from fem_resnet import (
@@ -35,6 +37,7 @@ from fem_resnet import (
     ResidualNetwork,
     laplace_basis,
     least_squares,
+    plot,
     read_mesh,
     tikhonov,
     train,
@@ -116,6 +119,34 @@ def unequal(layers, ratio):
     return np.concatenate([[0], np.cumsum(lengths)]) / lengths.sum() * FINAL_TIME
 
 
+# %% The figure
+
+
+def draw(path, rows):
+    """Iterations over nodes, and over layers; rows have nodes, layers, the longest over the shortest, and both numbers."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    by_nodes, by_layers = figure.subplots(1, 2, sharey=True)
+    rows = np.minimum(rows, [np.inf, np.inf, np.inf, LIMIT, LIMIT])  # of those that were stopped there
+    equal_layers = rows[rows[:, 2] == 1]
+    few, one_mesh = equal_layers[equal_layers[:, 1] == 4], equal_layers[equal_layers[:, 0] == rows[1, 0]]
+    unequal = rows[rows[:, 2] > 1]
+
+    def both(rows, column, which=""):
+        return {f"{name}{which}": rows[:, [column, k]] for k, name in ((3, "function space"), (4, "plain numbers"))}
+
+    for ax, shown, column, xlabel in ((by_nodes, few, 0, "nodes"), (by_layers, one_mesh, 1, "layers")):
+        ends = [(shown[:, column].min(), LIMIT), (shown[:, column].max(), LIMIT)]
+        points = both(unequal, column, ", unequal layers") if column else None
+        plot.lines(
+            both(shown, column), points=points, reference={f"stopped at {LIMIT:,}": ends}, log="xy", legend=False, ax=ax,
+            xlabel=xlabel, ylabel="" if column else "iterations",
+        )  # fmt: skip
+    by_nodes.set_title("a finer mesh, four layers")
+    by_layers.set_title(f"more layers, {rows[1, 0]:.0f} nodes")
+    figure.legend(*by_layers.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    plot.save(path, figure)
+
+
 # %% All together
 
 
@@ -135,21 +166,23 @@ def main(short=False):
 
     say(f"{'':32s}iterations in")
     say(f"{'nodes':>7s}{'layers':>8s}{'longest/shortest':>18s}{'function space':>16s}{'plain numbers':>15s}")
-    counts = []
+    rows = []
     for refinement, layers, ratio in cases:
         Y = label_space(refinement)
         times = equal(layers) if ratio == 1 else unequal(layers, ratio)
-        counts.append([iterations(learning_problem(Y, times, kind), fall) for kind in (LearningProblem, PlainNumbers)])
-        in_function_space, plain = (f"> {LIMIT}" if count > LIMIT else str(count) for count in counts[-1])
+        counts = [iterations(learning_problem(Y, times, kind), fall) for kind in (LearningProblem, PlainNumbers)]
+        rows.append([Y.size, layers, ratio ** (layers - 1), *counts])
+        in_function_space, plain = (f"> {LIMIT}" if count > LIMIT else str(count) for count in counts)
         say(f"{Y.size:7d}{layers:8d}{ratio ** (layers - 1):18.0f}{in_function_space:>16s}{plain:>15s}")
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    draw(output / "mesh_independence.png", rows)
     if comm.rank == 0:
-        output = Path(__file__).parent / "output"
-        output.mkdir(exist_ok=True)
         (output / "mesh_independence.txt").write_text("\n".join(lines) + "\n")
         print(f"time: {time.perf_counter() - start:.0f} s")
 
     # What this page claims: within 20 per cent, and more than twice as many.
-    in_function_space, plain = np.array(counts).T
+    in_function_space, plain = np.array(rows).T[3:]
     assert in_function_space.max() <= min(1.2 * in_function_space.min(), LIMIT)
     assert plain.max() > 2 * plain.min()
     return in_function_space, plain

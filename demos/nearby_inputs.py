@@ -14,7 +14,8 @@ what they cost is set against training anew for each, and against keeping u. Run
     containers/run python demos/nearby_inputs.py               (five minutes; --short for a few seconds)
     containers/run mpiexec -n 2 python -m mpi4py demos/nearby_inputs.py
 
-It writes its tables to demos/output/; those of the full run are demos/nearby_inputs.txt, at the end of this page.
+It writes a figure and its tables to demos/output/; the tables of the full run are demos/nearby_inputs.txt, at the end of this
+page.
 """
 
 import sys
@@ -26,6 +27,7 @@ sys.argv = [argument for argument in sys.argv if argument != "--short"]  # PETSc
 
 import firedrake as fd
 import numpy as np
+from matplotlib.figure import Figure
 from pyadjoint.reduced_functional_numpy import ReducedFunctionalNumPy
 from scipy.optimize import minimize
 
@@ -39,6 +41,7 @@ from fem_resnet import (
     ResidualNetwork,
     laplace_basis,
     least_squares,
+    plot,
     tikhonov,
     train,
 )  # fmt: skip
@@ -134,6 +137,23 @@ def compare(feedback, sizes, count, say):
     return np.array(means)
 
 
+# %% The figure
+
+
+def draw(path, sizes, tables):
+    """What both choices cost above F, and the error of the predicted F; a panel a table, orders are the last ones."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for ax, (title, means) in zip(figure.subplots(1, 2, sharey=True), tables.items()):
+        orders = np.log2(means[-2] / means[-1]) / np.log2(sizes[-2] / sizes[-1])
+        names = "controls kept, above F", "feedback, above F", "F predicted, its error"
+        curves = {
+            f"{name} (order {order:.0f})": np.stack([sizes, mean], axis=1) for name, order, mean in zip(names, orders, means.T)
+        }
+        plot.lines(curves, log="xy", xlabel="|w| / |v|", ylabel="mean difference of costs", ax=ax).set_title(title)
+        ax.label_outer()
+    plot.save(path, figure)
+
+
 # %% All together
 # D^2 F is the identity and a part of low rank: its eigenvalues are the same on a finer mesh. The tables then are for
 # perturbed inputs, and for perturbations of the state after the first layer, which controls chosen at t = 0 cannot
@@ -164,9 +184,10 @@ def main(short=False):
     later = LocalClosedLoop(learning).feedbacks[1]
     say(f"\n{count // 5} perturbed states, after the first layer:")
     on_the_way = compare(later, sizes, count // 5, say)
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    draw(output / "nearby_inputs.png", sizes, {"perturbed inputs": at_start, "perturbed after the first layer": on_the_way})
     if comm.rank == 0:
-        output = Path(__file__).parent / "output"
-        output.mkdir(exist_ok=True)
         (output / "nearby_inputs.txt").write_text("\n".join(lines) + "\n")
         print(f"time: {time.perf_counter() - start:.0f} s")
     # What this page claims: orders 2, 4 and 3 by the last halving, and one spectrum whatever the mesh.

@@ -28,6 +28,7 @@ import comparison
 import firedrake as fd
 import numpy as np
 import outlines
+from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
@@ -55,6 +56,7 @@ from fem_resnet import (
     invariant_functions,
     laplace_basis,
     locality,
+    plot,
     train_stochastic,
 )  # fmt: skip
 
@@ -299,36 +301,34 @@ def published():
 # %% The figure
 
 
-def draw(path, data, fit, read, curves, history):
+def draw(path, data, fit, read, errors, histories):
     """An outline of each class with what was known and read of it, errors by what is known, learning curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(13, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
-    left.suptitle("test outlines at 64 points, and the functions of 61 modes", fontsize=10)
-    angle, points = 2 * np.pi * PLACES[:, 0], evenly(64)
-    for label, axes in enumerate(left.subplots(2, 3, subplot_kw={"projection": "polar"}).flat):
+    left.suptitle("test outlines", fontsize="large")
+    points = evenly(64)
+    for label, ax in enumerate(left.subplots(2, 3).flat):
         sample = np.flatnonzero(data.y_test == label)[0]
-        axes.plot(angle, 4 + data.x_test[sample], color="0.75", linewidth=3)
-        axes.plot(angle, 4 + fit[:, sample], color="C0", linewidth=1)
-        axes.plot(angle[points], 4 + data.x_test[sample][points], "k.", markersize=3)
-        axes.set(xticks=[], yticks=[], ylim=(0, None))
-        axes.set_title(f"class {label + 1}, read as {read[sample] + 1}", fontsize=9)
-        axes.spines[:].set_visible(False)
-    bars, curve = right.subplots(1, 2, width_ratios=[1.2, 1])
-    names = list(curves)[::-1]
-    bars.barh(names, [100 * np.mean(curves[name]) for name in names], color=["C1" if n in CLAIMED else "C0" for n in names])
-    for row, name in enumerate(names):
-        bars.plot(100 * np.array(curves[name]), [row] * len(curves[name]), "k.", markersize=3)
-    bars.set(xlabel="test error, per cent", title="by what is known")
-    for values in history:
-        curve.semilogy(values)
-    curve.set(xlabel="epoch", title="J of five seeds")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        curves, known = {"function of 61 modes": closed(fit[:, sample])}, closed(data.x_test[sample])
+        plot.lines(
+            curves, points={"64 known points": known[:-1][points]}, reference={"all 427 points": known}, ax=ax,
+            legend=label == 4,
+        ).set(aspect="equal", xticks=[], yticks=[])  # fmt: skip
+        for line in ax.lines:
+            line.set(markersize=2 if line.get_linestyle() == "None" else 0, linewidth=1)
+        ax.set_title(f"class {label + 1}, read as {read[sample] + 1}", fontsize="medium")
+    by_known, curve = right.subplots(2, 1, height_ratios=[1.4, 1])
+    per_cent = {name: 100 * np.array(each) for name, each in errors.items()}
+    plot.comparison(per_cent, marked=CLAIMED, xlabel="test error, %", ax=by_known)
+    by_known.set_title("by what is known; a dot is a seed")
+    plot.learning_curve({f"seed {seed}": values for seed, values in enumerate(histories)}, ax=curve, xlabel="epoch")
+    plot.save(path, figure, comm=fd.COMM_SELF)
+
+
+def closed(distances):
+    """The outline in the plane, shape (points + 1, 2), from distances less their mean in deviations of them."""
+    angle = 2 * np.pi * np.append(PLACES[:, 0], 0.0)
+    return (4 + np.append(distances, distances[0]))[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 # %% All together

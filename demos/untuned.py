@@ -37,6 +37,7 @@ import numpy as np
 import outlines
 import vorticity
 from burgers_on_the_circle import LENGTH, MODES, at, burgers, inputs
+from matplotlib.figure import Figure
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.datasets import load_digits
@@ -49,7 +50,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.svm import SVC, SVR
 
-from fem_resnet import DomainRecipe, LabelFieldClassifier, LabelFieldRegressor
+from fem_resnet import DomainRecipe, LabelFieldClassifier, LabelFieldRegressor, plot
 
 SEEDS = 4
 
@@ -277,26 +278,12 @@ def table(found):
 
 
 def draw(path, found):
-    """Errors of all methods over those of the best, a group of bars a problem."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    methods = list(dict.fromkeys(name for _, name in found))
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    for k, name in enumerate(methods):
-        runs = [np.array(found[problem, name])[:, 0] for problem in PROBLEMS]
-        places = np.arange(len(PROBLEMS)) + 0.16 * (k - 2)
-        axes.bar(places, [100 * run.mean() for run in runs], 0.15, label=name, color=f"C{k}")
-        for place, run in zip(places, runs):
-            axes.plot([place] * len(run), 100 * run, "k.", markersize=2)
-    axes.set(yscale="log", ylabel="test error, %", title="untuned estimator, and tuned ones of scikit-learn; dots are seeds")
-    axes.set_xticks(range(len(PROBLEMS)), PROBLEMS)
-    axes.yaxis.set_major_formatter("{x:g}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    """Test errors of all methods in per cent, a panel a problem: a dot for each seed, and their mean."""
+    figure = Figure(figsize=(14, 3), layout="constrained")
+    for ax, problem in zip(figure.subplots(1, len(PROBLEMS), sharey=True), PROBLEMS):
+        runs = {method: 100 * np.array(rows)[:, 0] for (name, method), rows in found.items() if name == problem}
+        plot.comparison(runs, marked=["estimator"], log=True, xlabel="test error, %", ax=ax).set_title(problem)
+    plot.save(path, figure)
 
 
 def main(short=False):
@@ -309,11 +296,10 @@ def main(short=False):
                 found.setdefault((name, method), []).append((error, seconds))
                 if first:
                     print(f"seed {seed}, {name}: {method} {error:.2%} in {seconds:.0f} s", flush=True)
-        if first:
-            output.mkdir(exist_ok=True)
-            draw(output / "untuned.png", found)
-            if not short:  # after each seed: a run may be cut short
-                (output / "untuned.txt").write_text("\n".join(table(found)) + "\n\n" + NOTE)
+        output.mkdir(exist_ok=True)
+        draw(output / "untuned.png", found)
+        if first and not short:  # after each seed: a run may be cut short
+            (output / "untuned.txt").write_text("\n".join(table(found)) + "\n\n" + NOTE)
     if first:
         print("\n".join(table(found)))
     ours = {name: float(np.mean(found[name, "estimator"], axis=0)[0]) for name in PROBLEMS}

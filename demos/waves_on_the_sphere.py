@@ -36,6 +36,7 @@ import comparison
 import firedrake as fd
 import numpy as np
 import vorticity
+from matplotlib.figure import Figure
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.model_selection import GridSearchCV
 
@@ -54,6 +55,7 @@ from fem_resnet import (
     invariant_functions,
     laplace_basis,
     least_squares,
+    plot,
     tikhonov,
     train,
     train_by_ranks,
@@ -260,42 +262,32 @@ def baselines(data, short):
 # %% All together
 
 
-def draw(path, data, found, rows, others, sample=0):
-    """One test sample on maps of the sphere, and errors over meshes beside those of the other methods."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    n, m = data.grid
-    grid, fine = (vorticity.Harmonics(n - 1, latitudes) for latitudes in (n, 90))
-    x = np.linspace(-np.pi, np.pi, 2 * 90 + 1)
-
-    def on_a_map(values):
-        one = fine.values(grid.coefficients(values.reshape(n, m).T[..., None].copy()))[..., 0].T
-        return np.concatenate([one, one[:, :1]], axis=1)
-
-    u, v = data.u["test"][sample], data.v["test"][sample]
-    maps = {"z(., 0)": u, "z(., 1)": v, "network": found[sample], "10 x (network - z(., 1))": 10 * (found[sample] - v)}
-    figure = plt.figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["z(., 0)", "z(., 1)", "errors"], ["network", "10 x (network - z(., 1))", "errors"]],
-        per_subplot_kw={name: {"projection": "mollweide"} for name in maps},
-        width_ratios=[1.3, 1.3, 1],
-    )
-    levels = np.linspace(-1, 1, 22) * np.abs(v).max()
-    for name, values in maps.items():
-        drawn = axes[name].contourf(x, np.arcsin(fine.sines), on_a_map(values), levels, cmap="RdBu_r", extend="both")
-        axes[name].set(title=name, xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=[axes[name] for name in maps], shrink=0.5, location="bottom", format="%.1f")
-    nodes, errors = np.transpose(rows)
-    axes["errors"].loglog(nodes, 100 * errors, "o-", label="network; trained on the middle one")
-    for k, (name, error) in enumerate(others.items()):
-        axes["errors"].axhline(100 * error, color=f"C{k + 1}", linestyle="--", label=name)
-    axes["errors"].set(xlabel="nodes of the icosahedral mesh", ylabel="relative error in L2, %", title="errors over meshes")
-    axes["errors"].legend(fontsize=8)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+def draw(path, net, data, found, rows, results):
+    """One test sample, in the network's harmonics; errors in per cent over nodes of meshes, and of all methods by name."""
+    Y, sensors = net.Y.one, data.sensors(net)
+    u, v = data.u["test"][0], data.v["test"][0]
+    bound, later = np.abs(v).max(), f"z(., {vorticity.TIME:g})"
+    parts = {
+        "z(., 0)": (u, None),
+        later: (v, (-bound, bound)),
+        "network": (found[0], (-bound, bound)),
+        f"network - {later}": (found[0] - v, None),
+    }
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[9, 6])
+    for ax, (title, (values, limits)) in zip(left.subplots(2, 2, subplot_kw={"projection": "3d"}).flat, parts.items()):
+        f = sensors.fit(values[:, None]).functions
+        plot.function(Y, f, ax=ax, limits=limits, label="vorticity").set_title(title)
+        ax.set(xticks=[], yticks=[], zticks=[], xlabel="", ylabel="", zlabel="")
+        ax.view_init(25, -30)
+    meshes, methods = right.subplots(2, 1, height_ratios=[1, 1.4])
+    plot.lines({"network": rows}, log="x", xlabel="nodes of the icosahedral mesh", legend=False, ax=meshes)
+    highest = 1.1 * np.max(rows, axis=0)[1]
+    meshes.set(ylabel="relative error, %", ylim=(0, highest), title=f"on other meshes, trained on {Y.size:,} nodes")
+    ours = [name for name in results if "network" in name]
+    plot.comparison(results, marked=ours, log=True, xlabel="relative error in L2, %", ax=methods)
+    methods.set_title("all methods; a dot is a seed")
+    plot.save(path, figure)
 
 
 def main(short=False):
@@ -341,12 +333,13 @@ def main(short=False):
         results=results,
         lines=lines,
     )
+    output = Path(__file__).parent / "output"
+    output.mkdir(exist_ok=True)
+    of_methods = {one.method: 100 * np.array(one.errors) for one in results}
+    draw(output / f"{NAME}.png", found[best][0], data, on_best, 100 * np.array(rows) / [100, 1], comm.bcast(of_methods))
     if comm.rank == 0:
-        output = Path(__file__).parent / "output"
-        output.mkdir(exist_ok=True)
         text = "\n".join([experiment.table(), "", *lines])
         print(text)
-        draw(output / f"{NAME}.png", data, on_best, rows, {one.method: one.mean for one in results[2:]})
         (output / f"{NAME}.txt").write_text(text + "\n")
         if not short:
             experiment.write(NAME)

@@ -124,6 +124,29 @@ DOORS: dict[str, Door] = {
         takes={"names": {"None", "a list of strings"}, "ax": NOTHING},
         parted=("truth", "predicted", "names", "ax"),
     ),
+    "plot.lines": Door(
+        plot.lines,
+        lambda: {
+            "curves": {"a": [(1.0, 2.0), (2.0, 1.0)]}, "points": {"b": [(1.0, 2.0, 0.1)]},
+            "reference": {"c": [(1.0, 1.0), (2.0, 1.0)]}, "log": "xy", "xlabel": "x", "ylabel": "y", "legend": True,
+            "ax": panels(1),
+        },
+        takes={
+            "curves": {"an empty dict"}, "points": {"an empty dict"} | NOTHING, "reference": {"an empty dict"} | NOTHING,
+            "legend": FLAG, "ax": NOTHING, "log": {"an empty string"},
+        }
+        | dict.fromkeys(("xlabel", "ylabel"), {"a string", "an empty string"}),
+        parted=("curves", "points", "reference", "log", "xlabel", "ylabel", "legend", "ax"),
+    ),
+    "plot.comparison": Door(
+        plot.comparison,
+        lambda: {"runs": {"a": [1.0, 2.0], "b": [3.0]}, "marked": ["a"], "log": True, "xlabel": "error", "ax": panels(1)},
+        takes={
+            "marked": {"an empty list", "a list of strings"}, "log": FLAG, "ax": NOTHING,
+            "xlabel": {"a string", "an empty string"},
+        },
+        parted=("runs", "marked", "log", "xlabel", "ax"),
+    ),
 }  # fmt: skip
 if has_vtk():
     DOORS["plot.paraview"] = Door(

@@ -27,6 +27,7 @@ from fem_resnet.label_domain.channels import Channels
 from fem_resnet.label_domain.graph import checked_graph
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.label_domain.laplace import move_laplace
+from fem_resnet.label_domain.parts import mover_of
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.lift import FreeEntries, Lift
@@ -260,7 +261,7 @@ def _load_basis(file: fd.CheckpointFile, Y: LabelSpace, name: str, kind: str, re
         _of_one(Y, file.load_function(Y.V.mesh(), name)),
         kind,
         _read(file, eigenvalues),
-        move_laplace if kind == "laplace" and Y.graph is None else None,
+        move_laplace if kind == "laplace" and Y.graph is None else mover_of(kind),
         _read(file, stiffness),
     )
 

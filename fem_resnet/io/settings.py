@@ -16,6 +16,7 @@ from fem_resnet.arguments import choice, instance, integer
 from fem_resnet.io.group import Wrong
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.channels import Channels
+from fem_resnet.label_domain.parts import mover_of
 from fem_resnet.label_domain.repeated_basis import RepeatedBasis
 from fem_resnet.learning.head import Head
 from fem_resnet.learning.lift import Lift
@@ -226,7 +227,7 @@ def checked_settings(text: str) -> dict[str, Any]:
         if settings["channels"] is not None:
             integer("channels", settings["channels"], most=_MOST_CHANNELS)
         for kind in instance("kinds", settings["kinds"], list):
-            instance("kinds", kind, str)
+            mover_of(instance("kinds", kind, str))
         _check_repeated(settings)
         _check_keys("network", settings["network"], _OF_NETWORK)
         for name, check in _OF_NETWORK.items():

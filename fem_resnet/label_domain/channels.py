@@ -19,6 +19,7 @@ from petsc4py import PETSc
 
 from fem_resnet.arguments import instance, integer
 from fem_resnet.fixed import read_only
+from fem_resnet.label_domain.coefficient_spaces import CoefficientSpaces
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
 from fem_resnet.ranks import same
 
@@ -69,7 +70,7 @@ class Channels(LabelSpace):
         self._one = Y
         self.comm = Y.comm
         self.V = fd.VectorFunctionSpace(Y.V.mesh(), Y.V.ufl_element(), dim=C)
-        self._batch_spaces, self._coefficient_meshes, self._coefficient_spaces = {}, {}, {}
+        self._batch_spaces, self.coefficients = {}, CoefficientSpaces(Y.comm)
         self.numbers = None if Y.numbers is None else np.concatenate([Y.numbers + c * Y.size for c in range(C)])
         self.graph = None if Y.graph is None else scipy.sparse.block_diag([Y.graph] * C, format="csr")
         self.weights = read_only(np.tile(Y.weights, C))

@@ -27,6 +27,7 @@ from ufl import H1
 
 from fem_resnet.arguments import instance, integer, real_array, text
 from fem_resnet.fixed import OnMesh, read_only
+from fem_resnet.label_domain.coefficient_spaces import CoefficientSpaces
 from fem_resnet.label_domain.graph import checked_graph, checked_numbers, graph_laplacian
 from fem_resnet.label_domain.images import Extent, as_pictures, pictures_at, pixel_centres
 from fem_resnet.label_domain.located_points import located_points
@@ -71,6 +72,8 @@ class LabelSpace(OnMesh):
         The numbers of the owned points, shape (nodes,); None on a mesh.
     graph : scipy.sparse.csr_array or None
         The edge weights between all points, shape (K, K); None where there is no graph.
+    coefficients : CoefficientSpaces
+        The spaces of numbers that are the same on every rank.
     channels : int
         C of Y x {1 .. C}; 1 unless it is a `Channels`.
 
@@ -106,8 +109,7 @@ class LabelSpace(OnMesh):
         check_space(V, neighbours=numbers is None)
         self.V = V
         self._batch_spaces: dict[int, fd.functionspaceimpl.WithGeometry] = {}
-        self._coefficient_meshes: dict[int, fd.MeshGeometry] = {}
-        self._coefficient_spaces: dict[tuple[tuple[int, ...], int], fd.functionspaceimpl.WithGeometry] = {}
+        self.coefficients = CoefficientSpaces(self.comm)
         self.numbers = None if numbers is None else checked_numbers(numbers, V.dof_dset.size, self.comm)
         if graph is not None and numbers is None:
             raise ValueError(
@@ -161,39 +163,6 @@ class LabelSpace(OnMesh):
             # Without MIN the last cell that a rank comes to would decide.
             x = fd.assemble(fd.interpolate(fd.SpatialCoordinate(mesh), space, access=op2.MIN)).dat.data_ro
         return read_only(np.array(x).reshape(self.nodes, mesh.geometric_dimension))
-
-    def coefficient_space(self, shape: tuple[int, ...], cells: int = 1) -> fd.functionspaceimpl.WithGeometry:
-        """A space for numbers that are the same on every rank; rank 0 owns them. Made once. Collective.
-
-        Parameters
-        ----------
-        shape
-            The shape of the array that each cell of a mesh of its own holds.
-        cells
-            How many cells that mesh has. Firedrake takes a second to make a space of 200,000 numbers a cell.
-        """
-        if (shape, cells) not in self._coefficient_spaces:
-            self._coefficient_spaces[shape, cells] = fd.TensorFunctionSpace(
-                self._coefficient_mesh(cells), "DG", 0, shape=shape
-            )
-        return self._coefficient_spaces[shape, cells]
-
-    def _coefficient_mesh(self, cells: int) -> fd.MeshGeometry:
-        """A mesh of so many cells, all on rank 0."""
-        if cells not in self._coefficient_meshes:
-            sizes, numbers = np.zeros(self.comm.size, PETSc.IntType), np.arange(0 if self.comm.rank else cells)
-            sizes[0] = numbers.size
-            self._coefficient_meshes[cells] = fd.UnitIntervalMesh(
-                cells,
-                reorder=False,
-                comm=self.comm,
-                name="coefficients",
-                distribution_parameters={
-                    "partition": (sizes, numbers.astype(PETSc.IntType)),
-                    "overlap_type": (fd.DistributedMeshOverlapType.NONE, 0),
-                },
-            )
-        return self._coefficient_meshes[cells]
 
     @cached_property
     def stiffness(self) -> PETSc.Mat:

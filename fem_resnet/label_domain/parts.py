@@ -14,6 +14,8 @@ They keep their weights in Y.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from functools import cached_property
 from typing import cast, overload
 
@@ -29,17 +31,22 @@ from fem_resnet.arguments import did_you_mean, instance, text
 from fem_resnet.fixed import OnMesh, read_only
 from fem_resnet.label_domain.basis import Basis, in_order
 from fem_resnet.label_domain.label_space import LabelSpace, check_label_space
+from fem_resnet.label_domain.laplace import move_laplace
 from fem_resnet.label_domain.mesh_file import LABELS_OF_MESHES
 from fem_resnet.label_domain.points import point_space
 from fem_resnet.petsc import apply_columns
 from fem_resnet.ranks import same, together
 
-__all__ = ["Part"]
+__all__ = ["Part", "mover_of"]
 
 #: The label of the cells of a part, while its mesh is made.
 _CHOSEN = "fem_resnet_part"
 #: The labels of numbered parts: of cells first.
 _NUMBERED = ("Cell Sets", "Face Sets")
+#: What an extruded mesh has parts of: the names that Firedrake gives its first and last layer of facets.
+_ENDS = ("bottom", "top")
+#: How the kind of a basis begins that was extended from Laplace's on a part; the part follows, as JSON.
+_KIND = "laplace on "
 
 
 class Part(OnMesh):
@@ -53,8 +60,8 @@ class Part(OnMesh):
         The label domain, of one channel.
     which
         The name or the number of a physical group of Gmsh, or of any label of Firedrake's `mark_entities`. A number is that of
-        cells, and of facets if no cells have it. Or a choice of nodes: bools, shape (nodes,), for the nodes that this rank
-        owns.
+        cells, and of facets if no cells have it. On an extruded mesh "bottom" or "top". Or a choice of nodes: bools, shape
+        (nodes,), for the nodes that this rank owns.
 
     Attributes
     ----------
@@ -101,6 +108,8 @@ class Part(OnMesh):
         self.Y, self._which = Y, which if named else None
         if not named:
             self.space, numbers = _of_nodes(Y, _chosen(Y, which))
+        elif Y.V.mesh().extruded:
+            self.space, numbers = _of_nodes(Y, _nodes_at_end(Y, cast(str | int, which)))
         else:
             points, dimension = _labelled(Y, cast(str | int, which))
             if dimension == Y.V.mesh().topological_dimension:
@@ -138,7 +147,7 @@ class Part(OnMesh):
         -------
         Basis or Function
             The basis keeps the eigenvalues and the gradients that it has on the part. It moves to other meshes of Y that have
-            a part of this name.
+            a part of this name; in a file, a Laplace basis keeps this too.
 
         Raises
         ------
@@ -158,14 +167,22 @@ class Part(OnMesh):
             there = Part(Y, which)
             return there.extend(function.first(extended.rank).on(there.space))
 
+        is_laplace = which is not None and function.kind == "laplace"
+        kind = _KIND + json.dumps(which if isinstance(which, str) else int(which)) if is_laplace else "given"
         return Basis(
             self.Y,
             self._extended(function.values),
-            "given",
+            kind,
             function.eigenvalues,
-            None if which is None else move,
+            None if which is None else mover_of(kind) or move,
             function.stiffness if has_gradients else None,
         )
+
+    def _inside(self, extended: Basis) -> Basis:
+        """The Laplace basis on the part of which this is the extension."""
+        share = np.where(self.indicator > 0, self.indicator, 1.0)[:, None]
+        values = apply_columns(self._to_part, extended.values / share)
+        return Basis(self.space, values, "laplace", extended.eigenvalues, move_laplace, extended.stiffness)
 
     @overload
     def restrict(self, function: Basis) -> Basis: ...
@@ -198,6 +215,30 @@ class Part(OnMesh):
         return Basis(self.space, apply_columns(self._to_part, function.values), "given")
 
 
+def mover_of(kind: str) -> Callable[[Basis, LabelSpace], Basis] | None:
+    """How a basis of a kind moves that `Part.extend` has made of a Laplace basis; None for another kind.
+
+    Parameters
+    ----------
+    kind
+        As `Basis.kind`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the kind is not what `Part.extend` writes, as in a file that was changed.
+    """
+    if not kind.startswith(_KIND):
+        return None
+    which = instance("kind", json.loads(kind.removeprefix(_KIND)), (str, int))
+
+    def move(extended: Basis, Y: LabelSpace) -> Basis:
+        there = Part(Y, which)
+        return there.extend(Part(extended.Y, which)._inside(extended).on(there.space))
+
+    return move
+
+
 def _chosen(Y: LabelSpace, which: object) -> np.ndarray:
     """The choice of nodes from outside. Collective."""
 
@@ -215,9 +256,8 @@ def _chosen(Y: LabelSpace, which: object) -> np.ndarray:
 def _labelled(Y: LabelSpace, which: str | int) -> tuple[np.ndarray, int]:
     """Those points of a mesh on this rank that have a label, and their dimension: the largest among them. Collective."""
     mesh = Y.V.mesh()
-    if Y.numbers is not None or mesh.extruded:
-        what = "an extruded mesh" if Y.numbers is None else "a set of points"
-        raise ValueError(f"which: expected bools of shape (nodes,), as {what} has no named parts, got {which!r}")
+    if Y.numbers is not None:
+        raise ValueError(f"which: expected bools of shape (nodes,), as a set of points has no named parts, got {which!r}")
     plex = mesh.topology_dm
     dimensions = np.zeros(plex.getChart()[1], int)
     for d in range(plex.getDepth() + 1):
@@ -235,7 +275,8 @@ def _labelled(Y: LabelSpace, which: str | int) -> tuple[np.ndarray, int]:
     known_names, known_numbers = (sorted(set().union(*Y.comm.allgather(each))) for each in (names, numbers))
     raise ValueError(
         f"which: expected a part of {Y!r}, by name {', '.join(map(repr, known_names)) or '(it has none)'}, or by number "
-        f"{', '.join(map(str, known_numbers)) or '(it has none)'}, got {which!r}{did_you_mean(which, known_names)}"
+        f"{', '.join(map(str, known_numbers)) or '(it has none)'}, got {which!r}{did_you_mean(which, known_names)}; groups of "
+        f"Gmsh with two dimensions less than the cells are no parts, choose their nodes by bools of shape (nodes,)"
     )
 
 
@@ -273,13 +314,30 @@ def _of_cells(Y: LabelSpace, cells: np.ndarray) -> tuple[LabelSpace, np.ndarray]
 def _nodes_on(Y: LabelSpace, points: np.ndarray) -> np.ndarray:
     """Which owned nodes lie on these points of the mesh, or on their boundary; bools. Collective."""
     section, plex = Y.V.dm.getLocalSection(), Y.V.mesh().topology_dm
+    found = [
+        np.arange(section.getOffset(part), section.getOffset(part) + section.getDof(part))
+        for point in points
+        for part in plex.getTransitiveClosure(point)[0]
+    ]
+    return _on_all_ranks(Y, np.concatenate([np.zeros(0, int), *found]))
+
+
+def _nodes_at_end(Y: LabelSpace, which: str | int) -> np.ndarray:
+    """Which owned nodes lie on the first or the last layer of facets of an extruded mesh; bools. Collective."""
+    if which not in _ENDS:
+        raise ValueError(
+            f"which: expected 'bottom' or 'top', the parts of an extruded mesh, or bools of shape (nodes,), got {which!r}; "
+            f"Y.coordinates say which nodes lie above a part of its base"
+        )
+    return _on_all_ranks(Y, Y.V.boundary_nodes(which))
+
+
+def _on_all_ranks(Y: LabelSpace, numbers: np.ndarray) -> np.ndarray:
+    """Which owned nodes are among the numbers of nodes of any rank that has them; bools. Collective."""
     on = fd.Function(Y.V)
     data = on.dat.data_wo_with_halos
     data[:] = 0.0
-    for point in points:
-        for part in plex.getTransitiveClosure(point)[0]:
-            first = section.getOffset(part)
-            data[first : first + section.getDof(part)] = 1.0
+    data[numbers] = 1.0
     # The owner of a node need not have the facets on which it lies.
     on.dat.local_to_global_begin(op2.MAX)
     on.dat.local_to_global_end(op2.MAX)

@@ -151,7 +151,7 @@ class Replicated(Slot):
 
     @cached_property
     def space(self) -> fd.functionspaceimpl.WithGeometry:
-        return self.Y.coefficient_space(self.shape)
+        return self.Y.coefficients.space(self.shape)
 
     def read(self, function):
         return read_all([self], [function])[0]
@@ -184,7 +184,7 @@ class ReplicatedRows(Replicated):
     @cached_property
     def space(self):
         rows, columns = self.shape
-        return self.Y.coefficient_space((columns,), cells=rows)
+        return self.Y.coefficients.space((columns,), cells=rows)
 
 
 def read_all(slots: Sequence[Slot], functions: Sequence[fd.Function], views: bool = False) -> list[np.ndarray]:

@@ -4,8 +4,8 @@ Each function draws on axes of matplotlib and returns them. On several ranks ran
 nothing else, and draws; the axes of other ranks stay empty. So a script needs no question about ranks, and `save` writes one
 file. Surfaces and bodies in space are drawn by PyVista without a display (extra `vtk`), or by matplotlib's `mplot3d`.
 
-`shown` says what of a mesh is drawn, `canvas` makes axes and colours, `drawing` draws one function on one panel, `fields` and
-`curves` are what users call, `animation` and `series` write files.
+`shown` says what of a mesh is drawn, `canvas` makes axes and colours, `drawing` draws one function on one panel, `fields`,
+`curves` and `studies` are what users call, `animation` and `series` write files.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ _MODULES = {
     "plot.canvas": ["save"],
     "plot.fields": ["basis", "bias", "costate", "function", "kernel_row", "state"],
     "plot.curves": ["confusion", "learning_curve", "norms", "spectrum"],
+    "plot.studies": ["comparison", "lines"],
     "plot.animation": ["flow"],
     "plot.series": ["paraview"],
 }

@@ -26,8 +26,8 @@ from fem_resnet.ranks import draw_on_first, same, together
 from fem_resnet.reporting import print_figure
 
 __all__ = [
-    "DASHES", "LINES", "Colours", "checked_axes", "colour_bar", "has_pyvista", "has_vtk", "limits_of",
-    "panels", "save",
+    "DASHES", "LINES", "Colours", "checked_axes", "colour_bar", "given_or_new", "has_pyvista", "has_vtk",
+    "limits_of", "panels", "save",
 ]  # fmt: skip
 
 #: Colours of lines: blue, vermilion, green, orange, purple, light blue, black; yellow is too pale on white.
@@ -68,6 +68,11 @@ def panels(count: int, *, wide: float = 1.0, in_space: bool = False) -> np.ndarr
     for ax in axes[count:]:
         ax.remove()
     return axes[:count]
+
+
+def given_or_new(ax: Axes | None) -> Axes:
+    """Axes from outside, or new ones."""
+    return panels(1, wide=1.4)[0] if ax is None else instance("ax", ax, Axes, "Figure().subplots() makes one")
 
 
 def checked_axes(comm: MPI.Comm, name: str, given: Any, count: int) -> np.ndarray | None:

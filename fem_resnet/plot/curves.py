@@ -14,7 +14,7 @@ from fem_resnet.arguments import choice, instance, integer, integer_array, numbe
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.learning.curvature import Spectrum
 from fem_resnet.network.run import Run
-from fem_resnet.plot.canvas import DASHES, LINES, panels
+from fem_resnet.plot.canvas import DASHES, LINES, given_or_new
 from fem_resnet.ranks import same
 from fem_resnet.theory.spectra.eigen_expansion import EigenExpansion
 from fem_resnet.theory.spectra.frozen_spectra import FrozenSpectra
@@ -65,7 +65,7 @@ def norms(run: Run, of: str = "state", *, ax: Axes | None = None) -> Axes:
     Y = run.net.Y
     same(Y.comm, of=of)
     choice("of", of, ("state", "costate"))
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     with stop_annotating():
         layers = range(run.net.layers + 1)
         functions = run.states() if of == "state" else map(run.costate, layers)
@@ -115,7 +115,7 @@ def learning_curve(results: Any, *, ax: Axes | None = None, xlabel: str = "itera
     >>> ax.get_yscale(), [line.get_label() for line in ax.lines]
     ('log', ['one', 'two'])
     """
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     xlabel, ylabel = instance("xlabel", xlabel, str), instance("ylabel", ylabel, str)
     named = results if isinstance(results, Mapping) else {None: results}
     if not named:
@@ -188,7 +188,7 @@ def spectrum(found: Any, *, weight: float | None = None, sample: int = 0, ax: Ax
     >>> plot.spectrum([1.0, 0.1, 0.001]).get_yscale(), plot.spectrum([1j, -1j]).get_xlabel()
     ('log', 'real part')
     """
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     weight = None if weight is None else number("weight", weight, above=0)
     sample = integer("sample", sample, least=0)
     if isinstance(found, FrozenSpectra):
@@ -274,7 +274,7 @@ def confusion(
     >>> [text.get_text() for text in ax.texts], ax.get_title()
     (['1', '1', '', '3'], '4 of 5 right')
     """
-    ax = _axes(ax)
+    ax = given_or_new(ax)
     truth = integer_array("truth", truth, ("samples",))
     predicted = integer_array("predicted", predicted, truth.shape)
     for name, given in (("truth", truth), ("predicted", predicted)):
@@ -306,8 +306,3 @@ def confusion(
 
 #: More than a picture can show.
 _MANY_CLASSES = 200
-
-
-def _axes(ax: Axes | None) -> Axes:
-    """Axes from outside, or new ones."""
-    return panels(1, wide=1.4)[0] if ax is None else instance("ax", ax, Axes, "Figure().subplots() makes one")

@@ -111,7 +111,9 @@ def _draw_in_space(
 ) -> None:
     if isinstance(ax, Axes3D):
         kind = Line3DCollection if corners.shape[1] == 2 else Poly3DCollection
-        ax.add_collection3d(kind(corners, array=values.mean(axis=1), norm=colours.norm, cmap=colours.cmap))
+        drawn = kind(corners, array=values.mean(axis=1), norm=colours.norm, cmap=colours.cmap)
+        drawn.set_antialiased(False)  # else seams between pieces are seen
+        ax.add_collection3d(drawn)
         if mark is not None:
             ax.scatter(*np.reshape(mark, (3, 1)), color="k", marker="*", s=90, depthshade=False)
         ends = corners.reshape(-1, 3)

@@ -7,10 +7,11 @@ from firedrake import COMM_WORLD
 from helpers import BLOCK, POLYGON, SAMPLES, SPACES, label_space, mesh, name, smooth
 from numpy.testing import assert_allclose
 
-from fem_resnet import Channels, LabelSpace, class_space
+from fem_resnet import Channels, LabelSpace, class_space, laplace_basis
 
 each_space = pytest.mark.parametrize("space", SPACES, ids=name)
 on_ranks = pytest.mark.parallel([1, 2, 3])
+on_two_ranks = pytest.mark.parallel([1, 2])
 
 # Sums of some hundred numbers of size one.
 ROUND_OFF = 1e-13
@@ -81,6 +82,18 @@ def test_spectral_spaces_integrate_polynomials_of_twice_their_degree(space, degr
 def test_kmv_on_triangles(degree):
     Y = LabelSpace(fd.FunctionSpace(mesh("disk"), "KMV", degree))
     assert_allclose(Y.measure, label_space("disk", "DG0").measure, rtol=ROUND_OFF)
+
+
+@on_two_ranks
+@pytest.mark.parametrize("family, degree", [("KMV", 2), ("KMV", 3), ("CG", 3)])
+def test_triangles_with_curved_sides_on_a_sphere(family, degree):
+    """The measure is that of the curved cells; the mean of y_k^2 is 1/3, and eigenvalues of the sphere are l (l + 1)."""
+    sphere = fd.UnitIcosahedralSphereMesh(1, degree=2, comm=COMM_WORLD)
+    Y = LabelSpace(fd.FunctionSpace(sphere, family, degree))
+    assert_allclose(Y.measure, fd.assemble(fd.Constant(1.0) * fd.dx(domain=sphere)), rtol=1e-4)
+    assert_allclose(Y.measure, 4 * np.pi, rtol=2e-3)
+    assert_allclose(Y.sum(Y.weights @ Y.coordinates**2) / Y.measure, 1 / 3, rtol=2e-3)
+    assert_allclose(laplace_basis(Y, 9).eigenvalues, [0, 2, 2, 2, 6, 6, 6, 6, 6], rtol=5e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3])

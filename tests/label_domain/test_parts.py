@@ -23,8 +23,10 @@ from fem_resnet import (
     given_basis,
     laplace_basis,
     least_squares,
+    load,
     point_space,
     read_mesh,
+    save,
     tikhonov,
 )
 
@@ -118,6 +120,98 @@ def test_a_basis_of_a_part_moves_to_a_finer_mesh_that_has_the_part():
     integrals = [b.project(smooth(b.Y)) for b in (phi, moved)]
     assert_allclose(integrals[1], integrals[0], rtol=0, atol=0.02)
     assert phi.first(2).on(finer).rank == 2
+
+
+@on_ranks
+def test_a_basis_of_a_part_moves_also_after_it_was_written_and_read(tmp_path):
+    folder, Y = COMM_WORLD.bcast(tmp_path), label_space("l_shape.msh")
+    named = [Part(Y, which) for which in ("corner", "right arm", 1)]
+    phi, psi, bias = (D.extend(laplace_basis(D.space, rank)) for D, rank in zip(named, (3, 4, 2)))
+    net = ResidualNetwork(Kernel(phi, psi), bias=bias, layers=1)
+    save(folder / "net.h5", net)
+    read, _ = load(folder / "net.h5")
+    meshes = [each.V.mesh() for each in (Y, read.Y)]
+    finer, there = (LabelSpace(fd.FunctionSpace(fd.MeshHierarchy(mesh, 1)[-1], "CG", 1)) for mesh in meshes)
+    for role in ("phi", "psi", "bias"):
+        expected, found = net.bases[role][0].on(finer), read.bases[role][0].on(there)
+        assert found.kind == expected.kind == net.bases[role][0].kind
+        assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-8, atol=1e-10)
+        integrals = [each.values.T @ (each.Y.weights[:, None] * moments(each.Y)) for each in (expected, found)]
+        assert_allclose(*map(Y.sum, integrals), rtol=0, atol=1e-8)
+
+
+def moments(Y):
+    """Values that tell functions apart, shape (nodes, 4)."""
+    x, y = Y.coordinates.T
+    return np.stack([x, y, x * y, np.cos(3 * x + y)], axis=1)
+
+
+def extruded(family, degree):
+    disk = fd.UnitDiskMesh(1, comm=COMM_WORLD)
+    return LabelSpace(fd.FunctionSpace(fd.ExtrudedMesh(disk, 2, layer_height=0.5), family, degree))
+
+
+@on_ranks
+@pytest.mark.parametrize("which, height", [("bottom", 0.0), ("top", 1.0)])
+def test_the_ends_of_an_extruded_mesh_are_parts(which, height):
+    """A kernel that writes there leaves the rest as it is."""
+    Y = extruded("CG", 1)
+    D = Part(Y, which)
+    assert D.space.size == 25 and D.space.numbers is not None  # vertices of the disk
+    assert_allclose(D.space.coordinates[:, 2], height, rtol=0, atol=1e-14)
+    assert_allclose(D.indicator, Y.coordinates[:, 2] == height, rtol=0, atol=1e-14)
+    phi = D.extend(given_basis(D.space, [1.0]))
+    net = ResidualNetwork(Kernel(phi, laplace_basis(Y, 3)), bias=phi, layers=1, final_time=1.0)
+    net.kernel.set(0, np.ones((1, 3)))
+    inputs = Y.batch(smooth(Y))
+    change = Y.values(net(inputs)) - Y.values(inputs)
+    assert not change[D.indicator == 0].any() and abs(change[D.indicator > 0]).min(initial=1.0) > 1e-3
+
+
+@on_ranks
+def test_other_parts_of_an_extruded_mesh_are_refused():
+    with pytest.raises(ValueError, match=r"^which: expected 'bottom' or 'top', the parts of an extruded mesh, .* got 'side'"):
+        Part(extruded("CG", 1), "side")
+    with pytest.raises(ValueError, match=r"^which: expected a part with nodes, got one without a node of .*DG0"):
+        Part(extruded("DG", 0), "top")
+
+
+@on_ranks
+def test_groups_of_gmsh_with_two_dimensions_less_are_refused(tmp_path):
+    path = COMM_WORLD.bcast(tmp_path) / "corner.msh"
+    if COMM_WORLD.rank == 0:
+        path.write_text(WITH_A_POINT)
+    COMM_WORLD.barrier()
+    Y = LabelSpace(fd.FunctionSpace(read_mesh(path, COMM_WORLD), "CG", 1))
+    assert Part(Y, "all").space.measure == pytest.approx(1.0, rel=1e-14)
+    with pytest.raises(ValueError, match=r"^which: .* got 'tip'; groups of Gmsh with two dimensions less than the cells"):
+        Part(Y, "tip")
+
+
+#: The unit square as two triangles, in format 2.2.
+WITH_A_POINT = """\
+$MeshFormat
+2.2 0 8
+$EndMeshFormat
+$PhysicalNames
+2
+0 7 "tip"
+2 1 "all"
+$EndPhysicalNames
+$Nodes
+4
+1 0 0 0
+2 1 0 0
+3 1 1 0
+4 0 1 0
+$EndNodes
+$Elements
+3
+1 15 2 7 1 1
+2 2 2 1 1 1 2 3
+3 2 2 1 1 1 3 4
+$EndElements
+"""
 
 
 def in_parts(alone=False) -> LearningProblem:

@@ -246,6 +246,49 @@ def test_what_is_taken_for_what():
         plot.confusion([0, 1, 2], [0, 1, 2], ["a", "b"])
 
 
+def test_lines_have_all_numbers_names_and_bars():
+    n = np.array([25, 100, 1000])
+    errors = {"ours": np.stack([n, 1 / n, 0.1 / n], axis=1), "theirs": np.stack([n, 2 / n], axis=1)}
+    ax = plot.lines(
+        errors, points={"once": [(50, 0.01)]}, reference={"order 1": [(25, 0.1), (1000, 0.0025)]}, log="xy", xlabel="samples"
+    )
+    drawn = {line.get_label(): line for line in ax.lines} | {bars.get_label(): bars[0] for bars in ax.containers}
+    for name, array in errors.items():
+        assert_allclose(np.transpose(drawn[name].get_data()), np.asarray(array)[:, :2])
+    assert drawn["once"].get_linestyle() == "None" and drawn["order 1"].get_color() == "0.5"
+    (bars,) = [each for container in ax.containers if container.has_yerr for each in container[2]]
+    assert_allclose([np.ptp(bar[:, 1]) for bar in bars.get_segments()], 0.2 / n)
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_xlabel()) == ("log", "log", "samples")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["25", "50", "100", "1,000"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["order 1", "ours", "theirs", "once"]
+
+
+def test_names_of_lines_cover_no_curve_and_too_close_places_are_no_ticks():
+    ax = plot.lines({"a": [(1000, 1), (1010, 2), (20_000, 3)]}, log="x")
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().y1 < ax.get_window_extent().y0
+    assert "1,010" not in [label.get_text() for label in ax.get_xticklabels()]
+    assert plot.lines({"a": [(1, 1), (2, 2)]}, legend=False).get_legend() is None
+    with pytest.raises(ValueError, match="^points: expected arrays of shape .* got \\(2,\\) of 'b'"):
+        plot.lines({}, points={"b": [1.0, 2.0]})
+    with pytest.raises(ValueError, match="^curves: expected at least one"):
+        plot.lines({})
+
+
+def test_methods_beside_each_other_have_a_dot_a_run_and_their_mean():
+    ax = plot.comparison({"network": [1.0, 2.0, 6.0], "linear map": [30.0]}, marked=["network"], log=True, xlabel="error")
+    dots, mean, *_ = ax.lines
+    assert_allclose(dots.get_data(), [[1, 2, 6], [0, 0, 0]])
+    assert_allclose(mean.get_xdata(), 3.0)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["network", "linear map"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first stands on top
+    near = plot.comparison({"a": [7.1, 9.4]}, log=True).get_xticklabels()
+    assert [label.get_text() for label in near][:2] == ["7.2", "8"]
+    assert dots.get_color() != ax.lines[2].get_color() and ax.get_xscale() == "log"
+    with pytest.raises(ValueError, match="^marked: expected one of 'a', got 'b'"):
+        plot.comparison({"a": [1.0]}, marked=["b"])
+
+
 @on_two_ranks
 def test_the_flow_of_a_sample_is_an_animation_with_a_frame_for_each_layer_time(tmp_path):
     path = COMM_WORLD.bcast(tmp_path / "flow.gif")
