@@ -9,7 +9,8 @@ that it has been started on: `test_on_ranks.py` starts one on two ranks and one 
     containers/run mpiexec -n 2 pytest -m "parallel[2]" tests/test_network.py
 
 does the same. Of a test with many parameters the default run takes a few on one rank and one on more, on three ranks of every
-second test. Tests that list what there is are marked `whole` and take all. Tests marked `slow` run where -m names them: ``pytest -m slow``.
+second test. Tests that list what there is are marked `whole` and take all. Tests marked `slow` run where -m names them:
+``pytest -m slow``.
 All tests with all parameters are ``-m "slow or not slow"``, on several ranks ``-m "parallel[2] or slow"``.
 """
 
@@ -53,7 +54,7 @@ SUMMARY = pytest.StashKey[dict]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """A run of all tests on one rank has workers. They begin with an equal part each, and take from others when they are done."""
+    """A run of all tests on one rank has workers: with an equal part each, and those that are done take from others."""
     everything, worker = config.args_source != config.ArgsSource.ARGS, hasattr(config, "workerinput")
     if COMM_WORLD.size == 1 and everything and not worker and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses, config.option.dist = "auto", "worksteal"
@@ -81,7 +82,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def sample(items, most, every):
-    """At most `most` items of every so many-th test function, from the last to the first; all items that are marked `whole`."""
+    """At most `most` items of every so many-th test function, from the last to the first; all items marked `whole`."""
     alike = defaultdict(list)
     for item in items:
         alike[item.nodeid.split("[")[0]].append(item)
@@ -128,9 +129,9 @@ class OnRanks:
 
 
 class OnOneRank:
-    """A session on one rank, or one of its workers. A test with the fixture `alone` waits until no other runs, and others for it.
+    """A session on one rank, or one of its workers. A test with the fixture `alone` waits until no other runs.
 
-    Ranks that wait for each other with less than a core each take minutes for what else takes seconds (MUMPS: 170 s for 0.4 s).
+    Ranks that wait for each other with less than a core each take minutes for what else takes seconds: MUMPS 170 s for 0.4 s.
     """
 
     @pytest.hookimpl(wrapper=True)
@@ -214,7 +215,7 @@ def tape():
 
 @pytest.fixture
 def found(request):
-    """Lists of the outcomes of `verify`, ``found["faults"].append(caught)``, ``found["sound"].append(silent)``; and of lines."""
+    """Lists for the summary: of `verify`, ``found["faults"].append(caught)`` and ``["sound"].append(silent)``; "lines"."""
     return request.config.stash[SUMMARY]
 
 
