@@ -49,8 +49,8 @@ def network_operator(net: ResidualNetwork, u: fd.Function | ufl.Interpolate, hea
     """N(u), a network applied to a function, for forms of UFL. Collective over the communicator of the label domain.
 
     Forms with it are assembled, differentiated (`derivative`) and solved (`solve(F == 0, u)`) as others are, and annotated by
-    pyadjoint: the derivatives in u and in all that network and head learn, through a solve of second order too. N has the coefficients that these
-    have at the call, on the tape as elsewhere: make the form again after they have changed.
+    pyadjoint: the derivatives in u and in all that network and head learn, through solves of second order too. N has the
+    coefficients that these have at the call, on the tape as elsewhere: make the form again after they have changed.
 
     Parameters
     ----------
@@ -174,6 +174,11 @@ class NetworkOperator(AbstractExternalOperator):
     """N as Firedrake asks for it: its value, and its derivatives as they act. Get one from `network_operator`."""
 
     def __init__(self, *operands, function_space, derivatives=None, argument_slots=(), operator_data=None):
+        if not isinstance(operator_data, dict) or set(operator_data) != {"function", "packing"}:
+            raise TypeError(
+                f"operator_data: expected what network_operator puts there, got {type(operator_data).__name__}; call "
+                f"network_operator(net, u, head)"
+            )
         super().__init__(
             *operands, function_space=function_space, derivatives=derivatives, argument_slots=argument_slots,
             operator_data=operator_data,

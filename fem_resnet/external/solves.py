@@ -14,8 +14,8 @@ where l_1 is the second derivative of what comes after the solve, in u. Here
     G(x; w) = L_x^T w + N_x^T l,     l = L_q^T w,
     G_x x_1 = (L_xx x_1 + L_xq q_1)^T w + N_x^T l_1 + (N_xx x_1)^T l,     q_1 = N_x x_1.
 
-The Jacobian is L_u + L_q N_u. Firedrake puts the rows and columns of a boundary condition into L_u and L_q each, and multiplies:
-the product then has other rows, so that solutions leave their boundary values. Here they are put into the sum.
+The Jacobian is L_u + L_q N_u. Firedrake puts the rows and columns of a boundary condition into L_u and into L_q, and
+multiplies: these rows of the product are not 0, and solutions leave their boundary values. Here they are put into the sum.
 """
 
 from __future__ import annotations

@@ -285,6 +285,8 @@ def test_what_does_not_fit_is_refused_on_all_ranks():
         network_operator(net, u, Head(net.bases["psi"][0], 3))
     with pytest.raises(ValueError, match=r"^head: expected an output on the mesh .* of u, got one on"):
         network_operator(net, u, Head(net.bases["psi"][0], laplace("sphere", "CG1", 3), "identity"))
+    with pytest.raises(TypeError, match=r"^operator_data: expected what network_operator puts there, got NoneType"):
+        NetworkOperator(u, function_space=net.Y.V)
     with pytest.raises(NotImplementedError, match=r"^N: the derivative in coefficients has no matrix"):
         N = network_operator(net, u)
         assemble(derivative(N, N.ufl_operands[1]))
