@@ -157,6 +157,10 @@ def _solved(block: GenericSolveBlock, form: Any, b: fd.Cofunction, bcs: list) ->
 
     Firedrake has no solver for the matrix of a form with networks that has boundary conditions in it.
     """
+    if bcs and block.assemble_kwargs.get("mat_type") == "matfree":
+        raise NotImplementedError(
+            "mat_type: expected 'aij' for derivatives through a solve with networks and boundary conditions, got 'matfree'"
+        )
     V, rest = block.function_space, b.copy(deepcopy=True)
     x, step = fd.Function(V), fd.Function(V)
     A = fd.assemble(form, **block.assemble_kwargs)
