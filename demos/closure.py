@@ -14,9 +14,10 @@ Beside it stand terms that are fitted to the same residuals: c u; a cubic polyno
 ridge regression, a nonlinear map too. All but the local ones see and give 40 eigenfunctions of the Laplacian on the plate. A
 term that was learned in one equation is of use in another one: with half of kappa, and with g twice as large. Run
 
-    containers/run python demos/closure.py            (two minutes; --short for 10 s)
+    containers/run python demos/closure.py            (three minutes; --short for 15 s)
 
-It writes a table and a figure to demos/output/.
+It writes a table and a figure to demos/output/. Local terms leave 25 % of u wrong, the best linear map 6 %, the network 1.3 %;
+kernel ridge comes near it with 1.5 %. Half of what the network leaves, these 40 functions do not hold.
 """
 
 import logging
@@ -55,8 +56,9 @@ from fem_resnet import (
 NOTE = """\
 Mean relative errors of 20 samples an equation, from one training. The best linear map and kernel ridge see and give the same
 40 functions as the network, with weights chosen on a fifth of the training samples, as its own one is. Two layers and softplus
-were chosen among 1, 2, 4 and softplus, tanh on samples of another seed. N(u) itself, laid into these functions, is what is
-left of the error if all else is right. The last row learns u from g without an equation; it cannot know of half of kappa.
+were chosen among 1, 2, 4 and softplus, tanh on test samples of another seed. N(u) itself, laid into these functions, is what is
+left of the error if all else is right. Network and kernel ridge differ by little, and other draws of training samples and starts
+were not tried. The last row learns u from g without an equation: it does not know of half of kappa.
 """
 
 PLATE = Path(__file__).parents[1] / "meshes" / "plate.msh"
@@ -516,7 +518,7 @@ def main(short=False):
         print(f"Tikhonov's weight: {terms.weight:g}; time: {time.perf_counter() - start:.0f} s")
     draw(output / "closure.png", errors, terms.net, terms.head)
     mean = {name: [errors.mean(name, test)[0] for test in TESTS] for name in errors.of_u}
-    # What this page claims: a third of the error of a linear map, and far less than that of local terms, in all equations.
+    # What this page claims: a third of the error of a linear map, and a tenth of that of c u, in all equations.
     assert order > 1.8 and rate > 1.98 and all(np.isfinite(errors.of_u["network"][test]).all() for test in TESTS)
     assert all(ours < (0.5 if short else 0.1) * others for ours, others in zip(mean["network"], mean["c u"]))
     assert short or all(ours < others / 3 for ours, others in zip(mean["network"], mean["linear map"]))
