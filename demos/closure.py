@@ -55,10 +55,11 @@ from fem_resnet import (
 
 NOTE = """\
 Mean relative errors of 20 samples an equation, from one training. The best linear map and kernel ridge see and give the same
-40 functions as the network, with weights chosen on a fifth of the training samples, as its own one is. Two layers and softplus
-were chosen among 1, 2, 4 and softplus, tanh on test samples of another seed. N(u) itself, laid into these functions, is what is
-left of the error if all else is right. Network and kernel ridge differ by little, and other draws of training samples and starts
-were not tried. The last row learns u from g without an equation: it does not know of half of kappa.
+40 functions as the network, with weights chosen on a fifth of the training samples, as its own one is. Two layers and
+softplus were chosen among 1, 2, 4 and softplus, tanh on test samples of another seed. N(u) itself, laid into these
+functions, is what is left of the error if all else is right. Network and kernel ridge differ by little, and other draws of
+training samples and starts were not tried. The last row learns u from g without an equation: it does not know of half of
+kappa.
 """
 
 PLATE = Path(__file__).parents[1] / "meshes" / "plate.msh"
