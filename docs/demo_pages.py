@@ -23,14 +23,14 @@ _ORDER = [
     "choice_of_lambda", "what_the_data_determine", "mesh_independence", "same_network_other_mesh", "costate_twice",
     "limits", "architectures", "value_function", "nearby_inputs", "burgers_on_the_circle", "burgers_table",
     "heat_on_a_gear", "darcy_on_a_plate", "waves_on_the_sphere", "outlines_on_the_circle", "few_samples",
-    "untuned",
+    "untuned", "closure",
 ]  # fmt: skip
 
 #: Which part of a figure's width is the picture in the gallery; all of it where nothing is said.
 _CROPS = {
     "contractive_classifier": (0.0, 0.345), "digits_on_a_disk": (0.0, 0.605), "same_network_other_mesh": (0.0, 0.275),
     "heat_on_a_gear": (0.46, 0.72), "value_function": (0.62, 0.9), "what_the_data_determine": (0.21, 0.395),
-    "waves_on_the_sphere": (0.0, 0.3),
+    "waves_on_the_sphere": (0.0, 0.3), "closure": (0.4, 0.6),
 }  # fmt: skip
 
 #: Scripts that run when the gallery does.

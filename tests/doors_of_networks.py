@@ -723,7 +723,7 @@ DOORS = {
     ),
     "network_operator": Door(
         network_operator,
-        lambda: {"net": net(), "u": fd.Function(net().Y.V), "head": None},
+        lambda: {"net": fitted().net, "u": fd.Function(fitted().net.Y.V), "head": fitted().head},
         takes={"head": {"None"}},
         parted=("net", "u", "head"),
     ),

@@ -1,10 +1,11 @@
 """Every public door refuses a wrong argument by its name, and all ranks refuse it together.
 
-The doors stand in `doors_of_networks.py`, `doors_of_theory.py` and `doors_of_plot.py`. A wrong argument ends in a TypeError or
-a ValueError whose message begins with the argument's name; where an argument is taken, no result is NaN. An argument that must
-be the same on all ranks, given otherwise on one, is a ValueError of its name on all of them.
+The doors stand in `doors_of_networks.py`, `doors_of_theory.py`, `doors_of_plot.py` and `doors_of_external.py`. A wrong
+argument ends in a TypeError or a ValueError whose message begins with the argument's name; where an argument is taken, no
+result is NaN. An argument that must be the same on all ranks, given otherwise on one, is a ValueError of its name on all.
 """
 
+import doors_of_external
 import doors_of_networks
 import doors_of_plot
 import doors_of_theory
@@ -15,7 +16,7 @@ from firedrake import COMM_WORLD
 
 import fem_resnet
 
-DOORS = doors_of_networks.DOORS | doors_of_theory.DOORS | doors_of_plot.DOORS
+DOORS = doors_of_networks.DOORS | doors_of_theory.DOORS | doors_of_plot.DOORS | doors_of_external.DOORS
 #: Public names that are not called with arguments from outside: what they are.
 NO_DOORS = doors_of_networks.NO_DOORS | doors_of_theory.NO_DOORS
 #: The kinds of wrong arguments that the default run tries at a door whose calls take seconds.
@@ -34,7 +35,10 @@ def elsewhere(tmp_path, monkeypatch):
 def test_each_public_name_has_a_door_or_says_why_it_has_none():
     pictures = set(doors_of_plot.DOORS) | set(doors_of_plot.NO_DOORS)
     assert {f"plot.{name}" for name in fem_resnet.plot.__all__} == pictures
-    doors = {name.split(".")[0] for name in set(DOORS) - pictures}
+    inside = set(doors_of_external.DOORS)
+    public = {f"external.{name}" for module in doors_of_external.MODULES for name in module.__all__}
+    assert public == {".".join(name.split(".")[:2]) for name in inside} | set(doors_of_external.NO_DOORS)
+    doors = {name.split(".")[0] for name in set(DOORS) - pictures - inside}
     assert set(fem_resnet.__all__) == doors | set(NO_DOORS)
     assert not doors & set(NO_DOORS)
 

@@ -144,9 +144,9 @@ def sum_over_ranks(x: jax.Array, comm: MPI.Comm) -> jax.Array:
     Raises
     ------
     TypeError
-        If `comm` is no communicator.
+        If `comm` is no communicator, or x no array of real numbers.
     """
-    return _sum.bind(jnp.asarray(x), ranks=_Ranks(comm))
+    return _sum.bind(_array("x", x), ranks=_Ranks(comm))
 
 
 def to_nodes(x: jax.Array, comm: MPI.Comm) -> jax.Array:
@@ -162,13 +162,23 @@ def to_nodes(x: jax.Array, comm: MPI.Comm) -> jax.Array:
     Raises
     ------
     TypeError
-        If `comm` is no communicator.
+        If `comm` is no communicator, or x no array of real numbers.
     """
-    return _to_nodes.bind(jnp.asarray(x), ranks=_Ranks(comm))
+    return _to_nodes.bind(_array("x", x), ranks=_Ranks(comm))
+
+
+def _array(name: str, value: Any) -> jax.Array:
+    try:
+        array = jnp.asarray(value)
+    except Exception as error:  # whatever JAX raises of what is no array
+        raise TypeError(f"{name}: expected an array of JAX or of NumPy, got {type(value).__name__}: {error}") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected real numbers, got {array.dtype}")
+    return array
 
 
 def _checked(name: str, value: Any, shape: tuple[int | str, ...]) -> jax.Array:
-    array = jnp.asarray(value)
+    array = _array(name, value)
     if array.dtype != jnp.float64:
         raise TypeError(f"{name}: expected float64, got {array.dtype}")
     if array.ndim != len(shape) or not all(n == given or isinstance(n, str) and given for n, given in zip(shape, array.shape)):

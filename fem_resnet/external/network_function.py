@@ -25,7 +25,7 @@ from mpi4py import MPI
 from pyadjoint import ReducedFunctional, Tape, set_working_tape
 from pyadjoint.tape import annotate_tape, continue_annotation, pause_annotation
 
-from fem_resnet.arguments import instance
+from fem_resnet.arguments import instance, real_array
 from fem_resnet.fixed import OnMesh
 from fem_resnet.label_domain.basis import Basis
 from fem_resnet.label_domain.label_space import LabelSpace
@@ -35,6 +35,7 @@ from fem_resnet.network.network import ResidualNetwork
 from fem_resnet.parameters.parameter import Parameter
 from fem_resnet.parameters.space_basis import BatchValues, Replicated, SpaceBasis, StateValues, read_all
 from fem_resnet.parameters.time_basis import AtStart
+from fem_resnet.ranks import same, together
 
 __all__ = ["NetworkFunction", "check_head"]
 
@@ -73,8 +74,8 @@ class NetworkFunction(OnMesh):
     """
 
     def __init__(self, net: ResidualNetwork, head: Head | None = None):
-        self.net = instance("net", net, ResidualNetwork)
         self.head = check_head(head, net)
+        self.net = net
         self._copies = copy.deepcopy(net), copy.deepcopy(head)
         self._recordings: OrderedDict[int, _Recording] = OrderedDict()
         parameters = _parameters(net, head)
@@ -99,8 +100,20 @@ class NetworkFunction(OnMesh):
         return self.read(self.functions())
 
     def give(self, coefficients: Sequence[np.ndarray]) -> None:
-        """Assign coefficients to network and head. Collective."""
-        for number, (function, array) in enumerate(zip(self.functions(), coefficients, strict=True)):
+        """Assign coefficients to network and head. Collective.
+
+        Parameters
+        ----------
+        coefficients
+            As `take` gives them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they are of another kind or shape, or not finite; on all ranks alike.
+        """
+        arrays = together(self.Y.comm, lambda: self._each("coefficients", coefficients, self.names, self.shapes))
+        for number, (function, array) in enumerate(zip(self.functions(), arrays)):
             self.write(number, function, array)
 
     def read(self, functions: Sequence[fd.Function]) -> list[np.ndarray]:
@@ -135,12 +148,13 @@ class NetworkFunction(OnMesh):
 
         Raises
         ------
-        ValueError
-            If a value of f_I is not finite.
+        TypeError, ValueError
+            If an array is of another kind or shape, a value is not finite, or ranks have different numbers of samples; on all
+            ranks alike.
         StepFailure
             If a layer cannot be stepped.
         """
-        return self._whole(self._at(arrays).value())
+        return self._whole(self._at(self._checked("arrays", arrays)).value())
 
     def tangent(self, arrays: Sequence[np.ndarray], directions: Sequence[np.ndarray]) -> np.ndarray:
         """F'(m) v, a new array of shape (outputs, samples). Collective.
@@ -150,7 +164,8 @@ class NetworkFunction(OnMesh):
         arrays, directions
             m and v, as for `value`.
         """
-        return self._whole(self._at(arrays).tangent(directions))
+        m = self._checked("arrays", arrays)
+        return self._whole(self._at(m).tangent(self._checked("directions", directions, m[0].shape[1])))
 
     def adjoint(self, arrays: Sequence[np.ndarray], functional: np.ndarray) -> list[np.ndarray]:
         """F'(m)^T l, new arrays of the shapes of m. Collective.
@@ -160,7 +175,8 @@ class NetworkFunction(OnMesh):
         arrays, functional
             m, and l of shape (outputs, samples).
         """
-        return self._at(arrays).adjoint(self._owned(functional))
+        m = self._checked("arrays", arrays)
+        return self._at(m).adjoint(self._functional(functional, m[0].shape[1]))
 
     def curvature(
         self, arrays: Sequence[np.ndarray], functional: np.ndarray, directions: Sequence[np.ndarray]
@@ -172,7 +188,10 @@ class NetworkFunction(OnMesh):
         arrays, functional, directions
             m, l and v.
         """
-        return self._at(arrays).curvature(self._owned(functional), directions)
+        m = self._checked("arrays", arrays)
+        samples = m[0].shape[1]
+        l, v = self._functional(functional, samples), self._checked("directions", directions, samples)
+        return self._at(m).curvature(l, v)
 
     def _at(self, arrays: Sequence[np.ndarray]) -> _Recording:
         samples = arrays[0].shape[1]
@@ -192,9 +211,24 @@ class NetworkFunction(OnMesh):
         scores[self.head.Y.numbers] = values
         return self.head.Y.sum(scores)
 
-    def _owned(self, functional: np.ndarray) -> np.ndarray:
-        """The part of a functional of the output in the values on this rank."""
-        return functional[self.head.Y.numbers] if self.output_is_replicated else functional
+    def _checked(self, name: str, arrays: Sequence[np.ndarray], samples: int | None = None) -> list[np.ndarray]:
+        """Arrays from outside for f_I and all coefficients. That f_I is finite is asked where it is evaluated."""
+        initial = (self.Y.nodes, "samples" if samples is None else samples)
+        found = together(self.Y.comm, lambda: self._each(name, arrays, ("f_I", *self.names), (initial, *self.shapes)))
+        same(self.Y.comm, **{name: found[0].shape[1]})
+        return found
+
+    def _each(self, name: str, arrays: Sequence[np.ndarray], names: Sequence[str], shapes: Sequence) -> list[np.ndarray]:
+        if not isinstance(arrays, (list, tuple)) or len(arrays) != len(shapes):
+            got = len(arrays) if isinstance(arrays, (list, tuple)) else type(arrays).__name__
+            raise ValueError(f"{name}: expected a list of {len(shapes)} arrays, of {', '.join(names)}, got {got}")
+        each = zip(names, arrays, shapes)
+        return [real_array(f"{name}, {of}", array, shape, finite=of != "f_I") for of, array, shape in each]
+
+    def _functional(self, functional: np.ndarray, samples: int) -> np.ndarray:
+        """A functional of the output from outside: its part in the values on this rank."""
+        l = real_array("functional", functional, (self.outputs, samples), comm=self.Y.comm)
+        return l[self.head.Y.numbers] if self.output_is_replicated else l
 
 
 class _Recording:
@@ -282,10 +316,11 @@ def check_head(head: Head | None, net: ResidualNetwork) -> Head | None:
     Raises
     ------
     TypeError
-        If it is neither.
+        If it is neither, or net is no network.
     ValueError
         If it reads states on another label domain.
     """
+    instance("net", net, ResidualNetwork)
     if instance("head", head, (Head, type(None))) is not None and head.psi.Y is not net.Y:
         raise ValueError(f"head: expected a head that reads states on {net.Y!r}, got one of states on {head.psi.Y!r}")
     return head

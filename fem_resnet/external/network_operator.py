@@ -16,7 +16,7 @@ and U follows from as many tangents as Z has columns. As a matrix it is full: fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -30,6 +30,7 @@ from petsc4py import PETSc
 from pyadjoint.tape import stop_annotating
 
 from fem_resnet.external.network_function import NetworkFunction
+from fem_resnet.external.solves import check_operand, complete_firedrake
 from fem_resnet.features import HELD, STEPPED, supports
 from fem_resnet.label_domain.label_space import LabelSpace
 from fem_resnet.learning.head import Head
@@ -48,8 +49,8 @@ def network_operator(net: ResidualNetwork, u: fd.Function | ufl.Interpolate, hea
     """N(u), a network applied to a function, for forms of UFL. Collective over the communicator of the label domain.
 
     Forms with it are assembled, differentiated (`derivative`) and solved (`solve(F == 0, u)`) as others are, and annotated by
-    pyadjoint: the derivatives in u and in all that network and head learn, of first order. N has the coefficients that these
-    have at the call, on the tape as elsewhere: make the form again after they have changed.
+    pyadjoint: the derivatives in u and in all that network and head learn, through solves of second order too. N has the
+    coefficients that these have at the call, on the tape as elsewhere: make the form again after they have changed.
 
     Parameters
     ----------
@@ -173,6 +174,11 @@ class NetworkOperator(AbstractExternalOperator):
     """N as Firedrake asks for it: its value, and its derivatives as they act. Get one from `network_operator`."""
 
     def __init__(self, *operands, function_space, derivatives=None, argument_slots=(), operator_data=None):
+        if not isinstance(operator_data, dict) or set(operator_data) != {"function", "packing"}:
+            raise TypeError(
+                f"operator_data: expected what network_operator puts there, got {type(operator_data).__name__}; call "
+                f"network_operator(net, u, head)"
+            )
         super().__init__(
             *operands, function_space=function_space, derivatives=derivatives, argument_slots=argument_slots,
             operator_data=operator_data,
@@ -216,24 +222,63 @@ class NetworkOperator(AbstractExternalOperator):
     @assemble_method(1, (0, None))
     def assemble_action(self, *_, **__) -> fd.Function:
         """The derivative in an operand in a direction. Collective."""
-        with stop_annotating():
-            slots = self._slots()
-            v = [np.zeros_like(slot.read(function)) for slot, function in zip(slots, self.ufl_operands)]
-            v[self._operand] = np.array(slots[self._operand].read(self.argument_slots()[-1]))
-            return self._result(self._function.tangent(self._point(), self._arrays(v)))
+        return self.along({self.ufl_operands[self._operand]: self.argument_slots()[-1]})
 
     @assemble_method(1, (None, 0))
     def assemble_adjoint_action(self, *_, **__) -> fd.Cofunction:
         """The transpose of the derivative in an operand, on a functional of N(u). Collective."""
         with stop_annotating():
-            packing = self.operator_data["packing"]
             functional = np.array(self._output.values(self.argument_slots()[0]))
-            u, *coefficients = self._function.adjoint(self._point(), functional)
-            replicated, at_nodes = packing.parted(coefficients)
-            array = [u, packing.forward(replicated, False), *at_nodes][self._operand]
-            result = fd.Cofunction(self.ufl_operands[self._operand].function_space().dual())
-            self._slots()[self._operand].write(result, array)
-            return result
+            return self._functionals(self._function.adjoint(self._point(), functional))[self._operand]
+
+    def along(self, directions: Mapping[Any, Any]) -> fd.Function:
+        """The derivative along directions of some operands. Collective.
+
+        Parameters
+        ----------
+        directions
+            By operand.
+        """
+        with stop_annotating():
+            return self._result(self._function.tangent(self._point(), self._arrays(self._along(directions))))
+
+    def adjoint_along(
+        self, l: fd.Cofunction | None, l_1: fd.Cofunction | None, directions: Mapping[Any, Any]
+    ) -> list[fd.Cofunction]:
+        """The derivative of N'^T l along l_1 and directions of some operands, one Cofunction an operand. Collective.
+
+        Parameters
+        ----------
+        l, l_1
+            Functionals of N(u); None for 0.
+        directions
+            By operand.
+        """
+        with stop_annotating():
+            point, functions = self._point(), self._function
+            parts = [np.zeros_like(part) for part in point]
+            if l_1 is not None:
+                parts = functions.adjoint(point, np.array(self._output.values(l_1)))
+            if l is not None:
+                v = self._arrays(self._along(directions))
+                curved = functions.curvature(point, np.array(self._output.values(l)), v)
+                parts = [a + b for a, b in zip(parts, curved)]
+            return self._functionals(parts)
+
+    def _along(self, directions: Mapping[Any, Any]) -> list[np.ndarray]:
+        """One array an operand: that of its direction, or 0."""
+        pairs = list(zip(self._slots(), self.ufl_operands))
+        return [np.array(slot.read(directions[z])) if z in directions else np.zeros_like(slot.read(z)) for slot, z in pairs]
+
+    def _functionals(self, parts: Sequence[np.ndarray]) -> list[fd.Cofunction]:
+        """One Cofunction an operand, from arrays of f_I and all coefficients."""
+        u, *coefficients = parts
+        packing = self.operator_data["packing"]
+        replicated, at_nodes = packing.parted(coefficients)
+        results = [fd.Cofunction(z.function_space().dual()) for z in self.ufl_operands]
+        for slot, result, array in zip(self._slots(), results, [u, packing.forward(replicated, False), *at_nodes]):
+            slot.write(result, array)
+        return results
 
     @assemble_method(1, (0, 1))
     def assemble_jacobian(self, *_, **__) -> Matrix:
@@ -301,6 +346,7 @@ def _restructured(rule: Callable) -> Callable:
         if isinstance(form, ufl.Form):
             return ufl.action(ufl.adjoint(form), w)
         if isinstance(form, ufl.Action) and isinstance(form.right(), NetworkOperator):
+            check_operand(form.right())
             moved = ufl.action(ufl.adjoint(form.left()), w)
             return rule(ufl.Action(rule(ufl.Adjoint(form.right()), visited), moved), visited)
         return rule(expr, visited)
@@ -309,6 +355,7 @@ def _restructured(rule: Callable) -> Callable:
 
 
 BaseFormAssembler.restructure_base_form = staticmethod(_restructured(BaseFormAssembler.restructure_base_form))
+complete_firedrake()
 
 
 def _in_order(Y: LabelSpace, values: np.ndarray) -> np.ndarray:

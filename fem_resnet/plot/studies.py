@@ -136,7 +136,7 @@ def _say(axis: Axis, places: np.ndarray | None = None) -> None:
         steps = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
         places = np.array([step for step in steps if low <= step <= high])
         if places.size < 3:
-            steps = MaxNLocator(4).tick_values(low, high)
+            steps = list(MaxNLocator(4).tick_values(low, high))
             places = np.array([step for step in steps if low <= step <= high])
     axis.set_ticks(places, [f"{place:,.0f}" if place >= 1000 else f"{place:.3g}" for place in places])
     axis.set_minor_locator(NullLocator())

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from doors import WRONG, Door, fault
 from firedrake import COMM_WORLD
 from helpers import laplace, network, smooth
 
@@ -163,3 +164,21 @@ def test_what_does_not_fit_is_refused_on_all_ranks():
     if COMM_WORLD.size > 1:
         with pytest.raises(ValueError, match=r"^samples: all ranks must give the same"):
             model(coefficients, x[:1] if last else x)
+
+
+def test_a_wrong_argument_is_refused_by_its_name():
+    net, head = net_and_head()
+    model, comm, x = inside.Model(net, head), net.Y.comm, inputs(net)
+    numbers = {"NaN", "infinity", "a fraction", "an array of NaN", "an array of another shape", "an empty list"}
+    doors = [
+        Door(inside.Model, lambda: {"net": net, "head": head}, takes={"head": {"None"}}),
+        Door(inside.Model.__call__, lambda: {"self": model, "coefficients": model.coefficients(), "x": x}),
+        Door(inside.Model.give, lambda: {"self": model, "coefficients": model.coefficients()}),
+        *(
+            Door(call, lambda: {"x": x, "comm": comm}, takes={"x": numbers}, through=("x",))
+            for call in (inside.sum_over_ranks, inside.to_nodes)
+        ),
+    ]
+    each = ((door, name, kind) for door in doors for name in door.arguments() for kind in WRONG)
+    amiss = [(door.call.__name__, name, kind, found) for door, name, kind in each if (found := fault(door, {name: kind}))]
+    assert amiss == []

@@ -141,3 +141,13 @@ def test_what_is_not_finite_is_refused():
         x[0, 1] = np.nan
     with pytest.raises(ValueError, match=r"^x: sample 1 has values that are not finite"):
         function.value([x, *coefficients])
+
+
+@pytest.mark.parallel([2, 3])
+def test_a_number_of_samples_that_one_rank_gives_otherwise_is_refused_on_all():
+    function = NetworkFunction(KINDS["Runge-Kutta"]()[0])
+    last = COMM_WORLD.rank == COMM_WORLD.size - 1
+    with pytest.raises(ValueError, match=r"^arrays: all ranks must give the same"):
+        function.value(point(function, 3 if last else 2))
+    with pytest.raises(ValueError, match=r"^directions, f_I: expected numbers of shape"):
+        function.tangent(point(function), directions(function, samples=3 if last else 2))

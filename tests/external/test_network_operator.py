@@ -6,7 +6,10 @@ import ufl
 from firedrake import (
     COMM_WORLD,
     Cofunction,
+    DirichletBC,
     Function,
+    NonlinearVariationalProblem,
+    NonlinearVariationalSolver,
     TestFunction,
     action,
     adjoint,
@@ -129,7 +132,7 @@ def test_taylor_through_the_solve_in_all_that_is_learned(head, annotation, taylo
         rng = np.random.default_rng(seed)
         basis.write(directions[-1], smooth(net.Y, 1, seed=seed)[:, 0] if nodal else rng.normal(size=basis.shape))
     given = [function.dat.data_ro.copy() for parameter in parameters for function in parameter.functions]
-    taylor(reduced, point, directions, f"PDE with {'f(T)' if head is None else 'O'}", "parameters")
+    taylor(reduced, point, directions, f"PDE with {'f(T)' if head is None else 'O'}", "parameters", second_order=True)
     now = [function.dat.data_ro for parameter in parameters for function in parameter.functions]
     assert all(map(np.array_equal, given, now)), "the tape evaluates elsewhere and leaves the network alone"
 
@@ -155,7 +158,66 @@ def test_a_term_at_several_states_on_one_tape(annotation, taylor):
         net.kernel.space_bases[k].write(direction, rng.normal(size=net.kernel.space_bases[k].shape))
     Y.write(directions[-1], smooth(Y, 1, seed=6))
     point = [c.control.copy(deepcopy=True) for c in controls]
-    taylor(ReducedFunctional(J, controls), point, directions, "two time steps", "kernel and start")
+    second = COMM_WORLD.size == 1  # on few cores it takes minutes on more
+    taylor(ReducedFunctional(J, controls), point, directions, "two time steps", "kernel and start", second_order=second)
+
+
+@on_ranks
+@pytest.mark.parametrize("solver", ["solve", "kept"])
+def test_boundary_values_hold_and_solutions_are_differentiated_in_them(solver, annotation, taylor, tape):
+    """By `solve`, and by a `NonlinearVariationalSolver`, for which Firedrake has no derivative in boundary values."""
+    net = network(size=1.0, basis_for_bias=True)
+    Y, V = net.Y, net.Y.V
+    g, edge = (Y.function(Y.batch(smooth(Y, 1, seed=seed))) for seed in (3, 4))
+    u, v, on_edge = Function(V), TestFunction(V), DirichletBC(V, edge, "on_boundary")
+    options = NEWTON | DIRECT | {"snes_max_it": 5}
+    with annotation():
+        F = (inner(grad(u), grad(v)) + (network_operator(net, u) * u + u**3 - g) * v) * dx
+        if solver == "solve":
+            solve(F == 0, u, on_edge, solver_parameters=options)
+        else:
+            NonlinearVariationalSolver(NonlinearVariationalProblem(F, u, on_edge), solver_parameters=options).solve()
+        J = assemble(inner(u, u) * (1 + u) * dx)
+    off = Function(V).assign(u - edge).dat.data_ro[on_edge.nodes[on_edge.nodes < Y.nodes]]
+    assert np.abs(off).max(initial=0.0) == 0.0
+    places = (g, edge) if solver == "solve" else (g,)
+    controls = [*net.kernel.controls(), *(Control(f, riesz_map=Y.riesz_map) for f in places)]
+    directions = [Function(c.control.function_space()) for c in controls]
+    for k, (basis, direction) in enumerate(zip(net.kernel.space_bases, directions)):
+        basis.write(direction, np.random.default_rng(k).normal(size=basis.shape))
+    for seed, direction in enumerate(directions[len(net.kernel.space_bases) :]):
+        Y.write(direction, smooth(Y, 1, seed=6 + seed))
+    point = [c.control.copy(deepcopy=True) for c in controls]
+    second = COMM_WORLD.size < 3  # on few cores it takes minutes on more
+    taylor(ReducedFunctional(J, controls), point, directions, solver, "kernel, source, edge", second_order=second)
+
+
+@pytest.mark.parallel([1, 2])
+def test_second_derivatives_that_are_not_there_are_refused_and_the_way_around_holds(annotation, taylor, tape):
+    net = network(size=1.0, basis_for_bias=True)
+    Y, V = net.Y, net.Y.V
+    w, v = Y.function(Y.batch(smooth(Y, 1, seed=3))), TestFunction(V)
+    controls = net.bias.controls()
+    point = [c.control.copy(deepcopy=True) for c in controls]
+
+    def reduced(record):
+        with set_working_tape(Tape()), annotation():
+            return ReducedFunctional(record(), controls)
+
+    def solved(N):
+        q = Function(V)
+        solve(inner(q - N, v) * dx == 0, q, solver_parameters=NEWTON | DIRECT)
+        return assemble(q**3 * dx)
+
+    J = reduced(lambda: assemble(network_operator(net, w) ** 3 * dx))
+    J(point)
+    J.derivative()
+    with pytest.raises(NotImplementedError, match=r"^assemble: expected a form without networks for second derivatives"):
+        J.hessian(point)
+    J = reduced(lambda: solved(network_operator(net, interpolate(2 * w, V))))
+    with pytest.raises(NotImplementedError, match=r"^u: expected a Function in network_operator\(net, u\) for derivatives"):
+        J.derivative()
+    taylor(reduced(lambda: solved(network_operator(net, w))), point, point, "N(u) as a Function", "bias", second_order=True)
 
 
 @pytest.mark.parallel([1, 2])
@@ -225,6 +287,8 @@ def test_what_does_not_fit_is_refused_on_all_ranks():
         network_operator(net, u, Head(net.bases["psi"][0], 3))
     with pytest.raises(ValueError, match=r"^head: expected an output on the mesh .* of u, got one on"):
         network_operator(net, u, Head(net.bases["psi"][0], laplace("sphere", "CG1", 3), "identity"))
+    with pytest.raises(TypeError, match=r"^operator_data: expected what network_operator puts there, got NoneType"):
+        NetworkOperator(u, function_space=net.Y.V)
     with pytest.raises(NotImplementedError, match=r"^N: the derivative in coefficients has no matrix"):
         N = network_operator(net, u)
         assemble(derivative(N, N.ufl_operands[1]))
