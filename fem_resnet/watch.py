@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import traceback
-from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,7 +57,6 @@ class Watched(MPI.Intracomm):
 def _telling(name: str) -> Any:
     call = getattr(MPI.Intracomm, name)
 
-    @wraps(call)
     def method(self: Watched, *arguments: Any, **named: Any) -> Any:
         _check(self, name)
         return call(self, *arguments, **named)
