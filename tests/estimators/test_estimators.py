@@ -57,8 +57,14 @@ def regressor(**changes):
 QUICK = dict(channels=1, layers=1, max_iter=3, tikhonov=1e-3, random_state=0)
 
 
+KINDS = {"classes": LabelFieldClassifier, "numbers": LabelFieldRegressor}
+
+
 @pytest.mark.parametrize(
-    "estimator", [LabelFieldClassifier(**QUICK), LabelFieldRegressor(**QUICK)], ids=["classes", "numbers"]
+    "estimator",
+    [pytest.param(make(**QUICK), id=name) for name, make in KINDS.items()]
+    # With all that is searched for: six minutes each.
+    + [pytest.param(make(), id=f"{name}, untuned", marks=pytest.mark.slow) for name, make in KINDS.items()],
 )
 @pytest.mark.whole
 def test_check_estimator_passes(estimator):
