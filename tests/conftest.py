@@ -215,7 +215,7 @@ def tape():
 
 @pytest.fixture
 def found(request):
-    """Lists for the summary: of `verify`, ``found["faults"].append(caught)`` and ``["sound"].append(silent)``; "lines"."""
+    """For the summary: ``found["faults"].append(caught)`` and ``["sound"].append(silent)`` of `verify`, "lines", "rates"."""
     return request.config.stash[SUMMARY]
 
 

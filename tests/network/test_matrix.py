@@ -97,7 +97,7 @@ def rates_of(J, m, h, value) -> list[float]:
     return rates
 
 
-def check(taylor_rates, combination):
+def check(found, combination):
     p = problem(*combination)
     J = p.reduced_functional()
     value, seed = abs(J(p.functions)), zlib.crc32(repr(combination).encode()) % 1000
@@ -106,8 +106,8 @@ def check(taylor_rates, combination):
     # R1 has its third order in it, which may cancel part of the second: R2, without the second, is the sharp test.
     for order, (rate, bound) in enumerate(zip(rates, (0.95, 1.95, 2.95))):
         assert rate > bound, f"{combination}: R{order} falls at {rates}"
-    row = taylor_rates["the matrix"]
-    row[combination[0]] = tuple(np.minimum(row.get(combination[0], np.inf), rates))
+    row = found["rates"].setdefault("the matrix", {})
+    row[combination[0]] = tuple(np.minimum(row.get(combination[0], np.inf), rates).tolist())
 
 
 def named(combination):
@@ -115,24 +115,17 @@ def named(combination):
     return f"{method}-{controls}-{loss}-{'-'.join(space)}"
 
 
-@pytest.fixture
-def rates(request):
-    from conftest import TAYLOR_RATES
-
-    return request.config.stash[TAYLOR_RATES]
-
-
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("combination", SAMPLE, ids=named)
-def test_sample(combination, rates):
-    check(rates, combination)
+def test_sample(combination, found):
+    check(found, combination)
 
 
 @pytest.mark.slow
 @pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("method", GRADIENT)
 @pytest.mark.parametrize("controls", CONTROLS)
-def test_all(method, controls, rates):
+def test_all(method, controls, found):
     for combination in ALL:
         if combination[:2] == (method, controls):
-            check(rates, combination)
+            check(found, combination)
