@@ -160,7 +160,10 @@ class Minimiser:
         bounds = self._bounds and [
             tuple(scaled(end, 1 / amplitude) for end in pair) for pair, amplitude in zip(self._bounds, self._amplitudes)
         ]
-        with _options_of_the_matrix(defaults_of(self._type) | self._parameters | limit) as parameters:
+        parameters = defaults_of(self._type) | self._parameters | limit
+        # PETSc 3.26 looks for the options of L-BFGS's matrix, such as `tao_lmvm_mat_lmvm_hist_size`, without the TAO's prefix.
+        of_the_matrix = {name: parameters.pop(name) for name in list(parameters) if name.startswith(_OF_THE_MATRIX)}
+        with _set_for_all(of_the_matrix | _IN_ORDER):
             with petsc_refusals(self._parameters):
                 solver = TAOSolver(
                     MinimizationProblem(self._scaled, bounds=bounds), parameters, options_prefix=self._prefix, comm=self._comm
@@ -220,7 +223,7 @@ class Minimiser:
         solver.tao.setMonitor(course.monitor)
         solver.tao.setConvergenceTest(course.test)  # type: ignore[arg-type]  # petsc4py declares reasons as a class, not int
         # pyadjoint's own solve() raises at the limit of iterations and drops the result.
-        with stop_annotating(), petsctools.inserted_options(solver.tao):
+        with stop_annotating(), petsctools.inserted_options(solver.tao), _set_for_all(_IN_ORDER):
             start = [scaled(function, 1 / a) for function, a in zip(self._functions, self._amplitudes)]
             self._interface.to_petsc(solver.x, start)
             try:
@@ -322,19 +325,21 @@ class _Course:
         return _Reason.DIVERGED_MAXITS if out_of_steps else None
 
 
-@contextmanager
-def _options_of_the_matrix(parameters: dict) -> Iterator[dict]:
-    """Set the options of L-BFGS's matrix, such as `tao_lmvm_mat_lmvm_hist_size`, and give the other options.
+_OF_THE_MATRIX = ("tao_lmvm_mat", "tao_blmvm_mat")
+#: Inner products of several vectors one after the other: BLAS's product with a matrix, which PETSc takes instead, rounds by
+#: where the vectors lie in memory, so that a training would not be the same twice.
+_IN_ORDER = {"vec_mdot_use_gemv": 0, "vec_maxpy_use_gemv": 0}
 
-    PETSc 3.26 looks for the options of a TAO's matrix without the prefix of the TAO. The command line comes first.
-    """
+
+@contextmanager
+def _set_for_all(given: Mapping[str, object]) -> Iterator[None]:
+    """Set options that PETSc looks for without a prefix, unless the command line has them."""
     options = PETSc.Options()
-    of_matrix = {name: value for name, value in parameters.items() if name.startswith(("tao_lmvm_mat", "tao_blmvm_mat"))}
-    added = {name: value for name, value in of_matrix.items() if not options.hasName(name)}
+    added = {name: value for name, value in given.items() if not options.hasName(name)}
     for name, value in added.items():
         options[name] = value
     try:
-        yield {name: value for name, value in parameters.items() if name not in of_matrix}
+        yield
     finally:
         for name in added:
             options.delValue(name)
