@@ -157,8 +157,6 @@ def second_order(point: Point, quick: bool) -> Checks:
             return np.concatenate([((a - b) / (2 * step)).ravel() for a, b in zip(ahead, behind)])
 
         steps = np.array([1e-6, 1e-7]) if joints else np.array([4e-3, 1e-3, 2.5e-4])
-        if not joints and quick:
-            steps = steps[1:]
         cuts = np.cumsum([part.size for part in action])[:-1]
         flat = np.concatenate([part.ravel() for part in action])
         if joints:
@@ -167,7 +165,7 @@ def second_order(point: Point, quick: bool) -> Checks:
         else:
             table = [central(step) for step in steps]
             first = [(16 * b - a) / 15 for a, b in zip(table, table[1:])]
-            limit = (256 * first[1] - first[0]) / 255 if len(first) > 1 else first[0]
+            limit = (256 * first[1] - first[0]) / 255
             errors = point.lengths(np.split(limit - first[-1], cuts))
             defects = point.lengths(np.split(limit - flat, cuts))
         sizes = point.lengths(action)

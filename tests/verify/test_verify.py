@@ -33,6 +33,7 @@ from fem_resnet import (
     Lift,
     ResidualNetwork,
     RunningCost,
+    laplace_basis,
     locality,
     save,
     smooth_in_space,
@@ -344,6 +345,20 @@ def test_networks_at_zero_with_a_trained_minimum_can_be_verified():
     report = verify(problem)
     assert report.passed, "\n" + str(report)
     assert max(np.abs(function.dat.data_ro).max() for function in problem.functions) == 0.0
+
+
+def test_nothing_is_reported_in_a_quick_verification_of_a_network_that_bends_fast():
+    """Where J changes much over short steps, differences are extrapolated, and their own error is known."""
+    Y = LabelSpace(fd.FunctionSpace(fd.UnitDiskMesh(2), "CG", 1))
+    phi, x = laplace_basis(Y, 20), Y.coordinates
+    centres = np.random.default_rng(0).uniform(-0.8, 0.8, (60, 2))
+    inputs = Y.batch(np.exp(-8 * ((x[:, None] - centres) ** 2).sum(axis=-1)))
+    net, head = ResidualNetwork(phi, bias=phi, layers=3, final_time=3.0), Head(phi, 2)
+    net.start("random smooth", 0, data=inputs)
+    head.start(seed=0)
+    batch = Batch(inputs, (centres[:, 0] > 0).astype(int))
+    report = verify(LearningProblem(net, head, fem_resnet.learning.loss.cross_entropy, tikhonov(1e-3), batch), quick=True)
+    assert report.passed, "\n" + "\n".join(map(str, report.failures))
 
 
 @pytest.mark.parametrize("apart", [17.0, 800.0])
