@@ -30,6 +30,7 @@ from fem_resnet.learning.loss import Loss
 from fem_resnet.learning.problem import LearningProblem
 from fem_resnet.log import log
 from fem_resnet.ranks import on_first, same
+from fem_resnet.training.signals import Signals
 from fem_resnet.training.stochastic import train_stochastic
 from fem_resnet.training.stochastic_steps import Adam
 
@@ -102,6 +103,9 @@ class LabelFieldEstimator(BaseEstimator):
         ------
         TypeError, ValueError
             If a parameter of the estimator, X, y or the weights do not fit; or they differ between ranks.
+        KeyboardInterrupt
+            After Ctrl-C or SIGTERM while Tikhonov's weight is searched for. Later they end the training with what was reached,
+            and `reason_` says so.
         """
         values, targets, weights = self._begin(X, y, sample_weight)
         model = self._model
@@ -110,7 +114,10 @@ class LabelFieldEstimator(BaseEstimator):
         problem = LearningProblem(model.net, model.head, self._loss, None, batch, lift=model.lift)
         seed, stopping = self._seed, held.size > 0
         stop = Stop(self.max_iter, self.n_iter_no_change if stopping else None, seed)
-        self.tikhonov_ = search(problem, model, stop) if self.tikhonov is None else float(self.tikhonov)
+        with Signals(model.net.Y.comm) as signals:  # one for all trainings of the search
+            self.tikhonov_ = search(problem, model, stop) if self.tikhonov is None else float(self.tikhonov)
+            if signals.reason() is not None:
+                raise KeyboardInterrupt("while Tikhonov's weight was searched for: nothing is fitted")
         model.start(seed)
         validation = self._batch(model, values, targets, weights, held) if stopping else None
         found = fit(problem.replace(regulariser=regulariser_of(self.tikhonov_, model)), validation, stop)

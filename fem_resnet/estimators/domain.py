@@ -71,14 +71,18 @@ class DomainRecipe(Fixed):
 
     def __init__(
         self,
-        make: Callable[..., fd.MeshGeometry],
+        make: Callable[..., fd.MeshGeometry | LabelSpace],
         *arguments: Any,
         family: str = "CG",
         degree: int = 1,
         symmetries: Callable[[fd.MeshGeometry], list] | None = None,
         **options: Any,
     ):
-        self.make, self.arguments, self.options = function("make", make, "a function that returns a mesh"), arguments, options
+        self.make, self.arguments, self.options = (
+            function("make", make, "a function that returns a mesh or a label space"),
+            arguments,
+            options,
+        )
         self.family, self.degree = text("family", family), integer("degree", degree, least=0)
         if symmetries is not None:
             function("symmetries", symmetries, "a function of the mesh that returns a list of symmetries, or None,")
@@ -114,14 +118,17 @@ class DomainRecipe(Fixed):
         Raises
         ------
         TypeError
-            If `make` returns no mesh.
+            If `make` returns no mesh and no label space.
         Exception
             What `make` raises, or `LabelSpace`.
         """
         if self._Y is None:
             with stop_annotating():
-                mesh = instance("make", self.make(*self.arguments, **self.options), fd.MeshGeometry, "a function of a mesh")
-                self._Y = LabelSpace(fd.FunctionSpace(mesh, self.family, self.degree))
+                made = self.make(*self.arguments, **self.options)
+                instance("make", made, (fd.MeshGeometry, LabelSpace), "a function that returns one")
+                self._Y = (
+                    made if isinstance(made, LabelSpace) else LabelSpace(fd.FunctionSpace(made, self.family, self.degree))
+                )
         return self._Y
 
     def basis(self, most: int) -> Basis:

@@ -17,5 +17,8 @@ class _Callable(ModuleType):
     def __call__(self, *arguments, **options):
         return import_module(f"{__name__}.sources").label_domain(*arguments, **options)
 
+    def __reduce__(self):  # as of a function: a `DomainRecipe` pickles it
+        return import_module, (self.__name__,)
+
 
 sys.modules[__name__].__class__ = _Callable

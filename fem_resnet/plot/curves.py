@@ -240,8 +240,8 @@ def _values(found: Any) -> tuple[np.ndarray, str]:
 
 
 def confusion(
-    truth: Sequence[int] | np.ndarray,
-    predicted: Sequence[int] | np.ndarray,
+    truth: Sequence[int] | Sequence[str] | np.ndarray,
+    predicted: Sequence[int] | Sequence[str] | np.ndarray,
     names: Sequence[str] | None = None,
     *,
     ax: Axes | None = None,
@@ -251,9 +251,10 @@ def confusion(
     Parameters
     ----------
     truth, predicted
-        Classes from 0, shape (samples,): ``head.scores(net(inputs)).argmax(1)`` predicts them.
+        Classes from 0, shape (samples,): ``head.scores(net(inputs)).argmax(1)`` predicts them. Or their names, as of a
+        classifier whose labels are strings.
     names
-        What the classes are called, shape (classes,); their numbers if left out.
+        What the classes are called, shape (classes,); their numbers if left out. Not where they are given by their names.
     ax
         Where to draw; new axes if left out.
 
@@ -273,8 +274,13 @@ def confusion(
     >>> ax = plot.confusion([0, 0, 1, 1, 1], [0, 1, 1, 1, 1], names=("cat", "dog"))
     >>> [text.get_text() for text in ax.texts], ax.get_title()
     (['1', '1', '', '3'], '4 of 5 right')
+    >>> plot.confusion(["cat", "dog"], ["dog", "dog"]).get_title()
+    '1 of 2 right'
     """
     ax = given_or_new(ax)
+    if names is None and all(np.asarray(each).dtype.kind == "U" and np.ndim(each) == 1 for each in (truth, predicted)):
+        called, numbers = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+        truth, predicted, names = numbers[: len(truth)], numbers[len(truth) :], called.tolist()
     truth = integer_array("truth", truth, ("samples",))
     predicted = integer_array("predicted", predicted, truth.shape)
     for name, given in (("truth", truth), ("predicted", predicted)):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import firedrake as fd
 import numpy as np
@@ -332,7 +332,7 @@ _IN_ORDER = {"vec_mdot_use_gemv": 0, "vec_maxpy_use_gemv": 0}
 
 
 @contextmanager
-def _set_for_all(given: Mapping[str, object]) -> Iterator[None]:
+def _set_for_all(given: Mapping[str, Any]) -> Iterator[None]:
     """Set options that PETSc looks for without a prefix, unless the command line has them."""
     options = PETSc.Options()
     added = {name: value for name, value in given.items() if not options.hasName(name)}

@@ -1,11 +1,14 @@
 """`LabelFieldClassifier` and `LabelFieldRegressor` keep scikit-learn's protocol, whatever X and y are."""
 
+import os
 import pickle
+import signal
 
 import firedrake as fd
 import numpy as np
 import pytest
 from firedrake import COMM_SELF, COMM_WORLD
+from helpers import MESHES
 from numpy.testing import assert_allclose, assert_array_equal
 
 pytest.importorskip("sklearn")
@@ -16,7 +19,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from fem_resnet import DomainRecipe, LabelFieldClassifier, LabelFieldRegressor, LabelSpace, Parity, laplace_basis, read_mesh
+from fem_resnet import (
+    DomainRecipe,
+    LabelFieldClassifier,
+    LabelFieldRegressor,
+    LabelSpace,
+    Parity,
+    label_domain,
+    laplace_basis,
+    read_mesh,
+)
+from fem_resnet.estimators import fitting
 from fem_resnet.label_domain.symmetries import symmetry_matrices
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -125,6 +138,31 @@ def test_class_labels_are_of_any_type(rng, labels):
     assert found.predict(X).dtype == y.dtype and found.score(X, y) > 0.9
     assert_array_equal(found.classes_, np.unique(y))
     assert_allclose(found.predict_proba(X).sum(axis=1), 1.0)
+
+
+@on_ranks
+def test_a_signal_while_the_weight_is_searched_for_ends_the_fit(rng, monkeypatch):
+    """The trainings of the search share it: no weight is chosen from those that were cut short."""
+    X, _, levels = waves(rng)
+    calls, minimise = [], fitting.minimise
+
+    def interrupted(*arguments):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(minimise(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(fitting, "minimise", interrupted)
+    estimator = regressor(tikhonov=None)
+    with pytest.raises(KeyboardInterrupt, match="^while Tikhonov's weight was searched for: nothing is fitted"):
+        estimator.fit(X, levels)
+    assert {result.iterations for result in calls} == {0} and not hasattr(estimator, "_arrays")
+
+
+def test_a_recipe_of_label_domain_pickles_and_is_made_again(tmp_path):
+    disk = DomainRecipe(label_domain, str(MESHES / "disk.msh"))
+    again = pickle.loads(pickle.dumps(disk))
+    assert again.label_space() is not disk.label_space() and again.label_space().size == disk.label_space().size
 
 
 # -- kinds of X --------------------------------------------------------------------------------------------------------
