@@ -490,7 +490,10 @@ class LabelSpace(OnMesh):
         instance(name, function, kind)
         space = function.function_space()
         if space.mesh() is not self.V.mesh():
-            raise ValueError(f"{name}: expected a Function on the mesh {self.V.mesh()}, got one on {space.mesh()}")
+            raise ValueError(
+                f"{name}: expected a Function on the mesh {self.V.mesh()}, got one on {space.mesh()}, such as a network that was "
+                "read from a file has another one; batch() of this label space evaluates Functions of other meshes"
+            )
         if not self._holds(space):
             raise ValueError(
                 f"{name}: expected a Function of {self.V.ufl_element()} or a batch of it (LabelSpace.batch_space), "

@@ -195,7 +195,8 @@ def _read_by_meshio(name: str, path: Path) -> CellList:
             given = meshio.read(path)
     except (Exception, SystemExit) as error:  # it raises what its readers do, and ends the process where none takes the file
         why = " ".join(said.getvalue().split()) or str(error)
-        raise ValueError(f"{name}: meshio cannot read {path.name} ({why})") from error
+        hint = "; a .geo file is no mesh yet: gmsh -2 makes one of it" if path.suffix == ".geo" else ""
+        raise ValueError(f"{name}: meshio cannot read {path.name} ({why}){hint}") from error
     blocks = [block for block in given.cells if len(block.data) and block.type != "vertex"]
     dimension = max((block.dim for block in blocks), default=0)
     kinds = {block.type for block in blocks if block.dim == dimension}
