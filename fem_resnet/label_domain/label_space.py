@@ -491,8 +491,8 @@ class LabelSpace(OnMesh):
         space = function.function_space()
         if space.mesh() is not self.V.mesh():
             raise ValueError(
-                f"{name}: expected a Function on the mesh {self.V.mesh()}, got one on {space.mesh()}; batch() of this label space "
-                "evaluates Functions of other meshes, and each network that is read from a file has a mesh of its own"
+                f"{name}: expected a Function on the mesh {self.V.mesh()}, got one on {space.mesh()}; batch() of this label "
+                "space evaluates Functions of other meshes, and each network that is read from a file has a mesh of its own"
             )
         if not self._holds(space):
             raise ValueError(
