@@ -41,7 +41,7 @@ def _selection(config) -> list[str]:
 
 def _launch(ranks: int, selection: list[str], logs: Path, **environment: str) -> int | None:
     """The exit code of the job, or None if it took too long; each rank writes a log of its own."""
-    options = ["-v", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", f"parallel[{ranks}]"]
+    options = ["-v", "-rfE", "-p", "no:cacheprovider", "-m", f"parallel[{ranks}]"]
     command = [sys.executable, "-m", "pytest", *options]
     to_log = 'log=$FEM_RESNET_TEST_LOGS/$OMPI_COMM_WORLD_RANK; exec "$@" --basetemp "$log.tmp" >"$log" 2>&1'
     job = subprocess.Popen(
