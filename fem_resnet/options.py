@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from numbers import Real
 from types import NoneType
@@ -109,6 +110,16 @@ def unread(options: petsctools.OptionsManager, given: Iterable[str]) -> list[str
     ]
 
 
+#: Options that are often given, and misspelled. PETSc has no list of those that an object asks for.
+_USUAL = (
+    "tao_type", "tao_max_it", "tao_max_funcs", "tao_gatol", "tao_grtol", "tao_gttol", "tao_ls_type",
+    "tao_lmvm_mat_lmvm_hist_size",
+    "ts_type", "ts_rk_type", "ts_max_steps", "ts_adapt_type", "ts_rtol", "ts_atol", "ts_theta_theta",
+    "snes_type", "snes_rtol", "snes_atol", "snes_max_it", "ksp_type", "ksp_rtol", "ksp_max_it", "pc_type",
+    "eps_type", "eps_tol", "eps_max_it", "svd_type", "svd_tol", "svd_max_it",
+)  # fmt: skip
+
+
 def refuse_unread(names: Sequence[str], what: str, name: str = "solver_parameters") -> None:
     """Refuse these options, if there are any.
 
@@ -129,7 +140,9 @@ def refuse_unread(names: Sequence[str], what: str, name: str = "solver_parameter
     if names:
         several = len(names) > 1
         kind, remedy = ("options", "leave them out") if several else ("an option", "leave it out")
-        raise ValueError(f"{name}: expected {kind} of {what}, got {', '.join(names)}; correct the name, or {remedy}")
+        near = [match for each in names for match in get_close_matches(each, _USUAL, 1)]
+        meant = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+        raise ValueError(f"{name}: expected {kind} of {what}, got {', '.join(names)}; correct the name{meant}, or {remedy}")
 
 
 @contextmanager

@@ -131,6 +131,8 @@ def print_figure(name: str, figure: Figure, path: str | Path) -> None:
         If the file cannot be written.
     """
     kind = _kind_of_picture(name, path)
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{name}: the folder {Path(path).parent} does not exist")
     with aside(path) as part:
         FigureCanvasAgg(figure).print_figure(str(part), dpi=120, format=kind, bbox_inches="tight")  # nothing is cut off
 

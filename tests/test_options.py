@@ -7,7 +7,7 @@ from petsc4py import PETSc
 from problems import learning_problem, network
 
 from fem_resnet import laplace_basis, train, train_pam
-from fem_resnet.options import checked_options, checked_prefix
+from fem_resnet.options import checked_options, checked_prefix, refuse_unread
 from fem_resnet.training.tao_types import TYPES
 
 on_ranks = pytest.mark.parallel([1, 2, 3])
@@ -128,3 +128,10 @@ def test_an_option_of_the_command_line_counts_as_read_where_it_is():
         assert train(problem(), {"tao_max_it": 7}, options_prefix="mine", monitor=lambda progress: None).iterations == 1
     finally:
         options.delValue("mine_tao_max_it")
+
+
+def test_a_misspelled_option_has_the_nearest_name_beside_it():
+    with pytest.raises(ValueError, match=r"got tao_maxit; correct the name \(did you mean 'tao_max_it'\?\), or leave it out$"):
+        refuse_unread(["tao_maxit"], "TAO's 'lmvm'")
+    with pytest.raises(ValueError, match="got quite_another; correct the name, or leave it out$"):
+        refuse_unread(["quite_another"], "TAO's 'lmvm'")

@@ -39,7 +39,7 @@ _DETERMINED = 1e12
 _AT_ONCE = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SensorFit:
     """Functions from values at sensors, and how far to trust them.
 
@@ -64,6 +64,11 @@ class SensorFit:
     residuals: np.ndarray
     left_out: np.ndarray
     conditions: np.ndarray
+
+    def __repr__(self) -> str:
+        rank, samples = self.coefficients.shape
+        worst = [float(each.max(initial=0.0)) for each in (self.residuals, self.left_out)]
+        return f"SensorFit({samples} samples in {rank} functions, misfit up to {worst[0]:.2g}, left out {worst[1]:.2g})"
 
 
 class Sensors(OnMesh):
