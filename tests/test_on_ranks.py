@@ -75,9 +75,7 @@ def _report(logs: Path) -> str:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_same_tests_on_several_ranks(ranks, tmp_path, request, found, alone):
-    # On three ranks each collective call is watched too.
-    watched = {"FEM_RESNET_WATCH": "150"} if ranks == 3 else {}
-    code = _launch(ranks, _selection(request.config), tmp_path, **watched)
+    code = _launch(ranks, _selection(request.config), tmp_path)
     what = "took too long and was stopped" if code is None else f"ended with code {code}"
     assert code == 0, f"the run on {ranks} ranks {what}\n{_report(tmp_path)}"
     closing = (tmp_path / "0").read_text().splitlines()[-1]
