@@ -369,7 +369,7 @@ def test_a_recipe_pickles_with_what_it_says():
     assert repr(pickle.loads(pickle.dumps(recipe))) == repr(recipe)
     with pytest.raises(AttributeError, match="degree: a DomainRecipe stays what it was made with"):
         recipe.degree = 3
-    with pytest.raises(TypeError, match="^make: expected a MeshGeometry, got int"):
+    with pytest.raises(TypeError, match="^make: expected a MeshGeometry or LabelSpace, got int"):
         DomainRecipe(len, "two").label_space()
     with pytest.raises(TypeError, match="^make: expected a function that returns a mesh, got 3"):
         DomainRecipe(3)
