@@ -371,7 +371,7 @@ def test_a_recipe_pickles_with_what_it_says():
         recipe.degree = 3
     with pytest.raises(TypeError, match="^make: expected a MeshGeometry or LabelSpace, got int"):
         DomainRecipe(len, "two").label_space()
-    with pytest.raises(TypeError, match="^make: expected a function that returns a mesh, got 3"):
+    with pytest.raises(TypeError, match="^make: expected a function that returns a mesh or a label space, got 3"):
         DomainRecipe(3)
 
 
